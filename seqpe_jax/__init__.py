@@ -1,0 +1,1 @@
+"""SeqPE in JAX: position encodings that train short and work long."""

@@ -1,0 +1,18 @@
+"""The one exception that means "the user's input is wrong"; imports nothing, so every room may raise it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: what is wrong, what was expected, how to fix it.
+
+    Commands print the message without a traceback and exit with code 2.
+    """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ` Did you mean 'x'?` for the known name nearest to `name`, or the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
