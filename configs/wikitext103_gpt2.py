@@ -1,0 +1,49 @@
+"""GPT-2 small with SeqPE on WikiText-103: the paper's recipe (arXiv 2506.13277, language modelling).
+
+    python -m seqpe_jax.train --config=configs/wikitext103_gpt2.py --workdir=DIR \
+        --config.data.tokenizer=PATH/tokenizer.json [--config.data.paths=PATH/wikitext-103-raw-v1.zip]
+
+Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
+Variants: seqpe (default), learned, sinusoidal, rotary, alibi, none.
+"""
+
+from seqpe_jax.config import defaults, with_encoding
+
+
+def get_config(variant=None):
+    c = defaults()
+    c.steps = 100_000
+    c.batch_size = 128
+    c.data.name = "wikitext103"
+    c.data.length = 512
+    c.data.tokenizer = "tokenizer.json"  # GPT-2's, 50 257 entries
+    c.eval.every = 5000
+    c.eval.lengths = (512, 1024, 2048, 4096, 8192, 16384)
+    c.checkpoint.every = 2500
+    c.precision.compute = "bfloat16"
+
+    c.model.layers = 12
+    c.model.width = 768
+    c.model.heads = 12
+    c.model.dropout = 0.1
+
+    c.optimizer.learning_rate = 5e-5
+    c.optimizer.schedule = "linear"
+    c.optimizer.warmup_steps = 4000
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip = 5.0
+
+    c.encoding.max_position = 20_000
+    c.encoding.mode = "attn_scalar"
+    c.encoding.qk = "single"
+    c.encoding.dropout = 0.1
+    c.encoding.attention_dropout = 0.0
+
+    c.objective.contrastive.batch = 32
+    c.objective.contrastive.candidates = 32
+    c.objective.contrastive.window = 256
+    c.objective.contrastive.mixture = (0.0, 0.4, 0.6)
+    c.objective.distillation.batch = 32
+    c.objective.distillation.offsets = 32
+    c.objective.shift.rate = 0.1
+    return with_encoding(c, variant)

@@ -1,0 +1,518 @@
+"""Configuration: typed, frozen dataclasses, and the one door from an ml-collections ConfigDict to them.
+
+A config file returns a ConfigDict (`defaults()` plus assignments); `parse` checks types, ranges and everything that
+fields demand of each other, and returns a `Config`. Below this file nobody sees a ConfigDict.
+Units: lengths and positions in tokens, rates and weights as plain numbers, steps in optimiser steps.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import typing
+from typing import Any, Literal
+
+import ml_collections
+
+from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.positions.digits import count_digits, largest_position
+
+EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "alibi", "none"]
+Fraction = {"low": 0.0, "high": 1.0}
+Positive = {"low": 1}
+NonNegative = {"low": 0}
+
+
+def _field(default: Any, **limits: float) -> Any:
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def _section(kind: type) -> Any:
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in windows of which length."""
+
+    name: Literal["stdlib_text", "text_files", "wikitext103"] = "stdlib_text"
+    paths: tuple[str, ...] = ()  # text_files: files, globs or directories; wikitext103: the raw release
+    length: int = _field(512, **Positive)  # tokens of a training window
+    tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
+    cache_dir: str = ""  # prepared and tokenised text; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The transformer that reads the tokens."""
+
+    kind: Literal["gpt2"] = "gpt2"
+    layers: int = _field(12, **Positive)
+    width: int = _field(768, **Positive)
+    heads: int = _field(12, **Positive)
+    mlp_width: int = _field(0, **NonNegative)  # 0 = four times the width
+    dropout: float = _field(0.1, **Fraction)  # after attention and MLP
+    attention_dropout: float = _field(0.1, **Fraction)
+    embedding_dropout: float = _field(0.1, **Fraction)
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    layer_norm_epsilon: float = _field(1e-5, low=0.0)
+    init_std: float = _field(0.02, low=0.0)
+    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
+    attention_block: int = _field(512, **NonNegative)  # queries handled at once when longer; 0 = all at once
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingConfig:
+    """How positions reach attention. Fields below `kind` that a kind does not read keep their defaults."""
+
+    kind: EncodingKind = "seqpe"
+    # seqpe
+    mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = "attn_scalar"
+    qk: Literal["single", "multi", "none", "halves"] = "single"
+    per_head: bool = True  # the vector is split over the heads, else one head-wide vector serves all of them
+    max_position: int = _field(20000, **Positive)  # positions along each coordinate: 0 .. max_position - 1
+    base: int = _field(10, low=2, high=36)
+    digits: int = _field(0, **NonNegative)  # per coordinate; 0 = as many as max_position needs
+    padding: Literal["left", "right"] = "left"
+    layers: int = _field(2, **Positive)
+    width: int = _field(768, **Positive)
+    heads: int = _field(12, **Positive)
+    direction: Literal["causal", "bi"] = "causal"
+    cls: bool = True
+    final_norm: bool = True
+    mask_padding: bool = False
+    temperature: float = _field(1.0, low=1e-6)
+    output_width: int = _field(0, **NonNegative)  # 0 = what mode, qk and per_head ask for
+    place: Literal["global", "coordinate"] = "global"
+    dropout: float = _field(0.1, **Fraction)
+    attention_dropout: float = _field(0.0, **Fraction)
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    layer_norm_epsilon: float = _field(1e-5, low=0.0)
+    norm_init: float = 1.0
+    init: Literal["normal", "truncated_normal"] = "normal"
+    init_std: float = _field(0.02, low=0.0)
+    qk_init_std: float = _field(0.02, low=0.0)
+    scalar_scale: float = 1.0
+    # baselines
+    theta: float = _field(10000.0, low=1.0)  # rotary and sinusoidal: base of the wavelengths
+    amplitude: float = _field(1.0, low=0.0)  # sinusoidal
+    reference_scaling: bool = False  # alibi: slopes divided by sqrt(head width), as in the PyTorch reference
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """Near positions, near vectors."""
+
+    weight: float = _field(0.1, low=0.0)
+    warmup_steps: int = _field(0, **NonNegative)
+    batch: int = _field(32, **Positive)  # pivots of one step, over all devices
+    candidates: int = _field(32, **Positive)
+    mixture: tuple[float, ...] = (0.0, 0.4, 0.6)  # probabilities of random, hard and distributional candidates
+    hard_fraction: float = _field(0.25, **Fraction)
+    window: int = _field(256, **Positive)  # range of distributional candidates
+    around_pivot: bool = False  # that window lies around the pivot instead of anywhere
+    past_only: bool = False  # candidates before the pivot only, as causal attention sees them
+    space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
+    per_head: bool = False  # space=vectors: one loss per head
+    label_smoothing: float = _field(0.0, **Fraction)
+    scale: float = _field(1.0, low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """Far vectors relate to each other as near ones do."""
+
+    weight: float = _field(0.1, low=0.0)
+    warmup_steps: int = _field(0, **NonNegative)
+    batch: int = _field(32, **Positive)  # student windows of one step, over all devices
+    offsets: int = _field(32, **Positive)
+    metric: Literal["kl", "mse"] = "kl"
+    beta: float = _field(1.0, **Fraction)
+    reduction: Literal["elements", "rows"] = "elements"
+    space: Literal["vectors", "logits"] = "vectors"
+    per_head: bool = True
+    scale: float = _field(1.0, low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftConfig:
+    """With probability `rate` a step reads windows that start elsewhere."""
+
+    rate: float = _field(0.0, **Fraction)
+    sets: int = _field(1, **Positive)  # different windows in one batch; sample i uses window i mod sets
+    starts: int = _field(0, **NonNegative)  # a fixed subset of that many starts; 0 = all
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipConfig:
+    """With probability `rate` a step reads windows cut into chunks with random gaps (arXiv 2309.10400)."""
+
+    rate: float = _field(0.0, **Fraction)
+    chunks: int = _field(2, low=2)
+    range: int = _field(0, **NonNegative)  # the window spreads over positions below; 0 = encoding.max_position
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Task loss + weighted terms on the position vectors."""
+
+    contrastive: ContrastiveConfig = _section(ContrastiveConfig)
+    distillation: DistillationConfig = _section(DistillationConfig)
+    shift: ShiftConfig = _section(ShiftConfig)
+    skip: SkipConfig = _section(SkipConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; model and position encoder are clipped apart."""
+
+    learning_rate: float = _field(5e-5, low=0.0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = _field(0, **NonNegative)
+    end_learning_rate: float = _field(0.0, low=0.0)
+    b1: float = _field(0.9, **Fraction)
+    b2: float = _field(0.999, **Fraction)
+    epsilon: float = _field(1e-8, low=0.0)
+    weight_decay: float = _field(0.0, low=0.0)  # on matrices of the model; never on biases, norms, embeddings
+    encoder_weight_decay: float = _field(0.0, low=0.0)
+    clip: float = _field(5.0, low=0.0)  # global norm; 0 = no clipping
+    accumulate: int = _field(1, **Positive)  # the batch is read in that many parts
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
+
+    every: int = _field(0, **NonNegative)  # steps; 0 = never while training
+    lengths: tuple[int, ...] = ()  # () = the training length
+    tokens: int = _field(0, **NonNegative)  # read at most that many per length; 0 = the whole split
+    batch_tokens: int = _field(16384, **Positive)  # tokens handled at once
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every: int = _field(1000, **Positive)
+    keep: int = _field(2, **Positive)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices split the batch alone (`data`), and how many split batch and parameters (`fsdp`)."""
+
+    data: int = _field(0, **NonNegative)  # 0 = all devices that fsdp leaves
+    fsdp: int = _field(1, **Positive)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """Arithmetic of the model; parameters, optimiser state, softmax, losses and position products are float32."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What a run writes about itself."""
+
+    every: int = _field(50, **Positive)  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps recorded by the JAX profiler into WORKDIR/profile."""
+
+    steps: str = ""  # "10:13" = steps 10, 11 and 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is a function of."""
+
+    seed: int = _field(0, **NonNegative)
+    steps: int = _field(1000, **Positive)
+    batch_size: int = _field(32, **Positive)  # sequences of one step, over all devices
+    data: DataConfig = _section(DataConfig)
+    model: ModelConfig = _section(ModelConfig)
+    encoding: EncodingConfig = _section(EncodingConfig)
+    objective: ObjectiveConfig = _section(ObjectiveConfig)
+    optimizer: OptimizerConfig = _section(OptimizerConfig)
+    eval: EvalConfig = _section(EvalConfig)
+    checkpoint: CheckpointConfig = _section(CheckpointConfig)
+    mesh: MeshConfig = _section(MeshConfig)
+    precision: PrecisionConfig = _section(PrecisionConfig)
+    report: ReportConfig = _section(ReportConfig)
+    profile: ProfileConfig = _section(ProfileConfig)
+
+
+# Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
+FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile")
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Returns every field at its default, as a ConfigDict that config files fill in."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as nested plain dicts (tuples stay tuples)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Returns the validated config of nested dicts, such as a run's config.json (lists serve as tuples).
+
+    Raises:
+      InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
+    """
+    config = _build(Config, values, "")
+    _check(config)
+    return config
+
+
+def parse(config: ml_collections.ConfigDict) -> Config:
+    """Returns the validated, frozen form of a ConfigDict. Raises: as `from_dict`."""
+    return from_dict(config.to_dict())
+
+
+def with_encoding(config: ml_collections.ConfigDict, variant: str | None) -> ml_collections.ConfigDict:
+    """Sets the encoding kind that a config's variant names; objectives on vectors go with the encodings that have any.
+
+    Raises:
+      InputError: the variant is not an encoding kind.
+    """
+    kinds = typing.get_args(EncodingKind)
+    variant = variant or "seqpe"
+    if variant not in kinds:
+        raise InputError(f"unknown config variant '{variant}'.{suggest(variant, kinds)}")
+    config.encoding.kind = variant
+    if variant != "seqpe":
+        plain = ml_collections.ConfigDict(dataclasses.asdict(EncodingConfig()))
+        for name in ("theta", "amplitude", "reference_scaling"):
+            plain[name] = config.encoding[name]
+        plain.kind = variant
+        config.encoding = plain
+        config.objective.contrastive.weight = 0.0
+        config.objective.distillation.weight = 0.0
+        config.objective.shift.rate = 0.0
+        config.objective.skip.rate = 0.0
+    return config
+
+
+def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Returns the config of `FILE.py[:variant]` with dotted overrides, e.g. {"model.layers": 2}.
+
+    Raises:
+      InputError: no such file, variant or field, or values that do not fit.
+    """
+    name, _, variant = path.partition(":")
+    if not pathlib.Path(name).is_file():
+        raise InputError(f"no config file at {name}")
+    spec = importlib.util.spec_from_file_location("seqpe_config", name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant) if variant else module.get_config()
+    values = config.to_dict()
+    for key, value in (overrides or {}).items():
+        *sections, last = key.split(".")
+        target = values
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or last not in target:
+            raise InputError(f"unknown config field '{key}'.{suggest(key, field_names())}")
+        target[last] = value
+    return from_dict(values)
+
+
+def field_names(kind: type = Config, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all fields."""
+    names = []
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        inner = typing.get_type_hints(kind)[field.name]
+        names += field_names(inner, name + ".") if dataclasses.is_dataclass(inner) else [name]
+    return names
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns one `field: old -> new` per leaf that differs between two nested dicts."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif _plain(before) != _plain(after):
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise InputError(f"unknown config field '{prefix}{name}'.{suggest(prefix + name, field_names())}")
+    built = {}
+    for name, value in values.items():
+        hint, full = hints[name], prefix + name
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise InputError(f"config section '{full}' must hold fields, got {value!r}")
+            built[name] = _build(hint, value, full + ".")
+        else:
+            built[name] = _value(hint, value, full)
+            _limits(built[name], fields[name].metadata, full)
+    return kind(**built)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise InputError(f"config field '{name}' is {value!r}.{suggest(str(value), choices)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise InputError(f"config field '{name}' must be a list, got {value!r}")
+        return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"config field '{name}' must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+    if hint is float and not math.isfinite(value):
+        raise InputError(f"config field '{name}' must be finite, got {value}")
+    return value
+
+
+def _limits(value: Any, limits: Any, name: str) -> None:
+    low, high = limits.get("low"), limits.get("high")
+    if low is not None and value < low:
+        raise InputError(f"config field '{name}' must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise InputError(f"config field '{name}' must be at most {high}, got {value}")
+
+
+def profile_window(config: Config) -> tuple[int, int] | None:
+    """Returns (first, end) of the profiled steps, or None.
+
+    Raises:
+      InputError: `profile.steps` is not "first:end" with first < end.
+    """
+    if not config.profile.steps:
+        return None
+    first, _, end = config.profile.steps.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise InputError(f"config field 'profile.steps' must be 'first:end' (e.g. 10:13), got {config.profile.steps!r}")
+    return int(first), int(end)
+
+
+def digits_of(encoding: EncodingConfig) -> int:
+    """Returns the digits per coordinate: `digits`, or as many as `max_position` needs."""
+    return encoding.digits or count_digits(encoding.max_position, encoding.base)
+
+
+def check_positions(encoding: EncodingConfig, length: int, asked_by: str) -> None:
+    """Refuses a window that needs positions which the digits do not reach.
+
+    Raises:
+      InputError: says the largest position possible and the field to change.
+    """
+    if encoding.kind == "seqpe" and length > encoding.max_position:
+        raise InputError(
+            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
+            f"{encoding.max_position - 1} (encoding.max_position={encoding.max_position}): "
+            f"raise encoding.max_position or lower {asked_by.split('=')[0].strip()}"
+        )
+
+
+def _check(config: Config) -> None:
+    encoding, objective = config.encoding, config.objective
+    digits = digits_of(encoding)
+    if encoding.kind == "seqpe":
+        reach = largest_position(digits, encoding.base)
+        if encoding.max_position - 1 > reach:
+            needed = count_digits(encoding.max_position, encoding.base)
+            raise InputError(
+                f"encoding.max_position={encoding.max_position} needs {needed} digits in base {encoding.base}, but with "
+                f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
+                f"encoding.max_position to at most {reach + 1}"
+            )
+    check_positions(encoding, config.data.length, "data.length")
+    for length in config.eval.lengths:
+        if length < 1:
+            raise InputError(f"eval.lengths must be positive, got {length}")
+        check_positions(encoding, length, "eval.lengths")
+    _check_terms(config)
+    if config.model.width % config.model.heads:
+        raise InputError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
+    if config.batch_size % config.optimizer.accumulate:
+        raise InputError(
+            f"batch_size={config.batch_size} is not a multiple of optimizer.accumulate={config.optimizer.accumulate}"
+        )
+    part = config.batch_size // config.optimizer.accumulate
+    moved = max(objective.shift.rate, objective.skip.rate) > 0
+    if moved and part % objective.shift.sets:
+        raise InputError(
+            f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
+            f"objective.shift.sets={objective.shift.sets}"
+        )
+    if config.optimizer.warmup_steps > config.steps:
+        raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
+    if config.data.name != "stdlib_text" and not config.data.paths and config.data.name == "text_files":
+        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+    profile_window(config)
+
+
+def _check_terms(config: Config) -> None:
+    encoding, objective, length = config.encoding, config.objective, config.data.length
+    contrastive, distillation = objective.contrastive, objective.distillation
+    if encoding.kind != "seqpe":
+        for name, value in (("contrastive.weight", contrastive.weight), ("distillation.weight", distillation.weight)):
+            if value:
+                raise InputError(f"objective.{name}={value}: '{encoding.kind}' has no vectors to train; set it to 0")
+    if encoding.kind == "learned" and (objective.shift.rate or objective.skip.rate):
+        raise InputError("a learned table has no entries beyond data.length: set objective.shift.rate and skip.rate to 0")
+    if objective.shift.rate + objective.skip.rate > 1:
+        raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")
+    if contrastive.weight:
+        if len(contrastive.mixture) != 3 or min(contrastive.mixture) < 0 or abs(sum(contrastive.mixture) - 1) > 1e-6:
+            raise InputError(
+                "objective.contrastive.mixture must be three probabilities (random, hard, distributional) that add up "
+                f"to 1, got {contrastive.mixture}"
+            )
+        room = encoding.max_position - 2
+        if contrastive.candidates > room:
+            raise InputError(
+                f"objective.contrastive.candidates={contrastive.candidates}: encoding.max_position="
+                f"{encoding.max_position} leaves at most {room}"
+            )
+        if contrastive.space == "logits" and encoding.mode != "attn_scalar":
+            raise InputError("objective.contrastive.space='logits' needs encoding.mode='attn_scalar'")
+    if distillation.weight:
+        if distillation.offsets > length:
+            raise InputError(
+                f"objective.distillation.offsets={distillation.offsets} is more than data.length={length} holds"
+            )
+        if encoding.max_position < length + max(1, length // 4):
+            raise InputError(
+                f"objective.distillation needs room past data.length={length} for a shifted window, but the largest "
+                f"position possible is {encoding.max_position - 1}: raise encoding.max_position, or set "
+                "objective.distillation.weight=0"
+            )
+        if distillation.space == "logits" and encoding.mode != "attn_scalar":
+            raise InputError("objective.distillation.space='logits' needs encoding.mode='attn_scalar'")
+    skip_range = objective.skip.range or encoding.max_position
+    if objective.skip.rate and not length <= skip_range <= encoding.max_position:
+        raise InputError(
+            f"objective.skip.range={skip_range} must lie between data.length={length} and the positions there are "
+            f"(encoding.max_position={encoding.max_position})"
+        )
+    if objective.skip.rate and objective.skip.chunks > length:
+        raise InputError(f"objective.skip.chunks={objective.skip.chunks} is more than data.length={length}")

@@ -1,0 +1,248 @@
+"""Draws + one encoder call + model + terms -> loss and metrics, as a pure function of (params, batch, key, step)."""
+
+import dataclasses
+import itertools
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
+from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
+from seqpe_jax.objectives.task import cross_entropy
+from seqpe_jax.positions import sampling
+from seqpe_jax.positions.grids import grid
+
+Params = Any
+Metrics = dict[str, jax.Array]
+
+
+class Draws(NamedTuple):
+    """The positions of one step. A batch may carry its own as batch["draws"] and so replace the random ones."""
+
+    positions_PLA: jax.Array  # int32, what the model reads: P windows
+    moved: jax.Array  # bool, the windows are shifted or skipped: no teacher for distillation
+    contrastive: sampling.Contrastive | None
+    distillation: sampling.Distillation | None
+
+
+def stream(key: jax.Array, name: str) -> jax.Array:
+    """Returns the key of a named stream, the same in every process and version."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Task loss + w_c * contrastive + w_d * distillation (METHOD: paper section 3; reference's train loop).
+
+    Attributes:
+      model: module of (tokens, signal, deterministic) -> logits.
+      encoding: module of (positions) -> signal; with vectors of its own when `has_vectors`.
+      shape: the window or grid that the model trains on, one int per coordinate axis.
+      max_position, base: range of each coordinate and base of its digits.
+      heads: heads of the position vectors, or None when one vector serves them all.
+      settings: the frozen `objective` section of the config.
+      has_vectors: the encoding has vectors (SeqPE) that contrastive and distillation terms shape.
+      constrain_rows: lays encoder rows [R, ...] out over the devices; R is padded to a multiple of `row_multiple`.
+    """
+
+    model: nn.Module
+    encoding: nn.Module
+    shape: tuple[int, ...]
+    max_position: int
+    base: int
+    heads: int | None
+    settings: Any
+    has_vectors: bool
+    constrain_rows: Callable[[jax.Array], jax.Array] = lambda rows: rows
+    row_multiple: int = 1
+
+    @property
+    def length(self) -> int:
+        """Positions of one window."""
+        return math.prod(self.shape)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether some steps read shifted or skipped windows."""
+        return max(self.settings.shift.rate, self.settings.skip.rate) > 0
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns fresh parameters {"encoding": ..., "model": ...}."""
+        positions_PLA = grid(jnp.zeros(len(self.shape), jnp.int32), self.shape)[None]
+        encoding = self.encoding.init(stream(key, "encoding"), positions_PLA, shape=self.shape)
+        signal = self.encoding.apply(encoding, positions_PLA, shape=self.shape)
+        tokens_BL = jnp.zeros((1, self.length), jnp.int32)
+        model = self.model.init(stream(key, "model"), tokens_BL, signal)
+        return {"encoding": encoding.get("params", {}), "model": model["params"]}
+
+    def draw(self, key: jax.Array, step: jax.Array) -> Draws:
+        """Returns the positions of a step: a pure function of the run's key and the step."""
+        settings, shape, limit = self.settings, self.shape, self.max_position
+        now = jax.random.fold_in(key, step)
+        axes = len(shape)
+        sets = settings.shift.sets if self.may_move else 1
+        positions_PLA = jnp.broadcast_to(grid(jnp.zeros(axes, jnp.int32), shape), (sets, self.length, axes))
+        moved = jnp.zeros((), bool)
+        if self.may_move:
+            choice = jax.random.uniform(stream(now, "move"))
+            shifted = choice < settings.shift.rate
+            skipped = choice >= 1.0 - settings.skip.rate
+            moved = shifted | skipped
+            if settings.shift.rate:
+                starts_PA = sampling.shift(
+                    stream(now, "shift"), sets=sets, shape=shape, max_position=limit, starts=settings.shift.starts,
+                    subset_key=stream(key, "shift starts"),
+                )  # fmt: skip
+                positions_PLA = jnp.where(shifted, positions_PLA + starts_PA[:, None], positions_PLA)
+            if settings.skip.rate:
+                gaps_PLA = sampling.skip(
+                    stream(now, "skip"), sets=sets, shape=shape, max_position=limit, chunks=settings.skip.chunks,
+                    range=settings.skip.range or limit,
+                )  # fmt: skip
+                positions_PLA = jnp.where(skipped, gaps_PLA, positions_PLA)
+        contrastive, distillation = settings.contrastive, settings.distillation
+        return Draws(
+            positions_PLA,
+            moved,
+            sampling.contrastive(
+                stream(key, "contrastive"), step, batch=contrastive.batch, candidates=contrastive.candidates,
+                max_position=limit, axes=axes, base=self.base, mixture=contrastive.mixture,
+                hard_fraction=contrastive.hard_fraction, window=contrastive.window,
+                around_pivot=contrastive.around_pivot, past_only=contrastive.past_only,
+            ) if contrastive.weight else None,
+            sampling.distillation(
+                stream(now, "distillation"), batch=distillation.batch, offsets=distillation.offsets, shape=shape,
+                max_position=limit,
+            ) if distillation.weight else None,
+        )  # fmt: skip
+
+    def loss(
+        self, params: Params, batch: dict[str, Any], key: jax.Array, step: jax.Array, part: jax.Array | int = 0
+    ) -> tuple[jax.Array, Metrics]:
+        """Returns the training loss (scalar float32, nats) and the raw value of each term.
+
+        Args:
+          params: as returned by `init`.
+          batch: {"tokens": int32[B, L + 1]}, and optionally "weights" float32[B, L] or "draws" (`Draws`).
+          key: the run's key; step: the step; part: which part of an accumulated batch this is.
+        """
+        draws = batch["draws"] if "draws" in batch else self.draw(key, step)
+        now = jax.random.fold_in(jax.random.fold_in(key, step), part)
+        terms: Metrics = {}
+        if self.has_vectors:
+            signal, terms = self._vectors_and_terms(params["encoding"], draws, stream(now, "encoding dropout"))
+        else:
+            signal = self.signal(params, draws.positions_PLA, self.shape)
+        logits_BLV = self.model.apply(
+            {"params": params["model"]}, batch["tokens"][:, :-1], signal, deterministic=False,
+            rngs={"dropout": stream(now, "model dropout")},
+        )  # fmt: skip
+        task, _ = cross_entropy(logits_BLV, batch["tokens"][:, 1:], batch.get("weights"))
+        total = task
+        for name, value in terms.items():
+            total = total + term_weight(getattr(self.settings, name), step) * value
+        metrics = {"loss": total, "term/task": task, **{f"term/{name}": value for name, value in terms.items()}}
+        if self.may_move:
+            metrics["moved"] = draws.moved.astype(jnp.float32)
+        return total, metrics
+
+    def signal(self, params: Params, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
+        """Returns the signal of given windows as evaluation uses it (no dropout)."""
+        return self.encoding.apply({"params": params["encoding"]}, positions_PLA, shape=shape)
+
+    def token_losses(self, params: Params, signal: PositionSignal, tokens_BL: jax.Array) -> jax.Array:
+        """Returns each token's loss, float32[B, L] in nats, of windows int32[B, L + 1], without dropout."""
+        logits_BLV = self.model.apply({"params": params["model"]}, tokens_BL[:, :-1], signal)
+        return cross_entropy(logits_BLV, tokens_BL[:, 1:])[1]
+
+    def _vectors_and_terms(
+        self, params: Params, draws: Draws, dropout_key: jax.Array
+    ) -> tuple[PositionSignal, Metrics]:
+        sets, length, axes = draws.positions_PLA.shape
+        pairs, windows = draws.contrastive, draws.distillation
+        extra = [] if pairs is None else [pairs.pivots_BA, pairs.candidates_BCA.reshape(-1, axes)]
+
+        def encode(positions: list[jax.Array]) -> list[jax.Array]:
+            rows_RA = jnp.concatenate(positions)
+            count = len(rows_RA)
+            rows_RA = jnp.pad(rows_RA, ((0, -count % self.row_multiple), (0, 0)))
+            vectors_RE = self.encoding.apply(
+                {"params": params}, self.constrain_rows(rows_RA), deterministic=False, method="vectors",
+                rngs={"dropout": dropout_key},
+            )  # fmt: skip
+            ends = list(itertools.accumulate(len(part) for part in positions))[:-1]
+            return jnp.split(self.constrain_rows(vectors_RE)[:count], ends)
+
+        def at_origin() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+            students = [] if windows is None else [windows.positions_BMA.reshape(-1, axes)]
+            main_LE, *rest = encode([draws.positions_PLA[0], *extra, *students])
+            main_PLE = jnp.broadcast_to(main_LE, (sets, *main_LE.shape))
+            return main_PLE, rest[: len(extra)], rest[len(extra) :]
+
+        def moved() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+            main, *rest = encode([draws.positions_PLA.reshape(-1, axes), *extra])
+            main_PLE = main.reshape(sets, length, -1)
+            students = [] if windows is None else [jnp.zeros((windows.indices_BM.size, main.shape[-1]), main.dtype)]
+            return main_PLE, rest, students
+
+        # Only one branch runs: a moved step pays for its P windows and no students, the others for one window.
+        main_PLE, paired, students = jax.lax.cond(draws.moved, moved, at_origin) if self.may_move else at_origin()
+        signal = self.encoding.apply({"params": params}, main_PLE, method="signal")
+        terms: Metrics = {}
+        if pairs is not None:
+            terms["contrastive"] = self._contrastive(params, paired[0], paired[1], pairs.labels_B)
+        if windows is not None:
+            shape = windows.indices_BM.shape
+            value = self._distillation(params, main_PLE[0][windows.indices_BM], students[0].reshape(*shape, -1))
+            terms["distillation"] = jnp.where(draws.moved, 0.0, value)
+        return signal, terms
+
+    def _contrastive(
+        self, params: Params, pivots_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
+    ) -> jax.Array:
+        settings = self.settings.contrastive
+        batch = pivots_BE.shape[0]
+        if settings.space == "vectors":
+            return contrastive_loss(
+                pivots_BE, candidates_RE.reshape(batch, -1, pivots_BE.shape[-1]), labels_B,
+                heads=self.heads if settings.per_head else None, label_smoothing=settings.label_smoothing,
+                scale=settings.scale,
+            )  # fmt: skip
+        query, _ = self._qk(params, pivots_BE)
+        _, key = self._qk(params, candidates_RE)
+        key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
+        logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
+        return contrastive_logits_loss(logits, labels_B, label_smoothing=settings.label_smoothing)
+
+    def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
+        settings = self.settings.distillation
+        options = {"metric": settings.metric, "beta": settings.beta, "reduction": settings.reduction}
+        if settings.space == "vectors":
+            heads = self.heads if settings.per_head else None
+            return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
+
+        def similarities(vectors_BME: jax.Array) -> jax.Array:
+            query, key = self._qk(params, vectors_BME)
+            return settings.scale * jnp.einsum("...bmhf,...bnhf->...bhmn", query, key)
+
+        return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
+
+    def _qk(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        query, key = self.encoding.apply({"params": params}, flat, method="qk")
+        shape = (*query.shape[:-3], *vectors.shape[:-1], *query.shape[-2:])
+        return query.reshape(shape), key.reshape(*shape[:-1], key.shape[-1])
+
+
+def term_weight(settings: Any, step: jax.Array) -> jax.Array | float:
+    """Returns a term's weight at a step: `weight`, reached linearly over `warmup_steps`."""
+    if not settings.warmup_steps:
+        return settings.weight
+    return settings.weight * jnp.minimum(1.0, (step + 1) / settings.warmup_steps)

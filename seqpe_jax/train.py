@@ -1,0 +1,118 @@
+"""Trains a model; the same command goes on where a run was stopped.
+
+    python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
+    python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from seqpe_jax import build, command, config
+from seqpe_jax.config import Config
+from seqpe_jax.errors import InputError
+from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, write_config
+from seqpe_jax.runtime.progress import MetricsWriter
+from seqpe_jax.training import loop
+
+
+def run(settings: Config, workdir: str | pathlib.Path) -> None:
+    """Trains, or goes on training, the run of a workdir until `steps`.
+
+    Raises:
+      InputError: bad data, a workdir of another config, a damaged checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    hosts.keep_compiled_programs()
+    _check_same_run(settings, workdir)
+    parts = build.build(settings)
+    lengths = settings.eval.lengths or (settings.data.length,)
+    if settings.eval.every:
+        parts.check_lengths(lengths, "validation")
+    source = parts.source("train")
+    if hosts.is_lead():
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(parts.shapes.params))
+        print(
+            f"seqpe_jax: {hosts.describe()}\n"
+            f"  {settings.encoding.kind} on {settings.data.name}: {parameters:,} parameters, {len(source.tokens):,} "
+            f"training tokens, windows of {settings.data.length}, {settings.batch_size} to a batch\n"
+            f"  workdir {workdir}",
+            flush=True,
+        )
+        write_config(workdir, config.to_dict(settings))
+    checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
+    first = checkpoints.latest()
+    if first == settings.steps:
+        print(f"  nothing to do: step {first} is saved")
+        checkpoints.close()
+        return
+    state = parts.init_state() if first is None else checkpoints.restore(parts.shapes)
+    seconds = checkpoints.meta().get("seconds", 0.0) if first is not None else 0.0
+    if first is not None:
+        print(f"  going on from step {first}", flush=True)
+
+    def evaluate(params: object) -> dict[str, float]:
+        results = {}
+        for length in lengths:
+            result = parts.evaluate(params, length, "validation")
+            for name in ("loss", "perplexity", "bits_per_byte"):
+                results[f"eval/{name}@{length}"] = result[name]
+        return results
+
+    loop.fit(
+        state,
+        parts.train_step(),
+        parts.batches(first or 0),
+        steps=settings.steps,
+        tokens_per_step=settings.batch_size * settings.data.length,
+        checkpoints=checkpoints,
+        save_every=settings.checkpoint.every,
+        meta={"config": json.loads(json.dumps(config.to_dict(settings)))},
+        metrics=MetricsWriter(workdir, first or 0, tensorboard=settings.report.tensorboard),
+        report_every=settings.report.every,
+        evaluate=evaluate if settings.eval.every else None,
+        evaluate_every=settings.eval.every,
+        profile=config.profile_window(settings),
+        workdir=workdir,
+        seconds_before=seconds,
+    )
+
+
+def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
+    if not (workdir / "config.json").exists():
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
+        return
+    old, new = read_config(workdir), json.loads(json.dumps(config.to_dict(settings)))
+    for section in config.FREE_SECTIONS:
+        old.pop(section, None)
+        new.pop(section, None)
+    lines = config.difference(old, new)
+    if lines:
+        raise InputError(
+            f"workdir {workdir} belongs to a run with another config; it differs in {'; '.join(lines)}. Use a new "
+            "--workdir, or the same fields"
+        )
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, metrics, checkpoints")
+
+
+def main() -> None:
+    """The command."""
+    try:
+        run(config.parse(_CONFIG.value), _WORKDIR.value)
+    except (loop.NotFinite, loop.Stopped) as error:
+        print(f"{error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    command.run(main)

@@ -1,0 +1,1 @@
+"""Pure state, optimiser and step; the host loop that orders events."""

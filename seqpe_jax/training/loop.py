@@ -1,0 +1,151 @@
+"""The order of events of a run, and nothing else.
+
+Each turn: evaluate if due -> save if due or told to stop -> fetch -> dispatch -> report the previous step's metrics,
+so that the device never waits for the host -> stop when a loss is not finite, with the last good checkpoint kept.
+"""
+
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from seqpe_jax.runtime.checkpoint import Checkpoints
+from seqpe_jax.runtime.hosts import is_lead
+from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
+from seqpe_jax.training.state import TrainState
+from seqpe_jax.training.step import TrainStep
+
+
+class NotFinite(RuntimeError):
+    """A loss became infinite or not a number."""
+
+
+class Stopped(RuntimeError):
+    """The run was told to stop; its state is saved."""
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a flag while a run is on; a second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(number, self._previous[number])
+
+
+def fit(
+    state: TrainState,
+    train_step: TrainStep,
+    batches: Iterator[tuple[int, dict[str, jax.Array]]],
+    *,
+    steps: int,
+    tokens_per_step: int,
+    checkpoints: Checkpoints,
+    save_every: int,
+    meta: dict[str, Any],
+    metrics: MetricsWriter,
+    report_every: int,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    profile: tuple[int, int] | None = None,
+    workdir: pathlib.Path,
+    seconds_before: float = 0.0,
+) -> TrainState:
+    """Trains until `steps` and returns the final state, saved.
+
+    Args:
+      state: where the run stands; donated.
+      train_step: compiled; batches: (step, global batch) from the state's step on.
+      tokens_per_step: what one step reads, for the rate.
+      meta: saved beside each state; seconds_before: training seconds before this start.
+
+    Raises:
+      NotFinite: a loss is not finite; checkpoints hold the last state saved before.
+      Stopped: SIGTERM or SIGINT came; the state is saved.
+    """
+    first = int(jax.device_get(state.step))
+    progress = ProgressLine(steps, first)
+    began = time.monotonic()
+    reported = (first, began)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def report(done: int, values: dict[str, jax.Array]) -> None:
+        """Checks the metrics of `done` steps, and writes them when due."""
+        nonlocal reported
+        loss = float(values["loss"])
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss is {loss} after step {done}; the last checkpoint is of step {checkpoints.latest()}. Lower "
+                "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
+            )
+        now = time.monotonic()
+        rate = (done - reported[0]) * tokens_per_step / max(now - reported[1], 1e-9)
+        if is_lead() and (done % report_every == 0 or done == steps or done == first + 1):
+            line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
+            line["train/tokens_per_second"] = rate
+            metrics.write(done, line, time=seconds_before + now - began)
+            reported = (done, now)
+        progress.update(done, loss=loss)
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is not None:
+            report(*pending)
+            pending = None
+
+    with StopRequest() as stop:
+        for step in range(first, steps):
+            if evaluate is not None and evaluate_every and step > first and step % evaluate_every == 0:
+                settle()
+                _write(metrics, step, evaluate(state.params), seconds_before + time.monotonic() - began)
+            if stop.number is not None or (step > first and step % save_every == 0):
+                settle()
+                checkpoints.save(step, state, meta)
+            if stop.number is not None:
+                checkpoints.close()
+                metrics.close()
+                name = signal.Signals(stop.number).name
+                raise Stopped(f"{name} at step {step}: saved; the same command goes on from there")
+            if profile is not None and step == profile[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            number, batch = next(batches)
+            if number != step:
+                raise AssertionError(f"the loader gave batch {number} for step {step}")
+            state, values = train_step(state, batch)
+            if pending is not None:
+                report(*pending)
+            pending = (step + 1, values)
+            if profile is not None and step + 1 == profile[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+        settle()
+        if evaluate is not None and evaluate_every:
+            _write(metrics, steps, evaluate(state.params), seconds_before + time.monotonic() - began)
+        checkpoints.save(steps, state, meta)
+        checkpoints.close()
+    progress.close()
+    metrics.close()
+    return state
+
+
+def _write(metrics: MetricsWriter, step: int, values: dict[str, float], seconds: float) -> None:
+    if is_lead():
+        metrics.write(step, values, time=seconds)

@@ -1,0 +1,59 @@
+"""AdamW with schedules; the position encoder and the rest of the model are clipped and decayed apart."""
+
+from typing import Any
+
+import jax
+import optax
+
+PARTS = ("model", "encoder")
+
+
+def part_of(path: tuple[Any, ...]) -> str:
+    """Returns "encoder" for the digit encoder's parameters, else "model" (the qk map counts to the model)."""
+    names = [getattr(entry, "key", str(entry)) for entry in path]
+    return "encoder" if names[:2] == ["encoding", "encoder"] else "model"
+
+
+def labels(params: Any) -> Any:
+    """Returns the tree of `part_of` for each parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), params)
+
+
+def decayed(params: Any) -> Any:
+    """Returns True for matrices of linear maps; biases, norms, embeddings and tokens are never decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") == "kernel", params)
+
+
+def learning_rate(settings: Any, steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up from 0, then constant, linear or cosine to the end value."""
+    peak, end = settings.learning_rate, settings.end_learning_rate
+    rest = max(1, steps - settings.warmup_steps)
+    match settings.schedule:
+        case "linear":
+            after = optax.linear_schedule(peak, end, rest)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak if peak else 0.0)
+        case _:
+            after = optax.constant_schedule(peak)
+    if not settings.warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, settings.warmup_steps), after], [settings.warmup_steps])
+
+
+def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW over both parts.
+
+    Args:
+      settings: the frozen `optimizer` section of the config.
+      steps: length of the run, where the schedule ends.
+    """
+    schedule = learning_rate(settings, steps)
+
+    def chain(weight_decay: float) -> optax.GradientTransformation:
+        adamw = optax.adamw(
+            schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decayed
+        )
+        return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
+
+    transforms = {"model": chain(settings.weight_decay), "encoder": chain(settings.encoder_weight_decay)}
+    return optax.multi_transform(transforms, labels)

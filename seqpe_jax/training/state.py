@@ -1,0 +1,30 @@
+"""What training carries from step to step."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A run at a step. Everything random is a function of `key` and `step`, so nothing else need be restored.
+
+    Attributes:
+      step: int32[], optimiser steps done.
+      key: uint32[2], the run's key; never changes.
+      params: {"encoding": ..., "model": ...}, float32.
+      opt_state: optax state of `params`.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+def create(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Returns the state at step 0."""
+    return TrainState(jnp.zeros((), jnp.int32), key, params, optimizer.init(params))
