@@ -118,7 +118,7 @@ def fit(
                 _write(metrics, step, evaluate(state.params), seconds_before + time.monotonic() - began)
             if stop.number is not None or (step > first and step % save_every == 0):
                 settle()
-                checkpoints.save(step, state, meta)
+                checkpoints.save(step, state, meta | {"seconds": seconds_before + time.monotonic() - began})
             if stop.number is not None:
                 checkpoints.close()
                 metrics.close()
@@ -139,7 +139,7 @@ def fit(
         settle()
         if evaluate is not None and evaluate_every:
             _write(metrics, steps, evaluate(state.params), seconds_before + time.monotonic() - began)
-        checkpoints.save(steps, state, meta)
+        checkpoints.save(steps, state, meta | {"seconds": seconds_before + time.monotonic() - began})
         checkpoints.close()
     progress.close()
     metrics.close()
