@@ -136,13 +136,13 @@ class Run:
                 )
 
 
-def build(config: Config) -> Run:
-    """Returns the linked parts of a run.
+def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
+    """Returns the linked parts of a run on all devices, or on those given.
 
     Raises:
       InputError: fields contradict each other or the machine; found before anything is compiled.
     """
-    mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     part = config.batch_size // config.optimizer.accumulate
     if part % mesh.size:
         raise InputError(

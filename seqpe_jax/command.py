@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from absl import flags
 
-from seqpe_jax.errors import InputError
+from seqpe_jax import config
+from seqpe_jax.errors import InputError, suggest
 
 
 def run(main: Callable[[], None]) -> None:
@@ -16,6 +17,7 @@ def run(main: Callable[[], None]) -> None:
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
     try:
+        _check_config_arguments(sys.argv[1:])
         rest = flags.FLAGS(sys.argv)[1:]
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
@@ -26,3 +28,15 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_config_arguments(arguments: list[str]) -> None:
+    """Says in one line what `config_flags` would tell as a traceback: no such file, variant or field."""
+    for argument in arguments:
+        name, given, value = argument.lstrip("-").partition("=")
+        if name == "config" and given:
+            config.load(value)
+        elif name.startswith("config."):
+            field = name.removeprefix("config.")
+            if field not in config.field_names():
+                raise InputError(f"unknown config field '{field}'.{suggest(field, config.field_names())}")

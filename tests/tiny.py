@@ -1,0 +1,32 @@
+"""A config small enough for any test, and batches for it."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax import config
+from seqpe_jax.config import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def tiny_config(**overrides) -> Config:
+    """The quickstart's config, shrunken; overrides by dotted name with `__` for the dot."""
+    variant = overrides.pop("variant", "seqpe")
+    values = {
+        "steps": 6, "batch_size": 8, "data.length": 16, "model.layers": 2, "model.width": 24, "model.heads": 2,
+        "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
+        "objective.contrastive.batch": 4, "objective.contrastive.candidates": 6,
+        "objective.contrastive.window": 32, "objective.distillation.batch": 4, "objective.distillation.offsets": 6,
+        "optimizer.warmup_steps": 0, "checkpoint.every": 2, "report.every": 1, "eval.lengths": (16, 32),
+        "eval.tokens": 512, "report.tensorboard": False,
+    }  # fmt: skip
+    values |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return config.load(f"{ROOT}/configs/stdlib_lm.py:{variant}", values)
+
+
+def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, jnp.ndarray]:
+    """A batch of random tokens."""
+    draw = np.random.default_rng(seed).integers(0, vocabulary, (settings.batch_size, settings.data.length + 1))
+    return {"tokens": jnp.asarray(draw, jnp.int32)}

@@ -1,0 +1,48 @@
+"""Schedules, clipping apart, and what weight decay touches."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from seqpe_jax.config import OptimizerConfig
+from seqpe_jax.training.optimizer import learning_rate, make_optimizer
+
+
+@pytest.mark.parametrize("schedule,middle,end", [("linear", 0.5, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)])
+def test_schedules(schedule, middle, end):
+    settings = OptimizerConfig(learning_rate=1.0, end_learning_rate=0.1, warmup_steps=10, schedule=schedule)
+    rate = learning_rate(settings, 110)
+    assert rate(0) == 0.0 and rate(5) == pytest.approx(0.5) and rate(10) == pytest.approx(1.0)
+    assert rate(110) == pytest.approx(end)
+    assert rate(60) == pytest.approx(middle if schedule != "linear" else 0.55)
+
+
+def trees():
+    params = {"encoding": {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "qk_map": {"kernel": jnp.ones((2, 2))}},
+              "model": {"token_embedding": {"embedding": jnp.ones((3, 2))}, "dense": {"kernel": jnp.ones((2, 2))}}}  # fmt: skip
+    return params
+
+
+def test_model_and_encoder_are_clipped_apart():
+    params = trees()
+    grads = {"encoding": {"encoder": {"kernel": jnp.full((2, 2), 1e3), "bias": jnp.zeros(2)}, "qk_map": {"kernel": jnp.full((2, 2), 1e-3)}},
+             "model": {"token_embedding": {"embedding": jnp.zeros((3, 2))}, "dense": {"kernel": jnp.full((2, 2), 1e-3)}}}  # fmt: skip
+    settings = OptimizerConfig(clip=1.0, schedule="constant")
+    optimizer = make_optimizer(settings, 10)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    moments = optax.tree_utils.tree_get_all_with_path(state, "mu")
+    model, encoder = [tree for _, tree in sorted(moments, key=lambda item: "encoder" in str(item[0]))]
+    np.testing.assert_allclose(model["model"]["dense"]["kernel"], 1e-4, rtol=1e-5)  # untouched by the encoder's norm
+    np.testing.assert_allclose(encoder["encoding"]["encoder"]["kernel"], 0.1 * 0.5, rtol=1e-3)
+
+
+def test_weight_decay_spares_biases_embeddings_and_the_encoder():
+    params = trees()
+    zeros = {"encoding": {"encoder": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}, "qk_map": {"kernel": jnp.zeros((2, 2))}},
+             "model": {"token_embedding": {"embedding": jnp.zeros((3, 2))}, "dense": {"kernel": jnp.zeros((2, 2))}}}  # fmt: skip
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant"), 10)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert float(updates["model"]["dense"]["kernel"][0, 0]) == pytest.approx(-0.05)
+    for leaf in (updates["model"]["token_embedding"]["embedding"], updates["encoding"]["encoder"]["kernel"]):
+        assert float(jnp.abs(leaf).max()) == 0.0
