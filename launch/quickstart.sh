@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Set-up, then SeqPE, RoPE and ALiBi trained at one budget, evaluated past the training length, and a report.
+# Run again: a stopped run goes on, finished work is not repeated. RUNS=DIR changes the folder (runs/quickstart);
+# arguments go to train, e.g. launch/quickstart.sh --config.steps=200
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+runs="${RUNS:-runs/quickstart}"
+bash launch/setup.sh
+python=.venv/bin/python
+
+for kind in seqpe rotary alibi; do
+  echo "== $kind: train"
+  "$python" -m seqpe_jax.train --config="configs/stdlib_lm.py:$kind" --workdir="$runs/$kind" "$@"
+  result="$runs/$kind/evaluation.json"
+  # metrics.jsonl changes whenever the run trains further.
+  if [ "$result" -nt "$runs/$kind/metrics.jsonl" ]; then
+    echo "== $kind: evaluation is up to date"
+  else
+    echo "== $kind: evaluate"
+    "$python" -m seqpe_jax.evaluate --checkpoint="$runs/$kind" --output="$result"
+  fi
+done
+
+echo "== report"
+"$python" -m seqpe_jax.report --workdir="$runs" --output="$runs/report"
+grep '^|' "$runs/report/report.md"
+echo "the whole report: $runs/report/report.md"
