@@ -1,0 +1,95 @@
+"""Your own text: files, globs and directories."""
+
+import glob
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import tensorflow_datasets as tfds
+
+from seqpe_jax.data.builders.documents import (
+    SPLITS,
+    DocumentBuilder,
+    Documents,
+    chance,
+    character_start,
+    describe_file,
+    read_text,
+)
+from seqpe_jax.errors import InputError
+
+SPLIT_BY_FILE = 20  # from that many files on, whole files go to a split
+HELD_OUT = 0.05  # share of validation, and of test
+
+
+class TextFiles(DocumentBuilder):
+    """UTF-8 text files, about 90/5/5: by file from 20 files on, else each file is cut into three contiguous spans.
+
+    Args:
+      paths: files, globs (`**` crosses folders) or directories (every file below that is not hidden).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    @classmethod
+    def sources(cls, paths: tuple[str, ...]) -> list[str]:
+        return [describe_file(file, name) for name, file in find_files(paths).items()]
+
+    def documents(self) -> Mapping[str, Documents]:
+        files = find_files(self.paths)
+        if len(files) >= SPLIT_BY_FILE:
+            ranked = sorted(files, key=lambda name: (chance(name), name))
+            held = max(1, round(HELD_OUT * len(files)))
+            names = {"test": ranked[:held], "validation": ranked[held : 2 * held], "train": ranked[2 * held :]}
+            return {split: _whole({name: files[name] for name in sorted(names[split])}) for split in SPLITS}
+        return {split: _spans(files, index) for index, split in enumerate(SPLITS)}
+
+
+def _whole(files: Mapping[str, pathlib.Path]) -> Iterator[tuple[str, bytes]]:
+    for name, file in files.items():
+        yield name, read_text(file)
+
+
+def _spans(files: Mapping[str, pathlib.Path], index: int) -> Iterator[tuple[str, bytes]]:
+    for name, file in files.items():
+        text = read_text(file)
+        first, second = (_line_start(text, int(len(text) * share)) for share in (1 - 2 * HELD_OUT, 1 - HELD_OUT))
+        yield name, (text[:first], text[first:second], text[second:])[index]
+
+
+def _line_start(text: bytes, offset: int) -> int:
+    """Returns where the next line starts if that is near (within a hundredth of the text), else the next character."""
+    newline = text.find(b"\n", offset, offset + max(1, len(text) // 100))
+    return newline + 1 if newline >= 0 else character_start(text, offset)
+
+
+def find_files(paths: tuple[str, ...]) -> dict[str, pathlib.Path]:
+    """Returns the files that paths, globs and directories name, by their name below the folder common to all, sorted.
+
+    Raises:
+      InputError: no path given, or one that matches no file.
+    """
+    if not paths:
+        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+    found: set[str] = set()
+    for path in paths:
+        path = os.path.expanduser(path)
+        matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        files = {os.path.abspath(file) for match in matches for file in _below(match)}
+        if not files:
+            why = "holds no files" if matches else "does not exist and matches nothing"
+            raise InputError(f"data.paths: '{path}' {why}; give files, globs or directories of UTF-8 text")
+        found |= files
+    common = os.path.commonpath([os.path.dirname(file) for file in found])
+    named = {pathlib.Path(os.path.relpath(file, common)).as_posix(): pathlib.Path(file) for file in found}
+    return dict(sorted(named.items()))
+
+
+def _below(path: str) -> list[str]:
+    if not os.path.isdir(path):
+        return [path]
+    files = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return files

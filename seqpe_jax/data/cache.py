@@ -1,0 +1,84 @@
+"""Where prepared data lives, and how several processes write there without harm."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+
+from seqpe_jax.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: directories are still moved into place whole
+    fcntl = None
+
+UNFINISHED = ".unfinished-"
+
+
+def cache_root(cache_dir: str | os.PathLike = "") -> pathlib.Path:
+    """Returns `cache_dir`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
+    chosen = cache_dir or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
+    return pathlib.Path(chosen).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def locked(target: pathlib.Path) -> Iterator[bool]:
+    """Holds the lock of `target` (a file beside it), waiting for a process that has it.
+
+    Yields:
+      Whether the lock is held; False where the file system has no locks, and processes may do the same work twice.
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(target.parent / f".{target.name}.lock", "a")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the cache '{target.parent}' ({error.strerror}): set data.cache_dir, or SEQPE_JAX_CACHE, "
+            "to a folder that can be written"
+        ) from error
+    with handle:
+        yield _lock(handle, target)
+
+
+def _lock(handle, target: pathlib.Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that prepares {target.name}", file=sys.stderr, flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def new_directory(target: pathlib.Path, *, alone: bool) -> Iterator[pathlib.Path]:
+    """Yields an empty folder beside `target` that takes its name when the block ends well, and vanishes otherwise.
+
+    Whoever reads `target` sees it whole or not at all. With `alone` (the lock is held), what a killed process left and
+    a damaged `target` are removed; without, an existing `target` is kept, as another process has just finished it.
+    """
+    prefix = f"{UNFINISHED}{target.name}-"
+    if alone:
+        for left in target.parent.glob(prefix + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = target.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if alone and target.exists():
+            shutil.rmtree(target)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""A split of a text data set as one long array of tokens, tokenised once and kept in the cache."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tqdm  # TFDS brings it
+
+from seqpe_jax.data.builders import builder_class
+from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder
+from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.tokenizers import Tokenizer, token_dtype
+from seqpe_jax.errors import InputError, suggest
+
+FORMAT = 1  # of the files below; a new number makes old caches unread
+GROUP_BYTES = 8 << 20  # text tokenised at once
+TOKENS, SUMMARY = "tokens.bin", "summary.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSource:
+    """A split, tokenised.
+
+    Attributes:
+      tokens: uint8, uint16 or uint32[tokens], read from disk as needed; documents follow each other, with the
+        tokenizer's end of text between them where it has one.
+      bytes: UTF-8 bytes of the text.
+      words: whitespace-separated words of the text.
+      documents: how many there are.
+      fingerprint: hex digits; equal for equal tokens, on every machine.
+    """
+
+    tokens: np.ndarray
+    bytes: int
+    words: int
+    documents: int
+    fingerprint: str
+
+
+def token_source(
+    name: str,
+    *,
+    split: str,
+    tokenizer: Tokenizer,
+    paths: Sequence[str] = (),
+    data_dir: str | os.PathLike = "",
+    cache_dir: str | os.PathLike = "",
+    progress: bool = True,
+) -> TokenSource:
+    """Returns a split of a data set as tokens, preparing and tokenising it when that has not been done yet.
+
+    Safe to call from several processes at once; a killed one leaves nothing that is read later.
+
+    Args:
+      name: stdlib_text, text_files or wikitext103.
+      split: train, validation or test.
+      tokenizer: see `load_tokenizer`.
+      paths: the builder's.
+      data_dir: prepared data sets; none = CACHE_DIR/datasets.
+      cache_dir: tokens; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
+      progress: show how far long work is, on stderr.
+    Raises:
+      InputError: unknown name or split, nothing to read, not UTF-8, a split without text, a folder not writable.
+    """
+    if isinstance(paths, str):
+        paths = (paths,)
+    builder, paths = builder_class(name), tuple(os.fspath(path) for path in paths)
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
+    root = cache_root(cache_dir)
+    datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
+    data_key = builder.source_key(paths)
+    identity = json.dumps([FORMAT, data_key, split, tokenizer.fingerprint])
+    target = root / "tokens" / f"{name}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    found = _open(target)
+    if found is not None:
+        return found
+    with locked(target) as alone:
+        if (found := _open(target)) is None:
+            prepared = _prepared(builder, paths, datasets / f"{name}-{data_key}", root / "downloads", progress)
+            if split not in prepared.info.splits:
+                held = ", ".join(prepared.info.splits)
+                raise InputError(
+                    f"data set '{name}' has no text in split '{split}' (it has {held}): give more data in data.paths"
+                )
+            with new_directory(target, alone=alone) as folder:
+                _tokenise(prepared.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress)
+            found = _open(target)
+    if found is None:
+        raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
+    return found
+
+
+def _prepared(
+    kind: type[DocumentBuilder], paths: tuple[str, ...], target: pathlib.Path, downloads: pathlib.Path, progress: bool
+) -> DocumentBuilder:
+    """Returns a builder whose data set lies ready in `target`."""
+    if not target.is_dir():
+        with locked(target) as alone:
+            if not target.is_dir():
+                with new_directory(target, alone=alone) as folder:
+                    builder = kind(paths=paths, downloads=downloads, data_dir=folder)
+                    builder.prepare(progress=progress)
+    return kind(paths=paths, downloads=downloads, data_dir=target)
+
+
+def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool) -> None:
+    dtype = token_dtype(tokenizer.vocabulary_size)
+    digest = hashlib.sha256(tokenizer.fingerprint.encode())
+    separator = None if tokenizer.end_of_text is None else np.array([tokenizer.end_of_text], dtype)
+    count = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
+    previous = None
+    bar = tqdm.tqdm(total=len(records), desc=f"tokenise {title}", unit=" texts", delay=2.0, disable=not progress)
+    with bar, open(folder / TOKENS, "wb") as out:
+        for group in _groups(records):
+            encoded = tokenizer.encode_many([record["text"] for record in group])
+            for record, ids in zip(group, encoded, strict=True):
+                if record["name"] != previous:
+                    if previous is not None and separator is not None:
+                        _append(out, digest, separator)
+                        count["tokens"] += 1
+                    count["documents"] += 1
+                previous = record["name"]
+                _append(out, digest, ids.astype(dtype, copy=False))
+                count["tokens"] += ids.size
+                count["bytes"] += len(record["text"])
+                count["words"] += len(record["text"].decode("utf-8").split())
+            bar.update(len(group))
+    summary = {**count, "dtype": dtype.name, "fingerprint": digest.hexdigest()[:32]}
+    (folder / SUMMARY).write_text(json.dumps(summary))
+
+
+def _groups(records) -> Iterator[list[dict]]:
+    group, size = [], 0
+    for index in range(len(records)):
+        group.append(records[index])
+        size += len(group[-1]["text"])
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _append(out, digest, ids: np.ndarray) -> None:
+    content = np.ascontiguousarray(ids).data
+    out.write(content)
+    digest.update(content)
+
+
+def _open(target: pathlib.Path) -> TokenSource | None:
+    """Returns what `target` holds, or None when it is not there or damaged."""
+    try:
+        summary = json.loads((target / SUMMARY).read_text())
+        dtype, size = np.dtype(summary["dtype"]), int(summary["tokens"])
+        if size == 0 or (target / TOKENS).stat().st_size != size * dtype.itemsize:
+            return None
+        tokens = np.memmap(target / TOKENS, dtype=dtype, mode="r", shape=(size,))
+        return TokenSource(
+            tokens, summary["bytes"], summary["words"], summary["documents"], str(summary["fingerprint"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
