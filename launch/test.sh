@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/compiled}"
-exec .venv/bin/python -m pytest -n "${PROCESSES:-2}" "$@"
+# One file stays on one process, so that what a file's tests share is made once.
+exec .venv/bin/python -m pytest -n "${PROCESSES:-2}" --dist loadfile "$@"
