@@ -4,6 +4,7 @@ import ast
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -87,3 +88,9 @@ def test_launch_files_are_short_and_parse(path):
     assert len(path.read_text().splitlines()) < 80
     if path.suffix == ".sh":
         subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_ruff_finds_nothing():
+    pytest.importorskip("ruff")
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "."], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout

@@ -1,0 +1,81 @@
+"""What the README tells people to type exists: scripts, modules, options, configs, variants and fields."""
+
+import ast
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from seqpe_jax import config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "WORKSPACE.md")
+
+
+def commands(page: str) -> list[list[str]]:
+    """Returns the words of every command line in a page's fenced blocks (bash blocks, and lines that start so)."""
+    found = []
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if kind in ("bash", "sh") or line.startswith(("bash ", "python ")):
+                words = shlex.split(line, comments=True)
+                if words:
+                    found.append(words)
+    return found
+
+
+ALL = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def options(module: pathlib.Path) -> set[str]:
+    """Returns the names of the absl flags that a command defines."""
+    return {
+        node.args[0].value
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("DEFINE_")
+    }
+
+
+def check_train(arguments: dict[str, str]) -> None:
+    settings = {name.removeprefix("config."): value for name, value in arguments.items() if name.startswith("config.")}
+    for name in settings:
+        assert name in config.field_names(), f"no config field {name}"
+    config.load(arguments["config"])
+
+
+@pytest.mark.parametrize("page,words", ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_a_command_of_the_pages_exists(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        subprocess.run(["bash", "-n", words[1]], check=True)
+        return
+    assert words[:2] == ["python", "-m"], f"{page}: this test does not know the command {' '.join(words)}"
+    package, _, name = words[2].partition(".")
+    module = ROOT / package / f"{name}.py"
+    assert package == "seqpe_jax" and module.is_file(), f"no module {words[2]}"
+    known = options(module)
+    arguments = {}
+    for word in words[3:]:
+        assert word.startswith("--") and "=" in word, f"{page}: write {word} as --name=value"
+        option, _, value = word.removeprefix("--").partition("=")
+        assert option.split(".")[0] in known, f"{words[2]} has no option --{option}; it has {sorted(known)}"
+        arguments[option] = value
+    if "config" in arguments:
+        check_train(arguments)
+
+
+def test_the_pages_hold_commands():
+    kinds = {words[2] if words[0] == "python" else words[1] for _, words in ALL}
+    assert {"launch/quickstart.sh", "launch/test.sh", "seqpe_jax.train", "seqpe_jax.evaluate"} <= kinds
+
+
+def test_files_that_the_pages_name_are_there():
+    for page in PAGES:
+        for name in re.findall(r"`((?:configs|launch|tests|seqpe_jax)/[\w/.]*)", (ROOT / page).read_text()):
+            assert (ROOT / name).exists(), f"{page} names {name}"
+    paths = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "WORKSPACE.md").read_text())
+    for name in paths:
+        assert (ROOT / name).exists() or (ROOT / "seqpe_jax" / name).exists(), f"WORKSPACE.md names {name}"

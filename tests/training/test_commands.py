@@ -1,0 +1,232 @@
+"""Bad input ends a command with exit code 2 and one line that says what is wrong and how to fix it."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from tests.commands import Commands, train_arguments
+
+QUICKSTART = "configs/stdlib_lm.py"
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    """3000 bytes of text, of which about 150 are the test split."""
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("".join(f"line {number:4d} of text\n" for number in range(150)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(commands, text, tmp_path_factory) -> pathlib.Path:
+    """A workdir of two steps."""
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    result = commands("train", *train_arguments(workdir, text, steps=2, checkpoint__every=1))
+    assert result.code == 0, result.err
+    return workdir
+
+
+def refused(result, *words: str) -> None:
+    """Asserts exit code 2, no traceback and one line `error: ...` that holds all words."""
+    assert result.code == 2, f"exit code {result.code}\n{result.out}\n{result.err}"
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    for word in words:
+        assert word in lines[0], f"no {word!r} in: {lines[0]}"
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ([f"--config={QUICKSTART}"], ["workdir"]),
+        (["--workdir=DIR"], ["config"]),
+        (["--config=configs/nothing.py", "--workdir=DIR"], ["configs/nothing.py"]),
+        ([f"--config={QUICKSTART}:rotory", "--workdir=DIR"], ["rotory", "'rotary'"]),
+        ([f"--config={QUICKSTART}", "--workdir=DIR", "more"], ["'more'"]),
+        ([f"--config={QUICKSTART}", "--workdri=DIR"], ["workdri", "workdir"]),
+        (["--config.model.widht=96"], ["model.widht", "'model.width'"]),
+        (["--config.modle.width=96"], ["modle.width", "'model.width'"]),
+        (["--config.model=96"], ["model"]),
+        (["--config.model.width=wide"], ["model.width", "wide"]),
+        (["--config.model.width=96.5"], ["model.width", "96.5"]),
+        (["--config.model.dropout=1.5"], ["model.dropout", "at most 1", "1.5"]),
+        (["--config.steps=0"], ["steps", "at least 1"]),
+        (["--config.encoding.kind=rotory"], ["encoding.kind", "'rotary'"]),
+        (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
+        (["--config.encoding.digits=2"], ["largest position possible is 99", "encoding.digits=4"]),
+        (["--config.data.length=4096"], ["largest position possible is 2559", "encoding.max_position"]),
+        (["--config.eval.lengths=(64,4096)"], ["4096", "largest position possible is 2559", "encoding.max_position"]),
+        (
+            ["--config.objective.skip.rate=0.5", "--config.objective.skip.range=4096"],
+            ["objective.skip.range=4096", "2560", "encoding.max_position"],
+        ),
+        (["--config.data.name=text_files"], ["data.paths"]),
+        (["--config.data.name=text_file"], ["data.name", "'text_files'"]),
+    ],
+)  # fmt: skip
+def test_train_refuses_arguments(commands, tmp_path, arguments, words):
+    if not any(argument.startswith(("--config=", "--workd")) for argument in arguments):
+        arguments = [f"--config={QUICKSTART}", "--workdir=DIR", *arguments]
+    workdir = tmp_path / "run"
+    refused(commands("train", *(a.replace("DIR", str(workdir)) for a in arguments)), *words)
+    assert not workdir.exists(), "a refused command leaves no workdir behind"
+
+
+@pytest.mark.parametrize("content,words", [
+    (None, ["data.paths", "does not exist"]),
+    ({}, ["data.paths", "holds no files"]),
+    ({"empty.txt": b""}, ["empty.txt"]),
+    ({"good.txt": b"text\n" * 500, "latin.txt": b"caf\xe9\n" * 500}, ["latin.txt", "UTF-8", "3"]),
+])  # fmt: skip
+def test_train_refuses_data(commands, tmp_path, content, words):
+    folder = tmp_path / "texts"
+    if content is not None:
+        folder.mkdir()
+        for name, value in content.items():
+            (folder / name).write_bytes(value)
+    refused(commands("train", *train_arguments(tmp_path / "run", folder)), *words)
+
+
+def test_train_refuses_a_split_shorter_than_a_window(commands, tmp_path):
+    (tmp_path / "short.txt").write_text("short\n" * 2)
+    refused(commands("train", *train_arguments(tmp_path / "run", tmp_path / "short.txt")), "16")
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model": 3}', "no json"])
+def test_train_refuses_a_file_that_is_no_tokenizer(commands, text, tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    arguments = train_arguments(tmp_path / "run", text, data__tokenizer=path)
+    refused(commands("train", *arguments), "data.tokenizer", "tokenizer.json")
+
+
+def word_tokenizer(path: pathlib.Path, words: list[str]) -> None:
+    """Writes a tokenizer of whole words."""
+    import tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["[unknown]", *words])}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="[unknown]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize("words", [["line", "of", "text", "more"], ["of", "line", "text"]])
+def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_path, words):
+    path, workdir = tmp_path / "tokenizer.json", tmp_path / "run"
+    word_tokenizer(path, ["line", "of", "text"])
+    arguments = train_arguments(workdir, text, steps=1, data__tokenizer=path, eval__lengths=(16,))
+    result = commands("train", *arguments)
+    assert result.code == 0, result.err
+    word_tokenizer(path, words)  # another vocabulary, then the same size with other meanings
+    refused(commands("evaluate", f"--checkpoint={workdir}"), "tokenizer")
+
+
+def test_train_refuses_a_workdir_of_another_config(commands, text, trained):
+    arguments = train_arguments(trained, text, steps=2, checkpoint__every=1, model__layers=3, seed=5)
+    refused(commands("train", *arguments), str(trained), "model.layers: 2 -> 3", "seed: 0 -> 5")
+
+
+def test_train_refuses_a_folder_of_other_files(commands, text, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear reader")
+    refused(commands("train", *train_arguments(tmp_path, text)), str(tmp_path), "config.json")
+
+
+def test_the_same_command_again_has_nothing_to_do(commands, text, trained):
+    before = (trained / "metrics.jsonl").read_text()
+    result = commands("train", *train_arguments(trained, text, steps=2, checkpoint__every=1))
+    assert result.code == 0, result.err
+    assert "nothing to do" in result.out
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_evaluate_writes_its_results(commands, trained, tmp_path):
+    output = tmp_path / "deep" / "evaluation.json"
+    result = commands("evaluate", f"--checkpoint={trained}", "--lengths=16,48", f"--output={output}")
+    assert result.code == 0, result.err
+    report = json.loads(output.read_text())
+    assert (report["step"], report["encoding"], report["task"]) == (2, "seqpe", "language_modelling")
+    assert [entry["length"] for entry in report["results"]] == [16, 48]
+    for entry in report["results"]:
+        assert 0 < entry["loss"] < 8 and entry["tokens"] % entry["length"] == 0
+    assert (output.parent / "similarity.npz").is_file()
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--lengths=16,many"], ["--lengths", "'many'"]),
+    (["--lengths=0"], ["--lengths", "'0'"]),
+    (["--lengths=201"], ["201", "largest position possible is 199", "encoding.max_position"]),
+    (["--lengths=190"], ["190", "longer than the test split"]),
+    (["--split=tests"], ["split", "tests"]),
+    (["--lenghts=16"], ["lenghts", "lengths"]),
+])  # fmt: skip
+def test_evaluate_refuses_arguments(commands, trained, arguments, words):
+    refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
+
+
+def damage(workdir: pathlib.Path, how: str) -> None:
+    """Breaks a copy of a run."""
+    newest = workdir / "checkpoints" / "2"
+    if how == "truncated arrays":
+        files = [path for path in (newest / "state").rglob("*") if path.is_file() and path.stat().st_size > 2000]
+        assert files
+        for path in files:
+            path.write_bytes(path.read_bytes()[:100])
+    elif how == "no state":
+        shutil.rmtree(newest / "state")
+    elif how == "no checkpoint":
+        for path in (workdir / "checkpoints").iterdir():
+            shutil.rmtree(path)
+    elif how == "no checkpoints folder":
+        shutil.rmtree(workdir / "checkpoints")
+    elif how == "no config":
+        (workdir / "config.json").unlink()
+    elif how == "half a config":
+        content = (workdir / "config.json").read_text()
+        (workdir / "config.json").write_text(content[: len(content) // 2])
+    else:
+        shutil.rmtree(workdir)
+
+
+@pytest.mark.parametrize("how,words", [
+    ("truncated arrays", ["checkpoints/2", "damaged"]),
+    ("no state", ["checkpoints/2", "damaged"]),
+    ("no checkpoint", ["no finished checkpoint"]),
+    ("no checkpoints folder", ["no checkpoints"]),
+    ("no config", ["config.json"]),
+    ("half a config", ["config.json"]),
+    ("nothing at all", ["no such directory"]),
+])  # fmt: skip
+def test_evaluate_refuses_a_broken_run(commands, trained, tmp_path, how, words):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    damage(copy, how)
+    refused(commands("evaluate", f"--checkpoint={copy}"), *words)
+
+
+@pytest.mark.parametrize("how", ["truncated arrays", "no state"])
+def test_train_refuses_a_broken_checkpoint(commands, trained, text, tmp_path, how):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
+    damage(copy, how)
+    arguments = train_arguments(copy, text, steps=3, checkpoint__every=1)
+    refused(commands("train", *arguments), "checkpoints/2", "damaged")
+
+
+@pytest.mark.parametrize("name,option", [("train", "workdir"), ("evaluate", "checkpoint"), ("report", "workdir")])
+def test_help_tells_what_the_command_does(commands, name, option):
+    result = commands(name, "--help")
+    assert result.code == 0, result.err
+    assert f"python -m seqpe_jax.{name}" in result.out and f"--{option}" in result.out
