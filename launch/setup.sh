@@ -31,8 +31,9 @@ wanted=$({ "$python" --version && cat requirements.txt tests/requirements.txt; }
 if [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
-echo "set-up: installing into .venv with $("$python" --version) (about 1 GB, under a minute on a fast line)"
+echo "set-up: installing into .venv with $("$python" --version) (about 1 GB, one or two minutes)"
 rm -f .venv/installed
 "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt |
+  awk '/^ *Downloading|^ *Using cached/ { printf "."; fflush() } /^Installing/ { printf " unpacking"; fflush() } END { print "" }'
 echo "$wanted" > .venv/installed

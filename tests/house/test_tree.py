@@ -92,5 +92,6 @@ def test_launch_files_are_short_and_parse(path):
 
 def test_ruff_finds_nothing():
     pytest.importorskip("ruff")
-    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "."], cwd=ROOT, capture_output=True, text=True)
+    check = [sys.executable, "-m", "ruff", "check", "--quiet", "."]
+    found = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
