@@ -35,5 +35,5 @@ echo "set-up: installing into .venv with $("$python" --version) (about 1 GB, one
 rm -f .venv/installed
 "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt |
-  awk '/^ *Downloading|^ *Using cached/ { printf "."; fflush() } /^Installing/ { printf " unpacking"; fflush() } END { print "" }'
+  awk '/^Collecting/ { printf "."; fflush() } /^Installing/ { printf " unpacking"; fflush() } END { print "" }'
 echo "$wanted" > .venv/installed
