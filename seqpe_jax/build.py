@@ -95,7 +95,7 @@ class Run:
         batch = max(1, config.eval.batch_tokens // length)
         batch = -(-batch // self.mesh.size) * self.mesh.size
         windows = loader.evaluation_windows(source.tokens, length, batch, max_tokens=config.eval.tokens)
-        total = windows.count
+        total = windows.windows
         signal = self._signal(params, (length,))
         return perplexity(
             functools.partial(self._token_losses, params, signal),
@@ -169,12 +169,13 @@ def make_objective(config: Config, vocabulary: int, mesh: jax.sharding.Mesh) -> 
         activation=model.activation, layer_norm_epsilon=model.layer_norm_epsilon, init_std=model.init_std, dtype=dtype,
         remat=model.remat, attention_block=model.attention_block,
     )  # fmt: skip
-    fields = dataclasses.asdict(encoding)
-    fields["digits"] = digits_of(encoding)
-    module = ENCODINGS[fields.pop("kind")](
-        **fields, layers_model=model.layers, width_model=model.width, heads_model=model.heads, axes=1,
-        table_length=config.data.length,
-    )  # fmt: skip
+    offered = dataclasses.asdict(encoding) | {
+        "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
+        "heads_model": model.heads, "axes": 1, "table_length": config.data.length,
+    }  # fmt: skip
+    kind = ENCODINGS[encoding.kind]
+    fields = {field.name for field in dataclasses.fields(kind)} - {"name", "parent"}
+    module = kind(**{name: value for name, value in offered.items() if name in fields})
     return Objective(
         model=gpt2,
         encoding=module,

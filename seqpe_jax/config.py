@@ -89,7 +89,7 @@ class EncodingConfig:
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     layer_norm_epsilon: float = _field(1e-5, low=0.0)
     norm_init: float = 1.0
-    init: Literal["normal", "truncated_normal"] = "normal"
+    init_distribution: Literal["normal", "truncated_normal"] = "normal"
     init_std: float = _field(0.02, low=0.0)
     qk_init_std: float = _field(0.02, low=0.0)
     scalar_scale: float = 1.0

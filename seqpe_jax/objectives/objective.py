@@ -1,6 +1,7 @@
 """Draws + one encoder call + model + terms -> loss and metrics, as a pure function of (params, batch, key, step)."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
@@ -14,12 +15,14 @@ from flax import linen as nn
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
-from seqpe_jax.objectives.task import cross_entropy
+from seqpe_jax.objectives.task import cross_entropy, token_losses
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import grid
 
 Params = Any
 Metrics = dict[str, jax.Array]
+
+LOGIT_BLOCK = 512  # places whose logits evaluation holds at once
 
 
 class Draws(NamedTuple):
@@ -158,8 +161,10 @@ class Objective:
 
     def token_losses(self, params: Params, signal: PositionSignal, tokens_BL: jax.Array) -> jax.Array:
         """Returns each token's loss, float32[B, L] in nats, of windows int32[B, L + 1], without dropout."""
-        logits_BLV = self.model.apply({"params": params["model"]}, tokens_BL[:, :-1], signal)
-        return cross_entropy(logits_BLV, tokens_BL[:, 1:])[1]
+        variables = {"params": params["model"]}
+        hidden_BLD = self.model.apply(variables, tokens_BL[:, :-1], signal, method="hidden")
+        logits_of = functools.partial(self.model.apply, variables, method="logits")
+        return token_losses(logits_of, hidden_BLD, tokens_BL[:, 1:], LOGIT_BLOCK)
 
     def _vectors_and_terms(
         self, params: Params, draws: Draws, dropout_key: jax.Array
@@ -235,10 +240,7 @@ class Objective:
 
     def _qk(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
-        flat = vectors.reshape(-1, vectors.shape[-1])
-        query, key = self.encoding.apply({"params": params}, flat, method="qk")
-        shape = (*query.shape[:-3], *vectors.shape[:-1], *query.shape[-2:])
-        return query.reshape(shape), key.reshape(*shape[:-1], key.shape[-1])
+        return self.encoding.apply({"params": params}, vectors, method="query_key")
 
 
 def term_weight(settings: Any, step: jax.Array) -> jax.Array | float:

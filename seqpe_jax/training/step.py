@@ -57,7 +57,7 @@ def make_train_step(
         for part in PARTS:
             leaves = [leaf for label, leaf in tagged if label == part]
             if leaves:
-                metrics[f"gradient_norm/{part}"] = optax.global_norm(leaves)
+                metrics[f"gradient_norm/{part}"] = optax.tree.norm(leaves)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         return TrainState(state.step + 1, state.key, params, opt_state), metrics
 

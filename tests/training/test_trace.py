@@ -44,8 +44,8 @@ def parameters(trace, prefix):
 
 def make_objective(spec):
     encoding = ENCODINGS["seqpe"](
-        mode="attn_scalar", qk="single", max_position=spec["max_position"], digits=5, layers=2, width=48, heads=3,
-        dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=1, table_length=32,
+        mode="attn_scalar", qk="single", digits=5, layers=2, width=48, heads=3,
+        dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=1,
     )  # fmt: skip
     model = GPT2(vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
     return Objective(

@@ -1,0 +1,1 @@
+"""Position encodings: integer positions in, a `PositionSignal` out."""

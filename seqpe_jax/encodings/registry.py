@@ -1,0 +1,14 @@
+"""The encodings by the name that `encoding.kind` gives them."""
+
+from seqpe_jax.encodings.fixed import ALiBi, NoPosition, Rotary, Sinusoidal
+from seqpe_jax.encodings.learned import Learned
+from seqpe_jax.encodings.seqpe import SeqPE
+
+ENCODINGS = {
+    "seqpe": SeqPE,
+    "learned": Learned,
+    "sinusoidal": Sinusoidal,
+    "rotary": Rotary,
+    "alibi": ALiBi,
+    "none": NoPosition,
+}

@@ -1,0 +1,293 @@
+"""SeqPE: a position is a string of digits, a light transformer reads it, its vector enters attention.
+
+Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without a place, qk map's output
+[query half | key half]).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.errors import InputError
+from seqpe_jax.positions.digits import significant, to_digits
+
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+class EncoderBlock(nn.Module):
+    """A pre-LayerNorm transformer block over the digits of each row.
+
+    Attributes: as of `DigitEncoder`.
+    """
+
+    width: int
+    heads: int
+    dropout: float
+    attention_dropout: float
+    activation: str
+    layer_norm_epsilon: float
+    norm_init: float
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_RND: jax.Array, mask: jax.Array, *, last_only: bool, deterministic: bool) -> jax.Array:
+        """Returns the states [R, N, D], or [R, 1, D] of the last place when only that is read."""
+        norm = functools.partial(
+            nn.LayerNorm, epsilon=self.layer_norm_epsilon, scale_init=nn.initializers.constant(self.norm_init)
+        )
+        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init)
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        head_width = self.width // self.heads
+
+        def heads(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:-1], self.heads, head_width)
+
+        query, key, value = map(heads, jnp.split(dense(3 * self.width, name="qkv")(norm(name="norm_1")(x_RND)), 3, -1))
+        if last_only:  # the places before serve as keys and values alone
+            query, mask, x_RND = query[:, -1:], mask[..., -1:, :], x_RND[:, -1:]
+        logits = jnp.einsum("rnhk,rmhk->rhnm", query, key) / math.sqrt(head_width)
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+        weights = nn.Dropout(self.attention_dropout, deterministic=deterministic)(nn.softmax(logits))
+        mixed = jnp.einsum("rhnm,rmhk->rnhk", weights, value).reshape(x_RND.shape)
+        x_RND = x_RND + drop(dense(self.width, name="out")(mixed))
+        hidden = ACTIVATIONS[self.activation](dense(4 * self.width, name="mlp_in")(norm(name="norm_2")(x_RND)))
+        return x_RND + drop(dense(self.width, name="mlp_out")(hidden))
+
+
+class DigitEncoder(nn.Module):
+    """Reads strings of digits: positions int32[R, A] -> float32[R, output_width].
+
+    Attributes:
+      axes, base, digits, padding: how a position is written.
+      width, heads, layers, dropout, attention_dropout, activation, layer_norm_epsilon: of the transformer.
+      direction: "causal" or "bi"; cls: a learned vector after the last digit is read out, else the last digit is.
+      final_norm: LayerNorm before the projection; mask_padding: padded zeros are no keys.
+      place: "global" numbers the places over the whole string, "coordinate" anew for each coordinate.
+      temperature: divides the vectors; norm_init: LayerNorm weights at the start; kernel_init: of everything else.
+    """
+
+    output_width: int
+    axes: int
+    base: int
+    digits: int
+    padding: str
+    width: int
+    heads: int
+    layers: int
+    dropout: float
+    attention_dropout: float
+    activation: str
+    layer_norm_epsilon: float
+    direction: str
+    cls: bool
+    final_norm: bool
+    mask_padding: bool
+    place: str
+    temperature: float
+    norm_init: float
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, positions_RA: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Returns one vector per position."""
+        rows, length = positions_RA.shape[0], self.axes * self.digits
+        written = {"base": self.base, "digits": self.digits, "padding": self.padding}
+        places = length if self.place == "global" else self.digits
+        place_NE = self.param("place_embedding", self.kernel_init, (places, self.width))
+        digit_BE = self.param("digit_embedding", self.kernel_init, (self.base, self.width))
+        x_RND = digit_BE[to_digits(positions_RA, **written)] + jnp.tile(place_NE, (length // places, 1))
+        if self.axes > 1:
+            axis_AE = self.param("axis_embedding", self.kernel_init, (self.axes, self.width))
+            x_RND = x_RND + jnp.repeat(axis_AE, self.digits, axis=0)
+        if self.cls:
+            cls_E = self.param("cls", self.kernel_init, (1, self.width))[0]
+            x_RND = jnp.concatenate([x_RND, jnp.broadcast_to(cls_E, (rows, 1, self.width))], axis=1)
+        places = x_RND.shape[1]
+        mask = jnp.tril(jnp.ones((places, places), bool)) if self.direction == "causal" else jnp.ones((1, places), bool)
+        mask = jnp.broadcast_to(mask, (1, 1, places, places))
+        if self.mask_padding:
+            kept_RN = jnp.pad(significant(positions_RA, **written), ((0, 0), (0, places - length)), constant_values=True)
+            mask = mask & kept_RN[:, None, None, :]
+        for layer in range(self.layers):
+            block = EncoderBlock(
+                self.width, self.heads, self.dropout, self.attention_dropout, self.activation,
+                self.layer_norm_epsilon, self.norm_init, self.kernel_init, name=f"block_{layer}",
+            )  # fmt: skip
+            x_RND = block(x_RND, mask, last_only=layer == self.layers - 1, deterministic=deterministic)
+        x_RE = x_RND[:, -1]
+        if self.final_norm:
+            scale_init = nn.initializers.constant(self.norm_init)
+            x_RE = nn.LayerNorm(epsilon=self.layer_norm_epsilon, scale_init=scale_init, name="final_norm")(x_RE)
+        return nn.Dense(self.output_width, kernel_init=self.kernel_init, name="projection")(x_RE) / self.temperature
+
+
+class QKMap(nn.Module):
+    """One linear map of a position's vector to its query and key parts, or one per layer.
+
+    Attributes:
+      layers: number of maps, or None for a single one without a layer axis; kernel_init: of the weights.
+    """
+
+    layers: int | None
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, vectors: jax.Array) -> jax.Array:
+        """Returns [(layers,) ..., 2 E] of vectors [..., E]: query half, then key half."""
+        width = vectors.shape[-1]
+        lead = () if self.layers is None else (self.layers,)
+        kernel = self.param("kernel", self.kernel_init, (*lead, width, 2 * width))
+        bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * width))
+        if self.layers is None:
+            return vectors @ kernel + bias
+        between = (1,) * (vectors.ndim - 1)
+        return jnp.einsum("...e,lef->l...f", vectors, kernel) + bias.reshape(self.layers, *between, -1)
+
+
+class SeqPE(nn.Module):
+    """The sequential position encoding: digits -> vectors -> signal.
+
+    Attributes:
+      mode: how a vector enters the model; qk: "single" or "multi" linear map(s) to query and key parts, "none" (the
+        vector is both), "halves" (its first half is the query part, its second half the key part).
+      per_head: the vector is split over the model's heads, else one head-wide vector serves them all.
+      output_width: width of a vector; 0 = what the above ask for.
+      init_distribution, init_std, qk_init_std: of fresh weights; scalar_scale: s of attn_scalar.
+      Others: as of `DigitEncoder`; *_model, axes: of the model that reads the signal.
+    """
+
+    layers_model: int
+    width_model: int
+    heads_model: int
+    axes: int = 1
+    mode: str = "attn_scalar"
+    qk: str = "single"
+    per_head: bool = True
+    base: int = 10
+    digits: int = 5
+    padding: str = "left"
+    layers: int = 2
+    width: int = 768
+    heads: int = 12
+    direction: str = "causal"
+    cls: bool = True
+    final_norm: bool = True
+    mask_padding: bool = False
+    temperature: float = 1.0
+    output_width: int = 0
+    place: str = "global"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation: str = "gelu_tanh"
+    layer_norm_epsilon: float = 1e-5
+    norm_init: float = 1.0
+    init_distribution: str = "normal"
+    init_std: float = 0.02
+    qk_init_std: float = 0.02
+    scalar_scale: float = 1.0
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head of the model."""
+        return self.width_model // self.heads_model
+
+    @property
+    def vector_width(self) -> int:
+        """Width of a position's vector."""
+        needed = self.width_model if self.per_head or self.mode == "input_add" else self.head_width
+        if self.qk == "halves" and self.mode in ("attn_add", "attn_mul"):
+            needed *= 2
+        return self.output_width or needed
+
+    def setup(self) -> None:
+        """Makes the digit encoder and, where there is one, the qk map."""
+        self._check()
+        make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
+        kernel_init = make[self.init_distribution]
+        self.encoder = DigitEncoder(
+            output_width=self.vector_width, axes=self.axes, base=self.base, digits=self.digits, padding=self.padding,
+            width=self.width, heads=self.heads, layers=self.layers, dropout=self.dropout,
+            attention_dropout=self.attention_dropout, activation=self.activation,
+            layer_norm_epsilon=self.layer_norm_epsilon, direction=self.direction, cls=self.cls,
+            final_norm=self.final_norm, mask_padding=self.mask_padding, place=self.place,
+            temperature=self.temperature, norm_init=self.norm_init, kernel_init=kernel_init(self.init_std),
+        )  # fmt: skip
+        if self.qk in ("single", "multi"):
+            self.qk_map = QKMap(self.layers_model if self.qk == "multi" else None, kernel_init(self.qk_init_std))
+
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
+        """Returns the signal of positions int32[P, L, A]; `shape` is not read."""
+        sets, length, axes = positions_PLA.shape
+        vectors_RE = self.vectors(positions_PLA.reshape(-1, axes), deterministic)
+        return self.signal(vectors_RE.reshape(sets, length, -1))
+
+    def vectors(self, positions_RA: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Returns the vectors float32[R, E] of positions int32[R, A]."""
+        return self.encoder(positions_RA, deterministic=deterministic)
+
+    def signal(self, vectors_PLE: jax.Array) -> PositionSignal:
+        """Returns how given vectors float32[P, L, E] enter the model."""
+        if self.mode == "input_add":
+            return PositionSignal(added=vectors_PLE)
+        if self.mode == "rotary":
+            sin, cos = jnp.split(self._heads(vectors_PLE), 2, axis=-1)
+            return PositionSignal(rotation=(cos, sin))
+        pair = self.query_key(vectors_PLE)
+        name = {"attn_add": "shifts", "attn_mul": "factors", "attn_scalar": "features"}[self.mode]
+        return PositionSignal(**{name: pair}, stacked=self.qk == "multi")
+
+    def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the query and key parts, each float32[(layers,) ..., H or 1, F], of vectors [..., E].
+
+        In mode attn_scalar the query part carries s / sqrt(head width): their dot product is a final attention logit.
+        """
+        if self.qk == "none":
+            query = key = vectors
+        else:
+            mapped = vectors if self.qk == "halves" else self.qk_map(vectors)
+            query, key = jnp.split(mapped, 2, axis=-1)
+        query, key = self._heads(query), self._heads(key)
+        if self.mode == "attn_scalar":
+            query = query * (self.scalar_scale / math.sqrt(self.head_width))
+        return query, key
+
+    def _heads(self, vectors: jax.Array) -> jax.Array:
+        heads = self.heads_model if self.per_head else 1
+        return vectors.reshape(*vectors.shape[:-1], heads, vectors.shape[-1] // heads)
+
+    def _check(self) -> None:
+        """Refuses fields that contradict each other. Raises: InputError."""
+        if self.direction == "bi" and not self.cls:
+            raise InputError("encoding.direction='bi' reads the vector from CLS: set encoding.cls=True")
+        if self.width % self.heads:
+            raise InputError(f"encoding.width={self.width} is not a multiple of encoding.heads={self.heads}")
+        if self.mode in ("input_add", "rotary") and self.qk != "none":
+            raise InputError(f"encoding.mode='{self.mode}' has no query and key parts: set encoding.qk='none'")
+        width = self.vector_width
+        needed = {
+            "input_add": self.width_model,
+            "rotary": self.width_model if self.per_head else self.head_width,
+        }.get(self.mode, width)
+        if self.mode in ("attn_add", "attn_mul"):
+            needed = (self.width_model if self.per_head else self.head_width) * (2 if self.qk == "halves" else 1)
+        if width != needed:
+            raise InputError(
+                f"encoding.mode='{self.mode}' with encoding.qk='{self.qk}' needs vectors of width {needed}, but "
+                f"encoding.output_width={width}: set it to 0 or {needed}"
+            )
+        parts = (self.heads_model if self.per_head else 1) * (2 if self.qk == "halves" else 1)
+        if width % parts:
+            raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
+        if self.mode == "rotary" and self.head_width % 2:
+            raise InputError(f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd")

@@ -1,0 +1,1 @@
+"""Weights of the PyTorch reference in our layout."""

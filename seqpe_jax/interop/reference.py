@@ -1,0 +1,76 @@
+"""The PyTorch reference's parameter names -> our parameter trees.
+
+Its Conv1D weights are (in, out) like ours; its nn.Linear weights are (out, in) and are transposed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+State = Mapping[str, np.ndarray]
+Tree = dict[str, Any]
+
+
+def encoder_params(state: State) -> Tree:
+    """Returns the digit encoder's parameters of a `SequentialPE` state dict."""
+    params: Tree = {
+        "digit_embedding": state["token_of_seqpe_embed.weight"],
+        "place_embedding": state["pos_of_seqpe_embed.weight"],
+        "projection": _linear(state, "out_proj"),
+    }
+    if "cls_token_embed" in state:
+        params["cls"] = state["cls_token_embed"][0]
+    if "dim_token_embed" in state:
+        params["axis_embedding"] = state["dim_token_embed"][:, 0]
+    if "layernorm.weight" in state:
+        params["final_norm"] = _norm(state, "layernorm")
+    for layer in _layers(state, "transformers."):
+        params[f"block_{layer}"] = _block(state, f"transformers.{layer}", "layernorm_1", "layernorm_2")
+    return params
+
+
+def gpt2_params(state: State) -> Tree:
+    """Returns the model's parameters of a GPT-2 state dict (`transformer.*`); the output embedding is tied."""
+    params: Tree = {
+        "token_embedding": {"embedding": state["transformer.wte.weight"]},
+        "final_norm": _norm(state, "transformer.ln_f"),
+    }
+    for layer in _layers(state, "transformer.h."):
+        params[f"blocks_{layer}"] = _block(state, f"transformer.h.{layer}", "ln_1", "ln_2")
+    return params
+
+
+def qk_map_params(state: State) -> Tree:
+    """Returns the qk map's parameters of a GPT-2 state dict, stacked over layers where each has its own."""
+    if "transformer.pe_qk.weight" in state:
+        return _linear(state, "transformer.pe_qk")
+    maps = [_linear(state, f"transformer.h.{layer}.attn.pe_qk") for layer in _layers(state, "transformer.h.")]
+    return {name: np.stack([entry[name] for entry in maps]) for name in ("kernel", "bias")}
+
+
+def _layers(state: State, prefix: str) -> list[int]:
+    return sorted({int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)})
+
+
+def _block(state: State, prefix: str, norm_1: str, norm_2: str) -> Tree:
+    return {
+        "norm_1": _norm(state, f"{prefix}.{norm_1}"),
+        "qkv": _conv1d(state, f"{prefix}.attn.c_attn"),
+        "out": _conv1d(state, f"{prefix}.attn.c_proj"),
+        "norm_2": _norm(state, f"{prefix}.{norm_2}"),
+        "mlp_in": _conv1d(state, f"{prefix}.mlp.c_fc"),
+        "mlp_out": _conv1d(state, f"{prefix}.mlp.c_proj"),
+    }
+
+
+def _norm(state: State, name: str) -> Tree:
+    return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+
+
+def _conv1d(state: State, name: str) -> Tree:
+    return {"kernel": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+
+
+def _linear(state: State, name: str) -> Tree:
+    return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}

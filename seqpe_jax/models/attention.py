@@ -1,0 +1,108 @@
+"""The one place where queries, keys, values and a position signal meet."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from seqpe_jax.encodings.signal import Pair, PositionSignal, fit_batch
+
+
+def attend(
+    query_BLHK: jax.Array,
+    key_BSHK: jax.Array,
+    value_BSHK: jax.Array,
+    signal: PositionSignal,
+    *,
+    causal: bool = True,
+    block: int = 0,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Returns softmax(logits) @ value, [B, L, H, K] in the values' dtype.
+
+    logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says. Logits
+    and softmax are float32; so is the product of features, at full precision, whatever the dtype of q and k.
+
+    Args:
+      signal: of one layer (`PositionSignal.at_layer`).
+      causal: query l sees keys up to l + (S - L).
+      block: queries handled at once when L is larger, so that no [B, H, L, S] array exists; 0 = all at once. The
+        backward pass computes each block's logits again.
+      dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.
+    """
+    batch, length, _, head_width = query_BLHK.shape
+    query_BLHK, key_BSHK = _place(query_BLHK, key_BSHK, signal)
+    query_BLHK = query_BLHK / math.sqrt(head_width)
+    features = None if signal.features is None else tuple(field.astype(jnp.float32) for field in signal.features)
+    offset = key_BSHK.shape[1] - length
+    rate = dropout_rate if dropout_key is not None else 0.0
+
+    def rows(query: jax.Array, feature: jax.Array | None, bias: jax.Array | None, first: jax.Array | int) -> jax.Array:
+        logits = jnp.einsum("blhk,bshk->bhls", query, key_BSHK, preferred_element_type=jnp.float32)
+        if feature is not None:
+            logits = _add_sets(logits, _feature_logits(feature, features[1]))
+        if bias is not None:
+            logits = logits + bias
+        if causal:
+            last_seen = first + offset + jnp.arange(query.shape[1])
+            logits = jnp.where(jnp.arange(logits.shape[-1]) <= last_seen[:, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits)
+        if rate:
+            key = jax.random.fold_in(dropout_key, first)
+            weights = weights * jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
+        return jnp.einsum("bhls,bshk->blhk", weights.astype(value_BSHK.dtype), value_BSHK)
+
+    feature = None if features is None else features[0]
+    if not block or length <= block:
+        return rows(query_BLHK, feature, signal.bias, 0)
+
+    count = -(-length // block)
+
+    def cut(field: jax.Array | None, axis: int) -> jax.Array | None:
+        """[..., L, ...] -> [count, ..., block, ...], padded at the end."""
+        if field is None:
+            return None
+        padding = [(0, count * block - length) if at == axis else (0, 0) for at in range(field.ndim)]
+        field = jnp.pad(field, padding)
+        return jnp.moveaxis(field.reshape(*field.shape[:axis], count, block, *field.shape[axis + 1 :]), axis, 0)
+
+    firsts = jnp.arange(count) * block
+    blocks = (cut(query_BLHK, 1), cut(feature, 1), cut(signal.bias, 1), firsts)
+    mixed = jax.lax.map(lambda part: jax.checkpoint(rows)(*part), blocks)
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * block, *mixed.shape[3:])[:, :length]
+
+
+def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
+    """Applies what a signal does to q and k themselves."""
+    fit = functools.partial(fit_batch, batch=query.shape[0])
+    dtype = query.dtype
+    if signal.rotation is not None:
+        cos, sin = (fit(part) for part in signal.rotation)
+        query, key = (_rotate(array, cos, sin).astype(dtype) for array in (query, key))
+    if signal.factors is not None:
+        query, key = (array * fit(part).astype(dtype) for array, part in zip((query, key), signal.factors, strict=True))
+    if signal.shifts is not None:
+        query, key = (array + fit(part).astype(dtype) for array, part in zip((query, key), signal.shifts, strict=True))
+    return query, key
+
+
+def _rotate(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (2i, 2i + 1) of [B, L, H, K] by angles given as cos and sin [.., L, H or 1, K/2]."""
+    even, odd = array[..., 0::2].astype(jnp.float32), array[..., 1::2].astype(jnp.float32)
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(array.shape)
+
+
+def _feature_logits(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Array:
+    """Returns f_q . f_k, float32[P, H or 1, L, S]; either side may have one head for all."""
+    heads = max(query_PLHF.shape[2], key_PSHF.shape[2])
+    query, key = (jnp.broadcast_to(f, (*f.shape[:2], heads, f.shape[3])) for f in (query_PLHF, key_PSHF))
+    return jnp.einsum("plhf,pshf->phls", query, key, precision=jax.lax.Precision.HIGHEST)
+
+
+def _add_sets(logits_BHLS: jax.Array, extra_PHLS: jax.Array) -> jax.Array:
+    """Adds the logits of P position sets: sample i takes set i mod P."""
+    sets = extra_PHLS.shape[0]
+    grouped = logits_BHLS.reshape(-1, sets, *logits_BHLS.shape[1:])
+    return (grouped + extra_PHLS).reshape(logits_BHLS.shape)

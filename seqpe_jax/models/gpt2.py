@@ -1,0 +1,73 @@
+"""GPT-2 without positions of its own: they come as a `PositionSignal`."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from seqpe_jax.encodings.signal import PositionSignal, fit_batch
+from seqpe_jax.models.blocks import Block
+
+REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class GPT2(nn.Module):
+    """A causal language model with tied embeddings (Radford et al. 2019).
+
+    Attributes:
+      vocabulary, layers, width, heads: sizes; mlp_width: 0 = four times the width.
+      dropout, attention_dropout, embedding_dropout: rates while training.
+      init_std: normal; residual projections start smaller by sqrt(2 * layers).
+      dtype: of the arithmetic; parameters are float32.
+      remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
+      attention_block: see `models.attention.attend`.
+    """
+
+    vocabulary: int
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int = 0
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    embedding_dropout: float = 0.1
+    activation: str = "gelu_tanh"
+    layer_norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    attention_block: int = 0
+
+    def setup(self) -> None:
+        """Makes the embedding, the blocks and the final norm."""
+        init = nn.initializers.normal(self.init_std)
+        self.token_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], static_argnums=(3,))
+        self.blocks = [
+            block(
+                self.width, self.heads, self.mlp_width or 4 * self.width, self.layers, self.dropout,
+                self.attention_dropout, self.activation, self.layer_norm_epsilon, self.init_std, self.dtype,
+                self.attention_block,
+            )
+            for _ in range(self.layers)
+        ]  # fmt: skip
+        self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
+        self.embedding_drop = nn.Dropout(self.embedding_dropout)
+
+    def __call__(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
+        """Returns the logits of the next token, float32[B, L, V], of tokens int32[B, L]."""
+        return self.logits(self.hidden(tokens_BL, signal, deterministic))
+
+    def hidden(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
+        """Returns the final states [B, L, D]."""
+        x_BLD = self.token_embedding(tokens_BL)
+        if signal.added is not None:
+            x_BLD = x_BLD + fit_batch(signal.added, tokens_BL.shape[0])
+        x_BLD = self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)
+        for layer, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, signal.at_layer(layer), deterministic)
+        return self.final_norm(x_BLD)
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Returns the logits float32[B, L, V] of final states, through the transposed token embedding."""
+        embedding_VD = self.token_embedding.embedding.astype(self.dtype)
+        return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
