@@ -6,9 +6,14 @@ import shutil
 
 import pytest
 
-from tests.commands import Commands, train_arguments
+from tests.commands import CONFIG, Commands, train_arguments
 
 QUICKSTART = "configs/stdlib_lm.py"
+# The terms compile for longer than everything else together, and nothing here depends on them.
+PLAIN = {
+    "checkpoint__every": 1, "objective__contrastive__weight": 0, "objective__distillation__weight": 0,
+    "objective__shift__rate": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def text(tmp_path_factory) -> pathlib.Path:
 def trained(commands, text, tmp_path_factory) -> pathlib.Path:
     """A workdir of two steps."""
     workdir = tmp_path_factory.mktemp("run") / "tiny"
-    result = commands("train", *train_arguments(workdir, text, steps=2, checkpoint__every=1))
+    result = commands("train", *train_arguments(workdir, text, steps=2, **PLAIN))
     assert result.code == 0, result.err
     return workdir
 
@@ -84,7 +89,7 @@ def test_train_refuses_arguments(commands, tmp_path, arguments, words):
 @pytest.mark.parametrize("content,words", [
     (None, ["data.paths", "does not exist"]),
     ({}, ["data.paths", "holds no files"]),
-    ({"empty.txt": b""}, ["empty.txt"]),
+    ({"empty.txt": b""}, ["no text"]),
     ({"good.txt": b"text\n" * 500, "latin.txt": b"caf\xe9\n" * 500}, ["latin.txt", "UTF-8", "3"]),
 ])  # fmt: skip
 def test_train_refuses_data(commands, tmp_path, content, words):
@@ -125,15 +130,16 @@ def word_tokenizer(path: pathlib.Path, words: list[str]) -> None:
 def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_path, words):
     path, workdir = tmp_path / "tokenizer.json", tmp_path / "run"
     word_tokenizer(path, ["line", "of", "text"])
-    arguments = train_arguments(workdir, text, steps=1, data__tokenizer=path, eval__lengths=(16,))
+    fields = {"steps": 1, "data__tokenizer": path, "eval__lengths": (16,)}
+    arguments = train_arguments(workdir, text, config=f"{CONFIG}:rotary", **fields)
     result = commands("train", *arguments)
     assert result.code == 0, result.err
     word_tokenizer(path, words)  # another vocabulary, then the same size with other meanings
-    refused(commands("evaluate", f"--checkpoint={workdir}"), "tokenizer")
+    refused(commands("evaluate", f"--checkpoint={workdir}"), "data.tokenizer")
 
 
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):
-    arguments = train_arguments(trained, text, steps=2, checkpoint__every=1, model__layers=3, seed=5)
+    arguments = train_arguments(trained, text, steps=2, model__layers=3, seed=5, **PLAIN)
     refused(commands("train", *arguments), str(trained), "model.layers: 2 -> 3", "seed: 0 -> 5")
 
 
@@ -144,7 +150,7 @@ def test_train_refuses_a_folder_of_other_files(commands, text, tmp_path):
 
 def test_the_same_command_again_has_nothing_to_do(commands, text, trained):
     before = (trained / "metrics.jsonl").read_text()
-    result = commands("train", *train_arguments(trained, text, steps=2, checkpoint__every=1))
+    result = commands("train", *train_arguments(trained, text, steps=2, **PLAIN))
     assert result.code == 0, result.err
     assert "nothing to do" in result.out
     assert (trained / "metrics.jsonl").read_text() == before
@@ -221,7 +227,7 @@ def test_train_refuses_a_broken_checkpoint(commands, trained, text, tmp_path, ho
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
     damage(copy, how)
-    arguments = train_arguments(copy, text, steps=3, checkpoint__every=1)
+    arguments = train_arguments(copy, text, steps=3, **PLAIN)
     refused(commands("train", *arguments), "checkpoints/2", "damaged")
 
 
