@@ -1,0 +1,1 @@
+"""Positions as integers: grids, digits, permutations and random draws; no parameters."""

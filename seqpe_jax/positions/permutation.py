@@ -1,0 +1,45 @@
+"""A keyed bijection of range(n): draws without replacement, and passes over all positions, with no table and no sort.
+
+A Feistel network over the smallest even number of bits that holds n, walked until it lands below n.
+"""
+
+import jax
+import jax.numpy as jnp
+
+ROUNDS = 6
+LIMIT = 2**30  # positions that one permutation may hold
+
+
+def permute(key: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
+    """Returns where each index stands in a pseudo-random order of range(n): distinct indices, distinct results.
+
+    Args:
+      key: PRNG key that fixes the order.
+      index: int32[...], each in [0, n).
+      n: 1 <= n <= 2**30; may be traced.
+    """
+    n = jnp.asarray(n, jnp.uint32)
+    bits = 32 - jax.lax.clz(jnp.maximum(n, 2) - 1)
+    half = (bits + 1) // 2
+    mask = (jnp.uint32(1) << half) - 1
+    round_keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
+
+    def network(value: jax.Array) -> jax.Array:
+        left, right = value >> half, value & mask
+        for round_ in range(ROUNDS):
+            left, right = right, left ^ (_mix(right ^ round_keys[round_]) & mask)
+        return left << half | right
+
+    walked = jax.lax.while_loop(
+        lambda value: jnp.any(value >= n),
+        lambda value: jnp.where(value >= n, network(value), value),
+        network(index.astype(jnp.uint32)),
+    )
+    return walked.astype(jnp.int32)
+
+
+def _mix(value: jax.Array) -> jax.Array:
+    """Spreads each bit over the word by multiplying and shifting."""
+    value = (value ^ (value >> 16)) * jnp.uint32(0x7FEB352D)
+    value = (value ^ (value >> 15)) * jnp.uint32(0x846CA68B)
+    return value ^ (value >> 16)
