@@ -18,16 +18,24 @@ def permute(key: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
       index: int32[...], each in [0, n).
       n: 1 <= n <= 2**30; may be traced.
     """
+    return permute_with(jax.random.bits(key, (ROUNDS,), jnp.uint32), index, n)
+
+
+def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
+    """As `permute`, many orders at once.
+
+    Args:
+      round_keys: uint32[..., ROUNDS], random bits that fix the orders; index, n: int32 that broadcast to [...].
+    """
     n = jnp.asarray(n, jnp.uint32)
     bits = 32 - jax.lax.clz(jnp.maximum(n, 2) - 1)
     half = (bits + 1) // 2
     mask = (jnp.uint32(1) << half) - 1
-    round_keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
 
     def network(value: jax.Array) -> jax.Array:
         left, right = value >> half, value & mask
         for round_ in range(ROUNDS):
-            left, right = right, left ^ (_mix(right ^ round_keys[round_]) & mask)
+            left, right = right, left ^ (_mix(right ^ round_keys[..., round_]) & mask)
         return left << half | right
 
     walked = jax.lax.while_loop(

@@ -14,7 +14,7 @@ import numpy as np
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import count_digits
 from seqpe_jax.positions.grids import grid
-from seqpe_jax.positions.permutation import LIMIT, permute
+from seqpe_jax.positions.permutation import LIMIT, ROUNDS, permute, permute_with
 
 HARD_TRIES = 64  # rounds of digit edits; nearly all candidates are done after a dozen
 EDIT_TRIES = 4  # draws of one swap or substitution
@@ -139,26 +139,28 @@ def contrastive(
     extent = (max_position,) * axes
     pivot_key, draw_key = jax.random.split(key)
     count = jnp.asarray(step, jnp.int32) * batch + jnp.arange(batch)
-    epoch_keys = jax.vmap(lambda epoch: jax.random.fold_in(pivot_key, epoch))(count // (total - first))
-    order = jax.vmap(lambda key, index: permute(key, index, total - first))(epoch_keys, count % (total - first))
-    pivots_B = first + order
+    # A batch may end one epoch and begin the next.
+    epoch = count[0] // (total - first)
+    orders = jnp.stack([jax.random.bits(jax.random.fold_in(pivot_key, epoch + at), (ROUNDS,)) for at in (0, 1)])
+    order_B = permute_with(orders[count // (total - first) - epoch], count % (total - first), total - first)
+    pivots_B = first + order_B
     pivots_BA = _unravel(pivots_B, extent)
-    keys = jax.random.split(jax.random.fold_in(draw_key, step), (4, batch))
+    keys = jax.random.split(jax.random.fold_in(draw_key, step), 4)
 
     below_B = pivots_B if past_only else jnp.full(batch, total)
-    uniform_BC = jax.vmap(lambda key, n: permute(key, jnp.arange(candidates + 1), n))(keys[0], below_B)
+    uniform_BC = _distinct(keys[0], below_B, candidates + 1)
     uniform = _unravel(uniform_BC, extent)
     specials = [jnp.full((batch, candidates + 1), -1)]
-    for wanted, make in ((mixture[1], _hard), (mixture[2], _box)):
+    for wanted, key, make in ((mixture[1], keys[1], _hard), (mixture[2], keys[2], _box)):
         made = specials[0]
         if wanted > 0:
             made = make(
-                keys[1], pivots_BA, uniform, candidates=candidates, max_position=max_position, base=base,
+                key, pivots_BA, uniform, candidates=candidates, max_position=max_position, base=base,
                 hard_fraction=hard_fraction, window=window, around_pivot=around_pivot, past_only=past_only,
             )  # fmt: skip
             made = jnp.pad(made, ((0, 0), (0, candidates + 1 - made.shape[1])), constant_values=-1)
         specials.append(made)
-    draw_B = jax.vmap(jax.random.uniform)(keys[2])
+    draw_B = jax.random.uniform(keys[3], (batch,))
     edges = np.cumsum(mixture) / sum(mixture)
     kind_B = (draw_B >= edges[0]).astype(jnp.int32) + (draw_B >= edges[1]).astype(jnp.int32)
     special_BC = jnp.stack(specials)[kind_B, jnp.arange(batch)]
@@ -203,7 +205,7 @@ def distillation(
         return key, jnp.where(inside(start_BA)[:, None], draw(now), start_BA)
 
     _, start_BA = jax.lax.while_loop(lambda state: inside(state[1]).any(), again, (start_key, draw(start_key)))
-    indices_BM = jax.vmap(lambda key: permute(key, jnp.arange(offsets), size))(jax.random.split(offset_key, batch))
+    indices_BM = _distinct(offset_key, jnp.full(batch, size), offsets)
     origin_LA = grid(jnp.zeros(axes, jnp.int32), shape)
     return Distillation(indices_BM, origin_LA[indices_BM] + start_BA[:, None])
 
@@ -253,43 +255,42 @@ def _first_distinct(values_BN: jax.Array, pivots_B: jax.Array, count: int) -> ja
     return jnp.zeros((values_BN.shape[0], count), jnp.int32).at[rows_B1, rank_BN].set(values_BN, mode="drop")
 
 
+def _distinct(key: jax.Array, limits_B: jax.Array, count: int) -> jax.Array:
+    """Distinct draws int32[B, count] below each limit."""
+    round_keys = jax.random.bits(key, (len(limits_B), 1, ROUNDS))
+    return permute_with(round_keys, jnp.broadcast_to(jnp.arange(count), (len(limits_B), count)), limits_B[:, None])
+
+
 def _box(
-    keys: jax.Array, pivots_BA: jax.Array, uniform: jax.Array, *, candidates: int, max_position: int, window: int,
+    key: jax.Array, pivots_BA: jax.Array, uniform: jax.Array, *, candidates: int, max_position: int, window: int,
     around_pivot: bool, past_only: bool, **_: object,
 ) -> jax.Array:  # fmt: skip
     """Distinct flat positions int32[B, up to C + 1] from one box per pivot; one to spare where the pivot is in it."""
-    axes = pivots_BA.shape[1]
+    batch, axes = pivots_BA.shape
     side = min(max_position, max(window, int((5 * candidates) ** (1 / axes) + 1e-9)))
     taken = min(candidates + around_pivot, side**axes)
-
-    def one(key: jax.Array, pivot_A: jax.Array) -> jax.Array:
-        start_key, place_key = jax.random.split(key)
-        if past_only:
-            wide = jnp.minimum(side, pivot_A[0])
-            last_start = pivot_A - wide
-        else:
-            wide, last_start = side, jnp.full(axes, max_position - side)
-        if not around_pivot:
-            start_A = jax.random.randint(start_key, (axes,), 0, last_start + 1)
-        elif past_only:
-            start_A = last_start
-        else:
-            start_A = jnp.clip(pivot_A - side // 2, 0, last_start)
-        flat = permute(place_key, jnp.arange(taken), wide**axes)
-        return _ravel(start_A + _unravel(flat, (side,) * axes), max_position)
-
-    return jax.vmap(one)(keys, pivots_BA)
+    wide_B1 = jnp.minimum(side, pivots_BA[:, :1]) if past_only else jnp.full((batch, 1), side)
+    last_start_BA = (pivots_BA if past_only else max_position) - wide_B1
+    start_key, place_key = jax.random.split(key)
+    if not around_pivot:
+        start_BA = jax.random.randint(start_key, (batch, axes), 0, last_start_BA + 1)
+    elif past_only:
+        start_BA = last_start_BA
+    else:
+        start_BA = jnp.clip(pivots_BA - side // 2, 0, last_start_BA)
+    flat_BC = _distinct(place_key, wide_B1[:, 0] ** axes, taken)
+    return _ravel(start_BA[:, None] + _unravel(flat_BC, (side,) * axes), max_position)
 
 
 def _hard(
-    keys: jax.Array, pivots_BA: jax.Array, uniform: jax.Array, *, candidates: int, max_position: int, base: int,
+    key: jax.Array, pivots_BA: jax.Array, uniform: jax.Array, *, candidates: int, max_position: int, base: int,
     hard_fraction: float, past_only: bool, **_: object,
 ) -> jax.Array:  # fmt: skip
     """Flat positions int32[B, hard_fraction * C] that look like the pivot's digits, -1 where too near."""
     count = int(candidates * hard_fraction)
     compared = uniform[:, : candidates + 1 - count]
     nearest_B = _distance(compared, pivots_BA[:, None]).min(axis=1)
-    edited_BCA, done_BC = jax.vmap(lambda key, pivot: _edit(key, pivot, count, max_position, base))(keys, pivots_BA)
+    edited_BCA, done_BC = _edit(key, jnp.repeat(pivots_BA[:, None], count, axis=1), max_position, base)
     far_BC = _distance(edited_BCA, pivots_BA[:, None]) > nearest_B[:, None]
     keep_BC = far_BC & done_BC
     if past_only:
@@ -298,22 +299,24 @@ def _hard(
 
 
 def _edit(
-    key: jax.Array, pivot_A: jax.Array, count: int, max_position: int, base: int
+    key: jax.Array, positions: jax.Array, max_position: int, base: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Applies 1 to 3 random digit edits to a pivot, `count` times: (positions int32[C, A], whether all were done)."""
-    axes = pivot_A.shape[0]
+    """Applies 1 to 3 random digit edits to each position int32[..., A]: (edited, whether all edits were done)."""
+    *lead, axes = positions.shape
     places = count_digits(max_position, base)
     powers = np.array([base**power for power in range(places + 1) if base**power < 2**31], np.int32)
+    pivot_CA = positions.reshape(-1, axes)
+    total = len(pivot_CA)
     wanted_key, key = jax.random.split(key)
-    wanted_C = jax.random.randint(wanted_key, (count,), 1, 4)
-    pivot_CA = jnp.broadcast_to(pivot_A, (count, axes))
+    wanted_C = jax.random.randint(wanted_key, (total,), 1, 4)
 
     def body(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         key, tries, values_CA, done_C = state
-        key, *now = jax.random.split(key, 8)
-        axis_C = jax.random.randint(now[0], (count,), 0, axes)
+        key, now = jax.random.split(key)
+        bits = jax.random.bits(now, (2 + 4 * EDIT_TRIES, total))  # one draw of bits: it compiles once
+        axis_C = (bits[0] % axes).astype(jnp.int32)
         number_C = jnp.take_along_axis(values_CA, axis_C[:, None], axis=1)[:, 0]
-        edited_C, allowed_C = _edit_number(now[1:], number_C, powers, places, base)
+        edited_C, allowed_C = _edit_number(bits[1:], number_C, powers, places, base)
         next_CA = jnp.where(jnp.arange(axes) == axis_C[:, None], edited_C[:, None], values_CA)
         allowed_C &= (edited_C < max_position) & (edited_C >= 0) & (next_CA != pivot_CA).any(axis=1)
         allowed_C &= done_C < wanted_C
@@ -322,19 +325,20 @@ def _edit(
     def unfinished(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return (state[3] < wanted_C).any() & (state[1] < HARD_TRIES)
 
-    start = (key, jnp.zeros((), jnp.int32), pivot_CA, jnp.zeros(count, jnp.int32))
+    start = (key, jnp.zeros((), jnp.int32), pivot_CA, jnp.zeros(total, jnp.int32))
     _, _, values_CA, done_C = jax.lax.while_loop(unfinished, body, start)
-    return values_CA, done_C == wanted_C
+    return values_CA.reshape(positions.shape), (done_C == wanted_C).reshape(lead)
 
 
 def _edit_number(
-    keys: list[jax.Array], number_C: jax.Array, powers: np.ndarray, places: int, base: int
+    bits: jax.Array, number_C: jax.Array, powers: np.ndarray, places: int, base: int
 ) -> tuple[jax.Array, jax.Array]:
     """Tries one random edit of each number, written without leading zeros: (result, whether it is allowed).
 
-    The four edits are equally likely: insert a digit, delete one, swap two, substitute one. Places count from the right.
+    `bits` is uint32[1 + 4 * EDIT_TRIES, C] of randomness. The four edits are equally likely: insert a digit, delete one, swap two, substitute one. Places count from the right.
     """
     powers = jnp.asarray(powers)
+    which, bits = (bits[0] % 4).astype(jnp.int32), bits[1:].reshape(4, EDIT_TRIES, -1)
     length_C = jnp.maximum(1, (number_C[:, None] >= powers[:places]).sum(axis=1))
 
     def power(place: jax.Array) -> jax.Array:
@@ -343,23 +347,23 @@ def _edit_number(
     def digit(place: jax.Array) -> jax.Array:
         return number_C // power(place) % base
 
-    def below(key: jax.Array, limit: jax.Array) -> jax.Array:
-        return jax.random.randint(key, (EDIT_TRIES, *number_C.shape), 0, jnp.maximum(limit, 1))
+    def below(bits: jax.Array, limit: jax.Array | int) -> jax.Array:
+        return (bits % jnp.maximum(limit, 1).astype(jnp.uint32)).astype(jnp.int32)
 
     leading = length_C - 1
     # Insert before the first digit, between two, or after the last; never a leading zero.
-    place = below(keys[0], length_C + 1)
-    new = jnp.where(place == length_C, 1 + below(keys[1], base - 1), below(keys[2], base))
+    place = below(bits[0, 0], length_C + 1)
+    new = jnp.where(place == length_C, 1 + below(bits[1, 0], base - 1), below(bits[1, 0], base))
     inserted = (number_C // power(place) * base + new) * power(place) + number_C % power(place)
     can_insert = (length_C < places) & (length_C + 1 < len(powers))
     # Delete; the first digit stays where a zero would come first.
     second_is_zero = digit(leading - 1) == 0
-    place = below(keys[0], jnp.where(second_is_zero, leading, length_C))
+    place = below(bits[0, 0], jnp.where(second_is_zero, leading, length_C))
     deleted = number_C // power(place) // base * power(place) + number_C % power(place)
     can_delete = length_C > 1
     # Swap two different digits, and substitute one: the first of a few tries that changes something and leaves no
     # leading zero, so that these edits come about as often as the others.
-    one, other, new = (below(key, limit) for key, limit in ((keys[3], length_C), (keys[4], leading), (keys[2], base)))
+    one, other, new = below(bits[0], length_C), below(bits[2], leading), below(bits[3], base)
     other = other + (other >= one)
     swapped = number_C + (digit(one) - digit(other)) * (power(other) - power(one))
     leads = (one == leading) & (digit(other) == 0) | (other == leading) & (digit(one) == 0)
@@ -367,8 +371,7 @@ def _edit_number(
     substituted = number_C + (new - digit(one)) * power(one)
     substituted, can_substitute = _first_allowed(substituted, (new != digit(one)) & ~((one == leading) & (new == 0)))
 
-    which = jax.random.randint(keys[5], number_C.shape, 0, 4)
-    results = jnp.stack([inserted[0], deleted[0], swapped, substituted])
+    results = jnp.stack([inserted, deleted, swapped, substituted])
     allowed = jnp.stack([can_insert, can_delete, can_swap, can_substitute])
     pick = which, jnp.arange(len(number_C))
     return results[pick], allowed[pick]
