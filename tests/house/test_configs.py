@@ -14,6 +14,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 KINDS = typing.get_args(config.EncodingKind)
 ALL = [(path, kind) for path in CONFIGS for kind in KINDS]
+# The fast lane takes the quickstart's pair.
+RUN = [
+    pytest.param(case, marks=() if case[0].stem == "stdlib_lm" and case[1] in ("seqpe", "rotary") else pytest.mark.slow)
+    for case in ALL
+]
 
 # Sizes only: what a config computes stays its own.
 SHRUNKEN = {
@@ -47,7 +52,7 @@ def test_a_config_page_tells_its_command(path):
     assert config.load(str(path)) == config.parse(page.get_config())
 
 
-@pytest.mark.parametrize("case", ALL, ids=name)
+@pytest.mark.parametrize("case", RUN, ids=name)
 def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     from seqpe_jax import train
 

@@ -15,11 +15,12 @@ import pytest
 
 from tests.commands import ROOT, environment, train_arguments
 
-STEPS = 240
+STEPS = 400
 CLOCK = ("time", "train/tokens_per_second")  # these may differ
 FIELDS = {
-    "steps": STEPS, "checkpoint__every": 40, "report__every": 4, "eval__every": 60, "eval__lengths": (16, 32),
-    "objective__shift__rate": 0.3, "model__dropout": 0.1, "encoding__dropout": 0.1,
+    "steps": STEPS, "checkpoint__every": 40, "report__every": 4, "eval__every": 100, "eval__lengths": (16, 32),
+    "model__layers": 1, "model__dropout": 0.1, "encoding__layers": 1, "encoding__dropout": 0.1,
+    "objective__shift__rate": 0.3,
 }  # fmt: skip
 
 
@@ -56,10 +57,10 @@ def lines(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def interrupt(process: subprocess.Popen, workdir: pathlib.Path, step: int, number: int) -> tuple[int, str]:
-    """Sends a signal once a step is reported; returns (exit code, stderr)."""
+def interrupt(process: subprocess.Popen, workdir: pathlib.Path, after: int, number: int) -> tuple[int, str]:
+    """Sends a signal once a step beyond `after` is saved, and later ones reported; returns (exit code, stderr)."""
     deadline = time.monotonic() + 300
-    while not any(line["step"] >= step for line in lines(workdir)):
+    while not (newest(workdir) > after and lines(workdir)[-1]["step"] > newest(workdir) + FIELDS["report__every"]):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -68,8 +69,9 @@ def interrupt(process: subprocess.Popen, workdir: pathlib.Path, step: int, numbe
     return process.returncode, err
 
 
-def saved(workdir: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+def newest(workdir: pathlib.Path) -> int:
+    """Returns the last step whose checkpoint is finished, or 0."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
 
 
 def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
@@ -91,15 +93,16 @@ def uninterrupted(text, cache, tmp_path_factory) -> pathlib.Path:
 
 def test_killed_stopped_and_resumed_equals_uninterrupted(text, cache, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    code, _ = interrupt(start(workdir, text, cache), workdir, 60, signal.SIGKILL)
+    code, _ = interrupt(start(workdir, text, cache), workdir, 0, signal.SIGKILL)
     assert code == -signal.SIGKILL, "the run was over before it could be killed"
-    killed_at = saved(workdir)[-1]
+    killed_at = newest(workdir)
     assert 0 < killed_at < STEPS
 
-    code, err = interrupt(start(workdir, text, cache), workdir, killed_at + 44, signal.SIGTERM)
+    code, err = interrupt(start(workdir, text, cache), workdir, killed_at, signal.SIGTERM)
     assert code == 1 and "saved" in err and "Traceback" not in err, err
-    stopped_at = saved(workdir)[-1]
-    assert killed_at + 44 <= stopped_at < STEPS, "the step that was reached is saved before the process ends"
+    stopped_at = newest(workdir)
+    assert killed_at < stopped_at < STEPS
+    assert lines(workdir)[-1]["step"] <= stopped_at, "the step that was reached is saved before the process ends"
     assert f"step {stopped_at}" in err
 
     with open(workdir / "metrics.jsonl", "a") as file:
@@ -123,7 +126,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(text, cache, uninterrup
 
 
 def test_the_state_did_change(uninterrupted):
-    first, last = saved(uninterrupted)[0], STEPS
-    before, after = arrays(uninterrupted, first), arrays(uninterrupted, last)
+    first = STEPS - FIELDS["checkpoint__every"]
+    before, after = arrays(uninterrupted, first), arrays(uninterrupted, STEPS)
     moved = [name for name in before if "params" in name and not np.array_equal(before[name], after[name])]
     assert len(moved) > 20
