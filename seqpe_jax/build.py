@@ -17,7 +17,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
 from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.models.gpt2 import GPT2
-from seqpe_jax.objectives.objective import Objective, Params
+from seqpe_jax.objectives.objective import Metrics, Objective, Params
 from seqpe_jax.positions.grids import grid
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training import optimizer as optimizers
@@ -46,13 +46,19 @@ class Run:
     def train_step(self) -> TrainStep:
         """Returns the compiled-on-first-call train step; the state that goes in is donated."""
         step = make_train_step(
-            self.objective.loss,
+            self._loss,
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))
+
+    def _loss(self, params: Params, *arguments: Any) -> tuple[jax.Array, Metrics]:
+        """The objective on whole parameters: what fsdp splits in store is gathered for use."""
+        if self.mesh.shape["fsdp"] > 1:
+            params = jax.lax.with_sharding_constraint(params, layout.replicated(self.mesh))
+        return self.objective.loss(params, *arguments)
 
     def source(self, split: str, progress: bool = True) -> text.TokenSource:
         """Returns the tokens of a split. Raises: InputError as `data.text.token_source`."""
@@ -104,7 +110,7 @@ class Run:
             tokens_of_split=len(source.tokens),
             bytes_of_split=source.bytes,
             words_of_split=source.words if self.tokenizer.name != "bytes" else None,
-            put=functools.partial(layout.to_global, self.mesh),
+            put=functools.partial(layout.whole_to_global, self.mesh),
             progress=lambda done: progress(done, total),
         )
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -60,6 +61,7 @@ def run(checkpoint: str, lengths: tuple[int, ...] = (), split: str = "test", tok
         "encoding": settings.encoding.kind,
         "training_length": settings.data.length,
         "split": split,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.shapes.params)),
         "results": results,
         "similarity": parts.similarity(params, max(lengths)),
     }

@@ -57,3 +57,9 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns global arrays of a batch, of which this host holds its slice."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def whole_to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns global arrays of a batch that every host holds whole."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()}

@@ -1,0 +1,97 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard events, and one line of progress."""
+
+import json
+import pathlib
+import sys
+import time as clock
+from typing import Any, TextIO
+
+from tensorboardX import SummaryWriter
+
+FILE = "metrics.jsonl"
+QUIET_SECONDS = 10.0  # between lines where there is no terminal
+
+
+def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the objects of WORKDIR/metrics.jsonl; a half-written last line is left out."""
+    path = pathlib.Path(workdir) / FILE
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+class MetricsWriter:
+    """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard.
+
+    A run that goes on drops what an earlier start wrote past the step it goes on from.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, resume_step: int = 0, *, tensorboard: bool = True):
+        self._path = pathlib.Path(workdir) / FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(self._path)
+        self._file: TextIO = self._path.open("a")
+        self._events = None
+        if tensorboard:
+            self._events = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, float], *, time: float) -> None:
+        """Writes the values of a step, floats in full precision.
+
+        Args:
+          time: seconds of training so far.
+        """
+        self._file.write(json.dumps({"step": step, "time": time} | values) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class ProgressLine:
+    """Step, percent, time left, rate and loss: rewritten in place on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, first: int = 0, *, label: str = "step", stream: TextIO | None = None):
+        self._total, self._first, self._label = total, first, label
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._began = self._last = clock.monotonic()
+        self._said = 0
+
+    def update(self, done: int, *, loss: float | None = None, total: int | None = None) -> None:
+        """Says where the work stands, if it is time to."""
+        self._total = total or self._total
+        now = clock.monotonic()
+        if now - self._last < (0.2 if self._terminal else QUIET_SECONDS) and done < self._total:
+            return
+        self._last = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = (self._total - done) / rate if rate > 0 else 0.0
+        parts = [
+            f"{self._label} {done}/{self._total}", f"{100 * done / self._total:.0f}%",
+            f"{int(left) // 60}:{int(left) % 60:02d} left", f"{rate:.1f}/s",
+        ]  # fmt: skip
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        line = "  ".join(parts)
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(self._said))
+            self._said = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._terminal and self._said:
+            self._stream.write("\n")
+            self._stream.flush()

@@ -1,0 +1,46 @@
+"""metrics.jsonl keeps what it should; the progress line says what it must."""
+
+import io
+import json
+
+from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine, read_metrics
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step in range(1, 6):
+        writer.write(step, {"train/loss": 0.1 * step}, time=float(step))
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    writer = MetricsWriter(tmp_path, 3, tensorboard=False)
+    writer.write(4, {"train/loss": 1 / 3}, time=9.0)
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1] == {"step": 4, "time": 9.0, "train/loss": 1 / 3}
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"train/loss": 2.0}, time=0.0)
+    writer.close()
+    assert [path.name.startswith("events") for path in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_line_is_rewritten_on_a_terminal_and_rare_elsewhere():
+    for stream, expected in ((Terminal(), 1), (io.StringIO(), 1)):
+        line = ProgressLine(100, 50, stream=stream)
+        for step in range(51, 101):
+            line.update(step, loss=1.25)
+        line.close()
+        text = stream.getvalue()
+        assert text.count("step 100/100") == expected and "100%" in text and "loss 1.2500" in text
+        assert ("\r" in text) == stream.isatty()
+        assert text.count("step") == 1
