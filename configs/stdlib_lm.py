@@ -38,6 +38,7 @@ def get_config(variant=None):
     # The paper starts weights at std 0.02; at this width and budget the encoder then stays untrained.
     c.encoding.init_std = 0.1
     c.encoding.qk_init_std = 0.1
+    c.encoding.qk = "multi"
 
     # Not the paper's form: contrastive loss on attention logits, with candidates around the pivot.
     c.objective.contrastive.batch = 16
@@ -48,5 +49,5 @@ def get_config(variant=None):
     c.objective.contrastive.window = 512
     c.objective.distillation.batch = 8
     c.objective.distillation.offsets = 16
-    c.objective.shift.rate = 0.1
+    c.objective.shift.rate = 0.3
     return with_encoding(c, variant)

@@ -49,7 +49,7 @@ def run(checkpoint: str, lengths: tuple[int, ...] = (), split: str = "test", tok
     saved.close()
     results = []
     for length in lengths:
-        line = ProgressLine(1, 0, label=f"length {length}")
+        line = ProgressLine(1, label=f"length {length}, window")
         result = parts.evaluate(params, length, split, lambda done, total, line=line: line.update(done, total=total))
         line.close()
         results.append(result)

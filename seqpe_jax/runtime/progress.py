@@ -60,26 +60,28 @@ class MetricsWriter:
 class ProgressLine:
     """Step, percent, time left, rate and loss: rewritten in place on a terminal, else a line now and then."""
 
-    def __init__(self, total: int, first: int = 0, *, label: str = "step", stream: TextIO | None = None):
-        self._total, self._first, self._label = total, first, label
+    def __init__(self, total: int, *, label: str = "step", stream: TextIO | None = None):
+        self._total, self._first, self._label = total, 0, label
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
-        self._began = self._last = clock.monotonic()
+        self._began: float | None = None  # the first step compiles, so the rate counts from its end
+        self._last = 0.0
         self._said = 0
 
     def update(self, done: int, *, loss: float | None = None, total: int | None = None) -> None:
         """Says where the work stands, if it is time to."""
         self._total = total or self._total
         now = clock.monotonic()
+        if self._began is None:
+            self._began, self._first = now, done
         if now - self._last < (0.2 if self._terminal else QUIET_SECONDS) and done < self._total:
             return
         self._last = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)
-        left = (self._total - done) / rate if rate > 0 else 0.0
-        parts = [
-            f"{self._label} {done}/{self._total}", f"{100 * done / self._total:.0f}%",
-            f"{int(left) // 60}:{int(left) % 60:02d} left", f"{rate:.1f}/s",
-        ]  # fmt: skip
+        parts = [f"{self._label} {done}/{self._total}", f"{100 * done / self._total:.0f}%"]
+        if done > self._first:
+            rate = (done - self._first) / max(now - self._began, 1e-9)
+            left = int((self._total - done) / rate)
+            parts += [f"{left // 60}:{left % 60:02d} left", f"{rate:.1f}/s"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         line = "  ".join(parts)

@@ -82,7 +82,7 @@ def fit(
       Stopped: SIGTERM or SIGINT came; the state is saved.
     """
     first = int(jax.device_get(state.step))
-    progress = ProgressLine(steps, first)
+    progress = ProgressLine(steps)
     began = time.monotonic()
     reported = (first, began)
     pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -35,12 +35,12 @@ class Terminal(io.StringIO):
 
 
 def test_the_line_is_rewritten_on_a_terminal_and_rare_elsewhere():
-    for stream, expected in ((Terminal(), 1), (io.StringIO(), 1)):
-        line = ProgressLine(100, 50, stream=stream)
+    for stream in (Terminal(), io.StringIO()):
+        line = ProgressLine(100, stream=stream)
         for step in range(51, 101):
             line.update(step, loss=1.25)
         line.close()
         text = stream.getvalue()
-        assert text.count("step 100/100") == expected and "100%" in text and "loss 1.2500" in text
+        assert text.count("step 51/100") == 1 and text.count("step 100/100") == 1 and "100%" in text and "loss 1.2500" in text
         assert ("\r" in text) == stream.isatty()
-        assert text.count("step") == 1
+        assert text.count("step") == 2
