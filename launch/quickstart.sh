@@ -12,8 +12,8 @@ for kind in seqpe rotary alibi; do
   echo "== $kind: train"
   "$python" -m seqpe_jax.train --config="configs/stdlib_lm.py:$kind" --workdir="$runs/$kind" "$@"
   result="$runs/$kind/evaluation.json"
-  # metrics.jsonl changes whenever the run trains further.
-  if [ "$result" -nt "$runs/$kind/metrics.jsonl" ]; then
+  # metrics.jsonl changes whenever the run trains further, config.json when another evaluation is asked for.
+  if [ "$result" -nt "$runs/$kind/metrics.jsonl" ] && [ "$result" -nt "$runs/$kind/config.json" ]; then
     echo "== $kind: evaluation is up to date"
   else
     echo "== $kind: evaluate"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.step import TrainStep, make_train_step
 
 Shape = tuple[int, ...]
+
+TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,20 @@ class Run:
             "cosine": np.asarray(cosine(vectors_RE, chosen), np.float32),
         }
 
+    def keep_tokenizer(self, workdir: str | pathlib.Path) -> None:
+        """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
+        if self.tokenizer.name != "bytes":
+            self.tokenizer.save(workdir)
+
+    def check_tokenizer(self, workdir: str | pathlib.Path) -> None:
+        """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
+        kept = pathlib.Path(workdir) / TOKENIZER
+        if kept.exists() and load_tokenizer(kept).fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
+                f"which lies there as {TOKENIZER}: use that file or a new --workdir"
+            )
+
     def check_lengths(self, lengths: tuple[int, ...], split: str) -> None:
         """Refuses lengths that cannot be evaluated, before anything is compiled. Raises: InputError."""
         source = self.source(split)
@@ -163,6 +180,14 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.state_sharding(mesh, leaf)), shapes
     )
     return Run(config, mesh, tokenizer, objective, optimizer, shapes)
+
+
+def with_kept_tokenizer(config: Config, workdir: str | pathlib.Path) -> Config:
+    """Returns a run's config with the tokenizer that lies beside its checkpoints."""
+    kept = pathlib.Path(workdir) / TOKENIZER
+    if not kept.exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
 
 
 def make_objective(config: Config, vocabulary: int, mesh: jax.sharding.Mesh) -> Objective:

@@ -1,5 +1,6 @@
 """What every command shares: flags, `--help`, one clear line and exit code 2 for bad input."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,7 +25,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (InputError, flags.Error) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # at once: libraries cut short in the middle of their work would say more than this line
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -39,6 +39,7 @@ def run(checkpoint: str, lengths: tuple[int, ...] = (), split: str = "test", tok
     if tokens is not None:
         settings = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, tokens=tokens))
     settings = dataclasses.replace(settings, mesh=config.MeshConfig())
+    settings = build.with_kept_tokenizer(settings, checkpoint)
     lengths = lengths or settings.eval.lengths or (settings.data.length,)
     for length in lengths:
         config.check_positions(settings.encoding, length, "evaluation length")

@@ -31,6 +31,7 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     hosts.keep_compiled_programs()
     _check_same_run(settings, workdir)
     parts = build.build(settings)
+    parts.check_tokenizer(workdir)
     lengths = settings.eval.lengths or (settings.data.length,)
     if settings.eval.every:
         parts.check_lengths(lengths, "validation")
@@ -45,6 +46,7 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
             flush=True,
         )
         write_config(workdir, config.to_dict(settings))
+        parts.keep_tokenizer(workdir)
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
     first = checkpoints.latest()
     if first == settings.steps:

@@ -19,7 +19,8 @@ def tiny_config(**overrides) -> Config:
         "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
         "objective.contrastive.batch": 4, "objective.contrastive.candidates": 6,
         "objective.contrastive.window": 32, "objective.distillation.batch": 4, "objective.distillation.offsets": 6,
-        "optimizer.warmup_steps": 0, "objective.shift.rate": 0.0, "checkpoint.every": 2, "report.every": 1, "eval.lengths": (16, 32),
+        "optimizer.warmup_steps": 0, "objective.shift.rate": 0.0,
+        "checkpoint.every": 2, "report.every": 1, "eval.lengths": (16, 32),
         "eval.tokens": 512, "report.tensorboard": False,
     }  # fmt: skip
     values |= {name.replace("__", "."): value for name, value in overrides.items()}

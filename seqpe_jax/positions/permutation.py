@@ -25,29 +25,32 @@ def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) ->
     """As `permute`, many orders at once.
 
     Args:
-      round_keys: uint32[..., ROUNDS], random bits that fix the orders; index, n: int32 that broadcast to [...].
+      round_keys: uint32[..., ROUNDS], random bits that fix the orders.
+      index: int32[...], each in [0, n).
+      n: int32 that broadcasts to [...].
     """
     n = jnp.asarray(n, jnp.uint32)
     bits = 32 - jax.lax.clz(jnp.maximum(n, 2) - 1)
     half = (bits + 1) // 2
     mask = (jnp.uint32(1) << half) - 1
 
-    def network(value: jax.Array) -> jax.Array:
+    def walk(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        value, walking = state
         left, right = value >> half, value & mask
         for round_ in range(ROUNDS):
-            left, right = right, left ^ (_mix(right ^ round_keys[..., round_]) & mask)
-        return left << half | right
+            left, right = right, left ^ (mix(right ^ round_keys[..., round_]) & mask)
+        value = jnp.where(walking, left << half | right, value)
+        return value, value >= n
 
-    walked = jax.lax.while_loop(
-        lambda value: jnp.any(value >= n),
-        lambda value: jnp.where(value >= n, network(value), value),
-        network(index.astype(jnp.uint32)),
-    )
-    return walked.astype(jnp.int32)
+    # The first step is inside the loop, too, so that the network is compiled once.
+    shape = jnp.broadcast_shapes(round_keys.shape[:-1], jnp.shape(index), n.shape)
+    start = jnp.broadcast_to(jnp.asarray(index).astype(jnp.uint32), shape)
+    value, _ = jax.lax.while_loop(lambda state: state[1].any(), walk, (start, jnp.ones(shape, bool)))
+    return value.astype(jnp.int32)
 
 
-def _mix(value: jax.Array) -> jax.Array:
-    """Spreads each bit over the word by multiplying and shifting."""
+def mix(value: jax.Array) -> jax.Array:
+    """Spreads each bit of uint32[...] over its word by multiplying and shifting; a bijection of the 32-bit words."""
     value = (value ^ (value >> 16)) * jnp.uint32(0x7FEB352D)
     value = (value ^ (value >> 15)) * jnp.uint32(0x846CA68B)
     return value ^ (value >> 16)

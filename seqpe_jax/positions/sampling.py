@@ -2,6 +2,10 @@
 
 Rules: arXiv 2506.13277 section 3 and the released samplers, without their defects: coordinates are edited one by one
 and stay inside the range, all candidate kinds are used, and every number of candidates works.
+
+Each function takes all its randomness from one call of `jax.random.bits`: on CPU every further call adds a good part
+of a second to the compilation of a training step. Whole numbers below n are words modulo n, whose bias is at most
+n / 2**32.
 """
 
 import math
@@ -13,11 +17,12 @@ import numpy as np
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import count_digits
-from seqpe_jax.positions.grids import grid
-from seqpe_jax.positions.permutation import LIMIT, ROUNDS, permute, permute_with
+from seqpe_jax.positions.permutation import LIMIT, ROUNDS, mix, permute, permute_with
 
 HARD_TRIES = 64  # rounds of digit edits; nearly all candidates are done after a dozen
 EDIT_TRIES = 4  # draws of one swap or substitution
+EDIT_WORDS = 2 + 4 * EDIT_TRIES  # random words of a round of edits
+WEYL = 0x9E3779B9  # 2**32 over the golden ratio: the step between the counters of a word stream
 
 
 class Contrastive(NamedTuple):
@@ -55,11 +60,13 @@ def shift(
     """
     room = _room(shape, max_position)
     if not starts:
-        return jax.random.randint(key, (sets, len(shape)), 0, jnp.array(room))
+        return _below(jax.random.bits(key, (sets, len(shape))), np.array(room))
     total = math.prod(room)
     if total > LIMIT:
         raise InputError(f"objective.shift.starts: {total} starts are too many to choose a subset of; set it to 0")
-    chosen = jax.random.randint(key, (sets,), 0, min(starts, total))
+    if subset_key is None:
+        raise InputError(f"objective.shift.starts={starts} needs a key that fixes the subset")
+    chosen = _below(jax.random.bits(key, (sets,)), min(starts, total))
     return _unravel(permute(subset_key, chosen, total), room)
 
 
@@ -77,20 +84,20 @@ def skip(
     if range > max_position:
         raise InputError(f"objective.skip.range={range} is beyond encoding.max_position={max_position}")
 
-    def axis(key: jax.Array, side: int) -> jax.Array:
-        cut_key, gap_key = jax.random.split(key)
+    bits = jax.random.bits(key, (len(shape), sets, ROUNDS + chunks))
+
+    def axis(bits: jax.Array, side: int) -> jax.Array:
         parts = min(chunks, side)
-        cuts = jnp.sort(1 + permute(cut_key, jnp.arange(parts - 1), side - 1)) if parts > 1 else jnp.zeros(0, jnp.int32)
-        gaps = jnp.sort(jax.random.randint(gap_key, (parts - 1,), 0, range - side + 1))
-        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), gaps])
+        cuts = 1 + permute_with(bits[:, None, :ROUNDS], jnp.arange(parts - 1), side - 1) if parts > 1 else bits[:, :0]
+        gaps = jnp.sort(_below(bits[:, ROUNDS : ROUNDS + parts - 1], range - side + 1), axis=1)
+        gaps = jnp.pad(gaps, ((0, 0), (1, 0)))
         places = jnp.arange(side)
-        return places + offsets[(places[:, None] >= cuts).sum(axis=1)]
+        chunk_PL = (places[:, None] >= cuts[:, None]).sum(axis=2)
+        return places + jnp.take_along_axis(gaps, chunk_PL, axis=1)
 
-    def one(key: jax.Array) -> jax.Array:
-        sides = [axis(jax.random.fold_in(key, at), side) for at, side in enumerate(shape)]
-        return jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(shape))
-
-    return jax.vmap(one)(jax.random.split(key, sets))
+    sides = [axis(bits[at], side) for at, side in enumerate(shape)]
+    grids = jax.vmap(lambda *sides: jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1))(*sides)
+    return grids.reshape(sets, -1, len(shape)).astype(jnp.int32)
 
 
 def contrastive(
@@ -120,50 +127,73 @@ def contrastive(
       hard_fraction: hard candidates as a share of C, made by 1 to 3 digit edits and kept where farther than the nearest
         uniform draw; distributional ones all lie in one box of side max(window, (5 C)^(1/A)).
       around_pivot: that box lies around the pivot, not anywhere.
-      past_only: one axis only; all candidates lie before the pivot.
+      past_only: one axis only; all candidates lie before the pivot, and pivots start at position C.
 
     Raises:
-      InputError: there are too few or too many positions.
+      InputError: there are too few or too many positions, or a setting is out of its range.
     """
     total = max_position**axes
+    if candidates < 1:
+        raise InputError(f"objective.contrastive.candidates={candidates}: at least 1 is needed")
+    if not 0 <= hard_fraction <= 1:
+        raise InputError(f"objective.contrastive.hard_fraction={hard_fraction} is not a share from 0 to 1")
+    if len(mixture) != 3 or min(mixture) < 0 or sum(mixture) <= 0:
+        raise InputError(
+            f"objective.contrastive.mixture={tuple(mixture)}: expected three probabilities (random, hard, distributional)"
+        )
     if total > LIMIT:
         raise InputError(f"encoding.max_position={max_position} on {axes} axes gives more than {LIMIT} positions")
     if past_only and axes != 1:
         raise InputError("objective.contrastive.past_only needs one axis: there is no before on a grid")
-    first = candidates + 1 if past_only else 0  # lower pivots have too little past
+    first = candidates if past_only else 0  # lower pivots have too little past
     if total - first < (1 if past_only else candidates + 1):
         raise InputError(
             f"objective.contrastive.candidates={candidates} is too many for the {total} positions of "
             f"encoding.max_position={max_position}: lower it"
         )
     extent = (max_position,) * axes
-    pivot_key, draw_key = jax.random.split(key)
-    count = jnp.asarray(step, jnp.int32) * batch + jnp.arange(batch)
-    # A batch may end one epoch and begin the next.
-    epoch = count[0] // (total - first)
-    orders = jnp.stack([jax.random.bits(jax.random.fold_in(pivot_key, epoch + at), (ROUNDS,)) for at in (0, 1)])
-    order_B = permute_with(orders[count // (total - first) - epoch], count % (total - first), total - first)
-    pivots_B = first + order_B
-    pivots_BA = _unravel(pivots_B, extent)
-    keys = jax.random.split(jax.random.fold_in(draw_key, step), 4)
+    spare = 0 if past_only else 1  # one draw more where the pivot itself may be drawn
+    edited = int(candidates * hard_fraction) if mixture[1] > 0 else 0
+    box = _box_side(candidates, max_position, window, axes)
 
-    below_B = pivots_B if past_only else jnp.full(batch, total)
-    uniform_BC = _distinct(keys[0], below_B, candidates + 1)
-    uniform = _unravel(uniform_BC, extent)
-    specials = [jnp.full((batch, candidates + 1), -1)]
-    for wanted, key, make in ((mixture[1], keys[1], _hard), (mixture[2], keys[2], _box)):
-        made = specials[0]
-        if wanted > 0:
-            made = make(
-                key, pivots_BA, uniform, candidates=candidates, max_position=max_position, base=base,
-                hard_fraction=hard_fraction, window=window, around_pivot=around_pivot, past_only=past_only,
-            )  # fmt: skip
-            made = jnp.pad(made, ((0, 0), (0, candidates + 1 - made.shape[1])), constant_values=-1)
-        specials.append(made)
-    draw_B = jax.random.uniform(keys[3], (batch,))
-    edges = np.cumsum(mixture) / sum(mixture)
-    kind_B = (draw_B >= edges[0]).astype(jnp.int32) + (draw_B >= edges[1]).astype(jnp.int32)
-    special_BC = jnp.stack(specials)[kind_B, jnp.arange(batch)]
+    # Even streams belong to epochs, odd ones to steps. A batch may end one epoch and begin others.
+    step, passes = jnp.asarray(step, jnp.int32), total - first
+    count_B = step * batch + jnp.arange(batch)
+    epoch = count_B[0] // passes
+    epochs = epoch + jnp.arange(2 + (batch - 2) // passes)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.append(2 * epochs, 2 * step + 1))
+    bits = jax.vmap(lambda key: jax.random.bits(key, (batch, 2 * ROUNDS + 1 + axes + edited)))(keys)
+    orders, bits = bits[:-1, 0, :ROUNDS], bits[-1]
+    pivots_B = first + permute_with(orders[count_B // passes - epoch], count_B % passes, passes)
+    pivots_BA = _unravel(pivots_B, extent)
+    draw_bits, kind_bits, start_bits, edit_bits = jnp.split(bits, (2 * ROUNDS, 2 * ROUNDS + 1, bits.shape[1] - edited), 1)
+
+    # Distinct uniform draws from the whole range, and distinct places in a box: one permutation serves both.
+    uniform = candidates + spare
+    placed = min(candidates + spare * around_pivot, box**axes) if mixture[2] > 0 else 0
+    wide_B = jnp.minimum(box, pivots_B) if past_only else jnp.full(batch, box)
+    below_B2 = jnp.stack([pivots_B if past_only else jnp.full(batch, total), wide_B**axes], axis=1)
+    source = np.repeat([0, 1], [uniform, placed])
+    index = np.concatenate([np.arange(uniform), np.arange(placed)])
+    draws = permute_with(draw_bits.reshape(batch, 2, ROUNDS)[:, source], index, below_B2[:, source])
+    uniform_BC, places_BC = draws[:, :uniform], draws[:, uniform:]
+
+    specials = [jnp.full((batch, candidates + 1), -1)] * 3
+    if edited:
+        compared = _unravel(uniform_BC[:, : candidates + 1 - edited], extent)
+        specials[1] = _hard(edit_bits, pivots_BA, compared, max_position=max_position, base=base, past_only=past_only)
+    if placed:
+        start_BA = _box_start(
+            start_bits, pivots_BA, wide_B[:, None], max_position=max_position, around_pivot=around_pivot,
+            past_only=past_only,
+        )  # fmt: skip
+        specials[2] = _ravel(start_BA[:, None] + _unravel(places_BC, (box,) * axes), max_position)
+    specials = [
+        jnp.pad(special, ((0, 0), (0, candidates + 1 - special.shape[1])), constant_values=-1) for special in specials
+    ]
+    edges = np.cumsum(mixture[:2]) / sum(mixture)
+    kind_B1 = (_unit(kind_bits) >= edges).sum(axis=1, keepdims=True)
+    special_BC = jnp.where(kind_B1 == 1, specials[1], jnp.where(kind_B1 == 2, specials[2], specials[0]))
     chosen_BC = _first_distinct(jnp.concatenate([special_BC, uniform_BC], axis=1), pivots_B, candidates)
     candidates_BCA = _unravel(chosen_BC, extent)
     labels_B = jnp.argmin(_distance(candidates_BCA, pivots_BA[:, None]), axis=1).astype(jnp.int32)
@@ -190,32 +220,30 @@ def distillation(
             f"objective.distillation finds no shifted window of {shape} below encoding.max_position={max_position}: "
             "raise it"
         )
-    start_key, offset_key = jax.random.split(key)
-    limits = jnp.array(room)
+    # Where starts may lie, as boxes that do not overlap: each is the first axis to leave the origin grid at another place.
+    if axes == 1:
+        lows, highs = np.array([[lowest]]), np.array([room])
+    else:
+        near = np.minimum(shape, room)
+        lows = np.diag(near)
+        highs = np.where(np.tri(axes, k=-1, dtype=bool), near, np.array(room))
+    sizes = np.prod(highs - lows, axis=1, dtype=np.float64)
+    edges = np.cumsum(sizes)[:-1] / sizes.sum()
 
-    def draw(key: jax.Array) -> jax.Array:
-        return jax.random.randint(key, (batch, axes), lowest, limits)
-
-    def inside(start_BA: jax.Array) -> jax.Array:
-        return (start_BA < jnp.array(shape)).all(axis=1) if axes > 1 else jnp.zeros(batch, bool)
-
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        key, start_BA = state
-        key, now = jax.random.split(key)
-        return key, jnp.where(inside(start_BA)[:, None], draw(now), start_BA)
-
-    _, start_BA = jax.lax.while_loop(lambda state: inside(state[1]).any(), again, (start_key, draw(start_key)))
-    indices_BM = _distinct(offset_key, jnp.full(batch, size), offsets)
-    origin_LA = grid(jnp.zeros(axes, jnp.int32), shape)
-    return Distillation(indices_BM, origin_LA[indices_BM] + start_BA[:, None])
+    bits = jax.random.bits(key, (batch, 1 + axes + ROUNDS))
+    box_B = (_unit(bits[:, :1]) >= edges).sum(axis=1)
+    low_BA, high_BA = jnp.asarray(lows, jnp.int32)[box_B], jnp.asarray(highs, jnp.int32)[box_B]
+    start_BA = low_BA + _below(bits[:, 1 : 1 + axes], high_BA - low_BA)
+    indices_BM = permute_with(bits[:, None, 1 + axes :], jnp.arange(offsets), size)
+    return Distillation(indices_BM, _unravel(indices_BM, shape) + start_BA[:, None])
 
 
 def _room(shape: tuple[int, ...], max_position: int) -> tuple[int, ...]:
     """Starts along each axis that keep the grid in range."""
     if max(shape) > max_position:
         raise InputError(
-            f"a window of {max(shape)} does not fit below encoding.max_position={max_position}: raise it or shorten the "
-            "window"
+            f"a window of {max(shape)} does not fit below encoding.max_position={max_position}: raise it or "
+            "shorten the window"
         )
     return tuple(max_position - side + 1 for side in shape)
 
@@ -238,11 +266,19 @@ def _ravel(positions: jax.Array, side: int) -> jax.Array:
 
 
 def _distance(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Orders pairs of positions as Euclidean distance does."""
+    """Orders pairs of positions as Euclidean distance does; exact, because at most LIMIT positions fit int32 squares."""
     apart = jnp.abs(first - second)
-    if apart.shape[-1] == 1:  # no square, no overflow
-        return apart[..., 0]
-    return jnp.square(apart.astype(jnp.float32)).sum(axis=-1)
+    return apart[..., 0] if apart.shape[-1] == 1 else jnp.square(apart).sum(axis=-1)
+
+
+def _below(bits: jax.Array, limit: jax.Array | np.ndarray | int) -> jax.Array:
+    """Random words uint32[...] -> int32[...] in [0, limit); 0 where the limit is below 1."""
+    return (bits % jnp.maximum(limit, 1).astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _unit(bits: jax.Array) -> jax.Array:
+    """Random words uint32[...] -> float32[...] in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _first_distinct(values_BN: jax.Array, pivots_B: jax.Array, count: int) -> jax.Array:
@@ -255,79 +291,66 @@ def _first_distinct(values_BN: jax.Array, pivots_B: jax.Array, count: int) -> ja
     return jnp.zeros((values_BN.shape[0], count), jnp.int32).at[rows_B1, rank_BN].set(values_BN, mode="drop")
 
 
-def _distinct(key: jax.Array, limits_B: jax.Array, count: int) -> jax.Array:
-    """Distinct draws int32[B, count] below each limit."""
-    round_keys = jax.random.bits(key, (len(limits_B), 1, ROUNDS))
-    return permute_with(round_keys, jnp.broadcast_to(jnp.arange(count), (len(limits_B), count)), limits_B[:, None])
+def _box_side(candidates: int, max_position: int, window: int, axes: int) -> int:
+    """Side of the box that distributional candidates come from: room for five times as many, at least the window."""
+    return min(max_position, max(window, int((5 * candidates) ** (1 / axes) + 1e-9)))
 
 
-def _box(
-    key: jax.Array, pivots_BA: jax.Array, uniform: jax.Array, *, candidates: int, max_position: int, window: int,
-    around_pivot: bool, past_only: bool, **_: object,
-) -> jax.Array:  # fmt: skip
-    """Distinct flat positions int32[B, up to C + 1] from one box per pivot; one to spare where the pivot is in it."""
-    batch, axes = pivots_BA.shape
-    side = min(max_position, max(window, int((5 * candidates) ** (1 / axes) + 1e-9)))
-    taken = min(candidates + around_pivot, side**axes)
-    wide_B1 = jnp.minimum(side, pivots_BA[:, :1]) if past_only else jnp.full((batch, 1), side)
-    last_start_BA = (pivots_BA if past_only else max_position) - wide_B1
-    start_key, place_key = jax.random.split(key)
+def _box_start(
+    bits: jax.Array, pivots_BA: jax.Array, wide_B1: jax.Array, *, max_position: int, around_pivot: bool, past_only: bool
+) -> jax.Array:
+    """Lowest corners int32[B, A] of boxes of that side: anywhere in range, or around (or just before) the pivot."""
+    last_BA = (pivots_BA if past_only else max_position) - wide_B1
     if not around_pivot:
-        start_BA = jax.random.randint(start_key, (batch, axes), 0, last_start_BA + 1)
-    elif past_only:
-        start_BA = last_start_BA
-    else:
-        start_BA = jnp.clip(pivots_BA - side // 2, 0, last_start_BA)
-    flat_BC = _distinct(place_key, wide_B1[:, 0] ** axes, taken)
-    return _ravel(start_BA[:, None] + _unravel(flat_BC, (side,) * axes), max_position)
+        return _below(bits, last_BA + 1)
+    return last_BA if past_only else jnp.clip(pivots_BA - wide_B1 // 2, 0, last_BA)
 
 
 def _hard(
-    key: jax.Array, pivots_BA: jax.Array, uniform: jax.Array, *, candidates: int, max_position: int, base: int,
-    hard_fraction: float, past_only: bool, **_: object,
-) -> jax.Array:  # fmt: skip
-    """Flat positions int32[B, hard_fraction * C] that look like the pivot's digits, -1 where too near."""
-    count = int(candidates * hard_fraction)
-    compared = uniform[:, : candidates + 1 - count]
-    nearest_B = _distance(compared, pivots_BA[:, None]).min(axis=1)
-    edited_BCA, done_BC = _edit(key, jnp.repeat(pivots_BA[:, None], count, axis=1), max_position, base)
-    far_BC = _distance(edited_BCA, pivots_BA[:, None]) > nearest_B[:, None]
-    keep_BC = far_BC & done_BC
+    seeds_BC: jax.Array, pivots_BA: jax.Array, compared: jax.Array, *, max_position: int, base: int, past_only: bool
+) -> jax.Array:
+    """Flat positions int32[B, C] that look like the pivot's digits, -1 where no farther than all of `compared` are."""
+    apart = _distance(compared, pivots_BA[:, None])
+    nearest_B1 = jnp.where(apart == 0, 2**31 - 1, apart).min(axis=1, keepdims=True)  # the pivot is no candidate
+    edited_BCA, done_BC = _edit(seeds_BC, pivots_BA, max_position, base)
+    keep_BC = done_BC & (_distance(edited_BCA, pivots_BA[:, None]) > nearest_B1)
     if past_only:
         keep_BC &= edited_BCA[..., 0] < pivots_BA
     return jnp.where(keep_BC, _ravel(edited_BCA, max_position), -1)
 
 
 def _edit(
-    key: jax.Array, positions: jax.Array, max_position: int, base: int
+    seeds_BC: jax.Array, pivots_BA: jax.Array, max_position: int, base: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Applies 1 to 3 random digit edits to each position int32[..., A]: (edited, whether all edits were done)."""
-    *lead, axes = positions.shape
+    """Applies 1 to 3 random digit edits to copies of each pivot: (int32[B, C, A], whether all edits were done).
+
+    A candidate's random words are a mixed counter that starts at its seed.
+    """
+    (batch, count), axes = seeds_BC.shape, pivots_BA.shape[1]
     places = count_digits(max_position, base)
     powers = np.array([base**power for power in range(places + 1) if base**power < 2**31], np.int32)
-    pivot_CA = positions.reshape(-1, axes)
-    total = len(pivot_CA)
-    wanted_key, key = jax.random.split(key)
-    wanted_C = jax.random.randint(wanted_key, (total,), 1, 4)
+    pivot_CA = jnp.repeat(pivots_BA, count, axis=0)
+    seeds_C = seeds_BC.reshape(-1)
+    wanted_C = 1 + _below(mix(seeds_C), 3)
 
-    def body(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        key, tries, values_CA, done_C = state
-        key, now = jax.random.split(key)
-        bits = jax.random.bits(now, (2 + 4 * EDIT_TRIES, total))  # one draw of bits: it compiles once
-        axis_C = (bits[0] % axes).astype(jnp.int32)
-        number_C = jnp.take_along_axis(values_CA, axis_C[:, None], axis=1)[:, 0]
+    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        tries, values_CA, done_C = state
+        counter = 1 + tries * EDIT_WORDS + jnp.arange(EDIT_WORDS)
+        bits = mix(seeds_C + counter.astype(jnp.uint32)[:, None] * jnp.uint32(WEYL))
+        axis_C = _below(bits[0], axes)
+        number_C = jnp.where(jnp.arange(axes) == axis_C[:, None], values_CA, 0).sum(axis=1)
         edited_C, allowed_C = _edit_number(bits[1:], number_C, powers, places, base)
         next_CA = jnp.where(jnp.arange(axes) == axis_C[:, None], edited_C[:, None], values_CA)
         allowed_C &= (edited_C < max_position) & (edited_C >= 0) & (next_CA != pivot_CA).any(axis=1)
         allowed_C &= done_C < wanted_C
-        return key, tries + 1, jnp.where(allowed_C[:, None], next_CA, values_CA), done_C + allowed_C
+        return tries + 1, jnp.where(allowed_C[:, None], next_CA, values_CA), done_C + allowed_C
 
-    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return (state[3] < wanted_C).any() & (state[1] < HARD_TRIES)
+    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+        return (state[2] < wanted_C).any() & (state[0] < HARD_TRIES)
 
-    start = (key, jnp.zeros((), jnp.int32), pivot_CA, jnp.zeros(total, jnp.int32))
-    _, _, values_CA, done_C = jax.lax.while_loop(unfinished, body, start)
-    return values_CA.reshape(positions.shape), (done_C == wanted_C).reshape(lead)
+    start = (jnp.int32(0), pivot_CA, jnp.zeros(batch * count, jnp.int32))
+    _, values_CA, done_C = jax.lax.while_loop(unfinished, body, start)
+    return values_CA.reshape(batch, count, axes), (done_C == wanted_C).reshape(batch, count)
 
 
 def _edit_number(
@@ -335,7 +358,8 @@ def _edit_number(
 ) -> tuple[jax.Array, jax.Array]:
     """Tries one random edit of each number, written without leading zeros: (result, whether it is allowed).
 
-    `bits` is uint32[1 + 4 * EDIT_TRIES, C] of randomness. The four edits are equally likely: insert a digit, delete one, swap two, substitute one. Places count from the right.
+    `bits` is uint32[EDIT_WORDS - 1, C] of randomness. The four edits are equally likely: insert a digit, delete one,
+    swap two, substitute one. Places count from the right.
     """
     powers = jnp.asarray(powers)
     which, bits = (bits[0] % 4).astype(jnp.int32), bits[1:].reshape(4, EDIT_TRIES, -1)
@@ -347,23 +371,20 @@ def _edit_number(
     def digit(place: jax.Array) -> jax.Array:
         return number_C // power(place) % base
 
-    def below(bits: jax.Array, limit: jax.Array | int) -> jax.Array:
-        return (bits % jnp.maximum(limit, 1).astype(jnp.uint32)).astype(jnp.int32)
-
     leading = length_C - 1
     # Insert before the first digit, between two, or after the last; never a leading zero.
-    place = below(bits[0, 0], length_C + 1)
-    new = jnp.where(place == length_C, 1 + below(bits[1, 0], base - 1), below(bits[1, 0], base))
+    place = _below(bits[0, 0], length_C + 1)
+    new = jnp.where(place == length_C, 1 + _below(bits[1, 0], base - 1), _below(bits[1, 0], base))
     inserted = (number_C // power(place) * base + new) * power(place) + number_C % power(place)
     can_insert = (length_C < places) & (length_C + 1 < len(powers))
     # Delete; the first digit stays where a zero would come first.
     second_is_zero = digit(leading - 1) == 0
-    place = below(bits[0, 0], jnp.where(second_is_zero, leading, length_C))
+    place = _below(bits[0, 0], jnp.where(second_is_zero, leading, length_C))
     deleted = number_C // power(place) // base * power(place) + number_C % power(place)
     can_delete = length_C > 1
     # Swap two different digits, and substitute one: the first of a few tries that changes something and leaves no
     # leading zero, so that these edits come about as often as the others.
-    one, other, new = below(bits[0], length_C), below(bits[2], leading), below(bits[3], base)
+    one, other, new = _below(bits[0], length_C), _below(bits[2], leading), _below(bits[3], base)
     other = other + (other >= one)
     swapped = number_C + (digit(one) - digit(other)) * (power(other) - power(one))
     leads = (one == leading) & (digit(other) == 0) | (other == leading) & (digit(one) == 0)

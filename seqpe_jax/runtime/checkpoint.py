@@ -107,9 +107,12 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
-    """Writes config.json, whole or not at all."""
+    """Writes config.json, whole or not at all; leaves it alone when nothing changes."""
     path = pathlib.Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2) + "\n"
+    if path.exists() and path.read_text() == text:
+        return
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(config, indent=2) + "\n")
+    part.write_text(text)
     part.replace(path)

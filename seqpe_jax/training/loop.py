@@ -98,7 +98,7 @@ def fit(
             )
         now = time.monotonic()
         rate = (done - reported[0]) * tokens_per_step / max(now - reported[1], 1e-9)
-        if is_lead() and (done % report_every == 0 or done == steps or done == first + 1):
+        if is_lead() and (done % report_every == 0 or done == steps or done == 1):
             line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
             line["train/tokens_per_second"] = rate
             metrics.write(done, line, time=seconds_before + now - began)

@@ -134,8 +134,11 @@ def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_pa
     arguments = train_arguments(workdir, text, config=f"{CONFIG}:rotary", **fields)
     result = commands("train", *arguments)
     assert result.code == 0, result.err
+    before = commands("evaluate", f"--checkpoint={workdir}")
     word_tokenizer(path, words)  # another vocabulary, then the same size with other meanings
-    refused(commands("evaluate", f"--checkpoint={workdir}"), "data.tokenizer")
+    refused(commands("train", *arguments), "data.tokenizer")
+    after = commands("evaluate", f"--checkpoint={workdir}")  # the run's own tokenizer lies beside its checkpoints
+    assert after.code == 0 and after.out == before.out
 
 
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):

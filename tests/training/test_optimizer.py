@@ -18,29 +18,33 @@ def test_schedules(schedule, middle, end):
     assert rate(60) == pytest.approx(middle if schedule != "linear" else 0.55)
 
 
-def trees():
-    params = {"encoding": {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "qk_map": {"kernel": jnp.ones((2, 2))}},
-              "model": {"token_embedding": {"embedding": jnp.ones((3, 2))}, "dense": {"kernel": jnp.ones((2, 2))}}}  # fmt: skip
-    return params
+def tree(encoder, encoder_bias, qk_map, embedding, dense):
+    """Parameters (or gradients) of the shape that training has, each leaf filled with one number."""
+    return {
+        "encoding": {
+            "encoder": {"kernel": jnp.full((2, 2), encoder), "bias": jnp.full(2, encoder_bias)},
+            "qk_map": {"kernel": jnp.full((2, 2), qk_map)},
+        },
+        "model": {
+            "token_embedding": {"embedding": jnp.full((3, 2), embedding)},
+            "dense": {"kernel": jnp.full((2, 2), dense)},
+        },
+    }
 
 
 def test_model_and_encoder_are_clipped_apart():
-    params = trees()
-    grads = {"encoding": {"encoder": {"kernel": jnp.full((2, 2), 1e3), "bias": jnp.zeros(2)}, "qk_map": {"kernel": jnp.full((2, 2), 1e-3)}},
-             "model": {"token_embedding": {"embedding": jnp.zeros((3, 2))}, "dense": {"kernel": jnp.full((2, 2), 1e-3)}}}  # fmt: skip
-    settings = OptimizerConfig(clip=1.0, schedule="constant")
-    optimizer = make_optimizer(settings, 10)
+    params = tree(1.0, 1.0, 1.0, 1.0, 1.0)
+    grads = tree(1e3, 0.0, 1e-3, 0.0, 1e-3)
+    optimizer = make_optimizer(OptimizerConfig(clip=1.0, schedule="constant"), 10)
     _, state = optimizer.update(grads, optimizer.init(params), params)
     moments = optax.tree_utils.tree_get_all_with_path(state, "mu")
-    model, encoder = [tree for _, tree in sorted(moments, key=lambda item: "encoder" in str(item[0]))]
+    model, encoder = [found for _, found in sorted(moments, key=lambda item: "encoder" in str(item[0]))]
     np.testing.assert_allclose(model["model"]["dense"]["kernel"], 1e-4, rtol=1e-5)  # untouched by the encoder's norm
     np.testing.assert_allclose(encoder["encoding"]["encoder"]["kernel"], 0.1 * 0.5, rtol=1e-3)
 
 
 def test_weight_decay_spares_biases_embeddings_and_the_encoder():
-    params = trees()
-    zeros = {"encoding": {"encoder": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}, "qk_map": {"kernel": jnp.zeros((2, 2))}},
-             "model": {"token_embedding": {"embedding": jnp.zeros((3, 2))}, "dense": {"kernel": jnp.zeros((2, 2))}}}  # fmt: skip
+    params, zeros = tree(1.0, 1.0, 1.0, 1.0, 1.0), tree(0.0, 0.0, 0.0, 0.0, 0.0)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant"), 10)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     assert float(updates["model"]["dense"]["kernel"][0, 0]) == pytest.approx(-0.05)

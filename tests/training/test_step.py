@@ -61,12 +61,13 @@ def test_accumulation_equals_the_plain_step():
 
 def test_remat_equals_the_plain_step():
     plain, remat = tiny_config(**STILL), tiny_config(model__remat="full", **STILL)
-    jaxprs = []
-    for settings in (plain, remat):
+
+    def traced(settings):
         parts = build(settings, jax.devices()[:1])
-        key = jax.random.PRNGKey(0)
-        jaxprs.append(str(jax.make_jaxpr(jax.grad(lambda p, parts=parts: parts.objective.loss(
-            p, tokens(plain), key, 0)[0]))(parts.shapes.params)))  # fmt: skip
+        loss = lambda params: parts.objective.loss(params, tokens(plain), jax.random.PRNGKey(0), 0)[0]  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(parts.shapes.params))
+
+    jaxprs = [traced(settings) for settings in (plain, remat)]
     assert "remat" not in jaxprs[0] and ("remat" in jaxprs[1] or "checkpoint" in jaxprs[1])
     one, two = run(plain, jax.devices()[:1]), run(remat, jax.devices()[:1])
     np.testing.assert_allclose(one[0], two[0], atol=1e-5)
