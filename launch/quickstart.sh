@@ -23,5 +23,3 @@ done
 
 echo "== report"
 "$python" -m seqpe_jax.report --workdir="$runs" --output="$runs/report"
-grep '^|' "$runs/report/report.md"
-echo "the whole report: $runs/report/report.md"

@@ -1,12 +1,12 @@
 """A keyed bijection of range(n): draws without replacement, and passes over all positions, with no table and no sort.
 
-A Feistel network over the smallest even number of bits that holds n, walked until it lands below n.
+A Feistel network over the fewest bits that hold n, its halves as equal as can be, walked until it lands below n.
 """
 
 import jax
 import jax.numpy as jnp
 
-ROUNDS = 6
+ROUNDS = 6  # even, so that halves of different sizes end in their own places
 LIMIT = 2**30  # positions that one permutation may hold
 
 
@@ -31,15 +31,15 @@ def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) ->
     """
     n = jnp.asarray(n, jnp.uint32)
     bits = 32 - jax.lax.clz(jnp.maximum(n, 2) - 1)
-    half = (bits + 1) // 2
-    mask = (jnp.uint32(1) << half) - 1
+    low = (bits + 1) // 2
+    masks = (jnp.uint32(1) << (bits - low)) - 1, (jnp.uint32(1) << low) - 1
 
     def walk(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         value, walking = state
-        left, right = value >> half, value & mask
+        left, right = value >> low, value & masks[1]
         for round_ in range(ROUNDS):
-            left, right = right, left ^ (mix(right ^ round_keys[..., round_]) & mask)
-        value = jnp.where(walking, left << half | right, value)
+            left, right = right, left ^ (mix(right ^ round_keys[..., round_]) & masks[round_ % 2])
+        value = jnp.where(walking, left << low | right, value)
         return value, value >= n
 
     # The first step is inside the loop, too, so that the network is compiled once.

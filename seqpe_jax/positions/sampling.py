@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.digits import count_digits
+from seqpe_jax.positions.digits import count_digits, to_digits
 from seqpe_jax.positions.permutation import LIMIT, ROUNDS, mix, permute, permute_with
 
 HARD_TRIES = 64  # rounds of digit edits; nearly all candidates are done after a dozen
@@ -139,7 +139,8 @@ def contrastive(
         raise InputError(f"objective.contrastive.hard_fraction={hard_fraction} is not a share from 0 to 1")
     if len(mixture) != 3 or min(mixture) < 0 or sum(mixture) <= 0:
         raise InputError(
-            f"objective.contrastive.mixture={tuple(mixture)}: expected three probabilities (random, hard, distributional)"
+            f"objective.contrastive.mixture={tuple(mixture)}: expected probabilities of random, hard and "
+            "distributional candidates"
         )
     if total > LIMIT:
         raise InputError(f"encoding.max_position={max_position} on {axes} axes gives more than {LIMIT} positions")
@@ -166,7 +167,8 @@ def contrastive(
     orders, bits = bits[:-1, 0, :ROUNDS], bits[-1]
     pivots_B = first + permute_with(orders[count_B // passes - epoch], count_B % passes, passes)
     pivots_BA = _unravel(pivots_B, extent)
-    draw_bits, kind_bits, start_bits, edit_bits = jnp.split(bits, (2 * ROUNDS, 2 * ROUNDS + 1, bits.shape[1] - edited), 1)
+    ends = 2 * ROUNDS, 2 * ROUNDS + 1, 2 * ROUNDS + 1 + axes
+    draw_bits, kind_bits, start_bits, edit_bits = jnp.split(bits, ends, axis=1)
 
     # Distinct uniform draws from the whole range, and distinct places in a box: one permutation serves both.
     uniform = candidates + spare
@@ -220,7 +222,7 @@ def distillation(
             f"objective.distillation finds no shifted window of {shape} below encoding.max_position={max_position}: "
             "raise it"
         )
-    # Where starts may lie, as boxes that do not overlap: each is the first axis to leave the origin grid at another place.
+    # Where starts may lie, as boxes that do not overlap: in box i, axis i is the first to leave the origin grid.
     if axes == 1:
         lows, highs = np.array([[lowest]]), np.array([room])
     else:
@@ -266,7 +268,7 @@ def _ravel(positions: jax.Array, side: int) -> jax.Array:
 
 
 def _distance(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Orders pairs of positions as Euclidean distance does; exact, because at most LIMIT positions fit int32 squares."""
+    """Orders pairs of positions as Euclidean distance does; exact: with LIMIT positions the squares fit int32."""
     apart = jnp.abs(first - second)
     return apart[..., 0] if apart.shape[-1] == 1 else jnp.square(apart).sum(axis=-1)
 
@@ -274,6 +276,11 @@ def _distance(first: jax.Array, second: jax.Array) -> jax.Array:
 def _below(bits: jax.Array, limit: jax.Array | np.ndarray | int) -> jax.Array:
     """Random words uint32[...] -> int32[...] in [0, limit); 0 where the limit is below 1."""
     return (bits % jnp.maximum(limit, 1).astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _few(bits: jax.Array, limit: jax.Array | int) -> jax.Array:
+    """As `_below` for limits far below 2**16, without a division; 0 where the limit is 0."""
+    return ((bits >> 16) * jnp.asarray(limit).astype(jnp.uint32) >> 16).astype(jnp.int32)
 
 
 def _unit(bits: jax.Array) -> jax.Array:
@@ -287,8 +294,7 @@ def _first_distinct(values_BN: jax.Array, pivots_B: jax.Array, count: int) -> ja
     seen_BN = jnp.tril(same_BNN, k=-1).any(axis=2)
     keep_BN = ~seen_BN & (values_BN >= 0) & (values_BN != pivots_B[:, None])
     rank_BN = jnp.where(keep_BN, jnp.cumsum(keep_BN, axis=1) - 1, count)
-    rows_B1 = jnp.arange(values_BN.shape[0])[:, None]
-    return jnp.zeros((values_BN.shape[0], count), jnp.int32).at[rows_B1, rank_BN].set(values_BN, mode="drop")
+    return jnp.where(rank_BN[:, None] == jnp.arange(count)[:, None], values_BN[:, None], 0).sum(axis=2)
 
 
 def _box_side(candidates: int, max_position: int, window: int, axes: int) -> int:
@@ -319,86 +325,81 @@ def _hard(
     return jnp.where(keep_BC, _ravel(edited_BCA, max_position), -1)
 
 
-def _edit(
-    seeds_BC: jax.Array, pivots_BA: jax.Array, max_position: int, base: int
-) -> tuple[jax.Array, jax.Array]:
+def _edit(seeds_BC: jax.Array, pivots_BA: jax.Array, max_position: int, base: int) -> tuple[jax.Array, jax.Array]:
     """Applies 1 to 3 random digit edits to copies of each pivot: (int32[B, C, A], whether all edits were done).
 
-    A candidate's random words are a mixed counter that starts at its seed.
+    Edits of one axis at a time that leave the range or give the pivot back are tried again. A candidate's random words
+    are a mixed counter that starts at its seed.
     """
     (batch, count), axes = seeds_BC.shape, pivots_BA.shape[1]
     places = count_digits(max_position, base)
-    powers = np.array([base**power for power in range(places + 1) if base**power < 2**31], np.int32)
-    pivot_CA = jnp.repeat(pivots_BA, count, axis=0)
+    powers = np.array([base**place for place in range(places)])
     seeds_C = seeds_BC.reshape(-1)
-    wanted_C = 1 + _below(mix(seeds_C), 3)
+    wanted_C = 1 + _few(mix(seeds_C), 3)
+    # Digits as [A, N, C], units first: with the candidates last, every edit is a few selects of whole vectors.
+    pivot_ANC = to_digits(jnp.repeat(pivots_BA, count, axis=0), base=base, digits=places)
+    pivot_ANC = pivot_ANC.reshape(-1, axes, places).transpose(1, 2, 0)[:, ::-1]
 
     def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        tries, values_CA, done_C = state
+        tries, now_ANC, done_C = state
         counter = 1 + tries * EDIT_WORDS + jnp.arange(EDIT_WORDS)
         bits = mix(seeds_C + counter.astype(jnp.uint32)[:, None] * jnp.uint32(WEYL))
-        axis_C = _below(bits[0], axes)
-        number_C = jnp.where(jnp.arange(axes) == axis_C[:, None], values_CA, 0).sum(axis=1)
-        edited_C, allowed_C = _edit_number(bits[1:], number_C, powers, places, base)
-        next_CA = jnp.where(jnp.arange(axes) == axis_C[:, None], edited_C[:, None], values_CA)
-        allowed_C &= (edited_C < max_position) & (edited_C >= 0) & (next_CA != pivot_CA).any(axis=1)
-        allowed_C &= done_C < wanted_C
-        return tries + 1, jnp.where(allowed_C[:, None], next_CA, values_CA), done_C + allowed_C
+        chosen_A1C = jnp.arange(axes)[:, None, None] == _few(bits[0], axes)
+        edited_NC, allowed_C = _edit_digits(bits[1:], jnp.where(chosen_A1C, now_ANC, 0).sum(axis=0), base)
+        # The sum in floating point tells numbers that do not fit int32.
+        allowed_C &= (edited_NC * powers[:, None].astype(np.float32)).sum(axis=0) < 1.5 * LIMIT
+        allowed_C &= (edited_NC * powers[:, None].astype(np.int32)).sum(axis=0) < max_position
+        next_ANC = jnp.where(chosen_A1C, edited_NC, now_ANC)
+        allowed_C &= (next_ANC != pivot_ANC).any(axis=(0, 1)) & (done_C < wanted_C)
+        return tries + 1, jnp.where(allowed_C, next_ANC, now_ANC), done_C + allowed_C
 
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         return (state[2] < wanted_C).any() & (state[0] < HARD_TRIES)
 
-    start = (jnp.int32(0), pivot_CA, jnp.zeros(batch * count, jnp.int32))
-    _, values_CA, done_C = jax.lax.while_loop(unfinished, body, start)
-    return values_CA.reshape(batch, count, axes), (done_C == wanted_C).reshape(batch, count)
+    start = (jnp.int32(0), pivot_ANC, jnp.zeros(batch * count, jnp.int32))
+    _, last_ANC, done_C = jax.lax.while_loop(unfinished, body, start)
+    edited_AC = (last_ANC * powers[:, None].astype(np.int32)).sum(axis=1)
+    return edited_AC.T.reshape(batch, count, axes), (done_C == wanted_C).reshape(batch, count)
 
 
-def _edit_number(
-    bits: jax.Array, number_C: jax.Array, powers: np.ndarray, places: int, base: int
-) -> tuple[jax.Array, jax.Array]:
+def _edit_digits(bits: jax.Array, digits_NC: jax.Array, base: int) -> tuple[jax.Array, jax.Array]:
     """Tries one random edit of each number, written without leading zeros: (result, whether it is allowed).
 
     `bits` is uint32[EDIT_WORDS - 1, C] of randomness. The four edits are equally likely: insert a digit, delete one,
-    swap two, substitute one. Places count from the right.
+    swap two different ones, substitute one; none leaves a leading zero. Of a few draws of the places and the digit
+    the first that changes something is taken, so that swaps and substitutions come about as often as the others.
     """
-    powers = jnp.asarray(powers)
-    which, bits = (bits[0] % 4).astype(jnp.int32), bits[1:].reshape(4, EDIT_TRIES, -1)
-    length_C = jnp.maximum(1, (number_C[:, None] >= powers[:places]).sum(axis=1))
-
-    def power(place: jax.Array) -> jax.Array:
-        return powers[jnp.clip(place, 0, len(powers) - 1)]
+    places = len(digits_NC)
+    place_N1 = jnp.arange(places)[:, None]
+    kind_C, bits = _few(bits[0], 4), bits[1:].reshape(4, EDIT_TRIES, -1)
+    insert, delete, swap = kind_C == 0, kind_C == 1, kind_C == 2
+    length_C = jnp.where(digits_NC > 0, place_N1 + 1, 1).max(axis=0)
+    leading = length_C - 1
 
     def digit(place: jax.Array) -> jax.Array:
-        return number_C // power(place) % base
+        return jnp.where(place[..., None, :] == place_N1, digits_NC, 0).sum(axis=-2)
 
-    leading = length_C - 1
-    # Insert before the first digit, between two, or after the last; never a leading zero.
-    place = _below(bits[0, 0], length_C + 1)
-    new = jnp.where(place == length_C, 1 + _below(bits[1, 0], base - 1), _below(bits[1, 0], base))
-    inserted = (number_C // power(place) * base + new) * power(place) + number_C % power(place)
-    can_insert = (length_C < places) & (length_C + 1 < len(powers))
-    # Delete; the first digit stays where a zero would come first.
-    second_is_zero = digit(leading - 1) == 0
-    place = _below(bits[0, 0], jnp.where(second_is_zero, leading, length_C))
-    deleted = number_C // power(place) // base * power(place) + number_C % power(place)
-    can_delete = length_C > 1
-    # Swap two different digits, and substitute one: the first of a few tries that changes something and leaves no
-    # leading zero, so that these edits come about as often as the others.
-    one, other, new = _below(bits[0], length_C), _below(bits[2], leading), _below(bits[3], base)
+    # An inserted digit may also stand before all others; the leading one is not deleted where a zero follows it.
+    one = _few(bits[0], length_C + insert - (delete & (digit(leading - 1) == 0)))
+    other = _few(bits[1], leading)
     other = other + (other >= one)
-    swapped = number_C + (digit(one) - digit(other)) * (power(other) - power(one))
-    leads = (one == leading) & (digit(other) == 0) | (other == leading) & (digit(one) == 0)
-    swapped, can_swap = _first_allowed(swapped, (length_C > 1) & (digit(one) != digit(other)) & ~leads)
-    substituted = number_C + (new - digit(one)) * power(one)
-    substituted, can_substitute = _first_allowed(substituted, (new != digit(one)) & ~((one == leading) & (new == 0)))
+    first = insert & (one == length_C)
+    new = first + _few(bits[2], base - first)
+    digit_one, digit_other = digit(one), digit(other)
+    leads = (one == leading) & (digit_other == 0) | (other == leading) & (digit_one == 0)
+    can_swap = (length_C > 1) & (digit_one != digit_other) & ~leads
+    can_substitute = (new != digit_one) & ~((one == leading) & (new == 0))
+    allowed = jnp.where(swap, can_swap, can_substitute)
+    allowed = jnp.where(insert, length_C < places, jnp.where(delete, length_C > 1, allowed))
 
-    results = jnp.stack([inserted, deleted, swapped, substituted])
-    allowed = jnp.stack([can_insert, can_delete, can_swap, can_substitute])
-    pick = which, jnp.arange(len(number_C))
-    return results[pick], allowed[pick]
-
-
-def _first_allowed(results_TC: jax.Array, allowed_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of T tries the first allowed one of each column, and whether there is any."""
-    first_C = allowed_TC.argmax(axis=0)
-    return jnp.take_along_axis(results_TC, first_C[None], axis=0)[0], allowed_TC.any(axis=0)
+    taken = one[-1], other[-1], new[-1], digit_one[-1], digit_other[-1]
+    for at in reversed(range(EDIT_TRIES - 1)):
+        drawn = one[at], other[at], new[at], digit_one[at], digit_other[at]
+        taken = tuple(jnp.where(allowed[at], *pair) for pair in zip(drawn, taken, strict=True))
+    one, other, new, digit_one, digit_other = taken
+    zero_1C = jnp.zeros_like(digits_NC[:1])
+    raised, lowered = jnp.concatenate([zero_1C, digits_NC[:-1]]), jnp.concatenate([digits_NC[1:], zero_1C])
+    result = jnp.where(swap & (place_N1 == other), digit_one, digits_NC)
+    result = jnp.where(insert & (place_N1 > one), raised, jnp.where(delete & (place_N1 > one), lowered, result))
+    at_place = jnp.where(delete, lowered, jnp.where(swap, digit_other, new))
+    return jnp.where(place_N1 == one, at_place, result), allowed.any(axis=0)

@@ -1,0 +1,25 @@
+"""Writes the report of one run, or of a folder of runs: tables, CSV, plots.
+
+    python -m seqpe_jax.report --workdir=runs/quickstart --output=runs/quickstart/report
+"""
+
+import pathlib
+
+from absl import flags
+
+from seqpe_jax import command
+from seqpe_jax.evaluation import report
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, or a folder whose subfolders are runs")
+_OUTPUT = flags.DEFINE_string("output", None, "folder for report.md, results.csv and the plots")
+
+
+def main() -> None:
+    """The command."""
+    table = report.write_report(_WORKDIR.value, _OUTPUT.value)
+    print(f"{table}\nthe whole report: {pathlib.Path(_OUTPUT.value) / 'report.md'}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "output"])
+    command.run(main)
