@@ -54,11 +54,6 @@ def learned_params(state: State) -> Tree:
     return {"table": state["transformer.wpe.weight"]}
 
 
-def learned_params(state: State) -> Tree:
-    """Returns the learned table's parameters of a GPT-2 state dict."""
-    return {"table": state["transformer.wpe.weight"]}
-
-
 def _layers(state: State, prefix: str) -> list[int]:
     return sorted({int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)})
 

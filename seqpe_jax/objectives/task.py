@@ -34,5 +34,10 @@ def token_losses(
     padding = ((0, 0), (0, count * block - length))
     hidden = jnp.pad(hidden_BLD, (*padding, (0, 0))).reshape(batch, count, block, -1).swapaxes(0, 1)
     targets = jnp.pad(targets_BL, padding).reshape(batch, count, block).swapaxes(0, 1)
-    losses = jax.lax.map(lambda part: cross_entropy(logits_of(part[0]), part[1])[1], (hidden, targets))
+
+    @jax.checkpoint  # else the backward pass would keep the logits of every block
+    def losses_of(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(logits_of(hidden), targets)[1]
+
+    losses = jax.lax.map(lambda part: losses_of(*part), (hidden, targets))
     return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]

@@ -1,0 +1,31 @@
+"""Reading the arrays recorded from the PyTorch reference, and comparing with them."""
+
+import json
+import pathlib
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "goldens"
+
+
+def names(kind: str) -> list[str]:
+    """Files of one kind; one name that no fixture finds where the goldens are absent, so that a test skips."""
+    return sorted(path.stem for path in (FOLDER / kind).glob("*.npz")) or ["absent"]
+
+
+def load(goldens: pathlib.Path, kind: str, name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Returns (config, arrays) of a file."""
+    arrays = np.load(goldens / kind / f"{name}.npz")
+    return json.loads(str(arrays["config"][0])), {key: arrays[key] for key in arrays.files if key != "config"}
+
+
+def under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays below a prefix, under the rest of their names."""
+    return {key[len(prefix) :]: value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def close(found, expected, relative: float, name: str = "") -> None:
+    """Asserts a largest difference relative to the largest expected magnitude."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape, name
+    assert np.abs(found - expected).max() <= relative * max(np.abs(expected).max(), 1e-3), name
