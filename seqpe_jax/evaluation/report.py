@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import urllib.parse
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,14 @@ import numpy as np
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation import plots, tables
 
-COMPARED = ("steps", "batch_size", "seed", "data.name", "data.length", "data.paths", "data.tokenizer")
+# Equal in all runs, or their numbers do not compare.
+COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.paths", "data.tokenizer")
+# May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
+REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
+
+NOT_EVALUATED = (
+    "No run has been evaluated yet: `python -m seqpe_jax.evaluate --checkpoint=RUN --output=RUN/evaluation.json`\n"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +30,7 @@ class Run:
     Attributes:
       name: of the folder; config: nested dicts; metrics: objects of metrics.jsonl.
       evaluation: as `evaluate --output` writes it, or {}; similarity: arrays of similarity.npz, or None.
+      row: the run's row in tables; runs that differ in the seed alone share it.
     """
 
     name: str
@@ -28,6 +38,7 @@ class Run:
     metrics: list[dict[str, Any]]
     evaluation: dict[str, Any]
     similarity: dict[str, np.ndarray] | None
+    row: str = ""
 
     @property
     def encoding(self) -> str:
@@ -62,7 +73,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Training time so far."""
-        return self.metrics[-1]["time"] if self.metrics else None
+        return self.metrics[-1].get("time") if self.metrics else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -76,30 +87,21 @@ def read_run(folder: pathlib.Path) -> Run:
     metrics = []
     path = folder / "metrics.jsonl"
     if path.exists():
-        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-            if line.endswith("\n"):  # a run that is being written may end in half a line
-                metrics.append(_json(line, f"{path}, line {number}"))
-    evaluation, similarity = folder / "evaluation.json", folder / "similarity.npz"
-    arrays = None
-    if similarity.exists():
-        try:
-            arrays = dict(np.load(similarity))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{similarity} cannot be read ({error}): evaluate the run again") from error
-    return Run(
-        folder.resolve().name,
-        _json((folder / "config.json").read_text(), str(folder / "config.json")),
-        metrics,
-        _json(evaluation.read_text(), str(evaluation)) if evaluation.exists() else {},
-        arrays,
-    )
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            if line.endswith(b"\n"):  # a run that is being written may end in half a line
+                metrics.append(_object(line, f"{path}, line {number}", {"step": int}))
+    config = _object(
+        (folder / "config.json").read_bytes(), str(folder / "config.json"),
+        {"seed": int, "data.length": int, "encoding.kind": str},
+    )  # fmt: skip
+    return Run(folder.resolve().name, config, metrics, _evaluation(folder), _similarity(folder))
 
 
 def find_runs(workdir: str | pathlib.Path) -> list[Run]:
     """Returns the run of a folder, or the runs of its subfolders, SeqPE first.
 
     Raises:
-      InputError: there is no run.
+      InputError: there is no run, or one has a file that cannot be read.
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
@@ -107,28 +109,36 @@ def find_runs(workdir: str | pathlib.Path) -> list[Run]:
     folders = [workdir] if (workdir / "config.json").exists() else sorted(workdir.iterdir())
     runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
     if not runs:
-        raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json as `train` writes it")
-    return sorted(runs, key=lambda run: (run.encoding != "seqpe", run.name))
+        raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
+    return _rows(sorted(runs, key=lambda run: (run.encoding != "seqpe", run.name)))
 
 
 def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str:
     """Writes report.md, results.csv and the plots; returns the main table as markdown.
 
     Raises:
-      InputError: see `find_runs`.
+      InputError: see `find_runs`; or `output` is not a folder that can be written.
     """
     runs = find_runs(workdir)
     output = pathlib.Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output={output} cannot be made a folder ({error.strerror}): choose another") from error
     bits = any("bits_per_byte" in result for run in runs for result in run.results)
-    main = tables.by_length(runs, "bits_per_byte" if bits else "perplexity")
-    parts = [f"# {pathlib.Path(workdir).resolve().name}\n"]
-    parts += [f"> The runs differ in {line}\n" for line in differences(runs)]
+    evaluated = any(run.results for run in runs)
+    main = tables.by_length(runs, "bits_per_byte" if bits else "perplexity") if evaluated else NOT_EVALUATED
+    parts = [f"# {pathlib.Path(workdir).resolve().name}\n", *(f"> {note}\n" for note in notes(runs))]
+    if not evaluated:
+        parts.append(NOT_EVALUATED)
     if bits:
         parts.append("## Bits per byte by evaluated length (lower is better)\n\n" + main)
-    parts.append("## Perplexity by evaluated length\n\n" + tables.by_length(runs, "perplexity"))
+    if evaluated:
+        title = "## Perplexity by evaluated length (lower is better)\n\n"
+        parts.append(title + tables.by_length(runs, "perplexity"))
     if any("word_perplexity" in result for run in runs for result in run.results):
-        parts.append("## Word perplexity by evaluated length\n\n" + tables.by_length(runs, "word_perplexity"))
+        title = "## Word perplexity by evaluated length (lower is better)\n\n"
+        parts.append(title + tables.by_length(runs, "word_perplexity"))
     parts.append("## Cost\n\n" + tables.cost(runs))
     for name, title, draw in (
         ("extrapolation", "Past the training length", plots.extrapolation),
@@ -140,29 +150,99 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
     for run in runs:
         name = f"similarity_{run.name}.png"
         if plots.similarity(run, output / name):
-            parts.append(f"## Likeness of position vectors: {run.name}\n\n![Likeness of position vectors]({name})\n")
+            title = f"Likeness of position vectors: {run.name}"
+            parts.append(f"## {title}\n\n![{title}]({urllib.parse.quote(name)})\n")
     (output / "report.md").write_text("\n".join(parts))
     (output / "results.csv").write_text(tables.results_csv(runs))
     return main
 
 
-def differences(runs: list[Run]) -> list[str]:
-    """Returns one line for each field that should be equal for runs to be compared, and is not."""
-    lines = []
-    for field in COMPARED:
-        values = {}
-        for run in runs:
-            value = run.config
-            for key in field.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            values.setdefault(json.dumps(value), []).append(run.name)
-        if len(values) > 1:
-            lines.append(f"{field}: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items()))
+def notes(runs: list[Run]) -> list[str]:
+    """Returns what a reader must know before comparing the runs: where they differ, what is unfinished or stale."""
+    lines = [f"The runs differ in {line}" for line in differences(runs)]
+    for run in runs:
+        planned, done, at = run.config.get("steps"), run.steps_done, run.evaluation.get("step")
+        if planned and done is not None and done < planned:
+            lines.append(f"{run.name} is not finished: step {done} of {planned}")
+        if at is not None and done is not None and at != done:
+            lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
     return lines
 
 
-def _json(text: str, where: str) -> Any:
+def differences(runs: list[Run]) -> list[str]:
+    """Returns one line for each thing that should be equal for runs to be compared, and is not."""
+    lines = []
+
+    def compare(what: str, values: list[tuple[Any, str]]) -> None:
+        names: dict[str, list[str]] = {}
+        for value, name in values:
+            names.setdefault(json.dumps(value), []).append(name)
+        if len(names) > 1:
+            lines.append(f"{what}: " + "; ".join(f"{value} ({', '.join(found)})" for value, found in names.items()))
+
+    for field in COMPARED:
+        compare(field, [(_field(run.config, field), run.name) for run in runs])
+    rows = dict.fromkeys(run.row for run in runs)
+    compare("seed", [(sorted(run.seed for run in runs if run.row == row), row) for row in rows])
+    compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
+    for length in sorted({result["length"] for run in runs for result in run.results}):
+        read = [(run.name, result) for run in runs for result in run.results if result["length"] == length]
+        compare(f"tokens evaluated at length {length}", [(result.get("tokens"), name) for name, result in read])
+    return lines
+
+
+def _rows(runs: list[Run]) -> list[Run]:
+    """Names rows: by the encoding, and by the runs too where an encoding was trained in several ways."""
+    settings = [json.dumps({key: run.config[key] for key in sorted(run.config.keys() - set(REPEATED))}) for run in runs]
+    named = []
+    for run, own in zip(runs, settings, strict=True):
+        same = [other.name for other, theirs in zip(runs, settings, strict=True) if theirs == own]
+        ways = {theirs for other, theirs in zip(runs, settings, strict=True) if other.encoding == run.encoding}
+        row = run.encoding if len(ways) == 1 else f"{run.encoding} ({', '.join(same)})"
+        named.append(dataclasses.replace(run, row=row))
+    return named
+
+
+def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return {}
+    evaluation = _object(path.read_bytes(), str(path), {"results": list})
+    for result in evaluation["results"]:
+        if not isinstance(result, dict) or not isinstance(result.get("length"), int):
+            raise InputError(f"{path} has a result without a length: write it with `evaluate --output` of a text run")
+    return evaluation
+
+
+def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+    path = folder / "similarity.npz"
+    if not path.exists():
+        return None
     try:
-        return json.loads(text)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("pivots", "positions", "cosine")}
+        if arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
+            raise ValueError(f"cosine has shape {arrays['cosine'].shape}")
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is not an archive of pivots [n], positions [m] and cosine [n, m]: evaluate the run again"
+        ) from error
+    return arrays
+
+
+def _field(values: Any, name: str) -> Any:
+    for key in name.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _object(text: bytes, where: str, fields: dict[str, type]) -> dict[str, Any]:
+    """Parses a JSON object that must have some fields, given by dotted names."""
+    try:
+        value = json.loads(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error})") from error
+    for field, kind in fields.items():
+        if not isinstance(_field(value, field), kind):
+            raise InputError(f"{where} has no {kind.__name__} '{field}': it is not as this package writes it")
+    return value

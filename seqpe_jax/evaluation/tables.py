@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,25 +13,32 @@ MISSING = "-"
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a markdown table; the first column is aligned left, the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join("| " + " | ".join(row) + " |\n" for row in (header, rule, *rows))
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(value: float) -> str:
+    """Returns a value with three decimals, or in short where it is too large for them to matter."""
+    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
 def by_length(runs: Sequence[Any], metric: str) -> str:
     """Returns encoding x length of a metric of the runs' evaluations: lower is better, the best of a column is bold.
 
-    Runs of one encoding are averaged, with their standard deviation; what was not evaluated is shown as missing.
+    Runs that differ in the seed alone share a row: their mean and standard deviation. What was not evaluated is shown
+    as missing; a single row has no best.
 
     Args:
       runs: `evaluation.report.Run`s; metric: a key of evaluation results, such as "bits_per_byte".
     """
     lengths = sorted({result["length"] for run in runs for result in run.results})
     trained = {run.training_length for run in runs}
-    names = list(dict.fromkeys(run.encoding for run in runs))
+    names = list(dict.fromkeys(run.row for run in runs))
     found = {
         (name, length): [
             result[metric]
             for run in runs
-            if run.encoding == name
+            if run.row == name
             for result in run.results
             if result["length"] == length and metric in result
         ]
@@ -38,16 +46,17 @@ def by_length(runs: Sequence[Any], metric: str) -> str:
         for length in lengths
     }
     means = {place: statistics.fmean(values) for place, values in found.items() if values}
-    best = {length: min((means[place] for place in means if place[1] == length), default=None) for length in lengths}
+    finite = {place: mean for place, mean in means.items() if math.isfinite(mean)}
+    best = {length: min((finite[place] for place in finite if place[1] == length), default=None) for length in lengths}
 
     def cell(name: str, length: int) -> str:
         values = found[name, length]
         if not values:
             return MISSING
-        text = f"{means[name, length]:.3f}"
-        if means[name, length] == best[length]:
+        text = number(means[name, length])
+        if len(names) > 1 and means[name, length] == best[length]:
             text = f"**{text}**"
-        return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+        return text + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
 
     def title(length: int) -> str:
         if len(trained) != 1:

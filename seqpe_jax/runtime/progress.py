@@ -8,17 +8,32 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from seqpe_jax.errors import InputError
+
 FILE = "metrics.jsonl"
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the objects of WORKDIR/metrics.jsonl; a half-written last line is left out."""
+    """Returns the objects of WORKDIR/metrics.jsonl; a half-written last line is left out.
+
+    Raises:
+      InputError: another line is not an object with a step.
+    """
     path = pathlib.Path(workdir) / FILE
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}, line {number} is no object with a step ({error}): remove that line, then start again"
+            ) from error
+    return found
 
 
 class MetricsWriter:
@@ -80,8 +95,7 @@ class ProgressLine:
         parts = [f"{self._label} {done}/{self._total}", f"{100 * done / self._total:.0f}%"]
         if done > self._first:
             rate = (done - self._first) / max(now - self._began, 1e-9)
-            left = int((self._total - done) / rate)
-            parts += [f"{left // 60}:{left % 60:02d} left", f"{rate:.1f}/s"]
+            parts += [f"{_clock((self._total - done) / rate)} left", f"{rate:.{1 if rate >= 1 else 3}f}/s"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
         line = "  ".join(parts)
@@ -97,3 +111,9 @@ class ProgressLine:
         if self._terminal and self._said:
             self._stream.write("\n")
             self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,17 +56,51 @@ def test_a_folder_of_runs(tmp_path):
     assert rows[0]["word_perplexity"] == "" and "differ" not in page
 
 
+def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    make_run(tmp_path / "a b", bits=((16, 2.0),))
+    make_run(tmp_path / "c", bits=((16, 3.0),), encoding={"kind": "seqpe", "mode": "attn_scalar"})
+    report.write_report(tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| seqpe (a b) | **2.000** |" in page and "| seqpe (c) | 3.000 |" in page and "±" not in page
+    assert (tmp_path / "out" / "similarity_a b.png").exists() and "(similarity_a%20b.png)" in page
+
+
+def test_what_is_unfinished_or_stale_is_told(tmp_path):
+    make_run(tmp_path / "a", steps=9)
+    make_run(tmp_path / "b", "alibi", steps=9)
+    for name, values in (("a", {"step": 2, "split": "test"}), ("b", {"step": 4, "split": "validation"})):
+        path = tmp_path / name / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    assert report.notes(report.find_runs(tmp_path)) == [
+        'The runs differ in evaluated split: "test" (a); "validation" (b)',
+        "a is not finished: step 4 of 9",
+        "a was evaluated at step 2, but its last reported step is 4",
+        "b is not finished: step 4 of 9",
+    ]
+
+
+def test_numbers_that_are_huge_or_not_finite(tmp_path):
+    make_run(tmp_path / "a", bits=((16, float("nan")),))
+    make_run(tmp_path / "b", "alibi", bits=((16, 1e200),))
+    report.write_report(tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| seqpe | nan |" in page and "| alibi | **1e+200** |" in page
+
+
 def test_seeds_are_averaged_and_differences_told(tmp_path):
     make_run(tmp_path / "a", seed=0, bits=((16, 2.0),))
-    make_run(tmp_path / "b", seed=1, bits=((16, 3.0),), steps=8)
+    make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
     runs = report.find_runs(tmp_path)
-    assert "**2.500** ± 0.707" in tables.by_length(runs, "bits_per_byte")
-    assert report.differences(runs) == ["steps: 4 (a); 8 (b)", "seed: 0 (a); 1 (b)"]
+    assert "| seqpe | 2.500 ± 0.707 |" in tables.by_length(runs, "bits_per_byte")
+    assert report.differences(runs) == []
+    make_run(tmp_path / "c", "alibi", bits=((16, 2.0),), steps=8)
+    runs = report.find_runs(tmp_path)
+    assert report.differences(runs) == ["steps: 4 (a, b); 8 (c)", "seed: [0, 1] (seqpe); [0] (alibi)"]
 
 
 def test_one_run_that_has_only_begun(tmp_path):
     make_run(tmp_path / "run", "none", bits=(), metrics=False)
-    report.write_report(tmp_path / "run", tmp_path / "out")
+    assert "No run has been evaluated yet" in report.write_report(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "results.csv"]
 
 
@@ -74,6 +110,51 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         report.find_runs(tmp_path)
     make_run(tmp_path / "run")
-    (tmp_path / "run" / "evaluation.json").write_text("{")
-    with pytest.raises(InputError, match="evaluation.json is not JSON"):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        report.write_report(tmp_path / "run", tmp_path / "file")
+    with pytest.raises(InputError, match="no such directory"):
+        report.find_runs(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "config.json has no int 'seed'"),
+        ("config.json", '{"seed": 0, "data": {"length": 16}, "encoding": 3}', "no str 'encoding.kind'"),
+        ("evaluation.json", "{", "evaluation.json is not JSON"),
+        ("evaluation.json", "[]", "evaluation.json has no list 'results'"),
+        ("evaluation.json", '{"results": [{"size": [2, 2]}]}', "a result without a length"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2 is not JSON"),
+        ("metrics.jsonl", "3\n", "metrics.jsonl, line 1 has no int 'step'"),
+        ("similarity.npz", "no archive", "similarity.npz is not an archive"),
+        ("similarity.npz", "", "similarity.npz is not an archive"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, message):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(InputError, match=message):
         report.find_runs(tmp_path)
+
+
+def test_a_similarity_of_other_arrays_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    for arrays in ({"pivots": [1]}, {"pivots": [1], "positions": [0, 1], "cosine": np.ones((2, 2))}):
+        np.savez(tmp_path / "run" / "similarity.npz", **arrays)
+        with pytest.raises(InputError, match="similarity.npz is not an archive"):
+            report.find_runs(tmp_path)
+
+
+def test_the_command_prints_the_table_or_one_line(tmp_path):
+    def call(workdir):
+        command = [sys.executable, "-m", "seqpe_jax.report", f"--workdir={workdir}", f"--output={tmp_path / 'out'}"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    make_run(tmp_path / "run")
+    done = call(tmp_path / "run")
+    assert done.returncode == 0 and "| seqpe | 2.000 | 3.000 |" in done.stdout
+    (tmp_path / "empty").mkdir()
+    done = call(tmp_path / "empty")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "holds no run" in done.stderr

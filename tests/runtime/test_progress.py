@@ -3,6 +3,9 @@
 import io
 import json
 
+import pytest
+
+from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine, read_metrics
 
 
@@ -20,6 +23,14 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1] == {"step": 4, "time": 9.0, "train/loss": 1 / 3}
+
+
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
+    text = '{"step": 1}\n{"st\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(InputError, match="metrics.jsonl, line 2"):
+        MetricsWriter(tmp_path, 3, tensorboard=False)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
 def test_tensorboard_events_are_written(tmp_path):
@@ -45,3 +56,14 @@ def test_the_line_is_rewritten_on_a_terminal_and_rare_elsewhere():
         assert "100%" in text and "loss 1.2500" in text
         assert ("\r" in text) == stream.isatty()
         assert text.count("step") == 2
+
+
+def test_hours_are_told_as_hours_and_slow_steps_have_a_rate(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("seqpe_jax.runtime.progress.clock.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    line = ProgressLine(1001, stream=stream)
+    line.update(1)
+    now[0] = 40.0
+    line.update(11)
+    assert stream.getvalue().splitlines()[-1] == "step 11/1001  1%  1:06:00 left  0.250/s"
