@@ -1,0 +1,136 @@
+"""SeqPE: the read-out shortcut, determinism, dropout, places, products, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.encodings.seqpe import SeqPE
+from seqpe_jax.errors import InputError
+
+KEY = jax.random.PRNGKey(0)
+SIZES = {"layers_model": 3, "width_model": 12, "heads_model": 2, "width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
+POSITIONS_RA = jnp.array([[0], [7], [70], [345], [999], [7]], jnp.int32)
+
+
+def make(**fields) -> SeqPE:
+    return SeqPE(**(SIZES | fields))
+
+
+def vectors(encoding, variables, positions_RA=POSITIONS_RA, **options):
+    return np.asarray(
+        jax.jit(lambda v, at: encoding.apply(v, at, method="vectors", **options))(variables, positions_RA)
+    )
+
+
+def initial(encoding, positions_RA=POSITIONS_RA):
+    return jax.jit(lambda: encoding.init(KEY, positions_RA[None], shape=(len(positions_RA),)))()
+
+
+def test_a_vector_depends_on_its_position_alone():
+    encoding = make()
+    variables = initial(encoding)
+    whole = vectors(encoding, variables)
+    np.testing.assert_array_equal(whole, vectors(encoding, variables))
+    np.testing.assert_array_equal(whole[1], whole[5])
+    np.testing.assert_allclose(vectors(encoding, variables, POSITIONS_RA[2:4]), whole[2:4], atol=1e-5)
+    assert np.abs(whole[1] - whole[2]).max() > 1e-2  # 007 and 070
+    assert whole.dtype == np.float32
+
+
+def test_dropout_acts_only_in_training():
+    encoding = make(dropout=0.5)
+    variables = initial(encoding)
+    keys = [{"rngs": {"dropout": jax.random.PRNGKey(seed)}} for seed in (0, 1)]
+    np.testing.assert_array_equal(vectors(encoding, variables, **keys[0]), vectors(encoding, variables, **keys[1]))
+    first, second = (vectors(encoding, variables, deterministic=False, **key) for key in keys)
+    assert np.abs(first - second).max() > 1e-2
+    attention = make(dropout=0.0, attention_dropout=0.5)
+    first, second = (vectors(attention, variables, deterministic=False, **key) for key in keys)
+    assert np.abs(first - second).max() > 1e-2
+
+
+@pytest.mark.parametrize("direction", ["causal", "bi"])
+def test_the_shortcut_of_the_last_layer_changes_nothing(direction, monkeypatch):
+    from seqpe_jax.encodings import seqpe
+
+    encoding = make(direction=direction)
+    variables = initial(encoding)
+    short = vectors(encoding, variables)
+    plain = seqpe.EncoderBlock.__call__
+    calls = []
+
+    def without(self, x_RND, mask, *, last_only, deterministic):
+        calls.append(last_only)
+        return plain(self, x_RND, mask, last_only=False, deterministic=deterministic)
+
+    monkeypatch.setattr(seqpe.EncoderBlock, "__call__", without)
+    np.testing.assert_allclose(vectors(encoding, variables), short, atol=1e-5)
+    assert calls == [False, True]
+
+
+def test_places_may_restart_with_each_coordinate():
+    positions_RA = jnp.array([[12, 345], [345, 12]], jnp.int32)
+    for place, rows in ("global", 6), ("coordinate", 3):
+        encoding = make(axes=2, place=place)
+        variables = initial(encoding, positions_RA)
+        assert variables["params"]["encoder"]["place_embedding"].shape == (rows, 12)
+        found = vectors(encoding, variables, positions_RA)
+        assert np.abs(found[0] - found[1]).max() > 1e-2  # coordinates still differ by their own embedding
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("qk", ["single", "multi", "none", "halves"])
+def test_features_are_query_key_products(qk, per_head):
+    encoding = make(qk=qk, per_head=per_head, scalar_scale=3.0, qk_init_std=0.5)
+    variables = initial(encoding)
+    signal = jax.jit(lambda: encoding.apply(variables, POSITIONS_RA[None], shape=(6,)))()
+    vectors_RE = vectors(encoding, variables)
+    assert vectors_RE.shape == (6, 12 if per_head else 6) and signal.stacked == (qk == "multi")
+    layers = [signal.at_layer(layer) for layer in range(3)]
+    weights = variables["params"].get("qk_map", {})
+    heads = 2 if per_head else 1
+    for layer, at_layer in enumerate(layers):
+        mapped = vectors_RE
+        if weights:
+            kernel, bias = (weights[name][layer] if qk == "multi" else weights[name] for name in ("kernel", "bias"))
+            mapped = vectors_RE @ np.asarray(kernel) + np.asarray(bias)
+        query, key = (mapped, mapped) if qk == "none" else np.split(mapped, 2, axis=-1)
+        query, key = (part.reshape(6, heads, -1) for part in (query, key))
+        found = np.einsum("plhf,pshf->phls", *at_layer.features)[0]
+        expected = 3.0 * np.einsum("lhf,shf->hls", query, key) / np.sqrt(6)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    if qk == "multi":
+        assert np.abs(layers[0].features[0] - layers[1].features[0]).max() > 1e-2
+
+
+def test_initial_weights():
+    for distribution in ("normal", "truncated_normal"):
+        encoding = make(width=64, init_distribution=distribution, init_std=0.1, qk_init_std=0.3, norm_init=0.5)
+        params = initial(encoding)["params"]
+        kernels = params["encoder"]["block_0"]["mlp_in"]["kernel"]
+        assert float(kernels.std()) == pytest.approx(0.1 if distribution == "normal" else 0.088, rel=0.05)
+        assert float(params["qk_map"]["kernel"].std()) == pytest.approx(
+            0.3 if distribution == "normal" else 0.264, rel=0.15
+        )
+        assert (params["encoder"]["final_norm"]["scale"] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"direction": "bi", "cls": False}, "encoding.cls=True"),
+        ({"width": 10, "heads": 4}, "encoding.width=10 is not a multiple of encoding.heads=4"),
+        ({"mode": "input_add"}, "encoding.qk='none'"),
+        ({"mode": "rotary", "qk": "none", "width_model": 6}, "model.width / model.heads = 3 is odd"),
+        ({"mode": "attn_add", "output_width": 6}, "encoding.output_width=6: set it to 0 or 12"),
+        ({"mode": "attn_mul", "qk": "halves", "output_width": 12}, "set it to 0 or 24"),
+        ({"mode": "input_add", "qk": "none", "output_width": 6}, "set it to 0 or 12"),
+        ({"qk": "none", "output_width": 7}, "do not split into 2 parts"),
+        ({"qk": "halves", "output_width": 6}, "do not split into 4 parts"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, told):
+    encoding = make(**fields)
+    with pytest.raises(InputError, match=told):  # before anything is compiled
+        jax.eval_shape(lambda: encoding.init(KEY, POSITIONS_RA[None], shape=(6,)))
