@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.objectives.task import cross_entropy, token_losses
+from tests.programs import holds
 
 KEY = jax.random.PRNGKey(3)
 
@@ -45,21 +46,3 @@ def test_blocks_equal_the_whole_and_keep_no_table_of_logits():
         np.testing.assert_allclose(found, expected, atol=1e-6)
     assert not holds(jax.make_jaxpr(gradients[0])(weight_DV, hidden_BLD).jaxpr, batch * length * classes)
     assert holds(jax.make_jaxpr(gradients[1])(weight_DV, hidden_BLD).jaxpr, batch * length * classes)
-
-
-def holds(jaxpr, size: int) -> bool:
-    """Whether any value in a program, or in the programs it calls, has so many elements."""
-    for equation in jaxpr.eqns:
-        if any(np.prod(out.aval.shape, dtype=int) >= size for out in equation.outvars if hasattr(out.aval, "shape")):
-            return True
-        if any(holds(program, size) for program in subprograms(equation.params)):
-            return True
-    return False
-
-
-def subprograms(params):
-    for value in params.values():
-        if hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
