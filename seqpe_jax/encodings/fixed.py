@@ -86,7 +86,9 @@ class Rotary(nn.Module):
             raise InputError("encoding.kind='rotary' reads one coordinate")
         head_width = self.width_model // self.heads_model
         if head_width % 2:
-            raise InputError(f"encoding.kind='rotary' turns pairs: model.width / model.heads = {head_width} must be even")
+            raise InputError(
+                f"encoding.kind='rotary' turns pairs: model.width / model.heads = {head_width} must be even"
+            )
         frequencies = self.theta ** (-np.arange(0, head_width, 2) / head_width)
         cos, sin = unit_circle(positions_PLA[..., 0], frequencies)
         return PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))

@@ -115,7 +115,8 @@ class DigitEncoder(nn.Module):
         mask = jnp.tril(jnp.ones((places, places), bool)) if self.direction == "causal" else jnp.ones((1, places), bool)
         mask = jnp.broadcast_to(mask, (1, 1, places, places))
         if self.mask_padding:
-            kept_RN = jnp.pad(significant(positions_RA, **written), ((0, 0), (0, places - length)), constant_values=True)
+            kept_RN = significant(positions_RA, **written)
+            kept_RN = jnp.pad(kept_RN, ((0, 0), (0, places - length)), constant_values=True)
             mask = mask & kept_RN[:, None, None, :]
         for layer in range(self.layers):
             block = EncoderBlock(
@@ -290,4 +291,6 @@ class SeqPE(nn.Module):
         if width % parts:
             raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
         if self.mode == "rotary" and self.head_width % 2:
-            raise InputError(f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd")
+            raise InputError(
+                f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd"
+            )

@@ -22,8 +22,8 @@ def attend(
 ) -> jax.Array:
     """Returns softmax(logits) @ value, [B, L, H, K] in the values' dtype.
 
-    logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says. Logits
-    and softmax are float32; so is the product of features, at full precision, whatever the dtype of q and k.
+    logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says.
+    Logits and softmax are float32; so is the product of features, at full precision, whatever the dtype of q and k.
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
