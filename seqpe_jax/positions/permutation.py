@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 ROUNDS = 6  # even, so that halves of different sizes end in their own places
+LEAST_BITS = 6  # with fewer the orders of a few values are visibly uneven (pairs of 100 000 orders counted)
 LIMIT = 2**30  # positions that one permutation may hold
 
 
@@ -30,7 +31,7 @@ def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) ->
       n: int32 that broadcasts to [...].
     """
     n = jnp.asarray(n, jnp.uint32)
-    bits = 32 - jax.lax.clz(jnp.maximum(n, 2) - 1)
+    bits = jnp.maximum(32 - jax.lax.clz(jnp.maximum(n, 2) - 1), LEAST_BITS)
     low = (bits + 1) // 2
     masks = (jnp.uint32(1) << (bits - low)) - 1, (jnp.uint32(1) << low) - 1
 
