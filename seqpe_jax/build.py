@@ -202,7 +202,7 @@ def make_objective(config: Config, vocabulary: int, mesh: jax.sharding.Mesh) -> 
     )  # fmt: skip
     offered = dataclasses.asdict(encoding) | {
         "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
-        "heads_model": model.heads, "axes": 1, "table_length": config.data.length,
+        "heads_model": model.heads, "axes": 1, "table_shape": (config.data.length,),
     }  # fmt: skip
     kind = ENCODINGS[encoding.kind]
     fields = {field.name for field in dataclasses.fields(kind)} - {"name", "parent"}

@@ -1,4 +1,4 @@
-"""Encodings without parameters: sinusoidal, rotary, ALiBi, none."""
+"""Encodings without parameters: sinusoidal, rotary, axial rotary, ALiBi, none."""
 
 import math
 
@@ -33,6 +33,48 @@ def unit_circle(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Arra
     return cos, sin
 
 
+def flat_index(positions_PLA: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the row-major index int32[P, L] of each position int32[P, L, A] in a grid of this shape at the origin."""
+    index_PL = positions_PLA[..., 0]
+    for axis in range(1, positions_PLA.shape[-1]):
+        index_PL = index_PL * shape[axis] + positions_PLA[..., axis]
+    return index_PL
+
+
+def flattened(positions_PLA: jax.Array, shape: tuple[int, ...], prefix: int) -> jax.Array:
+    """Returns positions int32[P, prefix + L, 1] on one axis: the tokens before the grid, then its places row-major."""
+    first_PL = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (positions_PLA.shape[0], prefix))
+    return jnp.concatenate([first_PL, flat_index(positions_PLA, shape) + prefix], axis=1)[..., None]
+
+
+def axis_frequencies(width: int, axes: int, theta: float) -> list[np.ndarray]:
+    """Returns the frequencies of each axis, float64 in radians per position: theta^(-2 i axes / width), i = 0, 1, ...
+
+    The ceil(width / 2) pairs of columns are divided among the axes; the first axes get what does not divide.
+    """
+    parts = np.array_split(np.arange(-(-width // 2)), axes)
+    return [theta ** (-2.0 * axes * np.arange(len(part)) / width) for part in parts]
+
+
+def paired_width(kind: str, width_model: int, heads_model: int, axes: int) -> int:
+    """Returns the head width. Raises: InputError: it is odd, or has fewer pairs than there are axes."""
+    width = width_model // heads_model
+    if width % 2:
+        raise InputError(f"encoding.kind='{kind}' turns pairs: model.width / model.heads = {width} must be even")
+    if width < 2 * axes:
+        raise InputError(
+            f"encoding.kind='{kind}' turns at least one pair per axis: model.width / model.heads = {width} must be at "
+            f"least {2 * axes} for {axes} axes"
+        )
+    return width
+
+
+def unturned(cos: jax.Array, sin: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (cos, sin) [..., prefix + L, H, F] of rotations [..., L, H, F]: the tokens before them do not turn."""
+    before = [(0, 0)] * (cos.ndim - 3) + [(prefix, 0), (0, 0), (0, 0)]
+    return jnp.pad(cos, before, constant_values=1.0), jnp.pad(sin, before)
+
+
 class NoPosition(nn.Module):
     """No encoding at all (NoPE): a causal model infers order from what each token can see."""
 
@@ -46,52 +88,101 @@ class NoPosition(nn.Module):
 class Sinusoidal(nn.Module):
     """Sines (even columns) and cosines (odd columns) added to the tokens (Vaswani et al. 2017).
 
+    On a grid the columns are divided among the axes, the first axis first (as the table of MAE, He et al. 2022); the
+    tokens before the grid then get nothing. The PyTorch reference knows the flattened form only.
+
     Attributes:
       width_model: width of the tokens; theta: base of the wavelengths; amplitude: of the waves.
+      prefix: tokens before the positions that have none, such as a class token.
+      flatten: one axis for the whole grid, row-major, on which the tokens before it come first.
     """
 
     width_model: int
     theta: float = 10000.0
     amplitude: float = 1.0
+    prefix: int = 0
+    flatten: bool = False
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `added` for positions int32[P, L, 1]."""
-        if positions_PLA.shape[-1] != 1:
-            raise InputError("encoding.kind='sinusoidal' reads one coordinate")
-        pairs = -(-self.width_model // 2)
-        frequencies = self.theta ** (-2.0 * np.arange(pairs) / self.width_model)
-        cos, sin = unit_circle(positions_PLA[..., 0], frequencies)
+        """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] of a grid of this shape.
+
+        Raises:
+          InputError: fewer pairs of columns than axes.
+        """
+        if self.flatten:
+            positions_PLA = flattened(positions_PLA, shape, self.prefix)
+        axes = positions_PLA.shape[-1]
+        if self.width_model < 2 * axes:
+            raise InputError(f"encoding.kind='sinusoidal' needs model.width of at least {2 * axes} for {axes} axes")
+        frequencies = axis_frequencies(self.width_model, axes, self.theta)
+        circles = [unit_circle(positions_PLA[..., axis], frequencies[axis]) for axis in range(axes)]
+        cos, sin = (jnp.concatenate(part, axis=-1) for part in zip(*circles, strict=True))
         table_PLD = jnp.stack([sin, cos], axis=-1).reshape(*sin.shape[:-1], -1)[..., : self.width_model]
+        if not self.flatten:
+            table_PLD = jnp.pad(table_PLD, ((0, 0), (self.prefix, 0), (0, 0)))
         return PositionSignal(added=self.amplitude * table_PLD)
 
 
 class Rotary(nn.Module):
     """RoPE: q and k turn by position times theta^(-2i / head width) in pairs (2i, 2i + 1) (Su et al. 2021).
 
+    A grid is read as one axis, row-major, on which the tokens before it come first.
+
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
+      prefix: tokens before the positions that have none, such as a class token.
     """
 
     width_model: int
     heads_model: int
     theta: float = 10000.0
+    prefix: int = 0
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `rotation` for positions int32[P, L, 1]."""
-        if positions_PLA.shape[-1] != 1:
-            raise InputError("encoding.kind='rotary' reads one coordinate")
-        head_width = self.width_model // self.heads_model
-        if head_width % 2:
-            raise InputError(
-                f"encoding.kind='rotary' turns pairs: model.width / model.heads = {head_width} must be even"
-            )
-        frequencies = self.theta ** (-np.arange(0, head_width, 2) / head_width)
-        cos, sin = unit_circle(positions_PLA[..., 0], frequencies)
+        """Returns `rotation` of prefix + L tokens for positions int32[P, L, A] of a grid of this shape.
+
+        Raises:
+          InputError: odd head width.
+        """
+        head_width = paired_width("rotary", self.width_model, self.heads_model, 1)
+        (frequencies,) = axis_frequencies(head_width, 1, self.theta)
+        cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies)
         return PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
+
+
+class RotaryAxial(nn.Module):
+    """RoPE with the pairs of a head divided among the axes of a grid, the last axis first; tokens before it do not turn.
+
+    Source: Heo et al. 2024 (arXiv 2403.13298), there with theta 100; the PyTorch reference's command line sets 10000.
+
+    Attributes:
+      width_model, heads_model: of the model; theta: base of the wavelengths.
+      prefix: tokens before the positions that have none, such as a class token.
+    """
+
+    width_model: int
+    heads_model: int
+    theta: float = 100.0
+    prefix: int = 0
+
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
+        """Returns `rotation` of prefix + L tokens for positions int32[P, L, A]; `shape` is not read.
+
+        Raises:
+          InputError: odd head width, or fewer pairs than axes.
+        """
+        axes = positions_PLA.shape[-1]
+        head_width = paired_width("rotary_axial", self.width_model, self.heads_model, axes)
+        frequencies = axis_frequencies(head_width, axes, self.theta)
+        circles = [unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part]) for part in range(axes)]
+        cos, sin = (jnp.concatenate(part, axis=-1)[:, :, None] for part in zip(*circles, strict=True))
+        return PositionSignal(rotation=unturned(cos, sin, self.prefix))
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -125,7 +216,7 @@ class ALiBi(nn.Module):
     ) -> PositionSignal:
         """Returns `features` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
         if positions_PLA.shape[-1] != 1:
-            raise InputError("encoding.kind='alibi' reads one coordinate")
+            raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")
         slopes = alibi_slopes(self.heads_model)
         if self.reference_scaling:
             slopes = slopes / math.sqrt(self.width_model // self.heads_model)

@@ -1,35 +1,85 @@
-"""One learned vector per position, interpolated when a window is longer than the table."""
+"""One learned vector per position, interpolated when a window or grid is not that of the table."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
+from seqpe_jax.encodings.fixed import flat_index
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 
+CUBIC = -0.75  # the free constant of the cubic kernel; that of PyTorch's bicubic interpolation (Keys 1981: -0.5)
+
+
+def resize(table: jax.Array, shape: tuple[int, ...], method: str) -> jax.Array:
+    """Returns a table float[..., D] of one entry per place of a grid, read at the places of a grid of another shape.
+
+    Half-pixel centres; beyond the border its entry is repeated; no smoothing where the grid gets smaller.
+
+    Args:
+      method: "linear" or "cubic" along each axis.
+    """
+    for axis, side in enumerate(shape):
+        places, weights = _taps(table.shape[axis], side, method)
+        spread = (-1,) + (1,) * (table.ndim - axis - 1)
+        table = sum(
+            jnp.take(table, places[tap], axis=axis) * jnp.asarray(weights[tap], table.dtype).reshape(spread)
+            for tap in range(len(places))
+        )
+    return table
+
+
+def _taps(old: int, new: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `old` entries each of `new` reads, int[taps, new], and how much of each, float64[taps, new]."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    reach = {"linear": 1, "cubic": 2}[method]
+    places = np.floor(centre) + np.arange(1 - reach, 1 + reach)[:, None]
+    distance = np.abs(centre - places)
+    if method == "linear":
+        weights = 1.0 - distance
+    else:
+        near = (CUBIC + 2) * distance**3 - (CUBIC + 3) * distance**2 + 1
+        far = CUBIC * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        weights = np.where(distance <= 1, near, far)
+    return np.clip(places, 0, old - 1).astype(np.int32), weights
+
 
 class Learned(nn.Module):
-    """A learned table added to the tokens (GPT-2's `wpe`).
+    """A learned table added to the tokens (GPT-2's `wpe`, ViT's `pos_embed`).
 
     Attributes:
-      width_model: width of the tokens; table_length: entries; init_std: of the fresh table.
+      width_model: width of the tokens; table_shape: the window or grid of the table; init_std: of the fresh table.
+      prefix: tokens before the positions, such as a class token; the table's first entries are theirs.
     """
 
     width_model: int
-    table_length: int
+    table_shape: tuple[int, ...]
     init_std: float = 0.02
+    prefix: int = 0
 
     @nn.compact
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `added` for positions int32[P, L, 1] below max(table_length, shape[0]).
+        """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] inside of `shape`.
 
-        A longer window reads the table stretched to its length (linear, half-pixel centres).
+        A longer window reads the table stretched to its length (linear), a shorter one its beginning. A grid of another
+        shape reads the table brought to its shape (cubic along each axis), as the PyTorch reference evaluates images.
+
+        Raises:
+          InputError: the table has another number of axes.
         """
-        if positions_PLA.shape[-1] != 1:
-            raise InputError("encoding.kind='learned' reads one coordinate")
-        table = self.param("table", nn.initializers.normal(self.init_std), (self.table_length, self.width_model))
-        if shape[0] > self.table_length:
-            table = jax.image.resize(table, (shape[0], self.width_model), "linear")
-        return PositionSignal(added=jnp.take(table, positions_PLA[..., 0], axis=0))
+        axes, sides = positions_PLA.shape[-1], tuple(self.table_shape)
+        if axes != len(sides):
+            raise InputError(f"encoding.kind='learned' has a table of {len(sides)} axes and cannot read {axes} coordinates")
+        init = nn.initializers.normal(self.init_std)
+        table = self.param("table", init, (self.prefix + int(np.prod(sides)), self.width_model))
+        first, places = table[: self.prefix], table[self.prefix :].reshape(*sides, self.width_model)
+        if axes == 1 and shape[0] > sides[0]:
+            places = resize(places, shape, "linear")
+        elif axes > 1 and shape != sides:
+            places = resize(places, shape, "cubic")
+        found_PLD = jnp.take(places.reshape(-1, self.width_model), flat_index(positions_PLA, shape), axis=0)
+        first_PLD = jnp.broadcast_to(first, (positions_PLA.shape[0], *first.shape))
+        return PositionSignal(added=jnp.concatenate([first_PLD, found_PLD], axis=1))

@@ -1,7 +1,8 @@
 """The encodings by the name that `encoding.kind` gives them."""
 
-from seqpe_jax.encodings.fixed import ALiBi, NoPosition, Rotary, Sinusoidal
+from seqpe_jax.encodings.fixed import ALiBi, NoPosition, Rotary, RotaryAxial, Sinusoidal
 from seqpe_jax.encodings.learned import Learned
+from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.encodings.seqpe import SeqPE
 
 ENCODINGS = {
@@ -9,6 +10,8 @@ ENCODINGS = {
     "learned": Learned,
     "sinusoidal": Sinusoidal,
     "rotary": Rotary,
+    "rotary_axial": RotaryAxial,
+    "rotary_mixed": RotaryMixed,
     "alibi": ALiBi,
     "none": NoPosition,
 }

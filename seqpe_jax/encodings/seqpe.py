@@ -11,16 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.activations import ACTIVATIONS
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import significant, to_digits
-
-ACTIVATIONS = {
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
 
 
 class EncoderBlock(nn.Module):
@@ -163,6 +157,8 @@ class SeqPE(nn.Module):
       per_head: the vector is split over the model's heads, else one head-wide vector serves them all.
       output_width: width of a vector; 0 = what the above ask for.
       init_distribution, init_std, qk_init_std: of fresh weights; scalar_scale: s of attn_scalar.
+      prefix: tokens before the positions that have none, such as a class token; each learns a vector of its own, which
+        only `signal` sees (the reference's `cls_token_pos_embed`).
       Others: as of `DigitEncoder`; *_model, axes: of the model that reads the signal.
     """
 
@@ -195,6 +191,7 @@ class SeqPE(nn.Module):
     init_std: float = 0.02
     qk_init_std: float = 0.02
     scalar_scale: float = 1.0
+    prefix: int = 0
 
     @property
     def head_width(self) -> int:
@@ -224,6 +221,9 @@ class SeqPE(nn.Module):
         )  # fmt: skip
         if self.qk in ("single", "multi"):
             self.qk_map = QKMap(self.layers_model if self.qk == "multi" else None, kernel_init(self.qk_init_std))
+        if self.prefix:
+            shape = (self.prefix, self.vector_width)
+            self.prefix_vectors = self.param("prefix_vectors", kernel_init(self.init_std), shape)
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
@@ -238,7 +238,11 @@ class SeqPE(nn.Module):
         return self.encoder(positions_RA, deterministic=deterministic)
 
     def signal(self, vectors_PLE: jax.Array) -> PositionSignal:
-        """Returns how given vectors float32[P, L, E] enter the model."""
+        """Returns how given vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens."""
+        if self.prefix:
+            sets, _, width = vectors_PLE.shape
+            first_PLE = jnp.broadcast_to(self.prefix_vectors, (sets, self.prefix, width))
+            vectors_PLE = jnp.concatenate([first_PLE, vectors_PLE], axis=1)
         if self.mode == "input_add":
             return PositionSignal(added=vectors_PLE)
         if self.mode == "rotary":

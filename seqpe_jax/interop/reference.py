@@ -41,17 +41,57 @@ def gpt2_params(state: State) -> Tree:
     return params
 
 
+def vit_params(state: State) -> Tree:
+    """Returns the model's parameters of a ViT state dict; its patches are images [C, p, p], ours [p, p, C]."""
+    kernel = state["patch_embed.proj.weight"]
+    params: Tree = {
+        "class_token": state["cls_token"][0],
+        "projection": {
+            "kernel": np.moveaxis(kernel, 1, -1).reshape(len(kernel), -1).T,
+            "bias": state["patch_embed.proj.bias"],
+        },
+        "final_norm": _norm(state, "norm"),
+        "head": _linear(state, "head"),
+    }
+    for layer in _layers(state, "blocks."):
+        params[f"blocks_{layer}"] = {
+            "norm_1": _norm(state, f"blocks.{layer}.norm1"),
+            "qkv": _linear(state, f"blocks.{layer}.attn.qkv"),
+            "out": _linear(state, f"blocks.{layer}.attn.proj"),
+            "norm_2": _norm(state, f"blocks.{layer}.norm2"),
+            "mlp_in": _linear(state, f"blocks.{layer}.mlp.fc1"),
+            "mlp_out": _linear(state, f"blocks.{layer}.mlp.fc2"),
+        }
+    return params
+
+
 def qk_map_params(state: State) -> Tree:
-    """Returns the qk map's parameters of a GPT-2 state dict, stacked over layers where each has its own."""
-    if "transformer.pe_qk.weight" in state:
-        return _linear(state, "transformer.pe_qk")
-    maps = [_linear(state, f"transformer.h.{layer}.attn.pe_qk") for layer in _layers(state, "transformer.h.")]
+    """Returns the qk map's parameters of a GPT-2 or ViT state dict, stacked over layers where each has its own."""
+    gpt2 = "transformer.wte.weight" in state
+    single, blocks = ("transformer.pe_qk", "transformer.h.") if gpt2 else ("pe_qk", "blocks.")
+    if f"{single}.weight" in state:
+        return _linear(state, single)
+    maps = [_linear(state, f"{blocks}{layer}.attn.pe_qk") for layer in _layers(state, blocks)]
     return {name: np.stack([entry[name] for entry in maps]) for name in ("kernel", "bias")}
 
 
+def prefix_params(state: State) -> Tree:
+    """Returns the class token's position vector of a ViT state dict, as SeqPE's parameters have it."""
+    return {"prefix_vectors": state["cls_token_pos_embed"][0]}
+
+
 def learned_params(state: State) -> Tree:
-    """Returns the learned table's parameters of a GPT-2 state dict."""
+    """Returns the learned table's parameters of a GPT-2 or ViT state dict; ViT's begins with the class token."""
+    if "pos_embed" in state:
+        return {"table": state["pos_embed"][0]}
     return {"table": state["transformer.wpe.weight"]}
+
+
+def rotary_mixed_params(state: State, heads: int) -> Tree:
+    """Returns the parameters of a mixed rotary state dict: there column before row, and heads and pairs in one axis."""
+    axes, layers, width = state["freqs"].shape
+    frequencies = state["freqs"][::-1].reshape(axes, layers, heads, width // heads)
+    return {"frequencies": np.swapaxes(frequencies, 0, 1)}
 
 
 def _layers(state: State, prefix: str) -> list[int]:

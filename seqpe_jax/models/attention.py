@@ -74,6 +74,13 @@ def attend(
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * block, *mixed.shape[3:])[:, :length]
 
 
+def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: PositionSignal, *, causal: bool) -> jax.Array:
+    """Returns the softmax of `attend`'s logits, float32[B, H, L, S], for pictures: training never holds this array."""
+    batch, keys, heads, _ = key_BSHK.shape
+    one_hot_BSHS = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, heads, keys))  # mixing these shows the weights
+    return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal), 2, 1)
+
+
 def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
     """Applies what a signal does to q and k themselves."""
     fit = functools.partial(fit_batch, batch=query.shape[0])

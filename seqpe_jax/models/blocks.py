@@ -7,24 +7,23 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.activations import ACTIVATIONS
 from seqpe_jax.encodings.signal import PositionSignal
-from seqpe_jax.models.attention import attend
+from seqpe_jax.models.attention import attend, attention_weights
 
-ACTIVATIONS = {
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
+REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and in front of a residual sum.
 
     Attributes:
-      width, heads, mlp_width: sizes; layers: of the whole model, which scales the residual projections at the start.
+      width, heads, mlp_width: sizes; layers: of the whole model.
       dropout: after attention and MLP; attention_dropout: on attention weights.
       attention_block: see `models.attention.attend`; causal: attend to the past only.
+      scale_residual: residual projections start smaller by sqrt(2 * layers).
+      drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
+        scaled up by as much (stochastic depth, Huang et al. 2016).
     """
 
     width: int
@@ -39,25 +38,36 @@ class Block(nn.Module):
     dtype: jnp.dtype
     attention_block: int
     causal: bool = True
+    scale_residual: bool = True
+    drop_path: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
-        """Returns the next states [B, L, D]; `signal` is that of this layer."""
+    def __call__(
+        self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, weights: bool = False
+    ) -> jax.Array:
+        """Returns the next states [B, L, D], or the attention weights [B, H, L, L] if those are asked for.
+
+        Args:
+          signal: of this layer.
+        """
         normal = nn.initializers.normal
-        residual_init = normal(self.init_std / math.sqrt(2 * self.layers))
+        residual_init = normal(self.init_std / (math.sqrt(2 * self.layers) if self.scale_residual else 1.0))
         norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=normal(self.init_std))
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=deterministic)
 
         qkv = dense(3 * self.width, name="qkv")(norm(name="norm_1")(x_BLD))
         query, key, value = (
             part.reshape(*part.shape[:-1], self.heads, self.width // self.heads) for part in jnp.split(qkv, 3, -1)
         )
+        if weights:
+            return attention_weights(query, key, signal, causal=self.causal)
         dropping = self.attention_dropout > 0 and not deterministic
         mixed = attend(
             query, key, value, signal, causal=self.causal, block=self.attention_block,
             dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
         ).reshape(x_BLD.shape)  # fmt: skip
-        x_BLD = x_BLD + drop(dense(self.width, name="out", kernel_init=residual_init)(mixed))
+        x_BLD = x_BLD + drop_path(drop(dense(self.width, name="out", kernel_init=residual_init)(mixed)))
         hidden = ACTIVATIONS[self.activation](dense(self.mlp_width, name="mlp_in")(norm(name="norm_2")(x_BLD)))
-        return x_BLD + drop(dense(self.width, name="mlp_out", kernel_init=residual_init)(hidden))
+        return x_BLD + drop_path(drop(dense(self.width, name="mlp_out", kernel_init=residual_init)(hidden)))

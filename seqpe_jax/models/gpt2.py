@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
-from seqpe_jax.models.blocks import Block
-
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+from seqpe_jax.models.blocks import REMAT, Block
 
 
 class GPT2(nn.Module):

@@ -13,10 +13,11 @@ EVERYBODY = {"errors", "axes"}
 MAY_IMPORT = {
     "axes": set(),
     "errors": set(),
+    "activations": set(),
     "positions": EVERYBODY,
     "config": EVERYBODY | {"positions.digits"},
-    "encodings": EVERYBODY | {"positions"},
-    "models": EVERYBODY | {"encodings.signal"},
+    "encodings": EVERYBODY | {"positions", "activations"},
+    "models": EVERYBODY | {"encodings.signal", "activations"},
     "objectives": EVERYBODY | {"models", "encodings", "positions"},
     "data": {"errors"},
     "runtime": EVERYBODY,

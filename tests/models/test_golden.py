@@ -27,7 +27,7 @@ def make_encoding(spec, state):
         per_head = spec["use_pe_multi_head"]
         return SeqPE(layers_model=spec["n_layer"], **sizes, mode=mode, qk=qk, per_head=per_head), params
     if spec["pe_type"] == "vanilla":
-        return Learned(spec["n_embd"], spec["n_positions"]), reference.learned_params(state)
+        return Learned(spec["n_embd"], (spec["n_positions"],)), reference.learned_params(state)
     make = {
         "sin": lambda: Sinusoidal(spec["n_embd"]), "rotary": lambda: Rotary(**sizes), "nope": NoPosition,
         "alibi": lambda: ALiBi(**sizes, reference_scaling=True),

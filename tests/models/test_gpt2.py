@@ -29,7 +29,7 @@ def model_of(**fields) -> GPT2:
 
 def encoding_of(kind: str, mode: str = "", qk: str = ""):
     fields = {
-        "learned": {"width_model": WIDTH, "table_length": LENGTH},
+        "learned": {"width_model": WIDTH, "table_shape": (LENGTH,)},
         "sinusoidal": {"width_model": WIDTH},
         "rotary": {"width_model": WIDTH, "heads_model": HEADS},
         "alibi": {"width_model": WIDTH, "heads_model": HEADS},

@@ -1,0 +1,118 @@
+"""The vision transformer over patches of any number of axes; positions come as a `PositionSignal`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from seqpe_jax.encodings.signal import PositionSignal, fit_batch
+from seqpe_jax.errors import InputError
+from seqpe_jax.models.blocks import REMAT, Block
+
+
+def patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
+    """Returns the non-overlapping patches of images, [B, L, values of a patch]: patches and values row-major.
+
+    Args:
+      images: [B, sides..., C], one side per entry of `patch`: images [B, H, W, C], clips [B, T, H, W, C].
+
+    Raises:
+      InputError: other axes than those of a patch, or a side that is no multiple of the patch's.
+    """
+    batch, *sides, channels = images.shape
+    if len(sides) != len(patch) or any(side % part for side, part in zip(sides, patch, strict=False)):
+        raise InputError(
+            f"images of {' x '.join(map(str, sides))} do not divide into patches of {' x '.join(map(str, patch))}"
+        )
+    cut = [size for side, part in zip(sides, patch, strict=True) for size in (side // part, part)]
+    axes = len(patch)
+    counts, values = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
+    ordered = images.reshape(batch, *cut, channels).transpose(0, *counts, *values, 2 * axes + 1)
+    return ordered.reshape(batch, math.prod(cut[0::2]), math.prod(patch) * channels)
+
+
+class ViT(nn.Module):
+    """A vision transformer that classifies by a class token (Dosovitskiy et al. 2021; timm's form, as the reference).
+
+    Attributes:
+      classes, layers, width, heads: sizes; mlp_width: 0 = four times the width; patch: sides of a patch.
+      dropout, attention_dropout, embedding_dropout: rates while training.
+      drop_path: share of samples that leave out a branch of the last block; it grows from 0 at the first one linearly.
+      init_std: normal, residual projections too. The reference cuts at +-2, a hundred deviations out. Only the patch
+        projection starts uniform within 1 / sqrt(values of a patch), as the reference leaves it to PyTorch.
+      dtype: of the arithmetic; parameters and logits are float32.
+      remat, attention_block: as of `models.gpt2.GPT2`.
+    """
+
+    classes: int
+    patch: tuple[int, ...]
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int = 0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    drop_path: float = 0.0
+    activation: str = "gelu"
+    layer_norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    attention_block: int = 0
+
+    def setup(self) -> None:
+        """Makes the patch projection, the class token, the blocks, the final norm and the head."""
+        normal = nn.initializers.normal(self.init_std)
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.projection = nn.Dense(self.width, dtype=self.dtype, kernel_init=uniform)
+        self.class_token = self.param("class_token", normal, (1, self.width))
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], static_argnums=(3, 4))
+        self.blocks = [
+            block(
+                self.width, self.heads, self.mlp_width or 4 * self.width, self.layers, self.dropout,
+                self.attention_dropout, self.activation, self.layer_norm_epsilon, self.init_std, self.dtype,
+                self.attention_block, causal=False, scale_residual=False,
+                drop_path=self.drop_path * layer / max(self.layers - 1, 1),
+            )
+            for layer in range(self.layers)
+        ]  # fmt: skip
+        self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
+        self.head = nn.Dense(self.classes, kernel_init=normal)
+        self.embedding_drop = nn.Dropout(self.embedding_dropout)
+
+    def __call__(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
+        """Returns the logits of the classes, float32[B, V].
+
+        Args:
+          images: float[B, sides..., C], one side per entry of `patch`.
+          signal: of 1 + L tokens, the class token first, then the patches row-major.
+
+        Raises:
+          InputError: the sides do not divide into patches.
+        """
+        return self.head(self.features(images, signal, deterministic).astype(jnp.float32))
+
+    def features(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
+        """Returns the final states of the class token, [B, D]; arguments and errors as of a call."""
+        x_BLD = self._embed(images, signal, deterministic)
+        for layer, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, signal.at_layer(layer), deterministic, False)
+        return self.final_norm(x_BLD[:, 0])
+
+    def attention(self, images: jax.Array, signal: PositionSignal) -> jax.Array:
+        """Returns the attention weights of the last layer, float32[B, H, 1 + L, 1 + L], for pictures."""
+        x_BLD = self._embed(images, signal, True)
+        for layer, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, signal.at_layer(layer), True, layer == self.layers - 1)
+        return x_BLD
+
+    def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
+        """The tokens [B, 1 + L, D] that enter the first block."""
+        x_BLD = self.projection(patches(images, self.patch).astype(self.dtype))
+        first_BLD = jnp.broadcast_to(self.class_token.astype(self.dtype), (len(images), 1, self.width))
+        x_BLD = jnp.concatenate([first_BLD, x_BLD], axis=1)
+        if signal.added is not None:
+            x_BLD = x_BLD + fit_batch(signal.added, len(images))
+        return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)
