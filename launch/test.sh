@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/compiled}"
-# One file stays on one process, so that what a file's tests share is made once.
-exec .venv/bin/python -m pytest -n "${PROCESSES:-2}" --dist loadfile "$@"
+# One file stays on one process, so that what a file's tests share is made once; files start in tests/conftest.py's order.
+exec .venv/bin/python -m pytest -n "${PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

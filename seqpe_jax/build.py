@@ -72,7 +72,7 @@ class Run:
         config = self.config
         source = self.source("train")
         train = loader.TrainLoader(
-            source.tokens, length=config.data.length, batch_size=config.batch_size, seed=config.seed,
+            loader.windows(source.tokens, config.data.length), batch_size=config.batch_size, seed=config.seed,
             host_index=jax.process_index(), host_count=jax.process_count(),
         )  # fmt: skip
         for step, batch in train.prefetch(first):
@@ -104,7 +104,7 @@ class Run:
         batch = max(1, config.eval.batch_tokens // length)
         batch = -(-batch // self.mesh.size) * self.mesh.size
         windows = loader.evaluation_windows(source.tokens, length, batch, max_tokens=config.eval.tokens)
-        total = windows.windows
+        total = windows.examples
         signal = self._signal(params, (length,))
         return perplexity(
             functools.partial(self._token_losses, params, signal),

@@ -50,12 +50,13 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
     first = checkpoints.latest()
     if first == settings.steps:
-        print(f"  nothing to do: step {first} is saved")
+        if hosts.is_lead():
+            print(f"  nothing to do: step {first} is saved")
         checkpoints.close()
         return
     state = parts.init_state() if first is None else checkpoints.restore(parts.shapes)
     seconds = checkpoints.meta().get("seconds", 0.0) if first is not None else 0.0
-    if first is not None:
+    if first is not None and hosts.is_lead():
         print(f"  going on from step {first}", flush=True)
 
     def evaluate(params: object) -> dict[str, float]:

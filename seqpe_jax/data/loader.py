@@ -1,35 +1,31 @@
-"""Tokens -> batches. Batch i is a function of (tokens, length, batch size, seed, i), whoever asks and however often."""
+"""Examples -> batches, on Grain's random access: batch i is a function of (source, batch size, seed, i), whoever asks."""
 
-import collections
-import concurrent.futures
-import functools
-import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import grain
 import numpy as np
 
 from seqpe_jax.errors import InputError
 
-ROUNDS = 6  # of the Feistel network below; the order looks random from four on (Luby and Rackoff)
+Example = dict[str, np.ndarray]
 
 
 class Windows:
     """Non-overlapping windows of `length` tokens, each with the one token that follows, to be predicted.
 
-    A random-access source in Grain's sense: `len(windows)`, `windows[i]` -> [length + 1] of the tokens' dtype; an array
-    of indices [n] gives [n, length + 1]. Tokens after the last whole window are left out.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. Tokens after the last whole
+    window are left out.
     """
 
     def __init__(self, tokens: np.ndarray, length: int):
-        tokens = np.asarray(tokens)
-        self._rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+        self._rows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), length + 1)[::length]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index) -> np.ndarray:
-        return self._rows[index]
+    def __getitem__(self, index: int) -> Example:
+        return {"tokens": self._rows[index].astype(np.int32)}
 
 
 def windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> Windows:
@@ -51,144 +47,97 @@ def windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> W
 
 
 class TrainLoader:
-    """Endless training batches: every window once per epoch, each epoch in another order.
+    """Endless training batches: every example once per epoch, each epoch in another order.
 
     Args:
-      source: a `TokenSource`, or 1-D tokens.
-      length: tokens of a window.
-      batch_size: sequences of a step over all hosts.
-      seed: of the order.
+      source: random access, `source[i]`.
+      batch_size: examples of a step over all hosts.
+      seed: of the order, and of what `example` draws.
+      example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the example's place
+        in the run only. None = the source's own.
       host_index, host_count: this host reads rows [i * n, (i + 1) * n) of each batch, n = batch_size // host_count; the
         batch that they make together does not depend on host_count.
+      threads: examples made at once by `prefetch`.
     Raises:
-      InputError: fewer tokens than a window needs, or batch_size is not a multiple of host_count.
+      InputError: no examples, or batch_size is not a multiple of host_count.
     """
 
     def __init__(
-        self, source, *, length: int, batch_size: int, seed: int, host_index: int = 0, host_count: int = 1
+        self,
+        source: Sequence[Any],
+        *,
+        batch_size: int,
+        seed: int,
+        example: Callable[[Any, np.random.Generator], Example] | None = None,
+        host_index: int = 0,
+        host_count: int = 1,
+        threads: int = 1,
     ) -> None:
         if batch_size < 1 or batch_size % host_count:
             raise InputError(f"batch_size={batch_size} must be a positive multiple of the {host_count} hosts")
         if not 0 <= host_index < host_count:
             raise InputError(f"host {host_index} of {host_count} does not exist")
-        self.windows = windows(getattr(source, "tokens", source), length)
-        self._seed, self._batch_size = seed, batch_size
-        self._rows = batch_size // host_count
-        self._first = host_index * self._rows
+        if not len(source):
+            raise InputError("the training split has no examples")
+        epochs = 2**62 // len(source)  # for ever; Grain's own "for ever" overflows in batches of one
+        examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
+        if example is not None:
+            examples = examples.random_map(example)
+        self._batches = examples.batch(batch_size // host_count)[host_index::host_count]
+        self._threads = threads
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps that read every window once."""
-        return len(self.windows) / self._batch_size
-
-    def indices(self, step: int) -> np.ndarray:
-        """Returns the windows that this host reads at `step`, int64[batch_size // host_count]."""
+    def batch(self, step: int) -> Example:
+        """Returns this host's rows of the batch of a step >= 0: each array of an example with a leading batch axis."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        place = step * self._batch_size + self._first + np.arange(self._rows, dtype=np.int64)
-        count = len(self.windows)
-        epochs, index = np.divmod(place, count)
-        parts = [
-            shuffled(index[epochs == epoch], epoch, count, self._seed)
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        return np.concatenate(parts)
+        return self._batches[step]
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Returns {"tokens": int32[batch_size // host_count, length + 1]} of a step >= 0."""
-        return {"tokens": self.windows[self.indices(step)].astype(np.int32)}
-
-    def prefetch(self, start_step: int = 0, *, ahead: int = 2) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Yields (step, batch) from `start_step` on, reading `ahead` batches early on a thread of its own.
-
-        The thread ends when the iterator is closed or forgotten.
-        """
-        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            pending = collections.deque(
-                (step, pool.submit(self.batch, step)) for step in range(start_step, start_step + ahead)
-            )
-            while True:
-                later = start_step + ahead
-                pending.append((later, pool.submit(self.batch, later)))
-                start_step += 1
-                step, future = pending.popleft()
-                yield step, future.result()
+    def prefetch(self, start_step: int = 0, *, ahead: int = 2) -> Iterator[tuple[int, Example]]:
+        """Yields (step, batch) from `start_step` on, reading `ahead` batches early on threads of its own."""
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(ahead, self._threads))
+        batches = iter(self._batches[start_step:].to_iter_dataset(options))
+        try:
+            yield from enumerate(batches, start_step)
+        finally:
+            batches.close()
 
 
-class EvaluationWindows:
-    """Every window once, in order, in batches of one shape.
+class EvaluationBatches:
+    """The first `count` examples once, in order, in batches of one shape with "weights" float32[batch_size].
 
-    Attributes:
-      windows: how many windows there are; `len()` is the number of batches.
+    Rows that fill up the last batch are zeros of weight 0. `len()` is the number of batches.
     """
 
-    def __init__(self, source: Windows, batch_size: int, count: int):
-        self.windows = count
-        self._source, self._batch_size = source, batch_size
+    def __init__(
+        self, source: Sequence[Any], batch_size: int, count: int, example: Callable[[Any], Example] | None = None
+    ):
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        self.examples = count
+        self._source, self._batch_size, self._example = source, batch_size, example or (lambda record: record)
 
     def __len__(self) -> int:
-        return -(-self.windows // self._batch_size)
+        return -(-self.examples // self._batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for first in range(0, self.windows, self._batch_size):
-            index = np.arange(first, first + self._batch_size)
-            real = index < self.windows
-            tokens = self._source[np.where(real, index, 0)].astype(np.int32)
-            yield {"tokens": tokens * real[:, None], "weights": real.astype(np.float32)}
+    def __iter__(self) -> Iterator[Example]:
+        read = grain.MapDataset.source(self._source)[: self.examples].map(self._example).batch(self._batch_size)
+        for batch in read.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)):
+            rows = len(next(iter(batch.values())))
+            padded = {
+                name: np.concatenate([value, np.zeros((self._batch_size - rows, *value.shape[1:]), value.dtype)])
+                for name, value in batch.items()
+            }
+            yield padded | {"weights": (np.arange(self._batch_size) < rows).astype(np.float32)}
 
 
-def evaluation_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvaluationWindows:
-    """Returns the non-overlapping windows of 1-D tokens as an iterable of batches.
-
-    Each batch is {"tokens": int32[batch_size, length + 1], "weights": float32[batch_size]}; rows that fill up the last
-    batch are zeros of weight 0.
+def evaluation_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvaluationBatches:
+    """Returns the non-overlapping windows of 1-D tokens: {"tokens": int32[batch_size, length + 1], "weights"}.
 
     Args:
       max_tokens: predict at most that many tokens (but one window); 0 = all of them.
     Raises:
       InputError: there are fewer than length + 1 tokens.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     source = windows(tokens, length, field="eval.lengths (--lengths)")
     count = min(len(source), max(1, max_tokens // length)) if max_tokens else len(source)
-    return EvaluationWindows(source, batch_size, count)
-
-
-def shuffled(index: np.ndarray, epoch: int, count: int, seed: int) -> np.ndarray:
-    """Returns where `index` stands in the order of `epoch`: for each epoch a bijection of range(count).
-
-    A Feistel network over pairs of numbers below the root of `count`, walked on from the few values out of range: any
-    element costs the same, nothing is stored, and it is the same on every machine and with every NumPy.
-
-    Args:
-      index: int64[n], 0 <= index < count.
-    Returns:
-      int64[n].
-    """
-    side = np.uint64(math.isqrt(count - 1) + 1)
-    keys = _keys(seed, epoch)
-    value = index.astype(np.uint64)
-    outside = slice(None)
-    while True:
-        left, right = np.divmod(value[outside], side)
-        for add, multiply in keys:
-            mixed = (right + add) * multiply  # wraps around
-            mixed ^= mixed >> _HALF
-            mixed *= multiply
-            left, right = right, (left + (mixed >> _HALF)) % side
-        value[outside] = left * side + right
-        outside = np.flatnonzero(value >= count)
-        if not outside.size:
-            return value.astype(np.int64)
-
-
-_HALF = np.uint64(32)
-
-
-@functools.lru_cache(maxsize=8)
-def _keys(seed: int, epoch: int) -> list[tuple[np.uint64, np.uint64]]:
-    """Returns (addend, odd multiplier) of each round."""
-    content = hashlib.sha512(f"{seed} {epoch}".encode()).digest() + hashlib.sha512(f"{epoch} {seed}".encode()).digest()
-    words = [np.uint64(int.from_bytes(content[8 * i : 8 * i + 8], "little")) for i in range(2 * ROUNDS)]
-    return [(words[2 * turn], words[2 * turn + 1] | np.uint64(1)) for turn in range(ROUNDS)]
+    return EvaluationBatches(source, batch_size, count)

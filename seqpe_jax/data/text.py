@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tqdm  # TFDS brings it
+import tqdm
 
 from seqpe_jax.data.builders import builder_class
 from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder

@@ -12,6 +12,7 @@ import numpy as np
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation import plots, tables
+from seqpe_jax.runtime.progress import read_metrics
 
 # Equal in all runs, or their numbers do not compare.
 COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.paths", "data.tokenizer")
@@ -84,17 +85,11 @@ class Run:
 
 def read_run(folder: pathlib.Path) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
-    metrics = []
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-            if line.endswith(b"\n"):  # a run that is being written may end in half a line
-                metrics.append(_object(line, f"{path}, line {number}", {"step": int}))
     config = _object(
         (folder / "config.json").read_bytes(), str(folder / "config.json"),
         {"seed": int, "data.length": int, "encoding.kind": str},
     )  # fmt: skip
-    return Run(folder.resolve().name, config, metrics, _evaluation(folder), _similarity(folder))
+    return Run(folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder))
 
 
 def find_runs(workdir: str | pathlib.Path) -> list[Run]:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.runtime.hosts import is_lead
 
 FILE = "metrics.jsonl"
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
@@ -37,19 +38,22 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard.
+    """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard; on the lead host only.
 
     A run that goes on drops what an earlier start wrote past the step it goes on from.
     """
 
     def __init__(self, workdir: str | pathlib.Path, resume_step: int = 0, *, tensorboard: bool = True):
+        self._file: TextIO | None = None
+        self._events = None
+        if not is_lead():
+            return
         self._path = pathlib.Path(workdir) / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         part = self._path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         part.replace(self._path)
-        self._file: TextIO = self._path.open("a")
-        self._events = None
+        self._file = self._path.open("a")
         if tensorboard:
             self._events = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
 
@@ -59,32 +63,37 @@ class MetricsWriter:
         Args:
           time: seconds of training so far.
         """
-        self._file.write(json.dumps({"step": step, "time": time} | values) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, "time": time} | values) + "\n")
+            self._file.flush()
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 class ProgressLine:
-    """Step, percent, time left, rate and loss: rewritten in place on a terminal, else a line now and then."""
+    """Step, percent, time left, rate and loss, on the lead host: rewritten in place on a terminal, else now and then."""
 
     def __init__(self, total: int, *, label: str = "step", stream: TextIO | None = None):
         self._total, self._first, self._label = total, 0, label
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
+        self._silent = not is_lead()
         self._began: float | None = None  # the first step compiles, so the rate counts from its end
         self._last = 0.0
         self._said = 0
 
     def update(self, done: int, *, loss: float | None = None, total: int | None = None) -> None:
         """Says where the work stands, if it is time to."""
+        if self._silent:
+            return
         self._total = total or self._total
         now = clock.monotonic()
         if self._began is None:

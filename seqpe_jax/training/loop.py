@@ -4,6 +4,7 @@ Each turn: evaluate if due -> save if due or told to stop -> fetch -> dispatch -
 so that the device never waits for the host -> stop when a loss is not finite, with the last good checkpoint kept.
 """
 
+import contextlib
 import math
 import pathlib
 import signal
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 
 from seqpe_jax.runtime.checkpoint import Checkpoints
-from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
 from seqpe_jax.training.state import TrainState
 from seqpe_jax.training.step import TrainStep
@@ -98,7 +98,7 @@ def fit(
             )
         now = time.monotonic()
         rate = (done - reported[0]) * tokens_per_step / max(now - reported[1], 1e-9)
-        if is_lead() and (done % report_every == 0 or done == steps or done == 1):
+        if done % report_every == 0 or done in (1, steps):
             line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
             line["train/tokens_per_second"] = rate
             metrics.write(done, line, time=seconds_before + now - began)
@@ -111,17 +111,16 @@ def fit(
             report(*pending)
             pending = None
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(metrics):
         for step in range(first, steps):
             if evaluate is not None and evaluate_every and step > first and step % evaluate_every == 0:
                 settle()
-                _write(metrics, step, evaluate(state.params), seconds_before + time.monotonic() - began)
+                metrics.write(step, evaluate(state.params), time=seconds_before + time.monotonic() - began)
             if stop.number is not None or (step > first and step % save_every == 0):
                 settle()
                 checkpoints.save(step, state, meta | {"seconds": seconds_before + time.monotonic() - began})
             if stop.number is not None:
                 checkpoints.close()
-                metrics.close()
                 name = signal.Signals(stop.number).name
                 raise Stopped(f"{name} at step {step}: saved; the same command goes on from there")
             if profile is not None and step == profile[0]:
@@ -138,14 +137,7 @@ def fit(
                 jax.profiler.stop_trace()
         settle()
         if evaluate is not None and evaluate_every:
-            _write(metrics, steps, evaluate(state.params), seconds_before + time.monotonic() - began)
+            metrics.write(steps, evaluate(state.params), time=seconds_before + time.monotonic() - began)
         checkpoints.save(steps, state, meta | {"seconds": seconds_before + time.monotonic() - began})
         checkpoints.close()
-    progress.close()
-    metrics.close()
     return state
-
-
-def _write(metrics: MetricsWriter, step: int, values: dict[str, float], seconds: float) -> None:
-    if is_lead():
-        metrics.write(step, values, time=seconds)

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from seqpe_jax.data.loader import TrainLoader, evaluation_windows, shuffled, windows
+from seqpe_jax.data.loader import EvaluationBatches, TrainLoader, evaluation_windows, windows
 from seqpe_jax.errors import InputError
 
 LENGTH = 8
@@ -12,53 +12,18 @@ TOKENS = np.arange(8 * 50 + 5, dtype=np.uint16)  # 50 windows and a rest
 
 
 def loader(**changes):
-    return TrainLoader(TOKENS, **{"length": LENGTH, "batch_size": 12, "seed": 3, **changes})
+    return TrainLoader(windows(TOKENS, LENGTH), **{"batch_size": 12, "seed": 3, **changes})
 
 
 def starts(batch):
     return (batch["tokens"][:, 0] // LENGTH).tolist()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 10, 49, 50, 1000, 1025])
-def test_order_is_a_bijection_of_each_epoch(count):
-    index = np.arange(count)
-    orders = [shuffled(index, epoch, count, seed) for seed in (0, 1) for epoch in (0, 1)]
-    for order in orders:
-        assert sorted(order.tolist()) == index.tolist()
-    if count >= 10:
-        assert len({tuple(order.tolist()) for order in orders}) == 4
-
-
-def test_order_of_huge_counts():
-    count = 10**12
-    order = shuffled(np.arange(10_000), 0, count, 0)
-    assert order.min() >= 0 and order.max() < count and len(set(order.tolist())) == 10_000
-    assert abs(order.mean() / count - 0.5) < 0.02
-
-
-def test_order_looks_random():
-    count, epochs = 100, 2000
-    orders = np.stack([shuffled(np.arange(count), epoch, count, 7) for epoch in range(epochs)])
-    table = np.zeros((count, count))
-    np.add.at(table, (np.tile(np.arange(count), epochs), orders.reshape(-1)), 1)
-    chi_square = ((table - epochs / count) ** 2 / (epochs / count)).sum() / (count - 1) ** 2
-    assert 0.9 < chi_square < 1.1  # each window equally often at each place
-    step = np.diff(orders, axis=1)
-    assert np.bincount((step % count).reshape(-1), minlength=count)[1:].max() < 1.15 * step.size / (count - 1)
-
-
 def test_windows_overlap_by_the_predicted_token_only():
     source = windows(TOKENS, LENGTH)
     assert len(source) == 50
-    np.testing.assert_array_equal(source[3], np.arange(24, 33))
-    assert source[np.array([0, 49])].shape == (2, LENGTH + 1)
+    np.testing.assert_array_equal(source[3]["tokens"], np.arange(24, 33))
     assert len(windows(np.arange(17), 8)) == 2 and len(windows(np.arange(16), 8)) == 1
-
-
-def test_windows_are_a_grain_source():
-    grain = pytest.importorskip("grain")
-    dataset = grain.MapDataset.source(windows(TOKENS, LENGTH)).batch(2)
-    np.testing.assert_array_equal(dataset[1][0], np.arange(16, 25))
 
 
 def test_batch_is_a_function_of_seed_and_step():
@@ -78,7 +43,6 @@ def test_every_window_once_per_epoch_and_each_epoch_in_another_order():
     epochs = [seen[50 * epoch : 50 * (epoch + 1)] for epoch in range(6)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert one.steps_per_epoch == pytest.approx(50 / 12)
 
 
 def test_batch_larger_than_the_data():
@@ -94,42 +58,51 @@ def test_hosts_together_read_the_batch_of_one(hosts):
         np.testing.assert_array_equal(np.concatenate(parts), loader().batch(step)["tokens"])
 
 
+def noisy(record, rng):
+    return record | {"noise": rng.random(3)}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_what_an_example_draws_depends_on_seed_and_place_only(hosts):
+    for step in (0, 9):
+        whole = loader(example=noisy).batch(step)["noise"]
+        parts = [loader(example=noisy, host_index=h, host_count=hosts).batch(step)["noise"] for h in range(hosts)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        assert len(np.unique(whole)) == whole.size  # another draw for each example
+        assert (loader(example=noisy, seed=4).batch(step)["noise"] != whole).all()
+    assert (loader(example=noisy).batch(0)["noise"] != loader(example=noisy).batch(9)["noise"]).all()
+
+
 @pytest.mark.parametrize("start", [0, 7])
-def test_prefetch_resumes_anywhere_and_stops(start):
-    one = loader()
+@pytest.mark.parametrize("threads", [1, 4])
+def test_prefetch_resumes_anywhere_and_stops(start, threads):
+    one = loader(example=noisy, threads=threads)
     before = threading.active_count()
     batches = one.prefetch(start)
     for step in range(start, start + 6):
         found, batch = next(batches)
         assert found == step
-        np.testing.assert_array_equal(batch["tokens"], one.batch(step)["tokens"])
-    assert threading.active_count() == before + 1
+        for name, value in one.batch(step).items():
+            np.testing.assert_array_equal(batch[name], value)
+    assert threading.active_count() > before
     batches.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 
 def test_prefetch_hands_on_what_goes_wrong():
-    one = loader()
-    one.windows = None
-    with pytest.raises(TypeError):
-        next(one.prefetch(0))
+    def broken(record, rng):
+        raise OSError("the disk is gone")
 
-
-def test_a_batch_takes_well_under_a_millisecond():
-    one = TrainLoader(np.zeros(1_000_000, np.uint8), length=512, batch_size=32, seed=0)
-    times = []
-    for step in range(200):
-        begin = time.perf_counter()
-        one.batch(step)
-        times.append(time.perf_counter() - begin)
-    assert np.median(times) < 1e-3  # 0.07 ms on an idle core
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loader(example=broken).prefetch(0))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"length": 405}, "needs 406, but the split has 405: lower data.length"),
-        ({"length": 0}, "data.length must be at least 1"),
         ({"host_count": 5}, "batch_size=12 must be a positive multiple of the 5 hosts"),
         ({"host_count": 2, "host_index": 2}, "host 2 of 2 does not exist"),
     ],
@@ -139,9 +112,23 @@ def test_bad_input(changes, message):
         loader(**changes)
 
 
+@pytest.mark.parametrize(
+    "length, message",
+    [(405, "needs 406, but the split has 405: lower data.length"), (0, "data.length must be at least 1")],
+)
+def test_windows_that_cannot_be(length, message):
+    with pytest.raises(InputError, match=message):
+        windows(TOKENS, length)
+
+
+def test_no_examples():
+    with pytest.raises(InputError, match="no examples"):
+        TrainLoader([], batch_size=2, seed=0)
+
+
 def test_evaluation_reads_every_window_once_in_order():
     batches = evaluation_windows(TOKENS, LENGTH, 12)
-    assert (batches.windows, len(batches)) == (50, 5)
+    assert (batches.examples, len(batches)) == (50, 5)
     read = list(batches)
     assert len(read) == 5 and len(list(batches)) == 5
     for batch in read:
@@ -154,8 +141,15 @@ def test_evaluation_reads_every_window_once_in_order():
 
 
 def test_evaluation_of_a_part():
-    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=80).windows == 10
-    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=3).windows == 1
-    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=10**9).windows == 50
+    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=80).examples == 10
+    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=3).examples == 1
+    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=10**9).examples == 50
     with pytest.raises(InputError, match=r"needs 501, but the split has 405: lower eval.lengths"):
         evaluation_windows(TOKENS, 500, 4)
+
+
+def test_evaluation_makes_examples():
+    batches = EvaluationBatches(range(5), 2, 5, lambda number: {"square": np.float32(number**2)})
+    read = list(batches)
+    assert np.concatenate([batch["square"] for batch in read]).tolist() == [0, 1, 4, 9, 16, 0]
+    assert np.concatenate([batch["weights"] for batch in read]).tolist() == [1, 1, 1, 1, 1, 0]

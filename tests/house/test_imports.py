@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "runtime": EVERYBODY,
     "training": EVERYBODY,
     "training.loop": EVERYBODY | {"training", "runtime"},
-    "evaluation": EVERYBODY,
+    "evaluation": EVERYBODY | {"runtime.progress"},
     "interop": EVERYBODY,
     "command": {"errors", "config"},
 }

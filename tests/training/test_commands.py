@@ -143,7 +143,7 @@ def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_pa
 
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):
     arguments = train_arguments(trained, text, steps=2, model__layers=3, seed=5, **PLAIN)
-    refused(commands("train", *arguments), str(trained), "model.layers: 2 -> 3", "seed: 0 -> 5")
+    refused(commands("train", *arguments), str(trained), "model.layers: 1 -> 3", "seed: 0 -> 5")
 
 
 def test_train_refuses_a_folder_of_other_files(commands, text, tmp_path):
