@@ -1,0 +1,244 @@
+"""What the builders of images share: the source that is read at random, arrays and photos in TFDS, pictures to RGB."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from seqpe_jax.data.builders.base import CachedBuilder, prepared
+from seqpe_jax.data.cache import locked
+from seqpe_jax.errors import InputError
+
+# Of ImageNet's training photos, per channel in 0..1; what everybody normalises photos with.
+PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+LabelledArrays = Iterable[tuple[np.ndarray, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSource:
+    """A split of labelled images or clips, random access in Grain's sense.
+
+    `source[i]` -> {"image": uint8[H, W, C], or [T, H, W, C] of a clip, "label": int}; images of one source may differ in
+    size, never in channels. Reading raises InputError where a file is damaged or a label is out of range.
+
+    Attributes:
+      name: of the data set and split, for messages.
+      class_names: label -> name.
+      channels: 1 (grey) or 3 (RGB).
+      mean, std: per channel, in 0..1; what pixels are normalised with.
+      fingerprint: hex digits; equal for equal data, on every machine.
+      records: what the data set holds, in order: mappings with "image" and "label".
+      decode: a record's image -> uint8 array; none = it is one.
+    """
+
+    name: str
+    class_names: tuple[str, ...] = dataclasses.field(repr=False)
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
+    decode: Callable[[Any], np.ndarray] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are; labels are 0 .. classes - 1."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        label = int(record["label"])
+        if not 0 <= label < self.classes:
+            raise InputError(
+                f"image {index} of {self.name} has label {label}, expected 0 to {self.classes - 1}: the prepared data set "
+                "is not what its name says; remove its folder and prepare it again"
+            )
+        image = record["image"]
+        return {"image": image if self.decode is None else self.decode(image), "label": label}
+
+
+class ImageBuilder(CachedBuilder, skip_registration=True):
+    """A data set of images or clips of one shape: {"image": uint8[SHAPE], "label": int64}.
+
+    A subclass says what it reads (`sources`) and yields labelled arrays by split (`images`).
+    """
+
+    UNIT = "images"
+    SHAPE: tuple[int, ...]
+    CLASS_NAMES: tuple[str, ...]
+    MEAN: tuple[float, ...]
+    STD: tuple[float, ...]
+
+    def features(self) -> tfds.features.FeaturesDict:
+        label = tfds.features.ClassLabel(names=list(self.CLASS_NAMES))
+        return tfds.features.FeaturesDict({"image": tfds.features.Tensor(shape=self.SHAPE, dtype=np.uint8), "label": label})
+
+    def images(self) -> Mapping[str, LabelledArrays]:
+        """Returns (uint8[SHAPE], label) pairs by split.
+
+        Raises:
+          InputError: nothing there to read.
+        """
+        raise NotImplementedError
+
+    def contents(self) -> Mapping[str, LabelledArrays]:
+        return self.images()
+
+    def examples(self, content: tuple[np.ndarray, int]) -> list[dict]:
+        image, label = content
+        return [{"image": image, "label": int(label)}]
+
+    @classmethod
+    def open_split(
+        cls, split: str, *, paths: tuple[str, ...], datasets: pathlib.Path, cache: pathlib.Path, progress: bool
+    ) -> ImageSource:
+        """Returns a split, preparing the data set when that has not been done yet.
+
+        Args:
+          split: train, validation or test.
+          paths: what the user points at.
+          datasets: folder of prepared data sets.
+          cache: folder of everything else that is kept.
+        Raises:
+          InputError: nothing to read, damaged data, a folder not writable.
+        """
+        key = cls.source_key(paths)
+        builder = prepared(cls, paths, datasets / f"{cls.name}-{key}", cache / "downloads", progress)
+        fingerprint = digest(key, split)
+        records = builder.as_data_source(split=split)
+        return ImageSource(f"{cls.name}/{split}", cls.CLASS_NAMES, cls.SHAPE[-1], cls.MEAN, cls.STD, fingerprint, records)
+
+
+class PhotoBuilder(CachedBuilder, skip_registration=True):
+    """A data set of encoded photos under the names, versions and fields of one of TFDS's own.
+
+    TFDS's own builders need TensorFlow to write such a data set; what they wrote elsewhere as array_record is read as it
+    is. The official validation split serves as "validation" and as "test".
+    """
+
+    UNIT = "images"
+    FILES: tuple[str, ...]  # to be put into a folder by hand
+
+    @classmethod
+    def choose(cls, paths: tuple[str, ...]) -> tuple[str | None, str]:
+        """Returns (name of TFDS's configuration, folder with the files or "") as `data.paths` says.
+
+        Raises:
+          InputError: `data.paths` means nothing here.
+        """
+        if len(paths) > 1:
+            raise InputError(
+                f"data.paths: data set '{cls.name}' takes one folder, got {len(paths)} paths; give the folder that holds "
+                f"{' and '.join(cls.FILES)}"
+            )
+        return None, paths[0] if paths else ""
+
+    def files(self) -> tuple[str, ...]:
+        """Returns the names of the files that are put into the folder by hand."""
+        return self.FILES
+
+    @classmethod
+    def open_split(
+        cls, split: str, *, paths: tuple[str, ...], datasets: pathlib.Path, cache: pathlib.Path, progress: bool
+    ) -> ImageSource:
+        """Returns a split, as `ImageBuilder.open_split` does."""
+        config, chosen = cls.choose(paths)
+        folder = pathlib.Path(chosen).expanduser().absolute() if chosen else datasets / "downloads" / "manual"
+
+        def builder() -> PhotoBuilder:
+            try:
+                return cls(paths=(str(folder),), downloads=cache / "downloads", data_dir=datasets, config=config)
+            except ValueError as error:
+                if "File format" in str(error):
+                    raise InputError(
+                        f"data set '{cls.name}' in '{datasets}' is not in a format for random access: prepare it again "
+                        "with file_format=array_record, or set data.data_dir to an empty folder"
+                    ) from None
+                raise
+
+        found = builder()
+        if not found.info.splits:
+            missing = [name for name in found.files() if not (folder / name).is_file()]
+            if missing:
+                raise InputError(
+                    f"data set '{cls.name}' is not prepared in '{datasets}', and '{folder}' lacks {' and '.join(missing)}: "
+                    f"get {'it' if len(missing) == 1 else 'them'} from image-net.org/download-images, put "
+                    f"{' and '.join(found.files())} into '{folder}' and start again"
+                )
+            with locked(datasets / f"{cls.name}-{config or 'all'}"):
+                found = builder()
+                if not found.info.splits:
+                    found.prepare(progress=progress)
+                    found = builder()
+        official = "train" if split == "train" else "validation"
+        if official not in found.info.splits:
+            raise InputError(
+                f"data set '{cls.name}' in '{datasets}' has no split '{official}' (it has {', '.join(found.info.splits)}): "
+                "prepare it again from all its files"
+            )
+        facts = found.info.splits[official]
+        return ImageSource(
+            name=f"{found.info.full_name}/{split}",
+            class_names=tuple(found.info.features["label"].names),
+            channels=3,
+            mean=PHOTO_MEAN,
+            std=PHOTO_STD,
+            # Other preparations of the same photos may keep them in another order.
+            fingerprint=digest(
+                found.info.full_name, official, facts.shard_lengths, facts.num_bytes, found.info.disable_shuffling
+            ),
+            records=found.as_data_source(split=official, decoders={"image": tfds.decode.SkipDecoding()}),
+            decode=lambda content: read_rgb(io.BytesIO(content), f"in data set '{cls.name}'"),
+        )
+
+
+def digest(*identity: Any) -> str:
+    """Returns 32 hex digits that tell values apart."""
+    return hashlib.sha256(json.dumps(identity, default=list).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Tells in one line what Pillow cannot read.
+
+    Raises:
+      InputError: names the image, the reason and what to do.
+    """
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders raise whatever they stumble on
+        reason = str(error) if str(error) and "BytesIO" not in str(error) else type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image, or of an unknown format"
+        raise InputError(
+            f"cannot read image {name} ({' '.join(reason.split())}): replace it by a whole PNG or JPEG file, or remove it"
+        ) from error
+
+
+def read_rgb(file: str | pathlib.Path | io.BytesIO, name: str) -> np.ndarray:
+    """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette, CMYK and 16 bit become RGB, alpha is dropped.
+
+    The camera's mark which side is up (EXIF) is not read, as is usual for ImageNet.
+
+    Raises:
+      InputError: not an image, or a damaged one.
+    """
+    with readable(name), Image.open(file) as image:
+        if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
+            grey = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=-1)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return np.asarray(image.convert("RGB"))

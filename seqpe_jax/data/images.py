@@ -1,0 +1,163 @@
+"""Labelled images and clips: a split read at random, and what becomes of an image on its way into a batch."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from seqpe_jax.data import augment as changes
+from seqpe_jax.data.builders import image_builder_class
+from seqpe_jax.data.builders.base import SPLITS
+from seqpe_jax.data.builders.images import ImageSource
+from seqpe_jax.data.cache import cache_root
+from seqpe_jax.errors import InputError, suggest
+
+
+def image_source(
+    name: str,
+    *,
+    split: str,
+    paths: Sequence[str] = (),
+    data_dir: str | os.PathLike = "",
+    cache_dir: str | os.PathLike = "",
+    progress: bool = True,
+) -> ImageSource:
+    """Returns a split of a data set of images or clips, preparing it when that has not been done yet.
+
+    Safe to call from several processes at once; a killed one leaves nothing that is read later.
+
+    Args:
+      name: digit_images, moving_digits, image_folder, imagenet2012 or imagenet_resized.
+      split: train, validation or test.
+      paths: the builder's.
+      data_dir: prepared data sets; none = CACHE_DIR/datasets.
+      cache_dir: none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
+      progress: show how far long work is, on stderr.
+    Raises:
+      InputError: unknown name or split, nothing to read, damaged files, a folder not writable.
+    """
+    if isinstance(paths, str):
+        paths = (paths,)
+    builder = image_builder_class(name)
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
+    root = cache_root(cache_dir)
+    return builder.open_split(
+        split,
+        paths=tuple(os.fspath(path) for path in paths),
+        datasets=pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets",
+        cache=root,
+        progress=progress,
+    )
+
+
+def train_example(
+    record: Mapping[str, Any],
+    size: Sequence[int],
+    augment: Any,
+    rng: np.random.Generator,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, np.ndarray]:
+    """Returns a training example: part of the image, flipped, moved, recoloured as drawn, normalised, partly erased.
+
+    Args:
+      record: {"image": uint8[H, W, C], or [T, H, W, C] of a clip, "label": int}.
+      size: (H, W) of the example, or (T, H, W) of a clip, whose later frames are left out.
+      augment: the settings: crop_scale, crop_aspect, flip, translate, randaugment_layers, randaugment_magnitude,
+        randaugment_std, color_jitter, erasing. What is done to a clip is the same in all its frames.
+      rng: all that is drawn comes from it.
+      mean, std: per channel, in 0..1.
+    Returns:
+      {"images": float32[*size, C], "labels": int32[]}.
+    Raises:
+      InputError: a clip and `size` do not fit, or a setting that does not work for clips.
+    """
+    frames, (height, width) = _frames(record["image"], size)
+    is_clip = record["image"].ndim == 4
+    if is_clip and (augment.randaugment_layers or augment.color_jitter):
+        raise InputError(
+            "clips cannot be recoloured: set randaugment_layers=0 and color_jitter=0; crop_scale, flip, translate and "
+            "erasing work for clips"
+        )
+    box = changes.crop_box(*frames.shape[1:3], augment.crop_scale, augment.crop_aspect, rng)
+    pictures = [_picture(frame).resize((width, height), Image.Resampling.BICUBIC, box=box) for frame in frames]
+    if rng.random() < augment.flip:
+        pictures = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+    if augment.translate:
+        pixels = changes.translate(_pixels(pictures), augment.translate, rng)
+        pictures = [_picture(frame) for frame in pixels]
+    if augment.color_jitter:
+        pictures = [changes.color_jitter(picture, augment.color_jitter, rng) for picture in pictures]
+    if augment.randaugment_layers:
+        fill = tuple(round(255 * value) for value in mean)
+        policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
+        pictures = [changes.rand_augment(picture, *policy, rng) for picture in pictures]
+    pixels = _normalised(_pixels(pictures), mean, std)
+    if rng.random() < augment.erasing:
+        pixels = changes.erase(pixels, rng)
+    return {"images": pixels if is_clip else pixels[0], "labels": np.int32(record["label"])}
+
+
+def evaluation_example(
+    record: Mapping[str, Any],
+    size: Sequence[int],
+    crop_ratio: float = 1.0,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, np.ndarray]:
+    """Returns an example for evaluation: the middle of the image, normalised.
+
+    The image is resized (bicubic), its aspect kept, to the smallest size that covers `size` / `crop_ratio`; for a square
+    `size` its shorter side has size / crop_ratio then. The middle of it is cut out.
+
+    Args:
+      record, size, mean, std: as of `train_example`.
+      crop_ratio: in (0, 1]; 0.875 is usual for photos, 1 leaves nothing out but the longer side's ends.
+    Returns:
+      {"images": float32[*size, C], "labels": int32[]}.
+    Raises:
+      InputError: a clip and `size` do not fit, or `crop_ratio` is out of range.
+    """
+    if not 0.0 < crop_ratio <= 1.0:
+        raise InputError(f"crop_ratio must be above 0 and at most 1, got {crop_ratio}")
+    frames, (height, width) = _frames(record["image"], size)
+    scale = max(height / crop_ratio / frames.shape[1], width / crop_ratio / frames.shape[2])
+    whole = max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale))
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    box = (left, top, left + width, top + height)
+    pictures = [_picture(frame).resize(whole, Image.Resampling.BICUBIC).crop(box) for frame in frames]
+    pixels = _normalised(_pixels(pictures), mean, std)
+    return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
+
+
+def _frames(image: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns (uint8[T, H, W, C], target (height, width)); an image is a clip of one frame."""
+    if len(size) != image.ndim - 1:
+        kind, wanted = ("clips", "(frames, height, width)") if image.ndim == 4 else ("images", "(height, width)")
+        raise InputError(f"the data set holds {kind}, so its size is {wanted}, got {tuple(size)}")
+    if image.ndim == 3:
+        return image[None], (size[0], size[1])
+    if size[0] > len(image):
+        raise InputError(f"the clips have {len(image)} frames, {size[0]} are asked for: lower the number of frames")
+    return image[: size[0]], (size[1], size[2])
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
+
+def _pixels(pictures: list[Image.Image]) -> np.ndarray:
+    """Returns uint8[T, H, W, C]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return pixels[..., None] if pixels.ndim == 3 else pixels
+
+
+def _normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
