@@ -1,0 +1,186 @@
+"""Every array of the PyTorch reference's image tables: encodings of grids, interpolation, digits, masks, weights."""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.encodings import seqpe
+from seqpe_jax.encodings.fixed import Rotary, RotaryAxial, Sinusoidal
+from seqpe_jax.encodings.learned import resize
+from seqpe_jax.encodings.mixed import RotaryMixed
+from seqpe_jax.interop import reference
+from seqpe_jax.models.attention import _rotate
+from seqpe_jax.objectives.objective import term_weight
+from seqpe_jax.positions.digits import count_digits, significant, to_digits
+from seqpe_jax.positions.grids import grid
+from tests.goldens import close, load, under
+
+
+@pytest.fixture(scope="module")
+def arrays(goldens):
+    return load(goldens, "tables", "tables_image")[1]
+
+
+def numbers(name: str) -> list[int]:
+    """The numbers in an array's name: n64_d48_b10000 -> 64, 48, 10000."""
+    return [int(part) for part in re.findall(r"\d+", name)]
+
+
+def window(count: int) -> jax.Array:
+    return jnp.arange(count, dtype=jnp.int32)[None, :, None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def signal(encoding, positions_PLA, shape):
+    return encoding.apply({}, positions_PLA, shape=shape)
+
+
+def sin(arrays):
+    for name, table in under(arrays, "out/sin/").items():
+        count, width, theta = numbers(name)
+        close(signal(Sinusoidal(width, theta), window(count), (count,)).added[0], table, 2e-6, name)
+
+
+def rotary(arrays):
+    for name, table in under(arrays, "out/rotary/").items():
+        count, width, theta = numbers(name)
+        rows = arrays.get(f"in/rotary_rows/{name}", np.arange(count))
+        positions_PLA = jnp.asarray(rows, jnp.int32)[None, :, None]
+        cos, sin = signal(Rotary(width, 1, theta), positions_PLA, (count,)).rotation
+        close(np.concatenate([sin, cos], -1)[0, :, 0], table, 2e-6, name)  # the reference keeps sines first
+
+
+def sin2d(arrays):
+    """The reference's table of 100 entries is one axis of a 10 x 10 grid."""
+    encoding = Sinusoidal(8, 10000, flatten=True)
+    found = signal(encoding, jnp.asarray(arrays["in/sin2d_pos"], jnp.int32)[None], (10, 10)).added
+    close(found[0], arrays["out/sin2d_n100_d8_b10000"], 2e-6)
+
+
+def rotary2d(arrays):
+    for name, cosines in under(arrays, "out/rotary2d_re/").items():
+        count, width, theta = numbers(name)
+        side = int(count**0.5)
+        encoding = RotaryAxial(width, 1, theta)
+        cos, sin = signal(encoding, jnp.asarray(arrays["in/rotary2d_pos"], jnp.int32)[None], (4, 4)).rotation
+        close(cos[0, :, 0], cosines, 2e-6, name)
+        close(sin[0, :, 0], arrays[f"out/rotary2d_im/{name}"], 2e-6, name)
+        if f"out/rotary2d_table_re/{name}" in arrays:
+            every = grid(jnp.zeros(2, jnp.int32), (side, side))[None]
+            cos, sin = signal(encoding, every, (side, side)).rotation
+            close(cos[0, :, 0], arrays[f"out/rotary2d_table_re/{name}"], 2e-6, name)
+            close(sin[0, :, 0], arrays[f"out/rotary2d_table_im/{name}"], 2e-6, name)
+
+
+def mixed(arrays):
+    for name, freqs in under(arrays, "param/mixed_freqs/").items():
+        depth, heads, width, _ = numbers(name)
+        encoding = RotaryMixed(depth, heads * width, heads)
+        positions_PLA = jnp.asarray(arrays[f"in/mixed_pos/{name}"], jnp.int32)[None]
+
+        def weighted(params, encoding=encoding, positions_PLA=positions_PLA, name=name):
+            rotation = encoding.apply({"params": params}, positions_PLA, shape=(4, 5)).rotation
+            cos, sin = (part[:, 0].swapaxes(1, 2) for part in rotation)
+            weights = arrays[f"in/mixed_w/{name}"]  # the stored gradient's scalar turns the layers around for the sines
+            return (cos * weights + sin * weights[::-1]).sum(), (cos, sin)
+
+        params = jax.tree.map(jnp.asarray, reference.rotary_mixed_params({"freqs": freqs}, heads))
+        (_, (cos, sin)), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
+        close(cos, arrays[f"out/mixed_re/{name}"], 2e-6, name)
+        close(sin, arrays[f"out/mixed_im/{name}"], 2e-6, name)
+        expected = reference.rotary_mixed_params({"freqs": arrays[f"grad/mixed_freqs/{name}"]}, heads)
+        close(grads["frequencies"], expected["frequencies"], 1e-5, name)
+
+
+def rot(arrays):
+    def compare(cos, sin, found):
+        cos, sin = (jnp.swapaxes(part, 1, 2) for part in (cos, sin))
+        for name, expected in found.items():
+            turned = _rotate(jnp.swapaxes(arrays[f"in/{name}"], 1, 2), cos, sin)
+            close(jnp.swapaxes(turned, 1, 2), expected, 2e-6, name)
+
+    sin, cos = np.split(arrays["in/rot_pe"], 2, axis=-1)
+    compare(cos, sin, under(arrays, "out/rot_"))
+    compare(arrays["in/rot2d_re"], arrays["in/rot2d_im"], under(arrays, "out/rot2d_"))
+
+
+def interp(arrays):
+    stretch = jax.jit(resize, static_argnums=(1, 2))
+    for name, expected in under(arrays, "out/interp1d_").items():
+        close(stretch(jnp.asarray(arrays["in/interp1d"]), (numbers(name)[1],), "linear"), expected, 2e-6, name)
+    for name, expected in under(arrays, "out/interp2d_").items():
+        table = jnp.asarray(arrays["in/interp2d"]).reshape(7, 7, -1)
+        found = stretch(table, tuple(numbers(name)[2:]), "cubic" if name.startswith("bicubic") else "linear")
+        close(found.reshape(1, -1, table.shape[-1]), expected, 2e-6, name)
+
+
+def digits(arrays):
+    for side, padding in ("left1", "left"), ("left0", "right"):
+        for axes, name, count in ("", "digit_positions", 5), ("2d", "digit_positions2d", 3):
+            positions_RA = jnp.asarray(arrays[f"in/{name}"], jnp.int32).reshape(len(arrays[f"in/{name}"]), -1)
+            written = {"base": 10, "digits": count, "padding": padding}
+            np.testing.assert_array_equal(to_digits(positions_RA, **written), arrays[f"out/digits{axes}_{side}"])
+            np.testing.assert_array_equal(significant(positions_RA, **written), arrays[f"out/padmask{axes}_{side}"] > 0)
+    for limit, count in arrays["out/get_digit_num"]:
+        assert count_digits(limit, 10) == count
+
+
+def mask(arrays):
+    """The masks that the encoder's blocks receive."""
+    positions_RA = jnp.asarray(arrays["in/digit_positions"], jnp.int32)[:, None]
+    received = []
+
+    def block(self, x_RND, mask, *, last_only, deterministic):
+        received.append(mask)
+        return x_RND
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seqpe.EncoderBlock, "__call__", block)
+        for name, expected in under(arrays, "out/mask_").items():
+            direction = name.split("_")[0]
+            padded, cls = (bool(value) for value in numbers(name))
+            encoder = seqpe.DigitEncoder(
+                output_width=2, axes=1, base=10, digits=5, padding="left", width=2, heads=1, layers=1, dropout=0.0,
+                attention_dropout=0.0, activation="relu", layer_norm_epsilon=1e-5, direction=direction, cls=cls,
+                final_norm=False, mask_padding=padded, place="global", temperature=1.0, norm_init=1.0,
+                kernel_init=jax.nn.initializers.normal(),
+            )  # fmt: skip
+            encoder.init(jax.random.PRNGKey(0), positions_RA)
+            found = np.broadcast_to(received.pop()[:, 0], expected.shape)
+            np.testing.assert_array_equal(found, expected > 0, name)
+
+
+def pos2d(arrays):
+    np.testing.assert_array_equal(grid(jnp.array([2, 3]), (3, 4)), arrays["out/pos2d_2_3_5_7"])
+
+
+def pe_weight_schedule(arrays):
+    for name, expected in under(arrays, "out/pe_weight_schedule/").items():
+        warmup = int(name.split("warm")[1])
+        for column, weight in enumerate(float(part) for part in re.findall(r"[a-z]([\d.]+)_", name)):
+            settings = types.SimpleNamespace(weight=weight, warmup_steps=warmup)
+            found = [term_weight(settings, step) for step in range(len(expected))]
+            close(found, expected[:, column], 1e-6, name)
+
+
+CHECKS = {
+    sin: ("sin/",), rotary: ("rotary/",), sin2d: ("sin2d_",), rotary2d: ("rotary2d_",), mixed: ("mixed_",),
+    rot: ("rot_", "rot2d_"), interp: ("interp",), digits: ("digits", "padmask", "get_digit_num"), mask: ("mask_",),
+    pos2d: ("pos2d_",), pe_weight_schedule: ("pe_weight_schedule/",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_table(check, arrays):
+    check(arrays)
+
+
+def test_every_array_has_a_check(arrays):
+    prefixes = tuple(prefix for group in CHECKS.values() for prefix in group)
+    outputs = [name for name in arrays if not name.startswith(("in/", "param/"))]
+    assert outputs and all(name.partition("/")[2].startswith(prefixes) for name in outputs)

@@ -1,0 +1,237 @@
+"""Encodings of grids: not square, of three axes, shifted, larger than trained, and the tokens before the grid."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.encodings.fixed import RotaryAxial, Sinusoidal, axis_frequencies
+from seqpe_jax.encodings.learned import Learned
+from seqpe_jax.encodings.mixed import RotaryMixed
+from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.errors import InputError
+from seqpe_jax.models.attention import _rotate
+from seqpe_jax.positions.grids import grid
+
+KEY = jax.random.PRNGKey(0)
+LAYERS, WIDTH, HEADS = 2, 24, 2  # heads of 12 columns: 3 pairs for each of 2 axes, 2 for each of 3
+GRIDS = [(2, 3), (2, 2, 3)]
+OFFERED = {
+    "layers_model": LAYERS, "width_model": WIDTH, "heads_model": HEADS, "prefix": 1, "mode": "attn_mul", "qk": "multi",
+    "digits": 2, "width": 8, "heads": 2, "layers": 1, "init_std": 0.5, "qk_init_std": 0.5,
+}  # fmt: skip
+KINDS = sorted(set(ENCODINGS) - {"alibi"})
+
+
+def make(kind, shape, **fields):
+    offered = OFFERED | {"axes": len(shape), "table_shape": shape} | fields
+    wanted = ENCODINGS[kind].__dataclass_fields__
+    return ENCODINGS[kind](**{name: value for name, value in offered.items() if name in wanted})
+
+
+def places(shape, start=0):
+    return grid(jnp.full(len(shape), start, jnp.int32), shape)[None]
+
+
+@functools.cache
+def initial(encoding, shape):
+    return jax.jit(lambda: encoding.init(KEY, places(shape), shape=shape))()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def signal(encoding, variables, positions_PLA, shape):
+    return encoding.apply(variables, positions_PLA, shape=shape)
+
+
+def of_grid(encoding, shape, at=None):
+    return signal(encoding, initial(encoding, at or shape), places(shape), shape)
+
+
+def tokens_of(field, name, stacked):
+    """[P, L, ...] of a field, its layers last."""
+    field = np.asarray(field)
+    return np.moveaxis(field, 0, -1) if stacked and name != "added" else field
+
+
+@pytest.mark.parametrize("shape", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_place_of_a_grid_is_told_apart(kind, shape):
+    found = of_grid(make(kind, shape), shape)
+    fields = {name: getattr(found, name) for name in ("added", "rotation", "factors")}
+    told = []
+    for name, field in fields.items():
+        for part in () if field is None else field if isinstance(field, tuple) else (field,):
+            part = tokens_of(part, name, found.stacked)
+            assert part.shape[:2] == (1, 1 + np.prod(shape)), name
+            told.append(part.reshape(part.shape[1], -1))
+    if kind == "none":
+        assert not told
+        return
+    told = np.concatenate(told, axis=1)
+    distance = np.abs(told[:, None] - told).max(axis=-1) + np.eye(len(told))
+    if kind in ("rotary_axial", "rotary_mixed"):  # the origin and the token before the grid do not turn
+        distance[0, 1] = distance[1, 0] = 1.0
+    assert distance.min() > 1e-3
+
+
+def logits_between(rotation, query, key):
+    """q . k between the places of a grid, [layers..., H, L, L]."""
+    cos, sin = (part[..., 1:, :, :] for part in rotation)
+    turn = functools.partial(_rotate, cos=cos, sin=sin)
+    return jnp.einsum("...lhk,...shk->...hls", turn(query), turn(key))
+
+
+@pytest.mark.parametrize("shape", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", ["rotary_axial", "rotary_mixed"])
+def test_a_shifted_grid_has_the_same_logits(kind, shape):
+    encoding = make(kind, shape)
+    length = int(np.prod(shape))
+    lead = (LAYERS, 1) if kind == "rotary_mixed" else (1,)
+    query, key = (jax.random.normal(jax.random.fold_in(KEY, side), (*lead, length, HEADS, 12)) for side in (0, 1))
+    variables = initial(encoding, shape)
+    at = {start: signal(encoding, variables, places(shape, start), shape).rotation for start in (0, 40)}
+    here, there = (logits_between(rotation, query, key) for rotation in at.values())
+    assert np.abs(at[0][0] - at[40][0]).max() > 1e-2
+    np.testing.assert_allclose(here, there, atol=2e-4)
+    reversed_places = signal(encoding, variables, places(shape)[:, ::-1], shape).rotation
+    assert np.abs(logits_between(reversed_places, query, key) - here).max() > 1e-2
+
+
+def test_tokens_before_the_grid():
+    """They turn or gain nothing, except on a flattened axis, where they are its first positions."""
+    shape = (2, 3)
+    for kind in ("rotary_axial", "rotary_mixed"):
+        cos, sin = of_grid(make(kind, shape, prefix=2), shape).rotation
+        assert (cos[..., :2, :, :] == 1).all() and (sin[..., :2, :, :] == 0).all()
+    assert (of_grid(make("sinusoidal", shape, prefix=2), shape).added[:, :2] == 0).all()
+    line, flat = make("sinusoidal", (8,), prefix=0), make("sinusoidal", shape, prefix=2, flatten=True)
+    np.testing.assert_array_equal(of_grid(flat, shape).added, of_grid(line, (8,)).added)
+    line, flat = make("rotary", (8,), prefix=0), make("rotary", shape, prefix=2)
+    for found, expected in zip(of_grid(flat, shape).rotation, of_grid(line, (8,)).rotation, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    encoding = make("learned", shape, prefix=2)
+    variables = initial(encoding, shape)
+    assert variables["params"]["table"].shape == (8, WIDTH)
+    np.testing.assert_array_equal(of_grid(encoding, shape).added[0], variables["params"]["table"])
+
+
+def test_seqpe_sees_the_token_before_the_grid_in_the_signal_only():
+    shape, encoding = (2, 3), make("seqpe", (2, 3), mode="input_add", qk="none")
+    variables = initial(encoding, shape)
+    positions_PLA = jnp.concatenate([places(shape), places(shape, 5)])  # two sets
+    added = signal(encoding, variables, positions_PLA, shape).added
+    vectors = jax.jit(functools.partial(encoding.apply, method="vectors"))(variables, positions_PLA.reshape(-1, 2))
+    np.testing.assert_allclose(added[:, 1:].reshape(12, -1), vectors, atol=1e-5)
+    first = variables["params"]["prefix_vectors"]
+    assert first.shape == (1, WIDTH) and np.abs(first).max() > 0.1
+    np.testing.assert_array_equal(added[:, 0], np.broadcast_to(first, (2, WIDTH)))
+    mapped = make("seqpe", shape)  # attn_mul, a map per layer: the vector passes through it
+    variables = initial(mapped, shape)
+    query, key = signal(mapped, variables, places(shape), shape).factors
+    params = variables["params"]
+    expected = np.einsum("e,lef->lf", params["prefix_vectors"][0], params["qk_map"]["kernel"])
+    found = np.concatenate([part[:, 0, 0].reshape(LAYERS, -1) for part in (query, key)], axis=-1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_sinusoidal_axes_share_the_columns():
+    """Each axis is a table of its own part of the width."""
+    shape, width = (3, 4), 16
+    found = of_grid(Sinusoidal(width, prefix=0), shape).added.reshape(3, 4, width)
+    line = of_grid(Sinusoidal(width // 2, prefix=0), (4,)).added[0]
+    np.testing.assert_allclose(found[1], np.concatenate([np.tile(line[1], (4, 1)), line], -1), atol=1e-6)
+    np.testing.assert_allclose(found[:, 2], np.concatenate([line[:3], np.tile(line[2], (3, 1))], -1), atol=1e-6)
+
+
+def test_what_does_not_divide_goes_to_the_first_axes():
+    assert [len(part) for part in axis_frequencies(64, 3, 100.0)] == [11, 11, 10]
+    np.testing.assert_allclose(axis_frequencies(12, 2, 100.0), [100.0 ** -np.array([0, 1 / 3, 2 / 3])] * 2)
+    cos, _ = of_grid(RotaryAxial(64, 1), (2, 2, 2)).rotation
+    assert cos.shape == (1, 8, 1, 32)
+
+
+def test_fresh_mixed_frequencies_point_along_orthogonal_directions():
+    for axes in (1, 2, 3):
+        encoding, shape = RotaryMixed(40, 4 * 12, 4, theta=100.0), (2,) * axes
+        frequencies = np.asarray(initial(encoding, shape)["params"]["frequencies"])
+        assert frequencies.shape == (40, axes, 4, 6)
+        parts = frequencies.reshape(40, axes, 4, axes, 6 // axes)  # [layer, axis, head, direction, magnitude]
+        lengths = np.sqrt((parts**2).sum(axis=1))
+        np.testing.assert_allclose(lengths, np.broadcast_to(axis_frequencies(12, axes, 100.0)[0], lengths.shape), rtol=1e-5)
+        directions = parts[..., 0]
+        products = np.einsum("nahd,nahe->nhde", directions, directions)
+        np.testing.assert_allclose(products, np.broadcast_to(np.eye(axes), products.shape), atol=1e-5)
+        # Read last axis first, they are a rotation; so is every matrix of the reference's.
+        turns = np.moveaxis(directions, 1, -1)[..., ::-1]
+        np.testing.assert_allclose(np.linalg.det(turns), 1.0, atol=1e-5)
+        if axes > 1:  # drawn for each head: the mean direction is that of nobody
+            assert np.abs(directions.mean(axis=(0, 2))).max() < 5 / np.sqrt(160 * axes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_larger_grid_than_trained(kind):
+    trained, larger = (2, 3), (4, 5)
+    encoding = make(kind, trained)
+    small, large = of_grid(encoding, trained), of_grid(encoding, larger, at=trained)
+    inside = [0, *(1 + row * 5 + column for row, column in np.ndindex(*trained))]
+    for name in ("added", "rotation", "factors"):
+        pairs = zip(jax.tree.leaves(getattr(small, name)), jax.tree.leaves(getattr(large, name)), strict=True)
+        for here, there in pairs:
+            here, there = (tokens_of(field, name, small.stacked) for field in (here, there))
+            assert there.shape[1] == 21
+            same = np.abs(there[:, inside] - here).max() < 1e-5
+            assert same == (kind not in ("learned", "rotary"))  # those are stretched, or flattened anew
+
+
+def cubic(line, count):
+    """A line read at `count` places by a plain loop: Keys' kernel with a = -0.75, half-pixel centres, border repeated."""
+    found = []
+    for place in range(count):
+        centre, total = (place + 0.5) * len(line) / count - 0.5, 0.0
+        for near in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            gap = abs(centre - near)
+            inner = 1.25 * gap**3 - 2.25 * gap**2 + 1
+            weight = inner if gap <= 1 else -0.75 * gap**3 + 3.75 * gap**2 - 6 * gap + 3
+            total += weight * line[min(max(near, 0), len(line) - 1)]
+        found.append(total)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("larger", [(5, 9), (3, 2), (4, 7, 3)], ids=str)
+def test_a_learned_table_is_stretched_along_each_axis(larger):
+    trained = (3, 4, 2)[: len(larger)]
+    lines = [np.random.default_rng(axis).normal(size=side) for axis, side in enumerate(trained)]
+    table = np.concatenate([[9.0], functools.reduce(np.multiply.outer, lines).ravel()])[:, None]
+    variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
+    found = signal(Learned(1, trained, prefix=1), variables, places(larger), larger).added[0, :, 0]
+    stretched = functools.reduce(np.multiply.outer, [cubic(*pair) for pair in zip(lines, larger, strict=True)])
+    np.testing.assert_allclose(found, np.concatenate([[9.0], stretched.ravel()]), atol=1e-5)
+
+
+def test_the_scramble_reads_heads_as_places():
+    shape = (2, 3)
+    right, wrong = (make("rotary_mixed", shape, reference_scramble=flag) for flag in (False, True))
+    variables = initial(right, shape)
+    for here, there in zip(*(signal(e, variables, places(shape), shape).rotation for e in (right, wrong)), strict=True):
+        assert (there[:, :, 0] == here[:, :, 0]).all()
+        expected = np.swapaxes(here[:, 0, 1:], 1, 2).reshape(LAYERS, 6, HEADS, 6)
+        np.testing.assert_array_equal(there[:, 0, 1:], expected)
+        assert np.abs(there - here).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "told"),
+    [
+        ("alibi", {}, "encoding.kind='alibi' knows distances along one axis"),
+        ("learned", {"table_shape": (6,)}, "has a table of 1 axes and cannot read 2 coordinates"),
+        ("rotary", {"width_model": 6}, "encoding.kind='rotary' .* = 3 must be even"),
+        ("rotary_axial", {"width_model": 6}, "encoding.kind='rotary_axial' .* = 3 must be even"),
+        ("rotary_mixed", {"width_model": 4}, "encoding.kind='rotary_mixed' .* = 2 must be at least 4 for 2 axes"),
+        ("sinusoidal", {"width_model": 3}, "model.width of at least 4 for 2 axes"),
+    ],
+)
+def test_grids_that_an_encoding_cannot_read_are_refused(kind, fields, told):
+    with pytest.raises(InputError, match=told):
+        jax.eval_shape(lambda: make(kind, (2, 3), **fields).init(KEY, places((2, 3)), shape=(2, 3)))
