@@ -69,7 +69,8 @@ def train_example(
       record: {"image": uint8[H, W, C], or [T, H, W, C] of a clip, "label": int}.
       size: (H, W) of the example, or (T, H, W) of a clip, whose later frames are left out.
       augment: the settings: crop_scale, crop_aspect, flip, translate, randaugment_layers, randaugment_magnitude,
-        randaugment_std, color_jitter, erasing. What is done to a clip is the same in all its frames.
+        randaugment_std, color_jitter, erasing. What is done to a clip is the same in all its frames. A flip keeps the
+        label, so flip=0 where left and right make it (moving_digits).
       rng: all that is drawn comes from it.
       mean, std: per channel, in 0..1.
     Returns:
@@ -85,19 +86,21 @@ def train_example(
             "erasing work for clips"
         )
     box = changes.crop_box(*frames.shape[1:3], augment.crop_scale, augment.crop_aspect, rng)
-    pictures = [_picture(frame).resize((width, height), Image.Resampling.BICUBIC, box=box) for frame in frames]
+    pixels = _resized(frames, box, width, height)
     if rng.random() < augment.flip:
-        pictures = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+        pixels = pixels[..., ::-1, :]
     if augment.translate:
-        pixels = changes.translate(_pixels(pictures), augment.translate, rng)
-        pictures = [_picture(frame) for frame in pixels]
-    if augment.color_jitter:
-        pictures = [changes.color_jitter(picture, augment.color_jitter, rng) for picture in pictures]
-    if augment.randaugment_layers:
-        fill = tuple(round(255 * value) for value in mean)
-        policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
-        pictures = [changes.rand_augment(picture, *policy, rng) for picture in pictures]
-    pixels = _normalised(_pixels(pictures), mean, std)
+        pixels = changes.translate(pixels, augment.translate, rng)
+    if augment.color_jitter or augment.randaugment_layers:
+        picture = _picture(pixels[0])
+        if augment.color_jitter:
+            picture = changes.color_jitter(picture, augment.color_jitter, rng)
+        if augment.randaugment_layers:
+            fill = tuple(round(255 * value) for value in mean)
+            policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
+            picture = changes.rand_augment(picture, *policy, rng)
+        pixels = _pixels([picture])
+    pixels = _normalised(pixels, mean, std)
     if rng.random() < augment.erasing:
         pixels = changes.erase(pixels, rng)
     return {"images": pixels if is_clip else pixels[0], "labels": np.int32(record["label"])}
@@ -130,9 +133,8 @@ def evaluation_example(
     scale = max(height / crop_ratio / frames.shape[1], width / crop_ratio / frames.shape[2])
     whole = max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale))
     left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    box = (left, top, left + width, top + height)
-    pictures = [_picture(frame).resize(whole, Image.Resampling.BICUBIC).crop(box) for frame in frames]
-    pixels = _normalised(_pixels(pictures), mean, std)
+    resized = _resized(frames, (0, 0, frames.shape[2], frames.shape[1]), *whole)
+    pixels = _normalised(resized[:, top : top + height, left : left + width], mean, std)
     return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
 
 
@@ -146,6 +148,15 @@ def _frames(image: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, tuple[i
     if size[0] > len(image):
         raise InputError(f"the clips have {len(image)} frames, {size[0]} are asked for: lower the number of frames")
     return image[: size[0]], (size[1], size[2])
+
+
+def _resized(frames: np.ndarray, box: tuple[int, int, int, int], width: int, height: int) -> np.ndarray:
+    """Returns the part (left, top, right, bottom) of uint8[T, H, W, C] as uint8[T, height, width, C]."""
+    left, top, right, bottom = box
+    if (right - left, bottom - top) == (width, height):  # what Pillow would give, at a tenth of the time for small clips
+        return frames[:, top:bottom, left:right]
+    bicubic = Image.Resampling.BICUBIC
+    return _pixels([_picture(frame).resize((width, height), bicubic, box=box) for frame in frames])
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

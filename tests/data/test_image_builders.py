@@ -205,6 +205,11 @@ def test_damaged_imagenet2012(imagenet, tmp_path):
     (imagenet / "ILSVRC2012_img_val.tar").write_bytes(b"no archive")
     with pytest.raises(InputError, match="ILSVRC2012_img_val.tar' is not a whole tar archive"):
         image_source("imagenet2012", split="train", **options)
+    whole = archive({f"ILSVRC2012_val_0000000{number}.JPEG": jpeg((0, 0, 255)) for number in (1, 2)})
+    for size in (1700, 2200):  # within the second file's header, and within the file
+        (imagenet / "ILSVRC2012_img_val.tar").write_bytes(whole[:size])
+        with pytest.raises(InputError, match="ILSVRC2012_img_val.tar' is not a whole tar archive"):
+            image_source("imagenet2012", split="train", **options)
     (imagenet / "ILSVRC2012_img_val.tar").write_bytes(archive({"n01440764.tar": b""}))
     with pytest.raises(InputError, match="'n01440764.tar', which is no validation image"):
         image_source("imagenet2012", split="train", **options)

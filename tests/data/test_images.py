@@ -273,6 +273,12 @@ def test_split_folders(split_folders):
     assert len({source.fingerprint for source in (train, held_out, test)}) == 3
 
 
+def test_validation_may_be_called_val(split_folders):
+    fingerprint = folder(split_folders, "validation").fingerprint
+    (split_folders / "validation").rename(split_folders / "val")
+    assert folder(split_folders, "validation").fingerprint == fingerprint
+
+
 def test_class_folders_are_split_by_the_hash_of_names(tmp_path):
     root = tmp_path / "photos"
     for number in range(300):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -94,25 +95,20 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         splits = {}
         with self._remembered():
             for split, contents in self.contents().items():
-                examples = self._examples(contents, f"prepare {self.name}/{split}")
+                examples = (example for content in contents for example in self.examples(content))
                 first = next(examples, None)  # TFDS refuses a split without examples
                 if first is not None:
-                    splits[split] = _chain(first, examples)
+                    splits[split] = self._generate_examples(
+                        itertools.chain([first], examples), f"prepare {self.name}/{split}"
+                    )
             if not splits:
                 where = ", ".join(self.paths) or "its files"
                 raise InputError(f"data set '{self.name}' is empty: no {self.UNIT} in {where}")
         return splits
 
-    def _generate_examples(self, contents: Iterable[Any]):
-        return self._examples(contents, f"prepare {self.name}")
-
-    def _examples(self, contents: Iterable[Any], title: str) -> Iterator[tuple[int, dict]]:
-        key = 0
+    def _generate_examples(self, examples: Iterable[dict], title: str) -> Iterator[tuple[int, dict]]:
         with self._remembered():
-            for content in tqdm.tqdm(contents, title, unit=f" {self.UNIT}", delay=2.0, disable=not self._progress):
-                for example in self.examples(content):
-                    yield key, example
-                    key += 1
+            yield from enumerate(tqdm.tqdm(examples, title, unit=f" {self.UNIT}", delay=2.0, disable=not self._progress))
 
     @contextlib.contextmanager
     def _remembered(self):
@@ -122,11 +118,6 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         except InputError as error:
             self.input_error = InputError(str(error))
             raise
-
-
-def _chain(first: tuple, rest: Iterator[tuple]) -> Iterator[tuple]:
-    yield first
-    yield from rest
 
 
 def prepared(

@@ -17,6 +17,7 @@ from seqpe_jax.errors import InputError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEST, VALIDATION = 0.1, 0.2  # upper ends of the range of `chance`, where the images lie in one folder per class
 THREADS = 8  # that look at files at once: on network disks the wait is long
+CURE = "replace it by a whole PNG or JPEG file, or remove it"
 LAYOUT = "ROOT/{train,validation,test}/CLASS/*.png (jpg, jpeg, bmp, webp), or ROOT/CLASS/*, which is split 80/10/10"
 
 
@@ -55,7 +56,7 @@ class ImageFolder:
             std=PHOTO_STD,
             fingerprint=digest(class_names, [(name, size) for name, size, _ in files.status]),
             records=files,
-            decode=lambda file: read_rgb(file, f"'{file}'"),
+            decode=lambda file: read_rgb(file, f"'{file}'", CURE),
         )
 
 
@@ -99,7 +100,10 @@ def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ..
     """Returns (folder of the split's class folders, class names); the folder is `root` where there are no split folders."""
     if not root.is_dir():
         raise InputError(f"data.paths: there is no folder '{root}'; give a folder with images: {LAYOUT}")
-    present = [name for name in SPLITS if _folders(root / name)]
+    folders = {name: root / name for name in SPLITS}
+    if not folders["validation"].is_dir():
+        folders["validation"] = root / "val"  # as ImageNet's folders are often called
+    present = {name: _folders(folder) for name, folder in folders.items() if _folders(folder)}
     if not present:
         class_names = _folders(root)
         if not class_names:
@@ -111,15 +115,15 @@ def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ..
                 f"data.paths: '{root}' has {' and '.join(present)}, but no class folders in '{root / needed}': make them, "
                 "or put the class folders into the root, which is then split 80/10/10"
             )
-    class_names = _folders(root / "train")
-    for other in present:
-        unknown = sorted(set(_folders(root / other)) - set(class_names))
+    class_names = present["train"]
+    for name, others in present.items():
+        unknown = sorted(set(others) - set(class_names))
         if unknown:
             raise InputError(
-                f"data.paths: class folder '{root / other / unknown[0]}' has no counterpart in '{root / 'train'}': every "
-                "class needs training images; add some, or remove the folder"
+                f"data.paths: class folder '{folders[name] / unknown[0]}' has no counterpart in '{folders['train']}': "
+                "every class needs training images; add some, or remove the folder"
             )
-    return root / split, class_names
+    return folders[split], class_names
 
 
 def _folders(folder: pathlib.Path) -> tuple[str, ...]:
@@ -175,5 +179,5 @@ def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> No
 
 
 def _check(file: str) -> None:
-    with readable(f"'{file}'"), Image.open(file) as image:
+    with readable(f"'{file}'", CURE), Image.open(file) as image:
         image.verify()

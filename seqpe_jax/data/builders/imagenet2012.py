@@ -1,6 +1,6 @@
 """ImageNet 2012 (ILSVRC, 1.28 million photos in 1000 classes) from the two archives that its site gives out."""
 
-import contextlib
+import io
 import pathlib
 import re
 import tarfile
@@ -50,8 +50,8 @@ class Imagenet2012(PhotoBuilder, skip_registration=True):
             label = pathlib.PurePosixPath(archive).stem
             if label not in known:
                 raise InputError(f"'{file}' holds '{archive}', which is no class of ImageNet 2012: is it {TRAIN}?")
-            for name, photo in _members(file, content):
-                yield name, photo.read(), label
+            for name, photo in _members(file, io.BytesIO(content)):
+                yield name, photo, label
 
 
 def _validation(file: pathlib.Path) -> Iterator[Photo]:
@@ -61,20 +61,25 @@ def _validation(file: pathlib.Path) -> Iterator[Photo]:
         number = re.search(r"_(\d{8})\.", name)
         if number is None or not 1 <= int(number[1]) <= len(labels):
             raise InputError(f"'{file}' holds '{name}', which is no validation image of ImageNet 2012: is it {VALIDATION}?")
-        yield name, photo.read(), labels[int(number[1]) - 1]
+        yield name, photo, labels[int(number[1]) - 1]
 
 
-def _members(file: pathlib.Path, content: IO[bytes] | None = None) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields (name, content) of the files in an archive, or in one that lies inside it."""
-    with _whole(file), tarfile.open(None if content else file, "r:", content) as archive:
-        for member in archive:
-            if member.isfile():
-                yield member.name, archive.extractfile(member)
-
-
-@contextlib.contextmanager
-def _whole(file: pathlib.Path) -> Iterator[None]:
+def _members(file: pathlib.Path, content: IO[bytes] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, content) of the files in an archive, or in one that lies inside it; a class is 0.2 GB at most."""
     try:
-        yield
+        if content is None:
+            _check_end(file)
+        with tarfile.open(None if content else file, "r:", content) as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, archive.extractfile(member).read()
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"'{file}' is not a whole tar archive ({error}): get it again from image-net.org") from error
+
+
+def _check_end(file: pathlib.Path) -> None:
+    """Looks for the zeros that end an archive: cut between two files, one would be read as whole."""
+    with open(file, "rb") as content:
+        content.seek(max(0, file.stat().st_size - 2 * tarfile.BLOCKSIZE))
+        if content.read().strip(b"\0"):
+            raise tarfile.ReadError("its end is missing")

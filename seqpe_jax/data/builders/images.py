@@ -168,8 +168,11 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
                     ) from None
                 raise
 
+        def is_prepared(found: PhotoBuilder) -> bool:
+            return (found.data_path / "dataset_info.json").exists()  # TFDS's own `is_prepared` warns where it is not
+
         found = builder()
-        if not found.info.splits:
+        if not is_prepared(found):
             missing = [name for name in found.files() if not (folder / name).is_file()]
             if missing:
                 raise InputError(
@@ -179,7 +182,7 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
                 )
             with locked(datasets / f"{cls.name}-{config or 'all'}"):
                 found = builder()
-                if not found.info.splits:
+                if not is_prepared(found):
                     found.prepare(progress=progress)
                     found = builder()
         official = "train" if split == "train" else "validation"
@@ -200,7 +203,7 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
                 found.info.full_name, official, facts.shard_lengths, facts.num_bytes, found.info.disable_shuffling
             ),
             records=found.as_data_source(split=official, decoders={"image": tfds.decode.SkipDecoding()}),
-            decode=lambda content: read_rgb(io.BytesIO(content), f"in data set '{cls.name}'"),
+            decode=lambda content: read_rgb(io.BytesIO(content), f"in data set '{cls.name}'", "prepare the data set again"),
         )
 
 
@@ -210,11 +213,11 @@ def digest(*identity: Any) -> str:
 
 
 @contextlib.contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Tells in one line what Pillow cannot read.
+def readable(name: str, cure: str) -> Iterator[None]:
+    """Tells in one line what Pillow cannot read, and what to do about it.
 
     Raises:
-      InputError: names the image, the reason and what to do.
+      InputError: names the image and the reason.
     """
     try:
         yield
@@ -222,20 +225,21 @@ def readable(name: str) -> Iterator[None]:
         reason = str(error) if str(error) and "BytesIO" not in str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image, or of an unknown format"
-        raise InputError(
-            f"cannot read image {name} ({' '.join(reason.split())}): replace it by a whole PNG or JPEG file, or remove it"
-        ) from error
+        raise InputError(f"cannot read image {name} ({' '.join(reason.split())}): {cure}") from error
 
 
-def read_rgb(file: str | pathlib.Path | io.BytesIO, name: str) -> np.ndarray:
+def read_rgb(file: str | io.BytesIO, name: str, cure: str) -> np.ndarray:
     """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette, CMYK and 16 bit become RGB, alpha is dropped.
 
     The camera's mark which side is up (EXIF) is not read, as is usual for ImageNet.
 
+    Args:
+      file: a file's name, or what is in it.
+      name, cure: what to call it, and what to do about it, where it cannot be read.
     Raises:
       InputError: not an image, or a damaged one.
     """
-    with readable(name), Image.open(file) as image:
+    with readable(name, cure), Image.open(file) as image:
         if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
             grey = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=-1)
