@@ -209,3 +209,26 @@ def test_equalize_autocontrast_and_invert_are_pillows():
         np.testing.assert_array_equal(
             np.asarray(augment.OPERATIONS[name](image, 0.5, FILL[3], rng())), np.asarray(expected(image))
         )
+
+
+def test_how_far_a_picture_is_turned_and_sheared():
+    pixels = np.zeros((65, 65), np.uint8)
+    pixels[31:34, 51:54] = 255  # 20 to the right of the middle
+    rows, columns = np.mgrid[:65, :65] - 32
+
+    def goes(name, level):
+        """Returns the places (down, right of the middle) to which the blob goes."""
+        drawn = [
+            np.asarray(augment.OPERATIONS[name](Image.fromarray(pixels), level, (0,), rng(seed))) for seed in range(12)
+        ]
+        return {(round(np.average(rows, weights=one), 1), round(np.average(columns, weights=one), 1)) for one in drawn}
+
+    for level in (1.0, 0.5):
+        turned = math.radians(30 * level)
+        expected = [(sign * 20 * math.sin(turned), 20 * math.cos(turned)) for sign in (-1, 1)]
+        np.testing.assert_allclose(sorted(goes("rotate", level)), expected, atol=0.3)
+        # From the corner, where row and column are 0: the blob's column is 52, its row 32.
+        np.testing.assert_allclose(sorted(goes("shear_y", level)), [(s * 0.3 * level * 52, 20) for s in (-1, 1)], atol=0.5)
+        left, right = sorted(column for _, column in goes("shear_x", level))
+        assert left == pytest.approx(20 - 0.3 * level * 32, abs=0.5)
+        assert right == pytest.approx(20 + 0.3 * level * 32, abs=0.5)
