@@ -39,8 +39,8 @@ class ViT(nn.Module):
       classes, layers, width, heads: sizes; mlp_width: 0 = four times the width; patch: sides of a patch.
       dropout, attention_dropout, embedding_dropout: rates while training.
       drop_path: share of samples that leave out a branch of the last block; it grows from 0 at the first one linearly.
-      init_std: normal, residual projections too. The reference cuts at +-2, a hundred deviations out. Only the patch
-        projection starts uniform within 1 / sqrt(values of a patch), as the reference leaves it to PyTorch.
+      init_std: normal, residual projections too. The reference cuts at +-2, a hundred deviations out. Only the weights of
+        the patch projection start uniform within 1 / sqrt(values of a patch), as the reference leaves them to PyTorch.
       dtype: of the arithmetic; parameters and logits are float32.
       remat, attention_block: as of `models.gpt2.GPT2`.
     """
@@ -79,7 +79,7 @@ class ViT(nn.Module):
             for layer in range(self.layers)
         ]  # fmt: skip
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
-        self.head = nn.Dense(self.classes, kernel_init=normal)
+        self.head = nn.Dense(self.classes, kernel_init=normal)  # float32, whatever the features are
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
 
     def __call__(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
@@ -92,7 +92,7 @@ class ViT(nn.Module):
         Raises:
           InputError: the sides do not divide into patches.
         """
-        return self.head(self.features(images, signal, deterministic).astype(jnp.float32))
+        return self.head(self.features(images, signal, deterministic))
 
     def features(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the final states of the class token, [B, D]; arguments and errors as of a call."""

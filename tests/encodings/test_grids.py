@@ -166,8 +166,9 @@ def test_fresh_mixed_frequencies_point_along_orthogonal_directions():
         # Read last axis first, they are a rotation; so is every matrix of the reference's.
         turns = np.moveaxis(directions, 1, -1)[..., ::-1]
         np.testing.assert_allclose(np.linalg.det(turns), 1.0, atol=1e-5)
-        if axes > 1:  # drawn for each head: the mean direction is that of nobody
+        if axes > 1:  # drawn for each layer and head: the mean direction is that of nobody
             assert np.abs(directions.mean(axis=(0, 2))).max() < 5 / np.sqrt(160 * axes)
+            assert min(np.ptp(directions, axis=at).min() for at in (0, 2)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
