@@ -16,7 +16,7 @@ def get_config(variant=None):
     c.data.name = "stdlib_text"
     c.data.length = 64
     c.eval.lengths = (64, 128, 256, 512, 1024)
-    c.eval.tokens = 131072
+    c.eval.tokens = 65536
     c.checkpoint.every = 500
     c.report.every = 25
 
@@ -41,7 +41,7 @@ def get_config(variant=None):
     c.encoding.qk = "multi"
 
     # Not the paper's form: contrastive loss on attention logits, with candidates around the pivot.
-    c.objective.contrastive.batch = 16
+    c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32
     c.objective.contrastive.space = "logits"
     c.objective.contrastive.around_pivot = True

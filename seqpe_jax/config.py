@@ -17,7 +17,9 @@ import ml_collections
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.positions.digits import count_digits, largest_position
 
-EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "alibi", "none"]
+EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
+TEXTS = ("stdlib_text", "text_files", "wikitext103")
+IMAGES = ("digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized")
 Fraction = {"low": 0.0, "high": 1.0}
 Positive = {"low": 1}
 NonNegative = {"low": 0}
@@ -32,21 +34,44 @@ def _section(kind: type) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is read, and in windows of which length."""
+class AugmentConfig:
+    """How training images are changed, on the host, one by one."""
 
-    name: Literal["stdlib_text", "text_files", "wikitext103"] = "stdlib_text"
-    paths: tuple[str, ...] = ()  # text_files: files, globs or directories; wikitext103: the raw release
-    length: int = _field(512, **Positive)  # tokens of a training window
+    crop_scale: tuple[float, ...] = (1.0, 1.0)  # share of the area of a random resized crop; 1 = the whole image
+    crop_aspect: tuple[float, ...] = (0.75, 4 / 3)  # width to height of that crop
+    flip: float = _field(0.0, **Fraction)  # left and right exchanged, with that probability
+    translate: int = _field(0, **NonNegative)  # pixels moved at most, in each direction
+    randaugment_layers: int = _field(0, **NonNegative)  # operations for each image
+    randaugment_magnitude: float = _field(9.0, low=0.0, high=10.0)
+    randaugment_std: float = _field(0.5, low=0.0)
+    color_jitter: float = _field(0.0, low=0.0)  # brightness, contrast and saturation change by that share at most
+    erasing: float = _field(0.0, **Fraction)  # probability that a rectangle turns to noise
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in windows of which length or images of which size."""
+
+    name: Literal[
+        "stdlib_text", "text_files", "wikitext103",
+        "digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized",
+    ] = "stdlib_text"  # fmt: skip
+    paths: tuple[str, ...] = ()  # text_files: files, globs or directories; image_folder: its root; else the release
+    length: int = _field(512, **Positive)  # text: tokens of a training window
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
-    cache_dir: str = ""  # prepared and tokenised text; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
+    size: tuple[int, ...] = ()  # images: (height, width), clips: (frames, height, width), in pixels
+    crop_ratio: float = _field(1.0, low=0.1, high=1.0)  # images: side of the centre crop at evaluation
+    augment: AugmentConfig = _section(AugmentConfig)
+    cache_dir: str = ""  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
+    threads: int = _field(1, **Positive)  # training examples made at once
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The transformer that reads the tokens."""
+    """The transformer that reads the tokens or the patches."""
 
-    kind: Literal["gpt2"] = "gpt2"
+    kind: Literal["gpt2", "vit"] = "gpt2"
+    patch: tuple[int, ...] = ()  # vit: pixels of a patch along each axis of data.size
     layers: int = _field(12, **Positive)
     width: int = _field(768, **Positive)
     heads: int = _field(12, **Positive)
@@ -54,6 +79,7 @@ class ModelConfig:
     dropout: float = _field(0.1, **Fraction)  # after attention and MLP
     attention_dropout: float = _field(0.1, **Fraction)
     embedding_dropout: float = _field(0.1, **Fraction)
+    drop_path: float = _field(0.0, **Fraction)  # vit: samples for which a branch of the last block is left out
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     layer_norm_epsilon: float = _field(1e-5, low=0.0)
     init_std: float = _field(0.02, low=0.0)
@@ -94,7 +120,9 @@ class EncodingConfig:
     qk_init_std: float = _field(0.02, low=0.0)
     scalar_scale: float = 1.0
     # baselines
-    theta: float = _field(10000.0, low=1.0)  # rotary and sinusoidal: base of the wavelengths
+    theta: float = _field(10000.0, low=1.0)  # rotary kinds and sinusoidal: base of the wavelengths
+    flatten: bool = False  # sinusoidal on grids: one axis for the whole grid instead of columns for each axis
+    reference_scramble: bool = False  # rotary_mixed: heads and positions mixed up, as in the PyTorch reference
     amplitude: float = _field(1.0, low=0.0)  # sinusoidal
     reference_scaling: bool = False  # alibi: slopes divided by sqrt(head width), as in the PyTorch reference
 
@@ -153,9 +181,20 @@ class SkipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixingConfig:
+    """Training images mixed with each other, on the device; 0 = off."""
+
+    mixup: float = _field(0.0, low=0.0)  # alpha of the Beta distribution of shares
+    cutmix: float = _field(0.0, low=0.0)
+    switch: float = _field(0.5, **Fraction)  # probability of cutmix where both are on
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """Task loss + weighted terms on the position vectors."""
 
+    label_smoothing: float = _field(0.0, **Fraction)  # images: share of the target spread over all classes
+    mixing: MixingConfig = _section(MixingConfig)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
     distillation: DistillationConfig = _section(DistillationConfig)
     shift: ShiftConfig = _section(ShiftConfig)
@@ -184,9 +223,10 @@ class EvalConfig:
     """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
 
     every: int = _field(0, **NonNegative)  # steps; 0 = never while training
-    lengths: tuple[int, ...] = ()  # () = the training length
+    lengths: tuple[int, ...] = ()  # text; () = the training length
+    sizes: tuple[int, ...] = ()  # images: sides in pixels; () = the training size
     tokens: int = _field(0, **NonNegative)  # read at most that many per length; 0 = the whole split
-    batch_tokens: int = _field(16384, **Positive)  # tokens handled at once
+    batch_tokens: int = _field(16384, **Positive)  # tokens or patches handled at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +285,24 @@ class Config:
     precision: PrecisionConfig = _section(PrecisionConfig)
     report: ReportConfig = _section(ReportConfig)
     profile: ProfileConfig = _section(ProfileConfig)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the data are images or clips, else text."""
+        return self.data.name in IMAGES
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Positions of a training example along each axis: (length,), or the patches of an image."""
+        return self.grid_of(self.data.size) if self.reads_images else (self.data.length,)
+
+    def grid_of(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the patches along each axis of an image or clip with these sides in pixels."""
+        return tuple(side // part for side, part in zip(sides, self.model.patch, strict=True))
+
+    def sides_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the sides of an example evaluated at (height, width): clips keep their frames."""
+        return (*self.data.size[:-2], *size)
 
 
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
@@ -428,7 +486,28 @@ def check_positions(encoding: EncodingConfig, length: int, asked_by: str) -> Non
         raise InputError(
             f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
             f"{encoding.max_position - 1} (encoding.max_position={encoding.max_position}): "
-            f"raise encoding.max_position or lower {asked_by.split('=')[0].strip()}"
+            f"raise encoding.max_position or lower {asked_by}"
+        )
+
+
+def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
+    """Refuses an image or clip of (height, width) that patches do not divide or positions do not reach.
+
+    Raises:
+      InputError: says the largest size possible and the field to change.
+    """
+    sides, patch, reach = config.sides_of(size), config.model.patch, config.encoding.max_position
+    written = "x".join(map(str, size))
+    if len(sides) != len(patch) or any(side < 1 or side % part for side, part in zip(sides, patch, strict=False)):
+        raise InputError(
+            f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, patch[-2:]))} pixels "
+            f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
+        )
+    if config.encoding.kind == "seqpe" and max(config.grid_of(sides)) > reach:
+        raise InputError(
+            f"{asked_by} {written} needs position {max(config.grid_of(sides)) - 1} along an axis, but the largest "
+            f"position possible is {reach - 1} (encoding.max_position={reach}), so the largest size possible is "
+            f"{'x'.join(str(reach * part) for part in patch[-2:])}: raise encoding.max_position or lower {asked_by}"
         )
 
 
@@ -444,11 +523,10 @@ def _check(config: Config) -> None:
                 f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
                 f"encoding.max_position to at most {reach + 1}"
             )
-    check_positions(encoding, config.data.length, "data.length")
-    for length in config.eval.lengths:
-        if length < 1:
-            raise InputError(f"eval.lengths must be positive, got {length}")
-        check_positions(encoding, length, "eval.lengths")
+    if config.reads_images:
+        _check_images(config)
+    else:
+        _check_text(config)
     _check_terms(config)
     if config.model.width % config.model.heads:
         raise InputError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
@@ -465,20 +543,60 @@ def _check(config: Config) -> None:
         )
     if config.optimizer.warmup_steps > config.steps:
         raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
-    if config.data.name != "stdlib_text" and not config.data.paths and config.data.name == "text_files":
-        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
     profile_window(config)
 
 
+def _check_text(config: Config) -> None:
+    if config.model.kind != "gpt2":
+        raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{config.data.name}' is text")
+    check_positions(config.encoding, config.data.length, "data.length")
+    for length in config.eval.lengths:
+        if length < 1:
+            raise InputError(f"eval.lengths must be positive, got {length}")
+        check_positions(config.encoding, length, "eval.lengths")
+    if config.data.name == "text_files" and not config.data.paths:
+        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+
+
+def _check_images(config: Config) -> None:
+    data, patch = config.data, config.model.patch
+    if config.model.kind != "vit":
+        raise InputError(f"model.kind='{config.model.kind}' reads text, but data.name='{data.name}' has images: set 'vit'")
+    axes = 3 if data.name == "moving_digits" else 2
+    for name, value in (("data.size", data.size), ("model.patch", patch)):
+        if len(value) != axes or min(value) < 1:
+            wanted = "(frames, height, width)" if axes == 3 else "(height, width)"
+            raise InputError(f"{name} must be {wanted} in pixels for data.name='{data.name}', got {value}")
+    if axes == 3 and data.size[0] % patch[0]:
+        raise InputError(f"data.size={data.size}: {data.size[0]} frames do not divide by {patch[0]} (model.patch={patch})")
+    check_size(config, data.size[-2:], "data.size")
+    for size in config.eval.sizes:
+        check_size(config, (size, size), "eval.sizes")
+    if config.encoding.kind == "alibi":
+        raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")
+    augment = data.augment
+    for name, pair in (("crop_scale", augment.crop_scale), ("crop_aspect", augment.crop_aspect)):
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise InputError(f"data.augment.{name} must be (low, high) with 0 < low <= high, got {pair}")
+    if augment.crop_scale[1] > 1:
+        raise InputError(f"data.augment.crop_scale is a share of the area, at most 1, got {augment.crop_scale}")
+    if data.name == "image_folder" and len(data.paths) != 1:
+        raise InputError("data.name='image_folder' needs data.paths: one directory that holds a folder for each class")
+    mixing = config.objective.mixing
+    if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
+        raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
+
+
 def _check_terms(config: Config) -> None:
-    encoding, objective, length = config.encoding, config.objective, config.data.length
+    encoding, objective, length = config.encoding, config.objective, math.prod(config.grid)
+    axes, side = len(config.grid), max(config.grid)
     contrastive, distillation = objective.contrastive, objective.distillation
     if encoding.kind != "seqpe":
         for name, value in (("contrastive.weight", contrastive.weight), ("distillation.weight", distillation.weight)):
             if value:
                 raise InputError(f"objective.{name}={value}: '{encoding.kind}' has no vectors to train; set it to 0")
     if encoding.kind == "learned" and (objective.shift.rate or objective.skip.rate):
-        raise InputError("a learned table has no entries beyond data.length: set objective.shift.rate and skip.rate to 0")
+        raise InputError("a learned table has no entries elsewhere: set objective.shift.rate and skip.rate to 0")
     if objective.shift.rate + objective.skip.rate > 1:
         raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")
     if contrastive.weight:
@@ -487,32 +605,35 @@ def _check_terms(config: Config) -> None:
                 "objective.contrastive.mixture must be three probabilities (random, hard, distributional) that add up "
                 f"to 1, got {contrastive.mixture}"
             )
-        room = encoding.max_position - 2
+        room = encoding.max_position**axes - 2
         if contrastive.candidates > room:
             raise InputError(
                 f"objective.contrastive.candidates={contrastive.candidates}: encoding.max_position="
                 f"{encoding.max_position} leaves at most {room}"
             )
+        if contrastive.past_only and axes > 1:
+            raise InputError("objective.contrastive.past_only needs text: there is no before on a grid")
         if contrastive.space == "logits" and encoding.mode != "attn_scalar":
             raise InputError("objective.contrastive.space='logits' needs encoding.mode='attn_scalar'")
     if distillation.weight:
         if distillation.offsets > length:
             raise InputError(
-                f"objective.distillation.offsets={distillation.offsets} is more than data.length={length} holds"
+                f"objective.distillation.offsets={distillation.offsets} is more than the {length} positions of an example"
             )
-        if encoding.max_position < length + max(1, length // 4):
+        # The shifted window starts at a quarter of the length at the earliest; a shifted grid leaves the one at the origin.
+        if encoding.max_position < (length + max(1, length // 4) if axes == 1 else 2 * min(config.grid)):
             raise InputError(
-                f"objective.distillation needs room past data.length={length} for a shifted window, but the largest "
+                f"objective.distillation needs room past the {side} positions of an example, but the largest "
                 f"position possible is {encoding.max_position - 1}: raise encoding.max_position, or set "
                 "objective.distillation.weight=0"
             )
         if distillation.space == "logits" and encoding.mode != "attn_scalar":
             raise InputError("objective.distillation.space='logits' needs encoding.mode='attn_scalar'")
     skip_range = objective.skip.range or encoding.max_position
-    if objective.skip.rate and not length <= skip_range <= encoding.max_position:
+    if objective.skip.rate and not side <= skip_range <= encoding.max_position:
         raise InputError(
-            f"objective.skip.range={skip_range} must lie between data.length={length} and the positions there are "
+            f"objective.skip.range={skip_range} must lie between the {side} positions of an example and those there are "
             f"(encoding.max_position={encoding.max_position})"
         )
-    if objective.skip.rate and objective.skip.chunks > length:
-        raise InputError(f"objective.skip.chunks={objective.skip.chunks} is more than data.length={length}")
+    if objective.skip.rate and objective.skip.chunks > side:
+        raise InputError(f"objective.skip.chunks={objective.skip.chunks} is more than the {side} positions of an example")

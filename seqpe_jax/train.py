@@ -31,22 +31,22 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     hosts.keep_compiled_programs()
     _check_same_run(settings, workdir)
     parts = build.build(settings)
-    parts.check_tokenizer(workdir)
-    lengths = settings.eval.lengths or (settings.data.length,)
+    data = parts.data
+    data.check_kept(workdir)
     if settings.eval.every:
-        parts.check_lengths(lengths, "validation")
-    source = parts.source("train")
+        for scale in data.scales():
+            data.check_scale(scale, "validation")
+    words = data.describe()
     if hosts.is_lead():
         parameters = sum(leaf.size for leaf in jax.tree.leaves(parts.shapes.params))
         print(
             f"seqpe_jax: {hosts.describe()}\n"
-            f"  {settings.encoding.kind} on {settings.data.name}: {parameters:,} parameters, {len(source.tokens):,} "
-            f"training tokens, windows of {settings.data.length}, {settings.batch_size} to a batch\n"
+            f"  {settings.encoding.kind} on {settings.data.name}: {parameters:,} parameters, {words}\n"
             f"  workdir {workdir}",
             flush=True,
         )
         write_config(workdir, config.to_dict(settings))
-        parts.keep_tokenizer(workdir)
+        data.keep(workdir)
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
     first = checkpoints.latest()
     if first == settings.steps:
@@ -61,10 +61,10 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
 
     def evaluate(params: object) -> dict[str, float]:
         results = {}
-        for length in lengths:
-            result = parts.evaluate(params, length, "validation")
-            for name in ("loss", "perplexity", "bits_per_byte"):
-                results[f"eval/{name}@{length}"] = result[name]
+        for scale in data.scales():
+            result = parts.evaluate(params, scale, "validation")
+            for name in data.measured:
+                results[f"eval/{name}@{scale[0]}"] = result[name]
         return results
 
     loop.fit(
@@ -72,7 +72,8 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
         parts.train_step(),
         parts.batches(first or 0),
         steps=settings.steps,
-        tokens_per_step=settings.batch_size * settings.data.length,
+        units_per_step=data.units_per_step,
+        unit=data.unit,
         checkpoints=checkpoints,
         save_every=settings.checkpoint.every,
         meta={"config": json.loads(json.dumps(config.to_dict(settings)))},

@@ -42,7 +42,7 @@ def test_difference_names_the_fields_that_differ():
         ({"objective.contrastive.mixture": (0.5, 0.4)}, ["objective.contrastive.mixture", "three"]),
         ({"objective.contrastive.candidates": 3000}, ["objective.contrastive.candidates=3000"]),
         ({"encoding.mode": "attn_mul"}, ["objective.contrastive.space", "attn_scalar"]),
-        ({"objective.distillation.offsets": 65}, ["objective.distillation.offsets=65", "data.length=64"]),
+        ({"objective.distillation.offsets": 65}, ["objective.distillation.offsets=65", "64 positions"]),
         ({"objective.skip.rate": 0.5, "objective.skip.range": 10}, ["objective.skip.range=10", "64"]),
         ({"objective.shift.rate": 0.7, "objective.skip.rate": 0.7}, ["at most 1"]),
         ({"optimizer.warmup_steps": 10**6}, ["optimizer.warmup_steps"]),

@@ -1,1 +1,1 @@
-"""Text on disk -> tokens -> batches. NumPy and TFDS only; no JAX, so that it runs before and beside the devices."""
+"""Text and images on disk -> examples -> batches. No JAX, so that it runs before and beside the devices."""

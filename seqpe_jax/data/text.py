@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tqdm
 
-from seqpe_jax.data.builders import builder_class
-from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder
+from seqpe_jax.data.builders import base, builder_class
 from seqpe_jax.data.cache import cache_root, locked, new_directory
 from seqpe_jax.data.tokenizers import Tokenizer, token_dtype
 from seqpe_jax.errors import InputError, suggest
@@ -69,8 +68,8 @@ def token_source(
     if isinstance(paths, str):
         paths = (paths,)
     builder, paths = builder_class(name), tuple(os.fspath(path) for path in paths)
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
+    if split not in base.SPLITS:
+        raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     root = cache_root(cache_dir)
     datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
     data_key = builder.source_key(paths)
@@ -81,31 +80,18 @@ def token_source(
         return found
     with locked(target) as alone:
         if (found := _open(target)) is None:
-            prepared = _prepared(builder, paths, datasets / f"{name}-{data_key}", root / "downloads", progress)
-            if split not in prepared.info.splits:
-                held = ", ".join(prepared.info.splits)
+            written = base.prepared(builder, paths, datasets / f"{name}-{data_key}", root / "downloads", progress)
+            if split not in written.info.splits:
+                held = ", ".join(written.info.splits)
                 raise InputError(
                     f"data set '{name}' has no text in split '{split}' (it has {held}): give more data in data.paths"
                 )
             with new_directory(target, alone=alone) as folder:
-                _tokenise(prepared.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress)
+                _tokenise(written.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress)
             found = _open(target)
     if found is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
     return found
-
-
-def _prepared(
-    kind: type[DocumentBuilder], paths: tuple[str, ...], target: pathlib.Path, downloads: pathlib.Path, progress: bool
-) -> DocumentBuilder:
-    """Returns a builder whose data set lies ready in `target`."""
-    if not target.is_dir():
-        with locked(target) as alone:
-            if not target.is_dir():
-                with new_directory(target, alone=alone) as folder:
-                    builder = kind(paths=paths, downloads=downloads, data_dir=folder)
-                    builder.prepare(progress=progress)
-    return kind(paths=paths, downloads=downloads, data_dir=target)
 
 
 def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 # orange and sky blue are a little darker here, so that labels in them can be read on white.
 COLOURS = {
     "seqpe": "#D55E00", "rotary": "#0072B2", "alibi": "#009E73", "learned": "#CC79A7", "sinusoidal": "#B87A00",
-    "none": "#3A9BD1",
+    "none": "#3A9BD1", "rotary_axial": "#332288", "rotary_mixed": "#117733",
 }  # fmt: skip
 OTHER, INK = "#555555", "#333333"
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), "-.")  # of further runs of one encoding
@@ -37,7 +37,8 @@ def training_curves(runs: Sequence[Any], path: pathlib.Path) -> bool:
         return False
     figure = plt.figure(figsize=(SIZE[0] + (3 if others else 0), SIZE[1]), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(max(1, len(others)), 2 if others else 1, width_ratios=[2.2, 1] if others else None)
-    axes = _dress(figure.add_subplot(grid[:, 0]), "training step", "task loss (nats per token)")
+    per = "/".join(sorted({{"text": "token", "images": "image"}[run.data] for run in runs}))
+    axes = _dress(figure.add_subplot(grid[:, 0]), "training step", f"task loss (nats per {per})")
     _title(axes, "Task loss while training")
     ends = []
     for run, dash in _dashes(runs):
@@ -67,24 +68,36 @@ def extrapolation(runs: Sequence[Any], path: pathlib.Path) -> bool:
     Returns:
       False when no run was evaluated.
     """
+    runs = [run for run in runs if run.data == "text"]
     metric = "bits_per_byte"
     if not all(metric in result for run in runs for result in run.results):
         metric = "loss"
+    unit = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}[metric]
+    return _by_extent(runs, metric, "Past the training length", "evaluated length (tokens)", unit, path)
+
+
+def extrapolation_sizes(runs: Sequence[Any], path: pathlib.Path) -> bool:
+    """Draws top-1 accuracy against the evaluated size, the training size marked. False when no run was evaluated."""
+    runs = [run for run in runs if run.data == "images"]
+    side = "side of the image (pixels)"
+    return _by_extent(runs, "top1", "Past the training size", side, "top-1 accuracy (percent)", path)
+
+
+def _by_extent(runs: Sequence[Any], metric: str, title: str, x: str, y: str, path: pathlib.Path) -> bool:
     curves = []
     for run, dash in _dashes(runs):
-        points = sorted((result["length"], result[metric]) for result in run.results if metric in result)
+        points = sorted((result["extent"], result[metric]) for result in run.results if metric in result)
         points = [point for point in points if math.isfinite(point[1])]
         if points:
             curves.append((run, dash, *np.array(points).T))
     if not curves:
         return False
-    unit = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}[metric]
-    figure, axes = _figure("evaluated length (tokens)", unit)
-    _title(axes, "Past the training length", above=1)
+    figure, axes = _figure(x, y)
+    _title(axes, title, above=1)
     for run, dash, lengths, values in curves:
         axes.plot(lengths, values, marker="o", markersize=5, color=_colour(run), linestyle=dash)
-    trained = {run.training_length for run, *_ in curves}
-    _length_axis(axes, {int(length) for _, _, lengths, _ in curves for length in lengths}, trained)
+    trained = {run.training["extent"] for run, *_ in curves}
+    _length_axis(axes, {length for _, _, lengths, _ in curves for length in lengths}, trained)
     _label_ends(axes, [(lengths[-1], values[-1], run) for run, _, lengths, values in curves])
     _mark_training(axes, trained)
     return _save(figure, path)
@@ -92,12 +105,13 @@ def extrapolation(runs: Sequence[Any], path: pathlib.Path) -> bool:
 
 def loss_by_position(runs: Sequence[Any], path: pathlib.Path) -> bool:
     """Draws the loss (nats) by place in the longest evaluated window. False when no run has that curve."""
-    longest = max((result["length"] for run in runs for result in run.results), default=0)
+    runs = [run for run in runs if run.data == "text"]
+    longest = max((result["extent"] for run in runs for result in run.results), default=0)
     curves = [
         (run, dash, np.asarray(result["loss_by_position"]["position"]) + 1, result["loss_by_position"]["loss"])
         for run, dash in _dashes(runs)
         for result in run.results
-        if result["length"] == longest and result.get("loss_by_position")
+        if result["extent"] == longest and result.get("loss_by_position")
     ]
     if not curves:
         return False
@@ -105,7 +119,7 @@ def loss_by_position(runs: Sequence[Any], path: pathlib.Path) -> bool:
     _title(axes, f"Loss by place in a window of {longest} tokens", above=1)
     for run, dash, places, losses in curves:
         axes.plot(places, losses, color=_colour(run), linestyle=dash)
-    trained = {run.training_length for run, *_ in curves}
+    trained = {run.training["extent"] for run, *_ in curves}
     first = max(1, min(places[0] for _, _, places, _ in curves))
     ticks = {2**power for power in range(math.ceil(math.log2(first)), math.floor(math.log2(longest)) + 1)}
     _length_axis(axes, ticks | {longest}, trained | {first})
@@ -115,10 +129,13 @@ def loss_by_position(runs: Sequence[Any], path: pathlib.Path) -> bool:
 
 
 def similarity(run: Any, path: pathlib.Path) -> bool:
-    """Draws the cosine between the vectors of a few pivots and of all positions of a window; False without any."""
+    """Draws the cosine between the vectors of a few pivots and of all positions of a window or grid; False without any."""
     if run.similarity is None:
         return False
     pivots, positions, cosine = (run.similarity[name] for name in ("pivots", "positions", "cosine"))
+    if positions.shape[1] > 1:
+        return _similarity_on_grid(run, pivots, positions, cosine, path)
+    pivots, positions, trained = pivots[:, 0], positions[:, 0], run.training["extent"]
     figure, axes = plt.subplots(figsize=(SIZE[0], 1.5 + 0.5 * len(pivots)), dpi=DPI, layout="constrained")
     edges = np.append(positions, positions[-1] + 1)
     rows = np.arange(len(pivots) + 1)
@@ -134,15 +151,57 @@ def similarity(run: Any, path: pathlib.Path) -> bool:
     axes.set_xlabel("position")
     axes.set_ylabel("pivot (triangle)")
     _title(axes, f"Likeness of position vectors: {run.name}", above=1)
-    if edges[0] < run.training_length < edges[-1]:
-        axes.axvline(run.training_length, color="white", linewidth=2.5)
-        axes.axvline(run.training_length, color=INK, linestyle="--", linewidth=1.2)
+    if edges[0] < trained < edges[-1]:
+        axes.axvline(trained, color="white", linewidth=2.5)
+        axes.axvline(trained, color=INK, linestyle="--", linewidth=1.2)
         axes.annotate(
-            f"training length {run.training_length}", (run.training_length, 1), xycoords=("data", "axes fraction"),
-            xytext=(0, 4), textcoords="offset points", ha=_side(axes, run.training_length), color=INK, fontsize=9,
+            f"training length {trained}", (trained, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 4), textcoords="offset points", ha=_side(axes, trained), color=INK, fontsize=9,
         )  # fmt: skip
     bar = figure.colorbar(image, label="cosine", pad=0.02)
     bar.outline.set_visible(False)
+    return _save(figure, path)
+
+
+def _similarity_on_grid(
+    run: Any, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, path: pathlib.Path
+) -> bool:
+    """One heat map per pivot over the last two axes; with more axes, where the others are the pivot's."""
+    figure, plots = plt.subplots(
+        1, len(pivots), figsize=(2.1 * len(pivots) + 0.8, 3.0), dpi=DPI, layout="constrained", squeeze=False
+    )
+    low = math.floor(min(float(np.nanmin(cosine)), 0.95) * 20) / 20
+    sides = positions.max(axis=0) + 1
+    for axes, pivot, values in zip(plots[0], pivots, cosine, strict=True):
+        plane = values.reshape(sides)[tuple(pivot[:-2])]
+        image = axes.imshow(plane, cmap="cividis", vmin=low, vmax=1.0)
+        axes.plot(pivot[-1], pivot[-2], marker="x", color="white", markeredgewidth=2, markersize=7)
+        axes.set_title(f"pivot ({', '.join(map(str, pivot))})", fontsize=9, color=INK)
+        axes.tick_params(labelsize=8)
+    figure.suptitle(f"Likeness of position vectors: {run.name}", fontsize=11, fontweight="bold", color=INK)
+    bar = figure.colorbar(image, ax=plots[0].tolist(), label="cosine", shrink=0.8)
+    bar.outline.set_visible(False)
+    return _save(figure, path)
+
+
+def attention(run: Any, path: pathlib.Path) -> bool:
+    """Draws images and, over each, the class token's attention of the last layer, averaged over heads; False without."""
+    if run.attention is None:
+        return False
+    images, weights = run.attention["images"], run.attention["attention"].mean(axis=1)
+    if images.ndim == 5:  # clips: their middle frames
+        images = images[:, images.shape[1] // 2]
+        weights = weights[:, weights.shape[1] // 2]
+    size = (1.9 * len(images), 4.2)
+    figure, plots = plt.subplots(2, len(images), figsize=size, dpi=DPI, layout="constrained", squeeze=False)
+    height, width = images.shape[1:3]
+    for column, (image, map_) in enumerate(zip(images, weights, strict=True)):
+        for axes in plots[:, column]:
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axes.set_axis_off()
+        plots[1, column].imshow(map_, cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    title = f"Where the class token looks ({height}x{width}): {run.name}"
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
     return _save(figure, path)
 
 
@@ -176,7 +235,7 @@ def _dashes(runs: Sequence[Any]) -> list[tuple[Any, Any]]:
 def _length_axis(axes: plt.Axes, lengths: set[int], shown: set[float]) -> None:
     """Makes x a base-2 logarithm with the lengths as ticks, wide enough for what else is shown."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(lengths), [str(length) for length in sorted(lengths)])
+    axes.set_xticks(sorted(lengths), [f"{length:g}" for length in sorted(lengths)])
     axes.minorticks_off()
     axes.set_xlim(min(lengths | shown) / 1.15, max(lengths | shown) * 1.08)
 
@@ -185,7 +244,7 @@ def _mark_training(axes: plt.Axes, trained: set[int]) -> None:
     for length in sorted(trained):
         axes.axvline(length, color=INK, linestyle="--", linewidth=1.2, zorder=0.5)
         axes.annotate(
-            f"training length {length}", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
+            f"trained at {length:g}", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
             textcoords="offset points", ha=_side(axes, length), color=INK, fontsize=9,
         )  # fmt: skip
 

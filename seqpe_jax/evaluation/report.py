@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import urllib.parse
@@ -15,7 +16,19 @@ from seqpe_jax.evaluation import plots, tables
 from seqpe_jax.runtime.progress import read_metrics
 
 # Equal in all runs, or their numbers do not compare.
-COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.paths", "data.tokenizer")
+COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
+# Tables of a report: data -> metric, title, whether more is better.
+TABLES = {
+    "text": (
+        ("bits_per_byte", "Bits per byte by evaluated length (lower is better)", False),
+        ("perplexity", "Perplexity by evaluated length (lower is better)", False),
+        ("word_perplexity", "Word perplexity by evaluated length (lower is better)", False),
+    ),
+    "images": (
+        ("top1", "Top-1 accuracy in percent by evaluated size (higher is better)", True),
+        ("top5", "Top-5 accuracy in percent by evaluated size (higher is better)", True),
+    ),
+}
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
 
@@ -30,7 +43,9 @@ class Run:
 
     Attributes:
       name: of the folder; config: nested dicts; metrics: objects of metrics.jsonl.
-      evaluation: as `evaluate --output` writes it, or {}; similarity: arrays of similarity.npz, or None.
+      evaluation: as `evaluate --output` writes it, or {}; its results know their "extent", the length or the side of a
+        square of that area, and their "label".
+      similarity, attention: arrays of similarity.npz and attention.npz, or None.
       row: the run's row in tables; runs that differ in the seed alone share it.
     """
 
@@ -39,6 +54,7 @@ class Run:
     metrics: list[dict[str, Any]]
     evaluation: dict[str, Any]
     similarity: dict[str, np.ndarray] | None
+    attention: dict[str, np.ndarray] | None
     row: str = ""
 
     @property
@@ -52,13 +68,19 @@ class Run:
         return self.config["seed"]
 
     @property
-    def training_length(self) -> int:
-        """Tokens of a training window."""
-        return self.config["data"]["length"]
+    def data(self) -> str:
+        """What the run reads: "text" or "images"."""
+        return "images" if self.config["data"].get("size") else "text"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Extent and label of a training example, as of the results."""
+        data = self.config["data"]
+        return _scale({"size": data["size"][-2:]} if self.data == "images" else {"length": data["length"]})
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Evaluation results, one per length."""
+        """Evaluation results, one per length or size."""
         return self.evaluation.get("results", [])
 
     @property
@@ -77,9 +99,10 @@ class Run:
         return self.metrics[-1].get("time") if self.metrics else None
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Median of the reported rates."""
-        rates = [line["train/tokens_per_second"] for line in self.metrics if "train/tokens_per_second" in line]
+    def per_second(self) -> float | None:
+        """Median of the reported rates, in tokens or images."""
+        name = {"text": "train/tokens_per_second", "images": "train/images_per_second"}[self.data]
+        rates = [line[name] for line in self.metrics if name in line]
         return statistics.median(rates) if rates else None
 
 
@@ -89,7 +112,9 @@ def read_run(folder: pathlib.Path) -> Run:
         (folder / "config.json").read_bytes(), str(folder / "config.json"),
         {"seed": int, "data.length": int, "encoding.kind": str},
     )  # fmt: skip
-    return Run(folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder))
+    return Run(
+        folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder), _attention(folder)
+    )
 
 
 def find_runs(workdir: str | pathlib.Path) -> list[Run]:
@@ -120,36 +145,36 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output={output} cannot be made a folder ({error.strerror}): choose another") from error
-    bits = any("bits_per_byte" in result for run in runs for result in run.results)
-    evaluated = any(run.results for run in runs)
-    main = tables.by_length(runs, "bits_per_byte" if bits else "perplexity") if evaluated else NOT_EVALUATED
     parts = [f"# {pathlib.Path(workdir).resolve().name}\n", *(f"> {note}\n" for note in notes(runs))]
-    if not evaluated:
-        parts.append(NOT_EVALUATED)
-    if bits:
-        parts.append("## Bits per byte by evaluated length (lower is better)\n\n" + main)
-    if evaluated:
-        title = "## Perplexity by evaluated length (lower is better)\n\n"
-        parts.append(title + tables.by_length(runs, "perplexity"))
-    if any("word_perplexity" in result for run in runs for result in run.results):
-        title = "## Word perplexity by evaluated length (lower is better)\n\n"
-        parts.append(title + tables.by_length(runs, "word_perplexity"))
+    shown = [
+        (f"## {title}\n", tables.by_scale(alike, metric, more_is_better=more))
+        for data, kinds in TABLES.items()
+        for metric, title, more in kinds
+        if (alike := [run for run in runs if run.data == data])
+        and any(metric in result for run in alike for result in run.results)
+    ]
+    for title, table in shown or [("", NOT_EVALUATED)]:
+        parts.append(f"{title}\n{table}" if title else table)
     parts.append("## Cost\n\n" + tables.cost(runs))
     for name, title, draw in (
         ("extrapolation", "Past the training length", plots.extrapolation),
+        ("extrapolation_sizes", "Past the training size", plots.extrapolation_sizes),
         ("training_curves", "Training", plots.training_curves),
         ("loss_by_position", "Loss by place in the longest window", plots.loss_by_position),
     ):
         if draw(runs, output / f"{name}.png"):
             parts.append(f"## {title}\n\n![{title}]({name}.png)\n")
     for run in runs:
-        name = f"similarity_{run.name}.png"
-        if plots.similarity(run, output / name):
-            title = f"Likeness of position vectors: {run.name}"
-            parts.append(f"## {title}\n\n![{title}]({urllib.parse.quote(name)})\n")
+        for kind, title, draw in (
+            ("similarity", "Likeness of position vectors", plots.similarity),
+            ("attention", "Where the class token looks", plots.attention),
+        ):
+            name = f"{kind}_{run.name}.png"
+            if draw(run, output / name):
+                parts.append(f"## {title}: {run.name}\n\n![{title}: {run.name}]({urllib.parse.quote(name)})\n")
     (output / "report.md").write_text("\n".join(parts))
     (output / "results.csv").write_text(tables.results_csv(runs))
-    return main
+    return shown[0][1] if shown else NOT_EVALUATED
 
 
 def notes(runs: list[Run]) -> list[str]:
@@ -180,9 +205,11 @@ def differences(runs: list[Run]) -> list[str]:
     rows = dict.fromkeys(run.row for run in runs)
     compare("seed", [(sorted(run.seed for run in runs if run.row == row), row) for row in rows])
     compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
-    for length in sorted({result["length"] for run in runs for result in run.results}):
-        read = [(run.name, result) for run in runs for result in run.results if result["length"] == length]
-        compare(f"tokens evaluated at length {length}", [(result.get("tokens"), name) for name, result in read])
+    for label in dict.fromkeys(result["label"] for run in runs for result in run.results):
+        read = [(run, result) for run in runs for result in run.results if result["label"] == label]
+        for data, count in (("text", "tokens"), ("images", "examples")):
+            values = [(result.get(count), run.name) for run, result in read if run.data == data]
+            compare(f"{count} evaluated at {label}", values)
     return lines
 
 
@@ -204,24 +231,44 @@ def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
         return {}
     evaluation = _object(path.read_bytes(), str(path), {"results": list})
     for result in evaluation["results"]:
-        if not isinstance(result, dict) or not isinstance(result.get("length"), int):
-            raise InputError(f"{path} has a result without a length: write it with `evaluate --output` of a text run")
+        try:
+            result |= _scale(result)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} has a result without a length or size: write it with `evaluate --output`") from error
     return evaluation
 
 
+def _scale(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns {"extent", "label"} of a length or a [height, width]."""
+    if "length" in result:
+        return {"extent": int(result["length"]), "label": str(result["length"])}
+    height, width = result["size"]
+    label = f"{height}" if height == width else f"{height}x{width}"
+    return {"extent": math.sqrt(height * width), "label": label}
+
+
 def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
-    path = folder / "similarity.npz"
+    arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
+    if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
+        raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
+    return arrays
+
+
+def _attention(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+    return _arrays(folder / "attention.npz", images=4, attention=4)
+
+
+def _arrays(path: pathlib.Path, **axes: int) -> dict[str, np.ndarray] | None:
+    """Reads arrays that have at least so many axes each."""
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("pivots", "positions", "cosine")}
-        if arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
-            raise ValueError(f"cosine has shape {arrays['cosine'].shape}")
+            arrays = {name: file[name] for name in axes}
+        if any(arrays[name].ndim < count for name, count in axes.items()):
+            raise ValueError({name: value.shape for name, value in arrays.items()})
     except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is not an archive of pivots [n], positions [m] and cosine [n, m]: evaluate the run again"
-        ) from error
+        raise InputError(f"{path} is not an archive of {', '.join(axes)}: evaluate the run again") from error
     return arrays
 
 

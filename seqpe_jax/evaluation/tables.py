@@ -22,8 +22,8 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
-def by_length(runs: Sequence[Any], metric: str) -> str:
-    """Returns encoding x length of a metric of the runs' evaluations: lower is better, the best of a column is bold.
+def by_scale(runs: Sequence[Any], metric: str, *, more_is_better: bool = False) -> str:
+    """Returns encoding x length or size of a metric of the runs' evaluations; the best of a column is bold.
 
     Runs that differ in the seed alone share a row: their mean and standard deviation. What was not evaluated is shown
     as missing; a single row has no best.
@@ -31,46 +31,45 @@ def by_length(runs: Sequence[Any], metric: str) -> str:
     Args:
       runs: `evaluation.report.Run`s; metric: a key of evaluation results, such as "bits_per_byte".
     """
-    lengths = sorted({result["length"] for run in runs for result in run.results})
-    trained = {run.training_length for run in runs}
+    extents = {result["label"]: result["extent"] for run in runs for result in run.results}
+    labels = sorted(extents, key=extents.get)
+    trained = {run.training["extent"] for run in runs}
     names = list(dict.fromkeys(run.row for run in runs))
     found = {
-        (name, length): [
+        (name, label): [
             result[metric]
             for run in runs
             if run.row == name
             for result in run.results
-            if result["length"] == length and metric in result
+            if result["label"] == label and metric in result
         ]
         for name in names
-        for length in lengths
+        for label in labels
     }
     means = {place: statistics.fmean(values) for place, values in found.items() if values}
     finite = {place: mean for place, mean in means.items() if math.isfinite(mean)}
-    best = {length: min((finite[place] for place in finite if place[1] == length), default=None) for length in lengths}
+    choose = max if more_is_better else min
+    best = {label: choose((finite[place] for place in finite if place[1] == label), default=None) for label in labels}
 
-    def cell(name: str, length: int) -> str:
-        values = found[name, length]
+    def cell(name: str, label: str) -> str:
+        values = found[name, label]
         if not values:
             return MISSING
-        text = number(means[name, length])
-        if len(names) > 1 and means[name, length] == best[length]:
+        text = number(means[name, label])
+        if len(names) > 1 and means[name, label] == best[label]:
             text = f"**{text}**"
         return text + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
 
-    def title(length: int) -> str:
-        if len(trained) != 1:
-            return str(length)
-        times = length / next(iter(trained))
-        return f"{length} ({times:g}x)"
+    def title(label: str) -> str:
+        return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
 
     return markdown(
-        ["encoding", *map(title, lengths)], [[name, *(cell(name, length) for length in lengths)] for name in names]
+        ["encoding", *map(title, labels)], [[name, *(cell(name, label) for label in labels)] for name in names]
     )
 
 
 def cost(runs: Sequence[Any]) -> str:
-    """Returns what each run cost: parameters, training seconds, tokens per second (median of the reports)."""
+    """Returns what each run cost: parameters, training seconds, tokens or images per second (median of the reports)."""
 
     def cell(value: float | None, form: Callable[[float], str]) -> str:
         return MISSING if value is None else form(value)
@@ -82,21 +81,27 @@ def cost(runs: Sequence[Any]) -> str:
             cell(run.parameters, lambda value: f"{value:,}"),
             cell(run.steps_done, lambda value: f"{value:,}"),
             cell(run.seconds, lambda value: f"{value:.0f}"),
-            cell(run.tokens_per_second, lambda value: f"{value:,.0f}"),
+            cell(run.per_second, lambda value: f"{value:,.0f}"),
         ]
         for run in runs
     ]
-    return markdown(["run", "encoding", "parameters", "steps", "training seconds", "tokens/s"], rows)
+    unit = "/".join(sorted({{"text": "tokens", "images": "images"}[run.data] for run in runs})) + " per s"
+    return markdown(["run", "encoding", "parameters", "steps", "training seconds", unit], rows)
 
 
 def results_csv(runs: Sequence[Any]) -> str:
-    """Returns one line per run and evaluated length; empty where a metric was not measured."""
-    metrics = ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity")
+    """Returns one line per run and evaluated length or size; empty where a metric was not measured."""
+    metrics = {
+        "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
+        "images": ("examples", "loss", "top1", "top5"),
+    }
+    columns = list(dict.fromkeys(metric for run in runs for metric in metrics[run.data]))
+    scale = "length" if all(run.data == "text" for run in runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "encoding", "seed", "training_length", "length", *metrics])
+    writer.writerow(["run", "encoding", "seed", f"training_{scale}", scale, *columns])
     for run in runs:
         for result in run.results:
-            place = [run.name, run.encoding, run.seed, run.training_length, result["length"]]
-            writer.writerow([*place, *(result.get(metric, "") for metric in metrics)])
+            place = [run.name, run.encoding, run.seed, run.training["label"], result["label"]]
+            writer.writerow([*place, *(result.get(metric, "") for metric in columns)])
     return out.getvalue()

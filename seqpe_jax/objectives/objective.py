@@ -15,14 +15,12 @@ from flax import linen as nn
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
-from seqpe_jax.objectives.task import cross_entropy, token_losses
+from seqpe_jax.objectives.task import Classification, LanguageModelling
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import grid
 
 Params = Any
 Metrics = dict[str, jax.Array]
-
-LOGIT_BLOCK = 512  # places whose logits evaluation holds at once
 
 
 class Draws(NamedTuple):
@@ -44,7 +42,8 @@ class Objective:
     """Task loss + w_c * contrastive + w_d * distillation (METHOD: paper section 3; reference's train loop).
 
     Attributes:
-      model: module of (tokens, signal, deterministic) -> logits.
+      model: module of (inputs, signal, deterministic) -> logits.
+      task: what the model is trained for; inputs: shape and type of one example for the model, [1, ...].
       encoding: module of (positions) -> signal; with vectors of its own when `has_vectors`.
       shape: the window or grid that the model trains on, one int per coordinate axis.
       max_position, base: range of each coordinate and base of its digits.
@@ -55,6 +54,8 @@ class Objective:
     """
 
     model: nn.Module
+    task: LanguageModelling | Classification
+    inputs: jax.ShapeDtypeStruct
     encoding: nn.Module
     shape: tuple[int, ...]
     max_position: int
@@ -80,8 +81,7 @@ class Objective:
         positions_PLA = grid(jnp.zeros(len(self.shape), jnp.int32), self.shape)[None]
         encoding = self.encoding.init(stream(key, "encoding"), positions_PLA, shape=self.shape)
         signal = self.encoding.apply(encoding, positions_PLA, shape=self.shape)
-        tokens_BL = jnp.zeros((1, self.length), jnp.int32)
-        model = self.model.init(stream(key, "model"), tokens_BL, signal)
+        model = self.model.init(stream(key, "model"), jnp.zeros(self.inputs.shape, self.inputs.dtype), signal)
         return {"encoding": encoding.get("params", {}), "model": model["params"]}
 
     def draw(self, key: jax.Array, step: jax.Array) -> Draws:
@@ -132,7 +132,7 @@ class Objective:
 
         Args:
           params: as returned by `init`.
-          batch: {"tokens": int32[B, L + 1]}, and optionally "weights" float32[B, L] or "draws" (`Draws`).
+          batch: what the task reads, and optionally "draws" (`Draws`).
           key: the run's key; step: the step; part: which part of an accumulated batch this is.
         """
         draws = batch["draws"] if "draws" in batch else self.draw(key, step)
@@ -142,15 +142,15 @@ class Objective:
             signal, terms = self._vectors_and_terms(params["encoding"], draws, stream(now, "encoding dropout"))
         else:
             signal = self.signal(params, draws.positions_PLA, self.shape)
-        logits_BLV = self.model.apply(
-            {"params": params["model"]}, batch["tokens"][:, :-1], signal, deterministic=False,
+        apply = functools.partial(
+            self.model.apply, {"params": params["model"]}, signal=signal, deterministic=False,
             rngs={"dropout": stream(now, "model dropout")},
         )  # fmt: skip
-        task, _ = cross_entropy(logits_BLV, batch["tokens"][:, 1:], batch.get("weights"))
+        task, further = self.task.loss(apply, batch, stream(now, "task"))
         total = task
         for name, value in terms.items():
             total = total + term_weight(getattr(self.settings, name), step) * value
-        metrics = {"loss": total, "term/task": task, **{f"term/{name}": value for name, value in terms.items()}}
+        metrics = {"loss": total, "term/task": task, **{f"term/{name}": value for name, value in terms.items()}, **further}
         if self.may_move:
             metrics["moved"] = draws.moved.astype(jnp.float32)
         return total, metrics
@@ -159,52 +159,37 @@ class Objective:
         """Returns the signal of given windows as evaluation uses it (no dropout)."""
         return self.encoding.apply({"params": params["encoding"]}, positions_PLA, shape=shape)
 
-    def token_losses(self, params: Params, signal: PositionSignal, tokens_BL: jax.Array) -> jax.Array:
-        """Returns each token's loss, float32[B, L] in nats, of windows int32[B, L + 1], without dropout."""
-        variables = {"params": params["model"]}
-        hidden_BLD = self.model.apply(variables, tokens_BL[:, :-1], signal, method="hidden")
-        logits_of = functools.partial(self.model.apply, variables, method="logits")
-        return token_losses(logits_of, hidden_BLD, tokens_BL[:, 1:], LOGIT_BLOCK)
+    def examine(self, params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Returns what evaluation needs to know of each example, without dropout (see the task's `examine`)."""
+        return self.task.examine(self.model, {"params": params["model"]}, signal, batch)
 
     def _vectors_and_terms(
         self, params: Params, draws: Draws, dropout_key: jax.Array
     ) -> tuple[PositionSignal, Metrics]:
+        """Encodes all positions of the step in one call, split at sizes that are the same in every step."""
         sets, length, axes = draws.positions_PLA.shape
         pairs, windows = draws.contrastive, draws.distillation
-        extra = [] if pairs is None else [pairs.pivots_BA, pairs.candidates_BCA.reshape(-1, axes)]
-
-        def encode(positions: list[jax.Array]) -> list[jax.Array]:
-            rows_RA = jnp.concatenate(positions)
-            count = len(rows_RA)
-            rows_RA = jnp.pad(rows_RA, ((0, -count % self.row_multiple), (0, 0)))
-            vectors_RE = self.encoding.apply(
-                {"params": params}, self.constrain_rows(rows_RA), deterministic=False, method="vectors",
-                rngs={"dropout": dropout_key},
-            )  # fmt: skip
-            ends = list(itertools.accumulate(len(part) for part in positions))[:-1]
-            return jnp.split(self.constrain_rows(vectors_RE)[:count], ends)
-
-        def at_origin() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-            students = [] if windows is None else [windows.positions_BMA.reshape(-1, axes)]
-            main_LE, *rest = encode([draws.positions_PLA[0], *extra, *students])
-            main_PLE = jnp.broadcast_to(main_LE, (sets, *main_LE.shape))
-            return main_PLE, rest[: len(extra)], rest[len(extra) :]
-
-        def moved() -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-            main, *rest = encode([draws.positions_PLA.reshape(-1, axes), *extra])
-            main_PLE = main.reshape(sets, length, -1)
-            students = [] if windows is None else [jnp.zeros((windows.indices_BM.size, main.shape[-1]), main.dtype)]
-            return main_PLE, rest, students
-
-        # Only one branch runs: a moved step pays for its P windows and no students, the others for one window.
-        main_PLE, paired, students = jax.lax.cond(draws.moved, moved, at_origin) if self.may_move else at_origin()
+        parts = [draws.positions_PLA.reshape(-1, axes)]
+        if pairs is not None:
+            parts += [pairs.pivots_BA, pairs.candidates_BCA.reshape(-1, axes)]
+        if windows is not None:
+            parts += [windows.positions_BMA.reshape(-1, axes)]
+        rows_RA = jnp.concatenate(parts)
+        count = len(rows_RA)
+        rows_RA = self.constrain_rows(jnp.pad(rows_RA, ((0, -count % self.row_multiple), (0, 0))))
+        vectors_RE = self.encoding.apply(
+            {"params": params}, rows_RA, deterministic=False, method="vectors", rngs={"dropout": dropout_key}
+        )
+        ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
+        main_RE, *rest = jnp.split(self.constrain_rows(vectors_RE)[:count], ends)
+        main_PLE = main_RE.reshape(sets, length, -1)
         signal = self.encoding.apply({"params": params}, main_PLE, method="signal")
         terms: Metrics = {}
         if pairs is not None:
-            terms["contrastive"] = self._contrastive(params, paired[0], paired[1], pairs.labels_B)
+            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], pairs.labels_B)
         if windows is not None:
-            shape = windows.indices_BM.shape
-            value = self._distillation(params, main_PLE[0][windows.indices_BM], students[0].reshape(*shape, -1))
+            students_BME = rest[-1].reshape(*windows.indices_BM.shape, -1)
+            value = self._distillation(params, main_PLE[0][windows.indices_BM], students_BME)
             terms["distillation"] = jnp.where(draws.moved, 0.0, value)
         return signal, terms
 

@@ -1,10 +1,79 @@
-"""The task's loss: cross-entropy."""
+"""What the model is trained for: the next token, or the class of an image; the loss is a cross-entropy."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
+
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.objectives.mixing import mix
+
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+LOGIT_BLOCK = 512  # places whose logits evaluation holds at once
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling:
+    """Every next token. A batch: {"tokens": int32[B, L + 1]}, and optionally "weights" float32[B, L]."""
+
+    def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Returns the mean loss (nats per token) and further metrics of a model as it is trained.
+
+        Args:
+          apply: int32[B, L] -> logits float32[B, L, V]; key: of what the task itself draws.
+        """
+        return cross_entropy(apply(batch["tokens"][:, :-1]), batch["tokens"][:, 1:], batch.get("weights"))[0], {}
+
+    def examine(self, model: nn.Module, variables: Any, signal: PositionSignal, batch: Batch) -> dict[str, jax.Array]:
+        """Returns {"loss": each token's loss, float32[B, L] in nats}, without dropout."""
+        hidden_BLD = model.apply(variables, batch["tokens"][:, :-1], signal, method="hidden")
+        logits_of = functools.partial(model.apply, variables, method="logits")
+        return {"loss": token_losses(logits_of, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """The class of an image or clip. A batch: {"images": float32[B, sides..., C], "labels": int32[B]}.
+
+    Attributes:
+      label_smoothing: share of the target that is spread over all classes; mixing: see `objectives.mixing.mix`.
+    """
+
+    label_smoothing: float
+    mixing: Any
+
+    def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Returns the mean loss (nats per image) and, where images are not mixed, the share of right answers.
+
+        Args:
+          apply: float32[B, sides..., C] -> logits float32[B, V]; key: of the mixture.
+        """
+        images, labels_B = batch["images"], batch["labels"]
+        mixed = self.mixing.mixup or self.mixing.cutmix
+        partner_B, share_B = labels_B, 1.0
+        if mixed:
+            images, partner_B, share_B = mix(
+                key, images, labels_B, mixup=self.mixing.mixup, cutmix=self.mixing.cutmix, switch=self.mixing.switch
+            )
+        logits_BV = apply(images)
+        own = cross_entropy(logits_BV, labels_B, label_smoothing=self.label_smoothing)[1]
+        if not mixed:
+            return own.mean(), {"accuracy": (logits_BV.argmax(axis=-1) == labels_B).mean()}
+        other = cross_entropy(logits_BV, partner_B, label_smoothing=self.label_smoothing)[1]
+        return (share_B * own + (1 - share_B) * other).mean(), {}
+
+    def examine(self, model: nn.Module, variables: Any, signal: PositionSignal, batch: Batch) -> dict[str, jax.Array]:
+        """Returns {"loss": float32[B] in nats, "rank": int32[B], how many classes score above the true one}."""
+        logits_BV = model.apply(variables, batch["images"], signal)
+        true_B1 = jnp.take_along_axis(logits_BV, batch["labels"][:, None], axis=-1)
+        return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": (logits_BV > true_B1).sum(axis=-1)}
 
 
 def cross_entropy(

@@ -57,7 +57,8 @@ def fit(
     batches: Iterator[tuple[int, dict[str, jax.Array]]],
     *,
     steps: int,
-    tokens_per_step: int,
+    units_per_step: int,
+    unit: str,
     checkpoints: Checkpoints,
     save_every: int,
     meta: dict[str, Any],
@@ -74,7 +75,7 @@ def fit(
     Args:
       state: where the run stands; donated.
       train_step: compiled; batches: (step, global batch) from the state's step on.
-      tokens_per_step: what one step reads, for the rate.
+      units_per_step: what one step reads, in `unit`s ("tokens"), for the rate `train/UNIT_per_second`.
       meta: saved beside each state; seconds_before: training seconds before this start.
 
     Raises:
@@ -97,10 +98,10 @@ def fit(
                 "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
             )
         now = time.monotonic()
-        rate = (done - reported[0]) * tokens_per_step / max(now - reported[1], 1e-9)
+        rate = (done - reported[0]) * units_per_step / max(now - reported[1], 1e-9)
         if done % report_every == 0 or done in (1, steps):
             line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
-            line["train/tokens_per_second"] = rate
+            line[f"train/{unit}_per_second"] = rate
             metrics.write(done, line, time=seconds_before + now - began)
             reported = (done, now)
         progress.update(done, loss=loss)

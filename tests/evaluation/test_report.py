@@ -31,7 +31,8 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
         ]  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps({"parameters": 1234, "results": results}))
     if kind == "seqpe":
-        np.savez(folder / "similarity.npz", pivots=[4, 8], positions=np.arange(16), cosine=np.random.rand(2, 16))
+        positions = np.arange(16)[:, None]
+        np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.random.rand(2, 16))
 
 
 def test_a_folder_of_runs(tmp_path):
@@ -91,7 +92,7 @@ def test_seeds_are_averaged_and_differences_told(tmp_path):
     make_run(tmp_path / "a", seed=0, bits=((16, 2.0),))
     make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
     runs = report.find_runs(tmp_path)
-    assert "| seqpe | 2.500 ± 0.707 |" in tables.by_length(runs, "bits_per_byte")
+    assert "| seqpe | 2.500 ± 0.707 |" in tables.by_scale(runs, "bits_per_byte")
     assert report.differences(runs) == []
     make_run(tmp_path / "c", "alibi", bits=((16, 2.0),), steps=8)
     runs = report.find_runs(tmp_path)
@@ -124,7 +125,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("config.json", '{"seed": 0, "data": {"length": 16}, "encoding": 3}', "no str 'encoding.kind'"),
         ("evaluation.json", "{", "evaluation.json is not JSON"),
         ("evaluation.json", "[]", "evaluation.json has no list 'results'"),
-        ("evaluation.json", '{"results": [{"size": [2, 2]}]}', "a result without a length"),
+        ("evaluation.json", '{"results": [{"size": [2]}]}', "a result without a length or size"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2 is no object with a step"),
         ("metrics.jsonl", "3\n", "metrics.jsonl, line 1 is no object with a step"),
         ("similarity.npz", "no archive", "similarity.npz is not an archive"),
@@ -140,9 +141,9 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
 
 def test_a_similarity_of_other_arrays_is_refused(tmp_path):
     make_run(tmp_path / "run")
-    for arrays in ({"pivots": [1]}, {"pivots": [1], "positions": [0, 1], "cosine": np.ones((2, 2))}):
+    for arrays in ({"pivots": [[1]]}, {"pivots": [[1]], "positions": [[0], [1]], "cosine": np.ones((2, 2))}):
         np.savez(tmp_path / "run" / "similarity.npz", **arrays)
-        with pytest.raises(InputError, match="similarity.npz is not an archive"):
+        with pytest.raises(InputError, match="similarity.npz.*evaluate the run again"):
             report.find_runs(tmp_path)
 
 

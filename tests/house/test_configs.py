@@ -6,18 +6,26 @@ import math
 import pathlib
 import typing
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from seqpe_jax import config
+from seqpe_jax import build, config
+from seqpe_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 KINDS = typing.get_args(config.EncodingKind)
-ALL = [(path, kind) for path in CONFIGS for kind in KINDS]
-# The fast lane takes the quickstart's pair.
+ALIBI_REFUSED = [path for path in CONFIGS if path.stem.endswith("_vit")]  # it knows one axis only
+ALL = [(path, kind) for path in CONFIGS for kind in KINDS if not (kind == "alibi" and path in ALIBI_REFUSED)]
+# The fast lane takes the quickstart's pair. Baselines need no run on every config: a model is the same under each.
+FAST = [("stdlib_lm", "seqpe"), ("stdlib_lm", "rotary")]
+BASELINES = ("stdlib_lm", "digits_vit")
 RUN = [
-    pytest.param(case, marks=() if case[0].stem == "stdlib_lm" and case[1] in ("seqpe", "rotary") else pytest.mark.slow)
+    pytest.param(case, marks=() if (case[0].stem, case[1]) in FAST else pytest.mark.slow)
     for case in ALL
+    if case[1] == "seqpe" or case[0].stem in BASELINES
 ]
 
 # Sizes only: what a config computes stays its own.
@@ -26,11 +34,24 @@ SHRUNKEN = {
     "model.heads": 2, "optimizer.warmup_steps": 0, "eval.every": 0, "eval.lengths": (16,), "eval.tokens": 256,
     "report.every": 1, "report.tensorboard": False,
 }  # fmt: skip
+SHRUNKEN_IMAGES = {"data.tokenizer": "bytes", "eval.lengths": (), "eval.sizes": ()}
 SHRUNKEN_SEQPE = {
     "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "encoding.max_position": 120,
     "objective.contrastive.batch": 4, "objective.contrastive.candidates": 4, "objective.contrastive.window": 16,
     "objective.distillation.batch": 2, "objective.distillation.offsets": 4,
 }  # fmt: skip
+
+
+def photos(root: pathlib.Path, classes: int = 2, each: int = 6) -> pathlib.Path:
+    """Fills a folder of training images: noise of a colour for each class."""
+    draw = np.random.default_rng(0)
+    for label in range(classes):
+        folder = root / "train" / f"class{label}"
+        folder.mkdir(parents=True)
+        for number in range(each):
+            pixels = draw.integers(0, 256, (30, 40, 3)) // (1 + np.arange(3) * label)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return root
 
 
 def name(case) -> str:
@@ -41,6 +62,12 @@ def name(case) -> str:
 def test_a_variant_parses(case):
     path, kind = case
     assert config.load(f"{path}:{kind}").encoding.kind == kind
+
+
+@pytest.mark.parametrize("path", ALIBI_REFUSED, ids=lambda path: path.stem)
+def test_alibi_is_refused_on_grids(path):
+    with pytest.raises(InputError, match="encoding.kind='alibi' knows distances along one axis"):
+        config.load(f"{path}:alibi")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -58,13 +85,37 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
 
     path, kind = case
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
-    values = SHRUNKEN | {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),)}
-    if kind == "seqpe":
-        values |= SHRUNKEN_SEQPE
+    values = SHRUNKEN | (SHRUNKEN_SEQPE if kind == "seqpe" else {})
+    if config.load(f"{path}:{kind}").reads_images:
+        values |= SHRUNKEN_IMAGES
+        if path.stem == "imagenet_vit":
+            values |= {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos")),)}
+    else:
+        (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
+        values |= {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),)}
     train.run(config.load(f"{path}:{kind}", values), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["train/loss"]) and line["train/loss"] < 7 for line in lines)
     terms = {key.removeprefix("train/term/") for key in lines[0] if key.startswith("train/term/")}
     assert terms == ({"task", "contrastive", "distillation"} if kind == "seqpe" else {"task"})
+
+
+@pytest.mark.parametrize("variant", ["s16", "b16", "b16-rotary_mixed"])
+def test_imagenet_traces_at_full_size(variant, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
+    values = {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos", 1000, 1)),)}
+    settings = config.load(f"{ROOT}/configs/imagenet_vit.py:{variant}", values)
+    parts = build.build(settings)
+    images = jax.ShapeDtypeStruct((settings.batch_size, 224, 224, 3), np.float32)
+    labels = jax.ShapeDtypeStruct((settings.batch_size,), np.int32)
+    _, metrics = jax.eval_shape(parts.train_step(), parts.shapes, {"images": images, "labels": labels})
+    assert metrics["loss"].shape == ()
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.shapes.params["model"]))
+    assert size == {"s16": 22_050_664 - 384 * 197, "b16": 86_567_656 - 768 * 197}[variant.split("-")[0]]
+    if variant == "s16":
+        encoding = parts.shapes.params["encoding"]
+        maps, encoder = (
+            sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(encoding[part])) for part in ("qk_map", "encoder")
+        )
+        assert 3.5e6 < maps < 3.6e6 and 3.6e6 < encoder < 3.8e6  # as the paper's ViT-S: 3.5 M and 3.7 M

@@ -7,20 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ObjectiveConfig, OptimizerConfig
+from seqpe_jax.config import MixingConfig, ObjectiveConfig, OptimizerConfig
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.interop import reference
 from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Draws, Objective
+from seqpe_jax.objectives.task import Classification, LanguageModelling
 from seqpe_jax.positions.sampling import Contrastive, Distillation
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import create
 from seqpe_jax.training.step import make_train_step
 
 
-@pytest.fixture(scope="module")
-def trace(goldens):
-    return np.load(goldens / "trace" / "gpt2_a.npz")
+@pytest.fixture
+def trace(goldens, name):
+    return np.load(goldens / "trace" / f"{name}.npz")
 
 
 def states(trace, prefix):
@@ -33,31 +35,65 @@ def states(trace, prefix):
 
 def parameters(trace, prefix):
     split = states(trace, prefix)
+    vit = "cls_token" in split["model"]
     return {
         "encoding": {
             "encoder": reference.encoder_params(split["pe_model"]),
             "qk_map": reference.qk_map_params(split["model"]),
+            **(reference.prefix_params(split["model"]) if vit else {}),
         },
-        "model": reference.gpt2_params(split["model"]),
+        "model": reference.vit_params(split["model"]) if vit else reference.gpt2_params(split["model"]),
     }
 
 
-def make_objective(spec):
+def text_objective(spec):
+    """Objective, optimizer settings and batch n of the text trace."""
     encoding = ENCODINGS["seqpe"](
         mode="attn_scalar", qk="single", digits=5, layers=2, width=48, heads=3,
         dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=1,
     )  # fmt: skip
     model = GPT2(vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
-    return Objective(
-        model=model, encoding=encoding, shape=(32,), max_position=spec["max_position"], base=10, heads=3,
-        settings=ObjectiveConfig(), has_vectors=True,
+    objective = Objective(
+        model=model, task=LanguageModelling(), inputs=jax.ShapeDtypeStruct((1, 32), jnp.int32), encoding=encoding,
+        shape=(32,), max_position=spec["max_position"], base=10, heads=3, settings=ObjectiveConfig(), has_vectors=True,
     )  # fmt: skip
-
-
-def test_twenty_steps_equal_the_reference(trace):
-    spec = json.loads(str(trace["config"][0]))
-    objective = make_objective(spec)
     settings = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip=0.0)
+    return objective, settings, lambda trace, n: {"tokens": jnp.asarray(trace["in/tokens"][n], jnp.int32)}
+
+
+def image_objective(spec):
+    """The same of the image trace."""
+    encoding = ENCODINGS["seqpe"](
+        mode="attn_mul", qk="multi", digits=2, layers=2, width=48, heads=3, prefix=1,
+        dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=2,
+    )  # fmt: skip
+    model = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
+    objective = Objective(
+        model=model, task=Classification(spec["label_smoothing"], MixingConfig()),
+        inputs=jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), encoding=encoding, shape=(4, 4), max_position=100,
+        base=10, heads=3, settings=ObjectiveConfig(), has_vectors=True,
+    )  # fmt: skip
+    settings = OptimizerConfig(
+        learning_rate=1e-3, schedule="constant", clip=0.0, weight_decay=0.05, encoder_weight_decay=0.05
+    )
+
+    def batch(trace, n):
+        images = jnp.asarray(trace["in/images"][n], jnp.float32) / 4
+        return {"images": jnp.moveaxis(images, 1, -1), "labels": jnp.asarray(trace["in/labels"][n], jnp.int32)}
+
+    return objective, settings, batch
+
+
+def positions(trace, key, n):
+    """Stored positions int32[..., A]; those of text have no axis for their one coordinate."""
+    found = jnp.asarray(trace[f"in/{key}"][n], jnp.int32)
+    return found if "in/images" in trace.files else found[..., None]
+
+
+@pytest.mark.parametrize("name, parts", [("gpt2_a", text_objective), ("vit_a", image_objective)])
+def test_twenty_steps_equal_the_reference(trace, parts):
+    spec = json.loads(str(trace["config"][0]))
+    objective, settings, batch = parts(spec)
     optimizer = optimizers.make_optimizer(settings, 20)
     step = jax.jit(make_train_step(objective.loss, optimizer, optimizers.learning_rate(settings, 20)))
     params = jax.tree.map(jnp.asarray, parameters(trace, "param"))
@@ -67,19 +103,16 @@ def test_twenty_steps_equal_the_reference(trace):
     found = []
     for n in range(20):
         draws = Draws(
-            jnp.asarray(trace["in/main_positions"][n], jnp.int32)[None, :, None],
+            positions(trace, "main_positions", n)[None],
             jnp.zeros((), bool),
             Contrastive(
-                jnp.asarray(trace["in/ct_pivots"][n], jnp.int32)[:, None],
-                jnp.asarray(trace["in/ct_negatives"][n], jnp.int32)[..., None],
+                positions(trace, "ct_pivots", n),
+                positions(trace, "ct_negatives", n),
                 jnp.asarray(trace["in/ct_labels"][n], jnp.int32),
             ),
-            Distillation(
-                jnp.asarray(trace["in/tr_indices"][n], jnp.int32),
-                jnp.asarray(trace["in/tr_positions"][n], jnp.int32)[..., None],
-            ),
+            Distillation(jnp.asarray(trace["in/tr_indices"][n], jnp.int32), positions(trace, "tr_positions", n)),
         )
-        state, values = step(state, {"tokens": jnp.asarray(trace["in/tokens"][n], jnp.int32), "draws": draws})
+        state, values = step(state, batch(trace, n) | {"draws": draws})
         names = ("term/task", "term/contrastive", "term/distillation", "loss")
         norms = ("gradient_norm/model", "gradient_norm/encoder")
         found.append([float(values[name]) for name in names + norms])
@@ -98,7 +131,7 @@ def compare_parameters(found, expected):
         if name.endswith("['bias']") and ("qkv" in name or "qk_map" in name):
             parts = 3 if "qkv" in name else 2
             keep = [index for index in range(parts) if index != 1]
-            value, want = (np.split(array.reshape(-1), parts) for array in (value, want))
+            value, want = (np.split(array, parts, axis=-1) for array in (value, want))
             value, want = (np.concatenate([array[index] for index in keep]) for array in (value, want))
         np.testing.assert_allclose(value, want, atol=1e-4, err_msg=name)
         checked += 1

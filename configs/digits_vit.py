@@ -1,0 +1,61 @@
+"""A small vision transformer on scikit-learn's 1797 handwritten digits, read at 8 x 8 pixels in patches of 2.
+
+    python -m seqpe_jax.train --config=configs/digits_vit.py --workdir=runs/digits
+    python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24,32 --output=runs/digits/evaluation.json
+
+Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, none.
+"""
+
+from seqpe_jax.config import defaults, with_encoding
+
+
+def get_config(variant=None):
+    c = defaults()
+    c.steps = 1200
+    c.batch_size = 64
+    c.data.name = "digit_images"
+    c.data.size = (8, 8)
+    c.data.augment.crop_scale = (0.7, 1.0)
+    c.data.augment.translate = 1
+    c.eval.sizes = (8, 12, 16, 24, 32)
+    c.checkpoint.every = 400
+    c.report.every = 25
+
+    c.model.kind = "vit"
+    c.model.patch = (2, 2)
+    c.model.layers = 4
+    c.model.width = 96
+    c.model.heads = 4
+    c.model.dropout = 0.0
+    c.model.attention_dropout = 0.0
+    c.model.embedding_dropout = 0.0
+    c.model.activation = "gelu"
+    c.model.layer_norm_epsilon = 1e-6
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_steps = 100
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.clip = 1.0
+
+    c.encoding.max_position = 100
+    c.encoding.mode = "attn_mul"
+    c.encoding.qk = "multi"
+    c.encoding.width = 96
+    c.encoding.heads = 4
+    c.encoding.dropout = 0.0
+    c.encoding.init_std = 0.1
+    c.encoding.qk_init_std = 0.1
+
+    c.objective.contrastive.batch = 16
+    c.objective.contrastive.candidates = 32
+    c.objective.contrastive.mixture = (0.5, 0.3, 0.2)
+    c.objective.contrastive.hard_fraction = 0.2
+    c.objective.contrastive.window = 14
+    c.objective.distillation.batch = 16
+    c.objective.distillation.offsets = 16
+    c.objective.shift.rate = 0.1
+    c = with_encoding(c, variant)
+    if c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
+        c.encoding.theta = 100.0  # grids are short: longer waves would hardly turn
+    return c

@@ -1,0 +1,59 @@
+"""Three dimensions: clips of a handwritten digit that moves over a canvas; the label is the digit and its direction.
+
+    python -m seqpe_jax.train --config=configs/moving_digits_vit.py --workdir=runs/moving
+    python -m seqpe_jax.evaluate --checkpoint=runs/moving --sizes=16,24,32 --output=runs/moving/evaluation.json
+
+Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, none.
+"""
+
+from seqpe_jax.config import defaults, with_encoding
+
+
+def get_config(variant=None):
+    c = defaults()
+    c.steps = 1500
+    c.batch_size = 32
+    c.data.name = "moving_digits"
+    c.data.size = (8, 16, 16)
+    c.eval.sizes = (16, 24, 32)
+    c.checkpoint.every = 500
+    c.report.every = 25
+
+    c.model.kind = "vit"
+    c.model.patch = (2, 4, 4)
+    c.model.layers = 4
+    c.model.width = 96
+    c.model.heads = 4
+    c.model.dropout = 0.0
+    c.model.attention_dropout = 0.0
+    c.model.embedding_dropout = 0.0
+    c.model.activation = "gelu"
+    c.model.layer_norm_epsilon = 1e-6
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_steps = 100
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.clip = 1.0
+
+    c.encoding.max_position = 100
+    c.encoding.mode = "attn_mul"
+    c.encoding.qk = "multi"
+    c.encoding.width = 96
+    c.encoding.heads = 4
+    c.encoding.dropout = 0.0
+    c.encoding.init_std = 0.1
+    c.encoding.qk_init_std = 0.1
+
+    c.objective.contrastive.batch = 16
+    c.objective.contrastive.candidates = 32
+    c.objective.contrastive.mixture = (0.5, 0.3, 0.2)
+    c.objective.contrastive.hard_fraction = 0.2
+    c.objective.contrastive.window = 8
+    c.objective.distillation.batch = 16
+    c.objective.distillation.offsets = 16
+    c.objective.shift.rate = 0.1
+    c = with_encoding(c, variant)
+    if c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
+        c.encoding.theta = 100.0
+    return c

@@ -1,0 +1,204 @@
+"""Config -> data, model, objective, optimiser, mesh: the only room that knows everybody."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.build.images import Images
+from seqpe_jax.build.text import Text
+from seqpe_jax.config import Config, digits_of
+from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.similarity import cosine
+from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.vit import ViT
+from seqpe_jax.objectives.objective import Metrics, Objective, Params
+from seqpe_jax.positions.grids import grid
+from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.training import optimizer as optimizers
+from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.step import TrainStep, make_train_step
+
+Shape = tuple[int, ...]
+
+MODELS = {"gpt2": GPT2, "vit": ViT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, linked; nothing is compiled yet."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    data: Text | Images
+    objective: Objective
+    optimizer: Any
+    shapes: TrainState  # ShapeDtypeStructs with shardings
+
+    def init_state(self) -> TrainState:
+        """Returns the state at step 0, each part made on the devices that hold it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(_initial(self.objective, self.optimizer, self.config.seed), out_shardings=shardings)()
+
+    def train_step(self) -> TrainStep:
+        """Returns the compiled-on-first-call train step; the state that goes in is donated."""
+        step = make_train_step(
+            self._loss,
+            self.optimizer,
+            optimizers.learning_rate(self.config.optimizer, self.config.steps),
+            accumulate=self.config.optimizer.accumulate,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))
+
+    def _loss(self, params: Params, *arguments: Any) -> tuple[jax.Array, Metrics]:
+        """The objective on whole parameters: what fsdp splits in store is gathered for use."""
+        if self.mesh.shape["fsdp"] > 1:
+            params = jax.lax.with_sharding_constraint(params, layout.replicated(self.mesh))
+        return self.objective.loss(params, *arguments)
+
+    def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Yields (step, global batch) from a step on, read ahead in the background."""
+        train = self.data.train_loader(jax.process_index(), jax.process_count())
+        for step, batch in train.prefetch(first):
+            yield step, layout.to_global(self.mesh, batch)
+
+    @functools.cached_property
+    def _signal(self) -> Callable[[Params, Shape], Any]:
+        def signal(params: Params, shape: Shape) -> Any:
+            positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+            return self.objective.signal(params, positions_PLA, shape)
+
+        return jax.jit(signal, static_argnums=1)
+
+    @functools.cached_property
+    def _examine(self) -> Callable[..., dict[str, jax.Array]]:
+        return jax.jit(self.objective.examine, out_shardings=layout.replicated(self.mesh))
+
+    def evaluate(
+        self, params: Params, scale: Shape, split: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
+        """Returns the result at one scale, (length,) or (height, width); the signal is computed once.
+
+        Raises:
+          InputError: the scale needs positions that there are none of, or is more than the split holds.
+        """
+        self.data.check_scale(scale, split)
+        shape = self.data.grid_of(scale)
+        batch = max(1, self.config.eval.batch_tokens // math.prod(shape))
+        batch = -(-batch // self.mesh.size) * self.mesh.size
+        return self.data.evaluate(
+            functools.partial(self._examine, params, self._signal(params, shape)), scale, split, batch,
+            put=functools.partial(layout.whole_to_global, self.mesh), progress=progress,
+        )  # fmt: skip
+
+    def similarity(self, params: Params, scale: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
+        """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.
+
+        Returns:
+          {"pivots" int[n, A], "positions" int[m, A], "cosine" float32[n, m]}; a window is thinned out to `columns`
+          positions, a grid comes whole, row-major.
+        """
+        if not self.objective.has_vectors:
+            return None
+        shape = self.data.grid_of(scale)
+        positions_RA = np.asarray(grid(jnp.zeros(len(shape), jnp.int32), shape))
+        if len(shape) == 1:
+            positions_RA = positions_RA[np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))]
+        chosen = np.unique(np.linspace(0, len(positions_RA) - 1, pivots + 2).astype(int)[1:-1])
+        vectors_RE = jax.jit(functools.partial(self.objective.encoding.apply, method="vectors"))(
+            {"params": params["encoding"]}, jnp.asarray(positions_RA)
+        )
+        return {
+            "pivots": positions_RA[chosen],
+            "positions": positions_RA,
+            "cosine": np.asarray(cosine(vectors_RE, chosen), np.float32),
+        }
+
+    def attention(self, params: Params, scale: Shape, split: str, count: int = 4) -> dict[str, np.ndarray] | None:
+        """Returns where the class token looks in a few images of a split, or None where there is no class token.
+
+        Returns:
+          {"images" float32[n, sides..., C] in 0..1, "attention" float32[n, H, patches along each axis...]}: the last
+          layer's weights of the class token on the patches.
+        """
+        if not isinstance(self.data, Images):
+            return None
+        shape = self.data.grid_of(scale)
+        images, pictures = self.data.pictures(scale, split, count)
+        weights = jax.jit(functools.partial(self.objective.model.apply, method="attention"))(
+            {"params": params["model"]}, jnp.asarray(images), self._signal(params, shape)
+        )
+        weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
+        return {"images": pictures, "attention": weights_BHL.reshape(*weights_BHL.shape[:2], *shape)}
+
+
+def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
+    """Returns the linked parts of a run on all devices, or on those given.
+
+    Raises:
+      InputError: fields contradict each other or the machine, or the data cannot be read; found before compiling.
+    """
+    mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    part = config.batch_size // config.optimizer.accumulate
+    if part % mesh.size:
+        raise InputError(
+            f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over "
+            f"{mesh.size} devices: make it a multiple of {mesh.size * config.optimizer.accumulate}"
+        )
+    data = Images(config) if config.reads_images else Text(config)
+    objective = make_objective(config, data, mesh)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+    shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.state_sharding(mesh, leaf)), shapes
+    )
+    return Run(config, mesh, data, objective, optimizer, shapes)
+
+
+def make_objective(config: Config, data: Text | Images, mesh: jax.sharding.Mesh) -> Objective:
+    """Returns model, encoding, task and terms of a config for its data."""
+    model, encoding = config.model, config.encoding
+    return Objective(
+        model=_module(
+            MODELS[model.kind],
+            dataclasses.asdict(model) | data.model_fields | {"dtype": jnp.dtype(config.precision.compute)},
+        ),
+        task=data.task,
+        inputs=data.inputs,
+        encoding=_module(
+            ENCODINGS[encoding.kind],
+            dataclasses.asdict(encoding) | {
+                "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
+                "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid, "prefix": data.prefix,
+            },
+        ),
+        shape=config.grid,
+        max_position=encoding.max_position,
+        base=encoding.base,
+        heads=model.heads if encoding.per_head else None,
+        settings=config.objective,
+        has_vectors=encoding.kind == "seqpe",
+        constrain_rows=functools.partial(layout.constrain_rows, mesh) if mesh.size > 1 else lambda rows: rows,
+        row_multiple=mesh.size,
+    )  # fmt: skip
+
+
+def _module(kind: type, offered: dict[str, Any]) -> Any:
+    """Returns a Flax module made of those values that are fields of its."""
+    fields = {field.name for field in dataclasses.fields(kind)} - {"name", "parent"}
+    return kind(**{name: value for name, value in offered.items() if name in fields})
+
+
+def _initial(objective: Objective, optimizer: Any, seed: int) -> Callable[[], TrainState]:
+    def initial() -> TrainState:
+        key = jax.random.PRNGKey(seed)
+        return create(objective.init(key), optimizer, key)
+
+    return initial

@@ -1,0 +1,106 @@
+"""What a run on images or clips needs of its data: augmented examples, top-1 and top-5 at any size."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.config import Config, check_size
+from seqpe_jax.data import images, loader
+from seqpe_jax.evaluation.classification import accuracy
+from seqpe_jax.objectives.task import Classification
+
+
+class Images:
+    """The images of a config.
+
+    Raises:
+      InputError: the training split cannot be read, or its labels are not those of its classes.
+    """
+
+    kind = "image_classification"
+    unit = "images"
+    option, scale_field = "sizes", "size"
+    measured = ("loss", "top1", "top5")  # while training
+    prefix = 1  # the class token
+
+    def __init__(self, config: Config):
+        self.config = config
+        train = self.source("train")
+        self.task = Classification(config.objective.label_smoothing, config.objective.mixing)
+        self.inputs = jax.ShapeDtypeStruct((1, *config.data.size, train.channels), jnp.float32)
+        self.model_fields = {"classes": train.classes}
+        self.units_per_step = config.batch_size
+
+    @functools.cache  # noqa: B019  a run has one of these
+    def source(self, split: str) -> Any:
+        """Returns the images of a split. Raises: InputError as `data.images.image_source`."""
+        data = self.config.data
+        return images.image_source(data.name, split=split, paths=data.paths, cache_dir=data.cache_dir)
+
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+        source, size = self.source("train"), "x".join(map(str, self.config.data.size))
+        return f"{len(source):,} training examples of {source.classes} classes, {size}, {self.config.batch_size} to a batch"
+
+    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
+        """Returns this host's training batches."""
+        config, source = self.config, self.source("train")
+
+        def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+            return images.train_example(
+                record, config.data.size, config.data.augment, rng, mean=source.mean, std=source.std
+            )
+
+        return loader.TrainLoader(
+            source, batch_size=config.batch_size, seed=config.seed, example=example, host_index=host_index,
+            host_count=host_count, threads=config.data.threads,
+        )  # fmt: skip
+
+    def keep(self, workdir: Any) -> None:
+        """Images need nothing beside the checkpoints."""
+
+    def check_kept(self, workdir: Any) -> None:
+        """Nothing was kept, so nothing can differ."""
+
+    def scales(self) -> tuple[tuple[int, int], ...]:
+        """Returns the sizes that the config evaluates, each as (height, width)."""
+        sizes = tuple((size, size) for size in self.config.eval.sizes)
+        return sizes or (self.config.data.size[-2:],)
+
+    def grid_of(self, scale: tuple[int, int]) -> tuple[int, ...]:
+        """Returns the patches along each axis of an example of (height, width)."""
+        return self.config.grid_of(self.config.sides_of(scale))
+
+    def check_scale(self, scale: tuple[int, int], split: str) -> None:
+        """Refuses a size that cannot be evaluated. Raises: InputError."""
+        check_size(self.config, scale, "evaluation size")
+        self.source(split)
+
+    def evaluate(
+        self, examine: Callable[..., dict[str, jax.Array]], scale: tuple[int, int], split: str, batch: int, *,
+        put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]], progress: Callable[[int, int], None],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Returns the result of one size (see `evaluation.classification`)."""
+        source = self.source(split)
+        batch = min(batch, -(-len(source) // jax.device_count()) * jax.device_count())
+        batches = loader.EvaluationBatches(source, batch, len(source), self._example(scale, split))
+        return accuracy(examine, batches, size=scale, put=put, progress=lambda done: progress(done, len(source)))
+
+    def pictures(self, scale: tuple[int, int], split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first images of a split at a size, float32[count, sides..., C]: normalised, and in 0..1."""
+        source, example = self.source(split), self._example(scale, split)
+        chosen = np.linspace(0, len(source) - 1, count).astype(int)
+        found = np.stack([example(source[int(index)])["images"] for index in chosen])
+        shown = found * np.asarray(source.std, np.float32) + np.asarray(source.mean, np.float32)
+        return found, np.clip(shown, 0.0, 1.0)
+
+    def _example(self, scale: tuple[int, int], split: str) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+        source = self.source(split)
+        return functools.partial(
+            images.evaluation_example, size=self.config.sides_of(scale), crop_ratio=self.config.data.crop_ratio,
+            mean=source.mean, std=source.std,
+        )  # fmt: skip

@@ -1,0 +1,121 @@
+"""What a run on text needs of its data: tokens, windows, perplexity at any length."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.config import Config, check_positions
+from seqpe_jax.data import loader, text
+from seqpe_jax.data.tokenizers import load_tokenizer
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.perplexity import perplexity
+from seqpe_jax.objectives.task import LanguageModelling
+
+TOKENIZER = "tokenizer.json"
+
+
+class Text:
+    """The text of a config, tokenised when it is first asked for.
+
+    Raises:
+      InputError: the tokenizer cannot be read.
+    """
+
+    kind = "language_modelling"
+    unit = "tokens"
+    option, scale_field = "lengths", "length"
+    measured = ("loss", "perplexity", "bits_per_byte")  # while training
+    prefix = 0  # tokens before the positions
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.task = LanguageModelling()
+        self.inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+        self.model_fields = {"vocabulary": self.tokenizer.vocabulary_size}
+        self.units_per_step = config.batch_size * config.data.length
+
+    @functools.cache  # noqa: B019  a run has one of these
+    def source(self, split: str) -> text.TokenSource:
+        """Returns the tokens of a split. Raises: InputError as `data.text.token_source`."""
+        data = self.config.data
+        return text.token_source(
+            data.name, split=split, tokenizer=self.tokenizer, paths=data.paths, cache_dir=data.cache_dir
+        )
+
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+        tokens, config = len(self.source("train").tokens), self.config
+        return f"{tokens:,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"
+
+    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
+        """Returns this host's training batches."""
+        config = self.config
+        return loader.TrainLoader(
+            loader.windows(self.source("train").tokens, config.data.length), batch_size=config.batch_size,
+            seed=config.seed, host_index=host_index, host_count=host_count, threads=config.data.threads,
+        )  # fmt: skip
+
+    def keep(self, workdir: str | pathlib.Path) -> None:
+        """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
+        if self.tokenizer.name != "bytes":
+            self.tokenizer.save(workdir)
+
+    def check_kept(self, workdir: str | pathlib.Path) -> None:
+        """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
+        kept = pathlib.Path(workdir) / TOKENIZER
+        if kept.exists() and load_tokenizer(kept).fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
+                f"which lies there as {TOKENIZER}: use that file or a new --workdir"
+            )
+
+    def scales(self) -> tuple[tuple[int], ...]:
+        """Returns the lengths that the config evaluates, each as (length,)."""
+        return tuple((length,) for length in self.config.eval.lengths or (self.config.data.length,))
+
+    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window along its axis."""
+        return scale
+
+    def check_scale(self, scale: tuple[int], split: str) -> None:
+        """Refuses a length that cannot be evaluated. Raises: InputError."""
+        (length,), tokens = scale, len(self.source(split).tokens)
+        check_positions(self.config.encoding, length, "evaluation length")
+        if tokens < length + 1:
+            raise InputError(
+                f"evaluation length {length} is longer than the {split} split of {self.config.data.name} "
+                f"({tokens} tokens): choose a length below {tokens}"
+            )
+
+    def evaluate(
+        self, examine: Callable[..., dict[str, jax.Array]], scale: tuple[int], split: str, batch: int, *,
+        put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]], progress: Callable[[int, int], None],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Returns the result of one length (see `evaluation.perplexity`)."""
+        (length,), source = scale, self.source(split)
+        batches = loader.evaluation_windows(source.tokens, length, batch, max_tokens=self.config.eval.tokens)
+        return perplexity(
+            lambda tokens_BL: examine({"tokens": tokens_BL})["loss"],
+            batches,
+            length=length,
+            tokens_of_split=len(source.tokens),
+            bytes_of_split=source.bytes,
+            words_of_split=source.words if self.tokenizer.name != "bytes" else None,
+            put=put,
+            progress=lambda done: progress(done, batches.examples),
+        )
+
+
+def with_kept_tokenizer(config: Config, workdir: str | pathlib.Path) -> Config:
+    """Returns a run's config with the tokenizer that lies beside its checkpoints."""
+    kept = pathlib.Path(workdir) / TOKENIZER
+    if not kept.exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))

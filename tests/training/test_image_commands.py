@@ -1,0 +1,118 @@
+"""Runs on images: they train, are evaluated at other sizes and reported; bad input ends with one line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands import Commands
+from tests.training.test_commands import refused
+
+DIGITS = "configs/digits_vit.py"
+TINY = {
+    "steps": 2, "batch_size": 8, "model.layers": 2, "model.width": 16, "model.heads": 2, "optimizer.warmup_steps": 0,
+    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "objective.contrastive.batch": 4,
+    "objective.contrastive.candidates": 4, "objective.distillation.batch": 2, "objective.distillation.offsets": 4,
+    "objective.shift.rate": 0, "report.tensorboard": False, "eval.every": 2, "eval.sizes": (8, 12),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+def options(**fields):
+    return [f"--config.{name.replace('__', '.')}={value}" for name, value in (TINY | fields).items()]
+
+
+@pytest.fixture(scope="module")
+def trained(commands, tmp_path_factory):
+    """A workdir of two steps on digits."""
+    workdir = tmp_path_factory.mktemp("run") / "digits"
+    result = commands("train", f"--config={DIGITS}", f"--workdir={workdir}", *options())
+    assert result.code == 0, result.err
+    return workdir
+
+
+def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_path):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert {"eval/top1@8", "eval/top5@12", "eval/loss@12"} <= {name for line in lines for name in line}
+    assert lines[0]["train/images_per_second"] > 0
+    output = trained / "evaluation.json"
+    result = commands("evaluate", f"--checkpoint={trained}", "--sizes=8,16,8x12", f"--output={output}")
+    assert result.code == 0, result.err
+    report = json.loads(output.read_text())
+    assert (report["step"], report["encoding"], report["task"]) == (2, "seqpe", "image_classification")
+    assert [entry["size"] for entry in report["results"]] == [[8, 8], [16, 16], [8, 12]]
+    for entry in report["results"]:
+        assert entry["examples"] > 200 and 0 <= entry["top1"] <= entry["top5"] <= 100
+    attention = np.load(trained / "attention.npz")
+    assert attention["images"].shape == (4, 16, 16, 1) and attention["attention"].shape == (4, 2, 8, 8)
+    assert 0.5 < attention["attention"].sum(axis=(2, 3)).mean() < 1  # the rest is on the class token itself
+    result = commands("report", f"--workdir={trained}", f"--output={tmp_path / 'report'}")
+    assert result.code == 0, result.err
+    assert "| encoding | 8 (1x) | 8x12 (1.22x) | 16 (2x) |" in result.out
+    page = (tmp_path / "report" / "report.md").read_text()
+    for name in ("similarity_digits", "attention_digits", "extrapolation_sizes"):
+        assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--sizes=8,9"], ["9x9", "patches of 2x2", "multiples"]),
+    (["--sizes=0"], ["--sizes", "'0'"]),
+    (["--sizes=8x"], ["--sizes", "'8x'"]),
+    (["--sizes=202"], ["202x202", "largest position possible is 99", "largest size possible is 200x200"]),
+    (["--lengths=16"], ["images", "--sizes"]),
+])  # fmt: skip
+def test_evaluate_refuses_arguments(commands, trained, arguments, words):
+    refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--config.data.size=(9,8)"], ["data.size", "9x8", "patches of 2x2"]),
+    (["--config.data.size=(8,)"], ["data.size", "(height, width)"]),
+    (["--config.model.patch=(2,2,2)"], ["model.patch", "(height, width)"]),
+    (["--config.eval.sizes=(8,11)"], ["eval.sizes", "11x11"]),
+    (["--config.eval.sizes=(8,300)"], ["300x300", "largest size possible is 200x200"]),
+    (["--config.model.kind=gpt2"], ["model.kind", "'vit'"]),
+    (["--config.data.name=stdlib_text"], ["model.kind='vit'", "stdlib_text"]),
+    (["--config.data.name=image_folder"], ["data.paths"]),
+    (["--config.data.augment.crop_scale=(0.5,1.5)"], ["crop_scale", "at most 1"]),
+    (["--config.objective.contrastive.past_only=True"], ["past_only"]),
+])  # fmt: skip
+def test_train_refuses_arguments(commands, tmp_path, arguments, words):
+    refused(commands("train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *arguments), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def folder(root, **classes):
+    for name, files in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(files):
+            Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+def test_train_refuses_folders_that_cannot_be_read(commands, tmp_path):
+    def train(root):
+        fields = options(data__name="image_folder", data__paths=root)
+        return commands("train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *fields)
+
+    refused(train(tmp_path / "nothing"), "nothing", "there is no folder")
+    refused(train(folder(tmp_path / "a", cats=3, dogs=0)), "dogs")
+    damaged = folder(tmp_path / "b", cats=3, dogs=3)
+    (damaged / "cats" / "1.png").write_bytes(b"no picture")
+    refused(train(damaged), "1.png")
+
+
+def test_a_run_on_text_has_no_sizes(commands, tmp_path):
+    from seqpe_jax import config
+    from seqpe_jax.runtime.checkpoint import write_config
+    from tests.tiny import tiny_config
+
+    write_config(tmp_path, config.to_dict(tiny_config()))
+    refused(commands("evaluate", f"--checkpoint={tmp_path}", "--sizes=8"), "--sizes", "--lengths")
