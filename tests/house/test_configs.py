@@ -101,6 +101,7 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     assert terms == ({"task", "contrastive", "distillation"} if kind == "seqpe" else {"task"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["s16", "b16", "b16-rotary_mixed"])
 def test_imagenet_traces_at_full_size(variant, tmp_path, monkeypatch):
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))

@@ -13,6 +13,8 @@ from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.objectives.task import cross_entropy
 from tests.goldens import close, load, names, under
 
+pytestmark = pytest.mark.slow
+
 
 def make_encoding(spec, state):
     """(module, its parameters) of a file, and the method that takes its positions or vectors to the signal."""

@@ -14,6 +14,8 @@ from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.grids import grid
 from tests.goldens import close, load, names, under
 
+pytestmark = pytest.mark.slow
+
 THETA = {"sin": 10000.0, "rotary": 10000.0, "rotary_2d": 100.0}  # of the stored files
 
 

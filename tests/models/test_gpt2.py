@@ -10,6 +10,8 @@ import pytest
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.models.gpt2 import GPT2
 
+pytestmark = pytest.mark.slow
+
 LENGTH, WIDTH, HEADS, LAYERS = 6, 8, 2, 2
 KEY = jax.random.PRNGKey(0)
 TOKENS_BL = jax.random.randint(KEY, (2, LENGTH), 0, 11)

@@ -15,6 +15,8 @@ from seqpe_jax.models.blocks import Block
 from seqpe_jax.models.vit import ViT, patches
 from seqpe_jax.positions.grids import grid
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.PRNGKey(0)
 CLASSES, LAYERS, WIDTH, HEADS, PATCH, GRID = 5, 2, 8, 2, (2, 3), (2, 3)
 IMAGES = jax.random.normal(KEY, (4, 4, 9, 3))  # not square, and neither are the patches

@@ -11,6 +11,8 @@ from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.objectives.task import Classification
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(6,), (3, 2), (2, 3, 2), (2, 1, 2, 2)]
 
 

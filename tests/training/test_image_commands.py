@@ -9,6 +9,8 @@ from PIL import Image
 from tests.commands import Commands
 from tests.training.test_commands import refused
 
+pytestmark = pytest.mark.slow
+
 DIGITS = "configs/digits_vit.py"
 TINY = {
     "steps": 2, "batch_size": 8, "model.layers": 2, "model.width": 16, "model.heads": 2, "optimizer.warmup_steps": 0,

@@ -15,6 +15,8 @@ import pytest
 
 from tests.commands import ROOT, environment, train_arguments
 
+pytestmark = pytest.mark.slow
+
 STEPS = 400
 CLOCK = ("time", "train/tokens_per_second")  # these may differ
 FIELDS = {

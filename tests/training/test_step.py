@@ -10,6 +10,8 @@ from seqpe_jax.build import build
 from seqpe_jax.runtime import mesh as layout
 from tests.tiny import tiny_config, tokens
 
+pytestmark = pytest.mark.slow
+
 # Without dropout; a large epsilon keeps Adam from amplifying the rounding of gradients that are zero.
 STILL = {"model__dropout": 0.0, "encoding__dropout": 0.0, "optimizer__epsilon": 1e-3}
 

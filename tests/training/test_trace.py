@@ -19,6 +19,8 @@ from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import create
 from seqpe_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trace(goldens, name):
