@@ -4,7 +4,7 @@
         --config.data.tokenizer=PATH/tokenizer.json [--config.data.paths=PATH/wikitext-103-raw-v1.zip]
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
-Variants: seqpe (default), learned, sinusoidal, rotary, alibi, none.
+Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
 """
 
 from seqpe_jax.config import defaults, with_encoding
