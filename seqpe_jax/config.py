@@ -71,6 +71,8 @@ class ModelConfig:
     """The transformer that reads the tokens or the patches."""
 
     kind: Literal["gpt2", "vit"] = "gpt2"
+    vocabulary: int = _field(0, **NonNegative)  # gpt2: rows of the token embedding; 0 = as many as the tokenizer has
+    classes: int = _field(0, **NonNegative)  # vit: 0 = as many as the data have
     patch: tuple[int, ...] = ()  # vit: pixels of a patch along each axis of data.size
     layers: int = _field(12, **Positive)
     width: int = _field(768, **Positive)
@@ -274,6 +276,7 @@ class Config:
     seed: int = _field(0, **NonNegative)
     steps: int = _field(1000, **Positive)
     batch_size: int = _field(32, **Positive)  # sequences of one step, over all devices
+    init_from: str = ""  # a run or converted checkpoint whose parameters a new run begins with; "" = fresh ones
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)
     encoding: EncodingConfig = _section(EncodingConfig)
@@ -306,7 +309,7 @@ class Config:
 
 
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
-FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile")
+FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
 
 
 def defaults() -> ml_collections.ConfigDict:

@@ -1,10 +1,9 @@
 """Evaluates a checkpoint at any lengths or image sizes, past those of training too.
 
-    python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,1024 --output=runs/first/evaluation.json
-    python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
+python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,1024 --output=runs/first/evaluation.json
+python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +24,13 @@ Scales = tuple[tuple[int, ...], ...]
 
 
 def run(
-    checkpoint: str, lengths: Scales = (), sizes: Scales = (), split: str = "test", tokens: int | None = None
+    checkpoint: str,
+    lengths: Scales = (),
+    sizes: Scales = (),
+    split: str = "test",
+    tokens: int | None = None,
+    data: str | None = None,
+    paths: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray] | None]]:
     """Returns the evaluation of a run's newest checkpoint, in the form that `--output` stores, and arrays to draw.
 
@@ -35,6 +40,7 @@ def run(
         config's eval section, or the training one.
       split: "validation" or "test".
       tokens: read at most that many per length; None = eval.tokens of the config.
+      data, paths: another data set than the run's (data.name and data.paths); None = the run's.
 
     Raises:
       InputError: not a run, no or a damaged checkpoint, a length or size that cannot be evaluated.
@@ -45,8 +51,12 @@ def run(
         raise InputError(f"{checkpoint} is a run on images: --lengths and --tokens are for text, use --sizes")
     if sizes and not settings.reads_images:
         raise InputError(f"{checkpoint} is a run on text: --sizes is for images, use --lengths")
+    values = config.to_dict(settings)
     if tokens is not None:
-        settings = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, tokens=tokens))
+        values["eval"]["tokens"] = tokens
+    if data is not None:
+        values["data"] |= {"name": data, "paths": paths}
+    settings = config.from_dict(values)
     for length, *_ in lengths:
         config.check_positions(settings.encoding, length, "evaluation length")
     for size in sizes:
@@ -85,6 +95,8 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _SIZES = flags.DEFINE_list("sizes", [], "image sizes, e.g. 224,384x512 (default: eval.sizes of the run's config)")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")
+_DATA = flags.DEFINE_string("data", None, "read that data set instead of the run's, e.g. text_files (a data.name)")
+_PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
 _TOKENS = flags.DEFINE_integer("tokens", None, "read at most that many tokens per length (default: eval.tokens)")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; arrays for the report's pictures go beside it")
 
@@ -102,7 +114,9 @@ def main() -> None:
     lengths = scales(_LENGTHS.value, "--lengths", "0*[1-9][0-9]*", "positive whole numbers")
     sizes = scales(_SIZES.value, "--sizes", "0*[1-9][0-9]*(x0*[1-9][0-9]*)?", "sides in pixels (224) or 384x512")
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
-    report, arrays = run(_CHECKPOINT.value, lengths, sizes, _SPLIT.value, _TOKENS.value)
+    if _PATHS.value and not _DATA.value:
+        raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
+    report, arrays = run(_CHECKPOINT.value, lengths, sizes, _SPLIT.value, _TOKENS.value, _DATA.value, tuple(_PATHS.value))
     if _OUTPUT.value and hosts.is_lead():
         path = pathlib.Path(_OUTPUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)

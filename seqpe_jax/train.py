@@ -1,9 +1,11 @@
 """Trains a model; the same command goes on where a run was stopped.
 
-    python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
-    python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
+python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
+python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
+python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -13,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import build, command, config
+from seqpe_jax.build import saved
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
@@ -33,6 +36,8 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     parts = build.build(settings)
     data = parts.data
     data.check_kept(workdir)
+    if settings.init_from and not (workdir / "config.json").exists():
+        saved.check_source(parts, settings.init_from)
     if settings.eval.every:
         for scale in data.scales():
             data.check_scale(scale, "validation")
@@ -54,10 +59,10 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
             print(f"  nothing to do: step {first} is saved")
         checkpoints.close()
         return
-    state = parts.init_state() if first is None else checkpoints.restore(parts.shapes)
+    state = saved.first_state(parts) if first is None else checkpoints.restore(parts.shapes)
     seconds = checkpoints.meta().get("seconds", 0.0) if first is not None else 0.0
-    if first is not None and hosts.is_lead():
-        print(f"  going on from step {first}", flush=True)
+    if hosts.is_lead() and (first is not None or settings.init_from):
+        print(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}", flush=True)
 
     def evaluate(params: object) -> dict[str, float]:
         results = {}
@@ -106,12 +111,16 @@ def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, metrics, checkpoints")
+_INIT_FROM = flags.DEFINE_string("init-from", None, "begin with the parameters of that run or converted checkpoint")
 
 
 def main() -> None:
     """The command."""
     try:
-        run(config.parse(_CONFIG.value), _WORKDIR.value)
+        settings = config.parse(_CONFIG.value)
+        if _INIT_FROM.value is not None:
+            settings = dataclasses.replace(settings, init_from=_INIT_FROM.value)
+        run(settings, _WORKDIR.value)
     except (loop.NotFinite, loop.Stopped) as error:
         print(f"{error}", file=sys.stderr)
         sys.exit(1)

@@ -3,7 +3,10 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
+
+from seqpe_jax.interop import weights
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "goldens"
 
@@ -29,3 +32,20 @@ def close(found, expected, relative: float, name: str = "") -> None:
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape, name
     assert np.abs(found - expected).max() <= relative * max(np.abs(expected).max(), 1e-3), name
+
+
+def compare_gradients(config, grads, stored, state) -> None:
+    """Compares all stored gradients with those of our parameters; the rest is filled with NaN and left out."""
+    filled = {key: stored.get(key, np.full_like(value, np.nan)) for key, value in state.items()}
+    rules = [rule for rule in weights.rules(config) if set(rule.theirs) <= set(state)]
+    expected = weights.to_params(rules, filled)
+    assert jax.tree.structure(grads) == jax.tree.structure(expected)
+    largest = max((np.abs(leaf).max() for leaf in stored.values()), default=0.0)
+    compared = 0
+    for found, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        there = ~np.isnan(want)
+        found, want = np.asarray(found)[there], want[there]
+        if want.size:
+            assert np.abs(found - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2 * largest)
+            compared += want.size
+    assert compared == sum(leaf.size for leaf in stored.values())

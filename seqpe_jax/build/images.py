@@ -10,15 +10,18 @@ import numpy as np
 
 from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import images, loader
+from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.objectives.task import Classification
 
+COLOURED = ("image_folder", "imagenet2012", "imagenet_resized")  # always three channels
+
 
 class Images:
-    """The images of a config.
+    """The images of a config; a model that names its classes can be built where they are not.
 
     Raises:
-      InputError: the training split cannot be read, or its labels are not those of its classes.
+      InputError: the training split cannot be read, has more classes than the model, or labels that are not its classes'.
     """
 
     kind = "image_classification"
@@ -29,10 +32,18 @@ class Images:
 
     def __init__(self, config: Config):
         self.config = config
-        train = self.source("train")
+        classes, channels = config.model.classes, 3
+        if not classes or config.data.name not in COLOURED:
+            found = self.source("train")
+            channels = found.channels
+            if classes and found.classes > classes:
+                raise InputError(
+                    f"{config.data.name} has {found.classes} classes, but the model only {classes} (model.classes)"
+                )
+            classes = classes or found.classes
         self.task = Classification(config.objective.label_smoothing, config.objective.mixing)
-        self.inputs = jax.ShapeDtypeStruct((1, *config.data.size, train.channels), jnp.float32)
-        self.model_fields = {"classes": train.classes}
+        self.inputs = jax.ShapeDtypeStruct((1, *config.data.size, channels), jnp.float32)
+        self.model_fields = {"classes": classes}
         self.units_per_step = config.batch_size
 
     @functools.cache  # noqa: B019  a run has one of these

@@ -8,9 +8,10 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.build import Run, build
 from seqpe_jax.build.text import with_kept_tokenizer
-from seqpe_jax.config import Config
+from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config
+from seqpe_jax.training.state import TrainState
 
 
 def saved_config(checkpoint: str) -> Config:
@@ -23,6 +24,68 @@ def saved_config(checkpoint: str) -> Config:
         raise InputError(f"no such directory: {checkpoint} (--checkpoint takes a --workdir of `train`)")
     settings = config.from_dict(read_config(checkpoint))
     return with_kept_tokenizer(dataclasses.replace(settings, mesh=config.MeshConfig()), checkpoint)
+
+
+# What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
+FREE_ENCODING = {
+    "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
+}  # fmt: skip
+FREE_MODEL = {
+    "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_block",
+    "vocabulary", "classes",
+}  # fmt: skip
+
+
+def first_state(run: Run) -> TrainState:
+    """Returns a run's state at step 0: fresh parameters, or those of the newest checkpoint of `init_from`.
+
+    Raises:
+      InputError: no or a damaged checkpoint, or one of other sizes.
+    """
+    state = run.init_state()
+    if not run.config.init_from:
+        return state
+    saved = Checkpoints(run.config.init_from, create=False)
+    params, _ = saved.restore_params(run.shapes.params)
+    saved.close()
+    return state.replace(params=params)
+
+
+def check_source(run: Run, checkpoint: str) -> None:
+    """Refuses parameters that were made for something else.
+
+    Raises:
+      InputError: not a run, or one with another encoding, model or tokenizer; names what differs.
+    """
+    if not pathlib.Path(checkpoint).is_dir():
+        raise InputError(
+            f"no such directory: {checkpoint} (--init-from takes a --workdir of `train` or an output of `convert`)"
+        )
+    theirs, ours = config.from_dict(read_config(checkpoint)), run.config
+    lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
+    if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):
+        lines.append(f"encoding.digits: {digits_of(theirs.encoding)} -> {digits_of(ours.encoding)}")
+    lines += _differences("model", theirs.model, ours.model, FREE_MODEL)
+    if theirs.encoding.kind == ours.encoding.kind == "learned" and theirs.grid != ours.grid:
+        lines.append(f"positions of the table: {theirs.grid} -> {ours.grid}")
+    if len(theirs.grid) != len(ours.grid):
+        lines.append(f"coordinates of a position: {len(theirs.grid)} -> {len(ours.grid)}")
+    if lines:
+        raise InputError(
+            f"--init-from={checkpoint}: its parameters were made for another config; it differs in {'; '.join(lines)}. Set "
+            "these fields as they are there"
+        )
+    if theirs.data.tokenizer == "bytes" != ours.data.tokenizer:
+        raise InputError(
+            f"--init-from={checkpoint} reads bytes, but data.tokenizer={ours.data.tokenizer}: set it to 'bytes'"
+        )
+    run.data.check_kept(checkpoint)
+
+
+def _differences(section: str, theirs: EncodingConfig | ModelConfig, ours: Any, free: set[str]) -> list[str]:
+    before, after = dataclasses.asdict(theirs), dataclasses.asdict(ours)
+    kept = before.keys() - free if section == "model" or theirs.kind == ours.kind else {"kind"}
+    return config.difference({name: before[name] for name in kept}, {name: after[name] for name in kept}, f"{section}.")
 
 
 def open_run(checkpoint: str, settings: Config, check: Callable[[Run], None] = lambda run: None) -> tuple[Run, Any, int]:

@@ -24,7 +24,7 @@ class Text:
     """The text of a config, tokenised when it is first asked for.
 
     Raises:
-      InputError: the tokenizer cannot be read.
+      InputError: there is no tokenizer, it cannot be read, or has more tokens than the model.
     """
 
     kind = "language_modelling"
@@ -35,10 +35,21 @@ class Text:
 
     def __init__(self, config: Config):
         self.config = config
+        if not config.data.tokenizer:
+            raise InputError(
+                f"this checkpoint came without a tokenizer: put its {TOKENIZER} beside its config.json, or give one with "
+                "--tokenizer where it is converted"
+            )
         self.tokenizer = load_tokenizer(config.data.tokenizer)
+        vocabulary = config.model.vocabulary or self.tokenizer.vocabulary_size
+        if self.tokenizer.vocabulary_size > vocabulary:
+            raise InputError(
+                f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
+                f"{vocabulary} (model.vocabulary): take the tokenizer that the model was trained with"
+            )
         self.task = LanguageModelling()
         self.inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
-        self.model_fields = {"vocabulary": self.tokenizer.vocabulary_size}
+        self.model_fields = {"vocabulary": vocabulary}
         self.units_per_step = config.batch_size * config.data.length
 
     @functools.cache  # noqa: B019  a run has one of these

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.encodings.fixed import alibi_slopes
-from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.interop import reference
+from seqpe_jax.interop import from_state_dicts
 from seqpe_jax.positions.digits import significant, to_digits
 from tests.goldens import close, load, names, under
 
@@ -15,21 +14,13 @@ from tests.goldens import close, load, names, under
 @pytest.mark.parametrize("name", names("encoder"))
 def test_encoder(goldens, name):
     spec, arrays = load(goldens, "encoder", name)
-    padding = "left" if spec["left_padding"] else "right"
-    width = spec.get("out_proj_dim", spec["pe_embed_dim"])
-    encoding = SeqPE(
-        layers_model=1, width_model=width, heads_model=1, axes=spec["data_dim"], qk="none",
-        digits=spec["max_digits"], padding=padding, layers=spec["layer_num"], width=spec["pe_embed_dim"],
-        heads=spec["num_attention_heads"], direction=spec["attn_direction"], cls=spec["use_cls_token"],
-        final_norm=spec["use_last_layernorm"], mask_padding=spec["mask_padding"],
-        temperature=spec.get("seqpe_temperature", 1.0), layer_norm_epsilon=spec.get("layer_norm_epsilon", 1e-5),
-        activation={"gelu_new": "gelu_tanh"}.get(spec.get("activation_function", "gelu_new"), "relu"),
-    )  # fmt: skip
+    reference = from_state_dicts(spec, None, under(arrays, "param/"))
+    encoding, padding = reference.encoding, "left" if spec["left_padding"] else "right"
     positions_RA = jnp.asarray(arrays["in/positions"], jnp.int32).reshape(-1, spec["data_dim"])
     written = {"base": 10, "digits": spec["max_digits"], "padding": padding}
     np.testing.assert_array_equal(to_digits(positions_RA, **written), arrays["in/digits"])
     np.testing.assert_array_equal(significant(positions_RA, **written), arrays["in/pad_mask"] > 0)
-    params = {"encoder": jax.tree.map(jnp.asarray, reference.encoder_params(under(arrays, "param/")))}
+    params = jax.tree.map(jnp.asarray, reference.params["encoding"])
 
     def weighted(params):
         vectors_RE = encoding.apply({"params": params}, positions_RA, method="vectors")
@@ -37,7 +28,7 @@ def test_encoder(goldens, name):
 
     (_, vectors_RE), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
     close(vectors_RE, arrays["out/pe"], 2e-5)
-    expected = {"encoder": reference.encoder_params(under(arrays, "grad/"))}
+    expected = from_state_dicts(spec, None, under(arrays, "grad/")).params["encoding"]  # a gradient has its array's place
     assert jax.tree.structure(grads) == jax.tree.structure(expected)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for path, found in jax.tree_util.tree_flatten_with_path(grads)[0]:

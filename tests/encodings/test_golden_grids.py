@@ -13,7 +13,7 @@ from seqpe_jax.encodings import seqpe
 from seqpe_jax.encodings.fixed import Rotary, RotaryAxial, Sinusoidal
 from seqpe_jax.encodings.learned import resize
 from seqpe_jax.encodings.mixed import RotaryMixed
-from seqpe_jax.interop import reference
+from seqpe_jax.interop.weights import mixed_rule
 from seqpe_jax.models.attention import _rotate
 from seqpe_jax.objectives.objective import term_weight
 from seqpe_jax.positions.digits import count_digits, significant, to_digits
@@ -89,12 +89,11 @@ def mixed(arrays):
             weights = arrays[f"in/mixed_w/{name}"]  # the stored gradient's scalar turns the layers around for the sines
             return (cos * weights + sin * weights[::-1]).sum(), (cos, sin)
 
-        params = jax.tree.map(jnp.asarray, reference.rotary_mixed_params({"freqs": freqs}, heads))
+        params = {"frequencies": jnp.asarray(mixed_rule(heads).read(freqs))}
         (_, (cos, sin)), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
         close(cos, arrays[f"out/mixed_re/{name}"], 2e-6, name)
         close(sin, arrays[f"out/mixed_im/{name}"], 2e-6, name)
-        expected = reference.rotary_mixed_params({"freqs": arrays[f"grad/mixed_freqs/{name}"]}, heads)
-        close(grads["frequencies"], expected["frequencies"], 1e-5, name)
+        close(grads["frequencies"], mixed_rule(heads).read(arrays[f"grad/mixed_freqs/{name}"]), 1e-5, name)
 
 
 def rot(arrays):

@@ -24,11 +24,11 @@ MAY_IMPORT = {
     "training": EVERYBODY,
     "training.loop": EVERYBODY | {"training", "runtime"},
     "evaluation": EVERYBODY | {"runtime.progress"},
-    "interop": EVERYBODY,
     "command": {"errors", "config"},
 }
 BELOW_BUILD = set(MAY_IMPORT) - {"command"}
 MAY_IMPORT["build"] = BELOW_BUILD - {"training.loop"}
+MAY_IMPORT["interop"] = BELOW_BUILD - {"training", "training.loop"} | {"build"}
 # Any other module beside these is a command.
 COMMAND = EVERYBODY | {"command", "build", "config", "training.loop", "evaluation", "interop", "runtime"}
 

@@ -5,66 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.fixed import NoPosition, Rotary, RotaryAxial, Sinusoidal
-from seqpe_jax.encodings.learned import Learned
-from seqpe_jax.encodings.mixed import RotaryMixed
-from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.interop import reference
-from seqpe_jax.models.vit import ViT
+from seqpe_jax.interop import from_state_dicts
 from seqpe_jax.positions.grids import grid
-from tests.goldens import close, load, names, under
+from tests.goldens import close, compare_gradients, load, names, under
 
 pytestmark = pytest.mark.slow
-
-THETA = {"sin": 10000.0, "rotary": 10000.0, "rotary_2d": 100.0}  # of the stored files
-
-
-def model_of(spec) -> ViT:
-    patch = (spec["patch_size"],) * 2
-    return ViT(spec["num_classes"], patch, spec["depth"], spec["embed_dim"], spec["num_heads"])
-
-
-def encoding_of(spec, **fields):
-    sizes = {"width_model": spec["embed_dim"], "heads_model": spec["num_heads"], "prefix": 1}
-    kind, method, depth = spec["pe_type"], spec["pe_apply_method"], spec["depth"]
-    if kind == "seq_pe":
-        qk = spec["use_pe_qk_per_layer"] or ("halves" if method == "attn_scalar" else "none")
-        per_head = spec["use_pe_multi_head"]
-        return SeqPE(depth, **sizes, axes=2, mode=method, qk=qk, per_head=per_head)
-    if kind == "vanilla":
-        side = spec["img_size"] // spec["patch_size"]
-        return Learned(spec["embed_dim"], (side, side), prefix=1)
-    if kind == "sin":
-        return Sinusoidal(spec["embed_dim"], THETA[kind], prefix=1, flatten=True)
-    if kind == "nope":
-        return NoPosition()
-    if method == "rotary_mixed":
-        return RotaryMixed(depth, **sizes, **fields)
-    return {"rotary": Rotary, "rotary_2d": RotaryAxial}[method](**sizes, theta=THETA[method])
-
-
-def params_of(spec, state):
-    encoding = {}
-    if spec["pe_type"] == "seq_pe":
-        encoding = reference.prefix_params(state)
-        if spec["use_pe_qk_per_layer"]:
-            encoding["qk_map"] = reference.qk_map_params(state)
-    if spec["pe_type"] == "vanilla":
-        encoding = reference.learned_params(state)
-    if spec["pe_apply_method"] == "rotary_mixed":
-        encoding = reference.rotary_mixed_params(under(state, "pe_model."), spec["num_heads"])
-    return {"encoding": encoding, "model": reference.vit_params(state)}
 
 
 @pytest.mark.parametrize("name", names("vit"))
 def test_vit(goldens, name):
     spec, arrays = load(goldens, "vit", name)
-    state = under(arrays, "param/")
-    model, vectors = model_of(spec), spec["pe_type"] == "seq_pe"
+    state, vectors = under(arrays, "param/"), spec["pe_type"] == "seq_pe"
     mixed = spec["pe_apply_method"] == "rotary_mixed"
-    encoding = encoding_of(spec, reference_scramble=True) if mixed else encoding_of(spec)
-    params = jax.tree.map(jnp.asarray, params_of(spec, state))
     images = jnp.asarray(np.moveaxis(arrays["in/images"], 1, -1))
+    reference = from_state_dicts(spec, state, signal=arrays["in/pe"] if vectors else None)
+    encoding, model, params = reference.encoding, reference.model, jax.tree.map(jnp.asarray, reference.params)
     shape = tuple(side // part for side, part in zip(images.shape[1:3], model.patch, strict=True))
     given = jnp.asarray(arrays["in/pe"]) if vectors else grid(jnp.zeros(2, jnp.int32), shape)[None]
 
@@ -99,9 +54,9 @@ def test_vit(goldens, name):
     grads, given_grad = grads if vectors else (grads, None)
     if vectors and "grad_in/pe" in arrays:
         close(given_grad, arrays["grad_in/pe"], 1e-4)
-    compare_gradients(grads, under(arrays, "grad/"), state, spec)
+    compare_gradients(reference.config, grads, under(arrays, "grad/"), state)
     if mixed:
-        correct = signal_of(encoding_of(spec), params, given)
+        correct = signal_of(encoding.clone(reference_scramble=False), params, given)
         close(model.apply({"params": params["model"]}, images, correct), arrays["out/logits_fixed"], 2e-5)
         cos, sin = (part[:, :, 1:].swapaxes(2, 3) for part in correct.rotation)
         close(cos, arrays["out/pe_re"], 2e-5)
@@ -109,19 +64,3 @@ def test_vit(goldens, name):
     if spec["pe_apply_method"] == "rotary_2d":
         for part, stored in zip(signal.rotation, ("in/pe_re", "in/pe_im"), strict=True):
             close(part[:, 1:, 0], arrays[stored], 2e-5)
-
-
-def compare_gradients(grads, stored, state, spec):
-    """Compares the stored gradients, all of them: the rest is filled with NaN and left out."""
-    filled = {key: stored.get(key, np.full_like(value, np.nan)) for key, value in state.items()}
-    expected = params_of(spec, filled)
-    assert jax.tree.structure(grads) == jax.tree.structure(expected)
-    largest = max((np.abs(leaf).max() for leaf in stored.values()), default=0.0)
-    compared = 0
-    for found, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        there = ~np.isnan(want)
-        found, want = np.asarray(found)[there], want[there]
-        if want.size:
-            assert np.abs(found - want).max() <= 1e-4 * max(np.abs(want).max(), 1e-2 * largest)
-            compared += want.size
-    assert compared == sum(leaf.size for leaf in stored.values())

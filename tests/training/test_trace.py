@@ -9,7 +9,7 @@ import pytest
 
 from seqpe_jax.config import MixingConfig, ObjectiveConfig, OptimizerConfig
 from seqpe_jax.encodings.registry import ENCODINGS
-from seqpe_jax.interop import reference
+from seqpe_jax.interop import weights
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Draws, Objective
@@ -27,25 +27,19 @@ def trace(goldens, name):
     return np.load(goldens / "trace" / f"{name}.npz")
 
 
-def states(trace, prefix):
-    return {
-        part: {name.split("/", 2)[2] if prefix == "param" else name.split("/", 3)[3]: trace[name]
-               for name in trace.files if name.startswith(f"{prefix}/{part}/")}
-        for part in ("model", "pe_model")
-    }  # fmt: skip
-
-
 def parameters(trace, prefix):
-    split = states(trace, prefix)
-    vit = "cls_token" in split["model"]
-    return {
-        "encoding": {
-            "encoder": reference.encoder_params(split["pe_model"]),
-            "qk_map": reference.qk_map_params(split["model"]),
-            **(reference.prefix_params(split["model"]) if vit else {}),
-        },
-        "model": reference.vit_params(split["model"]) if vit else reference.gpt2_params(split["model"]),
-    }
+    """Our parameters of a state; `prefix` is "param" or that of a later state, one part longer."""
+    parts = 1 if prefix == "param" else 2
+    state = {}
+    for name in trace.files:
+        if name.startswith(f"{prefix}/"):
+            owner, rest = name.split("/", parts + 1)[parts:]
+            state[weights.ENCODER + rest if owner == "pe_model" else rest] = trace[name]
+    vit = "cls_token" in state
+    rules = weights.encoder_rules(2, 2 if vit else 1, cls=True, final_norm=True)
+    rules += weights.vit_rules(2, (8, 8)) if vit else weights.gpt2_rules(2)
+    rules += weights.qk_rules("multi" if vit else "single", 2, vit)
+    return weights.to_params(rules + [weights.PREFIX] * vit, state)
 
 
 def text_objective(spec):

@@ -1,0 +1,212 @@
+"""Where each of our parameters lies under the PyTorch reference's names, read in both directions.
+
+Its Conv1D weights are (in, out) like ours; its nn.Linear weights are (out, in) and are transposed. Names of the position
+model (`pe_model`) carry that prefix here, as in its image checkpoints.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from seqpe_jax.config import Config
+from seqpe_jax.errors import InputError
+
+State = Mapping[str, np.ndarray]
+Tree = dict[str, Any]
+Turn = Callable[[np.ndarray], np.ndarray]
+
+ENCODER = "pe_model."
+
+
+class Rule(NamedTuple):
+    """One parameter of ours and what it is made of.
+
+    Attributes:
+      ours: path in {"encoding", "model"}, "model/blocks_0/qkv/kernel"; theirs: names; several of them are the layers of
+        one stacked array of ours.
+      read: one array of theirs -> ours; write: back.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    read: Turn = np.asarray
+    write: Turn = np.asarray
+
+
+def rules(config: Config) -> list[Rule]:
+    """Returns a rule for every parameter of a model of this config."""
+    encoding, model = config.encoding, config.model
+    images = model.kind == "vit"
+    found = vit_rules(model.layers, model.patch) if images else gpt2_rules(model.layers)
+    if encoding.kind == "seqpe":
+        found += encoder_rules(encoding.layers, len(config.grid), encoding.cls, encoding.final_norm)
+        found += qk_rules(encoding.qk, model.layers, images)
+        if images:
+            found.append(PREFIX)
+    if encoding.kind == "learned":
+        found.append(Rule("encoding/table", ("pos_embed",), _first, _lead) if images else
+                     Rule("encoding/table", ("transformer.wpe.weight",)))  # fmt: skip
+    if encoding.kind == "rotary_mixed":
+        found.append(mixed_rule(model.heads))
+    return found
+
+
+def encoder_rules(layers: int, axes: int, cls: bool, final_norm: bool) -> list[Rule]:
+    """Returns the rules of the digit encoder, a `SequentialPE` there."""
+    ours = "encoding/encoder"
+    found = [
+        Rule(f"{ours}/digit_embedding", (f"{ENCODER}token_of_seqpe_embed.weight",)),
+        Rule(f"{ours}/place_embedding", (f"{ENCODER}pos_of_seqpe_embed.weight",)),
+        *_linear(f"{ours}/projection", f"{ENCODER}out_proj"),
+    ]
+    if cls:
+        found.append(Rule(f"{ours}/cls", (f"{ENCODER}cls_token_embed",), _first, _lead))
+    if axes > 1:
+        found.append(Rule(f"{ours}/axis_embedding", (f"{ENCODER}dim_token_embed",), _middle, _spread))
+    if final_norm:
+        found += _norm(f"{ours}/final_norm", f"{ENCODER}layernorm")
+    for layer in range(layers):
+        found += _block(f"{ours}/block_{layer}", f"{ENCODER}transformers.{layer}", "layernorm_1", "layernorm_2")
+    return found
+
+
+def gpt2_rules(layers: int) -> list[Rule]:
+    """Returns the rules of GPT-2 without positions; the output embedding is tied."""
+    found = [Rule("model/token_embedding/embedding", ("transformer.wte.weight",))]
+    found += _norm("model/final_norm", "transformer.ln_f")
+    for layer in range(layers):
+        found += _block(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2")
+    return found
+
+
+def vit_rules(layers: int, patch: tuple[int, ...]) -> list[Rule]:
+    """Returns the rules of ViT without positions; its patches are images [C, p, p], ours [p, p, C]."""
+
+    def read(kernel: np.ndarray) -> np.ndarray:
+        return np.moveaxis(kernel, 1, -1).reshape(len(kernel), -1).T
+
+    def write(kernel: np.ndarray) -> np.ndarray:
+        return np.moveaxis(kernel.T.reshape(kernel.shape[1], *patch, -1), -1, 1)
+
+    found = [
+        Rule("model/class_token", ("cls_token",), _first, _lead),
+        Rule("model/projection/kernel", ("patch_embed.proj.weight",), read, write),
+        Rule("model/projection/bias", ("patch_embed.proj.bias",)),
+        *_norm("model/final_norm", "norm"),
+        *_linear("model/head", "head"),
+    ]
+    names = {"norm_1": "norm1", "norm_2": "norm2"}
+    layers_of = {"qkv": "attn.qkv", "out": "attn.proj", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
+    for layer in range(layers):
+        ours, theirs = f"model/blocks_{layer}", f"blocks.{layer}"
+        found += [rule for name in names for rule in _norm(f"{ours}/{name}", f"{theirs}.{names[name]}")]
+        found += [rule for name in layers_of for rule in _linear(f"{ours}/{name}", f"{theirs}.{layers_of[name]}")]
+    return found
+
+
+def qk_rules(qk: str, layers: int, images: bool) -> list[Rule]:
+    """Returns the rules of the qk map: one, one per layer, or none."""
+    single, blocks = ("pe_qk", "blocks") if images else ("transformer.pe_qk", "transformer.h")
+    if qk == "single":
+        return _linear("encoding/qk_map", single)
+    if qk == "multi":
+        return _linear("encoding/qk_map", *(f"{blocks}.{layer}.attn.pe_qk" for layer in range(layers)))
+    return []
+
+
+def mixed_rule(heads: int) -> Rule:
+    """Returns the rule of mixed rotary: there column before row, and heads and pairs in one axis."""
+
+    def read(frequencies: np.ndarray) -> np.ndarray:
+        axes, layers, width = frequencies.shape
+        return np.swapaxes(frequencies[::-1].reshape(axes, layers, heads, width // heads), 0, 1)
+
+    def write(frequencies: np.ndarray) -> np.ndarray:
+        layers, axes, *_ = frequencies.shape
+        return np.swapaxes(frequencies, 0, 1).reshape(axes, layers, -1)[::-1]
+
+    return Rule("encoding/frequencies", (f"{ENCODER}freqs",), read, write)
+
+
+def to_params(found: Iterable[Rule], state: State) -> Tree:
+    """Returns our parameters of the reference's arrays, each of which is used exactly once.
+
+    Raises:
+      InputError: an array is missing, or one is left over; names the first few.
+    """
+    found = list(found)
+    wanted = [name for rule in found for name in rule.theirs]
+    for what, names in (
+        ("lacks tensors that this model has", [name for name in wanted if name not in state]),
+        ("has tensors that this model has no place for", sorted(state.keys() - set(wanted))),
+    ):
+        if names:
+            raise InputError(
+                f"the checkpoint {what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}; "
+                "its config and its weights must belong together"
+            )
+    params: Tree = {"encoding": {}, "model": {}}
+    for rule in found:
+        *path, last = rule.ours.split("/")
+        parts = [rule.read(np.asarray(state[name])) for name in rule.theirs]
+        tree = params
+        for key in path:
+            tree = tree.setdefault(key, {})
+        tree[last] = np.ascontiguousarray(parts[0] if len(parts) == 1 and not _stacked(rule) else np.stack(parts))
+    return params
+
+
+def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
+    """Returns the reference's arrays of our parameters; the way back of `to_params`, bit for bit."""
+    state = {}
+    for rule in found:
+        leaf: Any = params
+        for key in rule.ours.split("/"):
+            leaf = leaf[key]
+        leaf = np.asarray(leaf)
+        for part, name in zip(leaf if _stacked(rule) else [leaf], rule.theirs, strict=True):
+            state[name] = np.ascontiguousarray(rule.write(part))
+    return state
+
+
+def _stacked(rule: Rule) -> bool:
+    return rule.theirs[0].endswith((".attn.pe_qk.weight", ".attn.pe_qk.bias"))
+
+
+def _first(array: np.ndarray) -> np.ndarray:
+    return array[0]
+
+
+def _lead(array: np.ndarray) -> np.ndarray:
+    return array[None]
+
+
+def _middle(array: np.ndarray) -> np.ndarray:
+    return array[:, 0]
+
+
+def _spread(array: np.ndarray) -> np.ndarray:
+    return array[:, None]
+
+
+def _block(ours: str, theirs: str, norm_1: str, norm_2: str) -> list[Rule]:
+    layers = {"qkv": "attn.c_attn", "out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
+    found = _norm(f"{ours}/norm_1", f"{theirs}.{norm_1}") + _norm(f"{ours}/norm_2", f"{theirs}.{norm_2}")
+    for name, layer in layers.items():
+        found.append(Rule(f"{ours}/{name}/kernel", (f"{theirs}.{layer}.weight",)))
+        found.append(Rule(f"{ours}/{name}/bias", (f"{theirs}.{layer}.bias",)))
+    return found
+
+
+def _norm(ours: str, theirs: str) -> list[Rule]:
+    return [Rule(f"{ours}/scale", (f"{theirs}.weight",)), Rule(f"{ours}/bias", (f"{theirs}.bias",))]
+
+
+def _linear(ours: str, *theirs: str) -> list[Rule]:
+    weights, biases = tuple(f"{name}.weight" for name in theirs), tuple(f"{name}.bias" for name in theirs)
+    return [Rule(f"{ours}/kernel", weights, np.transpose, np.transpose), Rule(f"{ours}/bias", biases)]
+
+
+# The class token's position vector.
+PREFIX = Rule("encoding/prefix_vectors", ("cls_token_pos_embed",), _first, _lead)

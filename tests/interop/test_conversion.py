@@ -1,0 +1,261 @@
+"""Checkpoints of others -> runs, and back: bit for bit, and nothing half-written."""
+
+import json
+import pathlib
+import pickle
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from seqpe_jax import build, config
+from seqpe_jax.build import saved
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluate import run as evaluate
+from seqpe_jax.interop import conversion, load_reference
+from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.train import run as train
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.slow
+
+WORDS = "the digits of a position become a vector and the vector enters attention\n" * 60
+
+
+def tokenizer_file(path: pathlib.Path, size: int = 40) -> pathlib.Path:
+    """A tokenizer of single characters with that many tokens."""
+    import tokenizers
+
+    vocabulary = {"<|endoftext|>": 0, "[UNK]": 1} | {chr(97 + n) if n < 26 else f"t{n}": n + 2 for n in range(size - 2)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.save(str(path))
+    return path
+
+
+def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
+    """A run of a config at step 0."""
+    parts = build.build(settings)
+    write_config(folder, config.to_dict(settings))
+    parts.data.keep(folder)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(0, parts.init_state(), {})
+    checkpoints.close()
+    return folder
+
+
+def same(first, second) -> bool:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return jax.tree.structure(first) == jax.tree.structure(second) and all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("variant", ["seqpe", "multi", "learned", "sinusoidal", "rotary", "alibi", "none"])
+def test_text_round_trip(tmp_path, variant):
+    changes = {"multi": {"encoding__qk": "multi"}, "alibi": {"encoding__reference_scaling": True}}.get(variant, {})
+    kind = "seqpe" if variant == "multi" else variant
+    changes = {"data__tokenizer": str(tokenizer_file(tmp_path / "t.json"))} | changes
+    run = saved_run(tmp_path / "ours", tiny_config(variant=kind, **changes))
+    conversion.to_reference(str(run), str(tmp_path / "theirs"))
+    assert (tmp_path / "theirs" / "best_model" / "model.safetensors").is_file()
+    report = conversion.to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    first, second = load_reference(str(run)), load_reference(str(tmp_path / "again"))
+    assert same(first.params, second.params)
+    assert report["parameters"] == sum(np.size(leaf) for leaf in jax.tree.leaves(first.params))
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    tokens = np.arange(24)[None] % 40
+    np.testing.assert_array_equal(first.logits(tokens), second.logits(tokens))
+    expected = {"sinusoidal", "rotary", "alibi", "seqpe"}
+    assert (tmp_path / "theirs" / "best_model" / "model_1.safetensors").is_file() == (kind in expected)
+
+
+@pytest.mark.parametrize("kind", ["seqpe", "rotary_mixed", "learned"])
+def test_image_round_trip(tmp_path, kind):
+    for split in ("train", "validation"):
+        for label in ("one", "two"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (8, 8), (number * 60, 90, 20)).save(folder / f"{number}.png")
+    settings = config.load("configs/digits_vit.py:" + kind, {
+        "data.name": "image_folder", "data.paths": (str(tmp_path / "images"),), "data.size": (16, 16),
+        "model.patch": (4, 4),
+        "model.layers": 2, "model.width": 24, "model.heads": 2, "encoding.width": 24, "encoding.heads": 2,
+        "encoding.reference_scramble": kind == "rotary_mixed", "eval.sizes": (), "objective.distillation.offsets": 4,
+        "model.activation": "gelu", "model.layer_norm_epsilon": 1e-6,
+    })  # fmt: skip
+    run = saved_run(tmp_path / "ours", settings)
+    conversion.to_reference(str(run), str(tmp_path / "theirs"))
+    conversion.to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    first, second = load_reference(str(run)), load_reference(str(tmp_path / "again"))
+    assert same(first.params, second.params)
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(first.logits(images), second.logits(images))
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_reference_s_own_files_come_back_bit_equal(goldens, tmp_path, kind):
+    source = goldens / "checkpoints" / kind
+    conversion.to_run(str(source), str(tmp_path / "run"))
+    assert same(load_reference(str(source)).params, load_reference(str(tmp_path / "run")).params)
+    conversion.to_reference(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert same(load_reference(str(source)).params, load_reference(str(tmp_path / "back")).params)
+    if kind == "text":
+        for name in ("model", "model_1"):
+            files = [load_file(folder / "best_model" / f"{name}.safetensors") for folder in (source, tmp_path / "back")]
+            assert files[0].keys() == files[1].keys()
+            assert all((files[0][key] == files[1][key]).all() for key in files[0])
+
+
+def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path):
+    """`evaluate` gives the loss of `load_reference`'s logits; `train --init-from` begins with these parameters."""
+    source, text = goldens / "checkpoints" / "text", tmp_path / "words.txt"
+    text.write_text(WORDS)
+    tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
+    run = str(tmp_path / "run")
+    assert conversion.to_run(str(source), run, str(tokenizer))["tokenizer"]
+    report, _ = evaluate(run, lengths=((32,),), data="text_files", paths=(str(text),))
+    values = config.to_dict(saved.saved_config(run))
+    values["data"] |= {"name": "text_files", "paths": (str(text),)}
+    tokens = np.asarray(build.build(config.from_dict(values)).data.source("test").tokens, np.int32)
+    windows = tokens[: report["results"][0]["tokens"] + 1]
+    inputs, targets = windows[:-1].reshape(-1, 32), windows[1:].reshape(-1, 32)
+    logits = np.asarray(load_reference(str(source)).logits(inputs), np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert report["results"][0]["loss"] == pytest.approx(losses.mean(), abs=2e-5) and report["step"] == 0
+    settings = dict(
+        data__tokenizer=str(tokenizer), data__paths=(str(text),), data__name="text_files", data__length=32, steps=1,
+        model__layers=2, model__width=48, model__heads=3, encoding__width=48, encoding__heads=3, encoding__qk="single",
+        encoding__max_position=2000, encoding__digits=5, model__vocabulary=97, optimizer__learning_rate=0.0, init_from=run,
+        encoding__mode="attn_scalar", eval__lengths=(),
+    )  # fmt: skip
+    train(tiny_config(**settings), tmp_path / "tuned")
+    assert same(load_reference(run).params, load_reference(str(tmp_path / "tuned")).params)
+    with pytest.raises(InputError, match="encoding.kind: seqpe -> rotary"):
+        others = {name: value for name, value in settings.items() if not name.startswith("encoding")}
+        train(tiny_config(variant="rotary", **others), tmp_path / "x")
+    with pytest.raises(InputError, match="encoding.digits: 5 -> 4"):
+        train(tiny_config(**settings | {"encoding__digits": 4}), tmp_path / "x")
+    with pytest.raises(InputError, match="model.layers: 2 -> 1"):
+        train(tiny_config(**settings | {"model__layers": 1}), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_hugging_face_gpt2(tmp_path):
+    rng, width, layers = np.random.default_rng(0), 8, 2
+    source = tmp_path / "gpt2"
+    source.mkdir()
+    state = {"wte.weight": (40, width), "wpe.weight": (16, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    for layer in range(layers):
+        shapes = {
+            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
+            "attn.c_attn.weight": (width, 3 * width), "attn.c_attn.bias": (3 * width,),
+            "attn.c_proj.weight": (width, width), "attn.c_proj.bias": (width,),
+            "mlp.c_fc.weight": (width, 4 * width), "mlp.c_fc.bias": (4 * width,),
+            "mlp.c_proj.weight": (4 * width, width), "mlp.c_proj.bias": (width,),
+        }  # fmt: skip
+        state |= {f"h.{layer}.{name}": shape for name, shape in shapes.items()}
+    arrays = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in state.items()}
+    arrays |= {"h.0.attn.bias": np.tril(np.ones((1, 1, 16, 16), np.float32))}
+    save_file(arrays, source / "model.safetensors")
+    settings = {"model_type": "gpt2", "vocab_size": 40, "n_positions": 16, "n_embd": width, "n_layer": layers, "n_head": 2}
+    settings |= {"activation_function": "gelu_new", "n_ctx": 16, "architectures": ["GPT2LMHeadModel"]}
+    (source / "config.json").write_text(json.dumps(settings))
+    tokenizer_file(source / "tokenizer.json")
+    report = conversion.to_run(str(source), str(tmp_path / "run"))
+    assert report["left_out"] == {"h.0.attn.bias": "causal mask"} and report["encoding"] == "learned"
+    tokens = rng.integers(0, 40, (2, 16))
+    found = np.asarray(load_reference(str(tmp_path / "run")).logits(tokens))
+    np.testing.assert_allclose(found, plain_gpt2(arrays, tokens, layers, heads=2), atol=2e-5)
+
+
+def plain_gpt2(arrays, tokens, layers, heads):
+    """GPT-2's logits in float64 NumPy, straight from its definition."""
+    p = {name: leaf.astype(np.float64) for name, leaf in arrays.items()}
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    x = p["wte.weight"][tokens] + p["wpe.weight"][: tokens.shape[1]]
+    batch, length, width = x.shape
+    for layer in range(layers):
+        h = f"h.{layer}"
+        qkv = norm(x, f"{h}.ln_1") @ p[f"{h}.attn.c_attn.weight"] + p[f"{h}.attn.c_attn.bias"]
+        q, k, v = qkv.reshape(batch, length, 3, heads, width // heads).transpose(2, 0, 3, 1, 4)
+        logits = np.where(np.tril(np.ones((length, length))) > 0, q @ k.swapaxes(-1, -2) / np.sqrt(width // heads), -1e30)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        mixed = (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(x.shape)
+        x = x + mixed @ p[f"{h}.attn.c_proj.weight"] + p[f"{h}.attn.c_proj.bias"]
+        u = norm(x, f"{h}.ln_2") @ p[f"{h}.mlp.c_fc.weight"] + p[f"{h}.mlp.c_fc.bias"]
+        u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+        x = x + u @ p[f"{h}.mlp.c_proj.weight"] + p[f"{h}.mlp.c_proj.bias"]
+    return norm(x, "ln_f") @ p["wte.weight"].T
+
+
+def copy_of(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    for path in source.rglob("*.*"):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return target
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def bomb(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", pickle.dumps(pathlib.Path("x")))
+
+
+def nan(path):
+    state = load_file(path)
+    state["transformer.wte.weight"][3] = np.nan
+    save_file(state, path)
+
+
+@pytest.mark.parametrize(
+    "kind, damage, match",
+    [
+        ("text", ("best_model/model.safetensors", cut), "model.safetensors is damaged or cut short"),
+        ("text", ("best_model/model_1.safetensors", lambda path: path.unlink()), "model_1.safetensors is missing"),
+        ("text", ("best_model/model.safetensors", nan), "token_embedding/embedding holds NaN"),
+        ("text", ("config.json", lambda path: path.write_text("{")), "config.json is neither JSON nor YAML"),
+        ("image", ("best_model.pth", cut), "best_model.pth.*cut short"),
+        ("image", ("best_model.pth", bomb), "refused.*pathlib"),
+    ],
+)
+def test_what_is_damaged_leaves_nothing(goldens, tmp_path, kind, damage, match):
+    source = copy_of(goldens / "checkpoints" / kind, tmp_path / "source")
+    (file, change), output = damage, tmp_path / "out" / "run"
+    change(source / file)
+    with pytest.raises(InputError, match=match):
+        conversion.to_run(str(source), str(output))
+    assert not output.parent.exists() or not list(output.parent.iterdir())
+
+
+def test_places_and_formats_are_checked(goldens, tmp_path):
+    source = str(goldens / "checkpoints" / "text")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    with pytest.raises(InputError, match="not empty"):
+        conversion.to_run(source, str(tmp_path / "full"))
+    with pytest.raises(InputError, match="does not exist"):
+        conversion.to_run(str(tmp_path / "absent"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no checkpoint that can be read"):
+        conversion.to_run(str(tmp_path / "full"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="200 tokens, but the model only 97"):
+        conversion.to_run(source, str(tmp_path / "out"), str(tokenizer_file(tmp_path / "t.json", 200)))
+    conversion.to_run(source, str(tmp_path / "run"))
+    with pytest.raises(InputError, match="a run of ours already"):
+        conversion.to_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="came without a tokenizer"):
+        evaluate(str(tmp_path / "run"))
+    base36 = saved_run(tmp_path / "base36", tiny_config(encoding__base=36))
+    with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
+        conversion.to_reference(str(base36), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
