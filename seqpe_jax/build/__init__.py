@@ -167,7 +167,7 @@ class Run:
             batch_tokens=self.config.eval.batch_tokens, multiple=self.mesh.size,
         )  # fmt: skip
         found: dict[int, Generation] = {}
-        places, signal = 0, None
+        places, signal, done, total = 0, None, 0, len(prompts) * sampling.new_tokens
         for batch in work:
             if batch.places != places:
                 places = batch.places
@@ -177,9 +177,10 @@ class Run:
                 for index, result in zip(batch.indices, results, strict=True):
                     heard(index, result)
                 done = len(found) * sampling.new_tokens + sum(len(result.tokens) for result in results)
-                progress(done, len(prompts) * sampling.new_tokens)
+                progress(done, total)
             found |= zip(batch.indices, results, strict=True)
-        progress(len(prompts) * sampling.new_tokens, len(prompts) * sampling.new_tokens)
+        if done < total:
+            progress(total, total)
         return [found[index] for index in range(len(prompts))]
 
     def similarity(self, params: Params, scale: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
