@@ -3,19 +3,21 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqpe_jax import generation
 from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
-from seqpe_jax.config import Config, digits_of
+from seqpe_jax.config import Config, check_positions, digits_of
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.similarity import cosine
+from seqpe_jax.generation import Generation, Sampling
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Metrics, Objective, Params
@@ -71,11 +73,12 @@ class Run:
 
     @functools.cached_property
     def _signal(self) -> Callable[[Params, Shape], Any]:
-        def signal(params: Params, shape: Shape) -> Any:
-            positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+        def signal(params: Params, shape: Shape, first: int | None = None) -> Any:
+            """The signal of a window or grid, or of its first positions."""
+            positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None, :first]
             return self.objective.signal(params, positions_PLA, shape)
 
-        return jax.jit(signal, static_argnums=1)
+        return jax.jit(signal, static_argnums=(1, 2))
 
     @functools.cached_property
     def _examine(self) -> Callable[..., dict[str, jax.Array]]:
@@ -97,6 +100,88 @@ class Run:
             functools.partial(self._examine, params, self._signal(params, shape)), scale, split, batch,
             put=functools.partial(layout.whole_to_global, self.mesh), progress=progress,
         )  # fmt: skip
+
+    def check_generation(self, lengths: Sequence[int], sampling: Sampling, window: int | None = None) -> int:
+        """Returns the window that prompts of these lengths and their new tokens stand in: `window`, or the least.
+
+        Raises:
+          InputError: not a run on text, no prompt, an empty one, or a window too small or beyond the encoding's reach.
+        """
+        if not isinstance(self.data, Text):
+            raise InputError("a run on images generates no text: give a run on text")
+        if not lengths:
+            raise InputError("there is no prompt to go on from: give at least one")
+        if not all(lengths):
+            which = f"prompt {lengths.index(0) + 1} of {len(lengths)}" if len(lengths) > 1 else "the prompt"
+            raise InputError(f"{which} is empty: a prompt must hold at least one token")
+        needed = max(lengths) + sampling.new_tokens
+        check_positions(self.config.encoding, max(needed, window or 0), "the length of prompt and new tokens")
+        if window and window < needed:
+            raise InputError(
+                f"a window of {window} does not hold the longest prompt ({max(lengths)} tokens) and {sampling.new_tokens} "
+                f"new tokens: make it at least {needed}"
+            )
+        return window or needed
+
+    def generate(
+        self,
+        params: Params,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        *,
+        window: int | None = None,
+        keep_logits: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        heard: Callable[[int, Generation], None] = lambda index, generation: None,
+    ) -> list[Generation]:
+        """Returns what follows each prompt: equal to the uncached forward of the same tokens, whatever else is generated.
+
+        Prompts are sorted by length into batches of few shapes, of eval.batch_tokens tokens each; the signal is computed
+        once for each shape.
+
+        Args:
+          prompts: token ids, each int[n].
+          window: positions of which the signal is computed; None = the longest prompt and its new tokens. It matters to
+            a learned table alone, which a longer window than its own stretches to that length: the text is that of a
+            forward under the signal of the whole window.
+          keep_logits: return the logits too.
+          progress: called with the new tokens done and those possible at most.
+          heard: called now and then with a prompt's index and what has followed it so far.
+
+        Raises:
+          InputError: as `check_generation`, or a token that the model does not know.
+        """
+        window = self.check_generation([len(prompt) for prompt in prompts], sampling, window)
+        vocabulary = self.objective.model.vocabulary
+        for prompt in prompts:
+            if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < vocabulary:
+                raise InputError(f"a prompt has tokens outside of the vocabulary (0 .. {vocabulary - 1})")
+        static = generation.Static(
+            sampling.new_tokens, sampling.temperature == 0, sampling.top_p == 1, keep_logits=keep_logits
+        )
+        compiled = generation.programs(
+            self.objective.model, static, layout.batch_sharding(self.mesh), layout.replicated(self.mesh)
+        )
+        work = generation.batches(
+            [len(prompt) for prompt in prompts], new_tokens=sampling.new_tokens, window=window,
+            batch_tokens=self.config.eval.batch_tokens, multiple=self.mesh.size,
+        )  # fmt: skip
+        found: dict[int, Generation] = {}
+        places, signal, done, total = 0, None, 0, len(prompts) * sampling.new_tokens
+        for batch in work:
+            if batch.places != places:
+                places = batch.places
+                signal = self._signal(params, (window,), places + sampling.new_tokens)
+            put = functools.partial(layout.whole_to_global, self.mesh)
+            for results in generation.decode(compiled, params["model"], signal, batch, prompts, sampling, put=put):
+                for index, result in zip(batch.indices, results, strict=True):
+                    heard(index, result)
+                done = len(found) * sampling.new_tokens + sum(len(result.tokens) for result in results)
+                progress(done, total)
+            found |= zip(batch.indices, results, strict=True)
+        if done < total:
+            progress(total, total)
+        return [found[index] for index in range(len(prompts))]
 
     def similarity(self, params: Params, scale: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
         """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.

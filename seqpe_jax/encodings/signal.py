@@ -35,6 +35,13 @@ class PositionSignal:
             return self
         return jax.tree.map(lambda field: field[layer], self.replace(added=None)).replace(stacked=False)
 
+    def at_places(self, places_PL: jax.Array) -> "PositionSignal":
+        """Returns what one layer's tokens get at places int32[P, L] of a window, as P position sets without a bias.
+
+        The window's signal has one position set. A bias tells of pairs of places, so the reader of both picks its rows.
+        """
+        return jax.tree.map(lambda field: field[0][places_PL], self.replace(bias=None))
+
 
 def fit_batch(field: jax.Array, batch: int) -> jax.Array:
     """Returns [1 or batch, ...] of a field of P position sets: sample i uses set i mod P."""

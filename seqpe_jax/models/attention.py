@@ -3,10 +3,23 @@
 import functools
 import math
 
+import flax
 import jax
 import jax.numpy as jnp
 
 from seqpe_jax.encodings.signal import Pair, PositionSignal, fit_batch
+
+
+@flax.struct.dataclass
+class Cache:
+    """What one layer remembers of a window of S places, so that a new token needs no other token's states.
+
+    Attributes:
+      key: [B, S, H, K], turned, multiplied and shifted as the signal says; value: the same shape.
+    """
+
+    key: jax.Array
+    value: jax.Array
 
 
 def attend(
@@ -32,22 +45,80 @@ def attend(
         backward pass computes each block's logits again.
       dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.
     """
-    batch, length, _, head_width = query_BLHK.shape
+    length, keys = query_BLHK.shape[1], key_BSHK.shape[1]
+    last_seen_PL = (jnp.arange(length) + (keys - length))[None] if causal else None
+    bias_PHLS = None if signal.bias is None else signal.bias[None]
     query_BLHK, key_BSHK = _place(query_BLHK, key_BSHK, signal)
+    return _mix(
+        query_BLHK, key_BSHK, value_BSHK, signal.features, bias_PHLS, last_seen_PL,
+        block=block, dropout_rate=dropout_rate, dropout_key=dropout_key,
+    )  # fmt: skip
+
+
+def attend_cached(
+    query_BLHK: jax.Array,
+    key_BLHK: jax.Array,
+    value_BLHK: jax.Array,
+    signal: PositionSignal,
+    cache: Cache,
+    places_PL: jax.Array,
+    *,
+    block: int = 0,
+) -> tuple[jax.Array, Cache]:
+    """Returns causal `attend` of L new tokens over the window up to each of them, and the cache with them in it.
+
+    The logits are those of `attend` on the whole window. The keys' features are the signal's own, shared by all samples,
+    and are not cached.
+
+    Args:
+      signal: of one layer and of the whole window, one position set of S positions.
+      cache: of that window; what it holds past a token's place is not read by that token.
+      places_PL: int32, the places of the new tokens, consecutive along L; P = 1 (all samples alike) or B.
+      block: as of `attend`.
+    """
+    here = signal.at_places(places_PL)
+    query_BLHK, key_BLHK = _place(query_BLHK, key_BLHK, here)
+    firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
+    write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B))
+    features = None if signal.features is None else (here.features[0], signal.features[1])
+    bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL], 1, 0)
+    return _mix(query_BLHK, cache.key, cache.value, features, bias_PHLS, places_PL, block=block), cache
+
+
+def _mix(
+    query_BLHK: jax.Array,
+    key_BSHK: jax.Array,
+    value_BSHK: jax.Array,
+    features: Pair | None,
+    bias_PHLS: jax.Array | None,
+    last_seen_PL: jax.Array | None,
+    *,
+    block: int,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` of queries and keys that stand in their places; each query sees the keys up to its last one."""
+    batch, length, _, head_width = query_BLHK.shape
     query_BLHK = query_BLHK / math.sqrt(head_width)
-    features = None if signal.features is None else tuple(field.astype(jnp.float32) for field in signal.features)
-    offset = key_BSHK.shape[1] - length
+    features = None if features is None else tuple(field.astype(jnp.float32) for field in features)
     rate = dropout_rate if dropout_key is not None else 0.0
 
-    def rows(query: jax.Array, feature: jax.Array | None, bias: jax.Array | None, first: jax.Array | int) -> jax.Array:
+    def rows(
+        query: jax.Array,
+        feature: jax.Array | None,
+        bias: jax.Array | None,
+        last_seen: jax.Array | None,
+        first: jax.Array | int,
+    ) -> jax.Array:
         logits = jnp.einsum("blhk,bshk->bhls", query, key_BSHK, preferred_element_type=jnp.float32)
         if feature is not None:
             logits = _add_sets(logits, _feature_logits(feature, features[1]))
         if bias is not None:
-            logits = logits + bias
-        if causal:
-            last_seen = first + offset + jnp.arange(query.shape[1])
-            logits = jnp.where(jnp.arange(logits.shape[-1]) <= last_seen[:, None], logits, jnp.finfo(jnp.float32).min)
+            logits = _add_sets(logits, bias)
+        if last_seen is not None:
+            seen = jnp.arange(logits.shape[-1]) <= last_seen[:, None, :, None]
+            logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits)
         if rate:
             key = jax.random.fold_in(dropout_key, first)
@@ -56,7 +127,7 @@ def attend(
 
     feature = None if features is None else features[0]
     if not block or length <= block:
-        return rows(query_BLHK, feature, signal.bias, 0)
+        return rows(query_BLHK, feature, bias_PHLS, last_seen_PL, 0)
 
     count = -(-length // block)
 
@@ -69,7 +140,7 @@ def attend(
         return jnp.moveaxis(field.reshape(*field.shape[:axis], count, block, *field.shape[axis + 1 :]), axis, 0)
 
     firsts = jnp.arange(count) * block
-    blocks = (cut(query_BLHK, 1), cut(feature, 1), cut(signal.bias, 1), firsts)
+    blocks = (cut(query_BLHK, 1), cut(feature, 1), cut(bias_PHLS, 2), cut(last_seen_PL, 1), firsts)
     mixed = jax.lax.map(lambda part: jax.checkpoint(rows)(*part), blocks)
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * block, *mixed.shape[3:])[:, :length]
 
@@ -102,9 +173,11 @@ def _rotate(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _feature_logits(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Array:
-    """Returns f_q . f_k, float32[P, H or 1, L, S]; either side may have one head for all."""
+    """Returns f_q . f_k, float32[P, H or 1, L, S]; either side may have one head for all, the keys one set for all."""
     heads = max(query_PLHF.shape[2], key_PSHF.shape[2])
     query, key = (jnp.broadcast_to(f, (*f.shape[:2], heads, f.shape[3])) for f in (query_PLHF, key_PSHF))
+    if len(query) > len(key) == 1:  # no copy of the keys for each set
+        return jnp.einsum("plhf,shf->phls", query, key[0], precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("plhf,pshf->phls", query, key, precision=jax.lax.Precision.HIGHEST)
 
 

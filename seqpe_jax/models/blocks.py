@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
 from seqpe_jax.encodings.signal import PositionSignal
-from seqpe_jax.models.attention import attend, attention_weights
+from seqpe_jax.models.attention import Cache, attend, attend_cached, attention_weights
 
 REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -43,12 +43,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, weights: bool = False
-    ) -> jax.Array:
+        self,
+        x_BLD: jax.Array,
+        signal: PositionSignal,
+        deterministic: bool = True,
+        weights: bool = False,
+        cache: Cache | None = None,
+        places_PL: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
         """Returns the next states [B, L, D], or the attention weights [B, H, L, L] if those are asked for.
 
         Args:
           signal: of this layer.
+          cache, places_PL: see `models.attention.attend_cached`; given, (states, cache) is returned.
         """
         normal = nn.initializers.normal
         residual_init = normal(self.init_std / (math.sqrt(2 * self.layers) if self.scale_residual else 1.0))
@@ -63,11 +70,16 @@ class Block(nn.Module):
         )
         if weights:
             return attention_weights(query, key, signal, causal=self.causal)
-        dropping = self.attention_dropout > 0 and not deterministic
-        mixed = attend(
-            query, key, value, signal, causal=self.causal, block=self.attention_block,
-            dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
-        ).reshape(x_BLD.shape)  # fmt: skip
+        if cache is None:
+            dropping = self.attention_dropout > 0 and not deterministic
+            mixed = attend(
+                query, key, value, signal, causal=self.causal, block=self.attention_block,
+                dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
+            )  # fmt: skip
+        else:
+            mixed, cache = attend_cached(query, key, value, signal, cache, places_PL, block=self.attention_block)
+        mixed = mixed.reshape(x_BLD.shape)
         x_BLD = x_BLD + drop_path(drop(dense(self.width, name="out", kernel_init=residual_init)(mixed)))
         hidden = ACTIVATIONS[self.activation](dense(self.mlp_width, name="mlp_in")(norm(name="norm_2")(x_BLD)))
-        return x_BLD + drop_path(drop(dense(self.width, name="mlp_out", kernel_init=residual_init)(hidden)))
+        x_BLD = x_BLD + drop_path(drop(dense(self.width, name="mlp_out", kernel_init=residual_init)(hidden)))
+        return x_BLD if cache is None else (x_BLD, cache)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
+from seqpe_jax.models.attention import Cache
 from seqpe_jax.models.blocks import REMAT, Block
 
 
@@ -57,15 +58,43 @@ class GPT2(nn.Module):
 
     def hidden(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the final states [B, L, D]."""
-        x_BLD = self.token_embedding(tokens_BL)
-        if signal.added is not None:
-            x_BLD = x_BLD + fit_batch(signal.added, tokens_BL.shape[0])
-        x_BLD = self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)
+        x_BLD = self._embed(tokens_BL, signal.added, deterministic)
         for layer, block in enumerate(self.blocks):
             x_BLD = block(x_BLD, signal.at_layer(layer), deterministic)
         return self.final_norm(x_BLD)
+
+    def extend(
+        self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[Cache, ...], places_PL: jax.Array
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Returns the final states [B, L, D] of tokens at some places of a window, and the cache with them in it.
+
+        Equal to those places of `hidden` on the whole window, if the cache holds all places before them.
+
+        Args:
+          signal: of the whole window, one position set.
+          cache: of each layer, at the start `empty_cache`; places_PL: see `models.attention.attend_cached`.
+        """
+        added = None if signal.added is None else signal.added[0][places_PL]
+        x_BLD = self._embed(tokens_BL, added, True)
+        extended = []
+        for layer, block in enumerate(self.blocks):
+            x_BLD, kept = block(x_BLD, signal.at_layer(layer), True, cache=cache[layer], places_PL=places_PL)
+            extended.append(kept)
+        return self.final_norm(x_BLD), tuple(extended)
+
+    def empty_cache(self, batch: int, places: int) -> tuple[Cache, ...]:
+        """Returns the cache of a window in which no place is written."""
+        zeros = jnp.zeros((batch, places, self.heads, self.width // self.heads), self.dtype)
+        return (Cache(zeros, zeros),) * self.layers
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states, through the transposed token embedding."""
         embedding_VD = self.token_embedding.embedding.astype(self.dtype)
         return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens_BL: jax.Array, added_PLD: jax.Array | None, deterministic: bool) -> jax.Array:
+        """The states [B, L, D] that enter the first block."""
+        x_BLD = self.token_embedding(tokens_BL)
+        if added_PLD is not None:
+            x_BLD = x_BLD + fit_batch(added_PLD, tokens_BL.shape[0])
+        return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

@@ -50,6 +50,9 @@ class Checkpoints:
 
         Args:
           params: tree of ShapeDtypeStructs with shardings.
+
+        Raises:
+          InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
         """
         step = self._newest() if step is None else step
         path = self.folder / str(step) / "state"
@@ -57,6 +60,11 @@ class Checkpoints:
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), targets
         )
+        try:
+            stored = ocp.PyTreeCheckpointHandler().metadata(path).tree["params"]
+        except Exception as error:  # as above
+            raise self._unreadable(step, error) from error
+        _check_shapes(path.parent, _shapes(stored), _shapes(params))
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 request = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
@@ -89,6 +97,20 @@ class Checkpoints:
             f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): it is damaged or of "
             "another model; delete that folder to fall back on an older one"
         )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, shape in wanted.items():
+        if stored.get(name) != shape:
+            raise InputError(
+                f"checkpoint {checkpoint} is of another model: its {name} has shape {stored.get(name)}, but config.json "
+                f"and the tokenizer ask for {shape}: put back the files that the run was trained with"
+            )
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Goes on from a prompt, or from each line of a file, with the model of a run on text.
+
+    python -m seqpe_jax.generate --checkpoint=runs/first --prompt="import " --max-new-tokens=200
+    python -m seqpe_jax.generate --checkpoint=runs/first --prompts-file=prompts.txt --temperature=0.8 --output=texts.jsonl
+
+What follows the prompt is printed as it comes. What follows the lines of a file is printed or stored as a JSON object
+each: prompt, text, tokens (ids), log_prob (of all of them, nats, at temperature 1), ended (by the tokenizer's end of text).
+A learned table is stretched to the longest prompt and its new tokens, where those are more than it has entries.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from seqpe_jax import command
+from seqpe_jax.build import Run, saved
+from seqpe_jax.errors import InputError
+from seqpe_jax.generation import Generation, Sampling
+from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.progress import ProgressLine
+
+
+def run(
+    checkpoint: str, prompts: Sequence[str], new_tokens: int, *, stream: bool = False, **choice: float
+) -> list[dict[str, Any]]:
+    """Returns what the newest checkpoint of a run says after each prompt, in the form that `--output` stores.
+
+    Args:
+      checkpoint: a workdir of `train`.
+      new_tokens: at most, for each prompt; choice: temperature, top_p and seed of `generation.Sampling`.
+      stream: print the text of the one prompt as it comes; else a line of progress tells the tokens done.
+
+    Raises:
+      InputError: not a run on text, no or a damaged checkpoint, another tokenizer than the model was trained with, an
+        empty prompt, values out of range, a prompt that with its new tokens is beyond the encoding's reach.
+    """
+    hosts.keep_compiled_programs()
+    Sampling(new_tokens, **choice)  # refuses bad values before a run is opened
+    settings = saved.saved_config(checkpoint)
+    if settings.reads_images:
+        raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
+
+    def encode(parts: Run) -> tuple[list[Any], Sampling]:
+        tokenizer = parts.data.tokenizer
+        tokens = tokenizer.encode_many([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
+        sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
+        parts.check_generation([len(prompt) for prompt in tokens], sampling)
+        return tokens, sampling
+
+    parts, params, _ = saved.open_run(checkpoint, settings, encode)
+    tokens, sampling = encode(parts)
+    tokenizer, printed = parts.data.tokenizer, ""
+
+    def say(index: int, generation: Generation) -> None:
+        """Prints what is new; a character may lack its last bytes, so those are waited for."""
+        nonlocal printed
+        text = tokenizer.decode(generation.content).rstrip("\ufffd")
+        if hosts.is_lead() and text.startswith(printed):
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+
+    if stream:
+        found = parts.generate(params, tokens, sampling, heard=say)
+        if hosts.is_lead():
+            print(tokenizer.decode(found[0].content)[len(printed) :], flush=True)
+    else:
+        line = ProgressLine(len(prompts) * new_tokens, label="token")
+        found = parts.generate(params, tokens, sampling, progress=lambda done, total: line.update(done, total=total))
+        line.close()
+    return [
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(generation.content),
+            "tokens": generation.tokens.tolist(),
+            "log_prob": float(generation.log_probs.sum(dtype="float64")),
+            "ended": generation.ended,
+        }
+        for prompt, generation in zip(prompts, found, strict=True)
+    ]
+
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run on text")
+_PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
+_FILE = flags.DEFINE_string("prompts-file", None, "UTF-8 file with a prompt on each line, instead of --prompt")
+_NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token; larger = more varied text")
+_TOP_P = flags.DEFINE_float("top-p", 1.0, "draw from the likeliest tokens that together reach this probability")
+_SEED = flags.DEFINE_integer("seed", 0, "of the draws, where the temperature is above 0")
+_OUTPUT = flags.DEFINE_string("output", None, "file to write, one JSON object per prompt and line")
+
+
+def read_prompts(path: str) -> list[str]:
+    """Returns the lines of a file. Raises: InputError: it cannot be read, is not UTF-8 or holds no line."""
+    try:
+        lines = pathlib.Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts-file={path} cannot be read ({error}): give a UTF-8 text file") from None
+    if "" in lines:
+        raise InputError(f"line {lines.index('') + 1} of --prompts-file={path} is empty: every line is a prompt")
+    return lines
+
+
+def main() -> None:
+    """The command."""
+    if (_PROMPT.value is None) == (_FILE.value is None):
+        raise InputError("give either --prompt=TEXT or --prompts-file=FILE")
+    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output and output.is_dir():
+        raise InputError(f"--output={output} is a directory: give the name of a file")
+    results = run(
+        _CHECKPOINT.value,
+        [_PROMPT.value] if _FILE.value is None else read_prompts(_FILE.value),
+        _NEW_TOKENS.value,
+        stream=_FILE.value is None,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
+    )
+    lines = "".join(json.dumps(result) + "\n" for result in results)
+    if output and hosts.is_lead():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.with_name(f"{output.name}.{os.getpid()}.part")
+        part.write_text(lines)
+        part.replace(output)
+        print(f"written: {output}")
+    elif _FILE.value is not None and hosts.is_lead():
+        print(lines, end="")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("checkpoint")
+    command.run(main)

@@ -1,0 +1,76 @@
+"""Attention and GPT-2 over a cache equal those over the whole window, for every field of a signal."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.models.attention import Cache, attend, attend_cached
+from seqpe_jax.models.gpt2 import GPT2
+from tests.models.test_attention import BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
+
+PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
+
+
+def junk_cache() -> Cache:
+    """A cache whose every place holds what must never be read."""
+    return Cache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "everything"])
+@pytest.mark.parametrize("block", [0, 3])
+def test_prompts_at_once_then_token_by_token_equal_the_whole(name, block):
+    signal = signals(1)[name] if name in NAMES else PositionSignal(
+        **{field: getattr(signals(1)[field], field) for field in ("rotation", "factors", "features", "bias")}
+    )  # fmt: skip
+    whole = attend(*QKV, signal)
+    prompt = max(PROMPTS_B) - 1
+    run = jax.jit(functools.partial(attend_cached, block=block))
+    mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(), jnp.arange(prompt)[None])
+    np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
+    # Each sample goes on from its own place: what was written past it is written again.
+    for step in range(LENGTH - min(PROMPTS_B)):
+        places_B = np.minimum(PROMPTS_B + step, LENGTH - 1)
+        token = [np.take_along_axis(np.asarray(part), places_B[:, None, None, None], axis=1) for part in QKV]
+        mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None])
+        expected = np.take_along_axis(np.asarray(whole), places_B[:, None, None, None], axis=1)
+        np.testing.assert_allclose(mixed, expected, atol=2e-5)
+
+
+def test_a_token_reads_no_place_past_its_own():
+    signal = signals(1)["features"]
+    cache = jax.tree.map(lambda field: field.at[:, :3].set(1.0), junk_cache())
+    token = [part[:, 3:4] for part in QKV]
+    results = []
+    for scale in (1.0, -1.0):
+        changed = jax.tree.map(lambda field, scale=scale: field.at[:, 4:].multiply(scale), cache)
+        results.append(attend_cached(*token, signal, changed, jnp.array([[3]]))[0])
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_model_goes_on_where_its_cache_ends(remat):
+    """A signal with tokens added, and another one in each layer."""
+    model = GPT2(vocabulary=11, layers=2, width=HEADS * WIDTH, heads=HEADS, init_std=0.3, remat=remat)
+    signal = PositionSignal(features=(random(1, 2, 1, LENGTH, HEADS, 3), random(2, 2, 1, LENGTH, HEADS, 3)), stacked=True)
+    tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
+    for signal in (signal, PositionSignal(added=random(3, 1, LENGTH, HEADS * WIDTH))):
+        variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
+        whole = model.apply(variables, tokens_BL, signal, method="hidden")
+        extend = jax.jit(functools.partial(model.apply, variables, method="extend"))
+        states, cache = extend(tokens_BL[:, :3], signal, model.empty_cache(3, LENGTH), jnp.arange(3)[None])
+        parts = [states]
+        for place in range(3, LENGTH):
+            states, cache = extend(tokens_BL[:, place : place + 1], signal, cache, jnp.full((3, 1), place))
+            parts.append(states)
+        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
+
+
+def test_the_cache_has_the_type_of_the_arithmetic():
+    cache = GPT2(vocabulary=11, layers=3, width=8, heads=2, dtype=jnp.bfloat16).empty_cache(5, 7)
+    assert len(cache) == 3
+    assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache)} == {((5, 7, 2, 4), jnp.dtype("bfloat16"))}
