@@ -55,7 +55,7 @@ def attend(
         return jnp.einsum("bhls,bshk->blhk", weights.astype(value_BSHK.dtype), value_BSHK)
 
     feature = None if features is None else features[0]
-    if not block or length <= block:
+    if not block or jax.core.max_dim(length, block) == block:  # a symbolic length may be larger
         return rows(query_BLHK, feature, signal.bias, 0)
 
     count = -(-length // block)
