@@ -82,8 +82,8 @@ def described(
         "task": served.data.kind,
         "data": settings.data.name,
         "steps": f"{step:,}",
-        "encoding": settings.encoding.kind,
-        "parameters": f"{count:,}" + (f" trained, {stored:,} here: vectors for the encoder" if stored != count else ""),
+        "encoding": settings.encoding.kind + (", stretched past its table" if settings.encoding.kind == "learned" else ""),
+        "parameters": f"{count:,}" + (f" trained, {stored:,} here: a table of vectors for the encoder" if stored != count else ""),
         f"training {field}": "x".join(map(str, settings.data.size or (settings.data.length,))),
         f"{field}s served": f"up to {'x'.join(map(str, scale))}",
         "arithmetic": settings.precision.compute,
@@ -99,7 +99,7 @@ def memory(served: Run, scale: tuple[int, ...]) -> list[str]:
     arrays = {f"attention logits ({'all' if rows == tokens else rows} queries at a time)": rows * tokens * model.heads}
     if not served.config.reads_images:
         arrays["returned logits"] = tokens * served.data.tokenizer.vocabulary_size
-    taken = " and ".join(f"{count * 4 / 2**20:,.1f} MiB of {what}" for what, count in arrays.items())
+    taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {what}" for what, count in arrays.items())
     return [f"Memory for each example at {served.data.scale_field} {'x'.join(map(str, scale))}: {taken}."]
 
 

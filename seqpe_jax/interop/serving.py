@@ -120,6 +120,7 @@ def write_params(folder: pathlib.Path, params: Tree) -> None:
     """Writes parameters into a folder."""
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flat(params).items()}
     safetensors.numpy.save_file(leaves, folder / PARAMS)
+    (folder / PARAMS).chmod(0o666 & ~_umask())  # as of the other files; safetensors makes it for its owner alone
 
 
 def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
