@@ -78,12 +78,13 @@ def described(
     """Returns the table of the model card."""
     settings, field = served.config, served.data.scale_field
     count, stored = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (served.shapes.params, params))
+    replaced = f" trained, {stored:,} here: a table of vectors for the encoder" if stored != count else ""
     return {
         "task": served.data.kind,
         "data": settings.data.name,
         "steps": f"{step:,}",
         "encoding": settings.encoding.kind + (", stretched past its table" if settings.encoding.kind == "learned" else ""),
-        "parameters": f"{count:,}" + (f" trained, {stored:,} here: a table of vectors for the encoder" if stored != count else ""),
+        "parameters": f"{count:,}{replaced}",
         f"training {field}": "x".join(map(str, settings.data.size or (settings.data.length,))),
         f"{field}s served": f"up to {'x'.join(map(str, scale))}",
         "arithmetic": settings.precision.compute,

@@ -60,7 +60,7 @@ def check(run, params, reach, inputs, tolerance=1e-5):
         found = jax.jit(model.call)(leaves, array)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
-    return leaves
+    return model.mlir_module(), leaves
 
 
 def windows(vocabulary=256):
@@ -81,7 +81,7 @@ TEXTS = {
 def test_text_is_served_at_any_batch_and_length(name):
     fields = {"objective__contrastive__space": "vectors", "model__layers": 2} | TEXTS[name]
     run, params = random_run(tiny_config(**fields))
-    leaves = check(run, params, (32,), windows())
+    _, leaves = check(run, params, (32,), windows())
     if name.startswith("seqpe"):
         assert leaves["encoding/table"].shape == (32, 24)
         assert not any("encoder" in leaf for leaf in leaves)
@@ -90,17 +90,14 @@ def test_text_is_served_at_any_batch_and_length(name):
 @pytest.mark.slow
 def test_long_windows_are_served_in_blocks_of_queries():
     run, params = random_run(tiny_config(model__attention_block=6))
-    check(run, params, (32,), windows())
-    program = served(run, params, (32,))[0].mlir_module()
-    whole = served(*random_run(tiny_config(model__attention_block=32)), (32,))[0].mlir_module()
-    assert "while" in program and "while" not in whole  # a loop over blocks, and none where the range fits in one
+    assert "while" in check(run, params, (32,), windows())[0]
+    assert "while" not in served(run, params, (6,))[0].mlir_module()  # no loop where the range fits in one block
 
 
 @pytest.mark.slow
 def test_bfloat16_is_served():
     run, params = random_run(tiny_config(precision__compute="bfloat16"))
-    check(run, params, (32,), windows(), tolerance=2e-2)
-    assert "bf16" in served(run, params, (32,))[0].mlir_module()
+    assert "bf16" in check(run, params, (32,), windows(), tolerance=2e-2)[0]
 
 
 IMAGES = {
@@ -117,7 +114,9 @@ IMAGES = {
 def test_images_are_served_at_any_batch_and_size(name):
     run, params = random_run(vit_config(**IMAGES[name]))
     draw = np.random.default_rng(0)
-    leaves = check(run, params, (8, 8), [draw.normal(size=(*size, 1)).astype(np.float32) for size in SIZES])
+    images = [draw.normal(size=(*size, 1)).astype(np.float32) for size in SIZES]
+    program, leaves = check(run, params, (8, 8), images)
+    assert "while" not in program
     if name == "seqpe":
         assert leaves["encoding/table"].shape == (8, 8, 16) and "encoding/prefix_vectors" in leaves
 
