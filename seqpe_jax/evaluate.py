@@ -35,7 +35,7 @@ def run(
     """Returns the evaluation of a run's newest checkpoint, in the form that `--output` stores, and arrays to draw.
 
     Args:
-      checkpoint: a workdir of `train`.
+      checkpoint: a workdir of `train`, or an output of `export`, which is read up to its range.
       lengths: window lengths, each (length,), of a text run; sizes: (height, width) of an image run; none = those of the
         config's eval section, or the training one.
       split: "validation" or "test".
@@ -63,7 +63,7 @@ def run(
         config.check_size(settings, size, "evaluation size")
     wanted = lengths or sizes
     parts, params, step = saved.open_run(
-        checkpoint, settings, lambda run: [run.data.check_scale(at, split) for at in wanted or run.data.scales()]
+        checkpoint, settings, lambda run: [run.check_scale(at, split) for at in wanted or run.data.scales()]
     )
     scales, field, results = wanted or parts.data.scales(), parts.data.scale_field, []
     for scale in scales:
@@ -91,7 +91,7 @@ def run(
     }
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or an export")
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _SIZES = flags.DEFINE_list("sizes", [], "image sizes, e.g. 224,384x512 (default: eval.sizes of the run's config)")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")

@@ -30,18 +30,25 @@ from seqpe_jax.training.step import TrainStep, make_train_step
 Shape = tuple[int, ...]
 
 MODELS = {"gpt2": GPT2, "vit": ViT}
+STORED_AT_ONCE = 4096  # positions that the encoder reads at once for an export
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, linked; nothing is compiled yet."""
+    """The parts of a run, linked; nothing is compiled yet.
+
+    Attributes:
+      shapes: of the state that trains, with shardings.
+      reach: of an export: positions that it serves along each axis; else None.
+    """
 
     config: Config
     mesh: jax.sharding.Mesh
     data: Text | Images
     objective: Objective
     optimizer: Any
-    shapes: TrainState  # ShapeDtypeStructs with shardings
+    shapes: TrainState
+    reach: Shape | None = None
 
     def init_state(self) -> TrainState:
         """Returns the state at step 0, each part made on the devices that hold it."""
@@ -84,15 +91,31 @@ class Run:
     def _examine(self) -> Callable[..., dict[str, jax.Array]]:
         return jax.jit(self.objective.examine, out_shardings=layout.replicated(self.mesh))
 
+    def check_scale(self, scale: Shape, split: str) -> None:
+        """Refuses a scale that needs positions that there are none of, or is more than the split holds.
+
+        Raises:
+          InputError: says so, and how far the positions reach.
+        """
+        self.data.check_scale(scale, split)
+        shape = self.data.grid_of(scale)
+        if self.reach is not None and any(side > end for side, end in zip(shape, self.reach, strict=True)):
+            field, sides = self.data.scale_field, self.config.model.patch[-2:] or (1,)
+            end = "x".join(str(count * side) for count, side in zip(self.reach[-len(sides) :], sides, strict=True))
+            raise InputError(
+                f"evaluation {field} {'x'.join(map(str, scale))} is beyond the exported range, up to {end}: "
+                f"choose less, or export the run again with --max-{field}={max(scale)}"
+            )
+
     def evaluate(
         self, params: Params, scale: Shape, split: str, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, Any]:
         """Returns the result at one scale, (length,) or (height, width); the signal is computed once.
 
         Raises:
-          InputError: the scale needs positions that there are none of, or is more than the split holds.
+          InputError: as of `check_scale`.
         """
-        self.data.check_scale(scale, split)
+        self.check_scale(scale, split)
         shape = self.data.grid_of(scale)
         batch = max(1, self.config.eval.batch_tokens // math.prod(shape))
         batch = -(-batch // self.mesh.size) * self.mesh.size
@@ -182,6 +205,38 @@ class Run:
         if done < total:
             progress(total, total)
         return [found[index] for index in range(len(prompts))]
+
+    def stored(self, reach: Shape) -> "Run":
+        """Returns this run as an export serves it: positions below `reach` only, their vectors read from a table."""
+        objective, tokens = self.objective, self.data.prefix + math.prod(reach)
+        if objective.has_vectors:
+            objective = dataclasses.replace(objective, encoding=objective.encoding.clone(stored=reach))
+        if tokens <= self.config.model.attention_block:  # else sizes that are not known yet would be cut into blocks
+            objective = dataclasses.replace(objective, model=objective.model.clone(attention_block=0))
+        return dataclasses.replace(self, objective=objective, reach=reach)
+
+    def stored_params(
+        self, params: Params, reach: Shape, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Params:
+        """Returns the parameters of `stored(reach)`: those of a run, with vectors computed once in the encoder's place."""
+        if not self.objective.has_vectors:
+            return params
+        positions_RA = np.asarray(grid(jnp.zeros(len(reach), jnp.int32), reach))
+        vectors = jax.jit(functools.partial(self.objective.encoding.apply, method="vectors"))
+        parts = []
+        for first in range(0, len(positions_RA), STORED_AT_ONCE):
+            rows_RA = positions_RA[first : first + STORED_AT_ONCE]
+            parts.append(np.asarray(vectors({"params": params["encoding"]}, rows_RA)))
+            progress(first + len(rows_RA), len(positions_RA))
+        rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
+        return params | {"encoding": rest | {"table": np.concatenate(parts).reshape(*reach, -1)}}
+
+    def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
+        """Returns the logits, float32, of tokens int32[B, L] or images float32[B, sides..., C]; sizes may be symbolic."""
+        shape = self.config.grid_of(inputs.shape[1:-1]) if self.config.reads_images else inputs.shape[1:]
+        positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+        signal = self.objective.signal(params, positions_PLA, shape)
+        return self.objective.model.apply({"params": params["model"]}, inputs, signal)
 
     def similarity(self, params: Params, scale: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
         """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.

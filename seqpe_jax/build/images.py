@@ -12,6 +12,7 @@ from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import images, loader
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
+from seqpe_jax.serving import Signature
 from seqpe_jax.objectives.task import Classification
 
 COLOURED = ("image_folder", "imagenet2012", "imagenet_resized")  # always three channels
@@ -85,6 +86,19 @@ class Images:
     def grid_of(self, scale: tuple[int, int]) -> tuple[int, ...]:
         """Returns the patches along each axis of an example of (height, width)."""
         return self.config.grid_of(self.config.sides_of(scale))
+
+    def served(self, reach: tuple[int, ...]) -> Signature:
+        """Returns what a model that serves grids of patches up to `reach` reads and returns."""
+        source, (*frames, tall, wide) = self.source("train"), self.config.data.size
+        height, width = self.config.model.patch[-2:]
+        shape = ("batch", *map(str, frames), f"{height}*rows", f"{width}*columns", str(source.channels))
+        sides = (*frames, min(tall, reach[-2] * height), min(wide, reach[-1] * width))
+        mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (source.mean, source.std))
+        return Signature(
+            "images", "float32", shape, {"rows": reach[-2], "columns": reach[-1]}, ("batch", str(source.classes)),
+            f"numpy.zeros((1, {', '.join(map(str, sides))}, {source.channels}), 'float32')",
+            f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel",
+        )  # fmt: skip
 
     def check_scale(self, scale: tuple[int, int], split: str) -> None:
         """Refuses a size that cannot be evaluated. Raises: InputError."""

@@ -15,6 +15,7 @@ from seqpe_jax.data import loader, text
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
+from seqpe_jax.serving import Signature
 from seqpe_jax.objectives.task import LanguageModelling
 
 TOKENIZER = "tokenizer.json"
@@ -94,6 +95,19 @@ class Text:
     def grid_of(self, scale: tuple[int]) -> tuple[int]:
         """Returns the positions of a window along its axis."""
         return scale
+
+    def served(self, reach: tuple[int]) -> Signature:
+        """Returns what a model that serves windows of up to (length,) reads and returns."""
+        (length,), vocabulary = reach, self.tokenizer.vocabulary_size
+        example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
+        ids = f"of {TOKENIZER}"
+        if self.tokenizer.name == "bytes":
+            example = f"numpy.frombuffer(b'def main():'[:{length}], 'uint8').astype('int32')[None]"
+            ids = "the bytes of UTF-8 text"
+        return Signature(
+            "tokens", "int32", ("batch", "length"), {"length": length}, ("batch", "length", str(vocabulary)), example,
+            f"token ids 0 to {vocabulary - 1}, {ids}; the logits at a place are those of the token after it",
+        )  # fmt: skip
 
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a length that cannot be evaluated. Raises: InputError."""

@@ -18,31 +18,33 @@ def resize(table: jax.Array, shape: tuple[int, ...], method: str) -> jax.Array:
     Half-pixel centres; beyond the border its entry is repeated; no smoothing where the grid gets smaller.
 
     Args:
-      method: "linear" or "cubic" along each axis.
+      shape: may be symbolic (jax.export); method: "linear" or "cubic" along each axis.
     """
     for axis, side in enumerate(shape):
         places, weights = _taps(table.shape[axis], side, method)
         spread = (-1,) + (1,) * (table.ndim - axis - 1)
         table = sum(
-            jnp.take(table, places[tap], axis=axis) * jnp.asarray(weights[tap], table.dtype).reshape(spread)
+            jnp.take(table, places[tap], axis=axis) * weights[tap].astype(table.dtype).reshape(spread)
             for tap in range(len(places))
         )
     return table
 
 
-def _taps(old: int, new: int, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `old` entries each of `new` reads, int[taps, new], and how much of each, float64[taps, new]."""
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
+def _taps(old: int, new: int, method: str) -> tuple[jax.Array, jax.Array]:
+    """Which of `old` entries each of `new` reads, int32[taps, new], and how much of each, float32[taps, new]."""
+    # The centre (i + 1/2) old / new - 1/2 as whole part and rest, in whole numbers: exact at any size.
+    doubled = (2 * jnp.arange(new) + 1) * old - new
     reach = {"linear": 1, "cubic": 2}[method]
-    places = np.floor(centre) + np.arange(1 - reach, 1 + reach)[:, None]
-    distance = np.abs(centre - places)
+    taps = np.arange(1 - reach, 1 + reach)[:, None]
+    places = doubled // (2 * new) + taps
+    distance = jnp.abs((doubled % (2 * new)).astype(jnp.float32) / (2 * new) - taps)
     if method == "linear":
         weights = 1.0 - distance
     else:
         near = (CUBIC + 2) * distance**3 - (CUBIC + 3) * distance**2 + 1
         far = CUBIC * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-        weights = np.where(distance <= 1, near, far)
-    return np.clip(places, 0, old - 1).astype(np.int32), weights
+        weights = jnp.where(distance <= 1, near, far)
+    return jnp.clip(places, 0, old - 1), weights
 
 
 class Learned(nn.Module):
@@ -76,10 +78,10 @@ class Learned(nn.Module):
         init = nn.initializers.normal(self.init_std)
         table = self.param("table", init, (self.prefix + int(np.prod(sides)), self.width_model))
         first, places = table[: self.prefix], table[self.prefix :].reshape(*sides, self.width_model)
-        if axes == 1 and shape[0] > sides[0]:
-            places = resize(places, shape, "linear")
-        elif axes > 1 and shape != sides:
-            places = resize(places, shape, "cubic")
+        if axes == 1:
+            shape = (jax.core.max_dim(shape[0], sides[0]),)
+        if shape != sides:
+            places = resize(places, shape, "linear" if axes == 1 else "cubic")
         found_PLD = jnp.take(places.reshape(-1, self.width_model), flat_index(positions_PLA, shape), axis=0)
         first_PLD = jnp.broadcast_to(first, (positions_PLA.shape[0], *first.shape))
         return PositionSignal(added=jnp.concatenate([first_PLD, found_PLD], axis=1))

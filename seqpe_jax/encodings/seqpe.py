@@ -159,6 +159,7 @@ class SeqPE(nn.Module):
       init_distribution, init_std, qk_init_std: of fresh weights; scalar_scale: s of attn_scalar.
       prefix: tokens before the positions that have none, such as a class token; each learns a vector of its own, which
         only `signal` sees (the reference's `cls_token_pos_embed`).
+      stored: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served.
       Others: as of `DigitEncoder`; *_model, axes: of the model that reads the signal.
     """
 
@@ -192,6 +193,7 @@ class SeqPE(nn.Module):
     qk_init_std: float = 0.02
     scalar_scale: float = 1.0
     prefix: int = 0
+    stored: tuple[int, ...] = ()
 
     @property
     def head_width(self) -> int:
@@ -211,14 +213,17 @@ class SeqPE(nn.Module):
         self._check()
         make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
         kernel_init = make[self.init_distribution]
-        self.encoder = DigitEncoder(
-            output_width=self.vector_width, axes=self.axes, base=self.base, digits=self.digits, padding=self.padding,
-            width=self.width, heads=self.heads, layers=self.layers, dropout=self.dropout,
-            attention_dropout=self.attention_dropout, activation=self.activation,
-            layer_norm_epsilon=self.layer_norm_epsilon, direction=self.direction, cls=self.cls,
-            final_norm=self.final_norm, mask_padding=self.mask_padding, place=self.place,
-            temperature=self.temperature, norm_init=self.norm_init, kernel_init=kernel_init(self.init_std),
-        )  # fmt: skip
+        if self.stored:
+            self.table = self.param("table", nn.initializers.zeros, (*self.stored, self.vector_width))
+        else:
+            self.encoder = DigitEncoder(
+                output_width=self.vector_width, axes=self.axes, base=self.base, digits=self.digits,
+                padding=self.padding, width=self.width, heads=self.heads, layers=self.layers, dropout=self.dropout,
+                attention_dropout=self.attention_dropout, activation=self.activation,
+                layer_norm_epsilon=self.layer_norm_epsilon, direction=self.direction, cls=self.cls,
+                final_norm=self.final_norm, mask_padding=self.mask_padding, place=self.place,
+                temperature=self.temperature, norm_init=self.norm_init, kernel_init=kernel_init(self.init_std),
+            )  # fmt: skip
         if self.qk in ("single", "multi"):
             self.qk_map = QKMap(self.layers_model if self.qk == "multi" else None, kernel_init(self.qk_init_std))
         if self.prefix:
@@ -234,7 +239,10 @@ class SeqPE(nn.Module):
         return self.signal(vectors_RE.reshape(sets, length, -1))
 
     def vectors(self, positions_RA: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Returns the vectors float32[R, E] of positions int32[R, A]."""
+        """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table."""
+        if self.stored:
+            places = tuple(jnp.moveaxis(positions_RA, -1, 0))
+            return jnp.asarray(self.table).at[places].get(mode="fill", fill_value=jnp.nan)
         return self.encoder(positions_RA, deterministic=deterministic)
 
     def signal(self, vectors_PLE: jax.Array) -> PositionSignal:

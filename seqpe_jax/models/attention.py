@@ -126,7 +126,7 @@ def _mix(
         return jnp.einsum("bhls,bshk->blhk", weights.astype(value_BSHK.dtype), value_BSHK)
 
     feature = None if features is None else features[0]
-    if not block or length <= block:
+    if not block or jax.core.max_dim(length, block) == block:  # a symbolic length may be larger
         return rows(query_BLHK, feature, bias_PHLS, last_seen_PL, 0)
 
     count = -(-length // block)

@@ -111,8 +111,8 @@ class ViT(nn.Module):
     def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
         """The tokens [B, 1 + L, D] that enter the first block."""
         x_BLD = self.projection(patches(images, self.patch).astype(self.dtype))
-        first_BLD = jnp.broadcast_to(self.class_token.astype(self.dtype), (len(images), 1, self.width))
+        first_BLD = jnp.broadcast_to(self.class_token.astype(self.dtype), (images.shape[0], 1, self.width))
         x_BLD = jnp.concatenate([first_BLD, x_BLD], axis=1)
         if signal.added is not None:
-            x_BLD = x_BLD + fit_batch(signal.added, len(images))
+            x_BLD = x_BLD + fit_batch(signal.added, images.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

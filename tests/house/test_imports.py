@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "training": EVERYBODY,
     "training.loop": EVERYBODY | {"training", "runtime"},
     "evaluation": EVERYBODY | {"runtime.progress"},
+    "generation": EVERYBODY | {"models", "encodings.signal"},
+    "serving": EVERYBODY,
     "command": {"errors", "config"},
 }
 BELOW_BUILD = set(MAY_IMPORT) - {"command"}
