@@ -27,10 +27,10 @@ class StdlibQA(QuestionBuilder):
     A passage is a few lines of source as they stand (up to 72 ASCII bytes, their common indent removed). The question is
     the text in it that stands right before the answer, the prompt's `>>> mode=` asking for the passage's `'r'`; in the
     kind "function" it is a docstring, and the answer the name of the function that has it. Kinds: argument (default
-    value), keyword (value in a call), item (value in a dict), iterated (by a loop), base (of a class), exception (raised),
-    import (first name from a module), constant (of a module or class), variable, attribute, returned (expression),
-    annotation (of what is returned), function. Splits are those of `stdlib_text`, by file; a question is asked once in a
-    split.
+    value), keyword (value in a call), item (of a dict), iterated (by a loop), base (of a class), exception (raised), import (first name from a
+    module), constant (of a module or class), variable, attribute, returned (expression), annotation (of what is
+    returned), function. Splits are those of `stdlib_text`, by file; a question is asked once, in one split only, and
+    its words do not hint at the answer.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -44,7 +44,10 @@ class StdlibQA(QuestionBuilder):
 
     def questions(self) -> Mapping[str, Iterable[Question]]:
         files = stdlib_text.files()
-        return {split: _selected(self._read(split, files[split])) for split in SPLITS}
+        asked: set[str] = set()
+        # The largest split comes last and takes what is left, or memory of its answers would pay in the others.
+        selected = {split: list(_selected(self._read(split, files[split]), asked)) for split in reversed(SPLITS)}
+        return {split: selected[split] for split in SPLITS}
 
     def _read(self, split: str, files: Iterable[tuple[str, bytes]]) -> Iterator[Question]:
         title = f"read {self.name}/{split}"
@@ -60,11 +63,15 @@ def _has_word(text: str, word: str) -> bool:
     return word in text and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-def _selected(questions: Iterable[Question]) -> Iterator[Question]:
-    """Yields each question once, and no answer much more often than others of its kind."""
+def _selected(questions: Iterable[Question], asked: set[str]) -> Iterator[Question]:
+    """Yields each question once, and no answer much more often than others of its kind.
+
+    Args:
+      asked: questions that were asked before, left out; those asked now are added.
+    """
     found = list(questions)
     room = {kind: MOST_FREQUENT * count for kind, count in collections.Counter(one.kind for one in found).items()}
-    asked, answered, taken = set(), collections.Counter(), collections.Counter()
+    answered, taken = collections.Counter(), collections.Counter()
     kept = []
     # In an order of chance, or the first files would fill what room an answer has.
     for place in sorted(range(len(found)), key=lambda place: chance(f"stdlib_qa {place} {found[place]}")):
@@ -160,7 +167,7 @@ def _question(name: str, lines: list[str], kind: str, first: int, span: Span) ->
     indent = _indent(lines[first])
     before = "\n".join(part[indent:] for part in lines[first:line] + [lines[line][:start]]).rstrip()
     cue = _last(before, CUE)
-    if len(cue) < SHORTEST_CUE or passage.count(cue) != 1 or _has_word(cue, answer):
+    if len(cue) < SHORTEST_CUE or passage.count(cue) != 1 or _hints(cue, answer):
         return None
     return Question(name, passage, cue, kind, (answer,))
 
@@ -172,9 +179,15 @@ def _named_function(name: str, lines: list[str], node: ast.FunctionDef) -> Quest
         return None
     cue = _last(told.split("\n")[0].rstrip(), CUE - len(" def")).strip()
     passage = _passage(lines, first, last)
-    if passage is None or len(cue) < SHORTEST_CUE or passage.count(cue) != 1 or _has_word(cue, node.name):
+    if passage is None or len(cue) < SHORTEST_CUE or passage.count(cue) != 1 or _hints(cue, node.name):
         return None
     return Question(name, passage, f"{cue} def", "function", (node.name,)) if _asked_for(node.name) else None
+
+
+def _hints(cue: str, answer: str) -> bool:
+    """Whether an answer could be guessed: `width = width_of(x)`, `for part in parts`, `self._args = args`."""
+    words, wanted = re.findall(r"[^\W_]{3,}", cue.lower()), answer.lower()
+    return wanted.strip("_") in cue.lower() or bool(words) and words[-1] in wanted
 
 
 def _asked_for(answer: str) -> bool:
