@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -226,18 +227,33 @@ def question_source(
     identity = json.dumps([FORMAT, key, split, tokenizer.fingerprint])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     target = root / "questions" / f"{name}-{split}-{digest}"
-    if not (target / TABLE).exists():
+    table = _read_table(target)
+    if table is None:
         with locked(target) as alone:
-            if not (target / TABLE).exists():
+            if (table := _read_table(target)) is None:
                 with new_directory(target, alone=alone) as folder:
                     write(folder)
-    with np.load(target / TABLE) as loaded:
-        table = {field: loaded[field] for field in loaded.files}
+                table = _read_table(target)
+    if table is None:
+        raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
     fingerprint = hashlib.sha256(json.dumps([table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed]).encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
     if builder is QaJsonl:
         return _Lines(*shared, file)
     return _Assembled(*shared, target, builder, seed)
+
+
+def _read_table(target: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """Returns the arrays of a counted split, or None where they are not there or damaged."""
+    try:
+        with np.load(target / TABLE) as loaded:
+            table = {field: loaded[field] for field in loaded.files}
+        for name, start in ((TEXTS, "text_start"), (QUESTIONS, "question_start")):
+            if start in table and (target / name).stat().st_size != table[start][-1]:
+                return None
+        return table
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _kept(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:
