@@ -168,3 +168,29 @@ def test_frequent_answers_and_large_tables_are_thinned_out():
     asked = {questions[0].question}
     assert list(stdlib_qa._selected(iter(questions[:1]), asked)) == []
     assert len(list(stdlib_qa._selected(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1
+
+
+def test_demonstrations_are_about_the_same_context(cache):
+    found = source(cache, "validation", 512, demonstrations=3)
+    answers = {f">>> {question}": answers[0] for question, _, answers in found.questions()}
+    counts = collections.Counter()
+    for index in range(0, len(found), len(found) // 100):
+        record = found[index]
+        parts = record["input"].split(qa.SEPARATOR)
+        passages = [part for part in parts if not part.startswith(">>> ")]
+        *shown, question = parts[len(passages) :]
+        counts[len(shown)] += 1
+        assert question == record["question"]
+        size = len(record["input"]) + 1 + len(record["outputs"][0]) + 1
+        assert 0.98 * 512 <= size <= 512
+        for line in shown:
+            cue, answer = next((cue, answer) for cue, answer in answers.items() if line == f"{cue} {answer}")
+            cue = cue.removeprefix(">>> ").removesuffix(" def")
+            about = [passage for passage in passages if cue in passage]
+            assert len(about) == 1 and answer in about[0], "one passage answers it"
+            assert not any(stdlib_qa._has_word(passage, answer) for passage in passages if passage != about[0])
+            assert record["outputs"][0] not in line.split()
+    assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 10
+    assert found.fingerprint != source(cache, "validation", 512).fingerprint
+    with pytest.raises(InputError, match="demonstrations must be 0 or more"):
+        source(cache, demonstrations=-1)
