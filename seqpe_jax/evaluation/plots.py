@@ -1,4 +1,4 @@
-"""The plots of a report: training, extrapolation, loss by place in the window, likeness of position vectors."""
+"""The plots of a report: training, extrapolation, loss by place in the window, answers, likeness of position vectors."""
 
 import math
 import pathlib
@@ -125,6 +125,34 @@ def loss_by_position(runs: Sequence[Any], path: pathlib.Path) -> bool:
     _length_axis(axes, ticks | {longest}, trained | {first})
     _label_ends(axes, [(places[-1], losses[-1], run) for run, _, places, losses in curves])
     _mark_training(axes, trained)
+    return _save(figure, path)
+
+
+def answer_depth(run: Any, path: pathlib.Path) -> bool:
+    """Draws the share of right answers (percent) by evaluated length and depth of the passage in its context.
+
+    Returns:
+      False when no result of the run has scores by depth.
+    """
+    results = sorted((result for result in run.results if result.get("depth")), key=lambda result: result["extent"])
+    if not results:
+        return False
+    bins = results[0]["depth"]
+    shares_DL = np.array([[part["contains"] for part in result["depth"]] for result in results], float).T
+    figure, axes = plt.subplots(figsize=(2.2 + 1.1 * len(results), 1.6 + 0.55 * len(bins)), dpi=DPI, layout="constrained")
+    image = axes.imshow(shares_DL, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for row, column in np.argwhere(np.isfinite(shares_DL)):
+        share = shares_DL[row, column]
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="black" if share > 55 else "white")
+    axes.set_xticks(range(len(results)), [result["label"] for result in results])
+    axes.set_yticks(range(len(bins)), [f"{part['from']:.0%} to {part['to']:.0%}" for part in bins])
+    axes.tick_params(left=False, bottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(f"evaluated length (tokens; trained at {run.training['label']})")
+    axes.set_ylabel("depth of the passage")
+    _title(axes, f"Answers found by length and depth: {run.name}")
+    bar = figure.colorbar(image, label="contains the answer (percent)", pad=0.02)
+    bar.outline.set_visible(False)
     return _save(figure, path)
 
 

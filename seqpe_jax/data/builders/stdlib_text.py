@@ -30,9 +30,14 @@ class StdlibText(DocumentBuilder):
         return [f"python {platform.python_version()}"] + [describe_file(root / name, name) for name in _names(root)]
 
     def documents(self) -> Mapping[str, Documents]:
-        root = _root()
-        names = _names(root)
-        return {wanted: _read(root, [name for name in names if split(name) == wanted]) for wanted in SPLITS}
+        return files()
+
+
+def files() -> Mapping[str, Documents]:
+    """Returns (name, UTF-8 source) by split; read lazily. Raises: InputError, this Python has no source."""
+    root = _root()
+    names = _names(root)
+    return {wanted: _read(root, [name for name in names if split(name) == wanted]) for wanted in SPLITS}
 
 
 def split(name: str) -> str:

@@ -1,0 +1,151 @@
+"""Scores of generated answers: the accepted answer contained in them, SQuAD's exact match and F1, by depth of the passage.
+
+A record is {"index", "question", "outputs": accepted answers, "depth": 0..1 or None, "kind"}, as of `data.qa`.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from seqpe_jax.errors import InputError
+
+METRICS = ("contains", "exact_match", "f1")
+DEPTH_BINS = 5
+
+Asked = tuple[str, str, Sequence[str]]  # question, kind, accepted answers
+
+
+def contains(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns 1.0 where an accepted answer occurs in the hypothesis, letter case and white space around it aside.
+
+    The reference's score (text_seqpe/qa_eval.py). An empty answer, which would always occur, does not count.
+    """
+    text = hypothesis.lower().strip()
+    found = (gold.lower().strip() for gold in golds)
+    return float(any(gold and gold in text for gold in found))
+
+
+def normalise(text: str) -> str:
+    """Returns the text as SQuAD compares it: lower case, no ASCII punctuation, no a, an, the, single spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns 1.0 where the hypothesis equals an accepted answer, both normalised (SQuAD's evaluation script)."""
+    wanted = normalise(hypothesis)
+    return float(any(normalise(gold) == wanted for gold in golds))
+
+
+def f1(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns the largest F1 in 0..1 over the accepted answers, of words in common after normalising.
+
+    A word counts as often as it occurs in both. Where one side has no words, 1 if neither has any (SQuAD v2's script).
+    """
+    return max((_f1(normalise(hypothesis).split(), normalise(gold).split()) for gold in golds), default=0.0)
+
+
+def _f1(found: list[str], wanted: list[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    common = (collections.Counter(found) & collections.Counter(wanted)).total()
+    return 2 * common / (len(found) + len(wanted))
+
+
+def scores(hypothesis: str, golds: Sequence[str]) -> dict[str, float]:
+    """Returns {"contains", "exact_match", "f1"} of one answer, each in 0..1."""
+    return {
+        "contains": contains(hypothesis, golds), "exact_match": exact_match(hypothesis, golds), "f1": f1(hypothesis, golds),
+    }  # fmt: skip
+
+
+def score(records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str], *, bins: int = DEPTH_BINS) -> dict[str, Any]:
+    """Returns the mean scores of answers, in percent.
+
+    Args:
+      records, hypotheses: as many of each.
+      bins: of equal width, of the depth of the passage.
+    Returns:
+      {"examples", "contains", "exact_match", "f1", "depth": [{"from", "to", "examples", and the scores, None where there
+      are no examples}]}; "depth" is left out where records have none.
+    Raises:
+      InputError: there are no records.
+    """
+    if not records:
+        raise InputError("there are no questions to score: ask for at least one")
+    found = [scores(hypothesis, record["outputs"]) for record, hypothesis in zip(records, hypotheses, strict=True)]
+    result: dict[str, Any] = _means(found)
+    if all(record["depth"] is not None for record in records):
+        places = [min(int(record["depth"] * bins), bins - 1) for record in records]
+        result["depth"] = [
+            {"from": place / bins, "to": (place + 1) / bins}
+            | _means([one for one, where in zip(found, places, strict=True) if where == place])
+            for place in range(bins)
+        ]
+    return result
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    means = {name: 100 * float(np.mean([one[name] for one in found])) if found else None for name in METRICS}
+    return {"examples": len(found)} | means
+
+
+def no_context_baseline(train: Iterable[Asked], heldout: Iterable[Asked]) -> dict[str, Any]:
+    """Returns `score` of answering without reading the passage: what memory of the training split alone is worth.
+
+    The guess is the most frequent (first accepted) training answer to the same question, else to its kind, else of all.
+
+    Args:
+      train, heldout: (question, kind, accepted answers), as `QuestionSource.questions` yields them.
+    """
+    tables: dict[Any, collections.Counter] = collections.defaultdict(collections.Counter)
+    for question, kind, answers in train:
+        for key in (("question", question), ("kind", kind), None):
+            tables[key][answers[0]] += 1
+    if not tables:
+        raise InputError("there are no training questions to guess from: ask for at least one")
+    guesses = {key: table.most_common(1)[0][0] for key, table in tables.items()}
+    records, hypotheses = [], []
+    for question, kind, answers in heldout:
+        records.append({"outputs": answers, "depth": None})
+        known = (key for key in (("question", question), ("kind", kind), None) if key in guesses)
+        hypotheses.append(guesses[next(known)])
+    return score(records, hypotheses)
+
+
+def write_answers(
+    path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]
+) -> pathlib.Path:
+    """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
+
+    The file appears whole or not at all.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    lines = []
+    for record, hypothesis in zip(records, hypotheses, strict=True):
+        line = {
+            "index": record["index"], "question": record["question"], "kind": record["kind"],
+            "gold": list(record["outputs"]), "hypothesis": hypothesis, "depth": record["depth"],
+        }  # fmt: skip
+        lines.append(json.dumps(line | scores(hypothesis, record["outputs"]), ensure_ascii=False) + "\n")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text("".join(lines), encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write answers to '{path}' ({error.strerror}): choose another file") from error
+    return path

@@ -1,0 +1,196 @@
+"""Questions on the standard library's source: found in their passage, hard to guess, at every length."""
+
+import collections
+
+import pytest
+
+from seqpe_jax.data import qa
+from seqpe_jax.data.builders import stdlib_qa, stdlib_text
+from seqpe_jax.data.builders.stdlib_qa import StdlibQA, ask
+from seqpe_jax.data.tokenizers import ByteTokenizer
+from seqpe_jax.errors import InputError
+
+SOURCE = '''
+import os
+from collections import deque as line, namedtuple
+
+LIMIT_OF_ALL = 120
+NAMES = {"first": b"one", "second": 2_000}
+
+class Reader(Base, Other):
+    size = "é"
+
+    def read(self, path, mode='rb', *, encoding="utf8") -> Text:
+        self.handle = open(path)
+        for part in self.pieces():
+            connect(part, timeout=7.5)
+        if not path:
+            raise OSError("no path")
+        total = 3.5
+        width = width + 1
+        for line in lines_of(self):
+            line.close()
+        self.done()
+        return self.handle
+
+    def take(self):
+        """Give what is left."""
+        return 7
+
+    def __init__(self):
+        """Make ready for use."""
+'''
+
+ASKED = {
+    ("import", "from collections import", "deque"),
+    ("constant", "LIMIT_OF_ALL =", "120"),
+    ("item", 'NAMES = {"first":', 'b"one"'),
+    ("item", 'first": b"one", "second":', "2_000"),
+    ("base", "class Reader(", "Base"),
+    ("argument", "def read(self, path, mode=", "'rb'"),
+    ("argument", "path, mode='rb', *, encoding=", '"utf8"'),
+    ("annotation", "rb', *, encoding=\"utf8\") ->", "Text"),
+    ("attribute", "self.handle =", "open(path)"),
+    ("iterated", "for part in", "self.pieces()"),
+    ("keyword", "connect(part, timeout=", "7.5"),
+    ("exception", "if not path:\n    raise", "OSError"),
+    ("variable", "total =", "3.5"),
+    ("returned", "self.done()\nreturn", "self.handle"),
+    ("function", "Give what is left. def", "take"),
+}
+
+
+def test_every_kind_is_asked():
+    found = list(ask("m.py", SOURCE.encode()))
+    assert {(one.kind, one.question, one.answers[0]) for one in found} == ASKED
+    assert all(one.name == "m.py" and len(one.answers) == 1 for one in found)
+    passages = {one.question: one.passage for one in found}
+    assert passages["if not path:\n    raise"] == 'if not path:\n    raise OSError("no path")\ntotal = 3.5\nwidth = width + 1'
+    assert passages["total ="] == "total = 3.5\nwidth = width + 1\nfor line in lines_of(self):"
+    assert passages["Give what is left. def"] == 'def take(self):\n    """Give what is left."""\n    return 7'
+
+
+def test_what_does_not_parse_asks_nothing():
+    assert list(ask("bad.py", b"def f(:\n")) == [] and list(ask("nul.py", b"x = 1\0")) == []
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def source(cache, split="train", length=256, **options):
+    return qa.question_source(
+        "stdlib_qa", split=split, tokenizer=ByteTokenizer(), length=length, cache_dir=cache, progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("split", stdlib_qa.SPLITS)
+def test_answers_stand_after_the_question(cache, split):
+    found = source(cache, split, 2048)
+    asked = list(found.questions())
+    assert len(asked) == len(found) > {"train": 5000, "validation": 400, "test": 400}[split]
+    assert found.skipped == {"without_answer": 0, "answer_not_in_text": 0, "too_long": 0}
+    elsewhere = [one for other in stdlib_qa.SPLITS if other != split for one in source(cache, other).questions()]
+    questions = {question for question, _, _ in asked}
+    assert len(questions) == len(asked) and not questions & {question for question, _, _ in elsewhere}
+    kinds = collections.Counter(kind for _, kind, _ in asked)
+    assert len(kinds) >= 11 and max(kinds.values()) < 0.3 * len(asked) and kinds["function"] < 0.15 * len(asked)
+    for index in range(0, len(found), len(found) // 100):
+        record = found[index]
+        *passages, question = record["input"].split(qa.SEPARATOR)
+        cue, (answer,) = question.removeprefix(">>> "), record["outputs"]
+        assert question.startswith(">>> ") and record["question"] == question
+        assert answer.isascii() and 2 <= len(answer) <= 16 and len(cue) <= 32 and not stdlib_qa._hints(cue, answer)
+        cue = cue.removesuffix(" def") if record["kind"] == "function" else cue
+        gold = [passage for passage in passages if cue in passage]
+        assert len(gold) == 1 and len(gold[0]) <= 72 and gold[0].count(cue) == 1
+        if record["kind"] == "function":
+            assert gold[0].startswith(f"def {answer}(")
+        else:
+            assert gold[0].partition(cue)[2].lstrip().startswith(answer), "it goes on with the answer"
+        others = [passage for passage in passages if passage != gold[0]]
+        assert len(others) > 15 and not any(stdlib_qa._has_word(passage, answer) for passage in others)
+
+
+def test_passages_are_source_as_it_stands(cache):
+    found, files = source(cache, "test"), dict(stdlib_text.files()["test"])
+    code = ["\n".join(line.strip() for line in text.decode().split("\n")) for text in files.values()]
+    for index in range(0, len(found), 10):
+        cue = found[index]["question"].removeprefix(">>> ")
+        passage = next(part for part in found[index]["input"].split(qa.SEPARATOR) if cue.removesuffix(" def") in part)
+        stripped = "\n".join(line.strip() for line in passage.split("\n"))
+        assert any(stripped in text for text in code)
+
+
+@pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048])
+def test_lengths_in_bytes(cache, length):
+    found = source(cache, "validation", length)
+    assert found.skipped["too_long"] == 0
+    for index in range(0, len(found), len(found) // 60):
+        record = found[index]
+        size = len(record["input"]) + 1 + len(record["outputs"][0]) + 1
+        assert 0.975 * length <= size <= length
+        assert qa.training_example(record, tokenizer=ByteTokenizer(), length=length)["tokens"][-1] == qa.BYTE_END
+
+
+def test_depths_cover_the_context(cache):
+    found = source(cache, "validation", 1024)
+    depths = [found[index]["depth"] for index in range(0, len(found), 2)]
+    bins = collections.Counter(min(int(5 * depth), 4) for depth in depths)
+    assert all(0.12 < bins[part] / len(depths) < 0.28 for part in range(5))
+
+
+def test_passage_must_be_read(cache):
+    from seqpe_jax.evaluation.answers import no_context_baseline
+
+    train = list(source(cache).questions())
+    for split in ("validation", "test"):
+        found = no_context_baseline(train, source(cache, split).questions())
+        assert found["examples"] > 400 and found["contains"] < 10 and found["exact_match"] < 10
+    leaked = no_context_baseline(train, train)
+    assert leaked["exact_match"] > 99, "each question is asked once, so memory of its own split answers all"
+
+
+def test_no_paths():
+    with pytest.raises(InputError, match="takes no data.paths; for your own questions: data.name='squad_long'"):
+        StdlibQA.sources(("x",))
+
+
+def test_frequent_answers_and_large_tables_are_thinned_out():
+    tables = [f"x{number} = {number % 3 + 10}\n" for number in range(1000)]
+    questions = [one for name in "abcdefgh" for one in ask(name, "".join(line[0] + name + line[1:] for line in tables).encode())]
+    kept = list(stdlib_qa._selected(iter(questions), set()))
+    assert len(questions) > 7000 and [one for one in questions if one in set(kept)] == kept
+    answers = collections.Counter(one.answers[0] for one in kept)
+    assert max(answers.values()) <= stdlib_qa.MOST_FREQUENT * len(questions) + 1
+    assert max(collections.Counter(one.name for one in kept).values()) <= stdlib_qa.PER_FILE
+    asked = {questions[0].question}
+    assert list(stdlib_qa._selected(iter(questions[:1]), asked)) == []
+    assert len(list(stdlib_qa._selected(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1
+
+
+def test_demonstrations_are_about_the_same_context(cache):
+    found = source(cache, "validation", 512, demonstrations=3)
+    answers = {f">>> {question}": answers[0] for question, _, answers in found.questions()}
+    counts = collections.Counter()
+    for index in range(0, len(found), len(found) // 100):
+        record = found[index]
+        parts = record["input"].split(qa.SEPARATOR)
+        passages = [part for part in parts if not part.startswith(">>> ")]
+        *shown, question = parts[len(passages) :]
+        counts[len(shown)] += 1
+        assert question == record["question"]
+        size = len(record["input"]) + 1 + len(record["outputs"][0]) + 1
+        assert 0.98 * 512 <= size <= 512
+        for line in shown:
+            cue, answer = next((cue, answer) for cue, answer in answers.items() if line == f"{cue} {answer}")
+            cue = cue.removeprefix(">>> ").removesuffix(" def")
+            about = [passage for passage in passages if cue in passage]
+            assert len(about) == 1 and answer in about[0], "one passage answers it"
+            assert not any(stdlib_qa._has_word(passage, answer) for passage in passages if passage != about[0])
+            assert record["outputs"][0] not in line.split()
+    assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 10
+    assert found.fingerprint != source(cache, "validation", 512).fingerprint
+    with pytest.raises(InputError, match="demonstrations must be 0 or more"):
+        source(cache, demonstrations=-1)

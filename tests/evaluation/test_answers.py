@@ -1,0 +1,128 @@
+"""Scores of answers against values worked out by hand."""
+
+import json
+import types
+
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation import answers, plots
+
+
+@pytest.mark.parametrize(
+    "hypothesis, golds, expected",
+    [
+        ("It was in 1066, I think", ["1066"], 1.0),
+        ("the NORMANS ruled", ["  Normans "], 1.0),
+        ("the Normans", ["Saxons", "normans"], 1.0),
+        ("Norman", ["Normans"], 0.0),
+        ("", ["x"], 0.0),
+        ("anything", [""], 0.0),
+        ("anything", [], 0.0),
+        ("Été à ZÜRICH", ["zürich"], 1.0),
+    ],
+)
+def test_contains(hypothesis, golds, expected):
+    assert answers.contains(hypothesis, golds) == expected
+
+
+def test_normalise_as_squad():
+    assert answers.normalise("  The Cat's  (a) hat,\tan—other ") == "cats hat —other"
+    assert answers.normalise("theatre another a.n") == "theatre another"
+    assert answers.normalise("the a an !?") == ""
+
+
+@pytest.mark.parametrize(
+    "hypothesis, golds, exact, f1",
+    [
+        ("The Eiffel Tower.", ["eiffel tower"], 1.0, 1.0),
+        ("Eiffel Tower in Paris", ["the Eiffel Tower"], 0.0, 2 * 0.5 * 1 / 1.5),
+        ("Paris", ["London", "Paris, France"], 0.0, 2 / 3),  # precision 1, recall 1/2; London gives 0
+        ("rose is a rose is a rose", ["rose rose"], 0.0, 2 * (2 / 5) / (7 / 5)),  # 2 common of 5 and of 2
+        ("very very very", ["very"], 0.0, 2 * (1 / 3) / (4 / 3)),
+        ("", ["x"], 0.0, 0.0),
+        ("x", ["the"], 0.0, 0.0),
+        ("!", ["the"], 1.0, 1.0),
+        ("Çà et là", ["çà et là."], 1.0, 1.0),
+        ("anything", [], 0.0, 0.0),
+    ],
+)
+def test_exact_match_and_f1(hypothesis, golds, exact, f1):
+    assert answers.exact_match(hypothesis, golds) == exact
+    assert answers.f1(hypothesis, golds) == pytest.approx(f1)
+
+
+def record(depth, *golds, index=0):
+    return {"index": index, "question": "q", "outputs": golds, "depth": depth, "kind": "k"}
+
+
+def test_score_in_percent_and_by_depth():
+    records = [record(0.0, "a b"), record(0.19, "c"), record(0.2, "d"), record(1.0, "é", "e")]
+    found = answers.score(records, ["b", "c", "not it", "it is É"])
+    # f1: "b" against "b" (the article goes) 1; 1; 0; "it is é" against "é" 1/2
+    assert {name: found[name] for name in ("examples", *answers.METRICS)} == {
+        "examples": 4, "contains": 50.0, "exact_match": 50.0, "f1": 62.5,
+    }  # fmt: skip
+    assert [(part["from"], part["to"], part["examples"]) for part in found["depth"]] == [
+        (0.0, 0.2, 2), (0.2, 0.4, 1), (0.4, 0.6, 0), (0.6, 0.8, 0), (0.8, 1.0, 1),
+    ]  # fmt: skip
+    assert [part["contains"] for part in found["depth"]] == [50.0, 0.0, None, None, 100.0]
+    assert [part["f1"] for part in found["depth"]] == [100.0, 0.0, None, None, 50.0]
+    assert len(answers.score(records, ["b"] * 4, bins=2)["depth"]) == 2
+    assert "depth" not in answers.score([record(None, "a")], ["b"])
+    with pytest.raises(InputError, match="no questions to score"):
+        answers.score([], [])
+    with pytest.raises(ValueError):
+        answers.score(records, ["b"])
+
+
+def test_guess_without_context():
+    train = [("q1", "who", ["Ann"]), ("q2", "who", ["Bob"]), ("q3", "who", ["Bob"]), ("q4", "when", ["1999"])]
+    heldout = [
+        ("q1", "who", ["Ann"]),  # the same question
+        ("q9", "who", ["Bob"]),  # the most frequent of its kind
+        ("q9", "who", ["Ann"]),  # which is wrong here
+        ("q9", "where", ["bob"]),  # a kind never seen: the most frequent of all
+        ("q4", "when", ["1998"]),
+    ]
+    found = answers.no_context_baseline(train, heldout)
+    assert found == {"examples": 5, "contains": pytest.approx(60), "exact_match": pytest.approx(60), "f1": pytest.approx(60)}
+    with pytest.raises(InputError, match="no training questions"):
+        answers.no_context_baseline([], heldout)
+
+
+def test_answers_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "answers.jsonl"
+    records = [record(0.25, "é", "e", index=7), record(None, "b\n")]
+    assert answers.write_answers(path, records, ["É", "no"]) == path
+    first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert first == {
+        "index": 7, "question": "q", "kind": "k", "gold": ["é", "e"], "hypothesis": "É", "depth": 0.25,
+        "contains": 1.0, "exact_match": 1.0, "f1": 1.0,
+    }  # fmt: skip
+    assert second["depth"] is None and second["gold"] == ["b\n"] and second["f1"] == 0.0
+    before = path.read_bytes()
+    with pytest.raises(KeyError):
+        answers.write_answers(path, [{"index": 0}], ["x"])
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write answers to .*choose another file"):
+        answers.write_answers(tmp_path / "file" / "answers.jsonl", records, ["É", "no"])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="cannot write answers"):
+        answers.write_answers(path, records, ["É", "no"])
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing half-written is left"
+
+
+def test_heat_map(tmp_path):
+    records = [record(depth, "x") for depth in (0.0, 0.1, 0.5, 0.9)]
+    results = [
+        {"extent": length, "label": str(length)} | answers.score(records, hypotheses)
+        for length, hypotheses in ((512, ["x", "x", "", ""]), (256, ["x"] * 4))
+    ]
+    run = types.SimpleNamespace(name="seqpe", results=results, training={"extent": 256, "label": "256"})
+    assert plots.answer_depth(run, tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").stat().st_size > 5000
+    run.results = [{"extent": 1, "label": "1", "contains": 1.0}]
+    assert not plots.answer_depth(run, tmp_path / "none.png") and not (tmp_path / "none.png").exists()
