@@ -19,6 +19,7 @@ from seqpe_jax.positions.digits import count_digits, largest_position
 
 EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
 TEXTS = ("stdlib_text", "text_files", "wikitext103")
+QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")
 IMAGES = ("digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized")
 Fraction = {"low": 0.0, "high": 1.0}
 Positive = {"low": 1}
@@ -53,12 +54,14 @@ class DataConfig:
     """What is read, and in windows of which length or images of which size."""
 
     name: Literal[
-        "stdlib_text", "text_files", "wikitext103",
+        "stdlib_text", "text_files", "wikitext103", "stdlib_qa", "squad_long", "qa_jsonl",
         "digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized",
     ] = "stdlib_text"  # fmt: skip
     paths: tuple[str, ...] = ()  # text_files: files, globs or directories; image_folder: its root; else the release
-    length: int = _field(512, **Positive)  # text: tokens of a training window
+    length: int = _field(512, **Positive)  # text: tokens of a training window; questions: of prompt and answer
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
+    demonstrations: int = _field(0, **NonNegative)  # questions: others, answered, before the one asked in training
+    prompt_weight: float = _field(0.0, **Fraction)  # questions: weight of the prompt's tokens in the loss
     size: tuple[int, ...] = ()  # images: (height, width), clips: (frames, height, width), in pixels
     crop_ratio: float = _field(1.0, low=0.1, high=1.0)  # images: side of the centre crop at evaluation
     augment: AugmentConfig = _section(AugmentConfig)
@@ -228,6 +231,8 @@ class EvalConfig:
     lengths: tuple[int, ...] = ()  # text; () = the training length
     sizes: tuple[int, ...] = ()  # images: sides in pixels; () = the training size
     tokens: int = _field(0, **NonNegative)  # read at most that many per length; 0 = the whole split
+    examples: int = _field(0, **NonNegative)  # questions: ask at most that many per length; 0 = all of the split
+    new_tokens: int = _field(16, **Positive)  # questions: tokens generated for an answer, at most
     batch_tokens: int = _field(16384, **Positive)  # tokens or patches handled at once
 
 
@@ -293,6 +298,11 @@ class Config:
     def reads_images(self) -> bool:
         """Whether the data are images or clips, else text."""
         return self.data.name in IMAGES
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether the data are questions with answers."""
+        return self.data.name in QUESTIONS
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -557,6 +567,11 @@ def _check_text(config: Config) -> None:
         if length < 1:
             raise InputError(f"eval.lengths must be positive, got {length}")
         check_positions(config.encoding, length, "eval.lengths")
+    if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
+        wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
+        raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
+    if config.data.name in TEXTS and (config.data.demonstrations or config.data.prompt_weight):
+        raise InputError(f"data.demonstrations and data.prompt_weight are for questions, and '{config.data.name}' is text")
     if config.data.name == "text_files" and not config.data.paths:
         raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
 

@@ -15,12 +15,11 @@ import sys
 import jax
 from absl import flags
 
-from seqpe_jax import command, config
+from seqpe_jax import command, config, serving
 from seqpe_jax.build import Images, Params, Run, Text, saved
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation import report, tables
-from seqpe_jax import serving
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.checkpoint import read_config, write_config
 from seqpe_jax.runtime.progress import ProgressLine

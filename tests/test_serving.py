@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax import config
+from seqpe_jax import config, serving
 from seqpe_jax.build import build
 from seqpe_jax.errors import InputError
-from seqpe_jax import serving
 from seqpe_jax.positions.grids import grid
 from tests.tiny import ROOT, tiny_config
 from tests.training.test_image_commands import TINY

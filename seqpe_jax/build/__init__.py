@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax import generation
+from seqpe_jax.build.answers import Answers
 from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
 from seqpe_jax.config import Config, check_positions, digits_of
@@ -119,9 +120,10 @@ class Run:
         shape = self.data.grid_of(scale)
         batch = max(1, self.config.eval.batch_tokens // math.prod(shape))
         batch = -(-batch // self.mesh.size) * self.mesh.size
+        answering = {"generate": functools.partial(self.generate, params)} if self.config.asks_questions else {}
         return self.data.evaluate(
             functools.partial(self._examine, params, self._signal(params, shape)), scale, split, batch,
-            put=functools.partial(layout.whole_to_global, self.mesh), progress=progress,
+            put=functools.partial(layout.whole_to_global, self.mesh), progress=progress, **answering,
         )  # fmt: skip
 
     def check_generation(self, lengths: Sequence[int], sampling: Sampling, window: int | None = None) -> int:
@@ -292,7 +294,7 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
             f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over "
             f"{mesh.size} devices: make it a multiple of {mesh.size * config.optimizer.accumulate}"
         )
-    data = Images(config) if config.reads_images else Text(config)
+    data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config)
     objective = make_objective(config, data, mesh)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))

@@ -12,8 +12,8 @@ from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import images, loader
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.serving import Signature
 from seqpe_jax.objectives.task import Classification
+from seqpe_jax.serving import Signature
 
 COLOURED = ("image_folder", "imagenet2012", "imagenet_resized")  # always three channels
 

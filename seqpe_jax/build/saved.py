@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 
-from seqpe_jax import config
+from seqpe_jax import config, serving
 from seqpe_jax.build import Run, build
 from seqpe_jax.build.text import with_kept_tokenizer
 from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
 from seqpe_jax.errors import InputError
-from seqpe_jax import serving
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config
 from seqpe_jax.training.state import TrainState

@@ -15,8 +15,8 @@ from seqpe_jax.data import loader, text
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
-from seqpe_jax.serving import Signature
 from seqpe_jax.objectives.task import LanguageModelling
+from seqpe_jax.serving import Signature
 
 TOKENIZER = "tokenizer.json"
 

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from seqpe_jax.evaluation.tables import UNITS
+
 # Okabe and Ito's colours, told apart by colour-blind readers; one per encoding, the same in every plot. Their light
 # orange and sky blue are a little darker here, so that labels in them can be read on white.
 COLOURS = {
@@ -37,7 +39,7 @@ def training_curves(runs: Sequence[Any], path: pathlib.Path) -> bool:
         return False
     figure = plt.figure(figsize=(SIZE[0] + (3 if others else 0), SIZE[1]), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(max(1, len(others)), 2 if others else 1, width_ratios=[2.2, 1] if others else None)
-    per = "/".join(sorted({{"text": "token", "images": "image"}[run.data] for run in runs}))
+    per = "/".join(sorted({UNITS[run.data].removesuffix("s") for run in runs}))
     axes = _dress(figure.add_subplot(grid[:, 0]), "training step", f"task loss (nats per {per})")
     _title(axes, "Task loss while training")
     ends = []
@@ -74,6 +76,13 @@ def extrapolation(runs: Sequence[Any], path: pathlib.Path) -> bool:
         metric = "loss"
     unit = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}[metric]
     return _by_extent(runs, metric, "Past the training length", "evaluated length (tokens)", unit, path)
+
+
+def extrapolation_answers(runs: Sequence[Any], path: pathlib.Path) -> bool:
+    """Draws the share of answers found against the evaluated length, the training length marked. False without any."""
+    runs = [run for run in runs if run.data == "questions"]
+    x, y = "evaluated length (tokens)", "contains the answer (percent)"
+    return _by_extent(runs, "contains", "Answers past the training length", x, y, path)
 
 
 def extrapolation_sizes(runs: Sequence[Any], path: pathlib.Path) -> bool:

@@ -24,11 +24,18 @@ TABLES = {
         ("perplexity", "Perplexity by evaluated length (lower is better)", False),
         ("word_perplexity", "Word perplexity by evaluated length (lower is better)", False),
     ),
+    "questions": (
+        ("contains", "Answers found, in percent, by evaluated length (higher is better)", True),
+        ("exact_match", "Exact match in percent by evaluated length (higher is better)", True),
+        ("f1", "F1 in percent by evaluated length (higher is better)", True),
+        ("answer_perplexity", "Perplexity of the answers by evaluated length (lower is better)", False),
+    ),
     "images": (
         ("top1", "Top-1 accuracy in percent by evaluated size (higher is better)", True),
         ("top5", "Top-5 accuracy in percent by evaluated size (higher is better)", True),
     ),
 }
+QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
 
@@ -69,7 +76,9 @@ class Run:
 
     @property
     def data(self) -> str:
-        """What the run reads: "text" or "images"."""
+        """What the run reads: "text", "questions" or "images"."""
+        if self.config["data"].get("name") in QUESTIONS:
+            return "questions"
         return "images" if self.config["data"].get("size") else "text"
 
     @property
@@ -101,7 +110,7 @@ class Run:
     @property
     def per_second(self) -> float | None:
         """Median of the reported rates, in tokens or images."""
-        name = {"text": "train/tokens_per_second", "images": "train/images_per_second"}[self.data]
+        name = f"train/{tables.UNITS[self.data]}_per_second"
         rates = [line[name] for line in self.metrics if name in line]
         return statistics.median(rates) if rates else None
 
@@ -158,6 +167,7 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
     parts.append("## Cost\n\n" + tables.cost(runs))
     for name, title, draw in (
         ("extrapolation", "Past the training length", plots.extrapolation),
+        ("extrapolation_answers", "Answers past the training length", plots.extrapolation_answers),
         ("extrapolation_sizes", "Past the training size", plots.extrapolation_sizes),
         ("training_curves", "Training", plots.training_curves),
         ("loss_by_position", "Loss by place in the longest window", plots.loss_by_position),
@@ -166,6 +176,7 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
             parts.append(f"## {title}\n\n![{title}]({name}.png)\n")
     for run in runs:
         for kind, title, draw in (
+            ("answer_depth", "Answers by length and depth", plots.answer_depth),
             ("similarity", "Likeness of position vectors", plots.similarity),
             ("attention", "Where the class token looks", plots.attention),
         ):
@@ -186,6 +197,8 @@ def notes(runs: list[Run]) -> list[str]:
             lines.append(f"{run.name} is not finished: step {done} of {planned}")
         if at is not None and done is not None and at != done:
             lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
+    guessed = {run.evaluation["without_context"]["contains"] for run in runs if "without_context" in run.evaluation}
+    lines += [f"Guessing without the passage finds {share:.1f}% of the answers" for share in sorted(guessed)]
     return lines
 
 
@@ -207,7 +220,7 @@ def differences(runs: list[Run]) -> list[str]:
     compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
     for label in dict.fromkeys(result["label"] for run in runs for result in run.results):
         read = [(run, result) for run in runs for result in run.results if result["label"] == label]
-        for data, count in (("text", "tokens"), ("images", "examples")):
+        for data, count in (("text", "tokens"), ("questions", "examples"), ("images", "examples")):
             values = [(result.get(count), run.name) for run, result in read if run.data == data]
             compare(f"{count} evaluated at {label}", values)
     return lines

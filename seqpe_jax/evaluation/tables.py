@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 MISSING = "-"
+UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,7 +86,7 @@ def cost(runs: Sequence[Any]) -> str:
         ]
         for run in runs
     ]
-    unit = "/".join(sorted({{"text": "tokens", "images": "images"}[run.data] for run in runs})) + " per s"
+    unit = "/".join(sorted({UNITS[run.data] for run in runs})) + " per s"
     return markdown(["run", "encoding", "parameters", "steps", "training seconds", unit], rows)
 
 
@@ -93,10 +94,11 @@ def results_csv(runs: Sequence[Any]) -> str:
     """Returns one line per run and evaluated length or size; empty where a metric was not measured."""
     metrics = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
+        "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "f1"),
         "images": ("examples", "loss", "top1", "top5"),
     }
     columns = list(dict.fromkeys(metric for run in runs for metric in metrics[run.data]))
-    scale = "length" if all(run.data == "text" for run in runs) else "size"
+    scale = "length" if all(run.data != "images" for run in runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "encoding", "seed", f"training_{scale}", scale, *columns])

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from seqpe_jax import build, config
 from seqpe_jax.build import saved
+from seqpe_jax.build.measured import measure as evaluate
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluate import run as evaluate
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.train import run as train
