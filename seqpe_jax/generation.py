@@ -242,7 +242,7 @@ def batches(lengths: Sequence[int], *, new_tokens: int, window: int, batch_token
 
     Args:
       new_tokens: for each prompt; window: of the longest prompt and its new tokens, at least.
-      batch_tokens: places in a batch, if one row does not have more; multiple: of which rows must be one.
+      batch_tokens: places of a batch at most, unless `multiple` rows have more; multiple: of which rows must be one.
     """
     by_places: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
@@ -250,8 +250,8 @@ def batches(lengths: Sequence[int], *, new_tokens: int, window: int, batch_token
         by_places.setdefault(places, []).append(index)
     found = []
     for places, indices in by_places.items():
-        rows = min(max(1, batch_tokens // (places + new_tokens)), _next_power(len(indices)))
-        rows = -(-rows // multiple) * multiple
+        room = max(1, batch_tokens // (places + new_tokens) // multiple)
+        rows = multiple * min(room, -(-_next_power(len(indices)) // multiple))
         found += [Batch(indices[first : first + rows], places, rows) for first in range(0, len(indices), rows)]
     return found
 

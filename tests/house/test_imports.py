@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "encodings": EVERYBODY | {"positions", "activations"},
     "models": EVERYBODY | {"encodings.signal", "activations"},
     "objectives": EVERYBODY | {"models", "encodings", "positions"},
+    "generation": EVERYBODY | {"models", "encodings.signal"},
     "data": {"errors"},
     "runtime": EVERYBODY,
     "training": EVERYBODY,
@@ -32,7 +33,7 @@ BELOW_BUILD = set(MAY_IMPORT) - {"command"}
 MAY_IMPORT["build"] = BELOW_BUILD - {"training.loop"}
 MAY_IMPORT["interop"] = BELOW_BUILD - {"training", "training.loop"} | {"build"}
 # Any other module beside these is a command.
-COMMAND = EVERYBODY | {"command", "build", "config", "training.loop", "evaluation", "interop", "runtime"}
+COMMAND = EVERYBODY | {"command", "build", "config", "training.loop", "generation", "evaluation", "interop", "runtime"}
 
 # Packages from outside that a room must do without.
 WITHOUT = {

@@ -56,11 +56,10 @@ def test_a_token_reads_no_place_past_its_own():
 def test_the_model_goes_on_where_its_cache_ends(remat):
     """A signal with tokens added, and another one in each layer."""
     model = GPT2(vocabulary=11, layers=2, width=HEADS * WIDTH, heads=HEADS, init_std=0.3, remat=remat)
-    by_layer = PositionSignal(
-        features=(random(1, 2, 1, LENGTH, HEADS, 3), random(2, 2, 1, LENGTH, HEADS, 3)), stacked=True
-    )
+    layered = tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2))
+    added = random(3, 1, LENGTH, HEADS * WIDTH)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
-    for signal in (by_layer, PositionSignal(added=random(3, 1, LENGTH, HEADS * WIDTH))):
+    for signal in (PositionSignal(features=layered, stacked=True), PositionSignal(added=added)):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
         extend = jax.jit(functools.partial(model.apply, variables, method="extend"))
