@@ -210,11 +210,9 @@ class Run:
 
     def stored(self, reach: Shape) -> "Run":
         """Returns this run as an export serves it: positions below `reach` only, their vectors read from a table."""
-        objective, tokens = self.objective, self.data.prefix + math.prod(reach)
+        objective = self.objective
         if objective.has_vectors:
             objective = dataclasses.replace(objective, encoding=objective.encoding.clone(stored=reach))
-        if tokens <= self.config.model.attention_block:  # else sizes that are not known yet would be cut into blocks
-            objective = dataclasses.replace(objective, model=objective.model.clone(attention_block=0))
         return dataclasses.replace(self, objective=objective, reach=reach)
 
     def stored_params(
