@@ -25,7 +25,6 @@ MAY_IMPORT = {
     "training": EVERYBODY,
     "training.loop": EVERYBODY | {"training", "runtime"},
     "evaluation": EVERYBODY | {"runtime.progress"},
-    "generation": EVERYBODY | {"models", "encodings.signal"},
     "serving": EVERYBODY,
     "command": {"errors", "config"},
 }
@@ -33,7 +32,9 @@ BELOW_BUILD = set(MAY_IMPORT) - {"command"}
 MAY_IMPORT["build"] = BELOW_BUILD - {"training.loop"}
 MAY_IMPORT["interop"] = BELOW_BUILD - {"training", "training.loop"} | {"build"}
 # Any other module beside these is a command.
-COMMAND = EVERYBODY | {"command", "build", "config", "training.loop", "generation", "evaluation", "interop", "runtime"}
+COMMAND = EVERYBODY | {
+    "command", "build", "config", "training.loop", "generation", "evaluation", "interop", "runtime", "serving",
+}  # fmt: skip
 
 # Packages from outside that a room must do without.
 WITHOUT = {
