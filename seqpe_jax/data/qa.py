@@ -50,8 +50,8 @@ def end_token(tokenizer: Tokenizer) -> int:
     if tokenizer.name == ByteTokenizer.name:
         return BYTE_END
     raise InputError(
-        f"tokenizer '{tokenizer.name}' has no end-of-text token, which an answer must end with: use data.tokenizer=\"bytes\", "
-        "or a tokenizer.json that has one, like GPT-2's"
+        f"tokenizer '{tokenizer.name}' has no end-of-text token, which an answer must end with: use "
+        "data.tokenizer=\"bytes\", or a tokenizer.json that has one, like GPT-2's"
     )
 
 
@@ -87,8 +87,8 @@ def training_example(
     sequence = np.concatenate([prompt, tokenizer.encode(f" {answer}".encode()), [end]])
     if len(sequence) > length:
         raise InputError(
-            f"question {record['index']} takes {len(sequence)} tokens with its answer, more than {length}: read the data set "
-            "at that length"
+            f"question {record['index']} takes {len(sequence)} tokens with its answer, more than {length}: read the "
+            "data set at that length"
         )
     tokens = np.full(length + 1, end, np.int32)
     tokens[: len(sequence)] = sequence
@@ -228,8 +228,8 @@ def question_source(
             written = prepared(builder, paths, datasets / f"{name}-{key}", root / "downloads", progress)
             if split not in written.info.splits:
                 raise InputError(
-                    f"data set '{name}' has no questions in split '{split}' (it has {', '.join(written.info.splits)}): give "
-                    "more data in data.paths"
+                    f"data set '{name}' has no questions in split '{split}' (it has {', '.join(written.info.splits)}): "
+                    "give more data in data.paths"
                 )
             _index_records(written.as_data_source(split=split), builder, tokenizer, folder, title, progress)
 
@@ -353,7 +353,7 @@ class _Assembled(QuestionSource):
         rng = np.random.default_rng([self._seed, index])
         share = float(rng.random())
         asked = [wanted]
-        others = self._others(rng, gold, asked)
+        others = self._others(rng, asked)
         sides: tuple[list[str], list[str]] = ([], [])
         used = [0, 0]
         shown, passages = self._shown(rng, gold, asked, others, room)
@@ -375,14 +375,14 @@ class _Assembled(QuestionSource):
             used[side] += tokens
         return *sides, shown, used[0] / sum(used) if sum(used) else 0.0
 
-    def _others(self, rng: np.random.Generator, gold: int, asked: list[Asked]) -> Iterator[tuple[int, str, int]]:
-        """Yields (passage, text, tokens) of those that do not give an answer away, round after round."""
+    def _others(self, rng: np.random.Generator, asked: list[Asked]) -> Iterator[tuple[int, str, int]]:
+        """Yields (passage, text, tokens) of those that give no answer away (so not the gold one), round after round."""
         found = True
         while found:
             found = False
             for passage in rng.permutation(len(self._passage_tokens)).tolist():
                 text = self._text(passage)
-                if passage != gold and not self._leaks(text, asked):
+                if not self._leaks(text, asked):
                     found = True
                     yield passage, text, int(self._passage_tokens[passage])
 
@@ -413,9 +413,7 @@ class _Assembled(QuestionSource):
             asked.append((question, answers))
         return shown, passages[1:]
 
-    def _fill(
-        self, others: Iterator[tuple[int, str, int]], room: int, asked: Sequence[Asked]
-    ) -> tuple[list[str], int]:
+    def _fill(self, others: Iterator[tuple[int, str, int]], room: int, asked: Sequence[Asked]) -> tuple[list[str], int]:
         """Returns (texts, their tokens), the last cut so that they have `room` tokens, or up to 1% of the length less."""
         texts, used = [], 0
         tries = 0
@@ -494,7 +492,8 @@ def _tokens(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
 
 
 def _cut(text: str, room: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
-    """Returns (the beginning of a text, its tokens), at most `room`; cut after a word, or anywhere to lose less than `slack`.
+    """Returns (the beginning of a text, its tokens), at most `room`; cut after a word, or anywhere to lose less than
+    `slack`.
 
     Empty where not even one character finds room.
     """

@@ -73,7 +73,8 @@ def test_prompt_begins_the_training_example(shared_data, prompt):
     for tokenizer in (BYTES, load_tokenizer(shared_data / "gpt2_tokenizer")):
         for answer in ("b", "=", "'r'", "of the Normans", "世界", "1066."):
             record = RECORD | {"input": prompt, "outputs": (answer,)}
-            tokens, example = qa.prompt_tokens(record, tokenizer), qa.training_example(record, tokenizer=tokenizer, length=60)
+            tokens = qa.prompt_tokens(record, tokenizer)
+            example = qa.training_example(record, tokenizer=tokenizer, length=60)
             assert tokens.dtype == np.int32
             np.testing.assert_array_equal(example["tokens"][: len(tokens)], tokens)
             answered = example["tokens"][1:][example["weights"] == 1.0]
@@ -92,19 +93,19 @@ def test_end_token(shared_data, tmp_path):
 def test_prompts_from_lines(tmp_path):
     long = line(9, "word " * 20, "x")
     path = tmp_path / "some.jsonl"
-    path.write_text(
-        "\n" + lines(line(5, " passage\n\nQuestion: é?\nAnswer: ", "x", " x", "yy ")) + "  \n" + lines(long, line(7, "q", "a"))
-    )
+    first = line(5, " passage\n\nQuestion: é?\nAnswer: ", "x", " x", "yy ")
+    path.write_text("\n" + lines(first) + "  \n" + lines(long, line(7, "q", "a")))
     found = source(tmp_path, path)
     assert len(found) == 2 and found.skipped["too_long"] == 1 and found.length == 64
     assert found[0] == {
-        "index": 5, "input": "passage\n\nQuestion: é?\nAnswer:", "question": "Question: é?\nAnswer:", "outputs": ("x", "yy"),
-        "depth": None, "kind": "any",
+        "index": 5, "input": "passage\n\nQuestion: é?\nAnswer:", "question": "Question: é?\nAnswer:",
+        "outputs": ("x", "yy"), "depth": None, "kind": "any",
     }  # fmt: skip
     assert found[1]["index"] == 7 and [question for question, _, _ in found.questions()] == ["Question: é?\nAnswer:", "q"]
     assert len(source(tmp_path, path, "test", length=200)) == 3, "one file serves every split"
     statistics = found.statistics()
-    assert statistics["depth"] is None and sum(statistics["tokens"]["count"]) == 2 and statistics["skipped"]["too_long"] == 1
+    assert statistics["depth"] is None and statistics["skipped"]["too_long"] == 1
+    assert sum(statistics["tokens"]["count"]) == 2
     # "q", " a" and the end are 4 tokens; the longest answer counts.
     assert len(source(tmp_path, path, length=4)) == 1
     with pytest.raises(InputError, match=r"fits 3 tokens: the smallest workable length is 4 \(and 102 for all of its 3"):

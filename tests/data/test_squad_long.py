@@ -20,7 +20,8 @@ def article(number, paragraphs=3):
     for place in range(paragraphs):
         year = str(1000 + 10 * number + place)
         text = f"Town {number}.{place} was built in {year} by people who came from far away and liked the hills there."
-        asked = {"id": year, "question": f"When was town {number}.{place} built?", "answers": [{"text": year, "answer_start": 0}]}
+        answers = [{"text": year, "answer_start": text.index(year)}]
+        asked = {"id": year, "question": f"When was town {number}.{place} built?", "answers": answers}
         found.append({"context": text, "qas": [asked]})
     return {"title": f"Title {number}", "paragraphs": found}
 

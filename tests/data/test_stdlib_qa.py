@@ -65,7 +65,8 @@ def test_every_kind_is_asked():
     assert {(one.kind, one.question, one.answers[0]) for one in found} == ASKED
     assert all(one.name == "m.py" and len(one.answers) == 1 for one in found)
     passages = {one.question: one.passage for one in found}
-    assert passages["if not path:\n    raise"] == 'if not path:\n    raise OSError("no path")\ntotal = 3.5\nwidth = width + 1'
+    raised = 'if not path:\n    raise OSError("no path")\ntotal = 3.5\nwidth = width + 1'
+    assert passages["if not path:\n    raise"] == raised
     assert passages["total ="] == "total = 3.5\nwidth = width + 1\nfor line in lines_of(self):"
     assert passages["Give what is left. def"] == 'def take(self):\n    """Give what is left."""\n    return 7'
 
@@ -158,8 +159,10 @@ def test_no_paths():
 
 
 def test_frequent_answers_and_large_tables_are_thinned_out():
-    tables = [f"x{number} = {number % 3 + 10}\n" for number in range(1000)]
-    questions = [one for name in "abcdefgh" for one in ask(name, "".join(line[0] + name + line[1:] for line in tables).encode())]
+    questions = []
+    for name in "abcdefgh":
+        table = "".join(f"x{name}{number} = {number % 3 + 10}\n" for number in range(1000))
+        questions += ask(name, table.encode())
     kept = list(stdlib_qa._selected(iter(questions), set()))
     assert len(questions) > 7000 and [one for one in questions if one in set(kept)] == kept
     answers = collections.Counter(one.answers[0] for one in kept)

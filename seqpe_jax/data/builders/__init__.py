@@ -48,9 +48,7 @@ def _named(name: str, kind: str) -> type:
     for other_kind, others in KINDS.items():
         if name in others and other_kind != kind:
             known = ", ".join(sorted(wanted))
-            raise InputError(
-                f"data set '{name}' (data.name) is {other_kind}, but this run needs {kind}: choose {known}"
-            )
+            raise InputError(f"data set '{name}' (data.name) is {other_kind}, but this run needs {kind}: choose {known}")
     if name not in wanted:
         raise InputError(f"unknown data set '{name}' (data.name).{suggest(name, wanted)}")
     return getattr(importlib.import_module(f"{__name__}.{name}"), wanted[name])

@@ -35,9 +35,7 @@ class QuestionBuilder(CachedBuilder, skip_registration=True):
 
     def features(self) -> tfds.features.FeaturesDict:
         text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
-        return tfds.features.FeaturesDict(
-            {"name": text, "text": text, "question": text, "kind": text, "answers": texts}
-        )
+        return tfds.features.FeaturesDict({"name": text, "text": text, "question": text, "kind": text, "answers": texts})
 
     def questions(self) -> Mapping[str, Iterable[Question]]:
         """Returns questions by split; lazily, as the data may be large.

@@ -27,10 +27,10 @@ class StdlibQA(QuestionBuilder):
     A passage is a few lines of source as they stand (up to 72 ASCII bytes, their common indent removed). The question is
     the text in it that stands right before the answer, the prompt's `>>> mode=` asking for the passage's `'r'`; in the
     kind "function" it is a docstring, and the answer the name of the function that has it. Kinds: argument (default
-    value), keyword (value in a call), item (of a dict), iterated (by a loop), base (of a class), exception (raised), import (first name from a
-    module), constant (of a module or class), variable, attribute, returned (expression), annotation (of what is
-    returned), function. Splits are those of `stdlib_text`, by file; a question is asked once, in one split only, and
-    its words do not hint at the answer.
+    value), keyword (value in a call), item (of a dict), iterated (by a loop), base (of a class), exception (raised),
+    import (first name from a module), constant (of a module or class), variable, attribute, returned (expression),
+    annotation (of what is returned), function. Splits are those of `stdlib_text`, by file; a question is asked once, in
+    one split only, and its words do not hint at the answer.
     """
 
     VERSION = tfds.core.Version("1.0.0")
