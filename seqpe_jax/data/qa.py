@@ -8,7 +8,6 @@ lines between them, then the builder's form of the question.
 import abc
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -36,7 +35,6 @@ BYTE_END = 0  # ends an answer in bytes: no text holds it
 BINS = 10  # of the histograms
 
 Record = dict[str, Any]
-Asked = tuple[str, tuple[str, ...]]  # question, accepted answers
 
 
 def end_token(tokenizer: Tokenizer) -> int:
@@ -176,7 +174,6 @@ def question_source(
     data_dir: str | os.PathLike = "",
     cache_dir: str | os.PathLike = "",
     seed: int = 0,
-    demonstrations: int = 0,
     progress: bool = True,
 ) -> QuestionSource:
     """Returns the questions of a split at a length, preparing and counting them when that has not been done yet.
@@ -193,8 +190,6 @@ def question_source(
       data_dir: prepared data sets; none = CACHE_DIR/datasets.
       cache_dir: counted questions; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       seed: of the passages around the gold one, and of where it stands among them.
-      demonstrations: up to so many (drawn for each example) other questions about the same context, with their answers,
-        stand in the prompt before the question. A short training on them teaches more per token; the reference has none.
       progress: show how far long work is, on stderr.
     Raises:
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
@@ -206,10 +201,6 @@ def question_source(
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     if length < 1:
         raise InputError(f"the length of examples must be at least 1 token, got {length}")
-    if demonstrations < 0 or (demonstrations and builder is QaJsonl):
-        raise InputError(
-            f"demonstrations must be 0 or more, and 0 for qa_jsonl, whose prompts are whole; got {demonstrations}"
-        )
     end_token(tokenizer)
     root = cache_root(cache_dir)
     title = f"{name}/{split}"
@@ -245,12 +236,12 @@ def question_source(
                 table = _read_table(target)
     if table is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
-    identity = json.dumps([table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed, demonstrations])
+    identity = json.dumps([table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed])
     fingerprint = hashlib.sha256(identity.encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
     if builder is QaJsonl:
         return _Lines(*shared, file)
-    return _Assembled(*shared, target, builder, seed, demonstrations)
+    return _Assembled(*shared, target, builder, seed)
 
 
 def _read_table(target: pathlib.Path) -> dict[str, np.ndarray] | None:
@@ -298,15 +289,12 @@ class _Assembled(QuestionSource):
     """
 
     def __init__(
-        self, title, length, tokenizer, table, fingerprint, folder: pathlib.Path, builder: type[QuestionBuilder], seed: int,
-        demonstrations: int,
-    ):  # fmt: skip
+        self, title, length, tokenizer, table, fingerprint, folder: pathlib.Path, builder: type[QuestionBuilder], seed: int
+    ):
         self._kept, skipped = _kept(table, length, title)
         super().__init__(title, length, tokenizer, skipped, fingerprint)
-        self._builder, self._seed, self._demonstrations = builder, seed, demonstrations
+        self._builder, self._seed = builder, seed
         self._passage_of, self._passage_tokens = table["passage_of"], table["passage_tokens"]
-        self._question_of = np.full(len(self._passage_tokens), -1)  # the first about each passage
-        self._question_of[self._passage_of[::-1]] = np.arange(len(self._passage_of))[::-1]
         self._around = table["smallest"] - self._passage_tokens[self._passage_of]  # tokens of all but the passages
         self._texts = _Slices(folder / TEXTS, table["text_start"])
         self._questions = _Slices(folder / QUESTIONS, table["question_start"])
@@ -331,8 +319,8 @@ class _Assembled(QuestionSource):
         room = self.length - int(self._around[place]) - int(self._passage_tokens[gold])
         spare = room
         while True:
-            before, after, shown, depth = self._context(index, gold, (question, answers), spare)
-            prompt = SEPARATOR.join([*before, self._text(gold), *after, *shown, tail])
+            before, after, depth = self._context(index, question, answers, spare)
+            prompt = SEPARATOR.join([*before, self._text(gold), *after, tail])
             # A tokenizer may join what was counted apart.
             over = _tokens(self._tokenizer, prompt, answers) - self.length
             if over <= 0 or spare <= 0:
@@ -345,85 +333,49 @@ class _Assembled(QuestionSource):
     def _text(self, passage: int) -> str:
         return self._texts[passage].decode()
 
-    def _leaks(self, text: str, asked: Sequence[Asked]) -> bool:
-        return any(self._builder.leaks(text, question, answers) for question, answers in asked)
-
-    def _context(self, index: int, gold: int, wanted: Asked, room: int) -> tuple[list[str], list[str], list[str], float]:
-        """Returns (passages before the gold one, after it, demonstrations, its depth), of `room` tokens together."""
+    def _context(
+        self, index: int, question: str, answers: tuple[str, ...], room: int
+    ) -> tuple[list[str], list[str], float]:
+        """Returns (passages before the gold one, after it, its depth), of `room` tokens together."""
         rng = np.random.default_rng([self._seed, index])
-        share = float(rng.random())
-        asked = [wanted]
-        others = self._others(rng, asked)
-        sides: tuple[list[str], list[str]] = ([], [])
-        used = [0, 0]
-        shown, passages = self._shown(rng, gold, asked, others, room)
-        room -= sum(map(self._count, shown))
-        for text, tokens in passages:
-            side = int(rng.random() >= share)
-            sides[side].append(text)
-            used[side] += tokens
-        spare = room - sum(used)
-        first = min(max(0, round(share * room) - used[0]), spare)
+        first = round(float(rng.random()) * room)
         if first < PIECE:
             first = 0
-        elif spare - first < PIECE:
-            first = spare
-        before = self._fill(others, first, asked)
-        after = self._fill(others, spare - before[1], asked)
-        for side, (texts, tokens) in enumerate((before, after)):
-            sides[side].extend(texts)
-            used[side] += tokens
-        return *sides, shown, used[0] / sum(used) if sum(used) else 0.0
+        elif room - first < PIECE:
+            first = room
 
-    def _others(self, rng: np.random.Generator, asked: list[Asked]) -> Iterator[tuple[int, str, int]]:
-        """Yields (passage, text, tokens) of those that give no answer away (so not the gold one), round after round."""
+        def leaks(text: str) -> bool:
+            return self._builder.leaks(text, question, answers)
+
+        others = self._others(rng, leaks)
+        before, used = self._fill(others, first, leaks)
+        after, more = self._fill(others, room - used, leaks)
+        return before, after, used / (used + more) if used + more else 0.0
+
+    def _others(self, rng: np.random.Generator, leaks: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
+        """Yields (text, tokens) of passages that do not give the answer away (so not the gold one), round after round."""
         found = True
         while found:
             found = False
             for passage in rng.permutation(len(self._passage_tokens)).tolist():
                 text = self._text(passage)
-                if not self._leaks(text, asked):
+                if not leaks(text):
                     found = True
-                    yield passage, text, int(self._passage_tokens[passage])
+                    yield text, int(self._passage_tokens[passage])
 
-    def _shown(
-        self, rng: np.random.Generator, gold: int, asked: list[Asked], others: Iterator[tuple[int, str, int]], room: int
-    ) -> tuple[list[str], list[tuple[str, int]]]:
-        """Returns (demonstrations, (text, tokens) of the passages that they are about), in `room` tokens together.
-
-        Their questions are added to `asked`, so that no other passage gives their answers away.
-        """
-        wanted = int(rng.integers(self._demonstrations + 1)) if self._demonstrations else 0
-        shown: list[str] = []
-        passages = [(self._text(gold), 0)]
-        for passage, text, tokens in itertools.islice(others, 4 * wanted):
-            if len(shown) == wanted:
-                break
-            if self._question_of[passage] < 0:
-                continue
-            question, _, answers = self._fact(int(self._question_of[passage]))
-            line = f"{self._builder.TAIL.format(question)} {answers[0]}"
-            cost = tokens + self._count(line)
-            fits = cost <= room and not self._leaks(line, asked)
-            if not fits or any(self._leaks(one, [(question, answers)]) for one, _ in passages):
-                continue
-            room -= cost
-            shown.append(line)
-            passages.append((text, tokens))
-            asked.append((question, answers))
-        return shown, passages[1:]
-
-    def _fill(self, others: Iterator[tuple[int, str, int]], room: int, asked: Sequence[Asked]) -> tuple[list[str], int]:
+    def _fill(
+        self, others: Iterator[tuple[str, int]], room: int, leaks: Callable[[str], bool]
+    ) -> tuple[list[str], int]:
         """Returns (texts, their tokens), the last cut so that they have `room` tokens, or up to 1% of the length less."""
         texts, used = [], 0
         tries = 0
         while room - used > self._count("") and tries < 100:
-            _, text, tokens = next(others, (-1, "", 0))
+            text, tokens = next(others, ("", 0))
             if not text:
                 break
             if tokens > room - used:
                 text, tokens = _cut(text, room - used, self._count, slack=self.length // 100)
-                if not text or self._leaks(text, asked):  # half a word may be the answer
+                if not text or leaks(text):  # half a word may be the answer
                     tries += 1
                     continue
                 texts.append(text)

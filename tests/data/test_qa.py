@@ -135,8 +135,6 @@ def test_folder_of_lines(tmp_path):
         source(tmp_path, tmp_path, "dev")
     with pytest.raises(InputError, match="needs one path in data.paths, got 0"):
         qa.question_source("qa_jsonl", split="test", tokenizer=BYTES, length=9, cache_dir=tmp_path)
-    with pytest.raises(InputError, match="demonstrations must be 0 or more, and 0 for qa_jsonl.*got 2"):
-        qa.question_source("qa_jsonl", split="test", tokenizer=BYTES, length=9, cache_dir=tmp_path, demonstrations=2)
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def source(cache, split="train", length=256, **options):
+def source(cache, split="train", length=256):
     return qa.question_source(
-        "stdlib_qa", split=split, tokenizer=ByteTokenizer(), length=length, cache_dir=cache, progress=False, **options
+        "stdlib_qa", split=split, tokenizer=ByteTokenizer(), length=length, cache_dir=cache, progress=False
     )
 
 
@@ -97,6 +97,7 @@ def test_answers_stand_after_the_question(cache, split):
     assert len(questions) == len(asked) and not questions & {question for question, _, _ in elsewhere}
     kinds = collections.Counter(kind for _, kind, _ in asked)
     assert len(kinds) >= 11 and max(kinds.values()) < 0.3 * len(asked) and kinds["function"] < 0.15 * len(asked)
+    clues = collections.Counter()
     for index in range(0, len(found), len(found) // 100):
         record = found[index]
         *passages, question = record["input"].split(qa.SEPARATOR)
@@ -111,7 +112,11 @@ def test_answers_stand_after_the_question(cache, split):
         else:
             assert gold[0].partition(cue)[2].lstrip().startswith(answer), "it goes on with the answer"
         others = [passage for passage in passages if passage != gold[0]]
+        clue = stdlib_qa.clue(question.removeprefix(">>> "))
+        clues[question.removeprefix(">>> ").removesuffix(clue) == ""] += 1
+        assert clue and question.endswith(clue) and not any(clue in passage for passage in others)
         assert len(others) > 15 and not any(stdlib_qa._has_word(passage, answer) for passage in others)
+    assert 0.2 < clues[True] / sum(clues.values()) < 0.5, "a third of the questions must be read as a whole"
 
 
 def test_passages_are_source_as_it_stands(cache):
@@ -171,29 +176,3 @@ def test_frequent_answers_and_large_tables_are_thinned_out():
     asked = {questions[0].question}
     assert list(stdlib_qa._selected(iter(questions[:1]), asked)) == []
     assert len(list(stdlib_qa._selected(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1
-
-
-def test_demonstrations_are_about_the_same_context(cache):
-    found = source(cache, "validation", 512, demonstrations=3)
-    answers = {f">>> {question}": answers[0] for question, _, answers in found.questions()}
-    counts = collections.Counter()
-    for index in range(0, len(found), len(found) // 100):
-        record = found[index]
-        parts = record["input"].split(qa.SEPARATOR)
-        passages = [part for part in parts if not part.startswith(">>> ")]
-        *shown, question = parts[len(passages) :]
-        counts[len(shown)] += 1
-        assert question == record["question"]
-        size = len(record["input"]) + 1 + len(record["outputs"][0]) + 1
-        assert 0.98 * 512 <= size <= 512
-        for line in shown:
-            cue, answer = next((cue, answer) for cue, answer in answers.items() if line == f"{cue} {answer}")
-            cue = cue.removeprefix(">>> ").removesuffix(" def")
-            about = [passage for passage in passages if cue in passage]
-            assert len(about) == 1 and answer in about[0], "one passage answers it"
-            assert not any(stdlib_qa._has_word(passage, answer) for passage in passages if passage != about[0])
-            assert record["outputs"][0] not in line.split()
-    assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 10
-    assert found.fingerprint != source(cache, "validation", 512).fingerprint
-    with pytest.raises(InputError, match="demonstrations must be 0 or more"):
-        source(cache, demonstrations=-1)
