@@ -37,7 +37,7 @@ class Answers(Text):
         data = self.config.data
         return qa.question_source(
             data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
-            seed=self.config.seed, demonstrations=data.demonstrations if split == "train" else 0,
+            seed=self.config.seed,
         )  # fmt: skip
 
     def describe(self) -> str:
