@@ -1,0 +1,73 @@
+"""Times training steps, evaluation or decoding; several encodings take turns in one run.
+
+    python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary,alibi,none
+    python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary --mode=decode --output=decode.json
+
+Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
+device's peak; see `build.benchmarks.flops_of`), the memory of the compiled program, and the time of the position encoding
+alone as a share. Ratios are of the first encoding to each other one: medians over turns.
+"""
+
+import copy
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from seqpe_jax import command, config
+from seqpe_jax.build.benchmarks import benchmark
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.tables import markdown
+from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.progress import ProgressLine
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+_COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "decode"], "training step, evaluated batch, or new token")
+_STEPS = flags.DEFINE_integer("steps", 20, "timed calls of each", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+
+
+def main() -> None:
+    """The command."""
+    hosts.keep_compiled_programs()
+    kinds = _COMPARE.value or [_CONFIG.value.encoding.kind]
+    if len(set(kinds)) < len(kinds):
+        raise InputError(f"--compare names an encoding twice: {','.join(kinds)}")
+    settings = []
+    for kind in kinds:
+        chosen = copy.deepcopy(_CONFIG.value).unlock()
+        settings.append(config.parse(chosen if kind == chosen.encoding.kind else config.with_encoding(chosen, kind)))
+    line = ProgressLine(1, label=_MODE.value)
+    found = benchmark(settings, _MODE.value, _STEPS.value, lambda done, total: line.update(done, total=total))
+    line.close()
+    print(table(found))
+    if _OUTPUT.value and hosts.is_lead():
+        path = pathlib.Path(_OUTPUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"written: {path}")
+
+
+def table(found: dict) -> str:
+    """Returns the runs of a benchmark as a markdown table, and its ratios in a line each."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.0f}%"
+
+    rows = [
+        [
+            run["encoding"], f"{1000 * run['median_s']:.2f}", f"{1000 * run['p10_s']:.2f} .. {1000 * run['p90_s']:.2f}",
+            f"{run['per_second']:,.0f}", share(run["mfu"]), f"{run['peak_bytes'] / 1e6:,.0f}", share(run["encoding_share"]),
+        ]
+        for run in found["runs"]
+    ]  # fmt: skip
+    header = ["encoding", "median ms", "10th .. 90th", "per second", "MFU", "MB", "encoding alone"]
+    lines = [f"{pair}: time {ratio['time']:.3f}, memory {ratio['memory']:.3f}" for pair, ratio in found["ratios"].items()]
+    return f"{found['device']}, {_MODE.value}\n" + markdown(header, rows) + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    command.run(main)

@@ -1,0 +1,217 @@
+"""How long a training step, an evaluation or a new token takes, and what of it the position encoding is.
+
+Several encodings take turns, so that what else the machine does falls on all of them alike. Inputs are random; nothing is
+read or written. Times are of whole calls that have been waited for, the first ones (compilation) left out.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax import generation
+from seqpe_jax.build import Run, build
+from seqpe_jax.config import Config
+from seqpe_jax.errors import InputError
+from seqpe_jax.generation import Sampling
+from seqpe_jax.positions.grids import grid
+from seqpe_jax.runtime import mesh as layout
+
+WARM_UP = 2  # calls
+DECODED = 32  # tokens of a call in mode decode
+# Peak bf16 FLOP/s by a part of the device's name; a device that is not here has no MFU. Source: the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
+    "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """One thing to time.
+
+    Attributes:
+      call: does it once and returns arrays to wait for; units: tokens or images of a call; flops: of a call (see
+        `flops_of`); bytes: that the compiled program holds at once (arguments, results and temporaries).
+      encoding: the same of the encoding alone, or None where it has nothing to compute.
+    """
+
+    call: Callable[[], Any]
+    units: int
+    flops: float
+    bytes: int
+    encoding: Callable[[], Any] | None
+
+
+def benchmark(
+    settings: Sequence[Config], mode: str, steps: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Returns {"runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}.
+
+    A run is {"encoding", "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an evaluated
+    batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device), "peak_bytes",
+    "encoding_share" (of the time; None where the encoding computes nothing of its own)}.
+
+    Args:
+      settings: differ in the encoding; mode: "train", "eval" or "decode"; steps: timed calls of each.
+
+    Raises:
+      InputError: a mode that these configs cannot run.
+    """
+    made = [_timed(build(config), mode) for config in settings]
+    seconds: list[list[float]] = [[] for _ in made]
+    shares: list[list[float]] = [[] for _ in made]
+    for turn in range(WARM_UP + steps):
+        for one, times, share in zip(made, seconds, shares, strict=True):
+            took = _seconds(one.call)
+            if turn >= WARM_UP:
+                times.append(took)
+            if one.encoding is not None:
+                alone = _seconds(one.encoding)
+                if turn >= WARM_UP:
+                    share.append(alone)
+        progress(turn + 1, WARM_UP + steps)
+    runs = []
+    for config, one, times, share in zip(settings, made, seconds, shares, strict=True):
+        per = DECODED if mode == "decode" else 1
+        median = statistics.median(times)
+        peak = next((peak for name, peak in PEAK_FLOPS.items() if name in jax.devices()[0].device_kind), None)
+        runs.append({
+            "encoding": config.encoding.kind,
+            "mode": mode,
+            **({"size": list(config.data.size)} if config.reads_images else {"length": config.data.length}),
+            "batch": config.batch_size,
+            "median_s": median / per,
+            "p10_s": float(np.quantile(times, 0.1)) / per,
+            "p90_s": float(np.quantile(times, 0.9)) / per,
+            "per_second": one.units / median,
+            "mfu": None if peak is None else one.flops / median / (peak * jax.device_count()),
+            "peak_bytes": one.bytes,
+            "encoding_share": statistics.median(share) / median if share else None,
+        })  # fmt: skip
+    first, ratios = runs[0], {}
+    for other, times in zip(runs[1:], seconds[1:], strict=True):
+        turns = [mine / theirs for mine, theirs in zip(seconds[0], times, strict=True)]
+        ratios[f"{first['encoding']}/{other['encoding']}"] = {
+            "time": statistics.median(turns), "memory": first["peak_bytes"] / other["peak_bytes"],
+        }  # fmt: skip
+    return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": ratios}
+
+
+def flops_of(config: Config, mode: str) -> float:
+    """Returns the floating-point operations of a call that the model's matrix products need, the encoding's left out.
+
+    Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D) and of the logits (D V), and 4 L D in each block for
+    attention (all L keys, causal or not). A training step needs three times as many: forward, and twice that backward.
+    """
+    model, places = config.model, int(np.prod(config.grid))
+    width, mlp = model.width, model.mlp_width or 4 * model.width
+    tokens = config.batch_size * (DECODED if mode == "decode" else places)
+    per_token = model.layers * (2 * (4 * width**2 + 2 * width * mlp) + 4 * places * width)
+    per_token += 2 * width * (model.vocabulary if model.kind == "gpt2" else 0)
+    return tokens * per_token * (3 if mode == "train" else 1)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _timed(run: Run, mode: str) -> Timed:
+    config = run.config
+    named = dataclasses.replace(config, model=dataclasses.replace(config.model, **run.data.model_fields))
+    make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
+    call, program_bytes = make(run)
+    units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
+    return Timed(call, units, flops_of(named, mode), program_bytes, _encoding(run, mode))
+
+
+def _batch(run: Run) -> dict[str, jax.Array]:
+    rng, config = np.random.default_rng(0), run.config
+    if config.reads_images:
+        shape, classes = run.objective.inputs.shape[1:], run.data.model_fields["classes"]
+        images = rng.normal(size=(config.batch_size, *shape)).astype(np.float32)
+        batch = {"images": images, "labels": rng.integers(0, classes, config.batch_size).astype(np.int32)}
+    else:
+        shape = (config.batch_size, config.data.length + 1)
+        batch = {"tokens": rng.integers(0, run.data.model_fields["vocabulary"], shape).astype(np.int32)}
+    return layout.whole_to_global(run.mesh, batch)
+
+
+def _train(run: Run) -> tuple[Callable[[], Any], int]:
+    batch = _batch(run)
+    state = run.init_state()
+    compiled = run.train_step().lower(state, batch).compile()
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return call, _bytes(compiled)
+
+
+def _evaluate(run: Run) -> tuple[Callable[[], Any], int]:
+    params, batch = run.init_state().params, _batch(run)
+    shape = run.config.grid
+
+    def examine(params: Any, batch: Any) -> Any:
+        positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+        return run.objective.examine(params, run.objective.signal(params, positions_PLA, shape), batch)
+
+    compiled = jax.jit(examine).lower(params, batch).compile()
+    return lambda: compiled(params, batch), _bytes(compiled)
+
+
+def _decode(run: Run) -> tuple[Callable[[], Any], int]:
+    if run.config.reads_images:
+        raise InputError("--mode=decode generates text: give a config of text")
+    length = run.config.data.length
+    run.check_generation([length], Sampling(DECODED + 1))
+    params, batch = run.init_state().params, _batch(run)
+    static = generation.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
+    split, whole = layout.batch_sharding(run.mesh), layout.replicated(run.mesh)
+    programs = generation.programs(run.objective.model, static, split, whole)
+    signal = run._signal(params, (length + DECODED + 1,))
+    draw = generation.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1))
+    rows = run.config.batch_size
+    put = layout.whole_to_global(
+        run.mesh, {"lengths": np.full(rows, length, np.int32), "index": np.arange(rows, dtype=np.int32)}
+    )
+    prompts = (batch["tokens"][:, :-1], put["lengths"], put["index"], draw)
+    state = programs.begin(params["model"], signal, *prompts)
+    # The cache is not donated here, so that every call begins with the same one.
+    advance = jax.jit(functools.partial(generation.advance, run.objective.model, static=static))
+    compiled = advance.lower(params["model"], signal, state, draw, np.int32(DECODED + 1)).compile()
+    return lambda: compiled(params["model"], signal, state, draw, np.int32(DECODED + 1)), _bytes(compiled)
+
+
+def _encoding(run: Run, mode: str) -> Callable[[], Any] | None:
+    """What the encoding of a call costs alone; None for encodings without parameters, and where a table is read."""
+    if mode == "decode" or not run.objective.has_vectors:
+        return None
+    params, objective = run.init_state().params["encoding"], run.objective
+    settings, rows = run.config.objective, int(np.prod(run.config.grid)) * run.config.objective.shift.sets
+    if mode == "train":
+        rows += settings.contrastive.batch * (1 + settings.contrastive.candidates) * (settings.contrastive.weight > 0)
+        rows += (settings.distillation.batch + 1) * settings.distillation.offsets * (settings.distillation.weight > 0)
+    positions_RA = np.random.default_rng(0).integers(0, run.config.encoding.max_position, (rows, len(run.config.grid)))
+
+    def vectors(params: Any, positions_RA: jax.Array) -> jax.Array:
+        return objective.encoding.apply({"params": params}, positions_RA, method="vectors").sum()
+
+    work = jax.jit(jax.grad(vectors) if mode == "train" else vectors)
+    positions_RA = jnp.asarray(positions_RA, jnp.int32)
+    return lambda: work(params, positions_RA)
+
+
+def _bytes(compiled: Any) -> int:
+    found = compiled.memory_analysis()
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
