@@ -12,11 +12,14 @@ from seqpe_jax.config import defaults, with_encoding
 def get_config(variant=None):
     """Returns the config; a variant is an encoding kind."""
     c = defaults()
-    c.steps = 1500
+    c.steps = 1200
     c.batch_size = 16
     c.data.name = "stdlib_qa"
     c.data.length = 128
-    c.data.prompt_weight = 0.2
+    # A question repeats the passage's words before the answer; learning to go on with it teaches to look words up. With the
+    # answer alone in the loss, as the paper has it, this budget ends at 5% of the answers.
+    c.data.prompt_weight = 0.1
+    c.data.question_weight = 1.0
     c.eval.lengths = (128, 256, 512)
     c.eval.examples = 400
     c.checkpoint.every = 500
@@ -29,7 +32,7 @@ def get_config(variant=None):
     c.model.attention_dropout = 0.0
     c.model.embedding_dropout = 0.0
 
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.clip = 1.0
 

@@ -60,7 +60,8 @@ class DataConfig:
     paths: tuple[str, ...] = ()  # text_files: files, globs or directories; image_folder: its root; else the release
     length: int = _field(512, **Positive)  # text: tokens of a training window; questions: of prompt and answer
     tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
-    prompt_weight: float = _field(0.0, **Fraction)  # questions: weight of the prompt's tokens in the loss
+    prompt_weight: float = _field(0.0, **Fraction)  # questions: weight of the context's tokens in the loss
+    question_weight: float = _field(0.0, **Fraction)  # questions: weight of the question's tokens in the loss
     size: tuple[int, ...] = ()  # images: (height, width), clips: (frames, height, width), in pixels
     crop_ratio: float = _field(1.0, low=0.1, high=1.0)  # images: side of the centre crop at evaluation
     augment: AugmentConfig = _section(AugmentConfig)
@@ -569,8 +570,11 @@ def _check_text(config: Config) -> None:
     if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
         wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
         raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
-    if config.data.name in TEXTS and config.data.prompt_weight:
-        raise InputError(f"data.prompt_weight is for questions, and data.name='{config.data.name}' is text: set it to 0")
+    if config.data.name in TEXTS and (config.data.prompt_weight or config.data.question_weight):
+        raise InputError(
+            f"data.prompt_weight and data.question_weight are for questions, and data.name='{config.data.name}' is text: "
+            "set them to 0"
+        )
     if config.data.name == "text_files" and not config.data.paths:
         raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
 

@@ -50,7 +50,7 @@ class Answers(Text):
         config = self.config
         example = functools.partial(
             qa.training_example, tokenizer=self.tokenizer, length=config.data.length,
-            prompt_weight=config.data.prompt_weight,
+            prompt_weight=config.data.prompt_weight, question_weight=config.data.question_weight,
         )  # fmt: skip
         return loader.TrainLoader(
             self.questions("train", config.data.length), batch_size=config.batch_size, seed=config.seed, example=example,

@@ -55,8 +55,8 @@ def benchmark(
     """Returns {"runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}.
 
     A run is {"encoding", "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an evaluated
-    batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device), "peak_bytes",
-    "encoding_share" (of the time; None where the encoding computes nothing of its own)}.
+    batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device),
+    "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own)}.
 
     Args:
       settings: differ in the encoding; mode: "train", "eval" or "decode"; steps: timed calls of each.

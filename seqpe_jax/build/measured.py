@@ -54,7 +54,7 @@ def measure(
     values = config.to_dict(settings)
     values["eval"] |= {name: limit for name, limit in (("tokens", tokens), ("examples", examples)) if limit is not None}
     if data is not None:
-        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0}
+        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
     settings = config.from_dict(values)
     for length, *_ in lengths:
         config.check_positions(settings.encoding, length, "evaluation length")

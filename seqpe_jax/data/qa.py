@@ -65,6 +65,7 @@ def training_example(
     tokenizer: Tokenizer,
     length: int,
     prompt_weight: float = 0.0,
+    question_weight: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Returns prompt + " " + answer + end token, filled up on the right with end tokens.
 
@@ -72,7 +73,8 @@ def training_example(
       record: of a `QuestionSource`.
       rng: draws which of the accepted answers; none = the first.
       length: L; inputs are tokens[:L], targets tokens[1:].
-      prompt_weight: weight of the prompt's tokens in the loss, in 0..1 (the reference: 0).
+      prompt_weight, question_weight: of the tokens of the context and of the question in the loss, in 0..1 (the
+        reference: 0). Questions that repeat words of the passage, as those of stdlib_qa do, teach to look them up.
     Returns:
       {"tokens": int32[L + 1], "weights": float32[L]}: the weight of each target, 1 for the answer and its end, 0 for what
       fills up.
@@ -92,6 +94,8 @@ def training_example(
     tokens[: len(sequence)] = sequence
     weights = np.zeros(length, np.float32)
     weights[: len(prompt) - 1] = prompt_weight
+    asked = len(prompt) - len(tokenizer.encode(record["input"].removesuffix(record["question"]).encode()))
+    weights[len(prompt) - 1 - asked : len(prompt) - 1] = question_weight
     weights[len(prompt) - 1 : len(sequence) - 1] = 1.0
     return {"tokens": tokens, "weights": weights}
 

@@ -90,6 +90,10 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
         values |= SHRUNKEN_IMAGES
         if path.stem == "imagenet_vit":
             values |= {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos")),)}
+    elif config.load(f"{path}:{kind}").asks_questions:
+        lines = [json.dumps({"index": at, "input": f"ask {at}:", "outputs": [f"no {at}"]}) for at in range(40)]
+        (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
+        values |= {"data.name": "qa_jsonl", "data.paths": (str(tmp_path / "asked.jsonl"),)}
     else:
         (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
         values |= {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),)}

@@ -1,0 +1,51 @@
+"""Long-context question answering as in the paper: GPT-2 small from a WikiText-103 checkpoint, fine-tuned on SQuAD.
+
+    python -m seqpe_jax.train --config=configs/squad_qa_gpt2.py --workdir=runs/squad --init-from=runs/wt103 \
+        --config.data.paths=path/to/train-v1.1.json --config.data.tokenizer=path/to/tokenizer.json
+    python -m seqpe_jax.evaluate --checkpoint=runs/squad --lengths=1024,2048,4096,8192 \
+        --output=runs/squad/evaluation.json
+
+Hardware: 8 accelerators, or fewer with --config.optimizer.accumulate. Variants: the encoding of the checkpoint,
+`configs/squad_qa_gpt2.py:rotary`. Never run at full size by this project. Source of the numbers: the paper's recipe; the
+batch of its question answering is that of its language model.
+"""
+
+from seqpe_jax.config import defaults, with_encoding
+
+
+def get_config(variant=None):
+    """Returns the config; a variant is an encoding kind."""
+    c = defaults()
+    c.steps = 10_000
+    c.batch_size = 128
+    c.data.name = "squad_long"
+    c.data.paths = ("train-v1.1.json",)
+    c.data.tokenizer = "tokenizer.json"
+    c.data.length = 1024
+    c.eval.lengths = (1024, 2048, 4096, 8192)
+    c.eval.new_tokens = 16
+    c.checkpoint.every = 1000
+    c.precision.compute = "bfloat16"
+
+    c.model.layers = 12
+    c.model.width = 768
+    c.model.heads = 12
+
+    c.optimizer.learning_rate = 5e-5
+    c.optimizer.schedule = "linear"
+    c.optimizer.warmup_steps = 0
+    c.optimizer.clip = 5.0
+
+    c.encoding.mode = "attn_scalar"
+    c.encoding.qk = "single"
+    c.encoding.max_position = 20_000
+    c.encoding.width = 768
+    c.encoding.heads = 12
+
+    c.objective.contrastive.batch = 128  # the recipe's 16 on each of 8 devices
+    c.objective.contrastive.candidates = 32
+    c.objective.contrastive.window = 256
+    c.objective.distillation.batch = 128
+    c.objective.distillation.offsets = 32
+    c.objective.shift.rate = 0.1
+    return with_encoding(c, variant)
