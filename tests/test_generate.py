@@ -39,9 +39,10 @@ def words(commands, tmp_path_factory) -> pathlib.Path:
     for number in range(400):
         (folder / f"{number}.txt").write_text(" ".join(COUNTING[:5]))
     word_tokenizer(folder / "tokenizer.json", ["<|endoftext|>", *COUNTING[:5]])
-    fields = {"steps": 60, "checkpoint__every": 60, "optimizer__learning_rate": 0.02, "data__length": 8}
-    fields["eval__lengths"] = (8,)
-    fields["data__tokenizer"] = folder / "tokenizer.json"
+    fields = {
+        "steps": 60, "checkpoint__every": 60, "optimizer__learning_rate": 0.02, "data__length": 8,
+        "eval__lengths": (8,), "data__tokenizer": folder / "tokenizer.json",
+    }  # fmt: skip
     result = commands("train", *train_arguments(folder / "run", folder / "*.txt", config=f"{CONFIG}:rotary", **fields))
     assert result.code == 0, result.err
     return folder / "run"
@@ -60,9 +61,9 @@ def test_a_prompt_is_gone_on_with(commands, trained, tmp_path):
 
 
 def test_the_lines_of_a_file_are_batched(commands, trained, tmp_path):
-    (tmp_path / "prompts.txt").write_text("abc\nb\r\nbcabcabcabcabcabcabcabc\nc\n")
-    prompts = f"--prompts-file={tmp_path / 'prompts.txt'}"
-    result = commands("generate", f"--checkpoint={trained}", prompts, "--max-new-tokens=5")
+    path = tmp_path / "prompts.txt"
+    path.write_text("abc\nb\r\nbcabcabcabcabcabcabcabc\nc\n")
+    result = commands("generate", f"--checkpoint={trained}", f"--prompts-file={path}", "--max-new-tokens=5")
     assert result.code == 0, result.err
     lines = [json.loads(line) for line in result.out.splitlines()]
     prompts = ["abc", "b", "bcabcabcabcabcabcabcabc", "c"]
