@@ -46,13 +46,13 @@ def test_names():
 
 
 def test_training_example():
-    found = qa.training_example(RECORD, tokenizer=BYTES, length=24, prompt_weight=0.25)
+    found = qa.training_example(RECORD, tokenizer=BYTES, length=24, prompt_weight=0.25, question_weight=0.5)
     assert {name: (value.dtype.name, value.shape) for name, value in found.items()} == {
         "tokens": ("int32", (25,)), "weights": ("float32", (24,)),
     }  # fmt: skip
     assert bytes(found["tokens"].tolist()) == b"a = 1\n\n>>> a = 1" + b"\0" * 9
-    # 14 tokens of prompt: 13 of them are targets; then " ", "1" and the end; then what fills up.
-    np.testing.assert_array_equal(found["weights"], [0.25] * 13 + [1.0] * 3 + [0.0] * 8)
+    # 14 tokens of prompt: 13 of them are targets, 7 of the question; then " ", "1" and the end; then what fills up.
+    np.testing.assert_array_equal(found["weights"], [0.25] * 6 + [0.5] * 7 + [1.0] * 3 + [0.0] * 8)
     targets = found["tokens"][1:][found["weights"] == 1.0]
     assert bytes(targets.tolist()) == b" 1\0"
     assert qa.training_example(RECORD, tokenizer=BYTES, length=17)["weights"][-2:].tolist() == [1.0, 0.0]

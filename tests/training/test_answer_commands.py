@@ -1,0 +1,112 @@
+"""Questions end to end: trained, answered at other lengths, scored, reported; from another run's parameters too."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from tests.commands import Commands, train_arguments
+
+pytestmark = pytest.mark.slow
+
+PLAIN = {
+    "objective__contrastive__weight": 0, "objective__distillation__weight": 0, "data__length": 24,
+    "eval__lengths": (24, 48), "eval__new_tokens": 4, "checkpoint__every": 100,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> pathlib.Path:
+    """Forty questions whose answer is a letter of the prompt; ten of them are too long for 24 bytes."""
+    path = tmp_path_factory.mktemp("asked") / "asked.jsonl"
+    lines = []
+    for number in range(40):
+        letter, rest = "abcd"[number % 4], " and more" * (number % 4 == 3)
+        prompt = f"it is {letter}.{rest}\n\nWhat?"
+        lines.append(json.dumps({"index": number, "input": prompt, "outputs": [letter, letter.upper()]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(commands, asked, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("runs") / "qa"
+    fields = PLAIN | {"data__name": "qa_jsonl", "data__question_weight": 0.5, "steps": 40, "eval__every": 40}
+    fields |= {"optimizer__learning_rate": 0.01, "report__every": 20}
+    result = commands("train", *train_arguments(workdir, asked, **fields))
+    assert result.code == 0, result.err
+    assert "30 questions at 24 tokens; skipped: too_long 10" in result.out
+    return workdir
+
+
+def test_scores_by_length_with_every_answer_kept(commands, trained):
+    file = trained / "evaluation.json"
+    result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24,48", f"--output={file}")
+    assert result.code == 0, result.err
+    found = json.loads(file.read_text())
+    assert found["task"] == "question_answering" and [one["length"] for one in found["results"]] == [24, 48]
+    assert [one["examples"] for one in found["results"]] == [30, 40]
+    for one in found["results"]:
+        lines = [json.loads(line) for line in (trained / f"answers_{one['length']}.jsonl").read_text().splitlines()]
+        assert len(lines) == one["examples"]
+        assert one["contains"] == pytest.approx(100 * sum(line["contains"] for line in lines) / len(lines))
+        assert one["answer_perplexity"] == pytest.approx(math.exp(one["loss"]))
+        assert all(0 <= one[name] <= 100 for name in ("contains", "exact_match", "f1"))
+        assert all(len(line["hypothesis"]) <= 4 for line in lines)
+    assert found["results"][0]["loss"] < 1.5  # three letters and an end: learned
+    assert found["without_context"]["examples"] == 30
+    logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert {"eval/contains@24", "eval/contains@48", "eval/loss@24"} <= set().union(*logged)
+    result = commands("report", f"--workdir={trained}", f"--output={trained / 'report'}")
+    assert result.code == 0, result.err
+    page = (trained / "report" / "report.md").read_text()
+    assert "Answers found" in page and "Guessing without the passage" in page
+    assert "contains" in (trained / "report" / "results.csv").read_text().splitlines()[0]
+
+
+def test_at_most_so_many_questions(commands, trained):
+    result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", "--examples=5")
+    assert result.code == 0, result.err
+
+
+def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp_path):
+    """A run on text begins with those of the run on questions and, at learning rate 0, evaluates like it."""
+    fields = PLAIN | {"data__name": "qa_jsonl", "steps": 1, "optimizer__learning_rate": 0}
+    arguments = train_arguments(tmp_path / "tuned", asked, **fields)
+    result = commands("train", *arguments, f"--init-from={trained}")
+    assert result.code == 0, result.err
+    assert f"begins with {trained}" in result.out
+    runs = (trained, tmp_path / "tuned")
+    outputs = [commands("evaluate", f"--checkpoint={run}", "--lengths=24").out.splitlines()[-1] for run in runs]
+    assert outputs[0] == outputs[1] and "contains" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"data__name": "squad_long", "data__paths": "()"}, ["data.paths", "SQuAD"]),
+        ({"data__name": "qa_jsonl", "data__length": 10}, ["no question", "10 tokens", "smallest workable length is"]),
+        ({"data__question_weight": 1.0}, ["question_weight", "text"]),
+    ],
+)
+def test_bad_input(commands, asked, tmp_path, fields, words):
+    fields = PLAIN | {"eval__lengths": ()} | fields
+    result = commands("train", *train_arguments(tmp_path / "run", asked, **fields))
+    assert result.code == 2 and len(result.err.strip().splitlines()) == 1, result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+def test_a_malformed_line_is_named(commands, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"index": 0, "input": "a", "outputs": ["b"]}\n{"index": 1, "input": "a"\n')
+    fields = PLAIN | {"data__name": "qa_jsonl", "eval__lengths": ()}
+    result = commands("train", *train_arguments(tmp_path / "run", tmp_path / "asked.jsonl", **fields))
+    assert result.code == 2 and "line 2" in result.err and len(result.err.strip().splitlines()) == 1, result.err
