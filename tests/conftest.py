@@ -1,5 +1,7 @@
 """Settings of every test: eight fake CPU devices, a compile cache that outlives the process, and shared fixtures."""
 
+import gc
+import importlib.metadata
 import os
 import pathlib
 import tempfile
@@ -12,6 +14,8 @@ FLAGS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": "true",
 }
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag and would not start
+    FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
@@ -21,6 +25,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+gc.set_threshold(50_000, 20, 50)  # traces make many objects that live long; looking through them again costs time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -20,8 +20,8 @@ import safetensors.numpy
 from seqpe_jax import config
 from seqpe_jax.build import build, saved
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from tests import test_serving
 from tests.commands import ROOT, Commands, environment
-from tests.interop import test_serving
 from tests.tiny import tiny_config
 from tests.training.test_commands import refused, word_tokenizer
 
