@@ -1,7 +1,7 @@
 """Converts checkpoints of the PyTorch reference (text, images) and Hugging Face GPT-2 into runs, and runs back.
 
-    python -m seqpe_jax.convert --source=released/text --output=runs/released
-    python -m seqpe_jax.convert --source=runs/first --output=for_the_authors --to=reference
+python -m seqpe_jax.convert --source=released/text --output=runs/released
+python -m seqpe_jax.convert --source=runs/first --output=for_the_authors --to=reference
 """
 
 from absl import flags

@@ -71,9 +71,7 @@ def run(checkpoint: str, output: str, max_length: int | None, max_size: int | No
         write_config(folder, read_config(checkpoint) | {serving.SECTION: section})
 
 
-def described(
-    served: Run, params: Params, scale: tuple[int, ...], step: int, platforms: tuple[str, ...]
-) -> dict[str, str]:
+def described(served: Run, params: Params, scale: tuple[int, ...], step: int, platforms: tuple[str, ...]) -> dict[str, str]:
     """Returns the table of the model card."""
     settings, field = served.config, served.data.scale_field
     count, stored = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (served.shapes.params, params))

@@ -1,6 +1,6 @@
 """Writes the report of one run, or of a folder of runs: tables, CSV, plots.
 
-    python -m seqpe_jax.report --workdir=runs/quickstart --output=runs/quickstart/report
+python -m seqpe_jax.report --workdir=runs/quickstart --output=runs/quickstart/report
 """
 
 import pathlib

@@ -1,8 +1,8 @@
 """Trains a model; the same command goes on where a run was stopped.
 
-    python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
-    python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
-    python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
+python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
+python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
+python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
 """
 
 import dataclasses

@@ -75,9 +75,7 @@ def test_the_lines_of_a_file_are_batched(commands, trained, tmp_path):
 def test_a_seed_repeats_a_text_of_any_bytes(commands, trained):
     """At a high temperature the bytes are no UTF-8."""
     hot = ["--prompt=ab", NEW, "--temperature=50", "--top-p=0.99"]
-    first, again, other = (
-        commands("generate", f"--checkpoint={trained}", *hot, f"--seed={seed}") for seed in (1, 1, 2)
-    )
+    first, again, other = (commands("generate", f"--checkpoint={trained}", *hot, f"--seed={seed}") for seed in (1, 1, 2))
     assert first.code == 0 and "\ufffd" in first.out
     assert first.out == again.out != other.out
 

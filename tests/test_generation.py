@@ -33,11 +33,10 @@ def run_of(variant: str = "seqpe", devices: int = 1, **fields):
 def uncached(run, params, prompt, new: int, window: int):
     """Greedy tokens and their logits, each from a forward over everything before it, under the window's signal."""
     model, variables = run.objective.model, {"params": params["model"]}
+    signal = run._signal(params, (window,), window)
 
     @jax.jit
     def forward(buffer_BL, at):
-        positions_PLA = jnp.arange(window, dtype=jnp.int32)[None, :, None]
-        signal = run.objective.signal(params, positions_PLA, (window,))
         return model.apply(variables, buffer_BL, signal)[0, at]
 
     buffer = np.zeros((1, window), np.int32)
@@ -56,7 +55,7 @@ SEQPE = [
         *((mode, ("single", "multi", "none", "halves")) for mode in ("attn_add", "attn_mul", "attn_scalar")),
     )
     for qk in maps
-    for per_head in (True, False)
+    for per_head in ((True, False) if qk == maps[0] and mode != "input_add" else (True,))
 ]  # fmt: skip
 BASELINES = ["learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
 CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, {}) for kind in BASELINES]

@@ -108,9 +108,7 @@ class EvaluationBatches:
     Rows that fill up the last batch are zeros of weight 0. `len()` is the number of batches.
     """
 
-    def __init__(
-        self, source: Sequence[Any], batch_size: int, count: int, example: Callable[[Any], Example] | None = None
-    ):
+    def __init__(self, source: Sequence[Any], batch_size: int, count: int, example: Callable[[Any], Example] | None = None):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.examples = count

@@ -49,7 +49,7 @@ def end_token(tokenizer: Tokenizer) -> int:
         return BYTE_END
     raise InputError(
         f"tokenizer '{tokenizer.name}' has no end-of-text token, which an answer must end with: use "
-        "data.tokenizer=\"bytes\", or a tokenizer.json that has one, like GPT-2's"
+        'data.tokenizer="bytes", or a tokenizer.json that has one, like GPT-2\'s'
     )
 
 
@@ -367,9 +367,7 @@ class _Assembled(QuestionSource):
                     found = True
                     yield text, int(self._passage_tokens[passage])
 
-    def _fill(
-        self, others: Iterator[tuple[str, int]], room: int, leaks: Callable[[str], bool]
-    ) -> tuple[list[str], int]:
+    def _fill(self, others: Iterator[tuple[str, int]], room: int, leaks: Callable[[str], bool]) -> tuple[list[str], int]:
         """Returns (texts, their tokens), the last cut so that they have `room` tokens, or up to 1% of the length less."""
         texts, used = [], 0
         tries = 0

@@ -146,8 +146,6 @@ def _open(target: pathlib.Path) -> TokenSource | None:
         if size == 0 or (target / TOKENS).stat().st_size != size * dtype.itemsize:
             return None
         tokens = np.memmap(target / TOKENS, dtype=dtype, mode="r", shape=(size,))
-        return TokenSource(
-            tokens, summary["bytes"], summary["words"], summary["documents"], str(summary["fingerprint"])
-        )
+        return TokenSource(tokens, summary["bytes"], summary["words"], summary["documents"], str(summary["fingerprint"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

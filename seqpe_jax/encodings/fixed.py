@@ -78,9 +78,7 @@ def unturned(cos: jax.Array, sin: jax.Array, prefix: int) -> tuple[jax.Array, ja
 class NoPosition(nn.Module):
     """No encoding at all (NoPE): a causal model infers order from what each token can see."""
 
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns an empty signal."""
         return PositionSignal()
 
@@ -103,9 +101,7 @@ class Sinusoidal(nn.Module):
     prefix: int = 0
     flatten: bool = False
 
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] of a grid of this shape.
 
         Raises:
@@ -140,9 +136,7 @@ class Rotary(nn.Module):
     theta: float = 10000.0
     prefix: int = 0
 
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `rotation` of prefix + L tokens for positions int32[P, L, A] of a grid of this shape.
 
         Raises:
@@ -169,9 +163,7 @@ class RotaryAxial(nn.Module):
     theta: float = 100.0
     prefix: int = 0
 
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `rotation` of prefix + L tokens for positions int32[P, L, A]; `shape` is not read.
 
         Raises:
@@ -211,9 +203,7 @@ class ALiBi(nn.Module):
     heads_model: int
     reference_scaling: bool = False
 
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `features` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
         if positions_PLA.shape[-1] != 1:
             raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")

@@ -61,9 +61,7 @@ class Learned(nn.Module):
     prefix: int = 0
 
     @nn.compact
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] inside of `shape`.
 
         A longer window reads the table stretched to its length (linear), a shorter one its beginning. A grid of another

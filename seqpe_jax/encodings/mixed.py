@@ -30,9 +30,7 @@ class RotaryMixed(nn.Module):
     reference_scramble: bool = False
 
     @nn.compact
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `rotation`, stacked over layers, of prefix + L tokens for positions int32[P, L, A]; `shape` is not read.
 
         Raises:

@@ -230,9 +230,7 @@ class SeqPE(nn.Module):
             shape = (self.prefix, self.vector_width)
             self.prefix_vectors = self.param("prefix_vectors", kernel_init(self.init_std), shape)
 
-    def __call__(
-        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
-    ) -> PositionSignal:
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns the signal of positions int32[P, L, A]; `shape` is not read."""
         sets, length, axes = positions_PLA.shape
         vectors_RE = self.vectors(positions_PLA.reshape(-1, axes), deterministic)
@@ -303,6 +301,4 @@ class SeqPE(nn.Module):
         if width % parts:
             raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
         if self.mode == "rotary" and self.head_width % 2:
-            raise InputError(
-                f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd"
-            )
+            raise InputError(f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd")

@@ -120,9 +120,7 @@ def no_context_baseline(train: Iterable[Asked], heldout: Iterable[Asked]) -> dic
     return score(records, hypotheses)
 
 
-def write_answers(
-    path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]
-) -> pathlib.Path:
+def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]) -> pathlib.Path:
     """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
 
     The file appears whole or not at all.

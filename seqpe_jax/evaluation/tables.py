@@ -64,9 +64,7 @@ def by_scale(runs: Sequence[Any], metric: str, *, more_is_better: bool = False) 
     def title(label: str) -> str:
         return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
 
-    return markdown(
-        ["encoding", *map(title, labels)], [[name, *(cell(name, label) for label in labels)] for name in names]
-    )
+    return markdown(["encoding", *map(title, labels)], [[name, *(cell(name, label) for label in labels)] for name in names])
 
 
 def cost(runs: Sequence[Any]) -> str:

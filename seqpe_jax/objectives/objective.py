@@ -163,9 +163,7 @@ class Objective:
         """Returns what evaluation needs to know of each example, without dropout (see the task's `examine`)."""
         return self.task.examine(self.model, {"params": params["model"]}, signal, batch)
 
-    def _vectors_and_terms(
-        self, params: Params, draws: Draws, dropout_key: jax.Array
-    ) -> tuple[PositionSignal, Metrics]:
+    def _vectors_and_terms(self, params: Params, draws: Draws, dropout_key: jax.Array) -> tuple[PositionSignal, Metrics]:
         """Encodes all positions of the step in one call, split at sizes that are the same in every step."""
         sets, length, axes = draws.positions_PLA.shape
         pairs, windows = draws.contrastive, draws.distillation

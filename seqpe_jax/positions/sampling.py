@@ -70,9 +70,7 @@ def shift(
     return _unravel(permute(subset_key, chosen, total), room)
 
 
-def skip(
-    key: jax.Array, *, sets: int, shape: tuple[int, ...], max_position: int, chunks: int, range: int
-) -> jax.Array:
+def skip(key: jax.Array, *, sets: int, shape: tuple[int, ...], max_position: int, chunks: int, range: int) -> jax.Array:
     """Returns positions int32[P, L, A] of windows cut into chunks with random gaps between (arXiv 2309.10400).
 
     The first chunk starts at 0; positions rise strictly and stay below `range`. With more axes each is cut on its own.
@@ -202,9 +200,7 @@ def contrastive(
     return Contrastive(pivots_BA, candidates_BCA, labels_B)
 
 
-def distillation(
-    key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, ...], max_position: int
-) -> Distillation:
+def distillation(key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, ...], max_position: int) -> Distillation:
     """Returns M offsets into the grid at the origin, and the same offsets into a grid that starts out of range.
 
     Starts are uniform: on one axis in [L / 4, max_position - L], on more axes wherever the grid leaves the origin grid.

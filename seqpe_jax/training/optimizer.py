@@ -50,9 +50,7 @@ def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
     schedule = learning_rate(settings, steps)
 
     def chain(weight_decay: float) -> optax.GradientTransformation:
-        adamw = optax.adamw(
-            schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decayed
-        )
+        adamw = optax.adamw(schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decayed)
         return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
 
     transforms = {"model": chain(settings.weight_decay), "encoder": chain(settings.encoder_weight_decay)}

@@ -220,9 +220,7 @@ def test_wikitext_download(tmp_path, monkeypatch):
     assert [file.read_bytes() for file in files] == [(origin / file.name).read_bytes() for file in files]
     (origin / train[0]).unlink()
     assert wikitext103.download(tmp_path / "downloads") == files, "nothing is fetched twice"
-    with pytest.raises(
-        InputError, match="cannot download WikiText-103 from .* put wikitext-103-raw-v1.zip.* data.paths"
-    ):
+    with pytest.raises(InputError, match="cannot download WikiText-103 from .* put wikitext-103-raw-v1.zip.* data.paths"):
         wikitext103.download(tmp_path / "elsewhere")
     assert not list((tmp_path / "elsewhere").rglob("*.part"))
 

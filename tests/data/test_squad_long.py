@@ -57,9 +57,7 @@ def titles(folder, paths):
     builder = SquadLong(paths=paths, data_dir=folder)
     builder.prepare(progress=False)
     builder = SquadLong(paths=paths, data_dir=folder)
-    return {
-        split: {row["name"].decode() for row in builder.as_data_source(split=split)} for split in builder.info.splits
-    }
+    return {split: {row["name"].decode() for row in builder.as_data_source(split=split)} for split in builder.info.splits}
 
 
 def test_one_file_is_split_by_article(tmp_path):

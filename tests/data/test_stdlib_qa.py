@@ -49,7 +49,7 @@ ASKED = {
     ("base", "class Reader(", "Base"),
     ("argument", "def read(self, path, mode=", "'rb'"),
     ("argument", "path, mode='rb', *, encoding=", '"utf8"'),
-    ("annotation", "rb', *, encoding=\"utf8\") ->", "Text"),
+    ("annotation", 'rb\', *, encoding="utf8") ->', "Text"),
     ("attribute", "self.handle =", "open(path)"),
     ("iterated", "for part in", "self.pieces()"),
     ("keyword", "connect(part, timeout=", "7.5"),

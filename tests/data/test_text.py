@@ -169,9 +169,7 @@ def test_wikitext_with_gpt2_tokens(shared_data, tmp_path):
 
 
 def test_stdlib_text_needs_seconds_once(tmp_path):
-    found = token_source(
-        "stdlib_text", split="validation", tokenizer=ByteTokenizer(), cache_dir=tmp_path, progress=False
-    )
+    found = token_source("stdlib_text", split="validation", tokenizer=ByteTokenizer(), cache_dir=tmp_path, progress=False)
     assert found.tokens.size == found.bytes > 100_000
     assert bytes(found.tokens).decode("utf-8")
     assert os.path.exists(tmp_path / "datasets")

@@ -18,9 +18,7 @@ def make(**fields) -> SeqPE:
 
 
 def vectors(encoding, variables, positions_RA=POSITIONS_RA, **options):
-    return np.asarray(
-        jax.jit(lambda v, at: encoding.apply(v, at, method="vectors", **options))(variables, positions_RA)
-    )
+    return np.asarray(jax.jit(lambda v, at: encoding.apply(v, at, method="vectors", **options))(variables, positions_RA))
 
 
 def initial(encoding, positions_RA=POSITIONS_RA):

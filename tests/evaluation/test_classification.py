@@ -15,9 +15,7 @@ def test_padding_rows_do_not_count_and_units_are_right():
         for weights in ([1, 1, 1], [1, 1, 0])
     ]
     done = []
-    result = accuracy(
-        lambda batch: next(answers), batches, size=(2, 4), put=lambda batch: batch, progress=done.append
-    )
+    result = accuracy(lambda batch: next(answers), batches, size=(2, 4), put=lambda batch: batch, progress=done.append)
     assert result == {"size": [2, 4], "examples": 5, "loss": 3.0, "top1": 40.0, "top5": 60.0}
     assert done == [3, 5]
 

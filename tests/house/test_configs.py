@@ -21,11 +21,14 @@ ALIBI_REFUSED = [path for path in CONFIGS if path.stem.endswith("_vit")]  # it k
 ALL = [(path, kind) for path in CONFIGS for kind in KINDS if not (kind == "alibi" and path in ALIBI_REFUSED)]
 # The fast lane takes the quickstart's pair. Baselines need no run on every config: a model is the same under each.
 FAST = [("stdlib_lm", "seqpe"), ("stdlib_lm", "rotary")]
-BASELINES = ("stdlib_lm", "digits_vit")
+BASELINES = {
+    "stdlib_lm": ("rotary", "alibi", "learned", "sinusoidal", "none"),
+    "digits_vit": ("learned", "sinusoidal", "rotary_axial", "rotary_mixed"),
+}
 RUN = [
     pytest.param(case, marks=() if (case[0].stem, case[1]) in FAST else pytest.mark.slow)
     for case in ALL
-    if case[1] == "seqpe" or case[0].stem in BASELINES
+    if case[1] == "seqpe" or case[1] in BASELINES.get(case[0].stem, ())
 ]
 
 # Sizes only: what a config computes stays its own.

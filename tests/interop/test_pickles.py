@@ -50,9 +50,7 @@ def test_tensors_are_read_with_offset_and_strides(tmp_path):
     assert found.dtype == np.float16 and (found == halves).all()
 
 
-@pytest.mark.parametrize(
-    "name, size", [("reaches past", (3, 5)), ("reaches past", (13,))]
-)
+@pytest.mark.parametrize("name, size", [("reaches past", (3, 5)), ("reaches past", (13,))])
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path, name, size):
     stride = (5, 1) if len(size) == 2 else (1,)
     path = write(tmp_path / "a.pth", tensor_pickle("FloatStorage", 12, 0, size, stride), [np.zeros(12, np.float32)])

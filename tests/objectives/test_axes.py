@@ -1,5 +1,7 @@
 """One, two, three and four coordinates go through the same encoder, draws, losses and model; only positions differ."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,15 @@ def objective(shape):
     )  # fmt: skip
 
 
+@functools.cache
+def parameters(shape):
+    return jax.jit(objective(shape).init)(jax.random.PRNGKey(0))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{len(shape)}-D")
 def test_positions_of_any_number_of_axes(shape):
     parts = objective(shape)
-    params = jax.jit(parts.init)(jax.random.PRNGKey(0))
+    params = parameters(shape)
     images = jax.random.normal(jax.random.PRNGKey(1), (4, *shape, 1))
     batch = {"images": images, "labels": jnp.array([0, 1, 2, 0])}
     gradient = jax.jit(jax.value_and_grad(parts.loss, has_aux=True))
@@ -64,9 +71,10 @@ def test_axes_add_one_table_of_parameters():
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{len(shape)}-D")
 def test_each_coordinate_counts(shape):
     parts = objective(shape)
-    params = jax.jit(parts.init)(jax.random.PRNGKey(0))
+    params = parameters(shape)
     axes = len(shape)
     positions_RA = jnp.concatenate([jnp.full((1, axes), 3), 3 + jnp.eye(axes, dtype=jnp.int32)])
-    vectors_RE = np.asarray(parts.encoding.apply({"params": params["encoding"]}, positions_RA, method="vectors"))
+    vectors = jax.jit(functools.partial(parts.encoding.apply, method="vectors"))
+    vectors_RE = np.asarray(vectors({"params": params["encoding"]}, positions_RA))
     distances = np.linalg.norm(vectors_RE[:, None] - vectors_RE[None], axis=-1)
     assert (distances[~np.eye(axes + 1, dtype=bool)] > 1e-3).all()
