@@ -231,7 +231,7 @@ def _keys(path: Any) -> list[str]:
 
 
 def _dimensions(name: str, count: int) -> tuple[str | None, ...]:
-    """The logical names of a parameter's dimensions. Raises: ValueError, as of `state_shardings`."""
+    """The logical names of a parameter's dimensions. Raises: ValueError, as of `with_shardings`."""
     names = next((names for pattern, names in PARAMETERS.items() if fnmatch.fnmatchcase(name, pattern)), None)
     if names is None:
         raise ValueError(f"no rule of runtime.mesh.PARAMETERS says how parameter {name} is laid out: add one")
