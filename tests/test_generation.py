@@ -236,6 +236,23 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
     assert holds(program(0), square) and not holds(program(8), square)
 
 
+def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
+    def flops(**fields):
+        run, params = run_of(**fields)
+        static = generation.Static(8, True, True, False)
+        signal = jax.eval_shape(lambda params: run._signal(params, (40,)), params)
+        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1)
+        prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), draw)
+        begin, advance = (
+            functools.partial(f, run.objective.model, static=static) for f in (generation.begin, generation.advance)
+        )
+        state = jax.eval_shape(begin, params["model"], signal, *prompts)
+        return jax.jit(advance).lower(params["model"], signal, state, draw, 8).compile().cost_analysis()["flops"]
+
+    assert flops() == flops(encoding__layers=4, encoding__max_position=10**7) > 0
+    assert flops(model__layers=3) > flops()
+
+
 def test_a_learned_table_is_stretched_to_the_window():
     run, params = run_of("learned")
     prompt = PROMPTS[:1]
