@@ -125,6 +125,7 @@ class EncodingConfig:
     init_std: float = _field(0.02, low=0.0)
     qk_init_std: float = _field(0.02, low=0.0)
     scalar_scale: float = 1.0
+    share_prefixes: bool = True  # common leading digits are read once; with dropout they then share its masks
     # baselines
     theta: float = _field(10000.0, low=1.0)  # rotary kinds and sinusoidal: base of the wavelengths
     flatten: bool = False  # sinusoidal on grids: one axis for the whole grid instead of columns for each axis

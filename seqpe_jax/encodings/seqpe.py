@@ -6,15 +6,23 @@ Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS las
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
+from seqpe_jax.axes import ROWS, lay_out, shards
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import significant, to_digits
+from seqpe_jax.positions.prefixes import Group, Tree, level_sizes, tree
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array, nn.Module], jax.Array]
+Read = Callable[[jax.Array], jax.Array]
+WORTH = 0.8  # prefixes are shared where that leaves less than this part of the places
 
 
 class EncoderBlock(nn.Module):
@@ -33,8 +41,14 @@ class EncoderBlock(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_RND: jax.Array, mask: jax.Array, *, last_only: bool, deterministic: bool) -> jax.Array:
-        """Returns the states [R, N, D], or [R, 1, D] of the last place when only that is read."""
+    def __call__(self, x: jax.Array, mix: Mix, read: Read, *, deterministic: bool) -> jax.Array:
+        """Returns the next states of the places that are read.
+
+        Args:
+          x: [..., W], states of places.
+          mix: queries of those that are read, keys and values of all, [..., H, K] -> [..., H, K]: attention.
+          read: all states -> those that are read; places that are not serve as keys and values alone.
+        """
         norm = functools.partial(
             nn.LayerNorm, epsilon=self.layer_norm_epsilon, scale_init=nn.initializers.constant(self.norm_init)
         )
@@ -45,16 +59,13 @@ class EncoderBlock(nn.Module):
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.heads, head_width)
 
-        query, key, value = map(heads, jnp.split(dense(3 * self.width, name="qkv")(norm(name="norm_1")(x_RND)), 3, -1))
-        if last_only:  # the places before serve as keys and values alone
-            query, mask, x_RND = query[:, -1:], mask[..., -1:, :], x_RND[:, -1:]
-        logits = jnp.einsum("rnhk,rmhk->rhnm", query, key) / math.sqrt(head_width)
-        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        weights = nn.Dropout(self.attention_dropout, deterministic=deterministic)(nn.softmax(logits))
-        mixed = jnp.einsum("rhnm,rmhk->rnhk", weights, value).reshape(x_RND.shape)
-        x_RND = x_RND + drop(dense(self.width, name="out")(mixed))
-        hidden = ACTIVATIONS[self.activation](dense(4 * self.width, name="mlp_in")(norm(name="norm_2")(x_RND)))
-        return x_RND + drop(dense(self.width, name="mlp_out")(hidden))
+        query, key, value = map(heads, jnp.split(dense(3 * self.width, name="qkv")(norm(name="norm_1")(x)), 3, -1))
+        x = read(x)
+        drop_weights = nn.Dropout(self.attention_dropout, deterministic=deterministic)
+        mixed = mix(read(query) / math.sqrt(head_width), key, value, drop_weights).reshape(x.shape)
+        x = x + drop(dense(self.width, name="out")(mixed))
+        hidden = ACTIVATIONS[self.activation](dense(4 * self.width, name="mlp_in")(norm(name="norm_2")(x)))
+        return x + drop(dense(self.width, name="mlp_out")(hidden))
 
 
 class DigitEncoder(nn.Module):
@@ -91,38 +102,99 @@ class DigitEncoder(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, positions_RA: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Returns one vector per position."""
-        rows, length = positions_RA.shape[0], self.axes * self.digits
+    def __call__(
+        self, positions_RA: jax.Array, *, sizes: tuple[int, ...] | None = None, deterministic: bool = True
+    ) -> jax.Array:
+        """Returns one vector per position.
+
+        Args:
+          sizes: of `positions.prefixes.level_sizes`: each prefix of digits that positions share is read once; None = each
+            string is read by itself. Without dropout both give the same; with it, sharing a prefix shares its mask.
+        """
+        length = self.axes * self.digits
         written = {"base": self.base, "digits": self.digits, "padding": self.padding}
         places = length if self.place == "global" else self.digits
         place_NE = self.param("place_embedding", self.kernel_init, (places, self.width))
         digit_BE = self.param("digit_embedding", self.kernel_init, (self.base, self.width))
-        x_RND = digit_BE[to_digits(positions_RA, **written)] + jnp.tile(place_NE, (length // places, 1))
+        place_NE = jnp.tile(place_NE, (length // places, 1))
         if self.axes > 1:
             axis_AE = self.param("axis_embedding", self.kernel_init, (self.axes, self.width))
-            x_RND = x_RND + jnp.repeat(axis_AE, self.digits, axis=0)
-        if self.cls:
-            cls_E = self.param("cls", self.kernel_init, (1, self.width))[0]
-            x_RND = jnp.concatenate([x_RND, jnp.broadcast_to(cls_E, (rows, 1, self.width))], axis=1)
-        places = x_RND.shape[1]
-        mask = jnp.tril(jnp.ones((places, places), bool)) if self.direction == "causal" else jnp.ones((1, places), bool)
-        mask = jnp.broadcast_to(mask, (1, 1, places, places))
-        if self.mask_padding:
-            kept_RN = significant(positions_RA, **written)
-            kept_RN = jnp.pad(kept_RN, ((0, 0), (0, places - length)), constant_values=True)
-            mask = mask & kept_RN[:, None, None, :]
+            place_NE = place_NE + jnp.repeat(axis_AE, self.digits, axis=0)
+        cls_E = self.param("cls", self.kernel_init, (1, self.width))[0] if self.cls else None
+        digits_RN = to_digits(positions_RA, **written)
+        if sizes is None:
+            mask = self._mask(positions_RA)
+            x, mix, read = self._strings(digits_RN, digit_BE, place_NE, cls_E, mask)
+        else:
+            shared = tree(digits_RN, self.base, sizes)
+            x, mix, read = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
         for layer in range(self.layers):
+            x = lay_out(x, ROWS, *[None] * (x.ndim - 1))
             block = EncoderBlock(
                 self.width, self.heads, self.dropout, self.attention_dropout, self.activation,
                 self.layer_norm_epsilon, self.norm_init, self.kernel_init, name=f"block_{layer}",
             )  # fmt: skip
-            x_RND = block(x_RND, mask, last_only=layer == self.layers - 1, deterministic=deterministic)
-        x_RE = x_RND[:, -1]
+            last = layer == self.layers - 1
+            x = block(x, functools.partial(mix, last), read if last else lambda x: x, deterministic=deterministic)
+        x = x[:, -1] if sizes is None else x
         if self.final_norm:
             scale_init = nn.initializers.constant(self.norm_init)
-            x_RE = nn.LayerNorm(epsilon=self.layer_norm_epsilon, scale_init=scale_init, name="final_norm")(x_RE)
-        return nn.Dense(self.output_width, kernel_init=self.kernel_init, name="projection")(x_RE) / self.temperature
+            x = nn.LayerNorm(epsilon=self.layer_norm_epsilon, scale_init=scale_init, name="final_norm")(x)
+        x_RE = nn.Dense(self.output_width, kernel_init=self.kernel_init, name="projection")(x) / self.temperature
+        return x_RE if sizes is None else x_RE[shared.leaf_R]
+
+    def _mask(self, positions_RA: jax.Array) -> jax.Array:
+        """Which place reads which, bool[R or 1, 1, N, N]."""
+        length = self.axes * self.digits
+        places = length + self.cls
+        mask = jnp.tril(jnp.ones((places, places), bool)) if self.direction == "causal" else jnp.ones((1, places), bool)
+        mask = jnp.broadcast_to(mask, (1, 1, places, places))
+        if self.mask_padding:
+            kept_RN = significant(positions_RA, base=self.base, digits=self.digits, padding=self.padding)
+            kept_RN = jnp.pad(kept_RN, ((0, 0), (0, places - length)), constant_values=True)
+            mask = mask & kept_RN[:, None, None, :]
+        return mask
+
+    def _strings(
+        self, digits_RN: jax.Array, digit_BE: jax.Array, place_NE: jax.Array, cls_E: jax.Array | None, mask: jax.Array
+    ) -> tuple[jax.Array, Mix, Read]:
+        """States [R, N, W] of the strings themselves, their attention, and the read-out of their last places."""
+        x_RND = digit_BE[digits_RN] + place_NE
+        if cls_E is not None:
+            x_RND = jnp.concatenate([x_RND, jnp.broadcast_to(cls_E, (len(x_RND), 1, self.width))], axis=1)
+
+        def mix(last: bool, query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
+            logits = jnp.einsum("rnhk,rmhk->rhnm", query, key)
+            logits = jnp.where(mask[..., -1:, :] if last else mask, logits, jnp.finfo(logits.dtype).min)
+            return jnp.einsum("rhnm,rmhk->rnhk", drop(nn.softmax(logits)), value)
+
+        return x_RND, mix, lambda x: x[:, -1:]
+
+    def _prefixes(
+        self, shared: Tree, sizes: tuple[int, ...], digit_BE: jax.Array, place_NE: jax.Array, cls_E: jax.Array | None
+    ) -> tuple[jax.Array, Mix, Read]:
+        """The same of prefixes [T, W]: a place reads the places of its own prefixes."""
+        levels = [*range(len(sizes))]
+        x_TD = digit_BE[shared.digits_T] + jnp.repeat(place_NE, np.array(sizes), axis=0, total_repeat_length=sum(sizes))
+        ancestors_TN = shared.ancestors_TN
+        if cls_E is not None:  # CLS after each whole string
+            leaves = sizes[-1]
+            x_TD = jnp.concatenate([x_TD, jnp.broadcast_to(cls_E, (leaves, self.width))])
+            own_UN = jnp.concatenate([ancestors_TN[-leaves:], (sum(sizes) + jnp.arange(leaves))[:, None]], axis=1)
+            ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_UN])
+            sizes, levels = (*sizes, leaves), [*levels, len(sizes)]
+        seen_TN = np.repeat(np.tril(np.ones((len(sizes), len(sizes)), bool)), sizes, axis=0)
+
+        def read(x: jax.Array) -> jax.Array:
+            return x[-sizes[-1] :]
+
+        def mix(last: bool, query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
+            above_TN, seen = (read(ancestors_TN), read(seen_TN)) if last else (ancestors_TN, seen_TN)
+            logits = jnp.einsum("thk,tnhk->thn", query, key[above_TN])
+            logits = jnp.where(seen[:, None], logits, jnp.finfo(logits.dtype).min)
+            return jnp.einsum("thn,tnhk->thk", drop(nn.softmax(logits)), value[above_TN])
+
+        return x_TD, mix, read
 
 
 class QKMap(nn.Module):
@@ -157,6 +229,7 @@ class SeqPE(nn.Module):
       per_head: the vector is split over the model's heads, else one head-wide vector serves them all.
       output_width: width of a vector; 0 = what the above ask for.
       init_distribution, init_std, qk_init_std: of fresh weights; scalar_scale: s of attn_scalar.
+      share_prefixes: digits that positions begin with in common are read once (`DigitEncoder`), where that pays.
       prefix: tokens before the positions that have none, such as a class token; each learns a vector of its own, which
         only `signal` sees (the reference's `cls_token_pos_embed`).
       stored: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served.
@@ -192,6 +265,7 @@ class SeqPE(nn.Module):
     init_std: float = 0.02
     qk_init_std: float = 0.02
     scalar_scale: float = 1.0
+    share_prefixes: bool = True
     prefix: int = 0
     stored: tuple[int, ...] = ()
 
@@ -233,15 +307,38 @@ class SeqPE(nn.Module):
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns the signal of positions int32[P, L, A]; `shape` is not read."""
         sets, length, axes = positions_PLA.shape
-        vectors_RE = self.vectors(positions_PLA.reshape(-1, axes), deterministic)
+        vectors_RE = self.vectors(positions_PLA.reshape(-1, axes), deterministic=deterministic)
         return self.signal(vectors_RE.reshape(sets, length, -1))
 
-    def vectors(self, positions_RA: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table."""
+    def vectors(self, positions_RA: jax.Array, *, groups: Sequence[Group] = (), deterministic: bool = True) -> jax.Array:
+        """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table.
+
+        Args:
+          groups: what is known of the rows, in their order (`positions.prefixes`); () = nothing.
+        """
         if self.stored:
             places = tuple(jnp.moveaxis(positions_RA, -1, 0))
             return jnp.asarray(self.table).at[places].get(mode="fill", fill_value=jnp.nan)
-        return self.encoder(positions_RA, deterministic=deterministic)
+        return self.encoder(positions_RA, sizes=self._sizes(positions_RA, groups), deterministic=deterministic)
+
+    def _sizes(self, positions_RA: jax.Array, groups: Sequence[Group]) -> tuple[int, ...] | None:
+        """The bounds of shared prefixes, or None where nothing or little can be shared."""
+        rows = positions_RA.shape[0]
+        if not (self.share_prefixes and self.direction == "causal" and self.padding == "left") or self.mask_padding:
+            return None
+        if not isinstance(rows, int) or self.axes * self.digits == 1:  # a symbolic number of rows; nothing before a digit
+            return None
+        sizes = level_sizes(
+            groups or [Group(rows)], axes=self.axes, base=self.base, digits=self.digits,
+            max_position=self.base**self.digits,
+        )  # fmt: skip
+        first, *others, last = (min(size, rows) for size in sizes)
+        if first + sum(others) + last >= WORTH * rows * len(sizes):
+            return None
+        # Nodes are split over devices like rows: filled up to a multiple, the last level apart, which is read out alone.
+        last += -last % shards(ROWS)
+        first += -(first + sum(others)) % shards(ROWS)
+        return first, *others, last
 
     def signal(self, vectors_PLE: jax.Array) -> PositionSignal:
         """Returns how given vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens."""

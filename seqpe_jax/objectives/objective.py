@@ -18,6 +18,7 @@ from seqpe_jax.objectives.distillation import distillation_logits_loss, distilla
 from seqpe_jax.objectives.task import Classification, LanguageModelling
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.prefixes import Group
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -137,7 +138,8 @@ class Objective:
         terms: Metrics = {}
         if self.has_vectors:
             encoding = gathered(params["encoding"], "encoding")
-            signal, terms = self._vectors_and_terms(encoding, draws, stream(now, "encoding dropout"))
+            own = "draws" in batch  # of which nothing is known
+            signal, terms = self._vectors_and_terms(encoding, draws, stream(now, "encoding dropout"), own)
         else:
             signal = self.signal(params, draws.positions_PLA, self.shape)
         apply = functools.partial(
@@ -161,21 +163,29 @@ class Objective:
         """Returns what evaluation needs to know of each example, without dropout (see the task's `examine`)."""
         return self.task.examine(self.model, {"params": params["model"]}, signal, batch)
 
-    def _vectors_and_terms(self, params: Params, draws: Draws, dropout_key: jax.Array) -> tuple[PositionSignal, Metrics]:
+    def _vectors_and_terms(
+        self, params: Params, draws: Draws, dropout_key: jax.Array, own: bool
+    ) -> tuple[PositionSignal, Metrics]:
         """Encodes all positions of the step in one call, split at sizes that are the same in every step."""
         sets, length, axes = draws.positions_PLA.shape
         pairs, windows = draws.contrastive, draws.distillation
         parts = [draws.positions_PLA.reshape(-1, axes)]
+        pieces = self.settings.skip.chunks if self.settings.skip.rate else 1
+        groups = [Group(sets, self.shape, pieces)]
         if pairs is not None:
             parts += [pairs.pivots_BA, pairs.candidates_BCA.reshape(-1, axes)]
+            groups += [Group(len(parts[-2])), Group(len(parts[-1]))]
         if windows is not None:
             parts += [windows.positions_BMA.reshape(-1, axes)]
+            groups += [Group(len(windows.positions_BMA), self.shape, rows=windows.positions_BMA.shape[1])]
         rows_RA = jnp.concatenate(parts)
         count = len(rows_RA)
-        rows_RA = lay_out(jnp.pad(rows_RA, ((0, -count % shards(ROWS)), (0, 0))), ROWS, None)
+        missing = -count % shards(ROWS)
+        rows_RA = lay_out(jnp.pad(rows_RA, ((0, missing), (0, 0))), ROWS, None)
         vectors_RE = self.encoding.apply(
-            {"params": params}, rows_RA, deterministic=False, method="vectors", rngs={"dropout": dropout_key}
-        )
+            {"params": params}, rows_RA, deterministic=False, method="vectors", rngs={"dropout": dropout_key},
+            groups=() if own else [*groups, Group(missing)],
+        )  # fmt: skip
         ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
         vectors_RE = lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None)
         main_RE, *rest = jnp.split(vectors_RE, ends)

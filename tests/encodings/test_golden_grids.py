@@ -133,13 +133,14 @@ def mask(arrays):
     """The masks that the encoder's blocks receive."""
     positions_RA = jnp.asarray(arrays["in/digit_positions"], jnp.int32)[:, None]
     received = []
+    whole = seqpe.DigitEncoder._mask
 
-    def block(self, x_RND, mask, *, last_only, deterministic):
-        received.append(mask)
-        return x_RND
+    def seen(self, positions_RA):
+        received.append(whole(self, positions_RA))
+        return received[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seqpe.EncoderBlock, "__call__", block)
+        patch.setattr(seqpe.DigitEncoder, "_mask", seen)
         for name, expected in under(arrays, "out/mask_").items():
             direction = name.split("_")[0]
             padded, cls = (bool(value) for value in numbers(name))

@@ -1,5 +1,7 @@
 """SeqPE: the read-out shortcut, determinism, dropout, places, products, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
+from seqpe_jax.positions.prefixes import Group
 
 KEY = jax.random.PRNGKey(0)
 SIZES = {"layers_model": 3, "width_model": 12, "heads_model": 2, "width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
@@ -56,15 +59,70 @@ def test_the_shortcut_of_the_last_layer_changes_nothing(direction, monkeypatch):
     variables = initial(encoding)
     short = vectors(encoding, variables)
     plain = seqpe.EncoderBlock.__call__
-    calls = []
+    read_out = []
 
-    def without(self, x_RND, mask, *, last_only, deterministic):
-        calls.append(last_only)
-        return plain(self, x_RND, mask, last_only=False, deterministic=deterministic)
+    def without(self, x_RND, mix, read, *, deterministic):
+        read_out.append(read(x_RND).shape[1])
+        return plain(self, x_RND, functools.partial(mix.func, False), lambda x: x, deterministic=deterministic)
 
     monkeypatch.setattr(seqpe.EncoderBlock, "__call__", without)
     np.testing.assert_allclose(vectors(encoding, variables), short, atol=1e-5)
-    assert calls == [False, True]
+    assert read_out == [4, 1]
+
+
+WINDOW = np.arange(186, 236)[:, None]
+RANDOM = np.random.default_rng(0).integers(0, 1000, (30, 1))
+BOXES = np.stack(np.meshgrid(np.arange(37, 51), np.arange(8, 18), indexing="ij"), -1).reshape(-1, 2)
+SHARED = {
+    "a window": (WINDOW, [Group(1, (50,))], {}),
+    "a window of which nothing is told": (WINDOW, [], {}),
+    "two windows, one of them cut, and others": (
+        np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]), [Group(2, (50,), 2), Group(30)], {},
+    ),
+    "the last digit is read": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"cls": False}),
+    "base 3": (WINDOW, [Group(1, (50,))], {"base": 3, "digits": 6}),
+    "some of a window": (WINDOW[::7], [Group(1, (50,), rows=8)], {}),
+    "a box": (BOXES, [Group(1, (14, 10))], {"axes": 2}),
+    "a box, places counted anew": (BOXES, [Group(1, (14, 10))], {"axes": 2, "place": "coordinate"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_prefixes_change_nothing(name, monkeypatch):
+    """Values and gradients, for rows that share and rows that do not; sharing is forced."""
+    from seqpe_jax.encodings import seqpe
+
+    monkeypatch.setattr(seqpe, "WORTH", 10.0)
+    positions_RA, groups, fields = SHARED[name]
+    positions_RA = jnp.asarray(positions_RA, jnp.int32)
+    shared, plain = make(**fields), make(share_prefixes=False, **fields)
+    sizes = shared._sizes(positions_RA, groups)
+    assert sizes is not None and plain._sizes(positions_RA, groups) is None
+    if groups:
+        assert sum(sizes) < 0.7 * len(positions_RA) * len(sizes)
+    variables = initial(plain, positions_RA)
+    weight_RE = jnp.asarray(np.random.default_rng(1).normal(size=(len(positions_RA), 12)))
+
+    def value(encoding, groups):
+        def loss(variables):
+            vectors_RE = encoding.apply(variables, positions_RA, groups=groups, method="vectors")
+            return (weight_RE * vectors_RE).sum(), vectors_RE
+
+        (_, vectors_RE), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+        return vectors_RE, grads
+
+    (found, found_grads), (expected, expected_grads) = value(shared, groups), value(plain, ())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(found_grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(other).max()))
+
+
+def test_prefixes_are_shared_where_it_pays_and_can_be_done():
+    window, few = jnp.asarray(WINDOW), jnp.asarray(RANDOM[:2])
+    assert make()._sizes(window, [Group(1, (50,))]) == (2, 6, 50)
+    assert make()._sizes(few, [Group(2)]) is None  # nothing to gain
+    for fields in ({"direction": "bi"}, {"padding": "right"}, {"mask_padding": True}, {"share_prefixes": False}):
+        assert make(**fields)._sizes(window, [Group(1, (50,))]) is None
 
 
 def test_places_may_restart_with_each_coordinate():

@@ -10,6 +10,7 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.build import build
+from seqpe_jax.encodings import seqpe
 from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from tests.test_serving import vit_config
@@ -56,7 +57,8 @@ def single(moving):
 def images():
     """The same of images; two layers, a loop over them."""
     shift = {"objective__shift__rate": 0.5, "objective__shift__sets": 2}
-    return vit_config(model__width=24, batch_size=16, model__scan=True, optimizer__epsilon=1e-3, **shift)
+    fields = {"model__width": 24, "model__scan": True, "optimizer__epsilon": 1e-3, "encoding__share_prefixes": False}
+    return vit_config(batch_size=16, **fields, **shift)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +96,13 @@ def count_rows(settings):
 @pytest.mark.parametrize("sizes", [
     {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4},
 ], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
-def test_meshes_equal_one_device(moving, single, sizes):
+def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
+    levels, tree = [], seqpe.tree
+    monkeypatch.setattr(seqpe, "tree", lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes))
     program = check_mesh(moving, single, sizes)
-    rows, places = count_rows(moving), 4  # three digits and CLS
-    assert f"f32[{rows // 8},{places},24]" in program and f"f32[{rows},{places},24]" not in program
+    assert levels and set(levels) == {levels[0]}
+    nodes = sum(levels[0]) + levels[0][-1]  # prefixes, and CLS after each whole string; in two layers of width 24
+    assert f"f32[{nodes // 8},96]" in program and f"f32[{nodes},96]" not in program
 
 
 @pytest.mark.parametrize("sizes", [

@@ -1,0 +1,57 @@
+"""The tree of prefixes: its nodes, their ancestors, and bounds that no draw exceeds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.positions import sampling
+from seqpe_jax.positions.digits import to_digits
+from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.prefixes import Group, level_sizes, tree
+
+
+def test_every_string_is_read_off_its_ancestors():
+    digits_RN = np.random.default_rng(0).integers(0, 3, (40, 4)).astype(np.int32)
+    sizes = [len(np.unique(digits_RN[:, : level + 1], axis=0)) for level in range(4)]
+    for more in (0, 3):  # a bound may be larger than need be
+        found = jax.jit(lambda digits_RN, more=more: tree(digits_RN, 3, [size + more for size in sizes]))(digits_RN)
+        last = sum(sizes) + 4 * more - (sizes[-1] + more)
+        ancestors_RN = np.asarray(found.ancestors_TN)[last + np.asarray(found.leaf_R)]
+        np.testing.assert_array_equal(np.asarray(found.digits_T)[ancestors_RN], digits_RN)
+        assert len(np.unique(ancestors_RN)) == sum(sizes)  # each prefix has one node
+
+
+def prefixes(positions_RA, base, digits):
+    strings = np.asarray(to_digits(jnp.asarray(positions_RA, jnp.int32), base=base, digits=digits))
+    return [len(np.unique(strings[:, : level + 1], axis=0)) for level in range(strings.shape[1])]
+
+
+@pytest.mark.parametrize("base,digits", [(10, 3), (2, 8), (7, 4)])
+@pytest.mark.parametrize("shape", [(29,), (1,), (6, 9), (2, 5, 3)])
+def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
+    axes, limit = len(shape), 200
+    draw = np.random.default_rng(0)
+    bounds = {
+        pieces: level_sizes([Group(1, shape, pieces)], axes=axes, base=base, digits=digits, max_position=limit)
+        for pieces in (1, 3)
+    }
+    most = np.zeros(axes * digits)
+    for _ in range(60):
+        start = draw.integers(0, limit - max(shape), axes)
+        found = prefixes(np.asarray(grid(jnp.asarray(start), shape)).reshape(-1, axes), base, digits)
+        assert (np.array(found) <= bounds[1]).all()
+        most = np.maximum(most, found)
+    assert most[-1] == bounds[1][-1] == np.prod(shape)
+    if min(shape) >= 3:
+        skip = jax.jit(lambda key: sampling.skip(key, sets=40, shape=shape, max_position=limit, chunks=3, range=limit))
+        for cut in np.asarray(skip(jax.random.PRNGKey(0))):
+            assert (np.array(prefixes(cut, base, digits)) <= bounds[3]).all()
+
+
+def test_groups_add_up_to_no_more_than_there_are():
+    sizes = level_sizes([Group(1, (30,)), Group(500), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200)
+    assert sizes == (2, 20, 200)
+    assert level_sizes([Group(1, (30,)), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=1000) == (
+        10, 4 + 4 * 4, 30 + 4 * 5,
+    )  # fmt: skip
