@@ -556,7 +556,9 @@ def _check(config: Config) -> None:
         )
     if config.optimizer.warmup_steps > config.steps:
         raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
-    profile_window(config)
+    window = profile_window(config)
+    if window is not None and window[1] > config.steps:
+        raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
 
 
 def _check_text(config: Config) -> None:

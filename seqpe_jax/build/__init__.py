@@ -279,8 +279,12 @@ class Run:
         return {"images": pictures, "attention": weights_BHL.reshape(*weights_BHL.shape[:2], *shape)}
 
 
-def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
+def build(config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True) -> Run:
     """Returns the linked parts of a run on all devices, or on those given.
+
+    Args:
+      data_there: whether the data can be read; without them a run can only be compiled, and sizes that they would tell
+        (vocabulary, classes) come from the config or the tokenizer's file.
 
     Raises:
       InputError: fields contradict each other or the machine, or the data cannot be read; found before compiling.
@@ -292,7 +296,7 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
             f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over "
             f"{mesh.size} devices: make it a multiple of {mesh.size * config.optimizer.accumulate}"
         )
-    data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config)
+    data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config, data_there)
     objective = make_objective(config, data, mesh)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))
