@@ -4,8 +4,8 @@
         --config.data.paths=PATH/corpus --config.data.tokenizer=PATH/tokenizer.json
     python -m seqpe_jax.aot --config=configs/lm_1b.py --topology=v5p:4x4x4 --config.model.vocabulary=50257
 
-The sizes and the batch of a million tokens are those of GPT-3 XL (arXiv 2005.14165, table 2.1), with heads of width 128; 20 tokens
-for each parameter (arXiv 2203.15556). The encoder and its losses are the paper's (arXiv 2506.13277, language modelling).
+The sizes and the batch of a million tokens are those of GPT-3 XL (arXiv 2005.14165, table 2.1), with heads of width 128;
+20 tokens for each parameter (arXiv 2203.15556). Encoder and losses are the paper's (arXiv 2506.13277, language modelling).
 Hardware: written for a pod of 64 to 256 TPU chips. Time and result: not measured by this project; `aot` says what fits.
 Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
 """

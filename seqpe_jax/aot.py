@@ -4,8 +4,8 @@
     python -m seqpe_jax.aot --config=configs/lm_1b.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --output=fits.json
 
 Needs libtpu (pip install libtpu), no TPU and no data: a text config needs its tokenizer's file or its model.vocabulary.
-Prints memory by use, what devices send each other in a step, and the step's FLOPs. Exit code 0: it fits; 1: it does not, and by
-how many bytes; 2: bad input.
+Prints memory by use, what devices send each other in a step, and the step's FLOPs. Exit code 0: it fits; 1: it does not,
+and how many bytes are missing; 2: bad input.
 """
 
 import json

@@ -1,5 +1,6 @@
 """The training step of a config compiled for a TPU slice that is not there: does it fit, and what does it send around?"""
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -39,6 +40,12 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = r"([\d.]+)([KMGT]?)"
 
 
+def libtpu() -> str:
+    """Returns the requirement of libtpu that goes with this JAX, as pip reads it."""
+    found = [line.partition(";")[0].strip() for line in importlib.metadata.requires("jax") or ()]
+    return next((name for name in found if name.startswith("libtpu")), "libtpu")
+
+
 def devices_of(topology: str) -> list[jax.Device]:
     """Returns the devices of a TPU slice such as "v5e:4x4"; programs can be compiled for them, not run.
 
@@ -55,12 +62,13 @@ def devices_of(topology: str) -> list[jax.Device]:
     most, usual, chip_config = GENERATIONS[generation]
     known = [f"{generation}:{size}" for size in usual]
     wrong = f"there is no TPU slice '{topology}'"
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sides) or sides.count("x") != usual[0].count("x"):
-        raise InputError(f"{wrong}: write {generation}:{'x'.join('ABC'[: usual[0].count('x') + 1])}.{suggest(topology, known)}")
+    form = "AxBxC" if usual is DEEP else "AxB"
+    if not re.fullmatch(form.translate(dict.fromkeys(map(ord, "ABC"), r"[1-9]\d*")), sides):
+        raise InputError(f"{wrong}: write {generation}:{form}.{suggest(topology, known)}")
     if (chips := math.prod(map(int, sides.split("x")))) > most:
         raise InputError(f"{wrong}: that is {chips} chips, and slices of {generation} have at most {most}")
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise InputError("compiling for TPU needs libtpu, which is not installed (no TPU is needed): pip install libtpu")
+        raise InputError(f"compiling for TPU needs libtpu, but no TPU, and it is not installed: pip install '{libtpu()}'")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"chip_config_name": chip_config} if chip_config else {}
@@ -124,9 +132,7 @@ def _memory(run: Run, batch: dict[str, Any], compiled: Any, needed: int, availab
 
 def _local_bytes(tree: Any) -> int:
     """What one device holds of arrays."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _refused(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:

@@ -56,8 +56,9 @@ class Images:
         self.task = Classification(config.objective.label_smoothing, config.objective.mixing)
         self.inputs = jax.ShapeDtypeStruct((1, *config.data.size, channels), jnp.float32)
         self.example = {
-            "images": jax.ShapeDtypeStruct(self.inputs.shape[1:], jnp.float32), "labels": jax.ShapeDtypeStruct((), jnp.int32)
-        }  # fmt: skip
+            "images": jax.ShapeDtypeStruct(self.inputs.shape[1:], jnp.float32),
+            "labels": jax.ShapeDtypeStruct((), jnp.int32),
+        }
         self.model_fields = {"classes": classes}
         self.units_per_step = config.batch_size
 

@@ -80,7 +80,10 @@ class MetricsWriter:
 
 
 class ProgressLine:
-    """Step, percent, time left, rate, loss and notes, on the lead host: rewritten in place on a terminal, else now and then."""
+    """Step, percent, time left, rate, loss and notes, on the lead host.
+
+    The line is rewritten in place on a terminal, else a new one is written now and then.
+    """
 
     def __init__(self, total: int, *, label: str = "step", stream: TextIO | None = None):
         self._total, self._first, self._label = total, 0, label
@@ -91,9 +94,7 @@ class ProgressLine:
         self._last = 0.0
         self._said = 0
 
-    def update(
-        self, done: int, *, loss: float | None = None, total: int | None = None, notes: Iterable[str] = ()
-    ) -> None:
+    def update(self, done: int, *, loss: float | None = None, total: int | None = None, notes: Iterable[str] = ()) -> None:
         """Says where the work stands, if it is time to; empty notes are left out."""
         if self._silent:
             return

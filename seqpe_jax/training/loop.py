@@ -141,7 +141,14 @@ def fit(
     def examine(step: int) -> None:
         metrics.write(step, evaluate(state.params), time=seconds_before + time.monotonic() - began)
 
+    def stop_profile() -> None:
+        nonlocal profiling
+        if profiling:
+            profiling = False
+            jax.profiler.stop_trace()
+
     with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(metrics), contextlib.ExitStack() as final:
+        final.callback(stop_profile)  # a run may end within the window
         for step in range(first, steps):
             if evaluate is not None and evaluate_every and step > first and step % evaluate_every == 0:
                 with aside():
@@ -156,7 +163,6 @@ def fit(
             if profile is not None and step == profile[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 profiling = True
-                final.callback(lambda: profiling and jax.profiler.stop_trace())  # a run that ends in the window
             number, batch = next(batches)
             if number != step:
                 raise AssertionError(f"the loader gave batch {number} for step {step}")
@@ -166,8 +172,7 @@ def fit(
             pending = (step + 1, values)
             if profiling and step + 1 == profile[1]:
                 jax.block_until_ready(state)
-                profiling = False
-                jax.profiler.stop_trace()
+                stop_profile()
         settle()
         if evaluate is not None and evaluate_every:
             examine(steps)

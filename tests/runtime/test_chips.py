@@ -39,7 +39,8 @@ def test_a_known_chip(kind, teraflops, gibibytes):
 
 
 @pytest.mark.parametrize(
-    "kind", ["cpu", "", "TPU v5 lite pod", "TPU v9", "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"]
+    "kind",
+    ["cpu", "", "TPU v5 lite pod", "TPU v9", "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"],
 )
 def test_an_unknown_chip_is_no_chip(kind, monkeypatch):
     assert chips.chip_of(kind) is None
