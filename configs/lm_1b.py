@@ -36,6 +36,7 @@ def get_config(variant=None):
     c.model.attention_dropout = 0.0
     c.model.embedding_dropout = 0.0
     c.model.remat = "full"
+    c.model.scan = True
 
     c.optimizer.learning_rate = 2e-4
     c.optimizer.schedule = "cosine"

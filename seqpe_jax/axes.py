@@ -1,4 +1,4 @@
-"""Shape letters, and the logical names that link array dimensions to a device mesh. Imports nothing.
+"""Shape letters, and the logical names that link array dimensions to a device mesh. Imports nothing of the package.
 
 Array names end in shape letters where two shapes could be confused, and einsum letters match them:
 
@@ -6,13 +6,83 @@ Array names end in shape letters where two shapes could be confused, and einsum 
     N digits          R encoder rows     E signal width     D model width       F feature width
     H heads           K head width       C candidates       M distillation window
     V vocabulary or classes
+
+A model names the dimensions of its arrays (`lay_out`); which devices that means is said elsewhere, by the layout that is in
+force while it is traced (`laid_out`). Without one, all arrays stay as they are.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 BATCH = "batch"
 LENGTH = "length"
-ROWS = "rows"  # positions that the encoder encodes; sharded over the data axes like a batch
+ROWS = "rows"  # positions that the encoder encodes
+POSITIONS = "positions"  # of a signal while it is computed
 WIDTH = "width"
 HEADS = "heads"
-HEAD_WIDTH = "head_width"
 HIDDEN = "hidden"
 VOCABULARY = "vocabulary"
+
+
+class Layout(Protocol):
+    """Where the dimensions of arrays lie (`runtime.mesh.Layout`)."""
+
+    def lay_out(self, array: Any, names: Sequence[str | None]) -> Any:
+        """Returns the array, its dimensions split over the devices of their names."""
+
+    def sharding(self, *names: str | None) -> Any:
+        """Returns the layout of arrays whose first dimensions have these names."""
+
+    def shards(self, name: str) -> int:
+        """Returns the number of parts of a dimension of this name."""
+
+    def gathered(self, params: Any, root: str) -> Any:
+        """Returns the parameters of a part as they are used."""
+
+    def over_length(self, function: Callable[..., Any], arguments: Any, places: Any, length: int) -> Any:
+        """Returns function(*arguments), computed by each shard of the length for its own part."""
+
+
+_IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """Puts a layout in force for what is traced inside."""
+    token = _IN_FORCE.set(layout)
+    try:
+        yield
+    finally:
+        _IN_FORCE.reset(token)
+
+
+def lay_out(array: Any, *names: str | None) -> Any:
+    """Returns an array laid out by the names of its dimensions, None = whole; as it is where no layout is in force."""
+    layout = _IN_FORCE.get()
+    return array if layout is None else layout.lay_out(array, names)
+
+
+def shards(name: str) -> int:
+    """Returns the number of parts of a dimension of this name; 1 where no layout is in force."""
+    layout = _IN_FORCE.get()
+    return 1 if layout is None else layout.shards(name)
+
+
+def gathered(params: Any, root: str) -> Any:
+    """Returns the parameters of a part, "model" or "encoding", laid out as they are used."""
+    layout = _IN_FORCE.get()
+    return params if layout is None else layout.gathered(params, root)
+
+
+def over_length(function: Callable[..., Any], arguments: Any, places: Any, length: int) -> Any:
+    """Returns function(*arguments), [B, L, ...], computed by each shard of the length for its own part.
+
+    Args:
+      arguments: a tuple of arrays, tuples of arrays, and None; places: the same tree of ints, the dimension of L in each
+        array, or None where each shard needs the whole array.
+      length: L.
+    """
+    layout = _IN_FORCE.get()
+    return function(*arguments) if layout is None else layout.over_length(function, arguments, places, length)

@@ -90,6 +90,7 @@ class ModelConfig:
     init_std: float = _field(0.02, low=0.0)
     remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
     attention_block: int = _field(512, **NonNegative)  # queries handled at once when longer; 0 = all at once
+    scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +247,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices split the batch alone (`data`), and how many split batch and parameters (`fsdp`)."""
+    """How many devices split what; their product is the number of devices."""
 
-    data: int = _field(0, **NonNegative)  # 0 = all devices that fsdp leaves
-    fsdp: int = _field(1, **Positive)
+    data: int = _field(0, **NonNegative)  # the batch alone; 0 = all devices that the others leave
+    fsdp: int = _field(1, **Positive)  # the batch, and parameters and optimiser state in store
+    context: int = _field(1, **Positive)  # the length of a sequence
+    tensor: int = _field(1, **Positive)  # heads, hidden units and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,6 +559,16 @@ def _check(config: Config) -> None:
         )
     if config.optimizer.warmup_steps > config.steps:
         raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
+    if config.model.heads % config.mesh.tensor:
+        raise InputError(
+            f"model.heads={config.model.heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
+        )
+    if math.prod(config.grid) % config.mesh.context:
+        field = "data.size" if config.reads_images else "data.length"
+        raise InputError(
+            f"the {math.prod(config.grid)} positions of an example ({field}) do not divide over "
+            f"mesh.context={config.mesh.context}: choose a divisor"
+        )
     window = profile_window(config)
     if window is not None and window[1] > config.steps:
         raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")

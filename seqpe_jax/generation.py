@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from seqpe_jax import axes
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import Cache
@@ -119,20 +120,22 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache
-def programs(model: nn.Module, static: Static, split: Any, whole: Any) -> Programs:
-    """Returns the programs of a model; batch arrays are laid out as `split` says, what the host reads as `whole`."""
+def programs(model: nn.Module, static: Static, layout: axes.Layout) -> Programs:
+    """Returns the programs of a model whose arrays are laid out like that; the host reads whole ones."""
+    split, whole = layout.sharding(axes.BATCH), layout.sharding()
     state = State(
-        cache=split, lengths_B=split, index_B=split, token_B=split, done_B=whole, step=whole, count_B=whole,
+        cache=layout.sharding(axes.BATCH, None, axes.HEADS),
+        lengths_B=split, index_B=split, token_B=split, done_B=whole, step=whole, count_B=whole,
         tokens_BN=whole, log_probs_BN=whole, logits_BNV=whole,
     )  # fmt: skip
-    # Parameters that are split in store are gathered once for all tokens of a call.
-    gathered = functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
 
     def start(params: Any, *arguments: Any) -> State:
-        return begin(model, gathered(params), *arguments, static=static)
+        with axes.laid_out(layout):
+            return begin(model, layout.gathered(params, "model"), *arguments, static=static)
 
     def go_on(params: Any, *arguments: Any) -> State:
-        return advance(model, gathered(params), *arguments, static=static)
+        with axes.laid_out(layout):
+            return advance(model, layout.gathered(params, "model"), *arguments, static=static)
 
     return Programs(jax.jit(start, out_shardings=state), jax.jit(go_on, out_shardings=state, donate_argnums=2))
 

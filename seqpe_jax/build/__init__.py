@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax import generation
+from seqpe_jax import axes, generation
 from seqpe_jax.build.answers import Answers
 from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
@@ -21,7 +21,7 @@ from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.generation import Generation, Sampling
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
-from seqpe_jax.objectives.objective import Metrics, Objective, Params
+from seqpe_jax.objectives.objective import Objective, Params
 from seqpe_jax.positions.grids import grid
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training import optimizer as optimizers
@@ -39,7 +39,7 @@ class Run:
     """The parts of a run, linked; nothing is compiled yet.
 
     Attributes:
-      shapes: of the state that trains, with shardings.
+      shapes: of the state that trains, with shardings; whole: dimensions that could not be split as the mesh asks.
       reach: of an export: positions that it serves along each axis; else None.
     """
 
@@ -49,6 +49,7 @@ class Run:
     objective: Objective
     optimizer: Any
     shapes: TrainState
+    whole: tuple[layout.Whole, ...] = ()
     reach: Shape | None = None
 
     def init_state(self) -> TrainState:
@@ -59,7 +60,7 @@ class Run:
     def train_step(self) -> TrainStep:
         """Returns the compiled-on-first-call train step; the state that goes in is donated."""
         step = make_train_step(
-            self._loss,
+            self._laid_out(self.objective.loss),
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,
@@ -67,15 +68,19 @@ class Run:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))
 
-    def _loss(self, params: Params, *arguments: Any) -> tuple[jax.Array, Metrics]:
-        """The objective on whole parameters: what fsdp splits in store is gathered for use."""
-        if self.mesh.shape["fsdp"] > 1:
-            params = jax.lax.with_sharding_constraint(params, layout.replicated(self.mesh))
-        return self.objective.loss(params, *arguments)
+    def _laid_out(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, traced with this run's layout in force."""
+
+        @functools.wraps(function)
+        def traced(*arguments: Any, **options: Any) -> Any:
+            with axes.laid_out(layout.Layout(self.mesh)):
+                return function(*arguments, **options)
+
+        return traced
 
     def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Yields (step, global batch) from a step on, read ahead in the background."""
-        train = self.data.train_loader(jax.process_index(), jax.process_count())
+        train = self.data.train_loader(*layout.host_part(self.mesh))
         for step, batch in train.prefetch(first):
             yield step, layout.to_global(self.mesh, batch)
 
@@ -86,11 +91,11 @@ class Run:
             positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None, :first]
             return self.objective.signal(params, positions_PLA, shape)
 
-        return jax.jit(signal, static_argnums=(1, 2))
+        return jax.jit(self._laid_out(signal), static_argnums=(1, 2))
 
     @functools.cached_property
     def _examine(self) -> Callable[..., dict[str, jax.Array]]:
-        return jax.jit(self.objective.examine, out_shardings=layout.replicated(self.mesh))
+        return jax.jit(self._laid_out(self.objective.examine), out_shardings=layout.replicated(self.mesh))
 
     def check_scale(self, scale: Shape, split: str) -> None:
         """Refuses a scale that needs positions that there are none of, or is more than the split holds.
@@ -119,7 +124,8 @@ class Run:
         self.check_scale(scale, split)
         shape = self.data.grid_of(scale)
         batch = max(1, self.config.eval.batch_tokens // math.prod(shape))
-        batch = -(-batch // self.mesh.size) * self.mesh.size
+        parts = layout.batch_shards(self.mesh)
+        batch = -(-batch // parts) * parts
         answering = {"generate": functools.partial(self.generate, params)} if self.config.asks_questions else {}
         return self.data.evaluate(
             functools.partial(self._examine, params, self._signal(params, shape)), scale, split, batch,
@@ -184,12 +190,10 @@ class Run:
         static = generation.Static(
             sampling.new_tokens, sampling.temperature == 0, sampling.top_p == 1, keep_logits=keep_logits
         )
-        compiled = generation.programs(
-            self.objective.model, static, layout.batch_sharding(self.mesh), layout.replicated(self.mesh)
-        )
+        compiled = generation.programs(self.objective.model, static, layout.Layout(self.mesh))
         work = generation.batches(
             [len(prompt) for prompt in prompts], new_tokens=sampling.new_tokens, window=window,
-            batch_tokens=self.config.eval.batch_tokens, multiple=self.mesh.size,
+            batch_tokens=self.config.eval.batch_tokens, multiple=layout.batch_shards(self.mesh),
         )  # fmt: skip
         found: dict[int, Generation] = {}
         places, signal, done, total = 0, None, 0, len(prompts) * sampling.new_tokens
@@ -289,24 +293,22 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, data_there
     Raises:
       InputError: fields contradict each other or the machine, or the data cannot be read; found before compiling.
     """
-    mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    part = config.batch_size // config.optimizer.accumulate
-    if part % mesh.size:
+    mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
+    part, parts = config.batch_size // config.optimizer.accumulate, layout.batch_shards(mesh)
+    if part % parts:
         raise InputError(
-            f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over "
-            f"{mesh.size} devices: make it a multiple of {mesh.size * config.optimizer.accumulate}"
+            f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over mesh.data x "
+            f"mesh.fsdp = {parts}: make it a multiple of {parts * config.optimizer.accumulate}"
         )
     data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config, data_there)
-    objective = make_objective(config, data, mesh)
+    objective = make_objective(config, data)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.state_sharding(mesh, leaf)), shapes
-    )
-    return Run(config, mesh, data, objective, optimizer, shapes)
+    shapes, whole = layout.with_shardings(mesh, shapes)
+    return Run(config, mesh, data, objective, optimizer, shapes, tuple(whole))
 
 
-def make_objective(config: Config, data: Text | Images, mesh: jax.sharding.Mesh) -> Objective:
+def make_objective(config: Config, data: Text | Images) -> Objective:
     """Returns model, encoding, task and terms of a config for its data."""
     model, encoding = config.model, config.encoding
     return Objective(
@@ -329,8 +331,6 @@ def make_objective(config: Config, data: Text | Images, mesh: jax.sharding.Mesh)
         heads=model.heads if encoding.per_head else None,
         settings=config.objective,
         has_vectors=encoding.kind == "seqpe",
-        constrain_rows=functools.partial(layout.constrain_rows, mesh) if mesh.size > 1 else lambda rows: rows,
-        row_multiple=mesh.size,
     )  # fmt: skip
 
 

@@ -171,8 +171,7 @@ def _decode(run: Run) -> tuple[Callable[[], Any], int]:
     run.check_generation([length], Sampling(DECODED + 1))
     params, batch = run.init_state().params, _batch(run)
     static = generation.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
-    split, whole = layout.batch_sharding(run.mesh), layout.replicated(run.mesh)
-    programs = generation.programs(run.objective.model, static, split, whole)
+    programs = generation.programs(run.objective.model, static, layout.Layout(run.mesh))
     signal = run._signal(params, (length + DECODED + 1,))
     draw = generation.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1))
     rows = run.config.batch_size

@@ -12,6 +12,7 @@ from seqpe_jax.build import Run, build
 from seqpe_jax.build.text import with_kept_tokenizer
 from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
 from seqpe_jax.errors import InputError
+from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config
 from seqpe_jax.training.state import TrainState
@@ -50,7 +51,7 @@ FREE_ENCODING = {
     "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
 }  # fmt: skip
 FREE_MODEL = {
-    "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_block",
+    "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_block", "scan",
     "vocabulary", "classes",
 }  # fmt: skip
 
@@ -65,7 +66,18 @@ def first_state(run: Run) -> TrainState:
     if not run.config.init_from:
         return state
     saved = Checkpoints(run.config.init_from, create=False)
-    params, _ = saved.restore_params(run.shapes.params)
+    model, scanned = run.config.model, config.from_dict(read_config(run.config.init_from)).model.scan
+    if scanned == model.scan:
+        params, _ = saved.restore_params(run.shapes.params)
+    else:  # the same blocks, kept in the other way
+        other = blocks.unstack if model.scan else blocks.stack
+        shapes = jax.eval_shape(lambda params: params | {"model": other(params["model"], model.layers)}, run.shapes.params)
+        params, _ = saved.restore_params(layout.with_shardings(run.mesh, {"params": shapes})[0]["params"])
+        own = blocks.stack if model.scan else blocks.unstack
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.shapes.params)
+        params = jax.jit(lambda params: params | {"model": own(params["model"], model.layers)}, out_shardings=shardings)(
+            params
+        )
     saved.close()
     return state.replace(params=params)
 

@@ -548,5 +548,12 @@ def _index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path,
 
 
 def _histogram(values: Sequence[float], limits: tuple[float, float] | None) -> dict[str, list]:
-    counts, edges = np.histogram(values, BINS, limits)
+    """Without limits the values are whole numbers, and so are the edges."""
+    if limits is None:
+        low, span = min(values), max(values) - min(values) + 1
+        width = -(-span // BINS)
+        edges = low + width * np.arange(-(-span // width) + 1)
+    else:
+        edges = np.linspace(*limits, BINS + 1)
+    counts, _ = np.histogram(values, edges)
     return {"from": edges.tolist(), "count": counts.tolist()}

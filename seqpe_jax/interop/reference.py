@@ -20,7 +20,6 @@ from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.objectives.task import Classification, LanguageModelling
 from seqpe_jax.positions.grids import grid
-from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints
 
 Start = int | Sequence[int] | None
@@ -204,7 +203,7 @@ def objective_of(config: Config, channels: int = 3) -> Objective:
     else:
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         sizes = Sizes(LanguageModelling(), inputs, {"vocabulary": config.model.vocabulary}, prefix=0)
-    return make_objective(config, sizes, layout.make_mesh(1, 1, jax.devices()[:1]))
+    return make_objective(config, sizes)
 
 
 def channels_of(state: weights.State) -> int:

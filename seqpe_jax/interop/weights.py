@@ -4,6 +4,7 @@ Its Conv1D weights are (in, out) like ours; its nn.Linear weights are (out, in) 
 model (`pe_model`) carry that prefix here, as in its image checkpoints.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,7 +39,9 @@ def rules(config: Config) -> list[Rule]:
     """Returns a rule for every parameter of a model of this config."""
     encoding, model = config.encoding, config.model
     images = model.kind == "vit"
-    found = vit_rules(model.layers, model.patch) if images else gpt2_rules(model.layers)
+    found = vit_rules(model.layers, model.heads, model.patch) if images else gpt2_rules(model.layers, model.heads)
+    if model.scan:
+        found = scanned(found)
     if encoding.kind == "seqpe":
         found += encoder_rules(encoding.layers, len(config.grid), encoding.cls, encoding.final_norm)
         found += qk_rules(encoding.qk, model.layers, images)
@@ -71,16 +74,16 @@ def encoder_rules(layers: int, axes: int, cls: bool, final_norm: bool) -> list[R
     return found
 
 
-def gpt2_rules(layers: int) -> list[Rule]:
+def gpt2_rules(layers: int, heads: int) -> list[Rule]:
     """Returns the rules of GPT-2 without positions; the output embedding is tied."""
     found = [Rule("model/token_embedding/embedding", ("transformer.wte.weight",))]
     found += _norm("model/final_norm", "transformer.ln_f")
     for layer in range(layers):
-        found += _block(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2")
+        found += _heads(_block(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2"), heads)
     return found
 
 
-def vit_rules(layers: int, patch: tuple[int, ...]) -> list[Rule]:
+def vit_rules(layers: int, heads: int, patch: tuple[int, ...]) -> list[Rule]:
     """Returns the rules of ViT without positions; its patches are images [C, p, p], ours [p, p, C]."""
 
     def read(kernel: np.ndarray) -> np.ndarray:
@@ -101,7 +104,8 @@ def vit_rules(layers: int, patch: tuple[int, ...]) -> list[Rule]:
     for layer in range(layers):
         ours, theirs = f"model/blocks_{layer}", f"blocks.{layer}"
         found += [rule for name in names for rule in _norm(f"{ours}/{name}", f"{theirs}.{names[name]}")]
-        found += [rule for name in layers_of for rule in _linear(f"{ours}/{name}", f"{theirs}.{layers_of[name]}")]
+        maps = [rule for name in layers_of for rule in _linear(f"{ours}/{name}", f"{theirs}.{layers_of[name]}")]
+        found += _heads(maps, heads)
     return found
 
 
@@ -170,8 +174,43 @@ def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
     return state
 
 
+def scanned(found: list[Rule]) -> list[Rule]:
+    """Returns the rules of a model whose blocks are one stack (`models.blocks.Scanned`)."""
+    stacks: dict[str, list[Rule]] = {}
+    for rule in found:
+        stacks.setdefault(re.sub(r"/blocks_\d+/", "/blocks/layers/", rule.ours), []).append(rule)
+    return [
+        rules[0]._replace(ours=ours, theirs=tuple(name for rule in rules for name in rule.theirs))
+        for ours, rules in stacks.items()
+    ]
+
+
 def _stacked(rule: Rule) -> bool:
-    return rule.theirs[0].endswith((".attn.pe_qk.weight", ".attn.pe_qk.bias"))
+    return "/blocks/layers/" in rule.ours or rule.theirs[0].endswith((".attn.pe_qk.weight", ".attn.pe_qk.bias"))
+
+
+def _heads(found: list[Rule], heads: int) -> list[Rule]:
+    """The rules of a block of ours, where attention's maps have dimensions of their own for heads."""
+
+    def qkv(rule: Rule) -> Rule:
+        def read(array: np.ndarray) -> np.ndarray:
+            array = rule.read(array)
+            return array.reshape(*array.shape[:-1], 3, heads, -1)
+
+        return rule._replace(read=read, write=lambda array: rule.write(array.reshape(*array.shape[:-3], -1)))
+
+    def out(rule: Rule) -> Rule:
+        def read(array: np.ndarray) -> np.ndarray:
+            array = rule.read(array)
+            return array.reshape(heads, -1, array.shape[-1])
+
+        return rule._replace(read=read, write=lambda array: rule.write(array.reshape(-1, array.shape[-1])))
+
+    made = []
+    for rule in found:
+        split = qkv if "/qkv/" in rule.ours else out if rule.ours.endswith("/out/kernel") else lambda rule: rule
+        made.append(split(rule))
+    return made
 
 
 def _first(array: np.ndarray) -> np.ndarray:

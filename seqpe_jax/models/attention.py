@@ -7,6 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from seqpe_jax.axes import HEADS, LENGTH, lay_out, over_length
 from seqpe_jax.encodings.signal import Pair, PositionSignal, fit_batch
 
 
@@ -47,12 +48,15 @@ def attend(
     """
     length, keys = query_BLHK.shape[1], key_BSHK.shape[1]
     last_seen_PL = (jnp.arange(length) + (keys - length))[None] if causal else None
-    bias_PHLS = None if signal.bias is None else signal.bias[None]
+    bias_PHLS = None if signal.bias is None else lay_out(signal.bias[None], None, HEADS, LENGTH, None)
     query_BLHK, key_BSHK = _place(query_BLHK, key_BSHK, signal)
-    return _mix(
-        query_BLHK, key_BSHK, value_BSHK, signal.features, bias_PHLS, last_seen_PL,
-        block=block, dropout_rate=dropout_rate, dropout_key=dropout_key,
-    )  # fmt: skip
+    features = signal.features
+    if features is not None:
+        features = (_lay_out_feature(features[0], LENGTH), _lay_out_feature(features[1], None))
+    arguments = (query_BLHK, key_BSHK, value_BSHK, features, bias_PHLS, last_seen_PL, jnp.arange(length))
+    places = (1, None, None, None if features is None else (1, None), 2, 1, 0)  # of L in each
+    mix = functools.partial(_mix, block=block, dropout_rate=dropout_rate, dropout_key=dropout_key)
+    return over_length(mix, arguments, places, length)
 
 
 def attend_cached(
@@ -93,12 +97,16 @@ def _mix(
     features: Pair | None,
     bias_PHLS: jax.Array | None,
     last_seen_PL: jax.Array | None,
+    number_L: jax.Array | None = None,
     *,
     block: int,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` of queries and keys that stand in their places; each query sees the keys up to its last one."""
+    """`attend` of queries and keys that stand in their places; each query sees the keys up to its last one.
+
+    `number_L` tells queries apart where only some of them are here, so that they draw other masks than those elsewhere.
+    """
     batch, length, _, head_width = query_BLHK.shape
     query_BLHK = query_BLHK / math.sqrt(head_width)
     features = None if features is None else tuple(field.astype(jnp.float32) for field in features)
@@ -121,7 +129,7 @@ def _mix(
             logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits)
         if rate:
-            key = jax.random.fold_in(dropout_key, first)
+            key = jax.random.fold_in(dropout_key, number_L[0] + first)
             weights = weights * jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
         return jnp.einsum("bhls,bshk->blhk", weights.astype(value_BSHK.dtype), value_BSHK)
 
@@ -150,6 +158,10 @@ def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: Positi
     batch, keys, heads, _ = key_BSHK.shape
     one_hot_BSHS = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, heads, keys))  # mixing these shows the weights
     return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal), 2, 1)
+
+
+def _lay_out_feature(field_PLHF: jax.Array, length: str | None) -> jax.Array:
+    return lay_out(field_PLHF, None, length, HEADS, None)
 
 
 def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:

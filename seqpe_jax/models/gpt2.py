@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, lay_out
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
 from seqpe_jax.models.attention import Cache
-from seqpe_jax.models.blocks import REMAT, Block
+from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
 
 class GPT2(nn.Module):
@@ -19,6 +20,7 @@ class GPT2(nn.Module):
       dtype: of the arithmetic; parameters are float32.
       remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
       attention_block: see `models.attention.attend`.
+      scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
     """
 
     vocabulary: int
@@ -35,20 +37,13 @@ class GPT2(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention_block: int = 0
+    scan: bool = False
 
     def setup(self) -> None:
         """Makes the embedding, the blocks and the final norm."""
         init = nn.initializers.normal(self.init_std)
         self.token_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], static_argnums=(3,))
-        self.blocks = [
-            block(
-                self.width, self.heads, self.mlp_width or 4 * self.width, self.layers, self.dropout,
-                self.attention_dropout, self.activation, self.layer_norm_epsilon, self.init_std, self.dtype,
-                self.attention_block,
-            )
-            for _ in range(self.layers)
-        ]  # fmt: skip
+        self.blocks = make_blocks(self)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
 
@@ -59,9 +54,7 @@ class GPT2(nn.Module):
     def hidden(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the final states [B, L, D]."""
         x_BLD = self._embed(tokens_BL, signal.added, deterministic)
-        for layer, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, signal.at_layer(layer), deterministic)
-        return self.final_norm(x_BLD)
+        return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic))
 
     def extend(
         self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[Cache, ...], places_PL: jax.Array
@@ -77,8 +70,10 @@ class GPT2(nn.Module):
         added = None if signal.added is None else signal.added[0][places_PL]
         x_BLD = self._embed(tokens_BL, added, True)
         extended = []
-        for layer, block in enumerate(self.blocks):
-            x_BLD, kept = block(x_BLD, signal.at_layer(layer), True, cache=cache[layer], places_PL=places_PL)
+        for layer in range(self.layers):
+            x_BLD, kept = run_block(
+                self.blocks, layer, x_BLD, signal.at_layer(layer), cache=cache[layer], places_PL=places_PL
+            )
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)
 
@@ -89,12 +84,14 @@ class GPT2(nn.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states, through the transposed token embedding."""
-        embedding_VD = self.token_embedding.embedding.astype(self.dtype)
-        return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+        embedding_VD = lay_out(self.token_embedding.embedding.astype(self.dtype), VOCABULARY, WIDTH)
+        logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+        return lay_out(logits_BLV, BATCH, LENGTH, VOCABULARY)
 
     def _embed(self, tokens_BL: jax.Array, added_PLD: jax.Array | None, deterministic: bool) -> jax.Array:
         """The states [B, L, D] that enter the first block."""
-        x_BLD = self.token_embedding(tokens_BL)
+        embedding_VD = lay_out(self.token_embedding.embedding, VOCABULARY, WIDTH)
+        x_BLD = lay_out(jnp.take(embedding_VD, tokens_BL, axis=0), BATCH, LENGTH, None)
         if added_PLD is not None:
             x_BLD = x_BLD + fit_batch(added_PLD, tokens_BL.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.blocks import REMAT, Block
+from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
 
 def patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
@@ -42,7 +42,7 @@ class ViT(nn.Module):
       init_std: normal, residual projections too. The reference cuts at +-2, a hundred deviations out. Only the weights of
         the patch projection start uniform within 1 / sqrt(values of a patch), as the reference leaves them to PyTorch.
       dtype: of the arithmetic; parameters and logits are float32.
-      remat, attention_block: as of `models.gpt2.GPT2`.
+      remat, attention_block, scan: as of `models.gpt2.GPT2`.
     """
 
     classes: int
@@ -61,6 +61,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention_block: int = 0
+    scan: bool = False
 
     def setup(self) -> None:
         """Makes the patch projection, the class token, the blocks, the final norm and the head."""
@@ -68,16 +69,8 @@ class ViT(nn.Module):
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.projection = nn.Dense(self.width, dtype=self.dtype, kernel_init=uniform)
         self.class_token = self.param("class_token", normal, (1, self.width))
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], static_argnums=(3, 4))
-        self.blocks = [
-            block(
-                self.width, self.heads, self.mlp_width or 4 * self.width, self.layers, self.dropout,
-                self.attention_dropout, self.activation, self.layer_norm_epsilon, self.init_std, self.dtype,
-                self.attention_block, causal=False, scale_residual=False,
-                drop_path=self.drop_path * layer / max(self.layers - 1, 1),
-            )
-            for layer in range(self.layers)
-        ]  # fmt: skip
+        rates = tuple(self.drop_path * layer / max(self.layers - 1, 1) for layer in range(self.layers))
+        self.blocks = make_blocks(self, rates, causal=False, scale_residual=False)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         self.head = nn.Dense(self.classes, kernel_init=normal)  # float32, whatever the features are
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
@@ -97,15 +90,13 @@ class ViT(nn.Module):
     def features(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the final states of the class token, [B, D]; arguments and errors as of a call."""
         x_BLD = self._embed(images, signal, deterministic)
-        for layer, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, signal.at_layer(layer), deterministic, False)
-        return self.final_norm(x_BLD[:, 0])
+        return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic)[:, 0])
 
     def attention(self, images: jax.Array, signal: PositionSignal) -> jax.Array:
         """Returns the attention weights of the last layer, float32[B, H, 1 + L, 1 + L], for pictures."""
         x_BLD = self._embed(images, signal, True)
-        for layer, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, signal.at_layer(layer), True, layer == self.layers - 1)
+        for layer in range(self.layers):
+            x_BLD = run_block(self.blocks, layer, x_BLD, signal.at_layer(layer), weights=layer == self.layers - 1)
         return x_BLD
 
     def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:

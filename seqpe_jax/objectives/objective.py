@@ -5,13 +5,13 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.axes import POSITIONS, ROWS, gathered, lay_out, shards
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
@@ -50,7 +50,6 @@ class Objective:
       heads: heads of the position vectors, or None when one vector serves them all.
       settings: the frozen `objective` section of the config.
       has_vectors: the encoding has vectors (SeqPE) that contrastive and distillation terms shape.
-      constrain_rows: lays encoder rows [R, ...] out over the devices; R is padded to a multiple of `row_multiple`.
     """
 
     model: nn.Module
@@ -63,8 +62,6 @@ class Objective:
     heads: int | None
     settings: Any
     has_vectors: bool
-    constrain_rows: Callable[[jax.Array], jax.Array] = lambda rows: rows
-    row_multiple: int = 1
 
     @property
     def length(self) -> int:
@@ -139,7 +136,8 @@ class Objective:
         now = jax.random.fold_in(jax.random.fold_in(key, step), part)
         terms: Metrics = {}
         if self.has_vectors:
-            signal, terms = self._vectors_and_terms(params["encoding"], draws, stream(now, "encoding dropout"))
+            encoding = gathered(params["encoding"], "encoding")
+            signal, terms = self._vectors_and_terms(encoding, draws, stream(now, "encoding dropout"))
         else:
             signal = self.signal(params, draws.positions_PLA, self.shape)
         apply = functools.partial(
@@ -157,7 +155,7 @@ class Objective:
 
     def signal(self, params: Params, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
         """Returns the signal of given windows as evaluation uses it (no dropout)."""
-        return self.encoding.apply({"params": params["encoding"]}, positions_PLA, shape=shape)
+        return self.encoding.apply({"params": gathered(params["encoding"], "encoding")}, positions_PLA, shape=shape)
 
     def examine(self, params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Returns what evaluation needs to know of each example, without dropout (see the task's `examine`)."""
@@ -174,13 +172,14 @@ class Objective:
             parts += [windows.positions_BMA.reshape(-1, axes)]
         rows_RA = jnp.concatenate(parts)
         count = len(rows_RA)
-        rows_RA = self.constrain_rows(jnp.pad(rows_RA, ((0, -count % self.row_multiple), (0, 0))))
+        rows_RA = lay_out(jnp.pad(rows_RA, ((0, -count % shards(ROWS)), (0, 0))), ROWS, None)
         vectors_RE = self.encoding.apply(
             {"params": params}, rows_RA, deterministic=False, method="vectors", rngs={"dropout": dropout_key}
         )
         ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
-        main_RE, *rest = jnp.split(self.constrain_rows(vectors_RE)[:count], ends)
-        main_PLE = main_RE.reshape(sets, length, -1)
+        vectors_RE = lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None)
+        main_RE, *rest = jnp.split(vectors_RE, ends)
+        main_PLE = lay_out(main_RE.reshape(sets, length, -1), None, POSITIONS, None)  # the qk map is shared out as well
         signal = self.encoding.apply({"params": params}, main_PLE, method="signal")
         terms: Metrics = {}
         if pairs is not None:

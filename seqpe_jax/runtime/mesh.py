@@ -1,35 +1,157 @@
 """Devices as a mesh, and the layout of every array on it.
 
-Axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters and optimiser state with it.
+Axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters and optimiser state with it; `context` splits
+the length of a sequence; `tensor` splits heads, hidden units and vocabulary.
 """
 
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, POSITIONS, ROWS, VOCABULARY, WIDTH
 from seqpe_jax.errors import InputError
 
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
+# Logical names -> mesh axes, in use and in store: what fsdp splits in store is gathered for use.
+USED = {
+    BATCH: BATCH_AXES, LENGTH: ("context",), ROWS: AXES, POSITIONS: ("data", "fsdp", "context"),
+    HEADS: ("tensor",), HIDDEN: ("tensor",), VOCABULARY: ("tensor",), WIDTH: (),
+}  # fmt: skip
+STORED = USED | {WIDTH: ("fsdp",)}
 
-def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of (data, fsdp) over all devices; data = 0 takes the devices that fsdp leaves.
+# The dimensions of every parameter, the last ones first named: a leading axis of layers has no name.
+PARAMETERS = {
+    "model/token_embedding/embedding": (VOCABULARY, WIDTH),
+    "model/blocks*/qkv/kernel": (WIDTH, None, HEADS, None),
+    "model/blocks*/qkv/bias": (None, HEADS, None),
+    "model/blocks*/out/kernel": (HEADS, None, WIDTH),
+    "model/blocks*/mlp_in/kernel": (WIDTH, HIDDEN),
+    "model/blocks*/mlp_in/bias": (HIDDEN,),
+    "model/blocks*/mlp_out/kernel": (HIDDEN, WIDTH),
+    "model/blocks*/*/bias": (None,),
+    "model/blocks*/norm_?/scale": (None,),
+    "model/final_norm/*": (None,),
+    "model/projection/kernel": (None, WIDTH),
+    "model/projection/bias": (None,),
+    "model/class_token": (None, None),
+    "model/head/kernel": (WIDTH, VOCABULARY),
+    "model/head/bias": (VOCABULARY,),
+    "encoding/encoder/*_embedding": (None, WIDTH),
+    "encoding/encoder/cls": (None, None),
+    "encoding/encoder/block_*/*/kernel": (WIDTH, None),
+    "encoding/encoder/block_*/*/bias": (None,),
+    "encoding/encoder/block_*/norm_?/scale": (None,),
+    "encoding/encoder/final_norm/*": (None,),
+    "encoding/encoder/projection/kernel": (WIDTH, None),
+    "encoding/encoder/projection/bias": (None,),
+    "encoding/qk_map/kernel": (WIDTH, None),
+    "encoding/qk_map/bias": (None,),
+    "encoding/prefix_vectors": (None, None),
+    "encoding/table": (None, WIDTH),  # learned, or an export's
+    "encoding/frequencies": (None, None),
+}
+
+
+def make_mesh(data: int, fsdp: int, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh of `AXES` over all devices, or those given; data = 0 takes the devices that the others leave.
 
     Raises:
       InputError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    if count % fsdp or (data and data * fsdp != count):
+    count, others = len(devices), fsdp * context * tensor
+    if count % others or (data and data * others != count):
         raise InputError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} does not make the {count} devices there are: set mesh.data=0 and "
-            f"mesh.fsdp to a divisor of {count}"
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.context={context} x mesh.tensor={tensor} does not make the "
+            f"{count} devices there are: set mesh.data=0 and the others so that their product divides {count}"
         )
-    return jax.make_mesh((count // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape = (count // others, fsdp, context, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where arrays in use lie on a mesh; put in force by `axes.laid_out`."""
+
+    mesh: Mesh
+
+    def shards(self, name: str) -> int:
+        """Returns the number of parts of a dimension of this logical name."""
+        return math.prod(self.mesh.shape[axis] for axis in USED[name])
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """Returns the layout of arrays in use whose first dimensions have these names, and which these divide."""
+        return NamedSharding(self.mesh, PartitionSpec(*(None if name is None else USED[name] for name in names)))
+
+    def spec(self, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
+        """Returns the layout of an array in use. A dimension that its axes do not divide stays whole."""
+        return PartitionSpec(*(
+            USED[name] if name is not None and size % self.shards(name) == 0 and self.shards(name) > 1 else None
+            for size, name in zip(shape, names, strict=True)
+        ))  # fmt: skip
+
+    def lay_out(self, array: jax.Array, names: Sequence[str | None]) -> jax.Array:
+        """Returns the array, its dimensions split by their names; inside jit."""
+        if self.mesh.size == 1:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(array.shape, names)))
+
+    def gathered(self, params: Any, root: str) -> Any:
+        """Returns parameters as they are used, for all uses inside a loop: what fsdp splits in store is gathered.
+
+        Args:
+          root: of the parameters' names, "model" or "encoding".
+        """
+
+        def of(path: Any, leaf: jax.Array) -> jax.Array:
+            return self.lay_out(leaf, _dimensions("/".join([root, *_keys(path)]), leaf.ndim))
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    def over_length(self, function: Callable[..., jax.Array], arguments: Any, places: Any, length: int) -> jax.Array:
+        """Returns `axes.over_length`: each shard of `context` computes its queries against all keys, gathered to it.
+
+        The other mesh axes stay as they are inside. A length that `context` does not divide is padded.
+        """
+        count = self.mesh.shape["context"]
+        if count == 1:
+            return function(*arguments)
+        missing = -length % count
+
+        def padded(array: jax.Array | None, place: int | None) -> jax.Array | None:
+            if array is None or place is None or not missing:
+                return array
+            return jnp.pad(array, [(0, missing) if axis == place else (0, 0) for axis in range(array.ndim)])
+
+        def spec(array: jax.Array | None, place: int | None) -> PartitionSpec | None:
+            if array is None:
+                return None
+            return PartitionSpec() if place is None else PartitionSpec(*[None] * place, "context")
+
+        leaves, tree = jax.tree.flatten(arguments, is_leaf=lambda leaf: leaf is None)
+        at = jax.tree.leaves(places, is_leaf=lambda leaf: leaf is None)
+        split = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=tree.unflatten([spec(leaf, place) for leaf, place in zip(leaves, at, strict=True)]),
+            out_specs=PartitionSpec(None, "context"),
+            axis_names={"context"},
+            check_vma=False,
+        )
+        return split(*tree.unflatten([padded(leaf, place) for leaf, place in zip(leaves, at, strict=True)]))[:, :length]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of a batch [B, ...]: B split over all devices."""
+    """Returns the layout of a batch [B, ...]."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -38,23 +160,86 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_sharding(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """Returns the layout of a parameter or optimiser leaf: its largest dimension that fsdp divides is split over it."""
-    size = mesh.shape["fsdp"]
-    if size > 1 and leaf.ndim >= 2:
-        for axis in sorted(range(leaf.ndim), key=lambda axis: -leaf.shape[axis]):
-            if leaf.shape[axis] % size == 0:
-                return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
-    return replicated(mesh)
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of parts of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrain_rows(mesh: Mesh, rows: jax.Array) -> jax.Array:
-    """Splits encoder rows [R, ...] over all devices, of which R must be a multiple; inside jit."""
-    return jax.lax.with_sharding_constraint(rows, batch_sharding(mesh))
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns (i, n): this process reads the i-th of n equal parts of each batch.
+
+    Processes that share the devices of a part, as where `tensor` spans them, read the same one.
+    """
+    parts = batch_shards(mesh)
+    grid = mesh.devices.reshape(parts, -1)
+    mine = [row for row in range(parts) if any(device.process_index == jax.process_index() for device in grid[row])]
+    if not mine or parts % len(mine) or mine[0] % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
+        raise InputError(
+            f"the devices of process {jax.process_index()} hold the parts {mine} of {parts} of a batch, which do not lie "
+            "together: make mesh.context x mesh.tensor divide the devices of a process, or a multiple of them"
+        )
+    return mine[0] // len(mine), parts // len(mine)
+
+
+class Whole(NamedTuple):
+    """A dimension that its mesh axes do not divide, so that every device holds all of it.
+
+    Attributes:
+      parameter: its path; size: of the dimension; over: the mesh axes, with their sizes; bytes: more on each device.
+    """
+
+    parameter: str
+    size: int
+    over: str
+    bytes: int
+
+
+def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
+    """Returns the shapes of a train state with the layout of each leaf, and the dimensions that could not be split.
+
+    Raises:
+      ValueError: a parameter that no rule of `PARAMETERS` names; a new one needs a line there.
+    """
+    whole: list[Whole] = []
+
+    def spec_of(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        keys = _keys(path)
+        starts = [at for at, key in enumerate(keys) if key in ("model", "encoding")]
+        if not leaf.ndim or not starts:  # counts, the run's key
+            return PartitionSpec()
+        name = "/".join(keys[starts[-1] :])
+        spec: list[Any] = [None] * leaf.ndim
+        for dimension, logical in enumerate(_dimensions(name, leaf.ndim)):
+            over = [axis for axis in STORED.get(logical, ()) if mesh.shape[axis] > 1]
+            parts = math.prod(mesh.shape[axis] for axis in over)
+            if over and leaf.shape[dimension] % parts == 0:
+                spec[dimension] = tuple(over)
+            elif over and keys[0] == "params":
+                held = leaf.size * leaf.dtype.itemsize
+                words = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in over)
+                whole.append(Whole(name, leaf.shape[dimension], words, held - held // parts))
+        return PartitionSpec(*spec)
+
+    def of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
+
+    return jax.tree_util.tree_map_with_path(of, state), whole
+
+
+def _keys(path: Any) -> list[str]:
+    return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+
+
+def _dimensions(name: str, count: int) -> tuple[str | None, ...]:
+    """The logical names of a parameter's dimensions. Raises: ValueError, as of `with_shardings`."""
+    names = next((names for pattern, names in PARAMETERS.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    if names is None:
+        raise ValueError(f"no rule of runtime.mesh.PARAMETERS says how parameter {name} is laid out: add one")
+    return ((None,) * count + names)[-count:]
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns global arrays of a batch, of which this host holds its slice."""
+    """Returns global arrays of a batch, of which this host holds its part (`host_part`)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 

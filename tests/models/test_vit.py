@@ -109,10 +109,11 @@ def test_attention_weights_are_those_of_the_last_layer(params):
 
     _, state = model_of().apply(params, IMAGES, signal, capture_intermediates=seen)
     between = state["intermediates"][last]
-    value = np.split(np.asarray(between["qkv"]["__call__"][0]), 3, -1)[2].reshape(4, 7, HEADS, -1)
-    mixed = np.einsum("bhls,bshk->blhk", weights, value).reshape(4, 7, WIDTH)
+    value = np.asarray(between["qkv"]["__call__"][0])[:, :, 2]
+    mixed = np.einsum("bhls,bshk->blhk", weights, value)
     out = params["params"][last]["out"]
-    np.testing.assert_allclose(mixed @ out["kernel"] + out["bias"], between["out"]["__call__"][0], atol=1e-5)
+    expected = np.einsum("blhk,hkd->bld", mixed, out["kernel"]) + out["bias"]
+    np.testing.assert_allclose(expected, between["out"]["__call__"][0], atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)

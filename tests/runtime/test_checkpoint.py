@@ -11,14 +11,13 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints
 
-STATE = {"params": {"kernel": np.arange(64.0, dtype=np.float32).reshape(8, 8), "bias": np.ones(3, np.float32)}, "step": 4}
+KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.float32)}}}, "step": 4}
 
 
 def placed(mesh):
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype), STATE)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.state_sharding(mesh, leaf)), shapes
-    )
+    return layout.with_shardings(mesh, shapes)[0]
 
 
 @pytest.fixture
@@ -39,7 +38,8 @@ def test_restore_on_another_mesh(saved):
     mesh = layout.make_mesh(2, 4)
     restored = checkpoints.restore(placed(mesh))
     jax.tree.map(np.testing.assert_array_equal, restored, STATE)
-    assert restored["params"]["kernel"].sharding.mesh.shape == {"data": 2, "fsdp": 4}
+    kernel = restored["params"]["model"]["head"]["kernel"]
+    assert kernel.sharding.mesh.shape["fsdp"] == 4 and kernel.sharding.shard_shape(kernel.shape) == (2, 8)
     params, step = checkpoints.restore_params(placed(mesh)["params"])
     jax.tree.map(np.testing.assert_array_equal, params, STATE["params"])
     assert step == 6

@@ -3,13 +3,16 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as Spec
 
+from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import mesh as layout
 
 
 def test_zero_takes_the_rest():
-    assert layout.make_mesh(0, 2).shape == {"data": 4, "fsdp": 2}
+    assert layout.make_mesh(0, 2).shape == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    assert layout.make_mesh(0, 1, 2, 2).shape == {"data": 2, "fsdp": 1, "context": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize("data,fsdp", [(3, 1), (0, 3), (2, 2)])
@@ -26,9 +29,50 @@ def test_a_batch_is_split_over_all_devices():
     np.testing.assert_array_equal(jax.device_get(batch), np.arange(32).reshape(16, 2))
 
 
-def test_large_leaves_are_split_over_fsdp_and_small_ones_are_not():
-    mesh = layout.make_mesh(2, 4)
-    spec = lambda *shape: layout.state_sharding(mesh, jax.ShapeDtypeStruct(shape, np.float32)).spec  # noqa: E731
-    assert spec(8, 16) == jax.sharding.PartitionSpec(None, "fsdp")
-    assert spec(16, 3) == jax.sharding.PartitionSpec("fsdp")
-    assert spec(3, 5) == jax.sharding.PartitionSpec() == spec(16)
+def state(**shapes):
+    params = {"model": {}, "encoding": {}}
+    for name, shape in shapes.items():
+        node = params
+        *path, last = name.split("__")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = jax.ShapeDtypeStruct(shape, np.float32)
+    return {"params": params, "opt_state": [{"mu": params, "count": jax.ShapeDtypeStruct((), np.int32)}]}
+
+
+def test_each_parameter_lies_as_its_rule_says():
+    found, whole = layout.with_shardings(
+        layout.make_mesh(1, 2, 1, 4),
+        state(
+            model__token_embedding__embedding=(50257, 8), model__blocks_0__qkv__kernel=(8, 3, 4, 2),
+            model__blocks__layers__mlp_out__kernel=(5, 32, 8), encoding__encoder__block_1__qkv__kernel=(7, 21),
+        ),
+    )  # fmt: skip
+    for tree in (found["params"], found["opt_state"][0]["mu"]):
+        specs = {
+            "/".join(entry.key for entry in path): leaf.sharding.spec
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        assert specs == {
+            "model/token_embedding/embedding": Spec(None, ("fsdp",)),
+            "model/blocks_0/qkv/kernel": Spec(("fsdp",), None, ("tensor",), None),
+            "model/blocks/layers/mlp_out/kernel": Spec(None, ("tensor",), ("fsdp",)),
+            "encoding/encoder/block_1/qkv/kernel": Spec(None, None),
+        }
+    assert found["opt_state"][0]["count"].sharding.spec == Spec()
+    held = 50257 * 8 * 4
+    assert whole == [
+        ("encoding/encoder/block_1/qkv/kernel", 7, "fsdp=2", 7 * 21 * 4 // 2),
+        ("model/token_embedding/embedding", 50257, "tensor=4", held - held // 4),
+    ]
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no rule .* parameter model/blocks_0/gate/kernel"):
+        layout.with_shardings(layout.make_mesh(8, 1), state(model__blocks_0__gate__kernel=(8, 8)))
+
+
+def test_arrays_in_use_are_split_where_they_divide():
+    spec = layout.Layout(layout.make_mesh(2, 1, 2, 2)).spec
+    assert spec((4, 6, 2, 3), (BATCH, LENGTH, HEADS, None)) == Spec(("data", "fsdp"), ("context",), ("tensor",), None)
+    assert spec((4, 7, 3), (BATCH, LENGTH, HEADS)) == Spec(("data", "fsdp"), None, None)

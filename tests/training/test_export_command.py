@@ -295,6 +295,7 @@ def stopped(path, config):
     assert sorted(os.listdir(path)) == ["README.md", "model.stablehlo", "params.safetensors"]
     os.kill(os.getpid(), {int(stop)})
 export.write_config = stopped
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 command.run(export.main)
 """
     env = environment(tmp_path / "cache")

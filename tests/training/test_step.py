@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
+from seqpe_jax import config
 from seqpe_jax.build import build
+from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
+from tests.test_serving import vit_config
 from tests.tiny import tiny_config, tokens
 
 pytestmark = pytest.mark.slow
@@ -20,15 +22,23 @@ STILL = {"model__dropout": 0.0, "encoding__dropout": 0.0, "optimizer__epsilon": 
 
 
 def run(settings, devices, steps=3):
-    """Losses and final parameters of a few steps; the specs of the parameters too."""
+    """Losses and final parameters of a few steps; the run, its state and its compiled step too."""
     parts = build(settings, devices)
     state, step, losses = parts.init_state(), parts.train_step(), []
+    compiled = step.lower(state, batch_of(parts, 0)).compile()
     for n in range(steps):
-        batch = layout.to_global(parts.mesh, jax.tree.map(np.asarray, tokens(settings, n)))
-        state, metrics = step(state, batch)
+        state, metrics = compiled(state, batch_of(parts, n))
         losses.append(float(metrics["loss"]))
-    assert step._cache_size() == 1, "one compilation serves shifted and unshifted steps"
-    return np.array(losses), jax.device_get(state.params), parts, state
+    return np.array(losses), jax.device_get(state.params), parts, state, compiled
+
+
+def batch_of(parts, n):
+    if not parts.config.reads_images:
+        return layout.to_global(parts.mesh, jax.tree.map(np.asarray, tokens(parts.config, n)))
+    draw, settings = np.random.default_rng(n), parts.config
+    images = draw.normal(size=(settings.batch_size, *settings.data.size, 1)).astype(np.float32)
+    labels = draw.integers(0, 10, settings.batch_size).astype(np.int32)
+    return layout.to_global(parts.mesh, {"images": images, "labels": labels})
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +52,85 @@ def single(moving):
     return run(moving, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("data,fsdp", [(8, 1), (4, 2), (2, 4)])
-def test_meshes_equal_one_device(moving, single, data, fsdp):
-    settings = dataclasses.replace(moving, mesh=dataclasses.replace(moving.mesh, data=data, fsdp=fsdp))
-    losses, params, parts, state = run(settings, jax.devices())
-    np.testing.assert_allclose(losses, single[0], atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, single[1])
-    specs = {leaf.sharding.spec for leaf in jax.tree.leaves(state.params)}
-    assert (PartitionSpec("fsdp") in specs or PartitionSpec(None, "fsdp") in specs) == (fsdp > 1)
-    assert parts.mesh.shape == {"data": data, "fsdp": fsdp}
+@pytest.fixture(scope="module")
+def images():
+    """The same of images; two layers, a loop over them."""
+    shift = {"objective__shift__rate": 0.5, "objective__shift__sets": 2}
+    return vit_config(model__width=24, batch_size=16, model__scan=True, optimizer__epsilon=1e-3, **shift)
+
+
+@pytest.fixture(scope="module")
+def single_images(images):
+    return run(images, jax.devices()[:1])
+
+
+def check_mesh(settings, expected, sizes):
+    """Three steps on a mesh equal those of one device, and their arrays lie as the mesh says."""
+    sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
+    settings = dataclasses.replace(settings, mesh=config.MeshConfig(**sizes))
+    losses, params, parts, state, compiled = run(settings, jax.devices())
+    np.testing.assert_allclose(losses, expected[0], atol=1e-5)
+    for found, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-4 * np.abs(want).max() + 1e-6)
+    assert parts.mesh.shape == sizes
+    moments = state.opt_state.inner_states["model"].inner_state[1][0].mu
+    for tree in (state.params, moments):
+        part = tree["model"]
+        kernel = (part["blocks"]["layers"] if settings.model.scan else part["blocks_0"])["mlp_in"]["kernel"]
+        split = tuple(axis if sizes[axis] > 1 else None for axis in ("fsdp", "tensor"))
+        assert kernel.sharding.spec[-2:] == split
+        width, hidden = kernel.sharding.shard_shape(kernel.shape)[-2:]
+        assert (width, hidden) == (24 // sizes["fsdp"], 96 // sizes["tensor"])
+    return compiled.as_text()
+
+
+def count_rows(settings):
+    """Encoder rows of a step, padded to the eight devices."""
+    terms, places = settings.objective, int(np.prod(settings.grid))
+    rows = terms.shift.sets * places + terms.contrastive.batch * (1 + terms.contrastive.candidates)
+    return -(-(rows + terms.distillation.batch * terms.distillation.offsets) // 8) * 8
+
+
+@pytest.mark.parametrize("sizes", [
+    {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4},
+], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
+def test_meshes_equal_one_device(moving, single, sizes):
+    program = check_mesh(moving, single, sizes)
+    rows, places = count_rows(moving), 4  # three digits and CLS
+    assert f"f32[{rows // 8},{places},24]" in program and f"f32[{rows},{places},24]" not in program
+
+
+@pytest.mark.parametrize("sizes", [
+    {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4},
+], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
+def test_meshes_equal_one_device_on_images(images, single_images, sizes):
+    program = check_mesh(images, single_images, sizes)
+    rows, places = count_rows(images), 5  # two digits for each coordinate, and CLS
+    assert f"f32[{rows // 8},{places},16]" in program and f"f32[{rows},{places},16]" not in program
+
+
+def test_one_compilation_serves_moved_and_other_steps(moving, single):
+    parts, state = single[2:4]
+    step, moved = parts.train_step(), set()
+    state = parts.init_state()
+    for n in range(6):
+        state, metrics = step(state, batch_of(parts, n))
+        moved.add(float(metrics["moved"]))
+    assert moved == {0.0, 1.0} and step._cache_size() == 1
+
+
+def test_a_loop_over_layers_equals_the_plain_step():
+    plain = tiny_config(model__layers=3, objective__shift__rate=0.5, **STILL)
+    looped = dataclasses.replace(plain, model=dataclasses.replace(plain.model, scan=True, remat="dots"))
+    one, two = build(plain, jax.devices()[:1]), build(looped, jax.devices()[:1])
+    first = one.init_state()
+    params = jax.tree.map(jnp.copy, first.params)  # a step takes its state
+    second = two.init_state().replace(params=params | {"model": blocks.stack(params["model"], 3)})
+    results = [parts.train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
+    assert float(results[0][1]["loss"]) == pytest.approx(float(results[1][1]["loss"]), abs=1e-5)
+    params = results[1][0].params
+    params = params | {"model": blocks.unstack(params["model"], 3)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0][0].params, params)
 
 
 def test_accumulation_equals_the_plain_step(moving, single):
