@@ -64,6 +64,10 @@ def table(found: dict) -> str:
         lines.append(markdown(["a step sends", "times", "MiB of a device"], sent or [["nothing", "0", "0"]]))
     if found["open_loops"]:
         lines.append(f"{found['open_loops']} loop(s) with collectives turn as often as the data ask: counted for one turn")
+    if found["whole"]:
+        extra = sum(one["bytes"] for one in found["whole"]) / 2**20
+        names = ", ".join(f"{one['parameter']} ({one['size']} over {one['over']})" for one in found["whole"])
+        lines.append(f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}")
     lines.append(f"a step: {found['flops']:.3e} FLOPs of the model; compiled in {found['compile_seconds']:.0f} s")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from seqpe_jax import build, command, config
 from seqpe_jax.build import saved
-from seqpe_jax.build.benchmarks import flops_of
+from seqpe_jax.build.benchmarks import flops_of_run
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
@@ -89,7 +89,7 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
         meta={"config": json.loads(json.dumps(config.to_dict(settings)))},
         metrics=MetricsWriter(workdir, first or 0, tensorboard=settings.report.tensorboard),
         report_every=settings.report.every,
-        flops_per_step=flops_of(parts, "train"),
+        flops_per_step=flops_of_run(parts, "train"),
         evaluate=evaluate if settings.eval.every else None,
         evaluate_every=settings.eval.every,
         profile=window,

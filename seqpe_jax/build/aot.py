@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from seqpe_jax.build import Run
-from seqpe_jax.build.benchmarks import flops_of
+from seqpe_jax.build.benchmarks import flops_of_run
 from seqpe_jax.build.collectives import collectives
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.runtime import mesh as layout
@@ -86,9 +86,9 @@ def compile_step(run: Run) -> dict[str, Any]:
 
     Returns:
       {"devices", "chip", "mesh", "memory" (bytes of one device, see `_memory`; "shortfall" is 0 where it fits),
-      "collectives" (kind -> {"count", "bytes"} of one device and step; see `build.collectives`; None where it does not
-      fit), "open_loops" (with collectives that count for one turn), "flops" (of a step on all devices, see
-      `benchmarks.flops_of`), "compile_seconds"}.
+      "whole" (dimensions that every device holds whole, see `runtime.mesh.Whole`), "collectives" (kind -> {"count",
+      "bytes"} of one device and step, see `build.collectives`; None where it does not fit), "open_loops" (with collectives
+      that count for one turn), "flops" (of a step on all devices, see `benchmarks.flops_of`), "compile_seconds"}.
     """
     split = layout.batch_sharding(run.mesh)
     batch = {
@@ -107,9 +107,10 @@ def compile_step(run: Run) -> dict[str, Any]:
         "chip": chip.name,
         "mesh": dict(run.mesh.shape),
         "memory": _memory(run, batch, compiled, needed, available),
+        "whole": [dimension._asdict() for dimension in run.whole],
         "collectives": sent.kinds if compiled else None,
         "open_loops": sent.loops if compiled else None,
-        "flops": flops_of(run, "train"),
+        "flops": flops_of_run(run, "train"),
         "compile_seconds": time.monotonic() - start,
     }
 

@@ -99,17 +99,23 @@ def benchmark(
     return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": ratios}
 
 
-def flops_of(run: Run, mode: str) -> float:
+def flops_of_run(run: Run, mode: str) -> float:
+    """Returns `flops_of` a run's config, with the sizes that its data gave the model."""
+    sized = dataclasses.replace(run.config.model, **run.data.model_fields)
+    return flops_of(dataclasses.replace(run.config, model=sized), mode)
+
+
+def flops_of(config: Config, mode: str) -> float:
     """Returns the floating-point operations of a call that the model's matrix products need, the encoding's left out.
 
     Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D) and of the logits (D V), and 4 L D in each block for
     attention (all L keys, causal or not). A training step needs three times as many: forward, and twice that backward.
     """
-    config, model, places = run.config, run.config.model, int(np.prod(run.config.grid))
+    model, places = config.model, int(np.prod(config.grid))
     width, mlp = model.width, model.mlp_width or 4 * model.width
     tokens = config.batch_size * (DECODED if mode == "decode" else places)
     per_token = model.layers * (2 * (4 * width**2 + 2 * width * mlp) + 4 * places * width)
-    per_token += 2 * width * (run.data.model_fields["vocabulary"] if model.kind == "gpt2" else 0)
+    per_token += 2 * width * (model.vocabulary if model.kind == "gpt2" else 0)
     return tokens * per_token * (3 if mode == "train" else 1)
 
 
@@ -124,7 +130,7 @@ def _timed(run: Run, mode: str) -> Timed:
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, program_bytes = make(run)
     units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
-    return Timed(call, units, flops_of(run, mode), program_bytes, _encoding(run, mode))
+    return Timed(call, units, flops_of_run(run, mode), program_bytes, _encoding(run, mode))
 
 
 def _batch(run: Run) -> dict[str, jax.Array]:
