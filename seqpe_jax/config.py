@@ -570,7 +570,9 @@ def _check(config: Config) -> None:
             f"the {math.prod(config.grid)} positions of an example ({field}) do not divide over "
             f"mesh.context={config.mesh.context}: choose a divisor"
         )
-    profile_window(config)
+    window = profile_window(config)
+    if window is not None and window[1] > config.steps:
+        raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
 
 
 def _check_text(config: Config) -> None:

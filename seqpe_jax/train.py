@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from seqpe_jax import build, command, config
 from seqpe_jax.build import saved
+from seqpe_jax.build.benchmarks import flops_of_run
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
@@ -64,6 +65,10 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     if hosts.is_lead() and (first is not None or settings.init_from):
         print(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}", flush=True)
 
+    window = config.profile_window(settings)
+    if hosts.is_lead() and window is not None and window[0] < (first or 0):
+        print(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded", flush=True)
+
     def evaluate(params: object) -> dict[str, float]:
         results = {}
         for scale in data.scales():
@@ -84,9 +89,10 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
         meta={"config": json.loads(json.dumps(config.to_dict(settings)))},
         metrics=MetricsWriter(workdir, first or 0, tensorboard=settings.report.tensorboard),
         report_every=settings.report.every,
+        flops_per_step=flops_of_run(parts, "train"),
         evaluate=evaluate if settings.eval.every else None,
         evaluate_every=settings.eval.every,
-        profile=config.profile_window(settings),
+        profile=window,
         workdir=workdir,
         seconds_before=seconds,
     )

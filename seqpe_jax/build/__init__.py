@@ -283,8 +283,12 @@ class Run:
         return {"images": pictures, "attention": weights_BHL.reshape(*weights_BHL.shape[:2], *shape)}
 
 
-def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
+def build(config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True) -> Run:
     """Returns the linked parts of a run on all devices, or on those given.
+
+    Args:
+      data_there: whether the data can be read; without them a run can only be compiled, and sizes that they would tell
+        (vocabulary, classes) come from the config or the tokenizer's file.
 
     Raises:
       InputError: fields contradict each other or the machine, or the data cannot be read; found before compiling.
@@ -296,7 +300,7 @@ def build(config: Config, devices: list[jax.Device] | None = None) -> Run:
             f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over mesh.data x "
             f"mesh.fsdp = {parts}: make it a multiple of {parts * config.optimizer.accumulate}"
         )
-    data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config)
+    data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config, data_there)
     objective = make_objective(config, data)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))

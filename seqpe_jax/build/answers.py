@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.build.text import Text
@@ -27,9 +28,11 @@ class Answers(Text):
     kind = "question_answering"
     measured = ("loss", "contains", "exact_match", "f1")
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self.end = qa.end_token(self.tokenizer)
+    def __init__(self, config: Any, there: bool = True):
+        super().__init__(config, there)
+        self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
+        if there:
+            self.end = qa.end_token(self.tokenizer)
 
     @functools.cache  # noqa: B019  a run has one of these
     def questions(self, split: str, length: int) -> qa.QuestionSource:

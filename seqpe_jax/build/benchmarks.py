@@ -21,15 +21,11 @@ from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.generation import Sampling
 from seqpe_jax.positions.grids import grid
+from seqpe_jax.runtime import chips
 from seqpe_jax.runtime import mesh as layout
 
 WARM_UP = 2  # calls
 DECODED = 32  # tokens of a call in mode decode
-# Peak bf16 FLOP/s by a part of the device's name; a device that is not here has no MFU. Source: the makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-    "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +77,6 @@ def benchmark(
     for config, one, times, share in zip(settings, made, seconds, shares, strict=True):
         per = DECODED if mode == "decode" else 1
         median = statistics.median(times)
-        peak = next((peak for name, peak in PEAK_FLOPS.items() if name in jax.devices()[0].device_kind), None)
         runs.append({
             "encoding": config.encoding.kind,
             "mode": mode,
@@ -91,7 +86,7 @@ def benchmark(
             "p10_s": float(np.quantile(times, 0.1)) / per,
             "p90_s": float(np.quantile(times, 0.9)) / per,
             "per_second": one.units / median,
-            "mfu": None if peak is None else one.flops / median / (peak * jax.device_count()),
+            "mfu": chips.utilisation(one.flops, median),
             "peak_bytes": one.bytes,
             "encoding_share": statistics.median(share) / median if share else None,
         })  # fmt: skip
@@ -102,6 +97,12 @@ def benchmark(
             "time": statistics.median(turns), "memory": first["peak_bytes"] / other["peak_bytes"],
         }  # fmt: skip
     return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": ratios}
+
+
+def flops_of_run(run: Run, mode: str) -> float:
+    """Returns `flops_of` a run's config, with the sizes that its data gave the model."""
+    sized = dataclasses.replace(run.config.model, **run.data.model_fields)
+    return flops_of(dataclasses.replace(run.config, model=sized), mode)
 
 
 def flops_of(config: Config, mode: str) -> float:
@@ -126,23 +127,22 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _timed(run: Run, mode: str) -> Timed:
     config = run.config
-    named = dataclasses.replace(config, model=dataclasses.replace(config.model, **run.data.model_fields))
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, program_bytes = make(run)
     units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
-    return Timed(call, units, flops_of(named, mode), program_bytes, _encoding(run, mode))
+    return Timed(call, units, flops_of_run(run, mode), program_bytes, _encoding(run, mode))
 
 
 def _batch(run: Run) -> dict[str, jax.Array]:
-    rng, config = np.random.default_rng(0), run.config
-    if config.reads_images:
-        shape, classes = run.objective.inputs.shape[1:], run.data.model_fields["classes"]
-        images = rng.normal(size=(config.batch_size, *shape)).astype(np.float32)
-        batch = {"images": images, "labels": rng.integers(0, classes, config.batch_size).astype(np.int32)}
-    else:
-        shape = (config.batch_size, config.data.length + 1)
-        batch = {"tokens": rng.integers(0, run.data.model_fields["vocabulary"], shape).astype(np.int32)}
-    return layout.whole_to_global(run.mesh, batch)
+    rng, sizes = np.random.default_rng(0), run.data.model_fields.values()
+
+    def drawn(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        shape = (run.config.batch_size, *leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):  # tokens or labels
+            return rng.integers(0, *sizes, shape).astype(leaf.dtype)
+        return rng.uniform(size=shape).astype(leaf.dtype)  # pixels or weights
+
+    return layout.whole_to_global(run.mesh, {name: drawn(leaf) for name, leaf in run.data.example.items()})
 
 
 def _train(run: Run) -> tuple[Callable[[], Any], int]:

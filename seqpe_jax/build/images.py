@@ -16,10 +16,17 @@ from seqpe_jax.objectives.task import Classification
 from seqpe_jax.serving import Signature
 
 COLOURED = ("image_folder", "imagenet2012", "imagenet_resized")  # always three channels
+CLASSES = {"imagenet2012": 1000, "imagenet_resized": 1000}  # of data that may not be there
 
 
 class Images:
     """The images of a config; a model that names its classes can be built where they are not.
+
+    Args:
+      there: whether the data are there to be read; else ImageNet's classes are known, and those of folders must be named.
+
+    Attributes:
+      inputs: shape and type of an example for the model, [1, ...]; example: of each array of a training example.
 
     Raises:
       InputError: the training split cannot be read, has more classes than the model, or labels that are not its classes'.
@@ -31,9 +38,13 @@ class Images:
     measured = ("loss", "top1", "top5")  # while training
     prefix = 1  # the class token
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, there: bool = True):
         self.config = config
         classes, channels = config.model.classes, 3
+        if not there and not classes and config.data.name == "image_folder":
+            raise InputError("data.name='image_folder' has as many classes as folders: name their number as model.classes")
+        if not there:
+            classes = classes or CLASSES.get(config.data.name, 0)
         if not classes or config.data.name not in COLOURED:
             found = self.source("train")
             channels = found.channels
@@ -44,6 +55,10 @@ class Images:
             classes = classes or found.classes
         self.task = Classification(config.objective.label_smoothing, config.objective.mixing)
         self.inputs = jax.ShapeDtypeStruct((1, *config.data.size, channels), jnp.float32)
+        self.example = {
+            "images": jax.ShapeDtypeStruct(self.inputs.shape[1:], jnp.float32),
+            "labels": jax.ShapeDtypeStruct((), jnp.int32),
+        }
         self.model_fields = {"classes": classes}
         self.units_per_step = config.batch_size
 

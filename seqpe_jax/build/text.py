@@ -24,6 +24,12 @@ TOKENIZER = "tokenizer.json"
 class Text:
     """The text of a config, tokenised when it is first asked for.
 
+    Args:
+      there: whether the data are there to be read; else a model that names its vocabulary needs no tokenizer.
+
+    Attributes:
+      inputs: shape and type of an example for the model, [1, ...]; example: of each array of a training example.
+
     Raises:
       InputError: there is no tokenizer, it cannot be read, or has more tokens than the model.
     """
@@ -34,24 +40,35 @@ class Text:
     measured = ("loss", "perplexity", "bits_per_byte")  # while training
     prefix = 0  # tokens before the positions
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, there: bool = True):
         self.config = config
+        self.task = LanguageModelling()
+        self.inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+        self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
+        self.units_per_step = config.batch_size * config.data.length
+        self.model_fields = {"vocabulary": config.model.vocabulary}
+        if config.model.vocabulary and not there:
+            return
         if not config.data.tokenizer:
             raise InputError(
                 f"this checkpoint came without a tokenizer: put its {TOKENIZER} beside its config.json, or give one with "
                 "--tokenizer where it is converted"
             )
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        try:
+            self.tokenizer = load_tokenizer(config.data.tokenizer)
+        except InputError as error:
+            if there:
+                raise
+            raise InputError(
+                f"{error}, or only the number of its tokens (GPT-2's: --config.model.vocabulary=50257)"
+            ) from error
         vocabulary = config.model.vocabulary or self.tokenizer.vocabulary_size
         if self.tokenizer.vocabulary_size > vocabulary:
             raise InputError(
                 f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
                 f"{vocabulary} (model.vocabulary): take the tokenizer that the model was trained with"
             )
-        self.task = LanguageModelling()
-        self.inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         self.model_fields = {"vocabulary": vocabulary}
-        self.units_per_step = config.batch_size * config.data.length
 
     @functools.cache  # noqa: B019  a run has one of these
     def source(self, split: str) -> text.TokenSource:

@@ -145,8 +145,9 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         return ByteTokenizer()
     file = pathlib.Path(name_or_path).expanduser()
     file = file / FILE if file.is_dir() else file
+    raw = _read(file)
     try:
-        content = json.loads(_read(file))
+        content = json.loads(raw)
     except ValueError as error:
         raise _not_a_tokenizer(file, error) from None
     if isinstance(content, dict) and content.get("seqpe_jax") == ByteTokenizer.name:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 import time as clock
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
@@ -79,7 +80,10 @@ class MetricsWriter:
 
 
 class ProgressLine:
-    """Step, percent, time left, rate and loss, on the lead host: rewritten in place on a terminal, else now and then."""
+    """Step, percent, time left, rate, loss and notes, on the lead host.
+
+    The line is rewritten in place on a terminal, else a new one is written now and then.
+    """
 
     def __init__(self, total: int, *, label: str = "step", stream: TextIO | None = None):
         self._total, self._first, self._label = total, 0, label
@@ -90,8 +94,8 @@ class ProgressLine:
         self._last = 0.0
         self._said = 0
 
-    def update(self, done: int, *, loss: float | None = None, total: int | None = None) -> None:
-        """Says where the work stands, if it is time to."""
+    def update(self, done: int, *, loss: float | None = None, total: int | None = None, notes: Iterable[str] = ()) -> None:
+        """Says where the work stands, if it is time to; empty notes are left out."""
         if self._silent:
             return
         self._total = total or self._total
@@ -107,6 +111,7 @@ class ProgressLine:
             parts += [f"{_clock((self._total - done) / rate)} left", f"{rate:.{1 if rate >= 1 else 3}f}/s"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
+        parts += filter(None, notes)
         line = "  ".join(parts)
         if self._terminal:
             self._stream.write("\r" + line.ljust(self._said))

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from seqpe_jax.runtime import chips
 from seqpe_jax.runtime.checkpoint import Checkpoints
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
 from seqpe_jax.training.state import TrainState
@@ -64,6 +65,7 @@ def fit(
     meta: dict[str, Any],
     metrics: MetricsWriter,
     report_every: int,
+    flops_per_step: float = 0.0,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int = 0,
     profile: tuple[int, int] | None = None,
@@ -76,6 +78,8 @@ def fit(
       state: where the run stands; donated.
       train_step: compiled; batches: (step, global batch) from the state's step on.
       units_per_step: what one step reads, in `unit`s ("tokens"), for the rate `train/UNIT_per_second`.
+      flops_per_step: of all devices, for `train/mfu` (see `runtime.chips`); 0 = unknown.
+      profile: (first, end) of the steps that the JAX profiler records into WORKDIR/profile.
       meta: saved beside each state; seconds_before: training seconds before this start.
 
     Raises:
@@ -85,7 +89,8 @@ def fit(
     first = int(jax.device_get(state.step))
     progress = ProgressLine(steps)
     began = time.monotonic()
-    reported = (first, began)
+    reported = (first, began)  # steps done and the time then, which steps and nothing else take from there on
+    profiling = False
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def report(done: int, values: dict[str, jax.Array]) -> None:
@@ -98,13 +103,22 @@ def fit(
                 "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
             )
         now = time.monotonic()
-        rate = (done - reported[0]) * units_per_step / max(now - reported[1], 1e-9)
+        seconds = max(now - reported[1], 1e-9) / (done - reported[0])
+        compiled_now = done == first + 1  # a start's first step waits for its compilation
+        share = chips.utilisation(flops_per_step, seconds) if flops_per_step and not compiled_now else None
         if done % report_every == 0 or done in (1, steps):
             line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
-            line[f"train/{unit}_per_second"] = rate
+            line |= {f"train/{unit}_per_second": units_per_step / seconds, "train/step_seconds": seconds}
+            if share is not None:
+                line["train/mfu"] = share
+            if (held := chips.peak_memory()) is not None:
+                line["device/memory_bytes"] = held
             metrics.write(done, line, time=seconds_before + now - began)
             reported = (done, now)
-        progress.update(done, loss=loss)
+        elif compiled_now:
+            reported = (done, now)
+        rate = "" if compiled_now else f"{units_per_step / seconds:,.0f} {unit}/s"
+        progress.update(done, loss=loss, notes=[rate, f"MFU {share:.0%}" if share else ""])
 
     def settle() -> None:
         nonlocal pending
@@ -112,20 +126,43 @@ def fit(
             report(*pending)
             pending = None
 
-    with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(metrics):
+    @contextlib.contextmanager
+    def aside() -> Iterator[None]:
+        """What happens between steps, which then does not count as their time."""
+        nonlocal reported
+        settle()
+        start = time.monotonic()
+        yield
+        reported = (reported[0], reported[1] + time.monotonic() - start)
+
+    def save(step: int) -> None:
+        checkpoints.save(step, state, meta | {"seconds": seconds_before + time.monotonic() - began})
+
+    def examine(step: int) -> None:
+        metrics.write(step, evaluate(state.params), time=seconds_before + time.monotonic() - began)
+
+    def stop_profile() -> None:
+        nonlocal profiling
+        if profiling:
+            profiling = False
+            jax.profiler.stop_trace()
+
+    with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(metrics), contextlib.ExitStack() as final:
+        final.callback(stop_profile)  # a run may end within the window
         for step in range(first, steps):
             if evaluate is not None and evaluate_every and step > first and step % evaluate_every == 0:
-                settle()
-                metrics.write(step, evaluate(state.params), time=seconds_before + time.monotonic() - began)
+                with aside():
+                    examine(step)
             if stop.number is not None or (step > first and step % save_every == 0):
-                settle()
-                checkpoints.save(step, state, meta | {"seconds": seconds_before + time.monotonic() - began})
+                with aside():
+                    save(step)
             if stop.number is not None:
                 checkpoints.close()
                 name = signal.Signals(stop.number).name
                 raise Stopped(f"{name} at step {step}: saved; the same command goes on from there")
             if profile is not None and step == profile[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
+                profiling = True
             number, batch = next(batches)
             if number != step:
                 raise AssertionError(f"the loader gave batch {number} for step {step}")
@@ -133,12 +170,12 @@ def fit(
             if pending is not None:
                 report(*pending)
             pending = (step + 1, values)
-            if profile is not None and step + 1 == profile[1]:
+            if profiling and step + 1 == profile[1]:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                stop_profile()
         settle()
         if evaluate is not None and evaluate_every:
-            metrics.write(steps, evaluate(state.params), time=seconds_before + time.monotonic() - began)
-        checkpoints.save(steps, state, meta | {"seconds": seconds_before + time.monotonic() - began})
+            examine(steps)
+        save(steps)
         checkpoints.close()
     return state

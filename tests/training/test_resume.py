@@ -18,7 +18,7 @@ from tests.commands import ROOT, environment, train_arguments
 pytestmark = pytest.mark.slow
 
 STEPS = 400
-CLOCK = ("time", "train/tokens_per_second")  # these may differ
+CLOCK = ("time", "train/tokens_per_second", "train/step_seconds", "train/mfu", "device/memory_bytes")  # these may differ
 FIELDS = {
     "steps": STEPS, "checkpoint__every": 40, "report__every": 4, "eval__every": 100, "eval__lengths": (16, 32),
     "model__layers": 1, "model__dropout": 0.1, "encoding__layers": 1, "encoding__dropout": 0.1,

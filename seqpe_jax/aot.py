@@ -1,0 +1,77 @@
+"""Compiles the training step for a TPU slice, on a machine without one: what it needs of each device's memory.
+
+    python -m seqpe_jax.aot --config=configs/stdlib_lm.py --topology=v5e:2x2
+    python -m seqpe_jax.aot --config=configs/lm_1b.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --output=fits.json
+
+Needs libtpu (pip install libtpu), no TPU and no data: a text config needs its tokenizer's file or its model.vocabulary.
+Prints memory by use, what devices send each other in a step, and the step's FLOPs. Exit code 0: it fits; 1: it does not,
+and how many bytes are missing; 2: bad input.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from seqpe_jax import build, command, config
+from seqpe_jax.build.aot import compile_step, devices_of
+from seqpe_jax.evaluation.tables import markdown
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+
+
+def main() -> None:
+    """The command."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
+    run = build.build(config.parse(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
+    print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {run.mesh.size} device(s): one to several minutes", flush=True)
+    found = {"topology": _TOPOLOGY.value} | compile_step(run)
+    print(table(found))
+    if _OUTPUT.value:
+        path = pathlib.Path(_OUTPUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.replace(path)
+        print(f"written: {path}")
+    if short := found["memory"]["shortfall"]:
+        print(
+            f"does not fit: {short:,} bytes short on each device; split parameters over more devices (mesh.fsdp), take "
+            "smaller batches (batch_size, optimizer.accumulate), or keep less for the backward pass (model.remat='full')",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def table(found: dict) -> str:
+    """Returns a compiled step's memory and collectives as markdown tables, and the rest in lines."""
+    memory = found["memory"]
+    parts = [name for name in memory if name not in ("total", "hbm", "shortfall")]
+    rows = [[name, f"{memory[name] / 2**20:,.1f}", f"{100 * memory[name] / memory['hbm']:.1f}%"] for name in parts]
+    rows.append(["total needed", f"{memory['total'] / 2**20:,.1f}", f"{100 * memory['total'] / memory['hbm']:.1f}%"])
+    axes = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
+    lines = [
+        f"{found['topology']}: {found['devices']} device(s) ({found['chip']}), {axes}",
+        markdown(["memory of a device", "MiB", f"of {memory['hbm'] / 2**30:.2f} GiB"], rows),
+    ]
+    if found["collectives"] is not None:
+        sent = [[kind, str(one["count"]), f"{one['bytes'] / 2**20:,.2f}"] for kind, one in found["collectives"].items()]
+        lines.append(markdown(["a step sends", "times", "MiB of a device"], sent or [["nothing", "0", "0"]]))
+    if found["open_loops"]:
+        lines.append(f"{found['open_loops']} loop(s) with collectives turn as often as the data ask: counted for one turn")
+    if found["whole"]:
+        extra = sum(one["bytes"] for one in found["whole"]) / 2**20
+        names = ", ".join(f"{one['parameter']} ({one['size']} over {one['over']})" for one in found["whole"])
+        lines.append(f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}")
+    lines.append(f"a step: {found['flops']:.3e} FLOPs of the model; compiled in {found['compile_seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    command.run(main)

@@ -1,0 +1,61 @@
+"""Chips are told apart by their whole name; what is not known gives nothing."""
+
+import pytest
+
+from seqpe_jax.runtime import chips
+
+
+class Device:
+    """A device as JAX shows it."""
+
+    def __init__(self, kind: str, stats: dict | None = None):
+        self.device_kind, self._stats = kind, stats
+
+    def memory_stats(self) -> dict | None:
+        return self._stats
+
+
+@pytest.mark.parametrize(
+    "kind, teraflops, gibibytes",
+    [
+        ("TPU v3", 61.5, 16),  # one of a chip's two cores
+        ("TPU v4", 275, 32),
+        ("TPU v5 lite", 197, 16),
+        ("TPU v5", 459, 95),
+        ("TPU v5p", 459, 95),
+        ("TPU v6 lite", 918, 32),
+        ("TPU7x", 1153.5, 96),
+        ("NVIDIA A100-SXM4-80GB", 312, 80),
+        ("NVIDIA H100 80GB HBM3", 989, 80),
+        ("NVIDIA H100 PCIe", 756, 80),
+        ("NVIDIA H200", 989, 141),
+        ("NVIDIA B200", 2250, 180),
+    ],
+)
+def test_a_known_chip(kind, teraflops, gibibytes):
+    chip = chips.chip_of(kind)
+    assert (chip.flops, chip.memory) == (teraflops * 1e12, gibibytes * 2**30)
+    assert chip.source
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cpu", "", "TPU v5 lite pod", "TPU v9", "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"],
+)
+def test_an_unknown_chip_is_no_chip(kind, monkeypatch):
+    assert chips.chip_of(kind) is None
+    monkeypatch.setattr(chips.jax, "devices", lambda: [Device(kind)])
+    assert chips.utilisation(1e12, 1.0) is None
+
+
+def test_utilisation_is_of_all_devices(monkeypatch):
+    monkeypatch.setattr(chips.jax, "devices", lambda: [Device("TPU v5 lite")] * 4)
+    monkeypatch.setattr(chips.jax, "device_count", lambda: 4)
+    assert chips.utilisation(197e12, 0.5) == pytest.approx(0.5)
+
+
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
+    monkeypatch.setattr(chips.jax, "local_devices", lambda: [Device("a", {"peak_bytes_in_use": n}) for n in (3, 7, 5)])
+    assert chips.peak_memory() == 7
+    monkeypatch.setattr(chips.jax, "local_devices", lambda: [Device("a"), Device("b", {})])
+    assert chips.peak_memory() is None

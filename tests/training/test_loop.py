@@ -1,0 +1,101 @@
+"""What the loop says of a run's speed and memory, and when it records a profile."""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seqpe_jax.runtime import chips
+from seqpe_jax.runtime.progress import MetricsWriter
+from seqpe_jax.training import loop
+from seqpe_jax.training.state import TrainState
+
+
+class Kept:
+    """Checkpoints that keep nothing."""
+
+    def latest(self) -> None:
+        return None
+
+    def save(self, *_) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, **options) -> list[dict]:
+    """Runs the loop on a step that only counts, and returns the lines of metrics.jsonl; step `bad` has no finite loss."""
+
+    @jax.jit
+    def step(state, batch):
+        return state.replace(step=state.step + 1), {"loss": jnp.where(state.step == bad, jnp.nan, 1.0)}
+
+    workdir.mkdir(exist_ok=True)
+    batches = batches or ((number, {}) for number in range(first, steps))
+    loop.fit(
+        TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, units_per_step=10, unit="tokens",
+        checkpoints=Kept(), save_every=100, meta={}, workdir=workdir,
+        metrics=MetricsWriter(workdir, first, tensorboard=False), **{"report_every": 1} | options,
+    )  # fmt: skip
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def recorded(workdir) -> bool:
+    return any((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_line_tells_the_time_of_a_step_without_what_is_done_between_steps(tmp_path):
+    def evaluate(_) -> dict[str, float]:
+        time.sleep(0.5)
+        return {"eval/loss": 1.0}
+
+    lines = [line for line in fit(tmp_path, evaluate=evaluate, evaluate_every=2) if "train/loss" in line]
+    assert len(lines) == 6
+    for line in lines[1:]:
+        assert 0 < line["train/step_seconds"] < 0.5
+        assert line["train/tokens_per_second"] == pytest.approx(10 / line["train/step_seconds"])
+        assert not {"train/mfu", "device/memory_bytes"} & line.keys(), "the CPU is no chip of the table"
+
+
+def test_the_first_step_of_a_start_compiles_and_spoils_no_average(tmp_path):
+    def batches():
+        for number in range(40, 50):
+            time.sleep(0.6 if number == 40 else 0.0)  # stands for the compilation
+            yield number, {}
+
+    lines = fit(tmp_path, first=40, steps=50, batches=batches(), report_every=5)
+    assert [line["step"] for line in lines] == [45, 50]
+    assert lines[0]["train/step_seconds"] < 0.1
+
+
+def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch):
+    chip = chips.Chip("fast", 1e12, 2**30, "this test")
+    monkeypatch.setattr(chips, "chip_of", lambda kind: chip)
+    monkeypatch.setattr(chips, "peak_memory", lambda: 12345)
+    lines = fit(tmp_path, flops_per_step=1e6)
+    assert "train/mfu" not in lines[0], "the first step compiles"
+    for line in lines[1:]:
+        expected = 1e6 / line["train/step_seconds"] / (1e12 * jax.device_count())
+        assert line["train/mfu"] == pytest.approx(expected)
+    assert {line["device/memory_bytes"] for line in lines} == {12345}
+
+
+def test_a_window_of_steps_is_recorded(tmp_path):
+    fit(tmp_path, profile=(2, 4))
+    assert recorded(tmp_path)
+
+
+def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile(tmp_path):
+    with pytest.raises(loop.NotFinite):
+        fit(tmp_path / "a", bad=3, profile=(2, 6))
+    assert recorded(tmp_path / "a")
+    fit(tmp_path / "b", profile=(2, 4))
+    assert recorded(tmp_path / "b")
+
+
+def test_a_run_that_goes_on_past_the_first_step_of_the_window_records_nothing(tmp_path):
+    fit(tmp_path, first=3, profile=(2, 4))
+    assert not recorded(tmp_path)
