@@ -12,12 +12,12 @@ from seqpe_jax.config import defaults, with_encoding
 def get_config(variant=None):
     """Returns the config; a variant is an encoding kind."""
     c = defaults()
-    c.steps = 1200
+    c.steps = 1600
     c.batch_size = 16
     c.data.name = "stdlib_qa"
     c.data.length = 128
-    # A question repeats the passage's words before the answer; learning to go on with it teaches to look words up. With the
-    # answer alone in the loss, as the paper has it, this budget ends at 5% of the answers.
+    # A question repeats the passage's words before the answer; learning to go on with it teaches to look words up. The paper
+    # has the answer alone in the loss: there, RoPE ends 1200 steps with 7 to 15% of the answers, and here with 84%.
     c.data.prompt_weight = 0.1
     c.data.question_weight = 1.0
     c.eval.lengths = (128, 256, 512)
@@ -45,14 +45,14 @@ def get_config(variant=None):
     c.encoding.qk_init_std = 0.1
     c.encoding.qk = "multi"
 
-    # Not the paper's form: contrastive loss on attention logits, with candidates around the pivot.
-    c.objective.contrastive.batch = 8
-    c.objective.contrastive.candidates = 32
-    c.objective.contrastive.space = "logits"
+    # Contrastive loss on vectors, as the paper has it: on attention logits (as in stdlib_lm.py) it makes every head look at
+    # near tokens only, and nothing is looked up (6% of the answers). Not the paper's: candidates around the pivot.
+    c.objective.contrastive.batch = 4
+    c.objective.contrastive.candidates = 16
     c.objective.contrastive.around_pivot = True
     c.objective.contrastive.past_only = True
     c.objective.contrastive.window = 512
-    c.objective.distillation.batch = 8
+    c.objective.distillation.batch = 4
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.3
     return with_encoding(c, variant)
