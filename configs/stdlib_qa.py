@@ -3,7 +3,10 @@
     python -m seqpe_jax.train --config=configs/stdlib_qa.py --workdir=runs/qa
     python -m seqpe_jax.evaluate --checkpoint=runs/qa --output=runs/qa/evaluation.json
 
-Hardware: 2 CPU cores. Variants: the encoding, `configs/stdlib_qa.py:rotary`.
+Hardware: two CPU cores; MINUTES. Result: exact matches of 66.8, 39.0 and 12.5% at 128, 256 and 512 bytes (rotary 90.8,
+1.3 and 0.0%, alibi 87.8, 82.8 and 73.8%; 400 questions of the test split, seed 0). From a checkpoint of one's own:
+--init-from=DIR with the same model and encoding.
+Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
 """
 
 from seqpe_jax.config import defaults, with_encoding
@@ -16,8 +19,8 @@ def get_config(variant=None):
     c.batch_size = 16
     c.data.name = "stdlib_qa"
     c.data.length = 128
-    # A question repeats the passage's words before the answer; learning to go on with it teaches to look words up. The paper
-    # has the answer alone in the loss: there, RoPE ends 1200 steps with 7 to 15% of the answers, and here with 84%.
+    # A question repeats the passage's words before the answer; learning to go on with it teaches to look words up. With the
+    # answer alone in the loss, as the paper has it, RoPE ends 1200 steps with 7 to 15% of the answers; here with 84%.
     c.data.prompt_weight = 0.1
     c.data.question_weight = 1.0
     c.eval.lengths = (128, 256, 512)
