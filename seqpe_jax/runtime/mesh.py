@@ -3,6 +3,8 @@
 Axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters and optimiser state with it.
 """
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,6 +28,11 @@ def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> 
             f"mesh.fsdp to a divisor of {count}"
         )
     return jax.make_mesh((count // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns in how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
