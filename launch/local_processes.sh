@@ -38,10 +38,10 @@ trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
 code=0 killer=""
 for pid in "${pids[@]}"; do wait_for[$pid]=1; done
 while [ ${#wait_for[@]} -gt 0 ]; do
-  wait -n "${!wait_for[@]}"
+  wait -n "${!wait_for[@]}" 2>/dev/null # bash would print the whole command of a killed one
   for pid in "${!wait_for[@]}"; do
     if ! kill -0 "$pid" 2>/dev/null; then
-      wait "$pid"
+      wait "$pid" 2>/dev/null
       status=$?
       unset "wait_for[$pid]"
       if [ $status -ne 0 ] && [ $code -eq 0 ]; then

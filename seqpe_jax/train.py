@@ -53,11 +53,11 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
             f"  workdir {workdir}",
             flush=True,
         )
-    hosts.sync("looked at the workdir")  # before it changes
+    hosts.sync()  # all have looked at the workdir before it changes
     if hosts.is_lead():
         write_config(workdir, config.to_dict(settings))
         data.keep(workdir)
-    hosts.sync("config written")
+    hosts.sync()
     hosts.check_shared(workdir / "config.json")
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
     first = checkpoints.latest()

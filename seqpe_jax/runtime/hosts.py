@@ -130,7 +130,7 @@ def finish() -> None:
     """Leaves the others in order, when the work is done."""
     global _line
     if _line is not None:
-        _line.finish()
+        _line.sync(last=True)
         _line = None
         jax.distributed.shutdown()
 
@@ -150,10 +150,10 @@ def await_loss() -> None:
         time.sleep(line.GRACE_SECONDS + line.LEAVE_SECONDS)
 
 
-def sync(name: str) -> None:
+def sync() -> None:
     """Waits until all processes are here."""
     if _line is not None:
-        multihost_utils.sync_global_devices(name)
+        _line.sync()
 
 
 def told_to_stop(step: int) -> bool:

@@ -108,8 +108,8 @@ class Lead:
         self._server = listen(*address)
         self._news: queue.SimpleQueue[tuple[str, _Connection, dict[str, Any]]] = queue.SimpleQueue()
         self._members: dict[int, _Connection] = {}
-        self._done: set[int] = set()
-        self._all_done, self._ending, self._over = threading.Event(), threading.Lock(), False
+        self._here, self._all_here = 0, threading.Semaphore(0)
+        self._ending, self._over = threading.Lock(), False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -181,10 +181,10 @@ class Lead:
             elif kind == "end":
                 time.sleep(GRACE_SECONDS)
                 self.end(message["code"], f"{who}: {message['words']}")
-            elif kind == "done":
-                self._done.add(connection.process)
-                if len(self._done) == self._count - 1:
-                    self._all_done.set()
+            elif kind == "here":
+                self._here += 1
+                if self._here % (self._count - 1) == 0:  # nobody comes to the next place before all have left this one
+                    self._all_here.release()
             elif kind == "gone" and not self._over and connection is self._members.get(connection.process):
                 self.end(1, f"{who} {LOST}")
 
@@ -200,12 +200,12 @@ class Lead:
             connection.closed.wait(max(0.0, deadline - time.monotonic()))
         leave(code)
 
-    def finish(self) -> None:
-        """Waits until everybody has come to the end of the work."""
-        self._all_done.wait()
-        self._over = True
+    def sync(self, last: bool = False) -> None:
+        """Waits until everybody is here; `last`: nobody is missed afterwards."""
+        self._all_here.acquire()
+        self._over = last
         for connection in self._members.values():
-            connection.send("done")
+            connection.send("on")
 
 
 class Member:
@@ -217,7 +217,8 @@ class Member:
 
     def __init__(self, address: tuple[str, int], process: int, facts: Facts, seconds: float):
         self._process, self._lead = process, f"{address[0]}:{address[1]}"
-        self._over, self._printing = threading.Event(), threading.Lock()
+        self._on, self._printing = threading.Semaphore(0), threading.Lock()
+        self._last = self._over = False
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -240,9 +241,10 @@ class Member:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while (message := self._connection.read()) is not None and message["kind"] == "done":
-            self._over.set()
-        if not self._over.is_set():
+        while (message := self._connection.read()) is not None and message["kind"] == "on":
+            self._over = self._last
+            self._on.release()
+        if not self._over:
             self._end_as_told(message)
 
     def _end_as_told(self, message: dict[str, Any] | None) -> NoReturn:
@@ -264,10 +266,11 @@ class Member:
         self._say(words)
         leave(code)
 
-    def finish(self) -> None:
-        """Waits until everybody has come to the end of the work."""
-        self._connection.send("done")
-        self._over.wait()
+    def sync(self, last: bool = False) -> None:
+        """Waits until everybody is here; `last`: nobody is missed afterwards."""
+        self._last = last
+        self._connection.send("here")
+        self._on.acquire()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -137,13 +137,16 @@ def fit(
                 checkpoints.save(step, state, meta | {"seconds": seconds_before + time.monotonic() - began})
             if told:
                 checkpoints.close()
-                name = "a signal" if hosts.several() else signal.Signals(stop.number).name
+                name = "told to stop" if hosts.several() else signal.Signals(stop.number).name
                 raise Stopped(f"{name} at step {step}: saved; the same command goes on from there")
             if profile is not None and step == profile[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
             number, batch = next(batches)
             if number != step:
                 raise AssertionError(f"the loader gave batch {number} for step {step}")
+            if step == first and hosts.several():  # Gloo waits half a minute for a process that still compiles
+                train_step = train_step.lower(state, batch).compile()
+                hosts.sync()
             state, values = train_step(state, batch)
             if pending is not None:
                 report(*pending)
