@@ -1,13 +1,60 @@
-"""What every command shares: flags, `--help`, one clear line and exit code 2 for bad input."""
+"""What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts."""
 
-import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
 from seqpe_jax import config
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.config import Config
+from seqpe_jax.errors import Failure, InputError, suggest
+from seqpe_jax.runtime import hosts
+
+flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
+HOSTS = ("coordinator", "num-processes", "process-id", "start-timeout")
+
+
+def define_hosts() -> None:
+    """Gives a command the options of a run of several processes."""
+    told = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes tells it"
+    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, the same on every host (PORT - 1 is used too){told}")
+    flags.DEFINE_integer("num-processes", None, f"processes of the run{told}", lower_bound=1)
+    flags.DEFINE_integer("process-id", None, f"number of this process, from 0{told}", lower_bound=0)
+    flags.DEFINE_float("start-timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0)
+
+
+def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | None:
+    """Starts the run's processes together (`hosts.start`), and returns the config.
+
+    Args:
+      read: gives the config; all processes must have the same fields of it, and the same options. One that it refuses is
+        refused after the start, so that the lead says it once for all.
+    """
+    values = {name: flags.FLAGS[name].value for name in HOSTS}
+    own = flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])
+    facts = {f"--{flag.name}": flag.value for flag in own if flag.name not in HOSTS and not flag.name.startswith("config")}
+    settings = refused = None
+    try:
+        settings = read()
+        facts |= _flat(config.to_dict(settings), "config.") if settings is not None else {}
+    except InputError as error:
+        facts["bad input"], refused = str(error), error
+    hosts.start(
+        facts, coordinator=values["coordinator"], num_processes=values["num-processes"], process_id=values["process-id"],
+        seconds=values["start-timeout"],
+    )  # fmt: skip
+    if refused is not None:
+        raise refused
+    return settings
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def run(main: Callable[[], None]) -> None:
@@ -23,14 +70,23 @@ def run(main: Callable[[], None]) -> None:
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
         main()
+        hosts.finish()
     except (InputError, flags.Error) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)  # at once: libraries cut short in the middle of their work would say more than this line
+        hosts.end(2, "error: " + _line(error))  # at once: libraries cut short in their work would say more than this line
+    except Failure as error:
+        hosts.end(1, _line(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        hosts.end(130, "interrupted")
+    except Exception as error:
+        if not hosts.several():
+            raise
+        hosts.await_loss()
+        traceback.print_exc()
+        hosts.end(1, _line(f"failed: {type(error).__name__}: {error}"))
+
+
+def _line(words: object) -> str:
+    return " ".join(str(words).split())
 
 
 def _check_config_arguments(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"; imports nothing, so every room may raise it."""
+"""The two exceptions that commands tell in one line; imports nothing, so every room may raise them."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class InputError(ValueError):
 
     Commands print the message without a traceback and exit with code 2.
     """
+
+
+class Failure(RuntimeError):
+    """Work that cannot go on, through no fault of the input, told in one line; commands exit with code 1."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

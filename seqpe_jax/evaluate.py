@@ -23,6 +23,7 @@ _PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
 _TOKENS = flags.DEFINE_integer("tokens", None, "read at most that many tokens per length (default: eval.tokens)")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "ask at most that many questions per length (default: eval.examples)")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; the report's arrays and the answers go beside it")
+command.define_hosts()
 
 
 def scales(items: list[str], flag: str, pattern: str, wanted: str) -> Scales:
@@ -35,6 +36,7 @@ def scales(items: list[str], flag: str, pattern: str, wanted: str) -> Scales:
 
 def main() -> None:
     """The command."""
+    command.join_hosts()
     lengths = scales(_LENGTHS.value, "--lengths", "0*[1-9][0-9]*", "positive whole numbers")
     sizes = scales(_SIZES.value, "--sizes", "0*[1-9][0-9]*(x0*[1-9][0-9]*)?", "sides in pixels (224) or 384x512")
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)

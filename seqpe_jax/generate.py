@@ -91,6 +91,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest 
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "draw from the likeliest tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws, where the temperature is above 0")
 _OUTPUT = flags.DEFINE_string("output", None, "file to write, one JSON object per prompt and line")
+command.define_hosts()
 
 
 def read_prompts(path: str) -> list[str]:
@@ -106,6 +107,7 @@ def read_prompts(path: str) -> list[str]:
 
 def main() -> None:
     """The command."""
+    command.join_hosts()
     if (_PROMPT.value is None) == (_FILE.value is None):
         raise InputError("give either --prompt=TEXT or --prompts-file=FILE")
     output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None

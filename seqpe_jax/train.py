@@ -3,12 +3,13 @@
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
 python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
+
+On several hosts the same command runs on each, with a workdir that they share (launch/: Slurm, GKE, TPU VMs).
 """
 
 import dataclasses
 import json
 import pathlib
-import sys
 
 import jax
 from absl import flags
@@ -20,6 +21,7 @@ from seqpe_jax.build.benchmarks import flops_of_run
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, write_config
 from seqpe_jax.runtime.progress import MetricsWriter
 from seqpe_jax.training import loop
@@ -48,11 +50,16 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
         print(
             f"seqpe_jax: {hosts.describe()}\n"
             f"  {settings.encoding.kind} on {settings.data.name}: {parameters:,} parameters, {words}\n"
+            f"  {hosts.describe_batch(settings.batch_size, layout.batch_shards(parts.mesh))}\n"
             f"  workdir {workdir}",
             flush=True,
         )
+    hosts.sync()  # all have looked at the workdir before it changes
+    if hosts.is_lead():
         write_config(workdir, config.to_dict(settings))
         data.keep(workdir)
+    hosts.sync()
+    hosts.check_shared(workdir / "config.json")
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
     first = checkpoints.latest()
     if first == settings.steps:
@@ -118,18 +125,17 @@ def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, metrics, checkpoints")
 _INIT_FROM = flags.DEFINE_string("init-from", None, "begin with the parameters of that run or converted checkpoint")
+command.define_hosts()
 
 
 def main() -> None:
     """The command."""
-    try:
-        settings = config.parse(_CONFIG.value)
-        if _INIT_FROM.value is not None:
-            settings = dataclasses.replace(settings, init_from=_INIT_FROM.value)
-        run(settings, _WORKDIR.value)
-    except (loop.NotFinite, loop.Stopped) as error:
-        print(f"{error}", file=sys.stderr)
-        sys.exit(1)
+    run(command.join_hosts(_settings), _WORKDIR.value)
+
+
+def _settings() -> Config:
+    settings = config.parse(_CONFIG.value)
+    return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = "tests/tiny_text.py"
@@ -43,10 +45,28 @@ def train_arguments(workdir: pathlib.Path, text: pathlib.Path, config: str = CON
     return [f"--config={config}", f"--workdir={workdir}", *options]
 
 
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A command under way; what it has said so far can be read."""
+
+    process: int
+    folder: pathlib.Path
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+
 class Commands:
     """Runs `python -m seqpe_jax.NAME` quickly, many times."""
 
     def __init__(self, cache: pathlib.Path):
+        self._folder = tempfile.TemporaryDirectory()
+        self._count = 0
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.commands"],
             cwd=ROOT, env=environment(cache), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -54,34 +74,61 @@ class Commands:
 
     def __call__(self, name: str, *arguments: str) -> Result:
         """Runs a command to its end."""
-        print(json.dumps([f"seqpe_jax.{name}", *arguments]), file=self._server.stdin, flush=True)
-        return Result(*json.loads(self._server.stdout.readline()))
+        return self.wait(self.start(name, *arguments))
+
+    def start(self, name: str, *arguments: str, **variables: str) -> Running:
+        """Begins a command, with environment variables of its own."""
+        self._count += 1
+        folder = pathlib.Path(self._folder.name) / str(self._count)
+        folder.mkdir()
+        return Running(self._ask([[f"seqpe_jax.{name}", *arguments], variables, str(folder)]), folder)
+
+    def wait(self, running: Running, seconds: float = 600.0) -> Result:
+        """Returns what a command left when it ended; one that takes longer is killed."""
+        return Result(self._ask([running.process, seconds]), running.out, running.err)
+
+    def _ask(self, request: list) -> int:
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
 
     def close(self) -> None:
         """Ends the waiting process."""
         self._server.stdin.close()
         self._server.wait(timeout=60)
+        self._folder.cleanup()
 
 
 def serve() -> None:
-    """Runs the command of each line of stdin in a fork, and answers [code, stdout, stderr]."""
+    """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
     from seqpe_jax import build, command, training  # noqa: F401  imported once, for all forks
     from seqpe_jax.runtime import checkpoint, progress  # noqa: F401
 
     for line in iter(sys.stdin.readline, ""):
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        request = json.loads(line)
+        if len(request) == 3:
             child = os.fork()
             if child == 0:
+                sys.argv, variables, folder = request
+                os.environ.update(variables)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.argv = json.loads(line)
+                for number, name in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
                 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
                 return  # to the end of this process, as the command's own would end
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            out.seek(0)
-            err.seek(0)
-            print(json.dumps([code, out.read(), err.read()]), flush=True)
+            print(child, flush=True)
+        else:
+            print(_exit_code(*request), flush=True)
+
+
+def _exit_code(child: int, seconds: float) -> int:
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
 
 
 if __name__ == "__main__":

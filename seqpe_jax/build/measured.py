@@ -72,7 +72,8 @@ def measure(
         line.close()
         results.append(result)
         measured = [f"{name} {result[name]:.4g}" for name in parts.data.measured if name in result]
-        print(f"{label}: {', '.join(measured)}", flush=True)
+        if hosts.is_lead():
+            print(f"{label}: {', '.join(measured)}", flush=True)
     largest = max(scales, key=max)
     report = {
         "checkpoint": str(checkpoint),

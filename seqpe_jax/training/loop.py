@@ -6,6 +6,7 @@ so that the device never waits for the host -> stop when a loss is not finite, w
 
 import contextlib
 import math
+import os
 import pathlib
 import signal
 import threading
@@ -15,23 +16,27 @@ from typing import Any
 
 import jax
 
-from seqpe_jax.runtime import chips
+from seqpe_jax.errors import Failure
+from seqpe_jax.runtime import chips, hosts
 from seqpe_jax.runtime.checkpoint import Checkpoints
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
 from seqpe_jax.training.state import TrainState
 from seqpe_jax.training.step import TrainStep
 
 
-class NotFinite(RuntimeError):
+class NotFinite(Failure):
     """A loss became infinite or not a number."""
 
 
-class Stopped(RuntimeError):
+class Stopped(Failure):
     """The run was told to stop; its state is saved."""
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag while a run is on; a second signal acts at once."""
+    """Turns SIGTERM and SIGINT into a wish to stop while a run is on; a second SIGINT, or SIGTERM if alone, acts at once.
+
+    Among several processes JAX itself listens for SIGTERM and agrees with the others on a step; SIGINT is handed to it.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -39,7 +44,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._ask)
         return self
 
@@ -50,6 +55,12 @@ class StopRequest:
     def _ask(self, number: int, _: Any) -> None:
         self.number = number
         signal.signal(number, self._previous[number])
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(self, step: int) -> bool:
+        """Whether the run stops before this step, the same in all processes; asked once for each step."""
+        return hosts.told_to_stop(step) if hosts.several() else self.number is not None
 
 
 def fit(
@@ -98,8 +109,10 @@ def fit(
         nonlocal reported
         loss = float(values["loss"])
         if not math.isfinite(loss):
+            last = checkpoints.latest()
+            checkpoints.close()
             raise NotFinite(
-                f"the loss is {loss} after step {done}; the last checkpoint is of step {checkpoints.latest()}. Lower "
+                f"the loss is {loss} after step {done}; the last checkpoint is of step {last}. Lower "
                 "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
             )
         now = time.monotonic()
@@ -153,12 +166,13 @@ def fit(
             if evaluate is not None and evaluate_every and step > first and step % evaluate_every == 0:
                 with aside():
                     examine(step)
-            if stop.number is not None or (step > first and step % save_every == 0):
+            told = stop.before(step)
+            if told or (step > first and step % save_every == 0):
                 with aside():
                     save(step)
-            if stop.number is not None:
+            if told:
                 checkpoints.close()
-                name = signal.Signals(stop.number).name
+                name = "told to stop" if hosts.several() else signal.Signals(stop.number).name
                 raise Stopped(f"{name} at step {step}: saved; the same command goes on from there")
             if profile is not None and step == profile[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
@@ -166,6 +180,9 @@ def fit(
             number, batch = next(batches)
             if number != step:
                 raise AssertionError(f"the loader gave batch {number} for step {step}")
+            if step == first and hosts.several():  # Gloo waits half a minute for a process that still compiles
+                train_step = train_step.lower(state, batch).compile()
+                hosts.sync()
             state, values = train_step(state, batch)
             if pending is not None:
                 report(*pending)

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "training.loop": EVERYBODY | {"training", "runtime"},
     "evaluation": EVERYBODY | {"runtime.progress"},
     "serving": EVERYBODY,
-    "command": {"errors", "config"},
+    "command": {"errors", "config", "runtime"},
 }
 BELOW_BUILD = set(MAY_IMPORT) - {"command"}
 MAY_IMPORT["build"] = BELOW_BUILD - {"training.loop"}

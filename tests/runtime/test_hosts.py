@@ -1,0 +1,172 @@
+"""The start of several processes: options, JAX's detection, the roll call, and what is said when it fails."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.runtime import hosts, line
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[003-004]", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+}  # fmt: skip
+
+
+class Called(Exception):
+    """Stands for what would open a connection."""
+
+
+@pytest.fixture(autouse=True)
+def nobody_around(monkeypatch):
+    for name in (*SLURM, "OMPI_MCA_orte_hnp_uri", "PRTE_MCA_prte_base_help_aggregate", "KUBERNETES_SERVICE_HOST",
+                 "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+
+    def called(*arguments):
+        raise Called(*arguments[:2])
+
+    monkeypatch.setattr(line, "Lead", called)
+    monkeypatch.setattr(line, "Member", called)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_processes": 1}, {"coordinator": "a:99", "num_processes": 1, "process_id": 0}])
+def test_alone_nothing_is_waited_for(given, monkeypatch):
+    monkeypatch.setattr(socket, "socket", Called)
+    hosts.start({}, **given)
+    assert not hosts.several() and hosts.is_lead() and not hosts.told_to_stop(3)
+    hosts.sync()
+    hosts.finish()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"coordinator": "a:99"}, "--num-processes and --process-id is not given"),
+        ({"num_processes": 2}, "--coordinator and --process-id is not given"),
+        ({"num_processes": 2, "process_id": 2, "coordinator": "a:99"}, "--process-id=2 must be 0 to 1"),
+        ({"num_processes": 2, "process_id": 1, "coordinator": "a"}, "--coordinator=a must be HOST:PORT"),
+        ({"num_processes": 2, "process_id": 1, "coordinator": "a:70000"}, "--coordinator=a:70000 must be HOST:PORT"),
+    ],
+)
+def test_options_that_contradict_each_other(given, words):
+    with pytest.raises(InputError, match=words):
+        hosts.start({}, **given)
+
+
+def test_slurm_tells_who_leads(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Called) as called:
+        hosts.start({})
+    # Of this job's nodes the first leads; JAX's port for job 7 is the seventh of its range, the roll call below it.
+    assert called.value.args == (("node003", 61440 + 7 - 1), 5)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    hosts.start({})
+    assert not hosts.several()
+
+
+def test_a_cluster_that_cannot_be_read(monkeypatch):
+    for name, value in (SLURM | {"SLURM_NTASKS": "many"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Failure, match="could not be read.*--num-processes=1"):
+        hosts.start({})
+    for name in SLURM:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:99")
+    with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS is set, but"):
+        hosts.start({})
+
+
+def test_numbers_and_differences_in_words():
+    assert line.ranges([7, 1, 3, 4, 5]) == "1, 3-5, 7"
+    facts = {0: {"steps": "6", "seed": "0"}, 1: {"steps": "6", "seed": "0"}, 2: {"steps": "7", "seed": "0", "new": "x"}}
+    assert line.differences(facts) == ["new: absent (process 0-1), x (process 2)", "steps: 6 (process 0-1), 7 (process 2)"]
+    assert line.differences({0: {"a": "1"}, 1: {"a": "1"}}) == []
+
+
+class Left(BaseException):
+    """Stands for the end of a process, which here is a thread."""
+
+
+@pytest.fixture
+def roll_call(monkeypatch):
+    """Returns a function that runs a lead and members as threads; it gives (the lead's error or None, who left or stayed)."""
+    monkeypatch.undo()
+    port = 20000 + (hash(time.monotonic_ns()) % 10000)
+    left = {}
+
+    def leave(code):
+        left[threading.current_thread().name] = code
+        raise Left
+
+    monkeypatch.setattr(line, "leave", leave)
+    monkeypatch.setattr(line, "LEAVE_SECONDS", 1.0)
+    monkeypatch.setattr(line, "ODD_SECONDS", 1.0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def call(count, members, seconds=1.0, own=None):
+        def member(process, facts):
+            line.Member(("localhost", port), process, facts, 20.0)
+            left[threading.current_thread().name] = "stayed"
+
+        threads = [
+            threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}")
+            for place, (process, facts) in enumerate(members)
+        ]
+        lead = line.Lead(("localhost", port), count)
+        for thread in threads:
+            thread.start()
+        try:
+            lead.gather(own or {"steps": "6"}, seconds)
+            error = None
+        except (InputError, Failure) as found:
+            error = found
+            with pytest.raises(Left):
+                lead.end(2, "")
+        for thread in threads:
+            thread.join(30)
+        return error, left
+
+    return call
+
+
+def test_a_roll_call_of_equals(roll_call):
+    error, left = roll_call(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0)
+    assert error is None and left == {"1.0": "stayed", "2.1": "stayed"}
+
+
+def test_who_did_not_come_is_named_and_the_others_end(roll_call):
+    error, left = roll_call(6, [(2, {"steps": "6"})])
+    assert isinstance(error, Failure) and left["2.0"] == 2
+    assert "process 1, 3-5 of 6 did not come within 1 s" in str(error) and f"2 on {socket.gethostname()}" in str(error)
+
+
+@pytest.mark.parametrize(
+    "members, words",
+    [
+        ([(1, {"steps": "7"}), (2, {"steps": "6"})], "differ in steps: 6 \\(process 0, 2\\), 7 \\(process 1\\)"),
+        ([(1, {"steps": "6"}), (1, {"steps": "6"})], "two processes say that they are process 1"),
+    ],
+)
+def test_those_that_differ_are_named_and_all_end(roll_call, members, words):
+    error, left = roll_call(3, members, seconds=60.0)  # far less than that is waited once one does not fit
+    assert isinstance(error, InputError)
+    with pytest.raises(InputError, match=words):
+        raise error
+    assert [left[f"{process}.{place}"] for place, (process, _) in enumerate(members)] == [2, 2]
+
+
+def test_a_lead_that_does_not_come(monkeypatch):
+    monkeypatch.undo()
+    with socket.create_server(("localhost", 0)) as taken:
+        free = taken.getsockname()[1]
+    with pytest.raises(Failure, match=f"process 1 waited 0.5 s for process 0, the lead, which did not come to localhost:{free}"):
+        line.Member(("localhost", free), 1, {}, 0.5)
+
+
+def test_a_taken_port():
+    with socket.create_server(("localhost", 0)) as taken, pytest.raises(InputError, match="the lead cannot listen at port"):
+        line.listen("localhost", taken.getsockname()[1])

@@ -1,0 +1,174 @@
+"""Several processes train as one does: same losses, shared checkpoints, one end for all."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.commands import Commands, Result, Running, train_arguments
+
+pytestmark = pytest.mark.slow
+
+CHEAP = {"config": "tests/tiny_text.py:alibi", "steps": 400, "checkpoint__every": 20, "report__every": 20}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(1000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    found = Commands(tmp_path_factory.mktemp("cache"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def begin(commands, text):
+    """Returns a function that starts the processes of a run; `each` has overrides for some of them."""
+
+    def start(workdir, count, devices, *, present=None, each=None, variables=None, timeout=300, **fields) -> list[Running]:
+        port, running = _free_port(), []
+        for process in present or range(count):
+            own = fields | (each or {}).get(process, {})
+            arguments = train_arguments(workdir, text, **own)
+            if count > 1:
+                arguments += [
+                    f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={process}",
+                    f"--start-timeout={timeout}",
+                ]  # fmt: skip
+            flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+            flags.append(f"--xla_force_host_platform_device_count={devices}")
+            given = {"XLA_FLAGS": " ".join(flags)} | (variables or {}).get(process, {})
+            running.append(commands.start("train", *arguments, **given))
+        return running
+
+    return start
+
+
+def _free_port() -> int:
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("localhost", port))
+                other.bind(("localhost", port - 1))
+                return port
+            except OSError:
+                continue
+
+
+def finish(commands: Commands, running: list[Running]) -> list[Result]:
+    return [commands.wait(one) for one in running]
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(workdir: pathlib.Path) -> int:
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
+
+
+def interrupt(commands, running, workdir, who: int, number: int) -> tuple[list[Result], float]:
+    """Sends a signal to one process after its next checkpoint; returns what all left, and the seconds until then."""
+    before, deadline = newest(workdir), time.monotonic() + 300
+    while newest(workdir) == before:
+        assert time.monotonic() < deadline, [one.err for one in running]
+        time.sleep(0.01)
+    began = time.monotonic()
+    os.kill(running[who].process, number)
+    return finish(commands, running), time.monotonic() - began
+
+
+def said(result: Result) -> list[str]:
+    """Returns what a process said of its own: not the logs of libraries, which name their source line."""
+    return [line for line in result.err.splitlines() if line.startswith(("error", "process", "told", "failed", "Traceback"))]
+
+
+def close(found: list[dict], expected: list[dict]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for one, other in zip(found, expected, strict=True):
+        losses = {name: value for name, value in other.items() if "loss" in name or "term" in name}
+        assert losses and {name: one[name] for name in losses} == pytest.approx(losses, abs=1e-5)
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, tmp_path):
+    fields = {"steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2, "eval__every": 2, "encoding__layers": 1,
+              "objective__shift__rate": 0.5}  # fmt: skip
+    two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
+    results = finish(commands, begin(two, 2, 4, **fields))
+    assert [result.code for result in results] == [0, 0], results
+    assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
+    assert "workdir" not in results[1].out and "step" not in results[1].err, "the lead alone speaks"
+
+    [alone] = finish(commands, begin(one, 1, 8, **fields))
+    assert alone.code == 0 and "batch 8: 1 x 8 devices, 1 each" in alone.out, alone.err
+    close(lines(two), lines(one))
+    assert any("eval/loss@32" in line for line in lines(two))
+
+    shutil.copytree(two, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    [alone] = finish(commands, begin(resumed, 1, 8, **fields))
+    assert alone.code == 0 and "going on from step 2" in alone.out, alone.err
+    close(lines(resumed), lines(one))
+
+
+def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, begin, tmp_path):
+    workdir = tmp_path / "run"
+    results, seconds = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 1, signal.SIGKILL)
+    assert results[1].code == -signal.SIGKILL and results[0].code == 1 and seconds < 60
+    assert len(said(results[0])) == 1 and said(results[0])[0].startswith(f"process 1 (on {socket.gethostname()}) was killed")
+    killed_at = newest(workdir)
+
+    results, seconds = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 0, signal.SIGKILL)
+    assert f"going on from step {killed_at}" in results[0].out
+    # JAX's own service may end the second process in the same instant, by an abort; its last word is there anyhow.
+    assert results[0].code == -signal.SIGKILL and results[1].code in (1, -signal.SIGABRT) and seconds < 60
+    assert [line[:40] for line in said(results[1])] == ["process 1: process 0, the lead (at local"]
+
+    results, _ = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 1, signal.SIGTERM)
+    stopped_at = newest(workdir)
+    assert [result.code for result in results] == [1, 1] and stopped_at > killed_at
+    assert [said(result) for result in results] == [
+        [f"told to stop at step {stopped_at}: saved; the same command goes on from there"], [],
+    ]  # fmt: skip
+
+    running = begin(workdir, 4, 1, **CHEAP)
+    results, _ = interrupt(commands, running, workdir, 0, signal.SIGINT)
+    assert f"going on from step {stopped_at}" in results[0].out and "4 process(es)" in results[0].out
+    assert [result.code for result in results] == [1] * 4 and newest(workdir) > stopped_at
+    assert [said(result) for result in results[1:]] == [[]] * 3
+
+
+def test_processes_that_do_not_fit_end_with_one_line_of_the_lead(commands, begin, tmp_path):
+    results = finish(commands, begin(tmp_path / "a", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP))
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
+    [line] = said(results[0])
+    assert line.startswith("error: the processes of this run differ in config.optimizer.clip: ") and "0.5 (process 1)" in line
+
+    results = finish(commands, begin(tmp_path / "b", 2, 1, **CHEAP | {"batch_size": 7}))
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
+    [line] = said(results[0])
+    assert line.startswith("error: batch_size=7") and not (tmp_path / "b").exists()
+
+    # Each alone would train; only the second cannot keep its data.
+    (tmp_path / "file").write_text("")
+    results = finish(
+        commands, begin(tmp_path / "c", 2, 1, variables={1: {"SEQPE_JAX_CACHE": str(tmp_path / "file")}}, **CHEAP)
+    )
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == []
+    [line] = said(results[0])
+    assert line.startswith(f"process 1 (on {socket.gethostname()}): error: cannot write to the cache")
+
+    [lead] = finish(commands, begin(tmp_path / "d", 2, 1, present=[0], timeout=1, **CHEAP))
+    assert lead.code == 1 and lead.err.startswith("process 1 of 2 did not come within 1 s (came: 0 on "), lead.err
