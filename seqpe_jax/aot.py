@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from seqpe_jax import build, command, config
 from seqpe_jax.build.aot import compile_step, devices_of
 from seqpe_jax.evaluation.tables import markdown
+from seqpe_jax.runtime import mesh as layout
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
@@ -65,9 +66,7 @@ def table(found: dict) -> str:
     if found["open_loops"]:
         lines.append(f"{found['open_loops']} loop(s) with collectives turn as often as the data ask: counted for one turn")
     if found["whole"]:
-        extra = sum(one["bytes"] for one in found["whole"]) / 2**20
-        names = ", ".join(f"{one['parameter']} ({one['size']} over {one['over']})" for one in found["whole"])
-        lines.append(f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}")
+        lines.append(layout.describe_whole([layout.Whole(**one) for one in found["whole"]]))
     lines.append(f"a step: {found['flops']:.3e} FLOPs of the model; compiled in {found['compile_seconds']:.0f} s")
     return "\n".join(lines)
 

@@ -54,6 +54,8 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
             f"  workdir {workdir}",
             flush=True,
         )
+        if parts.whole:
+            print(f"  {layout.describe_whole(parts.whole)}", flush=True)
     hosts.sync()  # all have looked at the workdir before it changes
     if hosts.is_lead():
         write_config(workdir, config.to_dict(settings))

@@ -194,6 +194,14 @@ class Whole(NamedTuple):
     bytes: int
 
 
+def describe_whole(whole: Sequence[Whole], shown: int = 5) -> str:
+    """Returns the dimensions that could not be split, and what that costs, in a line."""
+    names = ", ".join(f"{one.parameter} ({one.size} over {one.over})" for one in whole[:shown])
+    more = f" and {len(whole) - shown} more" if len(whole) > shown else ""
+    extra = sum(one.bytes for one in whole) / 2**20
+    return f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}{more}"
+
+
 def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
     """Returns the shapes of a train state with the layout of each leaf, and the dimensions that could not be split.
 

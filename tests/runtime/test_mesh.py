@@ -66,6 +66,9 @@ def test_each_parameter_lies_as_its_rule_says():
         ("model/token_embedding/embedding", 50257, "tensor=4", held - held // 4),
     ]
 
+    words = layout.describe_whole(whole, shown=1)
+    assert words.endswith("at 1.2 MiB more: encoding/encoder/block_1/qkv/kernel (7 over fsdp=2) and 1 more")
+
 
 def test_a_parameter_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no rule .* parameter model/blocks_0/gate/kernel"):
