@@ -83,7 +83,7 @@ def test_everything_public_has_a_docstring(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").iterdir()), ids=lambda path: path.name)
 def test_launch_files_are_short_and_parse(path):
-    assert len(path.read_text().splitlines()) < 80
+    assert len(path.read_text().splitlines()) < 100
     if path.suffix == ".sh":
         subprocess.run(["bash", "-n", str(path)], check=True)
 
