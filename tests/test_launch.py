@@ -30,8 +30,9 @@ def closed(properties: dict, *required: str) -> dict:
 
 
 NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$"}
-# JobSet v1alpha2 (sigs.k8s.io/jobset, api/jobset/v1alpha2/jobset_types.go): those of its fields that a run may want. What is in
-# a job's template and in metadata is Kubernetes' own, and left to its client's models.
+# JobSet v1alpha2 (kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go): those of its fields that a run may want.
+# What is in a job's template and in metadata is Kubernetes' own, and left to its client's models.
+ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
 JOB_SET = closed(
     {
         "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
@@ -49,7 +50,7 @@ JOB_SET = closed(
                             "items": closed(
                                 {
                                     "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]{0,34}[A-Za-z0-9_])?$"},
-                                    "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+                                    "action": {"enum": ACTIONS},
                                     "onJobFailureReasons": {
                                         "type": "array",
                                         "items": {

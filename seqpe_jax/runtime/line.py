@@ -229,8 +229,8 @@ class Member:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise Failure(
-                        f"process {process} waited {seconds:g} s for process 0, the lead, which did not come to {self._lead} "
-                        f"({error.strerror or error}): look at its output, or wait longer with --start-timeout"
+                        f"process {process} waited {seconds:g} s for process 0, the lead, which did not come to "
+                        f"{self._lead} ({error.strerror or error}): look at its output, or wait longer with --start-timeout"
                     ) from error
                 time.sleep(0.2)
         self._connection = _Connection(connected)
