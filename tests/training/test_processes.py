@@ -81,7 +81,7 @@ def newest(workdir: pathlib.Path) -> int:
 
 def interrupt(commands, running, workdir, who: int, number: int) -> tuple[list[Result], float]:
     """Sends a signal to one process after its next checkpoint; returns what all left, and the seconds until then."""
-    before, deadline = newest(workdir), time.monotonic() + 300
+    before, deadline = newest(workdir), time.monotonic() + 900
     while newest(workdir) == before:
         assert time.monotonic() < deadline, [one.err for one in running]
         time.sleep(0.01)
