@@ -2,13 +2,11 @@
 # Runs launch/slurm.sbatch under a real Slurm on this machine: Debian's slurm-wlm and munge (installed if absent; needs root and
 # apt) on loopback, with a configuration of their own in a temporary folder. Two processes train a tiny model; the job is
 # requeued in the middle, must go on from its checkpoint and end. Whatever was started is stopped, however this script ends.
-# PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=600 for the whole.
+# PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=600 after installing. Exit code 77: apt cannot install them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
-here=$(mktemp -d)
-chmod 755 "$here"
-policy="" pids=()
+here=$(mktemp -d) policy="" pids=()
 
 stop() {
   code=$?
@@ -24,10 +22,8 @@ trap stop EXIT
 trap 'exit 130' INT TERM
 
 until_true() { # what it waits for, command
-  local what="$1"
-  shift
-  until "$@" >/dev/null 2>&1; do
-    kill -0 "${pids[@]}" && [ $SECONDS -lt $deadline ] || { echo "error: a daemon or the time has ended, and no $what" >&2; exit 1; }
+  until "${@:2}" >/dev/null 2>&1; do
+    kill -0 "${pids[@]}" && [ $SECONDS -lt $deadline ] || { echo "error: a daemon or the time has ended: no $1" >&2; exit 1; }
     sleep 0.3
   done
 }
@@ -40,14 +36,12 @@ if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! comm
     chmod +x "$policy"
   fi
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; } > "$here/apt.log" 2>&1
+  { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; } > "$here/apt.log" 2>&1 || exit 77
 fi
 
 deadline=$((SECONDS + ${SECONDS_LEFT:-600})) # installing has no part in it
 echo "== start munged, slurmctld, slurmd"
-mkdir "$here/state" "$here/spool"
-dd if=/dev/urandom of="$here/munge.key" bs=1 count=1024 status=none
-chmod 400 "$here/munge.key"
+mkdir "$here/state" "$here/spool" && (umask 077 && head -c 1024 /dev/urandom > "$here/munge.key")
 port=$((20000 + RANDOM % 10000)) host=$(hostname -s)
 export SLURM_CONF="$here/slurm.conf"
 tr ' ' '\n' > "$SLURM_CONF" <<EOF
@@ -78,6 +72,8 @@ scontrol requeue "$job"
 ended() { scontrol show job "$job" | grep -qE 'JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)'; }
 until_true "end of the job" ended
 grep -E "process\(es\)|going on|told to stop" "$here/job.out"
-scontrol show job "$job" | grep -q "JobState=COMPLETED .*"
-grep -q "2 process(es)" "$here/job.out" && grep -q "going on from step" "$here/job.out" && [ -d "$runs/checkpoints/$steps" ]
+scontrol show job "$job" | grep -q "JobState=COMPLETED"
+grep -q "2 process(es)" "$here/job.out"
+grep -q "going on from step" "$here/job.out"
+[ -d "$runs/checkpoints/$steps" ]
 echo "== went on after the requeue and ended at step $steps"

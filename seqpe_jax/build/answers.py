@@ -14,6 +14,7 @@ from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
 from seqpe_jax.evaluation import answers
 from seqpe_jax.generation import Generation, Sampling
+from seqpe_jax.runtime.hosts import is_lead
 
 Generate = Callable[..., Sequence[Generation]]
 
@@ -40,7 +41,7 @@ class Answers(Text):
         data = self.config.data
         return qa.question_source(
             data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
-            seed=self.config.seed,
+            seed=self.config.seed, progress=is_lead(),
         )  # fmt: skip
 
     def describe(self) -> str:

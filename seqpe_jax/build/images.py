@@ -13,6 +13,7 @@ from seqpe_jax.data import images, loader
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.objectives.task import Classification
+from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving import Signature
 
 COLOURED = ("image_folder", "imagenet2012", "imagenet_resized")  # always three channels
@@ -66,7 +67,7 @@ class Images:
     def source(self, split: str) -> Any:
         """Returns the images of a split. Raises: InputError as `data.images.image_source`."""
         data = self.config.data
-        return images.image_source(data.name, split=split, paths=data.paths, cache_dir=data.cache_dir)
+        return images.image_source(data.name, split=split, paths=data.paths, cache_dir=data.cache_dir, progress=is_lead())
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""

@@ -16,6 +16,7 @@ from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
 from seqpe_jax.objectives.task import LanguageModelling
+from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving import Signature
 
 TOKENIZER = "tokenizer.json"
@@ -75,8 +76,9 @@ class Text:
         """Returns the tokens of a split. Raises: InputError as `data.text.token_source`."""
         data = self.config.data
         return text.token_source(
-            data.name, split=split, tokenizer=self.tokenizer, paths=data.paths, cache_dir=data.cache_dir
-        )
+            data.name, split=split, tokenizer=self.tokenizer, paths=data.paths, cache_dir=data.cache_dir,
+            progress=is_lead(),
+        )  # fmt: skip
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""

@@ -1,0 +1,252 @@
+"""The launch files: the JobSet is one that Kubernetes takes, scripts start and end what they should, Slurm runs the job."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import types
+
+import jsonschema
+import pytest
+import yaml
+from kubernetes import client
+
+from seqpe_jax import config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+VALUES = {
+    "NAME": "first", "IMAGE": "registry/seqpe_jax", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4",
+    "CHIPS": "4", "CLAIM": "runs", "CONFIG": "configs/wikitext103_gpt2.py",
+}  # fmt: skip
+
+
+def closed(properties: dict, *required: str) -> dict:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$"}
+# JobSet v1alpha2 (kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go): those of its fields that a run may want.
+# What is in a job's template and in metadata is Kubernetes' own, and left to its client's models.
+ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+JOB_SET = closed(
+    {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object"},
+        "spec": closed(
+            {
+                "failurePolicy": closed(
+                    {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate"]},
+                        "rules": {
+                            "type": "array",
+                            "maxItems": 20,
+                            "items": closed(
+                                {
+                                    "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]{0,34}[A-Za-z0-9_])?$"},
+                                    "action": {"enum": ACTIONS},
+                                    "onJobFailureReasons": {
+                                        "type": "array",
+                                        "items": {
+                                            "enum": [
+                                                "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
+                                                "MaxFailedIndexesExceeded", "PodFailurePolicy",
+                                            ]  # fmt: skip
+                                        },
+                                    },
+                                    "targetReplicatedJobs": {"type": "array", "items": NAME},
+                                },
+                                "name", "action",
+                            ),  # fmt: skip
+                        },
+                    }
+                ),
+                "network": closed({"enableDNSHostnames": {"type": "boolean"}, "subdomain": NAME}),
+                "successPolicy": closed({"operator": {"enum": ["All", "Any"]}}, "operator"),
+                "suspend": {"type": "boolean"},
+                "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
+                "replicatedJobs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": closed(
+                        {"name": NAME, "replicas": {"type": "integer", "minimum": 0}, "template": {"type": "object"}},
+                        "name", "template",
+                    ),  # fmt: skip
+                },
+            },
+            "replicatedJobs",
+        ),
+    },
+    "apiVersion", "kind", "metadata", "spec",
+)  # fmt: skip
+
+
+def rendered() -> dict:
+    return yaml.safe_load(string.Template((LAUNCH / "gke_jobset.yaml").read_text()).substitute(VALUES))
+
+
+def model(kind: str, values: dict):
+    """Returns values as a model of Kubernetes' client, which checks required fields and ranges; no field may get lost."""
+    api = client.ApiClient()
+    made = api.deserialize(types.SimpleNamespace(data=json.dumps(values)), kind)
+    assert api.sanitize_for_serialization(made) == values, "a field is not one of Kubernetes', or of another type"
+    return made
+
+
+def test_the_job_set_is_valid_and_runs_the_training_command():
+    jobs = rendered()
+    jsonschema.validate(jobs, JOB_SET)
+    model("V1ObjectMeta", jobs["metadata"])
+    [slices] = jobs["spec"]["replicatedJobs"]
+    job = model("V1JobTemplateSpec", slices["template"]).spec
+    assert job.parallelism == job.completions == 4 and job.completion_mode == "Indexed" and job.backoff_limit == 0
+    pod = job.template.spec
+    [container] = pod.containers
+    assert container.command == [
+        "python", "-m", "seqpe_jax.train", "--config=configs/wikitext103_gpt2.py", "--workdir=/storage/runs/first",
+    ]  # fmt: skip
+    config.load(str(ROOT / VALUES["CONFIG"]))
+    assert container.resources.limits == {"google.com/tpu": "4"} and pod.restart_policy == "Never"
+    assert [mount.name for mount in container.volume_mounts] == [volume.name for volume in pod.volumes]
+    [rule] = job.pod_failure_policy.rules
+    assert rule.on_exit_codes.container_name == container.name and rule.on_exit_codes.values == [2]
+
+
+def test_a_wrong_field_would_be_found():
+    jobs = rendered()
+    jobs["spec"]["failurePolicy"]["maxRestart"] = 3
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(jobs, JOB_SET)
+    template = rendered()["spec"]["replicatedJobs"][0]["template"]
+    template["spec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
+    with pytest.raises(AssertionError, match="a field"):
+        model("V1JobTemplateSpec", template)
+    del template["spec"]["template"]["spec"]["containers"]
+    with pytest.raises(ValueError):
+        model("V1JobTemplateSpec", template)
+
+
+WORKER = """
+import signal, sys, time
+number = sys.argv[-1].rpartition("=")[2]
+signal.signal(signal.SIGTERM, lambda *_: (print("told to end", flush=True), sys.exit(5)))
+print("options", *sys.argv[1:], flush=True)
+if "fails" in sys.argv and number == "1":
+    sys.exit(3)
+if "waits" in sys.argv:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def local(tmp_path):
+    """Returns a function that starts launch/local_processes.sh N with a worker that does as told."""
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def start(count, *words):
+        return subprocess.Popen(
+            ["bash", str(LAUNCH / "local_processes.sh"), str(count), sys.executable, str(tmp_path / "worker.py"), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def test_local_processes_get_their_numbers_and_one_address(local):
+    process = local(3, "a b")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err, err
+    found = sorted(line for line in out.splitlines())
+    assert [line[:4] for line in found] == ["[0] ", "[1] ", "[2] "]
+    assert [line.split()[-1] for line in found] == [f"--process-id={number}" for number in range(3)]
+    assert len({line.split()[-3] for line in found}) == 1 and "--coordinator=localhost:" in found[0]
+    assert all("options a b --coordinator" in line for line in found)
+
+
+def test_local_processes_fail_with_the_first_that_fails_and_pass_a_stop_on(local):
+    process = local(2, "fails")
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+
+    process = local(2, "waits")
+    for _ in range(2):
+        assert "options" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 5 and sorted(out.splitlines()) == ["[0] told to end", "[1] told to end"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["two", "true"], ["0", "true"], ["2"]])
+def test_local_processes_say_how_to_use_them(arguments):
+    found = subprocess.run(["bash", str(LAUNCH / "local_processes.sh"), *arguments], capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.startswith("usage: launch/local_processes.sh N COMMAND")
+
+
+GCLOUD = """#!/usr/bin/env bash
+# Stands for gcloud: writes down what it is asked; the slice is taken away in the middle of its first training.
+printf '%s\\n' "$*" >> "$SEEN"
+case "$*" in
+  *describe*) if [ -e "$SEEN.gone" ]; then echo SUSPENDED; else echo ACTIVE; fi ;;
+  *"queued-resources delete"*) rm -f "$SEEN.gone" ;;
+  *seqpe_jax.train*)
+    if [ ! -e "$SEEN.trained" ]; then touch "$SEEN.trained" "$SEEN.gone"; exit 255; fi
+    exit "${TRAINING:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def tpu_pod(tmp_path):
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    given = {"NAME": "first", "ZONE": "z", "TYPE": "v5litepod-16", "VERSION": "v", "SHARE": "10.0.0.2:/runs", "POLL": "0"}
+
+    def call(*arguments, **changed):
+        seen = tmp_path / "seen"
+        environment = os.environ | given | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(seen)} | changed
+        found = subprocess.run(
+            ["bash", str(LAUNCH / "tpu_pod.sh"), *arguments], env=environment, capture_output=True, text=True
+        )
+        return found, seen.read_text() if seen.exists() else ""
+
+    return call
+
+
+def test_tpu_pod_goes_on_when_the_slice_is_taken_away(tpu_pod):
+    found, seen = tpu_pod("train", "--config=configs/stdlib_lm.py", "--workdir=/mnt/runs/a b", SPOT="1")
+    assert found.returncode == 0, found.stderr
+    commands = [line for line in seen.splitlines() if "seqpe_jax.train" in line]
+    assert len(commands) == 2 and commands[0] == commands[1]
+    assert commands[0].startswith("compute tpus tpu-vm ssh first --zone=z --worker=all --command=")
+    assert commands[0].endswith(r"-m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=/mnt/runs/a\ b")
+    between = seen[seen.index(commands[0]) + 1 : seen.rindex(commands[0])]
+    created = "queued-resources create first --node-id=first --zone=z --accelerator-type=v5litepod-16"
+    assert between.index("queued-resources delete first") < between.index(created) < between.index("bash launch/setup.sh")
+    assert "--spot" in between and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in between
+
+
+def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
+    (tmp_path / "seen.trained").touch()
+    found, seen = tpu_pod("train", "--config=configs/stdlib_lm.py", TRAINING="2")
+    assert found.returncode == 1 and seen.count("seqpe_jax.train") == 1
+    found, _ = tpu_pod("create", ZONE="")
+    assert found.returncode == 2 and found.stderr.startswith("error: ZONE is not set")
+
+
+@pytest.mark.slow
+def test_a_job_under_slurm_ends_after_a_requeue():
+    if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("apt-get"):
+        pytest.skip("a Slurm of its own needs root and apt")
+    found = subprocess.run(
+        ["bash", str(LAUNCH / "test_slurm.sh")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    if found.returncode == 77:
+        pytest.skip("apt cannot install slurm-wlm and munge here")
+    assert found.returncode == 0, found.stderr
+    assert "went on after the requeue and ended at step" in found.stdout
