@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest start first, so that no process ends long before the others."""
-    first = ("test_resume.py", "test_step.py", "test_configs.py", "test_commands.py", "test_trace.py")
+    first = ("test_processes.py", "test_launch.py", "test_resume.py", "test_step.py", "test_configs.py", "test_commands.py", "test_trace.py")
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
