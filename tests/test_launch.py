@@ -16,6 +16,7 @@ import yaml
 from kubernetes import client
 
 from seqpe_jax import config
+from tests.commands import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -240,12 +241,11 @@ def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_under_slurm_ends_after_a_requeue():
+def test_a_job_under_slurm_ends_after_a_requeue(tmp_path):
     if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("a Slurm of its own needs root and apt")
-    found = subprocess.run(
-        ["bash", str(LAUNCH / "test_slurm.sh")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
-    )
+    given = environment(tmp_path) | {"PYTHON": sys.executable}
+    found = subprocess.run(["bash", str(LAUNCH / "test_slurm.sh")], env=given, capture_output=True, text=True)
     if found.returncode == 77:
         pytest.skip("apt cannot install slurm-wlm and munge here")
     assert found.returncode == 0, found.stderr
