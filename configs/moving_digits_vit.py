@@ -10,6 +10,7 @@ from seqpe_jax.config import defaults, with_encoding
 
 
 def get_config(variant=None):
+    """Returns the config; a variant is an encoding kind."""
     c = defaults()
     c.steps = 1500
     c.batch_size = 32
