@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from seqpe_jax.evaluation.tables import UNITS
 
@@ -215,6 +216,8 @@ def _similarity_on_grid(
         axes.plot(pivot[-1], pivot[-2], marker="x", color="white", markeredgewidth=2, markersize=7)
         axes.set_title(f"pivot ({', '.join(map(str, pivot))})", fontsize=9, color=INK)
         axes.tick_params(labelsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     figure.suptitle(f"Likeness of position vectors: {run.name}", fontsize=11, fontweight="bold", color=INK)
     bar = figure.colorbar(image, ax=plots[0].tolist(), label="cosine", shrink=0.8)
     bar.outline.set_visible(False)
