@@ -2,7 +2,7 @@
 # Runs launch/slurm.sbatch under a real Slurm on this machine: Debian's slurm-wlm and munge (installed if absent; needs root and
 # apt) on loopback, with a configuration of their own in a temporary folder. Two processes train a tiny model; the job is
 # requeued in the middle, must go on from its checkpoint and end. Whatever was started is stopped, however this script ends.
-# PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=600 after installing. Exit code 77: apt cannot install them.
+# PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=180 after installing. Exit code 77: apt cannot install them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
@@ -24,9 +24,12 @@ trap 'exit 130' INT TERM
 until_true() { # what it waits for, command
   until "${@:2}" >/dev/null 2>&1; do
     kill -0 "${pids[@]}" && [ $SECONDS -lt $deadline ] || { echo "error: a daemon or the time has ended: no $1" >&2; exit 1; }
+    if [ -n "${job:-}" ] && [ "$1" != "end of the job" ] && ended; then echo "error: the job has ended: no $1" >&2; exit 1; fi
     sleep 0.3
   done
 }
+
+ended() { scontrol show job "$job" | grep -qE 'JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)'; }
 
 if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! command -v munged >/dev/null; then
   echo "== install slurm-wlm and munge"
@@ -39,7 +42,7 @@ if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! comm
   { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; } > "$here/apt.log" 2>&1 || exit 77
 fi
 
-deadline=$((SECONDS + ${SECONDS_LEFT:-600})) # installing has no part in it
+deadline=$((SECONDS + ${SECONDS_LEFT:-180})) # installing has no part in it
 echo "== start munged, slurmctld, slurmd"
 mkdir "$here/state" "$here/spool" && (umask 077 && head -c 1024 /dev/urandom > "$here/munge.key")
 port=$((20000 + RANDOM % 10000)) host=$(hostname -s)
@@ -69,7 +72,6 @@ echo "== job $job: two tasks train; it is requeued after a checkpoint"
 saved() { ls "$runs/checkpoints" | grep -qx '[0-9]*'; }
 until_true "checkpoint" saved
 scontrol requeue "$job"
-ended() { scontrol show job "$job" | grep -qE 'JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)'; }
 until_true "end of the job" ended
 grep -E "process\(es\)|going on|told to stop" "$here/job.out"
 scontrol show job "$job" | grep -q "JobState=COMPLETED"
