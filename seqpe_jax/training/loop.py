@@ -187,7 +187,7 @@ def fit(
             if pending is not None:
                 report(*pending)
             pending = (step + 1, values)
-            if profiling and step + 1 == profile[1]:
+            if profile is not None and step + 1 == profile[1]:
                 jax.block_until_ready(state)
                 stop_profile()
         settle()
