@@ -48,6 +48,7 @@ def test_difference_names_the_fields_that_differ():
         ({"optimizer.warmup_steps": 10**6}, ["optimizer.warmup_steps"]),
         ({"data.name": "text_files"}, ["data.paths"]),
         ({"profile.steps": "13-10"}, ["profile.steps", "first:end"]),
+        ({"profile.steps": "10:13", "steps": 12, "optimizer.warmup_steps": 0}, ["profile.steps='10:13'", "steps=12"]),
     ],
 )
 def test_a_wrong_value_is_named(overrides, words):
