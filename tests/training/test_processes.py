@@ -42,10 +42,7 @@ def begin(commands, text):
             own = fields | (each or {}).get(process, {})
             arguments = train_arguments(workdir, text, **own)
             if count > 1:
-                arguments += [
-                    f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={process}",
-                    f"--start-timeout={timeout}",
-                ]  # fmt: skip
+                arguments += [*hosts(port, count, process), f"--start-timeout={timeout}"]
             flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
             flags.append(f"--xla_force_host_platform_device_count={devices}")
             given = {"XLA_FLAGS": " ".join(flags)} | (variables or {}).get(process, {})
@@ -53,6 +50,10 @@ def begin(commands, text):
         return running
 
     return start
+
+
+def hosts(port: int, count: int, process: int) -> list[str]:
+    return [f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={process}"]
 
 
 def _free_port() -> int:
@@ -104,8 +105,8 @@ def close(found: list[dict], expected: list[dict]) -> None:
 
 
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, tmp_path):
-    fields = {"steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2, "eval__every": 2, "encoding__layers": 1,
-              "objective__shift__rate": 0.5}  # fmt: skip
+    fields = {"steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2, "eval__every": 2, "eval__lengths": (32,),
+              "encoding__layers": 1, "objective__shift__rate": 0.5}  # fmt: skip
     two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
     results = finish(commands, begin(two, 2, 4, **fields))
     assert [result.code for result in results] == [0, 0], results
@@ -151,6 +152,14 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert f"going on from step {stopped_at}" in results[0].out and "4 process(es)" in results[0].out
     assert [result.code for result in results] == [1] * 4 and newest(workdir) > stopped_at
     assert [said(result) for result in results[1:]] == [[]] * 3
+
+    found, port = tmp_path / "found.json", _free_port()
+    given = [f"--checkpoint={workdir}", "--lengths=16", "--tokens=64", f"--output={found}"]
+    two = finish(commands, [commands.start("evaluate", *given, *hosts(port, 2, process)) for process in range(2)])
+    assert [result.code for result in two] == [0, 0] and "length 16: loss" in two[0].out and "length" not in two[1].out
+    loss = json.loads(found.read_text())["results"][0]["loss"]
+    assert commands("evaluate", *given).code == 0
+    assert json.loads(found.read_text())["results"][0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_processes_that_do_not_fit_end_with_one_line_of_the_lead(commands, begin, tmp_path):
