@@ -15,7 +15,7 @@ from tests.commands import Commands, Result, Running, train_arguments
 
 pytestmark = pytest.mark.slow
 
-CHEAP = {"config": "tests/tiny_text.py:alibi", "steps": 400, "checkpoint__every": 20, "report__every": 20}
+CHEAP = {"config": "tests/tiny_text.py:alibi", "steps": 400, "checkpoint__every": 8, "report__every": 8}
 
 
 @pytest.fixture(scope="module")
