@@ -36,17 +36,20 @@ create() {
 }
 
 install() {
-  local tree
-  tree="$(mktemp -d)/seqpe_jax.tar.gz"
-  git archive --format=tar.gz -o "$tree" HEAD || return
-  echo "== copy and install on every host"
-  "${tpus[@]}" tpu-vm scp "$tree" "$NAME:seqpe_jax.tar.gz" --zone="$ZONE" --worker=all || return
-  everywhere "set -e; mkdir -p seqpe_jax; tar -xzf seqpe_jax.tar.gz -C seqpe_jax; cd seqpe_jax
+  local folder
+  folder=$(mktemp -d)
+  git archive --format=tar.gz -o "$folder/seqpe_jax.tar.gz" HEAD &&
+    echo "== copy and install on every host" &&
+    "${tpus[@]}" tpu-vm scp "$folder/seqpe_jax.tar.gz" "$NAME:seqpe_jax.tar.gz" --zone="$ZONE" --worker=all &&
+    everywhere "set -e; mkdir -p seqpe_jax; tar -xzf seqpe_jax.tar.gz -C seqpe_jax; cd seqpe_jax
     command -v mount.nfs >/dev/null || sudo apt-get install -y -q nfs-common
     sudo mkdir -p /mnt/runs; mountpoint -q /mnt/runs || sudo mount -t nfs $(share) /mnt/runs
     command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv python install 3.12; PYTHON=\$(~/.local/bin/uv python find 3.12) bash launch/setup.sh
     .venv/bin/python -m pip install -q -r requirements.txt 'jax[tpu]'"
+  local code=$?
+  rm -rf "$folder"
+  return $code
 }
 
 train() {
