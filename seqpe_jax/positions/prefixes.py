@@ -65,15 +65,29 @@ def level_sizes(groups: Sequence[Group], *, axes: int, base: int, digits: int, m
 
 def tree(digits_RN: jax.Array, base: int, sizes: Sequence[int]) -> Tree:
     """Returns the tree of prefixes of strings; `sizes` holds as many nodes as each level needs, or more."""
-    node_R = jnp.zeros(digits_RN.shape[0], jnp.int32)
-    starts = np.cumsum([0, *sizes])
+    rows, length = digits_RN.shape
+    starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+    at_once = int(math.log(2**31 - 1, base))  # digits that an int32 holds
+    words = [_number(digits_RN[:, first : first + at_once], base) for first in range(0, length, at_once)]
+    *_, order_R = jax.lax.sort((*words, jnp.arange(rows, dtype=jnp.int32)), num_keys=len(words))
+    # Of sorted strings, each prefix is a neighbour of its equals: where it differs from the last one, a node begins.
+    sorted_RN = digits_RN[order_R]
+    differs_RN = jnp.cumsum(sorted_RN != jnp.roll(sorted_RN, 1, axis=0), axis=1) > 0
+    node_RN = jnp.cumsum(differs_RN.at[0].set(False), axis=0, dtype=jnp.int32)
     digits, ancestors = [], []
-    above_UN = jnp.zeros((1, 0), jnp.int32)
     for level, size in enumerate(sizes):
-        # A prefix is known by its parent and its last digit; equal ones are neighbours when sorted.
-        prefix_U, node_R = jnp.unique(node_R * base + digits_RN[:, level], size=size, return_inverse=True)
-        above_UN = above_UN[prefix_U // base]
-        above_UN = jnp.concatenate([above_UN, (starts[level] + jnp.arange(size, dtype=jnp.int32))[:, None]], axis=1)
-        digits.append(prefix_U % base)
-        ancestors.append(jnp.pad(above_UN, ((0, 0), (0, len(sizes) - 1 - level))))
-    return Tree(jnp.concatenate(digits), jnp.concatenate(ancestors), node_R)
+        first_U = jnp.searchsorted(node_RN[:, level], jnp.arange(size, dtype=jnp.int32))
+        first_U = jnp.minimum(first_U, rows - 1)  # nodes to spare are copies of the last one
+        digits.append(sorted_RN[first_U, level])
+        above_UN = node_RN[first_U, : level + 1] + starts[: level + 1]
+        ancestors.append(jnp.pad(above_UN, ((0, 0), (0, length - 1 - level))))
+    leaf_R = jnp.zeros(rows, jnp.int32).at[order_R].set(node_RN[:, -1], unique_indices=True)
+    return Tree(jnp.concatenate(digits), jnp.concatenate(ancestors), leaf_R)
+
+
+def _number(digits_RN: jax.Array, base: int) -> jax.Array:
+    """The numbers int32[R] that digits write."""
+    number_R = jnp.zeros(digits_RN.shape[0], jnp.int32)
+    for digit_R in digits_RN.T:
+        number_R = number_R * base + digit_R
+    return number_R
