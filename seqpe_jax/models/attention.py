@@ -66,18 +66,20 @@ def attend_cached(
     signal: PositionSignal,
     cache: Cache,
     places_PL: jax.Array,
+    added_PHLS: jax.Array | None,
     *,
     block: int = 0,
 ) -> tuple[jax.Array, Cache]:
     """Returns causal `attend` of L new tokens over the window up to each of them, and the cache with them in it.
 
-    The logits are those of `attend` on the whole window. The keys' features are the signal's own, shared by all samples,
-    and are not cached.
+    The logits are those of `attend` on the whole window.
 
     Args:
-      signal: of one layer and of the whole window, one position set of S positions.
-      cache: of that window; what it holds past a token's place is not read by that token.
+      signal: of one layer and of the whole window, one position set.
+      cache: of that window, or of its first places up to the last new token; what it holds past a token's place is not
+        read by that token.
       places_PL: int32, the places of the new tokens, consecutive along L; P = 1 (all samples alike) or B.
+      added_PHLS: `position_logits` of the signal for these places.
       block: as of `attend`.
     """
     here = signal.at_places(places_PL)
@@ -85,9 +87,22 @@ def attend_cached(
     firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
     cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B))
-    features = None if signal.features is None else (here.features[0], signal.features[1])
-    bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL], 1, 0)
-    return _mix(query_BLHK, cache.key, cache.value, features, bias_PHLS, places_PL, block=block), cache
+    return _mix(query_BLHK, cache.key, cache.value, None, added_PHLS, places_PL, block=block), cache
+
+
+def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> jax.Array | None:
+    """Returns what features and bias add to the logits of tokens at some places of a window, float32[P, H or 1, L, S].
+
+    Args:
+      signal: of one layer and of the whole window, one position set; places_PL: as of `attend_cached`.
+      keys: S, the first places of the window that are seen.
+    """
+    added_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
+    if signal.features is None:
+        return added_PHLS
+    query, key = (field.astype(jnp.float32) for field in signal.features)
+    logits_PHLS = _feature_logits(query[0][places_PL], key[:, :keys])
+    return logits_PHLS if added_PHLS is None else logits_PHLS + added_PHLS
 
 
 def _mix(

@@ -78,13 +78,14 @@ class Block(nn.Module):
         weights: bool = False,
         cache: Cache | None = None,
         places_PL: jax.Array | None = None,
+        added_PHLS: jax.Array | None = None,
         drop_path: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """Returns the next states [B, L, D], or the attention weights [B, H, L, L] if those are asked for.
 
         Args:
           signal: of this layer.
-          cache, places_PL: see `models.attention.attend_cached`; given, (states, cache) is returned.
+          cache, places_PL, added_PHLS: see `models.attention.attend_cached`; given, (states, cache) is returned.
           drop_path: in place of the attribute.
         """
         normal = nn.initializers.normal
@@ -108,7 +109,9 @@ class Block(nn.Module):
                 dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
             )  # fmt: skip
         else:
-            mixed, cache = attend_cached(query, key, value, signal, cache, places_PL, block=self.attention_block)
+            mixed, cache = attend_cached(
+                query, key, value, signal, cache, places_PL, added_PHLS, block=self.attention_block
+            )
         out = linear(
             (heads, head_width, self.width), (HEADS, None, WIDTH), kernel_init=residual_init, summed=2, name="out"
         )(mixed)
@@ -220,6 +223,6 @@ def run_block(
     weights: bool = False,
     **options: Any,
 ) -> Any:
-    """Returns what one block returns without dropout; options: `cache` and `places_PL`."""
+    """Returns what one block returns without dropout; options: `cache`, `places_PL` and `added_PHLS`."""
     block = functools.partial(blocks.one, layer) if isinstance(blocks, Scanned) else blocks[layer]
     return block(x_BLD, signal, True, weights, **options)

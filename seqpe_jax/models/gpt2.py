@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, lay_out
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
-from seqpe_jax.models.attention import Cache
+from seqpe_jax.models.attention import Cache, position_logits
 from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
 
@@ -65,15 +65,20 @@ class GPT2(nn.Module):
 
         Args:
           signal: of the whole window, one position set.
-          cache: of each layer, at the start `empty_cache`; places_PL: see `models.attention.attend_cached`.
+          cache: of each layer, at the start `empty_cache`, for the window or as many of its first places as are seen;
+            places_PL: see `models.attention.attend_cached`.
         """
         added = None if signal.added is None else signal.added[0][places_PL]
         x_BLD = self._embed(tokens_BL, added, True)
+        keys = cache[0].key.shape[1]
+        shared = None if signal.stacked else position_logits(signal, places_PL, keys)  # once for all layers
         extended = []
         for layer in range(self.layers):
+            own = signal.at_layer(layer)
             x_BLD, kept = run_block(
-                self.blocks, layer, x_BLD, signal.at_layer(layer), cache=cache[layer], places_PL=places_PL
-            )
+                self.blocks, layer, x_BLD, own, cache=cache[layer], places_PL=places_PL,
+                added_PHLS=position_logits(own, places_PL, keys) if signal.stacked else shared,
+            )  # fmt: skip
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)
 

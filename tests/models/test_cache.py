@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.encodings.signal import PositionSignal
-from seqpe_jax.models.attention import Cache, attend, attend_cached
+from seqpe_jax.models.attention import Cache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
 from tests.models.test_attention import BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
 
@@ -20,6 +20,11 @@ def junk_cache() -> Cache:
     return Cache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4))
 
 
+def extended(query, key, value, signal, cache, places_PL, block=0):
+    added_PHLS = position_logits(signal, places_PL, cache.key.shape[1])
+    return attend_cached(query, key, value, signal, cache, places_PL, added_PHLS, block=block)
+
+
 @pytest.mark.parametrize("name", [*NAMES, "everything"])
 @pytest.mark.parametrize("block", [0, 3])
 def test_prompts_at_once_then_token_by_token_equal_the_whole(name, block):
@@ -28,7 +33,7 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, block):
     )  # fmt: skip
     whole = attend(*QKV, signal)
     prompt = max(PROMPTS_B) - 1
-    run = jax.jit(functools.partial(attend_cached, block=block))
+    run = jax.jit(functools.partial(extended, block=block))
     mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(), jnp.arange(prompt)[None])
     np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
     # Each sample goes on from its own place: what was written past it is written again.
@@ -47,7 +52,7 @@ def test_a_token_reads_no_place_past_its_own():
     results = []
     for scale in (1.0, -1.0):
         changed = jax.tree.map(lambda field, scale=scale: field.at[:, 4:].multiply(scale), cache)
-        results.append(attend_cached(*token, signal, changed, jnp.array([[3]]))[0])
+        results.append(extended(*token, signal, changed, jnp.array([[3]]))[0])
     np.testing.assert_array_equal(*results)
 
 

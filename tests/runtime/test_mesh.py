@@ -1,5 +1,7 @@
 """The mesh takes all devices or says why not."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -19,6 +21,28 @@ def test_zero_takes_the_rest():
 def test_axes_that_do_not_fit_are_named(data, fsdp):
     with pytest.raises(InputError, match=f"mesh.data={data} x mesh.fsdp={fsdp} .* 8 devices"):
         layout.make_mesh(data, fsdp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU."""
+
+    id: int
+    process_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
+def test_an_axis_may_take_a_part_of_a_torus_side():
+    """What `jax.make_mesh` refuses."""
+    chips = [Chip(number, number // 4, (number % 4, number // 4 % 4, number // 16)) for number in range(64)]
+    mesh = layout.make_mesh(0, 8, devices=chips)
+    assert mesh.shape == {"data": 8, "fsdp": 8, "context": 1, "tensor": 1}
+    spans = np.ptp([[chip.coords for chip in row] for row in mesh.devices[:, :, 0, 0]], axis=1)
+    assert (spans.sum(axis=1) <= 4).all(), "8 chips of an axis lie together: half of a plane"
 
 
 def test_a_batch_is_split_over_all_devices():
