@@ -33,7 +33,7 @@ def run_of(variant: str = "seqpe", devices: int = 1, **fields):
 def uncached(run, params, prompt, new: int, window: int):
     """Greedy tokens and their logits, each from a forward over everything before it, under the window's signal."""
     model, variables = run.objective.model, {"params": params["model"]}
-    signal = run._signal(params, (window,), window)
+    signal = run.signal(params, (window,), window)
 
     @jax.jit
     def forward(buffer_BL, at):
@@ -151,7 +151,7 @@ def test_work_ends_when_every_text_has(seqpe):
     run.generate(params, [prompt], sampling, heard=lambda *one: heard.append(one), progress=lambda *one: done.append(one))
     assert len(heard) == 1 and heard[0][1].tokens.tolist() == [end] and done[-1] == (NEW, NEW)
     static, model = generation.Static(NEW, True, True, False), run.objective.model
-    signal = run._signal(params, (len(prompt) + NEW,))
+    signal = run.signal(params, (len(prompt) + NEW,))
 
     @jax.jit
     def steps(end):
@@ -226,7 +226,7 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
     def program(block):
         run, params = run_of(model__attention_block=block)
         length, static = 48, generation.Static(8, True, True, False)
-        signal = run._signal(params, (length + 8,))
+        signal = run.signal(params, (length + 8,))
         begin = functools.partial(generation.begin, run.objective.model, static=static)
         draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1)
         arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), draw)
@@ -240,7 +240,7 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
     def flops(**fields):
         run, params = run_of(**fields)
         static = generation.Static(8, True, True, False)
-        signal = jax.eval_shape(lambda params: run._signal(params, (40,)), params)
+        signal = jax.eval_shape(lambda params: run.signal(params, (40,)), params)
         draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1)
         prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), draw)
         begin, advance = (

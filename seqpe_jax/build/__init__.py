@@ -16,6 +16,7 @@ from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
 from seqpe_jax.config import Config, check_positions, digits_of
 from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.generation import Generation, Sampling
@@ -23,6 +24,7 @@ from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Objective, Params
 from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.prefixes import Group
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create
@@ -31,7 +33,7 @@ from seqpe_jax.training.step import TrainStep, make_train_step
 Shape = tuple[int, ...]
 
 MODELS = {"gpt2": GPT2, "vit": ViT}
-STORED_AT_ONCE = 4096  # positions that the encoder reads at once for an export
+READ_AT_ONCE = 4096  # positions that the encoder reads at once outside of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +86,52 @@ class Run:
         for step, batch in train.prefetch(first):
             yield step, layout.to_global(self.mesh, batch)
 
+    def signal(self, params: Params, shape: Shape, first: int | None = None) -> PositionSignal:
+        """Returns the signal of a window or grid, or of a window's first positions; vectors are computed part by part."""
+        if not self.objective.has_vectors:
+            return self._signal(params, shape, first)
+        shape = shape if first is None else (min(first, *shape),)
+        return self._signal_of(params, self.vectors(params, shape)[None])
+
+    def vectors(
+        self, params: Params, shape: Shape, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> jax.Array:
+        """Returns the vectors of the positions of a window or grid, float32[prod(shape), E]."""
+        side, rest = shape[0], math.prod(shape[1:])
+        rows = min(side, max(1, READ_AT_ONCE // rest))
+        parts = []
+        for start in range(0, side, rows):
+            first = min(start, side - rows)  # the last part overlaps the one before: one program serves all
+            parts.append(self._vectors(params, first, (rows, *shape[1:]))[(start - first) * rest :])
+            progress(min(start + rows, side) * rest, side * rest)
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
     @functools.cached_property
-    def _signal(self) -> Callable[[Params, Shape], Any]:
-        def signal(params: Params, shape: Shape, first: int | None = None) -> Any:
-            """The signal of a window or grid, or of its first positions."""
+    def _signal(self) -> Callable[[Params, Shape, int | None], PositionSignal]:
+        def signal(params: Params, shape: Shape, first: int | None) -> PositionSignal:
             positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None, :first]
             return self.objective.signal(params, positions_PLA, shape)
 
         return jax.jit(self._laid_out(signal), static_argnums=(1, 2))
 
     @functools.cached_property
-    def _examine(self) -> Callable[..., dict[str, jax.Array]]:
+    def _signal_of(self) -> Callable[[Params, jax.Array], PositionSignal]:
+        return jax.jit(self._laid_out(functools.partial(self._encode, method="signal")))
+
+    @functools.cached_property
+    def _vectors(self) -> Callable[[Params, int, Shape], jax.Array]:
+        def vectors(params: Params, first: jax.Array, shape: Shape) -> jax.Array:
+            positions_RA = grid(jnp.zeros(len(shape), jnp.int32).at[0].set(first), shape)
+            return self._encode(params, positions_RA, groups=(Group(1, shape),), method="vectors")
+
+        return jax.jit(self._laid_out(vectors), static_argnums=2)
+
+    def _encode(self, params: Params, *arguments: Any, **options: Any) -> Any:
+        encoding = axes.gathered(params["encoding"], "encoding")
+        return self.objective.encoding.apply({"params": encoding}, *arguments, **options)
+
+    @functools.cached_property
+    def examine(self) -> Callable[..., dict[str, jax.Array]]:
         return jax.jit(self._laid_out(self.objective.examine), out_shardings=layout.replicated(self.mesh))
 
     def check_scale(self, scale: Shape, split: str) -> None:
@@ -128,7 +165,7 @@ class Run:
         batch = -(-batch // parts) * parts
         answering = {"generate": functools.partial(self.generate, params)} if self.config.asks_questions else {}
         return self.data.evaluate(
-            functools.partial(self._examine, params, self._signal(params, shape)), scale, split, batch,
+            functools.partial(self.examine, params, self.signal(params, shape)), scale, split, batch,
             put=functools.partial(layout.whole_to_global, self.mesh), progress=progress, **answering,
         )  # fmt: skip
 
@@ -200,7 +237,7 @@ class Run:
         for batch in work:
             if batch.places != places:
                 places = batch.places
-                signal = self._signal(params, (window,), places + sampling.new_tokens)
+                signal = self.signal(params, (window,), places + sampling.new_tokens)
             put = functools.partial(layout.whole_to_global, self.mesh)
             for results in generation.decode(compiled, params["model"], signal, batch, prompts, sampling, put=put):
                 for index, result in zip(batch.indices, results, strict=True):
@@ -225,15 +262,9 @@ class Run:
         """Returns the parameters of `stored(reach)`: those of a run, with vectors computed once in the encoder's place."""
         if not self.objective.has_vectors:
             return params
-        positions_RA = np.asarray(grid(jnp.zeros(len(reach), jnp.int32), reach))
-        vectors = jax.jit(functools.partial(self.objective.encoding.apply, method="vectors"))
-        parts = []
-        for first in range(0, len(positions_RA), STORED_AT_ONCE):
-            rows_RA = positions_RA[first : first + STORED_AT_ONCE]
-            parts.append(np.asarray(vectors({"params": params["encoding"]}, rows_RA)))
-            progress(first + len(rows_RA), len(positions_RA))
+        table = np.asarray(self.vectors(params, reach, progress)).reshape(*reach, -1)
         rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
-        return params | {"encoding": rest | {"table": np.concatenate(parts).reshape(*reach, -1)}}
+        return params | {"encoding": rest | {"table": table}}
 
     def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
         """Returns the logits, float32, of tokens int32[B, L] or images float32[B, sides..., C]; sizes may be symbolic."""
@@ -277,7 +308,7 @@ class Run:
         shape = self.data.grid_of(scale)
         images, pictures = self.data.pictures(scale, split, count)
         weights = jax.jit(functools.partial(self.objective.model.apply, method="attention"))(
-            {"params": params["model"]}, jnp.asarray(images), self._signal(params, shape)
+            {"params": params["model"]}, jnp.asarray(images), self.signal(params, shape)
         )
         weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
         return {"images": pictures, "attention": weights_BHL.reshape(*weights_BHL.shape[:2], *shape)}

@@ -20,7 +20,6 @@ from seqpe_jax.build import Run, build
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.generation import Sampling
-from seqpe_jax.positions.grids import grid
 from seqpe_jax.runtime import chips
 from seqpe_jax.runtime import mesh as layout
 
@@ -160,14 +159,9 @@ def _train(run: Run) -> tuple[Callable[[], Any], int]:
 
 def _evaluate(run: Run) -> tuple[Callable[[], Any], int]:
     params, batch = run.init_state().params, _batch(run)
-    shape = run.config.grid
-
-    def examine(params: Any, batch: Any) -> Any:
-        positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
-        return run.objective.examine(params, run.objective.signal(params, positions_PLA, shape), batch)
-
-    compiled = jax.jit(examine).lower(params, batch).compile()
-    return lambda: compiled(params, batch), _bytes(compiled)
+    signal = run.signal(params, run.config.grid)  # once for all batches, as evaluation does
+    compiled = run.examine.lower(params, signal, batch).compile()
+    return lambda: compiled(params, signal, batch), _bytes(compiled)
 
 
 def _decode(run: Run) -> tuple[Callable[[], Any], int]:
@@ -178,7 +172,7 @@ def _decode(run: Run) -> tuple[Callable[[], Any], int]:
     params, batch = run.init_state().params, _batch(run)
     static = generation.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
     programs = generation.programs(run.objective.model, static, layout.Layout(run.mesh))
-    signal = run._signal(params, (length + DECODED + 1,))
+    signal = run.signal(params, (length + DECODED + 1,))
     draw = generation.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1))
     rows = run.config.batch_size
     put = layout.whole_to_global(
@@ -196,19 +190,17 @@ def _encoding(run: Run, mode: str) -> Callable[[], Any] | None:
     """What the encoding of a call costs alone; None for encodings without parameters, and where a table is read."""
     if mode == "decode" or not run.objective.has_vectors:
         return None
-    params, objective = run.init_state().params["encoding"], run.objective
-    settings, rows = run.config.objective, int(np.prod(run.config.grid)) * run.config.objective.shift.sets
-    if mode == "train":
-        rows += settings.contrastive.batch * (1 + settings.contrastive.candidates) * (settings.contrastive.weight > 0)
-        rows += (settings.distillation.batch + 1) * settings.distillation.offsets * (settings.distillation.weight > 0)
-    positions_RA = np.random.default_rng(0).integers(0, run.config.encoding.max_position, (rows, len(run.config.grid)))
+    params, objective = run.init_state().params, run.objective
+    if mode == "eval":
+        return lambda: run.signal(params, run.config.grid)
 
-    def vectors(params: Any, positions_RA: jax.Array) -> jax.Array:
-        return objective.encoding.apply({"params": params}, positions_RA, method="vectors").sum()
+    def summed(encoding: Any, key: jax.Array) -> jax.Array:
+        draws = objective.draw(key, jnp.int32(0))
+        signal, terms = objective.vectors_and_terms(encoding, draws, key, False)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((signal, terms)))
 
-    work = jax.jit(jax.grad(vectors) if mode == "train" else vectors)
-    positions_RA = jnp.asarray(positions_RA, jnp.int32)
-    return lambda: work(params, positions_RA)
+    work, key = jax.jit(jax.grad(summed)), jax.random.PRNGKey(0)
+    return lambda: work(params["encoding"], key)
 
 
 def _bytes(compiled: Any) -> int:

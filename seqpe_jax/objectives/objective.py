@@ -139,7 +139,7 @@ class Objective:
         if self.has_vectors:
             encoding = gathered(params["encoding"], "encoding")
             own = "draws" in batch  # of which nothing is known
-            signal, terms = self._vectors_and_terms(encoding, draws, stream(now, "encoding dropout"), own)
+            signal, terms = self.vectors_and_terms(encoding, draws, stream(now, "encoding dropout"), own)
         else:
             signal = self.signal(params, draws.positions_PLA, self.shape)
         apply = functools.partial(
@@ -163,7 +163,7 @@ class Objective:
         """Returns what evaluation needs to know of each example, without dropout (see the task's `examine`)."""
         return self.task.examine(self.model, {"params": params["model"]}, signal, batch)
 
-    def _vectors_and_terms(
+    def vectors_and_terms(
         self, params: Params, draws: Draws, dropout_key: jax.Array, own: bool
     ) -> tuple[PositionSignal, Metrics]:
         """Encodes all positions of the step in one call, split at sizes that are the same in every step."""
