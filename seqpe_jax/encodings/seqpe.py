@@ -22,6 +22,7 @@ from seqpe_jax.positions.prefixes import Group, Tree, level_sizes, tree
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array, nn.Module], jax.Array]
 Read = Callable[[jax.Array], jax.Array]
+How = Callable[[bool, bool], tuple[Mix, Read]]  # (the first layer, the last layer) -> what its places read
 WORTH = 0.8  # prefixes are shared where that leaves less than this part of the places
 
 
@@ -47,7 +48,7 @@ class EncoderBlock(nn.Module):
         Args:
           x: [..., W], states of places.
           mix: queries of those that are read, keys and values of all, [..., H, K] -> [..., H, K]: attention.
-          read: all states -> those that are read; places that are not serve as keys and values alone.
+          read: all states -> those that are read, a linear map; places that are not serve as keys and values alone.
         """
         norm = functools.partial(
             nn.LayerNorm, epsilon=self.layer_norm_epsilon, scale_init=nn.initializers.constant(self.norm_init)
@@ -124,18 +125,17 @@ class DigitEncoder(nn.Module):
         digits_RN = to_digits(positions_RA, **written)
         if sizes is None:
             mask = self._mask(positions_RA)
-            x, mix, read = self._strings(digits_RN, digit_BE, place_NE, cls_E, mask)
+            x, how = self._strings(digits_RN, digit_BE, place_NE, cls_E, mask)
         else:
             shared = tree(digits_RN, self.base, sizes)
-            x, mix, read = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
+            x, how = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
         for layer in range(self.layers):
             x = lay_out(x, ROWS, *[None] * (x.ndim - 1))
             block = EncoderBlock(
                 self.width, self.heads, self.dropout, self.attention_dropout, self.activation,
                 self.layer_norm_epsilon, self.norm_init, self.kernel_init, name=f"block_{layer}",
             )  # fmt: skip
-            last = layer == self.layers - 1
-            x = block(x, functools.partial(mix, last), read if last else lambda x: x, deterministic=deterministic)
+            x = block(x, *how(layer == 0, layer == self.layers - 1), deterministic=deterministic)
         x = x[:, -1] if sizes is None else x
         if self.final_norm:
             scale_init = nn.initializers.constant(self.norm_init)
@@ -157,44 +157,69 @@ class DigitEncoder(nn.Module):
 
     def _strings(
         self, digits_RN: jax.Array, digit_BE: jax.Array, place_NE: jax.Array, cls_E: jax.Array | None, mask: jax.Array
-    ) -> tuple[jax.Array, Mix, Read]:
-        """States [R, N, W] of the strings themselves, their attention, and the read-out of their last places."""
+    ) -> tuple[jax.Array, How]:
+        """States [R, N, W] of the strings themselves; their last places are read out."""
         x_RND = digit_BE[digits_RN] + place_NE
         if cls_E is not None:
             x_RND = jnp.concatenate([x_RND, jnp.broadcast_to(cls_E, (len(x_RND), 1, self.width))], axis=1)
 
-        def mix(last: bool, query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
-            logits = jnp.einsum("rnhk,rmhk->rhnm", query, key)
-            logits = jnp.where(mask[..., -1:, :] if last else mask, logits, jnp.finfo(logits.dtype).min)
-            return jnp.einsum("rhnm,rmhk->rnhk", drop(nn.softmax(logits)), value)
+        def how(first: bool, last: bool) -> tuple[Mix, Read]:
+            def mix(query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
+                logits = jnp.einsum("rnhk,rmhk->rhnm", query, key)
+                logits = jnp.where(mask[..., -1:, :] if last else mask, logits, jnp.finfo(logits.dtype).min)
+                return jnp.einsum("rhnm,rmhk->rnhk", drop(nn.softmax(logits)), value)
 
-        return x_RND, mix, lambda x: x[:, -1:]
+            return mix, lambda x: x[:, -1:] if last else x
+
+        return x_RND, how
 
     def _prefixes(
         self, shared: Tree, sizes: tuple[int, ...], digit_BE: jax.Array, place_NE: jax.Array, cls_E: jax.Array | None
-    ) -> tuple[jax.Array, Mix, Read]:
-        """The same of prefixes [T, W]: a place reads the places of its own prefixes."""
-        levels = [*range(len(sizes))]
-        x_TD = digit_BE[shared.digits_T] + jnp.repeat(place_NE, np.array(sizes), axis=0, total_repeat_length=sum(sizes))
+    ) -> tuple[jax.Array, How]:
+        """The same of T prefixes: a place reads the places of its own prefixes.
+
+        The first layer's states are those of the few digits that there are at each place, and CLS: [U, W].
+        """
+        length, base = len(sizes), len(digit_BE)
+        x_UD = (place_NE[:, None] + digit_BE).reshape(-1, self.width)
+        kind_T = shared.digits_T + np.repeat(np.arange(length) * base, sizes)
         ancestors_TN = shared.ancestors_TN
         if cls_E is not None:  # CLS after each whole string
             leaves = sizes[-1]
-            x_TD = jnp.concatenate([x_TD, jnp.broadcast_to(cls_E, (leaves, self.width))])
-            own_UN = jnp.concatenate([ancestors_TN[-leaves:], (sum(sizes) + jnp.arange(leaves))[:, None]], axis=1)
-            ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_UN])
-            sizes, levels = (*sizes, leaves), [*levels, len(sizes)]
+            x_UD = jnp.concatenate([x_UD, cls_E[None]])
+            kind_T = jnp.pad(kind_T, (0, leaves), constant_values=length * base)
+            own_RN = jnp.concatenate([ancestors_TN[-leaves:], (sum(sizes) + jnp.arange(leaves))[:, None]], axis=1)
+            ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_RN])
+            sizes = (*sizes, leaves)
         seen_TN = np.repeat(np.tril(np.ones((len(sizes), len(sizes)), bool)), sizes, axis=0)
+        kinds_TU = lay_out(jax.nn.one_hot(kind_T, len(x_UD)), ROWS, None)
+        # Products with zeros and ones, whose backward pass needs no scatter.
+        seen_TU = jnp.einsum("tn,tnu->tu", seen_TN, jax.nn.one_hot(kind_T[ancestors_TN], len(x_UD))) > 0
 
-        def read(x: jax.Array) -> jax.Array:
-            return x[-sizes[-1] :]
+        def how(first: bool, last: bool) -> tuple[Mix, Read]:
+            def read(x: jax.Array) -> jax.Array:
+                return x[-sizes[-1] :] if last else x
 
-        def mix(last: bool, query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
-            above_TN, seen = (read(ancestors_TN), read(seen_TN)) if last else (ancestors_TN, seen_TN)
-            logits = jnp.einsum("thk,tnhk->thn", query, key[above_TN])
-            logits = jnp.where(seen[:, None], logits, jnp.finfo(logits.dtype).min)
-            return jnp.einsum("thn,tnhk->thk", drop(nn.softmax(logits)), value[above_TN])
+            if first:
+                own_TU = read(kinds_TU)
 
-        return x_TD, mix, read
+                def mix(query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
+                    logits = jnp.einsum("thk,uhk->thu", query, key)
+                    logits = jnp.where(read(seen_TU)[:, None], logits, jnp.finfo(logits.dtype).min)
+                    return jnp.einsum("thu,uhk->thk", drop(nn.softmax(logits)), value)
+
+                return mix, lambda x: jnp.tensordot(own_TU, x, 1, precision=jax.lax.Precision.HIGHEST)
+
+            above_TN = read(ancestors_TN)
+
+            def mix(query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
+                logits = jnp.einsum("thk,tnhk->thn", query, key[above_TN])
+                logits = jnp.where(read(seen_TN)[:, None], logits, jnp.finfo(logits.dtype).min)
+                return jnp.einsum("thn,tnhk->thk", drop(nn.softmax(logits)), value[above_TN])
+
+            return mix, read
+
+        return x_UD, how
 
 
 class QKMap(nn.Module):
