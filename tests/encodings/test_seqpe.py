@@ -58,16 +58,20 @@ def test_the_shortcut_of_the_last_layer_changes_nothing(direction, monkeypatch):
     encoding = make(direction=direction)
     variables = initial(encoding)
     short = vectors(encoding, variables)
-    plain = seqpe.EncoderBlock.__call__
-    read_out = []
+    plain, asked = seqpe.DigitEncoder._strings, []
 
-    def without(self, x_RND, mix, read, *, deterministic):
-        read_out.append(read(x_RND).shape[1])
-        return plain(self, x_RND, functools.partial(mix.func, False), lambda x: x, deterministic=deterministic)
+    def without(self, *arguments):
+        x_RND, how = plain(self, *arguments)
 
-    monkeypatch.setattr(seqpe.EncoderBlock, "__call__", without)
+        def whole(first, last):
+            asked.append(last)
+            return how(first, False)
+
+        return x_RND, whole
+
+    monkeypatch.setattr(seqpe.DigitEncoder, "_strings", without)
     np.testing.assert_allclose(vectors(encoding, variables), short, atol=1e-5)
-    assert read_out == [4, 1]
+    assert asked == [False, True]
 
 
 WINDOW = np.arange(186, 236)[:, None]
@@ -80,6 +84,8 @@ SHARED = {
         np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]), [Group(2, (50,), 2), Group(30)], {},
     ),
     "the last digit is read": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"cls": False}),
+    "one layer": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"layers": 1}),
+    "three layers": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"layers": 3}),
     "base 3": (WINDOW, [Group(1, (50,))], {"base": 3, "digits": 6}),
     "some of a window": (WINDOW[::7], [Group(1, (50,), rows=8)], {}),
     "a box": (BOXES, [Group(1, (14, 10))], {"axes": 2}),
