@@ -1,7 +1,5 @@
 """SeqPE: the read-out shortcut, determinism, dropout, places, products, and what it refuses."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -159,6 +159,19 @@ def test_remat_equals_the_plain_step(moving, single):
     np.testing.assert_allclose(single[0], run(remat, jax.devices()[:1])[0], atol=1e-5)
 
 
+def test_bfloat16_arithmetic_follows_the_plain_step(moving, single):
+    """Parameters, optimiser state and loss stay float32; eight bits of the arithmetic stay."""
+    half = dataclasses.replace(moving, precision=dataclasses.replace(moving.precision, compute="bfloat16"))
+    losses, params, _, state, compiled = run(half, jax.devices()[:1])
+    assert "bf16[" in compiled.as_text() and "bf16[" not in single[4].as_text()
+    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}
+    assert 0 < np.abs(losses - single[0]).max() < 1e-2
+    start = jax.device_get(single[2].init_state().params)
+    for first, plain, found in zip(*map(jax.tree.leaves, (start, single[1], params)), strict=True):
+        assert np.linalg.norm(found - plain) <= 0.1 * np.linalg.norm(plain - first) + 1e-6
+
+
 @functools.cache
 def gradient(contrastive, distillation, warmup_steps=0):
     """The gradient of a step under these weights of the terms."""
