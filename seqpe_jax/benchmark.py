@@ -3,12 +3,15 @@
     python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary,alibi,none
     python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary --mode=decode --output=decode.json
 
+Modes: train (a step), eval (a batch; the position table is computed before), decode (a new token of each sample), encode
+(forward and backward pass of SeqPE's encoder on the positions of a step, against each string of digits by itself).
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
 device's peak; see `build.benchmarks.flops_of`), the memory of the compiled program, and the time of the position encoding
 alone as a share. Ratios are of the first encoding to each other one: medians over turns.
 """
 
 import copy
+import dataclasses
 import json
 import pathlib
 
@@ -24,7 +27,7 @@ from seqpe_jax.runtime.progress import ProgressLine
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "decode"], "training step, evaluated batch, or new token")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "encode"], "what to time")
 _STEPS = flags.DEFINE_integer("steps", 20, "timed calls of each", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
 
@@ -39,6 +42,9 @@ def main() -> None:
     for kind in kinds:
         chosen = copy.deepcopy(_CONFIG.value).unlock()
         settings.append(config.parse(chosen if kind == chosen.encoding.kind else config.with_encoding(chosen, kind)))
+    if _MODE.value == "encode":
+        one = settings[0]
+        settings.append(dataclasses.replace(one, encoding=dataclasses.replace(one.encoding, share_prefixes=False)))
     line = ProgressLine(1, label=_MODE.value)
     found = benchmark(settings, _MODE.value, _STEPS.value, lambda done, total: line.update(done, total=total))
     line.close()

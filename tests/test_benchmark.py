@@ -37,10 +37,23 @@ def test_encodings_are_compared(commands, tmp_path, mode):
     assert "seqpe/rotary: time" in result.out and "| seqpe |" in result.out
 
 
+def test_the_encoder_is_compared_with_itself_without_shared_prefixes(commands, tmp_path):
+    output = tmp_path / "found.json"
+    result = commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--steps=1", f"--output={output}")
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert found["ratios"].keys() == {"seqpe/seqpe, each string by itself"}
+    settings = tiny_config()
+    pairs, windows = settings.objective.contrastive, settings.objective.distillation
+    rows = settings.data.length + pairs.batch * (1 + pairs.candidates) + windows.batch * windows.offsets
+    assert [run["per_second"] * run["median_s"] for run in found["runs"]] == pytest.approx([rows] * 2)
+
+
 def test_bad_arguments_end_with_one_line(commands):
     refused(commands("benchmark", f"--config={CONFIG}", "--compare=seqpe,seqpe"), "names an encoding twice")
     refused(commands("benchmark", f"--config={CONFIG}", "--compare=seqqe"), "'seqqe'", "seqpe")
     refused(commands("benchmark", "--config=configs/digits_vit.py", "--mode=decode"), "give a config of text")
+    refused(commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--compare=seqpe,rotary"), "encoding.kind=seqpe")
 
 
 def test_flops_are_counted_from_the_sizes():

@@ -34,14 +34,14 @@ class Timed:
     Attributes:
       call: does it once and returns arrays to wait for; units: tokens or images of a call; flops: of a call (see
         `flops_of`); bytes: that the compiled program holds at once (arguments, results and temporaries).
-      encoding: the same of the encoding alone, or None where it has nothing to compute.
+      encoding: does the encoding's part alone, or None where it has nothing to compute.
     """
 
     call: Callable[[], Any]
     units: int
     flops: float
     bytes: int
-    encoding: Callable[[], Any] | None
+    encoding: Callable[[], Any] | None = None
 
 
 def benchmark(
@@ -54,7 +54,8 @@ def benchmark(
     "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own)}.
 
     Args:
-      settings: differ in the encoding; mode: "train", "eval" or "decode"; steps: timed calls of each.
+      settings: differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward pass of all
+        positions of a training step alone); steps: timed calls of each.
 
     Raises:
       InputError: a mode that these configs cannot run.
@@ -77,7 +78,7 @@ def benchmark(
         per = DECODED if mode == "decode" else 1
         median = statistics.median(times)
         runs.append({
-            "encoding": config.encoding.kind,
+            "encoding": _name(config),
             "mode": mode,
             **({"size": list(config.data.size)} if config.reads_images else {"length": config.data.length}),
             "batch": config.batch_size,
@@ -85,7 +86,7 @@ def benchmark(
             "p10_s": float(np.quantile(times, 0.1)) / per,
             "p90_s": float(np.quantile(times, 0.9)) / per,
             "per_second": one.units / median,
-            "mfu": chips.utilisation(one.flops, median),
+            "mfu": chips.utilisation(one.flops, median) if one.flops else None,
             "peak_bytes": one.bytes,
             "encoding_share": statistics.median(share) / median if share else None,
         })  # fmt: skip
@@ -126,10 +127,18 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _timed(run: Run, mode: str) -> Timed:
     config = run.config
+    if mode == "encode":
+        return Timed(*_encode(run))
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, program_bytes = make(run)
     units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
     return Timed(call, units, flops_of_run(run, mode), program_bytes, _encoding(run, mode))
+
+
+def _name(config: Config) -> str:
+    """The encoding of a run, in words."""
+    by_itself = config.encoding.kind == "seqpe" and not config.encoding.share_prefixes
+    return config.encoding.kind + (", each string by itself" if by_itself else "")
 
 
 def _batch(run: Run) -> dict[str, jax.Array]:
@@ -190,17 +199,29 @@ def _encoding(run: Run, mode: str) -> Callable[[], Any] | None:
     """What the encoding of a call costs alone; None for encodings without parameters, and where a table is read."""
     if mode == "decode" or not run.objective.has_vectors:
         return None
-    params, objective = run.init_state().params, run.objective
     if mode == "eval":
+        params = run.init_state().params
         return lambda: run.signal(params, run.config.grid)
+    return _encode(run)[0]
+
+
+def _encode(run: Run) -> tuple[Callable[[], Any], int, float, int]:
+    """Forward and backward pass of a training step's positions, with their number and the bytes of the program."""
+    objective, key = run.objective, jax.random.PRNGKey(0)
+    if not objective.has_vectors:
+        raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
+    draws, rows = jax.eval_shape(objective.draw, key, jnp.int32(0)), 0
+    for part in (draws[:1], draws.contrastive and draws.contrastive[:2], draws.distillation and draws.distillation[1:]):
+        rows += sum(positions.size // positions.shape[-1] for positions in part or ())
+    params = run.init_state().params["encoding"]
 
     def summed(encoding: Any, key: jax.Array) -> jax.Array:
         draws = objective.draw(key, jnp.int32(0))
         signal, terms = objective.vectors_and_terms(encoding, draws, key, False)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((signal, terms)))
 
-    work, key = jax.jit(jax.grad(summed)), jax.random.PRNGKey(0)
-    return lambda: work(params["encoding"], key)
+    compiled = jax.jit(jax.grad(summed)).lower(params, key).compile()
+    return lambda: compiled(params, key), rows, 0.0, _bytes(compiled)
 
 
 def _bytes(compiled: Any) -> int:
