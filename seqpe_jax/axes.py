@@ -44,13 +44,16 @@ class Layout(Protocol):
     def over_length(self, function: Callable[..., Any], arguments: Any, places: Any, length: int) -> Any:
         """Returns function(*arguments), computed by each shard of the length for its own part."""
 
+    def over_rows(self, function: Callable[..., Any], rows: Any, params: Any, key: Any) -> Any:
+        """Returns function(rows, params, key), computed by each shard of the rows for its own."""
+
 
 _IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout) -> Iterator[None]:
-    """Puts a layout in force for what is traced inside."""
+def laid_out(layout: Layout | None) -> Iterator[None]:
+    """Puts a layout in force for what is traced inside; None = arrays stay as they are."""
     token = _IN_FORCE.set(layout)
     try:
         yield
@@ -86,3 +89,13 @@ def over_length(function: Callable[..., Any], arguments: Any, places: Any, lengt
     """
     layout = _IN_FORCE.get()
     return function(*arguments) if layout is None else layout.over_length(function, arguments, places, length)
+
+
+def over_rows(function: Callable[..., Any], rows: Any, params: Any, key: Any) -> Any:
+    """Returns function(rows, params, key), [R, ...], computed by each shard of the rows for its own, with a key of its own.
+
+    Args:
+      rows: [R, ...], R a multiple of `shards(ROWS)`; params, key: whole everywhere.
+    """
+    layout = _IN_FORCE.get()
+    return function(rows, params, key) if layout is None else layout.over_rows(function, rows, params, key)

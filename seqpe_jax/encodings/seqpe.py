@@ -14,7 +14,6 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
-from seqpe_jax.axes import ROWS, lay_out, shards
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import significant, to_digits
@@ -130,7 +129,6 @@ class DigitEncoder(nn.Module):
             shared = tree(digits_RN, self.base, sizes)
             x, how = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
         for layer in range(self.layers):
-            x = lay_out(x, ROWS, *[None] * (x.ndim - 1))
             block = EncoderBlock(
                 self.width, self.heads, self.dropout, self.attention_dropout, self.activation,
                 self.layer_norm_epsilon, self.norm_init, self.kernel_init, name=f"block_{layer}",
@@ -192,7 +190,7 @@ class DigitEncoder(nn.Module):
             ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_RN])
             sizes = (*sizes, leaves)
         seen_TN = np.repeat(np.tril(np.ones((len(sizes), len(sizes)), bool)), sizes, axis=0)
-        kinds_TU = lay_out(jax.nn.one_hot(kind_T, len(x_UD)), ROWS, None)
+        kinds_TU = jax.nn.one_hot(kind_T, len(x_UD))
         # Products with zeros and ones, whose backward pass needs no scatter.
         seen_TU = jnp.einsum("tn,tnu->tu", seen_TN, jax.nn.one_hot(kind_T[ancestors_TN], len(x_UD))) > 0
 
@@ -357,13 +355,8 @@ class SeqPE(nn.Module):
             groups or [Group(rows)], axes=self.axes, base=self.base, digits=self.digits,
             max_position=self.base**self.digits,
         )  # fmt: skip
-        first, *others, last = (min(size, rows) for size in sizes)
-        if first + sum(others) + last >= WORTH * rows * len(sizes):
-            return None
-        # Nodes are split over devices like rows: filled up to a multiple, the last level apart, which is read out alone.
-        last += -last % shards(ROWS)
-        first += -(first + sum(others)) % shards(ROWS)
-        return first, *others, last
+        sizes = tuple(min(size, rows) for size in sizes)
+        return sizes if sum(sizes) + sizes[-1] < WORTH * rows * (len(sizes) + 1) else None
 
     def signal(self, vectors_PLE: jax.Array) -> PositionSignal:
         """Returns how given vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens."""

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, POSITIONS, ROWS, VOCABULARY, WIDTH
+from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, POSITIONS, ROWS, VOCABULARY, WIDTH, laid_out
 from seqpe_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -152,6 +152,20 @@ class Layout:
             check_vma=False,
         )
         return split(*tree.unflatten([padded(leaf, place) for leaf, place in zip(leaves, at, strict=True)]))[:, :length]
+
+    def over_rows(self, function: Callable[..., jax.Array], rows: jax.Array, params: Any, key: jax.Array) -> jax.Array:
+        """Returns `axes.over_rows`: nothing is sent around but the gradients of the parameters."""
+        if self.mesh.size == 1:
+            return function(rows, params, key)
+
+        def own(rows: jax.Array, params: Any, key: jax.Array) -> jax.Array:
+            with laid_out(None):
+                return function(rows, params, jax.random.fold_in(key, jax.lax.axis_index(AXES)))
+
+        split, whole = PartitionSpec(USED[ROWS]), PartitionSpec()
+        return jax.shard_map(own, mesh=self.mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False)(
+            rows, params, key
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

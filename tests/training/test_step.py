@@ -99,10 +99,15 @@ def count_rows(settings):
 def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
     levels, tree = [], seqpe.tree
     monkeypatch.setattr(seqpe, "tree", lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes))
+    if "tensor" in sizes:
+        monkeypatch.setattr(seqpe, "WORTH", 10.0)  # else eight rows to a device share too little
     program = check_mesh(moving, single, sizes)
-    assert levels and set(levels) == {levels[0]}
-    nodes = sum(levels[0]) + levels[0][-1]  # prefixes, and CLS after each whole string; in two layers of width 24
-    assert f"f32[{nodes // 8},96]" in program and f"f32[{nodes},96]" not in program
+    rows, places = count_rows(moving), 4  # three digits, and CLS; hidden units of the encoder: 96
+    assert f"f32[{rows},{places},96]" not in program and f"f32[{rows},96]" not in program
+    if "tensor" in sizes:  # each device has a tree of its own rows
+        assert levels[-1][-1] == rows // 8 and f"f32[{sum(levels[-1]) + levels[-1][-1]},96]" in program
+    else:
+        assert not levels and f"f32[{rows // 8},{places},96]" in program
 
 
 @pytest.mark.parametrize("sizes", [
