@@ -72,6 +72,7 @@ class Plot:
         for pattern, by in (
             (r' xmlns(:\w+)?="[^"]*"', ""),
             (r"\bxlink:href=", "href="),
+            (r' id="image\w*"', ""),  # of its content, which a figure may show twice
             (r'\bid="', f'id="{own}-'),
             (r'(\bhref="|url\()#', rf"\1#{own}-"),
             (r"'DejaVu Sans'[^;\"]*", "var(--sans)"),
@@ -80,7 +81,8 @@ class Plot:
         for hex_, name in ((INK, "ink"), (GRID, "rule"), *((light, name) for name, (light, _) in COLOURS.items())):
             svg = re.sub(hex_, f"var(--{name})", svg, flags=re.IGNORECASE)
         width = math.ceil(72 * self.figure.get_figwidth())
-        return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(self.alt)}" style="--width: {width}px" ', 1).strip()
+        told = f'role="img" aria-label="{html.escape(self.alt)}" style="--width: {width}px"'
+        return svg.replace("<svg ", f"<svg {told} ", 1).strip()
 
 
 def variables(dark: bool) -> dict[str, str]:
@@ -364,8 +366,8 @@ def attention(run: Run) -> Plot | None:
         over = (-0.5, width - 0.5, height - 0.5, -0.5)
         plots[1, column].imshow(map_, cmap="inferno", alpha=0.65, extent=over, interpolation="none")
     alt = (
-        f"{len(images)} test images of {height} x {width} pixels, and under each the same image coloured by the attention that "
-        "the class token pays to its patches in the last layer, averaged over heads."
+        f"{len(images)} test images of {height} x {width} pixels, and under each the same image coloured by the attention "
+        "that the class token pays to its patches in the last layer, averaged over heads."
     )
     return Plot(f"attention_{run.name}", f"Where the class token looks ({height} x {width} pixels)", alt, figure)
 
@@ -405,7 +407,8 @@ def _with_mean(curves: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.nda
 
 def _weight(curves: list[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> dict[str, float]:
     """Thin for one of several runs, else strong."""
-    return {"linewidth": 0.7, "alpha": 0.35} if len(curves) > 1 and any(values is own for _, own in curves) else {"linewidth": 1.6}
+    one_of_many = len(curves) > 1 and any(values is own for _, own in curves)
+    return {"linewidth": 0.7, "alpha": 0.35} if one_of_many else {"linewidth": 1.6, "alpha": 1.0}
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

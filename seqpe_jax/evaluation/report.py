@@ -50,11 +50,12 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
 
 def notes(study: Study) -> list[str]:
     """Returns what a reader must know before comparing the runs: what is missing or stale, where they differ."""
-    lines = [f"{point.name} is missing: {point.why}" for point in study.missing]
-    lines += [f"The runs differ in {line}" for line in differences(study)]
+    lines = [f"The runs differ in {line}" for line in differences(study)]
     for run in study.runs:
         done, at = run.steps_done, run.evaluation.get("step")
-        if run.unfinished:
+        if run.failure or not run.started:
+            lines.append(f"{run.name} is missing: {run.state}")
+        elif run.unfinished:
             lines.append(f"{run.name} is not finished: step {done or 0} of {run.steps_planned}")
         elif not run.results:
             lines.append(f"{run.name} is not evaluated")
@@ -105,8 +106,7 @@ def _markdown(parts: dict[str, Any]) -> str:
         shown.append(NOT_EVALUATED)
     for table in (*parts["measured"], parts["cost"], parts["points"], parts["differing"]):
         if table.rows:
-            shown.append("\n".join(filter(None, (f"## {table.title}\n", f"{table.note}\n" * bool(table.note))))
-                         + "\n" + tables.markdown(table))  # fmt: skip
+            shown += [f"## {table.title}\n", *([f"{table.note}\n"] if table.note else []), tables.markdown(table)]
 
     def figure(title: str, plot: dict[str, str]) -> str:
         alt = plot["alt"].replace("[", "(").replace("]", ")")
@@ -145,8 +145,7 @@ def _about(study: Study) -> str:
     def joined(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
 
-    count = len(study.runs) + len(study.missing)
-    what = f"{count} runs" if count > 1 else "1 run"
+    what = f"{len(study.runs)} runs" if len(study.runs) > 1 else "1 run"
     trained = joined(run.training["label"] for run in study.runs)
     unit = "pixels" if study.runs[0].data == "images" else "tokens"
     return (

@@ -15,12 +15,13 @@ import numpy as np
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.progress import read_metrics
 
-SWEEP = "sweep.json"
+SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
 QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
 UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
 UNSET = "unset"
+CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
 # Equal in all runs, or their numbers do not compare.
 COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
 
@@ -34,6 +35,7 @@ class Run:
       evaluation: as `evaluate --output` writes it, or {}; its results know their "extent", the length or the side of a
         square of that area, and their "label".
       similarity, attention: arrays of similarity.npz and attention.npz, or None.
+      failure: what a sweep says of a run that failed; started: False for a point of a sweep that has no run yet.
       row: the run's row in tables; runs that differ in the seed alone share it.
     """
 
@@ -43,6 +45,8 @@ class Run:
     evaluation: dict[str, Any]
     similarity: dict[str, np.ndarray] | None
     attention: dict[str, np.ndarray] | None
+    failure: str = ""
+    started: bool = True
     row: str = ""
 
     @property
@@ -116,6 +120,10 @@ class Run:
     @property
     def state(self) -> str:
         """How far the run is."""
+        if not self.started:
+            return f"failed: {self.failure}" if self.failure else "not started"
+        if self.failure:
+            return f"failed at step {self.steps_done or 0} of {self.steps_planned}: {self.failure}"
         if self.unfinished:
             return f"unfinished: step {self.steps_done or 0} of {self.steps_planned}"
         return "finished" if self.results else "not evaluated"
@@ -126,34 +134,20 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Missing:
-    """A point of a sweep that has no run to read: its name, its row in tables, and why."""
-
-    name: str
-    row: str
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Study:
-    """The runs that a report is about, in its order, and the points of the sweep that are missing."""
+    """The runs that a report is about, in its order; those that a sweep has not started too."""
 
     name: str
     runs: list[Run]
-    missing: list[Missing]
 
     @property
     def rows(self) -> list[str]:
-        """Rows of the tables, those of missing points last."""
-        return list(dict.fromkeys([*(run.row for run in self.runs), *(point.row for point in self.missing)]))
+        """Rows of the tables."""
+        return list(dict.fromkeys(run.row for run in self.runs))
 
     def of(self, row: str) -> list[Run]:
         """Returns the runs of a row: repetitions of each other."""
         return [run for run in self.runs if run.row == row]
-
-    def planned(self, row: str) -> int:
-        """Returns how many runs a row should have."""
-        return len(self.of(row)) + sum(point.row == row for point in self.missing)
 
 
 def read_study(workdir: str | pathlib.Path) -> Study:
@@ -167,27 +161,25 @@ def read_study(workdir: str | pathlib.Path) -> Study:
         raise InputError(f"no such directory: {workdir} (--workdir takes a run's folder, or a folder of runs)")
     points = _points(workdir)
     if points is not None:
-        folders = [workdir / point["name"] for point in points]
+        runs = [
+            read_run(workdir / name) if (workdir / name / "config.json").exists() else _not_started(workdir / name, config)
+            for name, config in points.items()
+        ]
     else:
         folders = [workdir] if (workdir / "config.json").exists() else sorted(workdir.iterdir())
-    runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
-    if not runs and points:
-        raise InputError(f"{workdir} holds no run: none of the {len(points)} points of its {SWEEP} has a config.json yet")
+        runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
     if not runs:
         raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
-    runs = _rows(sorted(runs, key=lambda run: run.encoding != "seqpe"))
-    return Study(workdir.resolve().name, runs, _missing(points or [], runs))
+    return Study(workdir.resolve().name, _rows(sorted(runs, key=lambda run: run.encoding != "seqpe")))
 
 
 def read_run(folder: pathlib.Path) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
-    config = _object(
-        (folder / "config.json").read_bytes(), str(folder / "config.json"),
-        {"seed": int, "data.length": int, "encoding.kind": str},
-    )  # fmt: skip
-    return Run(
+    config = _object((folder / "config.json").read_bytes(), str(folder / "config.json"), CONFIG)
+    run = Run(
         folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder), _attention(folder)
     )
+    return dataclasses.replace(run, failure=_failure(folder) if run.unfinished or not run.results else "")
 
 
 def differences(study: Study) -> list[str]:
@@ -236,15 +228,14 @@ def shown(value: Any) -> str:
 
 def _rows(runs: list[Run]) -> list[Run]:
     """Names rows: by the encoding and, where it was trained in several ways, by the fields in which they differ."""
-    settings = [flat({name: run.config[name] for name in run.config.keys() - set(REPEATED)}) for run in runs]
+    settings = [flat({name: value for name, value in run.config.items() if name not in REPEATED}) for run in runs]
+    ways = [json.dumps(own, sort_keys=True) for own in settings]
     named = {}
     for encoding in dict.fromkeys(run.encoding for run in runs):
-        ways = {json.dumps(own, sort_keys=True): own for run, own in zip(runs, settings, strict=True) if run.encoding == encoding}
-        labels = _differing(list(ways.values()))
-        named |= {way: ", ".join([encoding, *label]) for way, label in zip(ways, labels, strict=True)}
-    return [
-        dataclasses.replace(run, row=named[json.dumps(own, sort_keys=True)]) for run, own in zip(runs, settings, strict=True)
-    ]
+        own = {way: values for run, way, values in zip(runs, ways, settings, strict=True) if run.encoding == encoding}
+        labels = _differing(list(own.values()))
+        named |= {way: ", ".join([encoding, *label]) for way, label in zip(own, labels, strict=True)}
+    return [dataclasses.replace(run, row=named[way]) for run, way in zip(runs, ways, strict=True)]
 
 
 def _differing(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -263,40 +254,29 @@ def _differing(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def _short(name: str, among: Sequence[str]) -> str:
     """Returns the end of a dotted name that no other name ends in."""
-    parts = name.split(".")
-    ends = (".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1))
-    return next(end for end in ends if end == name or not any(f".{other}".endswith(f".{end}") for other in among if other != name))
+    parts, others = name.split("."), [other for other in among if other != name]
+    ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
+    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), name)
 
 
-def _points(workdir: pathlib.Path) -> list[dict[str, Any]] | None:
-    """The points of a sweep's folder; None for another folder."""
+def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
+    """Name -> config of the points of a sweep's folder; None for another folder."""
     path = workdir / SWEEP
     if not path.exists():
         return None
-    try:
-        points = json.loads(path.read_bytes())
-        points = points["points"] if isinstance(points, dict) else points
-        if not points or not all(isinstance(point["name"], str) for point in points):
-            raise ValueError("a point without a name, or no point")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a list of named points ({error}): start the sweep again") from error
-    return points
+    points = _object(path.read_bytes(), str(path), {"points": dict})["points"]
+    return {name: _checked(field(point, "settings"), f"{path}, point '{name}',", CONFIG) for name, point in points.items()}
 
 
-def _missing(points: list[dict[str, Any]], runs: list[Run]) -> list[Missing]:
-    """The points without a run. One that differs in the seed alone from a point with a run is in its row."""
+def _not_started(folder: pathlib.Path, config: dict[str, Any]) -> Run:
+    return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
-    def way(point: dict[str, Any]) -> str:
-        overrides = point.get("overrides", {})
-        return json.dumps({name: value for name, value in overrides.items() if name != "seed"}, sort_keys=True)
 
-    rows = {run.name: run.row for run in runs}
-    known = {way(point): rows[point["name"]] for point in points if point["name"] in rows}
-    return [
-        Missing(point["name"], known.get(way(point), point["name"]), "not started")
-        for point in points
-        if point["name"] not in rows
-    ]
+def _failure(folder: pathlib.Path) -> str:
+    """What the last line of a run's log says of its failure; "" where it did not fail."""
+    path = folder / LOG
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""
 
 
 def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
@@ -352,6 +332,10 @@ def _object(text: bytes, where: str, fields: dict[str, type]) -> dict[str, Any]:
         value = json.loads(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error})") from error
+    return _checked(value, where, fields)
+
+
+def _checked(value: Any, where: str, fields: dict[str, type]) -> dict[str, Any]:
     for name, kind in fields.items():
         if not isinstance(field(value, name), kind):
             raise InputError(f"{where} has no {kind.__name__} '{name}': it is not as this package writes it")

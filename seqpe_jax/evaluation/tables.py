@@ -7,7 +7,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from seqpe_jax.evaluation.runs import UNITS, UNSET, Run, Study, flat, shown
 
@@ -119,7 +118,7 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
     as missing, and where some of a row's runs were not, how many were; a single row has no best.
     """
     runs, found, extents = _found(study, data, metric)
-    names = list(dict.fromkeys([*(run.row for run in runs), *(point.row for point in study.missing)]))
+    names = list(dict.fromkeys(run.row for run in runs))
     trained = {run.training["extent"] for run in runs}
     best = _best(found, metric)
 
@@ -130,8 +129,8 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
         mean, after = statistics.fmean(values), ""
         if len(values) > 1:
             after = f" ± {number(statistics.stdev(values), metric.decimals)}"
-        if len(values) < study.planned(name):
-            after += f" ({len(values)} of {study.planned(name)})"
+        if len(values) < len(study.of(name)):
+            after += f" ({len(values)} of {len(study.of(name))})"
         return Cell(number(mean, metric.decimals), mean, len(names) > 1 and name in best[label], after)
 
     def title(label: str) -> str:
@@ -189,13 +188,13 @@ def cost(study: Study) -> Table:
         "Cost of training",
         ["encoding", "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
         rows,
-        "Step and rate are medians of what a run reported, the time is that of finished runs, the memory what a device held "
-        f"at most ({MISSING} where the backend does not count it, as on CPU).",
+        "Step and rate: medians of what a run reported. Time: of finished runs. Memory: the most that a device held, where "
+        "the backend counts it (the CPU's does not).",
     )
 
 
 def points(study: Study) -> Table:
-    """Returns one line per run, and per point of a sweep that has none: how far it is."""
+    """Returns one line per run, or point of a sweep that has none yet: how far it is."""
 
     def cell(value: float | None, form: str) -> Cell:
         return Cell(MISSING) if value is None else Cell(format(value, form), value)
@@ -207,9 +206,6 @@ def points(study: Study) -> Table:
         ]
         for run in study.runs
     ]  # fmt: skip
-    rows += [[Cell(point.name), Cell(point.row), *[Cell(MISSING)] * 5] for point in study.missing]
-    for row, point in zip(rows[len(study.runs) :], study.missing, strict=True):
-        row[3] = Cell(point.why)
     header = ["run", "row", "seed", "state", "steps", "evaluated at step", "training seconds"]
     return Table("Runs", header, rows, words=(1, 3))
 
@@ -240,14 +236,11 @@ def results_csv(study: Study) -> str:
     scale = "length" if all(run.data != "images" for run in study.runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    header = ["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns]
-    writer.writerow(header)
+    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns])
     for run in study.runs:
         for result in run.results or [{"label": ""}]:
             place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], result["label"]]
             writer.writerow([*place, *(result.get(metric, "") for metric in columns)])
-    for point in study.missing:
-        writer.writerow([point.name, point.row, point.why, *[""] * (len(header) - 3)])
     return out.getvalue()
 
 
@@ -283,7 +276,7 @@ def _near(values: Sequence[float], others: Sequence[float]) -> bool:
 
 
 def _seeds(study: Study, names: Sequence[str]) -> str:
-    counts = sorted({study.planned(name) for name in names})
+    counts = sorted({len(study.of(name)) for name in names})
     return f"Mean ± standard deviation of {' or '.join(map(str, counts))} seeds." if counts[-1] > 1 else ""
 
 
