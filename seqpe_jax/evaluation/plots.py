@@ -160,7 +160,7 @@ def extrapolation(study: Study) -> Plot | None:
     Returns:
       None when no run was evaluated.
     """
-    runs = [run for run in study.runs if run.data == "text"]
+    runs = [run for run in study.counted if run.data == "text"]
     metric = "bits_per_byte"
     if not all(metric in result for run in runs for result in run.results):
         metric = "loss"
@@ -171,14 +171,14 @@ def extrapolation(study: Study) -> Plot | None:
 
 def extrapolation_answers(study: Study) -> Plot | None:
     """Draws the share of answers found against the evaluated length, the training length marked. None without any."""
-    runs = [run for run in study.runs if run.data == "questions"]
+    runs = [run for run in study.counted if run.data == "questions"]
     x, y = "evaluated length (tokens)", "contains the answer (percent)"
     return _by_extent(study, runs, "contains", "extrapolation_answers", "Answers past the training length", x, y)
 
 
 def extrapolation_sizes(study: Study) -> Plot | None:
     """Draws top-1 accuracy against the evaluated size, the training size marked. None when no run was evaluated."""
-    runs = [run for run in study.runs if run.data == "images"]
+    runs = [run for run in study.counted if run.data == "images"]
     x, y = "side of the image (pixels)", "top-1 accuracy (percent)"
     return _by_extent(study, runs, "top1", "extrapolation_sizes", "Past the training size", x, y)
 
@@ -220,7 +220,7 @@ def _by_extent(
 
 def loss_by_position(study: Study) -> Plot | None:
     """Draws the loss (nats) by place in the longest evaluated window; None when no run has that curve."""
-    runs = [run for run in study.runs if run.data == "text"]
+    runs = [run for run in study.counted if run.data == "text"]
     longest = max((result["extent"] for run in runs for result in run.results), default=0)
     curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for run in runs:
@@ -482,13 +482,10 @@ def _label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) -
                 moved = True
         if not moved:
             break
-    for (x, y, row, colour), height, old in zip(ends, heights, wanted, strict=True):
-        fraction = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
-        inside = fraction < 0.9  # a curve that ends early is named at its end
+    for (_, y, row, colour), height, old in zip(ends, heights, wanted, strict=True):
         axes.annotate(
-            row, (x if inside else 1, y), xycoords="data" if inside else ("axes fraction", "data"),
-            xytext=(6, 0 if inside else height - old), textcoords="offset points", va="center",
-            color=colour, fontweight="bold", fontsize=9, annotation_clip=False,
+            row, (1, y), xycoords=("axes fraction", "data"), xytext=(6, height - old), textcoords="offset points",
+            va="center", color=colour, fontweight="bold", fontsize=9, annotation_clip=False,
         )  # fmt: skip
 
 

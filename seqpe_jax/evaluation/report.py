@@ -56,7 +56,9 @@ def notes(study: Study) -> list[str]:
         if run.failure or not run.started:
             lines.append(f"{run.name} is missing: {run.state}")
         elif run.unfinished:
-            lines.append(f"{run.name} is not finished: step {done or 0} of {run.steps_planned}")
+            left_out = run.results and run not in study.counted
+            beside = ", so its results are left out beside finished runs" if left_out else ""
+            lines.append(f"{run.name} is not finished: step {done or 0} of {run.steps_planned}{beside}")
         elif not run.results:
             lines.append(f"{run.name} is not evaluated")
         if at is not None and done is not None and at != done:

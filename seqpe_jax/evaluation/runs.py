@@ -149,6 +149,12 @@ class Study:
         """Returns the runs of a row: repetitions of each other."""
         return [run for run in self.runs if run.row == row]
 
+    @property
+    def counted(self) -> list[Run]:
+        """The runs whose results count: not those of an unfinished run beside finished ones of its row."""
+        finished = {run.row for run in self.runs if run.results and not run.unfinished}
+        return [run for run in self.runs if not run.unfinished or run.row not in finished]
+
 
 def read_study(workdir: str | pathlib.Path) -> Study:
     """Returns the run of a folder, the runs of its subfolders, or the points of its sweep; SeqPE first.

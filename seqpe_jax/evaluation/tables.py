@@ -154,9 +154,9 @@ def leaders(study: Study, data: str, metric: Metric) -> str:
         others = [name for name, at in found if at == label and name not in best]
         near = [name for name in others if any(_near(found[first, label], found[name, label]) for first in best)]
         if best:
-            leads = " and ".join(best) + (f" ({', '.join(near)} within one standard deviation)" if near else "")
+            leads = ", ".join(best) + (f" (within one standard deviation: {', '.join(near)})" if near else "")
             places.setdefault(leads, []).append(label)
-    return "; ".join(f"{names} at {', '.join(sorted(labels, key=extents.get))}" for names, labels in places.items())
+    return "; ".join(f"at {', '.join(sorted(labels, key=extents.get))} {names}" for names, labels in places.items())
 
 
 def cost(study: Study) -> Table:
@@ -250,9 +250,9 @@ def _found(
     """The runs on such data, the values of each (row, label), and the extents by label, rising."""
     runs = [run for run in study.runs if run.data == data]
     found: dict[tuple[str, str], list[float]] = {}
-    for run in runs:
+    for run in study.counted:
         for result in run.results:
-            if metric.key in result:
+            if run.data == data and metric.key in result:
                 found.setdefault((run.row, result["label"]), []).append(result[metric.key])
     extents = {result["label"]: result["extent"] for run in runs for result in run.results}
     return runs, found, dict(sorted(extents.items(), key=lambda item: item[1]))

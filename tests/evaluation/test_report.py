@@ -57,7 +57,7 @@ def test_a_folder_of_runs(tmp_path):
         ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("alibi", "16", "2.5"), ("rotary", "", ""),
     ]  # fmt: skip
     assert rows[0]["word_perplexity"] == "" and "The runs differ" not in page
-    assert "- Bits per byte, lower is better: seqpe at 16, 64" in page
+    assert "- Bits per byte, lower is better: at 16, 64 seqpe" in page
 
 
 def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
@@ -97,6 +97,18 @@ def test_what_is_unfinished_or_stale_is_told(tmp_path):
     ]
 
 
+def test_an_unfinished_run_does_not_count_beside_finished_ones(tmp_path):
+    make_run(tmp_path / "a", bits=((16, 2.0),))
+    make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 3}\n')
+    make_run(tmp_path / "c", "alibi", bits=((16, 4.0),), metrics=False)
+    study = read_study(tmp_path)
+    table = tables.markdown(tables.by_scale(study, "text", tables.METRICS["text"][0]))
+    assert "| seqpe | **2.000** (1 of 2) |" in table and "| alibi | 4.000 |" in table
+    left_out = "b is not finished: step 3 of 4, so its results are left out beside finished runs"
+    assert left_out in report.notes(study) and "b,seqpe,unfinished: step 3 of 4," in tables.results_csv(study)
+
+
 def test_numbers_that_are_huge_or_not_finite(tmp_path):
     make_run(tmp_path / "a", bits=((16, float("nan")),))
     make_run(tmp_path / "b", "alibi", bits=((16, 1e200),))
@@ -114,7 +126,7 @@ def test_seeds_are_averaged_and_differences_told(tmp_path):
     make_run(tmp_path / "c", "alibi", bits=((16, 2.0),), steps=8)
     study = read_study(tmp_path)
     assert differences(study) == ["steps: 4 (a, b); 8 (c)", "seed: [0, 1] (seqpe); [0] (alibi)"]
-    assert tables.leaders(study, "text", metric) == "alibi (seqpe within one standard deviation) at 16"
+    assert tables.leaders(study, "text", metric) == "at 16 alibi (within one standard deviation: seqpe)"
 
 
 def test_one_run_that_has_only_begun(tmp_path):
