@@ -30,6 +30,7 @@ COLOURS = {
 INK, GRID = "#333333", "#DDDDDD"
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # of further rows of one colour
 SIZE, DPI = (7.2, 4.3), 140
+BANDS = 6  # more would hide each other
 LABEL_GAP = 13.0  # points between the middles of two labels
 DRESS = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -141,7 +142,7 @@ def training_terms(study: Study) -> Plot | None:
     curves = {name: found for name, found in curves.items() if found}
     if not curves:
         return None
-    size = (SIZE[0], 2.6 * len(curves) + 0.4)
+    size = (SIZE[0], max(2.6, _room(max(map(len, curves.values())))) * len(curves) + 0.4)
     figure, plots = plt.subplots(len(curves), 1, figsize=size, dpi=DPI, layout="constrained", squeeze=False, sharex=True)
     for axes, (name, found) in zip(plots[:, 0], curves.items(), strict=True):
         term = name.removeprefix("train/term/")
@@ -202,7 +203,7 @@ def _by_extent(
         spread = np.array([statistics.stdev(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
         colour, dash = styles[row]
         axes.plot(extents, means, marker="o", markersize=4.5, color=colour, linestyle=dash)
-        if spread.any():
+        if spread.any() and len(curves) <= BANDS:
             axes.fill_between(extents, means - spread, means + spread, color=colour, alpha=0.13, linewidth=0)
         ends.append((extents[-1], means[-1], row, colour))
     trained = {run.training["extent"] for run in runs if run.row in curves}
@@ -491,9 +492,14 @@ def _label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) -
 
 def _figure(x: str, y: str, labels: int) -> tuple[plt.Figure, plt.Axes]:
     """A figure of one plot, high enough for so many names beside it."""
-    height = max(SIZE[1], (1.2 * LABEL_GAP * labels + 60) / 72)
-    figure, axes = plt.subplots(figsize=(SIZE[0], height), dpi=DPI, layout="constrained")
+    size = (SIZE[0], max(SIZE[1], _room(labels)))
+    figure, axes = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
     return figure, _dress(axes, x, y)
+
+
+def _room(labels: int) -> float:
+    """Height in inches of a plot with so many names beside it."""
+    return (1.2 * LABEL_GAP * labels + 60) / 72
 
 
 def _dress(axes: plt.Axes, x: str, y: str) -> plt.Axes:

@@ -240,7 +240,8 @@ def _rows(runs: list[Run]) -> list[Run]:
     for encoding in dict.fromkeys(run.encoding for run in runs):
         own = {way: values for run, way, values in zip(runs, ways, settings, strict=True) if run.encoding == encoding}
         labels = _differing(list(own.values()))
-        named |= {way: ", ".join([encoding, *label]) for way, label in zip(own, labels, strict=True)}
+        for way, label in zip(own, labels, strict=True):
+            named[way] = f"{encoding} ({', '.join(label)})" if label else encoding
     return [dataclasses.replace(run, row=named[way]) for run, way in zip(runs, ways, strict=True)]
 
 
@@ -259,10 +260,10 @@ def _differing(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _short(name: str, among: Sequence[str]) -> str:
-    """Returns the end of a dotted name that no other name ends in."""
+    """Returns a dotted name without its first part where no other name ends so."""
     parts, others = name.split("."), [other for other in among if other != name]
-    ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
-    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), name)
+    end = ".".join(parts[1:])
+    return name if not end or any(f".{other}".endswith(f".{end}") for other in others) else end
 
 
 def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:

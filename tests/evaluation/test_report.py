@@ -65,8 +65,8 @@ def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged
     make_run(tmp_path / "c", bits=((16, 3.0),), encoding={"kind": "seqpe", "mode": "attn_scalar"})
     report.write_report(tmp_path, tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| seqpe, mode=attn_bias | **2.000** |" in page and "| seqpe, mode=attn_scalar | 3.000 |" in page
-    assert "±" not in page and "| encoding.mode | attn_bias | seqpe, mode=attn_bias |" in page
+    assert "| seqpe (mode=attn_bias) | **2.000** |" in page and "| seqpe (mode=attn_scalar) | 3.000 |" in page
+    assert "±" not in page and "| encoding.mode | attn_bias | seqpe (mode=attn_bias) |" in page
     assert (tmp_path / "out" / "similarity_a b.png").exists() and "(similarity_a%20b.png)" in page
 
 
@@ -78,8 +78,8 @@ def test_rows_are_named_by_what_differs_from_most(tmp_path):
         make_run(tmp_path / name, objective=losses, **way)
     make_run(tmp_path / "alibi", "alibi", steps=9)
     assert {run.name: run.row for run in read_study(tmp_path).runs} == {
-        "alone": "seqpe, distillation.weight=0.0", "apart": "seqpe, contrastive.weight=0.0", "base": "seqpe",
-        "base-1": "seqpe", "both": "seqpe, steps=8, name=x", "alibi": "alibi",
+        "alone": "seqpe (distillation.weight=0.0)", "apart": "seqpe (contrastive.weight=0.0)", "base": "seqpe",
+        "base-1": "seqpe", "both": "seqpe (steps=8, name=x)", "alibi": "alibi",
     }  # fmt: skip
 
 
