@@ -1,4 +1,4 @@
-"""Writes the report of one run, or of a folder of runs: tables, CSV, plots.
+"""Writes the report of one run, of a folder of runs or of a sweep: one HTML page; and markdown, CSV and plots.
 
 python -m seqpe_jax.report --workdir=runs/quickstart --output=runs/quickstart/report
 """
@@ -10,14 +10,14 @@ from absl import flags
 from seqpe_jax import command
 from seqpe_jax.evaluation import report
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, or a folder whose subfolders are runs")
-_OUTPUT = flags.DEFINE_string("output", None, "folder for report.md, results.csv and the plots")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, of a sweep, or a folder whose subfolders are runs")
+_OUTPUT = flags.DEFINE_string("output", None, "folder for report.html, report.md, results.csv and the plots")
 
 
 def main() -> None:
     """The command."""
     table = report.write_report(_WORKDIR.value, _OUTPUT.value)
-    print(f"{table}\nthe whole report: {pathlib.Path(_OUTPUT.value) / 'report.md'}")
+    print(f"{table}\nthe whole report: {pathlib.Path(_OUTPUT.value) / 'report.html'}")
 
 
 if __name__ == "__main__":

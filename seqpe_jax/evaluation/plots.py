@@ -1,8 +1,12 @@
 """The plots of a report: training, extrapolation, loss by place in the window, answers, likeness of position vectors."""
 
+import dataclasses
+import html
+import io
 import math
-import pathlib
-from collections.abc import Sequence
+import re
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,144 +17,249 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from seqpe_jax.evaluation.tables import UNITS
+from seqpe_jax.evaluation.runs import UNITS, Run, Study
+from seqpe_jax.evaluation.tables import number
 
-# Okabe and Ito's colours, told apart by colour-blind readers; one per encoding, the same in every plot. Their light
-# orange and sky blue are a little darker here, so that labels in them can be read on white.
+# Okabe and Ito's colours, told apart by colour-blind readers; one per encoding, the same in every plot: on white, and on
+# black. Their light orange is a little darker here, so that labels in it can be read on white.
 COLOURS = {
-    "seqpe": "#D55E00", "rotary": "#0072B2", "alibi": "#009E73", "learned": "#CC79A7", "sinusoidal": "#B87A00",
-    "none": "#3A9BD1", "rotary_axial": "#332288", "rotary_mixed": "#117733",
+    "seqpe": ("#D55E00", "#FF8A3C"), "rotary": ("#0072B2", "#58AEEE"), "alibi": ("#009E73", "#2ECDA0"),
+    "learned": ("#CC79A7", "#EBA0CB"), "sinusoidal": ("#B87A00", "#E3B23C"), "none": ("#767676", "#A3A3A3"),
+    "rotary_axial": ("#332288", "#A79BF5"), "rotary_mixed": ("#117733", "#72C96B"), "other": ("#555555", "#BBBBBB"),
 }  # fmt: skip
-OTHER, INK = "#555555", "#333333"
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), "-.")  # of further runs of one encoding
-SIZE, DPI = (8, 5), 140
+INK, GRID = "#333333", "#DDDDDD"
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # of further rows of one colour
+SIZE, DPI = (7.2, 4.3), 140
+BANDS = 6  # more would hide each other
 LABEL_GAP = 13.0  # points between the middles of two labels
+DRESS = {
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "grid.color": GRID, "svg.fonttype": "none", "svg.hashsalt": "report", "lines.solid_capstyle": "round",
+}  # fmt: skip
 
 
-def training_curves(runs: Sequence[Any], path: pathlib.Path) -> bool:
-    """Draws the task loss (nats) by step, smoothed over what was reported, and the other terms beside it.
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A drawn figure.
+
+    Attributes:
+      name: of its file; title: in the page; alt: what it shows, for people who do not see it; figure: matplotlib's.
+    """
+
+    name: str
+    title: str
+    alt: str
+    figure: plt.Figure
+
+    def png(self) -> bytes:
+        """Returns the figure as PNG, on white."""
+        out = io.BytesIO()
+        with matplotlib.rc_context(DRESS):
+            self.figure.savefig(out, format="png", dpi=DPI)
+        return out.getvalue()
+
+    def svg(self) -> str:
+        """Returns the figure as an SVG element for a page that defines `variables`: vectors, text as text, no background.
+
+        Raster parts are inside it; its ids begin with the plot's name, so that many fit in one page.
+        """
+        out = io.StringIO()
+        with matplotlib.rc_context(DRESS):
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            self.figure.savefig(out, format="svg", transparent=True, dpi=DPI, metadata=nothing)
+        svg = out.getvalue()
+        svg = svg[svg.index("<svg") :]
+        own = re.sub(r"\W+", "-", self.name)
+        for pattern, by in (
+            (r' xmlns(:\w+)?="[^"]*"', ""),
+            (r"\bxlink:href=", "href="),
+            (r' id="image\w*"', ""),  # of its content, which a figure may show twice
+            (r'\bid="', f'id="{own}-'),
+            (r'(\bhref="|url\()#', rf"\1#{own}-"),
+            (r"'DejaVu Sans'[^;\"]*", "var(--sans)"),
+        ):
+            svg = re.sub(pattern, by, svg)
+        for hex_, name in ((INK, "ink"), (GRID, "rule"), *((light, name) for name, (light, _) in COLOURS.items())):
+            svg = re.sub(hex_, f"var(--{name})", svg, flags=re.IGNORECASE)
+        width = math.ceil(72 * self.figure.get_figwidth())
+        told = f'role="img" aria-label="{html.escape(self.alt)}" style="--width: {width}px"'
+        return svg.replace("<svg ", f"<svg {told} ", 1).strip()
+
+
+def variables(dark: bool) -> dict[str, str]:
+    """Returns the colours that an `svg` asks its page for: name -> value."""
+    return {name: pair[dark] for name, pair in COLOURS.items()}
+
+
+def of_study(study: Study) -> Iterator[Plot]:
+    """Draws what compares the runs. The caller closes each figure (`close`) before it takes the next."""
+    for draw in (
+        extrapolation, extrapolation_answers, extrapolation_sizes, training_curves, training_terms, loss_by_position,
+    ):  # fmt: skip
+        with matplotlib.rc_context(DRESS):
+            plot = draw(study)
+        if plot is not None:
+            yield plot
+
+
+def of_run(run: Run) -> Iterator[Plot]:
+    """Draws what one run holds, in the same way."""
+    for draw in (answer_depth, similarity, attention):
+        with matplotlib.rc_context(DRESS):
+            plot = draw(run)
+        if plot is not None:
+            yield plot
+
+
+def close(plot: Plot) -> None:
+    """Frees the figure's memory."""
+    plt.close(plot.figure)
+
+
+def training_curves(study: Study) -> Plot | None:
+    """Draws the task loss (nats) by step, smoothed over what was reported; of several runs of a row, their mean too.
 
     Returns:
-      False when no run has two reported steps.
+      None when no run has two reported steps.
     """
-    names = {name for run in runs for line in run.metrics for name in line if name.startswith("train/term/")}
-    names = {name for name in names if any(len(_term(run, name)[0]) > 1 for run in runs)}
-    others = sorted(names - {"train/term/task"})
-    if "train/term/task" not in names:
-        return False
-    figure = plt.figure(figsize=(SIZE[0] + (3 if others else 0), SIZE[1]), dpi=DPI, layout="constrained")
-    grid = figure.add_gridspec(max(1, len(others)), 2 if others else 1, width_ratios=[2.2, 1] if others else None)
-    per = "/".join(sorted({UNITS[run.data].removesuffix("s") for run in runs}))
-    axes = _dress(figure.add_subplot(grid[:, 0]), "training step", f"task loss (nats per {per})")
-    _title(axes, "Task loss while training")
-    ends = []
-    for run, dash in _dashes(runs):
-        steps, losses = _term(run, "train/term/task")
-        if len(steps) > 1:
-            axes.plot(steps, losses, color=_colour(run), linewidth=0.7, alpha=0.3)
-            smooth = _smooth(losses)
-            axes.plot(steps, smooth, color=_colour(run), linestyle=dash)
-            ends.append((steps[-1], smooth[-1], run))
-    for row, name in enumerate(others):
-        side = _dress(figure.add_subplot(grid[row, 1]), "training step" if row == len(others) - 1 else "", "")
-        _title(side, f"{name.removeprefix('train/term/').capitalize()} term")
-        side.set_yscale("log")
-        for run, dash in _dashes(runs):
-            steps, losses = _term(run, name)
-            if len(steps) > 1:
-                side.plot(steps, losses, color=_colour(run), linewidth=0.7, alpha=0.3)
-                side.plot(steps, _smooth(losses), color=_colour(run), linestyle=dash)
-    axes.set_xlim(0, 1.02 * max(step for step, *_ in ends))
+    curves = _of_rows(study, "train/term/task")
+    if not curves:
+        return None
+    per = "/".join(sorted({UNITS[run.data].removesuffix("s") for run in study.runs}))
+    figure, axes = _figure("training step", f"task loss (nats per {per})", len(curves))
+    ends = _draw_term(axes, study, curves)
+    axes.set_xlim(0, 1.02 * max(end[0] for end in ends))
     _label_ends(axes, ends)
-    return _save(figure, path)
+    last = "; ".join(f"{row} {loss:.3f} at step {step:g}" for step, loss, row, _ in ends)
+    alt = f"Line chart of the task loss by training step, smoothed. Last values: {last}."
+    return Plot("training_curves", "Task loss while training", alt, figure)
 
 
-def extrapolation(runs: Sequence[Any], path: pathlib.Path) -> bool:
+def training_terms(study: Study) -> Plot | None:
+    """Draws the other terms of the loss by step. None when no run has any."""
+    names = {name for run in study.runs for line in run.metrics for name in line if name.startswith("train/term/")}
+    curves = {name: _of_rows(study, name) for name in sorted(names - {"train/term/task"})}
+    curves = {name: found for name, found in curves.items() if found}
+    if not curves:
+        return None
+    size = (SIZE[0], max(2.6, _room(max(map(len, curves.values())))) * len(curves) + 0.4)
+    figure, plots = plt.subplots(len(curves), 1, figsize=size, dpi=DPI, layout="constrained", squeeze=False, sharex=True)
+    for axes, (name, found) in zip(plots[:, 0], curves.items(), strict=True):
+        term = name.removeprefix("train/term/")
+        _dress(axes, "training step" if axes is plots[-1, 0] else "", f"{term} term")
+        axes.set_yscale("log")
+        _label_ends(axes, _draw_term(axes, study, found))
+    rows = dict.fromkeys(row for found in curves.values() for row in found)
+    terms = " and ".join(name.removeprefix("train/term/") for name in curves)
+    alt = f"Line charts of the {terms} terms of the loss by training step, on logarithmic axes, of {', '.join(rows)}."
+    return Plot("training_terms", "Other terms of the loss while training", alt, figure)
+
+
+def extrapolation(study: Study) -> Plot | None:
     """Draws bits per byte (or the loss in nats) against the evaluated length, the training length marked.
 
     Returns:
-      False when no run was evaluated.
+      None when no run was evaluated.
     """
-    runs = [run for run in runs if run.data == "text"]
+    runs = [run for run in study.counted if run.data == "text"]
     metric = "bits_per_byte"
     if not all(metric in result for run in runs for result in run.results):
         metric = "loss"
     unit = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}[metric]
-    return _by_extent(runs, metric, "Past the training length", "evaluated length (tokens)", unit, path)
+    x = "evaluated length (tokens)"
+    return _by_extent(study, runs, metric, "extrapolation", "Past the training length", x, unit)
 
 
-def extrapolation_answers(runs: Sequence[Any], path: pathlib.Path) -> bool:
-    """Draws the share of answers found against the evaluated length, the training length marked. False without any."""
-    runs = [run for run in runs if run.data == "questions"]
+def extrapolation_answers(study: Study) -> Plot | None:
+    """Draws the share of answers found against the evaluated length, the training length marked. None without any."""
+    runs = [run for run in study.counted if run.data == "questions"]
     x, y = "evaluated length (tokens)", "contains the answer (percent)"
-    return _by_extent(runs, "contains", "Answers past the training length", x, y, path)
+    return _by_extent(study, runs, "contains", "extrapolation_answers", "Answers past the training length", x, y)
 
 
-def extrapolation_sizes(runs: Sequence[Any], path: pathlib.Path) -> bool:
-    """Draws top-1 accuracy against the evaluated size, the training size marked. False when no run was evaluated."""
-    runs = [run for run in runs if run.data == "images"]
-    side = "side of the image (pixels)"
-    return _by_extent(runs, "top1", "Past the training size", side, "top-1 accuracy (percent)", path)
+def extrapolation_sizes(study: Study) -> Plot | None:
+    """Draws top-1 accuracy against the evaluated size, the training size marked. None when no run was evaluated."""
+    runs = [run for run in study.counted if run.data == "images"]
+    x, y = "side of the image (pixels)", "top-1 accuracy (percent)"
+    return _by_extent(study, runs, "top1", "extrapolation_sizes", "Past the training size", x, y)
 
 
-def _by_extent(runs: Sequence[Any], metric: str, title: str, x: str, y: str, path: pathlib.Path) -> bool:
-    curves = []
-    for run, dash in _dashes(runs):
-        points = sorted((result["extent"], result[metric]) for result in run.results if metric in result)
-        points = [point for point in points if math.isfinite(point[1])]
-        if points:
-            curves.append((run, dash, *np.array(points).T))
+def _by_extent(
+    study: Study, runs: Sequence[Run], metric: str, name: str, title: str, x: str, y: str
+) -> Plot | None:
+    """One line per row through the means of its runs, in a band of their standard deviation."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        for result in run.results:
+            if metric in result and math.isfinite(result[metric]):
+                curves.setdefault(run.row, {}).setdefault(result["extent"], []).append(result[metric])
     if not curves:
-        return False
-    figure, axes = _figure(x, y)
-    _title(axes, title, above=1)
-    for run, dash, lengths, values in curves:
-        axes.plot(lengths, values, marker="o", markersize=5, color=_colour(run), linestyle=dash)
-    trained = {run.training["extent"] for run, *_ in curves}
-    _length_axis(axes, {length for _, _, lengths, _ in curves for length in lengths}, trained)
-    _label_ends(axes, [(lengths[-1], values[-1], run) for run, _, lengths, values in curves])
+        return None
+    figure, axes = _figure(x, y, len(curves))
+    styles, ends = _styles(study), []
+    for row, found in curves.items():
+        extents = sorted(found)
+        means = np.array([statistics.fmean(found[extent]) for extent in extents])
+        spread = np.array([statistics.stdev(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
+        colour, dash = styles[row]
+        axes.plot(extents, means, marker="o", markersize=4.5, color=colour, linestyle=dash)
+        if spread.any() and len(curves) <= BANDS:
+            axes.fill_between(extents, means - spread, means + spread, color=colour, alpha=0.13, linewidth=0)
+        ends.append((extents[-1], means[-1], row, colour))
+    trained = {run.training["extent"] for run in runs if run.row in curves}
+    _length_axis(axes, {extent for found in curves.values() for extent in found}, trained)
+    _label_ends(axes, ends)
     _mark_training(axes, trained)
-    return _save(figure, path)
+    spans = "; ".join(
+        f"{row} {number(statistics.fmean(found[min(found)]))} at {min(found):g}, "
+        f"{number(statistics.fmean(found[max(found)]))} at {max(found):g}" for row, found in curves.items()
+    )  # fmt: skip
+    marked = " and ".join(f"{extent:g}" for extent in sorted(trained))
+    alt = f"Line chart of {y} by {x}; trained at {marked}, which is marked. {spans}. All values are in the table."
+    return Plot(name, title, alt, figure)
 
 
-def loss_by_position(runs: Sequence[Any], path: pathlib.Path) -> bool:
-    """Draws the loss (nats) by place in the longest evaluated window. False when no run has that curve."""
-    runs = [run for run in runs if run.data == "text"]
+def loss_by_position(study: Study) -> Plot | None:
+    """Draws the loss (nats) by place in the longest evaluated window; None when no run has that curve."""
+    runs = [run for run in study.counted if run.data == "text"]
     longest = max((result["extent"] for run in runs for result in run.results), default=0)
-    curves = [
-        (run, dash, np.asarray(result["loss_by_position"]["position"]) + 1, result["loss_by_position"]["loss"])
-        for run, dash in _dashes(runs)
-        for result in run.results
-        if result["extent"] == longest and result.get("loss_by_position")
-    ]
+    curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for run in runs:
+        for result in run.results:
+            if result["extent"] == longest and (found := result.get("loss_by_position")):
+                curves.setdefault(run.row, []).append((np.asarray(found["position"]) + 1, np.asarray(found["loss"])))
     if not curves:
-        return False
-    figure, axes = _figure("place in the window (tokens)", "loss (nats per token)")
-    _title(axes, f"Loss by place in a window of {longest} tokens", above=1)
-    for run, dash, places, losses in curves:
-        axes.plot(places, losses, color=_colour(run), linestyle=dash)
-    trained = {run.training["extent"] for run, *_ in curves}
-    first = max(1, min(places[0] for _, _, places, _ in curves))
+        return None
+    figure, axes = _figure("place in the window (tokens)", "loss (nats per token)", len(curves))
+    styles, ends = _styles(study), []
+    for row, found in curves.items():
+        for places, losses in _with_mean(found):
+            axes.plot(places, losses, color=styles[row][0], linestyle=styles[row][1], **_weight(found, losses))
+        ends.append((places[-1], losses[-1], row, styles[row][0]))
+    trained = {run.training["extent"] for run in runs if run.row in curves}
+    first = max(1, min(places[0] for found in curves.values() for places, _ in found))
     ticks = {2**power for power in range(math.ceil(math.log2(first)), math.floor(math.log2(longest)) + 1)}
     _length_axis(axes, ticks | {longest}, trained | {first})
-    _label_ends(axes, [(places[-1], losses[-1], run) for run, _, places, losses in curves])
+    _label_ends(axes, ends)
     _mark_training(axes, trained)
-    return _save(figure, path)
+    last = "; ".join(f"{row} {loss:.3f}" for _, loss, row, _ in ends)
+    alt = f"Line chart of the loss by place in a window of {longest} tokens. At its end: {last}."
+    return Plot("loss_by_position", f"Loss by place in a window of {longest} tokens", alt, figure)
 
 
-def answer_depth(run: Any, path: pathlib.Path) -> bool:
+def answer_depth(run: Run) -> Plot | None:
     """Draws the share of right answers (percent) by evaluated length and depth of the passage in its context.
 
     Returns:
-      False when no result of the run has scores by depth.
+      None when no result of the run has scores by depth.
     """
     results = sorted((result for result in run.results if result.get("depth")), key=lambda result: result["extent"])
     if not results:
-        return False
+        return None
     bins = results[0]["depth"]
     shares_DL = np.array([[part["contains"] for part in result["depth"]] for result in results], float).T
-    figure, axes = plt.subplots(figsize=(2.2 + 1.1 * len(results), 1.6 + 0.55 * len(bins)), dpi=DPI, layout="constrained")
-    image = axes.imshow(shares_DL, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    figure, axes = plt.subplots(figsize=(2.2 + 1.1 * len(results), 1.0 + 0.5 * len(bins)), dpi=DPI, layout="constrained")
+    image = axes.imshow(shares_DL, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="none")
     for row, column in np.argwhere(np.isfinite(shares_DL)):
         share = shares_DL[row, column]
         axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="black" if share > 55 else "white")
@@ -160,25 +269,40 @@ def answer_depth(run: Any, path: pathlib.Path) -> bool:
     axes.spines[:].set_visible(False)
     axes.set_xlabel(f"evaluated length (tokens; trained at {run.training['label']})")
     axes.set_ylabel("depth of the passage")
-    _title(axes, f"Answers found by length and depth: {run.name}")
     bar = figure.colorbar(image, label="contains the answer (percent)", pad=0.02)
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    values = "; ".join(
+        f"{result['label']} tokens: {', '.join(f'{share:.0f}' for share in shares_L)}"
+        for result, shares_L in zip(results, shares_DL.T, strict=True)
+    )
+    alt = f"Heat map of answers found, in percent, from the start to the end of the context. {values}."
+    return Plot(f"answer_depth_{run.name}", "Answers by length and depth", alt, figure)
 
 
-def similarity(run: Any, path: pathlib.Path) -> bool:
-    """Draws the cosine between the vectors of a few pivots and of all positions of a window or grid; False without any."""
+def similarity(run: Run) -> Plot | None:
+    """Draws the cosine between the vectors of a few pivots and of all positions of a window or grid; None without any."""
     if run.similarity is None:
-        return False
+        return None
     pivots, positions, cosine = (run.similarity[name] for name in ("pivots", "positions", "cosine"))
-    if positions.shape[1] > 1:
-        return _similarity_on_grid(run, pivots, positions, cosine, path)
-    pivots, positions, trained = pivots[:, 0], positions[:, 0], run.training["extent"]
-    figure, axes = plt.subplots(figsize=(SIZE[0], 1.5 + 0.5 * len(pivots)), dpi=DPI, layout="constrained")
-    edges = np.append(positions, positions[-1] + 1)
-    rows = np.arange(len(pivots) + 1)
     # From the least cosine there is, or vectors that are alike everywhere would show one colour only.
     low = math.floor(min(float(np.nanmin(cosine)), 0.95) * 20) / 20
+    draw = _similarity_on_grid if positions.shape[1] > 1 else _similarity_on_line
+    figure = draw(run, pivots, positions, cosine, low)
+    places = "; ".join(f"({', '.join(map(str, pivot))})" if len(pivot) > 1 else str(pivot[0]) for pivot in pivots)
+    alt = (
+        f"Heat maps of the cosine between the position vectors of pivots {places} and those of all {len(positions)} "
+        f"positions, from {np.nanmin(cosine):.2f} to {np.nanmax(cosine):.2f}."
+    )
+    return Plot(f"similarity_{run.name}", "Likeness of position vectors", alt, figure)
+
+
+def _similarity_on_line(
+    run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float
+) -> plt.Figure:
+    pivots, positions, trained = pivots[:, 0], positions[:, 0], run.training["extent"]
+    figure, axes = plt.subplots(figsize=(SIZE[0], 1.3 + 0.45 * len(pivots)), dpi=DPI, layout="constrained")
+    edges = np.append(positions, positions[-1] + 1)
+    rows = np.arange(len(pivots) + 1)
     image = axes.pcolormesh(edges, rows, cosine, cmap="cividis", vmin=low, vmax=1.0, rasterized=True)
     axes.hlines(rows[1:-1], edges[0], edges[-1], color="white", linewidth=2.5)
     for row, pivot in enumerate(pivots):
@@ -188,68 +312,104 @@ def similarity(run: Any, path: pathlib.Path) -> bool:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("position")
     axes.set_ylabel("pivot (triangle)")
-    _title(axes, f"Likeness of position vectors: {run.name}", above=1)
     if edges[0] < trained < edges[-1]:
         axes.axvline(trained, color="white", linewidth=2.5)
-        axes.axvline(trained, color=INK, linestyle="--", linewidth=1.2)
+        axes.axvline(trained, color="black", linestyle="--", linewidth=1.2)
         axes.annotate(
             f"training length {trained}", (trained, 1), xycoords=("data", "axes fraction"),
             xytext=(0, 4), textcoords="offset points", ha=_side(axes, trained), color=INK, fontsize=9,
         )  # fmt: skip
     bar = figure.colorbar(image, label="cosine", pad=0.02)
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    return figure
 
 
 def _similarity_on_grid(
-    run: Any, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, path: pathlib.Path
-) -> bool:
+    run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float
+) -> plt.Figure:
     """One heat map per pivot over the last two axes; with more axes, where the others are the pivot's."""
-    figure, plots = plt.subplots(
-        1, len(pivots), figsize=(2.1 * len(pivots) + 0.8, 3.0), dpi=DPI, layout="constrained", squeeze=False
-    )
-    low = math.floor(min(float(np.nanmin(cosine)), 0.95) * 20) / 20
+    columns = min(len(pivots), 5)
+    rows = math.ceil(len(pivots) / columns)
+    size = (1.75 * columns + 0.9, 2.1 * rows)
+    figure, plots = plt.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained", squeeze=False)
     sides = positions.max(axis=0) + 1
-    for axes, pivot, values in zip(plots[0], pivots, cosine, strict=True):
+    for axes in plots.flat[len(pivots) :]:
+        axes.set_axis_off()
+    for axes, pivot, values in zip(plots.flat, pivots, cosine, strict=False):
         plane = values.reshape(sides)[tuple(pivot[:-2])]
-        image = axes.imshow(plane, cmap="cividis", vmin=low, vmax=1.0)
+        image = axes.imshow(plane, cmap="cividis", vmin=low, vmax=1.0, interpolation="none")
         axes.plot(pivot[-1], pivot[-2], marker="x", color="white", markeredgewidth=2, markersize=7)
-        axes.set_title(f"pivot ({', '.join(map(str, pivot))})", fontsize=9, color=INK)
+        axes.set_title(f"pivot ({', '.join(map(str, pivot))})", fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.spines[:].set_visible(False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    figure.suptitle(f"Likeness of position vectors: {run.name}", fontsize=11, fontweight="bold", color=INK)
-    bar = figure.colorbar(image, ax=plots[0].tolist(), label="cosine", shrink=0.8)
+    bar = figure.colorbar(image, ax=plots.ravel().tolist(), label="cosine", shrink=0.8)
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    return figure
 
 
-def attention(run: Any, path: pathlib.Path) -> bool:
-    """Draws images and, over each, the class token's attention of the last layer, averaged over heads; False without."""
+def attention(run: Run) -> Plot | None:
+    """Draws images and, over each, the class token's attention of the last layer, averaged over heads; None without."""
     if run.attention is None:
-        return False
+        return None
     images, weights = run.attention["images"], run.attention["attention"].mean(axis=1)
     if images.ndim == 5:  # clips: their middle frames
         images = images[:, images.shape[1] // 2]
         weights = weights[:, weights.shape[1] // 2]
-    size = (1.9 * len(images), 4.2)
+    size = (1.6 * len(images), 3.3)
     figure, plots = plt.subplots(2, len(images), figsize=size, dpi=DPI, layout="constrained", squeeze=False)
     height, width = images.shape[1:3]
     for column, (image, map_) in enumerate(zip(images, weights, strict=True)):
         for axes in plots[:, column]:
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
             axes.set_axis_off()
-        plots[1, column].imshow(map_, cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-    title = f"Where the class token looks ({height}x{width}): {run.name}"
-    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
-    return _save(figure, path)
+        over = (-0.5, width - 0.5, height - 0.5, -0.5)
+        plots[1, column].imshow(map_, cmap="inferno", alpha=0.65, extent=over, interpolation="none")
+    alt = (
+        f"{len(images)} test images of {height} x {width} pixels, and under each the same image coloured by the attention "
+        "that the class token pays to its patches in the last layer, averaged over heads."
+    )
+    return Plot(f"attention_{run.name}", f"Where the class token looks ({height} x {width} pixels)", alt, figure)
 
 
-def _term(run: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a term; a term that a step did not compute is 0 and left out."""
-    points = [(line["step"], line[name]) for line in run.metrics if line.get(name) and math.isfinite(line[name])]
-    steps, values = np.array(points, float).reshape(-1, 2).T
-    return steps, values
+def _of_rows(study: Study, name: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Steps and smoothed values of a term for the runs of each row; a term that a step did not compute is 0, left out."""
+    curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for run in study.runs:
+        points = [(line["step"], line[name]) for line in run.metrics if line.get(name) and math.isfinite(line[name])]
+        if len(points) > 1:
+            steps, values = np.array(points, float).T
+            curves.setdefault(run.row, []).append((steps, _smooth(values)))
+    return curves
+
+
+def _draw_term(
+    axes: plt.Axes, study: Study, curves: dict[str, list[tuple[np.ndarray, np.ndarray]]]
+) -> list[tuple[float, float, str, str]]:
+    """Draws each row's runs and their mean; returns where it ends, its name and colour."""
+    styles, ends = _styles(study), []
+    for row, found in curves.items():
+        colour, dash = styles[row]
+        for steps, values in _with_mean(found):
+            axes.plot(steps, values, color=colour, linestyle=dash, **_weight(found, values))
+        ends.append((steps[-1], values[-1], row, colour))
+    return ends
+
+
+def _with_mean(curves: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the curves and, of more than one, their mean at the places that all have, last."""
+    common = sorted(set.intersection(*(set(places) for places, _ in curves)))
+    if len(curves) == 1 or len(common) < 2:
+        return curves
+    each = [dict(zip(places, values, strict=True)) for places, values in curves]
+    return [*curves, (np.array(common), np.array([statistics.fmean(one[at] for one in each) for at in common]))]
+
+
+def _weight(curves: list[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> dict[str, float]:
+    """Thin for one of several runs, else strong."""
+    one_of_many = len(curves) > 1 and any(values is own for _, own in curves)
+    return {"linewidth": 0.7, "alpha": 0.35} if one_of_many else {"linewidth": 1.6, "alpha": 1.0}
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -261,26 +421,34 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)
 
 
-def _dashes(runs: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Returns each run with a line style that tells it from runs of the same colour."""
-    before: dict[str, int] = {}
-    styled = []
-    for run in runs:
-        count = before.get(_colour(run), 0)
-        before[_colour(run)] = count + 1
-        styled.append((run, DASHES[count % len(DASHES)]))
-    return styled
+def _styles(study: Study) -> dict[str, tuple[str, Any]]:
+    """Returns row -> colour and line style: an encoding's own colour, or one each where it has too many rows for that."""
+    rows: dict[str, list[str]] = {}
+    for row in study.rows:
+        if runs := study.of(row):
+            rows.setdefault(runs[0].encoding, []).append(row)
+    if len(rows) > 1 and max(map(len, rows.values())) <= len(DASHES):
+        return {
+            row: (COLOURS.get(encoding, COLOURS["other"])[0], DASHES[at])
+            for encoding, own in rows.items()
+            for at, row in enumerate(own)
+        }
+    colours = [light for light, _ in COLOURS.values()]
+    return {
+        row: (colours[at % len(colours)], DASHES[at // len(colours) % len(DASHES)])
+        for at, row in enumerate(row for own in rows.values() for row in own)
+    }
 
 
-def _length_axis(axes: plt.Axes, lengths: set[int], shown: set[float]) -> None:
+def _length_axis(axes: plt.Axes, lengths: set[float], also: set[float]) -> None:
     """Makes x a base-2 logarithm with the lengths as ticks, wide enough for what else is shown."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(lengths), [f"{length:g}" for length in sorted(lengths)])
     axes.minorticks_off()
-    axes.set_xlim(min(lengths | shown) / 1.15, max(lengths | shown) * 1.08)
+    axes.set_xlim(min(lengths | also) / 1.15, max(lengths | also) * 1.08)
 
 
-def _mark_training(axes: plt.Axes, trained: set[int]) -> None:
+def _mark_training(axes: plt.Axes, trained: set[float]) -> None:
     for length in sorted(trained):
         axes.axvline(length, color=INK, linestyle="--", linewidth=1.2, zorder=0.5)
         axes.annotate(
@@ -295,7 +463,7 @@ def _side(axes: plt.Axes, x: float) -> str:
     return "left" if place < 0.15 else "right" if place > 0.85 else "center"
 
 
-def _label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, Any]]) -> None:
+def _label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Writes each curve's name at the height of its end right of the axes, moved apart where names would touch."""
     if not ends:
         return
@@ -303,7 +471,7 @@ def _label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, Any]]) -> Non
     axes.figure.canvas.draw()  # the layout must stand before heights are known
     points = 72 / axes.figure.dpi
     ends = sorted(ends, key=lambda end: end[1])
-    wanted = [axes.transData.transform((x, y))[1] * points for x, y, _ in ends]
+    wanted = [axes.transData.transform((x, y))[1] * points for x, y, *_ in ends]
     heights = list(wanted)
     for _ in range(200):
         moved = False
@@ -315,39 +483,29 @@ def _label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, Any]]) -> Non
                 moved = True
         if not moved:
             break
-    for (x, y, run), height, old in zip(ends, heights, wanted, strict=True):
-        fraction = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
-        inside = fraction < 0.9  # a curve that ends early is named at its end
+    for (_, y, row, colour), height, old in zip(ends, heights, wanted, strict=True):
         axes.annotate(
-            run.name, (x if inside else 1, y), xycoords="data" if inside else ("axes fraction", "data"),
-            xytext=(6, 0 if inside else height - old), textcoords="offset points", va="center",
-            color=_colour(run), fontweight="bold", annotation_clip=False,
+            row, (1, y), xycoords=("axes fraction", "data"), xytext=(6, height - old), textcoords="offset points",
+            va="center", color=colour, fontweight="bold", fontsize=9, annotation_clip=False,
         )  # fmt: skip
 
 
-def _figure(x: str, y: str) -> tuple[plt.Figure, plt.Axes]:
-    figure, axes = plt.subplots(figsize=SIZE, dpi=DPI, layout="constrained")
+def _figure(x: str, y: str, labels: int) -> tuple[plt.Figure, plt.Axes]:
+    """A figure of one plot, high enough for so many names beside it."""
+    size = (SIZE[0], max(SIZE[1], _room(labels)))
+    figure, axes = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
     return figure, _dress(axes, x, y)
+
+
+def _room(labels: int) -> float:
+    """Height in inches of a plot with so many names beside it."""
+    return (1.2 * LABEL_GAP * labels + 60) / 72
 
 
 def _dress(axes: plt.Axes, x: str, y: str) -> plt.Axes:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.grid(axis="y", alpha=0.25)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
-
-
-def _title(axes: plt.Axes, text: str, above: int = 0) -> None:
-    """Sets a title with room for so many lines between it and the axes."""
-    axes.set_title(text, fontsize=11, fontweight="bold", color=INK, pad=8 + 14 * above)
-
-
-def _save(figure: plt.Figure, path: pathlib.Path) -> bool:
-    figure.savefig(path)
-    plt.close(figure)
-    return True
-
-
-def _colour(run: Any) -> str:
-    return COLOURS.get(run.encoding, OTHER)

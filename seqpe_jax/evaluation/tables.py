@@ -1,107 +1,301 @@
-"""The tables of a report, as markdown and CSV."""
+"""The tables of a report, and their forms: markdown and CSV (`page.html` holds the HTML)."""
 
 import csv
+import dataclasses
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from seqpe_jax.evaluation.runs import UNITS, UNSET, Run, Study, flat, shown
 
 MISSING = "-"
-UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
+MIB = 2**20
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a markdown table; the first column is aligned left, the others right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A value of evaluation results: its key, what it is, its direction, and the decimals that matter."""
+
+    key: str
+    title: str
+    more_is_better: bool = False
+    decimals: int = 3
+
+    @property
+    def direction(self) -> str:
+        """Says which values are good."""
+        return "higher is better" if self.more_is_better else "lower is better"
+
+
+METRICS = {
+    "text": (
+        Metric("bits_per_byte", "Bits per byte"),
+        Metric("perplexity", "Perplexity"),
+        Metric("word_perplexity", "Word perplexity"),
+    ),
+    "questions": (
+        Metric("contains", "Answers found, in percent,", True, 1),
+        Metric("exact_match", "Exact match in percent", True, 1),
+        Metric("f1", "F1 in percent", True, 1),
+        Metric("answer_perplexity", "Perplexity of the answers"),
+    ),
+    "images": (
+        Metric("top1", "Top-1 accuracy in percent", True, 1),
+        Metric("top5", "Top-5 accuracy in percent", True, 1),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One place of a table.
+
+    Attributes:
+      text: as people read it; MISSING where there is nothing.
+      value: the number in full, or None; best: whether it leads its column; after: what follows it, such as its spread.
+    """
+
+    text: str
+    value: float | None = None
+    best: bool = False
+    after: str = ""
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is nothing."""
+        return self.text == MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A title, names of columns, and rows whose first cell names them.
+
+    Attributes:
+      note: what a reader must know to read it; words: columns that hold words, not numbers.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    words: Sequence[int] = ()
+
+    @property
+    def groups(self) -> list[list[Sequence[Cell]]]:
+        """Runs of rows with the same name."""
+        return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0].text)]
+
+
+def markdown(table: Table) -> str:
+    """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
+    rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
+    body = [[("**{}**" if cell.best else "{}").format(cell.text) + cell.after for cell in row] for row in table.rows]
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, rule, *body)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def number(value: float) -> str:
-    """Returns a value with three decimals, or in short where it is too large for them to matter."""
-    return f"{value:.3f}" if abs(value) < 1e5 else f"{value:.3g}"
+def number(value: float, decimals: int = 3) -> str:
+    """Returns a value with so many decimals, or in short where it is too large for them to matter."""
+    return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
-def by_scale(runs: Sequence[Any], metric: str, *, more_is_better: bool = False) -> str:
-    """Returns encoding x length or size of a metric of the runs' evaluations; the best of a column is bold.
+def metrics_of(study: Study) -> list[tuple[str, Metric]]:
+    """Returns what the study measured: kinds of data and metrics, the main one first."""
+    return [
+        (data, metric)
+        for data, metrics in METRICS.items()
+        for metric in metrics
+        if any(metric.key in result for run in study.runs if run.data == data for result in run.results)
+    ]
+
+
+def by_scale(study: Study, data: str, metric: Metric) -> Table:
+    """Returns row x length or size of a metric of the runs' evaluations; the best of a column is marked.
 
     Runs that differ in the seed alone share a row: their mean and standard deviation. What was not evaluated is shown
-    as missing; a single row has no best.
-
-    Args:
-      runs: `evaluation.report.Run`s; metric: a key of evaluation results, such as "bits_per_byte".
+    as missing, and where some of a row's runs were not, how many were; a single row has no best.
     """
-    extents = {result["label"]: result["extent"] for run in runs for result in run.results}
-    labels = sorted(extents, key=extents.get)
-    trained = {run.training["extent"] for run in runs}
+    runs, found, extents = _found(study, data, metric)
     names = list(dict.fromkeys(run.row for run in runs))
-    found = {
-        (name, label): [
-            result[metric]
-            for run in runs
-            if run.row == name
-            for result in run.results
-            if result["label"] == label and metric in result
-        ]
-        for name in names
-        for label in labels
-    }
-    means = {place: statistics.fmean(values) for place, values in found.items() if values}
-    finite = {place: mean for place, mean in means.items() if math.isfinite(mean)}
-    choose = max if more_is_better else min
-    best = {label: choose((finite[place] for place in finite if place[1] == label), default=None) for label in labels}
+    trained = {run.training["extent"] for run in runs}
+    best = _best(found, metric)
 
-    def cell(name: str, label: str) -> str:
-        values = found[name, label]
+    def cell(name: str, label: str) -> Cell:
+        values = found.get((name, label))
         if not values:
-            return MISSING
-        text = number(means[name, label])
-        if len(names) > 1 and means[name, label] == best[label]:
-            text = f"**{text}**"
-        return text + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
+            return Cell(MISSING)
+        mean, after = statistics.fmean(values), ""
+        if len(values) > 1:
+            after = f" ± {number(statistics.stdev(values), metric.decimals)}"
+        if len(values) < len(study.of(name)):
+            after += f" ({len(values)} of {len(study.of(name))})"
+        return Cell(number(mean, metric.decimals), mean, len(names) > 1 and name in best[label], after)
 
     def title(label: str) -> str:
         return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
 
-    return markdown(["encoding", *map(title, labels)], [[name, *(cell(name, label) for label in labels)] for name in names])
+    return Table(
+        f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
+        ["encoding", *map(title, extents)],
+        [[Cell(name), *(cell(name, label) for label in extents)] for name in names],
+        _seeds(study, names),
+    )
 
 
-def cost(runs: Sequence[Any]) -> str:
-    """Returns what each run cost: parameters, training seconds, tokens or images per second (median of the reports)."""
+def leaders(study: Study, data: str, metric: Metric) -> str:
+    """Returns in a sentence which row is best where, and which are not told apart from it; "" for a single row."""
+    _, found, extents = _found(study, data, metric)
+    if len({name for name, _ in found}) < 2:
+        return ""
+    places: dict[str, list[str]] = {}
+    for label, best in _best(found, metric).items():
+        others = [name for name, at in found if at == label and name not in best]
+        near = [name for name in others if any(_near(found[first, label], found[name, label]) for first in best)]
+        if best:
+            leads = ", ".join(best) + (f" (within one standard deviation: {', '.join(near)})" if near else "")
+            places.setdefault(leads, []).append(label)
+    return "; ".join(f"at {', '.join(sorted(labels, key=extents.get))} {names}" for names, labels in places.items())
 
-    def cell(value: float | None, form: Callable[[float], str]) -> str:
-        return MISSING if value is None else form(value)
+
+def cost(study: Study) -> Table:
+    """Returns what the runs of each row cost: the mean, and the standard deviation, over its runs."""
+
+    def cell(values: Sequence[float | None], form: Callable[[float], str]) -> Cell:
+        values = [value for value in values if value is not None]
+        if not values:
+            return Cell(MISSING)
+        spread = f" ± {form(statistics.stdev(values))}" if len(values) > 1 and statistics.stdev(values) else ""
+        return Cell(form(statistics.fmean(values)), statistics.fmean(values), after=spread)
+
+    def whole(value: float) -> str:
+        return f"{value:,.0f}"
 
     rows = [
         [
-            run.name,
-            run.encoding,
-            cell(run.parameters, lambda value: f"{value:,}"),
-            cell(run.steps_done, lambda value: f"{value:,}"),
-            cell(run.seconds, lambda value: f"{value:.0f}"),
-            cell(run.per_second, lambda value: f"{value:,.0f}"),
+            Cell(row),
+            cell([run.parameters for run in study.of(row)], whole),
+            cell([run.step_seconds for run in study.of(row)], lambda value: f"{1000 * value:,.1f}"),
+            cell([run.per_second for run in study.of(row)], whole),
+            cell([run.seconds for run in study.of(row) if not run.unfinished], whole),
+            cell([run.peak_bytes for run in study.of(row)], lambda value: whole(value / MIB)),
         ]
-        for run in runs
+        for row in study.rows
     ]
-    unit = "/".join(sorted({UNITS[run.data] for run in runs})) + " per s"
-    return markdown(["run", "encoding", "parameters", "steps", "training seconds", unit], rows)
+    unit = "/".join(sorted({UNITS[run.data] for run in study.runs})) + " per s"
+    return Table(
+        "Cost of training",
+        ["encoding", "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
+        rows,
+        "Step and rate: medians of what a run reported. Time: of finished runs. Memory: the most that a device held, where "
+        "the backend counts it (the CPU's does not).",
+    )
 
 
-def results_csv(runs: Sequence[Any]) -> str:
-    """Returns one line per run and evaluated length or size; empty where a metric was not measured."""
+def points(study: Study) -> Table:
+    """Returns one line per run, or point of a sweep that has none yet: how far it is."""
+
+    def cell(value: float | None, form: str) -> Cell:
+        return Cell(MISSING) if value is None else Cell(format(value, form), value)
+
+    rows = [
+        [
+            Cell(run.name), Cell(run.row), cell(run.seed, "d"), Cell(run.state), cell(run.steps_done, ",d"),
+            cell(run.evaluation.get("step"), ",d"), cell(run.seconds, ",.0f"),
+        ]
+        for run in study.runs
+    ]  # fmt: skip
+    header = ["run", "row", "seed", "state", "steps", "evaluated at step", "training seconds"]
+    return Table("Runs", header, rows, words=(1, 3))
+
+
+def differing(study: Study) -> Table:
+    """Returns each field of the configs that is not equal in all runs, with the runs of each of its values."""
+    rows = []
+    for name, values in _fields(study).items():
+        if len(values) > 1:
+            rows += [[Cell(name), Cell(value), Cell(_called(study, runs))] for value, runs in values.items()]
+    return Table("Fields that differ between runs", ["field", "value", "runs"], rows, words=(1, 2))
+
+
+def shared(study: Study) -> Table:
+    """Returns the fields of the configs that are equal in all runs."""
+    rows = [[Cell(name), Cell(next(iter(values)))] for name, values in _fields(study).items() if len(values) == 1]
+    return Table("Fields that all runs share", ["field", "value"], rows, words=(1,))
+
+
+def results_csv(study: Study) -> str:
+    """Returns one line per run and evaluated length or size; empty where something was not measured or is missing."""
     metrics = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
         "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "f1"),
         "images": ("examples", "loss", "top1", "top5"),
     }
-    columns = list(dict.fromkeys(metric for run in runs for metric in metrics[run.data]))
-    scale = "length" if all(run.data != "images" for run in runs) else "size"
+    columns = list(dict.fromkeys(metric for run in study.runs for metric in metrics[run.data]))
+    scale = "length" if all(run.data != "images" for run in study.runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "encoding", "seed", f"training_{scale}", scale, *columns])
-    for run in runs:
-        for result in run.results:
-            place = [run.name, run.encoding, run.seed, run.training["label"], result["label"]]
+    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns])
+    for run in study.runs:
+        for result in run.results or [{"label": ""}]:
+            place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], result["label"]]
             writer.writerow([*place, *(result.get(metric, "") for metric in columns)])
     return out.getvalue()
+
+
+def _found(
+    study: Study, data: str, metric: Metric
+) -> tuple[list[Run], dict[tuple[str, str], list[float]], dict[str, float]]:
+    """The runs on such data, the values of each (row, label), and the extents by label, rising."""
+    runs = [run for run in study.runs if run.data == data]
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in study.counted:
+        for result in run.results:
+            if run.data == data and metric.key in result:
+                found.setdefault((run.row, result["label"]), []).append(result[metric.key])
+    extents = {result["label"]: result["extent"] for run in runs for result in run.results}
+    return runs, found, dict(sorted(extents.items(), key=lambda item: item[1]))
+
+
+def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
+    """The rows with the best mean of each label: more than one where they are equal, none where none is finite."""
+    choose = max if metric.more_is_better else min
+    means = {place: statistics.fmean(values) for place, values in found.items()}
+    best = {}
+    for label in dict.fromkeys(label for _, label in found):
+        finite = {name: mean for (name, at), mean in means.items() if at == label and math.isfinite(mean)}
+        best[label] = [name for name, mean in finite.items() if mean == choose(finite.values())]
+    return best
+
+
+def _near(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two means are no further apart than the larger of their standard deviations."""
+    spreads = [statistics.stdev(found) for found in (values, others) if len(found) > 1]
+    return bool(spreads) and abs(statistics.fmean(values) - statistics.fmean(others)) <= max(spreads)
+
+
+def _seeds(study: Study, names: Sequence[str]) -> str:
+    counts = sorted({len(study.of(name)) for name in names})
+    return f"Mean ± standard deviation of {' or '.join(map(str, counts))} seeds." if counts[-1] > 1 else ""
+
+
+def _fields(study: Study) -> dict[str, dict[str, list[str]]]:
+    """Field -> its values -> the runs that have them."""
+    configs = {run.name: flat(run.config) for run in study.runs}
+    fields: dict[str, dict[str, list[str]]] = {}
+    for name in dict.fromkeys(name for config in configs.values() for name in config):
+        for run, config in configs.items():
+            value = shown(config[name]) if name in config else UNSET
+            fields.setdefault(name, {}).setdefault(value, []).append(run)
+    return fields
+
+
+def _called(study: Study, names: Sequence[str]) -> str:
+    """Names runs, by their rows where all of a row are there."""
+    called = []
+    for row in study.rows:
+        own = [run.name for run in study.of(row)]
+        there = [name for name in own if name in names]
+        called += [row] if own and there == own else there
+    return ", ".join(called)

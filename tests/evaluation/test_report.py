@@ -10,6 +10,7 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation import report, tables
+from seqpe_jax.evaluation.runs import differences, read_study
 
 
 def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=True, **config):
@@ -19,9 +20,10 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
     (folder / "config.json").write_text(json.dumps(fields | config))
     if metrics:
         lines = [
-            {"step": n, "time": 2.0 * n, "train/term/task": 5.0 - n, "train/tokens_per_second": 100.0 * n}
+            {"step": n, "time": 2.0 * n, "train/term/task": 5.0 - n, "train/tokens_per_second": 100.0 * n,
+             "train/step_seconds": 0.01 * n}
             for n in range(1, 5)
-        ]
+        ]  # fmt: skip
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "ti')
     if bits:
         results = [
@@ -46,24 +48,39 @@ def test_a_folder_of_runs(tmp_path):
         "| alibi | 2.500 | - |", "| rotary | - | - |",
     ]  # fmt: skip
     page = (tmp_path / "out" / "report.md").read_text()
-    assert main in page and "| rotary | rotary | - | - | - | - |" in page
-    assert "| seqpe | seqpe | 1,234 | 4 | 8 | 250 |" in page
+    assert main in page and "| rotary | rotary | 0 | unfinished: step 0 of 4 | - | - | - |" in page
+    assert "| rotary | - | - | - | - | - |" in page and "| seqpe | 1,234 | 25.0 | 250 | 8 | - |" in page
     for name in ("extrapolation", "training_curves", "loss_by_position", "similarity_seqpe"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [(row["run"], row["length"], row["bits_per_byte"]) for row in rows] == [
-        ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("alibi", "16", "2.5"),
+        ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("alibi", "16", "2.5"), ("rotary", "", ""),
     ]  # fmt: skip
-    assert rows[0]["word_perplexity"] == "" and "differ" not in page
+    assert rows[0]["word_perplexity"] == "" and "The runs differ" not in page
+    assert "- Bits per byte, lower is better: at 16, 64 seqpe" in page
 
 
 def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
-    make_run(tmp_path / "a b", bits=((16, 2.0),))
+    make_run(tmp_path / "a b", bits=((16, 2.0),), encoding={"kind": "seqpe", "mode": "attn_bias"})
     make_run(tmp_path / "c", bits=((16, 3.0),), encoding={"kind": "seqpe", "mode": "attn_scalar"})
     report.write_report(tmp_path, tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| seqpe (a b) | **2.000** |" in page and "| seqpe (c) | 3.000 |" in page and "±" not in page
+    assert "| seqpe (mode=attn_bias) | **2.000** |" in page and "| seqpe (mode=attn_scalar) | 3.000 |" in page
+    assert "±" not in page and "| encoding.mode | attn_bias | seqpe (mode=attn_bias) |" in page
     assert (tmp_path / "out" / "similarity_a b.png").exists() and "(similarity_a%20b.png)" in page
+
+
+def test_rows_are_named_by_what_differs_from_most(tmp_path):
+    other = {"steps": 8, "data": {"name": "x", "length": 16}}
+    ways = {"base": {}, "base-1": {"seed": 1}, "apart": {"contrastive": 0.0}, "alone": {"distillation": 0.0}, "both": other}
+    for name, way in ways.items():
+        losses = {term: {"weight": way.pop(term, 0.1)} for term in ("contrastive", "distillation")}
+        make_run(tmp_path / name, objective=losses, **way)
+    make_run(tmp_path / "alibi", "alibi", steps=9)
+    assert {run.name: run.row for run in read_study(tmp_path).runs} == {
+        "alone": "seqpe (distillation.weight=0.0)", "apart": "seqpe (contrastive.weight=0.0)", "base": "seqpe",
+        "base-1": "seqpe", "both": "seqpe (steps=8, name=x)", "alibi": "alibi",
+    }  # fmt: skip
 
 
 def test_what_is_unfinished_or_stale_is_told(tmp_path):
@@ -72,12 +89,24 @@ def test_what_is_unfinished_or_stale_is_told(tmp_path):
     for name, values in (("a", {"step": 2, "split": "test"}), ("b", {"step": 4, "split": "validation"})):
         path = tmp_path / name / "evaluation.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    assert report.notes(report.find_runs(tmp_path)) == [
+    assert report.notes(read_study(tmp_path)) == [
         'The runs differ in evaluated split: "test" (a); "validation" (b)',
         "a is not finished: step 4 of 9",
         "a was evaluated at step 2, but its last reported step is 4",
         "b is not finished: step 4 of 9",
     ]
+
+
+def test_an_unfinished_run_does_not_count_beside_finished_ones(tmp_path):
+    make_run(tmp_path / "a", bits=((16, 2.0),))
+    make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 3}\n')
+    make_run(tmp_path / "c", "alibi", bits=((16, 4.0),), metrics=False)
+    study = read_study(tmp_path)
+    table = tables.markdown(tables.by_scale(study, "text", tables.METRICS["text"][0]))
+    assert "| seqpe | **2.000** (1 of 2) |" in table and "| alibi | 4.000 |" in table
+    left_out = "b is not finished: step 3 of 4, so its results are left out beside finished runs"
+    assert left_out in report.notes(study) and "b,seqpe,unfinished: step 3 of 4," in tables.results_csv(study)
 
 
 def test_numbers_that_are_huge_or_not_finite(tmp_path):
@@ -91,31 +120,32 @@ def test_numbers_that_are_huge_or_not_finite(tmp_path):
 def test_seeds_are_averaged_and_differences_told(tmp_path):
     make_run(tmp_path / "a", seed=0, bits=((16, 2.0),))
     make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
-    runs = report.find_runs(tmp_path)
-    assert "| seqpe | 2.500 ± 0.707 |" in tables.by_scale(runs, "bits_per_byte")
-    assert report.differences(runs) == []
+    study, metric = read_study(tmp_path), tables.METRICS["text"][0]
+    assert "| seqpe | 2.500 ± 0.707 |" in tables.markdown(tables.by_scale(study, "text", metric))
+    assert differences(study) == [] and tables.leaders(study, "text", metric) == ""
     make_run(tmp_path / "c", "alibi", bits=((16, 2.0),), steps=8)
-    runs = report.find_runs(tmp_path)
-    assert report.differences(runs) == ["steps: 4 (a, b); 8 (c)", "seed: [0, 1] (seqpe); [0] (alibi)"]
+    study = read_study(tmp_path)
+    assert differences(study) == ["steps: 4 (a, b); 8 (c)", "seed: [0, 1] (seqpe); [0] (alibi)"]
+    assert tables.leaders(study, "text", metric) == "at 16 alibi (within one standard deviation: seqpe)"
 
 
 def test_one_run_that_has_only_begun(tmp_path):
     make_run(tmp_path / "run", "none", bits=(), metrics=False)
     assert "No run has been evaluated yet" in report.write_report(tmp_path / "run", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "results.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md", "results.csv"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
-        report.find_runs(tmp_path / "nothing")
+        read_study(tmp_path / "nothing")
     with pytest.raises(InputError, match="holds no run"):
-        report.find_runs(tmp_path)
+        read_study(tmp_path)
     make_run(tmp_path / "run")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made a folder"):
         report.write_report(tmp_path / "run", tmp_path / "file")
     with pytest.raises(InputError, match="no such directory"):
-        report.find_runs(tmp_path / "file")
+        read_study(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +166,7 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
     make_run(tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        report.find_runs(tmp_path)
+        read_study(tmp_path)
 
 
 def test_a_similarity_of_other_arrays_is_refused(tmp_path):
@@ -144,7 +174,7 @@ def test_a_similarity_of_other_arrays_is_refused(tmp_path):
     for arrays in ({"pivots": [[1]]}, {"pivots": [[1]], "positions": [[0], [1]], "cosine": np.ones((2, 2))}):
         np.savez(tmp_path / "run" / "similarity.npz", **arrays)
         with pytest.raises(InputError, match="similarity.npz.*evaluate the run again"):
-            report.find_runs(tmp_path)
+            read_study(tmp_path)
 
 
 def test_the_command_prints_the_table_or_one_line(tmp_path):
