@@ -132,6 +132,7 @@ class Run:
 
     @functools.cached_property
     def examine(self) -> Callable[..., dict[str, jax.Array]]:
+        """Evaluates a batch: `Objective.examine`, compiled on first call."""
         return jax.jit(self._laid_out(self.objective.examine), out_shardings=layout.replicated(self.mesh))
 
     def check_scale(self, scale: Shape, split: str) -> None:
