@@ -19,7 +19,7 @@ class GPT2(nn.Module):
       init_std: normal; residual projections start smaller by sqrt(2 * layers).
       dtype: of the arithmetic; parameters are float32.
       remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
-      attention_block: see `models.attention.attend`.
+      attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
     """
 
@@ -36,6 +36,7 @@ class GPT2(nn.Module):
     init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention_kind: str = "auto"
     attention_block: int = 0
     scan: bool = False
 
