@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.models import cudnn
+from seqpe_jax.models import cudnn, tpu
 from seqpe_jax.models.blockwise import blockwise
 from seqpe_jax.models.operands import Operands, plain
 
@@ -22,8 +22,8 @@ Mix = Callable[[Operands], jax.Array]
 def choose(kind: str, block: int, operands: Operands, *, device: Any = None, split: bool = False) -> Mix:
     """Returns the implementation that serves operands; it takes those of one device.
 
-    Automatic: up to `LONGEST_PLAIN` queries and keys, all logits at once. For more, the platform's flash kernel (cuDNN on
-    NVIDIA) where it can serve, else blocks. One query meets its keys at once everywhere, and where a size is
+    Automatic: up to `LONGEST_PLAIN` queries and keys, all logits at once. For more, the platform's flash kernel (Pallas on
+    TPU, cuDNN on NVIDIA) where it can serve, else blocks. One query meets its keys at once everywhere, and where a size is
     symbolic, blocks stand in for the kernels: an export is for several platforms.
 
     Args:
@@ -49,7 +49,7 @@ def choose(kind: str, block: int, operands: Operands, *, device: Any = None, spl
     if kind != "blocks":
         reason = refusal(operands, device, split)
         if not reason:
-            return cudnn.flash
+            return tpu.flash if device.platform == "tpu" else cudnn.flash
         if kind == "flash":
             raise InputError(f"model.attention_kind='flash' cannot serve: {reason}. Choose 'auto' or 'blocks'")
     return functools.partial(blockwise, block=block or automatic_block(operands, device))
@@ -59,6 +59,8 @@ def refusal(operands: Operands, device: Any, split: bool = False) -> str:
     """Returns why no flash kernel serves operands on a device, or ""; arguments as of `choose`."""
     if operands.bias is not None:
         return "the kernels read no bias"
+    if device.platform == "tpu":
+        return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):
         return cudnn.refusal(operands, float(device.compute_capability), split)
     return f"there is no kernel for {device.platform} ({device.device_kind})"
