@@ -10,7 +10,11 @@ import pytest
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.models.attention import Cache, attend, attend_cached
 from seqpe_jax.models.gpt2 import GPT2
-from tests.models.test_attention import BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
+from tests.models.test_attention import (
+    BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, kernel, random, signals,
+)  # fmt: skip
+
+__all__ = ["kernel"]  # a fixture, which pytest finds here
 
 PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
 
@@ -21,14 +25,16 @@ def junk_cache() -> Cache:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "everything"])
-@pytest.mark.parametrize("block", [0, 3])
-def test_prompts_at_once_then_token_by_token_equal_the_whole(name, block):
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
+    if how == "flash" and name in ("bias", "everything"):
+        pytest.skip("the kernels read no bias")
     signal = signals(1)[name] if name in NAMES else PositionSignal(
         **{field: getattr(signals(1)[field], field) for field in ("rotation", "factors", "features", "bias")}
     )  # fmt: skip
-    whole = attend(*QKV, signal)
+    whole = attend(*QKV, signal, kind="plain")
     prompt = max(PROMPTS_B) - 1
-    run = jax.jit(functools.partial(attend_cached, block=block))
+    run = jax.jit(functools.partial(attend_cached, **IMPLEMENTATIONS[how]))
     mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(), jnp.arange(prompt)[None])
     np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
     # Each sample goes on from its own place: what was written past it is written again.
