@@ -144,10 +144,10 @@ def test_other_complaints_of_the_compiler_are_not_hidden():
 
 KERNEL = """
 import sys
+import jax
 from seqpe_jax import config
 from seqpe_jax.build import aot, build
 from seqpe_jax.runtime import mesh as layout
-import jax
 fields = dict(field.split("=") for field in sys.argv[2:])
 settings = config.load(sys.argv[1], {name: int(value) for name, value in fields.items()})
 run = build(settings, aot.devices_of("v5e:2x2"), data_there=False)
@@ -156,7 +156,8 @@ batch = {
     name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
     for name, leaf in run.data.example.items()
 }
-print("kernels", run.train_step().lower(run.shapes, batch).compile().as_text().count('custom_call_target="tpu_custom_call"'))
+text = run.train_step().lower(run.shapes, batch).compile().as_text()
+print("kernels", text.count('custom_call_target="tpu_custom_call"'))
 """
 
 

@@ -19,7 +19,7 @@ from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.generation import Generation, Sampling
-from seqpe_jax.models.choice import choose
+from seqpe_jax.models.choice import BLOCK, choose
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.operands import Operands
 from seqpe_jax.models.vit import ViT
@@ -236,6 +236,11 @@ class Run:
             progress(first + len(rows_RA), len(positions_RA))
         rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
         return params | {"encoding": rest | {"table": np.concatenate(parts).reshape(*reach, -1)}}
+
+    def served_block(self, tokens: int) -> int:
+        """Returns the queries, and the keys, of which an export holds the attention logits at once."""
+        model = self.config.model
+        return tokens if model.attention_kind == "plain" else min(tokens, model.attention_block or BLOCK)
 
     def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
         """Returns the logits, float32, of tokens int32[B, L] or images float32[B, sides..., C]; sizes may be symbolic."""

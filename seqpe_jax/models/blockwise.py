@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from seqpe_jax.models.operands import HIDDEN, Operands, add_sets, kept, sum_sets
 
+
 def blockwise(operands: Operands, block: int) -> jax.Array:
     """Returns `operands.plain`, computed from `block` queries and `block` keys at a time.
 

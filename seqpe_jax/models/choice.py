@@ -42,8 +42,9 @@ def choose(kind: str, block: int, operands: Operands, *, device: Any = None, spl
         return plain
     symbolic = not all(isinstance(size, int) for size in (batch, length, keys))
     if symbolic or (block and kind == "auto"):
-        small = _at_most(length, block or BLOCK) and _at_most(keys, block or BLOCK)
-        return plain if small and kind != "blocks" else functools.partial(blockwise, block=block or BLOCK)
+        size = block or BLOCK
+        small = _at_most(length, size) and _at_most(keys, size)
+        return plain if small and kind != "blocks" else functools.partial(blockwise, block=size)
     if kind == "auto" and max(length, keys) <= LONGEST_PLAIN.get(device.platform, LONGEST_PLAIN_ELSEWHERE):
         return plain
     if kind != "blocks":
@@ -67,10 +68,11 @@ def refusal(operands: Operands, device: Any, split: bool = False) -> str:
 
 
 def automatic_block(operands: Operands, device: Any) -> int:
-    """Returns the queries and keys that blocks have at once."""
+    """Returns the queries and keys that blocks have at once: on a CPU few, so that those of all samples stay in its cache."""
     if device.platform != "cpu":
         return BLOCK
-    return 128
+    batch, _, heads, _ = operands.query.shape
+    return 64 if batch * heads >= 32 else 128
 
 
 def _at_most(size: Any, limit: int) -> bool:

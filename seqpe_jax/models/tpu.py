@@ -1,8 +1,8 @@
 """Flash attention for TPU, a Pallas kernel that knows features: their products stay float32 beside bfloat16 ones.
 
 The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691). What is new is how the samples of a position set go
-together: a step of the kernel holds the same block of several samples, so that the products of features, six times as dear as
-those of bfloat16, are made once for all of them.
+together: a step of the kernel holds the same block of several samples, so that the products of features, six times as
+dear as those of bfloat16, are made once for all of them.
 """
 
 import functools
@@ -241,7 +241,7 @@ class _Call:
 
 
 class _Tile:
-    """What a step of a kernel knows of its block of queries and its block of keys; transposed: logits are [keys, queries]."""
+    """What a step of a kernel knows of its blocks of queries and keys; transposed: logits are [keys, queries]."""
 
     def __init__(self, plan: _Plan, last: Any, numbers: Any, f_q: Any, f_k: Any, of_keys: bool):
         self.plan, self.transposed, self.numbers = plan, of_keys, numbers

@@ -11,7 +11,7 @@ import pytest
 from seqpe_jax.axes import laid_out
 from seqpe_jax.encodings.fixed import ALiBi
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
-from seqpe_jax.models import choice, operands, tpu
+from seqpe_jax.models import operands
 from seqpe_jax.models.attention import attend
 from seqpe_jax.runtime.mesh import Layout, make_mesh
 from tests.programs import holds
@@ -41,15 +41,7 @@ def signals(sets: int) -> dict[str, PositionSignal]:
 
 
 IMPLEMENTATIONS = {"plain": {"kind": "plain"}, "blocks": {"kind": "blocks", "block": 3}, "flash": {"kind": "flash"}}
-
-
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch):
-    """The TPU's kernel, interpreted and in small blocks, as what "flash" stands for."""
-    monkeypatch.setattr(tpu, "LANES", 4)
-    monkeypatch.setattr(tpu, "BLOCKS", (4,))
-    monkeypatch.setattr(choice, "refusal", lambda operands, *_: "a bias" if operands.bias is not None else "")
-    monkeypatch.setattr(choice.cudnn, "flash", functools.partial(tpu.flash, interpret=True))
+pytestmark = pytest.mark.usefixtures("small_kernel")
 
 
 QKV = tuple(random(side, BATCH, LENGTH, HEADS, WIDTH) for side in (1, 2, 3))
@@ -180,7 +172,8 @@ def test_a_long_window_holds_no_square_array_by_itself():
         return attend(*qkv, PositionSignal(features=features)).sum()
 
     compiled = jax.jit(jax.grad(score, argnums=(0, 1))).lower(shapes, features).compile()
-    sizes = [np.prod([int(side) for side in found.split(",")]) for found in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
     assert length * WIDTH < max(sizes) < length * length / 8
     assert compiled.memory_analysis().temp_size_in_bytes < length * length * 4 / 4
 
@@ -206,7 +199,7 @@ def test_values_may_be_wider_than_keys(how):
 
 
 def far_features(places) -> tuple[np.ndarray, np.ndarray]:
-    """Features of queries and keys, float64[n, 8] each, with logits i - j that are differences of products beyond 10 000."""
+    """Features of queries and keys, float64[n, 8] each: logits j - i, as differences of products of up to 10 000."""
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))
     places = np.asarray(places, np.float64) / 100
     rest = np.random.default_rng(1).normal(size=(len(places), 6))

@@ -10,11 +10,9 @@ import pytest
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.models.attention import Cache, attend, attend_cached
 from seqpe_jax.models.gpt2 import GPT2
-from tests.models.test_attention import (
-    BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, kernel, random, signals,
-)  # fmt: skip
+from tests.models.test_attention import BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, random, signals
 
-__all__ = ["kernel"]  # a fixture, which pytest finds here
+pytestmark = pytest.mark.usefixtures("small_kernel")
 
 PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
 
