@@ -111,7 +111,7 @@ def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
     batch, length, heads, _ = query.shape
 
     def of_device(query, key, value, f_q, f_k, bias, last, seed, samples, rows, heads):
-        sets = functools.partial(aligned, first=samples[0], batch=len(query))
+        sets = functools.partial(aligned, first=samples[0], batch=query.shape[0])
         place = None if seed is None else jnp.stack([samples[0], heads[0], rows[0]])
         last = None if last is None else sets(last) + rows[0]
         features = None if f_q is None else (sets(f_q), sets(f_k))

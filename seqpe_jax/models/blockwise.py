@@ -30,7 +30,8 @@ def blockwise(operands: Operands, block: int) -> jax.Array:
 
 
 def _padded(array: jax.Array, axis: int, block: int) -> jax.Array:
-    missing = -array.shape[axis] % block
+    length = array.shape[axis]
+    missing = (length + block - 1) // block * block - length  # in this form, a symbolic length is known to hold a block
     return jnp.pad(array, [(0, missing) if at == axis else (0, 0) for at in range(array.ndim)])
 
 
@@ -101,7 +102,7 @@ def _same_sets(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _like(array: jax.Array, field: jax.Array) -> jax.Array:
     """Sums [B or P, H, ...] over the samples and heads that share a field's."""
-    array = array if len(array) == len(field) else sum_sets(array, len(field))
+    array = array if array.shape[0] == field.shape[0] else sum_sets(array, field.shape[0])
     return array if array.shape[1] == field.shape[1] else array.sum(axis=1, keepdims=True)
 
 

@@ -68,7 +68,7 @@ def refusal(operands: Operands, device: Any, split: bool = False) -> str:
 
 
 def automatic_block(operands: Operands, device: Any) -> int:
-    """Returns the queries and keys that blocks have at once: on a CPU few, so that those of all samples stay in its cache."""
+    """Returns the queries and keys that blocks have at once: on a CPU few, so that all samples' stay in its cache."""
     if device.platform != "cpu":
         return BLOCK
     batch, _, heads, _ = operands.query.shape
