@@ -27,7 +27,9 @@ VOCABULARY = "vocabulary"
 
 
 class Layout(Protocol):
-    """Where the dimensions of arrays lie (`runtime.mesh.Layout`)."""
+    """Where the dimensions of arrays lie (`runtime.mesh.Layout`); device: one of those that programs are compiled for."""
+
+    device: Any
 
     def lay_out(self, array: Any, names: Sequence[str | None]) -> Any:
         """Returns the array, its dimensions split over the devices of their names."""
@@ -41,11 +43,8 @@ class Layout(Protocol):
     def gathered(self, params: Any, root: str) -> Any:
         """Returns the parameters of a part as they are used."""
 
-    def over_length(self, function: Callable[..., Any], arguments: Any, places: Any, length: int) -> Any:
-        """Returns function(*arguments), computed by each shard of the length for its own part."""
-
-    def over_rows(self, function: Callable[..., Any], rows: Any, params: Any, key: Any) -> Any:
-        """Returns function(rows, params, key), computed by each shard of the rows for its own."""
+    def by_device(self, function: Callable[..., Any], arguments: Any, names: Any) -> Any:
+        """Returns function(*arguments), computed by each device for its own part."""
 
 
 _IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -79,23 +78,18 @@ def gathered(params: Any, root: str) -> Any:
     return params if layout is None else layout.gathered(params, root)
 
 
-def over_length(function: Callable[..., Any], arguments: Any, places: Any, length: int) -> Any:
-    """Returns function(*arguments), [B, L, ...], computed by each shard of the length for its own part.
+def device() -> Any:
+    """Returns one of the devices that what is traced will be compiled for; None where no layout is in force."""
+    layout = _IN_FORCE.get()
+    return None if layout is None else layout.device
+
+
+def by_device(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]]) -> Any:
+    """Returns function(*arguments), computed by each device for its own part; inside, no layout is in force.
 
     Args:
-      arguments: a tuple of arrays, tuples of arrays, and None; places: the same tree of ints, the dimension of L in each
-        array, or None where each shard needs the whole array.
-      length: L.
+      arguments: arrays and None; the first has all dimensions of the result that are split.
+      names: of the dimensions of each, None = whole. One that its devices do not divide is whole, too; a LENGTH is padded.
     """
     layout = _IN_FORCE.get()
-    return function(*arguments) if layout is None else layout.over_length(function, arguments, places, length)
-
-
-def over_rows(function: Callable[..., Any], rows: Any, params: Any, key: Any) -> Any:
-    """Returns function(rows, params, key), [R, ...], computed by each shard of the rows for its own, with a key of its own.
-
-    Args:
-      rows: [R, ...], R a multiple of `shards(ROWS)`; params, key: whole everywhere.
-    """
-    layout = _IN_FORCE.get()
-    return function(rows, params, key) if layout is None else layout.over_rows(function, rows, params, key)
+    return function(*arguments) if layout is None else layout.by_device(function, arguments, names)

@@ -89,7 +89,8 @@ class ModelConfig:
     layer_norm_epsilon: float = _field(1e-5, low=0.0)
     init_std: float = _field(0.02, low=0.0)
     remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
-    attention_block: int = _field(512, **NonNegative)  # queries handled at once when longer; 0 = all at once
+    attention_kind: Literal["auto", "plain", "blocks", "flash"] = "auto"  # implementation (models.choice)
+    attention_block: int = _field(0, **NonNegative)  # queries and keys at once, of blocks; 0 = automatic
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 
 

@@ -93,8 +93,9 @@ def described(served: Run, params: Params, scale: tuple[int, ...], step: int, pl
 def memory(served: Run, scale: tuple[int, ...]) -> list[str]:
     """Returns what the largest arrays take, in words."""
     model, tokens = served.objective.model, served.data.prefix + math.prod(served.reach)
-    rows = min(tokens, model.attention_block or tokens)
-    arrays = {f"attention logits ({'all' if rows == tokens else rows} queries at a time)": rows * tokens * model.heads}
+    rows = served.served_block(tokens)
+    words = "all queries" if rows == tokens else f"{rows} queries and keys"
+    arrays = {f"attention logits ({words} at a time)": rows * rows * model.heads}
     if not served.config.reads_images:
         arrays["returned logits"] = tokens * served.data.tokenizer.vocabulary_size
     taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {what}" for what, count in arrays.items())

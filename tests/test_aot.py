@@ -13,7 +13,7 @@ import pytest
 
 from seqpe_jax.build import aot
 from seqpe_jax.errors import InputError
-from tests.commands import Commands
+from tests.commands import ROOT, Commands
 
 CONFIG = "tests/tiny_text.py"
 SLICE = "v5e:2x2"
@@ -140,3 +140,36 @@ def test_what_the_compiler_says_of_too_little_memory(message, needed):
 def test_other_complaints_of_the_compiler_are_not_hidden():
     with pytest.raises(aot.jax.errors.JaxRuntimeError, match="something else"):
         aot._refused(aot.jax.errors.JaxRuntimeError("INTERNAL: something else"))
+
+
+KERNEL = """
+import sys
+import jax
+from seqpe_jax import config
+from seqpe_jax.build import aot, build
+from seqpe_jax.runtime import mesh as layout
+fields = dict(field.split("=") for field in sys.argv[2:])
+settings = config.load(sys.argv[1], {name: int(value) for name, value in fields.items()})
+run = build(settings, aot.devices_of("v5e:2x2"), data_there=False)
+split = layout.batch_sharding(run.mesh)
+batch = {
+    name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
+    for name, leaf in run.data.example.items()
+}
+text = run.train_step().lower(run.shapes, batch).compile().as_text()
+print("kernels", text.count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["mesh.tensor=2", "mesh.context=2"])
+def test_a_step_on_tpu_runs_the_attention_kernel(libtpu, mesh):
+    """Forward, gradient of queries, gradient of keys: for each device its own samples and heads, or queries."""
+    fields = ["data.length=384", "encoding.max_position=1000", "batch_size=4", mesh]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-c", KERNEL, f"{CONFIG}:seqpe", *fields]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernels 3" in done.stdout

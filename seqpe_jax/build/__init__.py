@@ -20,7 +20,9 @@ from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.generation import Generation, Sampling
+from seqpe_jax.models.choice import BLOCK, choose
 from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.operands import Operands
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Objective, Params
 from seqpe_jax.positions.grids import grid
@@ -267,6 +269,11 @@ class Run:
         rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
         return params | {"encoding": rest | {"table": table}}
 
+    def served_block(self, tokens: int) -> int:
+        """Returns the queries, and the keys, of which an export holds the attention logits at once."""
+        model = self.config.model
+        return tokens if model.attention_kind == "plain" else min(tokens, model.attention_block or BLOCK)
+
     def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
         """Returns the logits, float32, of tokens int32[B, L] or images float32[B, sides..., C]; sizes may be symbolic."""
         shape = self.config.grid_of(inputs.shape[1:-1]) if self.config.reads_images else inputs.shape[1:]
@@ -333,11 +340,28 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, data_there
             f"mesh.fsdp = {parts}: make it a multiple of {parts * config.optimizer.accumulate}"
         )
     data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config, data_there)
+    check_attention(config, layout.Layout(mesh))
     objective = make_objective(config, data)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))
     shapes, whole = layout.with_shardings(mesh, shapes)
     return Run(config, mesh, data, objective, optimizer, shapes, tuple(whole))
+
+
+def check_attention(config: Config, used: layout.Layout) -> None:
+    """Refuses an implementation of attention that cannot serve what the config trains, wherever its signal may be served.
+
+    Raises:
+      InputError: as `models.choice.choose`.
+    """
+    model = config.model
+    shape = (config.batch_size, math.prod(config.grid), model.heads, model.width // model.heads)
+    array = jax.ShapeDtypeStruct(shape, jnp.dtype(config.precision.compute))
+    number = jax.ShapeDtypeStruct((1,), jnp.int32)
+    operands = Operands(
+        array, array, array, last=None if config.reads_images else number, seed=number if model.attention_dropout else None
+    )
+    choose(model.attention_kind, model.attention_block, operands, device=used.device, split=used.shards(axes.LENGTH) > 1)
 
 
 def make_objective(config: Config, data: Text | Images) -> Objective:

@@ -51,8 +51,8 @@ FREE_ENCODING = {
     "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
 }  # fmt: skip
 FREE_MODEL = {
-    "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_block", "scan",
-    "vocabulary", "classes",
+    "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_kind",
+    "attention_block", "scan", "vocabulary", "classes",
 }  # fmt: skip
 
 

@@ -184,9 +184,7 @@ def extrapolation_sizes(study: Study) -> Plot | None:
     return _by_extent(study, runs, "top1", "extrapolation_sizes", "Past the training size", x, y)
 
 
-def _by_extent(
-    study: Study, runs: Sequence[Run], metric: str, name: str, title: str, x: str, y: str
-) -> Plot | None:
+def _by_extent(study: Study, runs: Sequence[Run], metric: str, name: str, title: str, x: str, y: str) -> Plot | None:
     """One line per row through the means of its runs, in a band of their standard deviation."""
     curves: dict[str, dict[float, list[float]]] = {}
     for run in runs:
@@ -296,9 +294,7 @@ def similarity(run: Run) -> Plot | None:
     return Plot(f"similarity_{run.name}", "Likeness of position vectors", alt, figure)
 
 
-def _similarity_on_line(
-    run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float
-) -> plt.Figure:
+def _similarity_on_line(run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float) -> plt.Figure:
     pivots, positions, trained = pivots[:, 0], positions[:, 0], run.training["extent"]
     figure, axes = plt.subplots(figsize=(SIZE[0], 1.3 + 0.45 * len(pivots)), dpi=DPI, layout="constrained")
     edges = np.append(positions, positions[-1] + 1)
@@ -324,9 +320,7 @@ def _similarity_on_line(
     return figure
 
 
-def _similarity_on_grid(
-    run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float
-) -> plt.Figure:
+def _similarity_on_grid(run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float) -> plt.Figure:
     """One heat map per pivot over the last two axes; with more axes, where the others are the pivot's."""
     columns = min(len(pivots), 5)
     rows = math.ceil(len(pivots) / columns)

@@ -7,8 +7,11 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.axes import HEADS, LENGTH, lay_out, over_length
+from seqpe_jax import axes
+from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.encodings.signal import Pair, PositionSignal, fit_batch
+from seqpe_jax.models.choice import choose
+from seqpe_jax.models.operands import Operands, aligned, feature_logits
 
 
 @flax.struct.dataclass
@@ -30,11 +33,12 @@ def attend(
     signal: PositionSignal,
     *,
     causal: bool = True,
+    kind: str = "auto",
     block: int = 0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns softmax(logits) @ value, [B, L, H, K] in the values' dtype.
+    """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype.
 
     logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says.
     Logits and softmax are float32; so is the product of features, at full precision, whatever the dtype of q and k.
@@ -42,21 +46,20 @@ def attend(
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
       causal: query l sees keys up to l + (S - L).
-      block: queries handled at once when L is larger, so that no [B, H, L, S] array exists; 0 = all at once. The
-        backward pass computes each block's logits again.
+      kind: the implementation, "auto" or one of `choice.KINDS`; block: of queries and keys (`choice.choose`).
       dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.
+
+    Raises:
+      InputError: as `choice.choose`.
     """
-    length, keys = query_BLHK.shape[1], key_BSHK.shape[1]
-    last_seen_PL = (jnp.arange(length) + (keys - length))[None] if causal else None
-    bias_PHLS = None if signal.bias is None else lay_out(signal.bias[None], None, HEADS, LENGTH, None)
+    last_P = jnp.full(1, key_BSHK.shape[1] - query_BLHK.shape[1], jnp.int32) if causal else None
+    bias_PHLS = None if signal.bias is None else signal.bias[None]
     query_BLHK, key_BSHK = _place(query_BLHK, key_BSHK, signal)
-    features = signal.features
-    if features is not None:
-        features = (_lay_out_feature(features[0], LENGTH), _lay_out_feature(features[1], None))
-    arguments = (query_BLHK, key_BSHK, value_BSHK, features, bias_PHLS, last_seen_PL, jnp.arange(length))
-    places = (1, None, None, None if features is None else (1, None), 2, 1, 0)  # of L in each
-    mix = functools.partial(_mix, block=block, dropout_rate=dropout_rate, dropout_key=dropout_key)
-    return over_length(mix, arguments, places, length)
+    seed = None
+    if dropout_rate and dropout_key is not None:
+        seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key), jnp.int32)
+    arguments = Operands(query_BLHK, key_BSHK, value_BSHK, signal.features, bias_PHLS, last_P, seed, rate=dropout_rate)
+    return _mix(arguments, kind, block)
 
 
 def attend_cached(
@@ -66,8 +69,9 @@ def attend_cached(
     signal: PositionSignal,
     cache: Cache,
     places_PL: jax.Array,
-    added_PHLS: jax.Array | None,
+    added_PHLS: jax.Array | None = None,
     *,
+    kind: str = "auto",
     block: int = 0,
 ) -> tuple[jax.Array, Cache]:
     """Returns causal `attend` of L new tokens over the window up to each of them, and the cache with them in it.
@@ -79,15 +83,22 @@ def attend_cached(
       cache: of that window, or of its first places up to the last new token; what it holds past a token's place is not
         read by that token.
       places_PL: int32, the places of the new tokens, consecutive along L; P = 1 (all samples alike) or B.
-      added_PHLS: `position_logits` of the signal for these places.
-      block: as of `attend`.
+      added_PHLS: `position_logits` of the signal for these places, where layers share it; None = of this layer's signal.
+      kind, block: as of `attend`.
+
+    Raises:
+      InputError: as `choice.choose`.
     """
     here = signal.at_places(places_PL)
     query_BLHK, key_BLHK = _place(query_BLHK, key_BLHK, here)
     firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
     cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B))
-    return _mix(query_BLHK, cache.key, cache.value, None, added_PHLS, places_PL, block=block), cache
+    features, bias_PHLS, keys = None, added_PHLS, cache.key.shape[1]
+    if added_PHLS is None:
+        features = None if signal.features is None else (here.features[0], signal.features[1][:, :keys])
+        bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
+    return _mix(Operands(query_BLHK, cache.key, cache.value, features, bias_PHLS, places_PL[:, 0]), kind, block), cache
 
 
 def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> jax.Array | None:
@@ -101,82 +112,48 @@ def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> 
     if signal.features is None:
         return added_PHLS
     query, key = (field.astype(jnp.float32) for field in signal.features)
-    logits_PHLS = _feature_logits(query[0][places_PL], key[:, :keys])
+    logits_PHLS = feature_logits(query[0][places_PL], key[:, :keys])
     return logits_PHLS if added_PHLS is None else logits_PHLS + added_PHLS
 
 
-def _mix(
-    query_BLHK: jax.Array,
-    key_BSHK: jax.Array,
-    value_BSHK: jax.Array,
-    features: Pair | None,
-    bias_PHLS: jax.Array | None,
-    last_seen_PL: jax.Array | None,
-    number_L: jax.Array | None = None,
-    *,
-    block: int,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """`attend` of queries and keys that stand in their places; each query sees the keys up to its last one.
+def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
+    """`attend` of queries and keys that stand in their places, by each device for its own samples, queries and heads.
 
-    `number_L` tells queries apart where only some of them are here, so that they draw other masks than those elsewhere.
+    Operands: of all samples, with any numbers of position sets.
     """
-    batch, length, _, head_width = query_BLHK.shape
-    query_BLHK = query_BLHK / math.sqrt(head_width)
-    features = None if features is None else tuple(field.astype(jnp.float32) for field in features)
-    rate = dropout_rate if dropout_key is not None else 0.0
+    query, rate = operands.query / math.sqrt(operands.query.shape[-1]), operands.rate
+    features = operands.features and tuple(field.astype(jnp.float32) for field in operands.features)
+    operands = operands.replace(query=query, features=features)
+    chosen = choose(kind, block, operands, device=axes.device(), split=axes.shards(LENGTH) > 1)
+    if query.shape[1] == 1:  # a token to decode: nothing to divide
+        return chosen(operands)
+    batch, length, heads, _ = query.shape
 
-    def rows(
-        query: jax.Array,
-        feature: jax.Array | None,
-        bias: jax.Array | None,
-        last_seen: jax.Array | None,
-        first: jax.Array | int,
-    ) -> jax.Array:
-        logits = jnp.einsum("blhk,bshk->bhls", query, key_BSHK, preferred_element_type=jnp.float32)
-        if feature is not None:
-            logits = _add_sets(logits, _feature_logits(feature, features[1]))
-        if bias is not None:
-            logits = _add_sets(logits, bias)
-        if last_seen is not None:
-            seen = jnp.arange(logits.shape[-1]) <= last_seen[:, None, :, None]
-            logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits)
-        if rate:
-            key = jax.random.fold_in(dropout_key, number_L[0] + first)
-            weights = weights * jax.random.bernoulli(key, 1 - rate, weights.shape) / (1 - rate)
-        return jnp.einsum("bhls,bshk->blhk", weights.astype(value_BSHK.dtype), value_BSHK)
+    def of_device(query, key, value, f_q, f_k, bias, last, seed, samples, rows, heads):
+        sets = functools.partial(aligned, first=samples[0], batch=query.shape[0])
+        place = None if seed is None else jnp.stack([samples[0], heads[0], rows[0]])
+        last = None if last is None else sets(last) + rows[0]
+        features = None if f_q is None else (sets(f_q), sets(f_k))
+        return chosen(Operands(query, key, value, features, sets(bias), last, seed, place, rate))
 
-    feature = None if features is None else features[0]
-    if not block or jax.core.max_dim(length, block) == block:  # a symbolic length may be larger
-        return rows(query_BLHK, feature, bias_PHLS, last_seen_PL, 0)
-
-    count = -(-length // block)
-
-    def cut(field: jax.Array | None, axis: int) -> jax.Array | None:
-        """[..., L, ...] -> [count, ..., block, ...], padded at the end."""
-        if field is None:
-            return None
-        padding = [(0, count * block - length) if at == axis else (0, 0) for at in range(field.ndim)]
-        field = jnp.pad(field, padding)
-        return jnp.moveaxis(field.reshape(*field.shape[:axis], count, block, *field.shape[axis + 1 :]), axis, 0)
-
-    firsts = jnp.arange(count) * block
-    blocks = (cut(query_BLHK, 1), cut(feature, 1), cut(bias_PHLS, 2), cut(last_seen_PL, 1), firsts)
-    mixed = jax.lax.map(lambda part: jax.checkpoint(rows)(*part), blocks)
-    return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * block, *mixed.shape[3:])[:, :length]
+    f_q, f_k = (None, None) if features is None else features
+    numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, length, heads))
+    return axes.by_device(
+        of_device,
+        (query, operands.key, operands.value, f_q, f_k, operands.bias, operands.last, operands.seed, *numbers),
+        (
+            (BATCH, LENGTH, HEADS, None), (BATCH, None, HEADS, None), (BATCH, None, HEADS, None),
+            (None, LENGTH, HEADS, None), (None, None, HEADS, None), (None, HEADS, LENGTH, None), (None,), (),
+            (BATCH,), (LENGTH,), (HEADS,),
+        ),
+    )  # fmt: skip
 
 
 def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: PositionSignal, *, causal: bool) -> jax.Array:
     """Returns the softmax of `attend`'s logits, float32[B, H, L, S], for pictures: training never holds this array."""
     batch, keys, heads, _ = key_BSHK.shape
     one_hot_BSHS = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, heads, keys))  # mixing these shows the weights
-    return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal), 2, 1)
-
-
-def _lay_out_feature(field_PLHF: jax.Array, length: str | None) -> jax.Array:
-    return lay_out(field_PLHF, None, length, HEADS, None)
+    return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal, kind="plain"), 2, 1)
 
 
 def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
@@ -197,19 +174,3 @@ def _rotate(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns the pairs (2i, 2i + 1) of [B, L, H, K] by angles given as cos and sin [.., L, H or 1, K/2]."""
     even, odd = array[..., 0::2].astype(jnp.float32), array[..., 1::2].astype(jnp.float32)
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(array.shape)
-
-
-def _feature_logits(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Array:
-    """Returns f_q . f_k, float32[P, H or 1, L, S]; either side may have one head for all, the keys one set for all."""
-    heads = max(query_PLHF.shape[2], key_PSHF.shape[2])
-    query, key = (jnp.broadcast_to(f, (*f.shape[:2], heads, f.shape[3])) for f in (query_PLHF, key_PSHF))
-    if len(query) > len(key) == 1:  # no copy of the keys for each set
-        return jnp.einsum("plhf,shf->phls", query, key[0], precision=jax.lax.Precision.HIGHEST)
-    return jnp.einsum("plhf,pshf->phls", query, key, precision=jax.lax.Precision.HIGHEST)
-
-
-def _add_sets(logits_BHLS: jax.Array, extra_PHLS: jax.Array) -> jax.Array:
-    """Adds the logits of P position sets: sample i takes set i mod P."""
-    sets = extra_PHLS.shape[0]
-    grouped = logits_BHLS.reshape(-1, sets, *logits_BHLS.shape[1:])
-    return (grouped + extra_PHLS).reshape(logits_BHLS.shape)

@@ -48,7 +48,7 @@ class Block(nn.Module):
     Attributes:
       width, heads, mlp_width: sizes; layers: of the whole model.
       dropout: after attention and MLP; attention_dropout: on attention weights.
-      attention_block: see `models.attention.attend`; causal: attend to the past only.
+      attention_kind, attention_block: kind and block of `models.attention.attend`; causal: attend to the past only.
       scale_residual: residual projections start smaller by sqrt(2 * layers).
       drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
         scaled up by as much (stochastic depth, Huang et al. 2016).
@@ -64,6 +64,7 @@ class Block(nn.Module):
     layer_norm_epsilon: float
     init_std: float
     dtype: jnp.dtype
+    attention_kind: str
     attention_block: int
     causal: bool = True
     scale_residual: bool = True
@@ -102,16 +103,15 @@ class Block(nn.Module):
         query, key, value = (lay_out(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
         if weights:
             return attention_weights(query, key, signal, causal=self.causal)
+        how = {"kind": "plain" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
         if cache is None:
             dropping = self.attention_dropout > 0 and not deterministic
             mixed = attend(
-                query, key, value, signal, causal=self.causal, block=self.attention_block,
+                query, key, value, signal, causal=self.causal, **how,
                 dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
             )  # fmt: skip
         else:
-            mixed, cache = attend_cached(
-                query, key, value, signal, cache, places_PL, added_PHLS, block=self.attention_block
-            )
+            mixed, cache = attend_cached(query, key, value, signal, cache, places_PL, added_PHLS, **how)
         out = linear(
             (heads, head_width, self.width), (HEADS, None, WIDTH), kernel_init=residual_init, summed=2, name="out"
         )(mixed)
@@ -195,7 +195,7 @@ def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) ->
     make = functools.partial(
         Block, model.width, model.heads, model.mlp_width or 4 * model.width, model.layers, model.dropout,
         model.attention_dropout, model.activation, model.layer_norm_epsilon, model.init_std, model.dtype,
-        model.attention_block, **fields,
+        model.attention_kind, model.attention_block, **fields,
     )  # fmt: skip
     rates = drop_path or (0.0,) * model.layers
     if model.scan:

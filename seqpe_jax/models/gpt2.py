@@ -9,6 +9,8 @@ from seqpe_jax.encodings.signal import PositionSignal, fit_batch
 from seqpe_jax.models.attention import Cache, position_logits
 from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
+SHARED = 256  # tokens whose position logits are computed once for all layers; for more they would be a large array
+
 
 class GPT2(nn.Module):
     """A causal language model with tied embeddings (Radford et al. 2019).
@@ -19,7 +21,7 @@ class GPT2(nn.Module):
       init_std: normal; residual projections start smaller by sqrt(2 * layers).
       dtype: of the arithmetic; parameters are float32.
       remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
-      attention_block: see `models.attention.attend`.
+      attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
     """
 
@@ -36,6 +38,7 @@ class GPT2(nn.Module):
     init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention_kind: str = "auto"
     attention_block: int = 0
     scan: bool = False
 
@@ -70,14 +73,14 @@ class GPT2(nn.Module):
         """
         added = None if signal.added is None else signal.added[0][places_PL]
         x_BLD = self._embed(tokens_BL, added, True)
-        keys = cache[0].key.shape[1]
-        shared = None if signal.stacked else position_logits(signal, places_PL, keys)  # once for all layers
+        shared = None
+        if tokens_BL.shape[1] <= SHARED and not signal.stacked:
+            shared = position_logits(signal, places_PL, cache[0].key.shape[1])
         extended = []
         for layer in range(self.layers):
-            own = signal.at_layer(layer)
             x_BLD, kept = run_block(
-                self.blocks, layer, x_BLD, own, cache=cache[layer], places_PL=places_PL,
-                added_PHLS=position_logits(own, places_PL, keys) if signal.stacked else shared,
+                self.blocks, layer, x_BLD, signal.at_layer(layer), cache=cache[layer], places_PL=places_PL,
+                added_PHLS=shared,
             )  # fmt: skip
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)

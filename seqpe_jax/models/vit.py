@@ -42,7 +42,7 @@ class ViT(nn.Module):
       init_std: normal, residual projections too. The reference cuts at +-2, a hundred deviations out. Only the weights of
         the patch projection start uniform within 1 / sqrt(values of a patch), as the reference leaves them to PyTorch.
       dtype: of the arithmetic; parameters and logits are float32.
-      remat, attention_block, scan: as of `models.gpt2.GPT2`.
+      remat, attention_kind, attention_block, scan: as of `models.gpt2.GPT2`.
     """
 
     classes: int
@@ -60,6 +60,7 @@ class ViT(nn.Module):
     init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention_kind: str = "auto"
     attention_block: int = 0
     scan: bool = False
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.axes import POSITIONS, ROWS, gathered, lay_out, over_rows, shards
+from seqpe_jax.axes import POSITIONS, ROWS, by_device, gathered, lay_out, shards
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
@@ -180,15 +180,25 @@ class Objective:
             groups += [Group(len(windows.positions_BMA), self.shape, rows=windows.positions_BMA.shape[1])]
         rows_RA = jnp.concatenate(parts)
         count = len(rows_RA)
-        rows_RA = jnp.pad(rows_RA, ((0, -count % shards(ROWS)), (0, 0)))
-        known = () if own or shards(ROWS) > 1 else groups  # which rows lie together is known of all of them
+        devices = shards(ROWS)
+        rows_RA = jnp.pad(rows_RA, ((0, -count % devices), (0, 0)))
+        known = () if own or devices > 1 else groups  # which rows lie together is known of all of them alone
+        leaves, tree = jax.tree.flatten(params)
 
-        def read(rows_RA: jax.Array, params: Params, key: jax.Array) -> jax.Array:
+        def read(rows_RA: jax.Array, device: jax.Array, key: jax.Array, *leaves: jax.Array) -> jax.Array:
+            if devices > 1:
+                key = jax.random.fold_in(key, device[0])
             return self.encoding.apply(
-                {"params": params}, rows_RA, deterministic=False, method="vectors", rngs={"dropout": key}, groups=known
-            )
+                {"params": tree.unflatten(leaves)}, rows_RA, deterministic=False, method="vectors", groups=known,
+                rngs={"dropout": key},
+            )  # fmt: skip
 
-        vectors_RE = lay_out(over_rows(read, rows_RA, params, dropout_key)[:count], None, None)
+        vectors_RE = by_device(
+            read,
+            (rows_RA, jnp.arange(devices), dropout_key, *leaves),
+            ((ROWS, None), (ROWS,), (None,) * dropout_key.ndim, *((None,) * leaf.ndim for leaf in leaves)),
+        )
+        vectors_RE = lay_out(vectors_RE[:count], None, None)
         ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
         vectors_RE = lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None)
         main_RE, *rest = jnp.split(vectors_RE, ends)

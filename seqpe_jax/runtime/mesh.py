@@ -88,6 +88,11 @@ class Layout:
 
     mesh: Mesh
 
+    @property
+    def device(self) -> jax.Device:
+        """One of the mesh's devices, which are all of a kind."""
+        return self.mesh.devices.flat[0]
+
     def shards(self, name: str) -> int:
         """Returns the number of parts of a dimension of this logical name."""
         return math.prod(self.mesh.shape[axis] for axis in USED[name])
@@ -121,51 +126,26 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(of, params)
 
-    def over_length(self, function: Callable[..., jax.Array], arguments: Any, places: Any, length: int) -> jax.Array:
-        """Returns `axes.over_length`: each shard of `context` computes its queries against all keys, gathered to it.
-
-        The other mesh axes stay as they are inside. A length that `context` does not divide is padded.
-        """
-        count = self.mesh.shape["context"]
-        if count == 1:
-            return function(*arguments)
-        missing = -length % count
-
-        def padded(array: jax.Array | None, place: int | None) -> jax.Array | None:
-            if array is None or place is None or not missing:
-                return array
-            return jnp.pad(array, [(0, missing) if axis == place else (0, 0) for axis in range(array.ndim)])
-
-        def spec(array: jax.Array | None, place: int | None) -> PartitionSpec | None:
-            if array is None:
-                return None
-            return PartitionSpec() if place is None else PartitionSpec(*[None] * place, "context")
-
-        leaves, tree = jax.tree.flatten(arguments, is_leaf=lambda leaf: leaf is None)
-        at = jax.tree.leaves(places, is_leaf=lambda leaf: leaf is None)
-        split = jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=tree.unflatten([spec(leaf, place) for leaf, place in zip(leaves, at, strict=True)]),
-            out_specs=PartitionSpec(None, "context"),
-            axis_names={"context"},
-            check_vma=False,
-        )
-        return split(*tree.unflatten([padded(leaf, place) for leaf, place in zip(leaves, at, strict=True)]))[:, :length]
-
-    def over_rows(self, function: Callable[..., jax.Array], rows: jax.Array, params: Any, key: jax.Array) -> jax.Array:
-        """Returns `axes.over_rows`: nothing is sent around but the gradients of the parameters."""
+    def by_device(self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]) -> jax.Array:
+        """Returns `axes.by_device`: no mesh axis is left to the compiler inside, so that kernels can be called."""
         if self.mesh.size == 1:
-            return function(rows, params, key)
+            return function(*arguments)
+        length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] else 0
+        missing = -length % self.shards(LENGTH)
 
-        def own(rows: jax.Array, params: Any, key: jax.Array) -> jax.Array:
+        def padded(array: jax.Array | None, names: Sequence[str | None]) -> jax.Array | None:
+            if array is None or LENGTH not in names or not missing:
+                return array
+            return jnp.pad(array, [(0, missing if name == LENGTH else 0) for name in names])
+
+        def own(*arguments: Any) -> jax.Array:
             with laid_out(None):
-                return function(rows, params, jax.random.fold_in(key, jax.lax.axis_index(AXES)))
+                return function(*arguments)
 
-        split, whole = PartitionSpec(USED[ROWS]), PartitionSpec()
-        return jax.shard_map(own, mesh=self.mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False)(
-            rows, params, key
-        )
+        arguments = [padded(array, own) for array, own in zip(arguments, names, strict=True)]
+        specs = [None if a is None else self.spec(a.shape, own) for a, own in zip(arguments, names, strict=True)]
+        found = jax.shard_map(own, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arguments)
+        return found[:, :length] if missing else found
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -230,7 +230,7 @@ def test_a_browser_shows_it(swept, tmp_path, width, dark):
         "ink: v(d.querySelector('svg text')).fill, paper: v(e).backgroundColor})"
     )
     (tmp_path / "frame.html").write_text(
-        f'<style>*{{margin:0;border:0}}</style><body><iframe width={width} height=2000 '
+        f"<style>*{{margin:0;border:0}}</style><body><iframe width={width} height=2000 "
         f'src="{(out / "report.html").as_uri()}" onload="const f = this; {measure}"></iframe>'
     )
     command = [

@@ -1,15 +1,19 @@
-"""Attention against a loop over samples, heads and places in float64; blocks, sets, precision, dropout."""
+"""Every implementation of attention against a loop over samples, heads and places in float64; sets, precision, dropout."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.axes import laid_out
 from seqpe_jax.encodings.fixed import ALiBi
 from seqpe_jax.encodings.signal import PositionSignal, fit_batch
+from seqpe_jax.models import operands
 from seqpe_jax.models.attention import attend
+from seqpe_jax.runtime.mesh import Layout, make_mesh
 from tests.programs import holds
 
 BATCH, LENGTH, HEADS, WIDTH = 6, 7, 2, 4  # 6 samples: with 2 sets, i mod 2 is not i // 2
@@ -34,6 +38,10 @@ def signals(sets: int) -> dict[str, PositionSignal]:
         "shared features": PositionSignal(features=pair(16, sets, 1, 3)),
         "bias": PositionSignal(bias=random(18, HEADS, LENGTH, LENGTH)),
     }
+
+
+IMPLEMENTATIONS = {"plain": {"kind": "plain"}, "blocks": {"kind": "blocks", "block": 3}, "flash": {"kind": "flash"}}
+pytestmark = pytest.mark.usefixtures("small_kernel")
 
 
 QKV = tuple(random(side, BATCH, LENGTH, HEADS, WIDTH) for side in (1, 2, 3))
@@ -82,74 +90,167 @@ def loop(query, key, value, signal, causal):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sets", [1, 2])
-def test_equals_the_loop(name, sets):
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_equals_the_loop(how, name, sets):
+    if (how, name) == ("flash", "bias"):
+        pytest.skip("the kernels read no bias")
     signal = signals(sets)[name]
     for causal in (True, False):
-        found = jax.jit(functools.partial(attend, causal=causal))(*QKV, signal)
+        found = jax.jit(functools.partial(attend, causal=causal, **IMPLEMENTATIONS[how]))(*QKV, signal)
         np.testing.assert_allclose(found, loop(*QKV, signal, causal), atol=2e-5)
 
 
+def gradients(how: str, signal: PositionSignal, causal: bool, **fields):
+    """The result, and the gradients of queries, keys, values and the signal for a random sum of it."""
+    weight = random(30, BATCH, LENGTH, HEADS, WIDTH)
+
+    def score(qkv, signal):
+        mixed = attend(*qkv, signal, causal=causal, **IMPLEMENTATIONS[how], **fields)
+        return (mixed * weight).sum(), mixed
+
+    return jax.jit(jax.grad(score, argnums=(0, 1), has_aux=True))(QKV, signal)
+
+
+def close(found, expected):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_equal_the_whole_with_gradients(name):
-    signal, weight = signals(2)[name], random(30, BATCH, LENGTH, HEADS, WIDTH)
-
-    def score(qkv, signal, block):
-        return (attend(*qkv, signal, block=block) * weight).sum()
-
-    run = jax.jit(jax.value_and_grad(score, argnums=(0, 1)), static_argnums=2)
-    whole, blocked = run(QKV, signal, 0), run(QKV, signal, 3)  # 7 is no multiple of 3
-    for found, expected in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_equal_those_of_the_plain_form(name, causal):
+    signal = signals(2)[name]
+    expected = gradients("plain", signal, causal)
+    for how in ("blocks", "flash")[: 1 if name == "bias" else 2]:
+        close(gradients(how, signal, causal), expected)
 
 
-def test_blocks_hold_no_square_array():
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "flash"])
+def test_dropout_draws_the_same_mask_in_every_implementation(how):
+    signal = signals(1)["shared features"]
+    dropping = {"dropout_rate": 0.4, "dropout_key": KEY}
+    close(gradients(how, signal, True, **dropping), gradients("plain", signal, True, **dropping))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (1, 4, 2, 1)])
+def test_over_devices_it_is_the_same(how, sizes):
+    """6 samples of 2 or 3 sets over 2 devices, or 4 that do not divide them; 7 places over 2; dropout."""
+    layout = Layout(make_mesh(*sizes))
+    angles = signals(1)["rotation"].rotation
+    for sets, name in ((2, "features"), (3, "shared features")):
+        signal = signals(sets)[name].replace(rotation=angles)
+        expected = gradients("plain", signal, True, dropout_rate=0.4, dropout_key=KEY)
+        with laid_out(layout):
+            close(gradients(how, signal, True, dropout_rate=0.4, dropout_key=KEY), expected)
+
+
+@pytest.mark.parametrize("how", ["blocks", "flash"])
+def test_no_square_array_is_held(how):
     length = 32
     qkv = tuple(random(side, 1, length, 1, WIDTH) for side in (1, 2, 3))
     signal = PositionSignal(features=(random(4, 1, length, 1, 2), random(5, 1, length, 1, 2)))
 
-    def program(block):
-        return jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:], signal, block=block).sum()))(qkv[0]).jaxpr
+    def program(**how):
+        return jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:], signal, **how).sum()))(qkv[0]).jaxpr
 
-    assert holds(program(0), length * length) and not holds(program(8), length * length)
+    assert holds(program(kind="plain"), length * length)
+    assert not holds(program(**IMPLEMENTATIONS[how] | {"block": 8}), length * length)
+
+
+@pytest.mark.slow
+def test_a_long_window_holds_no_square_array_by_itself():
+    """No array of 4096 x 4096 or more in what is compiled, forward and backward, nor memory for one."""
+    length = 4096
+    shapes = [jax.ShapeDtypeStruct((1, length, 2, WIDTH), jnp.float32)] * 3
+    features = (jax.ShapeDtypeStruct((1, length, 2, 3), jnp.float32),) * 2
+
+    def score(qkv, features):
+        return attend(*qkv, PositionSignal(features=features)).sum()
+
+    compiled = jax.jit(jax.grad(score, argnums=(0, 1))).lower(shapes, features).compile()
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
+    assert length * WIDTH < max(sizes) < length * length / 8
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length * 4 / 4
 
 
 def test_sample_i_uses_set_i_mod_p():
     assert fit_batch(jnp.arange(3)[:, None], 6)[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_a_few_queries_at_the_end_see_all_keys_before_them():
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_a_few_queries_at_the_end_see_all_keys_before_them(how):
     query, key, value = QKV
-    whole = attend(query, key, value, PositionSignal())
-    np.testing.assert_allclose(attend(query[:, -2:], key, value, PositionSignal()), whole[:, -2:], atol=1e-6)
+    whole = attend(query, key, value, PositionSignal(), kind="plain")
+    found = attend(query[:, -2:], key, value, PositionSignal(), **IMPLEMENTATIONS[how])
+    np.testing.assert_allclose(found, whole[:, -2:], atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [0, 2])
-def test_position_products_stay_float32_under_bfloat16(block):
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_values_may_be_wider_than_keys(how):
+    value = random(40, BATCH, LENGTH, HEADS, 3 * WIDTH)
+    parts = [attend(*QKV[:2], part, PositionSignal(), kind="plain") for part in jnp.split(value, 3, axis=-1)]
+    found = attend(*QKV[:2], value, PositionSignal(), **IMPLEMENTATIONS[how])
+    np.testing.assert_allclose(found, jnp.concatenate(parts, axis=-1), atol=1e-5)
+
+
+def far_features(places) -> tuple[np.ndarray, np.ndarray]:
+    """Features of queries and keys, float64[n, 8] each: logits j - i, as differences of products of up to 10 000."""
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))
+    places = np.asarray(places, np.float64) / 100
+    rest = np.random.default_rng(1).normal(size=(len(places), 6))
+    query = np.concatenate([-100 * places[:, None], np.full((len(places), 1), 100.0), rest], axis=1)
+    key = np.concatenate([np.ones((len(places), 1)), places[:, None], 0 * rest], axis=1)
+    return query @ turn, key @ turn
+
+
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_position_products_stay_float32_under_bfloat16(how):
     """At position 10 000 a bfloat16 number is 64 apart from the next."""
-    places = np.array([0, 1, 9990, 9998, 9999, 10000])
-    signal = ALiBi(width_model=2, heads_model=1).apply({}, jnp.asarray(places, jnp.int32)[None, :, None], shape=(6,))
+    near, far = np.arange(6), np.array([9990, 9995, 9998, 9999, 10000])
     slope = 2.0**-8
-    large = jnp.asarray(places, jnp.float32)[None, :, None, None] / 100
-    query = jnp.concatenate([large, jnp.ones_like(large)], -1)
-    key = jnp.concatenate([jnp.ones_like(large), -large], -1)  # as a trained attn_scalar: a difference of large terms
-    zeros = jnp.zeros((1, 6, 1, 6), jnp.bfloat16)
-    for features, rate in (signal.features, slope), ((-query, key), None):
-        found = attend(zeros, zeros, jnp.eye(6)[None, :, None], PositionSignal(features=features), block=block)
-        difference = places[:, None] - places[None]
-        logits = -slope * difference if rate else np.asarray(-query[0, :, 0] @ key[0, :, 0].T, np.float64)
-        logits = np.where(difference >= 0, logits, -np.inf)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        np.testing.assert_allclose(found[0, :, 0], weights / weights.sum(-1, keepdims=True), atol=1e-4)
+    places = np.concatenate([near, far])
+    signal = ALiBi(width_model=2, heads_model=1).apply({}, jnp.asarray(places, jnp.int32)[None, :, None], shape=(11,))
+    alibi = tuple(np.asarray(field[0, :, 0]) for field in signal.features)
+    for (query, key), rate in ((alibi, slope), (far_features(places), 1.0)):
+        # Far queries meet near keys, whose logits are -10 000 * rate and a little.
+        fields = [jnp.asarray(field, jnp.float32)[None, :, None] for field in (query[len(near) :], key[: len(near)])]
+        zeros = jnp.zeros((1, len(places), 1, 4), jnp.bfloat16)
+        value = jnp.eye(len(near))[None, :, None]
+        found = attend(
+            zeros[:, : len(far)], zeros[:, : len(near)], value, PositionSignal(features=tuple(fields)), causal=False,
+            **IMPLEMENTATIONS[how],
+        )  # fmt: skip
+        logits = -rate * (far[:, None] - near)
+        logs = np.log(np.asarray(found[0, :, 0], np.float64))
+        np.testing.assert_allclose(logs - logs.max(-1, keepdims=True), logits - logits.max(-1, keepdims=True), atol=0.02)
 
 
-def test_dropout_keeps_the_mean_and_differs_by_block():
-    ones = jnp.ones((1, 4, 1, 2))
-    value = jnp.ones((1, 4, 1, 4096))
-    drop = functools.partial(attend, ones, ones, value[..., :2], PositionSignal(), causal=False, dropout_rate=0.5)
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_dropout_keeps_the_mean_and_differs_from_query_to_query(how):
+    ones, value = jnp.ones((1, 4, 1, 2)), jnp.ones((1, 4, 1, 2))
+    drop = functools.partial(attend, ones, ones, value, PositionSignal(), causal=False, dropout_rate=0.5)
     keys = jax.random.split(KEY, 400)
-    outcomes = jax.jit(jax.vmap(lambda key: drop(dropout_key=key)))(keys)
+    outcomes = jax.jit(jax.vmap(lambda key: drop(dropout_key=key, **IMPLEMENTATIONS[how])))(keys)
     assert float(outcomes.mean()) == pytest.approx(1.0, abs=0.05) and float(outcomes.std()) > 0.3
-    blocked = jax.jit(jax.vmap(lambda key: drop(dropout_key=key, block=2)))(keys)
-    assert float(blocked.mean()) == pytest.approx(1.0, abs=0.05)
-    assert not np.allclose(blocked[:, :, :2], blocked[:, :, 2:])
-    np.testing.assert_allclose(drop(dropout_key=None), value[..., :2], atol=1e-6)
+    assert not np.allclose(outcomes[:, :, :2], outcomes[:, :, 2:])
+    np.testing.assert_allclose(drop(dropout_key=None), value, atol=1e-6)
+
+
+def test_dropout_masks_look_random():
+    """Each bit of mask is its own: no mean over a row, column, head or sample is far from the rate, no neighbours alike."""
+    sample, head, row, column = (jnp.arange(n, dtype=jnp.int32) for n in (3, 4, 64, 64))
+    places = sample[:, None, None, None], head[:, None, None], row[:, None], column
+    mask = np.asarray(operands.kept(jnp.int32(5), *places, 0.25))
+    assert mask.shape == (3, 4, 64, 64) and set(np.unique(mask)) == {np.float32(0), np.float32(4 / 3)}
+    assert mask.mean() == pytest.approx(1, abs=0.01)
+    for axes, spread in (((0, 1, 2), 0.1), ((0, 1, 3), 0.1), ((2, 3), 0.05)):
+        assert abs(mask.mean(axis=axes) - 1).max() < spread
+    for axis in range(4):
+        assert abs(np.corrcoef(mask.ravel(), np.roll(mask, 1, axis).ravel())[0, 1]) < 0.02
+    other = np.asarray(operands.kept(jnp.int32(6), *places, 0.25))
+    assert abs(np.corrcoef(mask.ravel(), other.ravel())[0, 1]) < 0.02

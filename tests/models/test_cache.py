@@ -10,7 +10,9 @@ import pytest
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.models.attention import Cache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
-from tests.models.test_attention import BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
+from tests.models.test_attention import BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, random, signals
+
+pytestmark = pytest.mark.usefixtures("small_kernel")
 
 PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
 
@@ -20,20 +22,17 @@ def junk_cache() -> Cache:
     return Cache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4))
 
 
-def extended(query, key, value, signal, cache, places_PL, block=0):
-    added_PHLS = position_logits(signal, places_PL, cache.key.shape[1])
-    return attend_cached(query, key, value, signal, cache, places_PL, added_PHLS, block=block)
-
-
 @pytest.mark.parametrize("name", [*NAMES, "everything"])
-@pytest.mark.parametrize("block", [0, 3])
-def test_prompts_at_once_then_token_by_token_equal_the_whole(name, block):
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
+    if how == "flash" and name in ("bias", "everything"):
+        pytest.skip("the kernels read no bias")
     signal = signals(1)[name] if name in NAMES else PositionSignal(
         **{field: getattr(signals(1)[field], field) for field in ("rotation", "factors", "features", "bias")}
     )  # fmt: skip
-    whole = attend(*QKV, signal)
+    whole = attend(*QKV, signal, kind="plain")
     prompt = max(PROMPTS_B) - 1
-    run = jax.jit(functools.partial(extended, block=block))
+    run = jax.jit(functools.partial(attend_cached, **IMPLEMENTATIONS[how]))
     mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(), jnp.arange(prompt)[None])
     np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
     # Each sample goes on from its own place: what was written past it is written again.
@@ -43,6 +42,14 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, block):
         mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None])
         expected = np.take_along_axis(np.asarray(whole), places_B[:, None, None, None], axis=1)
         np.testing.assert_allclose(mixed, expected, atol=2e-5)
+    if how == "plain":  # what the signal adds, given
+        places_P1 = jnp.asarray(PROMPTS_B)[:, None]
+        token = [jnp.take_along_axis(part, places_P1[..., None, None], axis=1) for part in QKV]
+        results = [
+            attend_cached(*token, signal, cache, places_P1, added)[0]
+            for added in (None, position_logits(signal, places_P1, LENGTH))
+        ]
+        np.testing.assert_allclose(*results, atol=2e-5)
 
 
 def test_a_token_reads_no_place_past_its_own():
@@ -52,7 +59,7 @@ def test_a_token_reads_no_place_past_its_own():
     results = []
     for scale in (1.0, -1.0):
         changed = jax.tree.map(lambda field, scale=scale: field.at[:, 4:].multiply(scale), cache)
-        results.append(extended(*token, signal, changed, jnp.array([[3]]))[0])
+        results.append(attend_cached(*token, signal, changed, jnp.array([[3]]))[0])
     np.testing.assert_array_equal(*results)
 
 

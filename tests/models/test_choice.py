@@ -1,0 +1,160 @@
+"""Which implementation of attention serves where, and why one that is asked for cannot."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.build import build
+from seqpe_jax.errors import InputError
+from seqpe_jax.models import choice, cudnn, tpu
+from seqpe_jax.models.blockwise import blockwise
+from seqpe_jax.models.operands import Operands, plain
+from tests.tiny import tiny_config
+
+CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+H200 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+A100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0")
+AMD = types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942")
+KEY = jax.random.PRNGKey(0)
+
+
+def shapes(length=1024, keys=None, *, width=64, features=0, causal=True, dtype=jnp.bfloat16, bias=False, drop=False):
+    """The shapes of operands of 2 samples and 3 heads."""
+    keys = keys or length
+    array = jax.ShapeDtypeStruct
+    return Operands(
+        array((2, length, 3, width), dtype), array((2, keys, 3, width), dtype), array((2, keys, 3, width), dtype),
+        features=(array((1, length, 3, features), jnp.float32), array((1, keys, 3, features), jnp.float32))
+        if features else None,
+        bias=array((1, 3, length, keys), jnp.float32) if bias else None,
+        last=array((1,), jnp.int32) if causal else None,
+        seed=array((), jnp.int32) if drop else None,
+    )  # fmt: skip
+
+
+NAMES = {plain: "plain", tpu.flash: "tpu", cudnn.flash: "cudnn"}
+
+
+def chosen(device, operands, kind="auto", block=0, **fields):
+    found = choice.choose(kind, block, operands, device=device, **fields)
+    return f"blocks {found.keywords['block']}" if getattr(found, "func", None) is blockwise else NAMES[found]
+
+
+@pytest.mark.parametrize(
+    "device, fields, expected",
+    [
+        (CPU, {"length": 1, "keys": 4096}, "plain"),
+        (CPU, {"length": choice.LONGEST_PLAIN["cpu"]}, "plain"),
+        (CPU, {"length": 65536}, "blocks 128"),
+        (TPU, {"length": 197, "causal": False}, "plain"),
+        (TPU, {"length": 512, "features": 64, "drop": True}, "tpu"),
+        (TPU, {"length": 511, "keys": 1024, "dtype": jnp.float32}, "tpu"),
+        (TPU, {"bias": True}, "blocks 512"),
+        (H200, {"length": 256}, "plain"),
+        (H200, {}, "cudnn"),
+        (H200, {"features": 3, "causal": False}, "cudnn"),
+        (H200, {"features": 32}, "cudnn"),
+        (A100, {"features": 32}, "blocks 512"),
+        (H200, {"features": 64}, "blocks 512"),
+        (H200, {"dtype": jnp.float32}, "blocks 512"),
+        (H200, {"drop": True}, "blocks 512"),
+        (H200, {"bias": True}, "blocks 512"),
+        (H200, {"length": 1023}, "blocks 512"),
+        (H200, {"length": 512, "keys": 1024}, "blocks 512"),
+        (AMD, {}, "blocks 512"),
+    ],
+)
+def test_what_is_chosen(device, fields, expected):
+    assert chosen(device, shapes(**fields)) == expected
+
+
+def test_what_is_asked_for_is_chosen():
+    long, short = shapes(4096), shapes(64)
+    assert chosen(CPU, long, "plain") == chosen(TPU, long, "plain") == "plain"
+    assert chosen(TPU, short, "blocks", 32) == "blocks 32" and chosen(TPU, short, "flash") == "tpu"
+    assert chosen(TPU, long, "auto", 100) == "blocks 100" and chosen(TPU, short, "auto", 100) == "plain"
+    assert chosen(H200, shapes(512), "auto", split=True) == "blocks 512", "queries of a device start anywhere"
+    assert chosen(H200, shapes(512, causal=False), "auto", split=True) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    "device, fields, words",
+    [
+        (CPU, {}, "no kernel for cpu"),
+        (AMD, {}, "no kernel for gpu .AMD"),
+        (TPU, {"bias": True}, "read no bias"),
+        (H200, {"dtype": jnp.float32}, "precision.compute='bfloat16'"),
+        (H200, {"drop": True}, "model.attention_dropout"),
+        (H200, {"features": 64}, "448 wide, and cuDNN takes 256"),
+        (H200, {"length": 7}, "even lengths"),
+    ],
+)
+def test_what_cannot_serve_is_refused_in_a_line(device, fields, words):
+    with pytest.raises(InputError, match=f"model.attention_kind='flash' cannot serve: .*{words}.*Choose 'auto'"):
+        chosen(device, shapes(**fields), "flash")
+
+
+def test_a_run_that_asks_for_what_its_device_has_not_is_not_built():
+    with pytest.raises(InputError, match="attention_kind='flash' cannot serve: there is no kernel for cpu"):
+        build(tiny_config(model__attention_kind="flash"))
+
+
+def random(name, *shape):
+    return jax.random.normal(jax.random.fold_in(KEY, name), shape)
+
+
+def test_three_parts_are_a_float32():
+    field = random(1, 1000) * 10.0 ** jax.random.randint(KEY, (1000,), -3, 4)
+    parts = [np.asarray(part, np.float64) for part in cudnn.split(field)]
+    np.testing.assert_allclose(sum(parts), np.asarray(field, np.float64), rtol=2.0**-23)
+    assert not np.allclose(sum(parts[:2]), np.asarray(field, np.float64), rtol=2.0**-19)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_cudnn_is_given_means_the_same(causal):
+    """The operands, mixed by XLA's form of the same function; odd widths, sets, one set of features for all heads."""
+    batch, length, heads, width = 4, 10, 3, 8
+    query, key = (random(side, batch, length, heads, width).astype(jnp.bfloat16) for side in (1, 2))
+    value = random(3, batch, length, heads, 2 * width).astype(jnp.bfloat16)
+    features = tuple(30 * random(side, 2, length, 1, 3) for side in (4, 5))  # logits of thousands
+    last, weight = jnp.zeros(1, jnp.int32) if causal else None, random(6, *value.shape)
+
+    def score(query, key, value, features, mix):
+        mixed = mix(Operands(query, key, value, features, last=last)).astype(jnp.float32)
+        return (mixed * weight).sum(), mixed
+
+    assert cudnn.appended_width(Operands(query, key, value, features)) == 32
+    assert all(array.shape == (batch, length, heads, 32) for array in cudnn.appended(Operands(query, key, value, features)))
+    run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, features)
+    found, expected = run(functools.partial(cudnn.flash, implementation="xla")), run(plain)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = (np.asarray(array, np.float32) for array in (one, other))
+        np.testing.assert_allclose(one, other, atol=0.02 * np.abs(other).max())
+
+
+def test_appended_logits_at_distance_10_000_are_those_of_float32():
+    """Logits of -10 000 as differences of products of 100 000; two parts of bfloat16 would be some units off."""
+    place = np.array([0, 1, 2, 5000, 9999, 10000])
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))
+    rest = np.random.default_rng(1).normal(size=(6, 6)) * 100
+    query = np.concatenate([-place[:, None] / 10.0, np.full((6, 1), 10.0), rest], axis=1) @ turn
+    key = np.concatenate([np.full((6, 1), 10.0), place[:, None] / 10.0, 0 * rest], axis=1) @ turn
+    zeros = jnp.zeros((1, 6, 1, 8), jnp.bfloat16)
+    features = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
+    operands = Operands(zeros, zeros, zeros, features)
+    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in cudnn.appended(operands))
+    np.testing.assert_allclose(q @ k.T, place[None] - place[:, None], atol=0.02)
+    two = slice(8, 8 + 3 * 8)  # as much as two parts of each would give
+    assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
+
+
+@pytest.mark.parametrize("length, together, expected", [
+    (7, 1, 128), (129, 8, 256), (256, 1, 256), (512, 1, 512), (512, 8, 256), (640, 1, 384), (1100, 1, 384), (4096, 1, 512),
+])  # fmt: skip
+def test_blocks_of_the_kernel_leave_little_padding(length, together, expected):
+    assert tpu.block_of(length, together) == expected
