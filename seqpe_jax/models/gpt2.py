@@ -9,9 +9,6 @@ from seqpe_jax.encodings.signal import PositionSignal, fit_batch
 from seqpe_jax.models.attention import Cache, position_logits
 from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
-SHARED = 256  # tokens whose position logits are computed once for all layers; for more they would be a large array
-
-
 class GPT2(nn.Module):
     """A causal language model with tied embeddings (Radford et al. 2019).
 
@@ -74,7 +71,7 @@ class GPT2(nn.Module):
         added = None if signal.added is None else signal.added[0][places_PL]
         x_BLD = self._embed(tokens_BL, added, True)
         shared = None
-        if tokens_BL.shape[1] <= SHARED and not signal.stacked:
+        if tokens_BL.shape[1] == 1 and not signal.stacked:  # for more tokens they would be a large array
             shared = position_logits(signal, places_PL, cache[0].key.shape[1])
         extended = []
         for layer in range(self.layers):

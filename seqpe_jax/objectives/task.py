@@ -11,7 +11,6 @@ import optax
 from flax import linen as nn
 
 from seqpe_jax.encodings.signal import PositionSignal
-from seqpe_jax.models.walk import hidden
 from seqpe_jax.objectives.mixing import mix
 
 Batch = dict[str, Any]
@@ -34,7 +33,7 @@ class LanguageModelling:
 
     def examine(self, model: nn.Module, variables: Any, signal: PositionSignal, batch: Batch) -> dict[str, jax.Array]:
         """Returns {"loss": each token's loss, float32[B, L] in nats}, without dropout."""
-        hidden_BLD = hidden(model, variables, batch["tokens"][:, :-1], signal)
+        hidden_BLD = model.apply(variables, batch["tokens"][:, :-1], signal, method="hidden")
         logits_of = functools.partial(model.apply, variables, method="logits")
         return {"loss": token_losses(logits_of, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
 
