@@ -207,18 +207,16 @@ def _check_search(search: Any, base: str) -> None:
             settings = make(f"{field}={value}", base, {**search.overrides, field: value}).settings
             if not 0 < settings.eval.every <= settings.steps:
                 raise InputError(
-                    f"SEARCH decides by {search.metric}, measured while training: set eval.every in its overrides to at most "
-                    f"steps={settings.steps}"
+                    f"SEARCH decides by {search.metric}, measured while training: set eval.every in its overrides, at "
+                    f"most steps={settings.steps}"
                 )
             if settings.reads_images:
                 scales = settings.eval.sizes or settings.data.size[-2:-1]
             else:
                 scales = settings.eval.lengths or (settings.data.length,)
-            metrics = [f"@{scale}" for scale in scales]
-            if not search.metric.startswith("eval/") or not search.metric.endswith(tuple(metrics)):
-                raise InputError(
-                    f"SEARCH: '{search.metric}' is not measured while training: write eval/NAME and one of {', '.join(metrics)}"
-                )
+            if not re.fullmatch(r"eval/\w+@\d+", search.metric) or int(search.metric.partition("@")[2]) not in scales:
+                known = ", ".join(f"eval/NAME@{scale}" for scale in scales)
+                raise InputError(f"SEARCH: '{search.metric}' is not measured while training. Known: {known}")
 
 
 def _word(value: Any) -> str:

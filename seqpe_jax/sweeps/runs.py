@@ -9,10 +9,10 @@ import pathlib
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from subprocess import DEVNULL, STDOUT, Popen
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.progress import FILE as METRICS
@@ -125,7 +125,7 @@ class Attempt:
         self.told = False  # to stop: what ends then has not failed
         self._cores, self._environment = cores, environment or {}
         self._commands = run.left()
-        self._process: subprocess.Popen | None = None
+        self._process: Popen | None = None
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             self._log = (run.folder / LOG).open("ab")
@@ -141,8 +141,8 @@ class Attempt:
         self._say(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(words)}")
         self._began = self._log.tell()
         with _inherited(self._cores):
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+            self._process = Popen(
+                words, stdin=DEVNULL, stdout=self._log, stderr=STDOUT,
                 env={**os.environ, **self._environment}, start_new_session=True,  # Ctrl-C reaches the sweep alone
             )  # fmt: skip
         if self.told:  # meanwhile, by a signal's handler
