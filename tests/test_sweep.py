@@ -112,7 +112,7 @@ def test_a_stopped_sweep_has_saved_and_a_failed_run_is_retried_alone(commands, t
     before = (workdir / "a" / "log.txt").read_bytes()
     running = commands.start("sweep", *arguments, "--retry-failed")
     until(lambda: (workdir / "b" / "metrics.jsonl").exists() and (workdir / "b" / "metrics.jsonl").read_text())
-    os.kill(running.process, signal.SIGINT)
+    os.kill(running.process, signal.SIGTERM)
     assert commands.wait(running).code == 1 and (workdir / "a" / "log.txt").read_bytes() == before
 
 

@@ -1,7 +1,7 @@
 """Which encoding reads images larger than it was trained on: all that take grids, three seeds each, on handwritten digits.
 
-    python -m seqpe_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/digits --jobs=2
-    python -m seqpe_jax.report --workdir=runs/digits --output=runs/digits/report
+    python -m seqpe_jax.sweep --sweep=configs/sweeps/digits.py --workdir=runs/digits_sweep --jobs=2
+    python -m seqpe_jax.report --workdir=runs/digits_sweep --output=runs/digits_sweep/report
 
 Trained at 8 x 8 pixels for 800 steps as the config's page says, evaluated at 8 to 32. `rotary` numbers the patches row by
 row. Hardware: two CPU cores, one for each of two runs at once; about 40 minutes.

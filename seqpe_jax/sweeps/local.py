@@ -12,6 +12,7 @@ from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.sweeps.runs import Attempt, Busy, Run, is_busy
 
 TURN = 0.1  # seconds between looks at the commands
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOK = 1.0  # seconds between looks at the folders
 
 
@@ -48,9 +49,8 @@ class Jobs:
         self._at_work: dict[int, Attempt] = {}  # by the number of the job
 
     def __enter__(self) -> "Jobs":
-        self._previous = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self._previous = {number: signal.signal(number, self._stop) for number in heard}
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:

@@ -66,7 +66,7 @@ class Trials:
         words = {self._states.COMPLETE: "finished", self._states.PRUNED: "pruned"}
         self.outcomes = {_name(at.number): words.get(at.state, "failed") for at in past if at.state.is_finished()}
         self._trials: dict[str, Any] = {}
-        self._reported: dict[str, int] = {}
+        self._reported = {_name(at.number): max(at.intermediate_values, default=0) for at in past}  # up to which step
         self.hopeless: set[str] = set()
 
     def next(self) -> Run | None:
@@ -84,19 +84,15 @@ class Trials:
 
     def is_hopeless(self, run: Run) -> bool:
         """Tells the study what was measured since; whether the trial should end, which is said once."""
-        trial = self._trials[run.name]
-        for step, value in self._measured(run):
-            if step > self._reported.get(run.name, 0):
-                self._reported[run.name] = step
-                trial.report(value, step)
-        if run.name in self.hopeless or not trial.should_prune():
+        self._report(run)
+        if run.name in self.hopeless or not self._trials[run.name].should_prune():
             return False
         self.hopeless.add(run.name)
         return True
 
     def settle(self, run: Run, outcome: str) -> None:
         """Tells the study how a trial ended; one that was only stopped goes on another time."""
-        measured = self._measured(run)
+        measured = self._report(run)
         if outcome == "finished" and not measured:
             outcome = "failed"
         if outcome == "stopped":
@@ -125,9 +121,15 @@ class Trials:
         words = f"best: {point.name}, {self.search.metric} {best.value:.4g} with {fields}"
         return Run(point, self._workdir / point.name), words
 
-    def _measured(self, run: Run) -> list[tuple[int, float]]:
+    def _report(self, run: Run) -> list[tuple[int, float]]:
+        """Tells the study what was measured since, and returns all of it as (step, value)."""
         lines = read_metrics(run.folder)
-        return [(line["step"], line[self.search.metric]) for line in lines if self.search.metric in line]
+        measured = [(line["step"], line[self.search.metric]) for line in lines if self.search.metric in line]
+        for step, value in measured:
+            if step > self._reported.get(run.name, 0):
+                self._reported[run.name] = step
+                self._trials[run.name].report(value, step)
+        return measured
 
 
 def work(trials: Trials, jobs: int) -> str | None:

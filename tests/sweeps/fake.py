@@ -17,7 +17,7 @@ signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 print("trains on", len(os.sched_getaffinity(0)), "core(s), device", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 for step in range(1, steps + 1):
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "eval/loss@16": float(wish) if wish[0].isdigit() else 1.0}) + "\\n")
+        file.write(json.dumps({"step": step, "eval/loss@16": float(wish) if wish[0].isdigit() else 0.1}) + "\\n")
     while (wish == "waits" or wish == "9.0" and step == 1) and not told:
         time.sleep(0.01)
     if told:

@@ -55,7 +55,14 @@ def test_a_command_that_ends_well_without_its_work_has_failed(tmp_path):
     assert one.failure().startswith("evaluate, exit code 1: IsADirectoryError")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def number(request):
+    """A signal that is not ignored, whoever started the tests."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_a_signal_stops_what_runs_and_starts_nothing_more(tmp_path, number):
     runs = [run(tmp_path, "a", "waits"), run(tmp_path, "b", "waits"), run(tmp_path, "c")]
 
@@ -66,13 +73,22 @@ def test_a_signal_stops_what_runs_and_starts_nothing_more(tmp_path, number):
 
     sender = threading.Thread(target=send)
     sender.start()
-    before = signal.getsignal(number)
     assert local.work(runs, runs, 2) == number.name
     sender.join()
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.default_int_handler
     for one in runs[:2]:
         assert (one.folder / "log.txt").read_text().endswith("SIGTERM: saved\n") and one.failure() is None
     assert not runs[2].folder.exists()
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with local.Jobs(1) as jobs:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert jobs.told is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path):

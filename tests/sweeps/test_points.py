@@ -1,5 +1,7 @@
 """Sweep files are read and checked whole; those that ship say what they mean on the command line too."""
 
+import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -15,6 +17,12 @@ from seqpe_jax.sweeps import points
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
 TINY = "from seqpe_jax.sweeps.points import Range, Search, product, zipped\nCONFIG = 'tests/tiny_text.py'\n"
+
+
+@functools.cache
+def shipped(path: pathlib.Path) -> points.SweepFile:
+    with contextlib.chdir(ROOT):
+        return points.read(str(path.relative_to(ROOT)))
 
 
 def written(folder: pathlib.Path, body: str, head: str = TINY) -> str:
@@ -54,7 +62,7 @@ def parsed(arguments: list[str], monkeypatch) -> config.Config:
 def test_a_shipped_sweep_is_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     name = path.relative_to(ROOT)
-    sweep = points.read(str(name))
+    sweep = shipped(path)
     document = path.read_text().split('"""')[1]
     assert f"python -m seqpe_jax.sweep --sweep={name} --workdir=runs/" in document and "Hardware: " in document
     assert sweep.points or sweep.search
@@ -65,7 +73,7 @@ def test_a_shipped_sweep_is_valid(path, monkeypatch):
 
 
 def test_shipped_sweeps_compare_what_they_say():
-    sweeps = {path.stem: points.read(str(path)) for path in SHIPPED}
+    sweeps = {path.stem: shipped(path) for path in SHIPPED}
     for stem in ("extrapolation", "digits"):
         found = {(point.settings.encoding.kind, point.settings.seed) for point in sweeps[stem].points}
         assert len(found) == 21 == len(sweeps[stem].points)

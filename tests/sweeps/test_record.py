@@ -39,7 +39,7 @@ def test_changed_points_are_refused_by_name(tmp_path):
     with pytest.raises(InputError) as refused:
         remember(tmp_path, point("a"), point("b", seed=2, steps=8), point("c", eval__lengths=(32,)), point("d", seed=5))
     words = str(refused.value)
-    assert "'b' (seed: 1 -> 2, steps: 6 -> 8)" in words and "'c' (eval.lengths: [16] -> (32,))" in words
+    assert "'b' (seed: 1 -> 2, steps: 6 -> 8)" in words and "'c' (eval.lengths: (16,) -> (32,))" in words
     assert "'a'" not in words and "'d'" not in words
     assert (tmp_path / "sweep.json").read_bytes() == kept
 
