@@ -106,6 +106,9 @@ class Forked:
     defined: frozenset[str] = frozenset()  # flags that no command has defined
 
     def __init__(self, words: list[str], *, stdout, env: dict[str, str], **_: object):
+        from jax._src import xla_bridge
+
+        assert not xla_bridge.backends_are_initialized(), "the sweep holds the devices that its runs need"
         self.returncode = None
         self._process = os.fork()
         if self._process == 0:
