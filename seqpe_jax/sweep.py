@@ -63,8 +63,8 @@ def main() -> None:
 def _end(runs: list[Run], told: str | None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
     words = f"{sum(not run.left() for run in runs)} of {len(runs)} runs finished"
-    failed = {run: why for run in runs if (why := run.failure())}
-    for run, why in failed.items():
+    failed = [(run, why) for run in runs if (why := run.failure())]
+    for run, why in failed:
         print(f"  failed: {run.name}: {why}  (all of it: {run.folder}/log.txt)")
     if told:
         raise Failure(f"{told}: {words}; the same command goes on")
