@@ -12,10 +12,10 @@ here=$(mktemp -d) policy="" pids=()
 stop() {
   code=$?
   trap - EXIT
-  [ -z "${job:-}" ] || scancel --full --signal=KILL "$job" 2>/dev/null || true
+  [ ${#pids[@]} -eq 0 ] || scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null || true # of this Slurm alone
   [ ${#pids[@]} -eq 0 ] || { sleep 1; kill "${pids[@]}" 2>/dev/null; wait "${pids[@]}" 2>/dev/null; } || true
   [ -z "$policy" ] || rm -f "$policy"
-  if [ $code -ne 0 ]; then tail -n 25 "$here"/*.log "$here"/*.out "$here"/sweep/slurm/* "$here"/sweep/*/log.txt >&2 || true; fi
+  if [ $code -ne 0 ]; then tail -n 25 "$here"/*.log "$here"/*.out "$here"/sweep/slurm/*.err "$here"/sweep/*/log.txt >&2 || true; fi
   rm -rf "$here"
   exit $code
 }
