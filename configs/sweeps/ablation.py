@@ -15,6 +15,13 @@ from seqpe_jax.sweeps.points import product, zipped
 CONFIG = "configs/stdlib_lm.py"
 BUDGET = {"steps": (1200,)}
 VECTORS = {"objective.contrastive.space": ("vectors",)}
+# What is added to tokens, or read as an angle, has no query and key parts.
+MODES = zipped(
+    {
+        "encoding.mode": ("attn_add", "attn_mul", "input_add", "rotary"),
+        "encoding.qk": ("multi", "multi", "none", "none"),
+    }
+)
 
 
 def runs():
@@ -29,7 +36,7 @@ def runs():
         yield f"base_{base}", full | {"encoding.base": base}
     [vectors] = product(BUDGET, VECTORS)
     yield "contrastive_vectors", vectors
-    for mode in product(zipped({"encoding.mode": ("input_add", "attn_add", "attn_mul", "rotary")}), BUDGET, VECTORS):
+    for mode in product(MODES, BUDGET, VECTORS):
         yield f"mode_{mode['encoding.mode']}", mode
     for place in ("global", "coordinate"):
         yield f"digits-place_{place}", {"config": "configs/digits_vit.py", "encoding.place": place}

@@ -6,11 +6,12 @@ import json
 import pathlib
 import sys
 
+import jax
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from seqpe_jax import config
+from seqpe_jax import build, config
 from seqpe_jax.errors import InputError
 from seqpe_jax.sweeps import points
 
@@ -83,6 +84,14 @@ def test_shipped_sweeps_compare_what_they_say():
     assert modes == {"input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"}
     assert {ablation[name].encoding.base for name in ("base_2", "full", "base_16")} == {2, 10, 16}
     assert len(ablation["digits-place_coordinate"].grid) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", shipped(ROOT / "configs/sweeps/ablation.py").points, ids=lambda point: point.name)
+def test_a_model_of_the_ablation_can_be_made(point):
+    data = build.data_of(point.settings)(point.settings, False)
+    shapes = jax.eval_shape(build.make_objective(point.settings, data).init, jax.random.PRNGKey(0))
+    assert shapes["encoding"]
 
 
 def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
