@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs launch/slurm.sbatch under a real Slurm on this machine: Debian's slurm-wlm and munge (installed if absent; needs root and
 # apt) on loopback, with a configuration of their own in a temporary folder. Two processes train a tiny model; the job is
-# requeued in the middle, must go on from its checkpoint and end. Whatever was started is stopped, however this script ends.
-# PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=180 after installing. Exit code 77: apt cannot install them.
+# requeued in the middle, must go on from its checkpoint and end. Then a sweep of two runs does the same as an array of jobs.
+# Whatever was started is stopped, however this script ends.
+# PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=240 after installing. Exit code 77: apt cannot install them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
@@ -11,10 +12,10 @@ here=$(mktemp -d) policy="" pids=()
 stop() {
   code=$?
   trap - EXIT
-  [ -z "${job:-}" ] || scancel --full --signal=KILL "$job" 2>/dev/null || true
+  [ ${#pids[@]} -eq 0 ] || scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null || true # of this Slurm alone
   [ ${#pids[@]} -eq 0 ] || { sleep 1; kill "${pids[@]}" 2>/dev/null; wait "${pids[@]}" 2>/dev/null; } || true
   [ -z "$policy" ] || rm -f "$policy"
-  if [ $code -ne 0 ]; then tail -n 25 "$here"/*.log "$here"/*.out >&2 || true; fi
+  if [ $code -ne 0 ]; then tail -n 25 "$here"/*.log "$here"/*.out "$here"/sweep/slurm/*.err "$here"/sweep/*/log.txt >&2 || true; fi
   rm -rf "$here"
   exit $code
 }
@@ -42,7 +43,7 @@ if ! command -v slurmctld >/dev/null || ! command -v slurmd >/dev/null || ! comm
   { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; } > "$here/apt.log" 2>&1 || exit 77
 fi
 
-deadline=$((SECONDS + ${SECONDS_LEFT:-180})) # installing has no part in it
+deadline=$((SECONDS + ${SECONDS_LEFT:-240})) # installing has no part in it
 echo "== start munged, slurmctld, slurmd"
 mkdir "$here/state" "$here/spool" && (umask 077 && head -c 1024 /dev/urandom > "$here/munge.key")
 port=$((20000 + RANDOM % 10000)) host=$(hostname -s)
@@ -79,3 +80,16 @@ grep -q "2 process(es)" "$here/job.out"
 grep -q "going on from step" "$here/job.out"
 [ -d "$runs/checkpoints/$steps" ]
 echo "== went on after the requeue and ended at step $steps"
+
+printf '%s\n' 'CONFIG = "tests/tiny_text.py:alibi"' 'def runs():' '    for seed in (0, 1):' \
+  '        yield f"seed-{seed}", {"seed": seed, "steps": 120, "checkpoint.every": 10, "data.paths": ("README.md",)}' > "$here/sweep.py"
+runs="$here/sweep/seed-0" job=""
+"$PYTHON" -m seqpe_jax.sweep --sweep="$here/sweep.py" --workdir="$here/sweep" --executor=slurm --slurm=time=10 > "$here/sweep.out" 2>&1 &
+sweep=$! && pids+=("$sweep")
+until_true "checkpoint of the sweep" saved
+job=$(sed -n 's/.*"seed-0": "\(.*\)".*/\1/p' "$here/sweep/slurm/jobs.json")
+echo "== job $job of a sweep is requeued after a checkpoint"
+scontrol requeue "$job"
+wait "$sweep" && unset 'pids[-1]'
+grep "2 of 2 runs finished" "$here/sweep.out"
+grep -q "going on from step" "$runs/log.txt"

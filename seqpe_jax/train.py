@@ -23,7 +23,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, write_config
-from seqpe_jax.runtime.progress import MetricsWriter
+from seqpe_jax.runtime.progress import LOG, MetricsWriter
 from seqpe_jax.training import loop
 
 
@@ -109,7 +109,7 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
 
 def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
     if not (workdir / "config.json").exists():
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(path.name != LOG for path in workdir.iterdir())):
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
         return
     old, new = read_config(workdir), json.loads(json.dumps(config.to_dict(settings)))

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = "tests/tiny_text.py"
@@ -98,10 +100,68 @@ class Commands:
         self._folder.cleanup()
 
 
+class Forked:
+    """Stands for Popen where a forked sweep starts `python -m NAME ...`: a fork of it, which has imported everything."""
+
+    defined: frozenset[str] = frozenset()  # flags that no command has defined
+
+    def __init__(self, words: list[str], *, stdout, env: dict[str, str], **_: object):
+        from jax._src import xla_bridge
+
+        assert not xla_bridge.backends_are_initialized(), "the sweep holds the devices that its runs need"
+        self.returncode = None
+        self._process = os.fork()
+        if self._process == 0:
+            os.setsid()
+            for number in (1, 2):
+                os.dup2(stdout.fileno(), number)
+            os.environ.clear()
+            os.environ.update(env)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _as_if_alone(words[2:])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, status = os.waitpid(self._process, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process, number)
+
+
+def _as_if_alone(words: list[str]) -> None:
+    """Runs a command to its end and ends this process, without a way back into the one that it was forked from."""
+    from absl import flags
+
+    code = 1
+    try:
+        for name in set(flags.FLAGS) - Forked.defined:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def serve() -> None:
     """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
+    from absl import flags
+
     from seqpe_jax import build, command, training  # noqa: F401  imported once, for all forks
     from seqpe_jax.runtime import checkpoint, progress  # noqa: F401
+    from seqpe_jax.sweeps import runs, search  # noqa: F401
+
+    runs.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
 
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)

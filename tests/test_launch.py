@@ -250,3 +250,4 @@ def test_a_job_under_slurm_ends_after_a_requeue(tmp_path):
         pytest.skip("apt cannot install slurm-wlm and munge here")
     assert found.returncode == 0, found.stderr
     assert "went on after the requeue and ended at step" in found.stdout
+    assert "2 of 2 runs finished" in found.stdout

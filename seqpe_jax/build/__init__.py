@@ -339,13 +339,18 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, data_there
             f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over mesh.data x "
             f"mesh.fsdp = {parts}: make it a multiple of {parts * config.optimizer.accumulate}"
         )
-    data = (Images if config.reads_images else Answers if config.asks_questions else Text)(config, data_there)
+    data = data_of(config)(config, data_there)
     check_attention(config, layout.Layout(mesh))
     objective = make_objective(config, data)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
     shapes = jax.eval_shape(_initial(objective, optimizer, config.seed))
     shapes, whole = layout.with_shardings(mesh, shapes)
     return Run(config, mesh, data, objective, optimizer, shapes, tuple(whole))
+
+
+def data_of(config: Config) -> type[Text | Images]:
+    """Returns the class of what a run of a config needs of its data."""
+    return Images if config.reads_images else Answers if config.asks_questions else Text
 
 
 def check_attention(config: Config, used: layout.Layout) -> None:

@@ -14,7 +14,8 @@ from seqpe_jax.models.operands import Operands, plain
 KINDS = ("plain", "blocks", "flash")
 LONGEST_PLAIN = {"cpu": 128}  # queries or keys, beyond which no array of all logits is made; measured on CPU
 LONGEST_PLAIN_ELSEWHERE = 256
-BLOCK = 512  # queries and keys at once, except on CPU
+BLOCK = 512  # queries and keys at once, except on a CPU
+LONG = 4096  # keys from which on a CPU takes as many
 
 Mix = Callable[[Operands], jax.Array]
 
@@ -72,6 +73,8 @@ def automatic_block(operands: Operands, device: Any) -> int:
     if device.platform != "cpu":
         return BLOCK
     batch, _, heads, _ = operands.query.shape
+    if operands.key.shape[1] >= LONG:
+        return BLOCK
     return 64 if batch * heads >= 32 else 128
 
 

@@ -174,8 +174,8 @@ def check_shared(path: pathlib.Path) -> None:
 
 
 def is_lead() -> bool:
-    """Whether this process writes what only one may write."""
-    return jax.process_index() == 0
+    """Whether this process writes what only one may write; asking takes no devices where there is no other process."""
+    return _line is None or jax.process_index() == 0
 
 
 def describe() -> str:

@@ -13,6 +13,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.hosts import is_lead
 
 FILE = "metrics.jsonl"
+LOG = "log.txt"  # what a sweep keeps of the output of a run's commands
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
 
 

@@ -31,9 +31,10 @@ MAY_IMPORT = {
 BELOW_BUILD = set(MAY_IMPORT) - {"command"}
 MAY_IMPORT["build"] = BELOW_BUILD - {"training.loop"}
 MAY_IMPORT["interop"] = BELOW_BUILD - {"training", "training.loop"} | {"build"}
+MAY_IMPORT["sweeps"] = EVERYBODY | {"config", "build", "runtime"}
 # Any other module beside these is a command.
 COMMAND = EVERYBODY | {
-    "command", "build", "config", "training.loop", "generation", "evaluation", "interop", "runtime", "serving",
+    "command", "build", "config", "training.loop", "generation", "evaluation", "interop", "runtime", "serving", "sweeps",
 }  # fmt: skip
 
 # Packages from outside that a room must do without.

@@ -1,0 +1,1 @@
+"""Sweeps: many runs named by one file (points), what has become of them (record, runs), and who runs them."""

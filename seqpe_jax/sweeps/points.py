@@ -1,0 +1,226 @@
+"""Sweep files: named overrides over a config, read and checked before anything runs."""
+
+import dataclasses
+import importlib.util
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from seqpe_jax import config
+from seqpe_jax.config import Config
+from seqpe_jax.errors import InputError, suggest
+
+Overrides = dict[str, Any]
+CHOSEN = ("config", "variant")  # names beside the fields: another config file than the sweep's, a variant of it
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,+-]{0,99}")  # it becomes a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder; config: `FILE.py[:variant]`; overrides: values by dotted field; settings: the whole config.
+    """
+
+    name: str
+    config: str
+    overrides: Overrides
+    settings: Config
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options of `train` that make this config."""
+        return [f"--config={self.config}", *(f"--config.{field}={_word(value)}" for field, value in self.overrides.items())]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, whole where both are; `log`: drawn on a logarithmic scale."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What a sweep file may define as SEARCH: fields to choose, and by which metric.
+
+    Attributes:
+      ranges: field -> `Range`, or a tuple of choices; overrides: of every trial.
+      minimise, maximise: one of them names a metric of validation in metrics.jsonl, e.g. "eval/loss@64".
+      trials: how many runs in all.
+    """
+
+    ranges: Mapping[str, Range | tuple]
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    minimise: str = ""
+    maximise: str = ""
+    trials: int = 20
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return self.minimise or self.maximise
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepFile:
+    """A sweep file that was read: `points` of its `runs()`, `search` as it defines it."""
+
+    path: str
+    config: str
+    points: tuple[Point, ...]
+    search: Search | None
+
+
+def product(*parts: Mapping[str, Iterable[Any]] | Iterable[Overrides]) -> list[Overrides]:
+    """Returns every combination of the parts, the last one changing fastest.
+
+    Args:
+      parts: field -> its values, which are combined with each other too; or overrides, such as `zipped` returns.
+
+    Raises:
+      InputError: a field occurs twice, or its values are no list.
+    """
+    sets: list[list[Overrides]] = []
+    for part in parts:
+        if isinstance(part, Mapping):
+            sets += [[{field: value} for value in _values(field, values)] for field, values in part.items()]
+        else:
+            sets.append([dict(overrides) for overrides in part])
+    found = []
+    for chosen in itertools.product(*sets):
+        fields = [field for overrides in chosen for field in overrides]
+        twice = next((field for field in fields if fields.count(field) > 1), None)
+        if twice is not None:
+            raise InputError(f"product: '{twice}' is in two of the parts: leave it in one")
+        found.append({field: value for overrides in chosen for field, value in overrides.items()})
+    return found
+
+
+def zipped(part: Mapping[str, Iterable[Any]]) -> list[Overrides]:
+    """Returns the first values of all fields, then the second ones, and so on.
+
+    Raises:
+      InputError: fields have different numbers of values, or values are no list.
+    """
+    lists = {field: _values(field, values) for field, values in part.items()}
+    if len({len(values) for values in lists.values()}) > 1:
+        sizes = ", ".join(f"{field} {len(values)}" for field, values in lists.items())
+        raise InputError(f"zipped: every field needs equally many values, got {sizes}")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _values(field: str, values: Iterable[Any]) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(f"'{field}' needs a list of values, got {values!r}: write ({values!r},)")
+    return list(values)
+
+
+def read(path: str) -> SweepFile:
+    """Returns a sweep file with all its points checked.
+
+    Raises:
+      InputError: no such file, a file that does not run or lacks a part, a point whose name or config is wrong.
+    """
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"no sweep file at {path}")
+    spec = importlib.util.spec_from_file_location("seqpe_sweep", path)
+    if spec is None:
+        raise InputError(f"{path} is not a Python file: a sweep file defines CONFIG and runs() (see configs/sweeps)")
+    module = importlib.util.module_from_spec(spec)
+    _told(path, lambda: spec.loader.exec_module(module))
+    base, runs, search = (getattr(module, name, None) for name in ("CONFIG", "runs", "SEARCH"))
+    if not isinstance(base, str) or (runs is None and search is None):
+        raise InputError(f"{path} must define CONFIG = 'configs/NAME.py', and a generator runs() or a SEARCH")
+    points = _told(path, lambda: list(_points(path, base, runs() if runs is not None else ())))
+    if runs is not None and not points:
+        raise InputError(f"{path}: runs() yields nothing: yield (name, overrides) for each run")
+    if search is not None:
+        _told(path, lambda: _check_search(search, base))
+    return SweepFile(path, base, tuple(points), search)
+
+
+def _told(path: str, act: Callable[[], Any]) -> Any:
+    """Does what runs the file's own code; whatever that raises is told with the file's name."""
+    try:
+        return act()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iterator[Point]:
+    seen = set()
+    for run in runs:
+        if not (isinstance(run, tuple) and len(run) == 2 and isinstance(run[1], Mapping)):
+            raise InputError(f"runs() must yield (name, overrides), got {run!r}")
+        name, overrides = run
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise InputError(f"'{name}' cannot name a run: letters, digits and _.=,+- only, at most 100 (of a folder)")
+        if name.casefold() in seen:
+            raise InputError(f"two runs are named '{name}': give each point a name of its own")
+        seen.add(name.casefold())
+        yield make(name, base, overrides)
+
+
+def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
+    """Returns a point with its config read and checked.
+
+    Raises:
+      InputError: no such config, variant or field, or values that do not fit; names the point.
+    """
+    values = dict(overrides)
+    path = values.pop("config", base)
+    if "variant" in values:
+        path = f"{path.partition(':')[0]}:{values.pop('variant')}"
+    for field in values:
+        if field not in config.field_names():
+            known = [*config.field_names(), *CHOSEN]
+            raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, known)}")
+    try:
+        return Point(name, path, values, config.load(path, values))
+    except InputError as error:
+        raise InputError(f"run '{name}': {error}") from error
+
+
+def _check_search(search: Any, base: str) -> None:
+    if not isinstance(search, Search):
+        raise InputError(f"SEARCH must be a seqpe_jax.sweeps.points.Search, got {type(search).__name__}")
+    if bool(search.minimise) == bool(search.maximise):
+        raise InputError("SEARCH needs one metric, either minimise='eval/NAME@LENGTH' or maximise=...")
+    if search.trials < 1 or not search.ranges:
+        raise InputError("SEARCH needs ranges, and trials of at least 1")
+    for field, values in search.ranges.items():
+        if isinstance(values, Range):
+            if not values.low < values.high or (values.log and values.low <= 0):
+                raise InputError(f"SEARCH: the range of '{field}' must rise, and start above 0 if log, got {values}")
+            values = (values.low, values.high)
+        for value in _values(field, values):
+            if not isinstance(value, (bool, int, float, str)):
+                raise InputError(f"SEARCH: choices of '{field}' must be numbers, strings or booleans, got {value!r}")
+            settings = make(f"{field}={value}", base, {**search.overrides, field: value}).settings
+            if not 0 < settings.eval.every <= settings.steps:
+                raise InputError(
+                    f"SEARCH decides by {search.metric}, measured while training: set eval.every in its overrides, at "
+                    f"most steps={settings.steps}"
+                )
+            if settings.reads_images:
+                scales = settings.eval.sizes or settings.data.size[-2:-1]
+            else:
+                scales = settings.eval.lengths or (settings.data.length,)
+            if not re.fullmatch(r"eval/\w+@\d+", search.metric) or int(search.metric.partition("@")[2]) not in scales:
+                known = ", ".join(f"eval/NAME@{scale}" for scale in scales)
+                raise InputError(f"SEARCH: '{search.metric}' is not measured while training. Known: {known}")
+
+
+def _word(value: Any) -> str:
+    """Returns a value as an option of the command line writes it."""
+    if isinstance(value, (tuple, list)):
+        return "(" + "".join(f"{item!r}," for item in value) + ")"
+    return str(value).lower() if isinstance(value, bool) else str(value)

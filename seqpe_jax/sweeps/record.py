@@ -1,0 +1,117 @@
+"""What a sweep's folder remembers of its points, so that a sweep edited after it started mixes nothing up."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.sweeps.points import Point, Range, Search, SweepFile
+
+FILE = "sweep.json"
+
+
+def remember(workdir: str | pathlib.Path, sweep: SweepFile, points: tuple[Point, ...]) -> list[str]:
+    """Writes the points into WORKDIR/sweep.json beside those that are there; returns the names that the sweep has no more.
+
+    Args:
+      points: of the sweep's runs, or of a search so far.
+
+    Raises:
+      InputError: a folder of something else, a damaged record, points or ranges that changed since they were recorded
+        (each named, with the fields).
+    """
+    workdir = pathlib.Path(workdir)
+    kept = _read(workdir)
+    changed = []
+    for point in points:
+        old = kept["points"].get(point.name)
+        if old is not None and (lines := _differences(workdir, point, old)):
+            changed.append(f"'{point.name}' ({', '.join(lines)})")
+    if changed:
+        raise InputError(
+            f"{sweep.path} has changed since {workdir} was begun, in {'; '.join(changed)}: give changed points new names, "
+            "or use a new --workdir"
+        )
+    search = _plain(sweep.search)
+    if kept.get("search") and search:
+        lines = config.difference(kept["search"], search)
+        lines = [line for line in lines if not line.startswith("trials:")]
+        if lines:
+            raise InputError(
+                f"{sweep.path}: SEARCH has changed since {workdir} was begun, in {'; '.join(lines)}: use a new --workdir"
+            )
+    told = {
+        point.name: {
+            "config": point.config, "overrides": point.overrides, "settings": config.to_dict(point.settings)
+        }
+        for point in points
+    }  # fmt: skip
+    gone = [name for name in kept["points"] if name not in told]
+    _write(workdir, {"sweep": sweep.path, "search": search or kept.get("search"), "points": kept["points"] | told})
+    return gone
+
+
+def recorded(workdir: str | pathlib.Path) -> list[Point]:
+    """Returns the points that WORKDIR/sweep.json holds. Raises: InputError: it is damaged."""
+    workdir = pathlib.Path(workdir)
+    return [
+        Point(name, old["config"], old["overrides"], _settings(workdir, name, old))
+        for name, old in _read(workdir)["points"].items()
+    ]
+
+
+def _read(workdir: pathlib.Path) -> dict[str, Any]:
+    path = workdir / FILE
+    if not path.exists():
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise InputError(f"workdir {workdir} holds other things, but no {FILE}: choose a new or empty folder")
+        return {"points": {}}
+    try:
+        kept = json.loads(path.read_bytes())
+        complete = all({"config", "overrides", "settings"} <= point.keys() for point in kept["points"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path} is damaged: remove it, and the points are recorded anew; finished runs stay finished")
+    return kept
+
+
+def _write(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes the record, whole or not at all, with one line for each point."""
+    points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in values["points"].items())
+    head = "".join(f' "{name}": {json.dumps(values[name])},\n' for name in ("sweep", "search"))
+    text = "{\n" + head + ' "points": {\n' + points + "\n }\n}\n"
+    path = workdir / FILE
+    if path.exists() and path.read_text() == text:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _settings(workdir: pathlib.Path, name: str, old: dict[str, Any]) -> config.Config:
+    try:
+        return config.from_dict(old["settings"])
+    except InputError as error:
+        raise InputError(f"{workdir / FILE}: the recorded run '{name}' is none of this version: {error}") from error
+
+
+def _differences(workdir: pathlib.Path, point: Point, old: dict[str, Any]) -> list[str]:
+    before = _settings(workdir, point.name, old)  # fields that a later version added have their defaults
+    return config.difference(config.to_dict(before), config.to_dict(point.settings))
+
+
+def _plain(search: Search | None) -> dict[str, Any] | None:
+    """Returns a search as JSON holds it."""
+    if search is None:
+        return None
+    ranges = {
+        field: dataclasses.asdict(values) if isinstance(values, Range) else list(values)
+        for field, values in search.ranges.items()
+    }
+    values = {name: getattr(search, name) for name in ("minimise", "maximise", "trials")}
+    return json.loads(json.dumps(values | {"ranges": ranges, "overrides": dict(search.overrides)}))

@@ -1,0 +1,239 @@
+"""One run of a sweep: its commands, what its folder says of it, and its commands at work."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from subprocess import DEVNULL, STDOUT, Popen
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.runtime.progress import FILE as METRICS
+from seqpe_jax.runtime.progress import LOG
+from seqpe_jax.sweeps.points import Point
+
+FAILED = "== failed: "  # begins the last line of the log of a run that failed
+SAID = 300  # characters of a last line that are told
+OWN_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm warns all processes of a job; the commands are told by SIGTERM alone
+
+Command = tuple[str, list[str]]  # its name, its words
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A point and the folder that its run has.
+
+    Attributes:
+      evaluated: whether it is evaluated after training.
+    """
+
+    point: Point
+    folder: pathlib.Path
+    evaluated: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the point."""
+        return self.point.name
+
+    @property
+    def steps(self) -> int:
+        """To train."""
+        return self.point.settings.steps
+
+    @property
+    def train(self) -> Command:
+        """The training command; again, it goes on."""
+        words = [sys.executable, "-m", "seqpe_jax.train", *self.point.arguments, f"--workdir={self.folder}"]
+        return "train", words
+
+    @property
+    def evaluate(self) -> Command:
+        """The command that evaluates what was trained."""
+        words = [sys.executable, "-m", "seqpe_jax.evaluate", f"--checkpoint={self.folder}"]
+        return "evaluate", [*words, f"--output={self.folder / 'evaluation.json'}"]
+
+    def left(self) -> list[Command]:
+        """Returns the commands that it still needs."""
+        if not (self.folder / "checkpoints" / str(self.steps)).is_dir():  # it has that name only when it is whole
+            return [self.train, self.evaluate] if self.evaluated else [self.train]
+        return [] if not self.evaluated or self._is_evaluated() else [self.evaluate]
+
+    def _is_evaluated(self) -> bool:
+        """Whether evaluation.json is of the last step, and newer than all that it depends on."""
+        path = self.folder / "evaluation.json"
+        try:
+            written = path.stat().st_mtime_ns
+            older = all((self.folder / name).stat().st_mtime_ns < written for name in (METRICS, "config.json"))
+            return older and json.loads(path.read_bytes()).get("step") == self.steps
+        except (FileNotFoundError, ValueError, AttributeError):
+            return False  # evaluate writes it anew
+
+    def fail(self, words: str) -> None:
+        """Notes in the log that the run failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOG).open("a") as log:
+            log.write(f"{FAILED}{words}\n")
+
+    def failure(self) -> str | None:
+        """Returns the last line of a run that failed, else None."""
+        if not self.left():
+            return None
+        last = _last_line(self.folder / LOG)
+        return last.removeprefix(FAILED) if last.startswith(FAILED) else None
+
+    def steps_done(self) -> int:
+        """Returns the last step that metrics.jsonl reports, 0 without one."""
+        lines = _tail(self.folder / METRICS).splitlines(keepends=True)
+        for line in reversed(lines):
+            if line.endswith("\n"):
+                found = re.match(r'\{"step": (\d+)', line)
+                return min(int(found[1]), self.steps) if found else 0
+        return 0
+
+
+class Busy(Exception):
+    """The run is at work already, begun by another sweep or by one that was killed."""
+
+
+class Attempt:
+    """A run's commands at work, one after another, with their output in the run's log.
+
+    The log is locked as long as this process or a command lives: a command outlives a sweep that was killed, and the next
+    sweep waits for it.
+    """
+
+    def __init__(self, run: Run, *, cores: Iterable[int] | None = None, environment: dict[str, str] | None = None):
+        """Begins.
+
+        Args:
+          cores: the commands run on these alone; None = on all.
+          environment: variables added for the commands.
+
+        Raises:
+          Busy: another process has the lock.
+          InputError: the folder or the log cannot be written.
+        """
+        self.run = run
+        self.told = False  # to stop: what ends then has not failed
+        self._cores, self._environment = cores, environment or {}
+        self._commands = run.left()
+        self._process: Popen | None = None
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            self._log = (run.folder / LOG).open("ab")
+        except OSError as error:
+            raise InputError(f"the log of run '{run.name}' cannot be written: {error}") from error
+        if not _lock(self._log.fileno()):
+            self._log.close()
+            raise Busy
+        self._next()
+
+    def _next(self) -> None:
+        self._name, words = self._commands.pop(0)
+        self._say(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(words)}")
+        self._began = self._log.tell()
+        with _inherited(self._cores):
+            self._process = Popen(
+                words, stdin=DEVNULL, stdout=self._log, stderr=STDOUT,
+                env={**os.environ, **self._environment}, start_new_session=True,  # Ctrl-C reaches the sweep alone
+            )  # fmt: skip
+        if self.told:  # meanwhile, by a signal's handler
+            self.stop()
+
+    def poll(self) -> str | None:
+        """Returns what became of the run, "finished", "failed" or "stopped"; None while it is at work."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        if code == 0 and self._commands and not self.told:
+            self._next()
+            return None
+        if not self.run.left():
+            outcome = "finished"
+        elif self.told:
+            outcome = "stopped"
+        else:
+            outcome = "failed"
+            self.run.fail(self._reason(code))
+        self._log.close()
+        return outcome
+
+    def _reason(self, code: int) -> str:
+        with (self.run.folder / LOG).open("rb") as log:
+            log.seek(self._began)
+            said = _lines(log.read().decode(errors="replace"))
+        last = said[-1][:SAID] if said else "it said nothing"
+        if code < 0:
+            return f"{self._name} was killed by {signal.Signals(-code).name}; its last line: {last}"
+        if code == 0:
+            return f"{self._name} ended well, but step {self.run.steps} is not there; its last line: {last}"
+        return f"{self._name}, exit code {code}: {last}"
+
+    def stop(self, *, send: bool = True) -> None:
+        """Asks the command to save and end (SIGTERM), unless somebody else has done so; asked again, it ends at once."""
+        self.told = True
+        if send and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def _say(self, words: str) -> None:
+        self._log.write((words + "\n").encode())
+        self._log.flush()
+
+
+def is_busy(run: Run) -> bool:
+    """Whether some process works on the run."""
+    try:
+        with (run.folder / LOG).open("r+b") as log:
+            return not _lock(log.fileno())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _inherited(cores: Iterable[int] | None) -> Iterator[None]:
+    """What a process started here inherits: its cores, and no ear for the signals that mean this process."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in OWN_SIGNALS}
+    own = os.sched_getaffinity(0) if cores is not None else None
+    try:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        yield
+    finally:
+        if own is not None:
+            os.sched_setaffinity(0, own)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tail(path: pathlib.Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _last_line(path: pathlib.Path) -> str:
+    said = _lines(_tail(path))
+    return said[-1] if said else ""

@@ -1,0 +1,160 @@
+"""Sweep files are read and checked whole; those that ship say what they mean on the command line too."""
+
+import contextlib
+import functools
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from seqpe_jax import build, config
+from seqpe_jax.errors import InputError
+from seqpe_jax.sweeps import points
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+TINY = "from seqpe_jax.sweeps.points import Range, Search, product, zipped\nCONFIG = 'tests/tiny_text.py'\n"
+
+
+@functools.cache
+def shipped(path: pathlib.Path) -> points.SweepFile:
+    with contextlib.chdir(ROOT):
+        return points.read(str(path.relative_to(ROOT)))
+
+
+def written(folder: pathlib.Path, body: str, head: str = TINY) -> str:
+    path = folder / "sweep.py"
+    path.write_text(head + body)
+    return str(path)
+
+
+def yielding(*runs: str) -> str:
+    return "def runs():\n" + "".join(f"    yield {run}\n" for run in runs)
+
+
+def test_product_combines_and_zipped_goes_together():
+    found = points.product({"a": (1, 2)}, points.zipped({"b": (3, 4), "c": (5, 6)}))
+    assert found == [
+        {"a": 1, "b": 3, "c": 5}, {"a": 1, "b": 4, "c": 6}, {"a": 2, "b": 3, "c": 5}, {"a": 2, "b": 4, "c": 6},
+    ]  # fmt: skip
+    assert points.product({"a": (1, 2), "b": (3, 4)})[1] == {"a": 1, "b": 4}
+    with pytest.raises(InputError, match="'a' is in two"):
+        points.product({"a": (1,)}, points.zipped({"a": (2,)}))
+    with pytest.raises(InputError, match="a 2, b 1"):
+        points.zipped({"a": (1, 2), "b": (3,)})
+    with pytest.raises(InputError, match="needs a list"):
+        points.product({"variant": "rotary"})
+
+
+def parsed(arguments: list[str], monkeypatch) -> config.Config:
+    """The config that `train` reads from its options."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    values(sys.argv)
+    return config.parse(values.config)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_sweep_is_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name = path.relative_to(ROOT)
+    sweep = shipped(path)
+    document = path.read_text().split('"""')[1]
+    assert f"python -m seqpe_jax.sweep --sweep={name} --workdir=runs/" in document and "Hardware: " in document
+    assert sweep.points or sweep.search
+    settings = [json.dumps(config.to_dict(point.settings)) for point in sweep.points]
+    assert len(set(settings)) == len(settings), "two runs of the sweep are the same"
+    for point in sweep.points[:: max(1, len(sweep.points) // 6)]:
+        assert parsed(point.arguments, monkeypatch) == point.settings
+
+
+def test_shipped_sweeps_compare_what_they_say():
+    sweeps = {path.stem: shipped(path) for path in SHIPPED}
+    for stem in ("extrapolation", "digits"):
+        found = {(point.settings.encoding.kind, point.settings.seed) for point in sweeps[stem].points}
+        assert len(found) == 21 == len(sweeps[stem].points)
+    ablation = {point.name: point.settings for point in sweeps["ablation"].points}
+    assert ablation["no_contrastive"].objective.contrastive.weight == 0 < ablation["full"].objective.contrastive.weight
+    modes = {settings.encoding.mode for settings in ablation.values()}
+    assert modes == {"input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"}
+    assert {ablation[name].encoding.base for name in ("base_2", "full", "base_16")} == {2, 10, 16}
+    assert len(ablation["digits-place_coordinate"].grid) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", shipped(ROOT / "configs/sweeps/ablation.py").points, ids=lambda point: point.name)
+def test_a_model_of_the_ablation_can_be_made(point):
+    data = build.data_of(point.settings)(point.settings, False)
+    shapes = jax.eval_shape(build.make_objective(point.settings, data).init, jax.random.PRNGKey(0))
+    assert shapes["encoding"]
+
+
+def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = {
+        "variant": "alibi", "steps": 7, "optimizer.learning_rate": 1e-3, "optimizer.clip": 2, "model.scan": True,
+        "report.tensorboard": False, "eval.lengths": (16,), "data.paths": ("a b", "c"), "data.cache_dir": "it's",
+    }  # fmt: skip
+    sweep = points.read(written(tmp_path, yielding(f"('one', {overrides!r})")))
+    [point] = sweep.points
+    assert point.settings.encoding.kind == "alibi" and point.settings.data.paths == ("a b", "c")
+    assert point.settings.eval.lengths == (16,) and point.settings.model.scan
+    assert parsed(point.arguments, monkeypatch) == point.settings
+
+
+def test_a_point_may_have_another_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    body = yielding("('digits', {'config': 'configs/digits_vit.py', 'variant': 'none'})", "('text', {})")
+    digits, text = points.read(written(tmp_path, body)).points
+    assert digits.config == "configs/digits_vit.py:none" and text.config == "tests/tiny_text.py"
+
+
+@pytest.mark.parametrize("body,words", [
+    ("runs = 3\n", ["TypeError"]),
+    ("", ["must define CONFIG"]),
+    ("def runs(:\n", ["SyntaxError"]),
+    ("def runs():\n    yield from 1 / 0\n", ["ZeroDivisionError"]),
+    ("def runs():\n    yield from ()\n", ["yields nothing"]),
+    (yielding("{}"), ["must yield (name, overrides)", "{}"]),
+    (yielding("('a/b', {})"), ["'a/b' cannot name a run"]),
+    (yielding("('..', {})"), ["'..' cannot name a run"]),
+    (yielding("('a', {})", "('b', {})", "('a', {'seed': 1})"), ["two runs are named 'a'"]),
+    (yielding("('a', {})", "('b', {'model.widht': 4})"), ["run 'b'", "'model.widht'", "'model.width'"]),
+    (yielding("('a', {'varant': 'rotary'})"), ["run 'a'", "'varant'", "'variant'"]),
+    (yielding("('a', {'variant': 'rotory'})"), ["run 'a'", "'rotory'", "'rotary'"]),
+    (yielding("('a', {'model.dropout': 1.5})"), ["run 'a'", "at most 1", "1.5"]),
+    (yielding("('a', {'steps': 'many'})"), ["run 'a'", "steps", "'many'"]),
+    (yielding("('a', {'config': 'configs/nothing.py'})"), ["run 'a'", "configs/nothing.py"]),
+    ("SEARCH = Search({'seed': (0, 1)})\n", ["minimise"]),
+    ("SEARCH = Search({}, minimise='eval/loss@16')\n", ["ranges"]),
+    ("SEARCH = Search({'seed': Range(3, 3)}, minimise='eval/loss@16')\n", ["must rise"]),
+    ("SEARCH = Search({'steps': Range(0, 3, log=True)}, minimise='eval/loss@16')\n", ["above 0"]),
+    ("SEARCH = Search({'sead': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["'sead'", "'seed'"]),
+    ("SEARCH = Search({'seed': (0, 1)}, minimise='eval/loss@16')\n", ["eval.every"]),
+    ("SEARCH = Search({'seed': ((0,), 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["must be numbers"]),
+    ("SEARCH = Search({'seed': (0, -1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["seed", "at least 0"]),
+    ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@17')\n", ["eval/NAME@16"]),
+    ("SEARCH = 3\n", ["Search", "int"]),
+])  # fmt: skip
+def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError) as refused:
+        points.read(written(tmp_path, body))
+    assert str(refused.value).startswith(str(tmp_path))
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_what_is_no_sweep_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no sweep file at"):
+        points.read(str(tmp_path / "none.py"))
+    (tmp_path / "list.txt").write_text("a, b")
+    with pytest.raises(InputError, match="not a Python file"):
+        points.read(str(tmp_path / "list.txt"))
+    with pytest.raises(InputError, match="must define CONFIG"):
+        points.read(written(tmp_path, yielding("('a', {})"), head=""))

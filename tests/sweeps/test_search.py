@@ -1,0 +1,97 @@
+"""A search keeps its trials: hopeless ones are stopped, ones cut short go on, the best is known."""
+
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.sweeps import search
+from seqpe_jax.sweeps.points import Range, Search, SweepFile
+from tests.sweeps.fake import FakeRun
+
+optuna = pytest.importorskip("optuna")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+OVERRIDES = {"eval.every": 1, "steps": 3, "data.paths": ("x",)}
+
+
+def sweep(trials: int, **given) -> SweepFile:
+    given = {"ranges": {"seed": Range(0, 99)}, "minimise": "eval/loss@16"} | given
+    search = Search(overrides=OVERRIDES, trials=trials, **given)
+    return SweepFile("sweep.py", f"{ROOT}/tests/tiny_text.py:alibi", (), search)
+
+
+@pytest.fixture
+def wishes(monkeypatch):
+    """What the trials measure, in turn; each asks once."""
+    found: dict[str, str] = {}
+
+    def made(point, folder, evaluated=True):
+        return FakeRun(point, folder, evaluated=evaluated, wish=found.get(point.name, "0.5"))
+
+    monkeypatch.setattr(search, "Run", made)
+    monkeypatch.setattr(search, "LOOK", 0.05)
+    return found
+
+
+def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypatch):
+    monkeypatch.setattr(search, "UNPRUNED", 2)
+    wishes |= {"trial-000": "0.75", "trial-001": "0.25", "trial-002": "9.0", "trial-003": "fails", "trial-004": "0.5"}
+    trials = search.Trials(tmp_path / "sweep", sweep(5))
+    assert search.work(trials, 1) is None
+    assert list(trials.outcomes.values()) == ["finished", "finished", "pruned", "failed", "finished"]
+    assert (tmp_path / "sweep" / "trial-002" / "log.txt").read_text().endswith("SIGTERM: saved\n")
+    run, words = trials.best()
+    assert run.name == "trial-001" and words.startswith("best: trial-001, eval/loss@16 0.25 with seed=")
+    assert run.evaluated and run.point.settings.seed == run.point.overrides["seed"]
+
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").glob("*/log.txt")}
+    again = search.Trials(tmp_path / "sweep", sweep(6))
+    assert again.outcomes == trials.outcomes and search.work(again, 1) is None
+    assert list(again.outcomes) == [f"trial-00{number}" for number in range(6)]
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
+    wishes |= {"trial-000": "waits"}
+    trials = search.Trials(tmp_path, sweep(2))
+
+    def send():
+        while not (tmp_path / "trial-000" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert search.work(trials, 1) == "SIGTERM" and trials.outcomes == {}
+    sender.join()
+    with pytest.raises(Failure, match="0 of 2 trials ended"):
+        trials.best()
+    seed = {at.number: at.params for at in trials._study.get_trials()}[0]["seed"]
+
+    wishes.clear()
+    again = search.Trials(tmp_path, sweep(2))
+    assert search.work(again, 1) is None and again.outcomes == {"trial-000": "finished", "trial-001": "finished"}
+    assert again._study.get_trials()[0].params == {"seed": seed}
+
+
+@pytest.mark.parametrize("given,word", [
+    ({"minimise": "eval/los@16"}, "'loss'"),
+    ({"minimise": "", "maximise": "eval/top1@16"}, "not measured"),
+])  # fmt: skip
+def test_a_metric_that_is_not_measured_is_refused(given, word, tmp_path):
+    with pytest.raises(InputError, match=word):
+        search.Trials(tmp_path / "sweep", sweep(2, **given))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_without_optuna_or_a_search_one_line_says_so(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="sweep.py defines no SEARCH"):
+        search.check(SweepFile("sweep.py", "x", (), None))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match="pip install optuna"):
+        search.check(sweep(2))

@@ -1,0 +1,175 @@
+"""The command: a sweep that is killed goes on, finished work is not repeated, bad input is told before anything runs."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import time
+
+import pytest
+
+from tests.commands import Commands
+from tests.training.test_commands import refused
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("".join(f"line {number:4d} of text\n" for number in range(300)))
+    return path
+
+
+def sweep_file(folder: pathlib.Path, text: pathlib.Path, axes: str, **fields) -> pathlib.Path:
+    """A sweep of alibi and rotary on the tiny config, unless the axes say something else."""
+    path = folder / "sweep.py"
+    common = {"data.paths": (str(text),), "steps": 4, "eval.lengths": (16,)} | fields
+    path.write_text(
+        "from seqpe_jax.sweeps.points import Search, Range, product\n"
+        "CONFIG = 'tests/tiny_text.py:alibi'\n"
+        f"COMMON = {common!r}\n"
+        "def runs():\n"
+        f"    for point in product({axes}):\n"
+        "        yield '-'.join(map(str, point.values())), COMMON | point\n"
+    )
+    return path
+
+
+def log(workdir: pathlib.Path, name: str) -> list[str]:
+    return [line for line in (workdir / name / "log.txt").read_text().splitlines() if line.startswith("== 20")]
+
+
+def until(what) -> None:
+    deadline = time.monotonic() + 300
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_sweep_goes_on_and_repeats_nothing(commands, text, tmp_path):
+    workdir = tmp_path / "sweep"
+    path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary'), 'seed': (0, 1)}")
+    arguments = [f"--sweep={path}", f"--workdir={workdir}"]
+    running = commands.start("sweep", *arguments)
+    until(lambda: (workdir / "alibi-1" / "log.txt").exists())
+    os.kill(running.process, signal.SIGKILL)
+    assert commands.wait(running).code == -signal.SIGKILL
+    done = {file: file.stat().st_mtime_ns for file in (workdir / "alibi-0").glob("*.json*")}
+    assert len(done) == 3 and not (workdir / "rotary-0").exists()
+
+    result = commands("sweep", *arguments, "--jobs=2")
+    assert result.code == 0, result.out + result.err
+    assert "4 runs" in result.out and "2 at a time" in result.out and "4 of 4 runs finished" in result.out
+    assert {file: file.stat().st_mtime_ns for file in done} == done and len(log(workdir, "alibi-0")) == 2
+    for name in ("alibi-0", "alibi-1", "rotary-0", "rotary-1"):
+        lines = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+        assert json.loads((workdir / name / "evaluation.json").read_text())["step"] == 4
+    assert len(log(workdir, "rotary-1")) == 2
+
+    before = {file: file.stat().st_mtime_ns for file in workdir.rglob("*") if file.is_file()}
+    again = commands("sweep", *arguments)
+    assert again.code == 0 and "0 to do" in again.out
+    assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*") if file.is_file()} == before
+
+    report = commands("report", f"--workdir={workdir}", f"--output={tmp_path / 'report'}")
+    assert report.code == 0, report.err
+    for kind in ("alibi", "rotary"):
+        results = [json.loads((workdir / f"{kind}-{seed}" / "evaluation.json").read_text()) for seed in (0, 1)]
+        mean = sum(result["results"][0]["bits_per_byte"] for result in results) / 2
+        row = next(line for line in report.out.splitlines() if line.startswith(f"| {kind}"))
+        assert f"{mean:.3f}" in row and "±" in row
+
+
+def test_a_stopped_sweep_has_saved_and_a_failed_run_is_retried_alone(commands, text, tmp_path):
+    workdir, missing = tmp_path / "sweep", tmp_path / "later.txt"
+    path = sweep_file(tmp_path, text, "{'seed': (0, 1)}", steps=3000, **{"checkpoint.every": 10000})
+    path.write_text(path.read_text().replace("yield ", "point |= {'data.paths': (%r,)} if point['seed'] else {}; yield ")
+                    .replace("'-'.join(map(str, point.values()))", "'ab'[point['seed']]") % str(missing))  # fmt: skip
+    arguments = [f"--sweep={path}", f"--workdir={workdir}", "--jobs=2"]
+    running = commands.start("sweep", *arguments)
+    until(lambda: (workdir / "b" / "log.txt").exists() and "== failed" in (workdir / "b" / "log.txt").read_text())
+    until(lambda: (workdir / "a" / "metrics.jsonl").exists() and (workdir / "a" / "metrics.jsonl").read_text())
+    os.kill(running.process, signal.SIGTERM)
+    stopped = commands.wait(running)
+    assert stopped.code == 1 and "SIGTERM: 0 of 2 runs finished" in stopped.err, stopped.out + stopped.err
+    assert "SIGTERM at step" in (workdir / "a" / "log.txt").read_text()
+    assert list((workdir / "a" / "checkpoints").glob("[0-9]*"))
+
+    refused_run = commands("sweep", *arguments, "--only=b")
+    assert refused_run.code == 1 and "1 failed before, 0 to do" in refused_run.out
+    assert "failed: b: train, exit code 2: error: data.paths" in refused_run.out and "--retry-failed" in refused_run.err
+    missing.write_text("a line of text\n" * 200)
+    before = (workdir / "a" / "log.txt").read_bytes()
+    running = commands.start("sweep", *arguments, "--retry-failed")
+    until(lambda: (workdir / "b" / "metrics.jsonl").exists() and (workdir / "b" / "metrics.jsonl").read_text())
+    os.kill(running.process, signal.SIGTERM)
+    assert commands.wait(running).code == 1 and (workdir / "a" / "log.txt").read_bytes() == before
+
+
+def test_a_search_runs_its_trials_and_evaluates_the_best(commands, text, tmp_path):
+    pytest.importorskip("optuna")
+    workdir, path = tmp_path / "search", sweep_file(tmp_path, text, "{'seed': (0,)}", **{"eval.every": 2})
+    ranges = "{'optimizer.learning_rate': Range(1e-4, 1e-2, log=True)}"
+    path.write_text(path.read_text() + f"SEARCH = Search({ranges}, COMMON, minimise='eval/loss@16', trials=3)\n")
+    result = commands("sweep", f"--sweep={path}", f"--workdir={workdir}", "--executor=optuna", "--jobs=2")
+    assert result.code == 0, result.out + result.err
+    names = [f"trial-{number:03d}" for number in range(3)]
+    last = {}
+    for name in names:
+        lines = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+        last[name] = [line["eval/loss@16"] for line in lines if "eval/loss@16" in line][-1]
+    best = min(last, key=last.get)
+    assert f"best: {best}, eval/loss@16 {last[best]:.4g} with optimizer.learning_rate=" in result.out
+    assert [name for name in names if (workdir / name / "evaluation.json").exists()] == [best]
+
+
+def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
+    result = commands("sweep", "--sweep=configs/sweeps/extrapolation.py", f"--workdir={tmp_path / 'x'}", "--executor=print")
+    lines = [shlex.split(line) for line in result.out.splitlines()]
+    assert result.code == 0 and len(lines) == 42 and not (tmp_path / "x").exists()
+    assert {words[2] for words in lines} == {"seqpe_jax.train", "seqpe_jax.evaluate"}
+    path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary')}", steps=1)
+    printed = commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'a b'}", "--executor=print", "--only=rotary")
+    for line in printed.out.splitlines():
+        python, _, module, *words = shlex.split(line)
+        assert pathlib.Path(python).exists()
+        done = commands(module.removeprefix("seqpe_jax."), *words)
+        assert done.code == 0, done.err
+    assert json.loads((tmp_path / "a b" / "rotary" / "evaluation.json").read_text())["encoding"] == "rotary"
+
+
+@pytest.mark.parametrize("options,words", [
+    (["--sweep=configs/sweeps/none.py"], ["no sweep file at configs/sweeps/none.py"]),
+    (["--executor=slurn"], ["executor", "slurn"]),
+    (["--jobs=0"], ["jobs"]),
+    (["--only=alibi,rotory"], ["'rotory'", "'rotary'"]),
+    (["--slurm=partition=x"], ["--executor=slurm"]),
+    (["--executor=optuna"], ["defines no SEARCH"]),
+    (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--only=a"], ["--only"]),
+    (["--sweep=configs/sweeps/search.py"], ["no runs()", "--executor=optuna"]),
+])  # fmt: skip
+def test_bad_options_are_refused(commands, text, tmp_path, options, words):
+    path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary')}")
+    refused(commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'x'}", *options), *words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_wrong_point_is_refused_before_anything_runs(commands, text, tmp_path):
+    path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotory')}")
+    refused(commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'x'}"), "run 'rotory'", "'rotary'")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear reader")
+    path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary')}")
+    refused(commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'full'}"), "holds other things")
+    assert not (tmp_path / "x").exists() and len(list((tmp_path / "full").iterdir())) == 1
