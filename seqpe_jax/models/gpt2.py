@@ -9,6 +9,7 @@ from seqpe_jax.encodings.signal import PositionSignal, fit_batch
 from seqpe_jax.models.attention import Cache, position_logits
 from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
+
 class GPT2(nn.Module):
     """A causal language model with tied embeddings (Radford et al. 2019).
 

@@ -50,7 +50,8 @@ def chosen(device, operands, kind="auto", block=0, **fields):
     [
         (CPU, {"length": 1, "keys": 4096}, "plain"),
         (CPU, {"length": choice.LONGEST_PLAIN["cpu"]}, "plain"),
-        (CPU, {"length": 65536}, "blocks 128"),
+        (CPU, {"length": 2048}, "blocks 128"),
+        (CPU, {"length": 65536}, "blocks 512"),
         (TPU, {"length": 197, "causal": False}, "plain"),
         (TPU, {"length": 512, "features": 64, "drop": True}, "tpu"),
         (TPU, {"length": 511, "keys": 1024, "dtype": jnp.float32}, "tpu"),
