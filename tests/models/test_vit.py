@@ -137,7 +137,7 @@ def test_recomputation_changes_nothing(remat, params):
 
 def block_of(rate: float) -> Block:
     return Block(
-        WIDTH, HEADS, WIDTH, 1, 0.0, 0.0, "gelu", 1e-6, 0.5, jnp.float32, 0, causal=False, scale_residual=False,
+        WIDTH, HEADS, WIDTH, 1, 0.0, 0.0, "gelu", 1e-6, 0.5, jnp.float32, "auto", 0, causal=False, scale_residual=False,
         drop_path=rate,
     )  # fmt: skip
 
