@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from seqpe_jax import build, command, config
 from seqpe_jax.build.aot import compile_step, devices_of
-from seqpe_jax.evaluation.tables import markdown
+from seqpe_jax.evaluation.tables import markdown_of
 from seqpe_jax.runtime import mesh as layout
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
@@ -32,7 +32,6 @@ def main() -> None:
     run = build.build(config.parse(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
     print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {run.mesh.size} device(s): one to several minutes", flush=True)
     found = {"topology": _TOPOLOGY.value} | compile_step(run)
-    print(table(found))
     if _OUTPUT.value:
         path = pathlib.Path(_OUTPUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +39,7 @@ def main() -> None:
         part.write_text(json.dumps(found, indent=1) + "\n")
         part.replace(path)
         print(f"written: {path}")
+    print(table(found))
     if short := found["memory"]["shortfall"]:
         print(
             f"does not fit: {short:,} bytes short on each device; split parameters over more devices (mesh.fsdp), take "
@@ -58,11 +58,11 @@ def table(found: dict) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
     lines = [
         f"{found['topology']}: {found['devices']} device(s) ({found['chip']}), {axes}",
-        markdown(["memory of a device", "MiB", f"of {memory['hbm'] / 2**30:.2f} GiB"], rows),
+        markdown_of(["memory of a device", "MiB", f"of {memory['hbm'] / 2**30:.2f} GiB"], rows),
     ]
     if found["collectives"] is not None:
         sent = [[kind, str(one["count"]), f"{one['bytes'] / 2**20:,.2f}"] for kind, one in found["collectives"].items()]
-        lines.append(markdown(["a step sends", "times", "MiB of a device"], sent or [["nothing", "0", "0"]]))
+        lines.append(markdown_of(["a step sends", "times", "MiB of a device"], sent or [["nothing", "0", "0"]]))
     if found["open_loops"]:
         lines.append(f"{found['open_loops']} loop(s) with collectives turn as often as the data ask: counted for one turn")
     if found["whole"]:

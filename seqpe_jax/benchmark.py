@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from seqpe_jax import command, config
 from seqpe_jax.build.benchmarks import benchmark
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation.tables import markdown
+from seqpe_jax.evaluation.tables import markdown_of
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.progress import ProgressLine
 
@@ -71,7 +71,7 @@ def table(found: dict) -> str:
     ]  # fmt: skip
     header = ["encoding", "median ms", "10th .. 90th", "per second", "MFU", "MB", "encoding alone"]
     lines = [f"{pair}: time {ratio['time']:.3f}, memory {ratio['memory']:.3f}" for pair, ratio in found["ratios"].items()]
-    return f"{found['device']}, {_MODE.value}\n" + markdown(header, rows) + "\n".join(lines)
+    return f"{found['device']}, {_MODE.value}\n" + markdown_of(header, rows) + "\n".join(lines)
 
 
 if __name__ == "__main__":

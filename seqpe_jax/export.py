@@ -128,7 +128,7 @@ def measured(checkpoint: str, data: Text | Images) -> str:
         shown = [name for name in data.measured if all(name in result for result in found.results)]
         rows = [[result["label"], *(tables.number(result[name]) for name in shown)] for result in found.results]
         where = f"{found.evaluation.get('split', 'test')} split, step {found.evaluation.get('step', '?')}"
-        lines.append(f"\nOn the {where}:\n\n" + tables.markdown([data.scale_field, *shown], rows))
+        lines.append(f"\nOn the {where}:\n\n" + tables.markdown_of([data.scale_field, *shown], rows))
     return "".join(lines)
 
 

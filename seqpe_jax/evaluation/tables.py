@@ -96,6 +96,11 @@ def markdown(table: Table) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def markdown_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns the markdown table of cells that are words already."""
+    return markdown(Table("", header, [[Cell(text) for text in row] for row in rows]))
+
+
 def number(value: float, decimals: int = 3) -> str:
     """Returns a value with so many decimals, or in short where it is too large for them to matter."""
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.3g}"
