@@ -19,7 +19,7 @@ from seqpe_jax import command, config, serving
 from seqpe_jax.build import Images, Params, Run, Text, saved
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation import report, tables
+from seqpe_jax.evaluation import runs, tables
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.checkpoint import read_config, write_config
 from seqpe_jax.runtime.progress import ProgressLine
@@ -120,7 +120,7 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
 
 def measured(checkpoint: str, data: Text | Images) -> str:
     """Returns what a run's metrics.jsonl and evaluation.json say, markdown, or "". Raises: InputError: unreadable."""
-    found, lines = report.read_run(pathlib.Path(checkpoint)), []
+    found, lines = runs.read_run(pathlib.Path(checkpoint)), []
     last = {name: (line[name], line["step"]) for line in found.metrics for name in line if name not in ("step", "time")}
     for name in sorted(name for name in last if name == "train/loss" or name.startswith("eval/")):
         lines.append(f"- {name}: {last[name][0]:.4g} (step {last[name][1]:,})\n")

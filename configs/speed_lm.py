@@ -1,0 +1,45 @@
+"""The language model whose speed the README tells: 4 layers of width 256 on windows of 512 bytes, both losses of SeqPE on.
+
+    python -m seqpe_jax.benchmark --config=configs/speed_lm.py --compare=seqpe,rotary
+    python -m seqpe_jax.benchmark --config=configs/speed_lm.py --compare=seqpe,rotary --mode=eval \
+        --config.data.length=8192 --config.batch_size=1
+
+Hardware: two CPU cores; a step takes one to two seconds. It is made to be timed, not to be trained to an end.
+Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
+"""
+
+from seqpe_jax.config import defaults, with_encoding
+
+
+def get_config(variant=None):
+    c = defaults()
+    c.steps = 1000
+    c.batch_size = 8
+    c.data.name = "stdlib_text"
+    c.data.length = 512
+    c.eval.lengths = (512, 8192, 65536)
+    c.eval.tokens = 65536
+    c.checkpoint.every = 500
+
+    c.model.layers = 4
+    c.model.width = 256
+    c.model.heads = 4
+    c.model.dropout = 0.0
+    c.model.attention_dropout = 0.0
+    c.model.embedding_dropout = 0.0
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 100
+    c.optimizer.clip = 1.0
+
+    c.encoding.max_position = 100_000
+    c.encoding.width = 256
+    c.encoding.heads = 4
+    c.encoding.dropout = 0.0
+
+    c.objective.contrastive.batch = 8
+    c.objective.contrastive.candidates = 32
+    c.objective.distillation.batch = 8
+    c.objective.distillation.offsets = 32
+    c.objective.shift.rate = 0.1
+    return with_encoding(c, variant)
