@@ -46,6 +46,7 @@ def get_config(variant=None):
     c.model.kind = "vit"
     c.model.patch = (16, 16)
     c.model.layers = 12
+    c.model.scan = True  # one layer is compiled, not twelve
     c.model.width = 384 if small else 768
     c.model.heads = 6 if small else 12
     c.model.dropout = 0.0

@@ -28,6 +28,7 @@ def get_config(variant=None):
     c.precision.compute = "bfloat16"
 
     c.model.layers = 12
+    c.model.scan = True  # one layer is compiled, not twelve
     c.model.width = 768
     c.model.heads = 12
 
