@@ -270,7 +270,7 @@ def answer_depth(run: Run) -> Plot | None:
     bar = figure.colorbar(image, label="contains the answer (percent)", pad=0.02)
     bar.outline.set_visible(False)
     values = "; ".join(
-        f"{result['label']} tokens: {', '.join(f'{share:.0f}' for share in shares_L)}"
+        f"{result['label']} tokens: {', '.join(f'{share:.0f}' if np.isfinite(share) else '-' for share in shares_L)}"
         for result, shares_L in zip(results, shares_DL.T, strict=True)
     )
     alt = f"Heat map of answers found, in percent, from the start to the end of the context. {values}."
