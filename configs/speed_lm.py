@@ -1,10 +1,12 @@
 """The language model whose speed the README tells: 4 layers of width 256 on windows of 512 bytes, both losses of SeqPE on.
 
+    python -m seqpe_jax.train --config=configs/speed_lm.py --workdir=runs/speed
     python -m seqpe_jax.benchmark --config=configs/speed_lm.py --compare=seqpe,rotary
     python -m seqpe_jax.benchmark --config=configs/speed_lm.py --compare=seqpe,rotary --mode=eval \
         --config.data.length=8192 --config.batch_size=1
 
-Hardware: two CPU cores; a step takes one to two seconds. It is made to be timed, not to be trained to an end.
+Hardware: two CPU cores; a step takes one to two seconds. It is made to be timed; what it
+learns in its 1000 steps has not been looked at.
 Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
 """
 
