@@ -64,8 +64,8 @@ def split(field: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     Gradients reach the array through the first part alone, which meets all of the other side's.
     """
-    high = field.astype(jnp.bfloat16)
-    rest = field - high.astype(jnp.float32)
-    middle = rest.astype(jnp.bfloat16)
-    low = (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
-    return high, middle, low
+    # Not by casts there and back, which a compiler may leave out.
+    high = jax.lax.reduce_precision(field, exponent_bits=8, mantissa_bits=7)
+    rest = field - high
+    middle = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), middle.astype(jnp.bfloat16), (rest - middle).astype(jnp.bfloat16)

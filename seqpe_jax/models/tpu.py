@@ -338,14 +338,25 @@ def _forward_kernel(tile, first, final, query, key, value, mixed, normaliser, to
             normaliser[n] = (top[n] + jnp.log(total[n])).T[:1]
 
 
-def _query_kernel(tile, first, final, query, key, value, given, normaliser, inner, *rest) -> None:
-    """Gradients of queries and their features, summed over blocks of keys."""
-    results, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-
+def _begin(first, sums) -> None:
     @pl.when(first)
     def _():
         for each in sums:
             each[...] = jnp.zeros_like(each)
+
+
+def _end(final, results, sums) -> None:
+    @pl.when(final)
+    def _():
+        for result, each in zip(results, sums, strict=True):
+            result[...] = each[...].astype(result.dtype)
+
+
+def _query_kernel(tile, first, final, query, key, value, given, normaliser, inner, *rest) -> None:
+    """Gradients of queries and their features, summed over blocks of keys."""
+    results, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+
+    _begin(first, sums)
 
     @pl.when(tile.needed)
     def _():
@@ -361,20 +372,14 @@ def _query_kernel(tile, first, final, query, key, value, given, normaliser, inne
         if tile.f_q is not None:
             sums[1][...] += _product(total, tile.f_k[...], (1, 0), exact=True)
 
-    @pl.when(final)
-    def _():
-        for result, each in zip(results, sums, strict=True):
-            result[...] = each[...].astype(result.dtype)
+    _end(final, results, sums)
 
 
 def _key_kernel(tile, first, final, query, key, value, given, normaliser, inner, *rest) -> None:
     """Gradients of keys, values and the keys' features, summed over blocks of queries; logits are [keys, queries]."""
     results, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
-    @pl.when(first)
-    def _():
-        for each in sums:
-            each[...] = jnp.zeros_like(each)
+    _begin(first, sums)
 
     @pl.when(tile.needed)
     def _():
@@ -392,7 +397,4 @@ def _key_kernel(tile, first, final, query, key, value, given, normaliser, inner,
         if tile.f_q is not None:
             sums[2][...] += _product(total, tile.f_q[...], (1, 0), exact=True)
 
-    @pl.when(final)
-    def _():
-        for result, each in zip(results, sums, strict=True):
-            result[...] = each[...].astype(result.dtype)
+    _end(final, results, sums)

@@ -138,13 +138,15 @@ class Layout:
                 return array
             return jnp.pad(array, [(0, missing if name == LENGTH else 0) for name in names])
 
-        def own(*arguments: Any) -> jax.Array:
+        def inside(*arguments: Any) -> jax.Array:
             with laid_out(None):
                 return function(*arguments)
 
         arguments = [padded(array, own) for array, own in zip(arguments, names, strict=True)]
         specs = [None if a is None else self.spec(a.shape, own) for a, own in zip(arguments, names, strict=True)]
-        found = jax.shard_map(own, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arguments)
+        found = jax.shard_map(inside, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
+            *arguments
+        )
         return found[:, :length] if missing else found
 
 
