@@ -24,7 +24,7 @@ from seqpe_jax.models.choice import BLOCK, choose
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.operands import Operands
 from seqpe_jax.models.vit import ViT
-from seqpe_jax.objectives.objective import Objective, Params
+from seqpe_jax.objectives.objective import Objective, Params, initial_encoding
 from seqpe_jax.positions.grids import grid
 from seqpe_jax.positions.prefixes import Group
 from seqpe_jax.runtime import mesh as layout
@@ -379,19 +379,34 @@ def make_objective(config: Config, data: Text | Images) -> Objective:
         ),
         task=data.task,
         inputs=data.inputs,
-        encoding=_module(
-            ENCODINGS[encoding.kind],
-            dataclasses.asdict(encoding) | {
-                "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
-                "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid, "prefix": data.prefix,
-            },
-        ),
+        encoding=_encoding(config),
         shape=config.grid,
         max_position=encoding.max_position,
         base=encoding.base,
         heads=model.heads if encoding.per_head else None,
         settings=config.objective,
         has_vectors=encoding.kind == "seqpe",
+    )
+
+
+def check_encoding(config: Config) -> None:
+    """Refuses an encoding that cannot serve the model and grid of a config, as `build` would, but without data.
+
+    Raises:
+      InputError: fields contradict each other.
+    """
+    jax.eval_shape(functools.partial(initial_encoding, _encoding(config), config.grid), jax.random.PRNGKey(0))
+
+
+def _encoding(config: Config) -> Any:
+    model, encoding = config.model, config.encoding
+    return _module(
+        ENCODINGS[encoding.kind],
+        dataclasses.asdict(encoding) | {
+            "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
+            "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
+            "prefix": data_of(config).prefix,
+        },
     )  # fmt: skip
 
 

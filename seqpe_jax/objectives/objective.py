@@ -38,6 +38,13 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def initial_encoding(encoding: nn.Module, shape: tuple[int, ...], key: jax.Array) -> tuple[Any, PositionSignal]:
+    """Returns fresh variables of an encoding and its signal of the first grid of a shape; key: of the run."""
+    positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+    variables = encoding.init(stream(key, "encoding"), positions_PLA, shape=shape)
+    return variables, encoding.apply(variables, positions_PLA, shape=shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """Task loss + w_c * contrastive + w_d * distillation (METHOD: paper section 3; reference's train loop).
@@ -76,9 +83,7 @@ class Objective:
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters {"encoding": ..., "model": ...}."""
-        positions_PLA = grid(jnp.zeros(len(self.shape), jnp.int32), self.shape)[None]
-        encoding = self.encoding.init(stream(key, "encoding"), positions_PLA, shape=self.shape)
-        signal = self.encoding.apply(encoding, positions_PLA, shape=self.shape)
+        encoding, signal = initial_encoding(self.encoding, self.shape, key)
         model = self.model.init(stream(key, "model"), jnp.zeros(self.inputs.shape, self.inputs.dtype), signal)
         return {"encoding": encoding.get("params", {}), "model": model["params"]}
 

@@ -1,6 +1,7 @@
 """Sweep files: named overrides over a config, read and checked before anything runs."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -8,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from seqpe_jax import config
+from seqpe_jax import build, config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError, suggest
 
@@ -184,9 +185,16 @@ def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
             known = [*config.field_names(), *CHOSEN]
             raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, known)}")
     try:
-        return Point(name, path, values, config.load(path, values))
+        settings = config.load(path, values)
+        _check_encoding(dataclasses.replace(settings, seed=0))
+        return Point(name, path, values, settings)
     except InputError as error:
         raise InputError(f"run '{name}': {error}") from error
+
+
+@functools.lru_cache
+def _check_encoding(settings: Config) -> None:  # takes a moment; runs that differ in their seed are checked once
+    build.check_encoding(settings)
 
 
 def _check_search(search: Any, base: str) -> None:
