@@ -3,17 +3,17 @@
     python -m seqpe_jax.sweep --sweep=configs/sweeps/ablation.py --workdir=runs/ablation --jobs=2
     python -m seqpe_jax.report --workdir=runs/ablation --output=runs/ablation/report
 
-`full` is the quickstart at 1000 steps; every other text run changes what its name says. Attention logits, on which `full`
+`full` is the quickstart at 600 steps; every other text run changes what its name says. Attention logits, on which `full`
 has its contrastive loss, exist under attn_scalar alone: compare the other modes with `contrastive_vectors`. Whether places
 are numbered over the whole digit string or anew for each coordinate is void with one coordinate, so these two runs are of
 configs/digits_vit.py, whose own choice is `digits-place_global`.
-Hardware: two CPU cores, one for each of two runs at once; about 40 minutes.
+Hardware: two CPU cores, one for each of two runs at once; about 30 minutes.
 """
 
 from seqpe_jax.sweeps.points import product, zipped
 
 CONFIG = "configs/stdlib_lm.py"
-BUDGET = {"steps": (1000,)}
+BUDGET = {"steps": (600,)}
 VECTORS = {"objective.contrastive.space": ("vectors",)}
 # What is added to tokens, or read as an angle, has no query and key parts.
 MODES = zipped(
