@@ -41,6 +41,8 @@ def get_config(variant=None):
     c.encoding.init_std = 0.1
     c.encoding.qk_init_std = 0.1
     c.encoding.qk = "multi"
+    # About the size of a fresh token's embedding: waves of size 1 drown the tokens (validation, 300 steps).
+    c.encoding.amplitude = 0.03 if variant == "sinusoidal" else 1.0
 
     # Not the paper's form: contrastive loss on attention logits, with candidates around the pivot.
     c.objective.contrastive.batch = 8
