@@ -16,7 +16,7 @@ def tiny_config(**overrides) -> Config:
     variant = overrides.pop("variant", "seqpe")
     values = {
         "steps": 6, "batch_size": 8, "data.length": 16, "model.layers": 1, "model.width": 24, "model.heads": 2,
-        "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
+        "encoding.layers": 1, "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
         "objective.contrastive.batch": 4, "objective.contrastive.candidates": 6,
         "objective.contrastive.window": 32, "objective.distillation.batch": 4, "objective.distillation.offsets": 6,
         "optimizer.warmup_steps": 0, "objective.shift.rate": 0.0,
