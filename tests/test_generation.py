@@ -48,16 +48,16 @@ def uncached(run, params, prompt, new: int, window: int):
     return buffer[0, len(prompt) : len(prompt) + new], np.stack(logits)
 
 
+# Every field of a signal, for each head or for all, of each layer or of all: with a map or without, a field is the same.
 SEQPE = [
     {"encoding__mode": mode, "encoding__qk": qk, "encoding__per_head": per_head}
-    for mode, maps in (
-        ("input_add", ("none",)), ("rotary", ("none",)),
-        *((mode, ("single", "multi", "none", "halves")) for mode in ("attn_add", "attn_mul", "attn_scalar")),
+    for mode, qk, per_head in (
+        ("input_add", "none", True), ("rotary", "none", False), ("attn_add", "single", False), ("attn_add", "multi", True),
+        ("attn_mul", "halves", True), ("attn_mul", "multi", False), ("attn_scalar", "single", True),
+        ("attn_scalar", "multi", False),
     )
-    for qk in maps
-    for per_head in ((True, False) if qk == maps[0] and mode != "input_add" else (True,))
 ]  # fmt: skip
-BASELINES = ["learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
+BASELINES = ["learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"]
 CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, {}) for kind in BASELINES]
 
 
