@@ -10,24 +10,22 @@ import pytest
 from seqpe_jax import build, generation
 from seqpe_jax.errors import InputError
 from seqpe_jax.generation import Sampling
-from tests.tiny import tiny_config
+from tests.tiny import random_params, tiny_config
 
 pytestmark = pytest.mark.slow
 
 NEW = 32
 PROMPTS = [np.array(prompt) for prompt in ([7, 3, 200, 3, 9], [1], [90] * 20, list(range(50, 61)))]
 SIZES = {
-    "model__layers": 2, "model__width": 16, "encoding__width": 16, "encoding__max_position": 64, "model__init_std": 0.3,
+    "model__layers": 2, "model__width": 16, "encoding__width": 16, "encoding__max_position": 64,
     "objective__contrastive__weight": 0.0, "objective__distillation__weight": 0.0,
 }  # fmt: skip
 
 
 def run_of(variant: str = "seqpe", devices: int = 1, **fields):
     """A run with random parameters; it trains on windows of 16 tokens."""
-    if variant == "seqpe":
-        fields = {"encoding__init_std": 0.3, "encoding__qk_init_std": 0.3} | fields
     run = build.build(tiny_config(variant=variant, **(SIZES | fields)), jax.devices()[:devices])
-    return run, jax.jit(run.objective.init)(jax.random.PRNGKey(1))
+    return run, random_params(run, 0.3)
 
 
 def uncached(run, params, prompt, new: int, window: int):

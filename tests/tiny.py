@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,3 +32,14 @@ def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, 
     """A batch of random tokens."""
     draw = np.random.default_rng(seed).integers(0, vocabulary, (settings.batch_size, settings.data.length + 1))
     return {"tokens": jnp.asarray(draw, jnp.int32)}
+
+
+def random_params(run, std: float, seed: int = 1):
+    """Parameters of a run, drawn on the host: compiling what draws a run's own takes longer than most tests of it."""
+    draw = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        noise = draw.normal(size=leaf.shape).astype(leaf.dtype)
+        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * std * noise}.get(path[-1].key, std * noise))
+
+    return jax.tree_util.tree_map_with_path(drawn, run.shapes.params)

@@ -15,7 +15,7 @@ from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.state import TrainState, create
 from tests.test_serving import vit_config
-from tests.tiny import tiny_config, tokens
+from tests.tiny import random_params, tiny_config, tokens
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +205,7 @@ def gradients(contrastive, distillation):
     fields |= {f"objective__{name}__warmup_steps": 10**9 for name in terms}
     settings = tiny_config(**fields, **STILL)
     parts = build(settings, jax.devices()[:1])
-    params = jax.jit(parts.objective.init)(jax.random.PRNGKey(0))
+    params = random_params(parts, 0.1)
     loss = lambda p, step: parts.objective.loss(p, tokens(settings), jax.random.PRNGKey(1), step)[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss))
     return gradient(params, jnp.int32(0)), gradient(params, jnp.int32(10**9))
