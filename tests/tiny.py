@@ -8,6 +8,7 @@ import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
+from seqpe_jax.training.state import TrainState, create
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -43,3 +44,8 @@ def random_params(run, std: float, seed: int = 1):
         return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * std * noise}.get(path[-1].key, std * noise))
 
     return jax.tree_util.tree_map_with_path(drawn, run.shapes.params)
+
+
+def random_state(run, std: float) -> TrainState:
+    """The same as a state at step 0."""
+    return create(random_params(run, std), run.optimizer, jax.random.PRNGKey(0))

@@ -19,7 +19,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.train import run as train
-from tests.tiny import tiny_config
+from tests.tiny import random_state, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
     write_config(folder, config.to_dict(settings))
     parts.data.keep(folder)
     checkpoints = Checkpoints(folder)
-    checkpoints.save(0, parts.init_state(), {})
+    checkpoints.save(0, random_state(parts, 0.1), {})
     checkpoints.close()
     return folder
 
