@@ -4,6 +4,7 @@ Importing JAX takes seconds, so `Commands` keeps one process that has imported e
 """
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -162,6 +163,8 @@ def serve() -> None:
     from seqpe_jax.sweeps import runs, search  # noqa: F401
 
     runs.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
+    gc.collect()
+    gc.freeze()  # else each fork looks through all of it, and so copies it, when it ends
 
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)

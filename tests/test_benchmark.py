@@ -7,7 +7,7 @@ import pytest
 from seqpe_jax.build.benchmarks import flops_of
 from tests.commands import CONFIG, Commands
 from tests.tiny import tiny_config
-from tests.training.test_commands import refused
+from tests.training.test_commands import PLAIN, refused
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +22,11 @@ def commands(tmp_path_factory):
 @pytest.mark.parametrize("mode", ["train", "eval", "decode"])
 def test_encodings_are_compared(commands, tmp_path, mode):
     output = tmp_path / "deep" / "found.json"
+    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in PLAIN.items()]
     result = commands(
-        "benchmark", f"--config={CONFIG}", "--compare=seqpe,rotary", f"--mode={mode}", "--steps=3", f"--output={output}"
-    )
+        "benchmark", f"--config={CONFIG}", *fields, "--compare=seqpe,rotary", f"--mode={mode}", "--steps=3",
+        f"--output={output}",
+    )  # fmt: skip
     assert result.code == 0, result.err
     found = json.loads(output.read_text())
     assert [run["encoding"] for run in found["runs"]] == ["seqpe", "rotary"]

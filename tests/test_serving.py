@@ -13,7 +13,7 @@ from seqpe_jax import config, serving
 from seqpe_jax.build import build
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.grids import grid
-from tests.tiny import ROOT, tiny_config
+from tests.tiny import ROOT, random_params, tiny_config
 from tests.training.test_image_commands import TINY
 
 LENGTHS = ((1, 32), (3, 9))  # batch and length; windows of training have 16
@@ -30,9 +30,7 @@ def vit_config(kind="seqpe", page="digits_vit", **fields):
 def random_run(settings):
     """A run on one device, and parameters none of which is zero or one."""
     run = build(settings, jax.devices()[:1])
-    params = jax.jit(run.objective.init)(jax.random.PRNGKey(3))
-    draw = np.random.default_rng(4)
-    return run, jax.tree.map(lambda leaf: leaf + draw.normal(0, 0.1, leaf.shape).astype(np.float32), params)
+    return run, random_params(run, 0.1)
 
 
 def served(run, params, reach, platforms=serving.PLATFORMS):
@@ -78,7 +76,8 @@ TEXTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_served_at_any_batch_and_length(name):
-    fields = {"objective__contrastive__space": "vectors", "model__layers": 2} | TEXTS[name]
+    layers = 2 if name in ("seqpe, a map for each layer", "rotary_mixed") else 1  # a signal for each layer
+    fields = {"objective__contrastive__space": "vectors", "model__layers": layers} | TEXTS[name]
     run, params = random_run(tiny_config(**fields))
     _, leaves = check(run, params, (32,), windows())
     if name.startswith("seqpe"):

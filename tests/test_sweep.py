@@ -121,10 +121,10 @@ def test_a_search_runs_its_trials_and_evaluates_the_best(commands, text, tmp_pat
     pytest.importorskip("optuna")
     workdir, path = tmp_path / "search", sweep_file(tmp_path, text, "{'seed': (0,)}", **{"eval.every": 2})
     ranges = "{'optimizer.learning_rate': Range(1e-4, 1e-2, log=True)}"
-    path.write_text(path.read_text() + f"SEARCH = Search({ranges}, COMMON, minimise='eval/loss@16', trials=3)\n")
+    path.write_text(path.read_text() + f"SEARCH = Search({ranges}, COMMON, minimise='eval/loss@16', trials=2)\n")
     result = commands("sweep", f"--sweep={path}", f"--workdir={workdir}", "--executor=optuna", "--jobs=2")
     assert result.code == 0, result.out + result.err
-    names = [f"trial-{number:03d}" for number in range(3)]
+    names = [f"trial-{number:03d}" for number in range(2)]
     last = {}
     for name in names:
         lines = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]

@@ -2,11 +2,13 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
+from seqpe_jax.training.state import TrainState, create
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -16,7 +18,7 @@ def tiny_config(**overrides) -> Config:
     variant = overrides.pop("variant", "seqpe")
     values = {
         "steps": 6, "batch_size": 8, "data.length": 16, "model.layers": 1, "model.width": 24, "model.heads": 2,
-        "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
+        "encoding.layers": 1, "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
         "objective.contrastive.batch": 4, "objective.contrastive.candidates": 6,
         "objective.contrastive.window": 32, "objective.distillation.batch": 4, "objective.distillation.offsets": 6,
         "optimizer.warmup_steps": 0, "objective.shift.rate": 0.0,
@@ -31,3 +33,19 @@ def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, 
     """A batch of random tokens."""
     draw = np.random.default_rng(seed).integers(0, vocabulary, (settings.batch_size, settings.data.length + 1))
     return {"tokens": jnp.asarray(draw, jnp.int32)}
+
+
+def random_params(run, std: float, seed: int = 1):
+    """Parameters of a run, drawn on the host: compiling what draws a run's own takes longer than most tests of it."""
+    draw = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        noise = draw.normal(size=leaf.shape).astype(leaf.dtype)
+        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * std * noise}.get(path[-1].key, std * noise))
+
+    return jax.tree_util.tree_map_with_path(drawn, run.shapes.params)
+
+
+def random_state(run, std: float) -> TrainState:
+    """The same as a state at step 0."""
+    return create(random_params(run, std), run.optimizer, jax.random.PRNGKey(0))

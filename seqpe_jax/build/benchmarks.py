@@ -60,6 +60,11 @@ def benchmark(
     Raises:
       InputError: a mode that these configs cannot run.
     """
+    for config in settings:  # before any data are read
+        if mode == "decode" and config.reads_images:
+            raise InputError("--mode=decode generates text: give a config of text")
+        if mode == "encode" and config.encoding.kind != "seqpe":
+            raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
     made = [_timed(build(config), mode) for config in settings]
     seconds: list[list[float]] = [[] for _ in made]
     shares: list[list[float]] = [[] for _ in made]
@@ -174,8 +179,6 @@ def _evaluate(run: Run) -> tuple[Callable[[], Any], int]:
 
 
 def _decode(run: Run) -> tuple[Callable[[], Any], int]:
-    if run.config.reads_images:
-        raise InputError("--mode=decode generates text: give a config of text")
     length = run.config.data.length
     run.check_generation([length], Sampling(DECODED + 1))
     params, batch = run.init_state().params, _batch(run)
@@ -208,8 +211,6 @@ def _encoding(run: Run, mode: str) -> Callable[[], Any] | None:
 def _encode(run: Run) -> tuple[Callable[[], Any], int, float, int]:
     """Forward and backward pass of a training step's positions, with their number and the bytes of the program."""
     objective, key = run.objective, jax.random.PRNGKey(0)
-    if not objective.has_vectors:
-        raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
     draws, rows = jax.eval_shape(objective.draw, key, jnp.int32(0)), 0
     for part in (draws[:1], draws.contrastive and draws.contrastive[:2], draws.distillation and draws.distillation[1:]):
         rows += sum(positions.size // positions.shape[-1] for positions in part or ())

@@ -119,7 +119,7 @@ def test_no_passage_twice_before_all_were_used(tmp_path):
             assert max(counts) - min(counts) <= 1, "they come round after round"
 
 
-@pytest.mark.parametrize("length", [512, 1024, 4096, 8192])
+@pytest.mark.parametrize("length", [512, *(pytest.param(length, marks=pytest.mark.slow) for length in (1024, 4096, 8192))])
 def test_real_questions_and_tokenizer(tmp_path_factory, shared_data, length):
     folder = tmp_path_factory.getbasetemp() / "xquad"
     folder.mkdir(exist_ok=True)

@@ -86,6 +86,7 @@ def source(cache, split="train", length=256):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", stdlib_qa.SPLITS)
 def test_answers_stand_after_the_question(cache, split):
     found = source(cache, split, 2048)
@@ -119,6 +120,7 @@ def test_answers_stand_after_the_question(cache, split):
     assert 0.2 < clues[True] / sum(clues.values()) < 0.5, "a third of the questions must be read as a whole"
 
 
+@pytest.mark.slow
 def test_passages_are_source_as_it_stands(cache):
     found, files = source(cache, "test"), dict(stdlib_text.files()["test"])
     code = ["\n".join(line.strip() for line in text.decode().split("\n")) for text in files.values()]
@@ -129,6 +131,7 @@ def test_passages_are_source_as_it_stands(cache):
         assert any(stripped in text for text in code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048])
 def test_lengths_in_bytes(cache, length):
     found = source(cache, "validation", length)
@@ -140,6 +143,7 @@ def test_lengths_in_bytes(cache, length):
         assert qa.training_example(record, tokenizer=ByteTokenizer(), length=length)["tokens"][-1] == qa.BYTE_END
 
 
+@pytest.mark.slow
 def test_depths_cover_the_context(cache):
     found = source(cache, "validation", 1024)
     depths = [found[index]["depth"] for index in range(0, len(found), 2)]
@@ -147,6 +151,7 @@ def test_depths_cover_the_context(cache):
     assert all(0.12 < bins[part] / len(depths) < 0.28 for part in range(5))
 
 
+@pytest.mark.slow
 def test_passage_must_be_read(cache):
     from seqpe_jax.evaluation.answers import no_context_baseline
 

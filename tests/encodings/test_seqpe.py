@@ -91,7 +91,11 @@ SHARED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHARED)
+# The fast lane takes groups of all kinds along one axis, and boxes.
+FAST = ("two windows, one of them cut, and others", "a box, places counted anew")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHARED])
 def test_shared_prefixes_change_nothing(name, monkeypatch):
     """Values and gradients, for rows that share and rows that do not; sharing is forced."""
     from seqpe_jax.encodings import seqpe
@@ -139,8 +143,12 @@ def test_places_may_restart_with_each_coordinate():
         assert np.abs(found[0] - found[1]).max() > 1e-2  # coordinates still differ by their own embedding
 
 
-@pytest.mark.parametrize("per_head", [True, False])
-@pytest.mark.parametrize("qk", ["single", "multi", "none", "halves"])
+@pytest.mark.parametrize("qk, per_head", [
+    ("multi", True), ("halves", False),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("single", True), ("none", True), ("halves", True), ("single", False), ("multi", False), ("none", False),
+    )),
+])  # fmt: skip
 def test_features_are_query_key_products(qk, per_head):
     encoding = make(qk=qk, per_head=per_head, scalar_scale=3.0, qk_init_std=0.5)
     variables = initial(encoding)

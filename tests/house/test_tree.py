@@ -1,6 +1,7 @@
 """The tree: no path of anybody's machine, docstrings on everything public, short scripts that parse."""
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -42,6 +43,7 @@ def test_no_file_names_a_path_of_one_machine():
     assert not found, "\n".join(found)
 
 
+@functools.cache
 def _classes() -> dict[str, tuple[list[str], set[str]]]:
     """Returns class name -> (names of its bases, its methods with a docstring), over the whole package."""
     found = {}

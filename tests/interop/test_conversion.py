@@ -1,5 +1,6 @@
 """Checkpoints of others -> runs, and back: bit for bit, and nothing half-written."""
 
+import functools
 import json
 import pathlib
 import pickle
@@ -18,7 +19,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.train import run as train
-from tests.tiny import tiny_config
+from tests.tiny import random_state, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +39,11 @@ def tokenizer_file(path: pathlib.Path, size: int = 40) -> pathlib.Path:
 
 def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
     """A run of a config at step 0."""
-    parts = build.build(settings)
+    parts = build.build(settings, jax.devices()[:1])
     write_config(folder, config.to_dict(settings))
     parts.data.keep(folder)
     checkpoints = Checkpoints(folder)
-    checkpoints.save(0, parts.init_state(), {})
+    checkpoints.save(0, random_state(parts, 0.1), {})
     checkpoints.close()
     return folder
 
@@ -109,7 +110,7 @@ def test_the_reference_s_own_files_come_back_bit_equal(goldens, tmp_path, kind):
             assert all((files[0][key] == files[1][key]).all() for key in files[0])
 
 
-def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path):
+def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkeypatch):
     """`evaluate` gives the loss of `load_reference`'s logits; `train --init-from` begins with these parameters."""
     source, text = goldens / "checkpoints" / "text", tmp_path / "words.txt"
     text.write_text(WORDS)
@@ -129,8 +130,11 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path):
         data__tokenizer=str(tokenizer), data__paths=(str(text),), data__name="text_files", data__length=32, steps=1,
         model__layers=2, model__width=48, model__heads=3, encoding__width=48, encoding__heads=3, encoding__qk="single",
         encoding__max_position=2000, encoding__digits=5, model__vocabulary=97, optimizer__learning_rate=0.0, init_from=run,
-        encoding__mode="attn_scalar", eval__lengths=(),
+        encoding__mode="attn_scalar", eval__lengths=(), encoding__layers=2, objective__contrastive__weight=0.0,
+        objective__distillation__weight=0.0,
     )  # fmt: skip
+    on_one = functools.partial(build.build, devices=jax.devices()[:1])  # compiles sooner than for eight
+    monkeypatch.setattr(build, "build", on_one)
     train(tiny_config(**settings), tmp_path / "tuned")
     assert same(load_reference(run).params, load_reference(str(tmp_path / "tuned")).params)
     with pytest.raises(InputError, match="encoding.kind: seqpe -> rotary"):

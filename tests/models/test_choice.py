@@ -116,6 +116,7 @@ def test_three_parts_are_a_float32():
     assert not np.allclose(sum(parts[:2]), np.asarray(field, np.float64), rtol=2.0**-19)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_cudnn_is_given_means_the_same(causal):
     """The operands, mixed by XLA's form of the same function; odd widths, sets, one set of features for all heads."""

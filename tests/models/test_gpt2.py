@@ -18,8 +18,7 @@ TOKENS_BL = jax.random.randint(KEY, (2, LENGTH), 0, 11)
 POSITIONS_PLA = jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None]
 
 SEQPE_MODES = (
-    ("input_add", "none"), ("attn_add", "multi"), ("attn_mul", "single"), ("attn_mul", "halves"),
-    ("attn_scalar", "single"), ("attn_scalar", "multi"), ("rotary", "none"),
+    ("input_add", "none"), ("attn_add", "multi"), ("attn_mul", "halves"), ("attn_scalar", "single"), ("rotary", "none"),
 )  # fmt: skip
 ALL = [("learned",), ("sinusoidal",), ("rotary",), ("alibi",), ("none",), *(("seqpe", *mode) for mode in SEQPE_MODES)]
 

@@ -40,7 +40,7 @@ def parameters(shape):
     return jax.jit(objective(shape).init)(jax.random.PRNGKey(0))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{len(shape)}-D")
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=lambda shape: f"{len(shape)}-D")
 def test_positions_of_any_number_of_axes(shape):
     parts = objective(shape)
     params = parameters(shape)

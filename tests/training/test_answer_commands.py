@@ -11,7 +11,8 @@ from tests.commands import Commands, train_arguments
 pytestmark = pytest.mark.slow
 
 PLAIN = {
-    "objective__contrastive__weight": 0, "objective__distillation__weight": 0, "data__length": 24,
+    "objective__contrastive__weight": 0, "objective__distillation__weight": 0, "objective__shift__rate": 0,
+    "data__length": 24,
     "eval__lengths": (24, 48), "eval__new_tokens": 4, "checkpoint__every": 100,
 }  # fmt: skip
 

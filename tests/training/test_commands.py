@@ -126,6 +126,7 @@ def word_tokenizer(path: pathlib.Path, words: list[str]) -> None:
     tokenizer.save(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["line", "of", "text", "more"], ["of", "line", "text"]])
 def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_path, words):
     path, workdir = tmp_path / "tokenizer.json", tmp_path / "run"

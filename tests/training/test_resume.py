@@ -4,8 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -13,14 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.commands import ROOT, environment, train_arguments
+from tests.commands import Commands, Result, Running, train_arguments
 
 pytestmark = pytest.mark.slow
 
-STEPS = 400
+STEPS = 96
 CLOCK = ("time", "train/tokens_per_second", "train/step_seconds", "train/mfu", "device/memory_bytes")  # these may differ
 FIELDS = {
-    "steps": STEPS, "checkpoint__every": 40, "report__every": 4, "eval__every": 100, "eval__lengths": (16, 32),
+    "steps": STEPS, "checkpoint__every": 12, "report__every": 4, "eval__every": 32, "eval__lengths": (32,),
     "model__layers": 1, "model__dropout": 0.1, "encoding__layers": 1, "encoding__dropout": 0.1,
     "objective__shift__rate": 0.3,
 }  # fmt: skip
@@ -34,22 +32,20 @@ def text(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("cache")
+def commands(tmp_path_factory):
+    found = Commands(tmp_path_factory.mktemp("cache"))
+    yield found
+    found.close()
 
 
-def start(workdir: pathlib.Path, text: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
-    arguments = train_arguments(workdir, text, **FIELDS)
-    return subprocess.Popen(
-        [sys.executable, "-m", "seqpe_jax.train", *arguments],
-        cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(commands: Commands, workdir: pathlib.Path, text: pathlib.Path) -> Running:
+    return commands.start("train", *train_arguments(workdir, text, **FIELDS))
 
 
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+def finish(commands: Commands, running: Running) -> str:
+    result = commands.wait(running)
+    assert result.code == 0, result.err
+    return result.out
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
@@ -59,16 +55,14 @@ def lines(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def interrupt(process: subprocess.Popen, workdir: pathlib.Path, after: int, number: int) -> tuple[int, str]:
-    """Sends a signal once a step beyond `after` is saved, and later ones reported; returns (exit code, stderr)."""
+def interrupt(commands: Commands, running: Running, workdir: pathlib.Path, after: int, number: int) -> Result:
+    """Sends a signal once a step beyond `after` is saved, and later ones reported."""
     deadline = time.monotonic() + 300
     while not (newest(workdir) > after and lines(workdir)[-1]["step"] > newest(workdir) + FIELDS["report__every"]):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, running.err
         time.sleep(0.002)
-    os.kill(process.pid, number)
-    _, err = process.communicate(timeout=300)
-    return process.returncode, err
+    os.kill(running.process, number)
+    return commands.wait(running)
 
 
 def newest(workdir: pathlib.Path) -> int:
@@ -87,29 +81,29 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(text, cache, tmp_path_factory) -> pathlib.Path:
+def uninterrupted(commands, text, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    finish(start(workdir, text, cache))
+    finish(commands, start(commands, workdir, text))
     return workdir
 
 
-def test_killed_stopped_and_resumed_equals_uninterrupted(text, cache, uninterrupted, tmp_path):
+def test_killed_stopped_and_resumed_equals_uninterrupted(commands, text, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
-    code, _ = interrupt(start(workdir, text, cache), workdir, 0, signal.SIGKILL)
-    assert code == -signal.SIGKILL, "the run was over before it could be killed"
+    killed = interrupt(commands, start(commands, workdir, text), workdir, 0, signal.SIGKILL)
+    assert killed.code == -signal.SIGKILL, "the run was over before it could be killed"
     killed_at = newest(workdir)
     assert 0 < killed_at < STEPS
 
-    code, err = interrupt(start(workdir, text, cache), workdir, killed_at, signal.SIGTERM)
-    assert code == 1 and "saved" in err and "Traceback" not in err, err
+    stopped = interrupt(commands, start(commands, workdir, text), workdir, killed_at, signal.SIGTERM)
+    assert stopped.code == 1 and "saved" in stopped.err and "Traceback" not in stopped.err, stopped.err
     stopped_at = newest(workdir)
     assert killed_at < stopped_at < STEPS
     assert lines(workdir)[-1]["step"] <= stopped_at, "the step that was reached is saved before the process ends"
-    assert f"step {stopped_at}" in err
+    assert f"step {stopped_at}" in stopped.err
 
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 10000, "train/lo')  # as a crash in the middle of a line leaves it
-    out = finish(start(workdir, text, cache))
+    out = finish(commands, start(commands, workdir, text))
     assert f"from step {stopped_at}" in out
 
     expected, found = lines(uninterrupted), lines(workdir)
