@@ -117,7 +117,7 @@ def count_rows(settings):
 
 
 @pytest.mark.parametrize("sizes", [
-    {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 4},
+    {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4},
 ], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
 def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
     levels, tree = [], seqpe.tree
@@ -134,22 +134,24 @@ def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
         assert not levels and f"f32[{rows // 8},{places},96]" in program
 
 
-def test_a_mesh_equals_one_device_on_images(images):
-    sizes = {"fsdp": 2, "context": 2, "tensor": 2}
-    single = run(images, jax.devices()[:1])
-    program = check_mesh(images, single, sizes, single.before)
+@pytest.mark.parametrize("sizes", [
+    {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4},
+], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
+def test_meshes_equal_one_device_on_images(images, single_images, sizes):
+    program = check_mesh(images, single_images, sizes, single_images.before)
     rows, places = count_rows(images), 5  # two digits for each coordinate, and CLS
     assert f"f32[{rows // 8},{places},16]" in program and f"f32[{rows},{places},16]" not in program
 
 
 def test_one_compilation_serves_moved_and_other_steps(single):
     """A moved step has no distillation, and another has."""
-    state, seen = jax.tree.map(jnp.copy, single.after), {}
+    step, state, seen = single.parts.train_step(), jax.tree.map(jnp.copy, single.after), {}
     for n in range(STEPS, STEPS + 8):
-        state, metrics = single.compiled(state, batch_of(single.parts, n))
+        state, metrics = step(state, batch_of(single.parts, n))
         seen.setdefault(float(metrics["moved"]), []).append(float(metrics["term/distillation"]))
     assert set(seen) == {0.0, 1.0}
     assert all(value == 0.0 for value in seen[1.0]) and all(value > 0.0 for value in seen[0.0])
+    assert step._cache_size() == 1
 
 
 def test_a_loop_over_layers_equals_the_plain_step():
