@@ -10,7 +10,6 @@ from seqpe_jax.interop import from_state_dicts
 from seqpe_jax.positions.digits import significant, to_digits
 from tests.goldens import close, load, names, under
 
-
 # The fast lane takes one encoder with one axis and one with two.
 NAMES = [name if name in ("enc1d_a", "enc2d_a", "absent") else pytest.param(name, marks=pytest.mark.slow)
          for name in names("encoder")]  # fmt: skip
