@@ -55,7 +55,7 @@ def tokens_of(field, name, stacked):
     return np.moveaxis(field, 0, -1) if stacked and name != "added" else field
 
 
-@pytest.mark.parametrize("shape", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", [GRIDS[0], pytest.param(GRIDS[1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_place_of_a_grid_is_told_apart(kind, shape):
     found = of_grid(make(kind, shape), shape)
@@ -83,7 +83,7 @@ def logits_between(rotation, query, key):
     return jnp.einsum("...lhk,...shk->...hls", turn(query), turn(key))
 
 
-@pytest.mark.parametrize("shape", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", [GRIDS[0], pytest.param(GRIDS[1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", ["rotary_axial", "rotary_mixed"])
 def test_a_shifted_grid_has_the_same_logits(kind, shape):
     encoding = make(kind, shape)
