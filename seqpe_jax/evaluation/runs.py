@@ -176,7 +176,8 @@ def read_study(workdir: str | pathlib.Path) -> Study:
         runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
     if not runs:
         raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
-    return Study(workdir.resolve().name, _rows(sorted(runs, key=lambda run: run.encoding != "seqpe")))
+    runs = sorted(runs, key=lambda run: run.encoding != "seqpe")
+    return Study(workdir.resolve().name, _rows(runs, chosen=points is not None))
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -232,16 +233,23 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def _rows(runs: list[Run]) -> list[Run]:
-    """Names rows: by the encoding and, where it was trained in several ways, by the fields in which they differ."""
+def _rows(runs: list[Run], chosen: bool) -> list[Run]:
+    """Names rows: by the encoding and, where it was trained in several ways, by the fields in which they differ.
+
+    Args:
+      chosen: whether somebody chose the runs' names, in a sweep: there, a way that was trained once has the run's name.
+    """
     settings = [flat({name: value for name, value in run.config.items() if name not in REPEATED}) for run in runs]
     ways = [json.dumps(own, sort_keys=True) for own in settings]
-    named = {}
-    for encoding in dict.fromkeys(run.encoding for run in runs):
+    named, encodings = {}, dict.fromkeys(run.encoding for run in runs)
+    alone = {way: run.name for run, way in zip(runs, ways, strict=True) if chosen and ways.count(way) == 1}
+    for encoding in encodings:
         own = {way: values for run, way, values in zip(runs, ways, settings, strict=True) if run.encoding == encoding}
         labels = _differing(list(own.values()))
         for way, label in zip(own, labels, strict=True):
             named[way] = f"{encoding} ({', '.join(label)})" if label else encoding
+            if len(own) > 1 and alone.get(way, encoding) not in encodings:
+                named[way] = alone[way]
     return [dataclasses.replace(run, row=named[way]) for run, way in zip(runs, ways, strict=True)]
 
 

@@ -143,7 +143,7 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
 
     return Table(
         f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
-        ["encoding", *map(title, extents)],
+        [_heading(study), *map(title, extents)],
         [[Cell(name), *(cell(name, label) for label in extents)] for name in names],
         _seeds(study, names),
     )
@@ -191,7 +191,7 @@ def cost(study: Study) -> Table:
     unit = "/".join(sorted({UNITS[run.data] for run in study.runs})) + " per s"
     return Table(
         "Cost of training",
-        ["encoding", "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
+        [_heading(study), "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
         rows,
         "Step and rate: medians of what a run reported. Time: of finished runs. Memory: the most that a device held, where "
         "the backend counts it (the CPU's does not).",
@@ -278,6 +278,11 @@ def _near(values: Sequence[float], others: Sequence[float]) -> bool:
     """Whether two means are no further apart than the larger of their standard deviations."""
     spreads = [statistics.stdev(found) for found in (values, others) if len(found) > 1]
     return bool(spreads) and abs(statistics.fmean(values) - statistics.fmean(others)) <= max(spreads)
+
+
+def _heading(study: Study) -> str:
+    """What rows are named by."""
+    return "encoding" if all(run.row.split(" ")[0] == run.encoding for run in study.runs) else "run"
 
 
 def _seeds(study: Study, names: Sequence[str]) -> str:

@@ -83,6 +83,20 @@ def test_rows_are_named_by_what_differs_from_most(tmp_path):
     }  # fmt: skip
 
 
+def test_rows_of_a_sweep_have_the_names_of_runs_without_repetition(tmp_path):
+    ways = {"full": {}, "off": {"objective": {"weight": 0.0}}, "on-0": {"steps": 9}, "on-1": {"steps": 9, "seed": 1}}
+    for name, way in ways.items():
+        make_run(tmp_path / name, **way)
+    make_run(tmp_path / "baseline", "alibi")
+    points = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")}
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": {n: {"settings": points[n]} for n in sorted(points)}}))
+    study = read_study(tmp_path)
+    assert {run.name: run.row for run in study.runs} == {
+        "full": "full", "off": "off", "on-0": "seqpe (steps=9)", "on-1": "seqpe (steps=9)", "baseline": "alibi",
+    }  # fmt: skip
+    assert tables.cost(study).header[0] == "run"
+
+
 def test_what_is_unfinished_or_stale_is_told(tmp_path):
     make_run(tmp_path / "a", steps=9)
     make_run(tmp_path / "b", "alibi", steps=9)
