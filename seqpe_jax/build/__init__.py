@@ -395,7 +395,8 @@ def check_encoding(config: Config) -> None:
     Raises:
       InputError: fields contradict each other.
     """
-    jax.eval_shape(functools.partial(initial_encoding, _encoding(config), config.grid), jax.random.PRNGKey(0))
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)  # a key itself would take the devices, which others may need
+    jax.eval_shape(functools.partial(initial_encoding, _encoding(config), config.grid), key)
 
 
 def _encoding(config: Config) -> Any:

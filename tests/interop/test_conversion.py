@@ -55,7 +55,10 @@ def same(first, second) -> bool:
 
 @pytest.mark.parametrize("variant", ["seqpe", "multi", "learned", "sinusoidal", "rotary", "alibi", "none"])
 def test_text_round_trip(tmp_path, variant):
-    changes = {"multi": {"encoding__qk": "multi"}, "alibi": {"encoding__reference_scaling": True}}.get(variant, {})
+    changes = {
+        "multi": {"encoding__qk": "multi"}, "alibi": {"encoding__reference_scaling": True},
+        "sinusoidal": {"encoding__amplitude": 1.0},
+    }.get(variant, {})  # fmt: skip
     kind = "seqpe" if variant == "multi" else variant
     changes = {"data__tokenizer": str(tokenizer_file(tmp_path / "t.json"))} | changes
     run = saved_run(tmp_path / "ours", tiny_config(variant=kind, **changes))
