@@ -127,6 +127,11 @@ class EncodingConfig:
     qk_init_std: float = _field(0.02, low=0.0)
     scalar_scale: float = 1.0
     share_prefixes: bool = True  # common leading digits are read once; with dropout they then share its masks
+    feature_width: int = _field(0, **NonNegative)  # attn_scalar: of a head's query and key parts; 0 = head width
+    # seqpe and those that turn or add to logits
+    position_heads: int = _field(0, **NonNegative)  # the first heads that get the encoding; 0 = all of them
+    rotary_pairs: int = _field(0, **NonNegative)  # the fastest pairs that turn: rotary 0 = all; seqpe 0 = none beside it
+    rotary_heads: int = _field(0, **NonNegative)  # seqpe: the first heads in which these pairs turn; 0 = all of them
     # baselines
     theta: float = _field(10000.0, low=1.0)  # rotary kinds and sinusoidal: base of the wavelengths
     flatten: bool = False  # sinusoidal on grids: one axis for the whole grid instead of columns for each axis
@@ -152,6 +157,7 @@ class ContrastiveConfig:
     per_head: bool = False  # space=vectors: one loss per head
     label_smoothing: float = _field(0.0, **Fraction)
     scale: float = _field(1.0, low=0.0)
+    head_scales: tuple[float, ...] = ()  # space=logits: a factor more for each head that has a position; () = 1 for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -653,6 +659,12 @@ def _check_terms(config: Config) -> None:
             raise InputError("objective.contrastive.past_only needs text: there is no before on a grid")
         if contrastive.space == "logits" and encoding.mode != "attn_scalar":
             raise InputError("objective.contrastive.space='logits' needs encoding.mode='attn_scalar'")
+        heads = (encoding.position_heads or config.model.heads) if encoding.per_head else 1
+        if contrastive.head_scales and (contrastive.space != "logits" or len(contrastive.head_scales) != heads):
+            raise InputError(
+                f"objective.contrastive.head_scales={contrastive.head_scales}: give one factor for each of the {heads} heads "
+                "that have a position, with objective.contrastive.space='logits', or ()"
+            )
     if distillation.weight:
         if distillation.offsets > length:
             raise InputError(

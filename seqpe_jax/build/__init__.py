@@ -15,6 +15,7 @@ from seqpe_jax.build.answers import Answers
 from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
 from seqpe_jax.config import Config, check_positions, digits_of
+from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
@@ -93,7 +94,8 @@ class Run:
         if not self.objective.has_vectors:
             return self._signal(params, shape, first)
         shape = shape if first is None else (min(first, *shape),)
-        return self._signal_of(params, self.vectors(params, shape)[None])
+        positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+        return self._signal_of(params, self.vectors(params, shape)[None], positions_PLA, shape)
 
     def vectors(
         self, params: Params, shape: Shape, progress: Callable[[int, int], None] = lambda done, total: None
@@ -117,8 +119,11 @@ class Run:
         return jax.jit(self._laid_out(signal), static_argnums=(1, 2))
 
     @functools.cached_property
-    def _signal_of(self) -> Callable[[Params, jax.Array], PositionSignal]:
-        return jax.jit(self._laid_out(functools.partial(self._encode, method="signal")))
+    def _signal_of(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:
+        def signal(params: Params, vectors_PLE: jax.Array, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:
+            return self._encode(params, vectors_PLE, positions_PLA, shape=shape, method="signal")
+
+        return jax.jit(self._laid_out(signal), static_argnums=3)
 
     @functools.cached_property
     def _vectors(self) -> Callable[[Params, int, Shape], jax.Array]:
@@ -256,7 +261,7 @@ class Run:
         """Returns this run as an export serves it: positions below `reach` only, their vectors read from a table."""
         objective = self.objective
         if objective.has_vectors:
-            objective = dataclasses.replace(objective, encoding=objective.encoding.clone(stored=reach))
+            objective = dataclasses.replace(objective, encoding=objective.encoding.storing(reach))
         return dataclasses.replace(self, objective=objective, reach=reach)
 
     def stored_params(
@@ -400,15 +405,20 @@ def check_encoding(config: Config) -> None:
 
 
 def _encoding(config: Config) -> Any:
+    """The encoding that a config names, with rotating pairs beside SeqPE, for those heads that get a position."""
     model, encoding = config.model, config.encoding
-    return _module(
-        ENCODINGS[encoding.kind],
-        dataclasses.asdict(encoding) | {
-            "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
-            "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
-            "prefix": data_of(config).prefix,
-        },
-    )  # fmt: skip
+    offered = dataclasses.asdict(encoding) | {
+        "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
+        "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
+        "prefix": data_of(config).prefix,
+    }  # fmt: skip
+    parts, reach = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
+    if encoding.kind == "seqpe":
+        reach = [model.heads]  # it leaves out heads by itself, since it need not compute what they would get
+        if encoding.rotary_pairs:
+            parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
+            reach.append(encoding.rotary_heads or model.heads)
+    return parts[0] if reach == [model.heads] else Composed(tuple(parts), model.heads, tuple(reach))
 
 
 def _module(kind: type, offered: dict[str, Any]) -> Any:

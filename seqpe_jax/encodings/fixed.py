@@ -56,6 +56,27 @@ def axis_frequencies(width: int, axes: int, theta: float) -> list[np.ndarray]:
     return [theta ** (-2.0 * axes * np.arange(len(part)) / width) for part in parts]
 
 
+def turned(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
+    """Returns `axis_frequencies`, cut down to the `pairs` fastest of them, shared out over the axes; 0 = all.
+
+    Pairs whose period is shorter than the training window have been seen at all angles, so that they go on past it; the
+    slow ones have not (Barbero et al. 2024, arXiv 2410.06205, and arXiv 2603.18017).
+
+    Raises:
+      InputError: more pairs than a head has, or fewer than there are axes.
+    """
+    frequencies = axis_frequencies(width, axes, theta)
+    if not pairs:
+        return frequencies
+    if not axes <= pairs <= -(-width // 2):
+        raise InputError(
+            f"encoding.rotary_pairs={pairs} must lie between the {axes} axes and the {width // 2} pairs of a head of width "
+            f"{width}, or be 0"
+        )
+    counts = [len(part) for part in np.array_split(np.arange(pairs), axes)]
+    return [part[:count] for part, count in zip(frequencies, counts, strict=True)]
+
+
 def paired_width(kind: str, width_model: int, heads_model: int, axes: int) -> int:
     """Returns the head width. Raises: InputError: it is odd, or has fewer pairs than there are axes."""
     width = width_model // heads_model
@@ -128,12 +149,14 @@ class Rotary(nn.Module):
 
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
+      rotary_pairs: how many of the fastest pairs turn, 0 = all; the others carry content alone.
       prefix: tokens before the positions that have none, such as a class token.
     """
 
     width_model: int
     heads_model: int
     theta: float = 10000.0
+    rotary_pairs: int = 0
     prefix: int = 0
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
@@ -143,7 +166,7 @@ class Rotary(nn.Module):
           InputError: odd head width.
         """
         head_width = paired_width("rotary", self.width_model, self.heads_model, 1)
-        (frequencies,) = axis_frequencies(head_width, 1, self.theta)
+        (frequencies,) = turned(head_width, 1, self.theta, self.rotary_pairs)
         cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies)
         return PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
 
@@ -155,12 +178,14 @@ class RotaryAxial(nn.Module):
 
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
+      rotary_pairs: how many of the fastest pairs turn, over all axes, 0 = all; the others carry content alone.
       prefix: tokens before the positions that have none, such as a class token.
     """
 
     width_model: int
     heads_model: int
     theta: float = 100.0
+    rotary_pairs: int = 0
     prefix: int = 0
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
@@ -171,7 +196,7 @@ class RotaryAxial(nn.Module):
         """
         axes = positions_PLA.shape[-1]
         head_width = paired_width("rotary_axial", self.width_model, self.heads_model, axes)
-        frequencies = axis_frequencies(head_width, axes, self.theta)
+        frequencies = turned(head_width, axes, self.theta, self.rotary_pairs)
         circles = [unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part]) for part in range(axes)]
         cos, sin = (jnp.concatenate(part, axis=-1)[:, :, None] for part in zip(*circles, strict=True))
         return PositionSignal(rotation=unturned(cos, sin, self.prefix))

@@ -46,7 +46,7 @@ class RotaryMixed(nn.Module):
         )
         if self.reference_scramble:
             angles = jnp.swapaxes(angles, 2, 3).reshape(angles.shape)
-        return PositionSignal(rotation=unturned(jnp.cos(angles), jnp.sin(angles), self.prefix), stacked=True)
+        return PositionSignal(rotation=unturned(jnp.cos(angles), jnp.sin(angles), self.prefix), stacked=("rotation",))
 
     def _fresh(self, key: jax.Array, sizes: tuple[int, int, int, int]) -> jax.Array:
         """Frequencies [layers, A, H, pairs], radians per position."""

@@ -225,18 +225,19 @@ class QKMap(nn.Module):
 
     Attributes:
       layers: number of maps, or None for a single one without a layer axis; kernel_init: of the weights.
+      part_width: width of a query part, and of a key part, all heads together.
     """
 
     layers: int | None
     kernel_init: nn.initializers.Initializer
+    part_width: int
 
     @nn.compact
     def __call__(self, vectors: jax.Array) -> jax.Array:
-        """Returns [(layers,) ..., 2 E] of vectors [..., E]: query half, then key half."""
-        width = vectors.shape[-1]
+        """Returns [(layers,) ..., 2 * part_width] of vectors [..., E]: query half, then key half."""
         lead = () if self.layers is None else (self.layers,)
-        kernel = self.param("kernel", self.kernel_init, (*lead, width, 2 * width))
-        bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * width))
+        kernel = self.param("kernel", self.kernel_init, (*lead, vectors.shape[-1], 2 * self.part_width))
+        bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * self.part_width))
         if self.layers is None:
             return vectors @ kernel + bias
         between = (1,) * (vectors.ndim - 1)
@@ -250,6 +251,8 @@ class SeqPE(nn.Module):
       mode: how a vector enters the model; qk: "single" or "multi" linear map(s) to query and key parts, "none" (the
         vector is both), "halves" (its first half is the query part, its second half the key part).
       per_head: the vector is split over the model's heads, else one head-wide vector serves them all.
+      position_heads: the first heads of the model that get query and key parts, 0 = all; the others see no position.
+      feature_width: of attn_scalar's query and key parts in each head, 0 = head width.
       output_width: width of a vector; 0 = what the above ask for.
       init_distribution, init_std, qk_init_std: of fresh weights; scalar_scale: s of attn_scalar.
       share_prefixes: digits that positions begin with in common are read once (`DigitEncoder`), where that pays.
@@ -266,6 +269,8 @@ class SeqPE(nn.Module):
     mode: str = "attn_scalar"
     qk: str = "single"
     per_head: bool = True
+    position_heads: int = 0
+    feature_width: int = 0
     base: int = 10
     digits: int = 5
     padding: str = "left"
@@ -322,7 +327,8 @@ class SeqPE(nn.Module):
                 temperature=self.temperature, norm_init=self.norm_init, kernel_init=kernel_init(self.init_std),
             )  # fmt: skip
         if self.qk in ("single", "multi"):
-            self.qk_map = QKMap(self.layers_model if self.qk == "multi" else None, kernel_init(self.qk_init_std))
+            part_width = self._parts * (self.feature_width or self.vector_width // (self.heads_model if self.per_head else 1))
+            self.qk_map = QKMap(self.layers_model if self.qk == "multi" else None, kernel_init(self.qk_init_std), part_width)
         if self.prefix:
             shape = (self.prefix, self.vector_width)
             self.prefix_vectors = self.param("prefix_vectors", kernel_init(self.init_std), shape)
@@ -331,7 +337,7 @@ class SeqPE(nn.Module):
         """Returns the signal of positions int32[P, L, A]; `shape` is not read."""
         sets, length, axes = positions_PLA.shape
         vectors_RE = self.vectors(positions_PLA.reshape(-1, axes), deterministic=deterministic)
-        return self.signal(vectors_RE.reshape(sets, length, -1))
+        return self.signal(vectors_RE.reshape(sets, length, -1), positions_PLA, shape=shape)
 
     def vectors(self, positions_RA: jax.Array, *, groups: Sequence[Group] = (), deterministic: bool = True) -> jax.Array:
         """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table.
@@ -358,8 +364,13 @@ class SeqPE(nn.Module):
         sizes = tuple(min(size, rows) for size in sizes)
         return sizes if sum(sizes) + sizes[-1] < WORTH * rows * (len(sizes) + 1) else None
 
-    def signal(self, vectors_PLE: jax.Array) -> PositionSignal:
-        """Returns how given vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens."""
+    def signal(
+        self, vectors_PLE: jax.Array, positions_PLA: jax.Array | None = None, *, shape: tuple[int, ...] = ()
+    ) -> PositionSignal:
+        """Returns how given vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens.
+
+        The positions of the vectors are not read: they are for parts that stand beside this one (`encodings.composed`).
+        """
         if self.prefix:
             sets, _, width = vectors_PLE.shape
             first_PLE = jnp.broadcast_to(self.prefix_vectors, (sets, self.prefix, width))
@@ -367,14 +378,18 @@ class SeqPE(nn.Module):
         if self.mode == "input_add":
             return PositionSignal(added=vectors_PLE)
         if self.mode == "rotary":
-            sin, cos = jnp.split(self._heads(vectors_PLE), 2, axis=-1)
-            return PositionSignal(rotation=(cos, sin))
+            heads = self.heads_model if self.per_head else 1
+            sizes = (*vectors_PLE.shape[:-1], heads, vectors_PLE.shape[-1] // heads)
+            sin, cos = jnp.split(vectors_PLE.reshape(sizes), 2, axis=-1)
+            signal = PositionSignal(rotation=(cos, sin))
+            return signal.for_heads(self.position_heads or self.heads_model, self.heads_model)
         pair = self.query_key(vectors_PLE)
         name = {"attn_add": "shifts", "attn_mul": "factors", "attn_scalar": "features"}[self.mode]
-        return PositionSignal(**{name: pair}, stacked=self.qk == "multi")
+        signal = PositionSignal(**{name: pair}, stacked=(name,) if self.qk == "multi" else ())
+        return signal.for_heads(self.position_heads or self.heads_model, self.heads_model)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the query and key parts, each float32[(layers,) ..., H or 1, F], of vectors [..., E].
+        """Returns the query and key parts, each float32[(layers,) ..., position heads or 1, F], of vectors [..., E].
 
         In mode attn_scalar the query part carries s / sqrt(head width): their dot product is a final attention logit.
         """
@@ -383,14 +398,21 @@ class SeqPE(nn.Module):
         else:
             mapped = vectors if self.qk == "halves" else self.qk_map(vectors)
             query, key = jnp.split(mapped, 2, axis=-1)
-        query, key = self._heads(query), self._heads(key)
+        parts = self.heads_model if self.qk in ("none", "halves") and self.per_head else self._parts
+        sizes = (*query.shape[:-1], parts, query.shape[-1] // parts)
+        query, key = (part.reshape(sizes)[..., : self._parts, :] for part in (query, key))
         if self.mode == "attn_scalar":
             query = query * (self.scalar_scale / math.sqrt(self.head_width))
         return query, key
 
-    def _heads(self, vectors: jax.Array) -> jax.Array:
-        heads = self.heads_model if self.per_head else 1
-        return vectors.reshape(*vectors.shape[:-1], heads, vectors.shape[-1] // heads)
+    def storing(self, reach: tuple[int, ...]) -> "SeqPE":
+        """Returns this encoding with a table of the vectors of positions below `reach` in the encoder's place."""
+        return self.clone(stored=reach)
+
+    @property
+    def _parts(self) -> int:
+        """Heads that have query and key parts of their own."""
+        return (self.position_heads or self.heads_model) if self.per_head else 1
 
     def _check(self) -> None:
         """Refuses fields that contradict each other. Raises: InputError."""
@@ -398,6 +420,15 @@ class SeqPE(nn.Module):
             raise InputError("encoding.direction='bi' reads the vector from CLS: set encoding.cls=True")
         if self.width % self.heads:
             raise InputError(f"encoding.width={self.width} is not a multiple of encoding.heads={self.heads}")
+        if self.position_heads > self.heads_model:
+            raise InputError(f"encoding.position_heads={self.position_heads} is more than model.heads={self.heads_model}")
+        if self.position_heads and self.mode == "input_add":
+            raise InputError("encoding.mode='input_add' reaches all heads: set encoding.position_heads=0")
+        if self.feature_width and (self.mode != "attn_scalar" or self.qk not in ("single", "multi")):
+            raise InputError(
+                "encoding.feature_width is the width of what a qk map gives to attention logits: set "
+                "encoding.mode='attn_scalar' and encoding.qk='single' or 'multi', or encoding.feature_width=0"
+            )
         if self.mode in ("input_add", "rotary") and self.qk != "none":
             raise InputError(f"encoding.mode='{self.mode}' has no query and key parts: set encoding.qk='none'")
         width = self.vector_width

@@ -1,10 +1,14 @@
 """What attention learns of positions: one small pytree that every encoding produces and every model reads."""
 
+import dataclasses
+
 import flax
 import jax
 import jax.numpy as jnp
 
 Pair = tuple[jax.Array, jax.Array]
+# What the heads without a position get: fields that multiply are 1 there (so is the cosine), fields that add are 0.
+NEUTRAL = {"rotation": (1.0, 0.0), "factors": (1.0, 1.0), "shifts": (0.0, 0.0), "features": (0.0, 0.0)}
 
 
 @flax.struct.dataclass
@@ -13,12 +17,12 @@ class PositionSignal:
 
     Attributes:
       added: float[P, L, D], added to the tokens.
-      rotation: (cos, sin), each float[P, L, H or 1, K/2], rotating pairs (2i, 2i + 1) of q and k.
+      rotation: (cos, sin), each float[P, L, H or 1, F], rotating the first F pairs (2i, 2i + 1) of q and k; F <= K/2.
       factors: (for q, for k), each float[P, L, H or 1, K], multiplied onto q and k.
       shifts: the same, added to q and k.
       features: (f_q, f_k), each float32[P, L, H or 1, F]; final attention logits gain f_q . f_k.
       bias: float32[H or 1, L, S], added to the final attention logits.
-      stacked: every field but `added` has a leading layer axis.
+      stacked: names of the fields that differ by layer; these have a leading layer axis.
     """
 
     added: jax.Array | None = None
@@ -27,13 +31,19 @@ class PositionSignal:
     shifts: Pair | None = None
     features: Pair | None = None
     bias: jax.Array | None = None
-    stacked: bool = flax.struct.field(pytree_node=False, default=False)
+    stacked: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
+        """Returns (what all layers share, what differs by layer with its leading layer axis), without `added`."""
+        own = {name: getattr(self, name) for name in self.stacked}
+        return self.replace(added=None, stacked=(), **dict.fromkeys(own)), PositionSignal(**own)
 
     def at_layer(self, layer: int) -> "PositionSignal":
         """Returns what one layer sees."""
         if not self.stacked:
             return self
-        return jax.tree.map(lambda field: field[layer], self.replace(added=None)).replace(stacked=False)
+        shared, own = self.by_layer()
+        return shared.joined(jax.tree.map(lambda field: field[layer], own))
 
     def at_places(self, places_PL: jax.Array) -> "PositionSignal":
         """Returns what one layer's tokens get at places int32[P, L] of a window, as P position sets without a bias.
@@ -41,6 +51,44 @@ class PositionSignal:
         The window's signal has one position set. A bias tells of pairs of places, so the reader of both picks its rows.
         """
         return jax.tree.map(lambda field: field[0][places_PL], self.replace(bias=None))
+
+    def joined(self, other: "PositionSignal") -> "PositionSignal":
+        """Returns the signal with the fields of both. Raises: ValueError: both fill the same one."""
+        fields = {}
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name != "stacked" and mine is not None and theirs is not None:
+                raise ValueError(f"two parts of a position encoding both fill '{field.name}'")
+            fields[field.name] = mine + theirs if field.name == "stacked" else theirs if mine is None else mine
+        return PositionSignal(**fields)
+
+    def for_heads(self, count: int, heads: int) -> "PositionSignal":
+        """Returns the signal as the first `count` of a model's heads get it; the others see no position.
+
+        Args:
+          count: fields have one head, or at least that many.
+
+        Raises:
+          ValueError: the signal is added to the tokens, which all heads read, or is a bias.
+        """
+        if count == heads:
+            return self
+        fields = {}
+        for name, neutral in NEUTRAL.items():
+            pair = getattr(self, name)
+            if pair is not None:
+                fields[name] = tuple(_widened(part, count, heads, value) for part, value in zip(pair, neutral, strict=True))
+        if self.added is not None or self.bias is not None:
+            raise ValueError("what is added to tokens, or as a bias, reaches all heads")
+        return self.replace(**fields)
+
+
+def _widened(field: jax.Array, count: int, heads: int, neutral: float) -> jax.Array:
+    """[..., L, heads, F] of a field [..., L, 1 or more, F]: its first `count` heads, then heads that hold `neutral`."""
+    *lead, held, width = field.shape
+    own = jnp.broadcast_to(field, (*lead, count, width)) if held == 1 else field[..., :count, :]
+    rest = ((0, 0),) * len(lead) + ((0, heads - count), (0, 0))
+    return jnp.pad(own, rest, constant_values=neutral)
 
 
 def fit_batch(field: jax.Array, batch: int) -> jax.Array:

@@ -162,7 +162,7 @@ def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
     dtype = query.dtype
     if signal.rotation is not None:
         cos, sin = (fit(part) for part in signal.rotation)
-        query, key = (_rotate(array, cos, sin).astype(dtype) for array in (query, key))
+        query, key = (_rotate(array, cos, sin) for array in (query, key))
     if signal.factors is not None:
         query, key = (array * fit(part).astype(dtype) for array, part in zip((query, key), signal.factors, strict=True))
     if signal.shifts is not None:
@@ -171,6 +171,9 @@ def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
 
 
 def _rotate(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (2i, 2i + 1) of [B, L, H, K] by angles given as cos and sin [.., L, H or 1, K/2]."""
-    even, odd = array[..., 0::2].astype(jnp.float32), array[..., 1::2].astype(jnp.float32)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(array.shape)
+    """Turns the first F pairs (2i, 2i + 1) of [B, L, H, K] by angles given as cos and sin [.., L, H or 1, F]."""
+    width = 2 * cos.shape[-1]
+    pairs, rest = array[..., :width].astype(jnp.float32), array[..., width:]
+    even, odd = pairs[..., 0::2], pairs[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(pairs.shape).astype(array.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

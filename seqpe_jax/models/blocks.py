@@ -155,12 +155,12 @@ class Scanned(nn.Module):
         dropping = self.has_rng("dropout") and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), self.layers) if dropping else None
         rates = jnp.array(self.drop_path) if dropping and any(self.drop_path) else None
-        stacked = signal.replace(added=None, stacked=False) if signal.stacked else None
+        shared, stacked = signal.by_layer()
 
         def body(x_BLD: jax.Array, parts: tuple) -> tuple[jax.Array, None]:
             params, key, rate, own = parts
             rngs = {} if key is None else {"dropout": key}
-            seen = signal.replace(added=None) if own is None else own
+            seen = shared.joined(own)
             return block.apply({"params": params}, x_BLD, seen, deterministic, drop_path=rate, rngs=rngs), None
 
         if self.remat != "none":

@@ -72,7 +72,8 @@ class GPT2(nn.Module):
         added = None if signal.added is None else signal.added[0][places_PL]
         x_BLD = self._embed(tokens_BL, added, True)
         shared = None
-        if tokens_BL.shape[1] == 1 and not signal.stacked:  # for more tokens they would be a large array
+        # For more tokens than one, the logits would be a large array.
+        if tokens_BL.shape[1] == 1 and not {"features", "bias"} & set(signal.stacked):
             shared = position_logits(signal, places_PL, cache[0].key.shape[1])
         extended = []
         for layer in range(self.layers):

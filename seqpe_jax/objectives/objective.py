@@ -208,7 +208,9 @@ class Objective:
         vectors_RE = lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None)
         main_RE, *rest = jnp.split(vectors_RE, ends)
         main_PLE = lay_out(main_RE.reshape(sets, length, -1), None, POSITIONS, None)  # the qk map is shared out as well
-        signal = self.encoding.apply({"params": params}, main_PLE, method="signal")
+        signal = self.encoding.apply(
+            {"params": params}, main_PLE, draws.positions_PLA, shape=self.shape, method="signal"
+        )
         terms: Metrics = {}
         if pairs is not None:
             terms["contrastive"] = self._contrastive(params, rest[0], rest[1], pairs.labels_B)
@@ -233,6 +235,8 @@ class Objective:
         _, key = self._qk(params, candidates_RE)
         key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
         logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
+        if settings.head_scales:
+            logits = logits * jnp.array(settings.head_scales)[:, None, None]
         return contrastive_logits_loss(logits, labels_B, label_smoothing=settings.label_smoothing)
 
     def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:

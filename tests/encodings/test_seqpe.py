@@ -154,7 +154,7 @@ def test_features_are_query_key_products(qk, per_head):
     variables = initial(encoding)
     signal = jax.jit(lambda: encoding.apply(variables, POSITIONS_RA[None], shape=(6,)))()
     vectors_RE = vectors(encoding, variables)
-    assert vectors_RE.shape == (6, 12 if per_head else 6) and signal.stacked == (qk == "multi")
+    assert vectors_RE.shape == (6, 12 if per_head else 6) and bool(signal.stacked) == (qk == "multi")
     layers = [signal.at_layer(layer) for layer in range(3)]
     weights = variables["params"].get("qk_map", {})
     heads = 2 if per_head else 1

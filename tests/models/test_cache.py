@@ -71,7 +71,7 @@ def test_the_model_goes_on_where_its_cache_ends(remat):
     layered = tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2))
     added = random(3, 1, LENGTH, HEADS * WIDTH)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
-    for signal in (PositionSignal(features=layered, stacked=True), PositionSignal(added=added)):
+    for signal in (PositionSignal(features=layered, stacked=("features",)), PositionSignal(added=added)):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
         extend = jax.jit(functools.partial(model.apply, variables, method="extend"))
