@@ -105,7 +105,9 @@ class EncodingConfig:
     per_head: bool = True  # the vector is split over the heads, else one head-wide vector serves all of them
     max_position: int = _field(20000, **Positive)  # positions along each coordinate: 0 .. max_position - 1
     base: int = _field(10, low=2, high=36)
-    digits: int = _field(0, **NonNegative)  # per coordinate; 0 = as many as max_position needs
+    digits: int = _field(0, **NonNegative)  # per coordinate, before the point; 0 = as many as max_position needs
+    fraction_digits: int = _field(0, low=0, high=30)  # after the point; the unit stays a training token or patch
+    resize: Literal["extend", "stretch"] = "extend"  # larger than trained: past the end, or between those positions
     padding: Literal["left", "right"] = "left"
     layers: int = _field(2, **Positive)
     width: int = _field(768, **Positive)
@@ -138,6 +140,12 @@ class EncodingConfig:
     reference_scramble: bool = False  # rotary_mixed: heads and positions mixed up, as in the PyTorch reference
     amplitude: float = _field(1.0, low=0.0)  # sinusoidal
     reference_scaling: bool = False  # alibi: slopes divided by sqrt(head width), as in the PyTorch reference
+
+
+    @property
+    def unit(self) -> int:
+        """Units of a position's fixed-point number in one token or patch."""
+        return self.base**self.fraction_digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +203,14 @@ class SkipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class JitterConfig:
+    """With probability `rate` a step reads windows whose places do not stand where they should."""
+
+    rate: float = _field(0.0, **Fraction)
+    range: float = _field(0.0, low=0.0)  # tokens or patches by which a coordinate is moved at most, either way
+
+
+@dataclasses.dataclass(frozen=True)
 class MixingConfig:
     """Training images mixed with each other, on the device; 0 = off."""
 
@@ -213,6 +229,7 @@ class ObjectiveConfig:
     distillation: DistillationConfig = _section(DistillationConfig)
     shift: ShiftConfig = _section(ShiftConfig)
     skip: SkipConfig = _section(SkipConfig)
+    jitter: JitterConfig = _section(JitterConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,21 +513,34 @@ def profile_window(config: Config) -> tuple[int, int] | None:
 
 
 def digits_of(encoding: EncodingConfig) -> int:
-    """Returns the digits per coordinate: `digits`, or as many as `max_position` needs."""
-    return encoding.digits or count_digits(encoding.max_position, encoding.base)
+    """Returns the digits per coordinate: `digits`, or as many as `max_position` needs, and those after the point."""
+    return (encoding.digits or count_digits(encoding.max_position, encoding.base)) + encoding.fraction_digits
 
 
-def check_positions(encoding: EncodingConfig, length: int, asked_by: str) -> None:
-    """Refuses a window that needs positions which the digits do not reach.
+def check_positions(config: Config, length: int, asked_by: str) -> None:
+    """Refuses a window that needs positions which the digits do not reach, or finer ones than they tell apart.
 
     Raises:
       InputError: says the largest position possible and the field to change.
     """
-    if encoding.kind == "seqpe" and length > encoding.max_position:
+    encoding = config.encoding
+    if encoding.resize == "stretch":
+        _check_finer(config, length, config.data.length, asked_by)
+    elif encoding.kind == "seqpe" and length > encoding.max_position:
         raise InputError(
             f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
             f"{encoding.max_position - 1} (encoding.max_position={encoding.max_position}): "
             f"raise encoding.max_position or lower {asked_by}"
+        )
+
+
+def _check_finer(config: Config, places: int, trained: int, asked_by: str) -> None:
+    """Refuses places that are read between those of training and would come to stand together. Raises: InputError."""
+    if places > trained * config.encoding.unit:
+        raise InputError(
+            f"{asked_by} {places} does not fit between the {trained} places of training (encoding.resize='stretch'), where "
+            f"{config.encoding.fraction_digits} digits after the point tell {trained * config.encoding.unit} places apart: "
+            f"raise encoding.fraction_digits or lower {asked_by.split()[0]}"
         )
 
 
@@ -527,7 +557,10 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
             f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, patch[-2:]))} pixels "
             f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
         )
-    if config.encoding.kind == "seqpe" and max(config.grid_of(sides)) > reach:
+    if config.encoding.resize == "stretch":
+        for side, trained in zip(config.grid_of(sides), config.grid, strict=True):
+            _check_finer(config, side, trained, f"{asked_by} {written}: a side of")
+    elif config.encoding.kind == "seqpe" and max(config.grid_of(sides)) > reach:
         raise InputError(
             f"{asked_by} {written} needs position {max(config.grid_of(sides)) - 1} along an axis, but the largest "
             f"position possible is {reach - 1} (encoding.max_position={reach}), so the largest size possible is "
@@ -537,7 +570,7 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
 
 def _check(config: Config) -> None:
     encoding, objective = config.encoding, config.objective
-    digits = digits_of(encoding)
+    digits = digits_of(encoding) - encoding.fraction_digits
     if encoding.kind == "seqpe":
         reach = largest_position(digits, encoding.base)
         if encoding.max_position - 1 > reach:
@@ -552,6 +585,7 @@ def _check(config: Config) -> None:
     else:
         _check_text(config)
     _check_terms(config)
+    _check_fractions(config)
     if config.model.width % config.model.heads:
         raise InputError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
     if config.batch_size % config.optimizer.accumulate:
@@ -585,11 +619,11 @@ def _check(config: Config) -> None:
 def _check_text(config: Config) -> None:
     if config.model.kind != "gpt2":
         raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{config.data.name}' is text")
-    check_positions(config.encoding, config.data.length, "data.length")
+    check_positions(config, config.data.length, "data.length")
     for length in config.eval.lengths:
         if length < 1:
             raise InputError(f"eval.lengths must be positive, got {length}")
-        check_positions(config.encoding, length, "eval.lengths")
+        check_positions(config, length, "eval.lengths")
     if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
         wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
         raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
@@ -629,6 +663,43 @@ def _check_images(config: Config) -> None:
     mixing = config.objective.mixing
     if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
         raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
+
+
+REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi")
+LARGEST_UNITS = 2**30
+
+
+def _check_fractions(config: Config) -> None:
+    """Refuses positions between whole numbers where an encoding knows none, or moves that would move nothing."""
+    encoding, jitter = config.encoding, config.objective.jitter
+    numbered = len(config.grid) > 1 and (encoding.kind == "rotary" or encoding.kind == "sinusoidal" and encoding.flatten)
+    wanted = {
+        "encoding.fraction_digits": encoding.fraction_digits, "encoding.resize='stretch'": encoding.resize == "stretch",
+        "objective.jitter.rate": jitter.rate,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if value and (encoding.kind not in REAL_POSITIONS or numbered):
+            why = "numbers the places of a grid one after the other" if numbered else "has whole positions alone"
+            raise InputError(
+                f"{name} needs positions between whole numbers, and encoding.kind='{encoding.kind}' {why}: leave it as it "
+                f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
+            )
+    if encoding.max_position * encoding.unit > LARGEST_UNITS:
+        raise InputError(
+            f"encoding.fraction_digits={encoding.fraction_digits} in base {encoding.base} makes more than {LARGEST_UNITS} "
+            f"positions of encoding.max_position={encoding.max_position}: lower one of them"
+        )
+    if encoding.fraction_digits and encoding.padding == "right":
+        raise InputError("encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0")
+    if bool(jitter.rate) != bool(jitter.range):
+        raise InputError(
+            f"objective.jitter.rate={jitter.rate} and objective.jitter.range={jitter.range}: set both, or both to 0"
+        )
+    if jitter.rate and round(jitter.range * encoding.unit) < 1:
+        raise InputError(
+            f"objective.jitter.range={jitter.range} is less than half of the smallest step between positions, "
+            f"1/{encoding.unit}: raise it or encoding.fraction_digits"
+        )
 
 
 def _check_terms(config: Config) -> None:

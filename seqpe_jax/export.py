@@ -114,7 +114,7 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
     length = max_length or max((settings.data.length, *settings.eval.lengths))
-    config.check_positions(settings.encoding, length, "--max-length")
+    config.check_positions(settings, length, "--max-length")
     return (length,)
 
 

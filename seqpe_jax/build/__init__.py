@@ -26,7 +26,7 @@ from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.operands import Operands
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.objectives.objective import Objective, Params, initial_encoding
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import Spacing
 from seqpe_jax.positions.prefixes import Group
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training import optimizer as optimizers
@@ -91,30 +91,35 @@ class Run:
 
     def signal(self, params: Params, shape: Shape, first: int | None = None) -> PositionSignal:
         """Returns the signal of a window or grid, or of a window's first positions; vectors are computed part by part."""
+        rows = shape[0] if first is None else min(first, shape[0])
         if not self.objective.has_vectors:
-            return self._signal(params, shape, first)
-        shape = shape if first is None else (min(first, *shape),)
-        positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
-        return self._signal_of(params, self.vectors(params, shape)[None], positions_PLA, shape)
+            return self._signal(params, shape, rows)
+        positions_PLA = self.objective.spacing.grid(shape, rows=rows)[None]
+        return self._signal_of(params, self.vectors(params, shape, rows)[None], positions_PLA, shape)
 
     def vectors(
-        self, params: Params, shape: Shape, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> jax.Array:
-        """Returns the vectors of the positions of a window or grid, float32[prod(shape), E]."""
-        side, rest = shape[0], math.prod(shape[1:])
+        self, params: Params, shape: Shape, side: int | None = None, spacing: Spacing | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> jax.Array:  # fmt: skip
+        """Returns the vectors of the positions of a window or grid, float32[prod(shape), E].
+
+        Args:
+          side: only the first places of the first axis; None = all. spacing: other than that of the model.
+        """
+        side, rest = side or shape[0], math.prod(shape[1:])
+        spacing = spacing or self.objective.spacing
         rows = min(side, max(1, READ_AT_ONCE // rest))
         parts = []
         for start in range(0, side, rows):
             first = min(start, side - rows)  # the last part overlaps the one before: one program serves all
-            parts.append(self._vectors(params, first, (rows, *shape[1:]))[(start - first) * rest :])
+            parts.append(self._vectors(params, first, rows, shape, spacing)[(start - first) * rest :])
             progress(min(start + rows, side) * rest, side * rest)
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
     @functools.cached_property
-    def _signal(self) -> Callable[[Params, Shape, int | None], PositionSignal]:
-        def signal(params: Params, shape: Shape, first: int | None) -> PositionSignal:
-            positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None, :first]
-            return self.objective.signal(params, positions_PLA, shape)
+    def _signal(self) -> Callable[[Params, Shape, int], PositionSignal]:
+        def signal(params: Params, shape: Shape, rows: int) -> PositionSignal:
+            return self.objective.signal(params, self.objective.spacing.grid(shape, rows=rows)[None], shape)
 
         return jax.jit(self._laid_out(signal), static_argnums=(1, 2))
 
@@ -126,12 +131,12 @@ class Run:
         return jax.jit(self._laid_out(signal), static_argnums=3)
 
     @functools.cached_property
-    def _vectors(self) -> Callable[[Params, int, Shape], jax.Array]:
-        def vectors(params: Params, first: jax.Array, shape: Shape) -> jax.Array:
-            positions_RA = grid(jnp.zeros(len(shape), jnp.int32).at[0].set(first), shape)
-            return self._encode(params, positions_RA, groups=(Group(1, shape),), method="vectors")
+    def _vectors(self) -> Callable[[Params, int, int, Shape, Spacing], jax.Array]:
+        def vectors(params: Params, first: jax.Array, rows: int, shape: Shape, spacing: Spacing) -> jax.Array:
+            known = Group(1, (rows, *shape[1:]), spans=spacing.spans(shape, rows))
+            return self._encode(params, spacing.grid(shape, first, rows), groups=(known,), method="vectors")
 
-        return jax.jit(self._laid_out(vectors), static_argnums=2)
+        return jax.jit(self._laid_out(vectors), static_argnums=(2, 3, 4))
 
     def _encode(self, params: Params, *arguments: Any, **options: Any) -> Any:
         encoding = axes.gathered(params["encoding"], "encoding")
@@ -191,7 +196,7 @@ class Run:
             which = f"prompt {lengths.index(0) + 1} of {len(lengths)}" if len(lengths) > 1 else "the prompt"
             raise InputError(f"{which} is empty: a prompt must hold at least one token")
         needed = max(lengths) + sampling.new_tokens
-        check_positions(self.config.encoding, max(needed, window or 0), "the length of prompt and new tokens")
+        check_positions(self.config, max(needed, window or 0), "the length of prompt and new tokens")
         if window and window < needed:
             raise InputError(
                 f"a window of {window} does not hold the longest prompt ({max(lengths)} tokens) and {sampling.new_tokens} "
@@ -261,7 +266,8 @@ class Run:
         """Returns this run as an export serves it: positions below `reach` only, their vectors read from a table."""
         objective = self.objective
         if objective.has_vectors:
-            objective = dataclasses.replace(objective, encoding=objective.encoding.storing(reach))
+            encoding = objective.encoding.storing(*objective.spacing.table(reach))
+            objective = dataclasses.replace(objective, encoding=encoding)
         return dataclasses.replace(self, objective=objective, reach=reach)
 
     def stored_params(
@@ -270,7 +276,8 @@ class Run:
         """Returns the parameters of `stored(reach)`: those of a run, with vectors computed once in the encoder's place."""
         if not self.objective.has_vectors:
             return params
-        table = np.asarray(self.vectors(params, reach, progress)).reshape(*reach, -1)
+        sides, step = self.objective.spacing.table(reach)
+        table = np.asarray(self.vectors(params, sides, spacing=Spacing(step), progress=progress)).reshape(*sides, -1)
         rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
         return params | {"encoding": rest | {"table": table}}
 
@@ -282,21 +289,20 @@ class Run:
     def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
         """Returns the logits, float32, of tokens int32[B, L] or images float32[B, sides..., C]; sizes may be symbolic."""
         shape = self.config.grid_of(inputs.shape[1:-1]) if self.config.reads_images else inputs.shape[1:]
-        positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
-        signal = self.objective.signal(params, positions_PLA, shape)
+        signal = self.objective.signal(params, self.objective.spacing.grid(shape)[None], shape)
         return self.objective.model.apply({"params": params["model"]}, inputs, signal)
 
     def similarity(self, params: Params, scale: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
         """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.
 
         Returns:
-          {"pivots" int[n, A], "positions" int[m, A], "cosine" float32[n, m]}; a window is thinned out to `columns`
-          positions, a grid comes whole, row-major.
+          {"pivots" [n, A], "positions" [m, A] in tokens or patches, "cosine" float32[n, m]}; a window is thinned out to
+          `columns` positions, a grid comes whole, row-major.
         """
         if not self.objective.has_vectors:
             return None
         shape = self.data.grid_of(scale)
-        positions_RA = np.asarray(grid(jnp.zeros(len(shape), jnp.int32), shape))
+        unit, positions_RA = self.objective.spacing.unit, np.asarray(self.objective.spacing.grid(shape))
         if len(shape) == 1:
             positions_RA = positions_RA[np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))]
         chosen = np.unique(np.linspace(0, len(positions_RA) - 1, pivots + 2).astype(int)[1:-1])
@@ -304,8 +310,8 @@ class Run:
             {"params": params["encoding"]}, jnp.asarray(positions_RA)
         )
         return {
-            "pivots": positions_RA[chosen],
-            "positions": positions_RA,
+            "pivots": positions_RA[chosen] if unit == 1 else positions_RA[chosen] / unit,
+            "positions": positions_RA if unit == 1 else positions_RA / unit,
             "cosine": np.asarray(cosine(vectors_RE, chosen), np.float32),
         }
 
@@ -386,7 +392,8 @@ def make_objective(config: Config, data: Text | Images) -> Objective:
         inputs=data.inputs,
         encoding=_encoding(config),
         shape=config.grid,
-        max_position=encoding.max_position,
+        spacing=spacing_of(config),
+        max_position=encoding.max_position * encoding.unit,
         base=encoding.base,
         heads=model.heads if encoding.per_head else None,
         settings=config.objective,
@@ -401,7 +408,12 @@ def check_encoding(config: Config) -> None:
       InputError: fields contradict each other.
     """
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)  # a key itself would take the devices, which others may need
-    jax.eval_shape(functools.partial(initial_encoding, _encoding(config), config.grid), key)
+    jax.eval_shape(functools.partial(initial_encoding, _encoding(config), config.grid, spacing_of(config)), key)
+
+
+def spacing_of(config: Config) -> Spacing:
+    """Returns where the places of a config's windows and grids stand."""
+    return Spacing(config.encoding.unit, config.grid if config.encoding.resize == "stretch" else ())
 
 
 def _encoding(config: Config) -> Any:
@@ -410,7 +422,7 @@ def _encoding(config: Config) -> Any:
     offered = dataclasses.asdict(encoding) | {
         "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
         "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
-        "prefix": data_of(config).prefix,
+        "prefix": data_of(config).prefix, "unit": encoding.unit,
     }  # fmt: skip
     parts, reach = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
     if encoding.kind == "seqpe":

@@ -64,7 +64,7 @@ class Answers(Text):
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a length at which no question fits, or that positions do not reach. Raises: InputError."""
         (length,) = scale
-        check_positions(self.config.encoding, length + self.config.eval.new_tokens, "evaluation length with its answer")
+        check_positions(self.config, length + self.config.eval.new_tokens, "evaluation length with its answer")
         self.questions(split, length)
 
     def evaluate(

@@ -57,7 +57,7 @@ def measure(
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
     settings = config.from_dict(values)
     for length, *_ in lengths:
-        config.check_positions(settings.encoding, length, "evaluation length")
+        config.check_positions(settings, length, "evaluation length")
     for size in sizes:
         config.check_size(settings, size, "evaluation size")
     wanted = lengths or sizes

@@ -131,7 +131,7 @@ class Text:
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a length that cannot be evaluated. Raises: InputError."""
         (length,), tokens = scale, len(self.source(split).tokens)
-        check_positions(self.config.encoding, length, "evaluation length")
+        check_positions(self.config, length, "evaluation length")
         if tokens < length + 1:
             raise InputError(
                 f"evaluation length {length} is longer than the {split} split of {self.config.data.name} "

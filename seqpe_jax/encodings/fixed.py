@@ -112,6 +112,7 @@ class Sinusoidal(nn.Module):
 
     Attributes:
       width_model: width of the tokens; theta: base of the wavelengths; amplitude: of the waves.
+      unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
       flatten: one axis for the whole grid, row-major, on which the tokens before it come first.
     """
@@ -119,6 +120,7 @@ class Sinusoidal(nn.Module):
     width_model: int
     theta: float = 10000.0
     amplitude: float = 1.0
+    unit: int = 1
     prefix: int = 0
     flatten: bool = False
 
@@ -134,7 +136,7 @@ class Sinusoidal(nn.Module):
         if self.width_model < 2 * axes:
             raise InputError(f"encoding.kind='sinusoidal' needs model.width of at least {2 * axes} for {axes} axes")
         frequencies = axis_frequencies(self.width_model, axes, self.theta)
-        circles = [unit_circle(positions_PLA[..., axis], frequencies[axis]) for axis in range(axes)]
+        circles = [unit_circle(positions_PLA[..., axis], frequencies[axis] / self.unit) for axis in range(axes)]
         cos, sin = (jnp.concatenate(part, axis=-1) for part in zip(*circles, strict=True))
         table_PLD = jnp.stack([sin, cos], axis=-1).reshape(*sin.shape[:-1], -1)[..., : self.width_model]
         if not self.flatten:
@@ -150,6 +152,7 @@ class Rotary(nn.Module):
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
       rotary_pairs: how many of the fastest pairs turn, 0 = all; the others carry content alone.
+      unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
     """
 
@@ -157,6 +160,7 @@ class Rotary(nn.Module):
     heads_model: int
     theta: float = 10000.0
     rotary_pairs: int = 0
+    unit: int = 1
     prefix: int = 0
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
@@ -167,7 +171,7 @@ class Rotary(nn.Module):
         """
         head_width = paired_width("rotary", self.width_model, self.heads_model, 1)
         (frequencies,) = turned(head_width, 1, self.theta, self.rotary_pairs)
-        cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies)
+        cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies / self.unit)
         return PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
 
 
@@ -179,6 +183,7 @@ class RotaryAxial(nn.Module):
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
       rotary_pairs: how many of the fastest pairs turn, over all axes, 0 = all; the others carry content alone.
+      unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
     """
 
@@ -186,6 +191,7 @@ class RotaryAxial(nn.Module):
     heads_model: int
     theta: float = 100.0
     rotary_pairs: int = 0
+    unit: int = 1
     prefix: int = 0
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
@@ -197,7 +203,7 @@ class RotaryAxial(nn.Module):
         axes = positions_PLA.shape[-1]
         head_width = paired_width("rotary_axial", self.width_model, self.heads_model, axes)
         frequencies = turned(head_width, axes, self.theta, self.rotary_pairs)
-        circles = [unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part]) for part in range(axes)]
+        circles = [unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part] / self.unit) for part in range(axes)]
         cos, sin = (jnp.concatenate(part, axis=-1)[:, :, None] for part in zip(*circles, strict=True))
         return PositionSignal(rotation=unturned(cos, sin, self.prefix))
 
@@ -222,11 +228,13 @@ class ALiBi(nn.Module):
     Attributes:
       width_model, heads_model: of the model.
       reference_scaling: slopes divided by sqrt(head width), as the PyTorch reference has it.
+      unit: of positions, in which one token measures `unit`.
     """
 
     width_model: int
     heads_model: int
     reference_scaling: bool = False
+    unit: int = 1
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `features` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
@@ -236,7 +244,7 @@ class ALiBi(nn.Module):
         if self.reference_scaling:
             slopes = slopes / math.sqrt(self.width_model // self.heads_model)
         slopes_H = jnp.asarray(slopes, jnp.float32)
-        place_PL1 = positions_PLA.astype(jnp.float32)
+        place_PL1 = positions_PLA.astype(jnp.float32) / self.unit
         flat_PLH = jnp.broadcast_to(slopes_H, (*place_PL1.shape[:2], len(slopes)))
         query = jnp.stack([flat_PLH, -slopes_H * place_PL1], axis=-1)
         key = jnp.stack([place_PL1, jnp.ones_like(place_PL1)], axis=-1)

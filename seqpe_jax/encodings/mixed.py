@@ -18,6 +18,7 @@ class RotaryMixed(nn.Module):
 
     Attributes:
       layers_model, width_model, heads_model: of the model; theta: base of the wavelengths at the start.
+      unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token; they do not turn.
       reference_scramble: rotations [H, L] are read as if they were [L, H], as the PyTorch reference has it.
     """
@@ -26,6 +27,7 @@ class RotaryMixed(nn.Module):
     width_model: int
     heads_model: int
     theta: float = 10.0
+    unit: int = 1
     prefix: int = 0
     reference_scramble: bool = False
 
@@ -42,8 +44,9 @@ class RotaryMixed(nn.Module):
         frequencies = self.param("frequencies", self._fresh, sizes)
         # N counts the layers, F the pairs. Angles stay float32 at full precision: a position may be large.
         angles = jnp.einsum(
-            "pla,nahf->nplhf", positions_PLA.astype(jnp.float32), frequencies, precision=jax.lax.Precision.HIGHEST
-        )
+            "pla,nahf->nplhf", positions_PLA.astype(jnp.float32) / self.unit, frequencies,
+            precision=jax.lax.Precision.HIGHEST,
+        )  # fmt: skip
         if self.reference_scramble:
             angles = jnp.swapaxes(angles, 2, 3).reshape(angles.shape)
         return PositionSignal(rotation=unturned(jnp.cos(angles), jnp.sin(angles), self.prefix), stacked=("rotation",))

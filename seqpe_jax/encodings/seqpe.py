@@ -258,7 +258,8 @@ class SeqPE(nn.Module):
       share_prefixes: digits that positions begin with in common are read once (`DigitEncoder`), where that pays.
       prefix: tokens before the positions that have none, such as a class token; each learns a vector of its own, which
         only `signal` sees (the reference's `cls_token_pos_embed`).
-      stored: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served.
+      stored: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served;
+        stored_step: from one position of the table to the next.
       Others: as of `DigitEncoder`; *_model, axes: of the model that reads the signal.
     """
 
@@ -296,6 +297,7 @@ class SeqPE(nn.Module):
     share_prefixes: bool = True
     prefix: int = 0
     stored: tuple[int, ...] = ()
+    stored_step: int = 1
 
     @property
     def head_width(self) -> int:
@@ -346,7 +348,7 @@ class SeqPE(nn.Module):
           groups: what is known of the rows, in their order (`positions.prefixes`); () = nothing.
         """
         if self.stored:
-            places = tuple(jnp.moveaxis(positions_RA, -1, 0))
+            places = tuple(jnp.moveaxis(positions_RA // self.stored_step, -1, 0))
             return jnp.asarray(self.table).at[places].get(mode="fill", fill_value=jnp.nan)
         return self.encoder(positions_RA, sizes=self._sizes(positions_RA, groups), deterministic=deterministic)
 
@@ -405,9 +407,9 @@ class SeqPE(nn.Module):
             query = query * (self.scalar_scale / math.sqrt(self.head_width))
         return query, key
 
-    def storing(self, reach: tuple[int, ...]) -> "SeqPE":
-        """Returns this encoding with a table of the vectors of positions below `reach` in the encoder's place."""
-        return self.clone(stored=reach)
+    def storing(self, sides: tuple[int, ...], step: int) -> "SeqPE":
+        """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions, `step` apart."""
+        return self.clone(stored=sides, stored_step=step)
 
     @property
     def _parts(self) -> int:

@@ -17,7 +17,7 @@ from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastiv
 from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
 from seqpe_jax.objectives.task import Classification, LanguageModelling
 from seqpe_jax.positions import sampling
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import Spacing
 from seqpe_jax.positions.prefixes import Group
 
 Params = Any
@@ -38,9 +38,11 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def initial_encoding(encoding: nn.Module, shape: tuple[int, ...], key: jax.Array) -> tuple[Any, PositionSignal]:
+def initial_encoding(
+    encoding: nn.Module, shape: tuple[int, ...], spacing: Spacing, key: jax.Array
+) -> tuple[Any, PositionSignal]:
     """Returns fresh variables of an encoding and its signal of the first grid of a shape; key: of the run."""
-    positions_PLA = grid(jnp.zeros(len(shape), jnp.int32), shape)[None]
+    positions_PLA = spacing.grid(shape)[None]
     variables = encoding.init(stream(key, "encoding"), positions_PLA, shape=shape)
     return variables, encoding.apply(variables, positions_PLA, shape=shape)
 
@@ -53,8 +55,8 @@ class Objective:
       model: module of (inputs, signal, deterministic) -> logits.
       task: what the model is trained for; inputs: shape and type of one example for the model, [1, ...].
       encoding: module of (positions) -> signal; with vectors of its own when `has_vectors`.
-      shape: the window or grid that the model trains on, one int per coordinate axis.
-      max_position, base: range of each coordinate and base of its digits.
+      shape: the window or grid that the model trains on, one int per coordinate axis; spacing: where its places stand.
+      max_position, base: coordinates lie below, in units of the spacing; base of their digits.
       heads: heads of the position vectors, or None when one vector serves them all.
       settings: the frozen `objective` section of the config.
       has_vectors: the encoding has vectors (SeqPE) that contrastive and distillation terms shape.
@@ -65,6 +67,7 @@ class Objective:
     inputs: jax.ShapeDtypeStruct
     encoding: nn.Module
     shape: tuple[int, ...]
+    spacing: Spacing
     max_position: int
     base: int
     heads: int | None
@@ -78,22 +81,24 @@ class Objective:
 
     @property
     def may_move(self) -> bool:
-        """Whether some steps read shifted or skipped windows."""
-        return max(self.settings.shift.rate, self.settings.skip.rate) > 0
+        """Whether some steps read windows elsewhere, or whose places do not stand where they should."""
+        return max(self.settings.shift.rate, self.settings.skip.rate, self.settings.jitter.rate) > 0
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters {"encoding": ..., "model": ...}."""
-        encoding, signal = initial_encoding(self.encoding, self.shape, key)
+        encoding, signal = initial_encoding(self.encoding, self.shape, self.spacing, key)
         model = self.model.init(stream(key, "model"), jnp.zeros(self.inputs.shape, self.inputs.dtype), signal)
         return {"encoding": encoding.get("params", {}), "model": model["params"]}
 
     def draw(self, key: jax.Array, step: jax.Array) -> Draws:
         """Returns the positions of a step: a pure function of the run's key and the step."""
-        settings, shape, limit = self.settings, self.shape, self.max_position
+        settings, shape, unit = self.settings, self.shape, self.spacing.unit
+        # Windows are drawn as if they began at 0; those of a grid that stands in the middle of its cells come after.
+        limit, offset = self.max_position - self.spacing.offset, self.spacing.offset
         now = jax.random.fold_in(key, step)
         axes = len(shape)
         sets = settings.shift.sets if self.may_move else 1
-        positions_PLA = jnp.broadcast_to(grid(jnp.zeros(axes, jnp.int32), shape), (sets, self.length, axes))
+        positions_PLA = jnp.broadcast_to(self.spacing.grid(shape), (sets, self.length, axes))
         moved = jnp.zeros((), bool)
         if self.may_move:
             choice = jax.random.uniform(stream(now, "move"))
@@ -102,30 +107,42 @@ class Objective:
             moved = shifted | skipped
             if settings.shift.rate:
                 starts_PA = sampling.shift(
-                    stream(now, "shift"), sets=sets, shape=shape, max_position=limit, starts=settings.shift.starts,
-                    subset_key=stream(key, "shift starts"),
+                    stream(now, "shift"), sets=sets, shape=shape, max_position=limit, unit=unit,
+                    starts=settings.shift.starts, subset_key=stream(key, "shift starts"),
                 )  # fmt: skip
                 positions_PLA = jnp.where(shifted, positions_PLA + starts_PA[:, None], positions_PLA)
             if settings.skip.rate:
                 gaps_PLA = sampling.skip(
                     stream(now, "skip"), sets=sets, shape=shape, max_position=limit, chunks=settings.skip.chunks,
-                    range=settings.skip.range or limit,
+                    range=settings.skip.range * unit or limit, unit=unit,
                 )  # fmt: skip
-                positions_PLA = jnp.where(skipped, gaps_PLA, positions_PLA)
+                positions_PLA = jnp.where(skipped, gaps_PLA + offset, positions_PLA)
+            if settings.jitter.rate:
+                shaken = jax.random.uniform(stream(now, "shake")) < settings.jitter.rate
+                moved = moved | shaken
+                shaken_PLA = sampling.jitter(
+                    stream(now, "jitter"), positions_PLA, reach=round(settings.jitter.range * unit),
+                    max_position=self.max_position, ordered=axes == 1,
+                )  # fmt: skip
+                positions_PLA = jnp.where(shaken, shaken_PLA, positions_PLA)
         contrastive, distillation = settings.contrastive, settings.distillation
+        windows = None
+        if distillation.weight:
+            windows = sampling.distillation(
+                stream(now, "distillation"), batch=distillation.batch, offsets=distillation.offsets, shape=shape,
+                max_position=limit, unit=unit,
+            )  # fmt: skip
+            windows = windows._replace(positions_BMA=windows.positions_BMA + offset)
         return Draws(
             positions_PLA,
             moved,
             sampling.contrastive(
                 stream(key, "contrastive"), step, batch=contrastive.batch, candidates=contrastive.candidates,
-                max_position=limit, axes=axes, base=self.base, mixture=contrastive.mixture,
-                hard_fraction=contrastive.hard_fraction, window=contrastive.window,
+                max_position=self.max_position, axes=axes, base=self.base, mixture=contrastive.mixture,
+                hard_fraction=contrastive.hard_fraction, window=contrastive.window * unit,
                 around_pivot=contrastive.around_pivot, past_only=contrastive.past_only,
             ) if contrastive.weight else None,
-            sampling.distillation(
-                stream(now, "distillation"), batch=distillation.batch, offsets=distillation.offsets, shape=shape,
-                max_position=limit,
-            ) if distillation.weight else None,
+            windows,
         )  # fmt: skip
 
     def loss(
@@ -176,13 +193,15 @@ class Objective:
         pairs, windows = draws.contrastive, draws.distillation
         parts = [draws.positions_PLA.reshape(-1, axes)]
         pieces = self.settings.skip.chunks if self.settings.skip.rate else 1
-        groups = [Group(sets, self.shape, pieces)]
+        spans, shaken = self.spacing.spans(self.shape), self.settings.jitter.rate > 0
+        reach = 2 * round(self.settings.jitter.range * self.spacing.unit) if shaken else 0
+        groups = [Group(sets, self.shape, pieces, spans=tuple(span + reach for span in spans), apart=shaken)]
         if pairs is not None:
             parts += [pairs.pivots_BA, pairs.candidates_BCA.reshape(-1, axes)]
             groups += [Group(len(parts[-2])), Group(len(parts[-1]))]
         if windows is not None:
             parts += [windows.positions_BMA.reshape(-1, axes)]
-            groups += [Group(len(windows.positions_BMA), self.shape, rows=windows.positions_BMA.shape[1])]
+            groups += [Group(len(windows.positions_BMA), self.shape, rows=windows.positions_BMA.shape[1], spans=spans)]
         rows_RA = jnp.concatenate(parts)
         count = len(rows_RA)
         devices = shards(ROWS)

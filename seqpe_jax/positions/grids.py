@@ -1,4 +1,6 @@
-"""Windows (one axis) and grids (more axes) of positions."""
+"""Windows (one axis) and grids (more axes) of positions, and how fine the ruler is that their places stand on."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,5 +13,66 @@ def grid(start_A: jax.Array, shape: tuple[int, ...]) -> jax.Array:
       start_A: int32[A], the box's lowest corner; may be traced.
       shape: static side along each axis; (L,) is a window of L positions.
     """
-    sides = jnp.meshgrid(*(jnp.arange(side, dtype=jnp.int32) for side in shape), indexing="ij")
-    return jnp.stack(sides, axis=-1).reshape(-1, len(shape)) + jnp.asarray(start_A, jnp.int32)
+    return _product([jnp.arange(side, dtype=jnp.int32) for side in shape]) + jnp.asarray(start_A, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spacing:
+    """Where the places of windows and grids stand: a position is a fixed-point number, held as a whole number of units.
+
+    Attributes:
+      unit: units from one training token or patch to the next, base ** (digits after the point); 1 = whole numbers.
+      stretched: sides of the training grid, on whose length every larger window and every other grid is read, each place
+        in the middle of its cell; () = larger ones extend past it.
+    """
+
+    unit: int = 1
+    stretched: tuple[int, ...] = ()
+
+    @property
+    def offset(self) -> int:
+        """The first position of the training grid, in units."""
+        return self.unit // 2 if self.stretched else 0
+
+    def grid(self, shape: tuple[int, ...], first: jax.Array | int = 0, rows: int | None = None) -> jax.Array:
+        """Returns the positions of a window or grid in units, int32[rows * rest of the shape, A], row-major.
+
+        Args:
+          shape: places along each axis; may be symbolic (jax.export).
+          first, rows: only that part of the first axis; `first` may be traced. None = all of it.
+        """
+        rows = shape[0] if rows is None else rows
+        return _product([
+            self._stand(axis, side, first + jnp.arange(rows) if axis == 0 else jnp.arange(side))
+            for axis, side in enumerate(shape)
+        ])  # fmt: skip
+
+    def spans(self, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, ...]:
+        """Returns the units between the first and the last position along each axis, at most; arguments as of `grid`."""
+        counts = (shape[0] if rows is None else rows, *shape[1:])
+        if not self.stretched:
+            return tuple((count - 1) * self.unit for count in counts)
+        return tuple(
+            (count - 1) * (length * self.unit) // side + 1
+            for count, length, side in zip(counts, self.stretched, shape, strict=True)
+        )
+
+    def table(self, reach: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """Returns (sides, step) of a table that holds all positions which grids of up to `reach` places stand on."""
+        if not self.stretched:
+            return reach, self.unit
+        return tuple(length * self.unit for length in self.stretched), 1
+
+    def _stand(self, axis: int, side: int, places: jax.Array) -> jax.Array:
+        """Positions int32[...] of some places of an axis with `side` of them."""
+        if not self.stretched:
+            return (places * self.unit).astype(jnp.int32)
+        length = self.stretched[axis]
+        if len(self.stretched) == 1:  # a text that is shorter stands at the beginning
+            side = jax.core.max_dim(side, length)
+        return ((2 * places + 1) * (length * self.unit) // (2 * side)).astype(jnp.int32)
+
+
+def _product(sides: list[jax.Array]) -> jax.Array:
+    """All combinations of the coordinates of each axis, int32[count, A], the first axis changing slowest."""
+    return jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(sides))

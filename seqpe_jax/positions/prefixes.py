@@ -18,12 +18,16 @@ class Group(NamedTuple):
     Attributes:
       windows: number of windows; sides: of each along the axes, row-major; () = rows that have nothing in common.
       pieces: that a window is cut into along each axis, with gaps between; rows: read of each window at most, 0 = all.
+      spans: from the first to the last position along each axis, gaps left out; () = places next to each other.
+      apart: each row has coordinates of its own, which lie anywhere in the span, not those of its line of the grid.
     """
 
     windows: int
     sides: tuple[int, ...] = ()
     pieces: int = 1
     rows: int = 0
+    spans: tuple[int, ...] = ()
+    apart: bool = False
 
 
 class Tree(NamedTuple):
@@ -43,8 +47,8 @@ class Tree(NamedTuple):
 def level_sizes(groups: Sequence[Group], *, axes: int, base: int, digits: int, max_position: int) -> tuple[int, ...]:
     """Returns how many prefixes of each length there can be, at most: one int for each of axes * digits lengths.
 
-    Digits are padded to the left. A window of L consecutive positions has no more than (L - 1) // base**k + 2 different
-    numbers without their last k digits.
+    Digits are padded to the left. A window whose positions span S has no more than S // base**k + 2 different numbers
+    without their last k digits, and no more than it has places.
     """
     sizes = []
     for axis in range(axes):
@@ -55,9 +59,12 @@ def level_sizes(groups: Sequence[Group], *, axes: int, base: int, digits: int, m
                 if not group.sides:
                     held += group.windows
                     continue
-                known = math.prod(group.sides[:axis]) * min(
-                    group.sides[axis], (group.sides[axis] - 1) // base**rest + 2 * group.pieces
-                )
+                spans = group.spans or tuple(side - 1 for side in group.sides)
+                near = spans[axis] // base**rest + 2 * group.pieces
+                if group.apart:
+                    known = math.prod(span + 1 for span in spans[:axis]) * near
+                else:
+                    known = math.prod(group.sides[:axis]) * min(group.sides[axis], near)
                 held += group.windows * min(known, group.rows or math.prod(group.sides))
             sizes.append(min(possible, held))
     return tuple(sizes)

@@ -46,19 +46,20 @@ def shift(
     sets: int,
     shape: tuple[int, ...],
     max_position: int,
+    unit: int = 1,
     starts: int = 0,
     subset_key: jax.Array | None = None,
 ) -> jax.Array:
     """Returns starts int32[P, A] of grids anywhere in range.
 
     Args:
-      sets: P; shape: side along each axis; max_position: coordinates lie below.
+      sets: P; shape: places along each axis; max_position: coordinates lie below; unit: from one place to the next.
       starts: only a fixed subset of that many starts, chosen by subset_key; 0 = all.
 
     Raises:
       InputError: the grid does not fit into the range.
     """
-    room = _room(shape, max_position)
+    room = _room(shape, max_position, unit)
     if not starts:
         return _below(jax.random.bits(key, (sets, len(shape))), np.array(room))
     total = math.prod(room)
@@ -70,15 +71,25 @@ def shift(
     return _unravel(permute(subset_key, chosen, total), room)
 
 
-def skip(key: jax.Array, *, sets: int, shape: tuple[int, ...], max_position: int, chunks: int, range: int) -> jax.Array:
+def skip(
+    key: jax.Array,
+    *,
+    sets: int,
+    shape: tuple[int, ...],
+    max_position: int,
+    chunks: int,
+    range: int,
+    unit: int = 1,
+) -> jax.Array:
     """Returns positions int32[P, L, A] of windows cut into chunks with random gaps between (arXiv 2309.10400).
 
     The first chunk starts at 0; positions rise strictly and stay below `range`. With more axes each is cut on its own.
+    Within a chunk, places stand `unit` apart.
 
     Raises:
       InputError: range is smaller than the window or larger than max_position.
     """
-    _room(shape, range)
+    _room(shape, range, unit)
     if range > max_position:
         raise InputError(f"objective.skip.range={range} is beyond encoding.max_position={max_position}")
 
@@ -87,15 +98,27 @@ def skip(key: jax.Array, *, sets: int, shape: tuple[int, ...], max_position: int
     def axis(bits: jax.Array, side: int) -> jax.Array:
         parts = min(chunks, side)
         cuts = 1 + permute_with(bits[:, None, :ROUNDS], jnp.arange(parts - 1), side - 1) if parts > 1 else bits[:, :0]
-        gaps = jnp.sort(_below(bits[:, ROUNDS : ROUNDS + parts - 1], range - side + 1), axis=1)
+        gaps = jnp.sort(_below(bits[:, ROUNDS : ROUNDS + parts - 1], range - (side - 1) * unit), axis=1)
         gaps = jnp.pad(gaps, ((0, 0), (1, 0)))
         places = jnp.arange(side)
         chunk_PL = (places[:, None] >= cuts[:, None]).sum(axis=2)
-        return places + jnp.take_along_axis(gaps, chunk_PL, axis=1)
+        return places * unit + jnp.take_along_axis(gaps, chunk_PL, axis=1)
 
     sides = [axis(bits[at], side) for at, side in enumerate(shape)]
     grids = jax.vmap(lambda *sides: jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1))(*sides)
     return grids.reshape(sets, -1, len(shape)).astype(jnp.int32)
+
+
+def jitter(key: jax.Array, positions_PLA: jax.Array, *, reach: int, max_position: int, ordered: bool) -> jax.Array:
+    """Returns positions int32[P, L, A], each coordinate moved by a whole number drawn from -reach .. reach.
+
+    Args:
+      max_position: coordinates stay in 0 .. max_position - 1.
+      ordered: the places keep their order along the one axis, as a causal model needs it; two may come to stand together.
+    """
+    bits = jax.random.bits(key, positions_PLA.shape)
+    moved = jnp.clip(positions_PLA + _below(bits, 2 * reach + 1) - reach, 0, max_position - 1)
+    return jnp.sort(moved, axis=1) if ordered else moved
 
 
 def contrastive(
@@ -200,20 +223,24 @@ def contrastive(
     return Contrastive(pivots_BA, candidates_BCA, labels_B)
 
 
-def distillation(key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, ...], max_position: int) -> Distillation:
+def distillation(
+    key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, ...], max_position: int, unit: int = 1
+) -> Distillation:
     """Returns M offsets into the grid at the origin, and the same offsets into a grid that starts out of range.
 
     Starts are uniform: on one axis in [L / 4, max_position - L], on more axes wherever the grid leaves the origin grid.
+    Places stand `unit` apart; starts may lie between them.
 
     Raises:
       InputError: there is no such start, or there are fewer than M offsets.
     """
-    room, size = _room(shape, max_position), math.prod(shape)
+    room, size = _room(shape, max_position, unit), math.prod(shape)
+    sides = [side * unit for side in shape]
     if offsets > size:
         raise InputError(f"objective.distillation.offsets={offsets} is more than the {size} positions of a window")
     axes = len(shape)
-    lowest = shape[0] // 4 if axes == 1 else 0
-    if lowest >= room[0] if axes == 1 else all(free <= side for free, side in zip(room, shape, strict=True)):
+    lowest = sides[0] // 4 if axes == 1 else 0
+    if lowest >= room[0] if axes == 1 else all(free <= side for free, side in zip(room, sides, strict=True)):
         raise InputError(
             f"objective.distillation finds no shifted window of {shape} below encoding.max_position={max_position}: "
             "raise it"
@@ -222,7 +249,7 @@ def distillation(key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, 
     if axes == 1:
         lows, highs = np.array([[lowest]]), np.array([room])
     else:
-        near = np.minimum(shape, room)
+        near = np.minimum(sides, room)
         lows = np.diag(near)
         highs = np.where(np.tri(axes, k=-1, dtype=bool), near, np.array(room))
     sizes = np.prod(highs - lows, axis=1, dtype=np.float64)
@@ -233,17 +260,17 @@ def distillation(key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, 
     low_BA, high_BA = jnp.asarray(lows, jnp.int32)[box_B], jnp.asarray(highs, jnp.int32)[box_B]
     start_BA = low_BA + _below(bits[:, 1 : 1 + axes], high_BA - low_BA)
     indices_BM = permute_with(bits[:, None, 1 + axes :], jnp.arange(offsets), size)
-    return Distillation(indices_BM, _unravel(indices_BM, shape) + start_BA[:, None])
+    return Distillation(indices_BM, _unravel(indices_BM, shape) * unit + start_BA[:, None])
 
 
-def _room(shape: tuple[int, ...], max_position: int) -> tuple[int, ...]:
+def _room(shape: tuple[int, ...], max_position: int, unit: int) -> tuple[int, ...]:
     """Starts along each axis that keep the grid in range."""
-    if max(shape) > max_position:
+    if (max(shape) - 1) * unit >= max_position:
         raise InputError(
-            f"a window of {max(shape)} does not fit below encoding.max_position={max_position}: raise it or "
+            f"a window of {max(shape)} does not fit below encoding.max_position={max_position // unit}: raise it or "
             "shorten the window"
         )
-    return tuple(max_position - side + 1 for side in shape)
+    return tuple(max_position - (side - 1) * unit for side in shape)
 
 
 def _unravel(flat: jax.Array, extent: tuple[int, ...]) -> jax.Array:
