@@ -211,6 +211,14 @@ class JitterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ZoomConfig:
+    """With probability `rate` a step reads parts of images, enlarged, whose patches stand where they are in the whole."""
+
+    rate: float = _field(0.0, **Fraction)
+    smallest: float = _field(0.5, low=0.05, high=1.0)  # sides of a part as a share of the image's, at least
+
+
+@dataclasses.dataclass(frozen=True)
 class MixingConfig:
     """Training images mixed with each other, on the device; 0 = off."""
 
@@ -230,6 +238,7 @@ class ObjectiveConfig:
     shift: ShiftConfig = _section(ShiftConfig)
     skip: SkipConfig = _section(SkipConfig)
     jitter: JitterConfig = _section(JitterConfig)
+    zoom: ZoomConfig = _section(ZoomConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -675,7 +684,7 @@ def _check_fractions(config: Config) -> None:
     numbered = len(config.grid) > 1 and (encoding.kind == "rotary" or encoding.kind == "sinusoidal" and encoding.flatten)
     wanted = {
         "encoding.fraction_digits": encoding.fraction_digits, "encoding.resize='stretch'": encoding.resize == "stretch",
-        "objective.jitter.rate": jitter.rate,
+        "objective.jitter.rate": jitter.rate, "objective.zoom.rate": config.objective.zoom.rate,
     }  # fmt: skip
     for name, value in wanted.items():
         if value and (encoding.kind not in REAL_POSITIONS or numbered):
@@ -691,6 +700,10 @@ def _check_fractions(config: Config) -> None:
         )
     if encoding.fraction_digits and encoding.padding == "right":
         raise InputError("encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0")
+    if config.objective.zoom.rate and not (config.reads_images and encoding.resize == "stretch"):
+        raise InputError(
+            "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
+        )
     if bool(jitter.rate) != bool(jitter.range):
         raise InputError(
             f"objective.jitter.rate={jitter.rate} and objective.jitter.range={jitter.range}: set both, or both to 0"

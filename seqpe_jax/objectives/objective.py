@@ -16,6 +16,7 @@ from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.objectives.distillation import distillation_logits_loss, distillation_loss
 from seqpe_jax.objectives.task import Classification, LanguageModelling
+from seqpe_jax.objectives.zoom import zoom
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import Spacing
 from seqpe_jax.positions.prefixes import Group
@@ -31,6 +32,7 @@ class Draws(NamedTuple):
     moved: jax.Array  # bool, the windows are shifted or skipped: no teacher for distillation
     contrastive: sampling.Contrastive | None
     distillation: sampling.Distillation | None
+    boxes_PA2: jax.Array | None = None  # parts of the images that the model reads, in place of whole ones
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -82,7 +84,7 @@ class Objective:
     @property
     def may_move(self) -> bool:
         """Whether some steps read windows elsewhere, or whose places do not stand where they should."""
-        return max(self.settings.shift.rate, self.settings.skip.rate, self.settings.jitter.rate) > 0
+        return max(self.settings.shift.rate, self.settings.skip.rate, self.settings.jitter.rate, self.settings.zoom.rate) > 0
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters {"encoding": ..., "model": ...}."""
@@ -99,12 +101,18 @@ class Objective:
         axes = len(shape)
         sets = settings.shift.sets if self.may_move else 1
         positions_PLA = jnp.broadcast_to(self.spacing.grid(shape), (sets, self.length, axes))
-        moved = jnp.zeros((), bool)
+        moved, boxes_PA2 = jnp.zeros((), bool), None
         if self.may_move:
+            if settings.zoom.rate:
+                zoomed = jax.random.uniform(stream(now, "zoom")) < settings.zoom.rate
+                boxes_PA2 = sampling.boxes(stream(now, "boxes"), sets=sets, axes=axes, smallest=settings.zoom.smallest)
+                boxes_PA2 = jnp.where(zoomed, boxes_PA2, jnp.array([0.0, 1.0]))
+                positions_PLA = jnp.where(zoomed, self.spacing.part(shape, boxes_PA2), positions_PLA)
+                moved = moved | zoomed
             choice = jax.random.uniform(stream(now, "move"))
             shifted = choice < settings.shift.rate
             skipped = choice >= 1.0 - settings.skip.rate
-            moved = shifted | skipped
+            moved = moved | shifted | skipped
             if settings.shift.rate:
                 starts_PA = sampling.shift(
                     stream(now, "shift"), sets=sets, shape=shape, max_position=limit, unit=unit,
@@ -143,6 +151,7 @@ class Objective:
                 around_pivot=contrastive.around_pivot, past_only=contrastive.past_only,
             ) if contrastive.weight else None,
             windows,
+            boxes_PA2,
         )  # fmt: skip
 
     def loss(
@@ -168,6 +177,8 @@ class Objective:
             self.model.apply, {"params": params["model"]}, signal=signal, deterministic=False,
             rngs={"dropout": stream(now, "model dropout")},
         )  # fmt: skip
+        if draws.boxes_PA2 is not None:
+            batch = batch | {"images": zoom(batch["images"], draws.boxes_PA2)}
         task, further = self.task.loss(apply, batch, stream(now, "task"))
         total = task
         for name, value in terms.items():
@@ -193,6 +204,7 @@ class Objective:
         pairs, windows = draws.contrastive, draws.distillation
         parts = [draws.positions_PLA.reshape(-1, axes)]
         pieces = self.settings.skip.chunks if self.settings.skip.rate else 1
+        # Zoomed windows lie in the span of whole ones, each on lines of its own.
         spans, shaken = self.spacing.spans(self.shape), self.settings.jitter.rate > 0
         reach = 2 * round(self.settings.jitter.range * self.spacing.unit) if shaken else 0
         groups = [Group(sets, self.shape, pieces, spans=tuple(span + reach for span in spans), apart=shaken)]

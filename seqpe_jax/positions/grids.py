@@ -47,6 +47,21 @@ class Spacing:
             for axis, side in enumerate(shape)
         ])  # fmt: skip
 
+    def part(self, shape: tuple[int, ...], boxes_PA2: jax.Array) -> jax.Array:
+        """Returns the positions int32[P, L, A] of grids of the training shape, each laid over a part of the whole one.
+
+        Args:
+          boxes_PA2: (first, length) of the parts along each axis, as shares of the side (`sampling.boxes`).
+        """
+
+        def positions(box_A2: jax.Array) -> jax.Array:
+            return _product([
+                jnp.floor((first * side + (jnp.arange(side) + 0.5) * length) * self.unit).astype(jnp.int32)
+                for side, (first, length) in zip(shape, box_A2, strict=True)
+            ])  # fmt: skip
+
+        return jax.vmap(positions)(boxes_PA2)
+
     def spans(self, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, ...]:
         """Returns the units between the first and the last position along each axis, at most; arguments as of `grid`."""
         counts = (shape[0] if rows is None else rows, *shape[1:])

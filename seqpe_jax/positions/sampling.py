@@ -121,6 +121,17 @@ def jitter(key: jax.Array, positions_PLA: jax.Array, *, reach: int, max_position
     return jnp.sort(moved, axis=1) if ordered else moved
 
 
+def boxes(key: jax.Array, *, sets: int, axes: int, smallest: float) -> jax.Array:
+    """Returns parts of a grid, float32[P, A, 2]: (first, length) along each axis, as shares of the side.
+
+    All sides of a part are the same share of the grid's, whose logarithm is uniform from `smallest` to 1.
+    """
+    unit = _unit(jax.random.bits(key, (sets, 1 + axes)))
+    length_P1 = smallest ** unit[:, :1]
+    first_PA = (1 - length_P1) * unit[:, 1:]
+    return jnp.stack([first_PA, jnp.broadcast_to(length_P1, first_PA.shape)], axis=-1)
+
+
 def contrastive(
     key: jax.Array,
     step: jax.Array,
