@@ -49,6 +49,23 @@ def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
             assert (np.array(prefixes(cut, base, digits)) <= bounds[3]).all()
 
 
+@pytest.mark.parametrize("shape", [(29,), (6, 9)])
+def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
+    axes, limit, unit, reach = len(shape), 400, 10, 4
+    spans = tuple((side - 1) * unit + 2 * reach for side in shape)
+    strided = level_sizes([Group(1, shape, spans=spans)], axes=axes, base=10, digits=3, max_position=limit)
+    jittered = level_sizes([Group(1, shape, spans=spans, apart=True)], axes=axes, base=10, digits=3, max_position=limit)
+    draw, most = np.random.default_rng(0), np.zeros(axes * 3)
+    for _ in range(40):
+        start = draw.integers(reach, limit - max(spans), axes)
+        window = unit * np.asarray(grid(jnp.zeros(axes, jnp.int32), shape)) + start
+        assert (np.array(prefixes(window, 10, 3)) <= strided).all()
+        found = prefixes(window + draw.integers(-reach, reach + 1, window.shape), 10, 3)
+        assert (np.array(found) <= jittered).all()
+        most = np.maximum(most, found)
+    assert most[-1] == jittered[-1] == np.prod(shape)
+
+
 def test_groups_add_up_to_no_more_than_there_are():
     sizes = level_sizes([Group(1, (30,)), Group(500), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200)
     assert sizes == (2, 20, 200)

@@ -1,0 +1,121 @@
+"""Where places stand: whole numbers as ever, fixed-point numbers, larger grids between the positions of training."""
+
+import zlib
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax import build, config
+from seqpe_jax.positions import sampling
+from seqpe_jax.positions.digits import from_digits, to_digits
+from seqpe_jax.positions.grids import Spacing, grid
+from tests.tiny import ROOT
+
+KEY = jax.random.PRNGKey(3)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4)])
+def test_a_grid_of_whole_numbers_is_the_box_at_the_origin(shape):
+    np.testing.assert_array_equal(Spacing().grid(shape), grid(jnp.zeros(len(shape), jnp.int32), shape))
+    np.testing.assert_array_equal(Spacing(10).grid(shape), 10 * Spacing().grid(shape))
+    rest = int(np.prod(shape[1:]))
+    np.testing.assert_array_equal(Spacing(10).grid(shape, 1, 1), Spacing(10).grid(shape)[rest : 2 * rest])
+
+
+# Draws of six steps, as they were before positions had a fraction; they may change only where that is meant.
+BEFORE = {
+    "stdlib_lm": [3894761951, 4144323016, 2308539396, 2444338775, 290396026, 3551406778],
+    "digits_vit": [4284630782, 115145670, 1145072029, 2033619739, 1064773631, 2201904033],
+}
+FIELDS = {
+    "stdlib_lm": {
+        "encoding.max_position": 2560, "objective.skip.rate": 0.3, "objective.shift.sets": 4, "objective.shift.rate": 0.3,
+    },
+    "digits_vit": {
+        "encoding.max_position": 100, "objective.shift.rate": 0.9, "encoding.fraction_digits": 0,
+        "encoding.resize": "extend", "objective.zoom.rate": 0.0, "objective.jitter.rate": 0.0, "objective.jitter.range": 0.0,
+        "objective.shift.sets": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_without_a_fraction_draws_are_what_they_were(name):
+    draw = jax.jit(build.build(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).objective.draw)
+    for step, expected in enumerate(BEFORE[name]):
+        leaves = jax.tree.leaves(draw(KEY, step))
+        assert zlib.crc32(b"".join(np.asarray(leaf).astype(np.int32).tobytes() for leaf in leaves)) == expected
+
+
+@pytest.mark.parametrize("unit, side", [(8, 4), (10, 4), (9, 5), (2, 14)])
+def test_stretched_places_stand_in_the_middle_of_their_cells(unit, side):
+    spacing = Spacing(unit, (side, side))
+    for count in (1, side - 1, side, 2 * side, side * unit):
+        found = np.asarray(spacing.grid((count, 2)))[::2, 0]
+        middles = [Fraction(2 * place + 1, 2 * count) * side * unit for place in range(count)]
+        np.testing.assert_array_equal(found, [middle.numerator // middle.denominator for middle in middles])
+        assert len(np.unique(found)) == count and 0 <= found.min() and found.max() < side * unit
+        for rows in range(1, count + 1):
+            parts = [found[first : first + rows] for first in range(count - rows + 1)]
+            assert max(part[-1] - part[0] for part in parts) <= spacing.spans((count, 2), rows)[0]
+    np.testing.assert_array_equal(spacing.grid((side, 1))[:, 0], np.arange(side) * unit + spacing.offset)
+
+
+def test_a_shorter_text_is_not_stretched():
+    spacing = Spacing(10, (8,))
+    np.testing.assert_array_equal(spacing.grid((3,)), spacing.grid((8,))[:3])
+    assert spacing.grid((16,)).max() < 80
+
+
+def test_parts_of_a_grid_stand_where_they_are_in_the_whole():
+    spacing = Spacing(10, (4, 4))
+    whole = jnp.array([[[0.0, 1.0], [0.0, 1.0]]])
+    np.testing.assert_array_equal(spacing.part((4, 4), whole)[0], spacing.grid((4, 4)))
+    quarter = jnp.array([[[0.5, 0.5], [0.0, 0.5]]])
+    rows, columns = np.asarray(spacing.part((4, 4), quarter))[0].reshape(4, 4, 2).transpose(2, 0, 1)
+    twice = np.asarray(spacing.grid((8, 8))).reshape(8, 8, 2)
+    np.testing.assert_array_equal(rows, twice[4:, :4, 0])
+    np.testing.assert_array_equal(columns, twice[4:, :4, 1])
+    boxes = np.asarray(sampling.boxes(KEY, sets=500, axes=2, smallest=0.2))
+    assert (boxes[..., 0, 1] == boxes[..., 1, 1]).all() and (boxes.min(axis=(0, 1)) >= [0, 0.2]).all()
+    assert (boxes.sum(axis=-1) <= 1 + 1e-6).all() and boxes[..., 1].max() > 0.98 and boxes[..., 1].min() < 0.21
+
+
+def test_digits_after_the_point_decode_back():
+    numbers = [0.0, 0.1, 3.4, 12.3, 123.4, 255.9]  # tenths; the strings are those of ten times as much
+    tenths_RA = jnp.array([[round(10 * number)] for number in numbers], jnp.int32)
+    digits_RN = to_digits(tenths_RA, base=10, digits=4)
+    assert np.asarray(digits_RN)[3].tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(from_digits(digits_RN, base=10, axes=1)[:, 0] / 10, numbers, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 4)])
+def test_fine_draws_keep_the_rules(shape):
+    """Windows keep their spacing, stay in range, and start between whole numbers too."""
+    axes, unit, limit, side = len(shape), 10, 200, max(shape)
+    shift = jax.jit(lambda key: sampling.shift(key, sets=3000, shape=shape, max_position=limit, unit=unit))(KEY)
+    assert shift.min() == 0 and shift.max() == limit - (min(shape) - 1) * unit - 1 and len(np.unique(shift % unit)) == unit
+    far = jax.jit(
+        lambda key: sampling.distillation(key, batch=500, offsets=5, shape=shape, max_position=limit, unit=unit)
+    )(KEY)
+    offsets_BMA = np.stack(np.unravel_index(np.asarray(far.indices_BM), shape), -1) * unit
+    starts_BMA = np.asarray(far.positions_BMA) - offsets_BMA
+    assert (starts_BMA == starts_BMA[:, :1]).all() and far.positions_BMA.max() < limit
+    left = starts_BMA[:, 0] >= (side * unit // 4 if axes == 1 else np.array(shape) * unit)
+    assert left.any(axis=-1).all() and len(np.unique(starts_BMA % unit)) == unit
+    cut = jax.jit(
+        lambda key: sampling.skip(key, sets=500, shape=shape, max_position=limit, chunks=2, range=limit, unit=unit)
+    )(KEY)
+    steps = np.diff(np.asarray(cut).reshape(500, *shape, axes)[(slice(None), slice(None), *([0] * (axes - 1)), 0)], axis=1)
+    assert steps.min() == unit and cut.max() < limit and (np.sort(steps, axis=1)[:, :-1] == unit).all()
+
+
+def test_jitter_moves_within_its_reach_and_keeps_the_order_of_a_text():
+    window = jnp.broadcast_to(Spacing(10).grid((50,)), (400, 50, 1))
+    shaken = np.asarray(sampling.jitter(KEY, window, reach=7, max_position=495, ordered=True))
+    assert (np.diff(shaken[..., 0], axis=1) >= 0).all() and shaken.min() == 0 and shaken.max() == 494
+    free = np.asarray(sampling.jitter(KEY, window, reach=7, max_position=495, ordered=False)) - np.asarray(window)
+    assert set(np.unique(free[:, 1:49])) == set(range(-7, 8))
