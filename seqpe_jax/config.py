@@ -133,6 +133,7 @@ class EncodingConfig:
     # seqpe and those that turn or add to logits
     position_heads: int = _field(0, **NonNegative)  # the first heads that get the encoding; 0 = all of them
     rotary_pairs: int = _field(0, **NonNegative)  # the fastest pairs that turn: rotary 0 = all; seqpe 0 = none beside it
+    log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
     rotary_heads: int = _field(0, **NonNegative)  # seqpe: the first heads in which these pairs turn; 0 = all of them
     # baselines
     theta: float = _field(10000.0, low=1.0)  # rotary kinds and sinusoidal: base of the wavelengths
@@ -704,6 +705,8 @@ def _check_fractions(config: Config) -> None:
         raise InputError(
             "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
         )
+    if encoding.log_scaling and encoding.kind == "seqpe" and encoding.mode == "attn_mul":
+        raise InputError("encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them")
     if bool(jitter.rate) != bool(jitter.range):
         raise InputError(
             f"objective.jitter.rate={jitter.rate} and objective.jitter.range={jitter.range}: set both, or both to 0"

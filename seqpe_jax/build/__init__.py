@@ -16,6 +16,7 @@ from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
 from seqpe_jax.config import Config, check_positions, digits_of
 from seqpe_jax.encodings.composed import Composed
+from seqpe_jax.encodings.fixed import LogScaling
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
@@ -430,6 +431,9 @@ def _encoding(config: Config) -> Any:
         if encoding.rotary_pairs:
             parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
             reach.append(encoding.rotary_heads or model.heads)
+    if encoding.log_scaling:
+        parts.append(_module(LogScaling, offered))
+        reach.append(model.heads)
     return parts[0] if reach == [model.heads] else Composed(tuple(parts), model.heads, tuple(reach))
 
 

@@ -249,3 +249,26 @@ class ALiBi(nn.Module):
         query = jnp.stack([flat_PLH, -slopes_H * place_PL1], axis=-1)
         key = jnp.stack([place_PL1, jnp.ones_like(place_PL1)], axis=-1)
         return PositionSignal(features=(query, key))
+
+
+class LogScaling(nn.Module):
+    """Queries grow with the logarithm of how many keys they see, so that attention stays as sharp as it was in training.
+
+    A query that sees n keys is multiplied by log n / log N where n is more than the N of training; others are left as they
+    are, so that training does not change. After Chiang and Cholak 2022 (arXiv 2202.12172, section 5.3), who scale by log n.
+
+    Attributes:
+      table_shape: the window or grid of training; prefix: tokens before its positions.
+    """
+
+    table_shape: tuple[int, ...]
+    prefix: int = 0
+
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns `factors` of prefix + L tokens for positions int32[P, L, A]: of a text, each sees those up to itself."""
+        tokens = self.prefix + positions_PLA.shape[1]
+        seen_L = jnp.arange(1, tokens + 1) if len(self.table_shape) == 1 else jnp.full(tokens, tokens)
+        trained = max(2, self.prefix + math.prod(self.table_shape))
+        query_L = jnp.maximum(1.0, jnp.log(seen_L.astype(jnp.float32)) / math.log(trained))
+        query = query_L[None, :, None, None]
+        return PositionSignal(factors=(query, jnp.ones_like(query)))

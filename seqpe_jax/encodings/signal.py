@@ -18,8 +18,8 @@ class PositionSignal:
     Attributes:
       added: float[P, L, D], added to the tokens.
       rotation: (cos, sin), each float[P, L, H or 1, F], rotating the first F pairs (2i, 2i + 1) of q and k; F <= K/2.
-      factors: (for q, for k), each float[P, L, H or 1, K], multiplied onto q and k.
-      shifts: the same, added to q and k.
+      factors: (for q, for k), each float[P, L, H or 1, K or 1], multiplied onto q and k.
+      shifts: (for q, for k), each float[P, L, H or 1, K], added to q and k.
       features: (f_q, f_k), each float32[P, L, H or 1, F]; final attention logits gain f_q . f_k.
       bias: float32[H or 1, L, S], added to the final attention logits.
       stacked: names of the fields that differ by layer; these have a leading layer axis.
