@@ -43,8 +43,9 @@ def get_config(variant=None):
     c.encoding.width = 96
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
-    c.encoding.init_std = 0.1
-    c.encoding.qk_init_std = 0.1
+    if variant in (None, "seqpe"):
+        c.encoding.init_std = 0.1
+        c.encoding.qk_init_std = 0.1
 
     c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32

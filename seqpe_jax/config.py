@@ -26,8 +26,18 @@ Positive = {"low": 1}
 NonNegative = {"low": 0}
 
 
-def _field(default: Any, **limits: float) -> Any:
-    return dataclasses.field(default=default, metadata=limits)
+# Kinds of encodings by what they can do; `reads` of a field names those that read it.
+SEQPE = ("seqpe",)
+REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # not whole numbers alone
+MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin
+WAVES = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed")
+IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # what they do can be left to some heads
+PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial")
+
+
+def _field(default: Any, **metadata: Any) -> Any:
+    """A field with limits (`low`, `high`) and, where not every kind of encoding reads it, the kinds that do (`reads`)."""
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _section(kind: type) -> Any:
@@ -96,52 +106,53 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncodingConfig:
-    """How positions reach attention. Fields below `kind` that a kind does not read keep their defaults."""
+    """How positions reach attention. `reads` says which kinds read a field; for all others it keeps its default."""
 
     kind: EncodingKind = "seqpe"
-    # seqpe
-    mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = "attn_scalar"
-    qk: Literal["single", "multi", "none", "halves"] = "single"
-    per_head: bool = True  # the vector is split over the heads, else one head-wide vector serves all of them
-    max_position: int = _field(20000, **Positive)  # positions along each coordinate: 0 .. max_position - 1
-    base: int = _field(10, low=2, high=36)
-    digits: int = _field(0, **NonNegative)  # per coordinate, before the point; 0 = as many as max_position needs
-    fraction_digits: int = _field(0, low=0, high=30)  # after the point; the unit stays a training token or patch
-    resize: Literal["extend", "stretch"] = "extend"  # larger than trained: past the end, or between those positions
-    padding: Literal["left", "right"] = "left"
-    layers: int = _field(2, **Positive)
-    width: int = _field(768, **Positive)
-    heads: int = _field(12, **Positive)
-    direction: Literal["causal", "bi"] = "causal"
-    cls: bool = True
-    final_norm: bool = True
-    mask_padding: bool = False
-    temperature: float = _field(1.0, low=1e-6)
-    output_width: int = _field(0, **NonNegative)  # 0 = what mode, qk and per_head ask for
-    place: Literal["global", "coordinate"] = "global"
-    dropout: float = _field(0.1, **Fraction)
-    attention_dropout: float = _field(0.0, **Fraction)
-    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
-    layer_norm_epsilon: float = _field(1e-5, low=0.0)
-    norm_init: float = 1.0
-    init_distribution: Literal["normal", "truncated_normal"] = "normal"
-    init_std: float = _field(0.02, low=0.0)
-    qk_init_std: float = _field(0.02, low=0.0)
-    scalar_scale: float = 1.0
-    share_prefixes: bool = True  # common leading digits are read once; with dropout they then share its masks
-    feature_width: int = _field(0, **NonNegative)  # attn_scalar: of a head's query and key parts; 0 = head width
-    # seqpe and those that turn or add to logits
-    position_heads: int = _field(0, **NonNegative)  # the first heads that get the encoding; 0 = all of them
-    rotary_pairs: int = _field(0, **NonNegative)  # the fastest pairs that turn: rotary 0 = all; seqpe 0 = none beside it
+    # how a position is written
+    max_position: int = _field(20000, **Positive, reads=MOVABLE)  # positions along an axis: 0 .. max_position - 1
+    base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS)  # of the digits
+    fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS)  # after the point; 1 = a token or a patch
+    resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS)  # larger than trained: on, or between
+    digits: int = _field(0, **NonNegative, reads=SEQPE)  # before the point; 0 = as many as max_position needs
+    padding: Literal["left", "right"] = _field("left", reads=SEQPE)
+    # the encoder of the digits
+    layers: int = _field(2, **Positive, reads=SEQPE)
+    width: int = _field(768, **Positive, reads=SEQPE)
+    heads: int = _field(12, **Positive, reads=SEQPE)
+    direction: Literal["causal", "bi"] = _field("causal", reads=SEQPE)
+    cls: bool = _field(True, reads=SEQPE)
+    final_norm: bool = _field(True, reads=SEQPE)
+    mask_padding: bool = _field(False, reads=SEQPE)
+    temperature: float = _field(1.0, low=1e-6, reads=SEQPE)
+    output_width: int = _field(0, **NonNegative, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
+    place: Literal["global", "coordinate"] = _field("global", reads=SEQPE)
+    dropout: float = _field(0.1, **Fraction, reads=SEQPE)
+    attention_dropout: float = _field(0.0, **Fraction, reads=SEQPE)
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", reads=SEQPE)
+    layer_norm_epsilon: float = _field(1e-5, low=0.0, reads=SEQPE)
+    norm_init: float = _field(1.0, reads=SEQPE)
+    init_distribution: Literal["normal", "truncated_normal"] = _field("normal", reads=SEQPE)
+    init_std: float = _field(0.02, low=0.0, reads=("seqpe", "learned"))
+    share_prefixes: bool = _field(True, reads=SEQPE)  # common leading digits are read once; dropout masks are shared too
+    # how its vectors enter attention
+    mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field("attn_scalar", reads=SEQPE)
+    qk: Literal["single", "multi", "none", "halves"] = _field("single", reads=SEQPE)
+    per_head: bool = _field(True, reads=SEQPE)  # the vector is split over the heads, else one head-wide one serves all
+    feature_width: int = _field(0, **NonNegative, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
+    qk_init_std: float = _field(0.02, low=0.0, reads=SEQPE)
+    scalar_scale: float = _field(1.0, reads=SEQPE)
+    # in which heads, and with what beside it
+    position_heads: int = _field(0, **NonNegative, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
+    rotary_pairs: int = _field(0, **NonNegative, reads=PARTLY_TURNED)  # fastest pairs that turn; 0: all, seqpe none
+    rotary_heads: int = _field(0, **NonNegative, reads=SEQPE)  # the first heads in which these pairs turn; 0 = all
     log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
-    rotary_heads: int = _field(0, **NonNegative)  # seqpe: the first heads in which these pairs turn; 0 = all of them
     # baselines
-    theta: float = _field(10000.0, low=1.0)  # rotary kinds and sinusoidal: base of the wavelengths
-    flatten: bool = False  # sinusoidal on grids: one axis for the whole grid instead of columns for each axis
-    reference_scramble: bool = False  # rotary_mixed: heads and positions mixed up, as in the PyTorch reference
-    amplitude: float = _field(1.0, low=0.0)  # sinusoidal
-    reference_scaling: bool = False  # alibi: slopes divided by sqrt(head width), as in the PyTorch reference
-
+    theta: float = _field(10000.0, low=1.0, reads=WAVES)  # base of the wavelengths
+    flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
+    reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
+    amplitude: float = _field(1.0, low=0.0, reads=("sinusoidal",))
+    reference_scaling: bool = _field(False, reads=("alibi",))  # slopes over sqrt(head width), as in the PyTorch reference
 
     @property
     def unit(self) -> int:
@@ -386,28 +397,56 @@ def parse(config: ml_collections.ConfigDict) -> Config:
     return from_dict(config.to_dict())
 
 
-def with_encoding(config: ml_collections.ConfigDict, variant: str | None) -> ml_collections.ConfigDict:
-    """Sets the encoding kind that a config's variant names; objectives on vectors go with the encodings that have any.
+def with_encoding(
+    config: ml_collections.ConfigDict, variant: str | None, forms: dict[str, str] | None = None
+) -> ml_collections.ConfigDict:
+    """Sets the encoding kind that a config's variant names; what that kind does not read goes back to its default.
+
+    Args:
+      variant: an encoding kind, or a name in `forms`; None = seqpe.
+      forms: further variants of a page, and the kind that each is a form of.
 
     Raises:
-      InputError: the variant is not an encoding kind.
+      InputError: the variant is none of these.
     """
-    kinds = typing.get_args(EncodingKind)
+    forms = {kind: kind for kind in typing.get_args(EncodingKind)} | (forms or {})
     variant = variant or "seqpe"
-    if variant not in kinds:
-        raise InputError(f"unknown config variant '{variant}'.{suggest(variant, kinds)}")
-    config.encoding.kind = variant
-    if variant != "seqpe":
-        plain = ml_collections.ConfigDict(dataclasses.asdict(EncodingConfig()))
-        for name in ("theta", "amplitude", "reference_scaling"):
-            plain[name] = config.encoding[name]
-        plain.kind = variant
-        config.encoding = plain
-        config.objective.contrastive.weight = 0.0
-        config.objective.distillation.weight = 0.0
+    if variant not in forms:
+        raise InputError(f"unknown config variant '{variant}'.{suggest(variant, forms)}")
+    kind = config.encoding.kind = forms[variant]
+    for field in dataclasses.fields(EncodingConfig):
+        if kind not in field.metadata.get("reads", (kind,)):
+            config.encoding[field.name] = field.default
+    if kind != "seqpe":
+        for section, terms in VECTOR_TERMS.items():
+            config.objective[section] = ml_collections.ConfigDict(dataclasses.asdict(terms(weight=0.0)))
         config.objective.shift.rate = 0.0
         config.objective.skip.rate = 0.0
     return config
+
+
+VECTOR_TERMS = {"contrastive": ContrastiveConfig, "distillation": DistillationConfig}  # on vectors, which SeqPE alone has
+
+
+def _check_read(config: Config) -> None:
+    """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
+    kind, plain, unread = config.encoding.kind, EncodingConfig(), {}
+    for field in dataclasses.fields(EncodingConfig):
+        reads, value = field.metadata.get("reads", (kind,)), getattr(config.encoding, field.name)
+        if kind not in reads and value != field.default:
+            unread[f"encoding.{field.name}={value}"] = reads
+    for section, terms in VECTOR_TERMS.items():
+        if kind != "seqpe":
+            lines = difference(dataclasses.asdict(terms(weight=0.0)), dataclasses.asdict(getattr(config.objective, section)))
+            unread |= {f"objective.{section}.{line.split(':')[0]}": SEQPE for line in lines}
+    for name, reads in unread.items():
+        raise InputError(f"{name} is not read by encoding.kind='{kind}', only by {', '.join(reads)}: leave it out")
+    for name in ("theta", "rotary_heads"):
+        turned = config.encoding.rotary_pairs or kind != "seqpe"
+        if not turned and getattr(config.encoding, name) != getattr(plain, name):
+            raise InputError(
+                f"encoding.{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out"
+            )
 
 
 def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
@@ -432,7 +471,9 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
         if not isinstance(target, dict) or last not in target:
             raise InputError(f"unknown config field '{key}'.{suggest(key, field_names())}")
         target[last] = value
-    return from_dict(values)
+    config = from_dict(values)
+    _check_read(config)
+    return config
 
 
 def field_names(kind: type = Config, prefix: str = "") -> list[str]:
@@ -568,7 +609,7 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
             f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
         )
     if config.encoding.resize == "stretch":
-        for side, trained in zip(config.grid_of(sides), config.grid, strict=True):
+        for side, trained in zip(config.grid_of(sides)[-2:], config.grid[-2:], strict=True):
             _check_finer(config, side, trained, f"{asked_by} {written}: a side of")
     elif config.encoding.kind == "seqpe" and max(config.grid_of(sides)) > reach:
         raise InputError(
@@ -675,7 +716,6 @@ def _check_images(config: Config) -> None:
         raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
 
 
-REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi")
 LARGEST_UNITS = 2**30
 
 

@@ -25,6 +25,10 @@ def tiny_config(**overrides) -> Config:
         "checkpoint.every": 2, "report.every": 1, "eval.lengths": (16, 32),
         "eval.tokens": 512, "report.tensorboard": False,
     }  # fmt: skip
+    if variant != "seqpe":  # what it does not read would be refused
+        values = {name: value for name, value in values.items() if not name.startswith(("encoding.", "objective."))}
+    else:
+        values |= {"encoding.rotary_pairs": 0, "encoding.feature_width": 0}
     values |= {name.replace("__", "."): value for name, value in overrides.items()}
     return config.load(f"{ROOT}/configs/stdlib_lm.py:{variant}", values)
 

@@ -414,7 +414,8 @@ def check_encoding(config: Config) -> None:
 
 def spacing_of(config: Config) -> Spacing:
     """Returns where the places of a config's windows and grids stand."""
-    return Spacing(config.encoding.unit, config.grid if config.encoding.resize == "stretch" else ())
+    stretched = (0,) * (len(config.grid) - 2) + config.grid[-2:]  # a longer clip goes on, a larger frame is read between
+    return Spacing(config.encoding.unit, stretched if config.encoding.resize == "stretch" else ())
 
 
 def _encoding(config: Config) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import POSITIONS, ROWS, by_device, gathered, lay_out, shards
@@ -96,7 +97,8 @@ class Objective:
         """Returns the positions of a step: a pure function of the run's key and the step."""
         settings, shape, unit = self.settings, self.shape, self.spacing.unit
         # Windows are drawn as if they began at 0; those of a grid that stands in the middle of its cells come after.
-        limit, offset = self.max_position - self.spacing.offset, self.spacing.offset
+        offset_A = np.array([self.spacing.offset(axis) for axis in range(len(shape))], np.int32)
+        limit = self.max_position - int(offset_A.max())
         now = jax.random.fold_in(key, step)
         axes = len(shape)
         sets = settings.shift.sets if self.may_move else 1
@@ -124,7 +126,7 @@ class Objective:
                     stream(now, "skip"), sets=sets, shape=shape, max_position=limit, chunks=settings.skip.chunks,
                     range=settings.skip.range * unit or limit, unit=unit,
                 )  # fmt: skip
-                positions_PLA = jnp.where(skipped, gaps_PLA + offset, positions_PLA)
+                positions_PLA = jnp.where(skipped, gaps_PLA + offset_A, positions_PLA)
             if settings.jitter.rate:
                 shaken = jax.random.uniform(stream(now, "shake")) < settings.jitter.rate
                 moved = moved | shaken
@@ -140,7 +142,7 @@ class Objective:
                 stream(now, "distillation"), batch=distillation.batch, offsets=distillation.offsets, shape=shape,
                 max_position=limit, unit=unit,
             )  # fmt: skip
-            windows = windows._replace(positions_BMA=windows.positions_BMA + offset)
+            windows = windows._replace(positions_BMA=windows.positions_BMA + offset_A)
         return Draws(
             positions_PLA,
             moved,

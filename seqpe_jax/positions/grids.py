@@ -22,17 +22,17 @@ class Spacing:
 
     Attributes:
       unit: units from one training token or patch to the next, base ** (digits after the point); 1 = whole numbers.
-      stretched: sides of the training grid, on whose length every larger window and every other grid is read, each place
-        in the middle of its cell; () = larger ones extend past it.
+      stretched: the places of the training grid along each axis, on whose length every longer text and every grid of
+        another size is read, each place in the middle of its cell; 0 for an axis along which longer ones go on past it,
+        () = along all.
     """
 
     unit: int = 1
     stretched: tuple[int, ...] = ()
 
-    @property
-    def offset(self) -> int:
-        """The first position of the training grid, in units."""
-        return self.unit // 2 if self.stretched else 0
+    def offset(self, axis: int) -> int:
+        """Returns the first position of the training grid along an axis, in units."""
+        return self.unit // 2 if self._length(axis) else 0
 
     def grid(self, shape: tuple[int, ...], first: jax.Array | int = 0, rows: int | None = None) -> jax.Array:
         """Returns the positions of a window or grid in units, int32[rows * rest of the shape, A], row-major.
@@ -57,7 +57,9 @@ class Spacing:
         def positions(box_A2: jax.Array) -> jax.Array:
             return _product([
                 jnp.floor((first * side + (jnp.arange(side) + 0.5) * length) * self.unit).astype(jnp.int32)
-                for side, (first, length) in zip(shape, box_A2, strict=True)
+                if self._length(axis)
+                else self._stand(axis, side, jnp.arange(side))
+                for axis, (side, (first, length)) in enumerate(zip(shape, box_A2, strict=True))
             ])  # fmt: skip
 
         return jax.vmap(positions)(boxes_PA2)
@@ -65,27 +67,29 @@ class Spacing:
     def spans(self, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, ...]:
         """Returns the units between the first and the last position along each axis, at most; arguments as of `grid`."""
         counts = (shape[0] if rows is None else rows, *shape[1:])
-        if not self.stretched:
-            return tuple((count - 1) * self.unit for count in counts)
         return tuple(
-            (count - 1) * (length * self.unit) // side + 1
-            for count, length, side in zip(counts, self.stretched, shape, strict=True)
+            (count - 1) * (self._length(axis) * self.unit) // side + 1 if self._length(axis) else (count - 1) * self.unit
+            for axis, (count, side) in enumerate(zip(counts, shape, strict=True))
         )
 
     def table(self, reach: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         """Returns (sides, step) of a table that holds all positions which grids of up to `reach` places stand on."""
-        if not self.stretched:
+        if not any(self.stretched):
             return reach, self.unit
-        return tuple(length * self.unit for length in self.stretched), 1
+        return tuple((self._length(axis) or places) * self.unit for axis, places in enumerate(reach)), 1
 
     def _stand(self, axis: int, side: int, places: jax.Array) -> jax.Array:
         """Positions int32[...] of some places of an axis with `side` of them."""
-        if not self.stretched:
+        length = self._length(axis)
+        if not length:
             return (places * self.unit).astype(jnp.int32)
-        length = self.stretched[axis]
         if len(self.stretched) == 1:  # a text that is shorter stands at the beginning
             side = jax.core.max_dim(side, length)
         return ((2 * places + 1) * (length * self.unit) // (2 * side)).astype(jnp.int32)
+
+    def _length(self, axis: int) -> int:
+        """Training places along an axis that is stretched, else 0."""
+        return self.stretched[axis] if self.stretched else 0
 
 
 def _product(sides: list[jax.Array]) -> jax.Array:

@@ -122,14 +122,17 @@ def jitter(key: jax.Array, positions_PLA: jax.Array, *, reach: int, max_position
 
 
 def boxes(key: jax.Array, *, sets: int, axes: int, smallest: float) -> jax.Array:
-    """Returns parts of a grid, float32[P, A, 2]: (first, length) along each axis, as shares of the side.
+    """Returns parts of images or clips, float32[P, A, 2]: (first, length) along each axis, as shares of the side.
 
-    All sides of a part are the same share of the grid's, whose logarithm is uniform from `smallest` to 1.
+    Height and width of a part are the same share of the image's, whose logarithm is uniform from `smallest` to 1; of
+    clips, whose first axis is time, a part has all frames.
     """
-    unit = _unit(jax.random.bits(key, (sets, 1 + axes)))
+    unit = _unit(jax.random.bits(key, (sets, 3)))
     length_P1 = smallest ** unit[:, :1]
-    first_PA = (1 - length_P1) * unit[:, 1:]
-    return jnp.stack([first_PA, jnp.broadcast_to(length_P1, first_PA.shape)], axis=-1)
+    first_P2 = (1 - length_P1) * unit[:, 1:]
+    found = jnp.stack([first_P2, jnp.broadcast_to(length_P1, first_P2.shape)], axis=-1)
+    whole = jnp.broadcast_to(jnp.array([0.0, 1.0]), (sets, axes - 2, 2))
+    return jnp.concatenate([whole, found], axis=1)
 
 
 def contrastive(

@@ -17,9 +17,22 @@ from seqpe_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@functools.cache
+def page(path: pathlib.Path):
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location("page", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 KINDS = typing.get_args(config.EncodingKind)
 ALIBI_REFUSED = [path for path in CONFIGS if path.stem.endswith("_vit")]  # it knows one axis only
 ALL = [(path, kind) for path in CONFIGS for kind in KINDS if not (kind == "alibi" and path in ALIBI_REFUSED)]
+FORMS = {path: page(path).FORMS for path in CONFIGS if hasattr(page(path), "FORMS")}
+ALL += [(path, form) for path, forms in FORMS.items() for form in forms]
 # The fast lane takes the quickstart's pair. Baselines need no run on every config: a model is the same under each.
 # Those without parameters differ in positions alone, which no step changes; `none` stands for them.
 FAST = [("stdlib_lm", "seqpe"), ("stdlib_lm", "rotary")]
@@ -30,7 +43,7 @@ BASELINES = {
 RUN = [
     pytest.param(case, marks=() if (case[0].stem, case[1]) in FAST else pytest.mark.slow)
     for case in ALL
-    if case[1] == "seqpe" or case[1] in BASELINES.get(case[0].stem, ())
+    if case[1].startswith("seqpe") or case[1] in BASELINES.get(case[0].stem, ())
 ]
 
 # Sizes only: what a config computes stays its own.
@@ -66,7 +79,7 @@ def name(case) -> str:
 @pytest.mark.parametrize("case", ALL, ids=name)
 def test_a_variant_parses(case):
     path, kind = case
-    assert config.load(f"{path}:{kind}").encoding.kind == kind
+    assert config.load(f"{path}:{kind}").encoding.kind == FORMS.get(path, {}).get(kind, kind)
 
 
 @pytest.mark.parametrize("path", ALIBI_REFUSED, ids=lambda path: path.stem)
@@ -77,11 +90,8 @@ def test_alibi_is_refused_on_grids(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_page_tells_its_command(path):
-    spec = importlib.util.spec_from_file_location("page", path)
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
-    assert f"python -m seqpe_jax.train --config=configs/{path.name}" in page.__doc__
-    assert config.load(str(path)) == config.parse(page.get_config())
+    assert f"python -m seqpe_jax.train --config=configs/{path.name}" in page(path).__doc__
+    assert config.load(str(path)) == config.parse(page(path).get_config())
 
 
 @pytest.mark.parametrize("case", RUN, ids=name)
@@ -92,7 +102,7 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     on_one = functools.partial(build.build, devices=jax.devices()[:1])  # compiles sooner than for eight
     monkeypatch.setattr(build, "build", on_one)
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
-    values = SHRUNKEN | (SHRUNKEN_SEQPE if kind == "seqpe" else {})
+    values = SHRUNKEN | (SHRUNKEN_SEQPE if kind.startswith("seqpe") else {})
     if config.load(f"{path}:{kind}").reads_images:
         values |= SHRUNKEN_IMAGES
         if path.stem == "imagenet_vit":
@@ -109,7 +119,7 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["train/loss"]) and line["train/loss"] < 7 for line in lines)
     terms = {key.removeprefix("train/term/") for key in lines[0] if key.startswith("train/term/")}
-    assert terms == ({"task", "contrastive", "distillation"} if kind == "seqpe" else {"task"})
+    assert terms == ({"task", "contrastive", "distillation"} if kind.startswith("seqpe") else {"task"})
 
 
 @pytest.mark.slow

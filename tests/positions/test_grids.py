@@ -35,9 +35,8 @@ FIELDS = {
         "encoding.max_position": 2560, "objective.skip.rate": 0.3, "objective.shift.sets": 4, "objective.shift.rate": 0.3,
     },
     "digits_vit": {
-        "encoding.max_position": 100, "objective.shift.rate": 0.9, "encoding.fraction_digits": 0,
-        "encoding.resize": "extend", "objective.zoom.rate": 0.0, "objective.jitter.rate": 0.0, "objective.jitter.range": 0.0,
-        "objective.shift.sets": 1,
+        "encoding.max_position": 100, "objective.shift.rate": 0.9, "objective.shift.sets": 1, "objective.zoom.rate": 0.0,
+        "encoding.fraction_digits": 0, "encoding.resize": "extend",
     },
 }  # fmt: skip
 
@@ -61,7 +60,15 @@ def test_stretched_places_stand_in_the_middle_of_their_cells(unit, side):
         for rows in range(1, count + 1):
             parts = [found[first : first + rows] for first in range(count - rows + 1)]
             assert max(part[-1] - part[0] for part in parts) <= spacing.spans((count, 2), rows)[0]
-    np.testing.assert_array_equal(spacing.grid((side, 1))[:, 0], np.arange(side) * unit + spacing.offset)
+    np.testing.assert_array_equal(spacing.grid((side, 1))[:, 0], np.arange(side) * unit + spacing.offset(0))
+
+
+def test_a_longer_clip_goes_on_and_a_larger_frame_is_read_between():
+    spacing = Spacing(10, (0, 4, 4))
+    times, rows, columns = np.asarray(spacing.grid((3, 8, 4))).reshape(3, 8, 4, 3).transpose(3, 0, 1, 2)
+    assert times[:, 0, 0].tolist() == [0, 10, 20] and columns[0, 0].tolist() == [5, 15, 25, 35]
+    np.testing.assert_array_equal(rows[0, :, 0], Spacing(10, (4, 4)).grid((8, 1))[:, 0])
+    assert spacing.table((3, 8, 8)) == ((30, 40, 40), 1)
 
 
 def test_a_shorter_text_is_not_stretched():
