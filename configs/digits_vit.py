@@ -5,7 +5,8 @@
 
 Hardware: one CPU core; 3 to 5 minutes, evaluation included. Result: 97.0% top-1 at 8 x 8 (mean of three seeds; learned
 97.3, sinusoidal 97.3, rotary_axial 96.8, rotary_mixed 96.4, none 71.1); past that size see README.md.
-Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, none.
+Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed,
+none.
 """
 
 from seqpe_jax.config import defaults, with_encoding

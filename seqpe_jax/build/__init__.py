@@ -70,6 +70,7 @@ class Run:
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,
+            weight=self.objective.task.weight,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))

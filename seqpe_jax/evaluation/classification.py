@@ -18,7 +18,7 @@ def accuracy(
     """Returns {"size": [height, width], "examples", "loss", "top1", "top5"}: nats, and percent of the examples.
 
     Args:
-      examine: a batch -> {"loss": float32[B] in nats, "rank": int32[B], classes that score above the true one}.
+      examine: a batch -> {"loss": float32[B] in nats, "rank": int32[B], classes ahead of the true one}.
       batches: {"images", "labels", "weights": float32[B]}; weight 0 marks padding rows.
       put: lays a host batch out over the devices.
       progress: called with the examples done.

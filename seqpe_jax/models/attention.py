@@ -57,7 +57,7 @@ def attend(
     query_BLHK, key_BSHK = _place(query_BLHK, key_BSHK, signal)
     seed = None
     if dropout_rate and dropout_key is not None:
-        seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key), jnp.int32)
+        seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
     arguments = Operands(query_BLHK, key_BSHK, value_BSHK, signal.features, bias_PHLS, last_P, seed, rate=dropout_rate)
     return _mix(arguments, kind, block)
 

@@ -157,14 +157,16 @@ class Objective:
         )  # fmt: skip
 
     def loss(
-        self, params: Params, batch: dict[str, Any], key: jax.Array, step: jax.Array, part: jax.Array | int = 0
-    ) -> tuple[jax.Array, Metrics]:
+        self, params: Params, batch: dict[str, Any], key: jax.Array, step: jax.Array, part: jax.Array | int = 0,
+        share: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, Metrics]:  # fmt: skip
         """Returns the training loss (scalar float32, nats) and the raw value of each term.
 
         Args:
           params: as returned by `init`.
           batch: what the task reads, and optionally "draws" (`Draws`).
-          key: the run's key; step: the step; part: which part of an accumulated batch this is.
+          key: the run's key; step: the step; part: which part of an accumulated batch this is; share: see
+            `training.step.make_train_step`. Terms on position vectors are the same in every part and have none.
         """
         draws = batch["draws"] if "draws" in batch else self.draw(key, step)
         now = jax.random.fold_in(jax.random.fold_in(key, step), part)
@@ -181,7 +183,8 @@ class Objective:
         )  # fmt: skip
         if draws.boxes_PA2 is not None:
             batch = batch | {"images": zoom(batch["images"], draws.boxes_PA2)}
-        task, further = self.task.loss(apply, batch, stream(now, "task"))
+        mean, further = self.task.loss(apply, batch, stream(now, "task"))
+        task, further = share * mean, {name: share * value for name, value in further.items()}
         total = task
         for name, value in terms.items():
             total = total + term_weight(getattr(self.settings, name), step) * value
@@ -236,7 +239,6 @@ class Objective:
             (rows_RA, jnp.arange(devices), dropout_key, *leaves),
             ((ROWS, None), (ROWS,), (None,) * dropout_key.ndim, *((None,) * leaf.ndim for leaf in leaves)),
         )
-        vectors_RE = lay_out(vectors_RE[:count], None, None)
         ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
         vectors_RE = lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None)
         main_RE, *rest = jnp.split(vectors_RE, ends)

@@ -23,6 +23,12 @@ LOGIT_BLOCK = 512  # places whose logits evaluation holds at once
 class LanguageModelling:
     """Every next token. A batch: {"tokens": int32[B, L + 1]}, and optionally "weights" float32[B, L]."""
 
+    def weight(self, batch: Batch) -> jax.Array:
+        """Returns by how much a batch counts in a mean over batches, float32[]: its counted tokens."""
+        if "weights" in batch:
+            return batch["weights"].sum()
+        return jnp.float32(batch["tokens"].shape[0] * (batch["tokens"].shape[1] - 1))
+
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns the mean loss (nats per token) and further metrics of a model as it is trained.
 
@@ -49,6 +55,10 @@ class Classification:
     label_smoothing: float
     mixing: Any
 
+    def weight(self, batch: Batch) -> jax.Array:
+        """Returns by how much a batch counts in a mean over batches, float32[]: its images."""
+        return jnp.float32(batch["labels"].shape[0])
+
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Returns the mean loss (nats per image) and, where images are not mixed, the share of right answers.
 
@@ -65,15 +75,26 @@ class Classification:
         logits_BV = apply(images)
         own = cross_entropy(logits_BV, labels_B, label_smoothing=self.label_smoothing)[1]
         if not mixed:
-            return own.mean(), {"accuracy": (logits_BV.argmax(axis=-1) == labels_B).mean()}
+            return own.mean(), {"accuracy": (ranks(logits_BV, labels_B) == 0).mean()}
         other = cross_entropy(logits_BV, partner_B, label_smoothing=self.label_smoothing)[1]
         return (share_B * own + (1 - share_B) * other).mean(), {}
 
     def examine(self, model: nn.Module, variables: Any, signal: PositionSignal, batch: Batch) -> dict[str, jax.Array]:
-        """Returns {"loss": float32[B] in nats, "rank": int32[B], how many classes score above the true one}."""
+        """Returns {"loss": float32[B] in nats, "rank": int32[B] as of `ranks`}."""
         logits_BV = model.apply(variables, batch["images"], signal)
-        true_B1 = jnp.take_along_axis(logits_BV, batch["labels"][:, None], axis=-1)
-        return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": (logits_BV > true_B1).sum(axis=-1)}
+        return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": ranks(logits_BV, batch["labels"])}
+
+
+def ranks(logits_BV: jax.Array, labels_B: jax.Array) -> jax.Array:
+    """Returns how many classes score above the true one, int32[B].
+
+    Of equal classes the lower one comes first, as `argmax` has it. A class whose logit is NaN comes before all others, as
+    in PyTorch's `topk`, but where the true one's is, nothing is right: its rank is beyond every k.
+    """
+    true_B1 = jnp.take_along_axis(logits_BV, labels_B[:, None], axis=-1)
+    earlier = jnp.arange(logits_BV.shape[-1]) < labels_B[:, None]
+    ahead = (logits_BV > true_B1) | (logits_BV == true_B1) & earlier | jnp.isnan(logits_BV)
+    return jnp.where(jnp.isnan(true_B1[:, 0]), jnp.iinfo(jnp.int32).max, ahead.sum(axis=-1, dtype=jnp.int32))
 
 
 def cross_entropy(
@@ -82,8 +103,8 @@ def cross_entropy(
     """Returns (mean loss, losses) in nats.
 
     Args:
-      logits: float[..., V]; labels: int32[...]; weights: float[...], elements count by it in the mean; at least one
-        must be positive. label_smoothing: that share of the target is spread over all classes.
+      logits: float[..., V]; labels: int32[...]; weights: float[...], elements count by it in the mean, which is 0 where
+        none counts. label_smoothing: that share of the target is spread over all classes.
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -91,7 +112,8 @@ def cross_entropy(
         losses = (1 - label_smoothing) * losses - label_smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
     if weights is None:
         return losses.mean(), losses
-    return (losses * weights).sum() / weights.sum(), losses
+    total = weights.sum()
+    return (losses * weights).sum() / jnp.where(total > 0, total, 1.0), losses
 
 
 def token_losses(

@@ -61,13 +61,13 @@ def shift(
     """
     room = _room(shape, max_position, unit)
     if not starts:
-        return _below(jax.random.bits(key, (sets, len(shape))), np.array(room))
+        return _below(jax.random.bits(key, (sets, len(shape)), jnp.uint32), np.array(room))
     total = math.prod(room)
     if total > LIMIT:
         raise InputError(f"objective.shift.starts: {total} starts are too many to choose a subset of; set it to 0")
     if subset_key is None:
         raise InputError(f"objective.shift.starts={starts} needs a key that fixes the subset")
-    chosen = _below(jax.random.bits(key, (sets,)), min(starts, total))
+    chosen = _below(jax.random.bits(key, (sets,), jnp.uint32), min(starts, total))
     return _unravel(permute(subset_key, chosen, total), room)
 
 
@@ -93,7 +93,7 @@ def skip(
     if range > max_position:
         raise InputError(f"objective.skip.range={range} is beyond encoding.max_position={max_position}")
 
-    bits = jax.random.bits(key, (len(shape), sets, ROUNDS + chunks))
+    bits = jax.random.bits(key, (len(shape), sets, ROUNDS + chunks), jnp.uint32)
 
     def axis(bits: jax.Array, side: int) -> jax.Array:
         parts = min(chunks, side)
@@ -116,7 +116,7 @@ def jitter(key: jax.Array, positions_PLA: jax.Array, *, reach: int, max_position
       max_position: coordinates stay in 0 .. max_position - 1.
       ordered: the places keep their order along the one axis, as a causal model needs it; two may come to stand together.
     """
-    bits = jax.random.bits(key, positions_PLA.shape)
+    bits = jax.random.bits(key, positions_PLA.shape, jnp.uint32)
     moved = jnp.clip(positions_PLA + _below(bits, 2 * reach + 1) - reach, 0, max_position - 1)
     return jnp.sort(moved, axis=1) if ordered else moved
 
@@ -127,7 +127,7 @@ def boxes(key: jax.Array, *, sets: int, axes: int, smallest: float) -> jax.Array
     Height and width of a part are the same share of the image's, whose logarithm is uniform from `smallest` to 1; of
     clips, whose first axis is time, a part has all frames.
     """
-    unit = _unit(jax.random.bits(key, (sets, 3)))
+    unit = _unit(jax.random.bits(key, (sets, 3), jnp.uint32))
     length_P1 = smallest ** unit[:, :1]
     first_P2 = (1 - length_P1) * unit[:, 1:]
     found = jnp.stack([first_P2, jnp.broadcast_to(length_P1, first_P2.shape)], axis=-1)
@@ -198,7 +198,8 @@ def contrastive(
     epoch = count_B[0] // passes
     epochs = epoch + jnp.arange(2 + (batch - 2) // passes)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.append(2 * epochs, 2 * step + 1))
-    bits = jax.vmap(lambda key: jax.random.bits(key, (batch, 2 * ROUNDS + 1 + axes + edited)))(keys)
+    shape = (batch, 2 * ROUNDS + 1 + axes + edited)
+    bits = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
     orders, bits = bits[:-1, 0, :ROUNDS], bits[-1]
     pivots_B = first + permute_with(orders[count_B // passes - epoch], count_B % passes, passes)
     pivots_BA = _unravel(pivots_B, extent)
@@ -269,7 +270,7 @@ def distillation(
     sizes = np.prod(highs - lows, axis=1, dtype=np.float64)
     edges = np.cumsum(sizes)[:-1] / sizes.sum()
 
-    bits = jax.random.bits(key, (batch, 1 + axes + ROUNDS))
+    bits = jax.random.bits(key, (batch, 1 + axes + ROUNDS), jnp.uint32)
     box_B = (_unit(bits[:, :1]) >= edges).sum(axis=1)
     low_BA, high_BA = jnp.asarray(lows, jnp.int32)[box_B], jnp.asarray(highs, jnp.int32)[box_B]
     start_BA = low_BA + _below(bits[:, 1 : 1 + axes], high_BA - low_BA)
@@ -331,7 +332,7 @@ def _first_distinct(values_BN: jax.Array, pivots_B: jax.Array, count: int) -> ja
     seen_BN = jnp.tril(same_BNN, k=-1).any(axis=2)
     keep_BN = ~seen_BN & (values_BN >= 0) & (values_BN != pivots_B[:, None])
     rank_BN = jnp.where(keep_BN, jnp.cumsum(keep_BN, axis=1) - 1, count)
-    return jnp.where(rank_BN[:, None] == jnp.arange(count)[:, None], values_BN[:, None], 0).sum(axis=2)
+    return jnp.where(rank_BN[:, None] == jnp.arange(count)[:, None], values_BN[:, None], 0).sum(axis=2, dtype=jnp.int32)
 
 
 def _box_side(candidates: int, max_position: int, window: int, axes: int) -> int:
@@ -382,13 +383,13 @@ def _edit(seeds_BC: jax.Array, pivots_BA: jax.Array, max_position: int, base: in
         counter = 1 + tries * EDIT_WORDS + jnp.arange(EDIT_WORDS)
         bits = mix(seeds_C + counter.astype(jnp.uint32)[:, None] * jnp.uint32(WEYL))
         chosen_A1C = jnp.arange(axes)[:, None, None] == _few(bits[0], axes)
-        edited_NC, allowed_C = _edit_digits(bits[1:], jnp.where(chosen_A1C, now_ANC, 0).sum(axis=0), base)
+        edited_NC, allowed_C = _edit_digits(bits[1:], jnp.where(chosen_A1C, now_ANC, 0).sum(axis=0, dtype=jnp.int32), base)
         # The sum in floating point tells numbers that do not fit int32.
         allowed_C &= (edited_NC * powers[:, None].astype(np.float32)).sum(axis=0) < 1.5 * LIMIT
         allowed_C &= (edited_NC * powers[:, None].astype(np.int32)).sum(axis=0) < max_position
         next_ANC = jnp.where(chosen_A1C, edited_NC, now_ANC)
         allowed_C &= (next_ANC != pivot_ANC).any(axis=(0, 1)) & (done_C < wanted_C)
-        return tries + 1, jnp.where(allowed_C, next_ANC, now_ANC), done_C + allowed_C
+        return tries + 1, jnp.where(allowed_C, next_ANC, now_ANC).astype(jnp.int32), done_C + allowed_C
 
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         return (state[2] < wanted_C).any() & (state[0] < HARD_TRIES)
@@ -414,7 +415,7 @@ def _edit_digits(bits: jax.Array, digits_NC: jax.Array, base: int) -> tuple[jax.
     leading = length_C - 1
 
     def digit(place: jax.Array) -> jax.Array:
-        return jnp.where(place[..., None, :] == place_N1, digits_NC, 0).sum(axis=-2)
+        return jnp.where(place[..., None, :] == place_N1, digits_NC, 0).sum(axis=-2, dtype=jnp.int32)
 
     # An inserted digit may also stand before all others; the leading one is not deleted where a zero follows it.
     one = _few(bits[0], length_C + insert - (delete & (digit(leading - 1) == 0)))

@@ -1,9 +1,13 @@
 """Accuracy against a count by hand."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.evaluation.classification import accuracy
+from seqpe_jax.objectives.task import Classification, ranks
 
 
 def test_padding_rows_do_not_count_and_units_are_right():
@@ -20,13 +24,14 @@ def test_padding_rows_do_not_count_and_units_are_right():
     assert done == [3, 5]
 
 
+def test_ties_go_to_the_lower_class_and_nan_is_never_right():
+    nan = float("nan")
+    logits = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, nan, 2.0], [nan, nan, nan], [nan, 1.0, 0.0]])
+    found = ranks(logits, jnp.array([0, 2, 2, 0, 0])).tolist()
+    assert found[:3] == [0, 2, 1] and min(found[3:]) > 5
+
+
 def test_examine_counts_the_classes_above_the_true_one():
-    import jax.numpy as jnp
-    from flax import linen as nn
-
-    from seqpe_jax.encodings.signal import PositionSignal
-    from seqpe_jax.objectives.task import Classification
-
     class Table(nn.Module):
         """Logits as they are given."""
 

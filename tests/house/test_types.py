@@ -1,0 +1,24 @@
+"""Numbers keep their types where JAX's defaults are 64 bits wide."""
+
+import jax
+import jax.numpy as jnp
+
+from seqpe_jax.build import build
+from tests.tiny import random_state, tiny_config, tokens
+
+
+def test_a_step_and_an_evaluation_stay_in_32_bits():
+    settings = tiny_config(
+        objective__shift__rate=0.3, objective__skip__rate=0.2, objective__contrastive__mixture=(0.2, 0.4, 0.4),
+        model__attention_dropout=0.1,
+    )  # fmt: skip
+    parts = build(settings, jax.devices()[:1])
+    batch, draw = tokens(settings), jax.jit(parts.objective.draw)
+    expected = [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1)))]
+    with jax.enable_x64(True):
+        drawn = jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1))
+        assert [leaf.dtype for leaf in jax.tree.leaves(drawn)] == expected
+        state = random_state(parts, 0.2)
+        after, metrics = jax.eval_shape(parts.train_step(), state, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+        assert metrics["loss"].dtype == jnp.float32
