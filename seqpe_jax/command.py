@@ -1,5 +1,6 @@
 """What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts."""
 
+import ast
 import sys
 import traceback
 from collections.abc import Callable
@@ -64,9 +65,10 @@ def run(main: Callable[[], None]) -> None:
         print((module.__doc__ or "").strip())
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may be any bytes
     try:
         _check_config_arguments(sys.argv[1:])
-        rest = flags.FLAGS(sys.argv)[1:]
+        rest = flags.FLAGS(_with_texts(sys.argv))[1:]
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
         main()
@@ -86,7 +88,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _line(words: object) -> str:
-    return " ".join(str(words).split())
+    return " ".join(str(words).split()).encode("utf-8", "backslashreplace").decode()
 
 
 def _check_config_arguments(arguments: list[str]) -> None:
@@ -99,3 +101,35 @@ def _check_config_arguments(arguments: list[str]) -> None:
             field = name.removeprefix("config.")
             if field not in config.field_names():
                 raise InputError(f"unknown config field '{field}'.{suggest(field, config.field_names())}")
+
+
+def _with_texts(arguments: list[str]) -> list[str]:
+    """Returns the arguments with what is said of fields that hold texts quoted: a path such as 2024 is no number."""
+    texts = {f"config.{name}" for name, kind in config.field_types().items() if kind == tuple[str, ...]}
+    written, follows = [], False
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        if follows:
+            written.append(_quoted(argument))
+        elif given and flag.lstrip("-") in texts:
+            written.append(f"{flag}={_quoted(value)}")
+        else:
+            written.append(argument)
+        follows = not follows and not given and flag.startswith("-") and flag.lstrip("-") in texts
+    return written
+
+
+def _quoted(value: str) -> str:
+    """Returns a text, or several in Python's notation for tuples and lists, as `config_flags` reads it as texts."""
+    try:
+        written = ast.parse(value.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        return repr(value)
+    if isinstance(written, ast.Constant) and isinstance(written.value, str):
+        return value
+    if not isinstance(written, (ast.Tuple, ast.List)) or not all(isinstance(item, ast.Constant) for item in written.elts):
+        return repr(value)
+    source = value.strip()
+    return repr(
+        tuple(item.value if isinstance(item.value, str) else ast.get_source_segment(source, item) for item in written.elts)
+    )

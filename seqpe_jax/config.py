@@ -476,14 +476,17 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     return config
 
 
-def field_names(kind: type = Config, prefix: str = "") -> list[str]:
+def field_names() -> list[str]:
     """Returns the dotted names of all fields."""
-    names = []
-    for field in dataclasses.fields(kind):
-        name = prefix + field.name
-        inner = typing.get_type_hints(kind)[field.name]
-        names += field_names(inner, name + ".") if dataclasses.is_dataclass(inner) else [name]
-    return names
+    return list(field_types())
+
+
+def field_types(kind: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Returns the type of each field by its dotted name."""
+    types = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        types |= field_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return types
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

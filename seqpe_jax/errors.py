@@ -20,3 +20,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
+
+
+def check_utf8_name(path: object, what: str) -> None:
+    """Refuses a folder that the libraries which write there cannot name: they take names in UTF-8 alone.
+
+    Raises:
+      InputError: names the folder; `what` says which it is and how to choose another.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name of '{path}' is not UTF-8, as that of {what} must be: choose another") from None

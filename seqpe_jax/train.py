@@ -19,7 +19,7 @@ from seqpe_jax import build, command, config
 from seqpe_jax.build import saved
 from seqpe_jax.build.benchmarks import flops_of_run
 from seqpe_jax.config import Config
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, check_utf8_name
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, write_config
@@ -36,10 +36,10 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     workdir = pathlib.Path(workdir)
     hosts.keep_compiled_programs()
     _check_same_run(settings, workdir)
-    parts = build.build(settings)
+    begins = bool(settings.init_from) and not (workdir / "config.json").exists()
+    parts = build.build(settings, kept=settings.init_from if begins else workdir)
     data = parts.data
-    data.check_kept(workdir)
-    if settings.init_from and not (workdir / "config.json").exists():
+    if begins:
         saved.check_source(parts, settings.init_from)
     if settings.eval.every:
         for scale in data.scales():
@@ -108,6 +108,7 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
 
 
 def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
+    check_utf8_name(workdir.absolute(), "a folder with checkpoints (--workdir)")
     if not (workdir / "config.json").exists():
         if workdir.exists() and (not workdir.is_dir() or any(path.name != LOG for path in workdir.iterdir())):
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")

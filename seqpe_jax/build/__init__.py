@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -335,15 +336,20 @@ class Run:
         return {"images": pictures, "attention": weights_BHL.reshape(*weights_BHL.shape[:2], *shape)}
 
 
-def build(config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True) -> Run:
+def build(
+    config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True, kept: str | pathlib.Path = ""
+) -> Run:
     """Returns the linked parts of a run on all devices, or on those given.
 
     Args:
       data_there: whether the data can be read; without them a run can only be compiled, and sizes that they would tell
         (vocabulary, classes) come from the config or the tokenizer's file.
+      kept: folder of the run that this one goes on from or evaluates: what it keeps of its data (tokenizer, class names)
+        holds here too; "" = a new run.
 
     Raises:
-      InputError: fields contradict each other or the machine, or the data cannot be read; found before compiling.
+      InputError: fields contradict each other or the machine, the data cannot be read, or are not those of the run kept;
+        found before compiling.
     """
     mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
     part, parts = config.batch_size // config.optimizer.accumulate, layout.batch_shards(mesh)
@@ -352,7 +358,7 @@ def build(config: Config, devices: list[jax.Device] | None = None, *, data_there
             f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over mesh.data x "
             f"mesh.fsdp = {parts}: make it a multiple of {parts * config.optimizer.accumulate}"
         )
-    data = data_of(config)(config, data_there)
+    data = data_of(config)(config, data_there, kept)
     check_attention(config, layout.Layout(mesh))
     objective = make_objective(config, data)
     optimizer = optimizers.make_optimizer(config.optimizer, config.steps)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ class Answers(Text):
     kind = "question_answering"
     measured = ("loss", "contains", "exact_match", "f1")
 
-    def __init__(self, config: Any, there: bool = True):
-        super().__init__(config, there)
+    def __init__(self, config: Any, there: bool = True, kept: str | pathlib.Path = ""):
+        super().__init__(config, there, kept)
         self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
         if there:
             self.end = qa.end_token(self.tokenizer)

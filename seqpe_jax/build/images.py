@@ -1,6 +1,10 @@
 """What a run on images or clips needs of its data: augmented examples, top-1 and top-5 at any size."""
 
 import functools
+import itertools
+import json
+import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,7 @@ from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving import Signature
 
 COLOURED = ("image_folder", "imagenet2012", "imagenet_resized")  # always three channels
+KEPT = "classes.json"  # of a run's folder: class names, in the order of their labels
 CLASSES = {"imagenet2012": 1000, "imagenet_resized": 1000}  # of data that may not be there
 
 
@@ -25,12 +30,14 @@ class Images:
 
     Args:
       there: whether the data are there to be read; else ImageNet's classes are known, and those of folders must be named.
+      kept: folder of a run whose class names the labels are places in; "" = a new run's, in the data's own order.
 
     Attributes:
       inputs: shape and type of an example for the model, [1, ...]; example: of each array of a training example.
 
     Raises:
-      InputError: the training split cannot be read, has more classes than the model, or labels that are not its classes'.
+      InputError: the training split cannot be read, has more classes than the model, or labels that are not its classes';
+        the names kept cannot be read, or are more than the model's classes.
     """
 
     kind = "image_classification"
@@ -39,9 +46,17 @@ class Images:
     measured = ("loss", "top1", "top5")  # while training
     prefix = 1  # the class token
 
-    def __init__(self, config: Config, there: bool = True):
+    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
         self.config = config
+        self._names, self._owner = _kept_names(kept) if kept else None, kept
         classes, channels = config.model.classes, 3
+        if self._names is not None:
+            if 0 < classes < len(self._names):
+                raise InputError(
+                    f"model.classes={classes} is less than the {len(self._names)} classes of the run of {kept} (its "
+                    f"{KEPT}): set it to {len(self._names)} or more"
+                )
+            classes = classes or len(self._names)
         if not there and not classes and config.data.name == "image_folder":
             raise InputError("data.name='image_folder' has as many classes as folders: name their number as model.classes")
         if not there:
@@ -65,9 +80,19 @@ class Images:
 
     @functools.cache  # noqa: B019  a run has one of these
     def source(self, split: str) -> Any:
-        """Returns the images of a split. Raises: InputError as `data.images.image_source`."""
+        """Returns the images of a split, with the labels of the run.
+
+        Raises:
+          InputError: as `data.images.image_source`; a class that the run does not know.
+        """
         data = self.config.data
-        return images.image_source(data.name, split=split, paths=data.paths, cache_dir=data.cache_dir, progress=is_lead())
+        found = images.image_source(data.name, split=split, paths=data.paths, cache_dir=data.cache_dir, progress=is_lead())
+        return found if self._names is None else found.labelled_as(self._names, f"the run of {self._owner}")
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels. Raises: InputError as `source`."""
+        return self._names or self.source("train").class_names
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""
@@ -88,11 +113,24 @@ class Images:
             host_count=host_count, threads=config.data.threads,
         )  # fmt: skip
 
-    def keep(self, workdir: Any) -> None:
-        """Images need nothing beside the checkpoints."""
+    def keep(self, workdir: str | pathlib.Path) -> None:
+        """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
+        path = pathlib.Path(workdir) / KEPT
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(self.class_names, indent=0) + "\n")
+            part.replace(path)
 
-    def check_kept(self, workdir: Any) -> None:
-        """Nothing was kept, so nothing can differ."""
+    def check_kept(self, workdir: str | pathlib.Path) -> None:
+        """Refuses to go on with other classes, or another order of them, than the run began with. Raises: InputError."""
+        names = _kept_names(workdir)
+        if names is not None and names != self.class_names:
+            pairs = itertools.zip_longest(self.class_names, names, fillvalue="no class")
+            label, (ours, theirs) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise InputError(
+                f"label {label} is '{ours}' in the data, but '{theirs}' in the run of {workdir} (its {KEPT}): use data "
+                "with its classes, or a new --workdir"
+            )
 
     def scales(self) -> tuple[tuple[int, int], ...]:
         """Returns the sizes that the config evaluates, each as (height, width)."""
@@ -110,10 +148,12 @@ class Images:
         shape = ("batch", *map(str, frames), f"{height}*rows", f"{width}*columns", str(source.channels))
         sides = (*frames, min(tall, reach[-2] * height), min(wide, reach[-1] * width))
         mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (source.mean, source.std))
+        classes = str(self.model_fields["classes"])
         return Signature(
-            "images", "float32", shape, {"rows": reach[-2], "columns": reach[-1]}, ("batch", str(source.classes)),
+            "images", "float32", shape, {"rows": reach[-2], "columns": reach[-1]}, ("batch", classes),
             f"numpy.zeros((1, {', '.join(map(str, sides))}, {source.channels}), 'float32')",
-            f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel",
+            f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel; the logits are those of the "
+            f"classes in {KEPT}, in its order",
         )  # fmt: skip
 
     def check_scale(self, scale: tuple[int, int], split: str) -> None:
@@ -145,3 +185,17 @@ class Images:
             images.evaluation_example, size=self.config.sides_of(scale), crop_ratio=self.config.data.crop_ratio,
             mean=source.mean, std=source.std,
         )  # fmt: skip
+
+
+def _kept_names(workdir: str | pathlib.Path) -> tuple[str, ...] | None:
+    """Returns the class names in the folder of a run, or None where it has none. Raises: InputError: damaged."""
+    path = pathlib.Path(workdir) / KEPT
+    if not path.exists():
+        return None
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} must hold a list of class names: put back the file that the run wrote")
+    return tuple(names)

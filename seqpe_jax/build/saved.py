@@ -86,7 +86,7 @@ def check_source(run: Run, checkpoint: str) -> None:
     """Refuses parameters that were made for something else.
 
     Raises:
-      InputError: not a run, or one with another encoding, model or tokenizer; names what differs.
+      InputError: not a run, or one with another encoding, model, tokenizer or other classes; names what differs.
     """
     if not pathlib.Path(checkpoint).is_dir():
         raise InputError(
@@ -130,13 +130,13 @@ def open_run(checkpoint: str, settings: Config, check: Callable[[Run], None] = l
     """
     exported = export_section(checkpoint)
     if exported is not None:
-        run = build(settings).stored(tuple(exported["reach"]))
+        run = build(settings, kept=checkpoint).stored(tuple(exported["reach"]))
         check(run)
         expected = jax.eval_shape(run.objective.init, jax.random.PRNGKey(0))
         params = serving.read_params(checkpoint, expected)
         return run, jax.device_put(params, layout.replicated(run.mesh)), exported["step"]
     saved = Checkpoints(checkpoint, create=False)
-    run = build(settings)
+    run = build(settings, kept=checkpoint)
     check(run)
     params, step = saved.restore_params(run.shapes.params)
     saved.close()

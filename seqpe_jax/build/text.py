@@ -27,12 +27,13 @@ class Text:
 
     Args:
       there: whether the data are there to be read; else a model that names its vocabulary needs no tokenizer.
+      kept: folder of a run whose tokenizer it must be; "" = a new run's.
 
     Attributes:
       inputs: shape and type of an example for the model, [1, ...]; example: of each array of a training example.
 
     Raises:
-      InputError: there is no tokenizer, it cannot be read, or has more tokens than the model.
+      InputError: there is no tokenizer, it cannot be read, has more tokens than the model, or is not the one kept.
     """
 
     kind = "language_modelling"
@@ -41,7 +42,7 @@ class Text:
     measured = ("loss", "perplexity", "bits_per_byte")  # while training
     prefix = 0  # tokens before the positions
 
-    def __init__(self, config: Config, there: bool = True):
+    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
         self.config = config
         self.task = LanguageModelling()
         self.inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
@@ -70,6 +71,8 @@ class Text:
                 f"{vocabulary} (model.vocabulary): take the tokenizer that the model was trained with"
             )
         self.model_fields = {"vocabulary": vocabulary}
+        if kept:
+            self.check_kept(kept)
 
     @functools.cache  # noqa: B019  a run has one of these
     def source(self, split: str) -> text.TokenSource:

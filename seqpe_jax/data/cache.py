@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, check_utf8_name
 
 try:
     import fcntl
@@ -31,8 +31,9 @@ def locked(target: pathlib.Path) -> Iterator[bool]:
     Yields:
       Whether the lock is held; False where the file system has no locks, and processes may do the same work twice.
     Raises:
-      InputError: the folder cannot be written.
+      InputError: the folder cannot be written, or its name is not UTF-8.
     """
+    check_utf8_name(target.parent, "the cache (data.cache_dir, or SEQPE_JAX_CACHE)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = open(target.parent / f".{target.name}.lock", "a")

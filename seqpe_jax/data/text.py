@@ -1,6 +1,7 @@
 """A split of a text data set as one long array of tokens, tokenised once and kept in the cache."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import tqdm
 
 from seqpe_jax.data.builders import base, builder_class
 from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.files import tell
 from seqpe_jax.data.tokenizers import Tokenizer, token_dtype
 from seqpe_jax.errors import InputError, suggest
 
@@ -73,6 +75,8 @@ def token_source(
     root = cache_root(cache_dir)
     datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
     data_key = builder.source_key(paths)
+    if progress:
+        _tell_left_out(builder, paths)
     identity = json.dumps([FORMAT, data_key, split, tokenizer.fingerprint])
     target = root / "tokens" / f"{name}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     found = _open(target)
@@ -92,6 +96,12 @@ def token_source(
     if found is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
     return found
+
+
+@functools.cache  # the splits of a data set leave out the same
+def _tell_left_out(builder: type[base.CachedBuilder], paths: tuple[str, ...]) -> None:
+    if words := builder.left_out(paths):
+        tell(f"data.paths: left out: {words}")
 
 
 def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool) -> None:

@@ -160,5 +160,5 @@ def _about(study: Study) -> str:
 def _write(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file under another name first, so that none is left half-written."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     os.replace(part, path)

@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, check_utf8_name
 
 FOLDER = "checkpoints"
 
@@ -19,6 +19,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, create: bool = True):
         self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
+        check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=True)
@@ -109,7 +110,7 @@ def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict
         if stored.get(name) != shape:
             raise InputError(
                 f"checkpoint {checkpoint} is of another model: its {name} has shape {stored.get(name)}, but config.json "
-                f"and the tokenizer ask for {shape}: put back the files that the run was trained with"
+                f"and the tokenizer, or the classes of images, ask for {shape}: put back what the run was trained with"
             )
 
 

@@ -1,10 +1,12 @@
 import io
+import os
 import zipfile
 
 import pytest
 
 from seqpe_jax.data.builders import BUILDERS, builder_class, stdlib_text, wikitext103
 from seqpe_jax.data.builders.documents import SPLITS, pieces
+from seqpe_jax.data.builders.squad_long import SquadLong
 from seqpe_jax.data.builders.text_files import TextFiles
 from seqpe_jax.data.builders.wikitext103 import Wikitext103
 from seqpe_jax.errors import InputError
@@ -121,6 +123,41 @@ def test_long_document_comes_in_pieces_of_one_name(tmp_path, monkeypatch):
     assert b"".join(joined(splits[split]) for split in SPLITS) == file.read_bytes()
 
 
+def test_links_put_nothing_into_two_splits(tmp_path):
+    folder = tmp_path / "text"
+    (folder / "deep").mkdir(parents=True)
+    for number in range(40):
+        (folder / "deep" / f"{number:02d}.txt").write_text(f"file {number}\n" * 3)
+    before = read(TextFiles, (folder,), tmp_path / "d")
+    (folder / "loop").symlink_to(".")
+    (folder / "deep" / "copy.txt").symlink_to("07.txt")
+    for path in (folder, folder / "**" / "*.txt"):
+        assert read(TextFiles, (path,), tmp_path / "e" / path.name) == before
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    names = [os.fsdecode(b"%02d\xff.txt" % number) for number in range(20)]
+    for name in names:
+        (folder / name).write_text(name[:2])
+    builder = TextFiles(paths=(folder,), data_dir=tmp_path / "d")
+    builder.prepare(progress=False)
+    found = {row["name"]: row["text"] for split in SPLITS for row in builder.as_data_source(split=split)}
+    assert found == {os.fsencode(name): name[:2].encode() for name in names}
+    assert TextFiles.source_key((str(folder),)) == TextFiles.source_key((str(folder),))
+
+
+def test_what_is_no_file_is_refused_by_all_builders(tmp_path):
+    os.mkfifo(tmp_path / "train-1.json")
+    with pytest.raises(InputError, match="'.*train-1.json' is a pipe, where a file was expected"):
+        SquadLong.sources((str(tmp_path),))
+    (tmp_path / "train-1.json").unlink()
+    (tmp_path / "train-1.json").symlink_to("nowhere")
+    with pytest.raises(InputError, match="cannot read '.*train-1.json' .No such file"):
+        SquadLong.sources((str(tmp_path),))
+
+
 def test_bad_text_files(tmp_path):
     with pytest.raises(InputError, match="needs data.paths"):
         TextFiles.sources(())
@@ -128,6 +165,9 @@ def test_bad_text_files(tmp_path):
         TextFiles.sources((str(tmp_path / "nowhere*"),))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no files"):
+        TextFiles.sources((str(tmp_path / "empty"),))
+    os.mkfifo(tmp_path / "empty" / "pipe")
+    with pytest.raises(InputError, match="holds no files, left out: pipes, sockets and devices: 1 .*pipe.; give"):
         TextFiles.sources((str(tmp_path / "empty"),))
     (tmp_path / "empty" / "nothing.txt").touch()
     with pytest.raises(InputError, match="data set 'text_files' is empty"):
@@ -169,6 +209,21 @@ def release_parquet(folder):
             name = f"{split}-{number:05d}-of-{len(halves):05d}.parquet"
             pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / name)
     return folder
+
+
+def test_wikitext_behind_links(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "release").mkdir()
+    for number, file in enumerate(sorted(release_raw(tmp_path / "blobs").iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        (tmp_path / "release" / file.name).symlink_to(f"../blobs/{number}")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "far").symlink_to("../release")
+    (tmp_path / "all" / "gone.raw").symlink_to("nowhere")
+    for place in (tmp_path / "release", tmp_path / "all", tmp_path / "all" / ".." / "release"):
+        splits = read(Wikitext103, (place,), tmp_path / "d" / place.name)
+        assert {split: [text.decode() for _, text in documents] for split, documents in splits.items()} == ARTICLES
+    assert Wikitext103.left_out((str(tmp_path / "all"),)) == f"links that lead nowhere: 1 ({tmp_path}/all/gone.raw)"
 
 
 @pytest.mark.parametrize("release", [release_raw, release_zip, release_parquet])

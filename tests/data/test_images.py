@@ -323,6 +323,114 @@ def test_unreadable_images_are_named(split_folders, damage):
         folder(split_folders, "train")  # a failure is not remembered as a success
 
 
+def told(root, split, capsys, **options):
+    """Returns (the source, what is said to be left out, with names below the root)."""
+    found = image_source("image_folder", split=split, paths=str(root), cache_dir=root.parent / "c", **options)
+    return found, capsys.readouterr().err.replace(f"{root}/", "")
+
+
+def test_folders_of_a_class_are_read_to_their_depth(tmp_path, capsys):
+    root = tmp_path / "photos"
+    for name in ("cat/a/b/1.png", "cat/2.tif", "cat/a/3.TIFF", "dog/4.gif", "dog/x/5.ppm", "dog/x/6.jp2"):
+        write(root / "train" / name, size=(4, 4))
+    for name in ("cat/a/notes.txt", "list.csv", "dog/.hidden.png"):
+        (root / "train" / name).write_text("not an image")
+    (root / "readme.md").write_text("not an image")
+    (root / "extra").mkdir()
+    os.mkfifo(root / "train" / "dog" / "7.png")
+    train, words = told(root, "train", capsys)
+    assert [train.records.status[place][0] for place in range(len(train))] == [
+        "cat/2.tif", "cat/a/3.TIFF", "cat/a/b/1.png", "dog/4.gif", "dog/x/5.ppm", "dog/x/6.jp2",
+    ]  # fmt: skip
+    assert [train[place]["label"] for place in range(6)] == [0, 0, 0, 1, 1, 1]
+    for place in range(6):
+        np.testing.assert_allclose(train[place]["image"][0, 0], (10, 20, 30), atol=4)
+    assert words.splitlines() == [
+        f"data.paths: left out of '{root}': folders of no split: 1 (extra); outside of class folders: 2 (readme.md, "
+        "train/list.csv)",
+        "data.paths: left out of 'train': files of other kinds: 1 (train/cat/a/notes.txt); pipes, sockets and devices: 1 "
+        "(train/dog/7.png)",
+    ]
+    assert told(root, "train", capsys)[1] == "", "what is said once need not be said again"
+    assert told(root, "train", capsys, progress=False)[1] == ""
+
+
+def test_images_behind_links(tmp_path, capsys):
+    root, far = tmp_path / "photos", tmp_path / "far"
+    write(far / "cats" / "1.png")
+    write(far / "2.png")
+    write(root / "dog" / "3.png")
+    (root / "cat").symlink_to(far / "cats")
+    (root / "dog" / "two.png").symlink_to("../../far/2.png")
+    (root / "dog" / "again.png").symlink_to("3.png")
+    (root / "dog" / "up").symlink_to("..")
+    (root / "gone").symlink_to("nowhere")
+    every = [name for split in SPLITS for name, *_ in image_folder._Files(root, ("cat", "dog"), split, False).status]
+    assert sorted(every) == ["cat/1.png", "dog/3.png", "dog/two.png"]
+    split = image_folder._split("dog/3.png")
+    words = told(root, split, capsys)[1]
+    assert "outside of class folders: 1 (gone)" in words
+    assert "links to what is read already: 1 (dog/again.png); links to folders above: 1 (dog/up)" in words
+    (root / "fox").symlink_to("dog")
+    with pytest.raises(InputError, match=r"'.*photos/fox' holds no images of its own .*links to what is read already: \d"):
+        folder(root, split)
+
+
+def test_split_folders_in_any_case(split_folders):
+    fingerprints = [folder(split_folders, split).fingerprint for split in SPLITS]
+    for before, after in (("train", "Train"), ("validation", "VAL"), ("test", "Test")):
+        (split_folders / before).rename(split_folders / after)
+    assert [folder(split_folders, split).fingerprint for split in SPLITS] == fingerprints
+    (split_folders / "bus" / "night").mkdir(parents=True)
+    with pytest.raises(InputError, match="has 'Train' beside 'bus', which may be a split or a class: name splits in lower"):
+        folder(split_folders, "train")
+    (split_folders / "Train").rename(split_folders / "train")
+    assert folder(split_folders, "test").fingerprint == fingerprints[2], "one in lower case says what the others are"
+    write(split_folders / "TEST" / "dog" / "0.png")
+    with pytest.raises(InputError, match="has TEST and Test, and only one can be the test split: name it 'test'"):
+        folder(split_folders, "test")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for kind in ("Train", "Plane"):
+        for number in range(40):
+            write(tmp_path / "photos" / kind / f"{number}.png")
+    (tmp_path / "photos" / "Train" / "empty").mkdir()
+    assert folder(tmp_path / "photos", "train").class_names == ("Plane", "Train")
+
+
+def test_names_of_images_need_not_be_utf8(tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    names = [os.fsdecode(b"\xff/%d\xfe.png" % number) for number in range(90)]
+    for number, name in enumerate(names):
+        write(root / name, color=(number, 0, 0))
+    found = [folder(root, split) for split in SPLITS]
+    assert all(source.class_names == ("\udcff",) for source in found)
+    assert sorted(source[place]["image"][0, 0, 0] for source in found for place in range(len(source))) == list(range(90))
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    write(tmp_path / "photos" / "train" / "a" / "1.png")
+    write(tmp_path / "photos" / "train" / "a" / "2.tif", "F", 0.5)
+    with pytest.raises(InputError, match="cannot read image '.*2.tif' .its pixels are floating-point .*8 or 16 bit.: repl"):
+        folder(tmp_path / "photos", "train")
+
+
+def test_labels_in_the_names_of_others(split_folders):
+    test, train = folder(split_folders, "test"), folder(split_folders, "train")
+    other = train.labelled_as(("fox", "dog", "cat", "ant"), "them")
+    assert [other[place]["label"] for place in range(12)] == [3] * 4 + [2] * 4 + [1] * 4
+    assert other.classes == 4 and len(other) == len(train)
+    assert test.labelled_as(("ant", "cat", "dog"), "us")[0]["label"] == 2
+    with pytest.raises(InputError, match="folder/train has classes cat, dog, unknown to them, whose class is ant: give"):
+        train.labelled_as(("ant",), "them")
+    with pytest.raises(InputError, match="has class ant, unknown to them, whose classes are .*, 4 and 3 more: give"):
+        train.labelled_as(("cat", "dog", *map(str, range(11, 0, -1))), "them")
+    broken = ImageSource("made", ("a", "b"), 1, (0.5,), (0.5,), "f", [{"image": np.zeros((1, 1, 1)), "label": 2}])
+    with pytest.raises(InputError, match="image 0 of made has label 2, expected 0 to 1"):
+        broken.labelled_as(("a", "b", "c"), "them")[0]
+
+
 def test_photo_damaged_behind_its_header_is_named_when_it_is_read(split_folders):
     bad = split_folders / "train" / "ant" / "0.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(bad)

@@ -68,6 +68,21 @@ def test_pieces_of_a_document_are_not_separated(files, tmp_path, monkeypatch):
     np.testing.assert_array_equal(cut.tokens, whole.tokens)
 
 
+def test_what_is_left_out_is_told_once(files, tmp_path, capsys):
+    (files / "gone").symlink_to("nowhere")
+    for split in ("train", "test", "train"):
+        source(files, tmp_path / "c", split=split)
+    assert capsys.readouterr().err == ""
+    for split in ("train", "test", "train"):
+        source(files, tmp_path / "c", split=split, progress=True)
+    assert capsys.readouterr().err == f"data.paths: left out: links that lead nowhere: 1 ({files}/gone)\n"
+
+
+def test_a_cache_that_cannot_be_named_is_refused(files, tmp_path):
+    with pytest.raises(InputError, match="is not UTF-8, as that of the cache .*SEQPE_JAX_CACHE.* must be: choose another"):
+        source(files, tmp_path / os.fsdecode(b"caf\xe9"))
+
+
 def test_work_is_done_once_and_again_when_something_changed(files, tmp_path, monkeypatch):
     calls = []
     tokenise = text._tokenise

@@ -1,6 +1,7 @@
 """Bad input ends a command with exit code 2 and one line that says what is wrong and how to fix it."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -76,6 +77,7 @@ def refused(result, *words: str) -> None:
         ),
         (["--config.data.name=text_files"], ["data.paths"]),
         (["--config.data.name=text_file"], ["data.name", "'text_files'"]),
+        (["--config.data.name=text_files", "--config.data.paths=2024"], ["data.paths: '2024' does not exist"]),
     ],
 )  # fmt: skip
 def test_train_refuses_arguments(commands, tmp_path, arguments, words):
@@ -99,6 +101,25 @@ def test_train_refuses_data(commands, tmp_path, content, words):
         for name, value in content.items():
             (folder / name).write_bytes(value)
     refused(commands("train", *train_arguments(tmp_path / "run", folder)), *words)
+
+
+def test_paths_that_are_no_files_are_refused_at_once(commands, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for name, words in (("pipe", "is a pipe"), ("gone", "is a link that leads nowhere (to 'nowhere')")):
+        result = commands("train", *train_arguments(tmp_path / "run", tmp_path / name))
+        refused(result, f"data.paths: '{tmp_path}/{name}' {words}")
+
+
+def test_names_of_any_bytes_are_printed_or_refused(commands, text, trained, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    refused(commands("train", *train_arguments(odd, text)), "caf\\udce9' is not UTF-8", "--workdir", "choose another")
+    assert not odd.exists()
+    refused(commands("train", *train_arguments(tmp_path / "run", odd)), "caf\\udce9' does not exist")
+    shutil.copytree(trained, tmp_path / "runs" / odd.name)
+    result = commands("report", f"--workdir={tmp_path / 'runs'}", f"--output={odd}")
+    assert result.code == 0 and f"{tmp_path}/caf\\udce9/report.html" in result.out, result.err
+    assert "caf\\udce9" in (odd / "results.csv").read_text()
 
 
 def test_train_refuses_a_split_shorter_than_a_window(commands, tmp_path):

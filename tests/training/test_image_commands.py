@@ -113,6 +113,46 @@ def test_train_refuses_folders_that_cannot_be_read(commands, tmp_path):
     refused(train(damaged), "1.png")
 
 
+def test_classes_go_by_name(commands, tmp_path):
+    def photos(root, *classes):
+        for split in ("train", "validation", "test"):
+            folder(root / split, **{name: 6 for name in classes})
+        return root
+
+    def train(workdir, root, *arguments):
+        fields = options(data__name="image_folder", data__paths=root, eval__every=0)
+        return commands("train", f"--config={DIGITS}", f"--workdir={workdir}", *fields, *arguments)
+
+    def evaluate(checkpoint, root):
+        read = ("--data=image_folder", f"--paths={root}", "--sizes=8")
+        return commands("evaluate", f"--checkpoint={checkpoint}", *read)
+
+    root, first = photos(tmp_path / "all", "cat", "dog", "fox"), tmp_path / "first"
+    result = train(first, root)
+    assert result.code == 0 and "3 classes" in result.out, result.err
+    export = tmp_path / "export"
+    result = commands("export", f"--checkpoint={first}", f"--output={export}", "--max-size=8")
+    assert result.code == 0, result.err
+    some, other = photos(tmp_path / "some", "fox", "cat"), photos(tmp_path / "other", "dog", "fox", "zcat")
+    second = tmp_path / "second"
+    result = train(second, some, f"--init-from={first}")
+    assert result.code == 0 and "3 classes" in result.out, result.err
+    for checkpoint in (first, export, second):
+        assert json.loads((checkpoint / "classes.json").read_text()) == ["cat", "dog", "fox"]
+    for checkpoint in (first, export):
+        result = evaluate(checkpoint, some)
+        assert result.code == 0 and "top1" in result.out, result.err
+        refused(evaluate(checkpoint, other), "zcat", f"unknown to the run of {checkpoint}", "cat, dog, fox")
+    refused(train(tmp_path / "third", other, f"--init-from={first}"), "zcat", f"unknown to the run of {first}")
+    (first / "classes.json").unlink()  # as in runs of before: places in sorted order
+    assert evaluate(first, other).code == 0
+    refused(evaluate(first, some), "head", "classes of images")
+    for split in ("train", "validation", "test"):
+        (root / split / "cat").rename(root / split / "zcat")
+    (export / "classes.json").rename(first / "classes.json")
+    refused(train(first, root), "zcat", f"unknown to the run of {first}")
+
+
 def test_a_run_on_text_has_no_sizes(commands, tmp_path):
     from seqpe_jax import config
     from seqpe_jax.runtime.checkpoint import write_config

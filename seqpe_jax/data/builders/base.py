@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.files import check_regular
 from seqpe_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -48,6 +49,11 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           InputError: nothing there to read.
         """
         raise NotImplementedError
+
+    @classmethod
+    def left_out(cls, paths: tuple[str, ...]) -> str:
+        """Returns what lies under the paths but is not read, in words; "" where that is nothing. Raises: as `sources`."""
+        return ""
 
     def features(self) -> tfds.features.FeaturesDict:
         """Returns the fields of an example."""
@@ -140,8 +146,16 @@ def prepared(
 
 
 def describe_file(file: pathlib.Path, name: str) -> str:
-    """Returns a line that changes when the file does: name, place, size in bytes and time of change."""
-    status = file.stat()
+    """Returns a line that changes when the file does: name, place, size in bytes and time of change.
+
+    Raises:
+      InputError: it is no file, or not there.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
+    check_regular(status.st_mode, str(file))
     return f"{name} {file} {status.st_size} {status.st_mtime_ns}"
 
 

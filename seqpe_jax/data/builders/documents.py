@@ -43,7 +43,7 @@ class DocumentBuilder(CachedBuilder, skip_registration=True):
     def examples(self, content: tuple[str, bytes]) -> Iterator[dict]:
         name, text = content
         for piece in pieces(text):
-            yield {"text": piece, "name": name}
+            yield {"text": piece, "name": name.encode("utf-8", "surrogateescape")}  # a file's name may be any bytes
 
 
 def pieces(text: bytes, limit: int = PIECE_BYTES) -> Iterator[bytes]:

@@ -20,6 +20,8 @@ from seqpe_jax.errors import InputError
 # Of ImageNet's training photos, per channel in 0..1; what everybody normalises photos with.
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+SHOWN = 10  # class names told in a message
+
 LabelledArrays = Iterable[tuple[np.ndarray, int]]
 
 
@@ -38,6 +40,7 @@ class ImageSource:
       fingerprint: hex digits; equal for equal data, on every machine.
       records: what the data set holds, in order: mappings with "image" and "label".
       decode: a record's image -> uint8 array; none = it is one.
+      labels: of `class_names`, by label of a record; none = the records' own.
     """
 
     name: str
@@ -48,25 +51,48 @@ class ImageSource:
     fingerprint: str
     records: Sequence[Mapping[str, Any]] = dataclasses.field(repr=False)
     decode: Callable[[Any], np.ndarray] | None = dataclasses.field(default=None, repr=False)
+    labels: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def classes(self) -> int:
         """How many classes there are; labels are 0 .. classes - 1."""
         return len(self.class_names)
 
+    def labelled_as(self, class_names: Sequence[str], owner: str) -> "ImageSource":
+        """Returns the same images, with labels that are places in other names; a class keeps its name.
+
+        Args:
+          class_names: need not be in order, and may be of more classes.
+          owner: whose names they are, for the message.
+        Raises:
+          InputError: a class that is not among them.
+        """
+        places = {name: label for label, name in enumerate(class_names)}
+        unknown = [name for name in self.class_names if name not in places]
+        if unknown:
+            raise InputError(
+                f"{self.name} has {_listed('class', 'classes', unknown)}, unknown to {owner}, whose "
+                f"{_listed('class is', 'classes are', class_names)}: give the folders these names, or leave others out"
+            )
+        labels = tuple(places[name] for name in self.class_names)
+        return dataclasses.replace(self, class_names=tuple(class_names), labels=labels)
+
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        label = int(record["label"])
-        if not 0 <= label < self.classes:
+        label, known = int(record["label"]), self.classes if self.labels is None else len(self.labels)
+        if not 0 <= label < known:
             raise InputError(
-                f"image {index} of {self.name} has label {label}, expected 0 to {self.classes - 1}: the prepared data set "
+                f"image {index} of {self.name} has label {label}, expected 0 to {known - 1}: the prepared data set "
                 "is not what its name says; remove its folder and prepare it again"
             )
         image = record["image"]
-        return {"image": image if self.decode is None else self.decode(image), "label": label}
+        return {
+            "image": image if self.decode is None else self.decode(image),
+            "label": label if self.labels is None else self.labels[label],
+        }
 
 
 class ImageBuilder(CachedBuilder, skip_registration=True):
@@ -207,6 +233,12 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
         )
 
 
+def _listed(one: str, many: str, names: Sequence[str]) -> str:
+    """Returns "class a" or "classes a, b, c"; of many names the first few."""
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"{one if len(names) == 1 else many} {shown}"
+
+
 def digest(*identity: Any) -> str:
     """Returns 32 hex digits that tell values apart."""
     return hashlib.sha256(json.dumps(identity, default=list).encode()).hexdigest()[:32]
@@ -231,7 +263,8 @@ def readable(name: str, cure: str) -> Iterator[None]:
 def read_rgb(file: str | io.BytesIO, name: str, cure: str) -> np.ndarray:
     """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette, CMYK and 16 bit become RGB, alpha is dropped.
 
-    The camera's mark which side is up (EXIF) is not read, as is usual for ImageNet.
+    Of several frames (GIF, TIFF) the first is read. The camera's mark which side is up (EXIF) is not, as is usual for
+    ImageNet.
 
     Args:
       file: a file's name, or what is in it.

@@ -1,6 +1,5 @@
 """Your own text: files, globs and directories."""
 
-import glob
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from seqpe_jax.data.builders.documents import (
     describe_file,
     read_text,
 )
+from seqpe_jax.data.files import Found, find
 from seqpe_jax.errors import InputError
 
 SPLIT_BY_FILE = 20  # from that many files on, whole files go to a split
@@ -26,7 +26,8 @@ class TextFiles(DocumentBuilder):
     """UTF-8 text files, about 90/5/5: by file from 20 files on, else each file is cut into three contiguous spans.
 
     Args:
-      paths: files, globs (`**` crosses folders) or directories (every file below that is not hidden).
+      paths: files, globs (`**` crosses folders) or directories (every file below that is not hidden); links are
+        followed, and each real file is read once (see `data.files`).
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -34,6 +35,10 @@ class TextFiles(DocumentBuilder):
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
         return [describe_file(file, name) for name, file in find_files(paths).items()]
+
+    @classmethod
+    def left_out(cls, paths: tuple[str, ...]) -> str:
+        return str(_find(paths).left_out)
 
     def documents(self) -> Mapping[str, Documents]:
         files = find_files(self.paths)
@@ -67,29 +72,20 @@ def find_files(paths: tuple[str, ...]) -> dict[str, pathlib.Path]:
     """Returns the files that paths, globs and directories name, by their name below the folder common to all, sorted.
 
     Raises:
-      InputError: no path given, or one that matches no file.
+      InputError: no path given, one that matches no file, or one that is no file.
     """
-    if not paths:
-        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
-    found: set[str] = set()
-    for path in paths:
-        path = os.path.expanduser(path)
-        matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-        files = {os.path.abspath(file) for match in matches for file in _below(match)}
-        if not files:
-            why = "holds no files" if matches else "does not exist and matches nothing"
-            raise InputError(f"data.paths: '{path}' {why}; give files, globs or directories of UTF-8 text")
-        found |= files
+    found = _find(paths).files
     common = os.path.commonpath([os.path.dirname(file) for file in found])
     named = {pathlib.Path(os.path.relpath(file, common)).as_posix(): pathlib.Path(file) for file in found}
     return dict(sorted(named.items()))
 
 
-def _below(path: str) -> list[str]:
-    if not os.path.isdir(path):
-        return [path]
-    files = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    return files
+def _find(paths: tuple[str, ...]) -> Found:
+    if not paths:
+        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+    found = find(paths)
+    for path in found.empty:
+        why = "holds no files" if os.path.exists(os.path.expanduser(path)) else "does not exist and matches nothing"
+        left = f", left out: {found.left_out}" if str(found.left_out) else ""
+        raise InputError(f"data.paths: '{path}' {why}{left}; give files, globs or directories of UTF-8 text")
+    return found

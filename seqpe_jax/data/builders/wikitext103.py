@@ -14,6 +14,7 @@ import tqdm  # TFDS brings it
 
 from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder, Documents, check_utf8, describe_file
 from seqpe_jax.data.cache import locked
+from seqpe_jax.data.files import Found, absolute, find
 from seqpe_jax.errors import InputError
 
 RELEASE = "https://huggingface.co/datasets/Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/"
@@ -50,6 +51,11 @@ class Wikitext103(DocumentBuilder):
         if not paths:
             return [RELEASE]
         return [describe_file(file, file.name) for file in _find(paths)]
+
+    @classmethod
+    def left_out(cls, paths: tuple[str, ...]) -> str:
+        places = [pathlib.Path(path).expanduser().absolute() for path in paths]
+        return "; ".join(filter(None, (str(_below(place).left_out) for place in places if place.is_dir())))
 
     def documents(self) -> Mapping[str, Documents]:
         files = _find(self.paths) if self.paths else download(self.downloads, progress=self._progress)
@@ -111,7 +117,9 @@ def _find(paths: tuple[str, ...]) -> list[pathlib.Path]:
         if place.is_file():
             files.append(place)
             continue
-        below = [file for file in sorted(place.rglob("*")) if file.suffix in FORMS and not file.name.startswith(".")]
+        root = absolute(str(place))  # as names are found; those of the caller count
+        below = sorted(place / pathlib.Path(file).relative_to(root) for file in _below(place).files)
+        below = [file for file in below if file.suffix in FORMS]
         below = [file for file in below if "103-raw" in str(file.relative_to(place))] or below
         below = [file for file in below if file.suffix == ".zip" or _split(file.name)]
         if not below:
@@ -119,6 +127,10 @@ def _find(paths: tuple[str, ...]) -> list[pathlib.Path]:
         form = min((file.suffix for file in below), key=FORMS.index)
         files += [file for file in below if file.suffix == form]
     return files
+
+
+def _below(place: pathlib.Path) -> Found:
+    return find([str(place)], suffixes=FORMS)
 
 
 def _split(name: str) -> str | None:

@@ -1,0 +1,232 @@
+"""The files under the paths that a user gives: links are followed, each real file comes once, and the rest is told."""
+
+import collections
+import dataclasses
+import fnmatch
+import functools
+import glob
+import heapq
+import os
+import pathlib
+import stat
+import sys
+from collections.abc import Iterable
+
+import tqdm
+
+from seqpe_jax.errors import InputError
+
+SHOWN = 3  # names told of each kind that is left out
+AGAIN, ABOVE, NOWHERE = "links to what is read already", "links to folders above", "links that lead nowhere"
+SPECIAL, CLOSED, OTHER = "pipes, sockets and devices", "folders that cannot be read", "files of other kinds"
+KINDS = {
+    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}  # fmt: skip
+
+Patterns = tuple[str, ...]
+EVERYTHING: Patterns = ("**",)  # below a folder
+
+
+class LeftOut:
+    """What lies under paths but is not read: how many of each kind, and the first of their names."""
+
+    def __init__(self) -> None:
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        """Counts one more of a kind."""
+        self._counts[kind] += 1
+        first = self._names.setdefault(kind, [])
+        if len(first) < SHOWN:
+            first.append(name)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{kind}: {count} ({', '.join(self._names[kind])}{', ...' if count > SHOWN else ''})"
+            for kind, count in self._counts.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What paths lead to.
+
+    Attributes:
+      files: absolute paths as they were met, sorted; a file that is met by its own name has that one, not a link's.
+      left_out: what is not read, though it lies there.
+      empty: the paths given that lead to no file.
+    """
+
+    files: list[str]
+    left_out: LeftOut
+    empty: list[str]
+
+
+def find(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title: str = "") -> Found:
+    """Returns the files that paths name: files, globs (`**` crosses folders), and all below folders that is not hidden.
+
+    Links to files and folders are followed, and no real file or folder is read twice, however many links lead to it; but
+    not out of what was given, to a folder that holds it. What is neither a file nor a folder is never opened.
+
+    Args:
+      suffixes: lower-case ends of the names that are wanted; () = all.
+      title: of the progress bar on stderr; "" = none.
+    Raises:
+      InputError: a path that is itself a link to nowhere, a pipe, a socket or a device.
+    """
+    with tqdm.tqdm(desc=title, unit=" files", delay=2.0, disable=not title) as bar:
+        search = _Search(suffixes, bar)
+        paths = sorted(set(paths))
+        for path in paths:
+            search.begin(path)
+        search.run()
+    return Found(sorted(search.files.values()), search.left_out, [path for path in paths if path not in search.useful])
+
+
+class _Search:
+    """Folders still to be looked into, each with the patterns that names in it are held against.
+
+    Attributes:
+      files: real path -> path as it was met; useful: the paths given that led to a file.
+    """
+
+    def __init__(self, suffixes: tuple[str, ...], bar: tqdm.tqdm):
+        self.files: dict[str, str] = {}
+        self.left_out = LeftOut()
+        self.useful: set[str] = set()
+        self._suffixes, self._bar = suffixes, bar
+        self._begun: set[str] = set()
+        self._above: set[str] = set()  # real folders that hold what was given
+        self._seen: dict[tuple[str, Patterns], str] = {}  # (real folder, patterns) -> the path given that led there
+        # Links wait until nothing else is left, so that what they lead to is known by its own name where it has one here.
+        self._folders: list[tuple[str, set[Patterns], str]] = []
+        self._links: list[tuple[str, set[Patterns], str]] = []
+
+    def begin(self, given: str) -> None:
+        path, patterns = _divided(os.path.expanduser(given))
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if os.path.islink(path):
+                raise InputError(
+                    f"data.paths: '{given}' is a link that leads nowhere (to '{os.readlink(path)}'): mend or remove it"
+                ) from None
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                return  # told by whoever asks, who knows what was expected
+            raise InputError(f"data.paths: '{given}' cannot be read ({error.strerror})") from error
+        if not patterns and not stat.S_ISDIR(mode):
+            check_regular(mode, given)
+        path = absolute(path)
+        self._begun.add(path)
+        self._above.update(map(str, pathlib.Path(os.path.realpath(path)).parents))
+        if os.path.islink(path):
+            heapq.heappush(self._links, (path, {patterns}, given))
+        elif stat.S_ISDIR(mode):
+            heapq.heappush(self._folders, (path, {patterns}, given))
+        elif not patterns:
+            self._take(path, os.path.realpath(path), given)
+
+    def run(self) -> None:
+        while self._folders or self._links:
+            if self._folders:
+                self._enter(*heapq.heappop(self._folders))
+                continue
+            path, patterns, given = heapq.heappop(self._links)
+            try:
+                mode = os.stat(path).st_mode
+            except OSError:
+                self.left_out.add(NOWHERE, path)
+                continue
+            if stat.S_ISDIR(mode):
+                if path not in self._begun and os.path.realpath(path) in self._above:
+                    self.left_out.add(ABOVE, path)
+                else:
+                    self._enter(path, patterns, given)
+            elif () in patterns:
+                self._meet(path, os.path.realpath(path), given, stat.S_ISREG(mode))
+
+    def _enter(self, path: str, patterns: set[Patterns], given: str) -> None:
+        """Looks into a folder, for what has not been looked for there yet."""
+        real = os.path.realpath(path)
+        wanted = {pattern or EVERYTHING for pattern in patterns}
+        fresh = {pattern for pattern in wanted if (real, pattern) not in self._seen}
+        if not fresh:
+            if any(self._seen[real, pattern] != given for pattern in wanted):
+                self.useful.add(given)
+            if os.path.islink(path):
+                self.left_out.add(AGAIN, path)
+            return
+        self._seen |= {(real, pattern): given for pattern in fresh}
+        try:
+            with os.scandir(path) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            self.left_out.add(CLOSED, path)
+            return
+        for entry in entries:
+            after = {rest for pattern in fresh for rest in _after(entry.name, pattern)}
+            if not after:
+                continue
+            if entry.is_symlink():
+                heapq.heappush(self._links, (entry.path, after, given))
+            elif entry.is_dir(follow_symlinks=False):
+                heapq.heappush(self._folders, (entry.path, after, given))
+            elif () in after:
+                self._meet(entry.path, os.path.join(real, entry.name), given, entry.is_file(follow_symlinks=False))
+
+    def _meet(self, path: str, real: str, given: str, regular: bool) -> None:
+        if not regular:
+            self.left_out.add(SPECIAL, path)
+        elif self._suffixes and not path.lower().endswith(self._suffixes):
+            self.left_out.add(OTHER, path)
+        else:
+            self._take(path, real, given)
+
+    def _take(self, path: str, real: str, given: str) -> None:
+        self.useful.add(given)
+        if self.files.setdefault(real, path) != path:
+            self.left_out.add(AGAIN, path)
+        self._bar.update()
+
+
+def _divided(path: str) -> tuple[str, Patterns]:
+    """Returns (where to begin, the patterns of what follows); none where the path is a name."""
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return path, ()
+    parts = path.split(os.sep)
+    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    begin = os.sep.join(parts[:first]) or (os.sep if first else os.curdir)
+    patterns = [part for part in parts[first:] if part not in ("", os.curdir)]
+    return begin, (*patterns, "**") if path.endswith(os.sep) else tuple(patterns)
+
+
+def _after(name: str, patterns: Patterns) -> set[Patterns]:
+    """Returns what may follow a name below a folder held against patterns; () = nothing need follow."""
+    head, *rest = patterns
+    rest, hidden = tuple(rest), name.startswith(".")
+    if head != "**":
+        return {rest} if fnmatch.fnmatch(name, head) and (not hidden or head.startswith(".")) else set()
+    crossed = set() if hidden else {patterns} if rest else {patterns, ()}
+    return crossed | _after(name, rest) if rest else crossed
+
+
+def absolute(path: str) -> str:
+    """Returns the absolute path, without `..`; what `..` means behind a link is kept."""
+    plain = os.path.abspath(path)
+    real = os.path.realpath(path)
+    return plain if os.path.realpath(plain) == real else real
+
+
+def check_regular(mode: int, name: str) -> None:
+    """Refuses what is no file, and might never end. Raises: InputError."""
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "no file")
+        raise InputError(f"data.paths: '{name}' is {kind}, where a file was expected: copy what it gives into a file")
+
+
+@functools.cache
+def tell(words: str) -> None:
+    """Says something on stderr, in one line, once."""
+    print(" ".join(words.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""What is said of a field on the command line reaches it as it was meant."""
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from seqpe_jax import command, config
+from tests.tiny import ROOT
+
+
+def parsed(*arguments):
+    """Returns the config that a command line gives."""
+    argv = ["command", f"--config={ROOT}/configs/stdlib_lm.py", "--config.data.name=text_files", *arguments]
+    values = flags.FlagValues()
+    found = config_flags.DEFINE_config_file("config", None, "a config", flag_values=values, sys_argv=argv)
+    assert values(command._with_texts(argv)) == ["command"]
+    return config.parse(found.value)
+
+
+@pytest.mark.parametrize("written,paths", [
+    ("2024", ("2024",)),
+    ("1e5", ("1e5",)),
+    ("1_000", ("1_000",)),
+    ("None", ("None",)),
+    ("True", ("True",)),
+    ("2024,2025", ("2024", "2025")),
+    ("(2024, 'b')", ("2024", "b")),
+    ("[0x10]", ("0x10",)),
+    ("{1: 2}", ("{1: 2}",)),
+    ("{[]: 2}", ("{[]: 2}",)),
+    ("'2024'", ("2024",)),
+    ("('a', 'b')", ("a", "b")),
+    ("path/to/2024", ("path/to/2024",)),
+    ("a/**/*.txt", ("a/**/*.txt",)),
+    ("My Texts/one, two", ("My Texts/one, two",)),
+    ("it's", ("it's",)),
+    ("caf\udce9", ("caf\udce9",)),
+])  # fmt: skip
+def test_paths_are_texts(written, paths):
+    assert parsed(f"--config.data.paths={written}").data.paths == paths
+    assert parsed("--config.data.paths", written).data.paths == paths
+
+
+def test_other_fields_are_read_as_before():
+    found = parsed("--config.data.paths=1", "--config.data.paths=2", "--config.eval.lengths=16,32", "--config.seed", "7")
+    assert (found.data.paths, found.eval.lengths, found.seed) == (("1", "2"), (16, 32), 7)
