@@ -437,7 +437,8 @@ def _check_read(config: Config) -> None:
             unread[f"encoding.{field.name}={value}"] = reads
     for section, terms in VECTOR_TERMS.items():
         if kind != "seqpe":
-            lines = difference(dataclasses.asdict(terms(weight=0.0)), dataclasses.asdict(getattr(config.objective, section)))
+            given = dataclasses.asdict(getattr(config.objective, section))
+            lines = difference(dataclasses.asdict(terms(weight=0.0)), given)
             unread |= {f"objective.{section}.{line.split(':')[0]}": SEQPE for line in lines}
     for name, reads in unread.items():
         raise InputError(f"{name} is not read by encoding.kind='{kind}', only by {', '.join(reads)}: leave it out")
@@ -792,8 +793,8 @@ def _check_terms(config: Config) -> None:
         heads = (encoding.position_heads or config.model.heads) if encoding.per_head else 1
         if contrastive.head_scales and (contrastive.space != "logits" or len(contrastive.head_scales) != heads):
             raise InputError(
-                f"objective.contrastive.head_scales={contrastive.head_scales}: give one factor for each of the {heads} heads "
-                "that have a position, with objective.contrastive.space='logits', or ()"
+                f"objective.contrastive.head_scales={contrastive.head_scales}: give one factor for each of the {heads} "
+                "heads that have a position, with objective.contrastive.space='logits', or ()"
             )
     if distillation.weight:
         if distillation.offsets > length:

@@ -23,7 +23,7 @@ def unit_circle(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Arra
     Args:
       positions: int32[...]; frequencies: float64[F], radians per position.
     """
-    cos, sin = jnp.ones(()), jnp.zeros(())
+    cos, sin = jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32)
     for level in range(LEVELS):
         angles = np.arange(DIGIT)[:, None] * (float(DIGIT) ** level * np.asarray(frequencies, np.float64))
         digit = positions // DIGIT**level % DIGIT

@@ -74,7 +74,7 @@ class Learned(nn.Module):
         if axes != len(sides):
             raise InputError(f"encoding.kind='learned' has a table of {len(sides)} axes and cannot read {axes} coordinates")
         init = nn.initializers.normal(self.init_std)
-        table = self.param("table", init, (self.prefix + int(np.prod(sides)), self.width_model))
+        table = self.param("table", init, (self.prefix + int(np.prod(sides)), self.width_model), jnp.float32)
         first, places = table[: self.prefix], table[self.prefix :].reshape(*sides, self.width_model)
         if axes == 1:
             shape = (jax.core.max_dim(shape[0], sides[0]),)

@@ -59,4 +59,4 @@ class RotaryMixed(nn.Module):
         turns = jax.random.orthogonal(key, axes, (layers, heads))  # rows are directions
         turns = turns.at[..., -1, :].multiply(jnp.linalg.det(turns)[..., None])  # no reflections
         vectors = turns[..., direction, ::-1] * jnp.asarray(np.concatenate(lengths), jnp.float32)[:, None]
-        return jnp.moveaxis(vectors, -1, 1)
+        return jnp.moveaxis(vectors, -1, 1).astype(jnp.float32)

@@ -114,13 +114,13 @@ class DigitEncoder(nn.Module):
         length = self.axes * self.digits
         written = {"base": self.base, "digits": self.digits, "padding": self.padding}
         places = length if self.place == "global" else self.digits
-        place_NE = self.param("place_embedding", self.kernel_init, (places, self.width))
-        digit_BE = self.param("digit_embedding", self.kernel_init, (self.base, self.width))
+        place_NE = self.param("place_embedding", self.kernel_init, (places, self.width), jnp.float32)
+        digit_BE = self.param("digit_embedding", self.kernel_init, (self.base, self.width), jnp.float32)
         place_NE = jnp.tile(place_NE, (length // places, 1))
         if self.axes > 1:
-            axis_AE = self.param("axis_embedding", self.kernel_init, (self.axes, self.width))
+            axis_AE = self.param("axis_embedding", self.kernel_init, (self.axes, self.width), jnp.float32)
             place_NE = place_NE + jnp.repeat(axis_AE, self.digits, axis=0)
-        cls_E = self.param("cls", self.kernel_init, (1, self.width))[0] if self.cls else None
+        cls_E = self.param("cls", self.kernel_init, (1, self.width), jnp.float32)[0] if self.cls else None
         digits_RN = to_digits(positions_RA, **written)
         if sizes is None:
             mask = self._mask(positions_RA)
@@ -190,7 +190,7 @@ class DigitEncoder(nn.Module):
             ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_RN])
             sizes = (*sizes, leaves)
         seen_TN = np.repeat(np.tril(np.ones((len(sizes), len(sizes)), bool)), sizes, axis=0)
-        kinds_TU = jax.nn.one_hot(kind_T, len(x_UD))
+        kinds_TU = jax.nn.one_hot(kind_T, len(x_UD), dtype=x_UD.dtype)
         # Products with zeros and ones, whose backward pass needs no scatter.
         seen_TU = jnp.einsum("tn,tnu->tu", seen_TN, jax.nn.one_hot(kind_T[ancestors_TN], len(x_UD))) > 0
 
@@ -236,8 +236,8 @@ class QKMap(nn.Module):
     def __call__(self, vectors: jax.Array) -> jax.Array:
         """Returns [(layers,) ..., 2 * part_width] of vectors [..., E]: query half, then key half."""
         lead = () if self.layers is None else (self.layers,)
-        kernel = self.param("kernel", self.kernel_init, (*lead, vectors.shape[-1], 2 * self.part_width))
-        bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * self.part_width))
+        kernel = self.param("kernel", self.kernel_init, (*lead, vectors.shape[-1], 2 * self.part_width), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (*lead, 2 * self.part_width), jnp.float32)
         if self.layers is None:
             return vectors @ kernel + bias
         between = (1,) * (vectors.ndim - 1)
@@ -318,7 +318,7 @@ class SeqPE(nn.Module):
         make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
         kernel_init = make[self.init_distribution]
         if self.stored:
-            self.table = self.param("table", nn.initializers.zeros, (*self.stored, self.vector_width))
+            self.table = self.param("table", nn.initializers.zeros, (*self.stored, self.vector_width), jnp.float32)
         else:
             self.encoder = DigitEncoder(
                 output_width=self.vector_width, axes=self.axes, base=self.base, digits=self.digits,
@@ -329,11 +329,12 @@ class SeqPE(nn.Module):
                 temperature=self.temperature, norm_init=self.norm_init, kernel_init=kernel_init(self.init_std),
             )  # fmt: skip
         if self.qk in ("single", "multi"):
-            part_width = self._parts * (self.feature_width or self.vector_width // (self.heads_model if self.per_head else 1))
-            self.qk_map = QKMap(self.layers_model if self.qk == "multi" else None, kernel_init(self.qk_init_std), part_width)
+            width = self.feature_width or self.vector_width // (self.heads_model if self.per_head else 1)
+            layers = self.layers_model if self.qk == "multi" else None
+            self.qk_map = QKMap(layers, kernel_init(self.qk_init_std), self._parts * width)
         if self.prefix:
             shape = (self.prefix, self.vector_width)
-            self.prefix_vectors = self.param("prefix_vectors", kernel_init(self.init_std), shape)
+            self.prefix_vectors = self.param("prefix_vectors", kernel_init(self.init_std), shape, jnp.float32)
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns the signal of positions int32[P, L, A]; `shape` is not read."""

@@ -36,8 +36,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x @ kernel + bias."""
-        kernel = self.param("kernel", self.kernel_init, self.shape)
-        bias = self.param("bias", nn.initializers.zeros, self.shape[self.summed :])
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, self.shape[self.summed :], jnp.float32)
         kernel = lay_out(kernel.astype(self.dtype), *self.names)
         return jnp.tensordot(x.astype(self.dtype), kernel, self.summed) + bias.astype(self.dtype)
 

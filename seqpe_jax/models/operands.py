@@ -70,6 +70,7 @@ def mixed_bits(number: jax.Array) -> jax.Array:
     Source: the finalizer of MurmurHash3 (Appleby, public domain). Shifts and products alone, so that a kernel can make
     the same mask again, in the forward and the backward pass, on every device and in blocks of any size.
     """
+    number = number.astype(jnp.int32)  # places are wider where JAX's defaults are
     for factor, shift in ((-2048144789, 16), (-1028477387, 13)):  # 0x85ebca6b and 0xc2b2ae35 as int32
         number = (number ^ jax.lax.shift_right_logical(number, jnp.int32(shift))) * jnp.int32(factor)
     return number ^ jax.lax.shift_right_logical(number, jnp.int32(16))
@@ -82,7 +83,8 @@ def kept(seed: jax.Array, sample: jax.Array, head: jax.Array, row: jax.Array, co
       seed: of the layer and step; sample, head, row, column: int32 that broadcast to each other, numbers among all.
     """
     start = mixed_bits(mixed_bits(mixed_bits(seed ^ sample) ^ head) ^ row)
-    bits = mixed_bits(start ^ (column * jnp.int32(-1640531527)))  # 2^32 / golden ratio: neighbours lie far apart
+    far = column.astype(jnp.int32) * jnp.int32(-1640531527)  # 2^32 / golden ratio: neighbours lie far apart
+    bits = mixed_bits(start ^ far)
     share = jax.lax.shift_right_logical(bits, jnp.int32(8))
     return jnp.where(share < jnp.int32(round((1 - rate) * 2**24)), jnp.float32(1 / (1 - rate)), jnp.float32(0))
 

@@ -69,7 +69,7 @@ class ViT(nn.Module):
         normal = nn.initializers.normal(self.init_std)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.projection = nn.Dense(self.width, dtype=self.dtype, kernel_init=uniform)
-        self.class_token = self.param("class_token", normal, (1, self.width))
+        self.class_token = self.param("class_token", normal, (1, self.width), jnp.float32)
         rates = tuple(self.drop_path * layer / max(self.layers - 1, 1) for layer in range(self.layers))
         self.blocks = make_blocks(self, rates, causal=False, scale_residual=False)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)

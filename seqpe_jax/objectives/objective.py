@@ -85,7 +85,8 @@ class Objective:
     @property
     def may_move(self) -> bool:
         """Whether some steps read windows elsewhere, or whose places do not stand where they should."""
-        return max(self.settings.shift.rate, self.settings.skip.rate, self.settings.jitter.rate, self.settings.zoom.rate) > 0
+        settings = self.settings
+        return max(settings.shift.rate, settings.skip.rate, settings.jitter.rate, settings.zoom.rate) > 0
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters {"encoding": ..., "model": ...}."""

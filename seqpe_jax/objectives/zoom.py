@@ -5,7 +5,9 @@ import jax.numpy as jnp
 
 
 def zoom(images: jax.Array, boxes_PA2: jax.Array) -> jax.Array:
-    """Returns each image's box, brought to the size of the whole image (cubic along each axis, as images are resized for evaluation); sample i takes i mod P.
+    """Returns each image's box, brought to the size of the whole image; sample i takes box i mod P.
+
+    Cubic along each axis, as images are resized for evaluation.
 
     Args:
       images: float32[B, sides..., C]; boxes_PA2: (first, length) along each axis, as shares of the side.

@@ -41,8 +41,8 @@ def batch_of(task, parts):
     else:
         batch = {"tokens": draw.integers(0, 256, (settings.batch_size, settings.data.length + 1)).astype(np.int32)}
     if task == "questions":
-        answers = np.arange(settings.data.length) >= settings.data.length - np.array([[1], [14], [3], [9], [0], [0], [2], [1]])
-        batch["weights"] = answers.astype(np.float32)
+        counted = np.array([[1], [14], [3], [9], [0], [0], [2], [1]])
+        batch["weights"] = (np.arange(settings.data.length) >= settings.data.length - counted).astype(np.float32)
         assert len(set(batch["weights"].sum(axis=1))) > 4 and not batch["weights"][4:6].any()
     return layout.to_global(parts.mesh, batch)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from seqpe_jax.build import build
 from tests.tiny import random_state, tiny_config, tokens
@@ -22,3 +23,13 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         after, metrics = jax.eval_shape(parts.train_step(), state, batch)
         assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
         assert metrics["loss"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"])
+def test_parameters_and_signals_are_float32(variant):
+    parts = build(tiny_config(variant=variant), jax.devices()[:1])
+    with jax.enable_x64(True):
+        params = jax.eval_shape(parts.objective.init, jax.random.PRNGKey(0))
+        positions_PLA = parts.objective.spacing.grid((16,))[None]
+        signal = jax.eval_shape(lambda params: parts.objective.signal(params, positions_PLA, (16,)), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, signal))} == {jnp.dtype("float32")}
