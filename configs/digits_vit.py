@@ -70,7 +70,7 @@ def get_config(variant=None):
     c.objective.contrastive.window = 14
     c.objective.distillation.batch = 8
     c.objective.distillation.offsets = 16
-    c.objective.shift.rate = 0.1
+    c.objective.shift.rate = 0.1 if paper else 0.0
     c = with_encoding(c, variant, FORMS)
     if c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
         c.encoding.theta = 100.0  # grids are short: longer waves would hardly turn

@@ -32,7 +32,7 @@ def get_config(variant=None):
     c.model.attention_dropout = 0.0
     c.model.embedding_dropout = 0.0
 
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 4e-3  # the best of 2e-3, 4e-3 and 8e-3 for every encoding (sweeps/learning_rate.py)
     c.optimizer.warmup_steps = 100
     c.optimizer.clip = 1.0
 
