@@ -18,7 +18,7 @@ FORMS = {"seqpe_paper": "seqpe", "rotary_partial": "rotary"}
 def get_config(variant=None):
     """Returns the config; a variant is an encoding kind."""
     c = defaults()
-    c.steps = 2600
+    c.steps = 3200
     c.batch_size = 16
     c.data.name = "stdlib_qa"
     c.data.length = 128

@@ -1,42 +1,54 @@
-"""What each part of SeqPE does: the quickstart's model without it, or with another choice in its place; one seed.
+"""What each part of SeqPE does on text, questions and images: the shipped model without it; one seed.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/ablation.py --workdir=runs/ablation --jobs=2
     python -m seqpe_jax.report --workdir=runs/ablation --output=runs/ablation/report
 
-`full` is the quickstart at 600 steps; every other text run changes what its name says. Attention logits, on which `full`
-has its contrastive loss, exist under attn_scalar alone: compare the other modes with `contrastive_vectors`. Whether places
-are numbered over the whole digit string or anew for each coordinate is void with one coordinate, so these two runs are of
-configs/digits_vit.py, whose own choice is `digits-place_global`.
-Hardware: two CPU cores, one for each of two runs at once; about 30 minutes.
+Names tell the task and what is missing or in another way; `full` is the page's own choice. Text runs take 1000 steps, as in
+extrapolation.py; the others take their page's.
+Hardware: two CPU cores, one for each of two runs at once; about 75 minutes.
 """
 
-from seqpe_jax.sweeps.points import product, zipped
-
 CONFIG = "configs/stdlib_lm.py"
-BUDGET = {"steps": (600,)}
-VECTORS = {"objective.contrastive.space": ("vectors",)}
-# What is added to tokens, or read as an angle, has no query and key parts.
-MODES = zipped(
-    {
-        "encoding.mode": ("attn_add", "attn_mul", "input_add", "rotary"),
-        "encoding.qk": ("multi", "multi", "none", "none"),
-    }
-)
+QUESTIONS, IMAGES = "configs/stdlib_qa.py", "configs/digits_vit.py"
+TEXT_PARTS = {
+    "full": {},
+    "no_rotation": {"encoding.rotary_pairs": 0},
+    "rotation_alone": {"variant": "rotary_partial"},
+    "wide_parts": {"encoding.feature_width": 0},
+    "parts_of_4": {"encoding.feature_width": 4},
+    "qk_single": {"encoding.qk": "single"},
+    "no_contrastive": {"objective.contrastive.weight": 0.0},
+    "contrastive_vectors": {"objective.contrastive.space": "vectors"},
+    "no_distillation": {"objective.distillation.weight": 0.0},
+    "distillation_rows": {"objective.distillation.space": "logits", "objective.distillation.reduction": "rows"},
+    "no_shift": {"objective.shift.rate": 0.0},
+    "base_2": {"encoding.base": 2},
+}
+QUESTION_PARTS = {
+    "full": {},
+    "all_heads": {
+        "encoding.position_heads": 4, "encoding.rotary_heads": 4,
+        "objective.contrastive.head_scales": (1.0, 4.0, 16.0, 64.0),
+    },
+    "equal_scales": {"objective.contrastive.head_scales": (1.0, 1.0, 1.0)},
+    "no_rotation": {"encoding.rotary_pairs": 0, "encoding.rotary_heads": 0},
+    "no_shift": {"objective.shift.rate": 0.0},
+    "no_log_scaling": {"encoding.log_scaling": False},
+}  # fmt: skip
+IMAGE_PARTS = {
+    "full": {},
+    "no_zoom": {"objective.zoom.rate": 0.0},
+    "jitter": {"objective.zoom.rate": 0.0, "objective.jitter.rate": 0.5, "objective.jitter.range": 0.5},
+    "no_contrastive": {"objective.contrastive.weight": 0.0},
+    "no_seqpe": {"variant": "none"},
+}
 
 
 def runs():
     """Yields (name, overrides) of each run."""
-    [full] = product(BUDGET)
-    yield "full", full
-    for part in ("contrastive", "distillation"):
-        yield f"no_{part}", full | {f"objective.{part}.weight": 0.0}
-    yield "no_shift", full | {"objective.shift.rate": 0.0}
-    yield "qk_single", full | {"encoding.qk": "single"}
-    for base in (2, 16):
-        yield f"base_{base}", full | {"encoding.base": base}
-    [vectors] = product(BUDGET, VECTORS)
-    yield "contrastive_vectors", vectors
-    for mode in product(MODES, BUDGET, VECTORS):
-        yield f"mode_{mode['encoding.mode']}", mode
-    for place in ("global", "coordinate"):
-        yield f"digits-place_{place}", {"config": "configs/digits_vit.py", "encoding.place": place}
+    for part, fields in TEXT_PARTS.items():
+        yield f"text-{part}", {"seed": 1, "steps": 1000} | fields
+    for part, fields in IMAGE_PARTS.items():
+        yield f"digits-{part}", {"config": IMAGES, "seed": 1} | fields
+    for part, fields in QUESTION_PARTS.items():
+        yield f"questions-{part}", {"config": QUESTIONS, "seed": 1} | fields
