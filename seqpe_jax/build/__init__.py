@@ -299,22 +299,23 @@ class Run:
         """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.
 
         Returns:
-          {"pivots" [n, A], "positions" [m, A] in tokens or patches, "cosine" float32[n, m]}; a window is thinned out to
-          `columns` positions, a grid comes whole, row-major.
+          {"pivots" int[n, A], "positions" int[m, A], "cosine" float32[n, m]}: places of tokens or patches, wherever they
+          stand; a window is thinned out to `columns` of them, a grid comes whole, row-major.
         """
         if not self.objective.has_vectors:
             return None
         shape = self.data.grid_of(scale)
-        unit, positions_RA = self.objective.spacing.unit, np.asarray(self.objective.spacing.grid(shape))
+        places_RA, positions_RA = (np.asarray(spacing.grid(shape)) for spacing in (Spacing(), self.objective.spacing))
         if len(shape) == 1:
-            positions_RA = positions_RA[np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))]
+            taken = np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))
+            places_RA, positions_RA = places_RA[taken], positions_RA[taken]
         chosen = np.unique(np.linspace(0, len(positions_RA) - 1, pivots + 2).astype(int)[1:-1])
         vectors_RE = jax.jit(functools.partial(self.objective.encoding.apply, method="vectors"))(
             {"params": params["encoding"]}, jnp.asarray(positions_RA)
         )
         return {
-            "pivots": positions_RA[chosen] if unit == 1 else positions_RA[chosen] / unit,
-            "positions": positions_RA if unit == 1 else positions_RA / unit,
+            "pivots": places_RA[chosen],
+            "positions": places_RA,
             "cosine": np.asarray(cosine(vectors_RE, chosen), np.float32),
         }
 
