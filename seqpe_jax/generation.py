@@ -64,7 +64,7 @@ class Generation:
     Attributes:
       tokens: int32[n], with the end token where there is one; log_probs: of each under the model itself, float32[n], nats.
       ended: the last token is the end token.
-      logits: float32[n, V] that each token was chosen from, if they were asked for.
+      logits: the model's own, float32[n, V], at each token, if they were asked for.
     """
 
     tokens: np.ndarray
@@ -101,6 +101,7 @@ class Draw(NamedTuple):
     temperature: jax.Array
     top_p: jax.Array
     end: jax.Array  # -1 = none
+    known_V: jax.Array  # bool, ids that are tokens; a model may have more rows than its tokenizer has tokens
 
 
 class Static(NamedTuple):
@@ -201,11 +202,12 @@ def advance(
 def _take(state: State, logits_BV: jax.Array, draw: Draw, static: Static) -> State:
     """Chooses a token for each sample and writes it down for those that are not done."""
     live_B, step = ~state.done_B, state.step
+    possible_BV = jnp.where(draw.known_V, logits_BV, -jnp.inf)
     if static.greedy:
-        token_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
+        token_B = possible_BV.argmax(axis=-1).astype(jnp.int32)
     else:
         keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(draw.key, index), step))(state.index_B)
-        token_B = sample(keys_B, logits_BV, draw.temperature, None if static.all_tokens else draw.top_p)
+        token_B = sample(keys_B, possible_BV, draw.temperature, None if static.all_tokens else draw.top_p)
     log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     written = None if state.logits_BNV is None else state.logits_BNV.at[:, step].set(logits_BV)
     return state.replace(
@@ -270,6 +272,7 @@ def decode(
     batch: Batch,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
+    known_V: np.ndarray,
     *,
     put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
 ) -> Iterator[list[Generation]]:
@@ -277,6 +280,7 @@ def decode(
 
     Args:
       compiled: of `programs`; signal: of batch.places + new tokens positions; put: lays host arrays out over the devices.
+      known_V: bool, ids that may be generated.
     """
     tokens_BL = np.zeros((batch.rows, batch.places), np.int32)
     lengths_B, index_B = np.zeros((2, batch.rows), np.int32)
@@ -289,6 +293,7 @@ def decode(
         np.float32(max(sampling.temperature, np.finfo(np.float32).tiny)),
         np.float32(sampling.top_p),
         np.int32(-1 if sampling.end is None else sampling.end),
+        known_V,
     )
     state = compiled.begin(params, signal, placed["tokens"], placed["lengths"], placed["index"], draw)
     step, done = 1, False

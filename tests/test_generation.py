@@ -24,7 +24,8 @@ SIZES = {
 
 def run_of(variant: str = "seqpe", devices: int = 1, **fields):
     """A run with random parameters; it trains on windows of 16 tokens."""
-    run = build.build(tiny_config(variant=variant, **(SIZES | fields)), jax.devices()[:devices])
+    sizes = {name: value for name, value in SIZES.items() if variant == "seqpe" or name.startswith("model")}
+    run = build.build(tiny_config(variant=variant, **(sizes | fields)), jax.devices()[:devices])
     return run, random_params(run, 0.3)
 
 
@@ -153,7 +154,7 @@ def test_work_ends_when_every_text_has(seqpe):
 
     @jax.jit
     def steps(end):
-        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, end)
+        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, end, True)
         tokens_BL, lengths_B = jnp.asarray([prompt, prompt]), jnp.array([len(prompt), 0])  # the second row is padding
         state = generation.begin(model, params["model"], signal, tokens_BL, lengths_B, lengths_B, draw, static=static)
         return generation.advance(model, params["model"], signal, state, draw, NEW, static=static).step
@@ -226,7 +227,7 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
         length, static = 48, generation.Static(8, True, True, False)
         signal = run.signal(params, (length + 8,))
         begin = functools.partial(generation.begin, run.objective.model, static=static)
-        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1)
+        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
         arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), draw)
         return jax.make_jaxpr(begin)(params["model"], signal, *arguments).jaxpr
 
@@ -239,7 +240,7 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
         run, params = run_of(**fields)
         static = generation.Static(8, True, True, False)
         signal = jax.eval_shape(lambda params: run.signal(params, (40,)), params)
-        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1)
+        draw = generation.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
         prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), draw)
         begin, advance = (
             functools.partial(f, run.objective.model, static=static) for f in (generation.begin, generation.advance)
@@ -291,3 +292,15 @@ def test_prompts_that_cannot_be_read_are_refused(seqpe, prompts, window, words):
     run, params = seqpe
     with pytest.raises(InputError, match=words):
         run.generate(params, [np.array(prompt, int) for prompt in prompts], Sampling(4), window=window)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)])
+def test_ids_that_no_token_has_are_never_generated(sampling):
+    """A vocabulary that is padded for speed: the rows beyond the tokenizer's are the likeliest by far."""
+    run, params = run_of("none", model__vocabulary=300)
+    assert run.data.known_V.tolist() == [True] * 256 + [False] * 44
+    embedding = params["model"]["token_embedding"]["embedding"]
+    params["model"]["token_embedding"]["embedding"] = embedding.at[256:].multiply(30.0)
+    found = run.generate(params, PROMPTS, sampling, keep_logits=True)
+    assert max(one.tokens.max() for one in found) < 256
+    assert any((one.logits.argmax(axis=-1) > 255).any() for one in found)

@@ -185,7 +185,7 @@ def _decode(run: Run) -> tuple[Callable[[], Any], int]:
     static = generation.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
     programs = generation.programs(run.objective.model, static, layout.Layout(run.mesh))
     signal = run.signal(params, (length + DECODED + 1,))
-    draw = generation.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1))
+    draw = generation.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), run.data.known_V)
     rows = run.config.batch_size
     put = layout.whole_to_global(
         run.mesh, {"lengths": np.full(rows, length, np.int32), "index": np.arange(rows, dtype=np.int32)}

@@ -31,6 +31,7 @@ class Text:
 
     Attributes:
       inputs: shape and type of an example for the model, [1, ...]; example: of each array of a training example.
+      known_V: bool, which of the model's ids are tokens; its vocabulary may be larger than the tokenizer's.
 
     Raises:
       InputError: there is no tokenizer, it cannot be read, has more tokens than the model, or is not the one kept.
@@ -71,6 +72,7 @@ class Text:
                 f"{vocabulary} (model.vocabulary): take the tokenizer that the model was trained with"
             )
         self.model_fields = {"vocabulary": vocabulary}
+        self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
         if kept:
             self.check_kept(kept)
 

@@ -21,13 +21,14 @@ class Tokenizer(Protocol):
 
     Attributes:
       name: for people.
-      vocabulary_size: ids are 0 .. vocabulary_size - 1.
+      vocabulary_size: ids are 0 .. vocabulary_size - 1; ids: those that have a token, rising.
       end_of_text: the id between documents, or None.
       fingerprint: hex digits, equal for tokenizers that give equal ids.
     """
 
     name: str
     vocabulary_size: int
+    ids: np.ndarray
     end_of_text: int | None
     fingerprint: str
 
@@ -54,6 +55,7 @@ class ByteTokenizer:
 
     name = "bytes"
     vocabulary_size = 256
+    ids = np.arange(256)
     end_of_text = None
     fingerprint = "bytes-1"
 
@@ -108,6 +110,7 @@ class HFTokenizer:
             raise _not_a_tokenizer(file, "its vocabulary is empty")
         self.name = file.parent.name or file.stem
         self.vocabulary_size = max(vocabulary.values()) + 1
+        self.ids = np.unique(list(vocabulary.values()))
         self.end_of_text = next((vocabulary[token] for token in END_OF_TEXT if token in vocabulary), None)
         self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
         self._dtype = token_dtype(self.vocabulary_size)
