@@ -23,7 +23,7 @@ from seqpe_jax.runtime import mesh as layout
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+_OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 
 def main() -> None:

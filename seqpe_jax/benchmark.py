@@ -29,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its
 _COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "encode"], "what to time")
 _STEPS = flags.DEFINE_integer("steps", 20, "timed calls of each", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+_OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 
 def main() -> None:

@@ -11,10 +11,38 @@ from absl import flags
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError, suggest
+from seqpe_jax.files import check_writable, expanded
 from seqpe_jax.runtime import hosts
 
 flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
 HOSTS = ("coordinator", "num-processes", "process-id", "start-timeout")
+
+
+class _Path(flags.ArgumentParser):
+    """Reads a path that a user gives: `files.expanded`, and where something is to be written, whether it can be."""
+
+    syntactic_help = "a path; ~ is the home folder"
+
+    def __init__(self, name: str, writes: str):
+        self._name, self._writes = name, writes
+
+    def parse(self, argument: str) -> str:
+        path = expanded(argument)
+        if self._writes:
+            check_writable(path, self._writes == "folder", f"--{self._name}")
+        return path
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, help: str, *, writes: str = "") -> flags.FlagHolder:
+    """Gives a command an option that is a path.
+
+    Args:
+      writes: "file" or "folder" where the command writes one there; it is refused at the start if it cannot.
+    """
+    return flags.DEFINE(_Path(name, writes), name, None, help)
 
 
 def define_hosts() -> None:
@@ -96,7 +124,7 @@ def _check_config_arguments(arguments: list[str]) -> None:
     for argument in arguments:
         name, given, value = argument.lstrip("-").partition("=")
         if name == "config" and given:
-            config.load(value)
+            config.load(expanded(value))
         elif name.startswith("config."):
             field = name.removeprefix("config.")
             if field not in config.field_names():
@@ -113,6 +141,8 @@ def _with_texts(arguments: list[str]) -> list[str]:
             written.append(_quoted(argument))
         elif given and flag.lstrip("-") in texts:
             written.append(f"{flag}={_quoted(value)}")
+        elif given and flag.lstrip("-") == "config":
+            written.append(f"{flag}={expanded(value)}")
         else:
             written.append(argument)
         follows = not follows and not given and flag.startswith("-") and flag.lstrip("-") in texts

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import ml_collections
 
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.files import expanded
 from seqpe_jax.positions.digits import count_digits, largest_position
 
 EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
@@ -67,15 +68,18 @@ class DataConfig:
         "stdlib_text", "text_files", "wikitext103", "stdlib_qa", "squad_long", "qa_jsonl",
         "digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized",
     ] = "stdlib_text"  # fmt: skip
-    paths: tuple[str, ...] = ()  # text_files: files, globs or directories; image_folder: its root; else the release
+    # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
+    # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
+    paths: tuple[str, ...] = _field((), path=True)
     length: int = _field(512, **Positive)  # text: tokens of a training window; questions: of prompt and answer
-    tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
+    tokenizer: str = _field("bytes", path=True)  # "bytes", or the path of a Hugging Face tokenizer.json
+    lossy_tokenizer: bool = False  # text that does not come back from its tokens is accepted
     prompt_weight: float = _field(0.0, **Fraction)  # questions: weight of the context's tokens in the loss
     question_weight: float = _field(0.0, **Fraction)  # questions: weight of the question's tokens in the loss
     size: tuple[int, ...] = ()  # images: (height, width), clips: (frames, height, width), in pixels
     crop_ratio: float = _field(1.0, low=0.1, high=1.0)  # images: side of the centre crop at evaluation
     augment: AugmentConfig = _section(AugmentConfig)
-    cache_dir: str = ""  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
+    cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
     threads: int = _field(1, **Positive)  # training examples made at once
 
 
@@ -330,7 +334,7 @@ class Config:
     seed: int = _field(0, **NonNegative)
     steps: int = _field(1000, **Positive)
     batch_size: int = _field(32, **Positive)  # sequences of one step, over all devices
-    init_from: str = ""  # a run or converted checkpoint whose parameters a new run begins with; "" = fresh ones
+    init_from: str = _field("", path=True)  # a run or converted checkpoint whose parameters a new run begins with
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)
     encoding: EncodingConfig = _section(EncodingConfig)
@@ -393,8 +397,18 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def parse(config: ml_collections.ConfigDict) -> Config:
-    """Returns the validated, frozen form of a ConfigDict. Raises: as `from_dict`."""
-    return from_dict(config.to_dict())
+    """Returns the validated, frozen form of a ConfigDict, as a user gives it.
+
+    Raises:
+      InputError: as `from_dict`, or a field is set that nothing reads.
+    """
+    return _given(config.to_dict())
+
+
+def _given(values: dict[str, Any]) -> Config:
+    config = from_dict(values)
+    _check_read(config)
+    return config
 
 
 def with_encoding(
@@ -456,7 +470,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
       InputError: no such file, variant or field, or values that do not fit.
     """
-    name, _, variant = path.partition(":")
+    name, _, variant = expanded(path).partition(":")
     if not pathlib.Path(name).is_file():
         raise InputError(f"no config file at {name}")
     spec = importlib.util.spec_from_file_location("seqpe_config", name)
@@ -472,9 +486,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
         if not isinstance(target, dict) or last not in target:
             raise InputError(f"unknown config field '{key}'.{suggest(key, field_names())}")
         target[last] = value
-    config = from_dict(values)
-    _check_read(config)
-    return config
+    return _given(values)
 
 
 def field_names() -> list[str]:
@@ -522,7 +534,14 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
         else:
             built[name] = _value(hint, value, full)
             _limits(built[name], fields[name].metadata, full)
+            if fields[name].metadata.get("path"):
+                built[name] = _written_out(built[name])
     return kind(**built)
+
+
+def _written_out(value: Any) -> Any:
+    """The path or paths of a field, `files.expanded`; none stays none."""
+    return tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value) if value else value
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

@@ -11,14 +11,12 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion
 from seqpe_jax.runtime import hosts
 
-_SOURCE = flags.DEFINE_string(
-    "source", None, "a directory or .pth file of the reference or of Hugging Face; or a run of ours"
-)
-_OUTPUT = flags.DEFINE_string("output", None, "folder to write; must be new or empty")
+_SOURCE = command.define_path("source", "a directory or .pth file of the reference or of Hugging Face; or a run of ours")
+_OUTPUT = command.define_path("output", "folder to write; must be new or empty", writes="folder")
 _TO = flags.DEFINE_enum(
     "to", "run", ["run", "reference"], "run: what train, evaluate and export take; reference: its layout"
 )
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "tokenizer.json for a text model that brings none")
+_TOKENIZER = command.define_path("tokenizer", "tokenizer.json for a text model that brings none")
 
 
 def main() -> None:
@@ -30,7 +28,7 @@ def main() -> None:
     if back:
         report = conversion.to_reference(_SOURCE.value, _OUTPUT.value)
     else:
-        report = conversion.to_run(_SOURCE.value, _OUTPUT.value, _TOKENIZER.value)
+        report = conversion.to_run(_SOURCE.value, _OUTPUT.value, _TOKENIZER.value or "")
     for ours, theirs in report["mapped"].items():
         left, right = (ours, ", ".join(theirs)) if back else (", ".join(theirs), ours)
         print(f"  {left} -> {right}")

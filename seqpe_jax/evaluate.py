@@ -14,7 +14,7 @@ from seqpe_jax.build.measured import Scales, measure, write
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or an export")
+_CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _SIZES = flags.DEFINE_list("sizes", [], "image sizes, e.g. 224,384x512 (default: eval.sizes of the run's config)")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")
@@ -22,7 +22,8 @@ _DATA = flags.DEFINE_string("data", None, "read that data set instead of the run
 _PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
 _TOKENS = flags.DEFINE_integer("tokens", None, "read at most that many tokens per length (default: eval.tokens)")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "ask at most that many questions per length (default: eval.examples)")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; the report's arrays and the answers go beside it")
+_LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not come back from the tokenizer's tokens")
+_OUTPUT = command.define_path("output", "JSON file to write; arrays and answers for the report go beside it", writes="file")
 command.define_hosts()
 
 
@@ -43,8 +44,9 @@ def main() -> None:
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
     report, arrays = measure(
-        _CHECKPOINT.value, lengths, sizes, _SPLIT.value, _TOKENS.value, _EXAMPLES.value, _DATA.value, tuple(_PATHS.value)
-    )
+        _CHECKPOINT.value, lengths, sizes, _SPLIT.value, _TOKENS.value, _EXAMPLES.value, _DATA.value, tuple(_PATHS.value),
+        _LOSSY.value,
+    )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():
         for file in write(report, arrays, pathlib.Path(_OUTPUT.value)):
             print(f"written: {file}")

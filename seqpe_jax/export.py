@@ -132,8 +132,8 @@ def measured(checkpoint: str, data: Text | Images) -> str:
     return "".join(lines)
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
-_OUTPUT = flags.DEFINE_string("output", None, "new or empty folder to write")
+_CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
+_OUTPUT = command.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
     "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", lower_bound=1
 )

@@ -83,14 +83,14 @@ def run(
     ]
 
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run on text")
+_CHECKPOINT = command.define_path("checkpoint", "workdir of a run on text")
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
-_FILE = flags.DEFINE_string("prompts-file", None, "UTF-8 file with a prompt on each line, instead of --prompt")
+_FILE = command.define_path("prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt")
 _NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token; larger = more varied text")
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "draw from the likeliest tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws, where the temperature is above 0")
-_OUTPUT = flags.DEFINE_string("output", None, "file to write, one JSON object per prompt and line")
+_OUTPUT = command.define_path("output", "file to write, one JSON object per prompt and line", writes="file")
 command.define_hosts()
 
 

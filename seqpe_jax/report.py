@@ -10,8 +10,8 @@ from absl import flags
 from seqpe_jax import command
 from seqpe_jax.evaluation import report
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, of a sweep, or a folder whose subfolders are runs")
-_OUTPUT = flags.DEFINE_string("output", None, "folder for report.html, report.md, results.csv and the plots")
+_WORKDIR = command.define_path("workdir", "folder of a run, of a sweep, or a folder whose subfolders are runs")
+_OUTPUT = command.define_path("output", "folder for report.html, report.md, results.csv and the plots", writes="folder")
 
 
 def main() -> None:

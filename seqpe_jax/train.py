@@ -22,7 +22,7 @@ from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError, check_utf8_name
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, write_config
+from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, write_config
 from seqpe_jax.runtime.progress import LOG, MetricsWriter
 from seqpe_jax.training import loop
 
@@ -35,9 +35,10 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     """
     workdir = pathlib.Path(workdir)
     hosts.keep_compiled_programs()
-    _check_same_run(settings, workdir)
-    begins = bool(settings.init_from) and not (workdir / "config.json").exists()
-    parts = build.build(settings, kept=settings.init_from if begins else workdir)
+    first = saved_step(workdir)
+    _check_same_run(settings, workdir, first)
+    begins = bool(settings.init_from) and first is None
+    parts = build.build(settings, kept=settings.init_from if begins else workdir if first is not None else "")
     data = parts.data
     if begins:
         saved.check_source(parts, settings.init_from)
@@ -56,20 +57,20 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
         )
         if parts.whole:
             print(f"  {layout.describe_whole(parts.whole)}", flush=True)
+    # Parameters that a run begins with are read before it claims its folder, since they may not fit.
+    state = saved.first_state(parts) if first is None else None
     hosts.sync()  # all have looked at the workdir before it changes
     if hosts.is_lead():
         write_config(workdir, config.to_dict(settings))
         data.keep(workdir)
     hosts.sync()
     hosts.check_shared(workdir / "config.json")
-    checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
-    first = checkpoints.latest()
     if first == settings.steps:
         if hosts.is_lead():
             print(f"  nothing to do: step {first} is saved")
-        checkpoints.close()
         return
-    state = saved.first_state(parts) if first is None else checkpoints.restore(parts.shapes)
+    checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
+    state = checkpoints.restore(parts.shapes) if state is None else state
     seconds = checkpoints.meta().get("seconds", 0.0) if first is not None else 0.0
     if hosts.is_lead() and (first is not None or settings.init_from):
         print(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}", flush=True)
@@ -107,11 +108,14 @@ def run(settings: Config, workdir: str | pathlib.Path) -> None:
     )
 
 
-def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
+def _check_same_run(settings: Config, workdir: pathlib.Path, step: int | None) -> None:
+    """Refuses a folder of something else. A run that has saved no step yet begins anew, with any config."""
     check_utf8_name(workdir.absolute(), "a folder with checkpoints (--workdir)")
     if not (workdir / "config.json").exists():
         if workdir.exists() and (not workdir.is_dir() or any(path.name != LOG for path in workdir.iterdir())):
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
+        return
+    if step is None:
         return
     old, new = read_config(workdir), json.loads(json.dumps(config.to_dict(settings)))
     for section in config.FREE_SECTIONS:
@@ -126,8 +130,8 @@ def _check_same_run(settings: Config, workdir: pathlib.Path) -> None:
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, metrics, checkpoints")
-_INIT_FROM = flags.DEFINE_string("init-from", None, "begin with the parameters of that run or converted checkpoint")
+_WORKDIR = command.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
+_INIT_FROM = command.define_path("init-from", "begin with the parameters of that run or converted checkpoint")
 command.define_hosts()
 
 

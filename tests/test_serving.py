@@ -12,7 +12,6 @@ import pytest
 from seqpe_jax import config, serving
 from seqpe_jax.build import build
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.grids import grid
 from tests.tiny import ROOT, random_params, tiny_config
 from tests.training.test_image_commands import TINY
 
@@ -43,7 +42,7 @@ def served(run, params, reach, platforms=serving.PLATFORMS):
 def own_logits(run, params, inputs):
     """The logits of the run itself, with its encoder."""
     shape = run.config.grid_of(inputs.shape[1:-1]) if run.config.reads_images else inputs.shape[1:]
-    signal = run.objective.signal(params, grid(jnp.zeros(len(shape), jnp.int32), shape)[None], shape)
+    signal = run.objective.signal(params, run.objective.spacing.grid(shape)[None], shape)
     return run.objective.model.apply({"params": params["model"]}, inputs, signal)
 
 
@@ -116,7 +115,9 @@ def test_images_are_served_at_any_batch_and_size(name):
     program, leaves = check(run, params, (8, 8), images)
     assert "while" not in program
     if name == "seqpe":
-        assert leaves["encoding/table"].shape == (8, 8, 16) and "encoding/prefix_vectors" in leaves
+        places = run.objective.spacing.table((8, 8))[0]  # all that lie between those of training
+        assert places > (8, 8) and leaves["encoding/table"].shape == (*places, 16)
+        assert "encoding/prefix_vectors" in leaves
 
 
 @pytest.mark.parametrize("arguments", [np.zeros((1, 33), np.int32), np.zeros((1, 8), np.float32)])

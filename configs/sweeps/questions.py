@@ -3,8 +3,8 @@
     python -m seqpe_jax.sweep --sweep=configs/sweeps/questions.py --workdir=runs/questions --jobs=2
     python -m seqpe_jax.report --workdir=runs/questions --output=runs/questions/report
 
-Trained on 128 bytes for 3200 steps as the config's page says, evaluated at 128 to 1024. Knobs were chosen with seed 0 on the
-validation split; these are three other seeds, on 400 questions of the test split.
+Trained on 128 bytes for 3200 steps as the config's page says, evaluated at 128 to 1024. Knobs were chosen with seed 0 on
+the validation split; these are three other seeds, on 400 questions of the test split.
 Hardware: two CPU cores, one for each of two runs at once; about an hour and a half.
 """
 

@@ -255,8 +255,9 @@ class Run:
                 places = batch.places
                 signal = self.signal(params, (window,), places + sampling.new_tokens)
             put = functools.partial(layout.whole_to_global, self.mesh)
-            parts = generation.decode(compiled, params["model"], signal, batch, prompts, sampling, self.data.known_V, put=put)
-            for results in parts:
+            for results in generation.decode(
+                compiled, params["model"], signal, batch, prompts, sampling, self.data.known_V, put=put
+            ):
                 for index, result in zip(batch.indices, results, strict=True):
                     heard(index, result)
                 done = len(found) * sampling.new_tokens + sum(len(result.tokens) for result in results)

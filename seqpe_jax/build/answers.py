@@ -13,11 +13,13 @@ import numpy as np
 from seqpe_jax.build.text import Text
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
+from seqpe_jax.data.tokenizers import RoundTrip, check_loss
 from seqpe_jax.evaluation import answers
 from seqpe_jax.generation import Generation, Sampling
 from seqpe_jax.runtime.hosts import is_lead
 
 Generate = Callable[..., Sequence[Generation]]
+LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
 
 
 class Answers(Text):
@@ -38,12 +40,22 @@ class Answers(Text):
 
     @functools.cache  # noqa: B019  a run has one of these
     def questions(self, split: str, length: int) -> qa.QuestionSource:
-        """Returns the questions of a split at a length. Raises: InputError as `data.qa.question_source`."""
+        """Returns the questions of a split at a length.
+
+        Raises:
+          InputError: as `data.qa.question_source`, or the tokenizer loses text.
+        """
         data = self.config.data
-        return qa.question_source(
+        source = qa.question_source(
             data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
             seed=self.config.seed, progress=is_lead(),
         )  # fmt: skip
+        trip = RoundTrip(self.tokenizer)
+        for index in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)):
+            record = source[int(index)]
+            trip.look(" ".join([record["input"], *record["outputs"]]).encode())
+        check_loss(trip.loss, self.tokenizer, data.lossy_tokenizer)
+        return source
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""

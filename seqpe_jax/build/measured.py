@@ -27,6 +27,7 @@ def measure(
     examples: int | None = None,
     data: str | None = None,
     paths: tuple[str, ...] = (),
+    lossy: bool = False,
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray] | None]]:
     """Returns the evaluation of a run's newest checkpoint, in the form that `--output` stores, and arrays to draw.
 
@@ -38,6 +39,7 @@ def measure(
       tokens, examples: read at most that many tokens, ask at most that many questions, per length; None = eval.tokens and
         eval.examples of the config.
       data, paths: another data set than the run's (data.name and data.paths); None = the run's.
+      lossy: text that does not come back from its tokens is accepted, whatever the config says.
 
     Returns:
       The results of a run on questions hold their "answers" too, (records, hypotheses).
@@ -55,6 +57,7 @@ def measure(
     values["eval"] |= {name: limit for name, limit in (("tokens", tokens), ("examples", examples)) if limit is not None}
     if data is not None:
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
+    values["data"]["lossy_tokenizer"] |= lossy
     settings = config.from_dict(values)
     for length, *_ in lengths:
         config.check_positions(settings, length, "evaluation length")

@@ -82,13 +82,24 @@ class Text:
         data = self.config.data
         return text.token_source(
             data.name, split=split, tokenizer=self.tokenizer, paths=data.paths, cache_dir=data.cache_dir,
-            progress=is_lead(),
+            progress=is_lead(), lossy=data.lossy_tokenizer,
         )  # fmt: skip
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""
-        tokens, config = len(self.source("train").tokens), self.config
-        return f"{tokens:,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"
+        source, config = self.source("train"), self.config
+        lines = [f"{len(source.tokens):,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"]
+        if self.tokenizer.name != "bytes":
+            lines.append(f"texts end with {self._end_in_words()}")
+        if source.loss.lost:
+            lines.append(f"the tokenizer loses text: {source.loss} do not come back from tokens")
+        return "\n  ".join(lines)
+
+    def _end_in_words(self) -> str:
+        end = self.tokenizer.end_of_text
+        if end is None:
+            return "nothing, since the tokenizer has no end of text: they run together, and generation goes on to its limit"
+        return f"{self.tokenizer.decode([end])!r} (token {end})"
 
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
         """Returns this host's training batches."""

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 
 from seqpe_jax.errors import InputError, check_utf8_name
+from seqpe_jax.files import expanded
 
 try:
     import fcntl
@@ -21,7 +22,7 @@ UNFINISHED = ".unfinished-"
 def cache_root(cache_dir: str | os.PathLike = "") -> pathlib.Path:
     """Returns `cache_dir`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
     chosen = cache_dir or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
-    return pathlib.Path(chosen).expanduser().absolute()
+    return pathlib.Path(expanded(os.fspath(chosen))).absolute()
 
 
 @contextlib.contextmanager

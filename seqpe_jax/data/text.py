@@ -14,7 +14,7 @@ import tqdm
 from seqpe_jax.data.builders import base, builder_class
 from seqpe_jax.data.cache import cache_root, locked, new_directory
 from seqpe_jax.data.files import tell
-from seqpe_jax.data.tokenizers import Tokenizer, token_dtype
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, Tokenizer, check_loss, token_dtype
 from seqpe_jax.errors import InputError, suggest
 
 FORMAT = 1  # of the files below; a new number makes old caches unread
@@ -33,6 +33,7 @@ class TokenSource:
       words: whitespace-separated words of the text.
       documents: how many there are.
       fingerprint: hex digits; equal for equal tokens, on every machine.
+      loss: what does not come back from the tokens, of a sample; nothing where it was tokenised before that was looked at.
     """
 
     tokens: np.ndarray
@@ -40,6 +41,7 @@ class TokenSource:
     words: int
     documents: int
     fingerprint: str
+    loss: Loss = Loss()
 
 
 def token_source(
@@ -51,6 +53,7 @@ def token_source(
     data_dir: str | os.PathLike = "",
     cache_dir: str | os.PathLike = "",
     progress: bool = True,
+    lossy: bool = False,
 ) -> TokenSource:
     """Returns a split of a data set as tokens, preparing and tokenising it when that has not been done yet.
 
@@ -64,8 +67,10 @@ def token_source(
       data_dir: prepared data sets; none = CACHE_DIR/datasets.
       cache_dir: tokens; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show how far long work is, on stderr.
+      lossy: text that does not come back from its tokens is accepted.
     Raises:
-      InputError: unknown name or split, nothing to read, not UTF-8, a split without text, a folder not writable.
+      InputError: unknown name or split, nothing to read, not UTF-8, a split without text, a folder not writable, a
+        tokenizer that loses text.
     """
     if isinstance(paths, str):
         paths = (paths,)
@@ -81,6 +86,7 @@ def token_source(
     target = root / "tokens" / f"{name}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     found = _open(target)
     if found is not None:
+        check_loss(found.loss, tokenizer, lossy)
         return found
     with locked(target) as alone:
         if (found := _open(target)) is None:
@@ -91,7 +97,7 @@ def token_source(
                     f"data set '{name}' has no text in split '{split}' (it has {held}): give more data in data.paths"
                 )
             with new_directory(target, alone=alone) as folder:
-                _tokenise(written.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress)
+                _tokenise(written.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress, lossy)
             found = _open(target)
     if found is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
@@ -104,7 +110,11 @@ def _tell_left_out(builder: type[base.CachedBuilder], paths: tuple[str, ...]) ->
         tell(f"data.paths: left out: {words}")
 
 
-def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool) -> None:
+def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool, lossy: bool) -> None:
+    trip = RoundTrip(tokenizer)
+    for index in np.unique(np.linspace(0, len(records) - 1, 256).astype(int)):  # before the minutes that all of them take
+        trip.look(records[int(index)]["text"])
+    check_loss(trip.loss, tokenizer, lossy)
     dtype = token_dtype(tokenizer.vocabulary_size)
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     separator = None if tokenizer.end_of_text is None else np.array([tokenizer.end_of_text], dtype)
@@ -126,7 +136,8 @@ def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, p
                 count["bytes"] += len(record["text"])
                 count["words"] += len(record["text"].decode("utf-8").split())
             bar.update(len(group))
-    summary = {**count, "dtype": dtype.name, "fingerprint": digest.hexdigest()[:32]}
+    loss = dataclasses.asdict(trip.loss)
+    summary = {**count, "dtype": dtype.name, "fingerprint": digest.hexdigest()[:32], "loss": loss}
     (folder / SUMMARY).write_text(json.dumps(summary))
 
 
@@ -156,6 +167,9 @@ def _open(target: pathlib.Path) -> TokenSource | None:
         if size == 0 or (target / TOKENS).stat().st_size != size * dtype.itemsize:
             return None
         tokens = np.memmap(target / TOKENS, dtype=dtype, mode="r", shape=(size,))
-        return TokenSource(tokens, summary["bytes"], summary["words"], summary["documents"], str(summary["fingerprint"]))
+        loss = Loss(**summary.get("loss", {}))
+        return TokenSource(
+            tokens, summary["bytes"], summary["words"], summary["documents"], str(summary["fingerprint"]), loss
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -34,6 +34,7 @@ BANDS = 6  # more would hide each other
 LABEL_GAP = 13.0  # points between the middles of two labels
 DRESS = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "text.parse_math": False,  # names may hold dollar signs
     "grid.color": GRID, "svg.fonttype": "none", "svg.hashsalt": "report", "lines.solid_capstyle": "round",
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -91,9 +92,14 @@ class Table:
 def markdown(table: Table) -> str:
     """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
     rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
-    body = [[("**{}**" if cell.best else "{}").format(cell.text) + cell.after for cell in row] for row in table.rows]
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in (table.header, rule, *body)]
+    body = [[("**{}**" if cell.best else "{}").format(_plain(cell.text)) + cell.after for cell in row] for row in table.rows]
+    lines = [[_plain(cell) for cell in table.header], rule, *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Words that markdown shows as they are: names of runs and fields may hold what it reads as marks."""
+    return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
 def markdown_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -234,6 +234,12 @@ def training_of(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# Fields of an encoding at whose defaults alone the reference computes the same.
+OURS_ALONE = (
+    "fraction_digits", "resize", "feature_width", "position_heads", "rotary_pairs", "rotary_heads", "log_scaling",
+)  # fmt: skip
+
+
 def _writable(config: Config, images: bool) -> None:
     """Refuses what the reference has nothing like. Raises: InputError."""
     encoding, model = config.encoding, config.model
@@ -255,6 +261,9 @@ def _writable(config: Config, images: bool) -> None:
         fixed = {"encoding.reference_scramble": (encoding.reference_scramble, True)}
     if encoding.kind == "alibi":
         fixed = {"encoding.reference_scaling": (encoding.reference_scaling, True)}
+    plain = EncodingConfig()
+    for name in OURS_ALONE:
+        fixed[f"encoding.{name}"] = (getattr(encoding, name), getattr(plain, name))
     if images:
         square = (model.patch[0],) * 2
         fixed |= {

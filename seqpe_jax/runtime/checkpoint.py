@@ -100,12 +100,36 @@ class Checkpoints:
         )
 
 
+def saved_step(workdir: str | pathlib.Path) -> int | None:
+    """Returns the newest finished step of a run's folder, or None; creates nothing."""
+    folder = (pathlib.Path(workdir) / FOLDER).absolute()
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as manager:
+        return manager.latest_step()
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
+# Parameters with a row, or column, for each token or class: (their dimension, the field that sets it, what it counts).
+COUNTED = {
+    "model/token_embedding/embedding": (0, "model.vocabulary", "tokens"),
+    "model/head/kernel": (1, "model.classes", "classes"),
+}
+
+
 def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, (dimension, field, unit) in COUNTED.items():
+        theirs, ours = stored.get(name), wanted.get(name)
+        if theirs and ours and theirs[dimension] != ours[dimension]:
+            cure = f"set --config.{field}={theirs[dimension]}, or " if theirs[dimension] > ours[dimension] else ""
+            raise InputError(
+                f"the model of checkpoint {checkpoint} has {theirs[dimension]} {unit}, and this one {ours[dimension]} "
+                f"({field}, else what the data have): {cure}give it the data or the tokenizer that it was trained with"
+            )
     for name, shape in wanted.items():
         if stored.get(name) != shape:
             raise InputError(

@@ -18,7 +18,13 @@ class Letters:
     name, vocabulary_size, end_of_text, fingerprint = "letters", 300, 0, "letters"
 
     def encode_many(self, texts):
-        return [np.frombuffer(one, np.uint8).astype(np.uint16) + 1 for one in texts]
+        return [self.encode(one) for one in texts]
+
+    def encode(self, text):
+        return np.frombuffer(text, np.uint8).astype(np.uint16) + 1
+
+    def decode(self, ids):
+        return bytes((ids.astype(int) - 1).tolist()).decode()
 
 
 @pytest.fixture
@@ -188,3 +194,24 @@ def test_stdlib_text_needs_seconds_once(tmp_path):
     assert found.tokens.size == found.bytes > 100_000
     assert bytes(found.tokens).decode("utf-8")
     assert os.path.exists(tmp_path / "datasets")
+
+
+class Deaf(Letters):
+    """Letters that has no token for one of them, and forgets where lines end."""
+
+    name, fingerprint = "deaf", "deaf"
+
+    def decode(self, ids):
+        return super().decode(ids).replace("\n", "").replace("ö", "?")
+
+
+def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(files, tmp_path):
+    with pytest.raises(InputError) as caught:
+        source(files, tmp_path / "cache", tokenizer=Deaf())
+    message = str(caught.value)
+    assert "loses text" in message and "data.lossy_tokenizer=True" in message and "ö" in message and "\n" not in message
+    found = source(files, tmp_path / "cache", tokenizer=Deaf(), lossy=True)
+    assert 0.15 < found.loss.lost / found.loss.read < 0.2 and found.loss.characters == "ö"
+    with pytest.raises(InputError, match="loses text"):  # what was prepared with leave is not read without
+        source(files, tmp_path / "cache", tokenizer=Deaf())
+    assert source(files, tmp_path / "cache", tokenizer=Letters()).loss.lost == 0

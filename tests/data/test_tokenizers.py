@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from seqpe_jax.data.tokenizers import ByteTokenizer, HFTokenizer, load_tokenizer, token_dtype
+from seqpe_jax.data.tokenizers import ByteTokenizer, HFTokenizer, RoundTrip, check_loss, load_tokenizer, token_dtype
 from seqpe_jax.errors import InputError
 
 TEXT = "Grüße, 世界!\n\n\tdef f(x):  return x\r\n \x00 <|endoftext|> 🙂\n"
@@ -104,3 +104,91 @@ def test_bad_text_and_ids(small_file):
     for bad in ([256], [-1, 3]):
         with pytest.raises(InputError, match="outside the vocabulary of 'bytes'"):
             ByteTokenizer().decode(bad)
+
+
+def with_tokens(file, special=(), plain=()):
+    """The same tokenizer with further tokens."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_file(str(file))
+    made.add_special_tokens(list(special))
+    made.add_tokens(list(plain))
+    made.save(str(file))
+    return file
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("tokenizer_config.json", {"eos_token": "<stop>"}),
+        ("tokenizer_config.json", {"eos_token": {"content": "<stop>", "special": True}}),
+        ("special_tokens_map.json", {"eos_token": "<stop>"}),
+        ("generation_config.json", {"eos_token_id": [257]}),
+        ("config.json", {"eos_token_id": 257}),
+    ],
+)
+def test_the_end_of_text_is_what_the_files_beside_say(small_file, tmp_path, name, said):
+    plain = load_tokenizer(with_tokens(small_file, ["<stop>"]))
+    assert plain.end_of_text == 256 and not plain.fingerprint.endswith("257")
+    (small_file.parent / name).write_text(json.dumps(said))
+    found = load_tokenizer(small_file)
+    assert found.end_of_text == 257 and found.fingerprint != plain.fingerprint
+    found.save(tmp_path / "kept")  # it travels with a run
+    kept = load_tokenizer(tmp_path / "kept")
+    assert kept.end_of_text == 257 and kept.fingerprint == found.fingerprint
+
+
+def test_a_bracketed_end_counts_only_where_it_is_special(tmp_path, small_file):
+    content = json.loads(small_file.read_text())
+    content["added_tokens"] = []
+    small_file.write_text(json.dumps(content))
+    assert load_tokenizer(with_tokens(small_file, plain=["[EOS]"])).end_of_text is None
+    assert load_tokenizer(with_tokens(small_file, special=["<|im_end|>"])).end_of_text == 257
+
+
+def test_an_end_that_the_tokenizer_does_not_have_is_refused(small_file):
+    (small_file.parent / "tokenizer_config.json").write_text('{"eos_token": "</nothing>"}')
+    with pytest.raises(InputError, match="names '</nothing>' as the end of text"):
+        load_tokenizer(small_file)
+    (small_file.parent / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        load_tokenizer(small_file)
+
+
+def test_lost_characters_are_counted(small_file, tmp_path):
+    import tokenizers
+
+    whole = RoundTrip(load_tokenizer(small_file))
+    whole.look(TEXT.encode())
+    assert whole.loss.read == len(TEXT.encode()) and not whole.loss.lost
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: at for at, letter in enumerate("abcĠ")}, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.save(str(tmp_path / "few.json"))
+    few = load_tokenizer(tmp_path / "few.json")
+    trip = RoundTrip(few)
+    trip.look("a cab xü\n".encode())
+    assert trip.loss.lost == 3 and set(trip.loss.characters) == set("xü") and trip.loss.read == 10
+    check_loss(trip.loss, few, accepted=True)
+    with pytest.raises(InputError, match="3 of 10 bytes"):
+        check_loss(trip.loss, few, accepted=False)
+
+
+def test_a_word_that_nothing_stands_for_is_one_line(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "fox": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert tokenizer.encode(b"the fox").tolist() == [0, 1]
+    with pytest.raises(InputError, match="cannot write the text"):
+        tokenizer.encode(b"the wolf")
+
+
+def test_ids_are_those_that_have_a_token(small_file):
+    content = json.loads(small_file.read_text())
+    content["added_tokens"][0]["id"] = 300
+    small_file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(small_file)
+    assert tokenizer.vocabulary_size == int(tokenizer.ids.max()) + 1 and len(tokenizer.ids) == 257

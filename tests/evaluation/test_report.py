@@ -70,6 +70,17 @@ def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged
     assert (tmp_path / "out" / "similarity_a b.png").exists() and "(similarity_a%20b.png)" in page
 
 
+def test_names_are_words_and_not_markup(tmp_path):
+    """A dollar sign begins no formula, a bar no column, a star no emphasis."""
+    for number, name in enumerate(("a$b$x_{", "c|d", "e*f*", "<b>g")):
+        make_run(tmp_path / name, bits=((16, 2.0 + number),), seed=number, encoding={"kind": "seqpe", "theta": number})
+    report.write_report(tmp_path, tmp_path / "out")
+    page, html = (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+    for shown in ("a$b$x_{", "c\\|d", "e\\*f\\*", "\\<b\\>g"):
+        assert shown in page
+    assert "<b>g" not in html and "&lt;b&gt;g" in html and "a$b$x_{" in html
+
+
 def test_rows_are_named_by_what_differs_from_most(tmp_path):
     other = {"steps": 8, "data": {"name": "x", "length": 16}}
     ways = {"base": {}, "base-1": {"seed": 1}, "apart": {"contrastive": 0.0}, "alone": {"distillation": 0.0}, "both": other}

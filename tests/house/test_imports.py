@@ -13,20 +13,21 @@ EVERYBODY = {"errors", "axes"}
 MAY_IMPORT = {
     "axes": set(),
     "errors": set(),
+    "files": {"errors"},
     "activations": set(),
     "positions": EVERYBODY,
-    "config": EVERYBODY | {"positions.digits"},
+    "config": EVERYBODY | {"positions.digits", "files"},
     "encodings": EVERYBODY | {"positions", "activations"},
     "models": EVERYBODY | {"encodings.signal", "activations"},
     "objectives": EVERYBODY | {"models", "encodings", "positions"},
     "generation": EVERYBODY | {"models", "encodings.signal"},
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "runtime": EVERYBODY,
     "training": EVERYBODY,
     "training.loop": EVERYBODY | {"training", "runtime"},
     "evaluation": EVERYBODY | {"runtime.progress"},
     "serving": EVERYBODY,
-    "command": {"errors", "config", "runtime"},
+    "command": {"errors", "config", "runtime", "files"},
 }
 BELOW_BUILD = set(MAY_IMPORT) - {"command"}
 MAY_IMPORT["build"] = BELOW_BUILD - {"training.loop"}

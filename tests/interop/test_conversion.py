@@ -1,5 +1,6 @@
 """Checkpoints of others -> runs, and back: bit for bit, and nothing half-written."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,6 +18,7 @@ from seqpe_jax.build import saved
 from seqpe_jax.build.measured import measure as evaluate
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
+from seqpe_jax.interop.settings import spec_of
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.train import run as train
 from tests.tiny import random_state, tiny_config
@@ -75,7 +77,15 @@ def test_text_round_trip(tmp_path, variant):
     assert (tmp_path / "theirs" / "best_model" / "model_1.safetensors").is_file() == (kind in expected)
 
 
-@pytest.mark.parametrize("kind", ["seqpe", "rotary_mixed", "learned"])
+WHOLE = {"encoding.fraction_digits": 0, "encoding.resize": "extend", "objective.zoom.rate": 0.0}  # as the reference knows
+FIELDS = {
+    "seqpe_paper": {"encoding.width": 24, "encoding.heads": 2, "objective.distillation.offsets": 4},
+    "rotary_mixed": {"encoding.reference_scramble": True, **WHOLE},
+    "learned": {},
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
 def test_image_round_trip(tmp_path, kind):
     for split in ("train", "validation"):
         for label in ("one", "two"):
@@ -86,9 +96,8 @@ def test_image_round_trip(tmp_path, kind):
     settings = config.load("configs/digits_vit.py:" + kind, {
         "data.name": "image_folder", "data.paths": (str(tmp_path / "images"),), "data.size": (16, 16),
         "model.patch": (4, 4),
-        "model.layers": 2, "model.width": 24, "model.heads": 2, "encoding.width": 24, "encoding.heads": 2,
-        "encoding.reference_scramble": kind == "rotary_mixed", "eval.sizes": (), "objective.distillation.offsets": 4,
-        "model.activation": "gelu", "model.layer_norm_epsilon": 1e-6,
+        "model.layers": 2, "model.width": 24, "model.heads": 2, "eval.sizes": (), "model.activation": "gelu",
+        "model.layer_norm_epsilon": 1e-6, **FIELDS[kind],
     })  # fmt: skip
     run = saved_run(tmp_path / "ours", settings)
     conversion.to_reference(str(run), str(tmp_path / "theirs"))
@@ -266,3 +275,15 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
         conversion.to_reference(str(base36), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field, value", [
+    ("rotary_pairs", 2), ("feature_width", 4), ("position_heads", 1), ("log_scaling", True), ("fraction_digits", 1),
+    ("resize", "stretch"),
+])  # fmt: skip
+def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
+    plain = tiny_config(model__vocabulary=97)
+    spec_of(plain, 24)
+    changed = dataclasses.replace(plain, encoding=dataclasses.replace(plain.encoding, **{field: value}))
+    with pytest.raises(InputError, match=f"encoding.{field}={value!r}: the reference's format knows"):
+        spec_of(changed, 24)
