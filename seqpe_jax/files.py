@@ -42,3 +42,10 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} cannot be written: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{option}={path} cannot be written: no leave to write in {nearest}; choose another place")
+
+
+def open_to_all(path: str | os.PathLike) -> None:
+    """Gives a file or folder the mode that the user's umask asks for, where a library made it for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import open_to_all
 
 PARAMS, FUNCTION, CARD = "params.safetensors", "model.stablehlo", "README.md"
 SECTION = "export"  # of config.json: what is served; a run's config has none
@@ -74,7 +75,7 @@ def new_folder(output: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield folder
         check_output(target)
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
+        open_to_all(folder)  # mkdtemp's folders are for their owner alone
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +121,7 @@ def write_params(folder: pathlib.Path, params: Tree) -> None:
     """Writes parameters into a folder."""
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flat(params).items()}
     safetensors.numpy.save_file(leaves, folder / PARAMS)
-    (folder / PARAMS).chmod(0o666 & ~_umask())  # as of the other files; safetensors makes it for its owner alone
+    open_to_all(folder / PARAMS)  # safetensors makes it for its owner alone
 
 
 def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
@@ -183,9 +184,3 @@ def _whole(like: Tree, tree: Tree) -> Tree:
 
 def _described(leaf: Any) -> str:
     return "missing" if leaf is None else f"{np.dtype(leaf.dtype)}[{', '.join(map(str, leaf.shape))}]"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

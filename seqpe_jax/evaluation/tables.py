@@ -92,7 +92,8 @@ class Table:
 def markdown(table: Table) -> str:
     """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
     rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
-    body = [[("**{}**" if cell.best else "{}").format(_plain(cell.text)) + cell.after for cell in row] for row in table.rows]
+    best = {True: "**{}**", False: "{}"}
+    body = [[best[cell.best].format(_plain(cell.text)) + cell.after for cell in row] for row in table.rows]
     lines = [[_plain(cell) for cell in table.header], rule, *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

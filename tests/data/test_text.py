@@ -215,3 +215,13 @@ def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(files, tm
     with pytest.raises(InputError, match="loses text"):  # what was prepared with leave is not read without
         source(files, tmp_path / "cache", tokenizer=Deaf())
     assert source(files, tmp_path / "cache", tokenizer=Letters()).loss.lost == 0
+
+
+@pytest.mark.parametrize("gone", ["*.array_record*", "dataset_info.json", "features.json"])
+def test_a_prepared_folder_that_was_cleaned_in_part_is_prepared_again(files, tmp_path, capsys, gone):
+    cache = tmp_path / "cache"
+    expected = source(files, cache).tokens.copy()
+    for path in [*cache.rglob(gone), *cache.glob("tokens/*/tokens.bin")]:
+        path.unlink()
+    np.testing.assert_array_equal(source(files, cache).tokens, expected)
+    assert "is incomplete, as if it had been cleaned in part: it is prepared again" in capsys.readouterr().err

@@ -9,14 +9,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = "seqpe_jax"
 
 # Which rooms a room may import, besides itself. A room is a folder or a module; the longest name that fits counts.
-EVERYBODY = {"errors", "axes"}
+EVERYBODY = {"errors", "axes", "files"}
 MAY_IMPORT = {
     "axes": set(),
     "errors": set(),
     "files": {"errors"},
     "activations": set(),
     "positions": EVERYBODY,
-    "config": EVERYBODY | {"positions.digits", "files"},
+    "config": EVERYBODY | {"positions.digits"},
     "encodings": EVERYBODY | {"positions", "activations"},
     "models": EVERYBODY | {"encodings.signal", "activations"},
     "objectives": EVERYBODY | {"models", "encodings", "positions"},

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from seqpe_jax.data.cache import cache_root, locked, new_directory
-from seqpe_jax.data.files import check_regular
+from seqpe_jax.data.files import check_regular, tell
 from seqpe_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -136,13 +136,27 @@ def prepared(
     Raises:
       InputError: as `CachedBuilder.contents`, or `target` cannot be written.
     """
-    if not target.is_dir():
+    if not _whole(kind, paths, downloads, target):
         with locked(target) as alone:
-            if not target.is_dir():
+            if not _whole(kind, paths, downloads, target):
+                if target.is_dir():
+                    tell(f"{target} is incomplete, as if it had been cleaned in part: it is prepared again")
                 with new_directory(target, alone=alone) as folder:
                     builder = kind(paths=paths, downloads=downloads, data_dir=folder)
                     builder.prepare(progress=progress)
     return kind(paths=paths, downloads=downloads, data_dir=target)
+
+
+def _whole(kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib.Path, target: pathlib.Path) -> bool:
+    """Whether all files of a prepared data set are there."""
+    if not target.is_dir():
+        return False
+    builder = kind(paths=paths, downloads=downloads, data_dir=target)
+    if not all(pathlib.Path(builder.data_dir, name).is_file() for name in ("dataset_info.json", "features.json")):
+        return False
+    splits = builder.info.splits
+    filled = [split for split in splits.values() if split.num_examples]
+    return bool(filled) and all(pathlib.Path(file).is_file() for split in filled for file in split.filepaths)
 
 
 def describe_file(file: pathlib.Path, name: str) -> str:

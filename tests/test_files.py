@@ -1,0 +1,63 @@
+"""Paths as users give them: homes, places where nothing can be written, modes."""
+
+import os
+import pathlib
+
+import pytest
+
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import check_writable, expanded, open_to_all
+from tests.tiny import ROOT
+
+
+def test_homes_are_written_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert expanded("~/runs/x") == "/somewhere/runs/x" and expanded("~") == "/somewhere"
+    assert expanded("a~b") == "a~b" and expanded("./~x") == "./~x"
+    with pytest.raises(InputError, match="no user 'nobodyhere'"):
+        expanded("~nobodyhere/runs")
+    with pytest.raises(InputError, match="empty"):
+        expanded(" ")
+
+
+def test_paths_of_a_config_are_written_out(monkeypatch):
+    monkeypatch.setenv("HOME", str(ROOT))
+    fields = {"data.name": "text_files", "data.paths": ("~/a", "b"), "data.cache_dir": "~/c", "init_from": "~/d"}
+    found = config.load("~/configs/stdlib_lm.py", fields | {"data.tokenizer": "~/e.json"})
+    assert found.data.paths == (f"{ROOT}/a", "b") and found.data.cache_dir == f"{ROOT}/c"
+    assert (found.init_from, found.data.tokenizer) == (f"{ROOT}/d", f"{ROOT}/e.json")
+    with pytest.raises(InputError, match="no user"):
+        config.load("~/configs/stdlib_lm.py", fields | {"data.paths": ("~nobodyhere/a",)})
+
+
+def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    check_writable(tmp_path / "new" / "deep", True, "--workdir")
+    check_writable(tmp_path / "new.json", False, "--output")
+    for path, folder, words in (
+        (tmp_path, False, "is a folder: name a file"), (file, True, "is a file: name a folder"),
+        (file / "below", True, "is a file, not a folder"), (file / "below.json", False, "is a file, not a folder"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            check_writable(path, folder, "--output")
+
+
+def test_modes_are_those_of_the_umask(tmp_path):
+    made, before = tmp_path / "made", os.umask(0o027)
+    try:
+        made.write_text("")
+        made.chmod(0o600)
+        open_to_all(made)
+        assert made.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_every_option_that_is_a_path_goes_through_one_function():
+    """What a command reads or writes is defined by `command.define_path`, never as a plain text."""
+    names = ("workdir", "checkpoint", "output", "source", "init-from", "sweep", "tokenizer", "prompts-file")
+    for page in pathlib.Path(ROOT / "seqpe_jax").glob("*.py"):
+        for name in names:
+            assert f'DEFINE_string("{name}"' not in page.read_text() or page.name == "command.py", page
