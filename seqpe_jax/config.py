@@ -599,7 +599,7 @@ def check_positions(config: Config, length: int, asked_by: str) -> None:
     """
     encoding = config.encoding
     if encoding.resize == "stretch":
-        _check_finer(config, length, config.data.length, asked_by)
+        _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
     elif encoding.kind == "seqpe" and length > encoding.max_position:
         raise InputError(
             f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
@@ -608,13 +608,20 @@ def check_positions(config: Config, length: int, asked_by: str) -> None:
         )
 
 
-def _check_finer(config: Config, places: int, trained: int, asked_by: str) -> None:
+def _check_finer(
+    config: Config, places: tuple[int, ...], trained: tuple[int, ...], patch: tuple[int, ...], asked_by: str
+) -> None:
     """Refuses places that are read between those of training and would come to stand together. Raises: InputError."""
-    if places > trained * config.encoding.unit:
+    reach = tuple(count * config.encoding.unit for count in trained)
+    if any(count > limit for count, limit in zip(places, reach, strict=True)):
+        asked, largest = (
+            "x".join(str(count * side) for count, side in zip(counts, patch, strict=True)) for counts in (places, reach)
+        )
+        digits = config.encoding.fraction_digits
         raise InputError(
-            f"{asked_by} {places} does not fit between the {trained} places of training (encoding.resize='stretch'), where "
-            f"{config.encoding.fraction_digits} digits after the point tell {trained * config.encoding.unit} places apart: "
-            f"raise encoding.fraction_digits or lower {asked_by.split()[0]}"
+            f"{asked_by} {asked} is read between the positions of training (encoding.resize='stretch'), where "
+            f"encoding.fraction_digits={digits} tells so many of them apart that the largest size possible is {largest}: "
+            f"raise encoding.fraction_digits or lower {asked_by}"
         )
 
 
@@ -632,8 +639,7 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
             f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
         )
     if config.encoding.resize == "stretch":
-        for side, trained in zip(config.grid_of(sides)[-2:], config.grid[-2:], strict=True):
-            _check_finer(config, side, trained, f"{asked_by} {written}: a side of")
+        _check_finer(config, config.grid_of(sides)[-2:], config.grid[-2:], patch[-2:], asked_by)
     elif config.encoding.kind == "seqpe" and max(config.grid_of(sides)) > reach:
         raise InputError(
             f"{asked_by} {written} needs position {max(config.grid_of(sides)) - 1} along an axis, but the largest "

@@ -69,7 +69,7 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
     (["--sizes=8,9"], ["9x9", "patches of 2x2", "multiples"]),
     (["--sizes=0"], ["--sizes", "'0'"]),
     (["--sizes=8x"], ["--sizes", "'8x'"]),
-    (["--sizes=202"], ["202x202", "largest position possible is 99", "largest size possible is 200x200"]),
+    (["--sizes=202"], ["202x202", "largest size possible is 80x80"]),
     (["--lengths=16"], ["images", "--sizes"]),
 ])  # fmt: skip
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
@@ -81,7 +81,7 @@ def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     (["--config.data.size=(8,)"], ["data.size", "(height, width)"]),
     (["--config.model.patch=(2,2,2)"], ["model.patch", "(height, width)"]),
     (["--config.eval.sizes=(8,11)"], ["eval.sizes", "11x11"]),
-    (["--config.eval.sizes=(8,300)"], ["300x300", "largest size possible is 200x200"]),
+    (["--config.eval.sizes=(8,300)"], ["300x300", "largest size possible is 80x80"]),
     (["--config.model.kind=gpt2"], ["model.kind", "'vit'"]),
     (["--config.data.name=stdlib_text"], ["model.kind='vit'", "stdlib_text"]),
     (["--config.data.name=image_folder"], ["data.paths"]),
@@ -146,7 +146,7 @@ def test_classes_go_by_name(commands, tmp_path):
     refused(train(tmp_path / "third", other, f"--init-from={first}"), "zcat", f"unknown to the run of {first}")
     (first / "classes.json").unlink()  # as in runs of before: places in sorted order
     assert evaluate(first, other).code == 0
-    refused(evaluate(first, some), "head", "classes of images")
+    refused(evaluate(first, some), "has 3 classes, and this one 2", "model.classes=3")
     for split in ("train", "validation", "test"):
         (root / split / "cat").rename(root / split / "zcat")
     (export / "classes.json").rename(first / "classes.json")
