@@ -66,7 +66,7 @@ def run(checkpoint: str, output: str, max_length: int | None, max_size: int | No
     with serving.new_folder(output) as folder:
         serving.write_params(folder, params)
         (folder / serving.FUNCTION).write_bytes(function)
-        (folder / serving.CARD).write_text(card)
+        (folder / serving.CARD).write_text(card, encoding="utf-8", errors="backslashreplace")  # a name may be any bytes
         trained.data.keep(folder)
         write_config(folder, read_config(checkpoint) | {serving.SECTION: section})
 
@@ -97,7 +97,7 @@ def memory(served: Run, scale: tuple[int, ...]) -> list[str]:
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
     arrays = {f"attention logits ({words} at a time)": rows * rows * model.heads}
     if not served.config.reads_images:
-        arrays["returned logits"] = tokens * served.data.tokenizer.vocabulary_size
+        arrays["returned logits"] = tokens * served.data.model_fields["vocabulary"]
     taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {what}" for what, count in arrays.items())
     return [f"Memory for each example at {served.data.scale_field} {'x'.join(map(str, scale))}: {taken}."]
 

@@ -45,9 +45,8 @@ def run(
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
 
     def encode(parts: Run) -> tuple[list[Any], Sampling]:
-        tokenizer = parts.data.tokenizer
-        tokens = tokenizer.encode_many([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
-        sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
+        tokens = parts.data.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
+        sampling = Sampling(new_tokens, end=parts.data.tokenizer.end_of_text, **choice)
         parts.check_generation([len(prompt) for prompt in tokens], sampling)
         return tokens, sampling
 
@@ -94,6 +93,11 @@ _OUTPUT = command.define_path("output", "file to write, one JSON object per prom
 command.define_hosts()
 
 
+def _text(argument: str) -> str:
+    """Returns an argument as UTF-8, also where the locale knows ASCII alone; other bytes stay as they are."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
 def read_prompts(path: str) -> list[str]:
     """Returns the lines of a file. Raises: InputError: it cannot be read, is not UTF-8 or holds no line."""
     try:
@@ -115,7 +119,7 @@ def main() -> None:
         raise InputError(f"--output={output} is a directory: give the name of a file")
     results = run(
         _CHECKPOINT.value,
-        [_PROMPT.value] if _FILE.value is None else read_prompts(_FILE.value),
+        [_text(_PROMPT.value)] if _FILE.value is None else read_prompts(_FILE.value),
         _NEW_TOKENS.value,
         stream=_FILE.value is None,
         temperature=_TEMPERATURE.value,

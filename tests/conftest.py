@@ -54,6 +54,12 @@ def goldens() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def shared_inputs() -> pathlib.Path:
+    """Folder of small files that users might have, kept beside the repository; the test skips where it is absent."""
+    return _beside("inputs")
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """Folder of real data kept beside the repository; the test skips where it is absent."""
     return _beside("data")

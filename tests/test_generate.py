@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from tests.commands import CONFIG, Commands, train_arguments
+from tests.commands import CONFIG, ROOT, Commands, environment, train_arguments
 from tests.training.test_commands import PLAIN, refused, word_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -85,6 +87,23 @@ def test_a_text_ends_at_the_tokenizers_end(commands, words):
     assert (result.code, result.out) == (0, "w2 w3 w4\n"), result.err
 
 
+@pytest.mark.parametrize("variables", [
+    {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+])  # fmt: skip
+def test_a_text_is_told_where_output_is_ascii(trained, tmp_path, variables):
+    """In a process of its own, as Python looks at these variables when it starts."""
+    output = tmp_path / "texts.jsonl"
+    arguments = [f"--checkpoint={trained}", "--prompt=é", NEW, "--temperature=50", f"--output={output}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "seqpe_jax.generate", *arguments],
+        cwd=ROOT, env=environment(tmp_path) | variables, capture_output=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0 and not result.stderr, result.stderr.decode()
+    (line,) = map(json.loads, output.read_text().splitlines())
+    assert line["prompt"] == "é" and "\ufffd" in line["text"]
+    assert line["text"].encode("ascii", "backslashreplace") in result.stdout and result.stdout.isascii()
+
+
 @pytest.mark.parametrize("arguments,expected", [
     ([], ["--prompt=TEXT", "--prompts-file=FILE"]),
     (["--prompt=a", "--prompts-file=b"], ["either"]),
@@ -100,7 +119,7 @@ def test_a_text_ends_at_the_tokenizers_end(commands, words):
     (["--prompts-file=DIR/latin.txt"], ["--prompts-file", "UTF-8"]),
     (["--prompts-file=DIR/gap.txt"], ["line 2", "gap.txt"]),
     (["--prompts-file=DIR/empty.txt"], ["line 1", "empty.txt"]),
-    (["--prompt=abc", "--output=DIR"], ["--output", "directory"]),
+    (["--prompt=abc", "--output=DIR"], ["--output", "folder"]),
     (["--prompt=abc", "--promt=abc"], ["promt"]),
     (["--prompt=abc", "--checkpoint=DIR/none"], ["no such directory"]),
 ])  # fmt: skip
@@ -125,7 +144,11 @@ def test_another_tokenizer_is_refused(commands, words, tmp_path):
     kept = words / "tokenizer.json"
     before = kept.read_bytes()
     word_tokenizer(kept, ["<|endoftext|>", *COUNTING[:5], "more"])
-    refused(commands("generate", f"--checkpoint={words}", "--prompt=w0"), "tokenizer", "(7, 24)", "(8, 24)")
+    refused(
+        commands("generate", f"--checkpoint={words}", "--prompt=w0"),
+        "has 7 tokens, and this one 8",
+        "the tokenizer that it was trained with",
+    )
     kept.write_bytes(before)
 
 

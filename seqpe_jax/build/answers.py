@@ -13,7 +13,7 @@ import numpy as np
 from seqpe_jax.build.text import Text
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
-from seqpe_jax.data.tokenizers import RoundTrip, check_loss
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
 from seqpe_jax.evaluation import answers
 from seqpe_jax.generation import Generation, Sampling
 from seqpe_jax.runtime.hosts import is_lead
@@ -35,6 +35,7 @@ class Answers(Text):
     def __init__(self, config: Any, there: bool = True, kept: str | pathlib.Path = ""):
         super().__init__(config, there, kept)
         self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
+        self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length
         if there:
             self.end = qa.end_token(self.tokenizer)
 
@@ -50,16 +51,21 @@ class Answers(Text):
             data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
             seed=self.config.seed, progress=is_lead(),
         )  # fmt: skip
-        trip = RoundTrip(self.tokenizer)
-        for index in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)):
-            record = source[int(index)]
+        places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
+        trip = RoundTrip(self.tokenizer, len(places))
+        for record in map(source.__getitem__, places):
             trip.look(" ".join([record["input"], *record["outputs"]]).encode())
         check_loss(trip.loss, self.tokenizer, data.lossy_tokenizer)
+        self.losses[split, length] = trip.loss
         return source
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""
-        lines = self.questions("train", self.config.data.length).describe()
+        length = self.config.data.length
+        lines = self.questions("train", length).describe()
+        end = f"byte {self.end}" if self.tokenizer.name == "bytes" else self._token_in_words(self.end)
+        lines.append(f"answers end with {end}")
+        lines += self._loss_in_words(self.losses["train", length])
         return "\n  ".join([f"{self.config.batch_size} questions to a batch", *lines])
 
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 
 from seqpe_jax.config import Config, check_positions
 from seqpe_jax.data import loader, text
-from seqpe_jax.data.tokenizers import load_tokenizer
+from seqpe_jax.data.files import tell
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
 from seqpe_jax.objectives.task import LanguageModelling
@@ -75,6 +76,9 @@ class Text:
         self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
         if kept:
             self.check_kept(kept)
+            file = pathlib.Path(kept) / TOKENIZER
+            if file.exists() and str(kept) != config.init_from:  # its texts end as they did, whatever is said elsewhere now
+                self.tokenizer = load_tokenizer(file)
 
     @functools.cache  # noqa: B019  a run has one of these
     def source(self, split: str) -> text.TokenSource:
@@ -89,17 +93,27 @@ class Text:
         """Returns what is trained on, in words."""
         source, config = self.source("train"), self.config
         lines = [f"{len(source.tokens):,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"]
-        if self.tokenizer.name != "bytes":
-            lines.append(f"texts end with {self._end_in_words()}")
-        if source.loss.lost:
-            lines.append(f"the tokenizer loses text: {source.loss} do not come back from tokens")
-        return "\n  ".join(lines)
-
-    def _end_in_words(self) -> str:
         end = self.tokenizer.end_of_text
-        if end is None:
-            return "nothing, since the tokenizer has no end of text: they run together, and generation goes on to its limit"
-        return f"{self.tokenizer.decode([end])!r} (token {end})"
+        if end is not None:
+            lines.append(f"texts end with {self._token_in_words(end)}")
+        else:
+            lines.append("no end of text: texts run together, and generation goes on to its limit")
+        return "\n  ".join(lines + self._loss_in_words(source.loss))
+
+    def _token_in_words(self, token: int) -> str:
+        return f"{self.tokenizer.decode([token])!r} (token {token})"
+
+    def _loss_in_words(self, loss: Loss) -> list[str]:
+        return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost else []
+
+    def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
+        tokens, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
+        for one in texts:
+            trip.look(one)
+        if trip.loss.lost and is_lead():
+            tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
+        return tokens
 
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
         """Returns this host's training batches."""
@@ -117,7 +131,7 @@ class Text:
     def check_kept(self, workdir: str | pathlib.Path) -> None:
         """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
         kept = pathlib.Path(workdir) / TOKENIZER
-        if kept.exists() and load_tokenizer(kept).fingerprint != self.tokenizer.fingerprint:
+        if kept.exists() and load_tokenizer(kept).digest != self.tokenizer.digest:
             raise InputError(
                 f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
                 f"which lies there as {TOKENIZER}: use that file or a new --workdir"
@@ -133,15 +147,16 @@ class Text:
 
     def served(self, reach: tuple[int]) -> Signature:
         """Returns what a model that serves windows of up to (length,) reads and returns."""
-        (length,), vocabulary = reach, self.tokenizer.vocabulary_size
+        (length,), rows, known = reach, self.model_fields["vocabulary"], self.tokenizer.ids
         example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
         ids = f"of {TOKENIZER}"
         if self.tokenizer.name == "bytes":
             example = f"numpy.frombuffer(b'def main():'[:{length}], 'uint8').astype('int32')[None]"
             ids = "the bytes of UTF-8 text"
+        spare = f"; {rows - len(known)} of the {rows} ids are no tokens" if rows > len(known) else ""
         return Signature(
-            "tokens", "int32", ("batch", "length"), {"length": length}, ("batch", "length", str(vocabulary)), example,
-            f"token ids 0 to {vocabulary - 1}, {ids}; the logits at a place are those of the token after it",
+            "tokens", "int32", ("batch", "length"), {"length": length}, ("batch", "length", str(rows)), example,
+            f"token ids 0 to {known[-1]}, {ids}; the logits at a place are those of the token after it{spare}",
         )  # fmt: skip
 
     def check_scale(self, scale: tuple[int], split: str) -> None:

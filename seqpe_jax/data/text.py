@@ -111,9 +111,10 @@ def _tell_left_out(builder: type[base.CachedBuilder], paths: tuple[str, ...]) ->
 
 
 def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool, lossy: bool) -> None:
-    trip = RoundTrip(tokenizer)
-    for index in np.unique(np.linspace(0, len(records) - 1, 256).astype(int)):  # before the minutes that all of them take
-        trip.look(records[int(index)]["text"])
+    places = np.unique(np.linspace(0, len(records) - 1, 256).astype(int)).tolist()
+    trip = RoundTrip(tokenizer, len(places))
+    for place in places:  # before the minutes that all of them take
+        trip.look(records[place]["text"])
     check_loss(trip.loss, tokenizer, lossy)
     dtype = token_dtype(tokenizer.vocabulary_size)
     digest = hashlib.sha256(tokenizer.fingerprint.encode())

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,13 +18,15 @@ from seqpe_jax.errors import InputError
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
 NAMED_IN = {
-    SETTINGS: "eos_token", "special_tokens_map.json": "eos_token", "generation_config.json": "eos_token_id",
-    "config.json": "eos_token_id",
+    SETTINGS: "eos_token", "special_tokens_map.json": "eos_token", "config.json": "eos_token_id",
+    "generation_config.json": "eos_token_id",
 }  # fmt: skip
 # In this order: GPT-2 and its heirs, Llama 3, T5 and Llama 2, Gemma.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 SPECIAL_END = ("[EOS]", "<EOS>", "<|eos|>", "<|im_end|>")  # ends only where the tokenizer calls them special
+RUN = {"data", "encoding", "objective"}  # of the sections by which the config.json of a run is known
 SAMPLE = 1 << 20  # bytes of a split whose way to tokens and back is looked at
+PART = 4096  # bytes of a longer text that are looked at together
 
 
 class Tokenizer(Protocol):
@@ -32,13 +36,14 @@ class Tokenizer(Protocol):
       name: for people.
       vocabulary_size: ids are 0 .. vocabulary_size - 1; ids: those that have a token, rising.
       end_of_text: the id between documents, or None.
-      fingerprint: hex digits, equal for tokenizers that give equal ids.
+      digest: hex digits, equal for tokenizers that give equal ids; fingerprint: for those that end texts alike too.
     """
 
     name: str
     vocabulary_size: int
     ids: np.ndarray
     end_of_text: int | None
+    digest: str
     fingerprint: str
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -50,8 +55,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; bytes that are no whole character become U+FFFD."""
 
+    def lost(self, text: str) -> collections.Counter[str]:
+        """Returns the characters of a text that do not come back from its tokens, and how often each is lost.
+
+        Raises:
+          InputError: as `encode`.
+        """
+
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes DIRECTORY/tokenizer.json, which `load_tokenizer` reads."""
+        """Writes DIRECTORY/tokenizer.json, which `load_tokenizer` reads, and what says how its texts end."""
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -66,7 +78,7 @@ class ByteTokenizer:
     vocabulary_size = 256
     ids = np.arange(256)
     end_of_text = None
-    fingerprint = "bytes-1"
+    digest = fingerprint = "bytes-1"
 
     def encode(self, text: bytes) -> np.ndarray:
         """Returns uint8[len(text)]."""
@@ -79,6 +91,10 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids in 0..255; incomplete characters become U+FFFD."""
         return _checked(ids, self).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def lost(self, text: str) -> collections.Counter[str]:
+        """Returns nothing: every byte comes back."""
+        return collections.Counter()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes DIRECTORY/tokenizer.json."""
@@ -94,7 +110,9 @@ class HFTokenizer:
     """A tokenizer in the JSON format of Hugging Face `tokenizers`.
 
     Text that spells a special token is encoded as plain text, and no special tokens are added. The end of text is what the
-    files beside a tokenizer.json say (`NAMED_IN`), else the first of `END_OF_TEXT` that there is, else of `SPECIAL_END`.
+    files beside a tokenizer.json say (`NAMED_IN`), else the first of `END_OF_TEXT` that there is, else of `SPECIAL_END`. In
+    the folder of a run, `save` has written which it is; a run that has no such file began when the names of `END_OF_TEXT`
+    alone were known, and they alone count there.
 
     Args:
       path: the file, or a directory that holds tokenizer.json.
@@ -122,14 +140,18 @@ class HFTokenizer:
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.ids = np.unique(list(vocabulary.values()))
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        usual = [token for token in END_OF_TEXT if token in vocabulary]
-        usual += [token for token in SPECIAL_END if token in vocabulary and token in special]
-        self.end_of_text = vocabulary[usual[0]] if usual else None
-        self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
-        named = _named_end(file, vocabulary)
-        if named is not None and named != self.end_of_text or usual and usual[0] in SPECIAL_END:
-            self.end_of_text = self.end_of_text if named is None else named
-            self.fingerprint += f"-end-{self.end_of_text}"  # texts are joined in another way than by the usual names
+        beside = _beside(file)
+        usual = next((vocabulary[token] for token in END_OF_TEXT if token in vocabulary), None)
+        ends = [_named_end(file, beside, vocabulary, special), usual]
+        if not beside.get("config.json", {}).keys() >= RUN:
+            ends += [vocabulary[token] for token in SPECIAL_END if token in special]
+        self.end_of_text = next((end for end in ends if end is not None), None)
+        self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
+        if self.end_of_text != usual:  # texts are joined in another way than the file alone says
+            self.fingerprint += f"-end-{self.end_of_text}"
+        content = json.loads(self._content)
+        self._unknown = vocabulary.get(content["model"].get("unk_token"), content["model"].get("unk_id"))
+        self._keeps_space = "ByteLevel" in json.dumps(content.get("pre_tokenizer"))
         self._dtype = token_dtype(self.vocabulary_size)
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -152,6 +174,19 @@ class HFTokenizer:
         """Returns the text of ids, special tokens included."""
         return self._tokenizer.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
 
+    def lost(self, text: str) -> collections.Counter[str]:
+        """Returns the characters that are missing in what comes back, wherever they stand there.
+
+        They are unknown to the tokenizer, or changed by it (such as capital letters). Two ways to write one letter with its
+        accents (NFC and NFD) are the same. White space counts for byte-level tokenizers alone: others forget by design how
+        many spaces stood between two words.
+        """
+        ids = self.encode(text.encode())
+        back = self.decode(ids[ids != self._unknown] if self._unknown is not None else ids)
+        asked = text if self._keeps_space else "".join(text.split())
+        counts = [collections.Counter(unicodedata.normalize("NFC", one)) for one in (asked, back)]
+        return counts[0] - counts[1]
+
     def save(self, directory: str | os.PathLike) -> None:
         """Writes DIRECTORY/tokenizer.json, byte for byte the file that was loaded, and beside it what ends a text."""
         _write(directory, self._content)
@@ -164,28 +199,56 @@ class HFTokenizer:
         return _loaded(directory, cls)
 
 
-def _named_end(file: pathlib.Path, vocabulary: dict[str, int]) -> int | None:
-    """The end of text that a file beside a tokenizer.json names, or None."""
+def _beside(file: pathlib.Path) -> dict[str, Mapping[str, Any]]:
+    """Returns what the files of `NAMED_IN` beside a tokenizer.json hold, by name.
+
+    Raises:
+      InputError: one that is the tokenizer's own cannot be read; others of these names may belong to anything.
+    """
+    found = {}
     for name, key in NAMED_IN.items():
         beside = file.parent / name
         if file.name != FILE or not beside.is_file():
             continue
         try:
-            said = json.loads(_read(beside))
+            content = json.loads(_read(beside))
         except ValueError as error:
-            raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
-        said = said.get(key) if isinstance(said, dict) else None
-        said = said[0] if isinstance(said, list) and said else said
-        said = said.get("content") if isinstance(said, dict) else said
-        if said is None:
+            if key == "eos_token":
+                raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
             continue
-        found = vocabulary.get(said) if isinstance(said, str) else said
-        if found not in vocabulary.values():
+        if isinstance(content, dict):
+            found[name] = content
+    return found
+
+
+def _named_end(
+    file: pathlib.Path, beside: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
+) -> int | None:
+    """Returns the end of text that the files beside a tokenizer.json name, or None.
+
+    An id counts where a special token has it, or one of `END_OF_TEXT`: the configs of many models name GPT-2's, whatever
+    their tokenizer has there.
+
+    Raises:
+      InputError: the tokenizer's own files name a token that it does not have.
+    """
+    ends = {vocabulary[token] for token in (*special, *END_OF_TEXT) if token in vocabulary}
+    for name, key in NAMED_IN.items():
+        said = beside.get(name, {}).get(key)
+        if key == "eos_token_id":
+            for end in said if isinstance(said, list) else [said]:
+                if isinstance(end, int) and end in ends:
+                    return end
+            continue
+        token = said.get("content") if isinstance(said, dict) else said
+        if token is None:
+            continue
+        if not isinstance(token, str) or token not in vocabulary:
             raise InputError(
-                f"'{beside}' names {said!r} as the end of text ({key}), which {FILE} beside it does not have: name one of "
-                "its tokens, or take that line out"
+                f"'{file.parent / name}' names {token!r} as the end of text ({key}), which {FILE} beside it does not have: "
+                "name one of its tokens, or take that line out"
             )
-        return int(found)
+        return vocabulary[token]
     return None
 
 
@@ -207,30 +270,41 @@ class Loss:
 
 
 class RoundTrip:
-    """Looks at some texts and at what comes back from their tokens: the beginning of each, `SAMPLE` bytes in all.
+    """Looks at some texts and at what comes back from their tokens (`Tokenizer.lost`), at `SAMPLE` bytes in all.
 
-    Characters are counted, wherever they stand: what is lost is unknown to the tokenizer, or changed by it (such as capital
-    letters). White space is left out, since tokenizers of words forget how many spaces stood between two.
+    Args:
+      texts: how many will be looked at; of longer ones than their share, parts from beginning to end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, each: int = 4096):
-        self._tokenizer, self._each = tokenizer, each
+    def __init__(self, tokenizer: Tokenizer, texts: int = 1):
+        self._tokenizer, self._share = tokenizer, max(PART, SAMPLE // texts)
         self._read, self._lost = 0, collections.Counter()
 
     def look(self, text: bytes) -> None:
         """Adds a text. Raises: InputError as `Tokenizer.encode`."""
-        if self._read >= SAMPLE or self._tokenizer.name == ByteTokenizer.name:
-            return
-        part = text[: self._each].decode("utf-8", "ignore")  # the cut may fall into a character
-        back = self._tokenizer.decode(self._tokenizer.encode(part.encode()))
-        self._read += len(part.encode())
-        self._lost += collections.Counter("".join(part.split())) - collections.Counter(back)
+        for part in _parts(text, self._share):
+            self._read += len(part.encode())
+            self._lost += self._tokenizer.lost(part)
 
     @property
     def loss(self) -> Loss:
         """What was lost so far."""
         lost = sum(len(character.encode()) * count for character, count in self._lost.items())
         return Loss(lost, self._read, "".join(character for character, _ in self._lost.most_common(8)))
+
+
+def _parts(text: bytes, share: int) -> Iterator[str]:
+    """Yields a text, or where it is longer, whole words of it from evenly spaced places, about `share` bytes together."""
+    if len(text) <= share:
+        yield text.decode("utf-8", "ignore")  # `encode` refuses what is not UTF-8
+        return
+    for start in np.linspace(0, len(text) - PART, max(1, share // PART)).astype(int).tolist():
+        part = text[start : start + PART].decode("utf-8", "ignore")  # the cuts may fall into a character
+        if start > 0:
+            part = re.sub(r"^\S*\s", "", part)
+        if start + PART < len(text):
+            part = re.sub(r"\s\S*$", "", part)
+        yield part
 
 
 def check_loss(loss: Loss, tokenizer: Tokenizer, accepted: bool) -> None:

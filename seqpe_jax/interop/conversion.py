@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 
 from seqpe_jax import config as configs
-from seqpe_jax.data.tokenizers import FILE, load_tokenizer
+from seqpe_jax.data.tokenizers import FILE, NAMED_IN, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, reference, settings, weights
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
@@ -98,7 +98,7 @@ def to_reference(checkpoint: str, output: str) -> dict[str, Any]:
             folder, spec, settings.training_of(config), state
         )
         if kept.is_file():
-            shutil.copyfile(kept, folder / FILE)
+            load_tokenizer(kept).save(folder)
         names = [str(file.relative_to(folder)) for file in files]
     return {
         "source": str(checkpoint),
@@ -144,6 +144,9 @@ def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Any:
         with tempfile.TemporaryDirectory() as scratch:
             file = pathlib.Path(scratch) / files[0].parent.name / FILE
             file.parent.mkdir()
-            file.write_text(made.to_str())
+            file.write_text(made.to_str(), encoding="utf-8")
+            for beside in NAMED_IN:  # which say how its texts end
+                if (files[0].parent / beside).is_file():
+                    shutil.copyfile(files[0].parent / beside, file.parent / beside)
             return load_tokenizer(file)
     return None

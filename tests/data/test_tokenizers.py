@@ -156,22 +156,116 @@ def test_an_end_that_the_tokenizer_does_not_have_is_refused(small_file):
 
 
 def test_lost_characters_are_counted(small_file, tmp_path):
-    import tokenizers
-
     whole = RoundTrip(load_tokenizer(small_file))
     whole.look(TEXT.encode())
     assert whole.loss.read == len(TEXT.encode()) and not whole.loss.lost
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: at for at, letter in enumerate("abcĠ")}, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.save(str(tmp_path / "few.json"))
-    few = load_tokenizer(tmp_path / "few.json")
+    few = byte_level(tmp_path / "few.json", "abcĠ")
     trip = RoundTrip(few)
     trip.look("a cab xü\n".encode())
-    assert trip.loss.lost == 3 and set(trip.loss.characters) == set("xü") and trip.loss.read == 10
+    assert trip.loss.lost == 4 and set(trip.loss.characters) == set("xü\n") and trip.loss.read == 10
     check_loss(trip.loss, few, accepted=True)
-    with pytest.raises(InputError, match="3 of 10 bytes"):
+    with pytest.raises(InputError, match="4 of 10 bytes"):
         check_loss(trip.loss, few, accepted=False)
+
+
+def test_a_tokenizer_without_most_letters(shared_inputs):
+    tokenizer = load_tokenizer(shared_inputs / "bytelevel_partial_alphabet.json")
+    assert tokenizer.lost("the fox\tBé") == {"\t": 1, "B": 1, "é": 1} and not tokenizer.lost("the fox")
+
+
+def test_ids_of_a_model_count_where_the_tokenizer_has_an_end_there(small_file):
+    """The configs of many models name GPT-2's end, 50256, whatever the tokenizer has there."""
+    with_tokens(small_file, ["<stop>"], ["word"])
+    folder = small_file.parent
+    for said, end in ((50256, 256), (65, 256), (258, 256), ([50256, 258, 257], 257), ("<stop>", 256), (None, 256)):
+        (folder / "config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert load_tokenizer(small_file).end_of_text == end, said
+    (folder / "generation_config.json").write_text('{"eos_token_id": 257}')
+    assert load_tokenizer(small_file).end_of_text == 257
+    (folder / "config.json").write_text('{"eos_token_id": 256}')
+    assert load_tokenizer(small_file).end_of_text == 256, "the model's own config comes first"
+    (folder / "config.json").write_text("// of another program\n[]")
+    assert load_tokenizer(small_file).end_of_text == 257
+    (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert load_tokenizer(small_file).end_of_text == 257
+
+
+def test_an_end_in_brackets(shared_inputs):
+    tokenizer = load_tokenizer(shared_inputs / "eos_in_brackets.json")
+    assert tokenizer.decode([tokenizer.end_of_text]) == "[EOS]"
+    assert not tokenizer.lost(TEXT)
+
+
+def test_a_run_from_before_ends_its_texts_as_it_did(small_file, tmp_path):
+    """A run whose folder says nothing of an end began when a few names alone were known."""
+    content = json.loads(small_file.read_text())
+    content["added_tokens"][0]["content"] = "[EOS]"
+    small_file.write_text(json.dumps(content))
+    new = load_tokenizer(small_file)
+    (small_file.parent / "config.json").write_text(json.dumps({"data": {}, "encoding": {}, "model": {}, "objective": {}}))
+    old = load_tokenizer(small_file)
+    assert (new.end_of_text, old.end_of_text) == (256, None)
+    assert new.digest == old.digest and new.fingerprint != old.fingerprint == old.digest
+    old.save(tmp_path / "old")
+    assert not (tmp_path / "old" / "tokenizer_config.json").exists()
+    new.save(small_file.parent)
+    assert load_tokenizer(small_file).fingerprint == new.fingerprint
+
+
+def byte_level(path, letters, normalizer=None):
+    """A byte-level tokenizer that knows some letters of the alphabet of bytes alone."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={one: at for at, one in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    if normalizer:
+        made.normalizer = normalizer
+    made.save(str(path))
+    return load_tokenizer(path)
+
+
+def word_level(path, words, normalizer=None):
+    """A tokenizer of whole words, with an unknown one."""
+    import tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["[unknown]", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[unknown]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if normalizer:
+        made.normalizer = normalizer
+    made.save(str(path))
+    return load_tokenizer(path)
+
+
+def test_what_is_lost(tmp_path):
+    import tokenizers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    spaceless = byte_level(tmp_path / "1.json", [one for one in letters if one not in "ĠĊĉ"])
+    assert spaceless.lost("if x:\n\treturn x\n") == {" ": 2, "\n": 2, "\t": 1}
+    half = byte_level(tmp_path / "2.json", [one for one in letters if one != "Ã"])
+    assert half.lost("é a é") == {"é": 2}
+    nfc = byte_level(tmp_path / "3.json", letters, tokenizers.normalizers.NFC())
+    assert not nfc.lost("cafe\u0301"), "another way to write the same letter"
+    words = word_level(tmp_path / "4.json", ["the", "fox"])
+    assert not words.lost("the  fox\n\tthe"), "white space between words"
+    assert words.lost("the known fox") == {"k": 1, "n": 2, "o": 1, "w": 1}, "the name of the unknown token hides nothing"
+    small = word_level(tmp_path / "5.json", ["the", "fox"], tokenizers.normalizers.Lowercase())
+    assert small.lost("The Fox the") == {"T": 1, "F": 1}
+
+
+def test_long_texts_are_looked_at_from_beginning_to_end_in_whole_words(tmp_path):
+    tokenizer = word_level(tmp_path / "words.json", ["the", "fox", "naïve"])
+    trip = RoundTrip(tokenizer, 256)
+    trip.look("the naïve fox ".encode() * 20_000)
+    assert not trip.loss.lost and 3000 < trip.loss.read <= 4096
+    trip = RoundTrip(tokenizer, 16)
+    trip.look(b"the fox " * 20_000 + b"dog " * 40_000 + b"the fox " * 20_000)
+    assert 0.2 < trip.loss.lost / trip.loss.read < 0.4 and 60_000 < trip.loss.read <= 65_536
+    trip = RoundTrip(tokenizer)
+    trip.look("狐".encode() * 1_000_000)  # no word ends
+    assert trip.loss.lost == trip.loss.read > 1_000_000
 
 
 def test_a_word_that_nothing_stands_for_is_one_line(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from seqpe_jax import build, config
 from seqpe_jax.build import saved
 from seqpe_jax.build.measured import measure as evaluate
+from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.interop.settings import spec_of
@@ -71,6 +72,7 @@ def test_text_round_trip(tmp_path, variant):
     assert same(first.params, second.params)
     assert report["parameters"] == sum(np.size(leaf) for leaf in jax.tree.leaves(first.params))
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    assert (tmp_path / "theirs" / "tokenizer_config.json").read_text() == '{"eos_token": "<|endoftext|>"}'
     tokens = np.arange(24)[None] % 40
     np.testing.assert_array_equal(first.logits(tokens), second.logits(tokens))
     expected = {"sinusoidal", "rotary", "alibi", "seqpe"}
@@ -180,11 +182,27 @@ def test_hugging_face_gpt2(tmp_path):
     settings |= {"activation_function": "gelu_new", "n_ctx": 16, "architectures": ["GPT2LMHeadModel"]}
     (source / "config.json").write_text(json.dumps(settings))
     tokenizer_file(source / "tokenizer.json")
+    (source / "special_tokens_map.json").write_text('{"eos_token": "a"}')
     report = conversion.to_run(str(source), str(tmp_path / "run"))
+    assert load_tokenizer(tmp_path / "run").end_of_text == 2
     assert report["left_out"] == {"h.0.attn.bias": "causal mask"} and report["encoding"] == "learned"
     tokens = rng.integers(0, 40, (2, 16))
     found = np.asarray(load_reference(str(tmp_path / "run")).logits(tokens))
     np.testing.assert_allclose(found, plain_gpt2(arrays, tokens, layers, heads=2), atol=2e-5)
+
+
+def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
+    import tokenizers
+
+    words = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<stop>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    files = (tmp_path / "vocab.json", tmp_path / "merges.txt")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
+    assert conversion._tokenizer(files, "").end_of_text == 256
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    found = conversion._tokenizer(files, "")
+    assert found.end_of_text == 257 and not found.lost("Grüße, 世界!\n")
 
 
 def plain_gpt2(arrays, tokens, layers, heads):

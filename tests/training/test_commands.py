@@ -152,7 +152,7 @@ def word_tokenizer(path: pathlib.Path, words: list[str]) -> None:
 def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_path, words):
     path, workdir = tmp_path / "tokenizer.json", tmp_path / "run"
     word_tokenizer(path, ["line", "of", "text"])
-    fields = {"steps": 1, "data__tokenizer": path, "eval__lengths": (16,)}
+    fields = {"steps": 1, "data__tokenizer": path, "data__lossy_tokenizer": True, "eval__lengths": (16,)}
     arguments = train_arguments(workdir, text, config=f"{CONFIG}:rotary", **fields)
     result = commands("train", *arguments)
     assert result.code == 0, result.err
@@ -161,6 +161,37 @@ def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_pa
     refused(commands("train", *arguments), "data.tokenizer")
     after = commands("evaluate", f"--checkpoint={workdir}")  # the run's own tokenizer lies beside its checkpoints
     assert after.code == 0 and after.out == before.out
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(commands, text, tmp_path):
+    path, workdir = tmp_path / "tokenizer.json", tmp_path / "run"
+    word_tokenizer(path, ["line", "of", "text"])
+    fields = {"steps": 1, "data__tokenizer": path, "eval__lengths": (16,), "data__cache_dir": tmp_path / "cache"}
+    arguments = train_arguments(workdir, text, config=f"{CONFIG}:rotary", **fields)
+    refused(commands("train", *arguments), "loses text", "bytes looked at", "data.lossy_tokenizer=True")
+    assert not workdir.exists()
+    accepted = commands("train", *arguments, "--config.data.lossy_tokenizer=True")
+    assert accepted.code == 0 and "the tokenizer loses text: " in accepted.out, accepted.err
+    settings = json.loads((workdir / "config.json").read_text())
+    del settings["data"]["lossy_tokenizer"]  # as of a run from before there was such a field
+    (workdir / "config.json").write_text(json.dumps(settings))
+    refused(commands("evaluate", f"--checkpoint={workdir}"), "loses text", "--lossy-tokenizer")
+    assert commands("evaluate", f"--checkpoint={workdir}", "--lossy-tokenizer").code == 0
+    shutil.rmtree(tmp_path / "cache")
+    refused(commands("train", *arguments), "data.lossy_tokenizer=True")
+    result = commands("train", *arguments, "--config.data.lossy_tokenizer=True")
+    assert result.code == 0 and "nothing to do" in result.out, result.err
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(commands, text, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    settings = json.loads((workdir / "config.json").read_text())
+    del settings["data"]["lossy_tokenizer"], settings["encoding"]["fraction_digits"]
+    (workdir / "config.json").write_text(json.dumps(settings))
+    result = commands("train", *train_arguments(workdir, text, steps=2, **PLAIN))
+    assert result.code == 0 and "nothing to do" in result.out, result.err
 
 
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):

@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -238,17 +239,26 @@ def test_the_model_card_says_what_it_is(on_text, text_export):
 
 
 def test_a_tokenizer_goes_with_its_model(commands, text, tmp_path):
-    word_tokenizer(tmp_path / "tokenizer.json", ["line", "of", "text"])
+    word_tokenizer(tmp_path / "tokenizer.json", ["line", "of", "text", "</s>"])
     fields = {"data__name": "text_files", "data__paths": (str(text),), "data__tokenizer": str(tmp_path / "tokenizer.json")}
+    fields["data__lossy_tokenizer"] = True
     workdir = saved_run(tmp_path / "run", tiny_config(variant="rotary", eval__lengths=(16,), **fields))
     (tmp_path / "tokenizer.json").unlink()  # the run keeps its own
     export = tmp_path / "export"
     result = commands("export", f"--checkpoint={workdir}", f"--output={export}", "--platforms=cpu")
     assert result.code == 0, result.err
-    assert (export / "tokenizer.json").read_bytes() == (workdir / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (export / name).read_bytes() == (workdir / name).read_bytes()
     check_alone(workdir, export, [np.array([[1, 2, 3, 0]], np.int32)])
     both = [commands("evaluate", f"--checkpoint={folder}") for folder in (workdir, export)]
     assert both[0].code == 0 and both[0].out == both[1].out
+
+
+def test_an_export_may_have_a_name_of_any_bytes(commands, on_text, tmp_path):
+    export = tmp_path / os.fsdecode(b"caf\xe9")
+    result = commands("export", f"--checkpoint={on_text}", f"--output={export}", "--platforms=cpu", "--max-length=16")
+    assert result.code == 0, result.err
+    assert (export / "README.md").read_text().startswith("# caf\\udce9\n")
 
 
 @pytest.mark.parametrize("arguments,words", [
