@@ -137,7 +137,7 @@ def test_a_search_runs_its_trials_and_evaluates_the_best(commands, text, tmp_pat
 def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
     result = commands("sweep", "--sweep=configs/sweeps/extrapolation.py", f"--workdir={tmp_path / 'x'}", "--executor=print")
     lines = [shlex.split(line) for line in result.out.splitlines()]
-    assert result.code == 0 and len(lines) == 42 and not (tmp_path / "x").exists()
+    assert result.code == 0 and len(lines) == 48 and not (tmp_path / "x").exists()
     assert {words[2] for words in lines} == {"seqpe_jax.train", "seqpe_jax.evaluate"}
     path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary')}", steps=1)
     printed = commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'a b'}", "--executor=print", "--only=rotary")

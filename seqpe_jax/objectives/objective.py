@@ -58,11 +58,12 @@ class Objective:
       model: module of (inputs, signal, deterministic) -> logits.
       task: what the model is trained for; inputs: shape and type of one example for the model, [1, ...].
       encoding: module of (positions) -> signal; with vectors of its own when `has_vectors`.
-      shape: the window or grid that the model trains on, one int per coordinate axis; spacing: where its places stand.
+      shape: the window or grid that the model trains on, one int per coordinate axis.
       max_position, base: coordinates lie below, in units of the spacing; base of their digits.
       heads: heads of the position vectors, or None when one vector serves them all.
       settings: the frozen `objective` section of the config.
       has_vectors: the encoding has vectors (SeqPE) that contrastive and distillation terms shape.
+      spacing: where the places of windows and grids stand.
     """
 
     model: nn.Module
@@ -70,12 +71,12 @@ class Objective:
     inputs: jax.ShapeDtypeStruct
     encoding: nn.Module
     shape: tuple[int, ...]
-    spacing: Spacing
     max_position: int
     base: int
     heads: int | None
     settings: Any
     has_vectors: bool
+    spacing: Spacing = Spacing()
 
     @property
     def length(self) -> int:

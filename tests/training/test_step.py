@@ -139,7 +139,7 @@ def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
 ], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
 def test_meshes_equal_one_device_on_images(images, single_images, sizes):
     program = check_mesh(images, single_images, sizes, single_images.before)
-    rows, places = count_rows(images), 5  # two digits for each coordinate, and CLS
+    rows, places = count_rows(images), 7  # three digits for each coordinate, and CLS
     assert f"f32[{rows // 8},{places},16]" in program and f"f32[{rows},{places},16]" not in program
 
 
