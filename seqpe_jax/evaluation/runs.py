@@ -237,18 +237,22 @@ def _rows(runs: list[Run], chosen: bool) -> list[Run]:
     """Names rows: by the encoding and, where it was trained in several ways, by the fields in which they differ.
 
     Args:
-      chosen: whether somebody chose the runs' names, in a sweep: there, a way that was trained once has the run's name.
+      chosen: whether somebody chose the runs' names, in a sweep: there, a way that was trained once has the run's name, and
+        one whose runs are called NAME-SEED has that name.
     """
     settings = [flat({name: value for name, value in run.config.items() if name not in REPEATED}) for run in runs]
     ways = [json.dumps(own, sort_keys=True) for own in settings]
     named, encodings = {}, dict.fromkeys(run.encoding for run in runs)
-    alone = {way: run.name for run, way in zip(runs, ways, strict=True) if chosen and ways.count(way) == 1}
+    given: dict[str, set[str]] = {}
+    for run, way in zip(runs, ways, strict=True):
+        given.setdefault(way, set()).add(run.name if ways.count(way) == 1 else run.name.removesuffix(f"-{run.seed}"))
+    alone = {way: names.pop() for way, names in given.items() if chosen and len(names) == 1}
     for encoding in encodings:
         own = {way: values for run, way, values in zip(runs, ways, settings, strict=True) if run.encoding == encoding}
         labels = _differing(list(own.values()))
         for way, label in zip(own, labels, strict=True):
             named[way] = f"{encoding} ({', '.join(label)})" if label else encoding
-            if len(own) > 1 and alone.get(way, encoding) not in encodings:
+            if len(own) > 1 and way in alone and alone[way] not in encodings.keys() - {encoding}:
                 named[way] = alone[way]
     return [dataclasses.replace(run, row=named[way]) for run, way in zip(runs, ways, strict=True)]
 

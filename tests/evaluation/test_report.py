@@ -94,7 +94,7 @@ def test_rows_are_named_by_what_differs_from_most(tmp_path):
     }  # fmt: skip
 
 
-def test_rows_of_a_sweep_have_the_names_of_runs_without_repetition(tmp_path):
+def test_rows_of_a_sweep_have_the_names_of_their_runs_without_the_seed(tmp_path):
     ways = {"full": {}, "off": {"objective": {"weight": 0.0}}, "on-0": {"steps": 9}, "on-1": {"steps": 9, "seed": 1}}
     for name, way in ways.items():
         make_run(tmp_path / name, **way)
@@ -103,7 +103,7 @@ def test_rows_of_a_sweep_have_the_names_of_runs_without_repetition(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"points": {n: {"settings": points[n]} for n in sorted(points)}}))
     study = read_study(tmp_path)
     assert {run.name: run.row for run in study.runs} == {
-        "full": "full", "off": "off", "on-0": "seqpe (steps=9)", "on-1": "seqpe (steps=9)", "baseline": "alibi",
+        "full": "full", "off": "off", "on-0": "on", "on-1": "on", "baseline": "alibi",
     }  # fmt: skip
     assert tables.cost(study).header[0] == "run"
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -78,3 +79,9 @@ def test_files_that_the_pages_name_are_there():
     paths = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "WORKSPACE.md").read_text())
     for name in paths:
         assert (ROOT / name).exists() or (ROOT / "seqpe_jax" / name).exists(), f"WORKSPACE.md names {name}"
+
+
+def test_tables_of_results_are_those_of_the_stored_studies():
+    found = subprocess.run([sys.executable, "launch/results_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "<!-- results: extrapolation bits_per_byte" in (ROOT / "README.md").read_text()
