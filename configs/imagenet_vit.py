@@ -5,11 +5,14 @@
 
 Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar where the first start says; nothing is downloaded.
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
-Variants: s16 (default) or b16, and after a dash the encoding: seqpe (default), learned, sinusoidal, rotary,
-rotary_axial, rotary_mixed, none. An encoding alone means s16.
+Variants: s16 (default) or b16, and after a dash the encoding: seqpe (default), seqpe_extended (positions with a fraction
+and zoom, as digits_vit.py has them; see docs/recipes.md), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, none. An
+encoding alone means s16.
 """
 
 from seqpe_jax.config import defaults, with_encoding
+
+FORMS = {"seqpe_extended": "seqpe"}
 
 IMAGES = 1_281_167
 EPOCHS, WARMUP_EPOCHS = 400, 20
@@ -80,4 +83,12 @@ def get_config(variant=None):
     c.objective.distillation.batch = 256
     c.objective.distillation.offsets = 64
     c.objective.shift.rate = 0.1
-    return with_encoding(c, "-".join(parts))
+    if parts == ["seqpe_extended"]:
+        c.encoding.max_position = 40
+        c.encoding.fraction_digits = 1
+        c.encoding.resize = "stretch"
+        c.objective.zoom.rate = 0.5
+        c.objective.zoom.smallest = 0.3
+        c.objective.shift.rate = 0.0
+        c.objective.shift.sets = 8  # parts of one step
+    return with_encoding(c, "-".join(parts), FORMS)

@@ -6,15 +6,17 @@
         --output=runs/squad/evaluation.json
 
 Hardware: 8 accelerators, or fewer with --config.optimizer.accumulate. Variants: the encoding of the checkpoint,
-`configs/squad_qa_gpt2.py:rotary`. Never run at full size by this project. Source of the numbers: the paper's recipe; the
-batch of its question answering is that of its language model.
+`configs/squad_qa_gpt2.py:rotary`; seqpe_extended is as stdlib_qa.py has it (see docs/recipes.md). Never run at full size by
+this project. Source of the numbers: the paper's recipe; the batch of its question answering is that of its language model.
 """
 
 from seqpe_jax.config import defaults, with_encoding
 
+FORMS = {"seqpe_extended": "seqpe"}
+
 
 def get_config(variant=None):
-    """Returns the config; a variant is an encoding kind."""
+    """Returns the config; a variant is an encoding kind, or one of `FORMS`."""
     c = defaults()
     c.steps = 10_000
     c.batch_size = 128
@@ -49,4 +51,17 @@ def get_config(variant=None):
     c.objective.distillation.batch = 128
     c.objective.distillation.offsets = 32
     c.objective.shift.rate = 0.1
-    return with_encoding(c, variant)
+    if variant == "seqpe_extended":
+        c.encoding.qk = "multi"
+        c.encoding.position_heads = 9  # three near, three middle, three far; three more see no position
+        c.encoding.rotary_heads = 9
+        c.encoding.rotary_pairs = 16
+        c.encoding.feature_width = 32
+        c.encoding.log_scaling = True
+        c.objective.contrastive.space = "logits"
+        c.objective.contrastive.head_scales = (1.0, 4.0, 16.0) * 3
+        c.objective.contrastive.around_pivot = True
+        c.objective.contrastive.past_only = True
+        c.objective.contrastive.window = 4096
+        c.objective.shift.rate = 0.6
+    return with_encoding(c, variant, FORMS)

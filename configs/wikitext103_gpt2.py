@@ -4,10 +4,13 @@
         --config.data.tokenizer=PATH/tokenizer.json [--config.data.paths=PATH/wikitext-103-raw-v1.zip]
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
-Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
+Variants: seqpe (default), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), learned, sinusoidal, rotary,
+rotary_axial, rotary_mixed, alibi, none.
 """
 
 from seqpe_jax.config import defaults, with_encoding
+
+FORMS = {"seqpe_extended": "seqpe"}
 
 
 def get_config(variant=None):
@@ -47,4 +50,12 @@ def get_config(variant=None):
     c.objective.distillation.batch = 256
     c.objective.distillation.offsets = 32
     c.objective.shift.rate = 0.1
-    return with_encoding(c, variant)
+    if variant == "seqpe_extended":
+        c.encoding.qk = "multi"
+        c.encoding.rotary_pairs = 16  # of 32: those whose period is shorter than the window of 512
+        c.encoding.feature_width = 16
+        c.objective.contrastive.space = "logits"
+        c.objective.contrastive.around_pivot = True
+        c.objective.contrastive.past_only = True
+        c.objective.contrastive.window = 4096  # eight windows of training
+    return with_encoding(c, variant, FORMS)

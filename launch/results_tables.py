@@ -31,13 +31,13 @@ def table(study: str, metric: str, rows: str = "") -> str:
     found: dict[str, dict[str, list[float]]] = {}
     with (ROOT / "docs" / "results" / f"{study}.csv").open() as file:
         for line in csv.DictReader(file):
-            scale, trained = (line.get(name) or line.get(name.replace("length", "size")) for name in ("length", "training_length"))
+            scale, trained = (line.get(f"{part}length") or line[f"{part}size"] for part in ("", "training_"))
             label = f"{scale} ({int(scale.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"
             if line.get(metric):
                 found.setdefault(line["row"], {}).setdefault(label, []).append(float(line[metric]))
     names = rows.split(",") if rows else list(found)
     labels = sorted({label for name in names for label in found[name]}, key=lambda label: int(re.split(r"\D", label)[0]))
-    means = {(name, label): statistics.fmean(found[name][label]) for name in names for label in labels if label in found[name]}
+    means = {(name, label): statistics.fmean(values) for name in names for label, values in found[name].items()}
     choose = max if more_is_better else min
     lines = [["run", *labels], ["---", *["---:"] * len(labels)]]
     for name in names:
@@ -63,11 +63,12 @@ def main(check: bool) -> int:
     """Rewrites the pages, or tells which would change; returns the exit code."""
     stale = [page for page in pages() if rewritten(page.read_text()) != page.read_text()]
     for page in stale:
+        name = page.relative_to(ROOT)
         if check:
-            print(f"{page.relative_to(ROOT)} does not hold what docs/results says: run launch/results_tables.py", file=sys.stderr)
+            print(f"{name} does not hold what docs/results says: run launch/results_tables.py", file=sys.stderr)
         else:
             page.write_text(rewritten(page.read_text()))
-            print(f"written: {page.relative_to(ROOT)}")
+            print(f"written: {name}")
     return int(check and bool(stale))
 
 

@@ -82,6 +82,7 @@ def test_files_that_the_pages_name_are_there():
 
 
 def test_tables_of_results_are_those_of_the_stored_studies():
-    found = subprocess.run([sys.executable, "launch/results_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "launch/results_tables.py", "--check"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "<!-- results: extrapolation bits_per_byte" in (ROOT / "README.md").read_text()
