@@ -285,7 +285,7 @@ def test_export_refuses_arguments(commands, on_text, text_export, tmp_path, argu
 
 @pytest.mark.parametrize("arguments,words", [
     (["--max-size=9"], ["--max-size 9x9", "patches of 2x2"]),
-    (["--max-size=202"], ["--max-size 202x202", "largest size possible is 200x200"]),
+    (["--max-size=202"], ["--max-size 202x202", "largest size possible is 80x80"]),
     (["--max-length=16"], ["--max-length", "images", "--max-size"]),
 ])  # fmt: skip
 def test_export_of_images_refuses_arguments(commands, on_images, tmp_path, arguments, words):
