@@ -1,6 +1,7 @@
 """What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts."""
 
 import ast
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -88,6 +89,9 @@ def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; exits with 0, with 2 on bad input (one line), with 1 on a failure."""
+    for name in ("stdout", "stderr"):  # closed by who started the command, as `>&-` does: what is said goes nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     module = sys.modules["__main__"]
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((module.__doc__ or "").strip())

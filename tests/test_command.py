@@ -1,5 +1,10 @@
 """What is said of a field on the command line reaches it as it was meant."""
 
+import os
+import shlex
+import subprocess
+import sys
+
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -44,3 +49,25 @@ def test_paths_are_texts(written, paths):
 def test_other_fields_are_read_as_before():
     found = parsed("--config.data.paths=1", "--config.data.paths=2", "--config.eval.lengths=16,32", "--config.seed", "7")
     assert (found.data.paths, found.eval.lengths, found.seed) == (("1", "2"), (16, 32), 7)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("done,code", [("print('told', flush=True)", 0), ("raise InputError('refused')", 2)])
+def test_a_command_works_where_what_it_says_goes_nowhere(closed, done, code):
+    """In a process of its own, whose standard streams are closed before Python starts."""
+    script = f"""
+import sys
+from seqpe_jax import command
+from seqpe_jax.errors import InputError
+sys.argv = ["command"]
+def main():
+    {done}
+command.run(main)
+"""
+    words = f"{shlex.join([sys.executable, '-c', script])} {closed}"
+    result = subprocess.run(words, shell=True, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    said = (
+        "told\n" if code == 0 and ">&-" not in closed.split() else "",
+        "" if "2>&-" in closed or not code else "error: refused\n",
+    )
+    assert (result.returncode, (result.stdout, result.stderr)) == (code, said)

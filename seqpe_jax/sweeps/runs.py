@@ -79,8 +79,8 @@ class Run:
     def fail(self, words: str) -> None:
         """Notes in the log that the run failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("a") as log:
-            log.write(f"{FAILED}{words}\n")
+        with (self.folder / LOG).open("ab") as log:
+            log.write(_line(FAILED + words))
 
     def failure(self) -> str | None:
         """Returns the last line of a run that failed, else None."""
@@ -184,7 +184,7 @@ class Attempt:
             self._process.send_signal(signal.SIGTERM)
 
     def _say(self, words: str) -> None:
-        self._log.write((words + "\n").encode())
+        self._log.write(_line(words))
         self._log.flush()
 
 
@@ -219,6 +219,11 @@ def _inherited(cores: Iterable[int] | None) -> Iterator[None]:
             os.sched_setaffinity(0, own)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _line(words: str) -> bytes:
+    """Returns a line of a log, in UTF-8 whatever the locale; names of files may be any bytes."""
+    return f"{words}\n".encode(errors="backslashreplace")
 
 
 def _tail(path: pathlib.Path) -> str:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +11,7 @@ import pytest
 
 from seqpe_jax.sweeps import local
 from seqpe_jax.sweeps.runs import Attempt, Busy, is_busy
+from tests.commands import ROOT
 from tests.sweeps.fake import headers, run
 
 
@@ -53,6 +56,25 @@ def test_a_command_that_ends_well_without_its_work_has_failed(tmp_path):
     (one.folder / "evaluation.json").mkdir(parents=True)  # cannot be written
     local.work([one], [one], 1)
     assert one.failure().startswith("evaluate, exit code 1: IsADirectoryError")
+
+
+def test_logs_hold_names_of_any_bytes(tmp_path):
+    one = run(tmp_path, "a", "caf\udce9")
+    local.work([one], [one], 1)
+    assert not one.left() and b"caf\\udce9" in (one.folder / "log.txt").read_bytes()
+    other = run(tmp_path, "b")
+    other.fail("train, exit code 2: é and caf\udce9 do not exist")
+    assert other.failure() == "train, exit code 2: é and caf\\udce9 do not exist"
+
+
+def test_failures_are_noted_where_the_locale_is_ascii(tmp_path):
+    """In a process of its own, as Python looks at these variables when it starts."""
+    script = (
+        f"from tests.sweeps.fake import run; import pathlib; run(pathlib.Path({str(tmp_path)!r}), 'a').fail('caf\\xe9')"
+    )
+    variables = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, check=True)
+    assert run(tmp_path, "a").failure() == "café"
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
