@@ -431,6 +431,9 @@ def with_encoding(
     for field in dataclasses.fields(EncodingConfig):
         if kind not in field.metadata.get("reads", (kind,)):
             config.encoding[field.name] = field.default
+    if kind not in REAL_POSITIONS or kind == "rotary" and config.data.name in IMAGES:  # whole numbers alone
+        config.encoding.fraction_digits, config.encoding.resize = 0, "extend"
+        config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
     if kind != "seqpe":
         for section, terms in VECTOR_TERMS.items():
             config.objective[section] = ml_collections.ConfigDict(dataclasses.asdict(terms(weight=0.0)))
@@ -442,26 +445,30 @@ def with_encoding(
 VECTOR_TERMS = {"contrastive": ContrastiveConfig, "distillation": DistillationConfig}  # on vectors, which SeqPE alone has
 
 
+def as_read(config: Config) -> Config:
+    """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
+    kind, plain = config.encoding.kind, EncodingConfig()
+    unread = [field.name for field in dataclasses.fields(plain) if kind not in field.metadata.get("reads", (kind,))]
+    if kind == "seqpe" and not config.encoding.rotary_pairs:
+        unread += OF_PAIRS
+    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in unread})
+    terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_TERMS.items()}
+    return dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
+
+
+OF_PAIRS = ["theta", "rotary_heads"]  # of the pairs beside SeqPE
+
+
 def _check_read(config: Config) -> None:
     """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
-    kind, plain, unread = config.encoding.kind, EncodingConfig(), {}
-    for field in dataclasses.fields(EncodingConfig):
-        reads, value = field.metadata.get("reads", (kind,)), getattr(config.encoding, field.name)
-        if kind not in reads and value != field.default:
-            unread[f"encoding.{field.name}={value}"] = reads
-    for section, terms in VECTOR_TERMS.items():
-        if kind != "seqpe":
-            given = dataclasses.asdict(getattr(config.objective, section))
-            lines = difference(dataclasses.asdict(terms(weight=0.0)), given)
-            unread |= {f"objective.{section}.{line.split(':')[0]}": SEQPE for line in lines}
-    for name, reads in unread.items():
-        raise InputError(f"{name} is not read by encoding.kind='{kind}', only by {', '.join(reads)}: leave it out")
-    for name in ("theta", "rotary_heads"):
-        turned = config.encoding.rotary_pairs or kind != "seqpe"
-        if not turned and getattr(config.encoding, name) != getattr(plain, name):
-            raise InputError(
-                f"encoding.{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out"
-            )
+    kind = config.encoding.kind
+    reads = {f"encoding.{field.name}": field.metadata.get("reads", ()) for field in dataclasses.fields(EncodingConfig)}
+    for line in difference(to_dict(as_read(config)), to_dict(config)):
+        name, value = line.partition(": ")[0], line.rpartition(" -> ")[2]
+        kinds = reads.get(name, SEQPE)  # terms on vectors
+        if kind in kinds:
+            raise InputError(f"{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out")
+        raise InputError(f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(kinds)}: leave it out")
 
 
 def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
@@ -600,7 +607,8 @@ def check_positions(config: Config, length: int, asked_by: str) -> None:
     encoding = config.encoding
     if encoding.resize == "stretch":
         _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
-    elif encoding.kind == "seqpe" and length > encoding.max_position:
+        length = config.data.length  # that of the positions, however many places stand on them
+    if encoding.kind == "seqpe" and length > encoding.max_position:
         raise InputError(
             f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
             f"{encoding.max_position - 1} (encoding.max_position={encoding.max_position}): "
@@ -638,11 +646,13 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
             f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, patch[-2:]))} pixels "
             f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
         )
+    places = config.grid_of(sides)
     if config.encoding.resize == "stretch":
-        _check_finer(config, config.grid_of(sides)[-2:], config.grid[-2:], patch[-2:], asked_by)
-    elif config.encoding.kind == "seqpe" and max(config.grid_of(sides)) > reach:
+        _check_finer(config, places[-2:], config.grid[-2:], patch[-2:], asked_by)
+        places = (*places[:-2], *config.grid[-2:])  # those of the positions, however many patches stand on them
+    if config.encoding.kind == "seqpe" and max(places) > reach:
         raise InputError(
-            f"{asked_by} {written} needs position {max(config.grid_of(sides)) - 1} along an axis, but the largest "
+            f"{asked_by} {written} needs position {max(places) - 1} along an axis, but the largest "
             f"position possible is {reach - 1} (encoding.max_position={reach}), so the largest size possible is "
             f"{'x'.join(str(reach * part) for part in patch[-2:])}: raise encoding.max_position or lower {asked_by}"
         )
@@ -673,7 +683,7 @@ def _check(config: Config) -> None:
             f"batch_size={config.batch_size} is not a multiple of optimizer.accumulate={config.optimizer.accumulate}"
         )
     part = config.batch_size // config.optimizer.accumulate
-    moved = max(objective.shift.rate, objective.skip.rate) > 0
+    moved = max(objective.shift.rate, objective.skip.rate, objective.jitter.rate, objective.zoom.rate) > 0
     if moved and part % objective.shift.sets:
         raise InputError(
             f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
@@ -763,10 +773,11 @@ def _check_fractions(config: Config) -> None:
                 f"{name} needs positions between whole numbers, and encoding.kind='{encoding.kind}' {why}: leave it as it "
                 f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
             )
-    if encoding.max_position * encoding.unit > LARGEST_UNITS:
+    axes = len(config.grid) if config.objective.contrastive.weight else 1  # which numbers the positions of all axes
+    if (encoding.max_position * encoding.unit) ** axes > LARGEST_UNITS:
         raise InputError(
-            f"encoding.fraction_digits={encoding.fraction_digits} in base {encoding.base} makes more than {LARGEST_UNITS} "
-            f"positions of encoding.max_position={encoding.max_position}: lower one of them"
+            f"encoding.max_position={encoding.max_position} with encoding.fraction_digits={encoding.fraction_digits} in "
+            f"base {encoding.base} makes more than {LARGEST_UNITS} positions on {axes} axes: lower one of them"
         )
     if encoding.fraction_digits and encoding.padding == "right":
         raise InputError("encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0")

@@ -74,13 +74,18 @@ def run(checkpoint: str, output: str, max_length: int | None, max_size: int | No
 def described(served: Run, params: Params, scale: tuple[int, ...], step: int, platforms: tuple[str, ...]) -> dict[str, str]:
     """Returns the table of the model card."""
     settings, field = served.config, served.data.scale_field
+    encoding = settings.encoding.kind
+    if encoding == "learned":
+        encoding += ", stretched past its table"
+    elif settings.encoding.resize == "stretch":
+        encoding += ", past training between its positions"
     count, stored = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (served.shapes.params, params))
     replaced = f" trained, {stored:,} here: a table of vectors for the encoder" if stored != count else ""
     return {
         "task": served.data.kind,
         "data": settings.data.name,
         "steps": f"{step:,}",
-        "encoding": settings.encoding.kind + (", stretched past its table" if settings.encoding.kind == "learned" else ""),
+        "encoding": encoding,
         "parameters": f"{count:,}{replaced}",
         f"training {field}": "x".join(map(str, settings.data.size or (settings.data.length,))),
         f"{field}s served": f"up to {'x'.join(map(str, scale))}",

@@ -5,7 +5,8 @@
 
 What follows the prompt is printed as it comes. What follows the lines of a file is printed or stored as a JSON object
 each: prompt, text, tokens (ids), log_prob (of all of them, nats, at temperature 1), ended (by the tokenizer's end of text).
-A learned table is stretched to the longest prompt and its new tokens, where those are more than it has entries.
+A learned table is stretched to the longest prompt and its new tokens, where those are more than it has entries; so are the
+positions of a run with encoding.resize='stretch', where those are more than a training window has.
 """
 
 import json

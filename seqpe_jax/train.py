@@ -117,8 +117,9 @@ def _check_same_run(settings: Config, workdir: pathlib.Path, step: int | None) -
         return
     if step is None:
         return
-    before = config.from_dict(read_config(workdir))  # a field that is newer than the run has its default
-    old, new = (json.loads(json.dumps(config.to_dict(one))) for one in (before, settings))
+    # An older run's file lacks fields that are newer, which have their defaults, and may hold values that nothing reads.
+    before = config.from_dict(read_config(workdir))
+    old, new = (config.to_dict(config.as_read(one)) for one in (before, settings))
     for values in (old, new):
         for section in config.FREE_SECTIONS:
             values.pop(section, None)

@@ -143,13 +143,14 @@ def test_other_complaints_of_the_compiler_are_not_hidden():
 
 
 KERNEL = """
+import json
 import sys
 import jax
 from seqpe_jax import config
 from seqpe_jax.build import aot, build
 from seqpe_jax.runtime import mesh as layout
 fields = dict(field.split("=") for field in sys.argv[2:])
-settings = config.load(sys.argv[1], {name: int(value) for name, value in fields.items()})
+settings = config.load(sys.argv[1], {name: json.loads(value) for name, value in fields.items()})
 run = build(settings, aot.devices_of("v5e:2x2"), data_there=False)
 split = layout.batch_sharding(run.mesh)
 batch = {
@@ -163,8 +164,12 @@ print("kernels", text.count('custom_call_target="tpu_custom_call"'))
 
 @pytest.mark.slow
 def test_a_step_on_tpu_runs_the_attention_kernel(libtpu):
-    """Forward, gradient of queries, gradient of keys: for each device its own heads and queries."""
-    fields = ["data.length=384", "encoding.max_position=1000", "batch_size=4", "mesh.tensor=2", "mesh.context=2"]
+    """Forward, gradient of queries, gradient of keys: for each device its own heads and queries, whatever its heads see."""
+    fields = [
+        "data.length=384", "encoding.max_position=1000", "batch_size=4", "mesh.tensor=2", "mesh.context=2",
+        "encoding.rotary_pairs=4", "encoding.rotary_heads=1", "encoding.position_heads=1", "encoding.feature_width=3",
+        "encoding.log_scaling=true",
+    ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if libtpu:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))

@@ -1,6 +1,9 @@
 """Every wrong field gets one clear line that names it and says how to fix it."""
 
+import copy
+import dataclasses
 import json
+import typing
 
 import pytest
 
@@ -9,6 +12,8 @@ from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
 QUICKSTART = str(ROOT / "configs" / "stdlib_lm.py")
+JITTER = {"objective.jitter.rate": 0.5, "objective.jitter.range": 1.0}
+MULTIPLIED = {"encoding.mode": "attn_mul", "encoding.feature_width": 0, "objective.contrastive.space": "vectors"}
 
 
 def test_a_config_survives_json():
@@ -39,6 +44,23 @@ def test_difference_names_the_fields_that_differ():
         ({"model.heads": 5}, ["model.width=96", "model.heads=5"]),
         ({"optimizer.accumulate": 3}, ["batch_size=16", "optimizer.accumulate=3"]),
         ({"objective.shift.sets": 3}, ["objective.shift.sets=3"]),
+        (JITTER | {"objective.shift.sets": 3, "objective.shift.rate": 0.0}, ["objective.shift.sets=3"]),
+        ({"objective.contrastive.head_scales": (1.0, 2.0)}, ["objective.contrastive.head_scales=(1.0, 2.0)", "4 heads"]),
+        (
+            {"objective.contrastive.head_scales": (1.0,) * 4, "objective.contrastive.space": "vectors"},
+            ["objective.contrastive.head_scales", "objective.contrastive.space='logits'"],
+        ),
+        ({"encoding.fraction_digits": 6}, ["encoding.fraction_digits=6", "encoding.max_position=5000", "lower one"]),
+        ({"encoding.resize": "stretch", "eval.lengths": (65,)}, ["eval.lengths 65", "encoding.fraction_digits=0"]),
+        (
+            {"encoding.resize": "stretch", "encoding.fraction_digits": 1, "data.length": 8192, "eval.lengths": ()},
+            ["data.length 8192", "largest position possible is 4999"],
+        ),
+        ({"encoding.fraction_digits": 1, "encoding.padding": "right"}, ["encoding.padding='right'"]),
+        ({"objective.zoom.rate": 0.5}, ["objective.zoom", "on images"]),
+        ({"objective.jitter.rate": 0.5}, ["objective.jitter.range=0.0", "set both"]),
+        ({"objective.jitter.rate": 0.5, "objective.jitter.range": 0.4}, ["objective.jitter.range=0.4", "1/1"]),
+        (MULTIPLIED | {"encoding.log_scaling": True}, ["encoding.log_scaling", "attn_mul"]),
         ({"objective.contrastive.mixture": (0.5, 0.4)}, ["objective.contrastive.mixture", "three"]),
         ({"objective.contrastive.candidates": 5000}, ["objective.contrastive.candidates=5000"]),
         ({"encoding.mode": "attn_mul"}, ["objective.contrastive.space", "attn_scalar"]),
@@ -73,3 +95,93 @@ def test_terms_without_vectors_are_refused():
 def test_a_missing_config_file_is_named():
     with pytest.raises(InputError, match="no config file at configs/nothing.py"):
         config.load("configs/nothing.py")
+
+
+DIGITS = str(ROOT / "configs" / "digits_vit.py")
+KINDS = typing.get_args(config.EncodingKind)
+
+
+@pytest.mark.parametrize("overrides,words", [
+    ({"data.size": (208, 8), "encoding.max_position": 20}, ["data.size 208x8", "largest position possible is 19"]),
+    ({"batch_size": 12, "objective.shift.rate": 0.0}, ["12 sequences", "objective.shift.sets=8"]),
+    ({"encoding.max_position": 4000}, ["encoding.max_position=4000", "on 2 axes"]),
+])  # fmt: skip
+def test_a_wrong_value_of_images_is_named(overrides, words):
+    """Under encoding.resize='stretch', with zoomed steps alone."""
+    assert config.load(DIGITS).objective.zoom.rate and config.load(DIGITS).encoding.resize == "stretch"
+    with pytest.raises(InputError) as caught:
+        config.load(DIGITS, overrides)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def other_value(name: str, default):
+    """A value of a field of an encoding that is not its default."""
+    hint = typing.get_type_hints(config.EncodingConfig)[name]
+    if typing.get_origin(hint) is typing.Literal:
+        return next(choice for choice in typing.get_args(hint) if choice != default)
+    return not default if hint is bool else default + 1 if hint is int else default / 2 or 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
+    plain = dataclasses.replace(config.load(QUICKSTART + ":none"), encoding=config.EncodingConfig(kind))
+    values, refused = config.to_dict(plain), set()
+    if kind == "seqpe":
+        values["encoding"]["rotary_pairs"] = 2  # else what belongs to them would be refused too
+    for field in dataclasses.fields(config.EncodingConfig):
+        if field.name == "kind":
+            continue
+        given = copy.deepcopy(values)
+        given["encoding"][field.name] = other_value(field.name, given["encoding"][field.name])
+        reads = field.metadata.get("reads", KINDS)
+        try:
+            config.from_dict(given)
+        except InputError:
+            continue  # refused wherever it comes from
+        if kind in reads:
+            config._given(given)
+            continue
+        with pytest.raises(InputError) as caught:
+            config._given(given)
+        message = str(caught.value)
+        assert f"encoding.{field.name}=" in message and f"encoding.kind='{kind}'" in message and "\n" not in message
+        assert message.split("only by ")[1] == f"{', '.join(reads)}: leave it out"
+        assert config.as_read(config.from_dict(given)) == config.from_dict(values)
+        refused.add(field.name)
+    assert len(refused) >= (3 if kind == "seqpe" else 20)
+
+
+def test_terms_and_pairs_that_are_not_there_have_no_fields():
+    with pytest.raises(InputError, match="contrastive.batch=9 is not read by encoding.kind='rotary', only by seqpe"):
+        config.load(QUICKSTART + ":rotary", {"objective.contrastive.batch": 9})
+    for field, value in (("theta", 100.0), ("rotary_heads", 2)):
+        with pytest.raises(InputError, match=f"encoding.{field} is of the rotary pairs beside SeqPE"):
+            config.load(QUICKSTART, {"encoding.rotary_pairs": 0, f"encoding.{field}": value})
+
+
+@pytest.mark.parametrize("path", [QUICKSTART, DIGITS], ids=["text", "images"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_takes_the_place_of_another(path, kind):
+    """As benchmarks compare them: what the other kind had and this one knows nothing of, is gone."""
+    if path == DIGITS and kind == "alibi":
+        pytest.skip("alibi knows one axis alone")
+    values = config.defaults()
+    values.update(config.to_dict(config.load(path, JITTER)))
+    found = config.parse(config.with_encoding(values, kind))
+    assert found.encoding.kind == kind and found == config.as_read(found)
+    assert (found.objective.jitter.rate > 0) == (kind in config.REAL_POSITIONS and (path, kind) != (DIGITS, "rotary"))
+
+
+def test_the_config_of_an_older_run_is_read():
+    """Its file lacks what was added since, and holds values that nothing reads."""
+    values = json.loads(json.dumps(config.to_dict(config.load(QUICKSTART + ":rotary"))))
+    for name in ("encoding.fraction_digits", "encoding.resize", "encoding.position_heads", "encoding.rotary_pairs",
+                 "encoding.rotary_heads", "encoding.feature_width", "encoding.log_scaling", "objective.jitter",
+                 "objective.zoom"):  # fmt: skip
+        section, field = name.split(".")
+        del values[section][field]
+    values["encoding"] |= {"width": 96, "heads": 4, "qk": "multi"}
+    values["objective"]["contrastive"] |= {"batch": 8, "window": 512}
+    old = config.from_dict(values)
+    assert old.encoding.width == 96 and config.as_read(old) == config.load(QUICKSTART + ":rotary")

@@ -57,7 +57,14 @@ SEQPE = [
     )
 ]  # fmt: skip
 BASELINES = ["learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"]
+COMPOSED = {
+    "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1, "encoding__log_scaling": True,
+}  # fmt: skip
+STRETCHED = {"encoding__resize": "stretch", "encoding__fraction_digits": 1}  # a window is read between places of training
+PARTLY = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2, "encoding__log_scaling": True}
 CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, {}) for kind in BASELINES]
+CASES += [("seqpe", COMPOSED), ("seqpe", COMPOSED | STRETCHED), ("rotary", PARTLY)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

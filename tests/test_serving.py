@@ -20,9 +20,10 @@ SIZES = ((1, 16, 14), (3, 8, 8))
 
 
 def vit_config(kind="seqpe", page="digits_vit", **fields):
-    values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
-    if kind != "seqpe":
-        values = {name: value for name, value in values.items() if not name.startswith(("encoding", "objective"))}
+    values = TINY if kind == "seqpe" else {
+        name: value for name, value in TINY.items() if not name.startswith(("encoding", "objective"))
+    }  # fmt: skip
+    values = values | {name.replace("__", "."): value for name, value in fields.items()}
     return config.load(f"{ROOT}/configs/{page}.py:{kind}", values)
 
 
@@ -64,9 +65,15 @@ def windows(vocabulary=256):
     return [draw.integers(0, vocabulary, size).astype(np.int32) for size in LENGTHS]
 
 
+COMPOSED = {
+    "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1, "encoding__log_scaling": True,
+}  # fmt: skip
 TEXTS = {
     "seqpe": {"encoding__qk": "single"},
     "seqpe, a map for each layer": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
+    "composed": COMPOSED,
+    "composed, stretched": COMPOSED | {"encoding__resize": "stretch", "encoding__fraction_digits": 1},
     "seqpe added": {"encoding__mode": "input_add", "encoding__qk": "none", "objective__contrastive__space": "vectors"},
     **{kind: {"variant": kind} for kind in ("rotary", "alibi", "learned", "sinusoidal", "rotary_mixed", "none")},
 }
@@ -75,12 +82,14 @@ TEXTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_served_at_any_batch_and_length(name):
-    layers = 2 if name in ("seqpe, a map for each layer", "rotary_mixed") else 1  # a signal for each layer
+    layered = ("seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed")
+    layers = 2 if name in layered else 1  # a signal for each layer
     fields = {"objective__contrastive__space": "vectors", "model__layers": layers} | TEXTS[name]
     run, params = random_run(tiny_config(**fields))
     _, leaves = check(run, params, (32,), windows())
-    if name.startswith("seqpe"):
-        assert leaves["encoding/table"].shape == (32, 24)
+    if "encoding/table" in leaves and name != "learned":
+        places = 160 if "stretched" in name else 32  # tenths of the 16 places of training, or as many as are served
+        assert leaves["encoding/table"].shape == (places, 24)
         assert not any("encoder" in leaf for leaf in leaves)
 
 
@@ -99,6 +108,7 @@ def test_bfloat16_is_served():
 
 IMAGES = {
     "seqpe": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
+    "composed": COMPOSED | {"encoding__mode": "attn_scalar"},
     "none": {"kind": "none"},
     "learned": {"kind": "learned"},
     "rotary_axial": {"kind": "rotary_axial"},

@@ -15,7 +15,7 @@ from seqpe_jax import axes, generation
 from seqpe_jax.build.answers import Answers
 from seqpe_jax.build.images import Images
 from seqpe_jax.build.text import Text
-from seqpe_jax.config import Config, check_positions, digits_of
+from seqpe_jax.config import Config, DataConfig, EncodingConfig, ModelConfig, check_positions, digits_of
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.fixed import LogScaling
 from seqpe_jax.encodings.registry import ENCODINGS
@@ -226,8 +226,8 @@ class Run:
         Args:
           prompts: token ids, each int[n].
           window: positions of which the signal is computed; None = the longest prompt and its new tokens. It matters to
-            a learned table alone, which a longer window than its own stretches to that length: the text is that of a
-            forward under the signal of the whole window.
+            a learned table and under encoding.resize='stretch' alone, which a longer window than that of training
+            stretches to its length: the text is that of a forward under the signal of the whole window.
           keep_logits: return the logits too.
           progress: called with the new tokens done and those possible at most.
           heard: called now and then with a prompt's index and what has followed it so far.
@@ -361,6 +361,7 @@ def build(
             f"batch_size={config.batch_size} (in {config.optimizer.accumulate} part(s)) does not divide over mesh.data x "
             f"mesh.fsdp = {parts}: make it a multiple of {parts * config.optimizer.accumulate}"
         )
+    check_encoding(config)  # reading the data may take minutes
     data = data_of(config)(config, data_there, kept)
     check_attention(config, layout.Layout(mesh))
     objective = make_objective(config, data)
@@ -418,6 +419,13 @@ def check_encoding(config: Config) -> None:
     Raises:
       InputError: fields contradict each other.
     """
+    _check_encoding(config.data, config.model, config.encoding)
+
+
+@functools.lru_cache
+def _check_encoding(data: DataConfig, model: ModelConfig, encoding: EncodingConfig) -> None:
+    """Takes a moment, once for all runs that have the same of all three."""
+    config = Config(data=data, model=model, encoding=encoding)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)  # a key itself would take the devices, which others may need
     jax.eval_shape(functools.partial(initial_encoding, _encoding(config), config.grid, spacing_of(config)), key)
 
@@ -429,8 +437,15 @@ def spacing_of(config: Config) -> Spacing:
 
 
 def _encoding(config: Config) -> Any:
-    """The encoding that a config names, with rotating pairs beside SeqPE, for those heads that get a position."""
+    """The encoding that a config names, with rotating pairs beside SeqPE, for those heads that get a position.
+
+    Raises:
+      InputError: more heads than there are, or pairs that cannot turn beside SeqPE.
+    """
     model, encoding = config.model, config.encoding
+    for name in ("position_heads", "rotary_heads"):
+        if getattr(encoding, name) > model.heads:
+            raise InputError(f"encoding.{name}={getattr(encoding, name)} is more than model.heads={model.heads}")
     offered = dataclasses.asdict(encoding) | {
         "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
         "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
@@ -440,6 +455,17 @@ def _encoding(config: Config) -> Any:
     if encoding.kind == "seqpe":
         reach = [model.heads]  # it leaves out heads by itself, since it need not compute what they would get
         if encoding.rotary_pairs:
+            width = model.width // model.heads
+            if encoding.mode == "rotary":
+                raise InputError(
+                    f"encoding.mode='rotary' and encoding.rotary_pairs={encoding.rotary_pairs} both turn queries and keys: "
+                    "choose another mode, or set encoding.rotary_pairs=0"
+                )
+            if width % 2:
+                raise InputError(
+                    f"encoding.rotary_pairs={encoding.rotary_pairs}: model.width / model.heads = {width} must be even for "
+                    "columns to turn in pairs"
+                )
             parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
             reach.append(encoding.rotary_heads or model.heads)
     if encoding.log_scaling:

@@ -49,6 +49,7 @@ def export_section(checkpoint: str) -> dict[str, Any] | None:
 # What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
 FREE_ENCODING = {
     "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
+    "log_scaling",  # within the lengths of training it changes nothing
 }  # fmt: skip
 FREE_MODEL = {
     "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_kind",
@@ -92,7 +93,7 @@ def check_source(run: Run, checkpoint: str) -> None:
         raise InputError(
             f"no such directory: {checkpoint} (--init-from takes a --workdir of `train` or an output of `convert`)"
         )
-    theirs, ours = config.from_dict(read_config(checkpoint)), run.config
+    theirs, ours = config.as_read(config.from_dict(read_config(checkpoint))), config.as_read(run.config)
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
     if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):
         lines.append(f"encoding.digits: {digits_of(theirs.encoding)} -> {digits_of(ours.encoding)}")

@@ -11,11 +11,11 @@ from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 
 DIGIT = 64  # positions are read in base 64 where angles must stay exact
-LEVELS = 4  # 64**4 positions
+LEVELS = 5  # 64**5 positions, as many units as there may be (config.LARGEST_UNITS)
 
 
 def unit_circle(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns (cos, sin) of position * frequency, float32[..., F], exact to rounding at any int32 position below 64**4.
+    """Returns (cos, sin) of position * frequency, float32[..., F], exact to rounding at any int32 position below 64**5.
 
     A float32 product would lose 1e-3 radians at position 16 384; here the angles of each base-64 digit come from
     float64 tables, and the digits' rotations are multiplied.

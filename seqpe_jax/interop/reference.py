@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.build import make_objective, saved
+from seqpe_jax.build import make_objective, saved, spacing_of
 from seqpe_jax.config import Config, EncodingConfig
+from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.objectives.task import Classification, LanguageModelling
-from seqpe_jax.positions.grids import grid
 from seqpe_jax.runtime.checkpoint import Checkpoints
 
 Start = int | Sequence[int] | None
@@ -71,17 +71,17 @@ class ReferenceModel:
         return self._logits(self.params, inputs, self._start(start, inputs.shape))
 
     def encode_positions(self, positions: Any) -> jax.Array:
-        """Returns the vectors float32[R, E] of positions int32[R] or int32[R, A].
+        """Returns the vectors float32[R, E] of positions int32[R] or int32[R, A], in units of their last digit.
 
         Raises:
           InputError: the encoding has no vectors, or positions beyond the digits.
         """
-        if not isinstance(self.encoding, SeqPE) or self.signal is not None:
+        if self._encoder is None:
             raise InputError("this model has no encoder of positions: only 'seq_pe' with its own weights has vectors")
         positions = jnp.asarray(positions, jnp.int32)
         positions_RA = positions[:, None] if positions.ndim == 1 else positions
-        if positions_RA.ndim != 2 or positions_RA.shape[1] != self.encoding.axes:
-            raise InputError(f"positions must be int32[R, {self.encoding.axes}], got shape {positions.shape}")
+        if positions_RA.ndim != 2 or positions_RA.shape[1] != self._encoder.axes:
+            raise InputError(f"positions must be int32[R, {self._encoder.axes}], got shape {positions.shape}")
         self._check(np.asarray(positions_RA))
         return self._vectors(self.params, positions_RA)
 
@@ -92,8 +92,19 @@ class ReferenceModel:
         if signal is not None:
             effect = self._given(variables, signal)
         else:
-            effect = self.encoding.apply(variables, grid(start, shape)[None], shape=shape)
+            effect = self.encoding.apply(variables, self._positions(start, shape)[None], shape=shape)
         return self.model.apply({"params": params["model"]}, inputs, effect)
+
+    @property
+    def _encoder(self) -> SeqPE | None:
+        """What makes vectors of positions, if there is one."""
+        first = self.encoding.parts[0] if isinstance(self.encoding, Composed) else self.encoding
+        return first if isinstance(first, SeqPE) and self.signal is None else None
+
+    def _positions(self, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Where the places of a window or grid stand, int32[L, A], that begins so many tokens or patches on."""
+        spacing = spacing_of(self.config)
+        return spacing.grid(shape) + spacing.unit * jnp.asarray(start, jnp.int32)
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -127,8 +138,8 @@ class ReferenceModel:
         first = np.zeros(len(shape), np.int32) if start is None else np.atleast_1d(np.asarray(start, np.int32))
         if first.shape != (len(shape),):
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
-        if isinstance(self.encoding, SeqPE) and self.signal is None:
-            self._check(np.stack([first, first + np.asarray(shape, np.int32) - 1]))
+        if self._encoder is not None:
+            self._check(np.asarray(self._positions(first, shape)))
         elif first.any() and self.signal is not None:
             raise InputError("start= makes no sense with given vectors: they are those of the positions read")
         elif first.any() and self.config.encoding.kind in ("learned", "sinusoidal") and len(shape) > 1:
@@ -136,12 +147,12 @@ class ReferenceModel:
         return jnp.asarray(first)
 
     def _check(self, positions: np.ndarray) -> None:
-        reach = self.encoding.base**self.encoding.digits
+        digits, base = self._encoder.digits, self._encoder.base
+        reach = base**digits
         if positions.size and (positions.min() < 0 or positions.max() >= reach):
             worst = positions.max() if positions.min() >= 0 else positions.min()
             raise InputError(
-                f"position {worst} is outside 0 .. {reach - 1}, what {self.encoding.digits} digits in base "
-                f"{self.encoding.base} can write"
+                f"position {worst} is outside 0 .. {reach - 1}, what {digits} digits in base {base} can write"
             )
 
 

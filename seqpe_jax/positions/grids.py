@@ -85,11 +85,22 @@ class Spacing:
             return (places * self.unit).astype(jnp.int32)
         if len(self.stretched) == 1:  # a text that is shorter stands at the beginning
             side = jax.core.max_dim(side, length)
-        return ((2 * places + 1) * (length * self.unit) // (2 * side)).astype(jnp.int32)
+        return _scaled(2 * places + 1, length * self.unit, 2 * side).astype(jnp.int32)
 
     def _length(self, axis: int) -> int:
         """Training places along an axis that is stretched, else 0."""
         return self.stretched[axis] if self.stretched else 0
+
+
+def _scaled(numbers: jax.Array, amount: int, parts: int) -> jax.Array:
+    """floor(numbers * amount / parts), int32, for numbers up to `parts`, whose products with the amount may be larger.
+
+    Exact for amounts below 2**31 and parts up to 2**20; parts may be symbolic (jax.export).
+    """
+    whole, rest = amount // parts, amount % parts
+    high = numbers // 512 * rest
+    low = high % parts * 512 + numbers % 512 * rest
+    return numbers * whole + high // parts * 512 + low // parts
 
 
 def _product(sides: list[jax.Array]) -> jax.Array:

@@ -1,7 +1,6 @@
 """Sweep files: named overrides over a config, read and checked before anything runs."""
 
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import pathlib
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from seqpe_jax import build, config
-from seqpe_jax.config import Config, DataConfig, EncodingConfig, ModelConfig
+from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError, suggest
 
 Overrides = dict[str, Any]
@@ -186,16 +185,10 @@ def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
             raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, known)}")
     try:
         settings = config.load(path, values)
-        _check_encoding(settings.data, settings.model, settings.encoding)
+        build.check_encoding(settings)
         return Point(name, path, values, settings)
     except InputError as error:
         raise InputError(f"run '{name}': {error}") from error
-
-
-@functools.lru_cache
-def _check_encoding(data: DataConfig, model: ModelConfig, encoding: EncodingConfig) -> None:
-    """Takes a moment, once for all runs that have the same of all three."""
-    build.check_encoding(Config(data=data, model=model, encoding=encoding))
 
 
 def _check_search(search: Any, base: str) -> None:

@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.fixed import ALiBi, Rotary, Sinusoidal, alibi_slopes, unit_circle
+from seqpe_jax.config import LARGEST_UNITS
+from seqpe_jax.encodings.fixed import ALiBi, LogScaling, Rotary, RotaryAxial, Sinusoidal, alibi_slopes, unit_circle
 from seqpe_jax.encodings.learned import Learned
+from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 
 
 def test_angles_are_exact_far_out():
-    positions = np.array([0, 1, 63, 64, 9999, 1_000_003, 64**4 - 1])
+    positions = np.array([0, 1, 63, 64, 9999, 1_000_003, 64**4 - 1, 64**4 + 5, LARGEST_UNITS - 1])
     frequencies = 10000.0 ** (-np.arange(0, 16, 2) / 16)
     cos, sin = jax.jit(lambda at: unit_circle(at, frequencies))(jnp.asarray(positions, jnp.int32))
     angles = positions[:, None] * frequencies
@@ -65,3 +67,95 @@ def test_two_coordinates_are_refused(kind):
 def test_rotary_refuses_an_odd_head_width():
     with pytest.raises(InputError, match=r"model.width / model.heads = 3 must be even"):
         Rotary(width_model=6, heads_model=2).init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 1), jnp.int32), shape=(4,))
+
+
+def spun(theta, width, axes, counts, positions):
+    """Angles of pairs by a plain loop: `counts` of each axis, the last axis first, from the fastest on."""
+    angles = []
+    for part, count in enumerate(counts):
+        for pair in range(count):
+            angles.append(positions[:, axes - 1 - part] * float(theta) ** (-2 * axes * pair / width))
+    return np.stack(angles, axis=-1)
+
+
+@pytest.mark.parametrize("axes, pairs, counts", [
+    (1, 3, [3]), (1, 8, [8]), (2, 4, [2, 2]), (2, 3, [2, 1]), (3, 4, [2, 1, 1]), (3, 8, [3, 3, 2]),
+])  # fmt: skip
+def test_the_fastest_pairs_of_each_axis_turn(axes, pairs, counts):
+    shape = (3,) * axes
+    positions = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, axes)
+    encoding = RotaryAxial(16, 1, theta=100.0, rotary_pairs=pairs)
+    cos, sin = encoding.apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
+    angles = spun(100.0, 16, axes, counts, positions)
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1e-6)
+    whole = encoding.clone(rotary_pairs=0).apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
+    assert whole[0].shape[-1] == 8
+    if pairs == 8:
+        np.testing.assert_array_equal((cos, sin), whole)
+    if axes == 1:
+        line = Rotary(16, 1, theta=100.0, rotary_pairs=pairs)
+        np.testing.assert_array_equal(line.apply({}, jnp.arange(3)[None, :, None], shape=shape).rotation, (cos, sin))
+
+
+@pytest.mark.parametrize("axes, pairs", [(1, 9), (2, 1), (2, 9)])
+def test_pairs_that_a_head_has_not_are_refused(axes, pairs):
+    with pytest.raises(InputError, match=f"rotary_pairs={pairs} must lie between the {axes} axes and the 8 pairs"):
+        RotaryAxial(16, 1, rotary_pairs=pairs).apply({}, jnp.zeros((1, 1, axes), jnp.int32), shape=(1,) * axes)
+
+
+UNITS = [1, 10, 64]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_angles_between_whole_positions(unit):
+    """Every encoding of waves at position / unit, by its formula in float64."""
+    draw, width, theta = np.random.default_rng(unit), 16, 100.0
+    units = draw.integers(0, 5000 * unit, (40, 2))
+    line, grid = (jnp.asarray(part[None], jnp.int32) for part in (units[:, :1], units))
+    positions = units / unit
+    rotations = [
+        (Rotary(width, 1, theta, unit=unit).apply({}, line, shape=(40,)), spun(theta, width, 1, [8], positions[:, :1])),
+        (RotaryAxial(width, 1, theta, unit=unit).apply({}, grid, shape=(8, 5)), spun(theta, width, 2, [4, 4], positions)),
+    ]
+    for signal, angles in rotations:
+        for found, wave in zip(signal.rotation, (np.cos, np.sin), strict=True):
+            np.testing.assert_allclose(found[0, :, 0], wave(angles), atol=1e-5)
+    added = Sinusoidal(width, theta, amplitude=0.5, unit=unit).apply({}, grid, shape=(8, 5)).added[0]
+    angles = np.stack([positions[:, axis] * theta ** (-2 * 2 * pair / width) for axis in (0, 1) for pair in range(4)], -1)
+    np.testing.assert_allclose(added[:, 0::2], 0.5 * np.sin(angles), atol=1e-5)
+    np.testing.assert_allclose(added[:, 1::2], 0.5 * np.cos(angles), atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_learned_frequencies_and_slopes_between_whole_positions(unit):
+    draw = np.random.default_rng(unit)
+    units = draw.integers(0, 50 * unit, (1, 30, 2))
+    positions = units / unit
+    encoding = RotaryMixed(layers_model=2, width_model=16, heads_model=2, theta=10.0, unit=unit)
+    frequencies = draw.normal(size=(2, 2, 2, 4)).astype(np.float32)
+    variables = {"params": {"frequencies": frequencies}}
+    rotation = encoding.apply(variables, jnp.asarray(units, jnp.int32), shape=(6, 5)).rotation
+    angles = np.einsum("pla,nahf->nplhf", positions, frequencies.astype(np.float64))
+    for found, wave in zip(rotation, (np.cos, np.sin), strict=True):
+        np.testing.assert_allclose(found, wave(angles), atol=1e-4)
+    alibi = ALiBi(width_model=16, heads_model=4, unit=unit)
+    query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).features
+    logits = np.einsum("plhf,pshf->phls", query, key)[0]
+    place = positions[0, :, 0]
+    np.testing.assert_allclose(logits, -alibi_slopes(4)[:, None, None] * (place[:, None] - place), atol=1e-4)
+
+
+def test_queries_grow_with_the_keys_that_they_see():
+    scaling = LogScaling(table_shape=(4,))
+    query, key = scaling.apply({}, jnp.arange(9, dtype=jnp.int32)[None, :, None] * 7, shape=(9,)).factors
+    expected = [1, 1, 1, 1, *(np.log(seen) / np.log(4) for seen in range(5, 10))]
+    np.testing.assert_allclose(query[0, :, 0, 0], expected, rtol=1e-6)
+    assert query.shape == key.shape == (1, 9, 1, 1) and (key == 1).all()
+    on_grid = LogScaling(table_shape=(2, 3), prefix=1)  # every query sees the whole grid and the token before it
+    for shape, expected in (((2, 3), 1.0), ((1, 2), 1.0), ((4, 5), np.log(21) / np.log(7))):
+        places = int(np.prod(shape))
+        query, key = on_grid.apply({}, jnp.zeros((2, places, 2), jnp.int32), shape=shape).factors
+        np.testing.assert_allclose(query[0, :, 0, 0], np.full(1 + places, expected), rtol=1e-6)
+        assert (key == 1).all()
+    assert (LogScaling(table_shape=(1,)).apply({}, jnp.zeros((1, 1, 1), jnp.int32), shape=(1,)).factors[0] == 1).all()

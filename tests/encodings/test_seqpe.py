@@ -202,9 +202,51 @@ def test_initial_weights():
         ({"mode": "input_add", "qk": "none", "output_width": 6}, "set it to 0 or 12"),
         ({"qk": "none", "output_width": 7}, "do not split into 2 parts"),
         ({"qk": "halves", "output_width": 6}, "do not split into 4 parts"),
+        ({"position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
+        ({"mode": "input_add", "qk": "none", "position_heads": 1}, "reaches all heads: set encoding.position_heads=0"),
+        ({"mode": "attn_add", "feature_width": 4}, "set encoding.mode='attn_scalar' and encoding.qk='single' or 'multi'"),
+        ({"qk": "none", "feature_width": 4}, "or encoding.feature_width=0"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, told):
     encoding = make(**fields)
     with pytest.raises(InputError, match=told):  # before anything is compiled
         jax.eval_shape(lambda: encoding.init(KEY, POSITIONS_RA[None], shape=(6,)))
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("qk", ["single", "multi", "none", "halves"])
+def test_narrow_parts_of_some_heads(qk, per_head):
+    """Features by hand from vectors and the qk map: of the first two of three heads, and none of the third."""
+    layers, width, narrow = 3, 12, 5 if qk in ("single", "multi") else 0
+    encoding = make(
+        heads_model=3, qk=qk, per_head=per_head, position_heads=2, feature_width=narrow, scalar_scale=3.0, qk_init_std=0.5,
+    )  # fmt: skip
+    vectors_PLE = jax.random.normal(KEY, (1, 6, width if per_head else width // 3))
+    assert vectors_PLE.shape[-1] == encoding.vector_width
+    variables = encoding.init(KEY, vectors_PLE, method="signal")  # the encoder itself is not asked
+    parts = 2 if per_head else 1
+    shapes = jax.tree.map(jnp.shape, variables.get("params", {}))
+    if narrow:
+        lead, out = (layers,) if qk == "multi" else (), 2 * parts * narrow
+        assert shapes == {"qk_map": {"kernel": (*lead, vectors_PLE.shape[-1], out), "bias": (*lead, out)}}
+        variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)  # a bias of its own
+    else:
+        assert shapes == {}
+    signal = encoding.apply(variables, vectors_PLE, method="signal")
+    assert signal.stacked == (("features",) if qk == "multi" else ())
+    for layer in range(layers):
+        found = np.einsum("plhf,pshf->phls", *signal.at_layer(layer).features)[0]
+        assert found.shape == (3, 6, 6) and not found[2].any()
+        mapped = np.asarray(vectors_PLE[0], np.float64)
+        if narrow:
+            kernel, bias = (variables["params"]["qk_map"][name] for name in ("kernel", "bias"))
+            kernel, bias = (kernel[layer], bias[layer]) if qk == "multi" else (kernel, bias)
+            mapped = mapped @ np.asarray(kernel) + np.asarray(bias)
+        query, key = (mapped, mapped) if qk == "none" else np.split(mapped, 2, axis=-1)
+        held = parts if narrow else 3 if per_head else 1  # without a map a vector has its part of each head
+        query, key = (np.reshape(part, (6, held, -1)) for part in (query, key))
+        for head in range(2):
+            own = head if per_head else 0
+            expected = 3.0 * query[:, own] @ key[:, own].T / np.sqrt(4)
+            np.testing.assert_allclose(found[head], expected, atol=1e-4 * np.abs(expected).max())

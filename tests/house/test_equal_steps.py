@@ -9,8 +9,10 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.build import build
+from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
-from tests.tiny import ROOT, random_state
+from seqpe_jax.training.state import create
+from tests.tiny import ROOT, random_params, random_state
 
 SMALL = {
     "steps": 4, "batch_size": 8, "model.layers": 1, "model.width": 16, "model.heads": 2, "optimizer.warmup_steps": 0,
@@ -19,8 +21,8 @@ SMALL = {
 TEXT = SMALL | {"data.length": 16, "eval.lengths": (16,)}
 SEQPE = {
     "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "encoding.max_position": 120,
-    "encoding.position_heads": 2, "encoding.rotary_heads": 2, "encoding.rotary_pairs": 2,
-    "objective.contrastive.head_scales": (1.0, 4.0), "objective.contrastive.batch": 4,
+    "encoding.position_heads": 1, "encoding.rotary_heads": 1, "encoding.rotary_pairs": 2, "encoding.feature_width": 4,
+    "encoding.log_scaling": True, "objective.contrastive.head_scales": (4.0,), "objective.contrastive.batch": 4,
     "objective.contrastive.candidates": 4, "objective.contrastive.window": 16, "objective.distillation.batch": 2,
     "objective.distillation.offsets": 4, "objective.shift.rate": 0.0,
 }  # fmt: skip
@@ -48,16 +50,26 @@ def batch_of(task, parts):
 
 
 @functools.cache
-def step_of(task, accumulate=1, mesh=()):
-    """(metrics, parameters) after a step from fixed parameters."""
+def step_of(task, accumulate=1, mesh=(), fields=()):
+    """(metrics, parameters) after a step from fixed parameters; fields: of the config, as pairs."""
     path, values = TASKS[task]
-    settings = config.load(f"{ROOT}/configs/{path}", values | {"optimizer.accumulate": accumulate})
+    settings = config.load(f"{ROOT}/configs/{path}", values | {"optimizer.accumulate": accumulate} | dict(fields))
     settings = dataclasses.replace(settings, mesh=config.MeshConfig(**dict(mesh)))
     parts = build(settings, jax.devices() if mesh else jax.devices()[:1])
+    model = settings.model
+    if model.scan:  # the same parameters, kept in the other way
+        plain = build(dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1])
+        params = random_params(plain, 0.2)
+        params["model"] = blocks.stack(params["model"], model.layers)
+        state = create(params, parts.optimizer, jax.random.PRNGKey(0))
+    else:
+        state = random_state(parts, 0.2)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.shapes)
-    state = jax.device_put(random_state(parts, 0.2), shardings)
-    state, metrics = parts.train_step()(state, batch_of(task, parts))
-    return jax.device_get(metrics), jax.device_get(state.params)
+    state, metrics = parts.train_step()(jax.device_put(state, shardings), batch_of(task, parts))
+    params = jax.device_get(state.params)
+    if model.scan:
+        params["model"] = blocks.unstack(params["model"], model.layers)
+    return jax.device_get(metrics), params
 
 
 def check(found, expected):
@@ -93,3 +105,12 @@ def test_a_batch_spread_over_devices_is_the_batch(task, mesh):
 @pytest.mark.slow
 def test_parts_on_many_devices_are_the_batch_too():
     check(step_of("questions", 2, (("data", 4), ("tensor", 2))), step_of("questions"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [
+    {"model.attention_kind": "blocks", "model.attention_block": 6}, {"model.scan": True, "model.remat": "full"},
+], ids=["blocks", "loop"])  # fmt: skip
+def test_a_composed_encoding_is_the_same_in_every_form_of_the_model(form):
+    deep = {"model.layers": 2, "model.attention_kind": "plain"}
+    check(step_of("questions", fields=tuple((deep | form).items())), step_of("questions", fields=tuple(deep.items())))

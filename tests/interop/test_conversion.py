@@ -22,6 +22,7 @@ from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.interop.settings import spec_of
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.train import run as train
+from tests import test_serving
 from tests.tiny import random_state, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -108,6 +109,26 @@ def test_image_round_trip(tmp_path, kind):
     assert same(first.params, second.params)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     np.testing.assert_array_equal(first.logits(images), second.logits(images))
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_run_of_ours_is_read_whatever_the_reference_knows(tmp_path, kind):
+    """Its encoding made of parts, its positions between whole numbers: the logits are the run's own."""
+    fields = {"encoding__resize": "stretch", "encoding__fraction_digits": 1} | test_serving.COMPOSED
+    if kind == "text":
+        settings, inputs = tiny_config(**fields), np.arange(24)[None]
+    else:
+        settings = test_serving.vit_config(encoding__mode="attn_scalar", **fields)
+        inputs = np.random.default_rng(0).normal(size=(2, 12, 8, 1)).astype(np.float32)
+    folder = str(saved_run(tmp_path / "ours", settings))
+    model, (run, params, _) = load_reference(folder), saved.open_run(folder, saved.saved_config(folder))
+    expected = jax.jit(functools.partial(test_serving.own_logits, run))(params, inputs)
+    np.testing.assert_allclose(model.logits(inputs), expected, atol=1e-5)
+    places = np.asarray(run.objective.spacing.grid((3,) * len(settings.grid)))
+    vectors = run.vectors(params, (3,) * len(settings.grid))
+    np.testing.assert_allclose(model.encode_positions(places), vectors, atol=1e-5)
+    with pytest.raises(InputError, match="what 4 digits in base 10|what 3 digits in base 10"):
+        model.logits(inputs, start=(5000,) * len(settings.grid))
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])

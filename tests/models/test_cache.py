@@ -66,12 +66,16 @@ def test_a_token_reads_no_place_past_its_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_model_goes_on_where_its_cache_ends(remat):
-    """A signal with tokens added, and another one in each layer."""
+    """A signal with tokens added, and one of parts: another in each layer, and what all layers share."""
     model = GPT2(vocabulary=11, layers=2, width=HEADS * WIDTH, heads=HEADS, init_std=0.3, remat=remat)
     layered = tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2))
     added = random(3, 1, LENGTH, HEADS * WIDTH)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
-    for signal in (PositionSignal(features=layered, stacked=("features",)), PositionSignal(added=added)):
+    angles, grown = random(4, 1, LENGTH, 1, 1), (jnp.arange(LENGTH) + 1.0)[None, :, None, None]
+    turned = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))).for_heads(1, HEADS)  # one pair of one head
+    grown = PositionSignal(factors=(grown, jnp.ones_like(grown)))
+    composed = PositionSignal(features=layered, stacked=("features",)).joined(turned).joined(grown)
+    for signal in (composed, PositionSignal(added=added)):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
         extend = jax.jit(functools.partial(model.apply, variables, method="extend"))

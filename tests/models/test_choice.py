@@ -61,6 +61,8 @@ def chosen(device, operands, kind="auto", block=0, **fields):
         (H200, {"features": 3, "causal": False}, "cudnn"),
         (H200, {"features": 32}, "cudnn"),
         (A100, {"features": 32}, "blocks 512"),
+        (H200, {"features": 16}, "cudnn"),
+        (A100, {"features": 8}, "cudnn"),
         (H200, {"features": 64}, "blocks 512"),
         (H200, {"dtype": jnp.float32}, "blocks 512"),
         (H200, {"drop": True}, "blocks 512"),

@@ -63,6 +63,14 @@ def test_stretched_places_stand_in_the_middle_of_their_cells(unit, side):
     np.testing.assert_array_equal(spacing.grid((side, 1))[:, 0], np.arange(side) * unit + spacing.offset(0))
 
 
+@pytest.mark.parametrize("unit, length, count", [(1000, 512, 16384), (100, 1024, 65536), (10**6, 1000, 999_999 // 2)])
+def test_far_stretched_places_are_exact(unit, length, count):
+    """Their products are more than an int32 holds."""
+    found = np.asarray(Spacing(unit, (length,)).grid((count,)))[:, 0]
+    places = np.arange(count, dtype=np.int64)
+    np.testing.assert_array_equal(found, (2 * places + 1) * (length * unit) // (2 * count))
+
+
 def test_a_longer_clip_goes_on_and_a_larger_frame_is_read_between():
     spacing = Spacing(10, (0, 4, 4))
     times, rows, columns = np.asarray(spacing.grid((3, 8, 4))).reshape(3, 8, 4, 3).transpose(3, 0, 1, 2)

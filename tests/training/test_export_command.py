@@ -84,7 +84,9 @@ def text_export(commands, on_text) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def on_images(tmp_path_factory) -> pathlib.Path:
-    settings = test_serving.vit_config(encoding__mode="attn_mul", encoding__qk="multi")
+    """A workdir of a classifier whose encoding is made of parts, and reads larger images between its positions."""
+    settings = test_serving.vit_config(encoding__mode="attn_scalar", **test_serving.COMPOSED)
+    assert settings.encoding.resize == "stretch" and settings.encoding.fraction_digits == 1
     return saved_run(tmp_path_factory.mktemp("run") / "digits", settings)
 
 
@@ -93,6 +95,7 @@ def images_export(commands, on_images) -> pathlib.Path:
     output = on_images.parent / "digits-export"
     result = commands("export", f"--checkpoint={on_images}", f"--output={output}", "--max-size=16")
     assert result.code == 0, result.err
+    assert "| encoding | seqpe, past training between its positions |" in (output / "README.md").read_text()
     return output
 
 

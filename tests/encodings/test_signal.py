@@ -1,0 +1,80 @@
+"""Signals that some heads, some pairs or some layers alone get, and signals that are put together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.models.attention import _rotate, attend
+
+BATCH, LENGTH, HEADS, WIDTH, LAYERS = 2, 5, 4, 6, 3
+KEY = jax.random.PRNGKey(0)
+
+
+def random(name, *shape):
+    return jax.random.normal(jax.random.fold_in(KEY, name), shape)
+
+
+QKV = tuple(random(side, BATCH, LENGTH, HEADS, WIDTH) for side in range(3))
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_the_first_pairs_turn_and_no_other_column(pairs):
+    array, angles = np.asarray(QKV[0]), np.asarray(random(4, 1, LENGTH, HEADS, pairs))
+    expected = array.copy()
+    for sample, place, head, pair in np.ndindex(BATCH, LENGTH, HEADS, pairs):
+        cos, sin = (turn(angles[0, place, head, pair]) for turn in (np.cos, np.sin))
+        even, odd = array[sample, place, head, 2 * pair : 2 * pair + 2]
+        expected[sample, place, head, 2 * pair : 2 * pair + 2] = even * cos - odd * sin, even * sin + odd * cos
+    found = np.asarray(_rotate(QKV[0], np.cos(angles), np.sin(angles)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(found[..., 2 * pairs :], array[..., 2 * pairs :])
+
+
+def field(name, held, stacked):
+    """A signal with one field, of so many heads."""
+    lead = (LAYERS,) if stacked else ()
+    width = {"rotation": 2, "features": 3}.get(name, WIDTH)
+    pair = tuple(random(10 + side, *lead, 1, LENGTH, held, width) for side in (0, 1))
+    if name == "rotation":
+        pair = jnp.cos(pair[0]), jnp.sin(pair[0])
+    return PositionSignal(**{name: pair}, stacked=(name,) if stacked else ())
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["shared", "stacked"])
+@pytest.mark.parametrize("held", [1, 2, HEADS])
+@pytest.mark.parametrize("name", ["features", "factors", "shifts", "rotation"])
+def test_heads_without_a_position_see_none(name, held, stacked):
+    whole = field(name, held, stacked)
+    part = whole.for_heads(2, HEADS)
+    assert part.stacked == whole.stacked
+    if held == 2:  # what the other heads would get was never computed
+        whole = field(name, held, stacked).replace(
+            **{name: tuple(jnp.concatenate([side, side], axis=-2) for side in getattr(whole, name))}
+        )
+    whole, part = (signal.at_layer(1) for signal in (whole, part))
+    found, with_all, with_none = (attend(*QKV, signal) for signal in (part, whole, PositionSignal()))
+    assert np.abs(with_all - with_none).max(axis=(0, 1, 3)).min() > 1e-2
+    np.testing.assert_allclose(found[:, :, :2], with_all[:, :, :2], atol=1e-6)
+    np.testing.assert_allclose(found[:, :, 2:], with_none[:, :, 2:], atol=1e-6)
+
+
+def test_what_reaches_all_heads_is_not_given_to_some():
+    for signal in (PositionSignal(added=jnp.ones((1, 2, 3))), PositionSignal(bias=jnp.ones((1, 2, 2)))):
+        assert signal.for_heads(2, 2) is signal
+        with pytest.raises(ValueError, match="reaches all heads"):
+            signal.for_heads(1, 2)
+
+
+def test_signals_are_joined_field_by_field():
+    joined = field("features", 1, True).joined(field("rotation", 1, False)).joined(field("factors", 1, True))
+    assert set(joined.stacked) == {"features", "factors"}
+    shared, own = joined.by_layer()
+    assert shared.rotation is not None and (shared.features, shared.factors, own.rotation) == (None, None, None)
+    layer = joined.at_layer(2)
+    assert layer.stacked == ()
+    np.testing.assert_array_equal(layer.features[1], joined.features[1][2])
+    np.testing.assert_array_equal(layer.rotation[0], joined.rotation[0])
+    with pytest.raises(ValueError, match="both fill 'features'"):
+        joined.joined(field("features", 1, False))
