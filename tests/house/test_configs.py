@@ -103,6 +103,10 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "build", on_one)
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     values = SHRUNKEN | (SHRUNKEN_SEQPE if kind.startswith("seqpe") else {})
+    encoding = config.load(f"{path}:{kind}").encoding
+    if encoding.position_heads:  # of the two there are here
+        values |= {"encoding.position_heads": 1, "objective.contrastive.head_scales": (4.0,)}
+    values |= {f"encoding.{name}": 1 for name in ("rotary_heads", "rotary_pairs") if getattr(encoding, name)}
     if config.load(f"{path}:{kind}").reads_images:
         values |= SHRUNKEN_IMAGES
         if path.stem == "imagenet_vit":
