@@ -3,8 +3,8 @@
     python -m seqpe_jax.train --config=configs/stdlib_qa.py --workdir=runs/qa
     python -m seqpe_jax.evaluate --checkpoint=runs/qa --output=runs/qa/evaluation.json
 
-Hardware: two CPU cores; 8 minutes, scoring included. Result: exact matches of 62.8, 36.3 and 14.0% at 128, 256 and 512
-bytes (rotary 90.8, 1.3 and 0.0%, alibi 87.8, 82.8 and 73.8%; 400 questions of the test split, seed 0). From a checkpoint of
+Hardware: two CPU cores; about 10 minutes, scoring included. Result: exact matches of 81.0, 78.8, 71.3 and 58.0% at 128,
+256, 512 and 1024 bytes (alibi 90.8, 88.0, 77.5 and 44.8%; 400 questions of the test split, seed 1). From a checkpoint of
 one's own: --init-from=DIR with the same model and encoding.
 Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_partial (the pairs that
 turn beside seqpe, alone), rotary_axial, rotary_mixed, alibi, none.
