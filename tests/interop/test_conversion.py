@@ -67,7 +67,9 @@ def test_text_round_trip(tmp_path, variant):
     changes = {"data__tokenizer": str(tokenizer_file(tmp_path / "t.json"))} | changes
     run = saved_run(tmp_path / "ours", tiny_config(variant=kind, **changes))
     conversion.to_reference(str(run), str(tmp_path / "theirs"))
-    assert (tmp_path / "theirs" / "best_model" / "model.safetensors").is_file()
+    written = tmp_path / "theirs" / "best_model" / "model.safetensors"
+    (tmp_path / "usual").write_text("")
+    assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode  # not for its owner alone
     report = conversion.to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
     first, second = load_reference(str(run)), load_reference(str(tmp_path / "again"))
     assert same(first.params, second.params)

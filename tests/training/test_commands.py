@@ -1,5 +1,6 @@
 """Bad input ends a command with exit code 2 and one line that says what is wrong and how to fix it."""
 
+import functools
 import json
 import os
 import pathlib
@@ -197,6 +198,20 @@ def test_a_run_from_before_a_field_was_there_goes_on(commands, text, trained, tm
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):
     arguments = train_arguments(trained, text, steps=2, model__layers=3, seed=5, **PLAIN)
     refused(commands("train", *arguments), str(trained), "model.layers: 1 -> 3", "seed: 0 -> 5")
+
+
+def test_a_start_that_fails_claims_no_folder(commands, text, trained, tmp_path):
+    """Nothing is written before the parameters to begin with were read; where no step was saved, any config may start."""
+    workdir = tmp_path / "tuned"
+    start = functools.partial(train_arguments, workdir, text, steps=1, **PLAIN)
+    wrong = commands("train", *start(model__vocabulary=300), f"--init-from={trained}")
+    assert wrong.code == 2 and "has 256 tokens, and this one 300 (model.vocabulary" in wrong.err
+    assert not workdir.exists()
+    workdir.mkdir()
+    (workdir / "config.json").write_text((trained / "config.json").read_text().replace('"seed": 0', '"seed": 9'))
+    right = commands("train", *start(), f"--init-from={trained}")
+    assert right.code == 0, right.err
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 0
 
 
 def test_train_refuses_a_folder_of_other_files(commands, text, tmp_path):
