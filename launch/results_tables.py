@@ -4,7 +4,7 @@
     python launch/results_tables.py --check    says which page differs, and changes nothing
 
 A study's file is the results.csv that `report` wrote for it. A table stands between `<!-- results: STUDY METRIC [rows] -->`
-and `<!-- end of results -->`: a line for each row of the study, or for those named (comma-separated, in that order), a
+and `<!-- end of results -->`: a line for each name of runs (less their seeds), or for those named (comma-separated, in that order), a
 column for each evaluated length or size; mean and standard deviation over seeds, the best mean of a column in bold.
 """
 
@@ -34,7 +34,8 @@ def table(study: str, metric: str, rows: str = "") -> str:
             scale, trained = (line.get(f"{part}length") or line[f"{part}size"] for part in ("", "training_"))
             label = f"{scale} ({int(scale.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"
             if line.get(metric):
-                found.setdefault(line["row"], {}).setdefault(label, []).append(float(line[metric]))
+                name = line["run"].removesuffix(f"-{line['seed']}")
+                found.setdefault(name, {}).setdefault(label, []).append(float(line[metric]))
     names = rows.split(",") if rows else list(found)
     labels = sorted({label for name in names for label in found[name]}, key=lambda label: int(re.split(r"\D", label)[0]))
     means = {(name, label): statistics.fmean(values) for name in names for label, values in found[name].items()}
