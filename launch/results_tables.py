@@ -4,8 +4,8 @@
     python launch/results_tables.py --check    says which page differs, and changes nothing
 
 A study's file is the results.csv that `report` wrote for it. A table stands between `<!-- results: STUDY METRIC [rows] -->`
-and `<!-- end of results -->`: a line for each name of runs (less their seeds), or for those named (comma-separated, in that order), a
-column for each evaluated length or size; mean and standard deviation over seeds, the best mean of a column in bold.
+and `<!-- end of results -->`: a line for each name of runs (less their seeds), or for those named (comma-separated, in that
+order), a column for each evaluated length or size; mean and standard deviation over seeds, the best mean of a column in bold.
 """
 
 import csv
