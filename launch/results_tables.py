@@ -5,7 +5,7 @@
 
 A study's file is the results.csv that `report` wrote for it. A table stands between `<!-- results: STUDY METRIC [rows] -->`
 and `<!-- end of results -->`: a line for each name of runs (less their seeds), or for those named (comma-separated, in that
-order), a column for each evaluated length or size; mean and standard deviation over seeds, the best mean of a column in bold.
+order), a column for each evaluated length or size; mean and deviation over seeds, the best mean of a column in bold.
 """
 
 import csv
