@@ -832,6 +832,11 @@ def _check_terms(config: Config) -> None:
                 f"objective.contrastive.head_scales={contrastive.head_scales}: give one factor for each of the {heads} "
                 "heads that have a position, with objective.contrastive.space='logits', or ()"
             )
+        if min(contrastive.head_scales, default=0.0) < 0:
+            raise InputError(
+                f"objective.contrastive.head_scales={contrastive.head_scales}: a factor below 0 would make near positions "
+                "far: give 0 or more for each head"
+            )
     if distillation.weight:
         if distillation.offsets > length:
             raise InputError(

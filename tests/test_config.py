@@ -50,6 +50,7 @@ def test_difference_names_the_fields_that_differ():
             {"objective.contrastive.head_scales": (1.0,) * 4, "objective.contrastive.space": "vectors"},
             ["objective.contrastive.head_scales", "objective.contrastive.space='logits'"],
         ),
+        ({"objective.contrastive.head_scales": (1.0, 1.0, 1.0, -4.0)}, ["head_scales=(1.0, 1.0, 1.0, -4.0)", "0 or more"]),
         ({"encoding.fraction_digits": 6}, ["encoding.fraction_digits=6", "encoding.max_position=5000", "lower one"]),
         ({"encoding.resize": "stretch", "eval.lengths": (65,)}, ["eval.lengths 65", "encoding.fraction_digits=0"]),
         (

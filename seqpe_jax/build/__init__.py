@@ -466,6 +466,11 @@ def _encoding(config: Config) -> Any:
                     f"encoding.rotary_pairs={encoding.rotary_pairs}: model.width / model.heads = {width} must be even for "
                     "columns to turn in pairs"
                 )
+            if width < 2 * len(config.grid):
+                raise InputError(
+                    f"encoding.rotary_pairs={encoding.rotary_pairs} turns at least one pair per axis: model.width / "
+                    f"model.heads = {width} must be at least {2 * len(config.grid)} for {len(config.grid)} axes"
+                )
             parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
             reach.append(encoding.rotary_heads or model.heads)
     if encoding.log_scaling:

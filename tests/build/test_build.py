@@ -41,6 +41,8 @@ def test_what_an_encoding_cannot_be_is_told_before_data_are_read(fields, words, 
 def test_a_pair_for_each_axis_is_asked_for():
     with pytest.raises(InputError, match="encoding.rotary_pairs=1 must lie between the 2 axes and the 4 pairs"):
         build.check_encoding(vit_config(encoding__rotary_pairs=1))
+    with pytest.raises(InputError, match="encoding.rotary_pairs=1 turns .* model.heads = 2 must be at least 4 for 2 axes"):
+        build.check_encoding(vit_config(encoding__rotary_pairs=1, model__width=4, model__heads=2))
 
 
 def written(folder, settings, **encoding):
@@ -54,10 +56,13 @@ def written(folder, settings, **encoding):
 
 @pytest.mark.parametrize("field, value", [
     ("rotary_pairs", 2), ("position_heads", 1), ("feature_width", 3), ("fraction_digits", 1), ("resize", "stretch"),
+    ("rotary_heads", 1),
 ])  # fmt: skip
 def test_parameters_of_another_encoding_are_not_begun_with(tmp_path, field, value):
-    run = build.build(tiny_config(eval__lengths=(), **{f"encoding__{field}": value}), jax.devices()[:1])
-    source = written(tmp_path, tiny_config())
+    turned = PAIRS if field == "rotary_heads" else {}  # which there are none of without pairs
+    fields = turned | {f"encoding__{field}": value}
+    run = build.build(tiny_config(eval__lengths=(), **fields), jax.devices()[:1])
+    source = written(tmp_path, tiny_config(**turned))
     with pytest.raises(InputError, match=f"encoding.{field}: .* -> {value}"):
         saved.check_source(run, source)
 
