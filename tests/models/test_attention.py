@@ -30,6 +30,8 @@ def pair(name: int, sets: int, heads: int, width: int):
 
 def signals(sets: int) -> dict[str, PositionSignal]:
     angles = random(9, sets, LENGTH, 1, WIDTH // 2)
+    fast, narrow = angles[..., :1], pair(20, sets, 1, 2)
+    some = PositionSignal(rotation=(jnp.cos(fast), jnp.sin(fast)), features=narrow).for_heads(1, HEADS)
     return {
         "rotation": PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))),
         "factors": PositionSignal(factors=pair(10, sets, HEADS, WIDTH)),
@@ -37,6 +39,7 @@ def signals(sets: int) -> dict[str, PositionSignal]:
         "features": PositionSignal(features=pair(14, sets, HEADS, 3)),
         "shared features": PositionSignal(features=pair(16, sets, 1, 3)),
         "bias": PositionSignal(bias=random(18, HEADS, LENGTH, LENGTH)),
+        "some pairs of some heads": some.joined(PositionSignal(factors=pair(22, sets, 1, 1))),
     }
 
 
@@ -49,9 +52,9 @@ NAMES = list(signals(1))
 
 
 def turn(array, cos, sin):
-    turned = np.empty_like(array)
-    turned[0::2] = array[0::2] * cos - array[1::2] * sin
-    turned[1::2] = array[0::2] * sin + array[1::2] * cos
+    turned, pairs = array.copy(), array[: 2 * len(cos)]
+    turned[: len(pairs) : 2] = pairs[0::2] * cos - pairs[1::2] * sin
+    turned[1 : len(pairs) : 2] = pairs[0::2] * sin + pairs[1::2] * cos
     return turned
 
 
