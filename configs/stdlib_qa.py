@@ -18,7 +18,7 @@ FORMS = {"seqpe_paper": "seqpe", "rotary_partial": "rotary"}
 def get_config(variant=None):
     """Returns the config; a variant is an encoding kind."""
     c = defaults()
-    c.steps = 3200
+    c.steps = 4800
     c.batch_size = 16
     c.data.name = "stdlib_qa"
     c.data.length = 128
@@ -28,6 +28,7 @@ def get_config(variant=None):
     c.data.question_weight = 1.0
     c.eval.lengths = (128, 256, 512, 1024)
     c.eval.examples = 400
+    c.eval.every = 800
     c.checkpoint.every = 500
     c.report.every = 25
 
