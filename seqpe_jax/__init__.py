@@ -1,1 +1,45 @@
-"""SeqPE in JAX: position encodings that train short and work long."""
+"""SeqPE in JAX: position encodings that train short and work long.
+
+    import seqpe_jax
+
+    model = seqpe_jax.load("runs/first")
+    print(model.generate("import ", max_new_tokens=40))
+
+`load` opens a run, an export, the authors' PyTorch checkpoints or a Hugging Face GPT-2; `SeqPE`, `attend`, `place` and
+`position_losses` put the encoding into a model of your own. All of them are imported when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from seqpe_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from seqpe_jax.encodings.seqpe import SeqPE
+    from seqpe_jax.loading import load
+    from seqpe_jax.model import Model
+    from seqpe_jax.models.attention import attend, place
+    from seqpe_jax.objectives.losses import position_losses
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Model", "SeqPE", "attend", "load", "place", "position_losses"]
+
+_PLACES = {
+    "Model": "model",
+    "SeqPE": "encodings.seqpe",
+    "attend": "models.attention",
+    "load": "loading",
+    "place": "models.attention",
+    "position_losses": "objectives.losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a part of the public face when it is first used."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

@@ -16,10 +16,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from seqpe_jax import build, command, config
-from seqpe_jax.build.aot import compile_step, devices_of
-from seqpe_jax.evaluation.tables import markdown_of
+from seqpe_jax import command, config
+from seqpe_jax.files import write_whole
+from seqpe_jax.profiling.slices import compile_step, devices_of
+from seqpe_jax.reporting.tables import markdown_of
 from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
@@ -29,15 +31,12 @@ _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 def main() -> None:
     """The command."""
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
-    run = build.build(config.parse(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
-    print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {run.mesh.size} device(s): one to several minutes", flush=True)
-    found = {"topology": _TOPOLOGY.value} | compile_step(run)
+    trainer = Trainer.of(config.parse(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
+    print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True)
+    found = {"topology": _TOPOLOGY.value} | compile_step(trainer)
     if _OUTPUT.value:
         path = pathlib.Path(_OUTPUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
     print(table(found))
     if short := found["memory"]["shortfall"]:

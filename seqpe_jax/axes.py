@@ -26,7 +26,7 @@ HIDDEN = "hidden"
 VOCABULARY = "vocabulary"
 
 
-class Layout(Protocol):
+class Placement(Protocol):
     """Where the dimensions of arrays lie (`runtime.mesh.Layout`); device: one of those that programs are compiled for."""
 
     device: Any
@@ -47,11 +47,11 @@ class Layout(Protocol):
         """Returns function(*arguments), computed by each device for its own part."""
 
 
-_IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+_IN_FORCE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout | None) -> Iterator[None]:
+def laid_out(layout: Placement | None) -> Iterator[None]:
     """Puts a layout in force for what is traced inside; None = arrays stay as they are."""
     token = _IN_FORCE.set(layout)
     try:

@@ -6,7 +6,7 @@
 Modes: train (a step), eval (a batch; the position table is computed before), decode (a new token of each sample), encode
 (forward and backward pass of SeqPE's encoder on the positions of a step, against each string of digits by itself).
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
-device's peak; see `build.benchmarks.flops_of`), the memory of the compiled program, and the time of the position encoding
+device's peak; see `architecture.flops_of`), the memory of the compiled program, and the time of the position encoding
 alone as a share. Ratios are of the first encoding to each other one: medians over turns.
 """
 
@@ -19,9 +19,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
-from seqpe_jax.build.benchmarks import benchmark
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation.tables import markdown_of
+from seqpe_jax.files import write_whole
+from seqpe_jax.profiling.benchmarks import benchmark
+from seqpe_jax.reporting.tables import markdown_of
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.progress import ProgressLine
 
@@ -51,8 +52,7 @@ def main() -> None:
     print(table(found))
     if _OUTPUT.value and hosts.is_lead():
         path = pathlib.Path(_OUTPUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
 
 

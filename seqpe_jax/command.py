@@ -5,7 +5,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 
@@ -14,6 +13,7 @@ from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.files import check_writable, expanded
 from seqpe_jax.runtime import hosts
+from seqpe_jax.trees import flat
 
 flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
 HOSTS = ("coordinator", "num-processes", "process-id", "start-timeout")
@@ -68,7 +68,7 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     settings = refused = None
     try:
         settings = read()
-        facts |= _flat(config.to_dict(settings), "config.") if settings is not None else {}
+        facts |= flat({"config": config.to_dict(settings)}, ".") if settings is not None else {}
     except InputError as error:
         facts["bad input"], refused = str(error), error
     hosts.start(
@@ -78,13 +78,6 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     if refused is not None:
         raise refused
     return settings
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def run(main: Callable[[], None]) -> None:

@@ -9,10 +9,10 @@ import re
 
 from absl import flags
 
-from seqpe_jax import command
-from seqpe_jax.build.measured import Scales, measure, write
+from seqpe_jax import command, loading
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import hosts
+from seqpe_jax.tasks.measure import Scales, check_kind, measure, write
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
@@ -43,9 +43,12 @@ def main() -> None:
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
+    hosts.keep_compiled_programs()
+    folder, tokens, examples = _CHECKPOINT.value, _TOKENS.value, _EXAMPLES.value
+    check_kind(loading.saved_config(folder), folder, lengths, sizes, tokens, examples)
     report, arrays = measure(
-        _CHECKPOINT.value, lengths, sizes, _SPLIT.value, _TOKENS.value, _EXAMPLES.value, _DATA.value, tuple(_PATHS.value),
-        _LOSSY.value,
+        loading.opened(folder), lengths, sizes, _SPLIT.value, tokens, examples, _DATA.value,
+        tuple(_PATHS.value), _LOSSY.value,
     )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():
         for file in write(report, arrays, pathlib.Path(_OUTPUT.value)):

@@ -1,7 +1,11 @@
-"""Paths as users give them, and whether something can be written there."""
+"""Paths as users give them, whether something can be written there, and the one way in which files are written."""
 
+import contextlib
 import os
 import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 from seqpe_jax.errors import InputError
 
@@ -49,3 +53,63 @@ def open_to_all(path: str | os.PathLike) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a file beside `path` that takes its name when the block ends well, so that nobody ever sees half of it.
+
+    Its folder is made where there is none. The name holds the process's number: several may write at once, and the last
+    one to end stays.
+    """
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file whole or not at all, text as UTF-8; one that holds the content already is left alone."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may be any bytes
+    target = pathlib.Path(path)
+    if target.is_file() and target.read_bytes() == data:
+        return
+    with whole(target) as part:
+        part.write_bytes(data)
+
+
+def check_free(folder: str | os.PathLike, option: str = "--output") -> None:
+    """Refuses to write over anything. Raises: InputError: something is there that is not an empty folder."""
+    path = pathlib.Path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{option}={folder} is there already and not an empty folder: choose another, or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pathlib.Path]:
+    """Yields an empty folder that takes the name `path` when the block ends well, and vanishes otherwise.
+
+    Args:
+      option: what names the place, for messages.
+
+    Raises:
+      InputError: the folder cannot be written, or the name is taken.
+    """
+    check_free(path, option)
+    target = pathlib.Path(path).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{option}={path} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        yield folder
+        check_free(target, option)
+        open_to_all(folder)  # mkdtemp's folders are for their owner alone
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

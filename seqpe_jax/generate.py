@@ -10,17 +10,17 @@ positions of a run with encoding.resize='stretch', where those are more than a t
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from seqpe_jax import command
-from seqpe_jax.build import Run, saved
+from seqpe_jax import command, loading
 from seqpe_jax.errors import InputError
-from seqpe_jax.generation import Generation, Sampling
+from seqpe_jax.files import write_whole
+from seqpe_jax.inference.decoding import Generation, Sampling
+from seqpe_jax.inference.generate import check_generation
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.progress import ProgressLine
 
@@ -32,7 +32,7 @@ def run(
 
     Args:
       checkpoint: a workdir of `train`.
-      new_tokens: at most, for each prompt; choice: temperature, top_p and seed of `generation.Sampling`.
+      new_tokens: at most, for each prompt; choice: temperature, top_p and seed of `inference.decoding.Sampling`.
       stream: print the text of the one prompt as it comes; else a line of progress tells the tokens done.
 
     Raises:
@@ -41,19 +41,13 @@ def run(
     """
     hosts.keep_compiled_programs()
     Sampling(new_tokens, **choice)  # refuses bad values before a run is opened
-    settings = saved.saved_config(checkpoint)
-    if settings.reads_images:
+    if loading.saved_config(checkpoint).reads_images:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-
-    def encode(parts: Run) -> tuple[list[Any], Sampling]:
-        tokens = parts.data.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
-        sampling = Sampling(new_tokens, end=parts.data.tokenizer.end_of_text, **choice)
-        parts.check_generation([len(prompt) for prompt in tokens], sampling)
-        return tokens, sampling
-
-    parts, params, _ = saved.open_run(checkpoint, settings, encode)
-    tokens, sampling = encode(parts)
-    tokenizer, printed = parts.data.tokenizer, ""
+    model = loading.opened(checkpoint)
+    tokenizer, printed = model.tokenizer, ""
+    tokens = model.task.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
+    sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
+    check_generation(model.config, [len(prompt) for prompt in tokens], sampling)
 
     def say(index: int, generation: Generation) -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
@@ -64,12 +58,12 @@ def run(
             printed = text
 
     if stream:
-        found = parts.generate(params, tokens, sampling, heard=say)
+        found = model.continuations(tokens, sampling, heard=say)
         if hosts.is_lead():
             print(tokenizer.decode(found[0].content)[len(printed) :], flush=True)
     else:
         line = ProgressLine(len(prompts) * new_tokens, label="token")
-        found = parts.generate(params, tokens, sampling, progress=lambda done, total: line.update(done, total=total))
+        found = model.continuations(tokens, sampling, progress=lambda done, total: line.update(done, total=total))
         line.close()
     return [
         {
@@ -129,10 +123,7 @@ def main() -> None:
     )
     lines = "".join(json.dumps(result) + "\n" for result in results)
     if output and hosts.is_lead():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        part = output.with_name(f"{output.name}.{os.getpid()}.part")
-        part.write_text(lines)
-        part.replace(output)
+        write_whole(output, lines)
         print(f"written: {output}")
     elif _FILE.value is not None and hosts.is_lead():
         print(lines, end="")

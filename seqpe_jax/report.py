@@ -8,7 +8,7 @@ import pathlib
 from absl import flags
 
 from seqpe_jax import command
-from seqpe_jax.evaluation import report
+from seqpe_jax.reporting import report
 
 _WORKDIR = command.define_path("workdir", "folder of a run, of a sweep, or a folder whose subfolders are runs")
 _OUTPUT = command.define_path("output", "folder for report.html, report.md, results.csv and the plots", writes="folder")

@@ -16,7 +16,7 @@ from absl import flags
 from seqpe_jax import command
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.sweeps import local, points, record, search, slurm
-from seqpe_jax.sweeps.runs import Run
+from seqpe_jax.sweeps.runs import SweepRun
 
 _SWEEP = command.define_path("sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)")
 _WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
@@ -38,7 +38,7 @@ def main() -> None:
     if not sweep.points:
         raise InputError(f"{sweep.path} has a SEARCH, but no runs(): use --executor=optuna")
     asked = slurm.parameters(_SLURM.value) if _EXECUTOR.value == "slurm" else {}
-    runs = [Run(point, workdir / point.name) for point in sweep.points]
+    runs = [SweepRun(point, workdir / point.name) for point in sweep.points]
     names = {run.name for run in runs}
     for name in _ONLY.value:
         if name not in names:
@@ -60,7 +60,7 @@ def main() -> None:
         _end(chosen, local.work(runs, todo, _JOBS.value or 1))
 
 
-def _end(runs: list[Run], told: str | None) -> None:
+def _end(runs: list[SweepRun], told: str | None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
     words = f"{sum(not run.left() for run in runs)} of {len(runs)} runs finished"
     failed = [(run, why) for run in runs if (why := run.failure())]

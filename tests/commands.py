@@ -158,9 +158,10 @@ def serve() -> None:
     """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
     from absl import flags
 
-    from seqpe_jax import build, command, training  # noqa: F401  imported once, for all forks
+    from seqpe_jax import command, loading  # noqa: F401  imported once, for all forks
     from seqpe_jax.runtime import checkpoint, progress  # noqa: F401
     from seqpe_jax.sweeps import runs, search  # noqa: F401
+    from seqpe_jax.training import trainer  # noqa: F401
 
     runs.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
     gc.collect()

@@ -141,10 +141,10 @@ def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
         except InputError:
             continue  # refused wherever it comes from
         if kind in reads:
-            config._given(given)
+            config.given(given)
             continue
         with pytest.raises(InputError) as caught:
-            config._given(given)
+            config.given(given)
         message = str(caught.value)
         assert f"encoding.{field.name}=" in message and f"encoding.kind='{kind}'" in message and "\n" not in message
         assert message.split("only by ")[1] == f"{', '.join(reads)}: leave it out"

@@ -146,8 +146,8 @@ def test_another_tokenizer_is_refused(commands, words, tmp_path):
     word_tokenizer(kept, ["<|endoftext|>", *COUNTING[:5], "more"])
     refused(
         commands("generate", f"--checkpoint={words}", "--prompt=w0"),
-        "has 7 tokens, and this one 8",
-        "the tokenizer that it was trained with",
+        "has 8 tokens, but the model only 7",
+        "the tokenizer that the model was trained with",
     )
     kept.write_bytes(before)
 

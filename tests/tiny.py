@@ -9,6 +9,7 @@ import numpy as np
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,6 +32,11 @@ def tiny_config(**overrides) -> Config:
         values |= {"encoding.rotary_pairs": 0, "encoding.feature_width": 0}
     values |= {name.replace("__", "."): value for name, value in overrides.items()}
     return config.load(f"{ROOT}/configs/stdlib_lm.py:{variant}", values)
+
+
+def train(settings: Config, workdir: str | pathlib.Path) -> None:
+    """What the command does, in this process."""
+    Trainer.for_folder(settings, workdir).fit(workdir)
 
 
 def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, jnp.ndarray]:

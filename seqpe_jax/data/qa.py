@@ -6,30 +6,25 @@ lines between them, then the builder's form of the question.
 """
 
 import abc
-import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
+from seqpe_jax.data import qa_index
 from seqpe_jax.data.builders import base, qa_jsonl, question_builder_class
 from seqpe_jax.data.builders.base import prepared
+from seqpe_jax.data.builders.passages import QuestionBuilder
 from seqpe_jax.data.builders.qa_jsonl import QaJsonl
-from seqpe_jax.data.builders.questions import QuestionBuilder
-from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.cache import cache_root
+from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from seqpe_jax.errors import InputError, suggest
 
-FORMAT = 1  # of the files below; a new number makes old caches unread
-TEXTS, QUESTIONS, TABLE = "texts.bin", "questions.bin", "table.npz"
-SEPARATOR = "\n\n"
-ANCHOR = "x"  # stands for what is on the other side of a separator when tokens are counted
 PIECE = 8  # tokens; a smaller piece of a passage is not made where there is a choice
 BYTE_END = 0  # ends an answer in bytes: no text holds it
 BINS = 10  # of the histograms
@@ -140,7 +135,7 @@ class QuestionSource(abc.ABC):
             kinds[kind] = kinds.get(kind, 0) + 1
         places = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int))
         records = [self[int(place)] for place in places]
-        tokens = [_tokens(self._tokenizer, record["input"], record["outputs"]) for record in records]
+        tokens = [tokens_of(self._tokenizer, record["input"], record["outputs"]) for record in records]
         depths = [record["depth"] for record in records if record["depth"] is not None]
         return {
             "examples": len(self),
@@ -206,59 +201,35 @@ def question_source(
     if length < 1:
         raise InputError(f"the length of examples must be at least 1 token, got {length}")
     end_token(tokenizer)
-    root = cache_root(cache_dir)
-    title = f"{name}/{split}"
+    root, title = cache_root(cache_dir), f"{name}/{split}"
     if builder is QaJsonl:
         file = QaJsonl.file(split, paths)
         key = base.describe_file(file, name)
-
-        def write(folder: pathlib.Path) -> None:
-            _index_lines(file, tokenizer, folder, title, progress)
-
     else:
         key = builder.source_key(paths)
 
-        def write(folder: pathlib.Path) -> None:
-            datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
-            written = prepared(builder, paths, datasets / f"{name}-{key}", root / "downloads", progress)
-            if split not in written.info.splits:
-                raise InputError(
-                    f"data set '{name}' has no questions in split '{split}' (it has {', '.join(written.info.splits)}): "
-                    "give more data in data.paths"
-                )
-            _index_records(written.as_data_source(split=split), builder, tokenizer, folder, title, progress)
+    def write(folder: pathlib.Path) -> None:
+        if builder is QaJsonl:
+            qa_index.index_lines(file, tokenizer, folder, title, progress)
+            return
+        datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
+        written = prepared(builder, paths, datasets / f"{name}-{key}", root / "downloads", progress)
+        if split not in written.info.splits:
+            raise InputError(
+                f"data set '{name}' has no questions in split '{split}' (it has {', '.join(written.info.splits)}): "
+                "give more data in data.paths"
+            )
+        qa_index.index_records(written.as_data_source(split=split), builder, tokenizer, folder, title, progress)
 
-    identity = json.dumps([FORMAT, key, split, tokenizer.fingerprint])
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    target = root / "questions" / f"{name}-{split}-{digest}"
-    table = _read_table(target)
-    if table is None:
-        with locked(target) as alone:
-            if (table := _read_table(target)) is None:
-                with new_directory(target, alone=alone) as folder:
-                    write(folder)
-                table = _read_table(target)
-    if table is None:
-        raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
+    target, table = qa_index.counted_table(
+        root / "questions", f"{name}-{split}", (key, split, tokenizer.fingerprint), write
+    )
     identity = json.dumps([table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed])
     fingerprint = hashlib.sha256(identity.encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
     if builder is QaJsonl:
         return _Lines(*shared, file)
     return _Assembled(*shared, target, builder, seed)
-
-
-def _read_table(target: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """Returns the arrays of a counted split, or None where they are not there or damaged."""
-    try:
-        with np.load(target / TABLE) as loaded:
-            table = {field: loaded[field] for field in loaded.files}
-        for name, start in ((TEXTS, "text_start"), (QUESTIONS, "question_start")):
-            if start in table and (target / name).stat().st_size != table[start][-1]:
-                return None
-        return table
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
 
 
 def _kept(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:
@@ -300,9 +271,9 @@ class _Assembled(QuestionSource):
         self._builder, self._seed = builder, seed
         self._passage_of, self._passage_tokens = table["passage_of"], table["passage_tokens"]
         self._around = table["smallest"] - self._passage_tokens[self._passage_of]  # tokens of all but the passages
-        self._texts = _Slices(folder / TEXTS, table["text_start"])
-        self._questions = _Slices(folder / QUESTIONS, table["question_start"])
-        self._count = _counter(tokenizer)
+        self._texts = Slices(folder / TEXTS, table["text_start"])
+        self._questions = Slices(folder / QUESTIONS, table["question_start"])
+        self._count = passage_counter(tokenizer)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -326,7 +297,7 @@ class _Assembled(QuestionSource):
             before, after, depth = self._context(index, question, answers, spare)
             prompt = SEPARATOR.join([*before, self._text(gold), *after, tail])
             # A tokenizer may join what was counted apart.
-            over = _tokens(self._tokenizer, prompt, answers) - self.length
+            over = tokens_of(self._tokenizer, prompt, answers) - self.length
             if over <= 0 or spare <= 0:
                 break
             spare = max(0, spare - over)
@@ -376,7 +347,7 @@ class _Assembled(QuestionSource):
             if not text:
                 break
             if tokens > room - used:
-                text, tokens = _cut(text, room - used, self._count, slack=self.length // 100)
+                text, tokens = cut(text, room - used, self._count, slack=self.length // 100)
                 if not text or leaks(text):  # half a word may be the answer
                     tries += 1
                     continue
@@ -393,7 +364,7 @@ class _Lines(QuestionSource):
     def __init__(self, title, length, tokenizer, table, fingerprint, file: pathlib.Path):
         self._kept, skipped = _kept(table, length, title)
         super().__init__(title, length, tokenizer, skipped, fingerprint)
-        self._lines, self._numbers, self._file = _Slices(file, table["line_start"]), table["line_number"], file
+        self._lines, self._numbers, self._file = Slices(file, table["line_start"]), table["line_number"], file
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -410,141 +381,6 @@ class _Lines(QuestionSource):
         for index in range(len(self)):
             record = self[index]
             yield record["question"], record["kind"], record["outputs"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slices:
-    """Pieces of a file, read when they are asked for: [i] -> the bytes from start[i] to start[i + 1]."""
-
-    file: pathlib.Path
-    start: np.ndarray
-
-    def __getitem__(self, place: int) -> bytes:
-        begin, end = int(self.start[place]), int(self.start[place + 1])
-        with open(self.file, "rb") as content:
-            content.seek(begin)
-            return content.read(end - begin)
-
-
-def _counter(tokenizer: Tokenizer) -> Callable[[str], int]:
-    """Returns a function that counts the tokens that a passage and the separator after it add to a prompt."""
-    empty = len(tokenizer.encode(f"{ANCHOR}{SEPARATOR}{ANCHOR}".encode()))
-    separator = empty - 2 * len(tokenizer.encode(ANCHOR.encode()))
-
-    def count(text: str) -> int:
-        if not text:
-            return separator
-        return len(tokenizer.encode(f"{ANCHOR}{SEPARATOR}{text}{SEPARATOR}{ANCHOR}".encode())) - empty
-
-    return count
-
-
-def _tokens(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
-    """Returns the tokens of prompt + " " + longest answer + end."""
-    encoded = tokenizer.encode_many([prompt.encode(), *(f" {answer}".encode() for answer in answers)])
-    return len(encoded[0]) + max(map(len, encoded[1:])) + 1
-
-
-def _cut(text: str, room: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
-    """Returns (the beginning of a text, its tokens), at most `room`; cut after a word, or anywhere to lose less than
-    `slack`.
-
-    Empty where not even one character finds room.
-    """
-
-    def longest(ends: Sequence[int]) -> int:
-        low, high = 0, len(ends)  # of how many ends the text before them finds room
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if count(text[: ends[middle - 1]]) <= room else (low, middle - 1)
-        return ends[low - 1] if low else 0
-
-    spaces = [place for place in range(1, len(text)) if text[place].isspace() and not text[place - 1].isspace()]
-    end = longest([*spaces, len(text)])
-    if not end or room - count(text[:end]) > slack:
-        end = max(end, longest(range(1, len(text) + 1)))
-    return (text[:end], count(text[:end])) if end else ("", 0)
-
-
-def _index_records(
-    records: Sequence[Mapping[str, Any]],
-    builder: type[QuestionBuilder],
-    tokenizer: Tokenizer,
-    folder: pathlib.Path,
-    title: str,
-    progress: bool,
-) -> None:
-    """Writes the passages, each once, the questions that can be asked, and the tokens of both."""
-    passages: dict[bytes, int] = {}
-    text_start, question_start, passage_of, tokens, around = [0], [0], [], [], []
-    without_answer = not_in_text = 0
-    content = hashlib.sha256()
-    count = _counter(tokenizer)
-    left = len(tokenizer.encode(f"{ANCHOR}{SEPARATOR}{ANCHOR}".encode())) - len(tokenizer.encode(ANCHOR.encode()))
-    bar = tqdm.tqdm(total=len(records), desc=f"count {title}", unit=" questions", delay=2.0, disable=not progress)
-    with bar, open(folder / TEXTS, "wb") as texts, open(folder / QUESTIONS, "wb") as questions:
-        for number in range(len(records)):
-            record = records[number]
-            bar.update()
-            text = record["text"].decode()
-            known = hashlib.sha256(record["text"]).digest()
-            if known not in passages:
-                passages[known] = len(passages)
-                text_start.append(text_start[-1] + texts.write(record["text"]))
-                tokens.append(count(text))
-                content.update(record["text"])
-            answers = [answer.decode() for answer in record["answers"]]
-            if not record["question"]:
-                continue
-            found = [answer for answer in answers if answer in text]
-            if not found:
-                without_answer, not_in_text = without_answer + (not answers), not_in_text + bool(answers)
-                continue
-            question = record["question"].decode()
-            line = json.dumps([question, record["kind"].decode(), found]).encode()
-            question_start.append(question_start[-1] + questions.write(line))
-            content.update(line)
-            passage_of.append(passages[known])
-            asked = f"{ANCHOR}{SEPARATOR}{builder.TAIL.format(question)}"
-            around.append(_tokens(tokenizer, asked, found) - left)
-    passage_of = np.array(passage_of, np.int64)
-    tokens = np.array(tokens, np.int64)
-    np.savez(
-        folder / TABLE,
-        text_start=np.array(text_start, np.int64),
-        question_start=np.array(question_start, np.int64),
-        passage_of=passage_of,
-        passage_tokens=tokens,
-        smallest=np.array(around, np.int64) + tokens[passage_of],
-        without_answer=np.int64(without_answer),
-        answer_not_in_text=np.int64(not_in_text),
-        content=np.frombuffer(content.digest(), np.uint8),
-    )
-
-
-def _index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool) -> None:
-    """Writes where the lines of a file begin, and the tokens of each; checks each."""
-    starts, numbers, tokens, end = [], [], [], 0
-    content = hashlib.sha256()
-    bar = tqdm.tqdm(qa_jsonl.lines(file), f"count {title}", unit=" lines", delay=2.0, disable=not progress)
-    for number, offset, line in bar:
-        _, prompt, answers = qa_jsonl.parse(line, f"'{file}', line {number}")
-        tokens.append(_tokens(tokenizer, prompt, answers))
-        starts.append(offset)
-        numbers.append(number)
-        content.update(line)
-        end = offset + len(line)
-    if not starts:
-        raise InputError(f"'{file}' holds no line; {qa_jsonl.HOW}")
-    np.savez(
-        folder / TABLE,
-        line_start=np.array([*starts, end], np.int64),
-        line_number=np.array(numbers, np.int64),
-        smallest=np.array(tokens, np.int64),
-        without_answer=np.int64(0),
-        answer_not_in_text=np.int64(0),
-        content=np.frombuffer(content.digest(), np.uint8),
-    )
 
 
 def _histogram(values: Sequence[float], limits: tuple[float, float] | None) -> dict[str, list]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import write_whole
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
@@ -365,11 +366,7 @@ def _not_a_tokenizer(file: pathlib.Path, why: object) -> InputError:
 
 
 def _write(directory: str | os.PathLike, content: bytes, name: str = FILE) -> None:
-    folder = pathlib.Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.{os.getpid()}"
-    part.write_bytes(content)
-    part.replace(folder / name)
+    write_whole(pathlib.Path(directory) / name, content)
 
 
 def _decoded(text: bytes) -> str:

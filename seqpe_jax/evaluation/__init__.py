@@ -1,1 +1,1 @@
-"""Numbers about a trained model, and their tables and plots."""
+"""Numbers about a trained model."""

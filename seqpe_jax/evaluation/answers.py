@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import write_whole
 
 METRICS = ("contains", "exact_match", "f1")
 DEPTH_BINS = 5
@@ -136,14 +137,8 @@ def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]],
             "gold": list(record["outputs"]), "hypothesis": hypothesis, "depth": record["depth"],
         }  # fmt: skip
         lines.append(json.dumps(line | scores(hypothesis, record["outputs"]), ensure_ascii=False) + "\n")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text("".join(lines), encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, "".join(lines))
     except OSError as error:
         raise InputError(f"cannot write answers to '{path}' ({error.strerror}): choose another file") from error
     return path

@@ -1,25 +1,19 @@
-"""Checkpoints of others -> runs of ours, and back."""
+"""A checkpoint of others, read and written as a run of ours."""
 
-import contextlib
-import json
-import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 import tokenizers
 
-from seqpe_jax import config as configs
+from seqpe_jax import loading
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN, load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop import folders, reference, settings, weights
-from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
-
-REPORT = "conversion.json"
+from seqpe_jax.files import check_free
+from seqpe_jax.interop import folders, reference, weights
+from seqpe_jax.interop.writing import write_reference, write_run
+from seqpe_jax.trees import count
 
 
 def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
@@ -34,10 +28,10 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
       "tokenizer"}.
 
     Raises:
-      InputError: as `interop.load_reference`; the tokenizer does not fit. Nothing is written then.
+      InputError: as `loading.load`; the tokenizer does not fit. Nothing is written then.
     """
-    free_folder(output)
-    if reference.is_run(source):
+    check_free(output)
+    if loading.is_ours(source):
         raise InputError(f"{source} is a run of ours already: --to=reference writes it in the reference's format")
     found = folders.read(source)
     model = reference.from_source(found)
@@ -52,84 +46,20 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
         "source": str(source),
         "files": [str(file) for file in found.files],
         "encoding": config.encoding.kind,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "parameters": count(model.params),
         "mapped": mapped,
         "left_out": found.dropped,
         "text": not config.reads_images,
         "tokenizer": None if words is None else words.name,
     }
-    with new_folder(output) as folder:
-        write_config(folder, configs.to_dict(config))
-        if words is not None:
-            words.save(folder)
-        checkpoints = Checkpoints(folder)
-        checkpoints.save(0, {"params": model.params}, {"params_only": True, "converted": str(source)})
-        checkpoints.close()
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    write_run(output, config, model.params, model.sizes, 0, keep=words and words.save, report=report)
     return report
 
 
 def to_reference(checkpoint: str, output: str) -> dict[str, Any]:
-    """Writes a run of ours in the reference's text or image layout.
-
-    Args:
-      checkpoint: a workdir of `train` or an output of `to_run`; output: a folder that does not exist or is empty.
-
-    Returns:
-      {"source", "step", "files", "encoding", "parameters", "mapped": {ours: theirs}}.
-
-    Raises:
-      InputError: not a run, or a field that the reference has nothing like. Nothing is written then.
-    """
-    free_folder(output)
-    model, step = reference.from_run(checkpoint)
-    config, kind = model.config, model.config.encoding.kind
-    spec = settings.spec_of(config, getattr(model.encoding, "vector_width", 0))
-    rules = weights.rules(config)
-    state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
-    if reference.channels_of(state) != 3:
-        raise InputError(f"{checkpoint} reads images of one channel: the reference's format knows three alone")
-    if not config.reads_images and kind in ("sinusoidal", "rotary", "alibi"):
-        rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
-        state[f"{weights.ENCODER}weight"] = reference.fixed_table(model, rows)
-    kept = pathlib.Path(checkpoint) / FILE
-    with new_folder(output) as folder:
-        files = (folders.write_images if config.reads_images else folders.write_text)(
-            folder, spec, settings.training_of(config), state
-        )
-        if kept.is_file():
-            load_tokenizer(kept).save(folder)
-        names = [str(file.relative_to(folder)) for file in files]
-    return {
-        "source": str(checkpoint),
-        "step": step,
-        "files": names,
-        "encoding": kind,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
-        "mapped": {rule.ours: list(rule.theirs) for rule in rules},
-    }
-
-
-def free_folder(output: str) -> None:
-    """Refuses a place that holds something. Raises: InputError."""
-    path = pathlib.Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"--output={output} exists and is not empty: choose a new folder")
-
-
-@contextlib.contextmanager
-def new_folder(output: str) -> Iterator[pathlib.Path]:
-    """Yields a folder that becomes `output` at the end, and is gone if the end is not reached."""
-    path = pathlib.Path(output).absolute()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if path.exists():
-            path.rmdir()
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    """Writes a run of ours in the reference's text or image layout; returns and raises as `writing.write_reference`."""
+    check_free(output)
+    return write_reference(loading.opened(checkpoint), output)
 
 
 def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Any:

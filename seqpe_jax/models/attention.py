@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from seqpe_jax import axes
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.encodings.signal import Pair, PositionSignal, fit_batch
+from seqpe_jax.errors import InputError
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands, aligned, feature_logits
 
@@ -54,12 +55,46 @@ def attend(
     """
     last_P = jnp.full(1, key_BSHK.shape[1] - query_BLHK.shape[1], jnp.int32) if causal else None
     bias_PHLS = None if signal.bias is None else signal.bias[None]
-    query_BLHK, key_BSHK = _place(query_BLHK, key_BSHK, signal)
+    query_BLHK, key_BSHK = _positioned(query_BLHK, key_BSHK, signal)
     seed = None
     if dropout_rate and dropout_key is not None:
         seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
     arguments = Operands(query_BLHK, key_BSHK, value_BSHK, signal.features, bias_PHLS, last_P, seed, rate=dropout_rate)
     return _mix(arguments, kind, block)
+
+
+def place(
+    query_BLHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, signal: PositionSignal
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries, keys and values with their positions in them, for any attention of one's own.
+
+        q, k, v = place(q, k, v, signal.at_layer(layer))
+        out = jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True)[..., :head_width]
+
+    What is mixed equals `attend`. Queries are divided by sqrt(K); features stand behind the K columns, and values are
+    filled up with as many zeros, so that all three have one width. Where there are features, all are float32: their
+    products must be. What a signal adds to tokens (`signal.added`) is for the embedding, before the first layer.
+
+    Args:
+      signal: of one layer (`PositionSignal.at_layer`).
+
+    Raises:
+      InputError: the signal has a bias, which stands for no query or key alone.
+    """
+    if signal.bias is not None:
+        raise InputError("this encoding adds a bias to pairs of places: use seqpe_jax.attend, which can add it")
+    query, key = _positioned(query_BLHK, key_BSHK, signal)
+    query = query / math.sqrt(query.shape[-1])
+    if signal.features is None:
+        return query, key, value_BSHK
+    placed = []
+    for array, field in zip((query, key), signal.features, strict=True):
+        field = fit_batch(field.astype(jnp.float32), array.shape[0])
+        field = jnp.broadcast_to(field, (*array.shape[:-1], field.shape[-1]))
+        placed.append(jnp.concatenate([array.astype(jnp.float32), field], axis=-1))
+    missing = placed[0].shape[-1] - value_BSHK.shape[-1]
+    value = jnp.pad(value_BSHK.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, missing)))
+    return placed[0], placed[1], value
 
 
 def attend_cached(
@@ -90,7 +125,7 @@ def attend_cached(
       InputError: as `choice.choose`.
     """
     here = signal.at_places(places_PL)
-    query_BLHK, key_BLHK = _place(query_BLHK, key_BLHK, here)
+    query_BLHK, key_BLHK = _positioned(query_BLHK, key_BLHK, here)
     firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
     cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B))
@@ -156,7 +191,7 @@ def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: Positi
     return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal, kind="plain"), 2, 1)
 
 
-def _place(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
+def _positioned(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
     """Applies what a signal does to q and k themselves."""
     fit = functools.partial(fit_batch, batch=query.shape[0])
     dtype = query.dtype

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.objectives.task import cross_entropy
+from seqpe_jax.objectives.criterion import cross_entropy
 
 
 def contrastive_loss(

@@ -16,13 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.digits import count_digits, to_digits
-from seqpe_jax.positions.permutation import LIMIT, ROUNDS, mix, permute, permute_with
-
-HARD_TRIES = 64  # rounds of digit edits; nearly all candidates are done after a dozen
-EDIT_TRIES = 4  # draws of one swap or substitution
-EDIT_WORDS = 2 + 4 * EDIT_TRIES  # random words of a round of edits
-WEYL = 0x9E3779B9  # 2**32 over the golden ratio: the step between the counters of a word stream
+from seqpe_jax.positions.edits import edit
+from seqpe_jax.positions.permutation import LIMIT, ROUNDS, permute, permute_with
 
 
 class Contrastive(NamedTuple):
@@ -167,43 +162,18 @@ def contrastive(
     Raises:
       InputError: there are too few or too many positions, or a setting is out of its range.
     """
-    total = max_position**axes
-    if candidates < 1:
-        raise InputError(f"objective.contrastive.candidates={candidates}: at least 1 is needed")
-    if not 0 <= hard_fraction <= 1:
-        raise InputError(f"objective.contrastive.hard_fraction={hard_fraction} is not a share from 0 to 1")
-    if len(mixture) != 3 or min(mixture) < 0 or sum(mixture) <= 0:
-        raise InputError(
-            f"objective.contrastive.mixture={tuple(mixture)}: expected probabilities of random, hard and "
-            "distributional candidates"
-        )
-    if total > LIMIT:
-        raise InputError(f"encoding.max_position={max_position} on {axes} axes gives more than {LIMIT} positions")
-    if past_only and axes != 1:
-        raise InputError("objective.contrastive.past_only needs one axis: there is no before on a grid")
-    first = candidates if past_only else 0  # lower pivots have too little past
-    if total - first < (1 if past_only else candidates + 1):
-        raise InputError(
-            f"objective.contrastive.candidates={candidates} is too many for the {total} positions of "
-            f"encoding.max_position={max_position}: lower it"
-        )
+    _check_pairs(candidates, max_position, axes, mixture, hard_fraction, past_only)
+    total, first = max_position**axes, candidates if past_only else 0  # lower pivots have too little past
     extent = (max_position,) * axes
     spare = 0 if past_only else 1  # one draw more where the pivot itself may be drawn
     edited = int(candidates * hard_fraction) if mixture[1] > 0 else 0
     box = _box_side(candidates, max_position, window, axes)
 
-    # Even streams belong to epochs, odd ones to steps. A batch may end one epoch and begin others.
-    step, passes = jnp.asarray(step, jnp.int32), total - first
-    count_B = step * batch + jnp.arange(batch)
-    epoch = count_B[0] // passes
-    epochs = epoch + jnp.arange(2 + (batch - 2) // passes)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.append(2 * epochs, 2 * step + 1))
-    shape = (batch, 2 * ROUNDS + 1 + axes + edited)
-    bits = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(keys)
-    orders, bits = bits[:-1, 0, :ROUNDS], bits[-1]
-    pivots_B = first + permute_with(orders[count_B // passes - epoch], count_B % passes, passes)
+    pivots_B, bits = _pivots(
+        key, step, batch=batch, first=first, passes=total - first, words=2 * ROUNDS + 1 + axes + edited
+    )
     pivots_BA = _unravel(pivots_B, extent)
-    ends = 2 * ROUNDS, 2 * ROUNDS + 1, 2 * ROUNDS + 1 + axes
+    ends = 2 * ROUNDS, 2 * ROUNDS + 1, 2 * ROUNDS + 1 + axes  # of the words: permutations, kind, box, edits
     draw_bits, kind_bits, start_bits, edit_bits = jnp.split(bits, ends, axis=1)
 
     # Distinct uniform draws from the whole range, and distinct places in a box: one permutation serves both.
@@ -226,16 +196,68 @@ def contrastive(
             past_only=past_only,
         )  # fmt: skip
         specials[2] = _ravel(start_BA[:, None] + _unravel(places_BC, (box,) * axes), max_position)
-    specials = [
-        jnp.pad(special, ((0, 0), (0, candidates + 1 - special.shape[1])), constant_values=-1) for special in specials
-    ]
-    edges = np.cumsum(mixture[:2]) / sum(mixture)
-    kind_B1 = (_unit(kind_bits) >= edges).sum(axis=1, keepdims=True)
-    special_BC = jnp.where(kind_B1 == 1, specials[1], jnp.where(kind_B1 == 2, specials[2], specials[0]))
+    special_BC = _of_kind(kind_bits, specials, mixture)
     chosen_BC = _first_distinct(jnp.concatenate([special_BC, uniform_BC], axis=1), pivots_B, candidates)
     candidates_BCA = _unravel(chosen_BC, extent)
     labels_B = jnp.argmin(_distance(candidates_BCA, pivots_BA[:, None]), axis=1).astype(jnp.int32)
     return Contrastive(pivots_BA, candidates_BCA, labels_B)
+
+
+def _of_kind(bits: jax.Array, specials: list[jax.Array], mixture: tuple[float, ...]) -> jax.Array:
+    """The special candidates int32[B, C + 1] of the kind that is drawn for each pivot; -1 where it has fewer."""
+    edges = np.cumsum(mixture[:2]) / sum(mixture)
+    kind_B1 = (_unit(bits) >= edges).sum(axis=1, keepdims=True)
+    width = specials[0].shape[1]
+    none, hard, near = (jnp.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1) for one in specials)
+    return jnp.where(kind_B1 == 1, hard, jnp.where(kind_B1 == 2, near, none))
+
+
+def _check_pairs(
+    candidates: int,
+    max_position: int,
+    axes: int,
+    mixture: tuple[float, float, float],
+    hard_fraction: float,
+    past_only: bool,
+) -> None:
+    """Refuses settings that no candidates can be drawn with. Raises: InputError."""
+    total = max_position**axes
+    if candidates < 1:
+        raise InputError(f"objective.contrastive.candidates={candidates}: at least 1 is needed")
+    if not 0 <= hard_fraction <= 1:
+        raise InputError(f"objective.contrastive.hard_fraction={hard_fraction} is not a share from 0 to 1")
+    if len(mixture) != 3 or min(mixture) < 0 or sum(mixture) <= 0:
+        raise InputError(
+            f"objective.contrastive.mixture={tuple(mixture)}: expected probabilities of random, hard and "
+            "distributional candidates"
+        )
+    if total > LIMIT:
+        raise InputError(f"encoding.max_position={max_position} on {axes} axes gives more than {LIMIT} positions")
+    if past_only and axes != 1:
+        raise InputError("objective.contrastive.past_only needs one axis: there is no before on a grid")
+    first = candidates if past_only else 0
+    if total - first < (1 if past_only else candidates + 1):
+        raise InputError(
+            f"objective.contrastive.candidates={candidates} is too many for the {total} positions of "
+            f"encoding.max_position={max_position}: lower it"
+        )
+
+
+def _pivots(
+    key: jax.Array, step: jax.Array, *, batch: int, first: int, passes: int, words: int
+) -> tuple[jax.Array, jax.Array]:
+    """Flat pivots int32[B], each position from `first` on once per epoch, and random words uint32[B, words] of the step.
+
+    Even streams belong to epochs, odd ones to steps. A batch may end one epoch and begin others.
+    """
+    step = jnp.asarray(step, jnp.int32)
+    count_B = step * batch + jnp.arange(batch)
+    epoch = count_B[0] // passes
+    epochs = epoch + jnp.arange(2 + (batch - 2) // passes)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.append(2 * epochs, 2 * step + 1))
+    bits = jax.vmap(lambda key: jax.random.bits(key, (batch, words), jnp.uint32))(keys)
+    orders, bits = bits[:-1, 0, :ROUNDS], bits[-1]
+    return first + permute_with(orders[count_B // passes - epoch], count_B % passes, passes), bits
 
 
 def distillation(
@@ -316,11 +338,6 @@ def _below(bits: jax.Array, limit: jax.Array | np.ndarray | int) -> jax.Array:
     return (bits % jnp.maximum(limit, 1).astype(jnp.uint32)).astype(jnp.int32)
 
 
-def _few(bits: jax.Array, limit: jax.Array | int) -> jax.Array:
-    """As `_below` for limits far below 2**16, without a division; 0 where the limit is 0."""
-    return ((bits >> 16) * jnp.asarray(limit).astype(jnp.uint32) >> 16).astype(jnp.int32)
-
-
 def _unit(bits: jax.Array) -> jax.Array:
     """Random words uint32[...] -> float32[...] in [0, 1)."""
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
@@ -356,88 +373,8 @@ def _hard(
     """Flat positions int32[B, C] that look like the pivot's digits, -1 where no farther than all of `compared` are."""
     apart = _distance(compared, pivots_BA[:, None])
     nearest_B1 = jnp.where(apart == 0, 2**31 - 1, apart).min(axis=1, keepdims=True)  # the pivot is no candidate
-    edited_BCA, done_BC = _edit(seeds_BC, pivots_BA, max_position, base)
+    edited_BCA, done_BC = edit(seeds_BC, pivots_BA, max_position, base)
     keep_BC = done_BC & (_distance(edited_BCA, pivots_BA[:, None]) > nearest_B1)
     if past_only:
         keep_BC &= edited_BCA[..., 0] < pivots_BA
     return jnp.where(keep_BC, _ravel(edited_BCA, max_position), -1)
-
-
-def _edit(seeds_BC: jax.Array, pivots_BA: jax.Array, max_position: int, base: int) -> tuple[jax.Array, jax.Array]:
-    """Applies 1 to 3 random digit edits to copies of each pivot: (int32[B, C, A], whether all edits were done).
-
-    Edits of one axis at a time that leave the range or give the pivot back are tried again. A candidate's random words
-    are a mixed counter that starts at its seed.
-    """
-    (batch, count), axes = seeds_BC.shape, pivots_BA.shape[1]
-    places = count_digits(max_position, base)
-    powers = np.array([base**place for place in range(places)])
-    seeds_C = seeds_BC.reshape(-1)
-    wanted_C = 1 + _few(mix(seeds_C), 3)
-    # Digits as [A, N, C], units first: with the candidates last, every edit is a few selects of whole vectors.
-    pivot_ANC = to_digits(jnp.repeat(pivots_BA, count, axis=0), base=base, digits=places)
-    pivot_ANC = pivot_ANC.reshape(-1, axes, places).transpose(1, 2, 0)[:, ::-1]
-
-    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        tries, now_ANC, done_C = state
-        counter = 1 + tries * EDIT_WORDS + jnp.arange(EDIT_WORDS)
-        bits = mix(seeds_C + counter.astype(jnp.uint32)[:, None] * jnp.uint32(WEYL))
-        chosen_A1C = jnp.arange(axes)[:, None, None] == _few(bits[0], axes)
-        edited_NC, allowed_C = _edit_digits(bits[1:], jnp.where(chosen_A1C, now_ANC, 0).sum(axis=0, dtype=jnp.int32), base)
-        # The sum in floating point tells numbers that do not fit int32.
-        allowed_C &= (edited_NC * powers[:, None].astype(np.float32)).sum(axis=0) < 1.5 * LIMIT
-        allowed_C &= (edited_NC * powers[:, None].astype(np.int32)).sum(axis=0) < max_position
-        next_ANC = jnp.where(chosen_A1C, edited_NC, now_ANC)
-        allowed_C &= (next_ANC != pivot_ANC).any(axis=(0, 1)) & (done_C < wanted_C)
-        return tries + 1, jnp.where(allowed_C, next_ANC, now_ANC).astype(jnp.int32), done_C + allowed_C
-
-    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
-        return (state[2] < wanted_C).any() & (state[0] < HARD_TRIES)
-
-    start = (jnp.int32(0), pivot_ANC, jnp.zeros(batch * count, jnp.int32))
-    _, last_ANC, done_C = jax.lax.while_loop(unfinished, body, start)
-    edited_AC = (last_ANC * powers[:, None].astype(np.int32)).sum(axis=1)
-    return edited_AC.T.reshape(batch, count, axes), (done_C == wanted_C).reshape(batch, count)
-
-
-def _edit_digits(bits: jax.Array, digits_NC: jax.Array, base: int) -> tuple[jax.Array, jax.Array]:
-    """Tries one random edit of each number, written without leading zeros: (result, whether it is allowed).
-
-    `bits` is uint32[EDIT_WORDS - 1, C] of randomness. The four edits are equally likely: insert a digit, delete one,
-    swap two different ones, substitute one; none leaves a leading zero. Of a few draws of the places and the digit
-    the first that changes something is taken, so that swaps and substitutions come about as often as the others.
-    """
-    places = len(digits_NC)
-    place_N1 = jnp.arange(places)[:, None]
-    kind_C, bits = _few(bits[0], 4), bits[1:].reshape(4, EDIT_TRIES, -1)
-    insert, delete, swap = kind_C == 0, kind_C == 1, kind_C == 2
-    length_C = jnp.where(digits_NC > 0, place_N1 + 1, 1).max(axis=0)
-    leading = length_C - 1
-
-    def digit(place: jax.Array) -> jax.Array:
-        return jnp.where(place[..., None, :] == place_N1, digits_NC, 0).sum(axis=-2, dtype=jnp.int32)
-
-    # An inserted digit may also stand before all others; the leading one is not deleted where a zero follows it.
-    one = _few(bits[0], length_C + insert - (delete & (digit(leading - 1) == 0)))
-    other = _few(bits[1], leading)
-    other = other + (other >= one)
-    first = insert & (one == length_C)
-    new = first + _few(bits[2], base - first)
-    digit_one, digit_other = digit(one), digit(other)
-    leads = (one == leading) & (digit_other == 0) | (other == leading) & (digit_one == 0)
-    can_swap = (length_C > 1) & (digit_one != digit_other) & ~leads
-    can_substitute = (new != digit_one) & ~((one == leading) & (new == 0))
-    allowed = jnp.where(swap, can_swap, can_substitute)
-    allowed = jnp.where(insert, length_C < places, jnp.where(delete, length_C > 1, allowed))
-
-    taken = one[-1], other[-1], new[-1], digit_one[-1], digit_other[-1]
-    for at in reversed(range(EDIT_TRIES - 1)):
-        drawn = one[at], other[at], new[at], digit_one[at], digit_other[at]
-        taken = tuple(jnp.where(allowed[at], *pair) for pair in zip(drawn, taken, strict=True))
-    one, other, new, digit_one, digit_other = taken
-    zero_1C = jnp.zeros_like(digits_NC[:1])
-    raised, lowered = jnp.concatenate([zero_1C, digits_NC[:-1]]), jnp.concatenate([digits_NC[1:], zero_1C])
-    result = jnp.where(swap & (place_N1 == other), digit_one, digits_NC)
-    result = jnp.where(insert & (place_N1 > one), raised, jnp.where(delete & (place_N1 > one), lowered, result))
-    at_place = jnp.where(delete, lowered, jnp.where(swap, digit_other, new))
-    return jnp.where(place_N1 == one, at_place, result), allowed.any(axis=0)

@@ -1,7 +1,6 @@
 """Checkpoints of a run, saved in the background by Orbax under WORKDIR/checkpoints."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -10,6 +9,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import InputError, check_utf8_name
+from seqpe_jax.files import write_whole
+from seqpe_jax.trees import named
 
 FOLDER = "checkpoints"
 
@@ -40,7 +41,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or it is damaged or of another model.
         """
-        step = self._newest() if step is None else step
+        step = self.newest() if step is None else step
         try:
             return self._manager.restore(step, args=Composite(state=StandardRestore(state))).state
         except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
@@ -55,7 +56,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
         """
-        step = self._newest() if step is None else step
+        step = self.newest() if step is None else step
         path = self.folder / str(step) / "state"
         targets = {"params": params}
         arguments = jax.tree.map(
@@ -75,7 +76,7 @@ class Checkpoints:
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state."""
-        step = self._newest() if step is None else step
+        step = self.newest() if step is None else step
         try:
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
         except Exception as error:  # as above
@@ -86,7 +87,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def _newest(self) -> int:
+    def newest(self) -> int:
+        """Returns the newest saved step. Raises: InputError: nothing is saved yet."""
         step = self.latest()
         if step is None:
             raise InputError(f"no finished checkpoint in {self.folder}: train until the first save (checkpoint.every)")
@@ -110,8 +112,7 @@ def saved_step(workdir: str | pathlib.Path) -> int | None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
 
 
 # Parameters with a row, or column, for each token or class: (their dimension, the field that sets it, what it counts).
@@ -155,11 +156,4 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
     """Writes config.json, whole or not at all; leaves it alone when nothing changes."""
-    path = pathlib.Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    write_whole(pathlib.Path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, POSITIONS, ROWS, VOCABULARY, WIDTH, laid_out
 from seqpe_jax.errors import InputError
+from seqpe_jax.trees import names
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -59,6 +60,7 @@ PARAMETERS = {
     "encoding/prefix_vectors": (None, None),
     "encoding/table": (None, WIDTH),  # learned, or an export's
     "encoding/frequencies": (None, None),
+    "encoding/given": (None, None, None),  # vectors computed elsewhere
 }
 
 
@@ -122,7 +124,7 @@ class Layout:
         """
 
         def of(path: Any, leaf: jax.Array) -> jax.Array:
-            return self.lay_out(leaf, _dimensions("/".join([root, *_keys(path)]), leaf.ndim))
+            return self.lay_out(leaf, _dimensions("/".join([root, *names(path)]), leaf.ndim))
 
         return jax.tree_util.tree_map_with_path(of, params)
 
@@ -163,6 +165,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of parts of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Refuses a batch whose accumulated parts the mesh does not divide. Raises: InputError."""
+    part, parts = batch_size // accumulate, batch_shards(mesh)
+    if part % parts:
+        raise InputError(
+            f"batch_size={batch_size} (in {accumulate} part(s)) does not divide over mesh.data x mesh.fsdp = {parts}: make "
+            f"it a multiple of {parts * accumulate}"
+        )
 
 
 def host_part(mesh: Mesh) -> tuple[int, int]:
@@ -211,7 +223,7 @@ def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
     whole: list[Whole] = []
 
     def spec_of(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
-        keys = _keys(path)
+        keys = names(path)
         starts = [at for at, key in enumerate(keys) if key in ("model", "encoding")]
         if not leaf.ndim or not starts:  # counts, the run's key
             return PartitionSpec()
@@ -232,10 +244,6 @@ def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
 
     return jax.tree_util.tree_map_with_path(of, state), whole
-
-
-def _keys(path: Any) -> list[str]:
-    return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
 
 
 def _dimensions(name: str, count: int) -> tuple[str | None, ...]:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import write_whole
 from seqpe_jax.runtime.hosts import is_lead
 
 FILE = "metrics.jsonl"
@@ -52,9 +53,7 @@ class MetricsWriter:
             return
         self._path = pathlib.Path(workdir) / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         if tensorboard:
             self._events = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)

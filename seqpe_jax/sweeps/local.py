@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.runtime.progress import ProgressLine
-from seqpe_jax.sweeps.runs import Attempt, Busy, Run, is_busy
+from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
 
 TURN = 0.1  # seconds between looks at the commands
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,7 +66,7 @@ class Jobs:
             attempt.stop()
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[SweepRun]:
         """Those at work."""
         return [attempt.run for attempt in self._at_work.values()]
 
@@ -75,7 +75,7 @@ class Jobs:
         """Whether a run may be started: a job is free, and nobody told to stop."""
         return len(self._at_work) < self.limit and not self.told
 
-    def start(self, run: Run) -> None:
+    def start(self, run: SweepRun) -> None:
         """Begins a run on a free job. Raises: Busy: another process works on it."""
         free = next(job for job in range(self.limit) if job not in self._at_work)
         many = len(self._devices) > 1 and self.limit > 1
@@ -84,11 +84,11 @@ class Jobs:
         if self.told:  # the signal came while it began
             self._at_work[free].stop()
 
-    def stop(self, run: Run) -> None:
+    def stop(self, run: SweepRun) -> None:
         """Asks one run to save and end."""
         next(attempt for attempt in self._at_work.values() if attempt.run == run and not attempt.told).stop()
 
-    def ended(self) -> Iterator[tuple[Run, str]]:
+    def ended(self) -> Iterator[tuple[SweepRun, str]]:
         """Yields the runs that ended since, and how: "finished", "failed" or "stopped"."""
         for job, attempt in list(self._at_work.items()):
             outcome = attempt.poll()
@@ -106,7 +106,7 @@ class View:
         self._line = ProgressLine(sum(steps.values()))
         self._looked = 0.0
 
-    def show(self, outcomes: Mapping[str, str], at_work: Sequence[Run]) -> None:
+    def show(self, outcomes: Mapping[str, str], at_work: Sequence[SweepRun]) -> None:
         """Shows it, if it is time to.
 
         Args:
@@ -137,7 +137,7 @@ class View:
         self._line.close()
 
 
-def work(runs: Sequence[Run], todo: Sequence[Run], jobs: int) -> str | None:
+def work(runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int) -> str | None:
     """Works runs off; returns the name of the signal that stopped it. What became of a run is in its folder.
 
     A run that another process works on is waited for, and begun afterwards if it still needs it.
@@ -169,7 +169,7 @@ def work(runs: Sequence[Run], todo: Sequence[Run], jobs: int) -> str | None:
         return at_work.told
 
 
-def outcomes_of(runs: Sequence[Run]) -> dict[str, str]:
+def outcomes_of(runs: Sequence[SweepRun]) -> dict[str, str]:
     """Returns name -> "finished" or "failed" of those that ended."""
     ended = {run.name: "failed" if run.failure() else "" if run.left() else "finished" for run in runs}
     return {name: outcome for name, outcome in ended.items() if outcome}

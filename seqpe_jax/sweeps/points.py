@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from seqpe_jax import build, config
+from seqpe_jax import config
+from seqpe_jax.architecture import check_encoding
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError, suggest
 
@@ -185,7 +186,7 @@ def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
             raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, known)}")
     try:
         settings = config.load(path, values)
-        build.check_encoding(settings)
+        check_encoding(settings)
         return Point(name, path, values, settings)
     except InputError as error:
         raise InputError(f"run '{name}': {error}") from error

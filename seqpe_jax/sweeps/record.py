@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import write_whole
 from seqpe_jax.sweeps.points import Point, Range, Search, SweepFile
 
 FILE = "sweep.json"
@@ -84,13 +84,7 @@ def _write(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in values["points"].items())
     head = "".join(f' "{name}": {json.dumps(values[name])},\n' for name in ("sweep", "search"))
     text = "{\n" + head + ' "points": {\n' + points + "\n }\n}\n"
-    path = workdir / FILE
-    if path.exists() and path.read_text() == text:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    write_whole(workdir / FILE, text)
 
 
 def _settings(workdir: pathlib.Path, name: str, old: dict[str, Any]) -> config.Config:

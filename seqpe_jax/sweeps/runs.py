@@ -27,7 +27,7 @@ Command = tuple[str, list[str]]  # its name, its words
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SweepRun:
     """A point and the folder that its run has.
 
     Attributes:
@@ -110,7 +110,7 @@ class Attempt:
     sweep waits for it.
     """
 
-    def __init__(self, run: Run, *, cores: Iterable[int] | None = None, environment: dict[str, str] | None = None):
+    def __init__(self, run: SweepRun, *, cores: Iterable[int] | None = None, environment: dict[str, str] | None = None):
         """Begins.
 
         Args:
@@ -188,7 +188,7 @@ class Attempt:
         self._log.flush()
 
 
-def is_busy(run: Run) -> bool:
+def is_busy(run: SweepRun) -> bool:
     """Whether some process works on the run."""
     try:
         with (run.folder / LOG).open("r+b") as log:

@@ -6,13 +6,13 @@ import pathlib
 import time
 from typing import Any
 
-from seqpe_jax import build
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.sweeps import record
 from seqpe_jax.sweeps.local import LOOK, TURN, Jobs, View
 from seqpe_jax.sweeps.points import Range, Search, SweepFile, make
-from seqpe_jax.sweeps.runs import Busy, Run
+from seqpe_jax.sweeps.runs import Busy, SweepRun
+from seqpe_jax.tasks import task_class
 
 FILE = "optuna.db"  # the study, in the sweep's folder
 UNPRUNED = 4  # trials that run to their end before others are compared with them
@@ -33,7 +33,7 @@ def check(sweep: SweepFile) -> tuple[Search, int]:
     field, values = next(iter(sweep.search.ranges.items()))
     first = values.low if isinstance(values, Range) else values[0]
     settings = make("search", sweep.config, {**sweep.search.overrides, field: first}).settings
-    known = build.data_of(settings).measured
+    known = task_class(settings).measured
     name = sweep.search.metric.removeprefix("eval/").partition("@")[0]
     if name not in known:
         raise InputError(f"{sweep.path}: SEARCH: '{sweep.search.metric}' is not measured.{suggest(name, known)}")
@@ -69,7 +69,7 @@ class Trials:
         self._reported = {_name(at.number): max(at.intermediate_values, default=0) for at in past}  # up to which step
         self.hopeless: set[str] = set()
 
-    def next(self) -> Run | None:
+    def next(self) -> SweepRun | None:
         """Returns the run of one more trial, None if there are enough."""
         if not self._cut_short and len(self.outcomes) + len(self._trials) >= self.search.trials:
             return None
@@ -78,11 +78,11 @@ class Trials:
         chosen = {field: _suggest(trial, field, values) for field, values in self.search.ranges.items()}
         point = make(name, self._sweep.config, {**self.search.overrides, **chosen})
         record.remember(self._workdir, self._sweep, (point,))
-        run = Run(point, self._workdir / name, evaluated=False)
+        run = SweepRun(point, self._workdir / name, evaluated=False)
         self._trials[name] = trial
         return run
 
-    def is_hopeless(self, run: Run) -> bool:
+    def is_hopeless(self, run: SweepRun) -> bool:
         """Tells the study what was measured since; whether the trial should end, which is said once."""
         self._report(run)
         if run.name in self.hopeless or not self._trials[run.name].should_prune():
@@ -90,7 +90,7 @@ class Trials:
         self.hopeless.add(run.name)
         return True
 
-    def settle(self, run: Run, outcome: str) -> None:
+    def settle(self, run: SweepRun, outcome: str) -> None:
         """Tells the study how a trial ended; one that was only stopped goes on another time."""
         measured = self._report(run)
         if outcome == "finished" and not measured:
@@ -107,7 +107,7 @@ class Trials:
             self._study.tell(trial, state=states[outcome])
         self.outcomes[run.name] = outcome
 
-    def best(self) -> tuple[Run, str]:
+    def best(self) -> tuple[SweepRun, str]:
         """Returns the run of the best trial that came to its end, and what it measured with which fields.
 
         Raises:
@@ -119,9 +119,9 @@ class Trials:
         point = make(_name(best.number), self._sweep.config, {**self.search.overrides, **best.params})
         fields = ", ".join(f"{field}={best.params[field]}" for field in self.search.ranges)
         words = f"best: {point.name}, {self.search.metric} {best.value:.4g} with {fields}"
-        return Run(point, self._workdir / point.name), words
+        return SweepRun(point, self._workdir / point.name), words
 
-    def _report(self, run: Run) -> list[tuple[int, float]]:
+    def _report(self, run: SweepRun) -> list[tuple[int, float]]:
         """Tells the study what was measured since, and returns all of it as (step, value)."""
         lines = read_metrics(run.folder)
         measured = [(line["step"], line[self.search.metric]) for line in lines if self.search.metric in line]
@@ -134,7 +134,7 @@ class Trials:
 
 def work(trials: Trials, jobs: int) -> str | None:
     """Runs trials until there are as many as the search asks for; returns the name of the signal that stopped it."""
-    waiting: Run | None = None
+    waiting: SweepRun | None = None
     looked = 0.0
     with Jobs(jobs) as at_work, contextlib.closing(View(trials.steps)) as view:
         while True:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.errors import Failure, InputError, suggest
+from seqpe_jax.files import write_whole
 from seqpe_jax.sweeps.local import LOOK, TURN, View, outcomes_of
-from seqpe_jax.sweeps.runs import Attempt, Busy, Run, is_busy
+from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
 
 FOLDER = "slurm"  # in the sweep's folder: scripts, logs and results of submitit
 JOBS = "jobs.json"  # there: run -> its job
@@ -24,7 +25,7 @@ MINUTES = 24 * 60  # of a job, where --slurm=time=... does not say it; submitit'
 class Job:
     """What a task of the array does: the commands of a run."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: SweepRun):
         self._run, self._attempt = run, None
 
     def __call__(self) -> str:
@@ -84,8 +85,8 @@ def _submitit() -> Any:
 
 def work(
     workdir: pathlib.Path,
-    runs: Sequence[Run],
-    todo: Sequence[Run],
+    runs: Sequence[SweepRun],
+    todo: Sequence[SweepRun],
     jobs: int | None,
     asked: Mapping[str, Any],
     *,
@@ -138,7 +139,9 @@ def work(
     return told[0] if told else None
 
 
-def _submit(folder: pathlib.Path, runs: Sequence[Run], jobs: int | None, asked: Mapping[str, Any], cluster: str) -> dict:
+def _submit(
+    folder: pathlib.Path, runs: Sequence[SweepRun], jobs: int | None, asked: Mapping[str, Any], cluster: str
+) -> dict:
     submitit = _submitit()
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=REQUEUED)
     try:
@@ -172,10 +175,7 @@ def _recorded(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _record(folder: pathlib.Path, jobs: Mapping[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{JOBS}.part"
-    part.write_text(json.dumps(jobs, indent=1) + "\n")
-    part.replace(folder / JOBS)
+    write_whole(folder / JOBS, json.dumps(jobs, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from PIL import Image
 from seqpe_jax.data.builders import BUILDERS, IMAGE_BUILDERS, builder_class, digit_images, image_builder_class
 from seqpe_jax.data.builders.base import SPLITS
 from seqpe_jax.data.builders.moving_digits import DIRECTIONS, clip
-from seqpe_jax.data.images import image_source
+from seqpe_jax.data.pictures import image_source
 from seqpe_jax.errors import InputError
 
 

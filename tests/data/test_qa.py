@@ -7,7 +7,7 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from seqpe_jax.data import qa
+from seqpe_jax.data import qa, qa_index
 from seqpe_jax.data.builders import QUESTION_BUILDERS, builder_class, question_builder_class
 from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -198,7 +198,7 @@ def test_two_processes_prepare_at_once(tmp_path):
     for process in processes:
         process.join()
     (folder,) = [entry for entry in (tmp_path / "cache" / "questions").iterdir() if not entry.name.startswith(".")]
-    (folder / qa.TABLE).write_bytes(b"damaged")
+    (folder / qa_index.TABLE).write_bytes(b"damaged")
     assert len(source(tmp_path, path)) == 2000, "a damaged cache is written again"
 
 

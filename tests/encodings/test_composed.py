@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.build import build
 from seqpe_jax.encodings.composed import Composed
+from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_params, tiny_config
 
 ALONE = {"encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "model__layers": 2}
@@ -18,7 +18,7 @@ BESIDE = {"encoding__rotary_pairs": 4, "encoding__rotary_heads": 1, "encoding__l
 @functools.cache
 def run_of(*fields):
     off = {"objective__contrastive__weight": 0.0, "objective__distillation__weight": 0.0}
-    return build(tiny_config(**off, **ALONE, **dict(fields)), jax.devices()[:1])
+    return Trainer.of(tiny_config(**off, **ALONE, **dict(fields)), jax.devices()[:1])
 
 
 def shapes(run):
@@ -28,10 +28,10 @@ def shapes(run):
 def test_parts_leave_the_parameters_of_the_first_as_they_are():
     """A checkpoint does not tell whether its encoding stood alone."""
     alone, composed = run_of(), run_of(*BESIDE.items())
-    assert isinstance(composed.objective.encoding, Composed) and not isinstance(alone.objective.encoding, Composed)
+    assert isinstance(composed.architecture.encoding, Composed) and not isinstance(alone.architecture.encoding, Composed)
     assert shapes(alone) == shapes(composed)
     params = random_params(alone, 0.3)
-    one, other = (run.signal(params, (20,)) for run in (alone, composed))
+    one, other = (run.programs.signal(params, (20,)) for run in (alone, composed))
     for found, expected in zip(other.features, one.features, strict=True):
         np.testing.assert_array_equal(found, expected)
     assert one.rotation is None and other.rotation[0].shape == (1, 20, 2, 4), "of 6 pairs, in 2 heads"
@@ -42,10 +42,12 @@ def test_parts_leave_the_parameters_of_the_first_as_they_are():
 
 @pytest.mark.parametrize("kind", ["learned", "rotary_mixed", "alibi", "sinusoidal", "none"])
 def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
-    plain, scaled = (build(tiny_config(variant=kind, encoding__log_scaling=on), jax.devices()[:1]) for on in (False, True))
+    plain, scaled = (
+        Trainer.of(tiny_config(variant=kind, encoding__log_scaling=on), jax.devices()[:1]) for on in (False, True)
+    )
     assert shapes(plain) == shapes(scaled)
     params = random_params(plain, 0.3)
-    one, other = (run.signal(params, (20,)) for run in (plain, scaled))
+    one, other = (run.programs.signal(params, (20,)) for run in (plain, scaled))
     assert other.factors is not None
     jax.tree.map(np.testing.assert_array_equal, one, other.replace(factors=None))
 
@@ -53,8 +55,8 @@ def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
 @pytest.mark.parametrize("kind", ["rotary", "rotary_axial", "rotary_mixed", "alibi"])
 def test_a_baseline_reaches_the_first_heads_alone(kind):
     fields = {"variant": kind, "model__heads": 4, "encoding__position_heads": 3}
-    run = build(tiny_config(**fields), jax.devices()[:1])
-    signal = run.signal(random_params(run, 0.3), (20,))
+    run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
+    signal = run.programs.signal(random_params(run, 0.3), (20,))
     field, neutral = (signal.features, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
     for part, value in zip(field, neutral, strict=True):
         assert part.shape[-2] == 4 and (part[..., 3, :] == value).all() and (part[..., :3, :] != value).any()
@@ -67,9 +69,9 @@ def test_scaled_queries_change_what_is_longer_than_in_training_alone():
 
     @jax.jit
     def logits(signal):
-        return plain.objective.model.apply({"params": params["model"]}, tokens_BL, signal)
+        return plain.architecture.network.apply({"params": params["model"]}, tokens_BL, signal)
 
-    with_scaling, without = (run.signal(params, (32,)) for run in (scaled, plain))
+    with_scaling, without = (run.programs.signal(params, (32,)) for run in (scaled, plain))
     found = logits(with_scaling)
     seen = np.arange(1, 33)
     factors = np.maximum(1.0, np.log(seen) / np.log(16))[None, :, None, None]

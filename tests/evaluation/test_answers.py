@@ -6,7 +6,8 @@ import types
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation import answers, plots
+from seqpe_jax.evaluation import answers
+from seqpe_jax.reporting import plots
 
 
 @pytest.mark.parametrize(

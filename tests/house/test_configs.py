@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax import build, config
+from seqpe_jax import config
 from seqpe_jax.errors import InputError
+from seqpe_jax.training.trainer import Trainer
+from tests.tiny import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -96,11 +98,9 @@ def test_a_config_page_tells_its_command(path):
 
 @pytest.mark.parametrize("case", RUN, ids=name)
 def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
-    from seqpe_jax import train
-
     path, kind = case
-    on_one = functools.partial(build.build, devices=jax.devices()[:1])  # compiles sooner than for eight
-    monkeypatch.setattr(build, "build", on_one)
+    on_one = functools.partial(Trainer.of, devices=jax.devices()[:1])  # compiles sooner than for eight
+    monkeypatch.setattr(Trainer, "of", on_one)
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     values = SHRUNKEN | (SHRUNKEN_SEQPE if kind.startswith("seqpe") else {})
     encoding = config.load(f"{path}:{kind}").encoding
@@ -118,7 +118,7 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     else:
         (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
         values |= {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),)}
-    train.run(config.load(f"{path}:{kind}", values), tmp_path / "run")
+    train(config.load(f"{path}:{kind}", values), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["train/loss"]) and line["train/loss"] < 7 for line in lines)
@@ -132,7 +132,7 @@ def test_imagenet_traces_at_full_size(variant, tmp_path, monkeypatch):
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     values = {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos", 1000, 1)),)}
     settings = config.load(f"{ROOT}/configs/imagenet_vit.py:{variant}", values)
-    parts = build.build(settings)
+    parts = Trainer.of(settings)
     images = jax.ShapeDtypeStruct((settings.batch_size, 224, 224, 3), np.float32)
     labels = jax.ShapeDtypeStruct((settings.batch_size,), np.int32)
     _, metrics = jax.eval_shape(parts.train_step(), parts.shapes, {"images": images, "labels": labels})

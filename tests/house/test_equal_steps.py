@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.build import build
 from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.state import create
+from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, random_params, random_state
 
 SMALL = {
@@ -55,10 +55,10 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
     path, values = TASKS[task]
     settings = config.load(f"{ROOT}/configs/{path}", values | {"optimizer.accumulate": accumulate} | dict(fields))
     settings = dataclasses.replace(settings, mesh=config.MeshConfig(**dict(mesh)))
-    parts = build(settings, jax.devices() if mesh else jax.devices()[:1])
+    parts = Trainer.of(settings, jax.devices() if mesh else jax.devices()[:1])
     model = settings.model
     if model.scan:  # the same parameters, kept in the other way
-        plain = build(dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1])
+        plain = Trainer.of(dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1])
         params = random_params(plain, 0.2)
         params["model"] = blocks.stack(params["model"], model.layers)
         state = create(params, parts.optimizer, jax.random.PRNGKey(0))

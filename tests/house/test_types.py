@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqpe_jax.build import build
+from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_state, tiny_config, tokens
 
 
@@ -13,7 +13,7 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         objective__shift__rate=0.3, objective__skip__rate=0.2, objective__contrastive__mixture=(0.2, 0.4, 0.4),
         model__attention_dropout=0.1,
     )  # fmt: skip
-    parts = build(settings, jax.devices()[:1])
+    parts = Trainer.of(settings, jax.devices()[:1])
     batch, draw = tokens(settings), jax.jit(parts.objective.draw)
     expected = [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1)))]
     with jax.enable_x64(True):
@@ -27,9 +27,9 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
 
 @pytest.mark.parametrize("variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"])
 def test_parameters_and_signals_are_float32(variant):
-    parts = build(tiny_config(variant=variant), jax.devices()[:1])
+    parts = Trainer.of(tiny_config(variant=variant), jax.devices()[:1])
     with jax.enable_x64(True):
-        params = jax.eval_shape(parts.objective.init, jax.random.PRNGKey(0))
-        positions_PLA = parts.objective.spacing.grid((16,))[None]
-        signal = jax.eval_shape(lambda params: parts.objective.signal(params, positions_PLA, (16,)), params)
+        params = jax.eval_shape(parts.architecture.init, jax.random.PRNGKey(0))
+        positions_PLA = parts.architecture.spacing.grid((16,))[None]
+        signal = jax.eval_shape(lambda params: parts.architecture.signal(params, positions_PLA, (16,)), params)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, signal))} == {jnp.dtype("float32")}

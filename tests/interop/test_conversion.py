@@ -13,17 +13,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from seqpe_jax import build, config
-from seqpe_jax.build import saved
-from seqpe_jax.build.measured import measure as evaluate
+from seqpe_jax import config, loading
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.interop.settings import spec_of
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
-from seqpe_jax.train import run as train
-from tests import test_serving
-from tests.tiny import random_state, tiny_config
+from seqpe_jax.tasks.measure import measure
+from seqpe_jax.training.trainer import Trainer
+from tests.serving import test_exported as test_serving
+from tests.tiny import random_state, tiny_config, train
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +42,9 @@ def tokenizer_file(path: pathlib.Path, size: int = 40) -> pathlib.Path:
 
 def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
     """A run of a config at step 0."""
-    parts = build.build(settings, jax.devices()[:1])
+    parts = Trainer.of(settings, jax.devices()[:1])
     write_config(folder, config.to_dict(settings))
-    parts.data.keep(folder)
+    parts.task.keep(folder)
     checkpoints = Checkpoints(folder)
     checkpoints.save(0, random_state(parts, 0.1), {})
     checkpoints.close()
@@ -123,12 +122,13 @@ def test_a_run_of_ours_is_read_whatever_the_reference_knows(tmp_path, kind):
         settings = test_serving.vit_config(encoding__mode="attn_scalar", **fields)
         inputs = np.random.default_rng(0).normal(size=(2, 12, 8, 1)).astype(np.float32)
     folder = str(saved_run(tmp_path / "ours", settings))
-    model, (run, params, _) = load_reference(folder), saved.open_run(folder, saved.saved_config(folder))
+    model, run = load_reference(folder), loading.opened(folder)
+    params = run.params
     expected = jax.jit(functools.partial(test_serving.own_logits, run))(params, inputs)
     np.testing.assert_allclose(model.logits(inputs), expected, atol=1e-5)
-    places = np.asarray(run.objective.spacing.grid((3,) * len(settings.grid)))
-    vectors = run.vectors(params, (3,) * len(settings.grid))
-    np.testing.assert_allclose(model.encode_positions(places), vectors, atol=1e-5)
+    places = np.asarray(run.architecture.spacing.grid((3,) * len(settings.grid)))
+    vectors = run.programs.vectors(params, (3,) * len(settings.grid))
+    np.testing.assert_allclose(model.encode_positions(places / run.architecture.spacing.unit), vectors, atol=1e-5)
     with pytest.raises(InputError, match="what 4 digits in base 10|what 3 digits in base 10"):
         model.logits(inputs, start=(5000,) * len(settings.grid))
 
@@ -154,10 +154,10 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
     run = str(tmp_path / "run")
     assert conversion.to_run(str(source), run, str(tokenizer))["tokenizer"]
-    report, _ = evaluate(run, lengths=((32,),), data="text_files", paths=(str(text),))
-    values = config.to_dict(saved.saved_config(run))
+    report, _ = measure(loading.opened(run), lengths=((32,),), data="text_files", paths=(str(text),))
+    values = config.to_dict(loading.saved_config(run))
     values["data"] |= {"name": "text_files", "paths": (str(text),)}
-    tokens = np.asarray(build.build(config.from_dict(values)).data.source("test").tokens, np.int32)
+    tokens = np.asarray(Trainer.of(config.from_dict(values)).task.source("test").tokens, np.int32)
     windows = tokens[: report["results"][0]["tokens"] + 1]
     inputs, targets = windows[:-1].reshape(-1, 32), windows[1:].reshape(-1, 32)
     logits = np.asarray(load_reference(str(source)).logits(inputs), np.float64)
@@ -170,8 +170,8 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
         encoding__mode="attn_scalar", eval__lengths=(), encoding__layers=2, objective__contrastive__weight=0.0,
         objective__distillation__weight=0.0,
     )  # fmt: skip
-    on_one = functools.partial(build.build, devices=jax.devices()[:1])  # compiles sooner than for eight
-    monkeypatch.setattr(build, "build", on_one)
+    on_one = functools.partial(Trainer.of, devices=jax.devices()[:1])  # compiles sooner than for eight
+    monkeypatch.setattr(Trainer, "of", on_one)
     train(tiny_config(**settings), tmp_path / "tuned")
     assert same(load_reference(run).params, load_reference(str(tmp_path / "tuned")).params)
     with pytest.raises(InputError, match="encoding.kind: seqpe -> rotary"):
@@ -311,7 +311,7 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     with pytest.raises(InputError, match="a run of ours already"):
         conversion.to_run(str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="came without a tokenizer"):
-        evaluate(str(tmp_path / "run"))
+        measure(loading.opened(str(tmp_path / "run")))
     base36 = saved_run(tmp_path / "base36", tiny_config(encoding__base=36))
     with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
         conversion.to_reference(str(base36), str(tmp_path / "out"))

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.build import build
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import choice, cudnn, tpu
 from seqpe_jax.models.blockwise import blockwise
 from seqpe_jax.models.operands import Operands, plain
+from seqpe_jax.training.trainer import Trainer
 from tests.tiny import tiny_config
 
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
@@ -104,7 +104,7 @@ def test_what_cannot_serve_is_refused_in_a_line(device, fields, words):
 
 def test_a_run_that_asks_for_what_its_device_has_not_is_not_built():
     with pytest.raises(InputError, match="attention_kind='flash' cannot serve: there is no kernel for cpu"):
-        build(tiny_config(model__attention_kind="flash"))
+        Trainer.of(tiny_config(model__attention_kind="flash"))
 
 
 def random(name, *shape):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.interop import from_state_dicts
-from seqpe_jax.objectives.task import cross_entropy
+from seqpe_jax.objectives.criterion import cross_entropy
 from tests.goldens import close, compare_gradients, load, names, under
 
 pytestmark = pytest.mark.slow
@@ -16,19 +16,17 @@ pytestmark = pytest.mark.slow
 def test_gpt2(goldens, name):
     spec, arrays = load(goldens, "gpt2", name)
     state, vectors = under(arrays, "param/"), spec["pe_type"] == "seq_pe"
-    given = jnp.asarray(arrays["in/pe"]) if vectors else None
-    reference = from_state_dicts(spec, state, signal=given)
+    reference = from_state_dicts(spec, state, signal=arrays["in/pe"] if vectors else None)
     tokens_BL, labels_BL = (jnp.asarray(arrays[key], jnp.int32) for key in ("in/input_ids", "in/labels"))
 
-    def run(params, given):
-        logits_BLV = reference.apply(params, tokens_BL, jnp.zeros(1, jnp.int32), given)
+    def run(params):
+        logits_BLV = reference.architecture.logits(params, tokens_BL)
         return cross_entropy(logits_BLV, labels_BL)[0], logits_BLV
 
-    inputs = (0, 1) if vectors else 0
-    (loss, logits_BLV), grads = jax.jit(jax.value_and_grad(run, inputs, has_aux=True))(reference.params, given)
+    (loss, logits_BLV), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(reference.params)
     close(logits_BLV, arrays["out/logits"], 2e-5)
     assert float(loss) == pytest.approx(float(arrays["out/loss"]), abs=2e-5)
-    grads, given_grad = grads if vectors else (grads, None)
+    given_grad = grads["encoding"].pop("given", None)
     if "grad_in/pe" in arrays and vectors:
         close(given_grad, arrays["grad_in/pe"], 1e-4)
     compare_gradients(reference.config, grads, under(arrays, "grad/"), state)

@@ -19,7 +19,11 @@ def test_vit(goldens, name):
     mixed = spec["pe_apply_method"] == "rotary_mixed"
     images = jnp.asarray(np.moveaxis(arrays["in/images"], 1, -1))
     reference = from_state_dicts(spec, state, signal=arrays["in/pe"] if vectors else None)
-    encoding, model, params = reference.encoding, reference.model, jax.tree.map(jnp.asarray, reference.params)
+    architecture, params = reference.architecture, jax.tree.map(jnp.asarray, reference.params)
+    encoding, model = architecture.encoding, architecture.network
+    if vectors:  # given below, in the place of the parameter that holds them
+        encoding, params = encoding.inner, params | {"encoding": dict(params["encoding"])}
+        params["encoding"].pop("given")
     shape = tuple(side // part for side, part in zip(images.shape[1:3], model.patch, strict=True))
     given = jnp.asarray(arrays["in/pe"]) if vectors else grid(jnp.zeros(2, jnp.int32), shape)[None]
 

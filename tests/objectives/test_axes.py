@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.architecture import Architecture
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, MixingConfig, ObjectiveConfig, ShiftConfig
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.models.vit import ViT
+from seqpe_jax.objectives.criterion import Classification
 from seqpe_jax.objectives.objective import Objective
-from seqpe_jax.objectives.task import Classification
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +29,15 @@ def objective(shape):
         layers_model=1, width_model=8, heads_model=2, axes=len(shape), mode="attn_mul", qk="multi", digits=2, layers=1,
         width=8, heads=2, init_std=0.5, prefix=1,
     )  # fmt: skip
-    return Objective(
-        model=ViT(classes=3, patch=(1,) * len(shape), layers=1, width=8, heads=2), task=Classification(0.0, MixingConfig()),
-        inputs=jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32), encoding=encoding, shape=shape, max_position=20,
-        base=10, heads=2, settings=settings, has_vectors=True,
-    )  # fmt: skip
+    network = ViT(classes=3, patch=(1,) * len(shape), layers=1, width=8, heads=2)
+    inputs = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
+    architecture = Architecture(encoding, network, inputs, shape, 20, heads=2)
+    return Objective(architecture, Classification(0.0, MixingConfig()), settings)
 
 
 @functools.cache
 def parameters(shape):
-    return jax.jit(objective(shape).init)(jax.random.PRNGKey(0))
+    return jax.jit(objective(shape).architecture.init)(jax.random.PRNGKey(0))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=lambda shape: f"{len(shape)}-D")
@@ -61,7 +61,7 @@ def test_positions_of_any_number_of_axes(shape):
 
 def test_axes_add_one_table_of_parameters():
     def names(shape):
-        params = jax.eval_shape(objective(shape).init, jax.random.PRNGKey(0))["encoding"]
+        params = jax.eval_shape(objective(shape).architecture.init, jax.random.PRNGKey(0))["encoding"]
         return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
     for shape in SHAPES[1:]:
@@ -74,7 +74,7 @@ def test_each_coordinate_counts(shape):
     params = parameters(shape)
     axes = len(shape)
     positions_RA = jnp.concatenate([jnp.full((1, axes), 3), 3 + jnp.eye(axes, dtype=jnp.int32)])
-    vectors = jax.jit(functools.partial(parts.encoding.apply, method="vectors"))
+    vectors = jax.jit(functools.partial(parts.architecture.encoding.apply, method="vectors"))
     vectors_RE = np.asarray(vectors({"params": params["encoding"]}, positions_RA))
     distances = np.linalg.norm(vectors_RE[:, None] - vectors_RE[None], axis=-1)
     assert (distances[~np.eye(axes + 1, dtype=bool)] > 1e-3).all()

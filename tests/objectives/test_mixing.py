@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.objectives.criterion import Classification
 from seqpe_jax.objectives.mixing import mix
-from seqpe_jax.objectives.task import Classification
 
 LABELS_B = jnp.array([0, 1, 2, 3])
 KEYS = jax.random.split(jax.random.PRNGKey(0), 40)

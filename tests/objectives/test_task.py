@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.objectives.task import cross_entropy, token_losses
+from seqpe_jax.objectives.criterion import cross_entropy, token_losses
 from tests.programs import holds
 
 KEY = jax.random.PRNGKey(3)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.build import build
 from seqpe_jax.objectives.zoom import zoom
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import Spacing
-from tests.test_serving import vit_config
+from seqpe_jax.training.trainer import Trainer
+from tests.serving.test_exported import vit_config
 from tests.tiny import random_params
 
 WHOLE = [[0.0, 1.0], [0.0, 1.0]]
@@ -52,7 +52,7 @@ ZOOMED = {"objective__zoom__rate": 1.0, "objective__shift__sets": 2, "objective_
 def zoomed():
     settings = vit_config(**ZOOMED)
     assert (settings.encoding.unit, settings.encoding.resize, settings.grid) == (10, "stretch", (4, 4))
-    return build(settings, jax.devices()[:1])
+    return Trainer.of(settings, jax.devices()[:1])
 
 
 def test_the_positions_of_a_zoomed_step_are_those_of_its_boxes():

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax import build, config
+from seqpe_jax import config
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import from_digits, to_digits
 from seqpe_jax.positions.grids import Spacing, grid
+from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT
 
 KEY = jax.random.PRNGKey(3)
@@ -43,7 +44,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_without_a_fraction_draws_are_what_they_were(name):
-    draw = jax.jit(build.build(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).objective.draw)
+    draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).objective.draw)
     for step, expected in enumerate(BEFORE[name]):
         leaves = jax.tree.leaves(draw(KEY, step))
         assert zlib.crc32(b"".join(np.asarray(leaf).astype(np.int32).tobytes() for leaf in leaves)) == expected
@@ -113,9 +114,9 @@ def test_fine_draws_keep_the_rules(shape):
     axes, unit, limit, side = len(shape), 10, 200, max(shape)
     shift = jax.jit(lambda key: sampling.shift(key, sets=3000, shape=shape, max_position=limit, unit=unit))(KEY)
     assert shift.min() == 0 and shift.max() == limit - (min(shape) - 1) * unit - 1 and len(np.unique(shift % unit)) == unit
-    far = jax.jit(
-        lambda key: sampling.distillation(key, batch=500, offsets=5, shape=shape, max_position=limit, unit=unit)
-    )(KEY)
+    far = jax.jit(lambda key: sampling.distillation(key, batch=500, offsets=5, shape=shape, max_position=limit, unit=unit))(
+        KEY
+    )
     offsets_BMA = np.stack(np.unravel_index(np.asarray(far.indices_BM), shape), -1) * unit
     starts_BMA = np.asarray(far.positions_BMA) - offsets_BMA
     assert (starts_BMA == starts_BMA[:, :1]).all() and far.positions_BMA.max() < limit

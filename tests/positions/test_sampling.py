@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions import sampling
+from seqpe_jax.positions import edits, sampling
 from seqpe_jax.positions.permutation import permute
 
 KEY = jax.random.PRNGKey(0)
@@ -113,9 +113,9 @@ def test_each_edit_makes_every_result_and_no_other():
         {text[:at] + digit + text[at + 1 :] for at in range(3) for digit in "0123456789"} - {text},
     ]
     digits = jnp.repeat(jnp.array([[0], [2], [1], [0]]), count, axis=1)  # units first
-    edit = jax.jit(functools.partial(sampling._edit_digits, base=10))
+    edit = jax.jit(functools.partial(edits.edit_digits, base=10))
     for kind, results in enumerate(wanted):
-        bits = jax.random.bits(jax.random.PRNGKey(kind), (sampling.EDIT_WORDS - 1, count)).at[0].set(kind << 30)
+        bits = jax.random.bits(jax.random.PRNGKey(kind), (edits.EDIT_WORDS - 1, count)).at[0].set(kind << 30)
         edited, allowed = jax.device_get(edit(bits, digits))
         made = {int(n) for n in (edited[:, allowed] * 10 ** np.arange(4)[:, None]).sum(axis=0)}
         assert made == {int(result) for result in results if result[0] != "0"}, kind

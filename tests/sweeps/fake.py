@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from seqpe_jax.sweeps.points import Point
-from seqpe_jax.sweeps.runs import Run
+from seqpe_jax.sweeps.runs import SweepRun
 from tests.tiny import tiny_config
 
 TRAIN = """
@@ -38,7 +38,7 @@ pathlib.Path(sys.argv[1], "evaluation.json").write_text(json.dumps({"step": int(
 
 
 @dataclasses.dataclass(frozen=True)
-class FakeRun(Run):
+class FakeRun(SweepRun):
     """`wish` is "well", "waits" (for SIGTERM), "fails", "dies", or the number that it measures (9.0 waits too)."""
 
     wish: str = "well"
@@ -57,7 +57,7 @@ def run(workdir: pathlib.Path, name: str, wish: str = "well", steps: int = 3) ->
     return FakeRun(Point(name, "tests/tiny_text.py", {}, tiny_config(steps=steps)), workdir / name, wish=wish)
 
 
-def headers(one: Run) -> list[str]:
+def headers(one: SweepRun) -> list[str]:
     """Returns which commands the log says were begun."""
     lines = (one.folder / "log.txt").read_text().splitlines()
     begun = [lines[at + 1] for at, line in enumerate(lines) if line.startswith("== 20")]  # the scripts' first lines

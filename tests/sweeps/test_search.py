@@ -33,7 +33,7 @@ def wishes(monkeypatch):
     def made(point, folder, evaluated=True):
         return FakeRun(point, folder, evaluated=evaluated, wish=found.get(point.name, "0.5"))
 
-    monkeypatch.setattr(search, "Run", made)
+    monkeypatch.setattr(search, "SweepRun", made)
     monkeypatch.setattr(search, "LOOK", 0.05)
     return found
 

@@ -9,7 +9,7 @@ import pytest
 
 from seqpe_jax.runtime import chips
 from seqpe_jax.runtime.progress import MetricsWriter
-from seqpe_jax.training import loop
+from seqpe_jax.training import events, loop
 from seqpe_jax.training.state import TrainState
 
 
@@ -26,7 +26,7 @@ class Kept:
         pass
 
 
-def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, **options) -> list[dict]:
+def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every=1, profile=None, flops=0.0) -> list[dict]:
     """Runs the loop on a step that only counts, and returns the lines of metrics.jsonl; step `bad` has no finite loss."""
 
     @jax.jit
@@ -35,11 +35,12 @@ def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, **options) -> list[d
 
     workdir.mkdir(exist_ok=True)
     batches = batches or ((number, {}) for number in range(first, steps))
-    loop.fit(
-        TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, units_per_step=10, unit="tokens",
-        checkpoints=Kept(), save_every=100, meta={}, workdir=workdir,
-        metrics=MetricsWriter(workdir, first, tensorboard=False), **{"report_every": 1} | options,
-    )  # fmt: skip
+    metrics, clock = MetricsWriter(workdir, first, tensorboard=False), events.Clock()
+    report = events.Report(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
+    happening = [events.Evaluate(evaluate, metrics, clock, report, every=2)] if evaluate else []
+    happening += [events.Save(Kept(), {}, clock, report, every=100)]
+    happening += [events.Profile(profile, workdir)] if profile else []
+    loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, events=[*happening, report])
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -52,7 +53,7 @@ def test_a_line_tells_the_time_of_a_step_without_what_is_done_between_steps(tmp_
         time.sleep(0.5)
         return {"eval/loss": 1.0}
 
-    lines = [line for line in fit(tmp_path, evaluate=evaluate, evaluate_every=2) if "train/loss" in line]
+    lines = [line for line in fit(tmp_path, evaluate=evaluate) if "train/loss" in line]
     assert len(lines) == 6
     for line in lines[1:]:
         assert 0 < line["train/step_seconds"] < 0.5
@@ -66,7 +67,7 @@ def test_the_first_step_of_a_start_compiles_and_spoils_no_average(tmp_path):
             time.sleep(0.6 if number == 40 else 0.0)  # stands for the compilation
             yield number, {}
 
-    lines = fit(tmp_path, first=40, steps=50, batches=batches(), report_every=5)
+    lines = fit(tmp_path, first=40, steps=50, batches=batches(), every=5)
     assert [line["step"] for line in lines] == [45, 50]
     assert lines[0]["train/step_seconds"] < 0.1
 
@@ -75,7 +76,7 @@ def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch):
     chip = chips.Chip("fast", 1e12, 2**30, "this test")
     monkeypatch.setattr(chips, "chip_of", lambda kind: chip)
     monkeypatch.setattr(chips, "peak_memory", lambda: 12345)
-    lines = fit(tmp_path, flops_per_step=1e6)
+    lines = fit(tmp_path, flops=1e6)
     assert "train/mfu" not in lines[0], "the first step compiles"
     for line in lines[1:]:
         expected = 1e6 / line["train/step_seconds"] / (1e12 * jax.device_count())
@@ -89,7 +90,7 @@ def test_a_window_of_steps_is_recorded(tmp_path):
 
 
 def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile(tmp_path):
-    with pytest.raises(loop.NotFinite):
+    with pytest.raises(events.NotFinite):
         fit(tmp_path / "a", bad=3, profile=(2, 6))
     assert recorded(tmp_path / "a")
     fit(tmp_path / "b", profile=(2, 4))
@@ -99,3 +100,40 @@ def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile
 def test_a_run_that_goes_on_past_the_first_step_of_the_window_records_nothing(tmp_path):
     fit(tmp_path, first=3, profile=(2, 4))
     assert not recorded(tmp_path)
+
+
+def test_events_come_in_their_order(tmp_path):
+    """An evaluation and a save see the state before the next step; a report waits for its step last."""
+    told = []
+
+    class Told(events.Event):
+        def before(self, run):
+            told.append(("before", run.step))
+
+        def after(self, run, values):
+            told.append(("after", run.step))
+
+        def end(self, run):
+            told.append(("end", run.step))
+
+        def close(self):
+            told.append("close")
+
+    def step(state, batch):
+        return state, {"loss": jnp.float32(1)}
+
+    loop.fit(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), steps=6, events=[Told()])
+    assert told == [("before", 4), ("after", 5), ("before", 5), ("after", 6), ("end", 6), "close"]
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
+    report = events.Report(metrics, clock, every=1, steps=1, units=1, unit="tokens")
+    save = events.Save(Kept(), {}, clock, report, every=1)
+    with pytest.raises(ValueError, match="Evaluate, Save, Stop, Profile, Report"):
+        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), steps=0, events=[report, save])
+
+
+def test_time_stands_still_in_a_pause():
+    clock = events.Clock(100.0)
+    before = clock.stepping()
+    with clock.pause():
+        time.sleep(0.2)
+    assert clock.stepping() - before < 0.1 and 100.2 <= clock.seconds() < 101

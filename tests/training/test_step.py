@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.build import Run, build
 from seqpe_jax.encodings import seqpe
 from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.state import TrainState, create
-from tests.test_serving import vit_config
+from seqpe_jax.training.trainer import Trainer
+from tests.serving.test_exported import vit_config
 from tests.tiny import random_params, tiny_config, tokens
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ STILL = {"model__dropout": 0.0, "encoding__dropout": 0.0, "optimizer__epsilon": 
 class Steps:
     """A few steps of a run."""
 
-    parts: Run
+    parts: Trainer
     losses: np.ndarray
     before: TrainState  # on the host
     after: TrainState
@@ -42,7 +42,7 @@ class Steps:
 
 def run(settings, devices, start=None):
     """Takes a few steps from a given state, or from the run's own."""
-    parts = build(settings, devices)
+    parts = Trainer.of(settings, devices)
     if start is None:
         state = parts.init_state()
     else:  # compiling what makes a state takes a third of all
@@ -160,7 +160,7 @@ def test_a_loop_over_layers_equals_the_plain_step():
     plain = tiny_config(model__layers=3, **off, **STILL)
     assert plain.encoding.qk == "multi"
     looped = dataclasses.replace(plain, model=dataclasses.replace(plain.model, scan=True, remat="dots"))
-    one, two = build(plain, jax.devices()[:1]), build(looped, jax.devices()[:1])
+    one, two = Trainer.of(plain, jax.devices()[:1]), Trainer.of(looped, jax.devices()[:1])
     first = one.init_state()
     params = jax.tree.map(jnp.copy, first.params)  # a step takes its state
     second = create(params | {"model": blocks.stack(params["model"], 3)}, two.optimizer, jnp.copy(first.key))
@@ -206,7 +206,7 @@ def gradients(contrastive, distillation):
     fields = {f"objective__{name}__weight": weight for name, weight in terms.items()}
     fields |= {f"objective__{name}__warmup_steps": 10**9 for name in terms}
     settings = tiny_config(**fields, **STILL)
-    parts = build(settings, jax.devices()[:1])
+    parts = Trainer.of(settings, jax.devices()[:1])
     params = random_params(parts, 0.1)
     loss = lambda p, step: parts.objective.loss(p, tokens(settings), jax.random.PRNGKey(1), step)[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss))

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.architecture import Architecture
 from seqpe_jax.config import MixingConfig, ObjectiveConfig, OptimizerConfig
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.interop import weights
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
+from seqpe_jax.objectives.criterion import Classification, LanguageModelling
 from seqpe_jax.objectives.objective import Draws, Objective
-from seqpe_jax.objectives.task import Classification, LanguageModelling
 from seqpe_jax.positions.sampling import Contrastive, Distillation
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import create
@@ -48,11 +49,10 @@ def text_objective(spec):
         mode="attn_scalar", qk="single", digits=5, layers=2, width=48, heads=3,
         dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=1,
     )  # fmt: skip
-    model = GPT2(vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
-    objective = Objective(
-        model=model, task=LanguageModelling(), inputs=jax.ShapeDtypeStruct((1, 32), jnp.int32), encoding=encoding,
-        shape=(32,), max_position=spec["max_position"], base=10, heads=3, settings=ObjectiveConfig(), has_vectors=True,
-    )  # fmt: skip
+    network = GPT2(vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
+    inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    architecture = Architecture(encoding, network, inputs, (32,), spec["max_position"], heads=3)
+    objective = Objective(architecture, LanguageModelling(), ObjectiveConfig())
     settings = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip=0.0)
     return objective, settings, lambda trace, n: {"tokens": jnp.asarray(trace["in/tokens"][n], jnp.int32)}
 
@@ -63,12 +63,10 @@ def image_objective(spec):
         mode="attn_mul", qk="multi", digits=2, layers=2, width=48, heads=3, prefix=1,
         dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=2,
     )  # fmt: skip
-    model = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
-    objective = Objective(
-        model=model, task=Classification(spec["label_smoothing"], MixingConfig()),
-        inputs=jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), encoding=encoding, shape=(4, 4), max_position=100,
-        base=10, heads=3, settings=ObjectiveConfig(), has_vectors=True,
-    )  # fmt: skip
+    network = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
+    inputs = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    architecture = Architecture(encoding, network, inputs, (4, 4), 100, heads=3)
+    objective = Objective(architecture, Classification(spec["label_smoothing"], MixingConfig()), ObjectiveConfig())
     settings = OptimizerConfig(
         learning_rate=1e-3, schedule="constant", clip=0.0, weight_decay=0.05, encoder_weight_decay=0.05
     )
@@ -93,7 +91,7 @@ def test_twenty_steps_equal_the_reference(trace, parts):
     optimizer = optimizers.make_optimizer(settings, 20)
     step = jax.jit(make_train_step(objective.loss, optimizer, optimizers.learning_rate(settings, 20)))
     params = jax.tree.map(jnp.asarray, parameters(trace, "param"))
-    fresh = jax.eval_shape(objective.init, jax.random.PRNGKey(0))
+    fresh = jax.eval_shape(objective.architecture.init, jax.random.PRNGKey(0))
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
     state = create(params, optimizer, jax.random.PRNGKey(0))
     found = []

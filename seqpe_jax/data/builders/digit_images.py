@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from seqpe_jax.data.builders.base import SPLITS, chance
-from seqpe_jax.data.builders.images import ImageBuilder, LabelledArrays
+from seqpe_jax.data.builders.labelled import ImageBuilder, LabelledArrays
 from seqpe_jax.errors import InputError
 
 HELD_OUT = 0.15  # share of validation, and of test, of each class

@@ -10,7 +10,7 @@ import tqdm
 from PIL import Image
 
 from seqpe_jax.data.builders.base import SPLITS, chance
-from seqpe_jax.data.builders.images import PHOTO_MEAN, PHOTO_STD, ImageSource, digest, read_rgb, readable
+from seqpe_jax.data.builders.labelled import PHOTO_MEAN, PHOTO_STD, ImageSource, digest, read_rgb, readable
 from seqpe_jax.data.cache import locked
 from seqpe_jax.data.files import LeftOut, absolute, find, tell
 from seqpe_jax.errors import InputError

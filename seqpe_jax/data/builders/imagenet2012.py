@@ -9,7 +9,7 @@ from typing import IO
 
 import tensorflow_datasets as tfds
 
-from seqpe_jax.data.builders.images import PhotoBuilder
+from seqpe_jax.data.builders.labelled import PhotoBuilder
 from seqpe_jax.errors import InputError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

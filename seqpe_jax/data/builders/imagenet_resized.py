@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from seqpe_jax.data.builders.images import PhotoBuilder
+from seqpe_jax.data.builders.labelled import PhotoBuilder
 from seqpe_jax.errors import InputError, suggest
 
 SIDES = (8, 16, 32, 64)

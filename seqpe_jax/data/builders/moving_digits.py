@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from seqpe_jax.data.builders.base import SPLITS, chance
 from seqpe_jax.data.builders.digit_images import CONTENT, check_no_paths, digits, split_places
-from seqpe_jax.data.builders.images import ImageBuilder, LabelledArrays
+from seqpe_jax.data.builders.labelled import ImageBuilder, LabelledArrays
 
 FRAMES, CANVAS = 8, 16  # frames; pixels of a side
 DIRECTIONS = ("left", "right", "up", "down")

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from seqpe_jax.data.builders.base import SPLITS, chance, describe_file
-from seqpe_jax.data.builders.questions import Question, QuestionBuilder
+from seqpe_jax.data.builders.passages import Question, QuestionBuilder
 from seqpe_jax.errors import InputError
 
 HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file

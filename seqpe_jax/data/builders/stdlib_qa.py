@@ -12,7 +12,7 @@ import tqdm
 
 from seqpe_jax.data.builders import stdlib_text
 from seqpe_jax.data.builders.base import SPLITS, chance
-from seqpe_jax.data.builders.questions import Question, QuestionBuilder
+from seqpe_jax.data.builders.passages import Question, QuestionBuilder
 from seqpe_jax.errors import InputError
 
 # Together with the separators and the end token 128 bytes, so that every question fits a window of 128.

@@ -16,6 +16,7 @@ from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder, Documents
 from seqpe_jax.data.cache import locked
 from seqpe_jax.data.files import Found, absolute, find
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import whole
 
 RELEASE = "https://huggingface.co/datasets/Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/"
 RELEASE_FILES = (
@@ -86,26 +87,26 @@ def download(folder: pathlib.Path, *, progress: bool = True) -> list[pathlib.Pat
 
 
 def _fetch(address: str, target: pathlib.Path, progress: bool) -> None:
-    part = target.with_name(target.name + ".part")
     try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer, open(part, "wb") as out:
-            expected, done = answer.headers.get("Content-Length"), 0
-            size = int(expected) if expected else None
-            with tqdm.tqdm(
-                total=size, desc=f"download {target.name}", unit="B", unit_scale=True, disable=not progress
-            ) as bar:
-                while block := answer.read(1 << 20):
-                    out.write(block)
-                    done += len(block)
-                    bar.update(len(block))
-        if size is not None and done != size:
-            raise OSError(f"{done} of {size} bytes came")
-        part.rename(target)
+        with whole(target) as part:
+            _download(address, part, target.name, progress)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(f"cannot download WikiText-103 from {address} ({reason}): {HOW}") from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _download(address: str, path: pathlib.Path, name: str, progress: bool) -> None:
+    """Fetches a file. Raises: OSError: fewer bytes came than there are."""
+    with urllib.request.urlopen(address, timeout=TIMEOUT) as answer, open(path, "wb") as out:
+        expected, done = answer.headers.get("Content-Length"), 0
+        size = int(expected) if expected else None
+        with tqdm.tqdm(total=size, desc=f"download {name}", unit="B", unit_scale=True, disable=not progress) as bar:
+            while block := answer.read(1 << 20):
+                out.write(block)
+                done += len(block)
+                bar.update(len(block))
+    if size is not None and done != size:
+        raise OSError(f"{done} of {size} bytes came")
 
 
 def _find(paths: tuple[str, ...]) -> list[pathlib.Path]:

@@ -1,0 +1,24 @@
+"""A trained model, opened and asked.
+
+python examples/load_and_generate.py runs/first
+"""
+
+import sys
+
+import jax.numpy as jnp
+
+import seqpe_jax
+
+
+def main(folder: str) -> str:
+    """Returns what the model of a run on text says after a prompt."""
+    model = seqpe_jax.load(folder)
+    print(model)
+    tokens = jnp.asarray(model.tokenizer.encode(b"import json"))[None]
+    print("logits of the next token:", model.logits(tokens)[0, -1].shape)
+    print("vectors of positions:", model.encode_positions([0, 9, 4999]).shape)
+    return model.generate("import ", max_new_tokens=40)
+
+
+if __name__ == "__main__":
+    print(main(sys.argv[1]))

@@ -1,0 +1,290 @@
+"""What the fields of a config demand of each other; each refusal is one line that says how to set them."""
+
+import math
+
+from seqpe_jax.config.schema import REAL_POSITIONS, TEXTS, Config, digits_of
+from seqpe_jax.errors import InputError
+from seqpe_jax.positions.digits import count_digits, largest_position
+
+
+def profile_window(config: Config) -> tuple[int, int] | None:
+    """Returns (first, end) of the profiled steps, or None.
+
+    Raises:
+      InputError: `profile.steps` is not "first:end" with first < end.
+    """
+    if not config.profile.steps:
+        return None
+    first, _, end = config.profile.steps.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise InputError(f"config field 'profile.steps' must be 'first:end' (e.g. 10:13), got {config.profile.steps!r}")
+    return int(first), int(end)
+
+
+def check_positions(config: Config, length: int, asked_by: str) -> None:
+    """Refuses a window that needs positions which the digits do not reach, or finer ones than they tell apart.
+
+    Raises:
+      InputError: says the largest position possible and the field to change.
+    """
+    encoding = config.encoding
+    if encoding.resize == "stretch":
+        _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
+        length = config.data.length  # that of the positions, however many places stand on them
+    if encoding.kind == "seqpe" and length > encoding.max_position:
+        raise InputError(
+            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
+            f"{encoding.max_position - 1} (encoding.max_position={encoding.max_position}): "
+            f"raise encoding.max_position or lower {asked_by}"
+        )
+
+
+def _check_finer(
+    config: Config, places: tuple[int, ...], trained: tuple[int, ...], patch: tuple[int, ...], asked_by: str
+) -> None:
+    """Refuses places that are read between those of training and would come to stand together. Raises: InputError."""
+    reach = tuple(count * config.encoding.unit for count in trained)
+    if any(count > limit for count, limit in zip(places, reach, strict=True)):
+        asked, largest = (
+            "x".join(str(count * side) for count, side in zip(counts, patch, strict=True)) for counts in (places, reach)
+        )
+        digits = config.encoding.fraction_digits
+        raise InputError(
+            f"{asked_by} {asked} is read between the positions of training (encoding.resize='stretch'), where "
+            f"encoding.fraction_digits={digits} tells so many of them apart that the largest size possible is {largest}: "
+            f"raise encoding.fraction_digits or lower {asked_by}"
+        )
+
+
+def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
+    """Refuses an image or clip of (height, width) that patches do not divide or positions do not reach.
+
+    Raises:
+      InputError: says the largest size possible and the field to change.
+    """
+    sides, patch, reach = config.sides_of(size), config.model.patch, config.encoding.max_position
+    written = "x".join(map(str, size))
+    if len(sides) != len(patch) or any(side < 1 or side % part for side, part in zip(sides, patch, strict=False)):
+        raise InputError(
+            f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, patch[-2:]))} pixels "
+            f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
+        )
+    places = config.grid_of(sides)
+    if config.encoding.resize == "stretch":
+        _check_finer(config, places[-2:], config.grid[-2:], patch[-2:], asked_by)
+        places = (*places[:-2], *config.grid[-2:])  # those of the positions, however many patches stand on them
+    if config.encoding.kind == "seqpe" and max(places) > reach:
+        raise InputError(
+            f"{asked_by} {written} needs position {max(places) - 1} along an axis, but the largest "
+            f"position possible is {reach - 1} (encoding.max_position={reach}), so the largest size possible is "
+            f"{'x'.join(str(reach * part) for part in patch[-2:])}: raise encoding.max_position or lower {asked_by}"
+        )
+
+
+def check(config: Config) -> None:
+    """Refuses a config whose fields contradict each other. Raises: InputError."""
+    encoding, objective = config.encoding, config.objective
+    digits = digits_of(encoding) - encoding.fraction_digits
+    if encoding.kind == "seqpe":
+        reach = largest_position(digits, encoding.base)
+        if encoding.max_position - 1 > reach:
+            needed = count_digits(encoding.max_position, encoding.base)
+            raise InputError(
+                f"encoding.max_position={encoding.max_position} needs {needed} digits in base {encoding.base}, but with "
+                f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
+                f"encoding.max_position to at most {reach + 1}"
+            )
+    if config.reads_images:
+        _check_images(config)
+    else:
+        _check_text(config)
+    _check_terms(config)
+    _check_fractions(config)
+    if config.model.width % config.model.heads:
+        raise InputError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
+    if config.batch_size % config.optimizer.accumulate:
+        raise InputError(
+            f"batch_size={config.batch_size} is not a multiple of optimizer.accumulate={config.optimizer.accumulate}"
+        )
+    part = config.batch_size // config.optimizer.accumulate
+    moved = max(objective.shift.rate, objective.skip.rate, objective.jitter.rate, objective.zoom.rate) > 0
+    if moved and part % objective.shift.sets:
+        raise InputError(
+            f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
+            f"objective.shift.sets={objective.shift.sets}"
+        )
+    if config.optimizer.warmup_steps > config.steps:
+        raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
+    if config.model.heads % config.mesh.tensor:
+        raise InputError(
+            f"model.heads={config.model.heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
+        )
+    if math.prod(config.grid) % config.mesh.context:
+        field = "data.size" if config.reads_images else "data.length"
+        raise InputError(
+            f"the {math.prod(config.grid)} positions of an example ({field}) do not divide over "
+            f"mesh.context={config.mesh.context}: choose a divisor"
+        )
+    window = profile_window(config)
+    if window is not None and window[1] > config.steps:
+        raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
+
+
+def _check_text(config: Config) -> None:
+    if config.model.kind != "gpt2":
+        raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{config.data.name}' is text")
+    check_positions(config, config.data.length, "data.length")
+    for length in config.eval.lengths:
+        if length < 1:
+            raise InputError(f"eval.lengths must be positive, got {length}")
+        check_positions(config, length, "eval.lengths")
+    if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
+        wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
+        raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
+    if config.data.name in TEXTS and (config.data.prompt_weight or config.data.question_weight):
+        raise InputError(
+            f"data.prompt_weight and data.question_weight are for questions, and data.name='{config.data.name}' is text: "
+            "set them to 0"
+        )
+    if config.data.name == "text_files" and not config.data.paths:
+        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+
+
+def _check_images(config: Config) -> None:
+    data, patch = config.data, config.model.patch
+    if config.model.kind != "vit":
+        raise InputError(f"model.kind='{config.model.kind}' reads text, but data.name='{data.name}' has images: set 'vit'")
+    axes = 3 if data.name == "moving_digits" else 2
+    for name, value in (("data.size", data.size), ("model.patch", patch)):
+        if len(value) != axes or min(value) < 1:
+            wanted = "(frames, height, width)" if axes == 3 else "(height, width)"
+            raise InputError(f"{name} must be {wanted} in pixels for data.name='{data.name}', got {value}")
+    if axes == 3 and data.size[0] % patch[0]:
+        raise InputError(f"data.size={data.size}: {data.size[0]} frames do not divide by {patch[0]} (model.patch={patch})")
+    check_size(config, data.size[-2:], "data.size")
+    for size in config.eval.sizes:
+        check_size(config, (size, size), "eval.sizes")
+    if config.encoding.kind == "alibi":
+        raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")
+    augment = data.augment
+    for name, pair in (("crop_scale", augment.crop_scale), ("crop_aspect", augment.crop_aspect)):
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise InputError(f"data.augment.{name} must be (low, high) with 0 < low <= high, got {pair}")
+    if augment.crop_scale[1] > 1:
+        raise InputError(f"data.augment.crop_scale is a share of the area, at most 1, got {augment.crop_scale}")
+    if data.name == "image_folder" and len(data.paths) != 1:
+        raise InputError("data.name='image_folder' needs data.paths: one directory that holds a folder for each class")
+    mixing = config.objective.mixing
+    if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
+        raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
+
+
+LARGEST_UNITS = 2**30
+
+
+def _check_fractions(config: Config) -> None:
+    """Refuses positions between whole numbers where an encoding knows none, or moves that would move nothing."""
+    encoding, jitter = config.encoding, config.objective.jitter
+    numbered = len(config.grid) > 1 and (encoding.kind == "rotary" or encoding.kind == "sinusoidal" and encoding.flatten)
+    wanted = {
+        "encoding.fraction_digits": encoding.fraction_digits, "encoding.resize='stretch'": encoding.resize == "stretch",
+        "objective.jitter.rate": jitter.rate, "objective.zoom.rate": config.objective.zoom.rate,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if value and (encoding.kind not in REAL_POSITIONS or numbered):
+            why = "numbers the places of a grid one after the other" if numbered else "has whole positions alone"
+            raise InputError(
+                f"{name} needs positions between whole numbers, and encoding.kind='{encoding.kind}' {why}: leave it as it "
+                f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
+            )
+    axes = len(config.grid) if config.objective.contrastive.weight else 1  # which numbers the positions of all axes
+    if (encoding.max_position * encoding.unit) ** axes > LARGEST_UNITS:
+        raise InputError(
+            f"encoding.max_position={encoding.max_position} with encoding.fraction_digits={encoding.fraction_digits} in "
+            f"base {encoding.base} makes more than {LARGEST_UNITS} positions on {axes} axes: lower one of them"
+        )
+    if encoding.fraction_digits and encoding.padding == "right":
+        raise InputError("encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0")
+    if config.objective.zoom.rate and not (config.reads_images and encoding.resize == "stretch"):
+        raise InputError(
+            "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
+        )
+    if encoding.log_scaling and encoding.kind == "seqpe" and encoding.mode == "attn_mul":
+        raise InputError("encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them")
+    if bool(jitter.rate) != bool(jitter.range):
+        raise InputError(
+            f"objective.jitter.rate={jitter.rate} and objective.jitter.range={jitter.range}: set both, or both to 0"
+        )
+    if jitter.rate and round(jitter.range * encoding.unit) < 1:
+        raise InputError(
+            f"objective.jitter.range={jitter.range} is less than half of the smallest step between positions, "
+            f"1/{encoding.unit}: raise it or encoding.fraction_digits"
+        )
+
+
+def _check_terms(config: Config) -> None:
+    encoding, objective, length = config.encoding, config.objective, math.prod(config.grid)
+    axes, side = len(config.grid), max(config.grid)
+    contrastive, distillation = objective.contrastive, objective.distillation
+    if encoding.kind != "seqpe":
+        for name, value in (("contrastive.weight", contrastive.weight), ("distillation.weight", distillation.weight)):
+            if value:
+                raise InputError(f"objective.{name}={value}: '{encoding.kind}' has no vectors to train; set it to 0")
+    if encoding.kind == "learned" and (objective.shift.rate or objective.skip.rate):
+        raise InputError("a learned table has no entries elsewhere: set objective.shift.rate and skip.rate to 0")
+    if objective.shift.rate + objective.skip.rate > 1:
+        raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")
+    if contrastive.weight:
+        _check_contrastive(config)
+    if distillation.weight:
+        if distillation.offsets > length:
+            raise InputError(
+                f"objective.distillation.offsets={distillation.offsets} is more than the {length} positions of an example"
+            )
+        # The shifted window starts at a quarter of the length at the earliest; a shifted grid leaves the one at the origin.
+        if encoding.max_position < (length + max(1, length // 4) if axes == 1 else 2 * min(config.grid)):
+            raise InputError(
+                f"objective.distillation needs room past the {side} positions of an example, but the largest "
+                f"position possible is {encoding.max_position - 1}: raise encoding.max_position, or set "
+                "objective.distillation.weight=0"
+            )
+        if distillation.space == "logits" and encoding.mode != "attn_scalar":
+            raise InputError("objective.distillation.space='logits' needs encoding.mode='attn_scalar'")
+    skip_range = objective.skip.range or encoding.max_position
+    if objective.skip.rate and not side <= skip_range <= encoding.max_position:
+        raise InputError(
+            f"objective.skip.range={skip_range} must lie between the {side} positions of an example and those there are "
+            f"(encoding.max_position={encoding.max_position})"
+        )
+    if objective.skip.rate and objective.skip.chunks > side:
+        raise InputError(f"objective.skip.chunks={objective.skip.chunks} is more than the {side} positions of an example")
+
+
+def _check_contrastive(config: Config) -> None:
+    encoding, contrastive, axes = config.encoding, config.objective.contrastive, len(config.grid)
+    if len(contrastive.mixture) != 3 or min(contrastive.mixture) < 0 or abs(sum(contrastive.mixture) - 1) > 1e-6:
+        raise InputError(
+            "objective.contrastive.mixture must be three probabilities (random, hard, distributional) that add up "
+            f"to 1, got {contrastive.mixture}"
+        )
+    room = encoding.max_position**axes - 2
+    if contrastive.candidates > room:
+        raise InputError(
+            f"objective.contrastive.candidates={contrastive.candidates}: encoding.max_position="
+            f"{encoding.max_position} leaves at most {room}"
+        )
+    if contrastive.past_only and axes > 1:
+        raise InputError("objective.contrastive.past_only needs text: there is no before on a grid")
+    if contrastive.space == "logits" and encoding.mode != "attn_scalar":
+        raise InputError("objective.contrastive.space='logits' needs encoding.mode='attn_scalar'")
+    heads = (encoding.position_heads or config.model.heads) if encoding.per_head else 1
+    if contrastive.head_scales and (contrastive.space != "logits" or len(contrastive.head_scales) != heads):
+        raise InputError(
+            f"objective.contrastive.head_scales={contrastive.head_scales}: give one factor for each of the {heads} "
+            "heads that have a position, with objective.contrastive.space='logits', or ()"
+        )
+    if min(contrastive.head_scales, default=0.0) < 0:
+        raise InputError(
+            f"objective.contrastive.head_scales={contrastive.head_scales}: a factor below 0 would make near positions "
+            "far: give 0 or more for each head"
+        )

@@ -1,0 +1,236 @@
+"""Config files and stored configs -> `Config`: types, ranges, and which options are read at all.
+
+A config file returns a ConfigDict (`defaults()` plus assignments); `parse` checks it whole. Below this room nobody sees a
+ConfigDict.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import typing
+from typing import Any, Literal
+
+import ml_collections
+
+from seqpe_jax.config.checks import check
+from seqpe_jax.config.schema import (
+    IMAGES,
+    REAL_POSITIONS,
+    SEQPE,
+    Config,
+    ContrastiveConfig,
+    DistillationConfig,
+    EncodingConfig,
+    EncodingKind,
+)
+from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.files import expanded
+
+# Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
+FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Returns every field at its default, as a ConfigDict that config files fill in."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as nested plain dicts (tuples stay tuples)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Returns the validated config of nested dicts, such as a run's config.json (lists serve as tuples).
+
+    Raises:
+      InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
+    """
+    config = _build(Config, values, "")
+    check(config)
+    return config
+
+
+def parse(config: ml_collections.ConfigDict) -> Config:
+    """Returns the validated, frozen form of a ConfigDict, as a user gives it.
+
+    Raises:
+      InputError: as `from_dict`, or a field is set that nothing reads.
+    """
+    return given(config.to_dict())
+
+
+def given(values: dict[str, Any]) -> Config:
+    """Returns the validated config of nested dicts as a user gives them. Raises: InputError: as of `parse`."""
+    config = from_dict(values)
+    _check_read(config)
+    return config
+
+
+def with_encoding(
+    config: ml_collections.ConfigDict, variant: str | None, forms: dict[str, str] | None = None
+) -> ml_collections.ConfigDict:
+    """Sets the encoding kind that a config's variant names; what that kind does not read goes back to its default.
+
+    Args:
+      variant: an encoding kind, or a name in `forms`; None = seqpe.
+      forms: further variants of a page, and the kind that each is a form of.
+
+    Raises:
+      InputError: the variant is none of these.
+    """
+    forms = {kind: kind for kind in typing.get_args(EncodingKind)} | (forms or {})
+    variant = variant or "seqpe"
+    if variant not in forms:
+        raise InputError(f"unknown config variant '{variant}'.{suggest(variant, forms)}")
+    kind = config.encoding.kind = forms[variant]
+    for field in dataclasses.fields(EncodingConfig):
+        if kind not in field.metadata.get("reads", (kind,)):
+            config.encoding[field.name] = field.default
+    if kind not in REAL_POSITIONS or kind == "rotary" and config.data.name in IMAGES:  # whole numbers alone
+        config.encoding.fraction_digits, config.encoding.resize = 0, "extend"
+        config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
+    if kind != "seqpe":
+        for section, terms in VECTOR_TERMS.items():
+            config.objective[section] = ml_collections.ConfigDict(dataclasses.asdict(terms(weight=0.0)))
+        config.objective.shift.rate = 0.0
+        config.objective.skip.rate = 0.0
+    return config
+
+
+VECTOR_TERMS = {"contrastive": ContrastiveConfig, "distillation": DistillationConfig}  # on vectors, which SeqPE alone has
+
+
+def as_read(config: Config) -> Config:
+    """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
+    kind, plain = config.encoding.kind, EncodingConfig()
+    unread = [field.name for field in dataclasses.fields(plain) if kind not in field.metadata.get("reads", (kind,))]
+    if kind == "seqpe" and not config.encoding.rotary_pairs:
+        unread += OF_PAIRS
+    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in unread})
+    terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_TERMS.items()}
+    return dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
+
+
+OF_PAIRS = ["theta", "rotary_heads"]  # of the pairs beside SeqPE
+
+
+def _check_read(config: Config) -> None:
+    """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
+    kind = config.encoding.kind
+    reads = {f"encoding.{field.name}": field.metadata.get("reads", ()) for field in dataclasses.fields(EncodingConfig)}
+    for line in difference(to_dict(as_read(config)), to_dict(config)):
+        name, value = line.partition(": ")[0], line.rpartition(" -> ")[2]
+        kinds = reads.get(name, SEQPE)  # terms on vectors
+        if kind in kinds:
+            raise InputError(f"{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out")
+        raise InputError(f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(kinds)}: leave it out")
+
+
+def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Returns the config of `FILE.py[:variant]` with dotted overrides, e.g. {"model.layers": 2}.
+
+    Raises:
+      InputError: no such file, variant or field, or values that do not fit.
+    """
+    name, _, variant = expanded(path).partition(":")
+    if not pathlib.Path(name).is_file():
+        raise InputError(f"no config file at {name}")
+    spec = importlib.util.spec_from_file_location("seqpe_config", name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant) if variant else module.get_config()
+    values = config.to_dict()
+    for key, value in (overrides or {}).items():
+        *sections, last = key.split(".")
+        target = values
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or last not in target:
+            raise InputError(f"unknown config field '{key}'.{suggest(key, field_names())}")
+        target[last] = value
+    return given(values)
+
+
+def field_names() -> list[str]:
+    """Returns the dotted names of all fields."""
+    return list(field_types())
+
+
+def field_types(kind: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Returns the type of each field by its dotted name."""
+    types = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        types |= field_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return types
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns one `field: old -> new` per leaf that differs between two nested dicts."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif _plain(before) != _plain(after):
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise InputError(f"unknown config field '{prefix}{name}'.{suggest(prefix + name, field_names())}")
+    built = {}
+    for name, value in values.items():
+        hint, full = hints[name], prefix + name
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise InputError(f"config section '{full}' must hold fields, got {value!r}")
+            built[name] = _build(hint, value, full + ".")
+        else:
+            built[name] = _value(hint, value, full)
+            _limits(built[name], fields[name].metadata, full)
+            if fields[name].metadata.get("path"):
+                built[name] = _written_out(built[name])
+    return kind(**built)
+
+
+def _written_out(value: Any) -> Any:
+    """The path or paths of a field, `files.expanded`; none stays none."""
+    return tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value) if value else value
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise InputError(f"config field '{name}' is {value!r}.{suggest(str(value), choices)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise InputError(f"config field '{name}' must be a list, got {value!r}")
+        return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"config field '{name}' must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+    if hint is float and not math.isfinite(value):
+        raise InputError(f"config field '{name}' must be finite, got {value}")
+    return value
+
+
+def _limits(value: Any, limits: Any, name: str) -> None:
+    low, high = limits.get("low"), limits.get("high")
+    if low is not None and value < low:
+        raise InputError(f"config field '{name}' must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise InputError(f"config field '{name}' must be at most {high}, got {value}")

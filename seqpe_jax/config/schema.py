@@ -1,0 +1,366 @@
+"""The fields of a config: typed, frozen dataclasses, each field with its limits, its default and who reads it.
+
+Units: lengths and positions in tokens, rates and weights as plain numbers, steps in optimiser steps.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from seqpe_jax.positions.digits import count_digits
+
+EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
+TEXTS = ("stdlib_text", "text_files", "wikitext103")
+QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")
+IMAGES = ("digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized")
+Fraction = {"low": 0.0, "high": 1.0}
+Positive = {"low": 1}
+NonNegative = {"low": 0}
+
+
+# Kinds of encodings by what they can do; `reads` of a field names those that read it.
+SEQPE = ("seqpe",)
+REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # not whole numbers alone
+MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin
+WAVES = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed")
+IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # what they do can be left to some heads
+PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial")
+
+
+def _field(default: Any, **metadata: Any) -> Any:
+    """A field with limits (`low`, `high`) and, where not every kind of encoding reads it, the kinds that do (`reads`)."""
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _section(kind: type) -> Any:
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are changed, on the host, one by one."""
+
+    crop_scale: tuple[float, ...] = (1.0, 1.0)  # share of the area of a random resized crop; 1 = the whole image
+    crop_aspect: tuple[float, ...] = (0.75, 4 / 3)  # width to height of that crop
+    flip: float = _field(0.0, **Fraction)  # left and right exchanged, with that probability
+    translate: int = _field(0, **NonNegative)  # pixels moved at most, in each direction
+    randaugment_layers: int = _field(0, **NonNegative)  # operations for each image
+    randaugment_magnitude: float = _field(9.0, low=0.0, high=10.0)
+    randaugment_std: float = _field(0.5, low=0.0)
+    color_jitter: float = _field(0.0, low=0.0)  # brightness, contrast and saturation change by that share at most
+    erasing: float = _field(0.0, **Fraction)  # probability that a rectangle turns to noise
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in windows of which length or images of which size."""
+
+    name: Literal[
+        "stdlib_text", "text_files", "wikitext103", "stdlib_qa", "squad_long", "qa_jsonl",
+        "digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized",
+    ] = "stdlib_text"  # fmt: skip
+    # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
+    # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
+    paths: tuple[str, ...] = _field((), path=True)
+    length: int = _field(512, **Positive)  # text: tokens of a training window; questions: of prompt and answer
+    tokenizer: str = _field("bytes", path=True)  # "bytes", or the path of a Hugging Face tokenizer.json
+    lossy_tokenizer: bool = False  # text that does not come back from its tokens is accepted
+    prompt_weight: float = _field(0.0, **Fraction)  # questions: weight of the context's tokens in the loss
+    question_weight: float = _field(0.0, **Fraction)  # questions: weight of the question's tokens in the loss
+    size: tuple[int, ...] = ()  # images: (height, width), clips: (frames, height, width), in pixels
+    crop_ratio: float = _field(1.0, low=0.1, high=1.0)  # images: side of the centre crop at evaluation
+    augment: AugmentConfig = _section(AugmentConfig)
+    cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
+    threads: int = _field(1, **Positive)  # training examples made at once
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The transformer that reads the tokens or the patches."""
+
+    kind: Literal["gpt2", "vit"] = "gpt2"
+    vocabulary: int = _field(0, **NonNegative)  # gpt2: rows of the token embedding; 0 = as many as the tokenizer has
+    classes: int = _field(0, **NonNegative)  # vit: 0 = as many as the data have
+    patch: tuple[int, ...] = ()  # vit: pixels of a patch along each axis of data.size
+    layers: int = _field(12, **Positive)
+    width: int = _field(768, **Positive)
+    heads: int = _field(12, **Positive)
+    mlp_width: int = _field(0, **NonNegative)  # 0 = four times the width
+    dropout: float = _field(0.1, **Fraction)  # after attention and MLP
+    attention_dropout: float = _field(0.1, **Fraction)
+    embedding_dropout: float = _field(0.1, **Fraction)
+    drop_path: float = _field(0.0, **Fraction)  # vit: samples for which a branch of the last block is left out
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    layer_norm_epsilon: float = _field(1e-5, low=0.0)
+    init_std: float = _field(0.02, low=0.0)
+    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
+    attention_kind: Literal["auto", "plain", "blocks", "flash"] = "auto"  # implementation (models.choice)
+    attention_block: int = _field(0, **NonNegative)  # queries and keys at once, of blocks; 0 = automatic
+    scan: bool = False  # layers are compiled once and looped over; their weights are stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingConfig:
+    """How positions reach attention. `reads` says which kinds read a field; for all others it keeps its default."""
+
+    kind: EncodingKind = "seqpe"
+    # how a position is written
+    max_position: int = _field(20000, **Positive, reads=MOVABLE)  # positions along an axis: 0 .. max_position - 1
+    base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS)  # of the digits
+    fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS)  # after the point; 1 = a token or a patch
+    resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS)  # larger than trained: on, or between
+    digits: int = _field(0, **NonNegative, reads=SEQPE)  # before the point; 0 = as many as max_position needs
+    padding: Literal["left", "right"] = _field("left", reads=SEQPE)
+    # the encoder of the digits
+    layers: int = _field(2, **Positive, reads=SEQPE)
+    width: int = _field(768, **Positive, reads=SEQPE)
+    heads: int = _field(12, **Positive, reads=SEQPE)
+    direction: Literal["causal", "bi"] = _field("causal", reads=SEQPE)
+    cls: bool = _field(True, reads=SEQPE)
+    final_norm: bool = _field(True, reads=SEQPE)
+    mask_padding: bool = _field(False, reads=SEQPE)
+    temperature: float = _field(1.0, low=1e-6, reads=SEQPE)
+    output_width: int = _field(0, **NonNegative, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
+    place: Literal["global", "coordinate"] = _field("global", reads=SEQPE)
+    dropout: float = _field(0.1, **Fraction, reads=SEQPE)
+    attention_dropout: float = _field(0.0, **Fraction, reads=SEQPE)
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", reads=SEQPE)
+    layer_norm_epsilon: float = _field(1e-5, low=0.0, reads=SEQPE)
+    norm_init: float = _field(1.0, reads=SEQPE)
+    init_distribution: Literal["normal", "truncated_normal"] = _field("normal", reads=SEQPE)
+    init_std: float = _field(0.02, low=0.0, reads=("seqpe", "learned"))
+    share_prefixes: bool = _field(True, reads=SEQPE)  # common leading digits are read once; dropout masks are shared too
+    # how its vectors enter attention
+    mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field("attn_scalar", reads=SEQPE)
+    qk: Literal["single", "multi", "none", "halves"] = _field("single", reads=SEQPE)
+    per_head: bool = _field(True, reads=SEQPE)  # the vector is split over the heads, else one head-wide one serves all
+    feature_width: int = _field(0, **NonNegative, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
+    qk_init_std: float = _field(0.02, low=0.0, reads=SEQPE)
+    scalar_scale: float = _field(1.0, reads=SEQPE)
+    # in which heads, and with what beside it
+    position_heads: int = _field(0, **NonNegative, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
+    rotary_pairs: int = _field(0, **NonNegative, reads=PARTLY_TURNED)  # fastest pairs that turn; 0: all, seqpe none
+    rotary_heads: int = _field(0, **NonNegative, reads=SEQPE)  # the first heads in which these pairs turn; 0 = all
+    log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
+    # baselines
+    theta: float = _field(10000.0, low=1.0, reads=WAVES)  # base of the wavelengths
+    flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
+    reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
+    amplitude: float = _field(1.0, low=0.0, reads=("sinusoidal",))
+    reference_scaling: bool = _field(False, reads=("alibi",))  # slopes over sqrt(head width), as in the PyTorch reference
+
+    @property
+    def unit(self) -> int:
+        """Units of a position's fixed-point number in one token or patch."""
+        return self.base**self.fraction_digits
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """Near positions, near vectors."""
+
+    weight: float = _field(0.1, low=0.0)
+    warmup_steps: int = _field(0, **NonNegative)
+    batch: int = _field(32, **Positive)  # pivots of one step, over all devices
+    candidates: int = _field(32, **Positive)
+    mixture: tuple[float, ...] = (0.0, 0.4, 0.6)  # probabilities of random, hard and distributional candidates
+    hard_fraction: float = _field(0.25, **Fraction)
+    window: int = _field(256, **Positive)  # range of distributional candidates
+    around_pivot: bool = False  # that window lies around the pivot instead of anywhere
+    past_only: bool = False  # candidates before the pivot only, as causal attention sees them
+    space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
+    per_head: bool = False  # space=vectors: one loss per head
+    label_smoothing: float = _field(0.0, **Fraction)
+    scale: float = _field(1.0, low=0.0)
+    head_scales: tuple[float, ...] = ()  # space=logits: a factor more for each head that has a position; () = 1 for all
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """Far vectors relate to each other as near ones do."""
+
+    weight: float = _field(0.1, low=0.0)
+    warmup_steps: int = _field(0, **NonNegative)
+    batch: int = _field(32, **Positive)  # student windows of one step, over all devices
+    offsets: int = _field(32, **Positive)
+    metric: Literal["kl", "mse"] = "kl"
+    beta: float = _field(1.0, **Fraction)
+    reduction: Literal["elements", "rows"] = "elements"
+    space: Literal["vectors", "logits"] = "vectors"
+    per_head: bool = True
+    scale: float = _field(1.0, low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftConfig:
+    """With probability `rate` a step reads windows that start elsewhere."""
+
+    rate: float = _field(0.0, **Fraction)
+    sets: int = _field(1, **Positive)  # different windows in one batch; sample i uses window i mod sets
+    starts: int = _field(0, **NonNegative)  # a fixed subset of that many starts; 0 = all
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipConfig:
+    """With probability `rate` a step reads windows cut into chunks with random gaps (arXiv 2309.10400)."""
+
+    rate: float = _field(0.0, **Fraction)
+    chunks: int = _field(2, low=2)
+    range: int = _field(0, **NonNegative)  # the window spreads over positions below; 0 = encoding.max_position
+
+
+@dataclasses.dataclass(frozen=True)
+class JitterConfig:
+    """With probability `rate` a step reads windows whose places do not stand where they should."""
+
+    rate: float = _field(0.0, **Fraction)
+    range: float = _field(0.0, low=0.0)  # tokens or patches by which a coordinate is moved at most, either way
+
+
+@dataclasses.dataclass(frozen=True)
+class ZoomConfig:
+    """With probability `rate` a step reads parts of images, enlarged, whose patches stand where they are in the whole."""
+
+    rate: float = _field(0.0, **Fraction)
+    smallest: float = _field(0.5, low=0.05, high=1.0)  # sides of a part as a share of the image's, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class MixingConfig:
+    """Training images mixed with each other, on the device; 0 = off."""
+
+    mixup: float = _field(0.0, low=0.0)  # alpha of the Beta distribution of shares
+    cutmix: float = _field(0.0, low=0.0)
+    switch: float = _field(0.5, **Fraction)  # probability of cutmix where both are on
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Task loss + weighted terms on the position vectors."""
+
+    label_smoothing: float = _field(0.0, **Fraction)  # images: share of the target spread over all classes
+    mixing: MixingConfig = _section(MixingConfig)
+    contrastive: ContrastiveConfig = _section(ContrastiveConfig)
+    distillation: DistillationConfig = _section(DistillationConfig)
+    shift: ShiftConfig = _section(ShiftConfig)
+    skip: SkipConfig = _section(SkipConfig)
+    jitter: JitterConfig = _section(JitterConfig)
+    zoom: ZoomConfig = _section(ZoomConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; model and position encoder are clipped apart."""
+
+    learning_rate: float = _field(5e-5, low=0.0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = _field(0, **NonNegative)
+    end_learning_rate: float = _field(0.0, low=0.0)
+    b1: float = _field(0.9, **Fraction)
+    b2: float = _field(0.999, **Fraction)
+    epsilon: float = _field(1e-8, low=0.0)
+    weight_decay: float = _field(0.0, low=0.0)  # on matrices of the model; never on biases, norms, embeddings
+    encoder_weight_decay: float = _field(0.0, low=0.0)
+    clip: float = _field(5.0, low=0.0)  # global norm; 0 = no clipping
+    accumulate: int = _field(1, **Positive)  # the batch is read in that many parts
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
+
+    every: int = _field(0, **NonNegative)  # steps; 0 = never while training
+    lengths: tuple[int, ...] = ()  # text; () = the training length
+    sizes: tuple[int, ...] = ()  # images: sides in pixels; () = the training size
+    tokens: int = _field(0, **NonNegative)  # read at most that many per length; 0 = the whole split
+    examples: int = _field(0, **NonNegative)  # questions: ask at most that many per length; 0 = all of the split
+    new_tokens: int = _field(16, **Positive)  # questions: tokens generated for an answer, at most
+    batch_tokens: int = _field(16384, **Positive)  # tokens or patches handled at once
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every: int = _field(1000, **Positive)
+    keep: int = _field(2, **Positive)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices split what; their product is the number of devices."""
+
+    data: int = _field(0, **NonNegative)  # the batch alone; 0 = all devices that the others leave
+    fsdp: int = _field(1, **Positive)  # the batch, and parameters and optimiser state in store
+    context: int = _field(1, **Positive)  # the length of a sequence
+    tensor: int = _field(1, **Positive)  # heads, hidden units and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """Arithmetic of the model; parameters, optimiser state, softmax, losses and position products are float32."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What a run writes about itself."""
+
+    every: int = _field(50, **Positive)  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps recorded by the JAX profiler into WORKDIR/profile."""
+
+    steps: str = ""  # "10:13" = steps 10, 11 and 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is a function of."""
+
+    seed: int = _field(0, **NonNegative)
+    steps: int = _field(1000, **Positive)
+    batch_size: int = _field(32, **Positive)  # sequences of one step, over all devices
+    init_from: str = _field("", path=True)  # a run or converted checkpoint whose parameters a new run begins with
+    data: DataConfig = _section(DataConfig)
+    model: ModelConfig = _section(ModelConfig)
+    encoding: EncodingConfig = _section(EncodingConfig)
+    objective: ObjectiveConfig = _section(ObjectiveConfig)
+    optimizer: OptimizerConfig = _section(OptimizerConfig)
+    eval: EvalConfig = _section(EvalConfig)
+    checkpoint: CheckpointConfig = _section(CheckpointConfig)
+    mesh: MeshConfig = _section(MeshConfig)
+    precision: PrecisionConfig = _section(PrecisionConfig)
+    report: ReportConfig = _section(ReportConfig)
+    profile: ProfileConfig = _section(ProfileConfig)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the data are images or clips, else text."""
+        return self.data.name in IMAGES
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether the data are questions with answers."""
+        return self.data.name in QUESTIONS
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Positions of a training example along each axis: (length,), or the patches of an image."""
+        return self.grid_of(self.data.size) if self.reads_images else (self.data.length,)
+
+    def grid_of(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the patches along each axis of an image or clip with these sides in pixels."""
+        return tuple(side // part for side, part in zip(sides, self.model.patch, strict=True))
+
+    def sides_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the sides of an example evaluated at (height, width): clips keep their frames."""
+        return (*self.data.size[:-2], *size)
+
+
+def digits_of(encoding: EncodingConfig) -> int:
+    """Returns the digits per coordinate: `digits`, or as many as `max_position` needs, and those after the point."""
+    return (encoding.digits or count_digits(encoding.max_position, encoding.base)) + encoding.fraction_digits

@@ -1,0 +1,172 @@
+"""The programs of a model outside of training, each compiled for a mesh when it is first called."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax import axes
+from seqpe_jax.architecture import Architecture, Params, Shape
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.evaluation.similarity import cosine
+from seqpe_jax.positions.grids import Spacing
+from seqpe_jax.positions.prefixes import Group
+from seqpe_jax.runtime import mesh as layout
+
+READ_AT_ONCE = 4096  # positions that the encoder reads at once
+
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody how far a piece of work is."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """A model, ready to be asked on the devices of a mesh.
+
+    Attributes:
+      architecture: of the model; mesh: the devices, and how arrays are split over them.
+    """
+
+    architecture: Architecture
+    mesh: jax.sharding.Mesh
+
+    def laid_out(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function, traced with this mesh's layout in force."""
+        return laid_out(self.mesh, function)
+
+    def signal(self, params: Params, shape: Shape, first: int | None = None) -> PositionSignal:
+        """Returns the signal of a window or grid, or of a window's first positions; vectors are computed part by part."""
+        architecture, rows = self.architecture, shape[0] if first is None else min(first, shape[0])
+        if not architecture.has_vectors:
+            return self._signal(params, shape, rows)
+        positions_PLA = architecture.spacing.grid(shape, rows=rows)[None]
+        return self._signal_of(params, self.vectors(params, shape, rows)[None], positions_PLA, shape)
+
+    def vectors(
+        self, params: Params, shape: Shape, side: int | None = None, spacing: Spacing | None = None,
+        progress: Progress = silent,
+    ) -> jax.Array:  # fmt: skip
+        """Returns the vectors of the positions of a window or grid, float32[prod(shape), E].
+
+        Args:
+          side: only the first places of the first axis; None = all. spacing: other than that of the model.
+        """
+        side, rest = side or shape[0], math.prod(shape[1:])
+        spacing = spacing or self.architecture.spacing
+        rows = min(side, max(1, READ_AT_ONCE // rest))
+        parts = []
+        for start in range(0, side, rows):
+            first = min(start, side - rows)  # the last part overlaps the one before: one program serves all
+            parts.append(self._vectors(params, first, rows, shape, spacing)[(start - first) * rest :])
+            progress(min(start + rows, side) * rest, side * rest)
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def vectors_of(self, params: Params, positions_RA: jax.Array) -> jax.Array:
+        """Returns the vectors of any positions int32[R, A] in units of their last digit, float32[R, E]."""
+        return self._vectors_of(params, positions_RA)
+
+    def logits(self, params: Params, inputs: jax.Array, start: jax.Array | None = None) -> jax.Array:
+        """Returns `Architecture.logits`."""
+        return self._logits(params, inputs, start)
+
+    @functools.cache  # noqa: B019  a model has one of these, and one criterion
+    def examiner(self, criterion: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
+        """Returns what evaluation needs to know of each example of a batch (see `objectives.criterion`), compiled."""
+
+        def examine(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
+            return criterion.examine(self.architecture.network, {"params": params["model"]}, signal, batch)
+
+        return jax.jit(self.laid_out(examine), out_shardings=layout.replicated(self.mesh))
+
+    def similarity(self, params: Params, shape: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
+        """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.
+
+        Returns:
+          {"pivots" int[n, A], "positions" int[m, A], "cosine" float32[n, m]}: places of tokens or patches, wherever they
+          stand; a window is thinned out to `columns` of them, a grid comes whole, row-major.
+        """
+        if not self.architecture.has_vectors:
+            return None
+        places_RA, positions_RA = (np.asarray(spacing.grid(shape)) for spacing in (Spacing(), self.architecture.spacing))
+        if len(shape) == 1:
+            taken = np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))
+            places_RA, positions_RA = places_RA[taken], positions_RA[taken]
+        chosen = np.unique(np.linspace(0, len(positions_RA) - 1, pivots + 2).astype(int)[1:-1])
+        vectors_RE = self.vectors_of(params, jnp.asarray(positions_RA))
+        return {
+            "pivots": places_RA[chosen],
+            "positions": places_RA,
+            "cosine": np.asarray(cosine(vectors_RE, chosen), np.float32),
+        }
+
+    def attention(self, params: Params, images: np.ndarray) -> np.ndarray:
+        """Returns where the class token looks, float32[n, H, patches along each axis...]: the last layer's weights.
+
+        Args:
+          images: float32[n, sides..., C], normalised.
+        """
+        shape = self.architecture.grid_of(images.shape)
+        weights = jax.jit(functools.partial(self.architecture.network.apply, method="attention"))(
+            {"params": params["model"]}, jnp.asarray(images), self.signal(params, shape)
+        )
+        weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
+        return weights_BHL.reshape(*weights_BHL.shape[:2], *shape)
+
+    def stored_params(self, params: Params, reach: Shape, progress: Progress = silent) -> Params:
+        """Returns the parameters of `Architecture.stored(reach)`: vectors computed once stand in the encoder's place."""
+        if not self.architecture.has_vectors:
+            return params
+        sides, step = self.architecture.spacing.table(reach)
+        table = np.asarray(self.vectors(params, sides, spacing=Spacing(step), progress=progress)).reshape(*sides, -1)
+        rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
+        return params | {"encoding": rest | {"table": table}}
+
+    @functools.cached_property
+    def _signal(self) -> Callable[[Params, Shape, int], PositionSignal]:
+        def signal(params: Params, shape: Shape, rows: int) -> PositionSignal:
+            return self.architecture.signal(params, self.architecture.spacing.grid(shape, rows=rows)[None], shape)
+
+        return jax.jit(self.laid_out(signal), static_argnums=(1, 2))
+
+    @functools.cached_property
+    def _signal_of(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:
+        def signal(params: Params, vectors_PLE: jax.Array, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:
+            return self.architecture.encode(params, vectors_PLE, positions_PLA, shape=shape, method="signal")
+
+        return jax.jit(self.laid_out(signal), static_argnums=3)
+
+    @functools.cached_property
+    def _vectors(self) -> Callable[[Params, int, int, Shape, Spacing], jax.Array]:
+        def vectors(params: Params, first: jax.Array, rows: int, shape: Shape, spacing: Spacing) -> jax.Array:
+            known = Group(1, (rows, *shape[1:]), spans=spacing.spans(shape, rows))
+            positions_RA = spacing.grid(shape, first, rows)
+            return self.architecture.encode(params, positions_RA, groups=(known,), method="vectors")
+
+        return jax.jit(self.laid_out(vectors), static_argnums=(2, 3, 4))
+
+    @functools.cached_property
+    def _vectors_of(self) -> Callable[[Params, jax.Array], jax.Array]:
+        return jax.jit(self.laid_out(functools.partial(self.architecture.encode, method="vectors")))
+
+    @functools.cached_property
+    def _logits(self) -> Callable[..., jax.Array]:
+        return jax.jit(self.laid_out(self.architecture.logits))
+
+
+def laid_out(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that is traced with a mesh's layout in force."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any, **options: Any) -> Any:
+        with axes.laid_out(layout.Layout(mesh)):
+            return function(*arguments, **options)
+
+    return traced

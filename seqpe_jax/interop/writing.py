@@ -1,0 +1,129 @@
+"""A model written as a run of ours, or in the layout of the PyTorch reference."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax import config as configs
+from seqpe_jax.architecture import Architecture, Params, Sizes
+from seqpe_jax.data.tokenizers import FILE, load_tokenizer
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import check_free, new_folder
+from seqpe_jax.interop import folders, settings, weights
+from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.tasks.sizes import write_sizes
+from seqpe_jax.trees import count
+
+REPORT = "conversion.json"
+
+
+def write_run(
+    output: str | os.PathLike,
+    config: configs.Config,
+    params: Params,
+    sizes: Sizes,
+    step: int,
+    *,
+    keep: Callable[[pathlib.Path], None] | None = None,
+    report: dict[str, Any] | None = None,
+) -> None:
+    """Writes a model as a run: config.json, sizes.json, checkpoints/STEP, and what the parameters mean nothing without.
+
+    Args:
+      output: a folder that does not exist or is empty.
+      keep: writes the tokenizer, or the names of the classes, into the folder; report: kept as conversion.json.
+
+    Raises:
+      InputError: the folder is taken. Nothing is written then.
+    """
+    check_free(output)
+    with new_folder(output) as folder:
+        write_config(folder, configs.to_dict(config))
+        write_sizes(folder, sizes)
+        if keep is not None:
+            keep(folder)
+        checkpoints = Checkpoints(folder)
+        meta = {"params_only": True} | ({"converted": report["source"]} if report else {})
+        checkpoints.save(step, {"params": params}, meta)
+        checkpoints.close()
+        if report is not None:
+            (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
+    """Writes a model in the reference's text or image layout.
+
+    Args:
+      model: a `seqpe_jax.Model` of a run; output: a folder that does not exist or is empty.
+
+    Returns:
+      {"source", "step", "files", "encoding", "parameters", "mapped": {ours: theirs}}.
+
+    Raises:
+      InputError: a field that the reference has nothing like. Nothing is written then.
+    """
+    check_free(output)
+    config, kind, name = model.config, model.config.encoding.kind, model.folder or "the model"
+    if model.architecture.reach is not None:
+        raise InputError(f"{name} is an export, which has no encoder of positions any more: give the --workdir of its run")
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocabulary=model.sizes.vocabulary, classes=model.sizes.classes)
+    )
+    spec = settings.spec_of(config, getattr(model.architecture.encoding, "vector_width", 0))
+    rules = weights.rules(config)
+    state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
+    if channels_of(state) != 3:
+        raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
+    if not config.reads_images and kind in ("sinusoidal", "rotary", "alibi"):
+        rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
+        state[f"{weights.ENCODER}weight"] = fixed_table(config, model.architecture, rows)
+    kept = pathlib.Path(model.folder) / FILE if model.folder else None
+    with new_folder(output) as folder:
+        files = (folders.write_images if config.reads_images else folders.write_text)(
+            folder, spec, settings.training_of(config), state
+        )
+        if kept is not None and kept.is_file():
+            load_tokenizer(kept).save(folder)
+        names = [str(file.relative_to(folder)) for file in files]
+    return {
+        "source": model.folder,
+        "step": model.step,
+        "files": names,
+        "encoding": kind,
+        "parameters": count(model.params),
+        "mapped": {rule.ours: list(rule.theirs) for rule in rules},
+    }
+
+
+def channels_of(state: weights.State) -> int:
+    """Returns the channels of the images that a state reads; 3 where it reads none."""
+    kernel = state.get("patch_embed.proj.weight")
+    return 3 if kernel is None else np.shape(kernel)[1]
+
+
+def fixed_table(config: configs.Config, architecture: Architecture, rows: int) -> np.ndarray:
+    """Returns the first rows of the table that the reference stores for a fixed encoding on one axis.
+
+    Sinusoidal: [rows, width]; rotary: sines, then cosines, [rows, head width]; ALiBi: slope times index, [rows, heads].
+    """
+    kind, encoding = config.encoding.kind, architecture.encoding
+    if getattr(encoding, "prefix", 0):  # its rows count the class token
+        encoding = encoding.clone(prefix=0)
+    signal = encoding.apply({}, jnp.arange(rows, dtype=jnp.int32)[None, :, None], shape=(rows,))
+    if kind == "sinusoidal":
+        return np.asarray(signal.added[0])
+    if kind == "rotary":
+        cos, sin = (np.asarray(part[0, :, 0]) for part in signal.rotation)
+        return np.concatenate([sin, cos], axis=-1)
+    query, key = (np.asarray(part[0], np.float64) for part in signal.features)
+    head_width = config.model.width // config.model.heads
+    return (np.einsum("hf,lhf->lh", query[0], np.broadcast_to(key, (rows, *query.shape[1:]))) * head_width**0.5).astype(
+        np.float32
+    )

@@ -1,0 +1,146 @@
+"""Any folder with a model in it -> `Model`: a run, an export, the authors' PyTorch files, a Hugging Face GPT-2."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from seqpe_jax import config
+from seqpe_jax.architecture import Architecture, Params, Sizes
+from seqpe_jax.config import Config
+from seqpe_jax.data.pictures import facts_of
+from seqpe_jax.data.tokenizers import load_tokenizer
+from seqpe_jax.errors import InputError
+from seqpe_jax.interop import folders, reference
+from seqpe_jax.model import Model
+from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config
+from seqpe_jax.serving.exported import SECTION, read_params
+from seqpe_jax.tasks.images import kept_names
+from seqpe_jax.tasks.sizes import read_sizes
+from seqpe_jax.tasks.text import with_kept_tokenizer
+
+EXPECTED = (
+    "give a --workdir of `train`, an --output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or "
+    "a directory of a Hugging Face GPT-2"
+)
+
+
+def load(path: str | pathlib.Path) -> Model:
+    """Returns the model of a folder or file, its parameters read; no data are opened.
+
+    Args:
+      path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
+        a directory of a Hugging Face GPT-2.
+
+    Raises:
+      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version.
+    """
+    if not pathlib.Path(path).exists():
+        raise InputError(f"{path} does not exist: {EXPECTED}")
+    model = opened(str(path)) if is_ours(path) else reference.from_source(folders.read(str(path)))
+    _ = model.params
+    return model
+
+
+def is_ours(path: str | pathlib.Path) -> bool:
+    """Whether a path is a folder of `train`, of `convert` or of `export`."""
+    folder = pathlib.Path(path)
+    if (folder / FOLDER).is_dir():
+        return True
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):  # not there, or of another kind: the reference's is YAML
+        return False
+    return isinstance(values, dict) and {"data", "model", "encoding"} <= values.keys()
+
+
+def opened(checkpoint: str) -> Model:
+    """Returns the model of a run or an export, whose parameters are read when they are first asked for.
+
+    Raises:
+      InputError: neither of these; nothing is saved yet.
+    """
+    settings = saved_config(checkpoint)
+    section, mesh = export_section(checkpoint), layout.make_mesh(0, 1)
+    if section is not None:
+        sizes = sizes_of(settings, checkpoint)
+        architecture = Architecture.of(settings, sizes).stored(tuple(section["reach"]))
+        read = functools.partial(_exported_params, checkpoint, architecture, mesh)
+        return Model(settings, architecture, sizes, read, section["step"], str(checkpoint), mesh)
+    saved = Checkpoints(checkpoint, create=False)
+    step = saved.newest()
+    saved.close()
+    sizes = sizes_of(settings, checkpoint)
+    architecture = Architecture.of(settings, sizes)
+    read = functools.partial(_saved_params, checkpoint, architecture, mesh, step)
+    return Model(settings, architecture, sizes, read, step, str(checkpoint), mesh)
+
+
+def saved_config(checkpoint: str) -> Config:
+    """Returns the config of the run of a folder, with its own tokenizer, for the devices of this machine.
+
+    Raises:
+      InputError: not a folder of a run or an export.
+    """
+    if not pathlib.Path(checkpoint).is_dir():
+        raise InputError(
+            f"no such directory: {checkpoint} (--checkpoint takes a --workdir of `train` or an --output of `export`)"
+        )
+    values = read_config(checkpoint)
+    values.pop(SECTION, None)
+    settings = config.from_dict(values)
+    return with_kept_tokenizer(dataclasses.replace(settings, mesh=config.MeshConfig()), checkpoint)
+
+
+def export_section(checkpoint: str) -> dict[str, Any] | None:
+    """Returns what the config.json of an export says of it, or None for a run's folder.
+
+    Raises:
+      InputError: it does not say which step and positions are served.
+    """
+    section = read_config(checkpoint).get(SECTION)
+    if section is not None and not (isinstance(section, dict) and {"step", "reach"} <= section.keys()):
+        raise InputError(f"{checkpoint}/config.json: section '{SECTION}' is damaged: export the run again")
+    return section
+
+
+def sizes_of(settings: Config, folder: str) -> Sizes:
+    """Returns what the model of a run took from its data, without opening them.
+
+    Runs that are older than the file that keeps it have their tokenizer, or the names of their classes, beside them.
+
+    Raises:
+      InputError: the number of tokens or classes is not known.
+    """
+    stored = read_sizes(folder)
+    if stored is not None:
+        return stored
+    if not settings.reads_images:
+        if not settings.model.vocabulary and not settings.data.tokenizer:
+            raise InputError(
+                f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there"
+            )
+        return Sizes(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
+    facts = facts_of(settings.data.name)
+    classes = settings.model.classes or len(kept_names(folder) or ()) or facts.classes
+    if not classes:
+        raise InputError(f"{folder} does not say how many classes its model has: put back its classes.json")
+    return Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
+
+
+def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh, step: int) -> Params:
+    """The parameters of a run's checkpoint, laid out on a mesh."""
+    shapes, _ = layout.with_shardings(mesh, {"params": architecture.shapes})
+    saved = Checkpoints(checkpoint, create=False)
+    params, _ = saved.restore_params(shapes["params"], step)
+    saved.close()
+    return params
+
+
+def _exported_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
+    """The parameters of an export, on every device of a mesh."""
+    return jax.device_put(read_params(checkpoint, architecture.shapes), layout.replicated(mesh))

@@ -1,0 +1,241 @@
+"""One handle on a trained model: ask it, generate with it, evaluate it, write it elsewhere."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.architecture import Architecture, Params, Shape, Sizes
+from seqpe_jax.config import Config, EncodingConfig
+from seqpe_jax.data.tokenizers import Tokenizer
+from seqpe_jax.errors import InputError
+from seqpe_jax.inference import generate as generation
+from seqpe_jax.inference.decoding import Generation, Sampling
+from seqpe_jax.inference.programs import Programs
+from seqpe_jax.interop import writing
+from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.runtime.progress import ProgressLine
+from seqpe_jax.serving import export
+from seqpe_jax.serving.exported import PLATFORMS
+from seqpe_jax.tasks import Task, task_class
+from seqpe_jax.tasks.measure import Scales, measure
+from seqpe_jax.trees import count
+
+Start = int | Sequence[int] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A model and its parameters, from a run, an export, or a checkpoint of others (`seqpe_jax.load`).
+
+    Attributes:
+      config: of the run; of an encoder of positions alone, its encoding section.
+      architecture: the encoding and the network.
+      sizes: what the model took from its data.
+      read: reads the parameters; `params` calls it once.
+      step: of the training that the parameters come from; 0 for those of others.
+      folder: that the model was loaded from, or "".
+      mesh: the devices that it runs on.
+    """
+
+    config: Config | EncodingConfig
+    architecture: Architecture
+    sizes: Sizes
+    read: Callable[[], Params]
+    step: int = 0
+    folder: str = ""
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=lambda: layout.make_mesh(0, 1))
+
+    def __repr__(self) -> str:
+        parameters = f"{count(self.params):,} parameters"
+        if self.architecture.network is None:
+            return f"Model(encoder of positions, {parameters})"
+        model = self.config.model
+        origin = f", step {self.step:,} of {self.folder}" if self.folder else ""
+        sizes = f"{model.layers} layers of width {model.width}"
+        return f"Model({self.config.encoding.kind} in {model.kind}, {sizes}, {parameters}{origin})"
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters, {"encoding": ..., "model": ...}, float32."""
+        return self.read()
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The model's compiled programs."""
+        return Programs(self.architecture, self.mesh)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What the model was trained for; its data are opened when they are first asked for.
+
+        Raises:
+          InputError: the tokenizer, or the names of the classes, are missing or damaged.
+        """
+        return task_class(self.config)(self.config, kept=self.folder)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model of text. Raises: InputError: as `task`, or the model reads images."""
+        if self.config.reads_images:
+            raise InputError("this model reads images: it has no tokenizer")
+        return self.task.tokenizer
+
+    def logits(self, inputs: Any, start: Start = None) -> jax.Array:
+        """Returns logits, float32: [B, L, V] of tokens, [B, V] of images or clips.
+
+        Args:
+          inputs: tokens int32[B, L]; images float32[B, H, W, C] or clips float32[B, T, H, W, C], normalised with
+            `sizes.mean` and `sizes.std`.
+          start: the first position in tokens or patches, an int or one per axis; None = the origin.
+
+        Raises:
+          InputError: inputs of another kind or size, unknown tokens, positions beyond the digits, an encoder alone.
+        """
+        if self.architecture.network is None:
+            raise InputError("this is a position encoder alone: it has no logits, only encode_positions")
+        inputs = self._checked(jnp.asarray(inputs))
+        first = self._start(start, self.architecture.grid_of(inputs.shape))
+        return self.programs.logits(self.params, inputs, first)
+
+    def encode_positions(self, positions: Any) -> jax.Array:
+        """Returns the vectors of positions, float32[R, E].
+
+        Args:
+          positions: [R] or [R, A], in tokens or patches; fractions of one where encoding.fraction_digits writes them.
+
+        Raises:
+          InputError: the encoding has no vectors, or positions beyond the digits.
+        """
+        encoder = self.architecture.encoder
+        if encoder is None:
+            raise InputError("this model has no encoder of positions: only 'seq_pe' with its own weights has vectors")
+        given = np.asarray(positions)
+        places_RA = given[:, None] if given.ndim == 1 else given
+        if places_RA.ndim != 2 or places_RA.shape[1] != encoder.axes:
+            raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
+        unit = self.architecture.spacing.unit
+        units_RA = np.rint(places_RA.astype(np.float64) * unit).astype(np.int64)
+        self._check_reach(units_RA)
+        return self.programs.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
+
+    def generate(
+        self, prompt: str | Sequence[str], max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str | list[str]:  # fmt: skip
+        """Returns the text that follows a prompt, or each of several.
+
+        Args:
+          temperature: 0 = always the likeliest token; larger = more varied text.
+          top_p: draw from the likeliest tokens that together reach this probability; seed: of the draws.
+
+        Raises:
+          InputError: a model of images, an empty prompt, values out of range, or too long a text for the positions.
+        """
+        generation.check_generation(self.config, [1], Sampling(max_new_tokens, temperature, top_p, seed))
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        tokens = self.task.prompts([text.encode("utf-8", "surrogateescape") for text in prompts])
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
+        line = ProgressLine(len(prompts) * max_new_tokens, label="token")
+        found = self.continuations(tokens, sampling, progress=lambda done, total: line.update(done, total=total))
+        line.close()
+        texts = [self.tokenizer.decode(one.content) for one in found]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:
+        """Returns what follows prompts of token ids; options as of `inference.generate.generate`."""
+        known_V = self.task.known_V if not self.config.reads_images else np.zeros(0, bool)
+        return generation.generate(self.programs, self.config, self.params, prompts, sampling, known_V, **options)
+
+    def evaluate(
+        self, lengths: Sequence[int] = (), sizes: Sequence[int | Shape] = (), split: str = "test", **options: Any
+    ) -> list[dict[str, Any]]:
+        """Returns the results that `evaluate` prints, one for each length or size.
+
+        Args:
+          lengths: of a model of text; sizes: of a model of images, sides in pixels or (height, width); none = those of
+            the config's eval section.
+          split: "validation" or "test"; options: as of `tasks.measure.measure`.
+
+        Raises:
+          InputError: a length or size that cannot be evaluated, data that cannot be read.
+        """
+        scales: Scales = tuple((length,) for length in lengths)
+        squares: Scales = tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
+        return measure(self, scales, squares, split, **options)[0]["results"]
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""
+        known = bool(self.folder or self.config.data.tokenizer)
+        carry = self.task.carry if known else None
+        writing.write_run(folder, self.config, self.params, self.sizes, self.step, keep=carry)
+
+    def export(
+        self, folder: str | pathlib.Path, *, max_length: int | None = None, max_size: int | None = None,
+        platforms: Sequence[str] = PLATFORMS,
+    ) -> None:  # fmt: skip
+        """Writes the model as a folder that runs with JAX alone (see `seqpe_jax.export`).
+
+        Args:
+          max_length: longest window, in tokens; max_size: largest side, in pixels; None = the largest that the config
+            trains on or evaluates.
+
+        Raises:
+          InputError: a range that the positions do not reach, an unknown platform, the folder is taken.
+        """
+        export.write(self, folder, max_length, max_size, platforms)
+
+    def save_reference(self, folder: str | pathlib.Path) -> dict[str, Any]:
+        """Writes the model in the layout of the PyTorch reference, and returns what went where.
+
+        Raises:
+          InputError: a field that the reference has nothing like, or the folder is taken.
+        """
+        return writing.write_reference(self, folder)
+
+    def _checked(self, inputs: jax.Array) -> jax.Array:
+        """The inputs of a call. Raises: InputError: of another kind, or unknown tokens."""
+        rank = len(self.architecture.inputs.shape)
+        if inputs.ndim != rank:
+            wanted = {2: "tokens int32[B, L]", 4: "images float32[B, H, W, C]", 5: "clips float32[B, T, H, W, C]"}[rank]
+            raise InputError(f"this model reads {wanted}, got an array of shape {inputs.shape}")
+        if self.architecture.reads_images:
+            if inputs.shape[-1] != self.sizes.channels:
+                raise InputError(f"this model reads {self.sizes.channels} channel(s), got an array of shape {inputs.shape}")
+            return inputs
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise InputError(f"this model reads tokens int32[B, L], got {inputs.dtype}: use model.tokenizer on text")
+        if inputs.size and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.sizes.vocabulary:
+            raise InputError(
+                f"tokens {int(inputs.min())} to {int(inputs.max())} are not all in the vocabulary, 0 to "
+                f"{self.sizes.vocabulary - 1}"
+            )
+        return inputs
+
+    def _start(self, start: Start, shape: Shape) -> jax.Array:
+        """The first position in tokens or patches, int32[A]. Raises: InputError: it cannot be."""
+        first = np.zeros(len(shape), np.int32) if start is None else np.atleast_1d(np.asarray(start, np.int32))
+        if first.shape != (len(shape),):
+            raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
+        kind, spacing = self.config.encoding.kind, self.architecture.spacing
+        if self.architecture.encoder is not None:
+            self._check_reach(np.asarray(spacing.grid(shape)) + spacing.unit * first)
+        elif first.any() and "given" in self.params["encoding"]:
+            raise InputError("start= makes no sense with given vectors: they are those of the positions read")
+        elif first.any() and kind in ("learned", "sinusoidal") and len(shape) > 1:
+            raise InputError(f"encoding '{kind}' has no grids elsewhere: leave start at the origin")
+        return jnp.asarray(first)
+
+    def _check_reach(self, positions: np.ndarray) -> None:
+        """Refuses positions, in units, that the digits cannot write, or an export's table does not hold."""
+        encoder = self.architecture.encoder
+        reach = min(encoder.stored) * encoder.stored_step if encoder.stored else encoder.base**encoder.digits
+        if positions.size and (positions.min() < 0 or positions.max() >= reach):
+            worst = positions.max() if positions.min() >= 0 else positions.min()
+            what = "this export holds" if encoder.stored else f"{encoder.digits} digits in base {encoder.base} can write"
+            raise InputError(f"position {worst} is outside 0 .. {reach - 1}, what {what}")

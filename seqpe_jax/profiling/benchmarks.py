@@ -1,0 +1,219 @@
+"""How long a training step, an evaluation or a new token takes, and what of it the position encoding is.
+
+Several encodings take turns, so that what else the machine does falls on all of them alike. Inputs are random; nothing is
+read or written. Times are of whole calls that have been waited for, the first ones (compilation) left out.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.architecture import flops_of
+from seqpe_jax.config import Config
+from seqpe_jax.errors import InputError
+from seqpe_jax.inference import decoding
+from seqpe_jax.inference.decoding import Sampling
+from seqpe_jax.inference.generate import check_generation
+from seqpe_jax.runtime import chips
+from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.training.trainer import Trainer
+
+WARM_UP = 2  # calls
+DECODED = 32  # tokens of a call in mode decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """One thing to time.
+
+    Attributes:
+      call: does it once and returns arrays to wait for; units: tokens or images of a call; flops: of a call (see
+        `flops_of_call`); bytes: that the compiled program holds at once (arguments, results and temporaries).
+      encoding: does the encoding's part alone, or None where it has nothing to compute.
+    """
+
+    call: Callable[[], Any]
+    units: int
+    flops: float
+    bytes: int
+    encoding: Callable[[], Any] | None = None
+
+
+def benchmark(
+    settings: Sequence[Config], mode: str, steps: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Returns {"runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}.
+
+    A run is {"encoding", "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an evaluated
+    batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device),
+    "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own)}.
+
+    Args:
+      settings: differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward pass of all
+        positions of a training step alone); steps: timed calls of each.
+
+    Raises:
+      InputError: a mode that these configs cannot run.
+    """
+    for config in settings:  # before any data are read
+        if mode == "decode" and config.reads_images:
+            raise InputError("--mode=decode generates text: give a config of text")
+        if mode == "encode" and config.encoding.kind != "seqpe":
+            raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
+    made = [_timed(Trainer.of(config), mode) for config in settings]
+    seconds: list[list[float]] = [[] for _ in made]
+    shares: list[list[float]] = [[] for _ in made]
+    for turn in range(WARM_UP + steps):
+        for one, times, share in zip(made, seconds, shares, strict=True):
+            took = _seconds(one.call)
+            if turn >= WARM_UP:
+                times.append(took)
+            if one.encoding is not None:
+                alone = _seconds(one.encoding)
+                if turn >= WARM_UP:
+                    share.append(alone)
+        progress(turn + 1, WARM_UP + steps)
+    runs = []
+    for config, one, times, share in zip(settings, made, seconds, shares, strict=True):
+        per = DECODED if mode == "decode" else 1
+        median = statistics.median(times)
+        runs.append({
+            "encoding": _name(config),
+            "mode": mode,
+            **({"size": list(config.data.size)} if config.reads_images else {"length": config.data.length}),
+            "batch": config.batch_size,
+            "median_s": median / per,
+            "p10_s": float(np.quantile(times, 0.1)) / per,
+            "p90_s": float(np.quantile(times, 0.9)) / per,
+            "per_second": one.units / median,
+            "mfu": chips.utilisation(one.flops, median) if one.flops else None,
+            "peak_bytes": one.bytes,
+            "encoding_share": statistics.median(share) / median if share else None,
+        })  # fmt: skip
+    first, ratios = runs[0], {}
+    for other, times in zip(runs[1:], seconds[1:], strict=True):
+        turns = [mine / theirs for mine, theirs in zip(seconds[0], times, strict=True)]
+        ratios[f"{first['encoding']}/{other['encoding']}"] = {
+            "time": statistics.median(turns), "memory": first["peak_bytes"] / other["peak_bytes"],
+        }  # fmt: skip
+    return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": ratios}
+
+
+def flops_of_call(trainer: Trainer, mode: str) -> float:
+    """Returns the floating-point operations of a call (see `architecture.flops_of`)."""
+    config = trainer.config
+    tokens = config.batch_size * (DECODED if mode == "decode" else trainer.architecture.places)
+    return flops_of(config, trainer.task.sizes.vocabulary, tokens=tokens, training=mode == "train")
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _timed(trainer: Trainer, mode: str) -> Timed:
+    config = trainer.config
+    if mode == "encode":
+        return Timed(*_encode(trainer))
+    make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
+    call, program_bytes = make(trainer)
+    units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
+    return Timed(call, units, flops_of_call(trainer, mode), program_bytes, _encoding(trainer, mode))
+
+
+def _name(config: Config) -> str:
+    """The encoding of a run, in words."""
+    by_itself = config.encoding.kind == "seqpe" and not config.encoding.share_prefixes
+    return config.encoding.kind + (", each string by itself" if by_itself else "")
+
+
+def _batch(trainer: Trainer) -> dict[str, jax.Array]:
+    rng, sizes = np.random.default_rng(0), trainer.task.sizes
+
+    def drawn(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        shape = (trainer.config.batch_size, *leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):  # tokens or labels
+            return rng.integers(0, sizes.vocabulary or sizes.classes, shape).astype(leaf.dtype)
+        return rng.uniform(size=shape).astype(leaf.dtype)  # pixels or weights
+
+    return layout.whole_to_global(trainer.mesh, {name: drawn(leaf) for name, leaf in trainer.task.example.items()})
+
+
+def _train(trainer: Trainer) -> tuple[Callable[[], Any], int]:
+    batch = _batch(trainer)
+    state = trainer.init_state()
+    compiled = trainer.train_step().lower(state, batch).compile()
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return call, _bytes(compiled)
+
+
+def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], int]:
+    params, batch = trainer.init_state().params, _batch(trainer)
+    signal = trainer.programs.signal(params, trainer.config.grid)  # once for all batches, as evaluation does
+    compiled = trainer.programs.examiner(trainer.task.criterion).lower(params, signal, batch).compile()
+    return lambda: compiled(params, signal, batch), _bytes(compiled)
+
+
+def _decode(trainer: Trainer) -> tuple[Callable[[], Any], int]:
+    length = trainer.config.data.length
+    check_generation(trainer.config, [length], Sampling(DECODED + 1))
+    params, batch = trainer.init_state().params, _batch(trainer)
+    static = decoding.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
+    programs = decoding.halves(trainer.architecture.network, static, layout.Layout(trainer.mesh))
+    signal = trainer.programs.signal(params, (length + DECODED + 1,))
+    draw = decoding.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
+    rows = trainer.config.batch_size
+    put = layout.whole_to_global(
+        trainer.mesh, {"lengths": np.full(rows, length, np.int32), "index": np.arange(rows, dtype=np.int32)}
+    )
+    prompts = (batch["tokens"][:, :-1], put["lengths"], put["index"], draw)
+    state = programs.begin(params["model"], signal, *prompts)
+    # The cache is not donated here, so that every call begins with the same one.
+    advance = jax.jit(functools.partial(decoding.advance, trainer.architecture.network, static=static))
+    compiled = advance.lower(params["model"], signal, state, draw, np.int32(DECODED + 1)).compile()
+    return lambda: compiled(params["model"], signal, state, draw, np.int32(DECODED + 1)), _bytes(compiled)
+
+
+def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
+    """What the encoding of a call costs alone; None for encodings without parameters, and where a table is read."""
+    if mode == "decode" or not trainer.architecture.has_vectors:
+        return None
+    if mode == "eval":
+        params = trainer.init_state().params
+        return lambda: trainer.programs.signal(params, trainer.config.grid)
+    return _encode(trainer)[0]
+
+
+def _encode(trainer: Trainer) -> tuple[Callable[[], Any], int, float, int]:
+    """Forward and backward pass of a training step's positions, with their number and the bytes of the program."""
+    objective, key = trainer.objective, jax.random.PRNGKey(0)
+    draws, rows = jax.eval_shape(objective.draw, key, jnp.int32(0)), 0
+    for part in (draws[:1], draws.contrastive and draws.contrastive[:2], draws.distillation and draws.distillation[1:]):
+        rows += sum(positions.size // positions.shape[-1] for positions in part or ())
+    params = trainer.init_state().params["encoding"]
+
+    def summed(encoding: Any, key: jax.Array) -> jax.Array:
+        draws = objective.draw(key, jnp.int32(0))
+        signal, terms = objective.vectors_and_terms(encoding, draws, key, False)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((signal, terms)))
+
+    compiled = jax.jit(jax.grad(summed)).lower(params, key).compile()
+    return lambda: compiled(params, key), rows, 0.0, _bytes(compiled)
+
+
+def _bytes(compiled: Any) -> int:
+    found = compiled.memory_analysis()
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes

@@ -1,0 +1,1 @@
+"""Folders of runs -> tables, plots and pages; nothing but files is read here."""

@@ -1,0 +1,157 @@
+"""Writes the report of a study: markdown with PNG plots, CSV, and one HTML page that holds everything."""
+
+import pathlib
+import urllib.parse
+from collections.abc import Iterable
+from typing import Any
+
+import jinja2
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import write_whole
+from seqpe_jax.reporting import drawing, plots, tables
+from seqpe_jax.reporting.study import Run, Study, differences, read_study
+from seqpe_jax.runtime.progress import ProgressLine
+
+TEMPLATE = "page.html"
+NOT_EVALUATED = (
+    "No run has been evaluated yet: `python -m seqpe_jax.evaluate --checkpoint=RUN --output=RUN/evaluation.json`\n"
+)
+
+
+def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str:
+    """Writes report.html, report.md, results.csv and the plots; returns the main table as markdown.
+
+    Raises:
+      InputError: see `runs.read_study`; or `output` is not a folder that can be written.
+    """
+    study = read_study(workdir)
+    output = pathlib.Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output={output} cannot be made a folder ({error.strerror}): choose another") from error
+    parts = {
+        "study": study,
+        "notes": notes(study),
+        "leaders": _leaders(study),
+        "measured": [tables.by_scale(study, data, metric) for data, metric in tables.metrics_of(study)],
+        "cost": tables.cost(study),
+        "points": tables.points(study),
+        "differing": tables.differing(study),
+        "shared": tables.shared(study),
+        **_figures(study, output),
+    }
+    write_whole(output / "results.csv", tables.results_csv(study))
+    write_whole(output / "report.md", _markdown(parts))
+    write_whole(output / "report.html", _html(parts))
+    return tables.markdown(parts["measured"][0]) if parts["measured"] else NOT_EVALUATED
+
+
+def notes(study: Study) -> list[str]:
+    """Returns what a reader must know before comparing the runs: what is missing or stale, where they differ."""
+    lines = [f"The runs differ in {line}" for line in differences(study)]
+    for run in study.runs:
+        done, at = run.steps_done, run.evaluation.get("step")
+        if run.failure or not run.started:
+            lines.append(f"{run.name} is missing: {run.state}")
+        elif run.unfinished:
+            left_out = run.results and run not in study.counted
+            beside = ", so its results are left out beside finished runs" if left_out else ""
+            lines.append(f"{run.name} is not finished: step {done or 0} of {run.steps_planned}{beside}")
+        elif not run.results:
+            lines.append(f"{run.name} is not evaluated")
+        if at is not None and done is not None and at != done:
+            lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
+    guessed = {run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation}
+    lines += [f"Guessing without the passage finds {share:.1f}% of the answers" for share in sorted(guessed)]
+    return lines
+
+
+def _leaders(study: Study) -> list[tuple[str, str]]:
+    """Metrics, and which row leads where."""
+    found = [
+        (f"{metric.title.rstrip(',')}, {metric.direction}", tables.leaders(study, data, metric))
+        for data, metric in tables.metrics_of(study)
+    ]
+    return [(metric, leads) for metric, leads in found if leads]
+
+
+def _figures(study: Study, output: pathlib.Path) -> dict[str, Any]:
+    """Draws all plots and writes their PNGs; returns those of the study and, of runs, [title, [(run, plot), ...]]."""
+    drawn = []
+    of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}
+    progress = ProgressLine(1 + len(study.runs), label="plots of run")
+
+    def keep(plot: drawing.Plot) -> dict[str, str]:
+        write_whole(output / f"{plot.name}.png", plot.png())
+        kept = {"name": plot.name, "title": plot.title, "alt": plot.alt, "svg": plot.svg()}
+        plots.close(plot)
+        return kept
+
+    for plot in plots.of_study(study):
+        drawn.append(keep(plot))
+    for number, run in enumerate(study.runs, 1):
+        progress.update(number)
+        for plot in plots.of_run(run):
+            of_rows.setdefault(plot.title, []).append((run, keep(plot)))
+    progress.update(1 + len(study.runs))
+    progress.close()
+    return {"drawn": drawn, "of_runs": of_rows}
+
+
+def _markdown(parts: dict[str, Any]) -> str:
+    """The page as markdown, beside its plots."""
+    shown = [f"# {parts['study'].name}\n", *(f"> {note}\n" for note in parts["notes"])]
+    shown += [f"- {metric}: {leads}\n" for metric, leads in parts["leaders"]]
+    if not parts["measured"]:
+        shown.append(NOT_EVALUATED)
+    for table in (*parts["measured"], parts["cost"], parts["points"], parts["differing"]):
+        if table.rows:
+            shown += [f"## {table.title}\n", *([f"{table.note}\n"] if table.note else []), tables.markdown(table)]
+
+    def figure(title: str, plot: dict[str, str]) -> str:
+        alt = plot["alt"].replace("[", "(").replace("]", ")")
+        return f"## {title}\n\n![{alt}]({urllib.parse.quote(plot['name'])}.png)\n"
+
+    shown += [figure(plot["title"], plot) for plot in parts["drawn"]]
+    shown += [figure(f"{plot['title']}: {run.name}", plot) for found in parts["of_runs"].values() for run, plot in found]
+    return "\n".join(shown)
+
+
+def _html(parts: dict[str, Any]) -> str:
+    """The page as HTML that asks for nothing outside itself."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    study: Study = parts["study"]
+    contents = {
+        "notes": "Before comparing" * bool(parts["notes"]), "results": "Results", "costs": "Cost",
+        "curves": "Curves" * bool(parts["drawn"]),
+        **{f"of-runs-{at}": title for at, title in enumerate(parts["of_runs"], 1)}, "runs": "Runs", "configs": "Configs",
+    }  # fmt: skip
+    return templates.get_template(TEMPLATE).render(
+        about=_about(study),
+        colours={"light": drawing.variables(dark=False), "dark": drawing.variables(dark=True)},
+        contents=[(id_, title) for id_, title in contents.items() if title],
+        firsts={study.of(row)[0].name for row in study.rows if study.of(row)},
+        not_evaluated=NOT_EVALUATED.strip(),
+        **parts,
+    )
+
+
+def _about(study: Study) -> str:
+    """What was run, in a line."""
+
+    def joined(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    what = f"{len(study.runs)} runs" if len(study.runs) > 1 else "1 run"
+    trained = joined(run.training["label"] for run in study.runs)
+    unit = "pixels" if study.runs[0].data == "images" else "tokens"
+    return (
+        f"{what} of {joined(run.encoding for run in study.runs)} on "
+        f"{joined(run.config['data'].get('name') for run in study.runs)}, trained at {trained} {unit} for "
+        f"{joined(run.steps_planned for run in study.runs)} steps; seeds {joined(sorted(run.seed for run in study.runs))}."
+    )

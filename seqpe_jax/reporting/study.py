@@ -1,0 +1,354 @@
+"""Reads the folders of runs: what each trained, what it measured, which row of a report it belongs to."""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.runtime.progress import read_metrics
+from seqpe_jax.trees import flat
+
+SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
+QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
+UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
+# May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
+REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
+UNSET = "unset"
+CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
+# Equal in all runs, or their numbers do not compare.
+COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run's folder holds; parts that are not there are empty.
+
+    Attributes:
+      name: of the folder; config: nested dicts; metrics: objects of metrics.jsonl.
+      evaluation: as `evaluate --output` writes it, or {}; its results know their "extent", the length or the side of a
+        square of that area, and their "label".
+      similarity, attention: arrays of similarity.npz and attention.npz, or None.
+      failure: what a sweep says of a run that failed; started: False for a point of a sweep that has no run yet.
+      row: the run's row in tables; runs that differ in the seed alone share it.
+    """
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    similarity: dict[str, np.ndarray] | None
+    attention: dict[str, np.ndarray] | None
+    failure: str = ""
+    started: bool = True
+    row: str = ""
+
+    @property
+    def encoding(self) -> str:
+        """Kind of the encoding."""
+        return self.config["encoding"]["kind"]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.config["seed"]
+
+    @property
+    def data(self) -> str:
+        """What the run reads: "text", "questions" or "images"."""
+        if self.config["data"].get("name") in QUESTIONS:
+            return "questions"
+        return "images" if self.config["data"].get("size") else "text"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Extent and label of a training example, as of the results."""
+        data = self.config["data"]
+        return _scale({"size": data["size"][-2:]} if self.data == "images" else {"length": data["length"]})
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """Evaluation results, one per length or size."""
+        return self.evaluation.get("results", [])
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of parameters, once evaluated."""
+        return self.evaluation.get("parameters")
+
+    @property
+    def steps_planned(self) -> int | None:
+        """Steps that the config asks for."""
+        return self.config.get("steps")
+
+    @property
+    def steps_done(self) -> int | None:
+        """Last step that was reported."""
+        return self.metrics[-1]["step"] if self.metrics else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time so far."""
+        return self.metrics[-1].get("time") if self.metrics else None
+
+    @property
+    def per_second(self) -> float | None:
+        """Median of the reported rates, in tokens or images."""
+        return self._of_reports(f"train/{UNITS[self.data]}_per_second", statistics.median)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median of the reported times of a step."""
+        return self._of_reports("train/step_seconds", statistics.median)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory that a device held; None where the backend does not count."""
+        return self._of_reports("device/memory_bytes", max)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether steps are left."""
+        return bool(self.steps_planned) and (self.steps_done or 0) < self.steps_planned
+
+    @property
+    def state(self) -> str:
+        """How far the run is."""
+        if not self.started:
+            return f"failed: {self.failure}" if self.failure else "not started"
+        if self.failure:
+            return f"failed at step {self.steps_done or 0} of {self.steps_planned}: {self.failure}"
+        if self.unfinished:
+            return f"unfinished: step {self.steps_done or 0} of {self.steps_planned}"
+        return "finished" if self.results else "not evaluated"
+
+    def _of_reports(self, name: str, choose: Callable[[list[float]], float]) -> Any:
+        values = [line[name] for line in self.metrics if name in line]
+        return choose(values) if values else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The runs that a report is about, in its order; those that a sweep has not started too."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def rows(self) -> list[str]:
+        """Rows of the tables."""
+        return list(dict.fromkeys(run.row for run in self.runs))
+
+    def of(self, row: str) -> list[Run]:
+        """Returns the runs of a row: repetitions of each other."""
+        return [run for run in self.runs if run.row == row]
+
+    @property
+    def counted(self) -> list[Run]:
+        """The runs whose results count: not those of an unfinished run beside finished ones of its row."""
+        finished = {run.row for run in self.runs if run.results and not run.unfinished}
+        return [run for run in self.runs if not run.unfinished or run.row not in finished]
+
+
+def read_study(workdir: str | pathlib.Path) -> Study:
+    """Returns the run of a folder, the runs of its subfolders, or the points of its sweep; SeqPE first.
+
+    Raises:
+      InputError: there is no run, or one has a file that cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise InputError(f"no such directory: {workdir} (--workdir takes a run's folder, or a folder of runs)")
+    points = _points(workdir)
+    if points is not None:
+        runs = [
+            read_run(workdir / name) if (workdir / name / "config.json").exists() else _not_started(workdir / name, config)
+            for name, config in points.items()
+        ]
+    else:
+        folders = [workdir] if (workdir / "config.json").exists() else sorted(workdir.iterdir())
+        runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
+    if not runs:
+        raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
+    runs = sorted(runs, key=lambda run: run.encoding != "seqpe")
+    return Study(workdir.resolve().name, _rows(runs, chosen=points is not None))
+
+
+def read_run(folder: pathlib.Path) -> Run:
+    """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
+    config = _object((folder / "config.json").read_bytes(), str(folder / "config.json"), CONFIG)
+    run = Run(
+        folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder), _attention(folder)
+    )
+    return dataclasses.replace(run, failure=_failure(folder) if run.unfinished or not run.results else "")
+
+
+def differences(study: Study) -> list[str]:
+    """Returns one line for each thing that should be equal for runs to be compared, and is not."""
+    lines, runs = [], study.runs
+
+    def compare(what: str, values: list[tuple[Any, str]]) -> None:
+        names: dict[str, list[str]] = {}
+        for value, name in values:
+            names.setdefault(json.dumps(value), []).append(name)
+        if len(names) > 1:
+            lines.append(f"{what}: " + "; ".join(f"{value} ({', '.join(found)})" for value, found in names.items()))
+
+    for name in COMPARED:
+        compare(name, [(field(run.config, name), run.name) for run in runs])
+    rows = dict.fromkeys(run.row for run in runs)
+    compare("seed", [(sorted(run.seed for run in study.of(row)), row) for row in rows])
+    compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
+    for label in dict.fromkeys(result["label"] for run in runs for result in run.results):
+        read = [(run, result) for run in runs for result in run.results if result["label"] == label]
+        for data, count in (("text", "tokens"), ("questions", "examples"), ("images", "examples")):
+            values = [(result.get(count), run.name) for run, result in read if run.data == data]
+            compare(f"{count} evaluated at {label}", values)
+    return lines
+
+
+def field(values: Any, name: str) -> Any:
+    """Returns the value of a dotted name in nested dicts; None without."""
+    for key in name.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def shown(value: Any) -> str:
+    """Returns a config's value as people write it."""
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _rows(runs: list[Run], chosen: bool) -> list[Run]:
+    """Names rows: by the encoding and, where it was trained in several ways, by the fields in which they differ.
+
+    Args:
+      chosen: whether somebody chose the runs' names, in a sweep: there, a way that was trained once has the run's name, and
+        one whose runs are called NAME-SEED has that name.
+    """
+    settings = [flat({name: value for name, value in run.config.items() if name not in REPEATED}, ".") for run in runs]
+    ways = [json.dumps(own, sort_keys=True) for own in settings]
+    named, encodings = {}, dict.fromkeys(run.encoding for run in runs)
+    given: dict[str, set[str]] = {}
+    for run, way in zip(runs, ways, strict=True):
+        given.setdefault(way, set()).add(run.name if ways.count(way) == 1 else run.name.removesuffix(f"-{run.seed}"))
+    alone = {way: names.pop() for way, names in given.items() if chosen and len(names) == 1}
+    for encoding in encodings:
+        own = {way: values for run, way, values in zip(runs, ways, settings, strict=True) if run.encoding == encoding}
+        labels = _differing(list(own.values()))
+        for way, label in zip(own, labels, strict=True):
+            named[way] = f"{encoding} ({', '.join(label)})" if label else encoding
+            if len(own) > 1 and way in alone and alone[way] not in encodings.keys() - {encoding}:
+                named[way] = alone[way]
+    return [dataclasses.replace(run, row=named[way]) for run, way in zip(runs, ways, strict=True)]
+
+
+def _differing(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns "field=value" of each way where it has not the value that most ways have."""
+    names = dict.fromkeys(name for way in ways for name in way)
+    values = {name: [shown(way[name]) if name in way else UNSET for way in ways] for name in names}
+    values = {name: found for name, found in values.items() if len(set(found)) > 1}
+    labels: list[list[str]] = [[] for _ in ways]
+    for name, found in values.items():
+        (usual, count), (_, second) = collections.Counter(found).most_common(2)
+        for label, value in zip(labels, found, strict=True):
+            if value != usual or count == second:
+                label.append(f"{_short(name, values)}={value}")
+    return labels
+
+
+def _short(name: str, among: Sequence[str]) -> str:
+    """Returns a dotted name without its first part where no other name ends so."""
+    parts, others = name.split("."), [other for other in among if other != name]
+    end = ".".join(parts[1:])
+    return name if not end or any(f".{other}".endswith(f".{end}") for other in others) else end
+
+
+def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
+    """Name -> config of the points of a sweep's folder; None for another folder."""
+    path = workdir / SWEEP
+    if not path.exists():
+        return None
+    points = _object(path.read_bytes(), str(path), {"points": dict})["points"]
+    return {name: _checked(field(point, "settings"), f"{path}, point '{name}',", CONFIG) for name, point in points.items()}
+
+
+def _not_started(folder: pathlib.Path, config: dict[str, Any]) -> Run:
+    return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
+
+
+def _failure(folder: pathlib.Path) -> str:
+    """What the last line of a run's log says of its failure; "" where it did not fail."""
+    path = folder / LOG
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""
+
+
+def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return {}
+    evaluation = _object(path.read_bytes(), str(path), {"results": list})
+    for result in evaluation["results"]:
+        try:
+            result |= _scale(result)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} has a result without a length or size: write it with `evaluate --output`") from error
+    return evaluation
+
+
+def _scale(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns {"extent", "label"} of a length or a [height, width]."""
+    if "length" in result:
+        return {"extent": int(result["length"]), "label": str(result["length"])}
+    height, width = result["size"]
+    label = f"{height}" if height == width else f"{height}x{width}"
+    return {"extent": math.sqrt(height * width), "label": label}
+
+
+def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+    arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
+    if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
+        raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
+    return arrays
+
+
+def _attention(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+    return _arrays(folder / "attention.npz", images=4, attention=4)
+
+
+def _arrays(path: pathlib.Path, **axes: int) -> dict[str, np.ndarray] | None:
+    """Reads arrays that have at least so many axes each."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in axes}
+        if any(arrays[name].ndim < count for name, count in axes.items()):
+            raise ValueError({name: value.shape for name, value in arrays.items()})
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not an archive of {', '.join(axes)}: evaluate the run again") from error
+    return arrays
+
+
+def _object(text: bytes, where: str, fields: dict[str, type]) -> dict[str, Any]:
+    """Parses a JSON object that must have some fields, given by dotted names."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error})") from error
+    return _checked(value, where, fields)
+
+
+def _checked(value: Any, where: str, fields: dict[str, type]) -> dict[str, Any]:
+    for name, kind in fields.items():
+        if not isinstance(field(value, name), kind):
+            raise InputError(f"{where} has no {kind.__name__} '{name}': it is not as this package writes it")
+    return value

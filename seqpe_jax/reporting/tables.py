@@ -1,0 +1,319 @@
+"""The tables of a report, and their forms: markdown and CSV (`page.html` holds the HTML)."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+
+from seqpe_jax.reporting.study import UNITS, UNSET, Run, Study, shown
+from seqpe_jax.trees import flat
+
+MISSING = "-"
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A value of evaluation results: its key, what it is, its direction, and the decimals that matter."""
+
+    key: str
+    title: str
+    more_is_better: bool = False
+    decimals: int = 3
+
+    @property
+    def direction(self) -> str:
+        """Says which values are good."""
+        return "higher is better" if self.more_is_better else "lower is better"
+
+
+METRICS = {
+    "text": (
+        Metric("bits_per_byte", "Bits per byte"),
+        Metric("perplexity", "Perplexity"),
+        Metric("word_perplexity", "Word perplexity"),
+    ),
+    "questions": (
+        Metric("contains", "Answers found, in percent,", True, 1),
+        Metric("exact_match", "Exact match in percent", True, 1),
+        Metric("f1", "F1 in percent", True, 1),
+        Metric("answer_perplexity", "Perplexity of the answers"),
+    ),
+    "images": (
+        Metric("top1", "Top-1 accuracy in percent", True, 1),
+        Metric("top5", "Top-5 accuracy in percent", True, 1),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One place of a table.
+
+    Attributes:
+      text: as people read it; MISSING where there is nothing.
+      value: the number in full, or None; best: whether it leads its column; after: what follows it, such as its spread.
+    """
+
+    text: str
+    value: float | None = None
+    best: bool = False
+    after: str = ""
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is nothing."""
+        return self.text == MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A title, names of columns, and rows whose first cell names them.
+
+    Attributes:
+      note: what a reader must know to read it; words: columns that hold words, not numbers.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    words: Sequence[int] = ()
+
+    @property
+    def groups(self) -> list[list[Sequence[Cell]]]:
+        """Runs of rows with the same name."""
+        return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0].text)]
+
+
+def markdown(table: Table) -> str:
+    """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
+    rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
+    best = {True: "**{}**", False: "{}"}
+    body = [[best[cell.best].format(_plain(cell.text)) + cell.after for cell in row] for row in table.rows]
+    lines = [[_plain(cell) for cell in table.header], rule, *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Words that markdown shows as they are: names of runs and fields may hold what it reads as marks."""
+    return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def markdown_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns the markdown table of cells that are words already."""
+    return markdown(Table("", header, [[Cell(text) for text in row] for row in rows]))
+
+
+def number(value: float, decimals: int = 3) -> str:
+    """Returns a value with so many decimals, or in short where it is too large for them to matter."""
+    return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def metrics_of(study: Study) -> list[tuple[str, Metric]]:
+    """Returns what the study measured: kinds of data and metrics, the main one first."""
+    return [
+        (data, metric)
+        for data, metrics in METRICS.items()
+        for metric in metrics
+        if any(metric.key in result for run in study.runs if run.data == data for result in run.results)
+    ]
+
+
+def by_scale(study: Study, data: str, metric: Metric) -> Table:
+    """Returns row x length or size of a metric of the runs' evaluations; the best of a column is marked.
+
+    Runs that differ in the seed alone share a row: their mean and standard deviation. What was not evaluated is shown
+    as missing, and where some of a row's runs were not, how many were; a single row has no best.
+    """
+    runs, found, extents = _found(study, data, metric)
+    names = list(dict.fromkeys(run.row for run in runs))
+    trained = {run.training["extent"] for run in runs}
+    best = _best(found, metric)
+
+    def cell(name: str, label: str) -> Cell:
+        values = found.get((name, label))
+        if not values:
+            return Cell(MISSING)
+        mean, after = statistics.fmean(values), ""
+        if len(values) > 1:
+            after = f" ± {number(statistics.stdev(values), metric.decimals)}"
+        if len(values) < len(study.of(name)):
+            after += f" ({len(values)} of {len(study.of(name))})"
+        return Cell(number(mean, metric.decimals), mean, len(names) > 1 and name in best[label], after)
+
+    def title(label: str) -> str:
+        return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
+
+    return Table(
+        f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
+        [_heading(study), *map(title, extents)],
+        [[Cell(name), *(cell(name, label) for label in extents)] for name in names],
+        _seeds(study, names),
+    )
+
+
+def leaders(study: Study, data: str, metric: Metric) -> str:
+    """Returns in a sentence which row is best where, and which are not told apart from it; "" for a single row."""
+    _, found, extents = _found(study, data, metric)
+    if len({name for name, _ in found}) < 2:
+        return ""
+    places: dict[str, list[str]] = {}
+    for label, best in _best(found, metric).items():
+        others = [name for name, at in found if at == label and name not in best]
+        near = [name for name in others if any(_near(found[first, label], found[name, label]) for first in best)]
+        if best:
+            leads = ", ".join(best) + (f" (within one standard deviation: {', '.join(near)})" if near else "")
+            places.setdefault(leads, []).append(label)
+    return "; ".join(f"at {', '.join(sorted(labels, key=extents.get))} {names}" for names, labels in places.items())
+
+
+def cost(study: Study) -> Table:
+    """Returns what the runs of each row cost: the mean, and the standard deviation, over its runs."""
+
+    def cell(values: Sequence[float | None], form: Callable[[float], str]) -> Cell:
+        values = [value for value in values if value is not None]
+        if not values:
+            return Cell(MISSING)
+        spread = f" ± {form(statistics.stdev(values))}" if len(values) > 1 and statistics.stdev(values) else ""
+        return Cell(form(statistics.fmean(values)), statistics.fmean(values), after=spread)
+
+    def whole(value: float) -> str:
+        return f"{value:,.0f}"
+
+    rows = [
+        [
+            Cell(row),
+            cell([run.parameters for run in study.of(row)], whole),
+            cell([run.step_seconds for run in study.of(row)], lambda value: f"{1000 * value:,.1f}"),
+            cell([run.per_second for run in study.of(row)], whole),
+            cell([run.seconds for run in study.of(row) if not run.unfinished], whole),
+            cell([run.peak_bytes for run in study.of(row)], lambda value: whole(value / MIB)),
+        ]
+        for row in study.rows
+    ]
+    unit = "/".join(sorted({UNITS[run.data] for run in study.runs})) + " per s"
+    return Table(
+        "Cost of training",
+        [_heading(study), "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
+        rows,
+        "Step and rate: medians of what a run reported. Time: of finished runs. Memory: the most that a device held, where "
+        "the backend counts it (the CPU's does not).",
+    )
+
+
+def points(study: Study) -> Table:
+    """Returns one line per run, or point of a sweep that has none yet: how far it is."""
+
+    def cell(value: float | None, form: str) -> Cell:
+        return Cell(MISSING) if value is None else Cell(format(value, form), value)
+
+    rows = [
+        [
+            Cell(run.name), Cell(run.row), cell(run.seed, "d"), Cell(run.state), cell(run.steps_done, ",d"),
+            cell(run.evaluation.get("step"), ",d"), cell(run.seconds, ",.0f"),
+        ]
+        for run in study.runs
+    ]  # fmt: skip
+    header = ["run", "row", "seed", "state", "steps", "evaluated at step", "training seconds"]
+    return Table("Runs", header, rows, words=(1, 3))
+
+
+def differing(study: Study) -> Table:
+    """Returns each field of the configs that is not equal in all runs, with the runs of each of its values."""
+    rows = []
+    for name, values in _fields(study).items():
+        if len(values) > 1:
+            rows += [[Cell(name), Cell(value), Cell(_called(study, runs))] for value, runs in values.items()]
+    return Table("Fields that differ between runs", ["field", "value", "runs"], rows, words=(1, 2))
+
+
+def shared(study: Study) -> Table:
+    """Returns the fields of the configs that are equal in all runs."""
+    rows = [[Cell(name), Cell(next(iter(values)))] for name, values in _fields(study).items() if len(values) == 1]
+    return Table("Fields that all runs share", ["field", "value"], rows, words=(1,))
+
+
+def results_csv(study: Study) -> str:
+    """Returns one line per run and evaluated length or size; empty where something was not measured or is missing."""
+    metrics = {
+        "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
+        "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "f1"),
+        "images": ("examples", "loss", "top1", "top5"),
+    }
+    columns = list(dict.fromkeys(metric for run in study.runs for metric in metrics[run.data]))
+    scale = "length" if all(run.data != "images" for run in study.runs) else "size"
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns])
+    for run in study.runs:
+        for result in run.results or [{"label": ""}]:
+            place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], result["label"]]
+            writer.writerow([*place, *(result.get(metric, "") for metric in columns)])
+    return out.getvalue()
+
+
+def _found(
+    study: Study, data: str, metric: Metric
+) -> tuple[list[Run], dict[tuple[str, str], list[float]], dict[str, float]]:
+    """The runs on such data, the values of each (row, label), and the extents by label, rising."""
+    runs = [run for run in study.runs if run.data == data]
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in study.counted:
+        for result in run.results:
+            if run.data == data and metric.key in result:
+                found.setdefault((run.row, result["label"]), []).append(result[metric.key])
+    extents = {result["label"]: result["extent"] for run in runs for result in run.results}
+    return runs, found, dict(sorted(extents.items(), key=lambda item: item[1]))
+
+
+def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
+    """The rows with the best mean of each label: more than one where they are equal, none where none is finite."""
+    choose = max if metric.more_is_better else min
+    means = {place: statistics.fmean(values) for place, values in found.items()}
+    best = {}
+    for label in dict.fromkeys(label for _, label in found):
+        finite = {name: mean for (name, at), mean in means.items() if at == label and math.isfinite(mean)}
+        best[label] = [name for name, mean in finite.items() if mean == choose(finite.values())]
+    return best
+
+
+def _near(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two means are no further apart than the larger of their standard deviations."""
+    spreads = [statistics.stdev(found) for found in (values, others) if len(found) > 1]
+    return bool(spreads) and abs(statistics.fmean(values) - statistics.fmean(others)) <= max(spreads)
+
+
+def _heading(study: Study) -> str:
+    """What rows are named by."""
+    return "encoding" if all(run.row.split(" ")[0] == run.encoding for run in study.runs) else "run"
+
+
+def _seeds(study: Study, names: Sequence[str]) -> str:
+    counts = sorted({len(study.of(name)) for name in names})
+    return f"Mean ± standard deviation of {' or '.join(map(str, counts))} seeds." if counts[-1] > 1 else ""
+
+
+def _fields(study: Study) -> dict[str, dict[str, list[str]]]:
+    """Field -> its values -> the runs that have them."""
+    configs = {run.name: flat(run.config, ".") for run in study.runs}
+    fields: dict[str, dict[str, list[str]]] = {}
+    for name in dict.fromkeys(name for config in configs.values() for name in config):
+        for run, config in configs.items():
+            value = shown(config[name]) if name in config else UNSET
+            fields.setdefault(name, {}).setdefault(value, []).append(run)
+    return fields
+
+
+def _called(study: Study, names: Sequence[str]) -> str:
+    """Names runs, by their rows where all of a row are there."""
+    called = []
+    for row in study.rows:
+        own = [run.name for run in study.of(row)]
+        there = [name for name in own if name in names]
+        called += [row] if own and there == own else there
+    return ", ".join(called)

@@ -1,0 +1,153 @@
+"""A model, evaluated at the lengths or sizes asked for: what `evaluate` reports and what `report` draws."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from seqpe_jax import config
+from seqpe_jax.architecture import Architecture
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.answers import write_answers
+from seqpe_jax.files import whole, write_whole
+from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.progress import ProgressLine
+from seqpe_jax.tasks.task import check_scale, evaluate_at
+from seqpe_jax.trees import count
+
+Scales = tuple[tuple[int, ...], ...]
+Arrays = dict[str, dict[str, np.ndarray] | None]
+
+
+def measure(
+    model: Any,
+    lengths: Scales = (),
+    sizes: Scales = (),
+    split: str = "test",
+    tokens: int | None = None,
+    examples: int | None = None,
+    data: str | None = None,
+    paths: tuple[str, ...] = (),
+    lossy: bool = False,
+) -> tuple[dict[str, Any], Arrays]:
+    """Returns the evaluation of a model, in the form that `--output` stores, and arrays to draw.
+
+    Args:
+      model: a `seqpe_jax.Model`; an export is evaluated up to its range.
+      lengths: window lengths, each (length,), of a model of text; sizes: (height, width), of a model of images; none =
+        those of the config's eval section, or the training one.
+      split: "validation" or "test".
+      tokens, examples: read at most that many tokens, ask at most that many questions, per length; None = eval.tokens and
+        eval.examples of the config.
+      data, paths: another data set than the run's (data.name and data.paths); None = the run's.
+      lossy: text that does not come back from its tokens is accepted, whatever the config says.
+
+    Returns:
+      The results of a run on questions hold their "answers" too, (records, hypotheses).
+
+    Raises:
+      InputError: a length or size that cannot be evaluated, data that cannot be read, parameters that are damaged.
+    """
+    check_kind(model.config, model.folder, lengths, sizes, tokens, examples)
+    settings = _settings(model.config, tokens, examples, data, paths, lossy)
+    for length, *_ in lengths:
+        config.check_positions(settings, length, "evaluation length")
+    for size in sizes:
+        config.check_size(settings, size, "evaluation size")
+    if settings != model.config:
+        whole = model
+        model = dataclasses.replace(model, config=settings, read=lambda: whole.params)
+    task = model.task
+    scales, field, results = lengths or sizes or task.scales(), task.scale_field, []
+    for scale in scales:  # before the parameters are read
+        check_scale(task, model.architecture.reach, scale, split)
+    for scale in scales:
+        results.append(_at(model, scale, split))
+    guessed = task.without_context(split)
+    report = {
+        "checkpoint": model.folder,
+        "step": model.step,
+        "task": task.kind,
+        "encoding": settings.encoding.kind,
+        f"training_{field}": settings.data.length if field == "length" else list(settings.data.size),
+        "split": split,
+        "parameters": count(Architecture.of(settings, model.sizes).shapes),  # of the run, where this is its export
+        "results": results,
+        **({"without_context": guessed} if guessed is not None else {}),
+    }
+    return report, arrays_of(model, max(scales, key=max), split)
+
+
+def _at(model: Any, scale: tuple[int, ...], split: str) -> dict[str, Any]:
+    """The result of one scale, told as it comes."""
+    task = model.task
+    label = f"{task.scale_field} {'x'.join(map(str, scale))}"
+    line = ProgressLine(1, label=label)
+    result = evaluate_at(
+        task, model.programs, model.params, scale, split, lambda done, total: line.update(done, total=total)
+    )
+    line.close()
+    measured = [f"{name} {result[name]:.4g}" for name in task.measured if name in result]
+    if hosts.is_lead():
+        print(f"{label}: {', '.join(measured)}", flush=True)
+    return result
+
+
+def arrays_of(model: Any, scale: tuple[int, ...], split: str) -> Arrays:
+    """Returns what is drawn of a model at a scale: how alike its vectors are, and where the class token looks."""
+    similarity = model.programs.similarity(model.params, model.task.grid_of(scale))
+    pictures = model.task.pictures(scale, split, PICTURES)
+    if pictures is None:
+        return {"similarity": similarity, "attention": None}
+    images, shown = pictures
+    return {
+        "similarity": similarity,
+        "attention": {"images": shown, "attention": model.programs.attention(model.params, images)},
+    }
+
+
+PICTURES = 4  # of the split, whose attention is drawn
+
+
+def check_kind(
+    settings: config.Config, folder: str, lengths: Scales, sizes: Scales, tokens: int | None, examples: int | None
+) -> None:
+    """Refuses what a model of the other kind is asked. Raises: InputError."""
+    name = folder or "the model"
+    if settings.reads_images and (lengths or tokens is not None or examples is not None):
+        raise InputError(f"{name} is a run on images: --lengths, --tokens and --examples are for text, use --sizes")
+    if sizes and not settings.reads_images:
+        raise InputError(f"{name} is a run on text: --sizes is for images, use --lengths")
+
+
+def _settings(
+    settings: config.Config, tokens: int | None, examples: int | None, data: str | None, paths: tuple[str, ...], lossy: bool
+) -> config.Config:
+    """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
+    values = config.to_dict(settings)
+    values["eval"] |= {name: limit for name, limit in (("tokens", tokens), ("examples", examples)) if limit is not None}
+    if data is not None:
+        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
+    values["data"]["lossy_tokenizer"] |= lossy
+    return config.from_dict(values)
+
+
+def write(report: dict[str, Any], arrays: Arrays, path: pathlib.Path) -> list[pathlib.Path]:
+    """Writes what `measure` returned: the report as JSON, arrays and answers beside it; returns the files, the report last.
+
+    Raises:
+      InputError: answers cannot be written.
+    """
+    files = []
+    for result in report["results"]:
+        if "answers" in result:
+            files.append(write_answers(path.parent / f"answers_{result['length']}.jsonl", *result["answers"]))
+    for name, values in arrays.items():
+        if values is not None:
+            with whole(path.parent / f"{name}.npz") as part, part.open("wb") as file:
+                np.savez_compressed(file, **values)
+    results = [{name: value for name, value in result.items() if name != "answers"} for result in report["results"]]
+    write_whole(path, json.dumps(report | {"results": results}, indent=1) + "\n")
+    return [*files, path]

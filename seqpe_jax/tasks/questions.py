@@ -1,0 +1,130 @@
+"""A run on questions: prompts with answers, answers generated and scored at any length."""
+
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.config import check_positions
+from seqpe_jax.data import loader, qa
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
+from seqpe_jax.evaluation import answers
+from seqpe_jax.inference.decoding import Sampling
+from seqpe_jax.runtime.hosts import is_lead
+from seqpe_jax.tasks.task import Asked
+from seqpe_jax.tasks.text import Text
+
+LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
+
+
+class Questions(Text):
+    """The questions of a config: a passage among others, a question, an answer.
+
+    Raises:
+      InputError: as `Text`; the tokenizer has no token to end an answer with.
+    """
+
+    kind = "question_answering"
+    measured = ("loss", "contains", "exact_match", "f1")
+
+    def __init__(self, config: Any, there: bool = True, kept: str | pathlib.Path = ""):
+        super().__init__(config, there, kept)
+        self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
+        self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length
+        if there:
+            self.end = qa.end_token(self.tokenizer)
+
+    @functools.cache  # noqa: B019  a run has one of these
+    def questions(self, split: str, length: int) -> qa.QuestionSource:
+        """Returns the questions of a split at a length.
+
+        Raises:
+          InputError: as `data.qa.question_source`, or the tokenizer loses text.
+        """
+        data = self.config.data
+        source = qa.question_source(
+            data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
+            seed=self.config.seed, progress=is_lead(),
+        )  # fmt: skip
+        places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
+        trip = RoundTrip(self.tokenizer, len(places))
+        for record in map(source.__getitem__, places):
+            trip.look(" ".join([record["input"], *record["outputs"]]).encode())
+        check_loss(trip.loss, self.tokenizer, data.lossy_tokenizer)
+        self.losses[split, length] = trip.loss
+        return source
+
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+        length = self.config.data.length
+        lines = self.questions("train", length).describe()
+        end = f"byte {self.end}" if self.tokenizer.name == "bytes" else self._token_in_words(self.end)
+        lines.append(f"answers end with {end}")
+        lines += self._loss_in_words(self.losses["train", length])
+        return "\n  ".join([f"{self.config.batch_size} questions to a batch", *lines])
+
+    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
+        """Returns this host's training batches."""
+        config = self.config
+        example = functools.partial(
+            qa.training_example, tokenizer=self.tokenizer, length=config.data.length,
+            prompt_weight=config.data.prompt_weight, question_weight=config.data.question_weight,
+        )  # fmt: skip
+        return loader.TrainLoader(
+            self.questions("train", config.data.length), batch_size=config.batch_size, seed=config.seed, example=example,
+            host_index=host_index, host_count=host_count, threads=config.data.threads,
+        )  # fmt: skip
+
+    def check_scale(self, scale: tuple[int], split: str) -> None:
+        """Refuses a length at which no question fits, or that positions do not reach. Raises: InputError."""
+        (length,) = scale
+        check_positions(self.config, length + self.config.eval.new_tokens, "evaluation length with its answer")
+        self.questions(split, length)
+
+    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+        """Returns the result of one length.
+
+        Returns:
+          {"length", "examples", "contains", "exact_match", "f1" (percent), "loss" (nats per token of the answers and their
+          ends), "answer_perplexity", "depth": the scores by depth of the passage, "answers": (records, hypotheses)}.
+        """
+        (length,), source = scale, self.questions(split, scale[0])
+        count = min(len(source), self.config.eval.examples or len(source))
+        records = [source[index] for index in range(count)]
+        sampling = Sampling(self.config.eval.new_tokens, end=self.end)
+        found = asked.generate(
+            [qa.prompt_tokens(record, self.tokenizer) for record in records], sampling, self.known_V,
+            progress=lambda done, total: asked.progress(done * count // total, 2 * count),
+        )  # fmt: skip
+        hypotheses = [self.tokenizer.decode(one.content).strip() for one in found]
+        loss = self._loss(asked, source, count, length)
+        scored = answers.score(records, hypotheses)
+        return {
+            "length": length, **scored, "loss": loss, "answer_perplexity": math.exp(min(loss, 700.0)),
+            "answers": (records, hypotheses),
+        }  # fmt: skip
+
+    def without_context(self, split: str) -> dict[str, Any]:
+        """Returns the scores of guessing without reading the passage (see `answers.no_context_baseline`)."""
+        length = self.config.data.length
+        known, asked = self.questions("train", length), self.questions(split, length)
+        return answers.no_context_baseline(known.questions(), asked.questions())
+
+    def _loss(self, asked: Asked, source: qa.QuestionSource, count: int, length: int) -> float:
+        """The mean loss of the tokens of the first accepted answers, in nats."""
+
+        def example(record: dict[str, Any]) -> dict[str, np.ndarray]:
+            made = qa.training_example(record, tokenizer=self.tokenizer, length=length)
+            return {"tokens": made["tokens"], "counted": made["weights"]}
+
+        total = weight = 0.0
+        for number, part in enumerate(loader.EvaluationBatches(source, asked.batch, count, example), 1):
+            losses_BL = np.asarray(asked.examine(asked.put({"tokens": part["tokens"]}))["loss"], np.float64)
+            counted_BL = part["counted"] * part["weights"][:, None]
+            total, weight = total + float((losses_BL * counted_BL).sum()), weight + float(counted_BL.sum())
+            asked.progress(count + min(number * asked.batch, count), 2 * count)
+        return total / weight

@@ -1,0 +1,153 @@
+"""What all tasks have in common, and how any of them is evaluated at a length or size."""
+
+import abc
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+
+from seqpe_jax.architecture import Params, Shape, Sizes
+from seqpe_jax.config import Config
+from seqpe_jax.data.loader import TrainLoader
+from seqpe_jax.errors import InputError
+from seqpe_jax.inference.generate import generate
+from seqpe_jax.inference.programs import Programs, Progress, silent
+from seqpe_jax.objectives.criterion import Classification, LanguageModelling
+from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.serving.exported import Signature
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A model as evaluation asks it: one scale, one set of parameters.
+
+    Attributes:
+      examine: a laid-out batch -> what the criterion tells of each example.
+      generate: of a task that asks questions, (prompts, sampling, known_V, progress=...) -> generations.
+      put: lays a host batch out over the devices; batch: examples handled at once.
+      progress: called with what is done, and how much there is.
+    """
+
+    examine: Callable[[dict[str, Any]], dict[str, jax.Array]]
+    generate: Callable[..., Any]
+    put: Callable[[dict[str, Any]], dict[str, jax.Array]]
+    batch: int
+    progress: Progress = silent
+
+
+class Task(abc.ABC):
+    """The data of a config, opened when something of them is first asked for.
+
+    Attributes:
+      kind: its name in results; unit: what a training step counts.
+      option: the flag of `evaluate` that names its scales; scale_field: what a result calls a scale.
+      measured: what is reported while training.
+      config, criterion: what the model is trained for; sizes: what the model takes from the data.
+      example: shape and type of each array of a training example; units_per_step: `unit`s that one step reads.
+    """
+
+    kind: ClassVar[str]
+    unit: ClassVar[str]
+    option: ClassVar[str]
+    scale_field: ClassVar[str]
+    measured: ClassVar[tuple[str, ...]]
+
+    config: Config
+    criterion: LanguageModelling | Classification
+    sizes: Sizes
+    example: dict[str, jax.ShapeDtypeStruct]
+    units_per_step: int
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+
+    @abc.abstractmethod
+    def train_loader(self, host_index: int, host_count: int) -> TrainLoader:
+        """Returns this host's training batches."""
+
+    @abc.abstractmethod
+    def keep(self, workdir: str | pathlib.Path) -> None:
+        """Puts beside the checkpoints what their numbers mean nothing without: the tokenizer, or the classes' names."""
+
+    @abc.abstractmethod
+    def carry(self, folder: str | pathlib.Path) -> None:
+        """Puts into another folder what lies beside the model already; no data are opened for it."""
+
+    @abc.abstractmethod
+    def check_kept(self, workdir: str | pathlib.Path) -> None:
+        """Refuses to go on with other meanings of the numbers than the run began with. Raises: InputError."""
+
+    @abc.abstractmethod
+    def scales(self) -> tuple[Shape, ...]:
+        """Returns the lengths, each as (length,), or sizes that the config evaluates."""
+
+    @abc.abstractmethod
+    def grid_of(self, scale: Shape) -> Shape:
+        """Returns the positions along each axis of an example of a scale."""
+
+    @abc.abstractmethod
+    def check_scale(self, scale: Shape, split: str) -> None:
+        """Refuses a scale that cannot be evaluated. Raises: InputError."""
+
+    @abc.abstractmethod
+    def evaluate(self, asked: Asked, scale: Shape, split: str) -> dict[str, Any]:
+        """Returns the result of one scale."""
+
+    @abc.abstractmethod
+    def served(self, reach: Shape) -> Signature:
+        """Returns what a model that serves up to `reach` positions along each axis reads and returns."""
+
+    def pictures(self, scale: Shape, split: str, count: int) -> tuple[Any, Any] | None:
+        """Returns the first images of a split, normalised and in 0..1, or None where there are none."""
+        return None
+
+    def without_context(self, split: str) -> dict[str, Any] | None:
+        """Returns what guessing without reading scores, or None where nothing is asked."""
+        return None
+
+
+def check_scale(task: Task, reach: Shape | None, scale: Shape, split: str) -> None:
+    """Refuses a scale that needs positions that there are none of, or is more than the split holds.
+
+    Args:
+      reach: of an export (`Architecture.reach`).
+
+    Raises:
+      InputError: says so, and how far the positions reach.
+    """
+    task.check_scale(scale, split)
+    shape = task.grid_of(scale)
+    if reach is None or all(side <= end for side, end in zip(shape, reach, strict=True)):
+        return
+    sides = task.config.model.patch[-2:] or (1,)
+    end = "x".join(str(count * side) for count, side in zip(reach[-len(sides) :], sides, strict=True))
+    raise InputError(
+        f"evaluation {task.scale_field} {'x'.join(map(str, scale))} is beyond the exported range, up to {end}: "
+        f"choose less, or export the run again with --max-{task.scale_field}={max(scale)}"
+    )
+
+
+def evaluate_at(
+    task: Task, programs: Programs, params: Params, scale: Shape, split: str, progress: Progress = silent
+) -> dict[str, Any]:
+    """Returns a task's result at one scale, (length,) or (height, width); the signal is computed once.
+
+    Raises:
+      InputError: as of `check_scale`.
+    """
+    check_scale(task, programs.architecture.reach, scale, split)
+    shape, parts = task.grid_of(scale), layout.batch_shards(programs.mesh)
+    batch = max(1, task.config.eval.batch_tokens // math.prod(shape))
+    asked = Asked(
+        examine=functools.partial(programs.examiner(task.criterion), params, programs.signal(params, shape)),
+        generate=functools.partial(generate, programs, task.config, params),
+        put=functools.partial(layout.whole_to_global, programs.mesh),
+        batch=-(-batch // parts) * parts,
+        progress=progress,
+    )
+    return task.evaluate(asked, scale, split)

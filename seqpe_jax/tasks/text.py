@@ -1,0 +1,200 @@
+"""A run on text: next tokens, windows of them, perplexity at any length."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.architecture import Sizes
+from seqpe_jax.config import Config, check_positions
+from seqpe_jax.data import loader, tokens
+from seqpe_jax.data.files import tell
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, load_tokenizer
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.perplexity import perplexity
+from seqpe_jax.objectives.criterion import LanguageModelling
+from seqpe_jax.runtime.hosts import is_lead
+from seqpe_jax.serving.exported import Signature
+from seqpe_jax.tasks.sizes import read_sizes
+from seqpe_jax.tasks.task import Asked, Task
+
+TOKENIZER = "tokenizer.json"
+
+
+class Text(Task):
+    """The text of a config, tokenised when it is first asked for.
+
+    Args:
+      there: whether the data are there to be read; else a model that names its vocabulary needs no tokenizer.
+      kept: folder of a run whose tokenizer it must be; "" = a new run's.
+
+    Attributes:
+      tokenizer: of its texts.
+      known_V: bool, which of the model's ids are tokens; its vocabulary may be larger than the tokenizer's.
+
+    Raises:
+      InputError: there is no tokenizer, it cannot be read, has more tokens than the model, or is not the one kept.
+    """
+
+    kind = "language_modelling"
+    unit = "tokens"
+    option, scale_field = "lengths", "length"
+    measured = ("loss", "perplexity", "bits_per_byte")  # while training
+
+    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
+        self.config = config
+        self.criterion = LanguageModelling()
+        self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
+        self.units_per_step = config.batch_size * config.data.length
+        stored = read_sizes(kept) if kept else None
+        vocabulary = config.model.vocabulary or (stored.vocabulary if stored else 0)
+        self.sizes = Sizes(vocabulary=vocabulary)
+        if vocabulary and not there:
+            return
+        if not config.data.tokenizer:
+            raise InputError(
+                f"this checkpoint came without a tokenizer: put its {TOKENIZER} beside its config.json, or give one with "
+                "--tokenizer where it is converted"
+            )
+        try:
+            self.tokenizer = load_tokenizer(config.data.tokenizer)
+        except InputError as error:
+            if there:
+                raise
+            raise InputError(
+                f"{error}, or only the number of its tokens (GPT-2's: --config.model.vocabulary=50257)"
+            ) from error
+        vocabulary = vocabulary or self.tokenizer.vocabulary_size
+        if self.tokenizer.vocabulary_size > vocabulary:
+            raise InputError(
+                f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
+                f"{vocabulary} (model.vocabulary): take the tokenizer that the model was trained with"
+            )
+        self.sizes = Sizes(vocabulary=vocabulary)
+        self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
+        if kept:
+            self.check_kept(kept)
+            file = pathlib.Path(kept) / TOKENIZER
+            if file.exists() and str(kept) != config.init_from:  # its texts end as they did, whatever is said elsewhere now
+                self.tokenizer = load_tokenizer(file)
+
+    @functools.cache  # noqa: B019  a run has one of these
+    def source(self, split: str) -> tokens.TokenSource:
+        """Returns the tokens of a split. Raises: InputError as `data.tokens.token_source`."""
+        data = self.config.data
+        return tokens.token_source(
+            data.name, split=split, tokenizer=self.tokenizer, paths=data.paths, cache_dir=data.cache_dir,
+            progress=is_lead(), lossy=data.lossy_tokenizer,
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+        source, config = self.source("train"), self.config
+        lines = [f"{len(source.tokens):,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"]
+        end = self.tokenizer.end_of_text
+        if end is not None:
+            lines.append(f"texts end with {self._token_in_words(end)}")
+        else:
+            lines.append("no end of text: texts run together, and generation goes on to its limit")
+        return "\n  ".join(lines + self._loss_in_words(source.loss))
+
+    def _token_in_words(self, token: int) -> str:
+        return f"{self.tokenizer.decode([token])!r} (token {token})"
+
+    def _loss_in_words(self, loss: Loss) -> list[str]:
+        return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost else []
+
+    def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
+        tokens, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
+        for one in texts:
+            trip.look(one)
+        if trip.loss.lost and is_lead():
+            tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
+        return tokens
+
+    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
+        """Returns this host's training batches."""
+        config = self.config
+        return loader.TrainLoader(
+            loader.windows(self.source("train").tokens, config.data.length), batch_size=config.batch_size,
+            seed=config.seed, host_index=host_index, host_count=host_count, threads=config.data.threads,
+        )  # fmt: skip
+
+    def keep(self, workdir: str | pathlib.Path) -> None:
+        """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
+        if self.tokenizer.name != "bytes":
+            self.tokenizer.save(workdir)
+
+    def carry(self, folder: str | pathlib.Path) -> None:
+        """Puts the tokenizer's file into another folder."""
+        self.keep(folder)
+
+    def check_kept(self, workdir: str | pathlib.Path) -> None:
+        """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
+        kept = pathlib.Path(workdir) / TOKENIZER
+        if kept.exists() and load_tokenizer(kept).digest != self.tokenizer.digest:
+            raise InputError(
+                f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
+                f"which lies there as {TOKENIZER}: use that file or a new --workdir"
+            )
+
+    def scales(self) -> tuple[tuple[int], ...]:
+        """Returns the lengths that the config evaluates, each as (length,)."""
+        return tuple((length,) for length in self.config.eval.lengths or (self.config.data.length,))
+
+    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window along its axis."""
+        return scale
+
+    def served(self, reach: tuple[int]) -> Signature:
+        """Returns what a model that serves windows of up to (length,) reads and returns."""
+        (length,), rows, known = reach, self.sizes.vocabulary, self.tokenizer.ids
+        example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
+        ids = f"of {TOKENIZER}"
+        if self.tokenizer.name == "bytes":
+            example = f"numpy.frombuffer(b'def main():'[:{length}], 'uint8').astype('int32')[None]"
+            ids = "the bytes of UTF-8 text"
+        spare = f"; {rows - len(known)} of the {rows} ids are no tokens" if rows > len(known) else ""
+        return Signature(
+            "tokens", "int32", ("batch", "length"), {"length": length}, ("batch", "length", str(rows)), example,
+            f"token ids 0 to {known[-1]}, {ids}; the logits at a place are those of the token after it{spare}",
+        )  # fmt: skip
+
+    def check_scale(self, scale: tuple[int], split: str) -> None:
+        """Refuses a length that cannot be evaluated. Raises: InputError."""
+        (length,), tokens = scale, len(self.source(split).tokens)
+        check_positions(self.config, length, "evaluation length")
+        if tokens < length + 1:
+            raise InputError(
+                f"evaluation length {length} is longer than the {split} split of {self.config.data.name} "
+                f"({tokens} tokens): choose a length below {tokens}"
+            )
+
+    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+        """Returns the result of one length (see `evaluation.perplexity`)."""
+        (length,), source = scale, self.source(split)
+        batches = loader.evaluation_windows(source.tokens, length, asked.batch, max_tokens=self.config.eval.tokens)
+        return perplexity(
+            lambda tokens_BL: asked.examine({"tokens": tokens_BL})["loss"],
+            batches,
+            length=length,
+            tokens_of_split=len(source.tokens),
+            bytes_of_split=source.bytes,
+            words_of_split=source.words if self.tokenizer.name != "bytes" else None,
+            put=asked.put,
+            progress=lambda done: asked.progress(done, batches.examples),
+        )
+
+
+def with_kept_tokenizer(config: Config, workdir: str | pathlib.Path) -> Config:
+    """Returns a run's config with the tokenizer that lies beside its checkpoints."""
+    kept = pathlib.Path(workdir) / TOKENIZER
+    if not kept.exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))

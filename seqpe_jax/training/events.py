@@ -1,0 +1,286 @@
+"""What happens beside the steps of a run: evaluations, saves, the wish to stop, profiles, reports."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from seqpe_jax.errors import Failure
+from seqpe_jax.runtime import chips, hosts
+from seqpe_jax.runtime.checkpoint import Checkpoints
+from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
+from seqpe_jax.training.state import TrainState
+
+Values = dict[str, jax.Array]
+
+
+class NotFinite(Failure):
+    """A loss became infinite or not a number."""
+
+
+class Stopped(Failure):
+    """The run was told to stop; its state is saved."""
+
+
+@dataclasses.dataclass
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+      state: after `step` steps; first: steps done before this start; steps: in all.
+    """
+
+    state: TrainState
+    step: int
+    first: int
+    steps: int
+
+
+class Clock:
+    """Seconds of training, those of earlier starts included.
+
+    Attributes:
+      paused: seconds of this start that went into other things than steps.
+    """
+
+    def __init__(self, before: float = 0.0):
+        self._before, self._began, self.paused = before, time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        """Returns the time of training so far."""
+        return self._before + time.monotonic() - self._began
+
+    def stepping(self) -> float:
+        """Returns a time that stands still while other things than steps are done."""
+        return time.monotonic() - self.paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside does not count as time of steps."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused += time.monotonic() - start
+
+
+class Event:
+    """Something that may happen around each step; the loop calls its events in their order."""
+
+    def before(self, run: Standing) -> None:
+        """Called before each step."""
+
+    def after(self, run: Standing, values: Values) -> None:
+        """Called when a step has been dispatched; its metrics need not be there yet."""
+
+    def end(self, run: Standing) -> None:
+        """Called after the last step."""
+
+    def close(self) -> None:
+        """Called however the run ends."""
+
+
+class Report(Event):
+    """Tells each step's metrics one step later, so that the device never waits for the host.
+
+    Args:
+      metrics: where lines go, every `every` steps; clock: of the run.
+      units: that a step reads, for the rate `train/UNIT_per_second`; flops: of a step on all devices, for `train/mfu`.
+      saved: returns the newest saved step, for the message where a loss is not finite.
+    """
+
+    def __init__(
+        self, metrics: MetricsWriter, clock: Clock, *, every: int, steps: int, units: int, unit: str, flops: float = 0.0,
+        saved: Callable[[], int | None] = lambda: None,
+    ):  # fmt: skip
+        self._metrics, self._clock, self._every, self._saved = metrics, clock, every, saved
+        self._units, self._unit, self._flops = units, unit, flops
+        self._progress = ProgressLine(steps)
+        self._pending: tuple[int, Values] | None = None
+        self._reported: tuple[int, float] | None = None  # steps done and the time then
+
+    def before(self, run: Standing) -> None:
+        """Begins to take the time at the first step."""
+        if self._reported is None:
+            self._reported = (run.step, self._clock.stepping())
+
+    def after(self, run: Standing, values: Values) -> None:
+        """Tells the step before this one."""
+        self.settle(run)
+        self._pending = (run.step, values)
+
+    def end(self, run: Standing) -> None:
+        """Tells the last step."""
+        self.settle(run)
+
+    def settle(self, run: Standing) -> None:
+        """Tells a step that has not been told yet; waits for it. Raises: NotFinite."""
+        if self._pending is None:
+            return
+        (done, values), self._pending = self._pending, None
+        loss = float(values["loss"])
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss is {loss} after step {done}; the last checkpoint is of step {self._saved()}. Lower "
+                "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
+            )
+        before, since = self._reported
+        now, compiled_now = self._clock.stepping(), done == run.first + 1  # a start's first step waits for its compilation
+        seconds = max(now - since, 1e-9) / (done - before)
+        share = chips.utilisation(self._flops, seconds) if self._flops and not compiled_now else None
+        due = done % self._every == 0 or done in (1, run.steps)
+        if due:
+            self._write(done, values, seconds, share)
+        if due or compiled_now:
+            self._reported = (done, now)
+        rate = "" if compiled_now else f"{self._units / seconds:,.0f} {self._unit}/s"
+        self._progress.update(done, loss=loss, notes=[rate, f"MFU {share:.0%}" if share else ""])
+
+    def _write(self, done: int, values: Values, seconds: float, share: float | None) -> None:
+        line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
+        line |= {f"train/{self._unit}_per_second": self._units / seconds, "train/step_seconds": seconds}
+        if share is not None:
+            line["train/mfu"] = share
+        if (held := chips.peak_memory()) is not None:
+            line["device/memory_bytes"] = held
+        self._metrics.write(done, line, time=self._clock.seconds())
+
+    @contextlib.contextmanager
+    def aside(self, run: Standing) -> Iterator[None]:
+        """What happens between steps, once the last of them has been told; it does not count as their time."""
+        self.settle(run)
+        with self._clock.pause():
+            yield
+
+    def close(self) -> None:
+        """Ends the line and the files."""
+        self._progress.close()
+        self._metrics.close()
+
+
+class Evaluate(Event):
+    """Evaluates every `every` steps and after the last one."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[Any], dict[str, float]],
+        metrics: MetricsWriter,
+        clock: Clock,
+        report: Report,
+        *,
+        every: int,
+    ):
+        self._evaluate, self._metrics, self._clock, self._report, self._every = evaluate, metrics, clock, report, every
+
+    def before(self, run: Standing) -> None:
+        """Evaluates where it is time to."""
+        if run.step > run.first and run.step % self._every == 0:
+            self.end(run)
+
+    def end(self, run: Standing) -> None:
+        """Evaluates."""
+        with self._report.aside(run):
+            self._metrics.write(run.step, self._evaluate(run.state.params), time=self._clock.seconds())
+
+
+class Save(Event):
+    """Saves every `every` steps and after the last one, in the background; `meta` lies beside each state."""
+
+    def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], clock: Clock, report: Report, *, every: int):
+        self._checkpoints, self._meta, self._clock, self._report, self._every = checkpoints, meta, clock, report, every
+
+    def before(self, run: Standing) -> None:
+        """Saves where it is time to."""
+        if run.step > run.first and run.step % self._every == 0:
+            self.now(run)
+
+    def now(self, run: Standing) -> None:
+        """Begins to save the state of this step, if that is not saved already."""
+        with self._report.aside(run):
+            self._checkpoints.save(run.step, run.state, self._meta | {"seconds": self._clock.seconds()})
+
+    def end(self, run: Standing) -> None:
+        """Saves the last state."""
+        self.now(run)
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._checkpoints.close()
+
+
+class Stop(Event):
+    """Ends the run, saved, before the next step when SIGTERM or SIGINT comes; a second SIGINT acts at once.
+
+    Among several processes JAX itself listens for SIGTERM and agrees with the others on a step; SIGINT is handed to it.
+    """
+
+    def __init__(self, save: Save):
+        self._save, self._number = save, None
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self._number = number
+        signal.signal(number, self._previous[number])
+        if hosts.several():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(self, run: Standing) -> None:
+        """Asks once for each step, the same in all processes. Raises: Stopped."""
+        told = hosts.told_to_stop(run.step) if hosts.several() else self._number is not None
+        if told:
+            self._save.now(run)
+            name = "told to stop" if hosts.several() else signal.Signals(self._number).name
+            raise Stopped(f"{name} at step {run.step}: saved; the same command goes on from there")
+
+    def close(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Profile(Event):
+    """Records the steps of a window, (first, end), with the JAX profiler into WORKDIR/profile."""
+
+    def __init__(self, window: tuple[int, int], workdir: pathlib.Path):
+        self._window, self._folder, self._on = window, workdir / "profile", False
+
+    def before(self, run: Standing) -> None:
+        """Begins at the first step of the window."""
+        if run.step == self._window[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, run: Standing, values: Values) -> None:
+        """Ends with the last step of the window, when that is done."""
+        if run.step == self._window[1]:
+            jax.block_until_ready(run.state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the record: a run may end within the window."""
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+
+
+# What of a turn comes before what: an evaluation and a save see the state before the next step, a run that is told to stop
+# is saved first, and a report waits for its step last.
+ORDER = (Evaluate, Save, Stop, Profile, Report)
+
+
+def check_order(events: Sequence[Event]) -> None:
+    """Refuses events in another order than `ORDER`. Raises: ValueError."""
+    places = [ORDER.index(type(event)) for event in events if type(event) in ORDER]
+    if places != sorted(places):
+        raise ValueError(f"events must come in the order {', '.join(kind.__name__ for kind in ORDER)}")

@@ -1,0 +1,259 @@
+"""Config -> everything that trains: the task, the objective, the optimiser, their layout over devices, and a run's folder.
+
+from seqpe_jax.training.trainer import Trainer
+Trainer.of(config).fit("runs/first")
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqpe_jax import axes, config
+from seqpe_jax.architecture import Architecture, Params, check_encoding, flops_of
+from seqpe_jax.config import Config
+from seqpe_jax.inference.programs import Programs, laid_out
+from seqpe_jax.models.choice import choose
+from seqpe_jax.models.operands import Operands
+from seqpe_jax.objectives.objective import Objective
+from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.runtime.checkpoint import Checkpoints, saved_step, write_config
+from seqpe_jax.runtime.progress import MetricsWriter
+from seqpe_jax.tasks import Task, evaluate_at, task_class
+from seqpe_jax.tasks.sizes import write_sizes
+from seqpe_jax.training import events, loop, warm_start
+from seqpe_jax.training import optimizer as optimizers
+from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.step import TrainStep, make_train_step
+from seqpe_jax.training.workdir import check_same_run
+from seqpe_jax.trees import count
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The parts that train, linked; nothing is compiled or written yet.
+
+    Attributes:
+      config, task, objective, optimizer: what is trained, on what, and how.
+      mesh: the devices; shapes: of the state, with shardings; whole: dimensions that could not be split as the mesh asks.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    task: Task
+    objective: Objective
+    optimizer: Any
+    shapes: TrainState
+    whole: tuple[layout.Whole, ...] = ()
+
+    @classmethod
+    def of(
+        cls, config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True,
+        kept: str | pathlib.Path = "",
+    ) -> "Trainer":  # fmt: skip
+        """Returns the trainer of a config on all devices, or on those given.
+
+        Args:
+          data_there: whether the data can be read; without them a step can only be compiled, and sizes that they would
+            tell (vocabulary, classes) come from the config or the tokenizer's file.
+          kept: folder of the run that this one goes on from: what it keeps of its data (tokenizer, class names) holds
+            here too; "" = a new run.
+
+        Raises:
+          InputError: fields contradict each other or the machine, the data cannot be read, or are not those of the run
+            kept; found before compiling.
+        """
+        mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
+        layout.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+        check_encoding(config)  # reading the data may take minutes
+        task = task_class(config)(config, data_there, kept)
+        objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective)
+        _check_attention(config, objective.architecture, layout.Layout(mesh))
+        optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
+        shapes = jax.eval_shape(_initial(objective.architecture, optimizer, config.seed))
+        shapes, whole = layout.with_shardings(mesh, shapes)
+        return cls(config, mesh, task, objective, optimizer, shapes, tuple(whole))
+
+    @classmethod
+    def for_folder(cls, config: Config, workdir: str | pathlib.Path) -> "Trainer":
+        """Returns the trainer of a config whose run stands, or is to begin, in a folder.
+
+        Raises:
+          InputError: as `of`; the folder is of another run; the checkpoint to begin with was made for something else.
+        """
+        first = saved_step(workdir)
+        check_same_run(config, pathlib.Path(workdir), first)
+        begins = bool(config.init_from) and first is None
+        trainer = cls.of(config, kept=config.init_from if begins else workdir if first is not None else "")
+        if begins:
+            warm_start.check_source(config, trainer.task, config.init_from)
+        return trainer
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the model is."""
+        return self.objective.architecture
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The model under this mesh as evaluation asks it."""
+        return Programs(self.architecture, self.mesh)
+
+    @property
+    def flops_per_step(self) -> float:
+        """Floating-point operations of a training step on all devices (see `architecture.flops_of`)."""
+        tokens = self.config.batch_size * self.architecture.places
+        return flops_of(self.config, self.task.sizes.vocabulary, tokens=tokens, training=True)
+
+    def init_state(self) -> TrainState:
+        """Returns the state at step 0, each part made on the devices that hold it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(_initial(self.architecture, self.optimizer, self.config.seed), out_shardings=shardings)()
+
+    def first_state(self) -> TrainState:
+        """Returns the state at step 0, with the parameters of `init_from` where the config names one.
+
+        Raises:
+          InputError: no or a damaged checkpoint there, or one of other sizes.
+        """
+        state = self.init_state()
+        if not self.config.init_from:
+            return state
+        return state.replace(params=warm_start.first_params(self.config, self.mesh, self.shapes.params))
+
+    def train_step(self) -> TrainStep:
+        """Returns the compiled-on-first-call train step; the state that goes in is donated."""
+        step = make_train_step(
+            laid_out(self.mesh, self.objective.loss),
+            self.optimizer,
+            optimizers.learning_rate(self.config.optimizer, self.config.steps),
+            accumulate=self.config.optimizer.accumulate,
+            weight=self.task.criterion.weight,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))
+
+    def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Yields (step, global batch) from a step on, read ahead in the background."""
+        train = self.task.train_loader(*layout.host_part(self.mesh))
+        for step, batch in train.prefetch(first):
+            yield step, layout.to_global(self.mesh, batch)
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Returns what is measured while training, on the validation split, e.g. {"eval/loss@512": nats}."""
+        results = {}
+        for scale in self.task.scales():
+            result = evaluate_at(self.task, self.programs, params, scale, "validation")
+            for name in self.task.measured:
+                results[f"eval/{name}@{scale[0]}"] = result[name]
+        return results
+
+    def describe(self, workdir: pathlib.Path) -> str:
+        """Returns what is about to be trained, where and on what, in words."""
+        settings = self.config
+        lines = [
+            f"seqpe_jax: {hosts.describe()}",
+            f"{settings.encoding.kind} on {settings.data.name}: {count(self.shapes.params):,} parameters, "
+            f"{self.task.describe()}",
+            hosts.describe_batch(settings.batch_size, layout.batch_shards(self.mesh)),
+            f"workdir {workdir}",
+        ]
+        return "\n  ".join(lines + ([layout.describe_whole(self.whole)] if self.whole else []))
+
+    def fit(self, workdir: str | pathlib.Path) -> None:
+        """Trains, or goes on training, the run of a folder until `steps`.
+
+        Raises:
+          InputError: a folder of another config, bad data, a damaged checkpoint.
+        """
+        folder, settings = pathlib.Path(workdir), self.config
+        first = saved_step(folder)
+        check_same_run(settings, folder, first)
+        if first is not None:
+            self.task.check_kept(folder)
+        if settings.eval.every:
+            for scale in self.task.scales():
+                self.task.check_scale(scale, "validation")
+        _say(self.describe(folder))
+        # Parameters that a run begins with are read before it claims its folder, since they may not fit.
+        state = self.first_state() if first is None else None
+        self._claim(folder)
+        if first == settings.steps:
+            _say(f"  nothing to do: step {first} is saved")
+            return
+        checkpoints = Checkpoints(folder, keep=settings.checkpoint.keep)
+        state = checkpoints.restore(self.shapes) if state is None else state
+        seconds = checkpoints.meta().get("seconds", 0.0) if first is not None else 0.0
+        if first is not None or settings.init_from:
+            _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
+        happening = self._events(folder, checkpoints, first or 0, seconds)
+        loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
+
+    def _events(self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, seconds: float) -> list[events.Event]:
+        """What happens beside the steps of a run that has done `first` of them, in `seconds`."""
+        settings, clock = self.config, events.Clock(seconds)
+        metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
+        report = events.Report(
+            metrics, clock, every=settings.report.every, steps=settings.steps, units=self.task.units_per_step,
+            unit=self.task.unit, flops=self.flops_per_step, saved=checkpoints.latest,
+        )  # fmt: skip
+        meta = {"config": json.loads(json.dumps(config.to_dict(settings)))}
+        save = events.Save(checkpoints, meta, clock, report, every=settings.checkpoint.every)
+        found: list[events.Event] = []
+        if settings.eval.every:
+            found.append(events.Evaluate(self.evaluate, metrics, clock, report, every=settings.eval.every))
+        found += [save, events.Stop(save)]
+        window = config.profile_window(settings)
+        if window is not None and window[0] < first:
+            _say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
+        elif window is not None:
+            found.append(events.Profile(window, folder))
+        return [*found, report]
+
+    def _claim(self, folder: pathlib.Path) -> None:
+        """Writes what a run's folder begins with, once all hosts have looked at it."""
+        hosts.sync()
+        if hosts.is_lead():
+            write_config(folder, config.to_dict(self.config))
+            write_sizes(folder, self.task.sizes)
+            self.task.keep(folder)
+        hosts.sync()
+        hosts.check_shared(folder / "config.json")
+
+
+def _say(words: str) -> None:
+    if hosts.is_lead():
+        print(words, flush=True)
+
+
+def _check_attention(settings: Config, architecture: Architecture, used: layout.Layout) -> None:
+    """Refuses an implementation of attention that cannot serve what the config trains, before anything is compiled.
+
+    Raises:
+      InputError: as `models.choice.choose`.
+    """
+    model, tokens = settings.model, architecture.prefix + architecture.places
+    shape = (settings.batch_size, tokens, model.heads, model.width // model.heads)
+    array = jax.ShapeDtypeStruct(shape, jnp.dtype(settings.precision.compute))
+    number = jax.ShapeDtypeStruct((1,), jnp.int32)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1].at_layer(0), key)
+    operands = Operands(
+        array, array, array, signal.features, signal.bias, last=None if settings.reads_images else number,
+        seed=number if model.attention_dropout else None,
+    )  # fmt: skip
+    choose(model.attention_kind, model.attention_block, operands, device=used.device, split=used.shards(axes.LENGTH) > 1)
+
+
+def _initial(architecture: Architecture, optimizer: Any, seed: int) -> Callable[[], TrainState]:
+    def initial() -> TrainState:
+        key = jax.random.PRNGKey(seed)
+        return create(architecture.init(key), optimizer, key)
+
+    return initial

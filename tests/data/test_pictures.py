@@ -1,0 +1,496 @@
+import itertools
+import os
+import types
+
+import grain
+import numpy as np
+import pytest
+from PIL import Image
+
+from seqpe_jax.data import pictures as images
+from seqpe_jax.data.builders import image_folder
+from seqpe_jax.data.builders.base import SPLITS
+from seqpe_jax.data.builders.labelled import ImageSource
+from seqpe_jax.data.loader import EvaluationBatches, TrainLoader
+from seqpe_jax.data.pictures import evaluation_example, image_source, train_example
+from seqpe_jax.errors import InputError
+
+PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # normalised pixels are value / 255
+GREY = {"mean": (0.0,), "std": (1.0,)}
+
+
+def settings(**changes):
+    nothing = {
+        "crop_scale": (1.0, 1.0),
+        "crop_aspect": (3 / 4, 4 / 3),
+        "flip": 0.0,
+        "translate": 0,
+        "randaugment_layers": 0,
+        "randaugment_magnitude": 9.0,
+        "randaugment_std": 0.5,
+        "color_jitter": 0.0,
+        "erasing": 0.0,
+    }
+    return types.SimpleNamespace(**(nothing | changes))
+
+
+EVERYTHING = settings(crop_scale=(0.2, 1.0), flip=0.5, translate=2, randaugment_layers=2, color_jitter=0.4, erasing=0.5)
+
+
+def photo(height, width, channels=3, seed=0):
+    """Returns smooth colours, so that resizing keeps them about the same."""
+    corners = np.random.default_rng(seed).integers(0, 256, (2, 2, channels), dtype=np.uint8)
+    planes = [
+        Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in np.moveaxis(corners, -1, 0)
+    ]
+    return {"image": np.stack(planes, axis=-1), "label": 3}
+
+
+def clip(frames=4, height=10, width=12, seed=0):
+    return {"image": np.stack([photo(height, width, 1, seed + i)["image"] for i in range(frames)]), "label": 1}
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# --- examples
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (20, 8)])
+@pytest.mark.parametrize("augment", [settings(), EVERYTHING])
+def test_training_examples_have_the_size_asked_for(size, augment):
+    for seed, (height, width, channels) in enumerate([(30, 40, 3), (8, 8, 1), (7, 60, 3)]):
+        constants = PLAIN if channels == 3 else GREY
+        example = train_example(photo(height, width, channels), size, augment, rng(seed), **constants)
+        assert example["images"].shape == (*size, channels) and example["images"].dtype == np.float32
+        assert example["labels"].dtype == np.int32 and example["labels"].shape == () and example["labels"] == 3
+        assert np.isfinite(example["images"]).all()
+
+
+def test_an_example_is_a_function_of_its_generator():
+    record = photo(30, 40)
+    before = record["image"].copy()
+    drawn = [train_example(record, (16, 16), EVERYTHING, rng(seed), **PLAIN)["images"] for seed in (1, 1, 2, 3)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not any(np.array_equal(one, other) for one, other in itertools.combinations(drawn[1:], 2))
+    np.testing.assert_array_equal(record["image"], before)
+
+
+def test_without_augmentation_the_whole_image_is_resized_and_normalised():
+    record = photo(16, 16)
+    same = train_example(record, (16, 16), settings(), rng(), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))["images"]
+    np.testing.assert_allclose(same, (record["image"] / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4), atol=1e-6)
+    wide = train_example(photo(16, 48), (8, 24), settings(), rng(), **PLAIN)["images"]
+    expected = Image.fromarray(photo(16, 48)["image"]).resize((24, 8), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(wide, np.asarray(expected) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_scale": (0.2, 0.6)},
+        {"flip": 1.0},
+        {"translate": 4},
+        {"randaugment_layers": 12},
+        {"color_jitter": 0.4},
+        {"erasing": 1.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_setting_changes_the_picture(change):
+    record = photo(24, 24)
+    plain = train_example(record, (24, 24), settings(), rng(), **PLAIN)["images"]
+    changed = [train_example(record, (24, 24), settings(**change), rng(seed), **PLAIN)["images"] for seed in range(4)]
+    assert not any(np.array_equal(plain, one) for one in changed)
+    assert all(one.shape == plain.shape for one in changed)
+    if "erasing" not in change:
+        assert min(one.min() for one in changed) >= 0 and max(one.max() for one in changed) <= 1
+
+
+def test_flip():
+    record = photo(6, 8)
+    flipped = train_example(record, (6, 8), settings(flip=1.0), rng(), **PLAIN)["images"]
+    np.testing.assert_allclose(flipped, record["image"][:, ::-1] / 255, atol=1e-6)
+    count = sum(
+        not np.allclose(
+            train_example(record, (6, 8), settings(flip=0.25), rng(seed), **PLAIN)["images"], record["image"] / 255
+        )
+        for seed in range(400)
+    )
+    assert 60 < count < 140
+
+
+def test_translated_pixels_are_black_before_they_are_normalised():
+    white = {"image": np.full((8, 8, 1), 255, np.uint8), "label": 0}
+    seen = set()
+    for seed in range(40):
+        moved = train_example(white, (8, 8), settings(translate=2), rng(seed), mean=(0.5,), std=(0.25,))["images"]
+        assert set(np.unique(moved)) <= {-2.0, 2.0}
+        seen.add(int((moved == 2.0).sum()))
+    assert len(seen) > 3 and min(seen) >= 36
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 24), (24, 12)])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (10, 10), (16, 90)])
+@pytest.mark.parametrize("ratio", [1.0, 0.875])
+def test_evaluation_takes_the_middle(size, shape, ratio):
+    record = photo(*shape)
+    found = evaluation_example(record, size, ratio, **PLAIN)["images"]
+    assert found.shape == (*size, 3) and found.dtype == np.float32
+    # The same place of the same picture, read off by interpolation in the original's coordinates.
+    scale = max(size[0] / ratio / shape[0], size[1] / ratio / shape[1])
+    rows = (np.arange(size[0]) + 0.5 - size[0] / 2) / scale + shape[0] / 2 - 0.5
+    columns = (np.arange(size[1]) + 0.5 - size[1] / 2) / scale + shape[1] / 2 - 0.5
+    rows, columns = (np.clip(np.rint(at), 0, end - 1).astype(int) for at, end in ((rows, shape[0]), (columns, shape[1])))
+    np.testing.assert_allclose(found, record["image"][rows][:, columns] / 255, atol=0.12)
+
+
+def test_shorter_side_is_resized_to_size_over_ratio():
+    record = photo(50, 100)
+    whole = Image.fromarray(record["image"]).resize((64, 32), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole)[2:30, 18:46] / 255
+    np.testing.assert_allclose(evaluation_example(record, (28, 28), 0.875, **PLAIN)["images"], expected, atol=1e-6)
+    unchanged = evaluation_example(photo(9, 7), (9, 7), **PLAIN)["images"]
+    np.testing.assert_allclose(unchanged, photo(9, 7)["image"] / 255, atol=1e-6)
+
+
+# --- clips
+
+
+def test_clips_change_alike_in_all_frames():
+    still = {"image": np.repeat(photo(20, 20, 1)["image"][None], 5, axis=0), "label": 1}
+    augment = settings(crop_scale=(0.2, 0.8), flip=0.5, translate=3)
+    for seed in range(8):
+        frames = train_example(still, (5, 16, 16), augment, rng(seed), **GREY)["images"]
+        assert frames.shape == (5, 16, 16, 1)
+        np.testing.assert_array_equal(frames, np.repeat(frames[:1], 5, axis=0))
+    erased = train_example(still, (5, 16, 16), settings(erasing=1.0), rng(), **GREY)["images"]
+    plain = train_example(still, (5, 16, 16), settings(), rng(), **GREY)["images"]
+    where = erased != plain
+    assert where[0].any() and (where == where[:1]).all() and not np.array_equal(erased[0], erased[1])
+
+
+def test_clips_are_cut_and_resized():
+    record = clip()
+    for example in (
+        train_example(record, (3, 10, 12), settings(), rng(), **GREY),
+        evaluation_example(record, (3, 10, 12), **GREY),
+    ):
+        np.testing.assert_allclose(example["images"], record["image"][:3] / 255, atol=1e-6)
+    assert evaluation_example(record, (4, 5, 9), 0.9, **GREY)["images"].shape == (4, 5, 9, 1)
+
+
+def test_what_clips_and_sizes_refuse():
+    for change in ({"randaugment_layers": 1}, {"color_jitter": 0.1}):
+        with pytest.raises(InputError, match="clips cannot be recoloured: set randaugment_layers=0 and color_jitter=0"):
+            train_example(clip(), (4, 8, 8), settings(**change), rng(), **GREY)
+    with pytest.raises(InputError, match="the clips have 4 frames, 5 are asked for"):
+        train_example(clip(), (5, 8, 8), settings(), rng(), **GREY)
+    with pytest.raises(InputError, match=r"holds clips, so its size is \(frames, height, width\), got \(8, 8\)"):
+        evaluation_example(clip(), (8, 8), **GREY)
+    with pytest.raises(InputError, match=r"holds images, so its size is \(height, width\), got \(4, 8, 8\)"):
+        evaluation_example(photo(8, 8), (4, 8, 8), **PLAIN)
+    with pytest.raises(InputError, match="crop_ratio must be above 0 and at most 1, got 1.5"):
+        evaluation_example(photo(8, 8), (8, 8), 1.5, **PLAIN)
+
+
+# --- sources
+
+
+def test_labels_out_of_range_are_refused():
+    records = [{"image": np.zeros((2, 2, 1), np.uint8), "label": label} for label in (1, 2, -1)]
+    source = ImageSource("made/train", ("a", "b"), 1, (0.5,), (0.5,), "f", records)
+    assert source[0]["label"] == 1
+    for place in (1, 2):
+        with pytest.raises(InputError, match=f"image {place} of made/train has label -?[12], expected 0 to 1:"):
+            source[place]
+
+
+def test_unknown_split(tmp_path):
+    with pytest.raises(InputError, match="unknown split 'valid'. Did you mean 'validation'"):
+        image_source("digit_images", split="valid", cache_dir=tmp_path)
+
+
+def test_through_the_loaders():
+    records = [photo(8, 8, 1, seed) | {"label": seed} for seed in range(10)]
+    source = ImageSource("made/train", tuple("abcdefghij"), 1, (0.5,), (0.5,), "f", records)
+    constants = {"mean": source.mean, "std": source.std}
+
+    def example(record, generator):
+        return train_example(record, (8, 8), settings(flip=0.5, erasing=0.5), generator, **constants)
+
+    whole = TrainLoader(source, batch_size=4, seed=1, example=example).batch(7)
+    assert whole["images"].shape == (4, 8, 8, 1) and whole["labels"].dtype == np.int32
+    halves = [
+        TrainLoader(source, batch_size=4, seed=1, example=example, host_index=host, host_count=2).batch(7)
+        for host in (0, 1)
+    ]
+    np.testing.assert_array_equal(whole["images"], np.concatenate([half["images"] for half in halves]))
+    batches = list(EvaluationBatches(source, 4, 10, lambda record: evaluation_example(record, (8, 8), **constants)))
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
+    assert isinstance(grain.MapDataset.source(source)[3]["label"], int)
+
+
+# --- a user's own folder
+
+
+def write(file, mode="RGB", color=(10, 20, 30), size=(6, 4)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(file)
+
+
+def folder(root, split, cache=None, **options):
+    return image_source(
+        "image_folder", split=split, paths=str(root), cache_dir=cache or root.parent / "c", progress=False, **options
+    )
+
+
+def names(source):
+    return [os.path.relpath(source.records[i]["image"], source.records[0]["image"] + "/../..") for i in range(len(source))]
+
+
+@pytest.fixture
+def split_folders(tmp_path):
+    root = tmp_path / "photos"
+    for split, classes in (("train", ("cat", "dog", "ant")), ("validation", ("cat", "dog")), ("test", ("dog",))):
+        for kind in classes:
+            for number, suffix in enumerate(("png", "JPG", "bmp", "webp")):
+                write(root / split / kind / f"{number}.{suffix}", color=(40 * number, 100, 200))
+            (root / split / kind / "notes.txt").write_text("not an image")
+            (root / split / kind / ".hidden.png").write_text("not an image")
+    return root
+
+
+def test_split_folders(split_folders):
+    train, held_out, test = (folder(split_folders, split) for split in SPLITS)
+    assert train.class_names == held_out.class_names == test.class_names == ("ant", "cat", "dog")
+    assert [train[i]["label"] for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [held_out[i]["label"] for i in range(8)] == [1] * 4 + [2] * 4 and [test[i]["label"] for i in range(4)] == [2] * 4
+    assert names(test) == ["dog/0.png", "dog/1.JPG", "dog/2.bmp", "dog/3.webp"]
+    np.testing.assert_array_equal(train[2]["image"], np.full((4, 6, 3), (80, 100, 200), np.uint8))
+    assert train.channels == 3 and train.mean == (0.485, 0.456, 0.406)
+    assert len({source.fingerprint for source in (train, held_out, test)}) == 3
+
+
+def test_validation_may_be_called_val(split_folders):
+    fingerprint = folder(split_folders, "validation").fingerprint
+    (split_folders / "validation").rename(split_folders / "val")
+    assert folder(split_folders, "validation").fingerprint == fingerprint
+
+
+def test_class_folders_are_split_by_the_hash_of_names(tmp_path):
+    root = tmp_path / "photos"
+    for number in range(300):
+        write(root / "ab"[number % 2] / f"{number}.bmp", size=(1, 1))
+    found = {split: names(folder(root, split)) for split in SPLITS}
+    assert len(sum(found.values(), [])) == len(set(sum(found.values(), []))) == 300
+    assert 220 < len(found["train"]) < 260 and 15 < len(found["validation"]) < 45 and 15 < len(found["test"]) < 45
+    assert found["test"][:3] == ["a/100.bmp", "a/106.bmp", "a/112.bmp"], "the same for ever"
+    before = folder(root, "train").fingerprint
+    write(root / "a" / "new.bmp")
+    after = {split: names(folder(root, split)) for split in SPLITS}
+    assert sum(len(set(after[split]) - set(found[split])) for split in SPLITS) == 1, "others stay where they were"
+    moved = root.rename(tmp_path / "elsewhere")
+    (moved / "a" / "new.bmp").unlink()
+    assert folder(moved, "train").fingerprint == before
+
+
+def test_files_are_verified_once(split_folders, tmp_path, monkeypatch):
+    calls = []
+    check = image_folder._check
+    monkeypatch.setattr(image_folder, "_check", lambda file: (calls.append(file), check(file)))
+    folder(split_folders, "train")
+    folder(split_folders, "train")
+    assert len(calls) == 12
+    folder(split_folders, "train", tmp_path / "other")
+    assert len(calls) == 24
+    os.utime(split_folders / "train" / "cat" / "0.png", ns=(1, 1))
+    folder(split_folders, "train")
+    assert len(calls) == 36
+
+
+@pytest.mark.parametrize("damage", ["text", "cut PNG", "empty"])
+def test_unreadable_images_are_named(split_folders, damage):
+    bad = split_folders / "train" / "cat" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(bad)
+    bad.write_bytes({"text": b"not an image", "cut PNG": bad.read_bytes()[:2000], "empty": b""}[damage])
+    with pytest.raises(InputError) as caught:
+        folder(split_folders, "train")
+    told = str(caught.value)
+    assert told.startswith(f"cannot read image '{bad}' (") and "remove it" in told and "\n" not in told
+    with pytest.raises(InputError, match="cat/0.png"):
+        folder(split_folders, "train")  # a failure is not remembered as a success
+
+
+def told(root, split, capsys, **options):
+    """Returns (the source, what is said to be left out, with names below the root)."""
+    found = image_source("image_folder", split=split, paths=str(root), cache_dir=root.parent / "c", **options)
+    return found, capsys.readouterr().err.replace(f"{root}/", "")
+
+
+def test_folders_of_a_class_are_read_to_their_depth(tmp_path, capsys):
+    root = tmp_path / "photos"
+    for name in ("cat/a/b/1.png", "cat/2.tif", "cat/a/3.TIFF", "dog/4.gif", "dog/x/5.ppm", "dog/x/6.jp2"):
+        write(root / "train" / name, size=(4, 4))
+    for name in ("cat/a/notes.txt", "list.csv", "dog/.hidden.png"):
+        (root / "train" / name).write_text("not an image")
+    (root / "readme.md").write_text("not an image")
+    (root / "extra").mkdir()
+    os.mkfifo(root / "train" / "dog" / "7.png")
+    train, words = told(root, "train", capsys)
+    assert [train.records.status[place][0] for place in range(len(train))] == [
+        "cat/2.tif", "cat/a/3.TIFF", "cat/a/b/1.png", "dog/4.gif", "dog/x/5.ppm", "dog/x/6.jp2",
+    ]  # fmt: skip
+    assert [train[place]["label"] for place in range(6)] == [0, 0, 0, 1, 1, 1]
+    for place in range(6):
+        np.testing.assert_allclose(train[place]["image"][0, 0], (10, 20, 30), atol=4)
+    assert words.splitlines() == [
+        f"data.paths: left out of '{root}': folders of no split: 1 (extra); outside of class folders: 2 (readme.md, "
+        "train/list.csv)",
+        "data.paths: left out of 'train': files of other kinds: 1 (train/cat/a/notes.txt); pipes, sockets and devices: 1 "
+        "(train/dog/7.png)",
+    ]
+    assert told(root, "train", capsys)[1] == "", "what is said once need not be said again"
+    assert told(root, "train", capsys, progress=False)[1] == ""
+
+
+def test_images_behind_links(tmp_path, capsys):
+    root, far = tmp_path / "photos", tmp_path / "far"
+    write(far / "cats" / "1.png")
+    write(far / "2.png")
+    write(root / "dog" / "3.png")
+    (root / "cat").symlink_to(far / "cats")
+    (root / "dog" / "two.png").symlink_to("../../far/2.png")
+    (root / "dog" / "again.png").symlink_to("3.png")
+    (root / "dog" / "up").symlink_to("..")
+    (root / "gone").symlink_to("nowhere")
+    every = [name for split in SPLITS for name, *_ in image_folder._Files(root, ("cat", "dog"), split, False).status]
+    assert sorted(every) == ["cat/1.png", "dog/3.png", "dog/two.png"]
+    split = image_folder._split("dog/3.png")
+    words = told(root, split, capsys)[1]
+    assert "outside of class folders: 1 (gone)" in words
+    assert "links to what is read already: 1 (dog/again.png); links to folders above: 1 (dog/up)" in words
+    (root / "fox").symlink_to("dog")
+    with pytest.raises(InputError, match=r"'.*photos/fox' holds no images of its own .*links to what is read already: \d"):
+        folder(root, split)
+
+
+def test_split_folders_in_any_case(split_folders):
+    fingerprints = [folder(split_folders, split).fingerprint for split in SPLITS]
+    for before, after in (("train", "Train"), ("validation", "VAL"), ("test", "Test")):
+        (split_folders / before).rename(split_folders / after)
+    assert [folder(split_folders, split).fingerprint for split in SPLITS] == fingerprints
+    (split_folders / "bus" / "night").mkdir(parents=True)
+    with pytest.raises(InputError, match="has 'Train' beside 'bus', which may be a split or a class: name splits in lower"):
+        folder(split_folders, "train")
+    (split_folders / "Train").rename(split_folders / "train")
+    assert folder(split_folders, "test").fingerprint == fingerprints[2], "one in lower case says what the others are"
+    write(split_folders / "TEST" / "dog" / "0.png")
+    with pytest.raises(InputError, match="has TEST and Test, and only one can be the test split: name it 'test'"):
+        folder(split_folders, "test")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for kind in ("Train", "Plane"):
+        for number in range(40):
+            write(tmp_path / "photos" / kind / f"{number}.png")
+    (tmp_path / "photos" / "Train" / "empty").mkdir()
+    assert folder(tmp_path / "photos", "train").class_names == ("Plane", "Train")
+
+
+def test_names_of_images_need_not_be_utf8(tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    names = [os.fsdecode(b"\xff/%d\xfe.png" % number) for number in range(90)]
+    for number, name in enumerate(names):
+        write(root / name, color=(number, 0, 0))
+    found = [folder(root, split) for split in SPLITS]
+    assert all(source.class_names == ("\udcff",) for source in found)
+    assert sorted(source[place]["image"][0, 0, 0] for source in found for place in range(len(source))) == list(range(90))
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    write(tmp_path / "photos" / "train" / "a" / "1.png")
+    write(tmp_path / "photos" / "train" / "a" / "2.tif", "F", 0.5)
+    with pytest.raises(InputError, match="cannot read image '.*2.tif' .its pixels are floating-point .*8 or 16 bit.: repl"):
+        folder(tmp_path / "photos", "train")
+
+
+def test_labels_in_the_names_of_others(split_folders):
+    test, train = folder(split_folders, "test"), folder(split_folders, "train")
+    other = train.labelled_as(("fox", "dog", "cat", "ant"), "them")
+    assert [other[place]["label"] for place in range(12)] == [3] * 4 + [2] * 4 + [1] * 4
+    assert other.classes == 4 and len(other) == len(train)
+    assert test.labelled_as(("ant", "cat", "dog"), "us")[0]["label"] == 2
+    with pytest.raises(InputError, match="folder/train has classes cat, dog, unknown to them, whose class is ant: give"):
+        train.labelled_as(("ant",), "them")
+    with pytest.raises(InputError, match="has class ant, unknown to them, whose classes are .*, 4 and 3 more: give"):
+        train.labelled_as(("cat", "dog", *map(str, range(11, 0, -1))), "them")
+    broken = ImageSource("made", ("a", "b"), 1, (0.5,), (0.5,), "f", [{"image": np.zeros((1, 1, 1)), "label": 2}])
+    with pytest.raises(InputError, match="image 0 of made has label 2, expected 0 to 1"):
+        broken.labelled_as(("a", "b", "c"), "them")[0]
+
+
+def test_photo_damaged_behind_its_header_is_named_when_it_is_read(split_folders):
+    bad = split_folders / "train" / "ant" / "0.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(bad)
+    bad.write_bytes(bad.read_bytes()[:2000])
+    source = folder(split_folders, "train")
+    with pytest.raises(InputError, match="cannot read image '.*ant/0.jpg' .*truncated.*: replace it"):
+        source[names(source).index("ant/0.jpg")]
+
+
+def test_folder_errors(split_folders, tmp_path):
+    with pytest.raises(InputError, match="needs one folder in data.paths, got 0: ROOT/"):
+        image_source("image_folder", split="train", cache_dir=tmp_path)
+    with pytest.raises(InputError, match="there is no folder '.*nowhere'; give a folder with images: ROOT/"):
+        folder(tmp_path / "nowhere", "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="'.*empty' holds no class folders; expected ROOT/"):
+        folder(tmp_path / "empty", "train")
+    (split_folders / "train" / "bee").mkdir()
+    with pytest.raises(InputError, match="class folder '.*train/bee' holds no images .*: put images into it, or remove it"):
+        folder(split_folders, "train")
+    write(split_folders / "test" / "cow" / "0.png")
+    for split in SPLITS:
+        with pytest.raises(InputError, match="class folder '.*test/cow' has no counterpart in '.*train'"):
+            folder(split_folders, split)
+    (split_folders / "test").rename(tmp_path / "gone")
+    with pytest.raises(InputError, match="has train and validation, but no class folders in '.*test': make them"):
+        folder(split_folders, "test")
+    (split_folders / "train").rename(tmp_path / "gone too")
+    with pytest.raises(InputError, match="has validation, but no class folders in '.*train'"):
+        folder(split_folders, "validation")
+    write(tmp_path / "few" / "cat" / "0.png")
+    empty = [split for split in SPLITS if split != image_folder._split("cat/0.png")][0]
+    with pytest.raises(InputError, match=f"split '{empty}' of '.*few' is empty: give more images"):
+        folder(tmp_path / "few", empty)
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    kinds = tmp_path / "photos" / "train" / "a"
+    write(kinds / "cmyk.jpg", "CMYK", (0, 255, 255, 0), (16, 16))
+    write(kinds / "grey.png", "L", 100)
+    write(kinds / "bits.png", "1", 1)
+    write(kinds / "alpha.png", "RGBA", (10, 20, 30, 128))
+    write(kinds / "grey_alpha.png", "LA", (100, 128))
+    palette = Image.new("RGB", (6, 4), (10, 20, 30)).quantize(4)
+    palette.save(kinds / "palette.png")
+    palette.save(kinds / "palette_clear.png", transparency=bytes([128, 255]))
+    Image.fromarray(np.full((4, 6), 100 * 257, np.uint16)).save(kinds / "sixteen.png")
+    expected = {
+        "cmyk.jpg": (255, 0, 0),
+        "grey.png": (100,) * 3,
+        "bits.png": (255,) * 3,
+        "alpha.png": (10, 20, 30),
+        "grey_alpha.png": (100,) * 3,
+        "palette.png": (10, 20, 30),
+        "palette_clear.png": (10, 20, 30),
+        "sixteen.png": (100,) * 3,
+    }
+    source = folder(tmp_path / "photos", "train")
+    for place, name in enumerate(names(source)):
+        image = source[place]["image"]
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        np.testing.assert_allclose(image[0, 0], expected.pop(name[2:]), atol=3)
+    assert not expected and images.ImageSource is ImageSource

@@ -1,0 +1,320 @@
+"""Generation with a cache against the forward without one, for every encoding; ragged batches, draws, end tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.inference import decoding
+from seqpe_jax.inference import generate as generation
+from seqpe_jax.inference.decoding import Sampling
+from seqpe_jax.training.trainer import Trainer
+from tests.tiny import random_params, tiny_config
+
+pytestmark = pytest.mark.slow
+
+NEW = 32
+PROMPTS = [np.array(prompt) for prompt in ([7, 3, 200, 3, 9], [1], [90] * 20, list(range(50, 61)))]
+SIZES = {
+    "model__layers": 2, "model__width": 16, "encoding__width": 16, "encoding__max_position": 64,
+    "objective__contrastive__weight": 0.0, "objective__distillation__weight": 0.0,
+}  # fmt: skip
+
+
+def run_of(variant: str = "seqpe", devices: int = 1, **fields):
+    """A run with random parameters; it trains on windows of 16 tokens."""
+    sizes = {name: value for name, value in SIZES.items() if variant == "seqpe" or name.startswith("model")}
+    run = Trainer.of(tiny_config(variant=variant, **(sizes | fields)), jax.devices()[:devices])
+    return run, random_params(run, 0.3)
+
+
+def generate(run, params, prompts, sampling, **options):
+    """What follows prompts, by a run's own model."""
+    return generation.generate(run.programs, run.config, params, prompts, sampling, run.task.known_V, **options)
+
+
+def uncached(run, params, prompt, new: int, window: int):
+    """Greedy tokens and their logits, each from a forward over everything before it, under the window's signal."""
+    model, variables = run.architecture.network, {"params": params["model"]}
+    signal = run.programs.signal(params, (window,), window)
+
+    @jax.jit
+    def forward(buffer_BL, at):
+        return model.apply(variables, buffer_BL, signal)[0, at]
+
+    buffer = np.zeros((1, window), np.int32)
+    buffer[0, : len(prompt)] = prompt
+    logits = []
+    for at in range(len(prompt), len(prompt) + new):
+        logits.append(np.asarray(forward(buffer, at - 1)))
+        buffer[0, at] = logits[-1].argmax()
+    return buffer[0, len(prompt) : len(prompt) + new], np.stack(logits)
+
+
+# Every field of a signal, for each head or for all, of each layer or of all: with a map or without, a field is the same.
+SEQPE = [
+    {"encoding__mode": mode, "encoding__qk": qk, "encoding__per_head": per_head}
+    for mode, qk, per_head in (
+        ("input_add", "none", True), ("rotary", "none", False), ("attn_add", "single", False), ("attn_add", "multi", True),
+        ("attn_mul", "halves", True), ("attn_mul", "multi", False), ("attn_scalar", "single", True),
+        ("attn_scalar", "multi", False),
+    )
+]  # fmt: skip
+BASELINES = ["learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"]
+COMPOSED = {
+    "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1, "encoding__log_scaling": True,
+}  # fmt: skip
+STRETCHED = {"encoding__resize": "stretch", "encoding__fraction_digits": 1}  # a window is read between places of training
+PARTLY = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2, "encoding__log_scaling": True}
+CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, {}) for kind in BASELINES]
+CASES += [("seqpe", COMPOSED), ("seqpe", COMPOSED | STRETCHED), ("rotary", PARTLY)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+def test_equals_the_forward_without_a_cache(case):
+    """A ragged batch, twice the training length and more."""
+    run, params = run_of(case[0], **case[1])
+    chosen = PROMPTS[:3]
+    window = max(map(len, chosen)) + NEW
+    found = generate(run, params, chosen, Sampling(NEW), keep_logits=True)
+    for prompt, result in zip(chosen, found, strict=True):
+        tokens, logits = uncached(run, params, prompt, NEW, window)
+        np.testing.assert_allclose(result.logits, logits, atol=1e-4)
+        np.testing.assert_array_equal(result.tokens, tokens)
+        log_probs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, None], -1)[:, 0]
+        np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4)
+        assert not result.ended
+    assert len(set(np.concatenate([result.tokens for result in found]).tolist())) > 2  # not one token for ever
+
+
+@pytest.fixture(scope="module")
+def seqpe():
+    return run_of()
+
+
+def same(found, expected, atol=1e-4):
+    """Asserts equal tokens and log-probabilities."""
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=atol)
+
+
+def test_prompts_together_equal_each_alone(seqpe):
+    run, params = seqpe
+    together = generate(run, params, PROMPTS, Sampling(9))
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        same(generate(run, params, [prompt], Sampling(9)), [result])
+
+
+def test_neither_batches_nor_companions_change_a_draw(seqpe):
+    """Blocks of queries, small batches and other prompts behind leave what a prompt draws as it is."""
+    run, params = seqpe
+    drawn = Sampling(9, temperature=1.0, top_p=0.9, seed=4)
+    expected = generate(run, params, PROMPTS, drawn)
+    small, _ = run_of(eval__batch_tokens=30, model__attention_block=4)
+    same(generate(small, params, PROMPTS, drawn), expected)
+    same(generate(run, params, [*PROMPTS, PROMPTS[0]], drawn)[: len(PROMPTS)], expected)
+
+
+def test_eight_devices_equal_one(seqpe):
+    run, params = seqpe
+    sharded, _ = run_of(devices=8, mesh__fsdp=2, mesh__context=2, mesh__tensor=2)
+    placed = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), params, sharded.shapes.params)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
+    for sampling in (Sampling(9), Sampling(9, temperature=1.0)):
+        same(generate(sharded, placed, PROMPTS, sampling), generate(run, params, PROMPTS, sampling))
+
+
+def test_bfloat16_equals_the_forward_without_a_cache(seqpe):
+    """Rounding may choose another of two near tokens, so the logits of the first tokens that agree are compared."""
+    params = seqpe[1]
+    run, _ = run_of(precision__compute="bfloat16")
+    (found,) = generate(run, params, PROMPTS[:1], Sampling(NEW), keep_logits=True)
+    tokens, logits = uncached(run, params, PROMPTS[0], NEW, len(PROMPTS[0]) + NEW)
+    agree = int(np.argmin(np.append(found.tokens == tokens, False)))
+    assert agree >= 4
+    np.testing.assert_allclose(found.logits[:agree], logits[:agree], atol=0.03 * np.abs(logits).max())
+
+
+def test_a_text_stops_at_its_end_token(seqpe):
+    run, params = seqpe
+    whole = generate(run, params, PROMPTS, Sampling(NEW))
+    end = int(whole[0].tokens[3])
+    expected = [np.flatnonzero(result.tokens == end) for result in whole]
+    assert any(len(places) == 0 for places in expected)  # one does not stop
+    stopped = generate(run, params, PROMPTS, Sampling(NEW, end=end))
+    for result, before, places in zip(stopped, whole, expected, strict=True):
+        count = places[0] + 1 if len(places) else NEW
+        np.testing.assert_array_equal(result.tokens, before.tokens[:count])
+        np.testing.assert_allclose(result.log_probs, before.log_probs[:count], atol=1e-5)
+        assert result.ended == bool(len(places)) and len(result.content) == count - result.ended
+        assert end not in result.content
+
+
+def test_work_ends_when_every_text_has(seqpe):
+    run, params = seqpe
+    prompt = PROMPTS[0]
+    end = int(generate(run, params, [prompt], Sampling(1))[0].tokens[0])
+    heard, done = [], []
+    sampling = Sampling(NEW, end=end)
+    generate(run, params, [prompt], sampling, heard=lambda *one: heard.append(one), progress=lambda *one: done.append(one))
+    assert len(heard) == 1 and heard[0][1].tokens.tolist() == [end] and done[-1] == (NEW, NEW)
+    static, model = decoding.Static(NEW, True, True, False), run.architecture.network
+    signal = run.programs.signal(params, (len(prompt) + NEW,))
+
+    @jax.jit
+    def steps(end):
+        draw = decoding.Draw(jax.random.PRNGKey(0), 1.0, 1.0, end, True)
+        tokens_BL, lengths_B = jnp.asarray([prompt, prompt]), jnp.array([len(prompt), 0])  # the second row is padding
+        state = decoding.begin(model, params["model"], signal, tokens_BL, lengths_B, lengths_B, draw, static=static)
+        return decoding.advance(model, params["model"], signal, state, draw, NEW, static=static).step
+
+    assert (steps(end), steps(-1)) == (1, NEW)
+    heard.clear()
+    generate(run, params, [prompt], Sampling(NEW), heard=lambda *one: heard.append(one))
+    counts = [len(result.tokens) for _, result in heard]
+    assert len(counts) > 2 and counts == sorted(set(counts)) and counts[-1] == NEW
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-42])
+def test_a_temperature_near_zero_is_greedy(seqpe, temperature):
+    run, params = seqpe
+    same(generate(run, params, PROMPTS, Sampling(9, temperature)), generate(run, params, PROMPTS, Sampling(9)))
+
+
+def test_a_seed_repeats_its_draws_and_another_does_not(seqpe):
+    run, params = seqpe
+    first, again, other = (generate(run, params, PROMPTS, Sampling(9, 1.0, seed=seed)) for seed in (1, 1, 2))
+    same(first, again, atol=0)
+    assert any(not np.array_equal(one.tokens, two.tokens) for one, two in zip(first, other, strict=True))
+    twins = generate(run, params, [PROMPTS[0]] * 2, Sampling(9, 1.0))
+    assert not np.array_equal(twins[0].tokens, twins[1].tokens)
+    (even,) = generate(run, params, PROMPTS[:1], Sampling(9, 1e6))  # 256 tokens, each as likely
+    assert len(set(even.tokens.tolist())) > 5  # each step draws anew
+
+
+@pytest.mark.parametrize("temperature,top_p,expected", [
+    (1.0, None, [0.5, 0.25, 0.15, 0.1]),
+    (0.5, None, [0.25, 0.0625, 0.0225, 0.01]),
+    (1.0, 1.0, [0.5, 0.25, 0.15, 0.1]),
+    (1.0, 0.76, [0.5, 0.25, 0.15, 0]),
+    (1.0, 0.74, [0.5, 0.25, 0, 0]),
+    (1.0, 0.2, [1, 0, 0, 0]),
+    (2.0, 0.6, [0.5**0.5, 0.5, 0, 0]),  # the probabilities that top_p adds up are those at this temperature
+])  # fmt: skip
+def test_draws_have_the_distribution_asked_for(temperature, top_p, expected):
+    count, order = 20_000, np.array([2, 0, 3, 1])
+    probabilities = np.zeros(4)
+    probabilities[order] = [0.5, 0.25, 0.15, 0.1]
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    logits = jnp.broadcast_to(jnp.log(probabilities) + 3.0, (count, 4))
+    drawn = np.bincount(jax.jit(decoding.sample)(keys, logits, temperature, top_p), minlength=4)[order] / count
+    expected = np.array(expected) / np.sum(expected)
+    np.testing.assert_allclose(drawn, expected, atol=4 * 0.5 / count**0.5)
+    assert (drawn[expected == 0] == 0).all()
+
+
+def test_batches_take_every_prompt_once_in_few_shapes():
+    lengths = np.random.default_rng(0).integers(1, 3000, 500).tolist()
+    limits = {"new_tokens": 16, "window": 3016, "batch_tokens": 8192, "multiple": 4}
+    found = decoding.batches(lengths, **limits)
+    assert sorted(index for batch in found for index in batch.indices) == list(range(500))
+    for batch in found:
+        assert max(lengths[index] for index in batch.indices) <= batch.places <= 3000
+        assert len(batch.indices) <= batch.rows and batch.rows % 4 == 0
+        assert batch.rows == 4 or batch.rows * (batch.places + 16) <= 8192
+    shapes = {(batch.places, batch.rows) for batch in found}
+    assert len(shapes) <= 8
+    (alone,) = decoding.batches([5], new_tokens=3, window=8, batch_tokens=1000, multiple=1)
+    assert alone == ([0], 5, 1)  # no wider than the window
+
+
+def test_a_long_prompt_needs_no_square_array(seqpe):
+    from tests.programs import holds
+
+    def program(block):
+        run, params = run_of(model__attention_block=block)
+        length, static = 48, decoding.Static(8, True, True, False)
+        signal = run.programs.signal(params, (length + 8,))
+        begin = functools.partial(decoding.begin, run.architecture.network, static=static)
+        draw = decoding.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
+        arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), draw)
+        return jax.make_jaxpr(begin)(params["model"], signal, *arguments).jaxpr
+
+    square = 8 * 2 * 48 * 56  # samples, heads, queries, keys
+    assert holds(program(0), square) and not holds(program(8), square)
+
+
+def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
+    def flops(**fields):
+        run, params = run_of(**fields)
+        static = decoding.Static(8, True, True, False)
+        signal = jax.eval_shape(lambda params: run.programs.signal(params, (40,)), params)
+        draw = decoding.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
+        prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), draw)
+        begin, advance = (
+            functools.partial(f, run.architecture.network, static=static) for f in (decoding.begin, decoding.advance)
+        )
+        state = jax.eval_shape(begin, params["model"], signal, *prompts)
+        return jax.jit(advance).lower(params["model"], signal, state, draw, 8).compile().cost_analysis()["flops"]
+
+    plain = flops()
+    assert plain == flops(encoding__layers=4, encoding__max_position=10**7) > 0
+    assert flops(model__layers=3) > plain
+
+
+def test_a_learned_table_is_stretched_to_the_window():
+    run, params = run_of("learned")
+    prompt = PROMPTS[:1]
+
+    def logits(new, window=None):
+        return generate(run, params, prompt, Sampling(new), window=window, keep_logits=True)[0].logits[0]
+
+    np.testing.assert_allclose(logits(5), logits(11), atol=1e-5)  # 16 positions are the table itself
+    assert np.abs(logits(11) - logits(12)).max() > 1e-4
+    np.testing.assert_allclose(logits(5, window=30), logits(25), atol=1e-5)
+
+
+@pytest.mark.parametrize("fields,words", [
+    ({"new_tokens": 0}, "new tokens must be at least 1, got 0"),
+    ({"temperature": -0.1}, "temperature must be at least 0"),
+    ({"temperature": float("nan")}, "temperature must be at least 0"),
+    ({"top_p": 0.0}, "top-p must be above 0"),
+    ({"top_p": 1.5}, "at most 1"),
+    ({"seed": -1}, "seed must be at least 0"),
+])  # fmt: skip
+def test_sampling_refuses_values(fields, words):
+    with pytest.raises(InputError, match=words):
+        Sampling(**({"new_tokens": 1} | fields))
+
+
+@pytest.mark.parametrize("prompts,window,words", [
+    ([], None, "no prompt"),
+    ([[1], []], None, "prompt 2 of 2 is empty"),
+    ([[]], None, "the prompt is empty"),
+    ([[1] * 61], None, "65 needs position 64, but the largest position possible is 63"),
+    ([[1]], 65, "largest position possible is 63"),
+    ([[1] * 10], 13, "a window of 13 .* at least 14"),
+    ([[256]], None, "vocabulary"),
+    ([[-1]], None, "vocabulary"),
+])  # fmt: skip
+def test_prompts_that_cannot_be_read_are_refused(seqpe, prompts, window, words):
+    run, params = seqpe
+    with pytest.raises(InputError, match=words):
+        generate(run, params, [np.array(prompt, int) for prompt in prompts], Sampling(4), window=window)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)])
+def test_ids_that_no_token_has_are_never_generated(sampling):
+    """A vocabulary that is padded for speed: the rows beyond the tokenizer's are the likeliest by far."""
+    run, params = run_of("none", model__vocabulary=300)
+    assert run.task.known_V.tolist() == [True] * 256 + [False] * 44
+    embedding = params["model"]["token_embedding"]["embedding"]
+    params["model"]["token_embedding"]["embedding"] = embedding.at[256:].multiply(30.0)
+    found = generate(run, params, PROMPTS, sampling, keep_logits=True)
+    assert max(one.tokens.max() for one in found) < 256
+    assert any((one.logits.argmax(axis=-1) > 255).any() for one in found)

@@ -1,0 +1,69 @@
+"""The benchmark command: every mode, ratios of turns, and what it refuses."""
+
+import json
+
+import jax
+import pytest
+
+from seqpe_jax.profiling.benchmarks import flops_of_call
+from seqpe_jax.training.trainer import Trainer
+from tests.commands import CONFIG, Commands
+from tests.tiny import tiny_config
+from tests.training.test_commands import PLAIN, refused
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "decode"])
+def test_encodings_are_compared(commands, tmp_path, mode):
+    output = tmp_path / "deep" / "found.json"
+    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in PLAIN.items()]
+    result = commands(
+        "benchmark", f"--config={CONFIG}", *fields, "--compare=seqpe,rotary", f"--mode={mode}", "--steps=3",
+        f"--output={output}",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert [run["encoding"] for run in found["runs"]] == ["seqpe", "rotary"]
+    for run in found["runs"]:
+        assert 0 < run["p10_s"] <= run["median_s"] <= run["p90_s"]
+        assert run["per_second"] > 0 and run["peak_bytes"] > 0 and run["mode"] == mode
+        assert run["mfu"] is None  # the peak of a CPU is not known
+        assert (run["encoding_share"] is not None) == (run["encoding"] == "seqpe" and mode != "decode")
+    assert found["ratios"].keys() == {"seqpe/rotary"} and found["ratios"]["seqpe/rotary"]["time"] > 0
+    assert "seqpe/rotary: time" in result.out and "| seqpe |" in result.out
+
+
+def test_the_encoder_is_compared_with_itself_without_shared_prefixes(commands, tmp_path):
+    output = tmp_path / "found.json"
+    result = commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--steps=1", f"--output={output}")
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert found["ratios"].keys() == {"seqpe/seqpe, each string by itself"}
+    settings = tiny_config()
+    pairs, windows = settings.objective.contrastive, settings.objective.distillation
+    rows = settings.data.length + pairs.batch * (1 + pairs.candidates) + windows.batch * windows.offsets
+    assert [run["per_second"] * run["median_s"] for run in found["runs"]] == pytest.approx([rows] * 2)
+
+
+def test_bad_arguments_end_with_one_line(commands):
+    refused(commands("benchmark", f"--config={CONFIG}", "--compare=seqpe,seqpe"), "names an encoding twice")
+    refused(commands("benchmark", f"--config={CONFIG}", "--compare=seqqe"), "'seqqe'", "seqpe")
+    refused(commands("benchmark", "--config=configs/digits_vit.py", "--mode=decode"), "give a config of text")
+    refused(commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--compare=seqpe,rotary"), "encoding.kind=seqpe")
+
+
+def test_flops_are_counted_from_the_sizes():
+    width, length = 24, 16
+    block = 2 * 12 * width**2 + 4 * length * width  # weights, then attention
+    forward = 2 * length * (block + 2 * width * 256)
+    trainer = Trainer.of(tiny_config(model__vocabulary=256, batch_size=2), jax.devices()[:1])
+    assert flops_of_call(trainer, "eval") == forward and flops_of_call(trainer, "train") == 3 * forward
+    assert trainer.flops_per_step == 3 * forward

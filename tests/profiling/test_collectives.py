@@ -1,0 +1,96 @@
+"""Collectives are found wherever a program has them, with their bytes and the turns of their loops."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from seqpe_jax.profiling.collectives import array_bytes, collectives
+
+# What a TPU's compiler writes: no trip count, a reduce-scatter fused of its parts, a start and its end.
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%add (x.1: bf16[], y.1: bf16[]) -> bf16[] {
+  ROOT %sum.1 = bf16[] add(%x.1, %y.1)
+}
+
+%all-reduce-scatter.1 (input.1: bf16[64,32]) -> bf16[16,32] {
+  %input.1 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.4 = bf16[64,32]{1,0:T(8,128)(2,1)} all-reduce(%input.1), channel_id=8, to_apply=%add
+  ROOT %slice.1 = bf16[16,32]{1,0:T(8,128)(2,1)} slice(%all-reduce.4), slice={[0:16], [0:32]}
+}
+
+%body (state.1: (s32[], bf16[16,32], s32[])) -> (s32[], bf16[16,32], s32[]) {
+  %state.1 = (s32[]{:T(128)}, bf16[16,32]{1,0:T(8,128)(2,1)}, /*index=2*/s32[]) parameter(0)
+  %turn.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %copy.1 = s32[]{:T(128)} copy(%turn.1)
+  %one.1 = s32[] get-tuple-element(%state.1), index=2
+  %next.1 = s32[]{:T(128)} add(%copy.1, %one.1), metadata={op_name="while/body/add"}
+  %held.1 = bf16[16,32]{1,0:T(8,128)(2,1)} get-tuple-element(%state.1), index=1
+  %all-gather.1 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%held.1), channel_id=9, dimensions={0}
+  %fusion.1 = bf16[16,32]{1,0} fusion(%all-gather.1), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %tuple.1 = (s32[], bf16[16,32]{1,0}, s32[]) tuple(%next.1, %fusion.1, %one.1)
+}
+
+%condition (state.2: (s32[], bf16[16,32], s32[])) -> pred[] {
+  %limit.1 = s32[] constant(LIMIT)
+  %state.2 = (s32[], bf16[16,32]{1,0}, s32[]) parameter(0)
+  %turn.2 = s32[] get-tuple-element(%state.2), index=0
+  ROOT %less.1 = pred[] compare(%turn.2, %limit.1), direction=LT
+}
+
+ENTRY %main (input.2: bf16[16,32]) -> bf16[16,32] {
+  %input.2 = bf16[16,32]{1,0} parameter(0), sharding={devices=[4,1]<=[4]}
+  %zero.1 = s32[] constant(0)
+  %unit.1 = s32[] constant(STEP)
+  %tuple.2 = (s32[], bf16[16,32]{1,0}, s32[]) tuple(%zero.1, %input.2, %unit.1)
+  %while.1 = (s32[], bf16[16,32]{1,0}, s32[]) while(%tuple.2), condition=%condition, body=%body
+  %result.1 = bf16[16,32]{1,0} get-tuple-element(%while.1), index=1
+  %start.1 = (bf16[16,32]{1,0}, bf16[64,32]{1,0}) all-gather-start(%result.1), channel_id=3, dimensions={0}
+  %done.1 = bf16[64,32]{1,0} all-gather-done(%start.1)
+  %send.1 = (bf16[16,32], bf16[16,32], u32[], u32[]) collective-permute-start(%result.1), source_target_pairs={{0,1}}
+  ROOT %sent.1 = bf16[16,32] collective-permute-done(%send.1)
+}
+"""
+
+
+def test_a_tpu_program():
+    found = collectives(TPU.replace("LIMIT", "7").replace("STEP", "1"))
+    assert found.loops == 0
+    whole, part = 64 * 32 * 2, 16 * 32 * 2
+    assert found.kinds == {
+        "all-gather": {"count": 8, "bytes": 8 * whole},
+        "reduce-scatter": {"count": 7, "bytes": 7 * whole},
+        "collective-permute": {"count": 1, "bytes": part},
+    }
+
+
+@pytest.mark.parametrize("step, limit", [("2", "7"), ("1", "(LIMIT)")])
+def test_a_loop_whose_turns_are_not_known_counts_once_and_is_named(step, limit):
+    found = collectives(TPU.replace("LIMIT", limit).replace("STEP", step))
+    assert found.loops == 1
+    assert found.kinds["reduce-scatter"]["count"] == 1 and found.kinds["all-gather"]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [("f32[2,3]{1,0:T(8,128)}", 24), ("(bf16[4], /*index=1*/pred[], u32[]{:S(2)})", 13), ("s4[3]", 2), ("f8e4m3fn[5]", 5)],
+)
+def test_bytes_of_types(kind, size):
+    assert array_bytes(kind) == size
+
+
+def test_a_compiled_program_of_this_machine():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+
+    def program(x_BD):
+        def turn(total_D, scale):
+            return total_D + (jnp.tanh(x_BD * scale) * (1 + total_D)).sum(axis=0), None
+
+        return jax.lax.scan(turn, jnp.zeros(4), jnp.arange(5.0))[0]
+
+    compiled = jax.jit(program, out_shardings=whole).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=split))
+    found = collectives(compiled.compile().as_text())
+    assert found.kinds == {"all-reduce": {"count": 5, "bytes": 5 * 16}} and not found.loops

@@ -1,0 +1,252 @@
+"""The HTML report: numbers of the files, nothing from outside, and a page that people can read without seeing it."""
+
+import html
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.reporting import report
+from seqpe_jax.reporting.study import read_study
+from tests.reporting.test_report import make_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page: its elements (tag, attributes, text, parents), and whether every tag is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"not closed: {self._open[-1]['tag']}"
+
+    def handle_starttag(self, tag, attributes, closed=False):
+        one = {"tag": tag, "text": "", "parents": list(self._open), **dict(attributes)}
+        self.elements.append(one)
+        if tag not in VOID and not closed:
+            self._open.append(one)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes, closed=True)
+
+    def handle_endtag(self, tag):
+        assert self._open and self._open[-1]["tag"] == tag, f"</{tag}> closes {self._open[-1:]}"
+        self._open.pop()
+
+    def handle_data(self, text):
+        for one in self._open:
+            one["text"] += text
+
+    def all(self, *tags, within=None):
+        return [one for one in self.elements if one["tag"] in tags and (within is None or within in one["parents"])]
+
+    def table(self, title):
+        """Column names, and row name -> cells, of the table whose caption begins so."""
+        caption = next(one for one in self.all("caption") if one["text"].startswith(title))
+        table = caption["parents"][-1]
+        rows = [self.all("th", "td", within=row) for row in self.all("tr", within=table)]
+        return [one["text"] for one in rows[0]], {row[0]["text"]: row[1:] for row in rows[1:]}
+
+    def value(self, cell):
+        return float(self.all("data", within=cell)[0]["value"])
+
+
+def make_sweep(folder):
+    """2 encodings x 2 seeds: finished, failed half-way, evaluated but for one length, and not started."""
+    settings = {"steps": 4, "batch_size": 2, "data": {"name": "text_files", "length": 16}}
+    points = {
+        f"{kind}-{seed}": {"settings": settings | {"seed": seed, "encoding": {"kind": kind}}}
+        for kind in ("seqpe", "rotary") for seed in (0, 1)
+    }  # fmt: skip
+    make_run(folder / "seqpe-0", bits=((16, 2.0123456789), (64, 3.25)))
+    make_run(folder / "seqpe-1", seed=1, bits=((16, 2.5),))
+    make_run(folder / "rotary-0", "rotary", bits=(), metrics=False)
+    (folder / "rotary-0" / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "train/term/task": 2.0}\n')
+    (folder / "rotary-0" / "log.txt").write_text("step 1/4\n== failed: train ended with exit code 1: the loss is nan\n")
+    (folder / "seqpe-0" / "log.txt").write_text("== failed: the first try\n")
+    make_run(folder / "left-from-before", "alibi")
+    (folder / "sweep.json").write_text(json.dumps({"sweep": "x.py", "points": points}))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    make_sweep(folder / "sweep")
+    report.write_report(folder / "sweep", folder / "out")
+    return folder / "out", Page((folder / "out" / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two grid encodings of images, one of them called what HTML must escape."""
+    folder = tmp_path_factory.mktemp("images")
+    data = {"name": "digit_images", "length": 512, "size": [8, 8]}
+    rows, columns = np.divmod(np.arange(16), 4)
+    grid = np.stack([rows, columns], 1)
+    for name, kind in (("a<b>&'\"-0", "seqpe"), ("c", "learned")):
+        run = folder / "runs" / name
+        make_run(run, kind, bits=(), data=data)
+        results = [{"size": [side, side], "examples": 9, "top1": 90.0 / side, "top5": 99.0} for side in (8, 16)]
+        (run / "evaluation.json").write_text(json.dumps({"parameters": 7, "step": 4, "results": results}))
+        np.savez(run / "similarity.npz", pivots=grid[[5, 10]], positions=grid, cosine=np.random.rand(2, 16))
+        np.savez(run / "attention.npz", images=np.random.rand(2, 8, 8, 1), attention=np.random.rand(2, 3, 4, 4))
+    report.write_report(folder / "runs", folder / "out")
+    return folder / "out", Page((folder / "out" / "report.html").read_text())
+
+
+def test_numbers_are_those_of_the_files_and_missing_ones_are_missing(swept):
+    out, page = swept
+    names, rows = page.table("Bits per byte by evaluated length")
+    assert names == ["encoding", "16 (1x)", "64 (4x)"] and list(rows) == ["seqpe", "rotary"]
+    first, second = rows["seqpe"]
+    assert page.value(first) == (2.0123456789 + 2.5) / 2 and first["text"] == "best: 2.256 ± 0.345"
+    assert page.value(second) == 3.25 and second["text"] == "best: 3.250 (1 of 2)"
+    assert [cell["text"] for cell in rows["rotary"]] == ["–missing"] * 2
+    assert all(cell["class"] == "missing" for cell in rows["rotary"])
+    _, rows = page.table("Cost")
+    assert [page.value(cell) for cell in rows["seqpe"][:4]] == [1234, 0.025, 250, 8]
+    assert all(cell["text"] == "–missing" for cell in rows["rotary"])
+    _, rows = page.table("Runs")
+    assert {name: cells[2]["text"] for name, cells in rows.items()} == {
+        "seqpe-0": "finished", "seqpe-1": "finished", "rotary-1": "not started",
+        "rotary-0": "failed at step 1 of 4: train ended with exit code 1: the loss is nan",
+    }  # fmt: skip
+    notes = [one["text"] for one in page.all("li")]
+    assert "rotary-1 is missing: not started" in notes
+    assert "| rotary | - | - |" in (out / "report.md").read_text()
+    assert "rotary-1,rotary,not started,rotary,1,16,,,,,,\n" in (out / "results.csv").read_text()
+
+
+def test_peak_memory_is_the_most_that_was_reported(tmp_path):
+    make_run(tmp_path / "run")
+    lines = [{"step": at, "time": at, "device/memory_bytes": held * 2**20} for at, held in ((1, 5), (2, 9), (4, 9))]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_report(tmp_path, tmp_path / "out")
+    _, rows = Page((tmp_path / "out" / "report.html").read_text()).table("Cost")
+    assert rows["seqpe"][-1]["text"] == "9"
+
+
+def test_configs_are_told_apart(swept):
+    _, page = swept
+    _, rows = page.table("Fields that differ")
+    assert list(rows) == ["seed", "1", "encoding.kind", "rotary"]  # a field's second value stands under its name
+    assert [cell["text"] for cell in rows["encoding.kind"]] == ["seqpe", "seqpe"]
+    assert [cell["text"] for cell in rows["seed"]] == ["0", "seqpe-0, rotary-0"]
+    _, rows = page.table("Fields that all")
+    assert rows["data.length"][0]["text"] == "16" and "seed" not in rows
+
+
+@pytest.mark.parametrize("which", ["swept", "images"])
+def test_the_page_asks_for_nothing_outside_itself(which, request):
+    out, page = request.getfixturevalue(which)
+    text = (out / "report.html").read_text()
+    assert not page.all("script", "link", "iframe", "object") and "http:" not in text and "https:" not in text
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    references = [one[name] for one in page.elements for name in ("src", "href", "xlink:href") if one.get(name)]
+    assert references and all(re.match(r"#|data:image/png;base64,", where) for where in references)
+    ids = [one["id"] for one in page.elements if "id" in one]
+    assert len(ids) == len(set(ids)) and {where[1:] for where in references if where[0] == "#"} <= set(ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
+    assert not list(out.glob("*.part"))
+
+
+@pytest.mark.parametrize("which", ["swept", "images"])
+def test_the_page_can_be_read_without_seeing_it(which, request):
+    _, page = request.getfixturevalue(which)
+    assert page.all("html")[0]["lang"] == "en" and all(page.all(landmark) for landmark in ("header", "nav", "main"))
+    assert page.all("a")[0]["href"] == "#main" and len(page.all("h1")) == 1
+    ids = {one["id"] for one in page.elements if "id" in one}
+    assert all(one["aria-labelledby"] in ids for one in page.elements if "aria-labelledby" in one)
+    assert page.all("table") and page.all("svg")
+    for table in page.all("table"):
+        assert len(page.all("caption", within=table)) == 1
+        headers = page.all("th", within=table)
+        assert headers and all(one["scope"] in ("col", "row", "rowgroup") for one in headers)
+    for wide in page.all("table", "svg"):
+        box = wide["parents"][-1]
+        assert box["class"] == "scroll" and box["tabindex"] == "0" and box["role"] == "region"
+        assert box.get("aria-label") or box.get("aria-labelledby")
+    for figure in page.all("figure"):
+        drawn = page.all("svg", within=figure)
+        assert len(drawn) == 1 and drawn[0]["role"] == "img" and len(drawn[0]["aria-label"]) > 40
+        assert page.all("figcaption", within=figure)[0]["text"]
+
+
+def test_plots_follow_the_colours_of_the_page(images):
+    out, page = images
+    drawn = [svg["parents"][-1] for svg in page.all("svg")]
+    assert len(drawn) == 6  # sizes, training; likeness and attention of both
+    text = (out / "report.html").read_text()
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert "#333333" not in svg and "#d55e00" not in svg.lower()
+        assert "<text" in svg or "class token" in svg
+    assert all(f"--{name}:" in text for name in re.findall(r"var\(--([\w-]+)\)", text) if name != "width")
+
+
+def test_names_are_escaped(images):
+    out, page = images
+    assert not page.all("b") and "a<b>&'\"-0" in page.table("Runs")[1]
+
+
+def test_a_sweep_that_has_not_begun(tmp_path):
+    settings = {"steps": 4, "seed": 0, "data": {"length": 16}, "encoding": {"kind": "alibi"}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": {"alibi-0": {"settings": settings}}}))
+    assert [(run.name, run.state) for run in read_study(tmp_path).runs] == [("alibi-0", "not started")]
+    assert "No run has been evaluated" in report.write_report(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content,message", [
+    ("[]", "sweep.json has no dict 'points'"),
+    ('{"points": {"a": {}}}', "sweep.json, point 'a', has no int 'seed'"),
+    ('{"points": {}}', "holds no run"),
+])  # fmt: skip
+def test_a_broken_sweep_is_refused(tmp_path, content, message):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_study(tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("width,dark", [(400, True), (1400, False)])
+def test_a_browser_shows_it(swept, tmp_path, width, dark):
+    from PIL import Image
+
+    out, _ = swept
+    # A frame is as narrow as a telephone, which a window cannot be; its script, not the page's, measures.
+    measure = (
+        "const d = f.contentDocument, e = d.documentElement, v = s => f.contentWindow.getComputedStyle(s);"
+        "document.body.dataset.found = JSON.stringify({wide: e.scrollWidth, tall: e.scrollHeight,"
+        "tables: [...d.querySelectorAll('table')].filter(t => t.getClientRects().length).length,"
+        "plots: [...d.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 100).length,"
+        "ink: v(d.querySelector('svg text')).fill, paper: v(e).backgroundColor})"
+    )
+    (tmp_path / "frame.html").write_text(
+        f"<style>*{{margin:0;border:0}}</style><body><iframe width={width} height=2000 "
+        f'src="{(out / "report.html").as_uri()}" onload="const f = this; {measure}"></iframe>'
+    )
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+        "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,2000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom",
+        (tmp_path / "frame.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
+    assert found["wide"] == width and found["tall"] > 2000  # nothing wider than the window: wide parts scroll by themselves
+    assert found["tables"] >= 5 and found["plots"] >= 4
+    light = [np.mean([int(part) for part in re.findall(r"\d+", found[name])[:3]]) for name in ("ink", "paper")]
+    assert (light[0] > 180 and light[1] < 60) if dark else (light[0] < 80 and light[1] > 240)
+    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("L"))[:, :width]
+    counts = np.bincount(pixels.ravel(), minlength=256)
+    assert 0.01 < 1 - counts.max() / pixels.size < 0.5 and (counts > 0).sum() > 50  # print on paper, in many shades

@@ -1,0 +1,216 @@
+"""Reports of run folders: what is missing is shown as missing, and numbers are those of the files."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.reporting import report, tables
+from seqpe_jax.reporting.study import differences, read_study
+
+
+def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=True, **config):
+    folder.mkdir(parents=True)
+    fields = {"seed": seed, "steps": 4, "batch_size": 2}
+    fields |= {"data": {"name": "text_files", "length": 16}, "encoding": {"kind": kind}}
+    (folder / "config.json").write_text(json.dumps(fields | config))
+    if metrics:
+        lines = [
+            {"step": n, "time": 2.0 * n, "train/term/task": 5.0 - n, "train/tokens_per_second": 100.0 * n,
+             "train/step_seconds": 0.01 * n}
+            for n in range(1, 5)
+        ]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "ti')
+    if bits:
+        results = [
+            {"length": length, "tokens": 640, "loss": value / 2, "perplexity": 2 * value, "bits_per_byte": value,
+             "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]}}
+            for length, value in bits
+        ]  # fmt: skip
+        (folder / "evaluation.json").write_text(json.dumps({"parameters": 1234, "results": results}))
+    if kind == "seqpe":
+        positions = np.arange(16)[:, None]
+        np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.random.rand(2, 16))
+
+
+def test_a_folder_of_runs(tmp_path):
+    make_run(tmp_path / "runs" / "seqpe")
+    make_run(tmp_path / "runs" / "alibi", "alibi", bits=((16, 2.5),))
+    make_run(tmp_path / "runs" / "rotary", "rotary", bits=(), metrics=False)
+    (tmp_path / "runs" / "report").mkdir()
+    main = report.write_report(tmp_path / "runs", tmp_path / "out")
+    assert main.splitlines() == [
+        "| encoding | 16 (1x) | 64 (4x) |", "| --- | ---: | ---: |", "| seqpe | **2.000** | **3.000** |",
+        "| alibi | 2.500 | - |", "| rotary | - | - |",
+    ]  # fmt: skip
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert main in page and "| rotary | rotary | 0 | unfinished: step 0 of 4 | - | - | - |" in page
+    assert "| rotary | - | - | - | - | - |" in page and "| seqpe | 1,234 | 25.0 | 250 | 8 | - |" in page
+    for name in ("extrapolation", "training_curves", "loss_by_position", "similarity_seqpe"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [(row["run"], row["length"], row["bits_per_byte"]) for row in rows] == [
+        ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("alibi", "16", "2.5"), ("rotary", "", ""),
+    ]  # fmt: skip
+    assert rows[0]["word_perplexity"] == "" and "The runs differ" not in page
+    assert "- Bits per byte, lower is better: at 16, 64 seqpe" in page
+
+
+def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    make_run(tmp_path / "a b", bits=((16, 2.0),), encoding={"kind": "seqpe", "mode": "attn_bias"})
+    make_run(tmp_path / "c", bits=((16, 3.0),), encoding={"kind": "seqpe", "mode": "attn_scalar"})
+    report.write_report(tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| seqpe (mode=attn_bias) | **2.000** |" in page and "| seqpe (mode=attn_scalar) | 3.000 |" in page
+    assert "±" not in page and "| encoding.mode | attn_bias | seqpe (mode=attn_bias) |" in page
+    assert (tmp_path / "out" / "similarity_a b.png").exists() and "(similarity_a%20b.png)" in page
+
+
+def test_names_are_words_and_not_markup(tmp_path):
+    """A dollar sign begins no formula, a bar no column, a star no emphasis."""
+    for number, name in enumerate(("a$b$x_{", "c|d", "e*f*", "<b>g")):
+        make_run(tmp_path / name, bits=((16, 2.0 + number),), seed=number, encoding={"kind": "seqpe", "theta": number})
+    report.write_report(tmp_path, tmp_path / "out")
+    page, html = (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+    for shown in ("a$b$x_{", "c\\|d", "e\\*f\\*", "\\<b\\>g"):
+        assert shown in page
+    assert "<b>g" not in html and "&lt;b&gt;g" in html and "a$b$x_{" in html
+
+
+def test_rows_are_named_by_what_differs_from_most(tmp_path):
+    other = {"steps": 8, "data": {"name": "x", "length": 16}}
+    ways = {"base": {}, "base-1": {"seed": 1}, "apart": {"contrastive": 0.0}, "alone": {"distillation": 0.0}, "both": other}
+    for name, way in ways.items():
+        losses = {term: {"weight": way.pop(term, 0.1)} for term in ("contrastive", "distillation")}
+        make_run(tmp_path / name, objective=losses, **way)
+    make_run(tmp_path / "alibi", "alibi", steps=9)
+    assert {run.name: run.row for run in read_study(tmp_path).runs} == {
+        "alone": "seqpe (distillation.weight=0.0)", "apart": "seqpe (contrastive.weight=0.0)", "base": "seqpe",
+        "base-1": "seqpe", "both": "seqpe (steps=8, name=x)", "alibi": "alibi",
+    }  # fmt: skip
+
+
+def test_rows_of_a_sweep_have_the_names_of_their_runs_without_the_seed(tmp_path):
+    ways = {"full": {}, "off": {"objective": {"weight": 0.0}}, "on-0": {"steps": 9}, "on-1": {"steps": 9, "seed": 1}}
+    for name, way in ways.items():
+        make_run(tmp_path / name, **way)
+    make_run(tmp_path / "baseline", "alibi")
+    points = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")}
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": {n: {"settings": points[n]} for n in sorted(points)}}))
+    study = read_study(tmp_path)
+    assert {run.name: run.row for run in study.runs} == {
+        "full": "full", "off": "off", "on-0": "on", "on-1": "on", "baseline": "alibi",
+    }  # fmt: skip
+    assert tables.cost(study).header[0] == "run"
+
+
+def test_what_is_unfinished_or_stale_is_told(tmp_path):
+    make_run(tmp_path / "a", steps=9)
+    make_run(tmp_path / "b", "alibi", steps=9)
+    for name, values in (("a", {"step": 2, "split": "test"}), ("b", {"step": 4, "split": "validation"})):
+        path = tmp_path / name / "evaluation.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    assert report.notes(read_study(tmp_path)) == [
+        'The runs differ in evaluated split: "test" (a); "validation" (b)',
+        "a is not finished: step 4 of 9",
+        "a was evaluated at step 2, but its last reported step is 4",
+        "b is not finished: step 4 of 9",
+    ]
+
+
+def test_an_unfinished_run_does_not_count_beside_finished_ones(tmp_path):
+    make_run(tmp_path / "a", bits=((16, 2.0),))
+    make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 3}\n')
+    make_run(tmp_path / "c", "alibi", bits=((16, 4.0),), metrics=False)
+    study = read_study(tmp_path)
+    table = tables.markdown(tables.by_scale(study, "text", tables.METRICS["text"][0]))
+    assert "| seqpe | **2.000** (1 of 2) |" in table and "| alibi | 4.000 |" in table
+    left_out = "b is not finished: step 3 of 4, so its results are left out beside finished runs"
+    assert left_out in report.notes(study) and "b,seqpe,unfinished: step 3 of 4," in tables.results_csv(study)
+
+
+def test_numbers_that_are_huge_or_not_finite(tmp_path):
+    make_run(tmp_path / "a", bits=((16, float("nan")),))
+    make_run(tmp_path / "b", "alibi", bits=((16, 1e200),))
+    report.write_report(tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| seqpe | nan |" in page and "| alibi | **1e+200** |" in page
+
+
+def test_seeds_are_averaged_and_differences_told(tmp_path):
+    make_run(tmp_path / "a", seed=0, bits=((16, 2.0),))
+    make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
+    study, metric = read_study(tmp_path), tables.METRICS["text"][0]
+    assert "| seqpe | 2.500 ± 0.707 |" in tables.markdown(tables.by_scale(study, "text", metric))
+    assert differences(study) == [] and tables.leaders(study, "text", metric) == ""
+    make_run(tmp_path / "c", "alibi", bits=((16, 2.0),), steps=8)
+    study = read_study(tmp_path)
+    assert differences(study) == ["steps: 4 (a, b); 8 (c)", "seed: [0, 1] (seqpe); [0] (alibi)"]
+    assert tables.leaders(study, "text", metric) == "at 16 alibi (within one standard deviation: seqpe)"
+
+
+def test_one_run_that_has_only_begun(tmp_path):
+    make_run(tmp_path / "run", "none", bits=(), metrics=False)
+    assert "No run has been evaluated yet" in report.write_report(tmp_path / "run", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md", "results.csv"]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such directory"):
+        read_study(tmp_path / "nothing")
+    with pytest.raises(InputError, match="holds no run"):
+        read_study(tmp_path)
+    make_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        report.write_report(tmp_path / "run", tmp_path / "file")
+    with pytest.raises(InputError, match="no such directory"):
+        read_study(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "config.json has no int 'seed'"),
+        ("config.json", '{"seed": 0, "data": {"length": 16}, "encoding": 3}', "no str 'encoding.kind'"),
+        ("evaluation.json", "{", "evaluation.json is not JSON"),
+        ("evaluation.json", "[]", "evaluation.json has no list 'results'"),
+        ("evaluation.json", '{"results": [{"size": [2]}]}', "a result without a length or size"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2 is no object with a step"),
+        ("metrics.jsonl", "3\n", "metrics.jsonl, line 1 is no object with a step"),
+        ("similarity.npz", "no archive", "similarity.npz is not an archive"),
+        ("similarity.npz", "", "similarity.npz is not an archive"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, message):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_study(tmp_path)
+
+
+def test_a_similarity_of_other_arrays_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    for arrays in ({"pivots": [[1]]}, {"pivots": [[1]], "positions": [[0], [1]], "cosine": np.ones((2, 2))}):
+        np.savez(tmp_path / "run" / "similarity.npz", **arrays)
+        with pytest.raises(InputError, match="similarity.npz.*evaluate the run again"):
+            read_study(tmp_path)
+
+
+def test_the_command_prints_the_table_or_one_line(tmp_path):
+    def call(workdir):
+        command = [sys.executable, "-m", "seqpe_jax.report", f"--workdir={workdir}", f"--output={tmp_path / 'out'}"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    make_run(tmp_path / "run")
+    done = call(tmp_path / "run")
+    assert done.returncode == 0 and "| seqpe | 2.000 | 3.000 |" in done.stdout
+    (tmp_path / "empty").mkdir()
+    done = call(tmp_path / "empty")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "holds no run" in done.stderr

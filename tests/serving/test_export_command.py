@@ -1,0 +1,327 @@
+"""An export runs without Flax and without this package, equals its run, and bad input ends with one line."""
+
+import ast
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import venv
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from seqpe_jax import config, loading
+from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.trainer import Trainer
+from tests.commands import ROOT, Commands, environment
+from tests.serving import test_exported as test_serving
+from tests.tiny import random_state, tiny_config
+from tests.training.test_commands import refused, word_tokenizer
+
+pytestmark = pytest.mark.slow
+
+# Stands before the lines of a model card: a process that has JAX, but nothing that training needs.
+ALONE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"seqpe_jax", "flax", "optax", "orbax", "ml_collections", "absl", "tokenizers"}:
+            raise ImportError(f"{name} is not there")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("".join(f"line {number:4d} of text\n" for number in range(300)))
+    return path
+
+
+def saved_run(workdir: pathlib.Path, settings: config.Config) -> pathlib.Path:
+    """A workdir with a checkpoint of random weights."""
+    run = Trainer.of(settings, jax.devices()[:1])
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(3, random_state(run, 0.2), {})
+    checkpoints.close()
+    write_config(workdir, config.to_dict(settings))
+    run.task.keep(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def on_text(tmp_path_factory, text) -> pathlib.Path:
+    """A workdir of a language model, with results to tell of."""
+    fields = {"data__name": "text_files", "data__paths": (str(text),)}
+    workdir = saved_run(tmp_path_factory.mktemp("run") / "tiny", tiny_config(**fields))
+    lines = [{"step": 2, "time": 1.0, "train/loss": 5.4321}, {"step": 3, "time": 2.0, "train/loss": 5.25}]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = [{"length": length, "loss": 5.0, "perplexity": 148.4, "bits_per_byte": 7.125} for length in (16, 32)]
+    (workdir / "evaluation.json").write_text(json.dumps({"step": 3, "split": "test", "results": results}))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def text_export(commands, on_text) -> pathlib.Path:
+    output = on_text.parent / "exports" / "tiny"
+    result = commands("export", f"--checkpoint={on_text}", f"--output={output}", "--max-length=48")
+    assert result.code == 0, result.err
+    return output
+
+
+@pytest.fixture(scope="module")
+def on_images(tmp_path_factory) -> pathlib.Path:
+    """A workdir of a classifier whose encoding is made of parts, and reads larger images between its positions."""
+    settings = test_serving.vit_config(encoding__mode="attn_scalar", **test_serving.COMPOSED)
+    assert settings.encoding.resize == "stretch" and settings.encoding.fraction_digits == 1
+    return saved_run(tmp_path_factory.mktemp("run") / "digits", settings)
+
+
+@pytest.fixture(scope="module")
+def images_export(commands, on_images) -> pathlib.Path:
+    output = on_images.parent / "digits-export"
+    result = commands("export", f"--checkpoint={on_images}", f"--output={output}", "--max-size=16")
+    assert result.code == 0, result.err
+    assert "| encoding | seqpe, past training between its positions |" in (output / "README.md").read_text()
+    return output
+
+
+def lines_of(card: pathlib.Path) -> str:
+    """The five lines of a model card that load and run it."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", card.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(ast.parse(block).body) == len(block.splitlines()) == 5
+    return block
+
+
+def run_alone(folder: pathlib.Path, inputs: list[np.ndarray], python: str = sys.executable) -> list[np.ndarray]:
+    """Logits of the model card's lines, in a process without this package, on their own input and then on others."""
+    np.savez(folder.parent / "inputs.npz", *inputs)
+    further = """
+import pathlib
+given = numpy.load("../inputs.npz")
+found = [jax.jit(model.call)(params, given[name]) for name in given]
+numpy.savez("../logits.npz", inputs, logits, *found)
+print(sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+    clean = {name: value for name, value in environment(folder).items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [python, "-c", ALONE + lines_of(folder / "README.md") + further],
+        cwd=folder, env=clean, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not {"seqpe_jax", "flax", "optax"} & set(ast.literal_eval(done.stdout))
+    with np.load(folder.parent / "logits.npz") as found:
+        return [found[name] for name in found]
+
+
+def own_logits(workdir: pathlib.Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits of the run, from its checkpoint and its encoder."""
+    run = loading.opened(str(workdir))
+    assert run.step == 3
+    params, found = jax.device_get(run.params), jax.jit(functools.partial(test_serving.own_logits, run))
+    return [np.asarray(found(params, array)) for array in inputs]
+
+
+def check_alone(workdir, folder, inputs, python=sys.executable):
+    card_inputs, *found = run_alone(folder, inputs, python)
+    for logits, expected in zip(found, own_logits(workdir, [card_inputs, *inputs]), strict=True):
+        assert np.ptp(expected) > 0.1
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+def token_windows():
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, 256, size).astype(np.int32) for size in ((2, 48), (3, 7))]
+
+
+def test_a_language_model_runs_alone(on_text, text_export):
+    check_alone(on_text, text_export, token_windows())
+    names = {path.name for path in text_export.iterdir()}
+    assert names == {"README.md", "config.json", "model.stablehlo", "params.safetensors", "sizes.json"}
+    leaves = safetensors.numpy.load_file(text_export / "params.safetensors")
+    assert leaves["encoding/table"].shape == (48, 24) and "model/blocks_0/qkv/kernel" in leaves
+    assert not any("encoder" in name for name in leaves)
+    assert [path.name for path in text_export.parent.iterdir()].count("tiny") == 1
+    assert not list(text_export.parent.glob(".*"))
+    assert len({path.stat().st_mode for path in text_export.iterdir()}) == 1  # whoever reads one file reads all
+
+
+def test_a_classifier_runs_alone(on_images, images_export):
+    draw = np.random.default_rng(0)
+    inputs = [draw.normal(size=size).astype(np.float32) for size in ((2, 16, 16, 1), (3, 8, 12, 1))]
+    check_alone(on_images, images_export, inputs)
+
+
+def test_an_export_runs_in_an_environment_of_its_own(on_text, text_export, tmp_path):
+    venv.create(tmp_path / "venv")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    (needed,) = re.findall(r"`pip install (.*?)`", (text_export / "README.md").read_text())
+    packages = needed.replace("jax ", f"jax=={jax.__version__} ").split()
+    install = [sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet", "--no-compile", *packages]
+    installed = subprocess.run(install, capture_output=True, text=True)
+    unreachable = "No matching distribution|connection|timed out|Temporary failure"
+    if installed.returncode and re.search(unreachable, installed.stderr):
+        pytest.skip(f"pip reaches no index: {installed.stderr.strip().splitlines()[-1]}")
+    assert installed.returncode == 0, installed.stderr
+    check_alone(on_text, text_export, token_windows(), python)
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_evaluate_measures_the_same_on_an_export(commands, request, tmp_path, kind):
+    workdir, export = (request.getfixturevalue(name) for name in (f"on_{kind}", f"{kind}_export"))
+    scales = {"text": "--lengths=16,48", "images": "--sizes=8,16x12"}[kind]
+    reports = []
+    for folder in (workdir, export):
+        output = tmp_path / folder.name / "evaluation.json"
+        result = commands("evaluate", f"--checkpoint={folder}", scales, f"--output={output}")
+        assert result.code == 0, result.err
+        reports.append(json.loads(output.read_text()))
+        assert (output.parent / "similarity.npz").is_file()
+    own, other = reports
+    assert {name for name in own if own[name] != other[name]} <= {"checkpoint", "results"}
+    for before, after in zip(own["results"], other["results"], strict=True):
+        assert before.keys() == after.keys()
+        for name in before:
+            if name != "loss_by_position":
+                assert after[name] == pytest.approx(before[name], rel=1e-5)
+
+
+def test_evaluation_of_an_export_reads_the_export(commands, text_export, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(text_export, copy)
+    leaves = safetensors.numpy.load_file(copy / "params.safetensors")
+    leaves["encoding/table"] = -3 * leaves["encoding/table"]
+    safetensors.numpy.save_file(leaves, copy / "params.safetensors")
+    results = [commands("evaluate", f"--checkpoint={folder}", "--lengths=32") for folder in (text_export, copy)]
+    assert [result.code for result in results] == [0, 0] and results[0].out != results[1].out
+    (copy / "params.safetensors").unlink()
+    refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "params.safetensors", "cannot be read")
+
+
+def test_past_the_exported_range_evaluation_is_refused(commands, text_export, images_export):
+    refused(
+        commands("evaluate", f"--checkpoint={text_export}", "--lengths=16,49"),
+        "evaluation length 49", "up to 48", "--max-length=49",
+    )  # fmt: skip
+    refused(
+        commands("evaluate", f"--checkpoint={images_export}", "--sizes=8x18"),
+        "evaluation size 8x18", "up to 16x16", "--max-size=18",
+    )  # fmt: skip
+
+
+def test_the_model_card_says_what_it_is(on_text, text_export):
+    card = (text_export / "README.md").read_text()
+    count = sum(leaf.size for leaf in jax.tree.leaves(Trainer.of(tiny_config()).shapes.params))
+    leaves = safetensors.numpy.load_file(text_export / "params.safetensors").values()
+    for words in (
+        "| data | text_files |", "| steps | 3 |", "| encoding | seqpe |", "| training length | 16 |",
+        "| lengths served | up to 48 |", "| platforms | cpu, cuda, tpu |", "int32[batch, length]", "length 1 to 48",
+        f"| parameters | {count:,} trained, {sum(leaf.size for leaf in leaves):,} here",
+        "train/loss: 5.25 (step 3)", "| 32 | 5.000 | 148.400 | 7.125 |", "the test split, step 3",
+    ):  # fmt: skip
+        assert words in card, words
+    stored, own = (json.loads((folder / "config.json").read_text()) for folder in (text_export, on_text))
+    section = stored.pop("export")
+    assert stored == own
+    assert section["input"] == {"name": "tokens", "dtype": "int32", "shape": ["batch", "length"], "limits": {"length": 48}}
+    assert (section["step"], section["reach"], section["jax"]) == (3, [48], jax.__version__)
+    assert section["platforms"] == ["cpu", "cuda", "tpu"]
+
+
+def test_a_tokenizer_goes_with_its_model(commands, text, tmp_path):
+    word_tokenizer(tmp_path / "tokenizer.json", ["line", "of", "text", "</s>"])
+    fields = {"data__name": "text_files", "data__paths": (str(text),), "data__tokenizer": str(tmp_path / "tokenizer.json")}
+    fields["data__lossy_tokenizer"] = True
+    workdir = saved_run(tmp_path / "run", tiny_config(variant="rotary", eval__lengths=(16,), **fields))
+    (tmp_path / "tokenizer.json").unlink()  # the run keeps its own
+    export = tmp_path / "export"
+    result = commands("export", f"--checkpoint={workdir}", f"--output={export}", "--platforms=cpu")
+    assert result.code == 0, result.err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (export / name).read_bytes() == (workdir / name).read_bytes()
+    check_alone(workdir, export, [np.array([[1, 2, 3, 0]], np.int32)])
+    both = [commands("evaluate", f"--checkpoint={folder}") for folder in (workdir, export)]
+    assert both[0].code == 0 and both[0].out == both[1].out
+
+
+def test_an_export_may_have_a_name_of_any_bytes(commands, on_text, tmp_path):
+    export = tmp_path / os.fsdecode(b"caf\xe9")
+    result = commands("export", f"--checkpoint={on_text}", f"--output={export}", "--platforms=cpu", "--max-length=16")
+    assert result.code == 0, result.err
+    assert (export / "README.md").read_text().startswith("# caf\\udce9\n")
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--max-length=201"], ["--max-length 201", "largest position possible is 199"]),
+    (["--max-length=0"], ["max-length", "0"]),
+    (["--max-size=8"], ["--max-size", "text", "--max-length"]),
+    (["--platforms=cpu,gpu"], ["'gpu'", "cpu, cuda, tpu"]),
+    (["--platforms="], ["--platforms", "cpu, cuda, tpu"]),
+    (["--output=FULL"], ["FULL", "not an empty folder"]),
+    (["--checkpoint=FULL"], ["not a run", "config.json"]),
+    (["--checkpoint=EXPORT"], ["an export already", "--workdir"]),
+    (["--checkpoint=nowhere"], ["no such directory: nowhere"]),
+])  # fmt: skip
+def test_export_refuses_arguments(commands, on_text, text_export, tmp_path, arguments, words):
+    full, output = tmp_path / "FULL", tmp_path / "new" / "export"
+    full.mkdir()
+    (full / "letter.txt").write_text("dear reader")
+    arguments = [a.replace("FULL", str(full)).replace("EXPORT", str(text_export)) for a in arguments]
+    result = commands("export", f"--checkpoint={on_text}", f"--output={output}", *arguments)
+    refused(result, *words)
+    assert "positions" not in result.out + result.err and not output.parent.exists()
+    assert [path.name for path in full.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--max-size=9"], ["--max-size 9x9", "patches of 2x2"]),
+    (["--max-size=202"], ["--max-size 202x202", "largest size possible is 80x80"]),
+    (["--max-length=16"], ["--max-length", "images", "--max-size"]),
+])  # fmt: skip
+def test_export_of_images_refuses_arguments(commands, on_images, tmp_path, arguments, words):
+    refused(commands("export", f"--checkpoint={on_images}", f"--output={tmp_path / 'export'}", *arguments), *words)
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_export_that_is_stopped_leaves_nothing(on_text, tmp_path):
+    program = f"""
+import os, signal, sys
+sys.argv = ["export", "--checkpoint={on_text}", "--output={tmp_path / "out" / "export"}", "--platforms=cpu"]
+from absl import flags
+from seqpe_jax import command, export
+from seqpe_jax.serving import export as writing
+def stopped(path, config):
+    assert sorted(os.listdir(path)) == ["README.md", "model.stablehlo", "params.safetensors", "sizes.json"]
+    os.kill(os.getpid(), number)
+writing.write_config = stopped
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
+for number in (signal.SIGINT, signal.SIGTERM):  # each in a fork: importing takes longer than all else
+    child = os.fork()
+    if not child:
+        command.run(export.main)
+        os._exit(0)
+    print("left", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.listdir("{tmp_path / "out"}"), flush=True)
+"""
+    env = environment(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("left")]
+    assert found == ["left 130 []", "left 143 []"], done.stdout + done.stderr
+
+
+def test_help_tells_what_export_does(commands):
+    result = commands("export", "--help")
+    assert result.code == 0, result.err
+    assert "python -m seqpe_jax.export" in result.out and "--platforms" in result.out and "cpu,cuda,tpu" in result.out

@@ -1,0 +1,187 @@
+"""A model as it is served equals the run's own at any batch, length and size of its range; folders are whole or absent."""
+
+import functools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax import config, files, trees
+from seqpe_jax.errors import InputError
+from seqpe_jax.serving import exported as serving
+from seqpe_jax.training.trainer import Trainer
+from tests.tiny import ROOT, random_params, tiny_config
+from tests.training.test_image_commands import TINY
+
+LENGTHS = ((1, 32), (3, 9))  # batch and length; windows of training have 16
+SIZES = ((1, 16, 14), (3, 8, 8))
+
+
+def vit_config(kind="seqpe", page="digits_vit", **fields):
+    values = TINY if kind == "seqpe" else {
+        name: value for name, value in TINY.items() if not name.startswith(("encoding", "objective"))
+    }  # fmt: skip
+    values = values | {name.replace("__", "."): value for name, value in fields.items()}
+    return config.load(f"{ROOT}/configs/{page}.py:{kind}", values)
+
+
+def random_run(settings):
+    """A run on one device, and parameters none of which is zero or one."""
+    run = Trainer.of(settings, jax.devices()[:1])
+    return run, random_params(run, 0.1)
+
+
+def served(run, params, reach, platforms=serving.PLATFORMS):
+    """The model as another process reads it: (function, flat parameters)."""
+    stored = run.programs.stored_params(params, reach)
+    program = serving.serialise(run.architecture.stored(reach).logits, stored, run.task.served(reach), platforms)
+    return jax.export.deserialize(bytearray(program)), trees.flat(stored)
+
+
+def own_logits(run, params, inputs):
+    """The logits of the run itself, with its encoder."""
+    shape = run.config.grid_of(inputs.shape[1:-1]) if run.config.reads_images else inputs.shape[1:]
+    signal = run.architecture.signal(params, run.architecture.spacing.grid(shape)[None], shape)
+    return run.architecture.network.apply({"params": params["model"]}, inputs, signal)
+
+
+def check(run, params, reach, inputs, tolerance=1e-5):
+    model, leaves = served(run, params, reach)
+    assert model.platforms == serving.PLATFORMS
+    assert set(re.findall(r"custom_call @(\w+)", model.mlir_module())) <= {"shape_assertion"}
+    for array in inputs:
+        expected = jax.jit(functools.partial(own_logits, run))(params, array)
+        assert float(jnp.ptp(expected)) > 0.1
+        found = jax.jit(model.call)(leaves, array)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    return model.mlir_module(), leaves
+
+
+def windows(vocabulary=256):
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, vocabulary, size).astype(np.int32) for size in LENGTHS]
+
+
+COMPOSED = {
+    "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1, "encoding__log_scaling": True,
+}  # fmt: skip
+TEXTS = {
+    "seqpe": {"encoding__qk": "single"},
+    "seqpe, a map for each layer": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
+    "composed": COMPOSED,
+    "composed, stretched": COMPOSED | {"encoding__resize": "stretch", "encoding__fraction_digits": 1},
+    "seqpe added": {"encoding__mode": "input_add", "encoding__qk": "none", "objective__contrastive__space": "vectors"},
+    **{kind: {"variant": kind} for kind in ("rotary", "alibi", "learned", "sinusoidal", "rotary_mixed", "none")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_is_served_at_any_batch_and_length(name):
+    layered = ("seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed")
+    layers = 2 if name in layered else 1  # a signal for each layer
+    fields = {"objective__contrastive__space": "vectors", "model__layers": layers} | TEXTS[name]
+    run, params = random_run(tiny_config(**fields))
+    _, leaves = check(run, params, (32,), windows())
+    if "encoding/table" in leaves and name != "learned":
+        places = 160 if "stretched" in name else 32  # tenths of the 16 places of training, or as many as are served
+        assert leaves["encoding/table"].shape == (places, 24)
+        assert not any("encoder" in leaf for leaf in leaves)
+
+
+@pytest.mark.slow
+def test_long_windows_are_served_in_blocks_of_queries():
+    run, params = random_run(tiny_config(model__attention_block=6))
+    assert "while" in check(run, params, (32,), windows())[0]
+    assert "while" not in served(run, params, (6,))[0].mlir_module()  # no loop where the range fits in one block
+
+
+@pytest.mark.slow
+def test_bfloat16_is_served():
+    run, params = random_run(tiny_config(precision__compute="bfloat16"))
+    assert "bf16" in check(run, params, (32,), windows(), tolerance=2e-2)[0]
+
+
+IMAGES = {
+    "seqpe": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
+    "composed": COMPOSED | {"encoding__mode": "attn_scalar"},
+    "none": {"kind": "none"},
+    "learned": {"kind": "learned"},
+    "rotary_axial": {"kind": "rotary_axial"},
+    "sinusoidal": {"kind": "sinusoidal"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_are_served_at_any_batch_and_size(name):
+    run, params = random_run(vit_config(**IMAGES[name]))
+    draw = np.random.default_rng(0)
+    images = [draw.normal(size=(*size, 1)).astype(np.float32) for size in SIZES]
+    program, leaves = check(run, params, (8, 8), images)
+    assert "while" not in program
+    if name == "seqpe":
+        places = run.architecture.spacing.table((8, 8))[0]  # all that lie between those of training
+        assert places > (8, 8) and leaves["encoding/table"].shape == (*places, 16)
+        assert "encoding/prefix_vectors" in leaves
+
+
+@pytest.mark.parametrize("arguments", [np.zeros((1, 33), np.int32), np.zeros((1, 8), np.float32)])
+def test_inputs_outside_of_the_range_are_refused(arguments):
+    model, leaves = served(*random_run(tiny_config(variant="none")), (32,), platforms=("cpu",))
+    with pytest.raises(ValueError, match="shapes|[Dd]type"):
+        model.call(leaves, arguments)
+
+
+def test_positions_past_the_table_show():
+    run, params = random_run(tiny_config())
+    stored = run.programs.stored_params(params, (20,))
+    vectors = run.architecture.stored((20,)).encoding.apply(
+        {"params": stored["encoding"]}, jnp.array([[19], [20]]), method="vectors"
+    )
+    assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()
+
+
+def test_names_are_flat_and_back():
+    tree = {"model": {"blocks_0": {"qkv": {"kernel": 1}}, "norm": 2}, "encoding": {"table": 3}}
+    leaves = trees.flat(tree)
+    assert leaves == {"model/blocks_0/qkv/kernel": 1, "model/norm": 2, "encoding/table": 3}
+    assert trees.nested(leaves) == tree
+
+
+def test_parameters_are_read_back_or_refused(tmp_path):
+    tree = {"model": {"kernel": np.ones((2, 3), np.float32)}, "encoding": {}}
+    serving.write_params(tmp_path, tree)
+    found = serving.read_params(tmp_path, tree)
+    assert found.keys() == tree.keys() and (found["model"]["kernel"] == 1).all()
+    other = {"model": {"kernel": np.ones((3, 2), np.float32)}, "encoding": {}}
+    with pytest.raises(InputError, match=r"model/kernel is float32\[2, 3\], but config.json asks for float32\[3, 2\]"):
+        serving.read_params(tmp_path, other)
+    with pytest.raises(InputError, match="model/bias is missing"):
+        serving.read_params(tmp_path, {"model": tree["model"] | {"bias": np.ones(3, np.float32)}})
+    path = tmp_path / serving.PARAMS
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match="cannot be read"):
+        serving.read_params(tmp_path, tree)
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    output = tmp_path / "deep" / "export"
+    with pytest.raises(KeyboardInterrupt):
+        with files.new_folder(output) as folder:
+            (folder / "half").write_text("half")
+            raise KeyboardInterrupt
+    assert list((tmp_path / "deep").iterdir()) == []
+    output.mkdir()  # an empty folder may be there
+    with files.new_folder(output) as folder:
+        assert folder.parent == output.parent and not any(output.iterdir())
+        (folder / "all").write_text("all")
+    assert [path.name for path in output.parent.iterdir()] == ["export"] and (output / "all").read_text() == "all"
+    assert output.stat().st_mode & 0o777 == (tmp_path / "deep").stat().st_mode & 0o777
+    with pytest.raises(InputError, match="not an empty folder"):
+        files.check_free(output)

@@ -1,0 +1,118 @@
+"""A run keeps how its texts end and says what its tokenizer loses."""
+
+import json
+
+import pytest
+
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.tasks.questions import Questions
+from seqpe_jax.tasks.text import Text
+from tests.data.test_tokenizers import with_tokens, word_level
+from tests.tiny import tiny_config
+
+WORDS = ["the", "fox", "walks"]
+
+
+def settings(tokenizer, path, **fields):
+    values = {
+        "data__name": "text_files", "data__paths": (str(path),), "data__tokenizer": str(tokenizer),
+        "data__cache_dir": str(path.parent / "cache"), "eval__lengths": (16,), "variant": "rotary",
+    }  # fmt: skip
+    return tiny_config(**values | fields)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("the fox walks\n" * 200)
+    return path
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"index": n, "input": "the fox", "outputs": ["walks"]}) + "\n" for n in range(9)))
+    return path
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Words, and a special token [EOS] that has the id 4."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    word_level(folder / "tokenizer.json", WORDS)
+    return with_tokens(folder / "tokenizer.json", ["[EOS]"])
+
+
+def kept_by(folder, data, settings):
+    """Makes a folder that of a run."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(settings)))
+    data.keep(folder)
+    return folder
+
+
+def test_the_start_says_how_texts_end(tokenizer, texts, asked, tmp_path):
+    assert "texts end with '[EOS]' (token 4)" in Text(settings(tokenizer, texts)).describe()
+    assert "no end of text: texts run together" in Text(settings("bytes", texts)).describe()
+    plain = tmp_path / "plain.json"
+    word_level(plain, WORDS)
+    assert "no end of text: texts run together" in Text(settings(plain, texts)).describe()
+    questions = settings(tokenizer, asked, data__name="qa_jsonl")
+    assert "answers end with '[EOS]' (token 4)" in Questions(questions).describe()
+    in_bytes = Questions(settings("bytes", asked, data__name="qa_jsonl")).describe()
+    assert "answers end with byte 0" in in_bytes and "loses" not in in_bytes
+
+
+def test_a_run_ends_its_texts_as_it_began(tokenizer, texts, tmp_path):
+    """What the files beside data.tokenizer say later changes nothing, until a new run begins."""
+    given = settings(tokenizer, texts)
+    run = kept_by(tmp_path / "run", Text(given), given)
+    with_tokens(tokenizer, ["<stop>"])
+    with pytest.raises(InputError, match="is not the tokenizer that the run of .* began with"):
+        Text(given, kept=run)
+    tokenizer.write_bytes((run / "tokenizer.json").read_bytes())
+    (tokenizer.parent / "tokenizer_config.json").write_text('{"eos_token": "fox"}')
+    assert Text(given).tokenizer.end_of_text == 2
+    assert Text(given, kept=run).tokenizer.end_of_text == 4
+    assert Text(settings(run / "tokenizer.json", texts), kept=run).tokenizer.end_of_text == 4
+    begins = Text(settings(tokenizer, texts, init_from=str(run)), kept=str(run))
+    begins.check_kept(run)
+    assert begins.tokenizer.end_of_text == 2
+
+
+def test_a_run_from_before_goes_on_without_an_end(tokenizer, texts, tmp_path):
+    given = settings(tokenizer, texts)
+    run = kept_by(tmp_path / "run", Text(given), given)
+    (run / "tokenizer_config.json").unlink()
+    old, new = Text(given, kept=run), Text(given)
+    assert old.tokenizer.end_of_text is None and new.tokenizer.end_of_text == 4
+    assert 4 not in old.source("train").tokens
+
+
+def test_questions_that_the_tokenizer_loses_are_refused(tokenizer, asked):
+    asked.write_text(asked.read_text() + json.dumps({"index": 9, "input": "the wolf", "outputs": ["walks"]}) + "\n")
+    with pytest.raises(InputError, match="loses text: 4 of .* such as 'wolf' .*data.lossy_tokenizer=True"):
+        Questions(settings(tokenizer, asked, data__name="qa_jsonl")).questions("train", 16)
+    found = Questions(settings(tokenizer, asked, data__name="qa_jsonl", data__lossy_tokenizer=True))
+    assert "the tokenizer loses text: 4 of" in found.describe()
+
+
+def test_what_prompts_lose_is_told(tokenizer, texts, capsys):
+    data = Text(settings(tokenizer, texts))
+    assert [one.tolist() for one in data.prompts([b"the fox", b"walks"])] == [[1, 2], [3]]
+    assert capsys.readouterr().err == ""
+    data.prompts([b"the fox", "the ☃".encode()])
+    assert capsys.readouterr().err.startswith(
+        "prompts: the tokenizer loses text: 3 of 14 bytes looked at (21%), such as '☃'"
+    )
+    raw = Text(settings("bytes", texts)).prompts([b"caf\xe9"])
+    assert raw[0].tolist() == list(b"caf\xe9") and capsys.readouterr().err == ""
+
+
+def test_an_export_says_which_of_its_logits_are_no_tokens(tokenizer, texts):
+    plain, padded = (Text(settings(tokenizer, texts, model__vocabulary=size)).served((16,)) for size in (0, 64))
+    assert plain.output == ("batch", "length", "5") and "no tokens" not in plain.meaning
+    assert padded.output == ("batch", "length", "64") and "59 of the 64 ids are no tokens" in padded.meaning
+    assert "token ids 0 to 4" in padded.meaning

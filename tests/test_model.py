@@ -1,0 +1,210 @@
+"""One handle on runs, exports and checkpoints of others, opened without their data."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import seqpe_jax
+from seqpe_jax import config, loading
+from seqpe_jax.architecture import Sizes
+from seqpe_jax.data import pictures as image_data
+from seqpe_jax.data import tokens as text_data
+from seqpe_jax.errors import InputError
+from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.tasks.sizes import FILE, read_sizes, write_sizes
+from seqpe_jax.training import optimizer as optimizers
+from seqpe_jax.training.trainer import Trainer
+from tests.serving.test_exported import vit_config
+from tests.tiny import random_state, tiny_config
+
+FIELDS = {"encoding__rotary_pairs": 2, "model__layers": 2, "encoding__qk": "multi"}
+
+
+def saved(folder, settings, step=3):
+    """The folder of a run of random weights."""
+    trainer = Trainer.of(settings, jax.devices()[:1])
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(step, random_state(trainer, 0.2), {})
+    checkpoints.close()
+    write_config(folder, config.to_dict(settings))
+    write_sizes(folder, trainer.task.sizes)
+    trainer.task.keep(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("".join(f"line {number:4d} of text\n" for number in range(300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, text_file):
+    fields = FIELDS | {"data__name": "text_files", "data__paths": (str(text_file),)}
+    return saved(tmp_path_factory.mktemp("runs") / "first", tiny_config(**fields))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("runs") / "photos", vit_config())
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """No data set, optimiser or state of training may be touched."""
+
+    def refuse(*_, **__):
+        pytest.fail("opening a model touched what only training needs")
+
+    monkeypatch.setattr(text_data, "token_source", refuse)
+    monkeypatch.setattr(image_data, "image_source", refuse)
+    monkeypatch.setattr(optimizers, "make_optimizer", refuse)
+    monkeypatch.setattr(Trainer, "of", refuse)
+
+
+def test_a_model_is_opened_without_its_data(run, photos, no_data):
+    model = seqpe_jax.load(run)
+    assert repr(model).startswith("Model(seqpe in gpt2, 2 layers of width 24, ") and "step 3 of" in repr(model)
+    assert model.logits(np.arange(24)[None]).shape == (1, 24, 256)
+    assert model.encode_positions([0, 9, 199]).shape == (3, 24)
+    assert isinstance(model.generate("line ", max_new_tokens=3), str)
+    assert len(model.generate(["line ", "a"], 3, temperature=1.0)) == 2
+    grown = seqpe_jax.load(photos).logits(np.zeros((2, 12, 12, 1), np.float32))
+    assert grown.shape == (2, 10) and np.isfinite(grown).all()
+
+
+def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
+    model, tokens = seqpe_jax.load(run), np.random.default_rng(0).integers(0, 256, (2, 40))
+    model.export(tmp_path / "export", max_length=64, platforms=("cpu",))
+    model.save(tmp_path / "copy")
+    exported, copy = seqpe_jax.load(tmp_path / "export"), seqpe_jax.load(str(tmp_path / "copy"))
+    for other in (exported, copy):
+        np.testing.assert_allclose(other.logits(tokens), model.logits(tokens), atol=2e-5)
+        np.testing.assert_allclose(other.encode_positions([0, 63]), model.encode_positions([0, 63]), atol=2e-5)
+        assert other.generate("line ", 8) == model.generate("line ", 8)
+    assert (copy.step, exported.step, copy.sizes) == (3, 3, model.sizes)
+    with pytest.raises(InputError, match="position 64 is outside 0 .. 63, what this export holds"):
+        exported.logits(np.zeros((1, 65), int))
+    with pytest.raises(InputError, match="is an export already"):
+        exported.export(tmp_path / "again")
+    with pytest.raises(InputError, match="is an export, which has no encoder"):
+        exported.save_reference(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_logits_begin_anywhere(run):
+    model = seqpe_jax.load(run)
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 10))
+    moved = model.logits(tokens, start=100)
+    assert float(np.abs(moved - model.logits(tokens)).max()) > 1e-4
+    shape = model.architecture.spacing.grid((10,))[None] + 100
+    expected = model.architecture.network.apply(
+        {"params": model.params["model"]}, tokens, model.architecture.signal(model.params, shape, (10,))
+    )
+    np.testing.assert_allclose(moved, expected, atol=1e-5)
+
+
+def test_evaluation_is_the_loss_of_its_logits(run):
+    model = seqpe_jax.load(run)
+    found = model.evaluate(lengths=(16, 48), tokens=240)
+    assert [result["length"] for result in found] == [16, 48]
+    tokens = np.asarray(model.task.source("test").tokens[:241], np.int64)
+    for result in found:
+        windows = tokens[:-1].reshape(-1, result["length"])
+        logits = np.asarray(model.logits(windows), np.float64)
+        targets = tokens[1:].reshape(windows.shape)
+        losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        assert result["loss"] == pytest.approx(losses.mean(), abs=1e-5) and result["tokens"] == 240
+
+
+def test_a_released_checkpoint_opens_the_same_way(goldens, no_data, tmp_path):
+    for kind in ("text", "image"):
+        model = seqpe_jax.load(goldens / "checkpoints" / kind)
+        stored = np.load(goldens / "checkpoints" / kind / "expected_output.npz")
+        assert "Model(seqpe in" in repr(model) and len(stored.files)
+        model.save(tmp_path / kind)
+        again = seqpe_jax.load(tmp_path / kind)
+        assert again.sizes == model.sizes and jax.tree.all(
+            jax.tree.map(lambda one, other: np.array_equal(one, other), model.params, again.params)
+        )
+    assert again.sizes.channels == 3 and len(again.sizes.mean) == 3
+
+
+def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path, no_data):
+    for folder, expected in ((run, Sizes(vocabulary=256)), (photos, Sizes(0, 10, 1, (0.3051,), (0.3761,)))):
+        assert read_sizes(folder) == expected
+        shutil.copytree(folder, tmp_path / folder.name)
+        (tmp_path / folder.name / FILE).unlink()
+        assert loading.opened(str(tmp_path / folder.name)).sizes == expected
+
+
+def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
+    """More ids than bytes, more classes than digits: an export declares what it returns."""
+    text = saved(tmp_path / "text", tiny_config(model__vocabulary=300))
+    digits = saved(tmp_path / "digits", vit_config(model__classes=12))
+    for folder, last, inputs in (
+        (text, "300", np.zeros((1, 5), np.int32)),
+        (digits, "12", np.zeros((1, 8, 8, 1), np.float32)),
+    ):
+        model = seqpe_jax.load(folder)
+        model.export(folder / "export", platforms=("cpu",))
+        declared = json.loads((folder / "export" / "config.json").read_text())["export"]["output"]["shape"]
+        assert declared[-1] == last and model.logits(inputs).shape[-1] == int(last)
+
+
+@pytest.mark.parametrize("ask, words", [
+    (lambda model: model.logits(np.full((1, 4), 256)), "tokens 256 to 256 are not all in the vocabulary, 0 to 255"),
+    (lambda model: model.logits(np.zeros((1, 4))), "tokens int32"),
+    (lambda model: model.logits(np.zeros(4, int)), r"tokens int32\[B, L\], got an array of shape \(4,\)"),
+    (lambda model: model.logits(np.zeros((1, 4), int), start=(1, 2)), "start must be 1 int"),
+    (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
+    (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),
+    (lambda model: model.encode_positions([-1]), "position -1 is outside"),
+    (lambda model: model.generate(""), "the prompt is empty"),
+    (lambda model: model.generate("a", 0), "at least 1"),
+    (lambda model: model.generate("a", 200), "position 200"),
+    (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),
+    (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
+])  # fmt: skip
+def test_what_a_model_of_text_cannot_do_is_told(run, ask, words):
+    with pytest.raises(InputError, match=words) as caught:
+        ask(seqpe_jax.load(run))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_of_images_cannot_do_is_told(photos):
+    model = seqpe_jax.load(photos)
+    with pytest.raises(InputError, match="generates no text"):
+        model.generate("a")
+    with pytest.raises(InputError, match=r"1 channel\(s\), got an array of shape \(1, 8, 8, 3\)"):
+        model.logits(np.zeros((1, 8, 8, 3), np.float32))
+    with pytest.raises(InputError, match="do not divide into patches"):
+        model.logits(np.zeros((1, 9, 8, 1), np.float32))
+    with pytest.raises(InputError, match="it has no tokenizer"):
+        _ = model.tokenizer
+
+
+def test_a_folder_that_is_no_model_is_told(tmp_path, run):
+    with pytest.raises(InputError, match="nothing does not exist: give a --workdir"):
+        seqpe_jax.load(tmp_path / "nothing")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(run / "config.json", unfinished)
+    with pytest.raises(InputError, match="no checkpoints in .*unfinished"):
+        seqpe_jax.load(unfinished)
+    newer = tmp_path / "newer"
+    shutil.copytree(run, newer)
+    values = json.loads((newer / "config.json").read_text())
+    values["encoding"]["colour"] = "red"
+    (newer / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="unknown config field 'encoding.colour'"):
+        seqpe_jax.load(newer)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / FILE).write_text('{"vocabulary": "many"}')
+    with pytest.raises(InputError, match="sizes.json cannot be read"):
+        seqpe_jax.load(damaged)

@@ -1,0 +1,126 @@
+"""The public face: what is imported when, SeqPE in a model of one's own, and the examples as they stand."""
+
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqpe_jax
+from seqpe_jax.architecture import Architecture, Sizes
+from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.errors import InputError
+from tests.tiny import ROOT, tiny_config
+
+EXAMPLES = pathlib.Path(ROOT) / "examples"
+SIZES = {"layers": 2, "width": 16, "heads": 2, "max_position": 1000}
+
+
+def test_what_is_promised_is_there():
+    assert set(seqpe_jax.__all__) <= set(dir(seqpe_jax))
+    assert all(getattr(seqpe_jax, name).__doc__ for name in seqpe_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = seqpe_jax.lode
+
+
+def test_importing_it_pulls_in_neither_data_nor_plots():
+    heavy = ("tensorflow_datasets", "orbax", "matplotlib", "grain", "sklearn", "tensorboardX")
+    code = (
+        "import sys, seqpe_jax; seqpe_jax.SeqPE, seqpe_jax.place, seqpe_jax.position_losses;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[]"), done.stdout
+
+
+@pytest.mark.parametrize("kind", ["seqpe", "rotary", "rotary_mixed", "alibi", "sinusoidal", "none"])
+def test_placed_queries_and_keys_are_what_attend_mixes(kind):
+    """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""
+    fields = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2} if kind == "seqpe" else {}
+    architecture = Architecture.of(tiny_config(variant=kind, **fields), Sizes(vocabulary=8))
+    params = architecture.init(jax.random.PRNGKey(0))
+    positions_PLA = jnp.arange(24).reshape(1, 24, 1) + jnp.array([0, 40])[:, None, None]
+    signal = architecture.signal(params, positions_PLA, (24,)).at_layer(0)
+    q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
+    expected = seqpe_jax.attend(q, k, v, signal)
+    placed = seqpe_jax.place(q, k, v, signal)
+    found = jax.nn.dot_product_attention(*placed, scale=1.0, is_causal=True)[..., :12]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    if kind not in ("none", "sinusoidal"):
+        assert float(jnp.abs(expected - seqpe_jax.attend(q, k, v, PositionSignal())).max()) > 1e-3
+
+
+def test_features_stay_float32_beside_narrow_queries():
+    encoding = seqpe_jax.SeqPE.for_model(**SIZES)
+    params = encoding.init(jax.random.PRNGKey(0), jnp.arange(8))
+    signal = encoding.apply(params, jnp.arange(8)).at_layer(0)
+    q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 8, 2, 8), jnp.bfloat16)
+    assert {array.dtype for array in seqpe_jax.place(q, k, v, signal)} == {jnp.dtype("float32")}
+    with pytest.raises(InputError, match="bias"):
+        seqpe_jax.place(q, k, v, PositionSignal(bias=jnp.zeros((1, 8, 8))))
+
+
+def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():
+    encoding = seqpe_jax.SeqPE.for_model(**SIZES)
+    params = encoding.init(jax.random.PRNGKey(0), jnp.arange(8))
+    one, two, three = (encoding.apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1)))
+    assert one.features[0].shape == (2, 1, 40, 2, 8)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    jax.tree.map(np.testing.assert_array_equal, one, three)
+    grid = seqpe_jax.SeqPE.for_model(**SIZES, axes=2, qk="single")
+    positions_LA = jnp.stack(jnp.meshgrid(jnp.arange(3), jnp.arange(4), indexing="ij"), -1).reshape(-1, 2)
+    signal = grid.apply(grid.init(jax.random.PRNGKey(0), positions_LA), positions_LA)
+    assert signal.features[0].shape == (1, 12, 2, 8)
+
+
+@pytest.mark.parametrize("axes, window", [(1, 64), (2, (4, 4))])
+def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, window):
+    encoding = seqpe_jax.SeqPE.for_model(**SIZES, axes=axes)
+    params = encoding.init(jax.random.PRNGKey(0), jnp.zeros((4, axes), jnp.int32))
+    key = jax.random.PRNGKey(1)
+    losses = jax.jit(lambda params, step: seqpe_jax.position_losses(encoding, params, key, step, window=window))
+    first, again, later = losses(params, 0), losses(params, 0), losses(params, 1)
+    assert set(first) == {"contrastive", "distillation"}
+    assert all(value.shape == () and np.isfinite(value) and value > 0 for value in first.values())
+    assert first == again and first["contrastive"] != later["contrastive"]
+    gradient = jax.grad(lambda params: sum(losses(params, 0).values()))(params)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["params"]["encoder"]["digit_embedding"]))
+    alone = ObjectiveConfig(contrastive=ContrastiveConfig(weight=0.0), distillation=DistillationConfig(batch=2, offsets=4))
+    assert set(seqpe_jax.position_losses(encoding, params, key, 0, window=window, settings=alone)) == {"distillation"}
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"window": (4, 4)}, "window has 2 axes and the encoding 1"),
+    ({"window": 600}, "a window of 600 leaves no room for positions far out below 1000"),
+    ({"window": 64, "max_position": 100}, "a window of 64 leaves no room for positions far out below 100"),
+])  # fmt: skip
+def test_losses_that_cannot_be_are_told(options, words):
+    encoding = seqpe_jax.SeqPE.for_model(**SIZES)
+    with pytest.raises(seqpe_jax.InputError, match=words):
+        seqpe_jax.position_losses(encoding, {"params": {}}, jax.random.PRNGKey(0), 0, **options)
+
+
+@pytest.mark.slow
+def test_the_examples_do_what_they_say():
+    mixed, expected, losses = runpy.run_path(str(EXAMPLES / "seqpe_in_plain_jax.py"))["main"]()
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    assert set(losses) == {"contrastive", "distillation"}
+    near, far = runpy.run_path(str(EXAMPLES / "seqpe_in_flax.py"))["main"](steps=20)
+    assert near < 2.0 and far < near + 0.5, "the text is learned, and what was learned holds at eight times the length"
+
+
+def test_one_name_for_all_commands():
+    def said(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "seqpe_jax", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+
+    helped, wrong, passed = said("--help"), said("trian"), said("train", "--help")
+    assert helped.returncode == 0 and "Commands: train, evaluate" in helped.stdout
+    assert wrong.returncode == 2 and "there is no command 'trian'" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert passed.returncode == 0 and "--workdir" in passed.stdout and passed.stdout.startswith("Trains a model")
