@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import typing
 
@@ -186,3 +187,34 @@ def test_the_config_of_an_older_run_is_read():
     values["objective"]["contrastive"] |= {"batch": 8, "window": 512}
     old = config.from_dict(values)
     assert old.encoding.width == 96 and config.as_read(old) == config.load(QUICKSTART + ":rotary")
+
+
+@pytest.mark.parametrize("page, field, value, kinds", [
+    (QUICKSTART, "model.drop_path", 0.1, "images"),
+    (QUICKSTART, "model.patch", (2, 2), "images"),
+    (QUICKSTART, "model.classes", 3, "images"),
+    (QUICKSTART, "data.size", (8, 8), "images"),
+    (QUICKSTART, "data.augment.flip", 0.5, "images"),
+    (QUICKSTART, "objective.label_smoothing", 0.1, "images"),
+    (QUICKSTART, "objective.mixing.mixup", 0.1, "images"),
+    (QUICKSTART, "eval.sizes", (8,), "images"),
+    (QUICKSTART, "eval.examples", 9, "questions"),
+    (DIGITS, "data.length", 64, "text and questions"),
+    (DIGITS, "data.tokenizer", "words.json", "text and questions"),
+    (DIGITS, "data.prompt_weight", 0.1, "questions"),
+    (DIGITS, "model.vocabulary", 300, "text and questions"),
+    (DIGITS, "eval.lengths", (64,), "text and questions"),
+    (DIGITS, "eval.tokens", 64, "text"),
+])  # fmt: skip
+def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, value, kinds):
+    """A run that was stored with one opens all the same, and counts as one without it."""
+    with pytest.raises(
+        InputError, match=f"{field}=.* is not read by runs on .*, only by those on {kinds}: leave it at"
+    ) as caught:
+        config.load(page, {field: value})
+    assert "\n" not in str(caught.value)
+    plain = config.load(page)
+    values = config.to_dict(plain)
+    *sections, last = field.split(".")
+    functools.reduce(dict.__getitem__, sections, values)[last] = value
+    assert config.as_read(config.from_dict(values)) == config.as_read(plain)

@@ -110,7 +110,21 @@ def as_read(config: Config) -> Config:
         unread += OF_PAIRS
     encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in unread})
     terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_TERMS.items()}
-    return dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
+    config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
+    return _of_data(config, config.read_as)
+
+
+def _of_data(section: Any, kind: str) -> Any:
+    """A section in which what runs on this kind of data do not read is at its default."""
+    changed = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if kind not in field.metadata.get("of", (kind,)):
+            default = field.default is dataclasses.MISSING
+            changed[field.name] = field.default_factory() if default else field.default
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _of_data(value, kind)
+    return dataclasses.replace(section, **changed)
 
 
 OF_PAIRS = ["theta", "rotary_heads"]  # of the pairs beside SeqPE
@@ -120,12 +134,30 @@ def _check_read(config: Config) -> None:
     """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
     kind = config.encoding.kind
     reads = {f"encoding.{field.name}": field.metadata.get("reads", ()) for field in dataclasses.fields(EncodingConfig)}
+    of = _kinds_of_data(Config, "", ())
     for line in difference(to_dict(as_read(config)), to_dict(config)):
-        name, value = line.partition(": ")[0], line.rpartition(" -> ")[2]
+        (name, _, values), value = line.partition(": "), line.rpartition(" -> ")[2]
+        if of.get(name) and config.read_as not in of[name]:
+            raise InputError(
+                f"{name}={value} is not read by runs on {config.read_as} (data.name='{config.data.name}'), only by those "
+                f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
+            )
         kinds = reads.get(name, SEQPE)  # terms on vectors
         if kind in kinds:
             raise InputError(f"{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out")
         raise InputError(f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(kinds)}: leave it out")
+
+
+def _kinds_of_data(section: type, prefix: str, inherited: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Field by its dotted name -> the kinds of data whose runs read it; () = all."""
+    found, hints = {}, typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        of, hint = field.metadata.get("of", inherited), hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= _kinds_of_data(hint, f"{prefix}{field.name}.", of)
+        else:
+            found[prefix + field.name] = of
+    return found
 
 
 def load(path: str, overrides: dict[str, Any] | None = None) -> Config:

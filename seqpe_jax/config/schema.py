@@ -26,13 +26,22 @@ IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # what 
 PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial")
 
 
+# Kinds of data; `of` of a field or section names those whose runs read it.
+TEXT, ASKED, PICTURED = "text", "questions", "images"
+WRITTEN = (TEXT, ASKED)  # in tokens
+PICTURES = (PICTURED,)
+
+
 def _field(default: Any, **metadata: Any) -> Any:
-    """A field with limits (`low`, `high`) and, where not every kind of encoding reads it, the kinds that do (`reads`)."""
+    """A field with limits (`low`, `high`) and, where not every run reads it, who does.
+
+    `reads` names the kinds of encoding that do, `of` the kinds of data whose runs do.
+    """
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _section(kind: type) -> Any:
-    return dataclasses.field(default_factory=kind)
+def _section(kind: type, **metadata: Any) -> Any:
+    return dataclasses.field(default_factory=kind, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +70,14 @@ class DataConfig:
     # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
     # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
     paths: tuple[str, ...] = _field((), path=True)
-    length: int = _field(512, **Positive)  # text: tokens of a training window; questions: of prompt and answer
-    tokenizer: str = _field("bytes", path=True)  # "bytes", or the path of a Hugging Face tokenizer.json
-    lossy_tokenizer: bool = False  # text that does not come back from its tokens is accepted
-    prompt_weight: float = _field(0.0, **Fraction)  # questions: weight of the context's tokens in the loss
-    question_weight: float = _field(0.0, **Fraction)  # questions: weight of the question's tokens in the loss
-    size: tuple[int, ...] = ()  # images: (height, width), clips: (frames, height, width), in pixels
-    crop_ratio: float = _field(1.0, low=0.1, high=1.0)  # images: side of the centre crop at evaluation
-    augment: AugmentConfig = _section(AugmentConfig)
+    length: int = _field(512, **Positive, of=WRITTEN)  # text: tokens of a training window; questions: of prompt and answer
+    tokenizer: str = _field("bytes", path=True, of=WRITTEN)  # "bytes", or the path of a Hugging Face tokenizer.json
+    lossy_tokenizer: bool = _field(False, of=WRITTEN)  # text that does not come back from its tokens is accepted
+    prompt_weight: float = _field(0.0, **Fraction, of=(ASKED,))  # questions: weight of the context's tokens in the loss
+    question_weight: float = _field(0.0, **Fraction, of=(ASKED,))  # questions: weight of the question's tokens in the loss
+    size: tuple[int, ...] = _field((), of=PICTURES)  # images: (height, width), clips: (frames, height, width), in pixels
+    crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=PICTURES)  # images: side of the centre crop at evaluation
+    augment: AugmentConfig = _section(AugmentConfig, of=PICTURES)
     cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
     threads: int = _field(1, **Positive)  # training examples made at once
 
@@ -78,9 +87,9 @@ class ModelConfig:
     """The transformer that reads the tokens or the patches."""
 
     kind: Literal["gpt2", "vit"] = "gpt2"
-    vocabulary: int = _field(0, **NonNegative)  # gpt2: rows of the token embedding; 0 = as many as the tokenizer has
-    classes: int = _field(0, **NonNegative)  # vit: 0 = as many as the data have
-    patch: tuple[int, ...] = ()  # vit: pixels of a patch along each axis of data.size
+    vocabulary: int = _field(0, **NonNegative, of=WRITTEN)  # gpt2: rows of the token embedding; 0 = the tokenizer's
+    classes: int = _field(0, **NonNegative, of=PICTURES)  # vit: 0 = as many as the data have
+    patch: tuple[int, ...] = _field((), of=PICTURES)  # vit: pixels of a patch along each axis of data.size
     layers: int = _field(12, **Positive)
     width: int = _field(768, **Positive)
     heads: int = _field(12, **Positive)
@@ -88,7 +97,7 @@ class ModelConfig:
     dropout: float = _field(0.1, **Fraction)  # after attention and MLP
     attention_dropout: float = _field(0.1, **Fraction)
     embedding_dropout: float = _field(0.1, **Fraction)
-    drop_path: float = _field(0.0, **Fraction)  # vit: samples for which a branch of the last block is left out
+    drop_path: float = _field(0.0, **Fraction, of=PICTURES)  # vit: samples for which a branch of the last block is left out
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     layer_norm_epsilon: float = _field(1e-5, low=0.0)
     init_std: float = _field(0.02, low=0.0)
@@ -237,14 +246,14 @@ class MixingConfig:
 class ObjectiveConfig:
     """Task loss + weighted terms on the position vectors."""
 
-    label_smoothing: float = _field(0.0, **Fraction)  # images: share of the target spread over all classes
-    mixing: MixingConfig = _section(MixingConfig)
+    label_smoothing: float = _field(0.0, **Fraction, of=PICTURES)  # images: share of the target spread over all classes
+    mixing: MixingConfig = _section(MixingConfig, of=PICTURES)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
     distillation: DistillationConfig = _section(DistillationConfig)
     shift: ShiftConfig = _section(ShiftConfig)
     skip: SkipConfig = _section(SkipConfig)
     jitter: JitterConfig = _section(JitterConfig)
-    zoom: ZoomConfig = _section(ZoomConfig)
+    zoom: ZoomConfig = _section(ZoomConfig, of=PICTURES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,11 +278,11 @@ class EvalConfig:
     """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
 
     every: int = _field(0, **NonNegative)  # steps; 0 = never while training
-    lengths: tuple[int, ...] = ()  # text; () = the training length
-    sizes: tuple[int, ...] = ()  # images: sides in pixels; () = the training size
-    tokens: int = _field(0, **NonNegative)  # read at most that many per length; 0 = the whole split
-    examples: int = _field(0, **NonNegative)  # questions: ask at most that many per length; 0 = all of the split
-    new_tokens: int = _field(16, **Positive)  # questions: tokens generated for an answer, at most
+    lengths: tuple[int, ...] = _field((), of=WRITTEN)  # text; () = the training length
+    sizes: tuple[int, ...] = _field((), of=PICTURES)  # images: sides in pixels; () = the training size
+    tokens: int = _field(0, **NonNegative, of=(TEXT,))  # read at most that many per length; 0 = the whole split
+    examples: int = _field(0, **NonNegative, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
+    new_tokens: int = _field(16, **Positive, of=(ASKED,))  # questions: tokens generated for an answer, at most
     batch_tokens: int = _field(16384, **Positive)  # tokens or patches handled at once
 
 
@@ -341,6 +350,11 @@ class Config:
     def reads_images(self) -> bool:
         """Whether the data are images or clips, else text."""
         return self.data.name in IMAGES
+
+    @property
+    def read_as(self) -> str:
+        """The kind of the data: TEXT, ASKED or PICTURED."""
+        return PICTURED if self.reads_images else ASKED if self.asks_questions else TEXT
 
     @property
     def asks_questions(self) -> bool:

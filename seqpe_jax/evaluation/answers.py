@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +25,23 @@ Asked = tuple[str, str, Sequence[str]]  # question, kind, accepted answers
 
 
 def contains(hypothesis: str, golds: Iterable[str]) -> float:
-    """Returns 1.0 where an accepted answer occurs in the hypothesis, letter case and white space around it aside.
+    """Returns 1.0 where an accepted answer occurs in the hypothesis, however both are typed.
 
-    The reference's score (text_seqpe/qa_eval.py). An empty answer, which would always occur, does not count.
+    The reference's score (text_seqpe/qa_eval.py), which sets letter case and white space around an answer aside; so are
+    here the ways to write one character (Unicode's composed and decomposed forms), kinds and lengths of white space, and
+    curly quotes. An empty answer, which would always occur, does not count.
     """
-    text = hypothesis.lower().strip()
-    found = (gold.lower().strip() for gold in golds)
+    text = _typed(hypothesis)
+    found = map(_typed, golds)
     return float(any(gold and gold in text for gold in found))
+
+
+QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"'})
+
+
+def _typed(text: str) -> str:
+    """The text in one way of typing it: NFC, straight quotes, lower case, single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(QUOTES).lower().split())
 
 
 def normalise(text: str) -> str:

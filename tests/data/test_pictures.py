@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from seqpe_jax.data import pictures as images
-from seqpe_jax.data.builders import image_folder
+from seqpe_jax.data.builders import image_folder, labelled
 from seqpe_jax.data.builders.base import SPLITS
 from seqpe_jax.data.builders.labelled import ImageSource
 from seqpe_jax.data.loader import EvaluationBatches, TrainLoader
@@ -409,11 +409,31 @@ def test_names_of_images_need_not_be_utf8(tmp_path):
     assert sorted(source[place]["image"][0, 0, 0] for source in found for place in range(len(source))) == list(range(90))
 
 
-def test_floating_point_images_are_refused(tmp_path):
+@pytest.mark.parametrize("mode, value, words", [
+    ("F", 2.5, "its floating-point values go from 2.5 to 2.5, and only 0 to 1 is known"),
+    ("F", -0.5, "its floating-point values go from -0.5"),
+    ("F", float("nan"), "its floating-point values go from nan"),
+    ("I", 70000, "its whole numbers go from 70000 to 70000, and only 0 to 65535 is known"),
+])  # fmt: skip
+def test_values_whose_range_nobody_knows_are_refused(tmp_path, mode, value, words):
     write(tmp_path / "photos" / "train" / "a" / "1.png")
-    write(tmp_path / "photos" / "train" / "a" / "2.tif", "F", 0.5)
-    with pytest.raises(InputError, match="cannot read image '.*2.tif' .its pixels are floating-point .*8 or 16 bit.: repl"):
-        folder(tmp_path / "photos", "train")
+    write(tmp_path / "photos" / "train" / "a" / "2.tif", mode, value)
+    with pytest.raises(InputError, match=f"cannot read image '.*2.tif' .{words}"):
+        _ = [one["image"] for one in folder(tmp_path / "photos", "train")]
+
+
+def test_photos_stand_upright_as_the_camera_marked_them(tmp_path):
+    """The mark turns a picture whose left half is dark into one whose upper half is."""
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 4:] = 200
+    path = tmp_path / "photos" / "train" / "a" / "1.png"
+    path.parent.mkdir(parents=True)
+    mark = Image.Exif()
+    mark[0x0112] = 6  # turn by a quarter, clockwise
+    Image.fromarray(pixels).save(path, exif=mark)
+    image = folder(tmp_path / "photos", "train")[0]["image"]
+    assert image.shape == (8, 4, 3) and (image[:4] == 0).all() and (image[4:] == 200).all()
+    np.testing.assert_array_equal(labelled.read_rgb(str(path), "one", "none"), pixels)
 
 
 def test_labels_in_the_names_of_others(split_folders):
@@ -477,15 +497,19 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     palette = Image.new("RGB", (6, 4), (10, 20, 30)).quantize(4)
     palette.save(kinds / "palette.png")
     palette.save(kinds / "palette_clear.png", transparency=bytes([128, 255]))
+    write(kinds / "hidden.png", "RGBA", (10, 20, 30, 0))
+    write(kinds / "float.tif", "F", 0.5)
     Image.fromarray(np.full((4, 6), 100 * 257, np.uint16)).save(kinds / "sixteen.png")
     expected = {
         "cmyk.jpg": (255, 0, 0),
         "grey.png": (100,) * 3,
         "bits.png": (255,) * 3,
-        "alpha.png": (10, 20, 30),
-        "grey_alpha.png": (100,) * 3,
+        "alpha.png": (132, 137, 142),  # over white
+        "grey_alpha.png": (177,) * 3,
+        "hidden.png": (255,) * 3,
+        "float.tif": (128,) * 3,
         "palette.png": (10, 20, 30),
-        "palette_clear.png": (10, 20, 30),
+        "palette_clear.png": (132, 137, 142),
         "sixteen.png": (100,) * 3,
     }
     source = folder(tmp_path / "photos", "train")

@@ -127,3 +127,14 @@ def test_heat_map():
     assert len(plot.png()) > 5000 and plot.alt.endswith("256 tokens: 100, -, 100, -, 100; 512 tokens: 100, -, 0, -, 0.")
     run.results = [{"extent": 1, "label": "1", "contains": 1.0}]
     assert plots.answer_depth(run) is None
+
+
+@pytest.mark.parametrize("hypothesis, gold", [
+    ("in the cafe\u0301 there", "caf\u00e9"), ("caf\u00e9", "cafe\u0301"), ("10\u00a0000 people", "10 000"),
+    ("it\u2019s \u201cso\u201d", "it's \"so\""), ("two\n  words", "two words"), ("A\tB", "a b"),
+])  # fmt: skip
+def test_an_answer_is_found_however_it_is_typed(hypothesis, gold):
+    """By `contains` alone: exact match and F1 are SQuAD's own script."""
+    assert answers.contains(hypothesis, [gold]) == 1.0
+    assert answers.contains(hypothesis, [gold + "x"]) == 0.0
+    assert answers.exact_match("caf\u00e9", ["cafe\u0301"]) == 0.0

@@ -68,7 +68,7 @@ class ImageFolder:
             std=PHOTO_STD,
             fingerprint=digest(class_names, [(name, size) for name, size, _ in files.status]),
             records=files,
-            decode=lambda file: read_rgb(file, f"'{file}'", CURE),
+            decode=lambda file: read_rgb(file, f"'{file}'", CURE, upright=True),
         )
 
 
@@ -228,6 +228,7 @@ def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> No
 
 def _check(file: str) -> None:
     with readable(f"'{file}'", CURE), Image.open(file) as image:
-        if image.mode == "F":  # of no known range: Pillow would make black or white of them
-            raise ValueError("its pixels are floating-point numbers; write them as 8 or 16 bit")
-        image.verify()
+        if image.mode[0] in "IF":  # values whose range may be unknown are looked at themselves
+            read_rgb(file, f"'{file}'", CURE)
+        else:
+            image.verify()

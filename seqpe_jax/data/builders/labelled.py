@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageOps
 
 from seqpe_jax.data.builders.base import CachedBuilder, prepared
 from seqpe_jax.data.cache import locked
@@ -260,22 +260,36 @@ def readable(name: str, cure: str) -> Iterator[None]:
         raise InputError(f"cannot read image {name} ({' '.join(reason.split())}): {cure}") from error
 
 
-def read_rgb(file: str | io.BytesIO, name: str, cure: str) -> np.ndarray:
-    """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette, CMYK and 16 bit become RGB, alpha is dropped.
+def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = False) -> np.ndarray:
+    """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette and CMYK become RGB, 16 bit and floats 8 bit.
 
-    Of several frames (GIF, TIFF) the first is read. The camera's mark which side is up (EXIF) is not, as is usual for
-    ImageNet.
+    What is transparent shows white behind it. Of several frames (GIF, TIFF) the first is read.
 
     Args:
       file: a file's name, or what is in it.
       name, cure: what to call it, and what to do about it, where it cannot be read.
+      upright: turn it as the camera's mark says which side is up (EXIF); ImageNet's pictures are read as they lie, as is
+        usual.
     Raises:
-      InputError: not an image, or a damaged one.
+      InputError: not an image, a damaged one, or one whose values have no known range.
     """
     with readable(name, cure), Image.open(file) as image:
-        if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip at 255
-            grey = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=-1)
-        if image.mode == "P" and "transparency" in image.info:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow would clip at 255
+            return np.repeat(_grey(np.asarray(image, np.float64), image.mode)[..., None], 3, axis=-1)
+        if image.has_transparency_data:
             image = image.convert("RGBA")
+            behind = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(behind, image)
         return np.asarray(image.convert("RGB"))
+
+
+def _grey(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values of more than 8 bits as uint8. Raises: ValueError: they lie outside of what is known of their range."""
+    largest = 1.0 if mode == "F" else 65535.0
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= largest:  # a NaN compares to nothing
+        kind = "floating-point values" if mode == "F" else "whole numbers"
+        raise ValueError(f"its {kind} go from {low:g} to {high:g}, and only 0 to {largest:g} is known as a range")
+    return np.rint(values * (255 / largest)).astype(np.uint8)
