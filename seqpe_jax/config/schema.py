@@ -88,6 +88,7 @@ class ModelConfig:
 
     kind: Literal["gpt2", "vit"] = "gpt2"
     vocabulary: int = _field(0, **NonNegative, of=WRITTEN)  # gpt2: rows of the token embedding; 0 = the tokenizer's
+    tied: bool = _field(True, of=WRITTEN)  # gpt2: the token embedding gives the logits too
     classes: int = _field(0, **NonNegative, of=PICTURES)  # vit: 0 = as many as the data have
     patch: tuple[int, ...] = _field((), of=PICTURES)  # vit: pixels of a patch along each axis of data.size
     layers: int = _field(12, **Positive)

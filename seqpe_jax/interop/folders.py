@@ -12,19 +12,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16, which safetensors asks NumPy for
 import numpy as np
-import safetensors
 import yaml
 from safetensors.numpy import save_file
 
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import open_to_all
 from seqpe_jax.interop import pickles, weights
+from seqpe_jax.interop.arrays import MODEL, checked_arrays, read_safetensors, read_settings, read_weights
 from seqpe_jax.interop.settings import Spec
 
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
-MODEL, POSITIONS = "model.safetensors", {"text": "model_1.safetensors", "images": "pe_model.safetensors"}
+POSITIONS = {"text": "model_1.safetensors", "images": "pe_model.safetensors"}
 
 # The reference's names of settings -> ours in a spec; the second table's go into its "encoder".
 PE = {
@@ -50,12 +49,13 @@ TRAINING = {  # how it was trained; changes nothing of what the weights compute
 }  # fmt: skip
 GPT2 = {
     "vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "activation_function", "layer_norm_epsilon",
-    "resid_pdrop", "attn_pdrop", "embd_pdrop", "initializer_range",
+    "resid_pdrop", "attn_pdrop", "embd_pdrop", "initializer_range", "tie_word_embeddings",
 }  # fmt: skip
-GPT2_REQUIRED = {
-    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True, "add_cross_attention": False,
-}  # fmt: skip
+GPT2_REQUIRED = {"model_type": "gpt2", "add_cross_attention": False}
+# How attention logits are scaled there; ours divide by the square root of the head width, so that the weights that make
+# queries take up what differs (`_rescaled`).
+GPT2_SCALES = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+LINEAR = {"vanilla", "sin", "nope", "rotary"}  # encodings under which a query may be scaled before it gets its position
 GPT2_ABOUT = {
     "pe_config", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "n_ctx", "reorder_and_upcast_attn",
     "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
@@ -112,7 +112,7 @@ def read(path: str | pathlib.Path) -> Source:
         pickled = epochs[max(epochs)] if epochs else pickled
     if pickled.is_file():
         return _images(pickled)
-    if (path / POSITIONS["images"]).is_file() or "MODEL" in _yaml(path / "config.json", missing=True):
+    if (path / POSITIONS["images"]).is_file() or "MODEL" in read_settings(path / "config.json", missing=True):
         return _images(path)
     if (path / "config.json").is_file():
         return _text(path)
@@ -123,43 +123,43 @@ def read(path: str | pathlib.Path) -> Source:
 
 
 def _text(path: pathlib.Path) -> Source:
-    settings = _yaml(path / "config.json")
+    settings = read_settings(path / "config.json")
     spec: dict[str, Any] = {"kind": "gpt2"}
+    scales = dict(GPT2_SCALES)
     for name, value in settings.items():
         if name in GPT2:
             spec[name] = value
         elif name in GPT2_REQUIRED:
             _require(path / "config.json", name, value, GPT2_REQUIRED[name])
+        elif name in GPT2_SCALES:
+            scales[name] = bool(value)
         elif name not in GPT2_ABOUT:
             raise InputError(f"{path / 'config.json'}: field '{name}' is unknown.{suggest(name, GPT2 | GPT2_ABOUT)}")
     positions = path / "pe_config.json"
     files = [path / "config.json"]
     if positions.is_file() or settings.get("pe_config"):
         source = positions if positions.is_file() else path / "config.json"
-        spec |= _positions(source, _yaml(positions) if positions.is_file() else settings["pe_config"], {"MODEL"})
+        spec |= _positions(source, read_settings(positions) if positions.is_file() else settings["pe_config"], {"MODEL"})
         files += [positions] if positions.is_file() else []
     else:
         spec |= {"pe_type": "vanilla", "pe_apply_method": "input_add"}
     arguments = path / "train_args.json"
     if arguments.is_file():
-        spec["block_size"] = _yaml(arguments).get("block_size") or 0
+        spec["block_size"] = read_settings(arguments).get("block_size") or 0
         files.append(arguments)
     folder = path / "best_model" if (path / "best_model").is_dir() else path
-    if (folder / MODEL).is_file():
-        found, file = _safetensors(folder / MODEL), folder / MODEL
-    elif (folder / "pytorch_model.bin").is_file():
-        found, file = (
-            _arrays(pickles.read(folder / "pytorch_model.bin"), folder / "pytorch_model.bin"),
-            folder / "pytorch_model.bin",
-        )
-    else:
-        raise InputError(f"{folder / MODEL} is missing: it holds the model's weights")
-    files.append(file)
-    state, dropped = _gpt2_names(found, file)
+    found, holding = read_weights(folder)
+    files += holding
+    state, dropped = _gpt2_names(found, holding[0], spec)
+    if scales != GPT2_SCALES:
+        if spec["pe_type"] not in LINEAR:
+            name = next(name for name in scales if scales[name] != GPT2_SCALES[name])
+            _require(path / "config.json", name, scales[name], GPT2_SCALES[name])
+        state = _rescaled(state, spec, scales)
     encoder = folder / POSITIONS["text"]
     if encoder.is_file():
         files.append(encoder)
-        state |= {weights.ENCODER + name: leaf for name, leaf in _safetensors(encoder).items()}
+        state |= {weights.ENCODER + name: leaf for name, leaf in read_safetensors(encoder).items()}
     elif spec["pe_type"] == "seq_pe":
         raise InputError(f"{encoder} is missing: it holds the position encoder's weights")
     tables = _fixed_tables(spec, state)
@@ -175,12 +175,12 @@ def _images(path: pathlib.Path) -> Source:
             raise InputError(f"{path} is no checkpoint of the reference: expected the keys model, pe_model, config")
         settings = stored.get("config")
         if not isinstance(settings, dict):
-            settings, files = _yaml(path.parent / "config.json"), (path, path.parent / "config.json")
-        model, encoder = _arrays(stored["model"], path), _arrays(stored.get("pe_model") or {}, path)
+            settings, files = read_settings(path.parent / "config.json"), (path, path.parent / "config.json")
+        model, encoder = checked_arrays(stored["model"], path), checked_arrays(stored.get("pe_model") or {}, path)
     else:
         files = tuple(file for file in (path / "config.json", path / MODEL, path / POSITIONS["images"]) if file.is_file())
-        settings, model = _yaml(path / "config.json"), _safetensors(path / MODEL)
-        encoder = _safetensors(path / POSITIONS["images"]) if (path / POSITIONS["images"]).is_file() else {}
+        settings, model = read_settings(path / "config.json"), read_safetensors(path / MODEL)
+        encoder = read_safetensors(path / POSITIONS["images"]) if (path / POSITIONS["images"]).is_file() else {}
     where = files[0] if path.is_dir() else path
     sections = {name: settings.get(name) or {} for name in ("MODEL", "DATA", "TRAIN")}
     kind = sections["MODEL"].get("TYPE")
@@ -234,7 +234,9 @@ def _positions(file: pathlib.Path, settings: Mapping[str, Any], others: set[str]
     return spec | {"encoder": encoder | {"out_proj_dim": spec.get("pe_out_dim")}}
 
 
-def _gpt2_names(found: dict[str, np.ndarray], file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _gpt2_names(
+    found: dict[str, np.ndarray], file: pathlib.Path, spec: Spec
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns (arrays with the prefix `transformer.`, what is left out and why)."""
     state, dropped = {}, {}
     for name, leaf in found.items():
@@ -243,12 +245,28 @@ def _gpt2_names(found: dict[str, np.ndarray], file: pathlib.Path) -> tuple[dict[
             dropped[name] = "causal mask"
         else:
             state[full] = leaf
-    head, tokens = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
-    if head is not None:
-        if tokens is None or not np.array_equal(head, tokens):
-            raise InputError(f"{file}: lm_head.weight differs from the token embedding: only tied ones are supported")
-        dropped["lm_head.weight"] = "tied to the token embedding"
+    if spec.get("tie_word_embeddings", True):
+        if state.pop("lm_head.weight", None) is not None:
+            dropped["lm_head.weight"] = "tied to the token embedding"
+    elif "lm_head.weight" not in state:
+        raise InputError(
+            f"{file} lacks lm_head.weight, and config.json has tie_word_embeddings=false: give all its weights"
+        )
     return state, dropped
+
+
+def _rescaled(state: dict[str, np.ndarray], spec: Spec, scales: Mapping[str, bool]) -> dict[str, np.ndarray]:
+    """A state whose queries have taken up how attention logits are scaled there: the third of c_attn that makes them."""
+    changed, width = dict(state), int(spec.get("n_embd", 0))
+    for name in state:
+        found = re.fullmatch(r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)", name)
+        if found:
+            factor = 1.0 if scales["scale_attn_weights"] else (width / int(spec["n_head"])) ** 0.5
+            factor /= int(found[1]) + 1 if scales["scale_attn_by_inverse_layer_idx"] else 1
+            array = np.array(state[name], np.float32)
+            array[..., :width] *= np.float32(factor)
+            changed[name] = array
+    return changed
 
 
 def _fixed_tables(spec: Spec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -263,42 +281,11 @@ def _require(file: pathlib.Path, name: str, value: Any, wanted: Any) -> None:
         raise InputError(f"{file}: field '{name}' is {value!r}, only {wanted!r} is supported")
 
 
-def _yaml(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]:
-    """Returns the mapping of a JSON or YAML file; {} where it may be missing and is."""
-    if missing and not file.is_file():
-        return {}
-    try:
-        found = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} must hold a mapping of settings")
-    return found
-
-
-def _safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    if not file.is_file():
-        raise InputError(f"{file} is missing: it holds weights")
-    try:
-        with safetensors.safe_open(file, "np") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  not a dict
-    except Exception as error:  # the library raises several kinds
-        raise InputError(f"{file} is damaged or cut short: {error}") from error
-
-
-def _arrays(found: Any, file: pathlib.Path) -> dict[str, np.ndarray]:
-    if not isinstance(found, dict) or not all(isinstance(leaf, np.ndarray) for leaf in found.values()):
-        raise InputError(f"{file} is no state dict: expected tensors by name")
-    return dict(found)
-
-
 def write_text(folder: pathlib.Path, spec: Spec, training: Spec, state: weights.State) -> list[pathlib.Path]:
     """Writes a spec (kind gpt2), how it was trained, and its arrays in the reference's text layout; returns the files."""
     positions = {"MODEL": {}} | _settings(spec) | training
     model = {
-        name: spec[name] for name in GPT2
+        name: spec[name] for name in GPT2 if name in spec
     } | {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "pe_config": positions,
         "reorder_and_upcast_attn": False,

@@ -79,7 +79,11 @@ def from_state_dicts(
         raise InputError("give encoder_state or signal, not both: one stands in place of the other")
     spec = dict(config)
     state = dict(model_state) | (_named(encoder_state) if encoder_state is not None else {})
-    state.pop("lm_head.weight", None) if _tied(state) else None
+    head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    if head is not None and tokens is not None:
+        spec.setdefault("tie_word_embeddings", np.array_equal(head, tokens))
+        if spec["tie_word_embeddings"]:
+            state.pop("lm_head.weight")
     if spec.get("pe_type") == "seq_pe" and encoder_state is not None and not spec.get("encoder"):
         spec["encoder"] = _inferred(spec, encoder_state)
     if spec.get("pe_type") == "seq_pe" and encoder_state is None and signal is None:
@@ -168,16 +172,6 @@ def _inferred(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
         "use_cls_token": "cls_token_embed" in state, "use_last_layernorm": "layernorm.weight" in state,
         "out_proj_dim": len(state["out_proj.weight"]),
     }  # fmt: skip
-
-
-def _tied(state: weights.State) -> bool:
-    """Whether an output embedding of its own is the token embedding. Raises: InputError: it is another one."""
-    head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight")
-    if head is None or tokens is None:
-        return False
-    if not np.array_equal(head, tokens):
-        raise InputError("lm_head.weight differs from transformer.wte.weight: only tied output embeddings are supported")
-    return True
 
 
 def from_source(source: folders.Source) -> Model:

@@ -29,7 +29,7 @@ _ABOUT = {"kind", "note", "T", "batch", "pe_batch", "eager_sdpa_maxdiff", "tied"
 FIELDS = {
     "gpt2": _POSITIONS | {
         "vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "block_size", "activation_function",
-        "layer_norm_epsilon", "resid_pdrop", "attn_pdrop", "embd_pdrop", "initializer_range",
+        "layer_norm_epsilon", "resid_pdrop", "attn_pdrop", "embd_pdrop", "initializer_range", "tie_word_embeddings",
     },
     "vit": _POSITIONS | {
         "depth", "embed_dim", "img_size", "mlp_ratio", "num_classes", "num_heads", "patch_size", "drop_path", "data_name",
@@ -149,7 +149,7 @@ def config_of(spec: Spec) -> Config:
             "embedding_dropout": float(spec.get("embd_pdrop", 0.1)),
             "activation": activation(spec.get("activation_function", "gelu_new")),
             "layer_norm_epsilon": float(spec.get("layer_norm_epsilon", 1e-5)),
-            "init_std": float(spec.get("initializer_range", 0.02)),
+            "init_std": float(spec.get("initializer_range", 0.02)), "tied": bool(spec.get("tie_word_embeddings", True)),
         }  # fmt: skip
         values["data"] |= {"name": "wikitext103", "length": length, "tokenizer": ""}
     else:
@@ -261,6 +261,7 @@ def _writable(config: Config, images: bool) -> None:
         fixed = {"encoding.reference_scramble": (encoding.reference_scramble, True)}
     if encoding.kind == "alibi":
         fixed = {"encoding.reference_scaling": (encoding.reference_scaling, True)}
+    fixed["model.tied"] = (model.tied, True)
     plain = EncodingConfig()
     for name in OURS_ALONE:
         fixed[f"encoding.{name}"] = (getattr(encoding, name), getattr(plain, name))

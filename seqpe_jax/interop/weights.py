@@ -39,7 +39,9 @@ def rules(config: Config) -> list[Rule]:
     """Returns a rule for every parameter of a model of this config."""
     encoding, model = config.encoding, config.model
     images = model.kind == "vit"
-    found = vit_rules(model.layers, model.heads, model.patch) if images else gpt2_rules(model.layers, model.heads)
+    found = (
+        vit_rules(model.layers, model.heads, model.patch) if images else gpt2_rules(model.layers, model.heads, model.tied)
+    )
     if model.scan:
         found = scanned(found)
     if encoding.kind == "seqpe":
@@ -74,9 +76,10 @@ def encoder_rules(layers: int, axes: int, cls: bool, final_norm: bool) -> list[R
     return found
 
 
-def gpt2_rules(layers: int, heads: int) -> list[Rule]:
-    """Returns the rules of GPT-2 without positions; the output embedding is tied."""
+def gpt2_rules(layers: int, heads: int, tied: bool = True) -> list[Rule]:
+    """Returns the rules of GPT-2 without positions."""
     found = [Rule("model/token_embedding/embedding", ("transformer.wte.weight",))]
+    found += [] if tied else [Rule("model/output_embedding/embedding", ("lm_head.weight",))]
     found += _norm("model/final_norm", "transformer.ln_f")
     for layer in range(layers):
         found += _heads(_block(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2"), heads)

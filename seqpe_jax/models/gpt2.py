@@ -11,7 +11,7 @@ from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
 
 
 class GPT2(nn.Module):
-    """A causal language model with tied embeddings (Radford et al. 2019).
+    """A causal language model (Radford et al. 2019).
 
     Attributes:
       vocabulary, layers, width, heads: sizes; mlp_width: 0 = four times the width.
@@ -21,6 +21,7 @@ class GPT2(nn.Module):
       remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
       attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
+      tied: logits are products with the token embedding, else with an embedding of their own.
     """
 
     vocabulary: int
@@ -39,11 +40,14 @@ class GPT2(nn.Module):
     attention_kind: str = "auto"
     attention_block: int = 0
     scan: bool = False
+    tied: bool = True
 
     def setup(self) -> None:
         """Makes the embedding, the blocks and the final norm."""
         init = nn.initializers.normal(self.init_std)
         self.token_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
+        if not self.tied:
+            self.output_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
         self.blocks = make_blocks(self)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
@@ -90,8 +94,9 @@ class GPT2(nn.Module):
         return (Cache(zeros, zeros),) * self.layers
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
-        """Returns the logits float32[B, L, V] of final states, through the transposed token embedding."""
-        embedding_VD = lay_out(self.token_embedding.embedding.astype(self.dtype), VOCABULARY, WIDTH)
+        """Returns the logits float32[B, L, V] of final states, through the transposed token or output embedding."""
+        rows = self.token_embedding if self.tied else self.output_embedding
+        embedding_VD = lay_out(rows.embedding.astype(self.dtype), VOCABULARY, WIDTH)
         logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
         return lay_out(logits_BLV, BATCH, LENGTH, VOCABULARY)
 

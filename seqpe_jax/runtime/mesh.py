@@ -33,6 +33,7 @@ STORED = USED | {WIDTH: ("fsdp",)}
 # The dimensions of every parameter, the last ones first named: a leading axis of layers has no name.
 PARAMETERS = {
     "model/token_embedding/embedding": (VOCABULARY, WIDTH),
+    "model/output_embedding/embedding": (VOCABULARY, WIDTH),
     "model/blocks*/qkv/kernel": (WIDTH, None, HEADS, None),
     "model/blocks*/qkv/bias": (None, HEADS, None),
     "model/blocks*/out/kernel": (HEADS, None, WIDTH),
