@@ -1,6 +1,7 @@
 """What the README tells people to type exists: scripts, modules, options, configs, variants and fields."""
 
 import ast
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -9,10 +10,16 @@ import sys
 
 import pytest
 
+import seqpe_jax
 from seqpe_jax import config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "WORKSPACE.md")
+PAGES = (
+    "README.md",
+    "WORKSPACE.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 
 
 def commands(page: str) -> list[list[str]]:
@@ -48,7 +55,10 @@ def check_train(arguments: dict[str, str]) -> None:
 @pytest.mark.parametrize("page,words", ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_a_command_of_the_pages_exists(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if words[0] == "bash":
+    if words[0] in ("bash", "sbatch", "pip") or "=" in words[0]:
+        words = words if words[0] == "bash" else words[words.index("bash") :] if "bash" in words else []
+        if not words:
+            return
         assert (ROOT / words[1]).is_file()
         subprocess.run(["bash", "-n", words[1]], check=True)
         return
@@ -86,3 +96,28 @@ def test_tables_of_results_are_those_of_the_stored_studies():
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "<!-- results: extrapolation bits_per_byte" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", *DOCS])
+def test_python_of_the_pages_names_what_there_is(page):
+    """What it does is held by tests/test_public.py and tests/test_model.py, which call each of these."""
+    text = (ROOT / page).read_text()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = {"seqpe_jax": seqpe_jax, "model": seqpe_jax.Model}.get(node.value.id)
+                fields = (
+                    {field.name for field in dataclasses.fields(seqpe_jax.Model)} if owner is seqpe_jax.Model else set()
+                )
+                assert owner is None or hasattr(owner, node.attr) or node.attr in fields, f"{page}: {ast.unparse(node)}"
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readme_is_read_in_four_minutes():
+    prose = re.sub(r"<!--.*?end of results -->|```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(prose.split()) <= 800
