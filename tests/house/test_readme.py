@@ -14,12 +14,8 @@ import seqpe_jax
 from seqpe_jax import config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = (
-    "README.md",
-    "WORKSPACE.md",
-    "CONTRIBUTING.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-)
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ("README.md", "WORKSPACE.md", "CONTRIBUTING.md", *DOCS)
 
 
 def commands(page: str) -> list[list[str]]:
@@ -96,6 +92,9 @@ def test_tables_of_results_are_those_of_the_stored_studies():
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "<!-- results: extrapolation bits_per_byte" in (ROOT / "README.md").read_text()
+
+
+FIELDS = {field.name for field in dataclasses.fields(seqpe_jax.Model)}
 
 
 @pytest.mark.parametrize("page", ["README.md", *DOCS])
