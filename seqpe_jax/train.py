@@ -4,6 +4,7 @@ python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
 python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
 
+A finished run goes on with more steps: --config.steps=3000, and --extend=true where the schedule depends on their number.
 On several hosts the same command runs on each, with a workdir that they share (launch/: Slurm, GKE, TPU VMs).
 """
 
@@ -20,6 +21,9 @@ from seqpe_jax.training.trainer import Trainer
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _WORKDIR = command.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
 _INIT_FROM = command.define_path("init-from", "begin with the parameters of that run or converted checkpoint")
+_EXTEND = flags.DEFINE_bool(
+    "extend", False, "go on to more steps although the learning rate that the run had so far depends on their number"
+)
 command.define_hosts()
 
 
@@ -27,7 +31,7 @@ def main() -> None:
     """The command."""
     settings, workdir = command.join_hosts(_settings), _WORKDIR.value
     hosts.keep_compiled_programs()
-    Trainer.for_folder(settings, workdir).fit(workdir)
+    Trainer.for_folder(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
 
 
 def _settings() -> Config:

@@ -45,6 +45,8 @@ def test_difference_names_the_fields_that_differ():
         ({"model.heads": 5}, ["model.width=96", "model.heads=5"]),
         ({"optimizer.accumulate": 3}, ["batch_size=16", "optimizer.accumulate=3"]),
         ({"objective.shift.sets": 3}, ["objective.shift.sets=3"]),
+        ({"optimizer.decay_steps": 5}, ["optimizer.decay_steps=5", "only by wsd"]),
+        ({"optimizer.schedule": "wsd", "optimizer.decay_steps": 1500}, ["optimizer.decay_steps=1500", "steps=1500"]),
         (JITTER | {"objective.shift.sets": 3, "objective.shift.rate": 0.0}, ["objective.shift.sets=3"]),
         ({"objective.contrastive.head_scales": (1.0, 2.0)}, ["objective.contrastive.head_scales=(1.0, 2.0)", "4 heads"]),
         (

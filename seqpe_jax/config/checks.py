@@ -113,6 +113,17 @@ def check(config: Config) -> None:
             f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
             f"objective.shift.sets={objective.shift.sets}"
         )
+    optimizer = config.optimizer
+    if optimizer.decay_steps and optimizer.schedule != "wsd":
+        raise InputError(
+            f"optimizer.decay_steps={optimizer.decay_steps} is not read by optimizer.schedule='{optimizer.schedule}', only "
+            "by wsd: leave it out"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > config.steps:
+        raise InputError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps={optimizer.decay_steps} are more "
+            f"than steps={config.steps}: lower one of them"
+        )
     if config.optimizer.warmup_steps > config.steps:
         raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
     if config.model.heads % config.mesh.tensor:

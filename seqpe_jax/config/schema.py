@@ -262,7 +262,8 @@ class OptimizerConfig:
     """AdamW; model and position encoder are clipped apart."""
 
     learning_rate: float = _field(5e-5, low=0.0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"  # wsd: warm-up, stable, decay
+    decay_steps: int = _field(0, **NonNegative)  # wsd: of the linear decay at the end; 0 = a tenth of `steps`
     warmup_steps: int = _field(0, **NonNegative)
     end_learning_rate: float = _field(0.0, low=0.0)
     b1: float = _field(0.9, **Fraction)

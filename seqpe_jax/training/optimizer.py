@@ -25,7 +25,11 @@ def decayed(params: Any) -> Any:
 
 
 def learning_rate(settings: Any, steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up from 0, then constant, linear or cosine to the end value."""
+    """Returns the learning rate by step: linear warm-up from 0, then constant, linear or cosine to the end value.
+
+    Under "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) it is constant until the last `decay_steps`, in
+    which it falls linearly to the end value.
+    """
     peak, end = settings.learning_rate, settings.end_learning_rate
     rest = max(1, steps - settings.warmup_steps)
     match settings.schedule:
@@ -33,11 +37,20 @@ def learning_rate(settings: Any, steps: int) -> optax.Schedule:
             after = optax.linear_schedule(peak, end, rest)
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak if peak else 0.0)
+        case "wsd":
+            decay = decay_steps(settings, steps)
+            stable = max(0, rest - decay)
+            after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [stable])
         case _:
             after = optax.constant_schedule(peak)
     if not settings.warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, settings.warmup_steps), after], [settings.warmup_steps])
+
+
+def decay_steps(settings: Any, steps: int) -> int:
+    """Returns the steps of the decay at the end of a run under "wsd"."""
+    return settings.decay_steps or max(1, steps // 10)
 
 
 def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:

@@ -23,7 +23,7 @@ from seqpe_jax.models.operands import Operands
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, saved_step, write_config
+from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, write_config
 from seqpe_jax.runtime.progress import MetricsWriter
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
@@ -31,7 +31,7 @@ from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.step import TrainStep, make_train_step
-from seqpe_jax.training.workdir import check_same_run
+from seqpe_jax.training.workdir import check_same_run, clear
 from seqpe_jax.trees import count
 
 
@@ -81,14 +81,17 @@ class Trainer:
         return cls(config, mesh, task, objective, optimizer, shapes, tuple(whole))
 
     @classmethod
-    def for_folder(cls, config: Config, workdir: str | pathlib.Path) -> "Trainer":
+    def for_folder(cls, config: Config, workdir: str | pathlib.Path, *, extend: bool = False) -> "Trainer":
         """Returns the trainer of a config whose run stands, or is to begin, in a folder.
+
+        Args:
+          extend: see `workdir.check_same_run`.
 
         Raises:
           InputError: as `of`; the folder is of another run; the checkpoint to begin with was made for something else.
         """
         first = saved_step(workdir)
-        check_same_run(config, pathlib.Path(workdir), first)
+        check_same_run(config, pathlib.Path(workdir), first, extend)
         begins = bool(config.init_from) and first is None
         trainer = cls.of(config, kept=config.init_from if begins else workdir if first is not None else "")
         if begins:
@@ -166,15 +169,18 @@ class Trainer:
         ]
         return "\n  ".join(lines + ([layout.describe_whole(self.whole)] if self.whole else []))
 
-    def fit(self, workdir: str | pathlib.Path) -> None:
+    def fit(self, workdir: str | pathlib.Path, *, extend: bool = False) -> None:
         """Trains, or goes on training, the run of a folder until `steps`.
+
+        Args:
+          extend: see `workdir.check_same_run`.
 
         Raises:
           InputError: a folder of another config, bad data, a damaged checkpoint.
         """
         folder, settings = pathlib.Path(workdir), self.config
         first = saved_step(folder)
-        check_same_run(settings, folder, first)
+        check_same_run(settings, folder, first, extend)
         if first is not None:
             self.task.check_kept(folder)
         if settings.eval.every:
@@ -183,7 +189,10 @@ class Trainer:
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
-        self._claim(folder)
+        planned = read_config(folder)["steps"] if first is not None else settings.steps
+        self._claim(folder, anew=first is None)
+        if planned != settings.steps:
+            _say(f"  planned for {planned} steps, going on to {settings.steps}")
         if first == settings.steps:
             _say(f"  nothing to do: step {first} is saved")
             return
@@ -216,10 +225,12 @@ class Trainer:
             found.append(events.Profile(window, folder))
         return [*found, report]
 
-    def _claim(self, folder: pathlib.Path) -> None:
+    def _claim(self, folder: pathlib.Path, anew: bool) -> None:
         """Writes what a run's folder begins with, once all hosts have looked at it."""
         hosts.sync()
         if hosts.is_lead():
+            if anew:
+                clear(folder)
             write_config(folder, config.to_dict(self.config))
             write_sizes(folder, self.task.sizes)
             self.task.keep(folder)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from seqpe_jax.config import OptimizerConfig
-from seqpe_jax.training.optimizer import learning_rate, make_optimizer
+from seqpe_jax.training.optimizer import decay_steps, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize("schedule,middle,end", [("linear", 0.5, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)])
@@ -16,6 +16,16 @@ def test_schedules(schedule, middle, end):
     assert rate(0) == 0.0 and rate(5) == pytest.approx(0.5) and rate(10) == pytest.approx(1.0)
     assert rate(110) == pytest.approx(end)
     assert rate(60) == pytest.approx(middle if schedule != "linear" else 0.55)
+
+
+def test_the_rate_is_stable_until_its_decay():
+    settings = OptimizerConfig(learning_rate=1.0, end_learning_rate=0.2, warmup_steps=10, schedule="wsd", decay_steps=20)
+    rate = learning_rate(settings, 110)
+    assert [float(rate(step)) for step in (5, 10, 50, 90)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
+    assert float(rate(100)) == pytest.approx(0.6) and float(rate(110)) == pytest.approx(0.2)
+    assert decay_steps(OptimizerConfig(schedule="wsd"), 500) == 50
+    longer = learning_rate(settings, 300)
+    assert all(float(rate(step)) == float(longer(step)) for step in range(91))
 
 
 def tree(encoder, encoder_bias, qk_map, embedding, dense):

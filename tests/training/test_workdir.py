@@ -1,10 +1,15 @@
 """Whether a folder is that of the run to go on with."""
 
+import json
+import shutil
+
 import pytest
 
+import seqpe_jax
 from seqpe_jax.errors import InputError
+from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import check_same_run
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, train
 from tests.training.test_trainer import written
 
 
@@ -17,3 +22,79 @@ def test_an_older_run_goes_on(tmp_path, variant):
     check_same_run(settings, tmp_path, 2)
     with pytest.raises(InputError, match="it differs in encoding.log_scaling: False -> True. Use a new --workdir"):
         check_same_run(tiny_config(variant=variant, encoding__log_scaling=True), tmp_path, 2)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"export": {}, "data": {}, "model": {}, "encoding": {}}, "holds an export, which training would overwrite"),
+    ({"model_type": "gpt2", "n_layer": 2}, "holds the config.json of something else, which training would overwrite"),
+    ([], "holds the config.json of something else"),
+])  # fmt: skip
+def test_a_folder_of_another_kind_is_not_trained_in(tmp_path, values, words):
+    text = json.dumps(values)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        Trainer.for_folder(tiny_config(), tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+LENGTHS = {"steps": 6, "checkpoint__every": 2, "eval__every": 0}
+
+
+@pytest.mark.parametrize("schedule, fields, step, refused", [
+    ("linear", {"steps": 6}, 6, ""),
+    ("linear", {"steps": 8}, 4, "was to take 6 steps, .*optimizer.schedule='linear'.: add --extend=true to go on to 8"),
+    ("cosine", {"steps": 8}, 4, "add --extend=true"),
+    ("constant", {"steps": 8}, 6, ""),
+    ("constant", {"steps": 2}, 4, "has 4 steps already: set steps to 4 or more, got 2"),
+    ("wsd", {"steps": 8, "optimizer__decay_steps": 2}, 4, ""),
+    ("wsd", {"steps": 8, "optimizer__decay_steps": 2}, 6, "add --extend=true"),
+    ("wsd", {"steps": 8, "optimizer__decay_steps": 6}, 4, "add --extend=true"),
+    ("wsd", {"steps": 6, "optimizer__decay_steps": 2}, 6, ""),
+])  # fmt: skip
+def test_more_steps(tmp_path, schedule, fields, step, refused):
+    known = {"optimizer__schedule": schedule} | ({"optimizer__decay_steps": 2} if schedule == "wsd" else {})
+    written(tmp_path, tiny_config(**LENGTHS, **known))
+    settings = tiny_config(**LENGTHS | known | fields)
+    if refused:
+        with pytest.raises(InputError, match=refused) as caught:
+            check_same_run(settings, tmp_path, step)
+        assert "\n" not in str(caught.value)
+    else:
+        check_same_run(settings, tmp_path, step)
+    if "extend" in refused:
+        check_same_run(settings, tmp_path, step, extend=True)
+
+
+@pytest.mark.slow
+def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_beginning(tmp_path, monkeypatch):
+    """Bit for bit: the order of the data, the draws and the learning rates go on."""
+    monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
+    fields = LENGTHS | {
+        "optimizer__schedule": "wsd", "optimizer__decay_steps": 2, "data__name": "text_files",
+        "data__paths": (str(tmp_path / "text.txt"),),
+    }  # fmt: skip
+    train(tiny_config(**fields), tmp_path / "short")
+    shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # as if it had been stopped there
+    longer = tiny_config(**fields | {"steps": 8})
+    train(longer, tmp_path / "short")
+    train(longer, tmp_path / "long")
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("short", "long")]
+    losses = [[json.loads(line)["train/loss"] for line in own] for own in lines]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["steps"] == 8
+
+
+@pytest.mark.slow
+def test_a_folder_begun_anew_keeps_nothing_of_the_start_before(tmp_path, monkeypatch):
+    """That one saved nothing; its tokenizer would be taken for the new run's."""
+    monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
+    workdir = tmp_path / "run"
+    written(workdir, tiny_config(seed=7))
+    for name in ("tokenizer.json", "classes.json", "tokenizer_config.json"):
+        (workdir / name).write_text("{}")
+    fields = {"steps": 1, "data__name": "text_files", "data__paths": (str(tmp_path / "text.txt"),)}
+    train(tiny_config(**fields), workdir)
+    assert not {"tokenizer.json", "classes.json", "tokenizer_config.json"} & {path.name for path in workdir.iterdir()}
+    assert seqpe_jax.load(workdir).tokenizer.name == "bytes"
