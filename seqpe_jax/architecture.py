@@ -70,7 +70,7 @@ class Architecture:
     """
 
     encoding: nn.Module
-    network: nn.Module | None
+    network: Any
     inputs: jax.ShapeDtypeStruct
     shape: Shape
     max_position: int
@@ -144,8 +144,9 @@ class Architecture:
     def fresh_encoding(self, key: jax.Array) -> tuple[Any, PositionSignal]:
         """Returns fresh variables of the encoding, and its signal of the training grid; key: of the run."""
         positions_PLA = self.spacing.grid(self.shape)[None]
-        variables = self.encoding.init(stream(key, "encoding"), positions_PLA, shape=self.shape)
-        return variables, self.encoding.apply(variables, positions_PLA, shape=self.shape)
+        encoding: Any = self.encoding
+        variables = encoding.init(stream(key, "encoding"), positions_PLA, shape=self.shape)
+        return variables, encoding.apply(variables, positions_PLA, shape=self.shape)
 
     @functools.cached_property
     def shapes(self) -> Params:

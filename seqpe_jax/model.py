@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.architecture import Architecture, Params, Shape, Sizes
-from seqpe_jax.config import Config, EncodingConfig
+from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import Tokenizer
+from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.decoding import Generation, Sampling
@@ -22,7 +23,7 @@ from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.serving import export
 from seqpe_jax.serving.exported import PLATFORMS
-from seqpe_jax.tasks import Task, task_class
+from seqpe_jax.tasks import Task, Text, task_class
 from seqpe_jax.tasks.measure import Scales, measure
 from seqpe_jax.trees import count
 
@@ -34,7 +35,7 @@ class Model:
     """A model and its parameters, from a run, an export, or a checkpoint of others (`seqpe_jax.load`).
 
     Attributes:
-      config: of the run; of an encoder of positions alone, its encoding section.
+      config: of the run; of an encoder of positions alone, its encoding section says all there is.
       architecture: the encoding and the network.
       sizes: what the model took from its data.
       read: reads the parameters; `params` calls it once.
@@ -43,7 +44,7 @@ class Model:
       mesh: the devices that it runs on.
     """
 
-    config: Config | EncodingConfig
+    config: Config
     architecture: Architecture
     sizes: Sizes
     read: Callable[[], Params]
@@ -82,9 +83,14 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of a model of text. Raises: InputError: as `task`, or the model reads images."""
-        if self.config.reads_images:
+        return self._text.tokenizer
+
+    @property
+    def _text(self) -> Text:
+        task = self.task
+        if not isinstance(task, Text):
             raise InputError("this model reads images: it has no tokenizer")
-        return self.task.tokenizer
+        return task
 
     def logits(self, inputs: Any, start: Start = None) -> jax.Array:
         """Returns logits, float32: [B, L, V] of tokens, [B, V] of images or clips.
@@ -121,7 +127,7 @@ class Model:
             raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
         unit = self.architecture.spacing.unit
         units_RA = np.rint(places_RA.astype(np.float64) * unit).astype(np.int64)
-        self._check_reach(units_RA)
+        _check_reach(encoder, units_RA)
         return self.programs.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
 
     def generate(
@@ -139,7 +145,7 @@ class Model:
         """
         generation.check_generation(self.config, [1], Sampling(max_new_tokens, temperature, top_p, seed))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        tokens = self.task.prompts([text.encode("utf-8", "surrogateescape") for text in prompts])
+        tokens = self._text.prompts([text.encode("utf-8", "surrogateescape") for text in prompts])
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
         line = ProgressLine(len(prompts) * max_new_tokens, label="token")
         found = self.continuations(tokens, sampling, progress=lambda done, total: line.update(done, total=total))
@@ -149,8 +155,10 @@ class Model:
 
     def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:
         """Returns what follows prompts of token ids; options as of `inference.generate.generate`."""
-        known_V = self.task.known_V if not self.config.reads_images else np.zeros(0, bool)
-        return generation.generate(self.programs, self.config, self.params, prompts, sampling, known_V, **options)
+        generation.check_generation(self.config, [len(prompt) for prompt in prompts], sampling, options.get("window"))
+        return generation.generate(
+            self.programs, self.config, self.params, prompts, sampling, self._text.known_V, **options
+        )
 
     def evaluate(
         self, lengths: Sequence[int] = (), sizes: Sequence[int | Shape] = (), split: str = "test", **options: Any
@@ -223,19 +231,20 @@ class Model:
         if first.shape != (len(shape),):
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
         kind, spacing = self.config.encoding.kind, self.architecture.spacing
-        if self.architecture.encoder is not None:
-            self._check_reach(np.asarray(spacing.grid(shape)) + spacing.unit * first)
+        encoder = self.architecture.encoder
+        if encoder is not None:
+            _check_reach(encoder, np.asarray(spacing.grid(shape)) + spacing.unit * first)
         elif first.any() and "given" in self.params["encoding"]:
             raise InputError("start= makes no sense with given vectors: they are those of the positions read")
         elif first.any() and kind in ("learned", "sinusoidal") and len(shape) > 1:
             raise InputError(f"encoding '{kind}' has no grids elsewhere: leave start at the origin")
         return jnp.asarray(first)
 
-    def _check_reach(self, positions: np.ndarray) -> None:
-        """Refuses positions, in units, that the digits cannot write, or an export's table does not hold."""
-        encoder = self.architecture.encoder
-        reach = min(encoder.stored) * encoder.stored_step if encoder.stored else encoder.base**encoder.digits
-        if positions.size and (positions.min() < 0 or positions.max() >= reach):
-            worst = positions.max() if positions.min() >= 0 else positions.min()
-            what = "this export holds" if encoder.stored else f"{encoder.digits} digits in base {encoder.base} can write"
-            raise InputError(f"position {worst} is outside 0 .. {reach - 1}, what {what}")
+
+def _check_reach(encoder: SeqPE, positions: np.ndarray) -> None:
+    """Refuses positions, in units, that the digits cannot write, or an export's table does not hold. Raises: InputError."""
+    reach = min(encoder.stored) * encoder.stored_step if encoder.stored else encoder.base**encoder.digits
+    if positions.size and (positions.min() < 0 or positions.max() >= reach):
+        worst = positions.max() if positions.min() >= 0 else positions.min()
+        what = "this export holds" if encoder.stored else f"{encoder.digits} digits in base {encoder.base} can write"
+        raise InputError(f"position {worst} is outside 0 .. {reach - 1}, what {what}")

@@ -10,7 +10,7 @@ Tree = dict[str, Any]
 
 def flat(tree: Tree, separator: str = "/") -> dict[str, Any]:
     """Returns the leaves of nested dicts by name, such as "model/blocks_0/qkv/kernel"."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             found |= {f"{name}{separator}{rest}": leaf for rest, leaf in flat(value, separator).items()}

@@ -149,7 +149,7 @@ def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     architecture = Architecture(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)
     params = checked(weights.to_params(rules, state) | {"model": {}}, architecture.shapes)
-    return Model(encoding, architecture, Sizes(), lambda: params)
+    return Model(Config(encoding=encoding), architecture, Sizes(), lambda: params)
 
 
 def _named(state: weights.State) -> dict[str, Any]:

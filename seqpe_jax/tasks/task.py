@@ -63,6 +63,14 @@ class Task(abc.ABC):
     units_per_step: int
 
     @abc.abstractmethod
+    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
+        """Looks at what the config says of its data, and opens none that the model can do without.
+
+        Args:
+          there: whether the data are there to be read; kept: folder of a run whose task it is, "" = a new run's.
+        """
+
+    @abc.abstractmethod
     def describe(self) -> str:
         """Returns what is trained on, in words."""
 

@@ -43,7 +43,7 @@ MAY_IMPORT |= {
     "tasks": TASKS,
     "serving": TASKS | {"tasks", "models", "reporting"},
     "interop": TASKS | {"tasks", "encodings"},
-    "model": TASKS | {"tasks", "serving", "interop.writing"},
+    "model": TASKS | {"tasks", "serving", "interop.writing", "encodings.seqpe"},
     "interop.reference": TASKS | {"interop", "model", "encodings"},
     "loading": TASKS | {"tasks", "model", "interop"},
     "interop.conversion": TASKS | {"interop", "loading"},

@@ -90,6 +90,13 @@ def test_launch_files_are_short_and_parse(path):
         subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+@pytest.mark.slow
+def test_the_types_of_the_public_face_hold():
+    pytest.importorskip("mypy")
+    found = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
 def test_ruff_finds_nothing():
     pytest.importorskip("ruff")
     check = [sys.executable, "-m", "ruff", "check", "--quiet", "."]
