@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.encodings import seqpe
+from seqpe_jax.encodings import digit_encoder, seqpe
 from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.state import TrainState, create
@@ -120,8 +120,8 @@ def count_rows(settings):
     {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4},
 ], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
 def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
-    levels, tree = [], seqpe.tree
-    monkeypatch.setattr(seqpe, "tree", lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes))
+    levels, tree = [], digit_encoder.tree
+    monkeypatch.setattr(digit_encoder, "tree", lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes))
     if "tensor" in sizes:
         monkeypatch.setattr(seqpe, "WORTH", 10.0)  # else eight rows to a device share too little
     # The first state is drawn by the mesh itself where most is split.
