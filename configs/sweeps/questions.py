@@ -5,7 +5,7 @@
 
 Trained on 128 bytes for 4800 steps as the config's page says, evaluated at 128 to 1024. Knobs were chosen with seed 0 on
 the validation split; these are three other seeds, on 400 questions of the test split.
-Hardware: two CPU cores, one for each of two runs at once; about an hour and a half.
+Hardware: two CPU cores, one for each of two runs at once; about three hours.
 """
 
 from seqpe_jax.sweeps.points import product
