@@ -118,10 +118,10 @@ def _line(words: object) -> str:
 
 def _check_config_arguments(arguments: list[str]) -> None:
     """Says in one line what `config_flags` would tell as a traceback: no such file, variant or field."""
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, given, value = argument.lstrip("-").partition("=")
-        if name == "config" and given:
-            config.load(expanded(value))
+        if name == "config" and argument.startswith("-"):
+            config.load(expanded(value if given else following))
         elif name.startswith("config."):
             field = name.removeprefix("config.")
             if field not in config.field_names():
@@ -131,18 +131,19 @@ def _check_config_arguments(arguments: list[str]) -> None:
 def _with_texts(arguments: list[str]) -> list[str]:
     """Returns the arguments with what is said of fields that hold texts quoted: a path such as 2024 is no number."""
     texts = {f"config.{name}" for name, kind in config.field_types().items() if kind == tuple[str, ...]}
-    written, follows = [], False
+    written, follows = [], ""  # the name of the flag whose value comes next
     for argument in arguments:
         flag, given, value = argument.partition("=")
         if follows:
-            written.append(_quoted(argument))
+            written.append(expanded(argument) if follows == "config" else _quoted(argument))
         elif given and flag.lstrip("-") in texts:
             written.append(f"{flag}={_quoted(value)}")
         elif given and flag.lstrip("-") == "config":
             written.append(f"{flag}={expanded(value)}")
         else:
             written.append(argument)
-        follows = not follows and not given and flag.startswith("-") and flag.lstrip("-") in texts
+        named = flag.lstrip("-") if flag.startswith("-") and not given and not follows else ""
+        follows = named if named in texts | {"config"} else ""
     return written
 
 

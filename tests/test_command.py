@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
+from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
 
@@ -71,3 +72,49 @@ command.run(main)
         "" if "2>&-" in closed or not code else "error: refused\n",
     )
     assert (result.returncode, (result.stdout, result.stderr)) == (code, said)
+
+
+FAULTY = {
+    "def get_config(:\n": "line 1 cannot be read: SyntaxError",
+    "import json\n1 / 0\n": "line 2 cannot be read: ZeroDivisionError: division by zero",
+    "import no_such_package\n": "line 1 cannot be read: ModuleNotFoundError",
+    "x = 1\n": "lacks get_config: a config file defines",
+    "def get_config():\n    raise ValueError('no')\n": "line 2 cannot be read: ValueError: no",
+    "def get_config():\n    return {}\n": "get_config returned dict: a config file defines",
+    "\x00": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("content", FAULTY, ids=lambda content: repr(content)[:30])
+def test_a_faulty_config_file_is_told_by_name_and_line(tmp_path, content):
+    """However it is given, and before absl reads it: `config_flags` would tell a traceback."""
+    path = tmp_path / "page.py"
+    path.write_text(content)
+    for arguments in ([f"--config={path}"], ["--config", str(path)], [f"-config={path}"]):
+        with pytest.raises(InputError, match=f"{path}.*({FAULTY[content]})") as caught:
+            command._check_config_arguments(arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path, words", [("gone.py", "no config file at gone.py"), (".", "no config file at")])
+def test_a_config_that_is_no_file_is_told(path, words):
+    with pytest.raises(InputError, match=words):
+        command._check_config_arguments(["--config", path])
+
+
+def test_a_home_folder_is_meant_in_both_spellings(monkeypatch):
+    monkeypatch.setenv("HOME", "/home-of-somebody")
+    for arguments in (["--config=~/a.py"], ["--config", "~/a.py"]):
+        assert "/home-of-somebody/a.py" in " ".join(command._with_texts(arguments))
+
+
+def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tmp_path):
+    from seqpe_jax.runtime import hosts
+
+    told = {}
+    monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: told.setdefault(name, value))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SEQPE_JAX_CACHE", "~/c")
+    hosts.keep_compiled_programs()
+    assert told["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")

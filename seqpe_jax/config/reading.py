@@ -5,9 +5,7 @@ ConfigDict.
 """
 
 import dataclasses
-import importlib.util
 import math
-import pathlib
 import typing
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ from seqpe_jax.config.schema import (
     EncodingConfig,
     EncodingKind,
 )
+from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expanded
 
@@ -167,12 +166,13 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
       InputError: no such file, variant or field, or values that do not fit.
     """
     name, _, variant = expanded(path).partition(":")
-    if not pathlib.Path(name).is_file():
-        raise InputError(f"no config file at {name}")
-    spec = importlib.util.spec_from_file_location("seqpe_config", name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant) if variant else module.get_config()
+    what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
+    make = getattr(module_of(name, what), "get_config", None)
+    if not callable(make):
+        raise InputError(f"{name} lacks get_config: a {what}")
+    config = told(name, lambda: make(variant) if variant else make())
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"{name}: get_config returned {type(config).__name__}: a {what}")
     values = config.to_dict()
     for key, value in (overrides or {}).items():
         *sections, last = key.split(".")

@@ -196,5 +196,5 @@ def keep_compiled_programs() -> None:
     """Turns the persistent compile cache on, unless JAX_COMPILATION_CACHE_DIR already names another place."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("SEQPE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "seqpe_jax"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home).expanduser().absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

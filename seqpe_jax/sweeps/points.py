@@ -1,16 +1,15 @@
 """Sweep files: named overrides over a config, read and checked before anything runs."""
 
 import dataclasses
-import importlib.util
 import itertools
-import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.architecture import check_encoding
 from seqpe_jax.config import Config
+from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
 
 Overrides = dict[str, Any]
@@ -128,32 +127,16 @@ def read(path: str) -> SweepFile:
     Raises:
       InputError: no such file, a file that does not run or lacks a part, a point whose name or config is wrong.
     """
-    if not pathlib.Path(path).is_file():
-        raise InputError(f"no sweep file at {path}")
-    spec = importlib.util.spec_from_file_location("seqpe_sweep", path)
-    if spec is None:
-        raise InputError(f"{path} is not a Python file: a sweep file defines CONFIG and runs() (see configs/sweeps)")
-    module = importlib.util.module_from_spec(spec)
-    _told(path, lambda: spec.loader.exec_module(module))
+    module = module_of(path, "sweep file defines CONFIG and runs() (see configs/sweeps)")
     base, runs, search = (getattr(module, name, None) for name in ("CONFIG", "runs", "SEARCH"))
     if not isinstance(base, str) or (runs is None and search is None):
         raise InputError(f"{path} must define CONFIG = 'configs/NAME.py', and a generator runs() or a SEARCH")
-    points = _told(path, lambda: list(_points(path, base, runs() if runs is not None else ())))
+    points = told(path, lambda: list(_points(path, base, runs() if runs is not None else ())))
     if runs is not None and not points:
         raise InputError(f"{path}: runs() yields nothing: yield (name, overrides) for each run")
     if search is not None:
-        _told(path, lambda: _check_search(search, base))
+        told(path, lambda: _check_search(search, base))
     return SweepFile(path, base, tuple(points), search)
-
-
-def _told(path: str, act: Callable[[], Any]) -> Any:
-    """Does what runs the file's own code; whatever that raises is told with the file's name."""
-    try:
-        return act()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except Exception as error:
-        raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iterator[Point]:

@@ -121,7 +121,8 @@ def count_rows(settings):
 ], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
 def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
     levels, tree = [], digit_encoder.tree
-    monkeypatch.setattr(digit_encoder, "tree", lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes))
+    noted = lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes)  # noqa: E731
+    monkeypatch.setattr(digit_encoder, "tree", noted)
     if "tensor" in sizes:
         monkeypatch.setattr(seqpe, "WORTH", 10.0)  # else eight rows to a device share too little
     # The first state is drawn by the mesh itself where most is split.

@@ -1,0 +1,48 @@
+"""Config and sweep files are Python: they are run here, and whatever they raise is told in one line."""
+
+import importlib.util
+import pathlib
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+from seqpe_jax.errors import InputError
+
+
+def module_of(path: str, what: str) -> types.ModuleType:
+    """Returns the module of a Python file, run.
+
+    Args:
+      what: what the file is and must define, for messages.
+
+    Raises:
+      InputError: no such file, no Python, or it raises; names the file and the line.
+    """
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"no {what.split()[0]} file at {path}")
+    spec = importlib.util.spec_from_file_location("seqpe_file", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is not a Python file: a {what}")
+    module, loader = importlib.util.module_from_spec(spec), spec.loader
+    told(path, lambda: loader.exec_module(module))
+    return module
+
+
+def told(path: str, act: Callable[[], Any]) -> Any:
+    """Returns what a piece of a file's own code returns; whatever it raises is told with the file's name and line.
+
+    Raises:
+      InputError: what the code raised.
+    """
+    try:
+        return act()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise InputError(f"{path}{where} cannot be read: SyntaxError: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"{path}{where} cannot be read: {type(error).__name__}: {error}") from error
