@@ -102,17 +102,19 @@ def _figures(study: Study, output: pathlib.Path) -> dict[str, Any]:
 
 def _markdown(parts: dict[str, Any]) -> str:
     """The page as markdown, beside its plots."""
-    shown = [f"# {parts['study'].name}\n", *(f"> {note}\n" for note in parts["notes"])]
-    shown += [f"- {metric}: {leads}\n" for metric, leads in parts["leaders"]]
+    plain = tables.plain
+    shown = [f"# {plain(parts['study'].name)}\n", *(f"> {plain(note)}\n" for note in parts["notes"])]
+    shown += [f"- {plain(metric)}: {plain(leads)}\n" for metric, leads in parts["leaders"]]
     if not parts["measured"]:
         shown.append(NOT_EVALUATED)
     for table in (*parts["measured"], parts["cost"], parts["points"], parts["differing"]):
         if table.rows:
-            shown += [f"## {table.title}\n", *([f"{table.note}\n"] if table.note else []), tables.markdown(table)]
+            note = [f"{plain(table.note)}\n"] if table.note else []
+            shown += [f"## {plain(table.title)}\n", *note, tables.markdown(table)]
 
     def figure(title: str, plot: dict[str, str]) -> str:
-        alt = plot["alt"].replace("[", "(").replace("]", ")")
-        return f"## {title}\n\n![{alt}]({urllib.parse.quote(plot['name'])}.png)\n"
+        alt = plain(plot["alt"].replace("[", "(").replace("]", ")"))
+        return f"## {plain(title)}\n\n![{alt}]({urllib.parse.quote(plot['name'])}.png)\n"
 
     shown += [figure(plot["title"], plot) for plot in parts["drawn"]]
     shown += [figure(f"{plot['title']}: {run.name}", plot) for found in parts["of_runs"].values() for run, plot in found]

@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from seqpe_jax.reporting.study import UNITS, UNSET, Run, Study, shown
 from seqpe_jax.trees import flat
@@ -94,13 +95,13 @@ def markdown(table: Table) -> str:
     """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
     rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
     best = {True: "**{}**", False: "{}"}
-    body = [[best[cell.best].format(_plain(cell.text)) + cell.after for cell in row] for row in table.rows]
-    lines = [[_plain(cell) for cell in table.header], rule, *body]
+    body = [[best[cell.best].format(plain(cell.text)) + cell.after for cell in row] for row in table.rows]
+    lines = [[plain(cell) for cell in table.header], rule, *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _plain(text: str) -> str:
-    """Words that markdown shows as they are: names of runs and fields may hold what it reads as marks."""
+def plain(text: str) -> str:
+    """Returns words that markdown shows as they are: names of runs and fields may hold what it reads as marks."""
     return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
@@ -253,8 +254,13 @@ def results_csv(study: Study) -> str:
     for run in study.runs:
         for result in run.results or [{"label": ""}]:
             place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], result["label"]]
-            writer.writerow([*place, *(result.get(metric, "") for metric in columns)])
+            writer.writerow([*map(_no_formula, place), *(result.get(metric, "") for metric in columns)])
     return out.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell that no spreadsheet computes: a name that begins like a formula gets an apostrophe before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _found(

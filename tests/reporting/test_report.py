@@ -76,9 +76,20 @@ def test_names_are_words_and_not_markup(tmp_path):
         make_run(tmp_path / name, bits=((16, 2.0 + number),), seed=number, encoding={"kind": "seqpe", "theta": number})
     report.write_report(tmp_path, tmp_path / "out")
     page, html = (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
-    for shown in ("a$b$x_{", "c\\|d", "e\\*f\\*", "\\<b\\>g"):
+    for shown in ("a$b$x\\_{", "c\\|d", "e\\*f\\*", "\\<b\\>g"):
         assert shown in page
     assert "<b>g" not in html and "&lt;b&gt;g" in html and "a$b$x_{" in html
+
+
+def test_no_name_is_markup_outside_of_tables_nor_a_formula(tmp_path):
+    """Titles, notes and leaders hold names too; a spreadsheet computes a cell that begins with an equals sign."""
+    for number, name in enumerate(("=cmd()", "+1", "@sum", "-x", "a`b*c*")):
+        make_run(tmp_path / "the *study*" / name, bits=((16, 2.0 + number),), seed=number)
+    report.write_report(tmp_path / "the *study*", tmp_path / "out")
+    page, rows = ((tmp_path / "out" / name).read_text() for name in ("report.md", "results.csv"))
+    assert page.startswith("# the \\*study\\*\n") and "a\\`b\\*c\\*" in page and "a`b*c*" not in page
+    cells = {line.split(",")[0] for line in rows.splitlines()[1:]}
+    assert cells == {"'=cmd()", "'+1", "'@sum", "'-x", "a`b*c*"}
 
 
 def test_rows_are_named_by_what_differs_from_most(tmp_path):
