@@ -282,7 +282,7 @@ class EvalConfig:
     every: int = _field(0, **NonNegative)  # steps; 0 = never while training
     lengths: tuple[int, ...] = _field((), of=WRITTEN)  # text; () = the training length
     sizes: tuple[int, ...] = _field((), of=PICTURES)  # images: sides in pixels; () = the training size
-    tokens: int = _field(0, **NonNegative, of=(TEXT,))  # read at most that many per length; 0 = the whole split
+    tokens: int = _field(0, **NonNegative, of=WRITTEN)  # text: read at most that many per length; 0 = the whole split
     examples: int = _field(0, **NonNegative, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
     new_tokens: int = _field(16, **Positive, of=(ASKED,))  # questions: tokens generated for an answer, at most
     batch_tokens: int = _field(16384, **Positive)  # tokens or patches handled at once
