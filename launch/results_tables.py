@@ -2,6 +2,7 @@
 
     python launch/results_tables.py            rewrites every table between its two marks
     python launch/results_tables.py --check    says which page differs, and changes nothing
+    python launch/results_tables.py --curve SWEEP METRIC STUDY     stores what runs measured while training
 
 A study's file is the results.csv that `report` wrote for it. A table stands between `<!-- results: STUDY METRIC [rows] -->`
 and `<!-- end of results -->`: a line for each name of runs (less their seeds), or for those named (comma-separated, in that
@@ -9,6 +10,7 @@ order), a column for each evaluated length or size; mean and deviation over seed
 """
 
 import csv
+import json
 import pathlib
 import re
 import statistics
@@ -31,8 +33,11 @@ def table(study: str, metric: str, rows: str = "") -> str:
     found: dict[str, dict[str, list[float]]] = {}
     with (ROOT / "docs" / "results" / f"{study}.csv").open() as file:
         for line in csv.DictReader(file):
-            scale, trained = (line.get(f"{part}length") or line[f"{part}size"] for part in ("", "training_"))
-            label = f"{scale} ({int(scale.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"
+            if "step" in line:
+                label = line["step"]
+            else:
+                scale, trained = (line.get(f"{part}length") or line[f"{part}size"] for part in ("", "training_"))
+                label = f"{scale} ({int(scale.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"
             if line.get(metric):
                 name = line["run"].removesuffix(f"-{line['seed']}")
                 found.setdefault(name, {}).setdefault(label, []).append(float(line[metric]))
@@ -55,6 +60,18 @@ def table(study: str, metric: str, rows: str = "") -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def store_curve(sweep: str, metric: str, study: str) -> int:
+    """Stores a metric of the validation split by step, of all finished runs of a sweep's folder; returns the exit code."""
+    rows = []
+    for folder in sorted(path.parent for path in pathlib.Path(sweep).glob("*/evaluation.json")):
+        seed = json.loads((folder / "config.json").read_text())["seed"]
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        rows += [[folder.name, seed, x["step"], x[f"eval/{metric}"]] for x in lines if f"eval/{metric}" in x]
+    lines = [["run", "seed", "step", metric.partition("@")[0]], *rows]
+    (ROOT / "docs" / "results" / f"{study}.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    return 0 if rows else 1
+
+
 def rewritten(page: str) -> str:
     """Returns the text of a page with its tables made anew."""
     return MARKED.sub(lambda mark: f"{mark[1]}{table(mark[2], mark[3], mark[4] or '')}{mark[5]}", page)
@@ -74,7 +91,9 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--curve"] and len(sys.argv) == 5:
+        sys.exit(store_curve(*sys.argv[2:]))
     if sys.argv[1:] not in ([], ["--check"]):
-        print(f"error: {' '.join(sys.argv[1:])}: the one option there is, is --check", file=sys.stderr)
+        print(f"error: {' '.join(sys.argv[1:])}: give nothing, --check, or --curve SWEEP METRIC STUDY", file=sys.stderr)
         sys.exit(2)
     sys.exit(main("--check" in sys.argv))
