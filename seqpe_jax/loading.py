@@ -11,7 +11,6 @@ import jax
 from seqpe_jax import config
 from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.config import Config
-from seqpe_jax.data.pictures import facts_of
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, reference
@@ -19,7 +18,7 @@ from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config
 from seqpe_jax.serving.exported import SECTION, read_params
-from seqpe_jax.tasks.images import kept_names
+from seqpe_jax.tasks.images import known_sizes
 from seqpe_jax.tasks.sizes import read_sizes
 from seqpe_jax.tasks.text import with_kept_tokenizer
 
@@ -116,20 +115,17 @@ def sizes_of(settings: Config, folder: str) -> Sizes:
     Raises:
       InputError: the number of tokens or classes is not known.
     """
+    if settings.reads_images:
+        sizes = known_sizes(settings, folder)
+        if not sizes.classes:
+            raise InputError(f"{folder} does not say how many classes its model has: put back its classes.json")
+        return sizes
     stored = read_sizes(folder)
     if stored is not None:
         return stored
-    if not settings.reads_images:
-        if not settings.model.vocabulary and not settings.data.tokenizer:
-            raise InputError(
-                f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there"
-            )
-        return Sizes(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
-    facts = facts_of(settings.data.name)
-    classes = settings.model.classes or len(kept_names(folder) or ()) or facts.classes
-    if not classes:
-        raise InputError(f"{folder} does not say how many classes its model has: put back its classes.json")
-    return Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
+    if not settings.model.vocabulary and not settings.data.tokenizer:
+        raise InputError(f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there")
+    return Sizes(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
 
 
 def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh, step: int) -> Params:

@@ -155,7 +155,6 @@ class Model:
 
     def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:
         """Returns what follows prompts of token ids; options as of `inference.generate.generate`."""
-        generation.check_generation(self.config, [len(prompt) for prompt in prompts], sampling, options.get("window"))
         return generation.generate(
             self.programs, self.config, self.params, prompts, sampling, self._text.known_V, **options
         )

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 # All of this is read when jax is first imported, so it comes before any other import.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,6 +27,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+from tests.commands import Commands
+
 gc.set_threshold(50_000, 20, 50)  # traces make many objects that live long; looking through them again costs time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -34,10 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest start first, so that no process ends long before the others."""
     first = (
         "test_processes.py", "test_launch.py", "test_resume.py", "test_configs.py", "test_decoding.py",
-        "test_step.py", "test_sweep.py", "test_export_command.py", "test_conversion.py", "test_serving.py", "test_aot.py",
-        "test_commands.py", "test_answer_commands.py", "test_generate.py", "test_trace.py",
+        "test_step.py", "test_sweep.py", "test_export_command.py", "test_conversion.py", "test_exported.py",
+        "test_slices.py", "test_commands.py", "test_answer_commands.py", "test_generate.py", "test_trace.py",
     )  # fmt: skip
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Runs commands as a user would, all of a file's with one cache."""
+    running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
 
 
 def _beside(name: str) -> pathlib.Path:

@@ -7,20 +7,13 @@ import sys
 
 import pytest
 
-from tests.commands import CONFIG, ROOT, Commands, environment, train_arguments
+from tests.commands import CONFIG, ROOT, environment, train_arguments
 from tests.training.test_commands import PLAIN, refused, word_tokenizer
 
 pytestmark = pytest.mark.slow
 
 NEW = "--max-new-tokens=20"
 COUNTING = [f"w{number % 5}" for number in range(1500)]  # what follows a word is always the same
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

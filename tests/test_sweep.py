@@ -9,18 +9,10 @@ import time
 
 import pytest
 
-from tests.commands import Commands
 from tests.training.test_commands import refused
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

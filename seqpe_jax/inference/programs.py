@@ -38,10 +38,6 @@ class Programs:
     architecture: Architecture
     mesh: jax.sharding.Mesh
 
-    def laid_out(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function, traced with this mesh's layout in force."""
-        return laid_out(self.mesh, function)
-
     def signal(self, params: Params, shape: Shape, first: int | None = None) -> PositionSignal:
         """Returns the signal of a window or grid, or of a window's first positions; vectors are computed part by part."""
         architecture, rows = self.architecture, shape[0] if first is None else min(first, shape[0])
@@ -84,7 +80,7 @@ class Programs:
         def examine(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
             return criterion.examine(self.architecture.network, {"params": params["model"]}, signal, batch)
 
-        return jax.jit(self.laid_out(examine), out_shardings=layout.replicated(self.mesh))
+        return jax.jit(laid_out(self.mesh, examine), out_shardings=layout.replicated(self.mesh))
 
     def similarity(self, params: Params, shape: Shape, pivots: int = 5, columns: int = 512) -> dict[str, np.ndarray] | None:
         """Returns how alike the vectors of a window or grid are to those of a few pivots, or None without vectors.
@@ -134,14 +130,14 @@ class Programs:
         def signal(params: Params, shape: Shape, rows: int) -> PositionSignal:
             return self.architecture.signal(params, self.architecture.spacing.grid(shape, rows=rows)[None], shape)
 
-        return jax.jit(self.laid_out(signal), static_argnums=(1, 2))
+        return jax.jit(laid_out(self.mesh, signal), static_argnums=(1, 2))
 
     @functools.cached_property
     def _signal_of(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:
         def signal(params: Params, vectors_PLE: jax.Array, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:
             return self.architecture.encode(params, vectors_PLE, positions_PLA, shape=shape, method="signal")
 
-        return jax.jit(self.laid_out(signal), static_argnums=3)
+        return jax.jit(laid_out(self.mesh, signal), static_argnums=3)
 
     @functools.cached_property
     def _vectors(self) -> Callable[[Params, int, int, Shape, Spacing], jax.Array]:
@@ -150,15 +146,15 @@ class Programs:
             positions_RA = spacing.grid(shape, first, rows)
             return self.architecture.encode(params, positions_RA, groups=(known,), method="vectors")
 
-        return jax.jit(self.laid_out(vectors), static_argnums=(2, 3, 4))
+        return jax.jit(laid_out(self.mesh, vectors), static_argnums=(2, 3, 4))
 
     @functools.cached_property
     def _vectors_of(self) -> Callable[[Params, jax.Array], jax.Array]:
-        return jax.jit(self.laid_out(functools.partial(self.architecture.encode, method="vectors")))
+        return jax.jit(laid_out(self.mesh, functools.partial(self.architecture.encode, method="vectors")))
 
     @functools.cached_property
     def _logits(self) -> Callable[..., jax.Array]:
-        return jax.jit(self.laid_out(self.architecture.logits))
+        return jax.jit(laid_out(self.mesh, self.architecture.logits))
 
 
 def laid_out(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,23 +48,11 @@ class Images(Task):
     def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
         self.config = config
         self._names, self._owner = kept_names(kept) if kept else None, kept
-        stored, facts = read_sizes(kept) if kept else None, pictures.facts_of(config.data.name)
-        classes = config.model.classes or (stored.classes if stored else 0)
-        if self._names is not None:
-            if 0 < classes < len(self._names):
-                raise InputError(
-                    f"model.classes={classes} is less than the {len(self._names)} classes of the run of {kept} (its "
-                    f"{KEPT}): set it to {len(self._names)} or more"
-                )
-            classes = classes or len(self._names)
-        classes = classes or facts.classes
-        if not classes and not there:
+        self.sizes = known_sizes(config, kept)
+        if not self.sizes.classes and not there:
             raise InputError("data.name='image_folder' has as many classes as folders: name their number as model.classes")
-        self.sizes = Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
-        if not classes:
+        if not self.sizes.classes:
             self.sizes = dataclasses.replace(self.sizes, classes=self.source("train").classes)
-        if stored:  # pixels are what they were to this model, whatever is read now
-            self.sizes = dataclasses.replace(stored, classes=self.sizes.classes)
         self.criterion = Classification(config.objective.label_smoothing, config.objective.mixing)
         self.example = {
             "images": jax.ShapeDtypeStruct((*config.data.size, self.sizes.channels), jnp.float32),
@@ -197,6 +185,29 @@ class Images(Task):
             pictures.evaluation_example, size=self.config.sides_of(scale), crop_ratio=self.config.data.crop_ratio,
             mean=self.sizes.mean, std=self.sizes.std,
         )  # fmt: skip
+
+
+def known_sizes(config: Config, kept: str | pathlib.Path = "") -> Sizes:
+    """Returns what a model takes from images, as far as it is known without them; classes = 0 where it is not.
+
+    Args:
+      kept: folder of a run: the sizes that it keeps, whatever is read now, else as many classes as it has names of.
+
+    Raises:
+      InputError: the config has fewer classes than the run has names of.
+    """
+    stored, facts = read_sizes(kept) if kept else None, pictures.facts_of(config.data.name)
+    names = kept_names(kept) if kept else None
+    classes = config.model.classes or (stored.classes if stored else 0)
+    if names is not None and 0 < classes < len(names):
+        raise InputError(
+            f"model.classes={classes} is less than the {len(names)} classes of the run of {kept} (its {KEPT}): set it to "
+            f"{len(names)} or more"
+        )
+    classes = classes or len(names or ()) or facts.classes
+    if stored is not None:
+        return dataclasses.replace(stored, classes=classes)
+    return Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
 
 
 def kept_names(workdir: str | pathlib.Path) -> tuple[str, ...] | None:

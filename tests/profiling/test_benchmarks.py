@@ -7,18 +7,11 @@ import pytest
 
 from seqpe_jax.profiling.benchmarks import flops_of_call
 from seqpe_jax.training.trainer import Trainer
-from tests.commands import CONFIG, Commands
+from tests.commands import CONFIG
 from tests.tiny import tiny_config
 from tests.training.test_commands import PLAIN, refused
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "decode"])

@@ -19,7 +19,7 @@ import safetensors.numpy
 from seqpe_jax import config, loading
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
-from tests.commands import ROOT, Commands, environment
+from tests.commands import ROOT, environment
 from tests.serving import test_exported as test_serving
 from tests.tiny import random_state, tiny_config
 from tests.training.test_commands import refused, word_tokenizer
@@ -35,13 +35,6 @@ class Blocked:
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Blocked())
 """
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from tests.commands import Commands, train_arguments
+from tests.commands import train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -15,13 +15,6 @@ PLAIN = {
     "data__length": 24,
     "eval__lengths": (24, 48), "eval__new_tokens": 4, "checkpoint__every": 100,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

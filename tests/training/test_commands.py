@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from tests.commands import CONFIG, Commands, train_arguments
+from tests.commands import CONFIG, train_arguments
 
 QUICKSTART = "configs/stdlib_lm.py"
 # The terms compile for longer than everything else together, and nothing here depends on them.
@@ -16,13 +16,6 @@ PLAIN = {
     "checkpoint__every": 1, "objective__contrastive__weight": 0, "objective__distillation__weight": 0,
     "objective__shift__rate": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

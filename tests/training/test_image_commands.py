@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import Commands
 from tests.training.test_commands import refused
 
 pytestmark = pytest.mark.slow
@@ -18,13 +17,6 @@ TINY = {
     "objective.contrastive.candidates": 4, "objective.distillation.batch": 2, "objective.distillation.offsets": 4,
     "objective.shift.rate": 0, "report.tensorboard": False, "eval.every": 2, "eval.sizes": (8, 12),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    running = Commands(tmp_path_factory.mktemp("cache"))
-    yield running
-    running.close()
 
 
 def options(**fields):

@@ -26,13 +26,6 @@ def text(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    found = Commands(tmp_path_factory.mktemp("cache"))
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
 def begin(commands, text):
     """Returns a function that starts the processes of a run; `each` has overrides for some of them."""
 

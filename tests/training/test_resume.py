@@ -31,13 +31,6 @@ def text(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    found = Commands(tmp_path_factory.mktemp("cache"))
-    yield found
-    found.close()
-
-
 def start(commands: Commands, workdir: pathlib.Path, text: pathlib.Path) -> Running:
     return commands.start("train", *train_arguments(workdir, text, **FIELDS))
 
