@@ -1,12 +1,16 @@
 """Three dimensions: clips of a handwritten digit that moves over a canvas; the label is the digit and its direction.
 
     python -m seqpe_jax.train --config=configs/moving_digits_vit.py --workdir=runs/moving
-    python -m seqpe_jax.evaluate --checkpoint=runs/moving --sizes=16,24,32 --output=runs/moving/evaluation.json
+    python -m seqpe_jax.evaluate --checkpoint=runs/moving --output=runs/moving/evaluation.json
 
-Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, none.
+Trained on four frames in a row of 16 x 16 pixels, evaluated on four and on eight, at 16 to 32 pixels.
+Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed,
+none.
 """
 
 from seqpe_jax.config import defaults, with_encoding
+
+FORMS = {"seqpe_paper": "seqpe"}
 
 
 def get_config(variant=None):
@@ -15,13 +19,14 @@ def get_config(variant=None):
     c.steps = 1500
     c.batch_size = 32
     c.data.name = "moving_digits"
-    c.data.size = (8, 16, 16)
+    c.data.size = (4, 16, 16)
     c.eval.sizes = (16, 24, 32)
+    c.eval.frames = (4, 8)
     c.checkpoint.every = 500
     c.report.every = 25
 
     c.model.kind = "vit"
-    c.model.patch = (2, 4, 4)
+    c.model.patch = (1, 4, 4)
     c.model.layers = 4
     c.model.width = 96
     c.model.heads = 4
@@ -37,15 +42,24 @@ def get_config(variant=None):
     c.optimizer.weight_decay = 0.05
     c.optimizer.clip = 1.0
 
-    c.encoding.max_position = 100
+    paper = variant == "seqpe_paper"
+    c.encoding.max_position = 100 if paper else 10
     c.encoding.mode = "attn_scalar"
     c.encoding.qk = "multi"
     c.encoding.width = 96
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
-    if variant in (None, "seqpe"):
+    if variant in (None, "seqpe", "seqpe_paper"):
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
+    if not paper and variant not in ("learned", "rotary", "none"):
+        # As in digits_vit.py: a larger frame is read between the positions of training, and every other step reads parts
+        # of the frames, enlarged. Time is not stretched: a longer clip goes on.
+        c.encoding.fraction_digits = 1
+        c.encoding.resize = "stretch"
+        c.objective.zoom.rate = 0.5
+        c.objective.zoom.smallest = 0.3
+        c.objective.shift.sets = 8
 
     c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32
@@ -55,7 +69,7 @@ def get_config(variant=None):
     c.objective.distillation.batch = 8
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.1
-    c = with_encoding(c, variant)
+    c = with_encoding(c, variant, FORMS)
     if c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
         c.encoding.theta = 100.0
     return c

@@ -16,7 +16,9 @@ from seqpe_jax.tasks.measure import Scales, check_kind, measure, write
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
-_SIZES = flags.DEFINE_list("sizes", [], "image sizes, e.g. 224,384x512 (default: eval.sizes of the run's config)")
+_SIZES = flags.DEFINE_list(
+    "sizes", [], "image sizes, e.g. 224,384x512, of clips also 16x32x32 (default: those of the run's config)"
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")
 _DATA = flags.DEFINE_string("data", None, "read that data set instead of the run's, e.g. text_files (a data.name)")
 _PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
@@ -39,7 +41,8 @@ def main() -> None:
     """The command."""
     command.join_hosts()
     lengths = scales(_LENGTHS.value, "--lengths", "0*[1-9][0-9]*", "positive whole numbers")
-    sizes = scales(_SIZES.value, "--sizes", "0*[1-9][0-9]*(x0*[1-9][0-9]*)?", "sides in pixels (224) or 384x512")
+    wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"
+    sizes = scales(_SIZES.value, "--sizes", "0*[1-9][0-9]*(x0*[1-9][0-9]*){0,2}", wanted)
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")

@@ -165,8 +165,8 @@ class Model:
         """Returns the results that `evaluate` prints, one for each length or size.
 
         Args:
-          lengths: of a model of text; sizes: of a model of images, sides in pixels or (height, width); none = those of
-            the config's eval section.
+          lengths: of a model of text; sizes: of a model of images, sides in pixels, (height, width) or (frames,
+            height, width); none = those of the config's eval section.
           split: "validation" or "test"; options: as of `tasks.measure.measure`.
 
         Raises:

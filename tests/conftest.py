@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 
 # All of this is read when jax is first imported, so it comes before any other import.
+# Threads that wait for each other in a collective must all have started. Eight devices with two collectives at once need
+# more of them than XLA makes for two cores, and it ends the process after 40 seconds in which some found none.
+os.environ.setdefault("NPROC", "32")
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = {
     "xla_force_host_platform_device_count": 8,

@@ -30,6 +30,7 @@ from seqpe_jax.config.schema import (
     OptimizerConfig,
     ShiftConfig,
     digits_of,
+    scale_label,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "parse",
     "profile_window",
+    "scale_label",
     "to_dict",
     "with_encoding",
 ]

@@ -57,17 +57,22 @@ def _check_finer(
 
 
 def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
-    """Refuses an image or clip of (height, width) that patches do not divide or positions do not reach.
+    """Refuses an image or clip that patches do not divide or positions do not reach.
+
+    Args:
+      size: (height, width), or (frames, height, width) of a clip; asked_by: what asks for it, for the message.
 
     Raises:
       InputError: says the largest size possible and the field to change.
     """
     sides, patch, reach = config.sides_of(size), config.model.patch, config.encoding.max_position
-    written = "x".join(map(str, size))
-    if len(sides) != len(patch) or any(side < 1 or side % part for side, part in zip(sides, patch, strict=False)):
+    written, parts = "x".join(map(str, size)), patch[-len(size) :]
+    if len(size) > len(patch):
+        raise InputError(f"{asked_by} {written} has frames, but data.name='{config.data.name}' has images: name two sides")
+    if any(side < 1 or side % part for side, part in zip(sides, patch, strict=True)):
         raise InputError(
-            f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, patch[-2:]))} pixels "
-            f"(model.patch): choose multiples of {'x'.join(map(str, patch[-2:]))}"
+            f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, parts))} pixels (model.patch): "
+            f"choose multiples of {'x'.join(map(str, parts))}"
         )
     places = config.grid_of(sides)
     if config.encoding.resize == "stretch":
@@ -77,7 +82,7 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
         raise InputError(
             f"{asked_by} {written} needs position {max(places) - 1} along an axis, but the largest "
             f"position possible is {reach - 1} (encoding.max_position={reach}), so the largest size possible is "
-            f"{'x'.join(str(reach * part) for part in patch[-2:])}: raise encoding.max_position or lower {asked_by}"
+            f"{'x'.join(str(reach * part) for part in parts)}: raise encoding.max_position or lower {asked_by}"
         )
 
 
@@ -170,11 +175,11 @@ def _check_images(config: Config) -> None:
         if len(value) != axes or min(value) < 1:
             wanted = "(frames, height, width)" if axes == 3 else "(height, width)"
             raise InputError(f"{name} must be {wanted} in pixels for data.name='{data.name}', got {value}")
-    if axes == 3 and data.size[0] % patch[0]:
-        raise InputError(f"data.size={data.size}: {data.size[0]} frames do not divide by {patch[0]} (model.patch={patch})")
-    check_size(config, data.size[-2:], "data.size")
-    for size in config.eval.sizes:
-        check_size(config, (size, size), "eval.sizes")
+    if axes == 2 and config.eval.frames:
+        raise InputError(f"eval.frames={config.eval.frames} is for clips, but data.name='{data.name}' has none: drop it")
+    check_size(config, data.size, "data.size")
+    for scale in config.scales:
+        check_size(config, scale, "eval.frames and eval.sizes" if config.eval.frames else "eval.sizes")
     if config.encoding.kind == "alibi":
         raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")
     augment = data.augment

@@ -282,6 +282,7 @@ class EvalConfig:
     every: int = _field(0, **NonNegative)  # steps; 0 = never while training
     lengths: tuple[int, ...] = _field((), of=WRITTEN)  # text; () = the training length
     sizes: tuple[int, ...] = _field((), of=PICTURES)  # images: sides in pixels; () = the training size
+    frames: tuple[int, ...] = _field((), of=PICTURES)  # clips: each size at so many frames; () = those of training
     tokens: int = _field(0, **NonNegative, of=WRITTEN)  # text: read at most that many per length; 0 = the whole split
     examples: int = _field(0, **NonNegative, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
     new_tokens: int = _field(16, **Positive, of=(ASKED,))  # questions: tokens generated for an answer, at most
@@ -373,8 +374,28 @@ class Config:
         return tuple(side // part for side, part in zip(sides, self.model.patch, strict=True))
 
     def sides_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the sides of an example evaluated at (height, width): clips keep their frames."""
-        return (*self.data.size[:-2], *size)
+        """Returns the sides of an example evaluated at (height, width), or of a clip at (frames, height, width).
+
+        A clip for which no frames are named has those of training.
+        """
+        return (*self.data.size[: -len(size)], *size)
+
+    @property
+    def scales(self) -> tuple[tuple[int, ...], ...]:
+        """What the eval section evaluates: each (length,), (height, width) or (frames, height, width)."""
+        if not self.reads_images:
+            return tuple((length,) for length in self.eval.lengths or (self.data.length,))
+        sizes = tuple((side, side) for side in self.eval.sizes) or (self.data.size[-2:],)
+        if not self.eval.frames:
+            return tuple(self.sides_of(size) for size in sizes)
+        return tuple((frames, *size) for frames in self.eval.frames for size in sizes)
+
+
+def scale_label(scale: tuple[int, ...]) -> str:
+    """Returns the name of a length or size: 512, 32 for a square, 24x32, or 8x32x32 for a clip of 8 frames."""
+    if len(scale) == 2 and scale[0] == scale[1]:
+        return str(scale[0])
+    return "x".join(map(str, scale))
 
 
 def digits_of(encoding: EncodingConfig) -> int:

@@ -92,7 +92,7 @@ def train_example(
 
     Args:
       record: {"image": uint8[H, W, C], or [T, H, W, C] of a clip, "label": int}.
-      size: (H, W) of the example, or (T, H, W) of a clip, whose later frames are left out.
+      size: (H, W) of the example, or (T, H, W) of a clip, of which T frames in a row are drawn.
       augment: the settings: crop_scale, crop_aspect, flip, translate, randaugment_layers, randaugment_magnitude,
         randaugment_std, color_jitter, erasing. What is done to a clip is the same in all its frames. A flip keeps the
         label, so flip=0 where left and right make it (moving_digits).
@@ -104,7 +104,10 @@ def train_example(
       InputError: a clip and `size` do not fit, or a setting that does not work for clips.
     """
     frames, (height, width) = _frames(record["image"], size)
-    is_clip = record["image"].ndim == 4
+    is_clip, left_out = record["image"].ndim == 4, len(frames) - size[0]
+    if is_clip:
+        first = int(rng.integers(left_out + 1)) if left_out else 0
+        frames = frames[first : first + size[0]]
     if is_clip and (augment.randaugment_layers or augment.color_jitter):
         raise InputError(
             "clips cannot be recoloured: set randaugment_layers=0 and color_jitter=0; crop_scale, flip, translate and "
@@ -139,7 +142,7 @@ def evaluation_example(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, np.ndarray]:
-    """Returns an example for evaluation: the middle of the image, normalised.
+    """Returns an example for evaluation: the middle of the image, or of a clip in time and space, normalised.
 
     The image is resized (bicubic), its aspect kept, to the smallest size that covers `size` / `crop_ratio`; for a square
     `size` its shorter side has size / crop_ratio then. The middle of it is cut out.
@@ -155,6 +158,9 @@ def evaluation_example(
     if not 0.0 < crop_ratio <= 1.0:
         raise InputError(f"crop_ratio must be above 0 and at most 1, got {crop_ratio}")
     frames, (height, width) = _frames(record["image"], size)
+    if record["image"].ndim == 4:
+        first = (len(frames) - size[0]) // 2
+        frames = frames[first : first + size[0]]
     scale = max(height / crop_ratio / frames.shape[1], width / crop_ratio / frames.shape[2])
     whole = max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale))
     left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
@@ -164,7 +170,7 @@ def evaluation_example(
 
 
 def _frames(image: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns (uint8[T, H, W, C], target (height, width)); an image is a clip of one frame."""
+    """Returns all frames uint8[T, H, W, C] and the target (height, width); an image is a clip of one frame."""
     if len(size) != image.ndim - 1:
         kind, wanted = ("clips", "(frames, height, width)") if image.ndim == 4 else ("images", "(height, width)")
         raise InputError(f"the data set holds {kind}, so its size is {wanted}, got {tuple(size)}")
@@ -172,7 +178,7 @@ def _frames(image: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, tuple[i
         return image[None], (size[0], size[1])
     if size[0] > len(image):
         raise InputError(f"the clips have {len(image)} frames, {size[0]} are asked for: lower the number of frames")
-    return image[: size[0]], (size[1], size[2])
+    return image, (size[1], size[2])
 
 
 def _resized(frames: np.ndarray, box: tuple[int, int, int, int], width: int, height: int) -> np.ndarray:

@@ -11,13 +11,14 @@ def accuracy(
     examine: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     batches: Any,
     *,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Returns {"size": [height, width], "examples", "loss", "top1", "top5"}: nats, and percent of the examples.
+    """Returns {"size", "examples", "loss", "top1", "top5"}: nats, and percent of the examples.
 
     Args:
+      size: (height, width), or (frames, height, width) of clips.
       examine: a batch -> {"loss": float32[B] in nats, "rank": int32[B], classes ahead of the true one}.
       batches: {"images", "labels", "weights": float32[B]}; weight 0 marks padding rows.
       put: lays a host batch out over the devices.

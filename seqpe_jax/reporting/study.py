@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from seqpe_jax.config import scale_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.trees import flat
@@ -34,7 +35,7 @@ class Run:
     Attributes:
       name: of the folder; config: nested dicts; metrics: objects of metrics.jsonl.
       evaluation: as `evaluate --output` writes it, or {}; its results know their "extent", the length or the side of a
-        square of that area, and their "label".
+        square or cube that holds as much, and their "label".
       similarity, attention: arrays of similarity.npz and attention.npz, or None.
       failure: what a sweep says of a run that failed; started: False for a point of a sweep that has no run yet.
       row: the run's row in tables; runs that differ in the seed alone share it.
@@ -71,7 +72,7 @@ class Run:
     def training(self) -> dict[str, Any]:
         """Extent and label of a training example, as of the results."""
         data = self.config["data"]
-        return _scale({"size": data["size"][-2:]} if self.data == "images" else {"length": data["length"]})
+        return _scale({"size": data["size"]} if self.data == "images" else {"length": data["length"]})
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -305,12 +306,10 @@ def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _scale(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"extent", "label"} of a length or a [height, width]."""
-    if "length" in result:
-        return {"extent": int(result["length"]), "label": str(result["length"])}
-    height, width = result["size"]
-    label = f"{height}" if height == width else f"{height}x{width}"
-    return {"extent": math.sqrt(height * width), "label": label}
+    """Returns {"extent", "label"} of a length, a [height, width] or a [frames, height, width]."""
+    sides = tuple(int(side) for side in result["size"]) if "length" not in result else (int(result["length"]),)
+    extent = sides[0] if len(sides) == 1 else math.prod(sides) ** (1 / len(sides))
+    return {"extent": extent, "label": scale_label(sides)}
 
 
 def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:

@@ -106,14 +106,19 @@ def memory(model: Any, reach: Shape, scale: Shape) -> list[str]:
 
 
 def largest_scale(settings: Config, max_length: int | None, max_size: int | None) -> Shape:
-    """Returns the largest window, (length,), or image, (height, width), that is served. Raises: InputError: cannot be."""
+    """Returns the largest window, (length,), image, (height, width), or clip, (frames, height, width), that is served.
+
+    Raises:
+      InputError: it cannot be.
+    """
     if settings.reads_images:
         if max_length is not None:
             raise InputError("--max-length is for runs on text, and this one reads images: use --max-size")
         side = max(settings.eval.sizes, default=0)
         size = (max_size,) * 2 if max_size else tuple(max(side, trained) for trained in settings.data.size[-2:])
-        config.check_size(settings, size, "--max-size")
-        return size
+        frames = tuple(max((trained, *settings.eval.frames)) for trained in settings.data.size[:-2])
+        config.check_size(settings, (*frames, *size), "--max-size")
+        return *frames, *size
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
     length = max_length or max((settings.data.length, *settings.eval.lengths))

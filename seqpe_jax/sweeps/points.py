@@ -8,7 +8,7 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.architecture import check_encoding
-from seqpe_jax.config import Config
+from seqpe_jax.config import Config, scale_label
 from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
 
@@ -196,12 +196,9 @@ def _check_search(search: Any, base: str) -> None:
                     f"SEARCH decides by {search.metric}, measured while training: set eval.every in its overrides, at "
                     f"most steps={settings.steps}"
                 )
-            if settings.reads_images:
-                scales = settings.eval.sizes or settings.data.size[-2:-1]
-            else:
-                scales = settings.eval.lengths or (settings.data.length,)
-            if not re.fullmatch(r"eval/\w+@\d+", search.metric) or int(search.metric.partition("@")[2]) not in scales:
-                known = ", ".join(f"eval/NAME@{scale}" for scale in scales)
+            labels = [scale_label(scale) for scale in settings.scales]
+            if not re.fullmatch(r"eval/\w+@[\dx]+", search.metric) or search.metric.partition("@")[2] not in labels:
+                known = ", ".join(f"eval/NAME@{label}" for label in labels)
                 raise InputError(f"SEARCH: '{search.metric}' is not measured while training. Known: {known}")
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.architecture import Sizes
-from seqpe_jax.config import Config, check_size
+from seqpe_jax.architecture import Shape, Sizes
+from seqpe_jax.config import Config, check_size, scale_label
 from seqpe_jax.data import loader, pictures
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
@@ -134,36 +134,40 @@ class Images(Task):
                 "with its classes, or a new --workdir"
             )
 
-    def scales(self) -> tuple[tuple[int, int], ...]:
-        """Returns the sizes that the config evaluates, each as (height, width)."""
-        sizes = tuple((size, size) for size in self.config.eval.sizes)
-        return sizes or (self.config.data.size[-2:],)
+    def scales(self) -> tuple[Shape, ...]:
+        """Returns the sizes that the config evaluates, each as (height, width), or (frames, height, width) of clips."""
+        return self.config.scales
 
-    def grid_of(self, scale: tuple[int, int]) -> tuple[int, ...]:
-        """Returns the patches along each axis of an example of (height, width)."""
+    def grid_of(self, scale: Shape) -> Shape:
+        """Returns the patches along each axis of an example of a size."""
         return self.config.grid_of(self.config.sides_of(scale))
 
     def served(self, reach: tuple[int, ...]) -> Signature:
         """Returns what a model that serves grids of patches up to `reach` reads and returns."""
-        sizes, (*frames, tall, wide) = self.sizes, self.config.data.size
-        height, width = self.config.model.patch[-2:]
-        shape = ("batch", *map(str, frames), f"{height}*rows", f"{width}*columns", str(sizes.channels))
-        sides = (*frames, min(tall, reach[-2] * height), min(wide, reach[-1] * width))
+        sizes, patch = self.sizes, self.config.model.patch
+        letters = ("frames", "rows", "columns")[-len(patch) :]
+        if patch[0] > 1 and len(patch) == 3:
+            letters = ("steps", *letters[1:])  # of time: several frames make one
+        shape = ("batch", *(f"{part}*{letter}" for part, letter in zip(patch, letters, strict=True)), str(sizes.channels))
+        sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, reach, patch, strict=True))
         mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (sizes.mean, sizes.std))
         classes = str(sizes.classes)
         return Signature(
-            "images", "float32", shape, {"rows": reach[-2], "columns": reach[-1]}, ("batch", classes),
+            "images", "float32", shape, dict(zip(letters, reach, strict=True)), ("batch", classes),
             f"numpy.zeros((1, {', '.join(map(str, sides))}, {sizes.channels}), 'float32')",
             f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel; the logits are those of the "
             f"classes in {KEPT}, in its order",
         )  # fmt: skip
 
-    def check_scale(self, scale: tuple[int, int], split: str) -> None:
+    def check_scale(self, scale: Shape, split: str) -> None:
         """Refuses a size that cannot be evaluated. Raises: InputError."""
         check_size(self.config, scale, "evaluation size")
-        self.source(split)
+        source = self.source(split)
+        if len(scale) == 3 and scale[0] > (there := len(source[0]["image"])):
+            label = scale_label(scale)
+            raise InputError(f"evaluation size {label} has {scale[0]} frames, but the clips have {there}: name fewer")
 
-    def evaluate(self, asked: Asked, scale: tuple[int, int], split: str) -> dict[str, Any]:
+    def evaluate(self, asked: Asked, scale: Shape, split: str) -> dict[str, Any]:
         """Returns the result of one size (see `evaluation.classification`)."""
         source = self.source(split)
         batch = min(asked.batch, -(-len(source) // jax.device_count()) * jax.device_count())
@@ -172,7 +176,7 @@ class Images(Task):
             asked.examine, batches, size=scale, put=asked.put, progress=lambda done: asked.progress(done, len(source))
         )
 
-    def pictures(self, scale: tuple[int, int], split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def pictures(self, scale: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first images of a split at a size, float32[count, sides..., C]: normalised, and in 0..1."""
         source, example = self.source(split), self._example(scale)
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
@@ -180,7 +184,7 @@ class Images(Task):
         shown = found * np.asarray(self.sizes.std, np.float32) + np.asarray(self.sizes.mean, np.float32)
         return found, np.clip(shown, 0.0, 1.0)
 
-    def _example(self, scale: tuple[int, int]) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+    def _example(self, scale: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
         return functools.partial(
             pictures.evaluation_example, size=self.config.sides_of(scale), crop_ratio=self.config.data.crop_ratio,
             mean=self.sizes.mean, std=self.sizes.std,

@@ -36,8 +36,8 @@ def measure(
 
     Args:
       model: a `seqpe_jax.Model`; an export is evaluated up to its range.
-      lengths: window lengths, each (length,), of a model of text; sizes: (height, width), of a model of images; none =
-        those of the config's eval section, or the training one.
+      lengths: window lengths, each (length,), of a model of text; sizes: (height, width) of a model of images, or (frames,
+        height, width) of one of clips; none = those of the config's eval section, or the training one.
       split: "validation" or "test".
       tokens, examples: read at most that many tokens, ask at most that many questions, per length; None = eval.tokens and
         eval.examples of the config.
@@ -56,6 +56,7 @@ def measure(
         config.check_positions(settings, length, "evaluation length")
     for size in sizes:
         config.check_size(settings, size, "evaluation size")
+    sizes = tuple(settings.sides_of(size) for size in sizes)
     if settings != model.config:
         whole = model
         model = dataclasses.replace(model, config=settings, read=lambda: whole.params)

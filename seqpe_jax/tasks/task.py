@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 
 from seqpe_jax.architecture import Params, Shape, Sizes
-from seqpe_jax.config import Config
+from seqpe_jax.config import Config, scale_label
 from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.generate import generate
@@ -132,11 +132,14 @@ def check_scale(task: Task, reach: Shape | None, scale: Shape, split: str) -> No
     shape = task.grid_of(scale)
     if reach is None or all(side <= end for side, end in zip(shape, reach, strict=True)):
         return
-    sides = task.config.model.patch[-2:] or (1,)
-    end = "x".join(str(count * side) for count, side in zip(reach[-len(sides) :], sides, strict=True))
+    sides = task.config.model.patch or (1,)
+    end = "x".join(str(count * side) for count, side in zip(reach, sides, strict=True))
+    again = f"--max-{task.scale_field}={max(scale[-2:])}"
+    if len(scale) == 3 and shape[0] > reach[0]:
+        again = f"eval.frames={scale[0]}"
     raise InputError(
-        f"evaluation {task.scale_field} {'x'.join(map(str, scale))} is beyond the exported range, up to {end}: "
-        f"choose less, or export the run again with --max-{task.scale_field}={max(scale)}"
+        f"evaluation {task.scale_field} {scale_label(scale)} is beyond the exported range, up to {end}: "
+        f"choose less, or export the run again with {again}"
     )
 
 

@@ -146,7 +146,7 @@ class Text(Task):
 
     def scales(self) -> tuple[tuple[int], ...]:
         """Returns the lengths that the config evaluates, each as (length,)."""
-        return tuple((length,) for length in self.config.eval.lengths or (self.config.data.length,))
+        return self.config.scales
 
     def grid_of(self, scale: tuple[int]) -> tuple[int]:
         """Returns the positions of a window along its axis."""

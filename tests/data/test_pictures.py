@@ -172,12 +172,26 @@ def test_clips_change_alike_in_all_frames():
 
 
 def test_clips_are_cut_and_resized():
+    record = clip(frames=8)
+    middle = evaluation_example(record, (4, 10, 12), **GREY)["images"]
+    np.testing.assert_allclose(middle, record["image"][2:6] / 255, atol=1e-6)
+    assert evaluation_example(record, (8, 5, 9), 0.9, **GREY)["images"].shape == (8, 5, 9, 1)
+
+
+def test_training_reads_frames_in_a_row_from_anywhere():
+    record, found = clip(frames=8), []
+    for seed in range(40):
+        frames = train_example(record, (6, 10, 12), settings(), rng(seed), **GREY)["images"]
+        starts = [first for first in range(3) if np.allclose(frames, record["image"][first : first + 6] / 255, atol=1e-6)]
+        found += starts
+    assert len(found) == 40 and set(found) == {0, 1, 2}
+    whole = train_example(record, (8, 10, 12), settings(flip=0.5), rng(3), **GREY)["images"]
+    flat = train_example({"image": record["image"][0], "label": 0}, (10, 12), settings(flip=0.5), rng(3), **GREY)["images"]
+    np.testing.assert_array_equal(whole[0], flat)  # nothing is drawn where there is no choice
+
+
+def test_what_is_cut_is_resized():
     record = clip()
-    for example in (
-        train_example(record, (3, 10, 12), settings(), rng(), **GREY),
-        evaluation_example(record, (3, 10, 12), **GREY),
-    ):
-        np.testing.assert_allclose(example["images"], record["image"][:3] / 255, atol=1e-6)
     assert evaluation_example(record, (4, 5, 9), 0.9, **GREY)["images"].shape == (4, 5, 9, 1)
 
 

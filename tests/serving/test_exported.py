@@ -131,6 +131,15 @@ def test_images_are_served_at_any_batch_and_size(name):
         assert "encoding/prefix_vectors" in leaves
 
 
+@pytest.mark.slow
+def test_clips_are_served_at_any_number_of_frames():
+    fields = {"data__size": (4, 16, 16), "eval__sizes": (16,), "eval__frames": (4,), "model__patch": (2, 8, 8)}
+    run, params = random_run(vit_config(page="moving_digits_vit", **fields))
+    draw = np.random.default_rng(0)
+    clips = [draw.normal(size=(*size, 1)).astype(np.float32) for size in ((1, 8, 24, 16), (2, 2, 8, 16))]
+    check(run, params, (4, 3, 2), clips)
+
+
 @pytest.mark.parametrize("arguments", [np.zeros((1, 33), np.int32), np.zeros((1, 8), np.float32)])
 def test_inputs_outside_of_the_range_are_refused(arguments):
     model, leaves = served(*random_run(tiny_config(variant="none")), (32,), platforms=("cpu",))

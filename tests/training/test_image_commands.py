@@ -21,8 +21,9 @@ TINY = {
 
 def options(**fields):
     """The tiny sizes as flags; without the terms, which compile longest."""
-    fields = {"objective.contrastive.weight": 0, "objective.distillation.weight": 0} | fields
-    return [f"--config.{name.replace('__', '.')}={value}" for name, value in (TINY | fields).items()]
+    own = {name.replace("__", "."): value for name, value in fields.items()}
+    values = TINY | {"objective.contrastive.weight": 0, "objective.distillation.weight": 0} | own
+    return [f"--config.{name}={value}" for name, value in values.items()]
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +58,33 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
         assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
 
 
+def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
+    workdir = tmp_path / "run"
+    fields = {"data__size": "(4,16,16)", "model__patch": "(2,8,8)", "eval__sizes": "(16,)", "eval__frames": "(4,8)"}
+    result = commands("train", "--config=configs/moving_digits_vit.py", f"--workdir={workdir}", *options(**fields))
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {"eval/top1@4x16x16", "eval/top1@8x16x16"} <= {name for line in lines for name in line}
+    ask = ("evaluate", f"--checkpoint={workdir}")
+    refused(commands(*ask, "--sizes=10x16x16"), "evaluation size 10x16x16", "the clips have 8")
+    refused(commands(*ask, "--sizes=16,5x16x16"), "5x16x16", "multiples of 2x8x8")
+    refused(commands(*ask, "--sizes=400x16x16"), "largest size possible is 20x80x80")
+    result = commands(*ask, "--sizes=16,8x16x24", f"--output={workdir / 'evaluation.json'}")
+    assert result.code == 0, result.err
+    report = json.loads((workdir / "evaluation.json").read_text())
+    assert [entry["size"] for entry in report["results"]] == [[4, 16, 16], [8, 16, 24]]
+    result = commands("report", f"--workdir={workdir}", f"--output={tmp_path / 'report'}")
+    assert result.code == 0, result.err
+    assert "| encoding | 4x16x16 (1x) | 8x16x24 (1.44x) |" in result.out
+
+
 @pytest.mark.parametrize("arguments,words", [
     (["--sizes=8,9"], ["9x9", "patches of 2x2", "multiples"]),
     (["--sizes=0"], ["--sizes", "'0'"]),
     (["--sizes=8x"], ["--sizes", "'8x'"]),
     (["--sizes=202"], ["202x202", "largest size possible is 80x80"]),
+    (["--sizes=4x8x8"], ["4x8x8", "has frames", "name two sides"]),
+    (["--sizes=4x8x8x8"], ["--sizes", "'4x8x8x8'"]),
     (["--lengths=16"], ["images", "--sizes"]),
 ])  # fmt: skip
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
@@ -78,6 +101,7 @@ def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     (["--config.data.name=stdlib_text"], ["model.kind='vit'", "stdlib_text"]),
     (["--config.data.name=image_folder"], ["data.paths"]),
     (["--config.data.augment.crop_scale=(0.5,1.5)"], ["crop_scale", "at most 1"]),
+    (["--config.eval.frames=(4,)"], ["eval.frames", "is for clips", "drop it"]),
     (["--config.objective.contrastive.past_only=True"], ["past_only"]),
 ])  # fmt: skip
 def test_train_refuses_arguments(commands, tmp_path, arguments, words):

@@ -1,0 +1,21 @@
+"""Which encoding reads clips that are longer and larger than those of training: all that take grids, three seeds each.
+
+    python -m seqpe_jax.sweep --sweep=configs/sweeps/moving_digits.py --workdir=runs/moving --jobs=2
+    python -m seqpe_jax.report --workdir=runs/moving --output=runs/moving/report
+
+Trained on four frames of 16 x 16 pixels as the config's page says, evaluated on four and eight frames of 16, 24 and 32.
+Encodings that take positions between whole numbers all train on the same zoomed parts of frames; the learned table is
+stretched with the clip, in time and space. `rotary` numbers the patches one after the other.
+Hardware: two CPU cores, one for each of two runs at once.
+"""
+
+from seqpe_jax.sweeps.points import product
+
+CONFIG = "configs/moving_digits_vit.py"
+KINDS = ("seqpe", "rotary_axial", "rotary_mixed", "learned", "sinusoidal", "seqpe_paper", "rotary", "none")
+
+
+def runs():
+    """Yields (name, overrides) of each run, one seed of all encodings after the other."""
+    for point in product({"seed": (1, 2, 3), "variant": KINDS}):
+        yield f"{point['variant']}-{point['seed']}", point
