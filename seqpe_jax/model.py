@@ -224,8 +224,8 @@ class Model:
             )
         return inputs
 
-    def _start(self, start: Start, shape: Shape) -> jax.Array:
-        """The first position in tokens or patches, int32[A]. Raises: InputError: it cannot be."""
+    def _start(self, start: Start, shape: Shape) -> Shape:
+        """The first position in tokens or patches along each axis. Raises: InputError: it cannot be."""
         first = np.zeros(len(shape), np.int32) if start is None else np.atleast_1d(np.asarray(start, np.int32))
         if first.shape != (len(shape),):
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
@@ -237,7 +237,7 @@ class Model:
             raise InputError("start= makes no sense with given vectors: they are those of the positions read")
         elif first.any() and kind in ("learned", "sinusoidal") and len(shape) > 1:
             raise InputError(f"encoding '{kind}' has no grids elsewhere: leave start at the origin")
-        return jnp.asarray(first)
+        return tuple(first.tolist())
 
 
 def _check_reach(encoder: SeqPE, positions: np.ndarray) -> None:

@@ -96,6 +96,23 @@ def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_position_has_one_vector(run, tmp_path):
+    """To the last bit, in windows of any length that begin anywhere, and in an export: logits magnify what differs."""
+    model = seqpe_jax.load(run)
+    model.params["encoding"]["encoder"]["final_norm"]["scale"] *= 60.0  # as large as training makes vectors
+    whole = np.asarray(model.programs.vectors(model.params, (150,)))
+    assert np.abs(whole).max() > 20
+    for length, start in ((1, 0), (40, 0), (9, 131)):
+        found = model.programs.vectors(model.params, (length,), start=start)
+        np.testing.assert_array_equal(found, whole[start : start + length])
+    model.export(tmp_path / "export", max_length=150, platforms=("cpu",))
+    exported = seqpe_jax.load(tmp_path / "export")
+    np.testing.assert_array_equal(exported.params["encoding"]["table"], whole)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 40))
+    for start in (0, 60):
+        np.testing.assert_array_equal(exported.logits(tokens, start), model.logits(tokens, start))
+
+
 def test_logits_begin_anywhere(run):
     model = seqpe_jax.load(run)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))

@@ -18,7 +18,7 @@ from seqpe_jax.positions.grids import Spacing
 from seqpe_jax.positions.prefixes import Group
 from seqpe_jax.runtime import mesh as layout
 
-READ_AT_ONCE = 4096  # positions that the encoder reads at once
+READ_AT_ONCE = 1024  # positions that the encoder reads at once
 
 Progress = Callable[[int, int], None]
 
@@ -38,40 +38,59 @@ class Programs:
     architecture: Architecture
     mesh: jax.sharding.Mesh
 
-    def signal(self, params: Params, shape: Shape, first: int | None = None) -> PositionSignal:
-        """Returns the signal of a window or grid, or of a window's first positions; vectors are computed part by part."""
+    def signal(self, params: Params, shape: Shape, first: int | None = None, start: Shape = ()) -> PositionSignal:
+        """Returns the signal of a window or grid, or of a window's first positions; vectors are computed part by part.
+
+        Args:
+          start: tokens or patches from the origin to the first position along each axis; () = at the origin.
+        """
         architecture, rows = self.architecture, shape[0] if first is None else min(first, shape[0])
+        moved = start if any(start) else (0,) * len(shape)
         if not architecture.has_vectors:
-            return self._signal(params, shape, rows)
-        positions_PLA = architecture.spacing.grid(shape, rows=rows)[None]
-        return self._signal_of(params, self.vectors(params, shape, rows)[None], positions_PLA, shape)
+            return self._signal(params, jnp.array(moved, jnp.int32), shape, rows)
+        spacing = architecture.spacing
+        positions_PLA = (spacing.grid(shape, rows=rows) + spacing.unit * np.array(moved, np.int32))[None]
+        if any(moved) and (len(shape) > 1 or any(spacing.stretched)):
+            vectors_LE = self.vectors_of(params, positions_PLA[0])
+        else:
+            vectors_LE = self.vectors(params, shape, rows, start=moved[0])
+        return self._signal_of(params, vectors_LE[None], positions_PLA, shape)
 
     def vectors(
         self, params: Params, shape: Shape, side: int | None = None, spacing: Spacing | None = None,
-        progress: Progress = silent,
+        progress: Progress = silent, start: int = 0,
     ) -> jax.Array:  # fmt: skip
         """Returns the vectors of the positions of a window or grid, float32[prod(shape), E].
 
+        Windows are read in parts that begin at multiples of `READ_AT_ONCE`, all by one program, so that a position has the
+        same vector to the last bit in windows of every length, wherever they begin, and in an export.
+
         Args:
           side: only the first places of the first axis; None = all. spacing: other than that of the model.
+          start: tokens from the origin to the first one of a window.
         """
         side, rest = side or shape[0], math.prod(shape[1:])
         spacing = spacing or self.architecture.spacing
-        rows = min(side, max(1, READ_AT_ONCE // rest))
+        if len(shape) == 1 and not any(spacing.stretched):
+            before, rows = start % READ_AT_ONCE, READ_AT_ONCE
+            firsts, shape = range(start - before, start + side, rows), (rows,)
+        else:
+            before, rows = 0, min(side, max(1, READ_AT_ONCE // rest))
+            firsts = range(0, side, rows)
         parts = []
-        for start in range(0, side, rows):
-            first = min(start, side - rows)  # the last part overlaps the one before: one program serves all
-            parts.append(self._vectors(params, first, rows, shape, spacing)[(start - first) * rest :])
-            progress(min(start + rows, side) * rest, side * rest)
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        for done, first in enumerate(firsts, 1):
+            parts.append(self._vectors(params, first, rows, shape, spacing))
+            progress(min(done * rows, side) * rest, side * rest)
+        vectors_RE = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        return vectors_RE[before * rest : (before + side) * rest]
 
     def vectors_of(self, params: Params, positions_RA: jax.Array) -> jax.Array:
         """Returns the vectors of any positions int32[R, A] in units of their last digit, float32[R, E]."""
         return self._vectors_of(params, positions_RA)
 
-    def logits(self, params: Params, inputs: jax.Array, start: jax.Array | None = None) -> jax.Array:
-        """Returns `Architecture.logits`."""
-        return self._logits(params, inputs, start)
+    def logits(self, params: Params, inputs: jax.Array, start: Shape = ()) -> jax.Array:
+        """Returns what `Architecture.logits` does, with the vectors of `vectors`; start: as of `signal`."""
+        return self._logits(params, inputs, self.signal(params, self.architecture.grid_of(inputs.shape), start=start))
 
     @functools.cache  # noqa: B019  a model has one of these, and one criterion
     def examiner(self, criterion: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
@@ -126,11 +145,13 @@ class Programs:
         return params | {"encoding": rest | {"table": table}}
 
     @functools.cached_property
-    def _signal(self) -> Callable[[Params, Shape, int], PositionSignal]:
-        def signal(params: Params, shape: Shape, rows: int) -> PositionSignal:
-            return self.architecture.signal(params, self.architecture.spacing.grid(shape, rows=rows)[None], shape)
+    def _signal(self) -> Callable[[Params, jax.Array, Shape, int], PositionSignal]:
+        def signal(params: Params, start_A: jax.Array, shape: Shape, rows: int) -> PositionSignal:
+            spacing = self.architecture.spacing
+            positions_LA = spacing.grid(shape, rows=rows) + spacing.unit * start_A
+            return self.architecture.signal(params, positions_LA[None], shape)
 
-        return jax.jit(laid_out(self.mesh, signal), static_argnums=(1, 2))
+        return jax.jit(laid_out(self.mesh, signal), static_argnums=(2, 3))
 
     @functools.cached_property
     def _signal_of(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:
@@ -154,7 +175,10 @@ class Programs:
 
     @functools.cached_property
     def _logits(self) -> Callable[..., jax.Array]:
-        return jax.jit(laid_out(self.mesh, self.architecture.logits))
+        def logits(params: Params, inputs: jax.Array, signal: PositionSignal) -> jax.Array:
+            return self.architecture.network.apply({"params": params["model"]}, inputs, signal)
+
+        return jax.jit(laid_out(self.mesh, logits))
 
 
 def laid_out(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
