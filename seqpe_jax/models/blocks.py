@@ -70,57 +70,73 @@ class Block(nn.Module):
     scale_residual: bool = True
     drop_path: float = 0.0
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        signal: PositionSignal,
-        deterministic: bool = True,
-        weights: bool = False,
-        cache: Cache | None = None,
-        places_PL: jax.Array | None = None,
-        added_PHLS: jax.Array | None = None,
-        drop_path: jax.Array | None = None,
-    ) -> jax.Array | tuple[jax.Array, Cache]:
-        """Returns the next states [B, L, D], or the attention weights [B, H, L, L] if those are asked for.
-
-        Args:
-          signal: of this layer.
-          cache, places_PL, added_PHLS: see `models.attention.attend_cached`; given, (states, cache) is returned.
-          drop_path: in place of the attribute.
-        """
-        normal = nn.initializers.normal
+    def setup(self) -> None:
+        """Makes the two norms and the four linear maps."""
+        normal, heads, head_width = nn.initializers.normal, self.heads, self.width // self.heads
         residual_init = normal(self.init_std / (math.sqrt(2 * self.layers) if self.scale_residual else 1.0))
         norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         linear = functools.partial(Linear, dtype=self.dtype, kernel_init=normal(self.init_std))
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        rate = self.drop_path if drop_path is None else drop_path
-        keep = functools.partial(self._keep, rate=0.0 if deterministic else rate)
-        heads, head_width = self.heads, self.width // self.heads
+        self.norm_1, self.norm_2 = norm(), norm()
+        self.qkv = linear((self.width, 3, heads, head_width), (WIDTH, None, HEADS, None))
+        self.out = linear((heads, head_width, self.width), (HEADS, None, WIDTH), kernel_init=residual_init, summed=2)
+        self.mlp_in = linear((self.width, self.mlp_width), (WIDTH, HIDDEN))
+        self.mlp_out = linear((self.mlp_width, self.width), (HIDDEN, WIDTH), kernel_init=residual_init)
+        self.drop = nn.Dropout(self.dropout)
 
-        x_BLD = lay_out(x_BLD, BATCH, LENGTH, None)
-        qkv = linear((self.width, 3, heads, head_width), (WIDTH, None, HEADS, None), name="qkv")(norm(name="norm_1")(x_BLD))
+    def __call__(
+        self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, drop_path: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the next states [B, L, D].
+
+        Args:
+          signal: of this layer; drop_path: in place of the attribute.
+        """
+        dropping = self.attention_dropout > 0 and not deterministic
+        mixed = attend(
+            *self._project(x_BLD), signal, causal=self.causal, **self._how, dropout_rate=self.attention_dropout,
+            dropout_key=self.make_rng("dropout") if dropping else None,
+        )  # fmt: skip
+        return self._finish(x_BLD, mixed, deterministic, self.drop_path if drop_path is None else drop_path)
+
+    def extend(
+        self, x_BLD: jax.Array, signal: PositionSignal, cache: Cache, places_PL: jax.Array,
+        added_PHLS: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
+        """Returns the next states of some places of a window, and the cache with them in it.
+
+        Args:
+          signal: of this layer; cache, places_PL, added_PHLS: see `models.attention.attend_cached`.
+        """
+        mixed, cache = attend_cached(*self._project(x_BLD), signal, cache, places_PL, added_PHLS, **self._how)
+        return self._finish(x_BLD, mixed), cache
+
+    def weights(self, x_BLD: jax.Array, signal: PositionSignal) -> jax.Array:
+        """Returns the attention weights, float32[B, H, L, L]; signal: of this layer."""
+        query, key, _ = self._project(x_BLD)
+        return attention_weights(query, key, signal, causal=self.causal)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """Kind and block of the attention; while parameters are drawn, the one that needs least compilation."""
+        return {"kind": "plain" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
+
+    def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, each [B, L, H, K]."""
+        qkv = self.qkv(self.norm_1(lay_out(x_BLD, BATCH, LENGTH, None)))
         query, key, value = (lay_out(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
-        if weights:
-            return attention_weights(query, key, signal, causal=self.causal)
-        how = {"kind": "plain" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
-        if cache is None:
-            dropping = self.attention_dropout > 0 and not deterministic
-            mixed = attend(
-                query, key, value, signal, causal=self.causal, **how,
-                dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
-            )  # fmt: skip
-        else:
-            mixed, cache = attend_cached(query, key, value, signal, cache, places_PL, added_PHLS, **how)
-        out = linear(
-            (heads, head_width, self.width), (HEADS, None, WIDTH), kernel_init=residual_init, summed=2, name="out"
-        )(mixed)
-        x_BLD = x_BLD + keep(drop(lay_out(out, BATCH, LENGTH, None)))
-        hidden = linear((self.width, self.mlp_width), (WIDTH, HIDDEN), name="mlp_in")(norm(name="norm_2")(x_BLD))
-        hidden = ACTIVATIONS[self.activation](lay_out(hidden, BATCH, LENGTH, HIDDEN))
-        out = linear((self.mlp_width, self.width), (HIDDEN, WIDTH), kernel_init=residual_init, name="mlp_out")(hidden)
-        x_BLD = x_BLD + keep(drop(lay_out(out, BATCH, LENGTH, None)))
-        return x_BLD if cache is None else (x_BLD, cache)
+        return query, key, value
+
+    def _finish(
+        self, x_BLD: jax.Array, mixed_BLHK: jax.Array, deterministic: bool = True, rate: jax.Array | float = 0.0
+    ) -> jax.Array:
+        """The next states, given the mixed values of all heads; rate: of left out branches."""
+        keep = functools.partial(self._keep, rate=0.0 if deterministic else rate)
+        drop = functools.partial(self.drop, deterministic=deterministic)
+        x_BLD = lay_out(x_BLD, BATCH, LENGTH, None)
+        x_BLD = x_BLD + keep(drop(lay_out(self.out(mixed_BLHK), BATCH, LENGTH, None)))
+        hidden = lay_out(self.mlp_in(self.norm_2(x_BLD)), BATCH, LENGTH, HIDDEN)
+        out = self.mlp_out(ACTIVATIONS[self.activation](hidden))
+        return x_BLD + keep(drop(lay_out(out, BATCH, LENGTH, None)))
 
     def _keep(self, branch_BLD: jax.Array, rate: jax.Array | float) -> jax.Array:
         """A branch, left out for a share of the samples."""
@@ -167,10 +183,10 @@ class Scanned(nn.Module):
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         return jax.lax.scan(body, x_BLD, (params, keys, rates, stacked))[0]
 
-    def one(self, layer: int, *arguments: Any, **options: Any) -> Any:
-        """Returns what one block returns; arguments as of its call, which draws nothing."""
+    def one(self, layer: int, method: str, *arguments: Any) -> Any:
+        """Returns what a method of one block returns, which draws nothing."""
         params = jax.tree.map(lambda leaf: leaf[layer], self.get_variable("params", "layers"))
-        return self.make(parent=None).apply({"params": params}, *arguments, **options)
+        return self.make(parent=None).apply({"params": params}, *arguments, method=method)
 
 
 def stack(params: dict, layers: int) -> dict:
@@ -202,7 +218,7 @@ def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) ->
         return Scanned(make, model.layers, model.remat, rates)
     if model.remat == "none":
         return [make(drop_path=rate) for rate in rates]
-    remade = nn.remat(Block, policy=REMAT[model.remat], static_argnums=(3, 4))
+    remade = nn.remat(Block, policy=REMAT[model.remat], static_argnums=3)
     return [remade(*make.args, **make.keywords, drop_path=rate) for rate in rates]
 
 
@@ -211,18 +227,12 @@ def run_blocks(blocks: "list[Block] | Scanned", x_BLD: jax.Array, signal: Positi
     if isinstance(blocks, Scanned):
         return blocks(x_BLD, signal, deterministic)
     for layer, block in enumerate(blocks):
-        x_BLD = block(x_BLD, signal.at_layer(layer), deterministic, False)
+        x_BLD = block(x_BLD, signal.at_layer(layer), deterministic)
     return x_BLD
 
 
-def run_block(
-    blocks: "list[Block] | Scanned",
-    layer: int,
-    x_BLD: jax.Array,
-    signal: PositionSignal,
-    weights: bool = False,
-    **options: Any,
-) -> Any:
-    """Returns what one block returns without dropout; options: `cache`, `places_PL` and `added_PHLS`."""
-    block = functools.partial(blocks.one, layer) if isinstance(blocks, Scanned) else blocks[layer]
-    return block(x_BLD, signal, True, weights, **options)
+def run_block(blocks: "list[Block] | Scanned", layer: int, method: str, *arguments: Any) -> Any:
+    """Returns what a method of one block returns, without dropout."""
+    if isinstance(blocks, Scanned):
+        return blocks.one(layer, method, *arguments)
+    return getattr(blocks[layer], method)(*arguments)

@@ -81,10 +81,8 @@ class GPT2(nn.Module):
             shared = position_logits(signal, places_PL, cache[0].key.shape[1])
         extended = []
         for layer in range(self.layers):
-            x_BLD, kept = run_block(
-                self.blocks, layer, x_BLD, signal.at_layer(layer), cache=cache[layer], places_PL=places_PL,
-                added_PHLS=shared,
-            )  # fmt: skip
+            own = (signal.at_layer(layer), cache[layer], places_PL, shared)
+            x_BLD, kept = run_block(self.blocks, layer, "extend", x_BLD, *own)
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)
 

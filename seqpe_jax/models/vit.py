@@ -96,9 +96,10 @@ class ViT(nn.Module):
     def attention(self, images: jax.Array, signal: PositionSignal) -> jax.Array:
         """Returns the attention weights of the last layer, float32[B, H, 1 + L, 1 + L], for pictures."""
         x_BLD = self._embed(images, signal, True)
-        for layer in range(self.layers):
-            x_BLD = run_block(self.blocks, layer, x_BLD, signal.at_layer(layer), weights=layer == self.layers - 1)
-        return x_BLD
+        last = self.layers - 1
+        for layer in range(last):
+            x_BLD = run_block(self.blocks, layer, "__call__", x_BLD, signal.at_layer(layer))
+        return run_block(self.blocks, last, "weights", x_BLD, signal.at_layer(last))
 
     def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
         """The tokens [B, 1 + L, D] that enter the first block."""
