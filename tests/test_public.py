@@ -7,8 +7,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from beartype import beartype
 
 import seqpe_jax
 from seqpe_jax.architecture import Architecture, Sizes
@@ -18,6 +20,8 @@ from seqpe_jax.errors import InputError
 from tests.tiny import ROOT, tiny_config
 
 EXAMPLES = pathlib.Path(ROOT) / "examples"
+# With the shapes that their types name held to.
+attend, place = (jaxtyping.jaxtyped(part, typechecker=beartype) for part in (seqpe_jax.attend, seqpe_jax.place))
 SIZES = {"layers": 2, "width": 16, "heads": 2, "max_position": 1000}
 
 
@@ -47,12 +51,20 @@ def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     positions_PLA = jnp.arange(24).reshape(1, 24, 1) + jnp.array([0, 40])[:, None, None]
     signal = architecture.signal(params, positions_PLA, (24,)).at_layer(0)
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
-    expected = seqpe_jax.attend(q, k, v, signal)
-    placed = seqpe_jax.place(q, k, v, signal)
+    expected = attend(q, k, v, signal)
+    placed = place(q, k, v, signal)
     found = jax.nn.dot_product_attention(*placed, scale=1.0, is_causal=True)[..., :12]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     if kind not in ("none", "sinusoidal"):
         assert float(jnp.abs(expected - seqpe_jax.attend(q, k, v, PositionSignal())).max()) > 1e-3
+
+
+def test_shapes_are_what_the_types_say():
+    q, k, v = jnp.zeros((1, 3, 2, 8)), jnp.zeros((1, 5, 2, 8)), jnp.zeros((1, 5, 2, 4))
+    assert attend(q, k, v, PositionSignal()).shape == (1, 3, 2, 4)
+    for wrong in ((q, k, q), (q, k[..., :4], v), (q[0], k, v), (q.astype(int), k, v)):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            attend(*wrong, PositionSignal())
 
 
 def test_features_stay_float32_beside_narrow_queries():

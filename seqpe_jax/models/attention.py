@@ -6,6 +6,7 @@ import math
 import flax
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from seqpe_jax import axes
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
@@ -28,9 +29,9 @@ class Cache:
 
 
 def attend(
-    query_BLHK: jax.Array,
-    key_BSHK: jax.Array,
-    value_BSHK: jax.Array,
+    query_BLHK: Float[Array, "B L H K"],
+    key_BSHK: Float[Array, "B S H K"],
+    value_BSHV: Float[Array, "B S H V"],
     signal: PositionSignal,
     *,
     causal: bool = True,
@@ -38,7 +39,7 @@ def attend(
     block: int = 0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L H V"]:
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype.
 
     logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says.
@@ -59,13 +60,16 @@ def attend(
     seed = None
     if dropout_rate and dropout_key is not None:
         seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
-    arguments = Operands(query_BLHK, key_BSHK, value_BSHK, signal.features, bias_PHLS, last_P, seed, rate=dropout_rate)
+    arguments = Operands(query_BLHK, key_BSHK, value_BSHV, signal.features, bias_PHLS, last_P, seed, rate=dropout_rate)
     return _mix(arguments, kind, block)
 
 
 def place(
-    query_BLHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, signal: PositionSignal
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query_BLHK: Float[Array, "B L H K"],
+    key_BSHK: Float[Array, "B S H K"],
+    value_BSHV: Float[Array, "B S H V"],
+    signal: PositionSignal,
+) -> tuple[Float[Array, "B L H W"], Float[Array, "B S H W"], Float[Array, "B S H _"]]:
     """Returns queries, keys and values with their positions in them, for any attention of one's own.
 
         q, k, v = place(q, k, v, signal.at_layer(layer))
@@ -86,14 +90,14 @@ def place(
     query, key = _positioned(query_BLHK, key_BSHK, signal)
     query = query / math.sqrt(query.shape[-1])
     if signal.features is None:
-        return query, key, value_BSHK
+        return query, key, value_BSHV
     placed = []
     for array, field in zip((query, key), signal.features, strict=True):
         field = fit_batch(field.astype(jnp.float32), array.shape[0])
         field = jnp.broadcast_to(field, (*array.shape[:-1], field.shape[-1]))
         placed.append(jnp.concatenate([array.astype(jnp.float32), field], axis=-1))
-    missing = placed[0].shape[-1] - value_BSHK.shape[-1]
-    value = jnp.pad(value_BSHK.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, missing)))
+    missing = placed[0].shape[-1] - value_BSHV.shape[-1]
+    value = jnp.pad(value_BSHV.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, missing)))
     return placed[0], placed[1], value
 
 

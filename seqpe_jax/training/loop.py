@@ -48,7 +48,8 @@ def fit(
             if step == first and hosts.several():  # Gloo waits half a minute for a process that still compiles
                 train_step = train_step.lower(run.state, batch).compile()
                 hosts.sync()
-            run.state, values = train_step(run.state, batch)
+            with jax.transfer_guard("disallow"):  # an array that lies on the host by mistake would be sent in every step
+                run.state, values = train_step(run.state, batch)
             run.step = step + 1
             for event in events:
                 event.after(run, values)

@@ -5,6 +5,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from seqpe_jax.runtime import chips
@@ -119,6 +120,7 @@ def test_events_come_in_their_order(tmp_path):
         def close(self):
             told.append("close")
 
+    @jax.jit
     def step(state, batch):
         return state, {"loss": jnp.float32(1)}
 
@@ -129,6 +131,17 @@ def test_events_come_in_their_order(tmp_path):
     save = events.Save(Kept(), {}, clock, report, every=1)
     with pytest.raises(ValueError, match="Evaluate, Save, Stop, Profile, Report"):
         loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), steps=0, events=[report, save])
+
+
+def test_a_batch_left_on_the_host_is_refused():
+    step = jax.jit(lambda state, batch: (state.replace(step=state.step + batch["one"]), {"loss": jnp.float32(1)}))
+    for batch in ({"one": np.int32(1)}, {"one": jnp.int32(1)}):
+        state = TrainState(jnp.int32(0), None, {}, ())
+        if isinstance(batch["one"], jax.Array):
+            assert int(loop.fit(state, step, iter([(0, batch)]), steps=1).step) == 1
+            continue
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            loop.fit(state, step, iter([(0, batch)]), steps=1)
 
 
 def test_time_stands_still_in_a_pause():
