@@ -9,6 +9,7 @@ import typing
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
@@ -129,7 +130,8 @@ def other_value(name: str, default):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
-    plain = dataclasses.replace(config.load(QUICKSTART + ":none"), encoding=config.EncodingConfig(kind))
+    page = DIGITS if kind in GRID_ONLY else QUICKSTART
+    plain = dataclasses.replace(config.load(page + ":none"), encoding=config.EncodingConfig(kind))
     values, refused = config.to_dict(plain), set()
     if kind == "seqpe":
         values["encoding"]["rotary_pairs"] = 2  # else what belongs to them would be refused too
@@ -168,8 +170,8 @@ def test_terms_and_pairs_that_are_not_there_have_no_fields():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_takes_the_place_of_another(path, kind):
     """As benchmarks compare them: what the other kind had and this one knows nothing of, is gone."""
-    if path == DIGITS and kind == "alibi":
-        pytest.skip("alibi knows one axis alone")
+    if kind in (TEXT_ONLY if path == DIGITS else GRID_ONLY):
+        pytest.skip("knows the other number of axes alone")
     values = config.defaults()
     values.update(config.to_dict(config.load(path, JITTER)))
     found = config.parse(config.with_encoding(values, kind))

@@ -42,7 +42,7 @@ def test_importing_it_pulls_in_neither_data_nor_plots():
     assert done.stdout.startswith("[]"), done.stdout
 
 
-@pytest.mark.parametrize("kind", ["seqpe", "rotary", "rotary_mixed", "alibi", "sinusoidal", "none"])
+@pytest.mark.parametrize("kind", ["seqpe", "rotary", "rotary_mixed", "alibi", "sinusoidal", "pope", "none"])
 def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""
     fields = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2} if kind == "seqpe" else {}

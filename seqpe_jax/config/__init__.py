@@ -16,7 +16,9 @@ from seqpe_jax.config.reading import (
     with_encoding,
 )
 from seqpe_jax.config.schema import (
+    GRID_ONLY,
     REAL_POSITIONS,
+    TEXT_ONLY,
     Config,
     ContrastiveConfig,
     DataConfig,
@@ -41,6 +43,7 @@ __all__ = [
     "EncodingConfig",
     "EncodingKind",
     "FREE_SECTIONS",
+    "GRID_ONLY",
     "LARGEST_UNITS",
     "MeshConfig",
     "MixingConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "OptimizerConfig",
     "REAL_POSITIONS",
     "ShiftConfig",
+    "TEXT_ONLY",
     "as_read",
     "check_positions",
     "check_size",

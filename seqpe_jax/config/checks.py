@@ -1,8 +1,9 @@
 """What the fields of a config demand of each other; each refusal is one line that says how to set them."""
 
 import math
+from typing import get_args
 
-from seqpe_jax.config.schema import REAL_POSITIONS, TEXTS, Config, digits_of
+from seqpe_jax.config.schema import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, Config, EncodingKind, digits_of
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import count_digits, largest_position
 
@@ -149,6 +150,15 @@ def check(config: Config) -> None:
 def _check_text(config: Config) -> None:
     if config.model.kind != "gpt2":
         raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{config.data.name}' is text")
+    if config.encoding.kind in GRID_ONLY:
+        raise InputError(
+            f"encoding.kind='{config.encoding.kind}' is for grids, and data.name='{config.data.name}' has text: choose one "
+            f"of {', '.join(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}"
+        )
+    if config.encoding.log_scaling and config.encoding.scaling == "yarn":
+        raise InputError(
+            "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of them"
+        )
     check_positions(config, config.data.length, "data.length")
     for length in config.eval.lengths:
         if length < 1:
@@ -180,8 +190,11 @@ def _check_images(config: Config) -> None:
     check_size(config, data.size, "data.size")
     for scale in config.scales:
         check_size(config, scale, "eval.frames and eval.sizes" if config.eval.frames else "eval.sizes")
-    if config.encoding.kind == "alibi":
-        raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")
+    if config.encoding.kind in TEXT_ONLY:
+        raise InputError(
+            f"encoding.kind='{config.encoding.kind}' is for texts, and data.name='{data.name}' has grids: choose one of "
+            f"{', '.join(kind for kind in get_args(EncodingKind) if kind not in TEXT_ONLY)}"
+        )
     augment = data.augment
     for name, pair in (("crop_scale", augment.crop_scale), ("crop_aspect", augment.crop_aspect)):
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from seqpe_jax.positions.digits import count_digits
 
-EncodingKind = Literal["seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "none"]
+EncodingKind = Literal[
+    "seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "alibi_grid", "t5", "kerple",
+    "fire", "lookhere", "scale_invariant", "pope", "fox", "cable", "none",
+]  # fmt: skip
 TEXTS = ("stdlib_text", "text_files", "wikitext103")
 QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")
 IMAGES = ("digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized")
@@ -19,11 +22,16 @@ NonNegative = {"low": 0}
 
 # Kinds of encodings by what they can do; `reads` of a field names those that read it.
 SEQPE = ("seqpe",)
-REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # not whole numbers alone
+# Logits gain a function of how far the key lies.
+OF_DISTANCES = ("alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "scale_invariant")
+# Positions need not be whole numbers.
+REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
+TEXT_ONLY = ("alibi", "t5", "kerple", "scale_invariant", "pope", "fox", "cable")  # know one axis, or what came before
+GRID_ONLY = ("alibi_grid", "lookhere")
 MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin
-WAVES = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed")
-IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", "alibi")  # what they do can be left to some heads
-PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial")
+WAVES = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "scale_invariant", "pope")
+IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES)  # what they do can be left to some heads
+PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial", "scale_invariant")
 
 
 # Kinds of data; `of` of a field or section names those whose runs read it.
@@ -148,11 +156,12 @@ class EncodingConfig:
     scalar_scale: float = _field(1.0, reads=SEQPE)
     # in which heads, and with what beside it
     position_heads: int = _field(0, **NonNegative, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
-    rotary_pairs: int = _field(0, **NonNegative, reads=PARTLY_TURNED)  # fastest pairs that turn; 0: all, seqpe none
+    rotary_pairs: int = _field(0, **NonNegative, reads=PARTLY_TURNED)  # fastest that turn; 0: all, seqpe none
     rotary_heads: int = _field(0, **NonNegative, reads=SEQPE)  # the first heads in which these pairs turn; 0 = all
     log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
     # baselines
     theta: float = _field(10000.0, low=1.0, reads=WAVES)  # base of the wavelengths
+    scaling: Literal["none", "linear", "ntk", "yarn"] = _field("none", reads=("rotary",))  # of angles, in longer windows
     flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
     reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
     amplitude: float = _field(1.0, low=0.0, reads=("sinusoidal",))

@@ -77,6 +77,36 @@ def turned(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
     return [part[:count] for part, count in zip(frequencies, counts, strict=True)]
 
 
+def interpolated(frequencies: np.ndarray, longer: float, trained: int, width: int) -> np.ndarray:
+    """Returns frequencies under which longer windows turn as far as those of training (Chen et al. 2023, arXiv 2306.15595).
+
+    Args:
+      frequencies: radians per token; longer: how many times as long; trained: tokens of training; width: of a head.
+    """
+    return frequencies / longer
+
+
+def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int) -> np.ndarray:
+    """Returns frequencies of a larger base, so that the slowest is as slow as interpolated, the fastest as it was.
+
+    Source: bloc97 2023, as written in Peng et al. 2023 (arXiv 2309.00071, section 3.1). Arguments as of `interpolated`.
+    """
+    return frequencies * longer ** (-2.0 * np.arange(len(frequencies)) / max(width - 2, 1))
+
+
+def by_parts(frequencies: np.ndarray, longer: float, trained: int, width: int) -> np.ndarray:
+    """Returns YaRN's frequencies: slow ones interpolated, those that turn 32 times in training as they were.
+
+    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2), with alpha = 1 and beta = 32. Arguments as of `interpolated`.
+    """
+    turns = trained * frequencies / (2 * math.pi)
+    kept = np.clip((turns - 1.0) / (32.0 - 1.0), 0.0, 1.0)
+    return (1.0 - kept) * frequencies / longer + kept * frequencies
+
+
+SCALINGS = {"linear": interpolated, "ntk": ntk_aware, "yarn": by_parts}
+
+
 def paired_width(kind: str, width_model: int, heads_model: int, axes: int) -> int:
     """Returns the head width. Raises: InputError: it is odd, or has fewer pairs than there are axes."""
     width = width_model // heads_model
@@ -152,6 +182,8 @@ class Rotary(nn.Module):
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
       rotary_pairs: how many of the fastest pairs turn, 0 = all; the others carry content alone.
+      scaling: what becomes of the angles of a window or grid with more places than `table_shape`, one of `SCALINGS`.
+      table_shape: the window or grid of training.
       unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
     """
@@ -160,6 +192,8 @@ class Rotary(nn.Module):
     heads_model: int
     theta: float = 10000.0
     rotary_pairs: int = 0
+    scaling: str = "none"
+    table_shape: tuple[int, ...] = ()
     unit: int = 1
     prefix: int = 0
 
@@ -167,12 +201,30 @@ class Rotary(nn.Module):
         """Returns `rotation` of prefix + L tokens for positions int32[P, L, A] of a grid of this shape.
 
         Raises:
-          InputError: odd head width.
+          InputError: odd head width; a scaling where the number of places is symbolic.
         """
         head_width = paired_width("rotary", self.width_model, self.heads_model, 1)
         (frequencies,) = turned(head_width, 1, self.theta, self.rotary_pairs)
+        longer = self._longer(shape)
+        if longer > 1.0:
+            frequencies = SCALINGS[self.scaling](frequencies, longer, math.prod(self.table_shape), head_width)
         cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies / self.unit)
-        return PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
+        signal = PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
+        if longer > 1.0 and self.scaling == "yarn":
+            sharper = jnp.full((1, cos.shape[1], 1, 1), 0.1 * math.log(longer) + 1.0)
+            signal = signal.replace(factors=(sharper, sharper))
+        return signal
+
+    def _longer(self, shape: tuple[int, ...]) -> float:
+        """How many times as many places as in training there are, for a scaling; 1 = no more, or no scaling."""
+        if self.scaling == "none":
+            return 1.0
+        if not all(isinstance(side, int) for side in shape):
+            raise InputError(
+                f"encoding.scaling='{self.scaling}' has other angles for every length, and an export has one program for "
+                "all: evaluate the run itself"
+            )
+        return max(1.0, math.prod(shape) / math.prod(self.table_shape))
 
 
 class RotaryAxial(nn.Module):

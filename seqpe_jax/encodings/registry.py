@@ -3,7 +3,12 @@
 from seqpe_jax.encodings.fixed import ALiBi, NoPosition, Rotary, RotaryAxial, Sinusoidal
 from seqpe_jax.encodings.learned import Learned
 from seqpe_jax.encodings.mixed import RotaryMixed
+from seqpe_jax.encodings.polar import PoPE
+from seqpe_jax.encodings.relations import T5, Fire, GridALiBi, Kerple, LookHere, ScaleInvariant
 from seqpe_jax.encodings.seqpe import SeqPE
+
+# Kinds that hide far tokens by what those in between say -> how a block computes it (`models.blocks.FADES`).
+FADES = {"fox": "forget", "cable": "cable"}
 
 ENCODINGS = {
     "seqpe": SeqPE,
@@ -13,5 +18,14 @@ ENCODINGS = {
     "rotary_axial": RotaryAxial,
     "rotary_mixed": RotaryMixed,
     "alibi": ALiBi,
+    "alibi_grid": GridALiBi,
+    "t5": T5,
+    "kerple": Kerple,
+    "fire": Fire,
+    "lookhere": LookHere,
+    "scale_invariant": ScaleInvariant,
+    "pope": PoPE,
+    "fox": NoPosition,  # what the model's layers compute of each token stands in for it (`FADES`)
+    "cable": NoPosition,
     "none": NoPosition,
 }

@@ -160,7 +160,7 @@ def begin(
       tokens_BL: int32, each prompt followed by padding; lengths_B, index_B: see `State`.
     """
     batch, length = tokens_BL.shape
-    cache = model.empty_cache(batch, length + static.new_tokens)
+    cache = model.empty_cache(batch, length + static.new_tokens, signal)
     hidden_BLD, cache = model.apply({"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], method="extend")
     last_B1D = jnp.take_along_axis(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
     logits_BV = model.apply({"params": params}, last_B1D, method="logits")[:, 0]

@@ -21,11 +21,14 @@ class Cache:
     """What one layer remembers of a window of S places, so that a new token needs no other token's states.
 
     Attributes:
-      key: [B, S, H, K], turned, multiplied and shifted as the signal says; value: the same shape.
+      key: [B, S, H, K], turned, multiplied and shifted as the signal says (2 K wide where they are arrows).
+      value: [B, S, H, K].
+      fade: float32[B, S, H], of `attend`, where the layer computes it.
     """
 
     key: jax.Array
     value: jax.Array
+    fade: jax.Array | None = None
 
 
 def attend(
@@ -33,6 +36,7 @@ def attend(
     key_BSHK: Float[Array, "B S H K"],
     value_BSHV: Float[Array, "B S H V"],
     signal: PositionSignal,
+    fade_BLH: jax.Array | None = None,
     *,
     causal: bool = True,
     kind: str = "auto",
@@ -42,11 +46,13 @@ def attend(
 ) -> Float[Array, "B L H V"]:
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype.
 
-    logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says.
+    logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says; where the
+    signal has a relation, it is applied before the bias.
     Logits and softmax are float32; so is the product of features, at full precision, whatever the dtype of q and k.
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
+      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`faded`).
       causal: query l sees keys up to l + (S - L).
       kind: the implementation, "auto" or one of `choice.KINDS`; block: of queries and keys (`choice.choose`).
       dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.
@@ -60,8 +66,21 @@ def attend(
     seed = None
     if dropout_rate and dropout_key is not None:
         seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
-    arguments = Operands(query_BLHK, key_BSHK, value_BSHV, signal.features, bias_PHLS, last_P, seed, rate=dropout_rate)
+    features = signal.features if fade_BLH is None else faded(fade_BLH, fade_BLH)
+    arguments = Operands(
+        query_BLHK, key_BSHK, value_BSHV, features, bias_PHLS, signal.relation, signal.relation_params, last=last_P,
+        seed=seed, rate=dropout_rate,
+    )  # fmt: skip
     return _mix(arguments, kind, block)
+
+
+def faded(query_BLH: jax.Array, key_BSH: jax.Array) -> Pair:
+    """Returns the features with which logits gain query - key, float32[B, L, H, 2] and float32[B, S, H, 2].
+
+    With sums over the tokens so far, that is the sum over the tokens after the key up to the query.
+    """
+    query, key = jnp.stack([query_BLH, jnp.ones_like(query_BLH)], -1), jnp.stack([jnp.ones_like(key_BSH), -key_BSH], -1)
+    return query.astype(jnp.float32), key.astype(jnp.float32)
 
 
 def place(
@@ -76,29 +95,28 @@ def place(
         out = jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True)[..., :head_width]
 
     What is mixed equals `attend`. Queries are divided by sqrt(K); features stand behind the K columns, and values are
-    filled up with as many zeros, so that all three have one width. Where there are features, all are float32: their
+    filled up with zeros, so that all three have one width. Where there are features, all are float32: their
     products must be. What a signal adds to tokens (`signal.added`) is for the embedding, before the first layer.
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
 
     Raises:
-      InputError: the signal has a bias, which stands for no query or key alone.
+      InputError: the signal has a bias or a relation, which stands for no query or key alone.
     """
-    if signal.bias is not None:
+    if signal.bias is not None or signal.relation is not None:
         raise InputError("this encoding adds a bias to pairs of places: use seqpe_jax.attend, which can add it")
     query, key = _positioned(query_BLHK, key_BSHK, signal)
     query = query / math.sqrt(query.shape[-1])
-    if signal.features is None:
-        return query, key, value_BSHV
-    placed = []
-    for array, field in zip((query, key), signal.features, strict=True):
-        field = fit_batch(field.astype(jnp.float32), array.shape[0])
-        field = jnp.broadcast_to(field, (*array.shape[:-1], field.shape[-1]))
-        placed.append(jnp.concatenate([array.astype(jnp.float32), field], axis=-1))
-    missing = placed[0].shape[-1] - value_BSHV.shape[-1]
-    value = jnp.pad(value_BSHV.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, missing)))
-    return placed[0], placed[1], value
+    placed, value = [query, key], value_BSHV
+    if signal.features is not None:
+        value = value.astype(jnp.float32)
+        for side, field in enumerate(signal.features):
+            field = fit_batch(field.astype(jnp.float32), query.shape[0])
+            field = jnp.broadcast_to(field, (*placed[side].shape[:-1], field.shape[-1]))
+            placed[side] = jnp.concatenate([placed[side].astype(jnp.float32), field], axis=-1)
+    missing = max(0, placed[0].shape[-1] - value.shape[-1])
+    return placed[0], placed[1], jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, missing)))
 
 
 def attend_cached(
@@ -109,6 +127,7 @@ def attend_cached(
     cache: Cache,
     places_PL: jax.Array,
     added_PHLS: jax.Array | None = None,
+    step_BLH: jax.Array | None = None,
     *,
     kind: str = "auto",
     block: int = 0,
@@ -123,6 +142,7 @@ def attend_cached(
         read by that token.
       places_PL: int32, the places of the new tokens, consecutive along L; P = 1 (all samples alike) or B.
       added_PHLS: `position_logits` of the signal for these places, where layers share it; None = of this layer's signal.
+      step_BLH: float32, by how much each new token raises the fade of `attend` over that of the one before it.
       kind, block: as of `attend`.
 
     Raises:
@@ -132,12 +152,23 @@ def attend_cached(
     query_BLHK, key_BLHK = _positioned(query_BLHK, key_BLHK, here)
     firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B))
+    fade_BLH = fade_BSH = None
+    if step_BLH is not None:
+        before_BH = jax.vmap(lambda fade_SH, first: jnp.where(first, fade_SH[first - 1], 0.0))(cache.fade, firsts_B)
+        fade_BLH = before_BH[:, None] + jnp.cumsum(step_BLH, axis=1)
+        fade_BSH = write(cache.fade, fade_BLH, firsts_B)
+    cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B), fade_BSH)
     features, bias_PHLS, keys = None, added_PHLS, cache.key.shape[1]
-    if added_PHLS is None:
+    if fade_BLH is not None:
+        features = faded(fade_BLH, fade_BSH)
+    elif added_PHLS is None:
         features = None if signal.features is None else (here.features[0], signal.features[1][:, :keys])
         bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
-    return _mix(Operands(query_BLHK, cache.key, cache.value, features, bias_PHLS, places_PL[:, 0]), kind, block), cache
+    relation = here.relation and here.relation.replace(key=here.relation.key[:, :keys])
+    operands = Operands(
+        query_BLHK, cache.key, cache.value, features, bias_PHLS, relation, here.relation_params, last=places_PL[:, 0]
+    )  # fmt: skip
+    return _mix(operands, kind, block), cache
 
 
 def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> jax.Array | None:
@@ -162,28 +193,35 @@ def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
     """
     query, rate = operands.query / math.sqrt(operands.query.shape[-1]), operands.rate
     features = operands.features and tuple(field.astype(jnp.float32) for field in operands.features)
-    operands = operands.replace(query=query, features=features)
+    batch, length, heads, _ = query.shape
+    relation, params = operands.relation, operands.relation_params
+    operands = operands.replace(query=query, features=features, heads=jnp.arange(heads, dtype=jnp.int32))
     chosen = choose(kind, block, operands, device=axes.device(), split=axes.shards(LENGTH) > 1)
     if query.shape[1] == 1:  # a token to decode: nothing to divide
         return chosen(operands)
-    batch, length, heads, _ = query.shape
+    leaves, tree = jax.tree.flatten(params)
 
-    def of_device(query, key, value, f_q, f_k, bias, last, seed, samples, rows, heads):
+    def of_device(query, key, value, f_q, f_k, bias, last, seed, samples, rows, heads, r_q, r_k, *leaves):
         sets = functools.partial(aligned, first=samples[0], batch=query.shape[0])
         place = None if seed is None else jnp.stack([samples[0], heads[0], rows[0]])
         last = None if last is None else sets(last) + rows[0]
         features = None if f_q is None else (sets(f_q), sets(f_k))
-        return chosen(Operands(query, key, value, features, sets(bias), last, seed, place, rate))
+        here = relation and relation.replace(query=sets(r_q), key=sets(r_k))
+        own = (here, tree.unflatten(leaves), heads)
+        return chosen(Operands(query, key, value, features, sets(bias), *own, last, seed, place, rate))
 
     f_q, f_k = (None, None) if features is None else features
+    r_q, r_k = (None, None) if relation is None else (relation.query, relation.key)
     numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, length, heads))
     return axes.by_device(
         of_device,
-        (query, operands.key, operands.value, f_q, f_k, operands.bias, operands.last, operands.seed, *numbers),
+        (query, operands.key, operands.value, f_q, f_k, operands.bias, operands.last, operands.seed, *numbers,
+         r_q, r_k, *leaves),
         (
             (BATCH, LENGTH, HEADS, None), (BATCH, None, HEADS, None), (BATCH, None, HEADS, None),
             (None, LENGTH, HEADS, None), (None, None, HEADS, None), (None, HEADS, LENGTH, None), (None,), (),
             (BATCH,), (LENGTH,), (HEADS,),
+            (None, LENGTH, None), (None, None, None), *((None,) * leaf.ndim for leaf in leaves),
         ),
     )  # fmt: skip
 
@@ -206,7 +244,24 @@ def _positioned(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pai
         query, key = (array * fit(part).astype(dtype) for array, part in zip((query, key), signal.factors, strict=True))
     if signal.shifts is not None:
         query, key = (array + fit(part).astype(dtype) for array, part in zip((query, key), signal.shifts, strict=True))
+    if signal.polar is not None:
+        query, key = _arrows(query, key, *(fit(part) for part in signal.polar), signal.polar_shift)
     return query, key
+
+
+def _arrows(query: jax.Array, key: jax.Array, cos: jax.Array, sin: jax.Array, shift_HK: jax.Array) -> Pair:
+    """Queries and keys [B, L, H, K] as the coordinates [B, L, H, 2 K] of K arrows of length softplus(q), softplus(k).
+
+    Their products are as large as those of K numbers, so queries make up for being divided by sqrt(2 K) later.
+    """
+
+    def arrows(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        length = jax.nn.softplus(array.astype(jnp.float32))
+        return jnp.concatenate([length * cos, length * sin], axis=-1).astype(array.dtype)
+
+    turn, lift = jnp.cos(shift_HK), jnp.sin(shift_HK)
+    placed = arrows(query, cos, sin) * jnp.asarray(math.sqrt(2.0), query.dtype)
+    return placed, arrows(key, cos * turn - sin * lift, sin * turn + cos * lift)
 
 
 def _rotate(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

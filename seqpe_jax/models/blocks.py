@@ -14,6 +14,9 @@ from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, WIDTH, lay_out
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.models.attention import Cache, attend, attend_cached, attention_weights
 
+# The forgetting transformer lets a token through by a share sigmoid(x) (Lin et al. 2025, arXiv 2503.02130); CABLE takes a
+# bias softplus(x) from it (Veisi et al. 2025, arXiv 2503.08067), which is the same with the sign of x turned.
+FADES = {"forget": jax.nn.log_sigmoid, "cable": lambda x: -jax.nn.softplus(x)}
 REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -42,6 +45,18 @@ class Linear(nn.Module):
         return jnp.tensordot(x.astype(self.dtype), kernel, self.summed) + bias.astype(self.dtype)
 
 
+def summed(step_BLH: jax.Array) -> jax.Array:
+    """Returns the sums over all places up to each, float32[B, L, H]; their number may be symbolic (jax.export)."""
+    if isinstance(step_BLH.shape[1], int):
+        return jnp.cumsum(step_BLH, axis=1)
+
+    def add(total_BH: jax.Array, step_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (total_BH + step_BH,) * 2
+
+    steps_LBH = jnp.moveaxis(step_BLH, 1, 0)
+    return jnp.moveaxis(jax.lax.scan(add, jnp.zeros_like(step_BLH[:, 0]), steps_LBH)[1], 0, 1)
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and in front of a residual sum.
 
@@ -50,6 +65,7 @@ class Block(nn.Module):
       dropout: after attention and MLP; attention_dropout: on attention weights.
       attention_kind, attention_block: kind and block of `models.attention.attend`; causal: attend to the past only.
       scale_residual: residual projections start smaller by sqrt(2 * layers).
+      fade: how the block computes by how much each token lets those before it fade from sight, one of `FADES`; "" = not.
       drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
         scaled up by as much (stochastic depth, Huang et al. 2016).
     """
@@ -68,6 +84,7 @@ class Block(nn.Module):
     attention_block: int
     causal: bool = True
     scale_residual: bool = True
+    fade: str = ""
     drop_path: float = 0.0
 
     def setup(self) -> None:
@@ -82,6 +99,8 @@ class Block(nn.Module):
         self.mlp_in = linear((self.width, self.mlp_width), (WIDTH, HIDDEN))
         self.mlp_out = linear((self.mlp_width, self.width), (HIDDEN, WIDTH), kernel_init=residual_init)
         self.drop = nn.Dropout(self.dropout)
+        if self.fade:
+            self.fading = linear((self.width, heads), (WIDTH, HEADS))
 
     def __call__(
         self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, drop_path: jax.Array | None = None
@@ -92,9 +111,11 @@ class Block(nn.Module):
           signal: of this layer; drop_path: in place of the attribute.
         """
         dropping = self.attention_dropout > 0 and not deterministic
+        step_BLH = self._fade(x_BLD)
+        fade_BLH = None if step_BLH is None else lay_out(summed(step_BLH), BATCH, LENGTH, HEADS)
         mixed = attend(
-            *self._project(x_BLD), signal, causal=self.causal, **self._how, dropout_rate=self.attention_dropout,
-            dropout_key=self.make_rng("dropout") if dropping else None,
+            *self._project(x_BLD), signal, fade_BLH, causal=self.causal, **self._how,
+            dropout_rate=self.attention_dropout, dropout_key=self.make_rng("dropout") if dropping else None,
         )  # fmt: skip
         return self._finish(x_BLD, mixed, deterministic, self.drop_path if drop_path is None else drop_path)
 
@@ -107,7 +128,8 @@ class Block(nn.Module):
         Args:
           signal: of this layer; cache, places_PL, added_PHLS: see `models.attention.attend_cached`.
         """
-        mixed, cache = attend_cached(*self._project(x_BLD), signal, cache, places_PL, added_PHLS, **self._how)
+        read = (signal, cache, places_PL, added_PHLS, self._fade(x_BLD))
+        mixed, cache = attend_cached(*self._project(x_BLD), *read, **self._how)
         return self._finish(x_BLD, mixed), cache
 
     def weights(self, x_BLD: jax.Array, signal: PositionSignal) -> jax.Array:
@@ -119,6 +141,10 @@ class Block(nn.Module):
     def _how(self) -> dict[str, Any]:
         """Kind and block of the attention; while parameters are drawn, the one that needs least compilation."""
         return {"kind": "plain" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
+
+    def _fade(self, x_BLD: jax.Array) -> jax.Array | None:
+        """By how much each token raises the fade of all before it, float32[B, L, H], at most 0; None = not at all."""
+        return FADES[self.fade](self.fading(self.norm_1(x_BLD)).astype(jnp.float32)) if self.fade else None
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.models.operands import HIDDEN, Operands, add_sets, kept, sum_sets
+from seqpe_jax.models.operands import HIDDEN, Operands, add_sets, kept, related, sum_sets
 
 
 def blockwise(operands: Operands, block: int) -> jax.Array:
@@ -20,11 +20,14 @@ def blockwise(operands: Operands, block: int) -> jax.Array:
     """
     length, keys = operands.query.shape[1], operands.key.shape[1]
     ready = functools.partial(_ready, block=block)
-    bias = operands.bias
+    bias, relation = operands.bias, operands.relation
     padded = operands.replace(
         query=ready(operands.query), key=ready(operands.key), value=ready(operands.value),
         features=None if operands.features is None else tuple(ready(field) for field in operands.features),
         bias=None if bias is None else _padded(_padded(bias, 2, block), 3, block),
+        relation=relation and relation.replace(
+            query=_padded(relation.query, 1, block), key=_padded(relation.key, 1, block)
+        ),
     )  # fmt: skip
     return jnp.moveaxis(_mix(padded, block, keys), 1, 2)[:, :length].astype(operands.value.dtype)
 
@@ -69,12 +72,26 @@ class _Tile:
         if operands.features is not None:
             self.features = _part(operands.features[0], i, block), _part(operands.features[1], j, block)
 
+    def product(self) -> jax.Array:
+        """Returns float32[B, H, block, block]: what queries, keys and features give by themselves."""
+        logits = _product("bhlk,bhsk->bhls", self.query, self.key)
+        if self.operands.features is not None:
+            logits = add_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
+        return logits
+
+    def related(self, params: Any, logits: jax.Array) -> jax.Array:
+        """Returns logits with what the relation, which has these parameters, makes of them."""
+        relation = self.operands.relation
+        query, key = (
+            _part(places, at, self.block, 1) for places, at in ((relation.query, self.i), (relation.key, self.j))
+        )
+        return related(logits, relation, params, query, key, self.operands.heads)
+
     def logits(self) -> jax.Array:
         """Returns float32[B, H, block, block]."""
-        operands = self.operands
-        logits = _product("bhlk,bhsk->bhls", self.query, self.key)
-        if operands.features is not None:
-            logits = add_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
+        operands, logits = self.operands, self.product()
+        if operands.relation is not None:
+            logits = self.related(operands.relation_params, logits)
         if operands.bias is not None:
             logits = add_sets(logits, _part(_part(operands.bias, self.i, self.block), self.j, self.block, 3))
         if operands.last is not None:
@@ -164,7 +181,12 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Oper
             if operands.seed is not None:
                 mask = tile.kept()
                 dropped, of_weights = weights * mask, of_weights * mask
-            of_logits = weights * (of_weights - around)
+            of_logits = of_sums = weights * (of_weights - around)
+            found = dict(gradients)
+            if operands.relation is not None:
+                pull = jax.vjp(tile.related, operands.relation_params, tile.product())[1]
+                of_params, of_logits = pull(of_logits)
+                found["relation_params"] = jax.tree.map(jnp.add, gradients["relation_params"], of_params)
             small = of_logits.astype(tile.query.dtype)
             parts = {
                 "query": (_product("bhls,bhsk->bhlk", small, tile.key), i),
@@ -176,10 +198,10 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Oper
                 shared = _like(of_logits, query)
                 parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), operands.features[0]), i
                 parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), operands.features[1]), j
-            found = {name: _add(gradients[name], part, at, block) for name, (part, at) in parts.items()}
+            found |= {name: _add(gradients[name], part, at, block) for name, (part, at) in parts.items()}
             if operands.bias is not None:  # every pair of blocks comes once
                 start = 0, 0, i * block, j * block
-                found["bias"] = jax.lax.dynamic_update_slice(gradients["bias"], _like(of_logits, operands.bias), start)
+                found["bias"] = jax.lax.dynamic_update_slice(gradients["bias"], _like(of_sums, operands.bias), start)
             return found
 
         return jax.lax.fori_loop(0, _count(operands, i, block, keys), step, gradients)
@@ -189,11 +211,14 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Oper
         fields |= {"f_q": operands.features[0], "f_k": operands.features[1]}
     if operands.bias is not None:
         fields["bias"] = operands.bias
-    zeros = {name: jnp.zeros(field.shape, jnp.float32) for name, field in fields.items()}
+    if operands.relation is not None:
+        fields["relation_params"] = operands.relation_params
+    zeros = jax.tree.map(lambda field: jnp.zeros(field.shape, jnp.float32), fields)
     found = jax.lax.fori_loop(0, operands.query.shape[2] // block, row, zeros)
-    found = {name: found[name].astype(field.dtype) for name, field in fields.items()}
+    found = jax.tree.map(lambda gradient, field: gradient.astype(field.dtype), found, fields)
     features = (found.pop("f_q"), found.pop("f_k")) if operands.features is not None else None
-    return (operands.replace(**{"bias": None} | found, features=features, last=None, seed=None, place=None),)
+    rest = dict.fromkeys(("bias", "relation", "relation_params", "heads", "last", "seed", "place"))
+    return (operands.replace(**rest | found, features=features),)
 
 
 _mix.defvjp(_forward, _backward)

@@ -61,6 +61,8 @@ def refusal(operands: Operands, device: Any, split: bool = False) -> str:
     """Returns why no flash kernel serves operands on a device, or ""; arguments as of `choose`."""
     if operands.bias is not None:
         return "the kernels read no bias"
+    if operands.relation is not None:
+        return "the kernels read no function of two places (encodings whose logits gain one)"
     if device.platform == "tpu":
         return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):

@@ -21,6 +21,7 @@ class GPT2(nn.Module):
       remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
       attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
+      fade: as of `models.blocks.Block`.
       tied: logits are products with the token embedding, else with an embedding of their own.
     """
 
@@ -40,6 +41,7 @@ class GPT2(nn.Module):
     attention_kind: str = "auto"
     attention_block: int = 0
     scan: bool = False
+    fade: str = ""
     tied: bool = True
 
     def setup(self) -> None:
@@ -48,7 +50,7 @@ class GPT2(nn.Module):
         self.token_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
         if not self.tied:
             self.output_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
-        self.blocks = make_blocks(self)
+        self.blocks = make_blocks(self, fade=self.fade)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
 
@@ -86,10 +88,12 @@ class GPT2(nn.Module):
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)
 
-    def empty_cache(self, batch: int, places: int) -> tuple[Cache, ...]:
-        """Returns the cache of a window in which no place is written."""
-        zeros = jnp.zeros((batch, places, self.heads, self.width // self.heads), self.dtype)
-        return (Cache(zeros, zeros),) * self.layers
+    def empty_cache(self, batch: int, places: int, signal: PositionSignal) -> tuple[Cache, ...]:
+        """Returns the cache of a window in which no place is written; signal: of the window."""
+        value = jnp.zeros((batch, places, self.heads, self.width // self.heads), self.dtype)
+        key = value if signal.polar is None else jnp.concatenate([value, value], axis=-1)
+        fade = jnp.zeros((batch, places, self.heads)) if self.fade else None
+        return (Cache(key, value, fade),) * self.layers
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states, through the transposed token or output embedding."""

@@ -1,10 +1,12 @@
 """What every implementation of attention is given, and the parts of its definition that all of them share."""
 
+from typing import Any
+
 import flax
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.encodings.signal import Pair
+from seqpe_jax.encodings.signal import Pair, Relation
 
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that counts nothing; two of them can be subtracted
 
@@ -19,6 +21,7 @@ class Operands:
       query: [B, L, H, K], divided by sqrt(K); key: [B, S, H, K]; value: [B, S, H, V].
       features: (f_q, f_k), float32[P, L, H or 1, F] and float32[P, S, H or 1, F]; logits gain f_q . f_k.
       bias: float32[P, H or 1, L, S], added to the logits.
+      relation: what logits gain as a function of two places; relation_params: of it; heads: int32[H], numbers of the heads.
       last: int32[P], query l sees keys up to last + l; None = all keys.
       seed: int32, of dropout on attention weights; None = no dropout. rate: of dropout.
       place: int32[3], the first sample, head and query here among all that there are, so that each draws its own mask.
@@ -29,6 +32,9 @@ class Operands:
     value: jax.Array
     features: Pair | None = None
     bias: jax.Array | None = None
+    relation: Relation | None = None
+    relation_params: Any = None
+    heads: jax.Array | None = None
     last: jax.Array | None = None
     seed: jax.Array | None = None
     place: jax.Array | None = None
@@ -37,8 +43,8 @@ class Operands:
     @property
     def sets(self) -> int:
         """P of those fields that have more than one set."""
-        features = self.features or (None, None)
-        return max((len(field) for field in (*features, self.bias, self.last) if field is not None), default=1)
+        fields = [*(self.features or ()), self.bias, self.last, self.relation and self.relation.query]
+        return max((len(field) for field in fields if field is not None), default=1)
 
 
 def aligned(field: jax.Array | None, first: jax.Array, batch: int) -> jax.Array | None:
@@ -47,14 +53,16 @@ def aligned(field: jax.Array | None, first: jax.Array, batch: int) -> jax.Array 
     Args:
       first: the first sample here among all; batch: samples here.
     """
-    if field is None or len(field) == 1 or batch % len(field) == 0:
+    if field is None or field.shape[0] in (1, batch) or batch % field.shape[0] == 0:  # the first two may be symbolic
         return field
-    return field[(first + jnp.arange(batch)) % len(field)]
+    return field[(first + jnp.arange(batch)) % field.shape[0]]
 
 
 def add_sets(logits_BHLS: jax.Array, extra_PHLS: jax.Array) -> jax.Array:
     """Returns logits with those of P position sets added."""
     sets = extra_PHLS.shape[0]
+    if sets == logits_BHLS.shape[0]:
+        return logits_BHLS + extra_PHLS
     grouped = logits_BHLS.reshape(-1, sets, *logits_BHLS.shape[1:])
     return (grouped + extra_PHLS).reshape(logits_BHLS.shape)
 
@@ -62,6 +70,20 @@ def add_sets(logits_BHLS: jax.Array, extra_PHLS: jax.Array) -> jax.Array:
 def sum_sets(array: jax.Array, sets: int) -> jax.Array:
     """Returns the sum of [B, ...] over the samples of each position set, [P, ...]: the transpose of `add_sets`."""
     return array.reshape(-1, sets, *array.shape[1:]).sum(axis=0)
+
+
+def related(
+    logits_BHLS: jax.Array, relation: Relation, params: Any, query_PLC: jax.Array, key_PSC: jax.Array, heads_H: jax.Array
+) -> jax.Array:
+    """Returns logits with what a relation makes of them, for some of its queries and keys."""
+    factor, addend = relation.function(params, query_PLC, key_PSC, heads_H)
+    if relation.heads:
+        mine = (heads_H < relation.heads)[:, None, None]
+        factor, addend = None if factor is None else jnp.where(mine, factor, 1.0), jnp.where(mine, addend, 0.0)
+    if factor is not None:
+        grouped = logits_BHLS.reshape(-1, factor.shape[0], *logits_BHLS.shape[1:])
+        logits_BHLS = (grouped * factor).reshape(logits_BHLS.shape)
+    return add_sets(logits_BHLS, addend)
 
 
 def mixed_bits(number: jax.Array) -> jax.Array:
@@ -96,6 +118,11 @@ def plain(operands: Operands) -> jax.Array:
     batch, heads, length, keys = logits_BHLS.shape
     if operands.features is not None:
         logits_BHLS = add_sets(logits_BHLS, feature_logits(*operands.features))
+    if operands.relation is not None:
+        relation = operands.relation
+        logits_BHLS = related(
+            logits_BHLS, relation, operands.relation_params, relation.query, relation.key, operands.heads
+        )  # fmt: skip
     if operands.bias is not None:
         logits_BHLS = add_sets(logits_BHLS, operands.bias)
     if operands.last is not None:
@@ -114,6 +141,6 @@ def feature_logits(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Array:
     """Returns f_q . f_k, float32[P, H or 1, L, S]; either side may have one head, or one set, for all."""
     heads = max(query_PLHF.shape[2], key_PSHF.shape[2])
     query, key = (jnp.broadcast_to(f, (*f.shape[:2], heads, f.shape[3])) for f in (query_PLHF, key_PSHF))
-    if len(query) > len(key) == 1:  # no copy of the keys for each set
+    if key.shape[0] == 1 != query.shape[0]:  # no copy of the keys for each set
         return jnp.einsum("plhf,shf->phls", query, key[0], precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("plhf,pshf->phls", query, key, precision=jax.lax.Precision.HIGHEST)

@@ -40,6 +40,7 @@ PARAMETERS = {
     "model/blocks*/mlp_in/kernel": (WIDTH, HIDDEN),
     "model/blocks*/mlp_in/bias": (HIDDEN,),
     "model/blocks*/mlp_out/kernel": (HIDDEN, WIDTH),
+    "model/blocks*/fading/kernel": (WIDTH, HEADS),
     "model/blocks*/*/bias": (None,),
     "model/blocks*/norm_?/scale": (None,),
     "model/final_norm/*": (None,),
@@ -61,6 +62,15 @@ PARAMETERS = {
     "encoding/prefix_vectors": (None, None),
     "encoding/table": (None, WIDTH),  # learned, or an export's
     "encoding/frequencies": (None, None),
+    "encoding/buckets": (None, None),  # what logits gain by distance is small, and whole everywhere
+    "encoding/slope": (None,),
+    "encoding/scale": (None,),
+    "encoding/threshold": (None,),
+    "encoding/inward": (None,),
+    "encoding/inward_bias": (None,),
+    "encoding/outward": (None, None),
+    "encoding/outward_bias": (None,),
+    "encoding/shift": (None, None),
     "encoding/given": (None, None, None),  # vectors computed elsewhere
 }
 

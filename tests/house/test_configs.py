@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from seqpe_jax import config
+from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
 from seqpe_jax.errors import InputError
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import train
@@ -31,8 +32,9 @@ def page(path: pathlib.Path):
 
 
 KINDS = typing.get_args(config.EncodingKind)
-ALIBI_REFUSED = [path for path in CONFIGS if path.stem.endswith("_vit")]  # it knows one axis only
-ALL = [(path, kind) for path in CONFIGS for kind in KINDS if not (kind == "alibi" and path in ALIBI_REFUSED)]
+GRIDS = [path for path in CONFIGS if path.stem.endswith("_vit")]
+REFUSED = [(path, kind) for path in CONFIGS for kind in (TEXT_ONLY if path in GRIDS else GRID_ONLY)]
+ALL = [(path, kind) for path in CONFIGS for kind in KINDS if (path, kind) not in REFUSED]
 FORMS = {path: page(path).FORMS for path in CONFIGS if hasattr(page(path), "FORMS")}
 ALL += [(path, form) for path, forms in FORMS.items() for form in forms]
 # The fast lane takes the quickstart's pair. Baselines need no run on every config: a model is the same under each.
@@ -56,7 +58,7 @@ SHRUNKEN = {
 }  # fmt: skip
 OF_TEXT = ("data.length", "data.tokenizer", "eval.lengths", "eval.tokens")
 SHRUNKEN_SEQPE = {
-    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "encoding.max_position": 120,
+    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "encoding.max_position": 100,
     "objective.contrastive.batch": 4, "objective.contrastive.candidates": 4, "objective.contrastive.window": 16,
     "objective.distillation.batch": 2, "objective.distillation.offsets": 4,
 }  # fmt: skip
@@ -84,10 +86,12 @@ def test_a_variant_parses(case):
     assert config.load(f"{path}:{kind}").encoding.kind == FORMS.get(path, {}).get(kind, kind)
 
 
-@pytest.mark.parametrize("path", ALIBI_REFUSED, ids=lambda path: path.stem)
-def test_alibi_is_refused_on_grids(path):
-    with pytest.raises(InputError, match="encoding.kind='alibi' knows distances along one axis"):
-        config.load(f"{path}:alibi")
+@pytest.mark.parametrize("case", REFUSED, ids=name)
+def test_kinds_of_texts_are_refused_on_grids_and_those_of_grids_on_texts(case):
+    path, kind = case
+    what = "is for texts, .* has grids" if path in GRIDS else "is for grids, .* has text"
+    with pytest.raises(InputError, match=f"encoding.kind='{kind}' {what}: choose one of seqpe"):
+        config.load(f"{path}:{kind}")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

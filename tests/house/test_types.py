@@ -25,7 +25,7 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         assert metrics["loss"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"])
+@pytest.mark.parametrize("variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "fire", "pope"])
 def test_parameters_and_signals_are_float32(variant):
     parts = Trainer.of(tiny_config(variant=variant), jax.devices()[:1])
     with jax.enable_x64(True):

@@ -63,7 +63,7 @@ SEQPE = [
         ("attn_scalar", "multi", False),
     )
 ]  # fmt: skip
-BASELINES = ["learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none"]
+BASELINES = ["learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none", "fire", "scale_invariant", "pope", "fox"]
 COMPOSED = {
     "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
     "encoding__rotary_heads": 1, "encoding__log_scaling": True,

@@ -79,7 +79,7 @@ def test_the_model_goes_on_where_its_cache_ends(remat):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
         extend = jax.jit(functools.partial(model.apply, variables, method="extend"))
-        states, cache = extend(tokens_BL[:, :3], signal, model.empty_cache(3, LENGTH), jnp.arange(3)[None])
+        states, cache = extend(tokens_BL[:, :3], signal, model.empty_cache(3, LENGTH, signal), jnp.arange(3)[None])
         parts = [states]
         for place in range(3, LENGTH):
             states, cache = extend(tokens_BL[:, place : place + 1], signal, cache, jnp.full((3, 1), place))
@@ -88,6 +88,6 @@ def test_the_model_goes_on_where_its_cache_ends(remat):
 
 
 def test_the_cache_has_the_type_of_the_arithmetic():
-    cache = GPT2(vocabulary=11, layers=3, width=8, heads=2, dtype=jnp.bfloat16).empty_cache(5, 7)
+    cache = GPT2(vocabulary=11, layers=3, width=8, heads=2, dtype=jnp.bfloat16).empty_cache(5, 7, PositionSignal())
     assert len(cache) == 3
     assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache)} == {((5, 7, 2, 4), jnp.dtype("bfloat16"))}

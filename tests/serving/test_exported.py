@@ -77,13 +77,14 @@ TEXTS = {
     "composed, stretched": COMPOSED | {"encoding__resize": "stretch", "encoding__fraction_digits": 1},
     "seqpe added": {"encoding__mode": "input_add", "encoding__qk": "none", "objective__contrastive__space": "vectors"},
     **{kind: {"variant": kind} for kind in ("rotary", "alibi", "learned", "sinusoidal", "rotary_mixed", "none")},
+    **{kind: {"variant": kind} for kind in ("t5", "kerple", "fire", "scale_invariant", "pope", "fox")},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_served_at_any_batch_and_length(name):
-    layered = ("seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed")
+    layered = ("seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed", "fire", "pope")
     layers = 2 if name in layered else 1  # a signal for each layer
     fields = {"objective__contrastive__space": "vectors", "model__layers": layers} | TEXTS[name]
     run, params = random_run(tiny_config(**fields))
@@ -114,6 +115,8 @@ IMAGES = {
     "learned": {"kind": "learned"},
     "rotary_axial": {"kind": "rotary_axial"},
     "sinusoidal": {"kind": "sinusoidal"},
+    "fire": {"kind": "fire"},
+    "lookhere": {"kind": "lookhere", "model__heads": 4},
 }
 
 

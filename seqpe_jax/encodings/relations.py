@@ -1,0 +1,317 @@
+"""Encodings in which a logit gains a function of where its query and its key stand (`signal.Relation`).
+
+A function reads for each place its coordinates in tokens or patches, how large distances may be seen from there, and
+whether it stands anywhere at all: tokens before a grid, such as a class token, stand nowhere, and nothing is added to
+their logits.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from seqpe_jax.encodings.fixed import alibi_slopes, paired_width, turned, unit_circle
+from seqpe_jax.encodings.signal import PositionSignal, Relation
+from seqpe_jax.errors import InputError
+
+BEHIND = -1e30  # the addend of what a head does not see; finite, so that a mask can be added to it
+Found = tuple[jax.Array | None, jax.Array]
+
+
+def places(positions_PLA: jax.Array, unit: int, prefix: int) -> jax.Array:
+    """Returns what functions read, float32[P, prefix + L, A + 2]: coordinates, reach of distances, 1 or 0 = nowhere."""
+    own_PLA = positions_PLA.astype(jnp.float32) / unit
+    if own_PLA.shape[-1] == 1:
+        reach_PL1 = own_PLA  # all that a query sees lies before it
+    else:
+        sides = own_PLA.max(axis=1, keepdims=True) - own_PLA.min(axis=1, keepdims=True)
+        reach_PL1 = jnp.broadcast_to(jnp.sqrt((sides**2).sum(axis=-1, keepdims=True)), (*own_PLA.shape[:-1], 1))
+    read = jnp.concatenate([own_PLA, reach_PL1, jnp.ones_like(reach_PL1)], axis=-1)
+    return jnp.pad(read, ((0, 0), (prefix, 0), (0, 0)))
+
+
+def displacements(query_PLC: jax.Array, key_PSC: jax.Array) -> list[jax.Array]:
+    """Returns query - key along each axis, float32[P, L, S]."""
+    axes = query_PLC.shape[-1] - 2
+    return [query_PLC[:, :, None, axis] - key_PSC[:, None, :, axis] for axis in range(axes)]
+
+
+def distances(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
+    """Returns float32[P, L, S]: on one axis how far the key lies before the query, at least 0; on a grid Euclid's."""
+    moves = displacements(query_PLC, key_PSC)
+    if len(moves) == 1:
+        return jnp.maximum(moves[0], 0.0)
+    squares = sum(move**2 for move in moves)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)  # its slope at 0 is not infinite
+
+
+def standing(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
+    """Returns 1 where both stand somewhere and else 0, float32[P, 1, L, S]."""
+    return (query_PLC[:, :, None, -1] * key_PSC[:, None, :, -1])[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketBias:
+    """T5's: a number for each bucket of distances; the farther, the wider the buckets."""
+
+    buckets: int
+    farthest: int
+
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+        """Returns (None, addend float32[P, H, L, S]); params: {"buckets": float32[buckets, H]}."""
+        distance = distances(query, key)
+        exact = self.buckets // 2
+        far = jnp.log(jnp.maximum(distance, exact) / exact) / math.log(self.farthest / exact)
+        bucket = jnp.where(distance < exact, distance, exact + jnp.floor(far * (self.buckets - exact)))
+        bucket = jnp.minimum(bucket, self.buckets - 1).astype(jnp.int32)
+        # A product with ones and zeros: its gradient is another product, where that of an index would be a scatter.
+        one_hot = jax.nn.one_hot(bucket, self.buckets)
+        addend = jnp.einsum("plsb,bh->phls", one_hot, params["buckets"][:, heads_H], precision=jax.lax.Precision.HIGHEST)
+        return None, addend * standing(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogBias:
+    """KERPLE's: -r1 log(1 + r2 distance), r1 and r2 above 0 and of each head."""
+
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+        """Returns (None, addend float32[P, H, L, S]); params: {"slope", "scale"}, each float32[H]."""
+        slope, scale = (jnp.maximum(params[name][heads_H], 0.01)[:, None, None] for name in ("slope", "scale"))
+        return None, -slope * jnp.log1p(scale * distances(query, key)[:, None]) * standing(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpolatedBias:
+    """FIRE's: a small network reads log(c distance + 1) / log(c max(reach, threshold) + 1)."""
+
+    threshold: float
+
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+        """Returns (None, addend float32[P, H, L, S]); params: see `Fire`."""
+        scale, threshold = jnp.abs(params["scale"]), jnp.abs(params["threshold"]) * self.threshold
+        reach_PL1 = jnp.maximum(query[:, :, None, -2], threshold)
+        share = jnp.log1p(scale * distances(query, key)) / (jnp.log1p(scale * reach_PL1) + 1e-6)
+        hidden = jax.nn.relu(share[..., None] * params["inward"] + params["inward_bias"])
+        out, bias = params["outward"][:, heads_H], params["outward_bias"][heads_H]
+        addend = jnp.einsum("plsw,wh->phls", hidden, out) + bias[:, None, None]
+        return None, addend * standing(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlopedBias:
+    """ALiBi's on a grid: -slope * distance; with directions, heads see one side alone (LookHere)."""
+
+    slopes: tuple[float, ...]
+    directions: tuple[str, ...] = ()
+
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+        """Returns (None, addend float32[P, H, L, S]); params: {"depth": float32[]}, a factor of the slopes, or None."""
+        slopes = jnp.asarray(self.slopes, jnp.float32)[heads_H][:, None, None]
+        addend = -slopes * distances(query, key)[:, None] * (1.0 if params is None else params["depth"])
+        if self.directions:
+            down, right = displacements(query, key)[-2:]  # where the key lies behind the query
+            behind = jnp.stack([{"up": down < 0, "down": down > 0, "left": right < 0, "right": right > 0}.get(
+                direction, jnp.zeros_like(down, bool)
+            ) for direction in self.directions], axis=1)  # fmt: skip
+            addend = jnp.where(behind[:, heads_H], BEHIND, addend)
+        both = standing(query, key)
+        return None, jnp.where(both > 0, addend, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledLogits:
+    """Scale-invariant attention's: logits times a and plus 1 - a^2, with a^2 = 2 log(distance / tau + 1) + 1."""
+
+    tau: float
+
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+        """Returns (factor, addend), each float32[P, 1, L, S]."""
+        square = 2.0 * jnp.log1p(distances(query, key) / self.tau)[:, None] * standing(query, key) + 1.0
+        return jnp.sqrt(square), 1.0 - square
+
+
+def signal_of(
+    positions_PLA: jax.Array, unit: int, prefix: int, function: Any, params: Any, by_layer: bool
+) -> PositionSignal:
+    """Returns the signal of a relation; params: of each layer along their first axis if `by_layer`."""
+    read = places(positions_PLA, unit, prefix)
+    stacked = ("relation_params",) if by_layer else ()
+    return PositionSignal(relation=Relation(read, read, function), relation_params=params, stacked=stacked)
+
+
+def check_one_axis(kind: str, positions_PLA: jax.Array) -> None:
+    """Refuses grids. Raises: InputError."""
+    if positions_PLA.shape[-1] != 1:
+        raise InputError(f"encoding.kind='{kind}' knows distances along one axis, not on grids: choose another kind")
+
+
+class T5(nn.Module):
+    """Learned numbers for 32 buckets of distances, the same in all layers (Raffel et al. 2020, arXiv 1910.10683).
+
+    The first 16 buckets hold one distance each; the others grow with the logarithm, and the last holds all from 128 on.
+
+    Attributes:
+      heads_model, width_model: of the model; unit: of positions, in which one token measures `unit`.
+    """
+
+    heads_model: int
+    width_model: int
+    unit: int = 1
+
+    @nn.compact
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns the `relation` of positions int32[P, L, 1]. Raises: InputError: a grid."""
+        check_one_axis("t5", positions_PLA)
+        function = BucketBias(32, 128)
+        init = nn.initializers.normal(self.width_model**-0.5)
+        buckets = self.param("buckets", init, (function.buckets, self.heads_model), jnp.float32)
+        return signal_of(positions_PLA, self.unit, 0, function, {"buckets": buckets}, by_layer=False)
+
+
+class Kerple(nn.Module):
+    """KERPLE's logarithmic kernel, its two numbers learned by layer and head (Chi et al. 2022, arXiv 2205.09921).
+
+    Attributes:
+      layers_model, heads_model: of the model; unit: of positions, in which one token measures `unit`.
+    """
+
+    layers_model: int
+    heads_model: int
+    unit: int = 1
+
+    @nn.compact
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns the `relation` of positions int32[P, L, 1]. Raises: InputError: a grid."""
+        check_one_axis("kerple", positions_PLA)
+        sizes = (self.layers_model, self.heads_model)
+        params = {
+            "slope": self.param("slope", nn.initializers.uniform(2.0), sizes, jnp.float32),
+            "scale": self.param("scale", nn.initializers.uniform(1.0), sizes, jnp.float32),
+        }
+        return signal_of(positions_PLA, self.unit, 0, LogBias(), params, by_layer=True)
+
+
+class Fire(nn.Module):
+    """FIRE: a network with 32 hidden units reads how far a key lies, as a share of how far it could (Li et al. 2024).
+
+    In texts, a key could lie as far as the text's first token, or a learned threshold where that is more. On grids, where
+    the paper says nothing, distances are Euclid's and could be the diagonal. Source: arXiv 2310.04418, with c = 0.1 and a
+    threshold of 512 at the start.
+
+    Attributes:
+      layers_model, heads_model: of the model; unit: of positions, in which one token or patch measures `unit`.
+      prefix: tokens before the positions that have none, such as a class token.
+    """
+
+    layers_model: int
+    heads_model: int
+    unit: int = 1
+    prefix: int = 0
+
+    @nn.compact
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns the `relation` of prefix + L tokens for positions int32[P, L, A]."""
+        layers, heads, hidden = self.layers_model, self.heads_model, 32
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        inward, outward = (_uniform(1.0 / math.sqrt(read)) for read in (1, hidden))
+        params = {
+            "scale": self.param("scale", nn.initializers.constant(0.1), (layers,), jnp.float32),
+            "threshold": self.param("threshold", ones, (layers,), jnp.float32),
+            "inward": self.param("inward", inward, (layers, hidden), jnp.float32),
+            "inward_bias": self.param("inward_bias", inward, (layers, hidden), jnp.float32),
+            "outward": self.param("outward", outward, (layers, hidden, heads), jnp.float32),
+            "outward_bias": self.param("outward_bias", zeros, (layers, heads), jnp.float32),
+        }
+        return signal_of(positions_PLA, self.unit, self.prefix, InterpolatedBias(512.0), params, by_layer=True)
+
+
+def _uniform(limit: float) -> Any:
+    """Draws between -limit and limit, as PyTorch's linear layers begin with 1 / sqrt(what they read)."""
+    return lambda key, sizes, dtype: jax.random.uniform(key, sizes, dtype, -limit, limit)
+
+
+class GridALiBi(nn.Module):
+    """ALiBi on grids: logits fall with Euclid's distance, by ALiBi's slopes; those of the class token do not.
+
+    Attributes:
+      heads_model: of the model; unit: of positions, in which one patch measures `unit`; prefix: tokens before them.
+    """
+
+    heads_model: int
+    unit: int = 1
+    prefix: int = 0
+
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns the `relation` of prefix + L tokens for positions int32[P, L, A]. Raises: InputError: one axis."""
+        if positions_PLA.shape[-1] == 1:
+            raise InputError("encoding.kind='alibi_grid' is for grids: choose 'alibi', which is for texts")
+        function = SlopedBias(tuple(alibi_slopes(self.heads_model).tolist()))
+        return signal_of(positions_PLA, self.unit, self.prefix, function, None, by_layer=False)
+
+
+class LookHere(nn.Module):
+    """LookHere: heads see one side of the grid alone, and what lies there fades with distance (Fuller et al. 2024).
+
+    The first heads, four or eight, look up, down, left and right, 180 degrees each; the others everywhere. Slopes fall from
+    1.5 times their value in the first layer to half of it in the last. Source: arXiv 2405.13985, the form LH-180.
+
+    Attributes:
+      layers_model, heads_model: of the model; unit: of positions, in which one patch measures `unit`.
+      prefix: tokens before the positions that have none, such as a class token.
+    """
+
+    layers_model: int
+    heads_model: int
+    unit: int = 1
+    prefix: int = 0
+
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns the `relation` of prefix + L tokens for positions int32[P, L, A].
+
+        Raises:
+          InputError: one axis, or a number of heads that is no multiple of four.
+        """
+        if positions_PLA.shape[-1] == 1:
+            raise InputError("encoding.kind='lookhere' is for grids: choose another kind for texts")
+        if self.heads_model % 4:
+            raise InputError(f"encoding.kind='lookhere' needs model.heads in fours, got {self.heads_model}")
+        directed = min(8, self.heads_model)
+        around = self.heads_model - directed
+        slopes = np.repeat(0.5 ** np.arange(1, directed // 4 + 1), 4).tolist()
+        slopes += np.repeat(0.25 ** np.arange(1, 5), around // 4).tolist()
+        directions = ("up", "down", "left", "right") * (directed // 4) + ("",) * around
+        depth = {"depth": jnp.linspace(1.5, 0.5, self.layers_model)}
+        return signal_of(
+            positions_PLA, self.unit, self.prefix, SlopedBias(tuple(slopes), directions), depth, by_layer=True
+        )  # fmt: skip
+
+
+class ScaleInvariant(nn.Module):
+    """Scale-invariant attention over partial rotation (Anson et al. 2025, arXiv 2505.17083, with tau = 10).
+
+    Logits are scaled and lowered by distance such that every scale of distances gets as much attention. Half of the pairs
+    of a head turn, the fastest ones (p-RoPE, Barbero et al. 2024, arXiv 2410.06205).
+
+    Attributes:
+      width_model, heads_model: of the model; theta: base of the wavelengths; rotary_pairs: how many pairs turn, 0 = half.
+      unit: of positions, in which one token measures `unit`.
+    """
+
+    width_model: int
+    heads_model: int
+    theta: float = 10000.0
+    rotary_pairs: int = 0
+    unit: int = 1
+
+    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+        """Returns `rotation` and `relation` of positions int32[P, L, 1]. Raises: InputError: a grid, an odd head width."""
+        check_one_axis("scale_invariant", positions_PLA)
+        width = paired_width("scale_invariant", self.width_model, self.heads_model, 1)
+        (frequencies,) = turned(width, 1, self.theta, self.rotary_pairs or max(1, width // 4))
+        cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
+        signal = signal_of(positions_PLA, self.unit, 0, ScaledLogits(10.0), None, by_layer=False)
+        return signal.replace(rotation=(cos[:, :, None], sin[:, :, None]))

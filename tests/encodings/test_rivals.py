@@ -1,0 +1,254 @@
+"""Encodings of 2017 to 2026 beside SeqPE: each against its paper's formula, written anew as loops over pairs of places."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.config import MeshConfig
+from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.errors import InputError
+from seqpe_jax.inference.programs import laid_out
+from seqpe_jax.models.attention import attend, faded
+from seqpe_jax.models.blocks import FADES
+from seqpe_jax.training.trainer import Trainer
+from tests.tiny import random_params, tiny_config
+
+LAYERS, HEADS, WIDTH = 2, 4, 8  # of a head
+TEXTS = ("t5", "kerple", "fire", "scale_invariant", "pope")
+GRIDS = ("alibi_grid", "lookhere", "fire")
+KEY = jax.random.PRNGKey(0)
+
+
+def make(kind, prefix=0, **fields):
+    sizes = {"layers_model": LAYERS, "heads_model": HEADS, "width_model": HEADS * WIDTH, "prefix": prefix} | fields
+    known = {name: value for name, value in sizes.items() if name in ENCODINGS[kind].__dataclass_fields__}
+    return ENCODINGS[kind](**known)
+
+
+def signal_of(encoding, positions_PLA, shape, layer=1):
+    """The signal of one layer, and the parameters it was made with; none of them is where it began."""
+    variables = encoding.init(KEY, positions_PLA, shape=shape)
+    draw = np.random.default_rng(1)
+    variables = jax.tree.map(lambda leaf: leaf + 0.3 * draw.normal(size=leaf.shape).astype(np.float32), variables)
+    params = {name: np.asarray(leaf, np.float64) for name, leaf in variables.get("params", {}).items()}
+    return encoding.apply(variables, positions_PLA, shape=shape).at_layer(layer), params
+
+
+def operands(length, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.normal(size=(2, length, HEADS, WIDTH)).astype(np.float32) for _ in range(3)]
+
+
+def mixed(logit, q, k, v, causal):
+    """Softmax of logit(q_i, k_j, i, j, h) over the keys, times the values, in float64."""
+    q, k, v = (array.astype(np.float64) for array in (q, k, v))
+    out = np.zeros_like(v)
+    for b, i, h in np.ndindex(out.shape[:3]):
+        seen = range(i + 1 if causal else out.shape[1])
+        logits = np.array([logit(q[b, i, h], k[b, j, h], i, j, h) for j in seen])
+        weights = np.exp(logits - logits.max())
+        out[b, i, h] = (weights / weights.sum()) @ v[b, : len(logits), h]
+    return out
+
+
+def dot(q, k):
+    return q @ k / math.sqrt(WIDTH)
+
+
+def t5_bucket(distance):
+    if distance < 16:
+        return int(distance)
+    return min(31, 16 + int(math.log(distance / 16) / math.log(128 / 16) * 16))
+
+
+def turned(array, angles):
+    """The first pairs of a head, turned by their angles."""
+    found = array.copy()
+    for n, angle in enumerate(angles):
+        x, y = array[2 * n], array[2 * n + 1]
+        found[2 * n] = x * math.cos(angle) - y * math.sin(angle)
+        found[2 * n + 1] = x * math.sin(angle) + y * math.cos(angle)
+    return found
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def fire(params, distance, reach, h):
+    c, threshold = abs(params["scale"][1]), abs(params["threshold"][1]) * 512.0
+    share = math.log(c * distance + 1) / (math.log(c * max(reach, threshold) + 1) + 1e-6)
+    hidden = np.maximum(share * params["inward"][1] + params["inward_bias"][1], 0.0)
+    return hidden @ params["outward"][1][:, h] + params["outward_bias"][1][h]
+
+
+def text_logit(kind, params, at):
+    """The logit of the paper, for places that stand at the positions `at`."""
+
+    def logit(q, k, i, j, h):
+        distance = at[i] - at[j]
+        if kind == "t5":
+            return dot(q, k) + params["buckets"][t5_bucket(distance), h]
+        if kind == "kerple":
+            slope, scale = (max(params[name][1, h], 0.01) for name in ("slope", "scale"))
+            return dot(q, k) - slope * math.log(1 + scale * distance)
+        if kind == "fire":
+            return dot(q, k) + fire(params, distance, at[i], h)
+        if kind == "scale_invariant":
+            square = 2 * math.log(distance / 10 + 1) + 1
+            frequencies = [10000.0 ** (-2 * n / WIDTH) for n in range(WIDTH // 4)]
+            ends = (turned(array, [place * f for f in frequencies]) for array, place in ((q, at[i]), (k, at[j])))
+            return math.sqrt(square) * dot(*ends) + 1 - square
+        frequencies = 10000.0 ** (-np.arange(WIDTH) / WIDTH)
+        shift = np.clip(params["shift"][1, h], -2 * math.pi, 0)
+        return (softplus(q) * softplus(k) * np.cos(distance * frequencies - shift)).sum() / math.sqrt(WIDTH)
+
+    return logit
+
+
+@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_are_mixed_as_the_paper_says(kind, start):
+    """Near the origin and, except for FIRE, which reads how far the text goes back, anywhere else."""
+    length = 40
+    positions_PLA = jnp.array([*range(length - 2), 170, 199])[None, :, None] + start
+    signal, params = signal_of(make(kind), positions_PLA, (length,))
+    q, k, v = operands(length)
+    expected = mixed(text_logit(kind, params, positions_PLA[0, :, 0].tolist()), q, k, v, causal=True)
+    for form, block in (("plain", 0), ("blocks", 16)):
+        np.testing.assert_allclose(attend(q, k, v, signal, kind=form, block=block), expected, atol=1e-5)
+    assert np.abs(np.asarray(attend(q, k, v, PositionSignal())) - expected).max() > 1e-2
+
+
+def grid_logit(kind, params, places):
+    """The logit of the paper; places: where each token stands, None = nowhere (the class token)."""
+    slopes = {"alibi_grid": [2.0 ** (-2 * (h + 1)) for h in range(HEADS)], "lookhere": [0.5] * 4}.get(kind)
+    depth = {"alibi_grid": 1.0, "lookhere": 0.5}.get(kind)  # the last of two layers
+
+    def logit(q, k, i, j, h):
+        here, there = places[i], places[j]
+        if here is None or there is None:
+            return dot(q, k)
+        distance = math.dist(here, there)
+        if kind == "fire":
+            return dot(q, k) + fire(params, distance, math.dist((0, 0), (3, 2)), h)
+        down, right = there[0] - here[0], there[1] - here[1]
+        if kind == "lookhere" and (down > 0, down < 0, right > 0, right < 0)[h]:  # up, down, left, right
+            return -1e30
+        return dot(q, k) - slopes[h] * depth * distance
+
+    return logit
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_grids_are_mixed_as_the_paper_says(kind):
+    shape = (4, 3)
+    places = [(row, column) for row in range(4) for column in range(3)]
+    signal, params = signal_of(make(kind, prefix=1), jnp.array(places)[None], shape)
+    q, k, v = operands(13)
+    expected = mixed(grid_logit(kind, params, [None, *places]), q, k, v, causal=False)
+    for form, block in (("plain", 0), ("blocks", 8)):
+        np.testing.assert_allclose(attend(q, k, v, signal, causal=False, kind=form, block=block), expected, atol=1e-5)
+    finer, _ = signal_of(make(kind, prefix=1, unit=10), 10 * jnp.array(places)[None], shape)
+    np.testing.assert_allclose(attend(q, k, v, finer, causal=False), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forget", "cable"])
+def test_tokens_fade_by_what_those_after_them_say(kind):
+    length = 12
+    told = np.random.default_rng(2).normal(size=(2, length, HEADS))
+    steps = {"forget": -softplus(-told), "cable": -softplus(told)}[kind]
+    np.testing.assert_allclose(FADES[kind](jnp.asarray(told, jnp.float32)), steps, atol=1e-6)
+    q, k, v = operands(length)
+    for sample in range(2):
+        one = [array[sample : sample + 1] for array in (q, k, v)]
+        logit = lambda q, k, i, j, h, n=sample: dot(q, k) + steps[n, j + 1 : i + 1, h].sum()  # noqa: E731
+        expected = mixed(logit, *one, causal=True)
+        fade = jnp.cumsum(jnp.asarray(steps[sample : sample + 1], jnp.float32), axis=1)
+        np.testing.assert_allclose(attend(*one, PositionSignal(), fade), expected, atol=1e-5)
+    assert faded(fade, fade)[0].shape == (1, length, HEADS, 2)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+def test_angles_are_scaled_in_longer_windows_alone(scaling):
+    plain, scaled = (make("rotary", table_shape=(64,), scaling=name) for name in ("none", scaling))
+    positions_PLA = jnp.arange(512)[None, :, None]
+    whole = plain.apply({}, positions_PLA, shape=(512,))
+    for shape in ((64,), (20,)):  # as trained, or shorter
+        short = positions_PLA[:, : shape[0]]
+        jax.tree.map(np.testing.assert_array_equal, *(one.apply({}, short, shape=shape) for one in (plain, scaled)))
+    found = scaled.apply({}, positions_PLA, shape=(512,))
+    frequencies = 10000.0 ** (-2 * np.arange(4) / WIDTH)
+    longer = 8.0
+    if scaling == "linear":
+        expected = frequencies / longer
+    elif scaling == "ntk":
+        expected = (10000.0 * longer ** (WIDTH / (WIDTH - 2))) ** (-2 * np.arange(4) / WIDTH)
+    else:
+        kept = [min(1.0, max(0.0, (64 / (2 * math.pi / f) - 1) / 31)) for f in frequencies]
+        expected = [(1 - share) * f / longer + share * f for share, f in zip(kept, frequencies, strict=True)]
+        np.testing.assert_allclose(found.factors[0], 0.1 * math.log(8) + 1, rtol=1e-6)
+    angles = np.arange(512)[:, None] * np.asarray(expected)
+    np.testing.assert_allclose(found.rotation[0][0, :, 0], np.cos(angles), atol=1e-5)
+    assert np.abs(found.rotation[0] - whole.rotation[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("kind,shape,told", [
+    *((kind, (2, 3), "knows distances along one axis, not on grids") for kind in TEXTS if kind != "fire"),
+    ("alibi_grid", (6,), "is for grids: choose 'alibi'"),
+    ("lookhere", (6,), "is for grids"),
+])  # fmt: skip
+def test_the_other_number_of_axes_is_refused(kind, shape, told):
+    places = jnp.zeros((1, math.prod(shape), len(shape)), jnp.int32)
+    with pytest.raises(InputError, match=told):
+        make(kind).init(KEY, places, shape=shape)
+
+
+def test_looking_in_four_directions_needs_heads_in_fours():
+    with pytest.raises(InputError, match="needs model.heads in fours, got 6"):
+        make("lookhere", heads_model=6).init(KEY, jnp.zeros((1, 6, 2), jnp.int32), shape=(2, 3))
+
+
+def gradients(settings, devices=None):
+    """Logits of the model, and the gradients of their squares, by name."""
+    run = Trainer.of(settings, devices or jax.devices()[:1])
+    params = random_params(run, 0.3)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+    signal = lambda params: run.architecture.signal(params, run.architecture.spacing.grid((24,))[None], (24,))  # noqa: E731
+
+    def found(params):
+        logits = run.architecture.network.apply({"params": params["model"]}, tokens, signal(params))
+        return (logits**2).mean(), logits
+
+    (_, logits), slopes = jax.jit(laid_out(run.mesh, jax.value_and_grad(found, has_aux=True)))(params)
+    return logits, slopes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "kerple", "fire", "scale_invariant", "pope", "fox", "cable"])
+def test_blocks_loops_and_meshes_equal_the_plain_form(kind):
+    fields = {"variant": kind, "model__layers": 2, "precision__compute": "float32"}
+    expected = gradients(tiny_config(**fields, model__attention_kind="plain"))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[1]["encoding"]))
+    blocks = tiny_config(**fields, model__attention_kind="blocks", model__attention_block=8)
+    mesh = MeshConfig(data=1, fsdp=1, context=2, tensor=2)
+    split = tiny_config(**fields, mesh__data=mesh.data, mesh__context=mesh.context, mesh__tensor=mesh.tensor)
+    for settings, devices in ((blocks, None), (split, jax.devices()[:4])):
+        found = gradients(settings, devices)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, atol=3e-5 * max(1.0, float(np.abs(other).max())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "kerple"])
+def test_other_heads_gain_nothing(kind):
+    """position_heads leaves the last heads as they are without an encoding."""
+    length, q, k, v = 10, *operands(10)
+    signal, _ = signal_of(make(kind), jnp.arange(length)[None, :, None], (length,))
+    some = attend(q, k, v, signal.for_heads(3, HEADS))
+    np.testing.assert_array_equal(some[:, :, :3], attend(q, k, v, signal)[:, :, :3])
+    np.testing.assert_allclose(some[:, :, 3], attend(q, k, v, PositionSignal())[:, :, 3], atol=1e-6)
