@@ -1,4 +1,4 @@
-"""Shape letters, and the logical names that link array dimensions to a device mesh. Imports nothing of the package.
+"""Shape letters, names of sizes, and the logical names that link dimensions to a device mesh. Imports nothing of ours.
 
 Array names end in shape letters where two shapes could be confused, and einsum letters match them:
 
@@ -93,3 +93,10 @@ def by_device(function: Callable[..., Any], arguments: Sequence[Any], names: Seq
     """
     layout = _IN_FORCE.get()
     return function(*arguments) if layout is None else layout.by_device(function, arguments, names)
+
+
+def scale_label(scale: Sequence[int]) -> str:
+    """Returns the name of a length or size: 512, 32 for a square, 24x32, or 8x32x32 for a clip of 8 frames."""
+    if len(scale) == 2 and scale[0] == scale[1]:
+        return str(scale[0])
+    return "x".join(map(str, scale))

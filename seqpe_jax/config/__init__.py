@@ -1,6 +1,7 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
 from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
+from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
     as_read,
@@ -16,15 +17,11 @@ from seqpe_jax.config.reading import (
     with_encoding,
 )
 from seqpe_jax.config.schema import (
-    GRID_ONLY,
-    REAL_POSITIONS,
-    TEXT_ONLY,
     Config,
     ContrastiveConfig,
     DataConfig,
     DistillationConfig,
     EncodingConfig,
-    EncodingKind,
     MeshConfig,
     MixingConfig,
     ModelConfig,
@@ -32,7 +29,6 @@ from seqpe_jax.config.schema import (
     OptimizerConfig,
     ShiftConfig,
     digits_of,
-    scale_label,
 )
 
 __all__ = [
@@ -66,7 +62,6 @@ __all__ = [
     "load",
     "parse",
     "profile_window",
-    "scale_label",
     "to_dict",
     "with_encoding",
 ]

@@ -3,7 +3,8 @@
 import math
 from typing import get_args
 
-from seqpe_jax.config.schema import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, Config, EncodingKind, digits_of
+from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
+from seqpe_jax.config.schema import Config, digits_of
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.digits import count_digits, largest_position
 

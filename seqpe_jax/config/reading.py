@@ -12,16 +12,8 @@ from typing import Any, Literal
 import ml_collections
 
 from seqpe_jax.config.checks import check
-from seqpe_jax.config.schema import (
-    IMAGES,
-    REAL_POSITIONS,
-    SEQPE,
-    Config,
-    ContrastiveConfig,
-    DistillationConfig,
-    EncodingConfig,
-    EncodingKind,
-)
+from seqpe_jax.config.kinds import IMAGES, REAL_POSITIONS, SEQPE, EncodingKind
+from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, EncodingConfig
 from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expanded

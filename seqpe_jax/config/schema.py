@@ -6,38 +6,27 @@ Units: lengths and positions in tokens, rates and weights as plain numbers, step
 import dataclasses
 from typing import Any, Literal
 
+from seqpe_jax.config.kinds import (
+    ASKED,
+    IMAGES,
+    IN_HEADS,
+    MOVABLE,
+    PARTLY_TURNED,
+    PICTURED,
+    PICTURES,
+    QUESTIONS,
+    REAL_POSITIONS,
+    SEQPE,
+    TEXT,
+    WAVES,
+    WRITTEN,
+    EncodingKind,
+)
 from seqpe_jax.positions.digits import count_digits
 
-EncodingKind = Literal[
-    "seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "alibi_grid", "t5", "kerple",
-    "fire", "lookhere", "scale_invariant", "pope", "fox", "cable", "none",
-]  # fmt: skip
-TEXTS = ("stdlib_text", "text_files", "wikitext103")
-QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")
-IMAGES = ("digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized")
 Fraction = {"low": 0.0, "high": 1.0}
 Positive = {"low": 1}
 NonNegative = {"low": 0}
-
-
-# Kinds of encodings by what they can do; `reads` of a field names those that read it.
-SEQPE = ("seqpe",)
-# Logits gain a function of how far the key lies.
-OF_DISTANCES = ("alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "scale_invariant")
-# Positions need not be whole numbers.
-REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
-TEXT_ONLY = ("alibi", "t5", "kerple", "scale_invariant", "pope", "fox", "cable")  # know one axis, or what came before
-GRID_ONLY = ("alibi_grid", "lookhere")
-MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin
-WAVES = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "scale_invariant", "pope")
-IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES)  # what they do can be left to some heads
-PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial", "scale_invariant")
-
-
-# Kinds of data; `of` of a field or section names those whose runs read it.
-TEXT, ASKED, PICTURED = "text", "questions", "images"
-WRITTEN = (TEXT, ASKED)  # in tokens
-PICTURES = (PICTURED,)
 
 
 def _field(default: Any, **metadata: Any) -> Any:
@@ -398,13 +387,6 @@ class Config:
         if not self.eval.frames:
             return tuple(self.sides_of(size) for size in sizes)
         return tuple((frames, *size) for frames in self.eval.frames for size in sizes)
-
-
-def scale_label(scale: tuple[int, ...]) -> str:
-    """Returns the name of a length or size: 512, 32 for a square, 24x32, or 8x32x32 for a clip of 8 frames."""
-    if len(scale) == 2 and scale[0] == scale[1]:
-        return str(scale[0])
-    return "x".join(map(str, scale))
 
 
 def digits_of(encoding: EncodingConfig) -> int:

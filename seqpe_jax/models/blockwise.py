@@ -82,9 +82,7 @@ class _Tile:
     def related(self, params: Any, logits: jax.Array) -> jax.Array:
         """Returns logits with what the relation, which has these parameters, makes of them."""
         relation = self.operands.relation
-        query, key = (
-            _part(places, at, self.block, 1) for places, at in ((relation.query, self.i), (relation.key, self.j))
-        )
+        query, key = (_part(places, at, self.block, 1) for places, at in ((relation.query, self.i), (relation.key, self.j)))
         return related(logits, relation, params, query, key, self.operands.heads)
 
     def logits(self) -> jax.Array:

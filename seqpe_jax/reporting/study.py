@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from seqpe_jax.config import scale_label
+from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.trees import flat
@@ -308,6 +308,8 @@ def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
 def _scale(result: dict[str, Any]) -> dict[str, Any]:
     """Returns {"extent", "label"} of a length, a [height, width] or a [frames, height, width]."""
     sides = tuple(int(side) for side in result["size"]) if "length" not in result else (int(result["length"]),)
+    if not ("length" in result or len(sides) in (2, 3)):
+        raise ValueError(sides)
     extent = sides[0] if len(sides) == 1 else math.prod(sides) ** (1 / len(sides))
     return {"extent": extent, "label": scale_label(sides)}
 

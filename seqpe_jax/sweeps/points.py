@@ -8,7 +8,8 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.architecture import check_encoding
-from seqpe_jax.config import Config, scale_label
+from seqpe_jax.axes import scale_label
+from seqpe_jax.config import Config
 from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
 

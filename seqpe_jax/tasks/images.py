@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.architecture import Shape, Sizes
-from seqpe_jax.config import Config, check_size, scale_label
+from seqpe_jax.axes import scale_label
+from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import loader, pictures
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import jax
 
 from seqpe_jax.architecture import Params, Shape, Sizes
-from seqpe_jax.config import Config, scale_label
+from seqpe_jax.axes import scale_label
+from seqpe_jax.config import Config
 from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.generate import generate

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from seqpe_jax import axes, config
 from seqpe_jax.architecture import Architecture, Params, check_encoding, flops_of
-from seqpe_jax.config import Config, scale_label
+from seqpe_jax.config import Config
 from seqpe_jax.inference.programs import Programs, laid_out
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands
@@ -154,7 +154,7 @@ class Trainer:
         for scale in self.task.scales():
             result = evaluate_at(self.task, self.programs, params, scale, "validation")
             for name in self.task.measured:
-                results[f"eval/{name}@{scale_label(scale)}"] = result[name]
+                results[f"eval/{name}@{axes.scale_label(scale)}"] = result[name]
         return results
 
     def describe(self, workdir: pathlib.Path) -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config import TEXT_ONLY
 from seqpe_jax.encodings.fixed import RotaryAxial, Sinusoidal, axis_frequencies
 from seqpe_jax.encodings.learned import Learned
 from seqpe_jax.encodings.mixed import RotaryMixed
@@ -22,7 +23,8 @@ OFFERED = {
     "layers_model": LAYERS, "width_model": WIDTH, "heads_model": HEADS, "prefix": 1, "mode": "attn_mul", "qk": "multi",
     "digits": 2, "width": 8, "heads": 2, "layers": 1, "init_std": 0.5, "qk_init_std": 0.5,
 }  # fmt: skip
-KINDS = sorted(set(ENCODINGS) - {"alibi"})
+RELATIONS = {"alibi_grid", "fire", "lookhere"}  # logits gain a function of two places: see test_rivals.py
+KINDS = sorted(set(ENCODINGS) - set(TEXT_ONLY) - RELATIONS)
 
 
 def make(kind, shape, **fields):
