@@ -5,17 +5,19 @@
 
 Trained on four frames of 16 x 16 pixels as the config's page says, evaluated on four and eight frames of 16, 24 and 32.
 Encodings that take positions between whole numbers all train on the same zoomed parts of frames; the learned table is
-stretched with the clip, in time and space. `rotary` numbers the patches one after the other.
+stretched with the clip, in time and space.
 Hardware: two CPU cores, one for each of two runs at once.
 """
 
 from seqpe_jax.sweeps.points import product
 
 CONFIG = "configs/moving_digits_vit.py"
-KINDS = ("seqpe", "rotary_axial", "rotary_mixed", "learned", "sinusoidal", "seqpe_paper", "rotary", "none")
+# Those that know the grid and can be read between its places come first, with all their seeds.
+STRONG, OTHER = ("seqpe", "rotary_axial", "rotary_mixed", "learned"), ("lookhere", "sinusoidal", "seqpe_paper", "none")
 
 
 def runs():
     """Yields (name, overrides) of each run, one seed of all encodings after the other."""
-    for point in product({"seed": (1, 2, 3), "variant": KINDS}):
-        yield f"{point['variant']}-{point['seed']}", point
+    for kinds in (STRONG, OTHER):
+        for point in product({"seed": (1, 2, 3), "variant": kinds}):
+            yield f"{point['variant']}-{point['seed']}", point
