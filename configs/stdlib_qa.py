@@ -64,13 +64,11 @@ def get_config(variant=None):
         # The four fastest of the twelve pairs turn: all their angles lie within a training window.
         c.encoding.rotary_pairs = 4 if variant in (None, "seqpe", "rotary_partial") else 0
         # A contrastive loss on attention logits makes a head look at near tokens; as strong in every head, nothing far away
-        # is looked up. So three heads look ever farther, and the fourth sees no position at all. Smoothed labels bound how
-        # near the heads look: without, they grow ever more local, and looking up is learned late or, by seed, hardly.
+        # is looked up. So three heads look ever farther, and the fourth sees no position at all.
         c.objective.contrastive.space = "logits"
         if variant in (None, "seqpe"):
             c.encoding.position_heads = 3
             c.encoding.rotary_heads = 3
-            c.objective.contrastive.head_scales = (0.5, 2.0, 8.0)
-            c.objective.contrastive.label_smoothing = 0.1
+            c.objective.contrastive.head_scales = (1.0, 4.0, 16.0)
             c.encoding.log_scaling = True
     return with_encoding(c, variant, FORMS)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config
+from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config, whole_step
+from seqpe_jax.runtime.digests import damage
 from seqpe_jax.serving.exported import SECTION, read_params
 from seqpe_jax.tasks.images import known_sizes
 from seqpe_jax.tasks.sizes import read_sizes
@@ -73,6 +75,8 @@ def opened(checkpoint: str) -> Model:
     saved = Checkpoints(checkpoint, create=False)
     step = saved.newest()
     saved.close()
+    for path, wrong in whole_step(saved.folder)[1].items():
+        print(f"checkpoint {path} is damaged ({wrong}): step {step} is read in its place", file=sys.stderr)
     sizes = sizes_of(settings, checkpoint)
     architecture = Architecture.of(settings, sizes)
     read = functools.partial(_saved_params, checkpoint, architecture, mesh, step)
@@ -138,5 +142,8 @@ def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.shardin
 
 
 def _exported_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
-    """The parameters of an export, on every device of a mesh."""
+    """The parameters of an export, on every device of a mesh. Raises: InputError: the export is damaged."""
+    wrong = damage(pathlib.Path(checkpoint).absolute(), named=False)
+    if wrong:
+        raise InputError(f"{checkpoint} is damaged: {wrong}; export the run again")
     return jax.device_put(read_params(checkpoint, architecture.shapes), layout.replicated(mesh))

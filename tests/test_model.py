@@ -113,6 +113,21 @@ def test_a_position_has_one_vector(run, tmp_path):
         np.testing.assert_array_equal(exported.logits(tokens, start), model.logits(tokens, start))
 
 
+def test_a_damaged_export_is_refused(run, tmp_path):
+    export = tmp_path / "export"
+    seqpe_jax.load(run).export(export, max_length=40, platforms=("cpu",))
+    moved = tmp_path / "moved"
+    export.rename(moved)  # a folder may have any name
+    (moved / "README.md").write_text("what we use it for")
+    assert seqpe_jax.load(moved).logits(np.zeros((1, 3), int)).shape == (1, 3, 256)
+    content = bytearray((moved / "params.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (moved / "params.safetensors").write_bytes(content)
+    shutil.copytree(moved, tmp_path / "other")
+    with pytest.raises(InputError, match="other is damaged: params.safetensors has changed since it was written; export"):
+        seqpe_jax.load(tmp_path / "other").logits(np.zeros((1, 3), int))
+
+
 def test_logits_begin_anywhere(run):
     model = seqpe_jax.load(run)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))

@@ -3,8 +3,8 @@
     python -m seqpe_jax.sweep --sweep=configs/sweeps/questions.py --workdir=runs/questions --jobs=2
     python -m seqpe_jax.report --workdir=runs/questions --output=runs/questions/report
 
-Trained on 128 bytes for 4800 steps as the config's page says, evaluated at 128 to 1024. Knobs were chosen with seeds 0 and
-1 on the validation split; these are three other seeds, on 400 questions of the test split.
+Trained on 128 bytes for 4800 steps as the config's page says, evaluated at 128 to 1024. Knobs were chosen with seed 0 on
+the validation split; these are three other seeds, on 400 questions of the test split.
 Hardware: two CPU cores, one for each of two runs at once; about three hours.
 """
 
@@ -18,5 +18,5 @@ STRONG, WEAK = ("seqpe", "alibi"), ("rotary", "rotary_partial", "none")
 def runs():
     """Yields (name, overrides) of each run, one seed after the other."""
     for kinds in (STRONG, WEAK):
-        for point in product({"seed": (2, 3, 4), "variant": kinds}):
+        for point in product({"seed": (1, 2, 3), "variant": kinds}):
             yield f"{point['variant']}-{point['seed']}", point

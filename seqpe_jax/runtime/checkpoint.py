@@ -1,4 +1,4 @@
-"""Checkpoints of a run, saved in the background by Orbax under WORKDIR/checkpoints."""
+"""Checkpoints of a run, saved in the background by Orbax under WORKDIR/checkpoints, each with the digests of its files."""
 
 import json
 import pathlib
@@ -10,9 +10,10 @@ from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRest
 
 from seqpe_jax.errors import InputError, check_utf8_name
 from seqpe_jax.files import write_whole
+from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
-FOLDER = "checkpoints"
+FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
@@ -23,17 +24,26 @@ class Checkpoints:
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=create, enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Returns the newest saved step, or None."""
-        return self._manager.latest_step()
+        """Returns the newest saved step that is not damaged, or None."""
+        return whole_step(self.folder)[0]
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begins to save a state; it is safe to donate the state's buffers right after."""
-        if step != self.latest():
+        if step != self._manager.latest_step():
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
+
+    def _seal(self) -> None:
+        """Writes the digests of what has been saved; called by Orbax when all is there, before it gives it its name."""
+        if jax.process_index() == 0:
+            for unnamed in self.folder.glob(f"*{UNNAMED}"):  # one save at a time
+                write_digests(unnamed, name=unnamed.name.removesuffix(UNNAMED), but=(COMMITTED,))  # which changes once more
 
     def restore(self, state: Any, step: int | None = None) -> Any:
         """Returns a saved state in the layout of `state`, a tree of ShapeDtypeStructs with shardings.
@@ -88,8 +98,11 @@ class Checkpoints:
         self._manager.close()
 
     def newest(self) -> int:
-        """Returns the newest saved step. Raises: InputError: nothing is saved yet."""
-        step = self.latest()
+        """Returns the newest saved step that is not damaged. Raises: InputError: there is none."""
+        step, damaged = whole_step(self.folder)
+        if step is None and damaged:
+            path, wrong = next(iter(damaged.items()))
+            raise InputError(f"all checkpoints are damaged; of the newest, {path}, {wrong}: put back a copy of one")
         if step is None:
             raise InputError(f"no finished checkpoint in {self.folder}: train until the first save (checkpoint.every)")
         return step
@@ -103,12 +116,51 @@ class Checkpoints:
 
 
 def saved_step(workdir: str | pathlib.Path) -> int | None:
-    """Returns the newest finished step of a run's folder, or None; creates nothing."""
-    folder = (pathlib.Path(workdir) / FOLDER).absolute()
-    if not folder.is_dir():
-        return None
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as manager:
-        return manager.latest_step()
+    """Returns the newest saved step of a run's folder that is not damaged, or None; changes nothing.
+
+    Raises:
+      InputError: there are checkpoints, and all are damaged.
+    """
+    step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
+    if damaged and step is None:
+        path, wrong = next(iter(damaged.items()))
+        raise InputError(
+            f"all checkpoints of {workdir} are damaged; of the newest, {path}, {wrong}: put back a copy of one, or use a "
+            "new --workdir"
+        )
+    return step
+
+
+def whole_step(folder: pathlib.Path) -> tuple[int | None, dict[pathlib.Path, str]]:
+    """Returns the newest step of a folder of checkpoints that is as it was written, or None, and newer ones that are not.
+
+    Returns:
+      Those by folder, with what is wrong with each, in words.
+    """
+    found: dict[pathlib.Path, str] = {}
+    steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
+    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        wrong = damage(path) if (path / COMMITTED).is_file() else f"{COMMITTED} is missing"
+        if not wrong:
+            return int(path.name), found
+        found[path] = wrong
+    return None, found
+
+
+def set_aside(workdir: str | pathlib.Path) -> list[str]:
+    """Renames damaged checkpoints that are newer than the newest good one, and returns what was done, in words.
+
+    Nothing is deleted. Orbax would save no step below one that is there, and so never again.
+    """
+    step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
+    told = []
+    for path, wrong in damaged.items():
+        aside, number = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
+        path.rename(aside)
+        told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {aside.name}, going on from step {step}")
+    return told
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from seqpe_jax.files import check_free, new_folder
 from seqpe_jax.models.choice import BLOCK
 from seqpe_jax.reporting import study, tables
 from seqpe_jax.runtime.checkpoint import write_config
+from seqpe_jax.runtime.digests import write_digests
 from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.serving import exported
 from seqpe_jax.tasks import Task
@@ -67,6 +68,7 @@ def write(
         model.task.carry(folder)
         write_sizes(folder, model.sizes)
         write_config(folder, config.to_dict(model.config) | {exported.SECTION: section})
+        write_digests(folder, but=(exported.CARD, "config.json"))  # which people may add to
 
 
 def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ...]) -> dict[str, str]:

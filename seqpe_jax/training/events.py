@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from seqpe_jax.errors import Failure
 from seqpe_jax.runtime import chips, hosts
@@ -23,7 +24,13 @@ Values = dict[str, jax.Array]
 
 
 class NotFinite(Failure):
-    """A loss became infinite or not a number."""
+    """A loss, or a parameter, became infinite or not a number."""
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    """Whether all parameters are finite, bool[]."""
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
 class Stopped(Failure):
@@ -203,8 +210,14 @@ class Save(Event):
             self.now(run)
 
     def now(self, run: Standing) -> None:
-        """Begins to save the state of this step, if that is not saved already."""
+        """Begins to save the state of this step, if that is not saved already. Raises: NotFinite: it is of no use."""
         with self._report.aside(run):
+            if not bool(_finite(run.state.params)):
+                raise NotFinite(
+                    f"parameters are infinite or not a number after step {run.step}, though the loss before was not: they "
+                    f"are not saved, the last checkpoint is of step {self._checkpoints.latest()}. Lower "
+                    "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
+                )
             self._checkpoints.save(run.step, run.state, self._meta | {"seconds": self._clock.seconds()})
 
     def end(self, run: Standing) -> None:

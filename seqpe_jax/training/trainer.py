@@ -4,6 +4,7 @@ from seqpe_jax.training.trainer import Trainer
 Trainer.of(config).fit("runs/first")
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,13 +18,14 @@ import jax.numpy as jnp
 from seqpe_jax import axes, config
 from seqpe_jax.architecture import Architecture, Params, check_encoding, flops_of
 from seqpe_jax.config import Config
+from seqpe_jax.errors import InputError
 from seqpe_jax.inference.programs import Programs, laid_out
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, write_config
+from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, set_aside, write_config
 from seqpe_jax.runtime.progress import MetricsWriter
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
@@ -31,7 +33,7 @@ from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.step import TrainStep, make_train_step
-from seqpe_jax.training.workdir import check_same_run, clear
+from seqpe_jax.training.workdir import check_same_run, clear, owned
 from seqpe_jax.trees import count
 
 
@@ -189,6 +191,16 @@ class Trainer:
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
+        with owned(folder) if hosts.is_lead() else contextlib.nullcontext("") as taken_over:
+            if taken_over:
+                _say(f"  {taken_over}")
+            if saved_step(folder) != first:
+                raise InputError(f"another process has trained in {folder} just now: give the command again to go on")
+            self._go_on(folder, first, state)
+
+    def _go_on(self, folder: pathlib.Path, first: int | None, state: TrainState | None) -> None:
+        """Trains in a folder that is this process's, from the step that is saved there, or from a state where none is."""
+        settings = self.config
         planned = read_config(folder)["steps"] if first is not None else settings.steps
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
@@ -231,6 +243,8 @@ class Trainer:
         if hosts.is_lead():
             if anew:
                 clear(folder)
+            for line in set_aside(folder):
+                _say(f"  {line}")
             write_config(folder, config.to_dict(self.config))
             write_sizes(folder, self.task.sizes)
             self.task.keep(folder)

@@ -1,6 +1,13 @@
 """Whether a run may go on, or begin, in a folder; what an earlier start left there."""
 
+import contextlib
+import fcntl
+import json
+import os
 import pathlib
+import socket
+import time
+from collections.abc import Iterator
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
@@ -11,6 +18,8 @@ from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.serving.exported import SECTION
 from seqpe_jax.tasks.images import KEPT
 from seqpe_jax.training.optimizer import decay_steps
+
+OWNER = "owner.json"  # who trains in the folder
 
 
 def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, extend: bool = False) -> None:
@@ -27,7 +36,7 @@ def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, ex
     """
     check_utf8_name(workdir.absolute(), "a folder with checkpoints (--workdir)")
     if not (workdir / "config.json").exists():
-        if workdir.exists() and (not workdir.is_dir() or any(path.name != LOG for path in workdir.iterdir())):
+        if workdir.exists() and (not workdir.is_dir() or any(path.name not in (LOG, OWNER) for path in workdir.iterdir())):
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
         return
     values = read_config(workdir)
@@ -70,6 +79,51 @@ def _check_steps(before: Config, settings: Config, workdir: pathlib.Path, step: 
             f"(optimizer.schedule='{settings.optimizer.schedule}'): add --extend=true to go on to {settings.steps} under "
             "the schedule of that many, or set steps as it was. Under wsd, more steps change nothing before the decay"
         )
+
+
+@contextlib.contextmanager
+def owned(workdir: pathlib.Path) -> Iterator[str]:
+    """Keeps a run's folder for this process; yields whom it was taken over from, in words, or "".
+
+    The kernel holds the lock, and lets it go when the process ends, however it ends. Folders that several machines share
+    are kept among them where their file system passes locks on, as NFS does.
+
+    Raises:
+      InputError: another process trains in the folder.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / OWNER
+    with contextlib.ExitStack() as held:
+        while True:
+            file = path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                words = _owner(path)
+                file.close()
+                raise InputError(
+                    f"workdir {workdir} is in use{words and ' by '}{words}: let that run end, or choose another folder"
+                ) from None
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()  # its last owner removed it just now
+        held.callback(file.close)
+        held.callback(path.unlink, missing_ok=True)
+        before = _owner(path)
+        began = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "began": began}) + "\n")
+        file.flush()
+        yield before and f"taken over from {before}, which is gone"
+
+
+def _owner(path: pathlib.Path) -> str:
+    """Who a lock says it is of, in words; "" where it says nothing, as at the moment when it is taken."""
+    try:
+        told = json.loads(path.read_text())
+        return f"process {told['process']} on {told['host']}, which began at {told['began']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def clear(workdir: pathlib.Path) -> None:

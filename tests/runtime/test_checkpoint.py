@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.runtime import digests
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints
+from seqpe_jax.runtime.checkpoint import Checkpoints, saved_step, set_aside
+from seqpe_jax.runtime.digests import FILE
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.float32)}}}, "step": 4}
@@ -50,8 +52,103 @@ def test_only_the_newest_are_kept(saved):
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["4", "6"]
 
 
+def files_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max(files_of(folder / "state"), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "a byte flipped in the middle of an array": lambda step: flip(largest(step), largest(step).stat().st_size // 2),
+    "truncated": lambda step: largest(step).write_bytes(largest(step).read_bytes()[:100]),
+    "emptied": lambda step: largest(step).write_bytes(b""),
+    "longer": lambda step: largest(step).write_bytes(largest(step).read_bytes() + b"0"),
+    "an array gone": lambda step: largest(step).unlink(),
+    "the state gone": lambda step: shutil.rmtree(step / "state"),
+    "what lies beside it gone": lambda step: shutil.rmtree(step / "meta"),
+    "no sign of a finished save": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    "its digests torn": lambda step: (step / FILE).write_bytes((step / FILE).read_bytes()[:40]),
+    "its digests of something else": lambda step: (step / FILE).write_text("[]"),
+    "under another step": lambda step: step.rename(step.with_name("9")),
+    "the other step under its name": lambda step: (shutil.rmtree(step), shutil.copytree(step.with_name("4"), step)),
+    "an empty folder beside it": lambda step: (shutil.rmtree(step), step.with_name("30").mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how):
+    DAMAGE[how](saved / "checkpoints" / "6")
+    held = {path.read_bytes() for path in files_of(saved)}
+    mesh = layout.make_mesh(8, 1)
+    checkpoints = Checkpoints(saved, create=False)
+    assert checkpoints.latest() == checkpoints.newest() == saved_step(saved) == 4
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(mesh)), STATE)
+    assert checkpoints.restore_params(placed(mesh)["params"])[1] == 4 and checkpoints.meta() == {"seconds": 4.0}
+    checkpoints.close()
+    [told] = set_aside(saved)
+    assert "is damaged (" in told and "going on from step 4" in told
+    assert set_aside(saved) == []
+    kept = {path.read_bytes() for path in files_of(saved)}
+    assert held == kept  # nothing is deleted
+    again = Checkpoints(saved, keep=2)
+    again.save(5, checkpoints_state(mesh), {"seconds": 5.0})
+    again.close()
+    assert saved_step(saved) == 5
+
+
+def checkpoints_state(mesh):
+    return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, placed(mesh))
+
+
+def test_every_flipped_byte_is_found(saved):
+    step = saved / "checkpoints" / "6"
+    draw = np.random.default_rng(0)
+    for path in files_of(step):
+        if not path.stat().st_size:
+            continue
+        for place in {0, path.stat().st_size - 1, int(draw.integers(path.stat().st_size))}:
+            flip(path, place)
+            digests._compared.cache_clear()  # as another process would see it
+            if path.parent == step:  # Orbax writes these last; of the digests, a name or a number has changed
+                assert path.name in (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
+                checkpoints = Checkpoints(saved, create=False)
+                jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(layout.make_mesh(8, 1))), STATE)
+                checkpoints.close()
+            else:
+                assert saved_step(saved) == 4, path
+            flip(path, place)
+    digests._compared.cache_clear()
+    assert saved_step(saved) == 6
+
+
+def test_with_no_good_one_left_it_says_so(saved):
+    for step in ("4", "6"):
+        flip(largest(saved / "checkpoints" / step), 10)
+    checkpoints = Checkpoints(saved, create=False)
+    for read in (checkpoints.newest, lambda: saved_step(saved)):
+        with pytest.raises(InputError, match="all checkpoints .*are damaged; of the newest, .*/6, .* has changed since"):
+            read()
+    checkpoints.close()
+
+
+def test_a_checkpoint_without_digests_is_read(saved):
+    """Older versions wrote none, and a process that was killed right after a save had no time to."""
+    (saved / "checkpoints" / "6" / FILE).unlink()
+    assert saved_step(saved) == 6
+
+
 def test_a_damaged_checkpoint_is_told_in_one_line(saved):
+    """Whatever Orbax makes of a state that it cannot read, without digests that would have told before."""
     shutil.rmtree(saved / "checkpoints" / "6" / "state" / "d", ignore_errors=True)
+    (saved / "checkpoints" / "6" / FILE).unlink()
     for path in (saved / "checkpoints" / "6" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

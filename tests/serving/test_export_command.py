@@ -143,7 +143,7 @@ def token_windows():
 def test_a_language_model_runs_alone(on_text, text_export):
     check_alone(on_text, text_export, token_windows())
     names = {path.name for path in text_export.iterdir()}
-    assert names == {"README.md", "config.json", "model.stablehlo", "params.safetensors", "sizes.json"}
+    assert names == {"README.md", "config.json", "digests.json", "model.stablehlo", "params.safetensors", "sizes.json"}
     leaves = safetensors.numpy.load_file(text_export / "params.safetensors")
     assert leaves["encoding/table"].shape == (48, 24) and "model/blocks_0/qkv/kernel" in leaves
     assert not any("encoder" in name for name in leaves)
@@ -198,6 +198,8 @@ def test_evaluation_of_an_export_reads_the_export(commands, text_export, tmp_pat
     leaves = safetensors.numpy.load_file(copy / "params.safetensors")
     leaves["encoding/table"] = -3 * leaves["encoding/table"]
     safetensors.numpy.save_file(leaves, copy / "params.safetensors")
+    refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "params.safetensors has changed")
+    (copy / "digests.json").unlink()
     results = [commands("evaluate", f"--checkpoint={folder}", "--lengths=32") for folder in (text_export, copy)]
     assert [result.code for result in results] == [0, 0] and results[0].out != results[1].out
     (copy / "params.safetensors").unlink()

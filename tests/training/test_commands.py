@@ -254,6 +254,8 @@ def damage(workdir: pathlib.Path, how: str) -> None:
             path.write_bytes(path.read_bytes()[:100])
     elif how == "no state":
         shutil.rmtree(newest / "state")
+    elif how == "no state of 3":
+        shutil.rmtree(newest.with_name("3") / "state")
     elif how == "no checkpoint":
         for path in (workdir / "checkpoints").iterdir():
             shutil.rmtree(path)
@@ -269,8 +271,6 @@ def damage(workdir: pathlib.Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how,words", [
-    ("truncated arrays", ["checkpoints/2", "damaged"]),
-    ("no state", ["checkpoints/2", "damaged"]),
     ("no checkpoint", ["no finished checkpoint"]),
     ("no checkpoints folder", ["no checkpoints"]),
     ("no config", ["config.json"]),
@@ -285,14 +285,24 @@ def test_evaluate_refuses_a_broken_run(commands, trained, tmp_path, how, words):
 
 
 @pytest.mark.parametrize("how", ["truncated arrays", "no state"])
-def test_train_refuses_a_broken_checkpoint(commands, trained, text, tmp_path, how):
+def test_a_broken_checkpoint_is_left_for_the_one_before(commands, trained, text, tmp_path, how):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
     damage(copy, how)
+    result = commands("evaluate", f"--checkpoint={copy}", "--lengths=16")
+    assert result.code == 0 and "checkpoints/2 is damaged (" in result.err and "step 1 is read in its place" in result.err
+    assert (copy / "checkpoints" / "2").is_dir()  # who only reads changes nothing
     arguments = train_arguments(copy, text, steps=3, **PLAIN)
-    refused(commands("train", *arguments), "checkpoints/2", "damaged")
+    result = commands("train", *arguments)
+    assert result.code == 0, result.err
+    assert "renamed to 2.damaged, going on from step 1" in result.out
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2", "2.damaged", "3"]
+    shutil.rmtree(copy / "checkpoints" / "2")
+    damage(copy, "no state of 3")
+    again = commands("train", *train_arguments(copy, text, steps=4, **PLAIN))
+    refused(again, "all checkpoints", "checkpoints/3", "damaged")
 
 
 @pytest.mark.parametrize("name,option", [("train", "workdir"), ("evaluate", "checkpoint"), ("report", "workdir")])

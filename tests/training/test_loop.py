@@ -144,6 +144,28 @@ def test_a_batch_left_on_the_host_is_refused():
             loop.fit(state, step, iter([(0, batch)]), steps=1)
 
 
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss before an update may be finite, and the update not."""
+    saved = []
+
+    class Noting(Kept):
+        def save(self, step, *_):
+            saved.append(step)
+
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
+    report = events.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    save = events.Save(Noting(), {}, clock, report, every=1)
+
+    @jax.jit
+    def step(state, batch):
+        return state.replace(step=state.step + 1, params={"w": state.params["w"] * 1e20}), {"loss": jnp.float32(1)}
+
+    state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, ())
+    with pytest.raises(events.NotFinite, match="infinite or not a number after step 2, .* are not saved"):
+        loop.fit(state, step, ((number, {}) for number in range(4)), steps=4, events=[save, report])
+    assert saved == [1]
+
+
 def test_time_stands_still_in_a_pause():
     clock = events.Clock(100.0)
     before = clock.stepping()

@@ -1,15 +1,18 @@
 """Whether a folder is that of the run to go on with."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import seqpe_jax
 from seqpe_jax.errors import InputError
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.training.workdir import check_same_run
-from tests.tiny import tiny_config, train
+from seqpe_jax.training.workdir import OWNER, check_same_run, owned
+from tests.tiny import ROOT, tiny_config, train
 from tests.training.test_trainer import written
 
 
@@ -98,3 +101,38 @@ def test_a_folder_begun_anew_keeps_nothing_of_the_start_before(tmp_path, monkeyp
     train(tiny_config(**fields), workdir)
     assert not {"tokenizer.json", "classes.json", "tokenizer_config.json"} & {path.name for path in workdir.iterdir()}
     assert seqpe_jax.load(workdir).tokenizer.name == "bytes"
+
+
+HOLDING = """
+import pathlib, sys, time
+from seqpe_jax.training.workdir import owned
+with owned(pathlib.Path(sys.argv[1])):
+    print("holding", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_owner_until_that_is_gone(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    assert holder.stdout.readline() == "holding\n"
+    with pytest.raises(InputError, match=f"is in use by process {holder.pid} on .*, which began at 20.*: let that run end"):
+        with owned(tmp_path):
+            pytest.fail("two owners")
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / OWNER).exists()
+    with owned(tmp_path) as told:
+        assert told.startswith(f"taken over from process {holder.pid} on ") and told.endswith("which is gone")
+        assert json.loads((tmp_path / OWNER).read_text())["process"] == os.getpid()
+    assert not (tmp_path / OWNER).exists()
+    with owned(tmp_path) as told:
+        assert told == ""
+
+
+def test_a_folder_in_use_is_not_trained_in(tmp_path):
+    settings = tiny_config(variant="none", steps=1, eval__every=0)
+    with owned(tmp_path / "run"), pytest.raises(InputError, match="is in use by process"):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / OWNER).exists()
