@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,10 +15,16 @@ def expanded(path: str) -> str:
     """Returns a path as it is meant: `~` and `~user` stand for home folders, as in a shell.
 
     Raises:
-      InputError: it is empty, or there is no such user.
+      InputError: it is empty, names an object store, or there is no such user.
     """
     if not path.strip():
         raise InputError("a path is empty: give the name of a file or folder")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path)
+    if scheme:
+        raise InputError(
+            f"{path}: this version reads and writes folders of a file system, not {scheme[1]}:// addresses; mount it "
+            "(gcsfuse, s3fs, mountpoint-s3) or give a folder that all hosts share. A folder of that name is ./" + path
+        )
     found = os.path.expanduser(path)
     if found.startswith("~"):
         user = found.split("/")[0]
@@ -32,9 +39,18 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
       folder: whether a folder is to be written, else a file; option: what names the place, for the message.
 
     Raises:
-      InputError: a folder stands where a file should, or the reverse, or the place is not writable.
+      InputError: a folder stands where a file should, or the reverse, or a device; the place is not writable, or no place.
     """
     target = pathlib.Path(path)
+    try:
+        os.stat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, links that go in circles, a folder that is closed
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{option}={path} cannot be written ({reason}): choose another place") from error
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise InputError(f"{option}={path} is a device, which a file would replace: name a file, or leave the option out")
     if not folder and target.is_dir():
         raise InputError(f"{option}={path} is a folder: name a file")
     if folder and target.exists() and not target.is_dir():

@@ -44,6 +44,24 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
             check_writable(path, folder, "--output")
 
 
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gcs://bucket/run", "gs:/bucket/run"])
+def test_object_stores_are_told_and_not_made_folders(path):
+    """`gs://bucket` would be a folder named `gs:` on every host."""
+    scheme = path.partition(":")[0]
+    with pytest.raises(InputError, match=rf"not {scheme}:// addresses; mount it .*\./{path}"):
+        expanded(path)
+    assert expanded(f"./{path}") == f"./{path}" and expanded("a/b.py:seqpe") == "a/b.py:seqpe"
+
+
+def test_places_that_are_none_are_told(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    refused = {"/dev/null": "is a device", tmp_path / ("x" * 300): "too long", tmp_path / "circle": "symbolic links"}
+    for path, words in refused.items():
+        for folder in (False, True):
+            with pytest.raises(InputError, match=f"--output=.*{words}"):
+                check_writable(path, folder, "--output")
+
+
 def test_modes_are_those_of_the_umask(tmp_path):
     made, before = tmp_path / "made", os.umask(0o027)
     try:
