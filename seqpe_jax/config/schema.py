@@ -178,8 +178,6 @@ class ContrastiveConfig:
     space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
     per_head: bool = False  # space=vectors: one loss per head
     label_smoothing: float = _field(0.0, **Fraction)
-    # Tokens or patches over which a candidate should fall behind the nearest by one nat; 0 = the nearest alone counts.
-    grade: float = _field(0.0, low=0.0)
     scale: float = _field(1.0, low=0.0)
     head_scales: tuple[float, ...] = ()  # space=logits: a factor more for each head that has a position; () = 1 for all
 

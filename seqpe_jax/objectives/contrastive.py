@@ -14,13 +14,11 @@ def contrastive_loss(
     heads: int | None = None,
     label_smoothing: float = 0.0,
     scale: float = 1.0,
-    graded_BC: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the mean loss (nats) of dot products pivot . candidate (arXiv 2506.13277 section 3; reference criterion).
 
     Args:
-      pivots_BE, candidates_BCE: float32 vectors; labels_B: int32, index of the nearest candidate; graded_BC: in its place,
-        as of `contrastive_logits_loss`.
+      pivots_BE, candidates_BCE: float32 vectors; labels_B: int32, index of the nearest candidate.
       heads: the vectors are split over that many heads, each with a loss of its own; None = whole vectors.
       label_smoothing: share of the target spread over all candidates; scale: of the dot products.
     """
@@ -28,19 +26,10 @@ def contrastive_loss(
     pivots = pivots_BE.reshape(batch, heads or 1, -1)
     candidates = candidates_BCE.reshape(batch, count, heads or 1, -1)
     logits_HBC = scale * jnp.einsum("bhf,bchf->hbc", pivots, candidates)
-    return contrastive_logits_loss(logits_HBC, labels_B, label_smoothing=label_smoothing, graded_BC=graded_BC)
+    return contrastive_logits_loss(logits_HBC, labels_B, label_smoothing=label_smoothing)
 
 
-def contrastive_logits_loss(
-    logits: jax.Array, labels_B: jax.Array, *, label_smoothing: float = 0.0, graded_BC: jax.Array | None = None
-) -> jax.Array:
-    """Returns the mean loss (nats) of given logits [..., B, C], such as attention logits of every head and layer.
-
-    Args:
-      graded_BC: float32, logits that those given should differ from by a constant; None = the label should be the largest.
-    """
-    if graded_BC is not None:
-        wanted = jax.nn.log_softmax(graded_BC)
-        return (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits))).sum(axis=-1).mean()
+def contrastive_logits_loss(logits: jax.Array, labels_B: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
+    """Returns the mean loss (nats) of given logits [..., B, C], such as attention logits of every head and layer."""
     labels = jnp.broadcast_to(labels_B, logits.shape[:-1])
     return cross_entropy(logits, labels, label_smoothing=label_smoothing)[0]

@@ -17,7 +17,6 @@ from seqpe_jax.objectives.distillation import distillation_logits_loss, distilla
 from seqpe_jax.objectives.draws import Draws, draw, may_move
 from seqpe_jax.objectives.zoom import zoom
 from seqpe_jax.positions.prefixes import Group
-from seqpe_jax.positions.sampling import Contrastive, distance
 
 Metrics = dict[str, jax.Array]
 
@@ -100,7 +99,7 @@ class Objective:
         )
         terms: Metrics = {}
         if draws.contrastive is not None:
-            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], draws.contrastive)
+            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], draws.contrastive.labels_B)
         if draws.distillation is not None:
             indices_BM = draws.distillation.indices_BM
             value = self._distillation(params, main_PLE[0][indices_BM], rest[-1].reshape(*indices_BM.shape, -1))
@@ -157,19 +156,15 @@ class Objective:
         return jnp.split(lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None), ends)
 
     def _contrastive(
-        self, params: Params, pivots_BE: jax.Array, candidates_RE: jax.Array, drawn: Contrastive
+        self, params: Params, pivots_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
     ) -> jax.Array:
         settings = self.settings.contrastive
-        batch, labels_B, graded_BC = pivots_BE.shape[0], drawn.labels_B, None
-        if settings.grade:
-            distance_BC = distance(drawn.candidates_BCA, drawn.pivots_BA[:, None]).astype(jnp.float32)
-            distance_BC = jnp.sqrt(distance_BC) if len(self.architecture.shape) > 1 else distance_BC
-            graded_BC = -distance_BC / (settings.grade * self.architecture.spacing.unit)
+        batch = pivots_BE.shape[0]
         if settings.space == "vectors":
             return contrastive_loss(
                 pivots_BE, candidates_RE.reshape(batch, -1, pivots_BE.shape[-1]), labels_B,
                 heads=self.architecture.heads if settings.per_head else None,
-                label_smoothing=settings.label_smoothing, scale=settings.scale, graded_BC=graded_BC,
+                label_smoothing=settings.label_smoothing, scale=settings.scale,
             )  # fmt: skip
         query, _ = self._qk(params, pivots_BE)
         _, key = self._qk(params, candidates_RE)
@@ -177,7 +172,7 @@ class Objective:
         logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
         if settings.head_scales:
             logits = logits * jnp.array(settings.head_scales)[:, None, None]
-        return contrastive_logits_loss(logits, labels_B, label_smoothing=settings.label_smoothing, graded_BC=graded_BC)
+        return contrastive_logits_loss(logits, labels_B, label_smoothing=settings.label_smoothing)
 
     def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
         settings = self.settings.distillation

@@ -199,7 +199,7 @@ def contrastive(
     special_BC = _of_kind(kind_bits, specials, mixture)
     chosen_BC = _first_distinct(jnp.concatenate([special_BC, uniform_BC], axis=1), pivots_B, candidates)
     candidates_BCA = _unravel(chosen_BC, extent)
-    labels_B = jnp.argmin(distance(candidates_BCA, pivots_BA[:, None]), axis=1).astype(jnp.int32)
+    labels_B = jnp.argmin(_distance(candidates_BCA, pivots_BA[:, None]), axis=1).astype(jnp.int32)
     return Contrastive(pivots_BA, candidates_BCA, labels_B)
 
 
@@ -327,7 +327,7 @@ def _ravel(positions: jax.Array, side: int) -> jax.Array:
     return flat
 
 
-def distance(first: jax.Array, second: jax.Array) -> jax.Array:
+def _distance(first: jax.Array, second: jax.Array) -> jax.Array:
     """Orders pairs of positions as Euclidean distance does; exact: with LIMIT positions the squares fit int32."""
     apart = jnp.abs(first - second)
     return apart[..., 0] if apart.shape[-1] == 1 else jnp.square(apart).sum(axis=-1)
@@ -371,10 +371,10 @@ def _hard(
     seeds_BC: jax.Array, pivots_BA: jax.Array, compared: jax.Array, *, max_position: int, base: int, past_only: bool
 ) -> jax.Array:
     """Flat positions int32[B, C] that look like the pivot's digits, -1 where no farther than all of `compared` are."""
-    apart = distance(compared, pivots_BA[:, None])
+    apart = _distance(compared, pivots_BA[:, None])
     nearest_B1 = jnp.where(apart == 0, 2**31 - 1, apart).min(axis=1, keepdims=True)  # the pivot is no candidate
     edited_BCA, done_BC = edit(seeds_BC, pivots_BA, max_position, base)
-    keep_BC = done_BC & (distance(edited_BCA, pivots_BA[:, None]) > nearest_B1)
+    keep_BC = done_BC & (_distance(edited_BCA, pivots_BA[:, None]) > nearest_B1)
     if past_only:
         keep_BC &= edited_BCA[..., 0] < pivots_BA
     return jnp.where(keep_BC, _ravel(edited_BCA, max_position), -1)
