@@ -237,12 +237,19 @@ def training_of(config: Config) -> dict[str, Any]:
 # Fields of an encoding at whose defaults alone the reference computes the same.
 OURS_ALONE = (
     "fraction_digits", "resize", "feature_width", "position_heads", "rotary_pairs", "rotary_heads", "log_scaling",
+    "scaling",
 )  # fmt: skip
 
 
 def _writable(config: Config, images: bool) -> None:
     """Refuses what the reference has nothing like. Raises: InputError."""
     encoding, model = config.encoding, config.model
+    known = (*KINDS.values(), *ROTARY.values())
+    if encoding.kind not in known:
+        raise InputError(
+            f"encoding.kind='{encoding.kind}': the reference knows {', '.join(dict.fromkeys(known))} alone, so this run "
+            "cannot be written in its format"
+        )
     fixed: dict[str, tuple[Any, Any]] = {}
     if encoding.kind == "seqpe":
         fixed = {

@@ -395,3 +395,9 @@ def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
     changed = dataclasses.replace(plain, encoding=dataclasses.replace(plain.encoding, **{field: value}))
     with pytest.raises(InputError, match=f"encoding.{field}={value!r}: the reference's format knows"):
         spec_of(changed, 24)
+
+
+@pytest.mark.parametrize("kind", ["fire", "fox", "pope"])
+def test_a_kind_that_the_reference_does_not_know_is_refused_by_name(kind):
+    with pytest.raises(InputError, match=f"encoding.kind='{kind}': the reference knows seqpe, learned, .* alone"):
+        spec_of(tiny_config(variant=kind, model__vocabulary=97), 0)
