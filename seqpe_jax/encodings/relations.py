@@ -63,14 +63,15 @@ class BucketBias:
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
         """Returns (None, addend float32[P, H, L, S]); params: {"buckets": float32[buckets, H]}."""
-        distance = distances(query, key)
-        exact = self.buckets // 2
-        far = jnp.log(jnp.maximum(distance, exact) / exact) / math.log(self.farthest / exact)
-        bucket = jnp.where(distance < exact, distance, exact + jnp.floor(far * (self.buckets - exact)))
-        bucket = jnp.minimum(bucket, self.buckets - 1).astype(jnp.int32)
-        # A product with ones and zeros: its gradient is another product, where that of an index would be a scatter.
-        one_hot = jax.nn.one_hot(bucket, self.buckets)
-        addend = jnp.einsum("plsb,bh->phls", one_hot, params["buckets"][:, heads_H], precision=jax.lax.Precision.HIGHEST)
+        distance, exact = distances(query, key)[:, None], self.buckets // 2
+        table = params["buckets"][:, heads_H, None, None]
+        # What each bucket adds to the one before it, from the distance on where it begins: comparisons and sums fuse into
+        # one loop, where an index would be gathered, and its gradient scattered.
+        addend = table[0]
+        for bucket in range(1, self.buckets):
+            far = (bucket - exact) / (self.buckets - exact)
+            begins = bucket if bucket <= exact else exact * (self.farthest / exact) ** far
+            addend = addend + (table[bucket] - table[bucket - 1]) * (distance >= begins)
         return None, addend * standing(query, key)
 
 
