@@ -20,7 +20,7 @@ from seqpe_jax.axes import gathered
 from seqpe_jax.config import Config, DataConfig, EncodingConfig, ModelConfig, digits_of
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.fixed import LogScaling
-from seqpe_jax.encodings.registry import ENCODINGS, FADES
+from seqpe_jax.encodings.registry import ENCODINGS, FADING
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
@@ -89,7 +89,7 @@ class Architecture:
         """
         model, encoding = config.model, config.encoding
         fields = dataclasses.asdict(model) | {"dtype": jnp.dtype(config.precision.compute)}
-        fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes, "fade": FADES.get(encoding.kind, "")}
+        fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes, "fade": FADING.get(encoding.kind, "")}
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         if config.reads_images:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)

@@ -8,7 +8,7 @@ from seqpe_jax.encodings.relations import T5, Fire, GridALiBi, Kerple, LookHere,
 from seqpe_jax.encodings.seqpe import SeqPE
 
 # Kinds that hide far tokens by what those in between say -> how a block computes it (`models.blocks.FADES`).
-FADES = {"fox": "forget", "cable": "cable"}
+FADING = {"fox": "forget", "cable": "cable"}
 
 ENCODINGS = {
     "seqpe": SeqPE,
