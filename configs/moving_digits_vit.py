@@ -4,8 +4,8 @@
     python -m seqpe_jax.evaluate --checkpoint=runs/moving --output=runs/moving/evaluation.json
 
 Trained on four frames in a row of 16 x 16 pixels, evaluated on four and on eight, at 16 to 32 pixels. Hardware: two CPU
-cores; 10 minutes. Result, one seed: 43, 36 and 18% top-1 at 16, 24 and 32 pixels on four frames, and 46, 41 and 21% on eight;
-so a longer clip helps, and 1500 steps are far too few for 40 classes. Learning rates of 2e-3 and 3e-3 learned nothing.
+cores; 10 minutes. Result, one seed: 43, 36 and 18% top-1 at 16, 24 and 32 pixels on four frames, and 46, 41 and 21% on
+eight; so a longer clip helps, and 1500 steps are far too few for 40 classes. Rates of 2e-3 and 3e-3 learned nothing.
 Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed,
 none.
 """
