@@ -162,18 +162,15 @@ class Architecture:
         """Returns the signal of windows or grids of a shape, without dropout."""
         return self.encode(params, positions_PLA, shape=shape)
 
-    def logits(self, params: Params, inputs: jax.Array, start: jax.Array | None = None) -> jax.Array:
+    def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
         """Returns logits, float32: [B, L, V] of tokens int32[B, L], [B, V] of images float32[B, sides..., C].
 
         Args:
-          inputs: sizes may be symbolic (`jax.export`).
-          start: int32[A], tokens or patches from the origin to the first position; None = at the origin.
+          inputs: at the origin; sizes may be symbolic (`jax.export`).
         """
         shape = self.grid_of(inputs.shape)
-        positions_LA = self.spacing.grid(shape)
-        if start is not None:
-            positions_LA = positions_LA + self.spacing.unit * start
-        return self.network.apply({"params": params["model"]}, inputs, self.signal(params, positions_LA[None], shape))
+        signal = self.signal(params, self.spacing.grid(shape)[None], shape)
+        return self.network.apply({"params": params["model"]}, inputs, signal)
 
     def stored(self, reach: Shape) -> "Architecture":
         """Returns this model as an export serves it: positions below `reach` alone, their vectors read from a table."""

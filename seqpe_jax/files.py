@@ -1,14 +1,18 @@
 """Paths as users give them, whether something can be written there, and the one way in which files are written."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from seqpe_jax.errors import InputError
+
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 def expanded(path: str) -> str:
@@ -69,6 +73,26 @@ def open_to_all(path: str | os.PathLike) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
+
+
+def lock(file: Any, wait: bool = False) -> bool | None:
+    """Takes the lock of an open file; the kernel lets it go when the file is closed or its process ends, however it ends.
+
+    Args:
+      file: an open file or its number; wait: until another process has let it go.
+
+    Returns:
+      Whether this process has it now; None where there are no locks, as on some file systems that machines share.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextlib.contextmanager

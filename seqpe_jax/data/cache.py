@@ -9,12 +9,7 @@ import uuid
 from collections.abc import Iterator
 
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import expanded
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: directories are still moved into place whole
-    fcntl = None
+from seqpe_jax.files import expanded, lock
 
 UNFINISHED = ".unfinished-"
 
@@ -48,16 +43,11 @@ def locked(target: pathlib.Path) -> Iterator[bool]:
 
 
 def _lock(handle, target: pathlib.Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    ours = lock(handle)
+    if ours is False:
         print(f"waiting for another process that prepares {target.name}", file=sys.stderr, flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+        ours = lock(handle, wait=True)
+    return bool(ours)  # without locks, directories are still moved into place whole
 
 
 @contextlib.contextmanager

@@ -120,6 +120,12 @@ def paired_width(kind: str, width_model: int, heads_model: int, axes: int) -> in
     return width
 
 
+def check_one_axis(kind: str, positions_PLA: jax.Array) -> None:
+    """Refuses grids. Raises: InputError."""
+    if positions_PLA.shape[-1] != 1:
+        raise InputError(f"encoding.kind='{kind}' knows distances along one axis, not on grids: choose another kind")
+
+
 def unturned(cos: jax.Array, sin: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
     """Returns (cos, sin) [..., prefix + L, H, F] of rotations [..., L, H, F]: the tokens before them do not turn."""
     before = [(0, 0)] * (cos.ndim - 3) + [(prefix, 0), (0, 0), (0, 0)]
@@ -290,8 +296,7 @@ class ALiBi(nn.Module):
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
         """Returns `features` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
-        if positions_PLA.shape[-1] != 1:
-            raise InputError("encoding.kind='alibi' knows distances along one axis, not on grids: choose another kind")
+        check_one_axis("alibi", positions_PLA)
         slopes = alibi_slopes(self.heads_model)
         if self.reference_scaling:
             slopes = slopes / math.sqrt(self.width_model // self.heads_model)

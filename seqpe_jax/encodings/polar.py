@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.encodings.fixed import unit_circle
-from seqpe_jax.encodings.relations import check_one_axis
+from seqpe_jax.encodings.fixed import check_one_axis, unit_circle
 from seqpe_jax.encodings.signal import PositionSignal
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.encodings.fixed import alibi_slopes, paired_width, turned, unit_circle
+from seqpe_jax.encodings.fixed import alibi_slopes, check_one_axis, paired_width, turned, unit_circle
 from seqpe_jax.encodings.signal import PositionSignal, Relation
 from seqpe_jax.errors import InputError
 
@@ -142,12 +142,6 @@ def signal_of(
     read = places(positions_PLA, unit, prefix)
     stacked = ("relation_params",) if by_layer else ()
     return PositionSignal(relation=Relation(read, read, function), relation_params=params, stacked=stacked)
-
-
-def check_one_axis(kind: str, positions_PLA: jax.Array) -> None:
-    """Refuses grids. Raises: InputError."""
-    if positions_PLA.shape[-1] != 1:
-        raise InputError(f"encoding.kind='{kind}' knows distances along one axis, not on grids: choose another kind")
 
 
 class T5(nn.Module):

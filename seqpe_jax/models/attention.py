@@ -52,7 +52,8 @@ def attend(
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
-      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`faded`).
+      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`faded`), in place of what
+        the signal's features give, of which an encoding that fades has none.
       causal: query l sees keys up to l + (S - L).
       kind: the implementation, "auto" or one of `choice.KINDS`; block: of queries and keys (`choice.choose`).
       dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from subprocess import DEVNULL, STDOUT, Popen
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import lock
 from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.sweeps.points import Point
@@ -131,7 +131,7 @@ class Attempt:
             self._log = (run.folder / LOG).open("ab")
         except OSError as error:
             raise InputError(f"the log of run '{run.name}' cannot be written: {error}") from error
-        if not _lock(self._log.fileno()):
+        if lock(self._log) is False:
             self._log.close()
             raise Busy
         self._next()
@@ -192,17 +192,9 @@ def is_busy(run: SweepRun) -> bool:
     """Whether some process works on the run."""
     try:
         with (run.folder / LOG).open("r+b") as log:
-            return not _lock(log.fileno())
+            return lock(log) is False
     except FileNotFoundError:
         return False
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

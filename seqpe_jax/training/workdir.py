@@ -1,7 +1,6 @@
 """Whether a run may go on, or begin, in a folder; what an earlier start left there."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
 from seqpe_jax.errors import InputError, check_utf8_name
+from seqpe_jax.files import lock
 from seqpe_jax.runtime.checkpoint import read_config
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.serving.exported import SECTION
@@ -85,8 +85,8 @@ def _check_steps(before: Config, settings: Config, workdir: pathlib.Path, step: 
 def owned(workdir: pathlib.Path) -> Iterator[str]:
     """Keeps a run's folder for this process; yields whom it was taken over from, in words, or "".
 
-    The kernel holds the lock, and lets it go when the process ends, however it ends. Folders that several machines share
-    are kept among them where their file system passes locks on, as NFS does.
+    The kernel holds the lock (`files.lock`). Folders that several machines share are kept among them where their file
+    system passes locks on, as NFS does.
 
     Raises:
       InputError: another process trains in the folder.
@@ -96,14 +96,12 @@ def owned(workdir: pathlib.Path) -> Iterator[str]:
     with contextlib.ExitStack() as held:
         while True:
             file = path.open("a+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if lock(file) is False:
                 words = _owner(path)
                 file.close()
                 raise InputError(
                     f"workdir {workdir} is in use{words and ' by '}{words}: let that run end, or choose another folder"
-                ) from None
+                )
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
             file.close()  # its last owner removed it just now

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import seqpe_jax
+from seqpe_jax import files
 from seqpe_jax.errors import InputError
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import OWNER, check_same_run, owned
@@ -136,3 +137,11 @@ def test_a_folder_in_use_is_not_trained_in(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
     train(settings, tmp_path / "run")
     assert not (tmp_path / "run" / OWNER).exists()
+
+
+def test_without_locks_training_goes_on(tmp_path, monkeypatch):
+    """Some file systems that machines share have none."""
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    with owned(tmp_path) as told:
+        assert told == "" and (tmp_path / OWNER).exists()
+    assert not (tmp_path / OWNER).exists()
