@@ -81,7 +81,7 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; exits with 0, with 2 on bad input (one line), with 1 on a failure."""
+    """Parses the flags and calls `main`; exits with 0, with 2 on bad input (one line), with a `Failure`'s code on that."""
     for name in ("stdout", "stderr"):  # closed by who started the command, as `>&-` does: what is said goes nowhere
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -101,7 +101,7 @@ def run(main: Callable[[], None]) -> None:
     except (InputError, flags.Error) as error:
         hosts.end(2, "error: " + _line(error))  # at once: libraries cut short in their work would say more than this line
     except Failure as error:
-        hosts.end(1, _line(error))
+        hosts.end(error.code, _line(error))
     except KeyboardInterrupt:
         hosts.end(130, "interrupted")
     except Exception as error:

@@ -12,7 +12,9 @@ class InputError(ValueError):
 
 
 class Failure(RuntimeError):
-    """Work that cannot go on, through no fault of the input, told in one line; commands exit with code 1."""
+    """Work that cannot go on, through no fault of the input, told in one line; commands exit with `code`."""
+
+    code = 1
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

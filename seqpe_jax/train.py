@@ -5,6 +5,7 @@ python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/ro
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
 
 A finished run goes on with more steps: --config.steps=3000, and --extend=true where the schedule depends on their number.
+Exit code 75: SIGTERM, SIGINT or SIGHUP came, the state is saved and the same command goes on; 1: a failure; 2: bad input.
 On several hosts the same command runs on each, with a workdir that they share (launch/: Slurm, GKE, TPU VMs).
 """
 

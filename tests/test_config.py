@@ -11,7 +11,7 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
 from seqpe_jax.errors import InputError
-from tests.tiny import ROOT
+from tests.tiny import ROOT, tiny_config
 
 QUICKSTART = str(ROOT / "configs" / "stdlib_lm.py")
 JITTER = {"objective.jitter.rate": 0.5, "objective.jitter.range": 1.0}
@@ -222,3 +222,12 @@ def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, val
     *sections, last = field.split(".")
     functools.reduce(dict.__getitem__, sections, values)[last] = value
     assert config.as_read(config.from_dict(values)) == config.as_read(plain)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"checkpoint__every": 10, "checkpoint__keep_every": 25}, "keep_every=25 is not a multiple of checkpoint.every=10"),
+    ({"optimizer__skips": 3}, "optimizer.skips=3 is read by optimizer.non_finite='skip' alone"),
+])  # fmt: skip
+def test_fields_for_faults_that_would_do_nothing_are_refused(fields, words):
+    with pytest.raises(InputError, match=words):
+        tiny_config(**fields)

@@ -120,6 +120,7 @@ def check(config: Config) -> None:
             f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
             f"objective.shift.sets={objective.shift.sets}"
         )
+    _check_faults(config)
     optimizer = config.optimizer
     if optimizer.decay_steps and optimizer.schedule != "wsd":
         raise InputError(
@@ -175,6 +176,18 @@ def _check_text(config: Config) -> None:
         )
     if config.data.name == "text_files" and not config.data.paths:
         raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+
+
+def _check_faults(config: Config) -> None:
+    """Refuses fields for when something goes wrong that would do nothing. Raises: InputError."""
+    optimizer, checkpoint = config.optimizer, config.checkpoint
+    if checkpoint.keep_every % checkpoint.every:
+        raise InputError(
+            f"checkpoint.keep_every={checkpoint.keep_every} is not a multiple of checkpoint.every={checkpoint.every}: only "
+            "steps that are saved can be kept"
+        )
+    if optimizer.skips != 10 and optimizer.non_finite != "skip":
+        raise InputError(f"optimizer.skips={optimizer.skips} is read by optimizer.non_finite='skip' alone: set that too")
 
 
 def _check_images(config: Config) -> None:

@@ -271,6 +271,8 @@ class OptimizerConfig:
     encoder_weight_decay: float = _field(0.0, low=0.0)
     clip: float = _field(5.0, low=0.0)  # global norm; 0 = no clipping
     accumulate: int = _field(1, **Positive)  # the batch is read in that many parts
+    non_finite: Literal["stop", "skip"] = "stop"  # what happens at a step whose loss or gradients are not finite
+    skips: int = _field(10, **Positive)  # of such steps in a row at most, under skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +294,9 @@ class CheckpointConfig:
     """When the state is saved."""
 
     every: int = _field(1000, **Positive)
-    keep: int = _field(2, **Positive)
+    keep: int = _field(2, **Positive)  # the newest ones that stay
+    keep_every: int = _field(0, **NonNegative)  # those of every so many steps stay for good; 0 = none
+    failed_saves: int = _field(3, **Positive)  # in a row end the run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,22 @@
 """Checkpoints of a run, saved in the background by Orbax under WORKDIR/checkpoints, each with the digests of its files."""
 
+import contextlib
+import errno
 import json
+import logging
+import math
+import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
-from seqpe_jax.errors import InputError, check_utf8_name
+from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import write_whole
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
@@ -16,28 +24,81 @@ from seqpe_jax.trees import named
 FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
 
 
-class Checkpoints:
-    """The saved states of one run; the newest `keep` are kept."""
+def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
+    """Leaves out the tracebacks in which Orbax's threads tell an error: it is raised, too, and told in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, create: bool = True):
+
+def size_of(state: Any) -> int:
+    """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most."""
+    return sum(math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
+
+
+class SaveFailed(Failure):
+    """A state could not be saved; those saved before are whole."""
+
+
+class Checkpoints:
+    """The saved states of one run: the newest `keep`, and those of multiples of `keep_every` steps, which stay for good.
+
+    Attributes:
+      failed: saves in a row that failed, up to now.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, create: bool = True):
         self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
+        logging.getLogger("absl").addFilter(_no_trace_of_a_save)
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=create, enable_async_checkpointing=True,
+            max_to_keep=keep, keep_period=keep_every or None, create=create, enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._under_way: int | None = None
+        self.failed = 0
 
     def latest(self) -> int | None:
         """Returns the newest saved step that is not damaged, or None."""
         return whole_step(self.folder)[0]
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Begins to save a state; it is safe to donate the state's buffers right after."""
-        if step != self._manager.latest_step():
+        """Begins to save a state; it is safe to donate the state's buffers right after.
+
+        Raises:
+          SaveFailed: this save, or the one before it, which it waits for.
+        """
+        self.wait()
+        if step == self._manager.latest_step():
+            return
+        self._under_way = step
+        with self._telling():
+            if shutil.disk_usage(self.folder).free < size_of(state):  # TensorStore would tell each array that has no room
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
+
+    def wait(self) -> None:
+        """Waits for a save under way. Raises: SaveFailed."""
+        with self._telling():
+            self._manager.wait_until_finished()
+        if self._under_way is not None:
+            self._under_way, self.failed = None, 0
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turns an error of a save into one line, and makes room for the next: what it left unfinished goes."""
+        try:
+            yield
+        except Exception as error:  # Orbax hands on what its threads raise, of many kinds
+            step, self._under_way = self._under_way, None
+            self.failed += 1
+            for unfinished in self.folder.glob(f"*{UNNAMED}") if jax.process_index() == 0 else ():
+                shutil.rmtree(unfinished, ignore_errors=True)  # what cannot be removed is removed by the next start
+            words = " ".join(str(error).split())
+            full = "No space left" in words
+            reason = "no space is left on the device" if full else f"{type(error).__name__}: {words[:200]}"
+            raise SaveFailed(f"the save of step {step} failed ({reason})") from error
 
     def _seal(self) -> None:
         """Writes the digests of what has been saved; called by Orbax when all is there, before it gives it its name."""
@@ -94,7 +155,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves under way, then lets go."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     def newest(self) -> int:

@@ -120,6 +120,13 @@ class ProgressLine:
             self._stream.write(line + "\n")
         self._stream.flush()
 
+    def say(self, words: str) -> None:
+        """Writes something on a line of its own."""
+        if not self._silent:
+            self.close()
+            self._stream.write(words + "\n")
+            self._stream.flush()
+
     def close(self) -> None:
         """Ends the line."""
         if self._terminal and self._said:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from seqpe_jax.errors import Failure
 from seqpe_jax.runtime import chips, hosts
-from seqpe_jax.runtime.checkpoint import Checkpoints
+from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
 from seqpe_jax.training.state import TrainState
 
@@ -34,7 +34,9 @@ def _finite(params: Any) -> jax.Array:
 
 
 class Stopped(Failure):
-    """The run was told to stop; its state is saved."""
+    """The run was told to stop; its state is saved, and a scheduler may start it again on the exit code alone."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
 
 
 @dataclasses.dataclass
@@ -101,15 +103,21 @@ class Report(Event):
     Args:
       metrics: where lines go, every `every` steps; clock: of the run.
       units: that a step reads, for the rate `train/UNIT_per_second`; flops: of a step on all devices, for `train/mfu`.
-      saved: returns the newest saved step, for the message where a loss is not finite.
+      saved: returns the newest saved step, for the message where a step is not finite.
+      skips: steps that are not finite and may be skipped in a row, where the train step skips them; 0 = the first ends the
+        run. skipped: those of earlier starts.
+
+    Attributes:
+      skipped: steps that were skipped so far.
     """
 
     def __init__(
         self, metrics: MetricsWriter, clock: Clock, *, every: int, steps: int, units: int, unit: str, flops: float = 0.0,
-        saved: Callable[[], int | None] = lambda: None,
+        saved: Callable[[], int | None] = lambda: None, skips: int = 0, skipped: int = 0,
     ):  # fmt: skip
         self._metrics, self._clock, self._every, self._saved = metrics, clock, every, saved
         self._units, self._unit, self._flops = units, unit, flops
+        self._skips, self._in_a_row, self.skipped = skips, 0, skipped
         self._progress = ProgressLine(steps)
         self._pending: tuple[int, Values] | None = None
         self._reported: tuple[int, float] | None = None  # steps done and the time then
@@ -133,12 +141,14 @@ class Report(Event):
         if self._pending is None:
             return
         (done, values), self._pending = self._pending, None
-        loss = float(values["loss"])
-        if not math.isfinite(loss):
-            raise NotFinite(
-                f"the loss is {loss} after step {done}; the last checkpoint is of step {self._saved()}. Lower "
-                "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
-            )
+        told = {name: values[name] for name in values if name in ("loss", "skipped") or name.startswith("gradient_norm/")}
+        numbers = {name: float(value) for name, value in jax.device_get(told).items()}
+        loss = numbers["loss"]
+        lost = bool(numbers["skipped"]) if self._skips else not all(map(math.isfinite, numbers.values()))
+        self._in_a_row = self._in_a_row + 1 if lost else 0
+        if lost and self._in_a_row > self._skips:
+            raise NotFinite(self._reason(done, values))
+        self.skipped += lost
         before, since = self._reported
         now, compiled_now = self._clock.stepping(), done == run.first + 1  # a start's first step waits for its compilation
         seconds = max(now - since, 1e-9) / (done - before)
@@ -149,16 +159,33 @@ class Report(Event):
         if due or compiled_now:
             self._reported = (done, now)
         rate = "" if compiled_now else f"{self._units / seconds:,.0f} {self._unit}/s"
-        self._progress.update(done, loss=loss, notes=[rate, f"MFU {share:.0%}" if share else ""])
+        skipped = f"{self.skipped} skipped" if self.skipped else ""
+        self._progress.update(done, loss=loss, notes=[rate, f"MFU {share:.0%}" if share else "", skipped])
+
+    def _reason(self, done: int, values: Values) -> str:
+        numbers = ", ".join(f"{name} {float(value):.3g}" for name, value in sorted(jax.device_get(values).items()))
+        row = f", the {self._in_a_row}th in a row," if self._skips else ""
+        return (
+            f"step {done}{row} is not finite ({numbers}); the last checkpoint is of step {self._saved()}. Go on "
+            "with optimizer.non_finite=skip, or lower optimizer.learning_rate or set optimizer.clip in a new workdir"
+        )
 
     def _write(self, done: int, values: Values, seconds: float, share: float | None) -> None:
-        line = {f"train/{name}": float(value) for name, value in jax.device_get(values).items()}
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        # JSON has no number that is not finite: what a skipped step has none of is left out.
+        line = {f"train/{name}": value for name, value in numbers.items() if math.isfinite(value)}
+        if self._skips:
+            line["train/skipped"] = self.skipped
         line |= {f"train/{self._unit}_per_second": self._units / seconds, "train/step_seconds": seconds}
         if share is not None:
             line["train/mfu"] = share
         if (held := chips.peak_memory()) is not None:
             line["device/memory_bytes"] = held
         self._metrics.write(done, line, time=self._clock.seconds())
+
+    def say(self, words: str) -> None:
+        """Says something on a line of its own."""
+        self._progress.say(words)
 
     @contextlib.contextmanager
     def aside(self, run: Standing) -> Iterator[None]:
@@ -199,10 +226,17 @@ class Evaluate(Event):
 
 
 class Save(Event):
-    """Saves every `every` steps and after the last one, in the background; `meta` lies beside each state."""
+    """Saves every `every` steps and after the last one, in the background; `meta` lies beside each state.
 
-    def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], clock: Clock, report: Report, *, every: int):
+    A save that fails is tried again with the state of the next one, until `failures` in a row have failed; among several
+    processes the first one ends the run.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, meta: dict[str, Any], clock: Clock, report: Report, *, every: int, failures: int = 1
+    ):  # fmt: skip
         self._checkpoints, self._meta, self._clock, self._report, self._every = checkpoints, meta, clock, report, every
+        self._failures = failures
 
     def before(self, run: Standing) -> None:
         """Saves where it is time to."""
@@ -218,11 +252,41 @@ class Save(Event):
                     f"are not saved, the last checkpoint is of step {self._checkpoints.latest()}. Lower "
                     "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
                 )
-            self._checkpoints.save(run.step, run.state, self._meta | {"seconds": self._clock.seconds()})
+            beside = {"seconds": self._clock.seconds(), "skipped": self._report.skipped}
+            try:
+                self._checkpoints.wait()
+            except SaveFailed as error:
+                self._tell(error)
+            try:
+                self._checkpoints.save(run.step, run.state, self._meta | beside)
+            except SaveFailed as error:
+                self._tell(error)
+
+    def _tell(self, error: SaveFailed) -> None:
+        """Says that a save failed. Raises: SaveFailed: it was one too many."""
+        failed = self._checkpoints.failed
+        if hosts.several() or failed >= self._failures:
+            raise SaveFailed(
+                f"{error}, {failed} in a row; the last checkpoint is of step {self._checkpoints.latest()}. When that is "
+                "mended, the same command goes on from there"
+            ) from error
+        self._report.say(f"{error}: trying again, {self._failures - failed} more before the run ends")
+
+    def finish(self, run: Standing) -> None:
+        """Saves the state of this step and waits until it is there. Raises: SaveFailed, NotFinite."""
+        while True:
+            self.now(run)
+            try:
+                self._checkpoints.wait()
+            except SaveFailed as error:
+                self._tell(error)
+            if not self._checkpoints.failed:
+                return
+            time.sleep(1)  # somebody may be making room
 
     def end(self, run: Standing) -> None:
         """Saves the last state."""
-        self.now(run)
+        self.finish(run)
 
     def close(self) -> None:
         """Waits for saves under way."""
@@ -230,17 +294,19 @@ class Save(Event):
 
 
 class Stop(Event):
-    """Ends the run, saved, before the next step when SIGTERM or SIGINT comes; a second SIGINT acts at once.
+    """Ends the run, saved, before the next step when SIGTERM, SIGINT or SIGHUP comes; a second one acts at once.
 
-    Among several processes JAX itself listens for SIGTERM and agrees with the others on a step; SIGINT is handed to it.
+    Among several processes JAX itself listens for SIGTERM and agrees with the others on a step; the other two are handed to
+    it. A run under `nohup`, which ignores SIGHUP, goes on ignoring it.
     """
 
     def __init__(self, save: Save):
         self._save, self._number = save, None
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT,) if hosts.several() else (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._ask)
+            for number in (signal.SIGINT, signal.SIGHUP, *(() if hosts.several() else (signal.SIGTERM,))):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
         self._number = number
@@ -252,7 +318,7 @@ class Stop(Event):
         """Asks once for each step, the same in all processes. Raises: Stopped."""
         told = hosts.told_to_stop(run.step) if hosts.several() else self._number is not None
         if told:
-            self._save.now(run)
+            self._save.finish(run)
             name = "told to stop" if hosts.several() else signal.Signals(self._number).name
             raise Stopped(f"{name} at step {run.step}: saved; the same command goes on from there")
 

@@ -21,6 +21,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     weight: Callable[[dict[str, Any]], jax.Array] | None = None,
+    skip: bool = False,
 ) -> TrainStep:
     """Returns the train step of a loss.
 
@@ -32,6 +33,8 @@ def make_train_step(
         Positions are drawn per step, not per part, so without dropout the step equals the plain one.
       weight: by how much a part counts, such as its tokens that have a loss; the shares of the parts are their weights,
         scaled to a mean of 1. None = all parts count the same.
+      skip: a step whose loss, gradients or update are not finite leaves parameters and moments as they were; the metric
+        `skipped` is then 1, else 0. The optimiser's own counts go on, so the learning rate stays that of the step.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -39,13 +42,7 @@ def make_train_step(
         if accumulate == 1:
             (_, metrics), grads = gradient(state.params, batch, state.key, state.step, 0, 1.0)
             return grads, metrics
-        shared = {name: value for name, value in batch.items() if name == "draws"}
-        parts = {
-            name: value.reshape(accumulate, value.shape[0] // accumulate, *value.shape[1:])
-            for name, value in batch.items()
-            if name != "draws"
-        }
-
+        shared, parts = _parts(batch, accumulate)
         weights = jax.vmap(weight)(parts) if weight else jnp.ones(accumulate)
         shares = weights / jnp.where(weights.sum() > 0, weights.mean(), 1.0)
 
@@ -64,12 +61,47 @@ def make_train_step(
         grads, metrics = gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        tagged = list(zip(jax.tree.leaves(labels(grads)), jax.tree.leaves(grads), strict=True))
-        for part in PARTS:
-            leaves = [leaf for label, leaf in tagged if label == part]
-            if leaves:
-                metrics[f"gradient_norm/{part}"] = optax.tree.norm(leaves)
-        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
+        metrics |= _norms(grads) | {"learning_rate": jnp.asarray(schedule(state.step))}
+        if skip:
+            fine = _all_finite((metrics["loss"], grads, params))
+            params, opt_state = _chosen(fine, (params, opt_state), (state.params, state.opt_state))
+            metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
         return TrainState(state.step + 1, state.key, params, opt_state), metrics
 
     return train_step
+
+
+def _parts(batch: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what all parts of a batch share, and the batch with a leading axis over its consecutive parts."""
+    shared = {name: value for name, value in batch.items() if name == "draws"}
+    parts = {
+        name: value.reshape(count, value.shape[0] // count, *value.shape[1:])
+        for name, value in batch.items()
+        if name != "draws"
+    }
+    return shared, parts
+
+
+def _norms(grads: Any) -> dict[str, jax.Array]:
+    """Returns the norm of the gradients of each part that is there."""
+    tagged = list(zip(jax.tree.leaves(labels(grads)), jax.tree.leaves(grads), strict=True))
+    norms = {}
+    for part in PARTS:
+        leaves = [leaf for label, leaf in tagged if label == part]
+        if leaves:
+            norms[f"gradient_norm/{part}"] = optax.tree.norm(leaves)
+    return norms
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite, bool[]."""
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _chosen(fine: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the floats of `new` where the step was fine, else of `old`; counts are the new ones."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fine, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return jax.tree.map(choose, new, old)

@@ -25,7 +25,7 @@ from seqpe_jax.models.operands import Operands
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, set_aside, write_config
+from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, set_aside, size_of, write_config
 from seqpe_jax.runtime.progress import MetricsWriter
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
@@ -33,7 +33,7 @@ from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.step import TrainStep, make_train_step
-from seqpe_jax.training.workdir import check_same_run, clear, owned
+from seqpe_jax.training.workdir import check_same_run, check_space, clear, owned
 from seqpe_jax.trees import count
 
 
@@ -140,6 +140,7 @@ class Trainer:
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,
             weight=self.task.criterion.weight,
+            skip=self.config.optimizer.non_finite == "skip",
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))
@@ -188,6 +189,7 @@ class Trainer:
         if settings.eval.every:
             for scale in self.task.scales():
                 self.task.check_scale(scale, "validation")
+        check_space(folder, size_of(self.shapes), first is None)
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
@@ -208,24 +210,29 @@ class Trainer:
         if first == settings.steps:
             _say(f"  nothing to do: step {first} is saved")
             return
-        checkpoints = Checkpoints(folder, keep=settings.checkpoint.keep)
+        checkpoints = Checkpoints(folder, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every)
         state = checkpoints.restore(self.shapes) if state is None else state
-        seconds = checkpoints.meta().get("seconds", 0.0) if first is not None else 0.0
+        before = checkpoints.meta() if first is not None else {}
         if first is not None or settings.init_from:
             _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
-        happening = self._events(folder, checkpoints, first or 0, seconds)
+        happening = self._events(folder, checkpoints, first or 0, before)
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
 
-    def _events(self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, seconds: float) -> list[events.Event]:
-        """What happens beside the steps of a run that has done `first` of them, in `seconds`."""
-        settings, clock = self.config, events.Clock(seconds)
+    def _events(self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, before: dict) -> list[events.Event]:
+        """What happens beside the steps of a run that has done `first` of them; `before` was saved beside its state."""
+        settings, clock = self.config, events.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
         report = events.Report(
             metrics, clock, every=settings.report.every, steps=settings.steps, units=self.task.units_per_step,
             unit=self.task.unit, flops=self.flops_per_step, saved=checkpoints.latest,
+            skips=settings.optimizer.skips if settings.optimizer.non_finite == "skip" else 0,
+            skipped=before.get("skipped", 0),
         )  # fmt: skip
         meta = {"config": json.loads(json.dumps(config.to_dict(settings)))}
-        save = events.Save(checkpoints, meta, clock, report, every=settings.checkpoint.every)
+        save = events.Save(
+            checkpoints, meta, clock, report, every=settings.checkpoint.every,
+            failures=settings.checkpoint.failed_saves,
+        )  # fmt: skip
         found: list[events.Event] = []
         if settings.eval.every:
             found.append(events.Evaluate(self.evaluate, metrics, clock, report, every=settings.eval.every))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +21,28 @@ from seqpe_jax.tasks.images import KEPT
 from seqpe_jax.training.optimizer import decay_steps
 
 OWNER = "owner.json"  # who trains in the folder
+
+
+def check_space(workdir: pathlib.Path, size: int, anew: bool) -> None:
+    """Refuses a disk without room for what a run saves, before its first step.
+
+    Args:
+      size: bytes of a checkpoint; anew: none is there yet. A new one is written before an old one goes, so a run needs room
+        for two when it begins, and for one more when it goes on.
+
+    Raises:
+      InputError: names both sizes.
+    """
+    nearest = workdir.absolute()
+    while not nearest.is_dir():
+        nearest = nearest.parent
+    needed, free = size * (2 if anew else 1), shutil.disk_usage(nearest).free
+    if free < needed:
+        count = "two checkpoints" if anew else "a checkpoint"
+        raise InputError(
+            f"workdir {workdir} has {free / 2**20:,.1f} MiB of free space, and {count} of this model take "
+            f"{needed / 2**20:,.1f}: make room there, or choose another --workdir"
+        )
 
 
 def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, extend: bool = False) -> None:
@@ -52,7 +75,8 @@ def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, ex
         for section in (*config.FREE_SECTIONS, "steps"):
             values.pop(section, None)
         values["data"].pop("lossy_tokenizer")  # what is accepted changes nothing of what is computed
-        values["optimizer"].pop("decay_steps")  # looked at below
+        for name in ("decay_steps", "non_finite", "skips"):  # the first is looked at below; steps so far were finite
+            values["optimizer"].pop(name)
     lines = config.difference(old, new)
     if lines:
         raise InputError(

@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import digests
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, saved_step, set_aside
+from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside
 from seqpe_jax.runtime.digests import FILE
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
@@ -50,6 +50,50 @@ def test_restore_on_another_mesh(saved):
 
 def test_only_the_newest_are_kept(saved):
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_those_of_every_so_many_steps_stay_for_good(tmp_path):
+    shapes = placed(layout.make_mesh(4, 2))
+    state = jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, shapes)
+    for keep, steps in ((1, (2, 4, 6)), (1, (8, 10))):  # a second start keeps them too
+        checkpoints = Checkpoints(tmp_path, keep=keep, keep_every=4)
+        for step in steps:
+            checkpoints.save(step, state, {})
+        checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10]
+
+
+def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(tmp_path, monkeypatch, caplog):
+    """Orbax's threads raise of themselves; what is left unfinished goes, and what was saved before stays."""
+    shapes = placed(layout.make_mesh(4, 2))
+    state = jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, shapes)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(2, state, {})
+    checkpoints.wait()
+    with monkeypatch.context() as broken:
+        broken.setattr("seqpe_jax.runtime.checkpoint.write_digests", raises(OSError(5, "the disk answers no more")))
+        checkpoints.save(4, state, {})
+        with pytest.raises(SaveFailed, match="^the save of step 4 failed .*the disk answers no more"):
+            checkpoints.wait()
+    assert checkpoints.failed == 1 and [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert not [record for record in caplog.records if record.exc_info]
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 99))
+        with pytest.raises(SaveFailed, match="the save of step 4 failed .no space is left"):
+            checkpoints.save(4, state, {})
+    assert checkpoints.failed == 2
+    checkpoints.save(6, state, {})
+    checkpoints.wait()
+    assert checkpoints.failed == 0 and checkpoints.latest() == 6
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), STATE)
+    checkpoints.close()
+
+
+def raises(error):
+    def call(*_, **__):
+        raise error
+
+    return call
 
 
 def files_of(folder):

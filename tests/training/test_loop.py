@@ -1,24 +1,34 @@
 """What the loop says of a run's speed and memory, and when it records a profile."""
 
 import json
+import os
+import signal
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from seqpe_jax.runtime import chips
+from seqpe_jax.runtime.checkpoint import SaveFailed
 from seqpe_jax.runtime.progress import MetricsWriter
 from seqpe_jax.training import events, loop
 from seqpe_jax.training.state import TrainState
+from seqpe_jax.training.step import make_train_step
 
 
 class Kept:
     """Checkpoints that keep nothing."""
 
+    failed = 0
+
     def latest(self) -> None:
         return None
+
+    def wait(self) -> None:
+        pass
 
     def save(self, *_) -> None:
         pass
@@ -101,6 +111,149 @@ def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile
 def test_a_run_that_goes_on_past_the_first_step_of_the_window_records_nothing(tmp_path):
     fit(tmp_path, first=3, profile=(2, 4))
     assert not recorded(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm/model"])
+def test_a_step_that_is_not_finite_is_named_with_all_its_terms(tmp_path, name):
+    @jax.jit
+    def step(state, batch):
+        values = {"loss": jnp.float32(1), "gradient_norm/model": jnp.float32(2), "term/task": jnp.float32(0.5)}
+        bad = jnp.where(state.step == 2, jnp.inf, values[name])
+        return state.replace(step=state.step + 1), values | {name: bad, "learning_rate": jnp.float32(0.1)}
+
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
+    report = events.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens", saved=lambda: 1)
+    with pytest.raises(events.NotFinite, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
+        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), steps=6, events=[report])
+
+
+class Square:
+    """A train step on one number w, whose loss is w * w times what the batch says."""
+
+    def __init__(self, skip):
+        def loss(params, batch, key, step, part, share):
+            value = params["w"] ** 2 * batch["factor"][0]
+            return value, {"loss": value}
+
+        self.optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 10))
+        made = make_train_step(loss, self.optimizer, optax.linear_schedule(0.1, 0.0, 10), skip=skip)
+        self.state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, self.optimizer.init({"w": jnp.float32(1)}))
+        self.step = jax.jit(made)
+
+    def fit(self, folder, factors, skips=2, skipped=0):
+        folder.mkdir(exist_ok=True)
+        metrics, clock = MetricsWriter(folder, 0, tensorboard=False), events.Clock()
+        count = len(factors)
+        batches = ((n, {"factor": jnp.full((1,), factor, jnp.float32)}) for n, factor in enumerate(factors))
+        report = events.Report(
+            metrics, clock, every=1, steps=count, units=1, unit="tokens", skips=skips, skipped=skipped
+        )  # fmt: skip
+        end = loop.fit(self.state, self.step, batches, steps=count, events=[report])
+        return end, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    state, lines = Square(skip=True).fit(tmp_path / "a", [1.0, nan, inf, 1.0], skipped=3)
+    assert [line["train/skipped"] for line in lines] == [3, 4, 5, 5], "those of earlier starts count too"
+    assert "train/loss" not in lines[1] and "NaN" not in (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert np.isfinite(state.params["w"]) and int(state.step) == 4
+    # Adam by hand: moments of the two gradients that count, its count and the learning rate those of the fourth step.
+    rates = [line["train/learning_rate"] for line in lines]
+    first = 1 - rates[0]
+    mean, square = 0.9 * 0.2 + 0.1 * 2 * first, 0.999 * 0.004 + 0.001 * (2 * first) ** 2
+    expected = first - rates[3] * mean / (1 - 0.9**4) / np.sqrt(square / (1 - 0.999**4))
+    assert float(state.params["w"]) == pytest.approx(expected, abs=1e-5)
+
+    with pytest.raises(events.NotFinite, match="step 4, the 3th in a row, is not finite"):
+        Square(skip=True).fit(tmp_path / "b", [1.0, nan, nan, nan, 1.0])
+    with pytest.raises(events.NotFinite, match="step 2 is not finite"):
+        Square(skip=False).fit(tmp_path / "c", [1.0, nan], skips=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_saved(tmp_path, number):
+    saved = []
+
+    class Noting(Kept):
+        def save(self, step, *_):
+            saved.append(step)
+
+    @jax.jit
+    def step(state, batch):
+        return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
+
+    def batches():
+        for n in range(6):
+            if n == 3:
+                os.kill(os.getpid(), number)
+            yield n, {}
+
+    def run():
+        metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
+        report = events.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens")
+        save = events.Save(Noting(), {}, clock, report, every=100)
+        happening = [save, events.Stop(save), report]
+        return loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, batches(), steps=6, events=happening)
+
+    before = signal.getsignal(number)
+    with pytest.raises(events.Stopped, match=f"{number.name} at step 4") as stopped:
+        run()
+    assert saved == [4] and stopped.value.code == 75 and signal.getsignal(number) == before
+    if number == signal.SIGHUP:  # as under nohup
+        signal.signal(number, signal.SIG_IGN)
+        try:
+            assert int(run().step) == 6
+        finally:
+            signal.signal(number, before)
+
+
+class Failing(Kept):
+    """Checkpoints whose saves fail at some calls, at once or in the background."""
+
+    def __init__(self, at_once=(), later=()):
+        self.at_once, self.later, self.calls, self.failed, self.under_way, self.saved = at_once, later, 0, 0, None, []
+
+    def save(self, step, *_):
+        self.calls += 1
+        if self.calls in self.at_once:
+            self.failed += 1
+            raise SaveFailed(f"the save of step {step} failed")
+        self.under_way = (self.calls, step)
+
+    def wait(self):
+        if self.under_way is None:
+            return
+        (call, step), self.under_way = self.under_way, None
+        if call in self.later:
+            self.failed += 1
+            raise SaveFailed(f"the save of step {step} failed")
+        self.failed = 0
+        self.saved.append(step)
+
+
+@pytest.mark.parametrize("at_once, later, saved", [
+    ((2,), (), [1, 3, 4]), ((), (2,), [1, 3, 4]), ((2, 3), (), [1, 4]), ((4,), (), [1, 2, 3, 4]),
+    ((), (4, 5), [1, 2, 3, 4]), ((2, 3, 4), (), None), ((), (3, 4, 5), None), ((4, 5, 6), (), None),
+])  # fmt: skip
+def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(tmp_path, capsys, monkeypatch, at_once, later, saved):
+    monkeypatch.setattr(events.time, "sleep", lambda _: None)
+    checkpoints, clock = Failing(at_once, later), events.Clock()
+    metrics = MetricsWriter(tmp_path, 0, tensorboard=False)
+    report = events.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    save = events.Save(checkpoints, {}, clock, report, every=1, failures=3)
+    step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
+
+    def run():
+        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(4)), steps=4, events=[save, report])
+
+    if saved is None:
+        with pytest.raises(SaveFailed, match="3 in a row"):
+            run()
+        return
+    run()
+    assert checkpoints.saved == saved, "the last state is saved, whatever failed before"
+    assert capsys.readouterr().err.count("trying again") == len(at_once) + len(later)
 
 
 def test_events_come_in_their_order(tmp_path):

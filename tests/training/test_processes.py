@@ -135,7 +135,7 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
 
     results, _ = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 1, signal.SIGTERM)
     stopped_at = newest(workdir)
-    assert [result.code for result in results] == [1, 1] and stopped_at > killed_at
+    assert [result.code for result in results] == [75, 75] and stopped_at > killed_at
     assert [said(result) for result in results] == [
         [f"told to stop at step {stopped_at}: saved; the same command goes on from there"], [],
     ]  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     running = begin(workdir, 4, 1, **CHEAP)
     results, _ = interrupt(commands, running, workdir, 0, signal.SIGINT)
     assert f"going on from step {stopped_at}" in results[0].out and "4 process(es)" in results[0].out
-    assert [result.code for result in results] == [1] * 4 and newest(workdir) > stopped_at
+    assert [result.code for result in results] == [75] * 4 and newest(workdir) > stopped_at
     assert [said(result) for result in results[1:]] == [[]] * 3
 
     found, port = tmp_path / "found.json", _free_port()

@@ -88,7 +88,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(commands, text, uninter
     assert 0 < killed_at < STEPS
 
     stopped = interrupt(commands, start(commands, workdir, text), workdir, killed_at, signal.SIGTERM)
-    assert stopped.code == 1 and "saved" in stopped.err and "Traceback" not in stopped.err, stopped.err
+    assert stopped.code == 75 and "saved" in stopped.err and "Traceback" not in stopped.err, stopped.err
     stopped_at = newest(workdir)
     assert killed_at < stopped_at < STEPS
     assert lines(workdir)[-1]["step"] <= stopped_at, "the step that was reached is saved before the process ends"

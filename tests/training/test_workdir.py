@@ -12,7 +12,7 @@ import seqpe_jax
 from seqpe_jax import files
 from seqpe_jax.errors import InputError
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.training.workdir import OWNER, check_same_run, owned
+from seqpe_jax.training.workdir import OWNER, check_same_run, check_space, owned
 from tests.tiny import ROOT, tiny_config, train
 from tests.training.test_trainer import written
 
@@ -26,6 +26,25 @@ def test_an_older_run_goes_on(tmp_path, variant):
     check_same_run(settings, tmp_path, 2)
     with pytest.raises(InputError, match="it differs in encoding.log_scaling: False -> True. Use a new --workdir"):
         check_same_run(tiny_config(variant=variant, encoding__log_scaling=True), tmp_path, 2)
+
+
+def test_a_run_may_go_on_with_steps_skipped_from_there(tmp_path):
+    written(tmp_path, tiny_config())
+    check_same_run(tiny_config(optimizer__non_finite="skip", optimizer__skips=2), tmp_path, 2)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 3 * 2**20))
+    check_space(tmp_path / "a" / "b", 3 * 2**19, anew=True)
+    check_space(tmp_path, 3 * 2**20, anew=False)
+    with pytest.raises(InputError, match="has 3.0 MiB of free space, and two checkpoints of this model take 4.0"):
+        check_space(tmp_path / "a" / "b", 2**21, anew=True)
+    with pytest.raises(InputError, match="and a checkpoint of this model take 4.0"):
+        check_space(tmp_path, 2**22, anew=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
+    with pytest.raises(InputError, match="has 0.0 MiB of free space"):
+        Trainer.for_folder(tiny_config(), tmp_path / "run").fit(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("values, words", [
