@@ -42,7 +42,7 @@ def table(study: str, metric: str, rows: str = "") -> str:
                 name = line["run"].removesuffix(f"-{line['seed']}")
                 found.setdefault(name, {}).setdefault(label, []).append(float(line[metric]))
     names = rows.split(",") if rows else list(found)
-    labels = sorted({label for name in names for label in found[name]}, key=lambda label: int(re.split(r"\D", label)[0]))
+    labels = sorted(set().union(*map(found.get, names)), key=lambda label: [*map(int, label.split()[0].split("x"))])
     means = {(name, label): statistics.fmean(values) for name in names for label, values in found[name].items()}
     choose = max if more_is_better else min
     lines = [["run", *labels], ["---", *["---:"] * len(labels)]]
