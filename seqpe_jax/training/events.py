@@ -305,7 +305,7 @@ class Stop(Event):
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGHUP, *(() if hosts.several() else (signal.SIGTERM,))):
-                if signal.getsignal(number) != signal.SIG_IGN:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
