@@ -68,6 +68,12 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} cannot be written: no leave to write in {nearest}; choose another place")
 
 
+def free_space(folder: str | os.PathLike) -> int | None:
+    """Returns the free bytes where a folder lies; None where that is not told, as by some shared file systems."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else None
+
+
 def open_to_all(path: str | os.PathLike) -> None:
     """Gives a file or folder the mode that the user's umask asks for, where a library made it for its owner alone."""
     mask = os.umask(0)

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import free_space, write_whole
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
@@ -74,7 +74,8 @@ class Checkpoints:
             return
         self._under_way = step
         with self._telling():
-            if shutil.disk_usage(self.folder).free < size_of(state):  # TensorStore would tell each array that has no room
+            free = free_space(self.folder)
+            if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
 

@@ -189,7 +189,8 @@ class Trainer:
         if settings.eval.every:
             for scale in self.task.scales():
                 self.task.check_scale(scale, "validation")
-        check_space(folder, size_of(self.shapes), first is None)
+        if first != settings.steps:
+            check_space(folder, size_of(self.shapes), first is None)
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import lock
+from seqpe_jax.files import free_space, lock
 from seqpe_jax.runtime.checkpoint import read_config
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.serving.exported import SECTION
@@ -36,8 +35,8 @@ def check_space(workdir: pathlib.Path, size: int, anew: bool) -> None:
     nearest = workdir.absolute()
     while not nearest.is_dir():
         nearest = nearest.parent
-    needed, free = size * (2 if anew else 1), shutil.disk_usage(nearest).free
-    if free < needed:
+    needed, free = size * (2 if anew else 1), free_space(nearest)
+    if free is not None and free < needed:
         count = "two checkpoints" if anew else "a checkpoint"
         raise InputError(
             f"workdir {workdir} has {free / 2**20:,.1f} MiB of free space, and {count} of this model take "

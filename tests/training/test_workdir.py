@@ -41,6 +41,8 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
         check_space(tmp_path / "a" / "b", 2**21, anew=True)
     with pytest.raises(InputError, match="and a checkpoint of this model take 4.0"):
         check_space(tmp_path, 2**22, anew=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    check_space(tmp_path, 2**40, anew=True)  # a file system that does not tell
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
     with pytest.raises(InputError, match="has 0.0 MiB of free space"):
         Trainer.for_folder(tiny_config(), tmp_path / "run").fit(tmp_path / "run")
