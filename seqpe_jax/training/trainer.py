@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,7 +191,9 @@ class Trainer:
             for scale in self.task.scales():
                 self.task.check_scale(scale, "validation")
         if first != settings.steps:
-            check_space(folder, size_of(self.shapes), first is None)
+            # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
+            saves = math.ceil(settings.steps / settings.checkpoint.every)
+            check_space(folder, size_of(self.shapes), min(settings.checkpoint.keep + 1, saves) if first is None else 1)
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None

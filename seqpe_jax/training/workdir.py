@@ -22,12 +22,11 @@ from seqpe_jax.training.optimizer import decay_steps
 OWNER = "owner.json"  # who trains in the folder
 
 
-def check_space(workdir: pathlib.Path, size: int, anew: bool) -> None:
+def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
     """Refuses a disk without room for what a run saves, before its first step.
 
     Args:
-      size: bytes of a checkpoint; anew: none is there yet. A new one is written before an old one goes, so a run needs room
-        for two when it begins, and for one more when it goes on.
+      size: bytes of a checkpoint; count: how many there must be room for.
 
     Raises:
       InputError: names both sizes.
@@ -35,11 +34,10 @@ def check_space(workdir: pathlib.Path, size: int, anew: bool) -> None:
     nearest = workdir.absolute()
     while not nearest.is_dir():
         nearest = nearest.parent
-    needed, free = size * (2 if anew else 1), free_space(nearest)
+    needed, free = size * count, free_space(nearest)
     if free is not None and free < needed:
-        count = "two checkpoints" if anew else "a checkpoint"
         raise InputError(
-            f"workdir {workdir} has {free / 2**20:,.1f} MiB of free space, and {count} of this model take "
+            f"workdir {workdir} has {free / 2**20:,.1f} MiB of free space, and {count} checkpoint(s) of this model take "
             f"{needed / 2**20:,.1f}: make room there, or choose another --workdir"
         )
 

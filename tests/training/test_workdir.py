@@ -35,17 +35,17 @@ def test_a_run_may_go_on_with_steps_skipped_from_there(tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 3 * 2**20))
-    check_space(tmp_path / "a" / "b", 3 * 2**19, anew=True)
-    check_space(tmp_path, 3 * 2**20, anew=False)
-    with pytest.raises(InputError, match="has 3.0 MiB of free space, and two checkpoints of this model take 4.0"):
-        check_space(tmp_path / "a" / "b", 2**21, anew=True)
-    with pytest.raises(InputError, match="and a checkpoint of this model take 4.0"):
-        check_space(tmp_path, 2**22, anew=False)
+    check_space(tmp_path / "a" / "b", 3 * 2**19, 2)
+    check_space(tmp_path, 3 * 2**20, 1)
+    with pytest.raises(InputError, match="has 3.0 MiB of free space, and 2 checkpoint.s. of this model take 4.0"):
+        check_space(tmp_path / "a" / "b", 2**21, 2)
+    with pytest.raises(InputError, match="and 1 checkpoint.s. of this model take 4.0"):
+        check_space(tmp_path, 2**22, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
-    check_space(tmp_path, 2**40, anew=True)  # a file system that does not tell
+    check_space(tmp_path, 2**40, 3)  # a file system that does not tell
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
-    with pytest.raises(InputError, match="has 0.0 MiB of free space"):
-        Trainer.for_folder(tiny_config(), tmp_path / "run").fit(tmp_path / "run")
+    with pytest.raises(InputError, match="has 0.0 MiB of free space, and 3 checkpoint"):
+        Trainer.for_folder(tiny_config(steps=9), tmp_path / "run").fit(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
