@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
@@ -31,7 +29,7 @@ def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
 
 def size_of(state: Any) -> int:
     """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most."""
-    return sum(math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 class SaveFailed(Failure):
@@ -67,9 +65,8 @@ class Checkpoints:
         """Begins to save a state; it is safe to donate the state's buffers right after.
 
         Raises:
-          SaveFailed: this save, or the one before it, which it waits for.
+          SaveFailed: this save, or the one before it where nobody has waited for that (`wait`).
         """
-        self.wait()
         if step == self._manager.latest_step():
             return
         self._under_way = step

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from seqpe_jax.errors import Failure
 from seqpe_jax.runtime import chips, hosts
 from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
-from seqpe_jax.training.state import TrainState
+from seqpe_jax.training.state import TrainState, all_finite
 
 Values = dict[str, jax.Array]
 
@@ -27,10 +26,7 @@ class NotFinite(Failure):
     """A loss, or a parameter, became infinite or not a number."""
 
 
-@jax.jit
-def _finite(params: Any) -> jax.Array:
-    """Whether all parameters are finite, bool[]."""
-    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+_all_finite = jax.jit(all_finite)
 
 
 class Stopped(Failure):
@@ -164,7 +160,7 @@ class Report(Event):
 
     def _reason(self, done: int, values: Values) -> str:
         numbers = ", ".join(f"{name} {float(value):.3g}" for name, value in sorted(jax.device_get(values).items()))
-        row = f", the {self._in_a_row}th in a row," if self._skips else ""
+        row = f", {self._in_a_row} in a row," if self._skips else ""
         return (
             f"step {done}{row} is not finite ({numbers}); the last checkpoint is of step {self._saved()}. Go on "
             "with optimizer.non_finite=skip, or lower optimizer.learning_rate or set optimizer.clip in a new workdir"
@@ -246,7 +242,7 @@ class Save(Event):
     def now(self, run: Standing) -> None:
         """Begins to save the state of this step, if that is not saved already. Raises: NotFinite: it is of no use."""
         with self._report.aside(run):
-            if not bool(_finite(run.state.params)):
+            if not bool(_all_finite(run.state.params)):
                 raise NotFinite(
                     f"parameters are infinite or not a number after step {run.step}, though the loss before was not: they "
                     f"are not saved, the last checkpoint is of step {self._checkpoints.latest()}. Lower "

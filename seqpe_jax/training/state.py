@@ -28,3 +28,8 @@ class TrainState:
 def create(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Returns the state at step 0."""
     return TrainState(jnp.zeros((), jnp.int32), key, params, optimizer.init(params))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree are finite, bool[]."""
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from seqpe_jax.training.optimizer import PARTS, labels
-from seqpe_jax.training.state import TrainState
+from seqpe_jax.training.state import TrainState, all_finite
 
 LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 TrainStep = Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
@@ -63,7 +63,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics |= _norms(grads) | {"learning_rate": jnp.asarray(schedule(state.step))}
         if skip:
-            fine = _all_finite((metrics["loss"], grads, params))
+            fine = all_finite((metrics["loss"], grads, params))
             params, opt_state = _chosen(fine, (params, opt_state), (state.params, state.opt_state))
             metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
         return TrainState(state.step + 1, state.key, params, opt_state), metrics
@@ -91,11 +91,6 @@ def _norms(grads: Any) -> dict[str, jax.Array]:
         if leaves:
             norms[f"gradient_norm/{part}"] = optax.tree.norm(leaves)
     return norms
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    """Whether all numbers of a tree are finite, bool[]."""
-    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def _chosen(fine: jax.Array, new: Any, old: Any) -> Any:

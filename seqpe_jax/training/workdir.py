@@ -72,7 +72,7 @@ def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, ex
         for section in (*config.FREE_SECTIONS, "steps"):
             values.pop(section, None)
         values["data"].pop("lossy_tokenizer")  # what is accepted changes nothing of what is computed
-        for name in ("decay_steps", "non_finite", "skips"):  # the first is looked at below; steps so far were finite
+        for name in ("decay_steps", "non_finite", "skips"):  # the first is looked at below; none changes steps so far
             values["optimizer"].pop(name)
     lines = config.difference(old, new)
     if lines:

@@ -165,7 +165,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     expected = first - rates[3] * mean / (1 - 0.9**4) / np.sqrt(square / (1 - 0.999**4))
     assert float(state.params["w"]) == pytest.approx(expected, abs=1e-5)
 
-    with pytest.raises(events.NotFinite, match="step 4, the 3th in a row, is not finite"):
+    with pytest.raises(events.NotFinite, match="step 4, 3 in a row, is not finite"):
         Square(skip=True).fit(tmp_path / "b", [1.0, nan, nan, nan, 1.0])
     with pytest.raises(events.NotFinite, match="step 2 is not finite"):
         Square(skip=False).fit(tmp_path / "c", [1.0, nan], skips=0)
