@@ -161,10 +161,11 @@ class Report(Event):
     def _reason(self, done: int, values: Values) -> str:
         numbers = ", ".join(f"{name} {float(value):.3g}" for name, value in sorted(jax.device_get(values).items()))
         row = f", {self._in_a_row} in a row," if self._skips else ""
-        return (
-            f"step {done}{row} is not finite ({numbers}); the last checkpoint is of step {self._saved()}. Go on "
-            "with optimizer.non_finite=skip, or lower optimizer.learning_rate or set optimizer.clip in a new workdir"
-        )
+        saved = self._saved()
+        kept = "nothing is saved yet" if saved is None else f"the last checkpoint is of step {saved}"
+        skip = "" if self._skips else "Go on with optimizer.non_finite=skip, or "
+        cure = f"{skip}lower optimizer.learning_rate or set optimizer.clip in a new workdir"
+        return f"step {done}{row} is not finite ({numbers}); {kept}. {cure[0].upper()}{cure[1:]}"
 
     def _write(self, done: int, values: Values, seconds: float, share: float | None) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
