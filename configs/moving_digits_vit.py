@@ -54,6 +54,9 @@ def get_config(variant=None):
     if variant in (None, "seqpe", "seqpe_paper"):
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
+    if variant in (None, "seqpe"):
+        # All twelve pairs of a head turn, four for each axis: zoomed parts have shown them every angle of a larger frame.
+        c.encoding.rotary_pairs = 12
     if not paper and variant not in ("learned", "rotary", "none"):
         # As in digits_vit.py: a larger frame is read between the positions of training, and every other step reads parts
         # of the frames, enlarged. Time is not stretched: a longer clip goes on.
@@ -72,6 +75,6 @@ def get_config(variant=None):
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.1
     c = with_encoding(c, variant, FORMS)
-    if c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
+    if variant in (None, "seqpe") or c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
         c.encoding.theta = 100.0
     return c
