@@ -100,8 +100,8 @@ class QuestionSource(abc.ABC):
 
     `source[i]` -> {"index": int, "input": prompt, "question": its last part, "outputs": tuple of accepted answers, "depth":
     where in the context the gold passage stands, 0 (first) to 1 (last), or None, "kind": what is asked for, "passage": the
-    character of the prompt at which the gold passage begins, or None}. Prompt + " " + the longest answer + end token takes at
-    most `length` tokens.
+    character of the prompt at which the gold passage begins, or None}. Prompt + " " + the longest answer + end token takes
+    at most `length` tokens.
 
     Attributes:
       name: of the data set and split; length: in tokens; skipped: questions left out, by reason; fingerprint: hex digits,

@@ -88,7 +88,7 @@ def distances(records: Iterable[Mapping[str, Any]], count: Callable[[str], int])
       count: returns the tokens of a text.
 
     Returns:
-      One number for each record; None where nobody knows the passage, or it does not hold an accepted answer as it is typed.
+      One number for each record; None where nobody knows the passage, or it does not hold an accepted answer.
     """
     found: list[int | None] = []
     for record in records:

@@ -78,7 +78,7 @@ def test_score_in_percent_and_by_depth():
 
 
 def test_score_by_distance_to_the_answer():
-    """From the answer in the gold passage, not one before it, to the end of the prompt; bins end at twice as many tokens."""
+    """From the answer in the gold passage, not one before it, to the end of the prompt; each bin ends at twice as many."""
     near = record(0.0, "5") | {"input": "z = 5\n\nx = 5\n\nx =", "passage": 7}  # of bytes: "5\n\nx ="
     far = record(0.0, "yes", "7") | {"input": "a = 7" + " " * 60 + "a =", "passage": 0}
     unknown = record(None, "q") | {"input": "q", "passage": None}
