@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from seqpe_jax.reporting.costs import Benchmark, kept_and_cost, summary
 from seqpe_jax.reporting.drawing import (
@@ -93,6 +93,8 @@ def training_terms(study: Study) -> Plot | None:
         term = name.removeprefix("train/term/")
         dress(axes, "training step" if axes is plots[-1, 0] else "", f"{term} term")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the axis' own are formulas, which are shown as they are written
+        axes.yaxis.set_minor_formatter(NullFormatter())
         label_ends(axes, _draw_term(axes, study, found))
     rows = dict.fromkeys(row for found in curves.values() for row in found)
     terms = " and ".join(name.removeprefix("train/term/") for name in curves)

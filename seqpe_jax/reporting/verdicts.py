@@ -15,8 +15,8 @@ def verdicts(study: Study, data: str, metric: Metric) -> list[str]:
     """Returns a sentence for each stretch of lengths or sizes with the same winner, the same ties and the same rows judged.
 
     Two rows tie where their means differ by no more than two standard errors of that difference. Deviations are claimed
-    only of rows with several seeds, in units of their pooled standard deviation: where there are two such rows, those of one
-    seed are not judged but named; else the best is named without deviations. A single row has no verdict.
+    only of rows with several seeds, in units of their pooled standard deviation: where there are two such rows, those of
+    one seed are not judged but named; else the best is named without deviations. A single row has no verdict.
     """
     found, extents = values_of(study, data, metric)
     stretches: list[tuple[_Place, list[_Place]]] = []
@@ -35,20 +35,22 @@ def verdicts(study: Study, data: str, metric: Metric) -> list[str]:
 class _Place:
     """What is said of one length or size: the winner, what ties with it, the next, and what is not judged.
 
-    `margin` is that to the next, `deviations` the same in standard deviations, nan where there is none, None where unknown.
+    `several` says whether the rows judged have several seeds. `margin` is that to the next, `deviations` the same in
+    standard deviations, nan where there is none, None where unknown.
     """
 
     label: str
     first: str
     ties: tuple[str, ...]
     unjudged: tuple[str, ...]
+    several: bool
     next: str = ""
     margin: float = 0.0
     deviations: float | None = None
 
     @property
     def key(self) -> tuple:
-        return self.first, self.ties, self.unjudged, bool(self.next), self.deviations is None
+        return self.first, self.ties, self.unjudged, self.several, bool(self.next)
 
 
 def _place(label: str, values: dict[str, list[float]], metric: Metric) -> _Place:
@@ -57,7 +59,8 @@ def _place(label: str, values: dict[str, list[float]], metric: Metric) -> _Place
     judged = several if len(several) > 1 else ranked
     first, *others = judged
     ties = tuple(name for name in others if _tie(values[first], values[name]))
-    place = _Place(label, first, ties, tuple(name for name in ranked if name not in judged))
+    unjudged = tuple(name for name in ranked if name not in judged)
+    place = _Place(label, first, ties, unjudged, judged is several)
     behind = next((name for name in others if name not in ties), None)
     if behind is None:
         return place
@@ -80,9 +83,9 @@ def _sentence(metric: Metric, places: Sequence[_Place]) -> str:
     place, last = places[0], places[-1]
     words = f"At {place.label}" if place is last else f"From {place.label} to {last.label}"
     if place.ties:
-        words += f" {_joined([place.first, *place.ties])} tie, within two standard errors"
+        words += f" {_joined([place.first, *place.ties])} tie" + (", within two standard errors" if place.several else "")
     else:
-        words += f" {place.first} wins" if place.deviations is not None else f" {place.first} is the best"
+        words += f" {place.first} wins" if place.several else f" {place.first} is the best"
     if place.next:
         nexts = " and ".join(dict.fromkeys(one.next for one in places))
         by = _range([one.margin for one in places], lambda value: number(value, metric.decimals))
