@@ -8,7 +8,8 @@ split. In the first stage each encoding trains at three rates with seed 0; the l
 decides, at 8 x 8. Then come seeds 1 to 3 at that rate. digits.py is the study before this one, of nine encodings at one
 rate for all. `learned_crops` is the stretched table trained on crops of the sizes that the others see as zoomed parts;
 `rotary` numbers the patches row by row.
-Hardware: two CPU cores, one for each of two runs at once; about two hours for 72 runs, the strongest encodings first.
+Hardware: two CPU cores, one for each of two runs at once; by the times of digits.py about two hours for 72 runs, the
+strongest encodings first.
 """
 
 from seqpe_jax.sweeps.points import two_stages

@@ -8,7 +8,8 @@ stage each encoding trains at three rates with seed 0; the loss on the validatio
 as for somebody who has no longer texts. Then come seeds 1 to 3 at that rate. rivals_text.py is the study before this one,
 at one rate for all and 1500 steps. The forms of scaled RoPE train as RoPE does, so they take its rate. Over one axis
 `rotary_axial` is `rotary`, so it is left out.
-Hardware: two CPU cores, one for each of two runs at once; about three hours for 111 runs, the strongest encodings first.
+Hardware: two CPU cores, one for each of two runs at once; by the times of extrapolation.py about three hours for 111
+runs, the strongest encodings first.
 """
 
 from seqpe_jax.sweeps.points import two_stages

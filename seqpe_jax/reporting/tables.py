@@ -162,8 +162,8 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
 def by_distance(study: Study) -> Table | None:
     """Returns row x distance from the question back to the answer: answers found at the longest evaluated length.
 
-    Mean and standard deviation over runs of their shares in percent; the number of questions of a column is that of one
-    run. None where nothing was scored by distance.
+    Mean and standard deviation over runs of their shares in percent; the number of questions of a column is the mean over
+    runs. None where nothing was scored by distance.
     """
     runs = [run for run in study.counted if run.data == "questions"]
     longest = max((result["extent"] for run in runs for result in run.results if result.get("distance")), default=0)
@@ -186,7 +186,7 @@ def by_distance(study: Study) -> Table | None:
         return Cell(number(statistics.fmean(values), 1), statistics.fmean(values), after=after)
 
     def title(low: int, high: int, asked: Sequence[int]) -> str:
-        return f"{low} to {high - 1} (n={min(asked)}{f' to {max(asked)}' if max(asked) > min(asked) else ''})"
+        return f"{low} to {high - 1} (n={statistics.fmean(asked):.0f})"
 
     trained = " or ".join(dict.fromkeys(run.training["label"] for run in runs))
     return Table(
@@ -194,7 +194,7 @@ def by_distance(study: Study) -> Table | None:
         [heading(study), *(title(*edges, asked) for edges, asked in sorted(counts.items()))],
         [[Cell(row), *(cell(row, low) for low, _ in sorted(counts))] for row in dict.fromkeys(run.row for run in runs)],
         f"Tokens from the answer, in its passage, to the end of the question, in prompts of {longest:g} tokens; trained at "
-        f"{trained}. n: questions of a run.",
+        f"{trained}. n: questions, on average over runs.",
     )
 
 

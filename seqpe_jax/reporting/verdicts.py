@@ -50,7 +50,7 @@ class _Place:
 
     @property
     def key(self) -> tuple:
-        return self.first, self.ties, self.unjudged, self.several, bool(self.next)
+        return self.first, set(self.ties), self.unjudged, self.several, bool(self.next)
 
 
 def _place(label: str, values: dict[str, list[float]], metric: Metric) -> _Place:
@@ -59,7 +59,7 @@ def _place(label: str, values: dict[str, list[float]], metric: Metric) -> _Place
     judged = several if len(several) > 1 else ranked
     first, *others = judged
     ties = tuple(name for name in others if _tie(values[first], values[name]))
-    unjudged = tuple(name for name in ranked if name not in judged)
+    unjudged = tuple(name for name in values if name not in judged)
     place = _Place(label, first, ties, unjudged, judged is several)
     behind = next((name for name in others if name not in ties), None)
     if behind is None:
