@@ -6,17 +6,22 @@ python -m seqpe_jax.sweep --sweep=configs/sweeps/search.py --workdir=runs/search
 
 Executors: local (this machine), slurm (an array of jobs; needs submitit), print (the commands, for other schedulers),
 optuna (the file's SEARCH over ranges; needs Optuna). Each run has WORKDIR/NAME, with its commands' output in log.txt.
+A run whose field is decided by others (`points.Best`, `two_stages`) begins when those have ended; --status tells what was
+decided and how far each run is, and runs nothing.
 """
 
 import pathlib
 import shlex
+import sys
+from typing import Any
 
 from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.sweeps import local, points, record, search, slurm
-from seqpe_jax.sweeps.runs import SweepRun
+from seqpe_jax.sweeps.runs import SweepRun, is_busy
+from seqpe_jax.sweeps.stages import Stages, in_words
 
 _SWEEP = command.define_path("sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)")
 _WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
@@ -24,6 +29,7 @@ _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "
 _JOBS = flags.DEFINE_integer("jobs", None, "runs at once (default: 1; slurm: as many as it has room for)", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "the runs of these names alone")
 _RETRY = flags.DEFINE_bool("retry-failed", False, "the failed runs alone, once more")
+_STATUS = flags.DEFINE_bool("status", False, "tell how far each run is, and run nothing")
 _SLURM = flags.DEFINE_list("slurm", [], "with slurm: options of a job, e.g. partition=gpu,gpus_per_node=1,time=600")
 
 
@@ -38,29 +44,43 @@ def main() -> None:
     if not sweep.points:
         raise InputError(f"{sweep.path} has a SEARCH, but no runs(): use --executor=optuna")
     asked = slurm.parameters(_SLURM.value) if _EXECUTOR.value == "slurm" else {}
-    runs = [SweepRun(point, workdir / point.name) for point in sweep.points]
-    names = {run.name for run in runs}
+    stages = Stages(workdir, sweep.points)
+    runs = list(stages.runs.values())
     for name in _ONLY.value:
-        if name not in names:
-            raise InputError(f"--only: no run is named '{name}'.{suggest(name, names)}")
-    chosen = [run for run in runs if run.name in (_ONLY.value or names)]
-    if _EXECUTOR.value == "print":
-        for run in chosen:
-            print("\n".join(shlex.join(words) for _, words in (run.train, run.evaluate)))
-        return
+        if name not in stages.runs:
+            raise InputError(f"--only: no run is named '{name}'.{suggest(name, stages.runs)}")
+    chosen = [run for run in runs if run.name in (_ONLY.value or stages.runs)]
+    if _STATUS.value:
+        _status(stages, chosen)
+    elif _EXECUTOR.value == "print":
+        _print(sweep, workdir, stages, chosen)
+    else:
+        _work(sweep, workdir, stages, chosen, asked)
+
+
+def _work(
+    sweep: points.SweepFile, workdir: pathlib.Path, stages: Stages, chosen: list[SweepRun], asked: dict[str, Any]
+) -> None:
+    """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
+    failed = {run.name for run in stages.runs.values() if run.failure()}
+    todo = [run for run in chosen if run.left() and (run.name in failed) == _RETRY.value]
+    stages.check(todo)
     for name in record.remember(workdir, sweep, sweep.points):
         print(f"  {sweep.path} has no run '{name}' any more; its folder stays as it is")
-    failed = {run.name for run in runs if run.failure()}
-    todo = [run for run in chosen if run.left() and (run.name in failed) == _RETRY.value]
-    print(f"seqpe_jax: {len(runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do", flush=True)
+    decided = stages.settle({run.name for run in todo})
+    todo = [run for run in stages.now(todo) if run.left()]
+    print(f"seqpe_jax: {len(stages.runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do")
+    print("".join(f"  {line}\n" for line in decided), end="", flush=True)
+    runs = list(stages.runs.values())
     if _EXECUTOR.value == "slurm":
-        _end(chosen, slurm.work(workdir, runs, todo, _JOBS.value, asked))
+        told = slurm.work_in_stages(workdir, runs, todo, _JOBS.value, asked, stages)
     else:
         print(f"  {local.describe(_JOBS.value or 1)}", flush=True)
-        _end(chosen, local.work(runs, todo, _JOBS.value or 1))
+        told = local.work(runs, todo, _JOBS.value or 1, stages)
+    _end(stages.now(chosen), told, stages)
 
 
-def _end(runs: list[SweepRun], told: str | None) -> None:
+def _end(runs: list[SweepRun], told: str | None, stages: Stages | None = None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
     words = f"{sum(not run.left() for run in runs)} of {len(runs)} runs finished"
     failed = [(run, why) for run in runs if (why := run.failure())]
@@ -68,14 +88,43 @@ def _end(runs: list[SweepRun], told: str | None) -> None:
         print(f"  failed: {run.name}: {why}  (all of it: {run.folder}/log.txt)")
     if told:
         raise Failure(f"{told}: {words}; the same command goes on")
+    obstacles = stages.obstacles(runs) if stages else []
+    for line in obstacles:
+        print(f"  {line}")
     if failed:
         raise Failure(f"{words}, {len(failed)} failed; --retry-failed runs those alone again")
+    if obstacles:
+        raise Failure(f"{words}; the others wait")
     print(f"{words}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report")
 
 
+def _print(sweep: points.SweepFile, workdir: pathlib.Path, stages: Stages, chosen: list[SweepRun]) -> None:
+    """Prints the commands of runs; where some wait for others, what has been decided is recorded."""
+    if any(point.best for point in sweep.points):
+        record.remember(workdir, sweep, sweep.points)
+        stages.settle()
+    for run in stages.now(chosen):
+        if not run.point.best:
+            commands = [run.train, run.evaluate] if run.evaluated else [run.train]
+            print("\n".join(shlex.join(words) for _, words in commands))
+    for line in stages.obstacles(chosen):
+        print(f"  {line}; then the same command prints them", file=sys.stderr)
+
+
+def _status(stages: Stages, chosen: list[SweepRun]) -> None:
+    """Prints how far each run is, and what decided its fields."""
+    for run in chosen:
+        why, decided = run.failure(), stages.recorded.get(run.name, {})
+        state = "finished" if not run.left() else f"failed: {why}" if why else f"step {run.steps_done()} of {run.steps}"
+        if run.left() and not why:
+            state += ", at work" if is_busy(run) else ""
+        waits = [f"waits for {', '.join(best.runs)}" for field, best in run.point.best.items() if field not in decided]
+        print("; ".join([f"{run.name}: {state}", *waits, *(in_words(field, one) for field, one in decided.items())]))
+
+
 def _search(sweep: points.SweepFile, workdir: pathlib.Path) -> None:
-    if _ONLY.value or _RETRY.value:
-        raise InputError("--only and --retry-failed are for runs with names, not for --executor=optuna")
+    if _ONLY.value or _RETRY.value or _STATUS.value:
+        raise InputError("--only, --retry-failed and --status are for runs with names, not for --executor=optuna")
     trials, jobs = search.Trials(workdir, sweep), _JOBS.value or 1
     print(f"seqpe_jax: {len(trials.steps)} trials in {workdir}\n  {local.describe(jobs)}", flush=True)
     told = search.work(trials, jobs)

@@ -109,6 +109,54 @@ def test_a_stopped_sweep_has_saved_and_a_failed_run_is_retried_alone(commands, t
     assert commands.wait(running).code == 1 and (workdir / "a" / "log.txt").read_bytes() == before
 
 
+def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
+    workdir, path = tmp_path / "sweep", tmp_path / "sweep.py"
+    common = {"data.paths": (str(text),), "steps": 4, "eval.lengths": (16, 32), "eval.every": 4}
+    path.write_text(
+        "from seqpe_jax.sweeps.points import two_stages\nCONFIG = 'tests/tiny_text.py:alibi'\n"
+        f"def runs():\n    return two_stages({{'alibi': {common!r}}}, {{'optimizer.learning_rate': (1e-4, 1e-2)}}, "
+        "minimise='eval/loss@16', trial={'seed': 0}, seeds=(1, 2))\n"
+    )
+    arguments = [f"--sweep={path}", f"--workdir={workdir}"]
+    tried = [f"alibi-learning_rate={rate}" for rate in ("0.0001", "0.01")]
+    before = commands("sweep", *arguments, "--status")
+    assert before.code == 0 and f"alibi-1: step 0 of 4; waits for {', '.join(tried)}" in before.out
+    refused(commands("sweep", *arguments, "--only=alibi-1"), f"'alibi-1' waits for {', '.join(tried)}", "name these too")
+    assert not workdir.exists()
+    result = commands("sweep", *arguments, "--jobs=2")
+    assert result.code == 0, result.out + result.err
+    last = {}
+    for name in tried:
+        lines = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+        [last[name]] = [line["eval/loss@16"] for line in lines if "eval/loss@16" in line]
+    best = min(last, key=last.get)
+    chosen = f"optimizer.learning_rate={best.partition('=')[2]} ({best} has the best eval/loss@16, {last[best]:.4g})"
+    assert f"alibi-1, alibi-2: {chosen}" in result.out and "4 of 4 runs finished" in result.out
+    for name in ("alibi-1", "alibi-2"):
+        rate = json.loads((workdir / name / "config.json").read_text())["optimizer"]["learning_rate"]
+        assert rate == float(best.partition("=")[2])
+    assert not [name for name in tried if (workdir / name / "evaluation.json").exists()]
+    assert f"alibi-2: finished; {chosen}" in commands("sweep", *arguments, "--status").out
+    printed = commands("sweep", *arguments, "--executor=print")
+    assert [shlex.split(line)[2] for line in printed.out.splitlines()].count("seqpe_jax.evaluate") == 2
+    report = commands("report", f"--workdir={workdir}", f"--output={tmp_path / 'report'}")
+    assert report.code == 0 and [line.split(" ")[1] for line in report.out.splitlines()[2:3]] == ["alibi"], report.err
+    assert "How optimizer.learning_rate was chosen" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_commands_of_a_second_stage_are_printed_when_it_is_decided(commands, text, tmp_path):
+    path, own = tmp_path / "sweep.py", {"data.paths": (str(text),), "steps": 4, "eval.lengths": (16,), "eval.every": 4}
+    path.write_text(
+        "from seqpe_jax.sweeps.points import two_stages\nCONFIG = 'tests/tiny_text.py:alibi'\n"
+        f"def runs():\n    return two_stages({{'alibi': {own!r}}}, {{'batch_size': (8, 16)}}, maximise='eval/loss@16', "
+        "trial={}, seeds=(1,))\n"
+    )
+    result = commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'sweep'}", "--executor=print")
+    assert [shlex.split(line)[2] for line in result.out.splitlines()] == ["seqpe_jax.train"] * 2
+    [line] = [line for line in result.err.splitlines() if "alibi-1" in line]
+    assert "waits for alibi-batch_size=8 (not finished), alibi-batch_size=16 (not finished) to decide batch_size" in line
+
+
 def test_a_search_runs_its_trials_and_evaluates_the_best(commands, text, tmp_path):
     pytest.importorskip("optuna")
     workdir, path = tmp_path / "search", sweep_file(tmp_path, text, "{'seed': (0,)}", **{"eval.every": 2})
@@ -149,6 +197,7 @@ def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
     (["--slurm=partition=x"], ["--executor=slurm"]),
     (["--executor=optuna"], ["defines no SEARCH"]),
     (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--only=a"], ["--only"]),
+    (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--status"], ["--status"]),
     (["--sweep=configs/sweeps/search.py"], ["no runs()", "--executor=optuna"]),
 ])  # fmt: skip
 def test_bad_options_are_refused(commands, text, tmp_path, options, words):

@@ -99,8 +99,9 @@ class QuestionSource(abc.ABC):
     """Questions of a split, random access in Grain's sense, each the same whenever it is read.
 
     `source[i]` -> {"index": int, "input": prompt, "question": its last part, "outputs": tuple of accepted answers, "depth":
-    where in the context the gold passage stands, 0 (first) to 1 (last), or None, "kind": what is asked for}. Prompt + " " +
-    the longest answer + end token takes at most `length` tokens.
+    where in the context the gold passage stands, 0 (first) to 1 (last), or None, "kind": what is asked for, "passage": the
+    character of the prompt at which the gold passage begins, or None}. Prompt + " " + the longest answer + end token takes
+    at most `length` tokens.
 
     Attributes:
       name: of the data set and split; length: in tokens; skipped: questions left out, by reason; fingerprint: hex digits,
@@ -303,6 +304,7 @@ class _Assembled(QuestionSource):
             spare = max(0, spare - over)
         return {
             "index": index, "input": prompt, "question": tail, "outputs": answers, "depth": depth, "kind": kind,
+            "passage": sum(len(text) + len(SEPARATOR) for text in before),
         }  # fmt: skip
 
     def _text(self, passage: int) -> str:
@@ -375,6 +377,7 @@ class _Lines(QuestionSource):
         question = prompt.rpartition(SEPARATOR)[2]
         return {
             "index": number, "input": prompt, "question": question, "outputs": answers, "depth": None, "kind": "any",
+            "passage": None,
         }  # fmt: skip
 
     def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:

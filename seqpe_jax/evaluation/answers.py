@@ -1,16 +1,18 @@
-"""Scores of generated answers: the accepted answer contained in them, SQuAD's exact match and F1, by depth of the passage.
+"""Scores of generated answers: the accepted answer contained in them, SQuAD's exact match and F1; by depth and distance.
 
-A record is {"index", "question", "outputs": accepted answers, "depth": 0..1 or None, "kind"}, as of `data.qa`.
+A record is {"index", "input": prompt, "question", "outputs": accepted answers, "depth": 0..1 or None, "kind", "passage":
+character of the prompt at which the gold passage begins, or None}, as of `data.qa`.
 """
 
 import collections
+import itertools
 import json
 import os
 import pathlib
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from seqpe_jax.files import write_whole
 
 METRICS = ("contains", "exact_match", "f1")
 DEPTH_BINS = 5
+NEAREST = 32  # tokens, of the first bin of distances; each further one ends at twice as many
 
 Asked = tuple[str, str, Sequence[str]]  # question, kind, accepted answers
 
@@ -78,15 +81,40 @@ def scores(hypothesis: str, golds: Sequence[str]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def score(records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str], *, bins: int = DEPTH_BINS) -> dict[str, Any]:
+def distances(records: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> list[int | None]:
+    """Returns how far back each answer stands: tokens from its first place in the gold passage to the end of the prompt.
+
+    Args:
+      count: returns the tokens of a text.
+
+    Returns:
+      One number for each record; None where nobody knows the passage, or it does not hold an accepted answer.
+    """
+    found: list[int | None] = []
+    for record in records:
+        prompt, passage = record["input"], record.get("passage")
+        places = [] if passage is None else [prompt.find(gold, passage) for gold in record["outputs"] if gold]
+        places = [place for place in places if place >= 0]
+        found.append(count(prompt[min(places) :]) if places else None)
+    return found
+
+
+def score(
+    records: Sequence[Mapping[str, Any]],
+    hypotheses: Sequence[str],
+    *,
+    bins: int = DEPTH_BINS,
+    away: Sequence[int | None] = (),
+) -> dict[str, Any]:
     """Returns the mean scores of answers, in percent.
 
     Args:
       records, hypotheses: as many of each.
-      bins: of equal width, of the depth of the passage.
+      bins: of equal width, of the depth of the passage; away: `distances` of the records.
     Returns:
       {"examples", "contains", "exact_match", "f1", "depth": [{"from", "to", "examples", and the scores, None where there
-      are no examples}]}; "depth" is left out where records have none.
+      are no examples}], "distance": the same, by how many tokens back the answer stands}; "depth" and "distance" are left
+      out where they are not known.
     Raises:
       InputError: there are no records.
     """
@@ -101,7 +129,20 @@ def score(records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str], *, bi
             | _means([one for one, where in zip(found, places, strict=True) if where == place])
             for place in range(bins)
         ]
+    known = [(one, far) for one, far in zip(found, away, strict=False) if far is not None]
+    if known:
+        result["distance"] = _by_distance(known)
     return result
+
+
+def _by_distance(found: Sequence[tuple[Mapping[str, float], int]]) -> list[dict[str, Any]]:
+    edges = [0, NEAREST]
+    while edges[-1] <= max(far for _, far in found):
+        edges.append(2 * edges[-1])
+    return [
+        {"from": low, "to": high} | _means([one for one, far in found if low <= far < high])
+        for low, high in itertools.pairwise(edges)
+    ]
 
 
 def _means(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:

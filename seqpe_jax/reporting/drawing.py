@@ -5,6 +5,7 @@ import html
 import io
 import math
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +17,23 @@ import matplotlib.pyplot as plt
 
 from seqpe_jax.reporting.study import Study
 
-# Okabe and Ito's colours, told apart by colour-blind readers; one per encoding, the same in every plot: on white, and on
-# black. Their light orange is a little darker here, so that labels in it can be read on white.
+# One per encoding, the same in every plot: on white, and on black. The first six are Okabe and Ito's, told apart by
+# colour-blind readers; their light orange is a little darker here, so that labels in it can be read on white.
 COLOURS = {
     "seqpe": ("#D55E00", "#FF8A3C"), "rotary": ("#0072B2", "#58AEEE"), "alibi": ("#009E73", "#2ECDA0"),
     "learned": ("#CC79A7", "#EBA0CB"), "sinusoidal": ("#B87A00", "#E3B23C"), "none": ("#767676", "#A3A3A3"),
-    "rotary_axial": ("#332288", "#A79BF5"), "rotary_mixed": ("#117733", "#72C96B"), "other": ("#555555", "#BBBBBB"),
+    "rotary_axial": ("#332288", "#A79BF5"), "rotary_mixed": ("#117733", "#72C96B"), "fox": ("#882255", "#D98BB0"),
+    "cable": ("#5F4B8B", "#B9A6E8"), "kerple": ("#8B4513", "#D9A066"), "fire": ("#C2185B", "#FF7AA8"),
+    "t5": ("#00838F", "#4DC8D4"), "pope": ("#6B7A00", "#C2CF4A"), "scale_invariant": ("#3F51B5", "#9DAAF2"),
+    "alibi_grid": ("#00796B", "#4DB6AC"), "lookhere": ("#795548", "#C8A08E"), "other": ("#555555", "#BBBBBB"),
 }  # fmt: skip
 INK, GRID = "#333333", "#DDDDDD"
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))  # of further rows of one colour
+DASHES = (  # of further rows of one colour
+    "-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)), (0, (1, 3)),
+)  # fmt: skip
 SIZE, DPI = (7.2, 4.3), 140
 BANDS = 6  # more would hide each other
+ROW = "row-"  # begins matplotlib's id of what is drawn for a row
 LABEL_GAP = 13.0  # points between the middles of two labels
 DRESS = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -71,6 +78,7 @@ class Plot:
             (r' xmlns(:\w+)?="[^"]*"', ""),
             (r"\bxlink:href=", "href="),
             (r' id="image\w*"', ""),  # of its content, which a figure may show twice
+            (rf' id="{ROW}([0-9a-f]+)"', r' data-row="\1"'),
             (r'\bid="', f'id="{own}-'),
             (r'(\bhref="|url\()#', rf"\1#{own}-"),
             (r"'DejaVu Sans'[^;\"]*", "var(--sans)"),
@@ -105,6 +113,22 @@ def styles_of(study: Study) -> dict[str, tuple[str, Any]]:
         row: (colours[at % len(colours)], DASHES[at // len(colours) % len(DASHES)])
         for at, row in enumerate(row for own in rows.values() for row in own)
     }
+
+
+def key_of(row: str) -> str:
+    """Returns what a row is called in the `data-row` of its curves and labels."""
+    return f"{zlib.crc32(row.encode('utf-8', 'backslashreplace')):08x}"
+
+
+def of_row(row: str) -> dict[str, str]:
+    """Returns what tells matplotlib that something is drawn for a row, so that the page can leave it out."""
+    return {"gid": ROW + key_of(row)}
+
+
+def legend(study: Study) -> list[tuple[str, str, str]]:
+    """Returns (row, its key, the name of its colour) of the rows that are drawn."""
+    names = {light: name for name, (light, _) in COLOURS.items()}
+    return [(row, key_of(row), names[colour]) for row, (colour, _) in styles_of(study).items()]
 
 
 def length_axis(axes: plt.Axes, lengths: set[float], also: set[float]) -> None:
@@ -154,7 +178,7 @@ def label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) ->
     for (_, y, row, colour), height, old in zip(ends, heights, wanted, strict=True):
         axes.annotate(
             row, (1, y), xycoords=("axes fraction", "data"), xytext=(6, height - old), textcoords="offset points",
-            va="center", color=colour, fontweight="bold", fontsize=9, annotation_clip=False,
+            va="center", color=colour, fontweight="bold", fontsize=9, annotation_clip=False, **of_row(row),
         )  # fmt: skip
 
 

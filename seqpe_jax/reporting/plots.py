@@ -1,5 +1,6 @@
 """The plots of a report: training, extrapolation, loss by place in the window, answers, likeness of position vectors."""
 
+import functools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from seqpe_jax.reporting.costs import Benchmark, kept_and_cost, summary
 from seqpe_jax.reporting.drawing import (
     BANDS,
     DPI,
@@ -24,18 +26,20 @@ from seqpe_jax.reporting.drawing import (
     length_axis,
     mark_training,
     new_figure,
+    of_row,
     room,
     side,
     styles_of,
 )
 from seqpe_jax.reporting.study import UNITS, Run, Study
-from seqpe_jax.reporting.tables import number
+from seqpe_jax.reporting.tables import metrics_of, number
 
 
-def of_study(study: Study) -> Iterator[Plot]:
+def of_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[Plot]:
     """Draws what compares the runs. The caller closes each figure (`close`) before it takes the next."""
     for draw in (
-        extrapolation, extrapolation_answers, extrapolation_sizes, training_curves, training_terms, loss_by_position,
+        extrapolation, extrapolation_answers, extrapolation_sizes,
+        functools.partial(quality_and_cost, benchmarks=benchmarks), training_curves, training_terms, loss_by_position,
     ):  # fmt: skip
         with matplotlib.rc_context(DRESS):
             plot = draw(study)
@@ -89,6 +93,8 @@ def training_terms(study: Study) -> Plot | None:
         term = name.removeprefix("train/term/")
         dress(axes, "training step" if axes is plots[-1, 0] else "", f"{term} term")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the axis' own are formulas, which are shown as they are written
+        axes.yaxis.set_minor_formatter(NullFormatter())
         label_ends(axes, _draw_term(axes, study, found))
     rows = dict.fromkeys(row for found in curves.values() for row in found)
     terms = " and ".join(name.removeprefix("train/term/") for name in curves)
@@ -141,9 +147,10 @@ def _by_extent(study: Study, runs: Sequence[Run], metric: str, name: str, title:
         means = np.array([statistics.fmean(found[extent]) for extent in extents])
         spread = np.array([statistics.stdev(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
         colour, dash = styles[row]
-        axes.plot(extents, means, marker="o", markersize=4.5, color=colour, linestyle=dash)
+        axes.plot(extents, means, marker="o", markersize=4.5, color=colour, linestyle=dash, **of_row(row))
         if spread.any() and len(curves) <= BANDS:
-            axes.fill_between(extents, means - spread, means + spread, color=colour, alpha=0.13, linewidth=0)
+            low, high = means - spread, means + spread
+            axes.fill_between(extents, low, high, color=colour, alpha=0.13, linewidth=0, **of_row(row))
         ends.append((extents[-1], means[-1], row, colour))
     trained = {run.training["extent"] for run in runs if run.row in curves}
     length_axis(axes, {extent for found in curves.values() for extent in found}, trained)
@@ -156,6 +163,32 @@ def _by_extent(study: Study, runs: Sequence[Run], metric: str, name: str, title:
     marked = " and ".join(f"{extent:g}" for extent in sorted(trained))
     alt = f"Line chart of {y} by {x}; trained at {marked}, which is marked. {spans}. All values are in the table."
     return Plot(name, title, alt, figure)
+
+
+def quality_and_cost(study: Study, benchmarks: Sequence[Benchmark]) -> Plot | None:
+    """Draws the quality far beyond the training length against the time of a training step, as times RoPE's.
+
+    Returns:
+      None when `benchmark` did not time the training steps of two rows.
+    """
+    main = dict(reversed(metrics_of(study)))  # of each kind of data the first
+    if len(main) != 1:
+        return None
+    [(data, metric)] = main.items()
+    found = kept_and_cost(study, data, metric, benchmarks)
+    if len(found) < 2:
+        return None
+    table = summary(study, data, metric, benchmarks)
+    quality = f"{metric.title.rstrip(',')} {table.header[2]}"
+    figure, axes = new_figure("time of a training step (times RoPE's)", quality, len(found))
+    styles, ends = styles_of(study), []
+    for row, (time, value) in found.items():
+        axes.plot([time], [value], marker="o", markersize=7, color=styles[row][0], linestyle="", **of_row(row))
+        ends.append((time, value, row, styles[row][0]))
+    label_ends(axes, ends)
+    each = "; ".join(f"{row} {number(value)} at {time:.2f} times" for row, (time, value) in found.items())
+    alt = f"Scatter plot of {quality} by the time of a training step relative to RoPE's. {each}."
+    return Plot("quality_and_cost", "Quality beyond the training length, and its cost", alt, figure)
 
 
 def loss_by_position(study: Study) -> Plot | None:
@@ -173,7 +206,8 @@ def loss_by_position(study: Study) -> Plot | None:
     styles, ends = styles_of(study), []
     for row, found in curves.items():
         for places, losses in _with_mean(found):
-            axes.plot(places, losses, color=styles[row][0], linestyle=styles[row][1], **_weight(found, losses))
+            look = {"color": styles[row][0], "linestyle": styles[row][1]} | _weight(found, losses)
+            axes.plot(places, losses, **look, **of_row(row))
         ends.append((places[-1], losses[-1], row, styles[row][0]))
     trained = {run.training["extent"] for run in runs if run.row in curves}
     first = max(1, min(places[0] for found in curves.values() for places, _ in found))
@@ -327,7 +361,7 @@ def _draw_term(
     for row, found in curves.items():
         colour, dash = styles[row]
         for steps, values in _with_mean(found):
-            axes.plot(steps, values, color=colour, linestyle=dash, **_weight(found, values))
+            axes.plot(steps, values, color=colour, linestyle=dash, **_weight(found, values), **of_row(row))
         ends.append((steps[-1], values[-1], row, colour))
     return ends
 

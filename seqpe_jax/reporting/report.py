@@ -1,5 +1,7 @@
 """Writes the report of a study: markdown with PNG plots, CSV, and one HTML page that holds everything."""
 
+import base64
+import hashlib
 import pathlib
 import urllib.parse
 from collections.abc import Iterable
@@ -9,11 +11,16 @@ import jinja2
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import write_whole
-from seqpe_jax.reporting import drawing, plots, tables
+from seqpe_jax.reporting import choices, costs, drawing, plots, tables
 from seqpe_jax.reporting.study import Run, Study, differences, read_study
+from seqpe_jax.reporting.verdicts import verdicts
 from seqpe_jax.runtime.progress import ProgressLine
 
-TEMPLATE = "page.html"
+TEMPLATE, SCRIPT = "page.html", "page.js"
+UNMEASURED = (
+    "What encodings cost beside RoPE is told by a benchmark in which they take turns; where the report finds it beside the "
+    "runs, it shows time and memory beside quality. Not measured yet:"
+)
 NOT_EVALUATED = (
     "No run has been evaluated yet: `python -m seqpe_jax.evaluate --checkpoint=RUN --output=RUN/evaluation.json`\n"
 )
@@ -25,7 +32,7 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
     Raises:
       InputError: see `runs.read_study`; or `output` is not a folder that can be written.
     """
-    study = read_study(workdir)
+    study, benchmarks = read_study(workdir), costs.read_benchmarks(workdir)
     output = pathlib.Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -34,13 +41,15 @@ def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str
     parts = {
         "study": study,
         "notes": notes(study),
-        "leaders": _leaders(study),
-        "measured": [tables.by_scale(study, data, metric) for data, metric in tables.metrics_of(study)],
+        "verdicts": _verdicts(study),
+        "measured": _measured(study, benchmarks),
         "cost": tables.cost(study),
+        "unmeasured": costs.command(study, workdir, benchmarks),
+        "choices": choices.choices(study),
         "points": tables.points(study),
         "differing": tables.differing(study),
         "shared": tables.shared(study),
-        **_figures(study, output),
+        **_figures(study, benchmarks, output),
     }
     write_whole(output / "results.csv", tables.results_csv(study))
     write_whole(output / "report.md", _markdown(parts))
@@ -63,21 +72,39 @@ def notes(study: Study) -> list[str]:
             lines.append(f"{run.name} is not evaluated")
         if at is not None and done is not None and at != done:
             lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
+    lines += choices.notes(study)
     guessed = {run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation}
     lines += [f"Guessing without the passage finds {share:.1f}% of the answers" for share in sorted(guessed)]
     return lines
 
 
-def _leaders(study: Study) -> list[tuple[str, str]]:
-    """Metrics, and which row leads where."""
+def _verdicts(study: Study) -> list[tuple[str, list[str]]]:
+    """The main metric of each kind of data, and who wins where."""
     found = [
-        (f"{metric.title.rstrip(',')}, {metric.direction}", tables.leaders(study, data, metric))
-        for data, metric in tables.metrics_of(study)
+        (f"{metric.title.rstrip(',')}, {metric.direction}", verdicts(study, data, metric))
+        for data, metric in _main_metrics(study)
     ]
-    return [(metric, leads) for metric, leads in found if leads]
+    return [(metric, sentences) for metric, sentences in found if sentences]
 
 
-def _figures(study: Study, output: pathlib.Path) -> dict[str, Any]:
+def _main_metrics(study: Study) -> list[tuple[str, tables.Metric]]:
+    measured = tables.metrics_of(study)
+    return [next(one for one in measured if one[0] == data) for data in dict.fromkeys(data for data, _ in measured)]
+
+
+def _measured(study: Study, benchmarks: list[costs.Benchmark]) -> list[tables.Table]:
+    """The tables of results: the main metric by length, what is kept of it and what that costs, then the others."""
+    main = _main_metrics(study)
+    kept = [costs.summary(study, data, metric, benchmarks) for data, metric in main]
+    others = [one for one in tables.metrics_of(study) if one not in main]
+    found = [
+        *(tables.by_scale(study, data, metric) for data, metric in main), *kept, tables.by_distance(study),
+        *(tables.by_scale(study, data, metric) for data, metric in others),
+    ]  # fmt: skip
+    return [table for table in found if table is not None]
+
+
+def _figures(study: Study, benchmarks: list[costs.Benchmark], output: pathlib.Path) -> dict[str, Any]:
     """Draws all plots and writes their PNGs; returns those of the study and, of runs, [title, [(run, plot), ...]]."""
     drawn = []
     of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}
@@ -89,7 +116,7 @@ def _figures(study: Study, output: pathlib.Path) -> dict[str, Any]:
         plots.close(plot)
         return kept
 
-    for plot in plots.of_study(study):
+    for plot in plots.of_study(study, benchmarks):
         drawn.append(keep(plot))
     for number, run in enumerate(study.runs, 1):
         progress.update(number)
@@ -104,13 +131,16 @@ def _markdown(parts: dict[str, Any]) -> str:
     """The page as markdown, beside its plots."""
     plain = tables.plain
     shown = [f"# {plain(parts['study'].name)}\n", *(f"> {plain(note)}\n" for note in parts["notes"])]
-    shown += [f"- {plain(metric)}: {plain(leads)}\n" for metric, leads in parts["leaders"]]
+    for metric, sentences in parts["verdicts"]:
+        shown.append("".join(f"{line}\n" for line in (f"{plain(metric)}:", "", *(f"- {plain(one)}" for one in sentences))))
     if not parts["measured"]:
         shown.append(NOT_EVALUATED)
-    for table in (*parts["measured"], parts["cost"], parts["points"], parts["differing"]):
+    for table in (*parts["measured"], parts["cost"], *parts["choices"], parts["points"], parts["differing"]):
         if table.rows:
             note = [f"{plain(table.note)}\n"] if table.note else []
             shown += [f"## {plain(table.title)}\n", *note, tables.markdown(table)]
+            if table is parts["cost"] and parts["unmeasured"]:
+                shown += [f"{UNMEASURED}\n", f"```\n{parts['unmeasured']}\n```\n"]
 
     def figure(title: str, plot: dict[str, str]) -> str:
         alt = plain(plot["alt"].replace("[", "(").replace("]", ")"))
@@ -130,11 +160,17 @@ def _html(parts: dict[str, Any]) -> str:
     study: Study = parts["study"]
     contents = {
         "notes": "Before comparing" * bool(parts["notes"]), "results": "Results", "costs": "Cost",
-        "curves": "Curves" * bool(parts["drawn"]),
+        "choices": "Choices" * bool(parts["choices"]), "curves": "Curves" * bool(parts["drawn"]),
         **{f"of-runs-{at}": title for at, title in enumerate(parts["of_runs"], 1)}, "runs": "Runs", "configs": "Configs",
     }  # fmt: skip
+    script = pathlib.Path(__file__).with_name(SCRIPT).read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return templates.get_template(TEMPLATE).render(
         about=_about(study),
+        script=script,
+        script_hash=f"sha256-{digest}",  # the one that the page may run
+        legend=drawing.legend(study),
+        unmeasured_words=UNMEASURED,
         colours={"light": drawing.variables(dark=False), "dark": drawing.variables(dark=True)},
         contents=[(id_, title) for id_, title in contents.items() if title],
         firsts={study.of(row)[0].name for row in study.rows if study.of(row)},

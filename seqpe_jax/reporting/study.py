@@ -15,7 +15,7 @@ import numpy as np
 from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.progress import read_metrics
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flat, nested
 
 SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
 QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
@@ -23,6 +23,7 @@ UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
 UNSET = "unset"
+UNDECIDED = "not decided yet"
 CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
 # Equal in all runs, or their numbers do not compare.
 COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
@@ -38,6 +39,7 @@ class Run:
         square or cube that holds as much, and their "label".
       similarity, attention: arrays of similarity.npz and attention.npz, or None.
       failure: what a sweep says of a run that failed; started: False for a point of a sweep that has no run yet.
+      tried: it is of a sweep's first stage, which is measured while it trains and not evaluated afterwards.
       row: the run's row in tables; runs that differ in the seed alone share it.
     """
 
@@ -49,6 +51,7 @@ class Run:
     attention: dict[str, np.ndarray] | None
     failure: str = ""
     started: bool = True
+    tried: bool = False
     row: str = ""
 
     @property
@@ -128,7 +131,7 @@ class Run:
             return f"failed at step {self.steps_done or 0} of {self.steps_planned}: {self.failure}"
         if self.unfinished:
             return f"unfinished: step {self.steps_done or 0} of {self.steps_planned}"
-        return "finished" if self.results else "not evaluated"
+        return "finished" if self.results or self.tried else "not evaluated"
 
     def _of_reports(self, name: str, choose: Callable[[list[float]], float]) -> Any:
         values = [line[name] for line in self.metrics if name in line]
@@ -137,10 +140,22 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The runs that a report is about, in its order; those that a sweep has not started too."""
+    """The runs that a report is about, in its order; those that a sweep has not started too.
+
+    Attributes:
+      trials: runs of a sweep's first stage, which only decide fields of the others; points: of the sweep, as its record has
+        them, by name; empty where there is none.
+    """
 
     name: str
     runs: list[Run]
+    trials: list[Run] = dataclasses.field(default_factory=list)
+    points: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def config(self) -> str:
+        """The config file of the sweep's first run; "" where nobody knows."""
+        return next((point.get("config", "") for point in self.points.values()), "")
 
     @property
     def rows(self) -> list[str]:
@@ -168,18 +183,22 @@ def read_study(workdir: str | pathlib.Path) -> Study:
     if not workdir.is_dir():
         raise InputError(f"no such directory: {workdir} (--workdir takes a run's folder, or a folder of runs)")
     points = _points(workdir)
+    trials: list[Run] = []
     if points is not None:
+        deciding = _deciding(points, workdir / SWEEP)
         runs = [
-            read_run(workdir / name) if (workdir / name / "config.json").exists() else _not_started(workdir / name, config)
-            for name, config in points.items()
+            read_run(workdir / name) if (workdir / name / "config.json").exists() else _not_started(workdir / name, point)
+            for name, point in points.items()
         ]
+        trials = [dataclasses.replace(run, tried=True) for run in runs if run.name in deciding]
+        runs = [run for run in runs if run.name not in deciding]
     else:
         folders = [workdir] if (workdir / "config.json").exists() else sorted(workdir.iterdir())
         runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
     if not runs:
         raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
     runs = sorted(runs, key=lambda run: run.encoding != "seqpe")
-    return Study(workdir.resolve().name, _rows(runs, chosen=points is not None))
+    return Study(workdir.resolve().name, _rows(runs, chosen=points is not None), trials, points or {})
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -273,15 +292,30 @@ def _short(name: str, among: Sequence[str]) -> str:
 
 
 def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
-    """Name -> config of the points of a sweep's folder; None for another folder."""
+    """Name -> point of a sweep's folder, as its record has it; None for another folder."""
     path = workdir / SWEEP
     if not path.exists():
         return None
     points = _object(path.read_bytes(), str(path), {"points": dict})["points"]
-    return {name: _checked(field(point, "settings"), f"{path}, point '{name}',", CONFIG) for name, point in points.items()}
+    for name, point in points.items():
+        _checked(field(point, "settings"), f"{path}, point '{name}',", CONFIG)
+    return points
 
 
-def _not_started(folder: pathlib.Path, config: dict[str, Any]) -> Run:
+def _deciding(points: dict[str, dict[str, Any]], path: pathlib.Path) -> set[str]:
+    """Names of the points whose runs decide fields of others. Raises: InputError: points name what is not there."""
+    try:
+        named = {run for point in points.values() for best in point.get("best", {}).values() for run in best["runs"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} does not say which runs decide: it is not as this package writes it") from error
+    if lost := named - points.keys():
+        raise InputError(f"{path} has no point '{min(lost)}', which decides others: it is not as this package writes it")
+    return named
+
+
+def _not_started(folder: pathlib.Path, point: dict[str, Any]) -> Run:
+    open_fields = point.get("best", {}).keys() - point.get("decided", {}).keys()
+    config = nested(flat(point["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
     return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
 

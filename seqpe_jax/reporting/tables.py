@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from seqpe_jax.reporting.study import UNITS, UNSET, Run, Study, shown
+from seqpe_jax.reporting.study import UNITS, UNSET, Study, shown
 from seqpe_jax.trees import flat
 
 MISSING = "-"
@@ -131,7 +131,8 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
     Runs that differ in the seed alone share a row: their mean and standard deviation. What was not evaluated is shown
     as missing, and where some of a row's runs were not, how many were; a single row has no best.
     """
-    runs, found, extents = _found(study, data, metric)
+    runs = [run for run in study.runs if run.data == data]
+    found, extents = values_of(study, data, metric)
     names = list(dict.fromkeys(run.row for run in runs))
     trained = {run.training["extent"] for run in runs}
     best = _best(found, metric)
@@ -152,25 +153,49 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
 
     return Table(
         f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
-        [_heading(study), *map(title, extents)],
+        [heading(study), *map(title, extents)],
         [[Cell(name), *(cell(name, label) for label in extents)] for name in names],
         _seeds(study, names),
     )
 
 
-def leaders(study: Study, data: str, metric: Metric) -> str:
-    """Returns in a sentence which row is best where, and which are not told apart from it; "" for a single row."""
-    _, found, extents = _found(study, data, metric)
-    if len({name for name, _ in found}) < 2:
-        return ""
-    places: dict[str, list[str]] = {}
-    for label, best in _best(found, metric).items():
-        others = [name for name, at in found if at == label and name not in best]
-        near = [name for name in others if any(_near(found[first, label], found[name, label]) for first in best)]
-        if best:
-            leads = ", ".join(best) + (f" (within one standard deviation: {', '.join(near)})" if near else "")
-            places.setdefault(leads, []).append(label)
-    return "; ".join(f"at {', '.join(sorted(labels, key=extents.get))} {names}" for names, labels in places.items())
+def by_distance(study: Study) -> Table | None:
+    """Returns row x distance from the question back to the answer: answers found at the longest evaluated length.
+
+    Mean and standard deviation over runs of their shares in percent; the number of questions of a column is the mean over
+    runs. None where nothing was scored by distance.
+    """
+    runs = [run for run in study.counted if run.data == "questions"]
+    longest = max((result["extent"] for run in runs for result in run.results if result.get("distance")), default=0)
+    found: dict[tuple[str, int], list[float]] = {}
+    counts: dict[tuple[int, int], list[int]] = {}
+    for run in runs:
+        for result in run.results:
+            for part in (result.get("distance") or []) if result["extent"] == longest else []:
+                counts.setdefault((part["from"], part["to"]), []).append(part["examples"])
+                if part["contains"] is not None:
+                    found.setdefault((run.row, part["from"]), []).append(part["contains"])
+    if not found:
+        return None
+
+    def cell(row: str, low: int) -> Cell:
+        values = found.get((row, low))
+        if not values:
+            return Cell(MISSING)
+        after = f" ± {number(statistics.stdev(values), 1)}" if len(values) > 1 else ""
+        return Cell(number(statistics.fmean(values), 1), statistics.fmean(values), after=after)
+
+    def title(low: int, high: int, asked: Sequence[int]) -> str:
+        return f"{low} to {high - 1} (n={statistics.fmean(asked):.0f})"
+
+    trained = " or ".join(dict.fromkeys(run.training["label"] for run in runs))
+    return Table(
+        "Answers found, in percent, by distance to the answer",
+        [heading(study), *(title(*edges, asked) for edges, asked in sorted(counts.items()))],
+        [[Cell(row), *(cell(row, low) for low, _ in sorted(counts))] for row in dict.fromkeys(run.row for run in runs)],
+        f"Tokens from the answer, in its passage, to the end of the question, in prompts of {longest:g} tokens; trained at "
+        f"{trained}. n: questions, on average over runs.",
+    )
 
 
 def cost(study: Study) -> Table:
@@ -200,7 +225,7 @@ def cost(study: Study) -> Table:
     unit = "/".join(sorted({UNITS[run.data] for run in study.runs})) + " per s"
     return Table(
         "Cost of training",
-        [_heading(study), "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
+        [heading(study), "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
         rows,
         "Step and rate: medians of what a run reported. Time: of finished runs. Memory: the most that a device held, where "
         "the backend counts it (the CPU's does not).",
@@ -208,17 +233,17 @@ def cost(study: Study) -> Table:
 
 
 def points(study: Study) -> Table:
-    """Returns one line per run, or point of a sweep that has none yet: how far it is."""
+    """Returns one line per run, those of a first stage last, or point of a sweep that has none yet: how far it is."""
 
     def cell(value: float | None, form: str) -> Cell:
         return Cell(MISSING) if value is None else Cell(format(value, form), value)
 
     rows = [
         [
-            Cell(run.name), Cell(run.row), cell(run.seed, "d"), Cell(run.state), cell(run.steps_done, ",d"),
-            cell(run.evaluation.get("step"), ",d"), cell(run.seconds, ",.0f"),
+            Cell(run.name), Cell(run.row or "first stage"), cell(run.seed, "d"), Cell(run.state),
+            cell(run.steps_done, ",d"), cell(run.evaluation.get("step"), ",d"), cell(run.seconds, ",.0f"),
         ]
-        for run in study.runs
+        for run in (*study.runs, *study.trials)
     ]  # fmt: skip
     header = ["run", "row", "seed", "state", "steps", "evaluated at step", "training seconds"]
     return Table("Runs", header, rows, words=(1, 3))
@@ -263,10 +288,8 @@ def _no_formula(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-def _found(
-    study: Study, data: str, metric: Metric
-) -> tuple[list[Run], dict[tuple[str, str], list[float]], dict[str, float]]:
-    """The runs on such data, the values of each (row, label), and the extents by label, rising."""
+def values_of(study: Study, data: str, metric: Metric) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
+    """Returns the values of each (row, label) of the runs that count, and the extents by label, rising."""
     runs = [run for run in study.runs if run.data == data]
     found: dict[tuple[str, str], list[float]] = {}
     for run in study.counted:
@@ -274,7 +297,7 @@ def _found(
             if run.data == data and metric.key in result:
                 found.setdefault((run.row, result["label"]), []).append(result[metric.key])
     extents = {result["label"]: result["extent"] for run in runs for result in run.results}
-    return runs, found, dict(sorted(extents.items(), key=lambda item: item[1]))
+    return found, dict(sorted(extents.items(), key=lambda item: item[1]))
 
 
 def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
@@ -288,14 +311,8 @@ def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str
     return best
 
 
-def _near(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether two means are no further apart than the larger of their standard deviations."""
-    spreads = [statistics.stdev(found) for found in (values, others) if len(found) > 1]
-    return bool(spreads) and abs(statistics.fmean(values) - statistics.fmean(others)) <= max(spreads)
-
-
-def _heading(study: Study) -> str:
-    """What rows are named by."""
+def heading(study: Study) -> str:
+    """Returns what rows are named by."""
     return "encoding" if all(run.row.split(" ")[0] == run.encoding for run in study.runs) else "run"
 
 

@@ -4,12 +4,13 @@ import contextlib
 import os
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
+from seqpe_jax.sweeps.stages import Stages
 
 TURN = 0.1  # seconds between looks at the commands
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -137,36 +138,54 @@ class View:
         self._line.close()
 
 
-def work(runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int) -> str | None:
+def work(runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int, stages: Stages | None = None) -> str | None:
     """Works runs off; returns the name of the signal that stopped it. What became of a run is in its folder.
 
-    A run that another process works on is waited for, and begun afterwards if it still needs it.
+    A run that another process works on is waited for, and begun afterwards if it still needs it. One that waits for others
+    of the sweep to decide its fields is begun when they have ended, and left if they cannot.
 
     Args:
-      runs: all of the sweep, for the view; todo: those to do.
+      runs: all of the sweep, for the view; todo: those to do; stages: what they wait for.
     """
     names = {run.name for run in todo}
     outcomes = outcomes_of([run for run in runs if run.name not in names])
-    waiting, elsewhere, looked = deque(todo), [], 0.0
+    waiting, elsewhere, looked = _settled(stages, list(todo), ()), [], 0.0
     with Jobs(jobs) as at_work, contextlib.closing(View({run.name: run.steps for run in runs})) as view:
-        while at_work.runs or (not at_work.told and (waiting or elsewhere)):
-            outcomes |= {run.name: outcome for run, outcome in at_work.ended() if outcome != "stopped"}
+        while at_work.runs or (not at_work.told and (_first_ready(waiting) or elsewhere)):
+            ended = list(at_work.ended())
+            outcomes |= {run.name: outcome for run, outcome in ended if outcome != "stopped"}
             if elsewhere and time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
-                waiting.extend(run for run in elsewhere if not is_busy(run))
-                elsewhere = [run for run in elsewhere if run not in waiting]
-            while waiting and at_work.free:
-                run = waiting.popleft()
+                waiting += (free := [run for run in elsewhere if not is_busy(run)])
+                elsewhere = [run for run in elsewhere if run not in free]
+            if ended:
+                waiting = _settled(stages, waiting, [*at_work.runs, *elsewhere])
+            while at_work.free and (run := _first_ready(waiting)):
+                waiting.remove(run)
                 try:
                     if run.left():
                         at_work.start(run)
                     else:  # another process has finished it
                         outcomes[run.name] = "finished"
+                        waiting = _settled(stages, waiting, [*at_work.runs, *elsewhere])
                 except Busy:
                     elsewhere.append(run)
             view.show(outcomes, [*at_work.runs, *elsewhere])
             time.sleep(TURN)
         return at_work.told
+
+
+def _settled(stages: Stages | None, waiting: list[SweepRun], at_work: Sequence[SweepRun]) -> list[SweepRun]:
+    """Decides what can be decided, says it, and returns the waiting runs with it."""
+    if stages is None or not any(run.point.best for run in waiting):
+        return waiting
+    for line in stages.settle({run.name for run in (*waiting, *at_work)}):
+        print(f"  {line}", flush=True)
+    return stages.now(waiting)
+
+
+def _first_ready(waiting: Sequence[SweepRun]) -> SweepRun | None:
+    return next((run for run in waiting if not run.point.best), None)
 
 
 def outcomes_of(runs: Sequence[SweepRun]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax import config
@@ -12,6 +12,8 @@ from seqpe_jax.axes import scale_label
 from seqpe_jax.config import Config
 from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.tasks import task_class
+from seqpe_jax.trees import flat, nested
 
 Overrides = dict[str, Any]
 CHOSEN = ("config", "variant")  # names beside the fields: another config file than the sweep's, a variant of it
@@ -19,17 +21,40 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,+-]{0,99}")  # it becomes a folder
 
 
 @dataclasses.dataclass(frozen=True)
+class Best:
+    """As an override: the value that this field has in the best of other runs, once they have ended.
+
+    Attributes:
+      runs: their names.
+      minimise, maximise: one of them names a metric of validation in metrics.jsonl, e.g. "eval/loss@64"; what a run
+        measured at its last step counts.
+    """
+
+    runs: tuple[str, ...]
+    minimise: str = ""
+    maximise: str = ""
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return self.minimise or self.maximise
+
+
+@dataclasses.dataclass(frozen=True)
 class Point:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder; config: `FILE.py[:variant]`; overrides: values by dotted field; settings: the whole config.
+      name: of its folder; config: `FILE.py[:variant]`; overrides: values by dotted field.
+      settings: the whole config; as long as fields are open, with a value that they may come to have.
+      best: what decides the fields that are open.
     """
 
     name: str
     config: str
     overrides: Overrides
     settings: Config
+    best: Mapping[str, Best] = dataclasses.field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:
@@ -122,6 +147,49 @@ def _values(field: str, values: Iterable[Any]) -> list[Any]:
     return list(values)
 
 
+def two_stages(
+    ways: Mapping[str, Overrides],
+    tried: Mapping[str, Iterable[Any]],
+    *,
+    trial: Overrides,
+    seeds: Iterable[int],
+    minimise: str = "",
+    maximise: str = "",
+    like: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, Overrides]]:
+    """Yields the runs of a study that compares each way at the value of a field that is its own best.
+
+    First, of each way, a run WAY-FIELD=VALUE for each value; then, of each seed, a run WAY-SEED of all ways, with the value
+    that did best (see `Best`).
+
+    Args:
+      ways: overrides by name; tried: one field and its values.
+      trial: overrides of the first stage alone, such as its seed and when it measures; seeds: of the second stage.
+      minimise, maximise: one of them names the metric that decides.
+      like: ways that are not tried themselves, and another one whose best value they take.
+
+    Raises:
+      InputError: not one field, or a way that is like none of the others.
+    """
+    like = dict(like or {})
+    if len(tried) != 1:
+        raise InputError(f"two_stages tries the values of one field, got {', '.join(tried) or 'none'}")
+    [(field, given)] = tried.items()
+    values = {f"{field.rpartition('.')[2]}={v:g}" if isinstance(v, float) else f"{field.rpartition('.')[2]}={v}": v
+              for v in _values(field, given)}  # fmt: skip
+    for way, other in like.items():
+        if way not in ways or other not in ways or other in like:
+            raise InputError(f"two_stages: '{way}' cannot be like '{other}', which must be a way that is tried itself")
+    for way, overrides in ways.items():
+        if way not in like:
+            for label, value in values.items():
+                yield f"{way}-{label}", {**overrides, **trial, field: value}
+    for seed in seeds:
+        for way, overrides in ways.items():
+            trials = tuple(f"{like.get(way, way)}-{label}" for label in values)
+            yield f"{way}-{seed}", {**overrides, "seed": seed, field: Best(trials, minimise, maximise)}
+
+
 def read(path: str) -> SweepFile:
     """Returns a sweep file with all its points checked.
 
@@ -141,17 +209,76 @@ def read(path: str) -> SweepFile:
 
 
 def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iterator[Point]:
-    seen = set()
+    given: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         if not (isinstance(run, tuple) and len(run) == 2 and isinstance(run[1], Mapping)):
             raise InputError(f"runs() must yield (name, overrides), got {run!r}")
         name, overrides = run
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise InputError(f"'{name}' cannot name a run: letters, digits and _.=,+- only, at most 100 (of a folder)")
-        if name.casefold() in seen:
+        if name.casefold() in map(str.casefold, given):
             raise InputError(f"two runs are named '{name}': give each point a name of its own")
-        seen.add(name.casefold())
-        yield make(name, base, overrides)
+        given[name] = overrides
+    best = {name: _open_fields(overrides) for name, overrides in given.items()}
+    made = {name: make(name, base, overrides) for name, overrides in given.items() if not best[name]}
+    for name, overrides in given.items():
+        yield made[name] if name in made else _open_point(name, base, overrides, best[name], made)
+
+
+def _open_fields(overrides: Mapping[str, Any]) -> dict[str, Best]:
+    return {field: value for field, value in overrides.items() if isinstance(value, Best)}
+
+
+def _open_point(
+    name: str, base: str, overrides: Mapping[str, Any], best: Mapping[str, Best], made: Mapping[str, Point]
+) -> Point:
+    """Returns a point whose fields other runs decide, checked with every value that they may come to have."""
+    given = {field: value for field, value in overrides.items() if field not in best}
+    values: dict[str, list[Any]] = {}
+    for field, one in best.items():
+        if field not in config.field_names():
+            raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, config.field_names())}")
+        try:
+            _check_best(one, made)
+        except InputError as error:
+            raise InputError(f"run '{name}': {field}: {error}") from error
+        values[field] = [value_of(made[run].settings, field) for run in one.runs]
+    point = make(name, base, given | {field: found[0] for field, found in values.items()})
+    leaves = flat(config.to_dict(point.settings), ".")
+    for field, found in values.items():
+        for value in found:
+            try:
+                config.from_dict(nested(leaves | {field: value}, "."))
+            except InputError as error:
+                raise InputError(f"run '{name}', where {field} may come to be {value}: {error}") from error
+    return dataclasses.replace(
+        point, overrides={field: value for field, value in point.overrides.items() if field not in best}, best=best
+    )
+
+
+def value_of(settings: Config, field: str) -> Any:
+    """Returns the value of a dotted field."""
+    return flat(config.to_dict(settings), ".")[field]
+
+
+def _check_best(best: Best, made: Mapping[str, Point]) -> None:
+    """Refuses what cannot decide a field. Raises: InputError."""
+    if not isinstance(best.runs, Sequence) or isinstance(best.runs, str) or not best.runs:
+        raise InputError(f"Best needs the names of the runs that decide, got {best.runs!r}")
+    if bool(best.minimise) == bool(best.maximise):
+        raise InputError("Best needs one metric, either minimise='eval/NAME@LENGTH' or maximise=...")
+    for run in best.runs:
+        if run not in made:
+            raise InputError(
+                f"it waits for run '{run}', which this sweep does not have, or which waits itself.{suggest(str(run), made)}"
+            )
+        settings = made[run].settings
+        check_metric(best.metric, settings)
+        if settings.steps % settings.eval.every:
+            raise InputError(
+                f"run '{run}' does not measure at its last step: make steps={settings.steps} a multiple of "
+                f"eval.every={settings.eval.every}"
+            )
 
 
 def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
@@ -191,16 +318,25 @@ def _check_search(search: Any, base: str) -> None:
         for value in _values(field, values):
             if not isinstance(value, (bool, int, float, str)):
                 raise InputError(f"SEARCH: choices of '{field}' must be numbers, strings or booleans, got {value!r}")
-            settings = make(f"{field}={value}", base, {**search.overrides, field: value}).settings
-            if not 0 < settings.eval.every <= settings.steps:
-                raise InputError(
-                    f"SEARCH decides by {search.metric}, measured while training: set eval.every in its overrides, at "
-                    f"most steps={settings.steps}"
-                )
-            labels = [scale_label(scale) for scale in settings.scales]
-            if not re.fullmatch(r"eval/\w+@[\dx]+", search.metric) or search.metric.partition("@")[2] not in labels:
-                known = ", ".join(f"eval/NAME@{label}" for label in labels)
-                raise InputError(f"SEARCH: '{search.metric}' is not measured while training. Known: {known}")
+            made = make(f"SEARCH with {field}={value}", base, {**search.overrides, field: value})
+            check_metric(search.metric, made.settings)
+
+
+def check_metric(metric: str, settings: Config) -> None:
+    """Refuses a metric that such a run does not measure while it trains. Raises: InputError."""
+    if not 0 < settings.eval.every <= settings.steps:
+        raise InputError(
+            f"{metric} decides, which is measured while training: set eval.every in the overrides of those runs, at most "
+            f"steps={settings.steps}"
+        )
+    labels = [scale_label(scale) for scale in settings.scales]
+    name, label = metric.removeprefix("eval/").partition("@")[::2]
+    if not re.fullmatch(r"eval/\w+@[\dx]+", metric) or label not in labels:
+        known = ", ".join(f"eval/NAME@{label}" for label in labels)
+        raise InputError(f"'{metric}' is not measured while training. Known: {known}")
+    measured = task_class(settings).measured
+    if name not in measured:
+        raise InputError(f"'{metric}' is not measured while training.{suggest(name, measured)}")
 
 
 def _word(value: Any) -> str:

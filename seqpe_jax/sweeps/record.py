@@ -1,16 +1,24 @@
-"""What a sweep's folder remembers of its points, so that a sweep edited after it started mixes nothing up."""
+"""What a sweep's folder remembers of its points, so that a sweep edited after it started mixes nothing up.
+
+A point whose fields other runs decide has them under "best": FIELD -> {"runs", "minimise" or "maximise"}, and once they are
+decided under "decided": FIELD -> {"value", "run" (the best), "metric", "measured" (run -> number, null where it failed)}.
+"""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import write_whole
-from seqpe_jax.sweeps.points import Point, Range, Search, SweepFile
+from seqpe_jax.sweeps.points import Best, Point, Range, Search, SweepFile
 
 FILE = "sweep.json"
+
+Decision = dict[str, Any]
+Decisions = dict[str, Decision]  # of a point, by field
 
 
 def remember(workdir: str | pathlib.Path, sweep: SweepFile, points: tuple[Point, ...]) -> list[str]:
@@ -43,24 +51,31 @@ def remember(workdir: str | pathlib.Path, sweep: SweepFile, points: tuple[Point,
             raise InputError(
                 f"{sweep.path}: SEARCH has changed since {workdir} was begun, in {'; '.join(lines)}: use a new --workdir"
             )
-    told = {
-        point.name: {
-            "config": point.config, "overrides": point.overrides, "settings": config.to_dict(point.settings)
-        }
-        for point in points
-    }  # fmt: skip
+    told = {point.name: _told(point, kept["points"].get(point.name, {})) for point in points}
     gone = [name for name in kept["points"] if name not in told]
     _write(workdir, {"sweep": sweep.path, "search": search or kept.get("search"), "points": kept["points"] | told})
     return gone
 
 
-def recorded(workdir: str | pathlib.Path) -> list[Point]:
-    """Returns the points that WORKDIR/sweep.json holds. Raises: InputError: it is damaged."""
+def decisions(workdir: str | pathlib.Path) -> dict[str, Decisions]:
+    """Returns what has been decided, by the names of points. Raises: InputError: the record is damaged."""
+    path = pathlib.Path(workdir)
+    if not (path / FILE).exists():
+        return {}
+    return {name: point["decided"] for name, point in _read(path)["points"].items() if "decided" in point}
+
+
+def decide(workdir: str | pathlib.Path, decided: Mapping[str, Decisions], points: Mapping[str, Point]) -> None:
+    """Writes decisions beside the points that they settle.
+
+    Args:
+      decided: by the names of points; points: these, with their fields as decided.
+    """
     workdir = pathlib.Path(workdir)
-    return [
-        Point(name, old["config"], old["overrides"], _settings(workdir, name, old))
-        for name, old in _read(workdir)["points"].items()
-    ]
+    kept = _read(workdir)
+    for name, own in decided.items():
+        kept["points"][name] |= {"settings": config.to_dict(points[name].settings), "decided": own}
+    _write(workdir, kept)
 
 
 def _read(workdir: pathlib.Path) -> dict[str, Any]:
@@ -79,6 +94,20 @@ def _read(workdir: pathlib.Path) -> dict[str, Any]:
     return kept
 
 
+def _told(point: Point, old: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a point as the record has it; what was decided stays."""
+    told = {"config": point.config, "overrides": point.overrides, "settings": config.to_dict(point.settings)}
+    if point.best:
+        told["best"] = {field: _plain_best(best) for field, best in point.best.items()}
+    if "decided" in old:
+        told |= {"settings": old["settings"], "decided": old["decided"]}
+    return told
+
+
+def _plain_best(best: Best) -> dict[str, Any]:
+    return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric}
+
+
 def _write(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     """Writes the record, whole or not at all, with one line for each point."""
     points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in values["points"].items())
@@ -95,8 +124,12 @@ def _settings(workdir: pathlib.Path, name: str, old: dict[str, Any]) -> config.C
 
 
 def _differences(workdir: pathlib.Path, point: Point, old: dict[str, Any]) -> list[str]:
-    before = _settings(workdir, point.name, old)  # fields that a later version added have their defaults
-    return config.difference(config.to_dict(before), config.to_dict(point.settings))
+    before = config.to_dict(_settings(workdir, point.name, old))  # fields that a later version added have their defaults
+    now = config.to_dict(point.settings)
+    best = {field: _plain_best(one) for field, one in point.best.items()}
+    lines = config.difference(old.get("best", {}), best)
+    decided = tuple(f"{field}: " for field in old.get("decided", {}))
+    return lines + [line for line in config.difference(before, now) if not line.startswith(decided)]
 
 
 def _plain(search: Search | None) -> dict[str, Any] | None:

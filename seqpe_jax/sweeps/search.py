@@ -6,13 +6,12 @@ import pathlib
 import time
 from typing import Any
 
-from seqpe_jax.errors import Failure, InputError, suggest
+from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.sweeps import record
 from seqpe_jax.sweeps.local import LOOK, TURN, Jobs, View
 from seqpe_jax.sweeps.points import Range, Search, SweepFile, make
 from seqpe_jax.sweeps.runs import Busy, SweepRun
-from seqpe_jax.tasks import task_class
 
 FILE = "optuna.db"  # the study, in the sweep's folder
 UNPRUNED = 4  # trials that run to their end before others are compared with them
@@ -22,7 +21,7 @@ def check(sweep: SweepFile) -> tuple[Search, int]:
     """Returns the search of a sweep, and the steps of a trial.
 
     Raises:
-      InputError: there is none, Optuna is not here, or the metric is not measured.
+      InputError: there is none, or Optuna is not here.
     """
     if sweep.search is None:
         raise InputError(f"--executor=optuna: {sweep.path} defines no SEARCH (see configs/sweeps/search.py)")
@@ -33,10 +32,6 @@ def check(sweep: SweepFile) -> tuple[Search, int]:
     field, values = next(iter(sweep.search.ranges.items()))
     first = values.low if isinstance(values, Range) else values[0]
     settings = make("search", sweep.config, {**sweep.search.overrides, field: first}).settings
-    known = task_class(settings).measured
-    name = sweep.search.metric.removeprefix("eval/").partition("@")[0]
-    if name not in known:
-        raise InputError(f"{sweep.path}: SEARCH: '{sweep.search.metric}' is not measured.{suggest(name, known)}")
     return sweep.search, settings.steps
 
 

@@ -15,6 +15,7 @@ from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.files import write_whole
 from seqpe_jax.sweeps.local import LOOK, TURN, View, outcomes_of
 from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
+from seqpe_jax.sweeps.stages import Stages
 
 FOLDER = "slurm"  # in the sweep's folder: scripts, logs and results of submitit
 JOBS = "jobs.json"  # there: run -> its job
@@ -137,6 +138,31 @@ def work(
     if told:
         print(f"  the jobs stay in the queue (scancel {' '.join(numbers)} ends them)")
     return told[0] if told else None
+
+
+def work_in_stages(
+    workdir: pathlib.Path,
+    runs: Sequence[SweepRun],
+    todo: Sequence[SweepRun],
+    jobs: int | None,
+    asked: Mapping[str, Any],
+    stages: Stages,
+    *,
+    cluster: str = "slurm",
+) -> str | None:
+    """Works runs off as `work` does, in one array each: those that wait for others when the array before has ended."""
+    waiting = list(todo)
+    while True:
+        ready = [run for run in waiting if not run.point.best]
+        waiting = [run for run in waiting if run.point.best]
+        told = work(workdir, runs, ready, jobs, asked, cluster=cluster)
+        if told or not waiting:
+            return told
+        for line in stages.settle({run.name for run in waiting}):
+            print(f"  {line}", flush=True)
+        waiting = stages.now(waiting)
+        if all(run.point.best for run in waiting):
+            return None
 
 
 def _submit(

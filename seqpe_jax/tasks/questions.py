@@ -90,7 +90,8 @@ class Questions(Text):
 
         Returns:
           {"length", "examples", "contains", "exact_match", "f1" (percent), "loss" (nats per token of the answers and their
-          ends), "answer_perplexity", "depth": the scores by depth of the passage, "answers": (records, hypotheses)}.
+          ends), "answer_perplexity", "depth": the scores by depth of the passage, "distance": those by how many tokens back
+          the answer stands, "answers": (records, hypotheses)}.
         """
         (length,), source = scale, self.questions(split, scale[0])
         count = min(len(source), self.config.eval.examples or len(source))
@@ -102,7 +103,8 @@ class Questions(Text):
         )  # fmt: skip
         hypotheses = [self.tokenizer.decode(one.content).strip() for one in found]
         loss = self._loss(asked, source, count, length)
-        scored = answers.score(records, hypotheses)
+        away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
+        scored = answers.score(records, hypotheses, away=away)
         return {
             "length": length, **scored, "loss": loss, "answer_perplexity": math.exp(min(loss, 700.0)),
             "answers": (records, hypotheses),

@@ -99,7 +99,7 @@ def test_prompts_from_lines(tmp_path):
     assert len(found) == 2 and found.skipped["too_long"] == 1 and found.length == 64
     assert found[0] == {
         "index": 5, "input": "passage\n\nQuestion: é?\nAnswer:", "question": "Question: é?\nAnswer:",
-        "outputs": ("x", "yy"), "depth": None, "kind": "any",
+        "outputs": ("x", "yy"), "depth": None, "kind": "any", "passage": None,
     }  # fmt: skip
     assert found[1]["index"] == 7 and [question for question, _, _ in found.questions()] == ["Question: é?\nAnswer:", "q"]
     assert len(source(tmp_path, path, "test", length=200)) == 3, "one file serves every split"

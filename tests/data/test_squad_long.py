@@ -139,6 +139,7 @@ def test_real_questions_and_tokenizer(tmp_path_factory, shared_data, length):
         whole = [passage for passage in passages if passage in texts]
         gold = [passage for passage in passages if any(answer in passage for answer in record["outputs"])]
         assert len(gold) == 1 and gold[0] in texts, "the gold passage stands there whole, once"
+        assert record["input"][record["passage"] :].startswith(gold[0])
         rest = "\n\n".join(passage for passage in passages if passage != gold[0]).lower()
         assert not any(answer.lower() in rest for answer in record["outputs"])
         assert len(whole) >= len(passages) - 2, "one passage is cut before the gold one, one after it"

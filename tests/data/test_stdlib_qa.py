@@ -127,6 +127,8 @@ def test_passages_are_source_as_it_stands(cache):
     for index in range(0, len(found), 10):
         cue = found[index]["question"].removeprefix(">>> ")
         passage = next(part for part in found[index]["input"].split(qa.SEPARATOR) if cue.removesuffix(" def") in part)
+        assert found[index]["input"][found[index]["passage"] :].startswith(passage)
+        assert any(answer in passage for answer in found[index]["outputs"]), "or its distance is not known"
         stripped = "\n".join(line.strip() for line in passage.split("\n"))
         assert any(stripped in text for text in code)
 

@@ -77,6 +77,22 @@ def test_score_in_percent_and_by_depth():
         answers.score(records, ["b"])
 
 
+def test_score_by_distance_to_the_answer():
+    """From the answer in the gold passage, not one before it, to the end of the prompt; each bin ends at twice as many."""
+    near = record(0.0, "5") | {"input": "z = 5\n\nx = 5\n\nx =", "passage": 7}  # of bytes: "5\n\nx ="
+    far = record(0.0, "yes", "7") | {"input": "a = 7" + " " * 60 + "a =", "passage": 0}
+    unknown = record(None, "q") | {"input": "q", "passage": None}
+    elsewhere = record(0.0, "7") | {"input": "7 x", "passage": 1}
+    records = [near, far, unknown, elsewhere, near]
+    away = answers.distances(records, len)
+    assert away == [6, 64, None, None, 6]
+    found = answers.score(records, ["5", "no", "q", "7", "no"], away=away)["distance"]
+    assert [(part["from"], part["to"], part["examples"], part["contains"]) for part in found] == [
+        (0, 32, 2, 50.0), (32, 64, 0, None), (64, 128, 1, 0.0),
+    ]  # fmt: skip
+    assert "distance" not in answers.score([unknown], ["q"], away=[None])
+
+
 def test_guess_without_context():
     train = [("q1", "who", ["Ann"]), ("q2", "who", ["Bob"]), ("q3", "who", ["Bob"]), ("q4", "when", ["1999"])]
     heldout = [

@@ -43,7 +43,7 @@ def test_wheel_and_source_archive_are_built(copy):
         names = set(wheel.namelist())
         about = wheel.read(f"seqpe_jax-{seqpe_jax.__version__}.dist-info/METADATA").decode()
     package = {str(path.relative_to(copy)) for path in (copy / "seqpe_jax").rglob("*.py")}
-    assert package | {"seqpe_jax/py.typed", "seqpe_jax/reporting/page.html"} <= names
+    assert package | {"seqpe_jax/py.typed", "seqpe_jax/reporting/page.html", "seqpe_jax/reporting/page.js"} <= names
     assert not any(name.startswith(("tests", "configs", "launch")) for name in names)
     assert f"Version: {seqpe_jax.__version__}\n" in about and "License-Expression: Apache-2.0\n" in about
     assert "Requires-Dist: jax<0.13,>=0.10\n" in about and not any("tensorflow=" in line for line in about.splitlines())

@@ -1,5 +1,7 @@
 """The HTML report: numbers of the files, nothing from outside, and a page that people can read without seeing it."""
 
+import base64
+import hashlib
 import html
 import html.parser
 import json
@@ -149,7 +151,12 @@ def test_configs_are_told_apart(swept):
 def test_the_page_asks_for_nothing_outside_itself(which, request):
     out, page = request.getfixturevalue(which)
     text = (out / "report.html").read_text()
-    assert not page.all("script", "link", "iframe", "object") and "http:" not in text and "https:" not in text
+    assert not page.all("link", "iframe", "object") and "http:" not in text and "https:" not in text
+    [script] = page.all("script")  # the page's own, the one that its policy lets run
+    digest = base64.b64encode(hashlib.sha256(script["text"].encode()).digest()).decode()
+    assert "src" not in script and f"script-src 'sha256-{digest}'" in text
+    assert not any(name in script["text"] for name in ("fetch(", "XMLHttpRequest", "import(", "eval("))
+    assert not any(name.startswith("on") for one in page.elements for name in one)
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     references = [one[name] for one in page.elements for name in ("src", "href", "xlink:href") if one.get(name)]
     assert references and all(re.match(r"#|data:image/png;base64,", where) for where in references)
@@ -215,34 +222,70 @@ def test_a_broken_sweep_is_refused(tmp_path, content, message):
         read_study(tmp_path)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-@pytest.mark.parametrize("width,dark", [(400, True), (1400, False)])
+def browsed(page, folder, width, dark, measure):
+    """What a script finds in the page in a browser: d its document, v(element) the computed style. Also folder/shot.png."""
+    # A frame is as narrow as a telephone, which a window cannot be; its script, not the page's, measures.
+    (folder / "frame.html").write_text(
+        f"<style>*{{margin:0;border:0}}</style><body><iframe width={width} height=2000 "
+        f'src="{page.as_uri()}" onload="const f = this, d = f.contentDocument,'
+        f' v = s => f.contentWindow.getComputedStyle(s);{measure}"></iframe>'
+    )
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+        "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,2000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={folder / 'shot.png'}", "--dump-dom",
+        (folder / "frame.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+@needs_chromium
+def test_a_browser_sorts_rows_and_hides_curves(swept, tmp_path):
+    """Missing values come last either way; a button that has the keyboard's focus is pressed as by a click."""
+    out, _ = swept
+    measure = (
+        "const t = d.getElementById('table-measured-1').closest('table'), rows = () => [...t.tBodies].map("
+        "b => b.rows[0].cells[0].textContent.trim()), seen = [rows()], of = r => [...d.querySelectorAll('svg [data-row]')]"
+        ".filter(p => p.dataset.row == r.value && v(p).display != 'none').length;"
+        "const heads = t.tHead.rows[0].cells, press = n => heads[n].querySelector('button').click();"
+        "for (const n of [0, 0, 1, 1]) { press(n); seen.push(rows()); }"
+        "const sorts = [...heads].map(h => h.getAttribute('aria-sort')), boxes = [...d.querySelectorAll('#pick input')];"
+        "const counts = [boxes.map(of)]; boxes[0].click(); counts.push(boxes.map(of));"
+        "d.querySelector('#pick [value=none]').click(); counts.push(boxes.map(of));"
+        "d.querySelector('#pick [value=all]').click(); counts.push(boxes.map(of));"
+        "heads[1].querySelector('button').focus(); const focused = d.activeElement.textContent;"
+        "document.body.dataset.found = JSON.stringify({seen, sorts, counts, focused, wide: d.documentElement.scrollWidth,"
+        "grouped: d.getElementById('table-differing').closest('table').querySelectorAll('button').length})"
+    )
+    found = browsed(out / "report.html", tmp_path, 400, False, measure)
+    up, down = ["seqpe", "rotary"], ["rotary", "seqpe"]
+    assert found["seen"] == [up, down, up, up, up]  # rotary has no numbers, so it stays last
+    assert found["sorts"] == [None, "descending", None] and found["wide"] == 400 and found["grouped"] == 0
+    first, without, none, again = found["counts"]
+    assert first[0] > 3 and without == [0, *first[1:]] and none == [0] * len(first) and again == first
+    assert found["focused"].strip() == "16 (1x)"
+
+
+@needs_chromium
+@pytest.mark.parametrize("width,dark", [(400, True), (1280, False)])
 def test_a_browser_shows_it(swept, tmp_path, width, dark):
     from PIL import Image
 
     out, _ = swept
-    # A frame is as narrow as a telephone, which a window cannot be; its script, not the page's, measures.
     measure = (
-        "const d = f.contentDocument, e = d.documentElement, v = s => f.contentWindow.getComputedStyle(s);"
+        "const e = d.documentElement;"
         "document.body.dataset.found = JSON.stringify({wide: e.scrollWidth, tall: e.scrollHeight,"
         "tables: [...d.querySelectorAll('table')].filter(t => t.getClientRects().length).length,"
         "plots: [...d.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 100).length,"
         "ink: v(d.querySelector('svg text')).fill, paper: v(e).backgroundColor})"
     )
-    (tmp_path / "frame.html").write_text(
-        f"<style>*{{margin:0;border:0}}</style><body><iframe width={width} height=2000 "
-        f'src="{(out / "report.html").as_uri()}" onload="const f = this; {measure}"></iframe>'
-    )
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,2000",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom",
-        (tmp_path / "frame.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
+    found = browsed(out / "report.html", tmp_path, width, dark, measure)
     assert found["wide"] == width and found["tall"] > 2000  # nothing wider than the window: wide parts scroll by themselves
     assert found["tables"] >= 5 and found["plots"] >= 4
     light = [np.mean([int(part) for part in re.findall(r"\d+", found[name])[:3]]) for name in ("ink", "paper")]

@@ -1,10 +1,12 @@
 """Sweep files are read and checked whole; those that ship say what they mean on the command line too."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
 import sys
+import typing
 
 import pytest
 from absl import flags
@@ -16,7 +18,7 @@ from seqpe_jax.sweeps import points
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
-TINY = "from seqpe_jax.sweeps.points import Range, Search, product, zipped\nCONFIG = 'tests/tiny_text.py'\n"
+TINY = "from seqpe_jax.sweeps.points import *\nCONFIG = 'tests/tiny_text.py'\n"
 
 
 @functools.cache
@@ -29,6 +31,12 @@ def written(folder: pathlib.Path, body: str, head: str = TINY) -> str:
     path = folder / "sweep.py"
     path.write_text(head + body)
     return str(path)
+
+
+def waiting(best: str, field: str = "seed", every: int = 3, b: str = "'seed': 2") -> str:
+    """A sweep of three runs, the last of which waits for the others."""
+    both = f"'eval.every': {every}, 'eval.lengths': (16,)"
+    return yielding(f"('a', {{{both}, 'seed': 1}})", f"('b', {{{both}, {b}}})", f"('c', {{'{field}': {best}}})")
 
 
 def yielding(*runs: str) -> str:
@@ -68,7 +76,7 @@ def test_a_shipped_sweep_is_valid(path, monkeypatch):
     assert sweep.points or sweep.search
     settings = [json.dumps(config.to_dict(point.settings)) for point in sweep.points]
     assert len(set(settings)) == len(settings), "two runs of the sweep are the same"
-    for point in sweep.points[:: max(1, len(sweep.points) // 6)]:
+    for point in [point for point in sweep.points if not point.best][:: max(1, len(sweep.points) // 6)]:
         assert parsed(point.arguments, monkeypatch) == point.settings
 
 
@@ -86,6 +94,30 @@ def test_shipped_sweeps_compare_what_they_say():
     without = ablation["text-no_contrastive"].objective.contrastive.weight
     assert without == 0 < ablation["text-full"].objective.contrastive.weight
     assert ablation["text-rotation_alone"].encoding.rotary_pairs == ablation["text-full"].encoding.rotary_pairs
+
+
+@pytest.mark.parametrize("stem", ["study_text", "study_questions", "study_images"])
+def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
+    """All encodings that the task can take, but the one that is another over one axis; equal steps in both stages."""
+    settled = dict.fromkeys(("rotary_linear", "rotary_ntk", "rotary_yarn"), "rotary")
+    sweep = shipped(ROOT / "configs" / "sweeps" / f"{stem}.py")
+    points_of = {point.name: point for point in sweep.points}
+    ways: dict[str, set[int]] = {}
+    for point in filter(lambda point: point.best, sweep.points):
+        [(chosen, best)] = point.best.items()
+        way = point.name.rpartition("-")[0]
+        ways.setdefault(way, set()).add(point.settings.seed)
+        assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@") and len(best.runs) == 3
+        for name in best.runs:
+            tried = points_of[name]
+            assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tried.settings.seed == 0
+            assert tried.settings.steps == point.settings.steps == tried.settings.eval.every
+            same = dataclasses.replace(tried.settings.encoding, scaling=point.settings.encoding.scaling)
+            assert same == point.settings.encoding and tried.settings.objective == point.settings.objective
+    assert set(map(frozenset, ways.values())) == {frozenset({1, 2, 3})}
+    kinds = {points_of[f"{way}-1"].settings.encoding.kind for way in ways}
+    left_out = {*config.GRID_ONLY, "rotary_axial"} if stem != "study_images" else {*config.TEXT_ONLY}
+    assert kinds == set(typing.get_args(config.EncodingKind)) - left_out
 
 
 def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
@@ -135,6 +167,23 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
     ("SEARCH = Search({'seed': ((0,), 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["must be numbers"]),
     ("SEARCH = Search({'seed': (0, -1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["seed", "at least 0"]),
     ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@17')\n", ["eval/NAME@16"]),
+    ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/los@16')\n", ["'eval/los@16'", "'loss'"]),
+    ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, maximise='eval/top1@16')\n", ["not measured", "bits_per_byte"]),
+    (waiting("Best(('a', 'x'), 'eval/loss@16')"), ["run 'c'", "waits for run 'x', which this sweep does not have", "a, b"]),
+    (waiting("Best(('a', 'c'), 'eval/loss@16')"), ["run 'c'", "'c'", "waits itself"]),
+    (waiting("Best((), 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
+    (waiting("Best('a', 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
+    (waiting("Best(('a', 'b'))"), ["run 'c'", "one metric"]),
+    (waiting("Best(('a', 'b'), 'eval/los@16')"), ["run 'c'", "'loss'"]),
+    (waiting("Best(('a', 'b'), 'eval/loss@16')", every=0), ["run 'c'", "eval.every"]),
+    (waiting("Best(('a', 'b'), 'eval/loss@16')", every=4), ["run 'c'", "run 'a'", "a multiple of eval.every=4"]),
+    (waiting("Best(('a', 'b'), 'eval/loss@16')", "sede"), ["run 'c'", "'sede'", "'seed'"]),
+    (waiting("Best(('a', 'b'), 'eval/loss@16')", "model.heads", b="'model.heads': 5, 'model.width': 40"),
+     ["run 'c', where model.heads may come to be 5", "model.width=24"]),
+    (yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"), ["run 'a'", "encoding.scaling", "rotary"]),
+    (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for grids"]),
+    ("runs = lambda: two_stages({'a': {}}, {}, trial={}, seeds=(1,))\n", ["one field", "none"]),
+    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), like={'a': 'b'})\n", ["'a'", "like 'b'"]),
     ("SEARCH = 3\n", ["Search", "int"]),
 ])  # fmt: skip
 def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):

@@ -79,16 +79,6 @@ def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
     assert again._study.get_trials()[0].params == {"seed": seed}
 
 
-@pytest.mark.parametrize("given,word", [
-    ({"minimise": "eval/los@16"}, "'loss'"),
-    ({"minimise": "", "maximise": "eval/top1@16"}, "not measured"),
-])  # fmt: skip
-def test_a_metric_that_is_not_measured_is_refused(given, word, tmp_path):
-    with pytest.raises(InputError, match=word):
-        search.Trials(tmp_path / "sweep", sweep(2, **given))
-    assert not (tmp_path / "sweep").exists()
-
-
 def test_without_optuna_or_a_search_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="sweep.py defines no SEARCH"):
         search.check(SweepFile("sweep.py", "x", (), None))

@@ -1,0 +1,37 @@
+"""The study on text: every encoding that texts can take, each at the learning rate that is its own best, three seeds.
+
+    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_text.py --workdir=runs/study_text --jobs=2
+    python -m seqpe_jax.report --workdir=runs/study_text --output=runs/study_text/report
+
+Trained on 64 bytes for 1000 steps, as extrapolation.py is, evaluated at 64 to 4096 bytes of the test split. In the first
+stage each encoding trains at three rates with seed 0; the loss on the validation split at the end decides, at 64 bytes,
+as for somebody who has no longer texts. Then come seeds 1 to 3 at that rate. rivals_text.py is the study before this one,
+at one rate for all and 1500 steps. The forms of scaled RoPE train as RoPE does, so they take its rate. Over one axis
+`rotary_axial` is `rotary`, so it is left out.
+Hardware: two CPU cores, one for each of two runs at once; by the times of extrapolation.py about three hours for 111
+runs, the strongest encodings first.
+"""
+
+from seqpe_jax.sweeps.points import two_stages
+
+CONFIG = "configs/stdlib_lm.py"
+STRONG = ("seqpe", "rotary", "alibi", "fox", "cable", "kerple", "fire")
+OTHER = (
+    "rotary_partial", "scale_invariant", "pope", "t5", "rotary_mixed", "seqpe_paper", "learned", "sinusoidal", "none",
+)  # fmt: skip
+SCALED = ("linear", "ntk", "yarn")
+RATES = {"optimizer.learning_rate": (2e-3, 4e-3, 8e-3)}
+TRIAL = {"seed": 0, "eval.every": 1000, "eval.lengths": (64,)}
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def runs():
+    """Yields (name, overrides) of each run: of the strong encodings both stages, then of the others."""
+    strong = {kind: {"variant": kind} for kind in STRONG}
+    strong |= {"rotary_log": {"variant": "rotary", "encoding.log_scaling": True}}
+    scaled = {f"rotary_{form}": {"variant": "rotary", "encoding.scaling": form} for form in SCALED}
+    other = {kind: {"variant": kind} for kind in OTHER}
+    like = dict.fromkeys(scaled, "rotary")
+    for ways, own in ((strong | scaled, like), (other, {})):
+        ways = {name: {"steps": 1000, "eval.lengths": LENGTHS, **way} for name, way in ways.items()}
+        yield from two_stages(ways, RATES, minimise="eval/loss@64", trial=TRIAL, seeds=(1, 2, 3), like=own)

@@ -1,0 +1,103 @@
+"""A sweep of two stages in one report: rows are those of the second, and the first is a table of how they were chosen."""
+
+import copy
+import json
+
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.reporting import choices, report
+from seqpe_jax.reporting.study import read_study
+from tests.reporting.test_report import make_run
+
+FIELD, METRIC = "optimizer.learning_rate", "eval/loss@16"
+RATES = (0.001, 0.002, 0.004)
+
+
+def rate(value):
+    return {"optimizer": {"learning_rate": value}}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """alibi is decided and has one of two runs; rotary waits, as one run of its first stage failed and one is missing."""
+    settings = {"steps": 4, "batch_size": 2, "data": {"name": "text_files", "length": 16}}
+    points = {}
+    for kind, losses in (("alibi", (2.0, 1.5, 1.75)), ("rotary", (2.5, None, None))):
+        best = {FIELD: {"runs": [f"{kind}-r={value}" for value in RATES], "minimise": METRIC}}
+        for value, name, loss in zip(RATES, best[FIELD]["runs"], losses, strict=True):
+            points[name] = {"settings": settings | rate(value) | {"seed": 0, "encoding": {"kind": kind}}}
+            if loss is not None:
+                make_run(tmp_path / name, kind, 0, bits=(), **rate(value))
+                lines = [{"step": 2, METRIC: 0.5}, {"step": 4, "time": 3.0, METRIC: loss}]
+                (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for seed in (1, 2):
+            points[f"{kind}-{seed}"] = {
+                "settings": settings | rate(0.001) | {"seed": seed, "encoding": {"kind": kind}}, "best": best,
+            }  # fmt: skip
+    for seed in (1, 2):
+        points[f"alibi-{seed}"]["decided"] = {FIELD: {"value": 0.002, "run": "alibi-r=0.002", "metric": METRIC}}
+        points[f"alibi-{seed}"]["settings"] |= rate(0.002)
+    make_run(tmp_path / "alibi-1", "alibi", 1, bits=((16, 3.0), (128, 3.5)), **rate(0.002))
+    make_run(tmp_path / "rotary-r=0.004", "rotary", 0, bits=(), metrics=False, **rate(0.004))
+    (tmp_path / "rotary-r=0.004" / "log.txt").write_text("== failed: train, exit code 1: step 3 is not finite\n")
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": points}))
+    return tmp_path
+
+
+def test_rows_are_of_the_second_stage_alone(sweep, tmp_path_factory):
+    study = read_study(sweep)
+    assert study.rows == ["alibi", "rotary"] and [run.name for run in study.of("alibi")] == ["alibi-1", "alibi-2"]
+    assert [run.name for run in study.trials] == [f"{kind}-r={value}" for kind in ("alibi", "rotary") for value in RATES]
+    out = tmp_path_factory.mktemp("out")
+    main = report.write_report(sweep, out)
+    assert "| alibi | **3.000** (1 of 2) | **3.500** (1 of 2) |\n| rotary | - | - |" in main
+    page, rows = (out / "report.md").read_text(), (out / "results.csv").read_text()
+    assert "r=0.001" not in rows and "| alibi-r=0.001 | first stage | 0 | finished | 4 | - | 3 |" in page
+    assert "| optimizer.learning_rate | 0.002 | alibi |" in page and "| not decided yet | rotary |" in page
+
+
+def test_the_first_stage_shows_what_was_measured_last_and_what_was_chosen(sweep):
+    [table] = choices.choices(read_study(sweep))
+    assert (
+        list(table.header) == ["encoding", "0.001", "0.002", "0.004", "chosen"] and "seed 0; lower is better" in table.note
+    )
+    shown = {row[0].text: [f"*{cell.text}*" if cell.best else cell.text for cell in row[1:]] for row in table.rows}
+    assert shown == {
+        "alibi": ["2.0000", "*1.5000*", "1.7500", "0.002"], "rotary": ["2.5000", "-", "-", "-"],
+    }  # fmt: skip
+    assert "may lie beyond" not in table.note
+
+
+def test_a_choice_at_the_end_of_what_was_tried_is_told(sweep):
+    path = sweep / "sweep.json"
+    kept = json.loads(path.read_text())
+    for seed in (1, 2):
+        kept["points"][f"alibi-{seed}"]["decided"][FIELD] |= {"value": 0.004, "run": "alibi-r=0.004"}
+    path.write_text(json.dumps(kept))
+    [table] = choices.choices(read_study(sweep))
+    assert table.note.endswith("so that the best may lie beyond: alibi.")
+
+
+def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):
+    lines = [line for line in report.notes(read_study(sweep)) if "r=" in line]
+    assert lines == [
+        "rotary-r=0.002 is missing: not started; optimizer.learning_rate of rotary waits for it",
+        "rotary-r=0.004 is missing: failed at step 0 of 4: train, exit code 1: step 3 is not finite; "
+        "optimizer.learning_rate of rotary waits for it",
+    ]
+    (sweep / "alibi-r=0.001" / "metrics.jsonl").unlink()
+    assert "alibi was chosen without it" in choices.notes(read_study(sweep))[0]
+
+
+@pytest.mark.parametrize("best,message", [
+    ({FIELD: {"minimise": METRIC}}, "does not say which runs decide"),
+    ({FIELD: {"runs": ["nobody"], "minimise": METRIC}}, "has no point 'nobody', which decides others"),
+])  # fmt: skip
+def test_a_record_that_names_nobody_is_refused(sweep, best, message):
+    path = sweep / "sweep.json"
+    kept = copy.deepcopy(json.loads(path.read_text()))
+    kept["points"]["alibi-1"]["best"] = best
+    path.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=message):
+        read_study(sweep)

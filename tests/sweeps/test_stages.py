@@ -1,0 +1,185 @@
+"""Runs that wait for others: the best decides once, it is recorded, and what is missing or failed is told in a line."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.sweeps import local, record, slurm, stages
+from seqpe_jax.sweeps.points import Best, Point, SweepFile, make
+from seqpe_jax.sweeps.stages import Stages
+from tests.sweeps.fake import FakeRun, headers
+from tests.tiny import ROOT
+
+PAGE = f"{ROOT}/tests/tiny_text.py:alibi"
+COMMON = {"steps": 3, "eval.every": 3, "data.paths": ("x",)}
+DECIDES = Best(("t=1", "t=2", "t=3"), minimise="eval/loss@16")
+
+
+def point(name: str, best: Best | None = None, **fields) -> Point:
+    return dataclasses.replace(make(name, PAGE, COMMON | fields), best={"batch_size": best} if best else {})
+
+
+POINTS = (
+    *(point(f"t={number}", batch_size=8 * number) for number in (1, 2, 3)),
+    *(point(f"s-{seed}", DECIDES, seed=seed) for seed in (1, 2)),
+)
+
+
+@pytest.fixture
+def wishes(monkeypatch) -> dict[str, str]:
+    """What the runs measure, or how they end, by name."""
+    found: dict[str, str] = {"t=1": "0.5", "t=2": "0.25", "t=3": "0.5"}
+
+    def made(point, folder, evaluated=True):
+        return FakeRun(point, folder, evaluated=evaluated, wish=found.get(point.name, "well"))
+
+    monkeypatch.setattr(stages, "SweepRun", made)
+    return found
+
+
+def begun(workdir: pathlib.Path, points=POINTS) -> Stages:
+    record.remember(workdir, SweepFile("sweep.py", PAGE, points, None), points)
+    return Stages(workdir, points)
+
+
+def worked(workdir: pathlib.Path, jobs: int = 1, points=POINTS, names=None, retry: bool = False) -> Stages:
+    """What the command does with it."""
+    found = begun(workdir, points)
+    runs = list(found.runs.values())
+    todo = [run for run in runs if run.left() and run.name in (names or found.runs) and bool(run.failure()) == retry]
+    found.settle({run.name for run in todo})
+    local.work(list(found.runs.values()), found.now(todo), jobs, found)
+    return found
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_best_of_the_first_stage_decides_and_is_recorded(tmp_path, wishes, jobs, capsys):
+    found = worked(tmp_path, jobs)
+    line = "s-1, s-2: batch_size=16 (t=2 has the best eval/loss@16, 0.25)"
+    assert [one for one in capsys.readouterr().out.splitlines() if one == f"  {line}"] == [f"  {line}"]
+    assert [headers(found.runs[name]) for name in ("t=2", "s-1", "s-2")] == [["train"], *[["train", "evaluate"]] * 2]
+    assert found.runs["s-1"].point.settings.batch_size == 16 and found.runs["s-1"].point.overrides["batch_size"] == 16
+    kept = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert kept["s-2"]["settings"]["batch_size"] == 16 and "decided" not in kept["t=2"]
+    assert kept["s-2"]["best"] == {"batch_size": {"runs": ["t=1", "t=2", "t=3"], "minimise": "eval/loss@16"}}
+    assert kept["s-2"]["decided"] == {
+        "batch_size": {
+            "value": 16, "run": "t=2", "metric": "eval/loss@16", "measured": {"t=1": 0.5, "t=2": 0.25, "t=3": 0.5},
+        }
+    }  # fmt: skip
+    before = (tmp_path / "sweep.json").stat().st_mtime_ns
+    again = worked(tmp_path)
+    assert not any(run.left() for run in again.runs.values()) and headers(again.runs["s-1"]) == ["train", "evaluate"]
+    assert (tmp_path / "sweep.json").stat().st_mtime_ns == before and again.obstacles(list(again.runs.values())) == []
+
+
+def test_more_may_be_better_and_of_equal_ones_the_first_is_taken(tmp_path, wishes):
+    most = Best(DECIDES.runs, maximise="eval/loss@16")
+    found = worked(tmp_path, points=(*POINTS[:3], point("s-1", most, seed=1)))
+    assert found.runs["s-1"].point.settings.batch_size == 8
+
+
+def test_a_sweep_that_was_killed_goes_on_with_what_was_decided(tmp_path, wishes):
+    """A seed that is added later takes the rate of those that have begun, whatever a run would measure now."""
+    worked(tmp_path, names=["t=1", "t=2", "t=3", "s-1"])
+    path = tmp_path / "t=1" / "metrics.jsonl"
+    path.write_text(path.read_text().replace("0.5", "0.125"))
+    points = (*POINTS, point("s-3", DECIDES, seed=3))
+    found = worked(tmp_path, points=points)
+    assert [found.runs[f"s-{seed}"].point.settings.batch_size for seed in (1, 2, 3)] == [16] * 3
+    assert {name for name in record.decisions(tmp_path)} == {"s-1", "s-2", "s-3"}
+
+
+def test_a_failed_run_is_left_out_and_told(tmp_path, wishes, capsys):
+    wishes["t=2"] = "fails"
+    found = worked(tmp_path)
+    line = "s-1, s-2: batch_size=8 (t=1 has the best eval/loss@16, 0.5; without t=2, which failed)"
+    assert line in capsys.readouterr().out
+    assert found.recorded["s-1"]["batch_size"]["measured"] == {"t=1": 0.5, "t=2": None, "t=3": 0.5}
+    assert not found.runs["s-2"].left()
+
+
+def test_where_all_failed_nothing_begins_and_one_line_says_so(tmp_path, wishes):
+    wishes |= dict.fromkeys(("t=1", "t=2", "t=3"), "fails")
+    found = worked(tmp_path)
+    [line] = found.obstacles(list(found.runs.values()))
+    assert line == "s-1, s-2 wait for t=1 (failed), t=2 (failed), t=3 (failed) to decide batch_size"
+    assert not (tmp_path / "s-1").exists() and record.decisions(tmp_path) == {}
+    wishes |= {"t=1": "0.5", "t=2": "0.5", "t=3": "0.25"}
+    worked(tmp_path, retry=True)
+    found = worked(tmp_path)
+    assert found.runs["s-1"].point.settings.batch_size == 24 and not found.runs["s-1"].left()
+
+
+def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
+    wishes["t=2"] = "fails"
+    worked(tmp_path, names=["t=1", "t=2", "t=3"])
+    assert begun(tmp_path).settle() and record.decisions(tmp_path)["s-1"]["batch_size"]["value"] == 8
+    wishes["t=2"] = "0.125"
+    worked(tmp_path, retry=True)
+    assert worked(tmp_path).runs["s-1"].point.settings.batch_size == 16
+
+
+def test_a_run_without_its_number_is_told(tmp_path, wishes):
+    wishes |= dict.fromkeys(("t=1", "t=2", "t=3"), "1e999")
+    found = worked(tmp_path)
+    [line] = found.obstacles(list(found.runs.values()))
+    assert line.startswith("s-1, s-2 wait for t=1 (measured no number)")
+
+
+def test_a_stop_in_the_first_stage_begins_nothing_of_the_second(tmp_path, wishes):
+    wishes["t=2"] = "waits"
+
+    def send():
+        while not (tmp_path / "t=2" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    found = worked(tmp_path)
+    sender.join()
+    assert not (tmp_path / "s-1").exists()
+    [line] = found.obstacles(list(found.runs.values()))
+    assert line == "s-1, s-2 wait for t=2 (not finished), t=3 (not finished) to decide batch_size"
+    wishes["t=2"] = "0.25"
+    assert worked(tmp_path).runs["s-2"].point.settings.batch_size == 16
+
+
+def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
+    found = begun(tmp_path)
+    with pytest.raises(InputError, match="'s-1' waits for t=1, t=2, t=3, whose results decide its batch_size: name these"):
+        found.check([found.runs["s-1"]])
+    found.check(list(found.runs.values()))
+    found = worked(tmp_path, names=["t=1", "t=2", "t=3"])
+    found.check([found.runs["s-1"]])
+
+
+def test_what_decides_is_kept_as_it_was_when_the_sweep_began(tmp_path, wishes):
+    worked(tmp_path)
+    fewer = Best(("t=1", "t=2"), minimise="eval/loss@16")
+    for best in (fewer, Best(DECIDES.runs, maximise="eval/loss@16")):
+        with pytest.raises(InputError, match=r"has changed since .*, in 's-1' \(batch_size\."):
+            begun(tmp_path, (*POINTS[:3], point("s-1", best, seed=1), POINTS[4]))
+    with pytest.raises(InputError, match=r"in 's-1' \(seed: 1 -> 7\)"):
+        begun(tmp_path, (*POINTS[:3], point("s-1", DECIDES, seed=7), POINTS[4]))
+
+
+def test_slurm_takes_an_array_for_each_stage(tmp_path, wishes, monkeypatch):
+    arrays = []
+
+    def work(workdir, runs, todo, jobs, asked, *, cluster):
+        arrays.append([(run.name, run.point.settings.batch_size) for run in todo])
+        return local.work(runs, todo, 2)
+
+    monkeypatch.setattr(slurm, "work", work)
+    found = begun(tmp_path)
+    assert slurm.work_in_stages(tmp_path, list(found.runs.values()), list(found.runs.values()), None, {}, found) is None
+    assert arrays == [[("t=1", 8), ("t=2", 16), ("t=3", 24)], [("s-1", 16), ("s-2", 16)]]
