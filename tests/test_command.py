@@ -143,7 +143,7 @@ command.run(main)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_a_command_keeps_the_memory_of_its_programs():
-    """Pages that the kernel clears in a call of a program: none, once its memory is there; the allocator's own way is told."""
+    """Hardly any page is cleared in a call of a program, once its memory is there; who sets the allocator is let alone."""
     pages = {}
     for name, told in (("kept", {}), ("glibc's", {"MALLOC_TOP_PAD_": "131072"})):
         rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
