@@ -96,6 +96,7 @@ def run(main: Callable[[], None]) -> None:
         rest = flags.FLAGS(_with_texts(sys.argv))[1:]
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
+        hosts.keep_memory()
         main()
         hosts.finish()
     except (InputError, flags.Error) as error:

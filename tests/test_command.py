@@ -1,6 +1,7 @@
 """What is said of a field on the command line reaches it as it was meant."""
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -118,3 +119,35 @@ def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tm
     monkeypatch.setenv("SEQPE_JAX_CACHE", "~/c")
     hosts.keep_compiled_programs()
     assert told["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
+
+
+PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from seqpe_jax import command
+
+def main():
+    halves = jax.jit(lambda x: (jnp.tanh(x) @ jnp.tanh(x.T)).sum())  # 64 MiB that it holds for a while
+    faults = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        halves(jnp.ones((4096, 8))).block_until_ready()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(sorted(faults)[len(faults) // 2])
+
+sys.argv = ["program"]
+command.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_a_command_keeps_the_memory_of_its_programs():
+    """Hardly any page is cleared in a call of a program, once its memory is there; who sets the allocator is let alone."""
+    pages = {}
+    for name, told in (("kept", {}), ("glibc's", {"MALLOC_TOP_PAD_": "131072"})):
+        rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        settings = rest | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | told
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, check=True)
+        pages[name] = int(done.stdout)
+    assert pages["kept"] < 1000 < pages["glibc's"]

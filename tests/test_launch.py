@@ -251,3 +251,38 @@ def test_a_job_under_slurm_ends_after_a_requeue(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "went on after the requeue and ended at step" in found.stdout
     assert "2 of 2 runs finished" in found.stdout
+
+
+OTHER = """#!{python}
+import json, sys
+assert sys.argv[1].endswith("launch/torch_gpt2.py") and json.loads(sys.argv[2])["width"] == 24
+print("ready 9.9", flush=True)
+for line in sys.stdin:
+    print(1000.0, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_steps_are_timed_against_an_interpreter_that_is_given(tmp_path):
+    """An interpreter whose steps take 1000 s; one without PyTorch; a config that PyTorch's side does not have."""
+    other, output, text = tmp_path / "other", tmp_path / "found.json", tmp_path / "text.txt"
+    other.write_text(OTHER.format(python=sys.executable))
+    other.chmod(0o755)
+    text.write_text("To be timed. " * 400)
+    tiny = ["--config=tests/tiny_text.py:rotary", f"--config.data.paths={text}", f"--output={output}", "--turns=2"]
+    still = [f"--config.model.{name}=0.0" for name in ("dropout", "attention_dropout", "embedding_dropout")]
+
+    def told(*arguments):
+        line = [sys.executable, LAUNCH / "against_torch.py", *tiny, *arguments]
+        return subprocess.run(line, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+
+    done = told(*still, f"--python={other}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    low, high = found["ratio"]["quarters"]
+    assert 0 < low <= found["ratio"]["median"] <= high < 0.1 and found["torch"] == "9.9" and found["turns"] == 2
+    bare = told(*still, "--python=" + shutil.which("false"))
+    assert bare.returncode == 2 and "has no PyTorch that runs" in bare.stderr
+    assert (gone := told(*still, "--python=gone")).returncode == 2 and "cannot be started: No such file" in gone.stderr
+    wrong = told("--python=" + str(other), "--config.model.dropout=0.1")
+    assert wrong.returncode == 2 and "without dropout" in wrong.stderr

@@ -10,14 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from seqpe_jax.encodings.signal import fit_batch
 from seqpe_jax.models.operands import HIDDEN, Operands, add_sets, kept, related, sum_sets
 
 
-def blockwise(operands: Operands, block: int) -> jax.Array:
+def blockwise(operands: Operands, block: int, join: bool = False) -> jax.Array:
     """Returns `operands.plain`, computed from `block` queries and `block` keys at a time.
 
     Its backward pass computes the logits of a pair of blocks again, and knows no forward-mode derivative.
+
+    Args:
+      join: features stand behind the columns of queries and keys, in one product with them, whose arithmetic must be as
+        precise as that of features.
     """
+    if join:
+        operands = _joined(operands)
     length, keys = operands.query.shape[1], operands.key.shape[1]
     ready = functools.partial(_ready, block=block)
     bias, relation = operands.bias, operands.relation
@@ -30,6 +37,18 @@ def blockwise(operands: Operands, block: int) -> jax.Array:
         ),
     )  # fmt: skip
     return jnp.moveaxis(_mix(padded, block, keys), 1, 2)[:, :length].astype(operands.value.dtype)
+
+
+def _joined(operands: Operands) -> Operands:
+    """Operands whose features are columns of their queries and keys."""
+
+    def join(array_BLHK: jax.Array, field_PLHF: jax.Array) -> jax.Array:
+        field = fit_batch(field_PLHF, array_BLHK.shape[0]).astype(array_BLHK.dtype)
+        field_BLHF = jnp.broadcast_to(field, (*array_BLHK.shape[:-1], field.shape[-1]))
+        return jnp.concatenate([array_BLHK, field_BLHF], axis=-1)
+
+    query, key = (join(*pair) for pair in zip((operands.query, operands.key), operands.features, strict=True))
+    return operands.replace(query=query, key=key, features=None)
 
 
 def _padded(array: jax.Array, axis: int, block: int) -> jax.Array:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import cudnn, tpu
@@ -54,7 +55,9 @@ def choose(kind: str, block: int, operands: Operands, *, device: Any = None, spl
             return tpu.flash if device.platform == "tpu" else cudnn.flash
         if kind == "flash":
             raise InputError(f"model.attention_kind='flash' cannot serve: {reason}. Choose 'auto' or 'blocks'")
-    return functools.partial(blockwise, block=block or automatic_block(operands, device))
+    return functools.partial(
+        blockwise, block=block or automatic_block(operands, device), join=device.platform == "cpu" and narrow(operands)
+    )
 
 
 def refusal(operands: Operands, device: Any, split: bool = False) -> str:
@@ -71,13 +74,24 @@ def refusal(operands: Operands, device: Any, split: bool = False) -> str:
 
 
 def automatic_block(operands: Operands, device: Any) -> int:
-    """Returns the queries and keys that blocks have at once: on a CPU few, so that all samples' stay in its cache."""
+    """Returns the queries and keys that blocks have at once: on a CPU few, so that all samples' stay in its cache.
+
+    What each holds of wide features, in products of their own and in their gradients, makes less fit.
+    """
     if device.platform != "cpu":
         return BLOCK
     batch, _, heads, _ = operands.query.shape
     if operands.key.shape[1] >= LONG:
         return BLOCK
-    return 64 if batch * heads >= 32 else 128
+    apart = operands.features is not None and not narrow(operands)
+    return 64 if apart and batch * heads >= 32 else 128
+
+
+def narrow(operands: Operands) -> bool:
+    """Whether features add so little to the width of float32 queries that one product of both is faster than two."""
+    if operands.features is None or operands.query.dtype != jnp.float32:
+        return False
+    return 4 * operands.features[0].shape[-1] <= operands.query.shape[-1]
 
 
 def _at_most(size: Any, limit: int) -> bool:

@@ -38,6 +38,7 @@ def signals(sets: int) -> dict[str, PositionSignal]:
         "shifts": PositionSignal(shifts=pair(12, sets, 1, WIDTH)),
         "features": PositionSignal(features=pair(14, sets, HEADS, 3)),
         "shared features": PositionSignal(features=pair(16, sets, 1, 3)),
+        "narrow features": PositionSignal(features=pair(24, sets, 1, 1)),
         "bias": PositionSignal(bias=random(18, HEADS, LENGTH, LENGTH)),
         "some pairs of some heads": some.joined(PositionSignal(factors=pair(22, sets, 1, 1))),
     }

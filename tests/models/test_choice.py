@@ -76,6 +76,20 @@ def test_what_is_chosen(device, fields, expected):
     assert chosen(device, shapes(**fields)) == expected
 
 
+def test_narrow_features_are_joined_where_products_are_exact():
+    fields = {"features": 16, "dtype": jnp.float32}
+    joins = lambda device, **fields: choice.choose("blocks", 0, shapes(**fields), device=device).keywords["join"]  # noqa: E731
+    assert joins(CPU, **fields) and not joins(CPU, **fields | {"features": 17}) and not joins(CPU, dtype=jnp.float32)
+    assert not joins(H200, **fields) and not joins(CPU, features=16)
+
+
+@pytest.mark.parametrize("batch, features, expected", [(16, 0, 128), (16, 16, 128), (16, 64, 64), (2, 64, 128)])
+def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, features, expected):
+    operands = shapes(512, features=features, dtype=jnp.float32)
+    more = operands.replace(query=jax.ShapeDtypeStruct((batch, *operands.query.shape[1:]), jnp.float32))
+    assert chosen(CPU, more) == f"blocks {expected}"
+
+
 def test_what_is_asked_for_is_chosen():
     long, short = shapes(4096), shapes(64)
     assert chosen(CPU, long, "plain") == chosen(TPU, long, "plain") == "plain"

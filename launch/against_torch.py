@@ -1,0 +1,90 @@
+"""Times a training step of a config's model against the same model in plain PyTorch, on the CPU; the two take turns.
+
+    python -m venv OTHER && OTHER/bin/pip install torch numpy
+    python launch/against_torch.py --config=configs/speed_lm.py:rotary --python=OTHER/bin/python --output=against_torch.json
+
+PyTorch is nothing that this project needs: it runs in the interpreter that --python names (`torch_gpt2.py`). Give a config
+of RoPE in float32 without dropout. Prints the median of the turns' ratios, ours over PyTorch's, and the quarters around it.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from seqpe_jax import command, config
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import write_whole
+from seqpe_jax.runtime import hosts, mesh
+from seqpe_jax.training.trainer import Trainer
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+_PYTHON = flags.DEFINE_string("python", None, "an interpreter that has PyTorch")
+_TURNS = flags.DEFINE_integer("turns", 20, "timed steps of each", lower_bound=2)
+_OUTPUT = command.define_path("output", "JSON file to write", writes="file")
+WARM_UP, PAUSE = 3, 0.2  # turns; seconds between them, in which the threads of the side before go to sleep
+
+
+def main() -> None:
+    """The command."""
+    hosts.keep_compiled_programs()
+    settings = config.parse(_CONFIG.value)
+    model = settings.model
+    rates = (model.dropout, model.attention_dropout, model.embedding_dropout)
+    if settings.reads_images or settings.encoding.kind != "rotary" or any(rates) or settings.precision.compute != "float32":
+        raise InputError("the model in PyTorch is a GPT-2 with RoPE, float32, without dropout: give such a config")
+    if jax.devices()[0].platform != "cpu":
+        raise InputError("this compares on a CPU: set JAX_PLATFORMS=cpu")
+    trainer = Trainer.of(settings, jax.devices()[:1])
+    step, state = trainer.train_step(), trainer.init_state()
+    sizes = {name: getattr(model, name) for name in ("layers", "width", "heads")} | {
+        "vocabulary": trainer.task.sizes.vocabulary, "length": settings.data.length, "batch": settings.batch_size,
+        "threads": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, sizes["vocabulary"], (sizes["batch"], sizes["length"] + 1), np.int32)
+    batch = mesh.to_global(trainer.mesh, {"tokens": tokens})
+    line = [_PYTHON.value, str(pathlib.Path(__file__).with_name("torch_gpt2.py")), json.dumps(sizes)]
+    try:
+        other = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise InputError(f"--python={_PYTHON.value} cannot be started: {error.strerror}") from error
+    ready, _, version = other.stdout.readline().strip().partition(" ")
+    if ready != "ready":
+        raise InputError(f"--python={_PYTHON.value} has no PyTorch that runs: see above")
+    ours, theirs = [], []
+    for _ in range(WARM_UP + _TURNS.value):
+        time.sleep(PAUSE)
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        ours.append(time.perf_counter() - start)
+        time.sleep(PAUSE)
+        other.stdin.write("\n")
+        other.stdin.flush()
+        theirs.append(float(other.stdout.readline()))
+    other.stdin.close()
+    other.wait()
+    ours, theirs = ours[WARM_UP:], theirs[WARM_UP:]
+    low, middle, high = statistics.quantiles([one / two for one, two in zip(ours, theirs, strict=True)])
+    found = {
+        "sizes": sizes, "jax": jax.__version__, "torch": version, "turns": len(ours),
+        "ratio": {"median": middle, "quarters": [low, high], "of_minima": min(ours) / min(theirs)},
+    }  # fmt: skip
+    print(f"ours / PyTorch {version}: {middle:.2f} ({low:.2f} .. {high:.2f}), fastest turns {min(ours) / min(theirs):.2f}")
+    if _OUTPUT.value:
+        write_whole(pathlib.Path(_OUTPUT.value), json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "python"])
+    command.run(main)
