@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
@@ -32,6 +34,15 @@ def size_of(state: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
+def held_here(state: Any) -> int:
+    """Returns the bytes of a state's arrays, or shapes with shardings, that this process's devices hold, each part once."""
+    total = 0
+    for leaf in jax.tree.leaves(state):
+        parts = {str(part) for part in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+        total += len(parts) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
 class SaveFailed(Failure):
     """A state could not be saved; those saved before are whole."""
 
@@ -39,19 +50,26 @@ class SaveFailed(Failure):
 class Checkpoints:
     """The saved states of one run: the newest `keep`, and those of multiples of `keep_every` steps, which stay for good.
 
+    Args:
+      best: says which one stays too, for being the best (`best.BestKept`); None = none does.
+
     Attributes:
       failed: saves in a row that failed, up to now.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, create: bool = True):
+    def __init__(
+        self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, best: Any = None, create: bool = True
+    ):  # fmt: skip
         self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
+        self._best = best
+        staying = [managers.LatestN(keep), *([managers.EveryNSteps(keep_every)] if keep_every else ())]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=create, enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            preservation_policy=managers.AnyPreservationPolicy([*staying, *([best] if best else ())]), create=create,
+            enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._under_way: int | None = None
@@ -74,6 +92,8 @@ class Checkpoints:
             free = free_space(self.folder)
             if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._best:
+                self._best.note(step, meta)
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
 
     def wait(self) -> None:
@@ -91,6 +111,8 @@ class Checkpoints:
         except Exception as error:  # Orbax hands on what its threads raise, of many kinds
             step, self._under_way = self._under_way, None
             self.failed += 1
+            if self._best:
+                self._best.forget(step)
             for unfinished in self.folder.glob(f"*{UNNAMED}") if jax.process_index() == 0 else ():
                 shutil.rmtree(unfinished, ignore_errors=True)  # what cannot be removed is removed by the next start
             words = " ".join(str(error).split())
@@ -197,13 +219,23 @@ def whole_step(folder: pathlib.Path) -> tuple[int | None, dict[pathlib.Path, str
       Those by folder, with what is wrong with each, in words.
     """
     found: dict[pathlib.Path, str] = {}
-    steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
-    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        wrong = damage(path) if (path / COMMITTED).is_file() else f"{COMMITTED} is missing"
+    for path in reversed(steps_of(folder)):
+        wrong = wrong_with(path)
         if not wrong:
             return int(path.name), found
         found[path] = wrong
     return None, found
+
+
+def steps_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the steps in a folder of checkpoints, the newest last."""
+    steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
+    return sorted(steps, key=lambda path: int(path.name))
+
+
+def wrong_with(step: pathlib.Path) -> str:
+    """Returns what is not as it was written of a step, in words, or ""."""
+    return damage(step) if (step / COMMITTED).is_file() else f"{COMMITTED} is missing"
 
 
 def set_aside(workdir: str | pathlib.Path) -> list[str]:
@@ -214,12 +246,17 @@ def set_aside(workdir: str | pathlib.Path) -> list[str]:
     step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
     told = []
     for path, wrong in damaged.items():
-        aside, number = path.with_name(f"{path.name}.damaged"), 1
-        while aside.exists():
-            aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
-        path.rename(aside)
-        told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {aside.name}, going on from step {step}")
+        told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {renamed(path)}, going on from step {step}")
     return told
+
+
+def renamed(step: pathlib.Path) -> str:
+    """Gives a damaged checkpoint a name that nobody takes for a step's, and returns that."""
+    aside, number = step.with_name(f"{step.name}.damaged"), 1
+    while aside.exists():
+        aside, number = step.with_name(f"{step.name}.damaged{number}"), number + 1
+    step.rename(aside)
+    return aside.name
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -156,9 +156,19 @@ def sync() -> None:
         _line.sync()
 
 
-def told_to_stop(step: int) -> bool:
-    """Whether all processes stop before this step, because one of them got SIGTERM; each asks at every step."""
-    return _line is not None and multihost_utils.reached_preemption_sync_point(step)
+_asked = 0
+
+
+def told_to_stop() -> bool:
+    """Whether all processes stop here, because one of them got SIGTERM; each must ask at the same places as the others."""
+    global _asked
+    _asked += 1
+    return _line is not None and multihost_utils.reached_preemption_sync_point(_asked)
+
+
+def as_the_lead(value: bool) -> bool:
+    """Returns the value that the lead gives."""
+    return bool(multihost_utils.broadcast_one_to_all(value)) if _line is not None else value
 
 
 def check_shared(path: pathlib.Path) -> None:

@@ -20,6 +20,8 @@ from seqpe_jax.tasks.images import KEPT
 from seqpe_jax.training.optimizer import decay_steps
 
 OWNER = "owner.json"  # who trains in the folder
+GRACE_SECONDS = 30.0  # between the news that a machine is taken away and its end, on most clouds
+PROBE_BYTES = 64 * 2**20
 
 
 def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
@@ -40,6 +42,36 @@ def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
             f"workdir {workdir} has {free / 2**20:,.1f} MiB of free space, and {count} checkpoint(s) of this model take "
             f"{needed / 2**20:,.1f}: make room there, or choose another --workdir"
         )
+
+
+def slow_save(workdir: pathlib.Path, size: int) -> str:
+    """Returns a warning where a save takes longer than a machine that is taken away leaves, else "".
+
+    Args:
+      size: bytes that this process saves; how fast it can is measured by writing some.
+    """
+    seconds = size / write_rate(workdir, min(size, PROBE_BYTES))
+    if seconds <= GRACE_SECONDS:
+        return ""
+    return (
+        f"warning: a save takes about {seconds:,.0f} s ({size / 2**20:,.0f} MiB at {size / seconds / 2**20:,.1f} MiB/s, as "
+        f"measured in {workdir}), and a machine that is taken away usually leaves {GRACE_SECONDS:.0f}: what is done since "
+        "the last save may be lost then, so lower checkpoint.every or use a faster disk"
+    )
+
+
+def write_rate(folder: pathlib.Path, size: int) -> float:
+    """Returns how many bytes a second reach the disk of a folder, of a file of so many bytes, which is removed again."""
+    content, began = os.urandom(size), time.monotonic()
+    path = folder / f".{os.getpid()}.probe"
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return size / max(time.monotonic() - began, 1e-9)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, extend: bool = False) -> None:

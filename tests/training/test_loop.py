@@ -48,8 +48,10 @@ def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every
     batches = batches or ((number, {}) for number in range(first, steps))
     metrics, clock = MetricsWriter(workdir, first, tensorboard=False), events.Clock()
     report = events.Report(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
-    happening = [events.Evaluate(evaluate, metrics, clock, report, every=2)] if evaluate else []
-    happening += [events.Save(Kept(), {}, clock, report, every=100)]
+    save = events.Save(Kept(), {}, clock, report, every=100)
+    stop = events.Stop(save)
+    happening = [events.Evaluate(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
+    happening += [save, stop]
     happening += [events.Profile(profile, workdir)] if profile else []
     loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, events=[*happening, report])
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -60,7 +62,7 @@ def recorded(workdir) -> bool:
 
 
 def test_a_line_tells_the_time_of_a_step_without_what_is_done_between_steps(tmp_path):
-    def evaluate(_) -> dict[str, float]:
+    def evaluate(*_) -> dict[str, float]:
         time.sleep(0.5)
         return {"eval/loss": 1.0}
 
