@@ -24,7 +24,7 @@ from tests.training.test_processes import _free_port, hosts
 from tests.training.test_resume import CLOCK, arrays, lines, newest
 
 FIELDS = {
-    "config": "tests/tiny_text.py:alibi", "checkpoint__every": 25, "report__every": 1, "eval__every": 100,
+    "config": "tests/tiny_text.py:alibi", "checkpoint__every": 50, "report__every": 1, "eval__every": 100,
     "eval__lengths": (16,), "model__dropout": 0.1,
 }  # fmt: skip
 START_SECONDS = 4.0  # in which a start reads its state and compiles
