@@ -89,6 +89,8 @@ class Checkpoints:
             return
         self._under_way = step
         with self._telling():
+            if self.failed:  # Orbax has forgotten the checkpoints that were to go after a save that failed
+                self._manager.reload()
             free = free_space(self.folder)
             if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
