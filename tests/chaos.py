@@ -24,13 +24,13 @@ from tests.training.test_processes import _free_port, hosts
 from tests.training.test_resume import CLOCK, arrays, lines, newest
 
 FIELDS = {
-    "config": "tests/tiny_text.py:alibi", "checkpoint__every": 50, "report__every": 1, "eval__every": 100,
+    "config": "tests/tiny_text.py:alibi", "checkpoint__every": 20, "report__every": 1, "eval__every": 100,
     "eval__lengths": (16,), "model__dropout": 0.1,
 }  # fmt: skip
 START_SECONDS = 4.0  # in which a start reads its state and compiles
 SAVE_SECONDS = 0.03  # within which a kill follows the beginning of a save
 STUCK_SECONDS = 600.0
-STEPS_OF_A_KILL = 60  # by which a run gets longer for each, so that it does not end before the last
+STEPS_OF_A_KILL = 30  # by which a run gets longer for each, so that it does not end before the last
 
 
 class Victim:
