@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from typing import Any
@@ -14,6 +13,7 @@ from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
@@ -55,7 +55,7 @@ def is_ours(path: str | pathlib.Path) -> bool:
     if (folder / FOLDER).is_dir():
         return True
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = from_json((folder / "config.json").read_text())
     except (OSError, ValueError):  # not there, or of another kind: the reference's is YAML
         return False
     return isinstance(values, dict) and {"data", "model", "encoding"} <= values.keys()

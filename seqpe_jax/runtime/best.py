@@ -1,12 +1,12 @@
 """Which checkpoint of a run is the best by a metric of its evaluations, each of which is stored beside its state."""
 
-import json
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 from seqpe_jax.runtime.checkpoint import FOLDER, renamed, steps_of, wrong_with
 from seqpe_jax.runtime.digests import damage
 
@@ -110,7 +110,7 @@ def _values(folder: pathlib.Path, metric: str) -> dict[int, float]:
 def _meta(step: pathlib.Path) -> dict[str, Any]:
     """What lies beside a state. Raises: InputError: it is damaged."""
     try:
-        return json.loads((step / META).read_text())
+        return from_json((step / META).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint {step} is damaged ({META} cannot be read: {error})") from error
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import free_space, write_whole
+from seqpe_jax.files import free_space, from_json, write_whole
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
@@ -163,9 +164,11 @@ class Checkpoints:
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 request = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
-                return reader.restore(path, args=request)["params"], step
+                restored = reader.restore(path, args=request)["params"]
         except Exception as error:  # as above
             raise self._unreadable(step, error) from error
+        check_finite(path.parent, restored)
+        return restored, step
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state."""
@@ -261,6 +264,17 @@ def renamed(step: pathlib.Path) -> str:
     return aside.name
 
 
+def check_finite(checkpoint: pathlib.Path, params: Any) -> None:
+    """Refuses parameters that older versions saved though they are of no use. Raises: InputError: names one."""
+    for name, leaf in named(params).items():
+        for part in leaf.addressable_shards:
+            if part.replica_id == 0 and not np.isfinite(np.asarray(part.data)).all():
+                raise InputError(
+                    f"checkpoint {checkpoint} is of no use: its {name} is infinite or not a number; move that folder away "
+                    "to fall back on an older one"
+                )
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
 
@@ -299,9 +313,14 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     try:
-        return json.loads(path.read_text())
+        values = from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{workdir} holds the config.json of something else, which has no fields: give a --workdir of `train`"
+        )
+    return values
 
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:

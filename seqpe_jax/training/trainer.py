@@ -27,7 +27,16 @@ from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.best import BestKept, check_best, set_best_aside
-from seqpe_jax.runtime.checkpoint import Checkpoints, held_here, read_config, saved_step, set_aside, size_of, write_config
+from seqpe_jax.runtime.checkpoint import (
+    Checkpoints,
+    check_finite,
+    held_here,
+    read_config,
+    saved_step,
+    set_aside,
+    size_of,
+    write_config,
+)
 from seqpe_jax.runtime.progress import MetricsWriter, read_metrics
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
@@ -227,7 +236,9 @@ class Trainer:
         )  # fmt: skip
         if hosts.is_lead() and (warning := slow_save(folder, held_here(self.shapes))):
             _say(f"  {warning}")
-        state = checkpoints.restore(self.shapes) if state is None else state
+        if state is None:
+            state = checkpoints.restore(self.shapes)
+            check_finite(checkpoints.folder / str(first), state.params)
         before = checkpoints.meta() if first is not None else {}
         if first is not None or settings.init_from:
             _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
