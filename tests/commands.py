@@ -84,8 +84,8 @@ class Commands:
         self._count += 1
         folder = pathlib.Path(self._folder.name) / str(self._count)
         folder.mkdir()
-        for name in ("out", "err"):  # a process may be killed before it has said anything
-            (folder / name).touch()
+        for stream in ("out", "err"):  # a process may be killed before it has said anything
+            (folder / stream).touch()
         return Running(self._ask([[f"seqpe_jax.{name}", *arguments], variables, str(folder)]), folder)
 
     def wait(self, running: Running, seconds: float = 600.0) -> Result:
