@@ -166,6 +166,9 @@ def serve() -> None:
     from seqpe_jax.training import trainer  # noqa: F401
 
     runs.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     gc.freeze()  # else each fork looks through all of it, and so copies it, when it ends
 

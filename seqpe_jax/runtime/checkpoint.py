@@ -22,6 +22,7 @@ from seqpe_jax.files import free_space, from_json, write_whole
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
+ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
 FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
 
 
@@ -31,8 +32,9 @@ def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
 
 
 def size_of(state: Any) -> int:
-    """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most, with what is told of each array."""
+    leaves = jax.tree.leaves(state)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + ABOUT_AN_ARRAY * len(leaves) + ABOUT_A_STATE
 
 
 def held_here(state: Any) -> int:

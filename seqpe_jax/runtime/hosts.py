@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import signal
 import socket
 import sys
 import time
@@ -15,7 +16,7 @@ import jax
 from jax._src import clusters  # JAX's own detection; `initialize` offers it only together with its own wait
 from jax.experimental import multihost_utils
 
-from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.errors import TOLD_TO_STOP, Failure, InputError
 from seqpe_jax.runtime import line
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -154,6 +155,21 @@ def sync() -> None:
     """Waits until all processes are here."""
     if _line is not None:
         _line.sync()
+
+
+def leave_when_told() -> None:
+    """Ends this process at once where SIGTERM or SIGHUP come while there is nothing to save, as before the first step.
+
+    Among several processes JAX listens for SIGTERM itself. A process under `nohup`, which ignores SIGHUP, goes on.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        end(TOLD_TO_STOP, f"{name}: there is nothing to save now; the same command goes on from the last checkpoint")
+
+    for number in (signal.SIGTERM, signal.SIGHUP) if not several() else ():
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, leave)
 
 
 _asked = 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from seqpe_jax.errors import Failure
+from seqpe_jax.errors import TOLD_TO_STOP, Failure
 from seqpe_jax.runtime import chips, hosts
 from seqpe_jax.runtime.best import EVALUATION
 from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed
@@ -35,7 +35,7 @@ _all_finite = jax.jit(all_finite)
 class Stopped(Failure):
     """The run was told to stop; its state is saved, and a scheduler may start it again on the exit code alone."""
 
-    code = 75  # EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
+    code = TOLD_TO_STOP
 
 
 @dataclasses.dataclass
