@@ -3,7 +3,8 @@
     python -m tests.chaos --kills=200 --pair=20 --folder=runs/chaos --results=docs/results/chaos.json
     python -m tests.chaos --soak=20000
 
-The same command goes on where it was interrupted; another --folder begins anew. Exit code 1: something was lost or differs.
+The same command goes on where it was interrupted; another --folder begins anew. Exit code 1: something was lost or differs,
+or the memory of a soaked run grew by more than 2%.
 """
 
 import argparse
@@ -30,6 +31,7 @@ FIELDS = {
 START_SECONDS = 4.0  # in which a start reads its state and compiles
 SAVE_SECONDS = 0.03  # within which a kill follows the beginning of a save
 STUCK_SECONDS = 600.0
+GROWTH_PERCENT = 2.0  # of memory, beyond which a soaked run is said to leak
 STEPS_OF_A_KILL = 30  # by which a run gets longer for each, so that it does not end before the last
 
 
@@ -128,9 +130,10 @@ def _bits(array) -> tuple | None:
     return None if array is None else (array.dtype, array.shape, array.tobytes())
 
 
-def lost(result: dict[str, int]) -> int:
-    """Returns how much of a killed run is not as it should be."""
-    return sum(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
+def wrong(result: dict[str, float]) -> bool:
+    """Whether something is not as it should be."""
+    lost = sum(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
+    return bool(lost or result.get("exit_code") or result.get("growth_percent", 0) > GROWTH_PERCENT)
 
 
 def soak(commands: Commands, folder: pathlib.Path, steps: int) -> dict[str, float]:
@@ -182,23 +185,23 @@ def main() -> int:
     options.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/chaos"))
     options.add_argument("--results", type=pathlib.Path, help="JSON file to write")
     given = options.parse_args()
-    folder, commands, results = given.folder.absolute(), Commands(given.folder.absolute() / "cache"), {}
+    folder, results = given.folder.absolute(), {}
+    commands = Commands(folder / "cache")
+
+    def keep(name: str, result: dict[str, float]) -> None:
+        results[name] = result
+        if given.results:
+            stored = json.loads(given.results.read_text()) if given.results.exists() else {}
+            write_whole(given.results, json.dumps(stored | results, indent=1) + "\n")
+
     if given.soak:
-        results["soak"] = soak(commands, folder / "soak", given.soak)
+        keep("soak", soak(commands, folder / "soak", given.soak))
     for name, processes, kills in (("one process", 1, given.kills), ("two processes", 2, given.pair)):
         if kills and not given.soak:
-            results[name] = Victim(commands, folder / name.replace(" ", "_"), processes, kills).run()
+            keep(name, Victim(commands, folder / name.replace(" ", "_"), processes, kills).run())
     commands.close()
-    if given.results:
-        stored = json.loads(given.results.read_text()) if given.results.exists() else {}
-        write_whole(given.results, json.dumps(stored | results, indent=1) + "\n")
     print(table(results))
-    wrong = [
-        name
-        for name, result in results.items()
-        if lost(result) or result.get("exit_code") or result.get("growth_percent", 0) > 2
-    ]
-    return int(bool(wrong))
+    return int(any(map(wrong, results.values())))
 
 
 if __name__ == "__main__":
