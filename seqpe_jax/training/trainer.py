@@ -207,7 +207,8 @@ class Trainer:
         if first != settings.steps:
             # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
             saves = math.ceil(settings.steps / settings.checkpoint.every)
-            check_space(folder, size_of(self.shapes), min(settings.checkpoint.keep + 1, saves) if first is None else 1)
+            stay = settings.checkpoint.keep + bool(settings.checkpoint.best)
+            check_space(folder, size_of(self.shapes), min(stay + 1, saves) if first is None else 1)
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
@@ -240,6 +241,8 @@ class Trainer:
             state = checkpoints.restore(self.shapes)
             check_finite(checkpoints.folder / str(first), state.params)
         before = checkpoints.meta() if first is not None else {}
+        if first is None and (told := read_metrics(folder)):
+            _say(f"  no step is saved, though {told[-1]['step']} were done: beginning anew")
         if first is not None or settings.init_from:
             _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
         happening = self._events(folder, checkpoints, first or 0, before, owed)

@@ -174,6 +174,17 @@ def test_damage(settings, trained, expected, tmp_path, what):
     assert held <= kept(run), "nothing is deleted"
 
 
+def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings, trained, tmp_path, capsys):
+    """As one does that was killed before its first save."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for step in (2, 4, 6):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    Trainer.for_folder(settings, run).fit(run)
+    assert "no step is saved, though 6 were done: beginning anew" in capsys.readouterr().out
+    assert measured(run) == measured(trained)
+
+
 def in_one_line(words, call):
     with pytest.raises(InputError, match=words) as caught:
         call()
