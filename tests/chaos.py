@@ -8,6 +8,7 @@ or the memory of a soaked run grew by more than 2%.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -62,7 +63,8 @@ class Victim:
         draw = random.Random(len(self.done))
         moment = draw.choices(("save", "start", "step"), (2, 1, 3))[0]
         reached, wanted = newest(self.killed), draw.randrange(2 * STEPS_OF_A_KILL)
-        running, began = self.start(self.killed), time.monotonic()
+        begun, began = time.time_ns(), time.monotonic()
+        running = self.start(self.killed)
         victim, share = draw.choice(running), draw.random()
         if moment == "start":
             time.sleep(share * START_SECONDS)
@@ -71,20 +73,25 @@ class Victim:
                 sys.exit(f"{self.killed} does not go on: {[one.err for one in running]}")
             time.sleep(0.002)
         if moment == "save":
-            while not self.unfinished() and newest(self.killed) < self.steps:
+            while not self.saves_since(begun) and newest(self.killed) < self.steps:
                 time.sleep(0.0005)
             time.sleep(share * SAVE_SECONDS)
         os.kill(victim.process, signal.SIGKILL)
         codes = [self.commands.wait(one).code for one in running]
         if -signal.SIGKILL not in codes:
             sys.exit(f"{self.killed} ended before it was killed: {[one.err for one in running]}")
-        self.done.append({"moment": moment, "inside_a_save": bool(self.unfinished()), "saved": newest(self.killed)})
+        inside = self.saves_since(begun)
+        self.done.append({"moment": moment, "inside_a_save": inside, "saved": newest(self.killed)})
         write_whole(self.record, json.dumps(self.done))
         print(f"{self.folder.name}: kill {len(self.done)} of {self.kills}, {self.done[-1]}", flush=True)
 
-    def unfinished(self) -> list[pathlib.Path]:
-        """Returns the saves that are under way, or were when the run was killed."""
-        return list((self.killed / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+    def saves_since(self, begun: int) -> bool:
+        """Whether a save is under way, or was when the run was killed, that began after a time in nanoseconds."""
+        for path in (self.killed / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # earlier kills have left some, too
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime_ns > begun:
+                    return True
+        return False
 
     def run(self) -> dict[str, int]:
         """Does what is still to be done, and returns what became of it."""
