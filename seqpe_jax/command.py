@@ -46,6 +46,12 @@ def define_path(name: str, help: str, *, writes: str = "") -> flags.FlagHolder:
     return flags.DEFINE(_Path(name, writes), name, None, help)
 
 
+def define_which() -> flags.FlagHolder:
+    """Gives a command the option that says which checkpoint of a run it reads."""
+    told = "checkpoint of a run: its newest, or the best by the metric that its config names as checkpoint.best"
+    return flags.DEFINE_enum("which", "latest", ["latest", "best"], told)
+
+
 def define_hosts() -> None:
     """Gives a command the options of a run of several processes."""
     told = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes tells it"

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+TOLD_TO_STOP = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
+
 
 class InputError(ValueError):
     """Bad input, told in one line: what is wrong, what was expected, how to fix it.

@@ -15,6 +15,7 @@ from seqpe_jax.runtime import hosts
 from seqpe_jax.tasks.measure import Scales, check_kind, measure, write
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
+_WHICH = command.define_which()
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _SIZES = flags.DEFINE_list(
     "sizes", [], "image sizes, e.g. 224,384x512, of clips also 16x32x32 (default: those of the run's config)"
@@ -50,7 +51,7 @@ def main() -> None:
     folder, tokens, examples = _CHECKPOINT.value, _TOKENS.value, _EXAMPLES.value
     check_kind(loading.saved_config(folder), folder, lengths, sizes, tokens, examples)
     report, arrays = measure(
-        loading.opened(folder), lengths, sizes, _SPLIT.value, tokens, examples, _DATA.value,
+        loading.opened(folder, _WHICH.value), lengths, sizes, _SPLIT.value, tokens, examples, _DATA.value,
         tuple(_PATHS.value), _LOSSY.value,
     )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():

@@ -20,6 +20,7 @@ from seqpe_jax.serving import export
 from seqpe_jax.serving.exported import CARD, PLATFORMS
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
+_WHICH = command.define_which()
 _OUTPUT = command.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
     "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", lower_bound=1
@@ -35,7 +36,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
     hosts.keep_compiled_programs()
     check_free(_OUTPUT.value)
-    model = loading.opened(_CHECKPOINT.value)
+    model = loading.opened(_CHECKPOINT.value, _WHICH.value)
     export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, _PLATFORMS.value)
     print(f"written: {_OUTPUT.value}, see {pathlib.Path(_OUTPUT.value) / CARD}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -126,6 +127,14 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         return
     with whole(target) as part:
         part.write_bytes(data)
+
+
+def from_json(content: str | bytes) -> Any:
+    """Returns what a JSON text says; whatever is wrong with it, nested too deep included, is a ValueError."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def check_free(folder: str | os.PathLike, option: str = "--output") -> None:

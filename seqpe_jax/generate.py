@@ -26,12 +26,13 @@ from seqpe_jax.runtime.progress import ProgressLine
 
 
 def run(
-    checkpoint: str, prompts: Sequence[str], new_tokens: int, *, stream: bool = False, **choice: float
-) -> list[dict[str, Any]]:
-    """Returns what the newest checkpoint of a run says after each prompt, in the form that `--output` stores.
+    checkpoint: str, prompts: Sequence[str], new_tokens: int, *, which: str = "latest", stream: bool = False,
+    **choice: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns what a checkpoint of a run says after each prompt, in the form that `--output` stores.
 
     Args:
-      checkpoint: a workdir of `train`.
+      checkpoint: a workdir of `train`; which: of its checkpoints, "latest" or "best" (`loading.opened`).
       new_tokens: at most, for each prompt; choice: temperature, top_p and seed of `inference.decoding.Sampling`.
       stream: print the text of the one prompt as it comes; else a line of progress tells the tokens done.
 
@@ -43,7 +44,7 @@ def run(
     Sampling(new_tokens, **choice)  # refuses bad values before a run is opened
     if loading.saved_config(checkpoint).reads_images:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-    model = loading.opened(checkpoint)
+    model = loading.opened(checkpoint, which)
     tokenizer, printed = model.tokenizer, ""
     tokens = model.task.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
     sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
@@ -78,6 +79,7 @@ def run(
 
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run on text")
+_WHICH = command.define_which()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
 _FILE = command.define_path("prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt")
 _NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt")
@@ -116,6 +118,7 @@ def main() -> None:
         _CHECKPOINT.value,
         [_text(_PROMPT.value)] if _FILE.value is None else read_prompts(_FILE.value),
         _NEW_TOKENS.value,
+        which=_WHICH.value,
         stream=_FILE.value is None,
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from typing import Any
@@ -14,9 +13,11 @@ from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.runtime.best import best_step
 from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config, whole_step
 from seqpe_jax.runtime.digests import damage
 from seqpe_jax.serving.exported import SECTION, read_params
@@ -30,19 +31,20 @@ EXPECTED = (
 )
 
 
-def load(path: str | pathlib.Path) -> Model:
+def load(path: str | pathlib.Path, which: str = "latest") -> Model:
     """Returns the model of a folder or file, its parameters read; no data are opened.
 
     Args:
       path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
         a directory of a Hugging Face GPT-2.
+      which: checkpoint of a run, "latest" or "best" (`opened`).
 
     Raises:
       InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version.
     """
     if not pathlib.Path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
-    model = opened(str(path)) if is_ours(path) else reference.from_source(folders.read(str(path)))
+    model = opened(str(path), which) if is_ours(path) else reference.from_source(folders.read(str(path)))
     _ = model.params
     return model
 
@@ -53,21 +55,26 @@ def is_ours(path: str | pathlib.Path) -> bool:
     if (folder / FOLDER).is_dir():
         return True
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = from_json((folder / "config.json").read_text())
     except (OSError, ValueError):  # not there, or of another kind: the reference's is YAML
         return False
     return isinstance(values, dict) and {"data", "model", "encoding"} <= values.keys()
 
 
-def opened(checkpoint: str) -> Model:
+def opened(checkpoint: str, which: str = "latest") -> Model:
     """Returns the model of a run or an export, whose parameters are read when they are first asked for.
 
+    Args:
+      which: checkpoint of a run: "latest", the newest that is not damaged, or "best", by checkpoint.best of its config.
+
     Raises:
-      InputError: neither of these; nothing is saved yet.
+      InputError: neither of these; nothing is saved yet; there is no best checkpoint.
     """
     settings = saved_config(checkpoint)
     section, mesh = export_section(checkpoint), layout.make_mesh(0, 1)
     if section is not None:
+        if which != "latest":
+            raise InputError(f"{checkpoint} is an export, which holds one model: leave --which out")
         sizes = sizes_of(settings, checkpoint)
         architecture = Architecture.of(settings, sizes).stored(tuple(section["reach"]))
         read = functools.partial(_exported_params, checkpoint, architecture, mesh)
@@ -75,8 +82,12 @@ def opened(checkpoint: str) -> Model:
     saved = Checkpoints(checkpoint, create=False)
     step = saved.newest()
     saved.close()
-    for path, wrong in whole_step(saved.folder)[1].items():
-        print(f"checkpoint {path} is damaged ({wrong}): step {step} is read in its place", file=sys.stderr)
+    if which == "best":
+        step, value = best_step(checkpoint, settings.checkpoint.best)
+        print(f"{checkpoint}: step {step} is the best, {settings.checkpoint.best} {value:.6g}")
+    else:
+        for path, wrong in whole_step(saved.folder)[1].items():
+            print(f"checkpoint {path} is damaged ({wrong}): step {step} is read in its place", file=sys.stderr)
     sizes = sizes_of(settings, checkpoint)
     architecture = Architecture.of(settings, sizes)
     read = functools.partial(_saved_params, checkpoint, architecture, mesh, step)

@@ -31,6 +31,7 @@ command.define_hosts()
 def main() -> None:
     """The command."""
     settings, workdir = command.join_hosts(_settings), _WORKDIR.value
+    hosts.leave_when_told()
     hosts.keep_compiled_programs()
     Trainer.for_folder(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
 

@@ -84,6 +84,8 @@ class Commands:
         self._count += 1
         folder = pathlib.Path(self._folder.name) / str(self._count)
         folder.mkdir()
+        for stream in ("out", "err"):  # a process may be killed before it has said anything
+            (folder / stream).touch()
         return Running(self._ask([[f"seqpe_jax.{name}", *arguments], variables, str(folder)]), folder)
 
     def wait(self, running: Running, seconds: float = 600.0) -> Result:
@@ -164,6 +166,9 @@ def serve() -> None:
     from seqpe_jax.training import trainer  # noqa: F401
 
     runs.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     gc.freeze()  # else each fork looks through all of it, and so copies it, when it ends
 

@@ -241,6 +241,37 @@ def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
 
 
 @pytest.mark.slow
+def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path):
+    results = tmp_path / "chaos.json"
+    given = ["--kills=3", "--pair=0", f"--folder={tmp_path / 'chaos'}", f"--results={results}"]
+    command = [sys.executable, "-m", "tests.chaos", *given]
+    found = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    told = json.loads(results.read_text())["one process"]
+    assert told["kills"] == 3 and told["steps"] == 190 and told["lines"] == 192 and told["arrays"] > 20
+    assert not any(told[name] for name in told if name.endswith(("missing", "doubled", "differ")))
+    assert "| steps doubled | 0 |" in found.stdout
+
+    # What it is for: a line lost and a byte changed are seen.
+    killed = tmp_path / "chaos" / "one_process" / "killed"
+    lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:50] + lines[51:] + lines[-1:]))
+    again = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    told = json.loads(results.read_text())["one process"]
+    assert again.returncode == 1 and told["lines_missing"] == told["steps_missing"] == 1, again.stdout + again.stderr
+    assert told["lines_that_differ_or_are_doubled"] == 1
+
+
+def test_stored_kills_lost_nothing():
+    """What WORKSPACE.md says of them is what was measured."""
+    results, told = json.loads((ROOT / "docs" / "results" / "chaos.json").read_text()), (ROOT / "WORKSPACE.md").read_text()
+    for name in ("one process", "two processes"):
+        assert not any(count for key, count in results[name].items() if key.endswith(("missing", "doubled", "differ")))
+        assert f"{results[name]['kills']} kills -9 ({results[name]['kills_inside_a_save']} inside a save)" in told
+    assert results["soak"]["growth_percent"] <= 2 and f"{results['soak']['growth_percent']}%" in told
+
+
+@pytest.mark.slow
 def test_a_job_under_slurm_ends_after_a_requeue(tmp_path):
     if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("a Slurm of its own needs root and apt")

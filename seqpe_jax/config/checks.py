@@ -186,6 +186,12 @@ def _check_faults(config: Config) -> None:
             f"checkpoint.keep_every={checkpoint.keep_every} is not a multiple of checkpoint.every={checkpoint.every}: only "
             "steps that are saved can be kept"
         )
+    if checkpoint.best and (not config.eval.every or config.eval.every % checkpoint.every):
+        raise InputError(
+            f"checkpoint.best='{checkpoint.best}' needs eval.every to be a multiple of "
+            f"checkpoint.every={checkpoint.every}, got {config.eval.every}: only a state that is evaluated and saved "
+            "can be the best"
+        )
     if optimizer.skips != 10 and optimizer.non_finite != "skip":
         raise InputError(f"optimizer.skips={optimizer.skips} is read by optimizer.non_finite='skip' alone: set that too")
 

@@ -296,6 +296,7 @@ class CheckpointConfig:
     every: int = _field(1000, **Positive)
     keep: int = _field(2, **Positive)  # the newest ones that stay
     keep_every: int = _field(0, **NonNegative)  # those of every so many steps stay for good; 0 = none
+    best: str = ""  # a metric measured while training, as loss@512: the best checkpoint by it stays as well; "" = none
     failed_saves: int = _field(3, **Positive)  # in a row end the run
 
 

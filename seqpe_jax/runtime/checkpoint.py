@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -11,14 +12,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import free_space, write_whole
+from seqpe_jax.files import free_space, from_json, write_whole
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
+ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
 FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
 
 
@@ -28,8 +32,18 @@ def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
 
 
 def size_of(state: Any) -> int:
-    """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most, with what is told of each array."""
+    leaves = jax.tree.leaves(state)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + ABOUT_AN_ARRAY * len(leaves) + ABOUT_A_STATE
+
+
+def held_here(state: Any) -> int:
+    """Returns the bytes of a state's arrays, or shapes with shardings, that this process's devices hold, each part once."""
+    total = 0
+    for leaf in jax.tree.leaves(state):
+        parts = {str(part) for part in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+        total += len(parts) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
 
 
 class SaveFailed(Failure):
@@ -39,19 +53,26 @@ class SaveFailed(Failure):
 class Checkpoints:
     """The saved states of one run: the newest `keep`, and those of multiples of `keep_every` steps, which stay for good.
 
+    Args:
+      best: says which one stays too, for being the best (`best.BestKept`); None = none does.
+
     Attributes:
       failed: saves in a row that failed, up to now.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, create: bool = True):
+    def __init__(
+        self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, best: Any = None, create: bool = True
+    ):  # fmt: skip
         self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
+        self._best = best
+        staying = [managers.LatestN(keep), *([managers.EveryNSteps(keep_every)] if keep_every else ())]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=create, enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            preservation_policy=managers.AnyPreservationPolicy([*staying, *([best] if best else ())]), create=create,
+            enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._under_way: int | None = None
@@ -71,9 +92,13 @@ class Checkpoints:
             return
         self._under_way = step
         with self._telling():
+            if self.failed:  # Orbax has forgotten the checkpoints that were to go after a save that failed
+                self._manager.reload()
             free = free_space(self.folder)
             if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._best:
+                self._best.note(step, meta)
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
 
     def wait(self) -> None:
@@ -91,6 +116,8 @@ class Checkpoints:
         except Exception as error:  # Orbax hands on what its threads raise, of many kinds
             step, self._under_way = self._under_way, None
             self.failed += 1
+            if self._best:
+                self._best.forget(step)
             for unfinished in self.folder.glob(f"*{UNNAMED}") if jax.process_index() == 0 else ():
                 shutil.rmtree(unfinished, ignore_errors=True)  # what cannot be removed is removed by the next start
             words = " ".join(str(error).split())
@@ -139,9 +166,11 @@ class Checkpoints:
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 request = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
-                return reader.restore(path, args=request)["params"], step
+                restored = reader.restore(path, args=request)["params"]
         except Exception as error:  # as above
             raise self._unreadable(step, error) from error
+        check_finite(path.parent, restored)
+        return restored, step
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state."""
@@ -197,13 +226,23 @@ def whole_step(folder: pathlib.Path) -> tuple[int | None, dict[pathlib.Path, str
       Those by folder, with what is wrong with each, in words.
     """
     found: dict[pathlib.Path, str] = {}
-    steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
-    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        wrong = damage(path) if (path / COMMITTED).is_file() else f"{COMMITTED} is missing"
+    for path in reversed(steps_of(folder)):
+        wrong = wrong_with(path)
         if not wrong:
             return int(path.name), found
         found[path] = wrong
     return None, found
+
+
+def steps_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the steps in a folder of checkpoints, the newest last."""
+    steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
+    return sorted(steps, key=lambda path: int(path.name))
+
+
+def wrong_with(step: pathlib.Path) -> str:
+    """Returns what is not as it was written of a step, in words, or ""."""
+    return damage(step) if (step / COMMITTED).is_file() else f"{COMMITTED} is missing"
 
 
 def set_aside(workdir: str | pathlib.Path) -> list[str]:
@@ -214,12 +253,28 @@ def set_aside(workdir: str | pathlib.Path) -> list[str]:
     step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
     told = []
     for path, wrong in damaged.items():
-        aside, number = path.with_name(f"{path.name}.damaged"), 1
-        while aside.exists():
-            aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
-        path.rename(aside)
-        told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {aside.name}, going on from step {step}")
+        told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {renamed(path)}, going on from step {step}")
     return told
+
+
+def renamed(step: pathlib.Path) -> str:
+    """Gives a damaged checkpoint a name that nobody takes for a step's, and returns that."""
+    aside, number = step.with_name(f"{step.name}.damaged"), 1
+    while aside.exists():
+        aside, number = step.with_name(f"{step.name}.damaged{number}"), number + 1
+    step.rename(aside)
+    return aside.name
+
+
+def check_finite(checkpoint: pathlib.Path, params: Any) -> None:
+    """Refuses parameters that older versions saved though they are of no use. Raises: InputError: names one."""
+    for name, leaf in named(params).items():
+        for part in leaf.addressable_shards:
+            if part.replica_id == 0 and not np.isfinite(np.asarray(part.data)).all():
+                raise InputError(
+                    f"checkpoint {checkpoint} is of no use: its {name} is infinite or not a number; move that folder away "
+                    "to fall back on an older one"
+                )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -260,9 +315,14 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     try:
-        return json.loads(path.read_text())
+        values = from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{workdir} holds the config.json of something else, which has no fields: give a --workdir of `train`"
+        )
+    return values
 
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 
 FILE = "digests.json"
 
@@ -18,7 +18,7 @@ def write_digests(folder: pathlib.Path, name: str = "", but: tuple[str, ...] = (
     write_whole(folder / FILE, json.dumps({"folder": name or folder.name, "files": files}, indent=1) + "\n")
 
 
-def damage(folder: pathlib.Path, named: bool = True) -> str:
+def damage(folder: pathlib.Path, named: bool = True, within: str = "") -> str:
     """Returns what is not as it was written, in words, or "".
 
     Folders of older versions, or of a process that was killed before it wrote the digests, have none: nothing is known of
@@ -26,24 +26,27 @@ def damage(folder: pathlib.Path, named: bool = True) -> str:
 
     Args:
       named: whether the folder must still have its name.
+      within: look only at the files of this folder in it; "" = all.
     """
     path = folder / FILE
     try:
-        return _compared(folder, named, path.stat().st_mtime_ns)
+        return _compared(folder, named, within, path.stat().st_mtime_ns)
     except FileNotFoundError:
         return ""
 
 
 @functools.lru_cache(maxsize=64)  # a checkpoint is asked for several times, and hashing reads it whole
-def _compared(folder: pathlib.Path, named: bool, written: int) -> str:
+def _compared(folder: pathlib.Path, named: bool, within: str, written: int) -> str:
     try:
-        told = json.loads((folder / FILE).read_bytes())
+        told = from_json((folder / FILE).read_bytes())
         name, files = told["folder"], dict(told["files"])
     except (ValueError, KeyError, TypeError):
         return f"its {FILE} is no list of digests"
     if named and name != folder.name:
         return f"it was written as {name}"
     for file, digest in files.items():
+        if within and pathlib.PurePath(file).parts[0] != within:
+            continue
         path = folder / file
         if not path.is_file():
             return f"{file} is missing"

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import signal
 import socket
 import sys
 import time
@@ -16,7 +17,7 @@ import jax
 from jax._src import clusters  # JAX's own detection; `initialize` offers it only together with its own wait
 from jax.experimental import multihost_utils
 
-from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.errors import TOLD_TO_STOP, Failure, InputError
 from seqpe_jax.runtime import line
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -159,9 +160,34 @@ def sync() -> None:
         _line.sync()
 
 
-def told_to_stop(step: int) -> bool:
-    """Whether all processes stop before this step, because one of them got SIGTERM; each asks at every step."""
-    return _line is not None and multihost_utils.reached_preemption_sync_point(step)
+def leave_when_told() -> None:
+    """Ends this process at once where SIGTERM or SIGHUP come while there is nothing to save, as before the first step.
+
+    Among several processes JAX listens for SIGTERM itself. A process under `nohup`, which ignores SIGHUP, goes on.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        end(TOLD_TO_STOP, f"{name}: there is nothing to save now; the same command goes on from the last checkpoint")
+
+    for number in (signal.SIGTERM, signal.SIGHUP) if not several() else ():
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, leave)
+
+
+_asked = 0
+
+
+def told_to_stop() -> bool:
+    """Whether all processes stop here, because one of them got SIGTERM; each must ask at the same places as the others."""
+    global _asked
+    _asked += 1
+    return _line is not None and multihost_utils.reached_preemption_sync_point(_asked)
+
+
+def as_the_lead(value: bool) -> bool:
+    """Returns the value that the lead gives."""
+    return bool(multihost_utils.broadcast_one_to_all(value)) if _line is not None else value
 
 
 def check_shared(path: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 from seqpe_jax.runtime.hosts import is_lead
 
 FILE = "metrics.jsonl"
@@ -31,8 +31,9 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-            found[-1]["step"]
+            found.append(from_json(line))
+            if not isinstance(found[-1]["step"], int):
+                raise ValueError(f"its step is {found[-1]['step']!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}, line {number} is no object with a step ({error}): remove that line, then start again"

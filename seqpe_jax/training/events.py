@@ -13,10 +13,13 @@ from typing import Any
 
 import jax
 
-from seqpe_jax.errors import Failure
+from seqpe_jax.errors import TOLD_TO_STOP, Failure
 from seqpe_jax.runtime import chips, hosts
+from seqpe_jax.runtime.best import EVALUATION
 from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed
 from seqpe_jax.runtime.progress import MetricsWriter, ProgressLine
+from seqpe_jax.runtime.waiting import patiently
+from seqpe_jax.training.clock import Clock
 from seqpe_jax.training.state import TrainState, all_finite
 
 Values = dict[str, jax.Array]
@@ -32,7 +35,7 @@ _all_finite = jax.jit(all_finite)
 class Stopped(Failure):
     """The run was told to stop; its state is saved, and a scheduler may start it again on the exit code alone."""
 
-    code = 75  # EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
+    code = TOLD_TO_STOP
 
 
 @dataclasses.dataclass
@@ -41,40 +44,14 @@ class Standing:
 
     Attributes:
       state: after `step` steps; first: steps done before this start; steps: in all.
+      measured: (step, what the newest evaluation found of the state then).
     """
 
     state: TrainState
     step: int
     first: int
     steps: int
-
-
-class Clock:
-    """Seconds of training, those of earlier starts included.
-
-    Attributes:
-      paused: seconds of this start that went into other things than steps.
-    """
-
-    def __init__(self, before: float = 0.0):
-        self._before, self._began, self.paused = before, time.monotonic(), 0.0
-
-    def seconds(self) -> float:
-        """Returns the time of training so far."""
-        return self._before + time.monotonic() - self._began
-
-    def stepping(self) -> float:
-        """Returns a time that stands still while other things than steps are done."""
-        return time.monotonic() - self.paused
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside does not count as time of steps."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.paused += time.monotonic() - start
+    measured: tuple[int, dict[str, float]] = (-1, {})
 
 
 class Event:
@@ -82,6 +59,9 @@ class Event:
 
     def before(self, run: Standing) -> None:
         """Called before each step."""
+
+    def meanwhile(self, run: Standing) -> None:
+        """Called now and then while something takes long that another thread does, such as compiling a step."""
 
     def after(self, run: Standing, values: Values) -> None:
         """Called when a step has been dispatched; its metrics need not be there yet."""
@@ -198,28 +178,39 @@ class Report(Event):
 
 
 class Evaluate(Event):
-    """Evaluates every `every` steps and after the last one."""
+    """Evaluates every `every` steps and after the last one; a run that is told to stop does not end the evaluation first.
+
+    Args:
+      evaluate: (parameters, what to call between batches) -> what was measured.
+      stop: says whether the run is told to stop.
+      owed: the state that this start goes on from was to be evaluated, when the run was told to stop.
+    """
 
     def __init__(
         self,
-        evaluate: Callable[[Any], dict[str, float]],
+        evaluate: Callable[[Any, Callable[..., None]], dict[str, float]],
         metrics: MetricsWriter,
         clock: Clock,
         report: Report,
+        stop: "Stop",
         *,
         every: int,
+        owed: bool = False,
     ):
         self._evaluate, self._metrics, self._clock, self._report, self._every = evaluate, metrics, clock, report, every
+        self._stop, self._owed = stop, owed
 
     def before(self, run: Standing) -> None:
         """Evaluates where it is time to."""
-        if run.step > run.first and run.step % self._every == 0:
+        if run.step % self._every == 0 if run.step > run.first else self._owed:
             self.end(run)
 
     def end(self, run: Standing) -> None:
         """Evaluates."""
         with self._report.aside(run):
-            self._metrics.write(run.step, self._evaluate(run.state.params), time=self._clock.seconds())
+            values = self._stop.answering(run, lambda between: self._evaluate(run.state.params, between))
+            self._metrics.write(run.step, values, time=self._clock.seconds())
+        run.measured = run.step, values
 
 
 class Save(Event):
@@ -250,6 +241,8 @@ class Save(Event):
                     "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
                 )
             beside = {"seconds": self._clock.seconds(), "skipped": self._report.skipped}
+            if run.measured[0] == run.step:
+                beside[EVALUATION] = run.measured[1]
             try:
                 self._checkpoints.wait()
             except SaveFailed as error:
@@ -290,6 +283,10 @@ class Save(Event):
         self._checkpoints.close()
 
 
+class _Left(Exception):
+    """Work in another thread has ended early, since the run is told to stop."""
+
+
 class Stop(Event):
     """Ends the run, saved, before the next step when SIGTERM, SIGINT or SIGHUP comes; a second one acts at once.
 
@@ -312,12 +309,31 @@ class Stop(Event):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def before(self, run: Standing) -> None:
-        """Asks once for each step, the same in all processes. Raises: Stopped."""
-        told = hosts.told_to_stop(run.step) if hosts.several() else self._number is not None
-        if told:
+        """Asks; among several processes all do at the same places. Raises: Stopped."""
+        if hosts.told_to_stop() if hosts.several() else self._number is not None:
             self._save.finish(run)
             name = "told to stop" if hosts.several() else signal.Signals(self._number).name
             raise Stopped(f"{name} at step {run.step}: saved; the same command goes on from there")
+
+    def meanwhile(self, run: Standing) -> None:
+        """Asks where there is only one process: several would not ask at the same places. Raises: Stopped."""
+        if not hosts.several():
+            self.before(run)
+
+    def answering(self, run: Standing, work: Callable[[Callable[..., None]], Any]) -> Any:
+        """Returns work(between), long work beside the steps, which calls `between` now and then. Raises: Stopped."""
+        if hosts.several():
+            return work(lambda *_: self.before(run))
+
+        def between(*_: Any) -> None:
+            if self._number is not None:
+                raise _Left
+
+        try:
+            return patiently(lambda: work(between), lambda: self.meanwhile(run))
+        except _Left:  # the signal came after the last look
+            self.before(run)
+            raise
 
     def close(self) -> None:
         """Gives the signals back."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.waiting import patiently
 from seqpe_jax.training.events import Event, Standing, check_order
 from seqpe_jax.training.state import TrainState
 from seqpe_jax.training.step import TrainStep
@@ -45,9 +46,8 @@ def fit(
             number, batch = next(batches)
             if number != step:
                 raise AssertionError(f"the loader gave batch {number} for step {step}")
-            if step == first and hosts.several():  # Gloo waits half a minute for a process that still compiles
-                train_step = train_step.lower(run.state, batch).compile()
-                hosts.sync()
+            if step == first:
+                train_step = _compiled(train_step, run, batch, events)
             with jax.transfer_guard("disallow"):  # an array that lies on the host by mistake would be sent in every step
                 run.state, values = train_step(run.state, batch)
             run.step = step + 1
@@ -56,3 +56,15 @@ def fit(
         for event in events:
             event.end(run)
     return run.state
+
+
+def _compiled(train_step: TrainStep, run: Standing, batch: dict[str, jax.Array], events: Sequence[Event]) -> TrainStep:
+    """The step compiled for a batch, which takes minutes where the model is large: a signal is answered meanwhile."""
+
+    def look() -> None:
+        for event in events:
+            event.meanwhile(run)
+
+    compiled = patiently(lambda: train_step.lower(run.state, batch).compile(), look)
+    hosts.sync()  # Gloo waits half a minute for a process that still compiles
+    return compiled

@@ -17,24 +17,34 @@ import jax
 import jax.numpy as jnp
 
 from seqpe_jax import axes, config
-from seqpe_jax.architecture import Architecture, Params, check_encoding, flops_of
+from seqpe_jax.architecture import Architecture, Params, Shape, check_encoding, flops_of
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.programs import Programs, laid_out
+from seqpe_jax.inference.programs import Programs, Progress, laid_out, silent
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, read_config, saved_step, set_aside, size_of, write_config
-from seqpe_jax.runtime.progress import MetricsWriter
+from seqpe_jax.runtime.best import BestKept, check_best, set_best_aside
+from seqpe_jax.runtime.checkpoint import (
+    Checkpoints,
+    check_finite,
+    held_here,
+    read_config,
+    saved_step,
+    set_aside,
+    size_of,
+    write_config,
+)
+from seqpe_jax.runtime.progress import MetricsWriter, read_metrics
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
 from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.step import TrainStep, make_train_step
-from seqpe_jax.training.workdir import check_same_run, check_space, clear, owned
+from seqpe_jax.training.workdir import check_same_run, check_space, clear, owned, slow_save
 from seqpe_jax.trees import count
 
 
@@ -75,6 +85,7 @@ class Trainer:
         mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
         layout.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
         check_encoding(config)  # reading the data may take minutes
+        _best_metric(config)
         task = task_class(config)(config, data_there, kept)
         objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective)
         _check_attention(config, objective.architecture, layout.Layout(mesh))
@@ -152,13 +163,16 @@ class Trainer:
         for step, batch in train.prefetch(first):
             yield step, layout.to_global(self.mesh, batch)
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """Returns what is measured while training, on the validation split, e.g. {"eval/loss@512": nats}."""
+    def evaluate(self, params: Params, progress: Progress = silent) -> dict[str, float]:
+        """Returns what is measured while training, on the validation split, e.g. {"eval/loss@512": nats}.
+
+        Args:
+          progress: called after each batch.
+        """
         results = {}
         for scale in self.task.scales():
-            result = evaluate_at(self.task, self.programs, params, scale, "validation")
-            for name in self.task.measured:
-                results[f"eval/{name}@{axes.scale_label(scale)}"] = result[name]
+            result = evaluate_at(self.task, self.programs, params, scale, "validation", progress)
+            results |= {_measured(name, scale): result[name] for name in self.task.measured}
         return results
 
     def describe(self, workdir: pathlib.Path) -> str:
@@ -193,7 +207,8 @@ class Trainer:
         if first != settings.steps:
             # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
             saves = math.ceil(settings.steps / settings.checkpoint.every)
-            check_space(folder, size_of(self.shapes), min(settings.checkpoint.keep + 1, saves) if first is None else 1)
+            stay = settings.checkpoint.keep + bool(settings.checkpoint.best)
+            check_space(folder, size_of(self.shapes), min(stay + 1, saves) if first is None else 1)
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
@@ -211,19 +226,36 @@ class Trainer:
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
             _say(f"  planned for {planned} steps, going on to {settings.steps}")
-        if first == settings.steps:
+        owed = hosts.as_the_lead(hosts.is_lead() and _owes_an_evaluation(settings, folder, first))
+        if first == settings.steps and not owed:
             _say(f"  nothing to do: step {first} is saved")
             return
-        checkpoints = Checkpoints(folder, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every)
-        state = checkpoints.restore(self.shapes) if state is None else state
+        metric = _best_metric(settings)
+        checkpoints = Checkpoints(
+            folder, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every,
+            best=BestKept(folder, metric) if metric else None,
+        )  # fmt: skip
+        if hosts.is_lead() and (warning := slow_save(folder, held_here(self.shapes))):
+            _say(f"  {warning}")
+        if state is None:
+            state = checkpoints.restore(self.shapes)
+            check_finite(checkpoints.folder / str(first), state.params)
         before = checkpoints.meta() if first is not None else {}
+        if first is None and (told := read_metrics(folder)):
+            _say(f"  no step is saved, though {told[-1]['step']} were done: beginning anew")
         if first is not None or settings.init_from:
             _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
-        happening = self._events(folder, checkpoints, first or 0, before)
+        happening = self._events(folder, checkpoints, first or 0, before, owed)
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
 
-    def _events(self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, before: dict) -> list[events.Event]:
-        """What happens beside the steps of a run that has done `first` of them; `before` was saved beside its state."""
+    def _events(
+        self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, before: dict, owed: bool
+    ) -> list[events.Event]:
+        """What happens beside the steps of a run that has done `first` of them.
+
+        Args:
+          before: was saved beside its state; owed: that was not evaluated, though it should have been.
+        """
         settings, clock = self.config, events.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
         report = events.Report(
@@ -238,9 +270,13 @@ class Trainer:
             failures=settings.checkpoint.failed_saves,
         )  # fmt: skip
         found: list[events.Event] = []
+        stop = events.Stop(save)
         if settings.eval.every:
-            found.append(events.Evaluate(self.evaluate, metrics, clock, report, every=settings.eval.every))
-        found += [save, events.Stop(save)]
+            evaluate = events.Evaluate(
+                self.evaluate, metrics, clock, report, stop, every=settings.eval.every, owed=owed
+            )  # fmt: skip
+            found.append(evaluate)
+        found += [save, stop]
         window = config.profile_window(settings)
         if window is not None and window[0] < first:
             _say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
@@ -254,13 +290,38 @@ class Trainer:
         if hosts.is_lead():
             if anew:
                 clear(folder)
-            for line in set_aside(folder):
+            metric = _best_metric(self.config)
+            for line in [*set_aside(folder), *(set_best_aside(folder, metric) if metric else ())]:
                 _say(f"  {line}")
             write_config(folder, config.to_dict(self.config))
             write_sizes(folder, self.task.sizes)
             self.task.keep(folder)
         hosts.sync()
         hosts.check_shared(folder / "config.json")
+
+
+def _measured(name: str, scale: Shape) -> str:
+    return f"eval/{name}@{axes.scale_label(scale)}"
+
+
+def _best_metric(settings: Config) -> str:
+    """The metric that says which checkpoint is the best, as metrics.jsonl calls it, or "". Raises: InputError."""
+    if not settings.checkpoint.best:
+        return ""
+    measured = task_class(settings).measured
+    return check_best(settings.checkpoint.best, [_measured(name, at) for at in settings.scales for name in measured])
+
+
+def _owes_an_evaluation(settings: Config, folder: pathlib.Path, step: int | None) -> bool:
+    """Whether a run that goes on was told to stop while it evaluated the state of this step."""
+    if not settings.eval.every or not step or (step % settings.eval.every and step != settings.steps):
+        return False
+    lines = read_metrics(folder)
+    return bool(lines) and not any(line["step"] == step and any(map(_is_measured, line)) for line in lines)
+
+
+def _is_measured(name: str) -> bool:
+    return name.startswith("eval/")
 
 
 def _say(words: str) -> None:

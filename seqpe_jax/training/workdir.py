@@ -12,14 +12,16 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import free_space, lock
-from seqpe_jax.runtime.checkpoint import read_config
-from seqpe_jax.runtime.progress import LOG
+from seqpe_jax.files import free_space, from_json, lock
+from seqpe_jax.runtime.checkpoint import FOLDER, read_config
+from seqpe_jax.runtime.progress import LOG, read_metrics
 from seqpe_jax.serving.exported import SECTION
 from seqpe_jax.tasks.images import KEPT
 from seqpe_jax.training.optimizer import decay_steps
 
 OWNER = "owner.json"  # who trains in the folder
+GRACE_SECONDS = 30.0  # between the news that a machine is taken away and its end, on most clouds
+PROBE_BYTES = 64 * 2**20
 
 
 def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
@@ -42,6 +44,36 @@ def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
         )
 
 
+def slow_save(workdir: pathlib.Path, size: int) -> str:
+    """Returns a warning where a save takes longer than a machine that is taken away leaves, else "".
+
+    Args:
+      size: bytes that this process saves; how fast it can is measured by writing some.
+    """
+    seconds = size / write_rate(workdir, min(size, PROBE_BYTES))
+    if seconds <= GRACE_SECONDS:
+        return ""
+    return (
+        f"warning: a save takes about {seconds:,.0f} s ({size / 2**20:,.0f} MiB at {size / seconds / 2**20:,.1f} MiB/s, as "
+        f"measured in {workdir}), and a machine that is taken away usually leaves {GRACE_SECONDS:.0f}: what is done since "
+        "the last save may be lost then, so lower checkpoint.every or use a faster disk"
+    )
+
+
+def write_rate(folder: pathlib.Path, size: int) -> float:
+    """Returns how many bytes a second reach the disk of a folder, of a file of so many bytes, which is removed again."""
+    content, began = os.urandom(size), time.monotonic()
+    path = folder / f".{os.getpid()}.probe"
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return size / max(time.monotonic() - began, 1e-9)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, extend: bool = False) -> None:
     """Refuses a folder of something else. A run that has saved no step yet begins anew, with any config.
 
@@ -60,10 +92,15 @@ def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, ex
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
         return
     values = read_config(workdir)
-    if not isinstance(values, dict) or SECTION in values or not {"data", "model", "encoding"} <= values.keys():
-        kind = "an export" if isinstance(values, dict) and SECTION in values else "the config.json of something else"
+    if SECTION in values or not {"data", "model", "encoding"} <= values.keys():
+        kind = "an export" if SECTION in values else "the config.json of something else"
         raise InputError(f"workdir {workdir} holds {kind}, which training would overwrite: choose a new or empty folder")
     if step is None:
+        if not (workdir / FOLDER).exists() and (lines := read_metrics(workdir)):
+            raise InputError(
+                f"workdir {workdir} has metrics up to step {lines[-1]['step']}, but its folder '{FOLDER}' is gone: put it "
+                "back, or choose another --workdir"
+            )
         return
     # An older run's file lacks fields that are newer, which have their defaults, and may hold values that nothing reads.
     before = config.from_dict(values)
@@ -139,7 +176,7 @@ def owned(workdir: pathlib.Path) -> Iterator[str]:
 def _owner(path: pathlib.Path) -> str:
     """Who a lock says it is of, in words; "" where it says nothing, as at the moment when it is taken."""
     try:
-        told = json.loads(path.read_text())
+        told = from_json(path.read_text())
         return f"process {told['process']} on {told['host']}, which began at {told['began']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

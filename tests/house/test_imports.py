@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "training.step": EVERYBODY | {"training.state", "training.optimizer"},
     "training.state": EVERYBODY,
     "training.optimizer": EVERYBODY,
-    "training.events": EVERYBODY | {"training.state", "runtime"},
+    "training.clock": set(),
+    "training.events": EVERYBODY | {"training.clock", "training.state", "runtime"},
     "training.loop": EVERYBODY | {"training.events", "training.state", "training.step", "runtime"},
     "command": {"errors", "config", "runtime", "files", "trees"},
 }

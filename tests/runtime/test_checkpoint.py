@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import digests
 from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside
+from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside, size_of
 from seqpe_jax.runtime.digests import FILE
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
@@ -46,6 +46,17 @@ def test_restore_on_another_mesh(saved):
     jax.tree.map(np.testing.assert_array_equal, params, STATE["params"])
     assert step == 6
     checkpoints.close()
+
+
+def test_a_checkpoint_takes_no_more_room_than_is_asked_for(tmp_path):
+    """Else a disk fills while TensorStore writes, whose threads tell each array that has no room."""
+    for count, width in ((1, 4), (60, 4), (4, 20_000)):
+        state = {f"w{number}": jnp.asarray(np.random.default_rng(number).normal(size=width)) for number in range(count)}
+        checkpoints = Checkpoints(tmp_path / str(count))
+        checkpoints.save(2, state, {"config": "x" * 3000})
+        checkpoints.close()
+        files = files_of(tmp_path / str(count) / "checkpoints" / "2")
+        assert len(files) > 5 and sum(path.stat().st_blocks * 512 for path in files) <= size_of(state), (count, width)
 
 
 def test_only_the_newest_are_kept(saved):

@@ -41,7 +41,8 @@ def nobody_around(monkeypatch):
 def test_alone_nothing_is_waited_for(given, monkeypatch):
     monkeypatch.setattr(socket, "socket", Called)
     hosts.start({}, **given)
-    assert not hosts.several() and hosts.is_lead() and not hosts.told_to_stop(3)
+    assert not hosts.several() and hosts.is_lead() and not hosts.told_to_stop()
+    assert hosts.as_the_lead(True) and not hosts.as_the_lead(False)
     hosts.sync()
     hosts.finish()
 

@@ -60,6 +60,12 @@ def refused(result, *words: str) -> None:
         (["--config.model.width=96.5"], ["model.width", "96.5"]),
         (["--config.model.dropout=1.5"], ["model.dropout", "at most 1", "1.5"]),
         (["--config.steps=0"], ["steps", "at least 1"]),
+        (
+            ["--config.checkpoint.best=f1@64", "--config.eval.every=500", "--config.eval.lengths=(64,)"],
+            ["checkpoint.best='f1@64' is not measured", "choose one of loss@64, perplexity@64, bits_per_byte@64"],
+        ),
+        (["--config.checkpoint.best=loss@64", "--config.eval.every=0"], ["eval.every to be a multiple", "got 0"]),
+        (["--config.checkpoint.best=loss@64", "--config.eval.every=50"], ["checkpoint.every=500", "got 50"]),
         (["--config.encoding.kind=rotory"], ["encoding.kind", "'rotary'"]),
         (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
         (["--config.encoding.digits=2"], ["largest position possible is 99", "encoding.digits=4"]),
@@ -230,6 +236,36 @@ def test_evaluate_writes_its_results(commands, trained, tmp_path):
     for entry in report["results"]:
         assert 0 < entry["loss"] < 8 and entry["tokens"] % entry["length"] == 0
     assert (output.parent / "similarity.npz").is_file()
+
+
+def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, text, trained, tmp_path):
+    workdir, output = tmp_path / "run", tmp_path / "evaluation.json"
+    # Nothing is learned, so of equal losses the first is the best.
+    fields = {
+        "config": f"{CONFIG}:none", "steps": 6, "checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 2,
+        "eval__lengths": (16,), "optimizer__learning_rate": 1e-12, "checkpoint__best": "loss@16",
+    }  # fmt: skip
+    result = commands("train", *train_arguments(workdir, text, **fields))
+    assert result.code == 0, result.err
+    told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval/loss@16"] for line in told if "eval/loss@16" in line}
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == [2, 4, 6] and best != 6, losses
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(best), "6"}
+
+    given = [f"--checkpoint={workdir}", "--split=validation", "--lengths=16", f"--output={output}"]
+    result = commands("evaluate", *given, "--which=best")
+    assert result.code == 0 and f"step {best} is the best, loss@16 {losses[best]:.6g}" in result.out, result.err
+    report = json.loads(output.read_text())
+    assert report["step"] == best and report["results"][0]["loss"] == pytest.approx(losses[best], abs=1e-5)
+    assert commands("evaluate", *given).code == 0 and json.loads(output.read_text())["step"] == 6
+    exported = commands(
+        "export", f"--checkpoint={workdir}", f"--output={tmp_path / 'made'}", "--which=best", "--max-length=16"
+    )
+    assert exported.code == 0, exported.err
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["export"]["step"] == best
+    refused(commands("evaluate", f"--checkpoint={tmp_path / 'made'}", "--which=best"), "is an export", "leave --which out")
+    refused(commands("generate", f"--checkpoint={trained}", "--prompt=x", "--which=best"), "without checkpoint.best")
 
 
 @pytest.mark.parametrize("arguments,words", [

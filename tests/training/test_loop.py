@@ -48,8 +48,10 @@ def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every
     batches = batches or ((number, {}) for number in range(first, steps))
     metrics, clock = MetricsWriter(workdir, first, tensorboard=False), events.Clock()
     report = events.Report(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
-    happening = [events.Evaluate(evaluate, metrics, clock, report, every=2)] if evaluate else []
-    happening += [events.Save(Kept(), {}, clock, report, every=100)]
+    save = events.Save(Kept(), {}, clock, report, every=100)
+    stop = events.Stop(save)
+    happening = [events.Evaluate(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
+    happening += [save, stop]
     happening += [events.Profile(profile, workdir)] if profile else []
     loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, events=[*happening, report])
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -60,7 +62,7 @@ def recorded(workdir) -> bool:
 
 
 def test_a_line_tells_the_time_of_a_step_without_what_is_done_between_steps(tmp_path):
-    def evaluate(_) -> dict[str, float]:
+    def evaluate(*_) -> dict[str, float]:
         time.sleep(0.5)
         return {"eval/loss": 1.0}
 
@@ -209,6 +211,86 @@ def test_a_signal_ends_the_run_saved(tmp_path, number):
             assert int(run().step) == 6
     finally:
         signal.signal(number, before)
+
+
+class Noting(Kept):
+    """Checkpoints that note which steps were saved, with what beside them."""
+
+    def __init__(self):
+        self.saved = {}
+
+    def save(self, step, state, meta):
+        self.saved.setdefault(step, meta)
+
+
+class Evaluated:
+    """A run of four steps, evaluated after each second one in three batches; what happens where a signal comes."""
+
+    def __init__(self, folder, *, first=0, owed=False, signal_in="", steps=4):
+        self.folder, self.first, self.owed, self.signal_in, self.steps = folder, first, owed, signal_in, steps
+        self.checkpoints, self.batches = Noting(), 0
+
+    def evaluate(self, params, between):
+        for batch in range(3):
+            if self.signal_in == "evaluation" and batch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)  # the thread that handles it has looked
+            between(batch, 3)
+            self.batches += 1
+        return {"eval/loss@16": 1.5}
+
+    def run(self):
+        @jax.jit
+        def step(state, batch):
+            if self.signal_in == "compilation":
+                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(50):
+                    time.sleep(0.1)
+                self.compiled = True
+            return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
+
+        metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), events.Clock()
+        report = events.Report(metrics, clock, every=1, steps=self.steps, units=1, unit="tokens")
+        save = events.Save(self.checkpoints, {}, clock, report, every=2)
+        stop = events.Stop(save)
+        evaluate = events.Evaluate(self.evaluate, metrics, clock, report, stop, every=2, owed=self.owed)
+        state, batches = TrainState(jnp.int32(self.first), None, {}, ()), ((n, {}) for n in range(self.first, self.steps))
+        loop.fit(state, step, batches, steps=self.steps, events=[evaluate, save, stop, report])
+
+    @property
+    def evaluated(self):
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line["step"] for line in lines if "eval/loss@16" in line]
+
+
+def test_what_an_evaluation_found_is_saved_beside_the_state(tmp_path):
+    run = Evaluated(tmp_path)
+    run.run()
+    assert run.evaluated == [2, 4] and list(run.checkpoints.saved) == [2, 4] and run.batches == 6
+    assert all(meta["evaluation"] == {"eval/loss@16": 1.5} for meta in run.checkpoints.saved.values())
+
+
+def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path):
+    run = Evaluated(tmp_path, signal_in="evaluation")
+    with pytest.raises(events.Stopped, match="SIGTERM at step 2: saved"):
+        run.run()
+    time.sleep(0.2)
+    assert run.batches == 1 and run.evaluated == [], "the evaluation has ended between two of its batches"
+    assert list(run.checkpoints.saved) == [2] and "evaluation" not in run.checkpoints.saved[2]
+    again = Evaluated(tmp_path, first=2, owed=True)
+    again.run()
+    assert again.evaluated == [2, 4], "the next start makes good for it"
+    last = Evaluated(tmp_path, first=4, owed=True)
+    last.run()
+    assert last.evaluated == [2, 4, 4], "also of a run that has no steps left"
+
+
+def test_a_stop_does_not_wait_for_a_compilation(tmp_path):
+    run = Evaluated(tmp_path, first=2, signal_in="compilation", steps=9)
+    run.compiled = False
+    with pytest.raises(events.Stopped, match="SIGTERM at step 2: saved"):
+        run.run()
+    assert not run.compiled and list(run.checkpoints.saved) == [2]
 
 
 class Failing(Kept):

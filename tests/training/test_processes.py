@@ -155,6 +155,24 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert json.loads(found.read_text())["results"][0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
+def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
+    workdir = tmp_path / "run"
+    long = CHEAP | {"eval__every": 8, "eval__lengths": (16,), "eval__batch_tokens": 16, "report__every": 1}
+    running, deadline = begin(workdir, 2, 1, **long), time.monotonic() + 900
+    while not ((workdir / "metrics.jsonl").exists() and (told := lines(workdir)) and told[-1]["step"] == 8):
+        assert time.monotonic() < deadline, [one.err for one in running]
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(running[1].process, signal.SIGTERM)
+    results = finish(commands, running)
+    assert [result.code for result in results] == [75, 75], results
+    assert said(results[0]) == ["told to stop at step 8: saved; the same command goes on from there"]
+    assert not any("eval/loss@16" in line for line in lines(workdir)), "it did not wait for the end"
+    results = finish(commands, begin(workdir, 2, 1, **long | {"steps": 400, "eval__tokens": 64}))
+    assert [result.code for result in results] == [0, 0], results
+    assert [line["step"] for line in lines(workdir) if "eval/loss@16" in line] == list(range(8, 401, 8))
+
+
 def test_processes_that_do_not_fit_end_with_one_line_of_the_lead(commands, begin, tmp_path):
     results = finish(commands, begin(tmp_path / "a", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP))
     assert [result.code for result in results] == [2, 2] and said(results[1]) == []

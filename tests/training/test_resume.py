@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -112,6 +114,36 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(commands, text, uninter
     for name, value in expected.items():
         assert value.dtype == found[name].dtype
         np.testing.assert_array_equal(value, found[name], err_msg=name)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3.5 MiB, which checkpoints of the tiny run fill."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3560k", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of its own needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_ends_the_run_in_few_lines_and_with_all_checkpoints_whole(commands, text, small_disk):
+    fields = FIELDS | {"checkpoint__every": 4, "checkpoint__keep_every": 4, "model__width": 48, "eval__every": 0}
+    fields = {name: value for name, value in fields.items() if not name.startswith(("encoding", "objective"))}
+    given = train_arguments(small_disk / "run", text, config="tests/tiny_text.py:alibi", **fields)
+    result = commands("train", *given)
+    assert result.code == 1 and "Traceback" not in result.err, result.err
+    told = [line for line in result.err.splitlines() if line.startswith("the save of step")]
+    assert len(told) == 3 and all("no space is left on the device" in line for line in told), result.err
+    assert told[2].endswith("When that is mended, the same command goes on from there")
+    last = newest(small_disk / "run")
+    assert f"the last checkpoint is of step {last}." in told[2] and 8 <= last < STEPS
+    found = commands("evaluate", f"--checkpoint={small_disk / 'run'}", "--lengths=16", "--tokens=64")
+    assert found.code == 0 and "damaged" not in found.err, found.err
+    shutil.rmtree(small_disk / "run" / "checkpoints" / "4")
+    again = commands("train", *given)
+    assert again.code == 1 and f"going on from step {last}" in again.out and newest(small_disk / "run") > last
 
 
 def test_the_state_did_change(uninterrupted):

@@ -11,6 +11,7 @@ import pytest
 import seqpe_jax
 from seqpe_jax import files
 from seqpe_jax.errors import InputError
+from seqpe_jax.training import workdir
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import OWNER, check_same_run, check_space, owned
 from tests.tiny import ROOT, tiny_config, train
@@ -47,6 +48,20 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     with pytest.raises(InputError, match="has 0.0 MiB of free space, and 3 checkpoint"):
         Trainer.for_folder(tiny_config(steps=9), tmp_path / "run").fit(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_save_that_takes_too_long_for_a_preemption_is_told_at_the_start(tmp_path, monkeypatch, capsys):
+    assert 0 < workdir.write_rate(tmp_path, 2**20) < 1e12 and not any(tmp_path.iterdir())
+    assert workdir.slow_save(tmp_path, 2**20) == ""
+    asked = []
+    monkeypatch.setattr(workdir, "write_rate", lambda folder, size: asked.append(size) or 2**20)
+    assert workdir.slow_save(tmp_path, 30 * 2**20) == ""
+    told = workdir.slow_save(tmp_path, 300 * 2**20)
+    assert told.startswith("warning: a save takes about 300 s (300 MiB at 1.0 MiB/s, as measured in") and "\n" not in told
+    assert asked == [30 * 2**20, workdir.PROBE_BYTES], "no more is written than is saved, and not more than needed"
+    monkeypatch.setattr(workdir, "write_rate", lambda folder, size: 1000)
+    train(tiny_config(variant="none", steps=1, eval__every=0), tmp_path / "run")
+    assert "warning: a save takes about" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("values, words", [

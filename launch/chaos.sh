@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Kills -9 at random moments, a third of them while a checkpoint is written: 200 of a small run, then 20 of a run of two
+# processes. Each goes to its end and must equal, bit for bit, one that nobody disturbed. Prints a table, and writes it to
+# docs/results/chaos.json; exit code 1 where anything differs. Less: launch/chaos.sh --kills=20 --pair=2
+# The same command goes on where it was interrupted; rm -r runs/chaos, or another --folder=, begins anew. About an hour.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/compiled}"
+exec .venv/bin/python -m tests.chaos --results=docs/results/chaos.json "$@"

@@ -1,0 +1,215 @@
+"""Kills a run at random moments until it is done, and compares it with one that nobody disturbed (launch/chaos.sh).
+
+    python -m tests.chaos --kills=200 --pair=20 --folder=runs/chaos --results=docs/results/chaos.json
+    python -m tests.chaos --soak=20000
+
+The same command goes on where it was interrupted; another --folder begins anew. Exit code 1: something was lost or differs,
+or the memory of a soaked run grew by more than 2%.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from seqpe_jax.files import write_whole
+from tests.commands import Commands, Running, train_arguments
+from tests.training.test_processes import _free_port, hosts
+from tests.training.test_resume import CLOCK, arrays, lines, newest
+
+FIELDS = {
+    "config": "tests/tiny_text.py:alibi", "checkpoint__every": 20, "report__every": 1, "eval__every": 100,
+    "eval__lengths": (16,), "model__dropout": 0.1,
+}  # fmt: skip
+START_SECONDS = 4.0  # in which a start reads its state and compiles
+SAVE_SECONDS = 0.03  # within which a kill follows the beginning of a save
+STUCK_SECONDS = 600.0
+GROWTH_PERCENT = 2.0  # of memory, beyond which a soaked run is said to leak
+STEPS_OF_A_KILL = 30  # by which a run gets longer for each, so that it does not end before the last
+
+
+class Victim:
+    """A run of some processes that is killed a number of times and then let go to its end."""
+
+    def __init__(self, commands: Commands, folder: pathlib.Path, processes: int, kills: int):
+        self.commands, self.folder, self.processes, self.kills = commands, folder, processes, kills
+        self.steps, self.straight, self.killed = 100 + kills * STEPS_OF_A_KILL, folder / "straight", folder / "killed"
+        self.text, self.record = text_of(folder), folder / "kills.json"
+        self.done = json.loads(self.record.read_text()) if self.record.exists() else []
+
+    def start(self, workdir: pathlib.Path) -> list[Running]:
+        """Begins the run of a folder, or goes on with it."""
+        given, port = train_arguments(workdir, self.text, steps=self.steps, **FIELDS), _free_port()
+        several = range(self.processes) if self.processes > 1 else ()
+        each = [hosts(port, self.processes, number) for number in several] or [[]]
+        return [self.commands.start("train", *given, *own) for own in each]
+
+    def finish(self, workdir: pathlib.Path) -> None:
+        """Lets the run of a folder go to its end."""
+        results = [self.commands.wait(one, 3600) for one in self.start(workdir)]
+        if any(result.code for result in results):
+            sys.exit(f"{workdir} did not end well: {results}")
+
+    def kill(self) -> None:
+        """Starts the run and kills one of its processes at a random moment: of the start, of a save, or any other."""
+        draw = random.Random(len(self.done))
+        moment = draw.choices(("save", "start", "step"), (2, 1, 3))[0]
+        reached, wanted = newest(self.killed), draw.randrange(2 * STEPS_OF_A_KILL)
+        begun, began = time.time_ns(), time.monotonic()
+        running = self.start(self.killed)
+        victim, share = draw.choice(running), draw.random()
+        if moment == "start":
+            time.sleep(share * START_SECONDS)
+        while moment != "start" and not ((told := lines(self.killed)) and told[-1]["step"] > reached + wanted):
+            if time.monotonic() > began + STUCK_SECONDS:
+                sys.exit(f"{self.killed} does not go on: {[one.err for one in running]}")
+            time.sleep(0.002)
+        if moment == "save":
+            while not self.saves_since(begun) and newest(self.killed) < self.steps:
+                time.sleep(0.0005)
+            time.sleep(share * SAVE_SECONDS)
+        os.kill(victim.process, signal.SIGKILL)
+        codes = [self.commands.wait(one).code for one in running]
+        if -signal.SIGKILL not in codes:
+            sys.exit(f"{self.killed} ended before it was killed: {[one.err for one in running]}")
+        inside = self.saves_since(begun)
+        self.done.append({"moment": moment, "inside_a_save": inside, "saved": newest(self.killed)})
+        write_whole(self.record, json.dumps(self.done))
+        print(f"{self.folder.name}: kill {len(self.done)} of {self.kills}, {self.done[-1]}", flush=True)
+
+    def saves_since(self, begun: int) -> bool:
+        """Whether a save is under way, or was when the run was killed, that began after a time in nanoseconds."""
+        for path in (self.killed / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # earlier kills have left some, too
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime_ns > begun:
+                    return True
+        return False
+
+    def run(self) -> dict[str, int]:
+        """Does what is still to be done, and returns what became of it."""
+        if newest(self.straight) < self.steps:
+            shutil.rmtree(self.straight, ignore_errors=True)
+            self.finish(self.straight)
+        while len(self.done) < self.kills and newest(self.killed) < self.steps:
+            self.kill()
+        self.finish(self.killed)
+        inside = sum(one["inside_a_save"] for one in self.done)
+        about = {"processes": self.processes, "steps": self.steps, "kills": len(self.done), "kills_inside_a_save": inside}
+        return about | differences(self.straight, self.killed, self.steps)
+
+
+def text_of(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the text that is trained on."""
+    write_whole(folder / "text.txt", "".join(f"{number} times {number} is {number**2}\n" for number in range(1000)))
+    return folder / "text.txt"
+
+
+def differences(straight: pathlib.Path, killed: pathlib.Path, steps: int) -> dict[str, int]:
+    """Returns how many lines of metrics and arrays of the last state there are, and how many are not bit-equal."""
+    expected, found = ([_key(line) for line in lines(one)] for one in (straight, killed))
+    trained = [line["step"] for line in lines(killed) if "train/loss" in line]
+    theirs, ours = arrays(straight, steps), arrays(killed, steps)
+    return {
+        "lines": len(expected),
+        "lines_missing": len(set(expected) - set(found)),
+        "lines_that_differ_or_are_doubled": len(found) - len(set(found) & set(expected)),
+        "steps_missing": len(set(range(1, steps + 1)) - set(trained)),
+        "steps_doubled": len(trained) - len(set(trained)),
+        "arrays": len(theirs),
+        "arrays_that_differ": sum(_bits(ours.get(name)) != _bits(theirs.get(name)) for name in ours.keys() | theirs.keys()),
+    }
+
+
+def _key(line: dict) -> str:
+    """A line of metrics without what tells the time, floats with all their digits."""
+    return json.dumps({name: value for name, value in line.items() if name not in CLOCK}, sort_keys=True)
+
+
+def _bits(array) -> tuple | None:
+    return None if array is None else (array.dtype, array.shape, array.tobytes())
+
+
+def wrong(result: dict[str, float]) -> bool:
+    """Whether something is not as it should be."""
+    lost = sum(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
+    return bool(lost or result.get("exit_code") or result.get("growth_percent", 0) > GROWTH_PERCENT)
+
+
+def soak(commands: Commands, folder: pathlib.Path, steps: int) -> dict[str, float]:
+    """Returns the resident memory of a run of so many steps, in MiB, after a quarter of them and at their end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    fields = FIELDS | {"checkpoint__every": 100, "report__every": 10}
+    [running] = [commands.start("train", *train_arguments(folder / "run", text_of(folder), steps=steps, **fields))]
+    held = {}
+    status, metrics = pathlib.Path(f"/proc/{running.process}/status"), folder / "run" / "metrics.jsonl"
+    for wanted in (steps // 4, steps - 2 * fields["report__every"]):
+        while not metrics.exists() or _last_step(metrics) < wanted:
+            if "State:\tZ" in status.read_text():
+                sys.exit(f"the run has ended: {running.err}")
+            time.sleep(0.05)
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+        held[wanted] = int(line.split()[1]) / 1024
+    result = commands.wait(running, 3600)
+    early, late = held.values()
+    return {
+        "steps": steps, "exit_code": result.code, "MiB_after_a_quarter": round(early, 1), "MiB_at_the_end": round(late, 1),
+        "growth_percent": round(100 * (late / early - 1), 2),
+    }  # fmt: skip
+
+
+def _last_step(metrics: pathlib.Path) -> int:
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 4000))
+        whole = file.read().splitlines(keepends=True)
+    told = [line for line in whole[-3:] if line.startswith(b"{") and line.endswith(b"}\n")]
+    return json.loads(told[-1])["step"] if told else 0
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Returns what became of each run as a markdown table."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    rows = [["what", *results]] + [
+        [name.replace("_", " "), *(f"{one.get(name, '-')}" for one in results.values())] for name in names
+    ]
+    rows.insert(1, ["---", *["---:"] * len(results)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    """Does what the options say; returns the exit code."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--kills", type=int, default=200, help="of a run of one process")
+    options.add_argument("--pair", type=int, default=20, help="kills of a run of two processes")
+    options.add_argument("--soak", type=int, default=0, help="steps of a run whose memory is looked at, instead of kills")
+    options.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/chaos"))
+    options.add_argument("--results", type=pathlib.Path, help="JSON file to write")
+    given = options.parse_args()
+    folder, results = given.folder.absolute(), {}
+    commands = Commands(folder / "cache")
+
+    def keep(name: str, result: dict[str, float]) -> None:
+        results[name] = result
+        if given.results:
+            stored = json.loads(given.results.read_text()) if given.results.exists() else {}
+            write_whole(given.results, json.dumps(stored | results, indent=1) + "\n")
+
+    if given.soak:
+        keep("soak", soak(commands, folder / "soak", given.soak))
+    for name, processes, kills in (("one process", 1, given.kills), ("two processes", 2, given.pair)):
+        if kills and not given.soak:
+            keep(name, Victim(commands, folder / name.replace(" ", "_"), processes, kills).run())
+    commands.close()
+    print(table(results))
+    return int(any(map(wrong, results.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Whatever is damaged in a run's folder: the newest good checkpoint is used, or one line says what is wrong."""
+
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import seqpe_jax
+from seqpe_jax.errors import InputError
+from seqpe_jax.runtime import digests
+from seqpe_jax.runtime.checkpoint import COMMITTED, Checkpoints
+from seqpe_jax.runtime.progress import read_metrics
+from seqpe_jax.training.trainer import Trainer
+from seqpe_jax.trees import flat
+from tests.runtime.test_checkpoint import files_of, flip, largest
+from tests.tiny import tiny_config, train
+from tests.training.test_commands import word_tokenizer
+from tests.training.test_resume import CLOCK
+
+pytestmark = pytest.mark.slow
+
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("a line of text and another one\n" * 400)
+    word_tokenizer(folder / "tokenizer.json", ["a", "line", "of", "text", "and", "another", "one"])
+    return tiny_config(
+        variant="none", steps=6, checkpoint__keep=3, eval__every=2, eval__lengths=(16,), eval__tokens=64,
+        data__name="text_files", data__paths=(str(folder / "text.txt"),), data__cache_dir=str(folder / "cache"),
+        data__tokenizer=str(folder / "tokenizer.json"), data__lossy_tokenizer=True, checkpoint__best="loss@16",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(settings, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def expected(trained, tmp_path_factory):
+    """The parameters of each saved step, as bytes."""
+    found = {}
+    for step in (2, 4, 6):
+        copy = tmp_path_factory.mktemp("step") / "run"
+        shutil.copytree(trained, copy)
+        for later in range(step + 2, 8, 2):
+            shutil.rmtree(copy / "checkpoints" / str(later))
+        found[step] = bits(seqpe_jax.load(copy).params)
+    assert len(set(map(str, found.values()))) == 3
+    return found
+
+
+def bits(params):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+
+
+def rewritten(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def not_a_number(run):
+    """A NaN inside an array, with digests that fit: as older versions saved it."""
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(newest(run) / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        stored = reader.restore(newest(run) / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    name = max(flat(stored["params"]), key=lambda name: flat(stored["params"])[name].size)
+    flat(stored["params"])[name].flat[7] = np.nan
+    again = Checkpoints(run.parent / "again")
+    again.save(6, stored, {})
+    again.close()
+    shutil.rmtree(newest(run))
+    (run.parent / "again" / "checkpoints" / "6").rename(newest(run))
+
+
+def newest(run):
+    return run / "checkpoints" / "6"
+
+
+def state(run, name):
+    return newest(run) / "state" / name
+
+
+# What is done to a run of steps 2, 4 and 6 -> the step that is then read, or words of the line that refuses to read it, and
+# the words of the line with which `train` refuses to go on; "" = it ends with the state and the metrics of the whole run.
+CASES = {
+    "a byte flipped in an array": (lambda run: flip(largest(newest(run)), largest(newest(run)).stat().st_size // 2), 4, ""),
+    "an array truncated": (lambda run: rewritten(largest(newest(run)), lambda held: held[:100]), 4, ""),
+    "an array emptied": (lambda run: rewritten(largest(newest(run)), lambda _: b""), 4, ""),
+    "an array longer": (lambda run: rewritten(largest(newest(run)), lambda held: held + b"0"), 4, ""),
+    "an array's file gone": (lambda run: largest(newest(run)).unlink(), 4, ""),
+    "the state gone": (lambda run: shutil.rmtree(newest(run) / "state"), 4, ""),
+    "what lies beside it gone": (lambda run: shutil.rmtree(newest(run) / "meta"), 4, ""),
+    "the tree of arrays gone": (lambda run: state(run, "_METADATA").unlink(), 4, ""),
+    "the shardings gone": (lambda run: state(run, "_sharding").unlink(), 4, ""),
+    "the manifest gone": (lambda run: state(run, "manifest.ocdbt").unlink(), 4, ""),
+    "the mark of a finished save gone": (lambda run: (newest(run) / COMMITTED).unlink(), 4, ""),
+    "digests torn": (lambda run: rewritten(newest(run) / digests.FILE, lambda held: held[:40]), 4, ""),
+    "digests that are none": (lambda run: (newest(run) / digests.FILE).write_text("[]"), 4, ""),
+    "digests nested deep": (lambda run: (newest(run) / digests.FILE).write_text(NESTED), 4, ""),
+    "an empty folder of a later step": (lambda run: newest(run).with_name("30").mkdir(), 6, ""),
+    "a save cut short": (lambda run: shutil.copytree(newest(run), newest(run).with_name("8.orbax-checkpoint-tmp")), 6, ""),
+    "a step under another number": (lambda run: newest(run).rename(newest(run).with_name("9")), 4, ""),
+    "another step under its number": (
+        lambda run: (shutil.rmtree(newest(run)), shutil.copytree(newest(run).with_name("4"), newest(run))), 4, ""),
+    "a foreign file among the checkpoints": (lambda run: (run / "checkpoints" / "12").write_text("a letter"), 6, ""),
+    "a foreign file in a checkpoint": (lambda run: (newest(run) / "letter.txt").write_text("a letter"), 6, ""),
+    "a number that is none in an array": (not_a_number, "is of no use: its .* not a number", "is of no use"),
+    "an older one damaged": (lambda run: flip(largest(newest(run).with_name("2")), 50), 6, ""),
+    "all checkpoints damaged": (
+        lambda run: [flip(largest(newest(run).with_name(step)), 50) for step in "246"],
+        "all checkpoints are damaged; of the newest", "all checkpoints .*are damaged"),
+    "no checkpoints": (
+        lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoints in", "metrics up to step 6, but .* is gone"),
+    "the last line of metrics torn": (lambda run: rewritten(run / "metrics.jsonl", lambda held: held[:-20]), 6, ""),
+    "a line of metrics torn": (
+        lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"st', 1)), 6, "line 4"),
+    "a step of metrics that is no number": (
+        lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"step": "3"', 1)), 6,
+        "line 4 is no object with a step .its step is '3'"),
+    "metrics that are none": (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n[]\n"), 6, "line 1 is no object"),
+    "metrics gone": (lambda run: (run / "metrics.jsonl").unlink(), 6, ""),
+    "an empty config": (lambda run: (run / "config.json").write_text(""), "config.json cannot be read", "config.json"),
+    "a config that is null": (lambda run: (run / "config.json").write_text("null"), "config.json", "config.json"),
+    "a config that is a list": (lambda run: (run / "config.json").write_text("[]"), "config.json", "config.json"),
+    "a config nested deep": (lambda run: (run / "config.json").write_text(NESTED), "config.json", "config.json"),
+    "no config": (lambda run: (run / "config.json").unlink(), "config.json", "config.json"),
+    "sizes torn": (lambda run: rewritten(run / "sizes.json", lambda held: held[:10]), "sizes.json cannot be", "sizes.json"),
+    "sizes that are none": (lambda run: (run / "sizes.json").write_text("[1]"), "sizes.json cannot be read", "sizes.json"),
+    "sizes nested deep": (lambda run: (run / "sizes.json").write_text(NESTED), "sizes.json cannot be read", "sizes.json"),
+    "sizes gone": (lambda run: (run / "sizes.json").unlink(), 6, ""),
+    "a tokenizer torn": (lambda run: rewritten(run / "tokenizer.json", lambda held: held[:90]), "tokenizer", "tokenizer"),
+    "an empty tokenizer": (lambda run: (run / "tokenizer.json").write_text(""), "tokenizer.json", "tokenizer.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_damage(settings, trained, expected, tmp_path, what):
+    damage, read, refused = CASES[what]
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    damage(run)
+    digests._compared.cache_clear()  # as another process would see it
+    held, lines = kept(run), measured(trained)
+
+    def opened():
+        model = seqpe_jax.load(run)
+        assert model.tokenizer.vocabulary_size == 8
+        assert bits(model.params) == expected[model.step], "wrong numbers"
+        return model.step
+
+    if isinstance(read, int):
+        assert opened() == read
+    else:
+        in_one_line(read, opened)
+    assert kept(run) == held, "who only reads changes nothing"
+
+    def trained_on():
+        Trainer.for_folder(settings, run).fit(run)
+        assert opened() == 6
+
+    if refused:
+        in_one_line(refused, trained_on)
+    else:
+        trained_on()
+        assert what == "metrics gone" or measured(run) == lines
+    assert held <= kept(run), "nothing is deleted"
+
+
+def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings, trained, tmp_path, capsys):
+    """As one does that was killed before its first save."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for step in (2, 4, 6):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    Trainer.for_folder(settings, run).fit(run)
+    assert "no step is saved, though 6 were done: beginning anew" in capsys.readouterr().out
+    assert measured(run) == measured(trained)
+
+
+def in_one_line(words, call):
+    with pytest.raises(InputError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def kept(run):
+    """What the files of a run hold, of those that are not rewritten when it goes on."""
+    return {path.read_bytes() for path in files_of(run) if path.name != "metrics.jsonl"}
+
+
+def measured(run):
+    """The lines of metrics, without what tells the time."""
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read_metrics(run)]
