@@ -13,16 +13,11 @@ import json
 import pathlib
 import sys
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
 from seqpe_jax.files import write_whole
-from seqpe_jax.profiling.slices import compile_step, devices_of
-from seqpe_jax.reporting.tables import markdown_of
-from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
@@ -31,6 +26,11 @@ _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 def main() -> None:
     """The command."""
+    import jax
+
+    from seqpe_jax.profiling.slices import compile_step, devices_of
+    from seqpe_jax.training.trainer import Trainer
+
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
     trainer = Trainer.of(config.parse(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
     print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True)
@@ -51,6 +51,9 @@ def main() -> None:
 
 def table(found: dict) -> str:
     """Returns a compiled step's memory and collectives as markdown tables, and the rest in lines."""
+    from seqpe_jax.reporting.tables import markdown_of
+    from seqpe_jax.runtime import mesh as layout
+
     memory = found["memory"]
     parts = [name for name in memory if name not in ("total", "hbm", "shortfall")]
     rows = [[name, f"{memory[name] / 2**20:,.1f}", f"{100 * memory[name] / memory['hbm']:.1f}%"] for name in parts]
@@ -74,6 +77,7 @@ def table(found: dict) -> str:
 
 def bound_of(roofline: dict, unit: str) -> str:
     """Returns a roofline as a markdown table of what is busy how long, and in lines what follows of it."""
+    from seqpe_jax.reporting.tables import markdown_of
 
     def ms(seconds: float | None) -> str:
         return "-" if seconds is None else f"{1000 * seconds:,.2f}"

@@ -22,10 +22,6 @@ from ml_collections import config_flags
 from seqpe_jax import command, config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import write_whole
-from seqpe_jax.profiling.benchmarks import benchmark
-from seqpe_jax.reporting.tables import markdown_of
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime.progress import ProgressLine
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
@@ -36,6 +32,10 @@ _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.profiling.benchmarks import benchmark
+    from seqpe_jax.runtime import hosts
+    from seqpe_jax.runtime.progress import ProgressLine
+
     hosts.keep_compiled_programs()
     kinds = _COMPARE.value or [_CONFIG.value.encoding.kind]
     if len(set(kinds)) < len(kinds):
@@ -59,6 +59,7 @@ def main() -> None:
 
 def table(found: dict) -> str:
     """Returns the runs of a benchmark as a markdown table, and its ratios in a line each."""
+    from seqpe_jax.reporting.tables import markdown_of
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.0f}%"

@@ -10,13 +10,16 @@ optuna (the file's SEARCH over ranges; needs Optuna). Each run has WORKDIR/NAME,
 
 import pathlib
 import shlex
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import Failure, InputError, suggest
-from seqpe_jax.sweeps import local, points, record, search, slurm
-from seqpe_jax.sweeps.runs import SweepRun
+
+if TYPE_CHECKING:
+    from seqpe_jax.sweeps.points import SweepFile
+    from seqpe_jax.sweeps.runs import SweepRun
 
 _SWEEP = command.define_path("sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)")
 _WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
@@ -29,6 +32,9 @@ _SLURM = flags.DEFINE_list("slurm", [], "with slurm: options of a job, e.g. part
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.sweeps import local, points, record, slurm
+    from seqpe_jax.sweeps.runs import SweepRun
+
     sweep, workdir = points.read(_SWEEP.value), pathlib.Path(_WORKDIR.value)
     if _SLURM.value and _EXECUTOR.value != "slurm":
         raise InputError("--slurm is for --executor=slurm")
@@ -60,7 +66,7 @@ def main() -> None:
         _end(chosen, local.work(runs, todo, _JOBS.value or 1))
 
 
-def _end(runs: list[SweepRun], told: str | None) -> None:
+def _end(runs: "list[SweepRun]", told: str | None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
     words = f"{sum(not run.left() for run in runs)} of {len(runs)} runs finished"
     failed = [(run, why) for run in runs if (why := run.failure())]
@@ -73,7 +79,9 @@ def _end(runs: list[SweepRun], told: str | None) -> None:
     print(f"{words}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report")
 
 
-def _search(sweep: points.SweepFile, workdir: pathlib.Path) -> None:
+def _search(sweep: "SweepFile", workdir: pathlib.Path) -> None:
+    from seqpe_jax.sweeps import local, search
+
     if _ONLY.value or _RETRY.value:
         raise InputError("--only and --retry-failed are for runs with names, not for --executor=optuna")
     trials, jobs = search.Trials(workdir, sweep), _JOBS.value or 1

@@ -22,7 +22,7 @@ from seqpe_jax.config.kinds import (
     WRITTEN,
     EncodingKind,
 )
-from seqpe_jax.positions.digits import count_digits
+from seqpe_jax.positions.counting import count_digits
 
 Fraction = {"low": 0.0, "high": 1.0}
 Positive = {"low": 1}
