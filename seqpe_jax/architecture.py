@@ -183,6 +183,18 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def mask_key(key: jax.Array, random_bits: str) -> jax.Array:
+    """Returns the key from which masks are drawn, given one of threefry, uint32[2].
+
+    Args:
+      random_bits: "threefry" (the key itself), or "rbg": bits of the device's own generator, which differ between kinds of
+        devices; keys are split and folded as before.
+    """
+    if random_bits != "rbg":
+        return key
+    return jax.random.wrap_key_data(jnp.concatenate([key, jax.random.fold_in(key, 1)]), impl="rbg")
+
+
 def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> float:
     """Returns the floating-point operations that the network's matrix products need, the encoding's left out.
 

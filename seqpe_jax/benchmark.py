@@ -6,8 +6,9 @@
 Modes: train (a step), eval (a batch; the position table is computed before), decode (a new token of each sample), encode
 (forward and backward pass of SeqPE's encoder on the positions of a step, against each string of digits by itself).
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
-device's peak; see `architecture.flops_of`), the memory of the compiled program, and the time of the position encoding
-alone as a share. Ratios are of the first encoding to each other one: medians over turns.
+device's peak; see `architecture.flops_of`), the shortest time that the program could take on these devices (its roofline)
+and the share of it that is reached, the memory of the compiled program, and the time of the position encoding alone as a
+share. Ratios are of the first encoding to each other one: medians over turns.
 """
 
 import copy
@@ -21,10 +22,6 @@ from ml_collections import config_flags
 from seqpe_jax import command, config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import write_whole
-from seqpe_jax.profiling.benchmarks import benchmark
-from seqpe_jax.reporting.tables import markdown_of
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime.progress import ProgressLine
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
@@ -35,6 +32,10 @@ _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.profiling.benchmarks import benchmark
+    from seqpe_jax.runtime import hosts
+    from seqpe_jax.runtime.progress import ProgressLine
+
     hosts.keep_compiled_programs()
     kinds = _COMPARE.value or [_CONFIG.value.encoding.kind]
     if len(set(kinds)) < len(kinds):
@@ -58,6 +59,7 @@ def main() -> None:
 
 def table(found: dict) -> str:
     """Returns the runs of a benchmark as a markdown table, and its ratios in a line each."""
+    from seqpe_jax.reporting.tables import markdown_of
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.0f}%"
@@ -65,12 +67,17 @@ def table(found: dict) -> str:
     rows = [
         [
             run["encoding"], f"{1000 * run['median_s']:.2f}", f"{1000 * run['p10_s']:.2f} .. {1000 * run['p90_s']:.2f}",
-            f"{run['per_second']:,.0f}", share(run["mfu"]), f"{run['peak_bytes'] / 1e6:,.0f}", share(run["encoding_share"]),
+            f"{run['per_second']:,.0f}", share(run["mfu"]), f"{1000 * run['roofline']['seconds']:.2f}",
+            share(run["reached"]), f"{run['peak_bytes'] / 1e6:,.0f}", share(run["encoding_share"]),
         ]
         for run in found["runs"]
     ]  # fmt: skip
-    header = ["encoding", "median ms", "10th .. 90th", "per second", "MFU", "MB", "encoding alone"]
+    header = ["encoding", "median ms", "10th .. 90th", "per second", "MFU", "bound ms", "reached", "MB", "encoding alone"]
     lines = [f"{pair}: time {ratio['time']:.3f}, memory {ratio['memory']:.3f}" for pair, ratio in found["ratios"].items()]
+    bound = found["runs"][0]["roofline"]
+    lines.append(
+        f"bound: {bound['bound']}, at {bound['peaks']['flops']:.3g} FLOP/s of a device ({bound['peaks']['source']})"
+    )
     return f"{found['device']}, {_MODE.value}\n" + markdown_of(header, rows) + "\n".join(lines)
 
 

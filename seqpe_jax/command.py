@@ -1,4 +1,8 @@
-"""What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts."""
+"""What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts.
+
+Commands import what they work with inside their functions, and so does this module: JAX and what stands on it take seconds,
+which `--help` and a refused flag need not wait for.
+"""
 
 import ast
 import os
@@ -12,7 +16,6 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.files import check_writable, expanded
-from seqpe_jax.runtime import hosts
 from seqpe_jax.trees import flat
 
 flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
@@ -68,6 +71,8 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
       read: gives the config; all processes must have the same fields of it, and the same options. One that it refuses is
         refused after the start, so that the lead says it once for all.
     """
+    from seqpe_jax.runtime import hosts
+
     values = {name: flags.FLAGS[name].value for name in HOSTS}
     own = flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])
     facts = {f"--{flag.name}": flag.value for flag in own if flag.name not in HOSTS and not flag.name.startswith("config")}
@@ -96,6 +101,8 @@ def run(main: Callable[[], None]) -> None:
         print((module.__doc__ or "").strip())
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
+    from seqpe_jax.runtime import hosts
+
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may be any bytes
     try:
         _check_config_arguments(sys.argv[1:])

@@ -8,8 +8,6 @@ from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop import conversion
-from seqpe_jax.runtime import hosts
 
 _SOURCE = command.define_path("source", "a directory or .pth file of the reference or of Hugging Face; or a run of ours")
 _OUTPUT = command.define_path("output", "folder to write; must be new or empty", writes="folder")
@@ -21,6 +19,9 @@ _TOKENIZER = command.define_path("tokenizer", "tokenizer.json for a text model t
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.interop import conversion
+    from seqpe_jax.runtime import hosts
+
     hosts.keep_compiled_programs()
     back = _TO.value == "reference"
     if back and _TOKENIZER.value:

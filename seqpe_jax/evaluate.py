@@ -9,10 +9,8 @@ import re
 
 from absl import flags
 
-from seqpe_jax import command, loading
+from seqpe_jax import command
 from seqpe_jax.errors import InputError
-from seqpe_jax.runtime import hosts
-from seqpe_jax.tasks.measure import Scales, check_kind, measure, write
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = command.define_which()
@@ -30,7 +28,7 @@ _OUTPUT = command.define_path("output", "JSON file to write; arrays and answers 
 command.define_hosts()
 
 
-def scales(items: list[str], flag: str, pattern: str, wanted: str) -> Scales:
+def scales(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
     """Returns the numbers of a flag's items. Raises: InputError for an item that the pattern does not fit."""
     for item in items:
         if not re.fullmatch(pattern, item):
@@ -40,6 +38,10 @@ def scales(items: list[str], flag: str, pattern: str, wanted: str) -> Scales:
 
 def main() -> None:
     """The command."""
+    from seqpe_jax import loading
+    from seqpe_jax.runtime import hosts
+    from seqpe_jax.tasks.measure import check_kind, measure, write
+
     command.join_hosts()
     lengths = scales(_LENGTHS.value, "--lengths", "0*[1-9][0-9]*", "positive whole numbers")
     wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"

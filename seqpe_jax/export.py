@@ -13,11 +13,8 @@ import sys
 
 from absl import flags
 
-from seqpe_jax import command, loading
+from seqpe_jax import command
 from seqpe_jax.files import check_free
-from seqpe_jax.runtime import hosts
-from seqpe_jax.serving import export
-from seqpe_jax.serving.exported import CARD, PLATFORMS
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
 _WHICH = command.define_which()
@@ -28,16 +25,22 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _MAX_SIZE = flags.DEFINE_integer(
     "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", lower_bound=1
 )
-_PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), f"some of {','.join(PLATFORMS)}")
+_PLATFORMS = flags.DEFINE_list("platforms", None, "some of cpu,cuda,tpu (default: all of them)")
 
 
 def main() -> None:
     """The command."""
+    from seqpe_jax import loading
+    from seqpe_jax.runtime import hosts
+    from seqpe_jax.serving import export
+    from seqpe_jax.serving.exported import CARD, PLATFORMS
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
     hosts.keep_compiled_programs()
     check_free(_OUTPUT.value)
     model = loading.opened(_CHECKPOINT.value, _WHICH.value)
-    export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, _PLATFORMS.value)
+    platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
+    export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
     print(f"written: {_OUTPUT.value}, see {pathlib.Path(_OUTPUT.value) / CARD}")
 
 

@@ -12,17 +12,16 @@ positions of a run with encoding.resize='stretch', where those are more than a t
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from seqpe_jax import command, loading
+from seqpe_jax import command
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import write_whole
-from seqpe_jax.inference.decoding import Generation, Sampling
-from seqpe_jax.inference.generate import check_generation
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from seqpe_jax.inference.decoding import Generation
 
 
 def run(
@@ -40,6 +39,12 @@ def run(
       InputError: not a run on text, no or a damaged checkpoint, another tokenizer than the model was trained with, an
         empty prompt, values out of range, a prompt that with its new tokens is beyond the encoding's reach.
     """
+    from seqpe_jax import loading
+    from seqpe_jax.inference.decoding import Sampling
+    from seqpe_jax.inference.generate import check_generation
+    from seqpe_jax.runtime import hosts
+    from seqpe_jax.runtime.progress import ProgressLine
+
     hosts.keep_compiled_programs()
     Sampling(new_tokens, **choice)  # refuses bad values before a run is opened
     if loading.saved_config(checkpoint).reads_images:
@@ -50,7 +55,7 @@ def run(
     sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
     check_generation(model.config, [len(prompt) for prompt in tokens], sampling)
 
-    def say(index: int, generation: Generation) -> None:
+    def say(index: int, generation: "Generation") -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
         nonlocal printed
         text = tokenizer.decode(generation.content).rstrip("\ufffd")
@@ -108,6 +113,8 @@ def read_prompts(path: str) -> list[str]:
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.runtime import hosts
+
     command.join_hosts()
     if (_PROMPT.value is None) == (_FILE.value is None):
         raise InputError("give either --prompt=TEXT or --prompts-file=FILE")

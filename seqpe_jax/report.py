@@ -8,7 +8,6 @@ import pathlib
 from absl import flags
 
 from seqpe_jax import command
-from seqpe_jax.reporting import report
 
 _WORKDIR = command.define_path("workdir", "folder of a run, of a sweep, or a folder whose subfolders are runs")
 _OUTPUT = command.define_path("output", "folder for report.html, report.md, results.csv and the plots", writes="folder")
@@ -16,6 +15,8 @@ _OUTPUT = command.define_path("output", "folder for report.html, report.md, resu
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.reporting import report
+
     table = report.write_report(_WORKDIR.value, _OUTPUT.value)
     print(f"{table}\nthe whole report: {pathlib.Path(_OUTPUT.value) / 'report.html'}")
 

@@ -13,15 +13,17 @@ decided and how far each run is, and runs nothing.
 import pathlib
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import Failure, InputError, suggest
-from seqpe_jax.sweeps import local, points, record, search, slurm
-from seqpe_jax.sweeps.runs import SweepRun, is_busy
-from seqpe_jax.sweeps.stages import Stages, in_words
+
+if TYPE_CHECKING:
+    from seqpe_jax.sweeps.points import SweepFile
+    from seqpe_jax.sweeps.runs import SweepRun
+    from seqpe_jax.sweeps.stages import Stages
 
 _SWEEP = command.define_path("sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)")
 _WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
@@ -35,6 +37,9 @@ _SLURM = flags.DEFINE_list("slurm", [], "with slurm: options of a job, e.g. part
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.sweeps import points, slurm
+    from seqpe_jax.sweeps.stages import Stages
+
     sweep, workdir = points.read(_SWEEP.value), pathlib.Path(_WORKDIR.value)
     if _SLURM.value and _EXECUTOR.value != "slurm":
         raise InputError("--slurm is for --executor=slurm")
@@ -59,9 +64,11 @@ def main() -> None:
 
 
 def _work(
-    sweep: points.SweepFile, workdir: pathlib.Path, stages: Stages, chosen: list[SweepRun], asked: dict[str, Any]
+    sweep: "SweepFile", workdir: pathlib.Path, stages: "Stages", chosen: "list[SweepRun]", asked: dict[str, Any]
 ) -> None:
     """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
+    from seqpe_jax.sweeps import local, record, slurm
+
     failed = {run.name for run in stages.runs.values() if run.failure()}
     todo = [run for run in chosen if run.left() and (run.name in failed) == _RETRY.value]
     stages.check(todo)
@@ -80,7 +87,7 @@ def _work(
     _end(stages.now(chosen), told, stages)
 
 
-def _end(runs: list[SweepRun], told: str | None, stages: Stages | None = None) -> None:
+def _end(runs: "list[SweepRun]", told: str | None, stages: "Stages | None" = None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
     words = f"{sum(not run.left() for run in runs)} of {len(runs)} runs finished"
     failed = [(run, why) for run in runs if (why := run.failure())]
@@ -98,8 +105,10 @@ def _end(runs: list[SweepRun], told: str | None, stages: Stages | None = None) -
     print(f"{words}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report")
 
 
-def _print(sweep: points.SweepFile, workdir: pathlib.Path, stages: Stages, chosen: list[SweepRun]) -> None:
+def _print(sweep: "SweepFile", workdir: pathlib.Path, stages: "Stages", chosen: "list[SweepRun]") -> None:
     """Prints the commands of runs; where some wait for others, what has been decided is recorded."""
+    from seqpe_jax.sweeps import record
+
     if any(point.best for point in sweep.points):
         record.remember(workdir, sweep, sweep.points)
         stages.settle()
@@ -111,8 +120,11 @@ def _print(sweep: points.SweepFile, workdir: pathlib.Path, stages: Stages, chose
         print(f"  {line}; then the same command prints them", file=sys.stderr)
 
 
-def _status(stages: Stages, chosen: list[SweepRun]) -> None:
+def _status(stages: "Stages", chosen: "list[SweepRun]") -> None:
     """Prints how far each run is, and what decided its fields."""
+    from seqpe_jax.sweeps.runs import is_busy
+    from seqpe_jax.sweeps.stages import in_words
+
     for run in chosen:
         why, decided = run.failure(), stages.recorded.get(run.name, {})
         state = "finished" if not run.left() else f"failed: {why}" if why else f"step {run.steps_done()} of {run.steps}"
@@ -122,7 +134,9 @@ def _status(stages: Stages, chosen: list[SweepRun]) -> None:
         print("; ".join([f"{run.name}: {state}", *waits, *(in_words(field, one) for field, one in decided.items())]))
 
 
-def _search(sweep: points.SweepFile, workdir: pathlib.Path) -> None:
+def _search(sweep: "SweepFile", workdir: pathlib.Path) -> None:
+    from seqpe_jax.sweeps import local, search
+
     if _ONLY.value or _RETRY.value or _STATUS.value:
         raise InputError("--only, --retry-failed and --status are for runs with names, not for --executor=optuna")
     trials, jobs = search.Trials(workdir, sweep), _JOBS.value or 1

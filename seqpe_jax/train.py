@@ -16,8 +16,6 @@ from ml_collections import config_flags
 
 from seqpe_jax import command, config
 from seqpe_jax.config import Config
-from seqpe_jax.runtime import hosts
-from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _WORKDIR = command.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
@@ -30,6 +28,9 @@ command.define_hosts()
 
 def main() -> None:
     """The command."""
+    from seqpe_jax.runtime import hosts
+    from seqpe_jax.training.trainer import Trainer
+
     settings, workdir = command.join_hosts(_settings), _WORKDIR.value
     hosts.leave_when_told()
     hosts.keep_compiled_programs()

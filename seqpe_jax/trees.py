@@ -1,9 +1,10 @@
-"""Trees: nested dicts under flat names, the names of paths, and how many numbers there are."""
+"""Trees: nested dicts under flat names, the names of paths, and how many numbers there are.
+
+JAX is imported where arrays are met, since commands flatten configs before they need it.
+"""
 
 import math
 from typing import Any
-
-import jax
 
 Tree = dict[str, Any]
 
@@ -38,9 +39,13 @@ def names(path: Any) -> list[str]:
 
 def named(tree: Any) -> dict[str, Any]:
     """Returns the leaves of any tree of dicts by flat name, as `flat` does for plain dicts."""
+    import jax
+
     return {"/".join(names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def count(tree: Any) -> int:
     """Returns the number of parameters of a tree of arrays, or of their shapes."""
+    import jax
+
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

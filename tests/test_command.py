@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
+from seqpe_jax.__main__ import COMMANDS
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
@@ -151,3 +152,40 @@ def test_a_command_keeps_the_memory_of_its_programs():
         done = subprocess.run([sys.executable, "-c", PROGRAM], env=settings, capture_output=True, text=True, check=True)
         pages[name] = int(done.stdout)
     assert pages["kept"] < 1000 < pages["glibc's"]
+
+
+HEAVY = {
+    "jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "grain", "tensorflow_datasets", "tensorboardX", "sklearn",
+    "matplotlib", "PIL", "tokenizers", "safetensors", "optuna", "submitit", "numpy",
+}  # fmt: skip
+LOADED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print("ended", end.code, *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def loaded(*arguments):
+    """(exit code, what is said, the packages that are loaded) of a command in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", LOADED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    said, _, told = done.stdout.rpartition("ended ")
+    code, *packages = told.split()
+    return code, said, set(packages)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_waits_for_nothing_that_it_does_not_need(name):
+    code, said, packages = loaded(f"seqpe_jax.{name}", "--help")
+    assert code == "0" and f"python -m seqpe_jax.{name}" in said and len(said.splitlines()) > 8
+    assert not packages & HEAVY
+
+
+def test_training_loads_what_it_uses_alone():
+    lines = "import sys, seqpe_jax.training.trainer\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True)
+    packages = set(done.stdout.split())
+    assert {"jax", "flax", "orbax"} <= packages, "else this test sees nothing"
+    assert not packages & {"sklearn", "scipy", "matplotlib", "tokenizers", "optuna", "submitit", "tensorflow", "torch"}

@@ -6,7 +6,7 @@ from typing import get_args
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
 from seqpe_jax.config.schema import Config, digits_of
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.digits import count_digits, largest_position
+from seqpe_jax.positions.counting import count_digits, largest_position
 
 
 def profile_window(config: Config) -> tuple[int, int] | None:

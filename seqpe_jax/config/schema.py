@@ -22,7 +22,7 @@ from seqpe_jax.config.kinds import (
     WRITTEN,
     EncodingKind,
 )
-from seqpe_jax.positions.digits import count_digits
+from seqpe_jax.positions.counting import count_digits
 
 Fraction = {"low": 0.0, "high": 1.0}
 Positive = {"low": 1}
@@ -99,7 +99,7 @@ class ModelConfig:
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     layer_norm_epsilon: float = _field(1e-5, low=0.0)
     init_std: float = _field(0.02, low=0.0)
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
+    remat: Literal["none", "full", "dots", "offload"] = "none"  # what the backward pass has of the layers
     attention_kind: Literal["auto", "plain", "blocks", "flash"] = "auto"  # implementation (models.choice)
     attention_block: int = _field(0, **NonNegative)  # queries and keys at once, of blocks; 0 = automatic
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
@@ -315,6 +315,7 @@ class PrecisionConfig:
     """Arithmetic of the model; parameters, optimiser state, softmax, losses and position products are float32."""
 
     compute: Literal["float32", "bfloat16"] = "float32"
+    random_bits: Literal["auto", "threefry", "rbg"] = "auto"  # of masks; auto: rbg on TPU and GPU, or as the run began
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from seqpe_jax.encodings.digit_encoder import DigitEncoder
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.digits import count_digits
+from seqpe_jax.positions.counting import count_digits
 from seqpe_jax.positions.prefixes import Group, level_sizes
 
 WORTH = 0.8  # prefixes are shared where that leaves less than this part of the places

@@ -17,7 +17,10 @@ from seqpe_jax.models.attention import Cache, attend, attend_cached, attention_w
 # The forgetting transformer lets a token through by a share sigmoid(x) (Lin et al. 2025, arXiv 2503.02130); CABLE takes a
 # bias softplus(x) from it (Veisi et al. 2025, arXiv 2503.08067), which is the same with the sign of x turned.
 FADES = {"forget": jax.nn.log_sigmoid, "cable": lambda x: -jax.nn.softplus(x)}
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT = {
+    "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}  # fmt: skip
 
 
 class Linear(nn.Module):

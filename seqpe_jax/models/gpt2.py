@@ -18,7 +18,8 @@ class GPT2(nn.Module):
       dropout, attention_dropout, embedding_dropout: rates while training.
       init_std: normal; residual projections start smaller by sqrt(2 * layers).
       dtype: of the arithmetic; parameters are float32.
-      remat: "none", "full" (blocks are computed again in the backward pass) or "dots" (matrix products are kept).
+      remat: "none", "full" (blocks are computed again in the backward pass), "dots" (matrix products are kept) or "offload"
+        (they are kept in the host's memory).
       attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
       fade: as of `models.blocks.Block`.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqpe_jax.models.kernel_cost import estimate
 from seqpe_jax.models.operands import HIDDEN, Operands, kept
 
 LANES = 128
@@ -119,8 +120,7 @@ def _backward(plan: _Plan, saved: Any, given: jax.Array) -> tuple[_Arrays]:
         spec, block = (call.keys, plan.block_k) if of_keys else (call.queries, plan.block_q)
         results, scratch = [], []
         for place in places:
-            array = arrays[place]
-            if array is None:
+            if (array := arrays[place]) is None:
                 continue
             width = array.shape[-1]
             if place < 3:
@@ -235,6 +235,7 @@ class _Call:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
             out_shape=[shape for _, shape in results],
+            cost_estimate=estimate(kernel.__name__, arrays, plan, [array for _, array in (*read, *results)]),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
             interpret=plan.interpret,
         )(arrays.last, arrays.numbers, *(array for _, array in read))
@@ -298,9 +299,8 @@ def _product(left: jax.Array, right: jax.Array, summed: tuple[int, int], exact: 
 def _run(kernel: Any, plan: _Plan, featured: bool, of_keys: bool, steps: int, last: Any, numbers: Any, *refs: Any) -> None:
     query, key, value, *rest = refs
     f_q, f_k = (rest.pop(0), rest.pop(0)) if featured else (None, None)
-    tile = _Tile(plan, last, numbers, f_q, f_k, of_keys)
     step = pl.program_id(4)
-    kernel(tile, step == 0, step == steps - 1, query, key, value, *rest)
+    kernel(_Tile(plan, last, numbers, f_q, f_k, of_keys), step == 0, step == steps - 1, query, key, value, *rest)
 
 
 def _column(row: jax.Array) -> jax.Array:

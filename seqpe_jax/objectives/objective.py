@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.architecture import Architecture, Params, stream
+from seqpe_jax.architecture import Architecture, Params, mask_key, stream
 from seqpe_jax.axes import POSITIONS, ROWS, by_device, gathered, lay_out, shards
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.objectives.contrastive import contrastive_logits_loss, contrastive_loss
@@ -34,12 +34,13 @@ class Objective:
 
     Attributes:
       architecture: of the model; criterion: what it is trained for, or None for the terms on position vectors alone.
-      settings: the frozen `objective` section of the config.
+      settings: the frozen `objective` section of the config; random_bits: of dropout's masks (`architecture.mask_key`).
     """
 
     architecture: Architecture
     criterion: LanguageModelling | Classification | None
     settings: Any
+    random_bits: str = "threefry"
 
     def draw(self, key: jax.Array, step: jax.Array) -> Draws:
         """Returns the positions of a step: a pure function of the run's key and the step."""
@@ -63,12 +64,12 @@ class Objective:
         if self.architecture.has_vectors:
             encoding = gathered(params["encoding"], "encoding")
             own = "draws" in batch  # of which nothing is known
-            signal, terms = self.vectors_and_terms(encoding, draws, stream(now, "encoding dropout"), own)
+            signal, terms = self.vectors_and_terms(encoding, draws, self._masks(now, "encoding dropout"), own)
         else:
             signal = self.architecture.signal(params, draws.positions_PLA, self.architecture.shape)
         apply = functools.partial(
             self.architecture.network.apply, {"params": params["model"]}, signal=signal, deterministic=False,
-            rngs={"dropout": stream(now, "model dropout")},
+            rngs={"dropout": self._masks(now, "model dropout")},
         )  # fmt: skip
         if draws.boxes_PA2 is not None:
             batch = batch | {"images": zoom(batch["images"], draws.boxes_PA2)}
@@ -105,6 +106,9 @@ class Objective:
             value = self._distillation(params, main_PLE[0][indices_BM], rest[-1].reshape(*indices_BM.shape, -1))
             terms["distillation"] = jnp.where(draws.moved, 0.0, value)
         return signal, terms
+
+    def _masks(self, now: jax.Array, name: str) -> jax.Array:
+        return mask_key(stream(now, name), self.random_bits)
 
     @property
     def _encoding(self) -> Any:

@@ -7,19 +7,6 @@ import numpy as np
 PAST_RANGE = 2**31 - 1  # int32 positions end below
 
 
-def count_digits(max_position: int, base: int) -> int:
-    """Returns the digits of the largest position, max_position - 1, in a base (at least 1)."""
-    digits = 1
-    while base**digits < max_position:
-        digits += 1
-    return digits
-
-
-def largest_position(digits: int, base: int) -> int:
-    """Returns the largest coordinate that so many digits can write."""
-    return base**digits - 1
-
-
 def to_digits(positions_RA: jax.Array, *, base: int, digits: int, padding: str = "left") -> jax.Array:
     """Returns int32[R, A * digits]: each coordinate's digits, most significant first; (2, 3) -> 0 2 0 3.
 

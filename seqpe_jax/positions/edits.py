@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.positions.digits import count_digits, to_digits
+from seqpe_jax.positions.counting import count_digits
+from seqpe_jax.positions.digits import to_digits
 from seqpe_jax.positions.permutation import LIMIT, mix
 
 HARD_TRIES = 64  # rounds of digit edits; nearly all candidates are done after a dozen

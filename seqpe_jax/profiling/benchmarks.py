@@ -21,6 +21,8 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decoding
 from seqpe_jax.inference.decoding import Sampling
 from seqpe_jax.inference.generate import check_generation
+from seqpe_jax.profiling.hlo import Hlo
+from seqpe_jax.profiling.roofline import roofline
 from seqpe_jax.runtime import chips
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.trainer import Trainer
@@ -35,15 +37,31 @@ class Timed:
 
     Attributes:
       call: does it once and returns arrays to wait for; units: tokens or images of a call; flops: of a call (see
-        `flops_of_call`); bytes: that the compiled program holds at once (arguments, results and temporaries).
+        `flops_of_call`); compiled: the program of a call; turns: of its loop, where these are not in its text; mesh: of it.
       encoding: does the encoding's part alone, or None where it has nothing to compute.
     """
 
     call: Callable[[], Any]
     units: int
     flops: float
-    bytes: int
+    compiled: Any
+    mesh: jax.sharding.Mesh
+    turns: int = 1
     encoding: Callable[[], Any] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What the program holds at once: arguments, results and temporaries."""
+        found = self.compiled.memory_analysis()
+        held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return held + found.temp_size_in_bytes
+
+    def bound(self, chip: chips.Chip) -> dict[str, Any]:
+        """Returns the roofline of a call, or of one turn of its loop."""
+        return roofline(
+            Hlo(self.compiled.as_text()), self.mesh, chip, model_flops=self.flops / self.turns,
+            units=self.units // self.turns,
+        )  # fmt: skip
 
 
 def benchmark(
@@ -53,7 +71,9 @@ def benchmark(
 
     A run is {"encoding", "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an evaluated
     batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device),
-    "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own)}.
+    "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own), "roofline" (of the
+    same: see `profiling.roofline`; on a device whose peaks are not known, arithmetic alone, at a rate measured at the end),
+    "reached" (the shortest time possible as a share of the median)}.
 
     Args:
       settings: differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward pass of all
@@ -80,10 +100,10 @@ def benchmark(
                 if turn >= WARM_UP:
                     share.append(alone)
         progress(turn + 1, WARM_UP + steps)
-    runs = []
+    runs, chip = [], chips.chip_of(jax.devices()[0].device_kind) or chips.measured()
     for config, one, times, share in zip(settings, made, seconds, shares, strict=True):
         per = DECODED if mode == "decode" else 1
-        median = statistics.median(times)
+        median, bound = statistics.median(times), one.bound(chip)
         runs.append({
             "encoding": _name(config),
             "mode": mode,
@@ -96,6 +116,8 @@ def benchmark(
             "mfu": chips.utilisation(one.flops, median) if one.flops else None,
             "peak_bytes": one.bytes,
             "encoding_share": statistics.median(share) / median if share else None,
+            "roofline": bound,
+            "reached": bound["seconds"] * per / median,
         })  # fmt: skip
     first, ratios = runs[0], {}
     for other, times in zip(runs[1:], seconds[1:], strict=True):
@@ -122,11 +144,13 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _timed(trainer: Trainer, mode: str) -> Timed:
     config = trainer.config
     if mode == "encode":
-        return Timed(*_encode(trainer))
+        call, rows, compiled = _encode(trainer)
+        return Timed(call, rows, 0.0, compiled, trainer.mesh)
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
-    call, program_bytes = make(trainer)
+    call, compiled = make(trainer)
+    turns = DECODED if mode == "decode" else 1
     units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
-    return Timed(call, units, flops_of_call(trainer, mode), program_bytes, _encoding(trainer, mode))
+    return Timed(call, units, flops_of_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode))
 
 
 def _name(config: Config) -> str:
@@ -147,7 +171,7 @@ def _batch(trainer: Trainer) -> dict[str, jax.Array]:
     return layout.whole_to_global(trainer.mesh, {name: drawn(leaf) for name, leaf in trainer.task.example.items()})
 
 
-def _train(trainer: Trainer) -> tuple[Callable[[], Any], int]:
+def _train(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     batch = _batch(trainer)
     state = trainer.init_state()
     compiled = trainer.train_step().lower(state, batch).compile()
@@ -157,17 +181,17 @@ def _train(trainer: Trainer) -> tuple[Callable[[], Any], int]:
         state, metrics = compiled(state, batch)
         return metrics
 
-    return call, _bytes(compiled)
+    return call, compiled
 
 
-def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], int]:
+def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     params, batch = trainer.init_state().params, _batch(trainer)
     signal = trainer.programs.signal(params, trainer.config.grid)  # once for all batches, as evaluation does
     compiled = trainer.programs.examiner(trainer.task.criterion).lower(params, signal, batch).compile()
-    return lambda: compiled(params, signal, batch), _bytes(compiled)
+    return lambda: compiled(params, signal, batch), compiled
 
 
-def _decode(trainer: Trainer) -> tuple[Callable[[], Any], int]:
+def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     length = trainer.config.data.length
     check_generation(trainer.config, [length], Sampling(DECODED + 1))
     params, batch = trainer.init_state().params, _batch(trainer)
@@ -184,7 +208,7 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], int]:
     # The cache is not donated here, so that every call begins with the same one.
     advance = jax.jit(functools.partial(decoding.advance, trainer.architecture.network, static=static))
     compiled = advance.lower(params["model"], signal, state, draw, np.int32(DECODED + 1)).compile()
-    return lambda: compiled(params["model"], signal, state, draw, np.int32(DECODED + 1)), _bytes(compiled)
+    return lambda: compiled(params["model"], signal, state, draw, np.int32(DECODED + 1)), compiled
 
 
 def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
@@ -197,8 +221,8 @@ def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
     return _encode(trainer)[0]
 
 
-def _encode(trainer: Trainer) -> tuple[Callable[[], Any], int, float, int]:
-    """Forward and backward pass of a training step's positions, with their number and the bytes of the program."""
+def _encode(trainer: Trainer) -> tuple[Callable[[], Any], int, Any]:
+    """Forward and backward pass of a training step's positions, with their number and the program."""
     objective, key = trainer.objective, jax.random.PRNGKey(0)
     draws, rows = jax.eval_shape(objective.draw, key, jnp.int32(0)), 0
     for part in (draws[:1], draws.contrastive and draws.contrastive[:2], draws.distillation and draws.distillation[1:]):
@@ -211,9 +235,4 @@ def _encode(trainer: Trainer) -> tuple[Callable[[], Any], int, float, int]:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((signal, terms)))
 
     compiled = jax.jit(jax.grad(summed)).lower(params, key).compile()
-    return lambda: compiled(params, key), rows, 0.0, _bytes(compiled)
-
-
-def _bytes(compiled: Any) -> int:
-    found = compiled.memory_analysis()
-    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    return lambda: compiled(params, key), rows, compiled

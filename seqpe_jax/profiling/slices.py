@@ -1,4 +1,4 @@
-"""The training step of a config compiled for a TPU slice that is not there: does it fit, and what does it send around?"""
+"""The training step of a config compiled for a TPU slice that is not there: does it fit, and how fast could it be?"""
 
 import importlib.metadata
 import importlib.util
@@ -13,6 +13,8 @@ from jax.experimental import topologies
 
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.profiling.collectives import collectives
+from seqpe_jax.profiling.hlo import Hlo
+from seqpe_jax.profiling.roofline import roofline
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.chips import chip_of
 from seqpe_jax.training.trainer import Trainer
@@ -87,8 +89,8 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
       {"devices", "chip", "mesh", "memory" (bytes of one device, see `_memory`; "shortfall" is 0 where it fits),
       "whole" (dimensions that every device holds whole, see `runtime.mesh.Whole`), "collectives" (kind -> {"count",
       "bytes"} of one device and step, see `profiling.collectives`; None where it does not fit), "open_loops" (with
-      collectives that count for one turn), "flops" (of a step on all devices, see `architecture.flops_of`),
-      "compile_seconds"}.
+      collectives that count for one turn), "roofline" (see `profiling.roofline`; None where it does not fit), "unit" (of
+      what its "per_second" counts), "flops" (of a step on all devices, see `architecture.flops_of`), "compile_seconds"}.
     """
     split = layout.batch_sharding(trainer.mesh)
     batch = {
@@ -96,10 +98,14 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         for name, leaf in trainer.task.example.items()
     }
     chip, start = chip_of(trainer.mesh.devices.flat[0].device_kind), time.monotonic()
-    compiled, needed, available = None, 0, chip.memory
+    compiled, sent, bound, needed, available = None, None, None, 0, chip.memory
     try:
         compiled = trainer.train_step().lower(trainer.shapes, batch).compile()
-        sent = collectives(compiled.as_text())
+        program = Hlo(compiled.as_text())
+        sent = collectives(program)
+        bound = roofline(
+            program, trainer.mesh, chip, model_flops=trainer.flops_per_step, units=trainer.task.units_per_step, sent=sent
+        )
     except jax.errors.JaxRuntimeError as error:
         needed, available = _refused(error)
     return {
@@ -108,8 +114,10 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "mesh": dict(trainer.mesh.shape),
         "memory": _memory(trainer, batch, compiled, needed, available),
         "whole": [dimension._asdict() for dimension in trainer.whole],
-        "collectives": sent.kinds if compiled else None,
-        "open_loops": sent.loops if compiled else None,
+        "collectives": sent.kinds if sent else None,
+        "open_loops": sent.loops if sent else None,
+        "roofline": bound,
+        "unit": trainer.task.unit,
         "flops": trainer.flops_per_step,
         "compile_seconds": time.monotonic() - start,
     }

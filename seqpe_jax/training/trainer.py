@@ -44,7 +44,15 @@ from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.step import TrainStep, make_train_step
-from seqpe_jax.training.workdir import check_same_run, check_space, clear, owned, slow_save
+from seqpe_jax.training.workdir import (
+    check_same_run,
+    check_space,
+    clear,
+    owned,
+    random_bits_of,
+    slow_save,
+    with_random_bits,
+)  # fmt: skip
 from seqpe_jax.trees import count
 
 
@@ -84,10 +92,12 @@ class Trainer:
         """
         mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
         layout.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+        config = with_random_bits(config, "threefry" if mesh.devices.flat[0].platform == "cpu" else "rbg")
         check_encoding(config)  # reading the data may take minutes
         _best_metric(config)
         task = task_class(config)(config, data_there, kept)
-        objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective)
+        bits = config.precision.random_bits
+        objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective, bits)
         _check_attention(config, objective.architecture, layout.Layout(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         shapes = jax.eval_shape(_initial(objective.architecture, optimizer, config.seed))
@@ -106,6 +116,8 @@ class Trainer:
         """
         first = saved_step(workdir)
         check_same_run(config, pathlib.Path(workdir), first, extend)
+        if first is not None:
+            config = with_random_bits(config, random_bits_of(read_config(workdir)))
         begins = bool(config.init_from) and first is None
         trainer = cls.of(config, kept=config.init_from if begins else workdir if first is not None else "")
         if begins:
@@ -127,6 +139,13 @@ class Trainer:
         """Floating-point operations of a training step on all devices (see `architecture.flops_of`)."""
         tokens = self.config.batch_size * self.architecture.places
         return flops_of(self.config, self.task.sizes.vocabulary, tokens=tokens, training=True)
+
+    @property
+    def _options(self) -> dict[str, bool] | None:
+        """Of the compiler: each TPU draws its own part of a mask of rbg, instead of all of it; so it differs by mesh."""
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        own = on_tpu and self.mesh.size > 1 and self.config.precision.random_bits == "rbg"
+        return {"xla_tpu_spmd_rng_bit_generator_unsafe": True} if own else None
 
     def init_state(self) -> TrainState:
         """Returns the state at step 0, each part made on the devices that hold it."""
@@ -155,7 +174,8 @@ class Trainer:
             skip=self.config.optimizer.non_finite == "skip",
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated(self.mesh)))
+        outputs = (shardings, layout.replicated(self.mesh))
+        return jax.jit(step, donate_argnums=0, out_shardings=outputs, compiler_options=self._options)
 
     def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Yields (step, global batch) from a step on, read ahead in the background."""

@@ -1,6 +1,7 @@
 """Whether a run may go on, or begin, in a folder; what an earlier start left there."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,18 @@ from seqpe_jax.training.optimizer import decay_steps
 OWNER = "owner.json"  # who trains in the folder
 GRACE_SECONDS = 30.0  # between the news that a machine is taken away and its end, on most clouds
 PROBE_BYTES = 64 * 2**20
+
+
+def with_random_bits(settings: Config, chosen: str) -> Config:
+    """Returns a config in which `precision.random_bits` is what was chosen where it was left open."""
+    if settings.precision.random_bits != "auto":
+        return settings
+    return dataclasses.replace(settings, precision=dataclasses.replace(settings.precision, random_bits=chosen))
+
+
+def random_bits_of(stored: dict) -> str:
+    """Returns the `precision.random_bits` of a run's config.json; runs from before there was a choice have threefry."""
+    return stored.get("precision", {}).get("random_bits", "threefry")
 
 
 def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
@@ -103,8 +116,9 @@ def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, ex
             )
         return
     # An older run's file lacks fields that are newer, which have their defaults, and may hold values that nothing reads.
-    before = config.from_dict(values)
-    old, new = (config.to_dict(config.as_read(one)) for one in (before, settings))
+    before = with_random_bits(config.from_dict(values), random_bits_of(values))
+    asked = with_random_bits(settings, random_bits_of(values))
+    old, new = (config.to_dict(config.as_read(one)) for one in (before, asked))
     for values in (old, new):
         for section in (*config.FREE_SECTIONS, "steps"):
             values.pop(section, None)

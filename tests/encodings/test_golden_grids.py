@@ -16,7 +16,8 @@ from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.interop.weights import mixed_rule
 from seqpe_jax.models.attention import _rotate
 from seqpe_jax.objectives.objective import term_weight
-from seqpe_jax.positions.digits import count_digits, significant, to_digits
+from seqpe_jax.positions.counting import count_digits
+from seqpe_jax.positions.digits import significant, to_digits
 from seqpe_jax.positions.grids import grid
 from tests.goldens import close, load, under
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "activations": set(),
     "positions": EVERYBODY,
-    "config": EVERYBODY | {"positions.digits"},
+    "config": EVERYBODY | {"positions.counting"},
     "encodings": EVERYBODY | {"positions", "activations"},
     "models": EVERYBODY | {"encodings.signal", "activations"},
     "architecture": EVERYBODY | {"config", "models", "encodings", "positions"},
@@ -149,6 +149,6 @@ def test_no_circles():
 
 
 def test_the_rules_bite():
-    assert "positions.digits" in MODULES and "positions.digits" in IMPORTED["config.schema"][0]
+    assert "positions.counting" in MODULES and "positions.counting" in IMPORTED["config.schema"][0]
     assert not within("training.loop", MAY_IMPORT["objectives"]) and not within("data", MAY_IMPORT["architecture"])
     assert not within("encodings.seqpe", MAY_IMPORT["models"])

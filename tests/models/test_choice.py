@@ -171,6 +171,26 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
     assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
 
 
+@pytest.mark.parametrize("features, width", [(16, 64 + 6 * 16), (32, 256)])
+def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(features, width):
+    """In six products of parts of bfloat16, laid out beside queries and keys; values stay in front, then zeros."""
+    assert chosen(H200, shapes(512, features=features)) == "cudnn"
+    assert cudnn.appended_width(shapes(features=features)) == width
+    assert chosen(A100, shapes(512, features=features)) == "blocks 512", "Ampere's kernel takes 128"
+    operands = Operands(
+        *(random(side, 2, 6, 3, 64).astype(jnp.bfloat16) for side in (1, 2, 3)),
+        features=tuple(5 * random(side, 1, 6, 3, features) for side in (4, 5)),
+    )  # fmt: skip
+    query, key, value = (np.asarray(array, np.float64) for array in cudnn.appended(operands))
+    assert query.shape == key.shape == value.shape == (2, 6, 3, width)
+    np.testing.assert_array_equal(value[..., :64], np.asarray(operands.value, np.float64))
+    assert not value[..., 64:].any()
+    plain_q, plain_k = (np.asarray(array, np.float64) for array in (operands.query, operands.key))
+    f_q, f_k = (np.asarray(field, np.float64) for field in operands.features)
+    logits = np.einsum("blhk,bshk->bhls", plain_q, plain_k) + np.einsum("blhf,bshf->bhls", f_q, f_k)
+    np.testing.assert_allclose(np.einsum("blhk,bshk->bhls", query, key), logits, atol=2e-5 * np.abs(logits).max())
+
+
 @pytest.mark.parametrize("length, together, expected", [
     (7, 1, 128), (129, 8, 256), (256, 1, 256), (512, 1, 512), (512, 8, 256), (640, 1, 384), (1100, 1, 384), (4096, 1, 512),
 ])  # fmt: skip

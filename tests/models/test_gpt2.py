@@ -106,7 +106,7 @@ def test_order_matters_to_each_encoding(plain):
         assert (np.abs(first - second).max() > 1e-3) == (case != ("none",)), case
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_recomputation_changes_nothing(remat, plain):
     encoding = encoding_of("seqpe", "attn_scalar", "multi")
     variables = jax.jit(lambda: encoding.init(KEY, POSITIONS_PLA, shape=(LENGTH,)))()

@@ -3,7 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from seqpe_jax.architecture import mask_key
+from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_params, tiny_config
 
@@ -36,3 +39,37 @@ def test_each_head_has_its_scale_in_the_contrastive_loss(scales):
         losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[pivot]])
     assert np.ptp(losses) > 0.1
     assert float(terms["contrastive"]) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def mask(bits, sharding=None):
+    """Where dropout keeps numbers, of an array that lies as a sharding says."""
+    drop = nn.Dropout(0.5, deterministic=False)
+
+    def drawn(key):
+        ones = jax.lax.with_sharding_constraint(jax.numpy.ones((8, 4, 16)), sharding) if sharding else np.ones((8, 4, 16))
+        return drop.apply({}, ones, rngs={"dropout": mask_key(key, bits)})
+
+    return np.asarray(jax.jit(drawn)(jax.random.PRNGKey(3))) > 0
+
+
+@pytest.mark.parametrize("bits", ["threefry", "rbg"])
+def test_masks_are_the_same_however_the_array_lies(bits):
+    """Of rbg on CPU and GPU, where each device draws all of them; on TPU each draws its own part."""
+    alone, meshes = mask(bits), ((8, 1, 1), (2, 2, 2))
+    assert 0.4 < alone.mean() < 0.6 and len({row.tobytes() for row in alone}) == 8
+    for data, fsdp, context in meshes:
+        mesh = layout.make_mesh(data, fsdp, context)
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(layout.BATCH_AXES, "context"))
+        np.testing.assert_array_equal(mask(bits, sharding), alone)
+
+
+def test_the_choice_of_bits_is_read_and_touches_masks_alone():
+    assert (mask("threefry") != mask("rbg")).mean() > 0.3
+    ours, auto = (Trainer.of(tiny_config(precision__random_bits=bits), jax.devices()[:1]) for bits in ("rbg", "auto"))
+    assert (ours.objective.random_bits, auto.objective.random_bits) == ("rbg", "threefry"), "a CPU's default"
+    assert auto.config.precision.random_bits == "threefry", "config.json says which"
+    key = jax.random.PRNGKey(1)
+    draws = [jax.jit(run.objective.draw)(key, 5) for run in (ours, auto)]
+    assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, draws), strict=True)), "positions stay"
+    keys = [run.objective._masks(key, "model dropout") for run in (ours, auto)]
+    assert "rbg" in str(keys[0].dtype) and keys[1].shape == (2,)

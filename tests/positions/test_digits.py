@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.positions.digits import count_digits, from_digits, largest_position, significant, to_digits
+from seqpe_jax.positions.counting import count_digits, largest_position
+from seqpe_jax.positions.digits import from_digits, significant, to_digits
 from seqpe_jax.positions.grids import grid
 
 

@@ -29,9 +29,13 @@ def test_encodings_are_compared(commands, tmp_path, mode):
         assert 0 < run["p10_s"] <= run["median_s"] <= run["p90_s"]
         assert run["per_second"] > 0 and run["peak_bytes"] > 0 and run["mode"] == mode
         assert run["mfu"] is None  # the peak of a CPU is not known
+        bound = run["roofline"]
+        assert bound["bound"] == "arithmetic" and "measured" in bound["peaks"]["source"] and bound["memory_s"] is None
+        assert run["reached"] == pytest.approx(bound["seconds"] / run["median_s"])
         assert (run["encoding_share"] is not None) == (run["encoding"] == "seqpe" and mode != "decode")
     assert found["ratios"].keys() == {"seqpe/rotary"} and found["ratios"]["seqpe/rotary"]["time"] > 0
     assert "seqpe/rotary: time" in result.out and "| seqpe |" in result.out
+    assert "FLOP/s of a device (measured on this machine just now" in result.out
 
 
 def test_the_encoder_is_compared_with_itself_without_shared_prefixes(commands, tmp_path):

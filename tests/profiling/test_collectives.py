@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from seqpe_jax.profiling.collectives import array_bytes, collectives
+from seqpe_jax.profiling.collectives import collectives, groups_of
+from seqpe_jax.profiling.hlo import Hlo, Instruction
 
 # What a TPU's compiler writes: no trip count, a reduce-scatter fused of its parts, a start and its end.
 TPU = """\
@@ -56,7 +57,7 @@ ENTRY %main (input.2: bf16[16,32]) -> bf16[16,32] {
 
 
 def test_a_tpu_program():
-    found = collectives(TPU.replace("LIMIT", "7").replace("STEP", "1"))
+    found = collectives(Hlo(TPU.replace("LIMIT", "7").replace("STEP", "1")))
     assert found.loops == 0
     whole, part = 64 * 32 * 2, 16 * 32 * 2
     assert found.kinds == {
@@ -68,17 +69,82 @@ def test_a_tpu_program():
 
 @pytest.mark.parametrize("step, limit", [("2", "7"), ("1", "(LIMIT)")])
 def test_a_loop_whose_turns_are_not_known_counts_once_and_is_named(step, limit):
-    found = collectives(TPU.replace("LIMIT", limit).replace("STEP", step))
+    found = collectives(Hlo(TPU.replace("LIMIT", limit).replace("STEP", step)))
     assert found.loops == 1
     assert found.kinds["reduce-scatter"]["count"] == 1 and found.kinds["all-gather"]["count"] == 2
 
 
-@pytest.mark.parametrize(
-    "kind, size",
-    [("f32[2,3]{1,0:T(8,128)}", 24), ("(bf16[4], /*index=1*/pred[], u32[]{:S(2)})", 13), ("s4[3]", 2), ("f8e4m3fn[5]", 5)],
-)
-def test_bytes_of_types(kind, size):
-    assert array_bytes(kind) == size
+# One that a TPU's compiler hides: begun in a fusion, carried on within a product, ended in another fusion.
+HIDDEN = """\
+HloModule jit_step
+
+%begin (shard.1: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
+  %shard.1 = bf16[4,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,8]{1,0} all-gather(%shard.1), channel_id=8, replica_groups=[4,8]<=[8,4]T(1,0), dimensions={0}
+  ROOT %begun.1 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) tuple(%shard.1, %all-gather.1)
+}
+
+%go_on (shard.2: bf16[4,8], whole.2: bf16[32,8], x.2: bf16[16,8]) -> (bf16[16,16], bf16[4,8], bf16[32,8]) {
+  %shard.2 = bf16[4,8]{1,0} parameter(0)
+  %whole.2 = bf16[32,8]{1,0} parameter(1)
+  %x.2 = bf16[16,8]{1,0} parameter(2)
+  %all-gather.2 = bf16[32,8]{1,0} all-gather(%shard.2), channel_id=8, replica_groups=[4,8]<=[8,4]T(1,0), dimensions={0}
+  %product.2 = bf16[16,16]{1,0} dot(%x.2, %x.2), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %going.2 = (bf16[16,16]{1,0}, bf16[4,8]{1,0}, bf16[32,8]{1,0}) tuple(%product.2, %shard.2, %all-gather.2)
+}
+
+ENTRY %main (shard.3: bf16[4,8], x.3: bf16[16,8]) -> bf16[16,16] {
+  %shard.3 = bf16[4,8]{1,0} parameter(0)
+  %x.3 = bf16[16,8]{1,0} parameter(1)
+  %async-collective-start.1 = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%shard.3), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %part.3 = bf16[4,8]{1,0} get-tuple-element(%async-collective-start.1), index=0
+  %whole.3 = bf16[32,8]{1,0} get-tuple-element(%async-collective-start.1), index=1
+  %fusion.3 = (bf16[16,16]{1,0}, bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%part.3, %whole.3, %x.3), kind=kOutput, \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%go_on
+  ROOT %product.3 = bf16[16,16]{1,0} get-tuple-element(%fusion.3), index=0
+}
+"""
+
+
+def test_one_that_goes_on_in_the_background_counts_once():
+    (found,) = collectives(Hlo(HIDDEN)).each
+    assert (found.kind, found.count, found.bytes) == ("all-gather", 1, 32 * 8 * 2)
+    assert found.groups[1] == (1, 5, 9, 13, 17, 21, 25, 29) and found.received(32) == 7 / 8 * 512
+
+
+@pytest.mark.parametrize("written, groups", [
+    ("replica_groups={{0,2},{1,3}}, use_global_device_ids=true", ((0, 2), (1, 3))),
+    ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+    ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={0}", ((0, 1), (2, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+    ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
+    ("to_apply=%add", ()),
+])  # fmt: skip
+def test_who_takes_part(written, groups):
+    assert (
+        groups_of(Instruction("a", "f32[4]", "all-reduce", ("b",), f", channel_id=1, {written}, metadata={{}}")) == groups
+    )
+
+
+def test_what_enters_a_device():
+    def received(kind, count):
+        (one,) = collectives(Hlo(ONE.format(kind=kind))).each
+        return one.received(count)
+
+    assert received("all-reduce", 4) == 2 * 64 * 3 / 4 and received("all-gather", 4) == 64 * 3 / 4
+    assert received("collective-permute", 4) == 64
+
+
+ONE = """\
+ENTRY %main (x.1: f32[16]) -> f32[16] {{
+  %x.1 = f32[16]{{0}} parameter(0)
+  ROOT %sent.1 = f32[16]{{0}} {kind}(%x.1), channel_id=1
+}}
+"""
 
 
 def test_a_compiled_program_of_this_machine():
@@ -92,5 +158,5 @@ def test_a_compiled_program_of_this_machine():
         return jax.lax.scan(turn, jnp.zeros(4), jnp.arange(5.0))[0]
 
     compiled = jax.jit(program, out_shardings=whole).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=split))
-    found = collectives(compiled.compile().as_text())
+    found = collectives(Hlo(compiled.compile().as_text()))
     assert found.kinds == {"all-reduce": {"count": 5, "bytes": 5 * 16}} and not found.loops

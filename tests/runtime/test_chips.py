@@ -48,6 +48,25 @@ def test_an_unknown_chip_is_no_chip(kind, monkeypatch):
     assert chips.utilisation(1e12, 1.0) is None
 
 
+@pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=chips.CHIPS)
+def test_every_known_chip_has_a_memory_and_links(chip):
+    assert 300e9 <= chip.bandwidth <= 8e12 and 25e9 <= chip.link <= 900e9
+    assert bool(chip.sides) == bool(chip.closed) == bool(chip.clock) == chip.name.startswith("TPU")
+    # An operation on each number of bf16 that is read takes longer to read than to compute, on all of them.
+    assert 50 < chip.flops / chip.bandwidth < 600
+
+
+def test_links_as_published():
+    v5e, v5p, h100 = (chips.chip_of(kind) for kind in ("TPU v5e", "TPU v5p", "NVIDIA H100 80GB HBM3"))
+    assert (2 * 4 * v5e.link, 2 * 6 * v5p.link, 2 * h100.link) == (400e9, 1200e9, 900e9), "both ways, all links"
+    assert v5e.clock == pytest.approx(1.5e9, rel=0.01) and v5p.clock == pytest.approx(1.75e9, rel=0.01)
+
+
+def test_a_chip_that_nobody_knows_is_measured():
+    chip = chips.measured()
+    assert chip.flops > 1e8 and (chip.bandwidth, chip.link) == (0, 0) and "measured" in chip.source
+
+
 def test_utilisation_is_of_all_devices(monkeypatch):
     monkeypatch.setattr(chips.jax, "devices", lambda: [Device("TPU v5 lite")] * 4)
     monkeypatch.setattr(chips.jax, "device_count", lambda: 4)

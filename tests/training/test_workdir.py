@@ -13,7 +13,7 @@ from seqpe_jax import files
 from seqpe_jax.errors import InputError
 from seqpe_jax.training import workdir
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.training.workdir import OWNER, check_same_run, check_space, owned
+from seqpe_jax.training.workdir import OWNER, check_same_run, check_space, owned, random_bits_of, with_random_bits
 from tests.tiny import ROOT, tiny_config, train
 from tests.training.test_trainer import written
 
@@ -27,6 +27,29 @@ def test_an_older_run_goes_on(tmp_path, variant):
     check_same_run(settings, tmp_path, 2)
     with pytest.raises(InputError, match="it differs in encoding.log_scaling: False -> True. Use a new --workdir"):
         check_same_run(tiny_config(variant=variant, encoding__log_scaling=True), tmp_path, 2)
+
+
+def test_a_run_keeps_the_random_bits_that_it_began_with(tmp_path):
+    """Also where a new one would have others, as on another kind of device."""
+    settings = tiny_config()
+    assert settings.precision.random_bits == "auto"
+    written(tmp_path, with_random_bits(settings, "rbg"))
+    check_same_run(settings, tmp_path, 2)
+    assert random_bits_of(json.loads((tmp_path / "config.json").read_text())) == "rbg"
+    with pytest.raises(InputError, match="it differs in precision.random_bits: rbg -> threefry. Use a new"):
+        check_same_run(tiny_config(precision__random_bits="threefry"), tmp_path, 2)
+
+
+def test_a_run_from_before_there_was_a_choice_has_threefry(tmp_path):
+    written(tmp_path, tiny_config())
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["precision"]["random_bits"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert random_bits_of(values) == "threefry"
+    check_same_run(tiny_config(), tmp_path, 2)
+    check_same_run(tiny_config(precision__random_bits="threefry"), tmp_path, 2)
+    with pytest.raises(InputError, match="precision.random_bits: threefry -> rbg"):
+        check_same_run(tiny_config(precision__random_bits="rbg"), tmp_path, 2)
 
 
 def test_a_run_may_go_on_with_steps_skipped_from_there(tmp_path):
@@ -107,12 +130,13 @@ def test_more_steps(tmp_path, schedule, fields, step, refused):
 
 @pytest.mark.slow
 def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_beginning(tmp_path, monkeypatch):
-    """Bit for bit: the order of the data, the draws and the learning rates go on."""
+    """Bit for bit: the order of the data, the draws, masks of the device's own bits and the learning rates go on."""
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
     fields = LENGTHS | {
         "optimizer__schedule": "wsd", "optimizer__decay_steps": 2, "data__name": "text_files",
-        "data__paths": (str(tmp_path / "text.txt"),),
+        "data__paths": (str(tmp_path / "text.txt"),), "precision__random_bits": "rbg", "model__dropout": 0.1,
+        "encoding__dropout": 0.1,
     }  # fmt: skip
     train(tiny_config(**fields), tmp_path / "short")
     shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # as if it had been stopped there

@@ -1,0 +1,138 @@
+"""The shortest time that a compiled program can take on its devices: arithmetic, memory and links, each at its peak.
+
+All three may go on at once, so the longest of them is the bound. What is counted is what the program does, not what the
+model would need at least: layers that are computed again, and arrays that are written and read again, are in it. A real
+step waits beside that: for a collective that nothing hides, for units that a small product does not fill, for the host.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from seqpe_jax.profiling.collectives import Collective, Collectives, collectives
+from seqpe_jax.profiling.hlo import Hlo
+from seqpe_jax.profiling.work import work
+from seqpe_jax.runtime.chips import Chip
+
+NETWORK = "network"  # between hosts of GPUs, or slices; how fast it is nobody tells
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """How the devices of a mesh are joined.
+
+    Attributes:
+      mesh: the devices; chip: what they are.
+    """
+
+    mesh: jax.sharding.Mesh
+    chip: Chip
+
+    def of(self, groups: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Returns the links that collectives between these devices have, and the bytes/s that enter a device by each.
+
+        On a torus, a group has the links along each side over which it spreads: two where it fills a side that is closed to
+        a ring, else one, for a device at an end has no more. A rate of 0 is one that is not known.
+        """
+        group = list(groups[0]) if groups else list(range(self.mesh.size))
+        devices = [self.mesh.devices.flat[number] for number in group]
+        if len({_island(device) for device in devices}) > 1:
+            return {NETWORK: 0.0}
+        if not self.chip.sides:
+            return {"NVLink" if self.chip.link else "memory": self.chip.link}
+        spread = [len(set(along)) for along in zip(*(device.coords for device in devices), strict=True)]
+        found = {}
+        for name, size, whole in zip("xyz", spread, self.torus, strict=False):
+            if size > 1:
+                found[name] = self.chip.link * (2 if size == whole and self._closed(whole) else 1)
+        return found  # empty between the two cores of a chip
+
+    @property
+    def torus(self) -> tuple[int, ...]:
+        """The chips along each side of the slice."""
+        return tuple(1 + np.max([device.coords for device in self.mesh.devices.flat], axis=0))
+
+    def _closed(self, side: int) -> bool:
+        if self.chip.sides == 2:
+            return side == self.chip.closed
+        return all(size % self.chip.closed == 0 for size in self.torus)
+
+    def axes(self, groups: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the axes of the mesh over which a group of its devices spreads."""
+        names, shape = self.mesh.axis_names, self.mesh.devices.shape
+        group = groups[0] if groups else range(self.mesh.size)
+        return [
+            name for name, along in zip(names, np.unravel_index(list(group), shape), strict=True) if len(set(along)) > 1
+        ]
+
+
+def _island(device: jax.Device) -> int:
+    """The devices of one number are joined without a network: a TPU slice, or the GPUs of a process."""
+    return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else device.process_index
+
+
+def roofline(
+    program: Hlo, mesh: jax.sharding.Mesh, chip: Chip, *, model_flops: float, units: int, sent: Collectives | None = None
+) -> dict[str, Any]:
+    """Returns the bound of a compiled program.
+
+    Args:
+      program: of one device; mesh: its devices, which need not be there; chip: what they are.
+      model_flops: of all devices that count as useful (`architecture.flops_of`); units: tokens or images of a run.
+      sent: the program's collectives where they are known already.
+
+    Returns:
+      {"flops", "hbm_bytes" (of one device), "arithmetic_s", "memory_s", "interconnect_s" (None where a rate is not known),
+      "links" (side of the torus or kind of
+      link -> seconds), "collectives" [{"kind", "axes" (of the mesh), "over" (links), "count", "bytes", "received" (bytes
+      that must enter a device), "seconds" (None where the links' rate is not known)}], "bound" (which of the three),
+      "seconds" (the longest of them), "mfu" and "per_second" at that bound, "compiler_s" (what the compiler expects its
+      instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see
+      `work.Work`), "peaks"}.
+    """
+    found, sent, links = work(program), sent or collectives(program), Links(mesh, chip)
+    rows: dict[Any, dict[str, Any]] = {}
+    busy: dict[str, float] = {}
+    for one in sent.each:
+        row = _row(one, links)
+        for name in row["over"] if row["seconds"] is not None else ():
+            busy[name] = busy.get(name, 0.0) + row["seconds"]
+        same = rows.setdefault((one.kind, *row["axes"], *row["over"]), row)
+        if same is not row:
+            for name in ("count", "bytes", "received", "seconds"):
+                same[name] = None if same[name] is None else same[name] + row[name]
+    parts = {
+        "arithmetic": found.flops / chip.flops,
+        "memory": found.bytes / chip.bandwidth if chip.bandwidth else None,
+        "interconnect": max(busy.values(), default=None if any(row["seconds"] is None for row in rows.values()) else 0.0),
+    }
+    bound = max(parts, key=lambda name: parts[name] or 0.0)
+    seconds = parts[bound]
+    return {
+        "flops": found.flops,
+        "hbm_bytes": found.bytes,
+        **{f"{name}_s": value for name, value in parts.items()},
+        "links": busy,
+        "collectives": list(rows.values()),
+        "bound": bound,
+        "seconds": seconds,
+        "mfu": model_flops / (seconds * chip.flops * mesh.size) if model_flops else None,
+        "per_second": units / seconds,
+        "compiler_s": found.cycles / chip.clock if chip.clock and found.cycles else None,
+        "kernels": found.kernels,
+        "open_loops": found.loops,
+        "peaks": {"flops": chip.flops, "bandwidth": chip.bandwidth, "link": chip.link, "source": chip.source},
+    }
+
+
+def _row(one: Collective, links: Links) -> dict[str, Any]:
+    """A collective in words and numbers; seconds: for which it keeps each of its links busy."""
+    rates, received = links.of(one.groups), one.received(links.mesh.size)
+    seconds = received / sum(rates.values()) if rates and all(rates.values()) else None if rates else 0.0
+    return {
+        "kind": one.kind, "axes": links.axes(one.groups), "over": list(rates), "count": one.count, "bytes": one.bytes,
+        "received": received, "seconds": seconds,
+    }  # fmt: skip
