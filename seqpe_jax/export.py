@@ -22,10 +22,10 @@ from seqpe_jax.serving.exported import CARD, PLATFORMS
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
 _OUTPUT = command.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", lower_bound=1
+    "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", 1, 2**24
 )
 _MAX_SIZE = flags.DEFINE_integer(
-    "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", lower_bound=1
+    "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", 1, 2**16
 )
 _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), f"some of {','.join(PLATFORMS)}")
 

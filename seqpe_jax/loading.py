@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from typing import Any
@@ -14,6 +13,7 @@ from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
@@ -53,7 +53,7 @@ def is_ours(path: str | pathlib.Path) -> bool:
     if (folder / FOLDER).is_dir():
         return True
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = from_json((folder / "config.json").read_text())
     except (OSError, ValueError):  # not there, or of another kind: the reference's is YAML
         return False
     return isinstance(values, dict) and {"data", "model", "encoding"} <= values.keys()
@@ -106,9 +106,18 @@ def export_section(checkpoint: str) -> dict[str, Any] | None:
       InputError: it does not say which step and positions are served.
     """
     section = read_config(checkpoint).get(SECTION)
-    if section is not None and not (isinstance(section, dict) and {"step", "reach"} <= section.keys()):
+    if section is not None and not _tells_reach(section):
         raise InputError(f"{checkpoint}/config.json: section '{SECTION}' is damaged: export the run again")
     return section
+
+
+def _tells_reach(section: Any) -> bool:
+    """Whether a section says which step is served, and how many positions along each axis."""
+    if not isinstance(section, dict):
+        return False
+    step, reach = section.get("step"), section.get("reach")
+    whole = isinstance(reach, list) and all(type(side) is int and 0 < side < 2**31 for side in reach)
+    return type(step) is int and whole and bool(reach)
 
 
 def sizes_of(settings: Config, folder: str) -> Sizes:

@@ -118,3 +118,9 @@ def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tm
     monkeypatch.setenv("SEQPE_JAX_CACHE", "~/c")
     hosts.keep_compiled_programs()
     assert told["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
+
+
+def test_a_config_file_that_ends_python_is_told(tmp_path):
+    (tmp_path / "page.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(InputError, match="page.py, line 2 cannot be read: SystemExit: 3"):
+        command._check_config_arguments([f"--config={tmp_path / 'page.py'}"])

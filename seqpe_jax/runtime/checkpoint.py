@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import free_space, write_whole
+from seqpe_jax.files import free_space, from_json, write_whole
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
@@ -260,9 +260,12 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     try:
-        return json.loads(path.read_text())
+        found = from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no object of fields, as `train` writes it: put back the file that the run began with")
+    return found
 
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:

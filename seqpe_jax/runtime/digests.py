@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 
 FILE = "digests.json"
 
@@ -37,7 +37,7 @@ def damage(folder: pathlib.Path, named: bool = True) -> str:
 @functools.lru_cache(maxsize=64)  # a checkpoint is asked for several times, and hashing reads it whole
 def _compared(folder: pathlib.Path, named: bool, written: int) -> str:
     try:
-        told = json.loads((folder / FILE).read_bytes())
+        told = from_json((folder / FILE).read_bytes())
         name, files = told["folder"], dict(told["files"])
     except (ValueError, KeyError, TypeError):
         return f"its {FILE} is no list of digests"

@@ -18,7 +18,7 @@ from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import loader, pictures
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 from seqpe_jax.objectives.criterion import Classification
 from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving.exported import Signature
@@ -221,7 +221,7 @@ def kept_names(workdir: str | pathlib.Path) -> tuple[str, ...] | None:
     if not path.exists():
         return None
     try:
-        names = json.loads(path.read_text())
+        names = from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

@@ -7,7 +7,7 @@ import pathlib
 
 from seqpe_jax.architecture import Sizes
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 
 FILE = "sizes.json"  # of a run's folder
 
@@ -22,7 +22,7 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = from_json(path.read_text())
         known = Sizes(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
         numbers = (known.vocabulary, known.classes, known.channels)
         if not all(isinstance(number, int) and number >= 0 for number in numbers):

@@ -12,7 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import free_space, lock
+from seqpe_jax.files import free_space, from_json, lock
 from seqpe_jax.runtime.checkpoint import read_config
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.serving.exported import SECTION
@@ -139,7 +139,7 @@ def owned(workdir: pathlib.Path) -> Iterator[str]:
 def _owner(path: pathlib.Path) -> str:
     """Who a lock says it is of, in words; "" where it says nothing, as at the moment when it is taken."""
     try:
-        told = json.loads(path.read_text())
+        told = from_json(path.read_text())
         return f"process {told['process']} on {told['host']}, which began at {told['began']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -58,7 +58,7 @@ def refused(result, *words: str) -> None:
         (["--config.model=96"], ["model"]),
         (["--config.model.width=wide"], ["model.width", "wide"]),
         (["--config.model.width=96.5"], ["model.width", "96.5"]),
-        (["--config.model.dropout=1.5"], ["model.dropout", "at most 1", "1.5"]),
+        (["--config.model.dropout=1.5"], ["model.dropout", "below 1", "1.5"]),
         (["--config.steps=0"], ["steps", "at least 1"]),
         (["--config.encoding.kind=rotory"], ["encoding.kind", "'rotary'"]),
         (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
