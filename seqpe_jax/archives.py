@@ -42,6 +42,8 @@ def read_arrays(file: str | os.PathLike | io.BytesIO, most: int = LARGEST) -> di
                 shape, dtype = _header(content)
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise ValueError(f"{member.filename} claims to be {dtype}{list(shape)}, which it does not hold")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
     with np.load(file, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
 

@@ -4,6 +4,14 @@ import os
 
 import jax
 
+# Commands import these when they need them; here all of them find them there.
+import seqpe_jax.data.builders.digit_images
+import seqpe_jax.data.builders.text_files
+import seqpe_jax.interop.conversion
+import seqpe_jax.profiling.benchmarks
+import seqpe_jax.reporting.report
+import seqpe_jax.serving.export
+import seqpe_jax.sweeps.search  # noqa: F401
 from seqpe_jax import command
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.programs import Programs

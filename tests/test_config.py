@@ -44,7 +44,10 @@ def test_difference_names_the_fields_that_differ():
         ({"seed": 10**5000}, ["seed", "a number of thousands of digits"]),
         ({"batch_size": 10**12}, ["batch_size", "at most 1048576", "1000000000000"]),
         ({"objective.contrastive.batch": 10**11}, ["objective.contrastive.batch", "at most 1048576"]),
-        ({"objective.contrastive.batch": 2**20}, ["objective.contrastive.batch and candidates", "at most 268435456"]),
+        (
+            {"objective.contrastive.batch": 2**20, "objective.contrastive.candidates": 4000},
+            ["objective.contrastive.batch and candidates", "at most 268435456"],
+        ),
         ({"data.threads": 100_000}, ["data.threads", "at most 256"]),
         ({"encoding.digits": 1000}, ["encoding.digits", "at most 64"]),
         ({"model.width": 10**9}, ["model.width", "at most 65536"]),

@@ -232,11 +232,13 @@ def test_prepared_data_that_were_cut_short_are_prepared_again(files, tmp_path, c
     expected = np.array(source(files, cache).tokens)
     for name in ("*.array_record*", "sizes_of_files.json"):
         (path,) = list(cache.rglob(name))[:1]
-        path.write_bytes(path.read_bytes()[:-7])
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-7])
         for tokens in cache.glob("tokens/*/tokens.bin"):
             tokens.write_bytes(tokens.read_bytes()[:-1])
         np.testing.assert_array_equal(source(files, cache).tokens, expected)
-        assert "is incomplete" in capsys.readouterr().err
+        assert path.stat().st_size == len(whole)
+    assert "is incomplete" in capsys.readouterr().err
     for path in cache.rglob("sizes_of_files.json"):
         path.unlink()  # as data that were prepared by older versions have none
     for summary, changes in (("dtype", "float32"), ("bytes", "many"), ("words", -1)):
