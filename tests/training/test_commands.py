@@ -60,6 +60,8 @@ def refused(result, *words: str) -> None:
         (["--config.model.width=96.5"], ["model.width", "96.5"]),
         (["--config.model.dropout=1.5"], ["model.dropout", "below 1", "1.5"]),
         (["--config.steps=0"], ["steps", "at least 1"]),
+        (["--start-timeout=nan"], ["--start-timeout", "nan"]),
+        (["--num-processes=2147483648"], ["num-processes", "2147483648"]),
         (["--config.encoding.kind=rotory"], ["encoding.kind", "'rotary'"]),
         (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
         (["--config.encoding.digits=2"], ["largest position possible is 99", "encoding.digits=4"]),
