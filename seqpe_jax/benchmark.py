@@ -26,7 +26,7 @@ from seqpe_jax.files import write_whole
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "encode"], "what to time")
-_STEPS = flags.DEFINE_integer("steps", 20, "timed calls of each", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "timed calls of each", lower_bound=1, upper_bound=10**6)
 _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 

@@ -5,6 +5,7 @@ which `--help` and a refused flag need not wait for.
 """
 
 import ast
+import math
 import os
 import sys
 import traceback
@@ -59,9 +60,9 @@ def define_hosts() -> None:
     """Gives a command the options of a run of several processes."""
     told = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes tells it"
     flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, the same on every host (PORT - 1 is used too){told}")
-    flags.DEFINE_integer("num-processes", None, f"processes of the run{told}", lower_bound=1)
+    flags.DEFINE_integer("num-processes", None, f"processes of the run{told}", lower_bound=1, upper_bound=2**16)
     flags.DEFINE_integer("process-id", None, f"number of this process, from 0{told}", lower_bound=0)
-    flags.DEFINE_float("start-timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0)
+    flags.DEFINE_float("start-timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0, upper_bound=1e6)
 
 
 def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | None:
@@ -74,6 +75,8 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     from seqpe_jax.runtime import hosts
 
     values = {name: flags.FLAGS[name].value for name in HOSTS}
+    if math.isnan(values["start-timeout"]):  # which no bound of a flag keeps out
+        raise InputError("--start-timeout must be a number of seconds, got nan")
     own = flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])
     facts = {f"--{flag.name}": flag.value for flag in own if flag.name not in HOSTS and not flag.name.startswith("config")}
     settings = refused = None

@@ -28,6 +28,9 @@ _OUTPUT = command.define_path("output", "JSON file to write; arrays and answers 
 command.define_hosts()
 
 
+NUMBER = "[1-9][0-9]{0,17}"
+
+
 def scales(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
     """Returns the numbers of a flag's items. Raises: InputError for an item that the pattern does not fit."""
     for item in items:
@@ -43,9 +46,9 @@ def main() -> None:
     from seqpe_jax.tasks.measure import check_kind, measure, write
 
     command.join_hosts()
-    lengths = scales(_LENGTHS.value, "--lengths", "0*[1-9][0-9]*", "positive whole numbers")
+    lengths = scales(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
     wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"
-    sizes = scales(_SIZES.value, "--sizes", "0*[1-9][0-9]*(x0*[1-9][0-9]*){0,2}", wanted)
+    sizes = scales(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")

@@ -20,10 +20,10 @@ _CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
 _WHICH = command.define_which()
 _OUTPUT = command.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
-    "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", lower_bound=1
+    "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", 1, 2**24
 )
 _MAX_SIZE = flags.DEFINE_integer(
-    "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", lower_bound=1
+    "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", 1, 2**16
 )
 _PLATFORMS = flags.DEFINE_list("platforms", None, "some of cpu,cuda,tpu (default: all of them)")
 

@@ -20,7 +20,7 @@ def expanded(path: str) -> str:
     """Returns a path as it is meant: `~` and `~user` stand for home folders, as in a shell.
 
     Raises:
-      InputError: it is empty, names an object store, or there is no such user.
+      InputError: it is empty or too long, names an object store, there is no such user, or it cannot be looked at.
     """
     if not path.strip():
         raise InputError("a path is empty: give the name of a file or folder")
@@ -34,7 +34,26 @@ def expanded(path: str) -> str:
     if found.startswith("~"):
         user = found.split("/")[0]
         raise InputError(f"{path}: there is no user '{user[1:]}' with a home folder; a folder of that name is ./{user}")
+    try:
+        os.lstat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may be to be made, and who reads it says what is missing
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{_short(path)} cannot be the name of a file or folder here ({reason}): give another") from error
     return found
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 120 else f"{path[:60]}... ({len(path)} characters)"
+
+
+def from_json(content: str | bytes) -> Any:
+    """Returns what JSON tells. Raises: ValueError: it is none, not UTF-8, or nested deeper than Python follows."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
@@ -62,6 +81,8 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} is a file: name a folder")
     nearest = target if folder else target.parent
     while not nearest.exists() and nearest != nearest.parent:
+        if nearest.is_symlink():
+            raise InputError(f"{option}={path} cannot be written: {nearest} is a link that leads nowhere: mend it")
         nearest = nearest.parent
     if not nearest.is_dir():
         raise InputError(f"{option}={path} cannot be written: {nearest} is a file, not a folder")
@@ -127,14 +148,6 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         return
     with whole(target) as part:
         part.write_bytes(data)
-
-
-def from_json(content: str | bytes) -> Any:
-    """Returns what a JSON text says; whatever is wrong with it, nested too deep included, is a ValueError."""
-    try:
-        return json.loads(content)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
 
 
 def check_free(folder: str | os.PathLike, option: str = "--output") -> None:

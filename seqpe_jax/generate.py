@@ -87,12 +87,15 @@ _CHECKPOINT = command.define_path("checkpoint", "workdir of a run on text")
 _WHICH = command.define_which()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
 _FILE = command.define_path("prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt")
-_NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt")
+_NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt", upper_bound=2**24)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token; larger = more varied text")
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "draw from the likeliest tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws, where the temperature is above 0")
 _OUTPUT = command.define_path("output", "file to write, one JSON object per prompt and line", writes="file")
 command.define_hosts()
+
+
+PROMPT_BYTES = 64 << 20
 
 
 def _text(argument: str) -> str:
@@ -101,9 +104,13 @@ def _text(argument: str) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Returns the lines of a file. Raises: InputError: it cannot be read, is not UTF-8 or holds no line."""
+    """Returns the lines of a file. Raises: InputError: it cannot be read, is too large or not UTF-8, or holds no line."""
     try:
-        lines = pathlib.Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        with open(path, "rb") as file:
+            content = file.read(PROMPT_BYTES + 1)  # a device may have no end
+        if len(content) > PROMPT_BYTES:
+            raise InputError(f"--prompts-file={path} has more than {PROMPT_BYTES >> 20} MiB: give fewer lines")
+        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts-file={path} cannot be read ({error}): give a UTF-8 text file") from None
     if "" in lines:

@@ -117,9 +117,18 @@ def export_section(checkpoint: str) -> dict[str, Any] | None:
       InputError: it does not say which step and positions are served.
     """
     section = read_config(checkpoint).get(SECTION)
-    if section is not None and not (isinstance(section, dict) and {"step", "reach"} <= section.keys()):
+    if section is not None and not _tells_reach(section):
         raise InputError(f"{checkpoint}/config.json: section '{SECTION}' is damaged: export the run again")
     return section
+
+
+def _tells_reach(section: Any) -> bool:
+    """Whether a section says which step is served, and how many positions along each axis."""
+    if not isinstance(section, dict):
+        return False
+    step, reach = section.get("step"), section.get("reach")
+    whole = isinstance(reach, list) and all(type(side) is int and 0 < side < 2**31 for side in reach)
+    return type(step) is int and whole and bool(reach)
 
 
 def sizes_of(settings: Config, folder: str) -> Sizes:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _SWEEP = command.define_path("sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)")
 _WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "optuna"], "who runs the commands")
-_JOBS = flags.DEFINE_integer("jobs", None, "runs at once (default: 1; slurm: as many as it has room for)", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", None, "runs at once (default: 1; slurm: as many as it has room for)", 1, 4096)
 _ONLY = flags.DEFINE_list("only", [], "the runs of these names alone")
 _RETRY = flags.DEFINE_bool("retry-failed", False, "the failed runs alone, once more")
 _STATUS = flags.DEFINE_bool("status", False, "tell how far each run is, and run nothing")

@@ -5,6 +5,7 @@ Importing JAX takes seconds, so `Commands` keeps one process that has imported e
 
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = "tests/tiny_text.py"
@@ -28,6 +30,7 @@ class Result:
     code: int
     out: str
     err: str
+    peak: int = 0  # bytes of memory that it held at most, with those of the process it was forked from
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
@@ -65,13 +68,17 @@ class Running:
 
 
 class Commands:
-    """Runs `python -m seqpe_jax.NAME` quickly, many times."""
+    """Runs `python -m seqpe_jax.NAME` quickly, many times.
 
-    def __init__(self, cache: pathlib.Path):
+    Args:
+      before: a module of the tests that is imported first, to change what commands do.
+    """
+
+    def __init__(self, cache: pathlib.Path, before: str = ""):
         self._folder = tempfile.TemporaryDirectory()
         self._count = 0
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.commands"],
+            [sys.executable, "-m", "tests.commands", before],
             cwd=ROOT, env=environment(cache), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -90,9 +97,10 @@ class Commands:
 
     def wait(self, running: Running, seconds: float = 600.0) -> Result:
         """Returns what a command left when it ended; one that takes longer is killed."""
-        return Result(self._ask([running.process, seconds]), running.out, running.err)
+        code, peak = self._ask([running.process, seconds])
+        return Result(code, running.out, running.err, peak)
 
-    def _ask(self, request: list) -> int:
+    def _ask(self, request: list) -> Any:
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return json.loads(self._server.stdout.readline())
 
@@ -156,7 +164,7 @@ def _as_if_alone(words: list[str]) -> None:
     os._exit(code)
 
 
-def serve() -> None:
+def serve(before: str) -> None:
     """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
     from absl import flags
 
@@ -169,6 +177,8 @@ def serve() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if before:
+        importlib.import_module(before)
     gc.collect()
     gc.freeze()  # else each fork looks through all of it, and so copies it, when it ends
 
@@ -186,19 +196,20 @@ def serve() -> None:
                 return  # to the end of this process, as the command's own would end
             print(child, flush=True)
         else:
-            print(_exit_code(*request), flush=True)
+            print(json.dumps(_end_of(*request)), flush=True)
 
 
-def _exit_code(child: int, seconds: float) -> int:
+def _end_of(child: int, seconds: float) -> tuple[int, int]:
+    """Awaits a process and returns (exit code, most bytes of memory)."""
     deadline = time.monotonic() + seconds
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -189,3 +189,9 @@ def test_training_loads_what_it_uses_alone():
     packages = set(done.stdout.split())
     assert {"jax", "flax", "orbax"} <= packages, "else this test sees nothing"
     assert not packages & {"sklearn", "scipy", "matplotlib", "tokenizers", "optuna", "submitit", "tensorflow", "torch"}
+
+
+def test_a_config_file_that_ends_python_is_told(tmp_path):
+    (tmp_path / "page.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(InputError, match="page.py, line 2 cannot be read: SystemExit: 3"):
+        command._check_config_arguments([f"--config={tmp_path / 'page.py'}"])

@@ -37,8 +37,34 @@ def test_difference_names_the_fields_that_differ():
         ({"encoding.kind": "rotery"}, ["encoding.kind", "'rotary'"]),
         ({"model.width": 96.5}, ["model.width", "int", "96.5"]),
         ({"model.dropout": True}, ["model.dropout", "float", "True"]),
-        ({"model.dropout": 1.5}, ["model.dropout", "at most 1"]),
+        ({"model.dropout": 1.5}, ["model.dropout", "below 1"]),
         ({"steps": 0}, ["steps", "at least 1"]),
+        ({"steps": 10**20}, ["steps", "at most 1000000000"]),
+        ({"seed": 2**70}, ["seed", "at most 9223372036854775807"]),
+        ({"seed": 10**5000}, ["seed", "a number of thousands of digits"]),
+        ({"batch_size": 10**12}, ["batch_size", "at most 1048576", "1000000000000"]),
+        ({"objective.contrastive.batch": 10**11}, ["objective.contrastive.batch", "at most 1048576"]),
+        (
+            {"objective.contrastive.batch": 2**20, "objective.contrastive.candidates": 4000},
+            ["objective.contrastive.batch and candidates", "at most 268435456"],
+        ),
+        ({"data.threads": 100_000}, ["data.threads", "at most 256"]),
+        ({"encoding.digits": 1000}, ["encoding.digits", "at most 64"]),
+        ({"model.width": 10**9}, ["model.width", "at most 65536"]),
+        ({"encoding.max_position": 2**31}, ["encoding.max_position", "at most 1073741824"]),
+        ({"model.dropout": 1.0}, ["model.dropout", "below 1", "1.0"]),
+        ({"optimizer.b1": 1}, ["optimizer.b1", "below 1"]),
+        ({"optimizer.b2": 1.0}, ["optimizer.b2", "below 1"]),
+        ({"optimizer.learning_rate": 0}, ["optimizer.learning_rate", "at least 1e-12"]),
+        ({"optimizer.learning_rate": 1e300}, ["optimizer.learning_rate", "at most 100"]),
+        ({"optimizer.learning_rate": 10**400}, ["optimizer.learning_rate", "finite"]),
+        ({"optimizer.clip": 1e-300}, ["optimizer.clip", "0, or at least 1e-06"]),
+        ({"objective.contrastive.scale": 1e-300}, ["objective.contrastive.scale", "as float32 holds it"]),
+        ({"model.layer_norm_epsilon": 1e30}, ["model.layer_norm_epsilon", "at most 0.1"]),
+        ({"eval.lengths": (64, 0)}, ["eval.lengths", "at least 1"]),
+        ({"data.length": 4096, "batch_size": 2**17, "optimizer.accumulate": 1}, ["batch_size=131072 and data.length"]),
+        ({"optimizer.schedule": "constant", "optimizer.end_learning_rate": 0.1}, ["optimizer.end_learning_rate=0.1"]),
+        ({"profile.steps": "1:\u00b2"}, ["profile.steps", "first:end"]),
         ({"optimizer.learning_rate": float("nan")}, ["optimizer.learning_rate", "finite"]),
         ({"encoding.digits": 2}, ["largest position possible is 99", "encoding.digits=4"]),
         ({"data.length": 8192}, ["largest position possible is 4999", "encoding.max_position"]),
@@ -231,3 +257,38 @@ def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, val
 def test_fields_for_faults_that_would_do_nothing_are_refused(fields, words):
     with pytest.raises(InputError, match=words):
         tiny_config(**fields)
+
+
+def test_an_older_run_opens_with_numbers_that_no_new_one_may_have():
+    values = config.to_dict(config.load(QUICKSTART))
+    values["optimizer"] |= {"learning_rate": 0.0, "epsilon": 0.0}
+    values["model"]["layer_norm_epsilon"] = values["encoding"]["layer_norm_epsilon"] = 0.0
+    assert config.from_dict(values).optimizer.learning_rate == 0
+    with pytest.raises(InputError, match="'model.layer_norm_epsilon' must be at least 1e-12"):
+        config.given(values)
+
+
+def _numbers(section, prefix=""):
+    """Dotted name -> field, of those that are numbers or lists of numbers."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        hint, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            yield from _numbers(hint, name + ".")
+        elif hint in (int, float) or typing.get_args(hint)[:1] in ((int,), (float,)):
+            yield name, field
+
+
+def test_every_number_has_an_upper_end_that_its_message_tells():
+    fields = dict(_numbers(config.Config))
+    assert len(fields) > 90
+    for name, field in fields.items():
+        ends = {field.metadata.get("high"), field.metadata.get("below")} - {None}
+        assert ends, f"{name} may be as large as anybody likes"
+        over = 2 * max(ends) + 1
+        values = config.to_dict(config.Config())
+        *sections, last = name.split(".")
+        target = functools.reduce(dict.__getitem__, sections, values)
+        target[last] = (over,) if isinstance(target[last], tuple) else type(target[last])(over)
+        with pytest.raises(InputError, match=f"'{name}' must be .*(at most|below)"):
+            config.from_dict(values)

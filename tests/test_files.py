@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from seqpe_jax import config
+from seqpe_jax import config, files
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import check_writable, expanded, open_to_all
 from tests.tiny import ROOT
@@ -79,3 +79,24 @@ def test_every_option_that_is_a_path_goes_through_one_function():
     for page in pathlib.Path(ROOT / "seqpe_jax").glob("*.py"):
         for name in names:
             assert f'DEFINE_string("{name}"' not in page.read_text() or page.name == "command.py", page
+
+
+def test_json_that_is_nested_too_deep_is_no_value():
+    for content in ("[" * 100_000, b'{"a":' * 100_000):
+        with pytest.raises(ValueError, match="nested too deep"):
+            files.from_json(content)
+    assert files.from_json(b'{"a": [1, NaN]}')["a"][0] == 1
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "abc/" * 2000, "a\0b"])
+def test_a_name_that_nothing_can_have_is_refused(path):
+    with pytest.raises(InputError, match="cannot be the name of a file or folder") as caught:
+        files.expanded(path)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_link_that_leads_nowhere_is_no_place_for_a_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at" / "all")
+    for path, folder in (("link", True), ("link/below", True), ("link/below.json", False)):
+        with pytest.raises(InputError, match="link is a link that leads nowhere: mend it"):
+            files.check_writable(tmp_path / path, folder, "--output")

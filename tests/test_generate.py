@@ -133,6 +133,10 @@ def test_a_run_on_images_is_refused(commands, trained, tmp_path):
     refused(commands("generate", f"--checkpoint={tmp_path}", "--prompt=abc"), "images", "text")
 
 
+def test_prompts_without_end_are_refused(commands, tmp_path):
+    refused(commands("generate", f"--checkpoint={tmp_path}", "--prompts-file=/dev/zero"), "more than 64 MiB", "fewer lines")
+
+
 def test_another_tokenizer_is_refused(commands, words, tmp_path):
     kept = words / "tokenizer.json"
     before = kept.read_bytes()

@@ -1,6 +1,7 @@
 """What the fields of a config demand of each other; each refusal is one line that says how to set them."""
 
 import math
+import re
 from typing import get_args
 
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
@@ -18,7 +19,8 @@ def profile_window(config: Config) -> tuple[int, int] | None:
     if not config.profile.steps:
         return None
     first, _, end = config.profile.steps.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+    written = re.fullmatch(r"[0-9]{1,18}:[0-9]{1,18}", config.profile.steps)
+    if not (written and int(first) < int(end)):
         raise InputError(f"config field 'profile.steps' must be 'first:end' (e.g. 10:13), got {config.profile.steps!r}")
     return int(first), int(end)
 
@@ -105,6 +107,7 @@ def check(config: Config) -> None:
         _check_images(config)
     else:
         _check_text(config)
+    _check_sizes(config)
     _check_terms(config)
     _check_fractions(config)
     if config.model.width % config.model.heads:
@@ -147,6 +150,25 @@ def check(config: Config) -> None:
     window = profile_window(config)
     if window is not None and window[1] > config.steps:
         raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
+
+
+LARGEST_STEP = 2**28
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuses fields that are no more than they may be, but make more together than fits. Raises: InputError."""
+    data, objective = config.data, config.objective
+    side = "data.size" if config.reads_images else "data.length"
+    counts = {
+        f"batch_size={config.batch_size} and {side}": config.batch_size * math.prod(config.grid),
+        f"the {math.prod(config.grid)} patches of data.size={data.size}, or its pixels,": math.prod(data.size),
+        "objective.contrastive.batch and candidates": objective.contrastive.batch * (objective.contrastive.candidates + 1),
+        "objective.distillation.batch and offsets": objective.distillation.batch * objective.distillation.offsets,
+        "objective.shift.sets and " + side: objective.shift.sets * math.prod(config.grid),
+    }
+    for what, count in counts.items():
+        if count > LARGEST_STEP:
+            raise InputError(f"{what} make {count} places in one step, and at most {LARGEST_STEP} are possible: lower them")
 
 
 def _check_text(config: Config) -> None:

@@ -13,6 +13,8 @@ import ml_collections
 
 from seqpe_jax.config.checks import check
 from seqpe_jax.config.kinds import IMAGES, REAL_POSITIONS, SEQPE, EncodingKind
+from seqpe_jax.config.limits import LARGEST, check_range
+from seqpe_jax.config.limits import told as shown
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, EncodingConfig
 from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
@@ -55,8 +57,19 @@ def parse(config: ml_collections.ConfigDict) -> Config:
 def given(values: dict[str, Any]) -> Config:
     """Returns the validated config of nested dicts as a user gives them. Raises: InputError: as of `parse`."""
     config = from_dict(values)
+    _check_ranges(config, "")
     _check_read(config)
     return config
+
+
+def _check_ranges(section: Any, prefix: str) -> None:
+    """Refuses values that only older runs may hold. Raises: InputError."""
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, name + ".")
+        else:
+            check_range(value, field.metadata, name)
 
 
 def with_encoding(
@@ -123,7 +136,12 @@ OF_PAIRS = ["theta", "rotary_heads"]  # of the pairs beside SeqPE
 
 def _check_read(config: Config) -> None:
     """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
-    kind = config.encoding.kind
+    kind, optimizer = config.encoding.kind, config.optimizer
+    if optimizer.end_learning_rate and optimizer.schedule == "constant":
+        raise InputError(
+            f"optimizer.end_learning_rate={optimizer.end_learning_rate} is not read by optimizer.schedule='constant', only "
+            "by the others: leave it at 0.0"
+        )
     reads = {f"encoding.{field.name}": field.metadata.get("reads", ()) for field in dataclasses.fields(EncodingConfig)}
     of = _kinds_of_data(Config, "", ())
     for line in difference(to_dict(as_read(config)), to_dict(config)):
@@ -217,11 +235,11 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
         hint, full = hints[name], prefix + name
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
-                raise InputError(f"config section '{full}' must hold fields, got {value!r}")
+                raise InputError(f"config section '{full}' must hold fields, got {shown(value)}")
             built[name] = _build(hint, value, full + ".")
         else:
             built[name] = _value(hint, value, full)
-            _limits(built[name], fields[name].metadata, full)
+            check_range(built[name], fields[name].metadata, full, new=False)
             if fields[name].metadata.get("path"):
                 built[name] = _written_out(built[name])
     return kind(**built)
@@ -237,24 +255,16 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise InputError(f"config field '{name}' is {value!r}.{suggest(str(value), choices)}")
+            raise InputError(f"config field '{name}' is {shown(value)}.{suggest(shown(value), choices)}")
         return value
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
-            raise InputError(f"config field '{name}' must be a list, got {value!r}")
+            raise InputError(f"config field '{name}' must be a list, got {shown(value)}")
         return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < LARGEST else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"config field '{name}' must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+        raise InputError(f"config field '{name}' must be {hint.__name__}, got {shown(value)} ({type(value).__name__})")
     if hint is float and not math.isfinite(value):
         raise InputError(f"config field '{name}' must be finite, got {value}")
     return value
-
-
-def _limits(value: Any, limits: Any, name: str) -> None:
-    low, high = limits.get("low"), limits.get("high")
-    if low is not None and value < low:
-        raise InputError(f"config field '{name}' must be at least {low}, got {value}")
-    if high is not None and value > high:
-        raise InputError(f"config field '{name}' must be at most {high}, got {value}")

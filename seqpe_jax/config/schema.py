@@ -4,8 +4,9 @@ Units: lengths and positions in tokens, rates and weights as plain numbers, step
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
+from seqpe_jax.config import limits
 from seqpe_jax.config.kinds import (
     ASKED,
     IMAGES,
@@ -22,38 +23,24 @@ from seqpe_jax.config.kinds import (
     WRITTEN,
     EncodingKind,
 )
+from seqpe_jax.config.limits import field as _field
+from seqpe_jax.config.limits import section as _section
 from seqpe_jax.positions.counting import count_digits
-
-Fraction = {"low": 0.0, "high": 1.0}
-Positive = {"low": 1}
-NonNegative = {"low": 0}
-
-
-def _field(default: Any, **metadata: Any) -> Any:
-    """A field with limits (`low`, `high`) and, where not every run reads it, who does.
-
-    `reads` names the kinds of encoding that do, `of` the kinds of data whose runs do.
-    """
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _section(kind: type, **metadata: Any) -> Any:
-    return dataclasses.field(default_factory=kind, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """How training images are changed, on the host, one by one."""
 
-    crop_scale: tuple[float, ...] = (1.0, 1.0)  # share of the area of a random resized crop; 1 = the whole image
-    crop_aspect: tuple[float, ...] = (0.75, 4 / 3)  # width to height of that crop
-    flip: float = _field(0.0, **Fraction)  # left and right exchanged, with that probability
-    translate: int = _field(0, **NonNegative)  # pixels moved at most, in each direction
-    randaugment_layers: int = _field(0, **NonNegative)  # operations for each image
+    crop_scale: tuple[float, ...] = _field((1.0, 1.0), high=1.0)  # of the area, of a random resized crop; 1 = all of it
+    crop_aspect: tuple[float, ...] = _field((0.75, 4 / 3), high=1e3)  # width to height of that crop
+    flip: float = _field(0.0, **limits.Fraction)  # left and right exchanged, with that probability
+    translate: int = _field(0, low=0, high=2**16)  # pixels moved at most, in each direction
+    randaugment_layers: int = _field(0, low=0, high=64)  # operations for each image
     randaugment_magnitude: float = _field(9.0, low=0.0, high=10.0)
-    randaugment_std: float = _field(0.5, low=0.0)
-    color_jitter: float = _field(0.0, low=0.0)  # brightness, contrast and saturation change by that share at most
-    erasing: float = _field(0.0, **Fraction)  # probability that a rectangle turns to noise
+    randaugment_std: float = _field(0.5, low=0.0, high=10.0)
+    color_jitter: float = _field(0.0, low=0.0, high=10.0)  # brightness, contrast and saturation change by at most
+    erasing: float = _field(0.0, **limits.Fraction)  # probability that a rectangle turns to noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +54,16 @@ class DataConfig:
     # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
     # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
     paths: tuple[str, ...] = _field((), path=True)
-    length: int = _field(512, **Positive, of=WRITTEN)  # text: tokens of a training window; questions: of prompt and answer
+    length: int = _field(512, **limits.Length, of=WRITTEN)  # tokens of a training window, or of prompt and answer
     tokenizer: str = _field("bytes", path=True, of=WRITTEN)  # "bytes", or the path of a Hugging Face tokenizer.json
     lossy_tokenizer: bool = _field(False, of=WRITTEN)  # text that does not come back from its tokens is accepted
-    prompt_weight: float = _field(0.0, **Fraction, of=(ASKED,))  # questions: weight of the context's tokens in the loss
-    question_weight: float = _field(0.0, **Fraction, of=(ASKED,))  # questions: weight of the question's tokens in the loss
-    size: tuple[int, ...] = _field((), of=PICTURES)  # images: (height, width), clips: (frames, height, width), in pixels
+    prompt_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the context's tokens in the loss
+    question_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the question's tokens in the loss
+    size: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # pixels: (height, width), or (frames, height, width)
     crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=PICTURES)  # images: side of the centre crop at evaluation
     augment: AugmentConfig = _section(AugmentConfig, of=PICTURES)
     cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
-    threads: int = _field(1, **Positive)  # training examples made at once
+    threads: int = _field(1, low=1, high=256)  # training examples made at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +71,24 @@ class ModelConfig:
     """The transformer that reads the tokens or the patches."""
 
     kind: Literal["gpt2", "vit"] = "gpt2"
-    vocabulary: int = _field(0, **NonNegative, of=WRITTEN)  # gpt2: rows of the token embedding; 0 = the tokenizer's
+    vocabulary: int = _field(0, **limits.LengthOrNone, of=WRITTEN)  # gpt2: rows of the token embedding; 0 = the tokenizer's
     tied: bool = _field(True, of=WRITTEN)  # gpt2: the token embedding gives the logits too
-    classes: int = _field(0, **NonNegative, of=PICTURES)  # vit: 0 = as many as the data have
-    patch: tuple[int, ...] = _field((), of=PICTURES)  # vit: pixels of a patch along each axis of data.size
-    layers: int = _field(12, **Positive)
-    width: int = _field(768, **Positive)
-    heads: int = _field(12, **Positive)
-    mlp_width: int = _field(0, **NonNegative)  # 0 = four times the width
-    dropout: float = _field(0.1, **Fraction)  # after attention and MLP
-    attention_dropout: float = _field(0.1, **Fraction)
-    embedding_dropout: float = _field(0.1, **Fraction)
-    drop_path: float = _field(0.0, **Fraction, of=PICTURES)  # vit: samples for which a branch of the last block is left out
+    classes: int = _field(0, **limits.LengthOrNone, of=PICTURES)  # vit: 0 = as many as the data have
+    patch: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # vit: pixels of a patch along each axis of data.size
+    layers: int = _field(12, **limits.Layers)
+    width: int = _field(768, **limits.Width)
+    heads: int = _field(12, **limits.Heads)
+    mlp_width: int = _field(0, **limits.WidthOrNone)  # 0 = four times the width
+    dropout: float = _field(0.1, **limits.LeftOut)  # after attention and MLP
+    attention_dropout: float = _field(0.1, **limits.LeftOut)
+    embedding_dropout: float = _field(0.1, **limits.LeftOut)
+    drop_path: float = _field(0.0, **limits.LeftOut, of=PICTURES)  # vit: samples without a branch of the last block
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
-    layer_norm_epsilon: float = _field(1e-5, low=0.0)
-    init_std: float = _field(0.02, low=0.0)
+    layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon)
+    init_std: float = _field(0.02, **limits.Std)
     remat: Literal["none", "full", "dots", "offload"] = "none"  # what the backward pass has of the layers
     attention_kind: Literal["auto", "plain", "blocks", "flash"] = "auto"  # implementation (models.choice)
-    attention_block: int = _field(0, **NonNegative)  # queries and keys at once, of blocks; 0 = automatic
+    attention_block: int = _field(0, **limits.LengthOrNone)  # queries and keys at once, of blocks; 0 = automatic
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 
 
@@ -111,49 +98,49 @@ class EncodingConfig:
 
     kind: EncodingKind = "seqpe"
     # how a position is written
-    max_position: int = _field(20000, **Positive, reads=MOVABLE)  # positions along an axis: 0 .. max_position - 1
+    max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE)  # positions along an axis: 0 .. max_position - 1
     base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS)  # of the digits
     fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS)  # after the point; 1 = a token or a patch
     resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS)  # larger than trained: on, or between
-    digits: int = _field(0, **NonNegative, reads=SEQPE)  # before the point; 0 = as many as max_position needs
+    digits: int = _field(0, low=0, high=64, reads=SEQPE)  # before the point; 0 = as many as max_position needs
     padding: Literal["left", "right"] = _field("left", reads=SEQPE)
     # the encoder of the digits
-    layers: int = _field(2, **Positive, reads=SEQPE)
-    width: int = _field(768, **Positive, reads=SEQPE)
-    heads: int = _field(12, **Positive, reads=SEQPE)
+    layers: int = _field(2, **limits.Layers, reads=SEQPE)
+    width: int = _field(768, **limits.Width, reads=SEQPE)
+    heads: int = _field(12, **limits.Heads, reads=SEQPE)
     direction: Literal["causal", "bi"] = _field("causal", reads=SEQPE)
     cls: bool = _field(True, reads=SEQPE)
     final_norm: bool = _field(True, reads=SEQPE)
     mask_padding: bool = _field(False, reads=SEQPE)
-    temperature: float = _field(1.0, low=1e-6, reads=SEQPE)
-    output_width: int = _field(0, **NonNegative, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
+    temperature: float = _field(1.0, low=1e-6, high=1e6, reads=SEQPE)
+    output_width: int = _field(0, **limits.WidthOrNone, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
     place: Literal["global", "coordinate"] = _field("global", reads=SEQPE)
-    dropout: float = _field(0.1, **Fraction, reads=SEQPE)
-    attention_dropout: float = _field(0.0, **Fraction, reads=SEQPE)
+    dropout: float = _field(0.1, **limits.LeftOut, reads=SEQPE)
+    attention_dropout: float = _field(0.0, **limits.LeftOut, reads=SEQPE)
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", reads=SEQPE)
-    layer_norm_epsilon: float = _field(1e-5, low=0.0, reads=SEQPE)
-    norm_init: float = _field(1.0, reads=SEQPE)
+    layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon, reads=SEQPE)
+    norm_init: float = _field(1.0, low=-1e3, high=1e3, reads=SEQPE)
     init_distribution: Literal["normal", "truncated_normal"] = _field("normal", reads=SEQPE)
-    init_std: float = _field(0.02, low=0.0, reads=("seqpe", "learned"))
+    init_std: float = _field(0.02, **limits.Std, reads=("seqpe", "learned"))
     share_prefixes: bool = _field(True, reads=SEQPE)  # common leading digits are read once; dropout masks are shared too
     # how its vectors enter attention
     mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field("attn_scalar", reads=SEQPE)
     qk: Literal["single", "multi", "none", "halves"] = _field("single", reads=SEQPE)
     per_head: bool = _field(True, reads=SEQPE)  # the vector is split over the heads, else one head-wide one serves all
-    feature_width: int = _field(0, **NonNegative, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
-    qk_init_std: float = _field(0.02, low=0.0, reads=SEQPE)
-    scalar_scale: float = _field(1.0, reads=SEQPE)
+    feature_width: int = _field(0, **limits.WidthOrNone, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
+    qk_init_std: float = _field(0.02, **limits.Std, reads=SEQPE)
+    scalar_scale: float = _field(1.0, low=-1e6, high=1e6, reads=SEQPE)
     # in which heads, and with what beside it
-    position_heads: int = _field(0, **NonNegative, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
-    rotary_pairs: int = _field(0, **NonNegative, reads=PARTLY_TURNED)  # fastest that turn; 0: all, seqpe none
-    rotary_heads: int = _field(0, **NonNegative, reads=SEQPE)  # the first heads in which these pairs turn; 0 = all
+    position_heads: int = _field(0, **limits.HeadsOrNone, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
+    rotary_pairs: int = _field(0, **limits.WidthOrNone, reads=PARTLY_TURNED)  # fastest that turn; 0: all, seqpe none
+    rotary_heads: int = _field(0, **limits.HeadsOrNone, reads=SEQPE)  # the first heads in which these pairs turn; 0 = all
     log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
     # baselines
-    theta: float = _field(10000.0, low=1.0, reads=WAVES)  # base of the wavelengths
+    theta: float = _field(10000.0, low=1.0, high=1e12, reads=WAVES)  # base of the wavelengths
     scaling: Literal["none", "linear", "ntk", "yarn"] = _field("none", reads=("rotary",))  # of angles, in longer windows
     flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
     reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
-    amplitude: float = _field(1.0, low=0.0, reads=("sinusoidal",))
+    amplitude: float = _field(1.0, **limits.Weight, reads=("sinusoidal",))
     reference_scaling: bool = _field(False, reads=("alibi",))  # slopes over sqrt(head width), as in the PyTorch reference
 
     @property
@@ -166,69 +153,69 @@ class EncodingConfig:
 class ContrastiveConfig:
     """Near positions, near vectors."""
 
-    weight: float = _field(0.1, low=0.0)
-    warmup_steps: int = _field(0, **NonNegative)
-    batch: int = _field(32, **Positive)  # pivots of one step, over all devices
-    candidates: int = _field(32, **Positive)
-    mixture: tuple[float, ...] = (0.0, 0.4, 0.6)  # probabilities of random, hard and distributional candidates
-    hard_fraction: float = _field(0.25, **Fraction)
-    window: int = _field(256, **Positive)  # range of distributional candidates
+    weight: float = _field(0.1, **limits.Weight)
+    warmup_steps: int = _field(0, **limits.StepsOrNone)
+    batch: int = _field(32, **limits.Batch)  # pivots of one step, over all devices
+    candidates: int = _field(32, **limits.Batch)
+    mixture: tuple[float, ...] = _field((0.0, 0.4, 0.6), high=1.0)  # of random, hard and distributional candidates
+    hard_fraction: float = _field(0.25, **limits.Fraction)
+    window: int = _field(256, low=1, high=2**30)  # range of distributional candidates
     around_pivot: bool = False  # that window lies around the pivot instead of anywhere
     past_only: bool = False  # candidates before the pivot only, as causal attention sees them
     space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
     per_head: bool = False  # space=vectors: one loss per head
-    label_smoothing: float = _field(0.0, **Fraction)
-    scale: float = _field(1.0, low=0.0)
-    head_scales: tuple[float, ...] = ()  # space=logits: a factor more for each head that has a position; () = 1 for all
+    label_smoothing: float = _field(0.0, **limits.LeftOut)
+    scale: float = _field(1.0, **limits.Weight)
+    head_scales: tuple[float, ...] = _field((), high=1e6)  # space=logits: of each head with a position; () = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
     """Far vectors relate to each other as near ones do."""
 
-    weight: float = _field(0.1, low=0.0)
-    warmup_steps: int = _field(0, **NonNegative)
-    batch: int = _field(32, **Positive)  # student windows of one step, over all devices
-    offsets: int = _field(32, **Positive)
+    weight: float = _field(0.1, **limits.Weight)
+    warmup_steps: int = _field(0, **limits.StepsOrNone)
+    batch: int = _field(32, **limits.Batch)  # student windows of one step, over all devices
+    offsets: int = _field(32, **limits.Batch)
     metric: Literal["kl", "mse"] = "kl"
-    beta: float = _field(1.0, **Fraction)
+    beta: float = _field(1.0, **limits.Fraction)
     reduction: Literal["elements", "rows"] = "elements"
     space: Literal["vectors", "logits"] = "vectors"
     per_head: bool = True
-    scale: float = _field(1.0, low=0.0)
+    scale: float = _field(1.0, **limits.Weight)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShiftConfig:
     """With probability `rate` a step reads windows that start elsewhere."""
 
-    rate: float = _field(0.0, **Fraction)
-    sets: int = _field(1, **Positive)  # different windows in one batch; sample i uses window i mod sets
-    starts: int = _field(0, **NonNegative)  # a fixed subset of that many starts; 0 = all
+    rate: float = _field(0.0, **limits.Fraction)
+    sets: int = _field(1, **limits.Batch)  # different windows in one batch; sample i uses window i mod sets
+    starts: int = _field(0, **limits.Units)  # a fixed subset of that many starts; 0 = all
 
 
 @dataclasses.dataclass(frozen=True)
 class SkipConfig:
     """With probability `rate` a step reads windows cut into chunks with random gaps (arXiv 2309.10400)."""
 
-    rate: float = _field(0.0, **Fraction)
-    chunks: int = _field(2, low=2)
-    range: int = _field(0, **NonNegative)  # the window spreads over positions below; 0 = encoding.max_position
+    rate: float = _field(0.0, **limits.Fraction)
+    chunks: int = _field(2, low=2, high=2**20)
+    range: int = _field(0, **limits.Units)  # the window spreads over positions below; 0 = encoding.max_position
 
 
 @dataclasses.dataclass(frozen=True)
 class JitterConfig:
     """With probability `rate` a step reads windows whose places do not stand where they should."""
 
-    rate: float = _field(0.0, **Fraction)
-    range: float = _field(0.0, low=0.0)  # tokens or patches by which a coordinate is moved at most, either way
+    rate: float = _field(0.0, **limits.Fraction)
+    range: float = _field(0.0, low=0.0, high=2.0**30)  # tokens or patches that a coordinate moves at most, either way
 
 
 @dataclasses.dataclass(frozen=True)
 class ZoomConfig:
     """With probability `rate` a step reads parts of images, enlarged, whose patches stand where they are in the whole."""
 
-    rate: float = _field(0.0, **Fraction)
+    rate: float = _field(0.0, **limits.Fraction)
     smallest: float = _field(0.5, low=0.05, high=1.0)  # sides of a part as a share of the image's, at least
 
 
@@ -236,16 +223,16 @@ class ZoomConfig:
 class MixingConfig:
     """Training images mixed with each other, on the device; 0 = off."""
 
-    mixup: float = _field(0.0, low=0.0)  # alpha of the Beta distribution of shares
-    cutmix: float = _field(0.0, low=0.0)
-    switch: float = _field(0.5, **Fraction)  # probability of cutmix where both are on
+    mixup: float = _field(0.0, zero=True, low=1e-3, high=1e3)  # alpha of the Beta distribution of shares
+    cutmix: float = _field(0.0, zero=True, low=1e-3, high=1e3)
+    switch: float = _field(0.5, **limits.Fraction)  # probability of cutmix where both are on
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """Task loss + weighted terms on the position vectors."""
 
-    label_smoothing: float = _field(0.0, **Fraction, of=PICTURES)  # images: share of the target spread over all classes
+    label_smoothing: float = _field(0.0, **limits.LeftOut, of=PICTURES)  # share of the target spread over all classes
     mixing: MixingConfig = _section(MixingConfig, of=PICTURES)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
     distillation: DistillationConfig = _section(DistillationConfig)
@@ -259,55 +246,55 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW; model and position encoder are clipped apart."""
 
-    learning_rate: float = _field(5e-5, low=0.0)
+    learning_rate: float = _field(5e-5, low=1e-12, high=100.0, once=True)
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"  # wsd: warm-up, stable, decay
-    decay_steps: int = _field(0, **NonNegative)  # wsd: of the linear decay at the end; 0 = a tenth of `steps`
-    warmup_steps: int = _field(0, **NonNegative)
-    end_learning_rate: float = _field(0.0, low=0.0)
-    b1: float = _field(0.9, **Fraction)
-    b2: float = _field(0.999, **Fraction)
-    epsilon: float = _field(1e-8, low=0.0)
-    weight_decay: float = _field(0.0, low=0.0)  # on matrices of the model; never on biases, norms, embeddings
-    encoder_weight_decay: float = _field(0.0, low=0.0)
-    clip: float = _field(5.0, low=0.0)  # global norm; 0 = no clipping
-    accumulate: int = _field(1, **Positive)  # the batch is read in that many parts
+    decay_steps: int = _field(0, **limits.StepsOrNone)  # wsd: of the linear decay at the end; 0 = a tenth of `steps`
+    warmup_steps: int = _field(0, **limits.StepsOrNone)
+    end_learning_rate: float = _field(0.0, low=0.0, high=100.0)
+    b1: float = _field(0.9, **limits.LeftOut)
+    b2: float = _field(0.999, **limits.LeftOut)
+    epsilon: float = _field(1e-8, low=1e-20, high=1.0, once=True)
+    weight_decay: float = _field(0.0, low=0.0, high=100.0)  # on matrices of the model; never on biases, norms, embeddings
+    encoder_weight_decay: float = _field(0.0, low=0.0, high=100.0)
+    clip: float = _field(5.0, zero=True, low=1e-6, high=1e6)  # global norm; 0 = no clipping
+    accumulate: int = _field(1, **limits.Batch)  # the batch is read in that many parts
     non_finite: Literal["stop", "skip"] = "stop"  # what happens at a step whose loss or gradients are not finite
-    skips: int = _field(10, **Positive)  # of such steps in a row at most, under skip
+    skips: int = _field(10, **limits.Steps)  # of such steps in a row at most, under skip
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
 
-    every: int = _field(0, **NonNegative)  # steps; 0 = never while training
-    lengths: tuple[int, ...] = _field((), of=WRITTEN)  # text; () = the training length
-    sizes: tuple[int, ...] = _field((), of=PICTURES)  # images: sides in pixels; () = the training size
-    frames: tuple[int, ...] = _field((), of=PICTURES)  # clips: each size at so many frames; () = those of training
-    tokens: int = _field(0, **NonNegative, of=WRITTEN)  # text: read at most that many per length; 0 = the whole split
-    examples: int = _field(0, **NonNegative, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
-    new_tokens: int = _field(16, **Positive, of=(ASKED,))  # questions: tokens generated for an answer, at most
-    batch_tokens: int = _field(16384, **Positive)  # tokens or patches handled at once
+    every: int = _field(0, **limits.StepsOrNone)  # steps; 0 = never while training
+    lengths: tuple[int, ...] = _field((), **limits.Length, of=WRITTEN)  # text; () = the training length
+    sizes: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # images: sides in pixels; () = the training size
+    frames: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # clips: each size at so many; () = as in training
+    tokens: int = _field(0, low=0, high=2**40, of=WRITTEN)  # text: read at most that many per length; 0 = the whole split
+    examples: int = _field(0, **limits.Units, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
+    new_tokens: int = _field(16, **limits.Length, of=(ASKED,))  # questions: tokens generated for an answer, at most
+    batch_tokens: int = _field(16384, low=1, high=2**28)  # tokens or patches handled at once
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When the state is saved."""
 
-    every: int = _field(1000, **Positive)
-    keep: int = _field(2, **Positive)  # the newest ones that stay
-    keep_every: int = _field(0, **NonNegative)  # those of every so many steps stay for good; 0 = none
+    every: int = _field(1000, **limits.Steps)
+    keep: int = _field(2, **limits.Steps)  # the newest ones that stay
+    keep_every: int = _field(0, **limits.StepsOrNone)  # those of every so many steps stay for good; 0 = none
     best: str = ""  # a metric measured while training, as loss@512: the best checkpoint by it stays as well; "" = none
-    failed_saves: int = _field(3, **Positive)  # in a row end the run
+    failed_saves: int = _field(3, **limits.Steps)  # in a row end the run
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How many devices split what; their product is the number of devices."""
 
-    data: int = _field(0, **NonNegative)  # the batch alone; 0 = all devices that the others leave
-    fsdp: int = _field(1, **Positive)  # the batch, and parameters and optimiser state in store
-    context: int = _field(1, **Positive)  # the length of a sequence
-    tensor: int = _field(1, **Positive)  # heads, hidden units and vocabulary
+    data: int = _field(0, low=0, high=2**20)  # the batch alone; 0 = all devices that the others leave
+    fsdp: int = _field(1, **limits.Devices)  # the batch, and parameters and optimiser state in store
+    context: int = _field(1, **limits.Devices)  # the length of a sequence
+    tensor: int = _field(1, **limits.Devices)  # heads, hidden units and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +309,7 @@ class PrecisionConfig:
 class ReportConfig:
     """What a run writes about itself."""
 
-    every: int = _field(50, **Positive)  # steps between lines of metrics.jsonl
+    every: int = _field(50, **limits.Steps)  # steps between lines of metrics.jsonl
     tensorboard: bool = True
 
 
@@ -337,9 +324,9 @@ class ProfileConfig:
 class Config:
     """Everything a run is a function of."""
 
-    seed: int = _field(0, **NonNegative)
-    steps: int = _field(1000, **Positive)
-    batch_size: int = _field(32, **Positive)  # sequences of one step, over all devices
+    seed: int = _field(0, low=0, high=2**63 - 1)
+    steps: int = _field(1000, **limits.Steps)
+    batch_size: int = _field(32, **limits.Batch)  # sequences of one step, over all devices
     init_from: str = _field("", path=True)  # a run or converted checkpoint whose parameters a new run begins with
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)

@@ -42,7 +42,7 @@ def told(path: str, act: Callable[[], Any]) -> Any:
     except SyntaxError as error:
         where = f", line {error.lineno}" if error.lineno else ""
         raise InputError(f"{path}{where} cannot be read: SyntaxError: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file may end Python, too
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f", line {lines[-1]}" if lines else ""
         raise InputError(f"{path}{where} cannot be read: {type(error).__name__}: {error}") from error

@@ -24,6 +24,7 @@ from seqpe_jax.data.cache import cache_root
 from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.files import from_json
 
 PIECE = 8  # tokens; a smaller piece of a passage is not made where there is a choice
 BYTE_END = 0  # ends an answer in bytes: no text holds it
@@ -280,7 +281,7 @@ class _Assembled(QuestionSource):
         return len(self._kept)
 
     def _fact(self, place: int) -> tuple[str, str, tuple[str, ...]]:
-        question, kind, answers = json.loads(self._questions[place])
+        question, kind, answers = from_json(self._questions[place])
         return question, kind, tuple(answers)
 
     def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:

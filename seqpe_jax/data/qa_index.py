@@ -5,12 +5,14 @@ import hashlib
 import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from seqpe_jax.archives import read_arrays
 from seqpe_jax.data.builders import qa_jsonl
 from seqpe_jax.data.builders.passages import QuestionBuilder
 from seqpe_jax.data.cache import locked, new_directory
@@ -48,13 +50,12 @@ def counted_table(
 def _read_table(target: pathlib.Path) -> dict[str, np.ndarray] | None:
     """Returns the arrays of a counted split, or None where they are not there or damaged."""
     try:
-        with np.load(target / TABLE) as loaded:
-            table = {field: loaded[field] for field in loaded.files}
+        table = read_arrays(target / TABLE)
         for name, start in ((TEXTS, "text_start"), (QUESTIONS, "question_start")):
             if start in table and (target / name).stat().st_size != table[start][-1]:
                 return None
         return table
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 

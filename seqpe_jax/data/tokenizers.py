@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
@@ -26,6 +26,7 @@ NAMED_IN = {
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 SPECIAL_END = ("[EOS]", "<EOS>", "<|eos|>", "<|im_end|>")  # ends only where the tokenizer calls them special
 RUN = {"data", "encoding", "objective"}  # of the sections by which the config.json of a run is known
+MOST = 1 << 24  # ids; a model has a row of its embedding for each
 SAMPLE = 1 << 20  # bytes of a split whose way to tokens and back is looked at
 PART = 4096  # bytes of a longer text that are looked at together
 
@@ -137,6 +138,8 @@ class HFTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise _not_a_tokenizer(file, "its vocabulary is empty")
+        if max(vocabulary.values()) >= MOST:
+            raise _not_a_tokenizer(file, f"its largest id is {max(vocabulary.values())}, and ids end at {MOST - 1}")
         self.name = file.parent.name or file.stem
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.ids = np.unique(list(vocabulary.values()))
@@ -150,7 +153,7 @@ class HFTokenizer:
         self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
         if self.end_of_text != usual:  # texts are joined in another way than the file alone says
             self.fingerprint += f"-end-{self.end_of_text}"
-        content = json.loads(self._content)
+        content = from_json(self._content)
         self._unknown = vocabulary.get(content["model"].get("unk_token"), content["model"].get("unk_id"))
         self._keeps_space = "ByteLevel" in json.dumps(content.get("pre_tokenizer"))
         self._dtype = token_dtype(self.vocabulary_size)
@@ -212,7 +215,7 @@ def _beside(file: pathlib.Path) -> dict[str, Mapping[str, Any]]:
         if file.name != FILE or not beside.is_file():
             continue
         try:
-            content = json.loads(_read(beside))
+            content = from_json(_read(beside))
         except ValueError as error:
             if key == "eos_token":
                 raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
@@ -334,7 +337,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     file = file / FILE if file.is_dir() else file
     raw = _read(file)
     try:
-        content = json.loads(raw)
+        content = from_json(raw)
     except ValueError as error:
         raise _not_a_tokenizer(file, error) from None
     if isinstance(content, dict) and content.get("seqpe_jax") == ByteTokenizer.name:

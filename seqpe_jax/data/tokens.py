@@ -16,6 +16,7 @@ from seqpe_jax.data.cache import cache_root, locked, new_directory
 from seqpe_jax.data.files import tell
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, Tokenizer, check_loss, token_dtype
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.files import from_json
 
 FORMAT = 1  # of the files below; a new number makes old caches unread
 GROUP_BYTES = 8 << 20  # text tokenised at once
@@ -163,8 +164,11 @@ def _append(out, digest, ids: np.ndarray) -> None:
 def _open(target: pathlib.Path) -> TokenSource | None:
     """Returns what `target` holds, or None when it is not there or damaged."""
     try:
-        summary = json.loads((target / SUMMARY).read_text())
+        summary = from_json((target / SUMMARY).read_text())
         dtype, size = np.dtype(summary["dtype"]), int(summary["tokens"])
+        counts = [summary[name] for name in ("tokens", "bytes", "words", "documents")]
+        if dtype.kind != "u" or not all(type(count) is int and count >= 0 for count in counts):
+            return None
         if size == 0 or (target / TOKENS).stat().st_size != size * dtype.itemsize:
             return None
         tokens = np.memmap(target / TOKENS, dtype=dtype, mode="r", shape=(size,))

@@ -49,8 +49,8 @@ class Sampling:
     def __post_init__(self):
         if self.new_tokens < 1:
             raise InputError(f"the number of new tokens must be at least 1, got {self.new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be at least 0 (0 = the likeliest token), got {self.temperature}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise InputError(f"temperature must be 0 (the likeliest token) or from 1e-6 to 1e6, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p must be above 0 and at most 1 (1 = draw from all tokens), got {self.top_p}")
         if not 0 <= self.seed < 2**31:

@@ -62,7 +62,7 @@ def read_settings(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any
         found = yaml.safe_load(file.read_text())
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, an impossible date, nested too deep
         raise InputError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise InputError(f"{file} must hold a mapping of settings")

@@ -15,8 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from seqpe_jax.archives import check_claims
 from seqpe_jax.errors import InputError
 
+SHARED = 4  # tensors may share a storage, as tied weights do, and take so many times what the file does
+SMALL = 1 << 24  # bytes that they may take whatever the file does
 DTYPES = {
     "FloatStorage": np.dtype("<f4"), "DoubleStorage": np.dtype("<f8"), "HalfStorage": np.dtype("<f2"),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16), "LongStorage": np.dtype("<i8"), "IntStorage": np.dtype("<i4"),
@@ -34,6 +37,11 @@ def read(path: str | pathlib.Path) -> Any:
     path = pathlib.Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            size = path.stat().st_size  # PyTorch packs nothing, so that its records are no larger than the file
+            try:
+                check_claims(archive, size, "unpack it and zip it again without compression (zip -0), as PyTorch does")
+            except ValueError as error:
+                raise InputError(f"{path} is refused: {error}") from None
             records = {name.partition("/")[2]: name for name in archive.namelist()}
             if "data.pkl" not in records:
                 raise InputError(f"{path} is no PyTorch checkpoint: it holds no data.pkl")
@@ -61,6 +69,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(data)
         self._archive, self._records, self._path = archive, records, path
         self._storages: dict[str, np.ndarray] = {}
+        self._left = SHARED * path.stat().st_size + SMALL
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns our stand-in for a name. Raises: InputError: it is not on the list."""
@@ -68,7 +77,7 @@ class _Unpickler(pickle.Unpickler):
             return DTYPES[name]
         known = {
             ("collections", "OrderedDict"): _Dict, ("yacs.config", "CfgNode"): _Dict, ("__builtin__", "set"): set,
-            ("builtins", "set"): set, ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("builtins", "set"): set, ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter, ("torch", "Size"): tuple,
         }  # fmt: skip
         if (module, name) not in known:
@@ -93,23 +102,31 @@ class _Unpickler(pickle.Unpickler):
             self._storages[key] = np.frombuffer(content, dtype)
         return self._storages[key]
 
+    def _tensor(self, storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+        """Returns the tensor of a storage. Raises: ValueError: it would reach past it; InputError: it fills the memory."""
+        last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
+        count = math.prod(size)
+        if min(size, default=0) < 0 or (
+            count and not (offset >= 0 and min(stride, default=0) >= 0 and last < len(storage))
+        ):
+            raise ValueError(f"a tensor of {tuple(size)} reaches past its storage")
+        if not count:
+            return np.zeros(size, storage.dtype)
+        self._left -= count * storage.itemsize
+        if self._left < 0:
+            raise InputError(
+                f"{self._path} is refused: its tensors take more than {SHARED} times what the file does; one of "
+                f"{tuple(size)} shows {len(storage)} values over and over: save it as it is (tensor.clone())"
+            )
+        strides = tuple(step * storage.itemsize for step in stride)
+        return np.array(np.lib.stride_tricks.as_strided(storage[offset:], size, strides))
+
 
 class _Dict(dict):
     """A dict that keeps the attributes a pickle gives it (`yacs` flags, a state dict's metadata) to itself."""
 
     def __setstate__(self, state: Any) -> None:
         """Drops them."""
-
-
-def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    """Returns the tensor of a storage. Raises: ValueError: it would reach past the storage."""
-    last = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True))
-    if math.prod(size) and not (offset >= 0 and min(stride, default=0) >= 0 and last < len(storage)):
-        raise ValueError(f"a tensor of {tuple(size)} reaches past its storage")
-    if not math.prod(size):
-        return np.zeros(size, storage.dtype)
-    strides = tuple(step * storage.itemsize for step in stride)
-    return np.array(np.lib.stride_tricks.as_strided(storage[offset:], size, strides))
 
 
 def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:

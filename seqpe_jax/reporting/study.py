@@ -7,13 +7,16 @@ import math
 import pathlib
 import statistics
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from seqpe_jax.archives import read_arrays
 from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.trees import flat, nested
 
@@ -25,6 +28,15 @@ REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
 UNSET = "unset"
 UNDECIDED = "not decided yet"
 CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
+IF_THERE = {"steps": int, "data.size": list, "data.name": str}  # what it need not have, but of this kind
+EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
+NUMBERS = (
+    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
+)
+RESULT = dict.fromkeys(NUMBERS.split(), (int, float)) | {"loss_by_position": dict, "depth": list}  # likewise
+Fields = Mapping[str, Any]  # dotted name -> the kind of its value
+NONE: Fields = {}
+LARGEST_DRAWN = 1 << 28  # bytes of the arrays of a plot
 # Equal in all runs, or their numbers do not compare.
 COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
 
@@ -203,7 +215,7 @@ def read_study(workdir: str | pathlib.Path) -> Study:
 
 def read_run(folder: pathlib.Path) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
-    config = _object((folder / "config.json").read_bytes(), str(folder / "config.json"), CONFIG)
+    config = _config(_object((file := folder / "config.json").read_bytes(), str(file)), str(file))
     run = Run(
         folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder), _attention(folder)
     )
@@ -298,7 +310,7 @@ def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
         return None
     points = _object(path.read_bytes(), str(path), {"points": dict})["points"]
     for name, point in points.items():
-        _checked(field(point, "settings"), f"{path}, point '{name}',", CONFIG)
+        point["settings"] = _config(field(point, "settings"), f"{path}, point '{name}',")
     return points
 
 
@@ -330,13 +342,28 @@ def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "evaluation.json"
     if not path.exists():
         return {}
-    evaluation = _object(path.read_bytes(), str(path), {"results": list})
-    for result in evaluation["results"]:
+    evaluation = _object(path.read_bytes(), str(path), {"results": list}, EVALUATION)
+    for number, result in enumerate(evaluation["results"], 1):
         try:
             result |= _scale(result)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} has a result without a length or size: write it with `evaluate --output`") from error
+            _checked(result, "", {}, RESULT)
+            _check_curves(result)
+            if "without_context" in evaluation:
+                float(evaluation["without_context"]["contains"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"{path} has a result without a length or size, or without numbers, result {number}"
+            raise InputError(f"{what}: write it with `evaluate --output`") from error
     return evaluation
+
+
+def _check_curves(result: dict[str, Any]) -> None:
+    """Refuses parts of a result that cannot be drawn. Raises: KeyError, TypeError, ValueError."""
+    if curve := result.get("loss_by_position"):
+        places, losses = (np.asarray(curve[name], float) for name in ("position", "loss"))
+        if places.ndim != 1 or places.shape != losses.shape or not len(places) or not 0 <= places.min():
+            raise ValueError(places.shape)
+    for part in result.get("depth") or ():
+        _ = [float(part[name]) for name in ("from", "to", "contains")]
 
 
 def _scale(result: dict[str, Any]) -> dict[str, Any]:
@@ -344,12 +371,16 @@ def _scale(result: dict[str, Any]) -> dict[str, Any]:
     sides = tuple(int(side) for side in result["size"]) if "length" not in result else (int(result["length"]),)
     if not ("length" in result or len(sides) in (2, 3)):
         raise ValueError(sides)
+    if not 1 <= min(sides) <= max(sides) < 2**32:
+        raise ValueError(sides)
     extent = sides[0] if len(sides) == 1 else math.prod(sides) ** (1 / len(sides))
     return {"extent": extent, "label": scale_label(sides)}
 
 
 def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
     arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
+    if arrays and not np.isfinite(arrays["cosine"]).all():
+        return None  # the vectors of a model that has come to nothing
     if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
         raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
     return arrays
@@ -364,26 +395,40 @@ def _arrays(path: pathlib.Path, **axes: int) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in axes}
-        if any(arrays[name].ndim < count for name, count in axes.items()):
+        found = read_arrays(path, LARGEST_DRAWN)
+        arrays = {name: found[name] for name in axes}
+        if any(arrays[name].ndim < count or arrays[name].dtype.kind not in "iuf" for name, count in axes.items()):
             raise ValueError({name: value.shape for name, value in arrays.items()})
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not an archive of {', '.join(axes)}: evaluate the run again") from error
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is not an archive of {', '.join(axes)} ({error}): evaluate the run again") from error
     return arrays
 
 
-def _object(text: bytes, where: str, fields: dict[str, type]) -> dict[str, Any]:
-    """Parses a JSON object that must have some fields, given by dotted names."""
+def _config(value: Any, where: str) -> dict[str, Any]:
+    """A config that can be shown. Raises: InputError."""
+    data = _checked(value, where, CONFIG, IF_THERE)["data"]
     try:
-        value = json.loads(text)
+        _scale({"size": data["size"]} if data.get("size") else data)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: its data.size or data.length is none: it is not as this package writes it") from error
+    return value
+
+
+def _object(text: bytes, where: str, fields: Fields = NONE, others: Fields = NONE) -> Any:
+    """Parses a JSON object that must have some fields, given by dotted names, and may have others."""
+    try:
+        value = from_json(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error})") from error
-    return _checked(value, where, fields)
+    return _checked(value, where, fields, others)
 
 
-def _checked(value: Any, where: str, fields: dict[str, type]) -> dict[str, Any]:
-    for name, kind in fields.items():
-        if not isinstance(field(value, name), kind):
-            raise InputError(f"{where} has no {kind.__name__} '{name}': it is not as this package writes it")
+def _checked(value: Any, where: str, fields: Fields, others: Fields) -> Any:
+    for name, kind in (fields | others).items():
+        found = field(value, name)
+        if found is None and name in others:
+            continue
+        if not isinstance(found, kind) or isinstance(found, bool) or type(found) is int and abs(found) >= 2**63:
+            what = kind.__name__ if isinstance(kind, type) else "number"
+            raise InputError(f"{where} has no {what} '{name}': it is not as this package writes it")
     return value

@@ -102,12 +102,22 @@ def markdown(table: Table) -> str:
 
 def plain(text: str) -> str:
     """Returns words that markdown shows as they are: names of runs and fields may hold what it reads as marks."""
-    return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(re.split(r"[\r\n]+", text)))
 
 
 def markdown_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns the markdown table of cells that are words already."""
     return markdown(Table("", header, [[Cell(text) for text in row] for row in rows]))
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, which is not finite where a value is not."""
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Returns the standard deviation of more than one value; not a number where one is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def number(value: float, decimals: int = 3) -> str:
@@ -141,12 +151,12 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
         values = found.get((name, label))
         if not values:
             return Cell(MISSING)
-        mean, after = statistics.fmean(values), ""
+        average, after = mean(values), ""
         if len(values) > 1:
-            after = f" ± {number(statistics.stdev(values), metric.decimals)}"
+            after = f" ± {number(spread(values), metric.decimals)}"
         if len(values) < len(study.of(name)):
             after += f" ({len(values)} of {len(study.of(name))})"
-        return Cell(number(mean, metric.decimals), mean, len(names) > 1 and name in best[label], after)
+        return Cell(number(average, metric.decimals), average, len(names) > 1 and name in best[label], after)
 
     def title(label: str) -> str:
         return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
@@ -205,8 +215,8 @@ def cost(study: Study) -> Table:
         values = [value for value in values if value is not None]
         if not values:
             return Cell(MISSING)
-        spread = f" ± {form(statistics.stdev(values))}" if len(values) > 1 and statistics.stdev(values) else ""
-        return Cell(form(statistics.fmean(values)), statistics.fmean(values), after=spread)
+        after = f" ± {form(spread(values))}" if len(values) > 1 and spread(values) else ""
+        return Cell(form(mean(values)), mean(values), after=after)
 
     def whole(value: float) -> str:
         return f"{value:,.0f}"
@@ -303,12 +313,18 @@ def values_of(study: Study, data: str, metric: Metric) -> tuple[dict[tuple[str, 
 def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
     """The rows with the best mean of each label: more than one where they are equal, none where none is finite."""
     choose = max if metric.more_is_better else min
-    means = {place: statistics.fmean(values) for place, values in found.items()}
+    means = {place: mean(values) for place, values in found.items()}
     best = {}
     for label in dict.fromkeys(label for _, label in found):
         finite = {name: mean for (name, at), mean in means.items() if at == label and math.isfinite(mean)}
         best[label] = [name for name, mean in finite.items() if mean == choose(finite.values())]
     return best
+
+
+def _near(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two means are no further apart than the larger of their standard deviations."""
+    spreads = [spread(found) for found in (values, others) if len(found) > 1]
+    return bool(spreads) and abs(mean(values) - mean(others)) <= max(spreads)
 
 
 def heading(study: Study) -> str:

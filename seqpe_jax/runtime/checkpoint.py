@@ -315,14 +315,12 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     try:
-        values = from_json(path.read_text())
+        found = from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{workdir} holds the config.json of something else, which has no fields: give a --workdir of `train`"
-        )
-    return values
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no object of fields, as `train` writes it: put back the file that the run began with")
+    return found
 
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.files import from_json
 
 HELLO = "seqpe_jax"
 HELLO_SECONDS = 10.0  # for a stranger who connects and says nothing
@@ -82,7 +83,7 @@ class _Connection:
         self._socket.settimeout(seconds)
         try:
             line = self._file.readline(MESSAGE_BYTES)
-            message = json.loads(line) if line.endswith(b"\n") else None
+            message = from_json(line) if line.endswith(b"\n") else None
         except (OSError, ValueError):
             message = None
         return message if isinstance(message, dict) else None

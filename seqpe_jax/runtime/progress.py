@@ -22,7 +22,7 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """Returns the objects of WORKDIR/metrics.jsonl; a half-written last line is left out.
 
     Raises:
-      InputError: another line is not an object with a step.
+      InputError: another line is not an object of numbers, one of them the step.
     """
     path = pathlib.Path(workdir) / FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -31,14 +31,19 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(from_json(line))
-            if not isinstance(found[-1]["step"], int):
-                raise ValueError(f"its step is {found[-1]['step']!r}")
-        except (ValueError, KeyError, TypeError) as error:
+            values = from_json(line)
+            if type(values["step"]) is not int or not all(map(_is_number, values.values())):
+                raise ValueError("its step must be a whole number, and all values numbers")
+            found.append(values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}, line {number} is no object with a step ({error}): remove that line, then start again"
             ) from error
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or type(value) is int and abs(value) < 2**63
 
 
 class MetricsWriter:

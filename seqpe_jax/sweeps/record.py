@@ -12,7 +12,7 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 from seqpe_jax.sweeps.points import Best, Point, Range, Search, SweepFile
 
 FILE = "sweep.json"
@@ -85,7 +85,7 @@ def _read(workdir: pathlib.Path) -> dict[str, Any]:
             raise InputError(f"workdir {workdir} holds other things, but no {FILE}: choose a new or empty folder")
         return {"points": {}}
     try:
-        kept = json.loads(path.read_bytes())
+        kept = from_json(path.read_bytes())
         complete = all({"config", "overrides", "settings"} <= point.keys() for point in kept["points"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False

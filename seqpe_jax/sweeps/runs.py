@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from subprocess import DEVNULL, STDOUT, Popen
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import lock
+from seqpe_jax.files import from_json, lock
 from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.sweeps.points import Point
@@ -72,7 +71,7 @@ class SweepRun:
         try:
             written = path.stat().st_mtime_ns
             older = all((self.folder / name).stat().st_mtime_ns < written for name in (METRICS, "config.json"))
-            return older and json.loads(path.read_bytes()).get("step") == self.steps
+            return older and from_json(path.read_bytes()).get("step") == self.steps
         except (FileNotFoundError, ValueError, AttributeError):
             return False  # evaluate writes it anew
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.errors import Failure, InputError, suggest
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import from_json, write_whole
 from seqpe_jax.sweeps.local import LOOK, TURN, View, outcomes_of
 from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
 from seqpe_jax.sweeps.stages import Stages
@@ -193,7 +193,10 @@ def _queued() -> set[str]:
 
 def _recorded(folder: pathlib.Path) -> dict[str, str]:
     try:
-        return json.loads((folder / JOBS).read_text())
+        jobs = from_json((folder / JOBS).read_text())
+        if not isinstance(jobs, dict):
+            raise ValueError("it is no object")
+        return jobs
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 
@@ -10,6 +11,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import from_json, write_whole
 
 FILE = "sizes.json"  # of a run's folder
+LARGEST = 1 << 24  # of a vocabulary, or classes
 
 
 def read_sizes(folder: str | os.PathLike) -> Sizes | None:
@@ -25,8 +27,15 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
         values = from_json(path.read_text())
         known = Sizes(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
         numbers = (known.vocabulary, known.classes, known.channels)
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number <= LARGEST for number in numbers):
             raise ValueError(f"sizes are {numbers}")
+        for colours in (known.mean, known.std):  # none, or one of each channel; images are divided by the second
+            if not isinstance(colours, tuple) or len(colours) not in (0, known.channels):
+                raise ValueError(f"{known.channels} channels have {colours}")
+            if not all(type(colour) in (int, float) and math.isfinite(colour) for colour in colours):
+                raise ValueError(f"means and deviations are {colours}")
+        if min(known.std, default=1.0) <= 0:
+            raise ValueError(f"deviations are {known.std}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote, or remove it") from error
     return known

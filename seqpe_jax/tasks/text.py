@@ -71,9 +71,12 @@ class Text(Task):
             ) from error
         vocabulary = vocabulary or self.tokenizer.vocabulary_size
         if self.tokenizer.vocabulary_size > vocabulary:
+            cure = f"set model.vocabulary to {self.tokenizer.vocabulary_size} or more, or to 0, which takes the tokenizer's"
+            if kept:
+                cure = "take the tokenizer that the model was trained with"
             raise InputError(
                 f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
-                f"{vocabulary} (model.vocabulary): take the tokenizer that the model was trained with"
+                f"{vocabulary} (model.vocabulary): {cure}"
             )
         self.sizes = Sizes(vocabulary=vocabulary)
         self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)

@@ -286,3 +286,26 @@ def test_ids_are_those_that_have_a_token(small_file):
     small_file.write_text(json.dumps(content))
     tokenizer = load_tokenizer(small_file)
     assert tokenizer.vocabulary_size == int(tokenizer.ids.max()) + 1 and len(tokenizer.ids) == 257
+
+
+def words_file(path, **fields):
+    """A tokenizer of words, as its file says it, with some fields of its model changed."""
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"} | fields
+    rest = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **rest, "model": model}))
+    return path
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"a": 2**24}, {"a": 2**32 - 1}, {"a": 2**40}, {"a": -1}, {"a": "b"}, []])
+def test_vocabularies_that_no_model_has_are_refused(tmp_path, vocabulary):
+    with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json"):
+        load_tokenizer(words_file(tmp_path / "words.json", vocab=vocabulary))
+    assert load_tokenizer(words_file(tmp_path / "words.json", vocab={"a": 2**20})).vocabulary_size == 2**20 + 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", "{}", '{"model": {}}', "[" * 100_000, '{"a":' * 100_000])
+def test_files_that_are_no_tokenizer_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

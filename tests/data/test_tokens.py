@@ -227,6 +227,27 @@ def test_a_prepared_folder_that_was_cleaned_in_part_is_prepared_again(files, tmp
     assert "is incomplete, as if it had been cleaned in part: it is prepared again" in capsys.readouterr().err
 
 
+def test_prepared_data_that_were_cut_short_are_prepared_again(files, tmp_path, capsys):
+    cache = tmp_path / "c"
+    expected = np.array(source(files, cache).tokens)
+    for name in ("*.array_record*", "sizes_of_files.json"):
+        (path,) = list(cache.rglob(name))[:1]
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-7])
+        for tokens in cache.glob("tokens/*/tokens.bin"):
+            tokens.write_bytes(tokens.read_bytes()[:-1])
+        np.testing.assert_array_equal(source(files, cache).tokens, expected)
+        assert path.stat().st_size == len(whole)
+    assert "is incomplete" in capsys.readouterr().err
+    for path in cache.rglob("sizes_of_files.json"):
+        path.unlink()  # as data that were prepared by older versions have none
+    for summary, changes in (("dtype", "float32"), ("bytes", "many"), ("words", -1)):
+        (path,) = (cache / "tokens").glob("*/summary.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {summary: changes}))
+        assert source(files, cache).bytes == expected.size
+    assert capsys.readouterr().err == ""
+
+
 def test_what_was_tokenised_before_losses_were_looked_at_is_read(files, tmp_path):
     first = source(files, tmp_path / "c", tokenizer=Deaf(), lossy=True)
     (summary,) = (tmp_path / "c" / "tokens").glob("*/summary.json")

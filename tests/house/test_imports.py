@@ -10,10 +10,11 @@ PACKAGE = "seqpe_jax"
 
 # Which rooms a room may import, besides itself. A room is a folder or a module; the longest name that fits counts.
 # The rooms stand in the order of the house: each is made of those above it.
-EVERYBODY = {"errors", "axes", "files", "trees"}
+EVERYBODY = {"errors", "axes", "files", "trees", "archives"}
 MAY_IMPORT = {
     "axes": set(),
     "errors": set(),
+    "archives": set(),
     "trees": set(),
     "files": {"errors"},
     "activations": set(),
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "models": EVERYBODY | {"encodings.signal", "activations"},
     "architecture": EVERYBODY | {"config", "models", "encodings", "positions"},
     "objectives": EVERYBODY | {"architecture", "config", "models", "encodings", "positions"},
-    "data": {"errors", "files"},
+    "data": {"errors", "files", "archives"},
     "runtime": EVERYBODY,
     "evaluation": EVERYBODY,
     "reporting": EVERYBODY | {"runtime.progress"},

@@ -281,8 +281,8 @@ def test_a_learned_table_is_stretched_to_the_window():
 
 @pytest.mark.parametrize("fields,words", [
     ({"new_tokens": 0}, "new tokens must be at least 1, got 0"),
-    ({"temperature": -0.1}, "temperature must be at least 0"),
-    ({"temperature": float("nan")}, "temperature must be at least 0"),
+    ({"temperature": -0.1}, "temperature must be 0"),
+    ({"temperature": float("nan")}, "temperature must be 0"),
     ({"top_p": 0.0}, "top-p must be above 0"),
     ({"top_p": 1.5}, "at most 1"),
     ({"seed": -1}, "seed must be at least 0"),

@@ -166,7 +166,7 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     settings = dict(
         data__tokenizer=str(tokenizer), data__paths=(str(text),), data__name="text_files", data__length=32, steps=1,
         model__layers=2, model__width=48, model__heads=3, encoding__width=48, encoding__heads=3, encoding__qk="single",
-        encoding__max_position=2000, encoding__digits=5, model__vocabulary=97, optimizer__learning_rate=0.0, init_from=run,
+        encoding__max_position=2000, encoding__digits=5, model__vocabulary=97, optimizer__warmup_steps=1, init_from=run,
         encoding__mode="attn_scalar", eval__lengths=(), encoding__layers=2, objective__contrastive__weight=0.0,
         objective__distillation__weight=0.0,
     )  # fmt: skip

@@ -95,3 +95,28 @@ def test_damaged_files_are_told(tmp_path):
         pickles.read(write(tmp_path / "c.pth", tensor_pickle("FloatStorage", 4, 0, (4,), (1,))))
     with pytest.raises(InputError, match="cannot be read"):
         pickles.read(tmp_path / "absent.pth")
+
+
+def test_a_tensor_that_shows_one_value_without_end_is_refused(tmp_path):
+    """A file of a kilobyte that would take as much memory as it likes; a little of it is well, as masks are made so."""
+    one = [np.ones(1, np.float32)]
+    path = write(tmp_path / "a.pth", tensor_pickle("FloatStorage", 1, 0, (200, 200), (0, 0)), one)
+    assert pickles.read(path)["w"].shape == (200, 200) and path.stat().st_size < 1000
+    path = write(tmp_path / "b.pth", tensor_pickle("FloatStorage", 1, 0, (255, 255, 255), (0, 0, 0)), one)
+    with pytest.raises(InputError, match=r"b.pth is refused: its tensors take more than 4 times.*tensor.clone\(\)"):
+        pickles.read(path)
+
+
+def test_tensors_that_share_a_storage_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "SMALL", 0)
+    path = write(tmp_path / "a.pth", tensor_pickle("FloatStorage", 100, 0, (100,), (1,)), [np.zeros(100, np.float32)])
+    assert pickles.read(path)["w"].shape == (100,)
+
+
+def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", tensor_pickle("FloatStorage", 4, 0, (4,), (1,)))
+        archive.writestr("model/data/0", bytes(1 << 22))
+    with pytest.raises(InputError, match="a.pth is refused: its members unpack to 4 MiB.*without compression"):
+        pickles.read(path)

@@ -194,6 +194,21 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("evaluation.json", '{"results": [{"size": [2]}]}', "a result without a length or size"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2 is no object with a step"),
         ("metrics.jsonl", "3\n", "metrics.jsonl, line 1 is no object with a step"),
+        ("config.json", "[" * 100_000, "config.json is not JSON"),
+        (
+            "config.json",
+            '{"seed": 0, "steps": "6", "data": {"length": 16}, "encoding": {"kind": "none"}}',
+            "no int 'steps'",
+        ),
+        ("config.json", '{"seed": 0, "data": {"length": -1}, "encoding": {"kind": "none"}}', "data.length is none"),
+        ("config.json", '{"seed": 0, "data": {"length": 1, "size": ["x", 1]}, "encoding": {"kind": "a"}}', "data.size or"),
+        ("evaluation.json", '{"results": [{"length": 16, "loss": "=1+1"}]}', "without numbers, result 1"),
+        ("evaluation.json", '{"results": [{"length": 1e30}]}', "a result without a length"),
+        ("evaluation.json", '{"results": [{"length": 8, "loss_by_position": {"position": [], "loss": []}}]}', "result 1"),
+        ("evaluation.json", '{"results": [{"length": 8, "depth": [1]}]}', "result 1"),
+        ("evaluation.json", '{"results": [], "step": "2"}', "no int 'step'"),
+        ("metrics.jsonl", '{"step": "1"}\n', "metrics.jsonl, line 1 is no object with a step"),
+        ("metrics.jsonl", '{"step": 1, "time": "now"}\n', "metrics.jsonl, line 1 is no object with a step"),
         ("similarity.npz", "no archive", "similarity.npz is not an archive"),
         ("similarity.npz", "", "similarity.npz is not an archive"),
     ],
@@ -225,3 +240,25 @@ def test_the_command_prints_the_table_or_one_line(tmp_path):
     done = call(tmp_path / "empty")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "holds no run" in done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_seed_that_came_to_nothing_does_not_take_the_report_with_it(tmp_path, value):
+    make_run(tmp_path / "runs" / "a", seed=0, bits=((16, 2.0), (64, 3.0)))
+    make_run(tmp_path / "runs" / "b", seed=1, bits=((16, value), (64, 3.0)))
+    make_run(tmp_path / "runs" / "c", "alibi", bits=((16, 2.5), (64, 3.5)))
+    np.savez(tmp_path / "runs" / "b" / "similarity.npz", pivots=[[1]], positions=[[1], [2]], cosine=[[np.nan, 1.0]])
+    table = report.write_report(tmp_path / "runs", tmp_path / "out").splitlines()
+    assert f"| seqpe | {value:.3f} ± nan | **3.000** ± 0.000 |" in table and "| alibi | **2.500** | 3.500 |" in table
+
+
+def test_names_and_numbers_are_no_formulas(tmp_path):
+    """Neither in a spreadsheet, nor as marks or lines of markdown."""
+    make_run(tmp_path / "runs" / "=1+1", "alibi")
+    make_run(tmp_path / "runs" / "two\nlines", "none")
+    report.write_report(tmp_path / "runs", tmp_path / "out")
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert "'=1+1" in cells and not any(cell.startswith(("=", "+", "@")) for cell in cells)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| two lines | none |" in page

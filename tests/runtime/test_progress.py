@@ -67,3 +67,12 @@ def test_hours_are_told_as_hours_and_slow_steps_have_a_rate(monkeypatch):
     now[0] = 40.0
     line.update(11)
     assert stream.getvalue().splitlines()[-1] == "step 11/1001  1%  1:06:00 left  0.250/s"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "2"}', '{"step": null}', '{"step": true}', '{"step": 2, "a": "b"}', "[" * 100_000]
+)
+def test_a_line_of_something_else_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(InputError, match="metrics.jsonl, line 2 is no object with a step"):
+        read_metrics(tmp_path)

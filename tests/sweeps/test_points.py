@@ -153,7 +153,7 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
     (yielding("('a', {})", "('b', {'model.widht': 4})"), ["run 'b'", "'model.widht'", "'model.width'"]),
     (yielding("('a', {'varant': 'rotary'})"), ["run 'a'", "'varant'", "'variant'"]),
     (yielding("('a', {'variant': 'rotory'})"), ["run 'a'", "'rotory'", "'rotary'"]),
-    (yielding("('a', {'model.dropout': 1.5})"), ["run 'a'", "at most 1", "1.5"]),
+    (yielding("('a', {'model.dropout': 1.5})"), ["run 'a'", "below 1", "1.5"]),
     (yielding("('a', {'steps': 'many'})"), ["run 'a'", "steps", "'many'"]),
     (yielding("('a', {'encoding.mode': 'rotary', 'objective.contrastive.space': 'vectors'})"), ["encoding.qk='none'"]),
     (yielding("('a', {'variant': 'rotary', 'model.heads': 8})"), ["run 'a'", "must be even"]),

@@ -116,3 +116,10 @@ def test_an_export_says_which_of_its_logits_are_no_tokens(tokenizer, texts):
     assert plain.output == ("batch", "length", "5") and "no tokens" not in plain.meaning
     assert padded.output == ("batch", "length", "64") and "59 of the 64 ids are no tokens" in padded.meaning
     assert "token ids 0 to 4" in padded.meaning
+
+
+def test_a_vocabulary_that_is_too_small_is_told_with_its_cure(tokenizer, texts, tmp_path):
+    with pytest.raises(
+        InputError, match="has 5 tokens, but the model only 4 .*: set model.vocabulary to 5 or more, or to 0"
+    ):
+        Text(settings(tokenizer, texts, model__vocabulary=4))

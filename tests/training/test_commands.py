@@ -58,7 +58,7 @@ def refused(result, *words: str) -> None:
         (["--config.model=96"], ["model"]),
         (["--config.model.width=wide"], ["model.width", "wide"]),
         (["--config.model.width=96.5"], ["model.width", "96.5"]),
-        (["--config.model.dropout=1.5"], ["model.dropout", "at most 1", "1.5"]),
+        (["--config.model.dropout=1.5"], ["model.dropout", "below 1", "1.5"]),
         (["--config.steps=0"], ["steps", "at least 1"]),
         (
             ["--config.checkpoint.best=f1@64", "--config.eval.every=500", "--config.eval.lengths=(64,)"],
@@ -66,6 +66,8 @@ def refused(result, *words: str) -> None:
         ),
         (["--config.checkpoint.best=loss@64", "--config.eval.every=0"], ["eval.every to be a multiple", "got 0"]),
         (["--config.checkpoint.best=loss@64", "--config.eval.every=50"], ["checkpoint.every=500", "got 50"]),
+        (["--start-timeout=nan"], ["--start-timeout", "nan"]),
+        (["--num-processes=2147483648"], ["num-processes", "2147483648"]),
         (["--config.encoding.kind=rotory"], ["encoding.kind", "'rotary'"]),
         (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
         (["--config.encoding.digits=2"], ["largest position possible is 99", "encoding.digits=4"]),

@@ -16,8 +16,10 @@ import tqdm
 from seqpe_jax.data.cache import cache_root, locked, new_directory
 from seqpe_jax.data.files import check_regular, tell
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json, write_whole
 
 SPLITS = ("train", "validation", "test")
+SIZES = "sizes_of_files.json"  # of a prepared data set
 
 
 class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -144,12 +146,20 @@ def prepared(
                 with new_directory(target, alone=alone) as folder:
                     builder = kind(paths=paths, downloads=downloads, data_dir=folder)
                     builder.prepare(progress=progress)
+                    write_whole(folder / SIZES, json.dumps(_sizes(folder)) + "\n")
     return kind(paths=paths, downloads=downloads, data_dir=target)
 
 
 def _whole(kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib.Path, target: pathlib.Path) -> bool:
-    """Whether all files of a prepared data set are there."""
+    """Whether all files of a prepared data set are there, as long as they were; older ones do not say how long."""
     if not target.is_dir():
+        return False
+    try:
+        if from_json((target / SIZES).read_bytes()) != _sizes(target):
+            return False
+    except FileNotFoundError:
+        pass
+    except ValueError:
         return False
     builder = kind(paths=paths, downloads=downloads, data_dir=target)
     if not all(pathlib.Path(builder.data_dir, name).is_file() for name in ("dataset_info.json", "features.json")):
@@ -157,6 +167,12 @@ def _whole(kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib
     splits = builder.info.splits
     filled = [split for split in splits.values() if split.num_examples]
     return bool(filled) and all(pathlib.Path(file).is_file() for split in filled for file in split.filepaths)
+
+
+def _sizes(folder: pathlib.Path) -> dict[str, int]:
+    """Bytes of the files of a prepared data set, by their paths in its folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def describe_file(file: pathlib.Path, name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from seqpe_jax.archives import LARGEST, read_arrays
 from seqpe_jax.data.builders.labelled import PhotoBuilder
 from seqpe_jax.errors import InputError, suggest
 
@@ -73,6 +74,8 @@ class ImagenetResized(PhotoBuilder, skip_registration=True):
                 with zipfile.ZipFile(file) as archive:
                     for name in sorted(archive.namelist()):
                         if name.endswith(".npz"):
+                            if archive.getinfo(name).file_size > LARGEST:
+                                raise ValueError(f"{name} claims more than {LARGEST >> 30} GiB")
                             yield from self._arrays(archive.read(name))
             except (zipfile.BadZipFile, zlib.error, OSError, KeyError, ValueError) as error:
                 if isinstance(error, InputError):
@@ -83,8 +86,8 @@ class ImagenetResized(PhotoBuilder, skip_registration=True):
                 ) from error
 
     def _arrays(self, content: bytes) -> Iterator[tuple[np.ndarray, int]]:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            images, labels = arrays["data"], arrays["labels"]  # flat, channels first; labels count from 1
+        arrays = read_arrays(io.BytesIO(content))
+        images, labels = arrays["data"], arrays["labels"]  # flat, channels first; labels count from 1
         images = images.reshape(-1, 3, self.side, self.side).transpose(0, 2, 3, 1)
         for image, label in zip(images, labels, strict=True):
             yield np.ascontiguousarray(image), int(label) - 1

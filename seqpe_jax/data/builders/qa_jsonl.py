@@ -1,11 +1,11 @@
 """Questions with their whole prompts, one JSON object per line: the form that the reference reads."""
 
-import json
 import pathlib
 from collections.abc import Iterator
 
 from seqpe_jax.data.builders.base import SPLITS
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 
 HOW = (
     "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
@@ -57,7 +57,7 @@ def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
       InputError: not an object with these fields.
     """
     try:
-        record = json.loads(line)
+        record = from_json(line)
     except ValueError as error:
         raise InputError(f"{place} is not JSON ({error}); {HOW}") from None
     if not isinstance(record, dict):

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from seqpe_jax.data.builders.base import SPLITS, chance, describe_file
 from seqpe_jax.data.builders.passages import Question, QuestionBuilder
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
 
 HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file
 KINDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
@@ -84,7 +85,7 @@ def _divided(titles: set[str], test: float, validation: float) -> dict[str, set[
 def _articles(file: pathlib.Path) -> list[tuple[str, list]]:
     """Returns (title, its paragraphs, checked)."""
     try:
-        content = json.loads(file.read_bytes())
+        content = from_json(file.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     except json.JSONDecodeError as error:
@@ -93,6 +94,8 @@ def _articles(file: pathlib.Path) -> list[tuple[str, list]]:
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"'{file}' is not UTF-8 text (byte offset {error.start}): download the file again") from None
+    except ValueError as error:
+        raise InputError(f"'{file}' is not JSON ({error}): download the file again") from None
     found = []
     for place, article in _listed(file, content, "", "data"):
         paragraphs = []

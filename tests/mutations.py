@@ -1,0 +1,324 @@
+"""Command lines, config files and stored files as mistakes, accidents and malice make them, drawn by Hypothesis."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import stat
+import typing
+from typing import Any
+
+import jax
+import numpy as np
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from seqpe_jax import config
+from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.tasks.sizes import write_sizes
+from seqpe_jax.training.trainer import Trainer
+from tests.tiny import random_state, tiny_config
+
+PAGE = '''"""A config, as `train` takes it."""
+
+from seqpe_jax.config import defaults
+
+
+def get_config(variant=None):
+    c = defaults()
+    c.update({fields})
+    return c
+'''
+SWEEP = """from seqpe_jax.sweeps.points import Range, Search, product, zipped
+
+CONFIG = "page.py"
+SEARCH = Search(
+    {"optimizer.learning_rate": Range(1e-4, 1e-2, log=True)}, {"eval.every": 2, "eval.lengths": (16,)},
+    minimise="eval/loss@16", trials=2,
+)
+
+
+def runs():
+    for point in product({"seed": (0, 1), "steps": (6, 8)}):
+        yield f"{point['seed']}-{point['steps']}", point
+"""
+RUN = ("run/config.json", "run/sizes.json", "run/checkpoints/2/digests.json")
+SHOWN = ("run/metrics.jsonl", "run/evaluation.json")
+PICTURES = ("pictures/config.json", "pictures/sizes.json", "pictures/classes.json")
+THEIRS = ("theirs/config.json", "theirs/model.safetensors", "words.json")
+# Each as it works, in a folder that `furnish` has made, and what it reads there.
+SWEPT, OUT = ("sweep.py", "page.py"), "--output=new/out"
+COMMANDS = {
+    ("train", "--config=page.py", "--workdir=new/run", "--config.seed=3", "--config.optimizer.clip=1.0"): ("page.py",),
+    ("train", "--config=page.py", "--workdir=run"): ("page.py", *RUN, *SHOWN),
+    ("train", "--config=page.py", "--workdir=new/run", "--init-from=run", "--config.steps=9"): ("page.py", *RUN),
+    ("train", "--config", "images.py", "--workdir", "new/run", "--config.data.augment.flip", "0.5"): ("images.py",),
+    ("evaluate", "--checkpoint=run", "--lengths=16,32", "--split=test", "--tokens=64", OUT): (*RUN, "text.txt"),
+    ("evaluate", "--checkpoint=run", "--data=text_files", "--paths=text.txt", OUT): (*RUN, "text.txt"),
+    ("evaluate", "--checkpoint=pictures", "--sizes=8,8x12", OUT): PICTURES,
+    ("generate", "--checkpoint=run", "--prompt=line 12", "--max-new-tokens=8", "--temperature=0.5", "--top-p=0.9"): RUN,
+    ("generate", "--checkpoint=run", "--prompts-file=prompts.txt", "--seed=3", OUT): (*RUN, "prompts.txt"),
+    ("export", "--checkpoint=run", OUT, "--max-length=64", "--platforms=cpu"): (*RUN, *SHOWN),
+    ("export", "--checkpoint=pictures", OUT, "--max-size=16"): PICTURES,
+    ("report", "--workdir=run", OUT): ("run/config.json", *SHOWN, "run/similarity.npz", "run/log.txt"),
+    ("convert", "--source=theirs", OUT, "--to=run", "--tokenizer=words.json"): THEIRS,
+    ("convert", "--source=run", OUT, "--to=reference"): RUN,
+    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--jobs=2", "--only=0-6,1-8"): SWEPT,
+    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=print"): SWEPT,
+    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=optuna"): SWEPT,
+    ("aot", "--config=page.py", "--topology=v5e:2x2", OUT, "--config.mesh.fsdp=1"): ("page.py",),
+    ("benchmark", "--config=page.py", "--compare=seqpe,rotary", "--mode=train", "--steps=3", OUT): ("page.py",),
+}
+WORDS = (
+    "", " ", "0", "-1", "1", "2147483648", "99999999999999999999", "9" * 5000, "1e309", "-1e309", "nan", "inf", "1e-320",
+    "1e30", "0.5", "True", "None", "()", "(0,)", "(1,2,3,4,5,6,7)", "(-1,-1)", "[[[[]]]]", "[" * 3000, "²", "1:²", "٣", "é",
+    "名前", "\udcff", "a" * 300, "abc/" * 2000, "'", '"', "(", "{", "[1,", "lambda: 0", "__import__('os')", "--", "=",
+    "~", "~nobody-of-that-name", "gs://bucket/x", "s3://bucket/x", "http://x", "gcs:/x", "-", ".", "..", "\n", "a\nb",
+    "\t", "%s%n", "{0}", "0x10", "1_000", "1.", "1+1", "10**10", "1,,2", ",", "*", "**", "[", "=1+1", "1x", "8x8x8x8",
+    "v5e:0x0", "file", "empty", "dangling", "loop", "file/under", "zero", "run", "pictures", "theirs", "page.py",
+    "words.json", "closed", "page.py:none", "page.py:", "new", "seqpe", "learned", "wsd", "1:3",
+)  # fmt: skip
+VALUES = (
+    None, [], {}, "", "x", "=1", "\ud800", -1, 0, 1, 3, 0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), 2**31,
+    2**63, 10**25, True, [0], [1e308] * 3, ["x"], [[[]]], {"x": 1}, "1e5", 10**9, [10**9, 10**9],
+)  # fmt: skip
+CONTENTS = (
+    b"", b"null", b"[]", b"{}", b"0", b"\xff\xfe", b"\x00" * 64, b"[" * 100_000, b'{"a":' * 50_000, b"- " * 50_000, b'"',
+    b"def get_config(", b"import json\n1/0", b"import sys\nsys.exit(3)", b"raise SystemExit", b"x" * 200_000,
+    b"get_config = 3", b"CONFIG = 'page.py'\ndef runs(): yield 1", b"&a [*a]", b"!!python/object/apply:os.system ['x']",
+    b'{"step": NaN}', b'{"model": {"width": 1e999}}', b"PK\x03\x04", b"9" * 6000,
+)  # fmt: skip
+
+
+def furnish(folder: pathlib.Path) -> None:
+    """Fills a folder with all that the commands read: texts, config pages, runs, a checkpoint of others, and traps."""
+    folder.mkdir(parents=True)
+    before = pathlib.Path.cwd()
+    os.chdir(folder)
+    try:
+        pathlib.Path("text.txt").write_text("".join(f"line {number:4d} of text\n" for number in range(300)))
+        pathlib.Path("prompts.txt").write_text("line 1\nline 22\n")
+        pathlib.Path("sweep.py").write_text(SWEEP)
+        _words(pathlib.Path("words.json"))
+        settings = tiny_config(data__name="text_files", data__paths=("text.txt",), eval__every=2)
+        pictures = config.load(str(before / "configs/digits_vit.py"), {
+            "model.layers": 1, "model.width": 24, "model.heads": 2, "encoding.layers": 1, "encoding.width": 24,
+            "encoding.heads": 2, "eval.sizes": (8,), "batch_size": 8, "objective.shift.sets": 1,
+        })  # fmt: skip
+        for name, page, one in (("run", "page.py", settings), ("pictures", "images.py", pictures)):
+            pathlib.Path(page).write_text(PAGE.format(fields=config.to_dict(one)))
+            _saved(pathlib.Path(name), one)
+        _measured(pathlib.Path("run"))
+        _theirs(pathlib.Path("theirs"))
+        _traps()
+    finally:
+        os.chdir(before)
+
+
+def _words(path: pathlib.Path) -> None:
+    import tokenizers
+
+    words = ["[UNK]", "<|endoftext|>", "line", "of", "text", *map(str, range(300))]
+    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(path))
+
+
+def _saved(folder: pathlib.Path, settings: config.Config) -> None:
+    trainer = Trainer.of(settings, jax.devices()[:1])
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(2, random_state(trainer, 0.2), {"seconds": 1.0})
+    checkpoints.close()
+    write_config(folder, config.to_dict(settings))
+    write_sizes(folder, trainer.task.sizes)
+    trainer.task.keep(folder)
+
+
+def _measured(folder: pathlib.Path) -> None:
+    lines = [{"step": step, "time": step, "train/loss": 3.0, "train/tokens_per_second": 9.0} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = [
+        {"length": length, "tokens": 640, "loss": 2.0, "perplexity": 7.4, "bits_per_byte": 2.9,
+         "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]}}
+        for length in (16, 32)
+    ]  # fmt: skip
+    report = {"checkpoint": "run", "step": 2, "split": "test", "parameters": 99, "results": results}
+    (folder / "evaluation.json").write_text(json.dumps(report))
+    positions = np.arange(16)[:, None]
+    np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.ones((2, 16)))
+    (folder / "log.txt").write_text("== failed: no room\n")
+
+
+def _theirs(folder: pathlib.Path) -> None:
+    """A Hugging Face GPT-2 of random weights."""
+    folder.mkdir()
+    width, draw = 8, np.random.default_rng(0)
+    sizes = {"wte.weight": (400, width), "wpe.weight": (32, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    for name, shape in {
+        "ln_1": (width,), "ln_2": (width,), "attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
+        "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width),
+    }.items():  # fmt: skip
+        sizes |= {f"h.0.{name}.weight": shape, f"h.0.{name}.bias": shape[-1:]}
+    save_file(
+        {name: draw.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}, folder / "model.safetensors"
+    )
+    settings = {"model_type": "gpt2", "vocab_size": 400, "n_layer": 1, "n_embd": width, "n_head": 2, "n_positions": 32}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def _traps() -> None:
+    """What stands where a file or folder is expected: the device holds no end."""
+    pathlib.Path("file").write_text("some words\n")
+    pathlib.Path("empty").mkdir()
+    pathlib.Path("dangling").symlink_to("nowhere/at/all")
+    pathlib.Path("loop").symlink_to("loop")
+    pathlib.Path("closed").mkdir(mode=0o500)
+
+
+def device(path: pathlib.Path) -> None:
+    """Makes a device that is read without end, where this process may."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    except PermissionError:
+        path.symlink_to("/dev/zero")  # which only root could replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command line, and the files of its folder that are changed before."""
+
+    words: tuple[str, ...]
+    files: dict[str, bytes]
+
+    @property
+    def key(self) -> str:
+        """Tells it from others."""
+        return repr((self.words, sorted(self.files.items())))
+
+    def __repr__(self) -> str:
+        files = {name: content[:60] + b"..." * (len(content) > 60) for name, content in self.files.items()}
+        return f"{' '.join(word[:80] for word in self.words)!r} {files}"
+
+
+@st.composite
+def cases(draw: st.DrawFn, folder: pathlib.Path) -> Case:
+    """Draws a command with one to three changes of its words or its files."""
+    chosen = draw(st.sampled_from(tuple(COMMANDS)))
+    words, files, reads = list(chosen), {}, COMMANDS[chosen]
+    changes = [_value, _value, _letters, _argument, *[_field] * 4 * ("page.py" in reads or "images.py" in reads)]
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
+        change = draw(st.sampled_from([*changes, *[_file] * (len(changes) // 2)]))
+        if change is _file:
+            _file(draw, draw(st.sampled_from(reads)), files, folder)
+        else:
+            change(draw, words)
+    return Case(tuple(words), files)
+
+
+TYPES = config.field_types()
+FIELDS = tuple(name for name in TYPES if name != "data.name")  # whose other values take minutes to prepare
+NUMBERS = (
+    "0", "1", "2", "3", "4", "7", "-1", "-7", "16", "100", "1000", "65536", "1000000", "1000000000", "2147483647", "1e300",
+    "9223372036854775808", "1000000000000000000000", "0.5", "1.0", "0.999", "1e-3", "1e-12", "1e-38", "1e-320", "1e30",
+)  # fmt: skip
+LISTS = (
+    "()",
+    "(1,)",
+    "(0,)",
+    "(8, 8)",
+    "(4, 8, 8)",
+    "(-1, 3)",
+    "(1.0, 0.5)",
+    "(1000000000, 8)",
+    "(0.5, 0.25, 0.25)",
+    "('x',)",
+)
+
+
+def _field(draw: st.DrawFn, words: list[str]) -> None:
+    """Sets a field of the config."""
+    name = draw(st.sampled_from(FIELDS))
+    kind, value = TYPES[name], draw(st.sampled_from(WORDS))
+    if kind in (int, float):
+        value = draw(st.sampled_from((*NUMBERS, value)))
+    elif typing.get_origin(kind) is tuple:
+        value = draw(st.sampled_from((*LISTS, value)))
+    elif typing.get_origin(kind) is typing.Literal:
+        value = draw(st.sampled_from((*typing.get_args(kind), value)))
+    words.append(f"--config.{name}={value}")
+
+
+def _value(draw: st.DrawFn, words: list[str]) -> None:
+    """Gives an option another value."""
+    place = draw(st.integers(1, len(words) - 1))
+    name, given, _ = words[place].partition("=")
+    words[place] = f"{name}={draw(st.sampled_from(WORDS))}" if given else draw(st.sampled_from(WORDS))
+
+
+def _letters(draw: st.DrawFn, words: list[str]) -> None:
+    """Drops, doubles or swaps letters of a word."""
+    place = draw(st.integers(1, len(words) - 1))
+    word = words[place]
+    if len(word) < 2:
+        return
+    at, how = draw(st.integers(0, len(word) - 2)), draw(st.sampled_from(("drop", "double", "swap")))
+    middle = {"drop": word[at + 1], "double": word[at] + word[at : at + 2], "swap": word[at + 1] + word[at]}[how]
+    words[place] = word[:at] + middle + word[at + 2 :]
+
+
+def _argument(draw: st.DrawFn, words: list[str]) -> None:
+    """Drops or doubles an argument, or adds a word."""
+    place, how = draw(st.integers(1, len(words) - 1)), draw(st.sampled_from(("drop", "double", "add")))
+    if how == "drop" and len(words) > 2:
+        del words[place]
+    else:
+        words.insert(place, words[place] if how == "double" else draw(st.sampled_from(WORDS)))
+
+
+def _file(draw: st.DrawFn, name: str, files: dict[str, bytes], folder: pathlib.Path) -> None:
+    """Changes a file that the command reads: its JSON at one place, a few bytes, or all of it."""
+    path = folder / name
+    if not path.exists():
+        return
+    content = files.get(name, path.read_bytes())
+    how = draw(st.sampled_from(("json", "json", "bytes", "cut", "whole")))
+    if how == "whole":
+        files[name] = draw(st.sampled_from(CONTENTS))
+    elif how == "json" and name.endswith((".json", ".jsonl")):
+        files[name] = _json(draw, content)
+    elif content:
+        at = draw(st.integers(0, len(content) - 1))
+        files[name] = (
+            content[:at] if how == "cut" else content[:at] + draw(st.binary(min_size=1, max_size=3)) + content[at + 1 :]
+        )
+
+
+def _json(draw: st.DrawFn, content: bytes) -> bytes:
+    """A JSON file, or lines of JSON, with one value changed, removed or added."""
+    lines = content.splitlines() if content.count(b"\n{") else [content]
+    number = draw(st.integers(0, len(lines) - 1)) if lines else 0
+    try:
+        value = json.loads(lines[number])
+    except (ValueError, IndexError, RecursionError):
+        return content
+    places: list[tuple[Any, Any]] = []
+
+    def look(node: Any) -> None:
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            places.append((node, key))
+            look(child)
+
+    look(value)
+    if not places:
+        return content
+    node, key = draw(st.sampled_from(places))
+    how = draw(st.sampled_from(("set", "set", "set", "remove", "add")))
+    if how == "remove":
+        del node[key]
+    elif how == "add" and isinstance(node, dict):
+        node[draw(st.sampled_from(("x", "", "=", "step", "export")))] = draw(st.sampled_from(VALUES))
+    else:
+        node[key] = draw(st.sampled_from(VALUES))
+    lines[number] = json.dumps(value).encode()
+    return b"\n".join(lines) + b"\n"

@@ -1,0 +1,66 @@
+"""Commands that end where they would compile a model or start others: imported before them by `tests.commands.Commands`."""
+
+import os
+
+import jax
+
+# Commands import these when they need them; here all of them find them there.
+import seqpe_jax.data.builders.digit_images
+import seqpe_jax.data.builders.text_files
+import seqpe_jax.interop.conversion
+import seqpe_jax.profiling.benchmarks
+import seqpe_jax.reporting.report
+import seqpe_jax.serving.export
+import seqpe_jax.sweeps.search  # noqa: F401
+from seqpe_jax import command
+from seqpe_jax.errors import InputError
+from seqpe_jax.inference.programs import Programs
+from seqpe_jax.profiling import slices
+from seqpe_jax.runtime import line
+from seqpe_jax.sweeps import runs
+from seqpe_jax.tasks import measure
+from seqpe_jax.training import loop, warm_start
+from seqpe_jax.training.trainer import Trainer
+
+STOPPED = "stopped before compiling"
+FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
+_run, _devices_of = command.run, slices.devices_of
+
+
+def _stop(*_, **__):
+    print(STOPPED)
+    line.leave(0)
+
+
+def _run_there(main):
+    os.chdir(os.environ[FOLDER])
+    _run(main)
+
+
+def _first_state(self):
+    """No state: what it would begin with is read all the same."""
+    if self.config.init_from:
+        warm_start.first_params(self.config, self.mesh, self.shapes.params)
+    return object()
+
+
+def _measured(model, *_):
+    _ = model.params
+    _stop()
+
+
+def _devices(topology):
+    try:
+        return _devices_of(topology)
+    except InputError as error:
+        if "libtpu" not in str(error):
+            raise
+        return jax.devices()
+
+
+command.run = _run_there
+Trainer.first_state, Trainer.init_state, loop.fit = _first_state, _stop, _stop
+measure._at = _measured
+Programs.signal = Programs.vectors = Programs.stored_params = _stop
+slices.compile_step, slices.devices_of = _stop, _devices
+runs.Popen = _stop

@@ -1,0 +1,29 @@
+"""What the config.json of a folder says of the model in it."""
+
+import json
+
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.loading import export_section, is_ours, saved_config
+
+
+@pytest.mark.parametrize("section", [
+    [], "served", {}, {"step": 3}, {"step": "3", "reach": [8]}, {"step": 3, "reach": 8}, {"step": 3, "reach": []},
+    {"step": 3, "reach": ["8"]}, {"step": 3, "reach": [0]}, {"step": 3, "reach": [8, None]}, {"step": 3, "reach": [2**40]},
+], ids=str)  # fmt: skip
+def test_an_export_that_does_not_say_what_it_serves_is_refused(tmp_path, section):
+    (tmp_path / "config.json").write_text(json.dumps({"export": section}))
+    with pytest.raises(InputError, match="section 'export' is damaged: export the run again"):
+        export_section(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"export": {"step": 3, "reach": [8, 8]}}))
+    assert export_section(str(tmp_path))["reach"] == [8, 8]
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "3", '"config"', "[" * 100_000, '{"a":' * 100_000])
+def test_a_config_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    assert not is_ours(tmp_path)
+    with pytest.raises(InputError, match="config.json (cannot be read|is no object of fields)") as caught:
+        saved_config(str(tmp_path))
+    assert "\n" not in str(caught.value)
