@@ -1,4 +1,4 @@
-"""Commands that end where they would compile a model or start others: imported before them by `tests.commands.Commands`."""
+"""Commands that end where they would compile a model or start others, once `close` was called in their process."""
 
 import os
 
@@ -58,9 +58,11 @@ def _devices(topology):
         return jax.devices()
 
 
-command.run = _run_there
-Trainer.first_state, Trainer.init_state, loop.fit = _first_state, _stop, _stop
-measure._at = _measured
-Programs.signal = Programs.vectors = Programs.stored_params = _stop
-slices.compile_step, slices.devices_of = _stop, _devices
-runs.Popen = _stop
+def close() -> None:
+    """Closes the seams; `tests.commands.Commands` calls it where it is told to, never the tests' own process."""
+    command.run = _run_there
+    Trainer.first_state, Trainer.init_state, loop.fit = _first_state, _stop, _stop
+    measure._at = _measured
+    Programs.signal = Programs.vectors = Programs.stored_params = _stop
+    slices.compile_step, slices.devices_of = _stop, _devices
+    runs.Popen = _stop
