@@ -121,6 +121,8 @@ def test_where_all_failed_nothing_begins_and_one_line_says_so(tmp_path, wishes):
 def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
     wishes["t=2"] = "fails"
     worked(tmp_path, names=["t=1", "t=2", "t=3"])
+    worked(tmp_path, retry=True)
+    assert record.decisions(tmp_path) == {}, "a run that is tried again is waited for"
     assert begun(tmp_path).settle() and record.decisions(tmp_path)["s-1"]["batch_size"]["value"] == 8
     wishes["t=2"] = "0.125"
     worked(tmp_path, retry=True)
