@@ -15,6 +15,7 @@ import pathlib
 import random
 import shutil
 import signal
+import statistics
 import sys
 import time
 
@@ -144,25 +145,32 @@ def wrong(result: dict[str, float]) -> bool:
 
 
 def soak(commands: Commands, folder: pathlib.Path, steps: int) -> dict[str, float]:
-    """Returns the resident memory of a run of so many steps, in MiB, after a quarter of them and at their end."""
+    """Returns the resident memory of a run of so many steps, in MiB, after a quarter of them and at their end.
+
+    Each is the median over the twentieth of the steps before, for an evaluation and a save take some memory for a while.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    fields = FIELDS | {"checkpoint__every": 100, "report__every": 10}
-    [running] = [commands.start("train", *train_arguments(folder / "run", text_of(folder), steps=steps, **fields))]
-    held = {}
+    fields = FIELDS | {"checkpoint__every": 100, "report__every": 10, "eval__batch_tokens": 256}
+    running = commands.start("train", *train_arguments(folder / "run", text_of(folder), steps=steps, **fields))
     status, metrics = pathlib.Path(f"/proc/{running.process}/status"), folder / "run" / "metrics.jsonl"
-    for wanted in (steps // 4, steps - 2 * fields["report__every"]):
-        while not metrics.exists() or _last_step(metrics) < wanted:
-            if "State:\tZ" in status.read_text():
-                sys.exit(f"the run has ended: {running.err}")
-            time.sleep(0.05)
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
-        held[wanted] = int(line.split()[1]) / 1024
-    result = commands.wait(running, 3600)
-    early, late = held.values()
+    held: dict[int, list[float]] = {steps // 4: [], steps: []}
+    while (told := _told(status)) is not None:
+        step = _last_step(metrics) if metrics.exists() else 0
+        for end, values in held.items():
+            if end - steps // 20 <= step < end:
+                values.append(told)
+        time.sleep(0.1)
+    early, late = (statistics.median(values) for values in held.values())
     return {
-        "steps": steps, "exit_code": result.code, "MiB_after_a_quarter": round(early, 1), "MiB_at_the_end": round(late, 1),
-        "growth_percent": round(100 * (late / early - 1), 2),
+        "steps": steps, "exit_code": commands.wait(running).code, "MiB_after_a_quarter": round(early, 1),
+        "MiB_at_the_end": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2),
     }  # fmt: skip
+
+
+def _told(status: pathlib.Path) -> float | None:
+    """The resident memory of a process in MiB, None when it has ended."""
+    lines = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+    return int(lines[0].split()[1]) / 1024 if lines else None
 
 
 def _last_step(metrics: pathlib.Path) -> int:
