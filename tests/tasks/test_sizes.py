@@ -20,8 +20,9 @@ def test_sizes_come_back(tmp_path, sizes):
 
 @pytest.mark.parametrize("changes", [
     {"vocabulary": "many"}, {"vocabulary": -1}, {"vocabulary": 2**63}, {"vocabulary": True}, {"classes": [3]},
-    {"colours": 3}, {"channels": 10**9}, {"mean": [0.5]}, {"mean": ["x", "y", "z"]}, {"mean": 0.5},
-    {"std": [0.0, 0.1, 0.1]}, {"std": [float("nan")] * 3}, {"std": {}}, {"mean": None},
+    {"colours": 3}, {"channels": 10**9},
+    {"mean": [0.5]}, {"mean": ["x", "y", "z"]}, {"mean": 0.5}, {"std": [0.0, 0.1, 0.1]},
+    {"std": [float("nan")] * 3}, {"std": {}}, {"mean": None},
 ], ids=str)  # fmt: skip
 def test_other_values_are_refused(tmp_path, changes):
     write_sizes(tmp_path, PHOTOS)
