@@ -102,6 +102,8 @@ def bound_of(roofline: dict, unit: str) -> str:
         lines.append(f"the compiler's own estimate, without collectives and kernels: {ms(roofline['compiler_s'])} ms")
     if roofline["kernels"]:
         lines.append(f"{roofline['kernels']} call(s) of kernels do not say what they compute: their FLOPs are missing")
+    if roofline["open_loops"]:
+        lines.append(f"{roofline['open_loops']} loop(s) that compute turn as often as the data ask: counted for one turn")
     return "\n".join(lines)
 
 

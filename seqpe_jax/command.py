@@ -1,7 +1,7 @@
 """What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts.
 
 Commands import what they work with inside their functions, and so does this module: JAX and what stands on it take seconds,
-which `--help` and a refused flag need not wait for.
+which `--help` need not wait for.
 """
 
 import ast

@@ -119,13 +119,18 @@ def benchmark(
             "roofline": bound,
             "reached": bound["seconds"] * per / median,
         })  # fmt: skip
+    return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": _ratios(runs, seconds)}
+
+
+def _ratios(runs: list[dict[str, Any]], seconds: list[list[float]]) -> dict[str, dict[str, float]]:
+    """Of the first run to each other one; of time, the median over turns."""
     first, ratios = runs[0], {}
     for other, times in zip(runs[1:], seconds[1:], strict=True):
         turns = [mine / theirs for mine, theirs in zip(seconds[0], times, strict=True)]
         ratios[f"{first['encoding']}/{other['encoding']}"] = {
             "time": statistics.median(turns), "memory": first["peak_bytes"] / other["peak_bytes"],
         }  # fmt: skip
-    return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": ratios}
+    return ratios
 
 
 def flops_of_call(trainer: Trainer, mode: str) -> float:

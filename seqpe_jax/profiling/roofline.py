@@ -71,7 +71,9 @@ class Links:
 
 def _island(device: jax.Device) -> int:
     """The devices of one number are joined without a network: a TPU slice, or the GPUs of a process."""
-    return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else device.process_index
+    if device.platform == "tpu":
+        return getattr(device, "slice_index", None) or 0
+    return device.process_index
 
 
 def roofline(
@@ -86,12 +88,11 @@ def roofline(
 
     Returns:
       {"flops", "hbm_bytes" (of one device), "arithmetic_s", "memory_s", "interconnect_s" (None where a rate is not known),
-      "links" (side of the torus or kind of
-      link -> seconds), "collectives" [{"kind", "axes" (of the mesh), "over" (links), "count", "bytes", "received" (bytes
-      that must enter a device), "seconds" (None where the links' rate is not known)}], "bound" (which of the three),
-      "seconds" (the longest of them), "mfu" and "per_second" at that bound, "compiler_s" (what the compiler expects its
-      instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see
-      `work.Work`), "peaks"}.
+      "links" (side of the torus or kind of link -> seconds), "collectives" [{"kind", "axes" (of the mesh), "over" (links),
+      "count", "bytes", "received" (bytes that must enter a device), "seconds" (None where the links' rate is not known)}],
+      "bound" (which of the three), "seconds" (the longest of them), "mfu" and "per_second" at that bound, "compiler_s"
+      (what the compiler expects its instructions to take, collectives and kernels left out; None where it does not say),
+      "kernels" and "open_loops" (see `work.Work`), "peaks"}.
     """
     found, sent, links = work(program), sent or collectives(program), Links(mesh, chip)
     rows: dict[Any, dict[str, Any]] = {}
