@@ -1,4 +1,4 @@
-"""Draws how a training step grows with length and width, docs/growth.png, from the stored docs/results/growth.csv.
+"""Draws how a training step grows with length and width, docs/results/growth.png, from growth.csv beside it.
 
     python launch/growth.py                    draws
     python launch/growth.py --measure          measures first, all points taking turns in one run, and stores that
@@ -21,7 +21,7 @@ from seqpe_jax.reporting.drawing import COLOURS, DPI, DRESS, dress, label_ends, 
 from seqpe_jax.runtime import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STORED, PLOT = ROOT / "docs" / "results" / "growth.csv", ROOT / "docs" / "growth.png"
+STORED, PLOT = ROOT / "docs" / "results" / "growth.csv", ROOT / "docs" / "results" / "growth.png"
 NAMES = {"seqpe": "SeqPE", "rotary": "RoPE"}
 LENGTHS, WIDTHS, TOKENS, TURNS = (512, 1024, 2048, 4096, 8192), (128, 256, 512), 8192, 5
 MEASURED = {"time": "time of a step (RoPE's first = 1)", "megabytes": "memory of a step (GB)"}
