@@ -35,6 +35,7 @@ def get_config(variant=None):
     c.optimizer.clip = 1.0
 
     c.encoding.max_position = 100_000
+    c.encoding.feature_width = 8
     c.encoding.width = 256
     c.encoding.heads = 4
     c.encoding.dropout = 0.0

@@ -317,3 +317,28 @@ def test_steps_are_timed_against_an_interpreter_that_is_given(tmp_path):
     assert (gone := told(*still, "--python=gone")).returncode == 2 and "cannot be started: No such file" in gone.stderr
     wrong = told("--python=" + str(other), "--config.model.dropout=0.1")
     assert wrong.returncode == 2 and "without dropout" in wrong.stderr
+
+
+def test_the_page_tells_the_stored_ratio():
+    ratio, page = json.loads((ROOT / "docs/results/against_torch.json").read_text())["ratio"], ROOT / "docs/performance.md"
+    low, high = ratio["quarters"]
+    assert f"{ratio['median']:.2f} ({low:.2f} .. {high:.2f})" in page.read_text()
+    assert f"{ratio['of_minima']:.2f} (`results/against_torch.json`)" in page.read_text()
+
+
+@pytest.mark.slow
+def test_growth_is_drawn_from_what_is_stored(tmp_path):
+    """Both encodings at every length and width, and a plot of them."""
+    for name in ("launch", "docs/results"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(LAUNCH / "growth.py", tmp_path / "launch")
+    stored = (ROOT / "docs/results/growth.csv").read_text()
+    (tmp_path / "docs/results/growth.csv").write_text(stored)
+    points = {tuple(line.split(",")[:3]) for line in stored.splitlines()[1:]}
+    lengths, widths = (512, 1024, 2048, 4096, 8192), (128, 256, 512)
+    axes = [("length", str(n)) for n in lengths] + [("width", str(n)) for n in widths]
+    assert points == {(*point, kind) for point in axes for kind in ("seqpe", "rotary")}
+    line = [sys.executable, tmp_path / "launch/growth.py"]
+    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "docs/results/growth.png").read_bytes().startswith(b"\x89PNG")

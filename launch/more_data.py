@@ -1,0 +1,75 @@
+"""Times a step from the batch that is read to the state that is written, on a text and on that text ten times over.
+
+    python launch/more_data.py --config=configs/speed_lm.py --turns=20
+
+The text is Python's standard library. Both take turns in one process. Prints for each part of a step (waiting for the next
+batch, the step, saving its state to the disk) and for the whole the median of the turns' ratios, with the quarters around.
+"""
+
+import copy
+import itertools
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from seqpe_jax import command, config
+from seqpe_jax.data.builders import stdlib_text
+from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.checkpoint import Checkpoints
+from seqpe_jax.training.trainer import Trainer
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file of text, with its :variant", lock_config=True)
+_TURNS = flags.DEFINE_integer("turns", 20, "timed steps of each", lower_bound=2)
+PARTS, TIMES, WARM_UP = ("read", "step", "save", "whole"), 10, 3
+
+
+def steps(folder: pathlib.Path, text: bytes) -> Iterator[list[float]]:
+    """Yields the seconds of the parts of a step and of the whole, of a run in a folder on a text, for ever."""
+    folder.mkdir()
+    path = folder / "text.txt"
+    path.write_bytes(text)
+    chosen = copy.deepcopy(_CONFIG.value).unlock()
+    chosen.data.name, chosen.data.paths = "text_files", (str(path),)
+    trainer = Trainer.of(config.parse(chosen))
+    print(f"{len(text) / 1e6:.0f} MB of text: {trainer.task.describe()}", flush=True)
+    step, state, batches = trainer.train_step(), trainer.init_state(), trainer.batches(0)
+    checkpoints = Checkpoints(folder / "run", keep=1)
+    for number in itertools.count(1):
+        marks = [time.perf_counter()]
+        _, batch = next(batches)
+        marks.append(time.perf_counter())
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        marks.append(time.perf_counter())
+        checkpoints.save(number, state, {})
+        checkpoints.wait()
+        marks.append(time.perf_counter())
+        yield [after - before for before, after in itertools.pairwise(marks)] + [marks[-1] - marks[0]]
+
+
+def main() -> None:
+    """The command."""
+    hosts.keep_compiled_programs()
+    text = b"\n".join(content for _, content in stdlib_text.files()["train"])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SEQPE_JAX_CACHE"] = folder  # prepared data go with it
+        once, often = (steps(pathlib.Path(folder) / str(times), text * times) for times in (1, TIMES))
+        turns = [(next(once), next(often)) for _ in range(WARM_UP + _TURNS.value)][WARM_UP:]
+    for part, name in enumerate(PARTS):
+        low, middle, high = statistics.quantiles([much[part] / little[part] for little, much in turns])
+        print(f"{name}: {middle:.3f} ({low:.3f} .. {high:.3f})")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    command.run(main)
