@@ -9,7 +9,6 @@ and how many bytes are missing; 2: bad input.
 """
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -17,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import as_path, write_whole
 from seqpe_jax.profiling.slices import compile_step, devices_of
 from seqpe_jax.reporting.tables import markdown_of
 from seqpe_jax.runtime import mesh as layout
@@ -35,7 +34,7 @@ def main() -> None:
     print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True)
     found = {"topology": _TOPOLOGY.value} | compile_step(trainer)
     if _OUTPUT.value:
-        path = pathlib.Path(_OUTPUT.value)
+        path = as_path(_OUTPUT.value)
         write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
     print(table(found))

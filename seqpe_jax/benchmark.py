@@ -13,14 +13,13 @@ alone as a share. Ratios are of the first encoding to each other one: medians ov
 import copy
 import dataclasses
 import json
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import as_path, write_whole
 from seqpe_jax.profiling.benchmarks import benchmark
 from seqpe_jax.reporting.tables import markdown_of
 from seqpe_jax.runtime import hosts
@@ -51,7 +50,7 @@ def main() -> None:
     line.close()
     print(table(found))
     if _OUTPUT.value and hosts.is_lead():
-        path = pathlib.Path(_OUTPUT.value)
+        path = as_path(_OUTPUT.value)
         write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
 

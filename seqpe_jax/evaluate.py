@@ -4,13 +4,13 @@ python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,10
 python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
 """
 
-import pathlib
 import re
 
 from absl import flags
 
 from seqpe_jax import command, loading
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import as_path
 from seqpe_jax.runtime import hosts
 from seqpe_jax.tasks.measure import Scales, check_kind, measure, write
 
@@ -54,7 +54,7 @@ def main() -> None:
         tuple(_PATHS.value), _LOSSY.value,
     )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():
-        for file in write(report, arrays, pathlib.Path(_OUTPUT.value)):
+        for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")
 
 

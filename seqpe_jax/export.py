@@ -7,14 +7,13 @@ The folder holds model.stablehlo (any batch, any length or size up to the larges
 tokenizer, and README.md, which says how to load it. `evaluate --checkpoint` takes it like a run.
 """
 
-import pathlib
 import signal
 import sys
 
 from absl import flags
 
 from seqpe_jax import command, loading
-from seqpe_jax.files import check_free
+from seqpe_jax.files import as_path, check_free
 from seqpe_jax.runtime import hosts
 from seqpe_jax.serving import export
 from seqpe_jax.serving.exported import CARD, PLATFORMS
@@ -37,7 +36,7 @@ def main() -> None:
     check_free(_OUTPUT.value)
     model = loading.opened(_CHECKPOINT.value)
     export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, _PLATFORMS.value)
-    print(f"written: {_OUTPUT.value}, see {pathlib.Path(_OUTPUT.value) / CARD}")
+    print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / CARD}")
 
 
 if __name__ == "__main__":

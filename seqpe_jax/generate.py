@@ -10,7 +10,6 @@ positions of a run with encoding.resize='stretch', where those are more than a t
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from absl import flags
 
 from seqpe_jax import command, loading
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import as_path, write_whole
 from seqpe_jax.inference.decoding import Generation, Sampling
 from seqpe_jax.inference.generate import check_generation
 from seqpe_jax.runtime import hosts
@@ -96,7 +95,7 @@ def _text(argument: str) -> str:
 def read_prompts(path: str) -> list[str]:
     """Returns the lines of a file. Raises: InputError: it cannot be read, is not UTF-8 or holds no line."""
     try:
-        lines = pathlib.Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = as_path(path).read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts-file={path} cannot be read ({error}): give a UTF-8 text file") from None
     if "" in lines:
@@ -109,7 +108,7 @@ def main() -> None:
     command.join_hosts()
     if (_PROMPT.value is None) == (_FILE.value is None):
         raise InputError("give either --prompt=TEXT or --prompts-file=FILE")
-    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+    output = as_path(_OUTPUT.value) if _OUTPUT.value else None
     if output and output.is_dir():
         raise InputError(f"--output={output} is a directory: give the name of a file")
     results = run(

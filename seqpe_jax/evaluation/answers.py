@@ -6,7 +6,6 @@ A record is {"index", "question", "outputs": accepted answers, "depth": 0..1 or 
 import collections
 import json
 import os
-import pathlib
 import re
 import string
 import unicodedata
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import Place, as_path, write_whole
 
 METRICS = ("contains", "exact_match", "f1")
 DEPTH_BINS = 5
@@ -132,7 +131,7 @@ def no_context_baseline(train: Iterable[Asked], heldout: Iterable[Asked]) -> dic
     return score(records, hypotheses)
 
 
-def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]) -> pathlib.Path:
+def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]) -> Place:
     """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
 
     The file appears whole or not at all.
@@ -140,7 +139,7 @@ def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]],
     Raises:
       InputError: it cannot be written.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     lines = []
     for record, hypothesis in zip(records, hypotheses, strict=True):
         line = {

@@ -1,5 +1,6 @@
 """Writes the report of a study: markdown with PNG plots, CSV, and one HTML page that holds everything."""
 
+import os
 import pathlib
 import urllib.parse
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from typing import Any
 import jinja2
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import Place, as_path, write_whole
 from seqpe_jax.reporting import drawing, plots, tables
 from seqpe_jax.reporting.study import Run, Study, differences, read_study
 from seqpe_jax.runtime.progress import ProgressLine
@@ -19,14 +20,14 @@ NOT_EVALUATED = (
 )
 
 
-def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str:
+def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
     """Writes report.html, report.md, results.csv and the plots; returns the main table as markdown.
 
     Raises:
       InputError: see `runs.read_study`; or `output` is not a folder that can be written.
     """
     study = read_study(workdir)
-    output = pathlib.Path(output)
+    output = as_path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +78,7 @@ def _leaders(study: Study) -> list[tuple[str, str]]:
     return [(metric, leads) for metric, leads in found if leads]
 
 
-def _figures(study: Study, output: pathlib.Path) -> dict[str, Any]:
+def _figures(study: Study, output: Place) -> dict[str, Any]:
     """Draws all plots and writes their PNGs; returns those of the study and, of runs, [title, [(run, plot), ...]]."""
     drawn = []
     of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}

@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import io
 import json
 import math
-import pathlib
+import os
 import statistics
 import zipfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import Place, as_path
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.trees import flat
 
@@ -158,13 +160,13 @@ class Study:
         return [run for run in self.runs if not run.unfinished or run.row not in finished]
 
 
-def read_study(workdir: str | pathlib.Path) -> Study:
+def read_study(workdir: str | os.PathLike) -> Study:
     """Returns the run of a folder, the runs of its subfolders, or the points of its sweep; SeqPE first.
 
     Raises:
       InputError: there is no run, or one has a file that cannot be read.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     if not workdir.is_dir():
         raise InputError(f"no such directory: {workdir} (--workdir takes a run's folder, or a folder of runs)")
     points = _points(workdir)
@@ -182,7 +184,7 @@ def read_study(workdir: str | pathlib.Path) -> Study:
     return Study(workdir.resolve().name, _rows(runs, chosen=points is not None))
 
 
-def read_run(folder: pathlib.Path) -> Run:
+def read_run(folder: Place) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
     config = _object((folder / "config.json").read_bytes(), str(folder / "config.json"), CONFIG)
     run = Run(
@@ -272,7 +274,7 @@ def _short(name: str, among: Sequence[str]) -> str:
     return name if not end or any(f".{other}".endswith(f".{end}") for other in others) else end
 
 
-def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
+def _points(workdir: Place) -> dict[str, dict[str, Any]] | None:
     """Name -> config of the points of a sweep's folder; None for another folder."""
     path = workdir / SWEEP
     if not path.exists():
@@ -281,18 +283,18 @@ def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
     return {name: _checked(field(point, "settings"), f"{path}, point '{name}',", CONFIG) for name, point in points.items()}
 
 
-def _not_started(folder: pathlib.Path, config: dict[str, Any]) -> Run:
+def _not_started(folder: Place, config: dict[str, Any]) -> Run:
     return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
 
-def _failure(folder: pathlib.Path) -> str:
+def _failure(folder: Place) -> str:
     """What the last line of a run's log says of its failure; "" where it did not fail."""
     path = folder / LOG
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""
 
 
-def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
+def _evaluation(folder: Place) -> dict[str, Any]:
     path = folder / "evaluation.json"
     if not path.exists():
         return {}
@@ -314,23 +316,23 @@ def _scale(result: dict[str, Any]) -> dict[str, Any]:
     return {"extent": extent, "label": scale_label(sides)}
 
 
-def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+def _similarity(folder: Place) -> dict[str, np.ndarray] | None:
     arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
     if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
         raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
     return arrays
 
 
-def _attention(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
+def _attention(folder: Place) -> dict[str, np.ndarray] | None:
     return _arrays(folder / "attention.npz", images=4, attention=4)
 
 
-def _arrays(path: pathlib.Path, **axes: int) -> dict[str, np.ndarray] | None:
+def _arrays(path: Place, **axes: int) -> dict[str, np.ndarray] | None:
     """Reads arrays that have at least so many axes each."""
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in axes}
         if any(arrays[name].ndim < count for name, count in axes.items()):
             raise ValueError({name: value.shape for name, value in arrays.items()})

@@ -6,20 +6,23 @@ import json
 import logging
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
+from orbax.checkpoint.path import atomicity
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import free_space, write_whole
+from seqpe_jax.files import Place, as_path, free_space, in_store, move_folder, remove_folder, write_whole
+from seqpe_jax.runtime.digests import FILE as DIGESTS
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
 FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
+MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it last of all
 
 
 def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
@@ -39,12 +42,20 @@ class SaveFailed(Failure):
 class Checkpoints:
     """The saved states of one run: the newest `keep`, and those of multiples of `keep_every` steps, which stay for good.
 
+    Args:
+      marked: whether Orbax marks what is whole, as it does in a store, instead of giving it its name last; None = as fits
+        the folder.
+
     Attributes:
       failed: saves in a row that failed, up to now.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, create: bool = True):
-        self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
+    def __init__(
+        self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, create: bool = True,
+        marked: bool | None = None,
+    ):  # fmt: skip
+        self.folder = (as_path(workdir) / FOLDER).absolute()
+        self._marked = in_store(self.folder) if marked is None else marked
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
         if not create and not self.folder.is_dir():
@@ -52,8 +63,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, create=create, enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            temporary_path_class=atomicity.CommitFileTemporaryPath if self._marked else None,
         )  # fmt: skip
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(epath.Path(str(self.folder)), options=options)
         self._under_way: int | None = None
         self.failed = 0
 
@@ -61,8 +73,13 @@ class Checkpoints:
         """Returns the newest saved step that is not damaged, or None."""
         return whole_step(self.folder)[0]
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], *, first: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
         """Begins to save a state; it is safe to donate the state's buffers right after.
+
+        Args:
+          first: what must be done, or the save has failed: writes what is to be there when the state is.
 
         Raises:
           SaveFailed: this save, or the one before it where nobody has waited for that (`wait`).
@@ -71,6 +88,7 @@ class Checkpoints:
             return
         self._under_way = step
         with self._telling():
+            first()
             free = free_space(self.folder)
             if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -91,8 +109,8 @@ class Checkpoints:
         except Exception as error:  # Orbax hands on what its threads raise, of many kinds
             step, self._under_way = self._under_way, None
             self.failed += 1
-            for unfinished in self.folder.glob(f"*{UNNAMED}") if jax.process_index() == 0 else ():
-                shutil.rmtree(unfinished, ignore_errors=True)  # what cannot be removed is removed by the next start
+            for unfinished in self._unfinished(step) if jax.process_index() == 0 else ():
+                remove_folder(unfinished)  # what cannot be removed is removed by the next start
             words = " ".join(str(error).split())
             full = "No space left" in words
             reason = "no space is left on the device" if full else f"{type(error).__name__}: {words[:200]}"
@@ -101,8 +119,17 @@ class Checkpoints:
     def _seal(self) -> None:
         """Writes the digests of what has been saved; called by Orbax when all is there, before it gives it its name."""
         if jax.process_index() == 0:
-            for unnamed in self.folder.glob(f"*{UNNAMED}"):  # one save at a time
+            for unnamed in self._unfinished(self._under_way):  # one save at a time
                 write_digests(unnamed, name=unnamed.name.removesuffix(UNNAMED), but=(COMMITTED,))  # which changes once more
+
+    def _unfinished(self, step: int | None) -> list[Place]:
+        """Where the save of a step lies until it is finished."""
+        if not self._marked:
+            return list(self.folder.glob(f"*{UNNAMED}"))
+        folder = self.folder / str(step)
+        with contextlib.suppress(OSError):  # a store that does not answer is told by what failed for it
+            return [folder] if folder.is_dir() and not (folder / MARK).exists() else []
+        return []
 
     def restore(self, state: Any, step: int | None = None) -> Any:
         """Returns a saved state in the layout of `state`, a tree of ShapeDtypeStructs with shardings.
@@ -127,19 +154,20 @@ class Checkpoints:
         """
         step = self.newest() if step is None else step
         path = self.folder / str(step) / "state"
+        place = epath.Path(str(path))
         targets = {"params": params}
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), targets
         )
         try:
-            stored = ocp.PyTreeCheckpointHandler().metadata(path).tree["params"]
+            stored = ocp.PyTreeCheckpointHandler().metadata(place).tree["params"]
         except Exception as error:  # as above
             raise self._unreadable(step, error) from error
         _check_shapes(path.parent, _shapes(stored), _shapes(params))
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 request = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
-                return reader.restore(path, args=request)["params"], step
+                return reader.restore(place, args=request)["params"], step
         except Exception as error:  # as above
             raise self._unreadable(step, error) from error
 
@@ -180,7 +208,7 @@ def saved_step(workdir: str | pathlib.Path) -> int | None:
     Raises:
       InputError: there are checkpoints, and all are damaged.
     """
-    step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
+    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
     if damaged and step is None:
         path, wrong = next(iter(damaged.items()))
         raise InputError(
@@ -190,16 +218,20 @@ def saved_step(workdir: str | pathlib.Path) -> int | None:
     return step
 
 
-def whole_step(folder: pathlib.Path) -> tuple[int | None, dict[pathlib.Path, str]]:
+def whole_step(folder: Place) -> tuple[int | None, dict[Place, str]]:
     """Returns the newest step of a folder of checkpoints that is as it was written, or None, and newer ones that are not.
 
     Returns:
       Those by folder, with what is wrong with each, in words.
     """
-    found: dict[pathlib.Path, str] = {}
+    found: dict[Place, str] = {}
     steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        wrong = damage(path) if (path / COMMITTED).is_file() else f"{COMMITTED} is missing"
+        needed = (MARK, COMMITTED) if in_store(path) else (COMMITTED,)
+        missing = next((name for name in needed if not (path / name).is_file()), "")
+        if missing == MARK and not (path / DIGESTS).is_file():
+            continue  # a save that was cut short; the next one of that step takes its place
+        wrong = damage(path) if not missing else f"{missing} is missing"
         if not wrong:
             return int(path.name), found
         found[path] = wrong
@@ -211,13 +243,13 @@ def set_aside(workdir: str | pathlib.Path) -> list[str]:
 
     Nothing is deleted. Orbax would save no step below one that is there, and so never again.
     """
-    step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
+    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
     told = []
     for path, wrong in damaged.items():
         aside, number = path.with_name(f"{path.name}.damaged"), 1
         while aside.exists():
             aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
-        path.rename(aside)
+        move_folder(path, aside, first=(MARK,))
         told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {aside.name}, going on from step {step}")
     return told
 
@@ -256,7 +288,7 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: the directory is not a run.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     try:
@@ -267,4 +299,4 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
     """Writes config.json, whole or not at all; leaves it alone when nothing changes."""
-    write_whole(pathlib.Path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(as_path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +20,7 @@ from seqpe_jax import axes, config
 from seqpe_jax.architecture import Architecture, Params, check_encoding, flops_of
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import Place, as_path
 from seqpe_jax.inference.programs import Programs, laid_out
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands
@@ -58,7 +59,7 @@ class Trainer:
     @classmethod
     def of(
         cls, config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True,
-        kept: str | pathlib.Path = "",
+        kept: str | os.PathLike = "",
     ) -> "Trainer":  # fmt: skip
         """Returns the trainer of a config on all devices, or on those given.
 
@@ -84,7 +85,7 @@ class Trainer:
         return cls(config, mesh, task, objective, optimizer, shapes, tuple(whole))
 
     @classmethod
-    def for_folder(cls, config: Config, workdir: str | pathlib.Path, *, extend: bool = False) -> "Trainer":
+    def for_folder(cls, config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> "Trainer":
         """Returns the trainer of a config whose run stands, or is to begin, in a folder.
 
         Args:
@@ -94,7 +95,7 @@ class Trainer:
           InputError: as `of`; the folder is of another run; the checkpoint to begin with was made for something else.
         """
         first = saved_step(workdir)
-        check_same_run(config, pathlib.Path(workdir), first, extend)
+        check_same_run(config, as_path(workdir), first, extend)
         begins = bool(config.init_from) and first is None
         trainer = cls.of(config, kept=config.init_from if begins else workdir if first is not None else "")
         if begins:
@@ -161,7 +162,7 @@ class Trainer:
                 results[f"eval/{name}@{axes.scale_label(scale)}"] = result[name]
         return results
 
-    def describe(self, workdir: pathlib.Path) -> str:
+    def describe(self, workdir: Place) -> str:
         """Returns what is about to be trained, where and on what, in words."""
         settings = self.config
         lines = [
@@ -173,7 +174,7 @@ class Trainer:
         ]
         return "\n  ".join(lines + ([layout.describe_whole(self.whole)] if self.whole else []))
 
-    def fit(self, workdir: str | pathlib.Path, *, extend: bool = False) -> None:
+    def fit(self, workdir: str | os.PathLike, *, extend: bool = False) -> None:
         """Trains, or goes on training, the run of a folder until `steps`.
 
         Args:
@@ -182,7 +183,7 @@ class Trainer:
         Raises:
           InputError: a folder of another config, bad data, a damaged checkpoint.
         """
-        folder, settings = pathlib.Path(workdir), self.config
+        folder, settings = as_path(workdir), self.config
         first = saved_step(folder)
         check_same_run(settings, folder, first, extend)
         if first is not None:
@@ -194,35 +195,35 @@ class Trainer:
             # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
             saves = math.ceil(settings.steps / settings.checkpoint.every)
             check_space(folder, size_of(self.shapes), min(settings.checkpoint.keep + 1, saves) if first is None else 1)
-        _say(self.describe(folder))
+        hosts.say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
         with owned(folder) if hosts.is_lead() else contextlib.nullcontext("") as taken_over:
             if taken_over:
-                _say(f"  {taken_over}")
+                hosts.say(f"  {taken_over}")
             if saved_step(folder) != first:
                 raise InputError(f"another process has trained in {folder} just now: give the command again to go on")
             self._go_on(folder, first, state)
 
-    def _go_on(self, folder: pathlib.Path, first: int | None, state: TrainState | None) -> None:
+    def _go_on(self, folder: Place, first: int | None, state: TrainState | None) -> None:
         """Trains in a folder that is this process's, from the step that is saved there, or from a state where none is."""
         settings = self.config
         planned = read_config(folder)["steps"] if first is not None else settings.steps
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
-            _say(f"  planned for {planned} steps, going on to {settings.steps}")
+            hosts.say(f"  planned for {planned} steps, going on to {settings.steps}")
         if first == settings.steps:
-            _say(f"  nothing to do: step {first} is saved")
+            hosts.say(f"  nothing to do: step {first} is saved")
             return
         checkpoints = Checkpoints(folder, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every)
         state = checkpoints.restore(self.shapes) if state is None else state
         before = checkpoints.meta() if first is not None else {}
         if first is not None or settings.init_from:
-            _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
+            hosts.say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
         happening = self._events(folder, checkpoints, first or 0, before)
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
 
-    def _events(self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, before: dict) -> list[events.Event]:
+    def _events(self, folder: Place, checkpoints: Checkpoints, first: int, before: dict) -> list[events.Event]:
         """What happens beside the steps of a run that has done `first` of them; `before` was saved beside its state."""
         settings, clock = self.config, events.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
@@ -243,29 +244,24 @@ class Trainer:
         found += [save, events.Stop(save)]
         window = config.profile_window(settings)
         if window is not None and window[0] < first:
-            _say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
+            hosts.say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
         elif window is not None:
             found.append(events.Profile(window, folder))
         return [*found, report]
 
-    def _claim(self, folder: pathlib.Path, anew: bool) -> None:
+    def _claim(self, folder: Place, anew: bool) -> None:
         """Writes what a run's folder begins with, once all hosts have looked at it."""
         hosts.sync()
         if hosts.is_lead():
             if anew:
                 clear(folder)
             for line in set_aside(folder):
-                _say(f"  {line}")
+                hosts.say(f"  {line}")
             write_config(folder, config.to_dict(self.config))
             write_sizes(folder, self.task.sizes)
             self.task.keep(folder)
         hosts.sync()
         hosts.check_shared(folder / "config.json")
-
-
-def _say(words: str) -> None:
-    if hosts.is_lead():
-        print(words, flush=True)
 
 
 def _check_attention(settings: Config, architecture: Architecture, used: layout.Layout) -> None:

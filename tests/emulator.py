@@ -1,0 +1,124 @@
+"""Google Cloud Storage as its emulator serves it, in a process of its own; what fails on purpose, fails there."""
+
+import http.server
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+BUCKET = "runs"
+
+
+class Store:
+    """An emulator with one empty bucket.
+
+    Attributes:
+      environment: the variables by which the libraries find it.
+    """
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.environment = {"STORAGE_EMULATOR_HOST": self.address, "TENSORSTORE_GCS_HTTP_URL": self.address}
+        root = pathlib.Path(__file__).resolve().parents[1]
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.emulator", str(port)], cwd=root, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                self._ask("/")
+                return
+            except OSError:
+                assert time.monotonic() < deadline and self._server.poll() is None, "the emulator does not start"
+                time.sleep(0.05)
+
+    def _ask(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.address + path, timeout=10) as answer:
+            return answer.read()
+
+    def fail(self, status: int, requests: int = 10**9, seconds: float = 0.0) -> None:
+        """Lets so many of the next requests be answered with a status, after some seconds; status 0 = as they should be."""
+        self._ask(f"/fail/{status}/{requests}/{seconds}")
+
+    def failed(self) -> int:
+        """Returns how many requests were answered so."""
+        return json.loads(self._ask("/failed"))
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.wait()
+
+
+def serve(port: int) -> None:
+    """Runs the emulator, with a thread for each connection: libraries keep several open at once."""
+    import logging
+
+    from gcp_storage_emulator import server
+
+    logging.disable(logging.CRITICAL)
+    asked = {"status": 0, "requests": 0, "seconds": 0.0, "failed": 0}
+
+    class Handler(server.RequestHandler):
+        def _answer(self, status: int, content: bytes) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def _route(self, handle) -> None:
+            parts = self.path.strip("/").split("/")
+            if parts[0] == "fail":
+                asked.update(status=int(parts[1]), requests=int(parts[2]), seconds=float(parts[3]), failed=0)
+                self._answer(200, b"")
+            elif parts[0] == "failed":
+                self._answer(200, json.dumps(asked["failed"]).encode())
+            elif asked["status"] and asked["requests"]:
+                asked["requests"] -= 1
+                asked["failed"] += 1
+                time.sleep(asked["seconds"])
+                reason = {"error": {"code": asked["status"], "message": "failed on purpose"}}
+                self._answer(asked["status"], json.dumps(reason).encode())
+            else:
+                handle()
+
+        def do_GET(self) -> None:
+            self._route(super().do_GET)
+
+        def do_POST(self) -> None:
+            self._route(super().do_POST)
+
+        def do_PUT(self) -> None:
+            self._route(super().do_PUT)
+
+        def do_DELETE(self) -> None:
+            self._route(super().do_DELETE)
+
+        def do_PATCH(self) -> None:
+            self._route(super().do_PATCH)
+
+    class Threads(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request, client_address) -> None:
+            """Libraries hang up on what they do not need any more."""
+
+    server.RequestHandler = Handler
+    http.server.HTTPServer = Threads
+    made = server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    made.start()
+    parent = os.getppid()
+    while os.getppid() == parent:  # ends with the test that started it, however that ends
+        time.sleep(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
