@@ -6,6 +6,7 @@ there as long as an object is in it.
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import io
 import logging
@@ -135,14 +136,19 @@ class StorePath(gpath.PosixGPath):
 
 def file_system() -> fsspec.AbstractFileSystem:
     """Returns the library's view of Google Cloud Storage, made once; Orbax and TensorStore have views of their own."""
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # as Orbax asks for it, so that there is one
+
+
+@functools.cache
+def _set_up() -> None:
+    """Says how the library is to work, to all who use it in this process."""
     import aiohttp  # comes with gcsfs
 
-    # The library tells errors to its logger and raises them; they are told once, by who catches them.
+    # Errors are told to its logger and raised; they are told once, by who catches them.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
     # No listing is remembered: other processes write there, and so do libraries in this one.
     fsspec.config.conf.setdefault("gcs", {"use_listings_cache": False, "requests_timeout": limits})
-    return fsspec.filesystem("gcs", finalize_on_close=True)  # as Orbax asks for it, so that there is one
 
 
 def checked(address: str) -> str:
@@ -156,6 +162,7 @@ def checked(address: str) -> str:
         raise InputError(f"{address} names no bucket: expected gs://BUCKET/NAME, with small letters in the bucket's name")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{address} is in Google Cloud Storage, which needs a library: pip install 'seqpe_jax[gcs]'")
+    _set_up()
     parts = [part for part in (found[2] or "").split("/") if part not in ("", ".")]
     if ".." in parts:
         raise InputError(f"{address}: a bucket has no folder above another ('..'): write the place out")

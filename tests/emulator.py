@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -17,8 +18,10 @@ class Store:
     """An emulator with one empty bucket.
 
     Attributes:
-      environment: the variables by which the libraries find it.
+      environment: the variables by which the libraries find it; folder: an address for the test that runs.
     """
+
+    folder = f"gs://{BUCKET}"
 
     def __init__(self):
         with socket.socket() as free:
@@ -43,9 +46,12 @@ class Store:
         with urllib.request.urlopen(self.address + path, timeout=10) as answer:
             return answer.read()
 
-    def fail(self, status: int, requests: int = 10**9, seconds: float = 0.0) -> None:
-        """Lets so many of the next requests be answered with a status, after some seconds; status 0 = as they should be."""
-        self._ask(f"/fail/{status}/{requests}/{seconds}")
+    def fail(self, status: int, requests: int = 10**9, seconds: float = 0.0, about: str = "") -> None:
+        """Lets so many of the next requests whose address holds `about` be answered with a status, after some seconds.
+
+        Status 0: all are answered as they should be.
+        """
+        self._ask(f"/fail/{status}/{requests}/{seconds}/{about}")
 
     def failed(self) -> int:
         """Returns how many requests were answered so."""
@@ -57,13 +63,14 @@ class Store:
 
 
 def serve(port: int) -> None:
-    """Runs the emulator, with a thread for each connection: libraries keep several open at once."""
+    """Runs the emulator, with a thread for each connection, of which libraries keep several open at once."""
     import logging
 
     from gcp_storage_emulator import server
 
     logging.disable(logging.CRITICAL)
-    asked = {"status": 0, "requests": 0, "seconds": 0.0, "failed": 0}
+    one_at_a_time = threading.Lock()
+    asked = {"status": 0, "requests": 0, "seconds": 0.0, "about": "", "failed": 0}
 
     class Handler(server.RequestHandler):
         def _answer(self, status: int, content: bytes) -> None:
@@ -76,18 +83,20 @@ def serve(port: int) -> None:
         def _route(self, handle) -> None:
             parts = self.path.strip("/").split("/")
             if parts[0] == "fail":
-                asked.update(status=int(parts[1]), requests=int(parts[2]), seconds=float(parts[3]), failed=0)
+                about = "".join(parts[4:])
+                asked.update(status=int(parts[1]), requests=int(parts[2]), seconds=float(parts[3]), about=about, failed=0)
                 self._answer(200, b"")
             elif parts[0] == "failed":
                 self._answer(200, json.dumps(asked["failed"]).encode())
-            elif asked["status"] and asked["requests"]:
+            elif asked["status"] and asked["requests"] and asked["about"] in self.path:
                 asked["requests"] -= 1
                 asked["failed"] += 1
                 time.sleep(asked["seconds"])
                 reason = {"error": {"code": asked["status"], "message": "failed on purpose"}}
                 self._answer(asked["status"], json.dumps(reason).encode())
             else:
-                handle()
+                with one_at_a_time:  # its storage in memory is not made for threads
+                    handle()
 
         def do_GET(self) -> None:
             self._route(super().do_GET)

@@ -18,7 +18,7 @@ AT_ONCE = 16  # objects
 def fetched(
     paths: Sequence[str], cache_dir: str | os.PathLike = "", progress: bool = True, option: str = "data.paths"
 ) -> tuple[str, ...]:
-    """Returns paths of this machine, a tuple: addresses in a store give way to copies in the cache, made where they are new.
+    """Returns paths of this machine: addresses in a store give way to copies in the cache, made where they are new.
 
     Args:
       option: what names the paths, for messages.

@@ -5,7 +5,7 @@ import errno
 import json
 import logging
 import os
-import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +28,12 @@ MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax write
 def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
     """Leaves out the tracebacks in which Orbax's threads tell an error: it is raised, too, and told in one line."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _no_closed_loop(told: Any, tell: Callable[[Any], object] = sys.unraisablehook) -> None:
+    """Leaves out what is told of arrays whose save goes on in a store's library after that of another has failed."""
+    if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+        tell(told)
 
 
 def size_of(state: Any) -> int:
@@ -58,6 +64,7 @@ class Checkpoints:
         self._marked = in_store(self.folder) if marked is None else marked
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
+        sys.unraisablehook = _no_closed_loop
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
         options = ocp.CheckpointManagerOptions(
@@ -109,8 +116,9 @@ class Checkpoints:
         except Exception as error:  # Orbax hands on what its threads raise, of many kinds
             step, self._under_way = self._under_way, None
             self.failed += 1
-            for unfinished in self._unfinished(step) if jax.process_index() == 0 else ():
-                remove_folder(unfinished)  # what cannot be removed is removed by the next start
+            with contextlib.suppress(OSError):  # what cannot be removed is removed by the next start
+                for unfinished in self._unfinished(step) if jax.process_index() == 0 else ():
+                    remove_folder(unfinished)
             words = " ".join(str(error).split())
             full = "No space left" in words
             reason = "no space is left on the device" if full else f"{type(error).__name__}: {words[:200]}"
@@ -127,9 +135,7 @@ class Checkpoints:
         if not self._marked:
             return list(self.folder.glob(f"*{UNNAMED}"))
         folder = self.folder / str(step)
-        with contextlib.suppress(OSError):  # a store that does not answer is told by what failed for it
-            return [folder] if folder.is_dir() and not (folder / MARK).exists() else []
-        return []
+        return [] if (folder / MARK).exists() else [folder]
 
     def restore(self, state: Any, step: int | None = None) -> Any:
         """Returns a saved state in the layout of `state`, a tree of ShapeDtypeStructs with shardings.
@@ -137,7 +143,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or it is damaged or of another model.
         """
-        step = self.newest() if step is None else step
+        step = self._readable(step)
         try:
             return self._manager.restore(step, args=Composite(state=StandardRestore(state))).state
         except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
@@ -152,7 +158,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
         """
-        step = self.newest() if step is None else step
+        step = self._readable(step)
         path = self.folder / str(step) / "state"
         place = epath.Path(str(path))
         targets = {"params": params}
@@ -173,7 +179,7 @@ class Checkpoints:
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state."""
-        step = self.newest() if step is None else step
+        step = self._readable(step)
         try:
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
         except Exception as error:  # as above
@@ -194,6 +200,12 @@ class Checkpoints:
             raise InputError(f"no finished checkpoint in {self.folder}: train until the first save (checkpoint.every)")
         return step
 
+    def _readable(self, step: int | None) -> int:
+        """The step, or the newest, as Orbax takes it."""
+        step = self.newest() if step is None else step
+        _mark(self.folder / str(step))
+        return step
+
     def _unreadable(self, step: int, error: Exception) -> InputError:
         first = " ".join(str(error).split())[:300]
         return InputError(
@@ -202,7 +214,7 @@ class Checkpoints:
         )
 
 
-def saved_step(workdir: str | pathlib.Path) -> int | None:
+def saved_step(workdir: str | os.PathLike) -> int | None:
     """Returns the newest saved step of a run's folder that is not damaged, or None; changes nothing.
 
     Raises:
@@ -227,23 +239,24 @@ def whole_step(folder: Place) -> tuple[int | None, dict[Place, str]]:
     found: dict[Place, str] = {}
     steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        needed = (MARK, COMMITTED) if in_store(path) else (COMMITTED,)
-        missing = next((name for name in needed if not (path / name).is_file()), "")
-        if missing == MARK and not (path / DIGESTS).is_file():
+        if in_store(path) and not (path / MARK).is_file() and not (path / DIGESTS).is_file():
             continue  # a save that was cut short; the next one of that step takes its place
-        wrong = damage(path) if not missing else f"{missing} is missing"
+        wrong = damage(path) if (path / COMMITTED).is_file() else f"{COMMITTED} is missing"
         if not wrong:
             return int(path.name), found
         found[path] = wrong
     return None, found
 
 
-def set_aside(workdir: str | pathlib.Path) -> list[str]:
+def set_aside(workdir: str | os.PathLike) -> list[str]:
     """Renames damaged checkpoints that are newer than the newest good one, and returns what was done, in words.
 
     Nothing is deleted. Orbax would save no step below one that is there, and so never again.
     """
-    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
+    folder = (as_path(workdir) / FOLDER).absolute()
+    step, damaged = whole_step(folder)
+    if step is not None:
+        _mark(folder / str(step))
     told = []
     for path, wrong in damaged.items():
         aside, number = path.with_name(f"{path.name}.damaged"), 1
@@ -252,6 +265,13 @@ def set_aside(workdir: str | pathlib.Path) -> list[str]:
         move_folder(path, aside, first=(MARK,))
         told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {aside.name}, going on from step {step}")
     return told
+
+
+def _mark(path: Place) -> None:
+    """Marks a step in a store that is whole, as its digests say, and not marked: a copy of a run from a file system."""
+    if in_store(path) and not (path / MARK).is_file():
+        for folder in (*(one for one in path.iterdir() if one.is_dir()), path):  # its own mark last
+            write_whole(folder / MARK, f"whole, as {DIGESTS} says")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -265,7 +285,7 @@ COUNTED = {
 }
 
 
-def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_shapes(checkpoint: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, (dimension, field, unit) in COUNTED.items():
         theirs, ours = stored.get(name), wanted.get(name)
         if theirs and ours and theirs[dimension] != ours[dimension]:
@@ -282,7 +302,7 @@ def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict
             )
 
 
-def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """Returns the config stored beside a run's checkpoints, as nested dicts.
 
     Raises:
@@ -297,6 +317,6 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
+def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     """Writes config.json, whole or not at all; leaves it alone when nothing changes."""
     write_whole(as_path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")
