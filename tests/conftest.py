@@ -58,7 +58,6 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def one_store() -> Iterator[Store]:
     """An object store on this machine, for all tests of a process."""
-    pytest.importorskip("gcsfs")
     with pytest.MonkeyPatch.context() as patch:
         running = Store()
         for name, value in running.environment.items():

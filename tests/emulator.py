@@ -1,17 +1,22 @@
 """Google Cloud Storage as its emulator serves it, in a process of its own; what fails on purpose, fails there."""
 
 import http.server
+import io
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 
 BUCKET = "runs"
+OBJECT = re.compile(rf"(?:/download)?/storage/v1/b/{BUCKET}/o/([^/]+)")
+NAME = re.compile(rb'"name": *("(?:[^"\\]|\\.)*")')  # in the first part of an upload
 
 
 class Store:
@@ -28,7 +33,11 @@ class Store:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
-        self.environment = {"STORAGE_EMULATOR_HOST": self.address, "TENSORSTORE_GCS_HTTP_URL": self.address}
+        self.environment = {
+            "STORAGE_EMULATOR_HOST": self.address,
+            "TENSORSTORE_GCS_HTTP_URL": self.address,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks at each turn, in vain, which kind of bucket it is
+        }
         root = pathlib.Path(__file__).resolve().parents[1]
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.emulator", str(port)], cwd=root, stderr=subprocess.DEVNULL
@@ -67,6 +76,7 @@ def serve(port: int) -> None:
     import logging
 
     from gcp_storage_emulator import server
+    from gcp_storage_emulator.exceptions import NotFound
 
     logging.disable(logging.CRITICAL)
     one_at_a_time = threading.Lock()
@@ -96,7 +106,33 @@ def serve(port: int) -> None:
                 self._answer(asked["status"], json.dumps(reason).encode())
             else:
                 with one_at_a_time:  # its storage in memory is not made for threads
-                    handle()
+                    if self._fits():
+                        handle()
+                    else:
+                        self._answer(412, b"{}")
+
+        def _stored(self, name: str) -> str:
+            """The generation of an object; "0" where there is none."""
+            try:
+                return self.storage.get_file_obj(BUCKET, name)["generation"]
+            except NotFound:
+                return "0"
+
+        def _fits(self) -> bool:
+            """Whether an object that is uploaded has the generation that must be there; the emulator does not ask."""
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+            if self.command != "POST" or "ifGenerationMatch" not in query:
+                return True
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.rfile = io.BytesIO(content)
+            name = query["name"][0] if "name" in query else json.loads(NAME.search(content)[1])
+            return self._stored(name) == query["ifGenerationMatch"][0]
+
+        def end_headers(self) -> None:
+            """Adds what the store says of an object that is read, and the emulator does not: its generation."""
+            if self.command == "GET" and (read := OBJECT.fullmatch(urllib.parse.urlsplit(self.path).path)):
+                self.send_header("X-Goog-Generation", self._stored(urllib.parse.unquote(read[1])))
+            super().end_headers()
 
         def do_GET(self) -> None:
             self._route(super().do_GET)

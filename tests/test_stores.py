@@ -96,3 +96,11 @@ def test_nobody_writes_an_object_piece_by_piece(store):
     for mode in ("w", "a", "wb", "r+"):
         with pytest.raises(ValueError, match="written whole"):
             path.open(mode)
+
+
+def test_an_object_that_must_be_new_is(store):
+    path = as_path(store.folder) / "file"
+    path.put(b"first", new=True)
+    with pytest.raises(FileExistsError):
+        path.put(b"second", new=True)
+    assert path.read_bytes() == b"first"
