@@ -214,9 +214,7 @@ def _told(path: StorePath) -> Iterator[None]:
         words = " ".join(str(error).split()) or type(error).__name__
         refused = getattr(error, "code", None) in (401, 403) or words.startswith("Forbidden")
         if refused or type(error).__module__.startswith("google.auth"):
-            words = (
-                f"no leave to use the bucket ({words[:200]}); log in (gcloud auth application-default login) or ask for it"
-            )
+            words = f"no leave to use it ({words[:200]}): log in (gcloud auth application-default login) or ask its owner"
         else:
             words = f"the store gave no good answer ({type(error).__name__}: {words[:200]}), also when asked again"
         raise StoreError(errno.EACCES if refused else errno.EIO, words, str(path)) from error

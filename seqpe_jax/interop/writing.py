@@ -15,7 +15,7 @@ from seqpe_jax import config as configs
 from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, check_free, in_store, new_folder
+from seqpe_jax.files import as_path, check_free, new_folder
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.tasks.sizes import write_sizes
@@ -49,7 +49,7 @@ def write_run(
         write_sizes(folder, sizes)
         if keep is not None:
             keep(folder)
-        checkpoints = Checkpoints(folder, marked=in_store(output))
+        checkpoints = Checkpoints(folder)
         meta = {"params_only": True} | ({"converted": report["source"]} if report else {})
         checkpoints.save(step, {"params": params}, meta)
         checkpoints.close()

@@ -13,7 +13,6 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
-from orbax.checkpoint.path import atomicity
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import Place, as_path, free_space, in_store, move_folder, remove_folder, write_whole
@@ -48,20 +47,12 @@ class SaveFailed(Failure):
 class Checkpoints:
     """The saved states of one run: the newest `keep`, and those of multiples of `keep_every` steps, which stay for good.
 
-    Args:
-      marked: whether Orbax marks what is whole, as it does in a store, instead of giving it its name last; None = as fits
-        the folder.
-
     Attributes:
       failed: saves in a row that failed, up to now.
     """
 
-    def __init__(
-        self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, create: bool = True,
-        marked: bool | None = None,
-    ):  # fmt: skip
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, create: bool = True):
         self.folder = (as_path(workdir) / FOLDER).absolute()
-        self._marked = in_store(self.folder) if marked is None else marked
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
         sys.unraisablehook = _no_closed_loop
@@ -70,7 +61,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, create=create, enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            temporary_path_class=atomicity.CommitFileTemporaryPath if self._marked else None,
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(epath.Path(str(self.folder)), options=options)
         self._under_way: int | None = None
@@ -132,7 +122,7 @@ class Checkpoints:
 
     def _unfinished(self, step: int | None) -> list[Place]:
         """Where the save of a step lies until it is finished."""
-        if not self._marked:
+        if not in_store(self.folder):
             return list(self.folder.glob(f"*{UNNAMED}"))
         folder = self.folder / str(step)
         return [] if (folder / MARK).exists() else [folder]
@@ -143,7 +133,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or it is damaged or of another model.
         """
-        step = self._readable(step)
+        step = self.newest() if step is None else step
         try:
             return self._manager.restore(step, args=Composite(state=StandardRestore(state))).state
         except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
@@ -158,7 +148,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
         """
-        step = self._readable(step)
+        step = self.newest() if step is None else step
         path = self.folder / str(step) / "state"
         place = epath.Path(str(path))
         targets = {"params": params}
@@ -179,7 +169,7 @@ class Checkpoints:
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state."""
-        step = self._readable(step)
+        step = self.newest() if step is None else step
         try:
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
         except Exception as error:  # as above
@@ -198,12 +188,6 @@ class Checkpoints:
             raise InputError(f"all checkpoints are damaged; of the newest, {path}, {wrong}: put back a copy of one")
         if step is None:
             raise InputError(f"no finished checkpoint in {self.folder}: train until the first save (checkpoint.every)")
-        return step
-
-    def _readable(self, step: int | None) -> int:
-        """The step, or the newest, as Orbax takes it."""
-        step = self.newest() if step is None else step
-        _mark(self.folder / str(step))
         return step
 
     def _unreadable(self, step: int, error: Exception) -> InputError:
@@ -239,9 +223,11 @@ def whole_step(folder: Place) -> tuple[int | None, dict[Place, str]]:
     found: dict[Place, str] = {}
     steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
-        if in_store(path) and not (path / MARK).is_file() and not (path / DIGESTS).is_file():
+        needed = (MARK, COMMITTED) if in_store(path) else (COMMITTED,)
+        missing = next((name for name in needed if not (path / name).is_file()), "")
+        if missing == MARK and not (path / DIGESTS).is_file():
             continue  # a save that was cut short; the next one of that step takes its place
-        wrong = damage(path) if (path / COMMITTED).is_file() else f"{COMMITTED} is missing"
+        wrong = f"{missing} is missing" if missing else damage(path)
         if not wrong:
             return int(path.name), found
         found[path] = wrong
@@ -253,10 +239,7 @@ def set_aside(workdir: str | os.PathLike) -> list[str]:
 
     Nothing is deleted. Orbax would save no step below one that is there, and so never again.
     """
-    folder = (as_path(workdir) / FOLDER).absolute()
-    step, damaged = whole_step(folder)
-    if step is not None:
-        _mark(folder / str(step))
+    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
     told = []
     for path, wrong in damaged.items():
         aside, number = path.with_name(f"{path.name}.damaged"), 1
@@ -265,13 +248,6 @@ def set_aside(workdir: str | os.PathLike) -> list[str]:
         move_folder(path, aside, first=(MARK,))
         told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {aside.name}, going on from step {step}")
     return told
-
-
-def _mark(path: Place) -> None:
-    """Marks a step in a store that is whole, as its digests say, and not marked: a copy of a run from a file system."""
-    if in_store(path) and not (path / MARK).is_file():
-        for folder in (*(one for one in path.iterdir() if one.is_dir()), path):  # its own mark last
-            write_whole(folder / MARK, f"whole, as {DIGESTS} says")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
