@@ -161,7 +161,7 @@ def checked(address: str) -> str:
     if not found or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", found[1]):
         raise InputError(f"{address} names no bucket: expected gs://BUCKET/NAME, with small letters in the bucket's name")
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{address} is in Google Cloud Storage, which needs a library: pip install 'seqpe_jax[gcs]'")
+        raise InputError(f"{address} is in Google Cloud Storage, for which a library is missing: pip install gcsfs")
     _set_up()
     parts = [part for part in (found[2] or "").split("/") if part not in ("", ".")]
     if ".." in parts:

@@ -28,7 +28,7 @@ def test_addresses_are_written_one_way():
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else there(name))
-    with pytest.raises(InputError, match=r"pip install 'seqpe_jax\[gcs\]'"):
+    with pytest.raises(InputError, match="gs://runs/a is in Google Cloud Storage, .*: pip install gcsfs"):
         expanded("gs://runs/a")
 
 
