@@ -124,13 +124,15 @@ class StorePath(gpath.PosixGPath):
         """Does nothing: a folder is there with its first object."""
 
     def absolute(self) -> Self:
-        """Returns the path itself, as `resolve` and `expanduser` do."""
+        """Returns the path itself: an address is always whole."""
         return self
 
     def resolve(self, strict: bool = False) -> Self:
+        """Returns the path itself: there are no links."""
         return self
 
     def expanduser(self) -> Self:
+        """Returns the path itself: there are no homes."""
         return self
 
 
