@@ -192,10 +192,10 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> InputError:
         first = " ".join(str(error).split())[:300]
-        return InputError(
-            f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): it is damaged or of "
-            "another model; delete that folder to fall back on an older one"
-        )
+        cure = "it is damaged or of another model; delete that folder to fall back on an older one"
+        if in_store(self.folder):  # its files are as they were written, or this would not be asked
+            cure = "the store did not give it, or it is of another model; try again"
+        return InputError(f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): {cure}")
 
 
 def saved_step(workdir: str | os.PathLike) -> int | None:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from seqpe_jax import files, load
+from seqpe_jax.runtime.checkpoint import whole_step
 from tests.commands import Commands, Result, train_arguments
 from tests.emulator import Store
+from tests.training.test_processes import _free_port, hosts
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +88,55 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     ids = np.frombuffer(b"12 times 12 is 1", np.uint8).astype(np.int32)[None]
     disk_says, bucket_says = (np.asarray(opened[str(place)].logits(ids)) for place in exports)
     np.testing.assert_array_equal(disk_says, bucket_says)
+
+
+def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, store, text):
+    files.write_whole(f"{store.folder}/file", "")
+    train = train_arguments("gs://no-such-bucket/run", text)
+    for name, arguments, words in (
+        ("train", train, "--workdir=gs://no-such-bucket/run: there is no bucket 'no-such-bucket'"),
+        ("train", [*train[:1], f"--workdir={store.folder}/file"], "is a file: name a folder"),
+        ("train", [*train[:1], "--workdir=gcs://runs/run"], "there is no way to gcs:// addresses: give gs://BUCKET/NAME"),
+        ("train", [*train[:1], "--workdir=s3://runs/run"], "checkpoints cannot be saved to s3://"),
+        ("train", ["--config=gs://runs/config.py", f"--workdir={store.folder}/run"], "config files are Python"),
+        ("evaluate", ["--checkpoint=gs://no-such-bucket/run"], "there is no bucket"),
+        ("evaluate", [f"--checkpoint={store.folder}/none"], f"no such directory: {store.folder}/none"),
+        ("sweep", [f"--workdir={store.folder}/sweep", "--sweep=configs/sweeps/extrapolation.py"], "a sweep keeps locks"),
+    ):
+        result = run(commands, store, name, *arguments)
+        assert result.code == 2 and words in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1, result.err
+    store.fail(403)
+    result = run(commands, store, "train", *train[:1], f"--workdir={store.folder}/run")
+    assert result.code == 2 and "no leave to use it" in result.err and len(result.err.strip().splitlines()) == 1, result.err
+    store.fail(0)
+    assert [path.name for path in files.below(files.as_path(store.folder))] == ["file"]
+
+
+def test_a_conversion_in_a_store_goes_there_and_back(commands, store, text):
+    """A run, in the layout of the reference, and a run again: all three in a bucket, with the same parameters."""
+    fields = {"steps": 1, "eval__every": 0, "checkpoint__every": 1}
+    good(commands, store, "train", *train_arguments(f"{store.folder}/run", text, **fields))
+    good(commands, store, "convert", f"--source={store.folder}/run", f"--output={store.folder}/theirs", "--to=reference")
+    good(commands, store, "convert", f"--source={store.folder}/theirs", f"--output={store.folder}/back")
+    ours, back = (load(f"{store.folder}/{name}") for name in ("run", "back"))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, back.params)
+
+
+def test_two_processes_share_a_bucket(commands, store, text):
+    """As on a pod: one leads and writes, both save their part, and one alone goes on from there."""
+    fields = {"config": "tests/tiny_text.py:alibi", "checkpoint__every": 2, "eval__every": 0}
+    bucket, port = files.as_path(f"{store.folder}/run"), _free_port()
+    both = [
+        commands.start(
+            "train", *train_arguments(bucket, text, steps=4, **fields), *hosts(port, 2, process), **store.environment
+        )
+        for process in range(2)
+    ]
+    for result in [commands.wait(one) for one in both]:
+        assert result.code == 0 and "Traceback" not in result.err, result.err
+    assert whole_step(bucket / "checkpoints") == (4, {})
+    assert any("process_1" in str(path) for path in files.below(bucket / "checkpoints" / "4"))
+    arguments = train_arguments(bucket, text, steps=6, **fields)
+    out = good(commands, store, "train", *arguments, "--extend=true")
+    assert "going on from step 4" in out and metrics(bucket)[-1]["step"] == 6
