@@ -161,12 +161,6 @@ def told_to_stop(step: int) -> bool:
     return _line is not None and multihost_utils.reached_preemption_sync_point(step)
 
 
-def say(words: str) -> None:
-    """Prints a line, on the lead alone."""
-    if is_lead():
-        print(words, flush=True)
-
-
 def check_shared(path: Any) -> None:
     """Refuses to go on where a file that the lead has written is not there. Raises: InputError."""
     deadline = time.monotonic() + SHARED_SECONDS

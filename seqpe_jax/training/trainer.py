@@ -195,12 +195,12 @@ class Trainer:
             # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
             saves = math.ceil(settings.steps / settings.checkpoint.every)
             check_space(folder, size_of(self.shapes), min(settings.checkpoint.keep + 1, saves) if first is None else 1)
-        hosts.say(self.describe(folder))
+        _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
         with owned(folder) if hosts.is_lead() else contextlib.nullcontext("") as taken_over:
             if taken_over:
-                hosts.say(f"  {taken_over}")
+                _say(f"  {taken_over}")
             if saved_step(folder) != first:
                 raise InputError(f"another process has trained in {folder} just now: give the command again to go on")
             self._go_on(folder, first, state)
@@ -211,15 +211,15 @@ class Trainer:
         planned = read_config(folder)["steps"] if first is not None else settings.steps
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
-            hosts.say(f"  planned for {planned} steps, going on to {settings.steps}")
+            _say(f"  planned for {planned} steps, going on to {settings.steps}")
         if first == settings.steps:
-            hosts.say(f"  nothing to do: step {first} is saved")
+            _say(f"  nothing to do: step {first} is saved")
             return
         checkpoints = Checkpoints(folder, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every)
         state = checkpoints.restore(self.shapes) if state is None else state
         before = checkpoints.meta() if first is not None else {}
         if first is not None or settings.init_from:
-            hosts.say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
+            _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
         happening = self._events(folder, checkpoints, first or 0, before)
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
 
@@ -244,7 +244,7 @@ class Trainer:
         found += [save, events.Stop(save)]
         window = config.profile_window(settings)
         if window is not None and window[0] < first:
-            hosts.say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
+            _say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
         elif window is not None:
             found.append(events.Profile(window, folder))
         return [*found, report]
@@ -256,12 +256,17 @@ class Trainer:
             if anew:
                 clear(folder)
             for line in set_aside(folder):
-                hosts.say(f"  {line}")
+                _say(f"  {line}")
             write_config(folder, config.to_dict(self.config))
             write_sizes(folder, self.task.sizes)
             self.task.keep(folder)
         hosts.sync()
         hosts.check_shared(folder / "config.json")
+
+
+def _say(words: str) -> None:
+    if hosts.is_lead():
+        print(words, flush=True)
 
 
 def _check_attention(settings: Config, architecture: Architecture, used: layout.Layout) -> None:

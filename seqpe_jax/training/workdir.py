@@ -161,18 +161,19 @@ class _Claim:
 
     def __enter__(self) -> str:
         held = self._read()
-        before = _owner(self._path) if held else ""
-        if held and not _ended(held):
-            hosts.say(f"  {self._workdir} is of {before}: looking up to {GONE_SECONDS:.0f} s whether it is still there")
-            self._watch(held, before)
+        before = _owner(self._path)
+        if held is not None and not _ended(held):
+            words = f"looking up to {GONE_SECONDS:.0f} s whether it is still there"
+            print(f"  {self._workdir} is of {before or 'another process'}: {words}", flush=True)
+            held = self._watch(held, before)
         try:
-            self._path.put(self._content(), new=not held)
+            self._path.put(self._content(), new=held is None)
         except FileExistsError:
             raise self._in_use(_owner(self._path)) from None
         if (self._read() or {}).get("id") != self._self["id"]:
             raise self._in_use(_owner(self._path))
         self._beating.start()
-        return before and TAKEN_OVER.format(before)
+        return TAKEN_OVER.format(before) if held and before else ""
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -181,18 +182,21 @@ class _Claim:
             if (self._read() or {}).get("id") == self._self["id"]:
                 self._path.unlink(missing_ok=True)
 
-    def _watch(self, held: dict[str, Any], before: str) -> None:
-        """Waits until a holder is gone. Raises: InputError: it is not."""
+    def _watch(self, held: dict[str, Any], before: str) -> dict[str, Any] | None:
+        """Waits until a holder is gone; returns what it left, None where it left in order. Raises: InputError: it stays."""
         deadline = time.monotonic() + GONE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(BEAT_SECONDS / 4, max(0.0, deadline - time.monotonic())))
             if (now := self._read()) != held:
                 if now is None:
-                    return
+                    return None
                 raise self._in_use(before if now.get("id") == held.get("id") else _owner(self._path))
+        return held
 
     def _in_use(self, words: str) -> InputError:
-        return InputError(f"workdir {self._workdir} is in use by {words}: let that run end, or choose another folder")
+        return InputError(
+            f"workdir {self._workdir} is in use by {words or 'another process'}: let that run end, or choose another folder"
+        )
 
     def _read(self) -> dict[str, Any] | None:
         try:

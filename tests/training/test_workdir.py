@@ -192,6 +192,17 @@ def test_a_folder_in_a_store_has_one_owner_until_that_is_gone(store, monkeypatch
         assert told == ""
 
 
+def test_an_owner_that_leaves_in_order_while_it_is_looked_for_is_followed(store, monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.2)
+    folder = files.as_path(store.folder)
+    files.write_whole(folder / OWNER, "no json")  # whatever it is, somebody put it there
+    leaving = threading.Timer(0.5, (folder / OWNER).unlink)
+    leaving.start()
+    with owned(folder) as told:
+        assert told == ""
+    leaving.join()
+
+
 def test_an_owner_of_this_machine_that_is_gone_is_not_waited_for(store):
     folder, gone = files.as_path(store.folder), subprocess.Popen(["true"])
     gone.wait()
