@@ -49,6 +49,7 @@ class Checkpoints:
 
     Attributes:
       failed: saves in a row that failed, up to now.
+      first: done before each save, which has failed where this does: it writes what is to be there when the state is.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, create: bool = True):
@@ -65,18 +66,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(epath.Path(str(self.folder)), options=options)
         self._under_way: int | None = None
         self.failed = 0
+        self.first: Callable[[], None] = lambda: None
 
     def latest(self) -> int | None:
         """Returns the newest saved step that is not damaged, or None."""
         return whole_step(self.folder)[0]
 
-    def save(
-        self, step: int, state: Any, meta: dict[str, Any], *, first: Callable[[], None] = lambda: None
-    ) -> None:  # fmt: skip
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begins to save a state; it is safe to donate the state's buffers right after.
-
-        Args:
-          first: what must be done, or the save has failed: writes what is to be there when the state is.
 
         Raises:
           SaveFailed: this save, or the one before it where nobody has waited for that (`wait`).
@@ -85,7 +82,7 @@ class Checkpoints:
             return
         self._under_way = step
         with self._telling():
-            first()
+            self.first()
             free = free_space(self.folder)
             if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -184,10 +184,6 @@ class Report(Event):
         """Says something on a line of its own."""
         self._progress.say(words)
 
-    def flush(self) -> None:
-        """Makes sure that what was told is stored: who goes on from a step has the lines up to it. Raises: StoreError."""
-        self._metrics.flush()
-
     @contextlib.contextmanager
     def aside(self, run: Standing) -> Iterator[None]:
         """What happens between steps, once the last of them has been told; it does not count as their time."""
@@ -259,7 +255,7 @@ class Save(Event):
             except SaveFailed as error:
                 self._tell(error)
             try:
-                self._checkpoints.save(run.step, run.state, self._meta | beside, first=self._report.flush)
+                self._checkpoints.save(run.step, run.state, self._meta | beside)
             except SaveFailed as error:
                 self._tell(error)
 

@@ -227,6 +227,7 @@ class Trainer:
         """What happens beside the steps of a run that has done `first` of them; `before` was saved beside its state."""
         settings, clock = self.config, events.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
+        checkpoints.first = metrics.flush  # who goes on from a step has the lines up to it
         report = events.Report(
             metrics, clock, every=settings.report.every, steps=settings.steps, units=self.task.units_per_step,
             unit=self.task.unit, flops=self.flops_per_step, saved=checkpoints.latest,

@@ -161,8 +161,9 @@ def test_what_is_to_be_there_before_a_state_is_there_or_the_save_has_failed(stor
     def first():
         raise StoreError(5, "no answer", "metrics.jsonl")
 
+    checkpoints.first = first
     with pytest.raises(SaveFailed, match="no answer"):
-        checkpoints.save(2, state(2), {}, first=first)
+        checkpoints.save(2, state(2), {})
     checkpoints.close()
     assert saved_step(store.folder) is None
 
