@@ -10,14 +10,13 @@ Exit code 0: it fits; 1: it does not, and how many bytes are missing; 2: bad inp
 """
 
 import json
-import pathlib
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import as_path, write_whole
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
@@ -36,7 +35,7 @@ def main() -> None:
     print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True)
     found = {"topology": _TOPOLOGY.value} | compile_step(trainer)
     if _OUTPUT.value:
-        path = pathlib.Path(_OUTPUT.value)
+        path = as_path(_OUTPUT.value)
         write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
     print(table(found))

@@ -14,14 +14,13 @@ share. Ratios are of the first encoding to each other one: medians over turns.
 import copy
 import dataclasses
 import json
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax import command, config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import as_path, write_whole
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
@@ -52,7 +51,7 @@ def main() -> None:
     line.close()
     print(table(found))
     if _OUTPUT.value and hosts.is_lead():
-        path = pathlib.Path(_OUTPUT.value)
+        path = as_path(_OUTPUT.value)
         write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
 

@@ -16,7 +16,7 @@ from absl import flags
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError, suggest
-from seqpe_jax.files import check_writable, expanded
+from seqpe_jax.files import check_readable, check_writable, expanded
 from seqpe_jax.trees import flat
 
 flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
@@ -26,28 +26,31 @@ HOSTS = ("coordinator", "num-processes", "process-id", "start-timeout")
 class _Path(flags.ArgumentParser):
     """Reads a path that a user gives: `files.expanded`, and where something is to be written, whether it can be."""
 
-    syntactic_help = "a path; ~ is the home folder"
+    syntactic_help = "a path, ~ is the home folder; or gs://BUCKET/NAME"
 
-    def __init__(self, name: str, writes: str):
-        self._name, self._writes = name, writes
+    def __init__(self, name: str, writes: str, local: str):
+        self._name, self._writes, self._local = name, writes, local
 
     def parse(self, argument: str) -> str:
-        path = expanded(argument)
+        path = expanded(argument, local=self._local)
         if self._writes:
             check_writable(path, self._writes == "folder", f"--{self._name}")
+        else:
+            check_readable(path, f"--{self._name}")
         return path
 
     def flag_type(self) -> str:
         return "path"
 
 
-def define_path(name: str, help: str, *, writes: str = "") -> flags.FlagHolder:
+def define_path(name: str, help: str, *, writes: str = "", local: str = "") -> flags.FlagHolder:
     """Gives a command an option that is a path.
 
     Args:
       writes: "file" or "folder" where the command writes one there; it is refused at the start if it cannot.
+      local: why it must be of this machine's file system, in words; "" = it may be in a store.
     """
-    return flags.DEFINE(_Path(name, writes), name, None, help)
+    return flags.DEFINE(_Path(name, writes, local), name, None, help)
 
 
 def define_which() -> flags.FlagHolder:
@@ -138,7 +141,7 @@ def _check_config_arguments(arguments: list[str]) -> None:
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, given, value = argument.lstrip("-").partition("=")
         if name == "config" and argument.startswith("-"):
-            config.load(expanded(value if given else following))
+            config.load(value if given else following)
         elif name.startswith("config."):
             field = name.removeprefix("config.")
             if field not in config.field_names():
@@ -152,11 +155,11 @@ def _with_texts(arguments: list[str]) -> list[str]:
     for argument in arguments:
         flag, given, value = argument.partition("=")
         if follows:
-            written.append(expanded(argument) if follows == "config" else _quoted(argument))
+            written.append(expanded(argument, local=config.LOCAL) if follows == "config" else _quoted(argument))
         elif given and flag.lstrip("-") in texts:
             written.append(f"{flag}={_quoted(value)}")
         elif given and flag.lstrip("-") == "config":
-            written.append(f"{flag}={expanded(value)}")
+            written.append(f"{flag}={expanded(value, local=config.LOCAL)}")
         else:
             written.append(argument)
         named = flag.lstrip("-") if flag.startswith("-") and not given and not follows else ""

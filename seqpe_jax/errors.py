@@ -1,4 +1,4 @@
-"""The two exceptions that commands tell in one line; imports nothing, so every room may raise them."""
+"""The exceptions that commands tell in one line; imports nothing, so every room may raise them."""
 
 import difflib
 from collections.abc import Iterable
@@ -17,6 +17,13 @@ class Failure(RuntimeError):
     """Work that cannot go on, through no fault of the input, told in one line; commands exit with `code`."""
 
     code = 1
+
+
+class StoreError(OSError, Failure):
+    """An object store did not do what it was asked, also when asked again; `filename` and `strerror` say where and why."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -4,13 +4,13 @@ python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,10
 python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
 """
 
-import pathlib
 import re
 
 from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import as_path
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = command.define_which()
@@ -60,7 +60,7 @@ def main() -> None:
         tuple(_PATHS.value), _LOSSY.value,
     )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():
-        for file in write(report, arrays, pathlib.Path(_OUTPUT.value)):
+        for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")
 
 

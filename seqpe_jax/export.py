@@ -7,14 +7,13 @@ The folder holds model.stablehlo (any batch, any length or size up to the larges
 tokenizer, and README.md, which says how to load it. `evaluate --checkpoint` takes it like a run.
 """
 
-import pathlib
 import signal
 import sys
 
 from absl import flags
 
 from seqpe_jax import command
-from seqpe_jax.files import check_free
+from seqpe_jax.files import as_path, check_free
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
 _WHICH = command.define_which()
@@ -41,7 +40,7 @@ def main() -> None:
     model = loading.opened(_CHECKPOINT.value, _WHICH.value)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
     export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
-    print(f"written: {_OUTPUT.value}, see {pathlib.Path(_OUTPUT.value) / CARD}")
+    print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / CARD}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Paths as users give them, whether something can be written there, and the one way in which files are written."""
+"""Paths as users give them, whether something can be written there, and the one way in which files are written.
+
+A path is a place in a file system or, as gs://BUCKET/NAME, in an object store (`stores`): what is here serves both.
+"""
 
 import contextlib
 import importlib
@@ -9,27 +12,43 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from seqpe_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from seqpe_jax.stores import StorePath
+
+STORE = "gs://"
+Place = pathlib.Path | Any  # a path of a file system, or a `stores.StorePath`, which has the same methods
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
-def expanded(path: str) -> str:
+def expanded(path: str, *, local: str = "") -> str:
     """Returns a path as it is meant: `~` and `~user` stand for home folders, as in a shell.
 
+    Args:
+      local: why it must be of a file system, in words; "" = an address in a store will do.
+
     Raises:
-      InputError: it is empty or too long, names an object store, there is no such user, or it cannot be looked at.
+      InputError: it is empty or too long, an address of no store that is known, there is no such user, or it cannot be
+        looked at.
     """
     if not path.strip():
         raise InputError("a path is empty: give the name of a file or folder")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path)
+    if scheme and not local and path.startswith(STORE):
+        from seqpe_jax import stores  # libraries that a run on a disk does without
+
+        return stores.checked(path)
     if scheme:
-        raise InputError(
-            f"{path}: this version reads and writes folders of a file system, not {scheme[1]}:// addresses; mount it "
-            "(gcsfuse, s3fs, mountpoint-s3) or give a folder that all hosts share. A folder of that name is ./" + path
-        )
+        mount = "mount it (gcsfuse, s3fs, mountpoint-s3) or give a folder that all hosts share"
+        words = {
+            "gs": f"{local}: {mount}" if local else "an address in a store is written gs://BUCKET/NAME",
+            "s3": f"checkpoints cannot be saved to s3:// (Orbax has no way there): give gs://BUCKET/NAME, {mount}",
+        }.get(scheme[1], f"there is no way to {scheme[1]}:// addresses: give gs://BUCKET/NAME, {mount}")
+        raise InputError(f"{path}: {words}. A folder of that name is ./{path}")
     found = os.path.expanduser(path)
     if found.startswith("~"):
         user = found.split("/")[0]
@@ -56,6 +75,20 @@ def from_json(content: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
+def as_path(path: str | os.PathLike) -> Place:
+    """Returns a path that is a `pathlib.Path`, or has its methods where it is an address in a store."""
+    if not os.fspath(path).startswith(STORE):
+        return pathlib.Path(path)
+    from seqpe_jax import stores  # as above
+
+    return stores.StorePath(stores.checked(os.fspath(path)))
+
+
+def in_store(path: str | os.PathLike) -> "TypeGuard[StorePath]":
+    """Whether a path is an address in a store, where nothing can be appended, renamed or locked."""
+    return os.fspath(path).startswith(STORE)
+
+
 def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
     """Refuses a place where nothing can be written, before any work is done.
 
@@ -65,7 +98,12 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
     Raises:
       InputError: a folder stands where a file should, or the reverse, or a device; the place is not writable, or no place.
     """
-    target = pathlib.Path(path)
+    target = as_path(path)
+    if in_store(target):
+        from seqpe_jax import stores  # as above
+
+        stores.check_writable(target, folder, option)
+        return
     try:
         os.stat(target)
     except (FileNotFoundError, NotADirectoryError):
@@ -90,8 +128,18 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} cannot be written: no leave to write in {nearest}; choose another place")
 
 
+def check_readable(path: str | os.PathLike, option: str) -> None:
+    """Refuses a bucket that is not there, or not for this user; files are told by who reads them. Raises: InputError."""
+    if in_store(path):
+        from seqpe_jax import stores  # as above
+
+        stores.check_there(as_path(path), option)
+
+
 def free_space(folder: str | os.PathLike) -> int | None:
-    """Returns the free bytes where a folder lies; None where that is not told, as by some shared file systems."""
+    """Returns the free bytes where a folder lies; None where that is not told, as by stores and some file systems."""
+    if in_store(folder):
+        return None
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else None
 
@@ -125,12 +173,18 @@ def lock(file: Any, wait: bool = False) -> bool | None:
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a file beside `path` that takes its name when the block ends well, so that nobody ever sees half of it.
+    """Yields a file that takes the place of `path` when the block ends well, so that nobody ever sees half of it.
 
-    Its folder is made where there is none. The name holds the process's number: several may write at once, and the last
-    one to end stays.
+    Its folder is made where there is none. Several may write at once, and the last one to end stays: the file's name holds
+    the process's number, or it lies in a folder of its own, from which it is put into a store.
     """
-    target = pathlib.Path(path)
+    target = as_path(path)
+    if in_store(target):
+        with scratch() as folder:
+            part = folder / (target.name or "part")
+            yield part
+            target.upload(part)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -143,7 +197,10 @@ def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file whole or not at all, text as UTF-8; one that holds the content already is left alone."""
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may be any bytes
-    target = pathlib.Path(path)
+    target = as_path(path)
+    if in_store(target):
+        target.put(data)
+        return
     if target.is_file() and target.read_bytes() == data:
         return
     with whole(target) as part:
@@ -152,7 +209,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 def check_free(folder: str | os.PathLike, option: str = "--output") -> None:
     """Refuses to write over anything. Raises: InputError: something is there that is not an empty folder."""
-    path = pathlib.Path(folder)
+    path = as_path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{option}={folder} is there already and not an empty folder: choose another, or remove it")
 
@@ -161,6 +218,8 @@ def check_free(folder: str | os.PathLike, option: str = "--output") -> None:
 def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pathlib.Path]:
     """Yields an empty folder that takes the name `path` when the block ends well, and vanishes otherwise.
 
+    In a store its files come one by one, those in deeper folders first and config.json, by which a folder is known, last.
+
     Args:
       option: what names the place, for messages.
 
@@ -168,6 +227,12 @@ def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
       InputError: the folder cannot be written, or the name is taken.
     """
     check_free(path, option)
+    if in_store(path):
+        with scratch() as folder:
+            yield folder
+            check_free(path, option)
+            put_folder(folder, as_path(path))
+        return
     target = pathlib.Path(path).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,3 +246,71 @@ def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[pathlib.Path]:
+    """Yields an empty folder on this machine's disk, which goes when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="seqpe_jax_", ignore_cleanup_errors=True) as folder:
+        yield pathlib.Path(folder)
+
+
+@contextlib.contextmanager
+def written_here(folder: Place) -> Iterator[pathlib.Path]:
+    """Yields the folder for who writes to a file system alone; what is written is put into a store when the block ends."""
+    if not in_store(folder):
+        yield folder
+        return
+    with scratch() as here:
+        yield here
+        put_folder(here, folder)
+
+
+def below(folder: Place) -> list[Place]:
+    """Returns all files of a folder and of those in it, sorted."""
+    return folder.files() if in_store(folder) else sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def put_folder(folder: pathlib.Path, target: "StorePath") -> None:
+    """Puts all files of a folder into a store; what was put goes again where one of them cannot be."""
+    put: list[Any] = []
+    try:
+        for file in sorted(below(folder), key=lambda file: (file.name == "config.json", -len(file.parts), file)):
+            put.append(target / file.relative_to(folder))
+            put[-1].upload(file)
+    except BaseException:
+        for one in put:
+            with contextlib.suppress(OSError):
+                one.unlink(missing_ok=True)
+        raise
+
+
+def move_folder(folder: Place, target: Place, first: tuple[str, ...] = ()) -> None:
+    """Gives a folder another name. In a store its files are copied, then removed: at no time is one of them nowhere.
+
+    Args:
+      first: files that are removed first, for without them nobody takes the folder for a whole one.
+    """
+    if not in_store(folder):
+        folder.rename(target)
+        return
+    files = below(folder)
+    for file in files:
+        file.copied(target / file.relative_to(folder))
+    for file in sorted(files, key=lambda file: str(file.relative_to(folder)) not in first):
+        file.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Place) -> None:
+    """Removes a folder and all in it, as far as that can be done."""
+    if not in_store(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        for file in below(folder):
+            file.unlink(missing_ok=True)
+
+
+def stamp(file: Place) -> int:
+    """Returns a number that changes when a file is written. Raises: FileNotFoundError."""
+    return int(file.info()["generation"]) if in_store(file) else file.stat().st_mtime_ns

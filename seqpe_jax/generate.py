@@ -10,7 +10,6 @@ positions of a run with encoding.resize='stretch', where those are more than a t
 """
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import as_path, write_whole
 
 if TYPE_CHECKING:
     from seqpe_jax.inference.decoding import Generation
@@ -106,7 +105,7 @@ def _text(argument: str) -> str:
 def read_prompts(path: str) -> list[str]:
     """Returns the lines of a file. Raises: InputError: it cannot be read, is too large or not UTF-8, or holds no line."""
     try:
-        with open(path, "rb") as file:
+        with as_path(path).open("rb") as file:
             content = file.read(PROMPT_BYTES + 1)  # a device may have no end
         if len(content) > PROMPT_BYTES:
             raise InputError(f"--prompts-file={path} has more than {PROMPT_BYTES >> 20} MiB: give fewer lines")
@@ -125,7 +124,7 @@ def main() -> None:
     command.join_hosts()
     if (_PROMPT.value is None) == (_FILE.value is None):
         raise InputError("give either --prompt=TEXT or --prompts-file=FILE")
-    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+    output = as_path(_OUTPUT.value) if _OUTPUT.value else None
     if output and output.is_dir():
         raise InputError(f"--output={output} is a directory: give the name of a file")
     results = run(

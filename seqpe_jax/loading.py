@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import os
 import sys
 from typing import Any
 
@@ -13,7 +13,7 @@ from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import as_path, from_json
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
@@ -31,7 +31,7 @@ EXPECTED = (
 )
 
 
-def load(path: str | pathlib.Path, which: str = "latest") -> Model:
+def load(path: str | os.PathLike, which: str = "latest") -> Model:
     """Returns the model of a folder or file, its parameters read; no data are opened.
 
     Args:
@@ -42,16 +42,16 @@ def load(path: str | pathlib.Path, which: str = "latest") -> Model:
     Raises:
       InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version.
     """
-    if not pathlib.Path(path).exists():
+    if not as_path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
     model = opened(str(path), which) if is_ours(path) else reference.from_source(folders.read(str(path)))
     _ = model.params
     return model
 
 
-def is_ours(path: str | pathlib.Path) -> bool:
+def is_ours(path: str | os.PathLike) -> bool:
     """Whether a path is a folder of `train`, of `convert` or of `export`."""
-    folder = pathlib.Path(path)
+    folder = as_path(path)
     if (folder / FOLDER).is_dir():
         return True
     try:
@@ -100,7 +100,7 @@ def saved_config(checkpoint: str) -> Config:
     Raises:
       InputError: not a folder of a run or an export.
     """
-    if not pathlib.Path(checkpoint).is_dir():
+    if not as_path(checkpoint).is_dir():
         raise InputError(
             f"no such directory: {checkpoint} (--checkpoint takes a --workdir of `train` or an --output of `export`)"
         )
@@ -163,7 +163,7 @@ def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.shardin
 
 def _exported_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
     """The parameters of an export, on every device of a mesh. Raises: InputError: the export is damaged."""
-    wrong = damage(pathlib.Path(checkpoint).absolute(), named=False)
+    wrong = damage(as_path(checkpoint).absolute(), named=False)
     if wrong:
         raise InputError(f"{checkpoint} is damaged: {wrong}; export the run again")
     return jax.device_put(read_params(checkpoint, architecture.shapes), layout.replicated(mesh))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -176,14 +176,14 @@ class Model:
         squares: Scales = tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
         return measure(self, scales, squares, split, **options)[0]["results"]
 
-    def save(self, folder: str | pathlib.Path) -> None:
+    def save(self, folder: str | os.PathLike) -> None:
         """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""
         known = bool(self.folder or self.config.data.tokenizer)
         carry = self.task.carry if known else None
         writing.write_run(folder, self.config, self.params, self.sizes, self.step, keep=carry)
 
     def export(
-        self, folder: str | pathlib.Path, *, max_length: int | None = None, max_size: int | None = None,
+        self, folder: str | os.PathLike, *, max_length: int | None = None, max_size: int | None = None,
         platforms: Sequence[str] = PLATFORMS,
     ) -> None:  # fmt: skip
         """Writes the model as a folder that runs with JAX alone (see `seqpe_jax.export`).
@@ -197,7 +197,7 @@ class Model:
         """
         export.write(self, folder, max_length, max_size, platforms)
 
-    def save_reference(self, folder: str | pathlib.Path) -> dict[str, Any]:
+    def save_reference(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the model in the layout of the PyTorch reference, and returns what went where.
 
         Raises:

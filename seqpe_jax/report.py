@@ -3,11 +3,10 @@
 python -m seqpe_jax.report --workdir=runs/quickstart --output=runs/quickstart/report
 """
 
-import pathlib
-
 from absl import flags
 
 from seqpe_jax import command
+from seqpe_jax.files import as_path
 
 _WORKDIR = command.define_path("workdir", "folder of a run, of a sweep, or a folder whose subfolders are runs")
 _OUTPUT = command.define_path("output", "folder for report.html, report.md, results.csv and the plots", writes="folder")
@@ -18,7 +17,7 @@ def main() -> None:
     from seqpe_jax.reporting import report
 
     table = report.write_report(_WORKDIR.value, _OUTPUT.value)
-    print(f"{table}\nthe whole report: {pathlib.Path(_OUTPUT.value) / 'report.html'}")
+    print(f"{table}\nthe whole report: {as_path(_OUTPUT.value) / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from seqpe_jax.sweeps.runs import SweepRun
     from seqpe_jax.sweeps.stages import Stages
 
-_SWEEP = command.define_path("sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)")
-_WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
+_SWEEP = command.define_path(
+    "sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)", local="sweep files are Python"
+)
+_WORKDIR = command.define_path(
+    "workdir", "folder of the sweep, with a folder for each run", writes="folder",
+    local="a sweep keeps locks and growing logs in its folder, which stores have not",
+)  # fmt: skip
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "optuna"], "who runs the commands")
 _JOBS = flags.DEFINE_integer("jobs", None, "runs at once (default: 1; slurm: as many as it has room for)", 1, 4096)
 _ONLY = flags.DEFINE_list("only", [], "the runs of these names alone")

@@ -31,6 +31,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 from tests.commands import Commands
+from tests.emulator import Store
 
 gc.set_threshold(50_000, 20, 50)  # traces make many objects that live long; looking through them again costs time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +53,25 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     running = Commands(tmp_path_factory.mktemp("cache"))
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def one_store() -> Iterator[Store]:
+    """An object store on this machine, for all tests of a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        running = Store()
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def store(one_store: Store, request: pytest.FixtureRequest) -> Iterator[Store]:
+    """The same, with a folder of the test's own, `store.folder`, and without failures on purpose."""
+    one_store.folder = f"gs://runs/{request.node.name}"
+    yield one_store
+    one_store.fail(0)
 
 
 def _beside(name: str) -> pathlib.Path:

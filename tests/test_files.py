@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import re
 
 import pytest
 
 from seqpe_jax import config, files
-from seqpe_jax.errors import InputError
-from seqpe_jax.files import check_writable, expanded, open_to_all
+from seqpe_jax.data.cache import cache_root
+from seqpe_jax.errors import InputError, StoreError
+from seqpe_jax.files import as_path, check_writable, expanded, open_to_all
 from tests.tiny import ROOT
 
 
@@ -44,13 +46,32 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
             check_writable(path, folder, "--output")
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gcs://bucket/run", "gs:/bucket/run"])
-def test_object_stores_are_told_and_not_made_folders(path):
-    """`gs://bucket` would be a folder named `gs:` on every host."""
-    scheme = path.partition(":")[0]
-    with pytest.raises(InputError, match=rf"not {scheme}:// addresses; mount it .*\./{path}"):
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("s3://bucket/run", "checkpoints cannot be saved to s3://.*give gs://BUCKET/NAME"),
+        ("gcs://bucket/run", "no way to gcs:// addresses: give gs://BUCKET/NAME"),
+        ("gs:/bucket/run", "written gs://BUCKET/NAME"),
+    ],
+)
+def test_addresses_of_other_stores_are_told_and_not_made_folders(path, words):
+    """`s3://bucket` would be a folder named `s3:` on every host."""
+    with pytest.raises(InputError, match=rf"{path}: .*{words}.*\./{path}"):
         expanded(path)
     assert expanded(f"./{path}") == f"./{path}" and expanded("a/b.py:seqpe") == "a/b.py:seqpe"
+
+
+def test_what_must_lie_on_this_machine_is_told(monkeypatch):
+    for local, read in {
+        "config files are Python": lambda: config.load("gs://runs/config.py"),
+        "data.cache_dir is a folder of this machine": lambda: config.load(
+            f"{ROOT}/configs/stdlib_lm.py", {"data.cache_dir": "gs://runs/cache"}
+        ),
+        "prepared data are read at random": cache_root,
+    }.items():
+        monkeypatch.setenv("SEQPE_JAX_CACHE", "gs://runs/cache")
+        with pytest.raises(InputError, match=f"gs://runs/.*{local}.*mount it"):
+            read()
 
 
 def test_places_that_are_none_are_told(tmp_path):
@@ -100,3 +121,93 @@ def test_a_link_that_leads_nowhere_is_no_place_for_a_folder(tmp_path):
     for path, folder in (("link", True), ("link/below", True), ("link/below.json", False)):
         with pytest.raises(InputError, match="link is a link that leads nowhere: mend it"):
             files.check_writable(tmp_path / path, folder, "--output")
+
+
+@pytest.fixture(params=["disk", "store"])
+def folder(request, tmp_path):
+    """A folder that is not there yet: on a disk, and in a store."""
+    if request.param == "disk":
+        return tmp_path / "new" / "folder"
+    return as_path(request.getfixturevalue("store").folder) / "folder"
+
+
+def test_files_are_whole_on_a_disk_and_in_a_store(folder):
+    assert not folder.exists() and not folder.is_dir()
+    files.write_whole(folder / "text", "ü\n")
+    with files.whole(folder / "deep" / "bytes") as part:
+        part.write_bytes(b"12")
+        assert not (folder / "deep" / "bytes").exists()
+    with pytest.raises(ZeroDivisionError), files.whole(folder / "text") as part:
+        part.write_bytes(b"half of it")
+        raise ZeroDivisionError
+    assert (folder / "text").read_text(encoding="utf-8") == "ü\n" and (folder / "deep" / "bytes").read_bytes() == b"12"
+    assert {path.name for path in folder.iterdir()} == {"text", "deep"} and (folder / "deep").is_dir()
+    assert [str(path.relative_to(folder)) for path in files.below(folder)] == ["deep/bytes", "text"]
+    assert [path.name for path in folder.glob("t*")] == ["text"]
+    before = files.stamp(folder / "text")
+    files.write_whole(folder / "text", "more")
+    assert files.stamp(folder / "text") != before
+
+
+def test_what_is_not_there_is_not(folder):
+    for act in (folder.read_bytes, folder.read_text, folder.unlink, lambda: files.stamp(folder)):
+        with pytest.raises(FileNotFoundError) as told:
+            act()
+        assert told.value.strerror == "No such file or directory"
+    folder.unlink(missing_ok=True)
+    assert list(folder.glob("*")) == [] and files.below(folder) == []
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(folder):
+    with pytest.raises(ZeroDivisionError), files.new_folder(folder) as inside:
+        (inside / "config.json").write_text("{}")
+        raise ZeroDivisionError
+    assert not folder.exists()
+    with files.new_folder(folder) as inside:
+        (inside / "deep").mkdir()
+        (inside / "deep" / "b").write_text("b")
+        (inside / "config.json").write_text("{}")
+        assert not folder.exists()
+    assert [str(path.relative_to(folder)) for path in files.below(folder)] == ["config.json", "deep/b"]
+    with pytest.raises(InputError, match="there already"), files.new_folder(folder):
+        pass
+
+
+def test_a_folder_takes_another_name_and_goes(folder):
+    for name in ("a", "deep/b"):
+        files.write_whole(folder / name, name)
+    other = folder.with_name("other")
+    files.move_folder(folder, other, first=("a",))
+    assert not folder.exists()
+    assert {str(path.relative_to(other)): path.read_text() for path in files.below(other)} == {"a": "a", "deep/b": "deep/b"}
+    files.remove_folder(other)
+    assert not other.exists()
+
+
+def test_an_upload_that_fails_leaves_nothing(store, tmp_path, monkeypatch):
+    """What a reader knows a folder by comes last, and what came before goes again."""
+    for name in ("config.json", "a", "z"):
+        (tmp_path / name).write_text(name)
+    target, order = as_path(store.folder) / "folder", []
+    upload = type(target).upload
+
+    def failing(self, file):
+        order.append(self.name)
+        if self.name == "config.json":
+            raise StoreError(5, "no answer", str(self))
+        upload(self, file)
+
+    monkeypatch.setattr(type(target), "upload", failing)
+    with pytest.raises(StoreError):
+        files.put_folder(tmp_path, target)
+    assert order == ["a", "z", "config.json"] and not target.exists()
+
+
+def test_files_are_written_in_one_place():
+    """Whole or not at all is the work of `files`: nothing else gives a finished file its name."""
+    for page in pathlib.Path(ROOT / "seqpe_jax").rglob("*.py"):
+        renamed = re.findall(r"\.rename\(|os\.replace\(|\.replace\(\w+\)", page.read_text())
+        assert not renamed or page.relative_to(ROOT / "seqpe_jax").as_posix() in ("files.py", "data/cache.py"), (
+            page,
+            renamed,
+        )

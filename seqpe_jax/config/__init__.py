@@ -4,6 +4,7 @@ from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, 
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
+    LOCAL,
     as_read,
     defaults,
     difference,
@@ -39,6 +40,7 @@ __all__ = [
     "EncodingConfig",
     "EncodingKind",
     "FREE_SECTIONS",
+    "LOCAL",
     "GRID_ONLY",
     "LARGEST_UNITS",
     "MeshConfig",

@@ -20,6 +20,7 @@ from seqpe_jax.config.scripts import module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expanded
 
+LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
 FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
 
@@ -175,7 +176,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
       InputError: no such file, variant or field, or values that do not fit.
     """
-    name, _, variant = expanded(path).partition(":")
+    name, _, variant = expanded(path, local=LOCAL).partition(":")
     what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
     make = getattr(module_of(name, what), "get_config", None)
     if not callable(make):
@@ -241,13 +242,16 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
             built[name] = _value(hint, value, full)
             check_range(built[name], fields[name].metadata, full, new=False)
             if fields[name].metadata.get("path"):
-                built[name] = _written_out(built[name])
+                built[name] = _written_out(built[name], full)
     return kind(**built)
 
 
-def _written_out(value: Any) -> Any:
+def _written_out(value: Any, name: str) -> Any:
     """The path or paths of a field, `files.expanded`; none stays none."""
-    return tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value) if value else value
+    if isinstance(value, tuple):
+        return tuple(map(expanded, value))
+    local = f"{name} is a folder of this machine" if name == "data.cache_dir" else ""
+    return expanded(value, local=local) if value else value
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

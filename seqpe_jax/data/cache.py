@@ -17,7 +17,8 @@ UNFINISHED = ".unfinished-"
 def cache_root(cache_dir: str | os.PathLike = "") -> pathlib.Path:
     """Returns `cache_dir`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
     chosen = cache_dir or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
-    return pathlib.Path(expanded(os.fspath(chosen))).absolute()
+    local = "prepared data are read at random, from a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
+    return pathlib.Path(expanded(os.fspath(chosen), local=local)).absolute()
 
 
 @contextlib.contextmanager

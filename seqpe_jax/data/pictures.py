@@ -14,6 +14,7 @@ from seqpe_jax.data.builders import image_builder_class
 from seqpe_jax.data.builders.base import SPLITS
 from seqpe_jax.data.builders.labelled import PHOTO_MEAN, PHOTO_STD, ImageSource
 from seqpe_jax.data.cache import cache_root
+from seqpe_jax.data.fetched import fetched
 from seqpe_jax.errors import InputError, suggest
 
 CLASSES = {"imagenet2012": 1000, "imagenet_resized": 1000}
@@ -72,7 +73,7 @@ def image_source(
     root = cache_root(cache_dir)
     return builder.open_split(
         split,
-        paths=tuple(os.fspath(path) for path in paths),
+        paths=fetched([os.fspath(path) for path in paths], cache_dir, progress),
         datasets=pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets",
         cache=root,
         progress=progress,

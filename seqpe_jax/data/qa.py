@@ -21,6 +21,7 @@ from seqpe_jax.data.builders.base import prepared
 from seqpe_jax.data.builders.passages import QuestionBuilder
 from seqpe_jax.data.builders.qa_jsonl import QaJsonl
 from seqpe_jax.data.cache import cache_root
+from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from seqpe_jax.errors import InputError, suggest
@@ -196,7 +197,7 @@ def question_source(
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
         writable, a tokenizer without an end.
     """
-    paths = (paths,) if isinstance(paths, str) else tuple(os.fspath(path) for path in paths)
+    paths = fetched([paths] if isinstance(paths, str) else [os.fspath(path) for path in paths], cache_dir, progress)
     builder = question_builder_class(name)
     if split not in base.SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")

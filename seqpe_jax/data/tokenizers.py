@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import Place, as_path, from_json, write_whole
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
@@ -125,7 +124,7 @@ class HFTokenizer:
     def __init__(self, path: str | os.PathLike):
         import tokenizers
 
-        file = pathlib.Path(path).expanduser()
+        file = as_path(path).expanduser()
         file = file / FILE if file.is_dir() else file
         self._content = _read(file)
         try:
@@ -203,7 +202,7 @@ class HFTokenizer:
         return _loaded(directory, cls)
 
 
-def _beside(file: pathlib.Path) -> dict[str, Mapping[str, Any]]:
+def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
     """Returns what the files of `NAMED_IN` beside a tokenizer.json hold, by name.
 
     Raises:
@@ -226,7 +225,7 @@ def _beside(file: pathlib.Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _named_end(
-    file: pathlib.Path, beside: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
+    file: Place, beside: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
 ) -> int | None:
     """Returns the end of text that the files beside a tokenizer.json name, or None.
 
@@ -333,7 +332,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     """
     if os.fspath(name_or_path) == ByteTokenizer.name:
         return ByteTokenizer()
-    file = pathlib.Path(name_or_path).expanduser()
+    file = as_path(name_or_path).expanduser()
     file = file / FILE if file.is_dir() else file
     raw = _read(file)
     try:
@@ -346,13 +345,13 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
 
 
 def _loaded(directory: str | os.PathLike, kind: type):
-    tokenizer = load_tokenizer(pathlib.Path(directory) / FILE)
+    tokenizer = load_tokenizer(as_path(directory) / FILE)
     if not isinstance(tokenizer, kind):
         raise InputError(f"the tokenizer in '{directory}' is not a {kind.__name__}")
     return tokenizer
 
 
-def _read(file: pathlib.Path) -> bytes:
+def _read(file: Place) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
@@ -362,14 +361,14 @@ def _read(file: pathlib.Path) -> bytes:
         ) from error
 
 
-def _not_a_tokenizer(file: pathlib.Path, why: object) -> InputError:
+def _not_a_tokenizer(file: Place, why: object) -> InputError:
     return InputError(
         f"data.tokenizer: '{file}' is not a Hugging Face tokenizer.json ({why}); give such a file, or \"bytes\""
     )
 
 
 def _write(directory: str | os.PathLike, content: bytes, name: str = FILE) -> None:
-    write_whole(pathlib.Path(directory) / name, content)
+    write_whole(as_path(directory) / name, content)
 
 
 def _decoded(text: bytes) -> str:

@@ -13,6 +13,7 @@ import tqdm
 
 from seqpe_jax.data.builders import base, builder_class
 from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.files import tell
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, Tokenizer, check_loss, token_dtype
 from seqpe_jax.errors import InputError, suggest
@@ -75,7 +76,7 @@ def token_source(
     """
     if isinstance(paths, str):
         paths = (paths,)
-    builder, paths = builder_class(name), tuple(os.fspath(path) for path in paths)
+    builder, paths = builder_class(name), fetched([os.fspath(path) for path in paths], cache_dir, progress)
     if split not in base.SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     root = cache_root(cache_dir)

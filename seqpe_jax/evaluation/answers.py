@@ -8,7 +8,6 @@ import collections
 import itertools
 import json
 import os
-import pathlib
 import re
 import string
 import unicodedata
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import Place, as_path, write_whole
 
 METRICS = ("contains", "exact_match", "f1")
 DEPTH_BINS = 5
@@ -173,7 +172,7 @@ def no_context_baseline(train: Iterable[Asked], heldout: Iterable[Asked]) -> dic
     return score(records, hypotheses)
 
 
-def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]) -> pathlib.Path:
+def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]) -> Place:
     """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
 
     The file appears whole or not at all.
@@ -181,7 +180,7 @@ def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]],
     Raises:
       InputError: it cannot be written.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     lines = []
     for record, hypothesis in zip(records, hypotheses, strict=True):
         line = {

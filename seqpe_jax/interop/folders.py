@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from seqpe_jax.data.fetched import fetched
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import open_to_all
 from seqpe_jax.interop import pickles, weights
@@ -96,7 +97,7 @@ def read(path: str | pathlib.Path) -> Source:
     Raises:
       InputError: no such path, none of the formats, a file missing, damaged or refused, an unknown field.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(*fetched([str(path)], option="the checkpoint"))
     if path.is_file() and path.suffix in (".pth", ".pt"):
         return _images(path)
     if not path.is_dir():

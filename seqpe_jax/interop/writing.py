@@ -15,7 +15,7 @@ from seqpe_jax import config as configs
 from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import check_free, new_folder
+from seqpe_jax.files import as_path, check_free, new_folder
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.tasks.sizes import write_sizes
@@ -84,7 +84,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     if not config.reads_images and kind in ("sinusoidal", "rotary", "alibi"):
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
         state[f"{weights.ENCODER}weight"] = fixed_table(config, model.architecture, rows)
-    kept = pathlib.Path(model.folder) / FILE if model.folder else None
+    kept = as_path(model.folder) / FILE if model.folder else None
     with new_folder(output) as folder:
         files = (folders.write_images if config.reads_images else folders.write_text)(
             folder, spec, settings.training_of(config), state

@@ -1,13 +1,14 @@
 """What encodings keep of their quality past the training length, beside what they cost, as `benchmark` measured it."""
 
 import json
-import pathlib
+import os
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import as_path
 from seqpe_jax.reporting.study import Run, Study
 from seqpe_jax.reporting.tables import MISSING, Cell, Metric, Table, heading, number
 
@@ -19,14 +20,14 @@ FACTOR = 8  # of the training length or size, at which it is told what is kept
 Benchmark = dict[str, Any]
 
 
-def read_benchmarks(workdir: str | pathlib.Path) -> list[Benchmark]:
+def read_benchmarks(workdir: str | os.PathLike) -> list[Benchmark]:
     """Returns the benchmarks of training and evaluation that lie beside a study's runs.
 
     Raises:
       InputError: a file that `benchmark --output` did not write.
     """
     found = []
-    for path in sorted(pathlib.Path(workdir).glob(FILES)):
+    for path in sorted(as_path(workdir).glob(FILES)):
         try:
             one = json.loads(path.read_bytes())
             for run in one["runs"]:
@@ -40,14 +41,14 @@ def read_benchmarks(workdir: str | pathlib.Path) -> list[Benchmark]:
     return sorted(found, key=lambda one: list(MODES).index(one["runs"][0]["mode"]))
 
 
-def command(study: Study, workdir: str | pathlib.Path, benchmarks: Sequence[Benchmark]) -> str:
+def command(study: Study, workdir: str | os.PathLike, benchmarks: Sequence[Benchmark]) -> str:
     """Returns the commands that measure what is missing beside the runs; "" where nothing is."""
     there = {one["runs"][0]["mode"] for one in benchmarks}
     kinds = ",".join(dict.fromkeys([_reference([], study), *(run.encoding for run in study.runs)]))
     config = (study.config or "CONFIG").partition(":")[0]
     return "\n".join(
         f"python -m seqpe_jax.benchmark --config={config} --compare={kinds} --mode={mode} "
-        f"--output={pathlib.Path(workdir) / f'benchmark_{mode}.json'}"
+        f"--output={as_path(workdir) / f'benchmark_{mode}.json'}"
         for mode in MODES
         if mode not in there
     )

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import pathlib
 import urllib.parse
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 import jinja2
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import Place, as_path, write_whole
 from seqpe_jax.reporting import choices, costs, drawing, plots, tables
 from seqpe_jax.reporting.study import Run, Study, differences, read_study
 from seqpe_jax.reporting.verdicts import verdicts
@@ -26,14 +27,14 @@ NOT_EVALUATED = (
 )
 
 
-def write_report(workdir: str | pathlib.Path, output: str | pathlib.Path) -> str:
+def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
     """Writes report.html, report.md, results.csv and the plots; returns the main table as markdown.
 
     Raises:
       InputError: see `runs.read_study`; or `output` is not a folder that can be written.
     """
     study, benchmarks = read_study(workdir), costs.read_benchmarks(workdir)
-    output = pathlib.Path(output)
+    output = as_path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -104,7 +105,7 @@ def _measured(study: Study, benchmarks: list[costs.Benchmark]) -> list[tables.Ta
     return [table for table in found if table is not None]
 
 
-def _figures(study: Study, benchmarks: list[costs.Benchmark], output: pathlib.Path) -> dict[str, Any]:
+def _figures(study: Study, benchmarks: list[costs.Benchmark], output: Place) -> dict[str, Any]:
     """Draws all plots and writes their PNGs; returns those of the study and, of runs, [title, [(run, plot), ...]]."""
     drawn = []
     of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}

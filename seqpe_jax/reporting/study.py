@@ -3,20 +3,24 @@
 import collections
 import dataclasses
 import json
-import math
-import pathlib
+import os
 import statistics
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from seqpe_jax.archives import read_arrays
-from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import Place, as_path
+from seqpe_jax.reporting.stored import (
+    config_of,
+    field,
+    object_of,
+    read_attention,
+    read_evaluation,
+    read_similarity,
+    scale_of,
+)
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.trees import flat, nested
 
@@ -27,16 +31,6 @@ UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
 UNSET = "unset"
 UNDECIDED = "not decided yet"
-CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
-IF_THERE = {"steps": int, "data.size": list, "data.name": str}  # what it need not have, but of this kind
-EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
-NUMBERS = (
-    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
-)
-RESULT = dict.fromkeys(NUMBERS.split(), (int, float)) | {"loss_by_position": dict, "depth": list}  # likewise
-Fields = Mapping[str, Any]  # dotted name -> the kind of its value
-NONE: Fields = {}
-LARGEST_DRAWN = 1 << 28  # bytes of the arrays of a plot
 # Equal in all runs, or their numbers do not compare.
 COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
 
@@ -87,7 +81,7 @@ class Run:
     def training(self) -> dict[str, Any]:
         """Extent and label of a training example, as of the results."""
         data = self.config["data"]
-        return _scale({"size": data["size"]} if self.data == "images" else {"length": data["length"]})
+        return scale_of({"size": data["size"]} if self.data == "images" else {"length": data["length"]})
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -185,13 +179,13 @@ class Study:
         return [run for run in self.runs if not run.unfinished or run.row not in finished]
 
 
-def read_study(workdir: str | pathlib.Path) -> Study:
+def read_study(workdir: str | os.PathLike) -> Study:
     """Returns the run of a folder, the runs of its subfolders, or the points of its sweep; SeqPE first.
 
     Raises:
       InputError: there is no run, or one has a file that cannot be read.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     if not workdir.is_dir():
         raise InputError(f"no such directory: {workdir} (--workdir takes a run's folder, or a folder of runs)")
     points = _points(workdir)
@@ -213,11 +207,16 @@ def read_study(workdir: str | pathlib.Path) -> Study:
     return Study(workdir.resolve().name, _rows(runs, chosen=points is not None), trials, points or {})
 
 
-def read_run(folder: pathlib.Path) -> Run:
+def read_run(folder: Place) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
-    config = _config(_object((file := folder / "config.json").read_bytes(), str(file)), str(file))
+    config = config_of(object_of((file := folder / "config.json").read_bytes(), str(file)), str(file))
     run = Run(
-        folder.resolve().name, config, read_metrics(folder), _evaluation(folder), _similarity(folder), _attention(folder)
+        folder.resolve().name,
+        config,
+        read_metrics(folder),
+        read_evaluation(folder),
+        read_similarity(folder),
+        read_attention(folder),
     )
     return dataclasses.replace(run, failure=_failure(folder) if run.unfinished or not run.results else "")
 
@@ -244,13 +243,6 @@ def differences(study: Study) -> list[str]:
             values = [(result.get(count), run.name) for run, result in read if run.data == data]
             compare(f"{count} evaluated at {label}", values)
     return lines
-
-
-def field(values: Any, name: str) -> Any:
-    """Returns the value of a dotted name in nested dicts; None without."""
-    for key in name.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
 
 
 def shown(value: Any) -> str:
@@ -303,18 +295,18 @@ def _short(name: str, among: Sequence[str]) -> str:
     return name if not end or any(f".{other}".endswith(f".{end}") for other in others) else end
 
 
-def _points(workdir: pathlib.Path) -> dict[str, dict[str, Any]] | None:
+def _points(workdir: Place) -> dict[str, dict[str, Any]] | None:
     """Name -> point of a sweep's folder, as its record has it; None for another folder."""
     path = workdir / SWEEP
     if not path.exists():
         return None
-    points = _object(path.read_bytes(), str(path), {"points": dict})["points"]
+    points = object_of(path.read_bytes(), str(path), {"points": dict})["points"]
     for name, point in points.items():
-        point["settings"] = _config(field(point, "settings"), f"{path}, point '{name}',")
+        point["settings"] = config_of(field(point, "settings"), f"{path}, point '{name}',")
     return points
 
 
-def _deciding(points: dict[str, dict[str, Any]], path: pathlib.Path) -> set[str]:
+def _deciding(points: dict[str, dict[str, Any]], path: Place) -> set[str]:
     """Names of the points whose runs decide fields of others. Raises: InputError: points name what is not there."""
     try:
         named = {run for point in points.values() for best in point.get("best", {}).values() for run in best["runs"]}
@@ -325,110 +317,14 @@ def _deciding(points: dict[str, dict[str, Any]], path: pathlib.Path) -> set[str]
     return named
 
 
-def _not_started(folder: pathlib.Path, point: dict[str, Any]) -> Run:
+def _not_started(folder: Place, point: dict[str, Any]) -> Run:
     open_fields = point.get("best", {}).keys() - point.get("decided", {}).keys()
     config = nested(flat(point["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
     return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
 
-def _failure(folder: pathlib.Path) -> str:
+def _failure(folder: Place) -> str:
     """What the last line of a run's log says of its failure; "" where it did not fail."""
     path = folder / LOG
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""
-
-
-def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "evaluation.json"
-    if not path.exists():
-        return {}
-    evaluation = _object(path.read_bytes(), str(path), {"results": list}, EVALUATION)
-    for number, result in enumerate(evaluation["results"], 1):
-        try:
-            result |= _scale(result)
-            _checked(result, "", {}, RESULT)
-            _check_curves(result)
-            if "without_context" in evaluation:
-                float(evaluation["without_context"]["contains"])
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            what = f"{path} has a result without a length or size, or without numbers, result {number}"
-            raise InputError(f"{what}: write it with `evaluate --output`") from error
-    return evaluation
-
-
-def _check_curves(result: dict[str, Any]) -> None:
-    """Refuses parts of a result that cannot be drawn. Raises: KeyError, TypeError, ValueError."""
-    if curve := result.get("loss_by_position"):
-        places, losses = (np.asarray(curve[name], float) for name in ("position", "loss"))
-        if places.ndim != 1 or places.shape != losses.shape or not len(places) or not 0 <= places.min():
-            raise ValueError(places.shape)
-    for part in result.get("depth") or ():
-        _ = [float(part[name]) for name in ("from", "to", "contains")]
-
-
-def _scale(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"extent", "label"} of a length, a [height, width] or a [frames, height, width]."""
-    sides = tuple(int(side) for side in result["size"]) if "length" not in result else (int(result["length"]),)
-    if not ("length" in result or len(sides) in (2, 3)):
-        raise ValueError(sides)
-    if not 1 <= min(sides) <= max(sides) < 2**32:
-        raise ValueError(sides)
-    extent = sides[0] if len(sides) == 1 else math.prod(sides) ** (1 / len(sides))
-    return {"extent": extent, "label": scale_label(sides)}
-
-
-def _similarity(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
-    arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
-    if arrays and not np.isfinite(arrays["cosine"]).all():
-        return None  # the vectors of a model that has come to nothing
-    if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
-        raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
-    return arrays
-
-
-def _attention(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
-    return _arrays(folder / "attention.npz", images=4, attention=4)
-
-
-def _arrays(path: pathlib.Path, **axes: int) -> dict[str, np.ndarray] | None:
-    """Reads arrays that have at least so many axes each."""
-    if not path.exists():
-        return None
-    try:
-        found = read_arrays(path, LARGEST_DRAWN)
-        arrays = {name: found[name] for name in axes}
-        if any(arrays[name].ndim < count or arrays[name].dtype.kind not in "iuf" for name, count in axes.items()):
-            raise ValueError({name: value.shape for name, value in arrays.items()})
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is not an archive of {', '.join(axes)} ({error}): evaluate the run again") from error
-    return arrays
-
-
-def _config(value: Any, where: str) -> dict[str, Any]:
-    """A config that can be shown. Raises: InputError."""
-    data = _checked(value, where, CONFIG, IF_THERE)["data"]
-    try:
-        _scale({"size": data["size"]} if data.get("size") else data)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: its data.size or data.length is none: it is not as this package writes it") from error
-    return value
-
-
-def _object(text: bytes, where: str, fields: Fields = NONE, others: Fields = NONE) -> Any:
-    """Parses a JSON object that must have some fields, given by dotted names, and may have others."""
-    try:
-        value = from_json(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
-    return _checked(value, where, fields, others)
-
-
-def _checked(value: Any, where: str, fields: Fields, others: Fields) -> Any:
-    for name, kind in (fields | others).items():
-        found = field(value, name)
-        if found is None and name in others:
-            continue
-        if not isinstance(found, kind) or isinstance(found, bool) or type(found) is int and abs(found) >= 2**63:
-            what = kind.__name__ if isinstance(kind, type) else "number"
-            raise InputError(f"{where} has no {what} '{name}': it is not as this package writes it")
-    return value

@@ -1,17 +1,18 @@
 """Which checkpoint of a run is the best by a metric of its evaluations, each of which is stored beside its state."""
 
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import Place, as_path, from_json
 from seqpe_jax.runtime.checkpoint import FOLDER, renamed, steps_of, wrong_with
 from seqpe_jax.runtime.digests import damage
 
 EVALUATION = "evaluation"  # what was measured of a state, in what lies beside it
-META = pathlib.Path("meta", "metadata")  # where Orbax keeps that
+META = pathlib.PurePosixPath("meta", "metadata")  # where Orbax keeps that
 # Whether more of a metric is better.
 MORE_IS_BETTER = {
     "loss": False, "perplexity": False, "bits_per_byte": False, "top1": True, "top5": True, "contains": True,
@@ -35,7 +36,7 @@ def check_best(metric: str, known: Sequence[str]) -> str:
 class BestKept:
     """Tells Orbax which checkpoint not to remove, however old it is: the best one, of equals the first."""
 
-    def __init__(self, workdir: str | pathlib.Path, metric: str):
+    def __init__(self, workdir: str | os.PathLike, metric: str):
         """Reads what is there, of which nothing may be damaged (`set_best_aside`)."""
         self._metric, self._values = metric, _values(_folder(workdir), metric)
 
@@ -56,7 +57,7 @@ class BestKept:
         return [step == best for step in there]
 
 
-def best_step(workdir: str | pathlib.Path, metric: str) -> tuple[int, float]:
+def best_step(workdir: str | os.PathLike, metric: str) -> tuple[int, float]:
     """Returns the step of the best of a run's checkpoints, and its value.
 
     Args:
@@ -80,7 +81,7 @@ def best_step(workdir: str | pathlib.Path, metric: str) -> tuple[int, float]:
     return step, values[step]
 
 
-def set_best_aside(workdir: str | pathlib.Path, metric: str) -> list[str]:
+def set_best_aside(workdir: str | os.PathLike, metric: str) -> list[str]:
     """Renames the best checkpoint where it is damaged, or one of which it is not known any more whether it is that.
 
     Returns:
@@ -97,17 +98,17 @@ def set_best_aside(workdir: str | pathlib.Path, metric: str) -> list[str]:
     return told
 
 
-def _folder(workdir: str | pathlib.Path) -> pathlib.Path:
-    return (pathlib.Path(workdir) / FOLDER).absolute()
+def _folder(workdir: str | os.PathLike) -> Place:
+    return (as_path(workdir) / FOLDER).absolute()
 
 
-def _values(folder: pathlib.Path, metric: str) -> dict[int, float]:
+def _values(folder: Place, metric: str) -> dict[int, float]:
     """The metric of each saved state of which it was measured, by step."""
     values = {int(path.name): _number(_meta(path), metric) for path in steps_of(folder)}
     return {step: value for step, value in values.items() if value is not None}
 
 
-def _meta(step: pathlib.Path) -> dict[str, Any]:
+def _meta(step: Place) -> dict[str, Any]:
     """What lies beside a state. Raises: InputError: it is damaged."""
     try:
         return from_json((step / META).read_text())

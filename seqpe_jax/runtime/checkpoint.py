@@ -6,29 +6,37 @@ import json
 import logging
 import math
 import os
-import pathlib
-import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import free_space, from_json, write_whole
+from seqpe_jax.files import Place, as_path, free_space, from_json, in_store, move_folder, remove_folder, write_whole
+from seqpe_jax.runtime.digests import FILE as DIGESTS
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
 ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
 FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
+MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it last of all
 
 
 def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
     """Leaves out the tracebacks in which Orbax's threads tell an error: it is raised, too, and told in one line."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _no_closed_loop(told: Any, tell: Callable[[Any], object] = sys.unraisablehook) -> None:
+    """Leaves out what is told of arrays whose save goes on in a store's library after that of another has failed."""
+    if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+        tell(told)
 
 
 def size_of(state: Any) -> int:
@@ -58,14 +66,16 @@ class Checkpoints:
 
     Attributes:
       failed: saves in a row that failed, up to now.
+      first: done before each save, which has failed where this does: it writes what is to be there when the state is.
     """
 
     def __init__(
-        self, workdir: str | pathlib.Path, *, keep: int = 1, keep_every: int = 0, best: Any = None, create: bool = True
+        self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, best: Any = None, create: bool = True
     ):  # fmt: skip
-        self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
+        self.folder = (as_path(workdir) / FOLDER).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
+        sys.unraisablehook = _no_closed_loop
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
         self._best = best
@@ -74,9 +84,10 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy([*staying, *([best] if best else ())]), create=create,
             enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )  # fmt: skip
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(epath.Path(str(self.folder)), options=options)
         self._under_way: int | None = None
         self.failed = 0
+        self.first: Callable[[], None] = lambda: None
 
     def latest(self) -> int | None:
         """Returns the newest saved step that is not damaged, or None."""
@@ -92,6 +103,7 @@ class Checkpoints:
             return
         self._under_way = step
         with self._telling():
+            self.first()
             if self.failed:  # Orbax has forgotten the checkpoints that were to go after a save that failed
                 self._manager.reload()
             free = free_space(self.folder)
@@ -118,8 +130,9 @@ class Checkpoints:
             self.failed += 1
             if self._best:
                 self._best.forget(step)
-            for unfinished in self.folder.glob(f"*{UNNAMED}") if jax.process_index() == 0 else ():
-                shutil.rmtree(unfinished, ignore_errors=True)  # what cannot be removed is removed by the next start
+            with contextlib.suppress(OSError):  # what cannot be removed is removed by the next start
+                for unfinished in self._unfinished(step) if jax.process_index() == 0 else ():
+                    remove_folder(unfinished)
             words = " ".join(str(error).split())
             full = "No space left" in words
             reason = "no space is left on the device" if full else f"{type(error).__name__}: {words[:200]}"
@@ -128,8 +141,15 @@ class Checkpoints:
     def _seal(self) -> None:
         """Writes the digests of what has been saved; called by Orbax when all is there, before it gives it its name."""
         if jax.process_index() == 0:
-            for unnamed in self.folder.glob(f"*{UNNAMED}"):  # one save at a time
+            for unnamed in self._unfinished(self._under_way):  # one save at a time
                 write_digests(unnamed, name=unnamed.name.removesuffix(UNNAMED), but=(COMMITTED,))  # which changes once more
+
+    def _unfinished(self, step: int | None) -> list[Place]:
+        """Where the save of a step lies until it is finished."""
+        if not in_store(self.folder):
+            return list(self.folder.glob(f"*{UNNAMED}"))
+        folder = self.folder / str(step)
+        return [] if (folder / MARK).exists() else [folder]
 
     def restore(self, state: Any, step: int | None = None) -> Any:
         """Returns a saved state in the layout of `state`, a tree of ShapeDtypeStructs with shardings.
@@ -154,19 +174,20 @@ class Checkpoints:
         """
         step = self.newest() if step is None else step
         path = self.folder / str(step) / "state"
+        place = epath.Path(str(path))
         targets = {"params": params}
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), targets
         )
         try:
-            stored = ocp.PyTreeCheckpointHandler().metadata(path).tree["params"]
+            stored = ocp.PyTreeCheckpointHandler().metadata(place).tree["params"]
         except Exception as error:  # as above
             raise self._unreadable(step, error) from error
         _check_shapes(path.parent, _shapes(stored), _shapes(params))
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 request = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
-                restored = reader.restore(path, args=request)["params"]
+                restored = reader.restore(place, args=request)["params"]
         except Exception as error:  # as above
             raise self._unreadable(step, error) from error
         check_finite(path.parent, restored)
@@ -197,19 +218,19 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> InputError:
         first = " ".join(str(error).split())[:300]
-        return InputError(
-            f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): it is damaged or of "
-            "another model; delete that folder to fall back on an older one"
-        )
+        cure = "it is damaged or of another model; delete that folder to fall back on an older one"
+        if in_store(self.folder):  # its files are as they were written, or this would not be asked
+            cure = "the store did not give it, or it is of another model; try again"
+        return InputError(f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): {cure}")
 
 
-def saved_step(workdir: str | pathlib.Path) -> int | None:
+def saved_step(workdir: str | os.PathLike) -> int | None:
     """Returns the newest saved step of a run's folder that is not damaged, or None; changes nothing.
 
     Raises:
       InputError: there are checkpoints, and all are damaged.
     """
-    step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
+    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
     if damaged and step is None:
         path, wrong = next(iter(damaged.items()))
         raise InputError(
@@ -219,13 +240,13 @@ def saved_step(workdir: str | pathlib.Path) -> int | None:
     return step
 
 
-def whole_step(folder: pathlib.Path) -> tuple[int | None, dict[pathlib.Path, str]]:
+def whole_step(folder: Place) -> tuple[int | None, dict[Place, str]]:
     """Returns the newest step of a folder of checkpoints that is as it was written, or None, and newer ones that are not.
 
     Returns:
       Those by folder, with what is wrong with each, in words.
     """
-    found: dict[pathlib.Path, str] = {}
+    found: dict[Place, str] = {}
     for path in reversed(steps_of(folder)):
         wrong = wrong_with(path)
         if not wrong:
@@ -234,39 +255,48 @@ def whole_step(folder: pathlib.Path) -> tuple[int | None, dict[pathlib.Path, str
     return None, found
 
 
-def steps_of(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the steps in a folder of checkpoints, the newest last."""
+def steps_of(folder: Place) -> list[Place]:
+    """Returns the steps in a folder of checkpoints, the newest last; in a store, without one whose save was cut short.
+
+    The next save of that step takes its place.
+    """
     steps = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()] if folder.is_dir() else []
-    return sorted(steps, key=lambda path: int(path.name))
+    return sorted((path for path in steps if not _cut_short(path)), key=lambda path: int(path.name))
 
 
-def wrong_with(step: pathlib.Path) -> str:
+def _cut_short(step: Place) -> bool:
+    return in_store(step) and not any((step / name).is_file() for name in (MARK, DIGESTS))
+
+
+def wrong_with(step: Place) -> str:
     """Returns what is not as it was written of a step, in words, or ""."""
-    return damage(step) if (step / COMMITTED).is_file() else f"{COMMITTED} is missing"
+    needed = (MARK, COMMITTED) if in_store(step) else (COMMITTED,)
+    missing = next((name for name in needed if not (step / name).is_file()), "")
+    return f"{missing} is missing" if missing else damage(step)
 
 
-def set_aside(workdir: str | pathlib.Path) -> list[str]:
+def set_aside(workdir: str | os.PathLike) -> list[str]:
     """Renames damaged checkpoints that are newer than the newest good one, and returns what was done, in words.
 
     Nothing is deleted. Orbax would save no step below one that is there, and so never again.
     """
-    step, damaged = whole_step((pathlib.Path(workdir) / FOLDER).absolute())
+    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
     told = []
     for path, wrong in damaged.items():
         told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {renamed(path)}, going on from step {step}")
     return told
 
 
-def renamed(step: pathlib.Path) -> str:
+def renamed(step: Place) -> str:
     """Gives a damaged checkpoint a name that nobody takes for a step's, and returns that."""
     aside, number = step.with_name(f"{step.name}.damaged"), 1
     while aside.exists():
         aside, number = step.with_name(f"{step.name}.damaged{number}"), number + 1
-    step.rename(aside)
+    move_folder(step, aside, first=(MARK,))
     return aside.name
 
 
-def check_finite(checkpoint: pathlib.Path, params: Any) -> None:
+def check_finite(checkpoint: Place, params: Any) -> None:
     """Refuses parameters that older versions saved though they are of no use. Raises: InputError: names one."""
     for name, leaf in named(params).items():
         for part in leaf.addressable_shards:
@@ -288,7 +318,7 @@ COUNTED = {
 }
 
 
-def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_shapes(checkpoint: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, (dimension, field, unit) in COUNTED.items():
         theirs, ours = stored.get(name), wanted.get(name)
         if theirs and ours and theirs[dimension] != ours[dimension]:
@@ -305,13 +335,13 @@ def _check_shapes(checkpoint: pathlib.Path, stored: dict[str, Any], wanted: dict
             )
 
 
-def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """Returns the config stored beside a run's checkpoints, as nested dicts.
 
     Raises:
       InputError: the directory is not a run.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     try:
@@ -323,6 +353,6 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def write_config(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
+def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     """Writes config.json, whole or not at all; leaves it alone when nothing changes."""
-    write_whole(pathlib.Path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(as_path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")

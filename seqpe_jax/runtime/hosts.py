@@ -190,7 +190,7 @@ def as_the_lead(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(value)) if _line is not None else value
 
 
-def check_shared(path: pathlib.Path) -> None:
+def check_shared(path: Any) -> None:
     """Refuses to go on where a file that the lead has written is not there. Raises: InputError."""
     deadline = time.monotonic() + SHARED_SECONDS
     while several() and not path.exists():

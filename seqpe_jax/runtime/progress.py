@@ -1,7 +1,9 @@
 """What a run says of itself: metrics.jsonl, TensorBoard events, and one line of progress."""
 
+import contextlib
+import io
 import json
-import pathlib
+import os
 import sys
 import time as clock
 from collections.abc import Iterable
@@ -9,22 +11,23 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
-from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.errors import InputError, StoreError
+from seqpe_jax.files import as_path, below, from_json, in_store, scratch, write_whole
 from seqpe_jax.runtime.hosts import is_lead
 
 FILE = "metrics.jsonl"
 LOG = "log.txt"  # what a sweep keeps of the output of a run's commands
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
+STORE_SECONDS = 30.0  # between writings of metrics to a store, where a file is written anew to be longer
 
 
-def read_metrics(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the objects of WORKDIR/metrics.jsonl; a half-written last line is left out.
 
     Raises:
       InputError: another line is not an object of numbers, one of them the step.
     """
-    path = pathlib.Path(workdir) / FILE
+    path = as_path(workdir) / FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
@@ -49,20 +52,31 @@ def _is_number(value: Any) -> bool:
 class MetricsWriter:
     """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard; on the lead host only.
 
-    A run that goes on drops what an earlier start wrote past the step it goes on from.
+    A run that goes on drops what an earlier start wrote past the step it goes on from. In a store nothing can be appended:
+    both are kept on this machine and written there whole, every `STORE_SECONDS` and when `flush` is called.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, resume_step: int = 0, *, tensorboard: bool = True):
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0, *, tensorboard: bool = True):
         self._file: TextIO | None = None
-        self._events = None
+        self._events = self._local = None
+        self._told = True  # whether the store has all of it
+        self._closing = contextlib.ExitStack()
         if not is_lead():
             return
-        self._path = pathlib.Path(workdir) / FILE
+        self._path = as_path(workdir) / FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self._path, content)
+        self._written = clock.monotonic()
+        if in_store(workdir):
+            self._file = io.StringIO()
+            self._file.write(content)
+            self._local = self._closing.enter_context(scratch())
+        else:
+            self._file = self._path.open("a")
         if tensorboard:
-            self._events = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+            folder = self._local or as_path(workdir) / "tensorboard"
+            self._events = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, float], *, time: float) -> None:
         """Writes the values of a step, floats in full precision.
@@ -76,13 +90,31 @@ class MetricsWriter:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        self._told = False
+        if self._local is not None and clock.monotonic() - self._written > STORE_SECONDS:
+            with contextlib.suppress(StoreError):  # the next time, or a save, which says so, writes all of it again
+                self.flush()
+
+    def flush(self) -> None:
+        """Makes sure that what was written is where the run's files are. Raises: StoreError."""
+        if self._local is None or self._told:
+            return
+        self._written = clock.monotonic()
+        self._path.put(self._file.getvalue().encode())
+        if self._events is not None:
+            self._events.flush()
+            for file in below(self._local):
+                (self._path.parent / "tensorboard" / file.name).upload(file)
+        self._told = True
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Flushes and closes the files. Raises: StoreError."""
+        with self._closing:
+            try:
+                self.flush()
+            finally:
+                for file in filter(None, (self._file, self._events)):
+                    file.close()
 
 
 class ProgressLine:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from seqpe_jax import config
 from seqpe_jax.architecture import Params, Shape
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import check_free, new_folder
+from seqpe_jax.files import as_path, check_free, new_folder
 from seqpe_jax.models.choice import BLOCK
 from seqpe_jax.reporting import study, tables
 from seqpe_jax.runtime.checkpoint import write_config
@@ -60,7 +59,7 @@ def write(
         "jax": jax.__version__,
     }
     facts, notes = described(model, params, scale, platforms), memory(model, reach, scale)
-    card = exported.card(pathlib.Path(output).resolve().name, facts, signature, notes, results)
+    card = exported.card(as_path(output).resolve().name, facts, signature, notes, results)
     with new_folder(output) as folder:
         exported.write_params(folder, params)
         (folder / exported.FUNCTION).write_bytes(function)
@@ -130,7 +129,7 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
 
 def measured(checkpoint: str, task: Task) -> str:
     """Returns what a run's metrics.jsonl and evaluation.json say, markdown, or "". Raises: InputError: unreadable."""
-    found, lines = study.read_run(pathlib.Path(checkpoint)), []
+    found, lines = study.read_run(as_path(checkpoint)), []
     last = {name: (line[name], line["step"]) for line in found.metrics for name in line if name not in ("step", "time")}
     for name in sorted(name for name in last if name == "train/loss" or name.startswith("eval/")):
         lines.append(f"- {name}: {last[name][0]:.4g} (step {last[name][1]:,})\n")

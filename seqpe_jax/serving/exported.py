@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import open_to_all
+from seqpe_jax.files import as_path, in_store, open_to_all
 from seqpe_jax.trees import Tree, flat, nested
 
 PARAMS, FUNCTION, CARD = "params.safetensors", "model.stablehlo", "README.md"
@@ -80,9 +80,9 @@ def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
     Raises:
       InputError: the file cannot be read, or holds other parameters.
     """
-    path = pathlib.Path(folder) / PARAMS
+    path = as_path(folder) / PARAMS
     try:
-        leaves = safetensors.numpy.load_file(path)
+        leaves = safetensors.numpy.load(path.read_bytes()) if in_store(path) else safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}): export the run again") from error
     wanted = flat(expected)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,7 @@ from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import loader, pictures
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import as_path, from_json, write_whole
 from seqpe_jax.objectives.criterion import Classification
 from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving.exported import Signature
@@ -46,7 +46,7 @@ class Images(Task):
     option, scale_field = "sizes", "size"
     measured = ("loss", "top1", "top5")  # while training
 
-    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
+    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
         self.config = config
         self._names, self._owner = kept_names(kept) if kept else None, kept
         self.sizes = known_sizes(config, kept)
@@ -113,18 +113,18 @@ class Images(Task):
             host_count=host_count, threads=config.data.threads,
         )  # fmt: skip
 
-    def keep(self, workdir: str | pathlib.Path) -> None:
+    def keep(self, workdir: str | os.PathLike) -> None:
         """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
-        path = pathlib.Path(workdir) / KEPT
+        path = as_path(workdir) / KEPT
         if not path.exists():
             write_whole(path, json.dumps(self.class_names, indent=0) + "\n")
 
-    def carry(self, folder: str | pathlib.Path) -> None:
+    def carry(self, folder: str | os.PathLike) -> None:
         """Puts the class names into another folder, where they are known without the data."""
         if self._names is not None:
             self.keep(folder)
 
-    def check_kept(self, workdir: str | pathlib.Path) -> None:
+    def check_kept(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with other classes, or another order of them, than the run began with. Raises: InputError."""
         names = kept_names(workdir)
         if names is not None and names != self.class_names:
@@ -192,7 +192,7 @@ class Images(Task):
         )  # fmt: skip
 
 
-def known_sizes(config: Config, kept: str | pathlib.Path = "") -> Sizes:
+def known_sizes(config: Config, kept: str | os.PathLike = "") -> Sizes:
     """Returns what a model takes from images, as far as it is known without them; classes = 0 where it is not.
 
     Args:
@@ -215,9 +215,9 @@ def known_sizes(config: Config, kept: str | pathlib.Path = "") -> Sizes:
     return Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
 
 
-def kept_names(workdir: str | pathlib.Path) -> tuple[str, ...] | None:
+def kept_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     """Returns the class names in the folder of a run, or None where it has none. Raises: InputError: damaged."""
-    path = pathlib.Path(workdir) / KEPT
+    path = as_path(workdir) / KEPT
     if not path.exists():
         return None
     try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from seqpe_jax import config
 from seqpe_jax.architecture import Architecture
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import write_answers
-from seqpe_jax.files import whole, write_whole
+from seqpe_jax.files import Place, whole, write_whole
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.tasks.task import check_scale, evaluate_at
@@ -135,7 +134,7 @@ def _settings(
     return config.from_dict(values)
 
 
-def write(report: dict[str, Any], arrays: Arrays, path: pathlib.Path) -> list[pathlib.Path]:
+def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:
     """Writes what `measure` returned: the report as JSON, arrays and answers beside it; returns the files, the report last.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ class Questions(Text):
     kind = "question_answering"
     measured = ("loss", "contains", "exact_match", "f1")
 
-    def __init__(self, config: Any, there: bool = True, kept: str | pathlib.Path = ""):
+    def __init__(self, config: Any, there: bool = True, kept: str | os.PathLike = ""):
         super().__init__(config, there, kept)
         self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
         self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length

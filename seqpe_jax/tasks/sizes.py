@@ -4,11 +4,10 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 
 from seqpe_jax.architecture import Sizes
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import as_path, from_json, write_whole
 
 FILE = "sizes.json"  # of a run's folder
 LARGEST = 1 << 24  # of a vocabulary, or classes
@@ -20,7 +19,7 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
     Raises:
       InputError: the file is damaged.
     """
-    path = pathlib.Path(folder) / FILE
+    path = as_path(folder) / FILE
     if not path.exists():
         return None
     try:
@@ -43,4 +42,4 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
 
 def write_sizes(folder: str | os.PathLike, sizes: Sizes) -> None:
     """Writes the sizes into a run's folder, whole or not at all."""
-    write_whole(pathlib.Path(folder) / FILE, json.dumps(dataclasses.asdict(sizes)) + "\n")
+    write_whole(as_path(folder) / FILE, json.dumps(dataclasses.asdict(sizes)) + "\n")

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -64,7 +64,7 @@ class Task(abc.ABC):
     units_per_step: int
 
     @abc.abstractmethod
-    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
+    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
         """Looks at what the config says of its data, and opens none that the model can do without.
 
         Args:
@@ -80,15 +80,15 @@ class Task(abc.ABC):
         """Returns this host's training batches."""
 
     @abc.abstractmethod
-    def keep(self, workdir: str | pathlib.Path) -> None:
+    def keep(self, workdir: str | os.PathLike) -> None:
         """Puts beside the checkpoints what their numbers mean nothing without: the tokenizer, or the classes' names."""
 
     @abc.abstractmethod
-    def carry(self, folder: str | pathlib.Path) -> None:
+    def carry(self, folder: str | os.PathLike) -> None:
         """Puts into another folder what lies beside the model already; no data are opened for it."""
 
     @abc.abstractmethod
-    def check_kept(self, workdir: str | pathlib.Path) -> None:
+    def check_kept(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with other meanings of the numbers than the run began with. Raises: InputError."""
 
     @abc.abstractmethod

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from seqpe_jax.data.files import tell
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
+from seqpe_jax.files import as_path
 from seqpe_jax.objectives.criterion import LanguageModelling
 from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving.exported import Signature
@@ -46,7 +47,7 @@ class Text(Task):
     option, scale_field = "lengths", "length"
     measured = ("loss", "perplexity", "bits_per_byte")  # while training
 
-    def __init__(self, config: Config, there: bool = True, kept: str | pathlib.Path = ""):
+    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
         self.config = config
         self.criterion = LanguageModelling()
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
@@ -82,7 +83,7 @@ class Text(Task):
         self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
         if kept:
             self.check_kept(kept)
-            file = pathlib.Path(kept) / TOKENIZER
+            file = as_path(kept) / TOKENIZER
             if file.exists() and str(kept) != config.init_from:  # its texts end as they did, whatever is said elsewhere now
                 self.tokenizer = load_tokenizer(file)
 
@@ -129,18 +130,18 @@ class Text(Task):
             seed=config.seed, host_index=host_index, host_count=host_count, threads=config.data.threads,
         )  # fmt: skip
 
-    def keep(self, workdir: str | pathlib.Path) -> None:
+    def keep(self, workdir: str | os.PathLike) -> None:
         """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
         if self.tokenizer.name != "bytes":
             self.tokenizer.save(workdir)
 
-    def carry(self, folder: str | pathlib.Path) -> None:
+    def carry(self, folder: str | os.PathLike) -> None:
         """Puts the tokenizer's file into another folder."""
         self.keep(folder)
 
-    def check_kept(self, workdir: str | pathlib.Path) -> None:
+    def check_kept(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
-        kept = pathlib.Path(workdir) / TOKENIZER
+        kept = as_path(workdir) / TOKENIZER
         if kept.exists() and load_tokenizer(kept).digest != self.tokenizer.digest:
             raise InputError(
                 f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
@@ -195,9 +196,9 @@ class Text(Task):
         )
 
 
-def with_kept_tokenizer(config: Config, workdir: str | pathlib.Path) -> Config:
+def with_kept_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:
     """Returns a run's config with the tokenizer that lies beside its checkpoints."""
-    kept = pathlib.Path(workdir) / TOKENIZER
+    kept = as_path(workdir) / TOKENIZER
     if not kept.exists():
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))

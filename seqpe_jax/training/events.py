@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 import signal
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 from seqpe_jax.errors import TOLD_TO_STOP, Failure
+from seqpe_jax.files import Place, written_here
 from seqpe_jax.runtime import chips, hosts
 from seqpe_jax.runtime.best import EVALUATION
 from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed
@@ -344,13 +344,15 @@ class Stop(Event):
 class Profile(Event):
     """Records the steps of a window, (first, end), with the JAX profiler into WORKDIR/profile."""
 
-    def __init__(self, window: tuple[int, int], workdir: pathlib.Path):
+    def __init__(self, window: tuple[int, int], workdir: Place):
         self._window, self._folder, self._on = window, workdir / "profile", False
+        self._here = contextlib.ExitStack()
 
     def before(self, run: Standing) -> None:
         """Begins at the first step of the window."""
         if run.step == self._window[0]:
-            jax.profiler.start_trace(str(self._folder))
+            folder = self._here.enter_context(written_here(self._folder))
+            jax.profiler.start_trace(str(folder))
             self._on = True
 
     def after(self, run: Standing, values: Values) -> None:
@@ -364,6 +366,7 @@ class Profile(Event):
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
+            self._here.close()
 
 
 # What of a turn comes before what: an evaluation and a save see the state before the next step, a run that is told to stop

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +20,7 @@ from seqpe_jax import axes, config
 from seqpe_jax.architecture import Architecture, Params, Shape, check_encoding, flops_of
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import Place, as_path
 from seqpe_jax.inference.programs import Programs, Progress, laid_out, silent
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands
@@ -76,7 +77,7 @@ class Trainer:
     @classmethod
     def of(
         cls, config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True,
-        kept: str | pathlib.Path = "",
+        kept: str | os.PathLike = "",
     ) -> "Trainer":  # fmt: skip
         """Returns the trainer of a config on all devices, or on those given.
 
@@ -105,7 +106,7 @@ class Trainer:
         return cls(config, mesh, task, objective, optimizer, shapes, tuple(whole))
 
     @classmethod
-    def for_folder(cls, config: Config, workdir: str | pathlib.Path, *, extend: bool = False) -> "Trainer":
+    def for_folder(cls, config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> "Trainer":
         """Returns the trainer of a config whose run stands, or is to begin, in a folder.
 
         Args:
@@ -115,7 +116,7 @@ class Trainer:
           InputError: as `of`; the folder is of another run; the checkpoint to begin with was made for something else.
         """
         first = saved_step(workdir)
-        check_same_run(config, pathlib.Path(workdir), first, extend)
+        check_same_run(config, as_path(workdir), first, extend)
         if first is not None:
             config = with_random_bits(config, random_bits_of(read_config(workdir)))
         begins = bool(config.init_from) and first is None
@@ -195,7 +196,7 @@ class Trainer:
             results |= {_measured(name, scale): result[name] for name in self.task.measured}
         return results
 
-    def describe(self, workdir: pathlib.Path) -> str:
+    def describe(self, workdir: Place) -> str:
         """Returns what is about to be trained, where and on what, in words."""
         settings = self.config
         lines = [
@@ -207,7 +208,7 @@ class Trainer:
         ]
         return "\n  ".join(lines + ([layout.describe_whole(self.whole)] if self.whole else []))
 
-    def fit(self, workdir: str | pathlib.Path, *, extend: bool = False) -> None:
+    def fit(self, workdir: str | os.PathLike, *, extend: bool = False) -> None:
         """Trains, or goes on training, the run of a folder until `steps`.
 
         Args:
@@ -216,7 +217,7 @@ class Trainer:
         Raises:
           InputError: a folder of another config, bad data, a damaged checkpoint.
         """
-        folder, settings = pathlib.Path(workdir), self.config
+        folder, settings = as_path(workdir), self.config
         first = saved_step(folder)
         check_same_run(settings, folder, first, extend)
         if first is not None:
@@ -239,7 +240,7 @@ class Trainer:
                 raise InputError(f"another process has trained in {folder} just now: give the command again to go on")
             self._go_on(folder, first, state)
 
-    def _go_on(self, folder: pathlib.Path, first: int | None, state: TrainState | None) -> None:
+    def _go_on(self, folder: Place, first: int | None, state: TrainState | None) -> None:
         """Trains in a folder that is this process's, from the step that is saved there, or from a state where none is."""
         settings = self.config
         planned = read_config(folder)["steps"] if first is not None else settings.steps
@@ -268,9 +269,7 @@ class Trainer:
         happening = self._events(folder, checkpoints, first or 0, before, owed)
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
 
-    def _events(
-        self, folder: pathlib.Path, checkpoints: Checkpoints, first: int, before: dict, owed: bool
-    ) -> list[events.Event]:
+    def _events(self, folder: Place, checkpoints: Checkpoints, first: int, before: dict, owed: bool) -> list[events.Event]:
         """What happens beside the steps of a run that has done `first` of them.
 
         Args:
@@ -278,6 +277,7 @@ class Trainer:
         """
         settings, clock = self.config, events.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
+        checkpoints.first = metrics.flush  # who goes on from a step has the lines up to it
         report = events.Report(
             metrics, clock, every=settings.report.every, steps=settings.steps, units=self.task.units_per_step,
             unit=self.task.unit, flops=self.flops_per_step, saved=checkpoints.latest,
@@ -304,7 +304,7 @@ class Trainer:
             found.append(events.Profile(window, folder))
         return [*found, report]
 
-    def _claim(self, folder: pathlib.Path, anew: bool) -> None:
+    def _claim(self, folder: Place, anew: bool) -> None:
         """Writes what a run's folder begins with, once all hosts have looked at it."""
         hosts.sync()
         if hosts.is_lead():
@@ -332,7 +332,7 @@ def _best_metric(settings: Config) -> str:
     return check_best(settings.checkpoint.best, [_measured(name, at) for at in settings.scales for name in measured])
 
 
-def _owes_an_evaluation(settings: Config, folder: pathlib.Path, step: int | None) -> bool:
+def _owes_an_evaluation(settings: Config, folder: Place, step: int | None) -> bool:
     """Whether a run that goes on was told to stop while it evaluated the state of this step."""
     if not settings.eval.every or not step or (step % settings.eval.every and step != settings.steps):
         return False

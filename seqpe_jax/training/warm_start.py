@@ -1,7 +1,6 @@
 """A run that begins with the parameters of another: which may differ, and how they are read."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax
 from seqpe_jax import config
 from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import as_path
 from seqpe_jax.models import blocks
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, read_config
@@ -53,7 +53,7 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
     Raises:
       InputError: not a run, or one with another encoding, model, tokenizer or other classes; names what differs.
     """
-    if not pathlib.Path(checkpoint).is_dir():
+    if not as_path(checkpoint).is_dir():
         raise InputError(
             f"no such directory: {checkpoint} (--init-from takes a --workdir of `train` or an output of `convert`)"
         )

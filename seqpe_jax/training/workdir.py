@@ -4,16 +4,19 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import socket
+import threading
 import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
-from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import free_space, from_json, lock
+from seqpe_jax.errors import InputError, StoreError, check_utf8_name
+from seqpe_jax.files import Place, free_space, from_json, in_store, lock
+from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.checkpoint import FOLDER, read_config
 from seqpe_jax.runtime.progress import LOG, read_metrics
 from seqpe_jax.serving.exported import SECTION
@@ -21,6 +24,8 @@ from seqpe_jax.tasks.images import KEPT
 from seqpe_jax.training.optimizer import decay_steps
 
 OWNER = "owner.json"  # who trains in the folder
+TAKEN_OVER = "taken over from {}, which is gone"
+BEAT_SECONDS, GONE_SECONDS = 15.0, 60.0  # in a store: how often a holder says that it is there; when it is taken for gone
 GRACE_SECONDS = 30.0  # between the news that a machine is taken away and its end, on most clouds
 PROBE_BYTES = 64 * 2**20
 
@@ -37,7 +42,7 @@ def random_bits_of(stored: dict) -> str:
     return stored.get("precision", {}).get("random_bits", "threefry")
 
 
-def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
+def check_space(workdir: Place, size: int, count: int) -> None:
     """Refuses a disk without room for what a run saves, before its first step.
 
     Args:
@@ -46,6 +51,8 @@ def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
     Raises:
       InputError: names both sizes.
     """
+    if in_store(workdir):
+        return
     nearest = workdir.absolute()
     while not nearest.is_dir():
         nearest = nearest.parent
@@ -57,7 +64,7 @@ def check_space(workdir: pathlib.Path, size: int, count: int) -> None:
         )
 
 
-def slow_save(workdir: pathlib.Path, size: int) -> str:
+def slow_save(workdir: Place, size: int) -> str:
     """Returns a warning where a save takes longer than a machine that is taken away leaves, else "".
 
     Args:
@@ -73,21 +80,24 @@ def slow_save(workdir: pathlib.Path, size: int) -> str:
     )
 
 
-def write_rate(folder: pathlib.Path, size: int) -> float:
+def write_rate(folder: Place, size: int) -> float:
     """Returns how many bytes a second reach the disk of a folder, of a file of so many bytes, which is removed again."""
     content, began = os.urandom(size), time.monotonic()
     path = folder / f".{os.getpid()}.probe"
     try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        if in_store(path):
+            path.put(content)
+        else:
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         return size / max(time.monotonic() - began, 1e-9)
     finally:
         path.unlink(missing_ok=True)
 
 
-def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, extend: bool = False) -> None:
+def check_same_run(settings: Config, workdir: Place, step: int | None, extend: bool = False) -> None:
     """Refuses a folder of something else. A run that has saved no step yet begins anew, with any config.
 
     Fields that change nothing of what was trained may differ (`config.FREE_SECTIONS`), and a run may get more steps.
@@ -134,7 +144,7 @@ def check_same_run(settings: Config, workdir: pathlib.Path, step: int | None, ex
     _check_steps(before, settings, workdir, step, extend)
 
 
-def _check_steps(before: Config, settings: Config, workdir: pathlib.Path, step: int, extend: bool) -> None:
+def _check_steps(before: Config, settings: Config, workdir: Place, step: int, extend: bool) -> None:
     """Refuses a number of steps that the run is past, or under which it would have had another learning rate so far."""
     if settings.steps < step:
         raise InputError(
@@ -154,15 +164,19 @@ def _check_steps(before: Config, settings: Config, workdir: pathlib.Path, step: 
 
 
 @contextlib.contextmanager
-def owned(workdir: pathlib.Path) -> Iterator[str]:
+def owned(workdir: Place) -> Iterator[str]:
     """Keeps a run's folder for this process; yields whom it was taken over from, in words, or "".
 
     The kernel holds the lock (`files.lock`). Folders that several machines share are kept among them where their file
-    system passes locks on, as NFS does.
+    system passes locks on, as NFS does. In a store, which has no locks, the holder writes now and then that it is there.
 
     Raises:
       InputError: another process trains in the folder.
     """
+    if in_store(workdir):
+        with _Claim(workdir) as taken_over:
+            yield taken_over
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / OWNER
     with contextlib.ExitStack() as held:
@@ -180,14 +194,110 @@ def owned(workdir: pathlib.Path) -> Iterator[str]:
         held.callback(file.close)
         held.callback(path.unlink, missing_ok=True)
         before = _owner(path)
-        began = time.strftime("%Y-%m-%d %H:%M:%S %z")
         file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "began": began}) + "\n")
+        file.write(json.dumps(_self()) + "\n")
         file.flush()
-        yield before and f"taken over from {before}, which is gone"
+        yield before and TAKEN_OVER.format(before)
 
 
-def _owner(path: pathlib.Path) -> str:
+class _Claim:
+    """An object in a store that says who trains in a folder; a thread writes it anew, so that others see that it is held.
+
+    A holder that has not written it for `GONE_SECONDS` is gone, and one of this machine whose process has ended is gone at
+    once. Clocks of different machines are not compared: who comes watches whether the object changes.
+    """
+
+    def __init__(self, workdir: Place):
+        self._workdir, self._path = workdir, workdir / OWNER
+        self._self = _self() | {"id": uuid.uuid4().hex}
+        self._over = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> str:
+        held = self._read()
+        before = _owner(self._path)
+        if held is not None and not _ended(held):
+            words = f"looking up to {GONE_SECONDS:.0f} s whether it is still there"
+            print(f"  {self._workdir} is of {before or 'another process'}: {words}", flush=True)
+            held = self._watch(held, before)
+        try:
+            self._path.put(self._content(), new=held is None)
+        except FileExistsError:
+            raise self._in_use(_owner(self._path)) from None
+        if (self._read() or {}).get("id") != self._self["id"]:
+            raise self._in_use(_owner(self._path))
+        self._beating.start()
+        return TAKEN_OVER.format(before) if held and before else ""
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._beating.join()
+        with contextlib.suppress(OSError):  # an object that stays is taken over by the next start
+            if (self._read() or {}).get("id") == self._self["id"]:
+                self._path.unlink(missing_ok=True)
+
+    def _watch(self, held: dict[str, Any], before: str) -> dict[str, Any] | None:
+        """Waits until a holder is gone; returns what it left, None where it left in order. Raises: InputError: it stays."""
+        deadline = time.monotonic() + GONE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(BEAT_SECONDS / 4, max(0.0, deadline - time.monotonic())))
+            if (now := self._read()) != held:
+                if now is None:
+                    return None
+                raise self._in_use(before if now.get("id") == held.get("id") else _owner(self._path))
+        return held
+
+    def _in_use(self, words: str) -> InputError:
+        return InputError(
+            f"workdir {self._workdir} is in use by {words or 'another process'}: let that run end, or choose another folder"
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            told = json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+        return told if isinstance(told, dict) else {}
+
+    def _content(self) -> bytes:
+        return json.dumps(self._self | {"beat": time.time()}).encode() + b"\n"
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            try:
+                held = self._read()
+                if held and held.get("id") != self._self["id"]:
+                    hosts.end(1, f"workdir {self._workdir} was taken over by {_owner(self._path)}: this run ends unsaved")
+                self._path.put(self._content())
+            except StoreError:
+                continue  # saves say what is wrong with the store
+
+
+def _self() -> dict[str, Any]:
+    """This process as a lock names it."""
+    began = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return {"host": socket.gethostname(), "process": os.getpid(), "began": began}
+
+
+def _ended(held: dict[str, Any]) -> bool:
+    """Whether a holder is known to be gone: it was of this machine, and its process is not there any more."""
+    process = held.get("process")
+    if held.get("host") != socket.gethostname() or not isinstance(process, int) or process <= 0:
+        return False
+    if process == os.getpid():  # numbers begin anew where a container does
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def _owner(path: Place) -> str:
     """Who a lock says it is of, in words; "" where it says nothing, as at the moment when it is taken."""
     try:
         told = from_json(path.read_text())
@@ -196,7 +306,7 @@ def _owner(path: pathlib.Path) -> str:
         return ""
 
 
-def clear(workdir: pathlib.Path) -> None:
+def clear(workdir: Place) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
     for name in {FILE, *NAMED_IN, KEPT} - {"config.json"}:
         (workdir / name).unlink(missing_ok=True)

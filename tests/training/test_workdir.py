@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -205,3 +207,74 @@ def test_without_locks_training_goes_on(tmp_path, monkeypatch):
     with owned(tmp_path) as told:
         assert told == "" and (tmp_path / OWNER).exists()
     assert not (tmp_path / OWNER).exists()
+
+
+def test_a_folder_in_a_store_has_one_owner_until_that_is_gone(store, monkeypatch, capsys):
+    """A holder says now and then that it is there; who comes looks for that, however clocks are set."""
+    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(workdir, "GONE_SECONDS", 1.0)
+    folder = files.as_path(store.folder)
+    elsewhere = {"host": "elsewhere", "process": 7, "began": "2026-01-01 00:00:00 +0000", "id": "1"}
+    files.write_whole(folder / OWNER, json.dumps(elsewhere))
+    with owned(folder) as told:
+        assert told == "taken over from process 7 on elsewhere, which began at 2026-01-01 00:00:00 +0000, which is gone"
+        assert "looking up to 1 s whether it is still there" in capsys.readouterr().out
+        ours = json.loads((folder / OWNER).read_bytes())
+        assert ours["process"] == os.getpid()
+        monkeypatch.setattr(workdir, "_ended", lambda held: False)  # else this process takes over from itself
+        with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on .*: let that run end"), owned(folder):
+            pytest.fail("two owners")
+        assert json.loads((folder / OWNER).read_bytes())["id"] == ours["id"]
+    assert not (folder / OWNER).exists()
+    with owned(folder) as told:
+        assert told == ""
+
+
+def test_an_owner_that_leaves_in_order_while_it_is_looked_for_is_followed(store, monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.2)
+    folder = files.as_path(store.folder)
+    files.write_whole(folder / OWNER, "no json")  # whatever it is, somebody put it there
+    leaving = threading.Timer(0.5, (folder / OWNER).unlink)
+    leaving.start()
+    with owned(folder) as told:
+        assert told == ""
+    leaving.join()
+
+
+def test_an_owner_of_this_machine_that_is_gone_is_not_waited_for(store):
+    folder, gone = files.as_path(store.folder), subprocess.Popen(["true"])
+    gone.wait()
+    files.write_whole(folder / OWNER, json.dumps(workdir._self() | {"process": gone.pid, "id": "1"}))
+    with owned(folder) as told:
+        assert told.startswith(f"taken over from process {gone.pid} on ")
+
+
+def test_who_comes_at_the_same_moment_is_told(store, monkeypatch):
+    """Both saw nobody there; the store takes the first object alone."""
+    folder = files.as_path(store.folder)
+    looked = workdir._Claim._read
+    files.write_whole(folder / OWNER, json.dumps(workdir._self() | {"process": 7, "id": "1"}))
+    monkeypatch.setattr(workdir._Claim, "_read", lambda claim: None)
+    with pytest.raises(InputError, match="is in use by process 7"), owned(folder):
+        pytest.fail("two owners")
+    monkeypatch.setattr(workdir._Claim, "_read", looked)
+    assert json.loads((folder / OWNER).read_bytes())["id"] == "1"
+
+
+def test_a_run_whose_folder_was_taken_over_ends_unsaved(store, monkeypatch):
+    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.1)
+    ended = threading.Event()
+    said, folder = [], files.as_path(store.folder)
+
+    def end(code, words):
+        said.append((code, words))
+        ended.set()
+        time.sleep(3600)  # it does not return
+
+    monkeypatch.setattr(workdir.hosts, "end", end)
+    with owned(folder):
+        files.write_whole(folder / OWNER, json.dumps(workdir._self() | {"process": 7, "id": "another"}))
+        assert ended.wait(20)
+        monkeypatch.setattr(workdir.threading.Thread, "join", lambda *_: None)
+    assert said[0][0] == 1 and "was taken over by process 7" in said[0][1] and "ends unsaved" in said[0][1]
+    assert json.loads((folder / OWNER).read_bytes())["id"] == "another"

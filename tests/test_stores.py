@@ -1,0 +1,106 @@
+"""Places in an object store, as an emulator on this machine serves it: read, written whole, refused, failing."""
+
+import importlib.util
+import time
+
+import pytest
+
+from seqpe_jax import files
+from seqpe_jax.errors import Failure, InputError, StoreError
+from seqpe_jax.files import as_path, check_readable, check_writable, expanded
+
+
+def test_addresses_are_written_one_way():
+    assert expanded("gs://runs//a/./b/") == "gs://runs/a/b"
+    path = as_path("gs://runs/a") / "b.json"
+    assert (str(path), path.name, str(path.parent), path.parts[2]) == (
+        "gs://runs/a/b.json",
+        "b.json",
+        "gs://runs/a",
+        "runs",
+    )
+    assert path.absolute() == path.resolve() == path.expanduser() == path
+    for address in ("gs://", "gs:///a", "gs://Capital/a", "gs://runs/a/../b"):
+        with pytest.raises(InputError):
+            expanded(address)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else there(name))
+    with pytest.raises(InputError, match="gs://runs/a is in Google Cloud Storage, .*: pip install gcsfs"):
+        expanded("gs://runs/a")
+
+
+def test_places_where_nothing_can_be_written_are_told_at_the_start(store):
+    folder = as_path(store.folder)
+    files.write_whole(folder / "file", "")
+    check_writable(folder, True, "--workdir")
+    check_writable(folder / "new" / "deep", True, "--workdir")
+    assert [path.name for path in files.below(folder)] == ["file"], "the trial is gone again"
+    for path, is_folder, words in (
+        ("gs://no-such-bucket/run", True, "there is no bucket 'no-such-bucket'"), ("gs://runs", True, "is a whole bucket"),
+        (folder, False, "is a folder: name a file"), (folder / "file", True, "is a file: name a folder"),
+        (folder / "file" / "below", True, "is a file, not a folder"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"--output={path}.*{words}"):
+            check_writable(path, is_folder, "--output")
+    with pytest.raises(InputError, match="there is no bucket"):
+        check_readable("gs://no-such-bucket/run", "--checkpoint")
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "gcloud auth application-default login"), (403, "no leave to use it")])
+def test_a_bucket_of_somebody_else_is_told_in_one_line(store, status, words, caplog):
+    store.fail(status)
+    with pytest.raises(InputError, match=words) as told:
+        check_writable(f"{store.folder}/run", True, "--workdir")
+    assert len(str(told.value).splitlines()) == 1 and not caplog.records
+
+
+def test_what_fails_is_asked_for_again(store):
+    path = as_path(store.folder) / "file"
+    files.write_whole(path, "content")
+    store.fail(503, requests=1)
+    assert path.read_text() == "content" and store.failed() == 1
+
+
+def test_what_fails_for_good_is_one_failure(store, monkeypatch):
+    async def at_once(*_):
+        """No time between two attempts."""
+
+    path = as_path(store.folder) / "file"
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", at_once)
+    store.fail(503)
+    for act in (path.exists, path.read_bytes, lambda: files.write_whole(path, "x"), lambda: files.below(path), path.unlink):
+        with pytest.raises(StoreError, match="file: the store gave no good answer .*failed on purpose") as told:
+            act()
+        assert isinstance(told.value, OSError) and isinstance(told.value, Failure) and told.value.code == 1
+    assert store.failed() > 5
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again(store, monkeypatch):
+    import aiohttp
+    import fsspec
+
+    path = as_path(store.folder) / "file"
+    files.write_whole(path, "content")
+    monkeypatch.setitem(fsspec.config.conf["gcs"], "requests_timeout", aiohttp.ClientTimeout(total=None, sock_read=0.2))
+    store.fail(503, requests=1, seconds=8.0)
+    began = time.monotonic()
+    assert path.read_text() == "content"
+    assert store.failed() == 1 and time.monotonic() - began < 7, "the first answer was not waited for"
+
+
+def test_nobody_writes_an_object_piece_by_piece(store):
+    path = as_path(store.folder) / "file"
+    for mode in ("w", "a", "wb", "r+"):
+        with pytest.raises(ValueError, match="written whole"):
+            path.open(mode)
+
+
+def test_an_object_that_must_be_new_is(store):
+    path = as_path(store.folder) / "file"
+    path.put(b"first", new=True)
+    with pytest.raises(FileExistsError):
+        path.put(b"second", new=True)
+    assert path.read_bytes() == b"first"

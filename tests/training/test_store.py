@@ -1,0 +1,142 @@
+"""A run whose folder is in an object store, as an emulator serves it: computed, stored and told as on a disk."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from seqpe_jax import files, load
+from seqpe_jax.runtime.checkpoint import whole_step
+from tests.commands import Commands, Result, train_arguments
+from tests.emulator import Store
+from tests.training.test_processes import _free_port, hosts
+
+pytestmark = pytest.mark.slow
+
+FIELDS = {
+    "steps": 12, "checkpoint__every": 3, "report__every": 2, "eval__every": 6, "eval__lengths": (32,),
+    "model__dropout": 0.1, "report__tensorboard": True,
+}  # fmt: skip
+CLOCK = ("time", "train/tokens_per_second", "train/step_seconds", "train/mfu", "device/memory_bytes")  # these may differ
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(1000)))
+    return path
+
+
+def run(commands: Commands, store: Store, name: str, *arguments: str) -> Result:
+    result = commands.wait(commands.start(name, *arguments, **store.environment))
+    assert "Traceback" not in result.err, result.err
+    return result
+
+
+def good(commands: Commands, store: Store, name: str, *arguments: str) -> str:
+    result = run(commands, store, name, *arguments)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def metrics(workdir) -> list[dict]:
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in found]
+
+
+def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tmp_path):
+    """Trained, killed, resumed, evaluated, reported, exported and asked: all bits are those of the run on a disk."""
+    disk, bucket = tmp_path / "run", files.as_path(f"{store.folder}/run")
+    good(commands, store, "train", *train_arguments(disk, text, **FIELDS))
+
+    running = commands.start("train", *train_arguments(bucket, text, **FIELDS), **store.environment)
+    deadline = time.monotonic() + 240
+    while not (bucket / "checkpoints" / "3" / "commit_success.txt").exists():
+        assert time.monotonic() < deadline, running.err
+        time.sleep(0.01)
+    os.kill(running.process, signal.SIGKILL)
+    assert commands.wait(running).code == -signal.SIGKILL, "the run was over before it could be killed"
+    assert metrics(bucket)[-1]["step"] >= 2, "the metrics up to a checkpoint are there when it is"
+    assert (bucket / "owner.json").exists()
+
+    out = good(commands, store, "train", *train_arguments(bucket, text, **FIELDS))
+    assert "going on from step" in out and f"taken over from process {running.process}" in out
+    assert metrics(bucket) == metrics(disk)
+    names = {path.name for path in bucket.iterdir()}
+    assert names == {path.name for path in disk.iterdir()}
+    assert {path.name for path in (bucket / "checkpoints").iterdir()} == {"9", "12"}
+    assert any("tfevents" in path.name for path in files.below(bucket / "tensorboard"))
+
+    for place in (disk, bucket):
+        good(commands, store, "evaluate", f"--checkpoint={place}", "--lengths=16,32", f"--output={place}/evaluation.json")
+        good(commands, store, "export", f"--checkpoint={place}", f"--output={place}_export", "--platforms=cpu")
+    ours, theirs = (json.loads((place / "evaluation.json").read_text()) for place in (disk, bucket))
+    assert ours["results"] == theirs["results"] and theirs["checkpoint"] == str(bucket)
+    np.testing.assert_equal(*(dict(np.load((place / "similarity.npz").open("rb"))) for place in (disk, bucket)))
+    exports = disk.with_name("run_export"), bucket.with_name("run_export")
+    for name in ("params.safetensors", "sizes.json"):
+        ours, theirs = ((place / name).read_bytes() for place in exports)
+        assert ours == theirs, name
+    good(commands, store, "report", f"--workdir={bucket}", f"--output={bucket}/report")
+    assert "report.html" in {path.name for path in (bucket / "report").iterdir()}
+    opened = {str(place): load(place) for place in (disk, bucket, *exports)}
+    jax.tree.map(np.testing.assert_array_equal, opened[str(disk)].params, opened[str(bucket)].params)
+    ids = np.frombuffer(b"12 times 12 is 1", np.uint8).astype(np.int32)[None]
+    disk_says, bucket_says = (np.asarray(opened[str(place)].logits(ids)) for place in exports)
+    np.testing.assert_array_equal(disk_says, bucket_says)
+
+
+def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, store, text):
+    files.write_whole(f"{store.folder}/file", "")
+    train = train_arguments("gs://no-such-bucket/run", text)
+    for name, arguments, words in (
+        ("train", train, "--workdir=gs://no-such-bucket/run: there is no bucket 'no-such-bucket'"),
+        ("train", [*train[:1], f"--workdir={store.folder}/file"], "is a file: name a folder"),
+        ("train", [*train[:1], "--workdir=gcs://runs/run"], "there is no way to gcs:// addresses: give gs://BUCKET/NAME"),
+        ("train", [*train[:1], "--workdir=s3://runs/run"], "checkpoints cannot be saved to s3://"),
+        ("train", ["--config=gs://runs/config.py", f"--workdir={store.folder}/run"], "config files are Python"),
+        ("evaluate", ["--checkpoint=gs://no-such-bucket/run"], "there is no bucket"),
+        ("evaluate", [f"--checkpoint={store.folder}/none"], f"no such directory: {store.folder}/none"),
+        ("sweep", [f"--workdir={store.folder}/sweep", "--sweep=configs/sweeps/extrapolation.py"], "a sweep keeps locks"),
+    ):
+        result = run(commands, store, name, *arguments)
+        assert result.code == 2 and words in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1, result.err
+    store.fail(403)
+    result = run(commands, store, "train", *train[:1], f"--workdir={store.folder}/run")
+    assert result.code == 2 and "no leave to use it" in result.err and len(result.err.strip().splitlines()) == 1, result.err
+    store.fail(0)
+    assert [path.name for path in files.below(files.as_path(store.folder))] == ["file"]
+
+
+def test_a_conversion_in_a_store_goes_there_and_back(commands, store, text):
+    """A run, in the layout of the reference, and a run again: all three in a bucket, with the same parameters."""
+    fields = {"steps": 1, "eval__every": 0, "checkpoint__every": 1}
+    good(commands, store, "train", *train_arguments(f"{store.folder}/run", text, **fields))
+    good(commands, store, "convert", f"--source={store.folder}/run", f"--output={store.folder}/theirs", "--to=reference")
+    good(commands, store, "convert", f"--source={store.folder}/theirs", f"--output={store.folder}/back")
+    ours, back = (load(f"{store.folder}/{name}") for name in ("run", "back"))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, back.params)
+
+
+def test_two_processes_share_a_bucket(commands, store, text):
+    """As on a pod: one leads and writes, both save their part, and one alone goes on from there."""
+    fields = {"config": "tests/tiny_text.py:alibi", "checkpoint__every": 2, "eval__every": 0}
+    bucket, port = files.as_path(f"{store.folder}/run"), _free_port()
+    both = [
+        commands.start(
+            "train", *train_arguments(bucket, text, steps=4, **fields), *hosts(port, 2, process), **store.environment
+        )
+        for process in range(2)
+    ]
+    for result in [commands.wait(one) for one in both]:
+        assert result.code == 0 and "Traceback" not in result.err, result.err
+    assert whole_step(bucket / "checkpoints") == (4, {})
+    assert any("process_1" in str(path) for path in files.below(bucket / "checkpoints" / "4"))
+    arguments = train_arguments(bucket, text, steps=6, **fields)
+    out = good(commands, store, "train", *arguments, "--extend=true")
+    assert "going on from step 4" in out and metrics(bucket)[-1]["step"] == 6
