@@ -264,11 +264,12 @@ def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path):
 
 def test_stored_kills_lost_nothing():
     """What WORKSPACE.md says of them is what was measured."""
-    results, told = json.loads((ROOT / "docs" / "results" / "chaos.json").read_text()), (ROOT / "WORKSPACE.md").read_text()
-    for name in ("one process", "two processes"):
-        assert not any(count for key, count in results[name].items() if key.endswith(("missing", "doubled", "differ")))
-        assert f"{results[name]['kills']} kills -9 ({results[name]['kills_inside_a_save']} inside a save)" in told
-    assert results["soak"]["growth_percent"] <= 2 and f"{results['soak']['growth_percent']}%" in told
+    results = json.loads((ROOT / "docs" / "results" / "chaos.json").read_text())
+    told = (ROOT / "WORKSPACE.md").read_text()
+    assert {"one process", "two processes"} <= results.keys()
+    for result in (result for result in results.values() if "kills" in result):
+        assert not any(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
+        assert f"{result['kills']} kills" in told and result["lines"] > result["steps"] and result["arrays"] > 20
 
 
 @pytest.mark.slow
