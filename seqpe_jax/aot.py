@@ -79,7 +79,7 @@ def bound_of(roofline: dict, unit: str) -> str:
     from seqpe_jax.reporting.tables import markdown_of
 
     def ms(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{1000 * seconds:,.2f}"
+        return "-" if seconds is None else f"{1000 * seconds:,.3f}"
 
     def row(name: str, amount: str, seconds: float | None) -> list[str]:
         return [name, amount, ms(seconds), "-" if seconds is None else f"{100 * seconds / roofline['seconds']:.0f}%"]
