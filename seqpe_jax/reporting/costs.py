@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.reporting.study import Run, Study
-from seqpe_jax.reporting.tables import MISSING, Cell, Metric, Table, heading, number
+from seqpe_jax.reporting.tables import MISSING, Cell, Metric, Table, heading, mean, number, spread
 
 FILES = "benchmark*.json"  # beside the runs, each of one mode
 MODES = {"train": "training step", "eval": "evaluation"}
@@ -124,9 +123,9 @@ def _mean(values: Sequence[float | None], decimals: int) -> Cell:
     there = [value for value in values if value is not None]
     if not there:
         return Cell(MISSING)
-    after = f" ± {number(statistics.stdev(there), decimals)}" if len(there) > 1 else ""
+    after = f" ± {number(spread(there), decimals)}" if len(there) > 1 else ""
     after += f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
-    return Cell(number(statistics.fmean(there), decimals), statistics.fmean(there), after=after)
+    return Cell(number(mean(there), decimals), mean(there), after=after)
 
 
 def _names(one: Benchmark) -> list[str]:

@@ -192,8 +192,8 @@ def by_distance(study: Study) -> Table | None:
         values = found.get((row, low))
         if not values:
             return Cell(MISSING)
-        after = f" ± {number(statistics.stdev(values), 1)}" if len(values) > 1 else ""
-        return Cell(number(statistics.fmean(values), 1), statistics.fmean(values), after=after)
+        after = f" ± {number(spread(values), 1)}" if len(values) > 1 else ""
+        return Cell(number(mean(values), 1), mean(values), after=after)
 
     def title(low: int, high: int, asked: Sequence[int]) -> str:
         return f"{low} to {high - 1} (n={statistics.fmean(asked):.0f})"
@@ -319,12 +319,6 @@ def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str
         finite = {name: mean for (name, at), mean in means.items() if at == label and math.isfinite(mean)}
         best[label] = [name for name, mean in finite.items() if mean == choose(finite.values())]
     return best
-
-
-def _near(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether two means are no further apart than the larger of their standard deviations."""
-    spreads = [spread(found) for found in (values, others) if len(found) > 1]
-    return bool(spreads) and abs(mean(values) - mean(others)) <= max(spreads)
 
 
 def heading(study: Study) -> str:
