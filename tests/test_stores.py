@@ -104,3 +104,13 @@ def test_an_object_that_must_be_new_is(store):
     with pytest.raises(FileExistsError):
         path.put(b"second", new=True)
     assert path.read_bytes() == b"first"
+
+
+def test_what_others_write_is_seen(store):
+    import fsspec
+
+    folder = as_path(store.folder)
+    files.write_whole(folder / "ours", "")
+    assert [path.name for path in folder.iterdir()] == ["ours"]
+    fsspec.filesystem("gcs", skip_instance_cache=True).pipe_file(f"{store.folder}/theirs", b"")
+    assert [path.name for path in folder.iterdir()] == ["ours", "theirs"] and (folder / "theirs").is_file()
