@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from seqpe_jax.errors import InputError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from seqpe_jax.stores import StorePath
 
 STORE = "gs://"
-Place = pathlib.Path | Any  # a path of a file system, or a `stores.StorePath`, which has the same methods
+Place = Any  # a `pathlib.Path`, or a `stores.StorePath`, which has the same methods and some more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
@@ -84,7 +84,7 @@ def as_path(path: str | os.PathLike) -> Place:
     return stores.StorePath(stores.checked(os.fspath(path)))
 
 
-def in_store(path: str | os.PathLike) -> "TypeGuard[StorePath]":
+def in_store(path: str | os.PathLike) -> bool:
     """Whether a path is an address in a store, where nothing can be appended, renamed or locked."""
     return os.fspath(path).startswith(STORE)
 

@@ -146,6 +146,8 @@ def sizes_of(settings: Config, folder: str) -> Sizes:
         return sizes
     stored = read_sizes(folder)
     if stored is not None:
+        if not stored.vocabulary:
+            raise InputError(f"{folder} does not say how many tokens its model has: put back its sizes.json")
         return stored
     if not settings.model.vocabulary and not settings.data.tokenizer:
         raise InputError(f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there")

@@ -110,7 +110,9 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     encoding = config.load(f"{path}:{kind}").encoding
     if encoding.position_heads:  # of the two there are here
         values |= {"encoding.position_heads": 1, "objective.contrastive.head_scales": (4.0,)}
-    values |= {f"encoding.{name}": 1 for name in ("rotary_heads", "rotary_pairs") if getattr(encoding, name)}
+    axes = len(config.load(f"{path}:{kind}").grid)  # each has a pair at least
+    least = {"rotary_heads": 1, "rotary_pairs": axes}
+    values |= {f"encoding.{name}": count for name, count in least.items() if getattr(encoding, name)}
     if config.load(f"{path}:{kind}").reads_images:
         values = {name: value for name, value in values.items() if name not in OF_TEXT} | {"eval.sizes": ()}
         if path.stem == "imagenet_vit":

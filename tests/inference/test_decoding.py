@@ -180,10 +180,9 @@ def test_work_ends_when_every_text_has(seqpe):
     assert len(counts) > 2 and counts == sorted(set(counts)) and counts[-1] == NEW
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-42])
-def test_a_temperature_near_zero_is_greedy(seqpe, temperature):
+def test_a_temperature_near_zero_is_greedy(seqpe):
     run, params = seqpe
-    same(generate(run, params, PROMPTS, Sampling(9, temperature)), generate(run, params, PROMPTS, Sampling(9)))
+    same(generate(run, params, PROMPTS, Sampling(9, 1e-6)), generate(run, params, PROMPTS, Sampling(9)))
 
 
 def test_a_seed_repeats_its_draws_and_another_does_not(seqpe):

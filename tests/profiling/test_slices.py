@@ -82,7 +82,7 @@ def test_a_step_is_compiled_and_measured_without_data(commands, tmp_path):
 
 @pytest.mark.slow
 def test_what_does_not_fit_ends_with_the_missing_bytes(commands):
-    fields = ["--config.batch_size=16777216", "--config.mesh.fsdp=4"]
+    fields = ["--config.batch_size=1048576", "--config.mesh.fsdp=4"]
     result = commands("aot", f"--config={CONFIG}:rotary", f"--topology={SLICE}", *fields)
     assert result.code == 1, result.err
     short = re.search(r"does not fit: ([\d,]+) bytes short", result.err)

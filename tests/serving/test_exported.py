@@ -137,6 +137,7 @@ def test_images_are_served_at_any_batch_and_size(name):
 @pytest.mark.slow
 def test_clips_are_served_at_any_number_of_frames():
     fields = {"data__size": (4, 16, 16), "eval__sizes": (16,), "eval__frames": (4,), "model__patch": (2, 8, 8)}
+    fields["encoding__rotary_pairs"] = 3
     run, params = random_run(vit_config(page="moving_digits_vit", **fields))
     draw = np.random.default_rng(0)
     clips = [draw.normal(size=(*size, 1)).astype(np.float32) for size in ((1, 8, 24, 16), (2, 2, 8, 16))]

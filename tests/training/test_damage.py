@@ -124,7 +124,7 @@ CASES = {
         lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"st', 1)), 6, "line 4"),
     "a step of metrics that is no number": (
         lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"step": "3"', 1)), 6,
-        "line 4 is no object with a step .its step is '3'"),
+        "line 4 is no object with a step .its step must be a whole number"),
     "metrics that are none": (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n[]\n"), 6, "line 1 is no object"),
     "metrics gone": (lambda run: (run / "metrics.jsonl").unlink(), 6, ""),
     "an empty config": (lambda run: (run / "config.json").write_text(""), "config.json cannot be read", "config.json"),

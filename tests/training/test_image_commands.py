@@ -61,6 +61,7 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
 def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
     workdir = tmp_path / "run"
     fields = {"data__size": "(4,16,16)", "model__patch": "(2,8,8)", "eval__sizes": "(16,)", "eval__frames": "(4,8)"}
+    fields["encoding__rotary_pairs"] = "3"
     result = commands("train", "--config=configs/moving_digits_vit.py", f"--workdir={workdir}", *options(**fields))
     assert result.code == 0, result.err
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

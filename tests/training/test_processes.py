@@ -156,8 +156,12 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
 
 
 def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
-    workdir = tmp_path / "run"
-    long = CHEAP | {"eval__every": 8, "eval__lengths": (16,), "eval__batch_tokens": 16, "report__every": 1}
+    workdir, text = tmp_path / "run", tmp_path / "long.txt"  # so long that its evaluation lasts for seconds
+    text.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(40_000)))
+    long = CHEAP | {
+        "data__paths": text, "eval__every": 8, "eval__lengths": (16,), "eval__batch_tokens": 16, "report__every": 1,
+        "eval__tokens": 30_000,
+    }  # fmt: skip
     running, deadline = begin(workdir, 2, 1, **long), time.monotonic() + 900
     while not ((workdir / "metrics.jsonl").exists() and (told := lines(workdir)) and told[-1]["step"] == 8):
         assert time.monotonic() < deadline, [one.err for one in running]

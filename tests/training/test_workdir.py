@@ -92,7 +92,7 @@ def test_a_save_that_takes_too_long_for_a_preemption_is_told_at_the_start(tmp_pa
 @pytest.mark.parametrize("values, words", [
     ({"export": {}, "data": {}, "model": {}, "encoding": {}}, "holds an export, which training would overwrite"),
     ({"model_type": "gpt2", "n_layer": 2}, "holds the config.json of something else, which training would overwrite"),
-    ([], "holds the config.json of something else"),
+    ([], "is no object of fields, as `train` writes it"),
 ])  # fmt: skip
 def test_a_folder_of_another_kind_is_not_trained_in(tmp_path, values, words):
     text = json.dumps(values)
