@@ -4,7 +4,7 @@
     python -m seqpe_jax.evaluate --checkpoint=runs/moving --output=runs/moving/evaluation.json
 
 Trained on four frames in a row of 16 x 16 pixels, evaluated on four and on eight, at 16 to 32 pixels. Hardware: one CPU
-core; 5 minutes. Result, two seeds: 84, 72 and 42% top-1 at 16, 24 and 32 pixels on four frames, and 84, 80 and 41% on
+core; 5 minutes. Result, three seeds: 82, 72 and 46% top-1 at 16, 24 and 32 pixels on four frames, and 82, 78 and 45% on
 eight (all encodings: docs/results.md, configs/sweeps/moving_digits.py).
 Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed,
 none.
