@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from seqpe_jax.config import Config, to_dict
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path
 from seqpe_jax.reporting.stored import (
@@ -28,7 +29,7 @@ SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leav
 QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
 UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
-REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile")
+REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")
 UNSET = "unset"
 UNDECIDED = "not decided yet"
 # Equal in all runs, or their numbers do not compare.
@@ -257,7 +258,11 @@ def _rows(runs: list[Run], chosen: bool) -> list[Run]:
       chosen: whether somebody chose the runs' names, in a sweep: there, a way that was trained once has the run's name, and
         one whose runs are called NAME-SEED has that name.
     """
-    settings = [flat({name: value for name, value in run.config.items() if name not in REPEATED}, ".") for run in runs]
+    defaults = flat(to_dict(Config()), ".")  # which fields have that a run is older than
+    whole = [defaults | flat(run.config, ".") for run in runs]
+    settings = [
+        {name: value for name, value in own.items() if not {name, name.partition(".")[0]} & set(REPEATED)} for own in whole
+    ]
     ways = [json.dumps(own, sort_keys=True) for own in settings]
     named, encodings = {}, dict.fromkeys(run.encoding for run in runs)
     given: dict[str, set[str]] = {}

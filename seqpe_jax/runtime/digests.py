@@ -43,6 +43,8 @@ def _compared(folder: Place, named: bool, within: str, written: int) -> str:
     try:
         told = from_json((folder / FILE).read_bytes())
         name, files = told["folder"], dict(told["files"])
+        if not all(isinstance(digest, str) for digest in files.values()):
+            raise ValueError("a digest is text")
     except (ValueError, KeyError, TypeError):
         return f"its {FILE} is no list of digests"
     if named and name != folder.name:

@@ -252,6 +252,18 @@ def test_one_seed_that_came_to_nothing_does_not_take_the_report_with_it(tmp_path
     assert f"| seqpe | {value:.3f} ± nan | **3.000** ± 0.000 |" in table and "| alibi | **2.500** | 3.500 |" in table
 
 
+def test_runs_of_older_versions_are_repetitions(tmp_path):
+    """They have the defaults of fields that came later, and do not say which kind of random bits they drew."""
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"a-{seed}", seed=seed, bits=((16, 2.0), (64, 3.0 + seed)))
+    path = tmp_path / "runs" / "a-1" / "config.json"
+    values = json.loads(path.read_text())
+    values["precision"] = values.get("precision", {}) | {"random_bits": "rbg"}
+    values["encoding"] |= {"scaling": "none"}
+    path.write_text(json.dumps(values))
+    assert "± 0.707 |" in report.write_report(tmp_path / "runs", tmp_path / "out")
+
+
 def test_names_and_numbers_are_no_formulas(tmp_path):
     """Neither in a spreadsheet, nor as marks or lines of markdown."""
     make_run(tmp_path / "runs" / "=1+1", "alibi")

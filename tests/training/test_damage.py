@@ -104,6 +104,8 @@ CASES = {
     "the mark of a finished save gone": (lambda run: (newest(run) / COMMITTED).unlink(), 4, ""),
     "digests torn": (lambda run: rewritten(newest(run) / digests.FILE, lambda held: held[:40]), 4, ""),
     "digests that are none": (lambda run: (newest(run) / digests.FILE).write_text("[]"), 4, ""),
+    "a digest that is no text": (
+        lambda run: (newest(run) / digests.FILE).write_text('{"folder": "6", "files": {"a": 7}}'), 4, ""),
     "digests nested deep": (lambda run: (newest(run) / digests.FILE).write_text(NESTED), 4, ""),
     "an empty folder of a later step": (lambda run: newest(run).with_name("30").mkdir(), 6, ""),
     "a save cut short": (lambda run: shutil.copytree(newest(run), newest(run).with_name("8.orbax-checkpoint-tmp")), 6, ""),
