@@ -241,6 +241,7 @@ def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path):
     results = tmp_path / "chaos.json"
     given = ["--kills=3", "--pair=0", f"--folder={tmp_path / 'chaos'}", f"--results={results}"]
@@ -295,6 +296,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_steps_are_timed_against_an_interpreter_that_is_given(tmp_path):
     """An interpreter whose steps take 1000 s; one without PyTorch; a config that PyTorch's side does not have."""
     other, output, text = tmp_path / "other", tmp_path / "found.json", tmp_path / "text.txt"

@@ -17,7 +17,7 @@ from tests.commands import Commands
 from tests.mutations import Case, cases, device, furnish
 from tests.seams import FOLDER, STOPPED
 
-EXAMPLES = int(os.environ.get("MUTATIONS", "100"))
+EXAMPLES = int(os.environ.get("MUTATIONS", "60"))
 SECONDS = float(os.environ.get("MUTATION_SECONDS", "60"))  # of one command; far more than any of them needs
 BYTES = 2 << 30  # likewise
 # What commands say that come to their end without a compiled model.

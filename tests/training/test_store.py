@@ -113,6 +113,7 @@ def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, st
     assert [path.name for path in files.below(files.as_path(store.folder))] == ["file"]
 
 
+@pytest.mark.long
 def test_a_conversion_in_a_store_goes_there_and_back(commands, store, text):
     """A run, in the layout of the reference, and a run again: all three in a bucket, with the same parameters."""
     fields = {"steps": 1, "eval__every": 0, "checkpoint__every": 1}
@@ -123,6 +124,7 @@ def test_a_conversion_in_a_store_goes_there_and_back(commands, store, text):
     jax.tree.map(np.testing.assert_array_equal, ours.params, back.params)
 
 
+@pytest.mark.long
 def test_two_processes_share_a_bucket(commands, store, text):
     """As on a pod: one leads and writes, both save their part, and one alone goes on from there."""
     fields = {"config": "tests/tiny_text.py:alibi", "checkpoint__every": 2, "eval__every": 0}
