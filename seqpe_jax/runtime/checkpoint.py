@@ -33,10 +33,19 @@ def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _no_closed_loop(told: Any, tell: Callable[[Any], object] = sys.unraisablehook) -> None:
-    """Leaves out what is told of arrays whose save goes on in a store's library after that of another has failed."""
-    if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
-        tell(told)
+class _NoClosedLoop:
+    """Leaves out what is told of arrays whose save goes on in a store's library after that of another has failed.
+
+    Args:
+      tell: the hook of `sys` that was there before, which is told all the rest.
+    """
+
+    def __init__(self, tell: Callable[[Any], object]):
+        self._tell = tell
+
+    def __call__(self, told: Any) -> None:
+        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+            self._tell(told)
 
 
 def size_of(state: Any) -> int:
@@ -75,7 +84,8 @@ class Checkpoints:
         self.folder = (as_path(workdir) / FOLDER).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
-        sys.unraisablehook = _no_closed_loop
+        if create and not isinstance(sys.unraisablehook, _NoClosedLoop):  # who only reads has no saves
+            sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
         self._best = best

@@ -237,7 +237,7 @@ def keep_memory() -> None:
     where there is no glibc, nor where the environment sets its allocator already.
     """
     told = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option is not None and not told:
         for option, value in KEEPING:
             set_option(option, value)
