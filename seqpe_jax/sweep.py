@@ -6,8 +6,9 @@ python -m seqpe_jax.sweep --sweep=configs/sweeps/search.py --workdir=runs/search
 
 Executors: local (this machine), slurm (an array of jobs; needs submitit), print (the commands, for other schedulers),
 optuna (the file's SEARCH over ranges; needs Optuna). Each run has WORKDIR/NAME, with its commands' output in log.txt.
-A run whose field is decided by others (`points.Best`, `two_stages`) begins when those have ended; --status tells what was
-decided and how far each run is, and runs nothing.
+With --results=FILE.json, what finished runs have measured is kept in that small file too, and the sweep goes on with it
+where their folders are not, such as on another machine. A run whose field is decided by others (`points.Best`,
+`two_stages`) begins when those have ended; --status tells what was decided and how far each run is, and runs nothing.
 """
 
 import pathlib
@@ -32,6 +33,9 @@ _WORKDIR = command.define_path(
     "workdir", "folder of the sweep, with a folder for each run", writes="folder",
     local="a sweep keeps locks and growing logs in its folder, which stores have not",
 )  # fmt: skip
+_RESULTS = command.define_path(
+    "results", "JSON file that keeps what finished runs measured, and is read first", writes="file"
+)
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "optuna"], "who runs the commands")
 _JOBS = flags.DEFINE_integer("jobs", None, "runs at once (default: 1; slurm: as many as it has room for)", 1, 4096)
 _ONLY = flags.DEFINE_list("only", [], "the runs of these names alone")
@@ -48,6 +52,8 @@ def main() -> None:
     sweep, workdir = points.read(_SWEEP.value), pathlib.Path(_WORKDIR.value)
     if _SLURM.value and _EXECUTOR.value != "slurm":
         raise InputError("--slurm is for --executor=slurm")
+    if _RESULTS.value and (_STATUS.value or _EXECUTOR.value in ("print", "optuna")):
+        raise InputError("--results is for runs that are worked on, by --executor=local or slurm")
     if _EXECUTOR.value == "optuna":
         _search(sweep, workdir)
         return
@@ -73,22 +79,33 @@ def _work(
 ) -> None:
     """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
     from seqpe_jax.sweeps import local, record, slurm
+    from seqpe_jax.sweeps.kept import Kept
 
+    kept = Kept(_RESULTS.value) if _RESULTS.value else None
+    restored, decided = [], []
+    if kept:
+        record.remember(workdir, sweep, sweep.points)
+        restored, decided = kept.restore(stages)
     failed = {run.name for run in stages.runs.values() if run.failure()}
     todo = [run for run in chosen if run.left() and (run.name in failed) == _RETRY.value]
     stages.check(todo)
     for name in record.remember(workdir, sweep, sweep.points):
         print(f"  {sweep.path} has no run '{name}' any more; its folder stays as it is")
-    decided = stages.settle({run.name for run in todo})
+    decided += stages.settle({run.name for run in todo})
     todo = [run for run in stages.now(todo) if run.left()]
     print(f"seqpe_jax: {len(stages.runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do")
+    if restored:
+        print(f"  {len(restored)} of them from {_RESULTS.value}: {', '.join(restored)}")
     print("".join(f"  {line}\n" for line in decided), end="", flush=True)
     runs = list(stages.runs.values())
+    keep = kept.keep if kept else lambda _: None
+    keep(runs)
     if _EXECUTOR.value == "slurm":
         told = slurm.work_in_stages(workdir, runs, todo, _JOBS.value, asked, stages)
     else:
         print(f"  {local.describe(_JOBS.value or 1)}", flush=True)
-        told = local.work(runs, todo, _JOBS.value or 1, stages)
+        told = local.work(runs, todo, _JOBS.value or 1, stages, keep)
+    keep(stages.runs.values())
     _end(stages.now(chosen), told, stages)
 
 

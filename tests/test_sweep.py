@@ -123,7 +123,8 @@ def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
     assert before.code == 0 and f"alibi-1: step 0 of 4; waits for {', '.join(tried)}" in before.out
     refused(commands("sweep", *arguments, "--only=alibi-1"), f"'alibi-1' waits for {', '.join(tried)}", "name these too")
     assert not workdir.exists()
-    result = commands("sweep", *arguments, "--jobs=2")
+    kept = f"--results={tmp_path / 'kept.json'}"
+    result = commands("sweep", *arguments, "--jobs=2", kept)
     assert result.code == 0, result.out + result.err
     last = {}
     for name in tried:
@@ -142,6 +143,14 @@ def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
     report = commands("report", f"--workdir={workdir}", f"--output={tmp_path / 'report'}")
     assert report.code == 0 and [line.split(" ")[1] for line in report.out.splitlines()[2:3]] == ["alibi"], report.err
     assert "How optimizer.learning_rate was chosen" in (tmp_path / "report" / "report.html").read_text()
+
+    elsewhere = tmp_path / "elsewhere"
+    again = commands("sweep", f"--sweep={path}", f"--workdir={elsewhere}", kept)
+    assert again.code == 0 and "0 to do" in again.out and f"alibi-1, alibi-2: {chosen}" in again.out, again.out + again.err
+    assert "4 of them from" in again.out and not (elsewhere / "alibi-1" / "checkpoints").exists()
+    other = commands("report", f"--workdir={elsewhere}", f"--output={tmp_path / 'other'}")
+    tables = [[line for line in told.out.splitlines() if line.startswith("|")] for told in (report, other)]
+    assert other.code == 0 and tables[0] == tables[1] and len(tables[0]) == 3
 
 
 def test_commands_of_a_second_stage_are_printed_when_it_is_decided(commands, text, tmp_path):
@@ -193,6 +202,8 @@ def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
     (["--sweep=configs/sweeps/none.py"], ["no sweep file at configs/sweeps/none.py"]),
     (["--executor=slurn"], ["executor", "slurn"]),
     (["--jobs=0"], ["jobs"]),
+    (["--results=kept.json", "--executor=print"], ["--results is for runs that are worked on"]),
+    (["--results=README.md"], ["--results=README.md holds no results of a sweep"]),
     (["--only=alibi,rotory"], ["'rotory'", "'rotary'"]),
     (["--slurm=partition=x"], ["--executor=slurm"]),
     (["--executor=optuna"], ["defines no SEARCH"]),

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.runtime.progress import ProgressLine
@@ -138,7 +138,10 @@ class View:
         self._line.close()
 
 
-def work(runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int, stages: Stages | None = None) -> str | None:
+def work(
+    runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int, stages: Stages | None = None,
+    keep: Callable[[Sequence[SweepRun]], None] = lambda _: None,
+) -> str | None:  # fmt: skip
     """Works runs off; returns the name of the signal that stopped it. What became of a run is in its folder.
 
     A run that another process works on is waited for, and begun afterwards if it still needs it. One that waits for others
@@ -146,6 +149,7 @@ def work(runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int, stages: 
 
     Args:
       runs: all of the sweep, for the view; todo: those to do; stages: what they wait for.
+      keep: called with the runs that have just ended, well or not.
     """
     names = {run.name for run in todo}
     outcomes = outcomes_of([run for run in runs if run.name not in names])
@@ -159,6 +163,7 @@ def work(runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int, stages: 
                 waiting += (free := [run for run in elsewhere if not is_busy(run)])
                 elsewhere = [run for run in elsewhere if run not in free]
             if ended:
+                keep([run for run, _ in ended])
                 waiting = _settled(stages, waiting, [*at_work.runs, *elsewhere])
             while at_work.free and (run := _first_ready(waiting)):
                 waiting.remove(run)

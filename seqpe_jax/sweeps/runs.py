@@ -18,6 +18,8 @@ from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.sweeps.points import Point
 
+EVALUATION = "evaluation.json"
+RESTORED = "restored.json"  # stands for the checkpoint of a finished run whose folder was made from its results alone
 FAILED = "== failed: "  # begins the last line of the log of a run that failed
 SAID = 300  # characters of a last line that are told
 OWN_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm warns all processes of a job; the commands are told by SIGTERM alone
@@ -57,17 +59,24 @@ class SweepRun:
     def evaluate(self) -> Command:
         """The command that evaluates what was trained."""
         words = [sys.executable, "-m", "seqpe_jax.evaluate", f"--checkpoint={self.folder}"]
-        return "evaluate", [*words, f"--output={self.folder / 'evaluation.json'}"]
+        return "evaluate", [*words, f"--output={self.folder / EVALUATION}"]
+
+    @property
+    def restored(self) -> bool:
+        """Whether the folder was made from the results that `--results` keeps: it has no checkpoint."""
+        return (self.folder / RESTORED).exists()
 
     def left(self) -> list[Command]:
         """Returns the commands that it still needs."""
+        if self.restored:
+            return []
         if not (self.folder / "checkpoints" / str(self.steps)).is_dir():  # it has that name only when it is whole
             return [self.train, self.evaluate] if self.evaluated else [self.train]
         return [] if not self.evaluated or self._is_evaluated() else [self.evaluate]
 
     def _is_evaluated(self) -> bool:
-        """Whether evaluation.json is of the last step, and newer than all that it depends on."""
-        path = self.folder / "evaluation.json"
+        """Whether its evaluation is of the last step, and newer than all that it depends on."""
+        path = self.folder / EVALUATION
         try:
             written = path.stat().st_mtime_ns
             older = all((self.folder / name).stat().st_mtime_ns < written for name in (METRICS, "config.json"))

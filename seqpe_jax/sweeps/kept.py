@@ -1,0 +1,107 @@
+"""What finished runs of a sweep have measured, in one small file: a study goes on with it where the runs' folders are not.
+
+The file is a JSON object: "shared" has the settings of the run that was kept first, by dotted name, and "runs" has for each
+name the "settings" in which that run differs, the "metrics" lines that have an evaluation, and its "evaluation". Losses by
+position, by which an evaluation is mostly as long as it is, are left out.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import as_path, from_json, new_folder, write_whole
+from seqpe_jax.runtime.progress import FILE as METRICS
+from seqpe_jax.runtime.progress import read_metrics
+from seqpe_jax.sweeps.runs import EVALUATION, RESTORED, SweepRun
+from seqpe_jax.sweeps.stages import Stages
+from seqpe_jax.trees import flat, nested
+
+PARTS = {"settings": dict, "metrics": list, "evaluation": dict}  # of each run
+
+
+class Kept:
+    """The file of a sweep's finished runs."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Reads it, if it is there. Raises: InputError: it is none of these."""
+        self._path = as_path(path)
+        self._shared: dict[str, Any] = {}
+        self._runs: dict[str, dict[str, Any]] = {}
+        if not self._path.exists():
+            return
+        try:
+            content = from_json(self._path.read_bytes())
+            self._shared, self._runs = content["shared"], content["runs"]
+            good = isinstance(self._shared, dict) and all(
+                isinstance(run[part], kind) for run in self._runs.values() for part, kind in PARTS.items()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise InputError(
+                f"--results={path} holds no results of a sweep, or is damaged: name one that --results has written, or none"
+            )
+
+    def restore(self, stages: Stages) -> tuple[list[str], list[str]]:
+        """Makes the folders of kept runs that have none, first of those that decide fields of others.
+
+        Returns:
+          The names of these runs, and a line for each decision that they led to.
+
+        Raises:
+          InputError: a kept run has other settings than the sweep's run of its name.
+        """
+        names: list[str] = []
+        decided: list[str] = []
+        while restored := [run.name for run in stages.runs.values() if self._restore(run)]:
+            names += restored
+            decided += stages.settle({run.name for run in stages.runs.values() if run.left()})
+        return names, decided
+
+    def keep(self, runs: Iterable[SweepRun]) -> None:
+        """Writes what finished runs have measured into the file, beside what is there; other runs are passed over."""
+        found = {run.name: self._entry(run) for run in runs if not run.restored and not run.left()}
+        if any(self._runs.get(name) != entry for name, entry in found.items()):
+            self._runs |= found
+            lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in self._runs.items())
+            write_whole(self._path, f'{{\n "shared": {json.dumps(self._shared)},\n "runs": {{\n{lines}\n }}\n}}\n')
+
+    def _entry(self, run: SweepRun) -> dict[str, Any]:
+        settings = _leaves(run)
+        self._shared = self._shared or settings
+        differing = {name: value for name, value in settings.items() if self._shared.get(name) != value}
+        lines = [line for line in read_metrics(run.folder) if any(name.startswith("eval/") for name in line)]
+        evaluation = from_json((run.folder / EVALUATION).read_bytes()) if run.evaluated else {}
+        for result in evaluation.get("results", []):
+            result.pop("loss_by_position", None)
+        return {"settings": differing, "metrics": lines, "evaluation": evaluation}
+
+    def _restore(self, run: SweepRun) -> bool:
+        """Makes a run's folder from what is kept of it; returns whether it did."""
+        kept = self._runs.get(run.name)
+        if kept is None or run.point.best or (run.evaluated and not kept["evaluation"]):
+            return False
+        if run.folder.exists() and any(run.folder.iterdir()):
+            return False
+        where = f"--results={self._path}: run '{run.name}'"
+        try:
+            settings = config.to_dict(config.from_dict(nested(self._shared | kept["settings"], ".")))
+        except InputError as error:
+            raise InputError(f"{where} is none of this version: {error}") from error
+        if lines := config.difference(settings, config.to_dict(run.point.settings)):
+            raise InputError(f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file")
+        with new_folder(run.folder, "--workdir") as folder:
+            (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept["metrics"]))
+            if run.evaluated:
+                (folder / EVALUATION).write_text(json.dumps(kept["evaluation"], indent=2))
+            (folder / RESTORED).write_text(json.dumps({"step": run.steps, "from": str(self._path)}))
+            (folder / "config.json").write_text(json.dumps(settings, indent=2))
+        return True
+
+
+def _leaves(run: SweepRun) -> dict[str, Any]:
+    """Returns the settings of a run by dotted name, as JSON reads them back."""
+    return json.loads(json.dumps(flat(config.to_dict(run.point.settings), ".")))
