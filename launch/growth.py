@@ -34,7 +34,10 @@ def measure() -> None:
     points = [("length", n, {"data.length": n, "batch_size": TOKENS // n, "eval.lengths": (n,)}) for n in LENGTHS]
     points += [("width", n, {"model.width": n, "model.heads": n // 64}) for n in WIDTHS]
     named = [(*point, kind) for point in points for kind in NAMES]
-    settings = [config.load(f"{ROOT}/configs/speed_lm.py:{kind}", fields) for _, _, fields, kind in named]
+    settings = {
+        f"{kind}, {axis} {value}": config.load(f"{ROOT}/configs/speed_lm.py:{kind}", fields)
+        for axis, value, fields, kind in named
+    }
     runs = benchmark(settings, "train", TURNS, lambda done, total: print(f"turn {done} of {total}", flush=True))["runs"]
     first = {axis: next(run for one, run in zip(named, runs, strict=True) if one[0] == axis and one[3] == "rotary")
              for axis in ("length", "width")}  # fmt: skip

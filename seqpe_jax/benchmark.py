@@ -1,6 +1,6 @@
 """Times training steps, evaluation or decoding; several encodings take turns in one run.
 
-    python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary,alibi,none
+    python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary,rotary_partial,alibi
     python -m seqpe_jax.benchmark --config=configs/stdlib_lm.py --compare=seqpe,rotary --mode=decode --output=decode.json
 
 Modes: train (a step), eval (a batch; the position table is computed before), decode (a new token of each sample), encode
@@ -11,7 +11,6 @@ and the share of it that is reached, the memory of the compiled program, and the
 share. Ratios are of the first encoding to each other one: medians over turns.
 """
 
-import copy
 import dataclasses
 import json
 
@@ -36,16 +35,18 @@ def main() -> None:
     from seqpe_jax.runtime.progress import ProgressLine
 
     hosts.keep_compiled_programs()
-    kinds = _COMPARE.value or [_CONFIG.value.encoding.kind]
-    if len(set(kinds)) < len(kinds):
-        raise InputError(f"--compare names an encoding twice: {','.join(kinds)}")
-    settings = []
-    for kind in kinds:
-        chosen = copy.deepcopy(_CONFIG.value).unlock()
-        settings.append(config.parse(chosen if kind == chosen.encoding.kind else config.with_encoding(chosen, kind)))
+    if len(set(_COMPARE.value)) < len(_COMPARE.value):
+        raise InputError(f"--compare names an encoding twice: {','.join(_COMPARE.value)}")
+    given = flags.FLAGS["config"]
+    page, overrides = config_flags.get_config_filename(given), config_flags.get_override_values(given)
+    settings = {name: config.load_variant(page, name, overrides) for name in _COMPARE.value}
+    if not settings:
+        own = config.parse(_CONFIG.value)
+        settings = {own.encoding.kind: own}
     if _MODE.value == "encode":
-        one = settings[0]
-        settings.append(dataclasses.replace(one, encoding=dataclasses.replace(one.encoding, share_prefixes=False)))
+        [name, one] = next(iter(settings.items()))
+        by_itself = dataclasses.replace(one, encoding=dataclasses.replace(one.encoding, share_prefixes=False))
+        settings[f"{name}, each string by itself"] = by_itself
     line = ProgressLine(1, label=_MODE.value)
     found = benchmark(settings, _MODE.value, _STEPS.value, lambda done, total: line.update(done, total=total))
     line.close()

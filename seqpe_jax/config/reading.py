@@ -176,6 +176,22 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
       InputError: no such file, variant or field, or values that do not fit.
     """
+    return given(_with(_page(path).to_dict(), overrides or {}))
+
+
+def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Returns the config of another variant of `FILE.py[:variant]`, with those of the dotted overrides that it reads.
+
+    Raises:
+      InputError: as `load`.
+    """
+    page = _page(f"{path.partition(':')[0]}:{variant}")
+    values = ml_collections.ConfigDict(_with(page.to_dict(), overrides or {}))
+    return parse(with_encoding(values, values.encoding.kind))
+
+
+def _page(path: str) -> ml_collections.ConfigDict:
+    """Returns what a config file makes of its variant. Raises: InputError."""
     name, _, variant = expanded(path, local=LOCAL).partition(":")
     what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
     make = getattr(module_of(name, what), "get_config", None)
@@ -184,8 +200,12 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     config = told(name, lambda: make(variant) if variant else make())
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"{name}: get_config returned {type(config).__name__}: a {what}")
-    values = config.to_dict()
-    for key, value in (overrides or {}).items():
+    return config
+
+
+def _with(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested values with dotted overrides. Raises: InputError: there is no such field."""
+    for key, value in overrides.items():
         *sections, last = key.split(".")
         target = values
         for section in sections:
@@ -193,7 +213,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
         if not isinstance(target, dict) or last not in target:
             raise InputError(f"unknown config field '{key}'.{suggest(key, field_names())}")
         target[last] = value
-    return given(values)
+    return values
 
 
 def field_names() -> list[str]:

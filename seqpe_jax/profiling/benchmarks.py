@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,29 +65,29 @@ class Timed:
 
 
 def benchmark(
-    settings: Sequence[Config], mode: str, steps: int, progress: Callable[[int, int], None] = lambda done, total: None
+    settings: Mapping[str, Config], mode: str, steps: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
     """Returns {"runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}.
 
-    A run is {"encoding", "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an evaluated
-    batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device),
+    A run is {"encoding" (its name), "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an
+    evaluated batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device),
     "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own), "roofline" (of the
     same: see `profiling.roofline`; on a device whose peaks are not known, arithmetic alone, at a rate measured at the end),
     "reached" (the shortest time possible as a share of the median)}.
 
     Args:
-      settings: differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward pass of all
-        positions of a training step alone); steps: timed calls of each.
+      settings: by name; they differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward
+        pass of all positions of a training step alone); steps: timed calls of each.
 
     Raises:
       InputError: a mode that these configs cannot run.
     """
-    for config in settings:  # before any data are read
+    for config in settings.values():  # before any data are read
         if mode == "decode" and config.reads_images:
             raise InputError("--mode=decode generates text: give a config of text")
         if mode == "encode" and config.encoding.kind != "seqpe":
             raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
-    made = [_timed(Trainer.of(config), mode) for config in settings]
+    made = [_timed(Trainer.of(config), mode) for config in settings.values()]
     seconds: list[list[float]] = [[] for _ in made]
     shares: list[list[float]] = [[] for _ in made]
     for turn in range(WARM_UP + steps):
@@ -101,11 +101,11 @@ def benchmark(
                     share.append(alone)
         progress(turn + 1, WARM_UP + steps)
     runs, chip = [], chips.chip_of(jax.devices()[0].device_kind) or chips.measured()
-    for config, one, times, share in zip(settings, made, seconds, shares, strict=True):
+    for (name, config), one, times, share in zip(settings.items(), made, seconds, shares, strict=True):
         per = DECODED if mode == "decode" else 1
         median, bound = statistics.median(times), one.bound(chip)
         runs.append({
-            "encoding": _name(config),
+            "encoding": name,
             "mode": mode,
             **({"size": list(config.data.size)} if config.reads_images else {"length": config.data.length}),
             "batch": config.batch_size,
@@ -156,12 +156,6 @@ def _timed(trainer: Trainer, mode: str) -> Timed:
     turns = DECODED if mode == "decode" else 1
     units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
     return Timed(call, units, flops_of_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode))
-
-
-def _name(config: Config) -> str:
-    """The encoding of a run, in words."""
-    by_itself = config.encoding.kind == "seqpe" and not config.encoding.share_prefixes
-    return config.encoding.kind + (", each string by itself" if by_itself else "")
 
 
 def _batch(trainer: Trainer) -> dict[str, jax.Array]:

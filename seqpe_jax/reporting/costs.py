@@ -43,7 +43,7 @@ def read_benchmarks(workdir: str | os.PathLike) -> list[Benchmark]:
 def command(study: Study, workdir: str | os.PathLike, benchmarks: Sequence[Benchmark]) -> str:
     """Returns the commands that measure what is missing beside the runs; "" where nothing is."""
     there = {one["runs"][0]["mode"] for one in benchmarks}
-    kinds = ",".join(dict.fromkeys([_reference([], study), *(run.encoding for run in study.runs)]))
+    kinds = ",".join(dict.fromkeys([_reference([], study), *(_variant(study, run) for run in study.runs)]))
     config = (study.config or "CONFIG").partition(":")[0]
     return "\n".join(
         f"python -m seqpe_jax.benchmark --config={config} --compare={kinds} --mode={mode} "
@@ -51,6 +51,11 @@ def command(study: Study, workdir: str | os.PathLike, benchmarks: Sequence[Bench
         for mode in MODES
         if mode not in there
     )
+
+
+def _variant(study: Study, run: Run) -> str:
+    """The variant of the sweep's config file that a run has; where none is recorded, its kind of encoding."""
+    return study.points.get(run.name, {}).get("config", "").partition(":")[2] or run.encoding
 
 
 def summary(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchmark]) -> Table | None:

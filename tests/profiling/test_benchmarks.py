@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+from seqpe_jax import config
 from seqpe_jax.profiling.benchmarks import flops_of_call
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import CONFIG
@@ -12,6 +13,7 @@ from tests.tiny import tiny_config
 from tests.training.test_commands import PLAIN, refused
 
 pytestmark = pytest.mark.slow
+KINDS = ["rotary", "rotary_partial", "seqpe"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "decode"])
@@ -48,6 +50,21 @@ def test_the_encoder_is_compared_with_itself_without_shared_prefixes(commands, t
     pairs, windows = settings.objective.contrastive, settings.objective.distillation
     rows = settings.data.length + pairs.batch * (1 + pairs.candidates) + windows.batch * windows.offsets
     assert [run["per_second"] * run["median_s"] for run in found["runs"]] == pytest.approx([rows] * 2)
+
+
+def test_variants_of_the_page_are_compared_each_with_the_options_that_it_reads(commands, tmp_path):
+    output = tmp_path / "found.json"
+    result = commands(
+        "benchmark", "--config=configs/stdlib_lm.py", f"--compare={','.join(KINDS)}", "--steps=1", "--mode=eval",
+        "--config.encoding.width=24", "--config.model.layers=1", "--config.batch_size=2", f"--output={output}",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert [run["encoding"] for run in found["runs"]] == KINDS
+    assert found["ratios"].keys() == {"rotary/rotary_partial", "rotary/seqpe"}
+    loaded = {name: config.load_variant("configs/stdlib_lm.py:alibi", name, {"encoding.width": 24}) for name in KINDS}
+    assert [loaded[name].encoding.rotary_pairs for name in KINDS] == [0, 4, 4] and loaded["seqpe"].encoding.width == 24
+    assert loaded["rotary"] == config.load("configs/stdlib_lm.py:rotary")
 
 
 def test_bad_arguments_end_with_one_line(commands):

@@ -85,14 +85,14 @@ def test_a_form_of_an_encoding_does_not_have_the_cost_of_another(runs):
 
 def test_the_commands_that_measure_costs_are_named_where_they_are_missing(runs, tmp_path_factory):
     points = {path.parent.name: json.loads(path.read_text()) for path in runs.glob("*/config.json")}
-    told = {name: {"config": "configs/x.py:rotary", "settings": own} for name, own in points.items()}
+    variants = {name: own["encoding"]["kind"] for name, own in points.items()}
+    variants |= {name: "alibi_far" for name, kind in variants.items() if kind == "alibi"}
+    told = {name: {"config": f"configs/x.py:{variants[name]}", "settings": own} for name, own in points.items()}
     (runs / "sweep.json").write_text(json.dumps({"points": told}))
     benchmark(runs / "benchmark_eval.json", "eval")
     out = tmp_path_factory.mktemp("out")
     report.write_report(runs, out)
-    line = (
-        f"python -m seqpe_jax.benchmark --config=configs/x.py --compare=rotary,seqpe,alibi,fox --mode=train --output={runs}"
-    )
+    line = f"python -m seqpe_jax.benchmark --config=configs/x.py --compare=rotary,seqpe,alibi_far,fox --mode=train --output={runs}"
     for name in ("report.md", "report.html"):
         text = (out / name).read_text()
         assert f"{line}/benchmark_train.json" in text and "--mode=eval" not in text
