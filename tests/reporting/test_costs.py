@@ -92,7 +92,8 @@ def test_the_commands_that_measure_costs_are_named_where_they_are_missing(runs, 
     benchmark(runs / "benchmark_eval.json", "eval")
     out = tmp_path_factory.mktemp("out")
     report.write_report(runs, out)
-    line = f"python -m seqpe_jax.benchmark --config=configs/x.py --compare=rotary,seqpe,alibi_far,fox --mode=train --output={runs}"
+    compared = "--compare=rotary,seqpe,alibi_far,fox"
+    line = f"python -m seqpe_jax.benchmark --config=configs/x.py {compared} --mode=train --output={runs}"
     for name in ("report.md", "report.html"):
         text = (out / name).read_text()
         assert f"{line}/benchmark_train.json" in text and "--mode=eval" not in text
