@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from seqpe_jax.stores import StorePath
 
 STORE = "gs://"
+MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it into a checkpoint last of all
 Place = Any  # a `pathlib.Path`, or a `stores.StorePath`, which has the same methods and some more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -87,6 +88,13 @@ def as_path(path: str | os.PathLike) -> Place:
 def in_store(path: str | os.PathLike) -> bool:
     """Whether a path is an address in a store, where nothing can be appended, renamed or locked."""
     return os.fspath(path).startswith(STORE)
+
+
+def cache_root(chosen: str | os.PathLike = "") -> pathlib.Path:
+    """Returns `chosen`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
+    local = "prepared data are read at random, from a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
+    path = os.fspath(chosen) or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
+    return pathlib.Path(expanded(path, local=local)).absolute()
 
 
 def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
@@ -309,6 +317,11 @@ def remove_folder(folder: Place) -> None:
     with contextlib.suppress(OSError):
         for file in below(folder):
             file.unlink(missing_ok=True)
+
+
+def written(file: Place) -> int:
+    """Returns when a file was written, in nanoseconds. Raises: FileNotFoundError."""
+    return int(1e9 * file.info()["mtime"].timestamp()) if in_store(file) else file.stat().st_mtime_ns
 
 
 def stamp(file: Place) -> int:

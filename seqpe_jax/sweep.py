@@ -11,7 +11,6 @@ where their folders are not, such as on another machine. A run whose field is de
 `two_stages`) begins when those have ended; --status tells what was decided and how far each run is, and runs nothing.
 """
 
-import pathlib
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import Failure, InputError, suggest
+from seqpe_jax.files import Place, as_path, in_store
 
 if TYPE_CHECKING:
     from seqpe_jax.sweeps.points import SweepFile
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 _SWEEP = command.define_path(
     "sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)", local="sweep files are Python"
 )
-_WORKDIR = command.define_path(
-    "workdir", "folder of the sweep, with a folder for each run", writes="folder",
-    local="a sweep keeps locks and growing logs in its folder, which stores have not",
-)  # fmt: skip
+_WORKDIR = command.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
 _RESULTS = command.define_path(
     "results", "JSON file that keeps what finished runs measured, and is read first", writes="file"
 )
@@ -49,7 +46,12 @@ def main() -> None:
     from seqpe_jax.sweeps import points, slurm
     from seqpe_jax.sweeps.stages import Stages
 
-    sweep, workdir = points.read(_SWEEP.value), pathlib.Path(_WORKDIR.value)
+    sweep, workdir = points.read(_SWEEP.value), as_path(_WORKDIR.value)
+    if in_store(workdir) and _EXECUTOR.value in ("slurm", "optuna"):
+        raise InputError(
+            f"--executor={_EXECUTOR.value} keeps a growing record of its own beside the runs, which stores have not: "
+            "give a folder that all hosts share as --workdir, or use --executor=local or print"
+        )
     if _SLURM.value and _EXECUTOR.value != "slurm":
         raise InputError("--slurm is for --executor=slurm")
     if _RESULTS.value and (_STATUS.value or _EXECUTOR.value in ("print", "optuna")):
@@ -74,9 +76,7 @@ def main() -> None:
         _work(sweep, workdir, stages, chosen, asked)
 
 
-def _work(
-    sweep: "SweepFile", workdir: pathlib.Path, stages: "Stages", chosen: "list[SweepRun]", asked: dict[str, Any]
-) -> None:
+def _work(sweep: "SweepFile", workdir: Place, stages: "Stages", chosen: "list[SweepRun]", asked: dict[str, Any]) -> None:
     """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
     from seqpe_jax.sweeps import local, record, slurm
     from seqpe_jax.sweeps.kept import Kept
@@ -127,7 +127,7 @@ def _end(runs: "list[SweepRun]", told: str | None, stages: "Stages | None" = Non
     print(f"{words}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report")
 
 
-def _print(sweep: "SweepFile", workdir: pathlib.Path, stages: "Stages", chosen: "list[SweepRun]") -> None:
+def _print(sweep: "SweepFile", workdir: Place, stages: "Stages", chosen: "list[SweepRun]") -> None:
     """Prints the commands of runs; where some wait for others, what has been decided is recorded."""
     from seqpe_jax.sweeps import record
 
@@ -156,7 +156,7 @@ def _status(stages: "Stages", chosen: "list[SweepRun]") -> None:
         print("; ".join([f"{run.name}: {state}", *waits, *(in_words(field, one) for field, one in decided.items())]))
 
 
-def _search(sweep: "SweepFile", workdir: pathlib.Path) -> None:
+def _search(sweep: "SweepFile", workdir: Place) -> None:
     from seqpe_jax.sweeps import local, search
 
     if _ONLY.value or _RETRY.value or _STATUS.value:

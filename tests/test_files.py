@@ -7,9 +7,8 @@ import re
 import pytest
 
 from seqpe_jax import config, files
-from seqpe_jax.data.cache import cache_root
 from seqpe_jax.errors import InputError, StoreError
-from seqpe_jax.files import as_path, check_writable, expanded, open_to_all
+from seqpe_jax.files import as_path, cache_root, check_writable, expanded, open_to_all
 from tests.tiny import ROOT
 
 

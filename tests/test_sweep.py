@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from seqpe_jax import files
 from tests.training.test_commands import refused
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -151,6 +152,44 @@ def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
     other = commands("report", f"--workdir={elsewhere}", f"--output={tmp_path / 'other'}")
     tables = [[line for line in told.out.splitlines() if line.startswith("|")] for told in (report, other)]
     assert other.code == 0 and tables[0] == tables[1] and len(tables[0]) == 3
+
+
+def test_a_sweep_in_a_store_is_that_on_a_disk(commands, store, text, tmp_path):
+    """Nothing of it is kept on this machine but the logs of what is at work: another machine goes on with it."""
+    axes = "{'variant': ('alibi', 'rotary')}"
+    path, disk, bucket = sweep_file(tmp_path, text, axes), tmp_path / "disk", files.as_path(f"{store.folder}/sweep")
+
+    def swept(workdir, cache: str, *arguments: str):
+        variables = store.environment | {"SEQPE_JAX_CACHE": str(tmp_path / cache)}
+        return commands.wait(commands.start("sweep", f"--sweep={path}", f"--workdir={workdir}", *arguments, **variables))
+
+    assert swept(disk, "one", "--jobs=2").code == 0
+    later = tmp_path / "later.txt"
+    path.write_text(path.read_text().replace(str(text), str(later)))
+    failed = swept(bucket, "one", "--only=alibi")
+    assert failed.code == 1 and f"(all of it: {bucket}/alibi/log.txt)" in failed.out, failed.out + failed.err
+    assert "alibi: failed: train, exit code 2: error: data.paths" in swept(bucket, "another", "--status=true").out
+    later.write_bytes(text.read_bytes())
+    for cache, arguments, words in (("another", ["--retry-failed=true"], "1 of 2"), ("another", ["--jobs=2"], "2 of 2")):
+        result = swept(bucket, cache, *arguments)
+        assert words in result.out, result.out + result.err
+    again = swept(bucket, "third", "--jobs=2")
+    assert again.code == 0 and "0 to do" in again.out
+
+    for name in ("alibi", "rotary"):
+        found = []
+        for workdir in (disk, bucket):
+            lines = [json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+            evaluation = json.loads((workdir / name / "evaluation.json").read_text())
+            found.append([evaluation["results"], [(line["step"], line["train/loss"]) for line in lines]])
+        assert found[0] == found[1] and len(found[0][1]) == 4
+        assert (bucket / name / "log.txt").read_text().count("== 20") == {"alibi": 3, "rotary": 2}[name]
+    assert not list(tmp_path.glob("gs:*")) and not (ROOT / "gs:").exists()
+    report = commands.wait(
+        commands.start("report", f"--workdir={bucket}", f"--output={tmp_path / 'r'}", **store.environment)
+    )
+    assert report.code == 0 and "| alibi |" in report.out, report.err
+    refused(swept(bucket, "third", "--executor=optuna"), "stores have not", "--executor=local or print")
 
 
 def test_commands_of_a_second_stage_are_printed_when_it_is_decided(commands, text, tmp_path):

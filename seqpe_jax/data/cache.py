@@ -1,7 +1,6 @@
 """Where prepared data lives, and how several processes write there without harm."""
 
 import contextlib
-import os
 import pathlib
 import shutil
 import sys
@@ -9,16 +8,9 @@ import uuid
 from collections.abc import Iterator
 
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import expanded, lock
+from seqpe_jax.files import lock
 
 UNFINISHED = ".unfinished-"
-
-
-def cache_root(cache_dir: str | os.PathLike = "") -> pathlib.Path:
-    """Returns `cache_dir`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
-    chosen = cache_dir or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
-    local = "prepared data are read at random, from a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
-    return pathlib.Path(expanded(os.fspath(chosen), local=local)).absolute()
 
 
 @contextlib.contextmanager

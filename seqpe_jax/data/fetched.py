@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import tqdm
 
-from seqpe_jax.data.cache import cache_root, locked
+from seqpe_jax.data.cache import locked
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, below, in_store, whole
+from seqpe_jax.files import Place, as_path, below, cache_root, in_store, whole
 
 AT_ONCE = 16  # objects
 

@@ -13,9 +13,9 @@ from seqpe_jax.data import augment as changes
 from seqpe_jax.data.builders import image_builder_class
 from seqpe_jax.data.builders.base import SPLITS
 from seqpe_jax.data.builders.labelled import PHOTO_MEAN, PHOTO_STD, ImageSource
-from seqpe_jax.data.cache import cache_root
 from seqpe_jax.data.fetched import fetched
 from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.files import cache_root
 
 CLASSES = {"imagenet2012": 1000, "imagenet_resized": 1000}
 

@@ -20,12 +20,11 @@ from seqpe_jax.data.builders import base, qa_jsonl, question_builder_class
 from seqpe_jax.data.builders.base import prepared
 from seqpe_jax.data.builders.passages import QuestionBuilder
 from seqpe_jax.data.builders.qa_jsonl import QaJsonl
-from seqpe_jax.data.cache import cache_root
 from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import from_json
+from seqpe_jax.files import cache_root, from_json
 
 PIECE = 8  # tokens; a smaller piece of a passage is not made where there is a choice
 BYTE_END = 0  # ends an answer in bytes: no text holds it

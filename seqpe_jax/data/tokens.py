@@ -12,12 +12,12 @@ import numpy as np
 import tqdm
 
 from seqpe_jax.data.builders import base, builder_class
-from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.cache import locked, new_directory
 from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.files import tell
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, Tokenizer, check_loss, token_dtype
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import from_json
+from seqpe_jax.files import cache_root, from_json
 
 FORMAT = 1  # of the files below; a new number makes old caches unread
 GROUP_BYTES = 8 << 20  # text tokenised at once

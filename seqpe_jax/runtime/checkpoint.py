@@ -18,14 +18,13 @@ from orbax.checkpoint import checkpoint_managers as managers
 from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRestore, StandardSave
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
-from seqpe_jax.files import Place, as_path, free_space, from_json, in_store, move_folder, remove_folder, write_whole
+from seqpe_jax.files import MARK, Place, as_path, free_space, from_json, in_store, move_folder, remove_folder, write_whole
 from seqpe_jax.runtime.digests import FILE as DIGESTS
 from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.trees import named
 
 ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
 FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
-MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it last of all
 
 
 def _no_trace_of_a_save(record: logging.LogRecord) -> bool:

@@ -18,6 +18,7 @@ from jax._src import clusters  # JAX's own detection; `initialize` offers it onl
 from jax.experimental import multihost_utils
 
 from seqpe_jax.errors import TOLD_TO_STOP, Failure, InputError
+from seqpe_jax.files import cache_root
 from seqpe_jax.runtime import line
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -224,8 +225,7 @@ def describe_batch(batch_size: int, shards: int) -> str:
 def keep_compiled_programs() -> None:
     """Turns the persistent compile cache on, unless JAX_COMPILATION_CACHE_DIR already names another place."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("SEQPE_JAX_CACHE") or pathlib.Path.home() / ".cache" / "seqpe_jax"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home).expanduser().absolute() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from seqpe_jax.runtime.progress import ProgressLine
+from seqpe_jax.files import in_store
+from seqpe_jax.runtime.progress import STORE_SECONDS, ProgressLine
 from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
 from seqpe_jax.sweeps.stages import Stages
 
@@ -101,9 +102,9 @@ class Jobs:
 class View:
     """One line on all runs of a sweep, by the steps of their trainings."""
 
-    def __init__(self, steps: Mapping[str, int]):
-        """Takes the steps that each run trains, by its name."""
-        self._steps = steps
+    def __init__(self, steps: Mapping[str, int], pause: float = LOOK):
+        """Takes the steps that each run trains, by its name, and the seconds between looks at the folders."""
+        self._steps, self._pause = steps, pause
         self._line = ProgressLine(sum(steps.values()))
         self._looked = 0.0
 
@@ -114,7 +115,7 @@ class View:
           outcomes: how runs ended, "finished" or otherwise, by name; at_work: the runs under way.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK:
+        if now - self._looked < self._pause:
             return
         self._looked = now
         count = Counter(outcomes.values())
@@ -154,7 +155,8 @@ def work(
     names = {run.name for run in todo}
     outcomes = outcomes_of([run for run in runs if run.name not in names])
     waiting, elsewhere, looked = _settled(stages, list(todo), ()), [], 0.0
-    with Jobs(jobs) as at_work, contextlib.closing(View({run.name: run.steps for run in runs})) as view:
+    pause = STORE_SECONDS if in_store(runs[0].folder) else LOOK
+    with Jobs(jobs) as at_work, contextlib.closing(View({run.name: run.steps for run in runs}, pause)) as view:
         while at_work.runs or (not at_work.told and (_first_ready(waiting) or elsewhere)):
             ended = list(at_work.ended())
             outcomes |= {run.name: outcome for run, outcome in ended if outcome != "stopped"}

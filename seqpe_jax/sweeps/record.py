@@ -6,13 +6,13 @@ decided under "decided": FIELD -> {"value", "run" (the best), "metric", "measure
 
 import dataclasses
 import json
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import Place, as_path, from_json, write_whole
 from seqpe_jax.sweeps.points import Best, Point, Range, Search, SweepFile
 
 FILE = "sweep.json"
@@ -21,7 +21,7 @@ Decision = dict[str, Any]
 Decisions = dict[str, Decision]  # of a point, by field
 
 
-def remember(workdir: str | pathlib.Path, sweep: SweepFile, points: tuple[Point, ...]) -> list[str]:
+def remember(workdir: str | os.PathLike, sweep: SweepFile, points: tuple[Point, ...]) -> list[str]:
     """Writes the points into WORKDIR/sweep.json beside those that are there; returns the names that the sweep has no more.
 
     Args:
@@ -31,7 +31,7 @@ def remember(workdir: str | pathlib.Path, sweep: SweepFile, points: tuple[Point,
       InputError: a folder of something else, a damaged record, points or ranges that changed since they were recorded
         (each named, with the fields).
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     kept = _read(workdir)
     changed = []
     for point in points:
@@ -57,28 +57,28 @@ def remember(workdir: str | pathlib.Path, sweep: SweepFile, points: tuple[Point,
     return gone
 
 
-def decisions(workdir: str | pathlib.Path) -> dict[str, Decisions]:
+def decisions(workdir: str | os.PathLike) -> dict[str, Decisions]:
     """Returns what has been decided, by the names of points. Raises: InputError: the record is damaged."""
-    path = pathlib.Path(workdir)
+    path = as_path(workdir)
     if not (path / FILE).exists():
         return {}
     return {name: point["decided"] for name, point in _read(path)["points"].items() if "decided" in point}
 
 
-def decide(workdir: str | pathlib.Path, decided: Mapping[str, Decisions], points: Mapping[str, Point]) -> None:
+def decide(workdir: str | os.PathLike, decided: Mapping[str, Decisions], points: Mapping[str, Point]) -> None:
     """Writes decisions beside the points that they settle.
 
     Args:
       decided: by the names of points; points: these, with their fields as decided.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     kept = _read(workdir)
     for name, own in decided.items():
         kept["points"][name] |= {"settings": config.to_dict(points[name].settings), "decided": own}
     _write(workdir, kept)
 
 
-def _read(workdir: pathlib.Path) -> dict[str, Any]:
+def _read(workdir: Place) -> dict[str, Any]:
     path = workdir / FILE
     if not path.exists():
         if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
@@ -108,7 +108,7 @@ def _plain_best(best: Best) -> dict[str, Any]:
     return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric}
 
 
-def _write(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+def _write(workdir: Place, values: dict[str, Any]) -> None:
     """Writes the record, whole or not at all, with one line for each point."""
     points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in values["points"].items())
     head = "".join(f' "{name}": {json.dumps(values[name])},\n' for name in ("sweep", "search"))
@@ -116,14 +116,14 @@ def _write(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     write_whole(workdir / FILE, text)
 
 
-def _settings(workdir: pathlib.Path, name: str, old: dict[str, Any]) -> config.Config:
+def _settings(workdir: Place, name: str, old: dict[str, Any]) -> config.Config:
     try:
         return config.from_dict(old["settings"])
     except InputError as error:
         raise InputError(f"{workdir / FILE}: the recorded run '{name}' is none of this version: {error}") from error
 
 
-def _differences(workdir: pathlib.Path, point: Point, old: dict[str, Any]) -> list[str]:
+def _differences(workdir: Place, point: Point, old: dict[str, Any]) -> list[str]:
     before = config.to_dict(_settings(workdir, point.name, old))  # fields that a later version added have their defaults
     now = config.to_dict(point.settings)
     best = {field: _plain_best(one) for field, one in point.best.items()}

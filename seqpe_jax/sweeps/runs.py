@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from subprocess import DEVNULL, STDOUT, Popen
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, lock
+from seqpe_jax.files import MARK, STORE, Place, cache_root, from_json, in_store, lock, written
 from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.sweeps.points import Point
@@ -36,7 +36,7 @@ class SweepRun:
     """
 
     point: Point
-    folder: pathlib.Path
+    folder: Place
     evaluated: bool = True
 
     @property
@@ -62,6 +62,13 @@ class SweepRun:
         return "evaluate", [*words, f"--output={self.folder / EVALUATION}"]
 
     @property
+    def log(self) -> pathlib.Path:
+        """The output of its commands; of a run in a store it grows on this machine, until they have ended."""
+        if in_store(self.folder):
+            return cache_root() / "sweeps" / str(self.folder).removeprefix(STORE) / LOG
+        return self.folder / LOG
+
+    @property
     def restored(self) -> bool:
         """Whether the folder was made from the results that `--results` keeps: it has no checkpoint."""
         return (self.folder / RESTORED).exists()
@@ -70,31 +77,46 @@ class SweepRun:
         """Returns the commands that it still needs."""
         if self.restored:
             return []
-        if not (self.folder / "checkpoints" / str(self.steps)).is_dir():  # it has that name only when it is whole
+        if not self._is_trained():
             return [self.train, self.evaluate] if self.evaluated else [self.train]
         return [] if not self.evaluated or self._is_evaluated() else [self.evaluate]
+
+    def _is_trained(self) -> bool:
+        """Whether the last checkpoint is there; on a disk it has its name only when it is whole."""
+        last = self.folder / "checkpoints" / str(self.steps)
+        return (last / MARK).exists() if in_store(last) else last.is_dir()
 
     def _is_evaluated(self) -> bool:
         """Whether its evaluation is of the last step, and newer than all that it depends on."""
         path = self.folder / EVALUATION
         try:
-            written = path.stat().st_mtime_ns
-            older = all((self.folder / name).stat().st_mtime_ns < written for name in (METRICS, "config.json"))
+            older = all(written(self.folder / name) < written(path) for name in (METRICS, "config.json"))
             return older and from_json(path.read_bytes()).get("step") == self.steps
         except (FileNotFoundError, ValueError, AttributeError):
             return False  # evaluate writes it anew
 
     def fail(self, words: str) -> None:
         """Notes in the log that the run failed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("ab") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
             log.write(_line(FAILED + words))
+
+    def go_on_with_log(self) -> None:
+        """Begins the log of a run in a store with what is there of it, where other machines have written more."""
+        there = self.folder / LOG
+        if in_store(self.folder) and there.exists() and len(content := there.read_bytes()) > self.log.stat().st_size:
+            self.log.write_bytes(content)
+
+    def put_log(self) -> None:
+        """Puts the log of a run in a store beside its other files. Raises: StoreError."""
+        if in_store(self.folder):
+            (self.folder / LOG).upload(self.log)
 
     def failure(self) -> str | None:
         """Returns the last line of a run that failed, else None."""
         if not self.left():
             return None
-        last = _last_line(self.folder / LOG)
+        last = _last_line(self.log if self.log.exists() else self.folder / LOG)
         return last.removeprefix(FAILED) if last.startswith(FAILED) else None
 
     def steps_done(self) -> int:
@@ -135,13 +157,14 @@ class Attempt:
         self._commands = run.left()
         self._process: Popen | None = None
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            self._log = (run.folder / LOG).open("ab")
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            self._log = run.log.open("ab")
         except OSError as error:
             raise InputError(f"the log of run '{run.name}' cannot be written: {error}") from error
         if lock(self._log) is False:
             self._log.close()
             raise Busy
+        run.go_on_with_log()
         self._next()
 
     def _next(self) -> None:
@@ -172,10 +195,11 @@ class Attempt:
             outcome = "failed"
             self.run.fail(self._reason(code))
         self._log.close()
+        self.run.put_log()
         return outcome
 
     def _reason(self, code: int) -> str:
-        with (self.run.folder / LOG).open("rb") as log:
+        with self.run.log.open("rb") as log:
             log.seek(self._began)
             said = _lines(log.read().decode(errors="replace"))
         last = said[-1][:SAID] if said else "it said nothing"
@@ -199,7 +223,7 @@ class Attempt:
 def is_busy(run: SweepRun) -> bool:
     """Whether some process works on the run."""
     try:
-        with (run.folder / LOG).open("r+b") as log:
+        with run.log.open("r+b") as log:
             return lock(log) is False
     except FileNotFoundError:
         return False
@@ -226,7 +250,7 @@ def _line(words: str) -> bytes:
     return f"{words}\n".encode(errors="backslashreplace")
 
 
-def _tail(path: pathlib.Path) -> str:
+def _tail(path: Place) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
@@ -239,6 +263,6 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _last_line(path: pathlib.Path) -> str:
+def _last_line(path: Place) -> str:
     said = _lines(_tail(path))
     return said[-1] if said else ""

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from seqpe_jax.data import tokens as text
-from seqpe_jax.data.cache import cache_root, new_directory
+from seqpe_jax.data.cache import new_directory
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import cache_root
 
 
 class Letters:

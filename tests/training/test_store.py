@@ -101,7 +101,7 @@ def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, st
         ("train", ["--config=gs://runs/config.py", f"--workdir={store.folder}/run"], "config files are Python"),
         ("evaluate", ["--checkpoint=gs://no-such-bucket/run"], "there is no bucket"),
         ("evaluate", [f"--checkpoint={store.folder}/none"], f"no such directory: {store.folder}/none"),
-        ("sweep", [f"--workdir={store.folder}/sweep", "--sweep=configs/sweeps/extrapolation.py"], "a sweep keeps locks"),
+        ("sweep", ["--sweep=gs://runs/sweep.py", f"--workdir={store.folder}/sweep"], "sweep files are Python"),
     ):
         result = run(commands, store, name, *arguments)
         assert result.code == 2 and words in result.err, result.err

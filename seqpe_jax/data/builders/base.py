@@ -13,10 +13,10 @@ from typing import Any
 import tensorflow_datasets as tfds
 import tqdm
 
-from seqpe_jax.data.cache import cache_root, locked, new_directory
+from seqpe_jax.data.cache import locked, new_directory
 from seqpe_jax.data.files import check_regular, tell
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import cache_root, from_json, write_whole
 
 SPLITS = ("train", "validation", "test")
 SIZES = "sizes_of_files.json"  # of a prepared data set
