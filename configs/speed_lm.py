@@ -36,7 +36,7 @@ def get_config(variant=None):
 
     c.encoding.max_position = 100_000
     c.encoding.feature_width = 8
-    c.encoding.width = 256
+    c.encoding.width = 128  # half the model's, as in stdlib_lm.py
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
 

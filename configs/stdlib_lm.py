@@ -37,7 +37,7 @@ def get_config(variant=None):
     c.optimizer.clip = 1.0
 
     c.encoding.max_position = 5000
-    c.encoding.width = 96
+    c.encoding.width = 96 if variant == "seqpe_paper" else 48  # half the model's is as good (sweeps/encoder_width.py)
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
     if variant in (None, "seqpe", "seqpe_paper"):

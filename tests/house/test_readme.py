@@ -87,8 +87,9 @@ def test_files_that_the_pages_name_are_there():
         assert (ROOT / name).exists() or (ROOT / "seqpe_jax" / name).exists(), f"WORKSPACE.md names {name}"
 
 
-def test_tables_of_results_are_those_of_the_stored_studies():
-    command = [sys.executable, "launch/results_tables.py", "--check"]
+@pytest.mark.parametrize("what", ["tables", "plots"])
+def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
+    command = [sys.executable, f"launch/results_{what}.py", "--check"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "<!-- results: extrapolation bits_per_byte" in (ROOT / "README.md").read_text()
