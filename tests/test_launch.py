@@ -267,11 +267,18 @@ def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path, o
 def test_stored_kills_lost_nothing():
     """What WORKSPACE.md says of them is what was measured."""
     results = json.loads((ROOT / "docs" / "results" / "chaos.json").read_text())
-    told = (ROOT / "WORKSPACE.md").read_text()
-    assert {"one process", "two processes"} <= results.keys()
-    for result in (result for result in results.values() if "kills" in result):
-        assert not any(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
-        assert f"{result['kills']} kills" in told and result["lines"] > result["steps"] and result["arrays"] > 20
+    told = " ".join((ROOT / "WORKSPACE.md").read_text().split())
+    soaked = results.pop("soak")
+    assert soaked["growth_percent"] <= 2 and soaked["exit_code"] == 0 and soaked["steps"] == 20_000
+    words = f"{soaked['MiB_after_a_quarter']} MiB after 5 000 of 20 000 steps, {soaked['MiB_at_the_end']} at the end"
+    assert words in told
+    for name, kills in (("one process", 200), ("two processes", 20), ("in a bucket", 20)):
+        assert results[name]["kills"] == kills, name
+    for name, result in results.items():
+        assert not any(count for what, count in result.items() if what.endswith(("missing", "doubled", "differ"))), name
+        assert result["kills_inside_a_save"] >= result["kills"] / 3, name
+        assert f"{result['kills']} kills" in told and f"{result['kills_inside_a_save']} of them inside a save" in told, name
+        assert result["lines"] > result["steps"] and result["arrays"] > 20, name
 
 
 @pytest.mark.slow
