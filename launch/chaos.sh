@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Kills -9 at random moments, a third of them while a checkpoint is written: 200 of a small run, then 20 of a run of two
-# processes. Each goes to its end and must equal, bit for bit, one that nobody disturbed. Prints a table, and writes it to
-# docs/results/chaos.json; exit code 1 where anything differs. Less: launch/chaos.sh --kills=20 --pair=2
+# Kills -9 at random moments, a third of them while a checkpoint is written: 200 of a small run, 20 of a run of two processes,
+# and 20 of a run whose folder is in a bucket (an emulator on this machine, which keeps it as files). Each goes to its end and
+# must equal, bit for bit, one on this disk that nobody disturbed. Prints a table, and writes it to docs/results/chaos.json;
+# exit code 1 where anything differs. Less, or one alone: launch/chaos.sh --kills=20 --pair=2 --bucket=0
 # The same command goes on where it was interrupted; rm -r runs/chaos, or another --folder=, begins anew. About an hour.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,10 +1,11 @@
 """Kills a run at random moments until it is done, and compares it with one that nobody disturbed (launch/chaos.sh).
 
-    python -m tests.chaos --kills=200 --pair=20 --folder=runs/chaos --results=docs/results/chaos.json
+    python -m tests.chaos --kills=200 --pair=20 --bucket=20 --folder=runs/chaos --results=docs/results/chaos.json
     python -m tests.chaos --soak=20000
 
-The same command goes on where it was interrupted; another --folder begins anew. Exit code 1: something was lost or differs,
-or the memory of a soaked run grew by more than 2%.
+The kills are spread over the whole run, a third of them aimed at the writing of a checkpoint. The same command goes on from
+where it was interrupted; another --folder begins anew. Exit code 1: something was lost or differs, or the memory of a run
+that is soaked grew by more than 2%.
 """
 
 import argparse
@@ -22,7 +23,9 @@ import time
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from seqpe_jax.files import write_whole
+from seqpe_jax.runtime.checkpoint import MARK, UNNAMED
 from tests.commands import Commands, Running, train_arguments
+from tests.emulator import Store, files_of
 from tests.training.test_processes import _free_port, hosts
 from tests.training.test_resume import CLOCK, arrays, lines, newest
 
@@ -31,77 +34,115 @@ FIELDS = {
     "eval__lengths": (16,), "model__dropout": 0.1,
 }  # fmt: skip
 START_SECONDS = 4.0  # in which a start reads its state and compiles
-SAVE_SECONDS = 0.03  # within which a kill follows the beginning of a save
+SAVE_SECONDS, STORED_SAVE_SECONDS = 0.03, 0.5  # within which a kill follows the beginning of a save, on a disk, in a bucket
+STORED_STEPS_SECONDS = 1.0  # between two saves in a bucket
 STUCK_SECONDS = 600.0
 GROWTH_PERCENT = 2.0  # of memory, beyond which a soaked run is said to leak
-STEPS_OF_A_KILL = 30  # by which a run gets longer for each, so that it does not end before the last
+STEPS_OF_A_KILL, STEPS_AFTER = 30, 100  # a run has so many for each kill, and so many after the last
 
 
 class Victim:
-    """A run of some processes that is killed a number of times and then let go to its end."""
+    """A run of some processes that is killed a number of times and then let go to its end.
 
-    def __init__(self, commands: Commands, folder: pathlib.Path, processes: int, kills: int):
+    Args:
+      bucket: whether its folder is in a bucket, of an emulator that keeps the objects as files of this machine.
+    """
+
+    def __init__(self, commands: Commands, folder: pathlib.Path, processes: int, kills: int, bucket: bool = False):
         self.commands, self.folder, self.processes, self.kills = commands, folder, processes, kills
-        self.steps, self.straight, self.killed = 100 + kills * STEPS_OF_A_KILL, folder / "straight", folder / "killed"
+        self.steps = STEPS_AFTER + kills * STEPS_OF_A_KILL
+        self.straight, self.killed = folder / "straight", folder / "killed"
         self.text, self.record = text_of(folder), folder / "kills.json"
         self.done = json.loads(self.record.read_text()) if self.record.exists() else []
+        self.store, self.seconds_of_a_save = None, SAVE_SECONDS
+        if bucket:
+            self.store, self.seconds_of_a_save = Store(folder / "store"), STORED_SAVE_SECONDS
+            self.killed = files_of(folder / "store") / "killed"
 
-    def start(self, workdir: pathlib.Path) -> list[Running]:
-        """Begins the run of a folder, or goes on with it."""
+    def start(self, straight: bool = False) -> list[Running]:
+        """Begins the run, or goes on with it: the one that is killed, or the one that nobody disturbs."""
+        workdir, variables = str(self.straight if straight else self.killed), {}
+        if self.store and not straight:
+            workdir, variables = f"{self.store.folder}/{self.killed.name}", self.store.environment
         given, port = train_arguments(workdir, self.text, steps=self.steps, **FIELDS), _free_port()
         several = range(self.processes) if self.processes > 1 else ()
         each = [hosts(port, self.processes, number) for number in several] or [[]]
-        return [self.commands.start("train", *given, *own) for own in each]
+        return [self.commands.start("train", *given, *own, **variables) for own in each]
 
-    def finish(self, workdir: pathlib.Path) -> None:
-        """Lets the run of a folder go to its end."""
-        results = [self.commands.wait(one, 3600) for one in self.start(workdir)]
+    def finish(self, straight: bool = False) -> None:
+        """Lets one of the two go to its end."""
+        results = [self.commands.wait(one, 3600) for one in self.start(straight)]
         if any(result.code for result in results):
-            sys.exit(f"{workdir} did not end well: {results}")
+            sys.exit(f"the run in {self.straight if straight else self.killed} did not end well: {results}")
 
     def kill(self) -> None:
         """Starts the run and kills one of its processes at a random moment: of the start, of a save, or any other."""
         draw = random.Random(len(self.done))
         moment = draw.choices(("save", "start", "step"), (2, 1, 3))[0]
-        reached, wanted = newest(self.killed), draw.randrange(2 * STEPS_OF_A_KILL)
+        reached, left = self.saved(), self.kills - len(self.done)
+        rest = max(0, self.steps - STEPS_AFTER - reached)
+        wanted = reached + draw.randrange(1 + min(rest, 2 * rest // left))
         begun, began = time.time_ns(), time.monotonic()
-        running = self.start(self.killed)
+        running = self.start()
         victim, share = draw.choice(running), draw.random()
         if moment == "start":
-            time.sleep(share * START_SECONDS)
-        while moment != "start" and not ((told := lines(self.killed)) and told[-1]["step"] > reached + wanted):
+            while time.monotonic() < began + share * START_SECONDS and self.told(begun) <= reached:
+                time.sleep(0.002)
+        while moment != "start" and self.told(begun) <= wanted:
             if time.monotonic() > began + STUCK_SECONDS:
                 sys.exit(f"{self.killed} does not go on: {[one.err for one in running]}")
             time.sleep(0.002)
         if moment == "save":
-            while not self.saves_since(begun) and newest(self.killed) < self.steps:
+            while not self.saves_since(begun) and self.saved() < self.steps:
                 time.sleep(0.0005)
-            time.sleep(share * SAVE_SECONDS)
+            time.sleep(share * self.seconds_of_a_save)
+        elif moment == "step" and self.store:  # of steps there, others are told at the beginning of a save alone
+            time.sleep(share * STORED_STEPS_SECONDS)
         os.kill(victim.process, signal.SIGKILL)
         codes = [self.commands.wait(one).code for one in running]
         if -signal.SIGKILL not in codes:
             sys.exit(f"{self.killed} ended before it was killed: {[one.err for one in running]}")
         inside = self.saves_since(begun)
-        self.done.append({"moment": moment, "inside_a_save": inside, "saved": newest(self.killed)})
+        self.done.append({"moment": moment, "inside_a_save": inside, "saved": self.saved()})
         write_whole(self.record, json.dumps(self.done))
         print(f"{self.folder.name}: kill {len(self.done)} of {self.kills}, {self.done[-1]}", flush=True)
 
+    def told(self, begun: int) -> int:
+        """The last step that the killed run has told since a time in nanoseconds; 0 where it has told none."""
+        metrics = self.killed / "metrics.jsonl"
+        with contextlib.suppress(FileNotFoundError):
+            if metrics.stat().st_mtime_ns > begun:  # else an earlier start wrote it, maybe up to a step that was lost
+                return _last_step(metrics)
+        return 0
+
+    def saved(self) -> int:
+        """The last step of the killed run whose checkpoint is finished."""
+        if not self.store:
+            return newest(self.killed)
+        return max((int(path.parent.name) for path in self.killed.glob(f"checkpoints/*/{MARK}")), default=0)
+
     def saves_since(self, begun: int) -> bool:
         """Whether a save is under way, or was when the run was killed, that began after a time in nanoseconds."""
-        for path in (self.killed / "checkpoints").glob("*.orbax-checkpoint-tmp"):  # earlier kills have left some, too
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime_ns > begun:
-                    return True
+        folders = list((self.killed / "checkpoints").glob("*"))
+        finished = self.saved()
+        for folder in folders:
+            step = folder.name.removesuffix(UNNAMED)
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                if step.isdecimal() and int(step) > finished:  # earlier kills have left some, too
+                    if any(path.stat().st_mtime_ns > begun for path in (folder, *folder.rglob("*"))):
+                        return True
         return False
 
     def run(self) -> dict[str, int]:
         """Does what is still to be done, and returns what became of it."""
         if newest(self.straight) < self.steps:
             shutil.rmtree(self.straight, ignore_errors=True)
-            self.finish(self.straight)
-        while len(self.done) < self.kills and newest(self.killed) < self.steps:
+            self.finish(straight=True)
+        while len(self.done) < self.kills and self.saved() < self.steps:
             self.kill()
-        self.finish(self.killed)
+        self.finish()
+        if self.store:
+            self.store.close()
         inside = sum(one["inside_a_save"] for one in self.done)
         about = {"processes": self.processes, "steps": self.steps, "kills": len(self.done), "kills_inside_a_save": inside}
         return about | differences(self.straight, self.killed, self.steps)
@@ -196,6 +237,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=200, help="of a run of one process")
     options.add_argument("--pair", type=int, default=20, help="kills of a run of two processes")
+    options.add_argument("--bucket", type=int, default=20, help="kills of a run of one process whose folder is in a bucket")
     options.add_argument("--soak", type=int, default=0, help="steps of a run whose memory is looked at, instead of kills")
     options.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/chaos"))
     options.add_argument("--results", type=pathlib.Path, help="JSON file to write")
@@ -211,9 +253,12 @@ def main() -> int:
 
     if given.soak:
         keep("soak", soak(commands, folder / "soak", given.soak))
-    for name, processes, kills in (("one process", 1, given.kills), ("two processes", 2, given.pair)):
+    for name, processes, kills in (
+        ("one process", 1, given.kills), ("two processes", 2, given.pair), ("in a bucket", 1, given.bucket)
+    ):  # fmt: skip
         if kills and not given.soak:
-            keep(name, Victim(commands, folder / name.replace(" ", "_"), processes, kills).run())
+            where = folder / name.replace(" ", "_")
+            keep(name, Victim(commands, where, processes, kills, bucket=name == "in a bucket").run())
     commands.close()
     print(table(results))
     return int(any(map(wrong, results.values())))

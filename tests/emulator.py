@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,10 @@ NAME = re.compile(rb'"name": *("(?:[^"\\]|\\.)*")')  # in the first part of an u
 
 
 class Store:
-    """An emulator with one empty bucket.
+    """An emulator with one bucket.
+
+    Args:
+      kept: a folder of this machine where objects stay from one time to the next; None = the bucket is empty, in memory.
 
     Attributes:
       environment: the variables by which the libraries find it; folder: an address for the test that runs.
@@ -28,7 +32,7 @@ class Store:
 
     folder = f"gs://{BUCKET}"
 
-    def __init__(self):
+    def __init__(self, kept: pathlib.Path | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -40,7 +44,7 @@ class Store:
         }
         root = pathlib.Path(__file__).resolve().parents[1]
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.emulator", str(port)], cwd=root, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "tests.emulator", str(port), str(kept or "")], cwd=root, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 60
         while True:
@@ -71,7 +75,12 @@ class Store:
         self._server.wait()
 
 
-def serve(port: int) -> None:
+def files_of(kept: pathlib.Path) -> pathlib.Path:
+    """Returns the folder in which the objects of a store that is `kept` lie as files."""
+    return kept / ".cloudstorage" / BUCKET
+
+
+def serve(port: int, kept: str) -> None:
     """Runs the emulator, with a thread for each connection, of which libraries keep several open at once."""
     import logging
 
@@ -79,6 +88,7 @@ def serve(port: int) -> None:
     from gcp_storage_emulator.exceptions import NotFound
 
     logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it ends with who started it, between two requests
     one_at_a_time = threading.Lock()
     asked = {"status": 0, "requests": 0, "seconds": 0.0, "about": "", "failed": 0}
 
@@ -157,13 +167,15 @@ def serve(port: int) -> None:
 
     server.RequestHandler = Handler
     http.server.HTTPServer = Threads
-    made = server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    made = server.create_server("127.0.0.1", port, in_memory=not kept, default_bucket=BUCKET, data_dir=kept or None)
+    made._storage.buckets[BUCKET]["softDeletePolicy"] = {"retentionDurationSeconds": 0}  # what is removed is gone
     made.start()
     parent = os.getppid()
     while os.getppid() == parent:  # ends with the test that started it, however that ends
         time.sleep(1)
-    os._exit(0)
+    with one_at_a_time:  # what is kept is whole
+        os._exit(0)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), sys.argv[2])

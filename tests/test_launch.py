@@ -242,23 +242,24 @@ def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("option, name", [("kills", "one process"), ("bucket", "in a bucket")])
+def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path, option, name):
     results = tmp_path / "chaos.json"
-    given = ["--kills=3", "--pair=0", f"--folder={tmp_path / 'chaos'}", f"--results={results}"]
-    command = [sys.executable, "-m", "tests.chaos", *given]
+    counts = [f"--{one}={3 if one == option else 0}" for one in ("kills", "pair", "bucket")]
+    command = [sys.executable, "-m", "tests.chaos", *counts, f"--folder={tmp_path / 'chaos'}", f"--results={results}"]
     found = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
-    told = json.loads(results.read_text())["one process"]
+    told = json.loads(results.read_text())[name]
     assert told["kills"] == 3 and told["steps"] == 190 and told["lines"] == 192 and told["arrays"] > 20
     assert not any(told[name] for name in told if name.endswith(("missing", "doubled", "differ")))
     assert "| steps doubled | 0 |" in found.stdout
 
     # What it is for: a line lost and a byte changed are seen.
-    killed = tmp_path / "chaos" / "one_process" / "killed"
+    [killed] = (tmp_path / "chaos").rglob("killed")
     lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:50] + lines[51:] + lines[-1:]))
     again = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
-    told = json.loads(results.read_text())["one process"]
+    told = json.loads(results.read_text())[name]
     assert again.returncode == 1 and told["lines_missing"] == told["steps_missing"] == 1, again.stdout + again.stderr
     assert told["lines_that_differ_or_are_doubled"] == 1
 
@@ -266,11 +267,18 @@ def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path):
 def test_stored_kills_lost_nothing():
     """What WORKSPACE.md says of them is what was measured."""
     results = json.loads((ROOT / "docs" / "results" / "chaos.json").read_text())
-    told = (ROOT / "WORKSPACE.md").read_text()
-    assert {"one process", "two processes"} <= results.keys()
-    for result in (result for result in results.values() if "kills" in result):
-        assert not any(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
-        assert f"{result['kills']} kills" in told and result["lines"] > result["steps"] and result["arrays"] > 20
+    told = " ".join((ROOT / "WORKSPACE.md").read_text().split())
+    soaked = results.pop("soak")
+    assert soaked["growth_percent"] <= 2 and soaked["exit_code"] == 0 and soaked["steps"] == 20_000
+    words = f"{soaked['MiB_after_a_quarter']} MiB after 5 000 of 20 000 steps, {soaked['MiB_at_the_end']} at the end"
+    assert words in told
+    for name, kills in (("one process", 200), ("two processes", 20), ("in a bucket", 20)):
+        assert results[name]["kills"] == kills, name
+    for name, result in results.items():
+        assert not any(count for what, count in result.items() if what.endswith(("missing", "doubled", "differ"))), name
+        assert result["kills_inside_a_save"] >= result["kills"] / 3, name
+        assert f"{result['kills']} kills" in told and f"{result['kills_inside_a_save']} of them inside a save" in told, name
+        assert result["lines"] > result["steps"] and result["arrays"] > 20, name
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import MARK, Place, as_path, free_space, from_json, in_store, move_folder, remove_folder, write_whole
 from seqpe_jax.runtime.digests import FILE as DIGESTS
 from seqpe_jax.runtime.digests import damage, write_digests
+from seqpe_jax.runtime.tensorstore_json import ask_seldom
 from seqpe_jax.trees import named
 
 ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
@@ -83,8 +84,10 @@ class Checkpoints:
         self.folder = (as_path(workdir) / FOLDER).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
-        if create and not isinstance(sys.unraisablehook, _NoClosedLoop):  # who only reads has no saves
-            sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)
+        if create:  # who only reads has no saves, and his process is left as it is
+            ask_seldom()
+            if not isinstance(sys.unraisablehook, _NoClosedLoop):
+                sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)
         if not create and not self.folder.is_dir():
             raise InputError(f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it")
         self._best = best

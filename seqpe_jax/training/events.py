@@ -247,6 +247,7 @@ class Save(Event):
                 self._checkpoints.wait()
             except SaveFailed as error:
                 self._tell(error)
+            hosts.give_back_memory()  # what the last save took
             try:
                 self._checkpoints.save(run.step, run.state, self._meta | beside)
             except SaveFailed as error:

@@ -1,6 +1,10 @@
 """The start of several processes: options, JAX's detection, the roll call, and what is said when it fails."""
 
+import ctypes
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -177,3 +181,37 @@ def test_a_lead_that_does_not_come(monkeypatch):
 def test_a_taken_port():
     with socket.create_server(("localhost", 0)) as taken, pytest.raises(InputError, match="the lead cannot listen at port"):
         line.listen("localhost", taken.getsockname()[1])
+
+
+HOLES = """
+import ctypes, pathlib
+from seqpe_jax.runtime import hosts
+
+def held():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+hosts.keep_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+blocks = [ctypes.c_void_p(c.malloc(size)) for _ in range(200) for size in (2**20, 64)]
+for block in blocks[::2]:
+    ctypes.memset(block, 1, 2**20)
+for block in blocks[::2]:
+    c.free(block)
+kept = held()
+hosts.give_back_memory()
+print(kept - held())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no allocator of glibc's")
+@pytest.mark.parametrize(
+    "told", [{}, {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000"}], ids=["kept", "let alone"]
+)
+def test_free_memory_between_pieces_in_use_is_given_back(told):
+    """200 free MiB with something in use after each, unless who started the command sets the allocator."""
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", HOLES], env=rest | told, capture_output=True, text=True, check=True)
+    given_back = int(done.stdout)
+    assert given_back < 20 if told else given_back > 180

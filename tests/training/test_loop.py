@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -339,6 +340,26 @@ def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(tmp_path, c
     run()
     assert checkpoints.saved == saved, "the last state is saved, whatever failed before"
     assert capsys.readouterr().err.count("trying again") == len(at_once) + len(later)
+
+
+def test_free_memory_is_given_back_between_two_saves(tmp_path, monkeypatch):
+    """When the last save has ended, which takes memory in the background, and before the next one begins."""
+    told = []
+    checkpoints = types.SimpleNamespace(
+        failed=0,
+        latest=lambda: None,
+        wait=lambda: told.append("wait"),
+        save=lambda *_: told.append("save"),
+        close=Kept().close,
+    )
+    monkeypatch.setattr(events.hosts, "give_back_memory", lambda: told.append("give back"))
+    report = events.Report(
+        MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock(), every=1, steps=2, units=1, unit=""
+    )
+    save = events.Save(checkpoints, {}, events.Clock(), report, every=1)
+    step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
+    loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), steps=2, events=[save, report])
+    assert told == [*["wait", "give back", "save"] * 2, "wait"]
 
 
 def test_events_come_in_their_order(tmp_path):
