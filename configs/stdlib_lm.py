@@ -3,8 +3,8 @@
     python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/seqpe
     python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary
 
-Hardware: two CPU cores; 4 minutes for seqpe, 2 for the others. Result, after 1000 steps: 1.98 bits per byte at 64 bytes and
-1.94 at 4096 (rotary 1.99 and 4.53, alibi 2.25 and 2.21; means of three seeds, configs/sweeps/extrapolation.py).
+Hardware: two CPU cores; 4 minutes for seqpe, 2 for the others. Result, after 1000 steps: 1.97 bits per byte at 64 bytes and
+1.92 at 4096 (rotary 1.99 and 4.53, alibi 2.25 and 2.21; means of three seeds, configs/sweeps/extrapolation.py).
 Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_partial (the pairs that
 turn beside seqpe, alone), rotary_axial, rotary_mixed, alibi, none.
 """
