@@ -1,8 +1,8 @@
 """What finished runs of a sweep have measured, in one small file: a study goes on with it where the runs' folders are not.
 
 The file is a JSON object: "shared" has the settings of the run that was kept first, by dotted name, and "runs" has for each
-name the "settings" in which that run differs, the "metrics" lines that have an evaluation, and its "evaluation". Losses by
-position, by which an evaluation is mostly as long as it is, are left out.
+name the "settings" in which that run differs, the "metrics" lines of evaluations and of the last step, and "evaluation".
+Losses by position, by which an evaluation is mostly as long as it is, are left out.
 """
 
 import json
@@ -73,7 +73,9 @@ class Kept:
         settings = _leaves(run)
         self._shared = self._shared or settings
         differing = {name: value for name, value in settings.items() if self._shared.get(name) != value}
-        lines = [line for line in read_metrics(run.folder) if any(name.startswith("eval/") for name in line)]
+        lines = read_metrics(run.folder)
+        last = lines[-1]["step"] if lines else 0  # says that the run is finished
+        lines = [line for line in lines if line["step"] == last or any(name.startswith("eval/") for name in line)]
         evaluation = from_json((run.folder / EVALUATION).read_bytes()) if run.evaluated else {}
         for result in evaluation.get("results", []):
             result.pop("loss_by_position", None)

@@ -65,7 +65,7 @@ def test_evaluations_are_kept_without_their_curves(tmp_path):
     run = FakeRun(point("a"), tmp_path / "a")
     (run.folder / "checkpoints" / "3").mkdir(parents=True)
     (run.folder / "config.json").write_text("{}")
-    lines = [{"step": 1, "train/loss": 1.0}, {"step": 3, "eval/loss@16": 0.5}]
+    lines = [{"step": 1, "train/loss": 1.0}, {"step": 2, "eval/loss@16": 0.5}, {"step": 3, "train/loss": 0.75}]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"length": 16, "loss": 0.1 + 0.2}
     (run.folder / "evaluation.json").write_text(
@@ -75,6 +75,9 @@ def test_evaluations_are_kept_without_their_curves(tmp_path):
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}
     assert kept["shared"]["batch_size"] == run.point.settings.batch_size
+    assert Kept(tmp_path / "kept.json").restore(begun(tmp_path / "again", (run.point,))) == (["a"], [])
+    [told] = study.read_study(tmp_path / "again").runs
+    assert told.state == "finished" and told.steps_done == 3
 
 
 def test_another_run_of_the_name_is_refused_and_nothing_is_made(tmp_path, wishes):  # noqa: F811
