@@ -8,7 +8,8 @@ Modes: train (a step), eval (a batch; the position table is computed before), de
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
 device's peak; see `architecture.flops_of`), the shortest time that the program could take on these devices (its roofline)
 and the share of it that is reached, the memory of the compiled program, and the time of the position encoding alone as a
-share. Ratios are of the first encoding to each other one: medians over turns.
+share. --compare names variants of the config file, each in the form that it is trained in; of the --config.FIELD options
+each takes those that it reads. Ratios are of the first to each other one: medians over turns.
 """
 
 import dataclasses
@@ -20,9 +21,12 @@ from ml_collections import config_flags
 from seqpe_jax import command, config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, write_whole
+from seqpe_jax.trees import flat
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
-_COMPARE = flags.DEFINE_list("compare", [], "encodings that take turns, e.g. seqpe,rotary (default: the config's own)")
+_COMPARE = flags.DEFINE_list(
+    "compare", [], "variants of the config file that take turns, e.g. seqpe,rotary (default: its own)"
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "encode"], "what to time")
 _STEPS = flags.DEFINE_integer("steps", 20, "timed calls of each", lower_bound=1, upper_bound=10**6)
 _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
@@ -35,14 +39,10 @@ def main() -> None:
     from seqpe_jax.runtime.progress import ProgressLine
 
     hosts.keep_compiled_programs()
-    if len(set(_COMPARE.value)) < len(_COMPARE.value):
-        raise InputError(f"--compare names an encoding twice: {','.join(_COMPARE.value)}")
-    given = flags.FLAGS["config"]
-    page, overrides = config_flags.get_config_filename(given), config_flags.get_override_values(given)
-    settings = {name: config.load_variant(page, name, overrides) for name in _COMPARE.value}
-    if not settings:
-        own = config.parse(_CONFIG.value)
-        settings = {own.encoding.kind: own}
+    if _COMPARE.value:
+        settings = _compared(_COMPARE.value)
+    else:
+        settings = {_CONFIG.value.encoding.kind: config.parse(_CONFIG.value)}
     if _MODE.value == "encode":
         [name, one] = next(iter(settings.items()))
         by_itself = dataclasses.replace(one, encoding=dataclasses.replace(one.encoding, share_prefixes=False))
@@ -55,6 +55,24 @@ def main() -> None:
         path = as_path(_OUTPUT.value)
         write_whole(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
+
+
+def _compared(names: list[str]) -> dict[str, config.Config]:
+    """Returns the configs of variants of the config file. Raises: InputError: names or options that do not fit together."""
+    if len(set(names)) < len(names):
+        raise InputError(f"--compare names an encoding twice: {','.join(names)}")
+    given = flags.FLAGS["config"]
+    page, _, variant = config_flags.get_config_filename(given).partition(":")
+    overrides = config_flags.get_override_values(given)
+    if variant or "encoding.kind" in overrides:
+        chosen = f"'{variant}'" if variant else "--config.encoding.kind"
+        raise InputError(f"--compare names the variants that are timed: give --config={page}, and leave {chosen} out")
+    settings = {name: config.load_variant(page, name, overrides) for name in names}
+    read = [flat(config.to_dict(one), ".") for one in settings.values()]
+    for field, value in overrides.items():  # of what an encoding does not read its default is left
+        if field.startswith(("encoding.", "objective.")) and all(own[field] != value for own in read):
+            raise InputError(f"--config.{field} is read by none of {', '.join(names)}: leave it out")
+    return settings
 
 
 def table(found: dict) -> str:

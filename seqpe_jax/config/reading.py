@@ -180,12 +180,12 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
 
 
 def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
-    """Returns the config of another variant of `FILE.py[:variant]`, with those of the dotted overrides that it reads.
+    """Returns the config of a variant of `FILE.py`, with those of the dotted overrides that it reads.
 
     Raises:
       InputError: as `load`.
     """
-    page = _page(f"{path.partition(':')[0]}:{variant}")
+    page = _page(f"{path}:{variant}")
     values = ml_collections.ConfigDict(_with(page.to_dict(), overrides or {}))
     return parse(with_encoding(values, values.encoding.kind))
 

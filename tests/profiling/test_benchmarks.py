@@ -62,7 +62,7 @@ def test_variants_of_the_page_are_compared_each_with_the_options_that_it_reads(c
     found = json.loads(output.read_text())
     assert [run["encoding"] for run in found["runs"]] == KINDS
     assert found["ratios"].keys() == {"rotary/rotary_partial", "rotary/seqpe"}
-    loaded = {name: config.load_variant("configs/stdlib_lm.py:alibi", name, {"encoding.width": 24}) for name in KINDS}
+    loaded = {name: config.load_variant("configs/stdlib_lm.py", name, {"encoding.width": 24}) for name in KINDS}
     assert [loaded[name].encoding.rotary_pairs for name in KINDS] == [0, 4, 4] and loaded["seqpe"].encoding.width == 24
     assert loaded["rotary"] == config.load("configs/stdlib_lm.py:rotary")
 
@@ -70,6 +70,12 @@ def test_variants_of_the_page_are_compared_each_with_the_options_that_it_reads(c
 def test_bad_arguments_end_with_one_line(commands):
     refused(commands("benchmark", f"--config={CONFIG}", "--compare=seqpe,seqpe"), "names an encoding twice")
     refused(commands("benchmark", f"--config={CONFIG}", "--compare=seqqe"), "'seqqe'", "seqpe")
+    large = commands("benchmark", "--config=configs/imagenet_vit.py:b16", "--compare=b16-seqpe,b16-rotary")
+    refused(large, "--compare names the variants", "give --config=configs/imagenet_vit.py, and leave 'b16' out")
+    kind = commands("benchmark", f"--config={CONFIG}", "--compare=seqpe,rotary", "--config.encoding.kind=alibi")
+    refused(kind, "--compare names the variants", "leave --config.encoding.kind out")
+    unread = commands("benchmark", f"--config={CONFIG}", "--compare=rotary,alibi", "--config.encoding.layers=3")
+    refused(unread, "--config.encoding.layers is read by none of rotary, alibi")
     refused(commands("benchmark", "--config=configs/digits_vit.py", "--mode=decode"), "give a config of text")
     refused(commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--compare=seqpe,rotary"), "encoding.kind=seqpe")
 
