@@ -197,6 +197,8 @@ class Scanned(nn.Module):
             return jax.vmap(lambda key: block.init(key, x_BLD, first)["params"])(jax.random.split(key, self.layers))
 
         params = self.param("layers", initial)
+        if self.is_initializing():
+            return x_BLD  # what is drawn further on depends on its shape alone
         dropping = self.has_rng("dropout") and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), self.layers) if dropping else None
         rates = jnp.array(self.drop_path) if dropping and any(self.drop_path) else None

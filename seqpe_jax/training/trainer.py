@@ -63,7 +63,9 @@ class Trainer:
 
     Attributes:
       config, task, objective, optimizer: what is trained, on what, and how.
-      mesh: the devices; shapes: of the state, with shardings; whole: dimensions that could not be split as the mesh asks.
+      mesh: the devices; whole: dimensions that could not be split as the mesh asks.
+      initial: draws the state at step 0, the same function for its shapes and for itself, so that JAX traces it once.
+      shapes: of the state, with shardings.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Trainer:
     task: Task
     objective: Objective
     optimizer: Any
+    initial: Callable[[], TrainState]
     shapes: TrainState
     whole: tuple[layout.Whole, ...] = ()
 
@@ -101,9 +104,9 @@ class Trainer:
         objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective, bits)
         _check_attention(config, objective.architecture, layout.Layout(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-        shapes = jax.eval_shape(_initial(objective.architecture, optimizer, config.seed))
-        shapes, whole = layout.with_shardings(mesh, shapes)
-        return cls(config, mesh, task, objective, optimizer, shapes, tuple(whole))
+        initial = _initial(objective.architecture, optimizer, config.seed)
+        shapes, whole = layout.with_shardings(mesh, jax.eval_shape(initial))
+        return cls(config, mesh, task, objective, optimizer, initial, shapes, tuple(whole))
 
     @classmethod
     def for_folder(cls, config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> "Trainer":
@@ -151,7 +154,7 @@ class Trainer:
     def init_state(self) -> TrainState:
         """Returns the state at step 0, each part made on the devices that hold it."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(_initial(self.architecture, self.optimizer, self.config.seed), out_shardings=shardings)()
+        return jax.jit(self.initial, out_shardings=shardings)()
 
     def first_state(self) -> TrainState:
         """Returns the state at step 0, with the parameters of `init_from` where the config names one.

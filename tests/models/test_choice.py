@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.architecture import Architecture, Sizes
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import choice, cudnn, tpu
 from seqpe_jax.models.blockwise import blockwise
@@ -119,6 +120,13 @@ def test_what_cannot_serve_is_refused_in_a_line(device, fields, words):
 def test_a_run_that_asks_for_what_its_device_has_not_is_not_built():
     with pytest.raises(InputError, match="attention_kind='flash' cannot serve: there is no kernel for cpu"):
         Trainer.of(tiny_config(model__attention_kind="flash"))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_parameters_are_drawn_where_the_kernel_of_their_model_is_not(scan):
+    """As when a step is compiled for a slice that is not there: this machine draws shapes, the slice runs the kernel."""
+    architecture = Architecture.of(tiny_config(model__attention_kind="flash", model__scan=scan), Sizes(256))
+    assert architecture.shapes["model"]
 
 
 def random(name, *shape):
