@@ -38,7 +38,7 @@ def main(steps: int = 20) -> list[float]:
     """Trains on a text that repeats, and returns the losses at 64 and at 512 places."""
     text = jnp.frombuffer(b"train short, work long. " * 100, "uint8").astype(jnp.int32)
     model, key = Reader(), jax.random.PRNGKey(0)
-    params = model.init(key, text[None, :64])
+    params = jax.jit(model.init)(key, text[None, :64])
     optimizer = optax.adam(1e-2)
     state = optimizer.init(params)
 

@@ -15,14 +15,14 @@ def main() -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Returns what plain attention mixes, what `seqpe_jax.attend` mixes, and the losses that shape the vectors."""
     key = jax.random.PRNGKey(0)
     encoding = seqpe_jax.SeqPE.for_model(layers=LAYERS, width=WIDTH, heads=HEADS, max_position=10_000)
-    params = encoding.init(key, jnp.arange(64))  # trained on 64 places, read at 256 below
+    params = jax.jit(encoding.init)(key, jnp.arange(64))  # trained on 64 places, read at 256 below
     q, k, v = jax.random.normal(key, (3, 1, LENGTH, HEADS, WIDTH // HEADS))
 
-    signal = encoding.apply(params, jnp.arange(LENGTH)).at_layer(0)
+    signal = jax.jit(encoding.apply)(params, jnp.arange(LENGTH)).at_layer(0)
     q_, k_, v_ = seqpe_jax.place(q, k, v, signal)
     mixed = jax.nn.dot_product_attention(q_, k_, v_, scale=1.0, is_causal=True)[..., : WIDTH // HEADS]
 
-    losses = seqpe_jax.position_losses(encoding, params, key, step=0, window=64)
+    losses = jax.jit(lambda params: seqpe_jax.position_losses(encoding, params, key, step=0, window=64))(params)
     return mixed, seqpe_jax.attend(q, k, v, signal), losses
 
 

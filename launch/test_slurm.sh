@@ -2,7 +2,7 @@
 # Runs launch/slurm.sbatch under a real Slurm on this machine: Debian's slurm-wlm and munge (installed if absent; needs root and
 # apt) on loopback, with a configuration of their own in a temporary folder. Two processes train a tiny model; the job is
 # requeued in the middle, must go on from its checkpoint and end. Then a sweep of two runs does the same as an array of jobs.
-# Whatever was started is stopped, however this script ends.
+# Whatever was started is stopped, however this script ends. PARTS="job sweep" says which of the two are done (default both).
 # PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=240 after installing. Exit code 77: apt cannot install them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -64,32 +64,35 @@ slurmctld -D > "$here/slurmctld.log" 2>&1 & pids+=($!)
 slurmd -D > "$here/slurmd.log" 2>&1 & pids+=($!)
 idle() { sinfo -h -o %T | grep -q idle; }
 until_true "idle node" idle
-
-runs="$here/run" steps=120
-export JAX_PLATFORMS=cpu SEQPE_JAX_CACHE="$here/cache" PYTHONUNBUFFERED=1
-job=$(sbatch --parsable --ntasks=2 --time=30 --output="$here/job.out" launch/slurm.sbatch --config=tests/tiny_text.py:alibi \
-  --workdir="$runs" --config.data.paths=README.md --config.steps=$steps --config.checkpoint.every=10)
-echo "== job $job: two tasks train; it is requeued after a checkpoint"
 saved() { ls "$runs/checkpoints" | grep -qx '[0-9]*'; }
-until_true "checkpoint" saved
-scontrol requeue "$job"
-until_true "end of the job" ended
-grep -E "process\(es\)|going on|told to stop" "$here/job.out"
-scontrol show job "$job" | grep -q "JobState=COMPLETED"
-grep -q "2 process(es)" "$here/job.out"
-grep -q "going on from step" "$here/job.out"
-[ -d "$runs/checkpoints/$steps" ]
-echo "== went on after the requeue and ended at step $steps"
 
-printf '%s\n' 'CONFIG = "tests/tiny_text.py:alibi"' 'def runs():' '    for seed in (0, 1):' \
-  '        yield f"seed-{seed}", {"seed": seed, "steps": 120, "checkpoint.every": 10, "data.paths": ("README.md",)}' > "$here/sweep.py"
-runs="$here/sweep/seed-0" job=""
-"$PYTHON" -m seqpe_jax.sweep --sweep="$here/sweep.py" --workdir="$here/sweep" --executor=slurm --slurm=time=10 > "$here/sweep.out" 2>&1 &
-sweep=$! && pids+=("$sweep")
-until_true "checkpoint of the sweep" saved
-job=$(sed -n 's/.*"seed-0": "\(.*\)".*/\1/p' "$here/sweep/slurm/jobs.json")
-echo "== job $job of a sweep is requeued after a checkpoint"
-scontrol requeue "$job"
-wait "$sweep" && unset 'pids[-1]'
-grep "2 of 2 runs finished" "$here/sweep.out"
-grep -q "going on from step" "$runs/log.txt"
+export JAX_PLATFORMS=cpu SEQPE_JAX_CACHE="$here/cache" PYTHONUNBUFFERED=1
+if [[ " ${PARTS:=job sweep} " == *" job "* ]]; then
+  runs="$here/run" steps=120
+  job=$(sbatch --parsable --ntasks=2 --time=30 --output="$here/job.out" launch/slurm.sbatch --config=tests/tiny_text.py:alibi \
+    --workdir="$runs" --config.data.paths=README.md --config.steps=$steps --config.checkpoint.every=10)
+  echo "== job $job: two tasks train; it is requeued after a checkpoint"
+  until_true "checkpoint" saved
+  scontrol requeue "$job"
+  until_true "end of the job" ended
+  grep -E "process\(es\)|going on|told to stop" "$here/job.out"
+  scontrol show job "$job" | grep -q "JobState=COMPLETED"
+  grep -q "2 process(es)" "$here/job.out"
+  grep -q "going on from step" "$here/job.out"
+  [ -d "$runs/checkpoints/$steps" ]
+  echo "== went on after the requeue and ended at step $steps"
+fi
+if [[ " $PARTS " == *" sweep "* ]]; then
+  printf '%s\n' 'CONFIG = "tests/tiny_text.py:alibi"' 'def runs():' '    for seed in (0, 1):' \
+    '        yield f"seed-{seed}", {"seed": seed, "steps": 120, "checkpoint.every": 10, "data.paths": ("README.md",)}' > "$here/sweep.py"
+  runs="$here/sweep/seed-0" job=""
+  "$PYTHON" -m seqpe_jax.sweep --sweep="$here/sweep.py" --workdir="$here/sweep" --executor=slurm --slurm=time=10 > "$here/sweep.out" 2>&1 &
+  sweep=$! && pids+=("$sweep")
+  until_true "checkpoint of the sweep" saved
+  job=$(sed -n 's/.*"seed-0": "\(.*\)".*/\1/p' "$here/sweep/slurm/jobs.json")
+  echo "== job $job of a sweep is requeued after a checkpoint"
+  scontrol requeue "$job"
+  wait "$sweep" && unset 'pids[-1]'
+  grep "2 of 2 runs finished" "$here/sweep.out"
+  grep -q "going on from step" "$runs/log.txt"
+fi

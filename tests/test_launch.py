@@ -282,16 +282,19 @@ def test_stored_kills_lost_nothing():
 
 
 @pytest.mark.slow
-def test_a_job_under_slurm_ends_after_a_requeue(tmp_path):
+@pytest.mark.parametrize("part, words", [
+    ("job", "went on after the requeue and ended at step"),
+    pytest.param("sweep", "2 of 2 runs finished", marks=pytest.mark.long),
+])  # fmt: skip
+def test_a_job_under_slurm_ends_after_a_requeue(tmp_path, part, words):
     if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("a Slurm of its own needs root and apt")
-    given = environment(tmp_path) | {"PYTHON": sys.executable}
+    given = environment(tmp_path) | {"PYTHON": sys.executable, "PARTS": part}
     found = subprocess.run(["bash", str(LAUNCH / "test_slurm.sh")], env=given, capture_output=True, text=True)
     if found.returncode == 77:
         pytest.skip("apt cannot install slurm-wlm and munge here")
     assert found.returncode == 0, found.stderr
-    assert "went on after the requeue and ended at step" in found.stdout
-    assert "2 of 2 runs finished" in found.stdout
+    assert words in found.stdout
 
 
 OTHER = """#!{python}

@@ -47,9 +47,13 @@ def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""
     fields = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2} if kind == "seqpe" else {}
     architecture = Architecture.of(tiny_config(variant=kind, **fields), Sizes(vocabulary=8))
-    params = architecture.init(jax.random.PRNGKey(0))
     positions_PLA = jnp.arange(24).reshape(1, 24, 1) + jnp.array([0, 40])[:, None, None]
-    signal = architecture.signal(params, positions_PLA, (24,)).at_layer(0)
+
+    @jax.jit
+    def first_signal(key):
+        return architecture.signal(architecture.init(key), positions_PLA, (24,)).at_layer(0)
+
+    signal = first_signal(jax.random.PRNGKey(0))
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
     expected = attend(q, k, v, signal)
     placed = place(q, k, v, signal)
@@ -69,8 +73,7 @@ def test_shapes_are_what_the_types_say():
 
 def test_features_stay_float32_beside_narrow_queries():
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
-    params = encoding.init(jax.random.PRNGKey(0), jnp.arange(8))
-    signal = encoding.apply(params, jnp.arange(8)).at_layer(0)
+    signal = jax.jit(encoding.init_with_output)(jax.random.PRNGKey(0), jnp.arange(8))[0].at_layer(0)
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 8, 2, 8), jnp.bfloat16)
     assert {array.dtype for array in seqpe_jax.place(q, k, v, signal)} == {jnp.dtype("float32")}
     with pytest.raises(InputError, match="bias"):
@@ -79,31 +82,35 @@ def test_features_stay_float32_beside_narrow_queries():
 
 def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
-    params = encoding.init(jax.random.PRNGKey(0), jnp.arange(8))
-    one, two, three = (encoding.apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1)))
+    params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.arange(8))
+    apply = jax.jit(encoding.apply)
+    one, two, three = (apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1)))
     assert one.features[0].shape == (2, 1, 40, 2, 8)
     jax.tree.map(np.testing.assert_array_equal, one, two)
     jax.tree.map(np.testing.assert_array_equal, one, three)
     grid = seqpe_jax.SeqPE.for_model(**SIZES, axes=2, qk="single")
     positions_LA = jnp.stack(jnp.meshgrid(jnp.arange(3), jnp.arange(4), indexing="ij"), -1).reshape(-1, 2)
-    signal = grid.apply(grid.init(jax.random.PRNGKey(0), positions_LA), positions_LA)
+    signal = jax.jit(grid.init_with_output)(jax.random.PRNGKey(0), positions_LA)[0]
     assert signal.features[0].shape == (1, 12, 2, 8)
 
 
 @pytest.mark.parametrize("axes, window", [(1, 64), (2, (4, 4))])
 def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, window):
     encoding = seqpe_jax.SeqPE.for_model(**SIZES, axes=axes)
-    params = encoding.init(jax.random.PRNGKey(0), jnp.zeros((4, axes), jnp.int32))
+    params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.zeros((4, axes), jnp.int32))
     key = jax.random.PRNGKey(1)
     losses = jax.jit(lambda params, step: seqpe_jax.position_losses(encoding, params, key, step, window=window))
     first, again, later = losses(params, 0), losses(params, 0), losses(params, 1)
     assert set(first) == {"contrastive", "distillation"}
     assert all(value.shape == () and np.isfinite(value) and value > 0 for value in first.values())
     assert first == again and first["contrastive"] != later["contrastive"]
-    gradient = jax.grad(lambda params: sum(losses(params, 0).values()))(params)
+    gradient = jax.jit(jax.grad(lambda params: sum(losses(params, 0).values())))(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["params"]["encoder"]["digit_embedding"]))
     alone = ObjectiveConfig(contrastive=ContrastiveConfig(weight=0.0), distillation=DistillationConfig(batch=2, offsets=4))
-    assert set(seqpe_jax.position_losses(encoding, params, key, 0, window=window, settings=alone)) == {"distillation"}
+    only = jax.eval_shape(
+        lambda params: seqpe_jax.position_losses(encoding, params, key, 0, window=window, settings=alone), params
+    )
+    assert set(only) == {"distillation"}
 
 
 @pytest.mark.parametrize("options, words", [
