@@ -2,7 +2,7 @@
 
 The file is a JSON object: "shared" has the settings of the run that was kept first, by dotted name, and "runs" has for each
 name the "settings" in which that run differs, the "metrics" lines of evaluations and of the last step, and "evaluation".
-Losses by position, by which an evaluation is mostly as long as it is, are left out.
+Losses by position, by which an evaluation is mostly as long as it is, and paths of this machine are left out.
 """
 
 import json
@@ -77,6 +77,7 @@ class Kept:
         last = lines[-1]["step"] if lines else 0  # says that the run is finished
         lines = [line for line in lines if line["step"] == last or any(name.startswith("eval/") for name in line)]
         evaluation = from_json((run.folder / EVALUATION).read_bytes()) if run.evaluated else {}
+        evaluation.pop("checkpoint", None)  # a path of this machine
         for result in evaluation.get("results", []):
             result.pop("loss_by_position", None)
         return {"settings": differing, "metrics": lines, "evaluation": evaluation}

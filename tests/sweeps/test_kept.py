@@ -61,7 +61,7 @@ def test_what_a_folder_has_itself_stays(tmp_path, wishes):  # noqa: F811
     assert restored == ["t=2", "t=3"] and headers(second.runs["t=1"])[:1] == ["train"]
 
 
-def test_evaluations_are_kept_without_their_curves(tmp_path):
+def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
     run = FakeRun(point("a"), tmp_path / "a")
     (run.folder / "checkpoints" / "3").mkdir(parents=True)
     (run.folder / "config.json").write_text("{}")
@@ -69,8 +69,11 @@ def test_evaluations_are_kept_without_their_curves(tmp_path):
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"length": 16, "loss": 0.1 + 0.2}
     (run.folder / "evaluation.json").write_text(
-        json.dumps({"step": 3, "results": [result | {"loss_by_position": {"position": [1], "loss": [1.0]}}]})
-    )
+        json.dumps({
+            "checkpoint": str(run.folder), "step": 3,
+            "results": [result | {"loss_by_position": {"position": [1], "loss": [1.0]}}],
+        })
+    )  # fmt: skip
     Kept(tmp_path / "kept.json").keep([run])
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}
