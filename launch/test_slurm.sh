@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
+[[ "${PARTS:=job sweep}" =~ ^(job|sweep|job sweep)$ ]] || { echo "error: PARTS=$PARTS: give job, sweep or \"job sweep\"" >&2; exit 2; }
 here=$(mktemp -d) policy="" pids=()
 
 stop() {
@@ -67,7 +68,7 @@ until_true "idle node" idle
 saved() { ls "$runs/checkpoints" | grep -qx '[0-9]*'; }
 
 export JAX_PLATFORMS=cpu SEQPE_JAX_CACHE="$here/cache" PYTHONUNBUFFERED=1
-if [[ " ${PARTS:=job sweep} " == *" job "* ]]; then
+if [[ " $PARTS " == *" job "* ]]; then
   runs="$here/run" steps=120
   job=$(sbatch --parsable --ntasks=2 --time=30 --output="$here/job.out" launch/slurm.sbatch --config=tests/tiny_text.py:alibi \
     --workdir="$runs" --config.data.paths=README.md --config.steps=$steps --config.checkpoint.every=10)

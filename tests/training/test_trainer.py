@@ -10,6 +10,7 @@ from seqpe_jax.architecture import check_encoding
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime.checkpoint import write_config
 from seqpe_jax.tasks import Text
+from seqpe_jax.training import trainer
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import check_source
 from tests.serving.test_exported import vit_config
@@ -80,3 +81,12 @@ def test_what_may_be_chosen_anew_and_what_nothing_reads_does_not_keep_a_run_from
     )
     with pytest.raises(InputError, match="encoding.theta: 100.0 -> 10000.0"):
         check_source(rotary.config, rotary.task, written(tmp_path / "other", tiny_config(variant="rotary"), theta=100.0))
+
+
+def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
+    """For its shapes and for itself: tracing takes longer than drawing."""
+    traced = []
+    create = trainer.create
+    monkeypatch.setattr(trainer, "create", lambda *arguments: traced.append(1) or create(*arguments))
+    state = Trainer.of(tiny_config()).init_state()
+    assert traced == [1] and int(state.step) == 0
