@@ -28,6 +28,7 @@ def get_config(variant=None):
     c.data.question_weight = 1.0
     c.eval.lengths = (128, 256, 512, 1024)
     c.eval.examples = 400
+    c.eval.new_tokens = 18  # a space, the longest answer of 16 bytes, and its end
     c.eval.every = 800
     c.checkpoint.every = 500
     c.report.every = 25

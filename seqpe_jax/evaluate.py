@@ -23,6 +23,7 @@ _DATA = flags.DEFINE_string("data", None, "read that data set instead of the run
 _PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
 _TOKENS = flags.DEFINE_integer("tokens", None, "read at most that many tokens per length (default: eval.tokens)")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "ask at most that many questions per length (default: eval.examples)")
+_NEW_TOKENS = flags.DEFINE_integer("new-tokens", None, "tokens of an answer at most (default: eval.new_tokens)")
 _LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not come back from the tokenizer's tokens")
 _OUTPUT = command.define_path("output", "JSON file to write; arrays and answers for the report go beside it", writes="file")
 command.define_hosts()
@@ -43,7 +44,7 @@ def main() -> None:
     """The command."""
     from seqpe_jax import loading
     from seqpe_jax.runtime import hosts
-    from seqpe_jax.tasks.measure import check_kind, measure, write
+    from seqpe_jax.tasks.measure import asked_limits, check_kind, measure, write
 
     command.join_hosts()
     lengths = scales(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
@@ -53,11 +54,12 @@ def main() -> None:
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
     hosts.keep_compiled_programs()
-    folder, tokens, examples = _CHECKPOINT.value, _TOKENS.value, _EXAMPLES.value
-    check_kind(loading.saved_config(folder), folder, lengths, sizes, tokens, examples)
+    folder = _CHECKPOINT.value
+    limits = asked_limits(tokens=_TOKENS.value, examples=_EXAMPLES.value, new_tokens=_NEW_TOKENS.value)
+    check_kind(loading.saved_config(folder), folder, lengths, sizes, limits)
     report, arrays = measure(
-        loading.opened(folder, _WHICH.value), lengths, sizes, _SPLIT.value, tokens, examples, _DATA.value,
-        tuple(_PATHS.value), _LOSSY.value,
+        loading.opened(folder, _WHICH.value), lengths, sizes, _SPLIT.value, data=_DATA.value, paths=tuple(_PATHS.value),
+        lossy=_LOSSY.value, **limits,
     )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():
         for file in write(report, arrays, as_path(_OUTPUT.value)):

@@ -166,6 +166,7 @@ class ContrastiveConfig:
     per_head: bool = False  # space=vectors: one loss per head
     label_smoothing: float = _field(0.0, **limits.LeftOut)
     scale: float = _field(1.0, **limits.Weight)
+    floor: float = _field(0.0, low=0.0, high=100.0)  # nats; a pivot whose loss is below it has no gradient; 0 = none
     head_scales: tuple[float, ...] = _field((), high=1e6)  # space=logits: of each head with a position; () = 1
 
 

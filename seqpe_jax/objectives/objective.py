@@ -168,7 +168,7 @@ class Objective:
             return contrastive_loss(
                 pivots_BE, candidates_RE.reshape(batch, -1, pivots_BE.shape[-1]), labels_B,
                 heads=self.architecture.heads if settings.per_head else None,
-                label_smoothing=settings.label_smoothing, scale=settings.scale,
+                label_smoothing=settings.label_smoothing, scale=settings.scale, floor=settings.floor,
             )  # fmt: skip
         query, _ = self._qk(params, pivots_BE)
         _, key = self._qk(params, candidates_RE)
@@ -176,7 +176,8 @@ class Objective:
         logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
         if settings.head_scales:
             logits = logits * jnp.array(settings.head_scales)[:, None, None]
-        return contrastive_logits_loss(logits, labels_B, label_smoothing=settings.label_smoothing)
+        options = {"label_smoothing": settings.label_smoothing, "floor": settings.floor}
+        return contrastive_logits_loss(logits, labels_B, **options)
 
     def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
         settings = self.settings.distillation

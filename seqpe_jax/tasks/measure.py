@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def measure(
     data: str | None = None,
     paths: tuple[str, ...] = (),
     lossy: bool = False,
+    new_tokens: int | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Returns the evaluation of a model, in the form that `--output` stores, and arrays to draw.
 
@@ -42,6 +44,7 @@ def measure(
         eval.examples of the config.
       data, paths: another data set than the run's (data.name and data.paths); None = the run's.
       lossy: text that does not come back from its tokens is accepted, whatever the config says.
+      new_tokens: of an answer at most; None = eval.new_tokens of the config.
 
     Returns:
       The results of a run on questions hold their "answers" too, (records, hypotheses).
@@ -49,13 +52,10 @@ def measure(
     Raises:
       InputError: a length or size that cannot be evaluated, data that cannot be read, parameters that are damaged.
     """
-    check_kind(model.config, model.folder, lengths, sizes, tokens, examples)
-    settings = _settings(model.config, tokens, examples, data, paths, lossy)
-    for length, *_ in lengths:
-        config.check_positions(settings, length, "evaluation length")
-    for size in sizes:
-        config.check_size(settings, size, "evaluation size")
-    sizes = tuple(settings.sides_of(size) for size in sizes)
+    limits = asked_limits(tokens=tokens, examples=examples, new_tokens=new_tokens)
+    check_kind(model.config, model.folder, lengths, sizes, limits)
+    settings = _settings(model.config, limits, data, paths, lossy)
+    sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
         whole = model
         model = dataclasses.replace(model, config=settings, read=lambda: whole.params)
@@ -92,6 +92,12 @@ def _at(model: Any, scale: tuple[int, ...], split: str) -> dict[str, Any]:
     measured = [f"{name} {result[name]:.4g}" for name in task.measured if name in result]
     if hosts.is_lead():
         print(f"{label}: {', '.join(measured)}", flush=True)
+        if cut := result.get("cut_off"):
+            print(
+                f"{label}: {cut} of {result['examples']} answers take more than {task.config.eval.new_tokens} tokens and "
+                "were cut off: --new-tokens gives them more",
+                flush=True,
+            )
     return result
 
 
@@ -111,23 +117,37 @@ def arrays_of(model: Any, scale: tuple[int, ...], split: str) -> Arrays:
 PICTURES = 4  # of the split, whose attention is drawn
 
 
-def check_kind(
-    settings: config.Config, folder: str, lengths: Scales, sizes: Scales, tokens: int | None, examples: int | None
-) -> None:
+def asked_limits(**limits: int | None) -> dict[str, int]:
+    """Returns those limits of an evaluation that were asked for, by their names in a config's eval section."""
+    return {name: value for name, value in limits.items() if value is not None}
+
+
+def check_kind(settings: config.Config, folder: str, lengths: Scales, sizes: Scales, limits: Mapping[str, int]) -> None:
     """Refuses what a model of the other kind is asked. Raises: InputError."""
     name = folder or "the model"
-    if settings.reads_images and (lengths or tokens is not None or examples is not None):
-        raise InputError(f"{name} is a run on images: --lengths, --tokens and --examples are for text, use --sizes")
+    if settings.reads_images and (lengths or limits):
+        raise InputError(
+            f"{name} is a run on images: --lengths, --tokens, --examples and --new-tokens are for text, use --sizes"
+        )
     if sizes and not settings.reads_images:
         raise InputError(f"{name} is a run on text: --sizes is for images, use --lengths")
 
 
+def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Scales:
+    """The sizes, with their frames. Raises: InputError: a length or size that positions do not reach."""
+    for length, *_ in lengths:
+        config.check_positions(settings, length, "evaluation length")
+    for size in sizes:
+        config.check_size(settings, size, "evaluation size")
+    return tuple(settings.sides_of(size) for size in sizes)
+
+
 def _settings(
-    settings: config.Config, tokens: int | None, examples: int | None, data: str | None, paths: tuple[str, ...], lossy: bool
+    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool
 ) -> config.Config:
     """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
     values = config.to_dict(settings)
-    values["eval"] |= {name: limit for name, limit in (("tokens", tokens), ("examples", examples)) if limit is not None}
+    values["eval"] |= limits
     if data is not None:
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
     values["data"]["lossy_tokenizer"] |= lossy

@@ -13,11 +13,12 @@ from tests.tiny import random_params, tiny_config
 LOGITS = {"objective__contrastive__space": "logits", "objective__distillation__weight": 0.0, "model__layers": 2}
 
 
-@pytest.mark.parametrize("scales", [(1.0, 4.0), ()])
-def test_each_head_has_its_scale_in_the_contrastive_loss(scales):
+@pytest.mark.parametrize(("scales", "floor"), [((1.0, 4.0), 0.0), ((), 0.0), ((1.0, 4.0), 3.0)])
+def test_each_head_has_its_scale_in_the_contrastive_loss(scales, floor):
     fields = {"encoding__qk": "multi", "model__heads": 3, "encoding__position_heads": 2, "encoding__feature_width": 5}
     fields |= LOGITS | {"objective__contrastive__scale": 1.5, "encoding__scalar_scale": 10.0}
-    run = Trainer.of(tiny_config(objective__contrastive__head_scales=scales, **fields), jax.devices()[:1])
+    fields |= {"objective__contrastive__head_scales": scales, "objective__contrastive__floor": floor}
+    run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
     objective, params = run.objective, random_params(run, 0.5)["encoding"]
     draws = jax.jit(objective.draw)(jax.random.PRNGKey(2), 5)
 
@@ -37,8 +38,8 @@ def test_each_head_has_its_scale_in_the_contrastive_loss(scales):
         keys = (near @ kernel[layer] + bias[layer])[:, 10:][:, columns]
         logits = 1.5 * (scales[head] if scales else 1.0) * 10.0 * keys @ query / np.sqrt(24 // 3)
         losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[pivot]])
-    assert np.ptp(losses) > 0.1
-    assert float(terms["contrastive"]) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert np.ptp(losses) > 0.1 and min(losses) < 3.0 < max(losses)
+    assert float(terms["contrastive"]) == pytest.approx(np.mean(np.maximum(losses, floor)), rel=1e-4)
 
 
 def mask(bits, sharding=None):

@@ -66,20 +66,28 @@ def test_scores_by_length_with_every_answer_kept(commands, trained):
     assert "contains" in (trained / "report" / "results.csv").read_text().splitlines()[0]
 
 
-def test_at_most_so_many_questions(commands, trained):
-    result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", "--examples=5")
+def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained):
+    result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", "--examples=5", "--new-tokens=1")
     assert result.code == 0, result.err
+    assert "length 24: 5 of 5 answers take more than 1 tokens and were cut off: --new-tokens gives them more" in result.out
+    for examples in (5, 400):  # two tokens hold a space and a letter
+        result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", f"--examples={examples}", "--new-tokens=2")
+        assert result.code == 0 and "cut off" not in result.out, result.out
+    result = commands("evaluate", f"--checkpoint={trained}", "--new-tokens=0")
+    assert result.code == 2 and "eval.new_tokens" in result.err and "Traceback" not in result.err
 
 
 def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp_path):
     """A run on text begins with those of the run on questions and, after a step of warm-up, evaluates like it."""
-    fields = PLAIN | {"data__name": "qa_jsonl", "steps": 1, "optimizer__warmup_steps": 1}
+    fields = PLAIN | {"data__name": "qa_jsonl", "steps": 1, "optimizer__warmup_steps": 1, "eval__new_tokens": 1}
     arguments = train_arguments(tmp_path / "tuned", asked, **fields)
     result = commands("train", *arguments, f"--init-from={trained}")
     assert result.code == 0, result.err
+    assert "30 of 30 answers looked at take more than eval.new_tokens=1 tokens" in result.out
     assert f"begins with {trained}" in result.out
     runs = (trained, tmp_path / "tuned")
-    outputs = [commands("evaluate", f"--checkpoint={run}", "--lengths=24").out.splitlines()[-1] for run in runs]
+    options = ("--lengths=24", "--new-tokens=4")
+    outputs = [commands("evaluate", f"--checkpoint={run}", *options).out.splitlines()[-1] for run in runs]
     assert outputs[0] == outputs[1] and "contains" in outputs[0]
 
 
