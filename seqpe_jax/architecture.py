@@ -145,8 +145,8 @@ class Architecture:
         """Returns fresh variables of the encoding, and its signal of the training grid; key: of the run."""
         positions_PLA = self.spacing.grid(self.shape)[None]
         encoding: Any = self.encoding
-        variables = encoding.init(stream(key, "encoding"), positions_PLA, shape=self.shape)
-        return variables, encoding.apply(variables, positions_PLA, shape=self.shape)
+        signal, variables = encoding.init_with_output(stream(key, "encoding"), positions_PLA, shape=self.shape)
+        return variables, signal
 
     @functools.cached_property
     def shapes(self) -> Params:

@@ -223,10 +223,11 @@ def describe_batch(batch_size: int, shards: int) -> str:
 
 
 def keep_compiled_programs() -> None:
-    """Turns the persistent compile cache on, unless JAX_COMPILATION_CACHE_DIR already names another place."""
+    """Turns the persistent compile cache on, where JAX's own environment variables do not say otherwise."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def keep_memory() -> None:
