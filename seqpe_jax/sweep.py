@@ -80,19 +80,23 @@ def _work(sweep: "SweepFile", workdir: Place, stages: "Stages", chosen: "list[Sw
     """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
     from seqpe_jax.sweeps import local, record, slurm
     from seqpe_jax.sweeps.kept import Kept
+    from seqpe_jax.sweeps.runs import of_each
 
     kept = Kept(_RESULTS.value) if _RESULTS.value else None
     restored, decided = [], []
     if kept:
         record.remember(workdir, sweep, sweep.points)
         restored, decided = kept.restore(stages)
-    failed = {run.name for run in stages.runs.values() if run.failure()}
-    todo = [run for run in chosen if run.left() and (run.name in failed) == _RETRY.value]
+    whys = of_each(stages.runs.values(), lambda run: run.failure())
+    failed = {run.name for run, why in zip(stages.runs.values(), whys, strict=True) if why}
+    left = of_each(chosen, lambda run: run.left())
+    todo = [run for run, commands in zip(chosen, left, strict=True) if commands and (run.name in failed) == _RETRY.value]
     stages.check(todo)
     for name in record.remember(workdir, sweep, sweep.points):
         print(f"  {sweep.path} has no run '{name}' any more; its folder stays as it is")
     decided += stages.settle({run.name for run in todo})
-    todo = [run for run in stages.now(todo) if run.left()]
+    now = stages.now(todo)
+    todo = [run for run, commands in zip(now, of_each(now, lambda run: run.left()), strict=True) if commands]
     print(f"seqpe_jax: {len(stages.runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do")
     if restored:
         print(f"  {len(restored)} of them from {_RESULTS.value}: {', '.join(restored)}")
@@ -111,8 +115,11 @@ def _work(sweep: "SweepFile", workdir: Place, stages: "Stages", chosen: "list[Sw
 
 def _end(runs: "list[SweepRun]", told: str | None, stages: "Stages | None" = None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
-    words = f"{sum(not run.left() for run in runs)} of {len(runs)} runs finished"
-    failed = [(run, why) for run in runs if (why := run.failure())]
+    from seqpe_jax.sweeps.runs import of_each
+
+    left, whys = of_each(runs, lambda run: run.left()), of_each(runs, lambda run: run.failure())
+    words = f"{left.count([])} of {len(runs)} runs finished"
+    failed = [(run, why) for run, why in zip(runs, whys, strict=True) if why]
     for run, why in failed:
         print(f"  failed: {run.name}: {why}  (all of it: {run.folder}/log.txt)")
     if told:

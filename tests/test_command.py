@@ -121,6 +121,20 @@ def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tm
     assert told["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
 
 
+def test_what_is_set_of_the_compile_cache_is_left_as_it_is(monkeypatch):
+    from seqpe_jax.runtime import hosts
+
+    told = {}
+    monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: told.setdefault(name, value))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
+    hosts.keep_compiled_programs()
+    assert not told
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    hosts.keep_compiled_programs()
+    assert told == {"jax_persistent_cache_min_compile_time_secs": 0.5}
+
+
 PROGRAM = """
 import sys, types
 from seqpe_jax import command

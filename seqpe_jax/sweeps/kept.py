@@ -15,7 +15,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, from_json, new_folder, write_whole
 from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import read_metrics
-from seqpe_jax.sweeps.runs import EVALUATION, RESTORED, SweepRun
+from seqpe_jax.sweeps.runs import EVALUATION, RESTORED, SweepRun, of_each
 from seqpe_jax.sweeps.stages import Stages
 from seqpe_jax.trees import flat, nested
 
@@ -63,7 +63,9 @@ class Kept:
 
     def keep(self, runs: Iterable[SweepRun]) -> None:
         """Writes what finished runs have measured into the file, beside what is there; other runs are passed over."""
-        found = {run.name: self._entry(run) for run in runs if not run.restored and not run.left()}
+        runs = list(runs)
+        passed_over = of_each(runs, lambda run: run.restored or bool(run.left()))
+        found = {run.name: self._entry(run) for run, passed in zip(runs, passed_over, strict=True) if not passed}
         if any(self._runs.get(name) != entry for name, entry in found.items()):
             self._runs |= found
             lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in self._runs.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 from seqpe_jax.files import in_store
 from seqpe_jax.runtime.progress import STORE_SECONDS, ProgressLine
-from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
+from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy, of_each
 from seqpe_jax.sweeps.stages import Stages
 
 TURN = 0.1  # seconds between looks at the commands
@@ -197,5 +197,5 @@ def _first_ready(waiting: Sequence[SweepRun]) -> SweepRun | None:
 
 def outcomes_of(runs: Sequence[SweepRun]) -> dict[str, str]:
     """Returns name -> "finished" or "failed" of those that ended."""
-    ended = {run.name: "failed" if run.failure() else "" if run.left() else "finished" for run in runs}
-    return {name: outcome for name, outcome in ended.items() if outcome}
+    outcomes = of_each(runs, lambda run: "failed" if run.failure() else "" if run.left() else "finished")
+    return {run.name: outcome for run, outcome in zip(runs, outcomes, strict=True) if outcome}

@@ -1,5 +1,6 @@
 """One run of a sweep: its commands, what its folder says of it, and its commands at work."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -9,8 +10,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from subprocess import DEVNULL, STDOUT, Popen
+from typing import TypeVar
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import MARK, STORE, Place, cache_root, from_json, in_store, lock, written
@@ -24,7 +26,10 @@ FAILED = "== failed: "  # begins the last line of the log of a run that failed
 SAID = 300  # characters of a last line that are told
 OWN_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm warns all processes of a job; the commands are told by SIGTERM alone
 
+ASKED_AT_ONCE = 16  # runs in a store
+
 Command = tuple[str, list[str]]  # its name, its words
+Answer = TypeVar("Answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,15 @@ class SweepRun:
                 found = re.match(r'\{"step": (\d+)', line)
                 return min(int(found[1]), self.steps) if found else 0
         return 0
+
+
+def of_each(runs: Iterable[SweepRun], question: Callable[[SweepRun], Answer]) -> list[Answer]:
+    """Returns what a question finds of each run; of runs in a store at once, for each answer is some round trips away."""
+    runs = list(runs)
+    if not runs or not in_store(runs[0].folder):
+        return [question(run) for run in runs]
+    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return list(pool.map(question, runs))
 
 
 class Busy(Exception):

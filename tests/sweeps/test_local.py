@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from seqpe_jax import files
 from seqpe_jax.sweeps import local
-from seqpe_jax.sweeps.runs import Attempt, Busy, is_busy
+from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy, of_each
 from tests.commands import ROOT
 from tests.sweeps.fake import headers, run
 
@@ -21,6 +22,23 @@ def test_every_run_is_trained_and_evaluated_once(tmp_path):
     assert [one.left() for one in runs] == [[], [], []]
     assert local.work(runs, runs, 1) is None
     assert [headers(one) for one in runs] == [["train", "evaluate"]] * 3
+
+
+def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
+    """Four questions that wait for each other all find an answer, in the order of the runs; on a disk one by one."""
+    point = run(tmp_path, "a").point
+    runs = [SweepRun(point, files.as_path(f"{store.folder}/{number}")) for number in range(4)]
+    together = threading.Barrier(4)
+
+    def question(one):
+        together.wait(60)
+        return one.folder.name, (one.folder / "config.json").exists()
+
+    files.write_whole(runs[2].folder / "config.json", "{}")
+    assert of_each(runs, question) == [("0", False), ("1", False), ("2", True), ("3", False)]
+    here = threading.current_thread()
+    assert of_each([run(tmp_path, "b")], lambda _: threading.current_thread()) == [here]
+    assert of_each([], question) == []
 
 
 def test_an_evaluation_that_is_older_than_its_run_is_repeated(tmp_path):
