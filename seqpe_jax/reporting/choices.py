@@ -36,7 +36,8 @@ def _table(study: Study, name: str, metric: str, more: bool, rows: dict[str, tup
         chosen = decided["run"] if decided else ""
         cells = [_cell(by_value.get(value), metric, chosen) for value in columns]
         lines.append([Cell(row), *cells, Cell(shown(decided["value"]), decided["value"]) if decided else Cell(MISSING)])
-        if decided and len(by_value) > 2 and decided["value"] in (columns[0], columns[-1]):
+        own = [value for value in columns if value in by_value]
+        if decided and len(own) > 2 and decided["value"] in (own[0], own[-1]):
             edges.append(row)
     seeds = " or ".join(map(str, sorted({trials[one].seed for one in deciding})))
     note = (

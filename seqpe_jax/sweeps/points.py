@@ -156,6 +156,7 @@ def two_stages(
     minimise: str = "",
     maximise: str = "",
     like: Mapping[str, str] | None = None,
+    further: Mapping[str, Iterable[Any]] | None = None,
 ) -> Iterator[tuple[str, Overrides]]:
     """Yields the runs of a study that compares each way at the value of a field that is its own best.
 
@@ -167,26 +168,35 @@ def two_stages(
       trial: overrides of the first stage alone, such as its seed and when it measures; seeds: of the second stage.
       minimise, maximise: one of them names the metric that decides.
       like: ways that are not tried themselves, and another one whose best value they take.
+      further: more values for some ways, such as those whose best value is at an end of what all have tried.
 
     Raises:
-      InputError: not one field, or a way that is like none of the others.
+      InputError: not one field, a way that is like none of the others, or further values for what is not tried.
     """
-    like = dict(like or {})
+    like, further = dict(like or {}), dict(further or {})
     if len(tried) != 1:
         raise InputError(f"two_stages tries the values of one field, got {', '.join(tried) or 'none'}")
     [(field, given)] = tried.items()
-    values = {f"{field.rpartition('.')[2]}={v:g}" if isinstance(v, float) else f"{field.rpartition('.')[2]}={v}": v
-              for v in _values(field, given)}  # fmt: skip
+    values = dict.fromkeys(ways, tuple(_values(field, given)))
+    for way, more in further.items():
+        if way not in ways or way in like:
+            raise InputError(f"two_stages: further values of {field} for '{way}', which is no way that is tried itself")
+        values[way] += tuple(_values(field, more))
+
+    def trial_of(way: str, value: Any) -> str:
+        return f"{way}-{field.rpartition('.')[2]}={f'{value:g}' if isinstance(value, float) else value}"
+
     for way, other in like.items():
         if way not in ways or other not in ways or other in like:
             raise InputError(f"two_stages: '{way}' cannot be like '{other}', which must be a way that is tried itself")
     for way, overrides in ways.items():
         if way not in like:
-            for label, value in values.items():
-                yield f"{way}-{label}", {**overrides, **trial, field: value}
+            for value in values[way]:
+                yield trial_of(way, value), {**overrides, **trial, field: value}
     for seed in seeds:
         for way, overrides in ways.items():
-            trials = tuple(f"{like.get(way, way)}-{label}" for label in values)
+            tried_as = like.get(way, way)
+            trials = tuple(trial_of(tried_as, value) for value in values[tried_as])
             yield f"{way}-{seed}", {**overrides, "seed": seed, field: Best(trials, minimise, maximise)}
 
 

@@ -77,6 +77,15 @@ def test_a_choice_at_the_end_of_what_was_tried_is_told(sweep):
     path.write_text(json.dumps(kept))
     [table] = choices.choices(read_study(sweep))
     assert table.note.endswith("so that the best may lie beyond: alibi.")
+    # The same where another row has tried one value more.
+    kept["points"]["rotary-r=0.008"] = copy.deepcopy(kept["points"]["rotary-r=0.004"])
+    kept["points"]["rotary-r=0.008"]["settings"] |= rate(0.008)
+    for seed in (1, 2):
+        kept["points"][f"rotary-{seed}"]["best"][FIELD]["runs"].append("rotary-r=0.008")
+    path.write_text(json.dumps(kept))
+    [table] = choices.choices(read_study(sweep))
+    assert list(table.header)[1:] == ["0.001", "0.002", "0.004", "0.008", "chosen"]
+    assert table.note.endswith("so that the best may lie beyond: alibi.")
 
 
 def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):

@@ -184,6 +184,8 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
     (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for grids"]),
     ("runs = lambda: two_stages({'a': {}}, {}, trial={}, seeds=(1,))\n", ["one field", "none"]),
     ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), like={'a': 'b'})\n", ["'a'", "like 'b'"]),
+    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), further={'b': (2,)})\n",
+     ["further values of seed for 'b'"]),
     ("SEARCH = 3\n", ["Search", "int"]),
 ])  # fmt: skip
 def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
@@ -203,3 +205,20 @@ def test_what_is_no_sweep_file_is_refused(tmp_path):
         points.read(str(tmp_path / "list.txt"))
     with pytest.raises(InputError, match="must define CONFIG"):
         points.read(written(tmp_path, yielding("('a', {})"), head=""))
+
+
+def test_some_ways_of_two_stages_try_further_values():
+    field, ways = (
+        "optimizer.learning_rate",
+        {"a": {"variant": "alibi"}, "b": {"variant": "rotary"}, "c": {"variant": "none"}},
+    )
+    runs = dict(points.two_stages(
+        ways, {field: (1e-3, 2e-3)}, trial={"seed": 0}, seeds=(1,), minimise="loss", like={"c": "a"}, further={"a": (4e-3,)},
+    ))  # fmt: skip
+    tried = {way: [f"{way}-learning_rate={rate}" for rate in rates]
+             for way, rates in (("a", (0.001, 0.002, 0.004)), ("b", (0.001, 0.002)))}  # fmt: skip
+    assert list(runs) == [*tried["a"], *tried["b"], "a-1", "b-1", "c-1"]
+    assert runs["a-learning_rate=0.004"] == {"variant": "alibi", "seed": 0, field: 4e-3}
+    assert [runs[name][field].runs for name in ("a-1", "b-1", "c-1")] == [
+        tuple(tried["a"]), tuple(tried["b"]), tuple(tried["a"]),
+    ]  # fmt: skip
