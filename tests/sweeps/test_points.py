@@ -107,7 +107,7 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
         [(chosen, best)] = point.best.items()
         way = point.name.rpartition("-")[0]
         ways.setdefault(way, set()).add(point.settings.seed)
-        assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@") and len(best.runs) == 3
+        assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@") and len(best.runs) in (3, 4)
         for name in best.runs:
             tried = points_of[name]
             assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tried.settings.seed == 0
@@ -213,7 +213,8 @@ def test_some_ways_of_two_stages_try_further_values():
         {"a": {"variant": "alibi"}, "b": {"variant": "rotary"}, "c": {"variant": "none"}},
     )
     runs = dict(points.two_stages(
-        ways, {field: (1e-3, 2e-3)}, trial={"seed": 0}, seeds=(1,), minimise="loss", like={"c": "a"}, further={"a": (4e-3,)},
+        ways, {field: (1e-3, 2e-3)}, trial={"seed": 0}, seeds=(1,), minimise="loss", like={"c": "a"},
+        further={"a": (4e-3,)},
     ))  # fmt: skip
     tried = {way: [f"{way}-learning_rate={rate}" for rate in rates]
              for way, rates in (("a", (0.001, 0.002, 0.004)), ("b", (0.001, 0.002)))}  # fmt: skip
