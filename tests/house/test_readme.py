@@ -92,7 +92,7 @@ def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
     command = [sys.executable, f"launch/results_{what}.py", "--check"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert "<!-- results: extrapolation bits_per_byte" in (ROOT / "README.md").read_text()
+    assert "<!-- results: study_text bits_per_byte" in (ROOT / "README.md").read_text()
 
 
 FIELDS = {field.name for field in dataclasses.fields(seqpe_jax.Model)}
