@@ -51,8 +51,9 @@ def get_config(variant=None):
     c.encoding.dropout = 0.0
     c.encoding.qk = "multi"
     if variant in (None, "seqpe", "seqpe_paper"):
-        # The paper starts weights at std 0.02; at this width and budget the encoder then stays untrained. Its map to queries
-        # and keys begins near nothing, though: words are looked up hundreds of steps sooner where no head is local at first.
+        # The paper starts weights at std 0.02; at this width and budget the encoder then stays untrained. Its map to
+        # queries and keys begins near nothing, though: words are looked up hundreds of steps sooner where no head is local
+        # at first.
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1 if variant == "seqpe_paper" else 0.02
     c.objective.contrastive.batch = 4
