@@ -151,7 +151,14 @@ def _settings(
     if data is not None:
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
     values["data"]["lossy_tokenizer"] |= lossy
-    return config.from_dict(values)
+    found = config.from_dict(values)
+    for name in ("examples", "new_tokens"):
+        if name in limits and not found.asks_questions:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for questions, and {found.data.name} has none: leave it out, or name "
+                "questions with --data"
+            )
+    return found
 
 
 def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:

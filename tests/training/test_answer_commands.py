@@ -77,6 +77,16 @@ def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained):
     assert result.code == 2 and "eval.new_tokens" in result.err and "Traceback" not in result.err
 
 
+def test_limits_of_questions_are_refused_for_text(commands, trained, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a line of text\n" * 50)
+    for limit in ("--examples=5", "--new-tokens=5"):
+        ask = ("evaluate", f"--checkpoint={trained}", "--data=text_files", f"--paths={text}", "--lengths=24", limit)
+        result = commands(*ask)
+        words = f"{limit.split('=')[0]} is for questions, and text_files has none: leave it out"
+        assert result.code == 2 and words in result.err and "Traceback" not in result.err
+
+
 def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp_path):
     """A run on text begins with those of the run on questions and, after a step of warm-up, evaluates like it."""
     fields = PLAIN | {"data__name": "qa_jsonl", "steps": 1, "optimizer__warmup_steps": 1, "eval__new_tokens": 1}
