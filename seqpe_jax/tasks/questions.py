@@ -1,8 +1,10 @@
 """A run on questions: prompts with answers, answers generated and scored at any length."""
 
 import functools
+import itertools
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from seqpe_jax.tasks.task import Asked
 from seqpe_jax.tasks.text import Text
 
 LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
-ANSWERS_LOOKED_AT = 256  # answers for training whose length is looked at
+ANSWERS_LOOKED_AT = 256  # about so many answers for training, whose length is looked at
 
 
 class Questions(Text):
@@ -51,7 +53,7 @@ class Questions(Text):
             data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
             seed=self.config.seed, progress=is_lead(),
         )  # fmt: skip
-        places = _spread(len(source), LOOKED_AT)
+        places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
         trip = RoundTrip(self.tokenizer, len(places))
         for record in map(source.__getitem__, places):
             trip.look(" ".join([record["input"], *record["outputs"]]).encode())
@@ -62,16 +64,16 @@ class Questions(Text):
     def describe(self) -> str:
         """Returns what is trained on, in words."""
         length = self.config.data.length
-        lines = self.questions("train", length).describe()
+        source = self.questions("train", length)
+        lines = source.describe()
         end = f"byte {self.end}" if self.tokenizer.name == "bytes" else self._token_in_words(self.end)
         lines.append(f"answers end with {end}")
-        source = self.questions("train", length)
-        looked_at = [source[index] for index in _spread(len(source), ANSWERS_LOOKED_AT)]
+        every = max(1, len(source) // ANSWERS_LOOKED_AT)
+        looked_at = [accepted for _, _, accepted in itertools.islice(source.questions(), 0, None, every)]
         if cut := self._cut_off(looked_at):
-            new_tokens = self.config.eval.new_tokens
             lines.append(
-                f"{cut} of {len(looked_at)} answers looked at take more than eval.new_tokens={new_tokens} tokens: an "
-                "evaluation cuts such answers off"
+                f"{cut} of {len(looked_at)} answers looked at take more than eval.new_tokens={self.config.eval.new_tokens} "
+                "tokens: an evaluation cuts such answers off"
             )
         lines += self._loss_in_words(self.losses["train", length])
         return "\n  ".join([f"{self.config.batch_size} questions to a batch", *lines])
@@ -116,7 +118,7 @@ class Questions(Text):
         away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
         scored = answers.score(records, hypotheses, away=away)
         return {
-            "length": length, "cut_off": self._cut_off(records), **scored, "loss": loss,
+            "length": length, "cut_off": self._cut_off([record["outputs"] for record in records]), **scored, "loss": loss,
             "answer_perplexity": math.exp(min(loss, 700.0)), "answers": (records, hypotheses),
         }  # fmt: skip
 
@@ -126,13 +128,13 @@ class Questions(Text):
         known, asked = self.questions("train", length), self.questions(split, length)
         return answers.no_context_baseline(known.questions(), asked.questions())
 
-    def _cut_off(self, records: list[dict[str, Any]]) -> int:
-        """Of how many questions no accepted answer can be given whole."""
+    def _cut_off(self, accepted: Iterable[Sequence[str]]) -> int:
+        """Of how many questions, given their accepted answers, none can be given whole."""
 
         def tokens(answer: str) -> int:
             return len(self.tokenizer.encode(f" {answer}".encode()))
 
-        return sum(min(map(tokens, record["outputs"])) > self.config.eval.new_tokens for record in records)
+        return sum(min(map(tokens, answers)) > self.config.eval.new_tokens for answers in accepted)
 
     def _loss(self, asked: Asked, source: qa.QuestionSource, count: int, length: int) -> float:
         """The mean loss of the tokens of the first accepted answers, in nats."""
@@ -148,8 +150,3 @@ class Questions(Text):
             total, weight = total + float((losses_BL * counted_BL).sum()), weight + float(counted_BL.sum())
             asked.progress(count + min(number * asked.batch, count), 2 * count)
         return total / weight
-
-
-def _spread(count: int, at_most: int) -> list[int]:
-    """Up to that many of `count` places, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, at_most).astype(int)).tolist()
