@@ -1,4 +1,5 @@
-"""The language model whose speed the README tells: 4 layers of width 256 on windows of 512 bytes, both losses of SeqPE on.
+"""The language model whose speed the README tells: 4 layers of width 256 on windows of 512 bytes, SeqPE in the recipe
+of stdlib_lm.py.
 
     python -m seqpe_jax.train --config=configs/speed_lm.py --workdir=runs/speed
     python -m seqpe_jax.benchmark --config=configs/speed_lm.py --compare=seqpe,rotary
@@ -35,14 +36,21 @@ def get_config(variant=None):
     c.optimizer.clip = 1.0
 
     c.encoding.max_position = 100_000
-    c.encoding.feature_width = 8
     c.encoding.width = 128  # half the model's, as in stdlib_lm.py
     c.encoding.heads = 4
     c.encoding.dropout = 0.0
+    c.encoding.feature_width = 8
+    c.encoding.qk = "multi"
+    if variant in (None, "seqpe"):
+        c.encoding.rotary_pairs = 16  # of 32: those that turn once or more within a window
 
     c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32
+    c.objective.contrastive.space = "logits"
+    c.objective.contrastive.around_pivot = True
+    c.objective.contrastive.past_only = True
+    c.objective.contrastive.window = 4096  # eight windows of training
     c.objective.distillation.batch = 8
-    c.objective.distillation.offsets = 32
-    c.objective.shift.rate = 0.1
+    c.objective.distillation.offsets = 16
+    c.objective.shift.rate = 0.3
     return with_encoding(c, variant)

@@ -92,7 +92,7 @@ def in_store(path: str | os.PathLike) -> bool:
 
 def cache_root(chosen: str | os.PathLike = "") -> pathlib.Path:
     """Returns `chosen`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
-    local = "prepared data are read at random, from a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
+    local = "what is prepared, compiled or copied is kept on a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
     path = os.fspath(chosen) or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
     return pathlib.Path(expanded(path, local=local)).absolute()
 

@@ -66,7 +66,7 @@ def test_what_must_lie_on_this_machine_is_told(monkeypatch):
         "data.cache_dir is a folder of this machine": lambda: config.load(
             f"{ROOT}/configs/stdlib_lm.py", {"data.cache_dir": "gs://runs/cache"}
         ),
-        "prepared data are read at random": cache_root,
+        "what is prepared, compiled or copied is kept on a disk": cache_root,
     }.items():
         monkeypatch.setenv("SEQPE_JAX_CACHE", "gs://runs/cache")
         with pytest.raises(InputError, match=f"gs://runs/.*{local}.*mount it"):
