@@ -1,4 +1,4 @@
-"""Which encoding reads clips that are longer and larger than those of training: all that take grids, five or three seeds each.
+"""Which encoding reads clips that are longer and larger than those of training: all that take grids, three seeds or five.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/moving_digits.py --workdir=runs/moving --jobs=2
     python -m seqpe_jax.report --workdir=runs/moving --output=runs/moving/report
