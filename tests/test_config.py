@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import typing
 
 import pytest
 
 from seqpe_jax import config
 from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
+from seqpe_jax.config.scripts import module_of
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT, tiny_config
 
@@ -126,6 +128,16 @@ def test_terms_without_vectors_are_refused():
 def test_a_missing_config_file_is_named():
     with pytest.raises(InputError, match="no config file at configs/nothing.py"):
         config.load("configs/nothing.py")
+
+
+def test_an_edit_of_the_same_size_within_the_same_second_is_seen(tmp_path, monkeypatch):
+    """As a script makes it that writes one file after the other; Python's own bytecode would hide it."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    page, when = tmp_path / "page.py", 1_700_000_000
+    for steps in (1000, 2000):
+        page.write_text(f"steps = {steps}\n")
+        os.utime(page, (when, when))
+        assert module_of(str(page), "config file").steps == steps
 
 
 DIGITS = str(ROOT / "configs" / "digits_vit.py")

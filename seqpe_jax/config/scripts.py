@@ -1,5 +1,6 @@
 """Config and sweep files are Python: they are run here, and whatever they raise is told in one line."""
 
+import importlib.machinery
 import importlib.util
 import pathlib
 import traceback
@@ -8,6 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from seqpe_jax.errors import InputError
+
+
+class _AsWritten(importlib.machinery.SourceFileLoader):
+    """Runs a file as it stands. Python would keep its bytecode and, by size and second alone, miss an edit made at once."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def module_of(path: str, what: str) -> types.ModuleType:
@@ -21,10 +29,10 @@ def module_of(path: str, what: str) -> types.ModuleType:
     """
     if not pathlib.Path(path).is_file():
         raise InputError(f"no {what.split()[0]} file at {path}")
-    spec = importlib.util.spec_from_file_location("seqpe_file", path)
-    if spec is None or spec.loader is None:
+    if not path.endswith(".py"):
         raise InputError(f"{path} is not a Python file: a {what}")
-    module, loader = importlib.util.module_from_spec(spec), spec.loader
+    loader = _AsWritten("seqpe_file", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     told(path, lambda: loader.exec_module(module))
     return module
 

@@ -87,7 +87,7 @@ def test_shipped_sweeps_compare_what_they_say():
         rows = {}
         for point in sweeps[stem].points:
             rows.setdefault(point.name.rpartition("-")[0], set()).add(point.settings.seed)
-        assert len(rows) > 4 and all(len(seeds) == 3 and not seeds & seen for seeds in rows.values())
+        assert len(rows) > 4 and all(len(seeds) >= 3 and not seeds & seen for seeds in rows.values())
     ablation = {point.name: point.settings for point in sweeps["ablation"].points}
     for task, field in (("text", "rotary_pairs"), ("questions", "position_heads"), ("digits", "fraction_digits")):
         assert getattr(ablation[f"{task}-full"].encoding, field) > 0
