@@ -9,7 +9,7 @@ decides, at 8 x 8. Then come seeds 1 to 3 at that rate. digits.py is the study b
 rate for all. `learned_crops` is the stretched table trained on crops of the sizes that the others see as zoomed parts;
 `rotary` numbers the patches row by row.
 Hardware: two CPU cores, one for each of two runs at once; by the times of digits.py about two hours for 72 runs, the
-strongest encodings first.
+strongest encodings first. What has been run stands in docs/results/study_images.json, with which --results goes on.
 """
 
 from seqpe_jax.sweeps.points import two_stages
