@@ -112,7 +112,9 @@ def run(main: Callable[[], None]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may be any bytes
     try:
         _check_config_arguments(sys.argv[1:])
+        keeps, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of config files (see `config.scripts`)
         rest = flags.FLAGS(_with_texts(sys.argv))[1:]
+        sys.dont_write_bytecode = keeps
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
         hosts.keep_memory()

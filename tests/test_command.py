@@ -196,3 +196,14 @@ def test_a_config_file_that_ends_python_is_told(tmp_path):
     (tmp_path / "page.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(InputError, match="page.py, line 2 cannot be read: SystemExit: 3"):
         command._check_config_arguments([f"--config={tmp_path / 'page.py'}"])
+
+
+def test_no_bytecode_of_a_config_file_is_kept(tmp_path):
+    """By size and second alone, Python would take it for that of a file written anew at once."""
+    page = tmp_path / "page.py"
+    page.write_text("from seqpe_jax.config import defaults as get_config\n")
+    line = [sys.executable, "-m", "seqpe_jax.train", f"--config={page}", "--config.steps=0", f"--workdir={tmp_path / 'run'}"]
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(line, cwd=ROOT, env=given, capture_output=True, text=True)
+    assert done.returncode == 2 and "'steps' must be" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == [page]
