@@ -202,7 +202,8 @@ def test_no_bytecode_of_a_config_file_is_kept(tmp_path):
     """By size and second alone, Python would take it for that of a file written anew at once."""
     page = tmp_path / "page.py"
     page.write_text("from seqpe_jax.config import defaults as get_config\n")
-    line = [sys.executable, "-m", "seqpe_jax.train", f"--config={page}", "--config.steps=0", f"--workdir={tmp_path / 'run'}"]
+    options = [f"--config={page}", "--config.steps=0", f"--workdir={tmp_path / 'run'}"]
+    line = [sys.executable, "-m", "seqpe_jax.train", *options]
     given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(line, cwd=ROOT, env=given, capture_output=True, text=True)
     assert done.returncode == 2 and "'steps' must be" in done.stderr, done.stderr
