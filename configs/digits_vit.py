@@ -5,8 +5,8 @@
 
 Hardware: one CPU core; 2 to 5 minutes, evaluation included. Result: 97.5% top-1 at 8 x 8 and about 92% at 32 x 32 (three
 seeds; all encodings: docs/results.md, configs/sweeps/digits.py).
-Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed,
-none.
+Variants: seqpe (default), seqpe_paper (the form of the paper), rotary_mixed, learned, and any other
+encoding of grids (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

@@ -6,8 +6,8 @@
 Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar where the first start says; nothing is downloaded.
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
 Variants: s16 (default) or b16, and after a dash the encoding: seqpe (default), seqpe_extended (positions with a fraction
-and zoom, as digits_vit.py has them; see docs/recipes.md), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, none. An
-encoding alone means s16.
+and zoom, as digits_vit.py has them; see docs/recipes.md), rotary_mixed, learned, and any other encoding of
+grids (docs/encodings.md). An encoding alone means s16.
 """
 
 from seqpe_jax.config import defaults, with_encoding

@@ -7,7 +7,7 @@
 The sizes and the batch of a million tokens are those of GPT-3 XL (arXiv 2005.14165, table 2.1), with heads of width 128;
 20 tokens for each parameter (arXiv 2203.15556). Encoder and losses are the paper's (arXiv 2506.13277, language modelling).
 Hardware: written for a pod of 64 to 256 TPU chips. Time and result: not measured by this project; `aot` says what fits.
-Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
+Variants: seqpe (default), rotary, alibi, and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

@@ -6,8 +6,8 @@
 Trained on four frames in a row of 16 x 16 pixels, evaluated on four and on eight, at 16 to 32 pixels. Hardware: one CPU
 core; 7 minutes. Result, five seeds: 85, 75 and 47% top-1 at 16, 24 and 32 pixels on four frames, and 84, 81 and 47% on
 eight (all encodings: docs/results.md, configs/sweeps/moving_digits.py).
-Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_axial, rotary_mixed,
-none.
+Variants: seqpe (default), seqpe_paper (the form of the paper), rotary_mixed, learned, and any other
+encoding of grids (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

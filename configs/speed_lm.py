@@ -8,7 +8,7 @@ of stdlib_lm.py.
 
 Hardware: two CPU cores; a step takes one to two seconds. It is made to be timed; what it
 learns in its 1000 steps has not been looked at.
-Variants: seqpe (default), learned, sinusoidal, rotary, rotary_axial, rotary_mixed, alibi, none.
+Variants: seqpe (default), rotary, alibi, and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

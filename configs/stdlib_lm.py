@@ -5,8 +5,8 @@
 
 Hardware: two CPU cores; 4 minutes for seqpe, 2 for the others. Result, after 1000 steps: 1.97 bits per byte at 64 bytes and
 1.92 at 4096 (rotary 1.99 and 4.57, alibi 2.25 and 2.21; means of three seeds, configs/sweeps/study_text.py).
-Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_partial (the pairs that
-turn beside seqpe, alone), rotary_axial, rotary_mixed, alibi, none.
+Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (the pairs that turn beside
+seqpe, alone), and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

@@ -7,8 +7,8 @@ Hardware: two CPU cores; about 15 minutes, scoring included. Result: exact match
 256, 512 and 1024 bytes (alibi 91.1, 89.7, 82.2 and 53.9%; 400 questions of the test split, three seeds, answers of up to 16
 tokens: docs/results.md).
 From a checkpoint of one's own: --init-from=DIR with the same model and encoding.
-Variants: seqpe (default), seqpe_paper (the form of the paper), learned, sinusoidal, rotary, rotary_partial (the pairs that
-turn beside seqpe, alone), rotary_axial, rotary_mixed, alibi, none.
+Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (the pairs that turn beside
+seqpe, alone), and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

@@ -4,8 +4,8 @@
         --config.data.tokenizer=PATH/tokenizer.json [--config.data.paths=PATH/wikitext-103-raw-v1.zip]
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
-Variants: seqpe (default), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), learned, sinusoidal, rotary,
-rotary_axial, rotary_mixed, alibi, none.
+Variants: seqpe (default), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi,
+and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding

@@ -5,8 +5,9 @@
 
 Trained on 128 bytes for the 4800 steps of configs/stdlib_qa.py, evaluated at 128 to 1024 on 400 questions of the test
 split. In the first stage each encoding trains at three rates with seed 0; the loss of the answers on the validation split
-at the end decides, at 128 bytes. Then come seeds 1 to 3 at that rate. questions.py is the study before this one, of five
-encodings at one rate for all. Left out are `rotary_axial`, which over one axis is `rotary`, and the forms of scaled RoPE.
+at the end decides, at 128 bytes. Then come seeds 1 to 3 at that rate. questions.py is a smaller study, of nine encodings at
+one rate for all, whose results are stored. Left out are `rotary_axial`, which over one axis is `rotary`, and the forms of
+scaled RoPE.
 Hardware: two CPU cores, one for each of two runs at once; by the times of questions.py about eighteen hours for 90 runs,
 eight of them for the 42 of the seven strongest encodings, which come first.
 """
