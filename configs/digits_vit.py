@@ -3,8 +3,8 @@
     python -m seqpe_jax.train --config=configs/digits_vit.py --workdir=runs/digits
     python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24,32 --output=runs/digits/evaluation.json
 
-Hardware: one CPU core; 2 to 5 minutes, evaluation included. Result: 97.5% top-1 at 8 x 8 and about 92% at 32 x 32 (three
-seeds; all encodings: docs/results.md, configs/sweeps/digits.py).
+Hardware: one CPU core; 2 to 5 minutes, evaluation included. Result: 97.5% top-1 at 8 x 8 and about 91% at 32 x 32 (three
+seeds; all encodings: docs/results.md, configs/sweeps/study_images.py).
 Variants: seqpe (default), seqpe_paper (the form of the paper), rotary_mixed, learned, and any other
 encoding of grids (docs/encodings.md).
 """

@@ -25,10 +25,13 @@ STORED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
 STUDIES = {
     "study_text": plots.extrapolation,
     "questions": plots.extrapolation_answers,
-    "digits": plots.extrapolation_sizes,
+    "study_images": plots.extrapolation_sizes,
 }
 # Of a study with more rows than curves can be told apart.
-ROWS = {"study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none")}
+ROWS = {
+    "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
+    "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
+}
 DIGEST = "Source"  # of the PNG's texts
 NAMES = {"questions": "stdlib_qa"}  # of their data, where a length does not tell them from text
 

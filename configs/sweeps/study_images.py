@@ -5,11 +5,10 @@
 
 Trained at 8 x 8 pixels for the 800 steps of configs/digits_vit.py, evaluated at 8 to 32 on the 269 images of the test
 split. In the first stage each encoding trains at three rates with seed 0; the loss on the validation split at the end
-decides, at 8 x 8. Then come seeds 1 to 3 at that rate. digits.py is the study before this one, of nine encodings at one
-rate for all. `learned_crops` is the stretched table trained on crops of the sizes that the others see as zoomed parts;
-`rotary` numbers the patches row by row.
-Hardware: two CPU cores, one for each of two runs at once; by the times of digits.py about two hours for 72 runs, the
-strongest encodings first. What has been run stands in docs/results/study_images.json, with which --results goes on.
+decides, at 8 x 8. Then come seeds 1 to 3 at that rate. `learned_crops` is the stretched table trained on crops of the sizes
+that the others see as zoomed parts; `rotary` numbers the patches row by row.
+Hardware: two CPU cores, one for each of two runs at once; about an hour and a half for 72 runs, the strongest encodings
+first. What they have measured stands in docs/results/study_images.json, with which --results goes on.
 """
 
 from seqpe_jax.sweeps.points import two_stages
