@@ -3,8 +3,8 @@
     python launch/results_plots.py             draws them all
     python launch/results_plots.py --check     says which plot is of other results, and draws nothing
 
-A plot holds the digest of its results. The tables beside them are made by results_tables.py, from the same files; the plot
-of growth by growth.py.
+A plot holds the digest of its results and of the rows that it shows. The tables beside them are made by results_tables.py,
+from the same files; the plot of growth by growth.py.
 """
 
 import csv
@@ -70,12 +70,14 @@ def main(check: bool) -> int:
     """Draws and writes them, or tells which are stale; returns the exit code."""
     stale = 0
     for name, draw in STUDIES.items():
-        path, digest = STORED / f"{name}.png", hashlib.sha256((STORED / f"{name}.csv").read_bytes()).hexdigest()
+        path = STORED / f"{name}.png"
+        shown = (STORED / f"{name}.csv").read_bytes() + repr(ROWS.get(name)).encode()
+        digest = hashlib.sha256(shown).hexdigest()
         if path.exists() and Image.open(path).text.get(DIGEST) == digest:
             continue
         stale += 1
         if check:
-            print(f"docs/results/{name}.png is not of {name}.csv beside it: run launch/results_plots.py", file=sys.stderr)
+            print(f"docs/results/{name}.png is not of {name}.csv: run launch/results_plots.py", file=sys.stderr)
             continue
         with matplotlib.rc_context(drawing.DRESS):
             plot = draw(study_of(name))
