@@ -89,7 +89,8 @@ class Architecture:
         """
         model, encoding = config.model, config.encoding
         fields = dataclasses.asdict(model) | {"dtype": jnp.dtype(config.precision.compute)}
-        fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes, "fade": FADING.get(encoding.kind, "")}
+        fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes}
+        fields |= {"fade": FADING.get(encoding.kind, ""), "gate_bias": encoding.gate_bias}
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         if config.reads_images:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)

@@ -30,7 +30,8 @@ class Linear(nn.Module):
 
     Attributes:
       shape: of the kernel, the dimensions that are summed over first; names: of these dimensions (`axes`).
-      summed: number of dimensions that are summed over; dtype: of the arithmetic; kernel_init: of the weights.
+      summed: number of dimensions that are summed over; dtype: of the arithmetic; kernel_init: of the weights;
+      bias: that all outputs begin with.
     """
 
     shape: tuple[int, ...]
@@ -38,12 +39,13 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
     summed: int = 1
+    bias: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x @ kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, self.shape[self.summed :], jnp.float32)
+        bias = self.param("bias", nn.initializers.constant(self.bias), self.shape[self.summed :], jnp.float32)
         kernel = lay_out(kernel.astype(self.dtype), *self.names)
         return jnp.tensordot(x.astype(self.dtype), kernel, self.summed) + bias.astype(self.dtype)
 
@@ -69,6 +71,7 @@ class Block(nn.Module):
       attention_kind, attention_block: kind and block of `models.attention.attend`; causal: attend to the past only.
       scale_residual: residual projections start smaller by sqrt(2 * layers).
       fade: how the block computes by how much each token lets those before it fade from sight, one of `FADES`; "" = not.
+      gate_bias: each token lets those before it through by a share that begins near sigmoid(gate_bias).
       drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
         scaled up by as much (stochastic depth, Huang et al. 2016).
     """
@@ -88,6 +91,7 @@ class Block(nn.Module):
     causal: bool = True
     scale_residual: bool = True
     fade: str = ""
+    gate_bias: float = 0.0
     drop_path: float = 0.0
 
     def setup(self) -> None:
@@ -103,7 +107,8 @@ class Block(nn.Module):
         self.mlp_out = linear((self.mlp_width, self.width), (HIDDEN, WIDTH), kernel_init=residual_init)
         self.drop = nn.Dropout(self.dropout)
         if self.fade:
-            self.fading = linear((self.width, heads), (WIDTH, HEADS))
+            bias = {"forget": self.gate_bias, "cable": -self.gate_bias}[self.fade]
+            self.fading = linear((self.width, heads), (WIDTH, HEADS), bias=bias)
 
     def __call__(
         self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, drop_path: jax.Array | None = None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.architecture import Architecture, Sizes
 from seqpe_jax.config import MeshConfig
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.encodings.signal import PositionSignal
@@ -15,6 +16,7 @@ from seqpe_jax.inference.programs import laid_out
 from seqpe_jax.models.attention import attend, faded
 from seqpe_jax.models.blocks import FADES
 from seqpe_jax.training.trainer import Trainer
+from seqpe_jax.trees import flat
 from tests.tiny import random_params, tiny_config
 
 LAYERS, HEADS, WIDTH = 2, 4, 8  # of a head
@@ -241,6 +243,18 @@ def test_blocks_loops_and_meshes_equal_the_plain_form(kind):
         found = gradients(settings, devices)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, atol=3e-5 * max(1.0, float(np.abs(other).max())))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("kind", "fade"), [("fox", "forget"), ("cable", "cable")])
+def test_gates_begin_as_open_as_they_are_told(kind, fade, scan):
+    """A token lets those before it through by a share of sigmoid(gate_bias), before it says anything."""
+    settings = tiny_config(variant=kind, encoding__gate_bias=3.0, model__layers=2, model__scan=scan)
+    params = jax.jit(Architecture.of(settings, Sizes(vocabulary=256)).init)(KEY)
+    biases = [leaf for name, leaf in flat(params["model"], "/").items() if name.endswith("fading/bias")]
+    assert sum(bias.size for bias in biases) == settings.model.layers * settings.model.heads
+    for bias in biases:
+        np.testing.assert_allclose(np.exp(FADES[fade](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)
 
 
 @pytest.mark.slow
