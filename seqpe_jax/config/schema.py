@@ -130,7 +130,7 @@ class EncodingConfig:
     feature_width: int = _field(0, **limits.WidthOrNone, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
     qk_init_std: float = _field(0.02, **limits.Std, reads=SEQPE)
     scalar_scale: float = _field(1.0, low=-1e6, high=1e6, reads=SEQPE)
-    gate_bias: float = _field(0.0, low=-100.0, high=100.0, reads=("fox", "cable"))  # at first; share let through: sigmoid
+    gate_bias: float = _field(0.0, low=-100.0, high=100.0, reads=("fox", "cable"))  # they begin open by its sigmoid
     # in which heads, and with what beside it
     position_heads: int = _field(0, **limits.HeadsOrNone, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
     rotary_pairs: int = _field(0, **limits.WidthOrNone, reads=PARTLY_TURNED)  # fastest that turn; 0: all, seqpe none
