@@ -116,8 +116,3 @@ def test_links_of_the_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
-
-
-def test_the_readme_is_read_in_four_minutes():
-    prose = re.sub(r"<!--.*?end of results -->|```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(prose.split()) <= 800

@@ -1,4 +1,4 @@
-"""The tree: no path of anybody's machine, docstrings on everything public, short scripts that parse."""
+"""The tree: no path of anybody's machine, docstrings on everything public, scripts that parse."""
 
 import ast
 import functools
@@ -83,11 +83,9 @@ def test_everything_public_has_a_docstring(path):
     assert not missing, f"no docstring: {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").iterdir()), ids=lambda path: path.name)
-def test_launch_files_are_short_and_parse(path):
-    assert len(path.read_text().splitlines()) < 100
-    if path.suffix == ".sh":
-        subprocess.run(["bash", "-n", str(path)], check=True)
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_parse(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
 
 
 @pytest.mark.slow
@@ -102,35 +100,3 @@ def test_ruff_finds_nothing():
     check = [sys.executable, "-m", "ruff", "check", "--quiet", "."]
     found = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
-
-
-# What may be longer than a file or function should be, and why.
-LONGER_FILES: dict[str, str] = {}
-LONGER_FUNCTIONS = {
-    "positions/sampling.py:contrastive": "a third of it tells twelve settings; the rest is one path of arrays",
-    "data/qa.py:question_source": "a third of it tells nine settings; the rest is one way from a name to a source",
-}
-LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_can_be_read_in_one_sitting(path):
-    name, source = str(path.relative_to(ROOT / "seqpe_jax")), path.read_text()
-    assert len(source.splitlines()) <= LINES_OF_A_FILE or name in LONGER_FILES
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    long = {node.name for node in functions if node.end_lineno - node.lineno + 1 > LINES_OF_A_FUNCTION}
-    assert not {f"{name}:{function}" for function in long} - LONGER_FUNCTIONS.keys()
-
-
-def test_no_two_files_share_a_name_and_no_two_classes():
-    """`__init__` aside, and a command that bears the name of the room which does its work."""
-    commands = {path.stem for path in SOURCES if path.parent == ROOT / "seqpe_jax"}
-    names = [path.name for path in SOURCES if path.name != "__init__.py" and path.stem not in commands]
-    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
-    classes = [
-        node.name
-        for path in SOURCES
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
-    ]
-    assert len(classes) == len(set(classes)), sorted(name for name in set(classes) if classes.count(name) > 1)
