@@ -1,6 +1,7 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
 from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
+from seqpe_jax.config.conditions import check_options
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
@@ -53,6 +54,7 @@ __all__ = [
     "ShiftConfig",
     "TEXT_ONLY",
     "as_read",
+    "check_options",
     "check_positions",
     "check_size",
     "defaults",

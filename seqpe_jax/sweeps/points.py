@@ -231,6 +231,11 @@ def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iter
         given[name] = overrides
     best = {name: _open_fields(overrides) for name, overrides in given.items()}
     made = {name: make(name, base, overrides) for name, overrides in given.items() if not best[name]}
+    for name, point in made.items():
+        try:
+            config.check_options(point.settings, point.overrides)
+        except InputError as error:
+            raise InputError(f"run '{name}': {error}") from error
     for name, overrides in given.items():
         yield made[name] if name in made else _open_point(name, base, overrides, best[name], made)
 
