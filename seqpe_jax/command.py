@@ -173,16 +173,20 @@ def _with_texts(arguments: list[str]) -> list[str]:
     for argument in arguments:
         flag, given, value = argument.partition("=")
         if follows:
-            written.append(expanded(argument, local=config.LOCAL) if follows == "config" else _quoted(argument))
+            written.append(_config_file(argument) if follows == "config" else _quoted(argument))
         elif given and flag.lstrip("-") in texts:
             written.append(f"{flag}={_quoted(value)}")
         elif given and flag.lstrip("-") == "config":
-            written.append(f"{flag}={expanded(value, local=config.LOCAL)}")
+            written.append(f"{flag}={_config_file(value)}")
         else:
             written.append(argument)
         named = flag.lstrip("-") if flag.startswith("-") and not given and not follows else ""
         follows = named if named in texts | {"config"} else ""
     return written
+
+
+def _config_file(value: str) -> str:
+    return config.located(expanded(value, local=config.LOCAL))
 
 
 def _quoted(value: str) -> str:

@@ -33,6 +33,7 @@ from seqpe_jax.config.schema import (
     ShiftConfig,
     digits_of,
 )
+from seqpe_jax.config.scripts import located
 
 __all__ = [
     "Config",
@@ -66,6 +67,7 @@ __all__ = [
     "given",
     "load",
     "load_variant",
+    "located",
     "parse",
     "profile_window",
     "to_dict",

@@ -10,7 +10,7 @@ from seqpe_jax import config
 from seqpe_jax.architecture import check_encoding
 from seqpe_jax.axes import scale_label
 from seqpe_jax.config import Config
-from seqpe_jax.config.scripts import module_of, told
+from seqpe_jax.config.scripts import located, module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.tasks import task_class
 from seqpe_jax.trees import flat, nested
@@ -206,7 +206,7 @@ def read(path: str) -> SweepFile:
     Raises:
       InputError: no such file, a file that does not run or lacks a part, a point whose name or config is wrong.
     """
-    module = module_of(path, "sweep file defines CONFIG and runs() (see configs/sweeps)")
+    module = module_of(located(path), "sweep file defines CONFIG and runs() (see configs/sweeps)")
     base, runs, search = (getattr(module, name, None) for name in ("CONFIG", "runs", "SEARCH"))
     if not isinstance(base, str) or (runs is None and search is None):
         raise InputError(f"{path} must define CONFIG = 'configs/NAME.py', and a generator runs() or a SEARCH")
