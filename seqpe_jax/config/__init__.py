@@ -1,10 +1,19 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
 from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
-from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
+from seqpe_jax.config.kinds import (
+    ADDED_PAIRS,
+    GATED,
+    GRID_ONLY,
+    REAL_POSITIONS,
+    TEXT_ONLY,
+    EncodingKind,
+    encoding_name,
+)
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
     LOCAL,
+    RENAMED,
     as_read,
     defaults,
     difference,
@@ -15,7 +24,9 @@ from seqpe_jax.config.reading import (
     load,
     load_variant,
     parse,
+    renamed,
     to_dict,
+    unknown_field,
     with_encoding,
 )
 from seqpe_jax.config.schema import (
@@ -34,6 +45,7 @@ from seqpe_jax.config.schema import (
 )
 
 __all__ = [
+    "ADDED_PAIRS",
     "Config",
     "ContrastiveConfig",
     "DataConfig",
@@ -41,6 +53,7 @@ __all__ = [
     "EncodingConfig",
     "EncodingKind",
     "FREE_SECTIONS",
+    "GATED",
     "LOCAL",
     "GRID_ONLY",
     "LARGEST_UNITS",
@@ -50,6 +63,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "REAL_POSITIONS",
+    "RENAMED",
     "ShiftConfig",
     "TEXT_ONLY",
     "as_read",
@@ -58,6 +72,7 @@ __all__ = [
     "defaults",
     "difference",
     "digits_of",
+    "encoding_name",
     "field_names",
     "field_types",
     "from_dict",
@@ -66,6 +81,8 @@ __all__ = [
     "load_variant",
     "parse",
     "profile_window",
+    "renamed",
     "to_dict",
+    "unknown_field",
     "with_encoding",
 ]
