@@ -17,10 +17,10 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import gathered
-from seqpe_jax.config import Config, DataConfig, EncodingConfig, ModelConfig, digits_of
+from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.fixed import LogScaling
-from seqpe_jax.encodings.registry import ENCODINGS, FADING
+from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
@@ -90,7 +90,7 @@ class Architecture:
         model, encoding = config.model, config.encoding
         fields = dataclasses.asdict(model) | {"dtype": jnp.dtype(config.precision.compute)}
         fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes}
-        fields |= {"fade": FADING.get(encoding.kind, ""), "gate_bias": encoding.gate_bias}
+        fields |= {"fade": "" if encoding.gate == "none" else encoding.gate, "gate_bias_init": encoding.gate_bias_init}
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         if config.reads_images:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)
@@ -199,15 +199,17 @@ def mask_key(key: jax.Array, random_bits: str) -> jax.Array:
 def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> float:
     """Returns the floating-point operations that the network's matrix products need, the encoding's left out.
 
-    Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D) and of the logits (D V), and 4 L D in each block for
-    attention (all L keys, causal or not). A training step needs three times as many: forward, and twice that backward.
+    Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates) and of the logits (D V), and 4 L D in
+    each block for attention (all L keys, causal or not). A training step needs three times as many: forward, and twice that
+    backward.
 
     Args:
       tokens: read in all, as examples of the training size.
     """
     model, places = config.model, int(np.prod(config.grid))
     width, mlp = model.width, model.mlp_width or 4 * model.width
-    per_token = model.layers * (2 * (4 * width**2 + 2 * width * mlp) + 4 * places * width) + 2 * width * vocabulary
+    gates = 0 if config.encoding.gate == "none" else width * model.heads
+    per_token = model.layers * (2 * (4 * width**2 + 2 * width * mlp + gates) + 4 * places * width) + 2 * width * vocabulary
     return float(tokens * per_token * (3 if training else 1))
 
 
@@ -235,10 +237,12 @@ def spacing_of(config: Config) -> Spacing:
 
 
 def _encoding(config: Config) -> nn.Module:
-    """The encoding that a config names, with what stands beside it, for those heads that get a position.
+    """The encoding that a config names, combined with rotary pairs and log scaling, each for the heads that get it.
+
+    Gates are no part of it: the network's blocks compute them from its tokens.
 
     Raises:
-      InputError: more heads than there are, or pairs that cannot turn beside SeqPE.
+      InputError: more heads than there are, or pairs that cannot rotate beside the encoding.
     """
     model, encoding = config.model, config.encoding
     for name in ("position_heads", "rotary_heads"):
@@ -252,10 +256,10 @@ def _encoding(config: Config) -> nn.Module:
     parts, reach = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
     if encoding.kind == "seqpe":
         reach = [model.heads]  # it leaves out heads by itself, since it need not compute what they would get
-        if encoding.rotary_pairs:
-            _check_pairs(config)
-            parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
-            reach.append(encoding.rotary_heads or model.heads)
+    if encoding.kind in ADDED_PAIRS and encoding.rotary_pairs:
+        _check_pairs(config)
+        parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
+        reach.append(encoding.rotary_heads or model.heads)
     if encoding.log_scaling:
         parts.append(_module(LogScaling, offered))
         reach.append(model.heads)
@@ -263,10 +267,10 @@ def _encoding(config: Config) -> nn.Module:
 
 
 def _check_pairs(config: Config) -> None:
-    """Refuses rotating pairs that cannot stand beside SeqPE. Raises: InputError."""
+    """Refuses rotary pairs that cannot be added to an encoding. Raises: InputError."""
     encoding, axes = config.encoding, len(config.grid)
     width = config.model.width // config.model.heads
-    if encoding.mode == "rotary":
+    if encoding.kind == "seqpe" and encoding.mode == "rotary":
         raise InputError(
             f"encoding.mode='rotary' and encoding.rotary_pairs={encoding.rotary_pairs} both turn queries and keys: "
             "choose another mode, or set encoding.rotary_pairs=0"

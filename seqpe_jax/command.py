@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
-from seqpe_jax.errors import Failure, InputError, suggest
+from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import check_readable, check_writable, expanded
 from seqpe_jax.trees import flat
 
@@ -163,7 +163,7 @@ def _check_config_arguments(arguments: list[str]) -> None:
         elif name.startswith("config."):
             field = name.removeprefix("config.")
             if field not in config.field_names():
-                raise InputError(f"unknown config field '{field}'.{suggest(field, config.field_names())}")
+                raise InputError(config.unknown_field(field))
 
 
 def _with_texts(arguments: list[str]) -> list[str]:

@@ -59,7 +59,7 @@ class Model:
         model = self.config.model
         origin = f", step {self.step:,} of {self.folder}" if self.folder else ""
         sizes = f"{model.layers} layers of width {model.width}"
-        return f"Model({self.config.encoding.kind} in {model.kind}, {sizes}, {parameters}{origin})"
+        return f"Model({self.config.encoding.name} in {model.kind}, {sizes}, {parameters}{origin})"
 
     @functools.cached_property
     def params(self) -> Params:

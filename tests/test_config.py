@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import typing
@@ -171,14 +172,17 @@ def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
     page = DIGITS if kind in GRID_ONLY else QUICKSTART
     plain = dataclasses.replace(config.load(page + ":none"), encoding=config.EncodingConfig(kind))
     values, refused = config.to_dict(plain), set()
-    if kind == "seqpe":
+    if kind in config.ADDED_PAIRS:
         values["encoding"]["rotary_pairs"] = 2  # else what belongs to them would be refused too
+    if kind not in GRID_ONLY:
+        values["encoding"]["gate"] = "cable"
     for field in dataclasses.fields(config.EncodingConfig):
         if field.name == "kind":
             continue
         given = copy.deepcopy(values)
         given["encoding"][field.name] = other_value(field.name, given["encoding"][field.name])
-        reads = field.metadata.get("reads", KINDS)
+        combined = field.metadata.get("combined", {}).values()
+        reads = dict.fromkeys((*field.metadata.get("reads", KINDS), *itertools.chain(*combined)))
         try:
             config.from_dict(given)
         except InputError:
@@ -193,7 +197,7 @@ def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
         assert message.split("only by ")[1] == f"{', '.join(reads)}: leave it out"
         assert config.as_read(config.from_dict(given)) == config.from_dict(values)
         refused.add(field.name)
-    assert len(refused) >= (3 if kind == "seqpe" else 20)
+    assert len(refused) >= (3 if kind == "seqpe" else 18)
 
 
 SWITCHES = [  # settings under which a field is not read; the settings under which it is; the field and a value
@@ -222,8 +226,34 @@ def test_terms_and_pairs_that_are_not_there_have_no_fields():
     with pytest.raises(InputError, match="contrastive.batch=9 is not read by encoding.kind='rotary', only by seqpe"):
         config.load(QUICKSTART + ":rotary", {"objective.contrastive.batch": 9})
     for field, value in (("theta", 100.0), ("rotary_heads", 2)):
-        with pytest.raises(InputError, match=f"encoding.{field} is of the rotary pairs beside SeqPE"):
+        with pytest.raises(InputError, match=f"encoding.{field}={value} is read by .* with encoding.rotary_pairs alone"):
             config.load(QUICKSTART, {"encoding.rotary_pairs": 0, f"encoding.{field}": value})
+
+
+@pytest.mark.parametrize("name, gate", [("fox", "forget"), ("cable", "cable")])
+def test_older_names_say_what_those_of_today_do(name, gate):
+    """In a run's config.json, in overrides, and as the variant; parts of a config are read too."""
+    today = config.load(f"{QUICKSTART}:{name}", {"encoding.gate_bias_init": 4.0})
+    assert (today.encoding.kind, today.encoding.gate, today.encoding.name) == ("none", gate, name)
+    values = json.loads(json.dumps(config.to_dict(today)))
+    del values["encoding"]["gate"], values["encoding"]["gate_bias_init"]
+    values["encoding"] |= {"kind": name, "gate_bias": 4.0}
+    before = copy.deepcopy(values)
+    assert config.from_dict(values) == today and values == before
+    assert config.load(f"{QUICKSTART}:none", {"encoding.kind": name, "encoding.gate_bias_init": 4.0}) == today
+    assert config.renamed({"seed": 1, "encoding": {"kind": name}})["encoding"] == {"kind": "none", "gate": gate}
+    with pytest.raises(InputError, match="'encoding.gate_bias' is called 'encoding.gate_bias_init' now, and both"):
+        config.from_dict(values | {"encoding": values["encoding"] | {"gate_bias_init": 1.0}})
+    other = {"forget": "cable", "cable": "forget"}[gate]
+    with pytest.raises(InputError, match=f"'{name}' means encoding.gate='{gate}', but encoding.gate='{other}' is given"):
+        config.from_dict(values | {"encoding": values["encoding"] | {"gate": other}})
+    with pytest.raises(InputError, match="field 'encoding.gate_bias': it is called 'encoding.gate_bias_init' now"):
+        config.load(f"{QUICKSTART}:{name}", {"encoding.gate_bias": 4.0})
+
+
+def test_an_encoding_is_named_by_its_kind_and_its_gate():
+    told = [config.encoding_name(*pair) for pair in (("none", "none"), ("none", "forget"), ("alibi", "cable"))]
+    assert told == ["none", "fox", "alibi+cable"]
 
 
 @pytest.mark.parametrize("path", [QUICKSTART, DIGITS], ids=["text", "images"])
@@ -236,7 +266,7 @@ def test_every_kind_takes_the_place_of_another(path, kind):
     values.update(config.to_dict(config.load(path, JITTER)))
     found = config.parse(config.with_encoding(values, kind))
     assert found.encoding.kind == kind and found == config.as_read(found)
-    assert (found.objective.jitter.rate > 0) == (kind in config.REAL_POSITIONS and (path, kind) != (DIGITS, "rotary"))
+    assert (found.objective.jitter.rate > 0) == (found.encoding.real_positions and (path, kind) != (DIGITS, "rotary"))
 
 
 def test_the_config_of_an_older_run_is_read():

@@ -1,5 +1,6 @@
 """A config small enough for any test, and batches for it."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -32,6 +33,19 @@ def tiny_config(**overrides) -> Config:
         values |= {"encoding.rotary_pairs": 0, "encoding.feature_width": 0}
     values |= {name.replace("__", "."): value for name, value in overrides.items()}
     return config.load(f"{ROOT}/configs/stdlib_lm.py:{variant}", values)
+
+
+def every_part(kind: str, gate: str = "forget") -> dict:
+    """Overrides that combine an encoding of texts with every part that it can take at once."""
+    reads = {field.name: field.metadata.get("reads") for field in dataclasses.fields(config.EncodingConfig)}
+    fields = {"encoding__log_scaling": True, "encoding__gate": gate, "encoding__gate_bias_init": 1.0}
+    if kind in reads["position_heads"]:
+        fields["encoding__position_heads"] = 1
+    if kind in reads["rotary_pairs"]:
+        fields["encoding__rotary_pairs"] = 4
+    if kind in config.ADDED_PAIRS:
+        fields["encoding__rotary_heads"] = 1
+    return fields
 
 
 def train(settings: Config, workdir: str | pathlib.Path) -> None:

@@ -2,10 +2,19 @@
 
 from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
 from seqpe_jax.config.conditions import check_options
-from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
+from seqpe_jax.config.kinds import (
+    ADDED_PAIRS,
+    GATED,
+    GRID_ONLY,
+    REAL_POSITIONS,
+    TEXT_ONLY,
+    EncodingKind,
+    encoding_name,
+)
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
     LOCAL,
+    RENAMED,
     as_read,
     defaults,
     difference,
@@ -16,7 +25,9 @@ from seqpe_jax.config.reading import (
     load,
     load_variant,
     parse,
+    renamed,
     to_dict,
+    unknown_field,
     with_encoding,
 )
 from seqpe_jax.config.schema import (
@@ -36,6 +47,7 @@ from seqpe_jax.config.schema import (
 from seqpe_jax.config.scripts import located
 
 __all__ = [
+    "ADDED_PAIRS",
     "Config",
     "ContrastiveConfig",
     "DataConfig",
@@ -43,6 +55,7 @@ __all__ = [
     "EncodingConfig",
     "EncodingKind",
     "FREE_SECTIONS",
+    "GATED",
     "LOCAL",
     "GRID_ONLY",
     "LARGEST_UNITS",
@@ -52,6 +65,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "REAL_POSITIONS",
+    "RENAMED",
     "ShiftConfig",
     "TEXT_ONLY",
     "as_read",
@@ -61,6 +75,7 @@ __all__ = [
     "defaults",
     "difference",
     "digits_of",
+    "encoding_name",
     "field_names",
     "field_types",
     "from_dict",
@@ -70,6 +85,8 @@ __all__ = [
     "located",
     "parse",
     "profile_window",
+    "renamed",
     "to_dict",
+    "unknown_field",
     "with_encoding",
 ]

@@ -179,10 +179,6 @@ def _check_text(config: Config) -> None:
             f"encoding.kind='{config.encoding.kind}' is for grids, and data.name='{config.data.name}' has text: choose one "
             f"of {', '.join(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}"
         )
-    if config.encoding.log_scaling and config.encoding.scaling == "yarn":
-        raise InputError(
-            "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of them"
-        )
     check_positions(config, config.data.length, "data.length")
     for length in config.eval.lengths:
         if length < 1:
@@ -237,6 +233,11 @@ def _check_images(config: Config) -> None:
             f"encoding.kind='{config.encoding.kind}' is for texts, and data.name='{data.name}' has grids: choose one of "
             f"{', '.join(kind for kind in get_args(EncodingKind) if kind not in TEXT_ONLY)}"
         )
+    if config.encoding.gate != "none":
+        raise InputError(
+            f"encoding.gate='{config.encoding.gate}' needs tokens in causal order, and data.name='{data.name}' has grids: "
+            "set encoding.gate='none', or choose another variant than fox and cable"
+        )
     augment = data.augment
     for name, pair in (("crop_scale", augment.crop_scale), ("crop_aspect", augment.crop_aspect)):
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
@@ -262,8 +263,10 @@ def _check_fractions(config: Config) -> None:
         "objective.jitter.rate": jitter.rate, "objective.zoom.rate": config.objective.zoom.rate,
     }  # fmt: skip
     for name, value in wanted.items():
-        if value and (encoding.kind not in REAL_POSITIONS or numbered):
+        if value and (not encoding.real_positions or numbered):
             why = "numbers the places of a grid one after the other" if numbered else "has whole positions alone"
+            if encoding.kind == "none":
+                why = "has no positions without encoding.rotary_pairs"
             raise InputError(
                 f"{name} needs positions between whole numbers, and encoding.kind='{encoding.kind}' {why}: leave it as it "
                 f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
@@ -279,6 +282,10 @@ def _check_fractions(config: Config) -> None:
     if config.objective.zoom.rate and not (config.reads_images and encoding.resize == "stretch"):
         raise InputError(
             "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
+        )
+    if encoding.log_scaling and encoding.scaling == "yarn":
+        raise InputError(
+            "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of them"
         )
     if encoding.log_scaling and encoding.kind == "seqpe" and encoding.mode == "attn_mul":
         raise InputError("encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them")

@@ -4,8 +4,11 @@ from typing import Literal
 
 EncodingKind = Literal[
     "seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "alibi_grid", "t5", "kerple",
-    "fire", "lookhere", "scale_invariant", "pope", "fox", "cable", "none",
+    "fire", "lookhere", "scale_invariant", "pope", "none",
 ]  # fmt: skip
+Gate = Literal["none", "forget", "cable"]
+# Published names of the kind `none` with a gate: FoX (arXiv 2503.02130) and CABLE (arXiv 2503.08067).
+GATED = {"fox": "forget", "cable": "cable"}
 TEXTS = ("stdlib_text", "text_files", "wikitext103")
 QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")
 IMAGES = ("digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized")
@@ -16,12 +19,23 @@ SEQPE = ("seqpe",)
 OF_DISTANCES = ("alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "scale_invariant")
 # Positions need not be whole numbers.
 REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
-TEXT_ONLY = ("alibi", "t5", "kerple", "scale_invariant", "pope", "fox", "cable")  # know one axis, or what came before
+TEXT_ONLY = ("alibi", "t5", "kerple", "scale_invariant", "pope")  # know one axis, or what came before
 GRID_ONLY = ("alibi_grid", "lookhere")
 MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin
-WAVES = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "scale_invariant", "pope")
-IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES)  # what they do can be left to some heads
-PARTLY_TURNED = ("seqpe", "rotary", "rotary_axial", "scale_invariant")
+WAVES = ("sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "scale_invariant", "pope")
+# What they do can be limited to some heads; what is added to the tokens reaches all.
+IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
+OWN_PAIRS = ("rotary", "rotary_axial", "scale_invariant")  # rotate pairs themselves; all, or half, by default
+# Take rotary pairs beside what they do themselves: all that do not rotate queries and keys already.
+ADDED_PAIRS = ("seqpe", "learned", "sinusoidal", "alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "none")
+
+
+def encoding_name(kind: str, gate: str) -> str:
+    """Returns the name of an encoding in reports: its kind, "fox" or "cable", or "KIND+GATE"."""
+    if gate == "none":
+        return kind
+    published = {named: name for name, named in GATED.items()}
+    return published[gate] if kind == "none" and gate in published else f"{kind}+{gate}"
 
 
 # Kinds of data; `of` of a field or section names those whose runs read it.

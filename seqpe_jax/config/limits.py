@@ -36,7 +36,8 @@ Devices = {"low": 1, "high": 2**20}
 def field(default: Any, **metadata: Any) -> Any:
     """Returns a field with limits and, where not every run reads it, who does.
 
-    `reads` names the kinds of encoding that do, `of` the kinds of data whose runs do; `path`: it is one.
+    `reads` names the kinds of encoding that do, `combined` ({field: kinds}) those that do where another field is set, `of`
+    the kinds of data whose runs do; `path`: it is one.
     """
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -5,14 +5,17 @@ ConfigDict.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import ml_collections
 
 from seqpe_jax.config.checks import check
-from seqpe_jax.config.kinds import IMAGES, REAL_POSITIONS, SEQPE, EncodingKind
+from seqpe_jax.config.kinds import GATED, IMAGES, SEQPE, EncodingKind
 from seqpe_jax.config.limits import LARGEST, check_range
 from seqpe_jax.config.limits import told as shown
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, EncodingConfig
@@ -23,6 +26,12 @@ from seqpe_jax.files import expanded
 LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
 FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
+# Name of a field in configs of older versions -> its name today.
+RENAMED = {"encoding.gate_bias": "encoding.gate_bias_init"}
+# Field, by its name today -> a value in configs of older versions -> the fields that say the same today.
+RENAMED_VALUES = {
+    "encoding.kind": {name: {"encoding.kind": "none", "encoding.gate": gate} for name, gate in GATED.items()},
+}
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -38,12 +47,70 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Returns the validated config of nested dicts, such as a run's config.json (lists serve as tuples).
 
+    Args:
+      values: also of an older version (`renamed`).
+
     Raises:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
     """
-    config = _build(Config, values, "")
+    config = _build(Config, renamed(values), "")
     check(config)
     return config
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested values with the names of today for fields and values that older versions called otherwise.
+
+    Args:
+      values: of a config, or of a part of one; what is no config is returned as it is, for others to refuse.
+
+    Raises:
+      InputError: a field is given under both names, or an old value says what another field contradicts.
+    """
+    if not isinstance(values, dict):
+        return values
+    found = dict(values)
+    for old, new in RENAMED.items():
+        section, name = _section_of(found, old)
+        if name not in section:
+            continue
+        value = section.pop(name)
+        section, name = _section_of(found, new)
+        if name in section:
+            raise InputError(f"config field '{old}' is called '{new}' now, and both are given: leave the old one out")
+        section[name] = value
+    for field, values_of in RENAMED_VALUES.items():
+        section, name = _section_of(found, field)
+        value = section.get(name)
+        if not isinstance(value, str) or value not in values_of:
+            continue
+        for new, meant in values_of[value].items():
+            section, name = _section_of(found, new)
+            if new != field and section.get(name, meant) not in (meant, _default(new)):
+                raise InputError(
+                    f"{field}='{value}' means {new}={meant!r}, but {new}={section[name]!r} is given: leave one of them out"
+                )
+            section[name] = meant
+    return found
+
+
+def _section_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """The section that holds a dotted field, put into `values` as a copy, and the last part of the field's name.
+
+    What is no section is left to those who check it: an empty one stands in for it.
+    """
+    *sections, last = field.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            return {}, last
+        values[section] = dict(values[section])
+        values = values[section]
+    return values, last
+
+
+def _default(field: str) -> Any:
+    """The default of a dotted field."""
+    return functools.reduce(getattr, field.split("."), Config())
 
 
 def parse(config: ml_collections.ConfigDict) -> Config:
@@ -76,24 +143,26 @@ def _check_ranges(section: Any, prefix: str) -> None:
 def with_encoding(
     config: ml_collections.ConfigDict, variant: str | None, forms: dict[str, str] | None = None
 ) -> ml_collections.ConfigDict:
-    """Sets the encoding kind that a config's variant names; what that kind does not read goes back to its default.
+    """Sets the encoding that a config's variant names; what it does not read goes back to its default.
 
     Args:
-      variant: an encoding kind, or a name in `forms`; None = seqpe.
+      variant: an encoding kind, a name in `kinds.GATED` or in `forms`; None = seqpe.
       forms: further variants of a page, and the kind that each is a form of.
 
     Raises:
       InputError: the variant is none of these.
     """
-    forms = {kind: kind for kind in typing.get_args(EncodingKind)} | (forms or {})
+    forms = {kind: kind for kind in typing.get_args(EncodingKind)} | dict.fromkeys(GATED, "none") | (forms or {})
     variant = variant or "seqpe"
     if variant not in forms:
         raise InputError(f"unknown config variant '{variant}'.{suggest(variant, forms)}")
     kind = config.encoding.kind = forms[variant]
-    for field in dataclasses.fields(EncodingConfig):
-        if kind not in field.metadata.get("reads", (kind,)):
-            config.encoding[field.name] = field.default
-    if kind not in REAL_POSITIONS or kind == "rotary" and config.data.name in IMAGES:  # whole numbers alone
+    if variant in GATED:
+        config.encoding.gate = GATED[variant]
+    encoding = EncodingConfig(**config.encoding)
+    for name in _unread(encoding):
+        config.encoding[name] = getattr(EncodingConfig, name)
+    if not encoding.real_positions or kind == "rotary" and config.data.name in IMAGES:  # whole numbers alone
         config.encoding.fraction_digits, config.encoding.resize = 0, "extend"
         config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
     if kind != "seqpe":
@@ -110,13 +179,15 @@ VECTOR_TERMS = {"contrastive": ContrastiveConfig, "distillation": DistillationCo
 def as_read(config: Config) -> Config:
     """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
     kind, plain = config.encoding.kind, EncodingConfig()
-    unread = [field.name for field in dataclasses.fields(plain) if kind not in field.metadata.get("reads", (kind,))]
-    if kind == "seqpe" and not config.encoding.rotary_pairs:
-        unread += OF_PAIRS
-    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in unread})
+    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in _unread(config.encoding)})
     terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_TERMS.items()}
     config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
     return _of_data(config, config.read_as)
+
+
+def _unread(encoding: EncodingConfig) -> list[str]:
+    """Names of the fields that an encoding does not read."""
+    return [field.name for field in dataclasses.fields(EncodingConfig) if not encoding.reads(field)]
 
 
 def _of_data(section: Any, kind: str) -> Any:
@@ -132,9 +203,6 @@ def _of_data(section: Any, kind: str) -> Any:
     return dataclasses.replace(section, **changed)
 
 
-OF_PAIRS = ["theta", "rotary_heads"]  # of the pairs beside SeqPE
-
-
 def _check_read(config: Config) -> None:
     """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
     kind, optimizer = config.encoding.kind, config.optimizer
@@ -143,7 +211,7 @@ def _check_read(config: Config) -> None:
             f"optimizer.end_learning_rate={optimizer.end_learning_rate} is not read by optimizer.schedule='constant', only "
             "by the others: leave it at 0.0"
         )
-    reads = {f"encoding.{field.name}": field.metadata.get("reads", ()) for field in dataclasses.fields(EncodingConfig)}
+    fields = {f"encoding.{field.name}": field.metadata for field in dataclasses.fields(EncodingConfig)}
     of = _kinds_of_data(Config, "", ())
     for line in difference(to_dict(as_read(config)), to_dict(config)):
         (name, _, values), value = line.partition(": "), line.rpartition(" -> ")[2]
@@ -152,9 +220,14 @@ def _check_read(config: Config) -> None:
                 f"{name}={value} is not read by runs on {config.read_as} (data.name='{config.data.name}'), only by those "
                 f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
             )
-        kinds = reads.get(name, SEQPE)  # terms on vectors
-        if kind in kinds:
-            raise InputError(f"{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out")
+        metadata = fields.get(name, {"reads": SEQPE})  # terms on vectors
+        for part, kinds in metadata.get("combined", {}).items():
+            if kind in kinds:
+                raise InputError(
+                    f"{name}={value} is read by encoding.kind='{kind}' with encoding.{part} alone: set that too, or leave "
+                    f"{name} out"
+                )
+        kinds = dict.fromkeys([*metadata["reads"], *itertools.chain(*metadata.get("combined", {}).values())])
         raise InputError(f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(kinds)}: leave it out")
 
 
@@ -211,9 +284,20 @@ def _with(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             target = target.get(section) if isinstance(target, dict) else None
         if not isinstance(target, dict) or last not in target:
-            raise InputError(f"unknown config field '{key}'.{suggest(key, field_names())}")
+            raise InputError(unknown_field(key))
         target[last] = value
     return values
+
+
+def unknown_field(name: str, also: Iterable[str] = ()) -> str:
+    """Returns what a message says of a field that does not exist: its name of today, or the nearest names.
+
+    Args:
+      also: further names that could be meant.
+    """
+    if name in RENAMED:
+        return f"unknown config field '{name}': it is called '{RENAMED[name]}' now."
+    return f"unknown config field '{name}'.{suggest(name, [*field_names(), *also])}"
 
 
 def field_names() -> list[str]:
@@ -250,7 +334,7 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise InputError(f"unknown config field '{prefix}{name}'.{suggest(prefix + name, field_names())}")
+            raise InputError(unknown_field(prefix + name))
     built = {}
     for name, value in values.items():
         hint, full = hints[name], prefix + name

@@ -4,15 +4,17 @@ Units: lengths and positions in tokens, rates and weights as plain numbers, step
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from seqpe_jax.config import limits
 from seqpe_jax.config.kinds import (
+    ADDED_PAIRS,
     ASKED,
+    GRID_ONLY,
     IMAGES,
     IN_HEADS,
     MOVABLE,
-    PARTLY_TURNED,
+    OWN_PAIRS,
     PICTURED,
     PICTURES,
     QUESTIONS,
@@ -22,6 +24,8 @@ from seqpe_jax.config.kinds import (
     WAVES,
     WRITTEN,
     EncodingKind,
+    Gate,
+    encoding_name,
 )
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
@@ -92,16 +96,30 @@ class ModelConfig:
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 
 
+# Field of a part that encodings are combined with -> its value without the part.
+PARTS: dict[str, Any] = {"rotary_pairs": 0, "gate": "none"}
+_PAIRS = {"rotary_pairs": ADDED_PAIRS}
+_GATES = {"gate": tuple(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}
+_MOVED = {"rotary_pairs": ("none",)}  # has no positions but those by which its pairs rotate
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodingConfig:
-    """How positions reach attention. `reads` says which kinds read a field; for all others it keeps its default."""
+    """How positions reach attention.
+
+    `reads` says which kinds read a field, and `combined` which further kinds read it where another field is set: that of a
+    part with which they are combined (`PARTS`). For all others it keeps its default.
+    """
 
     kind: EncodingKind = "seqpe"
     # how a position is written
-    max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE)  # positions along an axis: 0 .. max_position - 1
-    base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS)  # of the digits
-    fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS)  # after the point; 1 = a token or a patch
-    resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS)  # larger than trained: on, or between
+    # Positions along an axis are 0 .. max_position - 1.
+    max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE, combined=_MOVED)
+    base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS, combined=_MOVED)  # of the digits
+    # after the point; 1 = a token or a patch
+    fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS, combined=_MOVED)
+    # larger than trained: on, or between
+    resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS, combined=_MOVED)
     digits: int = _field(0, low=0, high=64, reads=SEQPE)  # before the point; 0 = as many as max_position needs
     padding: Literal["left", "right"] = _field("left", reads=SEQPE)
     # the encoder of the digits
@@ -130,14 +148,19 @@ class EncodingConfig:
     feature_width: int = _field(0, **limits.WidthOrNone, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
     qk_init_std: float = _field(0.02, **limits.Std, reads=SEQPE)
     scalar_scale: float = _field(1.0, low=-1e6, high=1e6, reads=SEQPE)
-    gate_bias: float = _field(0.0, low=-100.0, high=100.0, reads=("fox", "cable"))  # they begin open by its sigmoid
-    # in which heads, and with what beside it
+    # in which heads, and combined with what
     position_heads: int = _field(0, **limits.HeadsOrNone, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
-    rotary_pairs: int = _field(0, **limits.WidthOrNone, reads=PARTLY_TURNED)  # fastest that turn; 0: all, seqpe none
-    rotary_heads: int = _field(0, **limits.HeadsOrNone, reads=SEQPE)  # the first heads in which these pairs turn; 0 = all
+    # The fastest pairs of q and k that rotate; 0 = none, but rotary all and scale_invariant half of them.
+    rotary_pairs: int = _field(0, **limits.WidthOrNone, reads=(*OWN_PAIRS, *ADDED_PAIRS))
+    # The first heads in which added pairs rotate; 0 = all.
+    rotary_heads: int = _field(0, **limits.HeadsOrNone, reads=(), combined=_PAIRS)
+    # Logits of a key fall with what the tokens after it say, in all heads: FoX's forget gates, or CABLE's biases.
+    gate: Gate = "none"
+    # Bias that gates begin with, larger = more open: they let through sigmoid(gate_bias_init) of what came before a token.
+    gate_bias_init: float = _field(0.0, low=-100.0, high=100.0, reads=(), combined=_GATES)
     log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
     # baselines
-    theta: float = _field(10000.0, low=1.0, high=1e12, reads=WAVES)  # base of the wavelengths
+    theta: float = _field(10000.0, low=1.0, high=1e12, reads=WAVES, combined=_PAIRS)  # base of the wavelengths
     scaling: Literal["none", "linear", "ntk", "yarn"] = _field("none", reads=("rotary",))  # of angles, in longer windows
     flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
     reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
@@ -148,6 +171,23 @@ class EncodingConfig:
     def unit(self) -> int:
         """Units of a position's fixed-point number in one token or patch."""
         return self.base**self.fraction_digits
+
+    @property
+    def name(self) -> str:
+        """The name of the encoding in reports, such as "alibi", "fox" or "seqpe+forget"."""
+        return encoding_name(self.kind, self.gate)
+
+    @property
+    def real_positions(self) -> bool:
+        """Whether positions need not be whole numbers; `none` has positions where pairs rotate."""
+        return self.kind in REAL_POSITIONS or (self.kind == "none" and self.rotary_pairs > 0)
+
+    def reads(self, field: dataclasses.Field) -> bool:
+        """Returns whether this encoding reads one of its fields."""
+        if self.kind in field.metadata.get("reads", (self.kind,)):
+            return True
+        combined = field.metadata.get("combined", {})
+        return any(self.kind in kinds and getattr(self, part) != PARTS[part] for part, kinds in combined.items())
 
 
 @dataclasses.dataclass(frozen=True)

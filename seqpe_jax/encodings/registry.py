@@ -7,9 +7,6 @@ from seqpe_jax.encodings.polar import PoPE
 from seqpe_jax.encodings.relations import T5, Fire, GridALiBi, Kerple, LookHere, ScaleInvariant
 from seqpe_jax.encodings.seqpe import SeqPE
 
-# Kinds that hide far tokens by what those in between say -> how a block computes it (`models.blocks.FADES`).
-FADING = {"fox": "forget", "cable": "cable"}
-
 ENCODINGS = {
     "seqpe": SeqPE,
     "learned": Learned,
@@ -25,7 +22,5 @@ ENCODINGS = {
     "lookhere": LookHere,
     "scale_invariant": ScaleInvariant,
     "pope": PoPE,
-    "fox": NoPosition,  # what the model's layers compute of each token stands in for it (`FADES`)
-    "cable": NoPosition,
     "none": NoPosition,
 }

@@ -42,6 +42,7 @@ class PositionSignal:
       features: (f_q, f_k), each float32[P, L, H or 1, F]; final attention logits gain f_q . f_k.
       polar: (cos, sin), each float[P, L, 1, K]: q and k become the lengths softplus(q) and softplus(k) of K arrows each at
         these angles, K of the keys' turned on by polar_shift, float[H, K].
+      polar_heads: the first heads for which this is so, None = all; in the others q and k stay as they are.
       bias: float32[H or 1, L, S], added to the final attention logits.
       relation: what they gain as a function of two places; relation_params: what it learns, a tree of arrays.
       stacked: names of the fields that differ by layer; these have a leading layer axis.
@@ -54,6 +55,7 @@ class PositionSignal:
     features: Pair | None = None
     polar: Pair | None = None
     polar_shift: jax.Array | None = None
+    polar_heads: int | None = flax.struct.field(pytree_node=False, default=None)
     bias: jax.Array | None = None
     relation: Relation | None = None
     relation_params: Any = None
@@ -108,8 +110,10 @@ class PositionSignal:
             pair = getattr(self, name)
             if pair is not None:
                 fields[name] = tuple(_widened(part, count, heads, value) for part, value in zip(pair, neutral, strict=True))
-        if self.added is not None or self.bias is not None or self.polar is not None:
-            raise ValueError("what is added to tokens, or as a bias, or takes them for arrows, reaches all heads")
+        if self.added is not None or self.bias is not None:
+            raise ValueError("what is added to tokens, or as a bias, reaches all heads")
+        if self.polar is not None:
+            fields["polar_heads"] = count
         if self.relation is not None:
             fields["relation"] = self.relation.replace(heads=count)
         return self.replace(**fields)

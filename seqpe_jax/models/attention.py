@@ -47,13 +47,12 @@ def attend(
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype.
 
     logits = (q . k) / sqrt(K) + f_q . f_k + bias, with q and k turned, multiplied and shifted as the signal says; where the
-    signal has a relation, it is applied before the bias.
+    signal has a relation, it is applied to the product of q and k alone.
     Logits and softmax are float32; so is the product of features, at full precision, whatever the dtype of q and k.
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
-      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`faded`), in place of what
-        the signal's features give, of which an encoding that fades has none.
+      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`faded`) too.
       causal: query l sees keys up to l + (S - L).
       kind: the implementation, "auto" or one of `choice.KINDS`; block: of queries and keys (`choice.choose`).
       dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.
@@ -67,7 +66,7 @@ def attend(
     seed = None
     if dropout_rate and dropout_key is not None:
         seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
-    features = signal.features if fade_BLH is None else faded(fade_BLH, fade_BLH)
+    features = signal.features if fade_BLH is None else faded(fade_BLH, fade_BLH, signal.features)
     arguments = Operands(
         query_BLHK, key_BSHK, value_BSHV, features, bias_PHLS, signal.relation, signal.relation_params, last=last_P,
         seed=seed, rate=dropout_rate,
@@ -75,13 +74,25 @@ def attend(
     return _mix(arguments, kind, block)
 
 
-def faded(query_BLH: jax.Array, key_BSH: jax.Array) -> Pair:
+def faded(query_BLH: jax.Array, key_BSH: jax.Array, features: Pair | None = None) -> Pair:
     """Returns the features with which logits gain query - key, float32[B, L, H, 2] and float32[B, S, H, 2].
 
     With sums over the tokens so far, that is the sum over the tokens after the key up to the query.
+
+    Args:
+      features: further ones of P position sets, [P, L, H or 1, F] and [P, S, H or 1, F], whose columns come first.
     """
     query, key = jnp.stack([query_BLH, jnp.ones_like(query_BLH)], -1), jnp.stack([jnp.ones_like(key_BSH), -key_BSH], -1)
-    return query.astype(jnp.float32), key.astype(jnp.float32)
+    sides = (query.astype(jnp.float32), key.astype(jnp.float32))
+    if features is None:
+        return sides
+
+    def joined(own_PLHF: jax.Array, gate_BLHF: jax.Array) -> jax.Array:
+        own = fit_batch(own_PLHF.astype(jnp.float32), gate_BLHF.shape[0])
+        own = jnp.broadcast_to(own, (*gate_BLHF.shape[:-1], own.shape[-1]))
+        return jnp.concatenate([own, gate_BLHF], axis=-1)
+
+    return joined(features[0], sides[0]), joined(features[1], sides[1])
 
 
 def place(
@@ -160,11 +171,11 @@ def attend_cached(
         fade_BSH = write(cache.fade, fade_BLH, firsts_B)
     cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B), fade_BSH)
     features, bias_PHLS, keys = None, added_PHLS, cache.key.shape[1]
-    if fade_BLH is not None:
-        features = faded(fade_BLH, fade_BSH)
-    elif added_PHLS is None:
+    if added_PHLS is None:
         features = None if signal.features is None else (here.features[0], signal.features[1][:, :keys])
         bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
+    if fade_BLH is not None:
+        features = faded(fade_BLH, fade_BSH, features)
     relation = here.relation and here.relation.replace(key=here.relation.key[:, :keys])
     operands = Operands(
         query_BLHK, cache.key, cache.value, features, bias_PHLS, relation, here.relation_params, last=places_PL[:, 0]
@@ -203,24 +214,25 @@ def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
     leaves, tree = jax.tree.flatten(params)
 
     def of_device(query, key, value, f_q, f_k, bias, last, seed, samples, rows, heads, r_q, r_k, *leaves):
-        sets = functools.partial(aligned, first=samples[0], batch=query.shape[0])
+        align = functools.partial(aligned, first=samples[0], batch=query.shape[0])
         place = None if seed is None else jnp.stack([samples[0], heads[0], rows[0]])
-        last = None if last is None else sets(last) + rows[0]
-        features = None if f_q is None else (sets(f_q), sets(f_k))
-        here = relation and relation.replace(query=sets(r_q), key=sets(r_k))
+        last = None if last is None else align(last) + rows[0]
+        features = None if f_q is None else (align(f_q), align(f_k))
+        here = relation and relation.replace(query=align(r_q), key=align(r_k))
         own = (here, tree.unflatten(leaves), heads)
-        return chosen(Operands(query, key, value, features, sets(bias), *own, last, seed, place, rate))
+        return chosen(Operands(query, key, value, features, align(bias), *own, last, seed, place, rate))
 
     f_q, f_k = (None, None) if features is None else features
     r_q, r_k = (None, None) if relation is None else (relation.query, relation.key)
     numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, length, heads))
+    sets = BATCH if f_q is not None and f_q.shape[0] == batch else None  # a set for each sample, as gates have
     return axes.by_device(
         of_device,
         (query, operands.key, operands.value, f_q, f_k, operands.bias, operands.last, operands.seed, *numbers,
          r_q, r_k, *leaves),
         (
             (BATCH, LENGTH, HEADS, None), (BATCH, None, HEADS, None), (BATCH, None, HEADS, None),
-            (None, LENGTH, HEADS, None), (None, None, HEADS, None), (None, HEADS, LENGTH, None), (None,), (),
+            (sets, LENGTH, HEADS, None), (sets, None, HEADS, None), (None, HEADS, LENGTH, None), (None,), (),
             (BATCH,), (LENGTH,), (HEADS,),
             (None, LENGTH, None), (None, None, None), *((None,) * leaf.ndim for leaf in leaves),
         ),
@@ -241,23 +253,32 @@ def _positioned(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pai
     if signal.rotation is not None:
         cos, sin = (fit(part) for part in signal.rotation)
         query, key = (_rotate(array, cos, sin) for array in (query, key))
+    if signal.polar is not None:
+        query, key = _arrows(query, key, signal.polar_heads, *(fit(part) for part in signal.polar), signal.polar_shift)
     if signal.factors is not None:
         query, key = (array * fit(part).astype(dtype) for array, part in zip((query, key), signal.factors, strict=True))
     if signal.shifts is not None:
         query, key = (array + fit(part).astype(dtype) for array, part in zip((query, key), signal.shifts, strict=True))
-    if signal.polar is not None:
-        query, key = _arrows(query, key, *(fit(part) for part in signal.polar), signal.polar_shift)
     return query, key
 
 
-def _arrows(query: jax.Array, key: jax.Array, cos: jax.Array, sin: jax.Array, shift_HK: jax.Array) -> Pair:
+def _arrows(
+    query: jax.Array, key: jax.Array, count: int | None, cos: jax.Array, sin: jax.Array, shift_HK: jax.Array
+) -> Pair:
     """Queries and keys [B, L, H, K] as the coordinates [B, L, H, 2 K] of K arrows of length softplus(q), softplus(k).
 
     Their products are as large as those of K numbers, so queries make up for being divided by sqrt(2 K) later.
+
+    Args:
+      count: the first heads that are arrows, None = all; in the others q and k keep their sign, at the angle 0.
     """
 
     def arrows(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         length = jax.nn.softplus(array.astype(jnp.float32))
+        if count is not None:
+            arrow_H1 = (jnp.arange(array.shape[2]) < count)[:, None]
+            length = jnp.where(arrow_H1, length, array.astype(jnp.float32))
+            cos, sin = jnp.where(arrow_H1, cos, 1.0), jnp.where(arrow_H1, sin, 0.0)
         return jnp.concatenate([length * cos, length * sin], axis=-1).astype(array.dtype)
 
     turn, lift = jnp.cos(shift_HK), jnp.sin(shift_HK)

@@ -71,7 +71,7 @@ class Block(nn.Module):
       attention_kind, attention_block: kind and block of `models.attention.attend`; causal: attend to the past only.
       scale_residual: residual projections start smaller by sqrt(2 * layers).
       fade: how the block computes by how much each token lets those before it fade from sight, one of `FADES`; "" = not.
-      gate_bias: each token lets those before it through by a share that begins near sigmoid(gate_bias).
+      gate_bias_init: each token lets those before it through by a share that begins near sigmoid(gate_bias_init).
       drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
         scaled up by as much (stochastic depth, Huang et al. 2016).
     """
@@ -91,7 +91,7 @@ class Block(nn.Module):
     causal: bool = True
     scale_residual: bool = True
     fade: str = ""
-    gate_bias: float = 0.0
+    gate_bias_init: float = 0.0
     drop_path: float = 0.0
 
     def setup(self) -> None:
@@ -107,7 +107,7 @@ class Block(nn.Module):
         self.mlp_out = linear((self.mlp_width, self.width), (HIDDEN, WIDTH), kernel_init=residual_init)
         self.drop = nn.Dropout(self.dropout)
         if self.fade:
-            bias = {"forget": self.gate_bias, "cable": -self.gate_bias}[self.fade]
+            bias = {"forget": self.gate_bias_init, "cable": -self.gate_bias_init}[self.fade]
             self.fading = linear((self.width, heads), (WIDTH, HEADS), bias=bias)
 
     def __call__(

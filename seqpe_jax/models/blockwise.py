@@ -92,11 +92,8 @@ class _Tile:
             self.features = _part(operands.features[0], i, block), _part(operands.features[1], j, block)
 
     def product(self) -> jax.Array:
-        """Returns float32[B, H, block, block]: what queries, keys and features give by themselves."""
-        logits = _product("bhlk,bhsk->bhls", self.query, self.key)
-        if self.operands.features is not None:
-            logits = add_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
-        return logits
+        """Returns float32[B, H, block, block]: what queries and keys give by themselves."""
+        return _product("bhlk,bhsk->bhls", self.query, self.key)
 
     def related(self, params: Any, logits: jax.Array) -> jax.Array:
         """Returns logits with what the relation, which has these parameters, makes of them."""
@@ -109,6 +106,8 @@ class _Tile:
         operands, logits = self.operands, self.product()
         if operands.relation is not None:
             logits = self.related(operands.relation_params, logits)
+        if operands.features is not None:
+            logits = add_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
         if operands.bias is not None:
             logits = add_sets(logits, _part(_part(operands.bias, self.i, self.block), self.j, self.block, 3))
         if operands.last is not None:
@@ -212,7 +211,7 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Oper
             }
             if operands.features is not None:
                 query, key = _same_sets(*tile.features)
-                shared = _like(of_logits, query)
+                shared = _like(of_sums, query)
                 parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), operands.features[0]), i
                 parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), operands.features[1]), j
             found |= {name: _add(gradients[name], part, at, block) for name, (part, at) in parts.items()}

@@ -88,8 +88,11 @@ def automatic_block(operands: Operands, device: Any) -> int:
 
 
 def narrow(operands: Operands) -> bool:
-    """Whether features add so little to the width of float32 queries that one product of both is faster than two."""
-    if operands.features is None or operands.query.dtype != jnp.float32:
+    """Whether features add so little to the width of float32 queries that one product of both is faster than two.
+
+    A relation stands between the two: it is applied to the product of queries and keys alone.
+    """
+    if operands.features is None or operands.relation is not None or operands.query.dtype != jnp.float32:
         return False
     return 4 * operands.features[0].shape[-1] <= operands.query.shape[-1]
 

@@ -22,7 +22,7 @@ class GPT2(nn.Module):
         (they are kept in the host's memory).
       attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
-      fade, gate_bias: as of `models.blocks.Block`.
+      fade, gate_bias_init: as of `models.blocks.Block`.
       tied: logits are products with the token embedding, else with an embedding of their own.
     """
 
@@ -43,7 +43,7 @@ class GPT2(nn.Module):
     attention_block: int = 0
     scan: bool = False
     fade: str = ""
-    gate_bias: float = 0.0
+    gate_bias_init: float = 0.0
     tied: bool = True
 
     def setup(self) -> None:
@@ -52,7 +52,7 @@ class GPT2(nn.Module):
         self.token_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
         if not self.tied:
             self.output_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
-        self.blocks = make_blocks(self, fade=self.fade, gate_bias=self.gate_bias)
+        self.blocks = make_blocks(self, fade=self.fade, gate_bias_init=self.gate_bias_init)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
 

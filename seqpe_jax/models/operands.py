@@ -21,7 +21,7 @@ class Operands:
       query: [B, L, H, K], divided by sqrt(K); key: [B, S, H, K]; value: [B, S, H, V].
       features: (f_q, f_k), float32[P, L, H or 1, F] and float32[P, S, H or 1, F]; logits gain f_q . f_k.
       bias: float32[P, H or 1, L, S], added to the logits.
-      relation: what logits gain as a function of two places; relation_params: of it; heads: int32[H], numbers of the heads.
+      relation: what q . k gains as a function of two places; relation_params: of it; heads: int32[H], numbers of the heads.
       last: int32[P], query l sees keys up to last + l; None = all keys.
       seed: int32, of dropout on attention weights; None = no dropout. rate: of dropout.
       place: int32[3], the first sample, head and query here among all that there are, so that each draws its own mask.
@@ -116,13 +116,13 @@ def plain(operands: Operands) -> jax.Array:
     query, key, value = operands.query, operands.key, operands.value
     logits_BHLS = jnp.einsum("blhk,bshk->bhls", query, key, preferred_element_type=jnp.float32)
     batch, heads, length, keys = logits_BHLS.shape
-    if operands.features is not None:
-        logits_BHLS = add_sets(logits_BHLS, feature_logits(*operands.features))
     if operands.relation is not None:
         relation = operands.relation
         logits_BHLS = related(
             logits_BHLS, relation, operands.relation_params, relation.query, relation.key, operands.heads
         )  # fmt: skip
+    if operands.features is not None:
+        logits_BHLS = add_sets(logits_BHLS, feature_logits(*operands.features))
     if operands.bias is not None:
         logits_BHLS = add_sets(logits_BHLS, operands.bias)
     if operands.last is not None:

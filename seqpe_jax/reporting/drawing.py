@@ -97,11 +97,15 @@ def variables(dark: bool) -> dict[str, str]:
 
 
 def styles_of(study: Study) -> dict[str, tuple[str, Any]]:
-    """Returns row -> colour and line style: an encoding's own colour, or one each where it has too many rows for that."""
+    """Returns row -> colour and line style: an encoding's own colour, or one each where it has too many rows for that.
+
+    An encoding with a gate, "KIND+GATE", has the colour of its kind.
+    """
     rows: dict[str, list[str]] = {}
     for row in study.rows:
         if runs := study.of(row):
-            rows.setdefault(runs[0].encoding, []).append(row)
+            encoding = runs[0].encoding
+            rows.setdefault(encoding if encoding in COLOURS else encoding.partition("+")[0], []).append(row)
     if len(rows) > 1 and max(map(len, rows.values())) <= len(DASHES):
         return {
             row: (COLOURS.get(encoding, COLOURS["other"])[0], DASHES[at])

@@ -11,11 +11,13 @@ import numpy as np
 
 from seqpe_jax.archives import read_arrays
 from seqpe_jax.axes import scale_label
+from seqpe_jax.config import renamed
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, from_json
 
 CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
-IF_THERE = {"steps": int, "data.size": list, "data.name": str}  # what it need not have, but of this kind
+# What it need not have, but of this kind.
+IF_THERE = {"steps": int, "data.size": list, "data.name": str, "encoding.gate": str}
 EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
 NUMBERS = (
     "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
@@ -109,13 +111,16 @@ def _arrays(path: Place, **axes: int) -> dict[str, np.ndarray] | None:
 
 
 def config_of(value: Any, where: str) -> dict[str, Any]:
-    """A config that can be shown. Raises: InputError."""
+    """A config that can be shown, with the names of today (`config.renamed`). Raises: InputError."""
     data = _checked(value, where, CONFIG, IF_THERE)["data"]
     try:
         scale_of({"size": data["size"]} if data.get("size") else data)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: its data.size or data.length is none: it is not as this package writes it") from error
-    return value
+    try:
+        return renamed(value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def object_of(text: bytes, where: str, fields: Fields = NONE, others: Fields = NONE) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seqpe_jax.config import Config, to_dict
+from seqpe_jax.config import Config, encoding_name, to_dict
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path
 from seqpe_jax.reporting.stored import (
@@ -63,8 +63,9 @@ class Run:
 
     @property
     def encoding(self) -> str:
-        """Kind of the encoding."""
-        return self.config["encoding"]["kind"]
+        """Name of the encoding (`config.encoding_name`)."""
+        encoding = self.config["encoding"]
+        return encoding_name(encoding["kind"], encoding.get("gate", "none"))
 
     @property
     def seed(self) -> int:

@@ -73,8 +73,8 @@ def write(
 def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ...]) -> dict[str, str]:
     """Returns the table of the model card."""
     settings, field = model.config, model.task.scale_field
-    encoding = settings.encoding.kind
-    if encoding == "learned":
+    encoding = settings.encoding.name
+    if settings.encoding.kind == "learned":
         encoding += ", stretched past its table"
     elif settings.encoding.resize == "stretch":
         encoding += ", past training between its positions"

@@ -44,6 +44,8 @@ class Kept:
             raise InputError(
                 f"--results={path} holds no results of a sweep, or is damaged: name one that --results has written, or none"
             )
+        self._shared = _renamed(self._shared)
+        self._runs = {name: run | {"settings": _renamed(run["settings"])} for name, run in self._runs.items()}
 
     def restore(self, stages: Stages) -> tuple[list[str], list[str]]:
         """Makes the folders of kept runs that have none, first of those that decide fields of others.
@@ -105,6 +107,11 @@ class Kept:
             (folder / RESTORED).write_text(json.dumps({"step": run.steps, "from": str(self._path)}))
             (folder / "config.json").write_text(json.dumps(settings, indent=2))
         return True
+
+
+def _renamed(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings by dotted name under the names of today, so that those of a run replace shared ones."""
+    return {config.RENAMED.get(name, name): value for name, value in leaves.items()}
 
 
 def _leaves(run: SweepRun) -> dict[str, Any]:

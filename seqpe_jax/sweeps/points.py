@@ -252,7 +252,7 @@ def _open_point(
     values: dict[str, list[Any]] = {}
     for field, one in best.items():
         if field not in config.field_names():
-            raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, config.field_names())}")
+            raise InputError(f"run '{name}': {config.unknown_field(field)}")
         try:
             _check_best(one, made)
         except InputError as error:
@@ -308,8 +308,7 @@ def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
         path = f"{path.partition(':')[0]}:{values.pop('variant')}"
     for field in values:
         if field not in config.field_names():
-            known = [*config.field_names(), *CHOSEN]
-            raise InputError(f"run '{name}': unknown config field '{field}'.{suggest(field, known)}")
+            raise InputError(f"run '{name}': {config.unknown_field(field, also=CHOSEN)}")
     try:
         settings = config.load(path, values)
         check_encoding(settings)

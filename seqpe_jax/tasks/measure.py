@@ -70,7 +70,7 @@ def measure(
         "checkpoint": model.folder,
         "step": model.step,
         "task": task.kind,
-        "encoding": settings.encoding.kind,
+        "encoding": settings.encoding.name,
         f"training_{field}": settings.data.length if field == "length" else list(settings.data.size),
         "split": split,
         "parameters": count(Architecture.of(settings, model.sizes).shapes),  # of the run, where this is its export

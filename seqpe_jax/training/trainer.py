@@ -206,7 +206,7 @@ class Trainer:
         settings = self.config
         lines = [
             f"seqpe_jax: {hosts.describe()}",
-            f"{settings.encoding.kind} on {settings.data.name}: {count(self.shapes.params):,} parameters, "
+            f"{settings.encoding.name} on {settings.data.name}: {count(self.shapes.params):,} parameters, "
             f"{self.task.describe()}",
             hosts.describe_batch(settings.batch_size, layout.batch_shards(self.mesh)),
             f"workdir {workdir}",

@@ -17,7 +17,7 @@ from seqpe_jax.tasks import Task
 # What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
 FREE_ENCODING = {
     "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
-    "gate_bias", "log_scaling",  # the latter: within the lengths of training it changes nothing
+    "gate_bias_init", "log_scaling",  # the latter: within the lengths of training it changes nothing
 }  # fmt: skip
 FREE_MODEL = {
     "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_kind",

@@ -1,17 +1,24 @@
 """Encodings made of parts: what a model sees of them, and what their parameters are called."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax import config
+from seqpe_jax.architecture import Architecture, Sizes
 from seqpe_jax.encodings.composed import Composed
+from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.errors import InputError
+from seqpe_jax.models.attention import place
 from seqpe_jax.training.trainer import Trainer
-from tests.tiny import random_params, tiny_config
+from tests.tiny import ROOT, every_part, random_params, tiny_config
 
 ALONE = {"encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "model__layers": 2}
+SHORT = {"seqpe": {"objective__distillation__weight": 0.0, "objective__contrastive__weight": 0.0}}
 BESIDE = {"encoding__rotary_pairs": 4, "encoding__rotary_heads": 1, "encoding__log_scaling": True}
 
 
@@ -60,6 +67,106 @@ def test_a_baseline_reaches_the_first_heads_alone(kind):
     field, neutral = (signal.features, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
     for part, value in zip(field, neutral, strict=True):
         assert part.shape[-2] == 4 and (part[..., 3, :] == value).all() and (part[..., :3, :] != value).any()
+
+
+KINDS = typing.get_args(config.EncodingKind)
+
+
+def digits_config(kind, **fields):
+    """A model of digits; fields by dotted name."""
+    return config.load(f"{ROOT}/configs/digits_vit.py:{kind}", fields)
+
+
+def shapes_of(settings):
+    """Shapes of the parameters, and of the signal of the training window or grid."""
+    architecture = Architecture.of(settings, Sizes(vocabulary=256, classes=10, channels=1))
+    signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1], jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return jax.tree.map(lambda leaf: leaf.shape, architecture.shapes), signal
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in config.GRID_ONLY])
+def test_every_encoding_of_texts_takes_parts(kind):
+    """Gates are parameters of the model; pairs, scaling and the choice of heads need none."""
+    off = {"encoding__rotary_pairs": 0, "encoding__rotary_heads": 0} if kind in config.ADDED_PAIRS else {}
+    parts = every_part(kind)
+    (bare, own), (combined, signal) = (shapes_of(tiny_config(variant=kind, **fields)) for fields in (off, parts))
+    gates = combined["model"]["blocks_0"].pop("fading")
+    assert gates == {"kernel": (24, 2), "bias": (2,)}
+    if kind != "seqpe":  # whose map makes what its heads get, and no more
+        assert combined == bare
+    assert signal.factors is not None and (signal.relation is None) == (own.relation is None)
+    if kind in config.ADDED_PAIRS:
+        assert own.rotation is None and signal.rotation[0].shape == (1, 16, 2, 4)
+    if kind == "pope":
+        assert signal.polar_heads == 1 and own.polar_heads is None
+    if signal.relation is not None:
+        assert signal.relation.heads == 1 and own.relation.heads == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in config.ADDED_PAIRS if kind not in config.TEXT_ONLY])
+def test_every_encoding_of_grids_takes_rotary_pairs(kind):
+    """They rotate along both axes; the class token does not rotate. Gates need an order, which grids lack."""
+    pairs = {"encoding.rotary_pairs": 5, "encoding.rotary_heads": 3, "encoding.log_scaling": True}
+    _, signal = shapes_of(digits_config(kind, **pairs))
+    assert signal.rotation[0].shape == (1, 17, 4, 5) and signal.factors is not None
+    with pytest.raises(InputError, match="encoding.gate='forget' needs tokens in causal order, .* has grids"):
+        digits_config(kind, **{"encoding.gate": "forget"})
+
+
+@pytest.mark.parametrize("page, kind, fields, told", [
+    ("stdlib_lm", "pope", {"rotary_pairs": 2}, "rotary_pairs=2 is not read by encoding.kind='pope', only by rotary, "),
+    ("stdlib_lm", "rotary_mixed", {"rotary_pairs": 2}, "rotary_pairs=2 is not read by encoding.kind='rotary_mixed'"),
+    ("stdlib_lm", "rotary", {"rotary_heads": 2}, "rotary_heads=2 is not read by encoding.kind='rotary', only by seqpe, "),
+    ("stdlib_lm", "learned", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='learned'"),
+    ("stdlib_lm", "none", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='none'"),
+    ("stdlib_lm", "alibi", {"gate_bias_init": 4.0}, "gate_bias_init=4.0 is read by .*'alibi' with encoding.gate alone"),
+    ("stdlib_lm", "alibi", {"rotary_heads": 2}, "rotary_heads=2 is read by .*'alibi' with encoding.rotary_pairs alone"),
+    ("stdlib_lm", "none", {"fraction_digits": 1}, "'none' has no positions without encoding.rotary_pairs"),
+    ("stdlib_lm", "kerple", {"rotary_pairs": 13}, "rotary_pairs=13 must lie between the 1 axes and the 12 pairs"),
+    ("stdlib_lm", "fox", {"gate": "both"}, "'encoding.gate' is 'both'"),
+    ("digits_vit", "fox", {}, "encoding.gate='forget' needs tokens in causal order, .* than fox and cable"),
+    ("digits_vit", "rotary", {"scaling": "yarn", "log_scaling": True}, "both sharpen attention in longer windows"),
+])  # fmt: skip
+def test_parts_that_an_encoding_cannot_take_are_refused(page, kind, fields, told):
+    with pytest.raises(InputError, match=told) as caught:
+        overrides = {f"encoding.{name}": value for name, value in fields.items()}
+        shapes_of(config.load(f"{ROOT}/configs/{page}.py:{kind}", overrides))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["seqpe", "learned", "alibi", "fire", "pope"])
+def test_no_state_reads_the_future(kind):
+    """By gradients, of one place in the middle."""
+    length, place = 6, 3
+    run = Trainer.of(tiny_config(variant=kind, data__length=length, eval__lengths=(length,), **SHORT.get(kind, {}),
+                                 **every_part(kind)), jax.devices()[:1])  # fmt: skip
+    params, network = random_params(run, 0.5), run.architecture.network
+    tokens_BL = jax.random.randint(jax.random.PRNGKey(1), (1, length), 0, 256)
+    signal = run.programs.signal(params, (length,))
+
+    @jax.jit
+    def slopes(added):
+        def state(added):
+            own = signal.replace(added=added if signal.added is None else signal.added + added)
+            hidden_BLD = network.apply({"params": params["model"]}, tokens_BL, own, method="hidden")
+            return (hidden_BLD[0, place] * jnp.arange(1.0, 25.0)).sum()  # a plain sum of a LayerNorm's output is constant
+
+        return jnp.abs(jax.grad(state)(added)).sum(axis=(0, 2))
+
+    reads = np.asarray(slopes(jnp.zeros((1, length, 24))))
+    assert (reads[: place + 1] > 0).all() and (reads[place + 1 :] == 0).all()
+
+
+def test_scaling_multiplies_the_logits_of_arrows():
+    """Not what they are made of: softplus is no linear function."""
+    draw = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 5, 2, 4))
+    angles = jax.random.normal(jax.random.PRNGKey(2), (1, 5, 1, 4))
+    signal = PositionSignal(polar=(jnp.cos(angles), jnp.sin(angles)), polar_shift=jnp.zeros((2, 4)))
+    factors = (jnp.full((1, 1, 1, 1), 3.0), jnp.ones((1, 1, 1, 1)))
+    query, key, value = draw
+    placed, scaled = (place(query, key, value, one) for one in (signal, signal.replace(factors=factors)))
+    np.testing.assert_allclose(scaled[0], 3.0 * placed[0], rtol=1e-6)
+    np.testing.assert_allclose(scaled[1], placed[1])
 
 
 def test_scaled_queries_change_what_is_longer_than_in_training_alone():

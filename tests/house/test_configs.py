@@ -35,6 +35,7 @@ KINDS = typing.get_args(config.EncodingKind)
 GRIDS = [path for path in CONFIGS if path.stem.endswith("_vit")]
 REFUSED = [(path, kind) for path in CONFIGS for kind in (TEXT_ONLY if path in GRIDS else GRID_ONLY)]
 ALL = [(path, kind) for path in CONFIGS for kind in KINDS if (path, kind) not in REFUSED]
+ALL += [(path, name) for path in CONFIGS for name in config.GATED if path not in GRIDS]
 FORMS = {path: page(path).FORMS for path in CONFIGS if hasattr(page(path), "FORMS")}
 ALL += [(path, form) for path, forms in FORMS.items() for form in forms]
 # The fast lane takes the quickstart's pair. Baselines need no run on every config: a model is the same under each.
@@ -83,7 +84,7 @@ def name(case) -> str:
 @pytest.mark.parametrize("case", ALL, ids=name)
 def test_a_variant_parses(case):
     path, kind = case
-    assert config.load(f"{path}:{kind}").encoding.kind == FORMS.get(path, {}).get(kind, kind)
+    assert config.load(f"{path}:{kind}").encoding.name == FORMS.get(path, {}).get(kind, kind)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=name)

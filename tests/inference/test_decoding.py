@@ -12,7 +12,7 @@ from seqpe_jax.inference import decoding
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.decoding import Sampling
 from seqpe_jax.training.trainer import Trainer
-from tests.tiny import random_params, tiny_config
+from tests.tiny import every_part, random_params, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -63,15 +63,16 @@ SEQPE = [
         ("attn_scalar", "multi", False),
     )
 ]  # fmt: skip
-BASELINES = ["learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "none", "fire", "scale_invariant", "pope", "fox"]
+BASELINES = [
+    "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "t5", "kerple", "fire", "scale_invariant", "pope", "none",
+]  # fmt: skip
 COMPOSED = {
     "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
     "encoding__rotary_heads": 1, "encoding__log_scaling": True,
 }  # fmt: skip
 STRETCHED = {"encoding__resize": "stretch", "encoding__fraction_digits": 1}  # a window is read between places of training
-PARTLY = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2, "encoding__log_scaling": True}
-CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, {}) for kind in BASELINES]
-CASES += [("seqpe", COMPOSED), ("seqpe", COMPOSED | STRETCHED), ("rotary", PARTLY)]
+CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, every_part(kind)) for kind in BASELINES]
+CASES += [("seqpe", COMPOSED | every_part("seqpe", "cable")), ("seqpe", COMPOSED | STRETCHED), ("rotary", {}), ("fox", {})]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

@@ -406,7 +406,7 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
 
 @pytest.mark.parametrize("field, value", [
     ("rotary_pairs", 2), ("feature_width", 4), ("position_heads", 1), ("log_scaling", True), ("fraction_digits", 1),
-    ("resize", "stretch"),
+    ("resize", "stretch"), ("gate", "forget"),
 ])  # fmt: skip
 def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
     plain = tiny_config(model__vocabulary=97)
@@ -416,7 +416,7 @@ def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
         spec_of(changed, 24)
 
 
-@pytest.mark.parametrize("kind", ["fire", "fox", "pope"])
+@pytest.mark.parametrize("kind", ["fire", "t5", "pope"])
 def test_a_kind_that_the_reference_does_not_know_is_refused_by_name(kind):
     with pytest.raises(InputError, match=f"encoding.kind='{kind}': the reference knows seqpe, learned, .* alone"):
         spec_of(tiny_config(variant=kind, model__vocabulary=97), 0)

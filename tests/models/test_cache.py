@@ -17,36 +17,41 @@ pytestmark = pytest.mark.usefixtures("small_kernel")
 PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
 
 
-def junk_cache() -> Cache:
+def junk_cache(gates: bool = False) -> Cache:
     """A cache whose every place holds what must never be read."""
-    return Cache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4))
+    fade = jnp.full((BATCH, LENGTH, HEADS), 1e4) if gates else None
+    return Cache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4), fade)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "everything"])
+@pytest.mark.parametrize("name", [*NAMES, "everything", "gates", "gates, features", "gates, everything"])
 @pytest.mark.parametrize("how", ["plain", "blocks", pytest.param("flash", marks=pytest.mark.slow)])
 def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
+    gates, name = name.startswith("gates"), name.removeprefix("gates").removeprefix(", ")
     if how == "flash" and name in ("bias", "everything"):
         pytest.skip("the kernels read no bias")
     signal = signals(1)[name] if name in NAMES else PositionSignal(
-        **{field: getattr(signals(1)[field], field) for field in ("rotation", "factors", "features", "bias")}
+        **{field: getattr(signals(1)[field], field) for field in ("rotation", "factors", "features", "bias") if name}
     )  # fmt: skip
-    whole = attend(*QKV, signal, kind="plain")
+    step_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
+    whole = attend(*QKV, signal, None if step_BLH is None else jnp.cumsum(step_BLH, axis=1), kind="plain")
     prompt = max(PROMPTS_B) - 1
     run = jax.jit(functools.partial(attend_cached, **IMPLEMENTATIONS[how]))
-    mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(), jnp.arange(prompt)[None])
+    steps = () if step_BLH is None else (None, step_BLH[:, :prompt])
+    mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(gates), jnp.arange(prompt)[None], *steps)
     np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
     # Each sample goes on from its own place: what was written past it is written again.
     for step in range(LENGTH - min(PROMPTS_B)):
         places_B = np.minimum(PROMPTS_B + step, LENGTH - 1)
         token = [np.take_along_axis(np.asarray(part), places_B[:, None, None, None], axis=1) for part in QKV]
-        mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None])
+        steps = (None, jnp.take_along_axis(step_BLH, places_B[:, None, None], axis=1)) if gates else ()
+        mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None], *steps)
         expected = np.take_along_axis(np.asarray(whole), places_B[:, None, None, None], axis=1)
         np.testing.assert_allclose(mixed, expected, atol=2e-5)
     if how == "plain":  # what the signal adds, given
         places_P1 = jnp.asarray(PROMPTS_B)[:, None]
         token = [jnp.take_along_axis(part, places_P1[..., None, None], axis=1) for part in QKV]
         results = [
-            attend_cached(*token, signal, cache, places_P1, added)[0]
+            attend_cached(*token, signal, cache, places_P1, added, step_BLH[:, :1] if gates else None)[0]
             for added in (None, position_logits(signal, places_P1, LENGTH))
         ]
         np.testing.assert_allclose(*results, atol=2e-5)

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.architecture import flops_of
 from seqpe_jax.profiling.benchmarks import flops_of_call
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import CONFIG
@@ -87,3 +88,5 @@ def test_flops_are_counted_from_the_sizes():
     trainer = Trainer.of(tiny_config(model__vocabulary=256, batch_size=2), jax.devices()[:1])
     assert flops_of_call(trainer, "eval") == forward and flops_of_call(trainer, "train") == 3 * forward
     assert trainer.flops_per_step == 3 * forward
+    gated = tiny_config(model__vocabulary=256, encoding__gate="forget")  # a number for each of two heads
+    assert flops_of(gated, 256, tokens=2 * length, training=False) == forward + 2 * length * 2 * width * 2

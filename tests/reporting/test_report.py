@@ -10,6 +10,7 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.reporting import report, tables
+from seqpe_jax.reporting.drawing import styles_of
 from seqpe_jax.reporting.study import differences, read_study
 
 
@@ -35,6 +36,19 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
     if kind == "seqpe":
         positions = np.arange(16)[:, None]
         np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.random.rand(2, 16))
+
+
+def test_encodings_with_gates_have_names_and_lines_of_their_own(tmp_path):
+    """Also runs of versions in which FoX and CABLE were kinds."""
+    named = {
+        "fox": {"kind": "none", "gate": "forget"}, "cable": {"kind": "cable", "gate_bias": 0.0},
+        "alibi": {"kind": "alibi"}, "alibi+cable": {"kind": "alibi", "gate": "cable"}, "none": {"kind": "none"},
+    }  # fmt: skip
+    for number, encoding in enumerate(named.values()):
+        make_run(tmp_path / str(number), encoding=encoding, metrics=False)
+    study = read_study(tmp_path)
+    assert study.rows == list(named)
+    assert len(set(styles_of(study).values())) == len(named)
 
 
 def test_a_folder_of_runs(tmp_path):

@@ -13,7 +13,7 @@ from seqpe_jax import config, files, trees
 from seqpe_jax.errors import InputError
 from seqpe_jax.serving import exported as serving
 from seqpe_jax.training.trainer import Trainer
-from tests.tiny import ROOT, random_params, tiny_config
+from tests.tiny import ROOT, every_part, random_params, tiny_config
 from tests.training.test_image_commands import TINY
 
 LENGTHS = ((1, 32), (3, 9))  # batch and length; windows of training have 16
@@ -76,15 +76,19 @@ TEXTS = {
     "composed": COMPOSED,
     "composed, stretched": COMPOSED | {"encoding__resize": "stretch", "encoding__fraction_digits": 1},
     "seqpe added": {"encoding__mode": "input_add", "encoding__qk": "none", "objective__contrastive__space": "vectors"},
-    **{kind: {"variant": kind} for kind in ("rotary", "alibi", "learned", "sinusoidal", "rotary_mixed", "none")},
-    **{kind: {"variant": kind} for kind in ("t5", "kerple", "fire", "scale_invariant", "pope", "fox")},
+    **{kind: {"variant": kind} for kind in ("rotary", "learned", "sinusoidal", "rotary_mixed", "none")},
+    **{kind: {"variant": kind} for kind in ("t5", "scale_invariant", "fox")},
+    **{f"{kind} with parts": {"variant": kind} | every_part(kind, "cable") for kind in ("alibi", "kerple", "fire", "pope")},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_served_at_any_batch_and_length(name):
-    layered = ("seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed", "fire", "pope")
+    layered = (
+        "seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed", "fire with parts",
+        "pope with parts",
+    )  # fmt: skip
     layers = 2 if name in layered else 1  # a signal for each layer
     fields = {"objective__contrastive__space": "vectors", "model__layers": layers} | TEXTS[name]
     run, params = random_run(tiny_config(**fields))
@@ -116,7 +120,7 @@ IMAGES = {
     "rotary_axial": {"kind": "rotary_axial"},
     "sinusoidal": {"kind": "sinusoidal"},
     "fire": {"kind": "fire"},
-    "lookhere": {"kind": "lookhere", "model__heads": 4},
+    "lookhere": {"kind": "lookhere", "model__heads": 4, "encoding__rotary_pairs": 2, "encoding__rotary_heads": 3},
 }
 
 
