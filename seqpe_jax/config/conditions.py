@@ -40,6 +40,11 @@ def _mixes_both(config: Config) -> bool:
     return mixing.mixup > 0 and mixing.cutmix > 0
 
 
+def _moves_nothing(config: Config) -> bool:
+    moved = config.objective.shift.rate or config.objective.skip.rate
+    return bool(moved) and config.encoding.kind == "none" and not config.encoding.rotary_pairs
+
+
 def _has_qk_map(config: Config) -> bool:
     return config.encoding.kind != "seqpe" or config.encoding.qk in ("single", "multi")
 
@@ -85,6 +90,11 @@ CONDITIONS = (
         ("objective.shift.sets",),
         _moves,
         "a rate above 0 of objective.shift, objective.skip, objective.jitter or objective.zoom",
+    ),
+    Condition(
+        ("objective.shift.rate", "objective.skip.rate"),
+        lambda config: not _moves_nothing(config),
+        "an encoding that knows positions: encoding.kind other than 'none', or encoding.rotary_pairs",
     ),
     Condition(("objective.shift.starts",), lambda config: config.objective.shift.rate > 0, "objective.shift.rate above 0"),
     Condition(
