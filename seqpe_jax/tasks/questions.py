@@ -17,7 +17,7 @@ from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decoding import Sampling
 from seqpe_jax.runtime.hosts import is_lead
-from seqpe_jax.tasks.task import Asked
+from seqpe_jax.tasks.task import Asked, Measure
 from seqpe_jax.tasks.text import Text
 
 LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
@@ -121,6 +121,10 @@ class Questions(Text):
             "length": length, "cut_off": self._cut_off([record["outputs"] for record in records]), **scored, "loss": loss,
             "answer_perplexity": math.exp(min(loss, 700.0)), "answers": (records, hypotheses),
         }  # fmt: skip
+
+    def further_measures(self) -> tuple[Measure, ...]:
+        """Returns nothing: questions have no tokens that every context could score."""
+        return ()
 
     def without_context(self, split: str) -> dict[str, Any]:
         """Returns the scores of guessing without reading the passage (see `answers.no_context_baseline`)."""
