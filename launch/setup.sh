@@ -26,7 +26,7 @@ if command -v flock >/dev/null; then
 fi
 
 python=$(find_python)
-wanted=$({ "$python" --version && cat requirements.txt tests/requirements.txt; } | cksum)
+wanted=$({ "$python" --version && cat requirements.txt tests/requirements.txt pyproject.toml; } | cksum)
 # The stamp is written last, so a set-up that was cut short is done again.
 if [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
   exit 0
@@ -36,4 +36,6 @@ rm -f .venv/installed
 "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt |
   awk '/^Collecting/ { printf "."; fflush() } /^Installing/ { printf " unpacking"; fflush() } END { print "" }'
+# The package itself, as a link to this tree: scripts of examples/ and the command `seqpe_jax` find it from any folder.
+.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 echo "$wanted" > .venv/installed

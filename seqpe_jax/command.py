@@ -11,7 +11,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
@@ -57,6 +59,20 @@ def define_which() -> flags.FlagHolder:
     """Gives a command the option that says which checkpoint of a run it reads."""
     told = "checkpoint of a run: its newest, or the best by the metric that its config names as checkpoint.best"
     return flags.DEFINE_enum("which", "latest", ["latest", "best"], told)
+
+
+def given_config(page: ml_collections.ConfigDict) -> Config:
+    """Returns the validated config of --config and of the options --config.FIELD=VALUE.
+
+    Args:
+      page: value of the flag.
+
+    Raises:
+      InputError: as `config.parse`; an option that the config does not read.
+    """
+    settings = config.parse(page)
+    config.check_options(settings, config_flags.get_override_values(flags.FLAGS["config"]))
+    return settings
 
 
 def define_hosts() -> None:
@@ -157,16 +173,20 @@ def _with_texts(arguments: list[str]) -> list[str]:
     for argument in arguments:
         flag, given, value = argument.partition("=")
         if follows:
-            written.append(expanded(argument, local=config.LOCAL) if follows == "config" else _quoted(argument))
+            written.append(_config_file(argument) if follows == "config" else _quoted(argument))
         elif given and flag.lstrip("-") in texts:
             written.append(f"{flag}={_quoted(value)}")
         elif given and flag.lstrip("-") == "config":
-            written.append(f"{flag}={expanded(value, local=config.LOCAL)}")
+            written.append(f"{flag}={_config_file(value)}")
         else:
             written.append(argument)
         named = flag.lstrip("-") if flag.startswith("-") and not given and not follows else ""
         follows = named if named in texts | {"config"} else ""
     return written
+
+
+def _config_file(value: str) -> str:
+    return config.located(expanded(value, local=config.LOCAL))
 
 
 def _quoted(value: str) -> str:

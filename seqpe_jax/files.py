@@ -132,8 +132,12 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         nearest = nearest.parent
     if not nearest.is_dir():
         raise InputError(f"{option}={path} cannot be written: {nearest} is a file, not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{option}={path} cannot be written: no leave to write in {nearest}; choose another place")
+    try:  # permissions alone do not say: /proc and file systems that are read-only or full refuse root as well
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise InputError(
+            f"{option}={path} cannot be written: {nearest} does not take new files ({error.strerror}); choose another path"
+        ) from error
 
 
 def check_readable(path: str | os.PathLike, option: str) -> None:

@@ -44,9 +44,18 @@ def load(path: str | os.PathLike, which: str = "latest") -> Model:
     """
     if not as_path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
-    model = opened(str(path), which) if is_ours(path) else reference.from_source(folders.read(str(path)))
+    model = opened(str(path), which) if is_ours(path) else _model_of_source(folders.read(str(path)))
     _ = model.params
     return model
+
+
+def _model_of_source(source: folders.Source) -> Model:
+    """The model of a checkpoint of others, with the tokenizer that lies beside it."""
+    model = reference.from_source(source)
+    if not source.tokenizer:
+        return model
+    data = dataclasses.replace(model.config.data, tokenizer=str(source.tokenizer[0].parent))
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
 
 
 def is_ours(path: str | os.PathLike) -> bool:

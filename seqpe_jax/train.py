@@ -14,7 +14,7 @@ import dataclasses
 from absl import flags
 from ml_collections import config_flags
 
-from seqpe_jax import command, config
+from seqpe_jax import command
 from seqpe_jax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _settings() -> Config:
-    settings = config.parse(_CONFIG.value)
+    settings = command.given_config(_CONFIG.value)
     return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
 
 

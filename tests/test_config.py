@@ -203,6 +203,28 @@ def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
     assert len(refused) >= (3 if kind == "seqpe" else 20)
 
 
+SWITCHES = [  # settings under which a field is not read; the settings under which it is; the field and a value
+    ({"objective.contrastive.weight": 0.0}, {}, "objective.contrastive.batch", 8),
+    ({"objective.contrastive.mixture": (1.0, 0.0, 0.0)}, {}, "objective.contrastive.window", 64),
+    ({"objective.contrastive.mixture": (1.0, 0.0, 0.0)}, {}, "objective.contrastive.hard_fraction", 0.5),
+    ({}, {"objective.contrastive.space": "vectors"}, "objective.contrastive.per_head", True),
+    ({"objective.distillation.weight": 0.0}, {}, "objective.distillation.offsets", 8),
+    ({"objective.shift.rate": 0.0}, {"objective.shift.rate": 0.5}, "objective.shift.sets", 2),
+    ({"objective.shift.rate": 0.0, "objective.skip.rate": 0.5}, {"objective.shift.rate": 0.5}, "objective.shift.starts", 2),
+    ({}, {"objective.skip.rate": 0.5}, "objective.skip.chunks", 3),
+    ({"model.attention_kind": "plain"}, {}, "model.attention_block", 64),
+    ({}, {"optimizer.non_finite": "skip"}, "optimizer.skips", 10),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("off, on, field, value", SWITCHES)
+def test_an_option_of_a_part_that_is_off_is_refused(off, on, field, value):
+    config.check_options(config.load(QUICKSTART, on | {field: value}), [field])
+    settings = config.load(QUICKSTART, off | {field: value})  # a config file may set it beforehand
+    with pytest.raises(InputError, match=f"{field} is not read here, it needs .*: set that too, or leave {field} out"):
+        config.check_options(settings, [field])
+
+
 def test_terms_and_pairs_that_are_not_there_have_no_fields():
     with pytest.raises(InputError, match="contrastive.batch=9 is not read by encoding.kind='rotary', only by seqpe"):
         config.load(QUICKSTART + ":rotary", {"objective.contrastive.batch": 9})

@@ -43,6 +43,9 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             check_writable(path, folder, "--output")
+    if pathlib.Path("/proc").is_dir():  # where root may write by the permissions, and nobody can
+        with pytest.raises(InputError, match="/proc does not take new files"):
+            check_writable("/proc/run", True, "--workdir")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
 from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
+from seqpe_jax.config.conditions import check_options
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
@@ -32,6 +33,7 @@ from seqpe_jax.config.schema import (
     ShiftConfig,
     digits_of,
 )
+from seqpe_jax.config.scripts import located
 
 __all__ = [
     "Config",
@@ -53,6 +55,7 @@ __all__ = [
     "ShiftConfig",
     "TEXT_ONLY",
     "as_read",
+    "check_options",
     "check_positions",
     "check_size",
     "defaults",
@@ -64,6 +67,7 @@ __all__ = [
     "given",
     "load",
     "load_variant",
+    "located",
     "parse",
     "profile_window",
     "to_dict",

@@ -16,7 +16,7 @@ from seqpe_jax.config.kinds import IMAGES, REAL_POSITIONS, SEQPE, EncodingKind
 from seqpe_jax.config.limits import LARGEST, check_range
 from seqpe_jax.config.limits import told as shown
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, EncodingConfig
-from seqpe_jax.config.scripts import module_of, told
+from seqpe_jax.config.scripts import located, module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expanded
 
@@ -192,7 +192,7 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
 
 def _page(path: str) -> ml_collections.ConfigDict:
     """Returns what a config file makes of its variant. Raises: InputError."""
-    name, _, variant = expanded(path, local=LOCAL).partition(":")
+    name, _, variant = located(expanded(path, local=LOCAL)).partition(":")
     what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
     make = getattr(module_of(name, what), "get_config", None)
     if not callable(make):

@@ -18,6 +18,25 @@ class _AsWritten(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
+PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def located(path: str) -> str:
+    """Returns the path of a config or sweep file.
+
+    The package brings the files of `configs/`. A path such as configs/stdlib_lm.py means the package's file where the
+    current folder has none of that name, so that the same command works outside a clone.
+
+    Args:
+      path: as the user gave it, perhaps with a :variant.
+    """
+    name, colon, variant = path.partition(":")
+    shipped = PACKAGE / name
+    if pathlib.PurePath(name).parts[:1] != ("configs",) or pathlib.Path(name).exists() or not shipped.is_file():
+        return path
+    return f"{shipped}{colon}{variant}"
+
+
 def module_of(path: str, what: str) -> types.ModuleType:
     """Returns the module of a Python file, run.
 

@@ -116,7 +116,7 @@ class HFTokenizer:
     alone were known, and they alone count there.
 
     Args:
-      path: the file, or a directory that holds tokenizer.json.
+      path: the file, or a directory that holds tokenizer.json, or GPT-2's vocab.json and merges.txt.
     Raises:
       InputError: no such file, not a tokenizer, or a file beside it names an end of text that it does not have.
     """
@@ -126,7 +126,7 @@ class HFTokenizer:
 
         file = as_path(path).expanduser()
         file = file / FILE if file.is_dir() else file
-        self._content = _read(file)
+        self._content = _content_of(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
@@ -200,6 +200,19 @@ class HFTokenizer:
     def load(cls, directory: str | os.PathLike) -> "HFTokenizer":
         """Returns the tokenizer that `save` wrote. Raises: InputError, another kind lies there."""
         return _loaded(directory, cls)
+
+
+def _content_of(file: Place) -> bytes:
+    """The content of a tokenizer.json, or one made of GPT-2's vocab.json and merges.txt where these lie in its place."""
+    vocabulary, merges = file.parent / "vocab.json", file.parent / "merges.txt"
+    if file.name != FILE or file.exists() or not (vocabulary.is_file() and merges.is_file()):
+        return _read(file)
+    import tokenizers
+
+    try:
+        return tokenizers.ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str().encode()
+    except Exception as error:  # the library raises bare Exception
+        raise _not_a_tokenizer(vocabulary, error) from None
 
 
 def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
@@ -325,7 +338,7 @@ def check_loss(loss: Loss, tokenizer: Tokenizer, accepted: bool) -> None:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a directory that holds one.
+    """Returns the tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a directory of one.
 
     Raises:
       InputError: neither, or the file is not a tokenizer.
@@ -334,7 +347,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         return ByteTokenizer()
     file = as_path(name_or_path).expanduser()
     file = file / FILE if file.is_dir() else file
-    raw = _read(file)
+    raw = _content_of(file)
     try:
         content = from_json(raw)
     except ValueError as error:

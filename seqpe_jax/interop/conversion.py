@@ -1,14 +1,10 @@
 """A checkpoint of others, read and written as a run of ours."""
 
 import pathlib
-import shutil
-import tempfile
 from typing import Any
 
-import tokenizers
-
 from seqpe_jax import loading
-from seqpe_jax.data.tokenizers import FILE, NAMED_IN, load_tokenizer
+from seqpe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import check_free
 from seqpe_jax.interop import folders, reference, weights
@@ -62,21 +58,8 @@ def to_reference(checkpoint: str, output: str) -> dict[str, Any]:
     return write_reference(loading.opened(checkpoint), output)
 
 
-def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Any:
-    """The tokenizer of a source, or the one given, or None."""
-    by_name = {file.name: file for file in files}
-    if given:
-        return load_tokenizer(given)
-    if FILE in by_name:
-        return load_tokenizer(by_name[FILE])
-    if {"vocab.json", "merges.txt"} <= by_name.keys():
-        made = tokenizers.ByteLevelBPETokenizer(str(by_name["vocab.json"]), str(by_name["merges.txt"]))
-        with tempfile.TemporaryDirectory() as scratch:
-            file = pathlib.Path(scratch) / files[0].parent.name / FILE
-            file.parent.mkdir()
-            file.write_text(made.to_str(), encoding="utf-8")
-            for beside in NAMED_IN:  # which say how its texts end
-                if (files[0].parent / beside).is_file():
-                    shutil.copyfile(files[0].parent / beside, file.parent / beside)
-            return load_tokenizer(file)
-    return None
+def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Tokenizer | None:
+    """The tokenizer given, or that of a source, or None."""
+    if not (given or files):
+        return None
+    return load_tokenizer(given or files[0].parent)

@@ -23,7 +23,7 @@ from seqpe_jax.interop import pickles, weights
 from seqpe_jax.interop.arrays import MODEL, checked_arrays, read_safetensors, read_settings, read_weights
 from seqpe_jax.interop.settings import Spec
 
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the files of one; the first set that is there counts
 POSITIONS = {"text": "model_1.safetensors", "images": "pe_model.safetensors"}
 
 # The reference's names of settings -> ours in a spec; the second table's go into its "encoder".
@@ -165,7 +165,8 @@ def _text(path: pathlib.Path) -> Source:
         raise InputError(f"{encoder} is missing: it holds the position encoder's weights")
     tables = _fixed_tables(spec, state)
     dropped |= dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
-    tokenizer = tuple(path / name for name in TOKENIZER if (path / name).is_file())
+    offered = (tuple(path / name for name in names) for names in TOKENIZERS)
+    tokenizer = next((files for files in offered if all(file.is_file() for file in files)), ())
     return Source(spec, state, dropped, tables, tuple(files), tokenizer)
 
 

@@ -10,7 +10,7 @@ from seqpe_jax import config
 from seqpe_jax.architecture import check_encoding
 from seqpe_jax.axes import scale_label
 from seqpe_jax.config import Config
-from seqpe_jax.config.scripts import module_of, told
+from seqpe_jax.config.scripts import located, module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.tasks import task_class
 from seqpe_jax.trees import flat, nested
@@ -206,7 +206,7 @@ def read(path: str) -> SweepFile:
     Raises:
       InputError: no such file, a file that does not run or lacks a part, a point whose name or config is wrong.
     """
-    module = module_of(path, "sweep file defines CONFIG and runs() (see configs/sweeps)")
+    module = module_of(located(path), "sweep file defines CONFIG and runs() (see configs/sweeps)")
     base, runs, search = (getattr(module, name, None) for name in ("CONFIG", "runs", "SEARCH"))
     if not isinstance(base, str) or (runs is None and search is None):
         raise InputError(f"{path} must define CONFIG = 'configs/NAME.py', and a generator runs() or a SEARCH")
@@ -231,6 +231,11 @@ def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iter
         given[name] = overrides
     best = {name: _open_fields(overrides) for name, overrides in given.items()}
     made = {name: make(name, base, overrides) for name, overrides in given.items() if not best[name]}
+    for name, point in made.items():
+        try:
+            config.check_options(point.settings, point.overrides)
+        except InputError as error:
+            raise InputError(f"run '{name}': {error}") from error
     for name, overrides in given.items():
         yield made[name] if name in made else _open_point(name, base, overrides, best[name], made)
 

@@ -121,7 +121,9 @@ class Trainer:
         first = saved_step(workdir)
         check_same_run(config, as_path(workdir), first, extend)
         if first is not None:
-            config = with_random_bits(config, random_bits_of(read_config(workdir)))
+            stored = read_config(workdir)
+            config = with_random_bits(config, random_bits_of(stored))
+            config = dataclasses.replace(config, init_from=stored.get("init_from", ""))  # a run keeps its origin
         begins = bool(config.init_from) and first is None
         trainer = cls.of(config, kept=config.init_from if begins else workdir if first is not None else "")
         if begins:

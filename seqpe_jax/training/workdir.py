@@ -142,6 +142,12 @@ def check_same_run(settings: Config, workdir: Place, step: int | None, extend: b
             "--workdir, or the same fields"
         )
     _check_steps(before, settings, workdir, step, extend)
+    if settings.init_from and settings.init_from != before.init_from:
+        began = f"began with init_from={before.init_from}" if before.init_from else "began with fresh parameters"
+        raise InputError(
+            f"the run of {workdir} is at step {step} and {began}: init_from={settings.init_from} is read only when a run "
+            "begins. Leave it out to resume, or choose a new --workdir"
+        )
 
 
 def _check_steps(before: Config, settings: Config, workdir: Place, step: int, extend: bool) -> None:

@@ -23,9 +23,9 @@ def copy(tmp_path_factory):
     if listed.returncode:
         pytest.skip("this tree is no clone")
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() or (ROOT / name).is_symlink():
             (found / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, found / name)
+            shutil.copy(ROOT / name, found / name, follow_symlinks=False)
     return found
 
 
@@ -44,6 +44,7 @@ def test_wheel_and_source_archive_are_built(copy):
         about = wheel.read(f"seqpe_jax-{seqpe_jax.__version__}.dist-info/METADATA").decode()
     package = {str(path.relative_to(copy)) for path in (copy / "seqpe_jax").rglob("*.py")}
     assert package | {"seqpe_jax/py.typed", "seqpe_jax/reporting/page.html", "seqpe_jax/reporting/page.js"} <= names
+    assert {f"seqpe_jax/{path.relative_to(copy)}" for path in (copy / "configs").rglob("*.py")} <= names
     assert not any(name.startswith(("tests", "configs", "launch")) for name in names)
     assert f"Version: {seqpe_jax.__version__}\n" in about and "License-Expression: Apache-2.0\n" in about
     assert "Requires-Dist: jax<0.13,>=0.10\n" in about and not any("tensorflow=" in line for line in about.splitlines())

@@ -189,7 +189,8 @@ WIDTH, LAYERS = 8, 2
 
 def hugging_face(folder, seed=0, **settings):
     """The config.json of a small GPT-2 as `transformers` writes it, and its arrays."""
-    state = {"wte.weight": (40, WIDTH), "wpe.weight": (16, WIDTH), "ln_f.weight": (WIDTH,), "ln_f.bias": (WIDTH,)}
+    tokens = settings.get("vocab_size", 40)
+    state = {"wte.weight": (tokens, WIDTH), "wpe.weight": (16, WIDTH), "ln_f.weight": (WIDTH,), "ln_f.bias": (WIDTH,)}
     for layer in range(LAYERS):
         shapes = {
             "ln_1.weight": (WIDTH,), "ln_1.bias": (WIDTH,), "ln_2.weight": (WIDTH,), "ln_2.bias": (WIDTH,),
@@ -285,9 +286,27 @@ def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
     files = (tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
     assert conversion._tokenizer(files, "").end_of_text == 256
+    (tmp_path / "config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
     found = conversion._tokenizer(files, "")
     assert found.end_of_text == 257 and not found.lost("Grüße, 世界!\n")
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_a_hugging_face_folder_generates_with_the_tokenizer_beside_it(tmp_path, files):
+    import tokenizers
+
+    source = tmp_path / "theirs"
+    save_file(hugging_face(source, vocab_size=300), source / "model.safetensors")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(["line of text"], vocab_size=300)
+    if files == "tokenizer.json":
+        made.save(str(source / files))
+    else:
+        made.save_model(str(source))
+    model = load_reference(str(source))
+    assert model.tokenizer.decode(model.tokenizer.encode(b"a line")) == "a line"
+    assert isinstance(model.generate("line of", max_new_tokens=2), str)
 
 
 def plain_gpt2(arrays, tokens, layers, heads, scaled=True, by_layer=False):

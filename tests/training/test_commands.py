@@ -77,6 +77,10 @@ def refused(result, *words: str) -> None:
             ["--config.objective.skip.rate=0.5", "--config.objective.skip.range=8192"],
             ["objective.skip.range=8192", "5000", "encoding.max_position"],
         ),
+        (
+            ["--config.objective.contrastive.weight=0", "--config.objective.contrastive.batch=8"],
+            ["objective.contrastive.batch is not read here", "objective.contrastive.weight above 0"],
+        ),
         (["--config.data.name=text_files"], ["data.paths"]),
         (["--config.data.name=text_file"], ["data.name", "'text_files'"]),
         (["--config.data.name=text_files", "--config.data.paths=2024"], ["data.paths: '2024' does not exist"]),

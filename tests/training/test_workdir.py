@@ -59,6 +59,14 @@ def test_a_run_may_go_on_with_steps_skipped_from_there(tmp_path):
     check_same_run(tiny_config(optimizer__non_finite="skip", optimizer__skips=2), tmp_path, 2)
 
 
+def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path):
+    written(tmp_path, tiny_config(init_from="runs/a"))
+    check_same_run(tiny_config(init_from="runs/a"), tmp_path, 2)
+    check_same_run(tiny_config(), tmp_path, 2)
+    with pytest.raises(InputError, match="began with init_from=runs/a: init_from=runs/b is read only when a run begins"):
+        check_same_run(tiny_config(init_from="runs/b"), tmp_path, 2)
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 3 * 2**20))
     check_space(tmp_path / "a" / "b", 3 * 2**19, 2)
