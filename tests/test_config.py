@@ -76,7 +76,6 @@ def test_difference_names_the_fields_that_differ():
         ({"eval.contexts": (64, 64)}, ["eval.contexts (--contexts) names 64 more than once"]),
         ({"eval.contexts": (64, 32), "eval.stride": 32}, ["eval.stride=32", "less than the smallest", "32"]),
         ({"eval.contexts": (64,), "eval.targets": 31}, ["eval.targets=31", "less than the 32 targets of one window"]),
-        ({"eval.stride": 8}, ["eval.stride=8 is for eval.contexts"]),
         ({"model.heads": 5}, ["model.width=96", "model.heads=5"]),
         ({"optimizer.accumulate": 3}, ["batch_size=16", "optimizer.accumulate=3"]),
         ({"objective.shift.sets": 3}, ["objective.shift.sets=3"]),
@@ -214,6 +213,8 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
     ({}, {"objective.skip.rate": 0.5}, "objective.skip.chunks", 3),
     ({"model.attention_kind": "plain"}, {}, "model.attention_block", 64),
     ({}, {"optimizer.non_finite": "skip"}, "optimizer.skips", 10),
+    ({}, {"eval.contexts": (64, 128)}, "eval.stride", 16),
+    ({}, {"eval.contexts": (64, 128)}, "eval.targets", 64),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import re
 from typing import get_args
 
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
-from seqpe_jax.config.schema import Config, EvalConfig, digits_of
+from seqpe_jax.config.schema import Config, digits_of
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits, largest_position
 
@@ -205,9 +205,6 @@ def _check_contexts(config: Config) -> None:
     """Refuses contexts that cannot be compared on the same tokens. Raises: InputError."""
     contexts, stride, targets = config.eval.contexts, config.eval.stride, config.eval.targets
     if not contexts:
-        for name, value, default in (("stride", stride, 0), ("targets", targets, EvalConfig().targets)):
-            if value != default:
-                raise InputError(f"eval.{name}={value} is for eval.contexts, which name none: set them too, or leave it")
         return
     if twice := [context for context in contexts if contexts.count(context) > 1]:
         raise InputError(f"eval.contexts (--contexts) names {twice[0]} more than once: name each context once")

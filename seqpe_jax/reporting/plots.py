@@ -173,7 +173,7 @@ def _by_extent(
         return None
     figure, axes = new_figure(x, y, len(curves))
     if zero:
-        axes.axhline(0.0, color=INK, linewidth=0.8, zorder=0.5)
+        axes.axhline(0.0, color=INK, linewidth=1.2, zorder=0.5)
     styles, ends = styles_of(study), []
     for row, found in curves.items():
         extents = sorted(found)
