@@ -63,7 +63,7 @@ def measure(
         tokens=tokens, examples=examples, new_tokens=new_tokens, contexts=contexts or None, stride=stride, targets=targets
     )
     check_kind(model.config, model.folder, lengths, sizes, limits)
-    settings = _settings(model.config, limits, data, paths, lossy)
+    settings = _settings(model.config, limits, data, paths, lossy, lengths)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
         whole = model
@@ -162,8 +162,9 @@ def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Sc
 
 
 def _settings(
-    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool
-) -> config.Config:
+    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool,
+    lengths: Scales,
+) -> config.Config:  # fmt: skip
     """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
     values = config.to_dict(settings)
     values["eval"] |= limits
@@ -177,6 +178,8 @@ def _settings(
             )
         if name in limits and not values["eval"]["contexts"]:
             raise InputError(f"--{name} is for --contexts, and none are asked for: name --contexts too")
+    if lengths and values["data"]["name"] in QUESTIONS:  # which questions are asked depends on the shortest
+        values["eval"]["lengths"] = tuple(length for (length,) in lengths)
     found = config.from_dict(values)
     for name in ("examples", "new_tokens"):
         if name in limits and not found.asks_questions:
