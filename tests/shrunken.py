@@ -1,0 +1,89 @@
+"""Commands at a size that takes seconds: what a page's command does, with a smaller model, less data and fewer steps."""
+
+import dataclasses
+import itertools
+import os
+
+import seqpe_jax.sweeps.search  # noqa: F401  commands find it imported
+from seqpe_jax import command
+from seqpe_jax.config import Config, MeshConfig, from_dict, reading, to_dict
+from seqpe_jax.data import loader
+from seqpe_jax.sweeps import points
+
+FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
+TEXTS = "path/to/texts"  # in that folder, as the pages write it
+PHOTOS = "ROOT"
+QUESTIONS = "questions.jsonl"
+_run, _given, _points, _read = command.run, reading.given, points._points, points.read
+
+
+class FewExamples(loader.EvaluationBatches):
+    """The first examples of a split."""
+
+    def __init__(self, source, batch_size, count, *rest):
+        super().__init__(source, batch_size, min(count, 8), *rest)
+
+
+def _run_there(main):
+    os.chdir(os.environ[FOLDER])
+    _run(main)
+
+
+def shrunken(config: Config) -> Config:
+    """Returns a config with the parts of another one, each small; the user's own fields have been checked before."""
+    model, encoding, objective, evaluation = config.model, config.encoding, config.objective, config.eval
+    axes = len(config.grid)
+    data, patch = config.data, model.patch
+    if data.name in ("stdlib_text", "wikitext103"):
+        data = dataclasses.replace(data, name="text_files", paths=(TEXTS,))
+    if data.name == "stdlib_qa":
+        data = dataclasses.replace(data, name="qa_jsonl", paths=(QUESTIONS,))
+    if data.name == "imagenet2012":
+        data = dataclasses.replace(data, name="image_folder", paths=(PHOTOS,), size=(16, 16))
+        patch, evaluation = (8, 8), dataclasses.replace(evaluation, sizes=())
+    if not config.reads_images:
+        data = dataclasses.replace(data, length=min(data.length, 64))
+        decides = config.checkpoint.best.partition("@")[2]
+        lengths = tuple(length for length in evaluation.lengths if length <= 256 or str(length) == decides)
+        evaluation = dataclasses.replace(evaluation, lengths=lengths, tokens=512)
+    if config.asks_questions:
+        evaluation = dataclasses.replace(evaluation, examples=2, new_tokens=2)
+    heads = 1 if encoding.position_heads else 4
+    contrastive = dataclasses.replace(
+        objective.contrastive, batch=4, candidates=4, head_scales=objective.contrastive.head_scales and (1.0,) * heads
+    )
+    if encoding.kind == "seqpe":
+        encoding = dataclasses.replace(
+            encoding, layers=1, width=16, heads=2, position_heads=min(1, encoding.position_heads),
+            rotary_heads=min(1, encoding.rotary_heads), feature_width=min(4, encoding.feature_width),
+        )  # fmt: skip
+        objective = dataclasses.replace(
+            objective, contrastive=contrastive, shift=dataclasses.replace(objective.shift, sets=1),
+            distillation=dataclasses.replace(objective.distillation, batch=2, offsets=4),
+        )  # fmt: skip
+    small = dataclasses.replace(
+        config, steps=min(4, max(2, config.steps // 750)), batch_size=8, data=data, mesh=MeshConfig(),
+        model=dataclasses.replace(model, layers=1, width=48, heads=4, mlp_width=0, patch=patch),
+        encoding=dataclasses.replace(encoding, rotary_pairs=min(axes, encoding.rotary_pairs)),
+        objective=objective,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0, decay_steps=0, accumulate=1),
+        eval=dataclasses.replace(evaluation, every=min(1, evaluation.every), batch_tokens=4096),
+        checkpoint=dataclasses.replace(config.checkpoint, every=1, keep_every=0),
+        report=dataclasses.replace(config.report, every=1, tensorboard=False),
+    )  # fmt: skip
+    return from_dict(to_dict(small))
+
+
+def _shrunken_sweep(path: str) -> points.SweepFile:
+    """A sweep file with one trial of its search."""
+    sweep = _read(path)
+    return dataclasses.replace(sweep, search=sweep.search and dataclasses.replace(sweep.search, trials=1))
+
+
+def close() -> None:
+    """Makes the commands of this process small."""
+    command.run = _run_there
+    reading.given = lambda values: shrunken(_given(values))
+    points._points = lambda path, base, runs: _points(path, base, itertools.islice(runs, 1))
+    points.read = _shrunken_sweep
+    loader.EvaluationBatches = FewExamples
