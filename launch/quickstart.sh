@@ -10,7 +10,8 @@ python=.venv/bin/python
 
 for kind in seqpe rotary alibi; do
   echo "== $kind: train"
-  "$python" -m seqpe_jax.train --config="configs/stdlib_lm.py:$kind" --workdir="$runs/$kind" "$@"
+  "$python" -m seqpe_jax.train --config="configs/stdlib_lm.py:$kind" --workdir="$runs/$kind" \
+    --config.eval.contexts=64,256,1024 --config.eval.targets=4096 "$@"
   result="$runs/$kind/evaluation.json"
   # metrics.jsonl changes whenever the run trains further, config.json when another evaluation is asked for.
   if [ "$result" -nt "$runs/$kind/metrics.jsonl" ] && [ "$result" -nt "$runs/$kind/config.json" ]; then

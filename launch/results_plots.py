@@ -40,7 +40,7 @@ def study_of(name: str) -> Study:
     """Returns a stored study as far as plots read it: the results of its runs, and where they were trained."""
     results: dict[str, list[dict]] = {}
     with (STORED / f"{name}.csv").open() as file:
-        lines = list(csv.DictReader(file))
+        lines = [line for line in csv.DictReader(file) if not line.get("context")]
     for line in lines:
         sides = {"length": line["length"]} if "length" in line else {"size": line["size"].split("x")}
         numbers = {key: float(line[key]) for key in ("bits_per_byte", "contains", "top1") if line.get(key)}

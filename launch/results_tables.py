@@ -33,6 +33,8 @@ def table(study: str, metric: str, rows: str = "") -> str:
     found: dict[str, dict[str, list[float]]] = {}
     with (ROOT / "docs" / "results" / f"{study}.csv").open() as file:
         for line in csv.DictReader(file):
+            if line.get("context"):  # the same tokens under several contexts, which is no evaluated length
+                continue
             if "step" in line:
                 label = line["step"]
             else:

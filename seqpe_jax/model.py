@@ -160,21 +160,24 @@ class Model:
         )
 
     def evaluate(
-        self, lengths: Sequence[int] = (), sizes: Sequence[int | Shape] = (), split: str = "test", **options: Any
-    ) -> list[dict[str, Any]]:
-        """Returns the results that `evaluate` prints, one for each length or size.
+        self, lengths: Sequence[int] = (), sizes: Sequence[int | Shape] = (), split: str = "test",
+        contexts: Sequence[int] = (), **options: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Returns the results that `evaluate` prints, one for each length, size or context.
 
         Args:
           lengths: of a model of text; sizes: of a model of images, sides in pixels, (height, width) or (frames,
-            height, width); none = those of the config's eval section.
+            height, width).
           split: "validation" or "test"; options: as of `tasks.measure.measure`.
+          contexts: of a model of text, in tokens: the same tokens are scored under each of them. Where neither lengths,
+            sizes nor contexts are given: those of the config's eval section.
 
         Raises:
-          InputError: a length or size that cannot be evaluated, data that cannot be read.
+          InputError: a length, size or context that cannot be evaluated, data that cannot be read.
         """
         scales: Scales = tuple((length,) for length in lengths)
         squares: Scales = tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
-        return measure(self, scales, squares, split, **options)[0]["results"]
+        return measure(self, scales, squares, split, contexts=tuple(contexts), **options)[0]["results"]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""

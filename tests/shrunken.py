@@ -45,7 +45,8 @@ def shrunken(config: Config) -> Config:
         data = dataclasses.replace(data, length=min(data.length, 64))
         decides = config.checkpoint.best.partition("@")[2]
         lengths = tuple(length for length in evaluation.lengths if length <= 256 or str(length) == decides)
-        evaluation = dataclasses.replace(evaluation, lengths=lengths, tokens=512)
+        contexts = tuple(context for context in evaluation.contexts if context <= 256)
+        evaluation = dataclasses.replace(evaluation, lengths=lengths, tokens=1024, contexts=contexts, targets=256)
     if config.asks_questions:
         evaluation = dataclasses.replace(evaluation, examples=2, new_tokens=2)
     heads = 1 if encoding.position_heads else 4

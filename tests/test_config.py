@@ -72,6 +72,11 @@ def test_difference_names_the_fields_that_differ():
         ({"encoding.digits": 2}, ["largest position possible is 99", "encoding.digits=4"]),
         ({"data.length": 8192}, ["largest position possible is 4999", "encoding.max_position"]),
         ({"eval.lengths": (64, 6000)}, ["eval.lengths 6000", "largest position possible is 4999"]),
+        ({"eval.contexts": (64, 1)}, ["eval.contexts", "at least 2"]),
+        ({"eval.contexts": (64, 6000)}, ["eval.contexts (--contexts) 6000", "largest position possible is 4999"]),
+        ({"eval.contexts": (64, 64)}, ["eval.contexts (--contexts) names 64 more than once"]),
+        ({"eval.contexts": (64, 32), "eval.stride": 32}, ["eval.stride=32", "less than the smallest", "32"]),
+        ({"eval.contexts": (64,), "eval.targets": 31}, ["eval.targets=31", "less than the 32 targets of one window"]),
         ({"model.heads": 5}, ["model.width=96", "model.heads=5"]),
         ({"optimizer.accumulate": 3}, ["batch_size=16", "optimizer.accumulate=3"]),
         ({"objective.shift.sets": 3}, ["objective.shift.sets=3"]),
@@ -141,6 +146,7 @@ def test_an_edit_of_the_same_size_within_the_same_second_is_seen(tmp_path, monke
         assert module_of(str(page), "config file").steps == steps
 
 
+QUESTIONS = str(ROOT / "configs" / "stdlib_qa.py")
 DIGITS = str(ROOT / "configs" / "digits_vit.py")
 KINDS = typing.get_args(config.EncodingKind)
 
@@ -212,6 +218,8 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
     ({"model.attention_kind": "plain"}, {}, "model.attention_block", 64),
     ({}, {"encoding.rotary_pairs": 4}, "objective.shift.rate", 0.5),
     ({}, {"optimizer.non_finite": "skip"}, "optimizer.skips", 10),
+    ({}, {"eval.contexts": (64, 128)}, "eval.stride", 16),
+    ({}, {"eval.contexts": (64, 128)}, "eval.targets", 64),
 ]  # fmt: skip
 
 
@@ -301,6 +309,8 @@ def test_the_config_of_an_older_run_is_read():
     (DIGITS, "model.vocabulary", 300, "text and questions"),
     (DIGITS, "eval.lengths", (64,), "text and questions"),
     (DIGITS, "eval.tokens", 64, "text and questions"),
+    (DIGITS, "eval.contexts", (64,), "text"),
+    (QUESTIONS, "eval.contexts", (64,), "text"),
 ])  # fmt: skip
 def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, value, kinds):
     """A run that was stored with one opens all the same, and counts as one without it."""

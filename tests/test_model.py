@@ -141,16 +141,32 @@ def test_logits_begin_anywhere(run):
 
 
 def test_evaluation_is_the_loss_of_its_logits(run):
+    """At each length, the last window too, and of the same targets under each context."""
     model = seqpe_jax.load(run)
-    found = model.evaluate(lengths=(16, 48), tokens=240)
-    assert [result["length"] for result in found] == [16, 48]
-    tokens = np.asarray(model.task.source("test").tokens[:241], np.int64)
-    for result in found:
-        windows = tokens[:-1].reshape(-1, result["length"])
-        logits = np.asarray(model.logits(windows), np.float64)
-        targets = tokens[1:].reshape(windows.shape)
-        losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        assert result["loss"] == pytest.approx(losses.mean(), abs=1e-5) and result["tokens"] == 240
+    found = model.evaluate(lengths=(16, 48), contexts=(16, 48), tokens=250, targets=64)
+    assert [result.get("length") for result in found] == [16, 48, None, None]
+    assert [result.get("context") for result in found] == [None, None, 16, 48]
+    tokens = np.asarray(model.task.source("test").tokens, np.int64)
+
+    def losses(size, end):
+        """Of the targets of the window that ends with a token."""
+        logits = np.asarray(model.logits(tokens[None, end - size : end]), np.float64)[0]
+        targets = tokens[end - size + 1 : end + 1]
+        return np.log(np.exp(logits).sum(-1)) - logits[np.arange(size), targets]
+
+    for result in found[:2]:
+        length = result["length"]
+        ends = [*range(length, 250, length), 250]
+        scored = np.concatenate([losses(length, end)[-new:] for end, new in zip(ends, np.diff([0, *ends]), strict=True)])
+        assert len(scored) == result["tokens"] == 250
+        assert result["loss"] == pytest.approx(scored.mean(), abs=1e-5)
+    count = len(tokens)
+    blocks = (count - 1 - 48) // 8 + 1
+    ends = [count - 1 - 8 * ((2 * n + 1) * blocks // 16) for n in range(8)]
+    for result in found[2:]:
+        scored = np.concatenate([losses(result["context"], end)[-8:] for end in ends])
+        assert (result["targets"], result["stride"]) == (64, 8)
+        assert result["loss"] == pytest.approx(scored.mean(), abs=1e-5)
 
 
 def test_a_released_checkpoint_opens_the_same_way(goldens, no_data, tmp_path):

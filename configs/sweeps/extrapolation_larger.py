@@ -16,6 +16,7 @@ KINDS = ("seqpe", "rotary", "rotary_partial", "alibi")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LARGER = {
     "seed": (1,), "steps": (1000,), "batch_size": (8,), "data.length": (256,), "eval.lengths": (LENGTHS,),
+    "eval.contexts": ((256, 1024, 4096, 16384),), "eval.targets": (4096,),
     "model.layers": (4,), "model.width": (192,), "optimizer.learning_rate": (2.8e-3,),
 }  # fmt: skip
 SEQPE = {

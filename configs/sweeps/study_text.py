@@ -3,11 +3,11 @@
     python -m seqpe_jax.sweep --sweep=configs/sweeps/study_text.py --workdir=runs/study_text --jobs=2
     python -m seqpe_jax.report --workdir=runs/study_text --output=runs/study_text/report
 
-Trained on 64 bytes for 1000 steps, as extrapolation.py is, evaluated at 64 to 4096 bytes of the test split. In the first
-stage each encoding trains at three rates with seed 0, and at a fourth where the best is at an end; the loss on the
-validation split at the end decides, at 64 bytes, as for somebody who has no longer texts. Then come seeds 1 to 3 at that
-rate. The forms of scaled RoPE train as RoPE does, so they take its rate. Over one axis `rotary_axial` is `rotary`, so it is
-left out.
+Trained on 64 bytes for 1000 steps, as extrapolation.py is, evaluated at 64 to 4096 bytes of the test split, in windows of
+each length and on the same bytes under each context. In the first stage each encoding trains at three rates with seed 0,
+and at a fourth where the best is at an end; the loss on the validation split at the end decides, at 64 bytes, as for
+somebody who has no longer texts. Then come seeds 1 to 3 at that rate. The forms of scaled RoPE train as RoPE does, so they
+take its rate. Over one axis `rotary_axial` is `rotary`, so it is left out.
 Hardware: two CPU cores, one for each of two runs at once; about two hours for 116 runs, the strongest encodings first.
 """
 
@@ -24,6 +24,7 @@ RATES = {"optimizer.learning_rate": (2e-3, 4e-3, 8e-3)}
 FURTHER = {"fox": (1e-3,), "cable": (1e-3,), "seqpe_paper": (1e-3,), "kerple": (1.6e-2,), "t5": (1.6e-2,)}
 TRIAL = {"seed": 0, "eval.every": 1000, "eval.lengths": (64,)}
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+EVALUATED = {"eval.lengths": LENGTHS, "eval.contexts": (64, 256, 1024, 4096), "eval.targets": 4096}
 
 
 def runs():
@@ -34,6 +35,6 @@ def runs():
     other = {kind: {"variant": kind} for kind in OTHER}
     like = dict.fromkeys(scaled, "rotary")
     for ways, own in ((strong | scaled, like), (other, {})):
-        ways = {name: {"steps": 1000, "eval.lengths": LENGTHS, **way} for name, way in ways.items()}
+        ways = {name: {"steps": 1000, **EVALUATED, **way} for name, way in ways.items()}
         further = {name: rates for name, rates in FURTHER.items() if name in ways}
         yield from two_stages(ways, RATES, minimise="eval/loss@64", trial=TRIAL, seeds=(1, 2, 3), like=own, further=further)

@@ -184,6 +184,7 @@ def _check_text(config: Config) -> None:
         if length < 1:
             raise InputError(f"eval.lengths must be positive, got {length}")
         check_positions(config, length, "eval.lengths")
+    _check_contexts(config)
     if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
         wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
         raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
@@ -194,6 +195,27 @@ def _check_text(config: Config) -> None:
         )
     if config.data.name == "text_files" and not config.data.paths:
         raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+
+
+def _check_contexts(config: Config) -> None:
+    """Refuses contexts that cannot be compared on the same tokens. Raises: InputError."""
+    contexts, stride, targets = config.eval.contexts, config.eval.stride, config.eval.targets
+    if not contexts:
+        return
+    if twice := [context for context in contexts if contexts.count(context) > 1]:
+        raise InputError(f"eval.contexts (--contexts) names {twice[0]} more than once: name each context once")
+    if min(contexts) <= stride:
+        raise InputError(
+            f"eval.stride={stride} (--stride) must be less than the smallest of eval.contexts (--contexts), "
+            f"{min(contexts)}, so that each target has context before it: lower it, or raise that context"
+        )
+    if targets < config.context_stride:
+        raise InputError(
+            f"eval.targets={targets} (--targets) is less than the {config.context_stride} targets of one window "
+            "(eval.stride, --stride; by default half the smallest context): raise it, or lower the stride"
+        )
+    for context in contexts:
+        check_positions(config, context, "eval.contexts (--contexts)")
 
 
 def _check_faults(config: Config) -> None:

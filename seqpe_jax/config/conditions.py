@@ -135,6 +135,7 @@ CONDITIONS = (
         lambda config: config.encoding.kind == "seqpe",
         "encoding.kind='seqpe', the encoding with a digit encoder",
     ),
+    Condition(("eval.stride", "eval.targets"), lambda config: bool(config.eval.contexts), "eval.contexts"),
     Condition(("optimizer.skips",), lambda config: config.optimizer.non_finite == "skip", "optimizer.non_finite='skip'"),
 )
 

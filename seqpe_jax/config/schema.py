@@ -312,7 +312,11 @@ class EvalConfig:
     lengths: tuple[int, ...] = _field((), **limits.Length, of=WRITTEN)  # text; () = the training length
     sizes: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # images: sides in pixels; () = the training size
     frames: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # clips: each size at so many; () = as in training
-    tokens: int = _field(0, low=0, high=2**40, of=WRITTEN)  # text: read at most that many per length; 0 = the whole split
+    tokens: int = _field(0, low=0, high=2**40, of=WRITTEN)  # text: score at most that many per length; 0 = the whole split
+    # Text, by `evaluate` alone: the same tokens, the targets, under contexts of so many tokens; () = not measured.
+    contexts: tuple[int, ...] = _field((), low=2, high=2**24, of=(TEXT,))
+    stride: int = _field(0, **limits.LengthOrNone, of=(TEXT,))  # targets of a window; 0 = half the smallest context
+    targets: int = _field(16384, **limits.Length, of=(TEXT,))  # score at most that many, the same under each context
     examples: int = _field(0, **limits.Units, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
     new_tokens: int = _field(16, **limits.Length, of=(ASKED,))  # questions: tokens generated for an answer, at most
     batch_tokens: int = _field(16384, low=1, high=2**28)  # tokens or patches handled at once
@@ -412,6 +416,11 @@ class Config:
         A clip for which no frames are named has those of training.
         """
         return (*self.data.size[: -len(size)], *size)
+
+    @property
+    def context_stride(self) -> int:
+        """Targets that a window of each of `eval.contexts` scores."""
+        return self.eval.stride or min(self.eval.contexts) // 2
 
     @property
     def scales(self) -> tuple[tuple[int, ...], ...]:

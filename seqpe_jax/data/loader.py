@@ -14,8 +14,8 @@ Example = dict[str, np.ndarray]
 class Windows:
     """Non-overlapping windows of `length` tokens, each with the one token that follows, to be predicted.
 
-    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. Tokens after the last whole
-    window are left out.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. For training: tokens after the
+    last whole window, fewer than `length` of the split, are left out.
     """
 
     def __init__(self, tokens: np.ndarray, length: int):
@@ -36,6 +36,11 @@ def windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> W
     Raises:
       InputError: there are fewer than length + 1 tokens.
     """
+    _check_window(tokens, length, field)
+    return Windows(tokens, length)
+
+
+def _check_window(tokens: np.ndarray, length: int, field: str) -> None:
     if length < 1:
         raise InputError(f"{field} must be at least 1, got {length}")
     if len(tokens) < length + 1:
@@ -43,7 +48,32 @@ def windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> W
             f"a window of {length} tokens needs {length + 1}, but the split has {len(tokens)}: lower {field}, or give "
             "more data"
         )
-    return Windows(tokens, length)
+
+
+class ScoredWindows:
+    """Windows of `length` tokens, each with the targets that it scores: the last ones before its end.
+
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length]}, of
+    which "scored" marks the targets, `tokens[1:]`, whose losses count.
+
+    Args:
+      tokens: 1-D, of a split.
+      ends: int[W], token index of the last target of each window, at least `length`.
+      counts: int[W], targets that each window scores, 1 to `length`.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, ends: np.ndarray, counts: np.ndarray):
+        self._tokens, self._length, self._ends, self._counts = tokens, length, ends, counts
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Example:
+        end, length = int(self._ends[index]), self._length
+        return {
+            "tokens": np.asarray(self._tokens[end - length : end + 1]).astype(np.int32),
+            "scored": np.arange(length) >= length - self._counts[index],
+        }
 
 
 class TrainLoader:
@@ -129,13 +159,57 @@ class EvaluationBatches:
 
 
 def evaluation_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvaluationBatches:
-    """Returns the non-overlapping windows of 1-D tokens: {"tokens": int32[batch_size, length + 1], "weights"}.
+    """Returns the windows in which every token of a split but the first is scored once, whatever the length.
+
+    Windows follow each other. The last one ends where the tokens end: it overlaps the one before, for context, and scores
+    its new tokens alone.
 
     Args:
-      max_tokens: predict at most that many tokens (but one window); 0 = all of them.
+      max_tokens: score only the first so many tokens; 0 = all of them.
+
+    Returns:
+      Batches of {"tokens": int32[batch_size, length + 1], "scored": bool[batch_size, length], "weights"}; rows that fill
+      up the last batch score nothing.
+
     Raises:
-      InputError: there are fewer than length + 1 tokens.
+      InputError: there are fewer than length + 1 tokens, or max_tokens is less than a window.
     """
-    source = windows(tokens, length, field="eval.lengths (--lengths)")
-    count = min(len(source), max(1, max_tokens // length)) if max_tokens else len(source)
-    return EvaluationBatches(source, batch_size, count)
+    _check_window(tokens, length, "eval.lengths (--lengths)")
+    if 0 < max_tokens < length:
+        raise InputError(
+            f"eval.tokens={max_tokens} (--tokens) is less than a window of {length} tokens: raise it to {length} or more, "
+            f"or lower eval.lengths (--lengths)"
+        )
+    targets = min(len(tokens) - 1, max_tokens or len(tokens) - 1)
+    ends = np.minimum(length * np.arange(1, -(-targets // length) + 1), targets)
+    source = ScoredWindows(tokens, length, ends, np.diff(ends, prepend=0))
+    return EvaluationBatches(source, batch_size, len(source))
+
+
+def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.ndarray:
+    """Returns where the blocks of targets end that a split is scored at under every context, int[N], rising.
+
+    Blocks of `stride` targets are counted back from the split's end, as far as a window of the largest context reaches.
+    Where there are more of them than are wanted, those in the middle of equal shares of the split are taken.
+
+    Args:
+      count: tokens of the split, more than `largest`.
+      largest: largest context, in tokens; it alone, and no other context, decides which targets there are.
+      targets: score at most that many, at least `stride`.
+    """
+    blocks = (count - 1 - largest) // stride + 1
+    taken = min(blocks, targets // stride)
+    chosen = (2 * np.arange(taken) + 1) * blocks // (2 * taken)
+    return (count - 1 - stride * chosen)[::-1]
+
+
+def context_windows(tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvaluationBatches:
+    """Returns windows of `context` tokens that end at `ends` (`target_ends`) and score their last `stride` targets.
+
+    Each of these targets has context - stride + 1 to `context` tokens before it.
+
+    Returns:
+      Batches as of `evaluation_windows`.
+    """
+    source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride))
+    return EvaluationBatches(source, batch_size, len(source))

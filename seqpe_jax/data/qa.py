@@ -176,6 +176,7 @@ def question_source(
     cache_dir: str | os.PathLike = "",
     seed: int = 0,
     progress: bool = True,
+    fits: int = 0,
 ) -> QuestionSource:
     """Returns the questions of a split at a length, preparing and counting them when that has not been done yet.
 
@@ -192,6 +193,8 @@ def question_source(
       cache_dir: counted questions; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       seed: of the passages around the gold one, and of where it stands among them.
       progress: show how far long work is, on stderr.
+      fits: skip questions that are longer than so many tokens without other passages, so that sources of several lengths
+        ask the same questions; 0 = length. Of qa_jsonl, whose prompts are as the file has them, the length alone decides.
     Raises:
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
         writable, a tokenizer without an end.
@@ -226,12 +229,13 @@ def question_source(
     target, table = qa_index.counted_table(
         root / "questions", f"{name}-{split}", (key, split, tokenizer.fingerprint), write
     )
-    identity = json.dumps([table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed])
-    fingerprint = hashlib.sha256(identity.encode())
+    fits = min(fits or length, length)
+    identity = [table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed, *([fits] if fits < length else [])]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
     if builder is QaJsonl:
         return _Lines(*shared, file)
-    return _Assembled(*shared, target, builder, seed)
+    return _Assembled(*shared, target, builder, seed, fits)
 
 
 def _kept(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:
@@ -266,9 +270,10 @@ class _Assembled(QuestionSource):
     """
 
     def __init__(
-        self, title, length, tokenizer, table, fingerprint, folder: pathlib.Path, builder: type[QuestionBuilder], seed: int
-    ):
-        self._kept, skipped = _kept(table, length, title)
+        self, title, length, tokenizer, table, fingerprint, folder: pathlib.Path, builder: type[QuestionBuilder], seed: int,
+        fits: int,
+    ):  # fmt: skip
+        self._kept, skipped = _kept(table, fits, title)
         super().__init__(title, length, tokenizer, skipped, fingerprint)
         self._builder, self._seed = builder, seed
         self._passage_of, self._passage_tokens = table["passage_of"], table["passage_tokens"]

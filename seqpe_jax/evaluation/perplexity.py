@@ -1,7 +1,9 @@
-"""Perplexity at any length: non-overlapping windows of a split, each token's loss, and the loss by place in the window.
+"""Perplexity of a split, at any window length or under any context.
 
 A window of L reads L tokens and predicts the L that follow its tokens one by one, so windows share one token and every
-token of the split but the first is predicted once.
+token of the split but the first is predicted once, whatever the length. A longer window is not a longer context: the mean
+falls with the length for the share of tokens at a window's beginning falls. What context is worth is measured on the same
+tokens under different contexts (`perplexity_in_context`).
 """
 
 import math
@@ -11,64 +13,111 @@ from typing import Any
 import jax
 import numpy as np
 
-from seqpe_jax.errors import InputError
-
 PLACES = 64  # points of the curve of loss by place in the window
+
+TokenLosses = Callable[[jax.Array], jax.Array]
+Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
 
 def perplexity(
-    token_losses: Callable[[jax.Array], jax.Array],
+    token_losses: TokenLosses,
     batches: Any,
     *,
     length: int,
-    tokens_of_split: int,
-    bytes_of_split: int | None = None,
-    words_of_split: int | None = None,
-    put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
+    put: Put,
     progress: Callable[[int], None] = lambda done: None,
+    **split: int | None,
 ) -> dict[str, Any]:
-    """Returns {"length", "tokens", "loss", "perplexity", ...} of a split read in windows.
+    """Returns {"length", "tokens", "loss", "perplexity", ...} of a split (windows: `data.loader.evaluation_windows`).
 
     Args:
       token_losses: int32[B, L + 1] -> float32[B, L], nats.
-      batches: {"tokens": int32[B, L + 1], "weights": float32[B]}; weight 0 marks padding rows.
-      tokens_of_split, bytes_of_split, words_of_split: size of the whole split; bits per byte and word perplexity
-        assume that the part read has the split's average of tokens to a byte or word.
+      batches: {"tokens": int32[B, L + 1], "scored": bool[B, L]}; "scored" marks the targets that count.
       put: lays a host batch out over the devices.
       progress: called with the windows done.
+      split: size of the whole split, as of `in_units`.
     """
-    by_place = np.zeros(length, np.float64)
-    windows = 0
-    pending = None
+    sums_L, counts_L = _by_index(token_losses, batches, length, put, progress)
+    tokens = int(counts_L.sum())
+    groups = np.array_split(np.arange(length), min(PLACES, length))
+    return {
+        "length": length,
+        "tokens": tokens,
+        **in_units(float(sums_L.sum() / tokens), **split),
+        "loss_by_position": {
+            "position": [float(group.mean()) for group in groups],
+            "loss": [float(sums_L[group].sum() / counts_L[group].sum()) for group in groups],
+        },
+    }
 
-    def add(losses_BL: jax.Array, weights_B: np.ndarray) -> None:
+
+def perplexity_in_context(
+    token_losses: TokenLosses,
+    batches: Any,
+    *,
+    context: int,
+    stride: int,
+    put: Put,
+    progress: Callable[[int], None] = lambda done: None,
+    **split: int | None,
+) -> dict[str, Any]:
+    """Returns {"context", "targets", "stride", "loss", "perplexity", ...} (`data.loader.context_windows`).
+
+    Args:
+      context: tokens of a window; stride: targets that each of them scores, its last ones.
+      token_losses, batches, put, progress, split: as of `perplexity`, with windows of `context` tokens.
+    """
+    sums_L, counts_L = _by_index(token_losses, batches, context, put, progress)
+    targets = int(counts_L.sum())
+    return {
+        "context": context, "targets": targets, "stride": stride, **in_units(float(sums_L.sum() / targets), **split),
+    }  # fmt: skip
+
+
+def in_units(
+    loss: float,
+    *,
+    tokens_of_split: int,
+    bytes_of_split: int | None = None,
+    words_of_split: int | None = None,
+) -> dict[str, float]:
+    """Returns a mean loss in nats per token as "loss", "perplexity" and, where sizes are known, other units.
+
+    Args:
+      tokens_of_split, bytes_of_split, words_of_split: size of the whole split; bits per byte and word perplexity assume
+        that the part read has the split's average of tokens to a byte or word.
+    """
+    found = {"loss": loss, "perplexity": _exp(loss)}
+    if bytes_of_split:
+        found["bits_per_byte"] = loss * tokens_of_split / bytes_of_split / math.log(2)
+    if words_of_split:
+        found["word_perplexity"] = _exp(loss * tokens_of_split / words_of_split)
+    return found
+
+
+def _by_index(
+    token_losses: TokenLosses, batches: Any, length: int, put: Put, progress: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scored losses, float64[L], and how many there are, int64[L], by their index in the window."""
+    sums_L, counts_L = np.zeros(length, np.float64), np.zeros(length, np.int64)
+    windows = 0
+
+    def add(losses_BL: jax.Array, scored_BL: np.ndarray) -> None:
         nonlocal windows
-        by_place[:] += np.asarray(losses_BL, np.float64)[weights_B > 0].sum(axis=0)
-        windows += int((weights_B > 0).sum())
+        sums_L[:] += np.where(scored_BL, np.asarray(losses_BL, np.float64), 0.0).sum(axis=0)
+        counts_L[:] += scored_BL.sum(axis=0)
+        windows += int(scored_BL.any(axis=1).sum())
         progress(windows)
 
+    pending = None  # the device computes a batch while the host adds up the one before
     for batch in batches:
         losses = token_losses(put({"tokens": batch["tokens"]})["tokens"])
         if pending is not None:
             add(*pending)
-        pending = (losses, batch["weights"])
+        pending = (losses, batch["scored"])
     if pending is not None:
         add(*pending)
-    if not windows:
-        raise InputError(f"no window of {length} tokens was read")
-    tokens = windows * length
-    loss = float(by_place.sum() / tokens)
-    result: dict[str, Any] = {"length": length, "tokens": tokens, "loss": loss, "perplexity": _exp(loss)}
-    if bytes_of_split:
-        result["bits_per_byte"] = loss * tokens_of_split / bytes_of_split / math.log(2)
-    if words_of_split:
-        result["word_perplexity"] = _exp(loss * tokens_of_split / words_of_split)
-    groups = np.array_split(np.arange(length), min(PLACES, length))
-    result["loss_by_position"] = {
-        "position": [float(group.mean()) for group in groups],
-        "loss": [float(by_place[group].mean() / windows) for group in groups],
-    }
-    return result
+    return sums_L, counts_L
 
 
 def _exp(value: float) -> float:

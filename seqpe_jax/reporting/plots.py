@@ -32,13 +32,15 @@ from seqpe_jax.reporting.drawing import (
     styles_of,
 )
 from seqpe_jax.reporting.study import UNITS, Run, Study
-from seqpe_jax.reporting.tables import metrics_of, number
+from seqpe_jax.reporting.tables import context_metric, metrics_of, number
+
+Curves = dict[str, dict[float, list[float]]]  # row -> extent -> a value of each of its runs
 
 
 def of_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[Plot]:
     """Draws what compares the runs. The caller closes each figure (`close`) before it takes the next."""
     for draw in (
-        extrapolation, extrapolation_answers, extrapolation_sizes,
+        contexts, extrapolation, extrapolation_answers, extrapolation_sizes,
         functools.partial(quality_and_cost, benchmarks=benchmarks), training_curves, training_terms, loss_by_position,
     ):  # fmt: skip
         with matplotlib.rc_context(DRESS):
@@ -102,6 +104,28 @@ def training_terms(study: Study) -> Plot | None:
     return Plot("training_terms", "Other terms of the loss while training", alt, figure)
 
 
+def contexts(study: Study) -> Plot | None:
+    """Draws what context is worth: the same tokens under each context, less their value under the smallest, which is 0.
+
+    Returns:
+      None when no run was evaluated under two contexts.
+    """
+    runs = [run for run in study.counted if run.contexts]
+    metric = context_metric(study)
+    curves: Curves = {}
+    smallest = min((run.contexts[0]["extent"] for run in runs), default=0)
+    for run in runs:
+        values = {result["extent"]: result[metric.key] for result in run.contexts}
+        if len(values) > 1 and smallest in values and all(map(math.isfinite, values.values())):
+            for extent, value in values.items():
+                curves.setdefault(run.row, {}).setdefault(extent, []).append(value - values[smallest])
+    if not curves:
+        return None
+    x, y = "context (tokens)", f"{metric.title[0].lower()}{metric.title[1:]}, less that at {smallest:g}"
+    title = "What context is worth: the same tokens, more context before them"
+    return _by_extent(study, runs, curves, "contexts", title, x, y, zero=True)
+
+
 def extrapolation(study: Study) -> Plot | None:
     """Draws bits per byte (or the loss in nats) against the evaluated length, the training length marked.
 
@@ -114,33 +138,42 @@ def extrapolation(study: Study) -> Plot | None:
         metric = "loss"
     unit = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}[metric]
     x = "evaluated length (tokens)"
-    return _by_extent(study, runs, metric, "extrapolation", "Past the training length", x, unit)
+    return _by_extent(study, runs, _values(runs, metric), "extrapolation", "Past the training length", x, unit)
 
 
 def extrapolation_answers(study: Study) -> Plot | None:
     """Draws the share of answers found against the evaluated length, the training length marked. None without any."""
     runs = [run for run in study.counted if run.data == "questions"]
     x, y = "evaluated length (tokens)", "contains the answer (percent)"
-    return _by_extent(study, runs, "contains", "extrapolation_answers", "Answers past the training length", x, y)
+    values = _values(runs, "contains")
+    return _by_extent(study, runs, values, "extrapolation_answers", "Answers past the training length", x, y)
 
 
 def extrapolation_sizes(study: Study) -> Plot | None:
     """Draws top-1 accuracy against the evaluated size, the training size marked. None when no run was evaluated."""
     runs = [run for run in study.counted if run.data == "images"]
     x, y = "side of the image (pixels)", "top-1 accuracy (percent)"
-    return _by_extent(study, runs, "top1", "extrapolation_sizes", "Past the training size", x, y)
+    return _by_extent(study, runs, _values(runs, "top1"), "extrapolation_sizes", "Past the training size", x, y)
 
 
-def _by_extent(study: Study, runs: Sequence[Run], metric: str, name: str, title: str, x: str, y: str) -> Plot | None:
-    """One line per row through the means of its runs, in a band of their standard deviation."""
-    curves: dict[str, dict[float, list[float]]] = {}
+def _values(runs: Sequence[Run], metric: str) -> Curves:
+    curves: Curves = {}
     for run in runs:
         for result in run.results:
             if metric in result and math.isfinite(result[metric]):
                 curves.setdefault(run.row, {}).setdefault(result["extent"], []).append(result[metric])
+    return curves
+
+
+def _by_extent(
+    study: Study, runs: Sequence[Run], curves: Curves, name: str, title: str, x: str, y: str, zero: bool = False
+) -> Plot | None:
+    """One line per row through the means of its runs, in a band of their standard deviation; zero: with a line at 0."""
     if not curves:
         return None
     figure, axes = new_figure(x, y, len(curves))
+    if zero:
+        axes.axhline(0.0, color=INK, linewidth=1.2, zorder=0.5)
     styles, ends = styles_of(study), []
     for row, found in curves.items():
         extents = sorted(found)

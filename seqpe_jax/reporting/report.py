@@ -66,13 +66,18 @@ def notes(study: Study) -> list[str]:
         if run.failure or not run.started:
             lines.append(f"{run.name} is missing: {run.state}")
         elif run.unfinished:
-            left_out = run.results and run not in study.counted
+            left_out = run.evaluated and run not in study.counted
             beside = ", so its results are left out beside finished runs" if left_out else ""
             lines.append(f"{run.name} is not finished: step {done or 0} of {run.steps_planned}{beside}")
-        elif not run.results:
+        elif not run.evaluated:
             lines.append(f"{run.name} is not evaluated")
         if at is not None and done is not None and at != done:
             lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
+    uneven = [run.name for run in study.runs if run.data == "text" and len({one.get("tokens") for one in run.results}) > 1]
+    if uneven:
+        lines.append(
+            f"The lengths of {', '.join(uneven)} were evaluated on different tokens, and do not compare: evaluate again"
+        )
     lines += choices.notes(study)
     guessed = {run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation}
     lines += [f"Guessing without the passage finds {share:.1f}% of the answers" for share in sorted(guessed)]
@@ -99,7 +104,8 @@ def _measured(study: Study, benchmarks: list[costs.Benchmark]) -> list[tables.Ta
     kept = [costs.summary(study, data, metric, benchmarks) for data, metric in main]
     others = [one for one in tables.metrics_of(study) if one not in main]
     found = [
-        *(tables.by_scale(study, data, metric) for data, metric in main), *kept, tables.by_distance(study),
+        *(tables.by_scale(study, data, metric) for data, metric in main), tables.by_context(study), *kept,
+        tables.by_distance(study),
         *(tables.by_scale(study, data, metric) for data, metric in others),
     ]  # fmt: skip
     return [table for table in found if table is not None]

@@ -23,6 +23,8 @@ NUMBERS = (
     "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
 )
 RESULT = dict.fromkeys(NUMBERS.split(), (int, float)) | {
+    "targets": int,
+    "stride": int,
     "loss_by_position": dict,
     "depth": list,
     "distance": list,
@@ -49,11 +51,13 @@ def read_evaluation(folder: Place) -> dict[str, Any]:
         try:
             result |= scale_of(result)
             _checked(result, "", {}, RESULT)
+            if "context" in result:
+                _ = result["targets"], result["stride"], float(result["loss"])
             _check_curves(result)
             if "without_context" in evaluation:
                 float(evaluation["without_context"]["contains"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            what = f"{path} has a result without a length or size, or without numbers, result {number}"
+            what = f"{path} has a result without a length, size or context, or without numbers, result {number}"
             raise InputError(f"{what}: write it with `evaluate --output`") from error
     return evaluation
 
@@ -71,9 +75,10 @@ def _check_curves(result: dict[str, Any]) -> None:
 
 
 def scale_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"extent", "label"} of a length, a [height, width] or a [frames, height, width]."""
-    sides = tuple(int(side) for side in result["size"]) if "length" not in result else (int(result["length"]),)
-    if not ("length" in result or len(sides) in (2, 3)):
+    """Returns {"extent", "label"} of a length, a context, a [height, width] or a [frames, height, width]."""
+    tokens = result.get("length", result.get("context"))
+    sides = (int(tokens),) if tokens is not None else tuple(int(side) for side in result["size"])
+    if tokens is None and len(sides) not in (2, 3):
         raise ValueError(sides)
     if not 1 <= min(sides) <= max(sides) < 2**32:
         raise ValueError(sides)

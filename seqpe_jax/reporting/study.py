@@ -88,7 +88,18 @@ class Run:
     @property
     def results(self) -> list[dict[str, Any]]:
         """Evaluation results, one per length or size."""
-        return self.evaluation.get("results", [])
+        return [result for result in self.evaluation.get("results", []) if "context" not in result]
+
+    @property
+    def contexts(self) -> list[dict[str, Any]]:
+        """Evaluation results of the same tokens under contexts of several lengths, the smallest context first."""
+        found = [result for result in self.evaluation.get("results", []) if "context" in result]
+        return sorted(found, key=lambda result: result["extent"])
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there are evaluation results."""
+        return bool(self.evaluation.get("results"))
 
     @property
     def parameters(self) -> int | None:
@@ -139,7 +150,7 @@ class Run:
             return f"failed at step {self.steps_done or 0} of {self.steps_planned}: {self.failure}"
         if self.unfinished:
             return f"unfinished: step {self.steps_done or 0} of {self.steps_planned}"
-        return "finished" if self.results or self.tried else "not evaluated"
+        return "finished" if self.evaluated or self.tried else "not evaluated"
 
     def _of_reports(self, name: str, choose: Callable[[list[float]], float]) -> Any:
         values = [line[name] for line in self.metrics if name in line]
@@ -177,7 +188,7 @@ class Study:
     @property
     def counted(self) -> list[Run]:
         """The runs whose results count: not those of an unfinished run beside finished ones of its row."""
-        finished = {run.row for run in self.runs if run.results and not run.unfinished}
+        finished = {run.row for run in self.runs if run.evaluated and not run.unfinished}
         return [run for run in self.runs if not run.unfinished or run.row not in finished]
 
 
@@ -220,7 +231,7 @@ def read_run(folder: Place) -> Run:
         read_similarity(folder),
         read_attention(folder),
     )
-    return dataclasses.replace(run, failure=_failure(folder) if run.unfinished or not run.results else "")
+    return dataclasses.replace(run, failure=_failure(folder) if run.unfinished or not run.evaluated else "")
 
 
 def differences(study: Study) -> list[str]:
@@ -238,6 +249,10 @@ def differences(study: Study) -> list[str]:
         compare(name, [(field(run.config, name), run.name) for run in runs])
     rows = dict.fromkeys(run.row for run in runs)
     compare("seed", [(sorted(run.seed for run in study.of(row)), row) for row in rows])
+    asked = [
+        ([[result[name] for name in ("context", "targets", "stride")] for result in run.contexts], run.name) for run in runs
+    ]
+    compare("[context, targets, stride] evaluated", [(value, name) for value, name in asked if value])
     compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
     for label in dict.fromkeys(result["label"] for run in runs for result in run.results):
         read = [(run, result) for run in runs for result in run.results if result["label"] == label]

@@ -51,6 +51,12 @@ METRICS = {
 }
 
 
+WINDOWS = (
+    "Windows of each length, one after the other: in longer ones fewer tokens stand at a window's beginning, so that a "
+    "value may fall with the length without a gain from context, which evaluate --contexts measures."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One place of a table.
@@ -161,12 +167,69 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
     def title(label: str) -> str:
         return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
 
+    notes = [WINDOWS] if data == "text" and len(extents) > 1 else []
     return Table(
         f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
         [heading(study), *map(title, extents)],
         [[Cell(name), *(cell(name, label) for label in extents)] for name in names],
-        _seeds(study, names),
+        " ".join(filter(None, [*notes, _seeds(study, names)])),
     )
+
+
+def by_context(study: Study) -> Table | None:
+    """Returns row x context: a metric of the same tokens under each context, and the difference that context makes.
+
+    Mean and standard deviation over the runs of a row; the difference is that of each run, from the smallest context to
+    the largest. None where no run was evaluated so.
+    """
+    runs = [run for run in study.counted if run.contexts]
+    if not runs:
+        return None
+    metric = context_metric(study)
+    extents = {result["label"]: result["extent"] for run in runs for result in run.contexts}
+    labels = sorted(extents, key=lambda label: extents[label])
+    names = list(dict.fromkeys(run.row for run in study.runs if run.data == "text"))
+    found: dict[tuple[str, str], list[float]] = {}
+    gains: dict[str, list[float]] = {}
+    for run in runs:
+        values = {result["label"]: result[metric.key] for result in run.contexts}
+        for label, value in values.items():
+            found.setdefault((run.row, label), []).append(value)
+        if len(labels) > 1 and {labels[0], labels[-1]} <= values.keys():
+            gains.setdefault(run.row, []).append(values[labels[-1]] - values[labels[0]])
+    best = _best(found, metric)
+
+    def cell(values: Sequence[float] | None, name: str, leads: bool = False, sign: str = "") -> Cell:
+        if not values:
+            return Cell(MISSING)
+        average, after = mean(values), f" ± {number(spread(values), metric.decimals)}" if len(values) > 1 else ""
+        if len(values) < len(study.of(name)):
+            after += f" ({len(values)} of {len(study.of(name))})"
+        text = number(average, metric.decimals)
+        return Cell(sign * (average >= 0) + text, average, leads, after)
+
+    rows = []
+    for name in names:
+        leads = [len(names) > 1 and name in best[label] for label in labels]
+        cells = [cell(found.get((name, label)), name, lead) for label, lead in zip(labels, leads, strict=True)]
+        rows.append([Cell(name), *cells, *([cell(gains.get(name), name, sign="+")] if len(labels) > 1 else [])])
+    counts = " or ".join(dict.fromkeys(f"{result['targets']:,}" for run in runs for result in run.contexts))
+    note = f"The same {counts} tokens, with at most so many tokens of context before each."
+    if len(labels) > 1:
+        note += " The last column is what context is worth: below 0 it helps, above 0 it harms."
+    return Table(
+        f"{metric.title} by context ({metric.direction})",
+        [heading(study), *labels, *([f"from {labels[0]} to {labels[-1]}"] if len(labels) > 1 else [])],
+        rows,
+        " ".join(filter(None, [note, _seeds(study, names)])),
+    )
+
+
+def context_metric(study: Study) -> Metric:
+    """Returns what contexts are compared by: bits per byte, or the loss where a result has none."""
+    bits = METRICS["text"][0]
+    there = all(bits.key in result for run in study.counted for result in run.contexts)
+    return bits if there else Metric("loss", "Loss (nats per token)")
 
 
 def by_distance(study: Study) -> Table | None:
@@ -275,7 +338,7 @@ def shared(study: Study) -> Table:
 
 
 def results_csv(study: Study) -> str:
-    """Returns one line per run and evaluated length or size; empty where something was not measured or is missing."""
+    """Returns one line per run and evaluated length, size or context; empty where something was not measured."""
     metrics = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
         "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "f1"),
@@ -285,10 +348,13 @@ def results_csv(study: Study) -> str:
     scale = "length" if all(run.data != "images" for run in study.runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    if any(run.contexts for run in study.runs):
+        columns = ["context", "targets", "stride", *columns]
     writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns])
     for run in study.runs:
-        for result in run.results or [{"label": ""}]:
-            place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], result["label"]]
+        for result in [*run.results, *run.contexts] or [{"label": ""}]:
+            label = "" if "context" in result else result["label"]
+            place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], label]
             writer.writerow([*map(_no_formula, place), *(result.get(metric, "") for metric in columns)])
     return out.getvalue()
 

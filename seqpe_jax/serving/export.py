@@ -122,7 +122,7 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
         return *frames, *size
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
-    length = max_length or max((settings.data.length, *settings.eval.lengths))
+    length = max_length or max((settings.data.length, *settings.eval.lengths, *settings.eval.contexts))
     config.check_positions(settings, length, "--max-length")
     return (length,)
 

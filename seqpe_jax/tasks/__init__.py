@@ -3,10 +3,10 @@
 from seqpe_jax.config import Config
 from seqpe_jax.tasks.images import Images
 from seqpe_jax.tasks.questions import Questions
-from seqpe_jax.tasks.task import Asked, Task, evaluate_at
+from seqpe_jax.tasks.task import Asked, Measure, Task, evaluate_at
 from seqpe_jax.tasks.text import Text
 
-__all__ = ["Asked", "Images", "Questions", "Task", "Text", "evaluate_at", "task_class"]
+__all__ = ["Asked", "Images", "Measure", "Questions", "Task", "Text", "evaluate_at", "task_class"]
 
 
 def task_class(config: Config) -> type[Task]:

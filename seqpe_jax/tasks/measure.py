@@ -9,12 +9,13 @@ import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.architecture import Architecture
+from seqpe_jax.config.kinds import QUESTIONS
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import write_answers
 from seqpe_jax.files import Place, whole, write_whole
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.progress import ProgressLine
-from seqpe_jax.tasks.task import check_scale, evaluate_at
+from seqpe_jax.tasks.task import Measure, check_scale, evaluate_at
 from seqpe_jax.trees import count
 
 Scales = tuple[tuple[int, ...], ...]
@@ -32,19 +33,25 @@ def measure(
     paths: tuple[str, ...] = (),
     lossy: bool = False,
     new_tokens: int | None = None,
+    contexts: tuple[int, ...] = (),
+    stride: int | None = None,
+    targets: int | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Returns the evaluation of a model, in the form that `--output` stores, and arrays to draw.
 
     Args:
       model: a `seqpe_jax.Model`; an export is evaluated up to its range.
       lengths: window lengths, each (length,), of a model of text; sizes: (height, width) of a model of images, or (frames,
-        height, width) of one of clips; none = those of the config's eval section, or the training one.
+        height, width) of one of clips.
       split: "validation" or "test".
-      tokens, examples: read at most that many tokens, ask at most that many questions, per length; None = eval.tokens and
+      tokens, examples: score at most that many tokens, ask at most that many questions, per length; None = eval.tokens and
         eval.examples of the config.
       data, paths: another data set than the run's (data.name and data.paths); None = the run's.
       lossy: text that does not come back from its tokens is accepted, whatever the config says.
       new_tokens: of an answer at most; None = eval.new_tokens of the config.
+      contexts: tokens of the windows under which the same tokens are scored, of a model of text. Where neither lengths,
+        sizes nor contexts are given, all that the config's eval section names are measured, or the training length.
+      stride, targets: targets of each of these windows, and of all of them at most; None = eval.stride and eval.targets.
 
     Returns:
       The results of a run on questions hold their "answers" too, (records, hypotheses).
@@ -52,19 +59,23 @@ def measure(
     Raises:
       InputError: a length or size that cannot be evaluated, data that cannot be read, parameters that are damaged.
     """
-    limits = asked_limits(tokens=tokens, examples=examples, new_tokens=new_tokens)
+    limits = asked_limits(
+        tokens=tokens, examples=examples, new_tokens=new_tokens, contexts=contexts or None, stride=stride, targets=targets
+    )
     check_kind(model.config, model.folder, lengths, sizes, limits)
-    settings = _settings(model.config, limits, data, paths, lossy)
+    settings = _settings(model.config, limits, data, paths, lossy, lengths)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
         whole = model
         model = dataclasses.replace(model, config=settings, read=lambda: whole.params)
-    task = model.task
-    scales, field, results = lengths or sizes or task.scales(), task.scale_field, []
-    for scale in scales:  # before the parameters are read
-        check_scale(task, model.architecture.reach, scale, split)
-    for scale in scales:
-        results.append(_at(model, scale, split))
+    task, field = model.task, model.task.scale_field
+    named = bool(lengths or sizes or contexts)
+    work = [(task, scale) for scale in lengths or sizes or (() if named else task.scales())]
+    for further in task.further_measures():
+        work += [(further, scale) for scale in (further.scales() if contexts or not named else ())]
+    for measured, scale in work:  # before the parameters are read
+        check_scale(measured, model.architecture.reach, scale, split)
+    results = [_at(model, measured, scale, split) for measured, scale in work]
     guessed = task.without_context(split)
     report = {
         "checkpoint": model.folder,
@@ -77,19 +88,20 @@ def measure(
         "results": results,
         **({"without_context": guessed} if guessed is not None else {}),
     }
-    return report, arrays_of(model, max(scales, key=max), split)
+    own = [scale for measured, scale in work if measured is task] or [scale for _, scale in work]
+    return report, arrays_of(model, max(own, key=max), split)
 
 
-def _at(model: Any, scale: tuple[int, ...], split: str) -> dict[str, Any]:
+def _at(model: Any, task: Measure, scale: tuple[int, ...], split: str) -> dict[str, Any]:
     """The result of one scale, told as it comes."""
-    task = model.task
     label = f"{task.scale_field} {'x'.join(map(str, scale))}"
     line = ProgressLine(1, label=label)
     result = evaluate_at(
         task, model.programs, model.params, scale, split, lambda done, total: line.update(done, total=total)
     )
     line.close()
-    measured = [f"{name} {result[name]:.4g}" for name in task.measured if name in result]
+    measured = [f"{result[name]:,} {name}" for name in COUNTED if name in result]
+    measured += [f"{name} {result[name]:.4g}" for name in task.measured if name in result]
     if hosts.is_lead():
         print(f"{label}: {', '.join(measured)}", flush=True)
         if cut := result.get("cut_off"):
@@ -114,6 +126,7 @@ def arrays_of(model: Any, scale: tuple[int, ...], split: str) -> Arrays:
     }
 
 
+COUNTED = ("tokens", "targets", "examples")  # what a result says how many it scored of
 PICTURES = 4  # of the split, whose attention is drawn
 
 
@@ -127,10 +140,16 @@ def check_kind(settings: config.Config, folder: str, lengths: Scales, sizes: Sca
     name = folder or "the model"
     if settings.reads_images and (lengths or limits):
         raise InputError(
-            f"{name} is a run on images: --lengths, --tokens, --examples and --new-tokens are for text, use --sizes"
+            f"{name} is a run on images: --lengths, --contexts, --stride, --targets, --tokens, --examples and --new-tokens "
+            "are for text, use --sizes"
         )
     if sizes and not settings.reads_images:
         raise InputError(f"{name} is a run on text: --sizes is for images, use --lengths")
+    for option in ("stride", "targets"):
+        if option in limits and lengths and "contexts" not in limits:
+            raise InputError(f"--{option} is for --contexts, and --lengths alone are asked for: name --contexts too")
+    if "tokens" in limits and "contexts" in limits and not lengths:
+        raise InputError("--tokens is for --lengths, and --contexts alone are asked for: use --targets, or name both")
 
 
 def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Scales:
@@ -143,14 +162,24 @@ def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Sc
 
 
 def _settings(
-    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool
-) -> config.Config:
+    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool,
+    lengths: Scales,
+) -> config.Config:  # fmt: skip
     """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
     values = config.to_dict(settings)
     values["eval"] |= limits
     if data is not None:
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
     values["data"]["lossy_tokenizer"] |= lossy
+    for name in ("contexts", "stride", "targets"):
+        if name in limits and values["data"]["name"] in QUESTIONS:
+            raise InputError(
+                f"--{name} is for text, and {values['data']['name']} has questions: leave it out, and use --lengths"
+            )
+        if name in limits and not values["eval"]["contexts"]:
+            raise InputError(f"--{name} is for --contexts, and none are asked for: name --contexts too")
+    if lengths and values["data"]["name"] in QUESTIONS:  # which questions are asked depends on the shortest
+        values["eval"]["lengths"] = tuple(length for (length,) in lengths)
     found = config.from_dict(values)
     for name in ("examples", "new_tokens"):
         if name in limits and not found.asks_questions:

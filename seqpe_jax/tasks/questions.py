@@ -17,7 +17,7 @@ from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decoding import Sampling
 from seqpe_jax.runtime.hosts import is_lead
-from seqpe_jax.tasks.task import Asked
+from seqpe_jax.tasks.task import Asked, Measure
 from seqpe_jax.tasks.text import Text
 
 LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
@@ -42,8 +42,8 @@ class Questions(Text):
             self.end = qa.end_token(self.tokenizer)
 
     @functools.cache  # noqa: B019  a run has one of these
-    def questions(self, split: str, length: int) -> qa.QuestionSource:
-        """Returns the questions of a split at a length.
+    def questions(self, split: str, length: int, fits: int = 0) -> qa.QuestionSource:
+        """Returns the questions of a split at a length; fits: as of `data.qa.question_source`.
 
         Raises:
           InputError: as `data.qa.question_source`, or the tokenizer loses text.
@@ -51,7 +51,7 @@ class Questions(Text):
         data = self.config.data
         source = qa.question_source(
             data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
-            seed=self.config.seed, progress=is_lead(),
+            seed=self.config.seed, progress=is_lead(), fits=fits,
         )  # fmt: skip
         places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
         trip = RoundTrip(self.tokenizer, len(places))
@@ -94,7 +94,11 @@ class Questions(Text):
         """Refuses a length at which no question fits, or that positions do not reach. Raises: InputError."""
         (length,) = scale
         check_positions(self.config, length + self.config.eval.new_tokens, "evaluation length with its answer")
-        self.questions(split, length)
+        self._evaluated(split, length)
+
+    def _evaluated(self, split: str, length: int) -> qa.QuestionSource:
+        """The questions that are asked at a length: the same ones at every length, those that fit the shortest."""
+        return self.questions(split, length, min(length, *(shortest for (shortest,) in self.scales())))
 
     def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length.
@@ -105,7 +109,7 @@ class Questions(Text):
           "depth": the scores by depth of the passage, "distance": those by how many tokens back the answer stands,
           "answers": (records, hypotheses)}.
         """
-        (length,), source = scale, self.questions(split, scale[0])
+        (length,), source = scale, self._evaluated(split, scale[0])
         count = min(len(source), self.config.eval.examples or len(source))
         records = [source[index] for index in range(count)]
         sampling = Sampling(self.config.eval.new_tokens, end=self.end)
@@ -121,6 +125,10 @@ class Questions(Text):
             "length": length, "cut_off": self._cut_off([record["outputs"] for record in records]), **scored, "loss": loss,
             "answer_perplexity": math.exp(min(loss, 700.0)), "answers": (records, hypotheses),
         }  # fmt: skip
+
+    def further_measures(self) -> tuple[Measure, ...]:
+        """Returns nothing: questions have no tokens that every context could score."""
+        return ()
 
     def without_context(self, split: str) -> dict[str, Any]:
         """Returns the scores of guessing without reading the passage (see `answers.no_context_baseline`)."""

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -38,6 +38,33 @@ class Asked:
     put: Callable[[dict[str, Any]], dict[str, jax.Array]]
     batch: int
     progress: Progress = silent
+
+
+class Measure(Protocol):
+    """What `evaluate_at` evaluates at one scale after another: a task, or a further measure of its data.
+
+    Attributes:
+      scale_field: what a result calls a scale.
+      measured: the metrics of a result that are printed.
+      config, criterion: as of `Task`.
+    """
+
+    scale_field: str
+    measured: tuple[str, ...]
+    config: Config
+    criterion: LanguageModelling | Classification
+
+    def scales(self) -> tuple[Shape, ...]:
+        """Returns the scales that the config evaluates."""
+
+    def grid_of(self, scale: Shape) -> Shape:
+        """Returns the positions along each axis of an example of a scale."""
+
+    def check_scale(self, scale: Shape, split: str) -> None:
+        """Refuses a scale that cannot be evaluated. Raises: InputError."""
+
+    def evaluate(self, asked: Asked, scale: Shape, split: str) -> dict[str, Any]:
+        """Returns the result of one scale."""
 
 
 class Task(abc.ABC):
@@ -111,6 +138,10 @@ class Task(abc.ABC):
     def served(self, reach: Shape) -> Signature:
         """Returns what a model that serves up to `reach` positions along each axis reads and returns."""
 
+    def further_measures(self) -> tuple[Measure, ...]:
+        """Returns what `evaluate` measures beside the task itself."""
+        return ()
+
     def pictures(self, scale: Shape, split: str, count: int) -> tuple[Any, Any] | None:
         """Returns the first images of a split, normalised and in 0..1, or None where there are none."""
         return None
@@ -120,10 +151,11 @@ class Task(abc.ABC):
         return None
 
 
-def check_scale(task: Task, reach: Shape | None, scale: Shape, split: str) -> None:
+def check_scale(task: Measure, reach: Shape | None, scale: Shape, split: str) -> None:
     """Refuses a scale that needs positions that there are none of, or is more than the split holds.
 
     Args:
+      task: what is evaluated, or a further measure of it.
       reach: of an export (`Architecture.reach`).
 
     Raises:
@@ -135,7 +167,7 @@ def check_scale(task: Task, reach: Shape | None, scale: Shape, split: str) -> No
         return
     sides = task.config.model.patch or (1,)
     end = "x".join(str(count * side) for count, side in zip(reach, sides, strict=True))
-    again = f"--max-{task.scale_field}={max(scale[-2:])}"
+    again = f"--max-{'size' if task.config.reads_images else 'length'}={max(scale[-2:])}"
     if len(scale) == 3 and shape[0] > reach[0]:
         again = f"eval.frames={scale[0]}"
     raise InputError(
@@ -145,9 +177,12 @@ def check_scale(task: Task, reach: Shape | None, scale: Shape, split: str) -> No
 
 
 def evaluate_at(
-    task: Task, programs: Programs, params: Params, scale: Shape, split: str, progress: Progress = silent
+    task: Measure, programs: Programs, params: Params, scale: Shape, split: str, progress: Progress = silent
 ) -> dict[str, Any]:
     """Returns a task's result at one scale, (length,) or (height, width); the signal is computed once.
+
+    Args:
+      task: what is evaluated, or a further measure of it.
 
     Raises:
       InputError: as of `check_scale`.

@@ -16,13 +16,13 @@ from seqpe_jax.data import loader, tokens
 from seqpe_jax.data.files import tell
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation.perplexity import perplexity
+from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
 from seqpe_jax.objectives.criterion import LanguageModelling
 from seqpe_jax.runtime.hosts import is_lead
 from seqpe_jax.serving.exported import Signature
 from seqpe_jax.tasks.sizes import read_sizes
-from seqpe_jax.tasks.task import Asked, Task
+from seqpe_jax.tasks.task import Asked, Measure, Task
 
 TOKENIZER = "tokenizer.json"
 
@@ -172,28 +172,96 @@ class Text(Task):
 
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a length that cannot be evaluated. Raises: InputError."""
-        (length,), tokens = scale, len(self.source(split).tokens)
+        (length,), tokens, limit = scale, len(self.source(split).tokens), self.config.eval.tokens
         check_positions(self.config, length, "evaluation length")
         if tokens < length + 1:
             raise InputError(
                 f"evaluation length {length} is longer than the {split} split of {self.config.data.name} "
                 f"({tokens} tokens): choose a length below {tokens}"
             )
+        if 0 < limit < length:
+            raise InputError(
+                f"eval.tokens={limit} (--tokens) is less than evaluation length {length}: raise it to {length} or more, so "
+                "that every length scores the same tokens, or choose a shorter length"
+            )
 
     def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length (see `evaluation.perplexity`)."""
-        (length,), source = scale, self.source(split)
-        batches = loader.evaluation_windows(source.tokens, length, asked.batch, max_tokens=self.config.eval.tokens)
+        (length,), tokens = scale, self.source(split).tokens
+        batches = loader.evaluation_windows(tokens, length, asked.batch, max_tokens=self.config.eval.tokens)
         return perplexity(
-            lambda tokens_BL: asked.examine({"tokens": tokens_BL})["loss"],
-            batches,
-            length=length,
-            tokens_of_split=len(source.tokens),
-            bytes_of_split=source.bytes,
-            words_of_split=source.words if self.tokenizer.name != "bytes" else None,
-            put=asked.put,
-            progress=lambda done: asked.progress(done, batches.examples),
-        )
+            length=length, batches=batches, progress=lambda done: asked.progress(done, batches.examples),
+            **self.scoring(asked, split),
+        )  # fmt: skip
+
+    def scoring(self, asked: Asked, split: str) -> dict[str, Any]:
+        """Returns the arguments of `evaluation.perplexity` that are the same for windows of every length."""
+        source = self.source(split)
+        return {
+            "token_losses": lambda tokens_BL: asked.examine({"tokens": tokens_BL})["loss"],
+            "put": asked.put,
+            "tokens_of_split": len(source.tokens),
+            "bytes_of_split": source.bytes,
+            "words_of_split": source.words if self.tokenizer.name != "bytes" else None,
+        }
+
+    def further_measures(self) -> tuple[Measure, ...]:
+        """Returns the measure of the same tokens under contexts of several lengths."""
+        return (Contexts(self),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """The loss of the same tokens of a text, the targets, under each of `eval.contexts`.
+
+    Attributes:
+      text: the task.
+      scale_field, measured: see `Measure`.
+    """
+
+    text: Text
+    scale_field: str = "context"
+    measured: tuple[str, ...] = Text.measured
+
+    @property
+    def config(self) -> Config:
+        """The config of the task."""
+        return self.text.config
+
+    @property
+    def criterion(self) -> LanguageModelling:
+        """What the model is trained for."""
+        return self.text.criterion
+
+    def scales(self) -> tuple[tuple[int], ...]:
+        """Returns the contexts that the config evaluates, each as (context,)."""
+        return tuple((context,) for context in self.config.eval.contexts)
+
+    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window along its axis."""
+        return scale
+
+    def check_scale(self, scale: tuple[int], split: str) -> None:
+        """Refuses a context that is longer than the split. Raises: InputError."""
+        (context,), tokens = scale, len(self.text.source(split).tokens)
+        if tokens < context + 1:
+            raise InputError(
+                f"evaluation context {context} is longer than the {split} split of {self.config.data.name} "
+                f"({tokens} tokens): choose contexts below {tokens} (eval.contexts, --contexts)"
+            )
+
+    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+        """Returns the result of one context (see `evaluation.perplexity.perplexity_in_context`)."""
+        (context,), settings, tokens = scale, self.config.eval, self.text.source(split).tokens
+        stride = self.config.context_stride
+        ends = loader.target_ends(
+            len(tokens), largest=max(settings.contexts), stride=stride, targets=settings.targets
+        )  # fmt: skip
+        batches = loader.context_windows(tokens, context, asked.batch, ends, stride)
+        return perplexity_in_context(
+            context=context, stride=stride, batches=batches, progress=lambda done: asked.progress(done, batches.examples),
+            **self.text.scoring(asked, split),
+        )  # fmt: skip
 
 
 def with_kept_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:

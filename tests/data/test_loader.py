@@ -4,7 +4,14 @@ import time
 import numpy as np
 import pytest
 
-from seqpe_jax.data.loader import EvaluationBatches, TrainLoader, evaluation_windows, windows
+from seqpe_jax.data.loader import (
+    EvaluationBatches,
+    TrainLoader,
+    context_windows,
+    evaluation_windows,
+    target_ends,
+    windows,
+)
 from seqpe_jax.errors import InputError
 
 LENGTH = 8
@@ -126,26 +133,46 @@ def test_no_examples():
         TrainLoader([], batch_size=2, seed=0)
 
 
-def test_evaluation_reads_every_window_once_in_order():
-    batches = evaluation_windows(TOKENS, LENGTH, 12)
-    assert (batches.examples, len(batches)) == (50, 5)
+def scored(batches):
+    """The targets that count, in order, and the first token of the window of each; tokens are their own indices."""
     read = list(batches)
-    assert len(read) == 5 and len(list(batches)) == 5
-    for batch in read:
-        assert batch["tokens"].shape == (12, LENGTH + 1) and batch["tokens"].dtype == np.int32
-        assert batch["weights"].shape == (12,) and batch["weights"].dtype == np.float32
-    weights = np.concatenate([batch["weights"] for batch in read])
-    rows = np.concatenate([batch["tokens"] for batch in read])
-    assert weights.tolist() == [1.0] * 50 + [0.0] * 10
-    assert (rows[:50, 0] // LENGTH).tolist() == list(range(50)) and not rows[50:].any()
+    assert len(read) == len(batches) and len(list(batches)) == len(read)
+    targets = [batch["tokens"][:, 1:][batch["scored"]] for batch in read]
+    firsts = [np.repeat(batch["tokens"][:, 0], batch["scored"].sum(axis=1)) for batch in read]
+    assert {batch["tokens"].dtype for batch in read} == {np.dtype(np.int32)}
+    return np.concatenate(targets), np.concatenate(firsts)
+
+
+@pytest.mark.parametrize("length", [1, LENGTH, 100, 403, 404])
+def test_evaluation_scores_every_token_but_the_first_once_at_every_length(length):
+    """The last window ends where the split ends and reads on from the one before."""
+    batches = evaluation_windows(TOKENS, length, 12)
+    assert next(iter(batches))["tokens"].shape == (12, length + 1) and batches.examples == -(-404 // length)
+    targets, firsts = scored(batches)
+    assert targets.tolist() == list(range(1, 405))
+    assert firsts.tolist() == [min((target - 1) // length * length, 404 - length) for target in targets]
 
 
 def test_evaluation_of_a_part():
-    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=80).examples == 10
-    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=3).examples == 1
-    assert evaluation_windows(TOKENS, LENGTH, 4, max_tokens=10**9).examples == 50
+    for limit, count in ((80, 80), (83, 83), (8, 8), (10**9, 404)):
+        assert scored(evaluation_windows(TOKENS, LENGTH, 4, max_tokens=limit))[0].tolist() == list(range(1, count + 1))
     with pytest.raises(InputError, match=r"needs 501, but the split has 405: lower eval.lengths"):
         evaluation_windows(TOKENS, 500, 4)
+    with pytest.raises(InputError, match=r"eval.tokens=7 \(--tokens\) is less than a window of 8 tokens: raise it to 8"):
+        evaluation_windows(TOKENS, LENGTH, 4, max_tokens=7)
+
+
+def test_every_context_scores_the_same_targets():
+    stride, largest = 6, 300
+    ends = target_ends(len(TOKENS), largest=largest, stride=stride, targets=10**6)
+    found = {context: scored(context_windows(TOKENS, context, 4, ends, stride)) for context in (7, 40, largest)}
+    assert ends[0] - stride < largest <= ends[0]
+    for context, (targets, firsts) in found.items():
+        assert targets.tolist() == list(range(405 - 18 * stride, 405))  # one block more and a window would not reach
+        assert (targets - firsts).min() == context - stride + 1 and (targets - firsts).max() == context
+    some = target_ends(len(TOKENS), largest=largest, stride=stride, targets=6 * stride + 5)
+    assert some.tolist() == [404 - stride * block for block in (16, 13, 10, 7, 4, 1)]  # in the middle of sixths
+    assert target_ends(largest + 1, largest=largest, stride=stride, targets=stride).tolist() == [largest]
 
 
 def test_evaluation_makes_examples():

@@ -154,7 +154,7 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
     run = str(tmp_path / "run")
     assert conversion.to_run(str(source), run, str(tokenizer))["tokenizer"]
-    report, _ = measure(loading.opened(run), lengths=((32,),), data="text_files", paths=(str(text),))
+    report, _ = measure(loading.opened(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
     values = config.to_dict(loading.saved_config(run))
     values["data"] |= {"name": "text_files", "paths": (str(text),)}
     tokens = np.asarray(Trainer.of(config.from_dict(values)).task.source("test").tokens, np.int32)

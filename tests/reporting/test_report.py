@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.reporting import report, tables
+from seqpe_jax.reporting import plots, report, tables
 from seqpe_jax.reporting.drawing import styles_of
 from seqpe_jax.reporting.study import differences, read_study
 
@@ -55,6 +55,7 @@ def test_a_folder_of_runs(tmp_path):
     make_run(tmp_path / "runs" / "seqpe")
     make_run(tmp_path / "runs" / "alibi", "alibi", bits=((16, 2.5),))
     make_run(tmp_path / "runs" / "rotary", "rotary", bits=(), metrics=False)
+    in_contexts(tmp_path / "runs" / "seqpe", {16: 2.0, 64: 1.75})
     (tmp_path / "runs" / "report").mkdir()
     main = report.write_report(tmp_path / "runs", tmp_path / "out")
     assert main.splitlines() == [
@@ -64,15 +65,70 @@ def test_a_folder_of_runs(tmp_path):
     page = (tmp_path / "out" / "report.md").read_text()
     assert main in page and "| rotary | rotary | 0 | unfinished: step 0 of 4 | - | - | - |" in page
     assert "| rotary | - | - | - | - | - |" in page and "| seqpe | 1,234 | 25.0 | 250 | 8 | - |" in page
-    for name in ("extrapolation", "training_curves", "loss_by_position", "similarity_seqpe"):
+    assert "## Bits per byte by context (lower is better)" in page and "| seqpe | **2.000** | **1.750** | -0.250 |" in page
+    assert page.index("(contexts.png)") < page.index("(extrapolation.png)")
+    for name in ("contexts", "extrapolation", "training_curves", "loss_by_position", "similarity_seqpe"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [(row["run"], row["length"], row["bits_per_byte"]) for row in rows] == [
-        ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("alibi", "16", "2.5"), ("rotary", "", ""),
+        ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("seqpe", "", "2.0"), ("seqpe", "", "1.75"), ("alibi", "16", "2.5"),
+        ("rotary", "", ""),
     ]  # fmt: skip
     assert rows[0]["word_perplexity"] == "" and "The runs differ" not in page
     verdict = "At 16 seqpe is the best; the next is alibi, 0.500 behind, of which one seed tells no deviation."
     assert f"Bits per byte, lower is better:\n\n- {verdict}\n\n" in page
+
+
+def in_contexts(folder, bits, targets=640):
+    """Adds to a run's evaluation that of the same tokens under several contexts."""
+    path = folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["results"] += [
+        {"context": context, "targets": targets, "stride": 8, "loss": value / 2, "bits_per_byte": value}
+        for context, value in bits.items()
+    ]
+    path.write_text(json.dumps(evaluation))
+
+
+def test_what_context_is_worth_comes_from_the_same_tokens(tmp_path):
+    """A table of its own, and a plot of differences whose zero is the value under the smallest context."""
+    for seed, kind, bits in (
+        (0, "fire", {16: 2.0, 64: 1.75}), (1, "fire", {16: 2.5, 64: 2.0}), (0, "alibi", {16: 2.0, 64: 3.0}),
+    ):  # fmt: skip
+        make_run(tmp_path / f"{kind}-{seed}", kind, seed=seed, bits=((16, 9.0), (64, 8.0)))
+        in_contexts(tmp_path / f"{kind}-{seed}", bits)
+    study = read_study(tmp_path)
+    table = tables.by_context(study)
+    assert table.note.startswith("The same 640 tokens, with at most so many tokens of context before each.")
+    assert tables.markdown(table).splitlines() == [
+        "| encoding | 16 | 64 | from 16 to 64 |", "| --- | ---: | ---: | ---: |", "| alibi | **2.000** | 3.000 | +1.000 |",
+        "| fire | 2.250 ± 0.354 | **1.875** ± 0.177 | -0.375 ± 0.177 |",
+    ]  # fmt: skip
+    assert "without a gain from context" in tables.by_scale(study, "text", tables.METRICS["text"][0]).note
+    [zero, *curves] = plots.contexts(study).figure.axes[0].get_lines()
+    assert set(zero.get_ydata()) == {0.0} and [list(curve.get_ydata()) for curve in curves[:2]] == [[0, 1.0], [0, -0.375]]
+    rows = list(csv.DictReader(tables.results_csv(study).splitlines()))
+    assert [(row["run"], row["length"], row["context"], row["targets"], row["bits_per_byte"]) for row in rows[:4]] == [
+        ("alibi-0", "16", "", "", "9.0"), ("alibi-0", "64", "", "", "8.0"), ("alibi-0", "", "16", "640", "2.0"),
+        ("alibi-0", "", "64", "640", "3.0"),
+    ]  # fmt: skip
+    assert differences(study) == ["seed: [0] (alibi); [0, 1] (fire)"]
+
+
+def test_contexts_alone_are_an_evaluation_and_other_tokens_are_told(tmp_path):
+    make_run(tmp_path / "a", bits=())
+    (tmp_path / "a" / "evaluation.json").write_text('{"results": []}')
+    make_run(tmp_path / "b", "alibi", bits=((16, 9.0), (64, 8.0)))
+    for name, targets in (("a", 640), ("b", 320)):
+        in_contexts(tmp_path / name, {16: 2.0}, targets)
+    path = tmp_path / "b" / "evaluation.json"
+    path.write_text(path.read_text().replace('"tokens": 640', '"tokens": 641', 1))  # as an older version counted
+    study = read_study(tmp_path)
+    assert [run.state for run in study.runs] == ["finished", "finished"]
+    notes = report.notes(study)
+    assert "The runs differ in [context, targets, stride] evaluated: [[16, 640, 8]] (a); [[16, 320, 8]] (b)" in notes
+    assert "The lengths of b were evaluated on different tokens, and do not compare: evaluate again" in notes
+    assert "| seqpe | **2.000** |" in tables.markdown(tables.by_context(study))
 
 
 def test_runs_of_one_encoding_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
@@ -205,7 +261,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("config.json", '{"seed": 0, "data": {"length": 16}, "encoding": 3}', "no str 'encoding.kind'"),
         ("evaluation.json", "{", "evaluation.json is not JSON"),
         ("evaluation.json", "[]", "evaluation.json has no list 'results'"),
-        ("evaluation.json", '{"results": [{"size": [2]}]}', "a result without a length or size"),
+        ("evaluation.json", '{"results": [{"size": [2]}]}', "a result without a length, size or context"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "metrics.jsonl, line 2 is no object with a step"),
         ("metrics.jsonl", "3\n", "metrics.jsonl, line 1 is no object with a step"),
         ("config.json", "[" * 100_000, "config.json is not JSON"),
@@ -220,6 +276,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("evaluation.json", '{"results": [{"length": 1e30}]}', "a result without a length"),
         ("evaluation.json", '{"results": [{"length": 8, "loss_by_position": {"position": [], "loss": []}}]}', "result 1"),
         ("evaluation.json", '{"results": [{"length": 8, "depth": [1]}]}', "result 1"),
+        ("evaluation.json", '{"results": [{"context": 8, "loss": 1}]}', "result 1"),
         ("evaluation.json", '{"results": [], "step": "2"}', "no int 'step'"),
         ("metrics.jsonl", '{"step": "1"}\n', "metrics.jsonl, line 1 is no object with a step"),
         ("metrics.jsonl", '{"step": 1, "time": "now"}\n', "metrics.jsonl, line 1 is no object with a step"),

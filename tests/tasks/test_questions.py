@@ -1,5 +1,6 @@
 """What the evaluation of a run on questions tells, of answers that no model had to give."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -8,6 +9,31 @@ from seqpe_jax.tasks.questions import Questions
 from seqpe_jax.tasks.task import Asked
 from tests.data.test_squad_long import squad, written
 from tests.tiny import tiny_config
+
+
+def test_every_length_asks_the_same_questions(tmp_path):
+    """Those that fit the shortest of the lengths; another choice of lengths may ask more."""
+    content = squad(*range(30))
+    for paragraph in content["data"][13]["paragraphs"]:  # of the test split
+        paragraph["context"] += " It rains there."
+    path = written(tmp_path / "one.json", content)
+    settings = tiny_config(
+        variant="alibi", data__name="squad_long", data__paths=(str(path),), data__length=512,
+        data__cache_dir=str(tmp_path / "cache"), eval__lengths=(512, 140), objective__shift__rate=0.0,
+    )  # fmt: skip
+
+    def asked(settings, length):
+        nothing = [types.SimpleNamespace(content=[])]
+        model = Asked(
+            lambda batch: {"loss": np.zeros((2, length))}, lambda prompts, *_, **__: nothing * len(prompts),
+            lambda batch: batch, batch=2,
+        )  # fmt: skip
+        records, _ = Questions(settings).evaluate(model, (length,), "test")["answers"]
+        return [record["question"] for record in records]
+
+    longer = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, lengths=(512,)))
+    assert 0 < len(asked(settings, 140)) < len(asked(longer, 512))
+    assert asked(settings, 512) == asked(settings, 140)
 
 
 def test_answers_are_told_by_their_distance(tmp_path):

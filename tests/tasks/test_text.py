@@ -1,12 +1,15 @@
-"""A run keeps how its texts end and says what its tokenizer loses."""
+"""A run keeps how its texts end and says what its tokenizer loses; every length and context scores the same tokens."""
 
 import json
+import types
 
+import numpy as np
 import pytest
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.tasks.questions import Questions
+from seqpe_jax.tasks.task import Asked
 from seqpe_jax.tasks.text import Text
 from tests.data.test_tokenizers import with_tokens, word_level
 from tests.tiny import tiny_config
@@ -123,3 +126,47 @@ def test_a_vocabulary_that_is_too_small_is_told_with_its_cure(tokenizer, texts, 
         InputError, match="has 5 tokens, but the model only 4 .*: set model.vocabulary to 5 or more, or to 0"
     ):
         Text(settings(tokenizer, texts, model__vocabulary=4))
+
+
+def model_of(losses, batch=4):
+    """A model of which only the losses of its targets are known: (tokens[B, L + 1]) -> float[B, L]."""
+    return Asked(lambda batch: {"loss": losses(np.asarray(batch["tokens"]))}, None, lambda batch: batch, batch)
+
+
+def text_of(monkeypatch, tokens, **fields):
+    """The task of a split of these tokens."""
+    source = types.SimpleNamespace(tokens=tokens, bytes=len(tokens), words=len(tokens) // 5)
+    monkeypatch.setattr(Text, "source", lambda self, split: source)
+    return Text(tiny_config(variant="rotary", **fields))
+
+
+@pytest.mark.parametrize("limit", [0, 1500])
+def test_every_length_scores_the_same_tokens(monkeypatch, limit):
+    """A model that ignores its context has the same loss at all of them, though half of the split is noise."""
+    noise = np.random.default_rng(0).integers(128, 256, 1024)
+    tokens = np.concatenate([np.full(1024, 32), noise]).astype(np.uint8)
+    text = text_of(monkeypatch, tokens, eval__tokens=limit)
+    results = [text.evaluate(model_of(lambda tokens: tokens[:, 1:] / 32), (length,), "test") for length in (64, 1023, 1024)]
+    count = limit or 2047
+    assert [result["tokens"] for result in results] == [count] * 3
+    expected = tokens[1 : count + 1].mean() / 32
+    assert [result["loss"] for result in results] == pytest.approx([expected] * 3, rel=1e-12)
+    with pytest.raises(InputError, match="evaluation length 2048 is longer than the test split"):
+        text.check_scale((2048,), "test")
+    if limit:
+        with pytest.raises(InputError, match=r"eval.tokens=1500 \(--tokens\) is less than evaluation length 1501"):
+            text.check_scale((1501,), "test")
+
+
+def test_every_context_scores_the_same_targets(monkeypatch):
+    tokens = np.arange(5000)
+    text = text_of(monkeypatch, tokens, eval__contexts=(16, 300, 1024), eval__targets=400)
+    (contexts,) = text.further_measures()
+    seen = model_of(lambda tokens: tokens[:, 1:] + tokens[:, 1:] - tokens[:, :1])  # which target, and tokens before it
+    results = [contexts.evaluate(seen, scale, "test") for scale in contexts.scales()]
+    for context, result in zip((16, 300, 1024), results, strict=True):
+        assert (result["context"], result["targets"], result["stride"]) == (context, 400, 8)
+        assert result["loss"] - (context - 3.5) == pytest.approx(results[0]["loss"] - 12.5)
+    with pytest.raises(InputError, match="evaluation context 5000 is longer than the test split .*contexts below 5000"):
+        contexts.check_scale((5000,), "test")
+    assert Questions.further_measures(text) == ()

@@ -77,13 +77,17 @@ def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained):
     assert result.code == 2 and "eval.new_tokens" in result.err and "Traceback" not in result.err
 
 
-def test_limits_of_questions_are_refused_for_text(commands, trained, tmp_path):
+def test_limits_of_questions_are_refused_for_text_and_those_of_text_for_questions(commands, trained, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a line of text\n" * 50)
     for limit in ("--examples=5", "--new-tokens=5"):
         ask = ("evaluate", f"--checkpoint={trained}", "--data=text_files", f"--paths={text}", "--lengths=24", limit)
         result = commands(*ask)
         words = f"{limit.split('=')[0]} is for questions, and text_files has none: leave it out"
+        assert result.code == 2 and words in result.err and "Traceback" not in result.err
+    for limit in ("--contexts=8,16", "--stride=5", "--targets=9"):
+        result = commands("evaluate", f"--checkpoint={trained}", limit)
+        words = f"{limit.split('=')[0]} is for text, and qa_jsonl has questions: leave it out, and use --lengths"
         assert result.code == 2 and words in result.err and "Traceback" not in result.err
 
 

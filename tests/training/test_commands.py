@@ -234,13 +234,19 @@ def test_the_same_command_again_has_nothing_to_do(commands, text, trained):
 
 def test_evaluate_writes_its_results(commands, trained, tmp_path):
     output = tmp_path / "deep" / "evaluation.json"
-    result = commands("evaluate", f"--checkpoint={trained}", "--lengths=16,48", f"--output={output}")
+    options = ["--lengths=16,48", "--contexts=48,16", "--targets=30", f"--output={output}"]
+    result = commands("evaluate", f"--checkpoint={trained}", *options)
     assert result.code == 0, result.err
     report = json.loads(output.read_text())
     assert (report["step"], report["encoding"], report["task"]) == (2, "seqpe", "language_modelling")
-    assert [entry["length"] for entry in report["results"]] == [16, 48]
-    for entry in report["results"]:
-        assert 0 < entry["loss"] < 8 and entry["tokens"] % entry["length"] == 0
+    assert [[entry.get("length"), entry.get("context")] for entry in report["results"]] == [
+        [16, None], [48, None], [None, 48], [None, 16],
+    ]  # fmt: skip
+    assert len({entry["tokens"] for entry in report["results"][:2]}) == 1
+    assert [(entry["targets"], entry["stride"]) for entry in report["results"][2:]] == [(24, 8), (24, 8)]
+    assert all(0 < entry["loss"] < 8 for entry in report["results"])
+    assert f"length 48: {report['results'][0]['tokens']} tokens, loss " in result.out
+    assert "context 16: 24 targets, loss " in result.out
     assert (output.parent / "similarity.npz").is_file()
 
 
@@ -279,6 +285,16 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
     (["--lengths=0"], ["--lengths", "'0'"]),
     (["--lengths=201"], ["201", "largest position possible is 199", "encoding.max_position"]),
     (["--lengths=190"], ["190", "longer than the test split"]),
+    (["--lengths=64", "--tokens=40"], ["eval.tokens=40 (--tokens) is less than evaluation length 64"]),
+    (["--contexts=16,0"], ["--contexts", "'0'"]),
+    (["--contexts=16,1"], ["eval.contexts", "at least 2"]),
+    (["--contexts=16,32,16"], ["names 16 more than once"]),
+    (["--contexts=16,201"], ["--contexts) 201", "largest position possible is 199"]),
+    (["--contexts=16,190"], ["evaluation context 190 is longer than the test split", "contexts below"]),
+    (["--contexts=16,32", "--stride=16"], ["(--stride) must be less than the smallest", "16"]),
+    (["--contexts=16,32", "--targets=7"], ["(--targets) is less than the 8 targets of one window"]),
+    (["--contexts=16", "--tokens=99"], ["--tokens is for --lengths", "--targets"]),
+    (["--stride=8"], ["--stride is for --contexts, and none are asked for"]),
     (["--split=tests"], ["split", "tests"]),
     (["--lenghts=16"], ["lenghts", "lengths"]),
 ])  # fmt: skip

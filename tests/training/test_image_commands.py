@@ -87,6 +87,7 @@ def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
     (["--sizes=4x8x8"], ["4x8x8", "has frames", "name two sides"]),
     (["--sizes=4x8x8x8"], ["--sizes", "'4x8x8x8'"]),
     (["--lengths=16"], ["images", "--sizes"]),
+    (["--contexts=16"], ["images", "--contexts", "--sizes"]),
 ])  # fmt: skip
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)

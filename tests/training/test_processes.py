@@ -147,12 +147,13 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert [said(result) for result in results[1:]] == [[]] * 3
 
     found, port = tmp_path / "found.json", _free_port()
-    given = [f"--checkpoint={workdir}", "--lengths=16", "--tokens=64", f"--output={found}"]
+    given = [f"--checkpoint={workdir}", "--lengths=16", "--contexts=8,16", "--tokens=70", f"--output={found}"]
     two = finish(commands, [commands.start("evaluate", *given, *hosts(port, 2, process)) for process in range(2)])
-    assert [result.code for result in two] == [0, 0] and "length 16: loss" in two[0].out and "length" not in two[1].out
-    loss = json.loads(found.read_text())["results"][0]["loss"]
+    assert [result.code for result in two] == [0, 0], two[0].err
+    assert "length 16: 70 tokens, loss" in two[0].out and "context 8: " in two[0].out and "length" not in two[1].out
+    losses = [result["loss"] for result in json.loads(found.read_text())["results"]]
     assert commands("evaluate", *given).code == 0
-    assert json.loads(found.read_text())["results"][0]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert [result["loss"] for result in json.loads(found.read_text())["results"]] == pytest.approx(losses, abs=1e-5)
 
 
 def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
