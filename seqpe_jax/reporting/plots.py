@@ -31,6 +31,7 @@ from seqpe_jax.reporting.drawing import (
     side,
     styles_of,
 )
+from seqpe_jax.reporting.significance import interval
 from seqpe_jax.reporting.study import UNITS, Run, Study
 from seqpe_jax.reporting.tables import metrics_of, number
 
@@ -132,7 +133,7 @@ def extrapolation_sizes(study: Study) -> Plot | None:
 
 
 def _by_extent(study: Study, runs: Sequence[Run], metric: str, name: str, title: str, x: str, y: str) -> Plot | None:
-    """One line per row through the means of its runs, in a band of their standard deviation."""
+    """One line per row through the means of its runs, in a band of the 95% confidence interval of the mean."""
     curves: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         for result in run.results:
@@ -145,11 +146,11 @@ def _by_extent(study: Study, runs: Sequence[Run], metric: str, name: str, title:
     for row, found in curves.items():
         extents = sorted(found)
         means = np.array([statistics.fmean(found[extent]) for extent in extents])
-        spread = np.array([statistics.stdev(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
+        half = np.array([interval(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
         colour, dash = styles[row]
         axes.plot(extents, means, marker="o", markersize=4.5, color=colour, linestyle=dash, **of_row(row))
-        if spread.any() and len(curves) <= BANDS:
-            low, high = means - spread, means + spread
+        if half.any() and len(curves) <= BANDS:
+            low, high = means - half, means + half
             axes.fill_between(extents, low, high, color=colour, alpha=0.13, linewidth=0, **of_row(row))
         ends.append((extents[-1], means[-1], row, colour))
     trained = {run.training["extent"] for run in runs if run.row in curves}
