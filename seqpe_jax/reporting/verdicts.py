@@ -14,8 +14,9 @@ from seqpe_jax.reporting.tables import Metric, number, values_of
 
 RULE = (
     "*: worse than the row with the best mean, by a t-test two-sided at 0.05, paired by seed where two rows have the same "
-    "seeds and data and else Welch's, Holm-corrected over all pairs of rows of a column. Other rows of several seeds tie "
-    "with the best one: their seeds do not tell them apart, and three seeds tell few rows apart. One seed is not judged."
+    "seeds and data and else Welch's, with the p of the best of so many rows, Holm-corrected over all other rows of a "
+    "column. Rows of several seeds without it tie with the best one: their seeds do not tell them apart, and three seeds "
+    "tell few rows apart. Rows of one seed are not judged."
 )
 
 

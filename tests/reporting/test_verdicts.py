@@ -1,10 +1,10 @@
 """Better, worse or a tie: t-tests over seeds, Holm's correction of a family, intervals, sentences from the numbers."""
 
 import math
-import statistics
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from seqpe_jax.reporting import significance, tables
 from seqpe_jax.reporting.study import Run, Study
@@ -12,12 +12,12 @@ from seqpe_jax.reporting.verdicts import RULE, sentences, verdicts, worse
 
 BITS, TOP1 = tables.METRICS["text"][0], tables.METRICS["images"][0]
 # Three seeds each. By hand: the differences b - a are 1.1, 0.8, 0.8, so t = 0.9 / (0.173205 / sqrt(3)) = 9, and with two
-# degrees of freedom p = 1 - t / sqrt(t^2 + 2) = 0.0121217. Of c - a: 0.1, -0.1, 0.3, t = 0.866025, p = 0.4777670.
-# Of b - c: 1.0, 0.9, 0.5, t = 5.237229, p = 0.0345784. Welch's t are 11.022704 with 4 degrees of freedom, 0.612372 and
-# 4.898979 with 2.56; their p are integrals of the density of t by the trapezoidal rule, two million steps.
+# degrees of freedom p = 1 - t / sqrt(t^2 + 2) = 0.0121217. Of c - a: 0.1, -0.1, 0.3, t = 0.8660254, p = 0.4777670.
+# Welch's t are 11.022704 with 4 degrees of freedom and 0.6123724 with 2.56; their p are integrals of the density of t by
+# the trapezoidal rule, two million steps.
 ROWS = {"a": (2.0, 2.1, 2.2), "b": (3.1, 2.9, 3.0), "c": (2.1, 2.0, 2.5)}
-PAIRED = {("a", "b"): 0.0121217, ("a", "c"): 0.4777670, ("b", "c"): 0.0345784}
-WELCH = {("a", "b"): 0.0003850677, ("a", "c"): 0.5903318, ("b", "c"): 0.0233392}
+PAIRED = {"b": (9.0, 2.0, 0.0121217), "c": (0.8660254, 2.0, 0.4777670)}
+WELCH = {"b": (11.0227038, 4.0, 0.000385068), "c": (0.6123724, 2.56, 0.5903318)}
 
 
 def study(values, key="bits_per_byte", **trained):
@@ -39,14 +39,31 @@ def told(values, metric=BITS, data="text", key="bits_per_byte", **trained):
     return sentences(verdicts(study(values, key, **trained), data, metric), metric)
 
 
-def test_p_of_pairs_are_those_computed_by_hand():
+@pytest.mark.parametrize("paired,expected", [(True, PAIRED), (False, WELCH)])
+def test_t_and_p_are_those_computed_by_hand(paired, expected):
     rows = {name: dict(enumerate(values)) for name, values in ROWS.items()}
-    assert significance.p_values(rows, dict.fromkeys(rows, "alike")) == pytest.approx(PAIRED, rel=1e-5)
-    assert significance.p_values(rows, {name: name for name in rows}) == pytest.approx(WELCH, rel=1e-5)
+    for name, (t, degrees, p) in expected.items():
+        found = significance.t_test(rows["a"], rows[name], paired)
+        assert found == pytest.approx((t, degrees), rel=1e-6)
+        assert significance.of_the_best(*found, rows=2) == pytest.approx(p, rel=1e-5)
+
+
+def test_p_of_the_best_of_many_rows_and_holms_correction():
+    """Far out, p grows by the mean of D^2, which is by order statistics: with two degrees of freedom it is D^2 / t^2.
+
+    Of three normal numbers the mean square of the largest is q = 1 + sqrt(3) / (2 pi), of each other one (3 - q) / 2, and
+    the mean of the largest times the sum of all is 1. So D^2 = (q + (3 - q) / 2 - (1 - q)) / 2.
+    """
+    square = 1 + math.sqrt(3) / (2 * math.pi)
+    factor = (square + (3 - square) / 2 - (1 - square)) / 2
+    p = {rows: significance.of_the_best(100.0, 2.0, rows) for rows in (2, 3)}
+    assert p[3] / p[2] == pytest.approx(factor, rel=1e-4)
+    squares, weights = significance._differences(2)  # whose D is normal
+    assert [np.sum(weights), np.sum(weights * squares)] == pytest.approx([1, 1])
     # The smallest of three p counts three times, the next twice, the largest once, and none less than one before it.
-    adjusted = {("a", "b"): 3 * 0.0121217, ("b", "c"): 2 * 0.0345784, ("a", "c"): 0.4777670}
-    assert significance.holm(PAIRED) == pytest.approx(adjusted, rel=1e-5)
-    assert significance.holm({("a", "b"): 0.3, ("a", "c"): 0.4, ("b", "c"): math.nan})["a", "c"] == pytest.approx(0.9)
+    adjusted = significance.holm({"a": 0.3, "b": 0.01, "c": 0.02, "d": math.nan})
+    assert adjusted == pytest.approx({"a": 0.6, "b": 0.04, "c": 0.06, "d": math.nan}, nan_ok=True)
+    assert significance.holm({"a": 0.04, "b": 0.03}) == pytest.approx({"a": 0.06, "b": 0.06})
     # t of 0.975 with two degrees of freedom is 4.302653.
     assert significance.interval((2.0, 2.1, 2.2)) == pytest.approx(4.302653 * 0.1 / 3**0.5)
     assert math.isnan(significance.interval((2.0,))) and math.isnan(significance.interval((2.0, math.inf)))
@@ -56,7 +73,7 @@ def test_a_row_is_better_only_where_the_adjusted_p_allows_it():
     values = {name: {64: row, 128: row} for name, row in ROWS.items()}
     [line] = told(values)
     best = "From 64 to 128 a has the best mean, 0.100 ahead of c; "
-    assert line == best + "it is better than b (adjusted p at most 0.036); c ties with it."
+    assert line == best + "it is better than b (adjusted p at most 0.029); c ties with it."
     assert worse(verdicts(study(values), "text", BITS)) == {("b", "64"), ("b", "128")}
     # Two standard errors of the difference would call b worse than a: 0.2 ± 0.058. Its p is 0.13.
     assert told({"a": {64: (2.0, 2.1, 2.2)}, "b": {64: (2.3, 2.2, 2.4)}}) == [
@@ -77,17 +94,25 @@ def test_rows_are_paired_where_seeds_and_data_agree():
 
 
 def test_a_family_of_equal_rows_has_a_false_loser_in_at_most_one_of_twenty_cases():
-    random, cases, equal = np.random.default_rng(0), 120, 8
-    losers = dict.fromkeys(("paired", "welch", "of the others alone"), 0)
-    for values in random.standard_normal((cases, equal, 3)):
-        rows = {str(name): dict(enumerate(map(float, row))) for name, row in enumerate(values)}
-        best = min(rows, key=lambda name: statistics.fmean(rows[name].values()))
-        for kind, alike in (("paired", dict.fromkeys(rows, "")), ("welch", {name: name for name in rows})):
-            losers[kind] += min(significance.against(best, rows, alike).values()) <= 0.05
-        pairs = significance.p_values(rows, dict.fromkeys(rows, ""))
-        losers["of the others alone"] += min(p for pair, p in pairs.items() if best in pair) * (equal - 1) <= 0.05
-    assert losers["paired"] <= 0.05 * cases and losers["welch"] <= 0.05 * cases
-    assert losers["of the others alone"] > 0.05 * cases  # so that the best row is not tested as if it had been named before
+    cases, equal, seeds = 60_000, 8, 3
+    values = np.random.default_rng(7).standard_normal((cases, equal, seeds))
+    values = np.take_along_axis(values, values.mean(axis=2).argsort(axis=1)[:, :, None], axis=1)
+    differences = values[:, 1:] - values[:, :1]
+    largest = (differences.mean(axis=2) / differences.std(axis=2, ddof=1)).max(axis=1) * seeds**0.5
+
+    def limit(rows):  # t of the first of Holm's tests
+        return optimize.brentq(lambda t: significance.of_the_best(t, seeds - 1, rows) - 0.05 / (equal - 1), 1, 1000)
+
+    assert (largest >= limit(equal)).mean() <= 0.05
+    assert (largest >= limit(2)).mean() > 0.08  # the p of two rows that were named before is not enough
+    losers, at = {True: 0, False: 0}, limit(equal)
+    for case, own in enumerate(values[:40]):
+        rows = {str(row): dict(enumerate(map(float, one))) for row, one in enumerate(own)}
+        for alike in losers:
+            found = min(significance.against("0", rows, {row: alike or row for row in rows}).values()) <= 0.05
+            assert not alike or found == (largest[case] >= at)
+            losers[alike] += found
+    assert losers[False] <= 2  # by Welch's test
 
 
 def test_seeds_that_do_not_vary():
@@ -137,5 +162,11 @@ def test_the_table_marks_what_is_worse_and_its_note_says_by_which_test():
     assert tables.markdown(table).splitlines()[2:] == [
         "| a | **2.100** ± 0.248 | - | - |", "| b | 3.000 ± 0.248\\* | - | - |", "| c | 2.200 ± 0.657 | - | - |",
     ]  # fmt: skip
-    for part in ("95% confidence interval (Student's t), over 3 seeds", "paired by seed", "Welch", "Holm", "all pairs"):
+    for part in (
+        "95% confidence interval (Student's t), over 3 seeds",
+        "paired by seed",
+        "Welch",
+        "Holm",
+        "best of so many rows",
+    ):
         assert part in table.note
