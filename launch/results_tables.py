@@ -65,7 +65,7 @@ def verdict_table(asked: str) -> str:
         for verdict in verdicts(study, data, metric):
             if wanted is None or verdict.label in wanted:
                 lines.append([TASKS[name]] * several + [title(study, verdict.label), *_told(verdict, several)])
-    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties"]
+    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it"]
     cells = [[tables.Cell(text) for text in line] for line in lines]
     return tables.markdown(tables.Table("", header, cells, words=range(len(header))))
 

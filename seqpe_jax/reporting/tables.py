@@ -132,7 +132,7 @@ def with_unit(value: float) -> str:
     """Returns a count in three digits and the unit of its size, e.g. 2.75 M."""
     value = float(f"{value:.3g}")
     power = min(math.floor(math.log10(value)) // 3, len(SIZES) - 1) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {SIZES[power]}".rstrip()
+    return f"{value / 1000**power:#.3g}".rstrip(".") + f" {SIZES[power]}".rstrip()
 
 
 def metrics_of(study: Study) -> list[tuple[str, Metric]]:
