@@ -109,12 +109,14 @@ def configs_of(name: str) -> dict:
     from seqpe_jax.sweeps import points
     from seqpe_jax.trees import nested
 
-    sweep = points.read(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
-    found = {point.name: point.settings for point in sweep.points}
+    found = {}
     if (path := STORED / f"{name}.json").exists():
         kept = json.loads(path.read_text())
         for run, entry in kept["runs"].items():
             found[run] = config.from_dict(nested(kept["shared"] | entry["settings"], "."))
+    if any(run.name not in found for run in study_of(name).runs):
+        sweep = points.read(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
+        found = {point.name: point.settings for point in sweep.points} | found
     return found
 
 

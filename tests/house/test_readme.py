@@ -100,7 +100,6 @@ def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
 def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
     """Of the two encodings that the README compares; parameters also of all runs that kept theirs."""
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    monkeypatch.chdir(ROOT)
     script = importlib.import_module("results_tables")
     stored = json.loads(script.WORK.read_text())
     configs = script.configs_of("study_text")
