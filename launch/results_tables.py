@@ -10,7 +10,8 @@ row, or for those named (comma-separated, in that order), a column for each eval
 and tests over all rows of the study as a report has them (`seqpe_jax.reporting`), then parameters and FLOPs.
 
 A table of verdicts stands between `<!-- verdicts: STUDY METRIC [labels]; ... -->` and `<!-- end of verdicts -->`: for each
-length or size, or for those named, the row with the best mean, those that are worse, and those that tie with it.
+length or size, or for those named, the row with the best mean, those that are worse, those that tie with it, in the order
+of their means, and those that are not judged.
 """
 
 import json
@@ -31,7 +32,7 @@ TASKS = {
     "study_text": "text", "encoder_width": "text", "questions": "questions", "study_images": "images",
     "moving_digits": "video",
 }  # fmt: skip
-FEW = 4  # names of rows that a verdict lists of those that tie, before it gives their number
+FEW = 4  # rows that a verdict of several studies names of those that tie, by their means, before it gives a number
 # Sweeps that are not called as their studies, for the configs of runs that no docs/results/STUDY.json has.
 SWEEPS = {"ablation_digits": "ablation"}
 
@@ -65,16 +66,19 @@ def verdict_table(asked: str) -> str:
         for verdict in verdicts(study, data, metric):
             if wanted is None or verdict.label in wanted:
                 lines.append([TASKS[name]] * several + [title(study, verdict.label), *_told(verdict, several)])
-    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it"]
+    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it", "not judged"]
+    if all(line[-1] == tables.MISSING for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
     cells = [[tables.Cell(text) for text in line] for line in lines]
     return tables.markdown(tables.Table("", header, cells, words=range(len(header))))
 
 
 def _told(verdict: Verdict, short: bool) -> list[str]:
-    """The best row, those that are worse, and those that tie; short: of many that tie, their number."""
+    """The best row, those that are worse, that tie, and that are not judged; short: of many that tie, the first ones."""
     ties = list(verdict.ties)
-    tied = f"the other {len(ties)}" if short and len(ties) > FEW else ", ".join(ties)
-    return [verdict.best, ", ".join(verdict.worse) or tables.MISSING, tied or tables.MISSING]
+    if short and len(ties) > FEW + 1:
+        ties = [*ties[:FEW], f"{len(ties) - FEW} others"]
+    return [", ".join(names) or tables.MISSING for names in ([verdict.best], verdict.worse, ties, verdict.unjudged)]
 
 
 def store_curve(sweep: str, metric: str, study: str) -> int:
