@@ -7,7 +7,7 @@ A plot holds the digest of its results and of the rows that it shows. The tables
 from the same files; the plot of growth by growth.py.
 """
 
-import csv
+import dataclasses
 import hashlib
 import pathlib
 import sys
@@ -17,11 +17,11 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from seqpe_jax.reporting import drawing, plots
-from seqpe_jax.reporting.stored import scale_of
-from seqpe_jax.reporting.study import Run, Study
+from stored_studies import STORED, study_of
 
-STORED = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
+from seqpe_jax.reporting import drawing, plots
+from seqpe_jax.reporting.study import Study
+
 STUDIES = {
     "study_text": plots.extrapolation,
     "questions": plots.extrapolation_answers,
@@ -33,37 +33,12 @@ ROWS = {
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
 }
 DIGEST = "Source"  # of the PNG's texts
-NAMES = {"questions": "stdlib_qa"}  # of their data, where a length does not tell them from text
 
 
-def study_of(name: str) -> Study:
-    """Returns a stored study as far as plots read it: the results of its runs, and where they were trained."""
-    results: dict[str, list[dict]] = {}
-    with (STORED / f"{name}.csv").open() as file:
-        lines = [line for line in csv.DictReader(file) if not line.get("context")]
-    for line in lines:
-        sides = {"length": line["length"]} if "length" in line else {"size": line["size"].split("x")}
-        numbers = {key: float(line[key]) for key in ("bits_per_byte", "contains", "top1") if line.get(key)}
-        results.setdefault(line["run"], []).append(numbers | scale_of(_squared(sides)))
-    runs = []
-    for run, found in results.items():
-        line = next(line for line in lines if line["run"] == run)
-        if "training_length" in line:
-            trained = {"length": int(line["training_length"])}
-        else:
-            trained = _squared({"size": line["training_size"].split("x")})
-        data = trained | {"name": NAMES.get(name)}
-        config = {"encoding": {"kind": line["encoding"]}, "seed": int(line["seed"]), "data": data}
-        row = run.removesuffix(f"-{line['seed']}")
-        if row not in ROWS.get(name, (row,)):
-            continue
-        runs.append(Run(run, config, [], {"results": found}, None, None, row=row))
-    return Study(name, runs)
-
-
-def _squared(sides: dict) -> dict:
-    """Returns {"size": [height, width]} where one side is told for both."""
-    return {"size": sides["size"] * 2} if len(sides.get("size", "")) == 1 else sides
+def shown(name: str) -> Study:
+    """Returns a stored study, of the rows that are drawn."""
+    study = study_of(name)
+    return dataclasses.replace(study, runs=[run for run in study.runs if run.row in ROWS.get(name, (run.row,))])
 
 
 def main(check: bool) -> int:
@@ -71,8 +46,8 @@ def main(check: bool) -> int:
     stale = 0
     for name, draw in STUDIES.items():
         path = STORED / f"{name}.png"
-        shown = (STORED / f"{name}.csv").read_bytes() + repr(ROWS.get(name)).encode()
-        digest = hashlib.sha256(shown).hexdigest()
+        of = (STORED / f"{name}.csv").read_bytes() + repr(ROWS.get(name)).encode()
+        digest = hashlib.sha256(of).hexdigest()
         if path.exists() and Image.open(path).text.get(DIGEST) == digest:
             continue
         stale += 1
@@ -80,7 +55,7 @@ def main(check: bool) -> int:
             print(f"docs/results/{name}.png is not of {name}.csv: run launch/results_plots.py", file=sys.stderr)
             continue
         with matplotlib.rc_context(drawing.DRESS):
-            plot = draw(study_of(name))
+            plot = draw(shown(name))
             plot.figure.savefig(path, dpi=drawing.DPI, metadata={DIGEST: digest})
         plots.close(plot)
         print(f"written: docs/results/{name}.png")

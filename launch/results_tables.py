@@ -3,23 +3,38 @@
     python launch/results_tables.py            rewrites every table between its two marks
     python launch/results_tables.py --check    says which page differs, and changes nothing
     python launch/results_tables.py --curve SWEEP METRIC STUDY     stores what runs measured while training
+    python launch/results_tables.py --work STUDY ...               stores parameters and FLOPs of studies' rows
 
-A study's file is the results.csv that `report` wrote for it. A table stands between `<!-- results: STUDY METRIC [rows] -->`
-and `<!-- end of results -->`: a line for each name of runs (less their seeds), or for those named (comma-separated, in that
-order), a column for each evaluated length or size; mean and deviation over seeds, the best mean of a column in bold.
+A table of results stands between `<!-- results: STUDY METRIC [rows] -->` and `<!-- end of results -->`: a line for each
+row, or for those named (comma-separated, in that order), a column for each evaluated length or size, with means, intervals
+and tests over all rows of the study as a report has them (`seqpe_jax.reporting`), then parameters and FLOPs.
+
+A table of verdicts stands between `<!-- verdicts: STUDY METRIC [labels]; ... -->` and `<!-- end of verdicts -->`: for each
+length or size, or for those named, the row with the best mean, those that are worse, those that tie with it, in the order
+of their means, and those that are not judged.
 """
 
-import csv
 import json
 import pathlib
 import re
-import statistics
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-MARKED = re.compile(r"(<!-- results: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
-# Metrics: decimals, and whether more is better.
-METRICS = {"bits_per_byte": (3, False), "exact_match": (1, True), "top1": (1, True)}
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from stored_studies import ROOT, STORED, WORK, metric_of, study_of, title
+
+from seqpe_jax.reporting import tables
+from seqpe_jax.reporting.verdicts import Verdict, verdicts, worse
+
+RESULTS = re.compile(r"(<!-- results: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+VERDICTS = re.compile(r"(<!-- verdicts: ([^>]+) -->\n).*?(<!-- end of verdicts -->)", re.DOTALL)
+TASKS = {
+    "study_text": "text", "encoder_width": "text", "questions": "questions", "study_images": "images",
+    "moving_digits": "video",
+}  # fmt: skip
+FEW = 4  # rows that a verdict of several studies names of those that tie, by their means, before it gives a number
+# Sweeps that are not called as their studies, for the configs of runs that no docs/results/STUDY.json has.
+SWEEPS = {"ablation_digits": "ablation"}
 
 
 def pages() -> list[pathlib.Path]:
@@ -27,39 +42,43 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def table(study: str, metric: str, rows: str = "") -> str:
+def table(name: str, key: str, rows: str = "") -> str:
     """Returns the markdown table of a metric of a stored study; rows: names, comma-separated, "" = all as they come."""
-    decimals, more_is_better = METRICS[metric]
-    found: dict[str, dict[str, list[float]]] = {}
-    with (ROOT / "docs" / "results" / f"{study}.csv").open() as file:
-        for line in csv.DictReader(file):
-            if line.get("context"):  # the same tokens under several contexts, which is no evaluated length
-                continue
-            if "step" in line:
-                label = line["step"]
-            else:
-                scale, trained = (line.get(f"{part}length") or line[f"{part}size"] for part in ("", "training_"))
-                label = f"{scale} ({int(scale.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"
-            if line.get(metric):
-                name = line["run"].removesuffix(f"-{line['seed']}")
-                found.setdefault(name, {}).setdefault(label, []).append(float(line[metric]))
-    names = rows.split(",") if rows else list(found)
-    labels = sorted(set().union(*map(found.get, names)), key=lambda label: [*map(int, label.split()[0].split("x"))])
-    means = {(name, label): statistics.fmean(values) for name in names for label, values in found[name].items()}
-    choose = max if more_is_better else min
-    lines = [["run", *labels], ["---", *["---:"] * len(labels)]]
-    for name in names:
-        cells = []
-        for label in labels:
-            values, best = found[name].get(label), choose(mean for (_, at), mean in means.items() if at == label)
-            if not values:
-                cells.append("-")
-                continue
-            text = f"{means[name, label]:.{decimals}f}"
-            text = f"**{text}**" if means[name, label] == best else text
-            cells.append(text + (f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""))
-        lines.append([name, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    study = study_of(name)
+    data, metric = metric_of(study, key)
+    by_step = name.endswith("_by_step")
+    marked = set() if by_step else worse(verdicts(study, data, metric))
+    whole = tables.by_scale(study, data, metric, marked, work=not by_step)
+    _, extents = tables.values_of(study, data, metric)
+    header = ["run", *(title(study, label) for label in extents), *whole.header[1 + len(extents) :]]
+    lines = {row[0].text: row for row in whole.rows}
+    return tables.markdown(tables.Table("", header, [lines[row] for row in rows.split(",")] if rows else whole.rows))
+
+
+def verdict_table(asked: str) -> str:
+    """Returns the markdown table of verdicts of "STUDY METRIC [labels]; ..."; labels: comma-separated."""
+    lines, several = [], ";" in asked
+    for one in asked.split(";"):
+        name, key, *labels = one.split()
+        study = study_of(name)
+        data, metric = metric_of(study, key)
+        wanted = labels[0].split(",") if labels else None
+        for verdict in verdicts(study, data, metric):
+            if wanted is None or verdict.label in wanted:
+                lines.append([TASKS[name]] * several + [title(study, verdict.label), *_told(verdict, several)])
+    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it", "not judged"]
+    if all(line[-1] == tables.MISSING for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    cells = [[tables.Cell(text) for text in line] for line in lines]
+    return tables.markdown(tables.Table("", header, cells, words=range(len(header))))
+
+
+def _told(verdict: Verdict, short: bool) -> list[str]:
+    """The best row, those that are worse, that tie, and that are not judged; short: of many that tie, the first ones."""
+    ties = list(verdict.ties)
+    if short and len(ties) > FEW + 1:
+        ties = [*ties[:FEW], f"{len(ties) - FEW} others"]
+    return [", ".join(names) or tables.MISSING for names in ([verdict.best], verdict.worse, ties, verdict.unjudged)]
 
 
 def store_curve(sweep: str, metric: str, study: str) -> int:
@@ -70,13 +89,58 @@ def store_curve(sweep: str, metric: str, study: str) -> int:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         rows += [[folder.name, seed, x["step"], x[f"eval/{metric}"]] for x in lines if f"eval/{metric}" in x]
     lines = [["run", "seed", "step", metric.partition("@")[0]], *rows]
-    (ROOT / "docs" / "results" / f"{study}.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    (STORED / f"{study}.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     return 0 if rows else 1
+
+
+def store_work(names: list[str]) -> int:
+    """Stores parameters and training FLOPs of studies' rows, from the configs of their runs; returns the exit code."""
+    stored = json.loads(WORK.read_text()) if WORK.exists() else {}
+    for name in names:
+        configs = configs_of(name)
+        for run in study_of(name).runs:
+            rows = stored.setdefault(name, {})
+            if run.row not in rows:
+                rows[run.row] = work_of(configs[run.name])
+                print(f"{name} {run.row}: {rows[run.row]}", flush=True)
+    WORK.write_text(json.dumps(stored, indent=1) + "\n")
+    return 0
+
+
+def configs_of(name: str) -> dict:
+    """Returns the config of each run of a study: as docs/results/STUDY.json has it, else of its sweep's file."""
+    from seqpe_jax import config
+    from seqpe_jax.sweeps import points
+    from seqpe_jax.trees import nested
+
+    found = {}
+    if (path := STORED / f"{name}.json").exists():
+        kept = json.loads(path.read_text())
+        for run, entry in kept["runs"].items():
+            found[run] = config.from_dict(nested(kept["shared"] | entry["settings"], "."))
+    if any(run.name not in found for run in study_of(name).runs):
+        sweep = points.read(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
+        found = {point.name: point.settings for point in sweep.points} | found
+    return found
+
+
+def work_of(settings) -> dict[str, float]:
+    """Returns {"parameters", "training_flops"} of a config, as `evaluate` stores them; data need not be there."""
+    from seqpe_jax.objectives.flops import training_flops
+    from seqpe_jax.training.trainer import Trainer
+    from seqpe_jax.trees import count
+
+    trainer = Trainer.of(settings, data_there=False)
+    flops = training_flops(
+        trainer.objective, trainer.task.example, settings.batch_size, settings.optimizer.accumulate
+    )  # fmt: skip
+    return {"parameters": count(trainer.shapes.params), "training_flops": flops / trainer.task.units_per_step}
 
 
 def rewritten(page: str) -> str:
     """Returns the text of a page with its tables made anew."""
-    return MARKED.sub(lambda mark: f"{mark[1]}{table(mark[2], mark[3], mark[4] or '')}{mark[5]}", page)
+    page = RESULTS.sub(lambda mark: f"{mark[1]}{table(mark[2], mark[3], mark[4] or '')}{mark[5]}", page)
+    return VERDICTS.sub(lambda mark: f"{mark[1]}{verdict_table(mark[2])}{mark[3]}", page)
 
 
 def main(check: bool) -> int:
@@ -95,7 +159,10 @@ def main(check: bool) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--curve"] and len(sys.argv) == 5:
         sys.exit(store_curve(*sys.argv[2:]))
+    if sys.argv[1:2] == ["--work"] and len(sys.argv) > 2:
+        sys.exit(store_work(sys.argv[2:]))
     if sys.argv[1:] not in ([], ["--check"]):
-        print(f"error: {' '.join(sys.argv[1:])}: give nothing, --check, or --curve SWEEP METRIC STUDY", file=sys.stderr)
+        wrong = f"error: {' '.join(sys.argv[1:])}: give nothing, --check, --curve SWEEP METRIC STUDY, or --work STUDY ..."
+        print(wrong, file=sys.stderr)
         sys.exit(2)
     sys.exit(main("--check" in sys.argv))

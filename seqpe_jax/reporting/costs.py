@@ -8,8 +8,9 @@ from typing import Any
 from seqpe_jax.axes import scale_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
+from seqpe_jax.reporting.significance import interval
 from seqpe_jax.reporting.study import Run, Study
-from seqpe_jax.reporting.tables import MISSING, Cell, Metric, Table, heading, mean, number, spread
+from seqpe_jax.reporting.tables import MEANS, MISSING, Cell, Metric, Table, heading, mean, number
 
 FILES = "benchmark*.json"  # beside the runs, each of one mode
 MODES = {"train": "training step", "eval": "evaluation"}
@@ -85,7 +86,7 @@ def summary(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchm
         first = one["runs"][0]
         header += [f"{MODES[first['mode']]} at {first['label']}, time", "memory"]
     kept = f"{far} over {near}" if metric.more_is_better else f"{near} over {far}"
-    note = f"Kept: {kept}, so that 1 is all, of each run; mean ± standard deviation."
+    note = f"Kept: {kept}, so that 1 is all, of each run. {MEANS}."
     if benchmarks:
         references = " and ".join(dict.fromkeys(_reference(_names(one), study) for one in benchmarks))
         devices = " and ".join(dict.fromkeys(str(one.get("device", "an unknown device")) for one in benchmarks))
@@ -128,7 +129,7 @@ def _mean(values: Sequence[float | None], decimals: int) -> Cell:
     there = [value for value in values if value is not None]
     if not there:
         return Cell(MISSING)
-    after = f" ± {number(spread(there), decimals)}" if len(there) > 1 else ""
+    after = f" ± {number(interval(there), decimals)}" if len(there) > 1 else ""
     after += f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
     return Cell(number(mean(there), decimals), mean(there), after=after)
 

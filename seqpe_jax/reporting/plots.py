@@ -31,6 +31,7 @@ from seqpe_jax.reporting.drawing import (
     side,
     styles_of,
 )
+from seqpe_jax.reporting.significance import interval
 from seqpe_jax.reporting.study import UNITS, Run, Study
 from seqpe_jax.reporting.tables import context_metric, metrics_of, number
 
@@ -168,7 +169,11 @@ def _values(runs: Sequence[Run], metric: str) -> Curves:
 def _by_extent(
     study: Study, runs: Sequence[Run], curves: Curves, name: str, title: str, x: str, y: str, zero: bool = False
 ) -> Plot | None:
-    """One line per row through the means of its runs, in a band of their standard deviation; zero: with a line at 0."""
+    """One line per row through the means of its runs, in a band of the 95% confidence interval of the mean.
+
+    Args:
+      zero: whether a line marks 0.
+    """
     if not curves:
         return None
     figure, axes = new_figure(x, y, len(curves))
@@ -178,11 +183,11 @@ def _by_extent(
     for row, found in curves.items():
         extents = sorted(found)
         means = np.array([statistics.fmean(found[extent]) for extent in extents])
-        spread = np.array([statistics.stdev(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
+        half = np.array([interval(found[at]) if len(found[at]) > 1 else 0.0 for at in extents])
         colour, dash = styles[row]
         axes.plot(extents, means, marker="o", markersize=4.5, color=colour, linestyle=dash, **of_row(row))
-        if spread.any() and len(curves) <= BANDS:
-            low, high = means - spread, means + spread
+        if half.any() and len(curves) <= BANDS:
+            low, high = means - half, means + half
             axes.fill_between(extents, low, high, color=colour, alpha=0.13, linewidth=0, **of_row(row))
         ends.append((extents[-1], means[-1], row, colour))
     trained = {run.training["extent"] for run in runs if run.row in curves}

@@ -14,7 +14,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, write_whole
 from seqpe_jax.reporting import choices, costs, drawing, plots, tables
 from seqpe_jax.reporting.study import Run, Study, differences, read_study
-from seqpe_jax.reporting.verdicts import verdicts
+from seqpe_jax.reporting.verdicts import RULE, Verdict, sentences, verdicts, worse
 from seqpe_jax.runtime.progress import ProgressLine
 
 TEMPLATE, SCRIPT = "page.html", "page.js"
@@ -39,11 +39,16 @@ def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output={output} cannot be made a folder ({error.strerror}): choose another") from error
+    judged = {(data, metric): verdicts(study, data, metric) for data, metric in _main_metrics(study)}
     parts = {
         "study": study,
         "notes": notes(study),
-        "verdicts": _verdicts(study),
-        "measured": _measured(study, benchmarks),
+        "verdicts": [
+            (f"{metric.title.rstrip(',')}, {metric.direction}", sentences(found, metric))
+            for (_, metric), found in judged.items()
+            if found
+        ],
+        "measured": _measured(study, judged, benchmarks),
         "cost": tables.cost(study),
         "unmeasured": costs.command(study, workdir, benchmarks),
         "choices": choices.choices(study),
@@ -84,28 +89,24 @@ def notes(study: Study) -> list[str]:
     return lines
 
 
-def _verdicts(study: Study) -> list[tuple[str, list[str]]]:
-    """The main metric of each kind of data, and who wins where."""
-    found = [
-        (f"{metric.title.rstrip(',')}, {metric.direction}", verdicts(study, data, metric))
-        for data, metric in _main_metrics(study)
-    ]
-    return [(metric, sentences) for metric, sentences in found if sentences]
-
-
 def _main_metrics(study: Study) -> list[tuple[str, tables.Metric]]:
     measured = tables.metrics_of(study)
     return [next(one for one in measured if one[0] == data) for data in dict.fromkeys(data for data, _ in measured)]
 
 
-def _measured(study: Study, benchmarks: list[costs.Benchmark]) -> list[tables.Table]:
-    """The tables of results: the main metric by length, what is kept of it and what that costs, then the others."""
-    main = _main_metrics(study)
-    kept = [costs.summary(study, data, metric, benchmarks) for data, metric in main]
-    others = [one for one in tables.metrics_of(study) if one not in main]
+def _measured(
+    study: Study, judged: dict[tuple[str, tables.Metric], list[Verdict]], benchmarks: list[costs.Benchmark]
+) -> list[tables.Table]:
+    """The tables of results: the main metric by length, what is kept of it and what that costs, then the others.
+
+    Args:
+      judged: the main metric of each kind of data, with its verdicts.
+    """
+    kept = [costs.summary(study, data, metric, benchmarks) for data, metric in judged]
+    others = [one for one in tables.metrics_of(study) if one not in judged]
+    main = [tables.by_scale(study, *one, worse(found), RULE, work=True) for one, found in judged.items()]
     found = [
-        *(tables.by_scale(study, data, metric) for data, metric in main), tables.by_context(study), *kept,
-        tables.by_distance(study),
+        *main, tables.by_context(study), *kept, tables.by_distance(study),
         *(tables.by_scale(study, data, metric) for data, metric in others),
     ]  # fmt: skip
     return [table for table in found if table is not None]
@@ -138,8 +139,8 @@ def _markdown(parts: dict[str, Any]) -> str:
     """The page as markdown, beside its plots."""
     plain = tables.plain
     shown = [f"# {plain(parts['study'].name)}\n", *(f"> {plain(note)}\n" for note in parts["notes"])]
-    for metric, sentences in parts["verdicts"]:
-        shown.append("".join(f"{line}\n" for line in (f"{plain(metric)}:", "", *(f"- {plain(one)}" for one in sentences))))
+    for metric, told in parts["verdicts"]:
+        shown.append("".join(f"{line}\n" for line in (f"{plain(metric)}:", "", *(f"- {plain(one)}" for one in told))))
     if not parts["measured"]:
         shown.append(NOT_EVALUATED)
     for table in (*parts["measured"], parts["cost"], *parts["choices"], parts["points"], parts["differing"]):

@@ -19,6 +19,7 @@ CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a confi
 # What it need not have, but of this kind.
 IF_THERE = {"steps": int, "data.size": list, "data.name": str, "encoding.gate": str}
 EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
+EVALUATION |= {"training_flops": (int, float)}
 NUMBERS = (
     "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
 )

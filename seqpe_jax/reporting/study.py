@@ -107,6 +107,11 @@ class Run:
         return self.evaluation.get("parameters")
 
     @property
+    def training_flops(self) -> float | None:
+        """FLOPs of training per token or image, once evaluated; see `objectives.flops`."""
+        return self.evaluation.get("training_flops")
+
+    @property
     def steps_planned(self) -> int | None:
         """Steps that the config asks for."""
         return self.config.get("steps")

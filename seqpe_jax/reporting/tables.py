@@ -7,14 +7,22 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from seqpe_jax.reporting.study import UNITS, UNSET, Study, shown
+from seqpe_jax.reporting.significance import interval
+from seqpe_jax.reporting.study import UNITS, UNSET, Run, Study, shown
 from seqpe_jax.trees import flat
 
 MISSING = "-"
 MIB = 2**20
+SIZES = ("", "k", "M", "G", "T", "P")  # of counts
+MEANS = "Mean ± half the width of its 95% confidence interval (Student's t)"
+WORK = (
+    "FLOPs: of the matrix products of a training step, three times those of its forward pass, with the position encoder, "
+    "its losses and its features in attention, over the tokens or images that the step reads at the training size; in "
+    "attention all keys count, those that causality hides too."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +109,7 @@ def markdown(table: Table) -> str:
     """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
     rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
     best = {True: "**{}**", False: "{}"}
-    body = [[best[cell.best].format(plain(cell.text)) + cell.after for cell in row] for row in table.rows]
+    body = [[best[cell.best].format(plain(cell.text)) + plain(cell.after) for cell in row] for row in table.rows]
     lines = [[plain(cell) for cell in table.header], rule, *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -121,14 +129,16 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
 
 
-def spread(values: Sequence[float]) -> float:
-    """Returns the standard deviation of more than one value; not a number where one is not finite."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
 def number(value: float, decimals: int = 3) -> str:
     """Returns a value with so many decimals, or in short where it is too large for them to matter."""
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def with_unit(value: float) -> str:
+    """Returns a count in three digits and the unit of its size, e.g. 2.75 M."""
+    value = float(f"{value:.3g}")
+    power = min(math.floor(math.log10(value)) // 3, len(SIZES) - 1) if value >= 1 else 0
+    return f"{value / 1000**power:#.3g}".rstrip(".") + f" {SIZES[power]}".rstrip()
 
 
 def metrics_of(study: Study) -> list[tuple[str, Metric]]:
@@ -141,11 +151,21 @@ def metrics_of(study: Study) -> list[tuple[str, Metric]]:
     ]
 
 
-def by_scale(study: Study, data: str, metric: Metric) -> Table:
+def by_scale(
+    study: Study, data: str, metric: Metric, worse: Collection[tuple[str, str]] = (), rule: str = "", work: bool = False
+) -> Table:
     """Returns row x length or size of a metric of the runs' evaluations; the best of a column is marked.
 
-    Runs that differ in the seed alone share a row: their mean and standard deviation. What was not evaluated is shown
+    Runs that differ in the seed alone share a row: their mean and its confidence interval. What was not evaluated is shown
     as missing, and where some of a row's runs were not, how many were; a single row has no best.
+
+    Args:
+      study: the runs.
+      data: the kind of data.
+      metric: what is shown.
+      worse: (row, label) of cells to mark as worse than the best row, by tests.
+      rule: what these tests are, for the note.
+      work: whether parameters and FLOPs stand beside the results.
     """
     runs = [run for run in study.runs if run.data == data]
     found, extents = values_of(study, data, metric)
@@ -159,7 +179,7 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
             return Cell(MISSING)
         average, after = mean(values), ""
         if len(values) > 1:
-            after = f" ± {number(spread(values), metric.decimals)}"
+            after = f" ± {number(interval(values), metric.decimals)}" + "*" * ((name, label) in worse)
         if len(values) < len(study.of(name)):
             after += f" ({len(values)} of {len(study.of(name))})"
         return Cell(number(average, metric.decimals), average, len(names) > 1 and name in best[label], after)
@@ -167,20 +187,25 @@ def by_scale(study: Study, data: str, metric: Metric) -> Table:
     def title(label: str) -> str:
         return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
 
-    notes = [WINDOWS] if data == "text" and len(extents) > 1 else []
+    several = any(len(values) > 1 for values in found.values())
+    windows = WINDOWS * (data == "text" and len(extents) > 1)
+    note = [windows, _seeds(found), rule * (several and len(names) > 1), WORK * work]
     return Table(
         f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
-        [heading(study), *map(title, extents)],
-        [[Cell(name), *(cell(name, label) for label in extents)] for name in names],
-        " ".join(filter(None, [*notes, _seeds(study, names)])),
+        [heading(study), *map(title, extents), *(("parameters", f"FLOPs per {UNITS[data][:-1]}") if work else ())],
+        [
+            [Cell(name), *(cell(name, label) for label in extents), *(_work(study.of(name)) if work else ())]
+            for name in names
+        ],
+        " ".join(filter(None, note)),
     )
 
 
 def by_context(study: Study) -> Table | None:
     """Returns row x context: a metric of the same tokens under each context, and the difference that context makes.
 
-    Mean and standard deviation over the runs of a row; the difference is that of each run, from the smallest context to
-    the largest. None where no run was evaluated so.
+    Mean and 95% confidence interval over the runs of a row; the difference is that of each run, from the smallest context
+    to the largest. None where no run was evaluated so.
     """
     runs = [run for run in study.counted if run.contexts]
     if not runs:
@@ -202,7 +227,7 @@ def by_context(study: Study) -> Table | None:
     def cell(values: Sequence[float] | None, name: str, leads: bool = False, sign: str = "") -> Cell:
         if not values:
             return Cell(MISSING)
-        average, after = mean(values), f" ± {number(spread(values), metric.decimals)}" if len(values) > 1 else ""
+        average, after = mean(values), f" ± {number(interval(values), metric.decimals)}" if len(values) > 1 else ""
         if len(values) < len(study.of(name)):
             after += f" ({len(values)} of {len(study.of(name))})"
         text = number(average, metric.decimals)
@@ -221,7 +246,7 @@ def by_context(study: Study) -> Table | None:
         f"{metric.title} by context ({metric.direction})",
         [heading(study), *labels, *([f"from {labels[0]} to {labels[-1]}"] if len(labels) > 1 else [])],
         rows,
-        " ".join(filter(None, [note, _seeds(study, names)])),
+        " ".join(filter(None, [note, _seeds(found)])),
     )
 
 
@@ -232,10 +257,21 @@ def context_metric(study: Study) -> Metric:
     return bits if there else Metric("loss", "Loss (nats per token)")
 
 
+def _work(runs: Sequence[Run]) -> list[Cell]:
+    """Parameters and training FLOPs per token or image of a row, whose runs have the same model."""
+    cells = []
+    for values, form in (
+        ([run.parameters for run in runs], lambda value: f"{value:,}"), ([run.training_flops for run in runs], with_unit),
+    ):  # fmt: skip
+        known = next((value for value in values if value is not None), None)
+        cells.append(Cell(MISSING) if known is None else Cell(form(known), known))
+    return cells
+
+
 def by_distance(study: Study) -> Table | None:
     """Returns row x distance from the question back to the answer: answers found at the longest evaluated length.
 
-    Mean and standard deviation over runs of their shares in percent; the number of questions of a column is the mean over
+    Mean and confidence interval over runs of their shares in percent; the number of questions of a column is the mean over
     runs. None where nothing was scored by distance.
     """
     runs = [run for run in study.counted if run.data == "questions"]
@@ -255,7 +291,7 @@ def by_distance(study: Study) -> Table | None:
         values = found.get((row, low))
         if not values:
             return Cell(MISSING)
-        after = f" ± {number(spread(values), 1)}" if len(values) > 1 else ""
+        after = f" ± {number(interval(values), 1)}" if len(values) > 1 else ""
         return Cell(number(mean(values), 1), mean(values), after=after)
 
     def title(low: int, high: int, asked: Sequence[int]) -> str:
@@ -267,18 +303,18 @@ def by_distance(study: Study) -> Table | None:
         [heading(study), *(title(*edges, asked) for edges, asked in sorted(counts.items()))],
         [[Cell(row), *(cell(row, low) for low, _ in sorted(counts))] for row in dict.fromkeys(run.row for run in runs)],
         f"Tokens from the answer, in its passage, to the end of the question, in prompts of {longest:g} tokens; trained at "
-        f"{trained}. n: questions, on average over runs.",
+        f"{trained}. n: questions, on average over runs. {_seeds(found)}".strip(),
     )
 
 
 def cost(study: Study) -> Table:
-    """Returns what the runs of each row cost: the mean, and the standard deviation, over its runs."""
+    """Returns what the runs of each row cost: the mean over its runs, and its confidence interval."""
 
     def cell(values: Sequence[float | None], form: Callable[[float], str]) -> Cell:
         values = [value for value in values if value is not None]
         if not values:
             return Cell(MISSING)
-        after = f" ± {form(spread(values))}" if len(values) > 1 and spread(values) else ""
+        after = f" ± {form(interval(values))}" if len(values) > 1 and interval(values) else ""
         return Cell(form(mean(values)), mean(values), after=after)
 
     def whole(value: float) -> str:
@@ -345,17 +381,19 @@ def results_csv(study: Study) -> str:
         "images": ("examples", "loss", "top1", "top5"),
     }
     columns = list(dict.fromkeys(metric for run in study.runs for metric in metrics[run.data]))
+    work = ("parameters", "training_flops")
     scale = "length" if all(run.data != "images" for run in study.runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     if any(run.contexts for run in study.runs):
         columns = ["context", "targets", "stride", *columns]
-    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns])
+    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns, *work])
     for run in study.runs:
         for result in [*run.results, *run.contexts] or [{"label": ""}]:
             label = "" if "context" in result else result["label"]
             place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], label]
-            writer.writerow([*map(_no_formula, place), *(result.get(metric, "") for metric in columns)])
+            numbers = [*(result.get(metric, "") for metric in columns), *(run.evaluation.get(name, "") for name in work)]
+            writer.writerow([*map(_no_formula, place), *numbers])
     return out.getvalue()
 
 
@@ -392,9 +430,10 @@ def heading(study: Study) -> str:
     return "encoding" if all(run.row.split(" ")[0] == run.encoding for run in study.runs) else "run"
 
 
-def _seeds(study: Study, names: Sequence[str]) -> str:
-    counts = sorted({len(study.of(name)) for name in names})
-    return f"Mean ± standard deviation of {' or '.join(map(str, counts))} seeds." if counts[-1] > 1 else ""
+def _seeds(found: Mapping[Any, Sequence[float]]) -> str:
+    """What stands beside means, of values by row and column; "" where there is one of each."""
+    counts = sorted(set(map(len, found.values())))
+    return f"{MEANS}, over {' or '.join(map(str, counts))} seeds." if max(counts, default=0) > 1 else ""
 
 
 def _fields(study: Study) -> dict[str, dict[str, list[str]]]:

@@ -1,104 +1,151 @@
-"""Who wins where, and by how many deviations, in sentences that are made from the numbers."""
+"""Which row is better, worse or a tie at each length or size, in sentences that are made from tests of the numbers."""
 
+import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
-from seqpe_jax.reporting.study import Study
+from seqpe_jax.reporting import significance
+from seqpe_jax.reporting.stored import field
+from seqpe_jax.reporting.study import COMPARED, Run, Study
 from seqpe_jax.reporting.tables import Metric, number, values_of
 
-ERRORS = 2  # standard errors of a difference, within which two means are called a tie
-
-
-def verdicts(study: Study, data: str, metric: Metric) -> list[str]:
-    """Returns a sentence for each stretch of lengths or sizes with the same winner, the same ties and the same rows judged.
-
-    Two rows tie where their means differ by no more than two standard errors of that difference. Deviations are claimed
-    only of rows with several seeds, in units of their pooled standard deviation: where there are two such rows, those of
-    one seed are not judged but named; else the best is named without deviations. A single row has no verdict.
-    """
-    found, extents = values_of(study, data, metric)
-    stretches: list[tuple[_Place, list[_Place]]] = []
-    for label in extents:
-        values = {name: own for (name, at), own in found.items() if at == label and all(map(math.isfinite, own))}
-        if len(values) > 1:
-            place = _place(label, values, metric)
-            if stretches and stretches[-1][0].key == place.key:
-                stretches[-1][1].append(place)
-            else:
-                stretches.append((place, [place]))
-    return [_sentence(metric, places) for _, places in stretches]
+RULE = (
+    "*: worse than the row with the best mean, by a t-test two-sided at 0.05, paired by seed where two rows have the same "
+    "seeds and data and else Welch's, with the p of the best of so many rows, Holm-corrected over all other rows of a "
+    "column. Rows of several seeds without it tie with the best one: their seeds do not tell them apart, and three seeds "
+    "tell few rows apart. Rows of one seed are not judged."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """What is said of one length or size: the winner, what ties with it, the next, and what is not judged.
+class Verdict:
+    """The tests of one length or size: each judged row against the one with the best mean.
 
-    `several` says whether the rows judged have several seeds. `margin` is that to the next, `deviations` the same in
-    standard deviations, nan where there is none, None where unknown.
+    Attributes:
+      label: the length or size.
+      best: the row with the best mean among those judged, or among all where `judged` is False.
+      worse: row -> adjusted p of those that are worse than the best row.
+      ties: row -> adjusted p of those that are not told apart from it.
+      unjudged: row -> why it is not tested.
+      next: the row whose mean is next to the best, "" without one.
+      margin: the difference of their means, at least 0.
+      judged: whether two rows have several seeds; else nothing is tested.
     """
 
     label: str
-    first: str
-    ties: tuple[str, ...]
-    unjudged: tuple[str, ...]
-    several: bool
-    next: str = ""
-    margin: float = 0.0
-    deviations: float | None = None
+    best: str
+    worse: dict[str, float]
+    ties: dict[str, float]
+    unjudged: dict[str, str]
+    next: str
+    margin: float
+    judged: bool = True
 
     @property
     def key(self) -> tuple:
-        return self.first, set(self.ties), self.unjudged, self.several, bool(self.next)
+        """Equal of verdicts that one sentence can tell together."""
+        return self.best, set(self.worse), set(self.ties), self.unjudged, self.next, self.judged
 
 
-def _place(label: str, values: dict[str, list[float]], metric: Metric) -> _Place:
-    ranked = sorted(values, key=lambda name: statistics.fmean(values[name]), reverse=metric.more_is_better)
-    several = [name for name in ranked if len(values[name]) > 1]
-    judged = several if len(several) > 1 else ranked
-    first, *others = judged
-    ties = tuple(name for name in others if _tie(values[first], values[name]))
-    unjudged = tuple(name for name in values if name not in judged)
-    place = _Place(label, first, ties, unjudged, judged is several)
-    behind = next((name for name in others if name not in ties), None)
-    if behind is None:
-        return place
-    margin = abs(statistics.fmean(values[first]) - statistics.fmean(values[behind]))
-    deviations = None
-    if judged is several:
-        pooled = math.sqrt((statistics.variance(values[first]) + statistics.variance(values[behind])) / 2)
-        deviations = margin / pooled if pooled else math.nan
-    return dataclasses.replace(place, next=behind, margin=margin, deviations=deviations)
+def verdicts(study: Study, data: str, metric: Metric) -> list[Verdict]:
+    """Returns the verdict of each length or size at which two rows or more have a finite value.
+
+    Rows of one seed are not judged, nor those with a seed whose value is not finite. Runs of a row with the same seed count
+    once, with their mean.
+    """
+    found, extents = values_of(study, data, metric)
+    judged = [_verdict(study, label, found, metric) for label in extents]
+    return [one for one in judged if one is not None]
 
 
-def _tie(values: Sequence[float], others: Sequence[float]) -> bool:
-    apart = abs(statistics.fmean(values) - statistics.fmean(others))
-    if min(len(values), len(others)) < 2:
-        return apart == 0
-    return apart <= ERRORS * math.sqrt(sum(statistics.variance(one) / len(one) for one in (values, others)))
+def worse(found: Sequence[Verdict]) -> set[tuple[str, str]]:
+    """Returns the (row, label) that are worse than the best row of a length or size."""
+    return {(row, one.label) for one in found for row in one.worse}
 
 
-def _sentence(metric: Metric, places: Sequence[_Place]) -> str:
-    place, last = places[0], places[-1]
-    words = f"At {place.label}" if place is last else f"From {place.label} to {last.label}"
-    if place.ties:
-        words += f" {_joined([place.first, *place.ties])} tie" + (", within two standard errors" if place.several else "")
-    else:
-        words += f" {place.first} wins" if place.several else f" {place.first} is the best"
-    if place.next:
-        nexts = " and ".join(dict.fromkeys(one.next for one in places))
-        by = _range([one.margin for one in places], lambda value: number(value, metric.decimals))
-        words += f"; {'then comes' if place.ties else 'the next is'} {nexts}, {by} behind"
-        deviations = [one.deviations for one in places if one.deviations is not None]
-        if not deviations:
-            words += ", of which one seed tells no deviation"
-        elif any(map(math.isnan, deviations)):
-            words += ", with no deviation between seeds"
+def _verdict(study: Study, label: str, found: dict[tuple[str, str], list[float]], metric: Metric) -> Verdict | None:
+    there = {name: own for (name, at), own in found.items() if at == label}
+    finite = {name: own for name, own in there.items() if all(map(math.isfinite, own))}
+    if len(finite) < 2:
+        return None
+    means = {name: statistics.fmean(own) for name, own in finite.items()}
+    seeds = {name: _seeds(study, name, label, metric) for name in finite}
+    several = [name for name in finite if len(seeds[name]) > 1]
+    judged = len(several) > 1
+    choose = max if metric.more_is_better else min
+    best = choose(several if judged else finite, key=means.__getitem__)
+    others = [name for name in (several if judged else finite) if name != best]
+    following = choose(others, key=means.__getitem__)
+    verdict = Verdict(label, best, {}, {}, {}, following, abs(means[best] - means[following]), judged)
+    if not judged:
+        return verdict
+    measured = {name: _measured(study, name, label) for name in several}
+    adjusted = significance.against(best, {name: seeds[name] for name in several}, measured)
+    for name in sorted(others, key=means.__getitem__, reverse=metric.more_is_better):
+        if math.isnan(adjusted[name]):
+            verdict.unjudged[name] = "seeds that do not differ"
         else:
-            words += f" ({_range(deviations, lambda value: f'{value:.1f}')} standard deviations)"
-    if place.unjudged:
-        words += f"; not judged, of one seed: {', '.join(place.unjudged)}"
+            (verdict.worse if adjusted[name] <= significance.LEVEL else verdict.ties)[name] = adjusted[name]
+    for name in there:
+        if name not in several:
+            verdict.unjudged[name] = "one seed" if name in finite else "a value that is not finite"
+    return verdict
+
+
+def _results(study: Study, row: str, label: str) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs of a row that count, with their results at a length or size."""
+    return [(run, result) for run in study.counted if run.row == row for result in run.results if result["label"] == label]
+
+
+def _seeds(study: Study, row: str, label: str, metric: Metric) -> dict[int, float]:
+    values: dict[int, list[float]] = collections.defaultdict(list)
+    for run, result in _results(study, row, label):
+        if metric.key in result:
+            values[run.seed].append(result[metric.key])
+    return {seed: statistics.fmean(own) for seed, own in values.items()}
+
+
+def _measured(study: Study, row: str, label: str) -> Hashable:
+    """What rows must have in common to be paired: seeds, training data, the split and the number of examples read."""
+    found = set()
+    for run, result in _results(study, row, label):
+        trained = tuple(repr(field(run.config, name)) for name in COMPARED)
+        count = result.get("examples", result.get("tokens"))
+        found.add((run.seed, trained, run.evaluation.get("split"), count))
+    return frozenset(found)
+
+
+def sentences(found: Sequence[Verdict], metric: Metric) -> list[str]:
+    """Returns a sentence for each stretch of lengths or sizes with the same verdict."""
+    stretches: list[list[Verdict]] = []
+    for verdict in found:
+        if stretches and stretches[-1][0].key == verdict.key:
+            stretches[-1].append(verdict)
+        else:
+            stretches.append([verdict])
+    return [_sentence(stretch, metric) for stretch in stretches]
+
+
+def _sentence(stretch: Sequence[Verdict], metric: Metric) -> str:
+    first, last = stretch[0], stretch[-1]
+    words = f"At {first.label}" if first is last else f"From {first.label} to {last.label}"
+    by = _range([one.margin for one in stretch], lambda value: number(value, metric.decimals))
+    if not first.judged:
+        return f"{words} {first.best} has the best value, {by} ahead of {first.next}; one seed each, so nothing is judged."
+    words += f" {first.best} has the best mean, {by} ahead of {first.next}"
+    if first.worse:
+        largest = max(p for one in stretch for p in one.worse.values())
+        words += f"; it is better than {_joined(list(first.worse))} (adjusted p at most {largest:.2g})"
+    if first.ties:
+        words += f"; {_joined(list(first.ties))} {'tie' if len(first.ties) > 1 else 'ties'} with it"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in first.unjudged.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        words += f"; not judged, {reason}: {', '.join(names)}"
     return f"{words}."
 
 

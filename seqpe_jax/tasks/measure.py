@@ -13,6 +13,8 @@ from seqpe_jax.config.kinds import QUESTIONS
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import write_answers
 from seqpe_jax.files import Place, whole, write_whole
+from seqpe_jax.objectives.flops import training_flops
+from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.tasks.task import Measure, check_scale, evaluate_at
@@ -54,7 +56,8 @@ def measure(
       stride, targets: targets of each of these windows, and of all of them at most; None = eval.stride and eval.targets.
 
     Returns:
-      The results of a run on questions hold their "answers" too, (records, hypotheses).
+      Parameters, and FLOPs of training per token or image (`objectives.flops`), stand beside the results. The results of a
+      run on questions hold their "answers" too, (records, hypotheses).
 
     Raises:
       InputError: a length or size that cannot be evaluated, data that cannot be read, parameters that are damaged.
@@ -77,6 +80,9 @@ def measure(
         check_scale(measured, model.architecture.reach, scale, split)
     results = [_at(model, measured, scale, split) for measured, scale in work]
     guessed = task.without_context(split)
+    architecture = Architecture.of(settings, model.sizes)  # of the run, where this is its export
+    objective = Objective(architecture, task.criterion, settings.objective)
+    flops = training_flops(objective, task.example, settings.batch_size, settings.optimizer.accumulate)
     report = {
         "checkpoint": model.folder,
         "step": model.step,
@@ -84,7 +90,8 @@ def measure(
         "encoding": settings.encoding.name,
         f"training_{field}": settings.data.length if field == "length" else list(settings.data.size),
         "split": split,
-        "parameters": count(Architecture.of(settings, model.sizes).shapes),  # of the run, where this is its export
+        "parameters": count(architecture.shapes),
+        "training_flops": flops / task.units_per_step,
         "results": results,
         **({"without_context": guessed} if guessed is not None else {}),
     }

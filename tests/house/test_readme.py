@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib
+import json
 import pathlib
 import re
 import shlex
@@ -93,6 +95,21 @@ def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "<!-- results: study_text bits_per_byte" in (ROOT / "README.md").read_text()
+
+
+def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
+    """Of the two encodings that the README compares; parameters also of all runs that kept theirs."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    script = importlib.import_module("results_tables")
+    stored = json.loads(script.WORK.read_text())
+    configs = script.configs_of("study_text")
+    for row in ("seqpe", "rotary"):
+        assert script.work_of(configs[f"{row}-1"]) == pytest.approx(stored["study_text"][row])
+    for study in ("study_text", "questions", "study_images"):
+        for run, kept in json.loads((script.STORED / f"{study}.json").read_text())["runs"].items():
+            if kept["evaluation"]:
+                assert kept["evaluation"]["parameters"] == stored[study][run.rpartition("-")[0]]["parameters"], run
+    assert "| 440,976 | 2.75 M |" in (ROOT / "README.md").read_text()
 
 
 FIELDS = {field.name for field in dataclasses.fields(seqpe_jax.Model)}

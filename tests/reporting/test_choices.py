@@ -51,7 +51,7 @@ def test_rows_are_of_the_second_stage_alone(sweep, tmp_path_factory):
     assert [run.name for run in study.trials] == [f"{kind}-r={value}" for kind in ("alibi", "rotary") for value in RATES]
     out = tmp_path_factory.mktemp("out")
     main = report.write_report(sweep, out)
-    assert "| alibi | **3.000** (1 of 2) | **3.500** (1 of 2) |\n| rotary | - | - |" in main
+    assert "| alibi | **3.000** (1 of 2) | **3.500** (1 of 2) | 1,234 | 2.75 M |\n| rotary | - | - | - | - |" in main
     page, rows = (out / "report.md").read_text(), (out / "results.csv").read_text()
     assert "r=0.001" not in rows and "| alibi-r=0.001 | first stage | 0 | finished | 4 | - | 3 |" in page
     assert "| optimizer.learning_rate | 0.002 | alibi |" in page and "| not decided yet | rotary |" in page

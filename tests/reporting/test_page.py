@@ -109,11 +109,13 @@ def images(tmp_path_factory):
 def test_numbers_are_those_of_the_files_and_missing_ones_are_missing(swept):
     out, page = swept
     names, rows = page.table("Bits per byte by evaluated length")
-    assert names == ["encoding", "16 (1x)", "64 (4x)"] and list(rows) == ["seqpe", "rotary"]
-    first, second = rows["seqpe"]
-    assert page.value(first) == (2.0123456789 + 2.5) / 2 and first["text"] == "best: 2.256 ± 0.345"
+    assert names == ["encoding", "16 (1x)", "64 (4x)", "parameters", "FLOPs per token"]
+    assert list(rows) == ["seqpe", "rotary"]
+    first, second, parameters, flops = rows["seqpe"]
+    assert page.value(first) == (2.0123456789 + 2.5) / 2 and first["text"] == "best: 2.256 ± 3.098"
     assert page.value(second) == 3.25 and second["text"] == "best: 3.250 (1 of 2)"
-    assert [cell["text"] for cell in rows["rotary"]] == ["–missing"] * 2
+    assert page.value(parameters) == 1234 and (page.value(flops), flops["text"]) == (2752764.75, "2.75 M")
+    assert [cell["text"] for cell in rows["rotary"]] == ["–missing"] * 4
     assert all(cell["class"] == "missing" for cell in rows["rotary"])
     _, rows = page.table("Cost")
     assert [page.value(cell) for cell in rows["seqpe"][:4]] == [1234, 0.025, 250, 8]
@@ -126,7 +128,7 @@ def test_numbers_are_those_of_the_files_and_missing_ones_are_missing(swept):
     notes = [one["text"] for one in page.all("li")]
     assert "rotary-1 is missing: not started" in notes
     assert "| rotary | - | - |" in (out / "report.md").read_text()
-    assert "rotary-1,rotary,not started,rotary,1,16,,,,,,\n" in (out / "results.csv").read_text()
+    assert "rotary-1,rotary,not started,rotary,1,16,,,,,,,,\n" in (out / "results.csv").read_text()
 
 
 def test_peak_memory_is_the_most_that_was_reported(tmp_path):

@@ -32,7 +32,8 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
              "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]}}
             for length, value in bits
         ]  # fmt: skip
-        (folder / "evaluation.json").write_text(json.dumps({"parameters": 1234, "results": results}))
+        work = {"parameters": 1234, "training_flops": 2752764.75}
+        (folder / "evaluation.json").write_text(json.dumps(work | {"results": results}))
     if kind == "seqpe":
         positions = np.arange(16)[:, None]
         np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.random.rand(2, 16))
@@ -59,8 +60,9 @@ def test_a_folder_of_runs(tmp_path):
     (tmp_path / "runs" / "report").mkdir()
     main = report.write_report(tmp_path / "runs", tmp_path / "out")
     assert main.splitlines() == [
-        "| encoding | 16 (1x) | 64 (4x) |", "| --- | ---: | ---: |", "| seqpe | **2.000** | **3.000** |",
-        "| alibi | 2.500 | - |", "| rotary | - | - |",
+        "| encoding | 16 (1x) | 64 (4x) | parameters | FLOPs per token |", "| --- | ---: | ---: | ---: | ---: |",
+        "| seqpe | **2.000** | **3.000** | 1,234 | 2.75 M |", "| alibi | 2.500 | - | 1,234 | 2.75 M |",
+        "| rotary | - | - | - | - |",
     ]  # fmt: skip
     page = (tmp_path / "out" / "report.md").read_text()
     assert main in page and "| rotary | rotary | 0 | unfinished: step 0 of 4 | - | - | - |" in page
@@ -75,7 +77,7 @@ def test_a_folder_of_runs(tmp_path):
         ("rotary", "", ""),
     ]  # fmt: skip
     assert rows[0]["word_perplexity"] == "" and "The runs differ" not in page
-    verdict = "At 16 seqpe is the best; the next is alibi, 0.500 behind, of which one seed tells no deviation."
+    verdict = "At 16 seqpe has the best value, 0.500 ahead of alibi; one seed each, so nothing is judged."
     assert f"Bits per byte, lower is better:\n\n- {verdict}\n\n" in page
 
 
@@ -102,7 +104,7 @@ def test_what_context_is_worth_comes_from_the_same_tokens(tmp_path):
     assert table.note.startswith("The same 640 tokens, with at most so many tokens of context before each.")
     assert tables.markdown(table).splitlines() == [
         "| encoding | 16 | 64 | from 16 to 64 |", "| --- | ---: | ---: | ---: |", "| alibi | **2.000** | 3.000 | +1.000 |",
-        "| fire | 2.250 ± 0.354 | **1.875** ± 0.177 | -0.375 ± 0.177 |",
+        "| fire | 2.250 ± 3.177 | **1.875** ± 1.588 | -0.375 ± 1.588 |",
     ]  # fmt: skip
     assert "without a gain from context" in tables.by_scale(study, "text", tables.METRICS["text"][0]).note
     [zero, *curves] = plots.contexts(study).figure.axes[0].get_lines()
@@ -228,7 +230,7 @@ def test_seeds_are_averaged_and_differences_told(tmp_path):
     make_run(tmp_path / "a", seed=0, bits=((16, 2.0),))
     make_run(tmp_path / "b", seed=1, bits=((16, 3.0),))
     study, metric = read_study(tmp_path), tables.METRICS["text"][0]
-    assert "| seqpe | 2.500 ± 0.707 |" in tables.markdown(tables.by_scale(study, "text", metric))
+    assert "| seqpe | 2.500 ± 6.353 |" in tables.markdown(tables.by_scale(study, "text", metric))
     assert differences(study) == []
     make_run(tmp_path / "c", "alibi", bits=((16, 2.0),), steps=8)
     study = read_study(tmp_path)
@@ -306,7 +308,7 @@ def test_the_command_prints_the_table_or_one_line(tmp_path):
 
     make_run(tmp_path / "run")
     done = call(tmp_path / "run")
-    assert done.returncode == 0 and "| seqpe | 2.000 | 3.000 |" in done.stdout
+    assert done.returncode == 0 and "| seqpe | 2.000 | 3.000 | 1,234 | 2.75 M |" in done.stdout
     (tmp_path / "empty").mkdir()
     done = call(tmp_path / "empty")
     assert done.returncode == 2 and done.stdout == ""
@@ -320,7 +322,9 @@ def test_one_seed_that_came_to_nothing_does_not_take_the_report_with_it(tmp_path
     make_run(tmp_path / "runs" / "c", "alibi", bits=((16, 2.5), (64, 3.5)))
     np.savez(tmp_path / "runs" / "b" / "similarity.npz", pivots=[[1]], positions=[[1], [2]], cosine=[[np.nan, 1.0]])
     table = report.write_report(tmp_path / "runs", tmp_path / "out").splitlines()
-    assert f"| seqpe | {value:.3f} ± nan | **3.000** ± 0.000 |" in table and "| alibi | **2.500** | 3.500 |" in table
+    rest = "| 1,234 | 2.75 M |"
+    assert f"| seqpe | {value:.3f} ± nan | **3.000** ± 0.000 {rest}" in table
+    assert f"| alibi | **2.500** | 3.500 {rest}" in table
 
 
 def test_runs_of_older_versions_are_repetitions(tmp_path):
@@ -332,7 +336,7 @@ def test_runs_of_older_versions_are_repetitions(tmp_path):
     values["precision"] = values.get("precision", {}) | {"random_bits": "rbg"}
     values["encoding"] |= {"scaling": "none"}
     path.write_text(json.dumps(values))
-    assert "± 0.707 |" in report.write_report(tmp_path / "runs", tmp_path / "out")
+    assert "± 6.353 |" in report.write_report(tmp_path / "runs", tmp_path / "out")
 
 
 def test_names_and_numbers_are_no_formulas(tmp_path):

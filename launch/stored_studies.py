@@ -1,0 +1,80 @@
+"""The stored results of the studies, docs/results/STUDY.csv, as a report reads the folders of their runs.
+
+A study's file is the results.csv that `report` wrote for it. Parameters and FLOPs, which older files lack, stand in
+docs/results/work.json, which `results_tables.py --work` writes from the configs of the studies' runs.
+"""
+
+import csv
+import json
+import pathlib
+
+from seqpe_jax.reporting.stored import scale_of
+from seqpe_jax.reporting.study import Run, Study
+from seqpe_jax.reporting.tables import METRICS, Metric
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STORED = ROOT / "docs" / "results"
+WORK = STORED / "work.json"
+NAMES = dict.fromkeys(("questions", "questions_by_step"), "stdlib_qa")  # of data that lengths do not tell from text
+MEASURED = ("bits_per_byte", "contains", "exact_match", "f1", "top1", "tokens", "examples")
+
+
+def study_of(name: str) -> Study:
+    """Returns a stored study: the results of its runs, where they were trained, and what their models cost.
+
+    A run's row is its name less its seed. Results by training step have the step as their label.
+    """
+    with (STORED / f"{name}.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if not line.get("context")]  # contexts are no evaluated lengths
+    work = json.loads(WORK.read_text()).get(name, {})
+    results: dict[str, list[dict]] = {}
+    for line in lines:
+        numbers = {key: float(line[key]) for key in MEASURED if line.get(key)}
+        results.setdefault(line["run"], []).append(numbers | _scale(line))
+    runs = []
+    for run, found in results.items():
+        line = next(line for line in lines if line["run"] == run)
+        row = run.removesuffix(f"-{line['seed']}")
+        data = {"length": 1, "name": NAMES.get(name)}
+        if "training_length" in line:
+            data["length"] = int(line["training_length"])
+        elif "training_size" in line and _is_images(lines):
+            data["size"] = _sides(line["training_size"])
+        elif "training_size" in line:  # of a study that had images beside its texts
+            data["length"] = int(line["training_size"])
+        config = {"encoding": {"kind": line.get("encoding", row)}, "seed": int(line["seed"]), "data": data}
+        runs.append(Run(run, config, [], {"results": found, **work.get(row, {})}, None, None, row=row))
+    return Study(name, runs)
+
+
+def metric_of(study: Study, key: str) -> tuple[str, Metric]:
+    """Returns the kind of data of a study's runs, and a metric of these by its key."""
+    data = study.runs[0].data
+    return data, next(metric for metric in METRICS[data] if metric.key == key)
+
+
+def _is_images(lines: list[dict[str, str]]) -> bool:
+    return any(line.get("top1") for line in lines)
+
+
+def _scale(line: dict[str, str]) -> dict:
+    """The extent and the label of a line's length, size or step."""
+    if "step" in line:
+        return {"extent": int(line["step"]), "label": line["step"]}
+    if "length" in line:
+        return scale_of({"length": line["length"]})
+    return scale_of({"size": _sides(line["size"])})
+
+
+def _sides(size: str) -> list[int]:
+    """The sides of a size, of which one is told for both of a square."""
+    sides = [int(side) for side in size.split("x")]
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def title(study: Study, label: str) -> str:
+    """Returns the head of a column: the length or size, and how many times that of training it is."""
+    trained = study.runs[0].training["label"]
+    if study.name.endswith("_by_step"):
+        return label
+    return f"{label} ({int(label.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"
