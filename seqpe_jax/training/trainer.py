@@ -183,7 +183,9 @@ class Trainer:
 
     def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Yields (step, global batch) from a step on, read ahead in the background."""
-        train = self.task.train_loader(*layout.host_part(self.mesh))
+        parts = layout.parts_of_processes(self.mesh)[jax.process_index()]
+        rows = layout.rows_of_parts(parts, layout.batch_shards(self.mesh), self.config.batch_size)
+        train = self.task.train_loader(rows)
         for step, batch in train.prefetch(first):
             yield step, layout.to_global(self.mesh, batch)
 
