@@ -247,10 +247,17 @@ def parts_of_processes(mesh: Mesh) -> dict[int, list[int]]:
     return {process: sorted(parts) for process, parts in sorted(held.items())}
 
 
-def rows_of_parts(parts: Sequence[int], count: int, batch_size: int) -> list[int]:
-    """Returns the rows of a batch that some of its `count` equal parts hold, part by part."""
-    size = batch_size // count
-    return [part * size + row for part in parts for row in range(size)]
+def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
+    """Returns the rows of a batch that each process reads, those of its parts in turn: process index -> indices of rows.
+
+    Args:
+      batch_size: a multiple of `batch_shards(mesh)` (`check_batch`).
+    """
+    size = batch_size // batch_shards(mesh)
+    return {
+        process: [part * size + row for part in parts for row in range(size)]
+        for process, parts in parts_of_processes(mesh).items()
+    }
 
 
 class Whole(NamedTuple):

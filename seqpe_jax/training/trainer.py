@@ -94,7 +94,8 @@ class Trainer:
           InputError: fields contradict each other or the machine, the data cannot be read, or are not those of the run
             kept; found before compiling.
         """
-        mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
+        sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor)
+        mesh = layout.make_mesh(*sizes, devices, config.mesh.slices)
         layout.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
         config = with_random_bits(config, "threefry" if mesh.devices.flat[0].platform == "cpu" else "rbg")
         check_encoding(config)  # reading the data may take minutes
@@ -183,8 +184,7 @@ class Trainer:
 
     def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Yields (step, global batch) from a step on, read ahead in the background."""
-        parts = layout.parts_of_processes(self.mesh)[jax.process_index()]
-        rows = layout.rows_of_parts(parts, layout.batch_shards(self.mesh), self.config.batch_size)
+        rows = layout.rows_of_processes(self.mesh, self.config.batch_size)[jax.process_index()]
         train = self.task.train_loader(rows)
         for step, batch in train.prefetch(first):
             yield step, layout.to_global(self.mesh, batch)

@@ -43,8 +43,7 @@ def held_by(mesh, process, batch, monkeypatch):
 
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(jax, "make_array_from_callback", assemble)
-    parts = layout.parts_of_processes(mesh)[process]
-    rows = layout.rows_of_parts(parts, layout.batch_shards(mesh), len(batch))
+    rows = layout.rows_of_processes(mesh, len(batch))[process]
     found = layout.to_global(mesh, {"tokens": batch[rows]})["tokens"]
     monkeypatch.undo()
     return found
@@ -76,12 +75,33 @@ def test_the_processes_of_a_slice_hold_a_batch_together(topology, slices, monkey
                     np.testing.assert_array_equal(found[device], batch[2 * part : 2 * part + 2])
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_data_is_split_over_slices_first(number):
+    devices = devices_of("v5e:4x4", 2)
+    mesh = layout.make_mesh(0, 4, 2, 1, devices[::-1], number)
+    assert mesh.shape == {"data": 4, "fsdp": 4, "context": 2, "tensor": 1}
+    of_data = [{chip.slice_index for chip in part.flat} for part in mesh.devices]
+    assert of_data == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.parametrize("devices, sizes, number, words", [
+    (devices_of("v5e:4x4", 2), (0, 1), 3, "mesh.slices=3, but the 32 devices there are belong to 2 TPU slice.*=2, or 0"),
+    (devices_of("v5e:4x4"), (0, 1), 2, "mesh.slices=2, but the 16 devices .* belong to 1 TPU slice"),
+    (None, (0, 1), 2, "mesh.slices=2, but the 8 devices .* belong to 1 TPU slice"),
+    (devices_of("v5e:4x4", 2), (1, 16, 2), 0, r"mesh.data=1 is not a multiple of the 2 TPU slices.*\(now 32\) .* 16"),
+    (devices_of("v5e:4x4", 3)[:-8], (0, 1), 0, "the TPU slices have 16, 16, 8 devices: give slices of one size"),
+])  # fmt: skip
+def test_slices_that_do_not_fit_end_with_one_line(devices, sizes, number, words):
+    with pytest.raises(InputError, match=words) as caught:
+        layout.make_mesh(*sizes, devices=devices, slices=number)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_pod_of_the_large_recipe():
     """16 x 16 chips, on which the first process has rows of two sides of its block."""
     mesh = layout.make_mesh(0, 16, devices=devices_of("v5e:16x16"))
-    parts = layout.parts_of_processes(mesh)
-    assert (len(parts), parts[0]) == (64, [0, 1, 16, 17])
-    assert layout.rows_of_parts(parts[0], 256, 512) == [0, 1, 2, 3, 32, 33, 34, 35]
+    parts, rows = layout.parts_of_processes(mesh), layout.rows_of_processes(mesh, 512)
+    assert (len(parts), parts[0], rows[0]) == (64, [0, 1, 16, 17], [0, 1, 2, 3, 32, 33, 34, 35])
 
 
 def test_a_batch_is_split_over_all_devices():
