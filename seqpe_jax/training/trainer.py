@@ -43,7 +43,7 @@ from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
 from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.state import TrainState, create, key_of
 from seqpe_jax.training.step import TrainStep, make_train_step
 from seqpe_jax.training.workdir import (
     check_same_run,
@@ -375,7 +375,7 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
 
 def _initial(architecture: Architecture, optimizer: Any, seed: int) -> Callable[[], TrainState]:
     def initial() -> TrainState:
-        key = jax.random.PRNGKey(seed)
+        key = key_of(seed)
         return create(architecture.init(key), optimizer, key)
 
     return initial

@@ -149,3 +149,8 @@ def test_evaluation_makes_examples():
     read = list(batches)
     assert np.concatenate([batch["square"] for batch in read]).tolist() == [0, 1, 4, 9, 16, 0]
     assert np.concatenate([batch["weights"] for batch in read]).tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_seeds_that_share_their_last_32_bits_have_orders_of_their_own():
+    orders = {tuple(starts(loader(seed=seed).batch(0))) for seed in (7, 2**32 + 7, 2**33 + 7, 2**63 - 1)}
+    assert len(orders) == 4
