@@ -1,7 +1,7 @@
 """Commands whose meshes mix the devices of several processes, as those of a TPU slice do, once `close` was called.
 
-There the mesh follows the network between chips, so that the rows of a process are not consecutive. Here two devices of each
-process follow each other, then two more of each.
+There the mesh follows the network between chips, so that the rows of a process are not consecutive. Here two devices of
+each process follow each other, then two more of each.
 """
 
 from collections import Counter
@@ -19,7 +19,8 @@ def create_device_mesh(shape: Sequence[int], devices: Sequence[Any], **_: Any) -
     for device in devices:
         order.append((before[device.process_index] // 2, device.process_index, device.id))
         before[device.process_index] += 1
-    return np.array([device for _, device in sorted(zip(order, devices, strict=True), key=lambda one: one[0])]).reshape(shape)
+    pairs = sorted(zip(order, devices, strict=True), key=lambda one: one[0])
+    return np.array([device for _, device in pairs]).reshape(shape)
 
 
 def close() -> None:
