@@ -6,6 +6,7 @@ the length of a sequence; `tensor` splits heads, hidden units and vocabulary.
 
 import dataclasses
 import fnmatch
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -233,6 +234,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
         )
 
 
+@functools.lru_cache(maxsize=8)  # asked for each batch
 def parts_of_processes(mesh: Mesh) -> dict[int, list[int]]:
     """Returns the parts of a batch that the devices of each process hold: process index -> indices of parts, rising.
 
