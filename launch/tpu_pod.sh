@@ -6,6 +6,8 @@
 #   bash launch/tpu_pod.sh delete
 # SHARE: an NFS volume (Filestore) that every host mounts at /mnt/runs; workdirs lie there. SPOT=1 asks for a spot slice:
 # when that is taken away, `train` asks for another one and goes on from the last checkpoint.
+# `create` installs this checkout on every host as it stands: edited and new files too, ignored ones not. After more edits
+# `install` does so again.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for name in NAME ZONE TYPE VERSION SHARE; do
@@ -35,13 +37,29 @@ create() {
   install
 }
 
+# The files of this checkout, each ended by a null byte: tracked and new ones that are there.
+files() {
+  git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+    if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi
+  done
+}
+
 install() {
-  local folder
+  local folder changes
+  if ! changes=$(git status --porcelain --untracked-files=all 2>/dev/null); then
+    echo "error: $PWD is not a git checkout, which tells the files to install: clone the repository" >&2
+    return 2
+  fi
+  echo "== install $(git rev-parse --short HEAD)${changes:+, with these changes:}"
+  if [ -n "$changes" ]; then echo "$changes"; fi
   folder=$(mktemp -d)
-  git archive --format=tar.gz -o "$folder/seqpe_jax.tar.gz" HEAD &&
+  # What an earlier install put there and this one has not is removed; the host's environment and runs stay.
+  files | tar -czf "$folder/seqpe_jax.tar.gz" --null -T - &&
     echo "== copy and install on every host" &&
-    "${tpus[@]}" tpu-vm scp "$folder/seqpe_jax.tar.gz" "$NAME:seqpe_jax.tar.gz" --zone="$ZONE" --worker=all &&
-    everywhere "set -e; mkdir -p seqpe_jax; tar -xzf seqpe_jax.tar.gz -C seqpe_jax; cd seqpe_jax
+    "${tpus[@]}" tpu-vm scp "$folder/seqpe_jax.tar.gz" "$NAME:seqpe_jax.new.tar.gz" --zone="$ZONE" --worker=all &&
+    everywhere "set -e; mkdir -p seqpe_jax
+    if [ -e seqpe_jax.tar.gz ]; then tar -tzf seqpe_jax.tar.gz | (cd seqpe_jax && xargs -d '\n' rm -f --); fi
+    mv seqpe_jax.new.tar.gz seqpe_jax.tar.gz; tar -xzf seqpe_jax.tar.gz -C seqpe_jax; cd seqpe_jax
     command -v mount.nfs >/dev/null || sudo apt-get install -y -q nfs-common
     sudo mkdir -p /mnt/runs; mountpoint -q /mnt/runs || sudo mount -t nfs $(share) /mnt/runs
     command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh

@@ -2,6 +2,7 @@
 
     python -m seqpe_jax.aot --config=configs/stdlib_lm.py --topology=v5e:2x2
     python -m seqpe_jax.aot --config=configs/lm_1b.py --topology=v5p:4x4x4 --config.mesh.fsdp=16 --output=fits.json
+    python -m seqpe_jax.aot --config=configs/lm_1b.py --topology=2xv5e:16x16
 
 Needs libtpu (pip install libtpu), no TPU and no data: a text config needs its tokenizer's file or its model.vocabulary.
 Prints memory by use, what devices send each other in a step, the step's FLOPs, and its roofline: how long arithmetic,
@@ -19,7 +20,7 @@ from seqpe_jax import command
 from seqpe_jax.files import as_path, write_whole
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4; 2xv5e:4x4: two")
 _OUTPUT = command.define_path("output", "JSON file to write", writes="file")
 
 
@@ -58,8 +59,10 @@ def table(found: dict) -> str:
     rows = [[name, f"{memory[name] / 2**20:,.1f}", f"{100 * memory[name] / memory['hbm']:.1f}%"] for name in parts]
     rows.append(["total needed", f"{memory['total'] / 2**20:,.1f}", f"{100 * memory['total'] / memory['hbm']:.1f}%"])
     axes = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
+    read = " or ".join(map(str, sorted(set(found["rows"].values()))))
     lines = [
         f"{found['topology']}: {found['devices']} device(s) ({found['chip']}), {axes}",
+        f"{len(found['rows'])} process(es), each of which reads {read} row(s) of a batch",
         markdown_of(["memory of a device", "MiB", f"of {memory['hbm'] / 2**30:.2f} GiB"], rows),
     ]
     if found["collectives"] is not None:
@@ -97,6 +100,8 @@ def bound_of(roofline: dict, unit: str) -> str:
         f"bound: {roofline['bound']}; a step takes {ms(roofline['seconds'])} ms at least, {roofline['per_second']:,.0f} "
         f"{unit}/s and {100 * roofline['mfu']:.1f}% MFU at most",
     ]
+    if any(one["seconds"] is None for one in roofline["collectives"]):
+        lines.append("what goes over the network, whose rate is not known, is not in the bound")
     if roofline["compiler_s"]:
         lines.append(f"the compiler's own estimate, without collectives and kernels: {ms(roofline['compiler_s'])} ms")
     if roofline["kernels"]:

@@ -129,8 +129,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         _check_config_arguments(sys.argv[1:])
         keeps, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of config files (see `config.scripts`)
+        earlier = _occurrences()
         rest = flags.FLAGS(_with_texts(sys.argv))[1:]
         sys.dont_write_bytecode = keeps
+        _check_given_once(earlier)
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
         hosts.keep_memory()
@@ -150,15 +152,44 @@ def run(main: Callable[[], None]) -> None:
         hosts.end(1, _line(f"failed: {type(error).__name__}: {error}"))
 
 
+def _occurrences() -> dict[str, int]:
+    """Returns how often each option has been given; those that collect the values of each time are left out."""
+    return {
+        name: flag.present for name in flags.FLAGS if not isinstance(flag := flags.FLAGS[name], flags.MultiFlag)
+    }  # fmt: skip
+
+
+def _check_given_once(earlier: dict[str, int]) -> None:
+    """Refuses an option that is given again, of which absl would take the last value.
+
+    Args:
+      earlier: `_occurrences` before the command line was read.
+
+    Raises:
+      InputError: names the option.
+    """
+    for name, count in _occurrences().items():
+        if count - earlier.get(name, 0) > 1:
+            raise _given_again(name)
+
+
+def _given_again(name: str) -> InputError:
+    return InputError(f"--{name} is given more than once, and only the last would count: give it once (a list as a,b)")
+
+
 def _line(words: object) -> str:
     return " ".join(str(words).split()).encode("utf-8", "backslashreplace").decode()
 
 
 def _check_config_arguments(arguments: list[str]) -> None:
-    """Says in one line what `config_flags` would tell as a traceback: no such file, variant or field."""
+    """Says in one line what `config_flags` would tell as a traceback: no such file, variant or field, or two files."""
+    files = 0
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, given, value = argument.lstrip("-").partition("=")
         if name == "config" and argument.startswith("-"):
+            files += 1
+            if files > 1:
+                raise _given_again(name)
             config.load(value if given else following)
         elif name.startswith("config."):
             field = name.removeprefix("config.")

@@ -172,7 +172,7 @@ def _search(sweep: "SweepFile", workdir: Place) -> None:
     print(f"seqpe_jax: {len(trials.steps)} trials in {workdir}\n  {local.describe(jobs)}", flush=True)
     told = search.work(trials, jobs)
     for name, outcome in sorted(trials.outcomes.items()):
-        print(f"  {name}: {outcome}")
+        print(f"  {name}: {outcome}" + (f", not possible: {trials.impossible[name]}" if name in trials.impossible else ""))
     run, words = trials.best()
     told = told or local.work([run], [run], 1)  # its evaluation is left
     _end([run], told)

@@ -51,6 +51,12 @@ def train_arguments(workdir: pathlib.Path, text: pathlib.Path, config: str = CON
     return [f"--config={config}", f"--workdir={workdir}", *options]
 
 
+def with_defaults(given: list[str], **defaults: object) -> list[str]:
+    """Returns options, after those defaults that they do not name: commands refuse one that is given twice."""
+    named = {option.partition("=")[0] for option in given}
+    return [*(f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in named), *given]
+
+
 @dataclasses.dataclass(frozen=True)
 class Running:
     """A command under way; what it has said so far can be read."""

@@ -53,6 +53,25 @@ def test_other_fields_are_read_as_before():
     assert (found.data.paths, found.eval.lengths, found.seed) == (("1", "2"), (16, 32), 7)
 
 
+GIVEN_AGAIN = [
+    ("evaluate", "lengths", ["--checkpoint=a", "--lengths=16", "--lengths", "32"]),
+    ("evaluate", "checkpoint", ["--checkpoint", "a", "--checkpoint=a"]),
+    ("evaluate", "lossy-tokenizer", ["--checkpoint=a", "--lossy-tokenizer", "--nolossy-tokenizer"]),
+    ("train", "config", ["--config=configs/stdlib_lm.py", "--config", "configs/stdlib_lm.py", "--config.steps=3"]),
+    ("train", "config.steps", ["--config=configs/stdlib_lm.py", "--config.steps=3", "--config.steps", "4"]),
+    ("train", "config.model.tied", ["--config=configs/stdlib_lm.py", "--config.model.tied", "--noconfig.model.tied"]),
+]
+
+
+@pytest.mark.parametrize("name, option, arguments", GIVEN_AGAIN, ids=[option for _, option, _ in GIVEN_AGAIN])
+def test_an_option_that_is_given_again_is_named(commands, tmp_path, name, option, arguments):
+    """absl would take the last; fields that hold several values collect those of each time (above)."""
+    folder = tmp_path / "run"
+    result = commands(name, *arguments, *([f"--workdir={folder}"] if name == "train" else []))
+    assert (result.code, result.err.count("\n")) == (2, 1) and not folder.exists()
+    assert result.err.startswith(f"error: --{option} is given more than once, and only the last would count"), result.err
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 @pytest.mark.parametrize("done,code", [("print('told', flush=True)", 0), ("raise InputError('refused')", 2)])
 def test_a_command_works_where_what_it_says_goes_nowhere(closed, done, code):

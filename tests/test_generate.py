@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.commands import CONFIG, ROOT, environment, train_arguments
+from tests.commands import CONFIG, ROOT, environment, train_arguments, with_defaults
 from tests.training.test_commands import PLAIN, refused, word_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -119,8 +119,8 @@ def test_a_text_is_told_where_output_is_ascii(trained, tmp_path, variables):
 def test_bad_arguments_are_refused(commands, trained, tmp_path, arguments, expected):
     for name, content in {"latin.txt": b"caf\xe9\n", "gap.txt": b"one\n\ntwo\n", "empty.txt": b""}.items():
         (tmp_path / name).write_bytes(content)
-    arguments = [f"--checkpoint={trained}", *(argument.replace("DIR", str(tmp_path)) for argument in arguments)]
-    result = commands("generate", *arguments)
+    arguments = [argument.replace("DIR", str(tmp_path)) for argument in arguments]
+    result = commands("generate", *with_defaults(arguments, checkpoint=trained))
     refused(result, *expected)
     assert not result.out
 

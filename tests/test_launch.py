@@ -193,6 +193,7 @@ GCLOUD = """#!/usr/bin/env bash
 # Stands for gcloud: writes down what it is asked; the slice is taken away in the middle of its first training.
 printf '%s\\n' "$*" >> "$SEEN"
 case "$*" in
+  *tpu-vm\\ scp*) cp "$5" "$SEEN.tar.gz" ;;
   *describe*) if [ -e "$SEEN.gone" ]; then echo SUSPENDED; else echo ACTIVE; fi ;;
   *"queued-resources delete"*) rm -f "$SEEN.gone" ;;
   *seqpe_jax.train*)
@@ -208,11 +209,11 @@ def tpu_pod(tmp_path):
     (tmp_path / "gcloud").chmod(0o755)
     given = {"NAME": "first", "ZONE": "z", "TYPE": "v5litepod-16", "VERSION": "v", "SHARE": "10.0.0.2:/runs", "POLL": "0"}
 
-    def call(*arguments, **changed):
+    def call(*arguments, launch=LAUNCH, **changed):
         seen = tmp_path / "seen"
         environment = os.environ | given | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(seen)} | changed
         found = subprocess.run(
-            ["bash", str(LAUNCH / "tpu_pod.sh"), *arguments], env=environment, capture_output=True, text=True
+            ["bash", str(launch / "tpu_pod.sh"), *arguments], env=environment, capture_output=True, text=True
         )
         return found, seen.read_text() if seen.exists() else ""
 
@@ -230,6 +231,45 @@ def test_tpu_pod_goes_on_when_the_slice_is_taken_away(tpu_pod):
     created = "queued-resources create first --node-id=first --zone=z --accelerator-type=v5litepod-16"
     assert between.index("queued-resources delete first") < between.index(created) < between.index("bash launch/setup.sh")
     assert "--spot" in between and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in between
+
+
+def test_tpu_pod_installs_the_checkout_as_it_stands(tpu_pod, tmp_path):
+    """Edited and new files; a file that is gone here goes there too, and what is ignored is not touched."""
+    here, host = tmp_path / "here", tmp_path / "host"
+    (here / "launch").mkdir(parents=True)
+    shutil.copy(LAUNCH / "tpu_pod.sh", here / "launch")
+    for name in ("same.py", "edited.py", "gone.py"):
+        (here / name).write_text("old")
+    (here / ".gitignore").write_text("ignored\n")
+    git = ["git", "-C", str(here), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    host.mkdir()
+
+    def install():
+        found, seen = tpu_pod("install", launch=here / "launch")
+        assert found.returncode == 0, found.stderr
+        shutil.copy(tmp_path / "seen.tar.gz", host / "seqpe_jax.new.tar.gz")
+        remote = seen.rpartition("--command=")[2].partition("command -v mount.nfs")[0]
+        subprocess.run(["bash", "-c", remote], cwd=host, check=True)
+        return found.stdout, {path.name: path.read_text() for path in (host / "seqpe_jax").glob("*.*")}
+
+    told, found = install()
+    assert found == {"same.py": "old", "edited.py": "old", "gone.py": "old", ".gitignore": "ignored\n"}
+    assert "changes" not in told
+    (here / "edited.py").write_text("new")
+    (here / "new file.py").write_text("new")
+    (here / "ignored").write_text("new")
+    (here / "gone.py").unlink()
+    (host / "seqpe_jax" / "ignored").write_text("of the host")
+    told, found = install()
+    assert found == {"same.py": "old", "edited.py": "new", "new file.py": "new", ".gitignore": "ignored\n"}
+    assert (host / "seqpe_jax" / "ignored").read_text() == "of the host"
+    assert "with these changes:" in told and all(line in told for line in (" M edited.py", " D gone.py", '"new file.py"'))
+
+    shutil.rmtree(here / ".git")
+    found, _ = tpu_pod("install", launch=here / "launch")
+    assert found.returncode == 2 and "is not a git checkout" in found.stderr
 
 
 def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from seqpe_jax import files
+from tests.commands import with_defaults
 from tests.training.test_commands import refused
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -252,7 +253,7 @@ def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
 ])  # fmt: skip
 def test_bad_options_are_refused(commands, text, tmp_path, options, words):
     path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary')}")
-    refused(commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'x'}", *options), *words)
+    refused(commands("sweep", *with_defaults(options, sweep=path, workdir=tmp_path / "x")), *words)
     assert not (tmp_path / "x").exists()
 
 

@@ -335,12 +335,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices split what; their product is the number of devices."""
+    """How many devices split what; the product of the first four is the number of devices."""
 
     data: int = _field(0, low=0, high=2**20)  # the batch alone; 0 = all devices that the others leave
     fsdp: int = _field(1, **limits.Devices)  # the batch, and parameters and optimiser state in store
     context: int = _field(1, **limits.Devices)  # the length of a sequence
     tensor: int = _field(1, **limits.Devices)  # heads, hidden units and vocabulary
+    slices: int = _field(0, low=0, high=2**20)  # TPU slices, over which data is split first; 0 = as many as there are
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,11 +85,12 @@ class TrainLoader:
       seed: of the order, and of what `example` draws.
       example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the example's place
         in the run only. None = the source's own.
-      host_index, host_count: this host reads rows [i * n, (i + 1) * n) of each batch, n = batch_size // host_count; the
-        batch that they make together does not depend on host_count.
+      rows: indices of the rows that this process reads of each batch, in that order; None = all of them. A row has the
+        same example whoever reads it.
       threads: examples made at once by `prefetch`.
     Raises:
-      InputError: no examples, or batch_size is not a multiple of host_count.
+      InputError: no examples, or a batch of none.
+      ValueError: rows that a batch does not have.
     """
 
     def __init__(
@@ -99,25 +100,25 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         example: Callable[[Any, np.random.Generator], Example] | None = None,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
         threads: int = 1,
     ) -> None:
-        if batch_size < 1 or batch_size % host_count:
-            raise InputError(f"batch_size={batch_size} must be a positive multiple of the {host_count} hosts")
-        if not 0 <= host_index < host_count:
-            raise InputError(f"host {host_index} of {host_count} does not exist")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        rows = range(batch_size) if rows is None else rows
+        if not len(rows) or not 0 <= min(rows) <= max(rows) < batch_size:
+            raise ValueError(f"rows must be some of 0 to {batch_size - 1}, got {list(rows)}")
         if not len(source):
             raise InputError("the training split has no examples")
         epochs = 2**62 // len(source)  # for ever; Grain's own "for ever" overflows in batches of one
         examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
         if example is not None:
             examples = examples.random_map(example)
-        self._batches = examples.batch(batch_size // host_count)[host_index::host_count]
+        self._batches = grain.MapDataset.source(_RowsOfBatches(examples, batch_size, rows)).batch(len(rows))
         self._threads = threads
 
     def batch(self, step: int) -> Example:
-        """Returns this host's rows of the batch of a step >= 0: each array of an example with a leading batch axis."""
+        """Returns this process's rows of the batch of a step >= 0: each array of an example with a leading batch axis."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         return self._batches[step]
@@ -130,6 +131,20 @@ class TrainLoader:
             yield from enumerate(batches, start_step)
         finally:
             batches.close()
+
+
+class _RowsOfBatches:
+    """The examples of some rows of each batch, batch after batch: a random-access source over the examples of a run."""
+
+    def __init__(self, examples: Sequence[Any], batch_size: int, rows: Sequence[int]):
+        self._examples, self._batch_size, self._rows = examples, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        step, number = divmod(index, len(self._rows))
+        return self._examples[step * self._batch_size + self._rows[number]]
 
 
 class EvaluationBatches:

@@ -65,7 +65,8 @@ def collectives(program: Hlo) -> Collectives:
     totals: dict[tuple[str, Groups], list[int]] = {}
     begun: set[tuple[str, str]] = set()
     for computation, one in program.each():
-        kind = one.opcode.removesuffix("-start")
+        sent = _between_slices(one)
+        kind = sent or one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
         # A TPU's compiler fuses one that goes on in the background with each of the products that hide it, by its number.
@@ -82,14 +83,20 @@ def collectives(program: Hlo) -> Collectives:
             continue
         given = sum(array_bytes(operand.kind) for operand in program.operands(computation, one))
         made = array_bytes(one.kind) - (given if one.opcode == "all-gather-start" else 0)
-        permuted = kind == "collective-permute"  # its start returns what was given, too
+        given_alone = sent or kind == "collective-permute"  # what they return holds what was given, too
         times = program.times[computation]
         total = totals.setdefault((kind, groups), [0, 0])
         total[0] += times
-        total[1] += times * (given if permuted else max(given, made))
+        total[1] += times * (given if given_alone else max(given, made))
     each = [Collective(kind, groups, *total) for (kind, groups), total in totals.items()]
     order = sorted((one for one in each if one.count), key=lambda one: (KINDS.index(one.kind), -one.bytes))
     return Collectives(tuple(order), program.open_loops(KINDS))
+
+
+def _between_slices(one: Instruction) -> str:
+    """Returns the kind of a collective between TPU slices, which the compiler writes as a transfer to the host, or ""."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest) if one.opcode == "send" else None
+    return found.group(1).lower().replace("_", "-") if found else ""
 
 
 def groups_of(one: Instruction) -> Groups:
@@ -99,7 +106,10 @@ def groups_of(one: Instruction) -> Groups:
 
 @functools.cache
 def _groups(rest: str) -> Groups:
-    """Reads the four ways in which XLA writes groups: pairs, lists, a folded range, and axes of a mesh."""
+    """Reads how XLA writes groups: pairs, lists, a folded range, axes of a mesh, and slices by devices of each."""
+    if found := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"', rest):
+        slices, each = len(_numbers(found.group(1))), int(found.group(2)) + 1
+        return _rows(np.arange(slices * each).reshape(slices, each).T)
     if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", rest):
         return _listed(found.group(1))
     if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", rest):

@@ -16,6 +16,7 @@ from seqpe_jax.profiling.collectives import Collective, Collectives, collectives
 from seqpe_jax.profiling.hlo import Hlo
 from seqpe_jax.profiling.work import work
 from seqpe_jax.runtime.chips import Chip
+from seqpe_jax.runtime.mesh import slice_of
 
 NETWORK = "network"  # between hosts of GPUs, or slices; how fast it is nobody tells
 
@@ -72,7 +73,7 @@ class Links:
 def _island(device: jax.Device) -> int:
     """The devices of one number are joined without a network: a TPU slice, or the GPUs of a process."""
     if device.platform == "tpu":
-        return getattr(device, "slice_index", None) or 0
+        return slice_of(device)
     return device.process_index
 
 

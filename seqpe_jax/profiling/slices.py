@@ -32,6 +32,7 @@ GENERATIONS = {
     "v6e": (256, FLAT, ""),
     "tpu7x": (9216, DEEP, ""),
 }
+MOST_CHIPS = 2**16  # of all slices together, far beyond any that train together
 # What libtpu would otherwise ask a TPU VM for, and a lock that lets one process compile at a time.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -48,26 +49,30 @@ def libtpu() -> str:
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-    """Returns the devices of a TPU slice such as "v5e:4x4"; programs can be compiled for them, not run.
+    """Returns the devices of a TPU slice such as "v5e:4x4", or of two as "2xv5e:4x4"; programs can be compiled for them.
 
     Raises:
       InputError: there is no such slice, or libtpu, which knows them, is not installed.
     """
-    generation, _, sides = topology.partition(":")
+    count, given = re.fullmatch(r"(?:([1-9]\d{0,5})x)?(.*)", topology, re.DOTALL).groups(default="1")
+    generation, _, sides = given.partition(":")
     if generation not in GENERATIONS:
         known = [f"{name}:{size}" for name, (_, sizes, _) in GENERATIONS.items() for size in sizes]
         raise InputError(
-            f"there is no TPU '{generation}' (--topology={topology}): write GENERATION:SIZES, e.g. v5e:4x4."
-            f"{suggest(topology, known)} Generations: {', '.join(GENERATIONS)}"
+            f"there is no TPU '{generation}' (--topology={topology}): write GENERATION:SIZES, e.g. v5e:4x4, or "
+            f"2xv5e:4x4 for two slices."
+            f"{suggest(given, known)} Generations: {', '.join(GENERATIONS)}"
         )
     most, usual, chip_config = GENERATIONS[generation]
     known = [f"{generation}:{size}" for size in usual]
     wrong = f"there is no TPU slice '{topology}'"
     form = "AxBxC" if usual is DEEP else "AxB"
     if not re.fullmatch(form.translate(dict.fromkeys(map(ord, "ABC"), r"[1-9]\d*")), sides):
-        raise InputError(f"{wrong}: write {generation}:{form}.{suggest(topology, known)}")
+        raise InputError(f"{wrong}: write {generation}:{form}.{suggest(given, known)}")
     if (chips := math.prod(map(int, sides.split("x")))) > most:
         raise InputError(f"{wrong}: that is {chips} chips, and slices of {generation} have at most {most}")
+    if int(count) * chips > MOST_CHIPS:
+        raise InputError(f"--topology={topology} has {int(count) * chips} chips: give at most {MOST_CHIPS} in all slices")
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise InputError(f"compiling for TPU needs libtpu, but no TPU, and it is not installed: pip install '{libtpu()}'")
     for name, value in ENVIRONMENT.items():
@@ -75,26 +80,29 @@ def devices_of(topology: str) -> list[jax.Device]:
     options: dict[str, Any] = {"chip_config_name": chip_config} if chip_config else {}
     if chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if count != "1":
+        options["num_slices"] = int(count)
     try:
-        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+        return list(topologies.get_topology_desc(given, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
-        raise InputError(f"{wrong} ({reason}).{suggest(topology, known)}") from error
+        raise InputError(f"{wrong} ({reason}).{suggest(given, known)}") from error
 
 
 def compile_step(trainer: Trainer) -> dict[str, Any]:
     """Compiles a trainer's step for its mesh, whose devices need not be there, and returns what is known of it.
 
     Returns:
-      {"devices", "chip", "mesh", "memory" (bytes of one device, see `_memory`; "shortfall" is 0 where it fits),
-      "whole" (dimensions that every device holds whole, see `runtime.mesh.Whole`), "collectives" (kind -> {"count",
-      "bytes"} of one device and step, see `profiling.collectives`; None where it does not fit), "open_loops" (with
-      collectives that count for one turn), "roofline" (see `profiling.roofline`; None where it does not fit), "unit" (of
-      what its "per_second" counts), "flops" (of a step on all devices, see `architecture.flops_of`), "compile_seconds"}.
+      {"devices", "chip", "mesh", "rows" (process -> rows that it reads of a batch), "memory" (bytes of one device, see
+      `_memory`; "shortfall" is 0 where it fits), "whole" (dimensions that every device holds whole, see
+      `runtime.mesh.Whole`), "collectives" (kind -> {"count", "bytes"} of one device and step, see `profiling.collectives`;
+      None where it does not fit), "open_loops" (with collectives that count for one turn), "roofline" (see
+      `profiling.roofline`; None where it does not fit), "unit" (of what its "per_second" counts), "flops" (of a step on all
+      devices, see `architecture.flops_of`), "compile_seconds"}.
     """
-    split = layout.batch_sharding(trainer.mesh)
+    split, batch_size = layout.batch_sharding(trainer.mesh), trainer.config.batch_size
     batch = {
-        name: jax.ShapeDtypeStruct((trainer.config.batch_size, *leaf.shape), leaf.dtype, sharding=split)
+        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype, sharding=split)
         for name, leaf in trainer.task.example.items()
     }
     chip, start = chip_of(trainer.mesh.devices.flat[0].device_kind), time.monotonic()
@@ -112,6 +120,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "devices": trainer.mesh.size,
         "chip": chip.name,
         "mesh": dict(trainer.mesh.shape),
+        "rows": {process: len(rows) for process, rows in layout.rows_of_processes(trainer.mesh, batch_size).items()},
         "memory": _memory(trainer, batch, compiled, needed, available),
         "whole": [dimension._asdict() for dimension in trainer.whole],
         "collectives": sent.kinds if sent else None,

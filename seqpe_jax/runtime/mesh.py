@@ -6,7 +6,9 @@ the length of a sequence; `tensor` splits heads, hidden units and vocabulary.
 
 import dataclasses
 import fnmatch
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,11 +77,17 @@ PARAMETERS = {
 }
 
 
-def make_mesh(data: int, fsdp: int, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int, fsdp: int, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, slices: int = 0
+) -> Mesh:
     """Returns a mesh of `AXES` over all devices, or those given; data = 0 takes the devices that the others leave.
 
+    Args:
+      slices: TPU slices, over which `data` is split first, since the network between them is slower than their own;
+        0 = as many as the devices belong to.
+
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: the axes do not multiply to the number of devices, or do not fit into slices.
     """
     devices = jax.devices() if devices is None else devices
     count, others = len(devices), fsdp * context * tensor
@@ -89,10 +97,48 @@ def make_mesh(data: int, fsdp: int, context: int = 1, tensor: int = 1, devices: 
             f"{count} devices there are: set mesh.data=0 and the others so that their product divides {count}"
         )
     shape = (count // others, fsdp, context, tensor)
+    slices = _check_slices(devices, slices, shape)
     # Neighbours on the mesh are neighbours in the machine as far as can be: an axis of 8 on a torus of 4 x 4 x 4 takes half
     # of a side, which `jax.make_mesh` would refuse.
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        of_slice = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(
+            of_slice, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )  # fmt: skip
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_of(device: jax.Device) -> int:
+    """Returns the index of a device's TPU slice; 0 for other devices, and where there is one slice alone."""
+    return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
+
+
+def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, ...]) -> int:
+    """Returns the number of slices of a mesh of this shape.
+
+    Raises:
+      InputError: it is another one than the devices say, slices of several sizes, or `data` is no multiple of it.
+    """
+    sizes = Counter(map(slice_of, devices))
+    if slices not in (0, len(sizes)):
+        raise InputError(
+            f"mesh.slices={slices}, but the {len(devices)} devices there are belong to {len(sizes)} TPU slice(s): set "
+            f"mesh.slices={len(sizes)}, or 0 for as many as there are"
+        )
+    if len(set(sizes.values())) > 1:
+        raise InputError(
+            f"the TPU slices have {', '.join(map(str, sizes.values()))} devices: give slices of one size, for each holds "
+            "an equal part of the batch"
+        )
+    if shape[0] % len(sizes):
+        raise InputError(
+            f"mesh.data={shape[0]} is not a multiple of the {len(sizes)} TPU slices, over which it is split: make "
+            f"mesh.fsdp x mesh.context x mesh.tensor (now {math.prod(shape[1:])}) divide the "
+            f"{len(devices) // len(sizes)} devices of a slice"
+        )
+    return len(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,20 +234,32 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
         )
 
 
-def host_part(mesh: Mesh) -> tuple[int, int]:
-    """Returns (i, n): this process reads the i-th of n equal parts of each batch.
+@functools.lru_cache(maxsize=8)  # asked for each batch
+def parts_of_processes(mesh: Mesh) -> dict[int, list[int]]:
+    """Returns the parts of a batch that the devices of each process hold: process index -> indices of parts, rising.
 
-    Processes that share the devices of a part, as where `tensor` spans them, read the same one.
+    A batch has `batch_shards(mesh)` equal parts of consecutive rows. The parts of one process need not be neighbours: the
+    mesh follows the network between the devices, and on a TPU slice a process has a block of 2 x 2 chips. Processes that
+    share the devices of a part, as where `tensor` spans them, each hold that part.
     """
-    parts = batch_shards(mesh)
-    grid = mesh.devices.reshape(parts, -1)
-    mine = [row for row in range(parts) if any(device.process_index == jax.process_index() for device in grid[row])]
-    if not mine or parts % len(mine) or mine[0] % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
-        raise InputError(
-            f"the devices of process {jax.process_index()} hold the parts {mine} of {parts} of a batch, which do not lie "
-            "together: make mesh.context x mesh.tensor divide the devices of a process, or a multiple of them"
-        )
-    return mine[0] // len(mine), parts // len(mine)
+    count = batch_shards(mesh)
+    held: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((count,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(count)[0])
+    return {process: sorted(parts) for process, parts in sorted(held.items())}
+
+
+def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
+    """Returns the rows of a batch that each process reads, those of its parts in turn: process index -> indices of rows.
+
+    Args:
+      batch_size: a multiple of `batch_shards(mesh)` (`check_batch`).
+    """
+    size = batch_size // batch_shards(mesh)
+    return {
+        process: [part * size + row for part in parts for row in range(size)]
+        for process, parts in parts_of_processes(mesh).items()
+    }
 
 
 class Whole(NamedTuple):
@@ -266,9 +324,21 @@ def _dimensions(name: str, count: int) -> tuple[str | None, ...]:
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns global arrays of a batch, of which this host holds its part (`host_part`)."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    """Returns global arrays of a batch, of which this process has the rows of its parts (`parts_of_processes`) alone."""
+    sharding, count = batch_sharding(mesh), batch_shards(mesh)
+    parts = parts_of_processes(mesh)[jax.process_index()]
+
+    def global_array(value: np.ndarray) -> jax.Array:
+        size = len(value) // len(parts)
+        shape = (size * count, *value.shape[1:])
+
+        def part_at(index: tuple[slice, ...]) -> np.ndarray:
+            first = size * parts.index(index[0].indices(shape[0])[0] // size)
+            return value[first : first + size]
+
+        return jax.make_array_from_callback(shape, sharding, part_at)
+
+    return {name: global_array(value) for name, value in batch.items()}
 
 
 def whole_to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -14,6 +14,7 @@ from seqpe_jax.sweeps.points import Range, Search, SweepFile, make
 from seqpe_jax.sweeps.runs import Busy, SweepRun
 
 FILE = "optuna.db"  # the study, in the sweep's folder
+IMPOSSIBLE = "impossible"  # attribute of a trial whose values are no config: why
 UNPRUNED = 4  # trials that run to their end before others are compared with them
 
 
@@ -36,7 +37,10 @@ def check(sweep: SweepFile) -> tuple[Search, int]:
 
 
 class Trials:
-    """The trials of a study, their runs and what became of them: name -> "finished", "pruned" or "failed"."""
+    """The trials of a study, their runs and what became of them: name -> "finished", "pruned" or "failed".
+
+    A combination of values that is no config counts as pruned; `impossible` tells why, by name.
+    """
 
     def __init__(self, workdir: pathlib.Path, sweep: SweepFile):
         """Opens the study of a folder, or begins one. Raises: as `check` and `record.remember`."""
@@ -60,22 +64,34 @@ class Trials:
         self._cut_short = [optuna.trial.Trial(self._study, at._trial_id) for at in past if not at.state.is_finished()]
         words = {self._states.COMPLETE: "finished", self._states.PRUNED: "pruned"}
         self.outcomes = {_name(at.number): words.get(at.state, "failed") for at in past if at.state.is_finished()}
+        self.impossible = {_name(at.number): at.user_attrs[IMPOSSIBLE] for at in past if IMPOSSIBLE in at.user_attrs}
         self._trials: dict[str, Any] = {}
         self._reported = {_name(at.number): max(at.intermediate_values, default=0) for at in past}  # up to which step
         self.hopeless: set[str] = set()
 
     def next(self) -> SweepRun | None:
         """Returns the run of one more trial, None if there are enough."""
-        if not self._cut_short and len(self.outcomes) + len(self._trials) >= self.search.trials:
-            return None
-        trial = self._cut_short.pop(0) if self._cut_short else self._study.ask()
+        while self._cut_short or len(self.outcomes) + len(self._trials) < self.search.trials:
+            trial = self._cut_short.pop(0) if self._cut_short else self._study.ask()
+            name = _name(trial.number)
+            chosen = {field: _suggest(trial, field, values) for field, values in self.search.ranges.items()}
+            try:
+                point = make(name, self._sweep.config, {**self.search.overrides, **chosen})
+            except InputError as error:
+                self._prune_impossible(trial, str(error).removeprefix(f"run '{name}': "))
+                continue
+            record.remember(self._workdir, self._sweep, (point,))
+            run = SweepRun(point, self._workdir / name, evaluated=False)
+            self._trials[name] = trial
+            return run
+        return None
+
+    def _prune_impossible(self, trial: Any, why: str) -> None:
+        """Ends a trial that cannot run. As a pruned one the sampler takes it for bad, and a failed one it would ignore."""
         name = _name(trial.number)
-        chosen = {field: _suggest(trial, field, values) for field, values in self.search.ranges.items()}
-        point = make(name, self._sweep.config, {**self.search.overrides, **chosen})
-        record.remember(self._workdir, self._sweep, (point,))
-        run = SweepRun(point, self._workdir / name, evaluated=False)
-        self._trials[name] = trial
-        return run
+        trial.set_user_attr(IMPOSSIBLE, why)
+        self._study.tell(trial, state=self._states.PRUNED)
+        self.outcomes[name], self.impossible[name] = "pruned", why
 
     def is_hopeless(self, run: SweepRun) -> bool:
         """Tells the study what was measured since; whether the trial should end, which is said once."""
@@ -106,8 +122,14 @@ class Trials:
         """Returns the run of the best trial that came to its end, and what it measured with which fields.
 
         Raises:
-          Failure: none did.
+          InputError: none was a config; Failure: none came to its end.
         """
+        if self.outcomes and self.impossible.keys() == self.outcomes.keys():
+            name, why = next(reversed(self.impossible.items()))
+            raise InputError(
+                f"{self._sweep.path}: none of the {len(self.outcomes)} trials of SEARCH is a possible config, the last, "
+                f"{name}, because {why}"
+            )
         if "finished" not in self.outcomes.values():
             raise Failure(f"{len(self.outcomes)} of {len(self.steps)} trials ended, none with its {self.search.metric}")
         best = self._study.best_trial

@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -99,8 +99,8 @@ class Images(Task):
         source, size = self.source("train"), "x".join(map(str, self.config.data.size))
         return f"{len(source):,} training examples of {source.classes} classes, {size}, {self.config.batch_size} to a batch"
 
-    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
-        """Returns this host's training batches."""
+    def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
+        """Returns the training batches, of which this process reads some rows."""
         config, source = self.config, self.source("train")
 
         def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -109,8 +109,8 @@ class Images(Task):
             )
 
         return loader.TrainLoader(
-            source, batch_size=config.batch_size, seed=config.seed, example=example, host_index=host_index,
-            host_count=host_count, threads=config.data.threads,
+            source, batch_size=config.batch_size, seed=config.seed, example=example, rows=rows,
+            threads=config.data.threads,
         )  # fmt: skip
 
     def keep(self, workdir: str | os.PathLike) -> None:

@@ -78,8 +78,8 @@ class Questions(Text):
         lines += self._loss_in_words(self.losses["train", length])
         return "\n  ".join([f"{self.config.batch_size} questions to a batch", *lines])
 
-    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
-        """Returns this host's training batches."""
+    def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
+        """Returns the training batches, of which this process reads some rows."""
         config = self.config
         example = functools.partial(
             qa.training_example, tokenizer=self.tokenizer, length=config.data.length,
@@ -87,7 +87,7 @@ class Questions(Text):
         )  # fmt: skip
         return loader.TrainLoader(
             self.questions("train", config.data.length), batch_size=config.batch_size, seed=config.seed, example=example,
-            host_index=host_index, host_count=host_count, threads=config.data.threads,
+            rows=rows, threads=config.data.threads,
         )  # fmt: skip
 
     def check_scale(self, scale: tuple[int], split: str) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -103,8 +103,8 @@ class Task(abc.ABC):
         """Returns what is trained on, in words."""
 
     @abc.abstractmethod
-    def train_loader(self, host_index: int, host_count: int) -> TrainLoader:
-        """Returns this host's training batches."""
+    def train_loader(self, rows: Sequence[int]) -> TrainLoader:
+        """Returns the training batches, of which this process reads some rows."""
 
     @abc.abstractmethod
     def keep(self, workdir: str | os.PathLike) -> None:

@@ -122,12 +122,12 @@ class Text(Task):
             tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
         return tokens
 
-    def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
-        """Returns this host's training batches."""
+    def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
+        """Returns the training batches, of which this process reads some rows."""
         config = self.config
         return loader.TrainLoader(
             loader.windows(self.source("train").tokens, config.data.length), batch_size=config.batch_size,
-            seed=config.seed, host_index=host_index, host_count=host_count, threads=config.data.threads,
+            seed=config.seed, rows=rows, threads=config.data.threads,
         )  # fmt: skip
 
     def keep(self, workdir: str | os.PathLike) -> None:

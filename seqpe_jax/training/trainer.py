@@ -43,7 +43,7 @@ from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.sizes import write_sizes
 from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.state import TrainState, create, key_of
 from seqpe_jax.training.step import TrainStep, make_train_step
 from seqpe_jax.training.workdir import (
     check_same_run,
@@ -94,7 +94,8 @@ class Trainer:
           InputError: fields contradict each other or the machine, the data cannot be read, or are not those of the run
             kept; found before compiling.
         """
-        mesh = layout.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor, devices)
+        sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.context, config.mesh.tensor)
+        mesh = layout.make_mesh(*sizes, devices, config.mesh.slices)
         layout.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
         config = with_random_bits(config, "threefry" if mesh.devices.flat[0].platform == "cpu" else "rbg")
         check_encoding(config)  # reading the data may take minutes
@@ -185,7 +186,8 @@ class Trainer:
 
     def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Yields (step, global batch) from a step on, read ahead in the background."""
-        train = self.task.train_loader(*layout.host_part(self.mesh))
+        rows = layout.rows_of_processes(self.mesh, self.config.batch_size)[jax.process_index()]
+        train = self.task.train_loader(rows)
         for step, batch in train.prefetch(first):
             yield step, layout.to_global(self.mesh, batch)
 
@@ -375,7 +377,7 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
 
 def _initial(architecture: Architecture, optimizer: Any, seed: int) -> Callable[[], TrainState]:
     def initial() -> TrainState:
-        key = jax.random.PRNGKey(seed)
+        key = key_of(seed)
         return create(architecture.init(key), optimizer, key)
 
     return initial

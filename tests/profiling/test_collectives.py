@@ -113,6 +113,30 @@ def test_one_that_goes_on_in_the_background_counts_once():
     assert found.groups[1] == (1, 5, 9, 13, 17, 21, 25, 29) and found.received(32) == 7 / 8 * 512
 
 
+# How a TPU's compiler sums an array over slices: of each, in the device's own part, through its host.
+SLICES = """\
+HloModule jit_step
+
+ENTRY %main (part.1: f32[3,2,128]) -> f32[3,2,128] {
+  %part.1 = f32[3,2,128]{2,1,0:T(2,128)} parameter(0)
+  %after-all.1 = token[] after-all()
+  %send.1 = (f32[3,2,128]{2,1,0:T(2,128)}, u32[], token[]) send(%part.1, %after-all.1), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  %recv.1 = (f32[3,2,128]{2,1,0:T(2,128)}, u32[], token[]) recv(%after-all.1), channel_id=1, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done.1 = (f32[3,2,128]{2,1,0:T(2,128)}, token[]) recv-done(%recv.1), channel_id=1, is_host_transfer=true
+  ROOT %sum.1 = f32[3,2,128]{2,1,0:T(2,128)} get-tuple-element(%recv-done.1), index=0
+}
+"""
+
+
+def test_what_goes_between_slices_is_counted():
+    (found,) = collectives(Hlo(SLICES)).each
+    assert (found.kind, found.count, found.bytes) == ("all-reduce", 1, 3 * 2 * 128 * 4)
+    assert found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
 @pytest.mark.parametrize("written, groups", [
     ("replica_groups={{0,2},{1,3}}, use_global_device_ids=true", ((0, 2), (1, 3))),
     ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),

@@ -81,6 +81,52 @@ def test_a_step_is_compiled_and_measured_without_data(commands, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_of_two_slices(commands, tmp_path):
+    """Gradients are summed between slices over the network, of which nothing is known but the bytes."""
+    output = tmp_path / "fits.json"
+    fields = ["--config.mesh.fsdp=2", "--config.mesh.slices=2"]
+    result = commands("aot", f"--config={CONFIG}:rotary", f"--topology=2x{SLICE}", f"--output={output}", *fields)
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert (found["topology"], found["devices"], found["rows"]) == (f"2x{SLICE}", 8, {"0": 4, "1": 4})
+    assert found["mesh"] == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    [between] = [one for one in found["roofline"]["collectives"] if one["over"] == ["network"]]
+    parameters = 256 * 24 + 12 * 24**2
+    assert (between["kind"], between["axes"], between["seconds"]) == ("all-reduce", ["data"], None)
+    assert between["bytes"] >= 4 * parameters / 4, "each device of a slice sends its own quarter"
+    assert "2 process(es), each of which reads 4 row(s) of a batch" in result.out
+    assert "what goes over the network, whose rate is not known, is not in the bound" in result.out
+
+
+TOPOLOGIES = """
+from seqpe_jax.profiling import slices
+from seqpe_jax.runtime.mesh import slice_of
+from tests.torus import devices_of
+
+def facts(devices):
+    return [
+        (one.id, one.process_index, tuple(one.coords), one.core_on_chip, one.device_kind, one.platform, slice_of(one))
+        for one in devices
+    ]
+
+for name, (_, usual, _) in slices.GENERATIONS.items():
+    for topology in (f"{name}:{sides}" for sides in usual):
+        assert facts(slices.devices_of(topology)) == facts(devices_of(topology)), topology
+    assert facts(slices.devices_of(f"3x{name}:{usual[1]}")) == facts(devices_of(f"{name}:{usual[1]}", 3)), name
+"""
+
+
+@pytest.mark.slow
+def test_slices_of_the_tests_are_those_of_libtpu(libtpu):
+    """What `tests/torus.py` says of every slice, by which meshes are tested where libtpu is not."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-c", TOPOLOGIES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_the_missing_bytes(commands):
     fields = ["--config.batch_size=1048576", "--config.mesh.fsdp=4"]
     result = commands("aot", f"--config={CONFIG}:rotary", f"--topology={SLICE}", *fields)
@@ -96,6 +142,7 @@ def test_what_does_not_fit_ends_with_the_missing_bytes(commands):
         ("v5e:3x3", [], ["v5e:3x3", "Did you mean 'v5e:"]),
         (SLICE, ["--config.mesh.fsdp=3"], ["mesh.fsdp=3", "4 devices"]),
         (SLICE, ["--config.batch_size=6"], ["batch_size=6"]),
+        (f"2x{SLICE}", ["--config.mesh.fsdp=8"], ["mesh.data=1", "2 TPU slices"]),
         (SLICE, ["--config.data.tokenizer=none.json"], ["none.json", "model.vocabulary"]),
     ],
 )
@@ -116,6 +163,10 @@ def test_what_cannot_be_compiled_ends_with_one_line(commands, topology, fields, 
         ("v5e:4x", "write v5e:AxB.* Did you mean 'v5e:4x"),
         ("v5p:4x4", "write v5p:AxBxC"),
         ("v5e:32x32", "1024 chips.*at most 256"),
+        ("2xv9:2x2", "no TPU 'v9' .*2xv9:2x2.*or 2xv5e:4x4"),
+        ("2xv5e:4x", "write v5e:AxB.* Did you mean 'v5e:4x"),
+        ("0xv5e:4x4", "no TPU '0xv5e'"),
+        ("999999xv5e:4x4", "15999984 chips: give at most 65536"),
     ],
 )
 def test_a_slice_that_does_not_exist(topology, words):

@@ -1,7 +1,5 @@
 """The mesh takes all devices or says why not."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,7 +7,9 @@ from jax.sharding import PartitionSpec as Spec
 
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.errors import InputError
+from seqpe_jax.profiling.slices import GENERATIONS
 from seqpe_jax.runtime import mesh as layout
+from tests.torus import devices_of
 
 
 def test_zero_takes_the_rest():
@@ -23,26 +23,85 @@ def test_axes_that_do_not_fit_are_named(data, fsdp):
         layout.make_mesh(data, fsdp)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a mesh asks of a TPU."""
-
-    id: int
-    process_index: int
-    coords: tuple[int, int, int]
-    platform: str = "tpu"
-    device_kind: str = "TPU v5"
-    core_on_chip: int = 0
-    slice_index: int = 0
-
-
 def test_an_axis_may_take_a_part_of_a_torus_side():
     """What `jax.make_mesh` refuses."""
-    chips = [Chip(number, number // 4, (number % 4, number // 4 % 4, number // 16)) for number in range(64)]
-    mesh = layout.make_mesh(0, 8, devices=chips)
+    mesh = layout.make_mesh(0, 8, devices=devices_of("v5p:4x4x4"))
     assert mesh.shape == {"data": 8, "fsdp": 8, "context": 1, "tensor": 1}
     spans = np.ptp([[chip.coords for chip in row] for row in mesh.devices[:, :, 0, 0]], axis=1)
     assert (spans.sum(axis=1) <= 4).all(), "8 chips of an axis lie together: half of a plane"
+
+
+TOPOLOGIES = [f"{name}:{sides}" for name, (_, usual, _) in GENERATIONS.items() for sides in usual]
+SMALL = [name for name in TOPOLOGIES if len(devices_of(name)) <= 256]
+# (fsdp, context, tensor): those of configs and docs, and axes that are wider than a host.
+MESHES = ((1, 1, 1), (8, 1, 1), (16, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 4), (1, 4, 2), (1, 8, 1), (1, 1, 16))
+
+
+def held_by(mesh, process, batch, monkeypatch):
+    """Returns what each device of a process gets of its local part of a batch: device -> rows."""
+    def assemble(shape, sharding, callback):
+        return {d: callback(at) for d, at in sharding.devices_indices_map(shape).items() if d.process_index == process}
+
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "make_array_from_callback", assemble)
+    rows = layout.rows_of_processes(mesh, len(batch))[process]
+    found = layout.to_global(mesh, {"tokens": batch[rows]})["tokens"]
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("topology, slices", [(name, 1) for name in TOPOLOGIES] + [(name, 2) for name in SMALL])
+def test_the_processes_of_a_slice_hold_a_batch_together(topology, slices, monkeypatch):
+    """Each row of a batch lies on the devices at its index of data and fsdp, and nowhere else."""
+    devices = devices_of(topology, slices)
+    for fsdp, context, tensor in MESHES:
+        if len(devices) // slices % (fsdp * context * tensor):
+            continue
+        mesh = layout.make_mesh(0, fsdp, context, tensor, devices)
+        count = layout.batch_shards(mesh)
+        grid = mesh.devices.reshape(count, -1)
+        expected = {}
+        for part, process in sorted({(part, one.process_index) for part, row in enumerate(grid) for one in row}):
+            expected.setdefault(process, []).append(part)
+        assert layout.parts_of_processes(mesh) == expected
+        if len(devices) > 64:
+            continue
+        batch = np.arange(count * 4).reshape(count * 2, 2)
+        for process in expected:
+            found = held_by(mesh, process, batch, monkeypatch)
+            assert found.keys() == {device for device in devices if device.process_index == process}
+            for part, row in enumerate(grid):
+                for device in found.keys() & set(row):
+                    np.testing.assert_array_equal(found[device], batch[2 * part : 2 * part + 2])
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_data_is_split_over_slices_first(number):
+    devices = devices_of("v5e:4x4", 2)
+    mesh = layout.make_mesh(0, 4, 2, 1, devices[::-1], number)
+    assert mesh.shape == {"data": 4, "fsdp": 4, "context": 2, "tensor": 1}
+    of_data = [{chip.slice_index for chip in part.flat} for part in mesh.devices]
+    assert of_data == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.parametrize("devices, sizes, number, words", [
+    (devices_of("v5e:4x4", 2), (0, 1), 3, "mesh.slices=3, but the 32 devices there are belong to 2 TPU slice.*=2, or 0"),
+    (devices_of("v5e:4x4"), (0, 1), 2, "mesh.slices=2, but the 16 devices .* belong to 1 TPU slice"),
+    (None, (0, 1), 2, "mesh.slices=2, but the 8 devices .* belong to 1 TPU slice"),
+    (devices_of("v5e:4x4", 2), (1, 16, 2), 0, r"mesh.data=1 is not a multiple of the 2 TPU slices.*\(now 32\) .* 16"),
+    (devices_of("v5e:4x4", 3)[:-8], (0, 1), 0, "the TPU slices have 16, 16, 8 devices: give slices of one size"),
+])  # fmt: skip
+def test_slices_that_do_not_fit_end_with_one_line(devices, sizes, number, words):
+    with pytest.raises(InputError, match=words) as caught:
+        layout.make_mesh(*sizes, devices=devices, slices=number)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pod_of_the_large_recipe():
+    """16 x 16 chips, on which the first process has rows of two sides of its block."""
+    mesh = layout.make_mesh(0, 16, devices=devices_of("v5e:16x16"))
+    parts, rows = layout.parts_of_processes(mesh), layout.rows_of_processes(mesh, 512)
+    assert (len(parts), parts[0], rows[0]) == (64, [0, 1, 16, 17], [0, 1, 2, 3, 32, 33, 34, 35])
 
 
 def test_a_batch_is_split_over_all_devices():

@@ -19,7 +19,7 @@ import safetensors.numpy
 from seqpe_jax import config, loading
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, environment, with_defaults
 from tests.serving import test_exported as test_serving
 from tests.tiny import random_state, tiny_config
 from tests.training.test_commands import refused, word_tokenizer
@@ -275,7 +275,7 @@ def test_export_refuses_arguments(commands, on_text, text_export, tmp_path, argu
     full.mkdir()
     (full / "letter.txt").write_text("dear reader")
     arguments = [a.replace("FULL", str(full)).replace("EXPORT", str(text_export)) for a in arguments]
-    result = commands("export", f"--checkpoint={on_text}", f"--output={output}", *arguments)
+    result = commands("export", *with_defaults(arguments, checkpoint=on_text, output=output))
     refused(result, *words)
     assert "positions" not in result.out + result.err and not output.parent.exists()
     assert [path.name for path in full.iterdir()] == ["letter.txt"]

@@ -79,6 +79,37 @@ def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
     assert again._study.get_trials()[0].params == {"seed": seed}
 
 
+HEADS = {"model.heads": (2, 3), "model.width": (24, 32)}  # 3 heads do not divide a width of 32
+
+
+def test_a_combination_that_is_not_possible_is_pruned_and_the_search_goes_on(tmp_path, wishes):
+    trials = search.Trials(tmp_path, sweep(8, ranges=HEADS))
+    assert search.work(trials, 1) is None
+    values = {f"trial-00{at.number}": tuple(at.params.values()) for at in trials._study.get_trials()}
+    bad = {name for name, chosen in values.items() if chosen == (3, 32)}
+    assert len(trials.outcomes) == 8 and 0 < len(bad) < 8
+    assert {name for name, outcome in trials.outcomes.items() if outcome == "pruned"} == bad == trials.impossible.keys()
+    assert all("model.width=32" in why and "model.heads=3" in why for why in trials.impossible.values())
+    assert not any((tmp_path / name).exists() for name in bad) and trials.best()[0].name not in bad
+
+    # What an earlier search left when such a combination ended it: under way, with its values.
+    trials._study.enqueue_trial({name: choices[-1] for name, choices in HEADS.items()})
+    left = trials._study.ask()
+    assert [left.suggest_categorical(name, choices) for name, choices in HEADS.items()] == [3, 32]
+    again = search.Trials(tmp_path, sweep(10, ranges=HEADS))
+    assert again.impossible == trials.impossible and search.work(again, 1) is None
+    assert len(again.outcomes) == 10 and again.outcomes[f"trial-00{left.number}"] == "pruned"
+
+
+def test_a_search_of_which_nothing_is_possible_ends_with_one_line(tmp_path, wishes):
+    ranges = {"seed": Range(0, 99), "model.heads": (3,), "model.width": (32,)}
+    trials = search.Trials(tmp_path, sweep(3, ranges=ranges))
+    assert search.work(trials, 2) is None and list(trials.outcomes.values()) == ["pruned"] * 3
+    with pytest.raises(InputError, match="none of the 3 trials of SEARCH is a possible config.*model.heads=3") as caught:
+        trials.best()
+    assert "\n" not in str(caught.value)
+
+
 def test_without_optuna_or_a_search_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="sweep.py defines no SEARCH"):
         search.check(SweepFile("sweep.py", "x", (), None))

@@ -26,6 +26,14 @@ def text(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Commands whose processes hold rows of a batch that are not consecutive."""
+    running = Commands(tmp_path_factory.mktemp("cache"), before="tests.interleaved")
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
 def begin(commands, text):
     """Returns a function that starts the processes of a run; `each` has overrides for some of them."""
 

@@ -1,6 +1,7 @@
 """What a config's fields ask of each other is told before any data are read; what runs may begin with."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -90,3 +91,17 @@ def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
     monkeypatch.setattr(trainer, "create", lambda *arguments: traced.append(1) or create(*arguments))
     state = Trainer.of(tiny_config()).init_state()
     assert traced == [1] and int(state.step) == 0
+
+
+def test_seeds_that_share_their_last_32_bits_have_keys_of_their_own():
+    """Smaller seeds keep the key that JAX gives, with which stored runs began."""
+    def key_of(seed):
+        architecture = types.SimpleNamespace(init=lambda key: {"drawn": jax.random.bits(key)})
+        optimizer = types.SimpleNamespace(init=lambda params: ())
+        state = trainer._initial(architecture, optimizer, seed)()
+        return (*state.key.tolist(), int(state.params["drawn"]))
+
+    small = (0, 7, 2**31, 2**32 - 1)
+    assert [key_of(seed)[:2] for seed in small] == [tuple(jax.random.PRNGKey(seed).tolist()) for seed in small]
+    keys = [key_of(seed) for seed in (*small, 2**32, 2**32 + 7, 2**33 + 7, 2**63 - 1)]
+    assert len(set(keys)) == len(keys)
