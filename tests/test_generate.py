@@ -107,6 +107,7 @@ def test_a_text_is_told_where_output_is_ascii(trained, tmp_path, variables):
     (["--prompt=abc", "--temperature=-1"], ["temperature", "-1"]),
     (["--prompt=abc", "--top-p=0"], ["top-p", "above 0"]),
     (["--prompt=abc", "--top-p=1.1"], ["top-p", "1.1"]),
+    (["--prompt=abc", "--window=150"], ["--window=150", "encoding.kind='seqpe'", "leave it out"]),
     (["--prompt=abc", "--seed=-3"], ["seed", "-3"]),
     (["--prompts-file=DIR/nothing.txt"], ["--prompts-file", "nothing.txt"]),
     (["--prompts-file=DIR/latin.txt"], ["--prompts-file", "UTF-8"]),

@@ -89,6 +89,8 @@ def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
     assert (copy.step, exported.step, copy.sizes) == (3, 3, model.sizes)
     with pytest.raises(InputError, match="position 64 is outside 0 .. 63, what this export holds"):
         exported.logits(np.zeros((1, 65), int))
+    with pytest.raises(InputError, match="60 new tokens are beyond the exported range, up to 64: .* --max-length=65"):
+        exported.generate("line ", 60)
     with pytest.raises(InputError, match="is an export already"):
         exported.export(tmp_path / "again")
     with pytest.raises(InputError, match="is an export, which has no encoder"):

@@ -149,6 +149,19 @@ class EncodingConfig:
         """Units of a position's fixed-point number in one token or patch."""
         return self.base**self.fraction_digits
 
+    @property
+    def window_dependence(self) -> str:
+        """The field by which a token's position signal depends on the length of its window, past the training length.
+
+        Returns:
+          The field with its value, as "encoding.scaling='yarn'"; "" where a token has one signal in all windows.
+        """
+        if self.kind == "learned":
+            return "encoding.kind='learned'"
+        if self.resize == "stretch":
+            return "encoding.resize='stretch'"
+        return f"encoding.scaling='{self.scaling}'" if self.scaling != "none" else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:

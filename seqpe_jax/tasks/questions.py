@@ -90,14 +90,21 @@ class Questions(Text):
             host_index=host_index, host_count=host_count, threads=config.data.threads,
         )  # fmt: skip
 
+    def positions_at(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window and of an answer past it; with a window that ends its texts, of that alone."""
+        return (scale[0] + (0 if self.config.encoding.window_dependence else self.config.eval.new_tokens),)
+
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a length at which no question fits, or that positions do not reach. Raises: InputError."""
         (length,) = scale
-        check_positions(self.config, length + self.config.eval.new_tokens, "evaluation length with its answer")
+        check_positions(self.config, *self.positions_at(scale), "evaluation length with its answer")
         self.questions(split, length)
 
     def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length.
+
+        Where the signal depends on the length of the window, answers are generated under the signal that the loss is
+        computed with, that of the evaluated length, and end with that window, which holds each accepted answer and its end.
 
         Returns:
           {"length", "examples", "cut_off": questions none of whose answers fits into eval.new_tokens, "contains",
@@ -109,8 +116,10 @@ class Questions(Text):
         count = min(len(source), self.config.eval.examples or len(source))
         records = [source[index] for index in range(count)]
         sampling = Sampling(self.config.eval.new_tokens, end=self.end)
+        dependent = bool(self.config.encoding.window_dependence)
         found = asked.generate(
             [qa.prompt_tokens(record, self.tokenizer) for record in records], sampling, self.known_V,
+            window=max(length, self.config.data.length) if dependent else None, cut=dependent,
             progress=lambda done, total: asked.progress(done * count // total, 2 * count),
         )  # fmt: skip
         hypotheses = [self.tokenizer.decode(one.content).strip() for one in found]

@@ -99,6 +99,10 @@ class Task(abc.ABC):
     def grid_of(self, scale: Shape) -> Shape:
         """Returns the positions along each axis of an example of a scale."""
 
+    def positions_at(self, scale: Shape) -> Shape:
+        """Returns the positions along each axis that evaluation at a scale needs."""
+        return self.grid_of(scale)
+
     @abc.abstractmethod
     def check_scale(self, scale: Shape, split: str) -> None:
         """Refuses a scale that cannot be evaluated. Raises: InputError."""
@@ -130,12 +134,12 @@ def check_scale(task: Task, reach: Shape | None, scale: Shape, split: str) -> No
       InputError: says so, and how far the positions reach.
     """
     task.check_scale(scale, split)
-    shape = task.grid_of(scale)
+    shape = task.positions_at(scale)
     if reach is None or all(side <= end for side, end in zip(shape, reach, strict=True)):
         return
     sides = task.config.model.patch or (1,)
     end = "x".join(str(count * side) for count, side in zip(reach, sides, strict=True))
-    again = f"--max-{task.scale_field}={max(scale[-2:])}"
+    again = f"--max-{task.scale_field}={max(scale[-2:] if len(scale) > 1 else shape)}"
     if len(scale) == 3 and shape[0] > reach[0]:
         again = f"eval.frames={scale[0]}"
     raise InputError(
