@@ -18,7 +18,8 @@ CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a confi
 IF_THERE = {"steps": int, "data.size": list, "data.name": str}  # what it need not have, but of this kind
 EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
 NUMBERS = (
-    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
+    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match "
+    "exact_match_strict top1 top5"
 )
 RESULT = dict.fromkeys(NUMBERS.split(), (int, float)) | {
     "loss_by_position": dict,

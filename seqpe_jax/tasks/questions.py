@@ -32,7 +32,7 @@ class Questions(Text):
     """
 
     kind = "question_answering"
-    measured = ("loss", "contains", "exact_match", "f1")
+    measured = ("loss", *answers.METRICS)
 
     def __init__(self, config: Any, there: bool = True, kept: str | os.PathLike = ""):
         super().__init__(config, there, kept)
@@ -40,6 +40,11 @@ class Questions(Text):
         self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length
         if there:
             self.end = qa.end_token(self.tokenizer)
+
+    @classmethod
+    def metrics(cls, config: Any) -> tuple[str, ...]:
+        """Returns the loss and the scores of the answers of a config's data (`answers.metrics_of`)."""
+        return ("loss", *answers.metrics_of(config.data.name))
 
     @functools.cache  # noqa: B019  a run has one of these
     def questions(self, split: str, length: int) -> qa.QuestionSource:
@@ -107,8 +112,8 @@ class Questions(Text):
         computed with, that of the evaluated length, and end with that window, which holds each accepted answer and its end.
 
         Returns:
-          {"length", "examples", "cut_off": questions none of whose answers fits into eval.new_tokens, "contains",
-          "exact_match", "f1" (percent), "loss" (nats per token of the answers and their ends), "answer_perplexity",
+          {"length", "examples", "cut_off": questions none of whose answers fits into eval.new_tokens, the scores
+          of `answers.metrics_of` (percent), "loss" (nats per token of the answers and their ends), "answer_perplexity",
           "depth": the scores by depth of the passage, "distance": those by how many tokens back the answer stands,
           "answers": (records, hypotheses)}.
         """
@@ -125,7 +130,7 @@ class Questions(Text):
         hypotheses = [self.tokenizer.decode(one.content).strip() for one in found]
         loss = self._loss(asked, source, count, length)
         away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
-        scored = answers.score(records, hypotheses, away=away)
+        scored = answers.score(records, hypotheses, metrics=answers.metrics_of(self.config.data.name), away=away)
         return {
             "length": length, "cut_off": self._cut_off([record["outputs"] for record in records]), **scored, "loss": loss,
             "answer_perplexity": math.exp(min(loss, 700.0)), "answers": (records, hypotheses),
@@ -135,7 +140,8 @@ class Questions(Text):
         """Returns the scores of guessing without reading the passage (see `answers.no_context_baseline`)."""
         length = self.config.data.length
         known, asked = self.questions("train", length), self.questions(split, length)
-        return answers.no_context_baseline(known.questions(), asked.questions())
+        metrics = answers.metrics_of(self.config.data.name)
+        return answers.no_context_baseline(known.questions(), asked.questions(), metrics)
 
     def _cut_off(self, accepted: Iterable[Sequence[str]]) -> int:
         """Of how many questions, given their accepted answers, none can be given whole."""

@@ -46,7 +46,7 @@ class Task(abc.ABC):
     Attributes:
       kind: its name in results; unit: what a training step counts.
       option: the flag of `evaluate` that names its scales; scale_field: what a result calls a scale.
-      measured: what is reported while training.
+      measured: what is reported while training, of any data (`metrics`: of a config's).
       config, criterion: what the model is trained for; sizes: what the model takes from the data.
       example: shape and type of each array of a training example; units_per_step: `unit`s that one step reads.
     """
@@ -56,6 +56,11 @@ class Task(abc.ABC):
     option: ClassVar[str]
     scale_field: ClassVar[str]
     measured: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def metrics(cls, config: Config) -> tuple[str, ...]:
+        """Returns what is reported of a run with this config while it trains."""
+        return cls.measured
 
     config: Config
     criterion: LanguageModelling | Classification
