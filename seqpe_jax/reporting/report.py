@@ -75,8 +75,8 @@ def notes(study: Study) -> list[str]:
             lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
         if run.config["data"].get("name") in CODE and any("exact_match" in result for result in run.results):
             lines.append(
-                f"{run.name}: exact matches and F1 are normalised as SQuAD's, by which '-1' equals '1': evaluate it again for "
-                "those of answers as they are written"
+                f"{run.name}: exact matches and F1 are normalised as SQuAD's, by which '-1' equals '1': evaluate it again "
+                "for those of answers as they are written"
             )
     lines += choices.notes(study)
     guessed = {run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation}
