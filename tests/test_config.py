@@ -70,7 +70,7 @@ def test_difference_names_the_fields_that_differ():
         ({"optimizer.learning_rate": float("nan")}, ["optimizer.learning_rate", "finite"]),
         ({"encoding.digits": 2}, ["largest position possible is 99", "encoding.digits=4"]),
         ({"data.length": 8192}, ["largest position possible is 4999", "encoding.max_position"]),
-        ({"eval.lengths": (64, 6000)}, ["eval.lengths 6000", "largest position possible is 4999"]),
+        ({"eval.lengths": (64, 12000)}, ["eval.lengths 12000", "largest position possible is 9999", "4 digits"]),
         ({"model.heads": 5}, ["model.width=96", "model.heads=5"]),
         ({"optimizer.accumulate": 3}, ["batch_size=16", "optimizer.accumulate=3"]),
         ({"objective.shift.sets": 3}, ["objective.shift.sets=3"]),

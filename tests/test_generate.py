@@ -101,7 +101,7 @@ def test_a_text_is_told_where_output_is_ascii(trained, tmp_path, variables):
     ([], ["--prompt=TEXT", "--prompts-file=FILE"]),
     (["--prompt=a", "--prompts-file=b"], ["either"]),
     (["--prompt="], ["the prompt is empty", "at least one token"]),
-    (["--prompt=abc", "--max-new-tokens=198"], ["201", "largest position possible is 199"]),
+    (["--prompt=abc", "--max-new-tokens=998"], ["1001", "largest position possible is 999"]),
     (["--prompt=abc", "--max-new-tokens=0"], ["at least 1, got 0"]),
     (["--prompt=abc", "--max-new-tokens=few"], ["max-new-tokens", "few"]),
     (["--prompt=abc", "--temperature=-1"], ["temperature", "-1"]),

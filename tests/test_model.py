@@ -200,7 +200,7 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
     (lambda model: model.encode_positions([-1]), "position -1 is outside"),
     (lambda model: model.generate(""), "the prompt is empty"),
     (lambda model: model.generate("a", 0), "at least 1"),
-    (lambda model: model.generate("a", 200), "position 200"),
+    (lambda model: model.generate("a", 1000), "position 1000"),
     (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),
     (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
 ])  # fmt: skip

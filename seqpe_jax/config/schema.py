@@ -98,7 +98,7 @@ class EncodingConfig:
 
     kind: EncodingKind = "seqpe"
     # how a position is written
-    max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE)  # positions along an axis: 0 .. max_position - 1
+    max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE)  # training draws positions along an axis below
     base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS)  # of the digits
     fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS)  # after the point; 1 = a token or a patch
     resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS)  # larger than trained: on, or between

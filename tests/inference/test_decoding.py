@@ -337,7 +337,7 @@ def test_sampling_refuses_values(fields, words):
     ([], None, "no prompt"),
     ([[1], []], None, "prompt 2 of 2 is empty"),
     ([[]], None, "the prompt is empty"),
-    ([[1] * 61], None, "65 needs position 64, but the largest position possible is 63"),
+    ([[1] * 97], None, "101 needs position 100, but the largest position possible is 99"),
     ([[1]], 65, "--window=65 .* leave it out"),
     ([[256]], None, "vocabulary"),
     ([[-1]], None, "vocabulary"),
