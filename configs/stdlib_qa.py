@@ -5,7 +5,8 @@
 
 Hardware: two CPU cores; about 15 minutes, scoring included. Result: exact matches of 91.3, 88.8, 81.3 and 73.4% at 128,
 256, 512 and 1024 bytes (alibi 91.1, 89.7, 82.2 and 53.9%; 400 questions of the test split, three seeds, answers of up to 16
-tokens: docs/results.md).
+tokens, after SQuAD's normalisation: docs/results.md). Answers are compared as they are written now, exact_match_strict,
+which has not been measured yet.
 From a checkpoint of one's own: --init-from=DIR with the same model and encoding.
 Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (the pairs that turn beside
 seqpe, alone), and any other encoding of texts (docs/encodings.md).

@@ -2,6 +2,7 @@
 
     python -m seqpe_jax.train --config=configs/wikitext103_gpt2.py --workdir=DIR \
         --config.data.tokenizer=PATH/tokenizer.json [--config.data.paths=PATH/wikitext-103-raw-v1.zip]
+    python -m seqpe_jax.evaluate --checkpoint=DIR --which=best --lengths=512,1024,2048,4096,8192,16384,32768
 
 Hardware: written for 8 accelerators of 80 GB. Time and result: not measured by this project yet.
 Variants: seqpe (default), seqpe_extended (as stdlib_lm.py has it, see docs/recipes.md), rotary, alibi,
@@ -23,6 +24,7 @@ def get_config(variant=None):
     c.eval.every = 5000
     c.eval.lengths = (512, 1024, 2048, 4096, 8192, 16384)
     c.checkpoint.every = 2500
+    c.checkpoint.best = "perplexity@512"  # of the validation split, as the authors choose
     c.precision.compute = "bfloat16"
 
     c.model.layers = 12
@@ -43,13 +45,14 @@ def get_config(variant=None):
     c.encoding.dropout = 0.1
     c.encoding.attention_dropout = 0.0
 
-    c.objective.contrastive.batch = 256  # the recipe's 32 on each of 8 devices
+    c.objective.contrastive.batch = 64  # over all devices: 16 on each of 4, or 8 on each of 8
     c.objective.contrastive.candidates = 32
     c.objective.contrastive.window = 256
     c.objective.contrastive.mixture = (0.0, 0.4, 0.6)
-    c.objective.distillation.batch = 256
+    c.objective.distillation.batch = 64
     c.objective.distillation.offsets = 32
     c.objective.shift.rate = 0.1
+    c.objective.shift.sets = 64  # different windows in one shifted step, each for two samples
     if variant == "seqpe_extended":
         c.encoding.qk = "multi"
         c.encoding.rotary_pairs = 16  # of 32: those whose period is shorter than the window of 512

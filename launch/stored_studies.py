@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "results"
 WORK = STORED / "work.json"
 NAMES = dict.fromkeys(("questions", "questions_by_step"), "stdlib_qa")  # of data that lengths do not tell from text
-MEASURED = ("bits_per_byte", "contains", "exact_match", "f1", "top1", "tokens", "examples")
+MEASURED = ("bits_per_byte", "contains", "exact_match", "exact_match_strict", "f1", "top1", "tokens", "examples")
 
 
 def study_of(name: str) -> Study:

@@ -5,8 +5,9 @@
 
 What follows the prompt is printed as it comes. What follows the lines of a file is printed or stored as a JSON object
 each: prompt, text, tokens (ids), log_prob (of all of them, nats, at temperature 1), ended (by the tokenizer's end of text).
-A learned table is stretched to the longest prompt and its new tokens, where those are more than it has entries; so are the
-positions of a run with encoding.resize='stretch', where those are more than a training window has.
+A learned table, encoding.scaling and encoding.resize='stretch' read other positions in each window longer than that of
+training, so that a text depends on its length: past the training length they need --window=TOKENS, which no other encoding
+reads. Neither --max-new-tokens nor other prompts change a text.
 """
 
 import json
@@ -24,19 +25,21 @@ if TYPE_CHECKING:
 
 
 def run(
-    checkpoint: str, prompts: Sequence[str], new_tokens: int, *, which: str = "latest", stream: bool = False,
-    **choice: float,
+    checkpoint: str, prompts: Sequence[str], new_tokens: int, *, which: str = "latest", window: int | None = None,
+    stream: bool = False, **choice: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Returns what a checkpoint of a run says after each prompt, in the form that `--output` stores.
 
     Args:
       checkpoint: a workdir of `train`; which: of its checkpoints, "latest" or "best" (`loading.opened`).
       new_tokens: at most, for each prompt; choice: temperature, top_p and seed of `inference.decoding.Sampling`.
+      window: length of the window, in tokens, where positions depend on it (`inference.generate.check_generation`).
       stream: print the text of the one prompt as it comes; else a line of progress tells the tokens done.
 
     Raises:
       InputError: not a run on text, no or a damaged checkpoint, another tokenizer than the model was trained with, an
-        empty prompt, values out of range, a prompt that with its new tokens is beyond the encoding's reach.
+        empty prompt, values out of range, a prompt that with its new tokens is beyond the encoding's reach, a window that
+        is needed or not read.
     """
     from seqpe_jax import loading
     from seqpe_jax.inference.decoding import Sampling
@@ -52,7 +55,9 @@ def run(
     tokenizer, printed = model.tokenizer, ""
     tokens = model.task.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
     sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
-    check_generation(model.config, [len(prompt) for prompt in tokens], sampling)
+    check_generation(
+        model.config, [len(prompt) for prompt in tokens], sampling, window, reach=model.architecture.reach
+    )  # fmt: skip
 
     def say(index: int, generation: "Generation") -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
@@ -63,12 +68,14 @@ def run(
             printed = text
 
     if stream:
-        found = model.continuations(tokens, sampling, heard=say)
+        found = model.continuations(tokens, sampling, window=window, heard=say)
         if hosts.is_lead():
             print(tokenizer.decode(found[0].content)[len(printed) :], flush=True)
     else:
         line = ProgressLine(len(prompts) * new_tokens, label="token")
-        found = model.continuations(tokens, sampling, progress=lambda done, total: line.update(done, total=total))
+        found = model.continuations(
+            tokens, sampling, window=window, progress=lambda done, total: line.update(done, total=total)
+        )
         line.close()
     return [
         {
@@ -87,6 +94,10 @@ _WHICH = command.define_which()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
 _FILE = command.define_path("prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt")
 _NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt", upper_bound=2**24)
+_WINDOW = flags.DEFINE_integer(
+    "window", None, "tokens of the window, where positions depend on its length and the text is longer than in training",
+    lower_bound=1, upper_bound=2**24,
+)  # fmt: skip
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token; larger = more varied text")
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "draw from the likeliest tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws, where the temperature is above 0")
@@ -132,6 +143,7 @@ def main() -> None:
         [_text(_PROMPT.value)] if _FILE.value is None else read_prompts(_FILE.value),
         _NEW_TOKENS.value,
         which=_WHICH.value,
+        window=_WINDOW.value,
         stream=_FILE.value is None,
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,

@@ -132,23 +132,29 @@ class Model:
 
     def generate(
         self, prompt: str | Sequence[str], max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int = 0,
+        seed: int = 0, window: int | None = None,
     ) -> str | list[str]:  # fmt: skip
         """Returns the text that follows a prompt, or each of several.
 
         Args:
           temperature: 0 = always the likeliest token; larger = more varied text.
           top_p: draw from the likeliest tokens that together reach this probability; seed: of the draws.
+          window: length of the window, in tokens; a learned table, encoding.scaling and encoding.resize='stretch' need it
+            for texts longer than in training, since their positions depend on it. Other encodings do not read it.
 
         Raises:
-          InputError: a model of images, an empty prompt, values out of range, or too long a text for the positions.
+          InputError: a model of images, an empty prompt, values out of range, too long a text for the positions, a window
+            that is missing or not read.
         """
-        generation.check_generation(self.config, [1], Sampling(max_new_tokens, temperature, top_p, seed))
+        asked = Sampling(max_new_tokens, temperature, top_p, seed)
+        generation.check_generation(self.config, [1], asked, window, reach=self.architecture.reach)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self._text.prompts([text.encode("utf-8", "surrogateescape") for text in prompts])
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
         line = ProgressLine(len(prompts) * max_new_tokens, label="token")
-        found = self.continuations(tokens, sampling, progress=lambda done, total: line.update(done, total=total))
+        found = self.continuations(
+            tokens, sampling, window=window, progress=lambda done, total: line.update(done, total=total)
+        )
         line.close()
         texts = [self.tokenizer.decode(one.content) for one in found]
         return texts[0] if isinstance(prompt, str) else texts

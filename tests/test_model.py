@@ -89,6 +89,8 @@ def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
     assert (copy.step, exported.step, copy.sizes) == (3, 3, model.sizes)
     with pytest.raises(InputError, match="position 64 is outside 0 .. 63, what this export holds"):
         exported.logits(np.zeros((1, 65), int))
+    with pytest.raises(InputError, match="60 new tokens are beyond the exported range, up to 64: .* --max-length=65"):
+        exported.generate("line ", 60)
     with pytest.raises(InputError, match="is an export already"):
         exported.export(tmp_path / "again")
     with pytest.raises(InputError, match="is an export, which has no encoder"):
@@ -214,7 +216,7 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
     (lambda model: model.encode_positions([-1]), "position -1 is outside"),
     (lambda model: model.generate(""), "the prompt is empty"),
     (lambda model: model.generate("a", 0), "at least 1"),
-    (lambda model: model.generate("a", 200), "position 200"),
+    (lambda model: model.generate("a", 1000), "position 1000"),
     (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),
     (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
 ])  # fmt: skip

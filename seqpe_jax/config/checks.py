@@ -5,9 +5,11 @@ import re
 from typing import get_args
 
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
-from seqpe_jax.config.schema import Config, digits_of
+from seqpe_jax.config.schema import Config, EncodingConfig, digits_of
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits, largest_position
+
+LARGEST_UNITS = 2**30  # of positions along an axis, which are int32
 
 
 def profile_window(config: Config) -> tuple[int, int] | None:
@@ -25,8 +27,25 @@ def profile_window(config: Config) -> tuple[int, int] | None:
     return int(first), int(end)
 
 
-def check_positions(config: Config, length: int, asked_by: str) -> None:
+def _positions(encoding: EncodingConfig, training: bool) -> tuple[int, str, str]:
+    """Returns how many positions an axis has, what limits them, and the field to raise.
+
+    Args:
+      training: positions that training draws from, below max_position; else those that the digits write.
+    """
+    if training:
+        return encoding.max_position, f"encoding.max_position={encoding.max_position}", "encoding.max_position"
+    digits = digits_of(encoding) - encoding.fraction_digits
+    count = min(encoding.base**digits, LARGEST_UNITS // encoding.unit)
+    why = f"which {digits} digits in base {encoding.base} write"
+    return count, why, "encoding.digits" if encoding.digits else "encoding.max_position"
+
+
+def check_positions(config: Config, length: int, asked_by: str, *, training: bool = False) -> None:
     """Refuses a window that needs positions which the digits do not reach, or finer ones than they tell apart.
+
+    Args:
+      training: a window that is trained on, which must lie below encoding.max_position.
 
     Raises:
       InputError: says the largest position possible and the field to change.
@@ -35,11 +54,11 @@ def check_positions(config: Config, length: int, asked_by: str) -> None:
     if encoding.resize == "stretch":
         _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
         length = config.data.length  # that of the positions, however many places stand on them
-    if encoding.kind == "seqpe" and length > encoding.max_position:
+    reach, why, field = _positions(encoding, training)
+    if encoding.kind == "seqpe" and length > reach:
         raise InputError(
-            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is "
-            f"{encoding.max_position - 1} (encoding.max_position={encoding.max_position}): "
-            f"raise encoding.max_position or lower {asked_by}"
+            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is {reach - 1} ({why}): "
+            f"raise {field} or lower {asked_by}"
         )
 
 
@@ -60,16 +79,18 @@ def _check_finer(
         )
 
 
-def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
+def check_size(config: Config, size: tuple[int, ...], asked_by: str, *, training: bool = False) -> None:
     """Refuses an image or clip that patches do not divide or positions do not reach.
 
     Args:
       size: (height, width), or (frames, height, width) of a clip; asked_by: what asks for it, for the message.
+      training: as of `check_positions`.
 
     Raises:
       InputError: says the largest size possible and the field to change.
     """
-    sides, patch, reach = config.sides_of(size), config.model.patch, config.encoding.max_position
+    sides, patch = config.sides_of(size), config.model.patch
+    reach, why, field = _positions(config.encoding, training)
     written, parts = "x".join(map(str, size)), patch[-len(size) :]
     if len(size) > len(patch):
         raise InputError(f"{asked_by} {written} has frames, but data.name='{config.data.name}' has images: name two sides")
@@ -85,8 +106,8 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str) -> None:
     if config.encoding.kind == "seqpe" and max(places) > reach:
         raise InputError(
             f"{asked_by} {written} needs position {max(places) - 1} along an axis, but the largest "
-            f"position possible is {reach - 1} (encoding.max_position={reach}), so the largest size possible is "
-            f"{'x'.join(str(reach * part) for part in parts)}: raise encoding.max_position or lower {asked_by}"
+            f"position possible is {reach - 1} ({why}), so the largest size possible is "
+            f"{'x'.join(str(reach * part) for part in parts)}: raise {field} or lower {asked_by}"
         )
 
 
@@ -121,7 +142,7 @@ def check(config: Config) -> None:
     if moved and part % objective.shift.sets:
         raise InputError(
             f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
-            f"objective.shift.sets={objective.shift.sets}"
+            f"objective.shift.sets={objective.shift.sets}: set that to a divisor"
         )
     _check_faults(config)
     optimizer = config.optimizer
@@ -179,7 +200,7 @@ def _check_text(config: Config) -> None:
             f"encoding.kind='{config.encoding.kind}' is for grids, and data.name='{config.data.name}' has text: choose one "
             f"of {', '.join(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}"
         )
-    check_positions(config, config.data.length, "data.length")
+    check_positions(config, config.data.length, "data.length", training=True)
     for length in config.eval.lengths:
         if length < 1:
             raise InputError(f"eval.lengths must be positive, got {length}")
@@ -247,7 +268,7 @@ def _check_images(config: Config) -> None:
             raise InputError(f"{name} must be {wanted} in pixels for data.name='{data.name}', got {value}")
     if axes == 2 and config.eval.frames:
         raise InputError(f"eval.frames={config.eval.frames} is for clips, but data.name='{data.name}' has none: drop it")
-    check_size(config, data.size, "data.size")
+    check_size(config, data.size, "data.size", training=True)
     for scale in config.scales:
         check_size(config, scale, "eval.frames and eval.sizes" if config.eval.frames else "eval.sizes")
     if config.encoding.kind in TEXT_ONLY:
@@ -271,9 +292,6 @@ def _check_images(config: Config) -> None:
     mixing = config.objective.mixing
     if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
         raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
-
-
-LARGEST_UNITS = 2**30
 
 
 def _check_fractions(config: Config) -> None:

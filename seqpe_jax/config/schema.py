@@ -113,7 +113,7 @@ class EncodingConfig:
 
     kind: EncodingKind = "seqpe"
     # how a position is written
-    # Positions along an axis are 0 .. max_position - 1.
+    # Training draws positions along an axis below max_position.
     max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE, combined=_MOVED)
     base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS, combined=_MOVED)  # of the digits
     # after the point; 1 = a token or a patch
@@ -188,6 +188,19 @@ class EncodingConfig:
             return True
         combined = field.metadata.get("combined", {})
         return any(self.kind in kinds and getattr(self, part) != PARTS[part] for part, kinds in combined.items())
+
+    @property
+    def window_dependence(self) -> str:
+        """The field by which a token's position signal depends on the length of its window, past the training length.
+
+        Returns:
+          The field with its value, as "encoding.scaling='yarn'"; "" where a token has one signal in all windows.
+        """
+        if self.kind == "learned":
+            return "encoding.kind='learned'"
+        if self.resize == "stretch":
+            return "encoding.resize='stretch'"
+        return f"encoding.scaling='{self.scaling}'" if self.scaling != "none" else ""
 
 
 @dataclasses.dataclass(frozen=True)

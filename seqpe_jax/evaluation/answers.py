@@ -1,4 +1,4 @@
-"""Scores of generated answers: the accepted answer contained in them, SQuAD's exact match and F1; by depth and distance.
+"""Scores of generated answers: the accepted answer contained in them, exact match, SQuAD's F1; by depth and distance.
 
 A record is {"index", "input": prompt, "question", "outputs": accepted answers, "depth": 0..1 or None, "kind", "passage":
 character of the prompt at which the gold passage begins, or None}, as of `data.qa`.
@@ -19,7 +19,10 @@ import numpy as np
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, write_whole
 
-METRICS = ("contains", "exact_match", "f1")
+METRICS = ("contains", "exact_match", "exact_match_strict", "f1")
+# Of data whose answers are code, in which punctuation, articles and letter case are what is asked for: as they are. Of a
+# user's own questions nobody knows whether they are: all.
+METRICS_OF = {"stdlib_qa": ("contains", "exact_match_strict"), "qa_jsonl": METRICS}
 DEPTH_BINS = 5
 NEAREST = 32  # tokens, of the first bin of distances; each further one ends at twice as many
 
@@ -46,24 +49,42 @@ def _typed(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).translate(QUOTES).lower().split())
 
 
+def metrics_of(name: str) -> tuple[str, ...]:
+    """Returns the scores of the answers of a data set; name: its `data.name`."""
+    return METRICS_OF.get(name, tuple(metric for metric in METRICS if metric != "exact_match_strict"))
+
+
 def normalise(text: str) -> str:
     """Returns the text as SQuAD compares it: lower case, no ASCII punctuation, no a, an, the, single spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+def _normalised(text: str) -> str:
+    """The normalised text; in lower case where nothing is left of it, so that "a", "-" and "" are three answers."""
+    return normalise(text) or " ".join(text.lower().split())
+
+
 def exact_match(hypothesis: str, golds: Iterable[str]) -> float:
-    """Returns 1.0 where the hypothesis equals an accepted answer, both normalised (SQuAD's evaluation script)."""
-    wanted = normalise(hypothesis)
-    return float(any(normalise(gold) == wanted for gold in golds))
+    """Returns 1.0 where the hypothesis equals an accepted answer, both normalised (SQuAD's evaluation script).
+
+    Other than in the script, texts of which normalising leaves nothing are equal only if they were before.
+    """
+    wanted = _normalised(hypothesis)
+    return float(any(_normalised(gold) == wanted for gold in golds))
+
+
+def exact_match_strict(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns 1.0 where the hypothesis equals an accepted answer as it is, less white space around both."""
+    return float(any(gold.strip() == hypothesis.strip() for gold in golds))
 
 
 def f1(hypothesis: str, golds: Iterable[str]) -> float:
-    """Returns the largest F1 in 0..1 over the accepted answers, of words in common after normalising.
+    """Returns the largest F1 in 0..1 over the accepted answers, of words in common after normalising as `exact_match` does.
 
     A word counts as often as it occurs in both. Where one side has no words, 1 if neither has any (SQuAD v2's script).
     """
-    return max((_f1(normalise(hypothesis).split(), normalise(gold).split()) for gold in golds), default=0.0)
+    return max((_f1(_normalised(hypothesis).split(), _normalised(gold).split()) for gold in golds), default=0.0)
 
 
 def _f1(found: list[str], wanted: list[str]) -> float:
@@ -73,11 +94,12 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * common / (len(found) + len(wanted))
 
 
-def scores(hypothesis: str, golds: Sequence[str]) -> dict[str, float]:
-    """Returns {"contains", "exact_match", "f1"} of one answer, each in 0..1."""
-    return {
-        "contains": contains(hypothesis, golds), "exact_match": exact_match(hypothesis, golds), "f1": f1(hypothesis, golds),
-    }  # fmt: skip
+SCORES = {"contains": contains, "exact_match": exact_match, "exact_match_strict": exact_match_strict, "f1": f1}
+
+
+def scores(hypothesis: str, golds: Sequence[str], metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """Returns {metric: score in 0..1} of one answer."""
+    return {name: SCORES[name](hypothesis, golds) for name in metrics}
 
 
 def distances(records: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> list[int | None]:
@@ -102,16 +124,17 @@ def score(
     records: Sequence[Mapping[str, Any]],
     hypotheses: Sequence[str],
     *,
+    metrics: Sequence[str] = METRICS,
     bins: int = DEPTH_BINS,
     away: Sequence[int | None] = (),
 ) -> dict[str, Any]:
     """Returns the mean scores of answers, in percent.
 
     Args:
-      records, hypotheses: as many of each.
+      records, hypotheses: as many of each; metrics: which scores (`metrics_of`).
       bins: of equal width, of the depth of the passage; away: `distances` of the records.
     Returns:
-      {"examples", "contains", "exact_match", "f1", "depth": [{"from", "to", "examples", and the scores, None where there
+      {"examples", the scores by their names, "depth": [{"from", "to", "examples", and the scores, None where there
       are no examples}], "distance": the same, by how many tokens back the answer stands}; "depth" and "distance" are left
       out where they are not known.
     Raises:
@@ -119,43 +142,46 @@ def score(
     """
     if not records:
         raise InputError("there are no questions to score: ask for at least one")
-    found = [scores(hypothesis, record["outputs"]) for record, hypothesis in zip(records, hypotheses, strict=True)]
-    result: dict[str, Any] = _means(found)
+    pairs = zip(records, hypotheses, strict=True)
+    found = [scores(hypothesis, record["outputs"], metrics) for record, hypothesis in pairs]
+    result: dict[str, Any] = _means(found, metrics)
     if all(record["depth"] is not None for record in records):
         places = [min(int(record["depth"] * bins), bins - 1) for record in records]
         result["depth"] = [
             {"from": place / bins, "to": (place + 1) / bins}
-            | _means([one for one, where in zip(found, places, strict=True) if where == place])
+            | _means([one for one, where in zip(found, places, strict=True) if where == place], metrics)
             for place in range(bins)
         ]
     known = [(one, far) for one, far in zip(found, away, strict=False) if far is not None]
     if known:
-        result["distance"] = _by_distance(known)
+        result["distance"] = _by_distance(known, metrics)
     return result
 
 
-def _by_distance(found: Sequence[tuple[Mapping[str, float], int]]) -> list[dict[str, Any]]:
+def _by_distance(found: Sequence[tuple[Mapping[str, float], int]], metrics: Sequence[str]) -> list[dict[str, Any]]:
     edges = [0, NEAREST]
     while edges[-1] <= max(far for _, far in found):
         edges.append(2 * edges[-1])
     return [
-        {"from": low, "to": high} | _means([one for one, far in found if low <= far < high])
+        {"from": low, "to": high} | _means([one for one, far in found if low <= far < high], metrics)
         for low, high in itertools.pairwise(edges)
     ]
 
 
-def _means(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    means = {name: 100 * float(np.mean([one[name] for one in found])) if found else None for name in METRICS}
+def _means(found: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+    means = {name: 100 * float(np.mean([one[name] for one in found])) if found else None for name in metrics}
     return {"examples": len(found)} | means
 
 
-def no_context_baseline(train: Iterable[Asked], heldout: Iterable[Asked]) -> dict[str, Any]:
+def no_context_baseline(
+    train: Iterable[Asked], heldout: Iterable[Asked], metrics: Sequence[str] = METRICS
+) -> dict[str, Any]:
     """Returns `score` of answering without reading the passage: what memory of the training split alone is worth.
 
     The guess is the most frequent (first accepted) training answer to the same question, else to its kind, else of all.
 
     Args:
-      train, heldout: (question, kind, accepted answers), as `QuestionSource.questions` yields them.
+      train, heldout: (question, kind, accepted answers), as `QuestionSource.questions` yields them; metrics: as of `score`.
     """
     tables: dict[Any, collections.Counter] = collections.defaultdict(collections.Counter)
     for question, kind, answers in train:
@@ -169,10 +195,13 @@ def no_context_baseline(train: Iterable[Asked], heldout: Iterable[Asked]) -> dic
         records.append({"outputs": answers, "depth": None})
         known = (key for key in (("question", question), ("kind", kind), None) if key in guesses)
         hypotheses.append(guesses[next(known)])
-    return score(records, hypotheses)
+    return score(records, hypotheses, metrics=metrics)
 
 
-def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str]) -> Place:
+def write_answers(
+    path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str],
+    metrics: Sequence[str] = METRICS,
+) -> Place:  # fmt: skip
     """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
 
     The file appears whole or not at all.
@@ -187,7 +216,7 @@ def write_answers(path: str | os.PathLike, records: Sequence[Mapping[str, Any]],
             "index": record["index"], "question": record["question"], "kind": record["kind"],
             "gold": list(record["outputs"]), "hypothesis": hypothesis, "depth": record["depth"],
         }  # fmt: skip
-        lines.append(json.dumps(line | scores(hypothesis, record["outputs"]), ensure_ascii=False) + "\n")
+        lines.append(json.dumps(line | scores(hypothesis, record["outputs"], metrics), ensure_ascii=False) + "\n")
     try:
         write_whole(path, "".join(lines))
     except OSError as error:

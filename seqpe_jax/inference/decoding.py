@@ -111,6 +111,11 @@ class Static(NamedTuple):
     greedy: bool
     all_tokens: bool  # top_p = 1
     keep_logits: bool
+    limit: int | None = None  # tokens of prompt and text together, where the window ends; None = as many as there are
+
+    def places(self, prompt: int) -> int:
+        """Returns the tokens of a padded prompt and what follows it, at most."""
+        return min(prompt + self.new_tokens, self.limit or prompt + self.new_tokens)
 
 
 class Halves(NamedTuple):
@@ -156,11 +161,11 @@ def begin(
 
     Args:
       model: has `extend`, `logits` and `empty_cache` (`models.gpt2.GPT2`).
-      signal: of a window of L + N positions, one position set.
+      signal: of a window of L + N positions (`Static.places`), one position set.
       tokens_BL: int32, each prompt followed by padding; lengths_B, index_B: see `State`.
     """
     batch, length = tokens_BL.shape
-    cache = model.empty_cache(batch, length + static.new_tokens, signal)
+    cache = model.empty_cache(batch, static.places(length), signal)
     hidden_BLD, cache = model.apply({"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], method="extend")
     last_B1D = jnp.take_along_axis(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
     logits_BV = model.apply({"params": params}, last_B1D, method="logits")[:, 0]
@@ -190,6 +195,8 @@ def advance(
 
     def one(state: State) -> State:
         places_B1 = (state.lengths_B + state.step - 1)[:, None]
+        if static.limit is not None:  # rows that are done stay inside of the window
+            places_B1 = jnp.minimum(places_B1, static.limit - 1)
         hidden_B1D, cache = model.apply(
             {"params": params}, state.token_B[:, None], signal, state.cache, places_B1, method="extend"
         )
@@ -210,9 +217,12 @@ def _take(state: State, logits_BV: jax.Array, draw: Draw, static: Static) -> Sta
         token_B = sample(keys_B, possible_BV, draw.temperature, None if static.all_tokens else draw.top_p)
     log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     written = None if state.logits_BNV is None else state.logits_BNV.at[:, step].set(logits_BV)
+    done_B = state.done_B | (token_B == draw.end)
+    if static.limit is not None:
+        done_B |= state.lengths_B + step + 1 >= static.limit
     return state.replace(
         token_B=token_B,
-        done_B=state.done_B | (token_B == draw.end),
+        done_B=done_B,
         step=step + 1,
         count_B=state.count_B + live_B,
         tokens_BN=state.tokens_BN.at[:, step].set(jnp.where(live_B, token_B, 0)),
@@ -246,12 +256,14 @@ def batches(lengths: Sequence[int], *, new_tokens: int, window: int, batch_token
     """Returns the batches of prompts with these lengths, the shortest first, of few static shapes.
 
     Args:
-      new_tokens: for each prompt; window: of the longest prompt and its new tokens, at least.
+      new_tokens: for each prompt; window: of the longest prompt, and of its new tokens where it has room for them.
       batch_tokens: places of a batch at most, unless `multiple` rows have more; multiple: of which rows must be one.
     """
     by_places: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         places = min(max(SMALLEST, _next_power(lengths[index])), window - new_tokens)
+        if places < lengths[index]:  # one shape for all prompts whose new tokens end with the window
+            places = window
         by_places.setdefault(places, []).append(index)
     found = []
     for places, indices in by_places.items():

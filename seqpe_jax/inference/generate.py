@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from seqpe_jax.architecture import Params
+from seqpe_jax.architecture import Params, Shape
 from seqpe_jax.config import Config, check_positions
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decoding
@@ -14,11 +14,24 @@ from seqpe_jax.inference.programs import Programs, Progress, silent
 from seqpe_jax.runtime import mesh as layout
 
 
-def check_generation(config: Config, lengths: Sequence[int], sampling: Sampling, window: int | None = None) -> int:
-    """Returns the window that prompts of these lengths and their new tokens stand in: `window`, or the least.
+def check_generation(
+    config: Config, lengths: Sequence[int], sampling: Sampling, window: int | None = None, *, cut: bool = False,
+    reach: Shape | None = None,
+) -> int:  # fmt: skip
+    """Returns the length of the window whose position signal prompts of these lengths and their new tokens read.
+
+    Where the signal depends on the length of the window (`EncodingConfig.window_dependence`), it is that of training, or
+    `window`, so that neither other prompts nor the number of new tokens change a text; else the least that holds them.
+
+    Args:
+      lengths: tokens of the prompts.
+      window: tokens; longer than the training length, for an encoding whose signal depends on it.
+      cut: a text ends where its window does; else a window that does not hold all new tokens is refused.
+      reach: of an export (`Architecture.reach`); else None.
 
     Raises:
-      InputError: not a run on text, no prompt, an empty one, or a window too small or beyond the encoding's reach.
+      InputError: not a run on text, no prompt, an empty one, a window that is too small, missing, not read by the encoding
+        or beyond its reach.
     """
     if config.reads_images:
         raise InputError("a run on images generates no text: give a run on text")
@@ -27,14 +40,32 @@ def check_generation(config: Config, lengths: Sequence[int], sampling: Sampling,
     if not all(lengths):
         which = f"prompt {lengths.index(0) + 1} of {len(lengths)}" if len(lengths) > 1 else "the prompt"
         raise InputError(f"{which} is empty: a prompt must hold at least one token")
-    needed = max(lengths) + sampling.new_tokens
-    check_positions(config, max(needed, window or 0), "the length of prompt and new tokens")
-    if window and window < needed:
+    field, trained = config.encoding.window_dependence, config.data.length
+    if window is not None and not field:
         raise InputError(
-            f"a window of {window} does not hold the longest prompt ({max(lengths)} tokens) and {sampling.new_tokens} "
-            f"new tokens: make it at least {needed}"
+            f"--window={window} (Python: window=) is read by encodings whose positions depend on the length of the window ("
+            "encoding.kind='learned', encoding.scaling, encoding.resize='stretch'), not by the encoding.kind="
+            f"'{config.encoding.kind}' of this run: leave it out"
         )
-    return window or needed
+    longest = max(lengths)
+    needed = longest if cut else longest + sampling.new_tokens
+    check_positions(config, max(needed, window or 0), "the length of prompt and new tokens")
+    size = f"the longest prompt ({longest} tokens)" + f" and {sampling.new_tokens} new tokens" * (not cut)
+    if reach is not None and needed > reach[0]:
+        raise InputError(
+            f"{size} are beyond the exported range, up to {reach[0]}: ask for less, or export the run again with "
+            f"--max-length={needed}"
+        )
+    if window is not None and window < needed:
+        raise InputError(f"a window of {window} does not hold {size}: make it at least {needed}")
+    if not field:
+        return needed
+    if window is None and needed > trained:
+        raise InputError(
+            f"the training window of {trained} tokens does not hold {size}, and with {field} a text depends on the length "
+            f"of a longer window: choose it, --window={needed} or more (Python: window=), or ask for fewer new tokens"
+        )
+    return max(window or 0, trained)
 
 
 def generate(
@@ -46,6 +77,7 @@ def generate(
     known_V: np.ndarray,
     *,
     window: int | None = None,
+    cut: bool = False,
     keep_logits: bool = False,
     progress: Progress = silent,
     heard: Callable[[int, Generation], None] = lambda index, generation: None,
@@ -58,9 +90,7 @@ def generate(
     Args:
       prompts: token ids, each int[n].
       known_V: bool, ids that may be generated.
-      window: positions of which the signal is computed; None = the longest prompt and its new tokens. It matters to
-        a learned table and under encoding.resize='stretch' alone, which a longer window than that of training
-        stretches to its length: the text is that of a forward under the signal of the whole window.
+      window, cut: as of `check_generation`; the text is that of a forward under the signal of the whole window.
       keep_logits: return the logits too.
       progress: called with the new tokens done and those possible at most.
       heard: called now and then with a prompt's index and what has followed it so far.
@@ -68,12 +98,15 @@ def generate(
     Raises:
       InputError: as `check_generation`, or a token that the model does not know.
     """
-    window = check_generation(config, [len(prompt) for prompt in prompts], sampling, window)
-    network = programs.architecture.network
+    network, reach = programs.architecture.network, programs.architecture.reach
+    window = check_generation(config, [len(prompt) for prompt in prompts], sampling, window, cut=cut, reach=reach)
     for prompt in prompts:
         if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < network.vocabulary:
             raise InputError(f"a prompt has tokens outside of the vocabulary (0 .. {network.vocabulary - 1})")
-    static = decoding.Static(sampling.new_tokens, sampling.temperature == 0, sampling.top_p == 1, keep_logits=keep_logits)
+    static = decoding.Static(
+        sampling.new_tokens, sampling.temperature == 0, sampling.top_p == 1, keep_logits=keep_logits,
+        limit=window if config.encoding.window_dependence else None,
+    )  # fmt: skip
     compiled = decoding.halves(network, static, layout.Layout(programs.mesh))
     work = decoding.batches(
         [len(prompt) for prompt in prompts], new_tokens=sampling.new_tokens, window=window,

@@ -192,11 +192,13 @@ def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
 
 def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     length = trainer.config.data.length
-    check_generation(trainer.config, [length], Sampling(DECODED + 1))
+    window = length + DECODED + 1
+    own = window if trainer.config.encoding.window_dependence else None
+    check_generation(trainer.config, [length], Sampling(DECODED + 1), own)
     params, batch = trainer.init_state().params, _batch(trainer)
     static = decoding.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
     programs = decoding.halves(trainer.architecture.network, static, layout.Layout(trainer.mesh))
-    signal = trainer.programs.signal(params, (length + DECODED + 1,))
+    signal = trainer.programs.signal(params, (window,))
     draw = decoding.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
     rows = trainer.config.batch_size
     put = layout.whole_to_global(

@@ -13,7 +13,7 @@ import jinja2
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, write_whole
 from seqpe_jax.reporting import choices, costs, drawing, plots, tables
-from seqpe_jax.reporting.study import Run, Study, differences, read_study
+from seqpe_jax.reporting.study import CODE, Run, Study, differences, read_study
 from seqpe_jax.reporting.verdicts import RULE, Verdict, sentences, verdicts, worse
 from seqpe_jax.runtime.progress import ProgressLine
 
@@ -78,6 +78,11 @@ def notes(study: Study) -> list[str]:
             lines.append(f"{run.name} is not evaluated")
         if at is not None and done is not None and at != done:
             lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
+        if run.config["data"].get("name") in CODE and any("exact_match" in result for result in run.results):
+            lines.append(
+                f"{run.name}: exact matches and F1 are normalised as SQuAD's, by which '-1' equals '1': evaluate it again "
+                "for those of answers as they are written"
+            )
     uneven = [run.name for run in study.runs if run.data == "text" and len({one.get("tokens") for one in run.results}) > 1]
     if uneven:
         lines.append(

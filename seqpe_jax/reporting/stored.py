@@ -21,7 +21,8 @@ IF_THERE = {"steps": int, "data.size": list, "data.name": str, "encoding.gate": 
 EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
 EVALUATION |= {"training_flops": (int, float)}
 NUMBERS = (
-    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match top1 top5"
+    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match "
+    "exact_match_strict top1 top5"
 )
 RESULT = dict.fromkeys(NUMBERS.split(), (int, float)) | {
     "targets": int,

@@ -27,6 +27,7 @@ from seqpe_jax.trees import flat, nested
 
 SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
 QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
+CODE = ("stdlib_qa",)  # of these, those whose answers are code
 UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")

@@ -48,7 +48,8 @@ METRICS = {
     ),
     "questions": (
         Metric("contains", "Answers found, in percent,", True, 1),
-        Metric("exact_match", "Exact match in percent", True, 1),
+        Metric("exact_match_strict", "Exact match, as it is written, in percent", True, 1),
+        Metric("exact_match", "Exact match, normalised as SQuAD's, in percent", True, 1),
         Metric("f1", "F1 in percent", True, 1),
         Metric("answer_perplexity", "Perplexity of the answers"),
     ),
@@ -377,7 +378,7 @@ def results_csv(study: Study) -> str:
     """Returns one line per run and evaluated length, size or context; empty where something was not measured."""
     metrics = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
-        "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "f1"),
+        "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "exact_match_strict", "f1"),
         "images": ("examples", "loss", "top1", "top5"),
     }
     columns = list(dict.fromkeys(metric for run in study.runs for metric in metrics[run.data]))

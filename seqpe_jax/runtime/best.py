@@ -16,7 +16,7 @@ META = pathlib.PurePosixPath("meta", "metadata")  # where Orbax keeps that
 # Whether more of a metric is better.
 MORE_IS_BETTER = {
     "loss": False, "perplexity": False, "bits_per_byte": False, "top1": True, "top5": True, "contains": True,
-    "exact_match": True, "f1": True,
+    "exact_match": True, "exact_match_strict": True, "f1": True,
 }  # fmt: skip
 
 

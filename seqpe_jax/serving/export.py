@@ -58,7 +58,7 @@ def write(
         "platforms": platforms,
         "jax": jax.__version__,
     }
-    facts, notes = described(model, params, scale, platforms), memory(model, reach, scale)
+    facts, notes = described(model, params, scale, platforms), notes_of(model, reach, scale)
     card = exported.card(as_path(output).resolve().name, facts, signature, notes, results)
     with new_folder(output) as folder:
         exported.write_params(folder, params)
@@ -94,8 +94,8 @@ def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ..
     }
 
 
-def memory(model: Any, reach: Shape, scale: Shape) -> list[str]:
-    """Returns what the largest arrays take, in words."""
+def notes_of(model: Any, reach: Shape, scale: Shape) -> list[str]:
+    """Returns what the largest arrays take, and whether logits depend on the length of the input, in words."""
     settings, tokens = model.config.model, model.architecture.prefix + math.prod(reach)
     rows = tokens if settings.attention_kind == "plain" else min(tokens, settings.attention_block or BLOCK)
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
@@ -103,11 +103,20 @@ def memory(model: Any, reach: Shape, scale: Shape) -> list[str]:
     if not model.config.reads_images:
         arrays["returned logits"] = tokens * model.sizes.vocabulary
     taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {what}" for what, count in arrays.items())
-    return [f"Memory for each example at {model.task.scale_field} {'x'.join(map(str, scale))}: {taken}."]
+    notes = [f"Memory for each example at {model.task.scale_field} {'x'.join(map(str, scale))}: {taken}."]
+    field = model.config.encoding.window_dependence
+    if field and not model.config.reads_images:
+        notes.append(
+            f"Past {model.config.data.length} tokens all logits depend on the length of the input ({field}): pad inputs "
+            "of one text to one length."
+        )
+    return notes
 
 
 def largest_scale(settings: Config, max_length: int | None, max_size: int | None) -> Shape:
     """Returns the largest window, (length,), image, (height, width), or clip, (frames, height, width), that is served.
+
+    None = the largest that the config trains on or evaluates, with the answers that are generated past it.
 
     Raises:
       InputError: it cannot be.
@@ -122,7 +131,8 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
         return *frames, *size
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
-    length = max_length or max((settings.data.length, *settings.eval.lengths, *settings.eval.contexts))
+    answer = settings.eval.new_tokens if settings.asks_questions and not settings.encoding.window_dependence else 0
+    length = max_length or max((settings.data.length, *settings.eval.lengths, *settings.eval.contexts)) + answer
     config.check_positions(settings, length, "--max-length")
     return (length,)
 

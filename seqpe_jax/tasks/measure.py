@@ -11,7 +11,7 @@ from seqpe_jax import config
 from seqpe_jax.architecture import Architecture
 from seqpe_jax.config.kinds import QUESTIONS
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation.answers import write_answers
+from seqpe_jax.evaluation.answers import METRICS, write_answers
 from seqpe_jax.files import Place, whole, write_whole
 from seqpe_jax.objectives.flops import training_flops
 from seqpe_jax.objectives.objective import Objective
@@ -206,7 +206,8 @@ def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:
     files = []
     for result in report["results"]:
         if "answers" in result:
-            files.append(write_answers(path.parent / f"answers_{result['length']}.jsonl", *result["answers"]))
+            metrics = [name for name in METRICS if name in result]
+            files.append(write_answers(path.parent / f"answers_{result['length']}.jsonl", *result["answers"], metrics))
     for name, values in arrays.items():
         if values is not None:
             with whole(path.parent / f"{name}.npz") as part, part.open("wb") as file:

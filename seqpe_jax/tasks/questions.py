@@ -32,7 +32,7 @@ class Questions(Text):
     """
 
     kind = "question_answering"
-    measured = ("loss", "contains", "exact_match", "f1")
+    measured = ("loss", *answers.METRICS)
 
     def __init__(self, config: Any, there: bool = True, kept: str | os.PathLike = ""):
         super().__init__(config, there, kept)
@@ -40,6 +40,11 @@ class Questions(Text):
         self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length
         if there:
             self.end = qa.end_token(self.tokenizer)
+
+    @classmethod
+    def metrics(cls, config: Any) -> tuple[str, ...]:
+        """Returns the loss and the scores of the answers of a config's data (`answers.metrics_of`)."""
+        return ("loss", *answers.metrics_of(config.data.name))
 
     @functools.cache  # noqa: B019  a run has one of these
     def questions(self, split: str, length: int, fits: int = 0) -> qa.QuestionSource:
@@ -90,10 +95,14 @@ class Questions(Text):
             rows=rows, threads=config.data.threads,
         )  # fmt: skip
 
+    def positions_at(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window and of an answer past it; with a window that ends its texts, of that alone."""
+        return (scale[0] + (0 if self.config.encoding.window_dependence else self.config.eval.new_tokens),)
+
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a length at which no question fits, or that positions do not reach. Raises: InputError."""
         (length,) = scale
-        check_positions(self.config, length + self.config.eval.new_tokens, "evaluation length with its answer")
+        check_positions(self.config, *self.positions_at(scale), "evaluation length with its answer")
         self._evaluated(split, length)
 
     def _evaluated(self, split: str, length: int) -> qa.QuestionSource:
@@ -103,9 +112,12 @@ class Questions(Text):
     def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length.
 
+        Where the signal depends on the length of the window, answers are generated under the signal that the loss is
+        computed with, that of the evaluated length, and end with that window, which holds each accepted answer and its end.
+
         Returns:
-          {"length", "examples", "cut_off": questions none of whose answers fits into eval.new_tokens, "contains",
-          "exact_match", "f1" (percent), "loss" (nats per token of the answers and their ends), "answer_perplexity",
+          {"length", "examples", "cut_off": questions none of whose answers fits into eval.new_tokens, the scores
+          of `answers.metrics_of` (percent), "loss" (nats per token of the answers and their ends), "answer_perplexity",
           "depth": the scores by depth of the passage, "distance": those by how many tokens back the answer stands,
           "answers": (records, hypotheses)}.
         """
@@ -113,14 +125,16 @@ class Questions(Text):
         count = min(len(source), self.config.eval.examples or len(source))
         records = [source[index] for index in range(count)]
         sampling = Sampling(self.config.eval.new_tokens, end=self.end)
+        dependent = bool(self.config.encoding.window_dependence)
         found = asked.generate(
             [qa.prompt_tokens(record, self.tokenizer) for record in records], sampling, self.known_V,
+            window=max(length, self.config.data.length) if dependent else None, cut=dependent,
             progress=lambda done, total: asked.progress(done * count // total, 2 * count),
         )  # fmt: skip
         hypotheses = [self.tokenizer.decode(one.content).strip() for one in found]
         loss = self._loss(asked, source, count, length)
         away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
-        scored = answers.score(records, hypotheses, away=away)
+        scored = answers.score(records, hypotheses, metrics=answers.metrics_of(self.config.data.name), away=away)
         return {
             "length": length, "cut_off": self._cut_off([record["outputs"] for record in records]), **scored, "loss": loss,
             "answer_perplexity": math.exp(min(loss, 700.0)), "answers": (records, hypotheses),
@@ -134,7 +148,8 @@ class Questions(Text):
         """Returns the scores of guessing without reading the passage (see `answers.no_context_baseline`)."""
         length = self.config.data.length
         known, asked = self.questions("train", length), self.questions(split, length)
-        return answers.no_context_baseline(known.questions(), asked.questions())
+        metrics = answers.metrics_of(self.config.data.name)
+        return answers.no_context_baseline(known.questions(), asked.questions(), metrics)
 
     def _cut_off(self, accepted: Iterable[Sequence[str]]) -> int:
         """Of how many questions, given their accepted answers, none can be given whole."""

@@ -60,6 +60,9 @@ class Measure(Protocol):
     def grid_of(self, scale: Shape) -> Shape:
         """Returns the positions along each axis of an example of a scale."""
 
+    def positions_at(self, scale: Shape) -> Shape:
+        """Returns the positions along each axis that evaluating a scale needs, with those of what is generated."""
+
     def check_scale(self, scale: Shape, split: str) -> None:
         """Refuses a scale that cannot be evaluated. Raises: InputError."""
 
@@ -73,7 +76,7 @@ class Task(abc.ABC):
     Attributes:
       kind: its name in results; unit: what a training step counts.
       option: the flag of `evaluate` that names its scales; scale_field: what a result calls a scale.
-      measured: what is reported while training.
+      measured: what is reported while training, of any data (`metrics`: of a config's).
       config, criterion: what the model is trained for; sizes: what the model takes from the data.
       example: shape and type of each array of a training example; units_per_step: `unit`s that one step reads.
     """
@@ -83,6 +86,11 @@ class Task(abc.ABC):
     option: ClassVar[str]
     scale_field: ClassVar[str]
     measured: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def metrics(cls, config: Config) -> tuple[str, ...]:
+        """Returns what is reported of a run with this config while it trains."""
+        return cls.measured
 
     config: Config
     criterion: LanguageModelling | Classification
@@ -126,6 +134,10 @@ class Task(abc.ABC):
     def grid_of(self, scale: Shape) -> Shape:
         """Returns the positions along each axis of an example of a scale."""
 
+    def positions_at(self, scale: Shape) -> Shape:
+        """Returns the positions along each axis that evaluation at a scale needs."""
+        return self.grid_of(scale)
+
     @abc.abstractmethod
     def check_scale(self, scale: Shape, split: str) -> None:
         """Refuses a scale that cannot be evaluated. Raises: InputError."""
@@ -162,12 +174,13 @@ def check_scale(task: Measure, reach: Shape | None, scale: Shape, split: str) ->
       InputError: says so, and how far the positions reach.
     """
     task.check_scale(scale, split)
-    shape = task.grid_of(scale)
+    shape = task.positions_at(scale)
     if reach is None or all(side <= end for side, end in zip(shape, reach, strict=True)):
         return
     sides = task.config.model.patch or (1,)
     end = "x".join(str(count * side) for count, side in zip(reach, sides, strict=True))
-    again = f"--max-{'size' if task.config.reads_images else 'length'}={max(scale[-2:])}"
+    option = "size" if task.config.reads_images else "length"
+    again = f"--max-{option}={max(scale[-2:] if len(scale) > 1 else shape)}"
     if len(scale) == 3 and shape[0] > reach[0]:
         again = f"eval.frames={scale[0]}"
     raise InputError(

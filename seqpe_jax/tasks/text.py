@@ -241,6 +241,10 @@ class Contexts:
         """Returns the positions of a window along its axis."""
         return scale
 
+    def positions_at(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions that a window needs."""
+        return scale
+
     def check_scale(self, scale: tuple[int], split: str) -> None:
         """Refuses a context that is longer than the split. Raises: InputError."""
         (context,), tokens = scale, len(self.text.source(split).tokens)

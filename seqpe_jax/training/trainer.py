@@ -200,7 +200,7 @@ class Trainer:
         results = {}
         for scale in self.task.scales():
             result = evaluate_at(self.task, self.programs, params, scale, "validation", progress)
-            results |= {_measured(name, scale): result[name] for name in self.task.measured}
+            results |= {_measured(name, scale): result[name] for name in self.task.metrics(self.config)}
         return results
 
     def describe(self, workdir: Place) -> str:
@@ -335,7 +335,7 @@ def _best_metric(settings: Config) -> str:
     """The metric that says which checkpoint is the best, as metrics.jsonl calls it, or "". Raises: InputError."""
     if not settings.checkpoint.best:
         return ""
-    measured = task_class(settings).measured
+    measured = task_class(settings).metrics(settings)
     return check_best(settings.checkpoint.best, [_measured(name, at) for at in settings.scales for name in measured])
 
 

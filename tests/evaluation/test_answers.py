@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from seqpe_jax import tasks
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation import answers
 from seqpe_jax.reporting import plots
@@ -43,7 +44,13 @@ def test_normalise_as_squad():
         ("very very very", ["very"], 0.0, 2 * (1 / 3) / (4 / 3)),
         ("", ["x"], 0.0, 0.0),
         ("x", ["the"], 0.0, 0.0),
-        ("!", ["the"], 1.0, 1.0),
+        ("the", ["The"], 1.0, 1.0),  # of these nothing is left: they are compared as they were
+        ("!", ["the"], 0.0, 0.0),
+        ("", ["a"], 0.0, 0.0),
+        ("a", [""], 0.0, 0.0),
+        ("a", ["A"], 1.0, 1.0),
+        ("", [""], 1.0, 1.0),  # SQuAD v2's question without an answer
+        ("?", ["!"], 0.0, 0.0),
         ("Çà et là", ["çà et là."], 1.0, 1.0),
         ("anything", [], 0.0, 0.0),
     ],
@@ -51,6 +58,24 @@ def test_normalise_as_squad():
 def test_exact_match_and_f1(hypothesis, golds, exact, f1):
     assert answers.exact_match(hypothesis, golds) == exact
     assert answers.f1(hypothesis, golds) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("hypothesis, gold, strict", [
+    ("1", "-1", 0.0), ("selfx", "self._x", 0.0), ("none", "None", 0.0), ("a", "the a", 0.0), ("x  y", "x y", 0.0),
+    (" -1\n", "-1", 1.0), ("self._x", " self._x", 1.0), ("", "a", 0.0), ("", "", 1.0),
+])  # fmt: skip
+def test_code_is_compared_as_it_is_written(hypothesis, gold, strict):
+    assert answers.exact_match_strict(hypothesis, ["no", gold]) == strict
+
+
+def test_each_data_set_has_the_scores_of_its_answers():
+    """SQuAD's normalisation is for SQuAD's prose; of a user's own questions both exact matches are told."""
+    assert answers.metrics_of("stdlib_qa") == ("contains", "exact_match_strict")
+    assert answers.metrics_of("squad_long") == ("contains", "exact_match", "f1")
+    assert answers.metrics_of("qa_jsonl") == answers.METRICS == tuple(answers.SCORES)
+    for name in ("stdlib_qa", "squad_long", "qa_jsonl"):
+        settings = types.SimpleNamespace(data=types.SimpleNamespace(name=name))
+        assert tasks.Questions.metrics(settings) == ("loss", *answers.metrics_of(name))
 
 
 def record(depth, *golds, index=0):
@@ -62,14 +87,16 @@ def test_score_in_percent_and_by_depth():
     found = answers.score(records, ["b", "c", "not it", "it is É"])
     # f1: "b" against "b" (the article goes) 1; 1; 0; "it is é" against "é" 1/2
     assert {name: found[name] for name in ("examples", *answers.METRICS)} == {
-        "examples": 4, "contains": 50.0, "exact_match": 50.0, "f1": 62.5,
+        "examples": 4, "contains": 50.0, "exact_match": 50.0, "exact_match_strict": 25.0, "f1": 62.5,
     }  # fmt: skip
     assert [(part["from"], part["to"], part["examples"]) for part in found["depth"]] == [
         (0.0, 0.2, 2), (0.2, 0.4, 1), (0.4, 0.6, 0), (0.6, 0.8, 0), (0.8, 1.0, 1),
     ]  # fmt: skip
     assert [part["contains"] for part in found["depth"]] == [50.0, 0.0, None, None, 100.0]
     assert [part["f1"] for part in found["depth"]] == [100.0, 0.0, None, None, 50.0]
-    assert len(answers.score(records, ["b"] * 4, bins=2)["depth"]) == 2
+    halves = answers.score(records, ["b"] * 4, metrics=("exact_match_strict",), bins=2)
+    assert [set(part) for part in halves["depth"]] == [{"from", "to", "examples", "exact_match_strict"}] * 2
+    assert set(halves) == {"examples", "exact_match_strict", "depth"}
     assert "depth" not in answers.score([record(None, "a")], ["b"])
     with pytest.raises(InputError, match="no questions to score"):
         answers.score([], [])
@@ -103,7 +130,8 @@ def test_guess_without_context():
         ("q4", "when", ["1998"]),
     ]
     found = answers.no_context_baseline(train, heldout)
-    assert found == {"examples": 5} | {name: pytest.approx(60) for name in answers.METRICS}
+    expected = dict.fromkeys(answers.METRICS, pytest.approx(60)) | {"exact_match_strict": pytest.approx(40)}
+    assert found == {"examples": 5} | expected
     with pytest.raises(InputError, match="no training questions"):
         answers.no_context_baseline([], heldout)
 
@@ -115,7 +143,7 @@ def test_answers_are_written_whole_or_not_at_all(tmp_path):
     first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert first == {
         "index": 7, "question": "q", "kind": "k", "gold": ["é", "e"], "hypothesis": "É", "depth": 0.25,
-        "contains": 1.0, "exact_match": 1.0, "f1": 1.0,
+        "contains": 1.0, "exact_match": 1.0, "exact_match_strict": 0.0, "f1": 1.0,
     }  # fmt: skip
     assert second["depth"] is None and second["gold"] == ["b\n"] and second["f1"] == 0.0
     before = path.read_bytes()

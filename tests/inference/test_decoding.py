@@ -1,16 +1,20 @@
 """Generation with a cache against the forward without one, for every encoding; ragged batches, draws, end tokens."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config import GRID_ONLY, REAL_POSITIONS, EncodingKind
+from seqpe_jax.encodings.fixed import SCALINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decoding
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.decoding import Sampling
+from seqpe_jax.inference.programs import Programs
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import every_part, random_params, tiny_config
 
@@ -81,7 +85,8 @@ def test_equals_the_forward_without_a_cache(case):
     run, params = run_of(case[0], **case[1])
     chosen = PROMPTS[:3]
     window = max(map(len, chosen)) + NEW
-    found = generate(run, params, chosen, Sampling(NEW), keep_logits=True)
+    own = window if run.config.encoding.window_dependence else None
+    found = generate(run, params, chosen, Sampling(NEW), keep_logits=True, window=own)
     for prompt, result in zip(chosen, found, strict=True):
         tokens, logits = uncached(run, params, prompt, NEW, window)
         np.testing.assert_allclose(result.logits, logits, atol=1e-4)
@@ -267,16 +272,53 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
     assert flops(model__layers=3) > plain
 
 
-def test_a_learned_table_is_stretched_to_the_window():
+# Each encoding of texts, and each way in which positions can depend on the length of the window.
+TEXT_KINDS = [kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY]
+WINDOWS = [(kind, {}) for kind in TEXT_KINDS] + [("seqpe", COMPOSED), ("rotary", {"encoding__log_scaling": True})]
+WINDOWS += [("rotary", {"encoding__scaling": name}) for name in SCALINGS]
+WINDOWS += [(kind, STRETCHED) for kind in REAL_POSITIONS if kind in TEXT_KINDS]
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
+    """A text is a function of its prompt and of its window's signal, which is the same, or equal where it is read."""
+    run, params = run_of(case[0], **case[1])
+    windows = []
+
+    def record(compiled, params, signal, batch, *_, **__):
+        yield [decoding.Generation(np.zeros(1, np.int32), np.zeros(1, np.float32), False) for _ in batch.indices]
+
+    def window_of(prompts, new, window=None):
+        generate(run, params, [np.array(prompt) for prompt in prompts], Sampling(new), window=window)
+        return windows.pop()
+
+    field, short, long = run.config.encoding.window_dependence, [1] * 5, [1] * 13
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode", record)
+        patch.setattr(Programs, "signal", lambda self, params, shape, first: windows.append(shape))
+        if field:
+            words = f"the training window of 16 .* with {field} .* choose it, --window=25 or more"
+            with pytest.raises(InputError, match=words):
+                window_of([short], 20)
+            assert window_of([short], 3) == window_of([short], 11) == window_of([short, long], 3) == (16,)
+            assert window_of([short], 3, 40) == window_of([short, long], 20, 40) == (40,)
+            return
+        with pytest.raises(InputError, match=f"--window=40 .* not by the encoding.kind='{case[0]}' of this run: leave it"):
+            window_of([short], 3, 40)
+        alone, beside = window_of([short], 3), window_of([short, long], 20)
+    signals = [run.programs.signal(params, shape, 8) for shape in (alone, beside)]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), *signals)
+
+
+def test_a_text_ends_with_the_window_that_its_positions_depend_on():
+    """As answers do in an evaluation: with any limit the same text, of which no token stands past the window."""
     run, params = run_of("learned")
-    prompt = PROMPTS[:1]
-
-    def logits(new, window=None):
-        return generate(run, params, prompt, Sampling(new), window=window, keep_logits=True)[0].logits[0]
-
-    np.testing.assert_allclose(logits(5), logits(11), atol=1e-5)  # 16 positions are the table itself
-    assert np.abs(logits(11) - logits(12)).max() > 1e-4
-    np.testing.assert_allclose(logits(5, window=30), logits(25), atol=1e-5)
+    prompts = [np.array([7, 3, 200]), np.array([90] * 13), np.arange(16)]
+    found = {new: generate(run, params, prompts, Sampling(new), window=16, cut=True, keep_logits=True) for new in (3, 40)}
+    assert [len(one.tokens) for one in found[3]] == [3, 3, 1] and [len(one.tokens) for one in found[40]] == [13, 3, 1]
+    for few, many in zip(found[3], found[40], strict=True):
+        np.testing.assert_array_equal(few.tokens, many.tokens[:3])
+        np.testing.assert_allclose(many.logits[:3], few.logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields,words", [
@@ -296,9 +338,8 @@ def test_sampling_refuses_values(fields, words):
     ([], None, "no prompt"),
     ([[1], []], None, "prompt 2 of 2 is empty"),
     ([[]], None, "the prompt is empty"),
-    ([[1] * 61], None, "65 needs position 64, but the largest position possible is 63"),
-    ([[1]], 65, "largest position possible is 63"),
-    ([[1] * 10], 13, "a window of 13 .* at least 14"),
+    ([[1] * 97], None, "101 needs position 100, but the largest position possible is 99"),
+    ([[1]], 65, "--window=65 .* leave it out"),
     ([[256]], None, "vocabulary"),
     ([[-1]], None, "vocabulary"),
 ])  # fmt: skip
@@ -306,6 +347,8 @@ def test_prompts_that_cannot_be_read_are_refused(seqpe, prompts, window, words):
     run, params = seqpe
     with pytest.raises(InputError, match=words):
         generate(run, params, [np.array(prompt, int) for prompt in prompts], Sampling(4), window=window)
+    with pytest.raises(InputError, match="a window of 13 .* at least 14"):
+        generation.check_generation(run_of("learned")[0].config, [10], Sampling(4), 13)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)])

@@ -260,7 +260,7 @@ def test_an_export_may_have_a_name_of_any_bytes(commands, on_text, tmp_path):
 
 
 @pytest.mark.parametrize("arguments,words", [
-    (["--max-length=201"], ["--max-length 201", "largest position possible is 199"]),
+    (["--max-length=1001"], ["--max-length 1001", "largest position possible is 999"]),
     (["--max-length=0"], ["max-length", "0"]),
     (["--max-size=8"], ["--max-size", "text", "--max-length"]),
     (["--platforms=cpu,gpu"], ["'gpu'", "cpu, cuda, tpu"]),

@@ -36,6 +36,27 @@ def test_every_length_asks_the_same_questions(tmp_path):
     assert asked(settings, 512) == asked(settings, 140)
 
 
+def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
+    """Where positions depend on its length, whatever eval.new_tokens is; others read no window."""
+    path = written(tmp_path / "one.json", squad(*range(30)))
+    for kind, length, window in (("learned", 512, 512), ("learned", 256, 256), ("learned", 150, 200), ("alibi", 512, None)):
+        settings = tiny_config(
+            variant=kind, data__name="squad_long", data__paths=(str(path),), data__length=200,
+            data__cache_dir=str(tmp_path / "cache"), eval__lengths=(length,), eval__examples=2,
+            eval__new_tokens=40, objective__shift__rate=0.0,
+        )  # fmt: skip
+        asked, options = Questions(settings), []
+
+        def generate(prompts, *_, options=options, **given):
+            options.append({name: given[name] for name in ("window", "cut")})
+            return [types.SimpleNamespace(content=[])] * len(prompts)
+
+        ask = Asked(lambda batch, length=length: {"loss": np.zeros((2, length))}, generate, lambda batch: batch, batch=2)
+        asked.evaluate(ask, (length,), "test")
+        assert options == [{"window": window, "cut": window is not None}]
+        assert asked.positions_at((length,)) == (length if window else length + 40,)
+
+
 def test_answers_are_told_by_their_distance(tmp_path):
     """Whoever knows each year finds all answers; each stands within the prompt, and all are counted."""
     path = written(tmp_path / "one.json", squad(*range(30)))

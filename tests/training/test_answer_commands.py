@@ -53,7 +53,7 @@ def test_scores_by_length_with_every_answer_kept(commands, trained):
         assert len(lines) == one["examples"]
         assert one["contains"] == pytest.approx(100 * sum(line["contains"] for line in lines) / len(lines))
         assert one["answer_perplexity"] == pytest.approx(math.exp(one["loss"]))
-        assert all(0 <= one[name] <= 100 for name in ("contains", "exact_match", "f1"))
+        assert all(0 <= one[name] <= 100 for name in ("contains", "exact_match", "exact_match_strict", "f1"))
         assert all(len(line["hypothesis"]) <= 4 for line in lines)
     assert found["results"][0]["loss"] < 1.5  # three letters and an end: learned
     assert found["without_context"]["examples"] == 30
