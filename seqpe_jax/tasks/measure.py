@@ -32,6 +32,7 @@ def measure(
     paths: tuple[str, ...] = (),
     lossy: bool = False,
     new_tokens: int | None = None,
+    bit_depth: int | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Returns the evaluation of a model, in the form that `--output` stores, and arrays to draw.
 
@@ -45,6 +46,7 @@ def measure(
       data, paths: another data set than the run's (data.name and data.paths); None = the run's.
       lossy: text that does not come back from its tokens is accepted, whatever the config says.
       new_tokens: of an answer at most; None = eval.new_tokens of the config.
+      bit_depth: of grey values in an image folder's files of 16 bits; None = the config's, or 0 for other data than its.
 
     Returns:
       The results of a run on questions hold their "answers" too, (records, hypotheses).
@@ -54,7 +56,7 @@ def measure(
     """
     limits = asked_limits(tokens=tokens, examples=examples, new_tokens=new_tokens)
     check_kind(model.config, model.folder, lengths, sizes, limits)
-    settings = _settings(model.config, limits, data, paths, lossy)
+    settings = _settings(model.config, limits, data, paths, lossy, bit_depth)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
         whole = model
@@ -143,14 +145,19 @@ def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Sc
 
 
 def _settings(
-    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool
+    settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool,
+    bit_depth: int | None,
 ) -> config.Config:
     """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
     values = config.to_dict(settings)
     values["eval"] |= limits
     if data is not None:
-        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
+        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0}
     values["data"]["lossy_tokenizer"] |= lossy
+    if bit_depth is not None:
+        if not settings.reads_images:
+            raise InputError("--bit-depth is for images, and this is a run on text: leave it out")
+        values["data"]["bit_depth"] = bit_depth
     found = config.from_dict(values)
     for name in ("examples", "new_tokens"):
         if name in limits and not found.asks_questions:
