@@ -39,6 +39,7 @@ def run(
         empty prompt, values out of range, a prompt that with its new tokens is beyond the encoding's reach.
     """
     from seqpe_jax import loading
+    from seqpe_jax.data.tokenizers import continuation, utf8
     from seqpe_jax.inference.decoding import Sampling
     from seqpe_jax.inference.generate import check_generation
     from seqpe_jax.runtime import hosts
@@ -50,14 +51,14 @@ def run(
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
     model = loading.opened(checkpoint, which)
     tokenizer, printed = model.tokenizer, ""
-    tokens = model.task.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
+    tokens = model.task.prompts([utf8(prompt) for prompt in prompts])
     sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
     check_generation(model.config, [len(prompt) for prompt in tokens], sampling)
 
     def say(index: int, generation: "Generation") -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
         nonlocal printed
-        text = tokenizer.decode(generation.content).rstrip("\ufffd")
+        text = continuation(tokenizer, tokens[index], generation.content).rstrip("\ufffd")
         if hosts.is_lead() and text.startswith(printed):
             print(text[len(printed) :], end="", flush=True)
             printed = text
@@ -65,7 +66,7 @@ def run(
     if stream:
         found = model.continuations(tokens, sampling, heard=say)
         if hosts.is_lead():
-            print(tokenizer.decode(found[0].content)[len(printed) :], flush=True)
+            print(continuation(tokenizer, tokens[0], found[0].content)[len(printed) :], flush=True)
     else:
         line = ProgressLine(len(prompts) * new_tokens, label="token")
         found = model.continuations(tokens, sampling, progress=lambda done, total: line.update(done, total=total))
@@ -73,12 +74,12 @@ def run(
     return [
         {
             "prompt": prompt,
-            "text": tokenizer.decode(generation.content),
+            "text": continuation(tokenizer, ids, generation.content),
             "tokens": generation.tokens.tolist(),
             "log_prob": float(generation.log_probs.sum(dtype="float64")),
             "ended": generation.ended,
         }
-        for prompt, generation in zip(prompts, found, strict=True)
+        for prompt, ids, generation in zip(prompts, tokens, found, strict=True)
     ]
 
 
@@ -103,13 +104,16 @@ def _text(argument: str) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Returns the lines of a file. Raises: InputError: it cannot be read, is too large or not UTF-8, or holds no line."""
+    """Returns the lines of a file. Raises: InputError: it cannot be read, is too large or no UTF-8 text, or holds none."""
+    from seqpe_jax.data.formats import HEAD, check_plain, without_mark
+
     try:
         with as_path(path).open("rb") as file:
             content = file.read(PROMPT_BYTES + 1)  # a device may have no end
+        check_plain(content[:HEAD], f"--prompts-file={path}")
         if len(content) > PROMPT_BYTES:
             raise InputError(f"--prompts-file={path} has more than {PROMPT_BYTES >> 20} MiB: give fewer lines")
-        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = without_mark(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts-file={path} cannot be read ({error}): give a UTF-8 text file") from None
     if "" in lines:

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from seqpe_jax import loading
-from seqpe_jax.data.tokenizers import FILE, NAMED_IN, load_tokenizer
+from seqpe_jax.data.tokenizers import ADDED, FILE, NAMED_IN, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import check_free
 from seqpe_jax.interop import folders, reference, weights
@@ -75,7 +75,7 @@ def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Any:
             file = pathlib.Path(scratch) / files[0].parent.name / FILE
             file.parent.mkdir()
             file.write_text(made.to_str(), encoding="utf-8")
-            for beside in NAMED_IN:  # which say how its texts end
+            for beside in (*NAMED_IN, ADDED):  # which say how its texts end, and which further tokens there are
                 if (files[0].parent / beside).is_file():
                     shutil.copyfile(files[0].parent / beside, file.parent / beside)
             return load_tokenizer(file)

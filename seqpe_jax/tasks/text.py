@@ -115,12 +115,15 @@ class Text(Task):
 
     def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
-        tokens, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
+        encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
         for one in texts:
             trip.look(one)
         if trip.loss.lost and is_lead():
             tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
-        return tokens
+        pattern = tokens.spelled(self.tokenizer)
+        if is_lead() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
+            tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
+        return encoded
 
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
         """Returns this host's training batches."""
