@@ -31,7 +31,7 @@ def main() -> None:
     from seqpe_jax.training.trainer import Trainer
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
-    trainer = Trainer.of(config.parse(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
+    trainer = Trainer.of(config.parse(_CONFIG.value, command.overridden()), devices_of(_TOPOLOGY.value), data_there=False)
     print(f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True)
     found = {"topology": _TOPOLOGY.value} | compile_step(trainer)
     if _OUTPUT.value:

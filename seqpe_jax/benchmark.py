@@ -42,7 +42,7 @@ def main() -> None:
     if _COMPARE.value:
         settings = _compared(_COMPARE.value)
     else:
-        settings = {_CONFIG.value.encoding.kind: config.parse(_CONFIG.value)}
+        settings = {_CONFIG.value.encoding.kind: config.parse(_CONFIG.value, command.overridden())}
     if _MODE.value == "encode":
         [name, one] = next(iter(settings.items()))
         by_itself = dataclasses.replace(one, encoding=dataclasses.replace(one.encoding, share_prefixes=False))

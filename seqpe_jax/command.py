@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from absl import flags
+from ml_collections import config_flags
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
@@ -95,6 +96,11 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     if refused is not None:
         raise refused
     return settings
+
+
+def overridden() -> dict[str, object]:
+    """Returns the fields of the config that the command line sets, by their dotted names."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 def run(main: Callable[[], None]) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _settings() -> Config:
-    settings = config.parse(_CONFIG.value)
+    settings = config.parse(_CONFIG.value, command.overridden())
     return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
 
 
