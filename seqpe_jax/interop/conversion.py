@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from seqpe_jax import loading
+from seqpe_jax.data.formats import without_mark
 from seqpe_jax.data.tokenizers import ADDED, FILE, NAMED_IN, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import check_free
@@ -70,10 +71,19 @@ def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Any:
     if FILE in by_name:
         return load_tokenizer(by_name[FILE])
     if {"vocab.json", "merges.txt"} <= by_name.keys():
-        made = tokenizers.ByteLevelBPETokenizer(str(by_name["vocab.json"]), str(by_name["merges.txt"]))
         with tempfile.TemporaryDirectory() as scratch:
             file = pathlib.Path(scratch) / files[0].parent.name / FILE
             file.parent.mkdir()
+            parts = [file.with_name(name) for name in ("vocab.json", "merges.txt")]
+            for part in parts:
+                part.write_bytes(without_mark(by_name[part.name].read_bytes()))
+            try:
+                made = tokenizers.ByteLevelBPETokenizer(*map(str, parts))
+            except Exception as error:  # the library raises bare Exception
+                where = files[0].parent
+                raise InputError(
+                    f"vocab.json and merges.txt in '{where}' are no tokenizer ({error}): give --tokenizer, or mend them"
+                ) from None
             file.write_text(made.to_str(), encoding="utf-8")
             for beside in (*NAMED_IN, ADDED):  # which say how its texts end, and which further tokens there are
                 if (files[0].parent / beside).is_file():
