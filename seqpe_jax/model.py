@@ -12,9 +12,9 @@ import numpy as np
 
 from seqpe_jax.architecture import Architecture, Params, Shape, Sizes
 from seqpe_jax.config import Config
-from seqpe_jax.data.tokenizers import Tokenizer, continuation, utf8
+from seqpe_jax.data.tokenizers import Tokenizer, continuation
 from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, utf8
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.decoding import Generation, Sampling
 from seqpe_jax.inference.programs import Programs

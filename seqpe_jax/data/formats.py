@@ -100,7 +100,7 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
         fields = ", ".join(map(repr, list(record)[:5]))
         raise InputError(
             f"{name} holds JSON records (fields {fields}), which would be trained on as raw JSON: write their text into a "
-            "plain UTF-8 file; questions with answers are read with data.name=qa_jsonl (docs/data.md)"
+            "plain UTF-8 file, or leave it out; questions with answers are read with data.name=qa_jsonl (docs/data.md)"
         )
 
 

@@ -81,21 +81,6 @@ def continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]
     return text[len(os.path.commonprefix([before, text])) :]
 
 
-def utf8(text: str) -> bytes:
-    """Returns a text as UTF-8; bytes of a command line that are none stay as they were.
-
-    Raises:
-      InputError: it holds half a surrogate pair.
-    """
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text {text!r:.60} holds half a surrogate pair at character {error.start}, which is no character: write "
-            "the whole pair, or leave it out"
-        ) from None
-
-
 def token_dtype(vocabulary_size: int) -> np.dtype:
     """Returns the smallest of uint8, uint16, uint32 that holds every id."""
     return np.min_scalar_type(vocabulary_size - 1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
-from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss, continuation
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decoding import Sampling
 from seqpe_jax.runtime.hosts import is_lead
@@ -115,7 +115,7 @@ class Questions(Text):
             progress=lambda done, total: asked.progress(done * count // total, 2 * count),
         )  # fmt: skip
         pairs = zip(prompts, found, strict=True)
-        hypotheses = [continuation(self.tokenizer, prompt, one.content).strip() for prompt, one in pairs]
+        hypotheses = [self.continuation(prompt, one.content).strip() for prompt, one in pairs]
         loss = self._loss(asked, source, count, length)
         away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
         scored = answers.score(records, hypotheses, away=away)

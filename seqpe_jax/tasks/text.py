@@ -14,7 +14,8 @@ from seqpe_jax.architecture import Sizes
 from seqpe_jax.config import Config, check_positions
 from seqpe_jax.data import loader, tokens
 from seqpe_jax.data.files import tell
-from seqpe_jax.data.tokenizers import Loss, RoundTrip, load_tokenizer
+from seqpe_jax.data.formats import HEAD, check_plain, without_mark
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, continuation, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity
 from seqpe_jax.files import as_path
@@ -125,6 +126,10 @@ class Text(Task):
             tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
         return encoded
 
+    def continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
+        """Returns the text that ids add to that of a prompt (see `data.tokenizers.continuation`)."""
+        return continuation(self.tokenizer, prompt, ids)
+
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
         """Returns this host's training batches."""
         config = self.config
@@ -197,6 +202,20 @@ class Text(Task):
             put=asked.put,
             progress=lambda done: asked.progress(done, batches.examples),
         )
+
+
+def prompt_lines(content: bytes, name: str) -> list[str]:
+    """Returns the lines of a file of prompts.
+
+    Args:
+      content: of the file.
+      name: of the option and the file, for messages.
+    Raises:
+      InputError: it is of another format than plain text.
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    check_plain(content[:HEAD], name)
+    return without_mark(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def with_kept_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:

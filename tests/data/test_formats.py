@@ -19,9 +19,9 @@ from seqpe_jax.data.builders.squad_long import SquadLong
 from seqpe_jax.data.builders.wikitext103 import Wikitext103
 from seqpe_jax.data.formats import BYTE_ORDER_MARK, check_text_file
 from seqpe_jax.data.qa import question_source
-from seqpe_jax.data.tokenizers import ByteTokenizer, utf8
+from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, utf8
 from seqpe_jax.files import from_json
 from seqpe_jax.generate import read_prompts
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 import tensorflow_datasets as tfds
+import tqdm
 
 from seqpe_jax.data.builders.documents import (
     SPLITS,
@@ -43,7 +44,8 @@ class TextFiles(DocumentBuilder):
 
     def documents(self) -> Mapping[str, Documents]:
         files = find_files(self.paths)
-        for file in files.values():  # before the minutes that reading all of them may take
+        bar = tqdm.tqdm(files.values(), "look at files", unit=" files", delay=2.0, disable=not self._progress)
+        for file in bar:  # before the minutes that reading all of them may take
             check_text_file(file)
         if len(files) >= SPLIT_BY_FILE:
             ranked = sorted(files, key=lambda name: (chance(name), name))
