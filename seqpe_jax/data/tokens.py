@@ -133,7 +133,7 @@ def _tell_spelled(source: TokenSource, title: str) -> None:
         )
 
 
-def spelled(tokenizer: Tokenizer) -> re.Pattern[bytes]:
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[bytes]:
     """Returns what finds, in UTF-8 text, a tokenizer's special tokens and those with which others end documents."""
     names = {*tokenizer.special_tokens, *END_OF_TEXT, *SPECIAL_END} - {""}
     return re.compile(b"|".join(re.escape(name.encode()) for name in sorted(names, key=len, reverse=True)))
@@ -149,7 +149,7 @@ def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, p
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     separator = None if tokenizer.end_of_text is None else np.array([tokenizer.end_of_text], dtype)
     count = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
-    special, met = spelled(tokenizer), collections.Counter()
+    special, met = special_pattern(tokenizer), collections.Counter()
     previous = None
     bar = tqdm.tqdm(total=len(records), desc=f"tokenise {title}", unit=" texts", delay=2.0, disable=not progress)
     with bar, open(folder / TOKENS, "wb") as out:

@@ -121,7 +121,7 @@ class Text(Task):
             trip.look(one)
         if trip.loss.lost and is_lead():
             tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
-        pattern = tokens.spelled(self.tokenizer)
+        pattern = tokens.special_pattern(self.tokenizer)
         if is_lead() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
             tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
         return encoded
