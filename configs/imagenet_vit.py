@@ -25,7 +25,8 @@ def get_config(variant=None):
     small = model == "s16"
 
     c.batch_size = 1024
-    c.steps = EPOCHS * IMAGES // c.batch_size
+    batch = c.get_oneway_ref("batch_size")  # what is computed from it follows --config.batch_size
+    c.steps = EPOCHS * IMAGES // batch
     c.data.name = "imagenet2012"
     c.data.size = (224, 224)
     c.data.crop_ratio = 0.875
@@ -41,9 +42,9 @@ def get_config(variant=None):
     c.objective.mixing.cutmix = 1.0
     c.objective.mixing.switch = 0.5
     c.objective.label_smoothing = 0.1
-    c.eval.every = 2 * (5 * IMAGES // c.batch_size)  # of checkpoint.every a multiple
+    c.eval.every = 2 * (5 * IMAGES // batch)  # of checkpoint.every a multiple
     c.eval.sizes = (224, 320, 384, 448, 512, 640, 672)
-    c.checkpoint.every = 5 * IMAGES // c.batch_size
+    c.checkpoint.every = 5 * IMAGES // batch
     c.checkpoint.best = "top1@224"  # as the authors choose, who look after every epoch
     c.precision.compute = "bfloat16"
 
@@ -60,10 +61,10 @@ def get_config(variant=None):
     c.model.activation = "gelu"
     c.model.layer_norm_epsilon = 1e-6
 
-    c.optimizer.learning_rate = 6e-4 * c.batch_size / 512
+    c.optimizer.learning_rate = 6e-4 * batch.to_float() / 512
     c.optimizer.schedule = "cosine"
     c.optimizer.end_learning_rate = 5e-6
-    c.optimizer.warmup_steps = WARMUP_EPOCHS * IMAGES // c.batch_size
+    c.optimizer.warmup_steps = WARMUP_EPOCHS * IMAGES // batch
     c.optimizer.weight_decay = 0.05
     c.optimizer.encoder_weight_decay = 0.0
     c.optimizer.clip = 5.0

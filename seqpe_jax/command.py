@@ -70,8 +70,8 @@ def given_config(page: ml_collections.ConfigDict) -> Config:
     Raises:
       InputError: as `config.parse`; an option that the config does not read.
     """
-    settings = config.parse(page)
-    config.check_options(settings, config_flags.get_override_values(flags.FLAGS["config"]))
+    settings = config.parse(page, overridden())
+    config.check_options(settings, overridden())
     return settings
 
 
@@ -111,6 +111,11 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     if refused is not None:
         raise refused
     return settings
+
+
+def overridden() -> dict[str, object]:
+    """Returns the fields of the config that the command line sets, by their dotted names."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 def run(main: Callable[[], None]) -> None:

@@ -33,6 +33,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
 
 
+def utf8(text: str) -> bytes:
+    """Returns a text as UTF-8; bytes of a command line that are none stay as they were.
+
+    Raises:
+      InputError: it holds half a surrogate pair.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text {text!r:.60} holds half a surrogate pair at character {error.start}, which is no character: write "
+            "the whole pair, or leave it out"
+        ) from None
+
+
 def check_utf8_name(path: object, what: str) -> None:
     """Refuses a folder that the libraries which write there cannot name: they take names in UTF-8 alone.
 

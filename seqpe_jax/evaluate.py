@@ -33,6 +33,9 @@ _STRIDE = flags.DEFINE_integer(
 _EXAMPLES = flags.DEFINE_integer("examples", None, "ask at most that many questions per length (default: eval.examples)")
 _NEW_TOKENS = flags.DEFINE_integer("new-tokens", None, "tokens of an answer at most (default: eval.new_tokens)")
 _LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not come back from the tokenizer's tokens")
+_BIT_DEPTH = flags.DEFINE_integer(
+    "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
+)
 _OUTPUT = command.define_path("output", "JSON file to write; arrays and answers for the report go beside it", writes="file")
 command.define_hosts()
 
@@ -71,7 +74,7 @@ def main() -> None:
     check_kind(loading.saved_config(folder), folder, lengths, sizes, limits)
     report, arrays = measure(
         loading.opened(folder, _WHICH.value), lengths, sizes, _SPLIT.value, data=_DATA.value, paths=tuple(_PATHS.value),
-        lossy=_LOSSY.value, **limits,
+        lossy=_LOSSY.value, bit_depth=_BIT_DEPTH.value, **limits,
     )  # fmt: skip
     if _OUTPUT.value and hosts.is_lead():
         for file in write(report, arrays, as_path(_OUTPUT.value)):

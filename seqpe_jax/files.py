@@ -71,9 +71,26 @@ def _short(path: str) -> str:
 def from_json(content: str | bytes) -> Any:
     """Returns what JSON tells. Raises: ValueError: it is none, not UTF-8, or nested deeper than Python follows."""
     try:
-        return json.loads(content)
+        return json.loads(content.removeprefix("\ufeff") if isinstance(content, str) else content)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def text_from_json(content: str | bytes) -> Any:
+    """Returns what JSON tells of texts, all of which can be written as UTF-8.
+
+    Raises:
+      ValueError: as `from_json`, or an escape in it is half a surrogate pair.
+    """
+    value = from_json(content)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(f"a text in it holds half a surrogate pair, \\u{half:04x}, which is no character") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
 
 
 def as_path(path: str | os.PathLike) -> Place:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from seqpe_jax import command
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, utf8
 from seqpe_jax.files import as_path, write_whole
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def run(
     if loading.saved_config(checkpoint).reads_images:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
     model = loading.opened(checkpoint, which)
-    tokenizer, printed = model.tokenizer, ""
-    tokens = model.task.prompts([prompt.encode("utf-8", "surrogateescape") for prompt in prompts])
-    sampling = Sampling(new_tokens, end=tokenizer.end_of_text, **choice)
+    printed = ""
+    tokens = model.task.prompts([utf8(prompt) for prompt in prompts])
+    sampling = Sampling(new_tokens, end=model.tokenizer.end_of_text, **choice)
     check_generation(
         model.config, [len(prompt) for prompt in tokens], sampling, window, reach=model.architecture.reach
     )  # fmt: skip
@@ -62,7 +62,7 @@ def run(
     def say(index: int, generation: "Generation") -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
         nonlocal printed
-        text = tokenizer.decode(generation.content).rstrip("\ufffd")
+        text = model.task.continuation(tokens[index], generation.content).rstrip("\ufffd")
         if hosts.is_lead() and text.startswith(printed):
             print(text[len(printed) :], end="", flush=True)
             printed = text
@@ -70,7 +70,7 @@ def run(
     if stream:
         found = model.continuations(tokens, sampling, window=window, heard=say)
         if hosts.is_lead():
-            print(tokenizer.decode(found[0].content)[len(printed) :], flush=True)
+            print(model.task.continuation(tokens[0], found[0].content)[len(printed) :], flush=True)
     else:
         line = ProgressLine(len(prompts) * new_tokens, label="token")
         found = model.continuations(
@@ -80,12 +80,12 @@ def run(
     return [
         {
             "prompt": prompt,
-            "text": tokenizer.decode(generation.content),
+            "text": model.task.continuation(ids, generation.content),
             "tokens": generation.tokens.tolist(),
             "log_prob": float(generation.log_probs.sum(dtype="float64")),
             "ended": generation.ended,
         }
-        for prompt, generation in zip(prompts, found, strict=True)
+        for prompt, ids, generation in zip(prompts, tokens, found, strict=True)
     ]
 
 
@@ -114,13 +114,15 @@ def _text(argument: str) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Returns the lines of a file. Raises: InputError: it cannot be read, is too large or not UTF-8, or holds no line."""
+    """Returns the lines of a file. Raises: InputError: it cannot be read, is too large or no UTF-8 text, or holds none."""
+    from seqpe_jax.tasks.text import prompt_lines
+
     try:
         with as_path(path).open("rb") as file:
             content = file.read(PROMPT_BYTES + 1)  # a device may have no end
         if len(content) > PROMPT_BYTES:
             raise InputError(f"--prompts-file={path} has more than {PROMPT_BYTES >> 20} MiB: give fewer lines")
-        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = prompt_lines(content, f"--prompts-file={path}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts-file={path} cannot be read ({error}): give a UTF-8 text file") from None
     if "" in lines:

@@ -12,9 +12,9 @@ import numpy as np
 
 from seqpe_jax.architecture import Architecture, Params, Shape, Sizes
 from seqpe_jax.config import Config
-from seqpe_jax.data.tokenizers import Tokenizer
+from seqpe_jax.data.tokenizers import Tokenizer, continuation
 from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, utf8
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.decoding import Generation, Sampling
 from seqpe_jax.inference.programs import Programs
@@ -149,14 +149,14 @@ class Model:
         asked = Sampling(max_new_tokens, temperature, top_p, seed)
         generation.check_generation(self.config, [1], asked, window, reach=self.architecture.reach)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        tokens = self._text.prompts([text.encode("utf-8", "surrogateescape") for text in prompts])
+        tokens = self._text.prompts([utf8(text) for text in prompts])
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
         line = ProgressLine(len(prompts) * max_new_tokens, label="token")
         found = self.continuations(
             tokens, sampling, window=window, progress=lambda done, total: line.update(done, total=total)
         )
         line.close()
-        texts = [self.tokenizer.decode(one.content) for one in found]
+        texts = [continuation(self.tokenizer, ids, one.content) for ids, one in zip(tokens, found, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
     def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:

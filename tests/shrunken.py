@@ -84,7 +84,7 @@ def _shrunken_sweep(path: str) -> points.SweepFile:
 def close() -> None:
     """Makes the commands of this process small."""
     command.run = _run_there
-    reading.given = lambda values: shrunken(_given(values))
+    reading.given = lambda *given: shrunken(_given(*given))
     points._points = lambda path, base, runs: _points(path, base, itertools.islice(runs, 1))
     points.read = _shrunken_sweep
     loader.EvaluationBatches = FewExamples

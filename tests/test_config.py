@@ -8,6 +8,7 @@ import json
 import os
 import typing
 
+import ml_collections
 import pytest
 
 from seqpe_jax import config
@@ -24,6 +25,35 @@ MULTIPLIED = {"encoding.mode": "attn_mul", "encoding.feature_width": 0, "objecti
 def test_a_config_survives_json():
     settings = config.load(QUICKSTART)
     assert config.from_dict(json.loads(json.dumps(config.to_dict(settings)))) == settings
+
+
+@pytest.mark.parametrize("page, overrides, evaluated", [
+    ("digits_vit", {"data.size": (32, 32), "encoding.max_position": 40}, {"sizes": (32,)}),
+    ("digits_vit", {"data.size": (16, 16), "model.patch": (4, 4)}, {"sizes": (16, 24, 32)}),
+    ("digits_vit", {"data.size": (16, 8), "encoding.max_position": 40}, {"sizes": ()}),
+    ("digits_vit", {"data.size": (16, 16), "eval.sizes": (8, 16)}, {"sizes": (8, 16)}),
+    ("digits_vit", {"model.layers": 2}, {"sizes": (8, 12, 16, 24, 32)}),
+    ("moving_digits_vit", {"data.size": (6, 16, 16)}, {"sizes": (16, 24, 32), "frames": (6, 8)}),
+    ("stdlib_lm", {"data.length": 512}, {"lengths": (512, 1024)}),
+    ("stdlib_lm", {"data.length": 2048}, {"lengths": (2048,)}),
+])  # fmt: skip
+def test_what_a_file_evaluates_begins_at_the_training_size_that_was_asked_for(page, overrides, evaluated):
+    settings = config.load(str(ROOT / "configs" / f"{page}.py"), overrides)
+    assert {name: getattr(settings.eval, name) for name in evaluated} == evaluated
+    parsed = config.parse(ml_collections.ConfigDict(config.to_dict(settings)), overrides)
+    assert parsed == settings, "as a command line sets it"
+
+
+def test_what_a_file_computes_from_the_batch_follows_it():
+    page = str(ROOT / "configs" / "imagenet_vit.py")
+    whole, part = config.load(page), config.load(page, {"batch_size": 256, "eval.every": 50_044})
+    assert (whole.steps, whole.optimizer.learning_rate, whole.optimizer.warmup_steps) == (500_455, 0.0012, 25_022)
+    assert (part.steps, part.optimizer.learning_rate, part.optimizer.warmup_steps) == (2_001_823, 0.0003, 100_091)
+    assert (part.checkpoint.every, part.eval.every) == (25_022, 50_044)
+    with pytest.raises(InputError, match="computes from others, such as steps from batch_size, has no value"):
+        config.load(page, {"batch_size": 0})
+    with pytest.raises(InputError, match="'batch_size' must be int, got 'x'"):
+        config.load(page, {"batch_size": "x"})
 
 
 def test_difference_names_the_fields_that_differ():

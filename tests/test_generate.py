@@ -77,7 +77,7 @@ def test_a_seed_repeats_a_text_of_any_bytes(commands, trained):
 
 def test_a_text_ends_at_the_tokenizers_end(commands, words):
     result = commands("generate", f"--checkpoint={words}", "--prompt=w0 w1", NEW)
-    assert (result.code, result.out) == (0, "w2 w3 w4\n"), result.err
+    assert (result.code, result.out) == (0, " w2 w3 w4\n"), result.err
 
 
 @pytest.mark.parametrize("variables", [

@@ -289,6 +289,10 @@ def _check_images(config: Config) -> None:
         raise InputError(f"data.augment.crop_scale is a share of the area, at most 1, got {augment.crop_scale}")
     if data.name == "image_folder" and len(data.paths) != 1:
         raise InputError("data.name='image_folder' needs data.paths: one directory that holds a folder for each class")
+    if data.bit_depth and data.name != "image_folder":
+        raise InputError(
+            f"data.bit_depth={data.bit_depth} is not read by data.name='{data.name}', only by image_folder: leave it at 0"
+        )
     mixing = config.objective.mixing
     if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
         raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")

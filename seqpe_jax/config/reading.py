@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 import ml_collections
@@ -22,6 +22,7 @@ from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfi
 from seqpe_jax.config.scripts import located, module_of, told
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expanded
+from seqpe_jax.trees import flat
 
 LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
@@ -113,21 +114,66 @@ def _default(field: str) -> Any:
     return functools.reduce(getattr, field.split("."), Config())
 
 
-def parse(config: ml_collections.ConfigDict) -> Config:
+def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> Config:
     """Returns the validated, frozen form of a ConfigDict, as a user gives it.
 
+    Args:
+      overridden: dotted names of the fields whose value is the user's and not the config file's (`given`).
     Raises:
       InputError: as `from_dict`, or a field is set that nothing reads.
     """
-    return given(config.to_dict())
+    return given(_values(config), overridden)
 
 
-def given(values: dict[str, Any]) -> Config:
-    """Returns the validated config of nested dicts as a user gives them. Raises: InputError: as of `parse`."""
-    config = from_dict(values)
+def given(values: dict[str, Any], overridden: Collection[str] = ()) -> Config:
+    """Returns the validated config of nested dicts as a user gives them.
+
+    Args:
+      overridden: dotted names of the fields whose value is the user's: what a config file evaluates belongs to the training
+        length or size that it names, so that lengths and sizes below one that took its place are left out.
+    Raises:
+      InputError: as of `parse`.
+    """
+    config = _following(_build(Config, renamed(values), ""), overridden)
+    check(config)
     _check_ranges(config, "")
     _check_read(config)
     return config
+
+
+def _values(page: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the values of a config file, those that are computed from other fields (`get_oneway_ref`) included.
+
+    Raises:
+      InputError: one cannot be computed from what was set.
+    """
+    try:
+        return page.to_dict()
+    except (ArithmeticError, TypeError) as error:
+        raise InputError(
+            f"a field that the config file computes from others, such as steps from batch_size, has no value ({error}): "
+            "set those others to numbers above 0"
+        ) from None
+
+
+def _following(config: Config, overridden: Collection[str]) -> Config:
+    """Returns a config whose eval section begins at the training length or size, where that is the user's.
+
+    Args:
+      overridden: see `given`; an eval field that the user named stays as it is.
+    """
+    data, changed = config.data, {}
+    sides = data.size[-2:]
+    trained = {
+        "lengths": ("data.length", data.length), "sizes": ("data.size", sides[0] if len(set(sides)) == 1 else 0),
+        "frames": ("data.size", data.size[0] if len(data.size) == 3 else 0),
+    }  # fmt: skip
+    for name, (field, own) in trained.items():
+        asked = getattr(config.eval, name)
+        if asked and field in overridden and f"eval.{name}" not in overridden:
+            # Sizes are squares: beside another shape, that of training alone is left.
+            changed[name] = (own, *(one for one in asked if one > own)) if own else ()
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changed)) if changed else config
 
 
 def _check_ranges(section: Any, prefix: str) -> None:
@@ -249,7 +295,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
       InputError: no such file, variant or field, or values that do not fit.
     """
-    return given(_with(_page(path).to_dict(), overrides or {}))
+    return given(_with(_page(path), overrides or {}), overrides or {})
 
 
 def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
@@ -259,8 +305,8 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
       InputError: as `load`.
     """
     page = _page(f"{path}:{variant}")
-    values = ml_collections.ConfigDict(_with(page.to_dict(), overrides or {}))
-    return parse(with_encoding(values, values.encoding.kind))
+    values = ml_collections.ConfigDict(_with(page, overrides or {}))
+    return parse(with_encoding(values, values.encoding.kind), overrides or {})
 
 
 def _page(path: str) -> ml_collections.ConfigDict:
@@ -276,8 +322,14 @@ def _page(path: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _with(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values with dotted overrides. Raises: InputError: there is no such field."""
+def _with(page: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested values of a config file with dotted overrides. Raises: InputError: there is no such field."""
+    there = {key for key, value in flat(_values(page), ".").items() if type(value) is int}
+    numbers = {
+        key: value for key, value in overrides.items() if key in there and type(value) is int and abs(value) < LARGEST
+    }
+    page.update_from_flattened_dict(numbers)  # what the file computes from these follows
+    values = _values(page)
     for key, value in overrides.items():
         *sections, last = key.split(".")
         target = values

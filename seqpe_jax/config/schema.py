@@ -65,6 +65,7 @@ class DataConfig:
     question_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the question's tokens in the loss
     size: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # pixels: (height, width), or (frames, height, width)
     crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=PICTURES)  # images: side of the centre crop at evaluation
+    bit_depth: int = _field(0, low=0, high=16, of=PICTURES)  # image_folder: of grey values in 16-bit files; 0 = 16, checked
     augment: AugmentConfig = _section(AugmentConfig, of=PICTURES)
     cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
     threads: int = _field(1, low=1, high=256)  # training examples made at once

@@ -19,6 +19,13 @@ from seqpe_jax.errors import InputError
 SHOWN = 3  # names told of each kind that is left out
 AGAIN, ABOVE, NOWHERE = "links to what is read already", "links to folders above", "links that lead nowhere"
 SPECIAL, CLOSED, OTHER = "pipes, sockets and devices", "folders that cannot be read", "files of other kinds"
+HIDDEN, SYSTEM = "hidden folders", "thumbnail and system folders"
+# What operating systems, network disks and archivers put beside a user's own folders, in lower case: thumbnails, metadata,
+# recycle bins, snapshots. Their files are copies of others, or no data at all.
+SYSTEM_FOLDERS = frozenset({
+    "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
+    "system volume information",
+})  # fmt: skip
 KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
@@ -67,6 +74,7 @@ class Found:
 def find(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title: str = "") -> Found:
     """Returns the files that paths name: files, globs (`**` crosses folders), and all below folders that is not hidden.
 
+    Thumbnail and system folders (`SYSTEM_FOLDERS`) are read only where a path names them.
     Links to files and folders are followed, and no real file or folder is read twice, however many links lead to it; but
     not out of what was given, to a folder that holds it. What is neither a file nor a folder is never opened.
 
@@ -166,8 +174,13 @@ class _Search:
             self.left_out.add(CLOSED, path)
             return
         for entry in entries:
+            if is_system_folder(entry.name) and entry.is_dir() and all(entry.name != pattern[0] for pattern in fresh):
+                self.left_out.add(SYSTEM, entry.path)
+                continue
             after = {rest for pattern in fresh for rest in _after(entry.name, pattern)}
             if not after:
+                if entry.name.startswith(".") and any(pattern[0] == "**" for pattern in fresh) and entry.is_dir():
+                    self.left_out.add(HIDDEN, entry.path)
                 continue
             if entry.is_symlink():
                 heapq.heappush(self._links, (entry.path, after, given))
@@ -210,6 +223,11 @@ def _after(name: str, patterns: Patterns) -> set[Patterns]:
         return {rest} if fnmatch.fnmatch(name, head) and (not hidden or head.startswith(".")) else set()
     crossed = set() if hidden else {patterns} if rest else {patterns, ()}
     return crossed | _after(name, rest) if rest else crossed
+
+
+def is_system_folder(name: str) -> bool:
+    """Returns whether a folder of this name holds thumbnails or belongs to the system (`SYSTEM_FOLDERS`)."""
+    return name.lower() in SYSTEM_FOLDERS
 
 
 def absolute(path: str) -> str:

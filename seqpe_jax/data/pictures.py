@@ -50,6 +50,7 @@ def image_source(
     data_dir: str | os.PathLike = "",
     cache_dir: str | os.PathLike = "",
     progress: bool = True,
+    bit_depth: int = 0,
 ) -> ImageSource:
     """Returns a split of a data set of images or clips, preparing it when that has not been done yet.
 
@@ -62,6 +63,7 @@ def image_source(
       data_dir: prepared data sets; none = CACHE_DIR/datasets.
       cache_dir: none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show how far long work is, on stderr.
+      bit_depth: of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
     Raises:
       InputError: unknown name or split, nothing to read, damaged files, a folder not writable.
     """
@@ -71,12 +73,14 @@ def image_source(
     if split not in SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
     root = cache_root(cache_dir)
+    options = {"bit_depth": bit_depth} if bit_depth else {}
     return builder.open_split(
         split,
         paths=fetched([os.fspath(path) for path in paths], cache_dir, progress),
         datasets=pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets",
         cache=root,
         progress=progress,
+        **options,
     )
 
 
@@ -165,8 +169,13 @@ def evaluation_example(
     scale = max(height / crop_ratio / frames.shape[1], width / crop_ratio / frames.shape[2])
     whole = max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale))
     left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    resized = _resized(frames, (0, 0, frames.shape[2], frames.shape[1]), *whole)
-    pixels = _normalised(resized[:, top : top + height, left : left + width], mean, std)
+    # The middle alone is resized: of a long strip the whole would take gigabytes.
+    across, down = frames.shape[2], frames.shape[1]
+    box = (
+        left * across / whole[0], top * down / whole[1],
+        (left + width) * across / whole[0], (top + height) * down / whole[1],
+    )  # fmt: skip
+    pixels = _normalised(_resized(frames, box, width, height), mean, std)
     return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
 
 
@@ -182,11 +191,11 @@ def _frames(image: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, tuple[i
     return image, (size[1], size[2])
 
 
-def _resized(frames: np.ndarray, box: tuple[int, int, int, int], width: int, height: int) -> np.ndarray:
+def _resized(frames: np.ndarray, box: tuple[float, float, float, float], width: int, height: int) -> np.ndarray:
     """Returns the part (left, top, right, bottom) of uint8[T, H, W, C] as uint8[T, height, width, C]."""
     left, top, right, bottom = box
     if (right - left, bottom - top) == (width, height):  # what Pillow would give, at a tenth of the time for small clips
-        return frames[:, top:bottom, left:right]
+        return frames[:, int(top) : int(bottom), int(left) : int(right)]
     bicubic = Image.Resampling.BICUBIC
     return _pixels([_picture(frame).resize((width, height), bicubic, box=box) for frame in frames])
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from seqpe_jax.data.formats import without_mark
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, from_json, write_whole
+from seqpe_jax.files import Place, as_path, from_json, text_from_json, write_whole
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILE, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
 NAMED_IN = {
     SETTINGS: "eos_token", "special_tokens_map.json": "eos_token", "config.json": "eos_token_id",
@@ -37,6 +38,7 @@ class Tokenizer(Protocol):
       name: for people.
       vocabulary_size: ids are 0 .. vocabulary_size - 1; ids: those that have a token, rising.
       end_of_text: the id between documents, or None.
+      special_tokens: what spells one of them in a text is encoded as plain text.
       digest: hex digits, equal for tokenizers that give equal ids; fingerprint: for those that end texts alike too.
     """
 
@@ -44,6 +46,7 @@ class Tokenizer(Protocol):
     vocabulary_size: int
     ids: np.ndarray
     end_of_text: int | None
+    special_tokens: frozenset[str]
     digest: str
     fingerprint: str
 
@@ -67,6 +70,17 @@ class Tokenizer(Protocol):
         """Writes DIRECTORY/tokenizer.json, which `load_tokenizer` reads, and what says how its texts end."""
 
 
+def continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> str:
+    """Returns the text that ids add to that of a prompt, whose ids they follow.
+
+    By themselves they may have another: Metaspace tokenizers drop the space before the first word, others join a word's
+    parts.
+    """
+    known, new = (np.asarray(part if isinstance(part, np.ndarray) else list(part), np.int64) for part in (prompt, ids))
+    before, text = tokenizer.decode(known), tokenizer.decode(np.concatenate([known, new]))
+    return text[len(os.path.commonprefix([before, text])) :]
+
+
 def token_dtype(vocabulary_size: int) -> np.dtype:
     """Returns the smallest of uint8, uint16, uint32 that holds every id."""
     return np.min_scalar_type(vocabulary_size - 1)
@@ -79,6 +93,7 @@ class ByteTokenizer:
     vocabulary_size = 256
     ids = np.arange(256)
     end_of_text = None
+    special_tokens: frozenset[str] = frozenset()
     digest = fingerprint = "bytes-1"
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -113,7 +128,8 @@ class HFTokenizer:
     Text that spells a special token is encoded as plain text, and no special tokens are added. The end of text is what the
     files beside a tokenizer.json say (`NAMED_IN`), else the first of `END_OF_TEXT` that there is, else of `SPECIAL_END`. In
     the folder of a run, `save` has written which it is; a run that has no such file began when the names of `END_OF_TEXT`
-    alone were known, and they alone count there.
+    alone were known, and they alone count there. Tokens of an added_tokens.json beside a tokenizer.json that lacks them are
+    its own, and `save` writes them into it.
 
     Args:
       path: the file, or a directory that holds tokenizer.json, or GPT-2's vocab.json and merges.txt.
@@ -126,11 +142,18 @@ class HFTokenizer:
 
         file = as_path(path).expanduser()
         file = file / FILE if file.is_dir() else file
-        self._content = _content_of(file)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise _not_a_tokenizer(file, error) from None
+        def built(content: bytes) -> tokenizers.Tokenizer:
+            try:
+                return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            except Exception as error:  # the library raises bare Exception
+                raise _not_a_tokenizer(file, error) from None
+
+        self._content, beside = _content_of(file), _beside(file)
+        self._tokenizer = built(self._content)
+        added = _added(file, self._tokenizer.get_vocab(with_added_tokens=True))
+        if added:
+            self._content = _with_added(self._content, added, _special(beside))
+            self._tokenizer = built(self._content)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -143,12 +166,12 @@ class HFTokenizer:
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.ids = np.unique(list(vocabulary.values()))
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        beside = _beside(file)
         usual = next((vocabulary[token] for token in END_OF_TEXT if token in vocabulary), None)
         ends = [_named_end(file, beside, vocabulary, special), usual]
         if not beside.get("config.json", {}).keys() >= RUN:
             ends += [vocabulary[token] for token in SPECIAL_END if token in special]
         self.end_of_text = next((end for end in ends if end is not None), None)
+        self.special_tokens = frozenset(special) | {token for token in END_OF_TEXT if token in vocabulary}
         self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
         if self.end_of_text != usual:  # texts are joined in another way than the file alone says
             self.fingerprint += f"-end-{self.end_of_text}"
@@ -210,9 +233,70 @@ def _content_of(file: Place) -> bytes:
     import tokenizers
 
     try:
-        return tokenizers.ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str().encode()
+        lines = _read(merges).decode("utf-8").splitlines()
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        return tokenizers.ByteLevelBPETokenizer(from_json(_read(vocabulary)), pairs).to_str().encode()
     except Exception as error:  # the library raises bare Exception
-        raise _not_a_tokenizer(vocabulary, error) from None
+        raise InputError(
+            f"vocab.json and merges.txt in '{file.parent}' are no tokenizer ({error}): mend them, or give a tokenizer.json"
+        ) from None
+
+
+def _added(file: Place, vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """Returns the tokens of the added_tokens.json beside a tokenizer.json that its vocabulary lacks, and their ids.
+
+    Raises:
+      InputError: it cannot be read, or contradicts the tokenizer.json.
+    """
+    beside = file.parent / ADDED
+    if file.name != FILE or not beside.is_file():
+        return {}
+    try:
+        added = text_from_json(_read(beside))
+    except ValueError as error:
+        raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
+    if not isinstance(added, dict) or not all(type(number) is int and 0 <= number < MOST for number in added.values()):
+        raise InputError(
+            f"'{beside}', beside the tokenizer, must give each token an id from 0 to {MOST - 1}, as "
+            '{"<token>": 50257}: mend or remove it'
+        )
+    taken = {number: token for token, number in vocabulary.items()}
+    for token, number in added.items():
+        if vocabulary.get(token, number) != number or taken.get(number, token) != token:
+            other = f"{token!r} the id {vocabulary[token]}" if token in vocabulary else f"{taken[number]!r} that id"
+            raise InputError(
+                f"'{beside}' gives {token!r} the id {number}, but {FILE} beside it gives {other}: they are of two "
+                "tokenizers; remove the one that is not the model's"
+            )
+    return {token: number for token, number in added.items() if token not in vocabulary}
+
+
+def _with_added(content: bytes, added: Mapping[str, int], special: set[str]) -> bytes:
+    """Returns the content of a tokenizer.json with further tokens, as `transformers` adds them."""
+    changed = from_json(content)
+    changed["added_tokens"] = [
+        *(changed.get("added_tokens") or ()),
+        *(
+            {
+                "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": token not in special, "special": token in special,
+            }
+            for token, number in sorted(added.items(), key=lambda item: item[1])
+        ),
+    ]  # fmt: skip
+    return json.dumps(changed, ensure_ascii=False).encode()
+
+
+def _special(beside: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Returns the tokens that the files beside a tokenizer.json call special, such as eos_token."""
+    found = []
+    for name in (SETTINGS, "special_tokens_map.json"):
+        settings = beside.get(name, {})
+        found += [value for key, value in settings.items() if key.endswith("_token")]
+        more = settings.get("additional_special_tokens")
+        found += more if isinstance(more, list) else []
+    contents = [token.get("content") if isinstance(token, dict) else token for token in found]
+    return {token for token in contents if isinstance(token, str)}
 
 
 def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
@@ -365,8 +449,9 @@ def _loaded(directory: str | os.PathLike, kind: type):
 
 
 def _read(file: Place) -> bytes:
+    """Returns what a file of JSON holds, without a byte order mark. Raises: InputError: it cannot be read."""
     try:
-        return file.read_bytes()
+        return without_mark(file.read_bytes())
     except OSError as error:
         raise InputError(
             f"data.tokenizer: cannot read '{file}' ({error.strerror}): give \"bytes\" or the path of a Hugging Face "

@@ -1,12 +1,14 @@
 """A split of a text data set as one long array of tokens, tokenised once and kept in the cache."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -14,8 +16,8 @@ import tqdm
 from seqpe_jax.data.builders import base, builder_class
 from seqpe_jax.data.cache import locked, new_directory
 from seqpe_jax.data.fetched import fetched
-from seqpe_jax.data.files import tell
-from seqpe_jax.data.tokenizers import Loss, RoundTrip, Tokenizer, check_loss, token_dtype
+from seqpe_jax.data.files import SHOWN, tell
+from seqpe_jax.data.tokenizers import END_OF_TEXT, SPECIAL_END, Loss, RoundTrip, Tokenizer, check_loss, token_dtype
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import cache_root, from_json
 
@@ -36,6 +38,7 @@ class TokenSource:
       documents: how many there are.
       fingerprint: hex digits; equal for equal tokens, on every machine.
       loss: what does not come back from the tokens, of a sample; nothing where it was tokenised before that was looked at.
+      spelled: how often the text spells each special token; nothing where it was tokenised before they were counted.
     """
 
     tokens: np.ndarray
@@ -44,6 +47,7 @@ class TokenSource:
     documents: int
     fingerprint: str
     loss: Loss = Loss()
+    spelled: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def token_source(
@@ -89,6 +93,8 @@ def token_source(
     found = _open(target)
     if found is not None:
         check_loss(found.loss, tokenizer, lossy)
+        if progress:
+            _tell_spelled(found, f"{name}/{split}")
         return found
     with locked(target) as alone:
         if (found := _open(target)) is None:
@@ -103,6 +109,8 @@ def token_source(
             found = _open(target)
     if found is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
+    if progress:
+        _tell_spelled(found, f"{name}/{split}")
     return found
 
 
@@ -110,6 +118,25 @@ def token_source(
 def _tell_left_out(builder: type[base.CachedBuilder], paths: tuple[str, ...]) -> None:
     if words := builder.left_out(paths):
         tell(f"data.paths: left out: {words}")
+
+
+def _tell_spelled(source: TokenSource, title: str) -> None:
+    """Tells of special tokens that a text spells: they are read as text, also where they were meant to end documents."""
+    if source.spelled:
+        counts = sorted(source.spelled.items(), key=lambda item: -item[1])
+        several = "" if len(counts) <= SHOWN else f" and {len(counts) - SHOWN} more"
+        documents = f"{source.documents:,} document{'' if source.documents == 1 else 's'}"
+        tell(
+            f"{title}: the text of {documents} spells special tokens, which are read as plain text: "
+            f"{', '.join(f'{token} {count:,} times' for token, count in counts[:SHOWN])}{several}; where they end "
+            "documents, write each document into a file of its own, without them"
+        )
+
+
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[bytes]:
+    """Returns what finds, in UTF-8 text, a tokenizer's special tokens and those with which others end documents."""
+    names = {*tokenizer.special_tokens, *END_OF_TEXT, *SPECIAL_END} - {""}
+    return re.compile(b"|".join(re.escape(name.encode()) for name in sorted(names, key=len, reverse=True)))
 
 
 def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool, lossy: bool) -> None:
@@ -122,6 +149,7 @@ def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, p
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     separator = None if tokenizer.end_of_text is None else np.array([tokenizer.end_of_text], dtype)
     count = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
+    special, met = special_pattern(tokenizer), collections.Counter()
     previous = None
     bar = tqdm.tqdm(total=len(records), desc=f"tokenise {title}", unit=" texts", delay=2.0, disable=not progress)
     with bar, open(folder / TOKENS, "wb") as out:
@@ -138,9 +166,11 @@ def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, p
                 count["tokens"] += ids.size
                 count["bytes"] += len(record["text"])
                 count["words"] += len(record["text"].decode("utf-8").split())
+                met.update(special.findall(record["text"]))
             bar.update(len(group))
     loss = dataclasses.asdict(trip.loss)
     summary = {**count, "dtype": dtype.name, "fingerprint": digest.hexdigest()[:32], "loss": loss}
+    summary["spelled"] = {token.decode(): number for token, number in met.items()}
     (folder / SUMMARY).write_text(json.dumps(summary))
 
 
@@ -174,8 +204,7 @@ def _open(target: pathlib.Path) -> TokenSource | None:
             return None
         tokens = np.memmap(target / TOKENS, dtype=dtype, mode="r", shape=(size,))
         loss = Loss(**summary.get("loss", {}))
-        return TokenSource(
-            tokens, summary["bytes"], summary["words"], summary["documents"], str(summary["fingerprint"]), loss
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        spelled = {str(token): int(number) for token, number in summary.get("spelled", {}).items()}
+        return TokenSource(tokens, *counts[1:], str(summary["fingerprint"]), loss, spelled)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

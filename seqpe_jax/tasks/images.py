@@ -71,8 +71,9 @@ class Images(Task):
         """
         data, sizes = self.config.data, self.sizes
         found = pictures.image_source(
-            data.name, split=split, paths=data.paths, cache_dir=data.cache_dir, progress=is_lead()
-        )
+            data.name, split=split, paths=data.paths, cache_dir=data.cache_dir, progress=is_lead(),
+            bit_depth=data.bit_depth,
+        )  # fmt: skip
         if found.channels != sizes.channels:
             raise InputError(
                 f"{data.name} has images of {found.channels} channel(s), but the model reads {sizes.channels}: evaluate it "

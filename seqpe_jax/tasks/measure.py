@@ -38,6 +38,7 @@ def measure(
     contexts: tuple[int, ...] = (),
     stride: int | None = None,
     targets: int | None = None,
+    bit_depth: int | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Returns the evaluation of a model, in the form that `--output` stores, and arrays to draw.
 
@@ -54,6 +55,7 @@ def measure(
       contexts: tokens of the windows under which the same tokens are scored, of a model of text. Where neither lengths,
         sizes nor contexts are given, all that the config's eval section names are measured, or the training length.
       stride, targets: targets of each of these windows, and of all of them at most; None = eval.stride and eval.targets.
+      bit_depth: of grey values in an image folder's files of 16 bits; None = the config's, or 0 for other data than its.
 
     Returns:
       Parameters, and FLOPs of training per token or image (`objectives.flops`), stand beside the results. The results of a
@@ -66,7 +68,7 @@ def measure(
         tokens=tokens, examples=examples, new_tokens=new_tokens, contexts=contexts or None, stride=stride, targets=targets
     )
     check_kind(model.config, model.folder, lengths, sizes, limits)
-    settings = _settings(model.config, limits, data, paths, lossy, lengths)
+    settings = _settings(model.config, limits, data, paths, lossy, lengths, bit_depth)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
         whole = model
@@ -171,12 +173,13 @@ def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Sc
 def _settings(
     settings: config.Config, limits: Mapping[str, int], data: str | None, paths: tuple[str, ...], lossy: bool,
     lengths: Scales,
-) -> config.Config:  # fmt: skip
+    bit_depth: int | None,
+) -> config.Config:
     """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
     values = config.to_dict(settings)
     values["eval"] |= limits
     if data is not None:
-        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0}
+        values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0}
     values["data"]["lossy_tokenizer"] |= lossy
     for name in ("contexts", "stride", "targets"):
         if name in limits and values["data"]["name"] in QUESTIONS:
@@ -187,6 +190,10 @@ def _settings(
             raise InputError(f"--{name} is for --contexts, and none are asked for: name --contexts too")
     if lengths and values["data"]["name"] in QUESTIONS:  # which questions are asked depends on the shortest
         values["eval"]["lengths"] = tuple(length for (length,) in lengths)
+    if bit_depth is not None:
+        if not settings.reads_images:
+            raise InputError("--bit-depth is for images, and this is a run on text: leave it out")
+        values["data"]["bit_depth"] = bit_depth
     found = config.from_dict(values)
     for name in ("examples", "new_tokens"):
         if name in limits and not found.asks_questions:

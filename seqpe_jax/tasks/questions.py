@@ -126,12 +126,14 @@ class Questions(Text):
         records = [source[index] for index in range(count)]
         sampling = Sampling(self.config.eval.new_tokens, end=self.end)
         dependent = bool(self.config.encoding.window_dependence)
+        prompts = [qa.prompt_tokens(record, self.tokenizer) for record in records]
         found = asked.generate(
-            [qa.prompt_tokens(record, self.tokenizer) for record in records], sampling, self.known_V,
+            prompts, sampling, self.known_V,
             window=max(length, self.config.data.length) if dependent else None, cut=dependent,
             progress=lambda done, total: asked.progress(done * count // total, 2 * count),
         )  # fmt: skip
-        hypotheses = [self.tokenizer.decode(one.content).strip() for one in found]
+        pairs = zip(prompts, found, strict=True)
+        hypotheses = [self.continuation(prompt, one.content).strip() for prompt, one in pairs]
         loss = self._loss(asked, source, count, length)
         away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
         scored = answers.score(records, hypotheses, metrics=answers.metrics_of(self.config.data.name), away=away)

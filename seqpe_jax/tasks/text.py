@@ -14,7 +14,8 @@ from seqpe_jax.architecture import Sizes
 from seqpe_jax.config import Config, check_positions
 from seqpe_jax.data import loader, tokens
 from seqpe_jax.data.files import tell
-from seqpe_jax.data.tokenizers import Loss, RoundTrip, load_tokenizer
+from seqpe_jax.data.formats import HEAD, check_plain, without_mark
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, continuation, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
@@ -115,12 +116,19 @@ class Text(Task):
 
     def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
-        tokens, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
+        encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
         for one in texts:
             trip.look(one)
         if trip.loss.lost and is_lead():
             tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
-        return tokens
+        pattern = tokens.special_pattern(self.tokenizer)
+        if is_lead() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
+            tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
+        return encoded
+
+    def continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
+        """Returns the text that ids add to that of a prompt (see `data.tokenizers.continuation`)."""
+        return continuation(self.tokenizer, prompt, ids)
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches, of which this process reads some rows."""
@@ -266,6 +274,20 @@ class Contexts:
             context=context, stride=stride, batches=batches, progress=lambda done: asked.progress(done, batches.examples),
             **self.text.scoring(asked, split),
         )  # fmt: skip
+
+
+def prompt_lines(content: bytes, name: str) -> list[str]:
+    """Returns the lines of a file of prompts.
+
+    Args:
+      content: of the file.
+      name: of the option and the file, for messages.
+    Raises:
+      InputError: it is of another format than plain text.
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    check_plain(content[:HEAD], name)
+    return without_mark(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def with_kept_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:

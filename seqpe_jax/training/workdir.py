@@ -133,6 +133,7 @@ def check_same_run(settings: Config, workdir: Place, step: int | None, extend: b
         for section in (*config.FREE_SECTIONS, "steps"):
             values.pop(section, None)
         values["data"].pop("lossy_tokenizer")  # what is accepted changes nothing of what is computed
+        values["data"]["bit_depth"] = values["data"]["bit_depth"] or 16  # as files were read before the field was
         for name in ("decay_steps", "non_finite", "skips"):  # the first is looked at below; none changes steps so far
             values["optimizer"].pop(name)
     lines = config.difference(old, new)

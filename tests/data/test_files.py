@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import socket
 
 import pytest
@@ -48,7 +49,8 @@ def test_without_links_globs_and_folders_lead_where_python_says(tmp_path, patter
         "b/x.txt", "b/c/c/c.txt", ".hidden/v.txt", "b/.w.txt",
     )  # fmt: skip
     found = files.find([f"{tmp_path}/{pattern}"])
-    assert found.files == plainly(f"{tmp_path}/{pattern}") and str(found.left_out) == ""
+    assert found.files == plainly(f"{tmp_path}/{pattern}")
+    assert re.fullmatch(r"(hidden folders: \d \(\S+(, \S+)*\))?", str(found.left_out))
     assert found.empty == ([] if found.files else [f"{tmp_path}/{pattern}"])
 
 
@@ -147,6 +149,21 @@ def test_a_path_that_can_never_be_read_is_refused(tmp_path, make, words):
     make(tmp_path / "odd.txt")
     with pytest.raises(InputError, match=f"data.paths: '{tmp_path}/odd.txt' {words}"):
         files.find([str(tmp_path / "odd.txt")])
+
+
+def test_thumbnail_and_system_folders_are_left_out_and_told(tmp_path):
+    write(
+        tmp_path, "1.txt", "@eaDir/1.txt/thumb.txt", "a/__MACOSX/2.txt", "a/#recycle/3.txt", "lost+found/4.txt",
+        "a/$RECYCLE.BIN/5.txt", ".thumbnails/6.txt",
+    )  # fmt: skip
+    for path in ("", "**/*.txt"):
+        found, told = below(tmp_path, path)
+        assert found == ["1.txt"]
+        assert set(told.split("; ")) == {
+            "hidden folders: 1 (.thumbnails)",
+            "thumbnail and system folders: 5 (@eaDir, lost+found, a/#recycle, ...)",
+        }
+    assert below(tmp_path, "lost+found", "@eaDir/**")[0] == ["@eaDir/1.txt/thumb.txt", "lost+found/4.txt"], "as asked"
 
 
 def test_paths_that_lead_to_no_file(tmp_path, monkeypatch):

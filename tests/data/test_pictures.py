@@ -1,6 +1,8 @@
 import itertools
 import os
+import struct
 import types
+import zlib
 
 import grain
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from seqpe_jax.data import pictures as images
 from seqpe_jax.data.builders import image_folder, labelled
-from seqpe_jax.data.builders.base import SPLITS
+from seqpe_jax.data.builders.base import SPLITS, chance
 from seqpe_jax.data.builders.labelled import ImageSource
 from seqpe_jax.data.loader import EvaluationBatches, TrainLoader
 from seqpe_jax.data.pictures import evaluation_example, image_source, train_example
@@ -153,6 +155,24 @@ def test_shorter_side_is_resized_to_size_over_ratio():
     np.testing.assert_allclose(evaluation_example(record, (28, 28), 0.875, **PLAIN)["images"], expected, atol=1e-6)
     unchanged = evaluation_example(photo(9, 7), (9, 7), **PLAIN)["images"]
     np.testing.assert_allclose(unchanged, photo(9, 7)["image"] / 255, atol=1e-6)
+
+
+def test_no_picture_is_resized_to_more_than_its_example(monkeypatch):
+    """The whole of a strip at the scale of its shorter side would take gigabytes; its middle alone is made."""
+    asked, resize = [], Image.Image.resize
+
+    def recorded(image, size, *rest, **options):
+        asked.append(size)
+        return resize(image, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    for shape in ((2, 20_000), (20_000, 2)):
+        strip = np.zeros((*shape, 3), np.uint8)
+        strip.reshape(-1, 3)[20_000 // 2 * 2 :] = 255
+        found = evaluation_example({"image": strip, "label": 0}, (32, 32), **PLAIN)["images"]
+        assert found.shape == (32, 32, 3) and 0 < found.mean() < 1
+        train_example({"image": strip, "label": 0}, (32, 32), settings(crop_scale=(0.1, 1.0)), rng(), **PLAIN)
+    assert set(asked) == {(32, 32)}
 
 
 # --- clips
@@ -311,7 +331,7 @@ def test_class_folders_are_split_by_the_hash_of_names(tmp_path):
 def test_files_are_verified_once(split_folders, tmp_path, monkeypatch):
     calls = []
     check = image_folder._check
-    monkeypatch.setattr(image_folder, "_check", lambda file: (calls.append(file), check(file)))
+    monkeypatch.setattr(image_folder, "_check", lambda file: (calls.append(file), check(file))[1])
     folder(split_folders, "train")
     folder(split_folders, "train")
     assert len(calls) == 12
@@ -379,7 +399,7 @@ def test_images_behind_links(tmp_path, capsys):
     (root / "gone").symlink_to("nowhere")
     every = [name for split in SPLITS for name, *_ in image_folder._Files(root, ("cat", "dog"), split, False).status]
     assert sorted(every) == ["cat/1.png", "dog/3.png", "dog/two.png"]
-    split = image_folder._split("dog/3.png")
+    split = next(split for split in SPLITS if "dog/3.png" in names(folder(root, split)))
     words = told(root, split, capsys)[1]
     assert "outside of class folders: 1 (gone)" in words
     assert "links to what is read already: 1 (dog/again.png); links to folders above: 1 (dog/up)" in words
@@ -414,11 +434,13 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
 def test_names_of_images_need_not_be_utf8(tmp_path):
     root = tmp_path / os.fsdecode(b"caf\xe9")
     names = [os.fsdecode(b"\xff/%d\xfe.png" % number) for number in range(90)]
+    write(root / "other" / "0.png", color=(255, 0, 0))
     for number, name in enumerate(names):
         write(root / name, color=(number, 0, 0))
     found = [folder(root, split) for split in SPLITS]
-    assert all(source.class_names == ("\udcff",) for source in found)
-    assert sorted(source[place]["image"][0, 0, 0] for source in found for place in range(len(source))) == list(range(90))
+    assert all(source.class_names == ("other", "\udcff") for source in found)
+    reds = sorted(source[place]["image"][0, 0, 0] for source in found for place in range(len(source)))
+    assert reds == [*range(90), 255]
 
 
 @pytest.mark.parametrize("mode, value, words", [
@@ -430,6 +452,7 @@ def test_names_of_images_need_not_be_utf8(tmp_path):
 def test_values_whose_range_nobody_knows_are_refused(tmp_path, mode, value, words):
     write(tmp_path / "photos" / "train" / "a" / "1.png")
     write(tmp_path / "photos" / "train" / "a" / "2.tif", mode, value)
+    write(tmp_path / "photos" / "train" / "b" / "1.png")
     with pytest.raises(InputError, match=f"cannot read image '.*2.tif' .{words}"):
         _ = [one["image"] for one in folder(tmp_path / "photos", "train")]
 
@@ -443,9 +466,119 @@ def test_photos_stand_upright_as_the_camera_marked_them(tmp_path):
     mark = Image.Exif()
     mark[0x0112] = 6  # turn by a quarter, clockwise
     Image.fromarray(pixels).save(path, exif=mark)
+    write(tmp_path / "photos" / "train" / "b" / "1.png")
     image = folder(tmp_path / "photos", "train")[0]["image"]
     assert image.shape == (8, 4, 3) and (image[:4] == 0).all() and (image[4:] == 200).all()
     np.testing.assert_array_equal(labelled.read_rgb(str(path), "one", "none"), pixels)
+
+
+@pytest.mark.parametrize("names, words", [
+    (["pets/train/cat", "pets/train/dog", "pets/val/cat"], r"'\S+/pets' holds splits \(train, val\) and is no class"),
+    (["cat/train", "cat/valid", "dog/train"], r"'\S+/cat' holds splits .*put splits above classes"),
+    (["old/train/cat", "old/test/cat", "new/cat"], r"'\S+/old' holds splits .*give that folder as data.paths if it is"),
+    (["zip/inner/cat", "zip/inner/dog"], r"holds one class, 'zip', .*: give '\S+/zip/inner' as data.paths.*\(cat, dog, "),
+    (["train/pets/cat", "train/pets/dog", "test/pets/cat"], r"'\S+/train' holds one class, 'pets'"),
+    (["training/0", "training/1"], r"holds one class, 'training', .*: give '\S+/training' as data.paths"),
+    (["cat"], "holds one class, 'cat', and a model needs two to tell apart: give a folder with two class folders or more"),
+])  # fmt: skip
+def test_folders_one_level_off_are_refused(tmp_path, names, words):
+    for name in names:
+        write(tmp_path / "photos" / name / "0.png")
+    with pytest.raises(InputError, match=words):
+        folder(tmp_path / "photos", "train")
+
+
+@pytest.mark.parametrize("train, validation, test", [
+    ("training", "valid", "testing"), ("train", "dev", "eval"), ("train", "eval", "test"), ("train", "val", "Testing"),
+])  # fmt: skip
+def test_splits_under_other_names(split_folders, train, validation, test):
+    fingerprints = [folder(split_folders, split).fingerprint for split in SPLITS]
+    for before, after in zip(SPLITS, (train, validation, test), strict=True):
+        (split_folders / before).rename(split_folders / after)
+    assert [folder(split_folders, split).fingerprint for split in SPLITS] == fingerprints
+
+
+def test_classes_with_other_names_of_splits(tmp_path):
+    for name in ("training", "dev/old", "ops"):
+        write(tmp_path / "photos" / name / "0.png")
+    assert folder(tmp_path / "photos", "train").class_names == ("dev", "ops", "training")
+
+
+def test_every_class_has_a_picture_for_training(tmp_path):
+    root, counts = tmp_path / "photos", {"big": 30} | {f"rare{number}": 2 for number in range(60)}
+    for kind, count in counts.items():
+        for number in range(count):
+            write(root / kind / f"{number}.bmp", size=(1, 1))
+    found = {split: names(folder(root, split)) for split in SPLITS}
+    assert sum(map(len, found.values())) == len(set().union(*found.values())) == 150
+    assert {name.partition("/")[0] for name in found["train"]} == set(counts)
+    moved = [name for name in found["train"] if chance(f"image_folder {name}") < image_folder.VALIDATION]
+    assert 0 < len(moved) < 8 and all(name.startswith("rare") for name in moved), "others stay where their hash puts them"
+    assert len(found["test"]) > 5 < len(found["validation"])
+
+
+def test_thumbnails_are_no_pictures(tmp_path, capsys):
+    root = tmp_path / "photos"
+    for number in range(40):
+        write(root / "ab"[number % 2] / f"{number}.png")
+        write(root / "ab"[number % 2] / "@eaDir" / f"{number}.png" / "SYNOPHOTO_THUMB_M.jpg")
+    for name in ("#recycle", "__MACOSX", ".thumbnails"):
+        write(root / name / "0.png")
+    train, words = told(root, "train", capsys)
+    assert train.class_names == ("a", "b")
+    assert len(train) + sum(len(folder(root, split)) for split in ("validation", "test")) == 40
+    assert "thumbnail and system folders: 2 (#recycle, __MACOSX)" in words and "hidden folders: 1 (.thumbnails)" in words
+    assert "thumbnail and system folders: 2 (a/@eaDir, b/@eaDir)" in words
+
+
+def png_of_16_bits(file, values):
+    """Writes what Pillow cannot: colours uint16[H, W, 3] as a PNG."""
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    ))  # fmt: skip
+
+
+def test_grey_values_of_10_or_12_bits(tmp_path):
+    root = tmp_path / "photos"
+    for kind, value in (("a", 1000), ("b", 3999)):
+        (root / "train" / kind).mkdir(parents=True)
+        Image.fromarray(np.full((4, 6), value, np.uint16)).save(root / "train" / kind / "0.png")
+    for _ in range(2):
+        with pytest.raises(InputError, match="go up to 3999 of 65535, .* set data.bit_depth=12 .* if 4095 is white, or 16"):
+            folder(root, "train")
+    with pytest.raises(InputError, match="go up to 3999, beyond the 1023 of data.bit_depth=10"):
+        folder(root, "train", bit_depth=10)
+    scaled, plain = folder(root, "train", bit_depth=12), folder(root, "train", bit_depth=16)
+    assert [scaled[place]["image"][0, 0, 0] for place in range(2)] == [62, 249]
+    assert [plain[place]["image"][0, 0, 0] for place in range(2)] == [4, 16]
+    assert scaled.fingerprint != plain.fingerprint
+    Image.fromarray(np.full((4, 6), 60_000, np.uint16)).save(root / "train" / "a" / "1.png")
+    assert folder(root, "train").fingerprint, "one that uses the range shows that all have 16 bits"
+
+
+def test_colours_of_which_the_upper_bits_are_empty(tmp_path):
+    root = tmp_path / "photos"
+    write(root / "train" / "b" / "0.png")
+    png_of_16_bits(root / "train" / "a" / "0.png", np.full((4, 6, 3), 3999, np.uint16))
+    for bits in (0, 12):
+        with pytest.raises(InputError, match="colours of 16 bits in .* go up to about 3855 of 65535, .*convert"):
+            folder(root, "train", bit_depth=bits)
+    png_of_16_bits(root / "train" / "a" / "0.png", np.full((4, 6, 3), 39_990, np.uint16))
+    assert folder(root, "train")[0]["image"][0, 0].tolist() == [156, 156, 156]
+
+
+def test_a_whole_picture_that_is_too_large_is_called_that(tmp_path):
+    write(tmp_path / "photos" / "train" / "b" / "0.png")
+    (tmp_path / "photos" / "train" / "a").mkdir()
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "photos" / "train" / "a" / "scan.png")
+    with pytest.raises(InputError) as caught:
+        folder(tmp_path / "photos", "train")
+    assert "scan.png' is too large: it has more than 178,956,970 pixels" in str(caught.value)
+    assert "replace it" not in str(caught.value) and "attack" not in str(caught.value)
 
 
 def test_labels_in_the_names_of_others(split_folders):
@@ -493,10 +626,10 @@ def test_folder_errors(split_folders, tmp_path):
     (split_folders / "train").rename(tmp_path / "gone too")
     with pytest.raises(InputError, match="has validation, but no class folders in '.*train'"):
         folder(split_folders, "validation")
-    write(tmp_path / "few" / "cat" / "0.png")
-    empty = [split for split in SPLITS if split != image_folder._split("cat/0.png")][0]
-    with pytest.raises(InputError, match=f"split '{empty}' of '.*few' is empty: give more images"):
-        folder(tmp_path / "few", empty)
+    for kind in ("cat", "dog"):
+        write(tmp_path / "few" / kind / "0.png")
+    with pytest.raises(InputError, match="split 'test' of '.*few' is empty: give more images"):
+        folder(tmp_path / "few", "test")
 
 
 def test_every_kind_of_picture_becomes_rgb(tmp_path):
@@ -512,6 +645,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     write(kinds / "hidden.png", "RGBA", (10, 20, 30, 0))
     write(kinds / "float.tif", "F", 0.5)
     Image.fromarray(np.full((4, 6), 100 * 257, np.uint16)).save(kinds / "sixteen.png")
+    write(tmp_path / "photos" / "train" / "b" / "grey.png", "L", 100)
     expected = {
         "cmyk.jpg": (255, 0, 0),
         "grey.png": (100,) * 3,
@@ -525,7 +659,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
         "sixteen.png": (100,) * 3,
     }
     source = folder(tmp_path / "photos", "train")
-    for place, name in enumerate(names(source)):
+    for place, name in enumerate(names(source)[:-1]):
         image = source[place]["image"]
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         np.testing.assert_allclose(image[0, 0], expected.pop(name[2:]), atol=3)

@@ -3,7 +3,15 @@ import json
 import numpy as np
 import pytest
 
-from seqpe_jax.data.tokenizers import ByteTokenizer, HFTokenizer, RoundTrip, check_loss, load_tokenizer, token_dtype
+from seqpe_jax.data.tokenizers import (
+    ByteTokenizer,
+    HFTokenizer,
+    RoundTrip,
+    check_loss,
+    continuation,
+    load_tokenizer,
+    token_dtype,
+)
 from seqpe_jax.errors import InputError
 
 TEXT = "Grüße, 世界!\n\n\tdef f(x):  return x\r\n \x00 <|endoftext|> 🙂\n"
@@ -266,6 +274,64 @@ def test_long_texts_are_looked_at_from_beginning_to_end_in_whole_words(tmp_path)
     trip = RoundTrip(tokenizer)
     trip.look("狐".encode() * 1_000_000)  # no word ends
     assert trip.loss.lost == trip.loss.read > 1_000_000
+
+
+def metaspace(path):
+    """A tokenizer as SentencePiece makes them, whose decoder drops the space before the first word."""
+    import tokenizers
+
+    pieces = [("<unk>", 0.0), ("\u2581the", -1.0), ("\u2581fox", -1.0), ("es", -1.0), ("\u2581", -2.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.save(str(path))
+    return load_tokenizer(path)
+
+
+def test_what_follows_a_prompt_keeps_its_first_space(tmp_path, small_file):
+    tokenizer = metaspace(tmp_path / "metaspace.json")
+    prompt, new = tokenizer.encode(b"the"), tokenizer.encode(b"foxes the")
+    assert tokenizer.decode(new) == "foxes the" and continuation(tokenizer, prompt, new) == " foxes the"
+    assert continuation(tokenizer, tokenizer.encode(b"the fox"), new[1:]) == "es the"
+    for plain in (load_tokenizer(small_file), ByteTokenizer()):
+        prompt, new = plain.encode("ü".encode()), plain.encode(" 世".encode())
+        assert continuation(plain, prompt, new) == " 世" and continuation(plain, prompt, new[:-1]) == " \ufffd"
+        assert continuation(plain, prompt, []) == ""
+
+
+def test_tokens_of_added_tokens_json_are_the_tokenizers(small_file, tmp_path):
+    folder, plain = small_file.parent, load_tokenizer(small_file)
+    (folder / "added_tokens.json").write_text('\ufeff{"<stop>": 258, "<word>": 257, "<|endoftext|>": 256}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    found = load_tokenizer(folder)
+    assert (plain.vocabulary_size, found.vocabulary_size) == (257, 259) and found.digest != plain.digest
+    assert found.end_of_text == 258 and found.special_tokens == {"<|endoftext|>", "<stop>"}
+    assert found.encode(b"<word>").tolist() == [257] and found.decode([258, 257]) == "<stop><word>"
+    assert found.encode(b"<stop>").size == 6, "a special token is not read from text"
+    found.save(tmp_path / "kept")
+    assert load_tokenizer(tmp_path / "kept").fingerprint == found.fingerprint
+    (folder / "added_tokens.json").write_text('{"<|endoftext|>": 256}')
+    (folder / "tokenizer_config.json").unlink()
+    assert load_tokenizer(folder).fingerprint == plain.fingerprint, "nothing that is not there already"
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"<word>": 256}', "gives '<word>' the id 256, but tokenizer.json beside it gives '<.endoftext.>' that id"),
+    ('{"<|endoftext|>": 300}', "gives '<.endoftext.>' the id 300, but tokenizer.json beside it gives .* the id 256"),
+    ('{"<word>": "257"}', "must give each token an id from 0"), ('["<word>"]', "must give each token an id from 0"),
+    ("{", "is not JSON"), ('{"\\ud83d": 257}', "is not JSON .*half a surrogate pair"),
+])  # fmt: skip
+def test_added_tokens_that_do_not_fit_are_refused(small_file, content, words):
+    (small_file.parent / "added_tokens.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(small_file)
+
+
+def test_byte_order_marks_of_a_tokenizer(small_file):
+    plain = load_tokenizer(small_file)
+    small_file.write_bytes(b"\xef\xbb\xbf" + small_file.read_bytes())
+    (small_file.parent / "tokenizer_config.json").write_bytes(b'\xef\xbb\xbf{"eos_token": "<|endoftext|>"}')
+    assert load_tokenizer(small_file).fingerprint == plain.fingerprint
 
 
 def test_a_word_that_nothing_stands_for_is_one_line(tmp_path):

@@ -19,6 +19,7 @@ class Letters:
     """A tokenizer of 300 ids with an end of text: byte + 1, 0 between documents."""
 
     name, vocabulary_size, end_of_text, fingerprint = "letters", 300, 0, "letters"
+    special_tokens = frozenset({"<sep>"})
 
     def encode_many(self, texts):
         return [np.frombuffer(one, np.uint8).astype(np.uint16) + 1 for one in texts]

@@ -290,6 +290,13 @@ def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
     found = conversion._tokenizer(files, "")
     assert found.end_of_text == 257 and not found.lost("Grüße, 世界!\n")
+    (tmp_path / "added_tokens.json").write_text('{"<new>": 258}')
+    for file in files:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert conversion._tokenizer(files, "").encode(b"<new>").tolist() == [258]
+    files[0].write_text("{")
+    with pytest.raises(InputError, match="vocab.json and merges.txt in .* are no tokenizer"):
+        conversion._tokenizer(files, "")
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])

@@ -112,6 +112,8 @@ def test_what_prompts_lose_is_told(tokenizer, texts, capsys):
     )
     raw = Text(settings("bytes", texts)).prompts([b"caf\xe9"])
     assert raw[0].tolist() == list(b"caf\xe9") and capsys.readouterr().err == ""
+    Text(settings("bytes", texts)).prompts([b"one<|endoftext|>two", b"<|endoftext|>"])
+    assert capsys.readouterr().err == "prompts: special tokens that they spell are read as plain text: <|endoftext|>\n"
 
 
 def test_an_export_says_which_of_its_logits_are_no_tokens(tokenizer, texts):

@@ -13,9 +13,8 @@ pytestmark = pytest.mark.slow
 DIGITS = "configs/digits_vit.py"
 TINY = {
     "steps": 2, "batch_size": 8, "model.layers": 2, "model.width": 16, "model.heads": 2, "optimizer.warmup_steps": 0,
-    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "objective.contrastive.batch": 4,
-    "objective.contrastive.candidates": 4, "objective.distillation.batch": 2, "objective.distillation.offsets": 4,
-    "objective.shift.rate": 0, "report.tensorboard": False, "eval.every": 2, "eval.sizes": (8, 12),
+    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "objective.shift.rate": 0,
+    "report.tensorboard": False, "eval.every": 2, "eval.sizes": (8, 12),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 
 # Builders of text find all they need here, those of the base included.
 from seqpe_jax.data.builders.base import SPLITS, CachedBuilder, chance, describe_file  # noqa: F401
+from seqpe_jax.data.formats import without_mark
 from seqpe_jax.errors import InputError
 
 PIECE_BYTES = 4 << 20  # bounds the memory that one example takes
@@ -91,8 +92,8 @@ def check_utf8(text: bytes, file: str, offset: int = 0) -> bytes:
 
 
 def read_text(file: pathlib.Path) -> bytes:
-    """Returns the bytes of a UTF-8 file. Raises: InputError, unreadable or not UTF-8."""
+    """Returns the bytes of a UTF-8 file, without a byte order mark. Raises: InputError, unreadable or not UTF-8."""
     try:
-        return check_utf8(file.read_bytes(), str(file))
+        return without_mark(check_utf8(file.read_bytes(), str(file)))
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error

@@ -1,6 +1,7 @@
 """Your own images: one folder per class, read where they lie."""
 
 import concurrent.futures
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,11 @@ import tqdm
 from PIL import Image
 
 from seqpe_jax.data.builders.base import SPLITS, chance
-from seqpe_jax.data.builders.labelled import PHOTO_MEAN, PHOTO_STD, ImageSource, digest, read_rgb, readable
+from seqpe_jax.data.builders.labelled import PHOTO_MEAN, PHOTO_STD, SHOWN, ImageSource, digest, read_rgb, verify
 from seqpe_jax.data.cache import locked
-from seqpe_jax.data.files import LeftOut, absolute, find, tell
+from seqpe_jax.data.files import HIDDEN, SYSTEM, LeftOut, absolute, find, is_system_folder, tell
 from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json, write_whole
 
 HEADER_ONLY = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but needs other programs for their pixels
 Image.init()
@@ -21,28 +23,41 @@ SUFFIXES = tuple(
     sorted(end for end, form in Image.registered_extensions().items() if form in Image.OPEN.keys() - HEADER_ONLY)
 )
 TEST, VALIDATION = 0.1, 0.2  # upper ends of the range of `chance`, where the images lie in one folder per class
+DEPTHS = (8, 10, 12, 14)  # bits that cameras give, in files of 16
+NARROW = 2 ** DEPTHS[-1]  # of 65536 values; where none is larger, 64 of 256 grey levels are left
 THREADS = 8  # that look at files at once: on network disks the wait is long
 CURE = "replace it by a whole PNG or JPEG file, or remove it"
 LAYOUT = "ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is split 80/10/10"
 OUTSIDE, NO_SPLIT = "outside of class folders", "folders of no split"  # kinds of what is left out
+EVAL = "eval"  # the split that no other folder is: validation, else test
+PLAIN_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}  # splits wherever they stand
+# As other programs call them; they are splits where they hold class folders, and a training and a held-out one are there.
+OTHER_NAMES = {"train": ("training",), "validation": ("valid", "dev", EVAL), "test": ("testing", EVAL)}
+SPLIT_NAMES = {split: PLAIN_NAMES[split] + OTHER_NAMES[split] for split in SPLITS}
+HELD_OUT_NAMES = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
 
 
 class ImageFolder:
     """Photos as files, RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE.
 
-    A class is all that lies below its folder, in any form that Pillow reads; links are followed, and each real file of a
-    split is read once (see `data.files`). Labels are the places of the class names in sorted order, the same in all
-    splits. Nothing is copied; each file is looked at once (Pillow's `verify`), and that is remembered until a name, size
-    or time of change differs.
+    Of ROOT/CLASS every class has an image for training. A class is all that lies below its folder, in any form that
+    Pillow reads; links are followed, and each real file of a split is read once (see `data.files`). Labels are the places
+    of the class names in sorted order, the same in all splits. Nothing is copied; each file is looked at once (Pillow's
+    `verify`), and that is remembered until a name, size or time of change differs.
     """
 
     name = "image_folder"
 
     @classmethod
     def open_split(
-        cls, split: str, *, paths: tuple[str, ...], datasets: pathlib.Path, cache: pathlib.Path, progress: bool
-    ) -> ImageSource:
-        """Returns a split, as `ImageBuilder.open_split` does."""
+        cls, split: str, *, paths: tuple[str, ...], datasets: pathlib.Path, cache: pathlib.Path, progress: bool,
+        bit_depth: int = 0,
+    ) -> ImageSource:  # fmt: skip
+        """Returns a split, as `ImageBuilder.open_split` does.
+
+        Args:
+          bit_depth: bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
+        """
         del datasets
         if len(paths) != 1:
             raise InputError(f"data.name='image_folder' needs one folder in data.paths, got {len(paths)}: {LAYOUT}")
@@ -59,16 +74,18 @@ class ImageFolder:
                 "validation and test yourself"
             )
         title = f"{cls.name}/{split}"
-        _verify(files, cache / "verified" / f"{cls.name}-{digest(str(folder), files.status)}", title, progress)
+        done = cache / "verified" / f"{cls.name}-{digest(str(folder), files.status)}"
+        _check_depth(_verify(files, done, title, progress), bit_depth, title)
+        narrow = [bit_depth] if bit_depth not in (0, 16) else []  # which gives the same files other pixels
         return ImageSource(
             name=title,
             class_names=class_names,
             channels=3,
             mean=PHOTO_MEAN,
             std=PHOTO_STD,
-            fingerprint=digest(class_names, [(name, size) for name, size, _ in files.status]),
+            fingerprint=digest(class_names, [(name, size) for name, size, _ in files.status], *narrow),
             records=files,
-            decode=lambda file: read_rgb(file, f"'{file}'", CURE, upright=True),
+            decode=lambda file: read_rgb(file, f"'{file}'", CURE, upright=True, bit_depth=bit_depth),
         )
 
 
@@ -102,7 +119,10 @@ class _Files(Sequence):
         self.status: list[tuple[str, int, int]] = []
         labels: list[int] = []
         for label, kind in enumerate(class_names):
-            kept = [name for name in files.get(kind, ()) if split in (None, _split(name))]
+            kept = files.get(kind, [])
+            if split is not None:
+                splits = _splits(kept)
+                kept = [name for name in kept if splits[name] == split]
             self.status += map(self._described, kept)
             labels += [label] * len(kept)
         self._labels = np.array(labels, np.int32)
@@ -129,16 +149,17 @@ def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ..
     if not root.is_dir():
         raise InputError(f"data.paths: there is no folder '{root}'; give a folder with images: {LAYOUT}")
     top, left_out = _folders(root), LeftOut()
-    named = {name: folder for name in SPLITS if (folder := _split_folder(root, top, name))}
+    named = _split_folders(root, top)
     folders = {name: root / named.get(name, name) for name in SPLITS}
     present = {name: found for name, folder in folders.items() if folder.is_dir() and (found := _folders(folder))}
     if not present:
         if not top:
             raise InputError(f"data.paths: '{root}' holds no class folders; expected {LAYOUT}")
+        _check_classes(root, top, split)
         _outside(root, left_out)
         return root, top, left_out
     beside = [name for name in top if name not in named.values()]
-    if beside and not any(named[name].islower() for name in present):
+    if beside and not any(named[name] in PLAIN_NAMES[name] for name in present):
         raise InputError(
             f"data.paths: '{root}' has '{named[next(iter(present))]}' beside '{beside[0]}', which may be a split or a "
             f"class: name splits in lower case (train, validation, test), or move the others away; expected {LAYOUT}"
@@ -150,6 +171,7 @@ def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ..
                 "them, or put the class folders into the root, which is then split 80/10/10"
             )
     class_names = present["train"]
+    _check_classes(folders["train"], class_names, split)
     for name, others in present.items():
         unknown = sorted(set(others) - set(class_names))
         if unknown:
@@ -164,22 +186,82 @@ def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ..
     return folders[split], class_names, left_out
 
 
-def _split_folder(root: pathlib.Path, top: tuple[str, ...], split: str) -> str | None:
-    """Returns the name of a split's folder, if there is one: in lower case, or in any where it holds but class folders."""
-    names = (split, "val") if split == "validation" else (split,)  # as ImageNet's folders are often called
-    for name in names:
-        if name in top:
-            return name
-    others = [name for name in top if name.lower() in names and _folders(root / name) and not _pictures(root / name)]
-    if len(others) > 1:
+def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
+    """Returns the names of the split folders that there are, by split.
+
+    Args:
+      top: names of the folders in `root`.
+    Raises:
+      InputError: several folders may be the same split.
+    """
+    found = {}
+    for split, names in PLAIN_NAMES.items():
+        if (name := next((name for name in names if name in top), None)) is not None:
+            found[split] = name
+
+    def holds_classes(name: str) -> bool:
+        return bool(_folders(root / name)) and not _pictures(root / name)
+
+    for split in SPLITS:
+        if split in found:
+            continue
+        others = [name for name in top if name.lower() in SPLIT_NAMES[split] and name not in found.values()]
+        others = [name for name in others if holds_classes(name)]
+        others = [name for name in others if name.lower() != EVAL] or others
+        if len(others) > 1:
+            raise InputError(
+                f"data.paths: '{root}' has {' and '.join(others)}, and only one can be the {split} split: name it '{split}'"
+            )
+        if others:
+            found[split] = others[0]
+    if "train" not in found or len(found) == 1:  # then those that have another name are classes
+        found = {split: name for split, name in found.items() if name.lower() in PLAIN_NAMES[split]}
+    return found
+
+
+def _check_classes(folder: pathlib.Path, class_names: tuple[str, ...], split: str) -> None:
+    """Refuses folders that are no classes: those that hold splits, and one alone, which tells nothing from nothing.
+
+    Of a known run, a single class may be evaluated, so that one alone is refused where a model is trained.
+
+    Raises:
+      InputError: names the folder to give instead.
+    """
+    divided = [name for name in class_names if _holds_splits(folder / name)]
+    if divided and len(class_names) == 1:
         raise InputError(
-            f"data.paths: '{root}' has {' and '.join(others)}, and only one can be the {split} split: name it '{split}'"
+            f"data.paths: '{folder / divided[0]}' holds splits ({', '.join(_folders(folder / divided[0]))}) and is no "
+            f"class: give that folder as data.paths, laid out as {LAYOUT}"
         )
-    return others[0] if others else None
+    if divided:
+        raise InputError(
+            f"data.paths: class folder '{folder / divided[0]}' holds splits ({', '.join(_folders(folder / divided[0]))}): "
+            f"give that folder as data.paths if it is the data set, or put splits above classes: {LAYOUT}"
+        )
+    if len(class_names) > 1 or split != "train":
+        return
+    inner = folder / class_names[0]
+    while len(below := _folders(inner)) == 1 and not _pictures(inner):
+        inner = inner / below[0]
+    cure = "give a folder with two class folders or more"
+    if len(below) > 1:
+        cure = f"give '{inner}' as data.paths, if its folders ({', '.join(below[:SHOWN])}, ...) are the classes"
+    raise InputError(
+        f"data.paths: '{folder}' holds one class, '{class_names[0]}', and a model needs two to tell apart: {cure}; "
+        f"expected {LAYOUT}"
+    )
+
+
+def _holds_splits(folder: pathlib.Path) -> bool:
+    """Returns whether a folder holds a training split and a held-out one, by their names."""
+    names = [name for name in _names(folder) if name.lower() in HELD_OUT_NAMES or name.lower() in SPLIT_NAMES["train"]]
+    held = {name.lower() for name in names if os.path.isdir(folder / name)}
+    return bool(held & HELD_OUT_NAMES) and bool(held & set(SPLIT_NAMES["train"]))
 
 
 def _folders(folder: pathlib.Path) -> tuple[str, ...]:
-    return tuple(name for name in _names(folder) if os.path.isdir(folder / name))
+    """Returns the names of the folders in a folder that may be splits or classes, sorted."""
+    return tuple(name for name in _names(folder) if not is_system_folder(name) and os.path.isdir(folder / name))
 
 
 def _pictures(folder: pathlib.Path) -> bool:
@@ -187,48 +269,103 @@ def _pictures(folder: pathlib.Path) -> bool:
 
 
 def _outside(folder: pathlib.Path, left_out: LeftOut) -> None:
-    for name in _names(folder):
-        if not os.path.isdir(folder / name):
-            left_out.add(OUTSIDE, str(folder / name))
+    """Adds what lies in a folder of class folders and is none: files, hidden folders, those of the system."""
+    for name in _names(folder, hidden=True):
+        path = str(folder / name)
+        if not os.path.isdir(path):
+            if not name.startswith("."):
+                left_out.add(OUTSIDE, path)
+        elif is_system_folder(name):
+            left_out.add(SYSTEM, path)
+        elif name.startswith("."):
+            left_out.add(HIDDEN, path)
 
 
-def _names(folder: pathlib.Path) -> list[str]:
-    """Returns the names in a folder that are not hidden, sorted."""
+def _names(folder: pathlib.Path, hidden: bool = False) -> list[str]:
+    """Returns the names in a folder, sorted, with or without those that are hidden."""
     try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        return sorted(name for name in os.listdir(folder) if hidden or not name.startswith("."))
     except OSError as error:
         raise InputError(f"cannot read '{folder}' ({error.strerror}): check data.paths") from error
 
 
-def _split(name: str) -> str:
-    """Returns the split of an image, from CLASS/FILE."""
-    place = chance(f"image_folder {name}")
-    return "test" if place < TEST else "validation" if place < VALIDATION else "train"
+def _splits(names: list[str]) -> dict[str, str]:
+    """Returns the split of each image of a class, by CLASS/FILE.
+
+    A hash of the name decides, so that an image stays where it is when others come or go. Of a class that would have no
+    image for training, the one nearest to that range is trained on.
+    """
+    places = {name: chance(f"image_folder {name}") for name in names}
+    splits = {
+        name: "test" if place < TEST else "validation" if place < VALIDATION else "train" for name, place in places.items()
+    }
+    if names and "train" not in splits.values():
+        splits[max(names, key=lambda name: (places[name], name))] = "train"
+    return splits
 
 
-def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> None:
-    """Looks at every file's header once; the empty file `done` says that it was.
+def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> dict[str, int]:
+    """Looks at every file once; the file `done` says that it was, and what was found.
 
+    Returns:
+      The largest value in the files of 16 bits, in 0..65535, of "grey" and of "colours" where there are any.
     Raises:
       InputError: names the first file that is no image.
     """
-    if done.exists():
-        return
+    if (known := _found(done)) is not None:
+        return known
     with locked(done):
-        if done.exists():
-            return
+        if (known := _found(done)) is not None:
+            return known
+        largest: dict[str, int] = {}
         bar = tqdm.tqdm(total=len(files), desc=f"verify {title}", unit=" images", delay=2.0, disable=not progress)
         with bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             for first in range(0, len(files), 1000):  # a million at once would take a gigabyte
                 group = range(first, min(first + 1000, len(files)))
-                for _ in pool.map(_check, [files[place]["image"] for place in group]):
+                for found in pool.map(_check, [files[place]["image"] for place in group]):
                     bar.update()
-        done.touch()
+                    if found is not None:
+                        largest[found[0]] = max(found[1], largest.get(found[0], 0))
+        write_whole(done, json.dumps(largest))
+        return largest
 
 
-def _check(file: str) -> None:
-    with readable(f"'{file}'", CURE), Image.open(file) as image:
-        if image.mode[0] in "IF":  # values whose range may be unknown are looked at themselves
-            read_rgb(file, f"'{file}'", CURE)
-        else:
-            image.verify()
+def _found(done: pathlib.Path) -> dict[str, int] | None:
+    """Returns what a file of `_verify` says; None where there is none, or an older one, which is empty."""
+    try:
+        content = done.read_text()
+    except FileNotFoundError:
+        return None
+    return from_json(content) if content else None
+
+
+def _check(file: str) -> tuple[str, int] | None:
+    return verify(file, CURE)
+
+
+def _check_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
+    """Refuses values that use a small part of 16 bits, as those of cameras of 10 or 12 bits do: most would become black.
+
+    Args:
+      largest: see `_verify`.
+    Raises:
+      InputError: says which bit depth they fit, or that one given is too small, or cannot be had.
+    """
+    grey, colours = largest.get("grey"), largest.get("colours")
+    if colours is not None and (bit_depth not in (0, 16) or bit_depth == 0 and colours < NARROW):
+        raise InputError(
+            f"data.paths: colours of 16 bits in {title} go up to about {colours} of 65535, and only their upper 8 bits can "
+            "be read: convert these files to 8 bits, scaled to the full range (data.bit_depth=16 takes the upper bits as "
+            "they are, others are for grey values)"
+        )
+    if grey is not None and bit_depth == 0 and grey < NARROW:
+        fits = next(bits for bits in DEPTHS if grey < 2**bits)
+        raise InputError(
+            f"data.paths: grey values of 16 bits in {title} go up to {grey} of 65535, so that nearly all would become "
+            f"black: set data.bit_depth={fits} (evaluate: --bit-depth={fits}) if {2**fits - 1} is white, or 16 if 65535 is"
+        )
+    if grey is not None and grey >= 2 ** (bit_depth or 16):
+        raise InputError(
+            f"data.paths: grey values in {title} go up to {grey}, beyond the {2**bit_depth - 1} of "
+            f"data.bit_depth={bit_depth}: give the bits that they have"
+        )

@@ -257,10 +257,15 @@ def readable(name: str, cure: str) -> Iterator[None]:
         reason = str(error) if str(error) and "BytesIO" not in str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image, or of an unknown format"
+        if isinstance(error, Image.DecompressionBombError):  # the file may be whole, so its words and the cure are others
+            raise InputError(
+                f"image {name} is too large: it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the most that "
+                "are read; make it smaller, cut it into several, or leave it out"
+            ) from error
         raise InputError(f"cannot read image {name} ({' '.join(reason.split())}): {cure}") from error
 
 
-def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = False) -> np.ndarray:
+def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = False, bit_depth: int = 0) -> np.ndarray:
     """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette and CMYK become RGB, 16 bit and floats 8 bit.
 
     What is transparent shows white behind it. Of several frames (GIF, TIFF) the first is read.
@@ -270,6 +275,7 @@ def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = Fa
       name, cure: what to call it, and what to do about it, where it cannot be read.
       upright: turn it as the camera's mark says which side is up (EXIF); ImageNet's pictures are read as they lie, as is
         usual.
+      bit_depth: bits of the grey values in files of 16 bits; 0 = 16.
     Raises:
       InputError: not an image, a damaged one, or one whose values have no known range.
     """
@@ -277,7 +283,7 @@ def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = Fa
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow would clip at 255
-            return np.repeat(_grey(np.asarray(image, np.float64), image.mode)[..., None], 3, axis=-1)
+            return np.repeat(_grey(np.asarray(image), image.mode, bit_depth)[..., None], 3, axis=-1)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             behind = Image.new("RGBA", image.size, "white")
@@ -285,11 +291,34 @@ def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = Fa
         return np.asarray(image.convert("RGB"))
 
 
-def _grey(values: np.ndarray, mode: str) -> np.ndarray:
+def verify(file: str, cure: str) -> tuple[str, int] | None:
+    """Checks that a file is an image, and measures the values of one with 16 bits each.
+
+    Returns:
+      ("grey" or "colours", the largest value in 0..65535) of an image of 16 bits, None of others. Of colours Pillow reads
+      the upper 8 bits alone.
+    Raises:
+      InputError: as `read_rgb`.
+    """
+    with readable(f"'{file}'", cure), Image.open(file) as image:
+        of_16_bits = any(";16" in str(part) for part in image.tile)  # what Pillow calls the file's own form of pixels
+        if image.mode[0] in "IF":  # values whose range may be unknown are looked at themselves
+            values = np.asarray(image)
+            _grey(values, image.mode)
+            return ("grey", int(values.max())) if image.mode[0] == "I" else None
+        if of_16_bits:
+            return "colours", 257 * int(np.asarray(image.convert("RGB")).max())
+        image.verify()
+    return None
+
+
+def _grey(values: np.ndarray, mode: str, bit_depth: int = 0) -> np.ndarray:
     """Grey values of more than 8 bits as uint8. Raises: ValueError: they lie outside of what is known of their range."""
-    largest = 1.0 if mode == "F" else 65535.0
+    values = values.astype(np.float64)
+    largest = 1.0 if mode == "F" else 2.0 ** (bit_depth or 16) - 1
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= largest:  # a NaN compares to nothing
         kind = "floating-point values" if mode == "F" else "whole numbers"
-        raise ValueError(f"its {kind} go from {low:g} to {high:g}, and only 0 to {largest:g} is known as a range")
+        given = f" (data.bit_depth={bit_depth})" if bit_depth and mode != "F" else ""
+        raise ValueError(f"its {kind} go from {low:g} to {high:g}, and only 0 to {largest:g} is known as a range{given}")
     return np.rint(values * (255 / largest)).astype(np.uint8)

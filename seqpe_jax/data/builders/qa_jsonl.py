@@ -4,8 +4,9 @@ import pathlib
 from collections.abc import Iterator
 
 from seqpe_jax.data.builders.base import SPLITS
+from seqpe_jax.data.formats import HEAD, check_plain, without_mark
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import text_from_json
 
 HOW = (
     "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
@@ -36,12 +37,14 @@ class QaJsonl:
 
 
 def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yields (line number from 1, byte offset, line) of what is not blank. Raises: InputError, unreadable."""
+    """Yields (line number from 1, byte offset, line) of what is not blank. Raises: InputError, unreadable or not text."""
     try:
         with open(file, "rb") as content:
+            check_plain(content.read(HEAD), f"data.paths: '{file}'")
+            content.seek(0)
             offset = 0
             for number, line in enumerate(content, 1):
-                if line.strip():
+                if without_mark(line).strip():
                     yield number, offset, line
                 offset += len(line)
     except OSError as error:
@@ -57,7 +60,7 @@ def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
       InputError: not an object with these fields.
     """
     try:
-        record = from_json(line)
+        record = text_from_json(line)
     except ValueError as error:
         raise InputError(f"{place} is not JSON ({error}); {HOW}") from None
     if not isinstance(record, dict):

@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 
 from seqpe_jax.data.builders.base import SPLITS, chance, describe_file
 from seqpe_jax.data.builders.passages import Question, QuestionBuilder
+from seqpe_jax.data.formats import HEAD, JSON_HEAD, check_plain, first_record
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import text_from_json
 
 HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file
 KINDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
@@ -85,17 +86,24 @@ def _divided(titles: set[str], test: float, validation: float) -> dict[str, set[
 def _articles(file: pathlib.Path) -> list[tuple[str, list]]:
     """Returns (title, its paragraphs, checked)."""
     try:
-        content = from_json(file.read_bytes())
+        read = file.read_bytes()
+        check_plain(read[:HEAD], f"data.paths: '{file}'")
+        content = text_from_json(read)
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     except json.JSONDecodeError as error:
+        if first_record(read[:JSON_HEAD], len(read) <= JSON_HEAD) is not None:
+            raise InputError(
+                f"'{file}' holds JSON lines, where data.name='squad_long' reads one object: {HOW}; lines with 'input' and "
+                "'outputs' are read with data.name=qa_jsonl"
+            ) from None
         raise InputError(
             f"'{file}', line {error.lineno} is not JSON ({error.msg}, column {error.colno}): download the file again"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"'{file}' is not UTF-8 text (byte offset {error.start}): download the file again") from None
     except ValueError as error:
-        raise InputError(f"'{file}' is not JSON ({error}): download the file again") from None
+        raise InputError(f"'{file}' is not JSON ({error}): mend it, or download the file again") from None
     found = []
     for place, article in _listed(file, content, "", "data"):
         paragraphs = []

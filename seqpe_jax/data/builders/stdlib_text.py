@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import tensorflow_datasets as tfds
 
 from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder, Documents, chance, describe_file
+from seqpe_jax.data.formats import without_mark
 from seqpe_jax.errors import InputError
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -71,4 +72,4 @@ def _read(root: pathlib.Path, names: list[str]) -> Documents:
             text.decode("utf-8")
         except UnicodeDecodeError:  # source may declare another coding
             continue
-        yield name, text
+        yield name, without_mark(text)

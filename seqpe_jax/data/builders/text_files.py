@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 import tensorflow_datasets as tfds
+import tqdm
 
 from seqpe_jax.data.builders.documents import (
     SPLITS,
@@ -16,6 +17,7 @@ from seqpe_jax.data.builders.documents import (
     read_text,
 )
 from seqpe_jax.data.files import Found, find
+from seqpe_jax.data.formats import check_text_file
 from seqpe_jax.errors import InputError
 
 SPLIT_BY_FILE = 20  # from that many files on, whole files go to a split
@@ -30,7 +32,7 @@ class TextFiles(DocumentBuilder):
         followed, and each real file is read once (see `data.files`).
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.0.0 kept byte order marks, and read JSON lines and tar archives as text
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
@@ -42,6 +44,9 @@ class TextFiles(DocumentBuilder):
 
     def documents(self) -> Mapping[str, Documents]:
         files = find_files(self.paths)
+        bar = tqdm.tqdm(files.values(), "look at files", unit=" files", delay=2.0, disable=not self._progress)
+        for file in bar:  # before the minutes that reading all of them may take
+            check_text_file(file)
         if len(files) >= SPLIT_BY_FILE:
             ranked = sorted(files, key=lambda name: (chance(name), name))
             held = max(1, round(HELD_OUT * len(files)))

@@ -15,6 +15,7 @@ import tqdm  # TFDS brings it
 from seqpe_jax.data.builders.documents import SPLITS, DocumentBuilder, Documents, check_utf8, describe_file
 from seqpe_jax.data.cache import locked
 from seqpe_jax.data.files import Found, absolute, find
+from seqpe_jax.data.formats import check_text_file, without_mark
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import whole
 
@@ -148,6 +149,8 @@ def _members(file: pathlib.Path) -> Iterator[tuple[str, str]]:
         split = _split(file.name)
         if split is None:
             raise InputError(f"data.paths: '{file}' is of no split: its name must say train, valid or test; {HOW}")
+        if file.suffix != ".parquet":
+            check_text_file(file)
         yield split, ""
         return
     with _opened_zip(file) as archive:
@@ -177,7 +180,7 @@ def _lines(places: Iterable[tuple[pathlib.Path, str]]) -> Iterator[tuple[str, in
             rows, name = _plain(file), str(file)
         offset = 0
         for line in rows:
-            yield name, offset, line
+            yield name, offset, line if offset else without_mark(line)
             offset += len(line)
 
 

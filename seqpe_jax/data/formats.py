@@ -1,0 +1,128 @@
+"""Files that are not the plain text they are given as: recognised by their first bytes, and refused with what they are."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import from_json
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 text with it; it is no part of the text
+HEAD = 1 << 16  # bytes of a file that are looked at
+JSON_HEAD = 1 << 20  # of one that begins like JSON
+JSON_LINES = 20  # that are looked at
+BINARY_SHARE = 1 / 16  # of zero bytes: text has none, UTF-16 every other one, a tar archive of texts whole blocks
+
+UNPACK = "unpack it"
+WRITE_OUT = "write its text into a plain UTF-8 file"
+CONVERT = "convert it to UTF-8 (iconv -f {} -t UTF-8 OLD > NEW)"
+# First bytes, their offset, what they say the file is, and what to do; the first that fits counts.
+SIGNATURES = (
+    (b"\x1f\x8b", 0, "compressed with gzip", "unpack it (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", 0, "compressed with zstd", "unpack it (unzstd)"),
+    (b"\xfd7zXZ\0", 0, "compressed with xz", "unpack it (unxz)"),
+    (b"\x04\x22\x4d\x18", 0, "compressed with lz4", "unpack it (unlz4)"),
+    (b"\xff\x06\0\0sNaPpY", 0, "compressed with snappy", UNPACK),
+    (b"\x1f\x9d", 0, "compressed with compress", "unpack it (uncompress)"),
+    (b"PK\x03\x04", 0, "a zip archive, or a document or program in one", UNPACK),
+    (b"PK\x05\x06", 0, "an empty zip archive", "leave it out"),
+    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive", UNPACK),
+    (b"Rar!\x1a\x07", 0, "a rar archive", UNPACK),
+    (b"ustar", 257, "a tar archive", "unpack it (tar -xf)"),
+    (b"PAR1", 0, "a Parquet file", WRITE_OUT),
+    (b"ARROW1\0\0", 0, "an Arrow file", WRITE_OUT),
+    (b"Obj\x01", 0, "an Avro file", WRITE_OUT),
+    (b"SQLite format 3\0", 0, "an SQLite database", WRITE_OUT),
+    (b"\x89HDF\r\n\x1a\n", 0, "an HDF5 file", WRITE_OUT),
+    (b"\x93NUMPY", 0, "a NumPy array", WRITE_OUT),
+    (b"%PDF-", 0, "a PDF document", WRITE_OUT),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", 0, "an Office document", WRITE_OUT),
+    (b"{\\rtf", 0, "an RTF document", WRITE_OUT),
+    (b"\x89PNG\r\n", 0, "a PNG image", "leave it out"),
+    (b"\xff\xd8\xff", 0, "a JPEG image", "leave it out"),
+    (b"GIF8", 0, "a GIF image", "leave it out"),
+    (b"\x7fELF", 0, "a program", "leave it out"),
+    (b"\xff\xfe\0\0", 0, "UTF-32 text", CONVERT.format("UTF-32")),
+    (b"\0\0\xfe\xff", 0, "UTF-32 text", CONVERT.format("UTF-32")),
+    (b"\xff\xfe", 0, "UTF-16 text", CONVERT.format("UTF-16")),
+    (b"\xfe\xff", 0, "UTF-16 text", CONVERT.format("UTF-16")),
+)
+# The same for beginnings that vary.
+PATTERNS = (
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "compressed with bzip2", "unpack it (bunzip2)"),
+    (re.compile(rb"\xff{4}.{3}\0", re.DOTALL), "an Arrow stream", WRITE_OUT),  # a mark, and the length of its first message
+)
+
+
+def without_mark(text: bytes) -> bytes:
+    """Returns UTF-8 text without a byte order mark at its beginning."""
+    return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def check_plain(head: bytes, name: str) -> None:
+    """Refuses a file that is no plain UTF-8 text, by its first bytes.
+
+    Args:
+      head: the first `HEAD` bytes, or all of a shorter file.
+      name: the option and the file, for the message.
+    Raises:
+      InputError: says what the file is, and what to do about it.
+    """
+    found = [(kind, cure) for start, offset, kind, cure in SIGNATURES if head.startswith(start, offset)]
+    found += [(kind, cure) for pattern, kind, cure in PATTERNS if pattern.match(head)]
+    if not found and head.count(0) > BINARY_SHARE * len(head):
+        found.append(("binary, or UTF-16 text without a byte order mark", WRITE_OUT))
+    if found:
+        kind, cure = found[0]
+        raise InputError(f"{name} is {kind}, where plain UTF-8 text is read: {cure}, or leave it out")
+
+
+def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
+    """Refuses a file of a corpus that is no plain text: another format, or JSON records.
+
+    Raises:
+      InputError: as `check_plain`; JSON records; unreadable.
+    """
+    name = f"{option}: '{file}'"
+    try:
+        with open(file, "rb") as content:
+            head = content.read(HEAD)
+            check_plain(head, name)
+            if without_mark(head).lstrip()[:1] not in (b"{", b"["):
+                return
+            head += content.read(JSON_HEAD - HEAD)
+            complete = not content.read(1)
+    except OSError as error:
+        raise InputError(f"cannot read '{file}' ({error.strerror}): check {option}") from error
+    record = first_record(head, complete)
+    if record is not None:
+        fields = ", ".join(map(repr, list(record)[:5]))
+        raise InputError(
+            f"{name} holds JSON records (fields {fields}), which would be trained on as raw JSON: write their text into a "
+            "plain UTF-8 file, or leave it out; questions with answers are read with data.name=qa_jsonl (docs/data.md)"
+        )
+
+
+def first_record(head: bytes, complete: bool) -> dict[str, Any] | None:
+    """Returns the first of the records that a file holds, as JSON lines or as one JSON list, or None where it holds none.
+
+    Args:
+      head: the beginning of the file.
+      complete: whether that is all of it.
+    """
+    text = without_mark(head).lstrip()
+    if text.startswith(b"["):
+        written = text[1:].decode("utf-8", "ignore").lstrip()
+        try:
+            record, end = json.JSONDecoder().raw_decode(written)
+        except (ValueError, RecursionError):
+            return None
+        return record if isinstance(record, dict) and written[end:].lstrip()[:1] in (",", "]") else None
+    lines = text.split(b"\n") if complete else text.split(b"\n")[:-1]  # the last is cut
+    lines = [line for line in lines if line.strip()][:JSON_LINES]
+    try:
+        records = [from_json(line) for line in lines]
+    except ValueError:
+        return None
+    return records[0] if len(records) > 1 and all(isinstance(record, dict) for record in records) else None
