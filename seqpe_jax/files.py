@@ -319,11 +319,17 @@ def remove_folder(folder: Place) -> None:
             file.unlink(missing_ok=True)
 
 
-def written(file: Place) -> int:
-    """Returns when a file was written, in nanoseconds. Raises: FileNotFoundError."""
-    return int(1e9 * file.info()["mtime"].timestamp()) if in_store(file) else file.stat().st_mtime_ns
-
-
 def stamp(file: Place) -> int:
     """Returns a number that changes when a file is written. Raises: FileNotFoundError."""
     return int(file.info()["generation"]) if in_store(file) else file.stat().st_mtime_ns
+
+
+def stamps(folder: Place) -> tuple[tuple[str, int, int], ...]:
+    """Returns (name in the folder, bytes, stamp) of all files below a folder, which differs once one of them is written."""
+    if in_store(folder):
+        return folder.stamps()
+    found = []
+    for path in below(folder):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found.append((str(path.relative_to(folder)), path.stat().st_size, stamp(path)))
+    return tuple(found)

@@ -78,6 +78,12 @@ class Questions(Text):
         lines += self._loss_in_words(self.losses["train", length])
         return "\n  ".join([f"{self.config.batch_size} questions to a batch", *lines])
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split's questions, and their number. Raises: InputError as `questions`."""
+        length = self.config.data.length if split == "train" else max(self.scales())[0]
+        source = self.questions(split, length)
+        return {"questions": source.counted, "fingerprint": source.content}
+
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:
         """Returns this host's training batches."""
         config = self.config
