@@ -10,7 +10,7 @@ from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path
+from seqpe_jax.files import EVALUATION, as_path
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = command.define_which()
@@ -25,7 +25,9 @@ _TOKENS = flags.DEFINE_integer("tokens", None, "read at most that many tokens pe
 _EXAMPLES = flags.DEFINE_integer("examples", None, "ask at most that many questions per length (default: eval.examples)")
 _NEW_TOKENS = flags.DEFINE_integer("new-tokens", None, "tokens of an answer at most (default: eval.new_tokens)")
 _LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not come back from the tokenizer's tokens")
-_OUTPUT = command.define_path("output", "JSON file to write; arrays and answers for the report go beside it", writes="file")
+_OUTPUT = command.define_path(
+    "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION,)
+)
 command.define_hosts()
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from seqpe_jax.stores import StorePath
 
 STORE = "gs://"
+EVALUATION = "evaluation.json"  # of a run's folder: what `evaluate` found of it
 MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it into a checkpoint last of all
 Place = Any  # a `pathlib.Path`, or a `stores.StorePath`, which has the same methods and some more
 
@@ -134,6 +135,38 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} cannot be written: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{option}={path} cannot be written: no leave to write in {nearest}; choose another place")
+
+
+# What runs, sweeps, exports and converted models keep under names of their own, and by what their folders are known.
+OWN_FILES = {
+    "config.json", "sizes.json", "data.json", "digests.json", "tokenizer.json", "tokenizer_config.json", "classes.json",
+    "special_tokens_map.json", "generation_config.json", "metrics.jsonl", "owner.json", "log.txt", "conversion.json",
+    "restored.json", "sweep.json", "similarity.npz", "attention.npz", "readme.md", "model.stablehlo", "params.safetensors",
+    "checkpoints", "tensorboard", "profile", EVALUATION,
+}  # fmt: skip
+KNOWN_BY = ("config.json", "checkpoints", "sweep.json")
+
+
+def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...] = ()) -> None:
+    """Refuses an output that would take the place of what a run, a sweep or an export keeps, or lie among checkpoints.
+
+    Args:
+      allowed: names of such files that this option is for.
+
+    Raises:
+      InputError: names the folder.
+    """
+    target = as_path(path)
+    target = target.parent.resolve() / target.name
+    name = target.name.lower()  # some file systems hold CONFIG.JSON to be the same
+    own = name in OWN_FILES or re.fullmatch(r"answers_\d+\.jsonl", name)
+    if own and name not in allowed and any((target.parent / known).exists() for known in KNOWN_BY):
+        raise InputError(
+            f"{option}={path} is the name of something that the run, sweep or export in {target.parent} keeps: name another"
+        )
+    for above in (target, *target.parents):
+        if above.name == "checkpoints" and (above.parent / "config.json").exists():
+            raise InputError(f"{option}={path} lies among the checkpoints of the run in {above.parent}: name another place")
 
 
 def check_readable(path: str | os.PathLike, option: str) -> None:

@@ -66,7 +66,7 @@ def check_side_files(folder: Place) -> None:
             continue
         try:
             found = _digest(folder / name, _kind_of(digests))
-        except OSError:
+        except FileNotFoundError:
             raise InputError(f"{folder / name} is missing, which was written with the model: put back a copy") from None
         if found not in _any_of(digests):
             raise InputError(

@@ -1,5 +1,6 @@
 """Saving, restoring onto another mesh, and what a damaged checkpoint says."""
 
+import contextlib
 import json
 import shutil
 
@@ -205,6 +206,26 @@ def test_a_byte_that_flips_after_it_was_looked_at_is_found(saved):
     assert saved_step(saved) == 6
     flip(largest(saved / "checkpoints" / "6"), 10)
     assert saved_step(saved) == 4
+
+
+def test_small_files_and_their_digests_agree_whenever_their_writing_is_cut_short(tmp_path, monkeypatch):
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    run, written = tmp_path / "run", digests.write_whole
+    for version in range(3):
+        for name in ("config.json", "data.json", f"new{version}.json"):
+            (staged / name).write_text(f"{name} {version}")
+        for left in range(8):  # writes until the process is killed
+            count = iter([written] * left)
+            monkeypatch.setattr(digests, "write_whole", lambda *given, count=count: next(count)(*given))
+            with contextlib.suppress(StopIteration):
+                digests.write_side_files(staged, run)
+            digests.check_side_files(run)
+        assert (run / "config.json").read_text() == f"config.json {version}"
+        (run / "data.json").write_text("another")
+        with pytest.raises(InputError, match="data.json has changed since it was written"):
+            digests.check_side_files(run)
+        (run / "data.json").write_text(f"data.json {version}")
 
 
 def test_with_no_good_one_left_it_says_so(saved):
