@@ -220,7 +220,7 @@ class Save(Event):
     processes the first one ends the run.
 
     Args:
-      before_each: called before a save, and after the last one; what it raises ends the run.
+      before_each: called before a save, after one that failed and after the last one; what it raises ends the run.
     """
 
     def __init__(
@@ -260,6 +260,7 @@ class Save(Event):
 
     def _tell(self, error: SaveFailed) -> None:
         """Says that a save failed. Raises: SaveFailed: it was one too many."""
+        self._before_each()  # it failed since the folder is gone, which no other try would mend
         failed = self._checkpoints.failed
         if hosts.several() or failed >= self._failures:
             raise SaveFailed(
