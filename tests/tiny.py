@@ -1,5 +1,6 @@
 """A config small enough for any test, and batches for it."""
 
+import json
 import pathlib
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
+from seqpe_jax.runtime import digests
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.trainer import Trainer
 
@@ -37,6 +39,17 @@ def tiny_config(**overrides) -> Config:
 def train(settings: Config, workdir: str | pathlib.Path) -> None:
     """What the command does, in this process."""
     Trainer.for_folder(settings, workdir).fit(workdir)
+
+
+def older(run: pathlib.Path) -> None:
+    """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
+    for name in (digests.FILE, "data.json"):
+        (run / name).unlink()
+    for step in (run / digests.FOLDER).iterdir():
+        meta = json.loads((step / digests.META).read_text())
+        del meta[digests.SIDE_FILES]
+        (step / digests.META).write_text(json.dumps(meta))
+        digests.write_digests(step)
 
 
 def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, jnp.ndarray]:

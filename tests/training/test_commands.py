@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from tests.commands import CONFIG, train_arguments
+from tests.tiny import older
 
 QUICKSTART = "configs/stdlib_lm.py"
 # The terms compile for longer than everything else together, and nothing here depends on them.
@@ -177,6 +178,7 @@ def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(commands,
     assert accepted.code == 0 and "the tokenizer loses text: " in accepted.out, accepted.err
     settings = json.loads((workdir / "config.json").read_text())
     del settings["data"]["lossy_tokenizer"]  # as of a run from before there was such a field
+    older(workdir)
     (workdir / "config.json").write_text(json.dumps(settings))
     refused(commands("evaluate", f"--checkpoint={workdir}"), "loses text", "--lossy-tokenizer")
     assert commands("evaluate", f"--checkpoint={workdir}", "--lossy-tokenizer").code == 0
@@ -191,9 +193,19 @@ def test_a_run_from_before_a_field_was_there_goes_on(commands, text, trained, tm
     shutil.copytree(trained, workdir)
     settings = json.loads((workdir / "config.json").read_text())
     del settings["data"]["lossy_tokenizer"], settings["encoding"]["fraction_digits"]
+    older(workdir)
     (workdir / "config.json").write_text(json.dumps(settings))
     result = commands("train", *train_arguments(workdir, text, steps=2, **PLAIN))
     assert result.code == 0 and "nothing to do" in result.out, result.err
+
+
+def test_no_output_takes_the_place_of_what_a_run_keeps(commands, trained):
+    held = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    for name, *words in (("evaluate", f"--checkpoint={trained}"), ("benchmark", "--config=none.py"), ("generate",)):
+        for file in ("config.json", "metrics.jsonl", "checkpoints/2/new.json"):
+            refused(commands(name, *words, f"--output={trained / file}"), f"--output={trained / file} ", "name another")
+    refused(commands("generate", f"--output={trained / 'evaluation.json'}"), "keeps: name another")
+    assert held == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
 
 
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):
@@ -327,6 +339,7 @@ def test_a_broken_checkpoint_is_left_for_the_one_before(commands, trained, text,
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     settings = json.loads((copy / "config.json").read_text())
+    older(copy)
     (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
     damage(copy, how)
     result = commands("evaluate", f"--checkpoint={copy}", "--lengths=16")

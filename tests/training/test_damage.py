@@ -10,15 +10,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 import seqpe_jax
+from seqpe_jax import files
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import digests
 from seqpe_jax.runtime.checkpoint import COMMITTED, Checkpoints, read_config
-from seqpe_jax.runtime.digests import write_digests
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
 from tests.runtime.test_checkpoint import files_of, flip, largest
-from tests.tiny import tiny_config, train
+from tests.tiny import older, tiny_config, train
 from tests.training.test_commands import word_tokenizer
 from tests.training.test_resume import CLOCK
 
@@ -81,16 +81,6 @@ def not_a_number(run):
     again.close()
     shutil.rmtree(newest(run))
     (run.parent / "again" / "checkpoints" / "6").rename(newest(run))
-
-
-def older(run):
-    """Makes a run one of a version that listed no digests of small files, nor said so in its checkpoints."""
-    (run / digests.FILE).unlink()
-    for step in (run / "checkpoints").iterdir():
-        meta = json.loads((step / digests.META).read_text())
-        del meta[digests.SIDE_FILES]
-        (step / digests.META).write_text(json.dumps(meta))
-        write_digests(step)
 
 
 def newest(run):
@@ -199,6 +189,7 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
     names = set(json.loads((run / digests.FILE).read_text())["files"])
     assert names == {"config.json", "sizes.json", "data.json", "tokenizer.json"}
+    assert {path.name for path in trained.iterdir()} <= files.OWN_FILES, "each is refused as an output"
     for name in names:
         held = (run / name).read_bytes()
         for bit in range(0, 8 * len(held), 53):
