@@ -17,6 +17,7 @@ FOLDER = "checkpoints"  # of a run
 COMMITTED = "_CHECKPOINT_METADATA"  # of a checkpoint; Orbax adds the time of its commit after the digests are written
 COMMIT_TIME, WITHOUT_TIME = "commit_timestamp_nsecs", "without commit time:"
 META = pathlib.PurePosixPath("meta", "metadata")  # of a checkpoint: what is saved beside the state
+AGAIN = 'put back a copy of it, or write {"files": {}} into it, and none of the run\'s files is compared any more'
 SIDE_FILES = "side_files"  # a key of that: the run's own folder has a `FILE` too
 
 
@@ -58,9 +59,9 @@ def check_side_files(folder: Place) -> None:
     try:
         listed = _listed(folder)
     except ValueError:
-        raise InputError(f"{folder / FILE} is damaged: put back a copy of it") from None
+        raise InputError(f"{folder / FILE} is damaged: {AGAIN}") from None
     if not listed and not (folder / FILE).exists() and _lists_side_files(folder):
-        raise InputError(f"{folder / FILE} is missing, which this run had: put back a copy of it")
+        raise InputError(f"{folder / FILE} is missing, which this run had: {AGAIN}")
     for name, digests in listed.items():
         if "/" in name or not name.endswith(".json"):
             continue

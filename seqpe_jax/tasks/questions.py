@@ -21,6 +21,7 @@ from seqpe_jax.tasks.task import Asked
 from seqpe_jax.tasks.text import Text
 
 LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
+ANY_LENGTH = 1 << 40  # every question fits
 ANSWERS_LOOKED_AT = 256  # about so many answers for training, whose length is looked at
 
 
@@ -48,11 +49,7 @@ class Questions(Text):
         Raises:
           InputError: as `data.qa.question_source`, or the tokenizer loses text.
         """
-        data = self.config.data
-        source = qa.question_source(
-            data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
-            seed=self.config.seed, progress=is_lead(),
-        )  # fmt: skip
+        data, source = self.config.data, self._source(split, length)
         places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
         trip = RoundTrip(self.tokenizer, len(places))
         for record in map(source.__getitem__, places):
@@ -60,6 +57,13 @@ class Questions(Text):
         check_loss(trip.loss, self.tokenizer, data.lossy_tokenizer)
         self.losses[split, length] = trip.loss
         return source
+
+    def _source(self, split: str, length: int) -> qa.QuestionSource:
+        data = self.config.data
+        return qa.question_source(
+            data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
+            seed=self.config.seed, progress=is_lead(),
+        )  # fmt: skip
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""
@@ -80,8 +84,7 @@ class Questions(Text):
 
     def fingerprint(self, split: str) -> dict[str, Any]:
         """Returns the fingerprint of a split's questions, and their number. Raises: InputError as `questions`."""
-        length = self.config.data.length if split == "train" else max(self.scales())[0]
-        source = self.questions(split, length)
+        source = self._source(split, ANY_LENGTH)
         return {"questions": source.counted, "fingerprint": source.content}
 
     def train_loader(self, host_index: int, host_count: int) -> loader.TrainLoader:

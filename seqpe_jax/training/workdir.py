@@ -209,11 +209,11 @@ def check_owned(workdir: Place) -> None:
       Failure: the folder was removed, moved or taken over.
     """
     try:
-        if _is_ours(workdir / OWNER):
+        if _is_ours(workdir / OWNER) and (workdir / "config.json").exists():
             return
     except StoreError:
         return  # the save that follows says what is wrong with the store
-    words = _owner(workdir / OWNER)
+    words = "" if _is_ours(workdir / OWNER) else _owner(workdir / OWNER)
     gone = f"was taken over by {words}" if words else "was removed, moved or emptied"
     raise Failure(
         f"the run's folder {workdir} {gone} while it trained: nothing more is saved there. What was saved before goes on "
@@ -305,6 +305,8 @@ class _Claim:
         while not self._over.wait(BEAT_SECONDS):
             try:
                 held = self._read()
+                if held is None:
+                    hosts.end(1, f"workdir {self._workdir} was removed or emptied while it trained: this run ends unsaved")
                 if held and held.get("id") != self._self["id"]:
                     hosts.end(1, f"workdir {self._workdir} was taken over by {_owner(self._path)}: this run ends unsaved")
                 self._path.put(self._content())
@@ -345,5 +347,5 @@ def _owner(path: Place) -> str:
 
 def clear(workdir: Place) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
-    for name in {DIGESTS, DATA, FILE, *NAMED_IN, KEPT} - {"config.json"}:
+    for name in (DIGESTS, *({DATA, FILE, *NAMED_IN, KEPT} - {"config.json"})):  # first what says that the others are there
         (workdir / name).unlink(missing_ok=True)

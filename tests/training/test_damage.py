@@ -208,6 +208,9 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     del listed["files"]["config.json"]
     (run / digests.FILE).write_text(json.dumps(listed))
     assert read_config(run)["eval"]["tokens"] == 99
+    (run / digests.FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
+    (run / "sizes.json").unlink()
+    assert read_config(run)["eval"]["tokens"] == 99
 
 
 def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings, trained, tmp_path, capsys):

@@ -205,6 +205,7 @@ def test_a_folder_has_one_owner_until_that_is_gone(tmp_path):
 def test_a_folder_that_is_removed_moved_or_taken_over_is_not_saved_in(tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     with owned(run):
+        (run / "config.json").touch()
         check_owned(run)
         run.rename(moved)
         with pytest.raises(Failure, match="folder .*/run was removed, moved or emptied while it trained: nothing more is"):
