@@ -137,14 +137,14 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} cannot be written: no leave to write in {nearest}; choose another place")
 
 
-# What runs, sweeps, exports and converted models keep under names of their own, and by what their folders are known.
+# What runs, exports and converted models keep under names of their own, and what sweeps do.
 OWN_FILES = {
     "config.json", "sizes.json", "data.json", "digests.json", "tokenizer.json", "tokenizer_config.json", "classes.json",
     "special_tokens_map.json", "generation_config.json", "metrics.jsonl", "owner.json", "log.txt", "conversion.json",
-    "restored.json", "sweep.json", "similarity.npz", "attention.npz", "readme.md", "model.stablehlo", "params.safetensors",
+    "restored.json", "similarity.npz", "attention.npz", "readme.md", "model.stablehlo", "params.safetensors",
     "checkpoints", "tensorboard", "profile", EVALUATION,
 }  # fmt: skip
-KNOWN_BY = ("config.json", "checkpoints", "sweep.json")
+OWN_OF_SWEEPS = {"sweep.json", "optuna.db"}
 
 
 def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...] = ()) -> None:
@@ -160,7 +160,8 @@ def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...]
     target = target.parent.resolve() / target.name
     name = target.name.lower()  # some file systems hold CONFIG.JSON to be the same
     own = name in OWN_FILES or re.fullmatch(r"answers_\d+\.jsonl", name)
-    if own and name not in allowed and any((target.parent / known).exists() for known in KNOWN_BY):
+    known_by = ("config.json", "checkpoints") if own else OWN_OF_SWEEPS & {name}
+    if name not in allowed and any((target.parent / known).exists() for known in known_by):
         raise InputError(
             f"{option}={path} is the name of something that the run, sweep or export in {target.parent} keeps: name another"
         )

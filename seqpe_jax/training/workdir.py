@@ -211,8 +211,8 @@ def check_owned(workdir: Place) -> None:
     try:
         if _is_ours(workdir / OWNER) and (workdir / "config.json").exists():
             return
-    except StoreError:
-        return  # the save that follows says what is wrong with the store
+    except OSError:
+        return  # the save that follows says what is wrong with the disk or the store
     words = "" if _is_ours(workdir / OWNER) else _owner(workdir / OWNER)
     gone = f"was taken over by {words}" if words else "was removed, moved or emptied"
     raise Failure(
@@ -233,8 +233,9 @@ def _is_ours(path: Place) -> bool:
 
 def _release(path: Place) -> None:
     """Removes this process's lock: another one's, in a folder that has taken the place of this run's, stays."""
-    if _is_ours(path):
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a lock that stays is taken over by the next start
+        if _is_ours(path):
+            path.unlink(missing_ok=True)
 
 
 class _Claim:
