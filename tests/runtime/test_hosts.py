@@ -126,7 +126,7 @@ def roll_call(monkeypatch):
             left[threading.current_thread().name] = "stayed"
 
         threads = [
-            threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}")
+            threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}", daemon=True)
             for place, (process, facts) in enumerate(members)
         ]
         lead = line.Lead(("localhost", port), count)
