@@ -113,6 +113,7 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
+        self.wait()  # else the digests of the one before would be looked for in this one's folder
         self._under_way = step
         with self._telling():
             self.first()
