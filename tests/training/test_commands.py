@@ -201,7 +201,7 @@ def test_a_run_from_before_a_field_was_there_goes_on(commands, text, trained, tm
 
 def test_no_output_takes_the_place_of_what_a_run_keeps(commands, trained):
     held = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
-    for name, *words in (("evaluate", f"--checkpoint={trained}"), ("benchmark", "--config=none.py"), ("generate",)):
+    for name, *words in (("evaluate", f"--checkpoint={trained}"), ("benchmark", f"--config={CONFIG}"), ("generate",)):
         for file in ("config.json", "metrics.jsonl", "checkpoints/2/new.json"):
             refused(commands(name, *words, f"--output={trained / file}"), f"--output={trained / file} ", "name another")
     refused(commands("generate", f"--output={trained / 'evaluation.json'}"), "keeps: name another")
