@@ -13,8 +13,10 @@ for kind in seqpe rotary alibi; do
   "$python" -m seqpe_jax.train --config="configs/stdlib_lm.py:$kind" --workdir="$runs/$kind" \
     --config.eval.contexts=64,256,1024 --config.eval.targets=4096 "$@"
   result="$runs/$kind/evaluation.json"
-  # metrics.jsonl changes whenever the run trains further, config.json when another evaluation is asked for.
-  if [ "$result" -nt "$runs/$kind/metrics.jsonl" ] && [ "$result" -nt "$runs/$kind/config.json" ]; then
+  # Whether the evaluation is of the config and the last checkpoint that lie there.
+  evaluated='import json, pathlib, sys; from seqpe_jax.sweeps.runs import evaluated_step; run = pathlib.Path(sys.argv[1])
+sys.exit(evaluated_step(run) != json.loads((run / "config.json").read_text())["steps"])'
+  if "$python" -c "$evaluated" "$runs/$kind"; then
     echo "== $kind: evaluation is up to date"
   else
     echo "== $kind: evaluate"

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.files import check_readable, check_writable, expanded
+from seqpe_jax.files import check_not_own, check_readable, check_writable, expanded
 from seqpe_jax.trees import flat
 
 flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
@@ -30,13 +30,14 @@ class _Path(flags.ArgumentParser):
 
     syntactic_help = "a path, ~ is the home folder; or gs://BUCKET/NAME"
 
-    def __init__(self, name: str, writes: str, local: str):
-        self._name, self._writes, self._local = name, writes, local
+    def __init__(self, name: str, writes: str, local: str, allowed: tuple[str, ...]):
+        self._name, self._writes, self._local, self._allowed = name, writes, local, allowed
 
     def parse(self, argument: str) -> str:
         path = expanded(argument, local=self._local)
         if self._writes:
             check_writable(path, self._writes == "folder", f"--{self._name}")
+            check_not_own(path, f"--{self._name}", self._allowed)
         else:
             check_readable(path, f"--{self._name}")
         return path
@@ -45,14 +46,17 @@ class _Path(flags.ArgumentParser):
         return "path"
 
 
-def define_path(name: str, help: str, *, writes: str = "", local: str = "") -> flags.FlagHolder:
+def define_path(
+    name: str, help: str, *, writes: str = "", local: str = "", allowed: tuple[str, ...] = ()
+) -> flags.FlagHolder:
     """Gives a command an option that is a path.
 
     Args:
       writes: "file" or "folder" where the command writes one there; it is refused at the start if it cannot.
       local: why it must be of this machine's file system, in words; "" = it may be in a store.
+      allowed: names that a run's folder keeps and this option is meant to write (`files.OWN_FILES`); others are refused.
     """
-    return flags.DEFINE(_Path(name, writes, local), name, None, help)
+    return flags.DEFINE(_Path(name, writes, local, allowed), name, None, help)
 
 
 def define_which() -> flags.FlagHolder:

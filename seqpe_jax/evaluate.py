@@ -11,7 +11,7 @@ from absl import flags
 
 from seqpe_jax import command
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path
+from seqpe_jax.files import EVALUATION, as_path
 
 _CHECKPOINT = command.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = command.define_which()
@@ -36,7 +36,9 @@ _LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not 
 _BIT_DEPTH = flags.DEFINE_integer(
     "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
 )
-_OUTPUT = command.define_path("output", "JSON file to write; arrays and answers for the report go beside it", writes="file")
+_OUTPUT = command.define_path(
+    "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION,)
+)
 command.define_hosts()
 
 

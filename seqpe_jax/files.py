@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from seqpe_jax.stores import StorePath
 
 STORE = "gs://"
+EVALUATION = "evaluation.json"  # of a run's folder: what `evaluate` found of it
 MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it into a checkpoint last of all
 Place = Any  # a `pathlib.Path`, or a `stores.StorePath`, which has the same methods and some more
 
@@ -155,6 +156,39 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(
             f"{option}={path} cannot be written: {nearest} does not take new files ({error.strerror}); choose another path"
         ) from error
+
+
+# What runs, exports and converted models keep under names of their own, and what sweeps do.
+OWN_FILES = {
+    "config.json", "sizes.json", "data.json", "digests.json", "tokenizer.json", "tokenizer_config.json", "classes.json",
+    "special_tokens_map.json", "generation_config.json", "metrics.jsonl", "owner.json", "log.txt", "conversion.json",
+    "restored.json", "similarity.npz", "attention.npz", "readme.md", "model.stablehlo", "params.safetensors",
+    "checkpoints", "tensorboard", "profile", EVALUATION,
+}  # fmt: skip
+OWN_OF_SWEEPS = {"sweep.json", "optuna.db"}
+
+
+def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...] = ()) -> None:
+    """Refuses an output that would take the place of what a run, a sweep or an export keeps, or lie among checkpoints.
+
+    Args:
+      allowed: names of such files that this option is for.
+
+    Raises:
+      InputError: names the folder.
+    """
+    target = as_path(path)
+    target = target.parent.resolve() / target.name
+    name = target.name.lower()  # some file systems hold CONFIG.JSON to be the same
+    own = name in OWN_FILES or re.fullmatch(r"answers_\d+\.jsonl", name)
+    known_by = ("config.json", "checkpoints") if own else OWN_OF_SWEEPS & {name}
+    if name not in allowed and any((target.parent / known).exists() for known in known_by):
+        raise InputError(
+            f"{option}={path} is the name of something that the run, sweep or export in {target.parent} keeps: name another"
+        )
+    for above in (target, *target.parents):
+        if above.name == "checkpoints" and (above.parent / "config.json").exists():
+            raise InputError(f"{option}={path} lies among the checkpoints of the run in {above.parent}: name another place")
 
 
 def check_readable(path: str | os.PathLike, option: str) -> None:
@@ -340,11 +374,17 @@ def remove_folder(folder: Place) -> None:
             file.unlink(missing_ok=True)
 
 
-def written(file: Place) -> int:
-    """Returns when a file was written, in nanoseconds. Raises: FileNotFoundError."""
-    return int(1e9 * file.info()["mtime"].timestamp()) if in_store(file) else file.stat().st_mtime_ns
-
-
 def stamp(file: Place) -> int:
     """Returns a number that changes when a file is written. Raises: FileNotFoundError."""
     return int(file.info()["generation"]) if in_store(file) else file.stat().st_mtime_ns
+
+
+def stamps(folder: Place) -> tuple[tuple[str, int, int], ...]:
+    """Returns (name in the folder, bytes, stamp) of all files below a folder, which differs once one of them is written."""
+    if in_store(folder):
+        return folder.stamps()
+    found = []
+    for path in below(folder):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found.append((str(path.relative_to(folder)), path.stat().st_size, stamp(path)))
+    return tuple(found)

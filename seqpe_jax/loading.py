@@ -19,7 +19,8 @@ from seqpe_jax.model import Model
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.best import best_step
 from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config, whole_step
-from seqpe_jax.runtime.digests import damage
+from seqpe_jax.runtime.digests import FILE as DIGESTS
+from seqpe_jax.runtime.digests import damage, forget
 from seqpe_jax.serving.exported import SECTION, read_params
 from seqpe_jax.tasks.images import known_sizes
 from seqpe_jax.tasks.sizes import read_sizes
@@ -61,7 +62,7 @@ def _model_of_source(source: folders.Source) -> Model:
 def is_ours(path: str | os.PathLike) -> bool:
     """Whether a path is a folder of `train`, of `convert` or of `export`."""
     folder = as_path(path)
-    if (folder / FOLDER).is_dir():
+    if (folder / FOLDER).is_dir() or (folder / DIGESTS).is_file():
         return True
     try:
         values = from_json((folder / "config.json").read_text())
@@ -79,6 +80,7 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
     Raises:
       InputError: neither of these; nothing is saved yet; there is no best checkpoint.
     """
+    forget()  # files may have changed since this process read them last
     settings = saved_config(checkpoint)
     section, mesh = export_section(checkpoint), layout.make_mesh(0, 1)
     if section is not None:
@@ -128,6 +130,8 @@ def export_section(checkpoint: str) -> dict[str, Any] | None:
     section = read_config(checkpoint).get(SECTION)
     if section is not None and not _tells_reach(section):
         raise InputError(f"{checkpoint}/config.json: section '{SECTION}' is damaged: export the run again")
+    if section is not None and "digests" in section and not (as_path(checkpoint) / DIGESTS).is_file():
+        raise InputError(f"{checkpoint}/{DIGESTS} is missing, which this export had: export the run again")
     return section
 
 

@@ -70,6 +70,13 @@ class StorePath(gpath.PosixGPath):
         with _told(self):
             return [type(self)(f"gs://{name}") for name in sorted(self._fs.find(str(self)))]
 
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """Returns (name in the folder, bytes, generation) of all objects below a folder, sorted."""
+        with _told(self):
+            found = self._fs.find(str(self), detail=True).items()
+        above = len(str(self)) - len("gs://") + 1
+        return tuple(sorted((name[above:], int(told["size"]), int(told["generation"])) for name, told in found))
+
     def glob(self, pattern: str) -> Iterator[Self]:
         """Yields what is in a folder under names of a pattern of one part."""
         with contextlib.suppress(FileNotFoundError):

@@ -8,7 +8,7 @@ import pytest
 
 from seqpe_jax import config, files
 from seqpe_jax.errors import InputError, StoreError
-from seqpe_jax.files import as_path, cache_root, check_writable, expanded, open_to_all
+from seqpe_jax.files import as_path, cache_root, check_not_own, check_writable, expanded, open_to_all
 from tests.tiny import ROOT
 
 
@@ -46,6 +46,33 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
     if pathlib.Path("/proc").is_dir():  # where root may write by the permissions, and nobody can
         with pytest.raises(InputError, match="/proc does not take new files"):
             check_writable("/proc/run", True, "--workdir")
+
+
+@pytest.mark.parametrize("known", ["config.json", "checkpoints", "sweep.json"])
+def test_what_a_run_keeps_is_no_output(tmp_path, known, monkeypatch):
+    """No file that training, evaluation, a sweep or an export writes under a name of its own."""
+    run = tmp_path / "run"
+    (run / "sub").mkdir(parents=True)
+    (run / known).mkdir()
+    (tmp_path / "link").symlink_to(run)
+    own = files.OWN_FILES | {"answers_64.jsonl", "CONFIG.JSON", "sub/../metrics.jsonl", "sizes.json"}
+    if known == "sweep.json":
+        own = {known}
+        check_not_own(run / "profile", "--workdir")  # a run of a sweep may have this name
+    for name in own:
+        for place in (run, tmp_path / "link"):
+            with pytest.raises(InputError, match=f"--output=.* is the name of something that the run.*{run} keeps"):
+                check_not_own(place / name, "--output")
+    check_not_own(run / "evaluation.json", "--output", allowed=("evaluation.json",))
+    for free in (run / "benchmark.json", run / "report", run / "answers.jsonl", tmp_path / "config.json"):
+        check_not_own(free, "--output")
+    monkeypatch.chdir(run)
+    with pytest.raises(InputError, match="keeps: name another"):
+        check_not_own(sorted(own)[-1], "--output")
+    (run / "config.json").mkdir(exist_ok=True)
+    for name in ("checkpoints/4/x.json", "checkpoints/7"):
+        with pytest.raises(InputError, match="lies among the checkpoints of the run in"):
+            check_not_own(run / name, "--output")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ def test_a_damaged_export_is_refused(run, tmp_path):
     shutil.copytree(moved, tmp_path / "other")
     with pytest.raises(InputError, match="other is damaged: params.safetensors has changed since it was written; export"):
         seqpe_jax.load(tmp_path / "other").logits(np.zeros((1, 3), int))
+    for name, place in (("config.json", 0), ("config.json", 99), ("sizes.json", 20)):
+        held = (moved / name).read_bytes()
+        (moved / name).write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+        with pytest.raises(InputError, match=f"{name} has changed since it was written: put back a copy"):
+            seqpe_jax.load(moved)
+        (moved / name).write_bytes(held)
 
 
 def test_logits_begin_anywhere(run):

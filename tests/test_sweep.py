@@ -59,7 +59,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(commands, text, tmp_path):
     os.kill(running.process, signal.SIGKILL)
     assert commands.wait(running).code == -signal.SIGKILL
     done = {file: file.stat().st_mtime_ns for file in (workdir / "alibi-0").glob("*.json*")}
-    assert len(done) == 4 and not (workdir / "rotary-0").exists()
+    assert len(done) == 6 and not (workdir / "rotary-0").exists()
 
     result = commands("sweep", *arguments, "--jobs=2")
     assert result.code == 0, result.out + result.err

@@ -1,6 +1,7 @@
 """A config small enough for any test, and batches for it."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
+from seqpe_jax.runtime import digests
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.trainer import Trainer
 
@@ -51,6 +53,17 @@ def every_part(kind: str, gate: str = "forget") -> dict:
 def train(settings: Config, workdir: str | pathlib.Path) -> None:
     """What the command does, in this process."""
     Trainer.for_folder(settings, workdir).fit(workdir)
+
+
+def older(run: pathlib.Path) -> None:
+    """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
+    for name in (digests.FILE, "data.json"):
+        (run / name).unlink()
+    for step in (run / digests.FOLDER).iterdir():
+        meta = json.loads((step / digests.META).read_text())
+        del meta[digests.SIDE_FILES]
+        (step / digests.META).write_text(json.dumps(meta))
+        digests.write_digests(step)
 
 
 def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, jnp.ndarray]:

@@ -107,7 +107,12 @@ class QuestionSource(abc.ABC):
     Attributes:
       name: of the data set and split; length: in tokens; skipped: questions left out, by reason; fingerprint: hex digits,
         equal for equal questions, on every machine.
+      content: hex digits, equal for equal passages and questions, whatever the length; counted: how many questions there
+        are, too long ones included.
     """
+
+    content: str
+    counted: int
 
     def __init__(self, name: str, length: int, tokenizer: Tokenizer, skipped: Mapping[str, int], fingerprint: str):
         self.name, self.length, self.skipped, self.fingerprint = name, length, dict(skipped), fingerprint
@@ -233,9 +238,9 @@ def question_source(
     identity = [table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed, *([fits] if fits < length else [])]
     fingerprint = hashlib.sha256(json.dumps(identity).encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
-    if builder is QaJsonl:
-        return _Lines(*shared, file)
-    return _Assembled(*shared, target, builder, seed, fits)
+    source = _Lines(*shared, file) if builder is QaJsonl else _Assembled(*shared, target, builder, seed, fits)
+    source.content, source.counted = table["content"].tobytes().hex()[:32], len(table["smallest"])
+    return source
 
 
 def _kept(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:

@@ -18,6 +18,8 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, check_free, new_folder
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.runtime.digests import FILE as DIGESTS
+from seqpe_jax.runtime.digests import SIDE_FILES, write_digests
 from seqpe_jax.tasks.sizes import write_sizes
 from seqpe_jax.trees import count
 
@@ -49,8 +51,9 @@ def write_run(
         write_sizes(folder, sizes)
         if keep is not None:
             keep(folder)
+        write_digests(folder)
         checkpoints = Checkpoints(folder)
-        meta = {"params_only": True} | ({"converted": report["source"]} if report else {})
+        meta = {"params_only": True, SIDE_FILES: DIGESTS} | ({"converted": report["source"]} if report else {})
         checkpoints.save(step, {"params": params}, meta)
         checkpoints.close()
         if report is not None:

@@ -22,6 +22,7 @@ from seqpe_jax.reporting.stored import (
     read_similarity,
     scale_of,
 )
+from seqpe_jax.runtime.digests import check_side_files
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.trees import flat, nested
 
@@ -228,6 +229,7 @@ def read_study(workdir: str | os.PathLike) -> Study:
 
 def read_run(folder: Place) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
+    check_side_files(folder)
     config = config_of(object_of((file := folder / "config.json").read_bytes(), str(file)), str(file))
     run = Run(
         folder.resolve().name,

@@ -2,17 +2,15 @@
 
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, from_json
 from seqpe_jax.runtime.checkpoint import FOLDER, renamed, steps_of, wrong_with
-from seqpe_jax.runtime.digests import damage
+from seqpe_jax.runtime.digests import META, damage
 
 EVALUATION = "evaluation"  # what was measured of a state, in what lies beside it
-META = pathlib.PurePosixPath("meta", "metadata")  # where Orbax keeps that
 # Whether more of a metric is better.
 MORE_IS_BETTER = {
     "loss": False, "perplexity": False, "bits_per_byte": False, "top1": True, "top5": True, "contains": True,

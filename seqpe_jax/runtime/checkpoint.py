@@ -19,13 +19,13 @@ from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRest
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import MARK, Place, as_path, free_space, from_json, in_store, move_folder, remove_folder, write_whole
+from seqpe_jax.runtime.digests import COMMITTED, FOLDER, META, check_side_files, damage, read_meta, write_digests
 from seqpe_jax.runtime.digests import FILE as DIGESTS
-from seqpe_jax.runtime.digests import damage, write_digests
 from seqpe_jax.runtime.tensorstore_json import ask_seldom
 from seqpe_jax.trees import named
 
 ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
-FOLDER, COMMITTED, UNNAMED = "checkpoints", "_CHECKPOINT_METADATA", ".orbax-checkpoint-tmp"
+UNNAMED = ".orbax-checkpoint-tmp"
 
 
 def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
@@ -113,6 +113,7 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
+        self.wait()  # else the digests of the one before would be looked for in this one's folder
         self._under_way = step
         with self._telling():
             self.first()
@@ -123,6 +124,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._best:
                 self._best.note(step, meta)
+            meta = meta | {"step": step, "digests": DIGESTS}  # by which their absence, or other files, are known
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
 
     def wait(self) -> None:
@@ -154,7 +156,7 @@ class Checkpoints:
         """Writes the digests of what has been saved; called by Orbax when all is there, before it gives it its name."""
         if jax.process_index() == 0:
             for unnamed in self._unfinished(self._under_way):  # one save at a time
-                write_digests(unnamed, name=unnamed.name.removesuffix(UNNAMED), but=(COMMITTED,))  # which changes once more
+                write_digests(unnamed, name=unnamed.name.removesuffix(UNNAMED))
 
     def _unfinished(self, step: int | None) -> list[Place]:
         """Where the save of a step lies until it is finished."""
@@ -282,9 +284,16 @@ def _cut_short(step: Place) -> bool:
 
 def wrong_with(step: Place) -> str:
     """Returns what is not as it was written of a step, in words, or ""."""
-    needed = (MARK, COMMITTED) if in_store(step) else (COMMITTED,)
-    missing = next((name for name in needed if not (step / name).is_file()), "")
-    return f"{missing} is missing" if missing else damage(step)
+    needed = (MARK, COMMITTED, META) if in_store(step) else (COMMITTED, META)
+    missing = next((str(name) for name in needed if not (step / name).is_file()), "")
+    if wrong := f"{missing} is missing" if missing else damage(step):
+        return wrong
+    meta = read_meta(step)  # of older versions, it names neither
+    if meta.get("step", int(step.name)) != int(step.name):
+        return f"it was written as {meta['step']}"
+    if "digests" in meta and not (step / DIGESTS).is_file():
+        return f"its {DIGESTS} is missing"
+    return "" if meta else f"its {META} cannot be read"
 
 
 def set_aside(workdir: str | os.PathLike) -> list[str]:
@@ -351,11 +360,12 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """Returns the config stored beside a run's checkpoints, as nested dicts.
 
     Raises:
-      InputError: the directory is not a run.
+      InputError: the directory is not a run, or a file of it is damaged (`check_side_files`).
     """
     path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
+    check_side_files(as_path(workdir))
     try:
         found = from_json(path.read_text())
     except (OSError, ValueError) as error:

@@ -161,6 +161,16 @@ def sync() -> None:
         _line.sync()
 
 
+def check_equal(facts: Mapping[str, str]) -> None:
+    """Waits until all processes are here, and refuses facts in which they differ, such as fingerprints of their data.
+
+    Raises:
+      InputError: says which process, on which host, has which value; the lead raises it, and the others end with it.
+    """
+    if _line is not None:
+        _line.sync(facts=dict(facts))
+
+
 def leave_when_told() -> None:
     """Ends this process at once where SIGTERM or SIGHUP come while there is nothing to save, as before the first step.
 

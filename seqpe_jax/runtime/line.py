@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from seqpe_jax.errors import Failure, InputError
@@ -42,15 +42,26 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def differences(facts: dict[int, Facts]) -> list[str]:
-    """Returns `name: value (process 0), other value (process 1-3)` for each fact that processes do not share."""
+def differences(facts: dict[int, Facts], hosts: Mapping[int, str] | None = None) -> list[str]:
+    """Returns `name: value (process 0), other value (process 1-3)` for each fact that processes do not share.
+
+    Args:
+      hosts: by process; the hosts of each value are named, too.
+    """
+
+    def on(who: list[int]) -> str:
+        names = list(dict.fromkeys((hosts or {}).get(process, "?") for process in who))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return f" on {', '.join(names[:SHOWN])}{more}" if hosts else ""
+
     lines = []
     for name in sorted({name for own in facts.values() for name in own}):
         values: dict[str, list[int]] = {}
         for process in sorted(facts):
             values.setdefault(facts[process].get(name, "absent"), []).append(process)
         if len(values) > 1:
-            lines.append(f"{name}: " + ", ".join(f"{value} (process {ranges(who)})" for value, who in values.items()))
+            told = (f"{value} (process {ranges(who)}{on(who)})" for value, who in values.items())
+            lines.append(f"{name}: {', '.join(told)}")
     return lines
 
 
@@ -110,6 +121,7 @@ class Lead:
         self._news: queue.SimpleQueue[tuple[str, _Connection, dict[str, Any]]] = queue.SimpleQueue()
         self._members: dict[int, _Connection] = {}
         self._here, self._all_here = 0, threading.Semaphore(0)
+        self._facts: dict[int, Facts] = {}
         self._ending, self._over = threading.Lock(), False
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -183,6 +195,7 @@ class Lead:
                 time.sleep(GRACE_SECONDS)
                 self.end(message["code"], f"{who}: {message['words']}")
             elif kind == "here":
+                self._facts[connection.process] = message.get("facts", {})
                 self._here += 1
                 if self._here % (self._count - 1) == 0:  # nobody comes to the next place before all have left this one
                     self._all_here.release()
@@ -201,9 +214,23 @@ class Lead:
             connection.closed.wait(max(0.0, deadline - time.monotonic()))
         leave(code)
 
-    def sync(self, last: bool = False) -> None:
-        """Waits until everybody is here; `last`: nobody is missed afterwards."""
+    def sync(self, last: bool = False, facts: Facts | None = None) -> None:
+        """Waits until everybody is here.
+
+        Args:
+          last: nobody is missed afterwards.
+          facts: what all must share here; each gives its own.
+
+        Raises:
+          InputError: they differ.
+        """
         self._all_here.acquire()
+        if facts is not None:
+            at = {0: socket.gethostname()} | {process: one.host for process, one in self._members.items()}
+            if found := differences({0: facts} | self._facts, at):
+                raise InputError(
+                    f"the processes of this run differ in {'; '.join(found[:SHOWN])}. Give every host the same files"
+                )
         self._over = last
         for connection in self._members.values():
             connection.send("on")
@@ -267,10 +294,10 @@ class Member:
         self._say(words)
         leave(code)
 
-    def sync(self, last: bool = False) -> None:
-        """Waits until everybody is here; `last`: nobody is missed afterwards."""
+    def sync(self, last: bool = False, facts: Facts | None = None) -> None:
+        """Waits until everybody is here; `last`: nobody is missed afterwards; `facts`: what all must share here."""
         self._last = last
-        self._connection.send("here")
+        self._connection.send("here", facts=facts or {})
         self._on.acquire()
 
 

@@ -15,10 +15,12 @@ from seqpe_jax.files import as_path, check_free, new_folder
 from seqpe_jax.models.choice import BLOCK
 from seqpe_jax.reporting import study, tables
 from seqpe_jax.runtime.checkpoint import write_config
+from seqpe_jax.runtime.digests import FILE as DIGESTS
 from seqpe_jax.runtime.digests import write_digests
 from seqpe_jax.runtime.progress import ProgressLine
 from seqpe_jax.serving import exported
 from seqpe_jax.tasks import Task
+from seqpe_jax.tasks.fingerprints import read_fingerprints, write_fingerprints
 from seqpe_jax.tasks.sizes import write_sizes
 from seqpe_jax.trees import count
 
@@ -57,6 +59,7 @@ def write(
         "output": {"name": "logits", "dtype": "float32", "shape": signature.output},
         "platforms": platforms,
         "jax": jax.__version__,
+        "digests": DIGESTS,
     }
     facts, notes = described(model, params, scale, platforms), notes_of(model, reach, scale)
     card = exported.card(as_path(output).resolve().name, facts, signature, notes, results)
@@ -67,7 +70,9 @@ def write(
         model.task.carry(folder)
         write_sizes(folder, model.sizes)
         write_config(folder, config.to_dict(model.config) | {exported.SECTION: section})
-        write_digests(folder, but=(exported.CARD, "config.json"))  # which people may add to
+        if model.folder and (known := read_fingerprints(model.folder)):
+            write_fingerprints(folder, known)
+        write_digests(folder, but=(exported.CARD,))  # which people may add to
 
 
 def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ...]) -> dict[str, str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, from_json, new_folder, write_whole
+from seqpe_jax.files import EVALUATION, as_path, from_json, new_folder, write_whole
 from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import read_metrics
-from seqpe_jax.sweeps.runs import EVALUATION, RESTORED, SweepRun, of_each
+from seqpe_jax.sweeps.runs import RESTORED, SweepRun, of_each
 from seqpe_jax.sweeps.stages import Stages
 from seqpe_jax.trees import flat, nested
 
@@ -81,7 +81,8 @@ class Kept:
         last = lines[-1]["step"] if lines else 0  # says that the run is finished
         lines = [line for line in lines if line["step"] == last or any(name.startswith("eval/") for name in line)]
         evaluation = from_json((run.folder / EVALUATION).read_bytes()) if run.evaluated else {}
-        evaluation.pop("checkpoint", None)  # a path of this machine
+        for name in ("checkpoint", "made_from"):  # of files of this machine
+            evaluation.pop(name, None)
         for result in evaluation.get("results", []):
             result.pop("loss_by_position", None)
         return {"settings": differing, "metrics": lines, "evaluation": evaluation}

@@ -15,12 +15,12 @@ from subprocess import DEVNULL, STDOUT, Popen
 from typing import TypeVar
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import MARK, STORE, Place, cache_root, from_json, in_store, lock, written
+from seqpe_jax.files import EVALUATION, MARK, STORE, Place, cache_root, from_json, in_store, lock
+from seqpe_jax.runtime.digests import checksums
 from seqpe_jax.runtime.progress import FILE as METRICS
 from seqpe_jax.runtime.progress import LOG
 from seqpe_jax.sweeps.points import Point
 
-EVALUATION = "evaluation.json"
 RESTORED = "restored.json"  # stands for the checkpoint of a finished run whose folder was made from its results alone
 FAILED = "== failed: "  # begins the last line of the log of a run that failed
 SAID = 300  # characters of a last line that are told
@@ -92,13 +92,8 @@ class SweepRun:
         return (last / MARK).exists() if in_store(last) else last.is_dir()
 
     def _is_evaluated(self) -> bool:
-        """Whether its evaluation is of the last step, and newer than all that it depends on."""
-        path = self.folder / EVALUATION
-        try:
-            older = all(written(self.folder / name) < written(path) for name in (METRICS, "config.json"))
-            return older and from_json(path.read_bytes()).get("step") == self.steps
-        except (FileNotFoundError, ValueError, AttributeError):
-            return False  # evaluate writes it anew
+        """Whether its evaluation is of the last step, and of what lies there."""
+        return evaluated_step(self.folder) == self.steps
 
     def fail(self, words: str) -> None:
         """Notes in the log that the run failed."""
@@ -141,6 +136,22 @@ def of_each(runs: Iterable[SweepRun], question: Callable[[SweepRun], Answer]) ->
         return [question(run) for run in runs]
     with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         return list(pool.map(question, runs))
+
+
+def evaluated_step(folder: Place) -> int | None:
+    """Returns the step of which a run's evaluation.json is, if it is of the config and the checkpoint that lie there.
+
+    It names the checksums of both; of older versions, its step alone. Times of files are not asked: a clock may go back.
+
+    Returns:
+      None where there is no such evaluation; `evaluate` writes it anew.
+    """
+    try:
+        found = from_json((folder / EVALUATION).read_bytes())
+        made_from = dict(found.get("made_from", {}))
+        return found["step"] if checksums(folder, made_from) == made_from else None
+    except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, TypeError, KeyError):
+        return None
 
 
 class Busy(Exception):

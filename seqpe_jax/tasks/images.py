@@ -114,6 +114,11 @@ class Images(Task):
             threads=config.data.threads,
         )  # fmt: skip
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split's images, and their number. Raises: InputError as `source`."""
+        source = self.source(split)
+        return {"images": len(source), "fingerprint": source.fingerprint}
+
     def keep(self, workdir: str | os.PathLike) -> None:
         """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
         path = as_path(workdir) / KEPT

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,15 @@ from seqpe_jax.architecture import Architecture
 from seqpe_jax.config.kinds import QUESTIONS
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import METRICS, write_answers
-from seqpe_jax.files import Place, whole, write_whole
+from seqpe_jax.files import EVALUATION, Place, as_path, whole, write_whole
 from seqpe_jax.objectives.flops import training_flops
 from seqpe_jax.objectives.objective import Objective
 from seqpe_jax.runtime import hosts
+from seqpe_jax.runtime.digests import FILE as DIGESTS
+from seqpe_jax.runtime.digests import FOLDER as CHECKPOINTS
+from seqpe_jax.runtime.digests import checksums
 from seqpe_jax.runtime.progress import ProgressLine
+from seqpe_jax.tasks.fingerprints import changes, describe, read_fingerprints
 from seqpe_jax.tasks.task import Measure, check_scale, evaluate_at
 from seqpe_jax.trees import count
 
@@ -80,6 +85,7 @@ def measure(
         work += [(further, scale) for scale in (further.scales() if contexts or not named else ())]
     for measured, scale in work:  # before the parameters are read
         check_scale(measured, model.architecture.reach, scale, split)
+    _compare_data(model, split, named=data is not None)
     results = [_at(model, measured, scale, split) for measured, scale in work]
     guessed = task.without_context(split)
     architecture = Architecture.of(settings, model.sizes)  # of the run, where this is its export
@@ -96,9 +102,35 @@ def measure(
         "training_flops": flops / task.units_per_step,
         "results": results,
         **({"without_context": guessed} if guessed is not None else {}),
+        **({"made_from": made_from(model.folder, model.step)} if model.folder else {}),
     }
     own = [scale for measured, scale in work if measured is task] or [scale for _, scale in work]
     return report, arrays_of(model, max(own, key=max), split)
+
+
+def made_from(folder: str, step: int) -> dict[str, str]:
+    """Returns the checksums of what an evaluation of a run's step stands on: its config, and the digests of its checkpoint.
+
+    By these, and not by the times of files, it is known later whether the evaluation is of what lies there.
+    """
+    return checksums(as_path(folder), ("config.json", f"{CHECKPOINTS}/{step}/{DIGESTS}"))
+
+
+def _compare_data(model: Any, split: str, named: bool) -> None:
+    """Says where a split is not what it was when the run began, and refuses hosts whose data differ.
+
+    Args:
+      named: other data than the run's were asked for.
+
+    Raises:
+      InputError: hosts differ.
+    """
+    now = {split: model.task.fingerprint(split)}
+    name = model.config.data.name
+    hosts.check_equal({f"{split} split of {name}": describe(now[split])})
+    if model.folder and not named and hosts.is_lead():
+        for line in changes(read_fingerprints(model.folder), now):
+            print(f"note: {name} is not what it was when {model.folder} was trained: {line}", file=sys.stderr, flush=True)
 
 
 def _at(model: Any, task: Measure, scale: tuple[int, ...], split: str) -> dict[str, Any]:
@@ -207,17 +239,21 @@ def _settings(
 def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:
     """Writes what `measure` returned: the report as JSON, arrays and answers beside it; returns the files, the report last.
 
+    Beside a run's own evaluation.json they have the names that `report` reads; beside another output they begin with its
+    name, so that evaluations in one folder keep theirs.
+
     Raises:
       InputError: answers cannot be written.
     """
-    files = []
+    files, begin = [], "" if path.name == EVALUATION else f"{path.stem}_"
     for result in report["results"]:
         if "answers" in result:
             metrics = [name for name in METRICS if name in result]
-            files.append(write_answers(path.parent / f"answers_{result['length']}.jsonl", *result["answers"], metrics))
+            file = path.parent / f"{begin}answers_{result['length']}.jsonl"
+            files.append(write_answers(file, *result["answers"], metrics))
     for name, values in arrays.items():
         if values is not None:
-            with whole(path.parent / f"{name}.npz") as part, part.open("wb") as file:
+            with whole(path.parent / f"{begin}{name}.npz") as part, part.open("wb") as file:
                 np.savez_compressed(file, **values)
     results = [{name: value for name, value in result.items() if name != "answers"} for result in report["results"]]
     write_whole(path, json.dumps(report | {"results": results}, indent=1) + "\n")

@@ -21,6 +21,7 @@ from seqpe_jax.tasks.task import Asked, Measure
 from seqpe_jax.tasks.text import Text
 
 LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
+ANY_LENGTH = 1 << 40  # every question fits
 ANSWERS_LOOKED_AT = 256  # about so many answers for training, whose length is looked at
 
 
@@ -53,11 +54,7 @@ class Questions(Text):
         Raises:
           InputError: as `data.qa.question_source`, or the tokenizer loses text.
         """
-        data = self.config.data
-        source = qa.question_source(
-            data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
-            seed=self.config.seed, progress=is_lead(), fits=fits,
-        )  # fmt: skip
+        data, source = self.config.data, self._source(split, length, fits)
         places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
         trip = RoundTrip(self.tokenizer, len(places))
         for record in map(source.__getitem__, places):
@@ -65,6 +62,13 @@ class Questions(Text):
         check_loss(trip.loss, self.tokenizer, data.lossy_tokenizer)
         self.losses[split, length] = trip.loss
         return source
+
+    def _source(self, split: str, length: int, fits: int = 0) -> qa.QuestionSource:
+        data = self.config.data
+        return qa.question_source(
+            data.name, split=split, tokenizer=self.tokenizer, length=length, paths=data.paths, cache_dir=data.cache_dir,
+            seed=self.config.seed, progress=is_lead(), fits=fits,
+        )  # fmt: skip
 
     def describe(self) -> str:
         """Returns what is trained on, in words."""
@@ -82,6 +86,11 @@ class Questions(Text):
             )
         lines += self._loss_in_words(self.losses["train", length])
         return "\n  ".join([f"{self.config.batch_size} questions to a batch", *lines])
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split's questions, and their number. Raises: InputError as `questions`."""
+        source = self._source(split, ANY_LENGTH)
+        return {"questions": source.counted, "fingerprint": source.content}
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches, of which this process reads some rows."""

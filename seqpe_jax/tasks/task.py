@@ -115,6 +115,14 @@ class Task(abc.ABC):
         """Returns the training batches, of which this process reads some rows."""
 
     @abc.abstractmethod
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split and how much it holds: {UNIT: count, "fingerprint": hex digits}.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+
+    @abc.abstractmethod
     def keep(self, workdir: str | os.PathLike) -> None:
         """Puts beside the checkpoints what their numbers mean nothing without: the tokenizer, or the classes' names."""
 

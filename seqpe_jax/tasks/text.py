@@ -138,6 +138,11 @@ class Text(Task):
             seed=config.seed, rows=rows, threads=config.data.threads,
         )  # fmt: skip
 
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split's tokens, and their number. Raises: InputError as `source`."""
+        source = self.source(split)
+        return {"tokens": len(source.tokens), "fingerprint": source.fingerprint}
+
     def keep(self, workdir: str | os.PathLike) -> None:
         """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
         if self.tokenizer.name != "bytes":

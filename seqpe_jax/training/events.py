@@ -218,13 +218,17 @@ class Save(Event):
 
     A save that fails is tried again with the state of the next one, until `failures` in a row have failed; among several
     processes the first one ends the run.
+
+    Args:
+      before_each: called before a save, after one that failed and after the last one; what it raises ends the run.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, meta: dict[str, Any], clock: Clock, report: Report, *, every: int, failures: int = 1
+        self, checkpoints: Checkpoints, meta: dict[str, Any], clock: Clock, report: Report, *, every: int,
+        failures: int = 1, before_each: Callable[[], None] | None = None,
     ):  # fmt: skip
         self._checkpoints, self._meta, self._clock, self._report, self._every = checkpoints, meta, clock, report, every
-        self._failures = failures
+        self._failures, self._before_each = failures, before_each or (lambda: None)
 
     def before(self, run: Standing) -> None:
         """Saves where it is time to."""
@@ -248,6 +252,7 @@ class Save(Event):
             except SaveFailed as error:
                 self._tell(error)
             hosts.give_back_memory()  # what the last save took
+            self._before_each()
             try:
                 self._checkpoints.save(run.step, run.state, self._meta | beside)
             except SaveFailed as error:
@@ -255,6 +260,7 @@ class Save(Event):
 
     def _tell(self, error: SaveFailed) -> None:
         """Says that a save failed. Raises: SaveFailed: it was one too many."""
+        self._before_each()  # it failed since the folder is gone, which no other try would mend
         failed = self._checkpoints.failed
         if hosts.several() or failed >= self._failures:
             raise SaveFailed(
@@ -272,6 +278,7 @@ class Save(Event):
             except SaveFailed as error:
                 self._tell(error)
             if not self._checkpoints.failed:
+                self._before_each()  # the folder may have gone during the save
                 return
             time.sleep(1)  # somebody may be making room
 

@@ -20,7 +20,7 @@ from seqpe_jax import axes, config
 from seqpe_jax.architecture import Architecture, Params, Shape, check_encoding, flops_of
 from seqpe_jax.config import Config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path
+from seqpe_jax.files import Place, as_path, scratch
 from seqpe_jax.inference.programs import Programs, Progress, laid_out, silent
 from seqpe_jax.models.choice import choose
 from seqpe_jax.models.operands import Operands
@@ -38,14 +38,25 @@ from seqpe_jax.runtime.checkpoint import (
     size_of,
     write_config,
 )
+from seqpe_jax.runtime.digests import FILE as DIGESTS
+from seqpe_jax.runtime.digests import SIDE_FILES, forget, write_side_files
 from seqpe_jax.runtime.progress import MetricsWriter, read_metrics
 from seqpe_jax.tasks import Task, evaluate_at, task_class
+from seqpe_jax.tasks.fingerprints import (
+    check_same_data,
+    describe,
+    fingerprints,
+    fingerprints_there,
+    read_fingerprints,
+    write_fingerprints,
+)
 from seqpe_jax.tasks.sizes import write_sizes
 from seqpe_jax.training import events, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import TrainState, create, key_of
 from seqpe_jax.training.step import TrainStep, make_train_step
 from seqpe_jax.training.workdir import (
+    check_owned,
     check_same_run,
     check_space,
     clear,
@@ -119,6 +130,7 @@ class Trainer:
         Raises:
           InputError: as `of`; the folder is of another run; the checkpoint to begin with was made for something else.
         """
+        forget()  # files may have changed since this process read them last
         first = saved_step(workdir)
         check_same_run(config, as_path(workdir), first, extend)
         if first is not None:
@@ -232,6 +244,10 @@ class Trainer:
         if settings.eval.every:
             for scale in self.task.scales():
                 self.task.check_scale(scale, "validation")
+        data = fingerprints(self.task, ("train", "validation") if settings.eval.every else ("train",))
+        hosts.check_equal({f"{split} split of {settings.data.name}": describe(one) for split, one in data.items()})
+        if first is not None:
+            check_same_data(folder, data)
         if first != settings.steps:
             # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
             saves = math.ceil(settings.steps / settings.checkpoint.every)
@@ -291,10 +307,11 @@ class Trainer:
             skips=settings.optimizer.skips if settings.optimizer.non_finite == "skip" else 0,
             skipped=before.get("skipped", 0),
         )  # fmt: skip
-        meta = {"config": json.loads(json.dumps(config.to_dict(settings)))}
+        meta = {"config": json.loads(json.dumps(config.to_dict(settings))), SIDE_FILES: DIGESTS}
         save = events.Save(
             checkpoints, meta, clock, report, every=settings.checkpoint.every,
             failures=settings.checkpoint.failed_saves,
+            before_each=functools.partial(check_owned, folder) if hosts.is_lead() else None,
         )  # fmt: skip
         found: list[events.Event] = []
         stop = events.Stop(save)
@@ -320,9 +337,15 @@ class Trainer:
             metric = _best_metric(self.config)
             for line in [*set_aside(folder), *(set_best_aside(folder, metric) if metric else ())]:
                 _say(f"  {line}")
-            write_config(folder, config.to_dict(self.config))
-            write_sizes(folder, self.task.sizes)
-            self.task.keep(folder)
+            known = read_fingerprints(folder)
+            if not known and not anew:
+                _say("  what its data were when it began is not known: from now on it goes on with those of today alone")
+            with scratch() as staged:
+                write_config(staged, config.to_dict(self.config))
+                write_sizes(staged, self.task.sizes)
+                write_fingerprints(staged, known or fingerprints_there(self.task))
+                self.task.keep(staged)
+                write_side_files(staged, folder)
         hosts.sync()
         hosts.check_shared(folder / "config.json")
 

@@ -14,12 +14,14 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
-from seqpe_jax.errors import InputError, StoreError, check_utf8_name
+from seqpe_jax.errors import Failure, InputError, StoreError, check_utf8_name
 from seqpe_jax.files import Place, free_space, from_json, in_store, lock
 from seqpe_jax.runtime import hosts
 from seqpe_jax.runtime.checkpoint import FOLDER, read_config
+from seqpe_jax.runtime.digests import FILE as DIGESTS
 from seqpe_jax.runtime.progress import LOG, read_metrics
 from seqpe_jax.serving.exported import SECTION
+from seqpe_jax.tasks.fingerprints import FILE as DATA
 from seqpe_jax.tasks.images import KEPT
 from seqpe_jax.training.optimizer import decay_steps
 
@@ -199,12 +201,48 @@ def owned(workdir: Place) -> Iterator[str]:
                 break
             file.close()  # its last owner removed it just now
         held.callback(file.close)
-        held.callback(path.unlink, missing_ok=True)
+        held.callback(_release, path)
         before = _owner(path)
         file.truncate(0)
         file.write(json.dumps(_self()) + "\n")
         file.flush()
         yield before and TAKEN_OVER.format(before)
+
+
+def check_owned(workdir: Place) -> None:
+    """Ends a run whose folder is not this process's any more: what it saves there would be lost, or another run's.
+
+    Raises:
+      Failure: the folder was removed, moved or taken over.
+    """
+    try:
+        if _is_ours(workdir / OWNER) and (workdir / "config.json").exists():
+            return
+    except OSError:
+        return  # the save that follows says what is wrong with the disk or the store
+    words = "" if _is_ours(workdir / OWNER) else _owner(workdir / OWNER)
+    gone = f"was taken over by {words}" if words else "was removed, moved or emptied"
+    raise Failure(
+        f"the run's folder {workdir} {gone} while it trained: nothing more is saved there. What was saved before goes on "
+        "from where it lies now, with its --workdir"
+    )
+
+
+def _is_ours(path: Place) -> bool:
+    """Whether a lock says that it is of this process."""
+    try:
+        told = from_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    own = _self()
+    return isinstance(told, dict) and all(told.get(name) == own[name] for name in ("host", "process"))
+
+
+def _release(path: Place) -> None:
+    """Removes this process's lock: another one's, in a folder that has taken the place of this run's, stays."""
+    with contextlib.suppress(OSError):  # a lock that stays is taken over by the next start
+        if _is_ours(path):
+            path.unlink(missing_ok=True)
 
 
 class _Claim:
@@ -275,6 +313,8 @@ class _Claim:
         while not self._over.wait(BEAT_SECONDS):
             try:
                 held = self._read()
+                if held is None:
+                    hosts.end(1, f"workdir {self._workdir} was removed or emptied while it trained: this run ends unsaved")
                 if held and held.get("id") != self._self["id"]:
                     hosts.end(1, f"workdir {self._workdir} was taken over by {_owner(self._path)}: this run ends unsaved")
                 self._path.put(self._content())
@@ -315,5 +355,5 @@ def _owner(path: Place) -> str:
 
 def clear(workdir: Place) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
-    for name in {FILE, *NAMED_IN, KEPT} - {"config.json"}:
+    for name in (DIGESTS, *({DATA, FILE, *NAMED_IN, KEPT} - {"config.json"})):  # first what says that the others are there
         (workdir / name).unlink(missing_ok=True)

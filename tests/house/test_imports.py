@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data": {"errors", "files", "archives"},
     "runtime": EVERYBODY,
     "evaluation": EVERYBODY,
-    "reporting": EVERYBODY | {"config", "runtime.progress"},
+    "reporting": EVERYBODY | {"config", "runtime.digests", "runtime.progress"},
     "inference": EVERYBODY | {"architecture", "config", "models", "encodings", "positions", "runtime", "evaluation"},
     "serving.exported": EVERYBODY,
     "training.step": EVERYBODY | {"training.state", "training.optimizer"},

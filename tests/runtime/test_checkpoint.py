@@ -1,5 +1,7 @@
 """Saving, restoring onto another mesh, and what a damaged checkpoint says."""
 
+import contextlib
+import json
 import shutil
 
 import jax
@@ -11,7 +13,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import digests
 from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.runtime.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside, size_of
-from seqpe_jax.runtime.digests import FILE
+from seqpe_jax.runtime.digests import COMMITTED, FILE
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.float32)}}}, "step": 4}
@@ -131,6 +133,9 @@ DAMAGE = {
     "what lies beside it gone": lambda step: shutil.rmtree(step / "meta"),
     "no sign of a finished save": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
     "its digests torn": lambda step: (step / FILE).write_bytes((step / FILE).read_bytes()[:40]),
+    "its digests gone": lambda step: (step / FILE).unlink(),
+    "its digests gone and step 4's files in its place": lambda step: (
+        shutil.copytree(step.with_name("4"), step, dirs_exist_ok=True), (step / FILE).unlink()),
     "its digests of something else": lambda step: (step / FILE).write_text("[]"),
     "under another step": lambda step: step.rename(step.with_name("9")),
     "the other step under its name": lambda step: (shutil.rmtree(step), shutil.copytree(step.with_name("4"), step)),
@@ -146,7 +151,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how
     checkpoints = Checkpoints(saved, create=False)
     assert checkpoints.latest() == checkpoints.newest() == saved_step(saved) == 4
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(mesh)), STATE)
-    assert checkpoints.restore_params(placed(mesh)["params"])[1] == 4 and checkpoints.meta() == {"seconds": 4.0}
+    assert checkpoints.restore_params(placed(mesh)["params"])[1] == 4 and checkpoints.meta()["seconds"] == 4.0
     checkpoints.close()
     [told] = set_aside(saved)
     assert "is damaged (" in told and "going on from step 4" in told
@@ -163,25 +168,64 @@ def checkpoints_state(mesh):
     return jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, placed(mesh))
 
 
+def untimed(content):
+    """What Orbax says of a checkpoint, without the time of its commit, which nothing reads; None where it is no JSON."""
+    try:
+        return {name: value for name, value in json.loads(content).items() if name != digests.COMMIT_TIME}
+    except ValueError:
+        return None
+
+
 def test_every_flipped_byte_is_found(saved):
     step = saved / "checkpoints" / "6"
     draw = np.random.default_rng(0)
     for path in files_of(step):
         if not path.stat().st_size:
             continue
-        for place in {0, path.stat().st_size - 1, int(draw.integers(path.stat().st_size))}:
+        content = path.read_bytes()
+        every = range(len(content)) if path.name == COMMITTED else ()
+        for place in {0, len(content) - 1, int(draw.integers(len(content))), *every}:
             flip(path, place)
-            digests._compared.cache_clear()  # as another process would see it
-            if path.parent == step:  # Orbax writes these last; of the digests, a name or a number has changed
-                assert path.name in (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
+            digests.forget()  # as another process would see it
+            if path.name == COMMITTED:
+                assert saved_step(saved) == (6 if untimed(path.read_bytes()) == untimed(content) else 4), place
+            elif path.parent == step:  # written last of all; of the digests, a name or a number has changed
+                assert path.name in (FILE, "commit_success.txt")
                 checkpoints = Checkpoints(saved, create=False)
                 jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(layout.make_mesh(8, 1))), STATE)
                 checkpoints.close()
             else:
                 assert saved_step(saved) == 4, path
             flip(path, place)
-    digests._compared.cache_clear()
+    digests.forget()
     assert saved_step(saved) == 6
+
+
+def test_a_byte_that_flips_after_it_was_looked_at_is_found(saved):
+    """In one process, of which each part of a file was compared already."""
+    assert saved_step(saved) == 6
+    flip(largest(saved / "checkpoints" / "6"), 10)
+    assert saved_step(saved) == 4
+
+
+def test_small_files_and_their_digests_agree_whenever_their_writing_is_cut_short(tmp_path, monkeypatch):
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    run, written = tmp_path / "run", digests.write_whole
+    for version in range(3):
+        for name in ("config.json", "data.json", f"new{version}.json"):
+            (staged / name).write_text(f"{name} {version}")
+        for left in range(8):  # writes until the process is killed
+            count = iter([written] * left)
+            monkeypatch.setattr(digests, "write_whole", lambda *given, count=count: next(count)(*given))
+            with contextlib.suppress(StopIteration):
+                digests.write_side_files(staged, run)
+            digests.check_side_files(run)
+        assert (run / "config.json").read_text() == f"config.json {version}"
+        (run / "data.json").write_text("another")
+        with pytest.raises(InputError, match="data.json has changed since it was written"):
+            digests.check_side_files(run)
+        (run / "data.json").write_text(f"data.json {version}")
 
 
 def test_with_no_good_one_left_it_says_so(saved):
@@ -194,16 +238,23 @@ def test_with_no_good_one_left_it_says_so(saved):
     checkpoints.close()
 
 
-def test_a_checkpoint_without_digests_is_read(saved):
-    """Older versions wrote none, and a process that was killed right after a save had no time to."""
-    (saved / "checkpoints" / "6" / FILE).unlink()
+def of_an_older_version(step):
+    """Makes a checkpoint one of a version that wrote no digests, nor said that it did."""
+    (step / FILE).unlink()
+    meta = json.loads((step / digests.META).read_text())
+    del meta["digests"], meta["step"]
+    (step / digests.META).write_text(json.dumps(meta))
+
+
+def test_a_checkpoint_of_a_version_without_digests_is_read(saved):
+    of_an_older_version(saved / "checkpoints" / "6")
     assert saved_step(saved) == 6
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(saved):
     """Whatever Orbax makes of a state that it cannot read, without digests that would have told before."""
     shutil.rmtree(saved / "checkpoints" / "6" / "state" / "d", ignore_errors=True)
-    (saved / "checkpoints" / "6" / FILE).unlink()
+    of_an_older_version(saved / "checkpoints" / "6")
     for path in (saved / "checkpoints" / "6" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

@@ -118,13 +118,15 @@ def roll_call(monkeypatch):
     monkeypatch.setattr(line, "ODD_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    def call(count, members, seconds=1.0, own=None):
+    def call(count, members, seconds=1.0, own=None, data=None):
         def member(process, facts):
-            line.Member(("localhost", port), process, facts, 20.0)
+            joined = line.Member(("localhost", port), process, facts, 20.0)
+            if data:
+                joined.sync(facts=data[process])
             left[threading.current_thread().name] = "stayed"
 
         threads = [
-            threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}")
+            threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}", daemon=True)
             for place, (process, facts) in enumerate(members)
         ]
         lead = line.Lead(("localhost", port), count)
@@ -132,13 +134,15 @@ def roll_call(monkeypatch):
             thread.start()
         try:
             lead.gather(own or {"steps": "6"}, seconds)
+            if data:
+                lead.sync(facts=data[0])
             error = None
         except (InputError, Failure) as found:
             error = found
             with pytest.raises(Left):
                 lead.end(2, "")
         for thread in threads:
-            thread.join(30)
+            thread.join(3 if error and data else 30)  # where a process would end, a thread that waits stays
         return error, left
 
     return call
@@ -147,6 +151,19 @@ def roll_call(monkeypatch):
 def test_a_roll_call_of_equals(roll_call):
     error, left = roll_call(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0)
     assert error is None and left == {"1.0": "stayed", "2.1": "stayed"}
+
+
+def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_step(roll_call):
+    here, same = socket.gethostname(), [(1, {"steps": "6"}), (2, {"steps": "6"})]
+    data = dict.fromkeys(range(2), {"seed": "0", "train split of text_files": "62,003 tokens (fingerprint 0a1b)"})
+    data |= {2: {"seed": "0", "train split of text_files": "37,799 tokens (fingerprint 2c3d)"}}
+    error, left = roll_call(3, same, seconds=30.0, data=data)
+    assert isinstance(error, InputError) and "\n" not in str(error)
+    assert (
+        f"differ in train split of text_files: 62,003 tokens (fingerprint 0a1b) (process 0-1 on {here}), 37,799 tokens "
+        f"(fingerprint 2c3d) (process 2 on {here}). Give every host the same files"
+    ) in str(error)
+    assert 2 in left.values() and "stayed" not in left.values()
 
 
 def test_who_did_not_come_is_named_and_the_others_end(roll_call):

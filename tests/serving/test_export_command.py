@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from seqpe_jax import config, loading
+from seqpe_jax import config, files, loading
 from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import ROOT, environment, with_defaults
@@ -144,6 +144,7 @@ def test_a_language_model_runs_alone(on_text, text_export):
     check_alone(on_text, text_export, token_windows())
     names = {path.name for path in text_export.iterdir()}
     assert names == {"README.md", "config.json", "digests.json", "model.stablehlo", "params.safetensors", "sizes.json"}
+    assert {name.lower() for name in names} <= files.OWN_FILES, "each is refused as an output"
     leaves = safetensors.numpy.load_file(text_export / "params.safetensors")
     assert leaves["encoding/table"].shape == (48, 24) and "model/blocks_0/qkv/kernel" in leaves
     assert not any("encoder" in name for name in leaves)
@@ -184,7 +185,7 @@ def test_evaluate_measures_the_same_on_an_export(commands, request, tmp_path, ki
         reports.append(json.loads(output.read_text()))
         assert (output.parent / "similarity.npz").is_file()
     own, other = reports
-    assert {name for name in own if own[name] != other[name]} <= {"checkpoint", "results"}
+    assert {name for name in own if own[name] != other[name]} <= {"checkpoint", "made_from", "results"}
     for before, after in zip(own["results"], other["results"], strict=True):
         assert before.keys() == after.keys()
         for name in before:
@@ -200,6 +201,10 @@ def test_evaluation_of_an_export_reads_the_export(commands, text_export, tmp_pat
     safetensors.numpy.save_file(leaves, copy / "params.safetensors")
     refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "params.safetensors has changed")
     (copy / "digests.json").unlink()
+    refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "digests.json is missing, which this export had")
+    settings = json.loads((copy / "config.json").read_text())
+    del settings["export"]["digests"]  # as older versions wrote it
+    (copy / "config.json").write_text(json.dumps(settings))
     results = [commands("evaluate", f"--checkpoint={folder}", "--lengths=32") for folder in (text_export, copy)]
     assert [result.code for result in results] == [0, 0] and results[0].out != results[1].out
     (copy / "params.safetensors").unlink()

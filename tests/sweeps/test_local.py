@@ -1,5 +1,6 @@
 """Runs on this machine: what is done once is done, what fails is told, what is stopped goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from seqpe_jax import files
+from seqpe_jax.runtime.digests import checksums
 from seqpe_jax.sweeps import local
 from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy, of_each
 from tests.commands import ROOT
@@ -41,15 +43,23 @@ def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
     assert of_each([], question) == []
 
 
-def test_an_evaluation_that_is_older_than_its_run_is_repeated(tmp_path):
+def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_the_clock_says(tmp_path):
     [one] = runs = [run(tmp_path, "a")]
     local.work(runs, runs, 1)
     assert not one.left()
-    for name in ("metrics.jsonl", "config.json"):
-        before = (one.folder / name).stat()
-        os.utime(one.folder / name)
+    digests, evaluation = "checkpoints/3/digests.json", one.folder / "evaluation.json"
+    (one.folder / digests).write_text("of the checkpoint")
+    made_from = checksums(one.folder, ("config.json", digests))
+    evaluation.write_text(json.dumps({"step": 3, "made_from": made_from}))
+    for name in ("metrics.jsonl", "config.json", digests):  # written before the evaluation, by a clock that went back since
+        os.utime(one.folder / name, (2**32, 2**32))
+    assert len(made_from) == 2 and not one.left()
+    for name in made_from:
+        held = (one.folder / name).read_text()
+        (one.folder / name).write_text("of another run")
+        os.utime(one.folder / name, (0, 0))
         assert [name for name, _ in one.left()] == ["evaluate"]
-        os.utime(one.folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+        (one.folder / name).write_text(held)
         assert not one.left()
     for content in ("", '{"step": 2}', "[]"):
         (one.folder / "evaluation.json").write_text(content)

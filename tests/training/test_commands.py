@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from tests.commands import CONFIG, train_arguments
+from tests.tiny import older
 
 QUICKSTART = "configs/stdlib_lm.py"
 # The terms compile for longer than everything else together, and nothing here depends on them.
@@ -72,7 +73,7 @@ def refused(result, *words: str) -> None:
         (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
         (["--config.encoding.digits=2"], ["largest position possible is 99", "encoding.digits=4"]),
         (["--config.data.length=8192"], ["largest position possible is 4999", "encoding.max_position"]),
-        (["--config.eval.lengths=(64,8192)"], ["8192", "largest position possible is 4999", "encoding.max_position"]),
+        (["--config.eval.lengths=(64,12000)"], ["12000", "largest position possible is 9999", "4 digits"]),
         (
             ["--config.objective.skip.rate=0.5", "--config.objective.skip.range=8192"],
             ["objective.skip.range=8192", "5000", "encoding.max_position"],
@@ -181,6 +182,7 @@ def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(commands,
     assert accepted.code == 0 and "the tokenizer loses text: " in accepted.out, accepted.err
     settings = json.loads((workdir / "config.json").read_text())
     del settings["data"]["lossy_tokenizer"]  # as of a run from before there was such a field
+    older(workdir)
     (workdir / "config.json").write_text(json.dumps(settings))
     refused(commands("evaluate", f"--checkpoint={workdir}"), "loses text", "--lossy-tokenizer")
     assert commands("evaluate", f"--checkpoint={workdir}", "--lossy-tokenizer").code == 0
@@ -195,9 +197,19 @@ def test_a_run_from_before_a_field_was_there_goes_on(commands, text, trained, tm
     shutil.copytree(trained, workdir)
     settings = json.loads((workdir / "config.json").read_text())
     del settings["data"]["lossy_tokenizer"], settings["encoding"]["fraction_digits"]
+    older(workdir)
     (workdir / "config.json").write_text(json.dumps(settings))
     result = commands("train", *train_arguments(workdir, text, steps=2, **PLAIN))
     assert result.code == 0 and "nothing to do" in result.out, result.err
+
+
+def test_no_output_takes_the_place_of_what_a_run_keeps(commands, trained):
+    held = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    for name, *words in (("evaluate", f"--checkpoint={trained}"), ("benchmark", f"--config={CONFIG}"), ("generate",)):
+        for file in ("config.json", "metrics.jsonl", "checkpoints/2/new.json"):
+            refused(commands(name, *words, f"--output={trained / file}"), f"--output={trained / file} ", "name another")
+    refused(commands("generate", f"--output={trained / 'evaluation.json'}"), "keeps: name another")
+    assert held == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
 
 
 def test_train_refuses_a_workdir_of_another_config(commands, text, trained):
@@ -283,13 +295,13 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
 @pytest.mark.parametrize("arguments,words", [
     (["--lengths=16,many"], ["--lengths", "'many'"]),
     (["--lengths=0"], ["--lengths", "'0'"]),
-    (["--lengths=201"], ["201", "largest position possible is 199", "encoding.max_position"]),
+    (["--lengths=1001"], ["1001", "largest position possible is 999", "3 digits"]),
     (["--lengths=190"], ["190", "longer than the test split"]),
     (["--lengths=64", "--tokens=40"], ["eval.tokens=40 (--tokens) is less than evaluation length 64"]),
     (["--contexts=16,0"], ["--contexts", "'0'"]),
     (["--contexts=16,1"], ["eval.contexts", "at least 2"]),
     (["--contexts=16,32,16"], ["names 16 more than once"]),
-    (["--contexts=16,201"], ["--contexts) 201", "largest position possible is 199"]),
+    (["--contexts=16,1001"], ["--contexts) 1001", "largest position possible is 999"]),
     (["--contexts=16,190"], ["evaluation context 190 is longer than the test split", "contexts below"]),
     (["--contexts=16,32", "--stride=16"], ["(--stride) must be less than the smallest", "16"]),
     (["--contexts=16,32", "--targets=7"], ["(--targets) is less than the 8 targets of one window"]),
@@ -347,6 +359,7 @@ def test_a_broken_checkpoint_is_left_for_the_one_before(commands, trained, text,
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     settings = json.loads((copy / "config.json").read_text())
+    older(copy)
     (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
     damage(copy, how)
     result = commands("evaluate", f"--checkpoint={copy}", "--lengths=16")

@@ -1,5 +1,6 @@
 """Whatever is damaged in a run's folder: the newest good checkpoint is used, or one line says what is wrong."""
 
+import json
 import re
 import shutil
 
@@ -9,14 +10,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 import seqpe_jax
+from seqpe_jax import files
 from seqpe_jax.errors import InputError
 from seqpe_jax.runtime import digests
-from seqpe_jax.runtime.checkpoint import COMMITTED, Checkpoints
+from seqpe_jax.runtime.checkpoint import COMMITTED, Checkpoints, read_config
 from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
 from tests.runtime.test_checkpoint import files_of, flip, largest
-from tests.tiny import tiny_config, train
+from tests.tiny import older, tiny_config, train
 from tests.training.test_commands import word_tokenizer
 from tests.training.test_resume import CLOCK
 
@@ -130,15 +132,20 @@ CASES = {
         "line 4 is no object with a step .its step must be a whole number"),
     "metrics that are none": (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n[]\n"), 6, "line 1 is no object"),
     "metrics gone": (lambda run: (run / "metrics.jsonl").unlink(), 6, ""),
-    "an empty config": (lambda run: (run / "config.json").write_text(""), "config.json cannot be read", "config.json"),
-    "a config that is null": (lambda run: (run / "config.json").write_text("null"), "config.json", "config.json"),
-    "a config that is a list": (lambda run: (run / "config.json").write_text("[]"), "config.json", "config.json"),
-    "a config nested deep": (lambda run: (run / "config.json").write_text(NESTED), "config.json", "config.json"),
+    "an empty config": (lambda run: (run / "config.json").write_text(""), "config.json has changed", "config.json"),
     "no config": (lambda run: (run / "config.json").unlink(), "config.json", "config.json"),
-    "sizes torn": (lambda run: rewritten(run / "sizes.json", lambda held: held[:10]), "sizes.json cannot be", "sizes.json"),
-    "sizes that are none": (lambda run: (run / "sizes.json").write_text("[1]"), "sizes.json cannot be read", "sizes.json"),
-    "sizes nested deep": (lambda run: (run / "sizes.json").write_text(NESTED), "sizes.json cannot be read", "sizes.json"),
-    "sizes gone": (lambda run: (run / "sizes.json").unlink(), 6, ""),
+    "sizes gone": (lambda run: (run / "sizes.json").unlink(), "sizes.json is missing, which", "sizes.json is missing"),
+    "digests of small files gone": (
+        lambda run: (run / digests.FILE).unlink(), "digests.json is missing, which this run", "digests.json is missing"),
+    "digests of small files torn": (
+        lambda run: rewritten(run / digests.FILE, lambda held: held[:90]), "digests.json is damaged: put", "is damaged"),
+    "an older run, a config that is null": (
+        lambda run: (older(run), (run / "config.json").write_text("null")), "is no object of fields", "config.json"),
+    "an older run, a config nested deep": (
+        lambda run: (older(run), (run / "config.json").write_text(NESTED)), "config.json cannot be read", "config.json"),
+    "an older run, sizes nested deep": (
+        lambda run: (older(run), (run / "sizes.json").write_text(NESTED)), "sizes.json cannot be read", "sizes.json"),
+    "an older run, sizes gone": (lambda run: (older(run), (run / "sizes.json").unlink()), 6, ""),
     "a tokenizer torn": (lambda run: rewritten(run / "tokenizer.json", lambda held: held[:90]), "tokenizer", "tokenizer"),
     "an empty tokenizer": (lambda run: (run / "tokenizer.json").write_text(""), "tokenizer.json", "tokenizer.json"),
 }  # fmt: skip
@@ -150,7 +157,6 @@ def test_damage(settings, trained, expected, tmp_path, what):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     damage(run)
-    digests._compared.cache_clear()  # as another process would see it
     held, lines = kept(run), measured(trained)
 
     def opened():
@@ -175,6 +181,36 @@ def test_damage(settings, trained, expected, tmp_path, what):
         trained_on()
         assert what == "metrics gone" or measured(run) == lines
     assert held <= kept(run), "nothing is deleted"
+
+
+def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
+    """Some of them would change a field of the config, or the tokens of a text."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
+    names = set(json.loads((run / digests.FILE).read_text())["files"])
+    assert names == {"config.json", "sizes.json", "data.json", "tokenizer.json"}
+    assert {path.name for path in trained.iterdir()} <= files.OWN_FILES, "each is refused as an output"
+    for name in names:
+        held = (run / name).read_bytes()
+        for bit in range(0, 8 * len(held), 53):
+            flipped = bytearray(held)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (run / name).write_bytes(flipped)
+            with pytest.raises(InputError, match=f"{name} has changed since it was written: put back a copy"):
+                read_config(run)
+        (run / name).write_bytes(held)
+    values = read_config(run)
+
+    values["eval"]["tokens"] = 99  # by hand, as the line says how
+    (run / "config.json").write_text(json.dumps(values))
+    in_one_line("remove the entry of config.json from .*digests.json", lambda: read_config(run))
+    listed = json.loads((run / digests.FILE).read_text())
+    del listed["files"]["config.json"]
+    (run / digests.FILE).write_text(json.dumps(listed))
+    assert read_config(run)["eval"]["tokens"] == 99
+    (run / digests.FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
+    (run / "sizes.json").unlink()
+    assert read_config(run)["eval"]["tokens"] == 99
 
 
 def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings, trained, tmp_path, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny import older
 from tests.training.test_commands import refused
 
 pytestmark = pytest.mark.slow
@@ -161,6 +162,7 @@ def test_classes_go_by_name(commands, tmp_path):
         assert result.code == 0 and "top1" in result.out, result.err
         refused(evaluate(checkpoint, other), "zcat", f"unknown to the run of {checkpoint}", "cat, dog, fox")
     refused(train(tmp_path / "third", other, f"--init-from={first}"), "zcat", f"unknown to the run of {first}")
+    older(first)
     (first / "classes.json").unlink()  # as in runs of before: places in sorted order
     assert evaluate(first, other).code == 0
     refused(evaluate(first, some), "has 2 classes, and the run of", "put back its classes.json")

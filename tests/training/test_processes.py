@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from seqpe_jax.data.tokenizers import ByteTokenizer
+from seqpe_jax.data.tokens import token_source
 from tests.commands import Commands, Result, Running, train_arguments
 
 pytestmark = pytest.mark.slow
@@ -206,6 +208,20 @@ def test_processes_that_do_not_fit_end_with_one_line_of_the_lead(commands, begin
     assert [result.code for result in results] == [2, 2] and said(results[1]) == []
     [line] = said(results[0])
     assert line.startswith(f"process 1 (on {socket.gethostname()}): error: cannot write to the cache")
+
+    # Under one path, with one size and time, the two hosts have other texts.
+    caches = {process: {"SEQPE_JAX_CACHE": str(tmp_path / f"cache{process}")} for process in range(2)}
+    own, fields = tmp_path / "own.txt", {"split": "train", "tokenizer": ByteTokenizer(), "progress": False}
+    own.write_text("line 0 of a text\n" * 200)
+    written = own.stat().st_mtime_ns
+    token_source("text_files", paths=(str(own),), cache_dir=caches[0]["SEQPE_JAX_CACHE"], **fields)
+    own.write_text("line 1 of a text\n" * 200)
+    os.utime(own, ns=(written, written))
+    results = finish(commands, begin(tmp_path / "e", 2, 1, variables=caches, **CHEAP | {"data__paths": own}))
+    assert [result.code for result in results] == [2, 2] and said(results[1]) == [], results
+    [line] = said(results[0])
+    assert line.startswith("error: the processes of this run differ in train split of text_files: 3,077 tokens (finger")
+    assert f"(process 0 on {socket.gethostname()}), 3,077 tokens (fingerprint" in line and not (tmp_path / "e").exists()
 
     [lead] = finish(commands, begin(tmp_path / "d", 2, 1, present=[0], timeout=1, **CHEAP))
     assert lead.code == 1 and lead.err.startswith("process 1 of 2 did not come within 1 s (came: 0 on "), lead.err

@@ -12,10 +12,20 @@ import pytest
 
 import seqpe_jax
 from seqpe_jax import files
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.runtime.progress import MetricsWriter
+from seqpe_jax.tasks.text import Text
 from seqpe_jax.training import workdir
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.training.workdir import OWNER, check_same_run, check_space, owned, random_bits_of, with_random_bits
+from seqpe_jax.training.workdir import (
+    OWNER,
+    check_owned,
+    check_same_run,
+    check_space,
+    owned,
+    random_bits_of,
+    with_random_bits,
+)
 from tests.tiny import ROOT, tiny_config, train
 from tests.training.test_trainer import written
 
@@ -198,6 +208,80 @@ def test_a_folder_has_one_owner_until_that_is_gone(tmp_path):
     assert not (tmp_path / OWNER).exists()
     with owned(tmp_path) as told:
         assert told == ""
+
+
+def test_a_folder_that_is_removed_moved_or_taken_over_is_not_saved_in(tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    with owned(run):
+        (run / "config.json").touch()
+        check_owned(run)
+        run.rename(moved)
+        with pytest.raises(Failure, match="folder .*/run was removed, moved or emptied while it trained: nothing more is"):
+            check_owned(run)
+        run.mkdir()
+        (run / OWNER).write_text(json.dumps(workdir._self() | {"process": 7}))
+        with pytest.raises(Failure, match="was taken over by process 7 on .* while it trained") as caught:
+            check_owned(run)
+        assert caught.value.code == 1 and "\n" not in str(caught.value)
+    assert (run / OWNER).exists(), "the lock of another run stays"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
+    text, run, moved = tmp_path / "text.txt", tmp_path / "run", tmp_path / "moved"
+    text.write_text("a line of text, and another one\n" * 60)
+    settings = tiny_config(
+        variant="none", steps=4, eval__every=0, eval__lengths=(16,), eval__tokens=64, data__name="text_files",
+        data__paths=(str(text),), checkpoint__keep=2,
+    )  # fmt: skip
+
+    def write(writer, step, *given, **named):  # somebody moves the folder while the third step is reported
+        if step == 3:
+            while not (run / "checkpoints" / "2").exists():
+                time.sleep(0.01)
+            run.rename(moved)
+        line(writer, step, *given, **named)
+
+    line = MetricsWriter.write
+    with monkeypatch.context() as moving:
+        moving.setattr(MetricsWriter, "write", write)
+        with pytest.raises(Failure, match="was removed, moved or emptied while it trained"):
+            train(settings, run)
+    assert not run.exists() and sorted(path.name for path in (moved / "checkpoints").iterdir()) == ["2"]
+    train(settings, moved)
+    assert "going on from step 2" in capsys.readouterr().out
+    seqpe_jax.load(moved).evaluate()
+    assert "is not what it was" not in capsys.readouterr().err
+
+    stored = json.loads((moved / "data.json").read_text())
+    assert stored.keys() == {"train", "validation", "test"} and stored["train"]["tokens"] == 1728
+    shutil.rmtree(moved / "checkpoints" / "4")
+    text.write_text("another line of text, and one more\n" * 90)
+    with pytest.raises(InputError) as caught:
+        train(settings, moved)
+    assert str(caught.value) == (
+        f"the data of the run of {moved} have changed since it began: train: 1,728 tokens (fingerprint "
+        f"{stored['train']['fingerprint'][:12]}) -> 2,835 tokens (fingerprint {fingerprint(settings, 'train')[:12]}). Put "
+        f"the data back as they were, or begin a new run with its parameters: a new --workdir and --init-from={moved}"
+    )
+    assert not (moved / "checkpoints" / "4").exists() and json.loads((moved / "data.json").read_text()) == stored
+    seqpe_jax.load(moved).evaluate()
+    told = capsys.readouterr().err
+    assert f"note: text_files is not what it was when {moved} was trained: test: " in told
+    assert told.count("is not what") == 1
+
+    listed = json.loads((moved / "digests.json").read_text())  # as an older version left it
+    del listed["files"]["data.json"]
+    (moved / "digests.json").write_text(json.dumps(listed))
+    (moved / "data.json").unlink()
+    train(settings, moved)
+    assert "what its data were when it began is not known: from now on it goes on with" in capsys.readouterr().out
+    assert json.loads((moved / "data.json").read_text())["train"]["fingerprint"] == fingerprint(settings, "train")
+
+
+def fingerprint(settings, split):
+    return Text(settings).fingerprint(split)["fingerprint"]
 
 
 def test_a_folder_in_use_is_not_trained_in(tmp_path):
