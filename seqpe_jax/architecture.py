@@ -17,7 +17,8 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import gathered
-from seqpe_jax.config import Config, DataConfig, EncodingConfig, ModelConfig, digits_of
+from seqpe_jax.config import Config, DataConfig, EncodingConfig, ModelConfig, digits_of, lengths_of
+from seqpe_jax.encodings.bounds import Bounds
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.fixed import LogScaling
 from seqpe_jax.encodings.registry import ENCODINGS, FADING
@@ -124,8 +125,17 @@ class Architecture:
     @property
     def encoder(self) -> SeqPE | None:
         """The part of the encoding that makes vectors of positions, or None."""
-        first = self.encoding.parts[0] if isinstance(self.encoding, Composed) else self.encoding
-        return first if isinstance(first, SeqPE) else None
+        return self._named if isinstance(self._named, SeqPE) else None
+
+    @property
+    def bounds(self) -> Bounds:
+        """Bounds within which training keeps parameters of the encoding, by name."""
+        return getattr(self._named, "PARAM_BOUNDS", {})
+
+    @property
+    def _named(self) -> nn.Module:
+        """The part of the encoding that the config names."""
+        return self.encoding.parts[0] if isinstance(self.encoding, Composed) else self.encoding
 
     def grid_of(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the positions along each axis of inputs of a shape [B, L] or [B, sides..., C]; may be symbolic."""
@@ -247,7 +257,7 @@ def _encoding(config: Config) -> nn.Module:
     offered = dataclasses.asdict(encoding) | {
         "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
         "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
-        "prefix": int(config.reads_images), "unit": encoding.unit,
+        "prefix": int(config.reads_images), "unit": encoding.unit, **lengths_of(config),
     }  # fmt: skip
     parts, reach = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
     if encoding.kind == "seqpe":

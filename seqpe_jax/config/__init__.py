@@ -2,6 +2,7 @@
 
 from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
 from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, EncodingKind
+from seqpe_jax.config.lengths import lengths_of, with_lengths
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
     LOCAL,
@@ -62,10 +63,12 @@ __all__ = [
     "field_types",
     "from_dict",
     "given",
+    "lengths_of",
     "load",
     "load_variant",
     "parse",
     "profile_window",
     "to_dict",
     "with_encoding",
+    "with_lengths",
 ]

@@ -183,6 +183,9 @@ def _check_text(config: Config) -> None:
         raise InputError(
             "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of them"
         )
+    fast, slow = config.encoding.yarn_beta_fast, config.encoding.yarn_beta_slow
+    if fast and fast <= slow:
+        raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
     check_positions(config, config.data.length, "data.length")
     for length in config.eval.lengths:
         if length < 1:

@@ -23,6 +23,24 @@ from seqpe_jax.files import expanded
 LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
 FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
+# Value that a stored config without a field was trained with, where it is not the field's default: a number, or a function
+# of the stored config. The model of an old checkpoint would be another one under the default.
+FORMER_DEFAULTS: dict[str, Any] = {
+    "encoding.t5_buckets": 32,
+    "encoding.t5_max_distance": 128,
+    "encoding.fire_threshold": 512.0,
+    "encoding.fire_scale": 0.1,
+    "encoding.kerple_scale": 1.0,
+    "encoding.yarn_beta_fast": 32.0,
+    "encoding.directed_heads": lambda stored: min(8, stored.model.heads),
+}
+# Fields whose default came to mean something else together with a new field: (new field, function as above).
+FORMER_MEANINGS: dict[str, tuple[str, Any]] = {
+    "encoding.rotary_pairs": (
+        "encoding.scale_invariant_tau",  # half of a head's pairs
+        lambda stored: max(1, stored.model.width // stored.model.heads // 4) * (stored.encoding.kind == "scale_invariant"),
+    ),
+}
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -41,9 +59,32 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
     """
-    config = _build(Config, values, "")
+    config = _with_former_defaults(_build(Config, values, ""), values)
     check(config)
     return config
+
+
+def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
+    """Returns the config of a stored run with what it was trained with where its values name no such field.
+
+    A config that a user gives names all fields (`defaults`), and is returned as it is.
+    """
+    unread = _unread(config)
+    former = {name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)}
+    former |= {name: value for name, (newer, value) in FORMER_MEANINGS.items() if _lacks(values, newer)}
+    for name, value in former.items():
+        section, field = name.split(".")
+        fields = getattr(config, section)
+        if getattr(fields, field) == getattr(type(fields)(), field) and not (section == "encoding" and field in unread):
+            value = value(config) if callable(value) else value
+            config = dataclasses.replace(config, **{section: dataclasses.replace(fields, **{field: value})})
+    return config
+
+
+def _lacks(values: dict[str, Any], name: str) -> bool:
+    """Whether nested values have the section of a dotted field, but not the field."""
+    section, field = name.split(".")
+    return section in values and field not in values[section]
 
 
 def parse(config: ml_collections.ConfigDict) -> Config:
@@ -110,13 +151,22 @@ VECTOR_TERMS = {"contrastive": ContrastiveConfig, "distillation": DistillationCo
 def as_read(config: Config) -> Config:
     """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
     kind, plain = config.encoding.kind, EncodingConfig()
-    unread = [field.name for field in dataclasses.fields(plain) if kind not in field.metadata.get("reads", (kind,))]
-    if kind == "seqpe" and not config.encoding.rotary_pairs:
-        unread += OF_PAIRS
-    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in unread})
+    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in _unread(config)})
     terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_TERMS.items()}
     config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
     return _of_data(config, config.read_as)
+
+
+def _unread(config: Config) -> list[str]:
+    """Returns the fields of the encoding that nothing reads under the config's other fields."""
+    encoding = config.encoding
+    kind = encoding.kind
+    unread = [field.name for field in dataclasses.fields(encoding) if kind not in field.metadata.get("reads", (kind,))]
+    if kind == "seqpe" and not encoding.rotary_pairs:
+        unread += OF_PAIRS
+    if kind == "rotary" and encoding.scaling != "yarn":
+        unread += OF_YARN
+    return unread
 
 
 def _of_data(section: Any, kind: str) -> Any:
@@ -133,6 +183,7 @@ def _of_data(section: Any, kind: str) -> Any:
 
 
 OF_PAIRS = ["theta", "rotary_heads"]  # of the pairs beside SeqPE
+OF_YARN = ["yarn_beta_fast", "yarn_beta_slow"]
 
 
 def _check_read(config: Config) -> None:
@@ -153,6 +204,8 @@ def _check_read(config: Config) -> None:
                 f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
             )
         kinds = reads.get(name, SEQPE)  # terms on vectors
+        if name.removeprefix("encoding.") in OF_YARN and kind in kinds:
+            raise InputError(f"{name}={value} is not read without encoding.scaling='yarn': set that, or leave it out")
         if kind in kinds:
             raise InputError(f"{name} is of the rotary pairs beside SeqPE: set encoding.rotary_pairs, or leave it out")
         raise InputError(f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(kinds)}: leave it out")

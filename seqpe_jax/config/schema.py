@@ -18,6 +18,7 @@ from seqpe_jax.config.kinds import (
     QUESTIONS,
     REAL_POSITIONS,
     SEQPE,
+    SLOPED,
     TEXT,
     WAVES,
     WRITTEN,
@@ -143,6 +144,18 @@ class EncodingConfig:
     reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
     amplitude: float = _field(1.0, **limits.Weight, reads=("sinusoidal",))
     reference_scaling: bool = _field(False, reads=("alibi",))  # slopes over sqrt(head width), as in the PyTorch reference
+    # Lengths of the baselines in tokens or patches, and constants that derive from one. 0 = the authors' share of the
+    # training length, computed by `config.lengths.lengths_of`, which has the sources.
+    t5_buckets: int = _field(0, zero=True, low=2, high=4096, reads=("t5",))  # distance buckets
+    t5_max_distance: int = _field(0, **limits.LengthOrNone, reads=("t5",))  # tokens; the last bucket begins below
+    fire_threshold: float = _field(0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",))  # of a fresh model, in tokens
+    fire_scale: float = _field(0.0, zero=True, low=1e-6, high=1e6, reads=("fire",))  # c of a fresh model, per token
+    kerple_scale: float = _field(0.0, zero=True, low=0.01, high=1e6, reads=("kerple",))  # upper end of fresh r2, per token
+    scale_invariant_tau: float = _field(10.0, low=1e-3, high=2.0**30, reads=("scale_invariant",))  # tokens
+    yarn_beta_fast: float = _field(0.0, zero=True, low=1e-3, high=1e6, reads=("rotary",))  # pairs of more turns stay
+    yarn_beta_slow: float = _field(1.0, low=1e-3, high=1e6, reads=("rotary",))  # turns up to which it is interpolated
+    slope_scale: float = _field(1.0, low=1e-6, high=1e6, reads=SLOPED)  # factor of the slopes, per token or patch
+    directed_heads: int = _field(0, **limits.HeadsOrNone, reads=("lookhere",))  # that see one side; 0 = two thirds
 
     @property
     def unit(self) -> int:

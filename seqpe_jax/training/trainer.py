@@ -176,6 +176,7 @@ class Trainer:
             accumulate=self.config.optimizer.accumulate,
             weight=self.task.criterion.weight,
             skip=self.config.optimizer.non_finite == "skip",
+            project=optimizers.projection(self.architecture.bounds),
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         outputs = (shardings, layout.replicated(self.mesh))
