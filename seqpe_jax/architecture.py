@@ -206,19 +206,26 @@ def mask_key(key: jax.Array, random_bits: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.concatenate([key, jax.random.fold_in(key, 1)]), impl="rbg")
 
 
-def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> float:
+def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
     """Returns the floating-point operations that the network's matrix products need, the encoding's left out.
 
     Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D) and of the logits (D V), and 4 L D in each block for
-    attention (all L keys, causal or not). A training step needs three times as many: forward, and twice that backward.
+    attention to all L keys. A training step needs three times as many: forward, and twice that backward.
 
     Args:
       tokens: read in all, as examples of the training size.
+
+    Returns:
+      By the name of the utilisation that they make: "mfu" counts half of the attention where it is causal, as MaxText does
+      since 2025; "mfu_full_attention" counts all of it, as PaLM (arXiv 2204.02311, appendix B) and most reports before.
+      For images, which are not causal, both are the same.
     """
     model, places = config.model, int(np.prod(config.grid))
     width, mlp = model.width, model.mlp_width or 4 * model.width
-    per_token = model.layers * (2 * (4 * width**2 + 2 * width * mlp) + 4 * places * width) + 2 * width * vocabulary
-    return float(tokens * per_token * (3 if training else 1))
+    weights = model.layers * 2 * (4 * width**2 + 2 * width * mlp) + 2 * width * vocabulary
+    attention = model.layers * 4 * places * width
+    counted = {"mfu": attention if config.reads_images else attention / 2, "mfu_full_attention": attention}
+    return {name: float(tokens * (weights + part) * (3 if training else 1)) for name, part in counted.items()}
 
 
 def check_encoding(config: Config) -> None:

@@ -208,6 +208,13 @@ def test_what_a_model_of_text_cannot_do_is_told(run, ask, words):
     assert "\n" not in str(caught.value)
 
 
+def test_pixels_are_normalised_as_in_training(photos):
+    model = seqpe_jax.load(photos)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+    normalised = (pixels / 255 - np.asarray(model.sizes.mean)) / np.asarray(model.sizes.std)
+    np.testing.assert_allclose(model.logits(pixels), model.logits(normalised.astype(np.float32)), atol=1e-5)
+
+
 def test_what_a_model_of_images_cannot_do_is_told(photos):
     model = seqpe_jax.load(photos)
     with pytest.raises(InputError, match="generates no text"):
@@ -216,6 +223,11 @@ def test_what_a_model_of_images_cannot_do_is_told(photos):
         model.logits(np.zeros((1, 8, 8, 3), np.float32))
     with pytest.raises(InputError, match="do not divide into patches"):
         model.logits(np.zeros((1, 9, 8, 1), np.float32))
+    whole = np.zeros((1, 8, 8, 1), np.uint8)
+    with pytest.raises(InputError, match=r"images of uint8 \(0 to 255\), or normalised ones of float32, got int32"):
+        model.logits(whole.astype(np.int32))
+    with pytest.raises(InputError, match="does not know the mean and deviation"):
+        dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, mean=(), std=())).logits(whole)
     with pytest.raises(InputError, match="it has no tokenizer"):
         _ = model.tokenizer
 

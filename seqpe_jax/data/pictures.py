@@ -129,7 +129,7 @@ def train_example(
             policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
             picture = changes.rand_augment(picture, *policy, rng)
         pixels = _pixels([picture])
-    pixels = _normalised(pixels, mean, std)
+    pixels = normalised(pixels, mean, std)
     if rng.random() < augment.erasing:
         pixels = changes.erase(pixels, rng)
     return {"images": pixels if is_clip else pixels[0], "labels": np.int32(record["label"])}
@@ -166,7 +166,7 @@ def evaluation_example(
     whole = max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale))
     left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
     resized = _resized(frames, (0, 0, frames.shape[2], frames.shape[1]), *whole)
-    pixels = _normalised(resized[:, top : top + height, left : left + width], mean, std)
+    pixels = normalised(resized[:, top : top + height, left : left + width], mean, std)
     return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
 
 
@@ -201,6 +201,7 @@ def _pixels(pictures: list[Image.Image]) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 3 else pixels
 
 
-def _normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Returns pixels uint8[..., C] scaled to 0..1, less the mean and divided by the deviation of their channel, float32."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)

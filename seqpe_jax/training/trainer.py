@@ -139,7 +139,7 @@ class Trainer:
         return Programs(self.architecture, self.mesh)
 
     @property
-    def flops_per_step(self) -> float:
+    def flops_per_step(self) -> dict[str, float]:
         """Floating-point operations of a training step on all devices (see `architecture.flops_of`)."""
         tokens = self.config.batch_size * self.architecture.places
         return flops_of(self.config, self.task.sizes.vocabulary, tokens=tokens, training=True)
