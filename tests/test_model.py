@@ -1,5 +1,6 @@
 """One handle on runs, exports and checkpoints of others, opened without their data."""
 
+import dataclasses
 import json
 import shutil
 

@@ -73,8 +73,9 @@ def benchmark(
     A run is {"encoding" (its name), "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an
     evaluated batch, or one new token of every sample), "per_second" (tokens or images), "mfu" and "mfu_full_attention" (see
     `architecture.flops_of`; None on an unknown device), "peak_bytes", "encoding_share" (of the time; None where the
-    encoding computes nothing of its own), "roofline" (of the same: see `profiling.roofline`; on a device whose peaks are not
-    known, arithmetic alone, at a rate measured at the end), "reached" (the shortest time possible as a share of the median)}.
+    encoding computes nothing of its own), "roofline" (of the same: see `profiling.roofline`; on a device whose peaks are
+    not known, arithmetic alone, at a rate measured at the end), "reached" (the shortest time possible as a share of the
+    median)}.
 
     Args:
       settings: by name; they differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward

@@ -94,7 +94,8 @@ def roofline(
       "count", "bytes", "received" (bytes that must enter a device), "seconds" (None where the links' rate is not known)}],
       "bound" (which of the three), "seconds" (the longest of them), "mfu" and "mfu_full_attention" (the names of
       `model_flops`; None where these are 0) and "per_second" at that bound, "compiler_s" (what the compiler expects its
-      instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see `work.Work`), "peaks"}.
+      instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see
+      `work.Work`), "peaks"}.
     """
     found, sent, links = work(program), sent or collectives(program), Links(mesh, chip)
     rows: dict[Any, dict[str, Any]] = {}

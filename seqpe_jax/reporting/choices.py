@@ -46,7 +46,8 @@ def _table(study: Study, name: str, metric: str, more: bool, rows: dict[str, tup
     seeds = " or ".join(map(str, sorted({trials[one].seed for one in deciding})))
     note = (
         f"{metric} on the validation split at the last step, of one run each with seed {seeds}; "
-        f"{'higher' if more else 'lower'} is better{', and the best of several runs is shown' * several}. The chosen value is that of the runs in all other tables."
+        f"{'higher' if more else 'lower'} is better{', and the best of several runs is shown' * several}. The chosen value "
+        "is that of the runs in all other tables."
     )
     if edges:
         note += f" At the end of what was tried, so that the best may lie beyond: {', '.join(edges)}."

@@ -161,9 +161,9 @@ def two_stages(
 ) -> Iterator[tuple[str, Overrides]]:
     """Yields the runs of a study that compares each way at the value of a field that is its own best.
 
-    First, of each way, a run WAY-FIELD=VALUE for each value, or WAY-FIELD=VALUE,CONSTANT=VALUE for each combination with the
-    values of a constant that it has; then, of each seed, a run WAY-SEED of all ways, with the values that did best (see
-    `Best`).
+    First, of each way, a run WAY-FIELD=VALUE for each value, or WAY-FIELD=VALUE,CONSTANT=VALUE for each combination with
+    the values of a constant that it has; then, of each seed, a run WAY-SEED of all ways, with the values that did best
+    (see `Best`).
 
     Args:
       ways: overrides by name; tried: one field and its values.
@@ -174,7 +174,8 @@ def two_stages(
       constants: of some ways one more field and its values, such as a length that another paper chose for its own windows.
 
     Raises:
-      InputError: not one field, a way that is like none of the others, or further values or a constant for what is not tried.
+      InputError: not one field, a way that is like none of the others, or further values or a constant for what is not
+        tried.
     """
     like, further, constants = dict(like or {}), dict(further or {}), dict(constants or {})
     if len(tried) != 1:
