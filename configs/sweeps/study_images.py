@@ -9,7 +9,7 @@ decides, at 8 x 8. An encoding with a constant that its authors chose for their 
 rate. Then come seeds 1 to 3 at the best rate and constant. `learned_crops` is the stretched table trained on crops of the
 sizes that the others see as zoomed parts; `rotary` numbers the patches row by row.
 Hardware: two CPU cores, one for each of two runs at once; about two and a half hours for 114 runs, the strongest encodings
-first. What they have measured stands in docs/results/study_images.json, with which --results goes on.
+first. docs/results/study_images.json holds the runs of the study before it searched constants.
 """
 
 from seqpe_jax.sweeps.points import two_stages

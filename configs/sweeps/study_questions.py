@@ -26,7 +26,7 @@ CONSTANTS = {
     "sinusoidal": {"encoding.theta": (100.0, 1000.0, 10000.0)},
     "pope": {"encoding.theta": (100.0, 1000.0, 10000.0)},
     "alibi": {"encoding.slope_scale": (0.5, 1.0, 2.0)},
-    "kerple": {"encoding.kerple_scale": (1.0, 2.0, 4.0)},
+    "kerple": {"encoding.kerple_scale": (0.3, 1.0, 3.0)},
     "fire": {"encoding.fire_threshold": (32.0, 128.0, 512.0)},
     "t5": {"encoding.t5_max_distance": (32, 64, 128)},
     "scale_invariant": {"encoding.scale_invariant_tau": (1.0, 3.0, 10.0)},

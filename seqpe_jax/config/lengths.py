@@ -16,7 +16,6 @@ T5_BUCKETS = 32  # Raffel et al. 2020 (arXiv 1910.10683, section 2.1)
 T5_SHARE = 128 / 512  # distances up to 128 at a training length of 512 (the same, sections 2.1 and 3.1.2)
 FIRE_SHARE = 512 / 2048  # threshold 512 at a training length of 2048 (Li et al. 2024, arXiv 2310.04418)
 FIRE_SCALE = 0.1 * 2048  # c = 0.1 per token at that length
-KERPLE_SCALE = 1.0 * 512  # r2 is drawn below 1 per token at a training length of 512 (Chi et al. 2022, arXiv 2205.09921)
 YARN_BETA_FAST = 32.0  # turns in the training window (Peng et al. 2023, arXiv 2309.00071, section 3.2)
 DIRECTED_SHARE = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
 
@@ -33,6 +32,8 @@ def lengths_of(config: Config) -> dict[str, Any]:
       share of the window. A threshold of 16 at 64 tokens with the authors' 0.1 per token was worse than their 512.
     - `rotary_pairs` of `scale_invariant` are its authors' half of the pairs, of those with a period within the training
       window; at their own 4096 tokens all of that half are. At 64 tokens 4 pairs of 12 were far better than 6.
+    - `kerple_scale` is not among them: drawn below 8 per token at 64 tokens, its authors' share (1 at 512; Chi et al. 2022,
+      arXiv 2205.09921), KERPLE was worse than below 1, by 0.06 to 0.08 bits in one run of 400 steps.
     - `yarn_beta_fast` is at most the turns of the fastest pair in training, so that one pair stays as it was.
     """
     encoding, model = config.encoding, config.model
@@ -44,7 +45,6 @@ def lengths_of(config: Config) -> dict[str, Any]:
         "t5_max_distance": encoding.t5_max_distance or max(buckets, round(T5_SHARE * length)),
         "fire_threshold": encoding.fire_threshold or FIRE_SHARE * length,
         "fire_scale": encoding.fire_scale or FIRE_SCALE / length,
-        "kerple_scale": encoding.kerple_scale or KERPLE_SCALE / length,
         "yarn_beta_fast": encoding.yarn_beta_fast or min(YARN_BETA_FAST, fastest),
         "directed_heads": encoding.directed_heads or round(DIRECTED_SHARE * model.heads),
     } | ({"rotary_pairs": _seen_pairs(config, length)} if encoding.kind == "scale_invariant" else {})

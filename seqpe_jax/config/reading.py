@@ -30,7 +30,6 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "encoding.t5_max_distance": 128,
     "encoding.fire_threshold": 512.0,
     "encoding.fire_scale": 0.1,
-    "encoding.kerple_scale": 1.0,
     "encoding.yarn_beta_fast": 32.0,
     "encoding.directed_heads": lambda stored: min(8, stored.model.heads),
 }

@@ -150,7 +150,7 @@ class EncodingConfig:
     t5_max_distance: int = _field(0, **limits.LengthOrNone, reads=("t5",))  # tokens; the last bucket begins below
     fire_threshold: float = _field(0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",))  # of a fresh model, in tokens
     fire_scale: float = _field(0.0, zero=True, low=1e-6, high=1e6, reads=("fire",))  # c of a fresh model, per token
-    kerple_scale: float = _field(0.0, zero=True, low=0.01, high=1e6, reads=("kerple",))  # upper end of fresh r2, per token
+    kerple_scale: float = _field(1.0, low=0.02, high=1e6, reads=("kerple",))  # upper end of fresh r2, per token
     scale_invariant_tau: float = _field(10.0, low=1e-3, high=2.0**30, reads=("scale_invariant",))  # tokens
     yarn_beta_fast: float = _field(0.0, zero=True, low=1e-3, high=1e6, reads=("rotary",))  # pairs of more turns stay
     yarn_beta_slow: float = _field(1.0, low=1e-3, high=1e6, reads=("rotary",))  # turns up to which it is interpolated

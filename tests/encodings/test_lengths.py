@@ -72,7 +72,6 @@ def test_shares_are_the_authors_numbers_at_the_authors_lengths():
     assert at("t5", data__length=512)["t5_buckets"] == 32 and at("t5", data__length=512)["t5_max_distance"] == 128
     assert at("fire", data__length=2048)["fire_threshold"] == 512
     assert at("fire", data__length=2048)["fire_scale"] == pytest.approx(0.1)
-    assert at("kerple", data__length=512)["kerple_scale"] == 1
     assert at("rotary", data__length=4096)["yarn_beta_fast"] == 32
     assert at("scale_invariant", data__length=4096)["rotary_pairs"] == 16  # half of the pairs of 64 columns
     assert lengths("imagenet_vit", "lookhere", model__heads=12)["directed_heads"] == 8
