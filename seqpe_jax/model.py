@@ -128,7 +128,14 @@ class Model:
         if places_RA.ndim != 2 or places_RA.shape[1] != encoder.axes:
             raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
         unit = self.architecture.spacing.unit
-        units_RA = np.rint(places_RA.astype(np.float64) * unit).astype(np.int64)
+        exact_RA = places_RA.astype(np.float64) * unit
+        units_RA = np.rint(exact_RA).astype(np.int64)
+        between = np.abs(exact_RA - units_RA) > 0.05  # more than float32 rounds
+        if between.any():
+            raise InputError(
+                f"position {places_RA[between][0]} lies between those that encoding.fraction_digits="
+                f"{self.config.encoding.fraction_digits} writes, which are 1/{unit} apart: round positions first"
+            )
         _check_reach(encoder, units_RA)
         return self.programs.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
 
@@ -244,7 +251,8 @@ class Model:
     def _start(self, start: Start, shape: Shape) -> Shape:
         """The first position in tokens or patches along each axis. Raises: InputError: it cannot be."""
         first = np.zeros(len(shape), np.int32) if start is None else np.atleast_1d(np.asarray(start, np.int32))
-        if first.shape != (len(shape),):
+        whole = start is None or np.issubdtype(np.asarray(start).dtype, np.integer)
+        if first.shape != (len(shape),) or not whole:
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
         kind, spacing = self.config.encoding.kind, self.architecture.spacing
         encoder = self.architecture.encoder

@@ -194,6 +194,8 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
     (lambda model: model.logits(np.zeros((1, 4))), "tokens int32"),
     (lambda model: model.logits(np.zeros(4, int)), r"tokens int32\[B, L\], got an array of shape \(4,\)"),
     (lambda model: model.logits(np.zeros((1, 4), int), start=(1, 2)), "start must be 1 int"),
+    (lambda model: model.logits(np.zeros((1, 4), int), start=1.5), r"start must be 1 int\(s\), one per axis, got 1.5"),
+    (lambda model: model.encode_positions([3.5]), "position 3.5 lies between those that encoding.fraction_digits=0 writes"),
     (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
     (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),
     (lambda model: model.encode_positions([-1]), "position -1 is outside"),

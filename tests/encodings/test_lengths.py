@@ -116,7 +116,7 @@ def test_a_parameter_comes_back_from_its_bound(encoding, name, end, outwards):
         value = batch["sign"] * bias(params["encoding"], encoding).sum()
         return value, {"loss": value}
 
-    step = make_train_step(loss, optimizer, lambda _: 0.05, project=projection(encoding.PARAM_BOUNDS))
+    step = jax.jit(make_train_step(loss, optimizer, lambda _: 0.05, project=projection(encoding.PARAM_BOUNDS)))
     fresh = encoding.init(jax.random.PRNGKey(0), jnp.arange(4)[None, :, None], shape=(4,))["params"]
     params = {"encoding": {key: jnp.full_like(leaf, end if key == name else 1.0) for key, leaf in fresh.items()}}
     states = [create(params, optimizer, jax.random.PRNGKey(0))]
