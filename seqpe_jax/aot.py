@@ -98,7 +98,8 @@ def bound_of(roofline: dict, unit: str) -> str:
     lines = [
         markdown_of(["at its peak", "of a device", "ms", "of the bound"], rows),
         f"bound: {roofline['bound']}; a step takes {ms(roofline['seconds'])} ms at least, {roofline['per_second']:,.0f} "
-        f"{unit}/s and {100 * roofline['mfu']:.1f}% MFU at most",
+        f"{unit}/s and {100 * roofline['mfu']:.1f}% MFU at most ({100 * roofline['mfu_full_attention']:.1f}% with "
+        "full attention counted)",
     ]
     if any(one["seconds"] is None for one in roofline["collectives"]):
         lines.append("what goes over the network, whose rate is not known, is not in the bound")

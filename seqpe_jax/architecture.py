@@ -17,7 +17,8 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import gathered
-from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of
+from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of, lengths_of
+from seqpe_jax.encodings.bounds import Bounds
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.fixed import LogScaling
 from seqpe_jax.encodings.registry import ENCODINGS
@@ -124,8 +125,17 @@ class Architecture:
     @property
     def encoder(self) -> SeqPE | None:
         """The part of the encoding that makes vectors of positions, or None."""
-        first = self.encoding.parts[0] if isinstance(self.encoding, Composed) else self.encoding
-        return first if isinstance(first, SeqPE) else None
+        return self._named if isinstance(self._named, SeqPE) else None
+
+    @property
+    def bounds(self) -> Bounds:
+        """Bounds within which training keeps parameters of the encoding, by name."""
+        return getattr(self._named, "PARAM_BOUNDS", {})
+
+    @property
+    def _named(self) -> nn.Module:
+        """The part of the encoding that the config names."""
+        return self.encoding.parts[0] if isinstance(self.encoding, Composed) else self.encoding
 
     def grid_of(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the positions along each axis of inputs of a shape [B, L] or [B, sides..., C]; may be symbolic."""
@@ -196,21 +206,27 @@ def mask_key(key: jax.Array, random_bits: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.concatenate([key, jax.random.fold_in(key, 1)]), impl="rbg")
 
 
-def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> float:
+def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
     """Returns the floating-point operations that the network's matrix products need, the encoding's left out.
 
     Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates) and of the logits (D V), and 4 L D in
-    each block for attention (all L keys, causal or not). A training step needs three times as many: forward, and twice that
-    backward.
+    each block for attention to all L keys. A training step needs three times as many: forward, and twice that backward.
 
     Args:
       tokens: read in all, as examples of the training size.
+
+    Returns:
+      By the name of the utilisation that they make: "mfu" counts half of the attention where it is causal, as MaxText does
+      since 2025; "mfu_full_attention" counts all of it, as PaLM (arXiv 2204.02311, appendix B) and most reports before.
+      For images, which are not causal, both are the same.
     """
     model, places = config.model, int(np.prod(config.grid))
     width, mlp = model.width, model.mlp_width or 4 * model.width
     gates = 0 if config.encoding.gate == "none" else width * model.heads
-    per_token = model.layers * (2 * (4 * width**2 + 2 * width * mlp + gates) + 4 * places * width) + 2 * width * vocabulary
-    return float(tokens * per_token * (3 if training else 1))
+    weights = model.layers * 2 * (4 * width**2 + 2 * width * mlp + gates) + 2 * width * vocabulary
+    attention = model.layers * 4 * places * width
+    counted = {"mfu": attention if config.reads_images else attention / 2, "mfu_full_attention": attention}
+    return {name: float(tokens * (weights + part) * (3 if training else 1)) for name, part in counted.items()}
 
 
 def check_encoding(config: Config) -> None:
@@ -251,7 +267,7 @@ def _encoding(config: Config) -> nn.Module:
     offered = dataclasses.asdict(encoding) | {
         "digits": digits_of(encoding), "layers_model": model.layers, "width_model": model.width,
         "heads_model": model.heads, "axes": len(config.grid), "table_shape": config.grid,
-        "prefix": int(config.reads_images), "unit": encoding.unit,
+        "prefix": int(config.reads_images), "unit": encoding.unit, **lengths_of(config),
     }  # fmt: skip
     parts, reach = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
     if encoding.kind == "seqpe":

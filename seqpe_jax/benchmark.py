@@ -6,10 +6,11 @@
 Modes: train (a step), eval (a batch; the position table is computed before), decode (a new token of each sample), encode
 (forward and backward pass of SeqPE's encoder on the positions of a step, against each string of digits by itself).
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
-device's peak; see `architecture.flops_of`), the shortest time that the program could take on these devices (its roofline)
-and the share of it that is reached, the memory of the compiled program, and the time of the position encoding alone as a
-share. --compare names variants of the config file, each in the form that it is trained in; of the --config.FIELD options
-each takes those that it reads. Ratios are of the first to each other one: medians over turns.
+device's peak, with half of causal attention and with all of it; see `architecture.flops_of`), the shortest time that the
+program could take on these devices (its roofline) and the share of it that is reached, the memory of the compiled program,
+and the time of the position encoding alone as a share. --compare names variants of the config file, each in the form that
+it is trained in; of the --config.FIELD options each takes those that it reads. Ratios are of the first to each other one:
+medians over turns.
 """
 
 import dataclasses
@@ -86,12 +87,16 @@ def table(found: dict) -> str:
     rows = [
         [
             run["encoding"], f"{1000 * run['median_s']:.2f}", f"{1000 * run['p10_s']:.2f} .. {1000 * run['p90_s']:.2f}",
-            f"{run['per_second']:,.0f}", share(run["mfu"]), f"{1000 * run['roofline']['seconds']:.2f}",
-            share(run["reached"]), f"{run['peak_bytes'] / 1e6:,.0f}", share(run["encoding_share"]),
+            f"{run['per_second']:,.0f}", share(run["mfu"]), share(run["mfu_full_attention"]),
+            f"{1000 * run['roofline']['seconds']:.2f}", share(run["reached"]), f"{run['peak_bytes'] / 1e6:,.0f}",
+            share(run["encoding_share"]),
         ]
         for run in found["runs"]
     ]  # fmt: skip
-    header = ["encoding", "median ms", "10th .. 90th", "per second", "MFU", "bound ms", "reached", "MB", "encoding alone"]
+    header = [
+        "encoding", "median ms", "10th .. 90th", "per second", "MFU", "MFU, full attention", "bound ms", "reached", "MB",
+        "encoding alone",
+    ]  # fmt: skip
     lines = [f"{pair}: time {ratio['time']:.3f}, memory {ratio['memory']:.3f}" for pair, ratio in found["ratios"].items()]
     bound = found["runs"][0]["roofline"]
     lines.append(

@@ -12,6 +12,7 @@ import numpy as np
 
 from seqpe_jax.architecture import Architecture, Params, Shape, Sizes
 from seqpe_jax.config import Config
+from seqpe_jax.data.pictures import normalised
 from seqpe_jax.data.tokenizers import Tokenizer, continuation
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, utf8
@@ -96,12 +97,13 @@ class Model:
         """Returns logits, float32: [B, L, V] of tokens, [B, V] of images or clips.
 
         Args:
-          inputs: tokens int32[B, L]; images float32[B, H, W, C] or clips float32[B, T, H, W, C], normalised with
-            `sizes.mean` and `sizes.std`.
+          inputs: tokens int32[B, L]; images [B, H, W, C] or clips [B, T, H, W, C], either uint8, which are normalised here
+            with `sizes.mean` and `sizes.std`, or float32, which must be normalised so already.
           start: the first position in tokens or patches, an int or one per axis; None = the origin.
 
         Raises:
-          InputError: inputs of another kind or size, unknown tokens, positions beyond the digits, an encoder alone.
+          InputError: inputs of another kind or size, unknown tokens, pixels that nobody knows how to normalise, positions
+            beyond the digits, an encoder alone.
         """
         if self.architecture.network is None:
             raise InputError("this is a position encoder alone: it has no logits, only encode_positions")
@@ -126,7 +128,14 @@ class Model:
         if places_RA.ndim != 2 or places_RA.shape[1] != encoder.axes:
             raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
         unit = self.architecture.spacing.unit
-        units_RA = np.rint(places_RA.astype(np.float64) * unit).astype(np.int64)
+        exact_RA = places_RA.astype(np.float64) * unit
+        units_RA = np.rint(exact_RA).astype(np.int64)
+        between = np.abs(exact_RA - units_RA) > 0.05  # more than float32 rounds
+        if between.any():
+            raise InputError(
+                f"position {places_RA[between][0]} lies between those that encoding.fraction_digits="
+                f"{self.config.encoding.fraction_digits} writes, which are 1/{unit} apart: round positions first"
+            )
         _check_reach(encoder, units_RA)
         return self.programs.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
 
@@ -223,7 +232,7 @@ class Model:
         if self.architecture.reads_images:
             if inputs.shape[-1] != self.sizes.channels:
                 raise InputError(f"this model reads {self.sizes.channels} channel(s), got an array of shape {inputs.shape}")
-            return inputs
+            return self._normalised(inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise InputError(f"this model reads tokens int32[B, L], got {inputs.dtype}: use model.tokenizer on text")
         if inputs.size and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.sizes.vocabulary:
@@ -233,10 +242,26 @@ class Model:
             )
         return inputs
 
+    def _normalised(self, images: jax.Array) -> jax.Array:
+        """Images as the network reads them, float. Raises: InputError: whole numbers that cannot be normalised."""
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return images
+        if images.dtype != jnp.uint8:
+            raise InputError(
+                f"this model reads images of uint8 (0 to 255), or normalised ones of float32, got {images.dtype}"
+            )
+        if not self.sizes.mean:
+            raise InputError(
+                "this model does not know the mean and deviation of its images, so it cannot normalise uint8: give "
+                "float32, normalised as in its training"
+            )
+        return jnp.asarray(normalised(np.asarray(images), self.sizes.mean, self.sizes.std))
+
     def _start(self, start: Start, shape: Shape) -> Shape:
         """The first position in tokens or patches along each axis. Raises: InputError: it cannot be."""
         first = np.zeros(len(shape), np.int32) if start is None else np.atleast_1d(np.asarray(start, np.int32))
-        if first.shape != (len(shape),):
+        whole = start is None or np.issubdtype(np.asarray(start).dtype, np.integer)
+        if first.shape != (len(shape),) or not whole:
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
         kind, spacing = self.config.encoding.kind, self.architecture.spacing
         encoder = self.architecture.encoder

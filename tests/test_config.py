@@ -212,6 +212,8 @@ def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
         values["encoding"]["rotary_pairs"] = 2  # else what belongs to them would be refused too
     if kind not in GRID_ONLY:
         values["encoding"]["gate"] = "cable"
+    if kind == "rotary":
+        values["encoding"]["scaling"] = "yarn"  # likewise
     for field in dataclasses.fields(config.EncodingConfig):
         if field.name == "kind":
             continue
@@ -263,6 +265,13 @@ def test_an_option_of_a_part_that_is_off_is_refused(off, on, field, value):
 
 
 def test_terms_and_pairs_that_are_not_there_have_no_fields():
+    with pytest.raises(InputError, match="yarn_beta_slow=2.0 is not read without encoding.scaling='yarn'"):
+        config.load(QUICKSTART + ":rotary", {"encoding.yarn_beta_slow": 2.0})
+    with pytest.raises(InputError, match="yarn_beta_fast=2.0 must be more than encoding.yarn_beta_slow=3.0, or 0"):
+        config.load(
+            QUICKSTART + ":rotary",
+            {"encoding.scaling": "yarn", "encoding.yarn_beta_fast": 2.0, "encoding.yarn_beta_slow": 3.0},
+        )
     with pytest.raises(InputError, match="contrastive.batch=9 is not read by encoding.kind='rotary', only by seqpe"):
         config.load(QUICKSTART + ":rotary", {"objective.contrastive.batch": 9})
     for field, value in (("theta", 100.0), ("rotary_heads", 2)):
@@ -321,6 +330,31 @@ def test_the_config_of_an_older_run_is_read():
     values["objective"]["contrastive"] |= {"batch": 8, "window": 512}
     old = config.from_dict(values)
     assert old.encoding.width == 96 and config.as_read(old) == config.load(QUICKSTART + ":rotary")
+
+
+FORMER = {
+    "t5": {"t5_buckets": 32, "t5_max_distance": 128}, "fire": {"fire_threshold": 512.0, "fire_scale": 0.1},
+    "kerple": {"kerple_scale": 1.0}, "scale_invariant": {"scale_invariant_tau": 10.0, "rotary_pairs": 6},
+    "rotary": {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}, "alibi": {"slope_scale": 1.0},
+    "lookhere": {"directed_heads": 4, "slope_scale": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMER)
+def test_a_run_without_the_lengths_of_its_encoding_keeps_those_that_it_was_trained_with(kind):
+    page = DIGITS if kind in GRID_ONLY else QUICKSTART
+    values = json.loads(json.dumps(config.to_dict(config.load(f"{page}:{kind}"))))
+    if kind == "rotary":
+        values["encoding"]["scaling"] = "yarn"
+    values["encoding"] |= {name: 0 for name in FORMER[kind] if name.startswith("fire_")}  # whose page sets them
+    now, lengths = config.from_dict(values), config.lengths_of(config.from_dict(values))
+    for name in FORMER[kind].keys() - {"rotary_pairs"}:
+        del values["encoding"][name]
+    found = config.from_dict(values)
+    assert {name: getattr(found.encoding, name) for name in FORMER[kind]} == FORMER[kind]
+    assert FORMER[kind].items() <= (dataclasses.asdict(found.encoding) | config.lengths_of(found)).items()
+    assert lengths == config.lengths_of(now), "a config of today is left as it is"
+    assert kind in ("alibi", "kerple") or lengths != config.lengths_of(found)
 
 
 @pytest.mark.parametrize("page, field, value, kinds", [

@@ -1,5 +1,6 @@
 """One handle on runs, exports and checkpoints of others, opened without their data."""
 
+import dataclasses
 import json
 import shutil
 
@@ -217,6 +218,8 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
     (lambda model: model.logits(np.zeros((1, 4))), "tokens int32"),
     (lambda model: model.logits(np.zeros(4, int)), r"tokens int32\[B, L\], got an array of shape \(4,\)"),
     (lambda model: model.logits(np.zeros((1, 4), int), start=(1, 2)), "start must be 1 int"),
+    (lambda model: model.logits(np.zeros((1, 4), int), start=1.5), r"start must be 1 int\(s\), one per axis, got 1.5"),
+    (lambda model: model.encode_positions([3.5]), "position 3.5 lies between those that encoding.fraction_digits=0 writes"),
     (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
     (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),
     (lambda model: model.encode_positions([-1]), "position -1 is outside"),
@@ -232,6 +235,13 @@ def test_what_a_model_of_text_cannot_do_is_told(run, ask, words):
     assert "\n" not in str(caught.value)
 
 
+def test_pixels_are_normalised_as_in_training(photos):
+    model = seqpe_jax.load(photos)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+    normalised = (pixels / 255 - np.asarray(model.sizes.mean)) / np.asarray(model.sizes.std)
+    np.testing.assert_allclose(model.logits(pixels), model.logits(normalised.astype(np.float32)), atol=1e-5)
+
+
 def test_what_a_model_of_images_cannot_do_is_told(photos):
     model = seqpe_jax.load(photos)
     with pytest.raises(InputError, match="generates no text"):
@@ -240,6 +250,11 @@ def test_what_a_model_of_images_cannot_do_is_told(photos):
         model.logits(np.zeros((1, 8, 8, 3), np.float32))
     with pytest.raises(InputError, match="do not divide into patches"):
         model.logits(np.zeros((1, 9, 8, 1), np.float32))
+    whole = np.zeros((1, 8, 8, 1), np.uint8)
+    with pytest.raises(InputError, match=r"images of uint8 \(0 to 255\), or normalised ones of float32, got int32"):
+        model.logits(whole.astype(np.int32))
+    with pytest.raises(InputError, match="does not know the mean and deviation"):
+        dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, mean=(), std=())).logits(whole)
     with pytest.raises(InputError, match="it has no tokenizer"):
         _ = model.tokenizer
 

@@ -11,6 +11,7 @@ from seqpe_jax.config.kinds import (
     EncodingKind,
     encoding_name,
 )
+from seqpe_jax.config.lengths import lengths_of, with_lengths
 from seqpe_jax.config.reading import (
     FREE_SECTIONS,
     LOCAL,
@@ -80,6 +81,7 @@ __all__ = [
     "field_types",
     "from_dict",
     "given",
+    "lengths_of",
     "load",
     "load_variant",
     "located",
@@ -89,4 +91,5 @@ __all__ = [
     "to_dict",
     "unknown_field",
     "with_encoding",
+    "with_lengths",
 ]

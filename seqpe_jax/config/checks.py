@@ -200,6 +200,9 @@ def _check_text(config: Config) -> None:
             f"encoding.kind='{config.encoding.kind}' is for grids, and data.name='{config.data.name}' has text: choose one "
             f"of {', '.join(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}"
         )
+    fast, slow = config.encoding.yarn_beta_fast, config.encoding.yarn_beta_slow
+    if fast and fast <= slow:
+        raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
     check_positions(config, config.data.length, "data.length", training=True)
     for length in config.eval.lengths:
         if length < 1:

@@ -19,6 +19,7 @@ SEQPE = ("seqpe",)
 OF_DISTANCES = ("alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "scale_invariant")
 # Positions need not be whole numbers.
 REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
+SLOPED = ("alibi", "alibi_grid", "lookhere")  # logits fall with distance by a fixed slope of each head
 TEXT_ONLY = ("alibi", "t5", "kerple", "scale_invariant", "pope")  # know one axis, or what came before
 GRID_ONLY = ("alibi_grid", "lookhere")
 MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin

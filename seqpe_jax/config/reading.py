@@ -33,6 +33,23 @@ RENAMED = {"encoding.gate_bias": "encoding.gate_bias_init"}
 RENAMED_VALUES = {
     "encoding.kind": {name: {"encoding.kind": "none", "encoding.gate": gate} for name, gate in GATED.items()},
 }
+# Value that a stored config without a field was trained with, where it is not the field's default: a number, or a function
+# of the stored config. The model of an old checkpoint would be another one under the default.
+FORMER_DEFAULTS: dict[str, Any] = {
+    "encoding.t5_buckets": 32,
+    "encoding.t5_max_distance": 128,
+    "encoding.fire_threshold": 512.0,
+    "encoding.fire_scale": 0.1,
+    "encoding.yarn_beta_fast": 32.0,
+    "encoding.directed_heads": lambda stored: min(8, stored.model.heads),
+}
+# Fields whose default came to mean something else together with a new field: (new field, function as above).
+FORMER_MEANINGS: dict[str, tuple[str, Any]] = {
+    "encoding.rotary_pairs": (
+        "encoding.scale_invariant_tau",  # half of a head's pairs
+        lambda stored: max(1, stored.model.width // stored.model.heads // 4) * (stored.encoding.kind == "scale_invariant"),
+    ),
+}
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -54,7 +71,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
     """
-    config = _build(Config, renamed(values), "")
+    values = renamed(values)
+    config = _with_former_defaults(_build(Config, values, ""), values)
     check(config)
     return config
 
@@ -112,6 +130,29 @@ def _section_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str
 def _default(field: str) -> Any:
     """The default of a dotted field."""
     return functools.reduce(getattr, field.split("."), Config())
+
+
+def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
+    """Returns the config of a stored run with what it was trained with where its values name no such field.
+
+    A config that a user gives names all fields (`defaults`), and is returned as it is.
+    """
+    unread = _unread(config.encoding)
+    former = {name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)}
+    former |= {name: value for name, (newer, value) in FORMER_MEANINGS.items() if _lacks(values, newer)}
+    for name, value in former.items():
+        section, field = name.split(".")
+        fields = getattr(config, section)
+        if getattr(fields, field) == getattr(type(fields)(), field) and not (section == "encoding" and field in unread):
+            value = value(config) if callable(value) else value
+            config = dataclasses.replace(config, **{section: dataclasses.replace(fields, **{field: value})})
+    return config
+
+
+def _lacks(values: dict[str, Any], name: str) -> bool:
+    """Whether nested values have the section of a dotted field, but not the field."""
+    section, field = name.split(".")
+    return section in values and field not in values[section]
 
 
 def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> Config:
@@ -267,6 +308,11 @@ def _check_read(config: Config) -> None:
                 f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
             )
         metadata = fields.get(name, {"reads": SEQPE})  # terms on vectors
+        for setting, needed in metadata.get("under", {}).items():
+            if kind in metadata["reads"]:
+                raise InputError(
+                    f"{name}={value} is not read without encoding.{setting}='{needed}': set that, or leave it out"
+                )
         for part, kinds in metadata.get("combined", {}).items():
             if kind in kinds:
                 raise InputError(

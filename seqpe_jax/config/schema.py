@@ -20,6 +20,7 @@ from seqpe_jax.config.kinds import (
     QUESTIONS,
     REAL_POSITIONS,
     SEQPE,
+    SLOPED,
     TEXT,
     WAVES,
     WRITTEN,
@@ -101,6 +102,7 @@ class ModelConfig:
 PARTS: dict[str, Any] = {"rotary_pairs": 0, "gate": "none"}
 _PAIRS = {"rotary_pairs": ADDED_PAIRS}
 _GATES = {"gate": tuple(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}
+_YARN: dict[str, Any] = {"reads": ("rotary",), "under": {"scaling": "yarn"}}
 _MOVED = {"rotary_pairs": ("none",)}  # has no positions but those by which its pairs rotate
 
 
@@ -109,7 +111,8 @@ class EncodingConfig:
     """How positions reach attention.
 
     `reads` says which kinds read a field, and `combined` which further kinds read it where another field is set: that of a
-    part with which they are combined (`PARTS`). For all others it keeps its default.
+    part with which they are combined (`PARTS`). `under` names values of other fields without which no kind reads it. For
+    all others it keeps its default.
     """
 
     kind: EncodingKind = "seqpe"
@@ -167,6 +170,18 @@ class EncodingConfig:
     reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
     amplitude: float = _field(1.0, **limits.Weight, reads=("sinusoidal",))
     reference_scaling: bool = _field(False, reads=("alibi",))  # slopes over sqrt(head width), as in the PyTorch reference
+    # Lengths of the baselines in tokens or patches, and constants that derive from one. 0 = the authors' share of the
+    # training length, computed by `config.lengths.lengths_of`, which has the sources.
+    t5_buckets: int = _field(0, zero=True, low=2, high=4096, reads=("t5",))  # distance buckets
+    t5_max_distance: int = _field(0, **limits.LengthOrNone, reads=("t5",))  # tokens; the last bucket begins below
+    fire_threshold: float = _field(0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",))  # of a fresh model, in tokens
+    fire_scale: float = _field(0.0, zero=True, low=1e-6, high=1e6, reads=("fire",))  # c of a fresh model, per token
+    kerple_scale: float = _field(1.0, low=0.02, high=1e6, reads=("kerple",))  # upper end of fresh r2, per token
+    scale_invariant_tau: float = _field(10.0, low=1e-3, high=2.0**30, reads=("scale_invariant",))  # tokens
+    yarn_beta_fast: float = _field(0.0, zero=True, low=1e-3, high=1e6, **_YARN)  # pairs of more turns stay
+    yarn_beta_slow: float = _field(1.0, low=1e-3, high=1e6, **_YARN)  # turns up to which it is interpolated
+    slope_scale: float = _field(1.0, low=1e-6, high=1e6, reads=SLOPED)  # factor of the slopes, per token or patch
+    directed_heads: int = _field(0, **limits.HeadsOrNone, reads=("lookhere",))  # that see one side; 0 = two thirds
 
     @property
     def unit(self) -> int:
@@ -185,6 +200,8 @@ class EncodingConfig:
 
     def reads(self, field: dataclasses.Field) -> bool:
         """Returns whether this encoding reads one of its fields."""
+        if any(getattr(self, name) != value for name, value in field.metadata.get("under", {}).items()):
+            return False
         if self.kind in field.metadata.get("reads", (self.kind,)):
             return True
         combined = field.metadata.get("combined", {})

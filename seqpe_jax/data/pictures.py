@@ -133,7 +133,7 @@ def train_example(
             policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
             picture = changes.rand_augment(picture, *policy, rng)
         pixels = _pixels([picture])
-    pixels = _normalised(pixels, mean, std)
+    pixels = normalised(pixels, mean, std)
     if rng.random() < augment.erasing:
         pixels = changes.erase(pixels, rng)
     return {"images": pixels if is_clip else pixels[0], "labels": np.int32(record["label"])}
@@ -175,7 +175,7 @@ def evaluation_example(
         left * across / whole[0], top * down / whole[1],
         (left + width) * across / whole[0], (top + height) * down / whole[1],
     )  # fmt: skip
-    pixels = _normalised(_resized(frames, box, width, height), mean, std)
+    pixels = normalised(_resized(frames, box, width, height), mean, std)
     return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
 
 
@@ -210,6 +210,7 @@ def _pixels(pictures: list[Image.Image]) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 3 else pixels
 
 
-def _normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Returns pixels uint8[..., C] scaled to 0..1, less the mean and divided by the deviation of their channel, float32."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)

@@ -77,16 +77,19 @@ def turned(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
     return [part[:count] for part, count in zip(frequencies, counts, strict=True)]
 
 
-def interpolated(frequencies: np.ndarray, longer: float, trained: int, width: int) -> np.ndarray:
+def interpolated(
+    frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
+) -> np.ndarray:  # fmt: skip
     """Returns frequencies under which longer windows turn as far as those of training (Chen et al. 2023, arXiv 2306.15595).
 
     Args:
       frequencies: radians per token; longer: how many times as long; trained: tokens of training; width: of a head.
+      betas: slow and fast, of `by_parts`.
     """
     return frequencies / longer
 
 
-def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int) -> np.ndarray:
+def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]) -> np.ndarray:
     """Returns frequencies of a larger base, so that the slowest is as slow as interpolated, the fastest as it was.
 
     Source: bloc97 2023, as written in Peng et al. 2023 (arXiv 2309.00071, section 3.1). Arguments as of `interpolated`.
@@ -94,13 +97,17 @@ def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int) 
     return frequencies * longer ** (-2.0 * np.arange(len(frequencies)) / max(width - 2, 1))
 
 
-def by_parts(frequencies: np.ndarray, longer: float, trained: int, width: int) -> np.ndarray:
-    """Returns YaRN's frequencies: slow ones interpolated, those that turn 32 times in training as they were.
+def by_parts(frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]) -> np.ndarray:
+    """Returns YaRN's frequencies: slow ones interpolated, fast ones as they were, a blend between.
 
-    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2), with alpha = 1 and beta = 32. Arguments as of `interpolated`.
+    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2, with betas 1 and 32 for LLaMA). Arguments as of `interpolated`.
+
+    Args:
+      betas: turns in training up to which a pair is interpolated, and from which on it stays as it was; where the second is
+        not the larger, pairs of more turns than the first stay.
     """
-    turns = trained * frequencies / (2 * math.pi)
-    kept = np.clip((turns - 1.0) / (32.0 - 1.0), 0.0, 1.0)
+    turns, (slow, fast) = trained * frequencies / (2 * math.pi), betas
+    kept = np.clip((turns - slow) / (fast - slow), 0.0, 1.0) if fast > slow else (turns > slow).astype(float)
     return (1.0 - kept) * frequencies / longer + kept * frequencies
 
 
@@ -189,6 +196,7 @@ class Rotary(nn.Module):
       width_model, heads_model: of the model; theta: base of the wavelengths.
       rotary_pairs: how many of the fastest pairs turn, 0 = all; the others carry content alone.
       scaling: what becomes of the angles of a window or grid with more places than `table_shape`, one of `SCALINGS`.
+      yarn_beta_slow, yarn_beta_fast: of "yarn" (`by_parts`), in turns.
       table_shape: the window or grid of training.
       unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
@@ -199,6 +207,8 @@ class Rotary(nn.Module):
     theta: float = 10000.0
     rotary_pairs: int = 0
     scaling: str = "none"
+    yarn_beta_slow: float = 1.0
+    yarn_beta_fast: float = 32.0
     table_shape: tuple[int, ...] = ()
     unit: int = 1
     prefix: int = 0
@@ -213,7 +223,8 @@ class Rotary(nn.Module):
         (frequencies,) = turned(head_width, 1, self.theta, self.rotary_pairs)
         longer = self._longer(shape)
         if longer > 1.0:
-            frequencies = SCALINGS[self.scaling](frequencies, longer, math.prod(self.table_shape), head_width)
+            betas = self.yarn_beta_slow, self.yarn_beta_fast
+            frequencies = SCALINGS[self.scaling](frequencies, longer, math.prod(self.table_shape), head_width, betas)
         cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies / self.unit)
         signal = PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
         if longer > 1.0 and self.scaling == "yarn":
@@ -286,12 +297,14 @@ class ALiBi(nn.Module):
     Attributes:
       width_model, heads_model: of the model.
       reference_scaling: slopes divided by sqrt(head width), as the PyTorch reference has it.
+      slope_scale: factor of the slopes. The authors take the same slopes at every training length.
       unit: of positions, in which one token measures `unit`.
     """
 
     width_model: int
     heads_model: int
     reference_scaling: bool = False
+    slope_scale: float = 1.0
     unit: int = 1
 
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
@@ -300,7 +313,7 @@ class ALiBi(nn.Module):
         slopes = alibi_slopes(self.heads_model)
         if self.reference_scaling:
             slopes = slopes / math.sqrt(self.width_model // self.heads_model)
-        slopes_H = jnp.asarray(slopes, jnp.float32)
+        slopes_H = jnp.asarray(self.slope_scale * slopes, jnp.float32)
         place_PL1 = positions_PLA.astype(jnp.float32) / self.unit
         flat_PLH = jnp.broadcast_to(slopes_H, (*place_PL1.shape[:2], len(slopes)))
         query = jnp.stack([flat_PLH, -slopes_H * place_PL1], axis=-1)

@@ -1,12 +1,14 @@
 """Queries and keys as arrows: how long they are says what, where they point says where."""
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from seqpe_jax.encodings.bounds import Bounds, bounded
 from seqpe_jax.encodings.fixed import check_one_axis, unit_circle
 from seqpe_jax.encodings.signal import PositionSignal
 
@@ -20,7 +22,10 @@ class PoPE(nn.Module):
     Attributes:
       layers_model, width_model, heads_model: of the model; theta: base of the wavelengths.
       unit: of positions, in which one token measures `unit`.
+      PARAM_BOUNDS: training keeps the keys' angles between -2 pi and 0, as the paper does.
     """
+
+    PARAM_BOUNDS: ClassVar[Bounds] = {"shift": (-2 * math.pi, 0.0)}
 
     layers_model: int
     width_model: int
@@ -40,5 +45,5 @@ class PoPE(nn.Module):
         frequencies = self.theta ** (-np.arange(width) / width)
         cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
         shift = self.param("shift", nn.initializers.zeros, (self.layers_model, self.heads_model, width), jnp.float32)
-        bounded = jnp.clip(shift, -2 * math.pi, 0.0)
-        return PositionSignal(polar=(cos[:, :, None], sin[:, :, None]), polar_shift=bounded, stacked=("polar_shift",))
+        shift = bounded(shift, self.PARAM_BOUNDS["shift"])
+        return PositionSignal(polar=(cos[:, :, None], sin[:, :, None]), polar_shift=shift, stacked=("polar_shift",))

@@ -7,13 +7,14 @@ their logits.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from seqpe_jax.encodings.bounds import Bounds, bounded
 from seqpe_jax.encodings.fixed import alibi_slopes, check_one_axis, paired_width, turned, unit_circle
 from seqpe_jax.encodings.signal import PositionSignal, Relation
 from seqpe_jax.errors import InputError
@@ -81,7 +82,7 @@ class LogBias:
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
         """Returns (None, addend float32[P, H, L, S]); params: {"slope", "scale"}, each float32[H]."""
-        slope, scale = (jnp.maximum(params[name][heads_H], 0.01)[:, None, None] for name in ("slope", "scale"))
+        slope, scale = (params[name][heads_H][:, None, None] for name in ("slope", "scale"))
         return None, -slope * jnp.log1p(scale * distances(query, key)[:, None]) * standing(query, key)
 
 
@@ -107,18 +108,22 @@ class SlopedBias:
     """ALiBi's on a grid: -slope * distance; with directions, heads see one side alone (LookHere)."""
 
     slopes: tuple[float, ...]
-    directions: tuple[str, ...] = ()
+    directed: bool = False
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
-        """Returns (None, addend float32[P, H, L, S]); params: {"depth": float32[]}, a factor of the slopes, or None."""
+        """Returns (None, addend float32[P, H, L, S]).
+
+        Args:
+          params: None, or of a layer {"depth": float32[], a factor of the slopes; "direction": float32[H, 2], (down, right)
+            of the side that a head sees, 0 = everywhere}.
+        """
         slopes = jnp.asarray(self.slopes, jnp.float32)[heads_H][:, None, None]
         addend = -slopes * distances(query, key)[:, None] * (1.0 if params is None else params["depth"])
-        if self.directions:
-            down, right = displacements(query, key)[-2:]  # where the key lies behind the query
-            behind = jnp.stack([{"up": down < 0, "down": down > 0, "left": right < 0, "right": right > 0}.get(
-                direction, jnp.zeros_like(down, bool)
-            ) for direction in self.directions], axis=1)  # fmt: skip
-            addend = jnp.where(behind[:, heads_H], BEHIND, addend)
+        if self.directed:
+            down, right = displacements(query, key)[-2:]  # from the key to the query
+            side_H2 = params["direction"][heads_H]
+            ahead = side_H2[:, 0, None, None] * down[:, None] + side_H2[:, 1, None, None] * right[:, None]
+            addend = jnp.where(ahead > 0, BEHIND, addend)
         both = standing(query, key)
         return None, jnp.where(both > 0, addend, 0.0)
 
@@ -145,23 +150,37 @@ def signal_of(
 
 
 class T5(nn.Module):
-    """Learned numbers for 32 buckets of distances, the same in all layers (Raffel et al. 2020, arXiv 1910.10683).
+    """Learned numbers for buckets of distances, the same in all layers (Raffel et al. 2020, arXiv 1910.10683).
 
-    The first 16 buckets hold one distance each; the others grow with the logarithm, and the last holds all from 128 on.
+    The first half of the buckets hold one distance each; the others grow with the logarithm up to `t5_max_distance`, and
+    the last holds all that is beyond.
 
     Attributes:
-      heads_model, width_model: of the model; unit: of positions, in which one token measures `unit`.
+      heads_model, width_model: of the model.
+      t5_buckets: number of buckets; t5_max_distance: in tokens.
+      unit: of positions, in which one token measures `unit`.
     """
 
     heads_model: int
     width_model: int
+    t5_buckets: int
+    t5_max_distance: int
     unit: int = 1
 
     @nn.compact
     def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
-        """Returns the `relation` of positions int32[P, L, 1]. Raises: InputError: a grid."""
+        """Returns the `relation` of positions int32[P, L, 1].
+
+        Raises:
+          InputError: a grid, or a largest distance among those that have a bucket of their own.
+        """
         check_one_axis("t5", positions_PLA)
-        function = BucketBias(32, 128)
+        if self.t5_max_distance <= self.t5_buckets // 2:
+            raise InputError(
+                f"encoding.t5_max_distance={self.t5_max_distance} must be more than half of "
+                f"encoding.t5_buckets={self.t5_buckets}, which hold one distance each: raise it or lower the buckets"
+            )
+        function = BucketBias(self.t5_buckets, self.t5_max_distance)
         init = nn.initializers.normal(self.width_model**-0.5)
         buckets = self.param("buckets", init, (function.buckets, self.heads_model), jnp.float32)
         return signal_of(positions_PLA, self.unit, 0, function, {"buckets": buckets}, by_layer=False)
@@ -171,11 +190,17 @@ class Kerple(nn.Module):
     """KERPLE's logarithmic kernel, its two numbers learned by layer and head (Chi et al. 2022, arXiv 2205.09921).
 
     Attributes:
-      layers_model, heads_model: of the model; unit: of positions, in which one token measures `unit`.
+      layers_model, heads_model: of the model.
+      kerple_scale: a fresh r2 is drawn below, per token.
+      unit: of positions, in which one token measures `unit`.
+      PARAM_BOUNDS: training keeps r1 and r2 at 0.01 or more, as the authors' code does.
     """
+
+    PARAM_BOUNDS: ClassVar[Bounds] = {"slope": (0.01, math.inf), "scale": (0.01, math.inf)}
 
     layers_model: int
     heads_model: int
+    kerple_scale: float
     unit: int = 1
 
     @nn.compact
@@ -183,9 +208,10 @@ class Kerple(nn.Module):
         """Returns the `relation` of positions int32[P, L, 1]. Raises: InputError: a grid."""
         check_one_axis("kerple", positions_PLA)
         sizes = (self.layers_model, self.heads_model)
+        fresh = {"slope": 2.0, "scale": self.kerple_scale}  # each is drawn evenly between 0 and this
         params = {
-            "slope": self.param("slope", nn.initializers.uniform(2.0), sizes, jnp.float32),
-            "scale": self.param("scale", nn.initializers.uniform(1.0), sizes, jnp.float32),
+            name: bounded(self.param(name, _above(limit, self.PARAM_BOUNDS[name][0]), sizes), self.PARAM_BOUNDS[name])
+            for name, limit in fresh.items()
         }
         return signal_of(positions_PLA, self.unit, 0, LogBias(), params, by_layer=True)
 
@@ -194,16 +220,19 @@ class Fire(nn.Module):
     """FIRE: a network with 32 hidden units reads how far a key lies, as a share of how far it could (Li et al. 2024).
 
     In texts, a key could lie as far as the text's first token, or a learned threshold where that is more. On grids, where
-    the paper says nothing, distances are Euclid's and could be the diagonal. Source: arXiv 2310.04418, with c = 0.1 and a
-    threshold of 512 at the start.
+    the paper says nothing, distances are Euclid's and could be the diagonal. Source: arXiv 2310.04418.
 
     Attributes:
-      layers_model, heads_model: of the model; unit: of positions, in which one token or patch measures `unit`.
+      layers_model, heads_model: of the model.
+      fire_threshold: of a fresh model, in tokens or patches; fire_scale: c of a fresh model, per token or patch.
+      unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
     """
 
     layers_model: int
     heads_model: int
+    fire_threshold: float
+    fire_scale: float
     unit: int = 1
     prefix: int = 0
 
@@ -214,14 +243,15 @@ class Fire(nn.Module):
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         inward, outward = (_uniform(1.0 / math.sqrt(read)) for read in (1, hidden))
         params = {
-            "scale": self.param("scale", nn.initializers.constant(0.1), (layers,), jnp.float32),
+            "scale": self.param("scale", nn.initializers.constant(self.fire_scale), (layers,), jnp.float32),
             "threshold": self.param("threshold", ones, (layers,), jnp.float32),
             "inward": self.param("inward", inward, (layers, hidden), jnp.float32),
             "inward_bias": self.param("inward_bias", inward, (layers, hidden), jnp.float32),
             "outward": self.param("outward", outward, (layers, hidden, heads), jnp.float32),
             "outward_bias": self.param("outward_bias", zeros, (layers, heads), jnp.float32),
         }
-        return signal_of(positions_PLA, self.unit, self.prefix, InterpolatedBias(512.0), params, by_layer=True)
+        function = InterpolatedBias(self.fire_threshold)
+        return signal_of(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
 
 
 def _uniform(limit: float) -> Any:
@@ -229,14 +259,21 @@ def _uniform(limit: float) -> Any:
     return lambda key, sizes, dtype: jax.random.uniform(key, sizes, dtype, -limit, limit)
 
 
+def _above(limit: float, low: float) -> Any:
+    """Draws evenly between 0 and a limit; what is below `low` begins there."""
+    return lambda key, sizes: jnp.maximum(limit * jax.random.uniform(key, sizes, jnp.float32), low)
+
+
 class GridALiBi(nn.Module):
     """ALiBi on grids: logits fall with Euclid's distance, by ALiBi's slopes; those of the class token do not.
 
     Attributes:
-      heads_model: of the model; unit: of positions, in which one patch measures `unit`; prefix: tokens before them.
+      heads_model: of the model; slope_scale: factor of the slopes.
+      unit: of positions, in which one patch measures `unit`; prefix: tokens before them.
     """
 
     heads_model: int
+    slope_scale: float = 1.0
     unit: int = 1
     prefix: int = 0
 
@@ -244,23 +281,29 @@ class GridALiBi(nn.Module):
         """Returns the `relation` of prefix + L tokens for positions int32[P, L, A]. Raises: InputError: one axis."""
         if positions_PLA.shape[-1] == 1:
             raise InputError("encoding.kind='alibi_grid' is for grids: choose 'alibi', which is for texts")
-        function = SlopedBias(tuple(alibi_slopes(self.heads_model).tolist()))
+        function = SlopedBias(tuple((self.slope_scale * alibi_slopes(self.heads_model)).tolist()))
         return signal_of(positions_PLA, self.unit, self.prefix, function, None, by_layer=False)
 
 
 class LookHere(nn.Module):
     """LookHere: heads see one side of the grid alone, and what lies there fades with distance (Fuller et al. 2024).
 
-    The first heads, four or eight, look up, down, left and right, 180 degrees each; the others everywhere. Slopes fall from
-    1.5 times their value in the first layer to half of it in the last. Source: arXiv 2405.13985, the form LH-180.
+    Directed heads look up, down, left and right in turn, 180 degrees each, and each layer goes on where the layer before
+    ended, so that all sides are seen where their number is not a multiple of four. The other heads see everything. Slopes
+    fall from 1.5 times their value in the first layer to half of it in the last. Source: arXiv 2405.13985, the form LH-180,
+    which has 8 directed heads of 12.
 
     Attributes:
-      layers_model, heads_model: of the model; unit: of positions, in which one patch measures `unit`.
+      layers_model, heads_model: of the model; directed_heads: the first ones, that see one side; slope_scale: factor of the
+        slopes.
+      unit: of positions, in which one patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
     """
 
     layers_model: int
     heads_model: int
+    directed_heads: int
+    slope_scale: float = 1.0
     unit: int = 1
     prefix: int = 0
 
@@ -268,36 +311,41 @@ class LookHere(nn.Module):
         """Returns the `relation` of prefix + L tokens for positions int32[P, L, A].
 
         Raises:
-          InputError: one axis, or a number of heads that is no multiple of four.
+          InputError: one axis, or more directed heads than heads.
         """
         if positions_PLA.shape[-1] == 1:
             raise InputError("encoding.kind='lookhere' is for grids: choose another kind for texts")
-        if self.heads_model % 4:
-            raise InputError(f"encoding.kind='lookhere' needs model.heads in fours, got {self.heads_model}")
-        directed = min(8, self.heads_model)
-        around = self.heads_model - directed
-        slopes = np.repeat(0.5 ** np.arange(1, directed // 4 + 1), 4).tolist()
-        slopes += np.repeat(0.25 ** np.arange(1, 5), around // 4).tolist()
-        directions = ("up", "down", "left", "right") * (directed // 4) + ("",) * around
-        depth = {"depth": jnp.linspace(1.5, 0.5, self.layers_model)}
-        return signal_of(
-            positions_PLA, self.unit, self.prefix, SlopedBias(tuple(slopes), directions), depth, by_layer=True
-        )  # fmt: skip
+        layers, heads, directed = self.layers_model, self.heads_model, self.directed_heads
+        if directed > heads:
+            raise InputError(f"encoding.directed_heads={directed} is more than model.heads={heads}")
+        around = heads - directed
+        slopes = [0.5 ** (1 + head // 4) for head in range(directed)]
+        slopes += [0.25 ** (1 + 4 * head // around) for head in range(around)]
+        slopes = tuple(self.slope_scale * slope for slope in slopes)
+        sides = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], np.float32)  # (down, right): up, down, left, right
+        direction = np.zeros((layers, heads, 2), np.float32)
+        direction[:, :directed] = sides[np.arange(layers * directed) % len(sides)].reshape(layers, directed, 2)
+        params = {"depth": jnp.linspace(1.5, 0.5, layers), "direction": jnp.asarray(direction)}
+        function = SlopedBias(slopes, directed=True)
+        return signal_of(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
 
 
 class ScaleInvariant(nn.Module):
-    """Scale-invariant attention over partial rotation (Anson et al. 2025, arXiv 2505.17083, with tau = 10).
+    """Scale-invariant attention over partial rotation (Anson et al. 2025, arXiv 2505.17083).
 
-    Logits are scaled and lowered by distance such that every scale of distances gets as much attention. Half of the pairs
-    of a head turn, the fastest ones (p-RoPE, Barbero et al. 2024, arXiv 2410.06205).
+    Logits are scaled and lowered by distance such that every scale of distances gets as much attention. The fastest pairs
+    of a head rotate, half of them in the paper (p-RoPE, Barbero et al. 2024, arXiv 2410.06205).
 
     Attributes:
-      width_model, heads_model: of the model; theta: base of the wavelengths; rotary_pairs: how many pairs turn, 0 = half.
+      width_model, heads_model: of the model.
+      scale_invariant_tau: distance in tokens below which logits hardly change.
+      theta: base of the wavelengths; rotary_pairs: how many of the fastest pairs rotate, 0 = all.
       unit: of positions, in which one token measures `unit`.
     """
 
     width_model: int
     heads_model: int
+    scale_invariant_tau: float
     theta: float = 10000.0
     rotary_pairs: int = 0
     unit: int = 1
@@ -306,7 +354,7 @@ class ScaleInvariant(nn.Module):
         """Returns `rotation` and `relation` of positions int32[P, L, 1]. Raises: InputError: a grid, an odd head width."""
         check_one_axis("scale_invariant", positions_PLA)
         width = paired_width("scale_invariant", self.width_model, self.heads_model, 1)
-        (frequencies,) = turned(width, 1, self.theta, self.rotary_pairs or max(1, width // 4))
+        (frequencies,) = turned(width, 1, self.theta, self.rotary_pairs)
         cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
-        signal = signal_of(positions_PLA, self.unit, 0, ScaledLogits(10.0), None, by_layer=False)
+        signal = signal_of(positions_PLA, self.unit, 0, ScaledLogits(self.scale_invariant_tau), None, by_layer=False)
         return signal.replace(rotation=(cos[:, :, None], sin[:, :, None]))

@@ -237,7 +237,7 @@ def training_of(config: Config) -> dict[str, Any]:
 # Fields of an encoding at whose defaults alone the reference computes the same.
 OURS_ALONE = (
     "fraction_digits", "resize", "feature_width", "position_heads", "rotary_pairs", "rotary_heads", "log_scaling",
-    "scaling", "gate",
+    "scaling", "gate", "slope_scale",
 )  # fmt: skip
 
 

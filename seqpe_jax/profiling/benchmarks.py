@@ -36,14 +36,15 @@ class Timed:
     """One thing to time.
 
     Attributes:
-      call: does it once and returns arrays to wait for; units: tokens or images of a call; flops: of a call (see
-        `flops_of_call`); compiled: the program of a call; turns: of its loop, where these are not in its text; mesh: of it.
+      call: does it once and returns arrays to wait for; units: tokens or images of a call.
+      flops: of a call (see `flops_of_call`), 0 where no utilisation is told.
+      compiled: the program of a call; turns: of its loop, where these are not in its text; mesh: of it.
       encoding: does the encoding's part alone, or None where it has nothing to compute.
     """
 
     call: Callable[[], Any]
     units: int
-    flops: float
+    flops: dict[str, float]
     compiled: Any
     mesh: jax.sharding.Mesh
     turns: int = 1
@@ -59,8 +60,8 @@ class Timed:
     def bound(self, chip: chips.Chip) -> dict[str, Any]:
         """Returns the roofline of a call, or of one turn of its loop."""
         return roofline(
-            Hlo(self.compiled.as_text()), self.mesh, chip, model_flops=self.flops / self.turns,
-            units=self.units // self.turns,
+            Hlo(self.compiled.as_text()), self.mesh, chip,
+            model_flops={name: flops / self.turns for name, flops in self.flops.items()}, units=self.units // self.turns,
         )  # fmt: skip
 
 
@@ -70,10 +71,11 @@ def benchmark(
     """Returns {"runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}.
 
     A run is {"encoding" (its name), "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an
-    evaluated batch, or one new token of every sample), "per_second" (tokens or images), "mfu" (None on an unknown device),
-    "peak_bytes", "encoding_share" (of the time; None where the encoding computes nothing of its own), "roofline" (of the
-    same: see `profiling.roofline`; on a device whose peaks are not known, arithmetic alone, at a rate measured at the end),
-    "reached" (the shortest time possible as a share of the median)}.
+    evaluated batch, or one new token of every sample), "per_second" (tokens or images), "mfu" and "mfu_full_attention" (see
+    `architecture.flops_of`; None on an unknown device), "peak_bytes", "encoding_share" (of the time; None where the
+    encoding computes nothing of its own), "roofline" (of the same: see `profiling.roofline`; on a device whose peaks are
+    not known, arithmetic alone, at a rate measured at the end), "reached" (the shortest time possible as a share of the
+    median)}.
 
     Args:
       settings: by name; they differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward
@@ -113,7 +115,7 @@ def benchmark(
             "p10_s": float(np.quantile(times, 0.1)) / per,
             "p90_s": float(np.quantile(times, 0.9)) / per,
             "per_second": one.units / median,
-            "mfu": chips.utilisation(one.flops, median) if one.flops else None,
+            **{name: chips.utilisation(flops, median) if flops else None for name, flops in one.flops.items()},
             "peak_bytes": one.bytes,
             "encoding_share": statistics.median(share) / median if share else None,
             "roofline": bound,
@@ -133,7 +135,7 @@ def _ratios(runs: list[dict[str, Any]], seconds: list[list[float]]) -> dict[str,
     return ratios
 
 
-def flops_of_call(trainer: Trainer, mode: str) -> float:
+def flops_of_call(trainer: Trainer, mode: str) -> dict[str, float]:
     """Returns the floating-point operations of a call (see `architecture.flops_of`)."""
     config = trainer.config
     tokens = config.batch_size * (DECODED if mode == "decode" else trainer.architecture.places)
@@ -150,7 +152,7 @@ def _timed(trainer: Trainer, mode: str) -> Timed:
     config = trainer.config
     if mode == "encode":
         call, rows, compiled = _encode(trainer)
-        return Timed(call, rows, 0.0, compiled, trainer.mesh)
+        return Timed(call, rows, dict.fromkeys(flops_of_call(trainer, "train"), 0.0), compiled, trainer.mesh)
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, compiled = make(trainer)
     turns = DECODED if mode == "decode" else 1

@@ -6,7 +6,7 @@ step waits beside that: for a collective that nothing hides, for units that a sm
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,22 +78,25 @@ def _island(device: jax.Device) -> int:
 
 
 def roofline(
-    program: Hlo, mesh: jax.sharding.Mesh, chip: Chip, *, model_flops: float, units: int, sent: Collectives | None = None
+    program: Hlo, mesh: jax.sharding.Mesh, chip: Chip, *, model_flops: Mapping[str, float], units: int,
+    sent: Collectives | None = None,
 ) -> dict[str, Any]:
     """Returns the bound of a compiled program.
 
     Args:
       program: of one device; mesh: its devices, which need not be there; chip: what they are.
-      model_flops: of all devices that count as useful (`architecture.flops_of`); units: tokens or images of a run.
+      model_flops: of all devices that count as useful, by the name of the utilisation that they make
+        (`architecture.flops_of`); units: tokens or images of a run.
       sent: the program's collectives where they are known already.
 
     Returns:
       {"flops", "hbm_bytes" (of one device), "arithmetic_s", "memory_s", "interconnect_s" (None where a rate is not known),
       "links" (side of the torus or kind of link -> seconds), "collectives" [{"kind", "axes" (of the mesh), "over" (links),
       "count", "bytes", "received" (bytes that must enter a device), "seconds" (None where the links' rate is not known)}],
-      "bound" (which of the three), "seconds" (the longest of them), "mfu" and "per_second" at that bound, "compiler_s"
-      (what the compiler expects its instructions to take, collectives and kernels left out; None where it does not say),
-      "kernels" and "open_loops" (see `work.Work`), "peaks"}.
+      "bound" (which of the three), "seconds" (the longest of them), "mfu" and "mfu_full_attention" (the names of
+      `model_flops`; None where these are 0) and "per_second" at that bound, "compiler_s" (what the compiler expects its
+      instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see
+      `work.Work`), "peaks"}.
     """
     found, sent, links = work(program), sent or collectives(program), Links(mesh, chip)
     rows: dict[Any, dict[str, Any]] = {}
@@ -121,7 +124,7 @@ def roofline(
         "collectives": list(rows.values()),
         "bound": bound,
         "seconds": seconds,
-        "mfu": model_flops / (seconds * chip.flops * mesh.size) if model_flops else None,
+        **{name: flops / (seconds * chip.flops * mesh.size) if flops else None for name, flops in model_flops.items()},
         "per_second": units / seconds,
         "compiler_s": found.cycles / chip.clock if chip.clock and found.cycles else None,
         "kernels": found.kernels,

@@ -97,8 +97,8 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
       `_memory`; "shortfall" is 0 where it fits), "whole" (dimensions that every device holds whole, see
       `runtime.mesh.Whole`), "collectives" (kind -> {"count", "bytes"} of one device and step, see `profiling.collectives`;
       None where it does not fit), "open_loops" (with collectives that count for one turn), "roofline" (see
-      `profiling.roofline`; None where it does not fit), "unit" (of what its "per_second" counts), "flops" (of a step on all
-      devices, see `architecture.flops_of`), "compile_seconds"}.
+      `profiling.roofline`; None where it does not fit), "unit" (of what its "per_second" counts), "flops" and
+      "flops_full_attention" (of a step on all devices, see `architecture.flops_of`), "compile_seconds"}.
     """
     split, batch_size = layout.batch_sharding(trainer.mesh), trainer.config.batch_size
     batch = {
@@ -127,7 +127,8 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "open_loops": sent.loops if sent else None,
         "roofline": bound,
         "unit": trainer.task.unit,
-        "flops": trainer.flops_per_step,
+        "flops": trainer.flops_per_step["mfu"],
+        "flops_full_attention": trainer.flops_per_step["mfu_full_attention"],
         "compile_seconds": time.monotonic() - start,
     }
 

@@ -30,9 +30,13 @@ def _table(study: Study, name: str, metric: str, more: bool, rows: dict[str, tup
     columns = sorted(
         dict.fromkeys(values[one] for one in deciding), key=lambda value: value if isinstance(value, (int, float)) else 0
     )
-    lines, edges = [], []
+    lines, edges, several = [], [], False
     for row, (best, decided) in rows.items():
-        by_value = {values[one]: trials[one] for one in best["runs"]}
+        by_value: dict[Any, Run] = {}
+        for run in (trials[one] for one in best["runs"]):
+            if _better(run, by_value.setdefault(values[run.name], run), metric, more):
+                by_value[values[run.name]] = run
+        several |= len(by_value) < len(best["runs"])
         chosen = decided["run"] if decided else ""
         cells = [_cell(by_value.get(value), metric, chosen) for value in columns]
         lines.append([Cell(row), *cells, Cell(shown(decided["value"]), decided["value"]) if decided else Cell(MISSING)])
@@ -42,19 +46,29 @@ def _table(study: Study, name: str, metric: str, more: bool, rows: dict[str, tup
     seeds = " or ".join(map(str, sorted({trials[one].seed for one in deciding})))
     note = (
         f"{metric} on the validation split at the last step, of one run each with seed {seeds}; "
-        f"{'higher' if more else 'lower'} is better. The chosen value is that of the runs in all other tables."
+        f"{'higher' if more else 'lower'} is better{', and the best of several runs is shown' * several}. The chosen value "
+        "is that of the runs in all other tables."
     )
     if edges:
         note += f" At the end of what was tried, so that the best may lie beyond: {', '.join(edges)}."
     return Table(f"How {name} was chosen", [heading(study), *map(shown, columns), "chosen"], lines, note)
 
 
+def _better(run: Run, other: Run, metric: str, more: bool) -> bool:
+    """Whether a run measured something better than another one of the same value, or the other nothing."""
+    one, two = _measured(run, metric), _measured(other, metric)
+    return one is not None and (two is None or (one > two if more else one < two))
+
+
+def _measured(run: Run, metric: str) -> float | None:
+    """Returns what a run measured at its last step; None where that is missing or not finite."""
+    found = [line[metric] for line in run.metrics if metric in line and line["step"] == run.steps_planned]
+    return found[-1] if found and math.isfinite(found[-1]) else None
+
+
 def _cell(run: Run | None, metric: str, chosen: str) -> Cell:
-    lines = run.metrics if run else []
-    measured = [line[metric] for line in lines if metric in line and line["step"] == run.steps_planned]
-    if not measured or not math.isfinite(measured[-1]):
-        return Cell(MISSING)
-    return Cell(number(measured[-1], 4), measured[-1], run.name == chosen)
+    measured = _measured(run, metric) if run else None
+    return Cell(MISSING) if measured is None else Cell(number(measured, 4), measured, run.name == chosen)
 
 
 def notes(study: Study) -> list[str]:

@@ -157,11 +157,13 @@ def two_stages(
     maximise: str = "",
     like: Mapping[str, str] | None = None,
     further: Mapping[str, Iterable[Any]] | None = None,
+    constants: Mapping[str, Mapping[str, Iterable[Any]]] | None = None,
 ) -> Iterator[tuple[str, Overrides]]:
     """Yields the runs of a study that compares each way at the value of a field that is its own best.
 
-    First, of each way, a run WAY-FIELD=VALUE for each value; then, of each seed, a run WAY-SEED of all ways, with the value
-    that did best (see `Best`).
+    First, of each way, a run WAY-FIELD=VALUE for each value, or WAY-FIELD=VALUE,CONSTANT=VALUE for each combination with
+    the values of a constant that it has; then, of each seed, a run WAY-SEED of all ways, with the values that did best
+    (see `Best`).
 
     Args:
       ways: overrides by name; tried: one field and its values.
@@ -169,11 +171,13 @@ def two_stages(
       minimise, maximise: one of them names the metric that decides.
       like: ways that are not tried themselves, and another one whose best value they take.
       further: more values for some ways, such as those whose best value is at an end of what all have tried.
+      constants: of some ways one more field and its values, such as a length that another paper chose for its own windows.
 
     Raises:
-      InputError: not one field, a way that is like none of the others, or further values for what is not tried.
+      InputError: not one field, a way that is like none of the others, or further values or a constant for what is not
+        tried.
     """
-    like, further = dict(like or {}), dict(further or {})
+    like, further, constants = dict(like or {}), dict(further or {}), dict(constants or {})
     if len(tried) != 1:
         raise InputError(f"two_stages tries the values of one field, got {', '.join(tried) or 'none'}")
     [(field, given)] = tried.items()
@@ -182,22 +186,30 @@ def two_stages(
         if way not in ways or way in like:
             raise InputError(f"two_stages: further values of {field} for '{way}', which is no way that is tried itself")
         values[way] += tuple(_values(field, more))
+    grids = {way: product({field: values[way]}) for way in ways}
+    for way, constant in constants.items():
+        if way not in ways or way in like:
+            raise InputError(f"two_stages: a constant of '{way}', which is no way that is tried itself")
+        if len(constant) != 1:
+            raise InputError(f"two_stages tries one constant of '{way}', got {', '.join(constant) or 'none'}")
+        grids[way] = product({field: values[way]}, constant)
 
-    def trial_of(way: str, value: Any) -> str:
-        return f"{way}-{field.rpartition('.')[2]}={f'{value:g}' if isinstance(value, float) else value}"
+    def trial_of(way: str, chosen: Overrides) -> str:
+        shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in chosen.values())
+        return f"{way}-" + ",".join(f"{name.rpartition('.')[2]}={one}" for name, one in zip(chosen, shown, strict=True))
 
     for way, other in like.items():
         if way not in ways or other not in ways or other in like:
             raise InputError(f"two_stages: '{way}' cannot be like '{other}', which must be a way that is tried itself")
     for way, overrides in ways.items():
         if way not in like:
-            for value in values[way]:
-                yield trial_of(way, value), {**overrides, **trial, field: value}
+            for chosen in grids[way]:
+                yield trial_of(way, chosen), {**overrides, **trial, **chosen}
     for seed in seeds:
         for way, overrides in ways.items():
             tried_as = like.get(way, way)
-            trials = tuple(trial_of(tried_as, value) for value in values[tried_as])
-            yield f"{way}-{seed}", {**overrides, "seed": seed, field: Best(trials, minimise, maximise)}
+            best = Best(tuple(trial_of(tried_as, chosen) for chosen in grids[tried_as]), minimise, maximise)
+            yield f"{way}-{seed}", {**overrides, "seed": seed, **dict.fromkeys(grids[tried_as][0], best)}
 
 
 def read(path: str) -> SweepFile:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +78,8 @@ class Report(Event):
 
     Args:
       metrics: where lines go, every `every` steps; clock: of the run.
-      units: that a step reads, for the rate `train/UNIT_per_second`; flops: of a step on all devices, for `train/mfu`.
+      units: that a step reads, for the rate `train/UNIT_per_second`.
+      flops: of a step on all devices, by the name of the utilisation that they make, such as "mfu" for `train/mfu`.
       saved: returns the newest saved step, for the message where a step is not finite.
       skips: steps that are not finite and may be skipped in a row, where the train step skips them; 0 = the first ends the
         run. skipped: those of earlier starts.
@@ -88,11 +89,12 @@ class Report(Event):
     """
 
     def __init__(
-        self, metrics: MetricsWriter, clock: Clock, *, every: int, steps: int, units: int, unit: str, flops: float = 0.0,
-        saved: Callable[[], int | None] = lambda: None, skips: int = 0, skipped: int = 0,
+        self, metrics: MetricsWriter, clock: Clock, *, every: int, steps: int, units: int, unit: str,
+        flops: Mapping[str, float] | None = None, saved: Callable[[], int | None] = lambda: None, skips: int = 0,
+        skipped: int = 0,
     ):  # fmt: skip
         self._metrics, self._clock, self._every, self._saved = metrics, clock, every, saved
-        self._units, self._unit, self._flops = units, unit, flops
+        self._units, self._unit, self._flops = units, unit, flops or {}
         self._skips, self._in_a_row, self.skipped = skips, 0, skipped
         self._progress = ProgressLine(steps)
         self._pending: tuple[int, Values] | None = None
@@ -128,14 +130,15 @@ class Report(Event):
         before, since = self._reported
         now, compiled_now = self._clock.stepping(), done == run.first + 1  # a start's first step waits for its compilation
         seconds = max(now - since, 1e-9) / (done - before)
-        share = chips.utilisation(self._flops, seconds) if self._flops and not compiled_now else None
+        shares = {} if compiled_now else {name: chips.utilisation(flops, seconds) for name, flops in self._flops.items()}
         due = done % self._every == 0 or done in (1, run.steps)
         if due:
-            self._write(done, values, seconds, share)
+            self._write(done, values, seconds, shares)
         if due or compiled_now:
             self._reported = (done, now)
         rate = "" if compiled_now else f"{self._units / seconds:,.0f} {self._unit}/s"
         skipped = f"{self.skipped} skipped" if self.skipped else ""
+        share = shares.get("mfu")
         self._progress.update(done, loss=loss, notes=[rate, f"MFU {share:.0%}" if share else "", skipped])
 
     def _reason(self, done: int, values: Values) -> str:
@@ -147,15 +150,14 @@ class Report(Event):
         cure = f"{skip}lower optimizer.learning_rate or set optimizer.clip in a new workdir"
         return f"step {done}{row} is not finite ({numbers}); {kept}. {cure[0].upper()}{cure[1:]}"
 
-    def _write(self, done: int, values: Values, seconds: float, share: float | None) -> None:
+    def _write(self, done: int, values: Values, seconds: float, shares: Mapping[str, float | None]) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         # JSON has no number that is not finite: what a skipped step has none of is left out.
         line = {f"train/{name}": value for name, value in numbers.items() if math.isfinite(value)}
         if self._skips:
             line["train/skipped"] = self.skipped
         line |= {f"train/{self._unit}_per_second": self._units / seconds, "train/step_seconds": seconds}
-        if share is not None:
-            line["train/mfu"] = share
+        line |= {f"train/{name}": share for name, share in shares.items() if share is not None}
         if (held := chips.peak_memory()) is not None:
             line["device/memory_bytes"] = held
         self._metrics.write(done, line, time=self._clock.seconds())

@@ -1,5 +1,6 @@
 """AdamW with schedules; the position encoder and the rest of the model are clipped and decayed apart."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,3 +69,20 @@ def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
 
     transforms = {"model": chain(settings.weight_decay), "encoder": chain(settings.encoder_weight_decay)}
     return optax.multi_transform(transforms, labels)
+
+
+def projection(bounds: Mapping[str, tuple[float, float]]) -> Callable[[Any], Any]:
+    """Returns a function of parameters that brings those of the encoding with bounds back within them.
+
+    Args:
+      bounds: (smallest, largest) by the name of a parameter of the encoding (`encodings.bounds`).
+    """
+
+    def project(params: Any) -> Any:
+        encoding = {
+            name: optax.projections.projection_box(leaf, *bounds[name]) if name in bounds else leaf
+            for name, leaf in params["encoding"].items()
+        }
+        return params | {"encoding": encoding}
+
+    return project if bounds else lambda params: params

@@ -22,6 +22,7 @@ def make_train_step(
     accumulate: int = 1,
     weight: Callable[[dict[str, Any]], jax.Array] | None = None,
     skip: bool = False,
+    project: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
     """Returns the train step of a loss.
 
@@ -35,6 +36,7 @@ def make_train_step(
         scaled to a mean of 1. None = all parts count the same.
       skip: a step whose loss, gradients or update are not finite leaves parameters and moments as they were; the metric
         `skipped` is then 1, else 0. The optimiser's own counts go on, so the learning rate stays that of the step.
+      project: brings updated parameters back to where they may be.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -60,7 +62,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, metrics = gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = project(optax.apply_updates(state.params, updates))
         metrics |= _norms(grads) | {"learning_rate": jnp.asarray(schedule(state.step))}
         if skip:
             fine = all_finite((metrics["loss"], grads, params))

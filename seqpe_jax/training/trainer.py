@@ -154,7 +154,7 @@ class Trainer:
         return Programs(self.architecture, self.mesh)
 
     @property
-    def flops_per_step(self) -> float:
+    def flops_per_step(self) -> dict[str, float]:
         """Floating-point operations of a training step on all devices (see `architecture.flops_of`)."""
         tokens = self.config.batch_size * self.architecture.places
         return flops_of(self.config, self.task.sizes.vocabulary, tokens=tokens, training=True)
@@ -191,6 +191,7 @@ class Trainer:
             accumulate=self.config.optimizer.accumulate,
             weight=self.task.criterion.weight,
             skip=self.config.optimizer.non_finite == "skip",
+            project=optimizers.projection(self.architecture.bounds),
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         outputs = (shardings, layout.replicated(self.mesh))

@@ -17,7 +17,8 @@ from seqpe_jax.tasks import Task
 # What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
 FREE_ENCODING = {
     "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
-    "gate_bias_init", "log_scaling",  # the latter: within the lengths of training it changes nothing
+    "gate_bias_init", "fire_scale", "kerple_scale",  # of a fresh model
+    "log_scaling", "yarn_beta_fast", "yarn_beta_slow",  # within the lengths of training these change nothing
 }  # fmt: skip
 FREE_MODEL = {
     "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_kind",
@@ -57,7 +58,10 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
         raise InputError(
             f"no such directory: {checkpoint} (--init-from takes a --workdir of `train` or an output of `convert`)"
         )
-    theirs, ours = config.as_read(config.from_dict(read_config(checkpoint))), config.as_read(settings)
+    # With lengths written out, which would be others where the training length is another one.
+    theirs, ours = (
+        config.as_read(config.with_lengths(one)) for one in (config.from_dict(read_config(checkpoint)), settings)
+    )
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
     if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):
         lines.append(f"encoding.digits: {digits_of(theirs.encoding)} -> {digits_of(ours.encoding)}")

@@ -24,8 +24,21 @@ GRIDS = ("alibi_grid", "lookhere", "fire")
 KEY = jax.random.PRNGKey(0)
 
 
+# Lengths as the papers have them, and as none has them: no constant of a paper may be left in a formula.
+PAPERS = {
+    "t5_buckets": 32, "t5_max_distance": 128, "fire_threshold": 512.0, "fire_scale": 0.1, "kerple_scale": 1.0,
+    "scale_invariant_tau": 10.0, "rotary_pairs": 2, "directed_heads": 4, "slope_scale": 1.0, "yarn_beta_slow": 1.0,
+    "yarn_beta_fast": 32.0,
+}  # fmt: skip
+OTHERS = PAPERS | {
+    "t5_buckets": 10, "t5_max_distance": 24, "fire_threshold": 30.0, "fire_scale": 0.7, "kerple_scale": 8.0,
+    "scale_invariant_tau": 3.0, "rotary_pairs": 3, "directed_heads": 3, "slope_scale": 0.5, "yarn_beta_slow": 0.5,
+    "yarn_beta_fast": 6.0,
+}  # fmt: skip
+
+
 def make(kind, prefix=0, **fields):
-    sizes = {"layers_model": LAYERS, "heads_model": HEADS, "width_model": HEADS * WIDTH, "prefix": prefix} | fields
+    sizes = {"layers_model": LAYERS, "heads_model": HEADS, "width_model": HEADS * WIDTH, "prefix": prefix} | PAPERS | fields
     known = {name: value for name, value in sizes.items() if name in ENCODINGS[kind].__dataclass_fields__}
     return ENCODINGS[kind](**known)
 
@@ -60,10 +73,11 @@ def dot(q, k):
     return q @ k / math.sqrt(WIDTH)
 
 
-def t5_bucket(distance):
-    if distance < 16:
+def t5_bucket(distance, buckets, farthest):
+    exact = buckets // 2
+    if distance < exact:
         return int(distance)
-    return min(31, 16 + int(math.log(distance / 16) / math.log(128 / 16) * 16))
+    return min(buckets - 1, exact + int(math.log(distance / exact) / math.log(farthest / exact) * (buckets - exact)))
 
 
 def turned(array, angles):
@@ -80,28 +94,28 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
-def fire(params, distance, reach, h):
-    c, threshold = abs(params["scale"][1]), abs(params["threshold"][1]) * 512.0
+def fire(params, distance, reach, h, start):
+    c, threshold = abs(params["scale"][1]), abs(params["threshold"][1]) * start
     share = math.log(c * distance + 1) / (math.log(c * max(reach, threshold) + 1) + 1e-6)
     hidden = np.maximum(share * params["inward"][1] + params["inward_bias"][1], 0.0)
     return hidden @ params["outward"][1][:, h] + params["outward_bias"][1][h]
 
 
-def text_logit(kind, params, at):
-    """The logit of the paper, for places that stand at the positions `at`."""
+def text_logit(kind, params, at, lengths):
+    """The logit of the paper, for places that stand at the positions `at`, with these lengths."""
 
     def logit(q, k, i, j, h):
         distance = at[i] - at[j]
         if kind == "t5":
-            return dot(q, k) + params["buckets"][t5_bucket(distance), h]
+            return dot(q, k) + params["buckets"][t5_bucket(distance, lengths["t5_buckets"], lengths["t5_max_distance"]), h]
         if kind == "kerple":
             slope, scale = (max(params[name][1, h], 0.01) for name in ("slope", "scale"))
             return dot(q, k) - slope * math.log(1 + scale * distance)
         if kind == "fire":
-            return dot(q, k) + fire(params, distance, at[i], h)
+            return dot(q, k) + fire(params, distance, at[i], h, lengths["fire_threshold"])
         if kind == "scale_invariant":
-            square = 2 * math.log(distance / 10 + 1) + 1
-            frequencies = [10000.0 ** (-2 * n / WIDTH) for n in range(WIDTH // 4)]
+            square = 2 * math.log(distance / lengths["scale_invariant_tau"] + 1) + 1
+            frequencies = [10000.0 ** (-2 * n / WIDTH) for n in range(lengths["rotary_pairs"])]
             ends = (turned(array, [place * f for f in frequencies]) for array, place in ((q, at[i]), (k, at[j])))
             return math.sqrt(square) * dot(*ends) + 1 - square
         frequencies = 10000.0 ** (-np.arange(WIDTH) / WIDTH)
@@ -111,21 +125,21 @@ def text_logit(kind, params, at):
     return logit
 
 
-@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize("start, lengths", [(0, PAPERS), (300, OTHERS)])
 @pytest.mark.parametrize("kind", TEXTS)
-def test_texts_are_mixed_as_the_paper_says(kind, start):
+def test_texts_are_mixed_as_the_paper_says(kind, start, lengths):
     """Near the origin and, except for FIRE, which reads how far the text goes back, anywhere else."""
     length = 40
     positions_PLA = jnp.array([*range(length - 2), 170, 199])[None, :, None] + start
-    signal, params = signal_of(make(kind), positions_PLA, (length,))
+    signal, params = signal_of(make(kind, **lengths), positions_PLA, (length,))
     q, k, v = operands(length)
-    expected = mixed(text_logit(kind, params, positions_PLA[0, :, 0].tolist()), q, k, v, causal=True)
+    expected = mixed(text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths), q, k, v, causal=True)
     for form, block in (("plain", 0), ("blocks", 16)):
         np.testing.assert_allclose(attend(q, k, v, signal, kind=form, block=block), expected, atol=1e-5)
     assert np.abs(np.asarray(attend(q, k, v, PositionSignal())) - expected).max() > 1e-2
     if not start and kind in ("scale_invariant", "pope"):  # gates lower the logit that these scale or make of arrows
         fade = np.cumsum(-np.abs(np.random.default_rng(3).normal(size=(2, length, HEADS))), axis=1).astype(np.float32) / 10
-        logit, one = text_logit(kind, params, positions_PLA[0, :, 0].tolist()), [array[:1] for array in (q, k, v)]
+        logit, one = text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths), [array[:1] for array in (q, k, v)]
         gated = lambda q, k, i, j, h: logit(q, k, i, j, h) + fade[0, i, h] - fade[0, j, h]  # noqa: E731
         expected = mixed(gated, *one, causal=True)
         for form, block in (("plain", 0), ("blocks", 16)):
@@ -133,10 +147,14 @@ def test_texts_are_mixed_as_the_paper_says(kind, start):
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def grid_logit(kind, params, places):
+def grid_logit(kind, params, places, lengths):
     """The logit of the paper; places: where each token stands, None = nowhere (the class token)."""
-    slopes = {"alibi_grid": [2.0 ** (-2 * (h + 1)) for h in range(HEADS)], "lookhere": [0.5] * 4}.get(kind)
-    depth = {"alibi_grid": 1.0, "lookhere": 0.5}.get(kind)  # the last of two layers
+    directed = lengths["directed_heads"]
+    slopes = {
+        "alibi_grid": [2.0 ** (-2 * (h + 1)) for h in range(HEADS)],
+        "lookhere": [0.5] * directed + [0.25] * (HEADS - directed),
+    }.get(kind)
+    depth = {"alibi_grid": 1.0, "lookhere": 0.5}.get(kind, 1.0) * lengths["slope_scale"]  # the last of two layers
 
     def logit(q, k, i, j, h):
         here, there = places[i], places[j]
@@ -144,25 +162,27 @@ def grid_logit(kind, params, places):
             return dot(q, k)
         distance = math.dist(here, there)
         if kind == "fire":
-            return dot(q, k) + fire(params, distance, math.dist((0, 0), (3, 2)), h)
+            return dot(q, k) + fire(params, distance, math.dist((0, 0), (3, 2)), h, lengths["fire_threshold"])
         down, right = there[0] - here[0], there[1] - here[1]
-        if kind == "lookhere" and (down > 0, down < 0, right > 0, right < 0)[h]:  # up, down, left, right
+        hidden = (down > 0, down < 0, right > 0, right < 0)  # from heads that look up, down, left, right
+        if kind == "lookhere" and h < directed and hidden[(directed + h) % 4]:  # the second layer goes on after the first
             return -1e30
         return dot(q, k) - slopes[h] * depth * distance
 
     return logit
 
 
+@pytest.mark.parametrize("lengths", [PAPERS, OTHERS], ids=["papers", "others"])
 @pytest.mark.parametrize("kind", GRIDS)
-def test_grids_are_mixed_as_the_paper_says(kind):
+def test_grids_are_mixed_as_the_paper_says(kind, lengths):
     shape = (4, 3)
     places = [(row, column) for row in range(4) for column in range(3)]
-    signal, params = signal_of(make(kind, prefix=1), jnp.array(places)[None], shape)
+    signal, params = signal_of(make(kind, prefix=1, **lengths), jnp.array(places)[None], shape)
     q, k, v = operands(13)
-    expected = mixed(grid_logit(kind, params, [None, *places]), q, k, v, causal=False)
+    expected = mixed(grid_logit(kind, params, [None, *places], lengths), q, k, v, causal=False)
     for form, block in (("plain", 0), ("blocks", 8)):
         np.testing.assert_allclose(attend(q, k, v, signal, causal=False, kind=form, block=block), expected, atol=1e-5)
-    finer, _ = signal_of(make(kind, prefix=1, unit=10), 10 * jnp.array(places)[None], shape)
+    finer, _ = signal_of(make(kind, prefix=1, unit=10, **lengths), 10 * jnp.array(places)[None], shape)
     np.testing.assert_allclose(attend(q, k, v, finer, causal=False), expected, atol=1e-5)
 
 
@@ -182,9 +202,10 @@ def test_tokens_fade_by_what_those_after_them_say(kind):
     assert faded(fade, fade)[0].shape == (1, length, HEADS, 2)
 
 
-@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
-def test_angles_are_scaled_in_longer_windows_alone(scaling):
-    plain, scaled = (make("rotary", table_shape=(64,), scaling=name) for name in ("none", scaling))
+@pytest.mark.parametrize("scaling, lengths", [("linear", PAPERS), ("ntk", PAPERS), ("yarn", PAPERS), ("yarn", OTHERS)])
+def test_angles_are_scaled_in_longer_windows_alone(scaling, lengths):
+    lengths = lengths | {"rotary_pairs": 0}
+    plain, scaled = (make("rotary", table_shape=(64,), scaling=name, **lengths) for name in ("none", scaling))
     positions_PLA = jnp.arange(512)[None, :, None]
     whole = plain.apply({}, positions_PLA, shape=(512,))
     for shape in ((64,), (20,)):  # as trained, or shorter
@@ -198,7 +219,8 @@ def test_angles_are_scaled_in_longer_windows_alone(scaling):
     elif scaling == "ntk":
         expected = (10000.0 * longer ** (WIDTH / (WIDTH - 2))) ** (-2 * np.arange(4) / WIDTH)
     else:
-        kept = [min(1.0, max(0.0, (64 / (2 * math.pi / f) - 1) / 31)) for f in frequencies]
+        slow, fast = lengths["yarn_beta_slow"], lengths["yarn_beta_fast"]
+        kept = [min(1.0, max(0.0, (64 / (2 * math.pi / f) - slow) / (fast - slow))) for f in frequencies]
         expected = [(1 - share) * f / longer + share * f for share, f in zip(kept, frequencies, strict=True)]
         np.testing.assert_allclose(found.factors[0], 0.1 * math.log(8) + 1, rtol=1e-6)
     angles = np.arange(512)[:, None] * np.asarray(expected)
@@ -217,9 +239,14 @@ def test_the_other_number_of_axes_is_refused(kind, shape, told):
         make(kind).init(KEY, places, shape=shape)
 
 
-def test_looking_in_four_directions_needs_heads_in_fours():
-    with pytest.raises(InputError, match="needs model.heads in fours, got 6"):
-        make("lookhere", heads_model=6).init(KEY, jnp.zeros((1, 6, 2), jnp.int32), shape=(2, 3))
+@pytest.mark.parametrize("kind, fields, told", [
+    ("lookhere", {"directed_heads": 5}, "encoding.directed_heads=5 is more than model.heads=4"),
+    ("t5", {"t5_max_distance": 16}, "t5_max_distance=16 must be more than half of encoding.t5_buckets=32"),
+])  # fmt: skip
+def test_lengths_that_leave_nothing_are_refused(kind, fields, told):
+    shape = (2, 3) if kind == "lookhere" else (6,)
+    with pytest.raises(InputError, match=told):
+        make(kind, **fields).init(KEY, jnp.zeros((1, 6, len(shape)), jnp.int32), shape=shape)
 
 
 def gradients(settings, devices=None):

@@ -31,7 +31,7 @@ def test_encodings_are_compared(commands, tmp_path, mode):
     for run in found["runs"]:
         assert 0 < run["p10_s"] <= run["median_s"] <= run["p90_s"]
         assert run["per_second"] > 0 and run["peak_bytes"] > 0 and run["mode"] == mode
-        assert run["mfu"] is None  # the peak of a CPU is not known
+        assert run["mfu"] is run["mfu_full_attention"] is None  # the peak of a CPU is not known
         bound = run["roofline"]
         assert bound["bound"] == "arithmetic" and "measured" in bound["peaks"]["source"] and bound["memory_s"] is None
         assert run["reached"] == pytest.approx(bound["seconds"] / run["median_s"])
@@ -86,7 +86,11 @@ def test_flops_are_counted_from_the_sizes():
     block = 2 * 12 * width**2 + 4 * length * width  # weights, then attention
     forward = 2 * length * (block + 2 * width * 256)
     trainer = Trainer.of(tiny_config(model__vocabulary=256, batch_size=2), jax.devices()[:1])
-    assert flops_of_call(trainer, "eval") == forward and flops_of_call(trainer, "train") == 3 * forward
-    assert trainer.flops_per_step == 3 * forward
+    seen = forward - 2 * length * 2 * length * width  # causality hides half of the keys
+    assert flops_of_call(trainer, "eval") == {"mfu": seen, "mfu_full_attention": forward}
+    assert trainer.flops_per_step == flops_of_call(trainer, "train") == {"mfu": 3 * seen, "mfu_full_attention": 3 * forward}
+    images = flops_of(config.load("configs/digits_vit.py:none"), 0, tokens=16, training=False)
+    assert images["mfu"] == images["mfu_full_attention"]  # each patch sees all others
     gated = tiny_config(model__vocabulary=256, encoding__gate="forget")  # a number for each of two heads
-    assert flops_of(gated, 256, tokens=2 * length, training=False) == forward + 2 * length * 2 * width * 2
+    counted = flops_of(gated, 256, tokens=2 * length, training=False)
+    assert counted["mfu_full_attention"] == forward + 2 * length * 2 * width * 2

@@ -71,9 +71,10 @@ def test_a_step_is_compiled_and_measured_without_data(commands, tmp_path):
     assert sent["all-gather"]["count"] > 0, "what fsdp splits in store is gathered"
     assert sum(one["bytes"] for one in sent.values()) > 4 * parameters / 2
     per_token = 2 * 12 * 24**2 + 4 * 16 * 24 + 2 * 24 * 256
-    assert found["flops"] == 3 * 8 * 16 * per_token
+    assert found["flops_full_attention"] == 3 * 8 * 16 * per_token
+    assert found["flops"] == 3 * 8 * 16 * (per_token - 2 * 16 * 24)
     bound = found["roofline"]
-    assert bound["flops"] == pytest.approx(found["flops"] / 4, rel=0.05) and not bound["kernels"]
+    assert bound["flops"] == pytest.approx(found["flops_full_attention"] / 4, rel=0.05) and not bound["kernels"]
     assert bound["mfu"] == pytest.approx(found["flops"] / (4 * 197e12 * bound["seconds"]))
     assert bound["links"].keys() == {"x", "y"} and bound["compiler_s"] > 0 and bound["memory_s"] > 0
     assert "gather over fsdp (" in result.out and f"bound: {bound['bound']}; a step takes" in result.out

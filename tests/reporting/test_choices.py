@@ -69,6 +69,25 @@ def test_the_first_stage_shows_what_was_measured_last_and_what_was_chosen(sweep)
     assert "may lie beyond" not in table.note
 
 
+def test_of_several_runs_with_a_value_the_best_is_shown(sweep):
+    """As where a constant of the encoding is tried at each learning rate: each field has a table of its own."""
+    path = sweep / "sweep.json"
+    kept = json.loads(path.read_text())
+    for run, theta in (("alibi-r=0.001", 10.0), ("alibi-r=0.002", 10.0), ("alibi-r=0.004", 100.0)):
+        config = json.loads((sweep / run / "config.json").read_text())
+        config["encoding"]["theta"] = kept["points"][run]["settings"]["encoding"]["theta"] = theta
+        (sweep / run / "config.json").write_text(json.dumps(config))
+    for seed in (1, 2):
+        point = kept["points"][f"alibi-{seed}"]
+        for part in ("best", "decided"):
+            point[part]["encoding.theta"] = dict(point[part][FIELD])
+        point["decided"]["encoding.theta"]["value"] = 10.0
+    path.write_text(json.dumps(kept))
+    _, table = choices.choices(read_study(sweep))
+    assert table.header[1:] == ["10.0", "100.0", "chosen"] and "the best of several runs is shown" in table.note
+    assert [[cell.text for cell in row] for row in table.rows] == [["alibi", "1.5000", "1.7500", "10.0"]]
+
+
 def test_a_choice_at_the_end_of_what_was_tried_is_told(sweep):
     path = sweep / "sweep.json"
     kept = json.loads(path.read_text())

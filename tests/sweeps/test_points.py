@@ -103,19 +103,29 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
     sweep = shipped(ROOT / "configs" / "sweeps" / f"{stem}.py")
     points_of = {point.name: point for point in sweep.points}
     ways: dict[str, set[int]] = {}
+    searched: set[str] = set()
     for point in filter(lambda point: point.best, sweep.points):
-        [(chosen, best)] = point.best.items()
+        (chosen, best), *more = point.best.items()
+        constants = [name.rpartition(".")[2] for name, _ in more]
+        assert all(one is best for _, one in more) and len(constants) <= 1
         way = point.name.rpartition("-")[0]
         ways.setdefault(way, set()).add(point.settings.seed)
-        assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@") and len(best.runs) in (3, 4)
+        assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@")
+        assert len(best.runs) in ((9, 12) if constants else (3, 4))
+        searched |= set(constants)
         for name in best.runs:
             tried = points_of[name]
             assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tried.settings.seed == 0
             assert tried.settings.steps == point.settings.steps == tried.settings.eval.every
-            same = dataclasses.replace(tried.settings.encoding, scaling=point.settings.encoding.scaling)
+            free = {name: getattr(point.settings.encoding, name) for name in ("scaling", *constants)}
+            same = dataclasses.replace(tried.settings.encoding, **free)
             assert same == point.settings.encoding and tried.settings.objective == point.settings.objective
     assert set(map(frozenset, ways.values())) == {frozenset({1, 2, 3})}
     kinds = {points_of[f"{way}-1"].settings.encoding.name for way in ways}
+    assert searched == {
+        "study_images": {"theta", "slope_scale", "directed_heads", "fire_scale"},
+    }.get(stem, {"theta", "slope_scale", "kerple_scale", "fire_threshold", "t5_max_distance", "scale_invariant_tau",
+                 "gate_bias_init"})  # fmt: skip
     left_out = {*config.GRID_ONLY, "rotary_axial"} if stem != "study_images" else {*config.TEXT_ONLY, *config.GATED}
     assert kinds == {*typing.get_args(config.EncodingKind), *config.GATED} - left_out
 
@@ -186,6 +196,9 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
     ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), like={'a': 'b'})\n", ["'a'", "like 'b'"]),
     ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), further={'b': (2,)})\n",
      ["further values of seed for 'b'"]),
+    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'b': {'steps': (2,)}})\n",
+     ["a constant of 'b'"]),
+    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'a': {}})\n", ["one constant"]),
     ("SEARCH = 3\n", ["Search", "int"]),
 ])  # fmt: skip
 def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
@@ -214,12 +227,16 @@ def test_some_ways_of_two_stages_try_further_values():
     )
     runs = dict(points.two_stages(
         ways, {field: (1e-3, 2e-3)}, trial={"seed": 0}, seeds=(1,), minimise="loss", like={"c": "a"},
-        further={"a": (4e-3,)},
+        further={"a": (4e-3,)}, constants={"b": {"encoding.theta": (10.0, 100.0)}},
     ))  # fmt: skip
-    tried = {way: [f"{way}-learning_rate={rate}" for rate in rates]
-             for way, rates in (("a", (0.001, 0.002, 0.004)), ("b", (0.001, 0.002)))}  # fmt: skip
+    tried = {
+        "a": [f"a-learning_rate={rate}" for rate in (0.001, 0.002, 0.004)],
+        "b": [f"b-learning_rate={rate},theta={theta}" for rate in (0.001, 0.002) for theta in (10, 100)],
+    }
     assert list(runs) == [*tried["a"], *tried["b"], "a-1", "b-1", "c-1"]
     assert runs["a-learning_rate=0.004"] == {"variant": "alibi", "seed": 0, field: 4e-3}
+    assert runs[tried["b"][1]] == {"variant": "rotary", "seed": 0, field: 1e-3, "encoding.theta": 100.0}
     assert [runs[name][field].runs for name in ("a-1", "b-1", "c-1")] == [
         tuple(tried["a"]), tuple(tried["b"]), tuple(tried["a"]),
     ]  # fmt: skip
+    assert runs["b-1"]["encoding.theta"] is runs["b-1"][field] and "encoding.theta" not in runs["c-1"]

@@ -90,11 +90,12 @@ def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch):
     chip = chips.Chip("fast", 1e12, 2**30, "this test")
     monkeypatch.setattr(chips, "chip_of", lambda kind: chip)
     monkeypatch.setattr(chips, "peak_memory", lambda: 12345)
-    lines = fit(tmp_path, flops=1e6)
-    assert "train/mfu" not in lines[0], "the first step compiles"
+    lines = fit(tmp_path, flops={"mfu": 1e6, "mfu_full_attention": 2e6})
+    assert not {"train/mfu", "train/mfu_full_attention"} & lines[0].keys(), "the first step compiles"
     for line in lines[1:]:
         expected = 1e6 / line["train/step_seconds"] / (1e12 * jax.device_count())
         assert line["train/mfu"] == pytest.approx(expected)
+        assert line["train/mfu_full_attention"] == pytest.approx(2 * expected)
     assert {line["device/memory_bytes"] for line in lines} == {12345}
 
 

@@ -4,6 +4,8 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from seqpe_jax import config
@@ -82,6 +84,25 @@ def test_what_may_be_chosen_anew_and_what_nothing_reads_does_not_keep_a_run_from
     )
     with pytest.raises(InputError, match="encoding.theta: 100.0 -> 10000.0"):
         check_source(rotary.config, rotary.task, written(tmp_path / "other", tiny_config(variant="rotary"), theta=100.0))
+
+
+def test_lengths_that_follow_the_window_are_those_of_the_parameters(tmp_path):
+    run = Trainer.of(tiny_config(variant="t5"), jax.devices()[:1])
+    check_source(run.config, run.task, written(tmp_path / "same", tiny_config(variant="t5")))
+    longer = written(tmp_path / "longer", tiny_config(variant="t5", data__length=256, eval__lengths=(256,)))
+    with pytest.raises(InputError, match="encoding.t5_buckets: 32 -> 16; encoding.t5_max_distance: 64 -> 16"):
+        check_source(run.config, run.task, longer)
+
+
+def test_a_run_keeps_parameters_within_their_bounds(monkeypatch):
+    given = {}
+    monkeypatch.setattr(trainer, "make_train_step", lambda *_, **options: given.update(options) or (lambda *_: None))
+    run = Trainer.of(tiny_config(variant="kerple", encoding__log_scaling=True), jax.devices()[:1])
+    run.train_step()
+    params = {"encoding": {"slope": jnp.array([-1.0, 3.0])}, "model": {"slope": jnp.array([-1.0])}}
+    found = given["project"](params)
+    np.testing.assert_allclose(found["encoding"]["slope"], [0.01, 3.0])
+    assert found["model"] is params["model"]
 
 
 def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
