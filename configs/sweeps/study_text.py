@@ -9,7 +9,8 @@ and at a fourth where the best is at an end; the loss on the validation split at
 somebody who has no longer texts. An encoding with a constant that its authors chose for their own windows tries three
 values of it at each rate, and one with gates how open they begin. Then come seeds 1 to 3 at the best rate and constant. The
 forms of scaled RoPE train as RoPE does, so they take its rate. Over one axis `rotary_axial` is `rotary`, so it is left out.
-Hardware: two CPU cores, one for each of two runs at once; about three and a half hours for 196 runs, the strongest encodings first.
+Hardware: two CPU cores, one for each of two runs at once; about three and a half hours for 196 runs, the
+strongest encodings first.
 """
 
 from seqpe_jax.sweeps.points import two_stages
