@@ -53,7 +53,7 @@ def check_train(arguments: dict[str, str]) -> None:
 @pytest.mark.parametrize("page,words", ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_a_command_of_the_pages_exists(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if words[0] in ("bash", "sbatch", "pip") or "=" in words[0]:
+    if words[0] in ("bash", "sbatch", "pip", "source") or "=" in words[0]:
         words = words if words[0] == "bash" else words[words.index("bash") :] if "bash" in words else []
         if not words:
             return
