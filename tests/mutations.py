@@ -130,7 +130,7 @@ def _saved(folder: pathlib.Path, settings: config.Config) -> None:
     checkpoints = Checkpoints(folder)
     checkpoints.save(2, random_state(trainer, 0.2), {"seconds": 1.0})
     checkpoints.close()
-    write_config(folder, config.to_dict(settings))
+    write_config(folder, config.to_dict(trainer.config))  # with the random bits that training resolves
     write_sizes(folder, trainer.task.sizes)
     trainer.task.keep(folder)
 

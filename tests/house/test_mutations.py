@@ -93,4 +93,5 @@ def test_mutated_commands_and_files(tmp_path):
             idle.get().close()
     print(f"{counts['refused']} refused, {counts['accepted']} accepted, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
-    assert min(counts.values()) > EXAMPLES // 20  # neither all nor nothing is taken
+    # Neither all nor nothing is accepted; checksums find nearly every changed file.
+    assert min(counts.values()) >= EXAMPLES // 30
