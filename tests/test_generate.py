@@ -144,8 +144,7 @@ def test_another_tokenizer_is_refused(commands, words, tmp_path):
     word_tokenizer(kept, ["<|endoftext|>", *COUNTING[:5], "more"])
     refused(
         commands("generate", f"--checkpoint={words}", "--prompt=w0"),
-        "has 8 tokens, but the model only 7",
-        "the tokenizer that the model was trained with",
+        "tokenizer.json has changed since it was written",
     )
     kept.write_bytes(before)
 

@@ -58,7 +58,7 @@ def train(settings: Config, workdir: str | pathlib.Path) -> None:
 def older(run: pathlib.Path) -> None:
     """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
     for name in (digests.FILE, "data.json"):
-        (run / name).unlink()
+        (run / name).unlink(missing_ok=True)  # a converted run has no fingerprints
     for step in (run / digests.FOLDER).iterdir():
         meta = json.loads((step / digests.META).read_text())
         del meta[digests.SIDE_FILES]

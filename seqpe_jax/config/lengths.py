@@ -8,8 +8,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 from seqpe_jax.config.schema import Config
 
 T5_BUCKETS = 32  # Raffel et al. 2020 (arXiv 1910.10683, section 2.1)
@@ -60,5 +58,5 @@ def _seen_pairs(config: Config, length: float) -> int:
     encoding, width = config.encoding, config.model.width // config.model.heads
     if encoding.rotary_pairs:
         return encoding.rotary_pairs
-    periods = 2 * math.pi * encoding.theta ** (2.0 * np.arange(width // 4) / max(1, width))
-    return max(1, int((periods <= length).sum()))
+    periods = (2 * math.pi * encoding.theta ** (2.0 * pair / max(1, width)) for pair in range(width // 4))
+    return max(1, sum(period <= length for period in periods))

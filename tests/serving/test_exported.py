@@ -21,7 +21,7 @@ SIZES = ((1, 16, 14), (3, 8, 8))
 
 
 def vit_config(kind="seqpe", page="digits_vit", **fields):
-    values = TINY if kind == "seqpe" else {
+    values = TINY | {"objective.distillation.offsets": 4} if kind == "seqpe" else {
         name: value for name, value in TINY.items() if not name.startswith(("encoding", "objective"))
     }  # fmt: skip
     values = values | {name.replace("__", "."): value for name, value in fields.items()}

@@ -14,6 +14,7 @@ from seqpe_jax.interop.writing import write_run
 from seqpe_jax.reporting.study import read_study
 from seqpe_jax.runtime.checkpoint import read_config, write_config
 from seqpe_jax.training.trainer import Trainer
+from tests import tiny
 from tests.tiny import ROOT, random_params, tiny_config, train
 
 # Of the version that wrote it: step 4 of 6 is saved; these are its losses at 16 and 32 tokens after step 6.
@@ -56,10 +57,11 @@ def test_a_run_whose_gates_were_a_kind_of_encoding_opens(kind, tmp_path):
     settings = tiny_config(variant=kind, model__layers=2, encoding__gate_bias_init=1.0)
     params = random_params(Trainer.of(settings, jax.devices()[:1]), 0.3)
     write_run(tmp_path / "run", settings, params, Sizes(vocabulary=256), 6)
-    older = json.loads(json.dumps(config.to_dict(settings)))
-    del older["encoding"]["gate"], older["encoding"]["gate_bias_init"]
-    older["encoding"] |= {"kind": kind, "gate_bias": 1.0}
-    write_config(tmp_path / "run", older)
+    values = json.loads(json.dumps(config.to_dict(settings)))
+    del values["encoding"]["gate"], values["encoding"]["gate_bias_init"]
+    values["encoding"] |= {"kind": kind, "gate_bias": 1.0}
+    write_config(tmp_path / "run", values)
+    tiny.older(tmp_path / "run")
     model = seqpe_jax.load(tmp_path / "run")
     assert model.config == settings
     np.testing.assert_allclose(model.logits(np.arange(20)[None])[0, -1, :4], GATED[kind], atol=1e-5)
