@@ -97,11 +97,11 @@ def read_by(words: list[str]) -> list[str]:
 
 
 def quick(words: list[str]) -> list[str]:
-    """Options with fewer encodings to compare and fewer tokens to generate."""
+    """Options with fewer encodings, lengths and sizes, and fewer tokens to generate."""
     found = []
     for word in words:
         name, given, value = word.partition("=")
-        if name == "--compare":
+        if name in ("--compare", "--lengths", "--contexts", "--sizes"):
             value = ",".join(value.split(",")[:2])
         if name == "--max-new-tokens":
             value = "4"
