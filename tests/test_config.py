@@ -161,6 +161,16 @@ def test_terms_without_vectors_are_refused():
         config.load(QUICKSTART + ":rotary", {"objective.contrastive.weight": 0.1})
 
 
+def test_files_of_the_package_are_found_outside_a_clone(tmp_path, monkeypatch):
+    """A file of the current folder comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert config.load("configs/stdlib_lm.py:rotary").encoding.kind == "rotary"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "stdlib_lm.py").write_text("get_config = 3")
+    with pytest.raises(InputError, match="lacks get_config"):
+        config.load("configs/stdlib_lm.py:rotary")
+
+
 def test_a_missing_config_file_is_named():
     with pytest.raises(InputError, match="no config file at configs/nothing.py"):
         config.load("configs/nothing.py")

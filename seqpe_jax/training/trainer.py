@@ -340,7 +340,7 @@ class Trainer:
                 _say(f"  {line}")
             known = read_fingerprints(folder)
             if not known and not anew:
-                _say("  what its data were when it began is not known: from now on it goes on with those of today alone")
+                _say("  an older version kept no fingerprints of the data: from now on it resumes with these data alone")
             with scratch() as staged:
                 write_config(staged, config.to_dict(self.config))
                 write_sizes(staged, self.task.sizes)

@@ -223,8 +223,8 @@ def check_owned(workdir: Place) -> None:
     words = "" if _is_ours(workdir / OWNER) else _owner(workdir / OWNER)
     gone = f"was taken over by {words}" if words else "was removed, moved or emptied"
     raise Failure(
-        f"the run's folder {workdir} {gone} while it trained: nothing more is saved there. What was saved before goes on "
-        "from where it lies now, with its --workdir"
+        f"the run's folder {workdir} {gone} while it trained: nothing more is saved there. To resume what was "
+        "saved before, give its present folder as --workdir"
     )
 
 

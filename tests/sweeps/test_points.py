@@ -152,6 +152,10 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("body,words", [
     ("runs = 3\n", ["TypeError"]),
+    (
+        yielding("('a', {'objective.distillation.weight': 0.0, 'objective.distillation.offsets': 4})"),
+        ["run 'a'", "objective.distillation.offsets is not read here"],
+    ),
     ("", ["must define CONFIG"]),
     ("def runs(:\n", ["SyntaxError"]),
     ("def runs():\n    yield from 1 / 0\n", ["ZeroDivisionError"]),

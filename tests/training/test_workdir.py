@@ -15,7 +15,7 @@ from seqpe_jax import files
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.runtime.progress import MetricsWriter
 from seqpe_jax.tasks.text import Text
-from seqpe_jax.training import workdir
+from seqpe_jax.training import trainer, workdir
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import (
     OWNER,
@@ -69,12 +69,15 @@ def test_a_run_may_go_on_with_steps_skipped_from_there(tmp_path):
     check_same_run(tiny_config(optimizer__non_finite="skip", optimizer__skips=2), tmp_path, 2)
 
 
-def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path):
+def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path, monkeypatch):
     written(tmp_path, tiny_config(init_from="runs/a"))
     check_same_run(tiny_config(init_from="runs/a"), tmp_path, 2)
     check_same_run(tiny_config(), tmp_path, 2)
     with pytest.raises(InputError, match="began with init_from=runs/a: init_from=runs/b is read only when a run begins"):
         check_same_run(tiny_config(init_from="runs/b"), tmp_path, 2)
+    monkeypatch.setattr(trainer, "saved_step", lambda _: 2)
+    monkeypatch.setattr(Trainer, "of", lambda settings, **_: settings)
+    assert Trainer.for_folder(tiny_config(), tmp_path).init_from == "runs/a"
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -276,7 +279,7 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
     (moved / "digests.json").write_text(json.dumps(listed))
     (moved / "data.json").unlink()
     train(settings, moved)
-    assert "what its data were when it began is not known: from now on it goes on with" in capsys.readouterr().out
+    assert "an older version kept no fingerprints of the data: from now on it resumes with" in capsys.readouterr().out
     assert json.loads((moved / "data.json").read_text())["train"]["fingerprint"] == fingerprint(settings, "train")
 
 
