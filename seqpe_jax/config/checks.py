@@ -84,7 +84,7 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str, *, training
 
     Args:
       size: (height, width), or (frames, height, width) of a clip; asked_by: what asks for it, for the message.
-      training: as of `check_positions`.
+      training: as in `check_positions`.
 
     Raises:
       InputError: says the largest size possible and the field to change.

@@ -173,7 +173,7 @@ def given(values: dict[str, Any], overridden: Collection[str] = ()) -> Config:
       overridden: dotted names of the fields whose value is the user's: what a config file evaluates belongs to the training
         length or size that it names, so that lengths and sizes below one that took its place are left out.
     Raises:
-      InputError: as of `parse`.
+      InputError: as in `parse`.
     """
     config = _following(_build(Config, renamed(values), ""), overridden)
     check(config)

@@ -224,7 +224,7 @@ def context_windows(tokens: np.ndarray, context: int, batch_size: int, ends: np.
     Each of these targets has context - stride + 1 to `context` tokens before it.
 
     Returns:
-      Batches as of `evaluation_windows`.
+      Batches as in `evaluation_windows`.
     """
     source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride))
     return EvaluationBatches(source, batch_size, len(source))

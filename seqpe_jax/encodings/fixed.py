@@ -100,7 +100,7 @@ def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int, 
 def by_parts(frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]) -> np.ndarray:
     """Returns YaRN's frequencies: slow ones interpolated, fast ones as they were, a blend between.
 
-    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2, with betas 1 and 32 for LLaMA). Arguments as of `interpolated`.
+    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2, with betas 1 and 32 for LLaMA). Arguments as in `interpolated`.
 
     Args:
       betas: turns in training up to which a pair is interpolated, and from which on it stays as it was; where the second is

@@ -288,7 +288,7 @@ class GridALiBi(nn.Module):
 class LookHere(nn.Module):
     """LookHere: heads see one side of the grid alone, and what lies there fades with distance (Fuller et al. 2024).
 
-    Directed heads look up, down, left and right in turn, 180 degrees each, and each layer goes on where the layer before
+    Directed heads look up, down, left and right in turn, 180 degrees each, and each layer continues where the layer before
     ended, so that all sides are seen where their number is not a multiple of four. The other heads see everything. Slopes
     fall from 1.5 times their value in the first layer to half of it in the last. Source: arXiv 2405.13985, the form LH-180,
     which has 8 directed heads of 12.

@@ -35,7 +35,7 @@ def perplexity(
       batches: {"tokens": int32[B, L + 1], "scored": bool[B, L]}; "scored" marks the targets that count.
       put: lays a host batch out over the devices.
       progress: called with the windows done.
-      split: size of the whole split, as of `in_units`.
+      split: size of the whole split, as in `in_units`.
     """
     sums_L, counts_L = _by_index(token_losses, batches, length, put, progress)
     tokens = int(counts_L.sum())
@@ -65,7 +65,7 @@ def perplexity_in_context(
 
     Args:
       context: tokens of a window; stride: targets that each of them scores, its last ones.
-      token_losses, batches, put, progress, split: as of `perplexity`, with windows of `context` tokens.
+      token_losses, batches, put, progress, split: as in `perplexity`, with windows of `context` tokens.
     """
     sums_L, counts_L = _by_index(token_losses, batches, context, put, progress)
     targets = int(counts_L.sum())

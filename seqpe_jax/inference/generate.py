@@ -90,7 +90,7 @@ def generate(
     Args:
       prompts: token ids, each int[n].
       known_V: bool, ids that may be generated.
-      window, cut: as of `check_generation`; the text is that of a forward under the signal of the whole window.
+      window, cut: as in `check_generation`; the text is that of a forward under the signal of the whole window.
       keep_logits: return the logits too.
       progress: called with the new tokens done and those possible at most.
       heard: called now and then with a prompt's index and what has followed it so far.

@@ -22,7 +22,7 @@ class GPT2(nn.Module):
         (they are kept in the host's memory).
       attention_kind, attention_block: kind and block of `models.attention.attend`.
       scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
-      fade, gate_bias_init: as of `models.blocks.Block`.
+      fade, gate_bias_init: as in `models.blocks.Block`.
       tied: logits are products with the token embedding, else with an embedding of their own.
     """
 

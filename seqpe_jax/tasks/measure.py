@@ -50,7 +50,7 @@ def measure(
     Args:
       model: a `seqpe_jax.Model`; an export is evaluated up to its range.
       lengths: window lengths, each (length,), of a model of text; sizes: (height, width) of a model of images, or (frames,
-        height, width) of one of clips.
+        height, width) of a run on video.
       split: "validation" or "test".
       tokens, examples: score at most that many tokens, ask at most that many questions, per length; None = eval.tokens and
         eval.examples of the config.

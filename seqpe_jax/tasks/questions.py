@@ -49,7 +49,7 @@ class Questions(Text):
 
     @functools.cache  # noqa: B019  a run has one of these
     def questions(self, split: str, length: int, fits: int = 0) -> qa.QuestionSource:
-        """Returns the questions of a split at a length; fits: as of `data.qa.question_source`.
+        """Returns the questions of a split at a length; fits: as in `data.qa.question_source`.
 
         Raises:
           InputError: as `data.qa.question_source`, or the tokenizer loses text.

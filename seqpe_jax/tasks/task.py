@@ -46,7 +46,7 @@ class Measure(Protocol):
     Attributes:
       scale_field: what a result calls a scale.
       measured: the metrics of a result that are printed.
-      config, criterion: as of `Task`.
+      config, criterion: as in `Task`.
     """
 
     scale_field: str
