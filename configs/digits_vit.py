@@ -45,7 +45,9 @@ def get_config(variant=None):
 
     paper = variant == "seqpe_paper"
     c.encoding.max_position = 100 if paper else 20
-    c.encoding.mode = "attn_scalar"  # the paper's images use attn_mul, which learns more slowly: 94% instead of 98% here
+    c.encoding.mode = (
+        "attn_scalar"  # the paper's images use attn_mul, which learns more slowly: 94% instead of 98% here
+    )
     c.encoding.qk = "multi"
     c.encoding.width = 96
     c.encoding.heads = 4

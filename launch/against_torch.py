@@ -22,37 +22,45 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from seqpe_jax import command, config
+from seqpe_jax import config
+from seqpe_jax.cli import common
+from seqpe_jax.distributed import processes, sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import write_whole
-from seqpe_jax.runtime import hosts, mesh
 from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _PYTHON = flags.DEFINE_string("python", None, "an interpreter that has PyTorch")
 _TURNS = flags.DEFINE_integer("turns", 20, "timed steps of each", lower_bound=2)
-_OUTPUT = command.define_path("output", "JSON file to write", writes="file")
+_OUTPUT = common.define_path("output", "JSON file to write", writes="file")
 WARM_UP, PAUSE = 3, 0.2  # turns; seconds between them, in which the threads of the side before go to sleep
 
 
 def main() -> None:
     """The command."""
-    hosts.keep_compiled_programs()
+    processes.keep_compiled_programs()
     settings = config.parse(_CONFIG.value)
     model = settings.model
     rates = (model.dropout, model.attention_dropout, model.embedding_dropout)
-    if settings.reads_images or settings.encoding.kind != "rotary" or any(rates) or settings.precision.compute != "float32":
+    if (
+        settings.reads_images
+        or settings.encoding.kind != "rotary"
+        or any(rates)
+        or settings.precision.compute != "float32"
+    ):
         raise InputError("the model in PyTorch is a GPT-2 with RoPE, float32, without dropout: give such a config")
     if jax.devices()[0].platform != "cpu":
         raise InputError("this compares on a CPU: set JAX_PLATFORMS=cpu")
     trainer = Trainer.of(settings, jax.devices()[:1])
     step, state = trainer.train_step(), trainer.init_state()
     sizes = {name: getattr(model, name) for name in ("layers", "width", "heads")} | {
-        "vocabulary": trainer.task.sizes.vocabulary, "length": settings.data.length, "batch": settings.batch_size,
+        "vocabulary": trainer.task.sizes.vocabulary,
+        "length": settings.data.length,
+        "batch": settings.batch_size,
         "threads": len(os.sched_getaffinity(0)),
-    }  # fmt: skip
+    }
     tokens = np.random.default_rng(0).integers(0, sizes["vocabulary"], (sizes["batch"], sizes["length"] + 1), np.int32)
-    batch = mesh.to_global(trainer.mesh, {"tokens": tokens})
+    batch = sharding.to_global(trainer.mesh, {"tokens": tokens})
     line = [_PYTHON.value, str(pathlib.Path(__file__).with_name("torch_gpt2.py")), json.dumps(sizes)]
     try:
         other = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -77,14 +85,19 @@ def main() -> None:
     ours, theirs = ours[WARM_UP:], theirs[WARM_UP:]
     low, middle, high = statistics.quantiles([one / two for one, two in zip(ours, theirs, strict=True)])
     found = {
-        "sizes": sizes, "jax": jax.__version__, "torch": version, "turns": len(ours),
+        "sizes": sizes,
+        "jax": jax.__version__,
+        "torch": version,
+        "turns": len(ours),
         "ratio": {"median": middle, "quarters": [low, high], "of_minima": min(ours) / min(theirs)},
-    }  # fmt: skip
-    print(f"ours / PyTorch {version}: {middle:.2f} ({low:.2f} .. {high:.2f}), fastest turns {min(ours) / min(theirs):.2f}")
+    }
+    print(
+        f"ours / PyTorch {version}: {middle:.2f} ({low:.2f} .. {high:.2f}), fastest turns {min(ours) / min(theirs):.2f}"
+    )
     if _OUTPUT.value:
         write_whole(pathlib.Path(_OUTPUT.value), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "python"])
-    command.run(main)
+    common.run(main)

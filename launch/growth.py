@@ -16,9 +16,9 @@ import matplotlib
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from seqpe_jax import config
-from seqpe_jax.profiling.benchmarks import benchmark
-from seqpe_jax.reporting.drawing import COLOURS, DPI, DRESS, dress, label_ends, length_axis
-from seqpe_jax.runtime import hosts
+from seqpe_jax.distributed import processes
+from seqpe_jax.profiling.benchmark import benchmark
+from seqpe_jax.reporting.plot_style import COLOURS, DPI, DRESS, dress, label_ends, length_axis
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED, PLOT = ROOT / "docs" / "results" / "growth.csv", ROOT / "docs" / "results" / "growth.png"
@@ -29,8 +29,8 @@ MEASURED = {"time": "time of a step (RoPE's first = 1)", "megabytes": "memory of
 
 def measure() -> None:
     """Measures every point, and stores them."""
-    hosts.keep_compiled_programs()
-    hosts.keep_memory()
+    processes.keep_compiled_programs()
+    processes.keep_memory()
     points = [("length", n, {"data.length": n, "batch_size": TOKENS // n, "eval.lengths": (n,)}) for n in LENGTHS]
     points += [("width", n, {"model.width": n, "model.heads": n // 64}) for n in WIDTHS]
     named = [(*point, kind) for point in points for kind in NAMES]
@@ -39,8 +39,10 @@ def measure() -> None:
         for axis, value, fields, kind in named
     }
     runs = benchmark(settings, "train", TURNS, lambda done, total: print(f"turn {done} of {total}", flush=True))["runs"]
-    first = {axis: next(run for one, run in zip(named, runs, strict=True) if one[0] == axis and one[3] == "rotary")
-             for axis in ("length", "width")}  # fmt: skip
+    first = {
+        axis: next(run for one, run in zip(named, runs, strict=True) if one[0] == axis and one[3] == "rotary")
+        for axis in ("length", "width")
+    }
     with STORED.open("w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["axis", "value", "encoding", "time", "megabytes"])

@@ -22,10 +22,11 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from seqpe_jax import command, config
-from seqpe_jax.data.builders import stdlib_text
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime.checkpoint import Checkpoints
+from seqpe_jax import config
+from seqpe_jax.cli import common
+from seqpe_jax.data.datasets import stdlib_text
+from seqpe_jax.distributed import processes
+from seqpe_jax.training.checkpoint import Checkpoints
 from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file of text, with its :variant", lock_config=True)
@@ -59,7 +60,7 @@ def steps(folder: pathlib.Path, text: bytes) -> Iterator[list[float]]:
 
 def main() -> None:
     """The command."""
-    hosts.keep_compiled_programs()
+    processes.keep_compiled_programs()
     text = b"\n".join(content for _, content in stdlib_text.files()["train"])
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SEQPE_JAX_CACHE"] = folder  # prepared data go with it
@@ -72,4 +73,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    command.run(main)
+    common.run(main)

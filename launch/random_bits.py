@@ -14,7 +14,7 @@ from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from seqpe_jax.architecture import mask_key
+from seqpe_jax.models.build import mask_key
 
 TURNS, SHAPE = 40, (8, 512, 1024)
 

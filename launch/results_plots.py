@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from stored_studies import STORED, study_of
 
-from seqpe_jax.reporting import drawing, plots
+from seqpe_jax.reporting import plot_style, plots
 from seqpe_jax.reporting.study import Study
 
 STUDIES = {
@@ -54,9 +54,9 @@ def main(check: bool) -> int:
         if check:
             print(f"docs/results/{name}.png is not of {name}.csv: run launch/results_plots.py", file=sys.stderr)
             continue
-        with matplotlib.rc_context(drawing.DRESS):
+        with matplotlib.rc_context(plot_style.DRESS):
             plot = draw(shown(name))
-            plot.figure.savefig(path, dpi=drawing.DPI, metadata={DIGEST: digest})
+            plot.figure.savefig(path, dpi=plot_style.DPI, metadata={DIGEST: digest})
         plots.close(plot)
         print(f"written: docs/results/{name}.png")
     return int(check and stale > 0)

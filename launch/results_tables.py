@@ -29,9 +29,12 @@ from seqpe_jax.reporting.verdicts import Verdict, verdicts, worse
 RESULTS = re.compile(r"(<!-- results: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 VERDICTS = re.compile(r"(<!-- verdicts: ([^>]+) -->\n).*?(<!-- end of verdicts -->)", re.DOTALL)
 TASKS = {
-    "study_text": "text", "encoder_width": "text", "questions": "questions", "study_images": "images",
+    "study_text": "text",
+    "encoder_width": "text",
+    "questions": "questions",
+    "study_images": "images",
     "moving_digits": "video",
-}  # fmt: skip
+}
 FEW = 4  # rows that a verdict of several studies names of those that tie, by their means, before it gives a number
 # Sweeps that are not called as their studies, for the configs of runs that no docs/results/STUDY.json has.
 SWEEPS = {"ablation_digits": "ablation"}
@@ -110,7 +113,7 @@ def store_work(names: list[str]) -> int:
 def configs_of(name: str) -> dict:
     """Returns the config of each run of a study: as docs/results/STUDY.json has it, else of its sweep's file."""
     from seqpe_jax import config
-    from seqpe_jax.sweeps import points
+    from seqpe_jax.sweeps import spec
     from seqpe_jax.trees import nested
 
     found = {}
@@ -119,21 +122,19 @@ def configs_of(name: str) -> dict:
         for run, entry in kept["runs"].items():
             found[run] = config.from_dict(nested(kept["shared"] | entry["settings"], "."))
     if any(run.name not in found for run in study_of(name).runs):
-        sweep = points.read(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
+        sweep = spec.read(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
         found = {point.name: point.settings for point in sweep.points} | found
     return found
 
 
 def work_of(settings) -> dict[str, float]:
     """Returns {"parameters", "training_flops"} of a config, as `evaluate` stores them; data need not be there."""
-    from seqpe_jax.objectives.flops import training_flops
+    from seqpe_jax.losses.flops import training_flops
     from seqpe_jax.training.trainer import Trainer
     from seqpe_jax.trees import count
 
     trainer = Trainer.of(settings, data_there=False)
-    flops = training_flops(
-        trainer.objective, trainer.task.example, settings.batch_size, settings.optimizer.accumulate
-    )  # fmt: skip
+    flops = training_flops(trainer.objective, trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
     return {"parameters": count(trainer.shapes.params), "training_flops": flops / trainer.task.units_per_step}
 
 
@@ -162,7 +163,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"] and len(sys.argv) > 2:
         sys.exit(store_work(sys.argv[2:]))
     if sys.argv[1:] not in ([], ["--check"]):
-        wrong = f"error: {' '.join(sys.argv[1:])}: give nothing, --check, --curve SWEEP METRIC STUDY, or --work STUDY ..."
+        wrong = (
+            f"error: {' '.join(sys.argv[1:])}: give nothing, --check, --curve SWEEP METRIC STUDY, or --work STUDY ..."
+        )
         print(wrong, file=sys.stderr)
         sys.exit(2)
     sys.exit(main("--check" in sys.argv))

@@ -17,9 +17,9 @@ from seqpe_jax.errors import InputError
 if TYPE_CHECKING:
     from seqpe_jax.encodings.seqpe import SeqPE
     from seqpe_jax.loading import load
+    from seqpe_jax.losses.standalone import position_losses
     from seqpe_jax.model import Model
     from seqpe_jax.models.attention import attend, place
-    from seqpe_jax.objectives.losses import position_losses
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Model", "SeqPE", "attend", "load", "place", "position_losses"]

@@ -22,7 +22,9 @@ def check_claims(archive: zipfile.ZipFile, most: int, cure: str) -> None:
     """
     claimed = sum(member.file_size for member in archive.infolist())
     if claimed > most:
-        raise ValueError(f"its members unpack to {claimed / 2**20:,.0f} MiB, and at most {most / 2**20:,.0f} fit: {cure}")
+        raise ValueError(
+            f"its members unpack to {claimed / 2**20:,.0f} MiB, and at most {most / 2**20:,.0f} fit: {cure}"
+        )
 
 
 def read_arrays(file: str | os.PathLike | io.BytesIO, most: int = LARGEST) -> dict[str, np.ndarray]:

@@ -1,48 +1,6 @@
-"""Writes a run's model as a folder for serving, which runs with JAX alone: no Flax, no encoder, nothing of this package.
+"""`python -m seqpe_jax.export`: the command of `seqpe_jax.cli.export`."""
 
-    python -m seqpe_jax.export --checkpoint=runs/first --output=exports/first --max-length=4096
-    python -m seqpe_jax.export --checkpoint=runs/digits --output=exports/digits --max-size=32 --platforms=cpu,tpu
-
-The folder holds model.stablehlo (any batch, any length or size up to the largest), params.safetensors, config.json, the
-tokenizer, and README.md, which says how to load it. `evaluate --checkpoint` takes it like a run.
-"""
-
-import signal
-import sys
-
-from absl import flags
-
-from seqpe_jax import command
-from seqpe_jax.files import as_path, check_free
-
-_CHECKPOINT = command.define_path("checkpoint", "workdir of a run")
-_WHICH = command.define_which()
-_OUTPUT = command.define_path("output", "new or empty folder to write", writes="folder")
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", 1, 2**24
-)
-_MAX_SIZE = flags.DEFINE_integer(
-    "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", 1, 2**16
-)
-_PLATFORMS = flags.DEFINE_list("platforms", None, "some of cpu,cuda,tpu (default: all of them)")
-
-
-def main() -> None:
-    """The command."""
-    from seqpe_jax import loading
-    from seqpe_jax.runtime import hosts
-    from seqpe_jax.serving import export
-    from seqpe_jax.serving.exported import CARD, PLATFORMS
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
-    hosts.keep_compiled_programs()
-    check_free(_OUTPUT.value)
-    model = loading.opened(_CHECKPOINT.value, _WHICH.value)
-    platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
-    export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
-    print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / CARD}")
-
+from seqpe_jax.cli.export import run_command
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "output"])
-    command.run(main)
+    run_command()

@@ -61,7 +61,9 @@ def expanded(path: str, *, local: str = "") -> str:
         pass  # it may be to be made, and who reads it says what is missing
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{_short(path)} cannot be the name of a file or folder here ({reason}): give another") from error
+        raise InputError(
+            f"{_short(path)} cannot be the name of a file or folder here ({reason}): give another"
+        ) from error
     return found
 
 
@@ -138,7 +140,9 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{option}={path} cannot be written ({reason}): choose another place") from error
     if target.exists() and not (target.is_file() or target.is_dir()):
-        raise InputError(f"{option}={path} is a device, which a file would replace: name a file, or leave the option out")
+        raise InputError(
+            f"{option}={path} is a device, which a file would replace: name a file, or leave the option out"
+        )
     if not folder and target.is_dir():
         raise InputError(f"{option}={path} is a folder: name a file")
     if folder and target.exists() and not target.is_dir():
@@ -160,11 +164,30 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
 
 # What runs, exports and converted models keep under names of their own, and what sweeps do.
 OWN_FILES = {
-    "config.json", "sizes.json", "data.json", "digests.json", "tokenizer.json", "tokenizer_config.json", "classes.json",
-    "special_tokens_map.json", "generation_config.json", "metrics.jsonl", "owner.json", "log.txt", "conversion.json",
-    "restored.json", "similarity.npz", "attention.npz", "readme.md", "model.stablehlo", "params.safetensors",
-    "checkpoints", "tensorboard", "profile", EVALUATION,
-}  # fmt: skip
+    "config.json",
+    "sizes.json",
+    "data.json",
+    "digests.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "classes.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "metrics.jsonl",
+    "owner.json",
+    "log.txt",
+    "conversion.json",
+    "restored.json",
+    "similarity.npz",
+    "attention.npz",
+    "readme.md",
+    "model.stablehlo",
+    "params.safetensors",
+    "checkpoints",
+    "tensorboard",
+    "profile",
+    EVALUATION,
+}
 OWN_OF_SWEEPS = {"sweep.json", "optuna.db"}
 
 
@@ -188,7 +211,9 @@ def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...]
         )
     for above in (target, *target.parents):
         if above.name == "checkpoints" and (above.parent / "config.json").exists():
-            raise InputError(f"{option}={path} lies among the checkpoints of the run in {above.parent}: name another place")
+            raise InputError(
+                f"{option}={path} lies among the checkpoints of the run in {above.parent}: name another place"
+            )
 
 
 def check_readable(path: str | os.PathLike, option: str) -> None:
@@ -259,7 +284,9 @@ def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file whole or not at all, text as UTF-8; one that holds the content already is left alone."""
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may be any bytes
+    data = (
+        content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    )  # names may be any bytes
     target = as_path(path)
     if in_store(target):
         target.put(data)

@@ -9,22 +9,22 @@ from typing import Any
 import jax
 
 from seqpe_jax import config
-from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
+from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, from_json
+from seqpe_jax.inference.exported import SECTION, read_params
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
-from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.best import best_step
-from seqpe_jax.runtime.checkpoint import FOLDER, Checkpoints, read_config, whole_step
-from seqpe_jax.runtime.digests import FILE as DIGESTS
-from seqpe_jax.runtime.digests import damage, forget
-from seqpe_jax.serving.exported import SECTION, read_params
-from seqpe_jax.tasks.images import known_sizes
-from seqpe_jax.tasks.sizes import read_sizes
-from seqpe_jax.tasks.text import with_kept_tokenizer
+from seqpe_jax.models.build import Architecture, Params, Sizes
+from seqpe_jax.tasks.data_spec import read_sizes
+from seqpe_jax.tasks.image_classification import known_sizes
+from seqpe_jax.tasks.language_modeling import with_kept_tokenizer
+from seqpe_jax.training.best_checkpoint import best_step
+from seqpe_jax.training.checkpoint import FOLDER, Checkpoints, read_config, whole_step
+from seqpe_jax.training.checksums import FILE as DIGESTS
+from seqpe_jax.training.checksums import damage, forget
 
 EXPECTED = (
     "give a --workdir of `train`, an --output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or "
@@ -163,7 +163,9 @@ def sizes_of(settings: Config, folder: str) -> Sizes:
             raise InputError(f"{folder} does not say how many tokens its model has: put back its sizes.json")
         return stored
     if not settings.model.vocabulary and not settings.data.tokenizer:
-        raise InputError(f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there")
+        raise InputError(
+            f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there"
+        )
     return Sizes(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
 
 

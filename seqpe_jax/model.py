@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.architecture import Architecture, Params, Shape, Sizes
 from seqpe_jax.config import Config
-from seqpe_jax.data.pictures import normalised
+from seqpe_jax.data.images import normalised
 from seqpe_jax.data.tokenizers import Tokenizer, continuation
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, utf8
+from seqpe_jax.inference import export
 from seqpe_jax.inference import generate as generation
-from seqpe_jax.inference.decoding import Generation, Sampling
-from seqpe_jax.inference.programs import Programs
+from seqpe_jax.inference.compiled import Programs
+from seqpe_jax.inference.decode import Generation, Sampling
+from seqpe_jax.inference.exported import PLATFORMS
 from seqpe_jax.interop import writing
-from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.progress import ProgressLine
-from seqpe_jax.serving import export
-from seqpe_jax.serving.exported import PLATFORMS
+from seqpe_jax.models.build import Architecture, Params, Shape, Sizes
 from seqpe_jax.tasks import Task, Text, task_class
-from seqpe_jax.tasks.measure import Scales, measure
+from seqpe_jax.tasks.evaluate import Scales, measure
 from seqpe_jax.trees import count
 
 Start = int | Sequence[int] | None
@@ -140,9 +140,15 @@ class Model:
         return self.programs.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
 
     def generate(
-        self, prompt: str | Sequence[str], max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int = 0, window: int | None = None,
-    ) -> str | list[str]:  # fmt: skip
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> str | list[str]:
         """Returns the text that follows a prompt, or each of several.
 
         Args:
@@ -175,9 +181,13 @@ class Model:
         )
 
     def evaluate(
-        self, lengths: Sequence[int] = (), sizes: Sequence[int | Shape] = (), split: str = "test",
-        contexts: Sequence[int] = (), **options: Any,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        self,
+        lengths: Sequence[int] = (),
+        sizes: Sequence[int | Shape] = (),
+        split: str = "test",
+        contexts: Sequence[int] = (),
+        **options: Any,
+    ) -> list[dict[str, Any]]:
         """Returns the results that `evaluate` prints, one for each length, size or context.
 
         Args:
@@ -201,9 +211,13 @@ class Model:
         writing.write_run(folder, self.config, self.params, self.sizes, self.step, keep=carry)
 
     def export(
-        self, folder: str | os.PathLike, *, max_length: int | None = None, max_size: int | None = None,
+        self,
+        folder: str | os.PathLike,
+        *,
+        max_length: int | None = None,
+        max_size: int | None = None,
         platforms: Sequence[str] = PLATFORMS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Writes the model as a folder that runs with JAX alone (see `seqpe_jax.export`).
 
         Args:
@@ -231,7 +245,9 @@ class Model:
             raise InputError(f"this model reads {wanted}, got an array of shape {inputs.shape}")
         if self.architecture.reads_images:
             if inputs.shape[-1] != self.sizes.channels:
-                raise InputError(f"this model reads {self.sizes.channels} channel(s), got an array of shape {inputs.shape}")
+                raise InputError(
+                    f"this model reads {self.sizes.channels} channel(s), got an array of shape {inputs.shape}"
+                )
             return self._normalised(inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise InputError(f"this model reads tokens int32[B, L], got {inputs.dtype}: use model.tokenizer on text")

@@ -63,7 +63,9 @@ class StorePath(gpath.PosixGPath):
         """Yields what is in a folder. Raises: FileNotFoundError."""
         with _told(self):
             names = self._fs.ls(str(self), detail=False)
-        yield from (self / name for name in sorted({name.rstrip("/").rpartition("/")[2] for name in names} - {self.name}))
+        yield from (
+            self / name for name in sorted({name.rstrip("/").rpartition("/")[2] for name in names} - {self.name})
+        )
 
     def files(self) -> list[Self]:
         """Returns all objects below a folder, sorted; none where there are none."""
@@ -168,7 +170,9 @@ def checked(address: str) -> str:
     """
     found = re.fullmatch(r"gs://+([^/]+)(/.*)?", address)
     if not found or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", found[1]):
-        raise InputError(f"{address} names no bucket: expected gs://BUCKET/NAME, with small letters in the bucket's name")
+        raise InputError(
+            f"{address} names no bucket: expected gs://BUCKET/NAME, with small letters in the bucket's name"
+        )
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{address} is in Google Cloud Storage, for which a library is missing: pip install gcsfs")
     _set_up()
@@ -223,7 +227,9 @@ def _told(path: StorePath) -> Iterator[None]:
         words = " ".join(str(error).split()) or type(error).__name__
         refused = getattr(error, "code", None) in (401, 403) or words.startswith("Forbidden")
         if refused or type(error).__module__.startswith("google.auth"):
-            words = f"no leave to use it ({words[:200]}): log in (gcloud auth application-default login) or ask its owner"
+            words = (
+                f"no leave to use it ({words[:200]}): log in (gcloud auth application-default login) or ask its owner"
+            )
         else:
             words = f"the store gave no good answer ({type(error).__name__}: {words[:200]}), also when asked again"
         raise StoreError(errno.EACCES if refused else errno.EIO, words, str(path)) from error

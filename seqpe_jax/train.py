@@ -1,47 +1,6 @@
-"""Trains a model; the same command goes on where a run was stopped.
+"""`python -m seqpe_jax.train`: the command of `seqpe_jax.cli.train`."""
 
-python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
-python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
-python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
-
-A finished run goes on with more steps: --config.steps=3000, and --extend=true where the schedule depends on their number.
-Exit code 75: SIGTERM, SIGINT or SIGHUP came, the state is saved and the same command goes on; 1: a failure; 2: bad input.
-On several hosts the same command runs on each, with a workdir that they share (launch/: Slurm, GKE, TPU VMs).
-"""
-
-import dataclasses
-
-from absl import flags
-from ml_collections import config_flags
-
-from seqpe_jax import command
-from seqpe_jax.config import Config
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
-_WORKDIR = command.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
-_INIT_FROM = command.define_path("init-from", "begin with the parameters of that run or converted checkpoint")
-_EXTEND = flags.DEFINE_bool(
-    "extend", False, "go on to more steps although the learning rate that the run had so far depends on their number"
-)
-command.define_hosts()
-
-
-def main() -> None:
-    """The command."""
-    from seqpe_jax.runtime import hosts
-    from seqpe_jax.training.trainer import Trainer
-
-    settings, workdir = command.join_hosts(_settings), _WORKDIR.value
-    hosts.leave_when_told()
-    hosts.keep_compiled_programs()
-    Trainer.for_folder(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
-
-
-def _settings() -> Config:
-    settings = command.given_config(_CONFIG.value)
-    return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
-
+from seqpe_jax.cli.train import run_command
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    run_command()

@@ -23,18 +23,25 @@ import time
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from seqpe_jax.files import write_whole
-from seqpe_jax.runtime.checkpoint import MARK, UNNAMED
+from seqpe_jax.training.checkpoint import MARK, UNNAMED
 from tests.commands import Commands, Running, train_arguments
 from tests.emulator import Store, files_of
 from tests.training.test_processes import _free_port, hosts
 from tests.training.test_resume import CLOCK, arrays, lines, newest
 
 FIELDS = {
-    "config": "tests/tiny_text.py:alibi", "checkpoint__every": 20, "report__every": 1, "eval__every": 100,
-    "eval__lengths": (16,), "model__dropout": 0.1,
-}  # fmt: skip
+    "config": "tests/tiny_text.py:alibi",
+    "checkpoint__every": 20,
+    "report__every": 1,
+    "eval__every": 100,
+    "eval__lengths": (16,),
+    "model__dropout": 0.1,
+}
 START_SECONDS = 4.0  # in which a start reads its state and compiles
-SAVE_SECONDS, STORED_SAVE_SECONDS = 0.03, 0.5  # within which a kill follows the beginning of a save, on a disk, in a bucket
+SAVE_SECONDS, STORED_SAVE_SECONDS = (
+    0.03,
+    0.5,
+)  # within which a kill follows the beginning of a save, on a disk, in a bucket
 STORED_STEPS_SECONDS = 1.0  # between two saves in a bucket
 STUCK_SECONDS = 600.0
 GROWTH_PERCENT = 2.0  # of memory, beyond which a soaked run is said to leak
@@ -144,7 +151,12 @@ class Victim:
         if self.store:
             self.store.close()
         inside = sum(one["inside_a_save"] for one in self.done)
-        about = {"processes": self.processes, "steps": self.steps, "kills": len(self.done), "kills_inside_a_save": inside}
+        about = {
+            "processes": self.processes,
+            "steps": self.steps,
+            "kills": len(self.done),
+            "kills_inside_a_save": inside,
+        }
         return about | differences(self.straight, self.killed, self.steps)
 
 
@@ -166,7 +178,9 @@ def differences(straight: pathlib.Path, killed: pathlib.Path, steps: int) -> dic
         "steps_missing": len(set(range(1, steps + 1)) - set(trained)),
         "steps_doubled": len(trained) - len(set(trained)),
         "arrays": len(theirs),
-        "arrays_that_differ": sum(_bits(ours.get(name)) != _bits(theirs.get(name)) for name in ours.keys() | theirs.keys()),
+        "arrays_that_differ": sum(
+            _bits(ours.get(name)) != _bits(theirs.get(name)) for name in ours.keys() | theirs.keys()
+        ),
     }
 
 
@@ -203,9 +217,12 @@ def soak(commands: Commands, folder: pathlib.Path, steps: int) -> dict[str, floa
         time.sleep(0.1)
     early, late = (statistics.median(values) for values in held.values())
     return {
-        "steps": steps, "exit_code": commands.wait(running).code, "MiB_after_a_quarter": round(early, 1),
-        "MiB_at_the_end": round(late, 1), "growth_percent": round(100 * (late / early - 1), 2),
-    }  # fmt: skip
+        "steps": steps,
+        "exit_code": commands.wait(running).code,
+        "MiB_after_a_quarter": round(early, 1),
+        "MiB_at_the_end": round(late, 1),
+        "growth_percent": round(100 * (late / early - 1), 2),
+    }
 
 
 def _told(status: pathlib.Path) -> float | None:
@@ -237,8 +254,12 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=200, help="of a run of one process")
     options.add_argument("--pair", type=int, default=20, help="kills of a run of two processes")
-    options.add_argument("--bucket", type=int, default=20, help="kills of a run of one process whose folder is in a bucket")
-    options.add_argument("--soak", type=int, default=0, help="steps of a run whose memory is looked at, instead of kills")
+    options.add_argument(
+        "--bucket", type=int, default=20, help="kills of a run of one process whose folder is in a bucket"
+    )
+    options.add_argument(
+        "--soak", type=int, default=0, help="steps of a run whose memory is looked at, instead of kills"
+    )
     options.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/chaos"))
     options.add_argument("--results", type=pathlib.Path, help="JSON file to write")
     given = options.parse_args()
@@ -254,8 +275,10 @@ def main() -> int:
     if given.soak:
         keep("soak", soak(commands, folder / "soak", given.soak))
     for name, processes, kills in (
-        ("one process", 1, given.kills), ("two processes", 2, given.pair), ("in a bucket", 1, given.bucket)
-    ):  # fmt: skip
+        ("one process", 1, given.kills),
+        ("two processes", 2, given.pair),
+        ("in a bucket", 1, given.bucket),
+    ):
         if kills and not given.soak:
             where = folder / name.replace(" ", "_")
             keep(name, Victim(commands, where, processes, kills, bucket=name == "in a bucket").run())

@@ -85,8 +85,12 @@ class Commands:
         self._count = 0
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.commands", before],
-            cwd=ROOT, env=environment(cache), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=environment(cache),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def __call__(self, name: str, *arguments: str) -> Result:
         """Runs a command to its end."""
@@ -174,12 +178,12 @@ def serve(before: str) -> None:
     """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
     from absl import flags
 
-    from seqpe_jax import command, loading  # noqa: F401  imported once, for all forks
-    from seqpe_jax.runtime import checkpoint, progress  # noqa: F401
-    from seqpe_jax.sweeps import runs, search  # noqa: F401
-    from seqpe_jax.training import trainer  # noqa: F401
+    from seqpe_jax.sweeps import run
+    from seqpe_jax.training import (
+        trainer,  # noqa: F401
+    )
 
-    runs.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
+    run.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -40,11 +40,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest start first, so that no process ends long before the others."""
     first = (
-        "test_commands_of_pages.py", "test_processes.py", "test_mutations.py", "test_launch.py", "test_resume.py",
-        "test_configs.py", "test_decoding.py",
-        "test_step.py", "test_sweep.py", "test_export_command.py", "test_conversion.py", "test_exported.py",
-        "test_slices.py", "test_commands.py", "test_answer_commands.py", "test_generate.py", "test_trace.py",
-    )  # fmt: skip
+        "test_commands_of_pages.py",
+        "test_processes.py",
+        "test_mutations.py",
+        "test_launch.py",
+        "test_resume.py",
+        "test_configs.py",
+        "test_decoding.py",
+        "test_step.py",
+        "test_sweep.py",
+        "test_export_command.py",
+        "test_conversion.py",
+        "test_exported.py",
+        "test_slices.py",
+        "test_commands.py",
+        "test_answer_commands.py",
+        "test_generate.py",
+        "test_trace.py",
+    )
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 

@@ -104,7 +104,9 @@ def serve(port: int, kept: str) -> None:
             parts = self.path.strip("/").split("/")
             if parts[0] == "fail":
                 about = "".join(parts[4:])
-                asked.update(status=int(parts[1]), requests=int(parts[2]), seconds=float(parts[3]), about=about, failed=0)
+                asked.update(
+                    status=int(parts[1]), requests=int(parts[2]), seconds=float(parts[3]), about=about, failed=0
+                )
                 self._answer(200, b"")
             elif parts[0] == "failed":
                 self._answer(200, json.dumps(asked["failed"]).encode())

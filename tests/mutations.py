@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from seqpe_jax import config
-from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
-from seqpe_jax.tasks.sizes import write_sizes
+from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.training.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_state, tiny_config
 
@@ -29,7 +29,7 @@ def get_config(variant=None):
     c.update({fields})
     return c
 '''
-SWEEP = """from seqpe_jax.sweeps.points import Range, Search, product, zipped
+SWEEP = """from seqpe_jax.sweeps.spec import Range, Search, product, zipped
 
 CONFIG = "page.py"
 SEARCH = Search(
@@ -70,24 +70,151 @@ COMMANDS = {
     ("benchmark", "--config=page.py", "--compare=seqpe,rotary", "--mode=train", "--steps=3", OUT): ("page.py",),
 }
 WORDS = (
-    "", " ", "0", "-1", "1", "2147483648", "99999999999999999999", "9" * 5000, "1e309", "-1e309", "nan", "inf", "1e-320",
-    "1e30", "0.5", "True", "None", "()", "(0,)", "(1,2,3,4,5,6,7)", "(-1,-1)", "[[[[]]]]", "[" * 3000, "²", "1:²", "٣", "é",
-    "名前", "\udcff", "a" * 300, "abc/" * 2000, "'", '"', "(", "{", "[1,", "lambda: 0", "__import__('os')", "--", "=",
-    "~", "~nobody-of-that-name", "gs://bucket/x", "s3://bucket/x", "http://x", "gcs:/x", "-", ".", "..", "\n", "a\nb",
-    "\t", "%s%n", "{0}", "0x10", "1_000", "1.", "1+1", "10**10", "1,,2", ",", "*", "**", "[", "=1+1", "1x", "8x8x8x8",
-    "v5e:0x0", "file", "empty", "dangling", "loop", "file/under", "zero", "run", "pictures", "theirs", "page.py",
-    "words.json", "closed", "page.py:none", "page.py:", "new", "seqpe", "learned", "wsd", "1:3",
-)  # fmt: skip
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    "2147483648",
+    "99999999999999999999",
+    "9" * 5000,
+    "1e309",
+    "-1e309",
+    "nan",
+    "inf",
+    "1e-320",
+    "1e30",
+    "0.5",
+    "True",
+    "None",
+    "()",
+    "(0,)",
+    "(1,2,3,4,5,6,7)",
+    "(-1,-1)",
+    "[[[[]]]]",
+    "[" * 3000,
+    "²",
+    "1:²",
+    "٣",
+    "é",
+    "名前",
+    "\udcff",
+    "a" * 300,
+    "abc/" * 2000,
+    "'",
+    '"',
+    "(",
+    "{",
+    "[1,",
+    "lambda: 0",
+    "__import__('os')",
+    "--",
+    "=",
+    "~",
+    "~nobody-of-that-name",
+    "gs://bucket/x",
+    "s3://bucket/x",
+    "http://x",
+    "gcs:/x",
+    "-",
+    ".",
+    "..",
+    "\n",
+    "a\nb",
+    "\t",
+    "%s%n",
+    "{0}",
+    "0x10",
+    "1_000",
+    "1.",
+    "1+1",
+    "10**10",
+    "1,,2",
+    ",",
+    "*",
+    "**",
+    "[",
+    "=1+1",
+    "1x",
+    "8x8x8x8",
+    "v5e:0x0",
+    "file",
+    "empty",
+    "dangling",
+    "loop",
+    "file/under",
+    "zero",
+    "run",
+    "pictures",
+    "theirs",
+    "page.py",
+    "words.json",
+    "closed",
+    "page.py:none",
+    "page.py:",
+    "new",
+    "seqpe",
+    "learned",
+    "wsd",
+    "1:3",
+)
 VALUES = (
-    None, [], {}, "", "x", "=1", "\ud800", -1, 0, 1, 3, 0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), 2**31,
-    2**63, 10**25, True, [0], [1e308] * 3, ["x"], [[[]]], {"x": 1}, "1e5", 10**9, [10**9, 10**9],
-)  # fmt: skip
+    None,
+    [],
+    {},
+    "",
+    "x",
+    "=1",
+    "\ud800",
+    -1,
+    0,
+    1,
+    3,
+    0.5,
+    1e308,
+    -1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    2**31,
+    2**63,
+    10**25,
+    True,
+    [0],
+    [1e308] * 3,
+    ["x"],
+    [[[]]],
+    {"x": 1},
+    "1e5",
+    10**9,
+    [10**9, 10**9],
+)
 CONTENTS = (
-    b"", b"null", b"[]", b"{}", b"0", b"\xff\xfe", b"\x00" * 64, b"[" * 100_000, b'{"a":' * 50_000, b"- " * 50_000, b'"',
-    b"def get_config(", b"import json\n1/0", b"import sys\nsys.exit(3)", b"raise SystemExit", b"x" * 200_000,
-    b"get_config = 3", b"CONFIG = 'page.py'\ndef runs(): yield 1", b"&a [*a]", b"!!python/object/apply:os.system ['x']",
-    b'{"step": NaN}', b'{"model": {"width": 1e999}}', b"PK\x03\x04", b"9" * 6000,
-)  # fmt: skip
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b"0",
+    b"\xff\xfe",
+    b"\x00" * 64,
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"- " * 50_000,
+    b'"',
+    b"def get_config(",
+    b"import json\n1/0",
+    b"import sys\nsys.exit(3)",
+    b"raise SystemExit",
+    b"x" * 200_000,
+    b"get_config = 3",
+    b"CONFIG = 'page.py'\ndef runs(): yield 1",
+    b"&a [*a]",
+    b"!!python/object/apply:os.system ['x']",
+    b'{"step": NaN}',
+    b'{"model": {"width": 1e999}}',
+    b"PK\x03\x04",
+    b"9" * 6000,
+)
 
 
 def furnish(folder: pathlib.Path) -> None:
@@ -101,10 +228,20 @@ def furnish(folder: pathlib.Path) -> None:
         pathlib.Path("sweep.py").write_text(SWEEP)
         _words(pathlib.Path("words.json"))
         settings = tiny_config(data__name="text_files", data__paths=("text.txt",), eval__every=2)
-        pictures = config.load(str(before / "configs/digits_vit.py"), {
-            "model.layers": 1, "model.width": 24, "model.heads": 2, "encoding.layers": 1, "encoding.width": 24,
-            "encoding.heads": 2, "eval.sizes": (8,), "batch_size": 8, "objective.shift.sets": 1,
-        })  # fmt: skip
+        pictures = config.load(
+            str(before / "configs/digits_vit.py"),
+            {
+                "model.layers": 1,
+                "model.width": 24,
+                "model.heads": 2,
+                "encoding.layers": 1,
+                "encoding.width": 24,
+                "encoding.heads": 2,
+                "eval.sizes": (8,),
+                "batch_size": 8,
+                "objective.shift.sets": 1,
+            },
+        )
         for name, page, one in (("run", "page.py", settings), ("pictures", "images.py", pictures)):
             pathlib.Path(page).write_text(PAGE.format(fields=config.to_dict(one)))
             _saved(pathlib.Path(name), one)
@@ -139,10 +276,16 @@ def _measured(folder: pathlib.Path) -> None:
     lines = [{"step": step, "time": step, "train/loss": 3.0, "train/tokens_per_second": 9.0} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = [
-        {"length": length, "tokens": 640, "loss": 2.0, "perplexity": 7.4, "bits_per_byte": 2.9,
-         "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]}}
+        {
+            "length": length,
+            "tokens": 640,
+            "loss": 2.0,
+            "perplexity": 7.4,
+            "bits_per_byte": 2.9,
+            "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]},
+        }
         for length in (16, 32)
-    ]  # fmt: skip
+    ]
     report = {"checkpoint": "run", "step": 2, "split": "test", "parameters": 99, "results": results}
     (folder / "evaluation.json").write_text(json.dumps(report))
     positions = np.arange(16)[:, None]
@@ -156,12 +299,17 @@ def _theirs(folder: pathlib.Path) -> None:
     width, draw = 8, np.random.default_rng(0)
     sizes = {"wte.weight": (400, width), "wpe.weight": (32, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
     for name, shape in {
-        "ln_1": (width,), "ln_2": (width,), "attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width),
-    }.items():  # fmt: skip
+        "ln_1": (width,),
+        "ln_2": (width,),
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "mlp.c_fc": (width, 4 * width),
+        "mlp.c_proj": (4 * width, width),
+    }.items():
         sizes |= {f"h.0.{name}.weight": shape, f"h.0.{name}.bias": shape[-1:]}
     save_file(
-        {name: draw.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}, folder / "model.safetensors"
+        {name: draw.normal(size=shape).astype(np.float32) for name, shape in sizes.items()},
+        folder / "model.safetensors",
     )
     settings = {"model_type": "gpt2", "vocab_size": 400, "n_layer": 1, "n_embd": width, "n_head": 2, "n_positions": 32}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -219,9 +367,33 @@ def cases(draw: st.DrawFn, folder: pathlib.Path) -> Case:
 TYPES = config.field_types()
 FIELDS = tuple(name for name in TYPES if name != "data.name")  # whose other values take minutes to prepare
 NUMBERS = (
-    "0", "1", "2", "3", "4", "7", "-1", "-7", "16", "100", "1000", "65536", "1000000", "1000000000", "2147483647", "1e300",
-    "9223372036854775808", "1000000000000000000000", "0.5", "1.0", "0.999", "1e-3", "1e-12", "1e-38", "1e-320", "1e30",
-)  # fmt: skip
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "7",
+    "-1",
+    "-7",
+    "16",
+    "100",
+    "1000",
+    "65536",
+    "1000000",
+    "1000000000",
+    "2147483647",
+    "1e300",
+    "9223372036854775808",
+    "1000000000000000000000",
+    "0.5",
+    "1.0",
+    "0.999",
+    "1e-3",
+    "1e-12",
+    "1e-38",
+    "1e-320",
+    "1e30",
+)
 LISTS = (
     "()",
     "(1,)",

@@ -5,31 +5,31 @@ import os
 import jax
 
 # Commands import these when they need them; here all of them find them there.
-import seqpe_jax.data.builders.digit_images
-import seqpe_jax.data.builders.text_files
+import seqpe_jax.data.datasets.digit_images
+import seqpe_jax.data.datasets.text_files
+import seqpe_jax.inference.export
 import seqpe_jax.interop.conversion
-import seqpe_jax.profiling.benchmarks
+import seqpe_jax.profiling.benchmark
 import seqpe_jax.reporting.report
-import seqpe_jax.serving.export
 import seqpe_jax.sweeps.search  # noqa: F401
-from seqpe_jax import command
+from seqpe_jax.cli import common
+from seqpe_jax.distributed import roll_call
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.programs import Programs
-from seqpe_jax.profiling import slices
-from seqpe_jax.runtime import line
-from seqpe_jax.sweeps import runs
-from seqpe_jax.tasks import measure
+from seqpe_jax.inference.compiled import Programs
+from seqpe_jax.profiling import aot
+from seqpe_jax.sweeps import run as runs
+from seqpe_jax.tasks import evaluate
 from seqpe_jax.training import loop, warm_start
 from seqpe_jax.training.trainer import Trainer
 
 STOPPED = "stopped before compiling"
 FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
-_run, _devices_of = command.run, slices.devices_of
+_run, _devices_of = common.run, aot.devices_of
 
 
 def _stop(*_, **__):
     print(STOPPED)
-    line.leave(0)
+    roll_call.leave(0)
 
 
 def _run_there(main):
@@ -60,9 +60,9 @@ def _devices(topology):
 
 def close() -> None:
     """Closes the seams; `tests.commands.Commands` calls it where it is told to, never the tests' own process."""
-    command.run = _run_there
+    common.run = _run_there
     Trainer.first_state, Trainer.init_state, loop.fit = _first_state, _stop, _stop
-    measure._at = _measured
+    evaluate._at = _measured
     Programs.signal = Programs.vectors = Programs.stored_params = _stop
-    slices.compile_step, slices.devices_of = _stop, _devices
+    aot.compile_step, aot.devices_of = _stop, _devices
     runs.Popen = _stop

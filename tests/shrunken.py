@@ -5,16 +5,16 @@ import os
 from collections.abc import Iterable
 
 import seqpe_jax.sweeps.search  # noqa: F401  commands find it imported
-from seqpe_jax import command
-from seqpe_jax.config import Config, ContrastiveConfig, DistillationConfig, MeshConfig, from_dict, reading, to_dict
+from seqpe_jax.cli import common
+from seqpe_jax.config import Config, ContrastiveConfig, DistillationConfig, MeshConfig, from_dict, io, to_dict
 from seqpe_jax.data import loader
-from seqpe_jax.sweeps import points
+from seqpe_jax.sweeps import spec
 
 FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
 TEXTS = "path/to/texts"  # in that folder, as the pages write it
 PHOTOS = "ROOT"
 QUESTIONS = "questions.jsonl"
-_run, _given, _points, _read = command.run, reading.given, points._points, points.read
+_run, _given, _points, _read = common.run, io.given, spec._points, spec.read
 
 
 class FewExamples(loader.EvaluationBatches):
@@ -54,15 +54,28 @@ def shrunken(config: Config) -> Config:
     evaluation = dataclasses.replace(evaluation, sizes=evaluation.sizes[:1], frames=evaluation.frames[:1])
     if encoding.kind == "seqpe":
         encoding = dataclasses.replace(
-            encoding, layers=1, width=16, heads=2, position_heads=min(1, encoding.position_heads),
-            rotary_heads=min(1, encoding.rotary_heads), feature_width=min(4, encoding.feature_width),
-        )  # fmt: skip
-        objective = dataclasses.replace(  # without the terms on vectors, which compile longest: test_configs.py trains them
-            objective, shift=dataclasses.replace(objective.shift, sets=1), contrastive=ContrastiveConfig(weight=0.0),
-            distillation=DistillationConfig(weight=0.0),
-        )  # fmt: skip
+            encoding,
+            layers=1,
+            width=16,
+            heads=2,
+            position_heads=min(1, encoding.position_heads),
+            rotary_heads=min(1, encoding.rotary_heads),
+            feature_width=min(4, encoding.feature_width),
+        )
+        objective = (
+            dataclasses.replace(  # without the terms on vectors, which compile longest: test_configs.py trains them
+                objective,
+                shift=dataclasses.replace(objective.shift, sets=1),
+                contrastive=ContrastiveConfig(weight=0.0),
+                distillation=DistillationConfig(weight=0.0),
+            )
+        )
     small = dataclasses.replace(
-        config, steps=min(4, max(2, config.steps // 750)), batch_size=8, data=data, mesh=MeshConfig(),
+        config,
+        steps=min(4, max(2, config.steps // 750)),
+        batch_size=8,
+        data=data,
+        mesh=MeshConfig(),
         model=dataclasses.replace(model, layers=1, width=48, heads=4, mlp_width=0, patch=patch),
         encoding=dataclasses.replace(encoding, rotary_pairs=min(axes, encoding.rotary_pairs)),
         objective=objective,
@@ -70,11 +83,11 @@ def shrunken(config: Config) -> Config:
         eval=dataclasses.replace(evaluation, every=min(1, evaluation.every), batch_tokens=4096),
         checkpoint=dataclasses.replace(config.checkpoint, every=1, keep_every=0, best=best),
         report=dataclasses.replace(config.report, every=1, tensorboard=False),
-    )  # fmt: skip
+    )
     return from_dict(to_dict(small))
 
 
-def _shrunken_sweep(path: str) -> points.SweepFile:
+def _shrunken_sweep(path: str) -> spec.SweepFile:
     """A sweep file with one trial of its search."""
     sweep = _read(path)
     return dataclasses.replace(sweep, search=sweep.search and dataclasses.replace(sweep.search, trials=1))
@@ -88,8 +101,8 @@ def _one(runs: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 def close() -> None:
     """Makes the commands of this process small."""
-    command.run = _run_there
-    reading.given = lambda *given: shrunken(_given(*given))
-    points._points = lambda path, base, runs: _points(path, base, _one(runs))
-    points.read = _shrunken_sweep
+    common.run = _run_there
+    io.given = lambda *given: shrunken(_given(*given))
+    spec._points = lambda path, base, runs: _points(path, base, _one(runs))
+    spec.read = _shrunken_sweep
     loader.EvaluationBatches = FewExamples

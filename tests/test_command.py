@@ -9,8 +9,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from seqpe_jax import command, config
+from seqpe_jax import config
 from seqpe_jax.__main__ import COMMANDS
+from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
@@ -20,36 +21,41 @@ def parsed(*arguments):
     argv = ["command", f"--config={ROOT}/configs/stdlib_lm.py", "--config.data.name=text_files", *arguments]
     values = flags.FlagValues()
     found = config_flags.DEFINE_config_file("config", None, "a config", flag_values=values, sys_argv=argv)
-    assert values(command._with_texts(argv)) == ["command"]
+    assert values(common._with_texts(argv)) == ["command"]
     return config.parse(found.value)
 
 
-@pytest.mark.parametrize("written,paths", [
-    ("2024", ("2024",)),
-    ("1e5", ("1e5",)),
-    ("1_000", ("1_000",)),
-    ("None", ("None",)),
-    ("True", ("True",)),
-    ("2024,2025", ("2024", "2025")),
-    ("(2024, 'b')", ("2024", "b")),
-    ("[0x10]", ("0x10",)),
-    ("{1: 2}", ("{1: 2}",)),
-    ("{[]: 2}", ("{[]: 2}",)),
-    ("'2024'", ("2024",)),
-    ("('a', 'b')", ("a", "b")),
-    ("path/to/2024", ("path/to/2024",)),
-    ("a/**/*.txt", ("a/**/*.txt",)),
-    ("My Texts/one, two", ("My Texts/one, two",)),
-    ("it's", ("it's",)),
-    ("caf\udce9", ("caf\udce9",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "written,paths",
+    [
+        ("2024", ("2024",)),
+        ("1e5", ("1e5",)),
+        ("1_000", ("1_000",)),
+        ("None", ("None",)),
+        ("True", ("True",)),
+        ("2024,2025", ("2024", "2025")),
+        ("(2024, 'b')", ("2024", "b")),
+        ("[0x10]", ("0x10",)),
+        ("{1: 2}", ("{1: 2}",)),
+        ("{[]: 2}", ("{[]: 2}",)),
+        ("'2024'", ("2024",)),
+        ("('a', 'b')", ("a", "b")),
+        ("path/to/2024", ("path/to/2024",)),
+        ("a/**/*.txt", ("a/**/*.txt",)),
+        ("My Texts/one, two", ("My Texts/one, two",)),
+        ("it's", ("it's",)),
+        ("caf\udce9", ("caf\udce9",)),
+    ],
+)
 def test_paths_are_texts(written, paths):
     assert parsed(f"--config.data.paths={written}").data.paths == paths
     assert parsed("--config.data.paths", written).data.paths == paths
 
 
 def test_other_fields_are_read_as_before():
-    found = parsed("--config.data.paths=1", "--config.data.paths=2", "--config.eval.lengths=16,32", "--config.seed", "7")
+    found = parsed(
+        "--config.data.paths=1", "--config.data.paths=2", "--config.eval.lengths=16,32", "--config.seed", "7"
+    )
     assert (found.data.paths, found.eval.lengths, found.seed) == (("1", "2"), (16, 32), 7)
 
 
@@ -69,7 +75,9 @@ def test_an_option_that_is_given_again_is_named(commands, tmp_path, name, option
     folder = tmp_path / "run"
     result = commands(name, *arguments, *([f"--workdir={folder}"] if name == "train" else []))
     assert (result.code, result.err.count("\n")) == (2, 1) and not folder.exists()
-    assert result.err.startswith(f"error: --{option} is given more than once, and only the last would count"), result.err
+    assert result.err.startswith(f"error: --{option} is given more than once, and only the last would count"), (
+        result.err
+    )
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
@@ -112,52 +120,52 @@ def test_a_faulty_config_file_is_told_by_name_and_line(tmp_path, content):
     path.write_text(content)
     for arguments in ([f"--config={path}"], ["--config", str(path)], [f"-config={path}"]):
         with pytest.raises(InputError, match=f"{path}.*({FAULTY[content]})") as caught:
-            command._check_config_arguments(arguments)
+            common._check_config_arguments(arguments)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path, words", [("gone.py", "no config file at gone.py"), (".", "no config file at")])
 def test_a_config_that_is_no_file_is_told(path, words):
     with pytest.raises(InputError, match=words):
-        command._check_config_arguments(["--config", path])
+        common._check_config_arguments(["--config", path])
 
 
 def test_a_home_folder_is_meant_in_both_spellings(monkeypatch):
     monkeypatch.setenv("HOME", "/home-of-somebody")
     for arguments in (["--config=~/a.py"], ["--config", "~/a.py"]):
-        assert "/home-of-somebody/a.py" in " ".join(command._with_texts(arguments))
+        assert "/home-of-somebody/a.py" in " ".join(common._with_texts(arguments))
 
 
 def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tmp_path):
-    from seqpe_jax.runtime import hosts
+    from seqpe_jax.distributed import processes
 
     told = {}
-    monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: told.setdefault(name, value))
+    monkeypatch.setattr(processes.jax.config, "update", lambda name, value: told.setdefault(name, value))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SEQPE_JAX_CACHE", "~/c")
-    hosts.keep_compiled_programs()
+    processes.keep_compiled_programs()
     assert told["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
 
 
 def test_what_is_set_of_the_compile_cache_is_left_as_it_is(monkeypatch):
-    from seqpe_jax.runtime import hosts
+    from seqpe_jax.distributed import processes
 
     told = {}
-    monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: told.setdefault(name, value))
+    monkeypatch.setattr(processes.jax.config, "update", lambda name, value: told.setdefault(name, value))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
-    hosts.keep_compiled_programs()
+    processes.keep_compiled_programs()
     assert not told
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    hosts.keep_compiled_programs()
+    processes.keep_compiled_programs()
     assert told == {"jax_persistent_cache_min_compile_time_secs": 0.5}
 
 
 PROGRAM = """
 import sys, types
 from seqpe_jax import command
-from seqpe_jax.runtime import hosts
+from seqpe_jax.distributed import processes as hosts
 
 hosts.ctypes = types.SimpleNamespace(CDLL=lambda name: types.SimpleNamespace(mallopt=lambda *option: print(*option)))
 sys.argv = ["program"]
@@ -175,9 +183,24 @@ def test_a_command_keeps_the_memory_that_it_frees(told):
 
 
 HEAVY = {
-    "jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "grain", "tensorflow_datasets", "tensorboardX", "sklearn",
-    "matplotlib", "PIL", "tokenizers", "safetensors", "optuna", "submitit", "numpy",
-}  # fmt: skip
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax",
+    "tensorstore",
+    "grain",
+    "tensorflow_datasets",
+    "tensorboardX",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "tokenizers",
+    "safetensors",
+    "optuna",
+    "submitit",
+    "numpy",
+}
 LOADED = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -190,7 +213,9 @@ except SystemExit as end:
 
 def loaded(*arguments):
     """(exit code, what is said, the packages that are loaded) of a command in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LOADED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     said, _, told = done.stdout.rpartition("ended ")
     code, *packages = told.split()
     return code, said, set(packages)
@@ -214,7 +239,7 @@ def test_training_loads_what_it_uses_alone():
 def test_a_config_file_that_ends_python_is_told(tmp_path):
     (tmp_path / "page.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(InputError, match="page.py, line 2 cannot be read: SystemExit: 3"):
-        command._check_config_arguments([f"--config={tmp_path / 'page.py'}"])
+        common._check_config_arguments([f"--config={tmp_path / 'page.py'}"])
 
 
 def test_no_bytecode_of_a_config_file_is_kept(tmp_path):

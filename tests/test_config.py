@@ -27,16 +27,19 @@ def test_a_config_survives_json():
     assert config.from_dict(json.loads(json.dumps(config.to_dict(settings)))) == settings
 
 
-@pytest.mark.parametrize("page, overrides, evaluated", [
-    ("digits_vit", {"data.size": (32, 32), "encoding.max_position": 40}, {"sizes": (32,)}),
-    ("digits_vit", {"data.size": (16, 16), "model.patch": (4, 4)}, {"sizes": (16, 24, 32)}),
-    ("digits_vit", {"data.size": (16, 8), "encoding.max_position": 40}, {"sizes": ()}),
-    ("digits_vit", {"data.size": (16, 16), "eval.sizes": (8, 16)}, {"sizes": (8, 16)}),
-    ("digits_vit", {"model.layers": 2}, {"sizes": (8, 12, 16, 24, 32)}),
-    ("moving_digits_vit", {"data.size": (6, 16, 16)}, {"sizes": (16, 24, 32), "frames": (6, 8)}),
-    ("stdlib_lm", {"data.length": 512}, {"lengths": (512, 1024)}),
-    ("stdlib_lm", {"data.length": 2048}, {"lengths": (2048,)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "page, overrides, evaluated",
+    [
+        ("digits_vit", {"data.size": (32, 32), "encoding.max_position": 40}, {"sizes": (32,)}),
+        ("digits_vit", {"data.size": (16, 16), "model.patch": (4, 4)}, {"sizes": (16, 24, 32)}),
+        ("digits_vit", {"data.size": (16, 8), "encoding.max_position": 40}, {"sizes": ()}),
+        ("digits_vit", {"data.size": (16, 16), "eval.sizes": (8, 16)}, {"sizes": (8, 16)}),
+        ("digits_vit", {"model.layers": 2}, {"sizes": (8, 12, 16, 24, 32)}),
+        ("moving_digits_vit", {"data.size": (6, 16, 16)}, {"sizes": (16, 24, 32), "frames": (6, 8)}),
+        ("stdlib_lm", {"data.length": 512}, {"lengths": (512, 1024)}),
+        ("stdlib_lm", {"data.length": 2048}, {"lengths": (2048,)}),
+    ],
+)
 def test_what_a_file_evaluates_begins_at_the_training_size_that_was_asked_for(page, overrides, evaluated):
     settings = config.load(str(ROOT / "configs" / f"{page}.py"), overrides)
     assert {name: getattr(settings.eval, name) for name in evaluated} == evaluated
@@ -113,12 +116,18 @@ def test_difference_names_the_fields_that_differ():
         ({"optimizer.decay_steps": 5}, ["optimizer.decay_steps=5", "only by wsd"]),
         ({"optimizer.schedule": "wsd", "optimizer.decay_steps": 1500}, ["optimizer.decay_steps=1500", "steps=1500"]),
         (JITTER | {"objective.shift.sets": 3, "objective.shift.rate": 0.0}, ["objective.shift.sets=3"]),
-        ({"objective.contrastive.head_scales": (1.0, 2.0)}, ["objective.contrastive.head_scales=(1.0, 2.0)", "4 heads"]),
+        (
+            {"objective.contrastive.head_scales": (1.0, 2.0)},
+            ["objective.contrastive.head_scales=(1.0, 2.0)", "4 heads"],
+        ),
         (
             {"objective.contrastive.head_scales": (1.0,) * 4, "objective.contrastive.space": "vectors"},
             ["objective.contrastive.head_scales", "objective.contrastive.space='logits'"],
         ),
-        ({"objective.contrastive.head_scales": (1.0, 1.0, 1.0, -4.0)}, ["head_scales=(1.0, 1.0, 1.0, -4.0)", "0 or more"]),
+        (
+            {"objective.contrastive.head_scales": (1.0, 1.0, 1.0, -4.0)},
+            ["head_scales=(1.0, 1.0, 1.0, -4.0)", "0 or more"],
+        ),
         ({"encoding.fraction_digits": 6}, ["encoding.fraction_digits=6", "encoding.max_position=5000", "lower one"]),
         ({"encoding.resize": "stretch", "eval.lengths": (65,)}, ["eval.lengths 65", "encoding.fraction_digits=0"]),
         (
@@ -191,11 +200,14 @@ DIGITS = str(ROOT / "configs" / "digits_vit.py")
 KINDS = typing.get_args(config.EncodingKind)
 
 
-@pytest.mark.parametrize("overrides,words", [
-    ({"data.size": (208, 8), "encoding.max_position": 20}, ["data.size 208x8", "largest position possible is 19"]),
-    ({"batch_size": 12, "objective.shift.rate": 0.0}, ["12 sequences", "objective.shift.sets=8"]),
-    ({"encoding.max_position": 4000}, ["encoding.max_position=4000", "on 2 axes"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        ({"data.size": (208, 8), "encoding.max_position": 20}, ["data.size 208x8", "largest position possible is 19"]),
+        ({"batch_size": 12, "objective.shift.rate": 0.0}, ["12 sequences", "objective.shift.sets=8"]),
+        ({"encoding.max_position": 4000}, ["encoding.max_position=4000", "on 2 axes"]),
+    ],
+)
 def test_a_wrong_value_of_images_is_named(overrides, words):
     """Under encoding.resize='stretch', with zoomed steps alone."""
     assert config.load(DIGITS).objective.zoom.rate and config.load(DIGITS).encoding.resize == "stretch"
@@ -255,14 +267,19 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
     ({}, {"objective.contrastive.space": "vectors"}, "objective.contrastive.per_head", True),
     ({"objective.distillation.weight": 0.0}, {}, "objective.distillation.offsets", 8),
     ({"objective.shift.rate": 0.0}, {"objective.shift.rate": 0.5}, "objective.shift.sets", 2),
-    ({"objective.shift.rate": 0.0, "objective.skip.rate": 0.5}, {"objective.shift.rate": 0.5}, "objective.shift.starts", 2),
+    (
+        {"objective.shift.rate": 0.0, "objective.skip.rate": 0.5},
+        {"objective.shift.rate": 0.5},
+        "objective.shift.starts",
+        2,
+    ),
     ({}, {"objective.skip.rate": 0.5}, "objective.skip.chunks", 3),
     ({"model.attention_kind": "plain"}, {}, "model.attention_block", 64),
     ({}, {"encoding.rotary_pairs": 4}, "objective.shift.rate", 0.5),
     ({}, {"optimizer.non_finite": "skip"}, "optimizer.skips", 10),
     ({}, {"eval.contexts": (64, 128)}, "eval.stride", 16),
     ({}, {"eval.contexts": (64, 128)}, "eval.targets", 64),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("off, on, field, value", SWITCHES)
@@ -285,7 +302,9 @@ def test_terms_and_pairs_that_are_not_there_have_no_fields():
     with pytest.raises(InputError, match="contrastive.batch=9 is not read by encoding.kind='rotary', only by seqpe"):
         config.load(QUICKSTART + ":rotary", {"objective.contrastive.batch": 9})
     for field, value in (("theta", 100.0), ("rotary_heads", 2)):
-        with pytest.raises(InputError, match=f"encoding.{field}={value} is read by .* with encoding.rotary_pairs alone"):
+        with pytest.raises(
+            InputError, match=f"encoding.{field}={value} is read by .* with encoding.rotary_pairs alone"
+        ):
             config.load(QUICKSTART, {"encoding.rotary_pairs": 0, f"encoding.{field}": value})
 
 
@@ -304,7 +323,9 @@ def test_older_names_say_what_those_of_today_do(name, gate):
     with pytest.raises(InputError, match="'encoding.gate_bias' is called 'encoding.gate_bias_init' now, and both"):
         config.from_dict(values | {"encoding": values["encoding"] | {"gate_bias_init": 1.0}})
     other = {"forget": "cable", "cable": "forget"}[gate]
-    with pytest.raises(InputError, match=f"'{name}' means encoding.gate='{gate}', but encoding.gate='{other}' is given"):
+    with pytest.raises(
+        InputError, match=f"'{name}' means encoding.gate='{gate}', but encoding.gate='{other}' is given"
+    ):
         config.from_dict(values | {"encoding": values["encoding"] | {"gate": other}})
     with pytest.raises(InputError, match="field 'encoding.gate_bias': it is called 'encoding.gate_bias_init' now"):
         config.load(f"{QUICKSTART}:{name}", {"encoding.gate_bias": 4.0})
@@ -331,9 +352,17 @@ def test_every_kind_takes_the_place_of_another(path, kind):
 def test_the_config_of_an_older_run_is_read():
     """Its file lacks what was added since, and holds values that nothing reads."""
     values = json.loads(json.dumps(config.to_dict(config.load(QUICKSTART + ":rotary"))))
-    for name in ("encoding.fraction_digits", "encoding.resize", "encoding.position_heads", "encoding.rotary_pairs",
-                 "encoding.rotary_heads", "encoding.feature_width", "encoding.log_scaling", "objective.jitter",
-                 "objective.zoom"):  # fmt: skip
+    for name in (
+        "encoding.fraction_digits",
+        "encoding.resize",
+        "encoding.position_heads",
+        "encoding.rotary_pairs",
+        "encoding.rotary_heads",
+        "encoding.feature_width",
+        "encoding.log_scaling",
+        "objective.jitter",
+        "objective.zoom",
+    ):
         section, field = name.split(".")
         del values[section][field]
     values["encoding"] |= {"width": 96, "heads": 4, "qk": "multi"}
@@ -343,11 +372,14 @@ def test_the_config_of_an_older_run_is_read():
 
 
 FORMER = {
-    "t5": {"t5_buckets": 32, "t5_max_distance": 128}, "fire": {"fire_threshold": 512.0, "fire_scale": 0.1},
-    "kerple": {"kerple_scale": 1.0}, "scale_invariant": {"scale_invariant_tau": 10.0, "rotary_pairs": 6},
-    "rotary": {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}, "alibi": {"slope_scale": 1.0},
+    "t5": {"t5_buckets": 32, "t5_max_distance": 128},
+    "fire": {"fire_threshold": 512.0, "fire_scale": 0.1},
+    "kerple": {"kerple_scale": 1.0},
+    "scale_invariant": {"scale_invariant_tau": 10.0, "rotary_pairs": 6},
+    "rotary": {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0},
+    "alibi": {"slope_scale": 1.0},
     "lookhere": {"directed_heads": 4, "slope_scale": 1.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FORMER)
@@ -367,25 +399,28 @@ def test_a_run_without_the_lengths_of_its_encoding_keeps_those_that_it_was_train
     assert kind in ("alibi", "kerple") or lengths != config.lengths_of(found)
 
 
-@pytest.mark.parametrize("page, field, value, kinds", [
-    (QUICKSTART, "model.drop_path", 0.1, "images"),
-    (QUICKSTART, "model.patch", (2, 2), "images"),
-    (QUICKSTART, "model.classes", 3, "images"),
-    (QUICKSTART, "data.size", (8, 8), "images"),
-    (QUICKSTART, "data.augment.flip", 0.5, "images"),
-    (QUICKSTART, "objective.label_smoothing", 0.1, "images"),
-    (QUICKSTART, "objective.mixing.mixup", 0.1, "images"),
-    (QUICKSTART, "eval.sizes", (8,), "images"),
-    (QUICKSTART, "eval.examples", 9, "questions"),
-    (DIGITS, "data.length", 64, "text and questions"),
-    (DIGITS, "data.tokenizer", "words.json", "text and questions"),
-    (DIGITS, "data.prompt_weight", 0.1, "questions"),
-    (DIGITS, "model.vocabulary", 300, "text and questions"),
-    (DIGITS, "eval.lengths", (64,), "text and questions"),
-    (DIGITS, "eval.tokens", 64, "text and questions"),
-    (DIGITS, "eval.contexts", (64,), "text"),
-    (QUESTIONS, "eval.contexts", (64,), "text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "page, field, value, kinds",
+    [
+        (QUICKSTART, "model.drop_path", 0.1, "images"),
+        (QUICKSTART, "model.patch", (2, 2), "images"),
+        (QUICKSTART, "model.classes", 3, "images"),
+        (QUICKSTART, "data.size", (8, 8), "images"),
+        (QUICKSTART, "data.augment.flip", 0.5, "images"),
+        (QUICKSTART, "objective.label_smoothing", 0.1, "images"),
+        (QUICKSTART, "objective.mixing.mixup", 0.1, "images"),
+        (QUICKSTART, "eval.sizes", (8,), "images"),
+        (QUICKSTART, "eval.examples", 9, "questions"),
+        (DIGITS, "data.length", 64, "text and questions"),
+        (DIGITS, "data.tokenizer", "words.json", "text and questions"),
+        (DIGITS, "data.prompt_weight", 0.1, "questions"),
+        (DIGITS, "model.vocabulary", 300, "text and questions"),
+        (DIGITS, "eval.lengths", (64,), "text and questions"),
+        (DIGITS, "eval.tokens", 64, "text and questions"),
+        (DIGITS, "eval.contexts", (64,), "text"),
+        (QUESTIONS, "eval.contexts", (64,), "text"),
+    ],
+)
 def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, value, kinds):
     """A run that was stored with one opens all the same, and counts as one without it."""
     with pytest.raises(
@@ -400,10 +435,16 @@ def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, val
     assert config.as_read(config.from_dict(values)) == config.as_read(plain)
 
 
-@pytest.mark.parametrize("fields, words", [
-    ({"checkpoint__every": 10, "checkpoint__keep_every": 25}, "keep_every=25 is not a multiple of checkpoint.every=10"),
-    ({"optimizer__skips": 3}, "optimizer.skips=3 is read by optimizer.non_finite='skip' alone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (
+            {"checkpoint__every": 10, "checkpoint__keep_every": 25},
+            "keep_every=25 is not a multiple of checkpoint.every=10",
+        ),
+        ({"optimizer__skips": 3}, "optimizer.skips=3 is read by optimizer.non_finite='skip' alone"),
+    ],
+)
 def test_fields_for_faults_that_would_do_nothing_are_refused(fields, words):
     with pytest.raises(InputError, match=words):
         tiny_config(**fields)

@@ -38,9 +38,11 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
     check_writable(tmp_path / "new" / "deep", True, "--workdir")
     check_writable(tmp_path / "new.json", False, "--output")
     for path, folder, words in (
-        (tmp_path, False, "is a folder: name a file"), (file, True, "is a file: name a folder"),
-        (file / "below", True, "is a file, not a folder"), (file / "below.json", False, "is a file, not a folder"),
-    ):  # fmt: skip
+        (tmp_path, False, "is a folder: name a file"),
+        (file, True, "is a file: name a folder"),
+        (file / "below", True, "is a file, not a folder"),
+        (file / "below.json", False, "is a file, not a folder"),
+    ):
         with pytest.raises(InputError, match=words):
             check_writable(path, folder, "--output")
     if pathlib.Path("/proc").is_dir():  # where root may write by the permissions, and nobody can
@@ -208,7 +210,10 @@ def test_a_folder_takes_another_name_and_goes(folder):
     other = folder.with_name("other")
     files.move_folder(folder, other, first=("a",))
     assert not folder.exists()
-    assert {str(path.relative_to(other)): path.read_text() for path in files.below(other)} == {"a": "a", "deep/b": "deep/b"}
+    assert {str(path.relative_to(other)): path.read_text() for path in files.below(other)} == {
+        "a": "a",
+        "deep/b": "deep/b",
+    }
     files.remove_folder(other)
     assert not other.exists()
 

@@ -35,9 +35,13 @@ def words(commands, tmp_path_factory) -> pathlib.Path:
         (folder / f"{number}.txt").write_text(" ".join(COUNTING[:5]))
     word_tokenizer(folder / "tokenizer.json", ["<|endoftext|>", *COUNTING[:5]])
     fields = {
-        "steps": 60, "checkpoint__every": 60, "optimizer__learning_rate": 0.02, "data__length": 8,
-        "eval__lengths": (8,), "data__tokenizer": folder / "tokenizer.json",
-    }  # fmt: skip
+        "steps": 60,
+        "checkpoint__every": 60,
+        "optimizer__learning_rate": 0.02,
+        "data__length": 8,
+        "eval__lengths": (8,),
+        "data__tokenizer": folder / "tokenizer.json",
+    }
     result = commands("train", *train_arguments(folder / "run", folder / "*.txt", config=f"{CONFIG}:rotary", **fields))
     assert result.code == 0, result.err
     return folder / "run"
@@ -70,7 +74,9 @@ def test_the_lines_of_a_file_are_batched(commands, trained, tmp_path):
 def test_a_seed_repeats_a_text_of_any_bytes(commands, trained):
     """At a high temperature the bytes are no UTF-8."""
     hot = ["--prompt=ab", NEW, "--temperature=50", "--top-p=0.99"]
-    first, again, other = (commands("generate", f"--checkpoint={trained}", *hot, f"--seed={seed}") for seed in (1, 1, 2))
+    first, again, other = (
+        commands("generate", f"--checkpoint={trained}", *hot, f"--seed={seed}") for seed in (1, 1, 2)
+    )
     assert first.code == 0 and "\ufffd" in first.out
     assert first.out == again.out != other.out
 
@@ -80,43 +86,53 @@ def test_a_text_ends_at_the_tokenizers_end(commands, words):
     assert (result.code, result.out) == (0, " w2 w3 w4\n"), result.err
 
 
-@pytest.mark.parametrize("variables", [
-    {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+)
 def test_a_text_is_told_where_output_is_ascii(trained, tmp_path, variables):
     """In a process of its own, as Python looks at these variables when it starts."""
     output = tmp_path / "texts.jsonl"
     arguments = [f"--checkpoint={trained}", "--prompt=é", NEW, "--temperature=50", f"--output={output}"]
     result = subprocess.run(
         [sys.executable, "-m", "seqpe_jax.generate", *arguments],
-        cwd=ROOT, env=environment(tmp_path) | variables, capture_output=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(tmp_path) | variables,
+        capture_output=True,
+        check=False,
+    )
     assert result.returncode == 0 and not result.stderr, result.stderr.decode()
     (line,) = map(json.loads, output.read_text().splitlines())
     assert line["prompt"] == "é" and "\ufffd" in line["text"]
     assert line["text"].encode("ascii", "backslashreplace") in result.stdout and result.stdout.isascii()
 
 
-@pytest.mark.parametrize("arguments,expected", [
-    ([], ["--prompt=TEXT", "--prompts-file=FILE"]),
-    (["--prompt=a", "--prompts-file=b"], ["either"]),
-    (["--prompt="], ["the prompt is empty", "at least one token"]),
-    (["--prompt=abc", "--max-new-tokens=998"], ["1001", "largest position possible is 999"]),
-    (["--prompt=abc", "--max-new-tokens=0"], ["at least 1, got 0"]),
-    (["--prompt=abc", "--max-new-tokens=few"], ["max-new-tokens", "few"]),
-    (["--prompt=abc", "--temperature=-1"], ["temperature", "-1"]),
-    (["--prompt=abc", "--top-p=0"], ["top-p", "above 0"]),
-    (["--prompt=abc", "--top-p=1.1"], ["top-p", "1.1"]),
-    (["--prompt=abc", "--window=150"], ["--window=150", "encoding.kind='seqpe'", "leave it out"]),
-    (["--prompt=abc", "--seed=-3"], ["seed", "-3"]),
-    (["--prompts-file=DIR/nothing.txt"], ["--prompts-file", "nothing.txt"]),
-    (["--prompts-file=DIR/latin.txt"], ["--prompts-file", "UTF-8"]),
-    (["--prompts-file=DIR/gap.txt"], ["line 2", "gap.txt"]),
-    (["--prompts-file=DIR/empty.txt"], ["line 1", "empty.txt"]),
-    (["--prompt=abc", "--output=DIR"], ["--output", "folder"]),
-    (["--prompt=abc", "--promt=abc"], ["promt"]),
-    (["--prompt=abc", "--checkpoint=DIR/none"], ["no such directory"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        ([], ["--prompt=TEXT", "--prompts-file=FILE"]),
+        (["--prompt=a", "--prompts-file=b"], ["either"]),
+        (["--prompt="], ["the prompt is empty", "at least one token"]),
+        (["--prompt=abc", "--max-new-tokens=998"], ["1001", "largest position possible is 999"]),
+        (["--prompt=abc", "--max-new-tokens=0"], ["at least 1, got 0"]),
+        (["--prompt=abc", "--max-new-tokens=few"], ["max-new-tokens", "few"]),
+        (["--prompt=abc", "--temperature=-1"], ["temperature", "-1"]),
+        (["--prompt=abc", "--top-p=0"], ["top-p", "above 0"]),
+        (["--prompt=abc", "--top-p=1.1"], ["top-p", "1.1"]),
+        (["--prompt=abc", "--window=150"], ["--window=150", "encoding.kind='seqpe'", "leave it out"]),
+        (["--prompt=abc", "--seed=-3"], ["seed", "-3"]),
+        (["--prompts-file=DIR/nothing.txt"], ["--prompts-file", "nothing.txt"]),
+        (["--prompts-file=DIR/latin.txt"], ["--prompts-file", "UTF-8"]),
+        (["--prompts-file=DIR/gap.txt"], ["line 2", "gap.txt"]),
+        (["--prompts-file=DIR/empty.txt"], ["line 1", "empty.txt"]),
+        (["--prompt=abc", "--output=DIR"], ["--output", "folder"]),
+        (["--prompt=abc", "--promt=abc"], ["promt"]),
+        (["--prompt=abc", "--checkpoint=DIR/none"], ["no such directory"]),
+    ],
+)
 def test_bad_arguments_are_refused(commands, trained, tmp_path, arguments, expected):
     for name, content in {"latin.txt": b"caf\xe9\n", "gap.txt": b"one\n\ntwo\n", "empty.txt": b""}.items():
         (tmp_path / name).write_bytes(content)
@@ -135,7 +151,9 @@ def test_a_run_on_images_is_refused(commands, trained, tmp_path):
 
 
 def test_prompts_without_end_are_refused(commands, tmp_path):
-    refused(commands("generate", f"--checkpoint={tmp_path}", "--prompts-file=/dev/zero"), "more than 64 MiB", "fewer lines")
+    refused(
+        commands("generate", f"--checkpoint={tmp_path}", "--prompts-file=/dev/zero"), "more than 64 MiB", "fewer lines"
+    )
 
 
 def test_another_tokenizer_is_refused(commands, words, tmp_path):

@@ -21,9 +21,15 @@ from tests.commands import environment
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 VALUES = {
-    "NAME": "first", "IMAGE": "registry/seqpe_jax", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "4x4", "HOSTS": "4",
-    "CHIPS": "4", "CLAIM": "runs", "CONFIG": "configs/wikitext103_gpt2.py",
-}  # fmt: skip
+    "NAME": "first",
+    "IMAGE": "registry/seqpe_jax",
+    "ACCELERATOR": "tpu-v5-lite-podslice",
+    "TOPOLOGY": "4x4",
+    "HOSTS": "4",
+    "CHIPS": "4",
+    "CLAIM": "runs",
+    "CONFIG": "configs/wikitext103_gpt2.py",
+}
 
 
 def closed(properties: dict, *required: str) -> dict:
@@ -50,21 +56,28 @@ JOB_SET = closed(
                             "maxItems": 20,
                             "items": closed(
                                 {
-                                    "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]{0,34}[A-Za-z0-9_])?$"},
+                                    "name": {
+                                        "type": "string",
+                                        "pattern": "^[A-Za-z]([A-Za-z0-9_,:]{0,34}[A-Za-z0-9_])?$",
+                                    },
                                     "action": {"enum": ACTIONS},
                                     "onJobFailureReasons": {
                                         "type": "array",
                                         "items": {
                                             "enum": [
-                                                "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
-                                                "MaxFailedIndexesExceeded", "PodFailurePolicy",
-                                            ]  # fmt: skip
+                                                "BackoffLimitExceeded",
+                                                "DeadlineExceeded",
+                                                "FailedIndexes",
+                                                "MaxFailedIndexesExceeded",
+                                                "PodFailurePolicy",
+                                            ]
                                         },
                                     },
                                     "targetReplicatedJobs": {"type": "array", "items": NAME},
                                 },
-                                "name", "action",
-                            ),  # fmt: skip
+                                "name",
+                                "action",
+                            ),
                         },
                     }
                 ),
@@ -77,15 +90,19 @@ JOB_SET = closed(
                     "minItems": 1,
                     "items": closed(
                         {"name": NAME, "replicas": {"type": "integer", "minimum": 0}, "template": {"type": "object"}},
-                        "name", "template",
-                    ),  # fmt: skip
+                        "name",
+                        "template",
+                    ),
                 },
             },
             "replicatedJobs",
         ),
     },
-    "apiVersion", "kind", "metadata", "spec",
-)  # fmt: skip
+    "apiVersion",
+    "kind",
+    "metadata",
+    "spec",
+)
 
 
 def rendered() -> dict:
@@ -110,8 +127,12 @@ def test_the_job_set_is_valid_and_runs_the_training_command():
     pod = job.template.spec
     [container] = pod.containers
     assert container.command == [
-        "python", "-m", "seqpe_jax.train", "--config=configs/wikitext103_gpt2.py", "--workdir=/storage/runs/first",
-    ]  # fmt: skip
+        "python",
+        "-m",
+        "seqpe_jax.train",
+        "--config=configs/wikitext103_gpt2.py",
+        "--workdir=/storage/runs/first",
+    ]
     config.load(str(ROOT / VALUES["CONFIG"]))
     assert container.resources.limits == {"google.com/tpu": "4"} and pod.restart_policy == "Never"
     assert [mount.name for mount in container.volume_mounts] == [volume.name for volume in pod.volumes]
@@ -152,9 +173,18 @@ def local(tmp_path):
 
     def start(count, *words):
         return subprocess.Popen(
-            ["bash", str(LAUNCH / "local_processes.sh"), str(count), sys.executable, str(tmp_path / "worker.py"), *words],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                "bash",
+                str(LAUNCH / "local_processes.sh"),
+                str(count),
+                sys.executable,
+                str(tmp_path / "worker.py"),
+                *words,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     return start
 
@@ -207,7 +237,14 @@ esac
 def tpu_pod(tmp_path):
     (tmp_path / "gcloud").write_text(GCLOUD)
     (tmp_path / "gcloud").chmod(0o755)
-    given = {"NAME": "first", "ZONE": "z", "TYPE": "v5litepod-16", "VERSION": "v", "SHARE": "10.0.0.2:/runs", "POLL": "0"}
+    given = {
+        "NAME": "first",
+        "ZONE": "z",
+        "TYPE": "v5litepod-16",
+        "VERSION": "v",
+        "SHARE": "10.0.0.2:/runs",
+        "POLL": "0",
+    }
 
     def call(*arguments, launch=LAUNCH, **changed):
         seen = tmp_path / "seen"
@@ -229,7 +266,9 @@ def test_tpu_pod_goes_on_when_the_slice_is_taken_away(tpu_pod):
     assert commands[0].endswith(r"-m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=/mnt/runs/a\ b")
     between = seen[seen.index(commands[0]) + 1 : seen.rindex(commands[0])]
     created = "queued-resources create first --node-id=first --zone=z --accelerator-type=v5litepod-16"
-    assert between.index("queued-resources delete first") < between.index(created) < between.index("bash launch/setup.sh")
+    assert (
+        between.index("queued-resources delete first") < between.index(created) < between.index("bash launch/setup.sh")
+    )
     assert "--spot" in between and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in between
 
 
@@ -265,7 +304,9 @@ def test_tpu_pod_installs_the_checkout_as_it_stands(tpu_pod, tmp_path):
     told, found = install()
     assert found == {"same.py": "old", "edited.py": "new", "new file.py": "new", ".gitignore": "ignored\n"}
     assert (host / "seqpe_jax" / "ignored").read_text() == "of the host"
-    assert "with these changes:" in told and all(line in told for line in (" M edited.py", " D gone.py", '"new file.py"'))
+    assert "with these changes:" in told and all(
+        line in told for line in (" M edited.py", " D gone.py", '"new file.py"')
+    )
 
     shutil.rmtree(here / ".git")
     found, _ = tpu_pod("install", launch=here / "launch")
@@ -317,15 +358,20 @@ def test_stored_kills_lost_nothing():
     for name, result in results.items():
         assert not any(count for what, count in result.items() if what.endswith(("missing", "doubled", "differ"))), name
         assert result["kills_inside_a_save"] >= result["kills"] / 3, name
-        assert f"{result['kills']} kills" in told and f"{result['kills_inside_a_save']} of them inside a save" in told, name
+        assert (
+            f"{result['kills']} kills" in told and f"{result['kills_inside_a_save']} of them inside a save" in told
+        ), name
         assert result["lines"] > result["steps"] and result["arrays"] > 20, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part, words", [
-    ("job", "went on after the requeue and ended at step"),
-    pytest.param("sweep", "2 of 2 runs finished", marks=pytest.mark.long),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, words",
+    [
+        ("job", "went on after the requeue and ended at step"),
+        pytest.param("sweep", "2 of 2 runs finished", marks=pytest.mark.long),
+    ],
+)
 def test_a_job_under_slurm_ends_after_a_requeue(tmp_path, part, words):
     if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("a Slurm of its own needs root and apt")
@@ -374,7 +420,10 @@ def test_steps_are_timed_against_an_interpreter_that_is_given(tmp_path):
 
 
 def test_the_page_tells_the_stored_ratio():
-    ratio, page = json.loads((ROOT / "docs/results/against_torch.json").read_text())["ratio"], ROOT / "docs/performance.md"
+    ratio, page = (
+        json.loads((ROOT / "docs/results/against_torch.json").read_text())["ratio"],
+        ROOT / "docs/performance.md",
+    )
     low, high = ratio["quarters"]
     assert f"{ratio['median']:.2f} ({low:.2f} .. {high:.2f})" in page.read_text()
     assert f"{ratio['of_minima']:.2f} (`results/against_torch.json`)" in page.read_text()

@@ -9,10 +9,23 @@ from seqpe_jax.loading import export_section, is_ours, saved_config, sizes_of
 from tests.tiny import tiny_config
 
 
-@pytest.mark.parametrize("section", [
-    [], "served", {}, {"step": 3}, {"step": "3", "reach": [8]}, {"step": 3, "reach": 8}, {"step": 3, "reach": []},
-    {"step": 3, "reach": ["8"]}, {"step": 3, "reach": [0]}, {"step": 3, "reach": [8, None]}, {"step": 3, "reach": [2**40]},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "section",
+    [
+        [],
+        "served",
+        {},
+        {"step": 3},
+        {"step": "3", "reach": [8]},
+        {"step": 3, "reach": 8},
+        {"step": 3, "reach": []},
+        {"step": 3, "reach": ["8"]},
+        {"step": 3, "reach": [0]},
+        {"step": 3, "reach": [8, None]},
+        {"step": 3, "reach": [2**40]},
+    ],
+    ids=str,
+)
 def test_an_export_that_does_not_say_what_it_serves_is_refused(tmp_path, section):
     (tmp_path / "config.json").write_text(json.dumps({"export": section}))
     with pytest.raises(InputError, match="section 'export' is damaged: export the run again"):

@@ -10,13 +10,13 @@ import pytest
 
 import seqpe_jax
 from seqpe_jax import config, loading
-from seqpe_jax.architecture import Sizes
-from seqpe_jax.data import pictures as image_data
+from seqpe_jax.data import images as image_data
 from seqpe_jax.data import tokens as text_data
 from seqpe_jax.errors import InputError
-from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
-from seqpe_jax.tasks.sizes import FILE, read_sizes, write_sizes
+from seqpe_jax.models.build import Sizes
+from seqpe_jax.tasks.data_spec import FILE, read_sizes, write_sizes
 from seqpe_jax.training import optimizer as optimizers
+from seqpe_jax.training.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
 from tests.tiny import random_state, tiny_config
@@ -127,7 +127,9 @@ def test_a_damaged_export_is_refused(run, tmp_path):
     content[len(content) // 2] ^= 1
     (moved / "params.safetensors").write_bytes(content)
     shutil.copytree(moved, tmp_path / "other")
-    with pytest.raises(InputError, match="other is damaged: params.safetensors has changed since it was written; export"):
+    with pytest.raises(
+        InputError, match="other is damaged: params.safetensors has changed since it was written; export"
+    ):
         seqpe_jax.load(tmp_path / "other").logits(np.zeros((1, 3), int))
     for name, place in (("config.json", 0), ("config.json", 99), ("sizes.json", 20)):
         held = (moved / name).read_bytes()
@@ -166,7 +168,9 @@ def test_evaluation_is_the_loss_of_its_logits(run):
     for result in found[:2]:
         length = result["length"]
         ends = [*range(length, 250, length), 250]
-        scored = np.concatenate([losses(length, end)[-new:] for end, new in zip(ends, np.diff([0, *ends]), strict=True)])
+        scored = np.concatenate(
+            [losses(length, end)[-new:] for end, new in zip(ends, np.diff([0, *ends]), strict=True)]
+        )
         assert len(scored) == result["tokens"] == 250
         assert result["loss"] == pytest.approx(scored.mean(), abs=1e-5)
     count = len(tokens)
@@ -213,22 +217,31 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
         assert declared[-1] == last and model.logits(inputs).shape[-1] == int(last)
 
 
-@pytest.mark.parametrize("ask, words", [
-    (lambda model: model.logits(np.full((1, 4), 256)), "tokens 256 to 256 are not all in the vocabulary, 0 to 255"),
-    (lambda model: model.logits(np.zeros((1, 4))), "tokens int32"),
-    (lambda model: model.logits(np.zeros(4, int)), r"tokens int32\[B, L\], got an array of shape \(4,\)"),
-    (lambda model: model.logits(np.zeros((1, 4), int), start=(1, 2)), "start must be 1 int"),
-    (lambda model: model.logits(np.zeros((1, 4), int), start=1.5), r"start must be 1 int\(s\), one per axis, got 1.5"),
-    (lambda model: model.encode_positions([3.5]), "position 3.5 lies between those that encoding.fraction_digits=0 writes"),
-    (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
-    (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),
-    (lambda model: model.encode_positions([-1]), "position -1 is outside"),
-    (lambda model: model.generate(""), "the prompt is empty"),
-    (lambda model: model.generate("a", 0), "at least 1"),
-    (lambda model: model.generate("a", 1000), "position 1000"),
-    (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),
-    (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ask, words",
+    [
+        (lambda model: model.logits(np.full((1, 4), 256)), "tokens 256 to 256 are not all in the vocabulary, 0 to 255"),
+        (lambda model: model.logits(np.zeros((1, 4))), "tokens int32"),
+        (lambda model: model.logits(np.zeros(4, int)), r"tokens int32\[B, L\], got an array of shape \(4,\)"),
+        (lambda model: model.logits(np.zeros((1, 4), int), start=(1, 2)), "start must be 1 int"),
+        (
+            lambda model: model.logits(np.zeros((1, 4), int), start=1.5),
+            r"start must be 1 int\(s\), one per axis, got 1.5",
+        ),
+        (
+            lambda model: model.encode_positions([3.5]),
+            "position 3.5 lies between those that encoding.fraction_digits=0 writes",
+        ),
+        (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
+        (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),
+        (lambda model: model.encode_positions([-1]), "position -1 is outside"),
+        (lambda model: model.generate(""), "the prompt is empty"),
+        (lambda model: model.generate("a", 0), "at least 1"),
+        (lambda model: model.generate("a", 1000), "position 1000"),
+        (lambda model: model.evaluate(sizes=(8,)), "is a run on text"),
+        (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
+    ],
+)
 def test_what_a_model_of_text_cannot_do_is_told(run, ask, words):
     with pytest.raises(InputError, match=words) as caught:
         ask(seqpe_jax.load(run))

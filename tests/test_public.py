@@ -13,10 +13,10 @@ import pytest
 from beartype import beartype
 
 import seqpe_jax
-from seqpe_jax.architecture import Architecture, Sizes
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
-from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
+from seqpe_jax.models.build import Architecture, Sizes
 from tests.tiny import ROOT, tiny_config
 
 EXAMPLES = pathlib.Path(ROOT) / "examples"
@@ -106,18 +106,23 @@ def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, 
     assert first == again and first["contrastive"] != later["contrastive"]
     gradient = jax.jit(jax.grad(lambda params: sum(losses(params, 0).values())))(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["params"]["encoder"]["digit_embedding"]))
-    alone = ObjectiveConfig(contrastive=ContrastiveConfig(weight=0.0), distillation=DistillationConfig(batch=2, offsets=4))
+    alone = ObjectiveConfig(
+        contrastive=ContrastiveConfig(weight=0.0), distillation=DistillationConfig(batch=2, offsets=4)
+    )
     only = jax.eval_shape(
         lambda params: seqpe_jax.position_losses(encoding, params, key, 0, window=window, settings=alone), params
     )
     assert set(only) == {"distillation"}
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"window": (4, 4)}, "window has 2 axes and the encoding 1"),
-    ({"window": 600}, "a window of 600 leaves no room for positions far out below 1000"),
-    ({"window": 64, "max_position": 100}, "a window of 64 leaves no room for positions far out below 100"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"window": (4, 4)}, "window has 2 axes and the encoding 1"),
+        ({"window": 600}, "a window of 600 leaves no room for positions far out below 1000"),
+        ({"window": 64, "max_position": 100}, "a window of 64 leaves no room for positions far out below 100"),
+    ],
+)
 def test_losses_that_cannot_be_are_told(options, words):
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
     with pytest.raises(seqpe_jax.InputError, match=words):

@@ -39,17 +39,21 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(store):
     check_writable(folder / "new" / "deep", True, "--workdir")
     assert [path.name for path in files.below(folder)] == ["file"], "the trial is gone again"
     for path, is_folder, words in (
-        ("gs://no-such-bucket/run", True, "there is no bucket 'no-such-bucket'"), ("gs://runs", True, "is a whole bucket"),
-        (folder, False, "is a folder: name a file"), (folder / "file", True, "is a file: name a folder"),
+        ("gs://no-such-bucket/run", True, "there is no bucket 'no-such-bucket'"),
+        ("gs://runs", True, "is a whole bucket"),
+        (folder, False, "is a folder: name a file"),
+        (folder / "file", True, "is a file: name a folder"),
         (folder / "file" / "below", True, "is a file, not a folder"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=f"--output={path}.*{words}"):
             check_writable(path, is_folder, "--output")
     with pytest.raises(InputError, match="there is no bucket"):
         check_readable("gs://no-such-bucket/run", "--checkpoint")
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "gcloud auth application-default login"), (403, "no leave to use it")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "gcloud auth application-default login"), (403, "no leave to use it")]
+)
 def test_a_bucket_of_somebody_else_is_told_in_one_line(store, status, words, caplog):
     store.fail(status)
     with pytest.raises(InputError, match=words) as told:
@@ -71,7 +75,13 @@ def test_what_fails_for_good_is_one_failure(store, monkeypatch):
     path = as_path(store.folder) / "file"
     monkeypatch.setattr("gcsfs.retry.asyncio.sleep", at_once)
     store.fail(503)
-    for act in (path.exists, path.read_bytes, lambda: files.write_whole(path, "x"), lambda: files.below(path), path.unlink):
+    for act in (
+        path.exists,
+        path.read_bytes,
+        lambda: files.write_whole(path, "x"),
+        lambda: files.below(path),
+        path.unlink,
+    ):
         with pytest.raises(StoreError, match="file: the store gave no good answer .*failed on purpose") as told:
             act()
         assert isinstance(told.value, OSError) and isinstance(told.value, Failure) and told.value.code == 1

@@ -29,7 +29,7 @@ def sweep_file(folder: pathlib.Path, text: pathlib.Path, axes: str, **fields) ->
     path = folder / "sweep.py"
     common = {"data.paths": (str(text),), "steps": 4, "eval.lengths": (16,)} | fields
     path.write_text(
-        "from seqpe_jax.sweeps.points import Search, Range, product\n"
+        "from seqpe_jax.sweeps.spec import Search, Range, product\n"
         "CONFIG = 'tests/tiny_text.py:alibi'\n"
         f"COMMON = {common!r}\n"
         "def runs():\n"
@@ -88,8 +88,12 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(commands, text, tmp_path):
 def test_a_stopped_sweep_has_saved_and_a_failed_run_is_retried_alone(commands, text, tmp_path):
     workdir, missing = tmp_path / "sweep", tmp_path / "later.txt"
     path = sweep_file(tmp_path, text, "{'seed': (0, 1)}", steps=3000, **{"checkpoint.every": 10000})
-    path.write_text(path.read_text().replace("yield ", "point |= {'data.paths': (%r,)} if point['seed'] else {}; yield ")
-                    .replace("'-'.join(map(str, point.values()))", "'ab'[point['seed']]") % str(missing))  # fmt: skip
+    path.write_text(
+        path.read_text()
+        .replace("yield ", "point |= {'data.paths': (%r,)} if point['seed'] else {}; yield ")
+        .replace("'-'.join(map(str, point.values()))", "'ab'[point['seed']]")
+        % str(missing)
+    )
     arguments = [f"--sweep={path}", f"--workdir={workdir}", "--jobs=2"]
     running = commands.start("sweep", *arguments)
     until(lambda: (workdir / "b" / "log.txt").exists() and "== failed" in (workdir / "b" / "log.txt").read_text())
@@ -115,7 +119,7 @@ def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
     workdir, path = tmp_path / "sweep", tmp_path / "sweep.py"
     common = {"data.paths": (str(text),), "steps": 4, "eval.lengths": (16, 32), "eval.every": 4}
     path.write_text(
-        "from seqpe_jax.sweeps.points import two_stages\nCONFIG = 'tests/tiny_text.py:alibi'\n"
+        "from seqpe_jax.sweeps.spec import two_stages\nCONFIG = 'tests/tiny_text.py:alibi'\n"
         f"def runs():\n    return two_stages({{'alibi': {common!r}}}, {{'optimizer.learning_rate': (1e-4, 1e-2)}}, "
         "minimise='eval/loss@16', trial={'seed': 0}, seeds=(1, 2))\n"
     )
@@ -123,7 +127,9 @@ def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
     tried = [f"alibi-learning_rate={rate}" for rate in ("0.0001", "0.01")]
     before = commands("sweep", *arguments, "--status")
     assert before.code == 0 and f"alibi-1: step 0 of 4; waits for {', '.join(tried)}" in before.out
-    refused(commands("sweep", *arguments, "--only=alibi-1"), f"'alibi-1' waits for {', '.join(tried)}", "name these too")
+    refused(
+        commands("sweep", *arguments, "--only=alibi-1"), f"'alibi-1' waits for {', '.join(tried)}", "name these too"
+    )
     assert not workdir.exists()
     kept = f"--results={tmp_path / 'kept.json'}"
     result = commands("sweep", *arguments, "--jobs=2", kept)
@@ -148,7 +154,9 @@ def test_two_stages_are_one_command_and_one_report(commands, text, tmp_path):
 
     elsewhere = tmp_path / "elsewhere"
     again = commands("sweep", f"--sweep={path}", f"--workdir={elsewhere}", kept)
-    assert again.code == 0 and "0 to do" in again.out and f"alibi-1, alibi-2: {chosen}" in again.out, again.out + again.err
+    assert again.code == 0 and "0 to do" in again.out and f"alibi-1, alibi-2: {chosen}" in again.out, (
+        again.out + again.err
+    )
     assert "4 of them from" in again.out and not (elsewhere / "alibi-1" / "checkpoints").exists()
     other = commands("report", f"--workdir={elsewhere}", f"--output={tmp_path / 'other'}")
     tables = [[line for line in told.out.splitlines() if line.startswith("|")] for told in (report, other)]
@@ -162,7 +170,9 @@ def test_a_sweep_in_a_store_is_that_on_a_disk(commands, store, text, tmp_path):
 
     def swept(workdir, cache: str, *arguments: str):
         variables = store.environment | {"SEQPE_JAX_CACHE": str(tmp_path / cache)}
-        return commands.wait(commands.start("sweep", f"--sweep={path}", f"--workdir={workdir}", *arguments, **variables))
+        return commands.wait(
+            commands.start("sweep", f"--sweep={path}", f"--workdir={workdir}", *arguments, **variables)
+        )
 
     assert swept(disk, "one", "--jobs=2").code == 0
     later = tmp_path / "later.txt"
@@ -171,7 +181,10 @@ def test_a_sweep_in_a_store_is_that_on_a_disk(commands, store, text, tmp_path):
     assert failed.code == 1 and f"(all of it: {bucket}/alibi/log.txt)" in failed.out, failed.out + failed.err
     assert "alibi: failed: train, exit code 2: error: data.paths" in swept(bucket, "another", "--status=true").out
     later.write_bytes(text.read_bytes())
-    for cache, arguments, words in (("another", ["--retry-failed=true"], "1 of 2"), ("another", ["--jobs=2"], "2 of 2")):
+    for cache, arguments, words in (
+        ("another", ["--retry-failed=true"], "1 of 2"),
+        ("another", ["--jobs=2"], "2 of 2"),
+    ):
         result = swept(bucket, cache, *arguments)
         assert words in result.out, result.out + result.err
     again = swept(bucket, "third", "--jobs=2")
@@ -196,14 +209,16 @@ def test_a_sweep_in_a_store_is_that_on_a_disk(commands, store, text, tmp_path):
 def test_commands_of_a_second_stage_are_printed_when_it_is_decided(commands, text, tmp_path):
     path, own = tmp_path / "sweep.py", {"data.paths": (str(text),), "steps": 4, "eval.lengths": (16,), "eval.every": 4}
     path.write_text(
-        "from seqpe_jax.sweeps.points import two_stages\nCONFIG = 'tests/tiny_text.py:alibi'\n"
+        "from seqpe_jax.sweeps.spec import two_stages\nCONFIG = 'tests/tiny_text.py:alibi'\n"
         f"def runs():\n    return two_stages({{'alibi': {own!r}}}, {{'batch_size': (8, 16)}}, maximise='eval/loss@16', "
         "trial={}, seeds=(1,))\n"
     )
     result = commands("sweep", f"--sweep={path}", f"--workdir={tmp_path / 'sweep'}", "--executor=print")
     assert [shlex.split(line)[2] for line in result.out.splitlines()] == ["seqpe_jax.train"] * 2
     [line] = [line for line in result.err.splitlines() if "alibi-1" in line]
-    assert "waits for alibi-batch_size=8 (not finished), alibi-batch_size=16 (not finished) to decide batch_size" in line
+    assert (
+        "waits for alibi-batch_size=8 (not finished), alibi-batch_size=16 (not finished) to decide batch_size" in line
+    )
 
 
 def test_a_search_runs_its_trials_and_evaluates_the_best(commands, text, tmp_path):
@@ -224,7 +239,9 @@ def test_a_search_runs_its_trials_and_evaluates_the_best(commands, text, tmp_pat
 
 
 def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
-    result = commands("sweep", "--sweep=configs/sweeps/extrapolation.py", f"--workdir={tmp_path / 'x'}", "--executor=print")
+    result = commands(
+        "sweep", "--sweep=configs/sweeps/extrapolation.py", f"--workdir={tmp_path / 'x'}", "--executor=print"
+    )
     lines = [shlex.split(line) for line in result.out.splitlines()]
     assert result.code == 0 and len(lines) == 48 and not (tmp_path / "x").exists()
     assert {words[2] for words in lines} == {"seqpe_jax.train", "seqpe_jax.evaluate"}
@@ -238,19 +255,22 @@ def test_printed_commands_run_as_they_stand(commands, text, tmp_path):
     assert json.loads((tmp_path / "a b" / "rotary" / "evaluation.json").read_text())["encoding"] == "rotary"
 
 
-@pytest.mark.parametrize("options,words", [
-    (["--sweep=configs/sweeps/none.py"], ["no sweep file at configs/sweeps/none.py"]),
-    (["--executor=slurn"], ["executor", "slurn"]),
-    (["--jobs=0"], ["jobs"]),
-    (["--results=kept.json", "--executor=print"], ["--results is for runs that are worked on"]),
-    (["--results=README.md"], ["--results=README.md holds no results of a sweep"]),
-    (["--only=alibi,rotory"], ["'rotory'", "'rotary'"]),
-    (["--slurm=partition=x"], ["--executor=slurm"]),
-    (["--executor=optuna"], ["defines no SEARCH"]),
-    (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--only=a"], ["--only"]),
-    (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--status"], ["--status"]),
-    (["--sweep=configs/sweeps/search.py"], ["no runs()", "--executor=optuna"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--sweep=configs/sweeps/none.py"], ["no sweep file at configs/sweeps/none.py"]),
+        (["--executor=slurn"], ["executor", "slurn"]),
+        (["--jobs=0"], ["jobs"]),
+        (["--results=kept.json", "--executor=print"], ["--results is for runs that are worked on"]),
+        (["--results=README.md"], ["--results=README.md holds no results of a sweep"]),
+        (["--only=alibi,rotory"], ["'rotory'", "'rotary'"]),
+        (["--slurm=partition=x"], ["--executor=slurm"]),
+        (["--executor=optuna"], ["defines no SEARCH"]),
+        (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--only=a"], ["--only"]),
+        (["--executor=optuna", "--sweep=configs/sweeps/search.py", "--status"], ["--status"]),
+        (["--sweep=configs/sweeps/search.py"], ["no runs()", "--executor=optuna"]),
+    ],
+)
 def test_bad_options_are_refused(commands, text, tmp_path, options, words):
     path = sweep_file(tmp_path, text, "{'variant': ('alibi', 'rotary')}")
     refused(commands("sweep", *with_defaults(options, sweep=path, workdir=tmp_path / "x")), *words)

@@ -10,7 +10,7 @@ import numpy as np
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
-from seqpe_jax.runtime import digests
+from seqpe_jax.training import checksums
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.trainer import Trainer
 
@@ -21,14 +21,29 @@ def tiny_config(**overrides) -> Config:
     """The quickstart's config, shrunken; overrides by dotted name with `__` for the dot."""
     variant = overrides.pop("variant", "seqpe")
     values = {
-        "steps": 6, "batch_size": 8, "data.length": 16, "model.layers": 1, "model.width": 24, "model.heads": 2,
-        "encoding.layers": 1, "encoding.width": 24, "encoding.heads": 2, "encoding.max_position": 200,
-        "objective.contrastive.batch": 4, "objective.contrastive.candidates": 6,
-        "objective.contrastive.window": 32, "objective.distillation.batch": 4, "objective.distillation.offsets": 6,
-        "optimizer.warmup_steps": 0, "objective.shift.rate": 0.0,
-        "checkpoint.every": 2, "report.every": 1, "eval.lengths": (16, 32),
-        "eval.tokens": 512, "report.tensorboard": False,
-    }  # fmt: skip
+        "steps": 6,
+        "batch_size": 8,
+        "data.length": 16,
+        "model.layers": 1,
+        "model.width": 24,
+        "model.heads": 2,
+        "encoding.layers": 1,
+        "encoding.width": 24,
+        "encoding.heads": 2,
+        "encoding.max_position": 200,
+        "objective.contrastive.batch": 4,
+        "objective.contrastive.candidates": 6,
+        "objective.contrastive.window": 32,
+        "objective.distillation.batch": 4,
+        "objective.distillation.offsets": 6,
+        "optimizer.warmup_steps": 0,
+        "objective.shift.rate": 0.0,
+        "checkpoint.every": 2,
+        "report.every": 1,
+        "eval.lengths": (16, 32),
+        "eval.tokens": 512,
+        "report.tensorboard": False,
+    }
     if variant != "seqpe":  # what it does not read would be refused
         values = {name: value for name, value in values.items() if not name.startswith(("encoding.", "objective."))}
     else:
@@ -57,13 +72,13 @@ def train(settings: Config, workdir: str | pathlib.Path) -> None:
 
 def older(run: pathlib.Path) -> None:
     """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
-    for name in (digests.FILE, "data.json"):
+    for name in (checksums.FILE, "data.json"):
         (run / name).unlink(missing_ok=True)  # a converted run has no fingerprints
-    for step in (run / digests.FOLDER).iterdir():
-        meta = json.loads((step / digests.META).read_text())
-        del meta[digests.SIDE_FILES]
-        (step / digests.META).write_text(json.dumps(meta))
-        digests.write_digests(step)
+    for step in (run / checksums.FOLDER).iterdir():
+        meta = json.loads((step / checksums.META).read_text())
+        del meta[checksums.SIDE_FILES]
+        (step / checksums.META).write_text(json.dumps(meta))
+        checksums.write_digests(step)
 
 
 def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, jnp.ndarray]:

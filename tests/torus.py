@@ -5,9 +5,14 @@ import itertools
 import math
 
 KINDS = {
-    "v2": "TPU v2", "v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite",
+    "v2": "TPU v2",
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
     "tpu7x": "TPU7x",
-}  # fmt: skip
+}
 TWO_CORES = ("v2", "v3", "tpu7x")  # generations in which each core of a chip is a device
 
 

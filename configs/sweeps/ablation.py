@@ -28,14 +28,15 @@ TEXT_PARTS = {
 QUESTION_PARTS = {
     "full": {},
     "all_heads": {
-        "encoding.position_heads": 4, "encoding.rotary_heads": 4,
+        "encoding.position_heads": 4,
+        "encoding.rotary_heads": 4,
         "objective.contrastive.head_scales": (1.0, 4.0, 16.0, 64.0),
     },
     "equal_scales": {"objective.contrastive.head_scales": (1.0, 1.0, 1.0)},
     "no_rotation": {"encoding.rotary_pairs": 0, "encoding.rotary_heads": 0},
     "no_shift": {"objective.shift.rate": 0.0},
     "no_log_scaling": {"encoding.log_scaling": False},
-}  # fmt: skip
+}
 IMAGE_PARTS = {
     "full": {},
     "no_zoom": {"objective.zoom.rate": 0.0},

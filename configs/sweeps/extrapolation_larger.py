@@ -9,20 +9,29 @@ lie within 2048 places. The learning rate is lower by sqrt(2), as the width is l
 Hardware: two CPU cores; about an hour.
 """
 
-from seqpe_jax.sweeps.points import product
+from seqpe_jax.sweeps.spec import product
 
 CONFIG = "configs/stdlib_lm.py"
 KINDS = ("seqpe", "rotary", "rotary_partial", "alibi")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LARGER = {
-    "seed": (1,), "steps": (1000,), "batch_size": (8,), "data.length": (256,), "eval.lengths": (LENGTHS,),
-    "eval.contexts": ((256, 1024, 4096, 16384),), "eval.targets": (4096,),
-    "model.layers": (4,), "model.width": (192,), "optimizer.learning_rate": (2.8e-3,),
-}  # fmt: skip
+    "seed": (1,),
+    "steps": (1000,),
+    "batch_size": (8,),
+    "data.length": (256,),
+    "eval.lengths": (LENGTHS,),
+    "eval.contexts": ((256, 1024, 4096, 16384),),
+    "eval.targets": (4096,),
+    "model.layers": (4,),
+    "model.width": (192,),
+    "optimizer.learning_rate": (2.8e-3,),
+}
 SEQPE = {
-    "encoding.max_position": 20_000, "encoding.width": 192, "encoding.feature_width": 16,
+    "encoding.max_position": 20_000,
+    "encoding.width": 192,
+    "encoding.feature_width": 16,
     "objective.contrastive.window": 2048,
-}  # fmt: skip
+}
 TURNED = {"encoding.rotary_pairs": 10}
 
 

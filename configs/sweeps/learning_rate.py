@@ -8,7 +8,7 @@ them. What decides is the loss on the validation split at the end (`eval/loss@64
 Hardware: two CPU cores, one for each of two runs at once; about 45 minutes.
 """
 
-from seqpe_jax.sweeps.points import product
+from seqpe_jax.sweeps.spec import product
 
 CONFIG = "configs/stdlib_lm.py"
 KINDS = ("seqpe", "rotary", "rotary_partial", "alibi", "learned", "sinusoidal", "none")
@@ -17,5 +17,7 @@ RATES = (2e-3, 4e-3, 8e-3)
 
 def runs():
     """Yields (name, overrides) of each run."""
-    for point in product({"variant": KINDS, "optimizer.learning_rate": RATES}, {"steps": (1000,), "eval.every": (1000,)}):
+    for point in product(
+        {"variant": KINDS, "optimizer.learning_rate": RATES}, {"steps": (1000,), "eval.every": (1000,)}
+    ):
         yield f"{point['variant']}-{point['optimizer.learning_rate']:g}", point

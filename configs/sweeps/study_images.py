@@ -12,7 +12,7 @@ Hardware: two CPU cores, one for each of two runs at once; about two and a half 
 first. docs/results/study_images.json holds the runs of the study before it searched constants.
 """
 
-from seqpe_jax.sweeps.points import two_stages
+from seqpe_jax.sweeps.spec import two_stages
 
 CONFIG = "configs/digits_vit.py"
 STRONG = ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "fire", "alibi_grid")
@@ -27,7 +27,7 @@ CONSTANTS = {
     "alibi_grid": {"encoding.slope_scale": (0.5, 1.0, 2.0)},
     "lookhere": {"encoding.directed_heads": (2, 3, 4)},
     "fire": {"encoding.fire_scale": (0.1, 3.0, 36.0)},
-}  # fmt: skip
+}
 TRIAL = {"seed": 0, "eval.every": 800, "eval.sizes": (8,)}
 
 

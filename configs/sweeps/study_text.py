@@ -13,13 +13,21 @@ Hardware: two CPU cores, one for each of two runs at once; about three and a hal
 strongest encodings first.
 """
 
-from seqpe_jax.sweeps.points import two_stages
+from seqpe_jax.sweeps.spec import two_stages
 
 CONFIG = "configs/stdlib_lm.py"
 STRONG = ("seqpe", "rotary", "alibi", "fox", "cable", "kerple", "fire")
 OTHER = (
-    "rotary_partial", "scale_invariant", "pope", "t5", "rotary_mixed", "seqpe_paper", "learned", "sinusoidal", "none",
-)  # fmt: skip
+    "rotary_partial",
+    "scale_invariant",
+    "pope",
+    "t5",
+    "rotary_mixed",
+    "seqpe_paper",
+    "learned",
+    "sinusoidal",
+    "none",
+)
 SCALED = ("linear", "ntk", "yarn")
 RATES = {"optimizer.learning_rate": (2e-3, 4e-3, 8e-3)}
 # Of those whose best of the three is at an end.
@@ -38,7 +46,7 @@ CONSTANTS = {
     "scale_invariant": {"encoding.scale_invariant_tau": (1.0, 3.0, 10.0)},
     "fox": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},  # how open the gates begin
     "cable": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},
-}  # fmt: skip
+}
 TRIAL = {"seed": 0, "eval.every": 1000, "eval.lengths": (64,)}
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 EVALUATED = {"eval.lengths": LENGTHS, "eval.contexts": (64, 256, 1024, 4096), "eval.targets": 4096}
@@ -56,6 +64,12 @@ def runs():
         further = {name: rates for name, rates in FURTHER.items() if name in ways}
         constants = {name: values for name, values in CONSTANTS.items() if name in ways}
         yield from two_stages(
-            ways, RATES, minimise="eval/loss@64", trial=TRIAL, seeds=(1, 2, 3), like=own, further=further,
+            ways,
+            RATES,
+            minimise="eval/loss@64",
+            trial=TRIAL,
+            seeds=(1, 2, 3),
+            like=own,
+            further=further,
             constants=constants,
-        )  # fmt: skip
+        )

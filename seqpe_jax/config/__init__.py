@@ -1,18 +1,7 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
-from seqpe_jax.config.checks import LARGEST_UNITS, check_positions, check_size, profile_window
 from seqpe_jax.config.conditions import check_options
-from seqpe_jax.config.kinds import (
-    ADDED_PAIRS,
-    GATED,
-    GRID_ONLY,
-    REAL_POSITIONS,
-    TEXT_ONLY,
-    EncodingKind,
-    encoding_name,
-)
-from seqpe_jax.config.lengths import lengths_of, with_lengths
-from seqpe_jax.config.reading import (
+from seqpe_jax.config.io import (
     FREE_SECTIONS,
     LOCAL,
     RENAMED,
@@ -31,6 +20,16 @@ from seqpe_jax.config.reading import (
     unknown_field,
     with_encoding,
 )
+from seqpe_jax.config.kinds import (
+    ADDED_PAIRS,
+    GATED,
+    GRID_ONLY,
+    REAL_POSITIONS,
+    TEXT_ONLY,
+    EncodingKind,
+    encoding_name,
+)
+from seqpe_jax.config.lengths import lengths_of, with_lengths
 from seqpe_jax.config.schema import (
     Config,
     ContrastiveConfig,
@@ -46,6 +45,7 @@ from seqpe_jax.config.schema import (
     digits_of,
 )
 from seqpe_jax.config.scripts import located
+from seqpe_jax.config.validate import LARGEST_UNITS, check_positions, check_size, profile_window
 
 __all__ = [
     "ADDED_PAIRS",

@@ -96,13 +96,17 @@ CONDITIONS = (
         lambda config: not _moves_nothing(config),
         "an encoding that knows positions: encoding.kind other than 'none', or encoding.rotary_pairs",
     ),
-    Condition(("objective.shift.starts",), lambda config: config.objective.shift.rate > 0, "objective.shift.rate above 0"),
+    Condition(
+        ("objective.shift.starts",), lambda config: config.objective.shift.rate > 0, "objective.shift.rate above 0"
+    ),
     Condition(
         ("objective.skip.chunks", "objective.skip.range"),
         lambda config: config.objective.skip.rate > 0,
         "objective.skip.rate above 0",
     ),
-    Condition(("objective.zoom.smallest",), lambda config: config.objective.zoom.rate > 0, "objective.zoom.rate above 0"),
+    Condition(
+        ("objective.zoom.smallest",), lambda config: config.objective.zoom.rate > 0, "objective.zoom.rate above 0"
+    ),
     Condition(
         ("objective.mixing.switch",), _mixes_both, "objective.mixing.mixup and objective.mixing.cutmix both above 0"
     ),
@@ -136,7 +140,9 @@ CONDITIONS = (
         "encoding.kind='seqpe', the encoding with a digit encoder",
     ),
     Condition(("eval.stride", "eval.targets"), lambda config: bool(config.eval.contexts), "eval.contexts"),
-    Condition(("optimizer.skips",), lambda config: config.optimizer.non_finite == "skip", "optimizer.non_finite='skip'"),
+    Condition(
+        ("optimizer.skips",), lambda config: config.optimizer.non_finite == "skip", "optimizer.non_finite='skip'"
+    ),
 )
 
 

@@ -3,9 +3,22 @@
 from typing import Literal
 
 EncodingKind = Literal[
-    "seqpe", "learned", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "alibi", "alibi_grid", "t5", "kerple",
-    "fire", "lookhere", "scale_invariant", "pope", "none",
-]  # fmt: skip
+    "seqpe",
+    "learned",
+    "sinusoidal",
+    "rotary",
+    "rotary_axial",
+    "rotary_mixed",
+    "alibi",
+    "alibi_grid",
+    "t5",
+    "kerple",
+    "fire",
+    "lookhere",
+    "scale_invariant",
+    "pope",
+    "none",
+]
 Gate = Literal["none", "forget", "cable"]
 # Published names of the kind `none` with a gate: FoX (arXiv 2503.02130) and CABLE (arXiv 2503.08067).
 GATED = {"fox": "forget", "cable": "cable"}

@@ -53,9 +53,18 @@ class DataConfig:
     """What is read, and in windows of which length or images of which size."""
 
     name: Literal[
-        "stdlib_text", "text_files", "wikitext103", "stdlib_qa", "squad_long", "qa_jsonl",
-        "digit_images", "moving_digits", "image_folder", "imagenet2012", "imagenet_resized",
-    ] = "stdlib_text"  # fmt: skip
+        "stdlib_text",
+        "text_files",
+        "wikitext103",
+        "stdlib_qa",
+        "squad_long",
+        "qa_jsonl",
+        "digit_images",
+        "moving_digits",
+        "image_folder",
+        "imagenet2012",
+        "imagenet_resized",
+    ] = "stdlib_text"
     # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
     # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
     paths: tuple[str, ...] = _field((), path=True)
@@ -64,9 +73,13 @@ class DataConfig:
     lossy_tokenizer: bool = _field(False, of=WRITTEN)  # text that does not come back from its tokens is accepted
     prompt_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the context's tokens in the loss
     question_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the question's tokens in the loss
-    size: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # pixels: (height, width), or (frames, height, width)
+    size: tuple[int, ...] = _field(
+        (), **limits.Sides, of=PICTURES
+    )  # pixels: (height, width), or (frames, height, width)
     crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=PICTURES)  # images: side of the centre crop at evaluation
-    bit_depth: int = _field(0, low=0, high=16, of=PICTURES)  # image_folder: of grey values in 16-bit files; 0 = 16, checked
+    bit_depth: int = _field(
+        0, low=0, high=16, of=PICTURES
+    )  # image_folder: of grey values in 16-bit files; 0 = 16, checked
     augment: AugmentConfig = _section(AugmentConfig, of=PICTURES)
     cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
     threads: int = _field(1, low=1, high=256)  # training examples made at once
@@ -77,10 +90,14 @@ class ModelConfig:
     """The transformer that reads the tokens or the patches."""
 
     kind: Literal["gpt2", "vit"] = "gpt2"
-    vocabulary: int = _field(0, **limits.LengthOrNone, of=WRITTEN)  # gpt2: rows of the token embedding; 0 = the tokenizer's
+    vocabulary: int = _field(
+        0, **limits.LengthOrNone, of=WRITTEN
+    )  # gpt2: rows of the token embedding; 0 = the tokenizer's
     tied: bool = _field(True, of=WRITTEN)  # gpt2: the token embedding gives the logits too
     classes: int = _field(0, **limits.LengthOrNone, of=PICTURES)  # vit: 0 = as many as the data have
-    patch: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # vit: pixels of a patch along each axis of data.size
+    patch: tuple[int, ...] = _field(
+        (), **limits.Sides, of=PICTURES
+    )  # vit: pixels of a patch along each axis of data.size
     layers: int = _field(12, **limits.Layers)
     width: int = _field(768, **limits.Width)
     heads: int = _field(12, **limits.Heads)
@@ -144,7 +161,9 @@ class EncodingConfig:
     norm_init: float = _field(1.0, low=-1e3, high=1e3, reads=SEQPE)
     init_distribution: Literal["normal", "truncated_normal"] = _field("normal", reads=SEQPE)
     init_std: float = _field(0.02, **limits.Std, reads=("seqpe", "learned"))
-    share_prefixes: bool = _field(True, reads=SEQPE)  # common leading digits are read once; dropout masks are shared too
+    share_prefixes: bool = _field(
+        True, reads=SEQPE
+    )  # common leading digits are read once; dropout masks are shared too
     # how its vectors enter attention
     mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field("attn_scalar", reads=SEQPE)
     qk: Literal["single", "multi", "none", "halves"] = _field("single", reads=SEQPE)
@@ -153,7 +172,9 @@ class EncodingConfig:
     qk_init_std: float = _field(0.02, **limits.Std, reads=SEQPE)
     scalar_scale: float = _field(1.0, low=-1e6, high=1e6, reads=SEQPE)
     # in which heads, and combined with what
-    position_heads: int = _field(0, **limits.HeadsOrNone, reads=IN_HEADS)  # the first heads that get the encoding; 0 = all
+    position_heads: int = _field(
+        0, **limits.HeadsOrNone, reads=IN_HEADS
+    )  # the first heads that get the encoding; 0 = all
     # The fastest pairs of q and k that rotate; 0 = none, but rotary all and scale_invariant half of them.
     rotary_pairs: int = _field(0, **limits.WidthOrNone, reads=(*OWN_PAIRS, *ADDED_PAIRS))
     # The first heads in which added pairs rotate; 0 = all.
@@ -165,16 +186,22 @@ class EncodingConfig:
     log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
     # baselines
     theta: float = _field(10000.0, low=1.0, high=1e12, reads=WAVES, combined=_PAIRS)  # base of the wavelengths
-    scaling: Literal["none", "linear", "ntk", "yarn"] = _field("none", reads=("rotary",))  # of angles, in longer windows
+    scaling: Literal["none", "linear", "ntk", "yarn"] = _field(
+        "none", reads=("rotary",)
+    )  # of angles, in longer windows
     flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
     reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
     amplitude: float = _field(1.0, **limits.Weight, reads=("sinusoidal",))
-    reference_scaling: bool = _field(False, reads=("alibi",))  # slopes over sqrt(head width), as in the PyTorch reference
+    reference_scaling: bool = _field(
+        False, reads=("alibi",)
+    )  # slopes over sqrt(head width), as in the PyTorch reference
     # Lengths of the baselines in tokens or patches, and constants that derive from one. 0 = the authors' share of the
     # training length, computed by `config.lengths.lengths_of`, which has the sources.
     t5_buckets: int = _field(0, zero=True, low=2, high=4096, reads=("t5",))  # distance buckets
     t5_max_distance: int = _field(0, **limits.LengthOrNone, reads=("t5",))  # tokens; the last bucket begins below
-    fire_threshold: float = _field(0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",))  # of a fresh model, in tokens
+    fire_threshold: float = _field(
+        0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",)
+    )  # of a fresh model, in tokens
     fire_scale: float = _field(0.0, zero=True, low=1e-6, high=1e6, reads=("fire",))  # c of a fresh model, per token
     kerple_scale: float = _field(1.0, low=0.02, high=1e6, reads=("kerple",))  # upper end of fresh r2, per token
     scale_invariant_tau: float = _field(10.0, low=1e-3, high=2.0**30, reads=("scale_invariant",))  # tokens
@@ -327,7 +354,9 @@ class OptimizerConfig:
     b1: float = _field(0.9, **limits.LeftOut)
     b2: float = _field(0.999, **limits.LeftOut)
     epsilon: float = _field(1e-8, low=1e-20, high=1.0, once=True)
-    weight_decay: float = _field(0.0, low=0.0, high=100.0)  # on matrices of the model; never on biases, norms, embeddings
+    weight_decay: float = _field(
+        0.0, low=0.0, high=100.0
+    )  # on matrices of the model; never on biases, norms, embeddings
     encoder_weight_decay: float = _field(0.0, low=0.0, high=100.0)
     clip: float = _field(5.0, zero=True, low=1e-6, high=1e6)  # global norm; 0 = no clipping
     accumulate: int = _field(1, **limits.Batch)  # the batch is read in that many parts
@@ -342,8 +371,12 @@ class EvalConfig:
     every: int = _field(0, **limits.StepsOrNone)  # steps; 0 = never while training
     lengths: tuple[int, ...] = _field((), **limits.Length, of=WRITTEN)  # text; () = the training length
     sizes: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # images: sides in pixels; () = the training size
-    frames: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # clips: each size at so many; () = as in training
-    tokens: int = _field(0, low=0, high=2**40, of=WRITTEN)  # text: score at most that many per length; 0 = the whole split
+    frames: tuple[int, ...] = _field(
+        (), **limits.Sides, of=PICTURES
+    )  # clips: each size at so many; () = as in training
+    tokens: int = _field(
+        0, low=0, high=2**40, of=WRITTEN
+    )  # text: score at most that many per length; 0 = the whole split
     # Text, by `evaluate` alone: the same tokens, the targets, under contexts of so many tokens; () = not measured.
     contexts: tuple[int, ...] = _field((), low=2, high=2**24, of=(TEXT,))
     stride: int = _field(0, **limits.LengthOrNone, of=(TEXT,))  # targets of a window; 0 = half the smallest context

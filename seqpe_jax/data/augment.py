@@ -123,7 +123,9 @@ def _enhanced(enhancer: type) -> Operation:
 def _affine(matrix: Callable[[float, Image.Image], tuple[float, ...]]) -> Operation:
     def operation(image, level, fill, rng):
         data = matrix(_signed(level, rng), image)
-        return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC, fillcolor=_color(fill))
+        return image.transform(
+            image.size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC, fillcolor=_color(fill)
+        )
 
     return operation
 
@@ -147,7 +149,9 @@ def _solarize(image, level, fill, rng):
 
 def _solarize_add(image, level, fill, rng):
     added = int(SOLARIZE_ADDED * level)
-    return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * len(image.getbands()))
+    return image.point(
+        [min(255, value + added) if value < 128 else value for value in range(256)] * len(image.getbands())
+    )
 
 
 # Each takes (image, level in 0..1, fill, generator).

@@ -22,14 +22,27 @@ SPECIAL, CLOSED, OTHER = "pipes, sockets and devices", "folders that cannot be r
 HIDDEN, SYSTEM = "hidden folders", "thumbnail and system folders"
 # What operating systems, network disks and archivers put beside a user's own folders, in lower case: thumbnails, metadata,
 # recycle bins, snapshots. Their files are copies of others, or no data at all.
-SYSTEM_FOLDERS = frozenset({
-    "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
-    "system volume information",
-})  # fmt: skip
+SYSTEM_FOLDERS = frozenset(
+    {
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "__macosx",
+        "$recycle.bin",
+        "lost+found",
+        "system volume information",
+    }
+)
 KINDS = {
-    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
-}  # fmt: skip
+}
 
 Patterns = tuple[str, ...]
 EVERYTHING: Patterns = ("**",)  # below a folder

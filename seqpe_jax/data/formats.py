@@ -51,7 +51,11 @@ SIGNATURES = (
 # The same for beginnings that vary.
 PATTERNS = (
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "compressed with bzip2", "unpack it (bunzip2)"),
-    (re.compile(rb"\xff{4}.{3}\0", re.DOTALL), "an Arrow stream", WRITE_OUT),  # a mark, and the length of its first message
+    (
+        re.compile(rb"\xff{4}.{3}\0", re.DOTALL),
+        "an Arrow stream",
+        WRITE_OUT,
+    ),  # a mark, and the length of its first message
 )
 
 

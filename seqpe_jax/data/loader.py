@@ -153,7 +153,9 @@ class EvaluationBatches:
     Rows that fill up the last batch are zeros of weight 0. `len()` is the number of batches.
     """
 
-    def __init__(self, source: Sequence[Any], batch_size: int, count: int, example: Callable[[Any], Example] | None = None):
+    def __init__(
+        self, source: Sequence[Any], batch_size: int, count: int, example: Callable[[Any], Example] | None = None
+    ):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.examples = count
@@ -218,7 +220,9 @@ def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.nd
     return (count - 1 - stride * chosen)[::-1]
 
 
-def context_windows(tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvaluationBatches:
+def context_windows(
+    tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int
+) -> EvaluationBatches:
     """Returns windows of `context` tokens that end at `ends` (`target_ends`) and score their last `stride` targets.
 
     Each of these targets has context - stride + 1 to `context` tokens before it.

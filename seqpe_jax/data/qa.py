@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.data import qa_index
-from seqpe_jax.data.builders import base, qa_jsonl, question_builder_class
-from seqpe_jax.data.builders.base import prepared
-from seqpe_jax.data.builders.passages import QuestionBuilder
-from seqpe_jax.data.builders.qa_jsonl import QaJsonl
+from seqpe_jax.data.datasets import base, qa_jsonl, question_builder_class
+from seqpe_jax.data.datasets.base import prepared
+from seqpe_jax.data.datasets.qa_base import QuestionBuilder
+from seqpe_jax.data.datasets.qa_jsonl import QaJsonl
 from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
@@ -235,7 +235,13 @@ def question_source(
         root / "questions", f"{name}-{split}", (key, split, tokenizer.fingerprint), write
     )
     fits = min(fits or length, length)
-    identity = [table["content"].tobytes().hex(), tokenizer.fingerprint, length, seed, *([fits] if fits < length else [])]
+    identity = [
+        table["content"].tobytes().hex(),
+        tokenizer.fingerprint,
+        length,
+        seed,
+        *([fits] if fits < length else []),
+    ]
     fingerprint = hashlib.sha256(json.dumps(identity).encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
     source = _Lines(*shared, file) if builder is QaJsonl else _Assembled(*shared, target, builder, seed, fits)
@@ -275,9 +281,17 @@ class _Assembled(QuestionSource):
     """
 
     def __init__(
-        self, title, length, tokenizer, table, fingerprint, folder: pathlib.Path, builder: type[QuestionBuilder], seed: int,
+        self,
+        title,
+        length,
+        tokenizer,
+        table,
+        fingerprint,
+        folder: pathlib.Path,
+        builder: type[QuestionBuilder],
+        seed: int,
         fits: int,
-    ):  # fmt: skip
+    ):
         self._kept, skipped = _kept(table, fits, title)
         super().__init__(title, length, tokenizer, skipped, fingerprint)
         self._builder, self._seed = builder, seed
@@ -314,9 +328,14 @@ class _Assembled(QuestionSource):
                 break
             spare = max(0, spare - over)
         return {
-            "index": index, "input": prompt, "question": tail, "outputs": answers, "depth": depth, "kind": kind,
+            "index": index,
+            "input": prompt,
+            "question": tail,
+            "outputs": answers,
+            "depth": depth,
+            "kind": kind,
             "passage": sum(len(text) + len(SEPARATOR) for text in before),
-        }  # fmt: skip
+        }
 
     def _text(self, passage: int) -> str:
         return self._texts[passage].decode()
@@ -351,7 +370,9 @@ class _Assembled(QuestionSource):
                     found = True
                     yield text, int(self._passage_tokens[passage])
 
-    def _fill(self, others: Iterator[tuple[str, int]], room: int, leaks: Callable[[str], bool]) -> tuple[list[str], int]:
+    def _fill(
+        self, others: Iterator[tuple[str, int]], room: int, leaks: Callable[[str], bool]
+    ) -> tuple[list[str], int]:
         """Returns (texts, their tokens), the last cut so that they have `room` tokens, or up to 1% of the length less."""
         texts, used = [], 0
         tries = 0
@@ -387,9 +408,14 @@ class _Lines(QuestionSource):
         number, prompt, answers = qa_jsonl.parse(self._lines[place], f"'{self._file}', line {self._numbers[place]}")
         question = prompt.rpartition(SEPARATOR)[2]
         return {
-            "index": number, "input": prompt, "question": question, "outputs": answers, "depth": None, "kind": "any",
+            "index": number,
+            "input": prompt,
+            "question": question,
+            "outputs": answers,
+            "depth": None,
+            "kind": "any",
             "passage": None,
-        }  # fmt: skip
+        }
 
     def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         for index in range(len(self)):

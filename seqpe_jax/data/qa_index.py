@@ -13,9 +13,9 @@ import numpy as np
 import tqdm
 
 from seqpe_jax.archives import read_arrays
-from seqpe_jax.data.builders import qa_jsonl
-from seqpe_jax.data.builders.passages import QuestionBuilder
 from seqpe_jax.data.cache import locked, new_directory
+from seqpe_jax.data.datasets import qa_jsonl
+from seqpe_jax.data.datasets.qa_base import QuestionBuilder
 from seqpe_jax.data.tokenizers import Tokenizer
 from seqpe_jax.errors import InputError
 

@@ -19,9 +19,11 @@ from seqpe_jax.files import Place, as_path, from_json, text_from_json, write_who
 FILE, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
 NAMED_IN = {
-    SETTINGS: "eos_token", "special_tokens_map.json": "eos_token", "config.json": "eos_token_id",
+    SETTINGS: "eos_token",
+    "special_tokens_map.json": "eos_token",
+    "config.json": "eos_token_id",
     "generation_config.json": "eos_token_id",
-}  # fmt: skip
+}
 # In this order: GPT-2 and its heirs, Llama 3, T5 and Llama 2, Gemma.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 SPECIAL_END = ("[EOS]", "<EOS>", "<|eos|>", "<|im_end|>")  # ends only where the tokenizer calls them special
@@ -142,6 +144,7 @@ class HFTokenizer:
 
         file = as_path(path).expanduser()
         file = file / FILE if file.is_dir() else file
+
         def built(content: bytes) -> tokenizers.Tokenizer:
             try:
                 return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
@@ -217,7 +220,9 @@ class HFTokenizer:
         """Writes DIRECTORY/tokenizer.json, byte for byte the file that was loaded, and beside it what ends a text."""
         _write(directory, self._content)
         if self.end_of_text is not None:
-            _write(directory, json.dumps({"eos_token": self._tokenizer.id_to_token(self.end_of_text)}).encode(), SETTINGS)
+            _write(
+                directory, json.dumps({"eos_token": self._tokenizer.id_to_token(self.end_of_text)}).encode(), SETTINGS
+            )
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "HFTokenizer":
@@ -278,12 +283,17 @@ def _with_added(content: bytes, added: Mapping[str, int], special: set[str]) -> 
         *(changed.get("added_tokens") or ()),
         *(
             {
-                "id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": token not in special, "special": token in special,
+                "id": number,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": token not in special,
+                "special": token in special,
             }
             for token, number in sorted(added.items(), key=lambda item: item[1])
         ),
-    ]  # fmt: skip
+    ]
     return json.dumps(changed, ensure_ascii=False).encode()
 
 
@@ -314,7 +324,9 @@ def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
             content = from_json(_read(beside))
         except ValueError as error:
             if key == "eos_token":
-                raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
+                raise InputError(
+                    f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it"
+                ) from None
             continue
         if isinstance(content, dict):
             found[name] = content

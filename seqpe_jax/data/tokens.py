@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
-from seqpe_jax.data.builders import base, builder_class
 from seqpe_jax.data.cache import locked, new_directory
+from seqpe_jax.data.datasets import base, builder_class
 from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.files import SHOWN, tell
 from seqpe_jax.data.tokenizers import END_OF_TEXT, SPECIAL_END, Loss, RoundTrip, Tokenizer, check_loss, token_dtype

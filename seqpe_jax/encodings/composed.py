@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 
-from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.encodings.base import PositionSignal
 
 
 class Composed(nn.Module):
@@ -25,7 +25,9 @@ class Composed(nn.Module):
         """Gives the first part this module's own parameters."""
         nn.share_scope(self, self.parts[0])
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns the joined signal of positions int32[P, L, A] of a window or grid of this shape."""
         own = self.parts[0](positions_PLA, shape=shape, deterministic=deterministic)
         return self._beside(own, positions_PLA, shape)

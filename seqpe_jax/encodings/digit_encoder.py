@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
 from seqpe_jax.positions.digits import significant, to_digits
-from seqpe_jax.positions.prefixes import Tree, tree
+from seqpe_jax.positions.prefix_trie import Tree, tree
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array, nn.Module], jax.Array]
 Read = Callable[[jax.Array], jax.Array]
@@ -126,9 +126,16 @@ class DigitEncoder(nn.Module):
             x, how = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
         for layer in range(self.layers):
             block = EncoderBlock(
-                self.width, self.heads, self.dropout, self.attention_dropout, self.activation,
-                self.layer_norm_epsilon, self.norm_init, self.kernel_init, name=f"block_{layer}",
-            )  # fmt: skip
+                self.width,
+                self.heads,
+                self.dropout,
+                self.attention_dropout,
+                self.activation,
+                self.layer_norm_epsilon,
+                self.norm_init,
+                self.kernel_init,
+                name=f"block_{layer}",
+            )
             x = block(x, *how(layer == 0, layer == self.layers - 1), deterministic=deterministic)
         x = x[:, -1] if sizes is None else x
         if self.final_norm:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
 
 DIGIT = 64  # positions are read in base 64 where angles must stay exact
@@ -79,7 +79,7 @@ def turned(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
 
 def interpolated(
     frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Returns frequencies under which longer windows turn as far as those of training (Chen et al. 2023, arXiv 2306.15595).
 
     Args:
@@ -89,7 +89,9 @@ def interpolated(
     return frequencies / longer
 
 
-def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]) -> np.ndarray:
+def ntk_aware(
+    frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
+) -> np.ndarray:
     """Returns frequencies of a larger base, so that the slowest is as slow as interpolated, the fastest as it was.
 
     Source: bloc97 2023, as written in Peng et al. 2023 (arXiv 2309.00071, section 3.1). Arguments as of `interpolated`.
@@ -97,7 +99,9 @@ def ntk_aware(frequencies: np.ndarray, longer: float, trained: int, width: int, 
     return frequencies * longer ** (-2.0 * np.arange(len(frequencies)) / max(width - 2, 1))
 
 
-def by_parts(frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]) -> np.ndarray:
+def by_parts(
+    frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
+) -> np.ndarray:
     """Returns YaRN's frequencies: slow ones interpolated, fast ones as they were, a blend between.
 
     Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2, with betas 1 and 32 for LLaMA). Arguments as in `interpolated`.
@@ -142,7 +146,9 @@ def unturned(cos: jax.Array, sin: jax.Array, prefix: int) -> tuple[jax.Array, ja
 class NoPosition(nn.Module):
     """No encoding at all (NoPE): a causal model infers order from what each token can see."""
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns an empty signal."""
         return PositionSignal()
 
@@ -167,7 +173,9 @@ class Sinusoidal(nn.Module):
     prefix: int = 0
     flatten: bool = False
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] of a grid of this shape.
 
         Raises:
@@ -213,7 +221,9 @@ class Rotary(nn.Module):
     unit: int = 1
     prefix: int = 0
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `rotation` of prefix + L tokens for positions int32[P, L, A] of a grid of this shape.
 
         Raises:
@@ -263,7 +273,9 @@ class RotaryAxial(nn.Module):
     unit: int = 1
     prefix: int = 0
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `rotation` of prefix + L tokens for positions int32[P, L, A]; `shape` is not read.
 
         Raises:
@@ -272,7 +284,9 @@ class RotaryAxial(nn.Module):
         axes = positions_PLA.shape[-1]
         head_width = paired_width("rotary_axial", self.width_model, self.heads_model, axes)
         frequencies = turned(head_width, axes, self.theta, self.rotary_pairs)
-        circles = [unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part] / self.unit) for part in range(axes)]
+        circles = [
+            unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part] / self.unit) for part in range(axes)
+        ]
         cos, sin = (jnp.concatenate(part, axis=-1)[:, :, None] for part in zip(*circles, strict=True))
         return PositionSignal(rotation=unturned(cos, sin, self.prefix))
 
@@ -307,7 +321,9 @@ class ALiBi(nn.Module):
     slope_scale: float = 1.0
     unit: int = 1
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `features` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
         check_one_axis("alibi", positions_PLA)
         slopes = alibi_slopes(self.heads_model)
@@ -334,7 +350,9 @@ class LogScaling(nn.Module):
     table_shape: tuple[int, ...]
     prefix: int = 0
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `factors` of prefix + L tokens for positions int32[P, L, A]: of a text, each sees those up to itself."""
         tokens = self.prefix + positions_PLA.shape[1]
         seen_L = jnp.arange(1, tokens + 1) if len(self.table_shape) == 1 else jnp.full(tokens, tokens)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.fixed import flat_index
-from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 
 CUBIC = -0.75  # the free constant of the cubic kernel; that of PyTorch's bicubic interpolation (Keys 1981: -0.5)
@@ -61,7 +61,9 @@ class Learned(nn.Module):
     prefix: int = 0
 
     @nn.compact
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] inside of `shape`.
 
         A longer window reads the table stretched to its length (linear), a shorter one its beginning. A grid of another
@@ -72,7 +74,9 @@ class Learned(nn.Module):
         """
         axes, sides = positions_PLA.shape[-1], tuple(self.table_shape)
         if axes != len(sides):
-            raise InputError(f"encoding.kind='learned' has a table of {len(sides)} axes and cannot read {axes} coordinates")
+            raise InputError(
+                f"encoding.kind='learned' has a table of {len(sides)} axes and cannot read {axes} coordinates"
+            )
         init = nn.initializers.normal(self.init_std)
         table = self.param("table", init, (self.prefix + int(np.prod(sides)), self.width_model), jnp.float32)
         first, places = table[: self.prefix], table[self.prefix :].reshape(*sides, self.width_model)

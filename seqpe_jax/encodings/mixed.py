@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.fixed import axis_frequencies, paired_width, unturned
-from seqpe_jax.encodings.signal import PositionSignal
 
 
 class RotaryMixed(nn.Module):
@@ -32,7 +32,9 @@ class RotaryMixed(nn.Module):
     reference_scramble: bool = False
 
     @nn.compact
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns `rotation`, stacked over layers, of prefix + L tokens for positions int32[P, L, A]; `shape` is not read.
 
         Raises:
@@ -44,9 +46,11 @@ class RotaryMixed(nn.Module):
         frequencies = self.param("frequencies", self._fresh, sizes)
         # N counts the layers, F the pairs. Angles stay float32 at full precision: a position may be large.
         angles = jnp.einsum(
-            "pla,nahf->nplhf", positions_PLA.astype(jnp.float32) / self.unit, frequencies,
+            "pla,nahf->nplhf",
+            positions_PLA.astype(jnp.float32) / self.unit,
+            frequencies,
             precision=jax.lax.Precision.HIGHEST,
-        )  # fmt: skip
+        )
         if self.reference_scramble:
             angles = jnp.swapaxes(angles, 2, 3).reshape(angles.shape)
         return PositionSignal(rotation=unturned(jnp.cos(angles), jnp.sin(angles), self.prefix), stacked=("rotation",))

@@ -3,8 +3,8 @@
 from seqpe_jax.encodings.fixed import ALiBi, NoPosition, Rotary, RotaryAxial, Sinusoidal
 from seqpe_jax.encodings.learned import Learned
 from seqpe_jax.encodings.mixed import RotaryMixed
-from seqpe_jax.encodings.polar import PoPE
-from seqpe_jax.encodings.relations import T5, Fire, GridALiBi, Kerple, LookHere, ScaleInvariant
+from seqpe_jax.encodings.pope import PoPE
+from seqpe_jax.encodings.relative_bias import T5, Fire, GridALiBi, Kerple, LookHere, ScaleInvariant
 from seqpe_jax.encodings.seqpe import SeqPE
 
 ENCODINGS = {

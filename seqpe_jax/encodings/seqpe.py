@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.digit_encoder import DigitEncoder
-from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits
-from seqpe_jax.positions.prefixes import Group, level_sizes
+from seqpe_jax.positions.prefix_trie import Group, level_sizes
 
 WORTH = 0.8  # prefixes are shared where that leaves less than this part of the places
 
@@ -122,13 +122,27 @@ class SeqPE(nn.Module):
             self.table = self.param("table", nn.initializers.zeros, (*self.stored, self.vector_width), jnp.float32)
         else:
             self.encoder = DigitEncoder(
-                output_width=self.vector_width, axes=self.axes, base=self.base, digits=self.digits,
-                padding=self.padding, width=self.width, heads=self.heads, layers=self.layers, dropout=self.dropout,
-                attention_dropout=self.attention_dropout, activation=self.activation,
-                layer_norm_epsilon=self.layer_norm_epsilon, direction=self.direction, cls=self.cls,
-                final_norm=self.final_norm, mask_padding=self.mask_padding, place=self.place,
-                temperature=self.temperature, norm_init=self.norm_init, kernel_init=kernel_init(self.init_std),
-            )  # fmt: skip
+                output_width=self.vector_width,
+                axes=self.axes,
+                base=self.base,
+                digits=self.digits,
+                padding=self.padding,
+                width=self.width,
+                heads=self.heads,
+                layers=self.layers,
+                dropout=self.dropout,
+                attention_dropout=self.attention_dropout,
+                activation=self.activation,
+                layer_norm_epsilon=self.layer_norm_epsilon,
+                direction=self.direction,
+                cls=self.cls,
+                final_norm=self.final_norm,
+                mask_padding=self.mask_padding,
+                place=self.place,
+                temperature=self.temperature,
+                norm_init=self.norm_init,
+                kernel_init=kernel_init(self.init_std),
+            )
         if self.qk in ("single", "multi"):
             width = self.feature_width or self.vector_width // (self.heads_model if self.per_head else 1)
             layers = self.layers_model if self.qk == "multi" else None
@@ -157,9 +171,14 @@ class SeqPE(nn.Module):
         std = 0.02 if width >= 512 else 0.1
         chosen: dict[str, Any] = {"qk": "multi", "dropout": 0.0, "init_std": std, "qk_init_std": std}
         return cls(
-            layers_model=layers, width_model=width, heads_model=heads, axes=axes, base=base,
-            digits=count_digits(max_position, base), **chosen | {"width": width, "heads": heads} | options,
-        )  # fmt: skip
+            layers_model=layers,
+            width_model=width,
+            heads_model=heads,
+            axes=axes,
+            base=base,
+            digits=count_digits(max_position, base),
+            **chosen | {"width": width, "heads": heads} | options,
+        )
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...] = (), deterministic: bool = True
@@ -171,7 +190,9 @@ class SeqPE(nn.Module):
         vectors_RE = self.vectors(positions_PLA.reshape(-1, axes), deterministic=deterministic)
         return self.signal(vectors_RE.reshape(sets, length, -1), positions_PLA, shape=shape)
 
-    def vectors(self, positions_RA: jax.Array, *, groups: Sequence[Group] = (), deterministic: bool = True) -> jax.Array:
+    def vectors(
+        self, positions_RA: jax.Array, *, groups: Sequence[Group] = (), deterministic: bool = True
+    ) -> jax.Array:
         """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table.
 
         Args:
@@ -187,12 +208,17 @@ class SeqPE(nn.Module):
         rows = positions_RA.shape[0]
         if not (self.share_prefixes and self.direction == "causal" and self.padding == "left") or self.mask_padding:
             return None
-        if not isinstance(rows, int) or self.axes * self.digits == 1:  # a symbolic number of rows; nothing before a digit
+        if (
+            not isinstance(rows, int) or self.axes * self.digits == 1
+        ):  # a symbolic number of rows; nothing before a digit
             return None
         sizes = level_sizes(
-            groups or [Group(rows)], axes=self.axes, base=self.base, digits=self.digits,
+            groups or [Group(rows)],
+            axes=self.axes,
+            base=self.base,
+            digits=self.digits,
             max_position=self.base**self.digits,
-        )  # fmt: skip
+        )
         sizes = tuple(min(size, rows) for size in sizes)
         return sizes if sum(sizes) + sizes[-1] < WORTH * rows * (len(sizes) + 1) else None
 
@@ -253,7 +279,9 @@ class SeqPE(nn.Module):
         if self.width % self.heads:
             raise InputError(f"encoding.width={self.width} is not a multiple of encoding.heads={self.heads}")
         if self.position_heads > self.heads_model:
-            raise InputError(f"encoding.position_heads={self.position_heads} is more than model.heads={self.heads_model}")
+            raise InputError(
+                f"encoding.position_heads={self.position_heads} is more than model.heads={self.heads_model}"
+            )
         if self.position_heads and self.mode == "input_add":
             raise InputError("encoding.mode='input_add' reaches all heads: set encoding.position_heads=0")
         if self.feature_width and (self.mode != "attn_scalar" or self.qk not in ("single", "multi")):
@@ -279,4 +307,6 @@ class SeqPE(nn.Module):
         if width % parts:
             raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
         if self.mode == "rotary" and self.head_width % 2:
-            raise InputError(f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd")
+            raise InputError(
+                f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd"
+            )

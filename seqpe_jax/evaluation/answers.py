@@ -199,9 +199,11 @@ def no_context_baseline(
 
 
 def write_answers(
-    path: str | os.PathLike, records: Sequence[Mapping[str, Any]], hypotheses: Sequence[str],
+    path: str | os.PathLike,
+    records: Sequence[Mapping[str, Any]],
+    hypotheses: Sequence[str],
     metrics: Sequence[str] = METRICS,
-) -> Place:  # fmt: skip
+) -> Place:
     """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
 
     The file appears whole or not at all.
@@ -213,9 +215,13 @@ def write_answers(
     lines = []
     for record, hypothesis in zip(records, hypotheses, strict=True):
         line = {
-            "index": record["index"], "question": record["question"], "kind": record["kind"],
-            "gold": list(record["outputs"]), "hypothesis": hypothesis, "depth": record["depth"],
-        }  # fmt: skip
+            "index": record["index"],
+            "question": record["question"],
+            "kind": record["kind"],
+            "gold": list(record["outputs"]),
+            "hypothesis": hypothesis,
+            "depth": record["depth"],
+        }
         lines.append(json.dumps(line | scores(hypothesis, record["outputs"], metrics), ensure_ascii=False) + "\n")
     try:
         write_whole(path, "".join(lines))

@@ -70,8 +70,11 @@ def perplexity_in_context(
     sums_L, counts_L = _by_index(token_losses, batches, context, put, progress)
     targets = int(counts_L.sum())
     return {
-        "context": context, "targets": targets, "stride": stride, **in_units(float(sums_L.sum() / targets), **split),
-    }  # fmt: skip
+        "context": context,
+        "targets": targets,
+        "stride": stride,
+        **in_units(float(sums_L.sum() / targets), **split),
+    }
 
 
 def in_units(

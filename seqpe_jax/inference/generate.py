@@ -5,19 +5,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from seqpe_jax.architecture import Params, Shape
 from seqpe_jax.config import Config, check_positions
+from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference import decoding
-from seqpe_jax.inference.decoding import Generation, Sampling
-from seqpe_jax.inference.programs import Programs, Progress, silent
-from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.inference import decode as decoding
+from seqpe_jax.inference.compiled import Programs, Progress, silent
+from seqpe_jax.inference.decode import Generation, Sampling
+from seqpe_jax.models.build import Params, Shape
 
 
 def check_generation(
-    config: Config, lengths: Sequence[int], sampling: Sampling, window: int | None = None, *, cut: bool = False,
+    config: Config,
+    lengths: Sequence[int],
+    sampling: Sampling,
+    window: int | None = None,
+    *,
+    cut: bool = False,
     reach: Shape | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Returns the length of the window whose position signal prompts of these lengths and their new tokens read.
 
     Where the signal depends on the length of the window (`EncodingConfig.window_dependence`), it is that of training, or
@@ -104,14 +109,20 @@ def generate(
         if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < network.vocabulary:
             raise InputError(f"a prompt has tokens outside of the vocabulary (0 .. {network.vocabulary - 1})")
     static = decoding.Static(
-        sampling.new_tokens, sampling.temperature == 0, sampling.top_p == 1, keep_logits=keep_logits,
+        sampling.new_tokens,
+        sampling.temperature == 0,
+        sampling.top_p == 1,
+        keep_logits=keep_logits,
         limit=window if config.encoding.window_dependence else None,
-    )  # fmt: skip
+    )
     compiled = decoding.halves(network, static, layout.Layout(programs.mesh))
     work = decoding.batches(
-        [len(prompt) for prompt in prompts], new_tokens=sampling.new_tokens, window=window,
-        batch_tokens=config.eval.batch_tokens, multiple=layout.batch_shards(programs.mesh),
-    )  # fmt: skip
+        [len(prompt) for prompt in prompts],
+        new_tokens=sampling.new_tokens,
+        window=window,
+        batch_tokens=config.eval.batch_tokens,
+        multiple=layout.batch_shards(programs.mesh),
+    )
     found: dict[int, Generation] = {}
     places, signal, done, total = 0, None, 0, len(prompts) * sampling.new_tokens
     put = functools.partial(layout.whole_to_global, programs.mesh)

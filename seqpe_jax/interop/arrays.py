@@ -43,13 +43,17 @@ def _shards(index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, np.nda
         if pathlib.PurePath(name).name != name:
             raise InputError(f"{index} names a file outside of its folder, '{name}': get it again")
         if not (index.parent / name).is_file():
-            raise InputError(f"{index.parent / name} is missing: {index.name} names {len(names)} parts, and this is one")
+            raise InputError(
+                f"{index.parent / name} is missing: {index.name} names {len(names)} parts, and this is one"
+            )
     found: dict[str, np.ndarray] = {}
     for name in names:
         part = read(index.parent / name)
         missing = [tensor for tensor, place in places.items() if place == name and tensor not in part]
         if missing:
-            raise InputError(f"{index.parent / name} lacks {missing[0]}, which {index.name} says is there: get it again")
+            raise InputError(
+                f"{index.parent / name} lacks {missing[0]}, which {index.name} says is there: get it again"
+            )
         found |= {tensor: part[tensor] for tensor, place in places.items() if place == name}
     return found, [index, *(index.parent / name for name in names)]
 

@@ -28,46 +28,124 @@ POSITIONS = {"text": "model_1.safetensors", "images": "pe_model.safetensors"}
 
 # The reference's names of settings -> ours in a spec; the second table's go into its "encoder".
 PE = {
-    "PE_TYPE": "pe_type", "PE_APPLY_METHOD": "pe_apply_method", "USE_PE_MULTI_HEAD": "use_pe_multi_head",
-    "USE_PE_QK_PER_LAYER": "use_pe_qk_per_layer", "PE_OUT_PROJ_DIM": "pe_out_dim",
+    "PE_TYPE": "pe_type",
+    "PE_APPLY_METHOD": "pe_apply_method",
+    "USE_PE_MULTI_HEAD": "use_pe_multi_head",
+    "USE_PE_QK_PER_LAYER": "use_pe_qk_per_layer",
+    "PE_OUT_PROJ_DIM": "pe_out_dim",
     "SEQPE_SCALAR_SCALE": "seqpe_scalar_scale",
-    "SINUSOIDAL_PE_BASE": "sinusoidal_pe_base", "PE_MAX_POSITION": "pe_max_position",
-}  # fmt: skip
+    "SINUSOIDAL_PE_BASE": "sinusoidal_pe_base",
+    "PE_MAX_POSITION": "pe_max_position",
+}
 ENCODER = {
-    "PE_EMBED_DIM": "pe_embed_dim", "NUM_ATTENTION_HEADS": "num_attention_heads", "PE_DATA_DIM": "data_dim",
-    "SEQPE_LAYER_NUM": "layer_num", "SEQPE_MAX_DIGITS": "max_digits", "SEQPE_LAST_LAYERNORM": "use_last_layernorm",
-    "SEQPE_ATTN_DIRECTION": "attn_direction", "SEQPE_MASK_PADDING": "mask_padding", "SEQPE_ATTN_PDROP": "attn_pdrop",
-    "SEQPE_RESID_PDROP": "resid_pdrop", "SEQPE_ACTIVATION_FUNCTION": "activation_function",
-    "SEQPE_TEMPERATURE": "seqpe_temperature", "SEQPE_INIT_NORM_WEIGHT": "init_norm_weight",
-}  # fmt: skip
+    "PE_EMBED_DIM": "pe_embed_dim",
+    "NUM_ATTENTION_HEADS": "num_attention_heads",
+    "PE_DATA_DIM": "data_dim",
+    "SEQPE_LAYER_NUM": "layer_num",
+    "SEQPE_MAX_DIGITS": "max_digits",
+    "SEQPE_LAST_LAYERNORM": "use_last_layernorm",
+    "SEQPE_ATTN_DIRECTION": "attn_direction",
+    "SEQPE_MASK_PADDING": "mask_padding",
+    "SEQPE_ATTN_PDROP": "attn_pdrop",
+    "SEQPE_RESID_PDROP": "resid_pdrop",
+    "SEQPE_ACTIVATION_FUNCTION": "activation_function",
+    "SEQPE_TEMPERATURE": "seqpe_temperature",
+    "SEQPE_INIT_NORM_WEIGHT": "init_norm_weight",
+}
 REQUIRED = {"SEQPE_SCALE_ATTN_WEIGHTS": True, "SEQPE_ADD_OUT_PROJ": True}  # other values compute something else
 TRAINING = {  # how it was trained; changes nothing of what the weights compute
-    "PE_MAIN_BATCH_SIZE", "PE_USE_RANDOM_SHIFT", "PE_RANDOM_SHIFT_RATE", "PE_RANDOM_SHIFT_DOWNSAMPLE", "PE_CLIP_GRAD",
-    "SEQPE_DIST_SAMPLE_RANGE", "SEQPE_DECAY", "SEQPE_LR", "SEQPE_PRETRAINED", "SEQPE_FREEZE_EPOCH_NUM",
-    "SEQPE_LOGIT_SCALED_LOSS", "SEQPE_MULTI_HEAD_LOSS", "SEQPE_WARMUP_STEPS", "SEQPE_EPOCH_SHUFFLE",
-    "SEQPE_TRANSFER_WEIGHT", "SEQPE_TRANSFER_BETA", "SEQPE_TRANSFER_METRIC", "SEQPE_TRANSFER_BATCH_SIZE",
-    "SEQPE_TRANSFER_NUM", "SEQPE_CONTRASTIVE_WEIGHT", "SEQPE_CONTRASTIVE_BATCH_SIZE", "SEQPE_CONTRASTIVE_NUM",
-}  # fmt: skip
+    "PE_MAIN_BATCH_SIZE",
+    "PE_USE_RANDOM_SHIFT",
+    "PE_RANDOM_SHIFT_RATE",
+    "PE_RANDOM_SHIFT_DOWNSAMPLE",
+    "PE_CLIP_GRAD",
+    "SEQPE_DIST_SAMPLE_RANGE",
+    "SEQPE_DECAY",
+    "SEQPE_LR",
+    "SEQPE_PRETRAINED",
+    "SEQPE_FREEZE_EPOCH_NUM",
+    "SEQPE_LOGIT_SCALED_LOSS",
+    "SEQPE_MULTI_HEAD_LOSS",
+    "SEQPE_WARMUP_STEPS",
+    "SEQPE_EPOCH_SHUFFLE",
+    "SEQPE_TRANSFER_WEIGHT",
+    "SEQPE_TRANSFER_BETA",
+    "SEQPE_TRANSFER_METRIC",
+    "SEQPE_TRANSFER_BATCH_SIZE",
+    "SEQPE_TRANSFER_NUM",
+    "SEQPE_CONTRASTIVE_WEIGHT",
+    "SEQPE_CONTRASTIVE_BATCH_SIZE",
+    "SEQPE_CONTRASTIVE_NUM",
+}
 GPT2 = {
-    "vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "activation_function", "layer_norm_epsilon",
-    "resid_pdrop", "attn_pdrop", "embd_pdrop", "initializer_range", "tie_word_embeddings",
-}  # fmt: skip
+    "vocab_size",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_positions",
+    "activation_function",
+    "layer_norm_epsilon",
+    "resid_pdrop",
+    "attn_pdrop",
+    "embd_pdrop",
+    "initializer_range",
+    "tie_word_embeddings",
+}
 GPT2_REQUIRED = {"model_type": "gpt2", "add_cross_attention": False}
 # How attention logits are scaled there; ours divide by the square root of the head width, so that the weights that make
 # queries take up what differs (`_rescaled`).
 GPT2_SCALES = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 LINEAR = {"vanilla", "sin", "nope", "rotary"}  # encodings under which a query may be scaled before it gets its position
 GPT2_ABOUT = {
-    "pe_config", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "n_ctx", "reorder_and_upcast_attn",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params", "torch_dtype", "dtype", "transformers_version", "use_cache", "output_past", "id2label",
-    "label2id", "finetuning_task", "gradient_checkpointing", "_name_or_path", "_num_labels", "_attn_implementation",
-    "_attn_implementation_autoset", "predict_special_tokens",
-}  # fmt: skip
+    "pe_config",
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "n_ctx",
+    "reorder_and_upcast_attn",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    "task_specific_params",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "output_past",
+    "id2label",
+    "label2id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "_name_or_path",
+    "_num_labels",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "predict_special_tokens",
+}
 IMAGE_SECTIONS = {
-    "AMP_OPT_LEVEL", "AUG", "BASE", "CODE_VERSION", "DATA", "EVAL", "EVAL_MODE", "LOCAL_RANK", "MODEL", "OUTPUT",
-    "PRINT_FREQ", "SAVE_FREQ", "SEED", "TAG", "TEST", "THROUGHPUT_MODE", "TRAIN", "SLURM_JOB_INFO",
-}  # fmt: skip
+    "AMP_OPT_LEVEL",
+    "AUG",
+    "BASE",
+    "CODE_VERSION",
+    "DATA",
+    "EVAL",
+    "EVAL_MODE",
+    "LOCAL_RANK",
+    "MODEL",
+    "OUTPUT",
+    "PRINT_FREQ",
+    "SAVE_FREQ",
+    "SEED",
+    "TAG",
+    "TEST",
+    "THROUGHPUT_MODE",
+    "TRAIN",
+    "SLURM_JOB_INFO",
+}
 VIT_TYPES = ("vit_s_16", "vit_b_16")
 DATA_NAMES = {"imagenet": "imagenet2012"}
 
@@ -102,7 +180,9 @@ def read(path: str | pathlib.Path) -> Source:
         return _images(path)
     if not path.is_dir():
         what = "is neither a directory nor a .pth file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}: expected a checkpoint of the PyTorch reference or a Hugging Face GPT-2 directory")
+        raise InputError(
+            f"{path} {what}: expected a checkpoint of the PyTorch reference or a Hugging Face GPT-2 directory"
+        )
     pickled = path / "best_model.pth"
     if not pickled.is_file():
         epochs = {
@@ -140,7 +220,9 @@ def _text(path: pathlib.Path) -> Source:
     files = [path / "config.json"]
     if positions.is_file() or settings.get("pe_config"):
         source = positions if positions.is_file() else path / "config.json"
-        spec |= _positions(source, read_settings(positions) if positions.is_file() else settings["pe_config"], {"MODEL"})
+        spec |= _positions(
+            source, read_settings(positions) if positions.is_file() else settings["pe_config"], {"MODEL"}
+        )
         files += [positions] if positions.is_file() else []
     else:
         spec |= {"pe_type": "vanilla", "pe_apply_method": "input_add"}
@@ -180,7 +262,9 @@ def _images(path: pathlib.Path) -> Source:
             settings, files = read_settings(path.parent / "config.json"), (path, path.parent / "config.json")
         model, encoder = checked_arrays(stored["model"], path), checked_arrays(stored.get("pe_model") or {}, path)
     else:
-        files = tuple(file for file in (path / "config.json", path / MODEL, path / POSITIONS["images"]) if file.is_file())
+        files = tuple(
+            file for file in (path / "config.json", path / MODEL, path / POSITIONS["images"]) if file.is_file()
+        )
         settings, model = read_settings(path / "config.json"), read_safetensors(path / MODEL)
         encoder = read_safetensors(path / POSITIONS["images"]) if (path / POSITIONS["images"]).is_file() else {}
     where = files[0] if path.is_dir() else path
@@ -196,14 +280,18 @@ def _images(path: pathlib.Path) -> Source:
         raise InputError(f"{where} holds no vision transformer: patch_embed.proj, blocks.0.mlp.fc1 or head is missing")
     width = len(kernel)
     spec = {
-        "kind": "vit", "embed_dim": width,
+        "kind": "vit",
+        "embed_dim": width,
         "depth": len({name.split(".")[1] for name in model if name.startswith("blocks.")}),
-        "img_size": sections["DATA"].get("IMG_SIZE", 224), "mlp_ratio": len(mlp) / width, "patch_size": kernel.shape[-1],
-        "num_classes": len(model["head.weight"]), "num_heads": sections["MODEL"].get("NUM_HEADS") or width // 64,
+        "img_size": sections["DATA"].get("IMG_SIZE", 224),
+        "mlp_ratio": len(mlp) / width,
+        "patch_size": kernel.shape[-1],
+        "num_classes": len(model["head.weight"]),
+        "num_heads": sections["MODEL"].get("NUM_HEADS") or width // 64,
         "drop_path": sections["MODEL"].get("DROP_PATH_RATE") or 0.0,
         "data_name": DATA_NAMES.get(str(sections["DATA"].get("DATASET")), "imagenet2012"),
         **_positions(where, settings, IMAGE_SECTIONS),
-    }  # fmt: skip
+    }
     state = dict(model) | {weights.ENCODER + name: leaf for name, leaf in encoder.items()}
     tables, grid_table = _fixed_tables(spec, state), f"{weights.ENCODER}weight"
     if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
@@ -229,7 +317,9 @@ def _positions(file: pathlib.Path, settings: Mapping[str, Any], others: set[str]
     if spec["pe_type"] != "seq_pe":
         return spec
     missing = [
-        name for name, ours in ENCODER.items() if ours in ("pe_embed_dim", "num_attention_heads") and ours not in encoder
+        name
+        for name, ours in ENCODER.items()
+        if ours in ("pe_embed_dim", "num_attention_heads") and ours not in encoder
     ]
     if missing:
         raise InputError(f"{file}: field '{missing[0]}' is missing")
@@ -286,19 +376,28 @@ def _require(file: pathlib.Path, name: str, value: Any, wanted: Any) -> None:
 def write_text(folder: pathlib.Path, spec: Spec, training: Spec, state: weights.State) -> list[pathlib.Path]:
     """Writes a spec (kind gpt2), how it was trained, and its arrays in the reference's text layout; returns the files."""
     positions = {"MODEL": {}} | _settings(spec) | training
-    model = {
-        name: spec[name] for name in GPT2 if name in spec
-    } | {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "pe_config": positions,
+    model = {name: spec[name] for name in GPT2 if name in spec} | {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "pe_config": positions,
         "reorder_and_upcast_attn": False,
-        "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "use_cache": True,
-    }  # fmt: skip
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "use_cache": True,
+    }
     arguments = {
-        "block_size": spec["block_size"], "eval_stride": spec["block_size"], "num_attention_heads": spec["n_head"],
-        "dataset_name": None, "dataset_config_name": None, "seed": 0, "mixed_precision": "no", "attn_method": "sdpa",
-        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+        "block_size": spec["block_size"],
+        "eval_stride": spec["block_size"],
+        "num_attention_heads": spec["n_head"],
+        "dataset_name": None,
+        "dataset_config_name": None,
+        "seed": 0,
+        "mixed_precision": "no",
+        "attn_method": "sdpa",
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
         **{name.lower(): value for name, value in positions.items() if name not in ("MODEL", "PE_OUT_PROJ_DIM")},
-    }  # fmt: skip
+    }
     (folder / "best_model").mkdir()
     files = [folder / name for name in ("config.json", "pe_config.json", "train_args.json")]
     files[0].write_text(json.dumps(model, indent=2, sort_keys=True) + "\n")
@@ -314,17 +413,23 @@ def write_images(folder: pathlib.Path, spec: Spec, training: Spec, state: weight
     """
     settings = {
         "MODEL": {
-            "TYPE": "vit_s_16" if spec["embed_dim"] <= 384 else "vit_b_16", "EMBED_DIM": spec["embed_dim"],
-            "DEPTH": spec["depth"], "NUM_HEADS": spec["num_heads"], "NUM_CLASSES": spec["num_classes"],
+            "TYPE": "vit_s_16" if spec["embed_dim"] <= 384 else "vit_b_16",
+            "EMBED_DIM": spec["embed_dim"],
+            "DEPTH": spec["depth"],
+            "NUM_HEADS": spec["num_heads"],
+            "NUM_CLASSES": spec["num_classes"],
             "DROP_PATH_RATE": spec["drop_path"],
         },
         "DATA": {
             "IMG_SIZE": spec["img_size"],
-            "DATASET": next((name for name, ours in DATA_NAMES.items() if ours == spec["data_name"]), spec["data_name"]),
+            "DATASET": next(
+                (name for name, ours in DATA_NAMES.items() if ours == spec["data_name"]), spec["data_name"]
+            ),
         },
         "TRAIN": {"PATCH_SIZE": spec["patch_size"]},
-        **_settings(spec), **training,
-    }  # fmt: skip
+        **_settings(spec),
+        **training,
+    }
     file = folder / "config.json"
     file.write_text(yaml.safe_dump(settings))
     try:
@@ -335,8 +440,10 @@ def write_images(folder: pathlib.Path, spec: Spec, training: Spec, state: weight
     stored = {
         "model": {name: torch.from_numpy(leaf) for name, leaf in model.items()},
         "pe_model": {name: torch.from_numpy(leaf) for name, leaf in encoder.items()} or None,
-        "max_accuracy": 0.0, "epoch": 0, "config": settings,
-    }  # fmt: skip
+        "max_accuracy": 0.0,
+        "epoch": 0,
+        "config": settings,
+    }
     torch.save(stored, folder / "best_model.pth")
     return [file, folder / "best_model.pth"]
 
@@ -346,12 +453,16 @@ def _settings(spec: Spec) -> dict[str, Any]:
     encoder = spec.get("encoder") or {}
     found = {name: spec[ours] for name, ours in PE.items() if ours in spec}
     return (
-        found | {name: encoder[ours] for name, ours in ENCODER.items() if ours in encoder} | (REQUIRED if encoder else {})
+        found
+        | {name: encoder[ours] for name, ours in ENCODER.items() if ours in encoder}
+        | (REQUIRED if encoder else {})
     )
 
 
 def _parted(state: weights.State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    encoder = {name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items() if name.startswith(weights.ENCODER)}
+    encoder = {
+        name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items() if name.startswith(weights.ENCODER)
+    }
     return {name: leaf for name, leaf in state.items() if not name.startswith(weights.ENCODER)}, encoder
 
 

@@ -21,11 +21,19 @@ from seqpe_jax.errors import InputError
 SHARED = 4  # tensors may share a storage, as tied weights do, and take so many times what the file does
 SMALL = 1 << 24  # bytes that they may take whatever the file does
 DTYPES = {
-    "FloatStorage": np.dtype("<f4"), "DoubleStorage": np.dtype("<f8"), "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16), "LongStorage": np.dtype("<i8"), "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"), "CharStorage": np.dtype("i1"), "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"), "ComplexFloatStorage": np.dtype("<c8"), "ComplexDoubleStorage": np.dtype("<c16"),
-}  # fmt: skip
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+    "ComplexFloatStorage": np.dtype("<c8"),
+    "ComplexDoubleStorage": np.dtype("<c16"),
+}
 
 
 def read(path: str | pathlib.Path) -> Any:
@@ -76,10 +84,14 @@ class _Unpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in DTYPES:
             return DTYPES[name]
         known = {
-            ("collections", "OrderedDict"): _Dict, ("yacs.config", "CfgNode"): _Dict, ("__builtin__", "set"): set,
-            ("builtins", "set"): set, ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): _parameter, ("torch", "Size"): tuple,
-        }  # fmt: skip
+            ("collections", "OrderedDict"): _Dict,
+            ("yacs.config", "CfgNode"): _Dict,
+            ("__builtin__", "set"): set,
+            ("builtins", "set"): set,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): _parameter,
+            ("torch", "Size"): tuple,
+        }
         if (module, name) not in known:
             raise InputError(
                 f"{self._path} is refused: its pickle asks for '{module}.{name}', which weights do not need and which "

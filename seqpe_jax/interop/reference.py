@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.architecture import Architecture, Sizes
 from seqpe_jax.config import Config
-from seqpe_jax.data.pictures import facts_of
+from seqpe_jax.data.images import facts_of
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.interop.writing import channels_of, fixed_table
 from seqpe_jax.model import Model
+from seqpe_jax.models.build import Architecture, Sizes
 from seqpe_jax.trees import names
 
 
@@ -38,7 +38,9 @@ class Given(nn.Module):
         nn.share_scope(self, self.inner)
         self.given = self.param("given", nn.initializers.zeros, self.sizes, jnp.float32)
 
-    def __call__(self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True) -> PositionSignal:
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
         """Returns the effect of the given vectors. Raises: InputError: the kind has none."""
         vectors_PLE = self.given
         if self.kind == "seqpe":
@@ -140,11 +142,16 @@ def checked(params: Any, shapes: Any) -> Any:
 def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
     encoding = settings.encoding_of({"kind": "seqpe_encoder"} | dict(config))
     axes, out = config.get("data_dim", 1), encoding.output_width
-    fields = {field.name for field in dataclasses.fields(SeqPE)} & {field.name for field in dataclasses.fields(encoding)}
+    fields = {field.name for field in dataclasses.fields(SeqPE)} & {
+        field.name for field in dataclasses.fields(encoding)
+    }
     module = SeqPE(
-        layers_model=1, width_model=out, heads_model=1, axes=axes,
+        layers_model=1,
+        width_model=out,
+        heads_model=1,
+        axes=axes,
         **{name: getattr(encoding, name) for name in fields} | {"mode": "input_add", "qk": "none", "per_head": False},
-    )  # fmt: skip
+    )
     rules = weights.encoder_rules(encoding.layers, axes, encoding.cls, encoding.final_norm)
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     architecture = Architecture(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)
@@ -166,12 +173,15 @@ def _inferred(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
     places, width = np.shape(state["pos_of_seqpe_embed.weight"])
     axes = len(state["dim_token_embed"]) if "dim_token_embed" in state else 1
     return {
-        "pe_embed_dim": width, "max_digits": places // axes, "data_dim": axes,
+        "pe_embed_dim": width,
+        "max_digits": places // axes,
+        "data_dim": axes,
         "layer_num": len({name.split(".")[1] for name in state if name.startswith("transformers.")}),
         "num_attention_heads": spec.get("n_head") or spec.get("num_heads"),
-        "use_cls_token": "cls_token_embed" in state, "use_last_layernorm": "layernorm.weight" in state,
+        "use_cls_token": "cls_token_embed" in state,
+        "use_last_layernorm": "layernorm.weight" in state,
         "out_proj_dim": len(state["out_proj.weight"]),
-    }  # fmt: skip
+    }
 
 
 def from_source(source: folders.Source) -> Model:

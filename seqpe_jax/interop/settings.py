@@ -22,24 +22,76 @@ ROTARY = {"rotary": "rotary", "rotary_2d": "rotary_axial", "rotary_mixed": "rota
 THETA = {"rotary_2d": 100, "rotary_mixed": 100}  # the reference's own defaults; others 10000
 
 _POSITIONS = {
-    "pe_type", "pe_apply_method", "use_pe_multi_head", "use_pe_qk_per_layer", "pe_out_dim", "seqpe_scalar_scale",
-    "sinusoidal_pe_base", "pe_max_position", "encoder",
-}  # fmt: skip
-_ABOUT = {"kind", "note", "T", "batch", "pe_batch", "eager_sdpa_maxdiff", "tied", "trained_img_size"}  # of recorded arrays
+    "pe_type",
+    "pe_apply_method",
+    "use_pe_multi_head",
+    "use_pe_qk_per_layer",
+    "pe_out_dim",
+    "seqpe_scalar_scale",
+    "sinusoidal_pe_base",
+    "pe_max_position",
+    "encoder",
+}
+_ABOUT = {
+    "kind",
+    "note",
+    "T",
+    "batch",
+    "pe_batch",
+    "eager_sdpa_maxdiff",
+    "tied",
+    "trained_img_size",
+}  # of recorded arrays
 FIELDS = {
-    "gpt2": _POSITIONS | {
-        "vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "block_size", "activation_function",
-        "layer_norm_epsilon", "resid_pdrop", "attn_pdrop", "embd_pdrop", "initializer_range", "tie_word_embeddings",
+    "gpt2": _POSITIONS
+    | {
+        "vocab_size",
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "n_inner",
+        "n_positions",
+        "block_size",
+        "activation_function",
+        "layer_norm_epsilon",
+        "resid_pdrop",
+        "attn_pdrop",
+        "embd_pdrop",
+        "initializer_range",
+        "tie_word_embeddings",
     },
-    "vit": _POSITIONS | {
-        "depth", "embed_dim", "img_size", "mlp_ratio", "num_classes", "num_heads", "patch_size", "drop_path", "data_name",
+    "vit": _POSITIONS
+    | {
+        "depth",
+        "embed_dim",
+        "img_size",
+        "mlp_ratio",
+        "num_classes",
+        "num_heads",
+        "patch_size",
+        "drop_path",
+        "data_name",
     },
     "seqpe_encoder": {
-        "attn_direction", "attn_pdrop", "data_dim", "layer_num", "left_padding", "mask_padding", "max_digits",
-        "num_attention_heads", "pe_embed_dim", "resid_pdrop", "use_cls_token", "use_last_layernorm", "out_proj_dim",
-        "activation_function", "layer_norm_epsilon", "seqpe_temperature", "init_norm_weight",
+        "attn_direction",
+        "attn_pdrop",
+        "data_dim",
+        "layer_num",
+        "left_padding",
+        "mask_padding",
+        "max_digits",
+        "num_attention_heads",
+        "pe_embed_dim",
+        "resid_pdrop",
+        "use_cls_token",
+        "use_last_layernorm",
+        "out_proj_dim",
+        "activation_function",
+        "layer_norm_epsilon",
+        "seqpe_temperature",
+        "init_norm_weight",
     },
-}  # fmt: skip
+}
 
 
 def check_fields(spec: Spec, kind: str | None = None) -> str:
@@ -51,9 +103,11 @@ def check_fields(spec: Spec, kind: str | None = None) -> str:
     for name in spec:
         if name not in known:
             raise InputError(f"config field '{name}' of a {kind} is unknown.{suggest(name, known)}")
-    needed = {"gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "pe_type"),
-              "vit": ("depth", "embed_dim", "img_size", "num_classes", "num_heads", "patch_size", "pe_type"),
-              "seqpe_encoder": ("layer_num", "max_digits", "num_attention_heads", "pe_embed_dim")}[kind]  # fmt: skip
+    needed = {
+        "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "pe_type"),
+        "vit": ("depth", "embed_dim", "img_size", "num_classes", "num_heads", "patch_size", "pe_type"),
+        "seqpe_encoder": ("layer_num", "max_digits", "num_attention_heads", "pe_embed_dim"),
+    }[kind]
     missing = [name for name in needed if name not in spec]
     if missing:
         raise InputError(f"the config of a {kind} lacks {', '.join(missing)}")
@@ -64,7 +118,9 @@ def encoding_of(spec: Spec) -> EncodingConfig:
     """Returns the encoding section of a spec. Raises: InputError: a field or value that we do not have."""
     kind = check_fields(spec)
     if kind == "seqpe_encoder":
-        return EncodingConfig(kind="seqpe", **_encoder(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"])
+        return EncodingConfig(
+            kind="seqpe", **_encoder(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"]
+        )
     images = kind == "vit"
     width, heads = (spec["embed_dim"], spec["num_heads"]) if images else (spec["n_embd"], spec["n_head"])
     pe_type, method = spec["pe_type"], spec.get("pe_apply_method", "")
@@ -86,12 +142,18 @@ def encoding_of(spec: Spec) -> EncodingConfig:
     qk = spec.get("use_pe_qk_per_layer") or _without_map(images, method, out == width)
     qk = "none" if method in ("input_add", "rotary") else qk
     encoder = spec.get("encoder") or {}
-    usual = SeqPE(layers_model=1, width_model=width, heads_model=heads, mode=method, qk=qk, per_head=per_head).vector_width
+    usual = SeqPE(
+        layers_model=1, width_model=width, heads_model=heads, mode=method, qk=qk, per_head=per_head
+    ).vector_width
     return EncodingConfig(
-        kind="seqpe", mode=method, qk=qk, per_head=per_head, output_width=0 if out == usual else max(out, 0),
+        kind="seqpe",
+        mode=method,
+        qk=qk,
+        per_head=per_head,
+        output_width=0 if out == usual else max(out, 0),
         scalar_scale=float(spec.get("seqpe_scalar_scale", 1.0)),
         **(_encoder(encoder, spec.get("pe_max_position")) if encoder else {"width": width, "heads": heads}),
-    )  # fmt: skip
+    )
 
 
 def _without_map(images: bool, method: str, whole: bool) -> str:
@@ -108,17 +170,24 @@ def _encoder(spec: Spec, max_position: int | None = None) -> dict[str, Any]:
     reach = 10 ** spec["max_digits"]  # of each coordinate
     side = reach if max_position is None else round(max_position ** (1 / axes))
     return {
-        "max_position": min(side, reach), "digits": spec["max_digits"], "layers": spec["layer_num"],
-        "padding": "left" if spec.get("left_padding", True) else "right", "width": spec["pe_embed_dim"],
-        "heads": spec["num_attention_heads"], "direction": spec.get("attn_direction", "causal"),
-        "cls": spec.get("use_cls_token", True), "final_norm": spec.get("use_last_layernorm", True),
-        "mask_padding": spec.get("mask_padding", False), "dropout": float(spec.get("resid_pdrop", 0.1)),
-        "attention_dropout": float(spec.get("attn_pdrop", 0.0)), "temperature": float(spec.get("seqpe_temperature", 1.0)),
+        "max_position": min(side, reach),
+        "digits": spec["max_digits"],
+        "layers": spec["layer_num"],
+        "padding": "left" if spec.get("left_padding", True) else "right",
+        "width": spec["pe_embed_dim"],
+        "heads": spec["num_attention_heads"],
+        "direction": spec.get("attn_direction", "causal"),
+        "cls": spec.get("use_cls_token", True),
+        "final_norm": spec.get("use_last_layernorm", True),
+        "mask_padding": spec.get("mask_padding", False),
+        "dropout": float(spec.get("resid_pdrop", 0.1)),
+        "attention_dropout": float(spec.get("attn_pdrop", 0.0)),
+        "temperature": float(spec.get("seqpe_temperature", 1.0)),
         "activation": activation(spec.get("activation_function", "gelu_new")),
         "layer_norm_epsilon": float(spec.get("layer_norm_epsilon", 1e-5)),
         "norm_init": float(spec.get("init_norm_weight", 1.0)),
         "init_distribution": "truncated_normal" if axes > 1 else "normal",
-    }  # fmt: skip
+    }
 
 
 def activation(name: str) -> str:
@@ -143,23 +212,38 @@ def config_of(spec: Spec) -> Config:
         table = encoding.kind == "learned"
         length = (0 if table else spec.get("block_size")) or spec.get("n_positions") or spec.get("T") or 512
         values["model"] |= {
-            "kind": "gpt2", "layers": spec["n_layer"], "width": spec["n_embd"], "heads": spec["n_head"],
-            "mlp_width": spec.get("n_inner") or 0, "vocabulary": spec["vocab_size"],
-            "dropout": float(spec.get("resid_pdrop", 0.1)), "attention_dropout": float(spec.get("attn_pdrop", 0.1)),
+            "kind": "gpt2",
+            "layers": spec["n_layer"],
+            "width": spec["n_embd"],
+            "heads": spec["n_head"],
+            "mlp_width": spec.get("n_inner") or 0,
+            "vocabulary": spec["vocab_size"],
+            "dropout": float(spec.get("resid_pdrop", 0.1)),
+            "attention_dropout": float(spec.get("attn_pdrop", 0.1)),
             "embedding_dropout": float(spec.get("embd_pdrop", 0.1)),
             "activation": activation(spec.get("activation_function", "gelu_new")),
             "layer_norm_epsilon": float(spec.get("layer_norm_epsilon", 1e-5)),
-            "init_std": float(spec.get("initializer_range", 0.02)), "tied": bool(spec.get("tie_word_embeddings", True)),
-        }  # fmt: skip
+            "init_std": float(spec.get("initializer_range", 0.02)),
+            "tied": bool(spec.get("tie_word_embeddings", True)),
+        }
         values["data"] |= {"name": "wikitext103", "length": length, "tokenizer": ""}
     else:
         patch, side, ratio = spec["patch_size"], spec["img_size"], spec.get("mlp_ratio", 4.0)
         values["model"] |= {
-            "kind": "vit", "layers": spec["depth"], "width": spec["embed_dim"], "heads": spec["num_heads"],
-            "mlp_width": 0 if ratio == 4 else round(ratio * spec["embed_dim"]), "classes": spec["num_classes"],
-            "patch": (patch, patch), "dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0,
-            "drop_path": float(spec.get("drop_path", 0.0)), "activation": "gelu", "layer_norm_epsilon": 1e-6,
-        }  # fmt: skip
+            "kind": "vit",
+            "layers": spec["depth"],
+            "width": spec["embed_dim"],
+            "heads": spec["num_heads"],
+            "mlp_width": 0 if ratio == 4 else round(ratio * spec["embed_dim"]),
+            "classes": spec["num_classes"],
+            "patch": (patch, patch),
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "drop_path": float(spec.get("drop_path", 0.0)),
+            "activation": "gelu",
+            "layer_norm_epsilon": 1e-6,
+        }
         values["data"] |= {"name": spec.get("data_name", "imagenet2012"), "size": (side, side)}
     return configs.from_dict(values)
 
@@ -193,29 +277,51 @@ def spec_of(config: Config, vector_width: int) -> dict[str, Any]:
     }
     if images:
         spec |= {
-            "depth": model.layers, "embed_dim": model.width, "num_heads": model.heads, "patch_size": model.patch[0],
-            "img_size": config.data.size[0], "mlp_ratio": (model.mlp_width or 4 * model.width) / model.width,
-            "num_classes": model.classes, "drop_path": model.drop_path, "data_name": config.data.name,
-        }  # fmt: skip
+            "depth": model.layers,
+            "embed_dim": model.width,
+            "num_heads": model.heads,
+            "patch_size": model.patch[0],
+            "img_size": config.data.size[0],
+            "mlp_ratio": (model.mlp_width or 4 * model.width) / model.width,
+            "num_classes": model.classes,
+            "drop_path": model.drop_path,
+            "data_name": config.data.name,
+        }
     else:
         spec |= {
-            "vocab_size": model.vocabulary, "n_layer": model.layers, "n_embd": model.width, "n_head": model.heads,
-            "n_inner": model.mlp_width or None, "n_positions": config.data.length, "block_size": config.data.length,
-            "activation_function": _theirs(model.activation), "layer_norm_epsilon": model.layer_norm_epsilon,
-            "resid_pdrop": model.dropout, "attn_pdrop": model.attention_dropout, "embd_pdrop": model.embedding_dropout,
+            "vocab_size": model.vocabulary,
+            "n_layer": model.layers,
+            "n_embd": model.width,
+            "n_head": model.heads,
+            "n_inner": model.mlp_width or None,
+            "n_positions": config.data.length,
+            "block_size": config.data.length,
+            "activation_function": _theirs(model.activation),
+            "layer_norm_epsilon": model.layer_norm_epsilon,
+            "resid_pdrop": model.dropout,
+            "attn_pdrop": model.attention_dropout,
+            "embd_pdrop": model.embedding_dropout,
             "initializer_range": model.init_std,
-        }  # fmt: skip
+        }
     axes = len(config.grid)
     spec["pe_max_position"] = encoding.max_position**axes
     if seqpe:
         spec["encoder"] = {
-            "attn_direction": encoding.direction, "attn_pdrop": encoding.attention_dropout, "data_dim": axes,
-            "layer_num": encoding.layers, "mask_padding": encoding.mask_padding, "max_digits": digits_of(encoding),
-            "num_attention_heads": encoding.heads, "pe_embed_dim": encoding.width, "resid_pdrop": encoding.dropout,
-            "use_last_layernorm": encoding.final_norm, "out_proj_dim": vector_width,
-            "activation_function": _theirs(encoding.activation), "seqpe_temperature": encoding.temperature,
+            "attn_direction": encoding.direction,
+            "attn_pdrop": encoding.attention_dropout,
+            "data_dim": axes,
+            "layer_num": encoding.layers,
+            "mask_padding": encoding.mask_padding,
+            "max_digits": digits_of(encoding),
+            "num_attention_heads": encoding.heads,
+            "pe_embed_dim": encoding.width,
+            "resid_pdrop": encoding.dropout,
+            "use_last_layernorm": encoding.final_norm,
+            "out_proj_dim": vector_width,
+            "activation_function": _theirs(encoding.activation),
+            "seqpe_temperature": encoding.temperature,
             "init_norm_weight": encoding.norm_init,
-        }  # fmt: skip
+        }
     check_fields(spec)
     return spec
 
@@ -224,21 +330,39 @@ def training_of(config: Config) -> dict[str, Any]:
     """Returns the reference's settings of how a run was trained, which its scripts read too."""
     shift, near, far = config.objective.shift, config.objective.contrastive, config.objective.distillation
     return {
-        "PE_MAIN_BATCH_SIZE": shift.sets, "PE_USE_RANDOM_SHIFT": shift.rate > 0, "PE_RANDOM_SHIFT_RATE": shift.rate,
-        "PE_RANDOM_SHIFT_DOWNSAMPLE": shift.starts or 320, "SEQPE_DIST_SAMPLE_RANGE": near.window,
-        "SEQPE_CONTRASTIVE_WEIGHT": near.weight, "SEQPE_CONTRASTIVE_BATCH_SIZE": near.batch,
-        "SEQPE_CONTRASTIVE_NUM": near.candidates, "SEQPE_TRANSFER_WEIGHT": far.weight,
-        "SEQPE_TRANSFER_BATCH_SIZE": far.batch, "SEQPE_TRANSFER_NUM": far.offsets, "SEQPE_TRANSFER_BETA": far.beta,
-        "SEQPE_TRANSFER_METRIC": {"kl": "kl_div", "mse": "mse"}[far.metric], "SEQPE_LOGIT_SCALED_LOSS": far.scale,
-        "SEQPE_DECAY": config.optimizer.encoder_weight_decay, "SEQPE_FREEZE_EPOCH_NUM": -1, "SEQPE_PRETRAINED": None,
-    }  # fmt: skip
+        "PE_MAIN_BATCH_SIZE": shift.sets,
+        "PE_USE_RANDOM_SHIFT": shift.rate > 0,
+        "PE_RANDOM_SHIFT_RATE": shift.rate,
+        "PE_RANDOM_SHIFT_DOWNSAMPLE": shift.starts or 320,
+        "SEQPE_DIST_SAMPLE_RANGE": near.window,
+        "SEQPE_CONTRASTIVE_WEIGHT": near.weight,
+        "SEQPE_CONTRASTIVE_BATCH_SIZE": near.batch,
+        "SEQPE_CONTRASTIVE_NUM": near.candidates,
+        "SEQPE_TRANSFER_WEIGHT": far.weight,
+        "SEQPE_TRANSFER_BATCH_SIZE": far.batch,
+        "SEQPE_TRANSFER_NUM": far.offsets,
+        "SEQPE_TRANSFER_BETA": far.beta,
+        "SEQPE_TRANSFER_METRIC": {"kl": "kl_div", "mse": "mse"}[far.metric],
+        "SEQPE_LOGIT_SCALED_LOSS": far.scale,
+        "SEQPE_DECAY": config.optimizer.encoder_weight_decay,
+        "SEQPE_FREEZE_EPOCH_NUM": -1,
+        "SEQPE_PRETRAINED": None,
+    }
 
 
 # Fields of an encoding at whose defaults alone the reference computes the same.
 OURS_ALONE = (
-    "fraction_digits", "resize", "feature_width", "position_heads", "rotary_pairs", "rotary_heads", "log_scaling",
-    "scaling", "gate", "slope_scale",
-)  # fmt: skip
+    "fraction_digits",
+    "resize",
+    "feature_width",
+    "position_heads",
+    "rotary_pairs",
+    "rotary_heads",
+    "log_scaling",
+    "scaling",
+    "gate",
+    "slope_scale",
+)
 
 
 def _writable(config: Config, images: bool) -> None:
@@ -253,10 +377,12 @@ def _writable(config: Config, images: bool) -> None:
     fixed: dict[str, tuple[Any, Any]] = {}
     if encoding.kind == "seqpe":
         fixed = {
-            "encoding.base": (encoding.base, 10), "encoding.place": (encoding.place, "global"),
-            "encoding.cls": (encoding.cls, True), "encoding.padding": (encoding.padding, "left"),
+            "encoding.base": (encoding.base, 10),
+            "encoding.place": (encoding.place, "global"),
+            "encoding.cls": (encoding.cls, True),
+            "encoding.padding": (encoding.padding, "left"),
             "encoding.layer_norm_epsilon": (encoding.layer_norm_epsilon, 1e-5),
-        }  # fmt: skip
+        }
         if encoding.mode not in ("input_add", "rotary"):
             width = encoding.output_width or (model.width if encoding.per_head else model.width // model.heads)
             bare = _without_map(images, encoding.mode, width == model.width)
@@ -275,10 +401,11 @@ def _writable(config: Config, images: bool) -> None:
     if images:
         square = (model.patch[0],) * 2
         fixed |= {
-            "model.patch": (model.patch, square), "data.size": (config.data.size, (config.data.size[0],) * 2),
+            "model.patch": (model.patch, square),
+            "data.size": (config.data.size, (config.data.size[0],) * 2),
             "model.activation": (model.activation, "gelu"),
             "model.layer_norm_epsilon": (model.layer_norm_epsilon, 1e-6),
-        }  # fmt: skip
+        }
     for name, (value, wanted) in fixed.items():
         if value != wanted:
             raise InputError(

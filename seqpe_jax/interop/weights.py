@@ -40,7 +40,9 @@ def rules(config: Config) -> list[Rule]:
     encoding, model = config.encoding, config.model
     images = model.kind == "vit"
     found = (
-        vit_rules(model.layers, model.heads, model.patch) if images else gpt2_rules(model.layers, model.heads, model.tied)
+        vit_rules(model.layers, model.heads, model.patch)
+        if images
+        else gpt2_rules(model.layers, model.heads, model.tied)
     )
     if model.scan:
         found = scanned(found)
@@ -50,8 +52,11 @@ def rules(config: Config) -> list[Rule]:
         if images:
             found.append(PREFIX)
     if encoding.kind == "learned":
-        found.append(Rule("encoding/table", ("pos_embed",), _first, _lead) if images else
-                     Rule("encoding/table", ("transformer.wpe.weight",)))  # fmt: skip
+        found.append(
+            Rule("encoding/table", ("pos_embed",), _first, _lead)
+            if images
+            else Rule("encoding/table", ("transformer.wpe.weight",))
+        )
     if encoding.kind == "rotary_mixed":
         found.append(mixed_rule(model.heads))
     return found

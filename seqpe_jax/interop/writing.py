@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax import config as configs
-from seqpe_jax.architecture import Architecture, Params, Sizes
 from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, check_free, new_folder
 from seqpe_jax.interop import folders, settings, weights
-from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
-from seqpe_jax.runtime.digests import FILE as DIGESTS
-from seqpe_jax.runtime.digests import SIDE_FILES, write_digests
-from seqpe_jax.tasks.sizes import write_sizes
+from seqpe_jax.models.build import Architecture, Params, Sizes
+from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.training.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.checksums import FILE as DIGESTS
+from seqpe_jax.training.checksums import SIDE_FILES, write_digests
 from seqpe_jax.trees import count
 
 REPORT = "conversion.json"
@@ -75,7 +75,9 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     check_free(output)
     config, kind, name = model.config, model.config.encoding.kind, model.folder or "the model"
     if model.architecture.reach is not None:
-        raise InputError(f"{name} is an export, which has no encoder of positions any more: give the --workdir of its run")
+        raise InputError(
+            f"{name} is an export, which has no encoder of positions any more: give the --workdir of its run"
+        )
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocabulary=model.sizes.vocabulary, classes=model.sizes.classes)
     )

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from seqpe_jax import axes
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
-from seqpe_jax.encodings.signal import Pair, PositionSignal, fit_batch
+from seqpe_jax.encodings.base import Pair, PositionSignal, fit_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.choice import choose
-from seqpe_jax.models.operands import Operands, aligned, feature_logits
+from seqpe_jax.models.attention_dispatch import choose
+from seqpe_jax.models.attention_inputs import Operands, aligned, feature_logits
 
 
 @flax.struct.dataclass
@@ -68,9 +68,17 @@ def attend(
         seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
     features = signal.features if fade_BLH is None else faded(fade_BLH, fade_BLH, signal.features)
     arguments = Operands(
-        query_BLHK, key_BSHK, value_BSHV, features, bias_PHLS, signal.relation, signal.relation_params, last=last_P,
-        seed=seed, rate=dropout_rate,
-    )  # fmt: skip
+        query_BLHK,
+        key_BSHK,
+        value_BSHV,
+        features,
+        bias_PHLS,
+        signal.relation,
+        signal.relation_params,
+        last=last_P,
+        seed=seed,
+        rate=dropout_rate,
+    )
     return _mix(arguments, kind, block)
 
 
@@ -179,7 +187,7 @@ def attend_cached(
     relation = here.relation and here.relation.replace(key=here.relation.key[:, :keys])
     operands = Operands(
         query_BLHK, cache.key, cache.value, features, bias_PHLS, relation, here.relation_params, last=places_PL[:, 0]
-    )  # fmt: skip
+    )
     return _mix(operands, kind, block), cache
 
 
@@ -228,21 +236,45 @@ def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
     sets = BATCH if f_q is not None and f_q.shape[0] == batch else None  # a set for each sample, as gates have
     return axes.by_device(
         of_device,
-        (query, operands.key, operands.value, f_q, f_k, operands.bias, operands.last, operands.seed, *numbers,
-         r_q, r_k, *leaves),
         (
-            (BATCH, LENGTH, HEADS, None), (BATCH, None, HEADS, None), (BATCH, None, HEADS, None),
-            (sets, LENGTH, HEADS, None), (sets, None, HEADS, None), (None, HEADS, LENGTH, None), (None,), (),
-            (BATCH,), (LENGTH,), (HEADS,),
-            (None, LENGTH, None), (None, None, None), *((None,) * leaf.ndim for leaf in leaves),
+            query,
+            operands.key,
+            operands.value,
+            f_q,
+            f_k,
+            operands.bias,
+            operands.last,
+            operands.seed,
+            *numbers,
+            r_q,
+            r_k,
+            *leaves,
         ),
-    )  # fmt: skip
+        (
+            (BATCH, LENGTH, HEADS, None),
+            (BATCH, None, HEADS, None),
+            (BATCH, None, HEADS, None),
+            (sets, LENGTH, HEADS, None),
+            (sets, None, HEADS, None),
+            (None, HEADS, LENGTH, None),
+            (None,),
+            (),
+            (BATCH,),
+            (LENGTH,),
+            (HEADS,),
+            (None, LENGTH, None),
+            (None, None, None),
+            *((None,) * leaf.ndim for leaf in leaves),
+        ),
+    )
 
 
 def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: PositionSignal, *, causal: bool) -> jax.Array:
     """Returns the softmax of `attend`'s logits, float32[B, H, L, S], for pictures: training never holds this array."""
     batch, keys, heads, _ = key_BSHK.shape
-    one_hot_BSHS = jnp.broadcast_to(jnp.eye(keys)[:, None], (batch, keys, heads, keys))  # mixing these shows the weights
+    one_hot_BSHS = jnp.broadcast_to(
+        jnp.eye(keys)[:, None], (batch, keys, heads, keys)
+    )  # mixing these shows the weights
     return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal, kind="plain"), 2, 1)
 
 
@@ -291,5 +323,7 @@ def _rotate(array: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     width = 2 * cos.shape[-1]
     pairs, rest = array[..., :width].astype(jnp.float32), array[..., width:]
     even, odd = pairs[..., 0::2], pairs[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(pairs.shape).astype(array.dtype)
+    turned = (
+        jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(pairs.shape).astype(array.dtype)
+    )
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

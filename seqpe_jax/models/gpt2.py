@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, lay_out
-from seqpe_jax.encodings.signal import PositionSignal, fit_batch
+from seqpe_jax.encodings.base import PositionSignal, fit_batch
 from seqpe_jax.models.attention import Cache, position_logits
-from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import make_blocks, run_block, run_blocks
 
 
 class GPT2(nn.Module):

@@ -31,5 +31,7 @@ def estimate(kernel: str, arrays: Any, plan: Any, moved: list[Any]) -> pl.CostEs
     each = in_width * width + in_values * arrays.value.shape[-1]
     flops = 2 * seen * calls * each + 2 * seen * calls // plan.together * in_features * features
     return pl.CostEstimate(
-        flops=flops, bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved), transcendentals=seen * calls
+        flops=flops,
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
+        transcendentals=seen * calls,
     )

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.encodings.signal import PositionSignal, fit_batch
+from seqpe_jax.encodings.base import PositionSignal, fit_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.blocks import make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import make_blocks, run_block, run_blocks
 
 
 def patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:

@@ -34,7 +34,9 @@ def edit(seeds_BC: jax.Array, pivots_BA: jax.Array, max_position: int, base: int
         counter = 1 + tries * EDIT_WORDS + jnp.arange(EDIT_WORDS)
         bits = mix(seeds_C + counter.astype(jnp.uint32)[:, None] * jnp.uint32(WEYL))
         chosen_A1C = jnp.arange(axes)[:, None, None] == few(bits[0], axes)
-        edited_NC, allowed_C = edit_digits(bits[1:], jnp.where(chosen_A1C, now_ANC, 0).sum(axis=0, dtype=jnp.int32), base)
+        edited_NC, allowed_C = edit_digits(
+            bits[1:], jnp.where(chosen_A1C, now_ANC, 0).sum(axis=0, dtype=jnp.int32), base
+        )
         # The sum in floating point tells numbers that do not fit int32.
         allowed_C &= (edited_NC * powers[:, None].astype(np.float32)).sum(axis=0) < 1.5 * LIMIT
         allowed_C &= (edited_NC * powers[:, None].astype(np.int32)).sum(axis=0) < max_position

@@ -42,10 +42,12 @@ class Spacing:
           first, rows: only that part of the first axis; `first` may be traced. None = all of it.
         """
         rows = shape[0] if rows is None else rows
-        return _product([
-            self._stand(axis, side, first + jnp.arange(rows) if axis == 0 else jnp.arange(side))
-            for axis, side in enumerate(shape)
-        ])  # fmt: skip
+        return _product(
+            [
+                self._stand(axis, side, first + jnp.arange(rows) if axis == 0 else jnp.arange(side))
+                for axis, side in enumerate(shape)
+            ]
+        )
 
     def part(self, shape: tuple[int, ...], boxes_PA2: jax.Array) -> jax.Array:
         """Returns the positions int32[P, L, A] of grids of the training shape, each laid over a part of the whole one.
@@ -55,12 +57,14 @@ class Spacing:
         """
 
         def positions(box_A2: jax.Array) -> jax.Array:
-            return _product([
-                jnp.floor((first * side + (jnp.arange(side) + 0.5) * length) * self.unit).astype(jnp.int32)
-                if self._length(axis)
-                else self._stand(axis, side, jnp.arange(side))
-                for axis, (side, (first, length)) in enumerate(zip(shape, box_A2, strict=True))
-            ])  # fmt: skip
+            return _product(
+                [
+                    jnp.floor((first * side + (jnp.arange(side) + 0.5) * length) * self.unit).astype(jnp.int32)
+                    if self._length(axis)
+                    else self._stand(axis, side, jnp.arange(side))
+                    for axis, (side, (first, length)) in enumerate(zip(shape, box_A2, strict=True))
+                ]
+            )
 
         return jax.vmap(positions)(boxes_PA2)
 
@@ -68,7 +72,9 @@ class Spacing:
         """Returns the units between the first and the last position along each axis, at most; arguments as of `grid`."""
         counts = (shape[0] if rows is None else rows, *shape[1:])
         return tuple(
-            (count - 1) * (self._length(axis) * self.unit) // side + 1 if self._length(axis) else (count - 1) * self.unit
+            (count - 1) * (self._length(axis) * self.unit) // side + 1
+            if self._length(axis)
+            else (count - 1) * self.unit
             for axis, (count, side) in enumerate(zip(counts, shape, strict=True))
         )
 

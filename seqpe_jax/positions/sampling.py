@@ -192,9 +192,13 @@ def contrastive(
         specials[1] = _hard(edit_bits, pivots_BA, compared, max_position=max_position, base=base, past_only=past_only)
     if placed:
         start_BA = _box_start(
-            start_bits, pivots_BA, wide_B[:, None], max_position=max_position, around_pivot=around_pivot,
+            start_bits,
+            pivots_BA,
+            wide_B[:, None],
+            max_position=max_position,
+            around_pivot=around_pivot,
             past_only=past_only,
-        )  # fmt: skip
+        )
         specials[2] = _ravel(start_BA[:, None] + _unravel(places_BC, (box,) * axes), max_position)
     special_BC = _of_kind(kind_bits, specials, mixture)
     chosen_BC = _first_distinct(jnp.concatenate([special_BC, uniform_BC], axis=1), pivots_B, candidates)

@@ -10,8 +10,15 @@ import numpy as np
 
 from seqpe_jax.profiling.hlo import Hlo, Instruction, array_bytes
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-         "collective-broadcast")  # fmt: skip
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -155,7 +162,9 @@ def _of_mesh(axes: str, devices: str | None, along: str) -> Groups:
             chosen += [len(sides)] if inside and name in parts else []
             sides.append(side)
     count = math.prod(sides)
-    order = _range(devices) if devices and "[" in devices else np.array(_numbers(devices)) if devices else np.arange(count)
+    order = (
+        _range(devices) if devices and "[" in devices else np.array(_numbers(devices)) if devices else np.arange(count)
+    )
     others = [axis for axis in range(len(sides)) if axis not in chosen]
     together: Sequence[int] = [sides[axis] for axis in chosen]
     return _rows(order.reshape(sides).transpose(others + chosen).reshape(-1, math.prod(together)))

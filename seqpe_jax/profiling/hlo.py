@@ -213,7 +213,9 @@ class Hlo:
     def entering(self, body: str, index: int) -> Instruction | None:
         """The instruction by which a loop's body reads what it carries at an index."""
         found = [one for one in self.computations[body].values() if one.opcode == "get-tuple-element"]
-        return next((one for one in found if one.attribute("index") == str(index) and self.is_parameter(body, one)), None)
+        return next(
+            (one for one in found if one.attribute("index") == str(index) and self.is_parameter(body, one)), None
+        )
 
     def is_parameter(self, computation: str, one: Instruction) -> bool:
         """Whether an instruction takes an element of what the computation is given."""

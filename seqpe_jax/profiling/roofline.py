@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from seqpe_jax.distributed.hardware import Chip
+from seqpe_jax.distributed.sharding import slice_of
 from seqpe_jax.profiling.collectives import Collective, Collectives, collectives
 from seqpe_jax.profiling.hlo import Hlo
 from seqpe_jax.profiling.work import work
-from seqpe_jax.runtime.chips import Chip
-from seqpe_jax.runtime.mesh import slice_of
 
 NETWORK = "network"  # between hosts of GPUs, or slices; how fast it is nobody tells
 
@@ -78,7 +78,12 @@ def _island(device: jax.Device) -> int:
 
 
 def roofline(
-    program: Hlo, mesh: jax.sharding.Mesh, chip: Chip, *, model_flops: Mapping[str, float], units: int,
+    program: Hlo,
+    mesh: jax.sharding.Mesh,
+    chip: Chip,
+    *,
+    model_flops: Mapping[str, float],
+    units: int,
     sent: Collectives | None = None,
 ) -> dict[str, Any]:
     """Returns the bound of a compiled program.
@@ -112,7 +117,9 @@ def roofline(
     parts = {
         "arithmetic": found.flops / chip.flops,
         "memory": found.bytes / chip.bandwidth if chip.bandwidth else None,
-        "interconnect": max(busy.values(), default=None if any(row["seconds"] is None for row in rows.values()) else 0.0),
+        "interconnect": max(
+            busy.values(), default=None if any(row["seconds"] is None for row in rows.values()) else 0.0
+        ),
     }
     bound = max(parts, key=lambda name: parts[name] or 0.0)
     seconds = parts[bound]
@@ -138,6 +145,11 @@ def _row(one: Collective, links: Links) -> dict[str, Any]:
     rates, received = links.of(one.groups), one.received(links.mesh.size)
     seconds = received / sum(rates.values()) if rates and all(rates.values()) else None if rates else 0.0
     return {
-        "kind": one.kind, "axes": links.axes(one.groups), "over": list(rates), "count": one.count, "bytes": one.bytes,
-        "received": received, "seconds": seconds,
-    }  # fmt: skip
+        "kind": one.kind,
+        "axes": links.axes(one.groups),
+        "over": list(rates),
+        "count": one.count,
+        "bytes": one.bytes,
+        "received": received,
+        "seconds": seconds,
+    }

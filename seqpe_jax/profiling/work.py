@@ -19,9 +19,23 @@ from seqpe_jax.profiling.hlo import Hlo, Instruction, array_bytes, sides
 
 # What moves nothing by itself: names for values, and instructions whose computations are looked at instead.
 FREE = {
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "async-start",
-    "async-update", "async-done", "after-all", "opt-barrier", "partition-id", "replica-id", "domain",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "async-start",
+    "async-update",
+    "async-done",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "domain",
+}
 SLICES = ("dynamic-slice", "slice", "gather")
 COMPUTING = ("dot", "convolution", "custom-call")
 NOTHING = ("AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound")

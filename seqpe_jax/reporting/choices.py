@@ -28,7 +28,8 @@ def _table(study: Study, name: str, metric: str, more: bool, rows: dict[str, tup
     values = {one: field(run.config, name) for one, run in trials.items()}
     deciding = dict.fromkeys(one for best, _ in rows.values() for one in best["runs"])
     columns = sorted(
-        dict.fromkeys(values[one] for one in deciding), key=lambda value: value if isinstance(value, (int, float)) else 0
+        dict.fromkeys(values[one] for one in deciding),
+        key=lambda value: value if isinstance(value, (int, float)) else 0,
     )
     lines, edges, several = [], [], False
     for row, (best, decided) in rows.items():

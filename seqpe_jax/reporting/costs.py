@@ -14,7 +14,11 @@ from seqpe_jax.reporting.tables import MEANS, MISSING, Cell, Metric, Table, head
 
 FILES = "benchmark*.json"  # beside the runs, each of one mode
 MODES = {"train": "training step", "eval": "evaluation"}
-ROPES = ("rotary_axial", "rotary", "rotary_mixed")  # what costs are relative to, on images; in texts the second comes first
+ROPES = (
+    "rotary_axial",
+    "rotary",
+    "rotary_mixed",
+)  # what costs are relative to, on images; in texts the second comes first
 FACTOR = 8  # of the training length or size, at which it is told what is kept
 
 Benchmark = dict[str, Any]
@@ -35,7 +39,9 @@ def read_benchmarks(workdir: str | os.PathLike) -> list[Benchmark]:
                 _ = run["encoding"] + run["mode"], run["median_s"] + run["peak_bytes"]
             _ = [one["ratios"][pair]["time"] + 0 for pair in _pairs(one)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not as `benchmark --output` writes it: write it again, or remove it") from error
+            raise InputError(
+                f"{path} is not as `benchmark --output` writes it: write it again, or remove it"
+            ) from error
         if one["runs"] and one["runs"][0]["mode"] in MODES:
             found.append(one)
     return sorted(found, key=lambda one: list(MODES).index(one["runs"][0]["mode"]))
@@ -73,13 +79,17 @@ def summary(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchm
     rows = []
     for row in dict.fromkeys(run.row for run in study.runs if run.data == data):
         own = [run for run in runs if run.row == row]
-        rows.append([
-            Cell(row),
-            *(_mean([at.get(label) for at in (_measured(run, metric) for run in own)], metric.decimals)
-              for label in (near, far)),
-            _mean([_kept(_measured(run, metric), near, far, metric) for run in own], 3),
-            *(cell for one in benchmarks for cell in _relative(study, row, one)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                Cell(row),
+                *(
+                    _mean([at.get(label) for at in (_measured(run, metric) for run in own)], metric.decimals)
+                    for label in (near, far)
+                ),
+                _mean([_kept(_measured(run, metric), near, far, metric) for run in own], 3),
+                *(cell for one in benchmarks for cell in _relative(study, row, one)),
+            ]
+        )
     title = f"{metric.title.rstrip(',')}, what is kept of it, and the cost"
     header = [heading(study), f"at {near} (1x)", f"at {far} ({factor:.3g}x)", "kept"]
     for one in benchmarks:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from seqpe_jax.reporting.costs import Benchmark, kept_and_cost, summary
-from seqpe_jax.reporting.drawing import (
+from seqpe_jax.reporting.plot_style import (
     BANDS,
     DPI,
     DRESS,
@@ -41,9 +41,15 @@ Curves = dict[str, dict[float, list[float]]]  # row -> extent -> a value of each
 def of_study(study: Study, benchmarks: Sequence[Benchmark] = ()) -> Iterator[Plot]:
     """Draws what compares the runs. The caller closes each figure (`close`) before it takes the next."""
     for draw in (
-        contexts, extrapolation, extrapolation_answers, extrapolation_sizes,
-        functools.partial(quality_and_cost, benchmarks=benchmarks), training_curves, training_terms, loss_by_position,
-    ):  # fmt: skip
+        contexts,
+        extrapolation,
+        extrapolation_answers,
+        extrapolation_sizes,
+        functools.partial(quality_and_cost, benchmarks=benchmarks),
+        training_curves,
+        training_terms,
+        loss_by_position,
+    ):
         with matplotlib.rc_context(DRESS):
             plot = draw(study)
         if plot is not None:
@@ -91,7 +97,9 @@ def training_terms(study: Study) -> Plot | None:
     if not curves:
         return None
     size = (SIZE[0], max(2.6, room(max(map(len, curves.values())))) * len(curves) + 0.4)
-    figure, plots = plt.subplots(len(curves), 1, figsize=size, dpi=DPI, layout="constrained", squeeze=False, sharex=True)
+    figure, plots = plt.subplots(
+        len(curves), 1, figsize=size, dpi=DPI, layout="constrained", squeeze=False, sharex=True
+    )
     for axes, (name, found) in zip(plots[:, 0], curves.items(), strict=True):
         term = name.removeprefix("train/term/")
         dress(axes, "training step" if axes is plots[-1, 0] else "", f"{term} term")
@@ -196,8 +204,9 @@ def _by_extent(
     mark_training(axes, trained)
     spans = "; ".join(
         f"{row} {number(statistics.fmean(found[min(found)]))} at {min(found):g}, "
-        f"{number(statistics.fmean(found[max(found)]))} at {max(found):g}" for row, found in curves.items()
-    )  # fmt: skip
+        f"{number(statistics.fmean(found[max(found)]))} at {max(found):g}"
+        for row, found in curves.items()
+    )
     marked = " and ".join(f"{extent:g}" for extent in sorted(trained))
     alt = f"Line chart of {y} by {x}; trained at {marked}, which is marked. {spans}. All values are in the table."
     return Plot(name, title, alt, figure)
@@ -269,7 +278,9 @@ def answer_depth(run: Run) -> Plot | None:
         return None
     bins = results[0]["depth"]
     shares_DL = np.array([[part["contains"] for part in result["depth"]] for result in results], float).T
-    figure, axes = plt.subplots(figsize=(2.2 + 1.1 * len(results), 1.0 + 0.5 * len(bins)), dpi=DPI, layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(2.2 + 1.1 * len(results), 1.0 + 0.5 * len(bins)), dpi=DPI, layout="constrained"
+    )
     image = axes.imshow(shares_DL, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="none")
     for row, column in np.argwhere(np.isfinite(shares_DL)):
         share = shares_DL[row, column]
@@ -307,7 +318,9 @@ def similarity(run: Run) -> Plot | None:
     return Plot(f"similarity_{run.name}", "Likeness of position vectors", alt, figure)
 
 
-def _similarity_on_line(run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float) -> plt.Figure:
+def _similarity_on_line(
+    run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float
+) -> plt.Figure:
     pivots, positions, trained = pivots[:, 0], positions[:, 0], run.training["extent"]
     figure, axes = plt.subplots(figsize=(SIZE[0], 1.3 + 0.45 * len(pivots)), dpi=DPI, layout="constrained")
     edges = np.append(positions, positions[-1] + 1)
@@ -325,15 +338,23 @@ def _similarity_on_line(run: Run, pivots: np.ndarray, positions: np.ndarray, cos
         axes.axvline(trained, color="white", linewidth=2.5)
         axes.axvline(trained, color="black", linestyle="--", linewidth=1.2)
         axes.annotate(
-            f"training length {trained}", (trained, 1), xycoords=("data", "axes fraction"),
-            xytext=(0, 4), textcoords="offset points", ha=side(axes, trained), color=INK, fontsize=9,
-        )  # fmt: skip
+            f"training length {trained}",
+            (trained, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha=side(axes, trained),
+            color=INK,
+            fontsize=9,
+        )
     bar = figure.colorbar(image, label="cosine", pad=0.02)
     bar.outline.set_visible(False)
     return figure
 
 
-def _similarity_on_grid(run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float) -> plt.Figure:
+def _similarity_on_grid(
+    run: Run, pivots: np.ndarray, positions: np.ndarray, cosine: np.ndarray, low: float
+) -> plt.Figure:
     """One heat map per pivot over the last two axes; with more axes, where the others are the pivot's."""
     columns = min(len(pivots), 5)
     rows = math.ceil(len(pivots) / columns)

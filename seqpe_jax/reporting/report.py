@@ -10,12 +10,12 @@ from typing import Any
 
 import jinja2
 
+from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, write_whole
-from seqpe_jax.reporting import choices, costs, drawing, plots, tables
+from seqpe_jax.reporting import choices, costs, plot_style, plots, tables
 from seqpe_jax.reporting.study import CODE, Run, Study, differences, read_study
 from seqpe_jax.reporting.verdicts import RULE, Verdict, sentences, verdicts, worse
-from seqpe_jax.runtime.progress import ProgressLine
 
 TEMPLATE, SCRIPT = "page.html", "page.js"
 UNMEASURED = (
@@ -83,13 +83,17 @@ def notes(study: Study) -> list[str]:
                 f"{run.name}: exact matches and F1 are normalised as SQuAD's, by which '-1' equals '1': evaluate it again "
                 "for those of answers as they are written"
             )
-    uneven = [run.name for run in study.runs if run.data == "text" and len({one.get("tokens") for one in run.results}) > 1]
+    uneven = [
+        run.name for run in study.runs if run.data == "text" and len({one.get("tokens") for one in run.results}) > 1
+    ]
     if uneven:
         lines.append(
             f"The lengths of {', '.join(uneven)} were evaluated on different tokens, and do not compare: evaluate again"
         )
     lines += choices.notes(study)
-    guessed = {run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation}
+    guessed = {
+        run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation
+    }
     lines += [f"Guessing without the passage finds {share:.1f}% of the answers" for share in sorted(guessed)]
     return lines
 
@@ -111,9 +115,12 @@ def _measured(
     others = [one for one in tables.metrics_of(study) if one not in judged]
     main = [tables.by_scale(study, *one, worse(found), RULE, work=True) for one, found in judged.items()]
     found = [
-        *main, tables.by_context(study), *kept, tables.by_distance(study),
+        *main,
+        tables.by_context(study),
+        *kept,
+        tables.by_distance(study),
         *(tables.by_scale(study, data, metric) for data, metric in others),
-    ]  # fmt: skip
+    ]
     return [table for table in found if table is not None]
 
 
@@ -123,7 +130,7 @@ def _figures(study: Study, benchmarks: list[costs.Benchmark], output: Place) -> 
     of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}
     progress = ProgressLine(1 + len(study.runs), label="plots of run")
 
-    def keep(plot: drawing.Plot) -> dict[str, str]:
+    def keep(plot: plot_style.Plot) -> dict[str, str]:
         write_whole(output / f"{plot.name}.png", plot.png())
         kept = {"name": plot.name, "title": plot.title, "alt": plot.alt, "svg": plot.svg()}
         plots.close(plot)
@@ -160,31 +167,41 @@ def _markdown(parts: dict[str, Any]) -> str:
         return f"## {plain(title)}\n\n![{alt}]({urllib.parse.quote(plot['name'])}.png)\n"
 
     shown += [figure(plot["title"], plot) for plot in parts["drawn"]]
-    shown += [figure(f"{plot['title']}: {run.name}", plot) for found in parts["of_runs"].values() for run, plot in found]
+    shown += [
+        figure(f"{plot['title']}: {run.name}", plot) for found in parts["of_runs"].values() for run, plot in found
+    ]
     return "\n".join(shown)
 
 
 def _html(parts: dict[str, Any]) -> str:
     """The page as HTML that asks for nothing outside itself."""
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     study: Study = parts["study"]
     contents = {
-        "notes": "Before comparing" * bool(parts["notes"]), "results": "Results", "costs": "Cost",
-        "choices": "Choices" * bool(parts["choices"]), "curves": "Curves" * bool(parts["drawn"]),
-        **{f"of-runs-{at}": title for at, title in enumerate(parts["of_runs"], 1)}, "runs": "Runs", "configs": "Configs",
-    }  # fmt: skip
+        "notes": "Before comparing" * bool(parts["notes"]),
+        "results": "Results",
+        "costs": "Cost",
+        "choices": "Choices" * bool(parts["choices"]),
+        "curves": "Curves" * bool(parts["drawn"]),
+        **{f"of-runs-{at}": title for at, title in enumerate(parts["of_runs"], 1)},
+        "runs": "Runs",
+        "configs": "Configs",
+    }
     script = pathlib.Path(__file__).with_name(SCRIPT).read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return templates.get_template(TEMPLATE).render(
         about=_about(study),
         script=script,
         script_hash=f"sha256-{digest}",  # the one that the page may run
-        legend=drawing.legend(study),
+        legend=plot_style.legend(study),
         unmeasured_words=UNMEASURED,
-        colours={"light": drawing.variables(dark=False), "dark": drawing.variables(dark=True)},
+        colours={"light": plot_style.variables(dark=False), "dark": plot_style.variables(dark=True)},
         contents=[(id_, title) for id_, title in contents.items() if title],
         firsts={study.of(row)[0].name for row in study.rows if study.of(row)},
         not_evaluated=NOT_EVALUATED.strip(),

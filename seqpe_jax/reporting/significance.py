@@ -38,7 +38,9 @@ def against(best: str, rows: Mapping[str, Seeds], measured: Mapping[str, Hashabl
       rows: name -> values of at least two seeds each, finite; with that of the best row.
       measured: name -> the seeds, the data and the split of a row; rows with equal entries are paired.
     """
-    tests = {name: t_test(rows[best], row, measured[best] == measured[name]) for name, row in rows.items() if name != best}
+    tests = {
+        name: t_test(rows[best], row, measured[best] == measured[name]) for name, row in rows.items() if name != best
+    }
     return holm({name: of_the_best(t, degrees, len(rows)) for name, (t, degrees) in tests.items()})
 
 

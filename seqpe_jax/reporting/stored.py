@@ -112,7 +112,16 @@ def _arrays(path: Place, **axes: int) -> dict[str, np.ndarray] | None:
         arrays = {name: found[name] for name in axes}
         if any(arrays[name].ndim < count or arrays[name].dtype.kind not in "iuf" for name, count in axes.items()):
             raise ValueError({name: value.shape for name, value in arrays.items()})
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path} is not an archive of {', '.join(axes)} ({error}): evaluate the run again") from error
     return arrays
 
@@ -123,7 +132,9 @@ def config_of(value: Any, where: str) -> dict[str, Any]:
     try:
         scale_of({"size": data["size"]} if data.get("size") else data)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: its data.size or data.length is none: it is not as this package writes it") from error
+        raise InputError(
+            f"{where}: its data.size or data.length is none: it is not as this package writes it"
+        ) from error
     try:
         return renamed(value)
     except InputError as error:

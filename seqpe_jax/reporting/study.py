@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.config import Config, encoding_name, to_dict
+from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path
 from seqpe_jax.reporting.stored import (
@@ -22,8 +23,7 @@ from seqpe_jax.reporting.stored import (
     read_similarity,
     scale_of,
 )
-from seqpe_jax.runtime.digests import check_side_files
-from seqpe_jax.runtime.progress import read_metrics
+from seqpe_jax.training.checksums import check_side_files
 from seqpe_jax.trees import flat, nested
 
 SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
@@ -213,7 +213,9 @@ def read_study(workdir: str | os.PathLike) -> Study:
     if points is not None:
         deciding = _deciding(points, workdir / SWEEP)
         runs = [
-            read_run(workdir / name) if (workdir / name / "config.json").exists() else _not_started(workdir / name, point)
+            read_run(workdir / name)
+            if (workdir / name / "config.json").exists()
+            else _not_started(workdir / name, point)
             for name, point in points.items()
         ]
         trials = [dataclasses.replace(run, tried=True) for run in runs if run.name in deciding]
@@ -258,7 +260,8 @@ def differences(study: Study) -> list[str]:
     rows = dict.fromkeys(run.row for run in runs)
     compare("seed", [(sorted(run.seed for run in study.of(row)), row) for row in rows])
     asked = [
-        ([[result[name] for name in ("context", "targets", "stride")] for result in run.contexts], run.name) for run in runs
+        ([[result[name] for name in ("context", "targets", "stride")] for result in run.contexts], run.name)
+        for run in runs
     ]
     compare("[context, targets, stride] evaluated", [(value, name) for value, name in asked if value])
     compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
@@ -285,7 +288,8 @@ def _rows(runs: list[Run], chosen: bool) -> list[Run]:
     defaults = flat(to_dict(Config()), ".")  # which fields have that a run is older than
     whole = [defaults | flat(run.config, ".") for run in runs]
     settings = [
-        {name: value for name, value in own.items() if not {name, name.partition(".")[0]} & set(REPEATED)} for own in whole
+        {name: value for name, value in own.items() if not {name, name.partition(".")[0]} & set(REPEATED)}
+        for own in whole
     ]
     ways = [json.dumps(own, sort_keys=True) for own in settings]
     named, encodings = {}, dict.fromkeys(run.encoding for run in runs)
@@ -342,7 +346,9 @@ def _deciding(points: dict[str, dict[str, Any]], path: Place) -> set[str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} does not say which runs decide: it is not as this package writes it") from error
     if lost := named - points.keys():
-        raise InputError(f"{path} has no point '{min(lost)}', which decides others: it is not as this package writes it")
+        raise InputError(
+            f"{path} has no point '{min(lost)}', which decides others: it is not as this package writes it"
+        )
     return named
 
 

@@ -262,8 +262,9 @@ def _work(runs: Sequence[Run]) -> list[Cell]:
     """Parameters and training FLOPs per token or image of a row, whose runs have the same model."""
     cells = []
     for values, form in (
-        ([run.parameters for run in runs], lambda value: f"{value:,}"), ([run.training_flops for run in runs], with_unit),
-    ):  # fmt: skip
+        ([run.parameters for run in runs], lambda value: f"{value:,}"),
+        ([run.training_flops for run in runs], with_unit),
+    ):
         known = next((value for value in values if value is not None), None)
         cells.append(Cell(MISSING) if known is None else Cell(form(known), known))
     return cells
@@ -350,11 +351,16 @@ def points(study: Study) -> Table:
 
     rows = [
         [
-            Cell(run.name), Cell(run.row or "first stage"), cell(run.seed, "d"), Cell(run.state),
-            cell(run.steps_done, ",d"), cell(run.evaluation.get("step"), ",d"), cell(run.seconds, ",.0f"),
+            Cell(run.name),
+            Cell(run.row or "first stage"),
+            cell(run.seed, "d"),
+            Cell(run.state),
+            cell(run.steps_done, ",d"),
+            cell(run.evaluation.get("step"), ",d"),
+            cell(run.seconds, ",.0f"),
         ]
         for run in (*study.runs, *study.trials)
-    ]  # fmt: skip
+    ]
     header = ["run", "row", "seed", "state", "steps", "evaluated at step", "training seconds"]
     return Table("Runs", header, rows, words=(1, 3))
 
@@ -393,7 +399,10 @@ def results_csv(study: Study) -> str:
         for result in [*run.results, *run.contexts] or [{"label": ""}]:
             label = "" if "context" in result else result["label"]
             place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], label]
-            numbers = [*(result.get(metric, "") for metric in columns), *(run.evaluation.get(name, "") for name in work)]
+            numbers = [
+                *(result.get(metric, "") for metric in columns),
+                *(run.evaluation.get(name, "") for name in work),
+            ]
             writer.writerow([*map(_no_formula, place), *numbers])
     return out.getvalue()
 

@@ -97,7 +97,9 @@ def _verdict(study: Study, label: str, found: dict[tuple[str, str], list[float]]
 
 def _results(study: Study, row: str, label: str) -> list[tuple[Run, dict[str, Any]]]:
     """The runs of a row that count, with their results at a length or size."""
-    return [(run, result) for run in study.counted if run.row == row for result in run.results if result["label"] == label]
+    return [
+        (run, result) for run in study.counted if run.row == row for result in run.results if result["label"] == label
+    ]
 
 
 def _seeds(study: Study, row: str, label: str, metric: Metric) -> dict[int, float]:
@@ -134,7 +136,9 @@ def _sentence(stretch: Sequence[Verdict], metric: Metric) -> str:
     words = f"At {first.label}" if first is last else f"From {first.label} to {last.label}"
     by = _range([one.margin for one in stretch], lambda value: number(value, metric.decimals))
     if not first.judged:
-        return f"{words} {first.best} has the best value, {by} ahead of {first.next}; one seed each, so nothing is judged."
+        return (
+            f"{words} {first.best} has the best value, {by} ahead of {first.next}; one seed each, so nothing is judged."
+        )
     words += f" {first.best} has the best mean, {by} ahead of {first.next}"
     if first.worse:
         largest = max(p for one in stretch for p in one.worse.values())

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from seqpe_jax import config
+from seqpe_jax.distributed.progress import FILE as METRICS
+from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import EVALUATION, as_path, from_json, new_folder, write_whole
-from seqpe_jax.runtime.progress import FILE as METRICS
-from seqpe_jax.runtime.progress import read_metrics
-from seqpe_jax.sweeps.runs import RESTORED, SweepRun, of_each
+from seqpe_jax.sweeps.run import RESTORED, SweepRun, of_each
 from seqpe_jax.sweeps.stages import Stages
 from seqpe_jax.trees import flat, nested
 
@@ -100,7 +100,9 @@ class Kept:
         except InputError as error:
             raise InputError(f"{where} is none of this version: {error}") from error
         if lines := config.difference(settings, config.to_dict(run.point.settings)):
-            raise InputError(f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file")
+            raise InputError(
+                f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file"
+            )
         with new_folder(run.folder, "--workdir") as folder:
             (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept["metrics"]))
             if run.evaluated:

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from seqpe_jax.distributed.progress import STORE_SECONDS, ProgressLine
 from seqpe_jax.files import in_store
-from seqpe_jax.runtime.progress import STORE_SECONDS, ProgressLine
-from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy, of_each
+from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy, of_each
 from seqpe_jax.sweeps.stages import Stages
 
 TURN = 0.1  # seconds between looks at the commands
@@ -140,9 +140,12 @@ class View:
 
 
 def work(
-    runs: Sequence[SweepRun], todo: Sequence[SweepRun], jobs: int, stages: Stages | None = None,
+    runs: Sequence[SweepRun],
+    todo: Sequence[SweepRun],
+    jobs: int,
+    stages: Stages | None = None,
     keep: Callable[[Sequence[SweepRun]], None] = lambda _: None,
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Works runs off; returns the name of the signal that stopped it. What became of a run is in its folder.
 
     A run that another process works on is waited for, and begun afterwards if it still needs it. One that waits for others

@@ -13,7 +13,7 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, from_json, write_whole
-from seqpe_jax.sweeps.points import Best, Point, Range, Search, SweepFile
+from seqpe_jax.sweeps.spec import Best, Point, Range, Search, SweepFile
 
 FILE = "sweep.json"
 
@@ -124,7 +124,9 @@ def _settings(workdir: Place, name: str, old: dict[str, Any]) -> config.Config:
 
 
 def _differences(workdir: Place, point: Point, old: dict[str, Any]) -> list[str]:
-    before = config.to_dict(_settings(workdir, point.name, old))  # fields that a later version added have their defaults
+    before = config.to_dict(
+        _settings(workdir, point.name, old)
+    )  # fields that a later version added have their defaults
     now = config.to_dict(point.settings)
     best = {field: _plain_best(one) for field, one in point.best.items()}
     lines = config.difference(old.get("best", {}), best)

@@ -6,12 +6,12 @@ import pathlib
 import time
 from typing import Any
 
+from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.sweeps import record
 from seqpe_jax.sweeps.local import LOOK, TURN, Jobs, View
-from seqpe_jax.sweeps.points import Range, Search, SweepFile, make
-from seqpe_jax.sweeps.runs import Busy, SweepRun
+from seqpe_jax.sweeps.run import Busy, SweepRun
+from seqpe_jax.sweeps.spec import Range, Search, SweepFile, make
 
 FILE = "optuna.db"  # the study, in the sweep's folder
 IMPOSSIBLE = "impossible"  # attribute of a trial whose values are no config: why
@@ -59,7 +59,9 @@ class Trials:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED),
         )
         past = self._study.get_trials()
-        self._study.sampler = optuna.samplers.TPESampler(seed=len(past))  # one that goes on does not propose the same again
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=len(past)
+        )  # one that goes on does not propose the same again
         # What a search that was cut short left running keeps its number, its values and its folder.
         self._cut_short = [optuna.trial.Trial(self._study, at._trial_id) for at in past if not at.state.is_finished()]
         words = {self._states.COMPLETE: "finished", self._states.PRUNED: "pruned"}

@@ -14,7 +14,7 @@ from typing import Any
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.files import from_json, write_whole
 from seqpe_jax.sweeps.local import LOOK, TURN, View, outcomes_of
-from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy
+from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy
 from seqpe_jax.sweeps.stages import Stages
 
 FOLDER = "slurm"  # in the sweep's folder: scripts, logs and results of submitit
@@ -63,7 +63,9 @@ def parameters(items: Sequence[str]) -> dict[str, Any]:
     """
     submitit = _submitit()
     if not (shutil.which("sbatch") and shutil.which("squeue")):
-        raise InputError("--executor=slurm: there is no sbatch or squeue on this machine: run it where jobs are submitted")
+        raise InputError(
+            "--executor=slurm: there is no sbatch or squeue on this machine: run it where jobs are submitted"
+        )
     known = submitit.SlurmExecutor._valid_parameters() - {"array_parallelism"}  # that is --jobs
     found = {}
     for item in items:
@@ -184,10 +186,14 @@ def _submit(
 def _queued() -> set[str]:
     """Returns this user's jobs that wait or run, tasks of arrays one by one."""
     found = subprocess.run(
-        ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"], capture_output=True, text=True
+        ["squeue", "--noheader", "--array", "--format=%i", f"--user={getpass.getuser()}"],
+        capture_output=True,
+        text=True,
     )
     if found.returncode:
-        raise Failure(f"squeue: {found.stderr.strip()}; the jobs stay in the queue, the same command watches them again")
+        raise Failure(
+            f"squeue: {found.stderr.strip()}; the jobs stay in the queue, the same command watches them again"
+        )
     return set(found.stdout.split())
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
+from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place
-from seqpe_jax.runtime.progress import read_metrics
 from seqpe_jax.sweeps import record
-from seqpe_jax.sweeps.points import Best, Point, make, value_of
-from seqpe_jax.sweeps.runs import SweepRun
+from seqpe_jax.sweeps.run import SweepRun
+from seqpe_jax.sweeps.spec import Best, Point, make, value_of
 
 
 class Stages:

@@ -1,10 +1,10 @@
 """What a run on each kind of data is: what it is trained for, what it reads, how it is evaluated."""
 
 from seqpe_jax.config import Config
-from seqpe_jax.tasks.images import Images
-from seqpe_jax.tasks.questions import Questions
+from seqpe_jax.tasks.image_classification import Images
+from seqpe_jax.tasks.language_modeling import Text
+from seqpe_jax.tasks.question_answering import Questions
 from seqpe_jax.tasks.task import Asked, Measure, Task, evaluate_at
-from seqpe_jax.tasks.text import Text
 
 __all__ = ["Asked", "Images", "Measure", "Questions", "Task", "Text", "evaluate_at", "task_class"]
 

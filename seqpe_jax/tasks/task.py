@@ -10,16 +10,16 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 
-from seqpe_jax.architecture import Params, Shape, Sizes
 from seqpe_jax.axes import scale_label
 from seqpe_jax.config import Config
 from seqpe_jax.data.loader import TrainLoader
+from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
+from seqpe_jax.inference.compiled import Programs, Progress, silent
+from seqpe_jax.inference.exported import Signature
 from seqpe_jax.inference.generate import generate
-from seqpe_jax.inference.programs import Programs, Progress, silent
-from seqpe_jax.objectives.criterion import Classification, LanguageModelling
-from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.serving.exported import Signature
+from seqpe_jax.losses.task import Classification, LanguageModelling
+from seqpe_jax.models.build import Params, Shape, Sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime.waiting import patiently
-from seqpe_jax.training.events import Event, Standing, check_order
+from seqpe_jax.distributed import processes
+from seqpe_jax.distributed.waiting import patiently
+from seqpe_jax.training.hooks import Event, Standing, check_order
 from seqpe_jax.training.state import TrainState
 from seqpe_jax.training.step import TrainStep
 
@@ -48,7 +48,9 @@ def fit(
                 raise AssertionError(f"the loader gave batch {number} for step {step}")
             if step == first:
                 train_step = _compiled(train_step, run, batch, events)
-            with jax.transfer_guard("disallow"):  # an array that lies on the host by mistake would be sent in every step
+            with jax.transfer_guard(
+                "disallow"
+            ):  # an array that lies on the host by mistake would be sent in every step
                 run.state, values = train_step(run.state, batch)
             run.step = step + 1
             for event in events:
@@ -66,5 +68,5 @@ def _compiled(train_step: TrainStep, run: Standing, batch: dict[str, jax.Array],
             event.meanwhile(run)
 
     compiled = patiently(lambda: train_step.lower(run.state, batch).compile(), look)
-    hosts.sync()  # Gloo waits half a minute for a process that still compiles
+    processes.sync()  # Gloo waits half a minute for a process that still compiles
     return compiled

@@ -41,12 +41,16 @@ def learning_rate(settings: Any, steps: int) -> optax.Schedule:
         case "wsd":
             decay = decay_steps(settings, steps)
             stable = max(0, rest - decay)
-            after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [stable])
+            after = optax.join_schedules(
+                [optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [stable]
+            )
         case _:
             after = optax.constant_schedule(peak)
     if not settings.warmup_steps:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, settings.warmup_steps), after], [settings.warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, settings.warmup_steps), after], [settings.warmup_steps]
+    )
 
 
 def decay_steps(settings: Any, steps: int) -> int:
@@ -64,7 +68,9 @@ def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
     schedule = learning_rate(settings, steps)
 
     def chain(weight_decay: float) -> optax.GradientTransformation:
-        adamw = optax.adamw(schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decayed)
+        adamw = optax.adamw(
+            schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decayed
+        )
         return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
 
     transforms = {"model": chain(settings.weight_decay), "encoder": chain(settings.encoder_weight_decay)}

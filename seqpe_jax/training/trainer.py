@@ -17,18 +17,31 @@ import jax
 import jax.numpy as jnp
 
 from seqpe_jax import axes, config
-from seqpe_jax.architecture import Architecture, Params, Shape, check_encoding, flops_of
 from seqpe_jax.config import Config
+from seqpe_jax.distributed import processes
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import Place, as_path, scratch
-from seqpe_jax.inference.programs import Programs, Progress, laid_out, silent
-from seqpe_jax.models.choice import choose
-from seqpe_jax.models.operands import Operands
-from seqpe_jax.objectives.objective import Objective
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.best import BestKept, check_best, set_best_aside
-from seqpe_jax.runtime.checkpoint import (
+from seqpe_jax.inference.compiled import Programs, Progress, laid_out, silent
+from seqpe_jax.losses.train_loss import Objective
+from seqpe_jax.models.attention_dispatch import choose
+from seqpe_jax.models.attention_inputs import Operands
+from seqpe_jax.models.build import Architecture, Params, Shape, check_encoding, flops_of
+from seqpe_jax.tasks import Task, evaluate_at, task_class
+from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.tasks.fingerprints import (
+    check_same_data,
+    describe,
+    fingerprints,
+    fingerprints_there,
+    read_fingerprints,
+    write_fingerprints,
+)
+from seqpe_jax.training import hooks, loop, warm_start
+from seqpe_jax.training import optimizer as optimizers
+from seqpe_jax.training.best_checkpoint import BestKept, check_best, set_best_aside
+from seqpe_jax.training.checkpoint import (
     Checkpoints,
     check_finite,
     held_here,
@@ -38,21 +51,8 @@ from seqpe_jax.runtime.checkpoint import (
     size_of,
     write_config,
 )
-from seqpe_jax.runtime.digests import FILE as DIGESTS
-from seqpe_jax.runtime.digests import SIDE_FILES, forget, write_side_files
-from seqpe_jax.runtime.progress import MetricsWriter, read_metrics
-from seqpe_jax.tasks import Task, evaluate_at, task_class
-from seqpe_jax.tasks.fingerprints import (
-    check_same_data,
-    describe,
-    fingerprints,
-    fingerprints_there,
-    read_fingerprints,
-    write_fingerprints,
-)
-from seqpe_jax.tasks.sizes import write_sizes
-from seqpe_jax.training import events, loop, warm_start
-from seqpe_jax.training import optimizer as optimizers
+from seqpe_jax.training.checksums import FILE as DIGESTS
+from seqpe_jax.training.checksums import SIDE_FILES, forget, write_side_files
 from seqpe_jax.training.state import TrainState, create, key_of
 from seqpe_jax.training.step import TrainStep, make_train_step
 from seqpe_jax.training.workdir import (
@@ -64,7 +64,7 @@ from seqpe_jax.training.workdir import (
     random_bits_of,
     slow_save,
     with_random_bits,
-)  # fmt: skip
+)
 from seqpe_jax.trees import count
 
 
@@ -90,9 +90,13 @@ class Trainer:
 
     @classmethod
     def of(
-        cls, config: Config, devices: list[jax.Device] | None = None, *, data_there: bool = True,
+        cls,
+        config: Config,
+        devices: list[jax.Device] | None = None,
+        *,
+        data_there: bool = True,
         kept: str | os.PathLike = "",
-    ) -> "Trainer":  # fmt: skip
+    ) -> "Trainer":
         """Returns the trainer of a config on all devices, or on those given.
 
         Args:
@@ -220,10 +224,10 @@ class Trainer:
         """Returns what is about to be trained, where and on what, in words."""
         settings = self.config
         lines = [
-            f"seqpe_jax: {hosts.describe()}",
+            f"seqpe_jax: {processes.describe()}",
             f"{settings.encoding.name} on {settings.data.name}: {count(self.shapes.params):,} parameters, "
             f"{self.task.describe()}",
-            hosts.describe_batch(settings.batch_size, layout.batch_shards(self.mesh)),
+            processes.describe_batch(settings.batch_size, layout.batch_shards(self.mesh)),
             f"workdir {workdir}",
         ]
         return "\n  ".join(lines + ([layout.describe_whole(self.whole)] if self.whole else []))
@@ -246,7 +250,7 @@ class Trainer:
             for scale in self.task.scales():
                 self.task.check_scale(scale, "validation")
         data = fingerprints(self.task, ("train", "validation") if settings.eval.every else ("train",))
-        hosts.check_equal({f"{split} split of {settings.data.name}": describe(one) for split, one in data.items()})
+        processes.check_equal({f"{split} split of {settings.data.name}": describe(one) for split, one in data.items()})
         if first is not None:
             check_same_data(folder, data)
         if first != settings.steps:
@@ -257,7 +261,7 @@ class Trainer:
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
-        with owned(folder) if hosts.is_lead() else contextlib.nullcontext("") as taken_over:
+        with owned(folder) if processes.is_lead() else contextlib.nullcontext("") as taken_over:
             if taken_over:
                 _say(f"  {taken_over}")
             if saved_step(folder) != first:
@@ -271,16 +275,18 @@ class Trainer:
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
             _say(f"  planned for {planned} steps, going on to {settings.steps}")
-        owed = hosts.as_the_lead(hosts.is_lead() and _owes_an_evaluation(settings, folder, first))
+        owed = processes.as_the_lead(processes.is_lead() and _owes_an_evaluation(settings, folder, first))
         if first == settings.steps and not owed:
             _say(f"  nothing to do: step {first} is saved")
             return
         metric = _best_metric(settings)
         checkpoints = Checkpoints(
-            folder, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every,
+            folder,
+            keep=settings.checkpoint.keep,
+            keep_every=settings.checkpoint.keep_every,
             best=BestKept(folder, metric) if metric else None,
-        )  # fmt: skip
-        if hosts.is_lead() and (warning := slow_save(folder, held_here(self.shapes))):
+        )
+        if processes.is_lead() and (warning := slow_save(folder, held_here(self.shapes))):
             _say(f"  {warning}")
         if state is None:
             state = checkpoints.restore(self.shapes)
@@ -291,48 +297,58 @@ class Trainer:
         if first is not None or settings.init_from:
             _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
         happening = self._events(folder, checkpoints, first or 0, before, owed)
-        loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, events=happening)
+        loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, hooks=happening)
 
-    def _events(self, folder: Place, checkpoints: Checkpoints, first: int, before: dict, owed: bool) -> list[events.Event]:
+    def _events(
+        self, folder: Place, checkpoints: Checkpoints, first: int, before: dict, owed: bool
+    ) -> list[hooks.Event]:
         """What happens beside the steps of a run that has done `first` of them.
 
         Args:
           before: was saved beside its state; owed: that was not evaluated, though it should have been.
         """
-        settings, clock = self.config, events.Clock(before.get("seconds", 0.0))
+        settings, clock = self.config, hooks.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
         checkpoints.first = metrics.flush  # who goes on from a step has the lines up to it
-        report = events.Report(
-            metrics, clock, every=settings.report.every, steps=settings.steps, units=self.task.units_per_step,
-            unit=self.task.unit, flops=self.flops_per_step, saved=checkpoints.latest,
+        report = hooks.Report(
+            metrics,
+            clock,
+            every=settings.report.every,
+            steps=settings.steps,
+            units=self.task.units_per_step,
+            unit=self.task.unit,
+            flops=self.flops_per_step,
+            saved=checkpoints.latest,
             skips=settings.optimizer.skips if settings.optimizer.non_finite == "skip" else 0,
             skipped=before.get("skipped", 0),
-        )  # fmt: skip
+        )
         meta = {"config": json.loads(json.dumps(config.to_dict(settings))), SIDE_FILES: DIGESTS}
-        save = events.Save(
-            checkpoints, meta, clock, report, every=settings.checkpoint.every,
+        save = hooks.Save(
+            checkpoints,
+            meta,
+            clock,
+            report,
+            every=settings.checkpoint.every,
             failures=settings.checkpoint.failed_saves,
-            before_each=functools.partial(check_owned, folder) if hosts.is_lead() else None,
-        )  # fmt: skip
-        found: list[events.Event] = []
-        stop = events.Stop(save)
+            before_each=functools.partial(check_owned, folder) if processes.is_lead() else None,
+        )
+        found: list[hooks.Event] = []
+        stop = hooks.Stop(save)
         if settings.eval.every:
-            evaluate = events.Evaluate(
-                self.evaluate, metrics, clock, report, stop, every=settings.eval.every, owed=owed
-            )  # fmt: skip
+            evaluate = hooks.Evaluate(self.evaluate, metrics, clock, report, stop, every=settings.eval.every, owed=owed)
             found.append(evaluate)
         found += [save, stop]
         window = config.profile_window(settings)
         if window is not None and window[0] < first:
             _say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
         elif window is not None:
-            found.append(events.Profile(window, folder))
+            found.append(hooks.Profile(window, folder))
         return [*found, report]
 
     def _claim(self, folder: Place, anew: bool) -> None:
         """Writes what a run's folder begins with, once all hosts have looked at it."""
-        hosts.sync()
-        if hosts.is_lead():
+        processes.sync()
+        if processes.is_lead():
             if anew:
                 clear(folder)
             metric = _best_metric(self.config)
@@ -340,15 +356,17 @@ class Trainer:
                 _say(f"  {line}")
             known = read_fingerprints(folder)
             if not known and not anew:
-                _say("  an older version kept no fingerprints of the data: from now on it resumes with these data alone")
+                _say(
+                    "  an older version kept no fingerprints of the data: from now on it resumes with these data alone"
+                )
             with scratch() as staged:
                 write_config(staged, config.to_dict(self.config))
                 write_sizes(staged, self.task.sizes)
                 write_fingerprints(staged, known or fingerprints_there(self.task))
                 self.task.keep(staged)
                 write_side_files(staged, folder)
-        hosts.sync()
-        hosts.check_shared(folder / "config.json")
+        processes.sync()
+        processes.check_shared(folder / "config.json")
 
 
 def _measured(name: str, scale: Shape) -> str:
@@ -376,7 +394,7 @@ def _is_measured(name: str) -> bool:
 
 
 def _say(words: str) -> None:
-    if hosts.is_lead():
+    if processes.is_lead():
         print(words, flush=True)
 
 
@@ -393,10 +411,17 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1].at_layer(0), key)
     operands = Operands(
-        array, array, array, signal.features, signal.bias, last=None if settings.reads_images else number,
+        array,
+        array,
+        array,
+        signal.features,
+        signal.bias,
+        last=None if settings.reads_images else number,
         seed=number if model.attention_dropout else None,
-    )  # fmt: skip
-    choose(model.attention_kind, model.attention_block, operands, device=used.device, split=used.shards(axes.LENGTH) > 1)
+    )
+    choose(
+        model.attention_kind, model.attention_block, operands, device=used.device, split=used.shards(axes.LENGTH) > 1
+    )
 
 
 def _initial(architecture: Architecture, optimizer: Any, seed: int) -> Callable[[], TrainState]:

@@ -7,23 +7,43 @@ import jax
 
 from seqpe_jax import config
 from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
+from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
-from seqpe_jax.models import blocks
-from seqpe_jax.runtime import mesh as layout
-from seqpe_jax.runtime.checkpoint import Checkpoints, read_config
+from seqpe_jax.models import transformer
 from seqpe_jax.tasks import Task
+from seqpe_jax.training.checkpoint import Checkpoints, read_config
 
 # What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
 FREE_ENCODING = {
-    "max_position", "digits", "dropout", "attention_dropout", "norm_init", "init_distribution", "init_std", "qk_init_std",
-    "gate_bias_init", "fire_scale", "kerple_scale",  # of a fresh model
-    "log_scaling", "yarn_beta_fast", "yarn_beta_slow",  # within the lengths of training these change nothing
-}  # fmt: skip
+    "max_position",
+    "digits",
+    "dropout",
+    "attention_dropout",
+    "norm_init",
+    "init_distribution",
+    "init_std",
+    "qk_init_std",
+    "gate_bias_init",
+    "fire_scale",
+    "kerple_scale",  # of a fresh model
+    "log_scaling",
+    "yarn_beta_fast",
+    "yarn_beta_slow",  # within the lengths of training these change nothing
+}
 FREE_MODEL = {
-    "dropout", "attention_dropout", "embedding_dropout", "drop_path", "init_std", "remat", "attention_kind",
-    "attention_block", "scan", "vocabulary", "classes",
-}  # fmt: skip
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "drop_path",
+    "init_std",
+    "remat",
+    "attention_kind",
+    "attention_block",
+    "scan",
+    "vocabulary",
+    "classes",
+}
 
 
 def first_params(settings: Config, mesh: jax.sharding.Mesh, shapes: Any) -> Any:
@@ -37,13 +57,15 @@ def first_params(settings: Config, mesh: jax.sharding.Mesh, shapes: Any) -> Any:
     if scanned == model.scan:
         params, _ = saved.restore_params(shapes)
     else:  # the same blocks, kept in the other way
-        other, own = (blocks.unstack, blocks.stack) if model.scan else (blocks.stack, blocks.unstack)
+        other, own = (
+            (transformer.unstack, transformer.stack) if model.scan else (transformer.stack, transformer.unstack)
+        )
         theirs = jax.eval_shape(lambda params: params | {"model": other(params["model"], model.layers)}, shapes)
         params, _ = saved.restore_params(layout.with_shardings(mesh, {"params": theirs})[0]["params"])
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        params = jax.jit(lambda params: params | {"model": own(params["model"], model.layers)}, out_shardings=shardings)(
-            params
-        )
+        params = jax.jit(
+            lambda params: params | {"model": own(params["model"], model.layers)}, out_shardings=shardings
+        )(params)
     saved.close()
     return params
 

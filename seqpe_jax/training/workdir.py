@@ -14,20 +14,23 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
+from seqpe_jax.distributed import processes
+from seqpe_jax.distributed.progress import LOG, read_metrics
 from seqpe_jax.errors import Failure, InputError, StoreError, check_utf8_name
 from seqpe_jax.files import Place, free_space, from_json, in_store, lock
-from seqpe_jax.runtime import hosts
-from seqpe_jax.runtime.checkpoint import FOLDER, read_config
-from seqpe_jax.runtime.digests import FILE as DIGESTS
-from seqpe_jax.runtime.progress import LOG, read_metrics
-from seqpe_jax.serving.exported import SECTION
+from seqpe_jax.inference.exported import SECTION
 from seqpe_jax.tasks.fingerprints import FILE as DATA
-from seqpe_jax.tasks.images import KEPT
+from seqpe_jax.tasks.image_classification import KEPT
+from seqpe_jax.training.checkpoint import FOLDER, read_config
+from seqpe_jax.training.checksums import FILE as DIGESTS
 from seqpe_jax.training.optimizer import decay_steps
 
 OWNER = "owner.json"  # who trains in the folder
 TAKEN_OVER = "taken over from {}, which is gone"
-BEAT_SECONDS, GONE_SECONDS = 15.0, 60.0  # in a store: how often a holder says that it is there; when it is taken for gone
+BEAT_SECONDS, GONE_SECONDS = (
+    15.0,
+    60.0,
+)  # in a store: how often a holder says that it is there; when it is taken for gone
 GRACE_SECONDS = 30.0  # between the news that a machine is taken away and its end, on most clouds
 PROBE_BYTES = 64 * 2**20
 
@@ -113,13 +116,17 @@ def check_same_run(settings: Config, workdir: Place, step: int | None, extend: b
     """
     check_utf8_name(workdir.absolute(), "a folder with checkpoints (--workdir)")
     if not (workdir / "config.json").exists():
-        if workdir.exists() and (not workdir.is_dir() or any(path.name not in (LOG, OWNER) for path in workdir.iterdir())):
+        if workdir.exists() and (
+            not workdir.is_dir() or any(path.name not in (LOG, OWNER) for path in workdir.iterdir())
+        ):
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
         return
     values = read_config(workdir)
     if SECTION in values or not {"data", "model", "encoding"} <= values.keys():
         kind = "an export" if SECTION in values else "the config.json of something else"
-        raise InputError(f"workdir {workdir} holds {kind}, which training would overwrite: choose a new or empty folder")
+        raise InputError(
+            f"workdir {workdir} holds {kind}, which training would overwrite: choose a new or empty folder"
+        )
     if step is None:
         if not (workdir / FOLDER).exists() and (lines := read_metrics(workdir)):
             raise InputError(
@@ -314,9 +321,13 @@ class _Claim:
             try:
                 held = self._read()
                 if held is None:
-                    hosts.end(1, f"workdir {self._workdir} was removed or emptied while it trained: this run ends unsaved")
+                    processes.end(
+                        1, f"workdir {self._workdir} was removed or emptied while it trained: this run ends unsaved"
+                    )
                 if held and held.get("id") != self._self["id"]:
-                    hosts.end(1, f"workdir {self._workdir} was taken over by {_owner(self._path)}: this run ends unsaved")
+                    processes.end(
+                        1, f"workdir {self._workdir} was taken over by {_owner(self._path)}: this run ends unsaved"
+                    )
                 self._path.put(self._content())
             except StoreError:
                 continue  # saves say what is wrong with the store
@@ -355,5 +366,8 @@ def _owner(path: Place) -> str:
 
 def clear(workdir: Place) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
-    for name in (DIGESTS, *({DATA, FILE, *NAMED_IN, KEPT} - {"config.json"})):  # first what says that the others are there
+    for name in (
+        DIGESTS,
+        *({DATA, FILE, *NAMED_IN, KEPT} - {"config.json"}),
+    ):  # first what says that the others are there
         (workdir / name).unlink(missing_ok=True)

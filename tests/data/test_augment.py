@@ -139,7 +139,9 @@ def test_operations_do_more_at_a_higher_level(name):
     before = np.asarray(image).astype(int)
 
     def change(level, seed):
-        return np.abs(np.asarray(augment.OPERATIONS[name](image, level, FILL[3], rng(seed))).astype(int) - before).mean()
+        return np.abs(
+            np.asarray(augment.OPERATIONS[name](image, level, FILL[3], rng(seed))).astype(int) - before
+        ).mean()
 
     for seed in range(4):
         changes = [change(level, seed) for level in (0.0, 0.3, 0.6, 1.0)]
@@ -152,16 +154,21 @@ def test_ranges_of_operations():
     image = picture()
     level = 1.0
     pixels = np.asarray(image)
-    np.testing.assert_array_equal(np.asarray(augment.OPERATIONS["solarize"](image, level, FILL[3], rng())), 255 - pixels)
+    np.testing.assert_array_equal(
+        np.asarray(augment.OPERATIONS["solarize"](image, level, FILL[3], rng())), 255 - pixels
+    )
     added = np.asarray(augment.OPERATIONS["solarize_add"](image, level, FILL[3], rng()))
     np.testing.assert_array_equal(added, np.where(pixels < 128, np.minimum(255, pixels.astype(int) + 110), pixels))
     assert set(np.unique(augment.OPERATIONS["posterize"](image, level, FILL[3], rng()))) <= {0, 128}
     assert set(np.unique(augment.OPERATIONS["posterize"](image, 0.5, FILL[3], rng()))) <= {0, 64, 128, 192}
     brightness = {
-        round(np.mean(augment.OPERATIONS["brightness"](image, level, FILL[3], rng(s))) / pixels.mean(), 1) for s in range(9)
+        round(np.mean(augment.OPERATIONS["brightness"](image, level, FILL[3], rng(s))) / pixels.mean(), 1)
+        for s in range(9)
     }
     assert len(brightness) == 2 and min(brightness) == 0.1 and max(brightness) > 1.5
-    moved = {np.asarray(augment.OPERATIONS["translate_x"](image, level, FILL[3], rng(s)))[:, 1].tobytes() for s in range(9)}
+    moved = {
+        np.asarray(augment.OPERATIONS["translate_x"](image, level, FILL[3], rng(s)))[:, 1].tobytes() for s in range(9)
+    }
     assert len(moved) == 2, "to the left or to the right"
     for level, rows in ((1.0, 10), (0.5, 5), (0.0, 0)):
         shifted = np.asarray(augment.OPERATIONS["translate_y"](image, level, FILL[3], rng()))
@@ -228,7 +235,9 @@ def test_how_far_a_picture_is_turned_and_sheared():
         expected = [(sign * 20 * math.sin(turned), 20 * math.cos(turned)) for sign in (-1, 1)]
         np.testing.assert_allclose(sorted(goes("rotate", level)), expected, atol=0.3)
         # From the corner, where row and column are 0: the blob's column is 52, its row 32.
-        np.testing.assert_allclose(sorted(goes("shear_y", level)), [(s * 0.3 * level * 52, 20) for s in (-1, 1)], atol=0.5)
+        np.testing.assert_allclose(
+            sorted(goes("shear_y", level)), [(s * 0.3 * level * 52, 20) for s in (-1, 1)], atol=0.5
+        )
         left, right = sorted(column for _, column in goes("shear_x", level))
         assert left == pytest.approx(20 - 0.3 * level * 32, abs=0.5)
         assert right == pytest.approx(20 + 0.3 * level * 32, abs=0.5)

@@ -4,11 +4,11 @@ import zipfile
 
 import pytest
 
-from seqpe_jax.data.builders import BUILDERS, builder_class, stdlib_text, wikitext103
-from seqpe_jax.data.builders.documents import SPLITS, pieces
-from seqpe_jax.data.builders.squad_long import SquadLong
-from seqpe_jax.data.builders.text_files import TextFiles
-from seqpe_jax.data.builders.wikitext103 import Wikitext103
+from seqpe_jax.data.datasets import BUILDERS, builder_class, stdlib_text, wikitext103
+from seqpe_jax.data.datasets.squad_long import SquadLong
+from seqpe_jax.data.datasets.text_base import SPLITS, pieces
+from seqpe_jax.data.datasets.text_files import TextFiles
+from seqpe_jax.data.datasets.wikitext103 import Wikitext103
 from seqpe_jax.errors import InputError
 
 ARTICLES = {
@@ -275,7 +275,9 @@ def test_wikitext_download(tmp_path, monkeypatch):
     assert [file.read_bytes() for file in files] == [(origin / file.name).read_bytes() for file in files]
     (origin / train[0]).unlink()
     assert wikitext103.download(tmp_path / "downloads") == files, "nothing is fetched twice"
-    with pytest.raises(InputError, match="cannot download WikiText-103 from .* put wikitext-103-raw-v1.zip.* data.paths"):
+    with pytest.raises(
+        InputError, match="cannot download WikiText-103 from .* put wikitext-103-raw-v1.zip.* data.paths"
+    ):
         wikitext103.download(tmp_path / "elsewhere")
     assert not list((tmp_path / "elsewhere").rglob("*.part"))
 

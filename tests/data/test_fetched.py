@@ -47,9 +47,10 @@ def test_a_folder_is_copied_once_for_each_version(texts, tmp_path, monkeypatch):
 
 def test_what_is_not_there_is_told(texts, tmp_path):
     for path, words in (
-        (f"{texts}/nothing", "there is nothing at"), (f"{texts}/part/*.txt", "is a pattern"),
+        (f"{texts}/nothing", "there is nothing at"),
+        (f"{texts}/part/*.txt", "is a pattern"),
         ("gs://no-such-bucket/texts", "there is nothing at|cannot be fetched"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=f"data.paths: .*{words}"):
             fetched([path], tmp_path)
 
@@ -66,6 +67,8 @@ def test_tokens_and_tokenizers_of_a_store_are_those_of_a_disk(texts, tmp_path):
     )
     np.testing.assert_array_equal(one.tokens, other.tokens)
     tokenizer.save(texts)
-    assert load_tokenizer(texts).digest == load_tokenizer(os.path.join(texts, "tokenizer.json")).digest == tokenizer.digest
+    assert (
+        load_tokenizer(texts).digest == load_tokenizer(os.path.join(texts, "tokenizer.json")).digest == tokenizer.digest
+    )
     with pytest.raises(InputError, match=f"data.tokenizer: cannot read '{texts}/none.json' .No such file"):
         load_tokenizer(f"{texts}/none.json")

@@ -36,18 +36,51 @@ def plainly(path):
 
 
 PATTERNS = [
-    "", "*", "**", "*/", "**/", "*.txt", "**/*.txt", "a/**", "a/**/c/*", "**/c", "**/**/*.md", "*/*/**", "[ab]/*.txt",
-    "?.txt", "a[1].txt", "**/.hidden/*", ".hidden", "**/.*", "a/b/../*.txt", "./a/./*", "**/[!x].txt", "nothing*",
-    "a/x.txt/", "a/x.txt/*", "a/x.txt/**",
-]  # fmt: skip
+    "",
+    "*",
+    "**",
+    "*/",
+    "**/",
+    "*.txt",
+    "**/*.txt",
+    "a/**",
+    "a/**/c/*",
+    "**/c",
+    "**/**/*.md",
+    "*/*/**",
+    "[ab]/*.txt",
+    "?.txt",
+    "a[1].txt",
+    "**/.hidden/*",
+    ".hidden",
+    "**/.*",
+    "a/b/../*.txt",
+    "./a/./*",
+    "**/[!x].txt",
+    "nothing*",
+    "a/x.txt/",
+    "a/x.txt/*",
+    "a/x.txt/**",
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_without_links_globs_and_folders_lead_where_python_says(tmp_path, pattern):
     write(
-        tmp_path, "x.txt", "a[1].txt", ".dot.txt", "a/x.txt", "a/y.md", "a/b/c/x.txt", "a/c/z.txt", "a/.hidden/u.txt",
-        "b/x.txt", "b/c/c/c.txt", ".hidden/v.txt", "b/.w.txt",
-    )  # fmt: skip
+        tmp_path,
+        "x.txt",
+        "a[1].txt",
+        ".dot.txt",
+        "a/x.txt",
+        "a/y.md",
+        "a/b/c/x.txt",
+        "a/c/z.txt",
+        "a/.hidden/u.txt",
+        "b/x.txt",
+        "b/c/c/c.txt",
+        ".hidden/v.txt",
+        "b/.w.txt",
+    )
     found = files.find([f"{tmp_path}/{pattern}"])
     assert found.files == plainly(f"{tmp_path}/{pattern}")
     assert re.fullmatch(r"(hidden folders: \d \(\S+(, \S+)*\))?", str(found.left_out))
@@ -135,16 +168,20 @@ def test_names_that_are_not_wanted_are_told(tmp_path):
     write(tmp_path, "1.PNG", "a/2.png", "a/notes.txt", "blob")
     (tmp_path / "a" / "3.png").symlink_to("../blob")
     assert below(tmp_path, "", suffixes=(".png",)) == (
-        ["1.PNG", "a/2.png", "a/3.png"], "files of other kinds: 2 (blob, a/notes.txt)",
-    )  # fmt: skip
+        ["1.PNG", "a/2.png", "a/3.png"],
+        "files of other kinds: 2 (blob, a/notes.txt)",
+    )
 
 
-@pytest.mark.parametrize("make,words", [
-    (lambda path: os.mkfifo(path), "is a pipe, where a file was expected"),
-    (lambda path: path.symlink_to("/dev/zero"), "is a device, where a file was expected"),
-    (lambda path: path.symlink_to("nowhere"), r"is a link that leads nowhere \(to 'nowhere'\)"),
-    (lambda path: path.symlink_to("odd.txt"), r"is a link that leads nowhere \(to 'odd.txt'\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda path: os.mkfifo(path), "is a pipe, where a file was expected"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device, where a file was expected"),
+        (lambda path: path.symlink_to("nowhere"), r"is a link that leads nowhere \(to 'nowhere'\)"),
+        (lambda path: path.symlink_to("odd.txt"), r"is a link that leads nowhere \(to 'odd.txt'\)"),
+    ],
+)
 def test_a_path_that_can_never_be_read_is_refused(tmp_path, make, words):
     make(tmp_path / "odd.txt")
     with pytest.raises(InputError, match=f"data.paths: '{tmp_path}/odd.txt' {words}"):
@@ -153,9 +190,15 @@ def test_a_path_that_can_never_be_read_is_refused(tmp_path, make, words):
 
 def test_thumbnail_and_system_folders_are_left_out_and_told(tmp_path):
     write(
-        tmp_path, "1.txt", "@eaDir/1.txt/thumb.txt", "a/__MACOSX/2.txt", "a/#recycle/3.txt", "lost+found/4.txt",
-        "a/$RECYCLE.BIN/5.txt", ".thumbnails/6.txt",
-    )  # fmt: skip
+        tmp_path,
+        "1.txt",
+        "@eaDir/1.txt/thumb.txt",
+        "a/__MACOSX/2.txt",
+        "a/#recycle/3.txt",
+        "lost+found/4.txt",
+        "a/$RECYCLE.BIN/5.txt",
+        ".thumbnails/6.txt",
+    )
     for path in ("", "**/*.txt"):
         found, told = below(tmp_path, path)
         assert found == ["1.txt"]

@@ -14,16 +14,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from seqpe_jax.data.builders import qa_jsonl
-from seqpe_jax.data.builders.squad_long import SquadLong
-from seqpe_jax.data.builders.wikitext103 import Wikitext103
+from seqpe_jax.cli.generate import read_prompts
+from seqpe_jax.data.datasets import qa_jsonl
+from seqpe_jax.data.datasets.squad_long import SquadLong
+from seqpe_jax.data.datasets.wikitext103 import Wikitext103
 from seqpe_jax.data.formats import BYTE_ORDER_MARK, check_text_file
 from seqpe_jax.data.qa import question_source
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError, utf8
 from seqpe_jax.files import from_json
-from seqpe_jax.generate import read_prompts
 
 TEXT = b"Once upon a time there was a fox.\n" * 40
 TABLE = pyarrow.table({"text": ["one", "two"]})
@@ -100,20 +100,39 @@ def test_other_formats_are_named(tmp_path, words):
 RECORDS = [{"text": f"story {number}", "id": number} for number in range(30)]
 
 
-@pytest.mark.parametrize("content", [
-    "\n".join(map(json.dumps, RECORDS)), "\ufeff" + "\r\n\r\n".join(map(json.dumps, RECORDS)) + "\r\n", json.dumps(RECORDS),
-    json.dumps(RECORDS, indent=2), "\n".join(json.dumps(one | {"long": "x" * 200_000}) for one in RECORDS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(map(json.dumps, RECORDS)),
+        "\ufeff" + "\r\n\r\n".join(map(json.dumps, RECORDS)) + "\r\n",
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, indent=2),
+        "\n".join(json.dumps(one | {"long": "x" * 200_000}) for one in RECORDS),
+    ],
+)
 def test_json_records_are_no_text(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(InputError, match=r"a.jsonl' holds JSON records \(fields 'text', 'id'.*data.name=qa_jsonl"):
         check_text_file(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize("content", [
-    "", "plain", "{", '{"one": 1}', '{"a": 1}\n{"b"', "[1]\n[2]", '{"a": 1}\nand text', "[{x}] is no JSON", "1\n2\n",
-    "{{}\n{}", '["a", {"b": 1}]', "[" * 100_000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "plain",
+        "{",
+        '{"one": 1}',
+        '{"a": 1}\n{"b"',
+        "[1]\n[2]",
+        '{"a": 1}\nand text',
+        "[{x}] is no JSON",
+        "1\n2\n",
+        "{{}\n{}",
+        '["a", {"b": 1}]',
+        "[" * 100_000,
+    ],
+)
 def test_what_looks_like_json_may_be_text(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
     check_text_file(tmp_path / "a.txt")
@@ -152,7 +171,9 @@ def test_byte_order_marks_are_no_text(tmp_path):
     (tmp_path / "qa.jsonl").write_bytes(mark + b"\n" + mark + line)
     found = [qa_jsonl.parse(line, "here") for _, _, line in qa_jsonl.lines(tmp_path / "qa.jsonl")]
     assert found == [(1, "a?", ("b",))]
-    (tmp_path / "squad.json").write_bytes(mark + b'{"data": [{"title": "t", "paragraphs": [{"context": "c", "qas": []}]}]}')
+    (tmp_path / "squad.json").write_bytes(
+        mark + b'{"data": [{"title": "t", "paragraphs": [{"context": "c", "qas": []}]}]}'
+    )
     found = SquadLong(paths=(tmp_path / "squad.json",), data_dir=tmp_path).questions()
     assert [one.passage for split in found.values() for one in split] == ["c"]
     (tmp_path / "prompts.txt").write_bytes(mark + b"first\nsecond\n")
@@ -161,7 +182,13 @@ def test_byte_order_marks_are_no_text(tmp_path):
 
 
 def test_half_a_surrogate_pair_is_one_line(tmp_path):
-    options = {"split": "train", "tokenizer": ByteTokenizer(), "cache_dir": tmp_path / "c", "progress": False, "length": 64}
+    options = {
+        "split": "train",
+        "tokenizer": ByteTokenizer(),
+        "cache_dir": tmp_path / "c",
+        "progress": False,
+        "length": 64,
+    }
     (tmp_path / "qa.jsonl").write_text('{"index": 1, "input": "a \\ud83d?", "outputs": ["b"]}\n')
     (tmp_path / "squad.json").write_text(
         '{"data": [{"title": "t", "paragraphs": [{"context": "a \\udc00", "qas": [{"question": "q", "answers": []}]}]}]}'

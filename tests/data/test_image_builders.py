@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.data.builders import BUILDERS, IMAGE_BUILDERS, builder_class, digit_images, image_builder_class
-from seqpe_jax.data.builders.base import SPLITS
-from seqpe_jax.data.builders.moving_digits import DIRECTIONS, clip
-from seqpe_jax.data.pictures import image_source
+from seqpe_jax.data.datasets import BUILDERS, IMAGE_BUILDERS, builder_class, digit_images, image_builder_class
+from seqpe_jax.data.datasets.base import SPLITS
+from seqpe_jax.data.datasets.moving_digits import DIRECTIONS, clip
+from seqpe_jax.data.images import image_source
 from seqpe_jax.errors import InputError
 
 
@@ -57,7 +57,9 @@ def test_digit_images(cache):
     assert train[0]["image"].shape == (8, 8, 1) and train[0]["image"].dtype == np.uint8 and train.channels == 1
     assert type(train[0]["label"]) is int and train.class_names == tuple("0123456789") and train.classes == 10
     assert (pixels(train).min(), pixels(train).max()) == (0, 255)
-    np.testing.assert_allclose([pixels(train).mean() / 255, pixels(train).std() / 255], train.mean + train.std, atol=1e-4)
+    np.testing.assert_allclose(
+        [pixels(train).mean() / 255, pixels(train).std() / 255], train.mean + train.std, atol=1e-4
+    )
 
 
 def test_splits_stay_for_ever(cache):
@@ -109,7 +111,9 @@ def test_moving_digits(cache):
             assert record["label"] == 4 * int(digit) + DIRECTIONS.index(direction)
             np.testing.assert_allclose(motion(record["image"]), [steps[direction]] * 7, atol=1e-9)
             shown, kind = digits[split][place // 4]["image"], digits[split][place // 4]["label"]
-            assert int(digit) == kind and record["image"][0].sum(dtype=int) == shown.sum(dtype=int), "the split's own digit"
+            assert int(digit) == kind and record["image"][0].sum(dtype=int) == shown.sum(dtype=int), (
+                "the split's own digit"
+            )
     train = found["train"]
     values = pixels(train)
     np.testing.assert_allclose([values.mean() / 255, values.std() / 255], train.mean + train.std, atol=1e-4)
@@ -122,7 +126,8 @@ def test_frames_without_order_do_not_tell_the_direction():
     for one, other in (("left", "right"), ("up", "down")):
         ways = {
             direction: {
-                frozenset(tuple(np.argwhere(frame)[0]) for frame in clip(dot, direction, str(name))) for name in range(200)
+                frozenset(tuple(np.argwhere(frame)[0]) for frame in clip(dot, direction, str(name)))
+                for name in range(200)
             }
             for direction in (one, other)
         }
@@ -248,4 +253,6 @@ def test_imagenet_resized_needs_a_size_and_its_files(tmp_path):
     for part in ("train", "val"):
         (tmp_path / f"Imagenet8_{part}_npz.zip").write_bytes(b"no archive")
     with pytest.raises(InputError, match="Imagenet8_train_npz.zip' is not a whole archive of 8x8 images"):
-        image_source("imagenet_resized", split="train", paths=("8x8", str(tmp_path)), cache_dir=tmp_path, progress=False)
+        image_source(
+            "imagenet_resized", split="train", paths=("8x8", str(tmp_path)), cache_dir=tmp_path, progress=False
+        )

@@ -58,10 +58,12 @@ def test_batch_larger_than_the_data():
 
 
 SPLITS = {  # rows of each process
-    "alone": [list(range(12))], "blocks": [list(range(n, n + 3)) for n in range(0, 12, 3)],
-    "as on a torus": [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 10, 11]], "of other sizes": [[3], [0, 1, 2, *range(4, 12)]],
+    "alone": [list(range(12))],
+    "blocks": [list(range(n, n + 3)) for n in range(0, 12, 3)],
+    "as on a torus": [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 10, 11]],
+    "of other sizes": [[3], [0, 1, 2, *range(4, 12)]],
     "shared": [[0, 6], [0, 6], list(range(12))],
-}  # fmt: skip
+}
 
 
 def noisy(record, rng):
@@ -154,7 +156,9 @@ def test_evaluation_of_a_part():
         assert scored(evaluation_windows(TOKENS, LENGTH, 4, max_tokens=limit))[0].tolist() == list(range(1, count + 1))
     with pytest.raises(InputError, match=r"needs 501, but the split has 405: lower eval.lengths"):
         evaluation_windows(TOKENS, 500, 4)
-    with pytest.raises(InputError, match=r"eval.tokens=7 \(--tokens\) is less than a window of 8 tokens: raise it to 8"):
+    with pytest.raises(
+        InputError, match=r"eval.tokens=7 \(--tokens\) is less than a window of 8 tokens: raise it to 8"
+    ):
         evaluation_windows(TOKENS, LENGTH, 4, max_tokens=7)
 
 

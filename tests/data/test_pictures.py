@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.data import pictures as images
-from seqpe_jax.data.builders import image_folder, labelled
-from seqpe_jax.data.builders.base import SPLITS, chance
-from seqpe_jax.data.builders.labelled import ImageSource
+from seqpe_jax.data import images as images
+from seqpe_jax.data.datasets import image_base, image_folder
+from seqpe_jax.data.datasets.base import SPLITS, chance
+from seqpe_jax.data.datasets.image_base import ImageSource
+from seqpe_jax.data.images import evaluation_example, image_source, train_example
 from seqpe_jax.data.loader import EvaluationBatches, TrainLoader
-from seqpe_jax.data.pictures import evaluation_example, image_source, train_example
 from seqpe_jax.errors import InputError
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # normalised pixels are value / 255
@@ -43,7 +43,8 @@ def photo(height, width, channels=3, seed=0):
     """Returns smooth colours, so that resizing keeps them about the same."""
     corners = np.random.default_rng(seed).integers(0, 256, (2, 2, channels), dtype=np.uint8)
     planes = [
-        Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in np.moveaxis(corners, -1, 0)
+        Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)
+        for plane in np.moveaxis(corners, -1, 0)
     ]
     return {"image": np.stack(planes, axis=-1), "label": 3}
 
@@ -144,7 +145,9 @@ def test_evaluation_takes_the_middle(size, shape, ratio):
     scale = max(size[0] / ratio / shape[0], size[1] / ratio / shape[1])
     rows = (np.arange(size[0]) + 0.5 - size[0] / 2) / scale + shape[0] / 2 - 0.5
     columns = (np.arange(size[1]) + 0.5 - size[1] / 2) / scale + shape[1] / 2 - 0.5
-    rows, columns = (np.clip(np.rint(at), 0, end - 1).astype(int) for at, end in ((rows, shape[0]), (columns, shape[1])))
+    rows, columns = (
+        np.clip(np.rint(at), 0, end - 1).astype(int) for at, end in ((rows, shape[0]), (columns, shape[1]))
+    )
     np.testing.assert_allclose(found, record["image"][rows][:, columns] / 255, atol=0.12)
 
 
@@ -202,11 +205,15 @@ def test_training_reads_frames_in_a_row_from_anywhere():
     record, found = clip(frames=8), []
     for seed in range(40):
         frames = train_example(record, (6, 10, 12), settings(), rng(seed), **GREY)["images"]
-        starts = [first for first in range(3) if np.allclose(frames, record["image"][first : first + 6] / 255, atol=1e-6)]
+        starts = [
+            first for first in range(3) if np.allclose(frames, record["image"][first : first + 6] / 255, atol=1e-6)
+        ]
         found += starts
     assert len(found) == 40 and set(found) == {0, 1, 2}
     whole = train_example(record, (8, 10, 12), settings(flip=0.5), rng(3), **GREY)["images"]
-    flat = train_example({"image": record["image"][0], "label": 0}, (10, 12), settings(flip=0.5), rng(3), **GREY)["images"]
+    flat = train_example({"image": record["image"][0], "label": 0}, (10, 12), settings(flip=0.5), rng(3), **GREY)[
+        "images"
+    ]
     np.testing.assert_array_equal(whole[0], flat)  # nothing is drawn where there is no choice
 
 
@@ -279,7 +286,9 @@ def folder(root, split, cache=None, **options):
 
 
 def names(source):
-    return [os.path.relpath(source.records[i]["image"], source.records[0]["image"] + "/../..") for i in range(len(source))]
+    return [
+        os.path.relpath(source.records[i]["image"], source.records[0]["image"] + "/../..") for i in range(len(source))
+    ]
 
 
 @pytest.fixture
@@ -298,7 +307,9 @@ def test_split_folders(split_folders):
     train, held_out, test = (folder(split_folders, split) for split in SPLITS)
     assert train.class_names == held_out.class_names == test.class_names == ("ant", "cat", "dog")
     assert [train[i]["label"] for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
-    assert [held_out[i]["label"] for i in range(8)] == [1] * 4 + [2] * 4 and [test[i]["label"] for i in range(4)] == [2] * 4
+    assert [held_out[i]["label"] for i in range(8)] == [1] * 4 + [2] * 4 and [test[i]["label"] for i in range(4)] == [
+        2
+    ] * 4
     assert names(test) == ["dog/0.png", "dog/1.JPG", "dog/2.bmp", "dog/3.webp"]
     np.testing.assert_array_equal(train[2]["image"], np.full((4, 6, 3), (80, 100, 200), np.uint8))
     assert train.channels == 3 and train.mean == (0.485, 0.456, 0.406)
@@ -372,8 +383,13 @@ def test_folders_of_a_class_are_read_to_their_depth(tmp_path, capsys):
     os.mkfifo(root / "train" / "dog" / "7.png")
     train, words = told(root, "train", capsys)
     assert [train.records.status[place][0] for place in range(len(train))] == [
-        "cat/2.tif", "cat/a/3.TIFF", "cat/a/b/1.png", "dog/4.gif", "dog/x/5.ppm", "dog/x/6.jp2",
-    ]  # fmt: skip
+        "cat/2.tif",
+        "cat/a/3.TIFF",
+        "cat/a/b/1.png",
+        "dog/4.gif",
+        "dog/x/5.ppm",
+        "dog/x/6.jp2",
+    ]
     assert [train[place]["label"] for place in range(6)] == [0, 0, 0, 1, 1, 1]
     for place in range(6):
         np.testing.assert_allclose(train[place]["image"][0, 0], (10, 20, 30), atol=4)
@@ -404,7 +420,9 @@ def test_images_behind_links(tmp_path, capsys):
     assert "outside of class folders: 1 (gone)" in words
     assert "links to what is read already: 1 (dog/again.png); links to folders above: 1 (dog/up)" in words
     (root / "fox").symlink_to("dog")
-    with pytest.raises(InputError, match=r"'.*photos/fox' holds no images of its own .*links to what is read already: \d"):
+    with pytest.raises(
+        InputError, match=r"'.*photos/fox' holds no images of its own .*links to what is read already: \d"
+    ):
         folder(root, split)
 
 
@@ -414,7 +432,9 @@ def test_split_folders_in_any_case(split_folders):
         (split_folders / before).rename(split_folders / after)
     assert [folder(split_folders, split).fingerprint for split in SPLITS] == fingerprints
     (split_folders / "bus" / "night").mkdir(parents=True)
-    with pytest.raises(InputError, match="has 'Train' beside 'bus', which may be a split or a class: name splits in lower"):
+    with pytest.raises(
+        InputError, match="has 'Train' beside 'bus', which may be a split or a class: name splits in lower"
+    ):
         folder(split_folders, "train")
     (split_folders / "Train").rename(split_folders / "train")
     assert folder(split_folders, "test").fingerprint == fingerprints[2], "one in lower case says what the others are"
@@ -443,12 +463,15 @@ def test_names_of_images_need_not_be_utf8(tmp_path):
     assert reds == [*range(90), 255]
 
 
-@pytest.mark.parametrize("mode, value, words", [
-    ("F", 2.5, "its floating-point values go from 2.5 to 2.5, and only 0 to 1 is known"),
-    ("F", -0.5, "its floating-point values go from -0.5"),
-    ("F", float("nan"), "its floating-point values go from nan"),
-    ("I", 70000, "its whole numbers go from 70000 to 70000, and only 0 to 65535 is known"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, value, words",
+    [
+        ("F", 2.5, "its floating-point values go from 2.5 to 2.5, and only 0 to 1 is known"),
+        ("F", -0.5, "its floating-point values go from -0.5"),
+        ("F", float("nan"), "its floating-point values go from nan"),
+        ("I", 70000, "its whole numbers go from 70000 to 70000, and only 0 to 65535 is known"),
+    ],
+)
 def test_values_whose_range_nobody_knows_are_refused(tmp_path, mode, value, words):
     write(tmp_path / "photos" / "train" / "a" / "1.png")
     write(tmp_path / "photos" / "train" / "a" / "2.tif", mode, value)
@@ -469,18 +492,33 @@ def test_photos_stand_upright_as_the_camera_marked_them(tmp_path):
     write(tmp_path / "photos" / "train" / "b" / "1.png")
     image = folder(tmp_path / "photos", "train")[0]["image"]
     assert image.shape == (8, 4, 3) and (image[:4] == 0).all() and (image[4:] == 200).all()
-    np.testing.assert_array_equal(labelled.read_rgb(str(path), "one", "none"), pixels)
+    np.testing.assert_array_equal(image_base.read_rgb(str(path), "one", "none"), pixels)
 
 
-@pytest.mark.parametrize("names, words", [
-    (["pets/train/cat", "pets/train/dog", "pets/val/cat"], r"'\S+/pets' holds splits \(train, val\) and is no class"),
-    (["cat/train", "cat/valid", "dog/train"], r"'\S+/cat' holds splits .*put splits above classes"),
-    (["old/train/cat", "old/test/cat", "new/cat"], r"'\S+/old' holds splits .*give that folder as data.paths if it is"),
-    (["zip/inner/cat", "zip/inner/dog"], r"holds one class, 'zip', .*: give '\S+/zip/inner' as data.paths.*\(cat, dog, "),
-    (["train/pets/cat", "train/pets/dog", "test/pets/cat"], r"'\S+/train' holds one class, 'pets'"),
-    (["training/0", "training/1"], r"holds one class, 'training', .*: give '\S+/training' as data.paths"),
-    (["cat"], "holds one class, 'cat', and a model needs two to tell apart: give a folder with two class folders or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (
+            ["pets/train/cat", "pets/train/dog", "pets/val/cat"],
+            r"'\S+/pets' holds splits \(train, val\) and is no class",
+        ),
+        (["cat/train", "cat/valid", "dog/train"], r"'\S+/cat' holds splits .*put splits above classes"),
+        (
+            ["old/train/cat", "old/test/cat", "new/cat"],
+            r"'\S+/old' holds splits .*give that folder as data.paths if it is",
+        ),
+        (
+            ["zip/inner/cat", "zip/inner/dog"],
+            r"holds one class, 'zip', .*: give '\S+/zip/inner' as data.paths.*\(cat, dog, ",
+        ),
+        (["train/pets/cat", "train/pets/dog", "test/pets/cat"], r"'\S+/train' holds one class, 'pets'"),
+        (["training/0", "training/1"], r"holds one class, 'training', .*: give '\S+/training' as data.paths"),
+        (
+            ["cat"],
+            "holds one class, 'cat', and a model needs two to tell apart: give a folder with two class folders or more",
+        ),
+    ],
+)
 def test_folders_one_level_off_are_refused(tmp_path, names, words):
     for name in names:
         write(tmp_path / "photos" / name / "0.png")
@@ -488,9 +526,15 @@ def test_folders_one_level_off_are_refused(tmp_path, names, words):
         folder(tmp_path / "photos", "train")
 
 
-@pytest.mark.parametrize("train, validation, test", [
-    ("training", "valid", "testing"), ("train", "dev", "eval"), ("train", "eval", "test"), ("train", "val", "Testing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, validation, test",
+    [
+        ("training", "valid", "testing"),
+        ("train", "dev", "eval"),
+        ("train", "eval", "test"),
+        ("train", "val", "Testing"),
+    ],
+)
 def test_splits_under_other_names(split_folders, train, validation, test):
     fingerprints = [folder(split_folders, split).fingerprint for split in SPLITS]
     for before, after in zip(SPLITS, (train, validation, test), strict=True):
@@ -513,7 +557,9 @@ def test_every_class_has_a_picture_for_training(tmp_path):
     assert sum(map(len, found.values())) == len(set().union(*found.values())) == 150
     assert {name.partition("/")[0] for name in found["train"]} == set(counts)
     moved = [name for name in found["train"] if chance(f"image_folder {name}") < image_folder.VALIDATION]
-    assert 0 < len(moved) < 8 and all(name.startswith("rare") for name in moved), "others stay where their hash puts them"
+    assert 0 < len(moved) < 8 and all(name.startswith("rare") for name in moved), (
+        "others stay where their hash puts them"
+    )
     assert len(found["test"]) > 5 < len(found["validation"])
 
 
@@ -527,7 +573,9 @@ def test_thumbnails_are_no_pictures(tmp_path, capsys):
     train, words = told(root, "train", capsys)
     assert train.class_names == ("a", "b")
     assert len(train) + sum(len(folder(root, split)) for split in ("validation", "test")) == 40
-    assert "thumbnail and system folders: 2 (#recycle, __MACOSX)" in words and "hidden folders: 1 (.thumbnails)" in words
+    assert (
+        "thumbnail and system folders: 2 (#recycle, __MACOSX)" in words and "hidden folders: 1 (.thumbnails)" in words
+    )
     assert "thumbnail and system folders: 2 (a/@eaDir, b/@eaDir)" in words
 
 
@@ -537,9 +585,13 @@ def png_of_16_bits(file, values):
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
-    ))  # fmt: skip
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in parts
+        )
+    )
 
 
 def test_grey_values_of_10_or_12_bits(tmp_path):
@@ -548,7 +600,9 @@ def test_grey_values_of_10_or_12_bits(tmp_path):
         (root / "train" / kind).mkdir(parents=True)
         Image.fromarray(np.full((4, 6), value, np.uint16)).save(root / "train" / kind / "0.png")
     for _ in range(2):
-        with pytest.raises(InputError, match="go up to 3999 of 65535, .* set data.bit_depth=12 .* if 4095 is white, or 16"):
+        with pytest.raises(
+            InputError, match="go up to 3999 of 65535, .* set data.bit_depth=12 .* if 4095 is white, or 16"
+        ):
             folder(root, "train")
     with pytest.raises(InputError, match="go up to 3999, beyond the 1023 of data.bit_depth=10"):
         folder(root, "train", bit_depth=10)
@@ -587,7 +641,9 @@ def test_labels_in_the_names_of_others(split_folders):
     assert [other[place]["label"] for place in range(12)] == [3] * 4 + [2] * 4 + [1] * 4
     assert other.classes == 4 and len(other) == len(train)
     assert test.labelled_as(("ant", "cat", "dog"), "us")[0]["label"] == 2
-    with pytest.raises(InputError, match="folder/train has classes cat, dog, unknown to them, whose class is ant: give"):
+    with pytest.raises(
+        InputError, match="folder/train has classes cat, dog, unknown to them, whose class is ant: give"
+    ):
         train.labelled_as(("ant",), "them")
     with pytest.raises(InputError, match="has class ant, unknown to them, whose classes are .*, 4 and 3 more: give"):
         train.labelled_as(("cat", "dog", *map(str, range(11, 0, -1))), "them")
@@ -614,7 +670,9 @@ def test_folder_errors(split_folders, tmp_path):
     with pytest.raises(InputError, match="'.*empty' holds no class folders; expected ROOT/"):
         folder(tmp_path / "empty", "train")
     (split_folders / "train" / "bee").mkdir()
-    with pytest.raises(InputError, match="class folder '.*train/bee' holds no images .*: put images into it, or remove it"):
+    with pytest.raises(
+        InputError, match="class folder '.*train/bee' holds no images .*: put images into it, or remove it"
+    ):
         folder(split_folders, "train")
     write(split_folders / "test" / "cow" / "0.png")
     for split in SPLITS:

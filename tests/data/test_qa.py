@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 
 from seqpe_jax.data import qa, qa_index
-from seqpe_jax.data.builders import QUESTION_BUILDERS, builder_class, question_builder_class
+from seqpe_jax.data.datasets import QUESTION_BUILDERS, builder_class, question_builder_class
 from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
 
 BYTES = ByteTokenizer()
 RECORD = {
-    "index": 3, "input": "a = 1\n\n>>> a =", "question": ">>> a =", "outputs": ("1", "one"), "depth": 0.0, "kind": "k",
-}  # fmt: skip
+    "index": 3,
+    "input": "a = 1\n\n>>> a =",
+    "question": ">>> a =",
+    "outputs": ("1", "one"),
+    "depth": 0.0,
+    "kind": "k",
+}
 
 
 def lines(*records):
@@ -29,9 +34,14 @@ def line(index, prompt, *outputs):
 
 def source(folder, path, split="train", length=64, tokenizer=BYTES):
     return qa.question_source(
-        "qa_jsonl", split=split, tokenizer=tokenizer, length=length, paths=(str(path),), cache_dir=folder / "cache",
+        "qa_jsonl",
+        split=split,
+        tokenizer=tokenizer,
+        length=length,
+        paths=(str(path),),
+        cache_dir=folder / "cache",
         progress=False,
-    )  # fmt: skip
+    )
 
 
 def test_names():
@@ -39,7 +49,9 @@ def test_names():
         assert question_builder_class(name).name == name
     with pytest.raises(InputError, match="Did you mean 'stdlib_qa'"):
         question_builder_class("stdlib_q")
-    with pytest.raises(InputError, match="'wikitext103' .* is text, but this run needs questions: choose qa_jsonl, squad"):
+    with pytest.raises(
+        InputError, match="'wikitext103' .* is text, but this run needs questions: choose qa_jsonl, squad"
+    ):
         question_builder_class("wikitext103")
     with pytest.raises(InputError, match="'squad_long' .* is questions, but this run needs text"):
         builder_class("squad_long")
@@ -48,8 +60,9 @@ def test_names():
 def test_training_example():
     found = qa.training_example(RECORD, tokenizer=BYTES, length=24, prompt_weight=0.25, question_weight=0.5)
     assert {name: (value.dtype.name, value.shape) for name, value in found.items()} == {
-        "tokens": ("int32", (25,)), "weights": ("float32", (24,)),
-    }  # fmt: skip
+        "tokens": ("int32", (25,)),
+        "weights": ("float32", (24,)),
+    }
     assert bytes(found["tokens"].tolist()) == b"a = 1\n\n>>> a = 1" + b"\0" * 9
     # 14 tokens of prompt: 13 of them are targets, 7 of the question; then " ", "1" and the end; then what fills up.
     np.testing.assert_array_equal(found["weights"], [0.25] * 6 + [0.5] * 7 + [1.0] * 3 + [0.0] * 8)
@@ -98,17 +111,27 @@ def test_prompts_from_lines(tmp_path):
     found = source(tmp_path, path)
     assert len(found) == 2 and found.skipped["too_long"] == 1 and found.length == 64
     assert found[0] == {
-        "index": 5, "input": "passage\n\nQuestion: é?\nAnswer:", "question": "Question: é?\nAnswer:",
-        "outputs": ("x", "yy"), "depth": None, "kind": "any", "passage": None,
-    }  # fmt: skip
-    assert found[1]["index"] == 7 and [question for question, _, _ in found.questions()] == ["Question: é?\nAnswer:", "q"]
+        "index": 5,
+        "input": "passage\n\nQuestion: é?\nAnswer:",
+        "question": "Question: é?\nAnswer:",
+        "outputs": ("x", "yy"),
+        "depth": None,
+        "kind": "any",
+        "passage": None,
+    }
+    assert found[1]["index"] == 7 and [question for question, _, _ in found.questions()] == [
+        "Question: é?\nAnswer:",
+        "q",
+    ]
     assert len(source(tmp_path, path, "test", length=200)) == 3, "one file serves every split"
     statistics = found.statistics()
     assert statistics["depth"] is None and statistics["skipped"]["too_long"] == 1
     assert sum(statistics["tokens"]["count"]) == 2
     # "q", " a" and the end are 4 tokens; the longest answer counts.
     assert len(source(tmp_path, path, length=4)) == 1
-    with pytest.raises(InputError, match=r"fits 3 tokens: the smallest workable length is 4 \(and 102 for all of its 3"):
+    with pytest.raises(
+        InputError, match=r"fits 3 tokens: the smallest workable length is 4 \(and 102 for all of its 3"
+    ):
         source(tmp_path, path, length=3)
 
 
@@ -127,7 +150,9 @@ def test_folder_of_lines(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(lines(line(0, split, "a")))
     assert source(tmp_path, tmp_path, "validation")[0]["input"] == "validation"
-    with pytest.raises(InputError, match=r"test.jsonl' does not exist \(the folder has train, validation\); give one file"):
+    with pytest.raises(
+        InputError, match=r"test.jsonl' does not exist \(the folder has train, validation\); give one file"
+    ):
         source(tmp_path, tmp_path, "test")
     with pytest.raises(InputError, match="nothing.jsonl' does not exist; give one file, or a folder"):
         source(tmp_path, tmp_path / "nothing.jsonl")
@@ -221,8 +246,13 @@ def test_prompt_fits_where_tokens_are_not_those_counted_apart(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps(content))
     tokenizer = Glueing()
     found = qa.question_source(
-        "squad_long", split="train", tokenizer=tokenizer, length=400, paths=(str(tmp_path / "one.json"),),
-        cache_dir=tmp_path / "cache", progress=False,
-    )  # fmt: skip
+        "squad_long",
+        split="train",
+        tokenizer=tokenizer,
+        length=400,
+        paths=(str(tmp_path / "one.json"),),
+        cache_dir=tmp_path / "cache",
+        progress=False,
+    )
     for index in range(len(found)):
         assert 300 < len(qa.training_example(found[index], tokenizer=tokenizer, length=400)["tokens"])

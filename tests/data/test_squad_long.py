@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.data import qa
-from seqpe_jax.data.builders.squad_long import SquadLong
+from seqpe_jax.data.datasets.squad_long import SquadLong
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
 
@@ -37,9 +37,15 @@ def written(path, content):
 
 def source(folder, path, split="train", length=512, tokenizer=BYTES, **options):
     return qa.question_source(
-        "squad_long", split=split, tokenizer=tokenizer, length=length, paths=(str(path),), cache_dir=folder / "cache",
-        progress=False, **options,
-    )  # fmt: skip
+        "squad_long",
+        split=split,
+        tokenizer=tokenizer,
+        length=length,
+        paths=(str(path),),
+        cache_dir=folder / "cache",
+        progress=False,
+        **options,
+    )
 
 
 def tokens_of(record, tokenizer):
@@ -57,7 +63,9 @@ def titles(folder, paths):
     builder = SquadLong(paths=paths, data_dir=folder)
     builder.prepare(progress=False)
     builder = SquadLong(paths=paths, data_dir=folder)
-    return {split: {row["name"].decode() for row in builder.as_data_source(split=split)} for split in builder.info.splits}
+    return {
+        split: {row["name"].decode() for row in builder.as_data_source(split=split)} for split in builder.info.splits
+    }
 
 
 def test_one_file_is_split_by_article(tmp_path):
@@ -119,7 +127,9 @@ def test_no_passage_twice_before_all_were_used(tmp_path):
             assert max(counts) - min(counts) <= 1, "they come round after round"
 
 
-@pytest.mark.parametrize("length", [512, *(pytest.param(length, marks=pytest.mark.slow) for length in (1024, 4096, 8192))])
+@pytest.mark.parametrize(
+    "length", [512, *(pytest.param(length, marks=pytest.mark.slow) for length in (1024, 4096, 8192))]
+)
 def test_real_questions_and_tokenizer(tmp_path_factory, shared_data, length):
     folder = tmp_path_factory.getbasetemp() / "xquad"
     folder.mkdir(exist_ok=True)
@@ -166,7 +176,9 @@ def test_what_is_skipped_is_counted(tmp_path):
     found = source(tmp_path, written(tmp_path / "one.json", content), length=512)
     assert found.skipped == {"without_answer": 16, "answer_not_in_text": 16, "too_long": 16} and len(found) == 16
     statistics = found.statistics()
-    assert statistics["skipped"] == found.skipped and statistics["examples"] == 16 and statistics["kinds"] == {"when": 16}
+    assert (
+        statistics["skipped"] == found.skipped and statistics["examples"] == 16 and statistics["kinds"] == {"when": 16}
+    )
     assert sum(statistics["tokens"]["count"]) == sum(statistics["depth"]["count"]) == statistics["sampled"] == 16
     lines = "\n".join(found.describe())
     assert "16 questions at 512 tokens; skipped: without_answer 16, answer_not_in_text 16, too_long 16" in lines

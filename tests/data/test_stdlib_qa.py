@@ -5,8 +5,8 @@ import collections
 import pytest
 
 from seqpe_jax.data import qa
-from seqpe_jax.data.builders import stdlib_qa, stdlib_text
-from seqpe_jax.data.builders.stdlib_qa import StdlibQA, ask
+from seqpe_jax.data.datasets import stdlib_qa, stdlib_text
+from seqpe_jax.data.datasets.stdlib_qa import StdlibQA, ask
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.errors import InputError
 

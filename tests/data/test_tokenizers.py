@@ -210,7 +210,9 @@ def test_a_run_from_before_ends_its_texts_as_it_did(small_file, tmp_path):
     content["added_tokens"][0]["content"] = "[EOS]"
     small_file.write_text(json.dumps(content))
     new = load_tokenizer(small_file)
-    (small_file.parent / "config.json").write_text(json.dumps({"data": {}, "encoding": {}, "model": {}, "objective": {}}))
+    (small_file.parent / "config.json").write_text(
+        json.dumps({"data": {}, "encoding": {}, "model": {}, "objective": {}})
+    )
     old = load_tokenizer(small_file)
     assert (new.end_of_text, old.end_of_text) == (256, None)
     assert new.digest == old.digest and new.fingerprint != old.fingerprint == old.digest
@@ -258,7 +260,9 @@ def test_what_is_lost(tmp_path):
     assert not nfc.lost("cafe\u0301"), "another way to write the same letter"
     words = word_level(tmp_path / "4.json", ["the", "fox"])
     assert not words.lost("the  fox\n\tthe"), "white space between words"
-    assert words.lost("the known fox") == {"k": 1, "n": 2, "o": 1, "w": 1}, "the name of the unknown token hides nothing"
+    assert words.lost("the known fox") == {"k": 1, "n": 2, "o": 1, "w": 1}, (
+        "the name of the unknown token hides nothing"
+    )
     small = word_level(tmp_path / "5.json", ["the", "fox"], tokenizers.normalizers.Lowercase())
     assert small.lost("The Fox the") == {"T": 1, "F": 1}
 
@@ -315,12 +319,20 @@ def test_tokens_of_added_tokens_json_are_the_tokenizers(small_file, tmp_path):
     assert load_tokenizer(folder).fingerprint == plain.fingerprint, "nothing that is not there already"
 
 
-@pytest.mark.parametrize("content, words", [
-    ('{"<word>": 256}', "gives '<word>' the id 256, but tokenizer.json beside it gives '<.endoftext.>' that id"),
-    ('{"<|endoftext|>": 300}', "gives '<.endoftext.>' the id 300, but tokenizer.json beside it gives .* the id 256"),
-    ('{"<word>": "257"}', "must give each token an id from 0"), ('["<word>"]', "must give each token an id from 0"),
-    ("{", "is not JSON"), ('{"\\ud83d": 257}', "is not JSON .*half a surrogate pair"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"<word>": 256}', "gives '<word>' the id 256, but tokenizer.json beside it gives '<.endoftext.>' that id"),
+        (
+            '{"<|endoftext|>": 300}',
+            "gives '<.endoftext.>' the id 300, but tokenizer.json beside it gives .* the id 256",
+        ),
+        ('{"<word>": "257"}', "must give each token an id from 0"),
+        ('["<word>"]', "must give each token an id from 0"),
+        ("{", "is not JSON"),
+        ('{"\\ud83d": 257}', "is not JSON .*half a surrogate pair"),
+    ],
+)
 def test_added_tokens_that_do_not_fit_are_refused(small_file, content, words):
     (small_file.parent / "added_tokens.json").write_text(content)
     with pytest.raises(InputError, match=words):

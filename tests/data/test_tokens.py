@@ -66,9 +66,9 @@ def test_end_of_text_between_documents(files, tmp_path):
 
 def test_pieces_of_a_document_are_not_separated(files, tmp_path, monkeypatch):
     whole = source(files, tmp_path / "c", tokenizer=Letters())
-    from seqpe_jax.data.builders import documents
+    from seqpe_jax.data.datasets import text_base
 
-    monkeypatch.setattr(documents.pieces, "__defaults__", (500,))
+    monkeypatch.setattr(text_base.pieces, "__defaults__", (500,))
     monkeypatch.setattr(text, "GROUP_BYTES", 600)
     cut = source(files, tmp_path / "d", tokenizer=Letters())
     assert cut.fingerprint == whole.fingerprint and cut.documents == 3
@@ -86,7 +86,9 @@ def test_what_is_left_out_is_told_once(files, tmp_path, capsys):
 
 
 def test_a_cache_that_cannot_be_named_is_refused(files, tmp_path):
-    with pytest.raises(InputError, match="is not UTF-8, as that of the cache .*SEQPE_JAX_CACHE.* must be: choose another"):
+    with pytest.raises(
+        InputError, match="is not UTF-8, as that of the cache .*SEQPE_JAX_CACHE.* must be: choose another"
+    ):
         source(files, tmp_path / os.fsdecode(b"caf\xe9"))
 
 
@@ -191,7 +193,9 @@ def test_wikitext_with_gpt2_tokens(shared_data, tmp_path):
 
 
 def test_stdlib_text_needs_seconds_once(tmp_path):
-    found = token_source("stdlib_text", split="validation", tokenizer=ByteTokenizer(), cache_dir=tmp_path, progress=False)
+    found = token_source(
+        "stdlib_text", split="validation", tokenizer=ByteTokenizer(), cache_dir=tmp_path, progress=False
+    )
     assert found.tokens.size == found.bytes > 100_000
     assert bytes(found.tokens).decode("utf-8")
     assert os.path.exists(tmp_path / "datasets")

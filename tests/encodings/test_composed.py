@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.architecture import Architecture, Sizes
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.composed import Composed
-from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import place
+from seqpe_jax.models.build import Architecture, Sizes
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, every_part, random_params, tiny_config
 
@@ -35,7 +35,9 @@ def shapes(run):
 def test_parts_leave_the_parameters_of_the_first_as_they_are():
     """A checkpoint does not tell whether its encoding stood alone."""
     alone, composed = run_of(), run_of(*BESIDE.items())
-    assert isinstance(composed.architecture.encoding, Composed) and not isinstance(alone.architecture.encoding, Composed)
+    assert isinstance(composed.architecture.encoding, Composed) and not isinstance(
+        alone.architecture.encoding, Composed
+    )
     assert shapes(alone) == shapes(composed)
     params = random_params(alone, 0.3)
     one, other = (run.programs.signal(params, (20,)) for run in (alone, composed))
@@ -113,20 +115,48 @@ def test_every_encoding_of_grids_takes_rotary_pairs(kind):
         digits_config(kind, **{"encoding.gate": "forget"})
 
 
-@pytest.mark.parametrize("page, kind, fields, told", [
-    ("stdlib_lm", "pope", {"rotary_pairs": 2}, "rotary_pairs=2 is not read by encoding.kind='pope', only by rotary, "),
-    ("stdlib_lm", "rotary_mixed", {"rotary_pairs": 2}, "rotary_pairs=2 is not read by encoding.kind='rotary_mixed'"),
-    ("stdlib_lm", "rotary", {"rotary_heads": 2}, "rotary_heads=2 is not read by encoding.kind='rotary', only by seqpe, "),
-    ("stdlib_lm", "learned", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='learned'"),
-    ("stdlib_lm", "none", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='none'"),
-    ("stdlib_lm", "alibi", {"gate_bias_init": 4.0}, "gate_bias_init=4.0 is read by .*'alibi' with encoding.gate alone"),
-    ("stdlib_lm", "alibi", {"rotary_heads": 2}, "rotary_heads=2 is read by .*'alibi' with encoding.rotary_pairs alone"),
-    ("stdlib_lm", "none", {"fraction_digits": 1}, "'none' has no positions without encoding.rotary_pairs"),
-    ("stdlib_lm", "kerple", {"rotary_pairs": 13}, "rotary_pairs=13 must lie between the 1 axes and the 12 pairs"),
-    ("stdlib_lm", "fox", {"gate": "both"}, "'encoding.gate' is 'both'"),
-    ("digits_vit", "fox", {}, "encoding.gate='forget' needs tokens in causal order, .* than fox and cable"),
-    ("digits_vit", "rotary", {"scaling": "yarn", "log_scaling": True}, "both sharpen attention in longer windows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "page, kind, fields, told",
+    [
+        (
+            "stdlib_lm",
+            "pope",
+            {"rotary_pairs": 2},
+            "rotary_pairs=2 is not read by encoding.kind='pope', only by rotary, ",
+        ),
+        (
+            "stdlib_lm",
+            "rotary_mixed",
+            {"rotary_pairs": 2},
+            "rotary_pairs=2 is not read by encoding.kind='rotary_mixed'",
+        ),
+        (
+            "stdlib_lm",
+            "rotary",
+            {"rotary_heads": 2},
+            "rotary_heads=2 is not read by encoding.kind='rotary', only by seqpe, ",
+        ),
+        ("stdlib_lm", "learned", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='learned'"),
+        ("stdlib_lm", "none", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='none'"),
+        (
+            "stdlib_lm",
+            "alibi",
+            {"gate_bias_init": 4.0},
+            "gate_bias_init=4.0 is read by .*'alibi' with encoding.gate alone",
+        ),
+        (
+            "stdlib_lm",
+            "alibi",
+            {"rotary_heads": 2},
+            "rotary_heads=2 is read by .*'alibi' with encoding.rotary_pairs alone",
+        ),
+        ("stdlib_lm", "none", {"fraction_digits": 1}, "'none' has no positions without encoding.rotary_pairs"),
+        ("stdlib_lm", "kerple", {"rotary_pairs": 13}, "rotary_pairs=13 must lie between the 1 axes and the 12 pairs"),
+        ("stdlib_lm", "fox", {"gate": "both"}, "'encoding.gate' is 'both'"),
+        ("digits_vit", "fox", {}, "encoding.gate='forget' needs tokens in causal order, .* than fox and cable"),
+        ("digits_vit", "rotary", {"scaling": "yarn", "log_scaling": True}, "both sharpen attention in longer windows"),
+    ],
+)
 def test_parts_that_an_encoding_cannot_take_are_refused(page, kind, fields, told):
     with pytest.raises(InputError, match=told) as caught:
         overrides = {f"encoding.{name}": value for name, value in fields.items()}
@@ -138,8 +168,12 @@ def test_parts_that_an_encoding_cannot_take_are_refused(page, kind, fields, told
 def test_no_state_reads_the_future(kind):
     """By gradients, of one place in the middle."""
     length, place = 6, 3
-    run = Trainer.of(tiny_config(variant=kind, data__length=length, eval__lengths=(length,), **SHORT.get(kind, {}),
-                                 **every_part(kind)), jax.devices()[:1])  # fmt: skip
+    run = Trainer.of(
+        tiny_config(
+            variant=kind, data__length=length, eval__lengths=(length,), **SHORT.get(kind, {}), **every_part(kind)
+        ),
+        jax.devices()[:1],
+    )
     params, network = random_params(run, 0.5), run.architecture.network
     tokens_BL = jax.random.randint(jax.random.PRNGKey(1), (1, length), 0, 256)
     signal = run.programs.signal(params, (length,))
@@ -149,7 +183,9 @@ def test_no_state_reads_the_future(kind):
         def state(added):
             own = signal.replace(added=added if signal.added is None else signal.added + added)
             hidden_BLD = network.apply({"params": params["model"]}, tokens_BL, own, method="hidden")
-            return (hidden_BLD[0, place] * jnp.arange(1.0, 25.0)).sum()  # a plain sum of a LayerNorm's output is constant
+            return (
+                hidden_BLD[0, place] * jnp.arange(1.0, 25.0)
+            ).sum()  # a plain sum of a LayerNorm's output is constant
 
         return jnp.abs(jax.grad(state)(added)).sum(axis=(0, 2))
 

@@ -78,9 +78,17 @@ def spun(theta, width, axes, counts, positions):
     return np.stack(angles, axis=-1)
 
 
-@pytest.mark.parametrize("axes, pairs, counts", [
-    (1, 3, [3]), (1, 8, [8]), (2, 4, [2, 2]), (2, 3, [2, 1]), (3, 4, [2, 1, 1]), (3, 8, [3, 3, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes, pairs, counts",
+    [
+        (1, 3, [3]),
+        (1, 8, [8]),
+        (2, 4, [2, 2]),
+        (2, 3, [2, 1]),
+        (3, 4, [2, 1, 1]),
+        (3, 8, [3, 3, 2]),
+    ],
+)
 def test_the_fastest_pairs_of_each_axis_turn(axes, pairs, counts):
     shape = (3,) * axes
     positions = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, axes)
@@ -116,13 +124,18 @@ def test_angles_between_whole_positions(unit):
     positions = units / unit
     rotations = [
         (Rotary(width, 1, theta, unit=unit).apply({}, line, shape=(40,)), spun(theta, width, 1, [8], positions[:, :1])),
-        (RotaryAxial(width, 1, theta, unit=unit).apply({}, grid, shape=(8, 5)), spun(theta, width, 2, [4, 4], positions)),
+        (
+            RotaryAxial(width, 1, theta, unit=unit).apply({}, grid, shape=(8, 5)),
+            spun(theta, width, 2, [4, 4], positions),
+        ),
     ]
     for signal, angles in rotations:
         for found, wave in zip(signal.rotation, (np.cos, np.sin), strict=True):
             np.testing.assert_allclose(found[0, :, 0], wave(angles), atol=1e-5)
     added = Sinusoidal(width, theta, amplitude=0.5, unit=unit).apply({}, grid, shape=(8, 5)).added[0]
-    angles = np.stack([positions[:, axis] * theta ** (-2 * 2 * pair / width) for axis in (0, 1) for pair in range(4)], -1)
+    angles = np.stack(
+        [positions[:, axis] * theta ** (-2 * 2 * pair / width) for axis in (0, 1) for pair in range(4)], -1
+    )
     np.testing.assert_allclose(added[:, 0::2], 0.5 * np.sin(angles), atol=1e-5)
     np.testing.assert_allclose(added[:, 1::2], 0.5 * np.cos(angles), atol=1e-5)
 

@@ -11,8 +11,10 @@ from seqpe_jax.positions.digits import significant, to_digits
 from tests.goldens import close, load, names, under
 
 # The fast lane takes one encoder with one axis and one with two.
-NAMES = [name if name in ("enc1d_a", "enc2d_a", "absent") else pytest.param(name, marks=pytest.mark.slow)
-         for name in names("encoder")]  # fmt: skip
+NAMES = [
+    name if name in ("enc1d_a", "enc2d_a", "absent") else pytest.param(name, marks=pytest.mark.slow)
+    for name in names("encoder")
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,7 +34,9 @@ def test_encoder(goldens, name):
 
     (_, vectors_RE), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
     close(vectors_RE, arrays["out/pe"], 2e-5)
-    expected = from_state_dicts(spec, None, under(arrays, "grad/")).params["encoding"]  # a gradient has its array's place
+    expected = from_state_dicts(spec, None, under(arrays, "grad/")).params[
+        "encoding"
+    ]  # a gradient has its array's place
     assert jax.tree.structure(grads) == jax.tree.structure(expected)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for path, found in jax.tree_util.tree_flatten_with_path(grads)[0]:

@@ -14,8 +14,8 @@ from seqpe_jax.encodings.fixed import Rotary, RotaryAxial, Sinusoidal
 from seqpe_jax.encodings.learned import resize
 from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.interop.weights import mixed_rule
+from seqpe_jax.losses.train_loss import term_weight
 from seqpe_jax.models.attention import _rotate
-from seqpe_jax.objectives.objective import term_weight
 from seqpe_jax.positions.counting import count_digits
 from seqpe_jax.positions.digits import significant, to_digits
 from seqpe_jax.positions.grids import grid
@@ -146,11 +146,27 @@ def mask(arrays):
             direction = name.split("_")[0]
             padded, cls = (bool(value) for value in numbers(name))
             encoder = seqpe.DigitEncoder(
-                output_width=2, axes=1, base=10, digits=5, padding="left", width=2, heads=1, layers=1, dropout=0.0,
-                attention_dropout=0.0, activation="relu", layer_norm_epsilon=1e-5, direction=direction, cls=cls,
-                final_norm=False, mask_padding=padded, place="global", temperature=1.0, norm_init=1.0,
+                output_width=2,
+                axes=1,
+                base=10,
+                digits=5,
+                padding="left",
+                width=2,
+                heads=1,
+                layers=1,
+                dropout=0.0,
+                attention_dropout=0.0,
+                activation="relu",
+                layer_norm_epsilon=1e-5,
+                direction=direction,
+                cls=cls,
+                final_norm=False,
+                mask_padding=padded,
+                place="global",
+                temperature=1.0,
+                norm_init=1.0,
                 kernel_init=jax.nn.initializers.normal(),
-            )  # fmt: skip
+            )
             encoder.init(jax.random.PRNGKey(0), positions_RA)
             found = np.broadcast_to(received.pop()[:, 0], expected.shape)
             np.testing.assert_array_equal(found, expected > 0, name)
@@ -170,10 +186,18 @@ def pe_weight_schedule(arrays):
 
 
 CHECKS = {
-    sin: ("sin/",), rotary: ("rotary/",), sin2d: ("sin2d_",), rotary2d: ("rotary2d_",), mixed: ("mixed_",),
-    rot: ("rot_", "rot2d_"), interp: ("interp",), digits: ("digits", "padmask", "get_digit_num"), mask: ("mask_",),
-    pos2d: ("pos2d_",), pe_weight_schedule: ("pe_weight_schedule/",),
-}  # fmt: skip
+    sin: ("sin/",),
+    rotary: ("rotary/",),
+    sin2d: ("sin2d_",),
+    rotary2d: ("rotary2d_",),
+    mixed: ("mixed_",),
+    rot: ("rot_", "rot2d_"),
+    interp: ("interp",),
+    digits: ("digits", "padmask", "get_digit_num"),
+    mask: ("mask_",),
+    pos2d: ("pos2d_",),
+    pe_weight_schedule: ("pe_weight_schedule/",),
+}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -20,9 +20,19 @@ KEY = jax.random.PRNGKey(0)
 LAYERS, WIDTH, HEADS = 2, 24, 2  # heads of 12 columns: 3 pairs for each of 2 axes, 2 for each of 3
 GRIDS = [(2, 3), (2, 2, 3)]
 OFFERED = {
-    "layers_model": LAYERS, "width_model": WIDTH, "heads_model": HEADS, "prefix": 1, "mode": "attn_mul", "qk": "multi",
-    "digits": 2, "width": 8, "heads": 2, "layers": 1, "init_std": 0.5, "qk_init_std": 0.5,
-}  # fmt: skip
+    "layers_model": LAYERS,
+    "width_model": WIDTH,
+    "heads_model": HEADS,
+    "prefix": 1,
+    "mode": "attn_mul",
+    "qk": "multi",
+    "digits": 2,
+    "width": 8,
+    "heads": 2,
+    "layers": 1,
+    "init_std": 0.5,
+    "qk_init_std": 0.5,
+}
 RELATIONS = {"alibi_grid", "fire", "lookhere"}  # logits gain a function of two places: see test_rivals.py
 KINDS = sorted(set(ENCODINGS) - set(TEXT_ONLY) - RELATIONS)
 
@@ -161,7 +171,9 @@ def test_fresh_mixed_frequencies_point_along_orthogonal_directions():
         assert frequencies.shape == (40, axes, 4, 6)
         parts = frequencies.reshape(40, axes, 4, axes, 6 // axes)  # [layer, axis, head, direction, magnitude]
         lengths = np.sqrt((parts**2).sum(axis=1))
-        np.testing.assert_allclose(lengths, np.broadcast_to(axis_frequencies(12, axes, 100.0)[0], lengths.shape), rtol=1e-5)
+        np.testing.assert_allclose(
+            lengths, np.broadcast_to(axis_frequencies(12, axes, 100.0)[0], lengths.shape), rtol=1e-5
+        )
         directions = parts[..., 0]
         products = np.einsum("nahd,nahe->nhde", directions, directions)
         np.testing.assert_allclose(products, np.broadcast_to(np.eye(axes), products.shape), atol=1e-5)

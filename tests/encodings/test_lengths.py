@@ -13,8 +13,8 @@ import pytest
 
 from seqpe_jax import config, encodings
 from seqpe_jax.encodings.bounds import bounded
-from seqpe_jax.encodings.polar import PoPE
-from seqpe_jax.encodings.relations import Kerple
+from seqpe_jax.encodings.pope import PoPE
+from seqpe_jax.encodings.relative_bias import Kerple
 from seqpe_jax.training.optimizer import projection
 from seqpe_jax.training.state import create
 from seqpe_jax.training.step import make_train_step
@@ -46,7 +46,7 @@ ALLOWED = {
     ("relations.py", 0.25): "LookHere's slopes by head; slope_scale is the field",
     ("seqpe.py", 0.8): "share of work from which prefixes are shared",
     **{("seqpe.py", number): OF_SEQPE for number in (5, 10, 12, 512, 768, 0.02, 0.1, 1e-5)},
-}  # fmt: skip
+}
 
 
 def test_no_encoding_has_a_length_of_its_own():
@@ -55,7 +55,9 @@ def test_no_encoding_has_a_length_of_its_own():
         (path.name, node.value)
         for path in FOLDER.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value not in (0, 0.5, 1, 2, 3, 4)
+        if isinstance(node, ast.Constant)
+        and type(node.value) in (int, float)
+        and node.value not in (0, 0.5, 1, 2, 3, 4)
     }
     assert found - ALLOWED.keys() == set(), "make it a field of EncodingConfig, with its share in config/lengths.py"
     assert ALLOWED.keys() - found == set(), "no longer in the code"
@@ -80,7 +82,12 @@ def test_shares_are_the_authors_numbers_at_the_authors_lengths():
 def test_shares_follow_the_window():
     at = functools.partial(lengths, "stdlib_lm")
     text = at("fire", encoding__fire_threshold=0.0, encoding__fire_scale=0.0)
-    assert (text["fire_threshold"], text["fire_scale"], text["t5_buckets"], text["t5_max_distance"]) == (16, 3.2, 32, 32)
+    assert (text["fire_threshold"], text["fire_scale"], text["t5_buckets"], text["t5_max_distance"]) == (
+        16,
+        3.2,
+        32,
+        32,
+    )
     assert text["yarn_beta_fast"] == pytest.approx(64 / (2 * math.pi))  # the turns of the fastest pair
     assert at("scale_invariant")["rotary_pairs"] == 4
     assert at("scale_invariant", encoding__rotary_pairs=6)["rotary_pairs"] == 6
@@ -104,10 +111,15 @@ def bias(variables, encoding):
 KERPLE, POPE = Kerple(1, 2, kerple_scale=1.0), PoPE(1, 4, 2)
 
 
-@pytest.mark.parametrize("encoding, name, end, outwards", [
-    (KERPLE, "slope", 0.01, -1.0), (KERPLE, "scale", 0.01, -1.0), (POPE, "shift", 0.0, -1.0),
-    (POPE, "shift", -2 * math.pi, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "encoding, name, end, outwards",
+    [
+        (KERPLE, "slope", 0.01, -1.0),
+        (KERPLE, "scale", 0.01, -1.0),
+        (POPE, "shift", 0.0, -1.0),
+        (POPE, "shift", -2 * math.pi, 1.0),
+    ],
+)
 def test_a_parameter_comes_back_from_its_bound(encoding, name, end, outwards):
     """A step beyond ends on the bound, and the next one that leads inside does so at once."""
     optimizer = optax.sgd(0.05)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.architecture import Architecture, Sizes
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.registry import ENCODINGS
-from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.programs import laid_out
+from seqpe_jax.inference.compiled import laid_out
 from seqpe_jax.models.attention import attend, faded
-from seqpe_jax.models.blocks import FADES
+from seqpe_jax.models.build import Architecture, Sizes
+from seqpe_jax.models.transformer import FADES
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
 from tests.tiny import every_part, random_params, tiny_config
@@ -26,19 +26,37 @@ KEY = jax.random.PRNGKey(0)
 
 # Lengths as the papers have them, and as none has them: no constant of a paper may be left in a formula.
 PAPERS = {
-    "t5_buckets": 32, "t5_max_distance": 128, "fire_threshold": 512.0, "fire_scale": 0.1, "kerple_scale": 1.0,
-    "scale_invariant_tau": 10.0, "rotary_pairs": 2, "directed_heads": 4, "slope_scale": 1.0, "yarn_beta_slow": 1.0,
+    "t5_buckets": 32,
+    "t5_max_distance": 128,
+    "fire_threshold": 512.0,
+    "fire_scale": 0.1,
+    "kerple_scale": 1.0,
+    "scale_invariant_tau": 10.0,
+    "rotary_pairs": 2,
+    "directed_heads": 4,
+    "slope_scale": 1.0,
+    "yarn_beta_slow": 1.0,
     "yarn_beta_fast": 32.0,
-}  # fmt: skip
+}
 OTHERS = PAPERS | {
-    "t5_buckets": 10, "t5_max_distance": 24, "fire_threshold": 30.0, "fire_scale": 0.7, "kerple_scale": 8.0,
-    "scale_invariant_tau": 3.0, "rotary_pairs": 3, "directed_heads": 3, "slope_scale": 0.5, "yarn_beta_slow": 0.5,
+    "t5_buckets": 10,
+    "t5_max_distance": 24,
+    "fire_threshold": 30.0,
+    "fire_scale": 0.7,
+    "kerple_scale": 8.0,
+    "scale_invariant_tau": 3.0,
+    "rotary_pairs": 3,
+    "directed_heads": 3,
+    "slope_scale": 0.5,
+    "yarn_beta_slow": 0.5,
     "yarn_beta_fast": 6.0,
-}  # fmt: skip
+}
 
 
 def make(kind, prefix=0, **fields):
-    sizes = {"layers_model": LAYERS, "heads_model": HEADS, "width_model": HEADS * WIDTH, "prefix": prefix} | PAPERS | fields
+    sizes = (
+        {"layers_model": LAYERS, "heads_model": HEADS, "width_model": HEADS * WIDTH, "prefix": prefix} | PAPERS | fields
+    )
     known = {name: value for name, value in sizes.items() if name in ENCODINGS[kind].__dataclass_fields__}
     return ENCODINGS[kind](**known)
 
@@ -107,7 +125,9 @@ def text_logit(kind, params, at, lengths):
     def logit(q, k, i, j, h):
         distance = at[i] - at[j]
         if kind == "t5":
-            return dot(q, k) + params["buckets"][t5_bucket(distance, lengths["t5_buckets"], lengths["t5_max_distance"]), h]
+            return (
+                dot(q, k) + params["buckets"][t5_bucket(distance, lengths["t5_buckets"], lengths["t5_max_distance"]), h]
+            )
         if kind == "kerple":
             slope, scale = (max(params[name][1, h], 0.01) for name in ("slope", "scale"))
             return dot(q, k) - slope * math.log(1 + scale * distance)
@@ -138,8 +158,13 @@ def test_texts_are_mixed_as_the_paper_says(kind, start, lengths):
         np.testing.assert_allclose(attend(q, k, v, signal, kind=form, block=block), expected, atol=1e-5)
     assert np.abs(np.asarray(attend(q, k, v, PositionSignal())) - expected).max() > 1e-2
     if not start and kind in ("scale_invariant", "pope"):  # gates lower the logit that these scale or make of arrows
-        fade = np.cumsum(-np.abs(np.random.default_rng(3).normal(size=(2, length, HEADS))), axis=1).astype(np.float32) / 10
-        logit, one = text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths), [array[:1] for array in (q, k, v)]
+        fade = (
+            np.cumsum(-np.abs(np.random.default_rng(3).normal(size=(2, length, HEADS))), axis=1).astype(np.float32) / 10
+        )
+        logit, one = (
+            text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths),
+            [array[:1] for array in (q, k, v)],
+        )
         gated = lambda q, k, i, j, h: logit(q, k, i, j, h) + fade[0, i, h] - fade[0, j, h]  # noqa: E731
         expected = mixed(gated, *one, causal=True)
         for form, block in (("plain", 0), ("blocks", 16)):
@@ -165,7 +190,9 @@ def grid_logit(kind, params, places, lengths):
             return dot(q, k) + fire(params, distance, math.dist((0, 0), (3, 2)), h, lengths["fire_threshold"])
         down, right = there[0] - here[0], there[1] - here[1]
         hidden = (down > 0, down < 0, right > 0, right < 0)  # from heads that look up, down, left, right
-        if kind == "lookhere" and h < directed and hidden[(directed + h) % 4]:  # the second layer goes on after the first
+        if (
+            kind == "lookhere" and h < directed and hidden[(directed + h) % 4]
+        ):  # the second layer goes on after the first
             return -1e30
         return dot(q, k) - slopes[h] * depth * distance
 
@@ -228,21 +255,27 @@ def test_angles_are_scaled_in_longer_windows_alone(scaling, lengths):
     assert np.abs(found.rotation[0] - whole.rotation[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("kind,shape,told", [
-    *((kind, (2, 3), "knows distances along one axis, not on grids") for kind in TEXTS if kind != "fire"),
-    ("alibi_grid", (6,), "is for grids: choose 'alibi'"),
-    ("lookhere", (6,), "is for grids"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,shape,told",
+    [
+        *((kind, (2, 3), "knows distances along one axis, not on grids") for kind in TEXTS if kind != "fire"),
+        ("alibi_grid", (6,), "is for grids: choose 'alibi'"),
+        ("lookhere", (6,), "is for grids"),
+    ],
+)
 def test_the_other_number_of_axes_is_refused(kind, shape, told):
     places = jnp.zeros((1, math.prod(shape), len(shape)), jnp.int32)
     with pytest.raises(InputError, match=told):
         make(kind).init(KEY, places, shape=shape)
 
 
-@pytest.mark.parametrize("kind, fields, told", [
-    ("lookhere", {"directed_heads": 5}, "encoding.directed_heads=5 is more than model.heads=4"),
-    ("t5", {"t5_max_distance": 16}, "t5_max_distance=16 must be more than half of encoding.t5_buckets=32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, fields, told",
+    [
+        ("lookhere", {"directed_heads": 5}, "encoding.directed_heads=5 is more than model.heads=4"),
+        ("t5", {"t5_max_distance": 16}, "t5_max_distance=16 must be more than half of encoding.t5_buckets=32"),
+    ],
+)
 def test_lengths_that_leave_nothing_are_refused(kind, fields, told):
     shape = (2, 3) if kind == "lookhere" else (6,)
     with pytest.raises(InputError, match=told):

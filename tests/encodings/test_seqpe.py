@@ -7,7 +7,7 @@ import pytest
 
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.prefixes import Group
+from seqpe_jax.positions.prefix_trie import Group
 
 KEY = jax.random.PRNGKey(0)
 SIZES = {"layers_model": 3, "width_model": 12, "heads_model": 2, "width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
@@ -19,7 +19,9 @@ def make(**fields) -> SeqPE:
 
 
 def vectors(encoding, variables, positions_RA=POSITIONS_RA, **options):
-    return np.asarray(jax.jit(lambda v, at: encoding.apply(v, at, method="vectors", **options))(variables, positions_RA))
+    return np.asarray(
+        jax.jit(lambda v, at: encoding.apply(v, at, method="vectors", **options))(variables, positions_RA)
+    )
 
 
 def initial(encoding, positions_RA=POSITIONS_RA):
@@ -82,7 +84,9 @@ SHARED = {
     "a window": (WINDOW, [Group(1, (50,))], {}),
     "a window of which nothing is told": (WINDOW, [], {}),
     "two windows, one of them cut, and others": (
-        np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]), [Group(2, (50,), 2), Group(30)], {},
+        np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]),
+        [Group(2, (50,), 2), Group(30)],
+        {},
     ),
     "the last digit is read": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"cls": False}),
     "one layer": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"layers": 1}),
@@ -94,14 +98,16 @@ SHARED = {
     "a strided window": (STRIDED, [Group(1, (50,), spans=(490,))], {}),
     "a jittered window": (JITTERED, [Group(1, (50,), spans=(510,), apart=True)], {}),
     "a jittered box": (JITTERED_BOX, [Group(1, (14, 10), spans=(136, 96), apart=True)], {"axes": 2}),
-}  # fmt: skip
+}
 
 
 # The fast lane takes groups of all kinds along one axis, and boxes.
 FAST = ("two windows, one of them cut, and others", "a box, places counted anew", "a jittered box")
 
 
-@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHARED])
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHARED]
+)
 def test_shared_prefixes_change_nothing(name, monkeypatch):
     """Values and gradients, for rows that share and rows that do not; sharing is forced."""
     from seqpe_jax.encodings import seqpe
@@ -149,12 +155,24 @@ def test_places_may_restart_with_each_coordinate():
         assert np.abs(found[0] - found[1]).max() > 1e-2  # coordinates still differ by their own embedding
 
 
-@pytest.mark.parametrize("qk, per_head", [
-    ("multi", True), ("halves", False),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("single", True), ("none", True), ("halves", True), ("single", False), ("multi", False), ("none", False),
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "qk, per_head",
+    [
+        ("multi", True),
+        ("halves", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("single", True),
+                ("none", True),
+                ("halves", True),
+                ("single", False),
+                ("multi", False),
+                ("none", False),
+            )
+        ),
+    ],
+)
 def test_features_are_query_key_products(qk, per_head):
     encoding = make(qk=qk, per_head=per_head, scalar_scale=3.0, qk_init_std=0.5)
     variables = initial(encoding)
@@ -204,7 +222,10 @@ def test_initial_weights():
         ({"qk": "halves", "output_width": 6}, "do not split into 4 parts"),
         ({"position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
         ({"mode": "input_add", "qk": "none", "position_heads": 1}, "reaches all heads: set encoding.position_heads=0"),
-        ({"mode": "attn_add", "feature_width": 4}, "set encoding.mode='attn_scalar' and encoding.qk='single' or 'multi'"),
+        (
+            {"mode": "attn_add", "feature_width": 4},
+            "set encoding.mode='attn_scalar' and encoding.qk='single' or 'multi'",
+        ),
         ({"qk": "none", "feature_width": 4}, "or encoding.feature_width=0"),
     ],
 )
@@ -220,8 +241,14 @@ def test_narrow_parts_of_some_heads(qk, per_head):
     """Features by hand from vectors and the qk map: of the first two of three heads, and none of the third."""
     layers, width, narrow = 3, 12, 5 if qk in ("single", "multi") else 0
     encoding = make(
-        heads_model=3, qk=qk, per_head=per_head, position_heads=2, feature_width=narrow, scalar_scale=3.0, qk_init_std=0.5,
-    )  # fmt: skip
+        heads_model=3,
+        qk=qk,
+        per_head=per_head,
+        position_heads=2,
+        feature_width=narrow,
+        scalar_scale=3.0,
+        qk_init_std=0.5,
+    )
     vectors_PLE = jax.random.normal(KEY, (1, 6, width if per_head else width // 3))
     assert vectors_PLE.shape[-1] == encoding.vector_width
     variables = encoding.init(KEY, vectors_PLE, method="signal")  # the encoder itself is not asked

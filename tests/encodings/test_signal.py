@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.models.attention import _rotate, attend
 
 BATCH, LENGTH, HEADS, WIDTH, LAYERS = 2, 5, 4, 6, 3

@@ -60,10 +60,20 @@ def test_exact_match_and_f1(hypothesis, golds, exact, f1):
     assert answers.f1(hypothesis, golds) == pytest.approx(f1)
 
 
-@pytest.mark.parametrize("hypothesis, gold, strict", [
-    ("1", "-1", 0.0), ("selfx", "self._x", 0.0), ("none", "None", 0.0), ("a", "the a", 0.0), ("x  y", "x y", 0.0),
-    (" -1\n", "-1", 1.0), ("self._x", " self._x", 1.0), ("", "a", 0.0), ("", "", 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hypothesis, gold, strict",
+    [
+        ("1", "-1", 0.0),
+        ("selfx", "self._x", 0.0),
+        ("none", "None", 0.0),
+        ("a", "the a", 0.0),
+        ("x  y", "x y", 0.0),
+        (" -1\n", "-1", 1.0),
+        ("self._x", " self._x", 1.0),
+        ("", "a", 0.0),
+        ("", "", 1.0),
+    ],
+)
 def test_code_is_compared_as_it_is_written(hypothesis, gold, strict):
     assert answers.exact_match_strict(hypothesis, ["no", gold]) == strict
 
@@ -87,11 +97,19 @@ def test_score_in_percent_and_by_depth():
     found = answers.score(records, ["b", "c", "not it", "it is É"])
     # f1: "b" against "b" (the article goes) 1; 1; 0; "it is é" against "é" 1/2
     assert {name: found[name] for name in ("examples", *answers.METRICS)} == {
-        "examples": 4, "contains": 50.0, "exact_match": 50.0, "exact_match_strict": 25.0, "f1": 62.5,
-    }  # fmt: skip
+        "examples": 4,
+        "contains": 50.0,
+        "exact_match": 50.0,
+        "exact_match_strict": 25.0,
+        "f1": 62.5,
+    }
     assert [(part["from"], part["to"], part["examples"]) for part in found["depth"]] == [
-        (0.0, 0.2, 2), (0.2, 0.4, 1), (0.4, 0.6, 0), (0.6, 0.8, 0), (0.8, 1.0, 1),
-    ]  # fmt: skip
+        (0.0, 0.2, 2),
+        (0.2, 0.4, 1),
+        (0.4, 0.6, 0),
+        (0.6, 0.8, 0),
+        (0.8, 1.0, 1),
+    ]
     assert [part["contains"] for part in found["depth"]] == [50.0, 0.0, None, None, 100.0]
     assert [part["f1"] for part in found["depth"]] == [100.0, 0.0, None, None, 50.0]
     halves = answers.score(records, ["b"] * 4, metrics=("exact_match_strict",), bins=2)
@@ -115,8 +133,10 @@ def test_score_by_distance_to_the_answer():
     assert away == [6, 64, None, None, 6]
     found = answers.score(records, ["5", "no", "q", "7", "no"], away=away)["distance"]
     assert [(part["from"], part["to"], part["examples"], part["contains"]) for part in found] == [
-        (0, 32, 2, 50.0), (32, 64, 0, None), (64, 128, 1, 0.0),
-    ]  # fmt: skip
+        (0, 32, 2, 50.0),
+        (32, 64, 0, None),
+        (64, 128, 1, 0.0),
+    ]
     assert "distance" not in answers.score([unknown], ["q"], away=[None])
 
 
@@ -142,9 +162,17 @@ def test_answers_are_written_whole_or_not_at_all(tmp_path):
     assert answers.write_answers(path, records, ["É", "no"]) == path
     first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert first == {
-        "index": 7, "question": "q", "kind": "k", "gold": ["é", "e"], "hypothesis": "É", "depth": 0.25,
-        "contains": 1.0, "exact_match": 1.0, "exact_match_strict": 0.0, "f1": 1.0,
-    }  # fmt: skip
+        "index": 7,
+        "question": "q",
+        "kind": "k",
+        "gold": ["é", "e"],
+        "hypothesis": "É",
+        "depth": 0.25,
+        "contains": 1.0,
+        "exact_match": 1.0,
+        "exact_match_strict": 0.0,
+        "f1": 1.0,
+    }
     assert second["depth"] is None and second["gold"] == ["b\n"] and second["f1"] == 0.0
     before = path.read_bytes()
     with pytest.raises(KeyError):
@@ -173,10 +201,17 @@ def test_heat_map():
     assert plots.answer_depth(run) is None
 
 
-@pytest.mark.parametrize("hypothesis, gold", [
-    ("in the cafe\u0301 there", "caf\u00e9"), ("caf\u00e9", "cafe\u0301"), ("10\u00a0000 people", "10 000"),
-    ("it\u2019s \u201cso\u201d", "it's \"so\""), ("two\n  words", "two words"), ("A\tB", "a b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hypothesis, gold",
+    [
+        ("in the cafe\u0301 there", "caf\u00e9"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("10\u00a0000 people", "10 000"),
+        ("it\u2019s \u201cso\u201d", 'it\'s "so"'),
+        ("two\n  words", "two words"),
+        ("A\tB", "a b"),
+    ],
+)
 def test_an_answer_is_found_however_it_is_typed(hypothesis, gold):
     """By `contains` alone: exact match and F1 are SQuAD's own script."""
     assert answers.contains(hypothesis, [gold]) == 1.0

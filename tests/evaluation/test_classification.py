@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.objectives.criterion import Classification, ranks
+from seqpe_jax.losses.task import Classification, ranks
 
 
 def test_padding_rows_do_not_count_and_units_are_right():

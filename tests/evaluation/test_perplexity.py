@@ -35,6 +35,10 @@ def test_under_a_context_the_last_targets_of_each_window_count():
     result = perplexity_in_context(
         lambda tokens: TABLE, batches([2, 2], [2, 0]), context=4, stride=2, put=lambda batch: batch, **SPLIT
     )
-    assert {name: result[name] for name in ("context", "targets", "stride")} == {"context": 4, "targets": 6, "stride": 2}
+    assert {name: result[name] for name in ("context", "targets", "stride")} == {
+        "context": 4,
+        "targets": 6,
+        "stride": 2,
+    }
     assert result["loss"] == pytest.approx((2 * (2 + 3) + 6 + 7) / 6)
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / 4 / math.log(2))

@@ -19,11 +19,15 @@ PAGES = ("README.md", *DOCS)
 # Made of a run, in the authors' form: stands for what they released.
 PREPARED = {
     "released/text": [
-        ["train", "--config=configs/wikitext103_gpt2.py", "--workdir=runs/of_authors",
-         "--config.data.tokenizer=path/to/tokenizer.json"],
+        [
+            "train",
+            "--config=configs/wikitext103_gpt2.py",
+            "--workdir=runs/of_authors",
+            "--config.data.tokenizer=path/to/tokenizer.json",
+        ],
         ["convert", "--source=runs/of_authors", "--output=released/text", "--to=reference"],
     ],
-}  # fmt: skip
+}
 
 
 def started(words: list[str]) -> bool:

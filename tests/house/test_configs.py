@@ -55,16 +55,33 @@ RUN = [
 # Sizes only: what a config computes stays its own.
 SHRUNKEN = {
     "checkpoint.best": "",
-    "steps": 2, "batch_size": 8, "data.length": 16, "data.tokenizer": "bytes", "model.layers": 1, "model.width": 16,
-    "model.heads": 2, "optimizer.warmup_steps": 0, "eval.every": 0, "eval.lengths": (16,), "eval.tokens": 256,
-    "report.every": 1, "report.tensorboard": False, "mesh.fsdp": 1,
-}  # fmt: skip
+    "steps": 2,
+    "batch_size": 8,
+    "data.length": 16,
+    "data.tokenizer": "bytes",
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "optimizer.warmup_steps": 0,
+    "eval.every": 0,
+    "eval.lengths": (16,),
+    "eval.tokens": 256,
+    "report.every": 1,
+    "report.tensorboard": False,
+    "mesh.fsdp": 1,
+}
 OF_TEXT = ("data.length", "data.tokenizer", "eval.lengths", "eval.tokens")
 SHRUNKEN_SEQPE = {
-    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "encoding.max_position": 100,
-    "objective.contrastive.batch": 4, "objective.contrastive.candidates": 4, "objective.contrastive.window": 16,
-    "objective.distillation.batch": 2, "objective.distillation.offsets": 4,
-}  # fmt: skip
+    "encoding.layers": 1,
+    "encoding.width": 16,
+    "encoding.heads": 2,
+    "encoding.max_position": 100,
+    "objective.contrastive.batch": 4,
+    "objective.contrastive.candidates": 4,
+    "objective.contrastive.window": 16,
+    "objective.distillation.batch": 2,
+    "objective.distillation.offsets": 4,
+}
 
 
 def photos(root: pathlib.Path, classes: int = 2, each: int = 6) -> pathlib.Path:
@@ -108,66 +125,166 @@ def test_a_config_page_tells_its_command(path):
 # qa_sft.py; image_seqpe/runs/ours_vit.sh over config.py. Not in this table: their shifted windows begin at 320 starts (160
 # for questions), those of the pages anywhere; and colour jitter, which their library leaves out beside RandAugment.
 ENCODER = {
-    "encoding.layers": 2, "encoding.direction": "causal", "encoding.cls": True, "encoding.final_norm": True,
-    "encoding.temperature": 1.0, "encoding.attention_dropout": 0.0, "encoding.norm_init": 1.0, "encoding.scalar_scale": 1.0,
-    "encoding.per_head": True, "encoding.mask_padding": False, "encoding.dropout": 0.1, "encoding.init_std": 0.02,
-    "encoding.rotary_pairs": 0, "encoding.log_scaling": False,
-}  # fmt: skip
+    "encoding.layers": 2,
+    "encoding.direction": "causal",
+    "encoding.cls": True,
+    "encoding.final_norm": True,
+    "encoding.temperature": 1.0,
+    "encoding.attention_dropout": 0.0,
+    "encoding.norm_init": 1.0,
+    "encoding.scalar_scale": 1.0,
+    "encoding.per_head": True,
+    "encoding.mask_padding": False,
+    "encoding.dropout": 0.1,
+    "encoding.init_std": 0.02,
+    "encoding.rotary_pairs": 0,
+    "encoding.log_scaling": False,
+}
 TERMS = {
-    "objective.contrastive.weight": 0.1, "objective.contrastive.space": "vectors", "objective.contrastive.scale": 1.0,
-    "objective.contrastive.warmup_steps": 0, "objective.contrastive.label_smoothing": 0.0,
-    "objective.contrastive.floor": 0.0, "objective.contrastive.around_pivot": False,
-    "objective.contrastive.past_only": False, "objective.contrastive.per_head": False,
-    "objective.distillation.weight": 0.1, "objective.distillation.metric": "kl", "objective.distillation.beta": 1.0,
-    "objective.distillation.warmup_steps": 0, "objective.distillation.reduction": "elements",
-    "objective.distillation.space": "vectors", "objective.shift.rate": 0.1, "objective.skip.rate": 0.0,
-    "objective.jitter.rate": 0.0, "optimizer.clip": 5.0, "optimizer.accumulate": 1, "optimizer.b1": 0.9,
-    "optimizer.b2": 0.999, "optimizer.epsilon": 1e-8, "optimizer.encoder_weight_decay": 0.0,
-}  # fmt: skip
-OF_GPT2 = ENCODER | TERMS | {
-    "model.kind": "gpt2", "model.layers": 12, "model.width": 768, "model.heads": 12, "model.mlp_width": 0,
-    "model.dropout": 0.1, "model.attention_dropout": 0.1, "model.embedding_dropout": 0.1,
-    "model.activation": "gelu_tanh", "model.tied": True, "precision.compute": "bfloat16",
-    "encoding.width": 768, "encoding.heads": 12, "encoding.max_position": 20_000, "encoding.mode": "attn_scalar",
-    "encoding.qk": "single", "encoding.init_distribution": "normal",
-    "objective.contrastive.batch": 64, "objective.contrastive.candidates": 32, "objective.contrastive.window": 256,
-    "objective.contrastive.mixture": (0.0, 0.4, 0.6), "objective.contrastive.hard_fraction": 0.25,
-    "objective.distillation.batch": 64, "objective.distillation.offsets": 32, "objective.shift.sets": 64,
-    "optimizer.learning_rate": 5e-5, "optimizer.schedule": "linear", "optimizer.end_learning_rate": 0.0,
-    "optimizer.weight_decay": 0.0,
-}  # fmt: skip
+    "objective.contrastive.weight": 0.1,
+    "objective.contrastive.space": "vectors",
+    "objective.contrastive.scale": 1.0,
+    "objective.contrastive.warmup_steps": 0,
+    "objective.contrastive.label_smoothing": 0.0,
+    "objective.contrastive.floor": 0.0,
+    "objective.contrastive.around_pivot": False,
+    "objective.contrastive.past_only": False,
+    "objective.contrastive.per_head": False,
+    "objective.distillation.weight": 0.1,
+    "objective.distillation.metric": "kl",
+    "objective.distillation.beta": 1.0,
+    "objective.distillation.warmup_steps": 0,
+    "objective.distillation.reduction": "elements",
+    "objective.distillation.space": "vectors",
+    "objective.shift.rate": 0.1,
+    "objective.skip.rate": 0.0,
+    "objective.jitter.rate": 0.0,
+    "optimizer.clip": 5.0,
+    "optimizer.accumulate": 1,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+    "optimizer.epsilon": 1e-8,
+    "optimizer.encoder_weight_decay": 0.0,
+}
+OF_GPT2 = (
+    ENCODER
+    | TERMS
+    | {
+        "model.kind": "gpt2",
+        "model.layers": 12,
+        "model.width": 768,
+        "model.heads": 12,
+        "model.mlp_width": 0,
+        "model.dropout": 0.1,
+        "model.attention_dropout": 0.1,
+        "model.embedding_dropout": 0.1,
+        "model.activation": "gelu_tanh",
+        "model.tied": True,
+        "precision.compute": "bfloat16",
+        "encoding.width": 768,
+        "encoding.heads": 12,
+        "encoding.max_position": 20_000,
+        "encoding.mode": "attn_scalar",
+        "encoding.qk": "single",
+        "encoding.init_distribution": "normal",
+        "objective.contrastive.batch": 64,
+        "objective.contrastive.candidates": 32,
+        "objective.contrastive.window": 256,
+        "objective.contrastive.mixture": (0.0, 0.4, 0.6),
+        "objective.contrastive.hard_fraction": 0.25,
+        "objective.distillation.batch": 64,
+        "objective.distillation.offsets": 32,
+        "objective.shift.sets": 64,
+        "optimizer.learning_rate": 5e-5,
+        "optimizer.schedule": "linear",
+        "optimizer.end_learning_rate": 0.0,
+        "optimizer.weight_decay": 0.0,
+    }
+)
 EPOCH = 1_281_167 / 1024  # steps
-VIT_S = ENCODER | TERMS | {
-    "steps": int(400 * EPOCH), "batch_size": 1024, "data.size": (224, 224), "model.patch": (16, 16),
-    "eval.sizes": (224, 320, 384, 448, 512, 640, 672), "checkpoint.best": "top1@224",
-    "model.kind": "vit", "model.layers": 12, "model.width": 384, "model.heads": 6, "model.dropout": 0.0,
-    "model.attention_dropout": 0.0, "model.embedding_dropout": 0.0, "model.drop_path": 0.0, "model.activation": "gelu",
-    "precision.compute": "bfloat16", "encoding.width": 384, "encoding.heads": 6, "encoding.max_position": 100,
-    "encoding.mode": "attn_mul", "encoding.qk": "multi", "encoding.init_distribution": "truncated_normal",
-    "objective.contrastive.batch": 128, "objective.contrastive.candidates": 64, "objective.contrastive.window": 14,
-    "objective.contrastive.mixture": (0.5, 0.3, 0.2), "objective.contrastive.hard_fraction": 0.2,
-    "objective.distillation.batch": 128, "objective.distillation.offsets": 64, "objective.shift.sets": 128,
-    "objective.label_smoothing": 0.1, "objective.mixing.mixup": 0.8, "objective.mixing.cutmix": 1.0,
-    "objective.mixing.switch": 0.5, "data.augment.randaugment_layers": 2, "data.augment.randaugment_magnitude": 9.0,
-    "data.augment.randaugment_std": 0.5, "data.augment.erasing": 0.25, "data.augment.flip": 0.5,
-    "data.augment.crop_scale": (0.08, 1.0), "optimizer.learning_rate": 6e-4 * 1024 / 512, "optimizer.schedule": "cosine",
-    "optimizer.end_learning_rate": 5e-6, "optimizer.warmup_steps": int(20 * EPOCH), "optimizer.weight_decay": 0.05,
-}  # fmt: skip
+VIT_S = (
+    ENCODER
+    | TERMS
+    | {
+        "steps": int(400 * EPOCH),
+        "batch_size": 1024,
+        "data.size": (224, 224),
+        "model.patch": (16, 16),
+        "eval.sizes": (224, 320, 384, 448, 512, 640, 672),
+        "checkpoint.best": "top1@224",
+        "model.kind": "vit",
+        "model.layers": 12,
+        "model.width": 384,
+        "model.heads": 6,
+        "model.dropout": 0.0,
+        "model.attention_dropout": 0.0,
+        "model.embedding_dropout": 0.0,
+        "model.drop_path": 0.0,
+        "model.activation": "gelu",
+        "precision.compute": "bfloat16",
+        "encoding.width": 384,
+        "encoding.heads": 6,
+        "encoding.max_position": 100,
+        "encoding.mode": "attn_mul",
+        "encoding.qk": "multi",
+        "encoding.init_distribution": "truncated_normal",
+        "objective.contrastive.batch": 128,
+        "objective.contrastive.candidates": 64,
+        "objective.contrastive.window": 14,
+        "objective.contrastive.mixture": (0.5, 0.3, 0.2),
+        "objective.contrastive.hard_fraction": 0.2,
+        "objective.distillation.batch": 128,
+        "objective.distillation.offsets": 64,
+        "objective.shift.sets": 128,
+        "objective.label_smoothing": 0.1,
+        "objective.mixing.mixup": 0.8,
+        "objective.mixing.cutmix": 1.0,
+        "objective.mixing.switch": 0.5,
+        "data.augment.randaugment_layers": 2,
+        "data.augment.randaugment_magnitude": 9.0,
+        "data.augment.randaugment_std": 0.5,
+        "data.augment.erasing": 0.25,
+        "data.augment.flip": 0.5,
+        "data.augment.crop_scale": (0.08, 1.0),
+        "optimizer.learning_rate": 6e-4 * 1024 / 512,
+        "optimizer.schedule": "cosine",
+        "optimizer.end_learning_rate": 5e-6,
+        "optimizer.warmup_steps": int(20 * EPOCH),
+        "optimizer.weight_decay": 0.05,
+    }
+)
 SCRIPTS = {
-    "wikitext103_gpt2": OF_GPT2 | {
-        "steps": 100_000, "batch_size": 128, "data.length": 512, "optimizer.warmup_steps": 4000, "eval.every": 5000,
-        "eval.lengths": (512, 1024, 2048, 4096, 8192, 16384), "checkpoint.best": "perplexity@512",
+    "wikitext103_gpt2": OF_GPT2
+    | {
+        "steps": 100_000,
+        "batch_size": 128,
+        "data.length": 512,
+        "optimizer.warmup_steps": 4000,
+        "eval.every": 5000,
+        "eval.lengths": (512, 1024, 2048, 4096, 8192, 16384),
+        "checkpoint.best": "perplexity@512",
     },
-    "squad_qa_gpt2": OF_GPT2 | {
-        "steps": 10_000, "batch_size": 64, "data.length": 1024, "optimizer.warmup_steps": 100, "data.prompt_weight": 0.0,
-        "data.question_weight": 0.0, "eval.lengths": (1024, 2048, 4096, 8192), "eval.new_tokens": 16,
+    "squad_qa_gpt2": OF_GPT2
+    | {
+        "steps": 10_000,
+        "batch_size": 64,
+        "data.length": 1024,
+        "optimizer.warmup_steps": 100,
+        "data.prompt_weight": 0.0,
+        "data.question_weight": 0.0,
+        "eval.lengths": (1024, 2048, 4096, 8192),
+        "eval.new_tokens": 16,
         "checkpoint.best": "loss@1024",  # whose exponential is the perplexity that they compare
     },
     "imagenet_vit": VIT_S,
-    "imagenet_vit:b16": VIT_S | {
-        "model.width": 768, "model.heads": 12, "model.drop_path": 0.1, "encoding.dropout": 0.3,
+    "imagenet_vit:b16": VIT_S
+    | {
+        "model.width": 768,
+        "model.heads": 12,
+        "model.drop_path": 0.1,
+        "encoding.dropout": 0.3,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("page", SCRIPTS)

@@ -8,24 +8,40 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.models import blocks
-from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.models import transformer
 from seqpe_jax.training.state import create
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, random_params, random_state
 
 SMALL = {
-    "steps": 4, "batch_size": 8, "model.layers": 1, "model.width": 16, "model.heads": 2, "optimizer.warmup_steps": 0,
+    "steps": 4,
+    "batch_size": 8,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "optimizer.warmup_steps": 0,
     "optimizer.epsilon": 1e-3,
-}  # fmt: skip
+}
 TEXT = SMALL | {"data.length": 16, "eval.lengths": (16,)}
 SEQPE = {
-    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "encoding.max_position": 120,
-    "encoding.position_heads": 1, "encoding.rotary_heads": 1, "encoding.rotary_pairs": 2, "encoding.feature_width": 4,
-    "encoding.log_scaling": True, "objective.contrastive.head_scales": (4.0,), "objective.contrastive.batch": 4,
-    "objective.contrastive.candidates": 4, "objective.contrastive.window": 16, "objective.distillation.batch": 2,
-    "objective.distillation.offsets": 4, "objective.shift.rate": 0.0,
-}  # fmt: skip
+    "encoding.layers": 1,
+    "encoding.width": 16,
+    "encoding.heads": 2,
+    "encoding.max_position": 120,
+    "encoding.position_heads": 1,
+    "encoding.rotary_heads": 1,
+    "encoding.rotary_pairs": 2,
+    "encoding.feature_width": 4,
+    "encoding.log_scaling": True,
+    "objective.contrastive.head_scales": (4.0,),
+    "objective.contrastive.batch": 4,
+    "objective.contrastive.candidates": 4,
+    "objective.contrastive.window": 16,
+    "objective.distillation.batch": 2,
+    "objective.distillation.offsets": 4,
+    "objective.shift.rate": 0.0,
+}
 TASKS = {
     "text": ("stdlib_lm.py:alibi", TEXT),
     "questions": ("stdlib_qa.py", TEXT | SEQPE),
@@ -58,9 +74,11 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
     parts = Trainer.of(settings, jax.devices() if mesh else jax.devices()[:1])
     model = settings.model
     if model.scan:  # the same parameters, kept in the other way
-        plain = Trainer.of(dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1])
+        plain = Trainer.of(
+            dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1]
+        )
         params = random_params(plain, 0.2)
-        params["model"] = blocks.stack(params["model"], model.layers)
+        params["model"] = transformer.stack(params["model"], model.layers)
         state = create(params, parts.optimizer, jax.random.PRNGKey(0))
     else:
         state = random_state(parts, 0.2)
@@ -68,7 +86,7 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
     state, metrics = parts.train_step()(jax.device_put(state, shardings), batch_of(task, parts))
     params = jax.device_get(state.params)
     if model.scan:
-        params["model"] = blocks.unstack(params["model"], model.layers)
+        params["model"] = transformer.unstack(params["model"], model.layers)
     return jax.device_get(metrics), params
 
 
@@ -84,11 +102,21 @@ def check(found, expected):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("task, parts", [
-    ("questions", 4), *(pytest.param(task, parts, marks=SLOW) for task, parts in (
-        ("questions", 2), ("questions", 8), ("text", 4), ("images", 4),
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, parts",
+    [
+        ("questions", 4),
+        *(
+            pytest.param(task, parts, marks=SLOW)
+            for task, parts in (
+                ("questions", 2),
+                ("questions", 8),
+                ("text", 4),
+                ("images", 4),
+            )
+        ),
+    ],
+)
 def test_a_batch_read_in_parts_is_the_batch(task, parts):
     check(step_of(task, parts), step_of(task))
 
@@ -108,9 +136,14 @@ def test_parts_on_many_devices_are_the_batch_too():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [
-    {"model.attention_kind": "blocks", "model.attention_block": 6}, {"model.scan": True, "model.remat": "full"},
-], ids=["blocks", "loop"])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"model.attention_kind": "blocks", "model.attention_block": 6},
+        {"model.scan": True, "model.remat": "full"},
+    ],
+    ids=["blocks", "loop"],
+)
 def test_a_composed_encoding_is_the_same_in_every_form_of_the_model(form):
     deep = {"model.layers": 2, "model.attention_kind": "plain"}
     check(step_of("questions", fields=tuple((deep | form).items())), step_of("questions", fields=tuple(deep.items())))

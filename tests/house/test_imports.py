@@ -40,8 +40,15 @@ MAY_IMPORT = {
     "command": {"errors", "config", "runtime", "files", "trees"},
 }
 TASKS = EVERYBODY | {
-    "architecture", "config", "data", "evaluation", "inference", "objectives", "runtime", "serving.exported",
-}  # fmt: skip
+    "architecture",
+    "config",
+    "data",
+    "evaluation",
+    "inference",
+    "objectives",
+    "runtime",
+    "serving.exported",
+}
 MAY_IMPORT |= {
     "tasks": TASKS,
     "serving": TASKS | {"tasks", "models", "reporting"},
@@ -56,9 +63,19 @@ MAY_IMPORT |= {
 }
 # Any other module beside these is a command.
 COMMAND = EVERYBODY | {
-    "command", "config", "inference", "interop", "loading", "profiling", "reporting", "runtime", "serving", "sweeps",
-    "tasks", "training.trainer",
-}  # fmt: skip
+    "command",
+    "config",
+    "inference",
+    "interop",
+    "loading",
+    "profiling",
+    "reporting",
+    "runtime",
+    "serving",
+    "sweeps",
+    "tasks",
+    "training.trainer",
+}
 FACE = {"", "__main__"}  # the package itself, and the one name of all commands
 
 # Packages from outside that a room must do without.

@@ -29,9 +29,13 @@ def drawn(place: pathlib.Path, count: int) -> list[Case]:
     found: dict[str, Case] = {}
 
     @hypothesis.settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, phases=[hypothesis.Phase.generate],
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
+    )
     @hypothesis.given(cases(place))
     def draw(case: Case) -> None:
         hypothesis.assume(case.key not in found)

@@ -50,7 +50,9 @@ def _classes() -> dict[str, tuple[list[str], set[str]]]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef) and ast.get_docstring(item)}
+                methods = {
+                    item.name for item in node.body if isinstance(item, ast.FunctionDef) and ast.get_docstring(item)
+                }
                 found[node.name] = ([ast.unparse(base).rpartition(".")[2] for base in node.bases], methods)
     return found
 

@@ -10,9 +10,11 @@ from tests.tiny import random_state, tiny_config, tokens
 
 def test_a_step_and_an_evaluation_stay_in_32_bits():
     settings = tiny_config(
-        objective__shift__rate=0.3, objective__skip__rate=0.2, objective__contrastive__mixture=(0.2, 0.4, 0.4),
+        objective__shift__rate=0.3,
+        objective__skip__rate=0.2,
+        objective__contrastive__mixture=(0.2, 0.4, 0.4),
         model__attention_dropout=0.1,
-    )  # fmt: skip
+    )
     parts = Trainer.of(settings, jax.devices()[:1])
     batch, draw = tokens(settings), jax.jit(parts.objective.draw)
     expected = [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1)))]
@@ -25,7 +27,9 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         assert metrics["loss"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "fire", "pope"])
+@pytest.mark.parametrize(
+    "variant", ["seqpe", "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "fire", "pope"]
+)
 def test_parameters_and_signals_are_float32(variant):
     parts = Trainer.of(tiny_config(variant=variant), jax.devices()[:1])
     with jax.enable_x64(True):

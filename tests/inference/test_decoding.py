@@ -11,10 +11,10 @@ import pytest
 from seqpe_jax.config import GRID_ONLY, REAL_POSITIONS, EncodingKind
 from seqpe_jax.encodings.fixed import SCALINGS
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference import decoding
+from seqpe_jax.inference import decode
 from seqpe_jax.inference import generate as generation
-from seqpe_jax.inference.decoding import Sampling
-from seqpe_jax.inference.programs import Programs
+from seqpe_jax.inference.compiled import Programs
+from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import every_part, random_params, tiny_config
 
@@ -23,9 +23,13 @@ pytestmark = pytest.mark.slow
 NEW = 32
 PROMPTS = [np.array(prompt) for prompt in ([7, 3, 200, 3, 9], [1], [90] * 20, list(range(50, 61)))]
 SIZES = {
-    "model__layers": 2, "model__width": 16, "encoding__width": 16, "encoding__max_position": 64,
-    "objective__contrastive__weight": 0.0, "objective__distillation__weight": 0.0,
-}  # fmt: skip
+    "model__layers": 2,
+    "model__width": 16,
+    "encoding__width": 16,
+    "encoding__max_position": 64,
+    "objective__contrastive__weight": 0.0,
+    "objective__distillation__weight": 0.0,
+}
 
 
 def run_of(variant: str = "seqpe", devices: int = 1, **fields):
@@ -62,21 +66,48 @@ def uncached(run, params, prompt, new: int, window: int):
 SEQPE = [
     {"encoding__mode": mode, "encoding__qk": qk, "encoding__per_head": per_head}
     for mode, qk, per_head in (
-        ("input_add", "none", True), ("rotary", "none", False), ("attn_add", "single", False), ("attn_add", "multi", True),
-        ("attn_mul", "halves", True), ("attn_mul", "multi", False), ("attn_scalar", "single", True),
+        ("input_add", "none", True),
+        ("rotary", "none", False),
+        ("attn_add", "single", False),
+        ("attn_add", "multi", True),
+        ("attn_mul", "halves", True),
+        ("attn_mul", "multi", False),
+        ("attn_scalar", "single", True),
         ("attn_scalar", "multi", False),
     )
-]  # fmt: skip
+]
 BASELINES = [
-    "learned", "sinusoidal", "rotary", "rotary_mixed", "alibi", "t5", "kerple", "fire", "scale_invariant", "pope", "none",
-]  # fmt: skip
+    "learned",
+    "sinusoidal",
+    "rotary",
+    "rotary_mixed",
+    "alibi",
+    "t5",
+    "kerple",
+    "fire",
+    "scale_invariant",
+    "pope",
+    "none",
+]
 COMPOSED = {
-    "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
-    "encoding__rotary_heads": 1, "encoding__log_scaling": True,
-}  # fmt: skip
-STRETCHED = {"encoding__resize": "stretch", "encoding__fraction_digits": 1}  # a window is read between places of training
+    "encoding__qk": "multi",
+    "encoding__feature_width": 3,
+    "encoding__position_heads": 1,
+    "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1,
+    "encoding__log_scaling": True,
+}
+STRETCHED = {
+    "encoding__resize": "stretch",
+    "encoding__fraction_digits": 1,
+}  # a window is read between places of training
 CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, every_part(kind)) for kind in BASELINES]
-CASES += [("seqpe", COMPOSED | every_part("seqpe", "cable")), ("seqpe", COMPOSED | STRETCHED), ("rotary", {}), ("fox", {})]
+CASES += [
+    ("seqpe", COMPOSED | every_part("seqpe", "cable")),
+    ("seqpe", COMPOSED | STRETCHED),
+    ("rotary", {}),
+    ("fox", {}),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
@@ -167,17 +198,19 @@ def test_work_ends_when_every_text_has(seqpe):
     end = int(generate(run, params, [prompt], Sampling(1))[0].tokens[0])
     heard, done = [], []
     sampling = Sampling(NEW, end=end)
-    generate(run, params, [prompt], sampling, heard=lambda *one: heard.append(one), progress=lambda *one: done.append(one))
+    generate(
+        run, params, [prompt], sampling, heard=lambda *one: heard.append(one), progress=lambda *one: done.append(one)
+    )
     assert len(heard) == 1 and heard[0][1].tokens.tolist() == [end] and done[-1] == (NEW, NEW)
-    static, model = decoding.Static(NEW, True, True, False), run.architecture.network
+    static, model = decode.Static(NEW, True, True, False), run.architecture.network
     signal = run.programs.signal(params, (len(prompt) + NEW,))
 
     @jax.jit
     def steps(end):
-        draw = decoding.Draw(jax.random.PRNGKey(0), 1.0, 1.0, end, True)
+        draw = decode.Draw(jax.random.PRNGKey(0), 1.0, 1.0, end, True)
         tokens_BL, lengths_B = jnp.asarray([prompt, prompt]), jnp.array([len(prompt), 0])  # the second row is padding
-        state = decoding.begin(model, params["model"], signal, tokens_BL, lengths_B, lengths_B, draw, static=static)
-        return decoding.advance(model, params["model"], signal, state, draw, NEW, static=static).step
+        state = decode.begin(model, params["model"], signal, tokens_BL, lengths_B, lengths_B, draw, static=static)
+        return decode.advance(model, params["model"], signal, state, draw, NEW, static=static).step
 
     assert (steps(end), steps(-1)) == (1, NEW)
     heard.clear()
@@ -202,22 +235,25 @@ def test_a_seed_repeats_its_draws_and_another_does_not(seqpe):
     assert len(set(even.tokens.tolist())) > 5  # each step draws anew
 
 
-@pytest.mark.parametrize("temperature,top_p,expected", [
-    (1.0, None, [0.5, 0.25, 0.15, 0.1]),
-    (0.5, None, [0.25, 0.0625, 0.0225, 0.01]),
-    (1.0, 1.0, [0.5, 0.25, 0.15, 0.1]),
-    (1.0, 0.76, [0.5, 0.25, 0.15, 0]),
-    (1.0, 0.74, [0.5, 0.25, 0, 0]),
-    (1.0, 0.2, [1, 0, 0, 0]),
-    (2.0, 0.6, [0.5**0.5, 0.5, 0, 0]),  # the probabilities that top_p adds up are those at this temperature
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "temperature,top_p,expected",
+    [
+        (1.0, None, [0.5, 0.25, 0.15, 0.1]),
+        (0.5, None, [0.25, 0.0625, 0.0225, 0.01]),
+        (1.0, 1.0, [0.5, 0.25, 0.15, 0.1]),
+        (1.0, 0.76, [0.5, 0.25, 0.15, 0]),
+        (1.0, 0.74, [0.5, 0.25, 0, 0]),
+        (1.0, 0.2, [1, 0, 0, 0]),
+        (2.0, 0.6, [0.5**0.5, 0.5, 0, 0]),  # the probabilities that top_p adds up are those at this temperature
+    ],
+)
 def test_draws_have_the_distribution_asked_for(temperature, top_p, expected):
     count, order = 20_000, np.array([2, 0, 3, 1])
     probabilities = np.zeros(4)
     probabilities[order] = [0.5, 0.25, 0.15, 0.1]
     keys = jax.random.split(jax.random.PRNGKey(0), count)
     logits = jnp.broadcast_to(jnp.log(probabilities) + 3.0, (count, 4))
-    drawn = np.bincount(jax.jit(decoding.sample)(keys, logits, temperature, top_p), minlength=4)[order] / count
+    drawn = np.bincount(jax.jit(decode.sample)(keys, logits, temperature, top_p), minlength=4)[order] / count
     expected = np.array(expected) / np.sum(expected)
     np.testing.assert_allclose(drawn, expected, atol=4 * 0.5 / count**0.5)
     assert (drawn[expected == 0] == 0).all()
@@ -226,7 +262,7 @@ def test_draws_have_the_distribution_asked_for(temperature, top_p, expected):
 def test_batches_take_every_prompt_once_in_few_shapes():
     lengths = np.random.default_rng(0).integers(1, 3000, 500).tolist()
     limits = {"new_tokens": 16, "window": 3016, "batch_tokens": 8192, "multiple": 4}
-    found = decoding.batches(lengths, **limits)
+    found = decode.batches(lengths, **limits)
     assert sorted(index for batch in found for index in batch.indices) == list(range(500))
     for batch in found:
         assert max(lengths[index] for index in batch.indices) <= batch.places <= 3000
@@ -234,7 +270,7 @@ def test_batches_take_every_prompt_once_in_few_shapes():
         assert batch.rows == 4 or batch.rows * (batch.places + 16) <= 8192
     shapes = {(batch.places, batch.rows) for batch in found}
     assert len(shapes) <= 8
-    (alone,) = decoding.batches([5], new_tokens=3, window=8, batch_tokens=1000, multiple=1)
+    (alone,) = decode.batches([5], new_tokens=3, window=8, batch_tokens=1000, multiple=1)
     assert alone == ([0], 5, 1)  # no wider than the window
 
 
@@ -243,10 +279,10 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
 
     def program(block):
         run, params = run_of(model__attention_block=block)
-        length, static = 48, decoding.Static(8, True, True, False)
+        length, static = 48, decode.Static(8, True, True, False)
         signal = run.programs.signal(params, (length + 8,))
-        begin = functools.partial(decoding.begin, run.architecture.network, static=static)
-        draw = decoding.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
+        begin = functools.partial(decode.begin, run.architecture.network, static=static)
+        draw = decode.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
         arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), draw)
         return jax.make_jaxpr(begin)(params["model"], signal, *arguments).jaxpr
 
@@ -257,12 +293,12 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
 def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
     def flops(**fields):
         run, params = run_of(**fields)
-        static = decoding.Static(8, True, True, False)
+        static = decode.Static(8, True, True, False)
         signal = jax.eval_shape(lambda params: run.programs.signal(params, (40,)), params)
-        draw = decoding.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
+        draw = decode.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
         prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), draw)
         begin, advance = (
-            functools.partial(f, run.architecture.network, static=static) for f in (decoding.begin, decoding.advance)
+            functools.partial(f, run.architecture.network, static=static) for f in (decode.begin, decode.advance)
         )
         state = jax.eval_shape(begin, params["model"], signal, *prompts)
         return jax.jit(advance).lower(params["model"], signal, state, draw, 8).compile().cost_analysis()["flops"]
@@ -286,7 +322,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
     windows = []
 
     def record(compiled, params, signal, batch, *_, **__):
-        yield [decoding.Generation(np.zeros(1, np.int32), np.zeros(1, np.float32), False) for _ in batch.indices]
+        yield [decode.Generation(np.zeros(1, np.int32), np.zeros(1, np.float32), False) for _ in batch.indices]
 
     def window_of(prompts, new, window=None):
         generate(run, params, [np.array(prompt) for prompt in prompts], Sampling(new), window=window)
@@ -294,7 +330,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
 
     field, short, long = run.config.encoding.window_dependence, [1] * 5, [1] * 13
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "decode", record)
+        patch.setattr(decode, "decode", record)
         patch.setattr(Programs, "signal", lambda self, params, shape, first: windows.append(shape))
         if field:
             words = f"the training window of 16 .* with {field} .* choose it, --window=25 or more"
@@ -303,7 +339,9 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
             assert window_of([short], 3) == window_of([short], 11) == window_of([short, long], 3) == (16,)
             assert window_of([short], 3, 40) == window_of([short, long], 20, 40) == (40,)
             return
-        with pytest.raises(InputError, match=f"--window=40 .* not by the encoding.kind='{case[0]}' of this run: leave it"):
+        with pytest.raises(
+            InputError, match=f"--window=40 .* not by the encoding.kind='{case[0]}' of this run: leave it"
+        ):
             window_of([short], 3, 40)
         alone, beside = window_of([short], 3), window_of([short, long], 20)
     signals = [run.programs.signal(params, shape, 8) for shape in (alone, beside)]
@@ -314,35 +352,43 @@ def test_a_text_ends_with_the_window_that_its_positions_depend_on():
     """As answers do in an evaluation: with any limit the same text, of which no token stands past the window."""
     run, params = run_of("learned")
     prompts = [np.array([7, 3, 200]), np.array([90] * 13), np.arange(16)]
-    found = {new: generate(run, params, prompts, Sampling(new), window=16, cut=True, keep_logits=True) for new in (3, 40)}
+    found = {
+        new: generate(run, params, prompts, Sampling(new), window=16, cut=True, keep_logits=True) for new in (3, 40)
+    }
     assert [len(one.tokens) for one in found[3]] == [3, 3, 1] and [len(one.tokens) for one in found[40]] == [13, 3, 1]
     for few, many in zip(found[3], found[40], strict=True):
         np.testing.assert_array_equal(few.tokens, many.tokens[:3])
         np.testing.assert_allclose(many.logits[:3], few.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields,words", [
-    ({"new_tokens": 0}, "new tokens must be at least 1, got 0"),
-    ({"temperature": -0.1}, "temperature must be 0"),
-    ({"temperature": float("nan")}, "temperature must be 0"),
-    ({"top_p": 0.0}, "top-p must be above 0"),
-    ({"top_p": 1.5}, "at most 1"),
-    ({"seed": -1}, "seed must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"new_tokens": 0}, "new tokens must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"top_p": 0.0}, "top-p must be above 0"),
+        ({"top_p": 1.5}, "at most 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
 def test_sampling_refuses_values(fields, words):
     with pytest.raises(InputError, match=words):
         Sampling(**({"new_tokens": 1} | fields))
 
 
-@pytest.mark.parametrize("prompts,window,words", [
-    ([], None, "no prompt"),
-    ([[1], []], None, "prompt 2 of 2 is empty"),
-    ([[]], None, "the prompt is empty"),
-    ([[1] * 97], None, "101 needs position 100, but the largest position possible is 99"),
-    ([[1]], 65, "--window=65 .* leave it out"),
-    ([[256]], None, "vocabulary"),
-    ([[-1]], None, "vocabulary"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompts,window,words",
+    [
+        ([], None, "no prompt"),
+        ([[1], []], None, "prompt 2 of 2 is empty"),
+        ([[]], None, "the prompt is empty"),
+        ([[1] * 97], None, "101 needs position 100, but the largest position possible is 99"),
+        ([[1]], 65, "--window=65 .* leave it out"),
+        ([[256]], None, "vocabulary"),
+        ([[-1]], None, "vocabulary"),
+    ],
+)
 def test_prompts_that_cannot_be_read_are_refused(seqpe, prompts, window, words):
     run, params = seqpe
     with pytest.raises(InputError, match=words):
@@ -351,7 +397,9 @@ def test_prompts_that_cannot_be_read_are_refused(seqpe, prompts, window, words):
         generation.check_generation(run_of("learned")[0].config, [10], Sampling(4), 13)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)]
+)
 def test_ids_that_no_token_has_are_never_generated(sampling):
     """A vocabulary that is padded for speed: the rows beyond the tokenizer's are the likeliest by far."""
     run, params = run_of("none", model__vocabulary=300)

@@ -18,8 +18,8 @@ from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.interop.settings import spec_of
-from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
-from seqpe_jax.tasks.measure import measure
+from seqpe_jax.tasks.evaluate import measure
+from seqpe_jax.training.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.serving import test_exported as test_serving
 from tests.tiny import random_state, tiny_config, train
@@ -59,9 +59,10 @@ def same(first, second) -> bool:
 @pytest.mark.parametrize("variant", ["seqpe", "multi", "learned", "sinusoidal", "rotary", "alibi", "none"])
 def test_text_round_trip(tmp_path, variant):
     changes = {
-        "multi": {"encoding__qk": "multi"}, "alibi": {"encoding__reference_scaling": True},
+        "multi": {"encoding__qk": "multi"},
+        "alibi": {"encoding__reference_scaling": True},
         "sinusoidal": {"encoding__amplitude": 1.0},
-    }.get(variant, {})  # fmt: skip
+    }.get(variant, {})
     kind = "seqpe" if variant == "multi" else variant
     changes = {"data__tokenizer": str(tokenizer_file(tmp_path / "t.json"))} | changes
     run = saved_run(tmp_path / "ours", tiny_config(variant=kind, **changes))
@@ -81,7 +82,11 @@ def test_text_round_trip(tmp_path, variant):
     assert (tmp_path / "theirs" / "best_model" / "model_1.safetensors").is_file() == (kind in expected)
 
 
-WHOLE = {"encoding.fraction_digits": 0, "encoding.resize": "extend", "objective.zoom.rate": 0.0}  # as the reference knows
+WHOLE = {
+    "encoding.fraction_digits": 0,
+    "encoding.resize": "extend",
+    "objective.zoom.rate": 0.0,
+}  # as the reference knows
 FIELDS = {
     "seqpe_paper": {"encoding.width": 24, "encoding.heads": 2, "objective.distillation.offsets": 4},
     "rotary_mixed": {"encoding.reference_scramble": True, **WHOLE},
@@ -97,12 +102,22 @@ def test_image_round_trip(tmp_path, kind):
             folder.mkdir(parents=True)
             for number in range(4):
                 Image.new("RGB", (8, 8), (number * 60, 90, 20)).save(folder / f"{number}.png")
-    settings = config.load("configs/digits_vit.py:" + kind, {
-        "data.name": "image_folder", "data.paths": (str(tmp_path / "images"),), "data.size": (16, 16),
-        "model.patch": (4, 4),
-        "model.layers": 2, "model.width": 24, "model.heads": 2, "eval.sizes": (), "model.activation": "gelu",
-        "model.layer_norm_epsilon": 1e-6, **FIELDS[kind],
-    })  # fmt: skip
+    settings = config.load(
+        "configs/digits_vit.py:" + kind,
+        {
+            "data.name": "image_folder",
+            "data.paths": (str(tmp_path / "images"),),
+            "data.size": (16, 16),
+            "model.patch": (4, 4),
+            "model.layers": 2,
+            "model.width": 24,
+            "model.heads": 2,
+            "eval.sizes": (),
+            "model.activation": "gelu",
+            "model.layer_norm_epsilon": 1e-6,
+            **FIELDS[kind],
+        },
+    )
     run = saved_run(tmp_path / "ours", settings)
     conversion.to_reference(str(run), str(tmp_path / "theirs"))
     conversion.to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
@@ -164,12 +179,28 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert report["results"][0]["loss"] == pytest.approx(losses.mean(), abs=2e-5) and report["step"] == 0
     settings = dict(
-        data__tokenizer=str(tokenizer), data__paths=(str(text),), data__name="text_files", data__length=32, steps=1,
-        model__layers=2, model__width=48, model__heads=3, encoding__width=48, encoding__heads=3, encoding__qk="single",
-        encoding__max_position=2000, encoding__digits=5, model__vocabulary=97, optimizer__warmup_steps=1, init_from=run,
-        encoding__mode="attn_scalar", eval__lengths=(), encoding__layers=2, objective__contrastive__weight=0.0,
+        data__tokenizer=str(tokenizer),
+        data__paths=(str(text),),
+        data__name="text_files",
+        data__length=32,
+        steps=1,
+        model__layers=2,
+        model__width=48,
+        model__heads=3,
+        encoding__width=48,
+        encoding__heads=3,
+        encoding__qk="single",
+        encoding__max_position=2000,
+        encoding__digits=5,
+        model__vocabulary=97,
+        optimizer__warmup_steps=1,
+        init_from=run,
+        encoding__mode="attn_scalar",
+        eval__lengths=(),
+        encoding__layers=2,
+        objective__contrastive__weight=0.0,
         objective__distillation__weight=0.0,
-    )  # fmt: skip
+    )
     on_one = functools.partial(Trainer.of, devices=jax.devices()[:1])  # compiles sooner than for eight
     monkeypatch.setattr(Trainer, "of", on_one)
     train(tiny_config(**settings), tmp_path / "tuned")
@@ -193,12 +224,19 @@ def hugging_face(folder, seed=0, **settings):
     state = {"wte.weight": (tokens, WIDTH), "wpe.weight": (16, WIDTH), "ln_f.weight": (WIDTH,), "ln_f.bias": (WIDTH,)}
     for layer in range(LAYERS):
         shapes = {
-            "ln_1.weight": (WIDTH,), "ln_1.bias": (WIDTH,), "ln_2.weight": (WIDTH,), "ln_2.bias": (WIDTH,),
-            "attn.c_attn.weight": (WIDTH, 3 * WIDTH), "attn.c_attn.bias": (3 * WIDTH,),
-            "attn.c_proj.weight": (WIDTH, WIDTH), "attn.c_proj.bias": (WIDTH,),
-            "mlp.c_fc.weight": (WIDTH, 4 * WIDTH), "mlp.c_fc.bias": (4 * WIDTH,),
-            "mlp.c_proj.weight": (4 * WIDTH, WIDTH), "mlp.c_proj.bias": (WIDTH,),
-        }  # fmt: skip
+            "ln_1.weight": (WIDTH,),
+            "ln_1.bias": (WIDTH,),
+            "ln_2.weight": (WIDTH,),
+            "ln_2.bias": (WIDTH,),
+            "attn.c_attn.weight": (WIDTH, 3 * WIDTH),
+            "attn.c_attn.bias": (3 * WIDTH,),
+            "attn.c_proj.weight": (WIDTH, WIDTH),
+            "attn.c_proj.bias": (WIDTH,),
+            "mlp.c_fc.weight": (WIDTH, 4 * WIDTH),
+            "mlp.c_fc.bias": (4 * WIDTH,),
+            "mlp.c_proj.weight": (4 * WIDTH, WIDTH),
+            "mlp.c_proj.bias": (WIDTH,),
+        }
         state |= {f"h.{layer}.{name}": shape for name, shape in shapes.items()}
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in state.items()}
@@ -223,12 +261,15 @@ def test_hugging_face_gpt2(tmp_path):
     np.testing.assert_allclose(found, plain_gpt2(arrays, tokens, LAYERS, heads=2), atol=2e-5)
 
 
-@pytest.mark.parametrize("settings, options", [
-    ({"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}, {"by_layer": True}),
-    ({"scale_attn_weights": False}, {"scaled": False}),
-    ({"tie_word_embeddings": False}, {}),
-    ({"tie_word_embeddings": True}, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, options",
+    [
+        ({"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}, {"by_layer": True}),
+        ({"scale_attn_weights": False}, {"scaled": False}),
+        ({"tie_word_embeddings": False}, {}),
+        ({"tie_word_embeddings": True}, {}),
+    ],
+)
 def test_what_transformers_can_make_of_a_gpt2_is_read(tmp_path, settings, options):
     """Stanford's runs scale attention by layer; a head of its own is read, and one that the config ties is not."""
     arrays = hugging_face(tmp_path / "gpt2", **settings)
@@ -272,7 +313,9 @@ def test_weights_in_shards_are_read(tmp_path):
     refused("lacks h.9.weight, which model.safetensors.index.json says is there", places | {"h.9.weight": files[0]})
     refused("a file outside of its folder, '../else.safetensors'", places | {"wte.weight": "../else.safetensors"})
     refused("must hold a weight_map", [])
-    refused("00003.safetensors is missing: model.safetensors.index.json names 3 parts", places | {"x": "00003.safetensors"})
+    refused(
+        "00003.safetensors is missing: model.safetensors.index.json names 3 parts", places | {"x": "00003.safetensors"}
+    )
     (source / files[1]).write_bytes(b"damaged")
     refused(f"{files[1]} is damaged or cut short", places)
 
@@ -411,10 +454,18 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("field, value", [
-    ("rotary_pairs", 2), ("feature_width", 4), ("position_heads", 1), ("log_scaling", True), ("fraction_digits", 1),
-    ("resize", "stretch"), ("gate", "forget"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rotary_pairs", 2),
+        ("feature_width", 4),
+        ("position_heads", 1),
+        ("log_scaling", True),
+        ("fraction_digits", 1),
+        ("resize", "stretch"),
+        ("gate", "forget"),
+    ],
+)
 def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
     plain = tiny_config(model__vocabulary=97)
     spec_of(plain, 24)

@@ -29,7 +29,9 @@ def test_the_reference_s_checkpoints(goldens, kind):
         else:
             start = [int(part) for part in case.removeprefix("start").split("_")]
             found = model.logits(inputs, start)
-            positions = np.stack(np.meshgrid(*(np.arange(4) + first for first in start), indexing="ij"), -1).reshape(-1, 2)
+            positions = np.stack(np.meshgrid(*(np.arange(4) + first for first in start), indexing="ij"), -1).reshape(
+                -1, 2
+            )
         np.testing.assert_allclose(found, expected[name], rtol=0, atol=2e-5)
         vectors = expected[f"out/pe/{case}"][0]
         np.testing.assert_allclose(model.encode_positions(positions), vectors, rtol=0, atol=2e-5)

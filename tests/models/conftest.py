@@ -4,13 +4,15 @@ import functools
 
 import pytest
 
-from seqpe_jax.models import choice, tpu
+from seqpe_jax.models import attention_dispatch, attention_tpu
 
 
 @pytest.fixture
 def small_kernel(monkeypatch):
     """The TPU's kernel, interpreted and in small blocks, as what "flash" stands for."""
-    monkeypatch.setattr(tpu, "LANES", 4)
-    monkeypatch.setattr(tpu, "BLOCKS", (4,))
-    monkeypatch.setattr(choice, "refusal", lambda operands, *_: "a bias" if operands.bias is not None else "")
-    monkeypatch.setattr(choice.cudnn, "flash", functools.partial(tpu.flash, interpret=True))
+    monkeypatch.setattr(attention_tpu, "LANES", 4)
+    monkeypatch.setattr(attention_tpu, "BLOCKS", (4,))
+    monkeypatch.setattr(
+        attention_dispatch, "refusal", lambda operands, *_: "a bias" if operands.bias is not None else ""
+    )
+    monkeypatch.setattr(attention_dispatch.cudnn, "flash", functools.partial(attention_tpu.flash, interpret=True))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from seqpe_jax.axes import laid_out
+from seqpe_jax.distributed.sharding import Layout, make_mesh
+from seqpe_jax.encodings.base import PositionSignal, fit_batch
 from seqpe_jax.encodings.fixed import ALiBi
-from seqpe_jax.encodings.signal import PositionSignal, fit_batch
-from seqpe_jax.models import operands
+from seqpe_jax.models import attention_inputs
 from seqpe_jax.models.attention import attend
-from seqpe_jax.runtime.mesh import Layout, make_mesh
 from tests.programs import holds
 
 BATCH, LENGTH, HEADS, WIDTH = 6, 7, 2, 4  # 6 samples: with 2 sets, i mod 2 is not i // 2
@@ -224,12 +224,18 @@ def test_position_products_stay_float32_under_bfloat16(how):
         zeros = jnp.zeros((1, len(places), 1, 4), jnp.bfloat16)
         value = jnp.eye(len(near))[None, :, None]
         found = attend(
-            zeros[:, : len(far)], zeros[:, : len(near)], value, PositionSignal(features=tuple(fields)), causal=False,
+            zeros[:, : len(far)],
+            zeros[:, : len(near)],
+            value,
+            PositionSignal(features=tuple(fields)),
+            causal=False,
             **IMPLEMENTATIONS[how],
-        )  # fmt: skip
+        )
         logits = -rate * (far[:, None] - near)
         logs = np.log(np.asarray(found[0, :, 0], np.float64))
-        np.testing.assert_allclose(logs - logs.max(-1, keepdims=True), logits - logits.max(-1, keepdims=True), atol=0.02)
+        np.testing.assert_allclose(
+            logs - logs.max(-1, keepdims=True), logits - logits.max(-1, keepdims=True), atol=0.02
+        )
 
 
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
@@ -247,12 +253,12 @@ def test_dropout_masks_look_random():
     """Each bit of mask is its own: no mean over a row, column, head or sample is far from the rate, no neighbours alike."""
     sample, head, row, column = (jnp.arange(n, dtype=jnp.int32) for n in (3, 4, 64, 64))
     places = sample[:, None, None, None], head[:, None, None], row[:, None], column
-    mask = np.asarray(operands.kept(jnp.int32(5), *places, 0.25))
+    mask = np.asarray(attention_inputs.kept(jnp.int32(5), *places, 0.25))
     assert mask.shape == (3, 4, 64, 64) and set(np.unique(mask)) == {np.float32(0), np.float32(4 / 3)}
     assert mask.mean() == pytest.approx(1, abs=0.01)
     for axes, spread in (((0, 1, 2), 0.1), ((0, 1, 3), 0.1), ((2, 3), 0.05)):
         assert abs(mask.mean(axis=axes) - 1).max() < spread
     for axis in range(4):
         assert abs(np.corrcoef(mask.ravel(), np.roll(mask, 1, axis).ravel())[0, 1]) < 0.02
-    other = np.asarray(operands.kept(jnp.int32(6), *places, 0.25))
+    other = np.asarray(attention_inputs.kept(jnp.int32(6), *places, 0.25))
     assert abs(np.corrcoef(mask.ravel(), other.ravel())[0, 1]) < 0.02

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.signal import PositionSignal
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.models.attention import Cache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
 from tests.models.test_attention import BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, random, signals
@@ -29,9 +29,17 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
     gates, name = name.startswith("gates"), name.removeprefix("gates").removeprefix(", ")
     if how == "flash" and name in ("bias", "everything"):
         pytest.skip("the kernels read no bias")
-    signal = signals(1)[name] if name in NAMES else PositionSignal(
-        **{field: getattr(signals(1)[field], field) for field in ("rotation", "factors", "features", "bias") if name}
-    )  # fmt: skip
+    signal = (
+        signals(1)[name]
+        if name in NAMES
+        else PositionSignal(
+            **{
+                field: getattr(signals(1)[field], field)
+                for field in ("rotation", "factors", "features", "bias")
+                if name
+            }
+        )
+    )
     step_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
     whole = attend(*QKV, signal, None if step_BLH is None else jnp.cumsum(step_BLH, axis=1), kind="plain")
     prompt = max(PROMPTS_B) - 1

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.architecture import Architecture, Sizes
 from seqpe_jax.errors import InputError
-from seqpe_jax.models import choice, cudnn, tpu
-from seqpe_jax.models.blockwise import blockwise
-from seqpe_jax.models.operands import Operands, plain
+from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
+from seqpe_jax.models.attention_blockwise import blockwise
+from seqpe_jax.models.attention_inputs import Operands, plain
+from seqpe_jax.models.build import Architecture, Sizes
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import tiny_config
 
@@ -29,20 +29,23 @@ def shapes(length=1024, keys=None, *, width=64, features=0, causal=True, dtype=j
     keys = keys or length
     array = jax.ShapeDtypeStruct
     return Operands(
-        array((2, length, 3, width), dtype), array((2, keys, 3, width), dtype), array((2, keys, 3, width), dtype),
+        array((2, length, 3, width), dtype),
+        array((2, keys, 3, width), dtype),
+        array((2, keys, 3, width), dtype),
         features=(array((1, length, 3, features), jnp.float32), array((1, keys, 3, features), jnp.float32))
-        if features else None,
+        if features
+        else None,
         bias=array((1, 3, length, keys), jnp.float32) if bias else None,
         last=array((1,), jnp.int32) if causal else None,
         seed=array((), jnp.int32) if drop else None,
-    )  # fmt: skip
+    )
 
 
-NAMES = {plain: "plain", tpu.flash: "tpu", cudnn.flash: "cudnn"}
+NAMES = {plain: "plain", attention_tpu.flash: "tpu", attention_cudnn.flash: "cudnn"}
 
 
 def chosen(device, operands, kind="auto", block=0, **fields):
-    found = choice.choose(kind, block, operands, device=device, **fields)
+    found = attention_dispatch.choose(kind, block, operands, device=device, **fields)
     return f"blocks {found.keywords['block']}" if getattr(found, "func", None) is blockwise else NAMES[found]
 
 
@@ -50,7 +53,7 @@ def chosen(device, operands, kind="auto", block=0, **fields):
     "device, fields, expected",
     [
         (CPU, {"length": 1, "keys": 4096}, "plain"),
-        (CPU, {"length": choice.LONGEST_PLAIN["cpu"]}, "plain"),
+        (CPU, {"length": attention_dispatch.LONGEST_PLAIN["cpu"]}, "plain"),
         (CPU, {"length": 2048}, "blocks 128"),
         (CPU, {"length": 65536}, "blocks 512"),
         (TPU, {"length": 197, "causal": False}, "plain"),
@@ -79,7 +82,9 @@ def test_what_is_chosen(device, fields, expected):
 
 def test_narrow_features_are_joined_where_products_are_exact():
     fields = {"features": 16, "dtype": jnp.float32}
-    joins = lambda device, **fields: choice.choose("blocks", 0, shapes(**fields), device=device).keywords["join"]  # noqa: E731
+    joins = lambda device, **fields: attention_dispatch.choose("blocks", 0, shapes(**fields), device=device).keywords[
+        "join"
+    ]  # noqa: E731
     assert joins(CPU, **fields) and not joins(CPU, **fields | {"features": 17}) and not joins(CPU, dtype=jnp.float32)
     assert not joins(H200, **fields) and not joins(CPU, features=16)
 
@@ -135,7 +140,7 @@ def random(name, *shape):
 
 def test_three_parts_are_a_float32():
     field = random(1, 1000) * 10.0 ** jax.random.randint(KEY, (1000,), -3, 4)
-    parts = [np.asarray(part, np.float64) for part in cudnn.split(field)]
+    parts = [np.asarray(part, np.float64) for part in attention_cudnn.split(field)]
     np.testing.assert_allclose(sum(parts), np.asarray(field, np.float64), rtol=2.0**-23)
     assert not np.allclose(sum(parts[:2]), np.asarray(field, np.float64), rtol=2.0**-19)
 
@@ -154,10 +159,13 @@ def test_what_cudnn_is_given_means_the_same(causal):
         mixed = mix(Operands(query, key, value, features, last=last)).astype(jnp.float32)
         return (mixed * weight).sum(), mixed
 
-    assert cudnn.appended_width(Operands(query, key, value, features)) == 32
-    assert all(array.shape == (batch, length, heads, 32) for array in cudnn.appended(Operands(query, key, value, features)))
+    assert attention_cudnn.appended_width(Operands(query, key, value, features)) == 32
+    assert all(
+        array.shape == (batch, length, heads, 32)
+        for array in attention_cudnn.appended(Operands(query, key, value, features))
+    )
     run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, features)
-    found, expected = run(functools.partial(cudnn.flash, implementation="xla")), run(plain)
+    found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(plain)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         one, other = (np.asarray(array, np.float32) for array in (one, other))
         np.testing.assert_allclose(one, other, atol=0.02 * np.abs(other).max())
@@ -173,7 +181,7 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
     zeros = jnp.zeros((1, 6, 1, 8), jnp.bfloat16)
     features = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
     operands = Operands(zeros, zeros, zeros, features)
-    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in cudnn.appended(operands))
+    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.appended(operands))
     np.testing.assert_allclose(q @ k.T, place[None] - place[:, None], atol=0.02)
     two = slice(8, 8 + 3 * 8)  # as much as two parts of each would give
     assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
@@ -183,13 +191,13 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
 def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(features, width):
     """In six products of parts of bfloat16, laid out beside queries and keys; values stay in front, then zeros."""
     assert chosen(H200, shapes(512, features=features)) == "cudnn"
-    assert cudnn.appended_width(shapes(features=features)) == width
+    assert attention_cudnn.appended_width(shapes(features=features)) == width
     assert chosen(A100, shapes(512, features=features)) == "blocks 512", "Ampere's kernel takes 128"
     operands = Operands(
         *(random(side, 2, 6, 3, 64).astype(jnp.bfloat16) for side in (1, 2, 3)),
         features=tuple(5 * random(side, 1, 6, 3, features) for side in (4, 5)),
-    )  # fmt: skip
-    query, key, value = (np.asarray(array, np.float64) for array in cudnn.appended(operands))
+    )
+    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.appended(operands))
     assert query.shape == key.shape == value.shape == (2, 6, 3, width)
     np.testing.assert_array_equal(value[..., :64], np.asarray(operands.value, np.float64))
     assert not value[..., 64:].any()
@@ -199,8 +207,18 @@ def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(features, width
     np.testing.assert_allclose(np.einsum("blhk,bshk->bhls", query, key), logits, atol=2e-5 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("length, together, expected", [
-    (7, 1, 128), (129, 8, 256), (256, 1, 256), (512, 1, 512), (512, 8, 256), (640, 1, 384), (1100, 1, 384), (4096, 1, 512),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "length, together, expected",
+    [
+        (7, 1, 128),
+        (129, 8, 256),
+        (256, 1, 256),
+        (512, 1, 512),
+        (512, 8, 256),
+        (640, 1, 384),
+        (1100, 1, 384),
+        (4096, 1, 512),
+    ],
+)
 def test_blocks_of_the_kernel_leave_little_padding(length, together, expected):
-    assert tpu.block_of(length, together) == expected
+    assert attention_tpu.block_of(length, together) == expected

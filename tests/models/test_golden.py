@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.interop import from_state_dicts
-from seqpe_jax.objectives.criterion import cross_entropy
+from seqpe_jax.losses.task import cross_entropy
 from tests.goldens import close, compare_gradients, load, names, under
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,12 @@ TOKENS_BL = jax.random.randint(KEY, (2, LENGTH), 0, 11)
 POSITIONS_PLA = jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None]
 
 SEQPE_MODES = (
-    ("input_add", "none"), ("attn_add", "multi"), ("attn_mul", "halves"), ("attn_scalar", "single"), ("rotary", "none"),
-)  # fmt: skip
+    ("input_add", "none"),
+    ("attn_add", "multi"),
+    ("attn_mul", "halves"),
+    ("attn_scalar", "single"),
+    ("rotary", "none"),
+)
 ALL = [("learned",), ("sinusoidal",), ("rotary",), ("alibi",), ("none",), *(("seqpe", *mode) for mode in SEQPE_MODES)]
 
 
@@ -36,10 +40,19 @@ def encoding_of(kind: str, mode: str = "", qk: str = ""):
         "alibi": {"width_model": WIDTH, "heads_model": HEADS},
         "none": {},
         "seqpe": {
-            "layers_model": LAYERS, "width_model": WIDTH, "heads_model": HEADS, "mode": mode, "qk": qk, "digits": 4,
-            "width": 8, "heads": 2, "layers": 1, "init_std": 0.5, "qk_init_std": 0.5,
+            "layers_model": LAYERS,
+            "width_model": WIDTH,
+            "heads_model": HEADS,
+            "mode": mode,
+            "qk": qk,
+            "digits": 4,
+            "width": 8,
+            "heads": 2,
+            "layers": 1,
+            "init_std": 0.5,
+            "qk_init_std": 0.5,
         },
-    }  # fmt: skip
+    }
     return ENCODINGS[kind](**fields[kind])
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.fixed import RotaryAxial
-from seqpe_jax.encodings.signal import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.blocks import Block
+from seqpe_jax.models.transformer import Block
 from seqpe_jax.models.vit import ViT, patches
 from seqpe_jax.positions.grids import grid
 
@@ -137,9 +137,22 @@ def test_recomputation_changes_nothing(remat, params):
 
 def block_of(rate: float) -> Block:
     return Block(
-        WIDTH, HEADS, WIDTH, 1, 0.0, 0.0, "gelu", 1e-6, 0.5, jnp.float32, "auto", 0, causal=False, scale_residual=False,
+        WIDTH,
+        HEADS,
+        WIDTH,
+        1,
+        0.0,
+        0.0,
+        "gelu",
+        1e-6,
+        0.5,
+        jnp.float32,
+        "auto",
+        0,
+        causal=False,
+        scale_residual=False,
         drop_path=rate,
-    )  # fmt: skip
+    )
 
 
 def test_drop_path_leaves_out_whole_branches_of_single_samples():

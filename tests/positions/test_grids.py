@@ -33,13 +33,20 @@ BEFORE = {
 }
 FIELDS = {
     "stdlib_lm": {
-        "encoding.max_position": 2560, "objective.skip.rate": 0.3, "objective.shift.sets": 4, "objective.shift.rate": 0.3,
+        "encoding.max_position": 2560,
+        "objective.skip.rate": 0.3,
+        "objective.shift.sets": 4,
+        "objective.shift.rate": 0.3,
     },
     "digits_vit": {
-        "encoding.max_position": 100, "objective.shift.rate": 0.9, "objective.shift.sets": 1, "objective.zoom.rate": 0.0,
-        "encoding.fraction_digits": 0, "encoding.resize": "extend",
+        "encoding.max_position": 100,
+        "objective.shift.rate": 0.9,
+        "objective.shift.sets": 1,
+        "objective.zoom.rate": 0.0,
+        "encoding.fraction_digits": 0,
+        "encoding.resize": "extend",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BEFORE)
@@ -113,10 +120,12 @@ def test_fine_draws_keep_the_rules(shape):
     """Windows keep their spacing, stay in range, and start between whole numbers too."""
     axes, unit, limit, side = len(shape), 10, 200, max(shape)
     shift = jax.jit(lambda key: sampling.shift(key, sets=3000, shape=shape, max_position=limit, unit=unit))(KEY)
-    assert shift.min() == 0 and shift.max() == limit - (min(shape) - 1) * unit - 1 and len(np.unique(shift % unit)) == unit
-    far = jax.jit(lambda key: sampling.distillation(key, batch=500, offsets=5, shape=shape, max_position=limit, unit=unit))(
-        KEY
+    assert (
+        shift.min() == 0 and shift.max() == limit - (min(shape) - 1) * unit - 1 and len(np.unique(shift % unit)) == unit
     )
+    far = jax.jit(
+        lambda key: sampling.distillation(key, batch=500, offsets=5, shape=shape, max_position=limit, unit=unit)
+    )(KEY)
     offsets_BMA = np.stack(np.unravel_index(np.asarray(far.indices_BM), shape), -1) * unit
     starts_BMA = np.asarray(far.positions_BMA) - offsets_BMA
     assert (starts_BMA == starts_BMA[:, :1]).all() and far.positions_BMA.max() < limit
@@ -125,7 +134,9 @@ def test_fine_draws_keep_the_rules(shape):
     cut = jax.jit(
         lambda key: sampling.skip(key, sets=500, shape=shape, max_position=limit, chunks=2, range=limit, unit=unit)
     )(KEY)
-    steps = np.diff(np.asarray(cut).reshape(500, *shape, axes)[(slice(None), slice(None), *([0] * (axes - 1)), 0)], axis=1)
+    steps = np.diff(
+        np.asarray(cut).reshape(500, *shape, axes)[(slice(None), slice(None), *([0] * (axes - 1)), 0)], axis=1
+    )
     assert steps.min() == unit and cut.max() < limit and (np.sort(steps, axis=1)[:, :-1] == unit).all()
 
 

@@ -8,7 +8,7 @@ import pytest
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import to_digits
 from seqpe_jax.positions.grids import grid
-from seqpe_jax.positions.prefixes import Group, level_sizes, tree
+from seqpe_jax.positions.prefix_trie import Group, level_sizes, tree
 
 
 def test_every_string_is_read_off_its_ancestors():
@@ -67,8 +67,12 @@ def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
 
 
 def test_groups_add_up_to_no_more_than_there_are():
-    sizes = level_sizes([Group(1, (30,)), Group(500), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200)
+    sizes = level_sizes(
+        [Group(1, (30,)), Group(500), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200
+    )
     assert sizes == (2, 20, 200)
     assert level_sizes([Group(1, (30,)), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=1000) == (
-        10, 4 + 4 * 4, 30 + 4 * 5,
-    )  # fmt: skip
+        10,
+        4 + 4 * 4,
+        30 + 4 * 5,
+    )

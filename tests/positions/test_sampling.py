@@ -16,9 +16,12 @@ KEY = jax.random.PRNGKey(0)
 TEXT = {"max_position": 20000, "axes": 1, "base": 10, "hard_fraction": 0.25, "window": 256}
 IMAGE = {"max_position": 100, "axes": 2, "base": 10, "hard_fraction": 0.2, "window": 14}
 MIXTURES = {
-    "hard negatives": (0.0, 1.0, 0.0), "distributional": (0.0, 0.0, 1.0), "as shipped mix .4/.6": (0.0, 0.4, 0.6),
-    "intended mix .5/.3/.2": (0.5, 0.3, 0.2), "random only": (1.0, 0.0, 0.0),
-}  # fmt: skip
+    "hard negatives": (0.0, 1.0, 0.0),
+    "distributional": (0.0, 0.0, 1.0),
+    "as shipped mix .4/.6": (0.0, 0.4, 0.6),
+    "intended mix .5/.3/.2": (0.5, 0.3, 0.2),
+    "random only": (1.0, 0.0, 0.0),
+}
 
 
 @functools.cache
@@ -58,9 +61,16 @@ def test_permute_is_uniform(n):
     assert ((off - 20000 / pairs) ** 2 / (20000 / pairs)).sum() < pairs - 1 + 5 * np.sqrt(2 * (pairs - 1))
 
 
-@pytest.mark.parametrize("axes,limit,candidates", [
-    (1, 400, 1), (1, 400, 2), (1, 33, 32), (2, 30, 3), (3, 12, 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes,limit,candidates",
+    [
+        (1, 400, 1),
+        (1, 400, 2),
+        (1, 33, 32),
+        (2, 30, 3),
+        (3, 12, 4),
+    ],
+)
 def test_candidates_are_distinct_in_range_and_labelled(axes, limit, candidates):
     settings = {"max_position": limit, "axes": axes, "base": 10, "hard_fraction": 0.25, "window": 8}
     pivots, found, labels = draw(settings, (0.2, 0.4, 0.4), candidates, draws=300)
@@ -90,13 +100,21 @@ def test_draws_under_vmap_are_those_of_each_key():
     axes = 2
     draws = {
         "contrastive": lambda key: sampling.contrastive(
-            key, 3, batch=4, candidates=4, max_position=50, axes=axes, base=10, mixture=(0.2, 0.4, 0.4),
-            hard_fraction=0.5, window=6,
+            key,
+            3,
+            batch=4,
+            candidates=4,
+            max_position=50,
+            axes=axes,
+            base=10,
+            mixture=(0.2, 0.4, 0.4),
+            hard_fraction=0.5,
+            window=6,
         ),
         "distillation": lambda key: sampling.distillation(key, batch=4, offsets=3, shape=(5,) * axes, max_position=50),
         "shift": lambda key: sampling.shift(key, sets=4, shape=(5,) * axes, max_position=50, starts=7, subset_key=KEY),
         "skip": lambda key: sampling.skip(key, sets=4, shape=(5,) * axes, max_position=50, chunks=3, range=50),
-    }  # fmt: skip
+    }
     keys = jax.random.split(KEY, 3)
     every = jax.jit(lambda keys: jax.vmap(lambda key: {name: make(key) for name, make in draws.items()})(keys))(keys)
     alone = jax.jit(lambda key: {name: make(key) for name, make in draws.items()})(keys[1])
@@ -129,10 +147,19 @@ def test_hard_candidates_in_other_bases(base):
 
 
 def test_every_position_is_a_pivot_once_per_epoch():
-    make = jax.jit(functools.partial(
-        sampling.contrastive, batch=25, candidates=4, mixture=(1.0, 0.0, 0.0), max_position=10, axes=2, base=10,
-        hard_fraction=0.25, window=4,
-    ))  # fmt: skip
+    make = jax.jit(
+        functools.partial(
+            sampling.contrastive,
+            batch=25,
+            candidates=4,
+            mixture=(1.0, 0.0, 0.0),
+            max_position=10,
+            axes=2,
+            base=10,
+            hard_fraction=0.25,
+            window=4,
+        )
+    )
     pivots = np.concatenate([make(KEY, jnp.int32(step)).pivots_BA for step in range(8)])
     flat = pivots[:, 0] * 10 + pivots[:, 1]
     for epoch in (flat[:100], flat[100:]):
@@ -168,14 +195,27 @@ def test_a_box_around_the_pivot():
     assert np.abs(found[200:, :, 0] - pivots[200:]).mean() < 40
 
 
-@pytest.mark.parametrize("name,candidates,settings", [
-    ("text_1d_n16_as shipped mix .4/.6", 16, TEXT), ("image_2d_n32_distributional", 32, IMAGE),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        *((f"text_1d_n16_{mode}", 16, TEXT) for mode in ("hard negatives", "distributional")),
-        *((f"text_1d_n32_{mode}", 32, TEXT) for mode in ("hard negatives", "distributional", "as shipped mix .4/.6")),
-        *((f"image_2d_n32_{mode}", 32, IMAGE) for mode in ("random only", "hard negatives", "intended mix .5/.3/.2")),
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,candidates,settings",
+    [
+        ("text_1d_n16_as shipped mix .4/.6", 16, TEXT),
+        ("image_2d_n32_distributional", 32, IMAGE),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *((f"text_1d_n16_{mode}", 16, TEXT) for mode in ("hard negatives", "distributional")),
+                *(
+                    (f"text_1d_n32_{mode}", 32, TEXT)
+                    for mode in ("hard negatives", "distributional", "as shipped mix .4/.6")
+                ),
+                *(
+                    (f"image_2d_n32_{mode}", 32, IMAGE)
+                    for mode in ("random only", "hard negatives", "intended mix .5/.3/.2")
+                ),
+            )
+        ),
+    ],
+)
 def test_candidates_match_the_reference(goldens, name, candidates, settings):
     expected = json.loads((goldens / "sampler_stats.json").read_text())["contrastive"][name]
     mode = name.split("_", 3)[3]
@@ -254,10 +294,14 @@ def test_shift_reaches_every_start_and_a_subset_only_its_own(shape):
     room = np.prod(8 - np.array(shape) + 1)
     assert len({tuple(row) for row in starts}) == room
     subset = [
-        {tuple(map(int, row)) for row in sampling.shift(
-            jax.random.PRNGKey(n), sets=200, shape=shape, max_position=8, starts=2, subset_key=KEY)}
+        {
+            tuple(map(int, row))
+            for row in sampling.shift(
+                jax.random.PRNGKey(n), sets=200, shape=shape, max_position=8, starts=2, subset_key=KEY
+            )
+        }
         for n in range(2)
-    ]  # fmt: skip
+    ]
     assert subset[0] == subset[1] and len(subset[0]) == 2
 
 

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.architecture import flops_of
-from seqpe_jax.profiling.benchmarks import flops_of_call
+from seqpe_jax.models.build import flops_of
+from seqpe_jax.profiling.benchmark import flops_of_call
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import CONFIG
 from tests.tiny import tiny_config
@@ -22,9 +22,14 @@ def test_encodings_are_compared(commands, tmp_path, mode):
     output = tmp_path / "deep" / "found.json"
     fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in PLAIN.items()]
     result = commands(
-        "benchmark", f"--config={CONFIG}", *fields, "--compare=seqpe,rotary", f"--mode={mode}", "--steps=3",
+        "benchmark",
+        f"--config={CONFIG}",
+        *fields,
+        "--compare=seqpe,rotary",
+        f"--mode={mode}",
+        "--steps=3",
         f"--output={output}",
-    )  # fmt: skip
+    )
     assert result.code == 0, result.err
     found = json.loads(output.read_text())
     assert [run["encoding"] for run in found["runs"]] == ["seqpe", "rotary"]
@@ -56,9 +61,16 @@ def test_the_encoder_is_compared_with_itself_without_shared_prefixes(commands, t
 def test_variants_of_the_page_are_compared_each_with_the_options_that_it_reads(commands, tmp_path):
     output = tmp_path / "found.json"
     result = commands(
-        "benchmark", "--config=configs/stdlib_lm.py", f"--compare={','.join(KINDS)}", "--steps=1", "--mode=eval",
-        "--config.encoding.width=24", "--config.model.layers=1", "--config.batch_size=2", f"--output={output}",
-    )  # fmt: skip
+        "benchmark",
+        "--config=configs/stdlib_lm.py",
+        f"--compare={','.join(KINDS)}",
+        "--steps=1",
+        "--mode=eval",
+        "--config.encoding.width=24",
+        "--config.model.layers=1",
+        "--config.batch_size=2",
+        f"--output={output}",
+    )
     assert result.code == 0, result.err
     found = json.loads(output.read_text())
     assert [run["encoding"] for run in found["runs"]] == KINDS
@@ -78,7 +90,9 @@ def test_bad_arguments_end_with_one_line(commands):
     unread = commands("benchmark", f"--config={CONFIG}", "--compare=rotary,alibi", "--config.encoding.layers=3")
     refused(unread, "--config.encoding.layers is read by none of rotary, alibi")
     refused(commands("benchmark", "--config=configs/digits_vit.py", "--mode=decode"), "give a config of text")
-    refused(commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--compare=seqpe,rotary"), "encoding.kind=seqpe")
+    refused(
+        commands("benchmark", f"--config={CONFIG}", "--mode=encode", "--compare=seqpe,rotary"), "encoding.kind=seqpe"
+    )
 
 
 def test_flops_are_counted_from_the_sizes():
@@ -88,7 +102,11 @@ def test_flops_are_counted_from_the_sizes():
     trainer = Trainer.of(tiny_config(model__vocabulary=256, batch_size=2), jax.devices()[:1])
     seen = forward - 2 * length * 2 * length * width  # causality hides half of the keys
     assert flops_of_call(trainer, "eval") == {"mfu": seen, "mfu_full_attention": forward}
-    assert trainer.flops_per_step == flops_of_call(trainer, "train") == {"mfu": 3 * seen, "mfu_full_attention": 3 * forward}
+    assert (
+        trainer.flops_per_step
+        == flops_of_call(trainer, "train")
+        == {"mfu": 3 * seen, "mfu_full_attention": 3 * forward}
+    )
     images = flops_of(config.load("configs/digits_vit.py:none"), 0, tokens=16, training=False)
     assert images["mfu"] == images["mfu_full_attention"]  # each patch sees all others
     gated = tiny_config(model__vocabulary=256, encoding__gate="forget")  # a number for each of two heads

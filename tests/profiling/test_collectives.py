@@ -137,20 +137,24 @@ def test_what_goes_between_slices_is_counted():
     assert found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-@pytest.mark.parametrize("written, groups", [
-    ("replica_groups={{0,2},{1,3}}, use_global_device_ids=true", ((0, 2), (1, 3))),
-    ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
-    ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
-    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={0}", ((0, 1), (2, 3))),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
-    ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
-    ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
-    ("to_apply=%add", ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "written, groups",
+    [
+        ("replica_groups={{0,2},{1,3}}, use_global_device_ids=true", ((0, 2), (1, 3))),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={0}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
+        ("to_apply=%add", ()),
+    ],
+)
 def test_who_takes_part(written, groups):
     assert (
-        groups_of(Instruction("a", "f32[4]", "all-reduce", ("b",), f", channel_id=1, {written}, metadata={{}}")) == groups
+        groups_of(Instruction("a", "f32[4]", "all-reduce", ("b",), f", channel_id=1, {written}, metadata={{}}"))
+        == groups
     )
 
 

@@ -9,7 +9,12 @@ from seqpe_jax.profiling.hlo import Hlo, array_bytes, sides
 
 @pytest.mark.parametrize(
     "kind, size",
-    [("f32[2,3]{1,0:T(8,128)}", 24), ("(bf16[4], /*index=1*/pred[], u32[]{:S(2)})", 13), ("s4[3]", 2), ("f8e4m3fn[5]", 5)],
+    [
+        ("f32[2,3]{1,0:T(8,128)}", 24),
+        ("(bf16[4], /*index=1*/pred[], u32[]{:S(2)})", 13),
+        ("s4[3]", 2),
+        ("f8e4m3fn[5]", 5),
+    ],
 )
 def test_bytes_of_types(kind, size):
     assert array_bytes(kind) == size

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.distributed import hardware
+from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.profiling.hlo import Hlo
 from seqpe_jax.profiling.roofline import Links, roofline
-from seqpe_jax.runtime import chips
-from seqpe_jax.runtime import mesh as layout
 from seqpe_jax.training.trainer import Trainer
 from tests.house.test_equal_steps import SMALL, TEXT
 from tests.tiny import ROOT
 
-V5E = chips.chip_of("TPU v5e")
+V5E = hardware.chip_of("TPU v5e")
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def check(found, flops, all_reduced, chip):
 
 
 def test_the_bound_of_a_step_of_text_is_that_counted_by_hand():
-    chip = chips.chip_of("NVIDIA A100-SXM4-80GB")
+    chip = hardware.chip_of("NVIDIA A100-SXM4-80GB")
     trainer, program = text(data=8)
     found = bound(trainer, program, chip)
     width, length, vocabulary, layers, tokens = 16, 16, 256, 2, 16  # of a device: one sample
@@ -78,7 +78,7 @@ def test_the_bound_of_a_step_of_text_is_that_counted_by_hand():
 
 @pytest.mark.slow
 def test_the_bound_of_a_step_of_images_is_that_counted_by_hand():
-    chip = chips.chip_of("NVIDIA H100 80GB HBM3")
+    chip = hardware.chip_of("NVIDIA H100 80GB HBM3")
     trainer, program = images(data=8)
     found = bound(trainer, program, chip)
     model, classes = trainer.config.model, 10
@@ -94,7 +94,7 @@ def test_the_bound_of_a_step_of_images_is_that_counted_by_hand():
 @pytest.mark.slow
 def test_what_fsdp_gathers_is_counted_in_every_turn_of_the_layers():
     trainer, program = text(fsdp=8)
-    found = bound(trainer, program, chips.chip_of("NVIDIA A100-SXM4-80GB"))
+    found = bound(trainer, program, hardware.chip_of("NVIDIA A100-SXM4-80GB"))
     gathered = sum(one["bytes"] for one in found["collectives"] if one["kind"] == "all-gather")
     width, layers = 16, 2
     assert gathered >= layers * 12 * width**2 * 4, "the matrices of each layer, once at least"
@@ -104,13 +104,14 @@ def torus(*sides, kind="TPU v5e", shape=None, slices=1):
     """Links of a slice that is not there, its devices numbered along the last side first."""
     devices = [
         types.SimpleNamespace(coords=place, platform="tpu", slice_index=number)
-        for number in range(slices) for place in np.ndindex(*sides)
-    ]  # fmt: skip
+        for number in range(slices)
+        for place in np.ndindex(*sides)
+    ]
     array = np.empty(len(devices), object)
     array[:] = devices
     shape = shape or (len(devices), 1, 1, 1)
     mesh = types.SimpleNamespace(devices=array.reshape(shape), size=len(devices), axis_names=layout.AXES)
-    return Links(mesh, chips.chip_of(kind))
+    return Links(mesh, hardware.chip_of(kind))
 
 
 def test_a_ring_has_two_ways_in_and_a_line_one():
@@ -120,7 +121,7 @@ def test_a_ring_has_two_ways_in_and_a_line_one():
     assert links.of([range(0, 256, 16)]) == {"x": 2 * V5E.link}
     assert links.of([]) == {"x": 2 * V5E.link, "y": 2 * V5E.link}, "all devices"
     assert torus(4, 4).of([]) == {"x": V5E.link, "y": V5E.link}, "a small slice is not closed"
-    v5p = chips.chip_of("TPU v5p")
+    v5p = hardware.chip_of("TPU v5p")
     assert torus(4, 4, 4, kind="TPU v5p").of([range(4)]) == {"z": 2 * v5p.link}
     assert torus(2, 4, 4, kind="TPU v5p").of([range(4)]) == {"z": v5p.link}
 
@@ -134,7 +135,9 @@ def test_two_cores_of_a_chip_and_two_slices():
 
 def test_axes_of_the_mesh():
     links = torus(4, 4, shape=(2, 8, 1, 1))
-    assert links.axes([range(8)]) == ["fsdp"] and links.axes([[0, 8]]) == ["data"] and links.axes([]) == ["data", "fsdp"]
+    assert (
+        links.axes([range(8)]) == ["fsdp"] and links.axes([[0, 8]]) == ["data"] and links.axes([]) == ["data", "fsdp"]
+    )
 
 
 SENT = """\
@@ -154,8 +157,10 @@ def test_links_are_busy_for_all_that_goes_over_them():
     shared = 2 * 4096 * 255 / 256 / (4 * V5E.link)
     assert found["links"] == {"x": pytest.approx(alone + shared), "y": pytest.approx(alone + shared)}
     assert [(one["axes"], one["over"]) for one in found["collectives"]] == [
-        (["fsdp"], ["y"]), (["data"], ["x"]), (["data", "fsdp"], ["x", "y"]),
-    ]  # fmt: skip
+        (["fsdp"], ["y"]),
+        (["data"], ["x"]),
+        (["data", "fsdp"], ["x", "y"]),
+    ]
     assert found["bound"] == "interconnect" and found["seconds"] == max(found["links"].values())
 
 
@@ -164,7 +169,7 @@ def test_what_is_not_known_bounds_nothing():
     sent = Hlo(SENT.replace("256", "8").replace("[16,16]", "[2,4]"))
     found = roofline(sent, mesh, V5E, model_flops={"mfu": 0.0}, units=1)
     assert found["links"].keys() == {"x", "y"} and found["collectives"][-1]["seconds"] is None and found["mfu"] is None
-    measured = chips.Chip("some CPU", 1e9, 0, "measured")
+    measured = hardware.Chip("some CPU", 1e9, 0, "measured")
     cpu = types.SimpleNamespace(devices=np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), size=1, axis_names=layout.AXES)
     found = roofline(Hlo(PRODUCT), cpu, measured, model_flops={"mfu": 0.0}, units=8)
     assert found["memory_s"] is None and found["bound"] == "arithmetic"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqpe_jax.models import tpu
+from seqpe_jax.models import attention_tpu
 from seqpe_jax.models.kernel_cost import estimate
 from seqpe_jax.profiling.hlo import Hlo
 from seqpe_jax.profiling.work import work
@@ -32,25 +32,52 @@ def test_a_batch_of_products():
     assert found.flops == 2 * 2 * 3 * 8 * 16 * 4
 
 
-@pytest.mark.parametrize("made, left, right, attributes, flops", [
-    # One product: x[2,16,24] @ w[24,96].
-    ("f32[2,16,96]", "f32[2,16,24]", "f32[24,96,1]", "window={size=1}, dim_labels=0bf_io0->0bf", 2 * 32 * 24 * 96),
-    # Four products q k of 16 x 16 over 12, the batch written as a window that meets each sample once.
-    ("f32[2,2,16,16]", "f32[2,16,2,12]", "f32[2,16,2,12]",
-     "window={size=2x2 pad=1_1x1_1 rhs_reversal=1x1}, dim_labels=0b1f_0o1i->01bf", 2 * 4 * 9 / 4 * 16 * 16 * 12),
-    ("f32[2,2,16,16]", "f32[2,16,2,12]", "f32[2,16,2,12]",
-     "window={size=2x2 stride=1x1 lhs_dilate=2x2}, dim_labels=0b1f_0o1i->01bf", 2 * 4 * 16 * 16 * 12),
-    # A convolution of images, stride 2: all of its window lies inside.
-    ("f32[8,3,3,32]", "f32[8,7,7,4]", "f32[3,3,4,32]", "window={size=3x3 stride=2x2}, dim_labels=b01f_01io->b01f",
-     2 * 8 * 9 * 9 * 4 * 32),
-    # With a border, of which nothing is computed: 2 + 3 + 2 places of the window along an axis.
-    ("f32[8,3,3,32]", "f32[8,3,3,4]", "f32[3,3,4,32]", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
-     2 * 8 * 7 * 7 * 4 * 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "made, left, right, attributes, flops",
+    [
+        # One product: x[2,16,24] @ w[24,96].
+        ("f32[2,16,96]", "f32[2,16,24]", "f32[24,96,1]", "window={size=1}, dim_labels=0bf_io0->0bf", 2 * 32 * 24 * 96),
+        # Four products q k of 16 x 16 over 12, the batch written as a window that meets each sample once.
+        (
+            "f32[2,2,16,16]",
+            "f32[2,16,2,12]",
+            "f32[2,16,2,12]",
+            "window={size=2x2 pad=1_1x1_1 rhs_reversal=1x1}, dim_labels=0b1f_0o1i->01bf",
+            2 * 4 * 9 / 4 * 16 * 16 * 12,
+        ),
+        (
+            "f32[2,2,16,16]",
+            "f32[2,16,2,12]",
+            "f32[2,16,2,12]",
+            "window={size=2x2 stride=1x1 lhs_dilate=2x2}, dim_labels=0b1f_0o1i->01bf",
+            2 * 4 * 16 * 16 * 12,
+        ),
+        # A convolution of images, stride 2: all of its window lies inside.
+        (
+            "f32[8,3,3,32]",
+            "f32[8,7,7,4]",
+            "f32[3,3,4,32]",
+            "window={size=3x3 stride=2x2}, dim_labels=b01f_01io->b01f",
+            2 * 8 * 9 * 9 * 4 * 32,
+        ),
+        # With a border, of which nothing is computed: 2 + 3 + 2 places of the window along an axis.
+        (
+            "f32[8,3,3,32]",
+            "f32[8,3,3,4]",
+            "f32[3,3,4,32]",
+            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            2 * 8 * 7 * 7 * 4 * 32,
+        ),
+    ],
+)
 def test_what_a_tpu_writes_as_convolutions(made, left, right, attributes, flops):
-    found = work(entry(
-        f"%x = {left} parameter(0)", f"%y = {right} parameter(1)", f"ROOT %z = {made} convolution(%x, %y), {attributes}"
-    ))  # fmt: skip
+    found = work(
+        entry(
+            f"%x = {left} parameter(0)",
+            f"%y = {right} parameter(1)",
+            f"ROOT %z = {made} convolution(%x, %y), {attributes}",
+        )
+    )
     assert found.flops == flops
 
 
@@ -59,19 +86,21 @@ def test_kernels_say_what_they_compute_or_are_named():
     told = work(entry(f'{call}, backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"123"}}}}}}'))
     assert (told.flops, told.kernels) == (123, 0)
     assert work(entry(call)).kernels == 1
-    product = work(entry(
-        "%x = bf16[4,16] parameter(0)",
-        '%k = (bf16[4,8], s8[99]) custom-call(%x, %x), custom_call_target="__cublas$gemm", '
-        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
-    ))  # fmt: skip
+    product = work(
+        entry(
+            "%x = bf16[4,16] parameter(0)",
+            '%k = (bf16[4,8], s8[99]) custom-call(%x, %x), custom_call_target="__cublas$gemm", '
+            'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
+        )
+    )
     assert (product.flops, product.kernels) == (2 * 4 * 8 * 16, 0)
 
 
 def test_the_attention_kernel_leaves_out_what_causality_hides():
     array = jax.ShapeDtypeStruct
     query, field = array((4, 1, 3, 1024, 64), jnp.bfloat16), array((1, 3, 1024, 8), jnp.float32)
-    arrays = tpu._Arrays(query, query, query, field, field, None, None)
-    plan = tpu._Plan(1024, 512, 512, 4, causal=True, dropping=False, rate=0.0, interpret=False)
+    arrays = attention_tpu._Arrays(query, query, query, field, field, None, None)
+    plan = attention_tpu._Plan(1024, 512, 512, 4, causal=True, dropping=False, rate=0.0, interpret=False)
     pairs, calls = 3 * 512**2, 4 * 3
     assert estimate("_forward_kernel", arrays, plan, []).flops == 2 * pairs * (calls * 128 + 3 * 8)
     assert estimate("_key_kernel", arrays, plan, []).flops == 2 * pairs * (calls * 256 + 3 * 16)
@@ -130,16 +159,22 @@ def test_of_a_stack_the_part_that_is_read_or_written_counts():
         "%at = s32[] parameter(2)",
     )
     cut = work(entry(*held, "%a = bf16[128,128]{1,0} fusion(%stack, %at), kind=kLoop, calls=%cut", before=SLICED))
-    put = work(entry(*held, "%a = f32[6,128,128]{2,1,0} fusion(%stack, %new, %at), kind=kLoop, calls=%put", before=SLICED))
+    put = work(
+        entry(*held, "%a = f32[6,128,128]{2,1,0} fusion(%stack, %new, %at), kind=kLoop, calls=%put", before=SLICED)
+    )
     assert (cut.bytes, put.bytes) == (128 * 128 * 6 + 4, 128 * 128 * 8 + 4)
 
 
 def test_vector_memory_is_free_and_copies_there_are_not():
-    found = work(entry(
-        "%x = f32[64]{0} parameter(0)",
-        "%begun = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%x)", "%y = f32[64]{0:S(1)} copy-done(%begun)",
-        "%z = f32[64]{0:S(1)} add(%y, %y)", '%room = f32[999]{0} custom-call(), custom_call_target="AllocateBuffer"',
-    ))  # fmt: skip
+    found = work(
+        entry(
+            "%x = f32[64]{0} parameter(0)",
+            "%begun = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%x)",
+            "%y = f32[64]{0:S(1)} copy-done(%begun)",
+            "%z = f32[64]{0:S(1)} add(%y, %y)",
+            '%room = f32[999]{0} custom-call(), custom_call_target="AllocateBuffer"',
+        )
+    )
     assert found.bytes == 64 * 4
 
 
@@ -150,5 +185,7 @@ def test_what_a_collective_holds_in_the_background_is_not_moved_by_the_products_
 
 
 def test_the_compilers_cycles_are_added_up():
-    line = '%a = f32[4]{0} fusion(%x), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"700"}}'
+    line = (
+        '%a = f32[4]{0} fusion(%x), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"700"}}'
+    )
     assert work(entry("%x = f32[4]{0} parameter(0)", line)).cycles == 700

@@ -33,8 +33,9 @@ def sweep(tmp_path):
                 (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for seed in (1, 2):
             points[f"{kind}-{seed}"] = {
-                "settings": settings | rate(0.001) | {"seed": seed, "encoding": {"kind": kind}}, "best": best,
-            }  # fmt: skip
+                "settings": settings | rate(0.001) | {"seed": seed, "encoding": {"kind": kind}},
+                "best": best,
+            }
     for seed in (1, 2):
         points[f"alibi-{seed}"]["decided"] = {FIELD: {"value": 0.002, "run": "alibi-r=0.002", "metric": METRIC}}
         points[f"alibi-{seed}"]["settings"] |= rate(0.002)
@@ -48,7 +49,9 @@ def sweep(tmp_path):
 def test_rows_are_of_the_second_stage_alone(sweep, tmp_path_factory):
     study = read_study(sweep)
     assert study.rows == ["alibi", "rotary"] and [run.name for run in study.of("alibi")] == ["alibi-1", "alibi-2"]
-    assert [run.name for run in study.trials] == [f"{kind}-r={value}" for kind in ("alibi", "rotary") for value in RATES]
+    assert [run.name for run in study.trials] == [
+        f"{kind}-r={value}" for kind in ("alibi", "rotary") for value in RATES
+    ]
     out = tmp_path_factory.mktemp("out")
     main = report.write_report(sweep, out)
     assert "| alibi | **3.000** (1 of 2) | **3.500** (1 of 2) | 1,234 | 2.75 M |\n| rotary | - | - | - | - |" in main
@@ -60,12 +63,14 @@ def test_rows_are_of_the_second_stage_alone(sweep, tmp_path_factory):
 def test_the_first_stage_shows_what_was_measured_last_and_what_was_chosen(sweep):
     [table] = choices.choices(read_study(sweep))
     assert (
-        list(table.header) == ["encoding", "0.001", "0.002", "0.004", "chosen"] and "seed 0; lower is better" in table.note
+        list(table.header) == ["encoding", "0.001", "0.002", "0.004", "chosen"]
+        and "seed 0; lower is better" in table.note
     )
     shown = {row[0].text: [f"*{cell.text}*" if cell.best else cell.text for cell in row[1:]] for row in table.rows}
     assert shown == {
-        "alibi": ["2.0000", "*1.5000*", "1.7500", "0.002"], "rotary": ["2.5000", "-", "-", "-"],
-    }  # fmt: skip
+        "alibi": ["2.0000", "*1.5000*", "1.7500", "0.002"],
+        "rotary": ["2.5000", "-", "-", "-"],
+    }
     assert "may lie beyond" not in table.note
 
 
@@ -118,10 +123,13 @@ def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):
     assert "alibi was chosen without it" in choices.notes(read_study(sweep))[0]
 
 
-@pytest.mark.parametrize("best,message", [
-    ({FIELD: {"minimise": METRIC}}, "does not say which runs decide"),
-    ({FIELD: {"runs": ["nobody"], "minimise": METRIC}}, "has no point 'nobody', which decides others"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "best,message",
+    [
+        ({FIELD: {"minimise": METRIC}}, "does not say which runs decide"),
+        ({FIELD: {"runs": ["nobody"], "minimise": METRIC}}, "has no point 'nobody', which decides others"),
+    ],
+)
 def test_a_record_that_names_nobody_is_refused(sweep, best, message):
     path = sweep / "sweep.json"
     kept = copy.deepcopy(json.loads(path.read_text()))

@@ -43,8 +43,10 @@ def test_what_is_kept_is_of_each_run_and_says_its_direction(runs):
     # Half the interval of two values is 12.706205 times their distance over 2, by t with one degree of freedom.
     assert cells(table) == {
         "seqpe": ["2.000 ± 0.000", "2.250 ± 3.177", "0.900 ± 1.271"],
-        "alibi": ["3.000", "1.500", "2.000"], "fox": ["3.000", "-", "-"], "rotary": ["-", "-", "-"],
-    }  # fmt: skip
+        "alibi": ["3.000", "1.500", "2.000"],
+        "fox": ["3.000", "-", "-"],
+        "rotary": ["-", "-", "-"],
+    }
 
 
 def test_of_accuracies_more_is_kept_where_more_is_right_and_the_furthest_stands_for_8x(tmp_path):
@@ -68,8 +70,11 @@ def test_costs_are_relative_to_rope_and_missing_where_not_measured(runs):
     # seqpe / rotary takes 0.5 of the time, seqpe / alibi 2: so alibi takes a quarter of rotary's.
     costed = {name: own[3:] for name, own in cells(table).items()}
     assert costed == {
-        "seqpe": ["0.50", "0.50"] * 2, "alibi": ["0.25", "0.25"] * 2, "fox": ["-"] * 4, "rotary": ["1.00", "1.00"] * 2,
-    }  # fmt: skip
+        "seqpe": ["0.50", "0.50"] * 2,
+        "alibi": ["0.25", "0.25"] * 2,
+        "fox": ["-"] * 4,
+        "rotary": ["1.00", "1.00"] * 2,
+    }
     plot = plots.quality_and_cost(study, found)
     assert plot.alt.endswith("seqpe 2.250 at 0.50 times; alibi 1.500 at 0.25 times.")
     plots.close(plot)
@@ -129,7 +134,9 @@ def test_answers_by_distance_are_those_of_the_longest_prompts(tmp_path):
             {"length": 128, "examples": 40, "contains": 99.0, "distance": distance(99.0, 99.0)},
             {"length": 256, "examples": 40, "contains": 9.0, "distance": own},
         ]
-        results[0] |= {"exact_match": 71.0} if seed else {"exact_match_strict": 62.0}  # of an older evaluation, of this one
+        results[0] |= (
+            {"exact_match": 71.0} if seed else {"exact_match_strict": 62.0}
+        )  # of an older evaluation, of this one
         (folder / "evaluation.json").write_text(json.dumps({"parameters": 1, "results": results}))
     make_run(tmp_path / "rotary", "rotary", bits=(), data={"name": "stdlib_qa", "length": 128})
     table = tables.by_distance(read_study(tmp_path))

@@ -68,8 +68,9 @@ def make_sweep(folder):
     settings = {"steps": 4, "batch_size": 2, "data": {"name": "text_files", "length": 16}}
     points = {
         f"{kind}-{seed}": {"settings": settings | {"seed": seed, "encoding": {"kind": kind}}}
-        for kind in ("seqpe", "rotary") for seed in (0, 1)
-    }  # fmt: skip
+        for kind in ("seqpe", "rotary")
+        for seed in (0, 1)
+    }
     make_run(folder / "seqpe-0", bits=((16, 2.0123456789), (64, 3.25)))
     make_run(folder / "seqpe-1", seed=1, bits=((16, 2.5),))
     make_run(folder / "rotary-0", "rotary", bits=(), metrics=False)
@@ -122,9 +123,11 @@ def test_numbers_are_those_of_the_files_and_missing_ones_are_missing(swept):
     assert all(cell["text"] == "–missing" for cell in rows["rotary"])
     _, rows = page.table("Runs")
     assert {name: cells[2]["text"] for name, cells in rows.items()} == {
-        "seqpe-0": "finished", "seqpe-1": "finished", "rotary-1": "not started",
+        "seqpe-0": "finished",
+        "seqpe-1": "finished",
+        "rotary-1": "not started",
         "rotary-0": "failed at step 1 of 4: train ended with exit code 1: the loss is nan",
-    }  # fmt: skip
+    }
     notes = [one["text"] for one in page.all("li")]
     assert "rotary-1 is missing: not started" in notes
     assert "| rotary | - | - |" in (out / "report.md").read_text()
@@ -214,11 +217,14 @@ def test_a_sweep_that_has_not_begun(tmp_path):
     assert "No run has been evaluated" in report.write_report(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("content,message", [
-    ("[]", "sweep.json has no dict 'points'"),
-    ('{"points": {"a": {}}}', "sweep.json, point 'a', has no int 'seed'"),
-    ('{"points": {}}', "holds no run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("[]", "sweep.json has no dict 'points'"),
+        ('{"points": {"a": {}}}', "sweep.json, point 'a', has no int 'seed'"),
+        ('{"points": {}}', "holds no run"),
+    ],
+)
 def test_a_broken_sweep_is_refused(tmp_path, content, message):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(InputError, match=message):
@@ -234,11 +240,20 @@ def browsed(page, folder, width, dark, measure):
         f' v = s => f.contentWindow.getComputedStyle(s);{measure}"></iframe>'
     )
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,2000",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={folder / 'shot.png'}", "--dump-dom",
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1400,2000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--screenshot={folder / 'shot.png'}",
+        "--dump-dom",
         (folder / "frame.html").as_uri(),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
@@ -271,9 +286,12 @@ def test_a_browser_sorts_rows_and_hides_curves(tmp_path):
     )
     found = browsed(tmp_path / "report.html", tmp_path, 400, False, measure)
     assert [" ".join(rows) for rows in found["seen"]] == [
-        "seqpe alibi fox none rotary", "rotary seqpe alibi fox none", "seqpe rotary alibi fox none",
-        "alibi fox none rotary seqpe", "seqpe rotary none fox alibi",
-    ]  # fmt: skip
+        "seqpe alibi fox none rotary",
+        "rotary seqpe alibi fox none",
+        "seqpe rotary alibi fox none",
+        "alibi fox none rotary seqpe",
+        "seqpe rotary none fox alibi",
+    ]
     assert found["sorts"] == ["descending", None, None] and found["wide"] == 400 and found["grouped"] == 0
     first, without, none, again = found["counts"]
     assert first[0] > 3 and without == [0, *first[1:]] and none == [0] * len(first) and again == first
@@ -294,7 +312,9 @@ def test_a_browser_shows_it(swept, tmp_path, width, dark):
         "ink: v(d.querySelector('svg text')).fill, paper: v(e).backgroundColor})"
     )
     found = browsed(out / "report.html", tmp_path, width, dark, measure)
-    assert found["wide"] == width and found["tall"] > 2000  # nothing wider than the window: wide parts scroll by themselves
+    assert (
+        found["wide"] == width and found["tall"] > 2000
+    )  # nothing wider than the window: wide parts scroll by themselves
     assert found["tables"] >= 5 and found["plots"] >= 4
     light = [np.mean([int(part) for part in re.findall(r"\d+", found[name])[:3]]) for name in ("ink", "paper")]
     assert (light[0] > 180 and light[1] < 60) if dark else (light[0] < 80 and light[1] > 240)

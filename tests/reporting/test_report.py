@@ -10,7 +10,7 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.reporting import plots, report, tables
-from seqpe_jax.reporting.drawing import styles_of
+from seqpe_jax.reporting.plot_style import styles_of
 from seqpe_jax.reporting.study import differences, read_study
 
 
@@ -21,17 +21,28 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
     (folder / "config.json").write_text(json.dumps(fields | config))
     if metrics:
         lines = [
-            {"step": n, "time": 2.0 * n, "train/term/task": 5.0 - n, "train/tokens_per_second": 100.0 * n,
-             "train/step_seconds": 0.01 * n}
+            {
+                "step": n,
+                "time": 2.0 * n,
+                "train/term/task": 5.0 - n,
+                "train/tokens_per_second": 100.0 * n,
+                "train/step_seconds": 0.01 * n,
+            }
             for n in range(1, 5)
-        ]  # fmt: skip
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "ti')
     if bits:
         results = [
-            {"length": length, "tokens": 640, "loss": value / 2, "perplexity": 2 * value, "bits_per_byte": value,
-             "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]}}
+            {
+                "length": length,
+                "tokens": 640,
+                "loss": value / 2,
+                "perplexity": 2 * value,
+                "bits_per_byte": value,
+                "loss_by_position": {"position": [0.0, 1.0], "loss": [3.0, 2.0]},
+            }
             for length, value in bits
-        ]  # fmt: skip
+        ]
         work = {"parameters": 1234, "training_flops": 2752764.75}
         (folder / "evaluation.json").write_text(json.dumps(work | {"results": results}))
     if kind == "seqpe":
@@ -42,9 +53,12 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
 def test_encodings_with_gates_have_names_and_lines_of_their_own(tmp_path):
     """Also runs of versions in which FoX and CABLE were kinds."""
     named = {
-        "fox": {"kind": "none", "gate": "forget"}, "cable": {"kind": "cable", "gate_bias": 0.0},
-        "alibi": {"kind": "alibi"}, "alibi+cable": {"kind": "alibi", "gate": "cable"}, "none": {"kind": "none"},
-    }  # fmt: skip
+        "fox": {"kind": "none", "gate": "forget"},
+        "cable": {"kind": "cable", "gate_bias": 0.0},
+        "alibi": {"kind": "alibi"},
+        "alibi+cable": {"kind": "alibi", "gate": "cable"},
+        "none": {"kind": "none"},
+    }
     for number, encoding in enumerate(named.values()):
         make_run(tmp_path / str(number), encoding=encoding, metrics=False)
     study = read_study(tmp_path)
@@ -60,22 +74,30 @@ def test_a_folder_of_runs(tmp_path):
     (tmp_path / "runs" / "report").mkdir()
     main = report.write_report(tmp_path / "runs", tmp_path / "out")
     assert main.splitlines() == [
-        "| encoding | 16 (1x) | 64 (4x) | parameters | FLOPs per token |", "| --- | ---: | ---: | ---: | ---: |",
-        "| seqpe | **2.000** | **3.000** | 1,234 | 2.75 M |", "| alibi | 2.500 | - | 1,234 | 2.75 M |",
+        "| encoding | 16 (1x) | 64 (4x) | parameters | FLOPs per token |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| seqpe | **2.000** | **3.000** | 1,234 | 2.75 M |",
+        "| alibi | 2.500 | - | 1,234 | 2.75 M |",
         "| rotary | - | - | - | - |",
-    ]  # fmt: skip
+    ]
     page = (tmp_path / "out" / "report.md").read_text()
     assert main in page and "| rotary | rotary | 0 | unfinished: step 0 of 4 | - | - | - |" in page
     assert "| rotary | - | - | - | - | - |" in page and "| seqpe | 1,234 | 25.0 | 250 | 8 | - |" in page
-    assert "## Bits per byte by context (lower is better)" in page and "| seqpe | **2.000** | **1.750** | -0.250 |" in page
+    assert (
+        "## Bits per byte by context (lower is better)" in page and "| seqpe | **2.000** | **1.750** | -0.250 |" in page
+    )
     assert page.index("(contexts.png)") < page.index("(extrapolation.png)")
     for name in ("contexts", "extrapolation", "training_curves", "loss_by_position", "similarity_seqpe"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [(row["run"], row["length"], row["bits_per_byte"]) for row in rows] == [
-        ("seqpe", "16", "2.0"), ("seqpe", "64", "3.0"), ("seqpe", "", "2.0"), ("seqpe", "", "1.75"), ("alibi", "16", "2.5"),
+        ("seqpe", "16", "2.0"),
+        ("seqpe", "64", "3.0"),
+        ("seqpe", "", "2.0"),
+        ("seqpe", "", "1.75"),
+        ("alibi", "16", "2.5"),
         ("rotary", "", ""),
-    ]  # fmt: skip
+    ]
     assert rows[0]["word_perplexity"] == "" and "The runs differ" not in page
     verdict = "At 16 seqpe has the best value, 0.500 ahead of alibi; one seed each, so nothing is judged."
     assert f"Bits per byte, lower is better:\n\n- {verdict}\n\n" in page
@@ -95,25 +117,34 @@ def in_contexts(folder, bits, targets=640):
 def test_what_context_is_worth_comes_from_the_same_tokens(tmp_path):
     """A table of its own, and a plot of differences whose zero is the value under the smallest context."""
     for seed, kind, bits in (
-        (0, "fire", {16: 2.0, 64: 1.75}), (1, "fire", {16: 2.5, 64: 2.0}), (0, "alibi", {16: 2.0, 64: 3.0}),
-    ):  # fmt: skip
+        (0, "fire", {16: 2.0, 64: 1.75}),
+        (1, "fire", {16: 2.5, 64: 2.0}),
+        (0, "alibi", {16: 2.0, 64: 3.0}),
+    ):
         make_run(tmp_path / f"{kind}-{seed}", kind, seed=seed, bits=((16, 9.0), (64, 8.0)))
         in_contexts(tmp_path / f"{kind}-{seed}", bits)
     study = read_study(tmp_path)
     table = tables.by_context(study)
     assert table.note.startswith("The same 640 tokens, with at most so many tokens of context before each.")
     assert tables.markdown(table).splitlines() == [
-        "| encoding | 16 | 64 | from 16 to 64 |", "| --- | ---: | ---: | ---: |", "| alibi | **2.000** | 3.000 | +1.000 |",
+        "| encoding | 16 | 64 | from 16 to 64 |",
+        "| --- | ---: | ---: | ---: |",
+        "| alibi | **2.000** | 3.000 | +1.000 |",
         "| fire | 2.250 ± 3.177 | **1.875** ± 1.588 | -0.375 ± 1.588 |",
-    ]  # fmt: skip
+    ]
     assert "without a gain from context" in tables.by_scale(study, "text", tables.METRICS["text"][0]).note
     [zero, *curves] = plots.contexts(study).figure.axes[0].get_lines()
-    assert set(zero.get_ydata()) == {0.0} and [list(curve.get_ydata()) for curve in curves[:2]] == [[0, 1.0], [0, -0.375]]
+    assert set(zero.get_ydata()) == {0.0} and [list(curve.get_ydata()) for curve in curves[:2]] == [
+        [0, 1.0],
+        [0, -0.375],
+    ]
     rows = list(csv.DictReader(tables.results_csv(study).splitlines()))
     assert [(row["run"], row["length"], row["context"], row["targets"], row["bits_per_byte"]) for row in rows[:4]] == [
-        ("alibi-0", "16", "", "", "9.0"), ("alibi-0", "64", "", "", "8.0"), ("alibi-0", "", "16", "640", "2.0"),
+        ("alibi-0", "16", "", "", "9.0"),
+        ("alibi-0", "64", "", "", "8.0"),
+        ("alibi-0", "", "16", "640", "2.0"),
         ("alibi-0", "", "64", "640", "3.0"),
-    ]  # fmt: skip
+    ]
     assert differences(study) == ["seed: [0] (alibi); [0, 1] (fire)"]
 
 
@@ -167,15 +198,25 @@ def test_no_name_is_markup_outside_of_tables_nor_a_formula(tmp_path):
 
 def test_rows_are_named_by_what_differs_from_most(tmp_path):
     other = {"steps": 8, "data": {"name": "x", "length": 16}}
-    ways = {"base": {}, "base-1": {"seed": 1}, "apart": {"contrastive": 0.0}, "alone": {"distillation": 0.0}, "both": other}
+    ways = {
+        "base": {},
+        "base-1": {"seed": 1},
+        "apart": {"contrastive": 0.0},
+        "alone": {"distillation": 0.0},
+        "both": other,
+    }
     for name, way in ways.items():
         losses = {term: {"weight": way.pop(term, 0.1)} for term in ("contrastive", "distillation")}
         make_run(tmp_path / name, objective=losses, **way)
     make_run(tmp_path / "alibi", "alibi", steps=9)
     assert {run.name: run.row for run in read_study(tmp_path).runs} == {
-        "alone": "seqpe (distillation.weight=0.0)", "apart": "seqpe (contrastive.weight=0.0)", "base": "seqpe",
-        "base-1": "seqpe", "both": "seqpe (steps=8, name=x)", "alibi": "alibi",
-    }  # fmt: skip
+        "alone": "seqpe (distillation.weight=0.0)",
+        "apart": "seqpe (contrastive.weight=0.0)",
+        "base": "seqpe",
+        "base-1": "seqpe",
+        "both": "seqpe (steps=8, name=x)",
+        "alibi": "alibi",
+    }
 
 
 def test_rows_of_a_sweep_have_the_names_of_their_runs_without_the_seed(tmp_path):
@@ -187,8 +228,12 @@ def test_rows_of_a_sweep_have_the_names_of_their_runs_without_the_seed(tmp_path)
     (tmp_path / "sweep.json").write_text(json.dumps({"points": {n: {"settings": points[n]} for n in sorted(points)}}))
     study = read_study(tmp_path)
     assert {run.name: run.row for run in study.runs} == {
-        "full": "full", "off": "off", "on-0": "on", "on-1": "on", "baseline": "alibi",
-    }  # fmt: skip
+        "full": "full",
+        "off": "off",
+        "on-0": "on",
+        "on-1": "on",
+        "baseline": "alibi",
+    }
     assert tables.cost(study).header[0] == "run"
 
 
@@ -273,10 +318,18 @@ def test_what_is_no_run_is_refused(tmp_path):
             "no int 'steps'",
         ),
         ("config.json", '{"seed": 0, "data": {"length": -1}, "encoding": {"kind": "none"}}', "data.length is none"),
-        ("config.json", '{"seed": 0, "data": {"length": 1, "size": ["x", 1]}, "encoding": {"kind": "a"}}', "data.size or"),
+        (
+            "config.json",
+            '{"seed": 0, "data": {"length": 1, "size": ["x", 1]}, "encoding": {"kind": "a"}}',
+            "data.size or",
+        ),
         ("evaluation.json", '{"results": [{"length": 16, "loss": "=1+1"}]}', "without numbers, result 1"),
         ("evaluation.json", '{"results": [{"length": 1e30}]}', "a result without a length"),
-        ("evaluation.json", '{"results": [{"length": 8, "loss_by_position": {"position": [], "loss": []}}]}', "result 1"),
+        (
+            "evaluation.json",
+            '{"results": [{"length": 8, "loss_by_position": {"position": [], "loss": []}}]}',
+            "result 1",
+        ),
         ("evaluation.json", '{"results": [{"length": 8, "depth": [1]}]}', "result 1"),
         ("evaluation.json", '{"results": [{"context": 8, "loss": 1}]}', "result 1"),
         ("evaluation.json", '{"results": [], "step": "2"}', "no int 'step'"),

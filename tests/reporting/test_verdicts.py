@@ -26,7 +26,9 @@ def study(values, key="bits_per_byte", **trained):
     for row, places in values.items():
         for seed in range(max(map(len, places.values()))):
             results = [
-                {"extent": place, "label": str(place), key: own[seed]} for place, own in places.items() if seed < len(own)
+                {"extent": place, "label": str(place), key: own[seed]}
+                for place, own in places.items()
+                if seed < len(own)
             ]
             sides = {"size": [8, 8]} if key == "top1" else {"length": 64}
             data = {"name": "x", **sides} | trained.get(row, {})
@@ -160,8 +162,10 @@ def test_the_table_marks_what_is_worse_and_its_note_says_by_which_test():
     judged = verdicts(found, "text", BITS)
     table = tables.by_scale(found, "text", BITS, worse(judged), RULE, work=True)
     assert tables.markdown(table).splitlines()[2:] == [
-        "| a | **2.100** ± 0.248 | - | - |", "| b | 3.000 ± 0.248\\* | - | - |", "| c | 2.200 ± 0.657 | - | - |",
-    ]  # fmt: skip
+        "| a | **2.100** ± 0.248 | - | - |",
+        "| b | 3.000 ± 0.248\\* | - | - |",
+        "| c | 2.200 ± 0.657 | - | - |",
+    ]
     for part in (
         "95% confidence interval (Student's t), over 3 seeds",
         "paired by seed",

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from seqpe_jax import config, files, loading
-from seqpe_jax.runtime.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.checkpoint import Checkpoints, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import ROOT, environment, with_defaults
 from tests.serving import test_exported as test_serving
@@ -112,8 +112,11 @@ print(sorted({name.partition(".")[0] for name in sys.modules}))
     clean = {name: value for name, value in environment(folder).items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [python, "-c", ALONE + lines_of(folder / "README.md") + further],
-        cwd=folder, env=clean, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=clean,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert not {"seqpe_jax", "flax", "optax"} & set(ast.literal_eval(done.stdout))
     with np.load(folder.parent / "logits.npz") as found:
@@ -201,7 +204,9 @@ def test_evaluation_of_an_export_reads_the_export(commands, text_export, tmp_pat
     safetensors.numpy.save_file(leaves, copy / "params.safetensors")
     refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "params.safetensors has changed")
     (copy / "digests.json").unlink()
-    refused(commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "digests.json is missing, which this export had")
+    refused(
+        commands("evaluate", f"--checkpoint={copy}", "--lengths=32"), "digests.json is missing, which this export had"
+    )
     settings = json.loads((copy / "config.json").read_text())
     del settings["export"]["digests"]  # as older versions wrote it
     (copy / "config.json").write_text(json.dumps(settings))
@@ -214,12 +219,16 @@ def test_evaluation_of_an_export_reads_the_export(commands, text_export, tmp_pat
 def test_past_the_exported_range_evaluation_is_refused(commands, text_export, images_export):
     refused(
         commands("evaluate", f"--checkpoint={text_export}", "--lengths=16,49"),
-        "evaluation length 49", "up to 48", "--max-length=49",
-    )  # fmt: skip
+        "evaluation length 49",
+        "up to 48",
+        "--max-length=49",
+    )
     refused(
         commands("evaluate", f"--checkpoint={images_export}", "--sizes=8x18"),
-        "evaluation size 8x18", "up to 16x16", "--max-size=18",
-    )  # fmt: skip
+        "evaluation size 8x18",
+        "up to 16x16",
+        "--max-size=18",
+    )
 
 
 def test_the_model_card_says_what_it_is(on_text, text_export):
@@ -227,23 +236,40 @@ def test_the_model_card_says_what_it_is(on_text, text_export):
     count = sum(leaf.size for leaf in jax.tree.leaves(Trainer.of(tiny_config()).shapes.params))
     leaves = safetensors.numpy.load_file(text_export / "params.safetensors").values()
     for words in (
-        "| data | text_files |", "| steps | 3 |", "| encoding | seqpe |", "| training length | 16 |",
-        "| lengths served | up to 48 |", "| platforms | cpu, cuda, tpu |", "int32[batch, length]", "length 1 to 48",
+        "| data | text_files |",
+        "| steps | 3 |",
+        "| encoding | seqpe |",
+        "| training length | 16 |",
+        "| lengths served | up to 48 |",
+        "| platforms | cpu, cuda, tpu |",
+        "int32[batch, length]",
+        "length 1 to 48",
         f"| parameters | {count:,} trained, {sum(leaf.size for leaf in leaves):,} here",
-        "train/loss: 5.25 (step 3)", "| 32 | 5.000 | 148.400 | 7.125 |", "the test split, step 3",
-    ):  # fmt: skip
+        "train/loss: 5.25 (step 3)",
+        "| 32 | 5.000 | 148.400 | 7.125 |",
+        "the test split, step 3",
+    ):
         assert words in card, words
     stored, own = (json.loads((folder / "config.json").read_text()) for folder in (text_export, on_text))
     section = stored.pop("export")
     assert stored == own
-    assert section["input"] == {"name": "tokens", "dtype": "int32", "shape": ["batch", "length"], "limits": {"length": 48}}
+    assert section["input"] == {
+        "name": "tokens",
+        "dtype": "int32",
+        "shape": ["batch", "length"],
+        "limits": {"length": 48},
+    }
     assert (section["step"], section["reach"], section["jax"]) == (3, [48], jax.__version__)
     assert section["platforms"] == ["cpu", "cuda", "tpu"]
 
 
 def test_a_tokenizer_goes_with_its_model(commands, text, tmp_path):
     word_tokenizer(tmp_path / "tokenizer.json", ["line", "of", "text", "</s>"])
-    fields = {"data__name": "text_files", "data__paths": (str(text),), "data__tokenizer": str(tmp_path / "tokenizer.json")}
+    fields = {
+        "data__name": "text_files",
+        "data__paths": (str(text),),
+        "data__tokenizer": str(tmp_path / "tokenizer.json"),
+    }
     fields["data__lossy_tokenizer"] = True
     workdir = saved_run(tmp_path / "run", tiny_config(variant="rotary", eval__lengths=(16,), **fields))
     (tmp_path / "tokenizer.json").unlink()  # the run keeps its own
@@ -264,17 +290,20 @@ def test_an_export_may_have_a_name_of_any_bytes(commands, on_text, tmp_path):
     assert (export / "README.md").read_text().startswith("# caf\\udce9\n")
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["--max-length=1001"], ["--max-length 1001", "largest position possible is 999"]),
-    (["--max-length=0"], ["max-length", "0"]),
-    (["--max-size=8"], ["--max-size", "text", "--max-length"]),
-    (["--platforms=cpu,gpu"], ["'gpu'", "cpu, cuda, tpu"]),
-    (["--platforms="], ["--platforms", "cpu, cuda, tpu"]),
-    (["--output=FULL"], ["FULL", "not an empty folder"]),
-    (["--checkpoint=FULL"], ["not a run", "config.json"]),
-    (["--checkpoint=EXPORT"], ["an export already", "--workdir"]),
-    (["--checkpoint=nowhere"], ["no such directory: nowhere"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--max-length=1001"], ["--max-length 1001", "largest position possible is 999"]),
+        (["--max-length=0"], ["max-length", "0"]),
+        (["--max-size=8"], ["--max-size", "text", "--max-length"]),
+        (["--platforms=cpu,gpu"], ["'gpu'", "cpu, cuda, tpu"]),
+        (["--platforms="], ["--platforms", "cpu, cuda, tpu"]),
+        (["--output=FULL"], ["FULL", "not an empty folder"]),
+        (["--checkpoint=FULL"], ["not a run", "config.json"]),
+        (["--checkpoint=EXPORT"], ["an export already", "--workdir"]),
+        (["--checkpoint=nowhere"], ["no such directory: nowhere"]),
+    ],
+)
 def test_export_refuses_arguments(commands, on_text, text_export, tmp_path, arguments, words):
     full, output = tmp_path / "FULL", tmp_path / "new" / "export"
     full.mkdir()
@@ -286,11 +315,14 @@ def test_export_refuses_arguments(commands, on_text, text_export, tmp_path, argu
     assert [path.name for path in full.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["--max-size=9"], ["--max-size 9x9", "patches of 2x2"]),
-    (["--max-size=202"], ["--max-size 202x202", "largest size possible is 80x80"]),
-    (["--max-length=16"], ["--max-length", "images", "--max-size"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--max-size=9"], ["--max-size 9x9", "patches of 2x2"]),
+        (["--max-size=202"], ["--max-size 202x202", "largest size possible is 80x80"]),
+        (["--max-length=16"], ["--max-length", "images", "--max-size"]),
+    ],
+)
 def test_export_of_images_refuses_arguments(commands, on_images, tmp_path, arguments, words):
     refused(commands("export", f"--checkpoint={on_images}", f"--output={tmp_path / 'export'}", *arguments), *words)
     assert not (tmp_path / "export").exists()
@@ -302,7 +334,7 @@ import os, signal, sys
 sys.argv = ["export", "--checkpoint={on_text}", "--output={tmp_path / "out" / "export"}", "--platforms=cpu"]
 from absl import flags
 from seqpe_jax import command, export
-from seqpe_jax.serving import export as writing
+from seqpe_jax.inference import export as writing
 def stopped(path, config):
     assert sorted(os.listdir(path)) == ["README.md", "model.stablehlo", "params.safetensors", "sizes.json"]
     os.kill(os.getpid(), number)

@@ -11,7 +11,7 @@ import pytest
 
 from seqpe_jax import config, files, trees
 from seqpe_jax.errors import InputError
-from seqpe_jax.serving import exported as serving
+from seqpe_jax.inference import exported as serving
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, every_part, random_params, tiny_config
 from tests.training.test_image_commands import TINY
@@ -21,9 +21,11 @@ SIZES = ((1, 16, 14), (3, 8, 8))
 
 
 def vit_config(kind="seqpe", page="digits_vit", **fields):
-    values = TINY | {"objective.distillation.offsets": 4} if kind == "seqpe" else {
-        name: value for name, value in TINY.items() if not name.startswith(("encoding", "objective"))
-    }  # fmt: skip
+    values = (
+        TINY | {"objective.distillation.offsets": 4}
+        if kind == "seqpe"
+        else {name: value for name, value in TINY.items() if not name.startswith(("encoding", "objective"))}
+    )
     values = values | {name.replace("__", "."): value for name, value in fields.items()}
     return config.load(f"{ROOT}/configs/{page}.py:{kind}", values)
 
@@ -67,9 +69,13 @@ def windows(vocabulary=256):
 
 
 COMPOSED = {
-    "encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "encoding__rotary_pairs": 4,
-    "encoding__rotary_heads": 1, "encoding__log_scaling": True,
-}  # fmt: skip
+    "encoding__qk": "multi",
+    "encoding__feature_width": 3,
+    "encoding__position_heads": 1,
+    "encoding__rotary_pairs": 4,
+    "encoding__rotary_heads": 1,
+    "encoding__log_scaling": True,
+}
 TEXTS = {
     "seqpe": {"encoding__qk": "single"},
     "seqpe, a map for each layer": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
@@ -78,7 +84,10 @@ TEXTS = {
     "seqpe added": {"encoding__mode": "input_add", "encoding__qk": "none", "objective__contrastive__space": "vectors"},
     **{kind: {"variant": kind} for kind in ("rotary", "learned", "sinusoidal", "rotary_mixed", "none")},
     **{kind: {"variant": kind} for kind in ("t5", "scale_invariant", "fox")},
-    **{f"{kind} with parts": {"variant": kind} | every_part(kind, "cable") for kind in ("alibi", "kerple", "fire", "pope")},
+    **{
+        f"{kind} with parts": {"variant": kind} | every_part(kind, "cable")
+        for kind in ("alibi", "kerple", "fire", "pope")
+    },
 }
 
 
@@ -86,9 +95,13 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_is_served_at_any_batch_and_length(name):
     layered = (
-        "seqpe, a map for each layer", "composed", "composed, stretched", "rotary_mixed", "fire with parts",
+        "seqpe, a map for each layer",
+        "composed",
+        "composed, stretched",
+        "rotary_mixed",
+        "fire with parts",
         "pope with parts",
-    )  # fmt: skip
+    )
     layers = 2 if name in layered else 1  # a signal for each layer
     fields = {"objective__contrastive__space": "vectors", "model__layers": layers} | TEXTS[name]
     run, params = random_run(tiny_config(**fields))

@@ -4,8 +4,8 @@ import dataclasses
 import pathlib
 import sys
 
-from seqpe_jax.sweeps.points import Point
-from seqpe_jax.sweeps.runs import SweepRun
+from seqpe_jax.sweeps.run import SweepRun
+from seqpe_jax.sweeps.spec import Point
 from tests.tiny import tiny_config
 
 TRAIN = """

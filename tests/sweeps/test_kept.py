@@ -40,14 +40,18 @@ def test_a_sweep_goes_on_in_an_empty_folder_with_what_was_kept(tmp_path, wishes)
     second, restored, decided = worked(tmp_path / "second", file)
     assert restored == ["t=1", "t=2", "t=3", "s-1"]
     assert decided == ["s-1, s-2: batch_size=16 (t=2 has the best eval/loss@16, 0.25)"]
-    assert headers(second.runs["s-2"]) == ["train", "evaluate"] and not (tmp_path / "second" / "s-1" / "log.txt").exists()
+    assert (
+        headers(second.runs["s-2"]) == ["train", "evaluate"] and not (tmp_path / "second" / "s-1" / "log.txt").exists()
+    )
     assert not any(run.left() for run in second.runs.values())
     after = json.loads(file.read_text())
     assert after["runs"].pop("s-2")["metrics"][-1]["step"] == 3 and after == json.loads(before)
 
     written = file.stat().st_mtime_ns
     third, restored, _ = worked(tmp_path / "third", file)
-    assert len(restored) == 5 and not any(run.left() for run in third.runs.values()) and file.stat().st_mtime_ns == written
+    assert (
+        len(restored) == 5 and not any(run.left() for run in third.runs.values()) and file.stat().st_mtime_ns == written
+    )
     told = {run.name: run for run in study.read_study(tmp_path / "third").runs}
     assert told["s-1"].config["batch_size"] == 16 and told["s-1"].config["seed"] == 1 and not told["s-1"].unfinished
     assert worked(tmp_path / "third", file)[1] == []
@@ -71,11 +75,14 @@ def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"length": 16, "loss": 0.1 + 0.2}
     (run.folder / "evaluation.json").write_text(
-        json.dumps({
-            "checkpoint": str(run.folder), "step": 3,
-            "results": [result | {"loss_by_position": {"position": [1], "loss": [1.0]}}],
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "checkpoint": str(run.folder),
+                "step": 3,
+                "results": [result | {"loss_by_position": {"position": [1], "loss": [1.0]}}],
+            }
+        )
+    )
     Kept(tmp_path / "kept.json").keep([run])
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}

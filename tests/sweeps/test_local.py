@@ -11,9 +11,9 @@ import time
 import pytest
 
 from seqpe_jax import files
-from seqpe_jax.runtime.digests import checksums
 from seqpe_jax.sweeps import local
-from seqpe_jax.sweeps.runs import Attempt, Busy, SweepRun, is_busy, of_each
+from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy, of_each
+from seqpe_jax.training.checksums import checksums
 from tests.commands import ROOT
 from tests.sweeps.fake import headers, run
 
@@ -51,7 +51,11 @@ def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_
     (one.folder / digests).write_text("of the checkpoint")
     made_from = checksums(one.folder, ("config.json", digests))
     evaluation.write_text(json.dumps({"step": 3, "made_from": made_from}))
-    for name in ("metrics.jsonl", "config.json", digests):  # written before the evaluation, by a clock that went back since
+    for name in (
+        "metrics.jsonl",
+        "config.json",
+        digests,
+    ):  # written before the evaluation, by a clock that went back since
         os.utime(one.folder / name, (2**32, 2**32))
     assert len(made_from) == 2 and not one.left()
     for name in made_from:
@@ -180,7 +184,7 @@ def test_jobs_share_the_cores_and_devices(tmp_path, monkeypatch):
 
 
 def test_the_view_counts_steps_of_all_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("seqpe_jax.runtime.progress.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("seqpe_jax.distributed.progress.QUIET_SECONDS", 0.0)
     monkeypatch.setattr(local, "LOOK", 0.0)
     runs = [run(tmp_path, name, steps=10) for name in ("a", "b", "c", "d")]
     (tmp_path / "b").mkdir()
@@ -188,5 +192,10 @@ def test_the_view_counts_steps_of_all_runs(tmp_path, capsys, monkeypatch):
     local.View({one.name: one.steps for one in runs}).show({"a": "finished", "c": "failed"}, [runs[1]])
     [line] = capsys.readouterr().err.splitlines()
     assert line.split("  ") == [
-        "step 15/30", "50%", "1 of 4 runs finished", "1 running (b)", "1 failed", "1 left",
-    ]  # fmt: skip
+        "step 15/30",
+        "50%",
+        "1 of 4 runs finished",
+        "1 running (b)",
+        "1 failed",
+        "1 left",
+    ]

@@ -14,17 +14,17 @@ from ml_collections import config_flags
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.sweeps import points
+from seqpe_jax.sweeps import spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
-TINY = "from seqpe_jax.sweeps.points import *\nCONFIG = 'tests/tiny_text.py'\n"
+TINY = "from seqpe_jax.sweeps.spec import *\nCONFIG = 'tests/tiny_text.py'\n"
 
 
 @functools.cache
-def shipped(path: pathlib.Path) -> points.SweepFile:
+def shipped(path: pathlib.Path) -> spec.SweepFile:
     with contextlib.chdir(ROOT):
-        return points.read(str(path.relative_to(ROOT)))
+        return spec.read(str(path.relative_to(ROOT)))
 
 
 def written(folder: pathlib.Path, body: str, head: str = TINY) -> str:
@@ -44,17 +44,20 @@ def yielding(*runs: str) -> str:
 
 
 def test_product_combines_and_zipped_goes_together():
-    found = points.product({"a": (1, 2)}, points.zipped({"b": (3, 4), "c": (5, 6)}))
+    found = spec.product({"a": (1, 2)}, spec.zipped({"b": (3, 4), "c": (5, 6)}))
     assert found == [
-        {"a": 1, "b": 3, "c": 5}, {"a": 1, "b": 4, "c": 6}, {"a": 2, "b": 3, "c": 5}, {"a": 2, "b": 4, "c": 6},
-    ]  # fmt: skip
-    assert points.product({"a": (1, 2), "b": (3, 4)})[1] == {"a": 1, "b": 4}
+        {"a": 1, "b": 3, "c": 5},
+        {"a": 1, "b": 4, "c": 6},
+        {"a": 2, "b": 3, "c": 5},
+        {"a": 2, "b": 4, "c": 6},
+    ]
+    assert spec.product({"a": (1, 2), "b": (3, 4)})[1] == {"a": 1, "b": 4}
     with pytest.raises(InputError, match="'a' is in two"):
-        points.product({"a": (1,)}, points.zipped({"a": (2,)}))
+        spec.product({"a": (1,)}, spec.zipped({"a": (2,)}))
     with pytest.raises(InputError, match="a 2, b 1"):
-        points.zipped({"a": (1, 2), "b": (3,)})
+        spec.zipped({"a": (1, 2), "b": (3,)})
     with pytest.raises(InputError, match="needs a list"):
-        points.product({"variant": "rotary"})
+        spec.product({"variant": "rotary"})
 
 
 def parsed(arguments: list[str], monkeypatch) -> config.Config:
@@ -124,8 +127,18 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
     kinds = {points_of[f"{way}-1"].settings.encoding.name for way in ways}
     assert searched == {
         "study_images": {"theta", "slope_scale", "directed_heads", "fire_scale"},
-    }.get(stem, {"theta", "slope_scale", "kerple_scale", "fire_threshold", "t5_max_distance", "scale_invariant_tau",
-                 "gate_bias_init"})  # fmt: skip
+    }.get(
+        stem,
+        {
+            "theta",
+            "slope_scale",
+            "kerple_scale",
+            "fire_threshold",
+            "t5_max_distance",
+            "scale_invariant_tau",
+            "gate_bias_init",
+        },
+    )
     left_out = {*config.GRID_ONLY, "rotary_axial"} if stem != "study_images" else {*config.TEXT_ONLY, *config.GATED}
     assert kinds == {*typing.get_args(config.EncodingKind), *config.GATED} - left_out
 
@@ -133,10 +146,17 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
 def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = {
-        "variant": "alibi", "steps": 7, "optimizer.learning_rate": 1e-3, "optimizer.clip": 2, "model.scan": True,
-        "report.tensorboard": False, "eval.lengths": (16,), "data.paths": ("a b", "c"), "data.cache_dir": "it's",
-    }  # fmt: skip
-    sweep = points.read(written(tmp_path, yielding(f"('one', {overrides!r})")))
+        "variant": "alibi",
+        "steps": 7,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.clip": 2,
+        "model.scan": True,
+        "report.tensorboard": False,
+        "eval.lengths": (16,),
+        "data.paths": ("a b", "c"),
+        "data.cache_dir": "it's",
+    }
+    sweep = spec.read(written(tmp_path, yielding(f"('one', {overrides!r})")))
     [point] = sweep.points
     assert point.settings.encoding.kind == "alibi" and point.settings.data.paths == ("a b", "c")
     assert point.settings.eval.lengths == (16,) and point.settings.model.scan
@@ -146,69 +166,96 @@ def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
 def test_a_point_may_have_another_config(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     body = yielding("('digits', {'config': 'configs/digits_vit.py', 'variant': 'none'})", "('text', {})")
-    digits, text = points.read(written(tmp_path, body)).points
+    digits, text = spec.read(written(tmp_path, body)).points
     assert digits.config == "configs/digits_vit.py:none" and text.config == "tests/tiny_text.py"
 
 
-@pytest.mark.parametrize("body,words", [
-    ("runs = 3\n", ["TypeError"]),
-    (
-        yielding("('a', {'objective.distillation.weight': 0.0, 'objective.distillation.offsets': 4})"),
-        ["run 'a'", "objective.distillation.offsets is not read here"],
-    ),
-    ("", ["must define CONFIG"]),
-    ("def runs(:\n", ["SyntaxError"]),
-    ("def runs():\n    yield from 1 / 0\n", ["ZeroDivisionError"]),
-    ("def runs():\n    yield from ()\n", ["yields nothing"]),
-    (yielding("{}"), ["must yield (name, overrides)", "{}"]),
-    (yielding("('a/b', {})"), ["'a/b' cannot name a run"]),
-    (yielding("('..', {})"), ["'..' cannot name a run"]),
-    (yielding("('a', {})", "('b', {})", "('a', {'seed': 1})"), ["two runs are named 'a'"]),
-    (yielding("('a', {})", "('b', {'model.widht': 4})"), ["run 'b'", "'model.widht'", "'model.width'"]),
-    (yielding("('a', {'varant': 'rotary'})"), ["run 'a'", "'varant'", "'variant'"]),
-    (yielding("('a', {'variant': 'rotory'})"), ["run 'a'", "'rotory'", "'rotary'"]),
-    (yielding("('a', {'model.dropout': 1.5})"), ["run 'a'", "below 1", "1.5"]),
-    (yielding("('a', {'steps': 'many'})"), ["run 'a'", "steps", "'many'"]),
-    (yielding("('a', {'encoding.mode': 'rotary', 'objective.contrastive.space': 'vectors'})"), ["encoding.qk='none'"]),
-    (yielding("('a', {'variant': 'rotary', 'model.heads': 8})"), ["run 'a'", "must be even"]),
-    (yielding("('a', {'config': 'configs/nothing.py'})"), ["run 'a'", "configs/nothing.py"]),
-    ("SEARCH = Search({'seed': (0, 1)})\n", ["minimise"]),
-    ("SEARCH = Search({}, minimise='eval/loss@16')\n", ["ranges"]),
-    ("SEARCH = Search({'seed': Range(3, 3)}, minimise='eval/loss@16')\n", ["must rise"]),
-    ("SEARCH = Search({'steps': Range(0, 3, log=True)}, minimise='eval/loss@16')\n", ["above 0"]),
-    ("SEARCH = Search({'sead': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["'sead'", "'seed'"]),
-    ("SEARCH = Search({'seed': (0, 1)}, minimise='eval/loss@16')\n", ["eval.every"]),
-    ("SEARCH = Search({'seed': ((0,), 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["must be numbers"]),
-    ("SEARCH = Search({'seed': (0, -1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["seed", "at least 0"]),
-    ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@17')\n", ["eval/NAME@16"]),
-    ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/los@16')\n", ["'eval/los@16'", "'loss'"]),
-    ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, maximise='eval/top1@16')\n", ["not measured", "bits_per_byte"]),
-    (waiting("Best(('a', 'x'), 'eval/loss@16')"), ["run 'c'", "waits for run 'x', which this sweep does not have", "a, b"]),
-    (waiting("Best(('a', 'c'), 'eval/loss@16')"), ["run 'c'", "'c'", "waits itself"]),
-    (waiting("Best((), 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
-    (waiting("Best('a', 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
-    (waiting("Best(('a', 'b'))"), ["run 'c'", "one metric"]),
-    (waiting("Best(('a', 'b'), 'eval/los@16')"), ["run 'c'", "'loss'"]),
-    (waiting("Best(('a', 'b'), 'eval/loss@16')", every=0), ["run 'c'", "eval.every"]),
-    (waiting("Best(('a', 'b'), 'eval/loss@16')", every=4), ["run 'c'", "run 'a'", "a multiple of eval.every=4"]),
-    (waiting("Best(('a', 'b'), 'eval/loss@16')", "sede"), ["run 'c'", "'sede'", "'seed'"]),
-    (waiting("Best(('a', 'b'), 'eval/loss@16')", "model.heads", b="'model.heads': 5, 'model.width': 40"),
-     ["run 'c', where model.heads may come to be 5", "model.width=24"]),
-    (yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"), ["run 'a'", "encoding.scaling", "rotary"]),
-    (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for grids"]),
-    ("runs = lambda: two_stages({'a': {}}, {}, trial={}, seeds=(1,))\n", ["one field", "none"]),
-    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), like={'a': 'b'})\n", ["'a'", "like 'b'"]),
-    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), further={'b': (2,)})\n",
-     ["further values of seed for 'b'"]),
-    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'b': {'steps': (2,)}})\n",
-     ["a constant of 'b'"]),
-    ("runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'a': {}})\n", ["one constant"]),
-    ("SEARCH = 3\n", ["Search", "int"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body,words",
+    [
+        ("runs = 3\n", ["TypeError"]),
+        (
+            yielding("('a', {'objective.distillation.weight': 0.0, 'objective.distillation.offsets': 4})"),
+            ["run 'a'", "objective.distillation.offsets is not read here"],
+        ),
+        ("", ["must define CONFIG"]),
+        ("def runs(:\n", ["SyntaxError"]),
+        ("def runs():\n    yield from 1 / 0\n", ["ZeroDivisionError"]),
+        ("def runs():\n    yield from ()\n", ["yields nothing"]),
+        (yielding("{}"), ["must yield (name, overrides)", "{}"]),
+        (yielding("('a/b', {})"), ["'a/b' cannot name a run"]),
+        (yielding("('..', {})"), ["'..' cannot name a run"]),
+        (yielding("('a', {})", "('b', {})", "('a', {'seed': 1})"), ["two runs are named 'a'"]),
+        (yielding("('a', {})", "('b', {'model.widht': 4})"), ["run 'b'", "'model.widht'", "'model.width'"]),
+        (yielding("('a', {'varant': 'rotary'})"), ["run 'a'", "'varant'", "'variant'"]),
+        (yielding("('a', {'variant': 'rotory'})"), ["run 'a'", "'rotory'", "'rotary'"]),
+        (yielding("('a', {'model.dropout': 1.5})"), ["run 'a'", "below 1", "1.5"]),
+        (yielding("('a', {'steps': 'many'})"), ["run 'a'", "steps", "'many'"]),
+        (
+            yielding("('a', {'encoding.mode': 'rotary', 'objective.contrastive.space': 'vectors'})"),
+            ["encoding.qk='none'"],
+        ),
+        (yielding("('a', {'variant': 'rotary', 'model.heads': 8})"), ["run 'a'", "must be even"]),
+        (yielding("('a', {'config': 'configs/nothing.py'})"), ["run 'a'", "configs/nothing.py"]),
+        ("SEARCH = Search({'seed': (0, 1)})\n", ["minimise"]),
+        ("SEARCH = Search({}, minimise='eval/loss@16')\n", ["ranges"]),
+        ("SEARCH = Search({'seed': Range(3, 3)}, minimise='eval/loss@16')\n", ["must rise"]),
+        ("SEARCH = Search({'steps': Range(0, 3, log=True)}, minimise='eval/loss@16')\n", ["above 0"]),
+        ("SEARCH = Search({'sead': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["'sead'", "'seed'"]),
+        ("SEARCH = Search({'seed': (0, 1)}, minimise='eval/loss@16')\n", ["eval.every"]),
+        ("SEARCH = Search({'seed': ((0,), 1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["must be numbers"]),
+        ("SEARCH = Search({'seed': (0, -1)}, {'eval.every': 2}, minimise='eval/loss@16')\n", ["seed", "at least 0"]),
+        ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/loss@17')\n", ["eval/NAME@16"]),
+        ("SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, minimise='eval/los@16')\n", ["'eval/los@16'", "'loss'"]),
+        (
+            "SEARCH = Search({'seed': (0, 1)}, {'eval.every': 2}, maximise='eval/top1@16')\n",
+            ["not measured", "bits_per_byte"],
+        ),
+        (
+            waiting("Best(('a', 'x'), 'eval/loss@16')"),
+            ["run 'c'", "waits for run 'x', which this sweep does not have", "a, b"],
+        ),
+        (waiting("Best(('a', 'c'), 'eval/loss@16')"), ["run 'c'", "'c'", "waits itself"]),
+        (waiting("Best((), 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
+        (waiting("Best('a', 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
+        (waiting("Best(('a', 'b'))"), ["run 'c'", "one metric"]),
+        (waiting("Best(('a', 'b'), 'eval/los@16')"), ["run 'c'", "'loss'"]),
+        (waiting("Best(('a', 'b'), 'eval/loss@16')", every=0), ["run 'c'", "eval.every"]),
+        (waiting("Best(('a', 'b'), 'eval/loss@16')", every=4), ["run 'c'", "run 'a'", "a multiple of eval.every=4"]),
+        (waiting("Best(('a', 'b'), 'eval/loss@16')", "sede"), ["run 'c'", "'sede'", "'seed'"]),
+        (
+            waiting("Best(('a', 'b'), 'eval/loss@16')", "model.heads", b="'model.heads': 5, 'model.width': 40"),
+            ["run 'c', where model.heads may come to be 5", "model.width=24"],
+        ),
+        (
+            yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"),
+            ["run 'a'", "encoding.scaling", "rotary"],
+        ),
+        (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for grids"]),
+        ("runs = lambda: two_stages({'a': {}}, {}, trial={}, seeds=(1,))\n", ["one field", "none"]),
+        (
+            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), like={'a': 'b'})\n",
+            ["'a'", "like 'b'"],
+        ),
+        (
+            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), further={'b': (2,)})\n",
+            ["further values of seed for 'b'"],
+        ),
+        (
+            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'b': {'steps': (2,)}})\n",
+            ["a constant of 'b'"],
+        ),
+        (
+            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'a': {}})\n",
+            ["one constant"],
+        ),
+        ("SEARCH = 3\n", ["Search", "int"]),
+    ],
+)
 def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as refused:
-        points.read(written(tmp_path, body))
+        spec.read(written(tmp_path, body))
     assert str(refused.value).startswith(str(tmp_path))
     for word in words:
         assert word in str(refused.value)
@@ -216,12 +263,12 @@ def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
 
 def test_what_is_no_sweep_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no sweep file at"):
-        points.read(str(tmp_path / "none.py"))
+        spec.read(str(tmp_path / "none.py"))
     (tmp_path / "list.txt").write_text("a, b")
     with pytest.raises(InputError, match="not a Python file"):
-        points.read(str(tmp_path / "list.txt"))
+        spec.read(str(tmp_path / "list.txt"))
     with pytest.raises(InputError, match="must define CONFIG"):
-        points.read(written(tmp_path, yielding("('a', {})"), head=""))
+        spec.read(written(tmp_path, yielding("('a', {})"), head=""))
 
 
 def test_some_ways_of_two_stages_try_further_values():
@@ -229,10 +276,18 @@ def test_some_ways_of_two_stages_try_further_values():
         "optimizer.learning_rate",
         {"a": {"variant": "alibi"}, "b": {"variant": "rotary"}, "c": {"variant": "none"}},
     )
-    runs = dict(points.two_stages(
-        ways, {field: (1e-3, 2e-3)}, trial={"seed": 0}, seeds=(1,), minimise="loss", like={"c": "a"},
-        further={"a": (4e-3,)}, constants={"b": {"encoding.theta": (10.0, 100.0)}},
-    ))  # fmt: skip
+    runs = dict(
+        spec.two_stages(
+            ways,
+            {field: (1e-3, 2e-3)},
+            trial={"seed": 0},
+            seeds=(1,),
+            minimise="loss",
+            like={"c": "a"},
+            further={"a": (4e-3,)},
+            constants={"b": {"encoding.theta": (10.0, 100.0)}},
+        )
+    )
     tried = {
         "a": [f"a-learning_rate={rate}" for rate in (0.001, 0.002, 0.004)],
         "b": [f"b-learning_rate={rate},theta={theta}" for rate in (0.001, 0.002) for theta in (10, 100)],
@@ -241,6 +296,8 @@ def test_some_ways_of_two_stages_try_further_values():
     assert runs["a-learning_rate=0.004"] == {"variant": "alibi", "seed": 0, field: 4e-3}
     assert runs[tried["b"][1]] == {"variant": "rotary", "seed": 0, field: 1e-3, "encoding.theta": 100.0}
     assert [runs[name][field].runs for name in ("a-1", "b-1", "c-1")] == [
-        tuple(tried["a"]), tuple(tried["b"]), tuple(tried["a"]),
-    ]  # fmt: skip
+        tuple(tried["a"]),
+        tuple(tried["b"]),
+        tuple(tried["a"]),
+    ]
     assert runs["b-1"]["encoding.theta"] is runs["b-1"][field] and "encoding.theta" not in runs["c-1"]

@@ -8,7 +8,7 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.sweeps import record
-from seqpe_jax.sweeps.points import Point, Range, Search, SweepFile
+from seqpe_jax.sweeps.spec import Point, Range, Search, SweepFile
 from tests.tiny import tiny_config
 
 

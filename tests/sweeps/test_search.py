@@ -11,7 +11,7 @@ import pytest
 
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.sweeps import search
-from seqpe_jax.sweeps.points import Range, Search, SweepFile
+from seqpe_jax.sweeps.spec import Range, Search, SweepFile
 from tests.sweeps.fake import FakeRun
 
 optuna = pytest.importorskip("optuna")
@@ -105,7 +105,9 @@ def test_a_search_of_which_nothing_is_possible_ends_with_one_line(tmp_path, wish
     ranges = {"seed": Range(0, 99), "model.heads": (3,), "model.width": (32,)}
     trials = search.Trials(tmp_path, sweep(3, ranges=ranges))
     assert search.work(trials, 2) is None and list(trials.outcomes.values()) == ["pruned"] * 3
-    with pytest.raises(InputError, match="none of the 3 trials of SEARCH is a possible config.*model.heads=3") as caught:
+    with pytest.raises(
+        InputError, match="none of the 3 trials of SEARCH is a possible config.*model.heads=3"
+    ) as caught:
         trials.best()
     assert "\n" not in str(caught.value)
 

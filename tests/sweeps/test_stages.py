@@ -12,7 +12,7 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.sweeps import local, record, slurm, stages
-from seqpe_jax.sweeps.points import Best, Point, SweepFile, make
+from seqpe_jax.sweeps.spec import Best, Point, SweepFile, make
 from seqpe_jax.sweeps.stages import Stages
 from tests.sweeps.fake import FakeRun, headers
 from tests.tiny import ROOT
@@ -71,9 +71,12 @@ def test_the_best_of_the_first_stage_decides_and_is_recorded(tmp_path, wishes, j
     assert kept["s-2"]["best"] == {"batch_size": {"runs": ["t=1", "t=2", "t=3"], "minimise": "eval/loss@16"}}
     assert kept["s-2"]["decided"] == {
         "batch_size": {
-            "value": 16, "run": "t=2", "metric": "eval/loss@16", "measured": {"t=1": 0.5, "t=2": 0.25, "t=3": 0.5},
+            "value": 16,
+            "run": "t=2",
+            "metric": "eval/loss@16",
+            "measured": {"t=1": 0.5, "t=2": 0.25, "t=3": 0.5},
         }
-    }  # fmt: skip
+    }
     before = (tmp_path / "sweep.json").stat().st_mtime_ns
     again = worked(tmp_path)
     assert not any(run.left() for run in again.runs.values()) and headers(again.runs["s-1"]) == ["train", "evaluate"]
@@ -157,7 +160,9 @@ def test_a_stop_in_the_first_stage_begins_nothing_of_the_second(tmp_path, wishes
 
 def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
     found = begun(tmp_path)
-    with pytest.raises(InputError, match="'s-1' waits for t=1, t=2, t=3, whose results decide its batch_size: name these"):
+    with pytest.raises(
+        InputError, match="'s-1' waits for t=1, t=2, t=3, whose results decide its batch_size: name these"
+    ):
         found.check([found.runs["s-1"]])
     found.check(list(found.runs.values()))
     found = worked(tmp_path, names=["t=1", "t=2", "t=3"])

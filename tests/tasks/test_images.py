@@ -8,7 +8,7 @@ from PIL import Image
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.tasks.images import KEPT, Images
+from seqpe_jax.tasks.image_classification import KEPT, Images
 from tests.serving.test_exported import vit_config
 
 
@@ -59,7 +59,9 @@ def test_without_kept_names_labels_are_places_in_sorted_order(tmp_path):
 def test_a_class_that_the_run_does_not_know_is_refused_by_name(run, tmp_path):
     (tmp_path / "photos" / "train" / "cat").rename(tmp_path / "photos" / "train" / "zcat")
     data = images(tmp_path / "photos", run)
-    with pytest.raises(InputError, match=f"has class zcat, unknown to the run of {run}, whose classes are ant, cat, dog"):
+    with pytest.raises(
+        InputError, match=f"has class zcat, unknown to the run of {run}, whose classes are ant, cat, dog"
+    ):
         data.check_scale((8, 8), "train")
 
 

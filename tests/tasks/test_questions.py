@@ -6,8 +6,8 @@ import types
 
 import numpy as np
 
-from seqpe_jax.tasks import measure
-from seqpe_jax.tasks.questions import Questions
+from seqpe_jax.tasks import evaluate as measure
+from seqpe_jax.tasks.question_answering import Questions
 from seqpe_jax.tasks.task import Asked
 from tests.data.test_squad_long import squad, written
 from tests.tiny import tiny_config
@@ -20,16 +20,23 @@ def test_every_length_asks_the_same_questions(tmp_path):
         paragraph["context"] += " It rains there."
     path = written(tmp_path / "one.json", content)
     settings = tiny_config(
-        variant="alibi", data__name="squad_long", data__paths=(str(path),), data__length=512,
-        data__cache_dir=str(tmp_path / "cache"), eval__lengths=(512, 140), objective__shift__rate=0.0,
-    )  # fmt: skip
+        variant="alibi",
+        data__name="squad_long",
+        data__paths=(str(path),),
+        data__length=512,
+        data__cache_dir=str(tmp_path / "cache"),
+        eval__lengths=(512, 140),
+        objective__shift__rate=0.0,
+    )
 
     def asked(settings, length):
         nothing = [types.SimpleNamespace(content=[])]
         model = Asked(
-            lambda batch: {"loss": np.zeros((2, length))}, lambda prompts, *_, **__: nothing * len(prompts),
-            lambda batch: batch, batch=2,
-        )  # fmt: skip
+            lambda batch: {"loss": np.zeros((2, length))},
+            lambda prompts, *_, **__: nothing * len(prompts),
+            lambda batch: batch,
+            batch=2,
+        )
         records, _ = Questions(settings).evaluate(model, (length,), "test")["answers"]
         return [record["question"] for record in records]
 
@@ -41,19 +48,32 @@ def test_every_length_asks_the_same_questions(tmp_path):
 def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
     """Where positions depend on its length, whatever eval.new_tokens is; others read no window."""
     path = written(tmp_path / "one.json", squad(*range(30)))
-    for kind, length, window in (("learned", 512, 512), ("learned", 256, 256), ("learned", 150, 200), ("alibi", 512, None)):
+    for kind, length, window in (
+        ("learned", 512, 512),
+        ("learned", 256, 256),
+        ("learned", 150, 200),
+        ("alibi", 512, None),
+    ):
         settings = tiny_config(
-            variant=kind, data__name="squad_long", data__paths=(str(path),), data__length=200,
-            data__cache_dir=str(tmp_path / "cache"), eval__lengths=(length,), eval__examples=2,
-            eval__new_tokens=40, objective__shift__rate=0.0,
-        )  # fmt: skip
+            variant=kind,
+            data__name="squad_long",
+            data__paths=(str(path),),
+            data__length=200,
+            data__cache_dir=str(tmp_path / "cache"),
+            eval__lengths=(length,),
+            eval__examples=2,
+            eval__new_tokens=40,
+            objective__shift__rate=0.0,
+        )
         asked, options = Questions(settings), []
 
         def generate(prompts, *_, options=options, **given):
             options.append({name: given[name] for name in ("window", "cut")})
             return [types.SimpleNamespace(content=[])] * len(prompts)
 
-        ask = Asked(lambda batch, length=length: {"loss": np.zeros((2, length))}, generate, lambda batch: batch, batch=2)
+        ask = Asked(
+            lambda batch, length=length: {"loss": np.zeros((2, length))}, generate, lambda batch: batch, batch=2
+        )
         asked.evaluate(ask, (length,), "test")
         assert options == [{"window": window, "cut": window is not None}]
         assert asked.positions_at((length,)) == (length if window else length + 40,)
@@ -63,9 +83,15 @@ def test_answers_are_told_by_their_distance(tmp_path):
     """Whoever knows each year finds all answers; each stands within the prompt, and all are counted."""
     path = written(tmp_path / "one.json", squad(*range(30)))
     settings = tiny_config(
-        variant="alibi", data__name="squad_long", data__paths=(str(path),), data__length=512,
-        data__cache_dir=str(tmp_path / "cache"), eval__lengths=(512,), eval__examples=8, objective__shift__rate=0.0,
-    )  # fmt: skip
+        variant="alibi",
+        data__name="squad_long",
+        data__paths=(str(path),),
+        data__length=512,
+        data__cache_dir=str(tmp_path / "cache"),
+        eval__lengths=(512,),
+        eval__examples=8,
+        objective__shift__rate=0.0,
+    )
     task = Questions(settings)
     source = task.questions("test", 512)
 
@@ -80,7 +106,14 @@ def test_answers_are_told_by_their_distance(tmp_path):
     assert [part["to"] for part in found["distance"]][-1] in (64, 128, 256, 512)
     assert all(part["contains"] == 100.0 for part in found["distance"] if part["examples"])
     # The asked town's year stands before the end of its own passage and the question: never within 32 bytes of the end.
-    assert found["distance"][0] == {"from": 0, "to": 32, "examples": 0, "contains": None, "exact_match": None, "f1": None}
+    assert found["distance"][0] == {
+        "from": 0,
+        "to": 32,
+        "examples": 0,
+        "contains": None,
+        "exact_match": None,
+        "f1": None,
+    }
 
 
 def test_two_evaluations_in_one_folder_keep_what_lies_beside_them(tmp_path):
@@ -92,6 +125,8 @@ def test_two_evaluations_in_one_folder_keep_what_lies_beside_them(tmp_path):
     kept = {path.name: path for path in tmp_path.iterdir()}
     found = {name: json.loads(path.read_text())["hypothesis"] for name, path in kept.items() if name.endswith(".jsonl")}
     assert found == {
-        "answers_64.jsonl": "yes", "longer_answers_64.jsonl": "no", "other_answers_64.jsonl": "maybe",
-    }  # fmt: skip
+        "answers_64.jsonl": "yes",
+        "longer_answers_64.jsonl": "no",
+        "other_answers_64.jsonl": "maybe",
+    }
     assert {"similarity.npz", "longer_similarity.npz", "other_similarity.npz"} < kept.keys()

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from seqpe_jax.architecture import Sizes
 from seqpe_jax.errors import InputError
-from seqpe_jax.tasks.sizes import FILE, read_sizes, write_sizes
+from seqpe_jax.models.build import Sizes
+from seqpe_jax.tasks.data_spec import FILE, read_sizes, write_sizes
 
 PHOTOS = Sizes(classes=7, channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.1))
 
@@ -18,12 +18,26 @@ def test_sizes_come_back(tmp_path, sizes):
     assert read_sizes(tmp_path / "older") is None
 
 
-@pytest.mark.parametrize("changes", [
-    {"vocabulary": "many"}, {"vocabulary": -1}, {"vocabulary": 2**63}, {"vocabulary": True}, {"classes": [3]},
-    {"colours": 3}, {"channels": 10**9},
-    {"mean": [0.5]}, {"mean": ["x", "y", "z"]}, {"mean": 0.5}, {"std": [0.0, 0.1, 0.1]},
-    {"std": [float("nan")] * 3}, {"std": {}}, {"mean": None},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": "many"},
+        {"vocabulary": -1},
+        {"vocabulary": 2**63},
+        {"vocabulary": True},
+        {"classes": [3]},
+        {"colours": 3},
+        {"channels": 10**9},
+        {"mean": [0.5]},
+        {"mean": ["x", "y", "z"]},
+        {"mean": 0.5},
+        {"std": [0.0, 0.1, 0.1]},
+        {"std": [float("nan")] * 3},
+        {"std": {}},
+        {"mean": None},
+    ],
+    ids=str,
+)
 def test_other_values_are_refused(tmp_path, changes):
     write_sizes(tmp_path, PHOTOS)
     values = json.loads((tmp_path / FILE).read_text())

@@ -8,9 +8,9 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.tasks.questions import Questions
+from seqpe_jax.tasks.language_modeling import Text
+from seqpe_jax.tasks.question_answering import Questions
 from seqpe_jax.tasks.task import Asked
-from seqpe_jax.tasks.text import Text
 from tests.data.test_tokenizers import with_tokens, word_level
 from tests.tiny import tiny_config
 
@@ -19,9 +19,13 @@ WORDS = ["the", "fox", "walks"]
 
 def settings(tokenizer, path, **fields):
     values = {
-        "data__name": "text_files", "data__paths": (str(path),), "data__tokenizer": str(tokenizer),
-        "data__cache_dir": str(path.parent / "cache"), "eval__lengths": (16,), "variant": "rotary",
-    }  # fmt: skip
+        "data__name": "text_files",
+        "data__paths": (str(path),),
+        "data__tokenizer": str(tokenizer),
+        "data__cache_dir": str(path.parent / "cache"),
+        "eval__lengths": (16,),
+        "variant": "rotary",
+    }
     return tiny_config(**values | fields)
 
 
@@ -35,7 +39,9 @@ def texts(tmp_path):
 @pytest.fixture
 def asked(tmp_path):
     path = tmp_path / "asked.jsonl"
-    path.write_text("".join(json.dumps({"index": n, "input": "the fox", "outputs": ["walks"]}) + "\n" for n in range(9)))
+    path.write_text(
+        "".join(json.dumps({"index": n, "input": "the fox", "outputs": ["walks"]}) + "\n" for n in range(9))
+    )
     return path
 
 
@@ -148,7 +154,9 @@ def test_every_length_scores_the_same_tokens(monkeypatch, limit):
     noise = np.random.default_rng(0).integers(128, 256, 1024)
     tokens = np.concatenate([np.full(1024, 32), noise]).astype(np.uint8)
     text = text_of(monkeypatch, tokens, eval__tokens=limit)
-    results = [text.evaluate(model_of(lambda tokens: tokens[:, 1:] / 32), (length,), "test") for length in (64, 1023, 1024)]
+    results = [
+        text.evaluate(model_of(lambda tokens: tokens[:, 1:] / 32), (length,), "test") for length in (64, 1023, 1024)
+    ]
     count = limit or 2047
     assert [result["tokens"] for result in results] == [count] * 3
     expected = tokens[1 : count + 1].mean() / 32

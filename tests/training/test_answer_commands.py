@@ -11,10 +11,14 @@ from tests.commands import train_arguments
 pytestmark = pytest.mark.slow
 
 PLAIN = {
-    "objective__contrastive__weight": 0, "objective__distillation__weight": 0, "objective__shift__rate": 0,
+    "objective__contrastive__weight": 0,
+    "objective__distillation__weight": 0,
+    "objective__shift__rate": 0,
     "data__length": 24,
-    "eval__lengths": (24, 48), "eval__new_tokens": 4, "checkpoint__every": 100,
-}  # fmt: skip
+    "eval__lengths": (24, 48),
+    "eval__new_tokens": 4,
+    "checkpoint__every": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,13 @@ def test_scores_by_length_with_every_answer_kept(commands, trained):
 def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained):
     result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", "--examples=5", "--new-tokens=1")
     assert result.code == 0, result.err
-    assert "length 24: 5 of 5 answers take more than 1 tokens and were cut off: --new-tokens gives them more" in result.out
+    assert (
+        "length 24: 5 of 5 answers take more than 1 tokens and were cut off: --new-tokens gives them more" in result.out
+    )
     for examples in (5, 400):  # two tokens hold a space and a letter
-        result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24", f"--examples={examples}", "--new-tokens=2")
+        result = commands(
+            "evaluate", f"--checkpoint={trained}", "--lengths=24", f"--examples={examples}", "--new-tokens=2"
+        )
         assert result.code == 0 and "cut off" not in result.out, result.out
     result = commands("evaluate", f"--checkpoint={trained}", "--new-tokens=0")
     assert result.code == 2 and "eval.new_tokens" in result.err and "Traceback" not in result.err

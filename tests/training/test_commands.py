@@ -14,9 +14,11 @@ from tests.tiny import older
 QUICKSTART = "configs/stdlib_lm.py"
 # The terms compile for longer than everything else together, and nothing here depends on them.
 PLAIN = {
-    "checkpoint__every": 1, "objective__contrastive__weight": 0, "objective__distillation__weight": 0,
+    "checkpoint__every": 1,
+    "objective__contrastive__weight": 0,
+    "objective__distillation__weight": 0,
     "objective__shift__rate": 0,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def refused(result, *words: str) -> None:
         (["--config.data.name=text_file"], ["data.name", "'text_files'"]),
         (["--config.data.name=text_files", "--config.data.paths=2024"], ["data.paths: '2024' does not exist"]),
     ],
-)  # fmt: skip
+)
 def test_train_refuses_arguments(commands, tmp_path, arguments, words):
     if not any(argument.startswith(("--config=", "--workd")) for argument in arguments):
         arguments = [f"--config={QUICKSTART}", "--workdir=DIR", *arguments]
@@ -95,12 +97,15 @@ def test_train_refuses_arguments(commands, tmp_path, arguments, words):
     assert not workdir.exists(), "a refused command leaves no workdir behind"
 
 
-@pytest.mark.parametrize("content,words", [
-    (None, ["data.paths", "does not exist"]),
-    ({}, ["data.paths", "holds no files"]),
-    ({"empty.txt": b""}, ["no text"]),
-    ({"good.txt": b"text\n" * 500, "latin.txt": b"caf\xe9\n" * 500}, ["latin.txt", "UTF-8", "3"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (None, ["data.paths", "does not exist"]),
+        ({}, ["data.paths", "holds no files"]),
+        ({"empty.txt": b""}, ["no text"]),
+        ({"good.txt": b"text\n" * 500, "latin.txt": b"caf\xe9\n" * 500}, ["latin.txt", "UTF-8", "3"]),
+    ],
+)
 def test_train_refuses_data(commands, tmp_path, content, words):
     folder = tmp_path / "texts"
     if content is not None:
@@ -252,8 +257,11 @@ def test_evaluate_writes_its_results(commands, trained, tmp_path):
     report = json.loads(output.read_text())
     assert (report["step"], report["encoding"], report["task"]) == (2, "seqpe", "language_modelling")
     assert [[entry.get("length"), entry.get("context")] for entry in report["results"]] == [
-        [16, None], [48, None], [None, 48], [None, 16],
-    ]  # fmt: skip
+        [16, None],
+        [48, None],
+        [None, 48],
+        [None, 16],
+    ]
     assert len({entry["tokens"] for entry in report["results"][:2]}) == 1
     assert [(entry["targets"], entry["stride"]) for entry in report["results"][2:]] == [(24, 8), (24, 8)]
     assert all(0 < entry["loss"] < 8 for entry in report["results"])
@@ -266,9 +274,15 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
     workdir, output = tmp_path / "run", tmp_path / "evaluation.json"
     # Nothing is learned, so of equal losses the first is the best.
     fields = {
-        "config": f"{CONFIG}:none", "steps": 6, "checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 2,
-        "eval__lengths": (16,), "optimizer__learning_rate": 1e-12, "checkpoint__best": "loss@16",
-    }  # fmt: skip
+        "config": f"{CONFIG}:none",
+        "steps": 6,
+        "checkpoint__every": 1,
+        "checkpoint__keep": 1,
+        "eval__every": 2,
+        "eval__lengths": (16,),
+        "optimizer__learning_rate": 1e-12,
+        "checkpoint__best": "loss@16",
+    }
     result = commands("train", *train_arguments(workdir, text, **fields))
     assert result.code == 0, result.err
     told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -288,28 +302,33 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
     )
     assert exported.code == 0, exported.err
     assert json.loads((tmp_path / "made" / "config.json").read_text())["export"]["step"] == best
-    refused(commands("evaluate", f"--checkpoint={tmp_path / 'made'}", "--which=best"), "is an export", "leave --which out")
+    refused(
+        commands("evaluate", f"--checkpoint={tmp_path / 'made'}", "--which=best"), "is an export", "leave --which out"
+    )
     refused(commands("generate", f"--checkpoint={trained}", "--prompt=x", "--which=best"), "without checkpoint.best")
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["--lengths=16,many"], ["--lengths", "'many'"]),
-    (["--lengths=0"], ["--lengths", "'0'"]),
-    (["--lengths=1001"], ["1001", "largest position possible is 999", "3 digits"]),
-    (["--lengths=190"], ["190", "longer than the test split"]),
-    (["--lengths=64", "--tokens=40"], ["eval.tokens=40 (--tokens) is less than evaluation length 64"]),
-    (["--contexts=16,0"], ["--contexts", "'0'"]),
-    (["--contexts=16,1"], ["eval.contexts", "at least 2"]),
-    (["--contexts=16,32,16"], ["names 16 more than once"]),
-    (["--contexts=16,1001"], ["--contexts) 1001", "largest position possible is 999"]),
-    (["--contexts=16,190"], ["evaluation context 190 is longer than the test split", "contexts below"]),
-    (["--contexts=16,32", "--stride=16"], ["(--stride) must be less than the smallest", "16"]),
-    (["--contexts=16,32", "--targets=7"], ["(--targets) is less than the 8 targets of one window"]),
-    (["--contexts=16", "--tokens=99"], ["--tokens is for --lengths", "--targets"]),
-    (["--stride=8"], ["--stride is for --contexts, and none are asked for"]),
-    (["--split=tests"], ["split", "tests"]),
-    (["--lenghts=16"], ["lenghts", "lengths"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--lengths=16,many"], ["--lengths", "'many'"]),
+        (["--lengths=0"], ["--lengths", "'0'"]),
+        (["--lengths=1001"], ["1001", "largest position possible is 999", "3 digits"]),
+        (["--lengths=190"], ["190", "longer than the test split"]),
+        (["--lengths=64", "--tokens=40"], ["eval.tokens=40 (--tokens) is less than evaluation length 64"]),
+        (["--contexts=16,0"], ["--contexts", "'0'"]),
+        (["--contexts=16,1"], ["eval.contexts", "at least 2"]),
+        (["--contexts=16,32,16"], ["names 16 more than once"]),
+        (["--contexts=16,1001"], ["--contexts) 1001", "largest position possible is 999"]),
+        (["--contexts=16,190"], ["evaluation context 190 is longer than the test split", "contexts below"]),
+        (["--contexts=16,32", "--stride=16"], ["(--stride) must be less than the smallest", "16"]),
+        (["--contexts=16,32", "--targets=7"], ["(--targets) is less than the 8 targets of one window"]),
+        (["--contexts=16", "--tokens=99"], ["--tokens is for --lengths", "--targets"]),
+        (["--stride=8"], ["--stride is for --contexts, and none are asked for"]),
+        (["--split=tests"], ["split", "tests"]),
+        (["--lenghts=16"], ["lenghts", "lengths"]),
+    ],
+)
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
 
@@ -340,13 +359,16 @@ def damage(workdir: pathlib.Path, how: str) -> None:
         shutil.rmtree(workdir)
 
 
-@pytest.mark.parametrize("how,words", [
-    ("no checkpoint", ["no finished checkpoint"]),
-    ("no checkpoints folder", ["no checkpoints"]),
-    ("no config", ["config.json"]),
-    ("half a config", ["config.json"]),
-    ("nothing at all", ["no such directory"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how,words",
+    [
+        ("no checkpoint", ["no finished checkpoint"]),
+        ("no checkpoints folder", ["no checkpoints"]),
+        ("no config", ["config.json"]),
+        ("half a config", ["config.json"]),
+        ("nothing at all", ["no such directory"]),
+    ],
+)
 def test_evaluate_refuses_a_broken_run(commands, trained, tmp_path, how, words):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
@@ -363,7 +385,9 @@ def test_a_broken_checkpoint_is_left_for_the_one_before(commands, trained, text,
     (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
     damage(copy, how)
     result = commands("evaluate", f"--checkpoint={copy}", "--lengths=16")
-    assert result.code == 0 and "checkpoints/2 is damaged (" in result.err and "step 1 is read in its place" in result.err
+    assert (
+        result.code == 0 and "checkpoints/2 is damaged (" in result.err and "step 1 is read in its place" in result.err
+    )
     assert (copy / "checkpoints" / "2").is_dir()  # who only reads changes nothing
     arguments = train_arguments(copy, text, steps=3, **PLAIN)
     result = commands("train", *arguments)

@@ -11,10 +11,10 @@ import pytest
 
 import seqpe_jax
 from seqpe_jax import files
+from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.runtime import digests
-from seqpe_jax.runtime.checkpoint import COMMITTED, Checkpoints, read_config
-from seqpe_jax.runtime.progress import read_metrics
+from seqpe_jax.training import checksums
+from seqpe_jax.training.checkpoint import COMMITTED, Checkpoints, read_config
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
 from tests.runtime.test_checkpoint import files_of, flip, largest
@@ -33,10 +33,19 @@ def settings(tmp_path_factory):
     (folder / "text.txt").write_text("a line of text and another one\n" * 400)
     word_tokenizer(folder / "tokenizer.json", ["a", "line", "of", "text", "and", "another", "one"])
     return tiny_config(
-        variant="none", steps=6, checkpoint__keep=3, eval__every=2, eval__lengths=(16,), eval__tokens=64,
-        data__name="text_files", data__paths=(str(folder / "text.txt"),), data__cache_dir=str(folder / "cache"),
-        data__tokenizer=str(folder / "tokenizer.json"), data__lossy_tokenizer=True, checkpoint__best="loss@16",
-    )  # fmt: skip
+        variant="none",
+        steps=6,
+        checkpoint__keep=3,
+        eval__every=2,
+        eval__lengths=(16,),
+        eval__tokens=64,
+        data__name="text_files",
+        data__paths=(str(folder / "text.txt"),),
+        data__cache_dir=str(folder / "cache"),
+        data__tokenizer=str(folder / "tokenizer.json"),
+        data__lossy_tokenizer=True,
+        checkpoint__best="loss@16",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,11 @@ def state(run, name):
 # What is done to a run of steps 2, 4 and 6 -> the step that is then read, or words of the line that refuses to read it, and
 # the words of the line with which `train` refuses to go on; "" = it ends with the state and the metrics of the whole run.
 CASES = {
-    "a byte flipped in an array": (lambda run: flip(largest(newest(run)), largest(newest(run)).stat().st_size // 2), 4, ""),
+    "a byte flipped in an array": (
+        lambda run: flip(largest(newest(run)), largest(newest(run)).stat().st_size // 2),
+        4,
+        "",
+    ),
     "an array truncated": (lambda run: rewritten(largest(newest(run)), lambda held: held[:100]), 4, ""),
     "an array emptied": (lambda run: rewritten(largest(newest(run)), lambda _: b""), 4, ""),
     "an array longer": (lambda run: rewritten(largest(newest(run)), lambda held: held + b"0"), 4, ""),
@@ -105,50 +118,93 @@ CASES = {
     "the shardings gone": (lambda run: state(run, "_sharding").unlink(), 4, ""),
     "the manifest gone": (lambda run: state(run, "manifest.ocdbt").unlink(), 4, ""),
     "the mark of a finished save gone": (lambda run: (newest(run) / COMMITTED).unlink(), 4, ""),
-    "digests torn": (lambda run: rewritten(newest(run) / digests.FILE, lambda held: held[:40]), 4, ""),
-    "digests that are none": (lambda run: (newest(run) / digests.FILE).write_text("[]"), 4, ""),
+    "digests torn": (lambda run: rewritten(newest(run) / checksums.FILE, lambda held: held[:40]), 4, ""),
+    "digests that are none": (lambda run: (newest(run) / checksums.FILE).write_text("[]"), 4, ""),
     "a digest that is no text": (
-        lambda run: rewritten(newest(run) / digests.FILE, lambda held: re.sub(rb': "[0-9a-f]{64}"', b": 7", held)), 4, ""),
-    "digests nested deep": (lambda run: (newest(run) / digests.FILE).write_text(NESTED), 4, ""),
+        lambda run: rewritten(newest(run) / checksums.FILE, lambda held: re.sub(rb': "[0-9a-f]{64}"', b": 7", held)),
+        4,
+        "",
+    ),
+    "digests nested deep": (lambda run: (newest(run) / checksums.FILE).write_text(NESTED), 4, ""),
     "an empty folder of a later step": (lambda run: newest(run).with_name("30").mkdir(), 6, ""),
-    "a save cut short": (lambda run: shutil.copytree(newest(run), newest(run).with_name("8.orbax-checkpoint-tmp")), 6, ""),
+    "a save cut short": (
+        lambda run: shutil.copytree(newest(run), newest(run).with_name("8.orbax-checkpoint-tmp")),
+        6,
+        "",
+    ),
     "a step under another number": (lambda run: newest(run).rename(newest(run).with_name("9")), 4, ""),
     "another step under its number": (
-        lambda run: (shutil.rmtree(newest(run)), shutil.copytree(newest(run).with_name("4"), newest(run))), 4, ""),
+        lambda run: (shutil.rmtree(newest(run)), shutil.copytree(newest(run).with_name("4"), newest(run))),
+        4,
+        "",
+    ),
     "a foreign file among the checkpoints": (lambda run: (run / "checkpoints" / "12").write_text("a letter"), 6, ""),
     "a foreign file in a checkpoint": (lambda run: (newest(run) / "letter.txt").write_text("a letter"), 6, ""),
     "a number that is none in an array": (not_a_number, "is of no use: its .* not a number", "is of no use"),
     "an older one damaged": (lambda run: flip(largest(newest(run).with_name("2")), 50), 6, ""),
     "all checkpoints damaged": (
         lambda run: [flip(largest(newest(run).with_name(step)), 50) for step in "246"],
-        "all checkpoints are damaged; of the newest", "all checkpoints .*are damaged"),
+        "all checkpoints are damaged; of the newest",
+        "all checkpoints .*are damaged",
+    ),
     "no checkpoints": (
-        lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoints in", "metrics up to step 6, but .* is gone"),
+        lambda run: shutil.rmtree(run / "checkpoints"),
+        "no checkpoints in",
+        "metrics up to step 6, but .* is gone",
+    ),
     "the last line of metrics torn": (lambda run: rewritten(run / "metrics.jsonl", lambda held: held[:-20]), 6, ""),
     "a line of metrics torn": (
-        lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"st', 1)), 6, "line 4"),
+        lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"st', 1)),
+        6,
+        "line 4",
+    ),
     "a step of metrics that is no number": (
-        lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"step": "3"', 1)), 6,
-        "line 4 is no object with a step .its step must be a whole number"),
-    "metrics that are none": (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n[]\n"), 6, "line 1 is no object"),
+        lambda run: rewritten(run / "metrics.jsonl", lambda held: held.replace(b'"step": 3', b'"step": "3"', 1)),
+        6,
+        "line 4 is no object with a step .its step must be a whole number",
+    ),
+    "metrics that are none": (
+        lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\x00\n[]\n"),
+        6,
+        "line 1 is no object",
+    ),
     "metrics gone": (lambda run: (run / "metrics.jsonl").unlink(), 6, ""),
     "an empty config": (lambda run: (run / "config.json").write_text(""), "config.json has changed", "config.json"),
     "no config": (lambda run: (run / "config.json").unlink(), "config.json", "config.json"),
     "sizes gone": (lambda run: (run / "sizes.json").unlink(), "sizes.json is missing, which", "sizes.json is missing"),
     "digests of small files gone": (
-        lambda run: (run / digests.FILE).unlink(), "digests.json is missing, which this run", "digests.json is missing"),
+        lambda run: (run / checksums.FILE).unlink(),
+        "digests.json is missing, which this run",
+        "digests.json is missing",
+    ),
     "digests of small files torn": (
-        lambda run: rewritten(run / digests.FILE, lambda held: held[:90]), "digests.json is damaged: put", "is damaged"),
+        lambda run: rewritten(run / checksums.FILE, lambda held: held[:90]),
+        "digests.json is damaged: put",
+        "is damaged",
+    ),
     "an older run, a config that is null": (
-        lambda run: (older(run), (run / "config.json").write_text("null")), "is no object of fields", "config.json"),
+        lambda run: (older(run), (run / "config.json").write_text("null")),
+        "is no object of fields",
+        "config.json",
+    ),
     "an older run, a config nested deep": (
-        lambda run: (older(run), (run / "config.json").write_text(NESTED)), "config.json cannot be read", "config.json"),
+        lambda run: (older(run), (run / "config.json").write_text(NESTED)),
+        "config.json cannot be read",
+        "config.json",
+    ),
     "an older run, sizes nested deep": (
-        lambda run: (older(run), (run / "sizes.json").write_text(NESTED)), "sizes.json cannot be read", "sizes.json"),
+        lambda run: (older(run), (run / "sizes.json").write_text(NESTED)),
+        "sizes.json cannot be read",
+        "sizes.json",
+    ),
     "an older run, sizes gone": (lambda run: (older(run), (run / "sizes.json").unlink()), 6, ""),
-    "a tokenizer torn": (lambda run: rewritten(run / "tokenizer.json", lambda held: held[:90]), "tokenizer", "tokenizer"),
+    "a tokenizer torn": (
+        lambda run: rewritten(run / "tokenizer.json", lambda held: held[:90]),
+        "tokenizer",
+        "tokenizer",
+    ),
     "an empty tokenizer": (lambda run: (run / "tokenizer.json").write_text(""), "tokenizer.json", "tokenizer.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -187,7 +243,7 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     """Some of them would change a field of the config, or the tokens of a text."""
     run = tmp_path / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
-    names = set(json.loads((run / digests.FILE).read_text())["files"])
+    names = set(json.loads((run / checksums.FILE).read_text())["files"])
     assert names == {"config.json", "sizes.json", "data.json", "tokenizer.json"}
     assert {path.name for path in trained.iterdir()} <= files.OWN_FILES, "each is refused as an output"
     for name in names:
@@ -204,11 +260,11 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     values["eval"]["tokens"] = 99  # by hand, as the line says how
     (run / "config.json").write_text(json.dumps(values))
     in_one_line("remove the entry of config.json from .*digests.json", lambda: read_config(run))
-    listed = json.loads((run / digests.FILE).read_text())
+    listed = json.loads((run / checksums.FILE).read_text())
     del listed["files"]["config.json"]
-    (run / digests.FILE).write_text(json.dumps(listed))
+    (run / checksums.FILE).write_text(json.dumps(listed))
     assert read_config(run)["eval"]["tokens"] == 99
-    (run / digests.FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
+    (run / checksums.FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
     (run / "sizes.json").unlink()
     assert read_config(run)["eval"]["tokens"] == 99
 

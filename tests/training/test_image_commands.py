@@ -13,10 +13,20 @@ pytestmark = pytest.mark.slow
 
 DIGITS = "configs/digits_vit.py"
 TINY = {
-    "steps": 2, "batch_size": 8, "model.layers": 2, "model.width": 16, "model.heads": 2, "optimizer.warmup_steps": 0,
-    "encoding.layers": 1, "encoding.width": 16, "encoding.heads": 2, "objective.shift.rate": 0,
-    "report.tensorboard": False, "eval.every": 2, "eval.sizes": (8, 12),
-}  # fmt: skip
+    "steps": 2,
+    "batch_size": 8,
+    "model.layers": 2,
+    "model.width": 16,
+    "model.heads": 2,
+    "optimizer.warmup_steps": 0,
+    "encoding.layers": 1,
+    "encoding.width": 16,
+    "encoding.heads": 2,
+    "objective.shift.rate": 0,
+    "report.tensorboard": False,
+    "eval.every": 2,
+    "eval.sizes": (8, 12),
+}
 
 
 def options(**fields):
@@ -79,33 +89,39 @@ def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
     assert "| encoding | 4x16x16 (1x) | 8x16x24 (1.44x) |" in result.out
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["--sizes=8,9"], ["9x9", "patches of 2x2", "multiples"]),
-    (["--sizes=0"], ["--sizes", "'0'"]),
-    (["--sizes=8x"], ["--sizes", "'8x'"]),
-    (["--sizes=202"], ["202x202", "largest size possible is 80x80"]),
-    (["--sizes=4x8x8"], ["4x8x8", "has frames", "name two sides"]),
-    (["--sizes=4x8x8x8"], ["--sizes", "'4x8x8x8'"]),
-    (["--lengths=16"], ["images", "--sizes"]),
-    (["--contexts=16"], ["images", "--contexts", "--sizes"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--sizes=8,9"], ["9x9", "patches of 2x2", "multiples"]),
+        (["--sizes=0"], ["--sizes", "'0'"]),
+        (["--sizes=8x"], ["--sizes", "'8x'"]),
+        (["--sizes=202"], ["202x202", "largest size possible is 80x80"]),
+        (["--sizes=4x8x8"], ["4x8x8", "has frames", "name two sides"]),
+        (["--sizes=4x8x8x8"], ["--sizes", "'4x8x8x8'"]),
+        (["--lengths=16"], ["images", "--sizes"]),
+        (["--contexts=16"], ["images", "--contexts", "--sizes"]),
+    ],
+)
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["--config.data.size=(9,8)"], ["data.size", "9x8", "patches of 2x2"]),
-    (["--config.data.size=(8,)"], ["data.size", "(height, width)"]),
-    (["--config.model.patch=(2,2,2)"], ["model.patch", "(height, width)"]),
-    (["--config.eval.sizes=(8,11)"], ["eval.sizes", "11x11"]),
-    (["--config.eval.sizes=(8,300)"], ["300x300", "largest size possible is 80x80"]),
-    (["--config.model.kind=gpt2"], ["model.kind", "'vit'"]),
-    (["--config.data.name=stdlib_text"], ["model.kind='vit'", "stdlib_text"]),
-    (["--config.data.name=image_folder"], ["data.paths"]),
-    (["--config.data.augment.crop_scale=(0.5,1.5)"], ["crop_scale", "at most 1"]),
-    (["--config.eval.frames=(4,)"], ["eval.frames", "is for clips", "drop it"]),
-    (["--config.objective.contrastive.past_only=True"], ["past_only"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--config.data.size=(9,8)"], ["data.size", "9x8", "patches of 2x2"]),
+        (["--config.data.size=(8,)"], ["data.size", "(height, width)"]),
+        (["--config.model.patch=(2,2,2)"], ["model.patch", "(height, width)"]),
+        (["--config.eval.sizes=(8,11)"], ["eval.sizes", "11x11"]),
+        (["--config.eval.sizes=(8,300)"], ["300x300", "largest size possible is 80x80"]),
+        (["--config.model.kind=gpt2"], ["model.kind", "'vit'"]),
+        (["--config.data.name=stdlib_text"], ["model.kind='vit'", "stdlib_text"]),
+        (["--config.data.name=image_folder"], ["data.paths"]),
+        (["--config.data.augment.crop_scale=(0.5,1.5)"], ["crop_scale", "at most 1"]),
+        (["--config.eval.frames=(4,)"], ["eval.frames", "is for clips", "drop it"]),
+        (["--config.objective.contrastive.past_only=True"], ["past_only"]),
+    ],
+)
 def test_train_refuses_arguments(commands, tmp_path, arguments, words):
     refused(commands("train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *arguments), *words)
     assert not (tmp_path / "run").exists()
@@ -174,7 +190,7 @@ def test_classes_go_by_name(commands, tmp_path):
 
 def test_a_run_on_text_has_no_sizes(commands, tmp_path):
     from seqpe_jax import config
-    from seqpe_jax.runtime.checkpoint import write_config
+    from seqpe_jax.training.checkpoint import write_config
     from tests.tiny import tiny_config
 
     write_config(tmp_path, config.to_dict(tiny_config()))

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from seqpe_jax.runtime import chips
-from seqpe_jax.runtime.checkpoint import SaveFailed
-from seqpe_jax.runtime.progress import MetricsWriter
-from seqpe_jax.training import events, loop
+from seqpe_jax.distributed import hardware
+from seqpe_jax.distributed.progress import MetricsWriter
+from seqpe_jax.training import hooks, loop
+from seqpe_jax.training.checkpoint import SaveFailed
 from seqpe_jax.training.state import TrainState
 from seqpe_jax.training.step import make_train_step
 
@@ -38,7 +38,9 @@ class Kept:
         pass
 
 
-def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every=1, profile=None, flops=0.0) -> list[dict]:
+def fit(
+    workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every=1, profile=None, flops=0.0
+) -> list[dict]:
     """Runs the loop on a step that only counts, and returns the lines of metrics.jsonl; step `bad` has no finite loss."""
 
     @jax.jit
@@ -47,14 +49,14 @@ def fit(workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every
 
     workdir.mkdir(exist_ok=True)
     batches = batches or ((number, {}) for number in range(first, steps))
-    metrics, clock = MetricsWriter(workdir, first, tensorboard=False), events.Clock()
-    report = events.Report(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
-    save = events.Save(Kept(), {}, clock, report, every=100)
-    stop = events.Stop(save)
-    happening = [events.Evaluate(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
+    metrics, clock = MetricsWriter(workdir, first, tensorboard=False), hooks.Clock()
+    report = hooks.Report(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
+    save = hooks.Save(Kept(), {}, clock, report, every=100)
+    stop = hooks.Stop(save)
+    happening = [hooks.Evaluate(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
     happening += [save, stop]
-    happening += [events.Profile(profile, workdir)] if profile else []
-    loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, events=[*happening, report])
+    happening += [hooks.Profile(profile, workdir)] if profile else []
+    loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, hooks=[*happening, report])
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -87,9 +89,9 @@ def test_the_first_step_of_a_start_compiles_and_spoils_no_average(tmp_path):
 
 
 def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch):
-    chip = chips.Chip("fast", 1e12, 2**30, "this test")
-    monkeypatch.setattr(chips, "chip_of", lambda kind: chip)
-    monkeypatch.setattr(chips, "peak_memory", lambda: 12345)
+    chip = hardware.Chip("fast", 1e12, 2**30, "this test")
+    monkeypatch.setattr(hardware, "chip_of", lambda kind: chip)
+    monkeypatch.setattr(hardware, "peak_memory", lambda: 12345)
     lines = fit(tmp_path, flops={"mfu": 1e6, "mfu_full_attention": 2e6})
     assert not {"train/mfu", "train/mfu_full_attention"} & lines[0].keys(), "the first step compiles"
     for line in lines[1:]:
@@ -105,7 +107,7 @@ def test_a_window_of_steps_is_recorded(tmp_path):
 
 
 def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile(tmp_path):
-    with pytest.raises(events.NotFinite):
+    with pytest.raises(hooks.NotFinite):
         fit(tmp_path / "a", bad=3, profile=(2, 6))
     assert recorded(tmp_path / "a")
     fit(tmp_path / "b", profile=(2, 4))
@@ -125,10 +127,10 @@ def test_a_step_that_is_not_finite_is_named_with_all_its_terms(tmp_path, name):
         bad = jnp.where(state.step == 2, jnp.inf, values[name])
         return state.replace(step=state.step + 1), values | {name: bad, "learning_rate": jnp.float32(0.1)}
 
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
-    report = events.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens", saved=lambda: 1)
-    with pytest.raises(events.NotFinite, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
-        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), steps=6, events=[report])
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
+    report = hooks.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens", saved=lambda: 1)
+    with pytest.raises(hooks.NotFinite, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
+        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), steps=6, hooks=[report])
 
 
 class Square:
@@ -146,13 +148,13 @@ class Square:
 
     def fit(self, folder, factors, skips=2, skipped=0):
         folder.mkdir(exist_ok=True)
-        metrics, clock = MetricsWriter(folder, 0, tensorboard=False), events.Clock()
+        metrics, clock = MetricsWriter(folder, 0, tensorboard=False), hooks.Clock()
         count = len(factors)
         batches = ((n, {"factor": jnp.full((1,), factor, jnp.float32)}) for n, factor in enumerate(factors))
-        report = events.Report(
+        report = hooks.Report(
             metrics, clock, every=1, steps=count, units=1, unit="tokens", skips=skips, skipped=skipped
-        )  # fmt: skip
-        end = loop.fit(self.state, self.step, batches, steps=count, events=[report])
+        )
+        end = loop.fit(self.state, self.step, batches, steps=count, hooks=[report])
         return end, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -169,9 +171,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     expected = first - rates[3] * mean / (1 - 0.9**4) / np.sqrt(square / (1 - 0.999**4))
     assert float(state.params["w"]) == pytest.approx(expected, abs=1e-5)
 
-    with pytest.raises(events.NotFinite, match="step 4, 3 in a row, is not finite"):
+    with pytest.raises(hooks.NotFinite, match="step 4, 3 in a row, is not finite"):
         Square(skip=True).fit(tmp_path / "b", [1.0, nan, nan, nan, 1.0])
-    with pytest.raises(events.NotFinite, match="step 2 is not finite"):
+    with pytest.raises(hooks.NotFinite, match="step 2 is not finite"):
         Square(skip=False).fit(tmp_path / "c", [1.0, nan], skips=0)
 
 
@@ -194,18 +196,18 @@ def test_a_signal_ends_the_run_saved(tmp_path, number):
             yield n, {}
 
     def run():
-        metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
-        report = events.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens")
-        save = events.Save(Noting(), {}, clock, report, every=100)
-        happening = [save, events.Stop(save), report]
-        return loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, batches(), steps=6, events=happening)
+        metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
+        report = hooks.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens")
+        save = hooks.Save(Noting(), {}, clock, report, every=100)
+        happening = [save, hooks.Stop(save), report]
+        return loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, batches(), steps=6, hooks=happening)
 
     def heard(*_):
         pass
 
     before = signal.signal(number, heard)  # whatever who started the tests has the process do with it
     try:
-        with pytest.raises(events.Stopped, match=f"{number.name} at step 4") as stopped:
+        with pytest.raises(hooks.Stopped, match=f"{number.name} at step 4") as stopped:
             run()
         assert saved == [4] and stopped.value.code == 75 and signal.getsignal(number) == heard
         if number == signal.SIGHUP:  # as under nohup
@@ -251,13 +253,16 @@ class Evaluated:
                 self.compiled = True
             return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
-        metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), events.Clock()
-        report = events.Report(metrics, clock, every=1, steps=self.steps, units=1, unit="tokens")
-        save = events.Save(self.checkpoints, {}, clock, report, every=2)
-        stop = events.Stop(save)
-        evaluate = events.Evaluate(self.evaluate, metrics, clock, report, stop, every=2, owed=self.owed)
-        state, batches = TrainState(jnp.int32(self.first), None, {}, ()), ((n, {}) for n in range(self.first, self.steps))
-        loop.fit(state, step, batches, steps=self.steps, events=[evaluate, save, stop, report])
+        metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), hooks.Clock()
+        report = hooks.Report(metrics, clock, every=1, steps=self.steps, units=1, unit="tokens")
+        save = hooks.Save(self.checkpoints, {}, clock, report, every=2)
+        stop = hooks.Stop(save)
+        evaluate = hooks.Evaluate(self.evaluate, metrics, clock, report, stop, every=2, owed=self.owed)
+        state, batches = (
+            TrainState(jnp.int32(self.first), None, {}, ()),
+            ((n, {}) for n in range(self.first, self.steps)),
+        )
+        loop.fit(state, step, batches, steps=self.steps, hooks=[evaluate, save, stop, report])
 
     @property
     def evaluated(self):
@@ -274,7 +279,7 @@ def test_what_an_evaluation_found_is_saved_beside_the_state(tmp_path):
 
 def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path):
     run = Evaluated(tmp_path, signal_in="evaluation")
-    with pytest.raises(events.Stopped, match="SIGTERM at step 2: saved"):
+    with pytest.raises(hooks.Stopped, match="SIGTERM at step 2: saved"):
         run.run()
     time.sleep(0.2)
     assert run.batches == 1 and run.evaluated == [], "the evaluation has ended between two of its batches"
@@ -290,7 +295,7 @@ def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path):
 def test_a_stop_does_not_wait_for_a_compilation(tmp_path):
     run = Evaluated(tmp_path, first=2, signal_in="compilation", steps=9)
     run.compiled = False
-    with pytest.raises(events.Stopped, match="SIGTERM at step 2: saved"):
+    with pytest.raises(hooks.Stopped, match="SIGTERM at step 2: saved"):
         run.run()
     assert not run.compiled and list(run.checkpoints.saved) == [2]
 
@@ -319,20 +324,33 @@ class Failing(Kept):
         self.saved.append(step)
 
 
-@pytest.mark.parametrize("at_once, later, saved", [
-    ((2,), (), [1, 3, 4]), ((), (2,), [1, 3, 4]), ((2, 3), (), [1, 4]), ((4,), (), [1, 2, 3, 4]),
-    ((), (4, 5), [1, 2, 3, 4]), ((2, 3, 4), (), None), ((), (3, 4, 5), None), ((4, 5, 6), (), None),
-])  # fmt: skip
-def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(tmp_path, capsys, monkeypatch, at_once, later, saved):
-    monkeypatch.setattr(events.time, "sleep", lambda _: None)
-    checkpoints, clock = Failing(at_once, later), events.Clock()
+@pytest.mark.parametrize(
+    "at_once, later, saved",
+    [
+        ((2,), (), [1, 3, 4]),
+        ((), (2,), [1, 3, 4]),
+        ((2, 3), (), [1, 4]),
+        ((4,), (), [1, 2, 3, 4]),
+        ((), (4, 5), [1, 2, 3, 4]),
+        ((2, 3, 4), (), None),
+        ((), (3, 4, 5), None),
+        ((4, 5, 6), (), None),
+    ],
+)
+def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(
+    tmp_path, capsys, monkeypatch, at_once, later, saved
+):
+    monkeypatch.setattr(hooks.time, "sleep", lambda _: None)
+    checkpoints, clock = Failing(at_once, later), hooks.Clock()
     metrics = MetricsWriter(tmp_path, 0, tensorboard=False)
-    report = events.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
-    save = events.Save(checkpoints, {}, clock, report, every=1, failures=3)
+    report = hooks.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    save = hooks.Save(checkpoints, {}, clock, report, every=1, failures=3)
     step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
 
     def run():
-        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(4)), steps=4, events=[save, report])
+        loop.fit(
+            TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(4)), steps=4, hooks=[save, report]
+        )
 
     if saved is None:
         with pytest.raises(SaveFailed, match="3 in a row"):
@@ -353,13 +371,13 @@ def test_free_memory_is_given_back_between_two_saves(tmp_path, monkeypatch):
         save=lambda *_: told.append("save"),
         close=Kept().close,
     )
-    monkeypatch.setattr(events.hosts, "give_back_memory", lambda: told.append("give back"))
-    report = events.Report(
-        MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock(), every=1, steps=2, units=1, unit=""
+    monkeypatch.setattr(hooks.hosts, "give_back_memory", lambda: told.append("give back"))
+    report = hooks.Report(
+        MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock(), every=1, steps=2, units=1, unit=""
     )
-    save = events.Save(checkpoints, {}, events.Clock(), report, every=1)
+    save = hooks.Save(checkpoints, {}, hooks.Clock(), report, every=1)
     step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
-    loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), steps=2, events=[save, report])
+    loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), steps=2, hooks=[save, report])
     assert told == [*["wait", "give back", "save"] * 2, "wait"]
 
 
@@ -367,7 +385,7 @@ def test_events_come_in_their_order(tmp_path):
     """An evaluation and a save see the state before the next step; a report waits for its step last."""
     told = []
 
-    class Told(events.Event):
+    class Told(hooks.Event):
         def before(self, run):
             told.append(("before", run.step))
 
@@ -384,13 +402,13 @@ def test_events_come_in_their_order(tmp_path):
     def step(state, batch):
         return state, {"loss": jnp.float32(1)}
 
-    loop.fit(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), steps=6, events=[Told()])
+    loop.fit(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), steps=6, hooks=[Told()])
     assert told == [("before", 4), ("after", 5), ("before", 5), ("after", 6), ("end", 6), "close"]
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
-    report = events.Report(metrics, clock, every=1, steps=1, units=1, unit="tokens")
-    save = events.Save(Kept(), {}, clock, report, every=1)
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
+    report = hooks.Report(metrics, clock, every=1, steps=1, units=1, unit="tokens")
+    save = hooks.Save(Kept(), {}, clock, report, every=1)
     with pytest.raises(ValueError, match="Evaluate, Save, Stop, Profile, Report"):
-        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), steps=0, events=[report, save])
+        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), steps=0, hooks=[report, save])
 
 
 def test_a_batch_left_on_the_host_is_refused():
@@ -412,22 +430,22 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
         def save(self, step, *_):
             saved.append(step)
 
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), events.Clock()
-    report = events.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
-    save = events.Save(Noting(), {}, clock, report, every=1)
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
+    report = hooks.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    save = hooks.Save(Noting(), {}, clock, report, every=1)
 
     @jax.jit
     def step(state, batch):
         return state.replace(step=state.step + 1, params={"w": state.params["w"] * 1e20}), {"loss": jnp.float32(1)}
 
     state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, ())
-    with pytest.raises(events.NotFinite, match="infinite or not a number after step 2, .* are not saved"):
-        loop.fit(state, step, ((number, {}) for number in range(4)), steps=4, events=[save, report])
+    with pytest.raises(hooks.NotFinite, match="infinite or not a number after step 2, .* are not saved"):
+        loop.fit(state, step, ((number, {}) for number in range(4)), steps=4, hooks=[save, report])
     assert saved == [1]
 
 
 def test_time_stands_still_in_a_pause():
-    clock = events.Clock(100.0)
+    clock = hooks.Clock(100.0)
     before = clock.stepping()
     with clock.pause():
         time.sleep(0.2)

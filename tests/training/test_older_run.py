@@ -9,10 +9,10 @@ import pytest
 
 import seqpe_jax
 from seqpe_jax import config
-from seqpe_jax.architecture import Sizes
 from seqpe_jax.interop.writing import write_run
+from seqpe_jax.models.build import Sizes
 from seqpe_jax.reporting.study import read_study
-from seqpe_jax.runtime.checkpoint import read_config, write_config
+from seqpe_jax.training.checkpoint import read_config, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests import tiny
 from tests.tiny import ROOT, random_params, tiny_config, train

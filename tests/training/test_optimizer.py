@@ -19,7 +19,9 @@ def test_schedules(schedule, middle, end):
 
 
 def test_the_rate_is_stable_until_its_decay():
-    settings = OptimizerConfig(learning_rate=1.0, end_learning_rate=0.2, warmup_steps=10, schedule="wsd", decay_steps=20)
+    settings = OptimizerConfig(
+        learning_rate=1.0, end_learning_rate=0.2, warmup_steps=10, schedule="wsd", decay_steps=20
+    )
     rate = learning_rate(settings, 110)
     assert [float(rate(step)) for step in (5, 10, 50, 90)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
     assert float(rate(100)) == pytest.approx(0.6) and float(rate(110)) == pytest.approx(0.2)

@@ -39,7 +39,9 @@ def commands(tmp_path_factory):
 def begin(commands, text):
     """Returns a function that starts the processes of a run; `each` has overrides for some of them."""
 
-    def start(workdir, count, devices, *, present=None, each=None, variables=None, timeout=300, **fields) -> list[Running]:
+    def start(
+        workdir, count, devices, *, present=None, each=None, variables=None, timeout=300, **fields
+    ) -> list[Running]:
         port, running = _free_port(), []
         for process in present or range(count):
             own = fields | (each or {}).get(process, {})
@@ -108,8 +110,15 @@ def close(found: list[dict], expected: list[dict]) -> None:
 
 
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(commands, begin, tmp_path):
-    fields = {"steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2, "eval__every": 2, "eval__lengths": (32,),
-              "encoding__layers": 1, "objective__shift__rate": 0.5}  # fmt: skip
+    fields = {
+        "steps": 4,
+        "checkpoint__every": 2,
+        "checkpoint__keep": 2,
+        "eval__every": 2,
+        "eval__lengths": (32,),
+        "encoding__layers": 1,
+        "objective__shift__rate": 0.5,
+    }
     two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
     results = finish(commands, begin(two, 2, 4, **fields))
     assert [result.code for result in results] == [0, 0], results
@@ -147,8 +156,9 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     stopped_at = newest(workdir)
     assert [result.code for result in results] == [75, 75] and stopped_at > killed_at
     assert [said(result) for result in results] == [
-        [f"told to stop at step {stopped_at}: saved; the same command goes on from there"], [],
-    ]  # fmt: skip
+        [f"told to stop at step {stopped_at}: saved; the same command goes on from there"],
+        [],
+    ]
 
     running = begin(workdir, 4, 1, **CHEAP)
     results, _ = interrupt(commands, running, workdir, 0, signal.SIGINT)
@@ -170,9 +180,14 @@ def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
     workdir, text = tmp_path / "run", tmp_path / "long.txt"  # so long that its evaluation lasts for seconds
     text.write_text("".join(f"{number} times {number} is {number * number}\n" for number in range(40_000)))
     long = CHEAP | {
-        "data__paths": text, "eval__every": 8, "eval__lengths": (16,), "eval__batch_tokens": 16, "report__every": 1,
-        "eval__tokens": 30_000, "steps": 64,
-    }  # fmt: skip
+        "data__paths": text,
+        "eval__every": 8,
+        "eval__lengths": (16,),
+        "eval__batch_tokens": 16,
+        "report__every": 1,
+        "eval__tokens": 30_000,
+        "steps": 64,
+    }
     running, deadline = begin(workdir, 2, 1, **long), time.monotonic() + 900
     while not ((workdir / "metrics.jsonl").exists() and (told := lines(workdir)) and told[-1]["step"] == 8):
         assert time.monotonic() < deadline, [one.err for one in running]

@@ -18,12 +18,25 @@ from tests.commands import Commands, Result, Running, train_arguments
 pytestmark = pytest.mark.slow
 
 STEPS = 96
-CLOCK = ("time", "train/tokens_per_second", "train/step_seconds", "train/mfu", "device/memory_bytes")  # these may differ
+CLOCK = (
+    "time",
+    "train/tokens_per_second",
+    "train/step_seconds",
+    "train/mfu",
+    "device/memory_bytes",
+)  # these may differ
 FIELDS = {
-    "steps": STEPS, "checkpoint__every": 12, "report__every": 4, "eval__every": 32, "eval__lengths": (32,),
-    "model__layers": 1, "model__dropout": 0.1, "encoding__layers": 1, "encoding__dropout": 0.1,
+    "steps": STEPS,
+    "checkpoint__every": 12,
+    "report__every": 4,
+    "eval__every": 32,
+    "eval__lengths": (32,),
+    "model__layers": 1,
+    "model__dropout": 0.1,
+    "encoding__layers": 1,
+    "encoding__dropout": 0.1,
     "objective__shift__rate": 0.3,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

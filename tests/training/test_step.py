@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings import digit_encoder, seqpe
-from seqpe_jax.models import blocks
-from seqpe_jax.runtime import mesh as layout
+from seqpe_jax.models import transformer
 from seqpe_jax.training.state import TrainState, create
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
@@ -116,9 +116,16 @@ def count_rows(settings):
     return -(-(rows + terms.distillation.batch * terms.distillation.offsets) // 8) * 8
 
 
-@pytest.mark.parametrize("sizes", [
-    {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4},
-], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 2, "context": 4},
+    ],
+    ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
 def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
     levels, tree = [], digit_encoder.tree
     noted = lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes)  # noqa: E731
@@ -135,9 +142,14 @@ def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
         assert not levels and f"f32[{rows // 8},{places},96]" in program
 
 
-@pytest.mark.parametrize("sizes", [
-    {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4},
-], ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"data": 2, "context": 4},
+    ],
+    ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
 def test_meshes_equal_one_device_on_images(images, single_images, sizes):
     program = check_mesh(images, single_images, sizes, single_images.before)
     rows, places = count_rows(images), 7  # three digits for each coordinate, and CLS
@@ -164,11 +176,11 @@ def test_a_loop_over_layers_equals_the_plain_step():
     one, two = Trainer.of(plain, jax.devices()[:1]), Trainer.of(looped, jax.devices()[:1])
     first = one.init_state()
     params = jax.tree.map(jnp.copy, first.params)  # a step takes its state
-    second = create(params | {"model": blocks.stack(params["model"], 3)}, two.optimizer, jnp.copy(first.key))
+    second = create(params | {"model": transformer.stack(params["model"], 3)}, two.optimizer, jnp.copy(first.key))
     results = [parts.train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
     assert float(results[0][1]["loss"]) == pytest.approx(float(results[1][1]["loss"]), abs=1e-5)
     params = results[1][0].params
-    params = params | {"model": blocks.unstack(params["model"], 3)}
+    params = params | {"model": transformer.unstack(params["model"], 3)}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0][0].params, params)
 
 

@@ -13,12 +13,21 @@ pytestmark = pytest.mark.slow
 
 STEPS, EVALUATED = 120, 10
 FIELDS = {
-    "config": "tests/tiny_text.py:alibi", "steps": STEPS, "checkpoint__every": 20, "report__every": 1,
-    "eval__every": EVALUATED, "eval__lengths": (16,), "eval__batch_tokens": 16, "eval__tokens": 12_000,
-}  # fmt: skip
+    "config": "tests/tiny_text.py:alibi",
+    "steps": STEPS,
+    "checkpoint__every": 20,
+    "report__every": 1,
+    "eval__every": EVALUATED,
+    "eval__lengths": (16,),
+    "eval__batch_tokens": 16,
+    "eval__tokens": 12_000,
+}
 SIGNALS = {
-    "SIGTERM": [signal.SIGTERM], "SIGINT": [signal.SIGINT], "SIGINT twice": [signal.SIGINT] * 2, "SIGHUP": [signal.SIGHUP],
-}  # fmt: skip
+    "SIGTERM": [signal.SIGTERM],
+    "SIGINT": [signal.SIGINT],
+    "SIGINT twice": [signal.SIGINT] * 2,
+    "SIGHUP": [signal.SIGHUP],
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,9 @@ def test_a_run_is_told_to_stop(commands, text, tmp_path, told, moment):
     else:
         assert moment == "compilation" and said[0].startswith(f"{told.split()[0]}: there is nothing to save now")
     if moment == "evaluation":
-        assert at == EVALUATED and not any("eval/loss@16" in line for line in lines(workdir)), "it did not wait for the end"
+        assert at == EVALUATED and not any("eval/loss@16" in line for line in lines(workdir)), (
+            "it did not wait for the end"
+        )
     assert moment != "compilation" or (at == 0 and not lines(workdir))
 
 
@@ -102,4 +113,6 @@ def test_runs_that_were_told_to_stop_end_as_one_that_was_not(commands, text, tmp
     )
     assert found == expected and sum("eval/loss@16" in line for line in found) == 2
     expected, found = (arrays(one, 2 * EVALUATED) for one in (straight, stopped))
-    assert {name: one.tobytes() for name, one in found.items()} == {name: one.tobytes() for name, one in expected.items()}
+    assert {name: one.tobytes() for name, one in found.items()} == {
+        name: one.tobytes() for name, one in expected.items()
+    }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import files, load
-from seqpe_jax.runtime.checkpoint import whole_step
+from seqpe_jax.training.checkpoint import whole_step
 from tests.commands import Commands, Result, train_arguments
 from tests.emulator import Store
 from tests.training.test_processes import _free_port, hosts
@@ -18,10 +18,21 @@ from tests.training.test_processes import _free_port, hosts
 pytestmark = pytest.mark.slow
 
 FIELDS = {
-    "steps": 12, "checkpoint__every": 3, "report__every": 2, "eval__every": 6, "eval__lengths": (32,),
-    "model__dropout": 0.1, "report__tensorboard": True,
-}  # fmt: skip
-CLOCK = ("time", "train/tokens_per_second", "train/step_seconds", "train/mfu", "device/memory_bytes")  # these may differ
+    "steps": 12,
+    "checkpoint__every": 3,
+    "report__every": 2,
+    "eval__every": 6,
+    "eval__lengths": (32,),
+    "model__dropout": 0.1,
+    "report__tensorboard": True,
+}
+CLOCK = (
+    "time",
+    "train/tokens_per_second",
+    "train/step_seconds",
+    "train/mfu",
+    "device/memory_bytes",
+)  # these may differ
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,9 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     assert any("tfevents" in path.name for path in files.below(bucket / "tensorboard"))
 
     for place in (disk, bucket):
-        good(commands, store, "evaluate", f"--checkpoint={place}", "--lengths=16,32", f"--output={place}/evaluation.json")
+        good(
+            commands, store, "evaluate", f"--checkpoint={place}", "--lengths=16,32", f"--output={place}/evaluation.json"
+        )
         good(commands, store, "export", f"--checkpoint={place}", f"--output={place}_export", "--platforms=cpu")
     ours, theirs = (json.loads((place / "evaluation.json").read_text()) for place in (disk, bucket))
     assert ours["results"] == theirs["results"] and theirs["checkpoint"] == str(bucket)
@@ -96,7 +109,11 @@ def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, st
     for name, arguments, words in (
         ("train", train, "--workdir=gs://no-such-bucket/run: there is no bucket 'no-such-bucket'"),
         ("train", [*train[:1], f"--workdir={store.folder}/file"], "is a file: name a folder"),
-        ("train", [*train[:1], "--workdir=gcs://runs/run"], "there is no way to gcs:// addresses: give gs://BUCKET/NAME"),
+        (
+            "train",
+            [*train[:1], "--workdir=gcs://runs/run"],
+            "there is no way to gcs:// addresses: give gs://BUCKET/NAME",
+        ),
         ("train", [*train[:1], "--workdir=s3://runs/run"], "checkpoints cannot be saved to s3://"),
         ("train", ["--config=gs://runs/config.py", f"--workdir={store.folder}/run"], "config files are Python"),
         ("evaluate", ["--checkpoint=gs://no-such-bucket/run"], "there is no bucket"),
@@ -108,7 +125,9 @@ def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, st
         assert len(result.err.strip().splitlines()) == 1, result.err
     store.fail(403)
     result = run(commands, store, "train", *train[:1], f"--workdir={store.folder}/run")
-    assert result.code == 2 and "no leave to use it" in result.err and len(result.err.strip().splitlines()) == 1, result.err
+    assert result.code == 2 and "no leave to use it" in result.err and len(result.err.strip().splitlines()) == 1, (
+        result.err
+    )
     store.fail(0)
     assert [path.name for path in files.below(files.as_path(store.folder))] == ["file"]
 
@@ -118,7 +137,9 @@ def test_a_conversion_in_a_store_goes_there_and_back(commands, store, text):
     """A run, in the layout of the reference, and a run again: all three in a bucket, with the same parameters."""
     fields = {"steps": 1, "eval__every": 0, "checkpoint__every": 1}
     good(commands, store, "train", *train_arguments(f"{store.folder}/run", text, **fields))
-    good(commands, store, "convert", f"--source={store.folder}/run", f"--output={store.folder}/theirs", "--to=reference")
+    good(
+        commands, store, "convert", f"--source={store.folder}/run", f"--output={store.folder}/theirs", "--to=reference"
+    )
     good(commands, store, "convert", f"--source={store.folder}/theirs", f"--output={store.folder}/back")
     ours, back = (load(f"{store.folder}/{name}") for name in ("run", "back"))
     jax.tree.map(np.testing.assert_array_equal, ours.params, back.params)

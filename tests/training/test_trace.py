@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.architecture import Architecture
 from seqpe_jax.config import MixingConfig, ObjectiveConfig, OptimizerConfig
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.interop import weights
+from seqpe_jax.losses.task import Classification, LanguageModelling
+from seqpe_jax.losses.train_loss import Draws, Objective
+from seqpe_jax.models.build import Architecture
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
-from seqpe_jax.objectives.criterion import Classification, LanguageModelling
-from seqpe_jax.objectives.objective import Draws, Objective
 from seqpe_jax.positions.sampling import Contrastive, Distillation
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.state import create
@@ -46,10 +46,22 @@ def parameters(trace, prefix):
 def text_objective(spec):
     """Objective, optimizer settings and batch n of the text trace."""
     encoding = ENCODINGS["seqpe"](
-        mode="attn_scalar", qk="single", digits=5, layers=2, width=48, heads=3,
-        dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=1,
-    )  # fmt: skip
-    network = GPT2(vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
+        mode="attn_scalar",
+        qk="single",
+        digits=5,
+        layers=2,
+        width=48,
+        heads=3,
+        dropout=0.0,
+        attention_dropout=0.0,
+        layers_model=2,
+        width_model=48,
+        heads_model=3,
+        axes=1,
+    )
+    network = GPT2(
+        vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0
+    )
     inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     architecture = Architecture(encoding, network, inputs, (32,), spec["max_position"], heads=3)
     objective = Objective(architecture, LanguageModelling(), ObjectiveConfig())
@@ -60,9 +72,20 @@ def text_objective(spec):
 def image_objective(spec):
     """The same of the image trace."""
     encoding = ENCODINGS["seqpe"](
-        mode="attn_mul", qk="multi", digits=2, layers=2, width=48, heads=3, prefix=1,
-        dropout=0.0, attention_dropout=0.0, layers_model=2, width_model=48, heads_model=3, axes=2,
-    )  # fmt: skip
+        mode="attn_mul",
+        qk="multi",
+        digits=2,
+        layers=2,
+        width=48,
+        heads=3,
+        prefix=1,
+        dropout=0.0,
+        attention_dropout=0.0,
+        layers_model=2,
+        width_model=48,
+        heads_model=3,
+        axes=2,
+    )
     network = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     architecture = Architecture(encoding, network, inputs, (4, 4), 100, heads=3)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.architecture import check_encoding
 from seqpe_jax.errors import InputError
-from seqpe_jax.runtime.checkpoint import write_config
+from seqpe_jax.models.build import check_encoding
 from seqpe_jax.tasks import Text
 from seqpe_jax.training import trainer
+from seqpe_jax.training.checkpoint import write_config
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import check_source
 from tests.serving.test_exported import vit_config
@@ -23,19 +23,27 @@ PAIRS = {"encoding__rotary_pairs": 2}
 ROTARY = {"encoding__mode": "rotary", "encoding__qk": "none", "objective__contrastive__space": "vectors"}
 
 
-@pytest.mark.parametrize("fields, words", [
-    ({"encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
-    ({"variant": "rotary", "encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
-    ({"variant": "rotary_mixed", "encoding__position_heads": 9}, "encoding.position_heads=9 is more than model.heads=2"),
-    ({"variant": "alibi", "encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
-    (PAIRS | {"encoding__rotary_heads": 3}, "encoding.rotary_heads=3 is more than model.heads=2"),
-    (PAIRS | ROTARY, "encoding.mode='rotary' and encoding.rotary_pairs=2 both turn"),
-    (PAIRS | {"model__width": 18}, "encoding.rotary_pairs=2: model.width / model.heads = 9 must be even"),
-    ({"encoding__rotary_pairs": 7}, "encoding.rotary_pairs=7 must lie between the 1 axes and the 6 pairs"),
-    ({"variant": "rotary", "encoding__rotary_pairs": 7}, "encoding.rotary_pairs=7 must lie between"),
-    ({"encoding__mode": "attn_add", "encoding__feature_width": 4, "objective__contrastive__space": "vectors"},
-     "set encoding.mode='attn_scalar'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
+        ({"variant": "rotary", "encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
+        (
+            {"variant": "rotary_mixed", "encoding__position_heads": 9},
+            "encoding.position_heads=9 is more than model.heads=2",
+        ),
+        ({"variant": "alibi", "encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
+        (PAIRS | {"encoding__rotary_heads": 3}, "encoding.rotary_heads=3 is more than model.heads=2"),
+        (PAIRS | ROTARY, "encoding.mode='rotary' and encoding.rotary_pairs=2 both turn"),
+        (PAIRS | {"model__width": 18}, "encoding.rotary_pairs=2: model.width / model.heads = 9 must be even"),
+        ({"encoding__rotary_pairs": 7}, "encoding.rotary_pairs=7 must lie between the 1 axes and the 6 pairs"),
+        ({"variant": "rotary", "encoding__rotary_pairs": 7}, "encoding.rotary_pairs=7 must lie between"),
+        (
+            {"encoding__mode": "attn_add", "encoding__feature_width": 4, "objective__contrastive__space": "vectors"},
+            "set encoding.mode='attn_scalar'",
+        ),
+    ],
+)
 def test_what_an_encoding_cannot_be_is_told_before_data_are_read(fields, words, monkeypatch):
     monkeypatch.setattr(Text, "__init__", lambda *_: pytest.fail("data were read"))
     settings = tiny_config(**fields)
@@ -48,7 +56,9 @@ def test_what_an_encoding_cannot_be_is_told_before_data_are_read(fields, words, 
 def test_a_pair_for_each_axis_is_asked_for():
     with pytest.raises(InputError, match="encoding.rotary_pairs=1 must lie between the 2 axes and the 4 pairs"):
         check_encoding(vit_config(encoding__rotary_pairs=1))
-    with pytest.raises(InputError, match="encoding.rotary_pairs=1 turns .* model.heads = 2 must be at least 4 for 2 axes"):
+    with pytest.raises(
+        InputError, match="encoding.rotary_pairs=1 turns .* model.heads = 2 must be at least 4 for 2 axes"
+    ):
         check_encoding(vit_config(encoding__rotary_pairs=1, model__width=4, model__heads=2))
 
 
@@ -61,10 +71,17 @@ def written(folder, settings, **encoding):
     return str(folder)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("rotary_pairs", 2), ("position_heads", 1), ("feature_width", 3), ("fraction_digits", 1), ("resize", "stretch"),
-    ("rotary_heads", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rotary_pairs", 2),
+        ("position_heads", 1),
+        ("feature_width", 3),
+        ("fraction_digits", 1),
+        ("resize", "stretch"),
+        ("rotary_heads", 1),
+    ],
+)
 def test_parameters_of_another_encoding_are_not_begun_with(tmp_path, field, value):
     turned = PAIRS if field == "rotary_heads" else {}  # which there are none of without pairs
     fields = turned | {f"encoding__{field}": value}
@@ -77,13 +94,17 @@ def test_parameters_of_another_encoding_are_not_begun_with(tmp_path, field, valu
 def test_what_may_be_chosen_anew_and_what_nothing_reads_does_not_keep_a_run_from_beginning(tmp_path):
     run = Trainer.of(tiny_config(encoding__log_scaling=True), jax.devices()[:1])
     check_source(run.config, run.task, written(tmp_path / "new", tiny_config()))
-    check_source(run.config, run.task, written(tmp_path / "old", tiny_config(), log_scaling=None, resize=None, theta=100.0))
+    check_source(
+        run.config, run.task, written(tmp_path / "old", tiny_config(), log_scaling=None, resize=None, theta=100.0)
+    )
     rotary = Trainer.of(tiny_config(variant="rotary"), jax.devices()[:1])
     check_source(
         rotary.config, rotary.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), width=96, qk="multi")
     )
     with pytest.raises(InputError, match="encoding.theta: 100.0 -> 10000.0"):
-        check_source(rotary.config, rotary.task, written(tmp_path / "other", tiny_config(variant="rotary"), theta=100.0))
+        check_source(
+            rotary.config, rotary.task, written(tmp_path / "other", tiny_config(variant="rotary"), theta=100.0)
+        )
 
 
 def test_lengths_that_follow_the_window_are_those_of_the_parameters(tmp_path):
@@ -116,6 +137,7 @@ def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
 
 def test_seeds_that_share_their_last_32_bits_have_keys_of_their_own():
     """Smaller seeds keep the key that JAX gives, with which stored runs began."""
+
     def key_of(seed):
         architecture = types.SimpleNamespace(init=lambda key: {"drawn": jax.random.bits(key)})
         optimizer = types.SimpleNamespace(init=lambda params: ())

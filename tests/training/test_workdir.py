@@ -12,9 +12,9 @@ import pytest
 
 import seqpe_jax
 from seqpe_jax import files
+from seqpe_jax.distributed.progress import MetricsWriter
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.runtime.progress import MetricsWriter
-from seqpe_jax.tasks.text import Text
+from seqpe_jax.tasks.language_modeling import Text
 from seqpe_jax.training import trainer, workdir
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import (
@@ -73,7 +73,9 @@ def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path, mo
     written(tmp_path, tiny_config(init_from="runs/a"))
     check_same_run(tiny_config(init_from="runs/a"), tmp_path, 2)
     check_same_run(tiny_config(), tmp_path, 2)
-    with pytest.raises(InputError, match="began with init_from=runs/a: init_from=runs/b is read only when a run begins"):
+    with pytest.raises(
+        InputError, match="began with init_from=runs/a: init_from=runs/b is read only when a run begins"
+    ):
         check_same_run(tiny_config(init_from="runs/b"), tmp_path, 2)
     monkeypatch.setattr(trainer, "saved_step", lambda _: 2)
     monkeypatch.setattr(Trainer, "of", lambda settings, **_: settings)
@@ -103,18 +105,26 @@ def test_a_save_that_takes_too_long_for_a_preemption_is_told_at_the_start(tmp_pa
     monkeypatch.setattr(workdir, "write_rate", lambda folder, size: asked.append(size) or 2**20)
     assert workdir.slow_save(tmp_path, 30 * 2**20) == ""
     told = workdir.slow_save(tmp_path, 300 * 2**20)
-    assert told.startswith("warning: a save takes about 300 s (300 MiB at 1.0 MiB/s, as measured in") and "\n" not in told
+    assert (
+        told.startswith("warning: a save takes about 300 s (300 MiB at 1.0 MiB/s, as measured in") and "\n" not in told
+    )
     assert asked == [30 * 2**20, workdir.PROBE_BYTES], "no more is written than is saved, and not more than needed"
     monkeypatch.setattr(workdir, "write_rate", lambda folder, size: 1000)
     train(tiny_config(variant="none", steps=1, eval__every=0), tmp_path / "run")
     assert "warning: a save takes about" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"export": {}, "data": {}, "model": {}, "encoding": {}}, "holds an export, which training would overwrite"),
-    ({"model_type": "gpt2", "n_layer": 2}, "holds the config.json of something else, which training would overwrite"),
-    ([], "is no object of fields, as `train` writes it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"export": {}, "data": {}, "model": {}, "encoding": {}}, "holds an export, which training would overwrite"),
+        (
+            {"model_type": "gpt2", "n_layer": 2},
+            "holds the config.json of something else, which training would overwrite",
+        ),
+        ([], "is no object of fields, as `train` writes it"),
+    ],
+)
 def test_a_folder_of_another_kind_is_not_trained_in(tmp_path, values, words):
     text = json.dumps(values)
     (tmp_path / "config.json").write_text(text)
@@ -126,17 +136,25 @@ def test_a_folder_of_another_kind_is_not_trained_in(tmp_path, values, words):
 LENGTHS = {"steps": 6, "checkpoint__every": 2, "eval__every": 0}
 
 
-@pytest.mark.parametrize("schedule, fields, step, refused", [
-    ("linear", {"steps": 6}, 6, ""),
-    ("linear", {"steps": 8}, 4, "was to take 6 steps, .*optimizer.schedule='linear'.: add --extend=true to go on to 8"),
-    ("cosine", {"steps": 8}, 4, "add --extend=true"),
-    ("constant", {"steps": 8}, 6, ""),
-    ("constant", {"steps": 2}, 4, "has 4 steps already: set steps to 4 or more, got 2"),
-    ("wsd", {"steps": 8, "optimizer__decay_steps": 2}, 4, ""),
-    ("wsd", {"steps": 8, "optimizer__decay_steps": 2}, 6, "add --extend=true"),
-    ("wsd", {"steps": 8, "optimizer__decay_steps": 6}, 4, "add --extend=true"),
-    ("wsd", {"steps": 6, "optimizer__decay_steps": 2}, 6, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schedule, fields, step, refused",
+    [
+        ("linear", {"steps": 6}, 6, ""),
+        (
+            "linear",
+            {"steps": 8},
+            4,
+            "was to take 6 steps, .*optimizer.schedule='linear'.: add --extend=true to go on to 8",
+        ),
+        ("cosine", {"steps": 8}, 4, "add --extend=true"),
+        ("constant", {"steps": 8}, 6, ""),
+        ("constant", {"steps": 2}, 4, "has 4 steps already: set steps to 4 or more, got 2"),
+        ("wsd", {"steps": 8, "optimizer__decay_steps": 2}, 4, ""),
+        ("wsd", {"steps": 8, "optimizer__decay_steps": 2}, 6, "add --extend=true"),
+        ("wsd", {"steps": 8, "optimizer__decay_steps": 6}, 4, "add --extend=true"),
+        ("wsd", {"steps": 6, "optimizer__decay_steps": 2}, 6, ""),
+    ],
+)
 def test_more_steps(tmp_path, schedule, fields, step, refused):
     known = {"optimizer__schedule": schedule} | ({"optimizer__decay_steps": 2} if schedule == "wsd" else {})
     written(tmp_path, tiny_config(**LENGTHS, **known))
@@ -157,10 +175,14 @@ def test_a_run_extended_before_its_decay_is_one_that_was_that_long_from_the_begi
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
     fields = LENGTHS | {
-        "optimizer__schedule": "wsd", "optimizer__decay_steps": 2, "data__name": "text_files",
-        "data__paths": (str(tmp_path / "text.txt"),), "precision__random_bits": "rbg", "model__dropout": 0.1,
+        "optimizer__schedule": "wsd",
+        "optimizer__decay_steps": 2,
+        "data__name": "text_files",
+        "data__paths": (str(tmp_path / "text.txt"),),
+        "precision__random_bits": "rbg",
+        "model__dropout": 0.1,
         "encoding__dropout": 0.1,
-    }  # fmt: skip
+    }
     train(tiny_config(**fields), tmp_path / "short")
     shutil.rmtree(tmp_path / "short" / "checkpoints" / "6")  # as if it had been stopped there
     longer = tiny_config(**fields | {"steps": 8})
@@ -197,9 +219,13 @@ with owned(pathlib.Path(sys.argv[1])):
 
 
 def test_a_folder_has_one_owner_until_that_is_gone(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
     assert holder.stdout.readline() == "holding\n"
-    with pytest.raises(InputError, match=f"is in use by process {holder.pid} on .*, which began at 20.*: let that run end"):
+    with pytest.raises(
+        InputError, match=f"is in use by process {holder.pid} on .*, which began at 20.*: let that run end"
+    ):
         with owned(tmp_path):
             pytest.fail("two owners")
     holder.kill()
@@ -219,7 +245,9 @@ def test_a_folder_that_is_removed_moved_or_taken_over_is_not_saved_in(tmp_path):
         (run / "config.json").touch()
         check_owned(run)
         run.rename(moved)
-        with pytest.raises(Failure, match="folder .*/run was removed, moved or emptied while it trained: nothing more is"):
+        with pytest.raises(
+            Failure, match="folder .*/run was removed, moved or emptied while it trained: nothing more is"
+        ):
             check_owned(run)
         run.mkdir()
         (run / OWNER).write_text(json.dumps(workdir._self() | {"process": 7}))
@@ -235,9 +263,15 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
     text, run, moved = tmp_path / "text.txt", tmp_path / "run", tmp_path / "moved"
     text.write_text("a line of text, and another one\n" * 60)
     settings = tiny_config(
-        variant="none", steps=4, eval__every=0, eval__lengths=(16,), eval__tokens=64, data__name="text_files",
-        data__paths=(str(text),), checkpoint__keep=2,
-    )  # fmt: skip
+        variant="none",
+        steps=4,
+        eval__every=0,
+        eval__lengths=(16,),
+        eval__tokens=64,
+        data__name="text_files",
+        data__paths=(str(text),),
+        checkpoint__keep=2,
+    )
 
     def write(writer, step, *given, **named):  # somebody moves the folder while the third step is reported
         if step == 3:
@@ -317,7 +351,10 @@ def test_a_folder_in_a_store_has_one_owner_until_that_is_gone(store, monkeypatch
         ours = json.loads((folder / OWNER).read_bytes())
         assert ours["process"] == os.getpid()
         monkeypatch.setattr(workdir, "_ended", lambda held: False)  # else this process takes over from itself
-        with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on .*: let that run end"), owned(folder):
+        with (
+            pytest.raises(InputError, match=f"is in use by process {os.getpid()} on .*: let that run end"),
+            owned(folder),
+        ):
             pytest.fail("two owners")
         assert json.loads((folder / OWNER).read_bytes())["id"] == ours["id"]
     assert not (folder / OWNER).exists()

@@ -1,0 +1,1 @@
+"""The commands: flags in, calls, output and exit codes."""

@@ -1,0 +1,49 @@
+"""Converts checkpoints of the PyTorch reference (text, images) and Hugging Face GPT-2 into runs, and runs back.
+
+python -m seqpe_jax.convert --source=released/text --output=runs/released
+python -m seqpe_jax.convert --source=runs/first --output=for_the_authors --to=reference
+"""
+
+from absl import flags
+
+from seqpe_jax.cli import common
+from seqpe_jax.errors import InputError
+
+_SOURCE = common.define_path("source", "a directory or .pth file of the reference or of Hugging Face; or a run of ours")
+_OUTPUT = common.define_path("output", "folder to write; must be new or empty", writes="folder")
+_TO = flags.DEFINE_enum(
+    "to", "run", ["run", "reference"], "run: what train, evaluate and export take; reference: its layout"
+)
+_TOKENIZER = common.define_path("tokenizer", "tokenizer.json for a text model that brings none")
+
+
+def main() -> None:
+    """The command."""
+    from seqpe_jax.distributed import processes
+    from seqpe_jax.interop import conversion
+
+    processes.keep_compiled_programs()
+    back = _TO.value == "reference"
+    if back and _TOKENIZER.value:
+        raise InputError("--tokenizer is for --to=run: a run of ours brings its own")
+    if back:
+        report = conversion.to_reference(_SOURCE.value, _OUTPUT.value)
+    else:
+        report = conversion.to_run(_SOURCE.value, _OUTPUT.value, _TOKENIZER.value or "")
+    for ours, theirs in report["mapped"].items():
+        left, right = (ours, ", ".join(theirs)) if back else (", ".join(theirs), ours)
+        print(f"  {left} -> {right}")
+    for name, why in report.get("left_out", {}).items():
+        print(f"  {name} left out: {why}")
+    print(
+        f"{report['encoding']}, {report['parameters']:,} parameters, {len(report['mapped'])} arrays, every source tensor "
+        f"used once\nwritten: {_OUTPUT.value}"
+    )
+    if not back and report["tokenizer"] is None and report["text"]:
+        print("note: the source brings no tokenizer; put its tokenizer.json into that folder to read text with it")
+
+
+def run_command() -> None:
+    """Runs the command with the arguments of the process; never returns where it fails."""
+    flags.mark_flags_as_required(["source", "output"])
+    common.run(main)

@@ -1,0 +1,104 @@
+"""Evaluates a checkpoint at any lengths or image sizes, past those of training too.
+
+python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,1024 --output=runs/first/evaluation.json
+python -m seqpe_jax.evaluate --checkpoint=runs/first --contexts=64,256,1024 --output=runs/first/evaluation.json
+python -m seqpe_jax.evaluate --checkpoint=runs/digits --sizes=8,12,16,24x32 --output=runs/digits/evaluation.json
+"""
+
+import re
+
+from absl import flags
+
+from seqpe_jax.cli import common
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import EVALUATION, as_path
+
+_CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or an export")
+_WHICH = common.define_which()
+_LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
+_CONTEXTS = flags.DEFINE_list(
+    "contexts", [], "score the same tokens with so many tokens of context, e.g. 64,1024 (default: eval.contexts)"
+)
+_SIZES = flags.DEFINE_list(
+    "sizes", [], "image sizes, e.g. 224,384x512, of clips also 16x32x32 (default: those of the run's config)"
+)
+_SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")
+_DATA = flags.DEFINE_string("data", None, "read that data set instead of the run's, e.g. text_files (a data.name)")
+_PATHS = flags.DEFINE_list("paths", [], "with --data: its data.paths")
+_TOKENS = flags.DEFINE_integer("tokens", None, "score at most that many tokens per length (default: eval.tokens)")
+_TARGETS = flags.DEFINE_integer(
+    "targets", None, "with contexts: score at most that many tokens (default: eval.targets)"
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride", None, "with contexts: tokens that each window scores, its last ones (default: half the smallest context)"
+)
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", None, "ask at most that many questions per length (default: eval.examples)"
+)
+_NEW_TOKENS = flags.DEFINE_integer("new-tokens", None, "tokens of an answer at most (default: eval.new_tokens)")
+_LOSSY = flags.DEFINE_bool("lossy-tokenizer", False, "accept text that does not come back from the tokenizer's tokens")
+_BIT_DEPTH = flags.DEFINE_integer(
+    "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
+)
+_OUTPUT = common.define_path(
+    "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION,)
+)
+common.define_hosts()
+
+
+NUMBER = "[1-9][0-9]{0,17}"
+
+
+def scales(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
+    """Returns the numbers of a flag's items. Raises: InputError for an item that the pattern does not fit."""
+    for item in items:
+        if not re.fullmatch(pattern, item):
+            raise InputError(f"{flag} must be {wanted} separated by commas, got '{item}'")
+    return tuple(tuple(map(int, item.split("x"))) for item in items)
+
+
+def main() -> None:
+    """The command."""
+    from seqpe_jax import loading
+    from seqpe_jax.distributed import processes
+    from seqpe_jax.tasks.evaluate import asked_limits, check_kind, measure, write
+
+    common.join_hosts()
+    lengths = scales(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
+    contexts = tuple(c for (c,) in scales(_CONTEXTS.value, "--contexts", f"0*{NUMBER}", "positive whole numbers"))
+    wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"
+    sizes = scales(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
+    sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
+    if _PATHS.value and not _DATA.value:
+        raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
+    processes.keep_compiled_programs()
+    folder = _CHECKPOINT.value
+    limits = asked_limits(
+        tokens=_TOKENS.value,
+        examples=_EXAMPLES.value,
+        new_tokens=_NEW_TOKENS.value,
+        contexts=contexts or None,
+        stride=_STRIDE.value,
+        targets=_TARGETS.value,
+    )
+    check_kind(loading.saved_config(folder), folder, lengths, sizes, limits)
+    report, arrays = measure(
+        loading.opened(folder, _WHICH.value),
+        lengths,
+        sizes,
+        _SPLIT.value,
+        data=_DATA.value,
+        paths=tuple(_PATHS.value),
+        lossy=_LOSSY.value,
+        bit_depth=_BIT_DEPTH.value,
+        **limits,
+    )
+    if _OUTPUT.value and processes.is_lead():
+        for file in write(report, arrays, as_path(_OUTPUT.value)):
+            print(f"written: {file}")
+
+
+def run_command() -> None:
+    """Runs the command with the arguments of the process; never returns where it fails."""
+    flags.mark_flag_as_required("checkpoint")
+    common.run(main)

@@ -1,0 +1,49 @@
+"""Writes a run's model as a folder for serving, which runs with JAX alone: no Flax, no encoder, nothing of this package.
+
+    python -m seqpe_jax.export --checkpoint=runs/first --output=exports/first --max-length=4096
+    python -m seqpe_jax.export --checkpoint=runs/digits --output=exports/digits --max-size=32 --platforms=cpu,tpu
+
+The folder holds model.stablehlo (any batch, any length or size up to the largest), params.safetensors, config.json, the
+tokenizer, and README.md, which says how to load it. `evaluate --checkpoint` takes it like a run.
+"""
+
+import signal
+import sys
+
+from absl import flags
+
+from seqpe_jax.cli import common
+from seqpe_jax.files import as_path, check_free
+
+_CHECKPOINT = common.define_path("checkpoint", "workdir of a run")
+_WHICH = common.define_which()
+_OUTPUT = common.define_path("output", "new or empty folder to write", writes="folder")
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", 1, 2**24
+)
+_MAX_SIZE = flags.DEFINE_integer(
+    "max-size", None, "images: largest side in pixels (default: the largest that the run's config names)", 1, 2**16
+)
+_PLATFORMS = flags.DEFINE_list("platforms", None, "some of cpu,cuda,tpu (default: all of them)")
+
+
+def main() -> None:
+    """The command."""
+    from seqpe_jax import loading
+    from seqpe_jax.distributed import processes
+    from seqpe_jax.inference import export
+    from seqpe_jax.inference.exported import CARD, PLATFORMS
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
+    processes.keep_compiled_programs()
+    check_free(_OUTPUT.value)
+    model = loading.opened(_CHECKPOINT.value, _WHICH.value)
+    platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
+    export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
+    print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / CARD}")
+
+
+def run_command() -> None:
+    """Runs the command with the arguments of the process; never returns where it fails."""
+    flags.mark_flags_as_required(["checkpoint", "output"])
+    common.run(main)

@@ -1,0 +1,434 @@
+"""What the fields of a config demand of each other; each refusal is one line that says how to set them."""
+
+import math
+import re
+from typing import get_args
+
+from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
+from seqpe_jax.config.schema import Config, EncodingConfig, digits_of
+from seqpe_jax.errors import InputError
+from seqpe_jax.positions.counting import count_digits, largest_position
+
+LARGEST_UNITS = 2**30  # of positions along an axis, which are int32
+
+
+def profile_window(config: Config) -> tuple[int, int] | None:
+    """Returns (first, end) of the profiled steps, or None.
+
+    Raises:
+      InputError: `profile.steps` is not "first:end" with first < end.
+    """
+    if not config.profile.steps:
+        return None
+    first, _, end = config.profile.steps.partition(":")
+    written = re.fullmatch(r"[0-9]{1,18}:[0-9]{1,18}", config.profile.steps)
+    if not (written and int(first) < int(end)):
+        raise InputError(f"config field 'profile.steps' must be 'first:end' (e.g. 10:13), got {config.profile.steps!r}")
+    return int(first), int(end)
+
+
+def _positions(encoding: EncodingConfig, training: bool) -> tuple[int, str, str]:
+    """Returns how many positions an axis has, what limits them, and the field to raise.
+
+    Args:
+      training: positions that training draws from, below max_position; else those that the digits write.
+    """
+    if training:
+        return encoding.max_position, f"encoding.max_position={encoding.max_position}", "encoding.max_position"
+    digits = digits_of(encoding) - encoding.fraction_digits
+    count = min(encoding.base**digits, LARGEST_UNITS // encoding.unit)
+    why = f"which {digits} digits in base {encoding.base} write"
+    return count, why, "encoding.digits" if encoding.digits else "encoding.max_position"
+
+
+def check_positions(config: Config, length: int, asked_by: str, *, training: bool = False) -> None:
+    """Refuses a window that needs positions which the digits do not reach, or finer ones than they tell apart.
+
+    Args:
+      training: a window that is trained on, which must lie below encoding.max_position.
+
+    Raises:
+      InputError: says the largest position possible and the field to change.
+    """
+    encoding = config.encoding
+    if encoding.resize == "stretch":
+        _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
+        length = config.data.length  # that of the positions, however many places stand on them
+    reach, why, field = _positions(encoding, training)
+    if encoding.kind == "seqpe" and length > reach:
+        raise InputError(
+            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is {reach - 1} ({why}): "
+            f"raise {field} or lower {asked_by}"
+        )
+
+
+def _check_finer(
+    config: Config, places: tuple[int, ...], trained: tuple[int, ...], patch: tuple[int, ...], asked_by: str
+) -> None:
+    """Refuses places that are read between those of training and would come to stand together. Raises: InputError."""
+    reach = tuple(count * config.encoding.unit for count in trained)
+    if any(count > limit for count, limit in zip(places, reach, strict=True)):
+        asked, largest = (
+            "x".join(str(count * side) for count, side in zip(counts, patch, strict=True)) for counts in (places, reach)
+        )
+        digits = config.encoding.fraction_digits
+        raise InputError(
+            f"{asked_by} {asked} is read between the positions of training (encoding.resize='stretch'), where "
+            f"encoding.fraction_digits={digits} tells so many of them apart that the largest size possible is {largest}: "
+            f"raise encoding.fraction_digits or lower {asked_by}"
+        )
+
+
+def check_size(config: Config, size: tuple[int, ...], asked_by: str, *, training: bool = False) -> None:
+    """Refuses an image or clip that patches do not divide or positions do not reach.
+
+    Args:
+      size: (height, width), or (frames, height, width) of a clip; asked_by: what asks for it, for the message.
+      training: as in `check_positions`.
+
+    Raises:
+      InputError: says the largest size possible and the field to change.
+    """
+    sides, patch = config.sides_of(size), config.model.patch
+    reach, why, field = _positions(config.encoding, training)
+    written, parts = "x".join(map(str, size)), patch[-len(size) :]
+    if len(size) > len(patch):
+        raise InputError(
+            f"{asked_by} {written} has frames, but data.name='{config.data.name}' has images: name two sides"
+        )
+    if any(side < 1 or side % part for side, part in zip(sides, patch, strict=True)):
+        raise InputError(
+            f"{asked_by} {written} does not divide into patches of {'x'.join(map(str, parts))} pixels (model.patch): "
+            f"choose multiples of {'x'.join(map(str, parts))}"
+        )
+    places = config.grid_of(sides)
+    if config.encoding.resize == "stretch":
+        _check_finer(config, places[-2:], config.grid[-2:], patch[-2:], asked_by)
+        places = (*places[:-2], *config.grid[-2:])  # those of the positions, however many patches stand on them
+    if config.encoding.kind == "seqpe" and max(places) > reach:
+        raise InputError(
+            f"{asked_by} {written} needs position {max(places) - 1} along an axis, but the largest "
+            f"position possible is {reach - 1} ({why}), so the largest size possible is "
+            f"{'x'.join(str(reach * part) for part in parts)}: raise {field} or lower {asked_by}"
+        )
+
+
+def check(config: Config) -> None:
+    """Refuses a config whose fields contradict each other. Raises: InputError."""
+    encoding, objective = config.encoding, config.objective
+    digits = digits_of(encoding) - encoding.fraction_digits
+    if encoding.kind == "seqpe":
+        reach = largest_position(digits, encoding.base)
+        if encoding.max_position - 1 > reach:
+            needed = count_digits(encoding.max_position, encoding.base)
+            raise InputError(
+                f"encoding.max_position={encoding.max_position} needs {needed} digits in base {encoding.base}, but with "
+                f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
+                f"encoding.max_position to at most {reach + 1}"
+            )
+    if config.reads_images:
+        _check_images(config)
+    else:
+        _check_text(config)
+    _check_sizes(config)
+    _check_terms(config)
+    _check_fractions(config)
+    if config.model.width % config.model.heads:
+        raise InputError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
+    if config.batch_size % config.optimizer.accumulate:
+        raise InputError(
+            f"batch_size={config.batch_size} is not a multiple of optimizer.accumulate={config.optimizer.accumulate}"
+        )
+    part = config.batch_size // config.optimizer.accumulate
+    moved = max(objective.shift.rate, objective.skip.rate, objective.jitter.rate, objective.zoom.rate) > 0
+    if moved and part % objective.shift.sets:
+        raise InputError(
+            f"a part of the batch has {part} sequences (batch_size / optimizer.accumulate), not a multiple of "
+            f"objective.shift.sets={objective.shift.sets}: set that to a divisor"
+        )
+    _check_faults(config)
+    optimizer = config.optimizer
+    if optimizer.decay_steps and optimizer.schedule != "wsd":
+        raise InputError(
+            f"optimizer.decay_steps={optimizer.decay_steps} is not read by optimizer.schedule='{optimizer.schedule}', only "
+            "by wsd: leave it out"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > config.steps:
+        raise InputError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps={optimizer.decay_steps} are more "
+            f"than steps={config.steps}: lower one of them"
+        )
+    if config.optimizer.warmup_steps > config.steps:
+        raise InputError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is beyond steps={config.steps}")
+    if config.model.heads % config.mesh.tensor:
+        raise InputError(
+            f"model.heads={config.model.heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
+        )
+    if math.prod(config.grid) % config.mesh.context:
+        field = "data.size" if config.reads_images else "data.length"
+        raise InputError(
+            f"the {math.prod(config.grid)} positions of an example ({field}) do not divide over "
+            f"mesh.context={config.mesh.context}: choose a divisor"
+        )
+    window = profile_window(config)
+    if window is not None and window[1] > config.steps:
+        raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
+
+
+LARGEST_STEP = 2**28
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuses fields that are no more than they may be, but make more together than fits. Raises: InputError."""
+    data, objective = config.data, config.objective
+    side = "data.size" if config.reads_images else "data.length"
+    counts = {
+        f"batch_size={config.batch_size} and {side}": config.batch_size * math.prod(config.grid),
+        f"the {math.prod(config.grid)} patches of data.size={data.size}, or its pixels,": math.prod(data.size),
+        "objective.contrastive.batch and candidates": objective.contrastive.batch
+        * (objective.contrastive.candidates + 1),
+        "objective.distillation.batch and offsets": objective.distillation.batch * objective.distillation.offsets,
+        "objective.shift.sets and " + side: objective.shift.sets * math.prod(config.grid),
+    }
+    for what, count in counts.items():
+        if count > LARGEST_STEP:
+            raise InputError(
+                f"{what} make {count} places in one step, and at most {LARGEST_STEP} are possible: lower them"
+            )
+
+
+def _check_text(config: Config) -> None:
+    if config.model.kind != "gpt2":
+        raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{config.data.name}' is text")
+    if config.encoding.kind in GRID_ONLY:
+        raise InputError(
+            f"encoding.kind='{config.encoding.kind}' is for grids, and data.name='{config.data.name}' has text: choose one "
+            f"of {', '.join(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}"
+        )
+    fast, slow = config.encoding.yarn_beta_fast, config.encoding.yarn_beta_slow
+    if fast and fast <= slow:
+        raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
+    check_positions(config, config.data.length, "data.length", training=True)
+    for length in config.eval.lengths:
+        if length < 1:
+            raise InputError(f"eval.lengths must be positive, got {length}")
+        check_positions(config, length, "eval.lengths")
+    _check_contexts(config)
+    if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
+        wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
+        raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
+    if config.data.name in TEXTS and (config.data.prompt_weight or config.data.question_weight):
+        raise InputError(
+            f"data.prompt_weight and data.question_weight are for questions, and data.name='{config.data.name}' is text: "
+            "set them to 0"
+        )
+    if config.data.name == "text_files" and not config.data.paths:
+        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+
+
+def _check_contexts(config: Config) -> None:
+    """Refuses contexts that cannot be compared on the same tokens. Raises: InputError."""
+    contexts, stride, targets = config.eval.contexts, config.eval.stride, config.eval.targets
+    if not contexts:
+        return
+    if twice := [context for context in contexts if contexts.count(context) > 1]:
+        raise InputError(f"eval.contexts (--contexts) names {twice[0]} more than once: name each context once")
+    if min(contexts) <= stride:
+        raise InputError(
+            f"eval.stride={stride} (--stride) must be less than the smallest of eval.contexts (--contexts), "
+            f"{min(contexts)}, so that each target has context before it: lower it, or raise that context"
+        )
+    if targets < config.context_stride:
+        raise InputError(
+            f"eval.targets={targets} (--targets) is less than the {config.context_stride} targets of one window "
+            "(eval.stride, --stride; by default half the smallest context): raise it, or lower the stride"
+        )
+    for context in contexts:
+        check_positions(config, context, "eval.contexts (--contexts)")
+
+
+def _check_faults(config: Config) -> None:
+    """Refuses fields for when something goes wrong that would do nothing. Raises: InputError."""
+    optimizer, checkpoint = config.optimizer, config.checkpoint
+    if checkpoint.keep_every % checkpoint.every:
+        raise InputError(
+            f"checkpoint.keep_every={checkpoint.keep_every} is not a multiple of checkpoint.every={checkpoint.every}: only "
+            "steps that are saved can be kept"
+        )
+    if checkpoint.best and (not config.eval.every or config.eval.every % checkpoint.every):
+        raise InputError(
+            f"checkpoint.best='{checkpoint.best}' needs eval.every to be a multiple of "
+            f"checkpoint.every={checkpoint.every}, got {config.eval.every}: only a state that is evaluated and saved "
+            "can be the best"
+        )
+    if optimizer.skips != 10 and optimizer.non_finite != "skip":
+        raise InputError(
+            f"optimizer.skips={optimizer.skips} is read by optimizer.non_finite='skip' alone: set that too"
+        )
+
+
+def _check_images(config: Config) -> None:
+    data, patch = config.data, config.model.patch
+    if config.model.kind != "vit":
+        raise InputError(
+            f"model.kind='{config.model.kind}' reads text, but data.name='{data.name}' has images: set 'vit'"
+        )
+    axes = 3 if data.name == "moving_digits" else 2
+    for name, value in (("data.size", data.size), ("model.patch", patch)):
+        if len(value) != axes or min(value) < 1:
+            wanted = "(frames, height, width)" if axes == 3 else "(height, width)"
+            raise InputError(f"{name} must be {wanted} in pixels for data.name='{data.name}', got {value}")
+    if axes == 2 and config.eval.frames:
+        raise InputError(
+            f"eval.frames={config.eval.frames} is for clips, but data.name='{data.name}' has none: drop it"
+        )
+    check_size(config, data.size, "data.size", training=True)
+    for scale in config.scales:
+        check_size(config, scale, "eval.frames and eval.sizes" if config.eval.frames else "eval.sizes")
+    if config.encoding.kind in TEXT_ONLY:
+        raise InputError(
+            f"encoding.kind='{config.encoding.kind}' is for texts, and data.name='{data.name}' has grids: choose one of "
+            f"{', '.join(kind for kind in get_args(EncodingKind) if kind not in TEXT_ONLY)}"
+        )
+    if config.encoding.gate != "none":
+        raise InputError(
+            f"encoding.gate='{config.encoding.gate}' needs tokens in causal order, and data.name='{data.name}' has grids: "
+            "set encoding.gate='none', or choose another variant than fox and cable"
+        )
+    augment = data.augment
+    for name, pair in (("crop_scale", augment.crop_scale), ("crop_aspect", augment.crop_aspect)):
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise InputError(f"data.augment.{name} must be (low, high) with 0 < low <= high, got {pair}")
+    if augment.crop_scale[1] > 1:
+        raise InputError(f"data.augment.crop_scale is a share of the area, at most 1, got {augment.crop_scale}")
+    if data.name == "image_folder" and len(data.paths) != 1:
+        raise InputError("data.name='image_folder' needs data.paths: one directory that holds a folder for each class")
+    if data.bit_depth and data.name != "image_folder":
+        raise InputError(
+            f"data.bit_depth={data.bit_depth} is not read by data.name='{data.name}', only by image_folder: leave it at 0"
+        )
+    mixing = config.objective.mixing
+    if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:
+        raise InputError("objective.mixing pairs images: the batch (batch_size / optimizer.accumulate) must be even")
+
+
+def _check_fractions(config: Config) -> None:
+    """Refuses positions between whole numbers where an encoding knows none, or moves that would move nothing."""
+    encoding, jitter = config.encoding, config.objective.jitter
+    numbered = len(config.grid) > 1 and (
+        encoding.kind == "rotary" or encoding.kind == "sinusoidal" and encoding.flatten
+    )
+    wanted = {
+        "encoding.fraction_digits": encoding.fraction_digits,
+        "encoding.resize='stretch'": encoding.resize == "stretch",
+        "objective.jitter.rate": jitter.rate,
+        "objective.zoom.rate": config.objective.zoom.rate,
+    }
+    for name, value in wanted.items():
+        if value and (not encoding.real_positions or numbered):
+            why = "numbers the places of a grid one after the other" if numbered else "has whole positions alone"
+            if encoding.kind == "none":
+                why = "has no positions without encoding.rotary_pairs"
+            raise InputError(
+                f"{name} needs positions between whole numbers, and encoding.kind='{encoding.kind}' {why}: leave it as it "
+                f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
+            )
+    axes = len(config.grid) if config.objective.contrastive.weight else 1  # which numbers the positions of all axes
+    if (encoding.max_position * encoding.unit) ** axes > LARGEST_UNITS:
+        raise InputError(
+            f"encoding.max_position={encoding.max_position} with encoding.fraction_digits={encoding.fraction_digits} in "
+            f"base {encoding.base} makes more than {LARGEST_UNITS} positions on {axes} axes: lower one of them"
+        )
+    if encoding.fraction_digits and encoding.padding == "right":
+        raise InputError(
+            "encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0"
+        )
+    if config.objective.zoom.rate and not (config.reads_images and encoding.resize == "stretch"):
+        raise InputError(
+            "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
+        )
+    if encoding.log_scaling and encoding.scaling == "yarn":
+        raise InputError(
+            "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of them"
+        )
+    if encoding.log_scaling and encoding.kind == "seqpe" and encoding.mode == "attn_mul":
+        raise InputError("encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them")
+    if bool(jitter.rate) != bool(jitter.range):
+        raise InputError(
+            f"objective.jitter.rate={jitter.rate} and objective.jitter.range={jitter.range}: set both, or both to 0"
+        )
+    if jitter.rate and round(jitter.range * encoding.unit) < 1:
+        raise InputError(
+            f"objective.jitter.range={jitter.range} is less than half of the smallest step between positions, "
+            f"1/{encoding.unit}: raise it or encoding.fraction_digits"
+        )
+
+
+def _check_terms(config: Config) -> None:
+    encoding, objective, length = config.encoding, config.objective, math.prod(config.grid)
+    axes, side = len(config.grid), max(config.grid)
+    contrastive, distillation = objective.contrastive, objective.distillation
+    if encoding.kind != "seqpe":
+        for name, value in (("contrastive.weight", contrastive.weight), ("distillation.weight", distillation.weight)):
+            if value:
+                raise InputError(f"objective.{name}={value}: '{encoding.kind}' has no vectors to train; set it to 0")
+    if encoding.kind == "learned" and (objective.shift.rate or objective.skip.rate):
+        raise InputError("a learned table has no entries elsewhere: set objective.shift.rate and skip.rate to 0")
+    if objective.shift.rate + objective.skip.rate > 1:
+        raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")
+    if contrastive.weight:
+        _check_contrastive(config)
+    if distillation.weight:
+        if distillation.offsets > length:
+            raise InputError(
+                f"objective.distillation.offsets={distillation.offsets} is more than the {length} positions of an example"
+            )
+        # The shifted window starts at a quarter of the length at the earliest; a shifted grid leaves the one at the origin.
+        if encoding.max_position < (length + max(1, length // 4) if axes == 1 else 2 * min(config.grid)):
+            raise InputError(
+                f"objective.distillation needs room past the {side} positions of an example, but the largest "
+                f"position possible is {encoding.max_position - 1}: raise encoding.max_position, or set "
+                "objective.distillation.weight=0"
+            )
+        if distillation.space == "logits" and encoding.mode != "attn_scalar":
+            raise InputError("objective.distillation.space='logits' needs encoding.mode='attn_scalar'")
+    skip_range = objective.skip.range or encoding.max_position
+    if objective.skip.rate and not side <= skip_range <= encoding.max_position:
+        raise InputError(
+            f"objective.skip.range={skip_range} must lie between the {side} positions of an example and those there are "
+            f"(encoding.max_position={encoding.max_position})"
+        )
+    if objective.skip.rate and objective.skip.chunks > side:
+        raise InputError(
+            f"objective.skip.chunks={objective.skip.chunks} is more than the {side} positions of an example"
+        )
+
+
+def _check_contrastive(config: Config) -> None:
+    encoding, contrastive, axes = config.encoding, config.objective.contrastive, len(config.grid)
+    if len(contrastive.mixture) != 3 or min(contrastive.mixture) < 0 or abs(sum(contrastive.mixture) - 1) > 1e-6:
+        raise InputError(
+            "objective.contrastive.mixture must be three probabilities (random, hard, distributional) that add up "
+            f"to 1, got {contrastive.mixture}"
+        )
+    room = encoding.max_position**axes - 2
+    if contrastive.candidates > room:
+        raise InputError(
+            f"objective.contrastive.candidates={contrastive.candidates}: encoding.max_position="
+            f"{encoding.max_position} leaves at most {room}"
+        )
+    if contrastive.past_only and axes > 1:
+        raise InputError("objective.contrastive.past_only needs text: there is no before on a grid")
+    if contrastive.space == "logits" and encoding.mode != "attn_scalar":
+        raise InputError("objective.contrastive.space='logits' needs encoding.mode='attn_scalar'")
+    heads = (encoding.position_heads or config.model.heads) if encoding.per_head else 1
+    if contrastive.head_scales and (contrastive.space != "logits" or len(contrastive.head_scales) != heads):
+        raise InputError(
+            f"objective.contrastive.head_scales={contrastive.head_scales}: give one factor for each of the {heads} "
+            "heads that have a position, with objective.contrastive.space='logits', or ()"
+        )
+    if min(contrastive.head_scales, default=0.0) < 0:
+        raise InputError(
+            f"objective.contrastive.head_scales={contrastive.head_scales}: a factor below 0 would make near positions "
+            "far: give 0 or more for each head"
+        )

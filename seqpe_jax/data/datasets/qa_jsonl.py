@@ -1,0 +1,78 @@
+"""Questions with their whole prompts, one JSON object per line: the form that the reference reads."""
+
+import pathlib
+from collections.abc import Iterator
+
+from seqpe_jax.data.datasets.base import SPLITS
+from seqpe_jax.data.formats import HEAD, check_plain, without_mark
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import text_from_json
+
+HOW = (
+    "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
+    '{"index": 0, "input": "... Question: ... Answer:", "outputs": ["an answer"]}'
+)
+
+
+class QaJsonl:
+    """Prompts in a file that is read where it lies: {"index": int, "input": the prompt, "outputs": accepted answers}.
+
+    A single file serves as whatever split is asked for; a folder has one file per split.
+    """
+
+    name = "qa_jsonl"
+
+    @classmethod
+    def file(cls, split: str, paths: tuple[str, ...]) -> pathlib.Path:
+        """Returns the file of a split. Raises: InputError, there is none."""
+        if len(paths) != 1:
+            raise InputError(f"data.name='qa_jsonl' needs one path in data.paths, got {len(paths)}: {HOW}")
+        path = pathlib.Path(paths[0]).expanduser().absolute()
+        file = path / f"{split}.jsonl" if path.is_dir() else path
+        if not file.is_file():
+            held = [name for name in SPLITS if (path / f"{name}.jsonl").is_file()]
+            has = f" (the folder has {', '.join(held)})" if held else ""
+            raise InputError(f"data.paths: '{file}' does not exist{has}; {HOW}")
+        return file
+
+
+def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yields (line number from 1, byte offset, line) of what is not blank. Raises: InputError, unreadable or not text."""
+    try:
+        with open(file, "rb") as content:
+            check_plain(content.read(HEAD), f"data.paths: '{file}'")
+            content.seek(0)
+            offset = 0
+            for number, line in enumerate(content, 1):
+                if without_mark(line).strip():
+                    yield number, offset, line
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
+
+
+def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
+    """Returns (index, prompt, accepted answers) of a line, without white space around them, each answer once.
+
+    Args:
+      place: file and line number, for messages.
+    Raises:
+      InputError: not an object with these fields.
+    """
+    try:
+        record = text_from_json(line)
+    except ValueError as error:
+        raise InputError(f"{place} is not JSON ({error}); {HOW}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{place} is no object; {HOW}")
+    for name, kind, wanted in (("index", int, "an integer"), ("input", str, "a text"), ("outputs", list, "a list")):
+        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
+            raise InputError(f"{place}: field '{name}' must be {wanted}, got {record.get(name)!r:.60}; {HOW}")
+    outputs = record["outputs"]
+    if not outputs or not all(isinstance(output, str) and output.strip() for output in outputs):
+        raise InputError(
+            f"{place}: field 'outputs' must be a list of texts that are not empty, got {outputs!r:.60}; {HOW}"
+        )
+    if not record["input"].strip():
+        raise InputError(f"{place}: field 'input' is empty; {HOW}")
+    return record["index"], record["input"].strip(), tuple(dict.fromkeys(output.strip() for output in outputs))

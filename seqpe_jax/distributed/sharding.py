@@ -1,0 +1,364 @@
+"""Devices as a mesh, and the layout of every array on it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters and optimiser state with it; `context` splits
+the length of a sequence; `tensor` splits heads, hidden units and vocabulary.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, POSITIONS, ROWS, VOCABULARY, WIDTH, laid_out
+from seqpe_jax.errors import InputError
+from seqpe_jax.trees import names
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical names -> mesh axes, in use and in store: what fsdp splits in store is gathered for use.
+USED = {
+    BATCH: BATCH_AXES,
+    LENGTH: ("context",),
+    ROWS: AXES,
+    POSITIONS: ("data", "fsdp", "context"),
+    HEADS: ("tensor",),
+    HIDDEN: ("tensor",),
+    VOCABULARY: ("tensor",),
+    WIDTH: (),
+}
+STORED = USED | {WIDTH: ("fsdp",)}
+
+# The dimensions of every parameter, the last ones first named: a leading axis of layers has no name.
+PARAMETERS = {
+    "model/token_embedding/embedding": (VOCABULARY, WIDTH),
+    "model/output_embedding/embedding": (VOCABULARY, WIDTH),
+    "model/blocks*/qkv/kernel": (WIDTH, None, HEADS, None),
+    "model/blocks*/qkv/bias": (None, HEADS, None),
+    "model/blocks*/out/kernel": (HEADS, None, WIDTH),
+    "model/blocks*/mlp_in/kernel": (WIDTH, HIDDEN),
+    "model/blocks*/mlp_in/bias": (HIDDEN,),
+    "model/blocks*/mlp_out/kernel": (HIDDEN, WIDTH),
+    "model/blocks*/fading/kernel": (WIDTH, HEADS),
+    "model/blocks*/*/bias": (None,),
+    "model/blocks*/norm_?/scale": (None,),
+    "model/final_norm/*": (None,),
+    "model/projection/kernel": (None, WIDTH),
+    "model/projection/bias": (None,),
+    "model/class_token": (None, None),
+    "model/head/kernel": (WIDTH, VOCABULARY),
+    "model/head/bias": (VOCABULARY,),
+    "encoding/encoder/*_embedding": (None, WIDTH),
+    "encoding/encoder/cls": (None, None),
+    "encoding/encoder/block_*/*/kernel": (WIDTH, None),
+    "encoding/encoder/block_*/*/bias": (None,),
+    "encoding/encoder/block_*/norm_?/scale": (None,),
+    "encoding/encoder/final_norm/*": (None,),
+    "encoding/encoder/projection/kernel": (WIDTH, None),
+    "encoding/encoder/projection/bias": (None,),
+    "encoding/qk_map/kernel": (WIDTH, None),
+    "encoding/qk_map/bias": (None,),
+    "encoding/prefix_vectors": (None, None),
+    "encoding/table": (None, WIDTH),  # learned, or an export's
+    "encoding/frequencies": (None, None),
+    "encoding/buckets": (None, None),  # what logits gain by distance is small, and whole everywhere
+    "encoding/slope": (None,),
+    "encoding/scale": (None,),
+    "encoding/threshold": (None,),
+    "encoding/inward": (None,),
+    "encoding/inward_bias": (None,),
+    "encoding/outward": (None, None),
+    "encoding/outward_bias": (None,),
+    "encoding/shift": (None, None),
+    "encoding/given": (None, None, None),  # vectors computed elsewhere
+}
+
+
+def make_mesh(
+    data: int,
+    fsdp: int,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int = 0,
+) -> Mesh:
+    """Returns a mesh of `AXES` over all devices, or those given; data = 0 takes the devices that the others leave.
+
+    Args:
+      slices: TPU slices, over which `data` is split first, since the network between them is slower than their own;
+        0 = as many as the devices belong to.
+
+    Raises:
+      InputError: the axes do not multiply to the number of devices, or do not fit into slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, others = len(devices), fsdp * context * tensor
+    if count % others or (data and data * others != count):
+        raise InputError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.context={context} x mesh.tensor={tensor} does not make the "
+            f"{count} devices there are: set mesh.data=0 and the others so that their product divides {count}"
+        )
+    shape = (count // others, fsdp, context, tensor)
+    slices = _check_slices(devices, slices, shape)
+    # Neighbours on the mesh are neighbours in the machine as far as can be: an axis of 8 on a torus of 4 x 4 x 4 takes half
+    # of a side, which `jax.make_mesh` would refuse.
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        of_slice = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(
+            of_slice, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_of(device: jax.Device) -> int:
+    """Returns the index of a device's TPU slice; 0 for other devices, and where there is one slice alone."""
+    return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
+
+
+def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, ...]) -> int:
+    """Returns the number of slices of a mesh of this shape.
+
+    Raises:
+      InputError: it is another one than the devices say, slices of several sizes, or `data` is no multiple of it.
+    """
+    sizes = Counter(map(slice_of, devices))
+    if slices not in (0, len(sizes)):
+        raise InputError(
+            f"mesh.slices={slices}, but the {len(devices)} devices there are belong to {len(sizes)} TPU slice(s): set "
+            f"mesh.slices={len(sizes)}, or 0 for as many as there are"
+        )
+    if len(set(sizes.values())) > 1:
+        raise InputError(
+            f"the TPU slices have {', '.join(map(str, sizes.values()))} devices: give slices of one size, for each holds "
+            "an equal part of the batch"
+        )
+    if shape[0] % len(sizes):
+        raise InputError(
+            f"mesh.data={shape[0]} is not a multiple of the {len(sizes)} TPU slices, over which it is split: make "
+            f"mesh.fsdp x mesh.context x mesh.tensor (now {math.prod(shape[1:])}) divide the "
+            f"{len(devices) // len(sizes)} devices of a slice"
+        )
+    return len(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where arrays in use lie on a mesh; put in force by `axes.laid_out`."""
+
+    mesh: Mesh
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the mesh's devices, which are all of a kind."""
+        return self.mesh.devices.flat[0]
+
+    def shards(self, name: str) -> int:
+        """Returns the number of parts of a dimension of this logical name."""
+        return math.prod(self.mesh.shape[axis] for axis in USED[name])
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """Returns the layout of arrays in use whose first dimensions have these names, and which these divide."""
+        return NamedSharding(self.mesh, PartitionSpec(*(None if name is None else USED[name] for name in names)))
+
+    def spec(self, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
+        """Returns the layout of an array in use. A dimension that its axes do not divide stays whole."""
+        return PartitionSpec(
+            *(
+                USED[name] if name is not None and size % self.shards(name) == 0 and self.shards(name) > 1 else None
+                for size, name in zip(shape, names, strict=True)
+            )
+        )
+
+    def lay_out(self, array: jax.Array, names: Sequence[str | None]) -> jax.Array:
+        """Returns the array, its dimensions split by their names; inside jit."""
+        if self.mesh.size == 1:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(array.shape, names)))
+
+    def gathered(self, params: Any, root: str) -> Any:
+        """Returns parameters as they are used, for all uses inside a loop: what fsdp splits in store is gathered.
+
+        Args:
+          root: of the parameters' names, "model" or "encoding".
+        """
+
+        def of(path: Any, leaf: jax.Array) -> jax.Array:
+            return self.lay_out(leaf, _dimensions("/".join([root, *names(path)]), leaf.ndim))
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    def by_device(
+        self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
+    ) -> jax.Array:
+        """Returns `axes.by_device`: no mesh axis is left to the compiler inside, so that kernels can be called."""
+        if self.mesh.size == 1:
+            return function(*arguments)
+        length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] else 0
+        missing = -length % self.shards(LENGTH)
+
+        def padded(array: jax.Array | None, names: Sequence[str | None]) -> jax.Array | None:
+            if array is None or LENGTH not in names or not missing:
+                return array
+            return jnp.pad(array, [(0, missing if name == LENGTH else 0) for name in names])
+
+        def inside(*arguments: Any) -> jax.Array:
+            with laid_out(None):
+                return function(*arguments)
+
+        arguments = [padded(array, own) for array, own in zip(arguments, names, strict=True)]
+        specs = [None if a is None else self.spec(a.shape, own) for a, own in zip(arguments, names, strict=True)]
+        found = jax.shard_map(inside, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
+            *arguments
+        )
+        return found[:, :length] if missing else found
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the layout of a batch [B, ...]."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the layout of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of parts of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Refuses a batch whose accumulated parts the mesh does not divide. Raises: InputError."""
+    part, parts = batch_size // accumulate, batch_shards(mesh)
+    if part % parts:
+        raise InputError(
+            f"batch_size={batch_size} (in {accumulate} part(s)) does not divide over mesh.data x mesh.fsdp = {parts}: make "
+            f"it a multiple of {parts * accumulate}"
+        )
+
+
+@functools.lru_cache(maxsize=8)  # asked for each batch
+def parts_of_processes(mesh: Mesh) -> dict[int, list[int]]:
+    """Returns the parts of a batch that the devices of each process hold: process index -> indices of parts, rising.
+
+    A batch has `batch_shards(mesh)` equal parts of consecutive rows. The parts of one process need not be neighbours: the
+    mesh follows the network between the devices, and on a TPU slice a process has a block of 2 x 2 chips. Processes that
+    share the devices of a part, as where `tensor` spans them, each hold that part.
+    """
+    count = batch_shards(mesh)
+    held: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((count,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(count)[0])
+    return {process: sorted(parts) for process, parts in sorted(held.items())}
+
+
+def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
+    """Returns the rows of a batch that each process reads, those of its parts in turn: process index -> indices of rows.
+
+    Args:
+      batch_size: a multiple of `batch_shards(mesh)` (`check_batch`).
+    """
+    size = batch_size // batch_shards(mesh)
+    return {
+        process: [part * size + row for part in parts for row in range(size)]
+        for process, parts in parts_of_processes(mesh).items()
+    }
+
+
+class Whole(NamedTuple):
+    """A dimension that its mesh axes do not divide, so that every device holds all of it.
+
+    Attributes:
+      parameter: its path; size: of the dimension; over: the mesh axes, with their sizes; bytes: more on each device.
+    """
+
+    parameter: str
+    size: int
+    over: str
+    bytes: int
+
+
+def describe_whole(whole: Sequence[Whole], shown: int = 5) -> str:
+    """Returns the dimensions that could not be split, and what that costs, in a line."""
+    names = ", ".join(f"{one.parameter} ({one.size} over {one.over})" for one in whole[:shown])
+    more = f" and {len(whole) - shown} more" if len(whole) > shown else ""
+    extra = sum(one.bytes for one in whole) / 2**20
+    return f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}{more}"
+
+
+def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
+    """Returns the shapes of a train state with the layout of each leaf, and the dimensions that could not be split.
+
+    Raises:
+      ValueError: a parameter that no rule of `PARAMETERS` names; a new one needs a line there.
+    """
+    whole: list[Whole] = []
+
+    def spec_of(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        keys = names(path)
+        starts = [at for at, key in enumerate(keys) if key in ("model", "encoding")]
+        if not leaf.ndim or not starts:  # counts, the run's key
+            return PartitionSpec()
+        name = "/".join(keys[starts[-1] :])
+        spec: list[Any] = [None] * leaf.ndim
+        for dimension, logical in enumerate(_dimensions(name, leaf.ndim)):
+            over = [axis for axis in STORED.get(logical, ()) if mesh.shape[axis] > 1]
+            parts = math.prod(mesh.shape[axis] for axis in over)
+            if over and leaf.shape[dimension] % parts == 0:
+                spec[dimension] = tuple(over)
+            elif over and keys[0] == "params":
+                held = leaf.size * leaf.dtype.itemsize
+                words = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in over)
+                whole.append(Whole(name, leaf.shape[dimension], words, held - held // parts))
+        return PartitionSpec(*spec)
+
+    def of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
+
+    return jax.tree_util.tree_map_with_path(of, state), whole
+
+
+def _dimensions(name: str, count: int) -> tuple[str | None, ...]:
+    """The logical names of a parameter's dimensions. Raises: ValueError, as of `with_shardings`."""
+    names = next((names for pattern, names in PARAMETERS.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    if names is None:
+        raise ValueError(f"no rule of runtime.mesh.PARAMETERS says how parameter {name} is laid out: add one")
+    return ((None,) * count + names)[-count:]
+
+
+def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns global arrays of a batch, of which this process has the rows of its parts (`parts_of_processes`) alone."""
+    sharding, count = batch_sharding(mesh), batch_shards(mesh)
+    parts = parts_of_processes(mesh)[jax.process_index()]
+
+    def global_array(value: np.ndarray) -> jax.Array:
+        size = len(value) // len(parts)
+        shape = (size * count, *value.shape[1:])
+
+        def part_at(index: tuple[slice, ...]) -> np.ndarray:
+            first = size * parts.index(index[0].indices(shape[0])[0] // size)
+            return value[first : first + size]
+
+        return jax.make_array_from_callback(shape, sharding, part_at)
+
+    return {name: global_array(value) for name, value in batch.items()}
+
+
+def whole_to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns global arrays of a batch that every host holds whole."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()
+    }

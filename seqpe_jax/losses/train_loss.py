@@ -1,0 +1,225 @@
+"""Draws + one encoder call + model + terms -> loss and metrics, as a pure function of (params, batch, key, step)."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqpe_jax.axes import POSITIONS, ROWS, by_device, gathered, lay_out, shards
+from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.losses.contrastive import contrastive_logits_loss, contrastive_loss
+from seqpe_jax.losses.distillation import distillation_logits_loss, distillation_loss
+from seqpe_jax.losses.sample_positions import Draws, draw, may_move
+from seqpe_jax.losses.task import Classification, LanguageModelling
+from seqpe_jax.losses.zoom import zoom
+from seqpe_jax.models.build import Architecture, Params, mask_key, stream
+from seqpe_jax.positions.prefix_trie import Group
+
+Metrics = dict[str, jax.Array]
+
+
+class Rows(NamedTuple):
+    """One part of what the encoder reads in a step: positions int32[..., A], and what is known of how they lie."""
+
+    positions: jax.Array
+    group: Group
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Task loss + w_c * contrastive + w_d * distillation (paper, section 3; the reference's train loop).
+
+    Attributes:
+      architecture: of the model; criterion: what it is trained for, or None for the terms on position vectors alone.
+      settings: the frozen `objective` section of the config; random_bits: of dropout's masks (`architecture.mask_key`).
+    """
+
+    architecture: Architecture
+    criterion: LanguageModelling | Classification | None
+    settings: Any
+    random_bits: str = "threefry"
+
+    def draw(self, key: jax.Array, step: jax.Array) -> Draws:
+        """Returns the positions of a step: a pure function of the run's key and the step."""
+        return draw(self.settings, self.architecture, key, step)
+
+    def loss(
+        self,
+        params: Params,
+        batch: dict[str, Any],
+        key: jax.Array,
+        step: jax.Array,
+        part: jax.Array | int = 0,
+        share: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, Metrics]:
+        """Returns the training loss (scalar float32, nats) and the raw value of each term.
+
+        Args:
+          params: as returned by `Architecture.init`.
+          batch: what the task reads, and optionally "draws" (`Draws`).
+          key: the run's key; step: the step; part: which part of an accumulated batch this is; share: see
+            `training.step.make_train_step`. Terms on position vectors are the same in every part and have none.
+        """
+        draws = batch["draws"] if "draws" in batch else self.draw(key, step)
+        now = jax.random.fold_in(jax.random.fold_in(key, step), part)
+        terms: Metrics = {}
+        if self.architecture.has_vectors:
+            encoding = gathered(params["encoding"], "encoding")
+            own = "draws" in batch  # of which nothing is known
+            signal, terms = self.vectors_and_terms(encoding, draws, self._masks(now, "encoding dropout"), own)
+        else:
+            signal = self.architecture.signal(params, draws.positions_PLA, self.architecture.shape)
+        apply = functools.partial(
+            self.architecture.network.apply,
+            {"params": params["model"]},
+            signal=signal,
+            deterministic=False,
+            rngs={"dropout": self._masks(now, "model dropout")},
+        )
+        if draws.boxes_PA2 is not None:
+            batch = batch | {"images": zoom(batch["images"], draws.boxes_PA2)}
+        mean, further = self.criterion.loss(apply, batch, stream(now, "task"))
+        task, further = share * mean, {name: share * value for name, value in further.items()}
+        total = task
+        for name, value in terms.items():
+            total = total + term_weight(getattr(self.settings, name), step) * value
+        metrics = {
+            "loss": total,
+            "term/task": task,
+            **{f"term/{name}": value for name, value in terms.items()},
+            **further,
+        }
+        if may_move(self.settings):
+            metrics["moved"] = draws.moved.astype(jnp.float32)
+        return total, metrics
+
+    def vectors_and_terms(
+        self, params: Params, draws: Draws, dropout_key: jax.Array, own: bool = False
+    ) -> tuple[PositionSignal, Metrics]:
+        """Encodes all positions of the step in one call, and returns the model's signal and each term's raw value.
+
+        Args:
+          params: of the encoding; own: the draws are not those of `draw`, so that nothing is known of how they lie.
+        """
+        rows = self._rows(draws)
+        main, *rest = self._encoded(params, rows, dropout_key, own)
+        sets, length, _ = draws.positions_PLA.shape
+        main_PLE = lay_out(main.reshape(sets, length, -1), None, POSITIONS, None)  # the qk map is shared out as well
+        signal = self._encoding.apply(
+            {"params": params}, main_PLE, draws.positions_PLA, shape=self.architecture.shape, method="signal"
+        )
+        terms: Metrics = {}
+        if draws.contrastive is not None:
+            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], draws.contrastive.labels_B)
+        if draws.distillation is not None:
+            indices_BM = draws.distillation.indices_BM
+            value = self._distillation(params, main_PLE[0][indices_BM], rest[-1].reshape(*indices_BM.shape, -1))
+            terms["distillation"] = jnp.where(draws.moved, 0.0, value)
+        return signal, terms
+
+    def _masks(self, now: jax.Array, name: str) -> jax.Array:
+        return mask_key(stream(now, name), self.random_bits)
+
+    @property
+    def _encoding(self) -> Any:
+        return self.architecture.encoding
+
+    def _rows(self, draws: Draws) -> list[Rows]:
+        """What the encoder reads: the model's windows first, then pivots, candidates and students, where there are such."""
+        settings, spacing, shape = self.settings, self.architecture.spacing, self.architecture.shape
+        pieces = settings.skip.chunks if settings.skip.rate else 1
+        # Zoomed windows lie in the span of whole ones, each on lines of its own.
+        spans, shaken = spacing.spans(shape), settings.jitter.rate > 0
+        reach = 2 * round(settings.jitter.range * spacing.unit) if shaken else 0
+        wide = tuple(span + reach for span in spans)
+        sets = len(draws.positions_PLA)
+        rows = [Rows(draws.positions_PLA, Group(sets, shape, pieces, spans=wide, apart=shaken))]
+        if draws.contrastive is not None:
+            for positions in (draws.contrastive.pivots_BA, draws.contrastive.candidates_BCA):
+                rows.append(Rows(positions, Group(positions.size // positions.shape[-1])))
+        if draws.distillation is not None:
+            students_BMA = draws.distillation.positions_BMA
+            group = Group(len(students_BMA), shape, rows=students_BMA.shape[1], spans=spans)
+            rows.append(Rows(students_BMA, group))
+        return rows
+
+    def _encoded(self, params: Params, rows: list[Rows], dropout_key: jax.Array, own: bool) -> list[jax.Array]:
+        """The vectors [R, E] of each part, computed in one call, its rows laid out over the devices like a batch."""
+        parts = [part.positions.reshape(-1, part.positions.shape[-1]) for part in rows]
+        rows_RA = jnp.concatenate(parts)
+        count, devices = len(rows_RA), shards(ROWS)
+        rows_RA = jnp.pad(rows_RA, ((0, -count % devices), (0, 0)))
+        # Which rows lie together is known of all of them alone, not of one device's.
+        known = () if own or devices > 1 else [part.group for part in rows]
+        leaves, tree = jax.tree.flatten(params)
+
+        def read(rows_RA: jax.Array, device: jax.Array, key: jax.Array, *leaves: jax.Array) -> jax.Array:
+            if devices > 1:
+                key = jax.random.fold_in(key, device[0])
+            return self._encoding.apply(
+                {"params": tree.unflatten(leaves)},
+                rows_RA,
+                deterministic=False,
+                method="vectors",
+                groups=known,
+                rngs={"dropout": key},
+            )
+
+        vectors_RE = by_device(
+            read,
+            (rows_RA, jnp.arange(devices), dropout_key, *leaves),
+            ((ROWS, None), (ROWS,), (None,) * dropout_key.ndim, *((None,) * leaf.ndim for leaf in leaves)),
+        )
+        ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
+        return jnp.split(lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None), ends)
+
+    def _contrastive(
+        self, params: Params, pivots_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
+    ) -> jax.Array:
+        settings = self.settings.contrastive
+        batch = pivots_BE.shape[0]
+        if settings.space == "vectors":
+            return contrastive_loss(
+                pivots_BE,
+                candidates_RE.reshape(batch, -1, pivots_BE.shape[-1]),
+                labels_B,
+                heads=self.architecture.heads if settings.per_head else None,
+                label_smoothing=settings.label_smoothing,
+                scale=settings.scale,
+                floor=settings.floor,
+            )
+        query, _ = self._qk(params, pivots_BE)
+        _, key = self._qk(params, candidates_RE)
+        key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
+        logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
+        if settings.head_scales:
+            logits = logits * jnp.array(settings.head_scales)[:, None, None]
+        options = {"label_smoothing": settings.label_smoothing, "floor": settings.floor}
+        return contrastive_logits_loss(logits, labels_B, **options)
+
+    def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
+        settings = self.settings.distillation
+        options = {"metric": settings.metric, "beta": settings.beta, "reduction": settings.reduction}
+        if settings.space == "vectors":
+            heads = self.architecture.heads if settings.per_head else None
+            return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
+
+        def similarities(vectors_BME: jax.Array) -> jax.Array:
+            query, key = self._qk(params, vectors_BME)
+            return settings.scale * jnp.einsum("...bmhf,...bnhf->...bhmn", query, key)
+
+        return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
+
+    def _qk(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
+        return self._encoding.apply({"params": params}, vectors, method="query_key")
+
+
+def term_weight(settings: Any, step: jax.Array) -> jax.Array | float:
+    """Returns a term's weight at a step: `weight`, reached linearly over `warmup_steps`."""
+    if not settings.warmup_steps:
+        return settings.weight
+    return settings.weight * jnp.minimum(1.0, (step + 1) / settings.warmup_steps)

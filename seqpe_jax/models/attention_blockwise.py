@@ -1,0 +1,245 @@
+"""Attention in blocks of queries and keys: memory grows linearly with the length, and blocks to come are left out.
+
+The online softmax of Milakov & Gimelshein 2018 (arXiv 1805.02867), its backward pass from the saved normaliser as in
+FlashAttention-2 (Dao 2023, arXiv 2307.08691): nothing but XLA, so that any platform runs it, and sizes may be symbolic.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqpe_jax.encodings.base import fit_batch
+from seqpe_jax.models.attention_inputs import HIDDEN, Operands, add_sets, kept, related, sum_sets
+
+
+def blockwise(operands: Operands, block: int, join: bool = False) -> jax.Array:
+    """Returns `operands.plain`, computed from `block` queries and `block` keys at a time.
+
+    Its backward pass computes the logits of a pair of blocks again, and knows no forward-mode derivative.
+
+    Args:
+      join: features stand behind the columns of queries and keys, in one product with them, whose arithmetic must be as
+        precise as that of features.
+    """
+    if join:
+        operands = _joined(operands)
+    length, keys = operands.query.shape[1], operands.key.shape[1]
+    ready = functools.partial(_ready, block=block)
+    bias, relation = operands.bias, operands.relation
+    padded = operands.replace(
+        query=ready(operands.query),
+        key=ready(operands.key),
+        value=ready(operands.value),
+        features=None if operands.features is None else tuple(ready(field) for field in operands.features),
+        bias=None if bias is None else _padded(_padded(bias, 2, block), 3, block),
+        relation=relation
+        and relation.replace(query=_padded(relation.query, 1, block), key=_padded(relation.key, 1, block)),
+    )
+    return jnp.moveaxis(_mix(padded, block, keys), 1, 2)[:, :length].astype(operands.value.dtype)
+
+
+def _joined(operands: Operands) -> Operands:
+    """Operands whose features are columns of their queries and keys."""
+
+    def join(array_BLHK: jax.Array, field_PLHF: jax.Array) -> jax.Array:
+        field = fit_batch(field_PLHF, array_BLHK.shape[0]).astype(array_BLHK.dtype)
+        field_BLHF = jnp.broadcast_to(field, (*array_BLHK.shape[:-1], field.shape[-1]))
+        return jnp.concatenate([array_BLHK, field_BLHF], axis=-1)
+
+    query, key = (join(*pair) for pair in zip((operands.query, operands.key), operands.features, strict=True))
+    return operands.replace(query=query, key=key, features=None)
+
+
+def _padded(array: jax.Array, axis: int, block: int) -> jax.Array:
+    length = array.shape[axis]
+    missing = (length + block - 1) // block * block - length  # in this form, a symbolic length is known to hold a block
+    return jnp.pad(array, [(0, missing) if at == axis else (0, 0) for at in range(array.ndim)])
+
+
+def _ready(array_BLHK: jax.Array, block: int) -> jax.Array:
+    """[B, H, L, K], L padded to whole blocks: what a matrix product of a block reads lies together."""
+    return jnp.moveaxis(_padded(array_BLHK, 1, block), 2, 1)
+
+
+def _part(array: jax.Array, at: jax.Array, block: int, axis: int = 2) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, at * block, block, axis)
+
+
+def _add(array: jax.Array, part: jax.Array, at: jax.Array, block: int) -> jax.Array:
+    """An array with a part added to one of its blocks."""
+    return jax.lax.dynamic_update_slice_in_dim(array, _part(array, at, block) + part, at * block, 2)
+
+
+def _product(subscripts: str, *arrays: jax.Array) -> jax.Array:
+    """A product in the arrays' own dtype, its sums in float32."""
+    return jnp.einsum(subscripts, *arrays, preferred_element_type=jnp.float32)
+
+
+def _feature_product(subscripts: str, *arrays: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, *arrays, precision=jax.lax.Precision.HIGHEST)
+
+
+class _Tile:
+    """A block of queries meets a block of keys: their logits, and what of these falls away."""
+
+    def __init__(self, operands: Operands, i: jax.Array, j: jax.Array, block: int, keys: int):
+        self.operands, self.i, self.j, self.block = operands, i, j, block
+        self.key, self.value = _part(operands.key, j, block), _part(operands.value, j, block)
+        self.row, self.column = i * block + jnp.arange(block), j * block + jnp.arange(block)
+        self.query, self.keys = _part(operands.query, i, block), keys
+        if operands.features is not None:
+            self.features = _part(operands.features[0], i, block), _part(operands.features[1], j, block)
+
+    def product(self) -> jax.Array:
+        """Returns float32[B, H, block, block]: what queries and keys give by themselves."""
+        return _product("bhlk,bhsk->bhls", self.query, self.key)
+
+    def related(self, params: Any, logits: jax.Array) -> jax.Array:
+        """Returns logits with what the relation, which has these parameters, makes of them."""
+        relation = self.operands.relation
+        query, key = (
+            _part(places, at, self.block, 1) for places, at in ((relation.query, self.i), (relation.key, self.j))
+        )
+        return related(logits, relation, params, query, key, self.operands.heads)
+
+    def logits(self) -> jax.Array:
+        """Returns float32[B, H, block, block]."""
+        operands, logits = self.operands, self.product()
+        if operands.relation is not None:
+            logits = self.related(operands.relation_params, logits)
+        if operands.features is not None:
+            logits = add_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
+        if operands.bias is not None:
+            logits = add_sets(logits, _part(_part(operands.bias, self.i, self.block), self.j, self.block, 3))
+        if operands.last is not None:
+            last = jnp.minimum(operands.last[:, None] + self.row, self.keys - 1)
+            hidden = self.column > last[:, None, :, None]
+        elif operands.key.shape[2] == self.keys:
+            return logits
+        else:
+            hidden = (self.column >= self.keys)[None, None, None]
+        return add_sets(logits, jnp.where(hidden, HIDDEN, 0.0))
+
+    def kept(self) -> jax.Array:
+        """Returns what dropout multiplies the weights by."""
+        operands = self.operands
+        sample, head = (
+            first + jnp.arange(n) for first, n in zip(operands.place[:2], self.query.shape[:2], strict=True)
+        )
+        places = sample[:, None, None, None], head[:, None, None], (operands.place[2] + self.row)[:, None], self.column
+        return kept(operands.seed, *places, operands.rate)
+
+
+def _same_sets(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features of queries and keys with as many sets and heads."""
+    shape = tuple(max(sizes) for sizes in zip(query.shape[:2], key.shape[:2], strict=True))
+    return jnp.broadcast_to(query, shape + query.shape[2:]), jnp.broadcast_to(key, shape + key.shape[2:])
+
+
+def _like(array: jax.Array, field: jax.Array) -> jax.Array:
+    """Sums [B or P, H, ...] over the samples and heads that share a field's."""
+    array = array if array.shape[0] == field.shape[0] else sum_sets(array, field.shape[0])
+    return array if array.shape[1] == field.shape[1] else array.sum(axis=1, keepdims=True)
+
+
+def _count(operands: Operands, i: jax.Array, block: int, keys: int) -> jax.Array:
+    """The number of blocks of keys, from the first on, that hold all that a block of queries sees."""
+    count = jnp.asarray(operands.key.shape[2] // block, jnp.int32)
+    if operands.last is None:
+        return count
+    return jnp.clip((operands.last.max() + (i + 1) * block - 1) // block + 1, 1, count).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _mix(operands: Operands, block: int, keys: int) -> jax.Array:
+    """The mixed values float32[B, H, L, V] of operands that are `_ready`; keys: those that are no padding."""
+    return _forward(operands, block, keys)[0]
+
+
+def _forward(operands: Operands, block: int, keys: int) -> tuple[jax.Array, Any]:
+    batch, heads, length, _ = operands.query.shape
+
+    def row(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(j: jax.Array, carry: tuple) -> tuple:
+            top, total, mixed = carry
+            tile = _Tile(operands, i, j, block, keys)
+            logits = tile.logits()
+            higher = jnp.maximum(top, logits.max(axis=-1))
+            weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
+            total = total * shrink + weights.sum(axis=-1)
+            if operands.seed is not None:
+                weights = weights * tile.kept()
+            part = _product("bhls,bhsv->bhlv", weights.astype(tile.value.dtype), tile.value)
+            return higher, total, mixed * shrink[..., None] + part
+
+        sizes = (batch, heads, block)
+        start = jnp.full(sizes, HIDDEN), jnp.zeros(sizes), jnp.zeros((*sizes, operands.value.shape[-1]))
+        top, total, mixed = jax.lax.fori_loop(0, _count(operands, i, block, keys), step, start)
+        return mixed / total[..., None], top + jnp.log(total)
+
+    mixed, normaliser = jax.lax.map(row, jnp.arange(length // block))
+    mixed = jnp.moveaxis(mixed, 0, 2).reshape(batch, heads, length, -1)
+    normaliser = jnp.moveaxis(normaliser, 0, 2).reshape(batch, heads, length)
+    return mixed, (operands, mixed, normaliser)
+
+
+def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Operands]:
+    operands, mixed, normaliser = saved
+    inner = (given * mixed).sum(axis=-1)
+    given_ = given.astype(operands.value.dtype)
+
+    def row(i: jax.Array, gradients: dict) -> dict:
+        of_row = functools.partial(_part, at=i, block=block)
+        given, normal, around = of_row(given_), of_row(normaliser)[..., None], of_row(inner)[..., None]
+
+        def step(j: jax.Array, gradients: dict) -> dict:
+            tile = _Tile(operands, i, j, block, keys)
+            weights = jnp.exp(tile.logits() - normal)
+            of_weights = _product("bhlv,bhsv->bhls", given, tile.value)
+            dropped = weights
+            if operands.seed is not None:
+                mask = tile.kept()
+                dropped, of_weights = weights * mask, of_weights * mask
+            of_logits = of_sums = weights * (of_weights - around)
+            found = dict(gradients)
+            if operands.relation is not None:
+                pull = jax.vjp(tile.related, operands.relation_params, tile.product())[1]
+                of_params, of_logits = pull(of_logits)
+                found["relation_params"] = jax.tree.map(jnp.add, gradients["relation_params"], of_params)
+            small = of_logits.astype(tile.query.dtype)
+            parts = {
+                "query": (_product("bhls,bhsk->bhlk", small, tile.key), i),
+                "key": (_product("bhls,bhlk->bhsk", small, tile.query), j),
+                "value": (_product("bhls,bhlv->bhsv", dropped.astype(given.dtype), given), j),
+            }
+            if operands.features is not None:
+                query, key = _same_sets(*tile.features)
+                shared = _like(of_sums, query)
+                parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), operands.features[0]), i
+                parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), operands.features[1]), j
+            found |= {name: _add(gradients[name], part, at, block) for name, (part, at) in parts.items()}
+            if operands.bias is not None:  # every pair of blocks comes once
+                start = 0, 0, i * block, j * block
+                found["bias"] = jax.lax.dynamic_update_slice(gradients["bias"], _like(of_sums, operands.bias), start)
+            return found
+
+        return jax.lax.fori_loop(0, _count(operands, i, block, keys), step, gradients)
+
+    fields = {"query": operands.query, "key": operands.key, "value": operands.value}
+    if operands.features is not None:
+        fields |= {"f_q": operands.features[0], "f_k": operands.features[1]}
+    if operands.bias is not None:
+        fields["bias"] = operands.bias
+    if operands.relation is not None:
+        fields["relation_params"] = operands.relation_params
+    zeros = jax.tree.map(lambda field: jnp.zeros(field.shape, jnp.float32), fields)
+    found = jax.lax.fori_loop(0, operands.query.shape[2] // block, row, zeros)
+    found = jax.tree.map(lambda gradient, field: gradient.astype(field.dtype), found, fields)
+    features = (found.pop("f_q"), found.pop("f_k")) if operands.features is not None else None
+    rest = dict.fromkeys(("bias", "relation", "relation_params", "heads", "last", "seed", "place"))
+    return (operands.replace(**rest | found, features=features),)
+
+
+_mix.defvjp(_forward, _backward)

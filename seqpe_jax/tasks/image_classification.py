@@ -1,0 +1,258 @@
+"""A run on images or clips: the class of each, augmented examples, top-1 and top-5 at any size."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.axes import scale_label
+from seqpe_jax.config import Config, check_size
+from seqpe_jax.data import images, loader
+from seqpe_jax.distributed.processes import is_lead
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.classification import accuracy
+from seqpe_jax.files import as_path, from_json, write_whole
+from seqpe_jax.inference.exported import Signature
+from seqpe_jax.losses.task import Classification
+from seqpe_jax.models.build import Shape, Sizes
+from seqpe_jax.tasks.data_spec import read_sizes
+from seqpe_jax.tasks.task import Asked, Task
+
+KEPT = "classes.json"  # of a run's folder: class names, in the order of their labels
+
+
+class Images(Task):
+    """The images of a config; a model that names its classes can be built where they are not.
+
+    Args:
+      there: whether the data are there to be read; else the classes of folders must be named.
+      kept: folder of a run whose sizes the model has, and whose class names the labels are places in; "" = a new run's,
+        in the data's own order.
+
+    Raises:
+      InputError: the number of classes is open and the training split cannot be read; the names kept cannot be read, or
+        are more than the model's classes.
+    """
+
+    kind = "image_classification"
+    unit = "images"
+    option, scale_field = "sizes", "size"
+    measured = ("loss", "top1", "top5")  # while training
+
+    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
+        self.config = config
+        self._names, self._owner = kept_names(kept) if kept else None, kept
+        self.sizes = known_sizes(config, kept)
+        if not self.sizes.classes and not there:
+            raise InputError(
+                "data.name='image_folder' has as many classes as folders: name their number as model.classes"
+            )
+        if not self.sizes.classes:
+            self.sizes = dataclasses.replace(self.sizes, classes=self.source("train").classes)
+        self.criterion = Classification(config.objective.label_smoothing, config.objective.mixing)
+        self.example = {
+            "images": jax.ShapeDtypeStruct((*config.data.size, self.sizes.channels), jnp.float32),
+            "labels": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        self.units_per_step = config.batch_size
+
+    @functools.cache  # noqa: B019  a run has one of these
+    def source(self, split: str) -> Any:
+        """Returns the images of a split, with the labels of the run.
+
+        Raises:
+          InputError: as `data.pictures.image_source`; a class that the run does not know, other channels or more classes
+            than the model's.
+        """
+        data, sizes = self.config.data, self.sizes
+        found = images.image_source(
+            data.name,
+            split=split,
+            paths=data.paths,
+            cache_dir=data.cache_dir,
+            progress=is_lead(),
+            bit_depth=data.bit_depth,
+        )
+        if found.channels != sizes.channels:
+            raise InputError(
+                f"{data.name} has images of {found.channels} channel(s), but the model reads {sizes.channels}: evaluate it "
+                "on images like those that it was trained on"
+            )
+        if self._names is not None:
+            return found.labelled_as(self._names, f"the run of {self._owner}")
+        if self._owner and not self.config.model.classes and found.classes != sizes.classes > 0:
+            raise InputError(
+                f"{data.name} has {found.classes} classes, and the run of {self._owner} {sizes.classes}, but it does not "
+                f"say which: put back its {KEPT}"
+            )
+        if 0 < sizes.classes < found.classes:
+            raise InputError(
+                f"{data.name} has {found.classes} classes, but the model only {sizes.classes} (model.classes)"
+            )
+        return found
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels. Raises: InputError as `source`."""
+        return self._names or self.source("train").class_names
+
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+        source, size = self.source("train"), "x".join(map(str, self.config.data.size))
+        return f"{len(source):,} training examples of {source.classes} classes, {size}, {self.config.batch_size} to a batch"
+
+    def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
+        """Returns the training batches, of which this process reads some rows."""
+        config, source = self.config, self.source("train")
+
+        def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+            return images.train_example(
+                record, config.data.size, config.data.augment, rng, mean=self.sizes.mean, std=self.sizes.std
+            )
+
+        return loader.TrainLoader(
+            source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            example=example,
+            rows=rows,
+            threads=config.data.threads,
+        )
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split's images, and their number. Raises: InputError as `source`."""
+        source = self.source(split)
+        return {"images": len(source), "fingerprint": source.fingerprint}
+
+    def keep(self, workdir: str | os.PathLike) -> None:
+        """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
+        path = as_path(workdir) / KEPT
+        if not path.exists():
+            write_whole(path, json.dumps(self.class_names, indent=0) + "\n")
+
+    def carry(self, folder: str | os.PathLike) -> None:
+        """Puts the class names into another folder, where they are known without the data."""
+        if self._names is not None:
+            self.keep(folder)
+
+    def check_kept(self, workdir: str | os.PathLike) -> None:
+        """Refuses to go on with other classes, or another order of them, than the run began with. Raises: InputError."""
+        names = kept_names(workdir)
+        if names is not None and names != self.class_names:
+            pairs = itertools.zip_longest(self.class_names, names, fillvalue="no class")
+            label, (ours, theirs) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise InputError(
+                f"label {label} is '{ours}' in the data, but '{theirs}' in the run of {workdir} (its {KEPT}): use data "
+                "with its classes, or a new --workdir"
+            )
+
+    def scales(self) -> tuple[Shape, ...]:
+        """Returns the sizes that the config evaluates, each as (height, width), or (frames, height, width) of clips."""
+        return self.config.scales
+
+    def grid_of(self, scale: Shape) -> Shape:
+        """Returns the patches along each axis of an example of a size."""
+        return self.config.grid_of(self.config.sides_of(scale))
+
+    def served(self, reach: tuple[int, ...]) -> Signature:
+        """Returns what a model that serves grids of patches up to `reach` reads and returns."""
+        sizes, patch = self.sizes, self.config.model.patch
+        letters = ("frames", "rows", "columns")[-len(patch) :]
+        if patch[0] > 1 and len(patch) == 3:
+            letters = ("steps", *letters[1:])  # of time: several frames make one
+        shape = (
+            "batch",
+            *(f"{part}*{letter}" for part, letter in zip(patch, letters, strict=True)),
+            str(sizes.channels),
+        )
+        sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, reach, patch, strict=True))
+        mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (sizes.mean, sizes.std))
+        classes = str(sizes.classes)
+        return Signature(
+            "images",
+            "float32",
+            shape,
+            dict(zip(letters, reach, strict=True)),
+            ("batch", classes),
+            f"numpy.zeros((1, {', '.join(map(str, sides))}, {sizes.channels}), 'float32')",
+            f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel; the logits are those of the "
+            f"classes in {KEPT}, in its order",
+        )
+
+    def check_scale(self, scale: Shape, split: str) -> None:
+        """Refuses a size that cannot be evaluated. Raises: InputError."""
+        check_size(self.config, scale, "evaluation size")
+        source = self.source(split)
+        if len(scale) == 3 and scale[0] > (there := len(source[0]["image"])):
+            label = scale_label(scale)
+            raise InputError(f"evaluation size {label} has {scale[0]} frames, but the clips have {there}: name fewer")
+
+    def evaluate(self, asked: Asked, scale: Shape, split: str) -> dict[str, Any]:
+        """Returns the result of one size (see `evaluation.classification`)."""
+        source = self.source(split)
+        batch = min(asked.batch, -(-len(source) // jax.device_count()) * jax.device_count())
+        batches = loader.EvaluationBatches(source, batch, len(source), self._example(scale))
+        return accuracy(
+            asked.examine, batches, size=scale, put=asked.put, progress=lambda done: asked.progress(done, len(source))
+        )
+
+    def images(self, scale: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first images of a split at a size, float32[count, sides..., C]: normalised, and in 0..1."""
+        source, example = self.source(split), self._example(scale)
+        chosen = np.linspace(0, len(source) - 1, count).astype(int)
+        found = np.stack([example(source[int(index)])["images"] for index in chosen])
+        shown = found * np.asarray(self.sizes.std, np.float32) + np.asarray(self.sizes.mean, np.float32)
+        return found, np.clip(shown, 0.0, 1.0)
+
+    def _example(self, scale: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+        return functools.partial(
+            images.evaluation_example,
+            size=self.config.sides_of(scale),
+            crop_ratio=self.config.data.crop_ratio,
+            mean=self.sizes.mean,
+            std=self.sizes.std,
+        )
+
+
+def known_sizes(config: Config, kept: str | os.PathLike = "") -> Sizes:
+    """Returns what a model takes from images, as far as it is known without them; classes = 0 where it is not.
+
+    Args:
+      kept: folder of a run: the sizes that it keeps, whatever is read now, else as many classes as it has names of.
+
+    Raises:
+      InputError: the config has fewer classes than the run has names of.
+    """
+    stored, facts = read_sizes(kept) if kept else None, images.facts_of(config.data.name)
+    names = kept_names(kept) if kept else None
+    classes = config.model.classes or (stored.classes if stored else 0)
+    if names is not None and 0 < classes < len(names):
+        raise InputError(
+            f"model.classes={classes} is less than the {len(names)} classes of the run of {kept} (its {KEPT}): set it to "
+            f"{len(names)} or more"
+        )
+    classes = classes or len(names or ()) or facts.classes
+    if stored is not None:
+        return dataclasses.replace(stored, classes=classes)
+    return Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
+
+
+def kept_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:
+    """Returns the class names in the folder of a run, or None where it has none. Raises: InputError: damaged."""
+    path = as_path(workdir) / KEPT
+    if not path.exists():
+        return None
+    try:
+        names = from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} must hold a list of class names: put back the file that the run wrote")
+    return tuple(names)

@@ -1,0 +1,323 @@
+"""A run on text: next tokens, windows of them, perplexity at any length."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqpe_jax.config import Config, check_positions
+from seqpe_jax.data import loader, tokens
+from seqpe_jax.data.files import tell
+from seqpe_jax.data.formats import HEAD, check_plain, without_mark
+from seqpe_jax.data.tokenizers import Loss, RoundTrip, continuation, load_tokenizer
+from seqpe_jax.distributed.processes import is_lead
+from seqpe_jax.errors import InputError
+from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
+from seqpe_jax.files import as_path
+from seqpe_jax.inference.exported import Signature
+from seqpe_jax.losses.task import LanguageModelling
+from seqpe_jax.models.build import Sizes
+from seqpe_jax.tasks.data_spec import read_sizes
+from seqpe_jax.tasks.task import Asked, Measure, Task
+
+TOKENIZER = "tokenizer.json"
+
+
+class Text(Task):
+    """The text of a config, tokenised when it is first asked for.
+
+    Args:
+      there: whether the data are there to be read; else a model that names its vocabulary needs no tokenizer.
+      kept: folder of a run whose tokenizer it must be; "" = a new run's.
+
+    Attributes:
+      tokenizer: of its texts.
+      known_V: bool, which of the model's ids are tokens; its vocabulary may be larger than the tokenizer's.
+
+    Raises:
+      InputError: there is no tokenizer, it cannot be read, has more tokens than the model, or is not the one kept.
+    """
+
+    kind = "language_modelling"
+    unit = "tokens"
+    option, scale_field = "lengths", "length"
+    measured = ("loss", "perplexity", "bits_per_byte")  # while training
+
+    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
+        self.config = config
+        self.criterion = LanguageModelling()
+        self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
+        self.units_per_step = config.batch_size * config.data.length
+        stored = read_sizes(kept) if kept else None
+        vocabulary = config.model.vocabulary or (stored.vocabulary if stored else 0)
+        self.sizes = Sizes(vocabulary=vocabulary)
+        if vocabulary and not there:
+            return
+        if not config.data.tokenizer:
+            raise InputError(
+                f"this checkpoint came without a tokenizer: put its {TOKENIZER} beside its config.json, or give one with "
+                "--tokenizer where it is converted"
+            )
+        try:
+            self.tokenizer = load_tokenizer(config.data.tokenizer)
+        except InputError as error:
+            if there:
+                raise
+            raise InputError(
+                f"{error}, or only the number of its tokens (GPT-2's: --config.model.vocabulary=50257)"
+            ) from error
+        vocabulary = vocabulary or self.tokenizer.vocabulary_size
+        if self.tokenizer.vocabulary_size > vocabulary:
+            cure = f"set model.vocabulary to {self.tokenizer.vocabulary_size} or more, or to 0, which takes the tokenizer's"
+            if kept:
+                cure = "take the tokenizer that the model was trained with"
+            raise InputError(
+                f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
+                f"{vocabulary} (model.vocabulary): {cure}"
+            )
+        self.sizes = Sizes(vocabulary=vocabulary)
+        self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
+        if kept:
+            self.check_kept(kept)
+            file = as_path(kept) / TOKENIZER
+            if (
+                file.exists() and str(kept) != config.init_from
+            ):  # its texts end as they did, whatever is said elsewhere now
+                self.tokenizer = load_tokenizer(file)
+
+    @functools.cache  # noqa: B019  a run has one of these
+    def source(self, split: str) -> tokens.TokenSource:
+        """Returns the tokens of a split. Raises: InputError as `data.tokens.token_source`."""
+        data = self.config.data
+        return tokens.token_source(
+            data.name,
+            split=split,
+            tokenizer=self.tokenizer,
+            paths=data.paths,
+            cache_dir=data.cache_dir,
+            progress=is_lead(),
+            lossy=data.lossy_tokenizer,
+        )
+
+    def describe(self) -> str:
+        """Returns what is trained on, in words."""
+        source, config = self.source("train"), self.config
+        lines = [
+            f"{len(source.tokens):,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"
+        ]
+        end = self.tokenizer.end_of_text
+        if end is not None:
+            lines.append(f"texts end with {self._token_in_words(end)}")
+        else:
+            lines.append("no end of text: texts run together, and generation goes on to its limit")
+        return "\n  ".join(lines + self._loss_in_words(source.loss))
+
+    def _token_in_words(self, token: int) -> str:
+        return f"{self.tokenizer.decode([token])!r} (token {token})"
+
+    def _loss_in_words(self, loss: Loss) -> list[str]:
+        return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost else []
+
+    def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
+        encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
+        for one in texts:
+            trip.look(one)
+        if trip.loss.lost and is_lead():
+            tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
+        pattern = tokens.special_pattern(self.tokenizer)
+        if is_lead() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
+            tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
+        return encoded
+
+    def continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
+        """Returns the text that ids add to that of a prompt (see `data.tokenizers.continuation`)."""
+        return continuation(self.tokenizer, prompt, ids)
+
+    def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
+        """Returns the training batches, of which this process reads some rows."""
+        config = self.config
+        return loader.TrainLoader(
+            loader.windows(self.source("train").tokens, config.data.length),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rows=rows,
+            threads=config.data.threads,
+        )
+
+    def fingerprint(self, split: str) -> dict[str, Any]:
+        """Returns the fingerprint of a split's tokens, and their number. Raises: InputError as `source`."""
+        source = self.source(split)
+        return {"tokens": len(source.tokens), "fingerprint": source.fingerprint}
+
+    def keep(self, workdir: str | os.PathLike) -> None:
+        """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
+        if self.tokenizer.name != "bytes":
+            self.tokenizer.save(workdir)
+
+    def carry(self, folder: str | os.PathLike) -> None:
+        """Puts the tokenizer's file into another folder."""
+        self.keep(folder)
+
+    def check_kept(self, workdir: str | os.PathLike) -> None:
+        """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
+        kept = as_path(workdir) / TOKENIZER
+        if kept.exists() and load_tokenizer(kept).digest != self.tokenizer.digest:
+            raise InputError(
+                f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
+                f"which lies there as {TOKENIZER}: use that file or a new --workdir"
+            )
+
+    def scales(self) -> tuple[tuple[int], ...]:
+        """Returns the lengths that the config evaluates, each as (length,)."""
+        return self.config.scales
+
+    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window along its axis."""
+        return scale
+
+    def served(self, reach: tuple[int]) -> Signature:
+        """Returns what a model that serves windows of up to (length,) reads and returns."""
+        (length,), rows, known = reach, self.sizes.vocabulary, self.tokenizer.ids
+        example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
+        ids = f"of {TOKENIZER}"
+        if self.tokenizer.name == "bytes":
+            example = f"numpy.frombuffer(b'def main():'[:{length}], 'uint8').astype('int32')[None]"
+            ids = "the bytes of UTF-8 text"
+        spare = f"; {rows - len(known)} of the {rows} ids are no tokens" if rows > len(known) else ""
+        return Signature(
+            "tokens",
+            "int32",
+            ("batch", "length"),
+            {"length": length},
+            ("batch", "length", str(rows)),
+            example,
+            f"token ids 0 to {known[-1]}, {ids}; the logits at a place are those of the token after it{spare}",
+        )
+
+    def check_scale(self, scale: tuple[int], split: str) -> None:
+        """Refuses a length that cannot be evaluated. Raises: InputError."""
+        (length,), tokens, limit = scale, len(self.source(split).tokens), self.config.eval.tokens
+        check_positions(self.config, length, "evaluation length")
+        if tokens < length + 1:
+            raise InputError(
+                f"evaluation length {length} is longer than the {split} split of {self.config.data.name} "
+                f"({tokens} tokens): choose a length below {tokens}"
+            )
+        if 0 < limit < length:
+            raise InputError(
+                f"eval.tokens={limit} (--tokens) is less than evaluation length {length}: raise it to {length} or more, so "
+                "that every length scores the same tokens, or choose a shorter length"
+            )
+
+    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+        """Returns the result of one length (see `evaluation.perplexity`)."""
+        (length,), tokens = scale, self.source(split).tokens
+        batches = loader.evaluation_windows(tokens, length, asked.batch, max_tokens=self.config.eval.tokens)
+        return perplexity(
+            length=length,
+            batches=batches,
+            progress=lambda done: asked.progress(done, batches.examples),
+            **self.scoring(asked, split),
+        )
+
+    def scoring(self, asked: Asked, split: str) -> dict[str, Any]:
+        """Returns the arguments of `evaluation.perplexity` that are the same for windows of every length."""
+        source = self.source(split)
+        return {
+            "token_losses": lambda tokens_BL: asked.examine({"tokens": tokens_BL})["loss"],
+            "put": asked.put,
+            "tokens_of_split": len(source.tokens),
+            "bytes_of_split": source.bytes,
+            "words_of_split": source.words if self.tokenizer.name != "bytes" else None,
+        }
+
+    def further_measures(self) -> tuple[Measure, ...]:
+        """Returns the measure of the same tokens under contexts of several lengths."""
+        return (Contexts(self),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """The loss of the same tokens of a text, the targets, under each of `eval.contexts`.
+
+    Attributes:
+      text: the task.
+      scale_field, measured: see `Measure`.
+    """
+
+    text: Text
+    scale_field: str = "context"
+    measured: tuple[str, ...] = Text.measured
+
+    @property
+    def config(self) -> Config:
+        """The config of the task."""
+        return self.text.config
+
+    @property
+    def criterion(self) -> LanguageModelling:
+        """What the model is trained for."""
+        return self.text.criterion
+
+    def scales(self) -> tuple[tuple[int], ...]:
+        """Returns the contexts that the config evaluates, each as (context,)."""
+        return tuple((context,) for context in self.config.eval.contexts)
+
+    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions of a window along its axis."""
+        return scale
+
+    def positions_at(self, scale: tuple[int]) -> tuple[int]:
+        """Returns the positions that a window needs."""
+        return scale
+
+    def check_scale(self, scale: tuple[int], split: str) -> None:
+        """Refuses a context that is longer than the split. Raises: InputError."""
+        (context,), tokens = scale, len(self.text.source(split).tokens)
+        if tokens < context + 1:
+            raise InputError(
+                f"evaluation context {context} is longer than the {split} split of {self.config.data.name} "
+                f"({tokens} tokens): choose contexts below {tokens} (eval.contexts, --contexts)"
+            )
+
+    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+        """Returns the result of one context (see `evaluation.perplexity.perplexity_in_context`)."""
+        (context,), settings, tokens = scale, self.config.eval, self.text.source(split).tokens
+        stride = self.config.context_stride
+        ends = loader.target_ends(len(tokens), largest=max(settings.contexts), stride=stride, targets=settings.targets)
+        batches = loader.context_windows(tokens, context, asked.batch, ends, stride)
+        return perplexity_in_context(
+            context=context,
+            stride=stride,
+            batches=batches,
+            progress=lambda done: asked.progress(done, batches.examples),
+            **self.text.scoring(asked, split),
+        )
+
+
+def prompt_lines(content: bytes, name: str) -> list[str]:
+    """Returns the lines of a file of prompts.
+
+    Args:
+      content: of the file.
+      name: of the option and the file, for messages.
+    Raises:
+      InputError: it is of another format than plain text.
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    check_plain(content[:HEAD], name)
+    return without_mark(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def with_kept_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:
+    """Returns a run's config with the tokenizer that lies beside its checkpoints."""
+    kept = as_path(workdir) / TOKENIZER
+    if not kept.exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))

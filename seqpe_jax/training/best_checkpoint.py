@@ -1,0 +1,134 @@
+"""Which checkpoint of a run is the best by a metric of its evaluations, each of which is stored beside its state."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import Place, as_path, from_json
+from seqpe_jax.training.checkpoint import FOLDER, renamed, steps_of, wrong_with
+from seqpe_jax.training.checksums import META, damage
+
+EVALUATION = "evaluation"  # what was measured of a state, in what lies beside it
+# Whether more of a metric is better.
+MORE_IS_BETTER = {
+    "loss": False,
+    "perplexity": False,
+    "bits_per_byte": False,
+    "top1": True,
+    "top5": True,
+    "contains": True,
+    "exact_match": True,
+    "exact_match_strict": True,
+    "f1": True,
+}
+
+
+def check_best(metric: str, known: Sequence[str]) -> str:
+    """Returns the metric as metrics.jsonl calls it, `eval/NAME@SCALE`.
+
+    Raises:
+      InputError: it is none of those that the run measures while it trains.
+    """
+    full = f"eval/{metric.removeprefix('eval/')}"
+    if full not in known:
+        names = ", ".join(name.removeprefix("eval/") for name in known)
+        raise InputError(f"checkpoint.best='{metric}' is not measured while this run trains: choose one of {names}")
+    return full
+
+
+class BestKept:
+    """Tells Orbax which checkpoint not to remove, however old it is: the best one, of equals the first."""
+
+    def __init__(self, workdir: str | os.PathLike, metric: str):
+        """Reads what is there, of which nothing may be damaged (`set_best_aside`)."""
+        self._metric, self._values = metric, _values(_folder(workdir), metric)
+
+    def note(self, step: int, meta: dict[str, Any]) -> None:
+        """Takes in a state that is about to be saved, with what lies beside it."""
+        value = _number(meta, self._metric)
+        if value is not None:
+            self._values[step] = value
+
+    def forget(self, step: int | None) -> None:
+        """Leaves a state out that could not be saved."""
+        self._values.pop(step, None)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint whether it stays; Orbax asks, with the steps that it has."""
+        there = [info.step for info in checkpoints]
+        best = _best({step: value for step, value in self._values.items() if step in there}, self._metric)
+        return [step == best for step in there]
+
+
+def best_step(workdir: str | os.PathLike, metric: str) -> tuple[int, float]:
+    """Returns the step of the best of a run's checkpoints, and its value.
+
+    Args:
+      metric: as the run's config has it; "" = it has none.
+
+    Raises:
+      InputError: there is no such checkpoint, or one is damaged that may be it.
+    """
+    if not metric:
+        raise InputError(
+            f"{workdir} has no best checkpoint: it was trained without checkpoint.best; use --which=latest"
+        )
+    folder, full = _folder(workdir), f"eval/{metric.removeprefix('eval/')}"
+    for path in steps_of(folder):
+        if wrong := wrong_with(path):
+            raise InputError(
+                f"checkpoint {path} is damaged ({wrong}) and may be the best: put back a copy of it, or use --which=latest"
+            )
+    values = _values(folder, full)
+    step = _best(values, full)
+    if step is None:
+        raise InputError(f"{workdir} has no best checkpoint yet: of none was {full} measured; use --which=latest")
+    return step, values[step]
+
+
+def set_best_aside(workdir: str | os.PathLike, metric: str) -> list[str]:
+    """Renames the best checkpoint where it is damaged, or one of which it is not known any more whether it is that.
+
+    Returns:
+      What was done, in words.
+    """
+    folder, told = _folder(workdir), []
+    for path in steps_of(folder):
+        wrong = damage(path, within=META.parts[0]) or ("" if (path / META).is_file() else f"{META} is missing")
+        if wrong:
+            told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {renamed(path)}")
+    while (step := _best(_values(folder, metric), metric)) is not None and (wrong := wrong_with(folder / str(step))):
+        name = renamed(folder / str(step))
+        told.append(f"checkpoint {folder / str(step)}, the best, is damaged ({wrong}): renamed to {name}")
+    return told
+
+
+def _folder(workdir: str | os.PathLike) -> Place:
+    return (as_path(workdir) / FOLDER).absolute()
+
+
+def _values(folder: Place, metric: str) -> dict[int, float]:
+    """The metric of each saved state of which it was measured, by step."""
+    values = {int(path.name): _number(_meta(path), metric) for path in steps_of(folder)}
+    return {step: value for step, value in values.items() if value is not None}
+
+
+def _meta(step: Place) -> dict[str, Any]:
+    """What lies beside a state. Raises: InputError: it is damaged."""
+    try:
+        return from_json((step / META).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {step} is damaged ({META} cannot be read: {error})") from error
+
+
+def _number(meta: dict[str, Any], metric: str) -> float | None:
+    value = meta.get(EVALUATION, {}).get(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _best(values: dict[int, float], metric: str) -> int | None:
+    """The step with the best value, of equals the first; None where there is none."""
+    sign = 1 if MORE_IS_BETTER[metric.removeprefix("eval/").partition("@")[0]] else -1
+    return max(sorted(values), key=lambda step: sign * values[step], default=None)

@@ -1,0 +1,138 @@
+"""The best checkpoint by a metric: it stays, whatever is restarted or damaged, and is found again."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from seqpe_jax import tasks
+from seqpe_jax.errors import InputError
+from seqpe_jax.reporting import tables
+from seqpe_jax.training import best_checkpoint, checksums
+from seqpe_jax.training.best_checkpoint import BestKept, best_step, check_best, set_best_aside
+from seqpe_jax.training.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside
+
+LOSS, TOP = "eval/loss@16", "eval/top1@8x8"
+
+
+def save(workdir, values, metric=LOSS, first=2, keep=1):
+    """Saves a state for each value of a metric, every second step; None = that one was not evaluated."""
+    checkpoints = Checkpoints(workdir, keep=keep, best_checkpoint=BestKept(workdir, metric))
+    for step, value in enumerate(values):
+        meta = {} if value is None else {"evaluation": {metric: value}}
+        checkpoints.save(first + 2 * step, {"w": jnp.full(4, first + 2.0 * step)}, {"seconds": 1.0} | meta)
+    checkpoints.close()
+
+
+def there(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    checksums._compared.cache_clear()  # as another process would see it
+
+
+def largest(step):
+    return max((path for path in (step / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "metric, values, expected",
+    [
+        (LOSS, [3.0, 2.0, 2.5, 2.6], (4, 2.0)),
+        (TOP, [30.0, 20.0, 25.0, 26.0], (2, 30.0)),
+        (LOSS, [2.0, 2.0, 2.0], (2, 2.0)),
+        (LOSS, [3.0, float("nan"), None, 4.0], (2, 3.0)),
+        (LOSS, [3.0, 2.0, 1.0], (6, 1.0)),
+    ],
+)
+def test_the_best_stays_beside_the_newest(tmp_path, metric, values, expected):
+    save(tmp_path, values, metric)
+    newest = 2 * len(values)
+    assert best_step(tmp_path, metric) == best_step(tmp_path, metric.removeprefix("eval/")) == expected
+    assert there(tmp_path) == sorted({str(expected[0]), str(newest)})
+    assert saved_step(tmp_path) == newest, "a run goes on from the newest, not from the best"
+
+
+def test_a_second_start_knows_the_best_of_the_first(tmp_path):
+    save(tmp_path, [3.0, 1.0, 2.0])
+    save(tmp_path, [1.5, 2.5], first=8)
+    assert there(tmp_path) == ["10", "4"] and best_step(tmp_path, LOSS) == (4, 1.0)
+    save(tmp_path, [0.5, 2.5], first=12)
+    assert there(tmp_path) == ["12", "14"] and best_step(tmp_path, LOSS) == (12, 0.5)
+
+
+def test_a_state_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1, best_checkpoint=BestKept(tmp_path, LOSS))
+    for step, value, fails in ((2, 2.0, False), (4, 1.0, True), (6, 3.0, False), (8, 4.0, False)):
+        with monkeypatch.context() as broken:
+            if fails:
+                broken.setattr("seqpe_jax.training.checkpoint.write_digests", lambda *_, **__: 1 / 0)
+            checkpoints.save(step, {"w": jnp.ones(4)}, {"evaluation": {LOSS: value}})
+            if fails:
+                with pytest.raises(SaveFailed):
+                    checkpoints.wait()
+            checkpoints.wait()
+    checkpoints.close()
+    assert there(tmp_path) == ["2", "8"] and best_step(tmp_path, LOSS) == (2, 2.0)
+
+
+def test_a_damaged_best_is_not_read_and_is_set_aside_by_the_next_start(tmp_path):
+    save(tmp_path, [1.0, 2.0, 3.0], keep=2)
+    flip(largest(tmp_path / "checkpoints" / "2"))
+    with pytest.raises(
+        InputError, match="checkpoints/2 is damaged .* may be the best: put back a copy .*--which=latest"
+    ):
+        best_step(tmp_path, LOSS)
+    assert set_aside(tmp_path) == [] and saved_step(tmp_path) == 6
+    [told] = set_best_aside(tmp_path, LOSS)
+    assert "checkpoints/2, the best, is damaged" in told and told.endswith("renamed to 2.damaged")
+    assert set_best_aside(tmp_path, LOSS) == []
+    save(tmp_path, [4.0], first=8, keep=2)
+    assert there(tmp_path) == ["2.damaged", "4", "6", "8"] and best_step(tmp_path, LOSS) == (4, 2.0)
+
+
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_a_value_that_is_damaged_does_not_say_which_is_the_best(tmp_path, how):
+    """A flipped digit would make another one the best, and a missing one let the best be removed."""
+    save(tmp_path, [1.0, 2.0, 3.0], keep=3)
+    path = tmp_path / "checkpoints" / "4" / "meta" / "metadata"
+    assert json.loads(path.read_text())["evaluation"] == {LOSS: 2.0}
+    if how == "flipped":
+        path.write_text(path.read_text().replace("2.0", "0.2"))
+    else:
+        path.unlink()
+    checksums._compared.cache_clear()
+    with pytest.raises(InputError, match="checkpoints/4 is damaged"):
+        best_step(tmp_path, LOSS)
+    [told] = set_best_aside(tmp_path, LOSS)
+    assert "renamed to 4.damaged" in told and best_step(tmp_path, LOSS) == (2, 1.0)
+
+
+def test_where_there_is_no_best_it_says_so(tmp_path):
+    save(tmp_path, [None, None], keep=2)
+    with pytest.raises(
+        InputError, match=f"has no best checkpoint yet: of none was {LOSS} measured; use --which=latest"
+    ):
+        best_step(tmp_path, LOSS)
+    with pytest.raises(InputError, match="was trained without checkpoint.best; use --which=latest"):
+        best_step(tmp_path, "")
+
+
+def test_a_metric_that_is_not_measured_is_refused_with_those_that_are():
+    known = [LOSS, "eval/perplexity@16"]
+    assert check_best("loss@16", known) == check_best(LOSS, known) == LOSS
+    for wrong in ("loss", "loss@32", "f1@16", "train/loss"):
+        with pytest.raises(InputError, match=f"'{wrong}' is not measured .*: choose one of loss@16, perplexity@16$"):
+            check_best(wrong, known)
+
+
+def test_of_every_metric_it_is_known_whether_more_is_better():
+    measured = {name for kind in (tasks.Text, tasks.Questions, tasks.Images) for name in kind.measured}
+    assert measured == best_checkpoint.MORE_IS_BETTER.keys()
+    for metric in (metric for metrics in tables.METRICS.values() for metric in metrics):
+        if metric.key in measured:
+            assert best_checkpoint.MORE_IS_BETTER[metric.key] == metric.more_is_better, metric.key

@@ -1,0 +1,252 @@
+"""The start of several processes: options, JAX's detection, the roll call, and what is said when it fails."""
+
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from seqpe_jax.distributed import processes
+from seqpe_jax.distributed import roll_call as line
+from seqpe_jax.errors import Failure, InputError
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[003-004]",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+
+CLUSTERS = (
+    *SLURM,
+    "OMPI_MCA_orte_hnp_uri",
+    "PRTE_MCA_prte_base_help_aggregate",
+    "KUBERNETES_SERVICE_HOST",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_COORDINATOR_PORT",
+)
+
+
+class Called(Exception):
+    """Stands for what would open a connection."""
+
+
+@pytest.fixture(autouse=True)
+def nobody_around(monkeypatch):
+    for name in CLUSTERS:
+        monkeypatch.delenv(name, raising=False)
+
+    def called(*arguments):
+        raise Called(*arguments[:2])
+
+    monkeypatch.setattr(line, "Lead", called)
+    monkeypatch.setattr(line, "Member", called)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"num_processes": 1}, {"coordinator": "a:99", "num_processes": 1, "process_id": 0}]
+)
+def test_alone_nothing_is_waited_for(given, monkeypatch):
+    monkeypatch.setattr(socket, "socket", Called)
+    processes.start({}, **given)
+    assert not processes.several() and processes.is_lead() and not processes.told_to_stop()
+    assert processes.as_the_lead(True) and not processes.as_the_lead(False)
+    processes.sync()
+    processes.finish()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"coordinator": "a:99"}, "--num-processes and --process-id is not given"),
+        ({"num_processes": 2}, "--coordinator and --process-id is not given"),
+        ({"num_processes": 2, "process_id": 2, "coordinator": "a:99"}, "--process-id=2 must be 0 to 1"),
+        ({"num_processes": 2, "process_id": 1, "coordinator": "a"}, "--coordinator=a must be HOST:PORT"),
+        ({"num_processes": 2, "process_id": 1, "coordinator": "a:70000"}, "--coordinator=a:70000 must be HOST:PORT"),
+    ],
+)
+def test_options_that_contradict_each_other(given, words):
+    with pytest.raises(InputError, match=words):
+        processes.start({}, **given)
+
+
+def test_slurm_tells_who_leads(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Called) as called:
+        processes.start({})
+    # Of this job's nodes the first leads; JAX's port for job 7 is the seventh of its range, the roll call below it.
+    assert called.value.args == (("node003", 61440 + 7 - 1), 5)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    processes.start({})
+    assert not processes.several()
+
+
+def test_a_cluster_that_cannot_be_read(monkeypatch):
+    for name, value in (SLURM | {"SLURM_NTASKS": "many"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Failure, match="could not be read.*--num-processes=1"):
+        processes.start({})
+    for name in SLURM:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:99")
+    with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS is set, but"):
+        processes.start({})
+
+
+def test_numbers_and_differences_in_words():
+    assert line.ranges([7, 1, 3, 4, 5]) == "1, 3-5, 7"
+    facts = {0: {"steps": "6", "seed": "0"}, 1: {"steps": "6", "seed": "0"}, 2: {"steps": "7", "seed": "0", "new": "x"}}
+    assert line.differences(facts) == [
+        "new: absent (process 0-1), x (process 2)",
+        "steps: 6 (process 0-1), 7 (process 2)",
+    ]
+    assert line.differences({0: {"a": "1"}, 1: {"a": "1"}}) == []
+
+
+class Left(BaseException):
+    """Stands for the end of a process, which here is a thread."""
+
+
+@pytest.fixture
+def roll_call(monkeypatch):
+    """Returns a function that runs a lead and members as threads: -> (the lead's error or None, who left or stayed)."""
+    monkeypatch.undo()
+    port = 20000 + (hash(time.monotonic_ns()) % 10000)
+    left = {}
+
+    def leave(code):
+        left[threading.current_thread().name] = code
+        raise Left
+
+    monkeypatch.setattr(line, "leave", leave)
+    monkeypatch.setattr(line, "LEAVE_SECONDS", 1.0)
+    monkeypatch.setattr(line, "ODD_SECONDS", 1.0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def call(count, members, seconds=1.0, own=None, data=None):
+        def member(process, facts):
+            joined = line.Member(("localhost", port), process, facts, 20.0)
+            if data:
+                joined.sync(facts=data[process])
+            left[threading.current_thread().name] = "stayed"
+
+        threads = [
+            threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}", daemon=True)
+            for place, (process, facts) in enumerate(members)
+        ]
+        lead = line.Lead(("localhost", port), count)
+        for thread in threads:
+            thread.start()
+        try:
+            lead.gather(own or {"steps": "6"}, seconds)
+            if data:
+                lead.sync(facts=data[0])
+            error = None
+        except (InputError, Failure) as found:
+            error = found
+            with pytest.raises(Left):
+                lead.end(2, "")
+        for thread in threads:
+            thread.join(3 if error and data else 30)  # where a process would end, a thread that waits stays
+        return error, left
+
+    return call
+
+
+def test_a_roll_call_of_equals(roll_call):
+    error, left = roll_call(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0)
+    assert error is None and left == {"1.0": "stayed", "2.1": "stayed"}
+
+
+def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_step(roll_call):
+    here, same = socket.gethostname(), [(1, {"steps": "6"}), (2, {"steps": "6"})]
+    data = dict.fromkeys(range(2), {"seed": "0", "train split of text_files": "62,003 tokens (fingerprint 0a1b)"})
+    data |= {2: {"seed": "0", "train split of text_files": "37,799 tokens (fingerprint 2c3d)"}}
+    error, left = roll_call(3, same, seconds=30.0, data=data)
+    assert isinstance(error, InputError) and "\n" not in str(error)
+    assert (
+        f"differ in train split of text_files: 62,003 tokens (fingerprint 0a1b) (process 0-1 on {here}), 37,799 tokens "
+        f"(fingerprint 2c3d) (process 2 on {here}). Give every host the same files"
+    ) in str(error)
+    assert 2 in left.values() and "stayed" not in left.values()
+
+
+def test_who_did_not_come_is_named_and_the_others_end(roll_call):
+    error, left = roll_call(6, [(2, {"steps": "6"})])
+    assert isinstance(error, Failure) and left["2.0"] == 2
+    assert "process 1, 3-5 of 6 did not come within 1 s" in str(error) and f"2 on {socket.gethostname()}" in str(error)
+
+
+@pytest.mark.parametrize(
+    "members, words",
+    [
+        ([(1, {"steps": "7"}), (2, {"steps": "6"})], "differ in steps: 6 \\(process 0, 2\\), 7 \\(process 1\\)"),
+        ([(1, {"steps": "6"}), (1, {"steps": "6"})], "two processes say that they are process 1"),
+    ],
+)
+def test_those_that_differ_are_named_and_all_end(roll_call, members, words):
+    error, left = roll_call(3, members, seconds=60.0)  # far less than that is waited once one does not fit
+    assert isinstance(error, InputError)
+    with pytest.raises(InputError, match=words):
+        raise error
+    assert [left[f"{process}.{place}"] for place, (process, _) in enumerate(members)] == [2, 2]
+
+
+def test_a_lead_that_does_not_come(monkeypatch):
+    monkeypatch.undo()
+    with socket.create_server(("localhost", 0)) as taken:
+        free = taken.getsockname()[1]
+    with pytest.raises(Failure, match=f"process 1 waited 0.5 s .* the lead, which did not come to localhost:{free}"):
+        line.Member(("localhost", free), 1, {}, 0.5)
+
+
+def test_a_taken_port():
+    with (
+        socket.create_server(("localhost", 0)) as taken,
+        pytest.raises(InputError, match="the lead cannot listen at port"),
+    ):
+        line.listen("localhost", taken.getsockname()[1])
+
+
+HOLES = """
+import ctypes, pathlib
+from seqpe_jax.distributed import processes as hosts
+
+def held():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+hosts.keep_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+blocks = [ctypes.c_void_p(c.malloc(size)) for _ in range(200) for size in (2**20, 64)]
+for block in blocks[::2]:
+    ctypes.memset(block, 1, 2**20)
+for block in blocks[::2]:
+    c.free(block)
+kept = held()
+hosts.give_back_memory()
+print(kept - held())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no allocator of glibc's")
+@pytest.mark.parametrize(
+    "told", [{}, {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000"}], ids=["kept", "let alone"]
+)
+def test_free_memory_between_pieces_in_use_is_given_back(told):
+    """200 free MiB with something in use after each, unless who started the command sets the allocator."""
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", HOLES], env=rest | told, capture_output=True, text=True, check=True)
+    given_back = int(done.stdout)
+    assert given_back < 20 if told else given_back > 180

@@ -1,0 +1,180 @@
+"""The mesh takes all devices or says why not."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as Spec
+
+from seqpe_jax.axes import BATCH, HEADS, LENGTH
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.errors import InputError
+from seqpe_jax.profiling.aot import GENERATIONS
+from tests.torus import devices_of
+
+
+def test_zero_takes_the_rest():
+    assert layout.make_mesh(0, 2).shape == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    assert layout.make_mesh(0, 1, 2, 2).shape == {"data": 2, "fsdp": 1, "context": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("data,fsdp", [(3, 1), (0, 3), (2, 2)])
+def test_axes_that_do_not_fit_are_named(data, fsdp):
+    with pytest.raises(InputError, match=f"mesh.data={data} x mesh.fsdp={fsdp} .* 8 devices"):
+        layout.make_mesh(data, fsdp)
+
+
+def test_an_axis_may_take_a_part_of_a_torus_side():
+    """What `jax.make_mesh` refuses."""
+    mesh = layout.make_mesh(0, 8, devices=devices_of("v5p:4x4x4"))
+    assert mesh.shape == {"data": 8, "fsdp": 8, "context": 1, "tensor": 1}
+    spans = np.ptp([[chip.coords for chip in row] for row in mesh.devices[:, :, 0, 0]], axis=1)
+    assert (spans.sum(axis=1) <= 4).all(), "8 chips of an axis lie together: half of a plane"
+
+
+TOPOLOGIES = [f"{name}:{sides}" for name, (_, usual, _) in GENERATIONS.items() for sides in usual]
+SMALL = [name for name in TOPOLOGIES if len(devices_of(name)) <= 256]
+# (fsdp, context, tensor): those of configs and docs, and axes that are wider than a host.
+MESHES = ((1, 1, 1), (8, 1, 1), (16, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 4), (1, 4, 2), (1, 8, 1), (1, 1, 16))
+
+
+def held_by(mesh, process, batch, monkeypatch):
+    """Returns what each device of a process gets of its local part of a batch: device -> rows."""
+
+    def assemble(shape, sharding, callback):
+        return {d: callback(at) for d, at in sharding.devices_indices_map(shape).items() if d.process_index == process}
+
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "make_array_from_callback", assemble)
+    rows = layout.rows_of_processes(mesh, len(batch))[process]
+    found = layout.to_global(mesh, {"tokens": batch[rows]})["tokens"]
+    monkeypatch.undo()
+    return found
+
+
+@pytest.mark.parametrize("topology, slices", [(name, 1) for name in TOPOLOGIES] + [(name, 2) for name in SMALL])
+def test_the_processes_of_a_slice_hold_a_batch_together(topology, slices, monkeypatch):
+    """Each row of a batch lies on the devices at its index of data and fsdp, and nowhere else."""
+    devices = devices_of(topology, slices)
+    for fsdp, context, tensor in MESHES:
+        if len(devices) // slices % (fsdp * context * tensor):
+            continue
+        mesh = layout.make_mesh(0, fsdp, context, tensor, devices)
+        count = layout.batch_shards(mesh)
+        grid = mesh.devices.reshape(count, -1)
+        expected = {}
+        for part, process in sorted({(part, one.process_index) for part, row in enumerate(grid) for one in row}):
+            expected.setdefault(process, []).append(part)
+        assert layout.parts_of_processes(mesh) == expected
+        if len(devices) > 64:
+            continue
+        batch = np.arange(count * 4).reshape(count * 2, 2)
+        for process in expected:
+            found = held_by(mesh, process, batch, monkeypatch)
+            assert found.keys() == {device for device in devices if device.process_index == process}
+            for part, row in enumerate(grid):
+                for device in found.keys() & set(row):
+                    np.testing.assert_array_equal(found[device], batch[2 * part : 2 * part + 2])
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_data_is_split_over_slices_first(number):
+    devices = devices_of("v5e:4x4", 2)
+    mesh = layout.make_mesh(0, 4, 2, 1, devices[::-1], number)
+    assert mesh.shape == {"data": 4, "fsdp": 4, "context": 2, "tensor": 1}
+    of_data = [{chip.slice_index for chip in part.flat} for part in mesh.devices]
+    assert of_data == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.parametrize(
+    "devices, sizes, number, words",
+    [
+        (
+            devices_of("v5e:4x4", 2),
+            (0, 1),
+            3,
+            "mesh.slices=3, but the 32 devices there are belong to 2 TPU slice.*=2, or 0",
+        ),
+        (devices_of("v5e:4x4"), (0, 1), 2, "mesh.slices=2, but the 16 devices .* belong to 1 TPU slice"),
+        (None, (0, 1), 2, "mesh.slices=2, but the 8 devices .* belong to 1 TPU slice"),
+        (
+            devices_of("v5e:4x4", 2),
+            (1, 16, 2),
+            0,
+            r"mesh.data=1 is not a multiple of the 2 TPU slices.*\(now 32\) .* 16",
+        ),
+        (devices_of("v5e:4x4", 3)[:-8], (0, 1), 0, "the TPU slices have 16, 16, 8 devices: give slices of one size"),
+    ],
+)
+def test_slices_that_do_not_fit_end_with_one_line(devices, sizes, number, words):
+    with pytest.raises(InputError, match=words) as caught:
+        layout.make_mesh(*sizes, devices=devices, slices=number)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pod_of_the_large_recipe():
+    """16 x 16 chips, on which the first process has rows of two sides of its block."""
+    mesh = layout.make_mesh(0, 16, devices=devices_of("v5e:16x16"))
+    parts, rows = layout.parts_of_processes(mesh), layout.rows_of_processes(mesh, 512)
+    assert (len(parts), parts[0], rows[0]) == (64, [0, 1, 16, 17], [0, 1, 2, 3, 32, 33, 34, 35])
+
+
+def test_a_batch_is_split_over_all_devices():
+    mesh = layout.make_mesh(4, 2)
+    batch = layout.to_global(mesh, {"tokens": np.arange(32).reshape(16, 2)})["tokens"]
+    assert batch.shape == (16, 2)
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(jax.device_get(batch), np.arange(32).reshape(16, 2))
+
+
+def state(**shapes):
+    params = {"model": {}, "encoding": {}}
+    for name, shape in shapes.items():
+        node = params
+        *path, last = name.split("__")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = jax.ShapeDtypeStruct(shape, np.float32)
+    return {"params": params, "opt_state": [{"mu": params, "count": jax.ShapeDtypeStruct((), np.int32)}]}
+
+
+def test_each_parameter_lies_as_its_rule_says():
+    found, whole = layout.with_shardings(
+        layout.make_mesh(1, 2, 1, 4),
+        state(
+            model__token_embedding__embedding=(50257, 8),
+            model__blocks_0__qkv__kernel=(8, 3, 4, 2),
+            model__blocks__layers__mlp_out__kernel=(5, 32, 8),
+            encoding__encoder__block_1__qkv__kernel=(7, 21),
+        ),
+    )
+    for tree in (found["params"], found["opt_state"][0]["mu"]):
+        specs = {
+            "/".join(entry.key for entry in path): leaf.sharding.spec
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        assert specs == {
+            "model/token_embedding/embedding": Spec(None, ("fsdp",)),
+            "model/blocks_0/qkv/kernel": Spec(("fsdp",), None, ("tensor",), None),
+            "model/blocks/layers/mlp_out/kernel": Spec(None, ("tensor",), ("fsdp",)),
+            "encoding/encoder/block_1/qkv/kernel": Spec(None, None),
+        }
+    assert found["opt_state"][0]["count"].sharding.spec == Spec()
+    held = 50257 * 8 * 4
+    assert whole == [
+        ("encoding/encoder/block_1/qkv/kernel", 7, "fsdp=2", 7 * 21 * 4 // 2),
+        ("model/token_embedding/embedding", 50257, "tensor=4", held - held // 4),
+    ]
+
+    words = layout.describe_whole(whole, shown=1)
+    assert words.endswith("at 1.2 MiB more: encoding/encoder/block_1/qkv/kernel (7 over fsdp=2) and 1 more")
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no rule .* parameter model/blocks_0/gate/kernel"):
+        layout.with_shardings(layout.make_mesh(8, 1), state(model__blocks_0__gate__kernel=(8, 8)))
+
+
+def test_arrays_in_use_are_split_where_they_divide():
+    spec = layout.Layout(layout.make_mesh(2, 1, 2, 2)).spec
+    assert spec((4, 6, 2, 3), (BATCH, LENGTH, HEADS, None)) == Spec(("data", "fsdp"), ("context",), ("tensor",), None)
+    assert spec((4, 7, 3), (BATCH, LENGTH, HEADS)) == Spec(("data", "fsdp"), None, None)

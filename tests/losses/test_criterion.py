@@ -1,0 +1,96 @@
+"""Contrastive and distillation losses against the PyTorch reference, and what each may not do."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqpe_jax.losses.contrastive import contrastive_loss
+from seqpe_jax.losses.distillation import distillation_loss
+from tests.goldens import close, load, under
+
+KEY = jax.random.PRNGKey(0)
+
+
+def test_contrastive(goldens):
+    spec, arrays = load(goldens, "criterion", "contrastive_a")
+    pivots, labels = arrays["in/pivot_pe"], jnp.asarray(arrays["in/labels"], jnp.int32)
+    candidates = arrays["in/neg_pe"].reshape(len(pivots), -1, pivots.shape[1])
+    losses = under(arrays, "out/loss/")
+    assert len(losses) == 8
+    for name, expected in losses.items():
+        per_head, smoothing, scale = re.fullmatch(r"mh(\d)_ls([\d.]+)_sc([\d.]+)", name).groups()
+        options = {
+            "heads": spec["num_heads"] if int(per_head) else None,
+            "label_smoothing": float(smoothing),
+            "scale": float(scale),
+        }
+        loss, grads = jax.value_and_grad(
+            lambda p, c, options=options: contrastive_loss(p, c, labels, **options), argnums=(0, 1)
+        )(pivots, candidates)
+        close(loss, expected, 1e-5, name)
+        close(grads[0], arrays[f"grad/pivot_pe/{name}"], 1e-5, name)
+        close(grads[1].reshape(arrays["in/neg_pe"].shape), arrays[f"grad/neg_pe/{name}"], 1e-5, name)
+
+
+def test_distillation(goldens):
+    spec, arrays = load(goldens, "criterion", "transfer_a")
+    main, indices = arrays["in/main_pe"], arrays["in/main_indices"].reshape(spec["batch"], -1)
+    student = arrays["in/trans_pe"].reshape(*indices.shape, -1)
+    losses = under(arrays, "out/loss/")
+    assert len(losses) >= 20
+    for name, expected in losses.items():
+        metric, beta, per_head, scale = re.fullmatch(r"(\w+?)_beta([\d.]+)_mh(\d)_sc([\d.]+)", name).groups()
+        options = {
+            "heads": spec["num_heads"] if int(per_head) else None,
+            "metric": metric.removesuffix("_div"),
+            "beta": float(beta),
+            "scale": float(scale),
+        }
+        loss, grads = jax.value_and_grad(
+            lambda m, s, options=options: distillation_loss(m[0][indices], s, **options), argnums=(0, 1)
+        )(main, student)
+        close(loss, expected, 1e-5, name)
+        close(grads[1].reshape(arrays["in/trans_pe"].shape), arrays[f"grad/trans_pe/{name}"], 1e-5, name)
+        teacher = arrays.get(f"grad/main_pe/{name}", np.zeros_like(main))
+        close(grads[0], teacher, 1e-5, name)
+
+
+def random(*shape):
+    return jax.random.normal(jax.random.fold_in(KEY, len(shape)), shape)
+
+
+def test_the_teacher_is_held_fixed_at_beta_one():
+    teacher, student = random(2, 5, 6), random(2, 5, 6) + 0.3
+    grads = jax.grad(lambda t, s: distillation_loss(t, s), argnums=(0, 1))(teacher, student)
+    assert float(jnp.abs(grads[0]).max()) == 0.0 and float(jnp.abs(grads[1]).max()) > 0
+    both = jax.grad(lambda t: distillation_loss(t, student, beta=0.5))(teacher)
+    assert float(jnp.abs(both).max()) > 0
+
+
+@pytest.mark.parametrize("metric", ["kl", "mse"])
+def test_rows_are_summed_where_elements_are_averaged(metric):
+    teacher, student = random(2, 5, 6), random(2, 5, 6) * 0.9
+    elements = distillation_loss(teacher, student, metric=metric)
+    assert float(distillation_loss(teacher, student, metric=metric, reduction="rows")) == pytest.approx(5 * elements)
+    assert float(distillation_loss(teacher, teacher, metric=metric)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_one_head_is_the_whole_vector():
+    pivots, candidates, labels = random(3, 8), random(3, 4, 8), jnp.array([0, 3, 1])
+    assert contrastive_loss(pivots, candidates, labels, heads=1) == contrastive_loss(pivots, candidates, labels)
+
+
+def test_pivots_below_the_floor_of_the_contrastive_loss_are_left_alone():
+    """Each pivot is held to the floor by itself, in each head: one that is near enough does not hide one that is not."""
+    near, far = jnp.array([4.0, 0.0]), jnp.array([0.0, 1.0])
+    pivots, candidates = jnp.stack([near, far]), jnp.broadcast_to(jnp.stack([near, far]), (2, 2, 2))
+    labels = jnp.array([0, 0])  # the second pivot's nearest is the first candidate, from which it is far
+    single = [float(contrastive_loss(pivots[i : i + 1], candidates[i : i + 1], labels[i : i + 1])) for i in (0, 1)]
+    assert single[0] < 0.5 < single[1]
+    loss, grads = jax.value_and_grad(lambda p: contrastive_loss(p, candidates, labels, floor=0.5))(pivots)
+    assert float(loss) == pytest.approx((0.5 + single[1]) / 2)
+    assert not np.asarray(grads[0]).any() and np.asarray(grads[1]).any()
+    assert contrastive_loss(pivots, candidates, labels, floor=0.0) == contrastive_loss(pivots, candidates, labels)

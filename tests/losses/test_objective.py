@@ -1,0 +1,80 @@
+"""The terms of a step, computed again by hand from its positions and vectors."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.models.build import mask_key
+from seqpe_jax.training.trainer import Trainer
+from tests.tiny import random_params, tiny_config
+
+LOGITS = {"objective__contrastive__space": "logits", "objective__distillation__weight": 0.0, "model__layers": 2}
+
+
+@pytest.mark.parametrize(("scales", "floor"), [((1.0, 4.0), 0.0), ((), 0.0), ((1.0, 4.0), 3.0)])
+def test_each_head_has_its_scale_in_the_contrastive_loss(scales, floor):
+    fields = {"encoding__qk": "multi", "model__heads": 3, "encoding__position_heads": 2, "encoding__feature_width": 5}
+    fields |= LOGITS | {"objective__contrastive__scale": 1.5, "encoding__scalar_scale": 10.0}
+    fields |= {"objective__contrastive__head_scales": scales, "objective__contrastive__floor": floor}
+    run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
+    objective, params = run.objective, random_params(run, 0.5)["encoding"]
+    draws = jax.jit(objective.draw)(jax.random.PRNGKey(2), 5)
+
+    @jax.jit
+    def terms_and_vectors(params):
+        found = objective.vectors_and_terms(params, draws, jax.random.PRNGKey(0), True)[1]
+        pairs = draws.contrastive.pivots_BA, draws.contrastive.candidates_BCA.reshape(-1, 1)
+        return found, [
+            objective.architecture.encoding.apply({"params": params}, part, method="vectors") for part in pairs
+        ]
+
+    terms, (pivots_BE, candidates_RE) = terms_and_vectors(params)
+    kernel, bias = (np.asarray(params["qk_map"][name], np.float64) for name in ("kernel", "bias"))
+    batch, labels, losses = len(pivots_BE), np.asarray(draws.contrastive.labels_B), []
+    for layer, head, pivot in np.ndindex(2, 2, batch):
+        columns = slice(5 * head, 5 * head + 5)
+        query = (np.asarray(pivots_BE[pivot]) @ kernel[layer] + bias[layer])[:10][columns]
+        near = np.asarray(candidates_RE).reshape(batch, -1, 24)[pivot]
+        keys = (near @ kernel[layer] + bias[layer])[:, 10:][:, columns]
+        logits = 1.5 * (scales[head] if scales else 1.0) * 10.0 * keys @ query / np.sqrt(24 // 3)
+        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[pivot]])
+    assert np.ptp(losses) > 0.1 and min(losses) < 3.0 < max(losses)
+    assert float(terms["contrastive"]) == pytest.approx(np.mean(np.maximum(losses, floor)), rel=1e-4)
+
+
+def mask(bits, sharding=None):
+    """Where dropout keeps numbers, of an array that lies as a sharding says."""
+    drop = nn.Dropout(0.5, deterministic=False)
+
+    def drawn(key):
+        ones = (
+            jax.lax.with_sharding_constraint(jax.numpy.ones((8, 4, 16)), sharding) if sharding else np.ones((8, 4, 16))
+        )
+        return drop.apply({}, ones, rngs={"dropout": mask_key(key, bits)})
+
+    return np.asarray(jax.jit(drawn)(jax.random.PRNGKey(3))) > 0
+
+
+@pytest.mark.parametrize("bits", ["threefry", "rbg"])
+def test_masks_are_the_same_however_the_array_lies(bits):
+    """Of rbg on CPU and GPU, where each device draws all of them; on TPU each draws its own part."""
+    alone, meshes = mask(bits), ((8, 1, 1), (2, 2, 2))
+    assert 0.4 < alone.mean() < 0.6 and len({row.tobytes() for row in alone}) == 8
+    for data, fsdp, context in meshes:
+        mesh = layout.make_mesh(data, fsdp, context)
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(layout.BATCH_AXES, "context"))
+        np.testing.assert_array_equal(mask(bits, sharding), alone)
+
+
+def test_the_choice_of_bits_is_read_and_touches_masks_alone():
+    assert (mask("threefry") != mask("rbg")).mean() > 0.3
+    ours, auto = (Trainer.of(tiny_config(precision__random_bits=bits), jax.devices()[:1]) for bits in ("rbg", "auto"))
+    assert (ours.objective.random_bits, auto.objective.random_bits) == ("rbg", "threefry"), "a CPU's default"
+    assert auto.config.precision.random_bits == "threefry", "config.json says which"
+    key = jax.random.PRNGKey(1)
+    draws = [jax.jit(run.objective.draw)(key, 5) for run in (ours, auto)]
+    assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, draws), strict=True)), "positions stay"
+    keys = [run.objective._masks(key, "model dropout") for run in (ours, auto)]
+    assert "rbg" in str(keys[0].dtype) and keys[1].shape == (2,)

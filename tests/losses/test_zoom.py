@@ -1,0 +1,95 @@
+"""Zoomed steps: parts of images as Pillow enlarges them, at the positions that they have in the whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from seqpe_jax.losses.zoom import zoom
+from seqpe_jax.positions import sampling
+from seqpe_jax.positions.grids import Spacing
+from seqpe_jax.training.trainer import Trainer
+from tests.serving.test_exported import vit_config
+from tests.tiny import random_params
+
+WHOLE = [[0.0, 1.0], [0.0, 1.0]]
+BOXES = np.array([[[0.2, 0.5], [0.45, 0.5]], [[0.0, 0.75], [0.25, 0.75]], WHOLE], np.float32)
+IMAGES = np.random.default_rng(0).normal(size=(6, 16, 12, 2)).astype(np.float32)
+
+
+def test_a_part_is_enlarged_as_pillow_does():
+    """Sample i shows box i mod 3; pixels beyond a box are read where the kernel reaches there."""
+    found = np.asarray(jax.jit(zoom)(IMAGES, BOXES))
+    for index, channel in np.ndindex(6, 2):
+        (top, tall), (left, wide) = BOXES[index % 3].astype(float)
+        box = (12 * left, 16 * top, 12 * (left + wide), 16 * (top + tall))
+        picture = Image.fromarray(IMAGES[index, ..., channel])
+        expected = np.asarray(picture.resize((12, 16), Image.Resampling.BICUBIC, box=box))
+        np.testing.assert_allclose(found[index, 1:-1, 1:-1, channel], expected[1:-1, 1:-1], atol=1e-2)
+        assert np.abs(expected - IMAGES[index, ..., channel]).max() > 0.1 or index % 3 == 2
+
+
+def test_the_whole_of_an_image_is_the_image():
+    np.testing.assert_allclose(jax.jit(zoom)(IMAGES, np.array([WHOLE], np.float32)), IMAGES, atol=1e-5)
+
+
+def test_a_part_of_a_clip_has_all_its_frames():
+    clips = np.random.default_rng(1).normal(size=(2, 3, 8, 8, 1)).astype(np.float32)
+    box = [[0.25, 0.5], [0.5, 0.5]]
+    found = zoom(clips, np.array([[[0.0, 1.0], *box]], np.float32))
+    expected = zoom(clips.reshape(6, 8, 8, 1), np.array([box], np.float32)).reshape(clips.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+ZOOMED = {
+    "objective__zoom__rate": 1.0,
+    "objective__shift__sets": 2,
+    "objective__contrastive__weight": 0.0,
+    "objective__distillation__weight": 0.0,
+}
+
+
+@functools.cache
+def zoomed():
+    settings = vit_config(**ZOOMED)
+    assert (settings.encoding.unit, settings.encoding.resize, settings.grid) == (10, "stretch", (4, 4))
+    return Trainer.of(settings, jax.devices()[:1])
+
+
+def test_the_positions_of_a_zoomed_step_are_those_of_its_boxes():
+    draws = jax.jit(zoomed().objective.draw)(jax.random.PRNGKey(0), 3)
+    assert bool(draws.moved) and draws.boxes_PA2.shape == (2, 2, 2)
+    assert len(np.unique(draws.boxes_PA2[..., 0])) == 4, "each set and axis begins elsewhere"
+    for box_A2, found_LA in zip(np.asarray(draws.boxes_PA2, np.float64), np.asarray(draws.positions_PLA), strict=True):
+        for place, (row, column) in enumerate(np.ndindex(4, 4)):
+            for axis, at in enumerate((row, column)):
+                first, length = box_A2[axis]
+                middle = (first + (at + 0.5) / 4 * length) * 4 * 10  # of a patch of the part, in tenths of a whole one
+                assert abs(found_LA[place, axis] - (middle - 0.5)) <= 0.5 + 1e-3
+
+
+def test_the_frames_of_a_zoomed_clip_stand_where_they_do():
+    boxes_PA2 = sampling.boxes(jax.random.PRNGKey(0), sets=3, axes=3, smallest=0.3)
+    spacing, shape = Spacing(10, (0, 4, 4)), (3, 4, 4)
+    found, whole = spacing.part(shape, boxes_PA2), spacing.grid(shape)
+    assert (boxes_PA2[:, 0] == jnp.array([0.0, 1.0])).all()
+    np.testing.assert_array_equal(found[..., 0], np.broadcast_to(whole[:, 0], found.shape[:2]))
+    frame = Spacing(10, (4, 4)).part((4, 4), boxes_PA2[:, 1:])
+    np.testing.assert_array_equal(found[..., 1:].reshape(3, 3, 16, 2), np.stack([frame] * 3, axis=1))
+
+
+@pytest.mark.slow
+def test_a_zoomed_step_reads_the_parts_of_its_images():
+    run = zoomed()
+    objective, key = run.objective, jax.random.PRNGKey(0)
+    draw = np.random.default_rng(0)
+    batch = {"images": jnp.asarray(draw.normal(size=(4, 8, 8, 1)), jnp.float32), "labels": jnp.arange(4)}
+    loss = jax.jit(lambda params, batch: objective.loss(params, batch, key, jnp.int32(3))[0])
+    params, draws = random_params(run, 0.3), jax.jit(objective.draw)(key, 3)
+    enlarged = batch | {"images": zoom(batch["images"], draws.boxes_PA2), "draws": draws._replace(boxes_PA2=None)}
+    expected = float(loss(params, enlarged))
+    assert float(loss(params, batch)) == pytest.approx(expected, abs=1e-5)
+    assert abs(float(loss(params, enlarged | {"images": batch["images"]})) - expected) > 1e-3

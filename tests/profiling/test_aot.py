@@ -1,0 +1,244 @@
+"""The training step compiled for TPU slices: what fits, what does not, what cannot be; needs libtpu, and no TPU."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from seqpe_jax.errors import InputError
+from seqpe_jax.profiling import aot
+from tests.commands import ROOT, Commands
+
+CONFIG = "tests/tiny_text.py"
+SLICE = "v5e:2x2"
+
+
+@pytest.fixture(scope="module")
+def libtpu() -> str:
+    """Where libtpu is, "" for this environment's own; installed into a folder of its own where it is not."""
+    if importlib.util.find_spec("libtpu"):
+        return ""
+    pin = aot.libtpu()
+    assert re.fullmatch(r"libtpu==[\d.*]+", pin)
+    folder = pathlib.Path(tempfile.gettempdir()) / f"seqpe_jax_test_{re.sub('[^a-z0-9.]', '_', pin)}"
+    if not (folder / "libtpu").is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+            install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={part}/new", pin]
+            try:
+                done = subprocess.run([*install, "--retries=1"], capture_output=True, text=True, timeout=300)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"{pin} cannot be installed within five minutes")
+            if done.returncode:
+                pytest.skip(f"{pin} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+            os.rename(f"{part}/new", folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def commands(libtpu, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        if libtpu:
+            patch.setenv("PYTHONPATH", libtpu, prepend=os.pathsep)
+        running = Commands(tmp_path_factory.mktemp("cache"))
+    yield running
+    running.close()
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_and_measured_without_data(commands, tmp_path):
+    fields = ["--config.mesh.fsdp=2", "--config.optimizer.accumulate=2", "--config.data.paths=no-such-file"]
+    output = tmp_path / "made" / "fits.json"
+    result = commands("aot", f"--config={CONFIG}:rotary", f"--topology={SLICE}", f"--output={output}", *fields)
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert (found["topology"], found["devices"], found["chip"]) == (SLICE, 4, "TPU v5e")
+    assert (found["mesh"]["data"], found["mesh"]["fsdp"]) == (2, 2)
+    memory, parameters = found["memory"], 256 * 24 + 12 * 24**2
+    # Matrices are split in two; biases and norms are whole.
+    assert 0.5 * 4 * parameters <= memory["parameters"] < 0.7 * 4 * parameters
+    assert memory["optimizer"] == 2 * memory["parameters"] + 4 * 4, "two moments, and the counters of two parts"
+    assert memory["batch"] == 8 * 17 * 4 // 4
+    parts = [memory[name] for name in memory if name not in ("total", "hbm", "shortfall")]
+    assert sum(parts) == memory["total"] < memory["hbm"] == 16 * 2**30 and memory["shortfall"] == 0
+    assert memory["temporaries"] > 0
+    sent = found["collectives"]
+    assert sent["all-gather"]["count"] > 0, "what fsdp splits in store is gathered"
+    assert sum(one["bytes"] for one in sent.values()) > 4 * parameters / 2
+    per_token = 2 * 12 * 24**2 + 4 * 16 * 24 + 2 * 24 * 256
+    assert found["flops_full_attention"] == 3 * 8 * 16 * per_token
+    assert found["flops"] == 3 * 8 * 16 * (per_token - 2 * 16 * 24)
+    bound = found["roofline"]
+    assert bound["flops"] == pytest.approx(found["flops_full_attention"] / 4, rel=0.05) and not bound["kernels"]
+    assert bound["mfu"] == pytest.approx(found["flops"] / (4 * 197e12 * bound["seconds"]))
+    assert bound["links"].keys() == {"x", "y"} and bound["compiler_s"] > 0 and bound["memory_s"] > 0
+    assert "gather over fsdp (" in result.out and f"bound: {bound['bound']}; a step takes" in result.out
+    assert re.search(r"\| total needed \| [\d.]+ \|", result.out) and "all-gather" in result.out
+
+
+@pytest.mark.slow
+def test_a_step_of_two_slices(commands, tmp_path):
+    """Gradients are summed between slices over the network, of which nothing is known but the bytes."""
+    output = tmp_path / "fits.json"
+    fields = ["--config.mesh.fsdp=2", "--config.mesh.slices=2"]
+    result = commands("aot", f"--config={CONFIG}:rotary", f"--topology=2x{SLICE}", f"--output={output}", *fields)
+    assert result.code == 0, result.err
+    found = json.loads(output.read_text())
+    assert (found["topology"], found["devices"], found["rows"]) == (f"2x{SLICE}", 8, {"0": 4, "1": 4})
+    assert found["mesh"] == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    [between] = [one for one in found["roofline"]["collectives"] if one["over"] == ["network"]]
+    parameters = 256 * 24 + 12 * 24**2
+    assert (between["kind"], between["axes"], between["seconds"]) == ("all-reduce", ["data"], None)
+    assert between["bytes"] >= 4 * parameters / 4, "each device of a slice sends its own quarter"
+    assert "2 process(es), each of which reads 4 row(s) of a batch" in result.out
+    assert "what goes over the network, whose rate is not known, is not in the bound" in result.out
+
+
+TOPOLOGIES = """
+from seqpe_jax.profiling import slices
+from seqpe_jax.distributed.sharding import slice_of
+from tests.torus import devices_of
+
+def facts(devices):
+    return [
+        (one.id, one.process_index, tuple(one.coords), one.core_on_chip, one.device_kind, one.platform, slice_of(one))
+        for one in devices
+    ]
+
+for name, (_, usual, _) in slices.GENERATIONS.items():
+    for topology in (f"{name}:{sides}" for sides in usual):
+        assert facts(slices.devices_of(topology)) == facts(devices_of(topology)), topology
+    assert facts(slices.devices_of(f"3x{name}:{usual[1]}")) == facts(devices_of(f"{name}:{usual[1]}", 3)), name
+"""
+
+
+@pytest.mark.slow
+def test_slices_of_the_tests_are_those_of_libtpu(libtpu):
+    """What `tests/torus.py` says of every slice, by which meshes are tested where libtpu is not."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-c", TOPOLOGIES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_ends_with_the_missing_bytes(commands):
+    fields = ["--config.batch_size=1048576", "--config.mesh.fsdp=4"]
+    result = commands("aot", f"--config={CONFIG}:rotary", f"--topology={SLICE}", *fields)
+    assert result.code == 1, result.err
+    short = re.search(r"does not fit: ([\d,]+) bytes short", result.err)
+    assert short and int(short.group(1).replace(",", "")) > 2**30, result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "topology, fields, words",
+    [
+        ("v5e:3x3", [], ["v5e:3x3", "Did you mean 'v5e:"]),
+        (SLICE, ["--config.mesh.fsdp=3"], ["mesh.fsdp=3", "4 devices"]),
+        (SLICE, ["--config.batch_size=6"], ["batch_size=6"]),
+        (f"2x{SLICE}", ["--config.mesh.fsdp=8"], ["mesh.data=1", "2 TPU slices"]),
+        (SLICE, ["--config.data.tokenizer=none.json"], ["none.json", "model.vocabulary"]),
+    ],
+)
+def test_what_cannot_be_compiled_ends_with_one_line(commands, topology, fields, words):
+    result = commands("aot", f"--config={CONFIG}:rotary", f"--topology={topology}", *fields)
+    assert result.code == 2
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    "topology, words",
+    [
+        ("v9:2x2", "no TPU 'v9'"),
+        ("v5e", "write v5e:AxB"),
+        ("v5e:4x", "write v5e:AxB.* Did you mean 'v5e:4x"),
+        ("v5p:4x4", "write v5p:AxBxC"),
+        ("v5e:32x32", "1024 chips.*at most 256"),
+        ("2xv9:2x2", "no TPU 'v9' .*2xv9:2x2.*or 2xv5e:4x4"),
+        ("2xv5e:4x", "write v5e:AxB.* Did you mean 'v5e:4x"),
+        ("0xv5e:4x4", "no TPU '0xv5e'"),
+        ("999999xv5e:4x4", "15999984 chips: give at most 65536"),
+    ],
+)
+def test_a_slice_that_does_not_exist(topology, words):
+    with pytest.raises(InputError, match=words):
+        aot.devices_of(topology)
+
+
+def test_without_libtpu_one_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(InputError, match="pip install 'libtpu=="):
+        aot.devices_of(SLICE)
+
+
+@pytest.mark.parametrize(
+    "message, needed",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded", 23.5),
+        ("the total memory required for HLO temporaries (32.79G) exceeds available HBM (15.75G).", 32.79),
+    ],
+)
+def test_what_the_compiler_says_of_too_little_memory(message, needed):
+    error = aot.jax.errors.JaxRuntimeError(message)
+    assert aot._refused(error) == (int(needed * 2**30), int(15.75 * 2**30))
+
+
+def test_other_complaints_of_the_compiler_are_not_hidden():
+    with pytest.raises(aot.jax.errors.JaxRuntimeError, match="something else"):
+        aot._refused(aot.jax.errors.JaxRuntimeError("INTERNAL: something else"))
+
+
+KERNEL = """
+import json
+import sys
+import jax
+from seqpe_jax import config
+from seqpe_jax.profiling import slices
+from seqpe_jax.training.trainer import Trainer
+from seqpe_jax.distributed import sharding as layout
+fields = dict(field.split("=") for field in sys.argv[2:])
+settings = config.load(sys.argv[1], {name: json.loads(value) for name, value in fields.items()})
+run = Trainer.of(settings, slices.devices_of("v5e:2x2"), data_there=False)
+split = layout.batch_sharding(run.mesh)
+batch = {
+    name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
+    for name, leaf in run.task.example.items()
+}
+text = run.train_step().lower(run.shapes, batch).compile().as_text()
+print("kernels", text.count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+def test_a_step_on_tpu_runs_the_attention_kernel(libtpu):
+    """Forward, gradient of queries, gradient of keys: for each device its own heads and queries, whatever its heads see."""
+    fields = [
+        "data.length=384",
+        "encoding.max_position=1000",
+        "batch_size=4",
+        "mesh.tensor=2",
+        "mesh.context=2",
+        "encoding.rotary_pairs=4",
+        "encoding.rotary_heads=1",
+        "encoding.position_heads=1",
+        "encoding.feature_width=3",
+        "encoding.log_scaling=true",
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-c", KERNEL, f"{CONFIG}:seqpe", *fields]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernels 3" in done.stdout
