@@ -178,10 +178,11 @@ def serve(before: str) -> None:
     """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
     from absl import flags
 
-    from seqpe_jax.sweeps import run
-    from seqpe_jax.training import (
-        trainer,  # noqa: F401
-    )
+    from seqpe_jax import loading  # noqa: F401  imported once, for all forks
+    from seqpe_jax.cli import common  # noqa: F401
+    from seqpe_jax.distributed import progress  # noqa: F401
+    from seqpe_jax.sweeps import run, search  # noqa: F401
+    from seqpe_jax.training import checkpoint, trainer  # noqa: F401
 
     run.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests

@@ -86,12 +86,12 @@ def test_a_command_works_where_what_it_says_goes_nowhere(closed, done, code):
     """In a process of its own, whose standard streams are closed before Python starts."""
     script = f"""
 import sys
-from seqpe_jax import command
+from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
 sys.argv = ["command"]
 def main():
     {done}
-command.run(main)
+common.run(main)
 """
     words = f"{shlex.join([sys.executable, '-c', script])} {closed}"
     result = subprocess.run(words, shell=True, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
@@ -164,12 +164,12 @@ def test_what_is_set_of_the_compile_cache_is_left_as_it_is(monkeypatch):
 
 PROGRAM = """
 import sys, types
-from seqpe_jax import command
+from seqpe_jax.cli import common
 from seqpe_jax.distributed import processes as hosts
 
 hosts.ctypes = types.SimpleNamespace(CDLL=lambda name: types.SimpleNamespace(mallopt=lambda *option: print(*option)))
 sys.argv = ["program"]
-command.run(lambda: print("main"))
+common.run(lambda: print("main"))
 """
 
 

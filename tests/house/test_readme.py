@@ -42,7 +42,7 @@ def options(module: pathlib.Path) -> set[str]:
         node.args[0].value for node in calls if getattr(node.func, "attr", "").startswith(("DEFINE_", "define_path"))
     }
     joins = any(getattr(node.func, "attr", "") == "define_hosts" for node in calls)
-    return own | (options(module.with_name("command.py")) if joins else set())
+    return own | (options(module.with_name("common.py")) if joins else set())
 
 
 def check_train(arguments: dict[str, str]) -> None:
@@ -64,7 +64,7 @@ def test_a_command_of_the_pages_exists(page, words, monkeypatch):
         return
     assert words[:2] == ["python", "-m"], f"{page}: this test does not know the command {' '.join(words)}"
     package, _, name = words[2].partition(".")
-    module = ROOT / package / f"{name}.py"
+    module = ROOT / package / "cli" / f"{name}.py"
     assert package == "seqpe_jax" and module.is_file(), f"no module {words[2]}"
     known = options(module)
     arguments = {}

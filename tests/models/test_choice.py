@@ -82,9 +82,10 @@ def test_what_is_chosen(device, fields, expected):
 
 def test_narrow_features_are_joined_where_products_are_exact():
     fields = {"features": 16, "dtype": jnp.float32}
-    joins = lambda device, **fields: attention_dispatch.choose("blocks", 0, shapes(**fields), device=device).keywords[
-        "join"
-    ]  # noqa: E731
+
+    def joins(device, **fields):
+        return attention_dispatch.choose("blocks", 0, shapes(**fields), device=device).keywords["join"]
+
     assert joins(CPU, **fields) and not joins(CPU, **fields | {"features": 17}) and not joins(CPU, dtype=jnp.float32)
     assert not joins(H200, **fields) and not joins(CPU, features=16)
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
-from seqpe_jax.data.datasets.text_base import SPLITS, DocumentBuilder, Documents, chance, describe_file
+from seqpe_jax.data.datasets.base import SPLITS, chance, describe_file
+from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents
 from seqpe_jax.data.formats import without_mark
 from seqpe_jax.errors import InputError
 

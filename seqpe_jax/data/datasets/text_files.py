@@ -7,15 +7,8 @@ from collections.abc import Iterator, Mapping
 import tensorflow_datasets as tfds
 import tqdm
 
-from seqpe_jax.data.datasets.text_base import (
-    SPLITS,
-    DocumentBuilder,
-    Documents,
-    chance,
-    character_start,
-    describe_file,
-    read_text,
-)
+from seqpe_jax.data.datasets.base import SPLITS, chance, describe_file
+from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents, character_start, read_text
 from seqpe_jax.data.files import Found, find
 from seqpe_jax.data.formats import check_text_file
 from seqpe_jax.errors import InputError

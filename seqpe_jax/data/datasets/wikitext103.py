@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 import tqdm  # TFDS brings it
 
 from seqpe_jax.data.cache import locked
-from seqpe_jax.data.datasets.text_base import SPLITS, DocumentBuilder, Documents, check_utf8, describe_file
+from seqpe_jax.data.datasets.base import SPLITS, describe_file
+from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents, check_utf8
 from seqpe_jax.data.files import Found, absolute, find
 from seqpe_jax.data.formats import check_text_file, without_mark
 from seqpe_jax.errors import InputError
