@@ -1,6 +1,17 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
 from seqpe_jax.config.conditions import check_options
+from seqpe_jax.config.encodings import (
+    ADDED_PAIRS,
+    GATED,
+    GRID_ONLY,
+    REAL_POSITIONS,
+    TEXT_ONLY,
+    EncodingConfig,
+    EncodingKind,
+    digits_of,
+    encoding_name,
+)
 from seqpe_jax.config.io import (
     FREE_SECTIONS,
     LOCAL,
@@ -20,29 +31,18 @@ from seqpe_jax.config.io import (
     unknown_field,
     with_encoding,
 )
-from seqpe_jax.config.kinds import (
-    ADDED_PAIRS,
-    GATED,
-    GRID_ONLY,
-    REAL_POSITIONS,
-    TEXT_ONLY,
-    EncodingKind,
-    encoding_name,
-)
 from seqpe_jax.config.lengths import lengths_of, with_lengths
 from seqpe_jax.config.schema import (
     Config,
     ContrastiveConfig,
     DataConfig,
     DistillationConfig,
-    EncodingConfig,
     MeshConfig,
     MixingConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ShiftConfig,
-    digits_of,
 )
 from seqpe_jax.config.scripts import located
 from seqpe_jax.config.validate import LARGEST_UNITS, check_positions, check_size, profile_window

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import ml_collections
 
-from seqpe_jax.config.kinds import GATED, IMAGES, SEQPE, EncodingKind
+from seqpe_jax.config.encodings import GATED, SEQPE, EncodingConfig, EncodingKind
+from seqpe_jax.config.kinds import IMAGES
 from seqpe_jax.config.limits import LARGEST, check_range
 from seqpe_jax.config.limits import told as shown
-from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig, EncodingConfig
+from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig
 from seqpe_jax.config.scripts import located, module_of, told
 from seqpe_jax.config.validate import check
 from seqpe_jax.errors import InputError, suggest

@@ -4,8 +4,16 @@ import math
 import re
 from typing import get_args
 
-from seqpe_jax.config.kinds import GRID_ONLY, REAL_POSITIONS, TEXT_ONLY, TEXTS, EncodingKind
-from seqpe_jax.config.schema import Config, EncodingConfig, digits_of
+from seqpe_jax.config.encodings import (
+    GRID_ONLY,
+    REAL_POSITIONS,
+    TEXT_ONLY,
+    EncodingConfig,
+    EncodingKind,
+    digits_of,
+)
+from seqpe_jax.config.kinds import TEXTS
+from seqpe_jax.config.schema import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits, largest_position
 
