@@ -5,8 +5,8 @@ import zipfile
 import pytest
 
 from seqpe_jax.data.datasets import BUILDERS, builder_class, stdlib_text, wikitext103
-from seqpe_jax.data.datasets.squad_long import SquadLong
 from seqpe_jax.data.datasets.base import SPLITS
+from seqpe_jax.data.datasets.squad_long import SquadLong
 from seqpe_jax.data.datasets.text_base import pieces
 from seqpe_jax.data.datasets.text_files import TextFiles
 from seqpe_jax.data.datasets.wikitext103 import Wikitext103
