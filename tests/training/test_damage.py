@@ -17,8 +17,8 @@ from seqpe_jax.training import checksums
 from seqpe_jax.training.checkpoint import COMMITTED, Checkpoints, read_config
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
-from tests.tiny import older, tiny_config, train
 from tests.distributed.test_checkpoint import files_of, flip, largest
+from tests.tiny import older, tiny_config, train
 from tests.training.test_commands import word_tokenizer
 from tests.training.test_resume import CLOCK
 
