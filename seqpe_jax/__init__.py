@@ -30,7 +30,7 @@ _PLACES = {
     "attend": "models.attention",
     "load": "loading",
     "place": "models.attention",
-    "position_losses": "objectives.losses",
+    "position_losses": "losses.standalone",
 }
 
 
