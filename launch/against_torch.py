@@ -26,7 +26,7 @@ from seqpe_jax import config
 from seqpe_jax.cli import common
 from seqpe_jax.distributed import processes, sharding
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import write_whole
+from seqpe_jax.files import atomic_write
 from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
@@ -60,7 +60,7 @@ def main() -> None:
         "threads": len(os.sched_getaffinity(0)),
     }
     tokens = np.random.default_rng(0).integers(0, sizes["vocabulary"], (sizes["batch"], sizes["length"] + 1), np.int32)
-    batch = sharding.to_global(trainer.mesh, {"tokens": tokens})
+    batch = sharding.from_local_rows(trainer.mesh, {"tokens": tokens})
     line = [_PYTHON.value, str(pathlib.Path(__file__).with_name("torch_gpt2.py")), json.dumps(sizes)]
     try:
         other = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -95,7 +95,7 @@ def main() -> None:
         f"ours / PyTorch {version}: {middle:.2f} ({low:.2f} .. {high:.2f}), fastest turns {min(ours) / min(theirs):.2f}"
     )
     if _OUTPUT.value:
-        write_whole(pathlib.Path(_OUTPUT.value), json.dumps(found, indent=1) + "\n")
+        atomic_write(pathlib.Path(_OUTPUT.value), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

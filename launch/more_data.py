@@ -26,7 +26,7 @@ from seqpe_jax import config
 from seqpe_jax.cli import common
 from seqpe_jax.data.datasets import stdlib_text
 from seqpe_jax.distributed import processes
-from seqpe_jax.training.checkpoint import Checkpoints
+from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file of text, with its :variant", lock_config=True)
@@ -44,7 +44,7 @@ def steps(folder: pathlib.Path, text: bytes) -> Iterator[list[float]]:
     trainer = Trainer.of(config.parse(chosen))
     print(f"{len(text) / 1e6:.0f} MB of text: {trainer.task.describe()}", flush=True)
     step, state, batches = trainer.train_step(), trainer.init_state(), trainer.batches(0)
-    checkpoints = Checkpoints(folder / "run", keep=1)
+    checkpoints = Checkpointer(folder / "run", keep=1)
     for number in itertools.count(1):
         marks = [time.perf_counter()]
         _, batch = next(batches)

@@ -7,8 +7,8 @@ Array names end in shape letters where two shapes could be confused, and einsum 
     H heads           K head width       C candidates       M distillation window
     V vocabulary or classes
 
-A model names the dimensions of its arrays (`lay_out`); which devices that means is said elsewhere, by the layout that is in
-force while it is traced (`laid_out`). Without one, all arrays stay as they are.
+A model names the dimensions of its arrays (`with_logical_constraint`); which devices that means is said elsewhere, by the layout that is in
+force while it is traced (`use_sharding`). Without one, all arrays stay as they are.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from typing import Any, Protocol
 
 BATCH = "batch"
 LENGTH = "length"
-ROWS = "rows"  # positions that the encoder encodes
+ENCODER_ROWS = "rows"  # positions that the encoder encodes
 POSITIONS = "positions"  # of a signal while it is computed
 WIDTH = "width"
 HEADS = "heads"
-HIDDEN = "hidden"
+MLP = "hidden"
 VOCABULARY = "vocabulary"
 
 
-class Placement(Protocol):
-    """Where the dimensions of arrays lie (`runtime.mesh.Layout`); device: one of those that programs are compiled for."""
+class ShardingRules(Protocol):
+    """Where the dimensions of arrays lie (`runtime.mesh.MeshSharding`); device: one of those that programs are compiled for."""
 
     device: Any
 
-    def lay_out(self, array: Any, names: Sequence[str | None]) -> Any:
+    def with_logical_constraint(self, array: Any, names: Sequence[str | None]) -> Any:
         """Returns the array, its dimensions split over the devices of their names."""
 
     def sharding(self, *names: str | None) -> Any:
@@ -40,59 +40,59 @@ class Placement(Protocol):
     def shards(self, name: str) -> int:
         """Returns the number of parts of a dimension of this name."""
 
-    def gathered(self, params: Any, root: str) -> Any:
+    def all_gather_params(self, params: Any, root: str) -> Any:
         """Returns the parameters of a part as they are used."""
 
-    def by_device(self, function: Callable[..., Any], arguments: Any, names: Any) -> Any:
+    def shard_map(self, function: Callable[..., Any], arguments: Any, names: Any) -> Any:
         """Returns function(*arguments), computed by each device for its own part."""
 
 
-_IN_FORCE: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("layout", default=None)
+_CURRENT: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def laid_out(layout: Placement | None) -> Iterator[None]:
+def use_sharding(layout: ShardingRules | None) -> Iterator[None]:
     """Puts a layout in force for what is traced inside; None = arrays stay as they are."""
-    token = _IN_FORCE.set(layout)
+    token = _CURRENT.set(layout)
     try:
         yield
     finally:
-        _IN_FORCE.reset(token)
+        _CURRENT.reset(token)
 
 
-def lay_out(array: Any, *names: str | None) -> Any:
+def with_logical_constraint(array: Any, *names: str | None) -> Any:
     """Returns an array laid out by the names of its dimensions, None = whole; as it is where no layout is in force."""
-    layout = _IN_FORCE.get()
-    return array if layout is None else layout.lay_out(array, names)
+    layout = _CURRENT.get()
+    return array if layout is None else layout.with_logical_constraint(array, names)
 
 
 def shards(name: str) -> int:
     """Returns the number of parts of a dimension of this name; 1 where no layout is in force."""
-    layout = _IN_FORCE.get()
+    layout = _CURRENT.get()
     return 1 if layout is None else layout.shards(name)
 
 
-def gathered(params: Any, root: str) -> Any:
+def all_gather_params(params: Any, root: str) -> Any:
     """Returns the parameters of a part, "model" or "encoding", laid out as they are used."""
-    layout = _IN_FORCE.get()
-    return params if layout is None else layout.gathered(params, root)
+    layout = _CURRENT.get()
+    return params if layout is None else layout.all_gather_params(params, root)
 
 
 def device() -> Any:
     """Returns one of the devices that what is traced will be compiled for; None where no layout is in force."""
-    layout = _IN_FORCE.get()
+    layout = _CURRENT.get()
     return None if layout is None else layout.device
 
 
-def by_device(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]]) -> Any:
+def shard_map(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]]) -> Any:
     """Returns function(*arguments), computed by each device for its own part; inside, no layout is in force.
 
     Args:
       arguments: arrays and None; the first has all dimensions of the result that are split.
       names: of the dimensions of each, None = whole. One that its devices do not divide is whole, too; a LENGTH is padded.
     """
-    layout = _IN_FORCE.get()
-    return function(*arguments) if layout is None else layout.by_device(function, arguments, names)
+    layout = _CURRENT.get()
+    return function(*arguments) if layout is None else layout.shard_map(function, arguments, names)
 
 
 def scale_label(scale: Sequence[int]) -> str:

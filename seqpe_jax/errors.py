@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-TOLD_TO_STOP = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
+EXIT_PREEMPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
 
 
 class InputError(ValueError):
@@ -33,7 +33,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
 
 
-def utf8(text: str) -> bytes:
+def encode_utf8(text: str) -> bytes:
     """Returns a text as UTF-8; bytes of a command line that are none stay as they were.
 
     Raises:

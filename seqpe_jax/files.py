@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 from seqpe_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from seqpe_jax.stores import StorePath
+    from seqpe_jax.stores import RemotePath
 
-STORE = "gs://"
-EVALUATION = "evaluation.json"  # of a run's folder: what `evaluate` found of it
-MARK = "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it into a checkpoint last of all
-Place = Any  # a `pathlib.Path`, or a `stores.StorePath`, which has the same methods and some more
+GCS_SCHEME = "gs://"
+EVALUATION_FILE = "evaluation.json"  # of a run's folder: what `evaluate` found of it
+COMMIT_MARKER = (
+    "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it into a checkpoint last of all
+)
+AnyPath = Any  # a `pathlib.Path`, or a `stores.RemotePath`, which has the same methods and some more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
-def expanded(path: str, *, local: str = "") -> str:
+def expand_path(path: str, *, local: str = "") -> str:
     """Returns a path as it is meant: `~` and `~user` stand for home folders, as in a shell.
 
     Args:
@@ -40,10 +42,10 @@ def expanded(path: str, *, local: str = "") -> str:
     if not path.strip():
         raise InputError("a path is empty: give the name of a file or folder")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path)
-    if scheme and not local and path.startswith(STORE):
+    if scheme and not local and path.startswith(GCS_SCHEME):
         from seqpe_jax import stores  # libraries that a run on a disk does without
 
-        return stores.checked(path)
+        return stores.check_address(path)
     if scheme:
         mount = "mount it (gcsfuse, s3fs, mountpoint-s3) or give a folder that all hosts share"
         words = {
@@ -71,7 +73,7 @@ def _short(path: str) -> str:
     return path if len(path) <= 120 else f"{path[:60]}... ({len(path)} characters)"
 
 
-def from_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes) -> Any:
     """Returns what JSON tells. Raises: ValueError: it is none, not UTF-8, or nested deeper than Python follows."""
     try:
         return json.loads(content.removeprefix("\ufeff") if isinstance(content, str) else content)
@@ -79,13 +81,13 @@ def from_json(content: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def text_from_json(content: str | bytes) -> Any:
+def parse_json_text(content: str | bytes) -> Any:
     """Returns what JSON tells of texts, all of which can be written as UTF-8.
 
     Raises:
-      ValueError: as `from_json`, or an escape in it is half a surrogate pair.
+      ValueError: as `parse_json`, or an escape in it is half a surrogate pair.
     """
-    value = from_json(content)
+    value = parse_json(content)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -96,25 +98,25 @@ def text_from_json(content: str | bytes) -> Any:
     return value
 
 
-def as_path(path: str | os.PathLike) -> Place:
+def as_path(path: str | os.PathLike) -> AnyPath:
     """Returns a path that is a `pathlib.Path`, or has its methods where it is an address in a store."""
-    if not os.fspath(path).startswith(STORE):
+    if not os.fspath(path).startswith(GCS_SCHEME):
         return pathlib.Path(path)
     from seqpe_jax import stores  # as above
 
-    return stores.StorePath(stores.checked(os.fspath(path)))
+    return stores.RemotePath(stores.check_address(os.fspath(path)))
 
 
-def in_store(path: str | os.PathLike) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is an address in a store, where nothing can be appended, renamed or locked."""
-    return os.fspath(path).startswith(STORE)
+    return os.fspath(path).startswith(GCS_SCHEME)
 
 
 def cache_root(chosen: str | os.PathLike = "") -> pathlib.Path:
     """Returns `chosen`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
     local = "what is prepared, compiled or copied is kept on a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
     path = os.fspath(chosen) or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
-    return pathlib.Path(expanded(path, local=local)).absolute()
+    return pathlib.Path(expand_path(path, local=local)).absolute()
 
 
 def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
@@ -127,7 +129,7 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
       InputError: a folder stands where a file should, or the reverse, or a device; the place is not writable, or no place.
     """
     target = as_path(path)
-    if in_store(target):
+    if is_remote(target):
         from seqpe_jax import stores  # as above
 
         stores.check_writable(target, folder, option)
@@ -186,7 +188,7 @@ OWN_FILES = {
     "checkpoints",
     "tensorboard",
     "profile",
-    EVALUATION,
+    EVALUATION_FILE,
 }
 OWN_OF_SWEEPS = {"sweep.json", "optuna.db"}
 
@@ -218,21 +220,21 @@ def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...]
 
 def check_readable(path: str | os.PathLike, option: str) -> None:
     """Refuses a bucket that is not there, or not for this user; files are told by who reads them. Raises: InputError."""
-    if in_store(path):
+    if is_remote(path):
         from seqpe_jax import stores  # as above
 
-        stores.check_there(as_path(path), option)
+        stores.check_bucket(as_path(path), option)
 
 
 def free_space(folder: str | os.PathLike) -> int | None:
     """Returns the free bytes where a folder lies; None where that is not told, as by stores and some file systems."""
-    if in_store(folder):
+    if is_remote(folder):
         return None
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else None
 
 
-def open_to_all(path: str | os.PathLike) -> None:
+def apply_umask(path: str | os.PathLike) -> None:
     """Gives a file or folder the mode that the user's umask asks for, where a library made it for its owner alone."""
     mask = os.umask(0)
     os.umask(mask)
@@ -260,15 +262,15 @@ def lock(file: Any, wait: bool = False) -> bool | None:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a file that takes the place of `path` when the block ends well, so that nobody ever sees half of it.
 
     Its folder is made where there is none. Several may write at once, and the last one to end stays: the file's name holds
     the process's number, or it lies in a folder of its own, from which it is put into a store.
     """
     target = as_path(path)
-    if in_store(target):
-        with scratch() as folder:
+    if is_remote(target):
+        with tmp_dir() as folder:
             part = folder / (target.name or "part")
             yield part
             target.upload(part)
@@ -282,22 +284,22 @@ def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         part.unlink(missing_ok=True)
 
 
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file whole or not at all, text as UTF-8; one that holds the content already is left alone."""
     data = (
         content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     )  # names may be any bytes
     target = as_path(path)
-    if in_store(target):
-        target.put(data)
+    if is_remote(target):
+        target.write_bytes(data)
         return
     if target.is_file() and target.read_bytes() == data:
         return
-    with whole(target) as part:
+    with atomic_file(target) as part:
         part.write_bytes(data)
 
 
-def check_free(folder: str | os.PathLike, option: str = "--output") -> None:
+def require_empty(folder: str | os.PathLike, option: str = "--output") -> None:
     """Refuses to write over anything. Raises: InputError: something is there that is not an empty folder."""
     path = as_path(folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -305,7 +307,7 @@ def check_free(folder: str | os.PathLike, option: str = "--output") -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pathlib.Path]:
+def atomic_dir(path: str | os.PathLike, option: str = "--output") -> Iterator[pathlib.Path]:
     """Yields an empty folder that takes the name `path` when the block ends well, and vanishes otherwise.
 
     In a store its files come one by one, those in deeper folders first and config.json, by which a folder is known, last.
@@ -316,12 +318,12 @@ def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
     Raises:
       InputError: the folder cannot be written, or the name is taken.
     """
-    check_free(path, option)
-    if in_store(path):
-        with scratch() as folder:
+    require_empty(path, option)
+    if is_remote(path):
+        with tmp_dir() as folder:
             yield folder
-            check_free(path, option)
-            put_folder(folder, as_path(path))
+            require_empty(path, option)
+            upload_dir(folder, as_path(path))
         return
     target = pathlib.Path(path).absolute()
     try:
@@ -331,87 +333,87 @@ def new_folder(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
         raise InputError(f"{option}={path} cannot be written ({error.strerror}): choose another folder") from error
     try:
         yield folder
-        check_free(target, option)
-        open_to_all(folder)  # mkdtemp's folders are for their owner alone
+        require_empty(target, option)
+        apply_umask(folder)  # mkdtemp's folders are for their owner alone
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[pathlib.Path]:
+def tmp_dir() -> Iterator[pathlib.Path]:
     """Yields an empty folder on this machine's disk, which goes when the block ends."""
     with tempfile.TemporaryDirectory(prefix="seqpe_jax_", ignore_cleanup_errors=True) as folder:
         yield pathlib.Path(folder)
 
 
 @contextlib.contextmanager
-def written_here(folder: Place) -> Iterator[pathlib.Path]:
+def staged_dir(folder: AnyPath) -> Iterator[pathlib.Path]:
     """Yields the folder for who writes to a file system alone; what is written is put into a store when the block ends."""
-    if not in_store(folder):
+    if not is_remote(folder):
         yield folder
         return
-    with scratch() as here:
+    with tmp_dir() as here:
         yield here
-        put_folder(here, folder)
+        upload_dir(here, folder)
 
 
-def below(folder: Place) -> list[Place]:
+def list_files(folder: AnyPath) -> list[AnyPath]:
     """Returns all files of a folder and of those in it, sorted."""
-    return folder.files() if in_store(folder) else sorted(path for path in folder.rglob("*") if path.is_file())
+    return folder.files() if is_remote(folder) else sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def put_folder(folder: pathlib.Path, target: "StorePath") -> None:
+def upload_dir(folder: pathlib.Path, target: "RemotePath") -> None:
     """Puts all files of a folder into a store; what was put goes again where one of them cannot be."""
-    put: list[Any] = []
+    write_bytes: list[Any] = []
     try:
-        for file in sorted(below(folder), key=lambda file: (file.name == "config.json", -len(file.parts), file)):
-            put.append(target / file.relative_to(folder))
-            put[-1].upload(file)
+        for file in sorted(list_files(folder), key=lambda file: (file.name == "config.json", -len(file.parts), file)):
+            write_bytes.append(target / file.relative_to(folder))
+            write_bytes[-1].upload(file)
     except BaseException:
-        for one in put:
+        for one in write_bytes:
             with contextlib.suppress(OSError):
                 one.unlink(missing_ok=True)
         raise
 
 
-def move_folder(folder: Place, target: Place, first: tuple[str, ...] = ()) -> None:
+def move_dir(folder: AnyPath, target: AnyPath, first: tuple[str, ...] = ()) -> None:
     """Gives a folder another name. In a store its files are copied, then removed: at no time is one of them nowhere.
 
     Args:
       first: files that are removed first, for without them nobody takes the folder for a whole one.
     """
-    if not in_store(folder):
+    if not is_remote(folder):
         folder.rename(target)
         return
-    files = below(folder)
+    files = list_files(folder)
     for file in files:
-        file.copied(target / file.relative_to(folder))
+        file.copy_to(target / file.relative_to(folder))
     for file in sorted(files, key=lambda file: str(file.relative_to(folder)) not in first):
         file.unlink(missing_ok=True)
 
 
-def remove_folder(folder: Place) -> None:
+def remove_dir(folder: AnyPath) -> None:
     """Removes a folder and all in it, as far as that can be done."""
-    if not in_store(folder):
+    if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
     with contextlib.suppress(OSError):
-        for file in below(folder):
+        for file in list_files(folder):
             file.unlink(missing_ok=True)
 
 
-def stamp(file: Place) -> int:
+def file_version(file: AnyPath) -> int:
     """Returns a number that changes when a file is written. Raises: FileNotFoundError."""
-    return int(file.info()["generation"]) if in_store(file) else file.stat().st_mtime_ns
+    return int(file.info()["generation"]) if is_remote(file) else file.stat().st_mtime_ns
 
 
-def stamps(folder: Place) -> tuple[tuple[str, int, int], ...]:
+def file_versions(folder: AnyPath) -> tuple[tuple[str, int, int], ...]:
     """Returns (name in the folder, bytes, stamp) of all files below a folder, which differs once one of them is written."""
-    if in_store(folder):
-        return folder.stamps()
+    if is_remote(folder):
+        return folder.file_versions()
     found = []
-    for path in below(folder):
+    for path in list_files(folder):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            found.append((str(path.relative_to(folder)), path.stat().st_size, stamp(path)))
+            found.append((str(path.relative_to(folder)), path.stat().st_size, file_version(path)))
     return tuple(found)

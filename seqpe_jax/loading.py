@@ -13,7 +13,7 @@ from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, from_json
+from seqpe_jax.files import as_path, parse_json
 from seqpe_jax.inference.exported import SECTION, read_params
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
@@ -22,9 +22,8 @@ from seqpe_jax.tasks.data_spec import read_sizes
 from seqpe_jax.tasks.image_classification import known_sizes
 from seqpe_jax.tasks.language_modeling import with_kept_tokenizer
 from seqpe_jax.training.best_checkpoint import best_step
-from seqpe_jax.training.checkpoint import FOLDER, Checkpoints, read_config, whole_step
-from seqpe_jax.training.checksums import FILE as DIGESTS
-from seqpe_jax.training.checksums import damage, forget
+from seqpe_jax.training.checkpoint import CHECKPOINTS_DIR, Checkpointer, latest_valid_step, read_config
+from seqpe_jax.training.checksums import DIGESTS_FILE, checksum_error, clear_cache
 
 EXPECTED = (
     "give a --workdir of `train`, an --output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or "
@@ -62,10 +61,10 @@ def _model_of_source(source: folders.Source) -> Model:
 def is_ours(path: str | os.PathLike) -> bool:
     """Whether a path is a folder of `train`, of `convert` or of `export`."""
     folder = as_path(path)
-    if (folder / FOLDER).is_dir() or (folder / DIGESTS).is_file():
+    if (folder / CHECKPOINTS_DIR).is_dir() or (folder / DIGESTS_FILE).is_file():
         return True
     try:
-        values = from_json((folder / "config.json").read_text())
+        values = parse_json((folder / "config.json").read_text())
     except (OSError, ValueError):  # not there, or of another kind: the reference's is YAML
         return False
     return isinstance(values, dict) and {"data", "model", "encoding"} <= values.keys()
@@ -80,7 +79,7 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
     Raises:
       InputError: neither of these; nothing is saved yet; there is no best checkpoint.
     """
-    forget()  # files may have changed since this process read them last
+    clear_cache()  # files may have changed since this process read them last
     settings = saved_config(checkpoint)
     section, mesh = export_section(checkpoint), layout.make_mesh(0, 1)
     if section is not None:
@@ -90,14 +89,14 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
         architecture = Architecture.of(settings, sizes).stored(tuple(section["reach"]))
         read = functools.partial(_exported_params, checkpoint, architecture, mesh)
         return Model(settings, architecture, sizes, read, section["step"], str(checkpoint), mesh)
-    saved = Checkpoints(checkpoint, create=False)
-    step = saved.newest()
+    saved = Checkpointer(checkpoint, create=False)
+    step = saved.require_latest_step()
     saved.close()
     if which == "best":
         step, value = best_step(checkpoint, settings.checkpoint.best)
         print(f"{checkpoint}: step {step} is the best, {settings.checkpoint.best} {value:.6g}")
     else:
-        for path, wrong in whole_step(saved.folder)[1].items():
+        for path, wrong in latest_valid_step(saved.folder)[1].items():
             print(f"checkpoint {path} is damaged ({wrong}): step {step} is read in its place", file=sys.stderr)
     sizes = sizes_of(settings, checkpoint)
     architecture = Architecture.of(settings, sizes)
@@ -130,8 +129,8 @@ def export_section(checkpoint: str) -> dict[str, Any] | None:
     section = read_config(checkpoint).get(SECTION)
     if section is not None and not _tells_reach(section):
         raise InputError(f"{checkpoint}/config.json: section '{SECTION}' is damaged: export the run again")
-    if section is not None and "digests" in section and not (as_path(checkpoint) / DIGESTS).is_file():
-        raise InputError(f"{checkpoint}/{DIGESTS} is missing, which this export had: export the run again")
+    if section is not None and "digests" in section and not (as_path(checkpoint) / DIGESTS_FILE).is_file():
+        raise InputError(f"{checkpoint}/{DIGESTS_FILE} is missing, which this export had: export the run again")
     return section
 
 
@@ -172,7 +171,7 @@ def sizes_of(settings: Config, folder: str) -> Sizes:
 def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh, step: int) -> Params:
     """The parameters of a run's checkpoint, laid out on a mesh."""
     shapes, _ = layout.with_shardings(mesh, {"params": architecture.shapes})
-    saved = Checkpoints(checkpoint, create=False)
+    saved = Checkpointer(checkpoint, create=False)
     params, _ = saved.restore_params(shapes["params"], step)
     saved.close()
     return params
@@ -180,7 +179,7 @@ def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.shardin
 
 def _exported_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
     """The parameters of an export, on every device of a mesh. Raises: InputError: the export is damaged."""
-    wrong = damage(as_path(checkpoint).absolute(), named=False)
+    wrong = checksum_error(as_path(checkpoint).absolute(), named=False)
     if wrong:
         raise InputError(f"{checkpoint} is damaged: {wrong}; export the run again")
     return jax.device_put(read_params(checkpoint, architecture.shapes), layout.replicated(mesh))

@@ -16,7 +16,7 @@ from seqpe_jax.data.tokenizers import Tokenizer, continuation
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.errors import InputError, utf8
+from seqpe_jax.errors import InputError, encode_utf8
 from seqpe_jax.inference import export
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.compiled import Programs
@@ -164,7 +164,7 @@ class Model:
         asked = Sampling(max_new_tokens, temperature, top_p, seed)
         generation.check_generation(self.config, [1], asked, window, reach=self.architecture.reach)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        tokens = self._text.prompts([utf8(text) for text in prompts])
+        tokens = self._text.prompts([encode_utf8(text) for text in prompts])
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
         line = ProgressLine(len(prompts) * max_new_tokens, label="token")
         found = self.continuations(

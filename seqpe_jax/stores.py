@@ -25,7 +25,7 @@ from seqpe_jax.errors import InputError, StoreError
 CONNECT_SECONDS, ANSWER_SECONDS = 20.0, 60.0
 
 
-class StorePath(gpath.PosixGPath):
+class RemotePath(gpath.PosixGPath):
     """A place in a bucket, with the methods of `pathlib.Path` that are used of it; its text is the address.
 
     All that goes wrong is raised as an OSError with its reason in `strerror`: FileNotFoundError, else a `StoreError`.
@@ -72,7 +72,7 @@ class StorePath(gpath.PosixGPath):
         with _told(self):
             return [type(self)(f"gs://{name}") for name in sorted(self._fs.find(str(self)))]
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+    def file_versions(self) -> tuple[tuple[str, int, int], ...]:
         """Returns (name in the folder, bytes, generation) of all objects below a folder, sorted."""
         with _told(self):
             found = self._fs.find(str(self), detail=True).items()
@@ -100,7 +100,7 @@ class StorePath(gpath.PosixGPath):
         content = io.BytesIO(self.read_bytes())
         return content if mode == "rb" else io.TextIOWrapper(content, encoding="utf-8")
 
-    def put(self, content: bytes, new: bool = False) -> None:
+    def write_bytes(self, content: bytes, new: bool = False) -> None:
         """Writes an object whole. Raises: FileExistsError: it must be `new`, and is not."""
         with _told(self):
             self._fs.pipe_file(str(self), content, mode="create" if new else "overwrite")
@@ -115,7 +115,7 @@ class StorePath(gpath.PosixGPath):
         with _told(self):
             self._fs.get_file(str(self), os.fspath(file))
 
-    def copied(self, target: Self) -> None:
+    def copy_to(self, target: Self) -> None:
         """Copies an object within the store."""
         with _told(self):
             self._fs.cp_file(str(self), str(target))
@@ -162,7 +162,7 @@ def _set_up() -> None:
     fsspec.config.conf.setdefault("gcs", {"use_listings_cache": False, "requests_timeout": limits})
 
 
-def checked(address: str) -> str:
+def check_address(address: str) -> str:
     """Returns the address of a place in a bucket, without what it could do without.
 
     Raises:
@@ -182,7 +182,7 @@ def checked(address: str) -> str:
     return "/".join(["gs:/", found[1], *parts])
 
 
-def check_there(path: StorePath, option: str) -> None:
+def check_bucket(path: RemotePath, option: str) -> None:
     """Refuses a bucket that is not there, or not for this user. Raises: InputError."""
     bucket = path.parts[2]
     try:
@@ -194,9 +194,9 @@ def check_there(path: StorePath, option: str) -> None:
         raise InputError(f"{option}={path} cannot be read: {error.strerror}") from error
 
 
-def check_writable(path: StorePath, folder: bool, option: str) -> None:
+def check_writable(path: RemotePath, folder: bool, option: str) -> None:
     """Refuses a place where nothing can be written, by writing an object there and removing it. Raises: InputError."""
-    check_there(path, option)
+    check_bucket(path, option)
     if len(path.parts) < 4:
         raise InputError(f"{option}={path} is a whole bucket: name a folder in it")
     try:
@@ -208,14 +208,14 @@ def check_writable(path: StorePath, folder: bool, option: str) -> None:
             if above.is_file():
                 raise InputError(f"{option}={path} cannot be written: {above} is a file, not a folder")
         trial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.trial")
-        trial.put(b"")
+        trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
         raise InputError(f"{option}={path} cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager
-def _told(path: StorePath) -> Iterator[None]:
+def _told(path: RemotePath) -> Iterator[None]:
     """Raises what a store's library raises, of many kinds, as an OSError that says what is wrong in `strerror`."""
     try:
         yield

@@ -22,8 +22,8 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from seqpe_jax.files import write_whole
-from seqpe_jax.training.checkpoint import MARK, UNNAMED
+from seqpe_jax.files import atomic_write
+from seqpe_jax.training.checkpoint import COMMIT_MARKER, TMP_SUFFIX
 from tests.commands import Commands, Running, train_arguments
 from tests.emulator import Store, files_of
 from tests.training.test_processes import _free_port, hosts
@@ -111,7 +111,7 @@ class Victim:
             sys.exit(f"{self.killed} ended before it was killed: {[one.err for one in running]}")
         inside = self.saves_since(begun)
         self.done.append({"moment": moment, "inside_a_save": inside, "saved": self.saved()})
-        write_whole(self.record, json.dumps(self.done))
+        atomic_write(self.record, json.dumps(self.done))
         print(f"{self.folder.name}: kill {len(self.done)} of {self.kills}, {self.done[-1]}", flush=True)
 
     def told(self, begun: int) -> int:
@@ -126,14 +126,14 @@ class Victim:
         """The last step of the killed run whose checkpoint is finished."""
         if not self.store:
             return newest(self.killed)
-        return max((int(path.parent.name) for path in self.killed.glob(f"checkpoints/*/{MARK}")), default=0)
+        return max((int(path.parent.name) for path in self.killed.glob(f"checkpoints/*/{COMMIT_MARKER}")), default=0)
 
     def saves_since(self, begun: int) -> bool:
         """Whether a save is under way, or was when the run was killed, that began after a time in nanoseconds."""
         folders = list((self.killed / "checkpoints").glob("*"))
         finished = self.saved()
         for folder in folders:
-            step = folder.name.removesuffix(UNNAMED)
+            step = folder.name.removesuffix(TMP_SUFFIX)
             with contextlib.suppress(FileNotFoundError):  # it has just got its name
                 if step.isdecimal() and int(step) > finished:  # earlier kills have left some, too
                     if any(path.stat().st_mtime_ns > begun for path in (folder, *folder.rglob("*"))):
@@ -162,7 +162,7 @@ class Victim:
 
 def text_of(folder: pathlib.Path) -> pathlib.Path:
     """Writes the text that is trained on."""
-    write_whole(folder / "text.txt", "".join(f"{number} times {number} is {number**2}\n" for number in range(1000)))
+    atomic_write(folder / "text.txt", "".join(f"{number} times {number} is {number**2}\n" for number in range(1000)))
     return folder / "text.txt"
 
 
@@ -270,7 +270,7 @@ def main() -> int:
         results[name] = result
         if given.results:
             stored = json.loads(given.results.read_text()) if given.results.exists() else {}
-            write_whole(given.results, json.dumps(stored | results, indent=1) + "\n")
+            atomic_write(given.results, json.dumps(stored | results, indent=1) + "\n")
 
     if given.soak:
         keep("soak", soak(commands, folder / "soak", given.soak))

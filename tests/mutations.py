@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from seqpe_jax import config
 from seqpe_jax.tasks.data_spec import write_sizes
-from seqpe_jax.training.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_state, tiny_config
 
@@ -264,7 +264,7 @@ def _words(path: pathlib.Path) -> None:
 
 def _saved(folder: pathlib.Path, settings: config.Config) -> None:
     trainer = Trainer.of(settings, jax.devices()[:1])
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpointer(folder)
     checkpoints.save(2, random_state(trainer, 0.2), {"seconds": 1.0})
     checkpoints.close()
     write_config(folder, config.to_dict(trainer.config))  # with the random bits that training resolves

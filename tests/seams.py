@@ -29,7 +29,7 @@ _run, _devices_of = common.run, aot.devices_of
 
 def _stop(*_, **__):
     print(STOPPED)
-    roll_call.leave(0)
+    roll_call.exit_process(0)
 
 
 def _run_there(main):

@@ -8,18 +8,18 @@ import pytest
 
 from seqpe_jax import config, files
 from seqpe_jax.errors import InputError, StoreError
-from seqpe_jax.files import as_path, cache_root, check_not_own, check_writable, expanded, open_to_all
+from seqpe_jax.files import apply_umask, as_path, cache_root, check_not_own, check_writable, expand_path
 from tests.tiny import ROOT
 
 
 def test_homes_are_written_out(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    assert expanded("~/runs/x") == "/somewhere/runs/x" and expanded("~") == "/somewhere"
-    assert expanded("a~b") == "a~b" and expanded("./~x") == "./~x"
+    assert expand_path("~/runs/x") == "/somewhere/runs/x" and expand_path("~") == "/somewhere"
+    assert expand_path("a~b") == "a~b" and expand_path("./~x") == "./~x"
     with pytest.raises(InputError, match="no user 'nobodyhere'"):
-        expanded("~nobodyhere/runs")
+        expand_path("~nobodyhere/runs")
     with pytest.raises(InputError, match="empty"):
-        expanded(" ")
+        expand_path(" ")
 
 
 def test_paths_of_a_config_are_written_out(monkeypatch):
@@ -40,7 +40,7 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
     for path, folder, words in (
         (tmp_path, False, "is a folder: name a file"),
         (file, True, "is a file: name a folder"),
-        (file / "below", True, "is a file, not a folder"),
+        (file / "list_files", True, "is a file, not a folder"),
         (file / "below.json", False, "is a file, not a folder"),
     ):
         with pytest.raises(InputError, match=words):
@@ -88,8 +88,8 @@ def test_what_a_run_keeps_is_no_output(tmp_path, known, monkeypatch):
 def test_addresses_of_other_stores_are_told_and_not_made_folders(path, words):
     """`s3://bucket` would be a folder named `s3:` on every host."""
     with pytest.raises(InputError, match=rf"{path}: .*{words}.*\./{path}"):
-        expanded(path)
-    assert expanded(f"./{path}") == f"./{path}" and expanded("a/b.py:seqpe") == "a/b.py:seqpe"
+        expand_path(path)
+    assert expand_path(f"./{path}") == f"./{path}" and expand_path("a/b.py:seqpe") == "a/b.py:seqpe"
 
 
 def test_what_must_lie_on_this_machine_is_told(monkeypatch):
@@ -119,7 +119,7 @@ def test_modes_are_those_of_the_umask(tmp_path):
     try:
         made.write_text("")
         made.chmod(0o600)
-        open_to_all(made)
+        apply_umask(made)
         assert made.stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(before)
@@ -136,14 +136,14 @@ def test_every_option_that_is_a_path_goes_through_one_function():
 def test_json_that_is_nested_too_deep_is_no_value():
     for content in ("[" * 100_000, b'{"a":' * 100_000):
         with pytest.raises(ValueError, match="nested too deep"):
-            files.from_json(content)
-    assert files.from_json(b'{"a": [1, NaN]}')["a"][0] == 1
+            files.parse_json(content)
+    assert files.parse_json(b'{"a": [1, NaN]}')["a"][0] == 1
 
 
 @pytest.mark.parametrize("path", ["a" * 300, "abc/" * 2000, "a\0b"])
 def test_a_name_that_nothing_can_have_is_refused(path):
     with pytest.raises(InputError, match="cannot be the name of a file or folder") as caught:
-        files.expanded(path)
+        files.expand_path(path)
     assert len(str(caught.value)) < 500
 
 
@@ -164,57 +164,57 @@ def folder(request, tmp_path):
 
 def test_files_are_whole_on_a_disk_and_in_a_store(folder):
     assert not folder.exists() and not folder.is_dir()
-    files.write_whole(folder / "text", "ü\n")
-    with files.whole(folder / "deep" / "bytes") as part:
+    files.atomic_write(folder / "text", "ü\n")
+    with files.atomic_file(folder / "deep" / "bytes") as part:
         part.write_bytes(b"12")
         assert not (folder / "deep" / "bytes").exists()
-    with pytest.raises(ZeroDivisionError), files.whole(folder / "text") as part:
+    with pytest.raises(ZeroDivisionError), files.atomic_file(folder / "text") as part:
         part.write_bytes(b"half of it")
         raise ZeroDivisionError
     assert (folder / "text").read_text(encoding="utf-8") == "ü\n" and (folder / "deep" / "bytes").read_bytes() == b"12"
     assert {path.name for path in folder.iterdir()} == {"text", "deep"} and (folder / "deep").is_dir()
-    assert [str(path.relative_to(folder)) for path in files.below(folder)] == ["deep/bytes", "text"]
+    assert [str(path.relative_to(folder)) for path in files.list_files(folder)] == ["deep/bytes", "text"]
     assert [path.name for path in folder.glob("t*")] == ["text"]
-    before = files.stamp(folder / "text")
-    files.write_whole(folder / "text", "more")
-    assert files.stamp(folder / "text") != before
+    before = files.file_version(folder / "text")
+    files.atomic_write(folder / "text", "more")
+    assert files.file_version(folder / "text") != before
 
 
 def test_what_is_not_there_is_not(folder):
-    for act in (folder.read_bytes, folder.read_text, folder.unlink, lambda: files.stamp(folder)):
+    for act in (folder.read_bytes, folder.read_text, folder.unlink, lambda: files.file_version(folder)):
         with pytest.raises(FileNotFoundError) as told:
             act()
         assert told.value.strerror == "No such file or directory"
     folder.unlink(missing_ok=True)
-    assert list(folder.glob("*")) == [] and files.below(folder) == []
+    assert list(folder.glob("*")) == [] and files.list_files(folder) == []
 
 
 def test_a_new_folder_is_there_whole_or_not_at_all(folder):
-    with pytest.raises(ZeroDivisionError), files.new_folder(folder) as inside:
+    with pytest.raises(ZeroDivisionError), files.atomic_dir(folder) as inside:
         (inside / "config.json").write_text("{}")
         raise ZeroDivisionError
     assert not folder.exists()
-    with files.new_folder(folder) as inside:
+    with files.atomic_dir(folder) as inside:
         (inside / "deep").mkdir()
         (inside / "deep" / "b").write_text("b")
         (inside / "config.json").write_text("{}")
         assert not folder.exists()
-    assert [str(path.relative_to(folder)) for path in files.below(folder)] == ["config.json", "deep/b"]
-    with pytest.raises(InputError, match="there already"), files.new_folder(folder):
+    assert [str(path.relative_to(folder)) for path in files.list_files(folder)] == ["config.json", "deep/b"]
+    with pytest.raises(InputError, match="there already"), files.atomic_dir(folder):
         pass
 
 
 def test_a_folder_takes_another_name_and_goes(folder):
     for name in ("a", "deep/b"):
-        files.write_whole(folder / name, name)
+        files.atomic_write(folder / name, name)
     other = folder.with_name("other")
-    files.move_folder(folder, other, first=("a",))
+    files.move_dir(folder, other, first=("a",))
     assert not folder.exists()
-    assert {str(path.relative_to(other)): path.read_text() for path in files.below(other)} == {
+    assert {str(path.relative_to(other)): path.read_text() for path in files.list_files(other)} == {
         "a": "a",
         "deep/b": "deep/b",
     }
-    files.remove_folder(other)
+    files.remove_dir(other)
     assert not other.exists()
 
 
@@ -233,7 +233,7 @@ def test_an_upload_that_fails_leaves_nothing(store, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(target), "upload", failing)
     with pytest.raises(StoreError):
-        files.put_folder(tmp_path, target)
+        files.upload_dir(tmp_path, target)
     assert order == ["a", "z", "config.json"] and not target.exists()
 
 

@@ -14,9 +14,9 @@ from seqpe_jax.data import images as image_data
 from seqpe_jax.data import tokens as text_data
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import Sizes
-from seqpe_jax.tasks.data_spec import FILE, read_sizes, write_sizes
+from seqpe_jax.tasks.data_spec import SIZES_FILE, read_sizes, write_sizes
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
 from tests.tiny import random_state, tiny_config
@@ -27,7 +27,7 @@ FIELDS = {"encoding__rotary_pairs": 2, "model__layers": 2, "encoding__qk": "mult
 def saved(folder, settings, step=3):
     """The folder of a run of random weights."""
     trainer = Trainer.of(settings, jax.devices()[:1])
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpointer(folder)
     checkpoints.save(step, random_state(trainer, 0.2), {})
     checkpoints.close()
     write_config(folder, config.to_dict(settings))
@@ -199,7 +199,7 @@ def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path
     for folder, expected in ((run, Sizes(vocabulary=256)), (photos, Sizes(0, 10, 1, (0.3051,), (0.3761,)))):
         assert read_sizes(folder) == expected
         shutil.copytree(folder, tmp_path / folder.name)
-        (tmp_path / folder.name / FILE).unlink()
+        (tmp_path / folder.name / SIZES_FILE).unlink()
         assert loading.opened(str(tmp_path / folder.name)).sizes == expected
 
 
@@ -289,6 +289,6 @@ def test_a_folder_that_is_no_model_is_told(tmp_path, run):
         seqpe_jax.load(newer)
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
-    (damaged / FILE).write_text('{"vocabulary": "many"}')
+    (damaged / SIZES_FILE).write_text('{"vocabulary": "many"}')
     with pytest.raises(InputError, match="sizes.json cannot be read"):
         seqpe_jax.load(damaged)

@@ -7,11 +7,11 @@ import pytest
 
 from seqpe_jax import files
 from seqpe_jax.errors import Failure, InputError, StoreError
-from seqpe_jax.files import as_path, check_readable, check_writable, expanded
+from seqpe_jax.files import as_path, check_readable, check_writable, expand_path
 
 
 def test_addresses_are_written_one_way():
-    assert expanded("gs://runs//a/./b/") == "gs://runs/a/b"
+    assert expand_path("gs://runs//a/./b/") == "gs://runs/a/b"
     path = as_path("gs://runs/a") / "b.json"
     assert (str(path), path.name, str(path.parent), path.parts[2]) == (
         "gs://runs/a/b.json",
@@ -22,28 +22,28 @@ def test_addresses_are_written_one_way():
     assert path.absolute() == path.resolve() == path.expanduser() == path
     for address in ("gs://", "gs:///a", "gs://Capital/a", "gs://runs/a/../b"):
         with pytest.raises(InputError):
-            expanded(address)
+            expand_path(address)
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else there(name))
     with pytest.raises(InputError, match="gs://runs/a is in Google Cloud Storage, .*: pip install gcsfs"):
-        expanded("gs://runs/a")
+        expand_path("gs://runs/a")
 
 
 def test_places_where_nothing_can_be_written_are_told_at_the_start(store):
     folder = as_path(store.folder)
-    files.write_whole(folder / "file", "")
+    files.atomic_write(folder / "file", "")
     check_writable(folder, True, "--workdir")
     check_writable(folder / "new" / "deep", True, "--workdir")
-    assert [path.name for path in files.below(folder)] == ["file"], "the trial is gone again"
+    assert [path.name for path in files.list_files(folder)] == ["file"], "the trial is gone again"
     for path, is_folder, words in (
         ("gs://no-such-bucket/run", True, "there is no bucket 'no-such-bucket'"),
         ("gs://runs", True, "is a whole bucket"),
         (folder, False, "is a folder: name a file"),
         (folder / "file", True, "is a file: name a folder"),
-        (folder / "file" / "below", True, "is a file, not a folder"),
+        (folder / "file" / "list_files", True, "is a file, not a folder"),
     ):
         with pytest.raises(InputError, match=f"--output={path}.*{words}"):
             check_writable(path, is_folder, "--output")
@@ -63,7 +63,7 @@ def test_a_bucket_of_somebody_else_is_told_in_one_line(store, status, words, cap
 
 def test_what_fails_is_asked_for_again(store):
     path = as_path(store.folder) / "file"
-    files.write_whole(path, "content")
+    files.atomic_write(path, "content")
     store.fail(503, requests=1)
     assert path.read_text() == "content" and store.failed() == 1
 
@@ -78,8 +78,8 @@ def test_what_fails_for_good_is_one_failure(store, monkeypatch):
     for act in (
         path.exists,
         path.read_bytes,
-        lambda: files.write_whole(path, "x"),
-        lambda: files.below(path),
+        lambda: files.atomic_write(path, "x"),
+        lambda: files.list_files(path),
         path.unlink,
     ):
         with pytest.raises(StoreError, match="file: the store gave no good answer .*failed on purpose") as told:
@@ -93,7 +93,7 @@ def test_an_answer_that_does_not_come_is_asked_for_again(store, monkeypatch):
     import fsspec
 
     path = as_path(store.folder) / "file"
-    files.write_whole(path, "content")
+    files.atomic_write(path, "content")
     monkeypatch.setitem(fsspec.config.conf["gcs"], "requests_timeout", aiohttp.ClientTimeout(total=None, sock_read=0.2))
     store.fail(503, requests=1, seconds=8.0)
     began = time.monotonic()
@@ -110,9 +110,9 @@ def test_nobody_writes_an_object_piece_by_piece(store):
 
 def test_an_object_that_must_be_new_is(store):
     path = as_path(store.folder) / "file"
-    path.put(b"first", new=True)
+    path.write_bytes(b"first", new=True)
     with pytest.raises(FileExistsError):
-        path.put(b"second", new=True)
+        path.write_bytes(b"second", new=True)
     assert path.read_bytes() == b"first"
 
 
@@ -120,7 +120,7 @@ def test_what_others_write_is_seen(store):
     import fsspec
 
     folder = as_path(store.folder)
-    files.write_whole(folder / "ours", "")
+    files.atomic_write(folder / "ours", "")
     assert [path.name for path in folder.iterdir()] == ["ours"]
     fsspec.filesystem("gcs", skip_instance_cache=True).pipe_file(f"{store.folder}/theirs", b"")
     assert [path.name for path in folder.iterdir()] == ["ours", "theirs"] and (folder / "theirs").is_file()

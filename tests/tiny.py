@@ -72,13 +72,13 @@ def train(settings: Config, workdir: str | pathlib.Path) -> None:
 
 def older(run: pathlib.Path) -> None:
     """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
-    for name in (checksums.FILE, "data.json"):
+    for name in (checksums.DIGESTS_FILE, "data.json"):
         (run / name).unlink(missing_ok=True)  # a converted run has no fingerprints
-    for step in (run / checksums.FOLDER).iterdir():
-        meta = json.loads((step / checksums.META).read_text())
+    for step in (run / checksums.CHECKPOINTS_DIR).iterdir():
+        meta = json.loads((step / checksums.META_FILE).read_text())
         del meta[checksums.SIDE_FILES]
-        (step / checksums.META).write_text(json.dumps(meta))
-        checksums.write_digests(step)
+        (step / checksums.META_FILE).write_text(json.dumps(meta))
+        checksums.write_checksums(step)
 
 
 def tokens(settings: Config, seed: int = 0, vocabulary: int = 256) -> dict[str, jnp.ndarray]:

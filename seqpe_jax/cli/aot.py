@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from seqpe_jax.cli import common
-from seqpe_jax.files import as_path, write_whole
+from seqpe_jax.files import as_path, atomic_write
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -41,7 +41,7 @@ def main() -> None:
     found = {"topology": _TOPOLOGY.value} | compile_step(trainer)
     if _OUTPUT.value:
         path = as_path(_OUTPUT.value)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        atomic_write(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
     print(table(found))
     if short := found["memory"]["shortfall"]:
@@ -78,7 +78,7 @@ def table(found: dict) -> str:
             f"{found['open_loops']} loop(s) with collectives turn as often as the data ask: counted for one turn"
         )
     if found["whole"]:
-        lines.append(layout.describe_whole([layout.Whole(**one) for one in found["whole"]]))
+        lines.append(layout.describe_unsharded([layout.UnshardedDim(**one) for one in found["whole"]]))
     lines.append(f"a step: {found['flops']:.3e} FLOPs of the model; compiled in {found['compile_seconds']:.0f} s")
     return "\n".join(lines)
 

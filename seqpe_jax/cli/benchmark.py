@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from seqpe_jax import config
 from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, write_whole
+from seqpe_jax.files import as_path, atomic_write
 from seqpe_jax.trees import flat
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
@@ -54,9 +54,9 @@ def main() -> None:
     found = benchmark(settings, _MODE.value, _STEPS.value, lambda done, total: line.update(done, total=total))
     line.close()
     print(table(found))
-    if _OUTPUT.value and processes.is_lead():
+    if _OUTPUT.value and processes.is_main_process():
         path = as_path(_OUTPUT.value)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        atomic_write(path, json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
 
 

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.files import check_not_own, check_readable, check_writable, expanded
+from seqpe_jax.files import check_not_own, check_readable, check_writable, expand_path
 from seqpe_jax.trees import flat
 
 flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
@@ -27,7 +27,7 @@ HOSTS = ("coordinator", "num-processes", "process-id", "start-timeout")
 
 
 class _Path(flags.ArgumentParser):
-    """Reads a path that a user gives: `files.expanded`, and where something is to be written, whether it can be."""
+    """Reads a path that a user gives: `files.expand_path`, and where something is to be written, whether it can be."""
 
     syntactic_help = "a path, ~ is the home folder; or gs://BUCKET/NAME"
 
@@ -35,7 +35,7 @@ class _Path(flags.ArgumentParser):
         self._name, self._writes, self._local, self._allowed = name, writes, local, allowed
 
     def parse(self, argument: str) -> str:
-        path = expanded(argument, local=self._local)
+        path = expand_path(argument, local=self._local)
         if self._writes:
             check_writable(path, self._writes == "folder", f"--{self._name}")
             check_not_own(path, f"--{self._name}", self._allowed)
@@ -94,7 +94,7 @@ def define_hosts() -> None:
 
 
 def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | None:
-    """Starts the run's processes together (`hosts.start`), and returns the config.
+    """Starts the run's processes together (`processes.initialize`), and returns the config.
 
     Args:
       read: gives the config; all processes must have the same fields of it, and the same options. One that it refuses is
@@ -115,7 +115,7 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
         facts |= flat({"config": config.to_dict(settings)}, ".") if settings is not None else {}
     except InputError as error:
         facts["bad input"], refused = str(error), error
-    processes.start(
+    processes.initialize(
         facts,
         coordinator=values["coordinator"],
         num_processes=values["num-processes"],
@@ -155,23 +155,23 @@ def run(main: Callable[[], None]) -> None:
         _check_given_once(earlier)
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
-        processes.keep_memory()
+        processes.configure_malloc()
         main()
-        processes.finish()
+        processes.shutdown()
     except (InputError, flags.Error) as error:
-        processes.end(
+        processes.abort(
             2, "error: " + _line(error)
         )  # at once: libraries cut short in their work would say more than this line
     except Failure as error:
-        processes.end(error.code, _line(error))
+        processes.abort(error.code, _line(error))
     except KeyboardInterrupt:
-        processes.end(130, "interrupted")
+        processes.abort(130, "interrupted")
     except Exception as error:
-        if not processes.several():
+        if not processes.is_multiprocess():
             raise
-        processes.await_loss()
+        processes.wait_for_abort()
         traceback.print_exc()
-        processes.end(1, _line(f"failed: {type(error).__name__}: {error}"))
+        processes.abort(1, _line(f"failed: {type(error).__name__}: {error}"))
 
 
 def _occurrences() -> dict[str, int]:
@@ -237,7 +237,7 @@ def _with_texts(arguments: list[str]) -> list[str]:
 
 
 def _config_file(value: str) -> str:
-    return config.located(expanded(value, local=config.LOCAL))
+    return config.located(expand_path(value, local=config.LOCAL))
 
 
 def _quoted(value: str) -> str:

@@ -11,7 +11,7 @@ from absl import flags
 
 from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import EVALUATION, as_path
+from seqpe_jax.files import EVALUATION_FILE, as_path
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = common.define_which()
@@ -41,7 +41,7 @@ _BIT_DEPTH = flags.DEFINE_integer(
     "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
 )
 _OUTPUT = common.define_path(
-    "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION,)
+    "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION_FILE,)
 )
 common.define_hosts()
 
@@ -93,7 +93,7 @@ def main() -> None:
         bit_depth=_BIT_DEPTH.value,
         **limits,
     )
-    if _OUTPUT.value and processes.is_lead():
+    if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")
 

@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from seqpe_jax.cli import common
-from seqpe_jax.files import as_path, check_free
+from seqpe_jax.files import as_path, require_empty
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run")
 _WHICH = common.define_which()
@@ -36,7 +36,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
     processes.keep_compiled_programs()
-    check_free(_OUTPUT.value)
+    require_empty(_OUTPUT.value)
     model = loading.opened(_CHECKPOINT.value, _WHICH.value)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
     export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from seqpe_jax.cli import common
-from seqpe_jax.errors import InputError, utf8
-from seqpe_jax.files import as_path, write_whole
+from seqpe_jax.errors import InputError, encode_utf8
+from seqpe_jax.files import as_path, atomic_write
 
 if TYPE_CHECKING:
     from seqpe_jax.inference.decode import Generation
@@ -59,7 +59,7 @@ def run(
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
     model = loading.opened(checkpoint, which)
     printed = ""
-    tokens = model.task.prompts([utf8(prompt) for prompt in prompts])
+    tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(new_tokens, end=model.tokenizer.end_of_text, **choice)
     check_generation(model.config, [len(prompt) for prompt in tokens], sampling, window, reach=model.architecture.reach)
 
@@ -67,13 +67,13 @@ def run(
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
         nonlocal printed
         text = model.task.continuation(tokens[index], generation.content).rstrip("\ufffd")
-        if processes.is_lead() and text.startswith(printed):
+        if processes.is_main_process() and text.startswith(printed):
             print(text[len(printed) :], end="", flush=True)
             printed = text
 
     if stream:
         found = model.continuations(tokens, sampling, window=window, heard=say)
-        if processes.is_lead():
+        if processes.is_main_process():
             print(model.task.continuation(tokens[0], found[0].content)[len(printed) :], flush=True)
     else:
         line = ProgressLine(len(prompts) * new_tokens, label="token")
@@ -159,10 +159,10 @@ def main() -> None:
         seed=_SEED.value,
     )
     lines = "".join(json.dumps(result) + "\n" for result in results)
-    if output and processes.is_lead():
-        write_whole(output, lines)
+    if output and processes.is_main_process():
+        atomic_write(output, lines)
         print(f"written: {output}")
-    elif _FILE.value is not None and processes.is_lead():
+    elif _FILE.value is not None and processes.is_main_process():
         print(lines, end="")
 
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from seqpe_jax.cli import common
 from seqpe_jax.errors import Failure, InputError, suggest
-from seqpe_jax.files import Place, as_path, in_store
+from seqpe_jax.files import AnyPath, as_path, is_remote
 
 if TYPE_CHECKING:
     from seqpe_jax.sweeps.run import SweepRun
@@ -47,7 +47,7 @@ def main() -> None:
     from seqpe_jax.sweeps.stages import Stages
 
     sweep, workdir = spec.read(_SWEEP.value), as_path(_WORKDIR.value)
-    if in_store(workdir) and _EXECUTOR.value in ("slurm", "optuna"):
+    if is_remote(workdir) and _EXECUTOR.value in ("slurm", "optuna"):
         raise InputError(
             f"--executor={_EXECUTOR.value} keeps a growing record of its own beside the runs, which stores have not: "
             "give a folder that all hosts share as --workdir, or use --executor=local or print"
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _work(
-    sweep: "SweepFile", workdir: Place, stages: "Stages", chosen: "list[SweepRun]", asked: dict[str, Any]
+    sweep: "SweepFile", workdir: AnyPath, stages: "Stages", chosen: "list[SweepRun]", asked: dict[str, Any]
 ) -> None:
     """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
     from seqpe_jax.sweeps import local, record, slurm
@@ -140,7 +140,7 @@ def _end(runs: "list[SweepRun]", told: str | None, stages: "Stages | None" = Non
     )
 
 
-def _print(sweep: "SweepFile", workdir: Place, stages: "Stages", chosen: "list[SweepRun]") -> None:
+def _print(sweep: "SweepFile", workdir: AnyPath, stages: "Stages", chosen: "list[SweepRun]") -> None:
     """Prints the commands of runs; where some wait for others, what has been decided is recorded."""
     from seqpe_jax.sweeps import record
 
@@ -169,7 +169,7 @@ def _status(stages: "Stages", chosen: "list[SweepRun]") -> None:
         print("; ".join([f"{run.name}: {state}", *waits, *(in_words(field, one) for field, one in decided.items())]))
 
 
-def _search(sweep: "SweepFile", workdir: Place) -> None:
+def _search(sweep: "SweepFile", workdir: AnyPath) -> None:
     from seqpe_jax.sweeps import local, search
 
     if _ONLY.value or _RETRY.value or _STATUS.value:

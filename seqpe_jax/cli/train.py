@@ -32,7 +32,7 @@ def main() -> None:
     from seqpe_jax.training.trainer import Trainer
 
     settings, workdir = common.join_hosts(_settings), _WORKDIR.value
-    processes.leave_when_told()
+    processes.exit_on_signal()
     processes.keep_compiled_programs()
     Trainer.for_folder(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
 

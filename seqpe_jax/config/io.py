@@ -22,7 +22,7 @@ from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfi
 from seqpe_jax.config.scripts import located, module_of, told
 from seqpe_jax.config.validate import check
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import expanded
+from seqpe_jax.files import expand_path
 from seqpe_jax.trees import flat
 
 LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
@@ -366,7 +366,7 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
 
 def _page(path: str) -> ml_collections.ConfigDict:
     """Returns what a config file makes of its variant. Raises: InputError."""
-    name, _, variant = located(expanded(path, local=LOCAL)).partition(":")
+    name, _, variant = located(expand_path(path, local=LOCAL)).partition(":")
     what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
     make = getattr(module_of(name, what), "get_config", None)
     if not callable(make):
@@ -458,11 +458,11 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _written_out(value: Any, name: str) -> Any:
-    """The path or paths of a field, `files.expanded`; none stays none."""
+    """The path or paths of a field, `files.expand_path`; none stays none."""
     if isinstance(value, tuple):
-        return tuple(map(expanded, value))
+        return tuple(map(expand_path, value))
     local = f"{name} is a folder of this machine" if name == "data.cache_dir" else ""
-    return expanded(value, local=local) if value else value
+    return expand_path(value, local=local) if value else value
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import tqdm
 
 from seqpe_jax.data.cache import locked
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, below, cache_root, in_store, whole
+from seqpe_jax.files import AnyPath, as_path, atomic_file, cache_root, is_remote, list_files
 
 AT_ONCE = 16  # objects
 
@@ -26,7 +26,7 @@ def fetched(
     Raises:
       InputError: nothing is there, or it cannot be read.
     """
-    return tuple(str(_fetched(path, cache_dir, progress, option)) if in_store(path) else path for path in paths)
+    return tuple(str(_fetched(path, cache_dir, progress, option)) if is_remote(path) else path for path in paths)
 
 
 def _fetched(address: str, cache_dir: str | os.PathLike, progress: bool, option: str) -> pathlib.Path:
@@ -47,9 +47,9 @@ def _fetched(address: str, cache_dir: str | os.PathLike, progress: bool, option:
     return target
 
 
-def _fetch_folder(place: Place, target: pathlib.Path, progress: bool, option: str) -> None:
+def _fetch_folder(place: AnyPath, target: pathlib.Path, progress: bool, option: str) -> None:
     """Makes a folder hold what one of a store holds, and nothing else."""
-    names = {str(one.relative_to(place)): one for one in below(place)}
+    names = {str(one.relative_to(place)): one for one in list_files(place)}
     names = {name: one for name, one in names.items() if ".." not in pathlib.PurePosixPath(name).parts}
     if not names:
         raise InputError(f"{option}: there is nothing at '{place}': give a folder or an object of a bucket")
@@ -57,17 +57,17 @@ def _fetch_folder(place: Place, target: pathlib.Path, progress: bool, option: st
         work = several.map(lambda name: _fetch(names[name], target / name), names)
         for _ in tqdm.tqdm(work, f"fetch {place}", len(names), unit=" files", delay=2.0, disable=not progress):
             pass
-    for file in below(target):
+    for file in list_files(target):
         if str(file.relative_to(target)) not in names:
             file.unlink()
 
 
-def _fetch(place: Place, file: pathlib.Path) -> None:
+def _fetch(place: AnyPath, file: pathlib.Path) -> None:
     """Copies an object unless that version of it is here; the copy has the object's time, by which data are told apart."""
     told = place.info()
     changed = round(told["mtime"].timestamp() * 1e6) * 1000
     if file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == (told["size"], changed):
         return
-    with whole(file) as part:
+    with atomic_file(file) as part:
         place.download(part)
         os.utime(part, ns=(changed, changed))

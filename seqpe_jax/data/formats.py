@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import parse_json
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 text with it; it is no part of the text
 HEAD = 1 << 16  # bytes of a file that are looked at
@@ -126,7 +126,7 @@ def first_record(head: bytes, complete: bool) -> dict[str, Any] | None:
     lines = text.split(b"\n") if complete else text.split(b"\n")[:-1]  # the last is cut
     lines = [line for line in lines if line.strip()][:JSON_LINES]
     try:
-        records = [from_json(line) for line in lines]
+        records = [parse_json(line) for line in lines]
     except ValueError:
         return None
     return records[0] if len(records) > 1 and all(isinstance(record, dict) for record in records) else None

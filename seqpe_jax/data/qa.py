@@ -24,7 +24,7 @@ from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import cache_root, from_json
+from seqpe_jax.files import cache_root, parse_json
 
 PIECE = 8  # tokens; a smaller piece of a passage is not made where there is a choice
 BYTE_END = 0  # ends an answer in bytes: no text holds it
@@ -305,7 +305,7 @@ class _Assembled(QuestionSource):
         return len(self._kept)
 
     def _fact(self, place: int) -> tuple[str, str, tuple[str, ...]]:
-        question, kind, answers = from_json(self._questions[place])
+        question, kind, answers = parse_json(self._questions[place])
         return question, kind, tuple(answers)
 
     def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from seqpe_jax.data.formats import without_mark
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, from_json, text_from_json, write_whole
+from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json, parse_json_text
 
 FILE, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
@@ -178,7 +178,7 @@ class HFTokenizer:
         self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
         if self.end_of_text != usual:  # texts are joined in another way than the file alone says
             self.fingerprint += f"-end-{self.end_of_text}"
-        content = from_json(self._content)
+        content = parse_json(self._content)
         self._unknown = vocabulary.get(content["model"].get("unk_token"), content["model"].get("unk_id"))
         self._keeps_space = "ByteLevel" in json.dumps(content.get("pre_tokenizer"))
         self._dtype = token_dtype(self.vocabulary_size)
@@ -230,7 +230,7 @@ class HFTokenizer:
         return _loaded(directory, cls)
 
 
-def _content_of(file: Place) -> bytes:
+def _content_of(file: AnyPath) -> bytes:
     """The content of a tokenizer.json, or one made of GPT-2's vocab.json and merges.txt where these lie in its place."""
     vocabulary, merges = file.parent / "vocab.json", file.parent / "merges.txt"
     if file.name != FILE or file.exists() or not (vocabulary.is_file() and merges.is_file()):
@@ -240,14 +240,14 @@ def _content_of(file: Place) -> bytes:
     try:
         lines = _read(merges).decode("utf-8").splitlines()
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        return tokenizers.ByteLevelBPETokenizer(from_json(_read(vocabulary)), pairs).to_str().encode()
+        return tokenizers.ByteLevelBPETokenizer(parse_json(_read(vocabulary)), pairs).to_str().encode()
     except Exception as error:  # the library raises bare Exception
         raise InputError(
             f"vocab.json and merges.txt in '{file.parent}' are no tokenizer ({error}): mend them, or give a tokenizer.json"
         ) from None
 
 
-def _added(file: Place, vocabulary: Mapping[str, int]) -> dict[str, int]:
+def _added(file: AnyPath, vocabulary: Mapping[str, int]) -> dict[str, int]:
     """Returns the tokens of the added_tokens.json beside a tokenizer.json that its vocabulary lacks, and their ids.
 
     Raises:
@@ -257,7 +257,7 @@ def _added(file: Place, vocabulary: Mapping[str, int]) -> dict[str, int]:
     if file.name != FILE or not beside.is_file():
         return {}
     try:
-        added = text_from_json(_read(beside))
+        added = parse_json_text(_read(beside))
     except ValueError as error:
         raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
     if not isinstance(added, dict) or not all(type(number) is int and 0 <= number < MOST for number in added.values()):
@@ -278,7 +278,7 @@ def _added(file: Place, vocabulary: Mapping[str, int]) -> dict[str, int]:
 
 def _with_added(content: bytes, added: Mapping[str, int], special: set[str]) -> bytes:
     """Returns the content of a tokenizer.json with further tokens, as `transformers` adds them."""
-    changed = from_json(content)
+    changed = parse_json(content)
     changed["added_tokens"] = [
         *(changed.get("added_tokens") or ()),
         *(
@@ -309,7 +309,7 @@ def _special(beside: Mapping[str, Mapping[str, Any]]) -> set[str]:
     return {token for token in contents if isinstance(token, str)}
 
 
-def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
+def _beside(file: AnyPath) -> dict[str, Mapping[str, Any]]:
     """Returns what the files of `NAMED_IN` beside a tokenizer.json hold, by name.
 
     Raises:
@@ -321,7 +321,7 @@ def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
         if file.name != FILE or not beside.is_file():
             continue
         try:
-            content = from_json(_read(beside))
+            content = parse_json(_read(beside))
         except ValueError as error:
             if key == "eos_token":
                 raise InputError(
@@ -334,7 +334,7 @@ def _beside(file: Place) -> dict[str, Mapping[str, Any]]:
 
 
 def _named_end(
-    file: Place, beside: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
+    file: AnyPath, beside: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
 ) -> int | None:
     """Returns the end of text that the files beside a tokenizer.json name, or None.
 
@@ -445,7 +445,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     file = file / FILE if file.is_dir() else file
     raw = _content_of(file)
     try:
-        content = from_json(raw)
+        content = parse_json(raw)
     except ValueError as error:
         raise _not_a_tokenizer(file, error) from None
     if isinstance(content, dict) and content.get("seqpe_jax") == ByteTokenizer.name:
@@ -460,7 +460,7 @@ def _loaded(directory: str | os.PathLike, kind: type):
     return tokenizer
 
 
-def _read(file: Place) -> bytes:
+def _read(file: AnyPath) -> bytes:
     """Returns what a file of JSON holds, without a byte order mark. Raises: InputError: it cannot be read."""
     try:
         return without_mark(file.read_bytes())
@@ -471,14 +471,14 @@ def _read(file: Place) -> bytes:
         ) from error
 
 
-def _not_a_tokenizer(file: Place, why: object) -> InputError:
+def _not_a_tokenizer(file: AnyPath, why: object) -> InputError:
     return InputError(
         f"data.tokenizer: '{file}' is not a Hugging Face tokenizer.json ({why}); give such a file, or \"bytes\""
     )
 
 
 def _write(directory: str | os.PathLike, content: bytes, name: str = FILE) -> None:
-    write_whole(as_path(directory) / name, content)
+    atomic_write(as_path(directory) / name, content)
 
 
 def _decoded(text: bytes) -> str:

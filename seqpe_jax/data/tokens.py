@@ -19,7 +19,7 @@ from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.files import SHOWN, tell
 from seqpe_jax.data.tokenizers import END_OF_TEXT, SPECIAL_END, Loss, RoundTrip, Tokenizer, check_loss, token_dtype
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import cache_root, from_json
+from seqpe_jax.files import cache_root, parse_json
 
 FORMAT = 1  # of the files below; a new number makes old caches unread
 GROUP_BYTES = 8 << 20  # text tokenised at once
@@ -195,7 +195,7 @@ def _append(out, digest, ids: np.ndarray) -> None:
 def _open(target: pathlib.Path) -> TokenSource | None:
     """Returns what `target` holds, or None when it is not there or damaged."""
     try:
-        summary = from_json((target / SUMMARY).read_text())
+        summary = parse_json((target / SUMMARY).read_text())
         dtype, size = np.dtype(summary["dtype"]), int(summary["tokens"])
         counts = [summary[name] for name in ("tokens", "bytes", "words", "documents")]
         if dtype.kind != "u" or not all(type(count) is int and count >= 0 for count in counts):

@@ -104,12 +104,12 @@ MEASURED = "measured on this machine just now, in float32"
 PRODUCT, TAKES = 2048, 5  # rows of a square product, and how often it is taken
 
 
-def chip_of(kind: str) -> Chip | None:
+def find_chip(kind: str) -> Chip | None:
     """Returns the chip of a `jax.Device.device_kind`; None for one that is not in the table."""
     return CHIPS.get(kind)
 
 
-def measured() -> Chip:
+def measure_chip() -> Chip:
     """Returns one device of this machine by the fastest of some large products in float32; the rest stays unknown.
 
     Of devices that share a machine, as CPU devices do, each has its part. Their memory's rate would bound nothing, since
@@ -126,7 +126,7 @@ def measured() -> Chip:
 
 def utilisation(flops: float, seconds: float) -> float | None:
     """Returns MFU: the share of all devices' peak that so many useful FLOPs in that time are; None on unknown chips."""
-    chip = chip_of(jax.devices()[0].device_kind)
+    chip = find_chip(jax.devices()[0].device_kind)
     return None if chip is None else flops / seconds / (chip.flops * jax.device_count())
 
 

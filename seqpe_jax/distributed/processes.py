@@ -18,18 +18,18 @@ from jax._src import clusters  # JAX's own detection; `initialize` offers it onl
 from jax.experimental import multihost_utils
 
 from seqpe_jax.distributed import roll_call
-from seqpe_jax.errors import TOLD_TO_STOP, Failure, InputError
+from seqpe_jax.errors import EXIT_PREEMPTED, Failure, InputError
 from seqpe_jax.files import cache_root
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 # glibc's malloc.h: options of `mallopt` (M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD) and what keeps all memory in one place.
-KEEPING = ((-8, 1), (-4, 0), (-1, -1))
+MALLOC_OPTIONS = ((-8, 1), (-4, 0), (-1, -1))
 SHARED_SECONDS = 60.0  # for a network file system to show a new file everywhere
 
-_line: roll_call.Lead | roll_call.Member | None = None
+_roll_call: roll_call.Coordinator | roll_call.Worker | None = None
 
 
-def start(
+def initialize(
     facts: Mapping[str, Any],
     *,
     coordinator: str | None = None,
@@ -51,7 +51,7 @@ def start(
       InputError: options that contradict each other, a taken port, processes that differ (each told on the lead).
       Failure: processes that did not come.
     """
-    global _line
+    global _roll_call
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if num_processes == 1 and coordinator is None and not process_id:
         return
@@ -78,11 +78,11 @@ def start(
         _versions() | {name: str(value) for name, value in facts.items()} | {"number of processes": str(num_processes)}
     )
     if process_id:
-        _line = roll_call.Member((host, port - 1), process_id, known, seconds)
+        _roll_call = roll_call.Worker((host, port - 1), process_id, known, seconds)
     else:
         roll_call.listen(host, port).close()  # JAX would not say that it is taken
-        _line = roll_call.Lead((host, port - 1), num_processes)
-        _line.gather(known, seconds)
+        _roll_call = roll_call.Coordinator((host, port - 1), num_processes)
+        _roll_call.gather(known, seconds)
     jax.config.update("jax_enable_preemption_service", True)
     jax.distributed.initialize(
         coordinator,
@@ -134,39 +134,39 @@ def _versions() -> roll_call.Facts:
     return {"python": platform.python_version(), "seqpe_jax source": source.hexdigest()[:12]} | libraries
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether there are other processes."""
-    return _line is not None
+    return _roll_call is not None
 
 
-def finish() -> None:
+def shutdown() -> None:
     """Leaves the others in order, when the work is done."""
-    global _line
-    if _line is not None:
-        _line.sync(last=True)
-        _line = None
+    global _roll_call
+    if _roll_call is not None:
+        _roll_call.barrier(last=True)
+        _roll_call = None
         jax.distributed.shutdown()
 
 
-def end(code: int, words: str) -> NoReturn:
+def abort(code: int, words: str) -> NoReturn:
     """Ends this process with one line, which the lead prints for all, and every other process of the run."""
-    if _line is not None:
+    if _roll_call is not None:
         sys.stdout.flush()
-        _line.end(code, words)
+        _roll_call.abort(code, words)
     print(words, file=sys.stderr)
-    roll_call.leave(code)
+    roll_call.exit_process(code)
 
 
-def await_loss() -> None:
+def wait_for_abort() -> None:
     """Gives way to the news that another process is gone, which shows in this one as an error of its own."""
-    if _line is not None:
+    if _roll_call is not None:
         time.sleep(roll_call.GRACE_SECONDS + roll_call.LEAVE_SECONDS)
 
 
-def sync() -> None:
+def barrier() -> None:
     """Waits until all processes are here."""
-    if _line is not None:
-        _line.sync()
+    if _roll_call is not None:
+        _roll_call.barrier()
 
 
 def check_equal(facts: Mapping[str, str]) -> None:
@@ -175,11 +175,11 @@ def check_equal(facts: Mapping[str, str]) -> None:
     Raises:
       InputError: says which process, on which host, has which value; the lead raises it, and the others end with it.
     """
-    if _line is not None:
-        _line.sync(facts=dict(facts))
+    if _roll_call is not None:
+        _roll_call.barrier(facts=dict(facts))
 
 
-def leave_when_told() -> None:
+def exit_on_signal() -> None:
     """Ends this process at once where SIGTERM or SIGHUP come while there is nothing to save, as before the first step.
 
     Among several processes JAX listens for SIGTERM itself. A process under `nohup`, which ignores SIGHUP, goes on.
@@ -187,9 +187,11 @@ def leave_when_told() -> None:
 
     def leave(number: int, _: Any) -> None:
         name = signal.Signals(number).name
-        end(TOLD_TO_STOP, f"{name}: there is nothing to save now; the same command goes on from the last checkpoint")
+        abort(
+            EXIT_PREEMPTED, f"{name}: there is nothing to save now; the same command goes on from the last checkpoint"
+        )
 
-    for number in (signal.SIGTERM, signal.SIGHUP) if not several() else ():
+    for number in (signal.SIGTERM, signal.SIGHUP) if not is_multiprocess() else ():
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, leave)
 
@@ -197,22 +199,22 @@ def leave_when_told() -> None:
 _asked = 0
 
 
-def told_to_stop() -> bool:
+def reached_preemption() -> bool:
     """Whether all processes stop here, because one of them got SIGTERM; each must ask at the same places as the others."""
     global _asked
     _asked += 1
-    return _line is not None and multihost_utils.reached_preemption_sync_point(_asked)
+    return _roll_call is not None and multihost_utils.reached_preemption_sync_point(_asked)
 
 
-def as_the_lead(value: bool) -> bool:
+def broadcast_from_main(value: bool) -> bool:
     """Returns the value that the lead gives."""
-    return bool(multihost_utils.broadcast_one_to_all(value)) if _line is not None else value
+    return bool(multihost_utils.broadcast_one_to_all(value)) if _roll_call is not None else value
 
 
 def check_shared(path: Any) -> None:
     """Refuses to go on where a file that the lead has written is not there. Raises: InputError."""
     deadline = time.monotonic() + SHARED_SECONDS
-    while several() and not path.exists():
+    while is_multiprocess() and not path.exists():
         if time.monotonic() > deadline:
             raise InputError(
                 f"{path.parent} is not the same folder on every host: on {socket.gethostname()} it has no {path.name}, "
@@ -221,9 +223,9 @@ def check_shared(path: Any) -> None:
         time.sleep(0.5)
 
 
-def is_lead() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes what only one may write; asking takes no devices where there is no other process."""
-    return _line is None or jax.process_index() == 0
+    return _roll_call is None or jax.process_index() == 0
 
 
 def describe() -> str:
@@ -248,7 +250,7 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def keep_memory() -> None:
+def configure_malloc() -> None:
     """Has this process keep the memory that it frees, before the first device is asked for, whose threads take their own.
 
     On a CPU, XLA takes the temporary arrays of a program anew at each call. glibc would ask the kernel for those hundreds
@@ -257,12 +259,12 @@ def keep_memory() -> None:
     """
     set_option = _allocator("mallopt")
     if set_option is not None:
-        for option, value in KEEPING:
+        for option, value in MALLOC_OPTIONS:
             set_option(option, value)
 
 
-def give_back_memory() -> None:
-    """Gives the kernel what is free of the memory that is kept (`keep_memory`); seldom, for much of it is asked for again.
+def malloc_trim() -> None:
+    """Gives the kernel what is free of the memory that is kept (`configure_malloc`); seldom, for much of it is asked for again.
 
     What a save takes, such as 4 MB for each of TensorStore's compressors, is not always free again in one piece. With time
     the process would hold more and more pieces with nothing in them.

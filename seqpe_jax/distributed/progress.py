@@ -11,12 +11,12 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
-from seqpe_jax.distributed.processes import is_lead
+from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError, StoreError
-from seqpe_jax.files import as_path, below, from_json, in_store, scratch, write_whole
+from seqpe_jax.files import as_path, atomic_write, is_remote, list_files, parse_json, tmp_dir
 
-FILE = "metrics.jsonl"
-LOG = "log.txt"  # what a sweep keeps of the output of a run's commands
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"  # what a sweep keeps of the output of a run's commands
 QUIET_SECONDS = 10.0  # between lines where there is no terminal
 STORE_SECONDS = 30.0  # between writings of metrics to a store, where a file is written anew to be longer
 
@@ -27,14 +27,14 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
       InputError: another line is not an object of numbers, one of them the step.
     """
-    path = as_path(workdir) / FILE
+    path = as_path(workdir) / METRICS_FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            values = from_json(line)
+            values = parse_json(line)
             if type(values["step"]) is not int or not all(map(_is_number, values.values())):
                 raise ValueError("its step must be a whole number, and all values numbers")
             found.append(values)
@@ -61,17 +61,17 @@ class MetricsWriter:
         self._events = self._local = None
         self._told = True  # whether the store has all of it
         self._closing = contextlib.ExitStack()
-        if not is_lead():
+        if not is_main_process():
             return
-        self._path = as_path(workdir) / FILE
+        self._path = as_path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         content = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self._path, content)
+        atomic_write(self._path, content)
         self._written = clock.monotonic()
-        if in_store(workdir):
+        if is_remote(workdir):
             self._file = io.StringIO()
             self._file.write(content)
-            self._local = self._closing.enter_context(scratch())
+            self._local = self._closing.enter_context(tmp_dir())
         else:
             self._file = self._path.open("a")
         if tensorboard:
@@ -100,10 +100,10 @@ class MetricsWriter:
         if self._local is None or self._told:
             return
         self._written = clock.monotonic()
-        self._path.put(self._file.getvalue().encode())
+        self._path.write_bytes(self._file.getvalue().encode())
         if self._events is not None:
             self._events.flush()
-            for file in below(self._local):
+            for file in list_files(self._local):
                 (self._path.parent / "tensorboard" / file.name).upload(file)
         self._told = True
 
@@ -127,7 +127,7 @@ class ProgressLine:
         self._total, self._first, self._label = total, 0, label
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
-        self._silent = not is_lead()
+        self._silent = not is_main_process()
         self._began: float | None = None  # the first step compiles, so the rate counts from its end
         self._last = 0.0
         self._said = 0

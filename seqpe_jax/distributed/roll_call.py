@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.files import from_json
+from seqpe_jax.files import parse_json
 
 HELLO = "seqpe_jax"
 HELLO_SECONDS = 10.0  # for a stranger who connects and says nothing
@@ -65,7 +65,7 @@ def differences(facts: dict[int, Facts], hosts: Mapping[int, str] | None = None)
     return lines
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends this process from any thread, at once: other threads may wait for a process that is not there any more."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -94,7 +94,7 @@ class _Connection:
         self._socket.settimeout(seconds)
         try:
             line = self._file.readline(MESSAGE_BYTES)
-            message = from_json(line) if line.endswith(b"\n") else None
+            message = parse_json(line) if line.endswith(b"\n") else None
         except (OSError, ValueError):
             message = None
         return message if isinstance(message, dict) else None
@@ -106,7 +106,7 @@ class _Connection:
         self._socket.close()
 
 
-class Lead:
+class Coordinator:
     """The lead's end: it hears everybody and tells everybody.
 
     Args:
@@ -193,16 +193,16 @@ class Lead:
                 connection.send("end", code=1, words=f"{who} came to a run that is on already: stop that first")
             elif kind == "end":
                 time.sleep(GRACE_SECONDS)
-                self.end(message["code"], f"{who}: {message['words']}")
+                self.abort(message["code"], f"{who}: {message['words']}")
             elif kind == "here":
                 self._facts[connection.process] = message.get("facts", {})
                 self._here += 1
                 if self._here % (self._count - 1) == 0:  # nobody comes to the next place before all have left this one
                     self._all_here.release()
             elif kind == "gone" and not self._over and connection is self._members.get(connection.process):
-                self.end(1, f"{who} {LOST}")
+                self.abort(1, f"{who} {LOST}")
 
-    def end(self, code: int, words: str) -> NoReturn:
+    def abort(self, code: int, words: str) -> NoReturn:
         """Says why the run ends, and ends all of its processes."""
         self._ending.acquire()  # for good: the first who comes says why
         print(words, file=sys.stderr, flush=True)
@@ -212,9 +212,9 @@ class Lead:
         deadline = time.monotonic() + LEAVE_SECONDS  # JAX would abort those that are still there when its service goes
         for connection in members:
             connection.closed.wait(max(0.0, deadline - time.monotonic()))
-        leave(code)
+        exit_process(code)
 
-    def sync(self, last: bool = False, facts: Facts | None = None) -> None:
+    def barrier(self, last: bool = False, facts: Facts | None = None) -> None:
         """Waits until everybody is here.
 
         Args:
@@ -236,7 +236,7 @@ class Lead:
             connection.send("on")
 
 
-class Member:
+class Worker:
     """Another process's end: it answers the roll call, and ends when it is told to or the lead is gone.
 
     Raises:
@@ -278,23 +278,23 @@ class Member:
     def _end_as_told(self, message: dict[str, Any] | None) -> NoReturn:
         if message is None:
             self._say(f"process {self._process}: process 0, the lead (at {self._lead}), {LOST}")
-            leave(1)
+            exit_process(1)
         if "words" in message:
             self._say(message["words"])
-        leave(message["code"])
+        exit_process(message["code"])
 
     def _say(self, words: str) -> None:
         self._printing.acquire()  # for good: this process has one last word
         os.write(2, f"{words}\n".encode())  # not through Python's buffers: JAX may abort this process at any moment
 
-    def end(self, code: int, words: str) -> NoReturn:
+    def abort(self, code: int, words: str) -> NoReturn:
         """Tells the lead why this process ends; the lead says it and ends them all."""
         self._connection.send("end", code=code, words=words)
         time.sleep(ANSWER_SECONDS)  # the watch ends this process meanwhile
         self._say(words)
-        leave(code)
+        exit_process(code)
 
-    def sync(self, last: bool = False, facts: Facts | None = None) -> None:
+    def barrier(self, last: bool = False, facts: Facts | None = None) -> None:
         """Waits until everybody is here; `last`: nobody is missed afterwards; `facts`: what all must share here."""
         self._last = last
         self._connection.send("here", facts=facts or {})

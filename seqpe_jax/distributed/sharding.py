@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, POSITIONS, ROWS, VOCABULARY, WIDTH, laid_out
+from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH, MLP, POSITIONS, VOCABULARY, WIDTH, use_sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.trees import names
 
@@ -26,28 +26,28 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Logical names -> mesh axes, in use and in store: what fsdp splits in store is gathered for use.
-USED = {
+ACTIVATION_RULES = {
     BATCH: BATCH_AXES,
     LENGTH: ("context",),
-    ROWS: AXES,
+    ENCODER_ROWS: AXES,
     POSITIONS: ("data", "fsdp", "context"),
     HEADS: ("tensor",),
-    HIDDEN: ("tensor",),
+    MLP: ("tensor",),
     VOCABULARY: ("tensor",),
     WIDTH: (),
 }
-STORED = USED | {WIDTH: ("fsdp",)}
+PARAM_RULES = ACTIVATION_RULES | {WIDTH: ("fsdp",)}
 
 # The dimensions of every parameter, the last ones first named: a leading axis of layers has no name.
-PARAMETERS = {
+PARAM_AXES = {
     "model/token_embedding/embedding": (VOCABULARY, WIDTH),
     "model/output_embedding/embedding": (VOCABULARY, WIDTH),
     "model/blocks*/qkv/kernel": (WIDTH, None, HEADS, None),
     "model/blocks*/qkv/bias": (None, HEADS, None),
     "model/blocks*/out/kernel": (HEADS, None, WIDTH),
-    "model/blocks*/mlp_in/kernel": (WIDTH, HIDDEN),
-    "model/blocks*/mlp_in/bias": (HIDDEN,),
-    "model/blocks*/mlp_out/kernel": (HIDDEN, WIDTH),
+    "model/blocks*/mlp_in/kernel": (WIDTH, MLP),
+    "model/blocks*/mlp_in/bias": (MLP,),
+    "model/blocks*/mlp_out/kernel": (MLP, WIDTH),
     "model/blocks*/fading/kernel": (WIDTH, HEADS),
     "model/blocks*/*/bias": (None,),
     "model/blocks*/norm_?/scale": (None,),
@@ -121,7 +121,7 @@ def make_mesh(
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def slice_of(device: jax.Device) -> int:
+def slice_index(device: jax.Device) -> int:
     """Returns the index of a device's TPU slice; 0 for other devices, and where there is one slice alone."""
     return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
 
@@ -132,7 +132,7 @@ def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, 
     Raises:
       InputError: it is another one than the devices say, slices of several sizes, or `data` is no multiple of it.
     """
-    sizes = Counter(map(slice_of, devices))
+    sizes = Counter(map(slice_index, devices))
     if slices not in (0, len(sizes)):
         raise InputError(
             f"mesh.slices={slices}, but the {len(devices)} devices there are belong to {len(sizes)} TPU slice(s): set "
@@ -153,8 +153,8 @@ def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where arrays in use lie on a mesh; put in force by `axes.laid_out`."""
+class MeshSharding:
+    """Where arrays in use lie on a mesh; put in force by `axes.use_sharding`."""
 
     mesh: Mesh
 
@@ -165,28 +165,32 @@ class Layout:
 
     def shards(self, name: str) -> int:
         """Returns the number of parts of a dimension of this logical name."""
-        return math.prod(self.mesh.shape[axis] for axis in USED[name])
+        return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_RULES[name])
 
     def sharding(self, *names: str | None) -> NamedSharding:
         """Returns the layout of arrays in use whose first dimensions have these names, and which these divide."""
-        return NamedSharding(self.mesh, PartitionSpec(*(None if name is None else USED[name] for name in names)))
+        return NamedSharding(
+            self.mesh, PartitionSpec(*(None if name is None else ACTIVATION_RULES[name] for name in names))
+        )
 
     def spec(self, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
         """Returns the layout of an array in use. A dimension that its axes do not divide stays whole."""
         return PartitionSpec(
             *(
-                USED[name] if name is not None and size % self.shards(name) == 0 and self.shards(name) > 1 else None
+                ACTIVATION_RULES[name]
+                if name is not None and size % self.shards(name) == 0 and self.shards(name) > 1
+                else None
                 for size, name in zip(shape, names, strict=True)
             )
         )
 
-    def lay_out(self, array: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    def with_logical_constraint(self, array: jax.Array, names: Sequence[str | None]) -> jax.Array:
         """Returns the array, its dimensions split by their names; inside jit."""
         if self.mesh.size == 1:
             return array
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(array.shape, names)))
 
-    def gathered(self, params: Any, root: str) -> Any:
+    def all_gather_params(self, params: Any, root: str) -> Any:
         """Returns parameters as they are used, for all uses inside a loop: what fsdp splits in store is gathered.
 
         Args:
@@ -194,14 +198,14 @@ class Layout:
         """
 
         def of(path: Any, leaf: jax.Array) -> jax.Array:
-            return self.lay_out(leaf, _dimensions("/".join([root, *names(path)]), leaf.ndim))
+            return self.with_logical_constraint(leaf, _dimensions("/".join([root, *names(path)]), leaf.ndim))
 
         return jax.tree_util.tree_map_with_path(of, params)
 
-    def by_device(
+    def shard_map(
         self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
     ) -> jax.Array:
-        """Returns `axes.by_device`: no mesh axis is left to the compiler inside, so that kernels can be called."""
+        """Returns `axes.shard_map`: no mesh axis is left to the compiler inside, so that kernels can be called."""
         if self.mesh.size == 1:
             return function(*arguments)
         length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] else 0
@@ -213,7 +217,7 @@ class Layout:
             return jnp.pad(array, [(0, missing if name == LENGTH else 0) for name in names])
 
         def inside(*arguments: Any) -> jax.Array:
-            with laid_out(None):
+            with use_sharding(None):
                 return function(*arguments)
 
         arguments = [padded(array, own) for array, own in zip(arguments, names, strict=True)]
@@ -250,7 +254,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)  # asked for each batch
-def parts_of_processes(mesh: Mesh) -> dict[int, list[int]]:
+def shards_by_process(mesh: Mesh) -> dict[int, list[int]]:
     """Returns the parts of a batch that the devices of each process hold: process index -> indices of parts, rising.
 
     A batch has `batch_shards(mesh)` equal parts of consecutive rows. The parts of one process need not be neighbours: the
@@ -264,7 +268,7 @@ def parts_of_processes(mesh: Mesh) -> dict[int, list[int]]:
     return {process: sorted(parts) for process, parts in sorted(held.items())}
 
 
-def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
+def rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
     """Returns the rows of a batch that each process reads, those of its parts in turn: process index -> indices of rows.
 
     Args:
@@ -273,11 +277,11 @@ def rows_of_processes(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
     size = batch_size // batch_shards(mesh)
     return {
         process: [part * size + row for part in parts for row in range(size)]
-        for process, parts in parts_of_processes(mesh).items()
+        for process, parts in shards_by_process(mesh).items()
     }
 
 
-class Whole(NamedTuple):
+class UnshardedDim(NamedTuple):
     """A dimension that its mesh axes do not divide, so that every device holds all of it.
 
     Attributes:
@@ -290,7 +294,7 @@ class Whole(NamedTuple):
     bytes: int
 
 
-def describe_whole(whole: Sequence[Whole], shown: int = 5) -> str:
+def describe_unsharded(whole: Sequence[UnshardedDim], shown: int = 5) -> str:
     """Returns the dimensions that could not be split, and what that costs, in a line."""
     names = ", ".join(f"{one.parameter} ({one.size} over {one.over})" for one in whole[:shown])
     more = f" and {len(whole) - shown} more" if len(whole) > shown else ""
@@ -298,13 +302,13 @@ def describe_whole(whole: Sequence[Whole], shown: int = 5) -> str:
     return f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}{more}"
 
 
-def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
+def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[UnshardedDim]]:
     """Returns the shapes of a train state with the layout of each leaf, and the dimensions that could not be split.
 
     Raises:
-      ValueError: a parameter that no rule of `PARAMETERS` names; a new one needs a line there.
+      ValueError: a parameter that no rule of `PARAM_AXES` names; a new one needs a line there.
     """
-    whole: list[Whole] = []
+    whole: list[UnshardedDim] = []
 
     def spec_of(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         keys = names(path)
@@ -314,14 +318,14 @@ def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
         name = "/".join(keys[starts[-1] :])
         spec: list[Any] = [None] * leaf.ndim
         for dimension, logical in enumerate(_dimensions(name, leaf.ndim)):
-            over = [axis for axis in STORED.get(logical, ()) if mesh.shape[axis] > 1]
+            over = [axis for axis in PARAM_RULES.get(logical, ()) if mesh.shape[axis] > 1]
             parts = math.prod(mesh.shape[axis] for axis in over)
             if over and leaf.shape[dimension] % parts == 0:
                 spec[dimension] = tuple(over)
             elif over and keys[0] == "params":
                 held = leaf.size * leaf.dtype.itemsize
                 words = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in over)
-                whole.append(Whole(name, leaf.shape[dimension], words, held - held // parts))
+                whole.append(UnshardedDim(name, leaf.shape[dimension], words, held - held // parts))
         return PartitionSpec(*spec)
 
     def of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -332,16 +336,16 @@ def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Whole]]:
 
 def _dimensions(name: str, count: int) -> tuple[str | None, ...]:
     """The logical names of a parameter's dimensions. Raises: ValueError, as of `with_shardings`."""
-    names = next((names for pattern, names in PARAMETERS.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    names = next((names for pattern, names in PARAM_AXES.items() if fnmatch.fnmatchcase(name, pattern)), None)
     if names is None:
-        raise ValueError(f"no rule of runtime.mesh.PARAMETERS says how parameter {name} is laid out: add one")
+        raise ValueError(f"no rule of distributed.sharding.PARAM_AXES says how parameter {name} is laid out: add one")
     return ((None,) * count + names)[-count:]
 
 
-def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns global arrays of a batch, of which this process has the rows of its parts (`parts_of_processes`) alone."""
+def from_local_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns global arrays of a batch, of which this process has the rows of its parts (`shards_by_process`) alone."""
     sharding, count = batch_sharding(mesh), batch_shards(mesh)
-    parts = parts_of_processes(mesh)[jax.process_index()]
+    parts = shards_by_process(mesh)[jax.process_index()]
 
     def global_array(value: np.ndarray) -> jax.Array:
         size = len(value) // len(parts)
@@ -356,7 +360,7 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: global_array(value) for name, value in batch.items()}
 
 
-def whole_to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def from_full_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns global arrays of a batch that every host holds whole."""
     sharding = batch_sharding(mesh)
     return {

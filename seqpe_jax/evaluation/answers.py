@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, write_whole
+from seqpe_jax.files import AnyPath, as_path, atomic_write
 
 METRICS = ("contains", "exact_match", "exact_match_strict", "f1")
 # Of data whose answers are code, in which punctuation, articles and letter case are what is asked for: as they are. Of a
@@ -203,7 +203,7 @@ def write_answers(
     records: Sequence[Mapping[str, Any]],
     hypotheses: Sequence[str],
     metrics: Sequence[str] = METRICS,
-) -> Place:
+) -> AnyPath:
     """Writes one object per answer and line: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
 
     The file appears whole or not at all.
@@ -224,7 +224,7 @@ def write_answers(
         }
         lines.append(json.dumps(line | scores(hypothesis, record["outputs"], metrics), ensure_ascii=False) + "\n")
     try:
-        write_whole(path, "".join(lines))
+        atomic_write(path, "".join(lines))
     except OSError as error:
         raise InputError(f"cannot write answers to '{path}' ({error.strerror}): choose another file") from error
     return path

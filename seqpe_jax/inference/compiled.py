@@ -104,7 +104,7 @@ class Programs:
         def examine(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
             return criterion.examine(self.architecture.network, {"params": params["model"]}, signal, batch)
 
-        return jax.jit(laid_out(self.mesh, examine), out_shardings=layout.replicated(self.mesh))
+        return jax.jit(use_sharding(self.mesh, examine), out_shardings=layout.replicated(self.mesh))
 
     def similarity(
         self, params: Params, shape: Shape, pivots: int = 5, columns: int = 512
@@ -160,14 +160,14 @@ class Programs:
             positions_LA = spacing.grid(shape, rows=rows) + spacing.unit * start_A
             return self.architecture.signal(params, positions_LA[None], shape)
 
-        return jax.jit(laid_out(self.mesh, signal), static_argnums=(2, 3))
+        return jax.jit(use_sharding(self.mesh, signal), static_argnums=(2, 3))
 
     @functools.cached_property
     def _signal_of(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:
         def signal(params: Params, vectors_PLE: jax.Array, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:
             return self.architecture.encode(params, vectors_PLE, positions_PLA, shape=shape, method="signal")
 
-        return jax.jit(laid_out(self.mesh, signal), static_argnums=3)
+        return jax.jit(use_sharding(self.mesh, signal), static_argnums=3)
 
     @functools.cached_property
     def _vectors(self) -> Callable[[Params, int, int, Shape, Spacing], jax.Array]:
@@ -176,26 +176,26 @@ class Programs:
             positions_RA = spacing.grid(shape, first, rows)
             return self.architecture.encode(params, positions_RA, groups=(known,), method="vectors")
 
-        return jax.jit(laid_out(self.mesh, vectors), static_argnums=(2, 3, 4))
+        return jax.jit(use_sharding(self.mesh, vectors), static_argnums=(2, 3, 4))
 
     @functools.cached_property
     def _vectors_of(self) -> Callable[[Params, jax.Array], jax.Array]:
-        return jax.jit(laid_out(self.mesh, functools.partial(self.architecture.encode, method="vectors")))
+        return jax.jit(use_sharding(self.mesh, functools.partial(self.architecture.encode, method="vectors")))
 
     @functools.cached_property
     def _logits(self) -> Callable[..., jax.Array]:
         def logits(params: Params, inputs: jax.Array, signal: PositionSignal) -> jax.Array:
             return self.architecture.network.apply({"params": params["model"]}, inputs, signal)
 
-        return jax.jit(laid_out(self.mesh, logits))
+        return jax.jit(use_sharding(self.mesh, logits))
 
 
-def laid_out(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def use_sharding(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that is traced with a mesh's layout in force."""
 
     @functools.wraps(function)
     def traced(*arguments: Any, **options: Any) -> Any:
-        with axes.laid_out(layout.Layout(mesh)):
+        with axes.use_sharding(layout.MeshSharding(mesh)):
             return function(*arguments, **options)
 
     return traced

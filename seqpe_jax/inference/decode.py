@@ -126,7 +126,7 @@ class Halves(NamedTuple):
 
 
 @functools.lru_cache
-def halves(model: nn.Module, static: Static, layout: axes.Placement) -> Halves:
+def halves(model: nn.Module, static: Static, layout: axes.ShardingRules) -> Halves:
     """Returns the programs of a model whose arrays are laid out like that; the host reads whole ones."""
     split, whole = layout.sharding(axes.BATCH), layout.sharding()
     state = State(
@@ -143,12 +143,12 @@ def halves(model: nn.Module, static: Static, layout: axes.Placement) -> Halves:
     )
 
     def start(params: Any, *arguments: Any) -> State:
-        with axes.laid_out(layout):
-            return begin(model, layout.gathered(params, "model"), *arguments, static=static)
+        with axes.use_sharding(layout):
+            return begin(model, layout.all_gather_params(params, "model"), *arguments, static=static)
 
     def go_on(params: Any, *arguments: Any) -> State:
-        with axes.laid_out(layout):
-            return advance(model, layout.gathered(params, "model"), *arguments, static=static)
+        with axes.use_sharding(layout):
+            return advance(model, layout.all_gather_params(params, "model"), *arguments, static=static)
 
     return Halves(jax.jit(start, out_shardings=state), jax.jit(go_on, out_shardings=state, donate_argnums=2))
 

@@ -11,7 +11,7 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, check_free, new_folder
+from seqpe_jax.files import as_path, atomic_dir, require_empty
 from seqpe_jax.inference import exported
 from seqpe_jax.models.attention_dispatch import BLOCK
 from seqpe_jax.models.build import Params, Shape
@@ -20,8 +20,7 @@ from seqpe_jax.tasks import Task
 from seqpe_jax.tasks.data_spec import write_sizes
 from seqpe_jax.tasks.fingerprints import read_fingerprints, write_fingerprints
 from seqpe_jax.training.checkpoint import write_config
-from seqpe_jax.training.checksums import FILE as DIGESTS
-from seqpe_jax.training.checksums import write_digests
+from seqpe_jax.training.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.trees import count
 
 
@@ -39,7 +38,7 @@ def write(
     Raises:
       InputError: an export already, a range that the positions do not reach, an unknown platform, `output` is taken.
     """
-    check_free(output)
+    require_empty(output)
     platforms = exported.check_platforms(platforms)
     if model.architecture.reach is not None:
         raise InputError(f"{model.folder} is an export already: give the --workdir of its run")
@@ -64,11 +63,11 @@ def write(
         "output": {"name": "logits", "dtype": "float32", "shape": signature.output},
         "platforms": platforms,
         "jax": jax.__version__,
-        "digests": DIGESTS,
+        "digests": DIGESTS_FILE,
     }
     facts, notes = described(model, params, scale, platforms), notes_of(model, reach, scale)
     card = exported.card(as_path(output).resolve().name, facts, signature, notes, results)
-    with new_folder(output) as folder:
+    with atomic_dir(output) as folder:
         exported.write_params(folder, params)
         (folder / exported.FUNCTION).write_bytes(function)
         (folder / exported.CARD).write_text(
@@ -79,7 +78,7 @@ def write(
         write_config(folder, config.to_dict(model.config) | {exported.SECTION: section})
         if model.folder and (known := read_fingerprints(model.folder)):
             write_fingerprints(folder, known)
-        write_digests(folder, but=(exported.CARD,))  # which people may add to
+        write_checksums(folder, but=(exported.CARD,))  # which people may add to
 
 
 def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ...]) -> dict[str, str]:

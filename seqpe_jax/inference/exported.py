@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, in_store, open_to_all
+from seqpe_jax.files import apply_umask, as_path, is_remote
 from seqpe_jax.trees import Tree, flat, nested
 
 PARAMS, FUNCTION, CARD = "params.safetensors", "model.stablehlo", "README.md"
@@ -70,7 +70,7 @@ def write_params(folder: pathlib.Path, params: Tree) -> None:
     """Writes parameters into a folder."""
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flat(params).items()}
     safetensors.numpy.save_file(leaves, folder / PARAMS)
-    open_to_all(folder / PARAMS)  # safetensors makes it for its owner alone
+    apply_umask(folder / PARAMS)  # safetensors makes it for its owner alone
 
 
 def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
@@ -84,7 +84,7 @@ def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
     """
     path = as_path(folder) / PARAMS
     try:
-        leaves = safetensors.numpy.load(path.read_bytes()) if in_store(path) else safetensors.numpy.load_file(path)
+        leaves = safetensors.numpy.load(path.read_bytes()) if is_remote(path) else safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}): export the run again") from error
     wanted = flat(expected)

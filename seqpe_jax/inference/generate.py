@@ -115,7 +115,7 @@ def generate(
         keep_logits=keep_logits,
         limit=window if config.encoding.window_dependence else None,
     )
-    compiled = decoding.halves(network, static, layout.Layout(programs.mesh))
+    compiled = decoding.halves(network, static, layout.MeshSharding(programs.mesh))
     work = decoding.batches(
         [len(prompt) for prompt in prompts],
         new_tokens=sampling.new_tokens,
@@ -125,7 +125,7 @@ def generate(
     )
     found: dict[int, Generation] = {}
     places, signal, done, total = 0, None, 0, len(prompts) * sampling.new_tokens
-    put = functools.partial(layout.whole_to_global, programs.mesh)
+    put = functools.partial(layout.from_full_batch, programs.mesh)
     for batch in work:
         if batch.places != places:
             places = batch.places

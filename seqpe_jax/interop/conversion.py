@@ -6,7 +6,7 @@ from typing import Any
 from seqpe_jax import loading
 from seqpe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import check_free
+from seqpe_jax.files import require_empty
 from seqpe_jax.interop import folders, reference, weights
 from seqpe_jax.interop.writing import write_reference, write_run
 from seqpe_jax.trees import count
@@ -26,7 +26,7 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
     Raises:
       InputError: as `loading.load`; the tokenizer does not fit. Nothing is written then.
     """
-    check_free(output)
+    require_empty(output)
     if loading.is_ours(source):
         raise InputError(f"{source} is a run of ours already: --to=reference writes it in the reference's format")
     found = folders.read(source)
@@ -54,7 +54,7 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
 
 def to_reference(checkpoint: str, output: str) -> dict[str, Any]:
     """Writes a run of ours in the reference's text or image layout; returns and raises as `writing.write_reference`."""
-    check_free(output)
+    require_empty(output)
     return write_reference(loading.opened(checkpoint), output)
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from seqpe_jax.data.fetched import fetched
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import open_to_all
+from seqpe_jax.files import apply_umask
 from seqpe_jax.interop import pickles, weights
 from seqpe_jax.interop.arrays import MODEL, checked_arrays, read_safetensors, read_settings, read_weights
 from seqpe_jax.interop.settings import Spec
@@ -471,6 +471,6 @@ def _weights(folder: pathlib.Path, state: weights.State, second: str) -> list[pa
     for arrays, name in zip(_parted(state), (MODEL, second), strict=True):
         if arrays:
             save_file(arrays, folder / name, metadata={"format": "pt"})
-            open_to_all(folder / name)  # safetensors makes it for its owner alone
+            apply_umask(folder / name)  # safetensors makes it for its owner alone
             files.append(folder / name)
     return files

@@ -14,13 +14,12 @@ import numpy as np
 from seqpe_jax import config as configs
 from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, check_free, new_folder
+from seqpe_jax.files import as_path, atomic_dir, require_empty
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.models.build import Architecture, Params, Sizes
 from seqpe_jax.tasks.data_spec import write_sizes
-from seqpe_jax.training.checkpoint import Checkpoints, write_config
-from seqpe_jax.training.checksums import FILE as DIGESTS
-from seqpe_jax.training.checksums import SIDE_FILES, write_digests
+from seqpe_jax.training.checkpoint import Checkpointer, write_config
+from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, write_checksums
 from seqpe_jax.trees import count
 
 REPORT = "conversion.json"
@@ -45,15 +44,15 @@ def write_run(
     Raises:
       InputError: the folder is taken. Nothing is written then.
     """
-    check_free(output)
-    with new_folder(output) as folder:
+    require_empty(output)
+    with atomic_dir(output) as folder:
         write_config(folder, configs.to_dict(config))
         write_sizes(folder, sizes)
         if keep is not None:
             keep(folder)
-        write_digests(folder)
-        checkpoints = Checkpoints(folder)
-        meta = {"params_only": True, SIDE_FILES: DIGESTS} | ({"converted": report["source"]} if report else {})
+        write_checksums(folder)
+        checkpoints = Checkpointer(folder)
+        meta = {"params_only": True, SIDE_FILES: DIGESTS_FILE} | ({"converted": report["source"]} if report else {})
         checkpoints.save(step, {"params": params}, meta)
         checkpoints.close()
         if report is not None:
@@ -72,7 +71,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: a field that the reference has nothing like. Nothing is written then.
     """
-    check_free(output)
+    require_empty(output)
     config, kind, name = model.config, model.config.encoding.kind, model.folder or "the model"
     if model.architecture.reach is not None:
         raise InputError(
@@ -90,7 +89,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
         state[f"{weights.ENCODER}weight"] = fixed_table(config, model.architecture, rows)
     kept = as_path(model.folder) / FILE if model.folder else None
-    with new_folder(output) as folder:
+    with atomic_dir(output) as folder:
         files = (folders.write_images if config.reads_images else folders.write_text)(
             folder, spec, settings.training_of(config), state
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.axes import POSITIONS, ROWS, by_device, gathered, lay_out, shards
+from seqpe_jax.axes import ENCODER_ROWS, POSITIONS, all_gather_params, shard_map, shards, with_logical_constraint
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.losses.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.losses.distillation import distillation_logits_loss, distillation_loss
@@ -67,7 +67,7 @@ class Objective:
         now = jax.random.fold_in(jax.random.fold_in(key, step), part)
         terms: Metrics = {}
         if self.architecture.has_vectors:
-            encoding = gathered(params["encoding"], "encoding")
+            encoding = all_gather_params(params["encoding"], "encoding")
             own = "draws" in batch  # of which nothing is known
             signal, terms = self.vectors_and_terms(encoding, draws, self._masks(now, "encoding dropout"), own)
         else:
@@ -107,7 +107,9 @@ class Objective:
         rows = self._rows(draws)
         main, *rest = self._encoded(params, rows, dropout_key, own)
         sets, length, _ = draws.positions_PLA.shape
-        main_PLE = lay_out(main.reshape(sets, length, -1), None, POSITIONS, None)  # the qk map is shared out as well
+        main_PLE = with_logical_constraint(
+            main.reshape(sets, length, -1), None, POSITIONS, None
+        )  # the qk map is shared out as well
         signal = self._encoding.apply(
             {"params": params}, main_PLE, draws.positions_PLA, shape=self.architecture.shape, method="signal"
         )
@@ -150,7 +152,7 @@ class Objective:
         """The vectors [R, E] of each part, computed in one call, its rows laid out over the devices like a batch."""
         parts = [part.positions.reshape(-1, part.positions.shape[-1]) for part in rows]
         rows_RA = jnp.concatenate(parts)
-        count, devices = len(rows_RA), shards(ROWS)
+        count, devices = len(rows_RA), shards(ENCODER_ROWS)
         rows_RA = jnp.pad(rows_RA, ((0, -count % devices), (0, 0)))
         # Which rows lie together is known of all of them alone, not of one device's.
         known = () if own or devices > 1 else [part.group for part in rows]
@@ -168,13 +170,20 @@ class Objective:
                 rngs={"dropout": key},
             )
 
-        vectors_RE = by_device(
+        vectors_RE = shard_map(
             read,
             (rows_RA, jnp.arange(devices), dropout_key, *leaves),
-            ((ROWS, None), (ROWS,), (None,) * dropout_key.ndim, *((None,) * leaf.ndim for leaf in leaves)),
+            (
+                (ENCODER_ROWS, None),
+                (ENCODER_ROWS,),
+                (None,) * dropout_key.ndim,
+                *((None,) * leaf.ndim for leaf in leaves),
+            ),
         )
         ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
-        return jnp.split(lay_out(lay_out(vectors_RE, ROWS, None)[:count], None, None), ends)
+        return jnp.split(
+            with_logical_constraint(with_logical_constraint(vectors_RE, ENCODER_ROWS, None)[:count], None, None), ends
+        )
 
     def _contrastive(
         self, params: Params, pivots_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array

@@ -234,7 +234,7 @@ def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
     r_q, r_k = (None, None) if relation is None else (relation.query, relation.key)
     numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, length, heads))
     sets = BATCH if f_q is not None and f_q.shape[0] == batch else None  # a set for each sample, as gates have
-    return axes.by_device(
+    return axes.shard_map(
         of_device,
         (
             query,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.axes import gathered
+from seqpe_jax.axes import all_gather_params
 from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of, lengths_of
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.bounds import Bounds
@@ -166,7 +166,7 @@ class Architecture:
 
     def encode(self, params: Params, *arguments: Any, **options: Any) -> Any:
         """Applies the encoding, or a method of it, with its parameters gathered where they are split for storage."""
-        encoding = gathered(params["encoding"], "encoding")
+        encoding = all_gather_params(params["encoding"], "encoding")
         return self.encoding.apply({"params": encoding}, *arguments, **options)
 
     def signal(self, params: Params, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:

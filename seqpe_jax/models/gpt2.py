@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, lay_out
+from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, with_logical_constraint
 from seqpe_jax.encodings.base import PositionSignal, fit_batch
 from seqpe_jax.models.attention import Cache, position_logits
 from seqpe_jax.models.transformer import make_blocks, run_block, run_blocks
@@ -100,14 +100,14 @@ class GPT2(nn.Module):
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states, through the transposed token or output embedding."""
         rows = self.token_embedding if self.tied else self.output_embedding
-        embedding_VD = lay_out(rows.embedding.astype(self.dtype), VOCABULARY, WIDTH)
+        embedding_VD = with_logical_constraint(rows.embedding.astype(self.dtype), VOCABULARY, WIDTH)
         logits_BLV = jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
-        return lay_out(logits_BLV, BATCH, LENGTH, VOCABULARY)
+        return with_logical_constraint(logits_BLV, BATCH, LENGTH, VOCABULARY)
 
     def _embed(self, tokens_BL: jax.Array, added_PLD: jax.Array | None, deterministic: bool) -> jax.Array:
         """The states [B, L, D] that enter the first block."""
-        embedding_VD = lay_out(self.token_embedding.embedding, VOCABULARY, WIDTH)
-        x_BLD = lay_out(jnp.take(embedding_VD, tokens_BL, axis=0), BATCH, LENGTH, None)
+        embedding_VD = with_logical_constraint(self.token_embedding.embedding, VOCABULARY, WIDTH)
+        x_BLD = with_logical_constraint(jnp.take(embedding_VD, tokens_BL, axis=0), BATCH, LENGTH, None)
         if added_PLD is not None:
             x_BLD = x_BLD + fit_batch(added_PLD, tokens_BL.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
-from seqpe_jax.axes import BATCH, HEADS, HIDDEN, LENGTH, WIDTH, lay_out
+from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH, with_logical_constraint
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.models.attention import Cache, attend, attend_cached, attention_weights
 
@@ -47,7 +47,7 @@ class Linear(nn.Module):
         """Returns x @ kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
         bias = self.param("bias", nn.initializers.constant(self.bias), self.shape[self.summed :], jnp.float32)
-        kernel = lay_out(kernel.astype(self.dtype), *self.names)
+        kernel = with_logical_constraint(kernel.astype(self.dtype), *self.names)
         return jnp.tensordot(x.astype(self.dtype), kernel, self.summed) + bias.astype(self.dtype)
 
 
@@ -104,8 +104,8 @@ class Block(nn.Module):
         self.norm_1, self.norm_2 = norm(), norm()
         self.qkv = linear((self.width, 3, heads, head_width), (WIDTH, None, HEADS, None))
         self.out = linear((heads, head_width, self.width), (HEADS, None, WIDTH), kernel_init=residual_init, summed=2)
-        self.mlp_in = linear((self.width, self.mlp_width), (WIDTH, HIDDEN))
-        self.mlp_out = linear((self.mlp_width, self.width), (HIDDEN, WIDTH), kernel_init=residual_init)
+        self.mlp_in = linear((self.width, self.mlp_width), (WIDTH, MLP))
+        self.mlp_out = linear((self.mlp_width, self.width), (MLP, WIDTH), kernel_init=residual_init)
         self.drop = nn.Dropout(self.dropout)
         if self.fade:
             bias = {"forget": self.gate_bias_init, "cable": -self.gate_bias_init}[self.fade]
@@ -121,7 +121,7 @@ class Block(nn.Module):
         """
         dropping = self.attention_dropout > 0 and not deterministic
         step_BLH = self._fade(x_BLD)
-        fade_BLH = None if step_BLH is None else lay_out(summed(step_BLH), BATCH, LENGTH, HEADS)
+        fade_BLH = None if step_BLH is None else with_logical_constraint(summed(step_BLH), BATCH, LENGTH, HEADS)
         mixed = attend(
             *self._project(x_BLD),
             signal,
@@ -166,8 +166,8 @@ class Block(nn.Module):
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""
-        qkv = self.qkv(self.norm_1(lay_out(x_BLD, BATCH, LENGTH, None)))
-        query, key, value = (lay_out(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
+        qkv = self.qkv(self.norm_1(with_logical_constraint(x_BLD, BATCH, LENGTH, None)))
+        query, key, value = (with_logical_constraint(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
         return query, key, value
 
     def _finish(
@@ -176,11 +176,11 @@ class Block(nn.Module):
         """The next states, given the mixed values of all heads; rate: of left out branches."""
         keep = functools.partial(self._keep, rate=0.0 if deterministic else rate)
         drop = functools.partial(self.drop, deterministic=deterministic)
-        x_BLD = lay_out(x_BLD, BATCH, LENGTH, None)
-        x_BLD = x_BLD + keep(drop(lay_out(self.out(mixed_BLHK), BATCH, LENGTH, None)))
-        hidden = lay_out(self.mlp_in(self.norm_2(x_BLD)), BATCH, LENGTH, HIDDEN)
+        x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
+        x_BLD = x_BLD + keep(drop(with_logical_constraint(self.out(mixed_BLHK), BATCH, LENGTH, None)))
+        hidden = with_logical_constraint(self.mlp_in(self.norm_2(x_BLD)), BATCH, LENGTH, MLP)
         out = self.mlp_out(ACTIVATIONS[self.activation](hidden))
-        return x_BLD + keep(drop(lay_out(out, BATCH, LENGTH, None)))
+        return x_BLD + keep(drop(with_logical_constraint(out, BATCH, LENGTH, None)))
 
     def _keep(self, branch_BLD: jax.Array, rate: jax.Array | float) -> jax.Array:
         """A branch, left out for a share of the samples."""

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from seqpe_jax.distributed import sharding as layout
-from seqpe_jax.distributed.hardware import chip_of
+from seqpe_jax.distributed.hardware import find_chip
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.profiling.collectives import collectives
 from seqpe_jax.profiling.hlo import Hlo
@@ -101,7 +101,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
     Returns:
       {"devices", "chip", "mesh", "rows" (process -> rows that it reads of a batch), "memory" (bytes of one device, see
       `_memory`; "shortfall" is 0 where it fits), "whole" (dimensions that every device holds whole, see
-      `runtime.mesh.Whole`), "collectives" (kind -> {"count", "bytes"} of one device and step, see `profiling.collectives`;
+      `runtime.mesh.UnshardedDim`), "collectives" (kind -> {"count", "bytes"} of one device and step, see `profiling.collectives`;
       None where it does not fit), "open_loops" (with collectives that count for one turn), "roofline" (see
       `profiling.roofline`; None where it does not fit), "unit" (of what its "per_second" counts), "flops" and
       "flops_full_attention" (of a step on all devices, see `architecture.flops_of`), "compile_seconds"}.
@@ -111,7 +111,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         name: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype, sharding=split)
         for name, leaf in trainer.task.example.items()
     }
-    chip, start = chip_of(trainer.mesh.devices.flat[0].device_kind), time.monotonic()
+    chip, start = find_chip(trainer.mesh.devices.flat[0].device_kind), time.monotonic()
     compiled, sent, bound, needed, available = None, None, None, 0, chip.memory
     try:
         compiled = trainer.train_step().lower(trainer.shapes, batch).compile()
@@ -131,7 +131,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "devices": trainer.mesh.size,
         "chip": chip.name,
         "mesh": dict(trainer.mesh.shape),
-        "rows": {process: len(rows) for process, rows in layout.rows_of_processes(trainer.mesh, batch_size).items()},
+        "rows": {process: len(rows) for process, rows in layout.rows_by_process(trainer.mesh, batch_size).items()},
         "memory": _memory(trainer, batch, compiled, needed, available),
         "whole": [dimension._asdict() for dimension in trainer.whole],
         "collectives": sent.kinds if sent else None,

@@ -108,7 +108,7 @@ def benchmark(
                 if turn >= WARM_UP:
                     share.append(alone)
         progress(turn + 1, WARM_UP + steps)
-    runs, chip = [], hardware.chip_of(jax.devices()[0].device_kind) or hardware.measured()
+    runs, chip = [], hardware.find_chip(jax.devices()[0].device_kind) or hardware.measured()
     for (name, config), one, times, share in zip(settings.items(), made, seconds, shares, strict=True):
         per = DECODED if mode == "decode" else 1
         median, bound = statistics.median(times), one.bound(chip)
@@ -178,7 +178,7 @@ def _batch(trainer: Trainer) -> dict[str, jax.Array]:
             return rng.integers(0, sizes.vocabulary or sizes.classes, shape).astype(leaf.dtype)
         return rng.uniform(size=shape).astype(leaf.dtype)  # pixels or weights
 
-    return layout.whole_to_global(trainer.mesh, {name: drawn(leaf) for name, leaf in trainer.task.example.items()})
+    return layout.from_full_batch(trainer.mesh, {name: drawn(leaf) for name, leaf in trainer.task.example.items()})
 
 
 def _train(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
@@ -208,11 +208,11 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     check_generation(trainer.config, [length], Sampling(DECODED + 1), own)
     params, batch = trainer.init_state().params, _batch(trainer)
     static = decode.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
-    programs = decode.halves(trainer.architecture.network, static, layout.Layout(trainer.mesh))
+    programs = decode.halves(trainer.architecture.network, static, layout.MeshSharding(trainer.mesh))
     signal = trainer.programs.signal(params, (window,))
     draw = decode.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
     rows = trainer.config.batch_size
-    put = layout.whole_to_global(
+    put = layout.from_full_batch(
         trainer.mesh, {"lengths": np.full(rows, length, np.int32), "index": np.arange(rows, dtype=np.int32)}
     )
     prompts = (batch["tokens"][:, :-1], put["lengths"], put["index"], draw)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from seqpe_jax.distributed.hardware import Chip
-from seqpe_jax.distributed.sharding import slice_of
+from seqpe_jax.distributed.sharding import slice_index
 from seqpe_jax.profiling.collectives import Collective, Collectives, collectives
 from seqpe_jax.profiling.hlo import Hlo
 from seqpe_jax.profiling.work import work
@@ -73,7 +73,7 @@ class Links:
 def _island(device: jax.Device) -> int:
     """The devices of one number are joined without a network: a TPU slice, or the GPUs of a process."""
     if device.platform == "tpu":
-        return slice_of(device)
+        return slice_index(device)
     return device.process_index
 
 

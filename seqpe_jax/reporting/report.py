@@ -12,7 +12,7 @@ import jinja2
 
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, write_whole
+from seqpe_jax.files import AnyPath, as_path, atomic_write
 from seqpe_jax.reporting import choices, costs, plot_style, plots, tables
 from seqpe_jax.reporting.study import CODE, Run, Study, differences, read_study
 from seqpe_jax.reporting.verdicts import RULE, Verdict, sentences, verdicts, worse
@@ -57,9 +57,9 @@ def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
         "shared": tables.shared(study),
         **_figures(study, benchmarks, output),
     }
-    write_whole(output / "results.csv", tables.results_csv(study))
-    write_whole(output / "report.md", _markdown(parts))
-    write_whole(output / "report.html", _html(parts))
+    atomic_write(output / "results.csv", tables.results_csv(study))
+    atomic_write(output / "report.md", _markdown(parts))
+    atomic_write(output / "report.html", _html(parts))
     return tables.markdown(parts["measured"][0]) if parts["measured"] else NOT_EVALUATED
 
 
@@ -124,14 +124,14 @@ def _measured(
     return [table for table in found if table is not None]
 
 
-def _figures(study: Study, benchmarks: list[costs.Benchmark], output: Place) -> dict[str, Any]:
+def _figures(study: Study, benchmarks: list[costs.Benchmark], output: AnyPath) -> dict[str, Any]:
     """Draws all plots and writes their PNGs; returns those of the study and, of runs, [title, [(run, plot), ...]]."""
     drawn = []
     of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}
     progress = ProgressLine(1 + len(study.runs), label="plots of run")
 
     def keep(plot: plot_style.Plot) -> dict[str, str]:
-        write_whole(output / f"{plot.name}.png", plot.png())
+        atomic_write(output / f"{plot.name}.png", plot.png())
         kept = {"name": plot.name, "title": plot.title, "alt": plot.alt, "svg": plot.svg()}
         plots.close(plot)
         return kept

@@ -13,7 +13,7 @@ from seqpe_jax.archives import read_arrays
 from seqpe_jax.axes import scale_label
 from seqpe_jax.config import renamed
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, from_json
+from seqpe_jax.files import AnyPath, parse_json
 
 CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
 # What it need not have, but of this kind.
@@ -43,7 +43,7 @@ def field(values: Any, name: str) -> Any:
     return values
 
 
-def read_evaluation(folder: Place) -> dict[str, Any]:
+def read_evaluation(folder: AnyPath) -> dict[str, Any]:
     """Returns what `evaluate` wrote, {} where it did not; each result has its `scale_of` too. Raises: InputError."""
     path = folder / "evaluation.json"
     if not path.exists():
@@ -88,7 +88,7 @@ def scale_of(result: dict[str, Any]) -> dict[str, Any]:
     return {"extent": extent, "label": scale_label(sides)}
 
 
-def read_similarity(folder: Place) -> dict[str, np.ndarray] | None:
+def read_similarity(folder: AnyPath) -> dict[str, np.ndarray] | None:
     """Returns pivots, positions and their cosines; None where there are none. Raises: InputError."""
     arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
     if arrays and not np.isfinite(arrays["cosine"]).all():
@@ -98,12 +98,12 @@ def read_similarity(folder: Place) -> dict[str, np.ndarray] | None:
     return arrays
 
 
-def read_attention(folder: Place) -> dict[str, np.ndarray] | None:
+def read_attention(folder: AnyPath) -> dict[str, np.ndarray] | None:
     """Returns images and where they were looked at; None where there are none. Raises: InputError."""
     return _arrays(folder / "attention.npz", images=4, attention=4)
 
 
-def _arrays(path: Place, **axes: int) -> dict[str, np.ndarray] | None:
+def _arrays(path: AnyPath, **axes: int) -> dict[str, np.ndarray] | None:
     """Reads arrays that have at least so many axes each."""
     if not path.exists():
         return None
@@ -144,7 +144,7 @@ def config_of(value: Any, where: str) -> dict[str, Any]:
 def object_of(text: bytes, where: str, fields: Fields = NONE, others: Fields = NONE) -> Any:
     """Parses a JSON object that must have some fields, given by dotted names, and may have others."""
     try:
-        value = from_json(text)
+        value = parse_json(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error})") from error
     return _checked(value, where, fields, others)

@@ -13,7 +13,7 @@ import numpy as np
 from seqpe_jax.config import Config, encoding_name, to_dict
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path
+from seqpe_jax.files import AnyPath, as_path
 from seqpe_jax.reporting.stored import (
     config_of,
     field,
@@ -229,7 +229,7 @@ def read_study(workdir: str | os.PathLike) -> Study:
     return Study(workdir.resolve().name, _rows(runs, chosen=points is not None), trials, points or {})
 
 
-def read_run(folder: Place) -> Run:
+def read_run(folder: AnyPath) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
     check_side_files(folder)
     config = config_of(object_of((file := folder / "config.json").read_bytes(), str(file)), str(file))
@@ -328,7 +328,7 @@ def _short(name: str, among: Sequence[str]) -> str:
     return name if not end or any(f".{other}".endswith(f".{end}") for other in others) else end
 
 
-def _points(workdir: Place) -> dict[str, dict[str, Any]] | None:
+def _points(workdir: AnyPath) -> dict[str, dict[str, Any]] | None:
     """Name -> point of a sweep's folder, as its record has it; None for another folder."""
     path = workdir / SWEEP
     if not path.exists():
@@ -339,7 +339,7 @@ def _points(workdir: Place) -> dict[str, dict[str, Any]] | None:
     return points
 
 
-def _deciding(points: dict[str, dict[str, Any]], path: Place) -> set[str]:
+def _deciding(points: dict[str, dict[str, Any]], path: AnyPath) -> set[str]:
     """Names of the points whose runs decide fields of others. Raises: InputError: points name what is not there."""
     try:
         named = {run for point in points.values() for best in point.get("best", {}).values() for run in best["runs"]}
@@ -352,13 +352,13 @@ def _deciding(points: dict[str, dict[str, Any]], path: Place) -> set[str]:
     return named
 
 
-def _not_started(folder: Place, point: dict[str, Any]) -> Run:
+def _not_started(folder: AnyPath, point: dict[str, Any]) -> Run:
     open_fields = point.get("best", {}).keys() - point.get("decided", {}).keys()
     config = nested(flat(point["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
     return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
 
-def _failure(folder: Place) -> str:
+def _failure(folder: AnyPath) -> str:
     """What the last line of a run's log says of its failure; "" where it did not fail."""
     path = folder / LOG
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []

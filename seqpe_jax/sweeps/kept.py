@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from seqpe_jax import config
-from seqpe_jax.distributed.progress import FILE as METRICS
-from seqpe_jax.distributed.progress import read_metrics
+from seqpe_jax.distributed.progress import METRICS_FILE, read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import EVALUATION, as_path, from_json, new_folder, write_whole
+from seqpe_jax.files import EVALUATION_FILE, as_path, atomic_dir, atomic_write, parse_json
 from seqpe_jax.sweeps.run import RESTORED, SweepRun, of_each
 from seqpe_jax.sweeps.stages import Stages
 from seqpe_jax.trees import flat, nested
@@ -33,7 +32,7 @@ class Kept:
         if not self._path.exists():
             return
         try:
-            content = from_json(self._path.read_bytes())
+            content = parse_json(self._path.read_bytes())
             self._shared, self._runs = content["shared"], content["runs"]
             good = isinstance(self._shared, dict) and all(
                 isinstance(run[part], kind) for run in self._runs.values() for part, kind in PARTS.items()
@@ -71,7 +70,7 @@ class Kept:
         if any(self._runs.get(name) != entry for name, entry in found.items()):
             self._runs |= found
             lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in self._runs.items())
-            write_whole(self._path, f'{{\n "shared": {json.dumps(self._shared)},\n "runs": {{\n{lines}\n }}\n}}\n')
+            atomic_write(self._path, f'{{\n "shared": {json.dumps(self._shared)},\n "runs": {{\n{lines}\n }}\n}}\n')
 
     def _entry(self, run: SweepRun) -> dict[str, Any]:
         settings = _leaves(run)
@@ -80,7 +79,7 @@ class Kept:
         lines = read_metrics(run.folder)
         last = lines[-1]["step"] if lines else 0  # says that the run is finished
         lines = [line for line in lines if line["step"] == last or any(name.startswith("eval/") for name in line)]
-        evaluation = from_json((run.folder / EVALUATION).read_bytes()) if run.evaluated else {}
+        evaluation = parse_json((run.folder / EVALUATION_FILE).read_bytes()) if run.evaluated else {}
         for name in ("checkpoint", "made_from"):  # of files of this machine
             evaluation.pop(name, None)
         for result in evaluation.get("results", []):
@@ -103,10 +102,10 @@ class Kept:
             raise InputError(
                 f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file"
             )
-        with new_folder(run.folder, "--workdir") as folder:
-            (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept["metrics"]))
+        with atomic_dir(run.folder, "--workdir") as folder:
+            (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept["metrics"]))
             if run.evaluated:
-                (folder / EVALUATION).write_text(json.dumps(kept["evaluation"], indent=2))
+                (folder / EVALUATION_FILE).write_text(json.dumps(kept["evaluation"], indent=2))
             (folder / RESTORED).write_text(json.dumps({"step": run.steps, "from": str(self._path)}))
             (folder / "config.json").write_text(json.dumps(settings, indent=2))
         return True

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.distributed.progress import STORE_SECONDS, ProgressLine
-from seqpe_jax.files import in_store
+from seqpe_jax.files import is_remote
 from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy, of_each
 from seqpe_jax.sweeps.stages import Stages
 
@@ -158,7 +158,7 @@ def work(
     names = {run.name for run in todo}
     outcomes = outcomes_of([run for run in runs if run.name not in names])
     waiting, elsewhere, looked = _settled(stages, list(todo), ()), [], 0.0
-    pause = STORE_SECONDS if in_store(runs[0].folder) else LOOK
+    pause = STORE_SECONDS if is_remote(runs[0].folder) else LOOK
     with Jobs(jobs) as at_work, contextlib.closing(View({run.name: run.steps for run in runs}, pause)) as view:
         while at_work.runs or (not at_work.told and (_first_ready(waiting) or elsewhere)):
             ended = list(at_work.ended())

@@ -12,7 +12,7 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, from_json, write_whole
+from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json
 from seqpe_jax.sweeps.spec import Best, Point, Range, Search, SweepFile
 
 FILE = "sweep.json"
@@ -78,14 +78,14 @@ def decide(workdir: str | os.PathLike, decided: Mapping[str, Decisions], points:
     _write(workdir, kept)
 
 
-def _read(workdir: Place) -> dict[str, Any]:
+def _read(workdir: AnyPath) -> dict[str, Any]:
     path = workdir / FILE
     if not path.exists():
         if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
             raise InputError(f"workdir {workdir} holds other things, but no {FILE}: choose a new or empty folder")
         return {"points": {}}
     try:
-        kept = from_json(path.read_bytes())
+        kept = parse_json(path.read_bytes())
         complete = all({"config", "overrides", "settings"} <= point.keys() for point in kept["points"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
@@ -108,22 +108,22 @@ def _plain_best(best: Best) -> dict[str, Any]:
     return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric}
 
 
-def _write(workdir: Place, values: dict[str, Any]) -> None:
+def _write(workdir: AnyPath, values: dict[str, Any]) -> None:
     """Writes the record, whole or not at all, with one line for each point."""
     points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in values["points"].items())
     head = "".join(f' "{name}": {json.dumps(values[name])},\n' for name in ("sweep", "search"))
     text = "{\n" + head + ' "points": {\n' + points + "\n }\n}\n"
-    write_whole(workdir / FILE, text)
+    atomic_write(workdir / FILE, text)
 
 
-def _settings(workdir: Place, name: str, old: dict[str, Any]) -> config.Config:
+def _settings(workdir: AnyPath, name: str, old: dict[str, Any]) -> config.Config:
     try:
         return config.from_dict(old["settings"])
     except InputError as error:
         raise InputError(f"{workdir / FILE}: the recorded run '{name}' is none of this version: {error}") from error
 
 
-def _differences(workdir: Place, point: Point, old: dict[str, Any]) -> list[str]:
+def _differences(workdir: AnyPath, point: Point, old: dict[str, Any]) -> list[str]:
     before = config.to_dict(
         _settings(workdir, point.name, old)
     )  # fields that a later version added have their defaults

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import TypeVar
 
-from seqpe_jax.distributed.progress import FILE as METRICS
-from seqpe_jax.distributed.progress import LOG
+from seqpe_jax.distributed.progress import LOG_FILE, METRICS_FILE
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import EVALUATION, MARK, STORE, Place, cache_root, from_json, in_store, lock
+from seqpe_jax.files import COMMIT_MARKER, EVALUATION_FILE, GCS_SCHEME, AnyPath, cache_root, is_remote, lock, parse_json
 from seqpe_jax.sweeps.spec import Point
-from seqpe_jax.training.checksums import checksums
+from seqpe_jax.training.checksums import sha256_of
 
 RESTORED = "restored.json"  # stands for the checkpoint of a finished run whose folder was made from its results alone
 FAILED = "== failed: "  # begins the last line of the log of a run that failed
@@ -44,7 +43,7 @@ class SweepRun:
     """
 
     point: Point
-    folder: Place
+    folder: AnyPath
     evaluated: bool = True
 
     @property
@@ -67,14 +66,14 @@ class SweepRun:
     def evaluate(self) -> Command:
         """The command that evaluates what was trained."""
         words = [sys.executable, "-m", "seqpe_jax.evaluate", f"--checkpoint={self.folder}"]
-        return "evaluate", [*words, f"--output={self.folder / EVALUATION}"]
+        return "evaluate", [*words, f"--output={self.folder / EVALUATION_FILE}"]
 
     @property
     def log(self) -> pathlib.Path:
         """The output of its commands; of a run in a store it grows on this machine, until they have ended."""
-        if in_store(self.folder):
-            return cache_root() / "sweeps" / str(self.folder).removeprefix(STORE) / LOG
-        return self.folder / LOG
+        if is_remote(self.folder):
+            return cache_root() / "sweeps" / str(self.folder).removeprefix(GCS_SCHEME) / LOG_FILE
+        return self.folder / LOG_FILE
 
     @property
     def restored(self) -> bool:
@@ -92,7 +91,7 @@ class SweepRun:
     def _is_trained(self) -> bool:
         """Whether the last checkpoint is there; on a disk it has its name only when it is whole."""
         last = self.folder / "checkpoints" / str(self.steps)
-        return (last / MARK).exists() if in_store(last) else last.is_dir()
+        return (last / COMMIT_MARKER).exists() if is_remote(last) else last.is_dir()
 
     def _is_evaluated(self) -> bool:
         """Whether its evaluation is of the last step, and of what lies there."""
@@ -106,25 +105,25 @@ class SweepRun:
 
     def go_on_with_log(self) -> None:
         """Begins the log of a run in a store with what is there of it, where other machines have written more."""
-        there = self.folder / LOG
-        if in_store(self.folder) and there.exists() and len(content := there.read_bytes()) > self.log.stat().st_size:
+        there = self.folder / LOG_FILE
+        if is_remote(self.folder) and there.exists() and len(content := there.read_bytes()) > self.log.stat().st_size:
             self.log.write_bytes(content)
 
     def put_log(self) -> None:
         """Puts the log of a run in a store beside its other files. Raises: StoreError."""
-        if in_store(self.folder):
-            (self.folder / LOG).upload(self.log)
+        if is_remote(self.folder):
+            (self.folder / LOG_FILE).upload(self.log)
 
     def failure(self) -> str | None:
         """Returns the last line of a run that failed, else None."""
         if not self.left():
             return None
-        last = _last_line(self.log if self.log.exists() else self.folder / LOG)
+        last = _last_line(self.log if self.log.exists() else self.folder / LOG_FILE)
         return last.removeprefix(FAILED) if last.startswith(FAILED) else None
 
     def steps_done(self) -> int:
         """Returns the last step that metrics.jsonl reports, 0 without one."""
-        lines = _tail(self.folder / METRICS).splitlines(keepends=True)
+        lines = _tail(self.folder / METRICS_FILE).splitlines(keepends=True)
         for line in reversed(lines):
             if line.endswith("\n"):
                 found = re.match(r'\{"step": (\d+)', line)
@@ -135,13 +134,13 @@ class SweepRun:
 def of_each(runs: Iterable[SweepRun], question: Callable[[SweepRun], Answer]) -> list[Answer]:
     """Returns what a question finds of each run; of runs in a store at once, for each answer is some round trips away."""
     runs = list(runs)
-    if not runs or not in_store(runs[0].folder):
+    if not runs or not is_remote(runs[0].folder):
         return [question(run) for run in runs]
     with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         return list(pool.map(question, runs))
 
 
-def evaluated_step(folder: Place) -> int | None:
+def evaluated_step(folder: AnyPath) -> int | None:
     """Returns the step of which a run's evaluation.json is, if it is of the config and the checkpoint that lie there.
 
     It names the checksums of both; of older versions, its step alone. Times of files are not asked: a clock may go back.
@@ -150,9 +149,9 @@ def evaluated_step(folder: Place) -> int | None:
       None where there is no such evaluation; `evaluate` writes it anew.
     """
     try:
-        found = from_json((folder / EVALUATION).read_bytes())
+        found = parse_json((folder / EVALUATION_FILE).read_bytes())
         made_from = dict(found.get("made_from", {}))
-        return found["step"] if checksums(folder, made_from) == made_from else None
+        return found["step"] if sha256_of(folder, made_from) == made_from else None
     except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, TypeError, KeyError):
         return None
 
@@ -282,7 +281,7 @@ def _line(words: str) -> bytes:
     return f"{words}\n".encode(errors="backslashreplace")
 
 
-def _tail(path: Place) -> str:
+def _tail(path: AnyPath) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
@@ -295,6 +294,6 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _last_line(path: Place) -> str:
+def _last_line(path: AnyPath) -> str:
     said = _lines(_tail(path))
     return said[-1] if said else ""

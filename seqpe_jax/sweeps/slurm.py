@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.errors import Failure, InputError, suggest
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import atomic_write, parse_json
 from seqpe_jax.sweeps.local import LOOK, TURN, View, outcomes_of
 from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy
 from seqpe_jax.sweeps.stages import Stages
@@ -199,7 +199,7 @@ def _queued() -> set[str]:
 
 def _recorded(folder: pathlib.Path) -> dict[str, str]:
     try:
-        jobs = from_json((folder / JOBS).read_text())
+        jobs = parse_json((folder / JOBS).read_text())
         if not isinstance(jobs, dict):
             raise ValueError("it is no object")
         return jobs
@@ -210,7 +210,7 @@ def _recorded(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _record(folder: pathlib.Path, jobs: Mapping[str, str]) -> None:
-    write_whole(folder / JOBS, json.dumps(jobs, indent=1) + "\n")
+    atomic_write(folder / JOBS, json.dumps(jobs, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place
+from seqpe_jax.files import AnyPath
 from seqpe_jax.sweeps import record
 from seqpe_jax.sweeps.run import SweepRun
 from seqpe_jax.sweeps.spec import Best, Point, make, value_of
@@ -24,7 +24,7 @@ class Stages:
       recorded: what has been decided, by name and field.
     """
 
-    def __init__(self, workdir: Place, points: Sequence[Point]):
+    def __init__(self, workdir: AnyPath, points: Sequence[Point]):
         """Takes the points of a sweep, and what its folder has decided. Raises: InputError: a damaged record."""
         self._workdir = workdir
         deciding = {name for point in points for best in point.best.values() for name in best.runs}

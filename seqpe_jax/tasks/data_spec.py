@@ -6,10 +6,10 @@ import math
 import os
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, from_json, write_whole
+from seqpe_jax.files import as_path, atomic_write, parse_json
 from seqpe_jax.models.build import Sizes
 
-FILE = "sizes.json"  # of a run's folder
+SIZES_FILE = "sizes.json"  # of a run's folder
 LARGEST = 1 << 24  # of a vocabulary, or classes
 
 
@@ -19,11 +19,11 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
     Raises:
       InputError: the file is damaged.
     """
-    path = as_path(folder) / FILE
+    path = as_path(folder) / SIZES_FILE
     if not path.exists():
         return None
     try:
-        values = from_json(path.read_text())
+        values = parse_json(path.read_text())
         known = Sizes(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
         numbers = (known.vocabulary, known.classes, known.channels)
         if not all(type(number) is int and 0 <= number <= LARGEST for number in numbers):
@@ -44,4 +44,4 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
 
 def write_sizes(folder: str | os.PathLike, sizes: Sizes) -> None:
     """Writes the sizes into a run's folder, whole or not at all."""
-    write_whole(as_path(folder) / FILE, json.dumps(dataclasses.asdict(sizes)) + "\n")
+    atomic_write(as_path(folder) / SIZES_FILE, json.dumps(dataclasses.asdict(sizes)) + "\n")

@@ -14,15 +14,13 @@ from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import METRICS, write_answers
-from seqpe_jax.files import EVALUATION, Place, as_path, whole, write_whole
+from seqpe_jax.files import EVALUATION_FILE, AnyPath, as_path, atomic_file, atomic_write
 from seqpe_jax.losses.flops import training_flops
 from seqpe_jax.losses.train_loss import Objective
 from seqpe_jax.models.build import Architecture
 from seqpe_jax.tasks.fingerprints import changes, describe, read_fingerprints
 from seqpe_jax.tasks.task import Measure, check_scale, evaluate_at
-from seqpe_jax.training.checksums import FILE as DIGESTS
-from seqpe_jax.training.checksums import FOLDER as CHECKPOINTS
-from seqpe_jax.training.checksums import checksums
+from seqpe_jax.training.checksums import CHECKPOINTS_DIR, DIGESTS_FILE, sha256_of
 from seqpe_jax.trees import count
 
 Scales = tuple[tuple[int, ...], ...]
@@ -81,8 +79,8 @@ def measure(
     settings = _settings(model.config, limits, data, paths, lossy, lengths, bit_depth)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
-        whole = model
-        model = dataclasses.replace(model, config=settings, read=lambda: whole.params)
+        atomic_file = model
+        model = dataclasses.replace(model, config=settings, read=lambda: atomic_file.params)
     task, field = model.task, model.task.scale_field
     named = bool(lengths or sizes or contexts)
     work = [(task, scale) for scale in lengths or sizes or (() if named else task.scales())]
@@ -118,7 +116,7 @@ def made_from(folder: str, step: int) -> dict[str, str]:
 
     By these, and not by the times of files, it is known later whether the evaluation is of what lies there.
     """
-    return checksums(as_path(folder), ("config.json", f"{CHECKPOINTS}/{step}/{DIGESTS}"))
+    return sha256_of(as_path(folder), ("config.json", f"{CHECKPOINTS_DIR}/{step}/{DIGESTS_FILE}"))
 
 
 def _compare_data(model: Any, split: str, named: bool) -> None:
@@ -133,7 +131,7 @@ def _compare_data(model: Any, split: str, named: bool) -> None:
     now = {split: model.task.fingerprint(split)}
     name = model.config.data.name
     processes.check_equal({f"{split} split of {name}": describe(now[split])})
-    if model.folder and not named and processes.is_lead():
+    if model.folder and not named and processes.is_main_process():
         for line in changes(read_fingerprints(model.folder), now):
             print(
                 f"note: {name} is not what it was when {model.folder} was trained: {line}", file=sys.stderr, flush=True
@@ -150,7 +148,7 @@ def _at(model: Any, task: Measure, scale: tuple[int, ...], split: str) -> dict[s
     line.close()
     measured = [f"{result[name]:,} {name}" for name in COUNTED if name in result]
     measured += [f"{name} {result[name]:.4g}" for name in task.measured if name in result]
-    if processes.is_lead():
+    if processes.is_main_process():
         print(f"{label}: {', '.join(measured)}", flush=True)
         if cut := result.get("cut_off"):
             print(
@@ -247,7 +245,7 @@ def _settings(
     return found
 
 
-def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:
+def write(report: dict[str, Any], arrays: Arrays, path: AnyPath) -> list[AnyPath]:
     """Writes what `measure` returned: the report as JSON, arrays and answers beside it; returns the files, the report last.
 
     Beside a run's own evaluation.json they have the names that `report` reads; beside another output they begin with its
@@ -256,7 +254,7 @@ def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:
     Raises:
       InputError: answers cannot be written.
     """
-    files, begin = [], "" if path.name == EVALUATION else f"{path.stem}_"
+    files, begin = [], "" if path.name == EVALUATION_FILE else f"{path.stem}_"
     for result in report["results"]:
         if "answers" in result:
             metrics = [name for name in METRICS if name in result]
@@ -264,8 +262,8 @@ def write(report: dict[str, Any], arrays: Arrays, path: Place) -> list[Place]:
             files.append(write_answers(file, *result["answers"], metrics))
     for name, values in arrays.items():
         if values is not None:
-            with whole(path.parent / f"{begin}{name}.npz") as part, part.open("wb") as file:
+            with atomic_file(path.parent / f"{begin}{name}.npz") as part, part.open("wb") as file:
                 np.savez_compressed(file, **values)
     results = [{name: value for name, value in result.items() if name != "answers"} for result in report["results"]]
-    write_whole(path, json.dumps(report | {"results": results}, indent=1) + "\n")
+    atomic_write(path, json.dumps(report | {"results": results}, indent=1) + "\n")
     return [*files, path]

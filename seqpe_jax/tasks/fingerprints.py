@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, from_json, write_whole
+from seqpe_jax.files import as_path, atomic_write, parse_json
 from seqpe_jax.tasks.task import Task
 
-FILE = "data.json"  # of a run's folder
+FINGERPRINTS_FILE = "data.json"  # of a run's folder
 SPLITS = ("train", "validation", "test")
 
 Fingerprint = dict[str, Any]  # {"fingerprint": hex digits of the content, and how much there is, by unit}
@@ -61,11 +61,11 @@ def read_fingerprints(folder: str | os.PathLike) -> dict[str, Fingerprint]:
     Raises:
       InputError: the file is damaged.
     """
-    path = as_path(folder) / FILE
+    path = as_path(folder) / FINGERPRINTS_FILE
     if not path.exists():
         return {}
     try:
-        found = from_json(path.read_bytes())
+        found = parse_json(path.read_bytes())
         for one in found.values():
             describe(one)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -75,4 +75,4 @@ def read_fingerprints(folder: str | os.PathLike) -> dict[str, Fingerprint]:
 
 def write_fingerprints(folder: str | os.PathLike, found: Mapping[str, Fingerprint]) -> None:
     """Writes the fingerprints into a run's folder, whole or not at all."""
-    write_whole(as_path(folder) / FILE, json.dumps(found, indent=1) + "\n")
+    atomic_write(as_path(folder) / FINGERPRINTS_FILE, json.dumps(found, indent=1) + "\n")

@@ -15,10 +15,10 @@ import numpy as np
 from seqpe_jax.axes import scale_label
 from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import images, loader
-from seqpe_jax.distributed.processes import is_lead
+from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.files import as_path, from_json, write_whole
+from seqpe_jax.files import as_path, atomic_write, parse_json
 from seqpe_jax.inference.exported import Signature
 from seqpe_jax.losses.task import Classification
 from seqpe_jax.models.build import Shape, Sizes
@@ -77,7 +77,7 @@ class Images(Task):
             split=split,
             paths=data.paths,
             cache_dir=data.cache_dir,
-            progress=is_lead(),
+            progress=is_main_process(),
             bit_depth=data.bit_depth,
         )
         if found.channels != sizes.channels:
@@ -135,7 +135,7 @@ class Images(Task):
         """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
         path = as_path(workdir) / KEPT
         if not path.exists():
-            write_whole(path, json.dumps(self.class_names, indent=0) + "\n")
+            atomic_write(path, json.dumps(self.class_names, indent=0) + "\n")
 
     def carry(self, folder: str | os.PathLike) -> None:
         """Puts the class names into another folder, where they are known without the data."""
@@ -250,7 +250,7 @@ def kept_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     if not path.exists():
         return None
     try:
-        names = from_json(path.read_text())
+        names = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

@@ -15,7 +15,7 @@ from seqpe_jax.data import loader, tokens
 from seqpe_jax.data.files import tell
 from seqpe_jax.data.formats import HEAD, check_plain, without_mark
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, continuation, load_tokenizer
-from seqpe_jax.distributed.processes import is_lead
+from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
@@ -100,7 +100,7 @@ class Text(Task):
             tokenizer=self.tokenizer,
             paths=data.paths,
             cache_dir=data.cache_dir,
-            progress=is_lead(),
+            progress=is_main_process(),
             lossy=data.lossy_tokenizer,
         )
 
@@ -128,10 +128,10 @@ class Text(Task):
         encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
         for one in texts:
             trip.look(one)
-        if trip.loss.lost and is_lead():
+        if trip.loss.lost and is_main_process():
             tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
         pattern = tokens.special_pattern(self.tokenizer)
-        if is_lead() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
+        if is_main_process() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
             tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
         return encoded
 

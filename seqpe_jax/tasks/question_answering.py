@@ -14,7 +14,7 @@ import numpy as np
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
 from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
-from seqpe_jax.distributed.processes import is_lead
+from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.tasks.language_modeling import Text
@@ -73,7 +73,7 @@ class Questions(Text):
             paths=data.paths,
             cache_dir=data.cache_dir,
             seed=self.config.seed,
-            progress=is_lead(),
+            progress=is_main_process(),
             fits=fits,
         )
 

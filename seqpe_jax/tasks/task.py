@@ -214,7 +214,7 @@ def evaluate_at(
     asked = Asked(
         examine=functools.partial(programs.examiner(task.criterion), params, programs.signal(params, shape)),
         generate=functools.partial(generate, programs, task.config, params),
-        put=functools.partial(layout.whole_to_global, programs.mesh),
+        put=functools.partial(layout.from_full_batch, programs.mesh),
         batch=-(-batch // parts) * parts,
         progress=progress,
     )

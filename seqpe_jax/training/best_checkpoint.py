@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, from_json
-from seqpe_jax.training.checkpoint import FOLDER, renamed, steps_of, wrong_with
-from seqpe_jax.training.checksums import META, damage
+from seqpe_jax.files import AnyPath, as_path, parse_json
+from seqpe_jax.training.checkpoint import CHECKPOINTS_DIR, checkpoint_error, quarantine_step, steps_of
+from seqpe_jax.training.checksums import META_FILE, checksum_error
 
-EVALUATION = "evaluation"  # what was measured of a state, in what lies beside it
+EVALUATION_KEY = "evaluation"  # what was measured of a state, in what lies beside it
 # Whether more of a metric is better.
 MORE_IS_BETTER = {
     "loss": False,
@@ -25,7 +25,7 @@ MORE_IS_BETTER = {
 }
 
 
-def check_best(metric: str, known: Sequence[str]) -> str:
+def check_best_metric(metric: str, known: Sequence[str]) -> str:
     """Returns the metric as metrics.jsonl calls it, `eval/NAME@SCALE`.
 
     Raises:
@@ -38,11 +38,11 @@ def check_best(metric: str, known: Sequence[str]) -> str:
     return full
 
 
-class BestKept:
+class BestCheckpointPolicy:
     """Tells Orbax which checkpoint not to remove, however old it is: the best one, of equals the first."""
 
     def __init__(self, workdir: str | os.PathLike, metric: str):
-        """Reads what is there, of which nothing may be damaged (`set_best_aside`)."""
+        """Reads what is there, of which nothing may be damaged (`quarantine_best`)."""
         self._metric, self._values = metric, _values(_folder(workdir), metric)
 
     def note(self, step: int, meta: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def best_step(workdir: str | os.PathLike, metric: str) -> tuple[int, float]:
         )
     folder, full = _folder(workdir), f"eval/{metric.removeprefix('eval/')}"
     for path in steps_of(folder):
-        if wrong := wrong_with(path):
+        if wrong := checkpoint_error(path):
             raise InputError(
                 f"checkpoint {path} is damaged ({wrong}) and may be the best: put back a copy of it, or use --which=latest"
             )
@@ -88,7 +88,7 @@ def best_step(workdir: str | os.PathLike, metric: str) -> tuple[int, float]:
     return step, values[step]
 
 
-def set_best_aside(workdir: str | os.PathLike, metric: str) -> list[str]:
+def quarantine_best(workdir: str | os.PathLike, metric: str) -> list[str]:
     """Renames the best checkpoint where it is damaged, or one of which it is not known any more whether it is that.
 
     Returns:
@@ -96,35 +96,39 @@ def set_best_aside(workdir: str | os.PathLike, metric: str) -> list[str]:
     """
     folder, told = _folder(workdir), []
     for path in steps_of(folder):
-        wrong = damage(path, within=META.parts[0]) or ("" if (path / META).is_file() else f"{META} is missing")
+        wrong = checksum_error(path, within=META_FILE.parts[0]) or (
+            "" if (path / META_FILE).is_file() else f"{META_FILE} is missing"
+        )
         if wrong:
-            told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {renamed(path)}")
-    while (step := _best(_values(folder, metric), metric)) is not None and (wrong := wrong_with(folder / str(step))):
-        name = renamed(folder / str(step))
+            told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {quarantine_step(path)}")
+    while (step := _best(_values(folder, metric), metric)) is not None and (
+        wrong := checkpoint_error(folder / str(step))
+    ):
+        name = quarantine_step(folder / str(step))
         told.append(f"checkpoint {folder / str(step)}, the best, is damaged ({wrong}): renamed to {name}")
     return told
 
 
-def _folder(workdir: str | os.PathLike) -> Place:
-    return (as_path(workdir) / FOLDER).absolute()
+def _folder(workdir: str | os.PathLike) -> AnyPath:
+    return (as_path(workdir) / CHECKPOINTS_DIR).absolute()
 
 
-def _values(folder: Place, metric: str) -> dict[int, float]:
+def _values(folder: AnyPath, metric: str) -> dict[int, float]:
     """The metric of each saved state of which it was measured, by step."""
     values = {int(path.name): _number(_meta(path), metric) for path in steps_of(folder)}
     return {step: value for step, value in values.items() if value is not None}
 
 
-def _meta(step: Place) -> dict[str, Any]:
+def _meta(step: AnyPath) -> dict[str, Any]:
     """What lies beside a state. Raises: InputError: it is damaged."""
     try:
-        return from_json((step / META).read_text())
+        return parse_json((step / META_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint {step} is damaged ({META} cannot be read: {error})") from error
+        raise InputError(f"checkpoint {step} is damaged ({META_FILE} cannot be read: {error})") from error
 
 
 def _number(meta: dict[str, Any], metric: str) -> float | None:
-    value = meta.get(EVALUATION, {}).get(metric)
+    value = meta.get(EVALUATION_KEY, {}).get(metric)
     return value if value is not None and math.isfinite(value) else None
 
 

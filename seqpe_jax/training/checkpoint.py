@@ -19,23 +19,31 @@ from orbax.checkpoint.args import Composite, JsonRestore, JsonSave, StandardRest
 
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import (
-    MARK,
-    Place,
+    COMMIT_MARKER,
+    AnyPath,
     as_path,
+    atomic_write,
     free_space,
-    from_json,
-    in_store,
-    move_folder,
-    remove_folder,
-    write_whole,
+    is_remote,
+    move_dir,
+    parse_json,
+    remove_dir,
 )
-from seqpe_jax.training.checksums import COMMITTED, FOLDER, META, check_side_files, damage, read_meta, write_digests
-from seqpe_jax.training.checksums import FILE as DIGESTS
-from seqpe_jax.training.tensorstore_json import ask_seldom
+from seqpe_jax.training.checksums import (
+    CHECKPOINTS_DIR,
+    DIGESTS_FILE,
+    META_FILE,
+    ORBAX_METADATA,
+    check_side_files,
+    checksum_error,
+    read_meta,
+    write_checksums,
+)
+from seqpe_jax.training.tensorstore_json import patch_tensorstore_json
 from seqpe_jax.trees import named
 
 ABOUT_AN_ARRAY, ABOUT_A_STATE = 4096, 65536  # bytes of metadata, at most
-UNNAMED = ".orbax-checkpoint-tmp"
+TMP_SUFFIX = ".orbax-checkpoint-tmp"
 
 
 def _no_trace_of_a_save(record: logging.LogRecord) -> bool:
@@ -58,13 +66,13 @@ class _NoClosedLoop:
             self._tell(told)
 
 
-def size_of(state: Any) -> int:
+def checkpoint_bytes(state: Any) -> int:
     """Returns the bytes that a checkpoint of a state, arrays or shapes, takes at most, with what is told of each array."""
     leaves = jax.tree.leaves(state)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + ABOUT_AN_ARRAY * len(leaves) + ABOUT_A_STATE
 
 
-def held_here(state: Any) -> int:
+def local_bytes(state: Any) -> int:
     """Returns the bytes of a state's arrays, or shapes with shardings, that this process's devices hold, each part once."""
     total = 0
     for leaf in jax.tree.leaves(state):
@@ -73,15 +81,15 @@ def held_here(state: Any) -> int:
     return total
 
 
-class SaveFailed(Failure):
+class SaveError(Failure):
     """A state could not be saved; those saved before are whole."""
 
 
-class Checkpoints:
+class Checkpointer:
     """The saved states of one run: the newest `keep`, and those of multiples of `keep_every` steps, which stay for good.
 
     Args:
-      best: says which one stays too, for being the best (`best.BestKept`); None = none does.
+      best: says which one stays too, for being the best (`best.BestCheckpointPolicy`); None = none does.
 
     Attributes:
       failed: saves in a row that failed, up to now.
@@ -91,16 +99,16 @@ class Checkpoints:
     def __init__(
         self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, best: Any = None, create: bool = True
     ):
-        self.folder = (as_path(workdir) / FOLDER).absolute()
+        self.folder = (as_path(workdir) / CHECKPOINTS_DIR).absolute()
         check_utf8_name(self.folder.parent, "a folder with checkpoints (--workdir)")
         logging.getLogger("absl").addFilter(_no_trace_of_a_save)
         if create:  # who only reads has no saves, and his process is left as it is
-            ask_seldom()
+            patch_tensorstore_json()
             if not isinstance(sys.unraisablehook, _NoClosedLoop):
                 sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)
         if not create and not self.folder.is_dir():
             raise InputError(
-                f"no checkpoints in {workdir}: expected a folder '{FOLDER}' as `train --workdir` writes it"
+                f"no checkpoints in {workdir}: expected a folder '{CHECKPOINTS_DIR}' as `train --workdir` writes it"
             )
         self._best = best
         staying = [managers.LatestN(keep), *([managers.EveryNSteps(keep_every)] if keep_every else ())]
@@ -115,9 +123,9 @@ class Checkpoints:
         self.failed = 0
         self.first: Callable[[], None] = lambda: None
 
-    def latest(self) -> int | None:
+    def latest_step(self) -> int | None:
         """Returns the newest saved step that is not damaged, or None."""
-        return whole_step(self.folder)[0]
+        return latest_valid_step(self.folder)[0]
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begins to save a state; it is safe to donate the state's buffers right after.
@@ -134,11 +142,13 @@ class Checkpoints:
             if self.failed:  # Orbax has forgotten the checkpoints that were to go after a save that failed
                 self._manager.reload()
             free = free_space(self.folder)
-            if free is not None and free < size_of(state):  # TensorStore would tell each array that has no room
+            if free is not None and free < checkpoint_bytes(
+                state
+            ):  # TensorStore would tell each array that has no room
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._best:
                 self._best.note(step, meta)
-            meta = meta | {"step": step, "digests": DIGESTS}  # by which their absence, or other files, are known
+            meta = meta | {"step": step, "digests": DIGESTS_FILE}  # by which their absence, or other files, are known
             self._manager.save(step, args=Composite(state=StandardSave(state), meta=JsonSave(meta)))
 
     def wait(self) -> None:
@@ -160,24 +170,24 @@ class Checkpoints:
                 self._best.forget(step)
             with contextlib.suppress(OSError):  # what cannot be removed is removed by the next start
                 for unfinished in self._unfinished(step) if jax.process_index() == 0 else ():
-                    remove_folder(unfinished)
+                    remove_dir(unfinished)
             words = " ".join(str(error).split())
             full = "No space left" in words
             reason = "no space is left on the device" if full else f"{type(error).__name__}: {words[:200]}"
-            raise SaveFailed(f"the save of step {step} failed ({reason})") from error
+            raise SaveError(f"the save of step {step} failed ({reason})") from error
 
     def _seal(self) -> None:
         """Writes the digests of what has been saved; called by Orbax when all is there, before it gives it its name."""
         if jax.process_index() == 0:
             for unnamed in self._unfinished(self._under_way):  # one save at a time
-                write_digests(unnamed, name=unnamed.name.removesuffix(UNNAMED))
+                write_checksums(unnamed, name=unnamed.name.removesuffix(TMP_SUFFIX))
 
-    def _unfinished(self, step: int | None) -> list[Place]:
+    def _unfinished(self, step: int | None) -> list[AnyPath]:
         """Where the save of a step lies until it is finished."""
-        if not in_store(self.folder):
-            return list(self.folder.glob(f"*{UNNAMED}"))
+        if not is_remote(self.folder):
+            return list(self.folder.glob(f"*{TMP_SUFFIX}"))
         folder = self.folder / str(step)
-        return [] if (folder / MARK).exists() else [folder]
+        return [] if (folder / COMMIT_MARKER).exists() else [folder]
 
     def restore(self, state: Any, step: int | None = None) -> Any:
         """Returns a saved state in the layout of `state`, a tree of ShapeDtypeStructs with shardings.
@@ -185,7 +195,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or it is damaged or of another model.
         """
-        step = self.newest() if step is None else step
+        step = self.require_latest_step() if step is None else step
         try:
             return self._manager.restore(step, args=Composite(state=StandardRestore(state))).state
         except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint
@@ -200,7 +210,7 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, it is damaged, or of a model of other sizes.
         """
-        step = self.newest() if step is None else step
+        step = self.require_latest_step() if step is None else step
         path = self.folder / str(step) / "state"
         place = epath.Path(str(path))
         targets = {"params": params}
@@ -224,7 +234,7 @@ class Checkpoints:
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state."""
-        step = self.newest() if step is None else step
+        step = self.require_latest_step() if step is None else step
         try:
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
         except Exception as error:  # as above
@@ -235,9 +245,9 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def newest(self) -> int:
+    def require_latest_step(self) -> int:
         """Returns the newest saved step that is not damaged. Raises: InputError: there is none."""
-        step, damaged = whole_step(self.folder)
+        step, damaged = latest_valid_step(self.folder)
         if step is None and damaged:
             path, wrong = next(iter(damaged.items()))
             raise InputError(f"all checkpoints are damaged; of the newest, {path}, {wrong}: put back a copy of one")
@@ -248,7 +258,7 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> InputError:
         first = " ".join(str(error).split())[:300]
         cure = "it is damaged or of another model; delete that folder to fall back on an older one"
-        if in_store(self.folder):  # its files are as they were written, or this would not be asked
+        if is_remote(self.folder):  # its files are as they were written, or this would not be asked
             cure = "the store did not give it, or it is of another model; try again"
         return InputError(
             f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {first}): {cure}"
@@ -261,7 +271,7 @@ def saved_step(workdir: str | os.PathLike) -> int | None:
     Raises:
       InputError: there are checkpoints, and all are damaged.
     """
-    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
+    step, damaged = latest_valid_step((as_path(workdir) / CHECKPOINTS_DIR).absolute())
     if damaged and step is None:
         path, wrong = next(iter(damaged.items()))
         raise InputError(
@@ -271,22 +281,22 @@ def saved_step(workdir: str | os.PathLike) -> int | None:
     return step
 
 
-def whole_step(folder: Place) -> tuple[int | None, dict[Place, str]]:
+def latest_valid_step(folder: AnyPath) -> tuple[int | None, dict[AnyPath, str]]:
     """Returns the newest step of a folder of checkpoints that is as it was written, or None, and newer ones that are not.
 
     Returns:
       Those by folder, with what is wrong with each, in words.
     """
-    found: dict[Place, str] = {}
+    found: dict[AnyPath, str] = {}
     for path in reversed(steps_of(folder)):
-        wrong = wrong_with(path)
+        wrong = checkpoint_error(path)
         if not wrong:
             return int(path.name), found
         found[path] = wrong
     return None, found
 
 
-def steps_of(folder: Place) -> list[Place]:
+def steps_of(folder: AnyPath) -> list[AnyPath]:
     """Returns the steps in a folder of checkpoints, the newest last; in a store, without one whose save was cut short.
 
     The next save of that step takes its place.
@@ -295,46 +305,48 @@ def steps_of(folder: Place) -> list[Place]:
     return sorted((path for path in steps if not _cut_short(path)), key=lambda path: int(path.name))
 
 
-def _cut_short(step: Place) -> bool:
-    return in_store(step) and not any((step / name).is_file() for name in (MARK, DIGESTS))
+def _cut_short(step: AnyPath) -> bool:
+    return is_remote(step) and not any((step / name).is_file() for name in (COMMIT_MARKER, DIGESTS_FILE))
 
 
-def wrong_with(step: Place) -> str:
+def checkpoint_error(step: AnyPath) -> str:
     """Returns what is not as it was written of a step, in words, or ""."""
-    needed = (MARK, COMMITTED, META) if in_store(step) else (COMMITTED, META)
+    needed = (COMMIT_MARKER, ORBAX_METADATA, META_FILE) if is_remote(step) else (ORBAX_METADATA, META_FILE)
     missing = next((str(name) for name in needed if not (step / name).is_file()), "")
-    if wrong := f"{missing} is missing" if missing else damage(step):
+    if wrong := f"{missing} is missing" if missing else checksum_error(step):
         return wrong
     meta = read_meta(step)  # of older versions, it names neither
     if meta.get("step", int(step.name)) != int(step.name):
         return f"it was written as {meta['step']}"
-    if "digests" in meta and not (step / DIGESTS).is_file():
-        return f"its {DIGESTS} is missing"
-    return "" if meta else f"its {META} cannot be read"
+    if "digests" in meta and not (step / DIGESTS_FILE).is_file():
+        return f"its {DIGESTS_FILE} is missing"
+    return "" if meta else f"its {META_FILE} cannot be read"
 
 
-def set_aside(workdir: str | os.PathLike) -> list[str]:
+def quarantine(workdir: str | os.PathLike) -> list[str]:
     """Renames damaged checkpoints that are newer than the newest good one, and returns what was done, in words.
 
     Nothing is deleted. Orbax would save no step below one that is there, and so never again.
     """
-    step, damaged = whole_step((as_path(workdir) / FOLDER).absolute())
+    step, damaged = latest_valid_step((as_path(workdir) / CHECKPOINTS_DIR).absolute())
     told = []
     for path, wrong in damaged.items():
-        told.append(f"checkpoint {path} is damaged ({wrong}): renamed to {renamed(path)}, going on from step {step}")
+        told.append(
+            f"checkpoint {path} is damaged ({wrong}): renamed to {quarantine_step(path)}, going on from step {step}"
+        )
     return told
 
 
-def renamed(step: Place) -> str:
+def quarantine_step(step: AnyPath) -> str:
     """Gives a damaged checkpoint a name that nobody takes for a step's, and returns that."""
     aside, number = step.with_name(f"{step.name}.damaged"), 1
     while aside.exists():
         aside, number = step.with_name(f"{step.name}.damaged{number}"), number + 1
-    move_folder(step, aside, first=(MARK,))
+    move_dir(step, aside, first=(COMMIT_MARKER,))
     return aside.name
 
 
-def check_finite(checkpoint: Place, params: Any) -> None:
+def check_finite(checkpoint: AnyPath, params: Any) -> None:
     """Refuses parameters that older versions saved though they are of no use. Raises: InputError: names one."""
     for name, leaf in named(params).items():
         for part in leaf.addressable_shards:
@@ -356,7 +368,7 @@ COUNTED = {
 }
 
 
-def _check_shapes(checkpoint: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_shapes(checkpoint: AnyPath, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, (dimension, field, unit) in COUNTED.items():
         theirs, ours = stored.get(name), wanted.get(name)
         if theirs and ours and theirs[dimension] != ours[dimension]:
@@ -384,7 +396,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{workdir} is not a run: no config.json there; give a --workdir of `train`")
     check_side_files(as_path(workdir))
     try:
-        found = from_json(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
@@ -396,4 +408,4 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
     """Writes config.json, whole or not at all; leaves it alone when nothing changes."""
-    write_whole(as_path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")
+    atomic_write(as_path(workdir) / "config.json", json.dumps(config, indent=2) + "\n")

@@ -9,29 +9,31 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, below, from_json, in_store, stamps, write_whole
+from seqpe_jax.files import AnyPath, atomic_write, file_versions, is_remote, list_files, parse_json
 
-FILE = "digests.json"
+DIGESTS_FILE = "digests.json"
 MD5 = "md5:"
-FOLDER = "checkpoints"  # of a run
-COMMITTED = "_CHECKPOINT_METADATA"  # of a checkpoint; Orbax adds the time of its commit after the digests are written
+CHECKPOINTS_DIR = "checkpoints"  # of a run
+ORBAX_METADATA = (
+    "_CHECKPOINT_METADATA"  # of a checkpoint; Orbax adds the time of its commit after the digests are written
+)
 COMMIT_TIME, WITHOUT_TIME = "commit_timestamp_nsecs", "without commit time:"
-META = pathlib.PurePosixPath("meta", "metadata")  # of a checkpoint: what is saved beside the state
+META_FILE = pathlib.PurePosixPath("meta", "metadata")  # of a checkpoint: what is saved beside the state
 AGAIN = 'put back a copy of it, or write {"files": {}} into it, and none of the run\'s files is compared any more'
-SIDE_FILES = "side_files"  # a key of that: the run's own folder has a `FILE` too
+SIDE_FILES = "side_files"  # a key of that: the run's own folder has a `DIGESTS_FILE` too
 
 
-def write_digests(folder: Place, name: str = "", but: tuple[str, ...] = ()) -> None:
-    """Writes the digests of all files of a folder but some, and the name that it has or will get, into its `FILE`.
+def write_checksums(folder: AnyPath, name: str = "", but: tuple[str, ...] = ()) -> None:
+    """Writes the digests of all files of a folder but some, and the name that it has or will get, into its `DIGESTS_FILE`.
 
     They are SHA-256; of an object in a store, its MD5, which the store keeps and tells without anybody reading it.
     """
-    files = {str(path.relative_to(folder)): _digest(path, _kind(path)) for path in below(folder)}
-    _write(folder, {file: digest for file, digest in files.items() if file not in (FILE, *but)}, name)
+    files = {str(path.relative_to(folder)): _digest(path, _kind(path)) for path in list_files(folder)}
+    _write(folder, {file: digest for file, digest in files.items() if file not in (DIGESTS_FILE, *but)}, name)
 
 
-def write_side_files(staged: pathlib.Path, folder: Place) -> None:
-    """Puts the files of a local folder into a run's folder, each with its SHA-256 in the run's `FILE`.
+def write_side_files(staged: pathlib.Path, folder: AnyPath) -> None:
+    """Puts the files of a local folder into a run's folder, each with its SHA-256 in the run's `DIGESTS_FILE`.
 
     Where a listed file changes, both of its digests are listed while it is written: a process that is killed in between
     leaves no file that looks damaged. config.json, by which a run is known, comes first.
@@ -45,12 +47,12 @@ def write_side_files(staged: pathlib.Path, folder: Place) -> None:
     if changed:
         _write(folder, listed | changed)
     for file in files:
-        write_whole(folder / file.name, file.read_bytes())
+        atomic_write(folder / file.name, file.read_bytes())
     if listed | new != listed:
         _write(folder, listed | new)
 
 
-def check_side_files(folder: Place) -> None:
+def check_side_files(folder: AnyPath) -> None:
     """Refuses a run or an export of which a small file (config.json, sizes.json, the tokenizer, ...) is damaged or gone.
 
     Folders of older versions list none, and nothing is known of theirs.
@@ -61,9 +63,9 @@ def check_side_files(folder: Place) -> None:
     try:
         listed = _listed(folder)
     except ValueError:
-        raise InputError(f"{folder / FILE} is damaged: {AGAIN}") from None
-    if not listed and not (folder / FILE).exists() and _lists_side_files(folder):
-        raise InputError(f"{folder / FILE} is missing, which this run had: {AGAIN}")
+        raise InputError(f"{folder / DIGESTS_FILE} is damaged: {AGAIN}") from None
+    if not listed and not (folder / DIGESTS_FILE).exists() and _lists_side_files(folder):
+        raise InputError(f"{folder / DIGESTS_FILE} is missing, which this run had: {AGAIN}")
     for name, digests in listed.items():
         if "/" in name or not name.endswith(".json"):
             continue
@@ -75,11 +77,11 @@ def check_side_files(folder: Place) -> None:
             raise InputError(
                 f"{folder / name} has changed since it was written: put back a copy of it. Fields of a run are changed by "
                 f"options of `train` (--config.FIELD=), not by hand; if the change is meant all the same, remove the entry "
-                f"of {name} from {folder / FILE}"
+                f"of {name} from {folder / DIGESTS_FILE}"
             )
 
 
-def damage(folder: Place, named: bool = True, within: str = "") -> str:
+def checksum_error(folder: AnyPath, named: bool = True, within: str = "") -> str:
     """Returns what is not as it was written, in words, or "".
 
     Folders of older versions have no digests: nothing is known of them.
@@ -88,28 +90,28 @@ def damage(folder: Place, named: bool = True, within: str = "") -> str:
       named: whether the folder must still have its name.
       within: look only at the files of this folder in it; "" = all.
     """
-    files = stamps(folder)
-    return _compared(folder, named, within, files) if FILE in (name for name, *_ in files) else ""
+    files = file_versions(folder)
+    return _compared(folder, named, within, files) if DIGESTS_FILE in (name for name, *_ in files) else ""
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Forgets what was compared, so that the next question reads every file again, as whoever opens a folder wants it."""
     _compared.cache_clear()
 
 
-def checksums(folder: Place, names: Iterable[str]) -> dict[str, str]:
+def sha256_of(folder: AnyPath, names: Iterable[str]) -> dict[str, str]:
     """Returns the SHA-256 of those of a folder's files that are there."""
     return {name: _digest(folder / name, "") for name in names if (folder / name).is_file()}
 
 
 @functools.lru_cache(maxsize=64)  # a checkpoint is asked for several times, and hashing reads it whole
-def _compared(folder: Place, named: bool, within: str, written: tuple[Any, ...]) -> str:
+def _compared(folder: AnyPath, named: bool, within: str, written: tuple[Any, ...]) -> str:
     del written  # a file that is written meanwhile is read again
     try:
-        told = from_json((folder / FILE).read_bytes())
+        told = parse_json((folder / DIGESTS_FILE).read_bytes())
         name, files = told["folder"], _listed(folder)
     except (ValueError, KeyError, TypeError):
-        return f"its {FILE} is no list of digests"
+        return f"its {DIGESTS_FILE} is no list of digests"
     if named and name != folder.name:
         return f"it was written as {name}"
     for file, digests in files.items():
@@ -123,10 +125,10 @@ def _compared(folder: Place, named: bool, within: str, written: tuple[Any, ...])
     return ""
 
 
-def _listed(folder: Place) -> dict[str, Any]:
+def _listed(folder: AnyPath) -> dict[str, Any]:
     """The digests that a folder lists, by file; {} without a list. Raises: ValueError: it is none."""
     try:
-        files = from_json((folder / FILE).read_bytes())["files"]
+        files = parse_json((folder / DIGESTS_FILE).read_bytes())["files"]
         good = all(all(isinstance(digest, str) for digest in _any_of(digests)) for digests in dict(files).values())
     except FileNotFoundError:
         return {}
@@ -142,32 +144,34 @@ def _any_of(digests: str | list[str]) -> list[str]:
     return [digests] if isinstance(digests, str) else list(digests) or [""]
 
 
-def _write(folder: Place, files: Mapping[str, Any], name: str = "") -> None:
-    write_whole(folder / FILE, json.dumps({"folder": name or folder.name, "files": files}, indent=1) + "\n")
+def _write(folder: AnyPath, files: Mapping[str, Any], name: str = "") -> None:
+    atomic_write(folder / DIGESTS_FILE, json.dumps({"folder": name or folder.name, "files": files}, indent=1) + "\n")
 
 
-def _lists_side_files(folder: Place) -> bool:
+def _lists_side_files(folder: AnyPath) -> bool:
     """Whether a checkpoint of a run says that the run's folder lists digests of its own."""
     steps = (
-        [path for path in (folder / FOLDER).iterdir() if path.name.isdecimal()] if (folder / FOLDER).is_dir() else []
+        [path for path in (folder / CHECKPOINTS_DIR).iterdir() if path.name.isdecimal()]
+        if (folder / CHECKPOINTS_DIR).is_dir()
+        else []
     )
     return any(read_meta(step).get(SIDE_FILES) for step in steps)
 
 
-def read_meta(step: Place) -> dict[str, Any]:
+def read_meta(step: AnyPath) -> dict[str, Any]:
     """Returns what was saved beside a checkpoint's state; {} where that is gone or damaged."""
     try:
-        found = from_json((step / META).read_bytes())
+        found = parse_json((step / META_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _kind(path: Place) -> str:
+def _kind(path: AnyPath) -> str:
     """Which digest of a file costs least: the store's own, where it has one."""
-    if path.name == COMMITTED:
+    if path.name == ORBAX_METADATA:
         return WITHOUT_TIME
-    return MD5 if in_store(path) and path.info().get("md5Hash") else ""
+    return MD5 if is_remote(path) and path.info().get("md5Hash") else ""
 
 
 def _kind_of(digests: str | list[str]) -> str:
@@ -175,13 +179,13 @@ def _kind_of(digests: str | list[str]) -> str:
     return next((kind for kind in (MD5, WITHOUT_TIME) if _any_of(digests)[0].startswith(kind)), "")
 
 
-def _digest(path: Place, kind: str) -> str:
+def _digest(path: AnyPath, kind: str) -> str:
     """The digest of a file: SHA-256 as hex digits, or a kind and the digest: for `MD5` as stores write it."""
-    if kind == MD5 and in_store(path) and (told := path.info().get("md5Hash")):
+    if kind == MD5 and is_remote(path) and (told := path.info().get("md5Hash")):
         return MD5 + told
     if kind == WITHOUT_TIME:
         try:
-            told = from_json(path.read_bytes())
+            told = parse_json(path.read_bytes())
             timed = type(told.pop(COMMIT_TIME, None)) in (int, type(None))
             content = json.dumps([timed, told], sort_keys=True).encode()
         except (ValueError, AttributeError):

@@ -15,10 +15,10 @@ import jax
 from seqpe_jax.distributed import hardware, processes
 from seqpe_jax.distributed.progress import MetricsWriter, ProgressLine
 from seqpe_jax.distributed.waiting import patiently
-from seqpe_jax.errors import TOLD_TO_STOP, Failure
-from seqpe_jax.files import Place, written_here
-from seqpe_jax.training.best_checkpoint import EVALUATION
-from seqpe_jax.training.checkpoint import Checkpoints, SaveFailed
+from seqpe_jax.errors import EXIT_PREEMPTED, Failure
+from seqpe_jax.files import AnyPath, staged_dir
+from seqpe_jax.training.best_checkpoint import EVALUATION_KEY
+from seqpe_jax.training.checkpoint import Checkpointer, SaveError
 from seqpe_jax.training.clock import Clock
 from seqpe_jax.training.state import TrainState, all_finite
 
@@ -35,7 +35,7 @@ _all_finite = jax.jit(all_finite)
 class Stopped(Failure):
     """The run was told to stop; its state is saved, and a scheduler may start it again on the exit code alone."""
 
-    code = TOLD_TO_STOP
+    code = EXIT_PREEMPTED
 
 
 @dataclasses.dataclass
@@ -243,7 +243,7 @@ class Save(Event):
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpointer,
         meta: dict[str, Any],
         clock: Clock,
         report: Report,
@@ -271,24 +271,24 @@ class Save(Event):
                 )
             beside = {"seconds": self._clock.seconds(), "skipped": self._report.skipped}
             if run.measured[0] == run.step:
-                beside[EVALUATION] = run.measured[1]
+                beside[EVALUATION_KEY] = run.measured[1]
             try:
                 self._checkpoints.wait()
-            except SaveFailed as error:
+            except SaveError as error:
                 self._tell(error)
-            processes.give_back_memory()  # what the last save took
+            processes.malloc_trim()  # what the last save took
             self._before_each()
             try:
                 self._checkpoints.save(run.step, run.state, self._meta | beside)
-            except SaveFailed as error:
+            except SaveError as error:
                 self._tell(error)
 
-    def _tell(self, error: SaveFailed) -> None:
+    def _tell(self, error: SaveError) -> None:
         """Says that a save failed. Raises: SaveFailed: it was one too many."""
         self._before_each()  # it failed since the folder is gone, which no other try would mend
         failed = self._checkpoints.failed
-        if processes.several() or failed >= self._failures:
-            raise SaveFailed(
+        if processes.is_multiprocess() or failed >= self._failures:
+            raise SaveError(
                 f"{error}, {failed} in a row; the last checkpoint is of step {self._checkpoints.latest()}. When that is "
                 "mended, the same command goes on from there"
             ) from error
@@ -300,7 +300,7 @@ class Save(Event):
             self.now(run)
             try:
                 self._checkpoints.wait()
-            except SaveFailed as error:
+            except SaveError as error:
                 self._tell(error)
             if not self._checkpoints.failed:
                 self._before_each()  # the folder may have gone during the save
@@ -331,31 +331,31 @@ class Stop(Event):
         self._save, self._number = save, None
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGHUP, *(() if processes.several() else (signal.SIGTERM,))):
+            for number in (signal.SIGINT, signal.SIGHUP, *(() if processes.is_multiprocess() else (signal.SIGTERM,))):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
         self._number = number
         signal.signal(number, self._previous[number])
-        if processes.several():
+        if processes.is_multiprocess():
             os.kill(os.getpid(), signal.SIGTERM)
 
     def before(self, run: Standing) -> None:
         """Asks; among several processes all do at the same places. Raises: Stopped."""
-        if processes.told_to_stop() if processes.several() else self._number is not None:
+        if processes.reached_preemption() if processes.is_multiprocess() else self._number is not None:
             self._save.finish(run)
-            name = "told to stop" if processes.several() else signal.Signals(self._number).name
+            name = "told to stop" if processes.is_multiprocess() else signal.Signals(self._number).name
             raise Stopped(f"{name} at step {run.step}: saved; the same command goes on from there")
 
     def meanwhile(self, run: Standing) -> None:
         """Asks where there is only one process: several would not ask at the same places. Raises: Stopped."""
-        if not processes.several():
+        if not processes.is_multiprocess():
             self.before(run)
 
     def answering(self, run: Standing, work: Callable[[Callable[..., None]], Any]) -> Any:
         """Returns work(between), long work beside the steps, which calls `between` now and then. Raises: Stopped."""
-        if processes.several():
+        if processes.is_multiprocess():
             return work(lambda *_: self.before(run))
 
         def between(*_: Any) -> None:
@@ -377,14 +377,14 @@ class Stop(Event):
 class Profile(Event):
     """Records the steps of a window, (first, end), with the JAX profiler into WORKDIR/profile."""
 
-    def __init__(self, window: tuple[int, int], workdir: Place):
+    def __init__(self, window: tuple[int, int], workdir: AnyPath):
         self._window, self._folder, self._on = window, workdir / "profile", False
         self._here = contextlib.ExitStack()
 
     def before(self, run: Standing) -> None:
         """Begins at the first step of the window."""
         if run.step == self._window[0]:
-            folder = self._here.enter_context(written_here(self._folder))
+            folder = self._here.enter_context(staged_dir(self._folder))
             jax.profiler.start_trace(str(folder))
             self._on = True
 

@@ -68,5 +68,5 @@ def _compiled(train_step: TrainStep, run: Standing, batch: dict[str, jax.Array],
             event.meanwhile(run)
 
     compiled = patiently(lambda: train_step.lower(run.state, batch).compile(), look)
-    processes.sync()  # Gloo waits half a minute for a process that still compiles
+    processes.barrier()  # Gloo waits half a minute for a process that still compiles
     return compiled

@@ -2,7 +2,7 @@
 
 Its binding for Python (version 0.1.86) puts each key and value into a dict and forgets to give up its own reference. Orbax
 asks, with each save, for the place of each array and for counters of bytes: about 450 objects of a state of 40 arrays stay
-for good (`tests/runtime/test_tensorstore_json.py`).
+for good (`tests/distributed/test_tensorstore_json.py`).
 """
 
 import copy
@@ -53,7 +53,7 @@ def _no_counters(metric_prefix: str = "", include_zero_metrics: bool = False) ->
 
 
 @functools.cache
-def ask_seldom() -> None:
+def patch_tensorstore_json() -> None:
     """Changes TensorStore for all of this process, once, where it has the fault."""
     if _held():
         tensorstore.KvStore.Spec.to_json = _asked_once(tensorstore.KvStore.Spec.to_json)

@@ -22,8 +22,8 @@ from seqpe_jax.distributed import processes
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import Place, as_path, scratch
-from seqpe_jax.inference.compiled import Programs, Progress, laid_out, silent
+from seqpe_jax.files import AnyPath, as_path, tmp_dir
+from seqpe_jax.inference.compiled import Programs, Progress, silent, use_sharding
 from seqpe_jax.losses.train_loss import Objective
 from seqpe_jax.models.attention_dispatch import choose
 from seqpe_jax.models.attention_inputs import Operands
@@ -40,19 +40,18 @@ from seqpe_jax.tasks.fingerprints import (
 )
 from seqpe_jax.training import hooks, loop, warm_start
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.best_checkpoint import BestKept, check_best, set_best_aside
+from seqpe_jax.training.best_checkpoint import BestCheckpointPolicy, check_best_metric, quarantine_best
 from seqpe_jax.training.checkpoint import (
-    Checkpoints,
+    Checkpointer,
     check_finite,
-    held_here,
+    checkpoint_bytes,
+    local_bytes,
+    quarantine,
     read_config,
     saved_step,
-    set_aside,
-    size_of,
     write_config,
 )
-from seqpe_jax.training.checksums import FILE as DIGESTS
-from seqpe_jax.training.checksums import SIDE_FILES, forget, write_side_files
+from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, clear_cache, write_side_files
 from seqpe_jax.training.state import TrainState, create, key_of
 from seqpe_jax.training.step import TrainStep, make_train_step
 from seqpe_jax.training.workdir import (
@@ -86,7 +85,7 @@ class Trainer:
     optimizer: Any
     initial: Callable[[], TrainState]
     shapes: TrainState
-    whole: tuple[layout.Whole, ...] = ()
+    whole: tuple[layout.UnshardedDim, ...] = ()
 
     @classmethod
     def of(
@@ -118,7 +117,7 @@ class Trainer:
         task = task_class(config)(config, data_there, kept)
         bits = config.precision.random_bits
         objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective, bits)
-        _check_attention(config, objective.architecture, layout.Layout(mesh))
+        _check_attention(config, objective.architecture, layout.MeshSharding(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         initial = _initial(objective.architecture, optimizer, config.seed)
         shapes, whole = layout.with_shardings(mesh, jax.eval_shape(initial))
@@ -134,7 +133,7 @@ class Trainer:
         Raises:
           InputError: as `of`; the folder is of another run; the checkpoint to begin with was made for something else.
         """
-        forget()  # files may have changed since this process read them last
+        clear_cache()  # files may have changed since this process read them last
         first = saved_step(workdir)
         check_same_run(config, as_path(workdir), first, extend)
         if first is not None:
@@ -189,7 +188,7 @@ class Trainer:
     def train_step(self) -> TrainStep:
         """Returns the compiled-on-first-call train step; the state that goes in is donated."""
         step = make_train_step(
-            laid_out(self.mesh, self.objective.loss),
+            use_sharding(self.mesh, self.objective.loss),
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,
@@ -203,10 +202,10 @@ class Trainer:
 
     def batches(self, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Yields (step, global batch) from a step on, read ahead in the background."""
-        rows = layout.rows_of_processes(self.mesh, self.config.batch_size)[jax.process_index()]
+        rows = layout.rows_by_process(self.mesh, self.config.batch_size)[jax.process_index()]
         train = self.task.train_loader(rows)
         for step, batch in train.prefetch(first):
-            yield step, layout.to_global(self.mesh, batch)
+            yield step, layout.from_local_rows(self.mesh, batch)
 
     def evaluate(self, params: Params, progress: Progress = silent) -> dict[str, float]:
         """Returns what is measured while training, on the validation split, e.g. {"eval/loss@512": nats}.
@@ -220,7 +219,7 @@ class Trainer:
             results |= {_measured(name, scale): result[name] for name in self.task.metrics(self.config)}
         return results
 
-    def describe(self, workdir: Place) -> str:
+    def describe(self, workdir: AnyPath) -> str:
         """Returns what is about to be trained, where and on what, in words."""
         settings = self.config
         lines = [
@@ -230,7 +229,7 @@ class Trainer:
             processes.describe_batch(settings.batch_size, layout.batch_shards(self.mesh)),
             f"workdir {workdir}",
         ]
-        return "\n  ".join(lines + ([layout.describe_whole(self.whole)] if self.whole else []))
+        return "\n  ".join(lines + ([layout.describe_unsharded(self.whole)] if self.whole else []))
 
     def fit(self, workdir: str | os.PathLike, *, extend: bool = False) -> None:
         """Trains, or goes on training, the run of a folder until `steps`.
@@ -257,36 +256,38 @@ class Trainer:
             # A new checkpoint is whole before an old one goes. A run that goes on has the others already.
             saves = math.ceil(settings.steps / settings.checkpoint.every)
             stay = settings.checkpoint.keep + bool(settings.checkpoint.best)
-            check_space(folder, size_of(self.shapes), min(stay + 1, saves) if first is None else 1)
+            check_space(folder, checkpoint_bytes(self.shapes), min(stay + 1, saves) if first is None else 1)
         _say(self.describe(folder))
         # Parameters that a run begins with are read before it claims its folder, since they may not fit.
         state = self.first_state() if first is None else None
-        with owned(folder) if processes.is_lead() else contextlib.nullcontext("") as taken_over:
+        with owned(folder) if processes.is_main_process() else contextlib.nullcontext("") as taken_over:
             if taken_over:
                 _say(f"  {taken_over}")
             if saved_step(folder) != first:
                 raise InputError(f"another process has trained in {folder} just now: give the command again to go on")
             self._go_on(folder, first, state)
 
-    def _go_on(self, folder: Place, first: int | None, state: TrainState | None) -> None:
+    def _go_on(self, folder: AnyPath, first: int | None, state: TrainState | None) -> None:
         """Trains in a folder that is this process's, from the step that is saved there, or from a state where none is."""
         settings = self.config
         planned = read_config(folder)["steps"] if first is not None else settings.steps
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
             _say(f"  planned for {planned} steps, going on to {settings.steps}")
-        owed = processes.as_the_lead(processes.is_lead() and _owes_an_evaluation(settings, folder, first))
+        owed = processes.broadcast_from_main(
+            processes.is_main_process() and _owes_an_evaluation(settings, folder, first)
+        )
         if first == settings.steps and not owed:
             _say(f"  nothing to do: step {first} is saved")
             return
         metric = _best_metric(settings)
-        checkpoints = Checkpoints(
+        checkpoints = Checkpointer(
             folder,
             keep=settings.checkpoint.keep,
             keep_every=settings.checkpoint.keep_every,
-            best=BestKept(folder, metric) if metric else None,
+            best=BestCheckpointPolicy(folder, metric) if metric else None,
         )
-        if processes.is_lead() and (warning := slow_save(folder, held_here(self.shapes))):
+        if processes.is_main_process() and (warning := slow_save(folder, local_bytes(self.shapes))):
             _say(f"  {warning}")
         if state is None:
             state = checkpoints.restore(self.shapes)
@@ -300,7 +301,7 @@ class Trainer:
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, hooks=happening)
 
     def _events(
-        self, folder: Place, checkpoints: Checkpoints, first: int, before: dict, owed: bool
+        self, folder: AnyPath, checkpoints: Checkpointer, first: int, before: dict, owed: bool
     ) -> list[hooks.Event]:
         """What happens beside the steps of a run that has done `first` of them.
 
@@ -318,11 +319,11 @@ class Trainer:
             units=self.task.units_per_step,
             unit=self.task.unit,
             flops=self.flops_per_step,
-            saved=checkpoints.latest,
+            saved=checkpoints.latest_step,
             skips=settings.optimizer.skips if settings.optimizer.non_finite == "skip" else 0,
             skipped=before.get("skipped", 0),
         )
-        meta = {"config": json.loads(json.dumps(config.to_dict(settings))), SIDE_FILES: DIGESTS}
+        meta = {"config": json.loads(json.dumps(config.to_dict(settings))), SIDE_FILES: DIGESTS_FILE}
         save = hooks.Save(
             checkpoints,
             meta,
@@ -330,7 +331,7 @@ class Trainer:
             report,
             every=settings.checkpoint.every,
             failures=settings.checkpoint.failed_saves,
-            before_each=functools.partial(check_owned, folder) if processes.is_lead() else None,
+            before_each=functools.partial(check_owned, folder) if processes.is_main_process() else None,
         )
         found: list[hooks.Event] = []
         stop = hooks.Stop(save)
@@ -345,27 +346,27 @@ class Trainer:
             found.append(hooks.Profile(window, folder))
         return [*found, report]
 
-    def _claim(self, folder: Place, anew: bool) -> None:
+    def _claim(self, folder: AnyPath, anew: bool) -> None:
         """Writes what a run's folder begins with, once all hosts have looked at it."""
-        processes.sync()
-        if processes.is_lead():
+        processes.barrier()
+        if processes.is_main_process():
             if anew:
                 clear(folder)
             metric = _best_metric(self.config)
-            for line in [*set_aside(folder), *(set_best_aside(folder, metric) if metric else ())]:
+            for line in [*quarantine(folder), *(quarantine_best(folder, metric) if metric else ())]:
                 _say(f"  {line}")
             known = read_fingerprints(folder)
             if not known and not anew:
                 _say(
                     "  an older version kept no fingerprints of the data: from now on it resumes with these data alone"
                 )
-            with scratch() as staged:
+            with tmp_dir() as staged:
                 write_config(staged, config.to_dict(self.config))
                 write_sizes(staged, self.task.sizes)
                 write_fingerprints(staged, known or fingerprints_there(self.task))
                 self.task.keep(staged)
                 write_side_files(staged, folder)
-        processes.sync()
+        processes.barrier()
         processes.check_shared(folder / "config.json")
 
 
@@ -378,10 +379,12 @@ def _best_metric(settings: Config) -> str:
     if not settings.checkpoint.best:
         return ""
     measured = task_class(settings).metrics(settings)
-    return check_best(settings.checkpoint.best, [_measured(name, at) for at in settings.scales for name in measured])
+    return check_best_metric(
+        settings.checkpoint.best, [_measured(name, at) for at in settings.scales for name in measured]
+    )
 
 
-def _owes_an_evaluation(settings: Config, folder: Place, step: int | None) -> bool:
+def _owes_an_evaluation(settings: Config, folder: AnyPath, step: int | None) -> bool:
     """Whether a run that goes on was told to stop while it evaluated the state of this step."""
     if not settings.eval.every or not step or (step % settings.eval.every and step != settings.steps):
         return False
@@ -394,11 +397,11 @@ def _is_measured(name: str) -> bool:
 
 
 def _say(words: str) -> None:
-    if processes.is_lead():
+    if processes.is_main_process():
         print(words, flush=True)
 
 
-def _check_attention(settings: Config, architecture: Architecture, used: layout.Layout) -> None:
+def _check_attention(settings: Config, architecture: Architecture, used: layout.MeshSharding) -> None:
     """Refuses an implementation of attention that cannot serve what the config trains, before anything is compiled.
 
     Raises:

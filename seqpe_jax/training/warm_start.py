@@ -12,7 +12,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.models import transformer
 from seqpe_jax.tasks import Task
-from seqpe_jax.training.checkpoint import Checkpoints, read_config
+from seqpe_jax.training.checkpoint import Checkpointer, read_config
 
 # What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
 FREE_ENCODING = {
@@ -52,7 +52,7 @@ def first_params(settings: Config, mesh: jax.sharding.Mesh, shapes: Any) -> Any:
     Raises:
       InputError: no or a damaged checkpoint, or one of other sizes.
     """
-    saved = Checkpoints(settings.init_from, create=False)
+    saved = Checkpointer(settings.init_from, create=False)
     model, scanned = settings.model, config.from_dict(read_config(settings.init_from)).model.scan
     if scanned == model.scan:
         params, _ = saved.restore_params(shapes)

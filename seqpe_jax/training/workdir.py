@@ -15,19 +15,19 @@ from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import FILE, NAMED_IN
 from seqpe_jax.distributed import processes
-from seqpe_jax.distributed.progress import LOG, read_metrics
+from seqpe_jax.distributed.progress import LOG_FILE, read_metrics
 from seqpe_jax.errors import Failure, InputError, StoreError, check_utf8_name
-from seqpe_jax.files import Place, free_space, from_json, in_store, lock
+from seqpe_jax.files import AnyPath, free_space, is_remote, lock, parse_json
 from seqpe_jax.inference.exported import SECTION
-from seqpe_jax.tasks.fingerprints import FILE as DATA
+from seqpe_jax.tasks.fingerprints import FINGERPRINTS_FILE
 from seqpe_jax.tasks.image_classification import KEPT
-from seqpe_jax.training.checkpoint import FOLDER, read_config
-from seqpe_jax.training.checksums import FILE as DIGESTS
+from seqpe_jax.training.checkpoint import CHECKPOINTS_DIR, read_config
+from seqpe_jax.training.checksums import DIGESTS_FILE
 from seqpe_jax.training.optimizer import decay_steps
 
-OWNER = "owner.json"  # who trains in the folder
+OWNER_FILE = "owner.json"  # who trains in the folder
 TAKEN_OVER = "taken over from {}, which is gone"
-BEAT_SECONDS, GONE_SECONDS = (
+HEARTBEAT_SECONDS, STALE_SECONDS = (
     15.0,
     60.0,
 )  # in a store: how often a holder says that it is there; when it is taken for gone
@@ -47,7 +47,7 @@ def random_bits_of(stored: dict) -> str:
     return stored.get("precision", {}).get("random_bits", "threefry")
 
 
-def check_space(workdir: Place, size: int, count: int) -> None:
+def check_space(workdir: AnyPath, size: int, count: int) -> None:
     """Refuses a disk without room for what a run saves, before its first step.
 
     Args:
@@ -56,7 +56,7 @@ def check_space(workdir: Place, size: int, count: int) -> None:
     Raises:
       InputError: names both sizes.
     """
-    if in_store(workdir):
+    if is_remote(workdir):
         return
     nearest = workdir.absolute()
     while not nearest.is_dir():
@@ -69,7 +69,7 @@ def check_space(workdir: Place, size: int, count: int) -> None:
         )
 
 
-def slow_save(workdir: Place, size: int) -> str:
+def slow_save(workdir: AnyPath, size: int) -> str:
     """Returns a warning where a save takes longer than a machine that is taken away leaves, else "".
 
     Args:
@@ -85,13 +85,13 @@ def slow_save(workdir: Place, size: int) -> str:
     )
 
 
-def write_rate(folder: Place, size: int) -> float:
+def write_rate(folder: AnyPath, size: int) -> float:
     """Returns how many bytes a second reach the disk of a folder, of a file of so many bytes, which is removed again."""
     content, began = os.urandom(size), time.monotonic()
     path = folder / f".{os.getpid()}.probe"
     try:
-        if in_store(path):
-            path.put(content)
+        if is_remote(path):
+            path.write_bytes(content)
         else:
             with path.open("wb") as file:
                 file.write(content)
@@ -102,7 +102,7 @@ def write_rate(folder: Place, size: int) -> float:
         path.unlink(missing_ok=True)
 
 
-def check_same_run(settings: Config, workdir: Place, step: int | None, extend: bool = False) -> None:
+def check_same_run(settings: Config, workdir: AnyPath, step: int | None, extend: bool = False) -> None:
     """Refuses a folder of something else. A run that has saved no step yet begins anew, with any config.
 
     Fields that change nothing of what was trained may differ (`config.FREE_SECTIONS`), and a run may get more steps.
@@ -117,7 +117,7 @@ def check_same_run(settings: Config, workdir: Place, step: int | None, extend: b
     check_utf8_name(workdir.absolute(), "a folder with checkpoints (--workdir)")
     if not (workdir / "config.json").exists():
         if workdir.exists() and (
-            not workdir.is_dir() or any(path.name not in (LOG, OWNER) for path in workdir.iterdir())
+            not workdir.is_dir() or any(path.name not in (LOG_FILE, OWNER_FILE) for path in workdir.iterdir())
         ):
             raise InputError(f"workdir {workdir} holds other files but no config.json: choose a new or empty folder")
         return
@@ -128,9 +128,9 @@ def check_same_run(settings: Config, workdir: Place, step: int | None, extend: b
             f"workdir {workdir} holds {kind}, which training would overwrite: choose a new or empty folder"
         )
     if step is None:
-        if not (workdir / FOLDER).exists() and (lines := read_metrics(workdir)):
+        if not (workdir / CHECKPOINTS_DIR).exists() and (lines := read_metrics(workdir)):
             raise InputError(
-                f"workdir {workdir} has metrics up to step {lines[-1]['step']}, but its folder '{FOLDER}' is gone: put it "
+                f"workdir {workdir} has metrics up to step {lines[-1]['step']}, but its folder '{CHECKPOINTS_DIR}' is gone: put it "
                 "back, or choose another --workdir"
             )
         return
@@ -160,7 +160,7 @@ def check_same_run(settings: Config, workdir: Place, step: int | None, extend: b
         )
 
 
-def _check_steps(before: Config, settings: Config, workdir: Place, step: int, extend: bool) -> None:
+def _check_steps(before: Config, settings: Config, workdir: AnyPath, step: int, extend: bool) -> None:
     """Refuses a number of steps that the run is past, or under which it would have had another learning rate so far."""
     if settings.steps < step:
         raise InputError(
@@ -180,7 +180,7 @@ def _check_steps(before: Config, settings: Config, workdir: Place, step: int, ex
 
 
 @contextlib.contextmanager
-def owned(workdir: Place) -> Iterator[str]:
+def owned(workdir: AnyPath) -> Iterator[str]:
     """Keeps a run's folder for this process; yields whom it was taken over from, in words, or "".
 
     The kernel holds the lock (`files.lock`). Folders that several machines share are kept among them where their file
@@ -189,12 +189,12 @@ def owned(workdir: Place) -> Iterator[str]:
     Raises:
       InputError: another process trains in the folder.
     """
-    if in_store(workdir):
+    if is_remote(workdir):
         with _Claim(workdir) as taken_over:
             yield taken_over
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / OWNER
+    path = workdir / OWNER_FILE
     with contextlib.ExitStack() as held:
         while True:
             file = path.open("a+")
@@ -216,18 +216,18 @@ def owned(workdir: Place) -> Iterator[str]:
         yield before and TAKEN_OVER.format(before)
 
 
-def check_owned(workdir: Place) -> None:
+def check_owned(workdir: AnyPath) -> None:
     """Ends a run whose folder is not this process's any more: what it saves there would be lost, or another run's.
 
     Raises:
       Failure: the folder was removed, moved or taken over.
     """
     try:
-        if _is_ours(workdir / OWNER) and (workdir / "config.json").exists():
+        if _is_ours(workdir / OWNER_FILE) and (workdir / "config.json").exists():
             return
     except OSError:
         return  # the save that follows says what is wrong with the disk or the store
-    words = "" if _is_ours(workdir / OWNER) else _owner(workdir / OWNER)
+    words = "" if _is_ours(workdir / OWNER_FILE) else _owner(workdir / OWNER_FILE)
     gone = f"was taken over by {words}" if words else "was removed, moved or emptied"
     raise Failure(
         f"the run's folder {workdir} {gone} while it trained: nothing more is saved there. To resume what was "
@@ -235,17 +235,17 @@ def check_owned(workdir: Place) -> None:
     )
 
 
-def _is_ours(path: Place) -> bool:
+def _is_ours(path: AnyPath) -> bool:
     """Whether a lock says that it is of this process."""
     try:
-        told = from_json(path.read_bytes())
+        told = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     own = _self()
     return isinstance(told, dict) and all(told.get(name) == own[name] for name in ("host", "process"))
 
 
-def _release(path: Place) -> None:
+def _release(path: AnyPath) -> None:
     """Removes this process's lock: another one's, in a folder that has taken the place of this run's, stays."""
     with contextlib.suppress(OSError):  # a lock that stays is taken over by the next start
         if _is_ours(path):
@@ -255,12 +255,12 @@ def _release(path: Place) -> None:
 class _Claim:
     """An object in a store that says who trains in a folder; a thread writes it anew, so that others see that it is held.
 
-    A holder that has not written it for `GONE_SECONDS` is gone, and one of this machine whose process has ended is gone at
+    A holder that has not written it for `STALE_SECONDS` is gone, and one of this machine whose process has ended is gone at
     once. Clocks of different machines are not compared: who comes watches whether the object changes.
     """
 
-    def __init__(self, workdir: Place):
-        self._workdir, self._path = workdir, workdir / OWNER
+    def __init__(self, workdir: AnyPath):
+        self._workdir, self._path = workdir, workdir / OWNER_FILE
         self._self = _self() | {"id": uuid.uuid4().hex}
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
@@ -269,11 +269,11 @@ class _Claim:
         held = self._read()
         before = _owner(self._path)
         if held is not None and not _ended(held):
-            words = f"looking up to {GONE_SECONDS:.0f} s whether it is still there"
+            words = f"looking up to {STALE_SECONDS:.0f} s whether it is still there"
             print(f"  {self._workdir} is of {before or 'another process'}: {words}", flush=True)
             held = self._watch(held, before)
         try:
-            self._path.put(self._content(), new=held is None)
+            self._path.write_bytes(self._content(), new=held is None)
         except FileExistsError:
             raise self._in_use(_owner(self._path)) from None
         if (self._read() or {}).get("id") != self._self["id"]:
@@ -290,9 +290,9 @@ class _Claim:
 
     def _watch(self, held: dict[str, Any], before: str) -> dict[str, Any] | None:
         """Waits until a holder is gone; returns what it left, None where it left in order. Raises: InputError: it stays."""
-        deadline = time.monotonic() + GONE_SECONDS
+        deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
-            time.sleep(min(BEAT_SECONDS / 4, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(HEARTBEAT_SECONDS / 4, max(0.0, deadline - time.monotonic())))
             if (now := self._read()) != held:
                 if now is None:
                     return None
@@ -317,18 +317,18 @@ class _Claim:
         return json.dumps(self._self | {"beat": time.time()}).encode() + b"\n"
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
+        while not self._over.wait(HEARTBEAT_SECONDS):
             try:
                 held = self._read()
                 if held is None:
-                    processes.end(
+                    processes.abort(
                         1, f"workdir {self._workdir} was removed or emptied while it trained: this run ends unsaved"
                     )
                 if held and held.get("id") != self._self["id"]:
-                    processes.end(
+                    processes.abort(
                         1, f"workdir {self._workdir} was taken over by {_owner(self._path)}: this run ends unsaved"
                     )
-                self._path.put(self._content())
+                self._path.write_bytes(self._content())
             except StoreError:
                 continue  # saves say what is wrong with the store
 
@@ -355,19 +355,19 @@ def _ended(held: dict[str, Any]) -> bool:
     return False
 
 
-def _owner(path: Place) -> str:
+def _owner(path: AnyPath) -> str:
     """Who a lock says it is of, in words; "" where it says nothing, as at the moment when it is taken."""
     try:
-        told = from_json(path.read_text())
+        told = parse_json(path.read_text())
         return f"process {told['process']} on {told['host']}, which began at {told['began']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def clear(workdir: Place) -> None:
+def clear(workdir: AnyPath) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
     for name in (
-        DIGESTS,
-        *({DATA, FILE, *NAMED_IN, KEPT} - {"config.json"}),
+        DIGESTS_FILE,
+        *({FINGERPRINTS_FILE, FILE, *NAMED_IN, KEPT} - {"config.json"}),
     ):  # first what says that the others are there
         (workdir / name).unlink(missing_ok=True)

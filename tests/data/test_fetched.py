@@ -10,7 +10,7 @@ from seqpe_jax.data.fetched import fetched
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import as_path, write_whole
+from seqpe_jax.files import as_path, atomic_write
 
 TEXTS = {f"part/{number}.txt": f"{number} times {number} is {number**2}\n" * 40 for number in range(3)}
 
@@ -18,12 +18,12 @@ TEXTS = {f"part/{number}.txt": f"{number} times {number} is {number**2}\n" * 40 
 @pytest.fixture
 def texts(store):
     for name, text in TEXTS.items():
-        write_whole(as_path(store.folder) / name, text)
+        atomic_write(as_path(store.folder) / name, text)
     return store.folder
 
 
 def held(folder):
-    return {str(path.relative_to(folder)): path.read_text() for path in files.below(folder)}
+    return {str(path.relative_to(folder)): path.read_text() for path in files.list_files(folder)}
 
 
 def test_a_folder_is_copied_once_for_each_version(texts, tmp_path, monkeypatch):
@@ -33,15 +33,15 @@ def test_a_folder_is_copied_once_for_each_version(texts, tmp_path, monkeypatch):
     own = tmp_path / "own.txt"
     (here, same) = fetched([texts, str(own)], tmp_path)
     assert same == str(own) and held(as_path(here)) == TEXTS and len(took) == 3
-    times = {path.name: path.stat().st_mtime_ns for path in files.below(as_path(here))}
+    times = {path.name: path.stat().st_mtime_ns for path in files.list_files(as_path(here))}
     assert fetched([texts], tmp_path) == (here,) and len(took) == 3, "it is here already"
 
-    write_whole(place / "part" / "1.txt", "another")
+    atomic_write(place / "part" / "1.txt", "another")
     (place / "part" / "2.txt").unlink()
     fetched([texts], tmp_path)
     assert took[3:] == ["1.txt"]
     assert held(as_path(here)) == {"part/0.txt": TEXTS["part/0.txt"], "part/1.txt": "another"}
-    now = {path.name: path.stat().st_mtime_ns for path in files.below(as_path(here))}
+    now = {path.name: path.stat().st_mtime_ns for path in files.list_files(as_path(here))}
     assert now["0.txt"] == times["0.txt"] and now["1.txt"] != times["1.txt"]
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_there_is_told(texts, tmp_path):
 
 def test_tokens_and_tokenizers_of_a_store_are_those_of_a_disk(texts, tmp_path):
     for name, text in TEXTS.items():
-        write_whole(tmp_path / "texts" / name, text)
+        atomic_write(tmp_path / "texts" / name, text)
     tokenizer = load_tokenizer("bytes")
     one, other = (
         token_source(

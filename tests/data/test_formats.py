@@ -22,8 +22,8 @@ from seqpe_jax.data.formats import BYTE_ORDER_MARK, check_text_file
 from seqpe_jax.data.qa import question_source
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
-from seqpe_jax.errors import InputError, utf8
-from seqpe_jax.files import from_json
+from seqpe_jax.errors import InputError, encode_utf8
+from seqpe_jax.files import parse_json
 
 TEXT = b"Once upon a time there was a fox.\n" * 40
 TABLE = pyarrow.table({"text": ["one", "two"]})
@@ -178,7 +178,7 @@ def test_byte_order_marks_are_no_text(tmp_path):
     assert [one.passage for split in found.values() for one in split] == ["c"]
     (tmp_path / "prompts.txt").write_bytes(mark + b"first\nsecond\n")
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["first", "second"]
-    assert from_json("\ufeff[1]") == from_json(mark + b"[1]") == [1]
+    assert parse_json("\ufeff[1]") == parse_json(mark + b"[1]") == [1]
 
 
 def test_half_a_surrogate_pair_is_one_line(tmp_path):
@@ -197,8 +197,8 @@ def test_half_a_surrogate_pair_is_one_line(tmp_path):
         with pytest.raises(InputError, match=rf"is not JSON .*half a surrogate pair, \\u{half}"):
             question_source(name, paths=str(tmp_path / file), **options)
     with pytest.raises(InputError, match="holds half a surrogate pair at character 2"):
-        utf8("a \ud83d")
-    assert utf8("\udcff\U0001f642") == b"\xff\xf0\x9f\x99\x82"
+        encode_utf8("a \ud83d")
+    assert encode_utf8("\udcff\U0001f642") == b"\xff\xf0\x9f\x99\x82"
 
 
 def test_special_tokens_that_a_text_spells_are_said(tmp_path, capsys):

@@ -9,15 +9,15 @@ from seqpe_jax import tasks
 from seqpe_jax.errors import InputError
 from seqpe_jax.reporting import tables
 from seqpe_jax.training import best_checkpoint, checksums
-from seqpe_jax.training.best_checkpoint import BestKept, best_step, check_best, set_best_aside
-from seqpe_jax.training.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside
+from seqpe_jax.training.best_checkpoint import BestCheckpointPolicy, best_step, check_best_metric, quarantine_best
+from seqpe_jax.training.checkpoint import Checkpointer, SaveError, quarantine, saved_step
 
 LOSS, TOP = "eval/loss@16", "eval/top1@8x8"
 
 
 def save(workdir, values, metric=LOSS, first=2, keep=1):
     """Saves a state for each value of a metric, every second step; None = that one was not evaluated."""
-    checkpoints = Checkpoints(workdir, keep=keep, best_checkpoint=BestKept(workdir, metric))
+    checkpoints = Checkpointer(workdir, keep=keep, best_checkpoint=BestCheckpointPolicy(workdir, metric))
     for step, value in enumerate(values):
         meta = {} if value is None else {"evaluation": {metric: value}}
         checkpoints.save(first + 2 * step, {"w": jnp.full(4, first + 2.0 * step)}, {"seconds": 1.0} | meta)
@@ -51,10 +51,10 @@ def largest(step):
 )
 def test_the_best_stays_beside_the_newest(tmp_path, metric, values, expected):
     save(tmp_path, values, metric)
-    newest = 2 * len(values)
+    require_latest_step = 2 * len(values)
     assert best_step(tmp_path, metric) == best_step(tmp_path, metric.removeprefix("eval/")) == expected
-    assert there(tmp_path) == sorted({str(expected[0]), str(newest)})
-    assert saved_step(tmp_path) == newest, "a run goes on from the newest, not from the best"
+    assert there(tmp_path) == sorted({str(expected[0]), str(require_latest_step)})
+    assert saved_step(tmp_path) == require_latest_step, "a run goes on from the newest, not from the best"
 
 
 def test_a_second_start_knows_the_best_of_the_first(tmp_path):
@@ -66,14 +66,14 @@ def test_a_second_start_knows_the_best_of_the_first(tmp_path):
 
 
 def test_a_state_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=1, best_checkpoint=BestKept(tmp_path, LOSS))
+    checkpoints = Checkpointer(tmp_path, keep=1, best_checkpoint=BestCheckpointPolicy(tmp_path, LOSS))
     for step, value, fails in ((2, 2.0, False), (4, 1.0, True), (6, 3.0, False), (8, 4.0, False)):
         with monkeypatch.context() as broken:
             if fails:
-                broken.setattr("seqpe_jax.training.checkpoint.write_digests", lambda *_, **__: 1 / 0)
+                broken.setattr("seqpe_jax.training.checkpoint.write_checksums", lambda *_, **__: 1 / 0)
             checkpoints.save(step, {"w": jnp.ones(4)}, {"evaluation": {LOSS: value}})
             if fails:
-                with pytest.raises(SaveFailed):
+                with pytest.raises(SaveError):
                     checkpoints.wait()
             checkpoints.wait()
     checkpoints.close()
@@ -87,10 +87,10 @@ def test_a_damaged_best_is_not_read_and_is_set_aside_by_the_next_start(tmp_path)
         InputError, match="checkpoints/2 is damaged .* may be the best: put back a copy .*--which=latest"
     ):
         best_step(tmp_path, LOSS)
-    assert set_aside(tmp_path) == [] and saved_step(tmp_path) == 6
-    [told] = set_best_aside(tmp_path, LOSS)
+    assert quarantine(tmp_path) == [] and saved_step(tmp_path) == 6
+    [told] = quarantine_best(tmp_path, LOSS)
     assert "checkpoints/2, the best, is damaged" in told and told.endswith("renamed to 2.damaged")
-    assert set_best_aside(tmp_path, LOSS) == []
+    assert quarantine_best(tmp_path, LOSS) == []
     save(tmp_path, [4.0], first=8, keep=2)
     assert there(tmp_path) == ["2.damaged", "4", "6", "8"] and best_step(tmp_path, LOSS) == (4, 2.0)
 
@@ -108,7 +108,7 @@ def test_a_value_that_is_damaged_does_not_say_which_is_the_best(tmp_path, how):
     checksums._compared.cache_clear()
     with pytest.raises(InputError, match="checkpoints/4 is damaged"):
         best_step(tmp_path, LOSS)
-    [told] = set_best_aside(tmp_path, LOSS)
+    [told] = quarantine_best(tmp_path, LOSS)
     assert "renamed to 4.damaged" in told and best_step(tmp_path, LOSS) == (2, 1.0)
 
 
@@ -124,10 +124,10 @@ def test_where_there_is_no_best_it_says_so(tmp_path):
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are():
     known = [LOSS, "eval/perplexity@16"]
-    assert check_best("loss@16", known) == check_best(LOSS, known) == LOSS
+    assert check_best_metric("loss@16", known) == check_best_metric(LOSS, known) == LOSS
     for wrong in ("loss", "loss@32", "f1@16", "train/loss"):
         with pytest.raises(InputError, match=f"'{wrong}' is not measured .*: choose one of loss@16, perplexity@16$"):
-            check_best(wrong, known)
+            check_best_metric(wrong, known)
 
 
 def test_of_every_metric_it_is_known_whether_more_is_better():

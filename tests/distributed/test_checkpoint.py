@@ -12,8 +12,8 @@ import pytest
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.training import checksums
-from seqpe_jax.training.checkpoint import Checkpoints, SaveFailed, saved_step, set_aside, size_of
-from seqpe_jax.training.checksums import COMMITTED, FILE
+from seqpe_jax.training.checkpoint import Checkpointer, SaveError, checkpoint_bytes, quarantine, saved_step
+from seqpe_jax.training.checksums import DIGESTS_FILE, ORBAX_METADATA
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.float32)}}}, "step": 4}
@@ -29,7 +29,7 @@ def saved(tmp_path):
     mesh = layout.make_mesh(4, 2)
     shapes = placed(mesh)
     state = jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, shapes)
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpointer(tmp_path, keep=2)
     for step in (2, 4, 6):
         checkpoints.save(step, state, {"seconds": float(step)})
     checkpoints.close()
@@ -37,8 +37,8 @@ def saved(tmp_path):
 
 
 def test_restore_on_another_mesh(saved):
-    checkpoints = Checkpoints(saved, create=False)
-    assert checkpoints.latest() == 6 and checkpoints.meta()["seconds"] == 6.0
+    checkpoints = Checkpointer(saved, create=False)
+    assert checkpoints.latest_step() == 6 and checkpoints.meta()["seconds"] == 6.0
     mesh = layout.make_mesh(2, 4)
     restored = checkpoints.restore(placed(mesh))
     jax.tree.map(np.testing.assert_array_equal, restored, STATE)
@@ -54,11 +54,14 @@ def test_a_checkpoint_takes_no_more_room_than_is_asked_for(tmp_path):
     """Else a disk fills while TensorStore writes, whose threads tell each array that has no room."""
     for count, width in ((1, 4), (60, 4), (4, 20_000)):
         state = {f"w{number}": jnp.asarray(np.random.default_rng(number).normal(size=width)) for number in range(count)}
-        checkpoints = Checkpoints(tmp_path / str(count))
+        checkpoints = Checkpointer(tmp_path / str(count))
         checkpoints.save(2, state, {"config": "x" * 3000})
         checkpoints.close()
         files = files_of(tmp_path / str(count) / "checkpoints" / "2")
-        assert len(files) > 5 and sum(path.stat().st_blocks * 512 for path in files) <= size_of(state), (count, width)
+        assert len(files) > 5 and sum(path.stat().st_blocks * 512 for path in files) <= checkpoint_bytes(state), (
+            count,
+            width,
+        )
 
 
 def test_only_the_newest_are_kept(saved):
@@ -69,7 +72,7 @@ def test_those_of_every_so_many_steps_stay_for_good(tmp_path):
     shapes = placed(layout.make_mesh(4, 2))
     state = jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, shapes)
     for keep, steps in ((1, (2, 4, 6)), (1, (8, 10))):  # a second start keeps them too
-        checkpoints = Checkpoints(tmp_path, keep=keep, keep_every=4)
+        checkpoints = Checkpointer(tmp_path, keep=keep, keep_every=4)
         for step in steps:
             checkpoints.save(step, state, {})
         checkpoints.close()
@@ -80,24 +83,24 @@ def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(tmp_path,
     """Orbax's threads raise of themselves; what is left unfinished goes, and what was saved before stays."""
     shapes = placed(layout.make_mesh(4, 2))
     state = jax.tree.map(lambda leaf, shape: jax.device_put(jnp.asarray(leaf), shape.sharding), STATE, shapes)
-    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints = Checkpointer(tmp_path, keep=3)
     checkpoints.save(2, state, {})
     checkpoints.wait()
     with monkeypatch.context() as broken:
-        broken.setattr("seqpe_jax.training.checkpoint.write_digests", raises(OSError(5, "the disk answers no more")))
+        broken.setattr("seqpe_jax.training.checkpoint.write_checksums", raises(OSError(5, "the disk answers no more")))
         checkpoints.save(4, state, {})
-        with pytest.raises(SaveFailed, match="^the save of step 4 failed .*the disk answers no more"):
+        with pytest.raises(SaveError, match="^the save of step 4 failed .*the disk answers no more"):
             checkpoints.wait()
     assert checkpoints.failed == 1 and [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert not [record for record in caplog.records if record.exc_info]
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 99))
-        with pytest.raises(SaveFailed, match="the save of step 4 failed .no space is left"):
+        with pytest.raises(SaveError, match="the save of step 4 failed .no space is left"):
             checkpoints.save(4, state, {})
     assert checkpoints.failed == 2
     checkpoints.save(6, state, {})
     checkpoints.wait()
-    assert checkpoints.failed == 0 and checkpoints.latest() == 6
+    assert checkpoints.failed == 0 and checkpoints.latest_step() == 6
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(shapes), STATE)
     checkpoints.close()
 
@@ -132,13 +135,13 @@ DAMAGE = {
     "the state gone": lambda step: shutil.rmtree(step / "state"),
     "what lies beside it gone": lambda step: shutil.rmtree(step / "meta"),
     "no sign of a finished save": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
-    "its digests torn": lambda step: (step / FILE).write_bytes((step / FILE).read_bytes()[:40]),
-    "its digests gone": lambda step: (step / FILE).unlink(),
+    "its digests torn": lambda step: (step / DIGESTS_FILE).write_bytes((step / DIGESTS_FILE).read_bytes()[:40]),
+    "its digests gone": lambda step: (step / DIGESTS_FILE).unlink(),
     "its digests gone and step 4's files in its place": lambda step: (
         shutil.copytree(step.with_name("4"), step, dirs_exist_ok=True),
-        (step / FILE).unlink(),
+        (step / DIGESTS_FILE).unlink(),
     ),
-    "its digests of something else": lambda step: (step / FILE).write_text("[]"),
+    "its digests of something else": lambda step: (step / DIGESTS_FILE).write_text("[]"),
     "under another step": lambda step: step.rename(step.with_name("9")),
     "the other step under its name": lambda step: (shutil.rmtree(step), shutil.copytree(step.with_name("4"), step)),
     "an empty folder beside it": lambda step: (shutil.rmtree(step), step.with_name("30").mkdir()),
@@ -150,17 +153,17 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how
     DAMAGE[how](saved / "checkpoints" / "6")
     held = {path.read_bytes() for path in files_of(saved)}
     mesh = layout.make_mesh(8, 1)
-    checkpoints = Checkpoints(saved, create=False)
-    assert checkpoints.latest() == checkpoints.newest() == saved_step(saved) == 4
+    checkpoints = Checkpointer(saved, create=False)
+    assert checkpoints.latest_step() == checkpoints.require_latest_step() == saved_step(saved) == 4
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(mesh)), STATE)
     assert checkpoints.restore_params(placed(mesh)["params"])[1] == 4 and checkpoints.meta()["seconds"] == 4.0
     checkpoints.close()
-    [told] = set_aside(saved)
+    [told] = quarantine(saved)
     assert "is damaged (" in told and "going on from step 4" in told
-    assert set_aside(saved) == []
+    assert quarantine(saved) == []
     kept = {path.read_bytes() for path in files_of(saved)}
     assert held == kept  # nothing is deleted
-    again = Checkpoints(saved, keep=2)
+    again = Checkpointer(saved, keep=2)
     again.save(5, checkpoints_state(mesh), {"seconds": 5.0})
     again.close()
     assert saved_step(saved) == 5
@@ -185,21 +188,21 @@ def test_every_flipped_byte_is_found(saved):
         if not path.stat().st_size:
             continue
         content = path.read_bytes()
-        every = range(len(content)) if path.name == COMMITTED else ()
+        every = range(len(content)) if path.name == ORBAX_METADATA else ()
         for place in {0, len(content) - 1, int(draw.integers(len(content))), *every}:
             flip(path, place)
-            checksums.forget()  # as another process would see it
-            if path.name == COMMITTED:
+            checksums.clear_cache()  # as another process would see it
+            if path.name == ORBAX_METADATA:
                 assert saved_step(saved) == (6 if untimed(path.read_bytes()) == untimed(content) else 4), place
             elif path.parent == step:  # written last of all; of the digests, a name or a number has changed
-                assert path.name in (FILE, "commit_success.txt")
-                checkpoints = Checkpoints(saved, create=False)
+                assert path.name in (DIGESTS_FILE, "commit_success.txt")
+                checkpoints = Checkpointer(saved, create=False)
                 jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(layout.make_mesh(8, 1))), STATE)
                 checkpoints.close()
             else:
                 assert saved_step(saved) == 4, path
             flip(path, place)
-    checksums.forget()
+    checksums.clear_cache()
     assert saved_step(saved) == 6
 
 
@@ -213,13 +216,13 @@ def test_a_byte_that_flips_after_it_was_looked_at_is_found(saved):
 def test_small_files_and_their_digests_agree_whenever_their_writing_is_cut_short(tmp_path, monkeypatch):
     staged = tmp_path / "staged"
     staged.mkdir()
-    run, written = tmp_path / "run", checksums.write_whole
+    run, written = tmp_path / "run", checksums.atomic_write
     for version in range(3):
         for name in ("config.json", "data.json", f"new{version}.json"):
             (staged / name).write_text(f"{name} {version}")
         for left in range(8):  # writes until the process is killed
             count = iter([written] * left)
-            monkeypatch.setattr(checksums, "write_whole", lambda *given, count=count: next(count)(*given))
+            monkeypatch.setattr(checksums, "atomic_write", lambda *given, count=count: next(count)(*given))
             with contextlib.suppress(StopIteration):
                 checksums.write_side_files(staged, run)
             checksums.check_side_files(run)
@@ -233,8 +236,8 @@ def test_small_files_and_their_digests_agree_whenever_their_writing_is_cut_short
 def test_with_no_good_one_left_it_says_so(saved):
     for step in ("4", "6"):
         flip(largest(saved / "checkpoints" / step), 10)
-    checkpoints = Checkpoints(saved, create=False)
-    for read in (checkpoints.newest, lambda: saved_step(saved)):
+    checkpoints = Checkpointer(saved, create=False)
+    for read in (checkpoints.require_latest_step, lambda: saved_step(saved)):
         with pytest.raises(
             InputError, match="all checkpoints .*are damaged; of the newest, .*/6, .* has changed since"
         ):
@@ -244,10 +247,10 @@ def test_with_no_good_one_left_it_says_so(saved):
 
 def of_an_older_version(step):
     """Makes a checkpoint one of a version that wrote no digests, nor said that it did."""
-    (step / FILE).unlink()
-    meta = json.loads((step / checksums.META).read_text())
+    (step / DIGESTS_FILE).unlink()
+    meta = json.loads((step / checksums.META_FILE).read_text())
     del meta["digests"], meta["step"]
-    (step / checksums.META).write_text(json.dumps(meta))
+    (step / checksums.META_FILE).write_text(json.dumps(meta))
 
 
 def test_a_checkpoint_of_a_version_without_digests_is_read(saved):
@@ -262,7 +265,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(saved):
     for path in (saved / "checkpoints" / "6" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    checkpoints = Checkpoints(saved, create=False)
+    checkpoints = Checkpointer(saved, create=False)
     for read in (checkpoints.restore, lambda shapes: checkpoints.restore_params(shapes["params"])):
         with pytest.raises(InputError, match="cannot be read") as caught:
             read(placed(layout.make_mesh(8, 1)))
@@ -272,4 +275,4 @@ def test_a_damaged_checkpoint_is_told_in_one_line(saved):
 
 def test_a_folder_without_checkpoints_is_no_run(tmp_path):
     with pytest.raises(InputError, match="no checkpoints in"):
-        Checkpoints(tmp_path, create=False)
+        Checkpointer(tmp_path, create=False)

@@ -33,7 +33,7 @@ class Device:
     ],
 )
 def test_a_known_chip(kind, teraflops, gibibytes):
-    chip = hardware.chip_of(kind)
+    chip = hardware.find_chip(kind)
     assert (chip.flops, chip.memory) == (teraflops * 1e12, gibibytes * 2**30)
     assert chip.source
 
@@ -43,7 +43,7 @@ def test_a_known_chip(kind, teraflops, gibibytes):
     ["cpu", "", "TPU v5 lite pod", "TPU v9", "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"],
 )
 def test_an_unknown_chip_is_no_chip(kind, monkeypatch):
-    assert hardware.chip_of(kind) is None
+    assert hardware.find_chip(kind) is None
     monkeypatch.setattr(hardware.jax, "devices", lambda: [Device(kind)])
     assert hardware.utilisation(1e12, 1.0) is None
 
@@ -57,14 +57,14 @@ def test_every_known_chip_has_a_memory_and_links(chip):
 
 
 def test_links_as_published():
-    v5e, v5p, h100 = (hardware.chip_of(kind) for kind in ("TPU v5e", "TPU v5p", "NVIDIA H100 80GB HBM3"))
+    v5e, v5p, h100 = (hardware.find_chip(kind) for kind in ("TPU v5e", "TPU v5p", "NVIDIA H100 80GB HBM3"))
     assert (2 * 4 * v5e.link, 2 * 6 * v5p.link, 2 * h100.link) == (400e9, 1200e9, 900e9), "both ways, all links"
     assert v5e.clock == pytest.approx(1.5e9, rel=0.01) and v5p.clock == pytest.approx(1.75e9, rel=0.01)
 
 
 def test_a_chip_that_nobody_knows_is_measured():
-    chip = hardware.measured()
-    assert chip.flops > 1e8 and (chip.bandwidth, chip.link) == (0, 0) and "measured" in chip.source
+    chip = hardware.measure_chip()
+    assert chip.flops > 1e8 and (chip.bandwidth, chip.link) == (0, 0) and "measure_chip" in chip.source
 
 
 def test_utilisation_is_of_all_devices(monkeypatch):

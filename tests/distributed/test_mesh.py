@@ -45,8 +45,8 @@ def held_by(mesh, process, batch, monkeypatch):
 
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(jax, "make_array_from_callback", assemble)
-    rows = layout.rows_of_processes(mesh, len(batch))[process]
-    found = layout.to_global(mesh, {"tokens": batch[rows]})["tokens"]
+    rows = layout.rows_by_process(mesh, len(batch))[process]
+    found = layout.from_local_rows(mesh, {"tokens": batch[rows]})["tokens"]
     monkeypatch.undo()
     return found
 
@@ -64,7 +64,7 @@ def test_the_processes_of_a_slice_hold_a_batch_together(topology, slices, monkey
         expected = {}
         for part, process in sorted({(part, one.process_index) for part, row in enumerate(grid) for one in row}):
             expected.setdefault(process, []).append(part)
-        assert layout.parts_of_processes(mesh) == expected
+        assert layout.shards_by_process(mesh) == expected
         if len(devices) > 64:
             continue
         batch = np.arange(count * 4).reshape(count * 2, 2)
@@ -114,13 +114,13 @@ def test_slices_that_do_not_fit_end_with_one_line(devices, sizes, number, words)
 def test_a_pod_of_the_large_recipe():
     """16 x 16 chips, on which the first process has rows of two sides of its block."""
     mesh = layout.make_mesh(0, 16, devices=devices_of("v5e:16x16"))
-    parts, rows = layout.parts_of_processes(mesh), layout.rows_of_processes(mesh, 512)
+    parts, rows = layout.shards_by_process(mesh), layout.rows_by_process(mesh, 512)
     assert (len(parts), parts[0], rows[0]) == (64, [0, 1, 16, 17], [0, 1, 2, 3, 32, 33, 34, 35])
 
 
 def test_a_batch_is_split_over_all_devices():
     mesh = layout.make_mesh(4, 2)
-    batch = layout.to_global(mesh, {"tokens": np.arange(32).reshape(16, 2)})["tokens"]
+    batch = layout.from_local_rows(mesh, {"tokens": np.arange(32).reshape(16, 2)})["tokens"]
     assert batch.shape == (16, 2)
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(jax.device_get(batch), np.arange(32).reshape(16, 2))
@@ -165,7 +165,7 @@ def test_each_parameter_lies_as_its_rule_says():
         ("model/token_embedding/embedding", 50257, "tensor=4", held - held // 4),
     ]
 
-    words = layout.describe_whole(whole, shown=1)
+    words = layout.describe_unsharded(whole, shown=1)
     assert words.endswith("at 1.2 MiB more: encoding/encoder/block_1/qkv/kernel (7 over fsdp=2) and 1 more")
 
 
@@ -175,6 +175,6 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 
 def test_arrays_in_use_are_split_where_they_divide():
-    spec = layout.Layout(layout.make_mesh(2, 1, 2, 2)).spec
+    spec = layout.MeshSharding(layout.make_mesh(2, 1, 2, 2)).spec
     assert spec((4, 6, 2, 3), (BATCH, LENGTH, HEADS, None)) == Spec(("data", "fsdp"), ("context",), ("tensor",), None)
     assert spec((4, 7, 3), (BATCH, LENGTH, HEADS)) == Spec(("data", "fsdp"), None, None)

@@ -13,9 +13,17 @@ from seqpe_jax import files
 from seqpe_jax.distributed import progress
 from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
 from seqpe_jax.errors import InputError, StoreError
-from seqpe_jax.files import as_path, below
+from seqpe_jax.files import as_path, list_files
 from seqpe_jax.training import checksums
-from seqpe_jax.training.checkpoint import FOLDER, MARK, Checkpoints, SaveFailed, saved_step, set_aside, whole_step
+from seqpe_jax.training.checkpoint import (
+    CHECKPOINTS_DIR,
+    COMMIT_MARKER,
+    Checkpointer,
+    SaveError,
+    latest_valid_step,
+    quarantine,
+    saved_step,
+)
 
 STATE = {"params": {"kernel": np.arange(64.0, dtype=np.float32).reshape(8, 8), "bias": np.ones(3, np.float32)}}
 
@@ -27,8 +35,8 @@ def state(step: int):
 def read(workdir, step=None):
     """The state of a step, by who has only just come."""
     checksums._compared.cache_clear()
-    checkpoints = Checkpoints(workdir, create=False)
-    step = checkpoints.newest() if step is None else step
+    checkpoints = Checkpointer(workdir, create=False)
+    step = checkpoints.require_latest_step() if step is None else step
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
     found = checkpoints.restore(shapes, step)
     params, _ = checkpoints.restore_params(shapes["params"], step)
@@ -43,27 +51,27 @@ def is_of(found, step):
 
 
 def save(workdir, *steps, **options):
-    checkpoints = Checkpoints(workdir, **options)
+    checkpoints = Checkpointer(workdir, **options)
     for step in steps:
         checkpoints.save(step, state(step), {"seconds": float(step)})
     checkpoints.close()
 
 
 def steps(workdir):
-    return sorted(path.name for path in (as_path(workdir) / FOLDER).iterdir())
+    return sorted(path.name for path in (as_path(workdir) / CHECKPOINTS_DIR).iterdir())
 
 
 def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
-    folder = as_path(store.folder) / FOLDER
+    folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2, 4, 6, keep=2)
     assert steps(store.folder) == ["4", "6"] and saved_step(store.folder) == 6
     step, found = read(store.folder)
     assert step == 6
     is_of(found, 6)
 
-    written = {str(path.relative_to(folder / "6")): path.read_bytes() for path in below(folder / "6")}
-    told = json.loads(written[checksums.FILE])
-    assert told["files"].pop(checksums.COMMITTED).startswith(checksums.WITHOUT_TIME)
+    written = {str(path.relative_to(folder / "6")): path.read_bytes() for path in list_files(folder / "6")}
+    told = json.loads(written[checksums.DIGESTS_FILE])
+    assert told["files"].pop(checksums.ORBAX_METADATA).startswith(checksums.WITHOUT_TIME)
     assert (
         told["folder"] == "6"
         and set(told["files"].values())
@@ -71,13 +79,13 @@ def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
     )
     largest = max((name for name in told["files"]), key=lambda name: len(written[name]))
     written[largest] = b"".join([written[largest][:20], bytes([written[largest][20] ^ 1]), written[largest][21:]])
-    (folder / "6" / largest).put(written[largest])
+    (folder / "6" / largest).write_bytes(written[largest])
     checksums._compared.cache_clear()
     assert saved_step(store.folder) == 4
-    (words,) = set_aside(store.folder)
+    (words,) = quarantine(store.folder)
     assert f"6 is damaged ({largest} has changed since it was written): renamed to 6.damaged" in words
     assert {
-        str(path.relative_to(folder / "6.damaged")): path.read_bytes() for path in below(folder / "6.damaged")
+        str(path.relative_to(folder / "6.damaged")): path.read_bytes() for path in list_files(folder / "6.damaged")
     } == written
     step, found = read(store.folder)
     assert step == 4
@@ -88,29 +96,29 @@ def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
 
 
 def test_a_save_that_was_cut_short_is_never_read_and_the_next_takes_its_place(store):
-    folder = as_path(store.folder) / FOLDER
+    folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2, 4, keep=2)
-    for name in (MARK, checksums.FILE):
+    for name in (COMMIT_MARKER, checksums.DIGESTS_FILE):
         (folder / "4" / name).unlink()
-    assert whole_step(folder) == (2, {}) and set_aside(store.folder) == []
+    assert latest_valid_step(folder) == (2, {}) and quarantine(store.folder) == []
     assert read(store.folder)[0] == 2
     save(store.folder, 4, keep=2)
     is_of(read(store.folder)[1], 4)
 
 
 def test_a_mark_that_went_missing_is_damage_and_loses_nothing(store):
-    folder = as_path(store.folder) / FOLDER
+    folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2, 4, keep=2)
-    (folder / "4" / MARK).unlink()
+    (folder / "4" / COMMIT_MARKER).unlink()
     assert saved_step(store.folder) == 2
-    (words,) = set_aside(store.folder)
-    assert f"{MARK} is missing" in words and steps(store.folder) == ["2", "4.damaged"]
+    (words,) = quarantine(store.folder)
+    assert f"{COMMIT_MARKER} is missing" in words and steps(store.folder) == ["2", "4.damaged"]
 
 
 def test_with_no_good_one_left_it_says_so(store):
-    folder = as_path(store.folder) / FOLDER
+    folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2)
-    below(folder / "2" / "state")[0].unlink()
+    list_files(folder / "2" / "state")[0].unlink()
     checksums._compared.cache_clear()
     with pytest.raises(InputError, match=f"all checkpoints of {store.folder} are damaged.*is missing"):
         saved_step(store.folder)
@@ -118,21 +126,21 @@ def test_with_no_good_one_left_it_says_so(store):
 
 def test_a_run_copied_from_a_disk_is_read_and_goes_on(store, tmp_path):
     save(tmp_path, 2, 4, keep=2)
-    files.put_folder(tmp_path, as_path(store.folder))
+    files.upload_dir(tmp_path, as_path(store.folder))
     is_of(read(store.folder)[1], 4)
-    assert set_aside(store.folder) == [] and saved_step(store.folder) == 4
+    assert quarantine(store.folder) == [] and saved_step(store.folder) == 4
     save(store.folder, 6, keep=2)
     assert steps(store.folder) == ["4", "6"]
 
 
 def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(store, tmp_path):
     save(store.folder, 2)
-    for path in below(as_path(store.folder)):
+    for path in list_files(as_path(store.folder)):
         target = tmp_path / path.relative_to(as_path(store.folder))
         target.parent.mkdir(parents=True, exist_ok=True)
         path.download(target)
     is_of(read(tmp_path)[1], 2)
-    damaged = max(below(tmp_path / FOLDER / "2" / "state"), key=lambda path: path.stat().st_size)
+    damaged = max(list_files(tmp_path / CHECKPOINTS_DIR / "2" / "state"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
     checksums._compared.cache_clear()
     with pytest.raises(InputError, match=f"{damaged.name} has changed"):
@@ -141,10 +149,10 @@ def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(store, tmp_path):
 
 def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(store, capfd, caplog):
     save(store.folder, 2)
-    checkpoints = Checkpoints(store.folder)
+    checkpoints = Checkpointer(store.folder)
     for about in ("upload", "ocdbt"):
         store.fail(403, about=about)
-        with pytest.raises(SaveFailed, match=r"the save of step 4 failed \(.*failed on purpose") as told:
+        with pytest.raises(SaveError, match=r"the save of step 4 failed \(.*failed on purpose") as told:
             checkpoints.save(4, state(4), {"seconds": 4.0})
             checkpoints.wait()
         assert len(str(told.value).splitlines()) == 1
@@ -160,30 +168,30 @@ def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(store, ca
 
 
 def test_what_is_to_be_there_before_a_state_is_there_or_the_save_has_failed(store):
-    checkpoints = Checkpoints(store.folder)
+    checkpoints = Checkpointer(store.folder)
 
     def first():
         raise StoreError(5, "no answer", "metrics.jsonl")
 
     checkpoints.first = first
-    with pytest.raises(SaveFailed, match="no answer"):
+    with pytest.raises(SaveError, match="no answer"):
         checkpoints.save(2, state(2), {})
     checkpoints.close()
     assert saved_step(store.folder) is None
 
 
 def test_metrics_are_written_whole_now_and_then_and_when_asked(store, monkeypatch):
-    path = as_path(store.folder) / progress.FILE
+    path = as_path(store.folder) / progress.METRICS_FILE
     writer = MetricsWriter(store.folder)
     for step in (1, 2):
         writer.write(step, {"train/loss": 1 / step}, time=float(step))
     assert path.read_bytes() == b"", "not at each step"
     writer.flush()
     assert [line["step"] for line in read_metrics(store.folder)] == [1, 2]
-    assert any("tfevents" in file.name for file in below(as_path(store.folder) / "tensorboard"))
-    generation = files.stamp(path)
+    assert any("tfevents" in file.name for file in list_files(as_path(store.folder) / "tensorboard"))
+    generation = files.file_version(path)
     writer.flush()
-    assert files.stamp(path) == generation, "nothing new, nothing written"
+    assert files.file_version(path) == generation, "nothing new, nothing written"
     monkeypatch.setattr(progress, "STORE_SECONDS", 0.0)
     writer.write(3, {"train/loss": 1.0}, time=3.0)
     assert [line["step"] for line in read_metrics(store.folder)] == [1, 2, 3]
@@ -208,10 +216,10 @@ def test_what_a_library_tells_of_a_save_that_has_failed_already_is_left_out(tmp_
     told = []
     monkeypatch.setattr(sys, "unraisablehook", before := lambda one: told.append(str(one.exc_value)))
     for _ in range(2):
-        Checkpoints(tmp_path).close()
+        Checkpointer(tmp_path).close()
     for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), OSError("Event loop is closed")):
         sys.unraisablehook(types.SimpleNamespace(exc_value=error))
     assert told == ["another", "Event loop is closed"]
     monkeypatch.setattr(sys, "unraisablehook", before)
-    Checkpoints(tmp_path, create=False).close()
+    Checkpointer(tmp_path, create=False).close()
     assert sys.unraisablehook is before

@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 
 from seqpe_jax.training import checkpoint, tensorstore_json
-from seqpe_jax.training.checkpoint import Checkpoints
+from seqpe_jax.training.checkpoint import Checkpointer
 
 ARRAYS, SAVES = 40, 10
 TO_JSON = vars(tensorstore.KvStore.Spec)["to_json"]
@@ -21,7 +21,7 @@ def change(monkeypatch):
     """What changes TensorStore, which is as nobody has changed it, and is as it was after the test."""
     monkeypatch.setattr(tensorstore.KvStore.Spec, "to_json", TO_JSON)
     monkeypatch.setattr(tensorstore, "experimental_collect_matching_metrics", COUNTERS)
-    return tensorstore_json.ask_seldom.__wrapped__
+    return tensorstore_json.patch_tensorstore_json.__wrapped__
 
 
 def blocks_of_a_save(checkpoints, state, first) -> float:
@@ -38,7 +38,7 @@ def blocks_of_a_save(checkpoints, state, first) -> float:
 def test_a_save_leaves_nothing_behind_for_each_array(tmp_path):
     """TensorStore holds four pieces of text of each array, and hundreds of others, where it is asked as Orbax asks it."""
     state = {f"array {number}": jnp.zeros(3) for number in range(ARRAYS)}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpointer(tmp_path)
     blocks_of_a_save(checkpoints, state, first=0)  # what is held once
     left = blocks_of_a_save(checkpoints, state, first=SAVES)
     checkpoints.close()
@@ -47,9 +47,9 @@ def test_a_save_leaves_nothing_behind_for_each_array(tmp_path):
 
 def test_who_only_reads_changes_nothing(tmp_path, monkeypatch):
     changed = []
-    monkeypatch.setattr(checkpoint, "ask_seldom", lambda: changed.append(True))
-    Checkpoints(tmp_path).close()
-    Checkpoints(tmp_path, create=False).close()
+    monkeypatch.setattr(checkpoint, "patch_tensorstore_json", lambda: changed.append(True))
+    Checkpointer(tmp_path).close()
+    Checkpointer(tmp_path, create=False).close()
     assert changed == [True]
 
 

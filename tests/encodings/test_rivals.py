@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.compiled import laid_out
+from seqpe_jax.inference.compiled import use_sharding
 from seqpe_jax.models.attention import attend, faded
 from seqpe_jax.models.build import Architecture, Sizes
 from seqpe_jax.models.transformer import FADES
@@ -293,7 +293,7 @@ def gradients(settings, devices=None):
         logits = run.architecture.network.apply({"params": params["model"]}, tokens, signal(params))
         return (logits**2).mean(), logits
 
-    (_, logits), slopes = jax.jit(laid_out(run.mesh, jax.value_and_grad(found, has_aux=True)))(params)
+    (_, logits), slopes = jax.jit(use_sharding(run.mesh, jax.value_and_grad(found, has_aux=True)))(params)
     return logits, slopes
 
 

@@ -62,7 +62,7 @@ def batch_of(task, parts):
         counted = np.array([[1], [14], [3], [9], [0], [0], [2], [1]])
         batch["weights"] = (np.arange(settings.data.length) >= settings.data.length - counted).astype(np.float32)
         assert len(set(batch["weights"].sum(axis=1))) > 4 and not batch["weights"][4:6].any()
-    return layout.to_global(parts.mesh, batch)
+    return layout.from_local_rows(parts.mesh, batch)
 
 
 @functools.cache

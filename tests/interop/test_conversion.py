@@ -19,7 +19,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.interop.settings import spec_of
 from seqpe_jax.tasks.evaluate import measure
-from seqpe_jax.training.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.serving import test_exported as test_serving
 from tests.tiny import random_state, tiny_config, train
@@ -45,7 +45,7 @@ def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
     parts = Trainer.of(settings, jax.devices()[:1])
     write_config(folder, config.to_dict(settings))
     parts.task.keep(folder)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpointer(folder)
     checkpoints.save(0, random_state(parts, 0.1), {})
     checkpoints.close()
     return folder

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.axes import laid_out
-from seqpe_jax.distributed.sharding import Layout, make_mesh
+from seqpe_jax.axes import use_sharding
+from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
 from seqpe_jax.encodings.base import PositionSignal, fit_batch
 from seqpe_jax.encodings.fixed import ALiBi
 from seqpe_jax.models import attention_inputs
@@ -141,12 +141,12 @@ def test_dropout_draws_the_same_mask_in_every_implementation(how):
 @pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (1, 4, 2, 1)])
 def test_over_devices_it_is_the_same(how, sizes):
     """6 samples of 2 or 3 sets over 2 devices, or 4 that do not divide them; 7 places over 2; dropout."""
-    layout = Layout(make_mesh(*sizes))
+    layout = MeshSharding(make_mesh(*sizes))
     angles = signals(1)["rotation"].rotation
     for sets, name in ((2, "features"), (3, "shared features")):
         signal = signals(sets)[name].replace(rotation=angles)
         expected = gradients("plain", signal, True, dropout_rate=0.4, dropout_key=KEY)
-        with laid_out(layout):
+        with use_sharding(layout):
             close(gradients(how, signal, True, dropout_rate=0.4, dropout_key=KEY), expected)
 
 

@@ -17,7 +17,7 @@ from seqpe_jax.training.trainer import Trainer
 from tests.house.test_equal_steps import SMALL, TEXT
 from tests.tiny import ROOT
 
-V5E = hardware.chip_of("TPU v5e")
+V5E = hardware.find_chip("TPU v5e")
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def check(found, flops, all_reduced, chip):
 
 
 def test_the_bound_of_a_step_of_text_is_that_counted_by_hand():
-    chip = hardware.chip_of("NVIDIA A100-SXM4-80GB")
+    chip = hardware.find_chip("NVIDIA A100-SXM4-80GB")
     trainer, program = text(data=8)
     found = bound(trainer, program, chip)
     width, length, vocabulary, layers, tokens = 16, 16, 256, 2, 16  # of a device: one sample
@@ -78,7 +78,7 @@ def test_the_bound_of_a_step_of_text_is_that_counted_by_hand():
 
 @pytest.mark.slow
 def test_the_bound_of_a_step_of_images_is_that_counted_by_hand():
-    chip = hardware.chip_of("NVIDIA H100 80GB HBM3")
+    chip = hardware.find_chip("NVIDIA H100 80GB HBM3")
     trainer, program = images(data=8)
     found = bound(trainer, program, chip)
     model, classes = trainer.config.model, 10
@@ -94,7 +94,7 @@ def test_the_bound_of_a_step_of_images_is_that_counted_by_hand():
 @pytest.mark.slow
 def test_what_fsdp_gathers_is_counted_in_every_turn_of_the_layers():
     trainer, program = text(fsdp=8)
-    found = bound(trainer, program, hardware.chip_of("NVIDIA A100-SXM4-80GB"))
+    found = bound(trainer, program, hardware.find_chip("NVIDIA A100-SXM4-80GB"))
     gathered = sum(one["bytes"] for one in found["collectives"] if one["kind"] == "all-gather")
     width, layers = 16, 2
     assert gathered >= layers * 12 * width**2 * 4, "the matrices of each layer, once at least"
@@ -111,7 +111,7 @@ def torus(*sides, kind="TPU v5e", shape=None, slices=1):
     array[:] = devices
     shape = shape or (len(devices), 1, 1, 1)
     mesh = types.SimpleNamespace(devices=array.reshape(shape), size=len(devices), axis_names=layout.AXES)
-    return Links(mesh, hardware.chip_of(kind))
+    return Links(mesh, hardware.find_chip(kind))
 
 
 def test_a_ring_has_two_ways_in_and_a_line_one():
@@ -121,7 +121,7 @@ def test_a_ring_has_two_ways_in_and_a_line_one():
     assert links.of([range(0, 256, 16)]) == {"x": 2 * V5E.link}
     assert links.of([]) == {"x": 2 * V5E.link, "y": 2 * V5E.link}, "all devices"
     assert torus(4, 4).of([]) == {"x": V5E.link, "y": V5E.link}, "a small slice is not closed"
-    v5p = hardware.chip_of("TPU v5p")
+    v5p = hardware.find_chip("TPU v5p")
     assert torus(4, 4, 4, kind="TPU v5p").of([range(4)]) == {"z": 2 * v5p.link}
     assert torus(2, 4, 4, kind="TPU v5p").of([range(4)]) == {"z": v5p.link}
 

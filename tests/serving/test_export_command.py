@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from seqpe_jax import config, files, loading
-from seqpe_jax.training.checkpoint import Checkpoints, write_config
+from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import ROOT, environment, with_defaults
 from tests.serving import test_exported as test_serving
@@ -47,7 +47,7 @@ def text(tmp_path_factory) -> pathlib.Path:
 def saved_run(workdir: pathlib.Path, settings: config.Config) -> pathlib.Path:
     """A workdir with a checkpoint of random weights."""
     run = Trainer.of(settings, jax.devices()[:1])
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpointer(workdir)
     checkpoints.save(3, random_state(run, 0.2), {})
     checkpoints.close()
     write_config(workdir, config.to_dict(settings))

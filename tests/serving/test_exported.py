@@ -203,15 +203,15 @@ def test_parameters_are_read_back_or_refused(tmp_path):
 def test_a_folder_is_whole_or_absent(tmp_path):
     output = tmp_path / "deep" / "export"
     with pytest.raises(KeyboardInterrupt):
-        with files.new_folder(output) as folder:
+        with files.atomic_dir(output) as folder:
             (folder / "half").write_text("half")
             raise KeyboardInterrupt
     assert list((tmp_path / "deep").iterdir()) == []
     output.mkdir()  # an empty folder may be there
-    with files.new_folder(output) as folder:
+    with files.atomic_dir(output) as folder:
         assert folder.parent == output.parent and not any(output.iterdir())
         (folder / "all").write_text("all")
     assert [path.name for path in output.parent.iterdir()] == ["export"] and (output / "all").read_text() == "all"
     assert output.stat().st_mode & 0o777 == (tmp_path / "deep").stat().st_mode & 0o777
     with pytest.raises(InputError, match="not an empty folder"):
-        files.check_free(output)
+        files.require_empty(output)

@@ -13,7 +13,7 @@ import pytest
 from seqpe_jax import files
 from seqpe_jax.sweeps import local
 from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy, of_each
-from seqpe_jax.training.checksums import checksums
+from seqpe_jax.training.checksums import sha256_of
 from tests.commands import ROOT
 from tests.sweeps.fake import headers, run
 
@@ -36,7 +36,7 @@ def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
         together.wait(60)
         return one.folder.name, (one.folder / "config.json").exists()
 
-    files.write_whole(runs[2].folder / "config.json", "{}")
+    files.atomic_write(runs[2].folder / "config.json", "{}")
     assert of_each(runs, question) == [("0", False), ("1", False), ("2", True), ("3", False)]
     here = threading.current_thread()
     assert of_each([run(tmp_path, "b")], lambda _: threading.current_thread()) == [here]
@@ -49,7 +49,7 @@ def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_
     assert not one.left()
     digests, evaluation = "checkpoints/3/digests.json", one.folder / "evaluation.json"
     (one.folder / digests).write_text("of the checkpoint")
-    made_from = checksums(one.folder, ("config.json", digests))
+    made_from = sha256_of(one.folder, ("config.json", digests))
     evaluation.write_text(json.dumps({"step": 3, "made_from": made_from}))
     for name in (
         "metrics.jsonl",

@@ -6,7 +6,7 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import Sizes
-from seqpe_jax.tasks.data_spec import FILE, read_sizes, write_sizes
+from seqpe_jax.tasks.data_spec import SIZES_FILE, read_sizes, write_sizes
 
 PHOTOS = Sizes(classes=7, channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.1))
 
@@ -40,14 +40,14 @@ def test_sizes_come_back(tmp_path, sizes):
 )
 def test_other_values_are_refused(tmp_path, changes):
     write_sizes(tmp_path, PHOTOS)
-    values = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps(values | changes))
+    values = json.loads((tmp_path / SIZES_FILE).read_text())
+    (tmp_path / SIZES_FILE).write_text(json.dumps(values | changes))
     with pytest.raises(InputError, match="sizes.json cannot be read .*: put back the file that the run wrote"):
         read_sizes(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "3", "[" * 100_000, '{"a"'])
 def test_other_files_are_refused(tmp_path, content):
-    (tmp_path / FILE).write_text(content)
+    (tmp_path / SIZES_FILE).write_text(content)
     with pytest.raises(InputError, match="sizes.json cannot be read"):
         read_sizes(tmp_path)

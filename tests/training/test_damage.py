@@ -14,7 +14,7 @@ from seqpe_jax import files
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.training import checksums
-from seqpe_jax.training.checkpoint import COMMITTED, Checkpoints, read_config
+from seqpe_jax.training.checkpoint import ORBAX_METADATA, Checkpointer, read_config
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
 from tests.distributed.test_checkpoint import files_of, flip, largest
@@ -85,7 +85,7 @@ def not_a_number(run):
         stored = reader.restore(newest(run) / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     name = max(flat(stored["params"]), key=lambda name: flat(stored["params"])[name].size)
     flat(stored["params"])[name].flat[7] = np.nan
-    again = Checkpoints(run.parent / "again")
+    again = Checkpointer(run.parent / "again")
     again.save(6, stored, {})
     again.close()
     shutil.rmtree(newest(run))
@@ -117,15 +117,17 @@ CASES = {
     "the tree of arrays gone": (lambda run: state(run, "_METADATA").unlink(), 4, ""),
     "the shardings gone": (lambda run: state(run, "_sharding").unlink(), 4, ""),
     "the manifest gone": (lambda run: state(run, "manifest.ocdbt").unlink(), 4, ""),
-    "the mark of a finished save gone": (lambda run: (newest(run) / COMMITTED).unlink(), 4, ""),
-    "digests torn": (lambda run: rewritten(newest(run) / checksums.FILE, lambda held: held[:40]), 4, ""),
-    "digests that are none": (lambda run: (newest(run) / checksums.FILE).write_text("[]"), 4, ""),
+    "the mark of a finished save gone": (lambda run: (newest(run) / ORBAX_METADATA).unlink(), 4, ""),
+    "digests torn": (lambda run: rewritten(newest(run) / checksums.DIGESTS_FILE, lambda held: held[:40]), 4, ""),
+    "digests that are none": (lambda run: (newest(run) / checksums.DIGESTS_FILE).write_text("[]"), 4, ""),
     "a digest that is no text": (
-        lambda run: rewritten(newest(run) / checksums.FILE, lambda held: re.sub(rb': "[0-9a-f]{64}"', b": 7", held)),
+        lambda run: rewritten(
+            newest(run) / checksums.DIGESTS_FILE, lambda held: re.sub(rb': "[0-9a-f]{64}"', b": 7", held)
+        ),
         4,
         "",
     ),
-    "digests nested deep": (lambda run: (newest(run) / checksums.FILE).write_text(NESTED), 4, ""),
+    "digests nested deep": (lambda run: (newest(run) / checksums.DIGESTS_FILE).write_text(NESTED), 4, ""),
     "an empty folder of a later step": (lambda run: newest(run).with_name("30").mkdir(), 6, ""),
     "a save cut short": (
         lambda run: shutil.copytree(newest(run), newest(run).with_name("8.orbax-checkpoint-tmp")),
@@ -173,12 +175,12 @@ CASES = {
     "no config": (lambda run: (run / "config.json").unlink(), "config.json", "config.json"),
     "sizes gone": (lambda run: (run / "sizes.json").unlink(), "sizes.json is missing, which", "sizes.json is missing"),
     "digests of small files gone": (
-        lambda run: (run / checksums.FILE).unlink(),
+        lambda run: (run / checksums.DIGESTS_FILE).unlink(),
         "digests.json is missing, which this run",
         "digests.json is missing",
     ),
     "digests of small files torn": (
-        lambda run: rewritten(run / checksums.FILE, lambda held: held[:90]),
+        lambda run: rewritten(run / checksums.DIGESTS_FILE, lambda held: held[:90]),
         "digests.json is damaged: put",
         "is damaged",
     ),
@@ -209,10 +211,10 @@ CASES = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_damage(settings, trained, expected, tmp_path, what):
-    damage, read, refused = CASES[what]
+    checksum_error, read, refused = CASES[what]
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    damage(run)
+    checksum_error(run)
     held, lines = kept(run), measured(trained)
 
     def opened():
@@ -243,7 +245,7 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     """Some of them would change a field of the config, or the tokens of a text."""
     run = tmp_path / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
-    names = set(json.loads((run / checksums.FILE).read_text())["files"])
+    names = set(json.loads((run / checksums.DIGESTS_FILE).read_text())["files"])
     assert names == {"config.json", "sizes.json", "data.json", "tokenizer.json"}
     assert {path.name for path in trained.iterdir()} <= files.OWN_FILES, "each is refused as an output"
     for name in names:
@@ -260,11 +262,11 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     values["eval"]["tokens"] = 99  # by hand, as the line says how
     (run / "config.json").write_text(json.dumps(values))
     in_one_line("remove the entry of config.json from .*digests.json", lambda: read_config(run))
-    listed = json.loads((run / checksums.FILE).read_text())
+    listed = json.loads((run / checksums.DIGESTS_FILE).read_text())
     del listed["files"]["config.json"]
-    (run / checksums.FILE).write_text(json.dumps(listed))
+    (run / checksums.DIGESTS_FILE).write_text(json.dumps(listed))
     assert read_config(run)["eval"]["tokens"] == 99
-    (run / checksums.FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
+    (run / checksums.DIGESTS_FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
     (run / "sizes.json").unlink()
     assert read_config(run)["eval"]["tokens"] == 99
 

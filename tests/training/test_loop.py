@@ -15,7 +15,7 @@ import pytest
 from seqpe_jax.distributed import hardware
 from seqpe_jax.distributed.progress import MetricsWriter
 from seqpe_jax.training import hooks, loop
-from seqpe_jax.training.checkpoint import SaveFailed
+from seqpe_jax.training.checkpoint import SaveError
 from seqpe_jax.training.state import TrainState
 from seqpe_jax.training.step import make_train_step
 
@@ -90,7 +90,7 @@ def test_the_first_step_of_a_start_compiles_and_spoils_no_average(tmp_path):
 
 def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch):
     chip = hardware.Chip("fast", 1e12, 2**30, "this test")
-    monkeypatch.setattr(hardware, "chip_of", lambda kind: chip)
+    monkeypatch.setattr(hardware, "find_chip", lambda kind: chip)
     monkeypatch.setattr(hardware, "peak_memory", lambda: 12345)
     lines = fit(tmp_path, flops={"mfu": 1e6, "mfu_full_attention": 2e6})
     assert not {"train/mfu", "train/mfu_full_attention"} & lines[0].keys(), "the first step compiles"
@@ -310,7 +310,7 @@ class Failing(Kept):
         self.calls += 1
         if self.calls in self.at_once:
             self.failed += 1
-            raise SaveFailed(f"the save of step {step} failed")
+            raise SaveError(f"the save of step {step} failed")
         self.under_way = (self.calls, step)
 
     def wait(self):
@@ -319,7 +319,7 @@ class Failing(Kept):
         (call, step), self.under_way = self.under_way, None
         if call in self.later:
             self.failed += 1
-            raise SaveFailed(f"the save of step {step} failed")
+            raise SaveError(f"the save of step {step} failed")
         self.failed = 0
         self.saved.append(step)
 
@@ -353,7 +353,7 @@ def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(
         )
 
     if saved is None:
-        with pytest.raises(SaveFailed, match="3 in a row"):
+        with pytest.raises(SaveError, match="3 in a row"):
             run()
         return
     run()
@@ -371,7 +371,7 @@ def test_free_memory_is_given_back_between_two_saves(tmp_path, monkeypatch):
         save=lambda *_: told.append("save"),
         close=Kept().close,
     )
-    monkeypatch.setattr(hooks.hosts, "give_back_memory", lambda: told.append("give back"))
+    monkeypatch.setattr(hooks.hosts, "malloc_trim", lambda: told.append("give back"))
     report = hooks.Report(
         MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock(), every=1, steps=2, units=1, unit=""
     )

@@ -58,11 +58,11 @@ def run(settings, devices, start=None):
 
 def batch_of(parts, n):
     if not parts.config.reads_images:
-        return layout.to_global(parts.mesh, jax.tree.map(np.asarray, tokens(parts.config, n)))
+        return layout.from_local_rows(parts.mesh, jax.tree.map(np.asarray, tokens(parts.config, n)))
     draw, settings = np.random.default_rng(n), parts.config
     images = draw.normal(size=(settings.batch_size, *settings.data.size, 1)).astype(np.float32)
     labels = draw.integers(0, 10, settings.batch_size).astype(np.int32)
-    return layout.to_global(parts.mesh, {"images": images, "labels": labels})
+    return layout.from_local_rows(parts.mesh, {"images": images, "labels": labels})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import files, load
-from seqpe_jax.training.checkpoint import whole_step
+from seqpe_jax.training.checkpoint import latest_valid_step
 from tests.commands import Commands, Result, train_arguments
 from tests.emulator import Store
 from tests.training.test_processes import _free_port, hosts
@@ -80,7 +80,7 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     names = {path.name for path in bucket.iterdir()}
     assert names == {path.name for path in disk.iterdir()}
     assert {path.name for path in (bucket / "checkpoints").iterdir()} == {"9", "12"}
-    assert any("tfevents" in path.name for path in files.below(bucket / "tensorboard"))
+    assert any("tfevents" in path.name for path in files.list_files(bucket / "tensorboard"))
 
     for place in (disk, bucket):
         good(
@@ -104,7 +104,7 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
 
 
 def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, store, text):
-    files.write_whole(f"{store.folder}/file", "")
+    files.atomic_write(f"{store.folder}/file", "")
     train = train_arguments("gs://no-such-bucket/run", text)
     for name, arguments, words in (
         ("train", train, "--workdir=gs://no-such-bucket/run: there is no bucket 'no-such-bucket'"),
@@ -129,7 +129,7 @@ def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, st
         result.err
     )
     store.fail(0)
-    assert [path.name for path in files.below(files.as_path(store.folder))] == ["file"]
+    assert [path.name for path in files.list_files(files.as_path(store.folder))] == ["file"]
 
 
 @pytest.mark.long
@@ -158,8 +158,8 @@ def test_two_processes_share_a_bucket(commands, store, text):
     ]
     for result in [commands.wait(one) for one in both]:
         assert result.code == 0 and "Traceback" not in result.err, result.err
-    assert whole_step(bucket / "checkpoints") == (4, {})
-    assert any("process_1" in str(path) for path in files.below(bucket / "checkpoints" / "4"))
+    assert latest_valid_step(bucket / "checkpoints") == (4, {})
+    assert any("process_1" in str(path) for path in files.list_files(bucket / "checkpoints" / "4"))
     arguments = train_arguments(bucket, text, steps=6, **fields)
     out = good(commands, store, "train", *arguments, "--extend=true")
     assert "going on from step 4" in out and metrics(bucket)[-1]["step"] == 6

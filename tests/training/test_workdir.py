@@ -18,7 +18,7 @@ from seqpe_jax.tasks.language_modeling import Text
 from seqpe_jax.training import trainer, workdir
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import (
-    OWNER,
+    OWNER_FILE,
     check_owned,
     check_same_run,
     check_space,
@@ -230,11 +230,11 @@ def test_a_folder_has_one_owner_until_that_is_gone(tmp_path):
             pytest.fail("two owners")
     holder.kill()
     holder.wait()
-    assert (tmp_path / OWNER).exists()
+    assert (tmp_path / OWNER_FILE).exists()
     with owned(tmp_path) as told:
         assert told.startswith(f"taken over from process {holder.pid} on ") and told.endswith("which is gone")
-        assert json.loads((tmp_path / OWNER).read_text())["process"] == os.getpid()
-    assert not (tmp_path / OWNER).exists()
+        assert json.loads((tmp_path / OWNER_FILE).read_text())["process"] == os.getpid()
+    assert not (tmp_path / OWNER_FILE).exists()
     with owned(tmp_path) as told:
         assert told == ""
 
@@ -250,11 +250,11 @@ def test_a_folder_that_is_removed_moved_or_taken_over_is_not_saved_in(tmp_path):
         ):
             check_owned(run)
         run.mkdir()
-        (run / OWNER).write_text(json.dumps(workdir._self() | {"process": 7}))
+        (run / OWNER_FILE).write_text(json.dumps(workdir._self() | {"process": 7}))
         with pytest.raises(Failure, match="was taken over by process 7 on .* while it trained") as caught:
             check_owned(run)
         assert caught.value.code == 1 and "\n" not in str(caught.value)
-    assert (run / OWNER).exists(), "the lock of another run stays"
+    assert (run / OWNER_FILE).exists(), "the lock of another run stays"
 
 
 @pytest.mark.slow
@@ -327,28 +327,28 @@ def test_a_folder_in_use_is_not_trained_in(tmp_path):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     train(settings, tmp_path / "run")
-    assert not (tmp_path / "run" / OWNER).exists()
+    assert not (tmp_path / "run" / OWNER_FILE).exists()
 
 
 def test_without_locks_training_goes_on(tmp_path, monkeypatch):
     """Some file systems that machines share have none."""
     monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
     with owned(tmp_path) as told:
-        assert told == "" and (tmp_path / OWNER).exists()
-    assert not (tmp_path / OWNER).exists()
+        assert told == "" and (tmp_path / OWNER_FILE).exists()
+    assert not (tmp_path / OWNER_FILE).exists()
 
 
 def test_a_folder_in_a_store_has_one_owner_until_that_is_gone(store, monkeypatch, capsys):
     """A holder says now and then that it is there; who comes looks for that, however clocks are set."""
-    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(workdir, "GONE_SECONDS", 1.0)
+    monkeypatch.setattr(workdir, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(workdir, "STALE_SECONDS", 1.0)
     folder = files.as_path(store.folder)
     elsewhere = {"host": "elsewhere", "process": 7, "began": "2026-01-01 00:00:00 +0000", "id": "1"}
-    files.write_whole(folder / OWNER, json.dumps(elsewhere))
+    files.atomic_write(folder / OWNER_FILE, json.dumps(elsewhere))
     with owned(folder) as told:
         assert told == "taken over from process 7 on elsewhere, which began at 2026-01-01 00:00:00 +0000, which is gone"
         assert "looking up to 1 s whether it is still there" in capsys.readouterr().out
-        ours = json.loads((folder / OWNER).read_bytes())
+        ours = json.loads((folder / OWNER_FILE).read_bytes())
         assert ours["process"] == os.getpid()
         monkeypatch.setattr(workdir, "_ended", lambda held: False)  # else this process takes over from itself
         with (
@@ -356,17 +356,17 @@ def test_a_folder_in_a_store_has_one_owner_until_that_is_gone(store, monkeypatch
             owned(folder),
         ):
             pytest.fail("two owners")
-        assert json.loads((folder / OWNER).read_bytes())["id"] == ours["id"]
-    assert not (folder / OWNER).exists()
+        assert json.loads((folder / OWNER_FILE).read_bytes())["id"] == ours["id"]
+    assert not (folder / OWNER_FILE).exists()
     with owned(folder) as told:
         assert told == ""
 
 
 def test_an_owner_that_leaves_in_order_while_it_is_looked_for_is_followed(store, monkeypatch):
-    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(workdir, "HEARTBEAT_SECONDS", 0.2)
     folder = files.as_path(store.folder)
-    files.write_whole(folder / OWNER, "no json")  # whatever it is, somebody put it there
-    leaving = threading.Timer(0.5, (folder / OWNER).unlink)
+    files.atomic_write(folder / OWNER_FILE, "no json")  # whatever it is, somebody put it there
+    leaving = threading.Timer(0.5, (folder / OWNER_FILE).unlink)
     leaving.start()
     with owned(folder) as told:
         assert told == ""
@@ -376,7 +376,7 @@ def test_an_owner_that_leaves_in_order_while_it_is_looked_for_is_followed(store,
 def test_an_owner_of_this_machine_that_is_gone_is_not_waited_for(store):
     folder, gone = files.as_path(store.folder), subprocess.Popen(["true"])
     gone.wait()
-    files.write_whole(folder / OWNER, json.dumps(workdir._self() | {"process": gone.pid, "id": "1"}))
+    files.atomic_write(folder / OWNER_FILE, json.dumps(workdir._self() | {"process": gone.pid, "id": "1"}))
     with owned(folder) as told:
         assert told.startswith(f"taken over from process {gone.pid} on ")
 
@@ -385,16 +385,16 @@ def test_who_comes_at_the_same_moment_is_told(store, monkeypatch):
     """Both saw nobody there; the store takes the first object alone."""
     folder = files.as_path(store.folder)
     looked = workdir._Claim._read
-    files.write_whole(folder / OWNER, json.dumps(workdir._self() | {"process": 7, "id": "1"}))
+    files.atomic_write(folder / OWNER_FILE, json.dumps(workdir._self() | {"process": 7, "id": "1"}))
     monkeypatch.setattr(workdir._Claim, "_read", lambda claim: None)
     with pytest.raises(InputError, match="is in use by process 7"), owned(folder):
         pytest.fail("two owners")
     monkeypatch.setattr(workdir._Claim, "_read", looked)
-    assert json.loads((folder / OWNER).read_bytes())["id"] == "1"
+    assert json.loads((folder / OWNER_FILE).read_bytes())["id"] == "1"
 
 
 def test_a_run_whose_folder_was_taken_over_ends_unsaved(store, monkeypatch):
-    monkeypatch.setattr(workdir, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(workdir, "HEARTBEAT_SECONDS", 0.1)
     ended = threading.Event()
     said, folder = [], files.as_path(store.folder)
 
@@ -403,10 +403,10 @@ def test_a_run_whose_folder_was_taken_over_ends_unsaved(store, monkeypatch):
         ended.set()
         time.sleep(3600)  # it does not return
 
-    monkeypatch.setattr(workdir.hosts, "end", end)
+    monkeypatch.setattr(workdir.processes, "abort", end)
     with owned(folder):
-        files.write_whole(folder / OWNER, json.dumps(workdir._self() | {"process": 7, "id": "another"}))
+        files.atomic_write(folder / OWNER_FILE, json.dumps(workdir._self() | {"process": 7, "id": "another"}))
         assert ended.wait(20)
         monkeypatch.setattr(workdir.threading.Thread, "join", lambda *_: None)
     assert said[0][0] == 1 and "was taken over by process 7" in said[0][1] and "ends unsaved" in said[0][1]
-    assert json.loads((folder / OWNER).read_bytes())["id"] == "another"
+    assert json.loads((folder / OWNER_FILE).read_bytes())["id"] == "another"

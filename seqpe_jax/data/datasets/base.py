@@ -16,7 +16,7 @@ import tqdm
 from seqpe_jax.data.cache import locked, new_directory
 from seqpe_jax.data.files import check_regular, tell
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import cache_root, from_json, write_whole
+from seqpe_jax.files import atomic_write, cache_root, parse_json
 
 SPLITS = ("train", "validation", "test")
 SIZES = "sizes_of_files.json"  # of a prepared data set
@@ -148,7 +148,7 @@ def prepared(
                 with new_directory(target, alone=alone) as folder:
                     builder = kind(paths=paths, downloads=downloads, data_dir=folder)
                     builder.prepare(progress=progress)
-                    write_whole(folder / SIZES, json.dumps(_sizes(folder)) + "\n")
+                    atomic_write(folder / SIZES, json.dumps(_sizes(folder)) + "\n")
     return kind(paths=paths, downloads=downloads, data_dir=target)
 
 
@@ -157,7 +157,7 @@ def _whole(kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib
     if not target.is_dir():
         return False
     try:
-        if from_json((target / SIZES).read_bytes()) != _sizes(target):
+        if parse_json((target / SIZES).read_bytes()) != _sizes(target):
             return False
     except FileNotFoundError:
         pass

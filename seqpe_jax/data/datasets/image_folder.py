@@ -15,7 +15,7 @@ from seqpe_jax.data.datasets.base import SPLITS, chance
 from seqpe_jax.data.datasets.image_base import PHOTO_MEAN, PHOTO_STD, SHOWN, ImageSource, digest, read_rgb, verify
 from seqpe_jax.data.files import HIDDEN, SYSTEM, LeftOut, absolute, find, is_system_folder, tell
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import from_json, write_whole
+from seqpe_jax.files import atomic_write, parse_json
 
 HEADER_ONLY = {
     "BUFR",
@@ -344,7 +344,7 @@ def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> di
                     bar.update()
                     if found is not None:
                         largest[found[0]] = max(found[1], largest.get(found[0], 0))
-        write_whole(done, json.dumps(largest))
+        atomic_write(done, json.dumps(largest))
         return largest
 
 
@@ -354,7 +354,7 @@ def _found(done: pathlib.Path) -> dict[str, int] | None:
         content = done.read_text()
     except FileNotFoundError:
         return None
-    return from_json(content) if content else None
+    return parse_json(content) if content else None
 
 
 def _check(file: str) -> tuple[str, int] | None:

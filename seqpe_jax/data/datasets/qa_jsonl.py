@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.formats import HEAD, check_plain, without_mark
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import text_from_json
+from seqpe_jax.files import parse_json_text
 
 HOW = (
     "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
@@ -60,7 +60,7 @@ def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
       InputError: not an object with these fields.
     """
     try:
-        record = text_from_json(line)
+        record = parse_json_text(line)
     except ValueError as error:
         raise InputError(f"{place} is not JSON ({error}); {HOW}") from None
     if not isinstance(record, dict):

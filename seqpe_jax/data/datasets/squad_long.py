@@ -12,7 +12,7 @@ from seqpe_jax.data.datasets.base import SPLITS, chance, describe_file
 from seqpe_jax.data.datasets.qa_base import Question, QuestionBuilder
 from seqpe_jax.data.formats import HEAD, JSON_HEAD, check_plain, first_record
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import text_from_json
+from seqpe_jax.files import parse_json_text
 
 HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file
 KINDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
@@ -92,7 +92,7 @@ def _articles(file: pathlib.Path) -> list[tuple[str, list]]:
     try:
         read = file.read_bytes()
         check_plain(read[:HEAD], f"data.paths: '{file}'")
-        content = text_from_json(read)
+        content = parse_json_text(read)
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     except json.JSONDecodeError as error:

@@ -18,7 +18,7 @@ from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents, check_
 from seqpe_jax.data.files import Found, absolute, find
 from seqpe_jax.data.formats import check_text_file, without_mark
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import whole
+from seqpe_jax.files import atomic_file
 
 RELEASE = "https://huggingface.co/datasets/Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/"
 RELEASE_FILES = (
@@ -90,7 +90,7 @@ def download(folder: pathlib.Path, *, progress: bool = True) -> list[pathlib.Pat
 
 def _fetch(address: str, target: pathlib.Path, progress: bool) -> None:
     try:
-        with whole(target) as part:
+        with atomic_file(target) as part:
             _download(address, part, target.name, progress)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
@@ -167,7 +167,7 @@ def _opened_zip(file: pathlib.Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(file) as archive:
             yield archive
     except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"'{file}' is not a whole zip file ({error}); {HOW}") from error
+        raise InputError(f"'{file}' is not a atomic_file zip file ({error}); {HOW}") from error
 
 
 def _lines(places: Iterable[tuple[pathlib.Path, str]]) -> Iterator[tuple[str, int, bytes]]:

@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from seqpe_jax.distributed import processes
-from seqpe_jax.distributed import roll_call as line
+from seqpe_jax.distributed import processes, roll_call
 from seqpe_jax.errors import Failure, InputError
 
 SLURM = {
@@ -47,8 +46,8 @@ def nobody_around(monkeypatch):
     def called(*arguments):
         raise Called(*arguments[:2])
 
-    monkeypatch.setattr(line, "Lead", called)
-    monkeypatch.setattr(line, "Member", called)
+    monkeypatch.setattr(roll_call, "Coordinator", called)
+    monkeypatch.setattr(roll_call, "Worker", called)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +55,11 @@ def nobody_around(monkeypatch):
 )
 def test_alone_nothing_is_waited_for(given, monkeypatch):
     monkeypatch.setattr(socket, "socket", Called)
-    processes.start({}, **given)
-    assert not processes.several() and processes.is_lead() and not processes.told_to_stop()
-    assert processes.as_the_lead(True) and not processes.as_the_lead(False)
-    processes.sync()
-    processes.finish()
+    processes.initialize({}, **given)
+    assert not processes.is_multiprocess() and processes.is_main_process() and not processes.reached_preemption()
+    assert processes.broadcast_from_main(True) and not processes.broadcast_from_main(False)
+    processes.barrier()
+    processes.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -75,42 +74,42 @@ def test_alone_nothing_is_waited_for(given, monkeypatch):
 )
 def test_options_that_contradict_each_other(given, words):
     with pytest.raises(InputError, match=words):
-        processes.start({}, **given)
+        processes.initialize({}, **given)
 
 
 def test_slurm_tells_who_leads(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Called) as called:
-        processes.start({})
+        processes.initialize({})
     # Of this job's nodes the first leads; JAX's port for job 7 is the seventh of its range, the roll call below it.
     assert called.value.args == (("node003", 61440 + 7 - 1), 5)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    processes.start({})
-    assert not processes.several()
+    processes.initialize({})
+    assert not processes.is_multiprocess()
 
 
 def test_a_cluster_that_cannot_be_read(monkeypatch):
     for name, value in (SLURM | {"SLURM_NTASKS": "many"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Failure, match="could not be read.*--num-processes=1"):
-        processes.start({})
+        processes.initialize({})
     for name in SLURM:
         monkeypatch.delenv(name)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:99")
     with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS is set, but"):
-        processes.start({})
+        processes.initialize({})
 
 
 def test_numbers_and_differences_in_words():
-    assert line.ranges([7, 1, 3, 4, 5]) == "1, 3-5, 7"
+    assert roll_call.ranges([7, 1, 3, 4, 5]) == "1, 3-5, 7"
     facts = {0: {"steps": "6", "seed": "0"}, 1: {"steps": "6", "seed": "0"}, 2: {"steps": "7", "seed": "0", "new": "x"}}
-    assert line.differences(facts) == [
+    assert roll_call.differences(facts) == [
         "new: absent (process 0-1), x (process 2)",
         "steps: 6 (process 0-1), 7 (process 2)",
     ]
-    assert line.differences({0: {"a": "1"}, 1: {"a": "1"}}) == []
+    assert roll_call.differences({0: {"a": "1"}, 1: {"a": "1"}}) == []
 
 
 class Left(BaseException):
@@ -118,7 +117,7 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def roll_call(monkeypatch):
+def gather(monkeypatch):
     """Returns a function that runs a lead and members as threads: -> (the lead's error or None, who left or stayed)."""
     monkeypatch.undo()
     port = 20000 + (hash(time.monotonic_ns()) % 10000)
@@ -128,34 +127,34 @@ def roll_call(monkeypatch):
         left[threading.current_thread().name] = code
         raise Left
 
-    monkeypatch.setattr(line, "leave", leave)
-    monkeypatch.setattr(line, "LEAVE_SECONDS", 1.0)
-    monkeypatch.setattr(line, "ODD_SECONDS", 1.0)
+    monkeypatch.setattr(roll_call, "exit_process", leave)
+    monkeypatch.setattr(roll_call, "LEAVE_SECONDS", 1.0)
+    monkeypatch.setattr(roll_call, "ODD_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def call(count, members, seconds=1.0, own=None, data=None):
         def member(process, facts):
-            joined = line.Member(("localhost", port), process, facts, 20.0)
+            joined = roll_call.Worker(("localhost", port), process, facts, 20.0)
             if data:
-                joined.sync(facts=data[process])
+                joined.barrier(facts=data[process])
             left[threading.current_thread().name] = "stayed"
 
         threads = [
             threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}", daemon=True)
             for place, (process, facts) in enumerate(members)
         ]
-        lead = line.Lead(("localhost", port), count)
+        lead = roll_call.Coordinator(("localhost", port), count)
         for thread in threads:
             thread.start()
         try:
             lead.gather(own or {"steps": "6"}, seconds)
             if data:
-                lead.sync(facts=data[0])
+                lead.barrier(facts=data[0])
             error = None
         except (InputError, Failure) as found:
             error = found
             with pytest.raises(Left):
-                lead.end(2, "")
+                lead.abort(2, "")
         for thread in threads:
             thread.join(3 if error and data else 30)  # where a process would end, a thread that waits stays
         return error, left
@@ -163,16 +162,16 @@ def roll_call(monkeypatch):
     return call
 
 
-def test_a_roll_call_of_equals(roll_call):
-    error, left = roll_call(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0)
+def test_a_roll_call_of_equals(gather):
+    error, left = gather(3, [(1, {"steps": "6"}), (2, {"steps": "6"})], seconds=30.0)
     assert error is None and left == {"1.0": "stayed", "2.1": "stayed"}
 
 
-def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_step(roll_call):
+def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_step(gather):
     here, same = socket.gethostname(), [(1, {"steps": "6"}), (2, {"steps": "6"})]
     data = dict.fromkeys(range(2), {"seed": "0", "train split of text_files": "62,003 tokens (fingerprint 0a1b)"})
     data |= {2: {"seed": "0", "train split of text_files": "37,799 tokens (fingerprint 2c3d)"}}
-    error, left = roll_call(3, same, seconds=30.0, data=data)
+    error, left = gather(3, same, seconds=30.0, data=data)
     assert isinstance(error, InputError) and "\n" not in str(error)
     assert (
         f"differ in train split of text_files: 62,003 tokens (fingerprint 0a1b) (process 0-1 on {here}), 37,799 tokens "
@@ -181,8 +180,8 @@ def test_hosts_whose_data_differ_are_named_with_both_values_before_the_first_ste
     assert 2 in left.values() and "stayed" not in left.values()
 
 
-def test_who_did_not_come_is_named_and_the_others_end(roll_call):
-    error, left = roll_call(6, [(2, {"steps": "6"})])
+def test_who_did_not_come_is_named_and_the_others_end(gather):
+    error, left = gather(6, [(2, {"steps": "6"})])
     assert isinstance(error, Failure) and left["2.0"] == 2
     assert "process 1, 3-5 of 6 did not come within 1 s" in str(error) and f"2 on {socket.gethostname()}" in str(error)
 
@@ -194,8 +193,8 @@ def test_who_did_not_come_is_named_and_the_others_end(roll_call):
         ([(1, {"steps": "6"}), (1, {"steps": "6"})], "two processes say that they are process 1"),
     ],
 )
-def test_those_that_differ_are_named_and_all_end(roll_call, members, words):
-    error, left = roll_call(3, members, seconds=60.0)  # far less than that is waited once one does not fit
+def test_those_that_differ_are_named_and_all_end(gather, members, words):
+    error, left = gather(3, members, seconds=60.0)  # far less than that is waited once one does not fit
     assert isinstance(error, InputError)
     with pytest.raises(InputError, match=words):
         raise error
@@ -207,7 +206,7 @@ def test_a_lead_that_does_not_come(monkeypatch):
     with socket.create_server(("localhost", 0)) as taken:
         free = taken.getsockname()[1]
     with pytest.raises(Failure, match=f"process 1 waited 0.5 s .* the lead, which did not come to localhost:{free}"):
-        line.Member(("localhost", free), 1, {}, 0.5)
+        roll_call.Worker(("localhost", free), 1, {}, 0.5)
 
 
 def test_a_taken_port():
@@ -215,18 +214,18 @@ def test_a_taken_port():
         socket.create_server(("localhost", 0)) as taken,
         pytest.raises(InputError, match="the lead cannot listen at port"),
     ):
-        line.listen("localhost", taken.getsockname()[1])
+        roll_call.listen("localhost", taken.getsockname()[1])
 
 
 HOLES = """
 import ctypes, pathlib
-from seqpe_jax.distributed import processes as hosts
+from seqpe_jax.distributed import processes
 
 def held():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
 
-hosts.keep_memory()
+processes.configure_malloc()
 c = ctypes.CDLL(None)
 c.malloc.restype = ctypes.c_void_p
 blocks = [ctypes.c_void_p(c.malloc(size)) for _ in range(200) for size in (2**20, 64)]
@@ -235,7 +234,7 @@ for block in blocks[::2]:
 for block in blocks[::2]:
     c.free(block)
 kept = held()
-hosts.give_back_memory()
+processes.malloc_trim()
 print(kept - held())
 """
 
