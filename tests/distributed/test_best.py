@@ -17,7 +17,7 @@ LOSS, TOP = "eval/loss@16", "eval/top1@8x8"
 
 def save(workdir, values, metric=LOSS, first=2, keep=1):
     """Saves a state for each value of a metric, every second step; None = that one was not evaluated."""
-    checkpoints = Checkpointer(workdir, keep=keep, best_checkpoint=BestCheckpointPolicy(workdir, metric))
+    checkpoints = Checkpointer(workdir, keep=keep, best=BestCheckpointPolicy(workdir, metric))
     for step, value in enumerate(values):
         meta = {} if value is None else {"evaluation": {metric: value}}
         checkpoints.save(first + 2 * step, {"w": jnp.full(4, first + 2.0 * step)}, {"seconds": 1.0} | meta)
@@ -66,7 +66,7 @@ def test_a_second_start_knows_the_best_of_the_first(tmp_path):
 
 
 def test_a_state_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
-    checkpoints = Checkpointer(tmp_path, keep=1, best_checkpoint=BestCheckpointPolicy(tmp_path, LOSS))
+    checkpoints = Checkpointer(tmp_path, keep=1, best=BestCheckpointPolicy(tmp_path, LOSS))
     for step, value, fails in ((2, 2.0, False), (4, 1.0, True), (6, 3.0, False), (8, 4.0, False)):
         with monkeypatch.context() as broken:
             if fails:
