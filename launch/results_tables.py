@@ -134,7 +134,7 @@ def work_of(settings) -> dict[str, float]:
     from seqpe_jax.trees import count
 
     trainer = Trainer.of(settings, data_there=False)
-    flops = training_flops(trainer.objective, trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
+    flops = training_flops(trainer.train_loss, trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
     return {"parameters": count(trainer.shapes.params), "training_flops": flops / trainer.task.units_per_step}
 
 

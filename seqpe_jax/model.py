@@ -127,7 +127,7 @@ class Model:
         places_RA = given[:, None] if given.ndim == 1 else given
         if places_RA.ndim != 2 or places_RA.shape[1] != encoder.axes:
             raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
-        unit = self.architecture.spacing.unit
+        unit = self.architecture.position_grid.position_resolution
         exact_RA = places_RA.astype(np.float64) * unit
         units_RA = np.rint(exact_RA).astype(np.int64)
         between = np.abs(exact_RA - units_RA) > 0.05  # more than float32 rounds
@@ -279,10 +279,12 @@ class Model:
         whole = start is None or np.issubdtype(np.asarray(start).dtype, np.integer)
         if first.shape != (len(shape),) or not whole:
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
-        kind, spacing = self.config.encoding.kind, self.architecture.spacing
+        kind, position_grid = self.config.encoding.kind, self.architecture.position_grid
         encoder = self.architecture.encoder
         if encoder is not None:
-            _check_reach(encoder, np.asarray(spacing.grid(shape)) + spacing.unit * first)
+            _check_reach(
+                encoder, np.asarray(position_grid.positions(shape)) + position_grid.position_resolution * first
+            )
         elif first.any() and "given" in self.params["encoding"]:
             raise InputError("start= makes no sense with given vectors: they are those of the positions read")
         elif first.any() and kind in ("learned", "sinusoidal") and len(shape) > 1:

@@ -144,7 +144,7 @@ def test_logits_begin_anywhere(run):
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))
     moved = model.logits(tokens, start=100)
     assert float(np.abs(moved - model.logits(tokens)).max()) > 1e-4
-    shape = model.architecture.spacing.grid((10,))[None] + 100
+    shape = model.architecture.position_grid.positions((10,))[None] + 100
     expected = model.architecture.network.apply(
         {"params": model.params["model"]}, tokens, model.architecture.signal(model.params, shape, (10,))
     )

@@ -11,7 +11,7 @@ import numpy as np
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.training import checksums
-from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.state import TrainState, create_train_state
 from seqpe_jax.training.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def every_part(kind: str, gate: str = "forget") -> dict:
 
 def train(settings: Config, workdir: str | pathlib.Path) -> None:
     """What the command does, in this process."""
-    Trainer.for_folder(settings, workdir).fit(workdir)
+    Trainer.for_workdir(settings, workdir).fit(workdir)
 
 
 def older(run: pathlib.Path) -> None:
@@ -100,4 +100,4 @@ def random_params(run, std: float, seed: int = 1):
 
 def random_state(run, std: float) -> TrainState:
     """The same as a state at step 0."""
-    return create(random_params(run, std), run.optimizer, jax.random.PRNGKey(0))
+    return create_train_state(random_params(run, std), run.optimizer, jax.random.PRNGKey(0))

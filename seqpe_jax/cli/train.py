@@ -34,7 +34,7 @@ def main() -> None:
     settings, workdir = common.join_hosts(_settings), _WORKDIR.value
     processes.exit_on_signal()
     processes.keep_compiled_programs()
-    Trainer.for_folder(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
+    Trainer.for_workdir(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
 
 
 def _settings() -> Config:

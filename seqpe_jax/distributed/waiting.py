@@ -9,7 +9,7 @@ from typing import Any
 LOOK_SECONDS = 0.1
 
 
-def patiently(work: Callable[[], Any], look: Callable[[], None]) -> Any:
+def run_interruptible(work: Callable[[], Any], look: Callable[[], None]) -> Any:
     """Returns what `work` returns, or raises what it raises.
 
     Python handles a signal in its main thread alone, and only between two of its own instructions: while that thread is in

@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
-from seqpe_jax.positions.digits import significant, to_digits
-from seqpe_jax.positions.prefix_trie import Tree, tree
+from seqpe_jax.positions.digits import significant_mask, to_digits
+from seqpe_jax.positions.prefix_trie import PrefixTrie, build_trie
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array, nn.Module], jax.Array]
 Read = Callable[[jax.Array], jax.Array]
@@ -104,7 +104,7 @@ class DigitEncoder(nn.Module):
         """Returns one vector per position.
 
         Args:
-          sizes: of `positions.prefixes.level_sizes`: each prefix of digits that positions share is read once; None = each
+          sizes: of `positions.prefixes.max_nodes_per_level`: each prefix of digits that positions share is read once; None = each
             string is read by itself. Without dropout both give the same; with it, sharing a prefix shares its mask.
         """
         length = self.axes * self.digits
@@ -122,7 +122,7 @@ class DigitEncoder(nn.Module):
             mask = self._mask(positions_RA)
             x, how = self._strings(digits_RN, digit_BE, place_NE, cls_E, mask)
         else:
-            shared = tree(digits_RN, self.base, sizes)
+            shared = build_trie(digits_RN, self.base, sizes)
             x, how = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
         for layer in range(self.layers):
             block = EncoderBlock(
@@ -151,7 +151,7 @@ class DigitEncoder(nn.Module):
         mask = jnp.tril(jnp.ones((places, places), bool)) if self.direction == "causal" else jnp.ones((1, places), bool)
         mask = jnp.broadcast_to(mask, (1, 1, places, places))
         if self.mask_padding:
-            kept_RN = significant(positions_RA, base=self.base, digits=self.digits, padding=self.padding)
+            kept_RN = significant_mask(positions_RA, base=self.base, digits=self.digits, padding=self.padding)
             kept_RN = jnp.pad(kept_RN, ((0, 0), (0, places - length)), constant_values=True)
             mask = mask & kept_RN[:, None, None, :]
         return mask
@@ -175,7 +175,12 @@ class DigitEncoder(nn.Module):
         return x_RND, how
 
     def _prefixes(
-        self, shared: Tree, sizes: tuple[int, ...], digit_BE: jax.Array, place_NE: jax.Array, cls_E: jax.Array | None
+        self,
+        shared: PrefixTrie,
+        sizes: tuple[int, ...],
+        digit_BE: jax.Array,
+        place_NE: jax.Array,
+        cls_E: jax.Array | None,
     ) -> tuple[jax.Array, How]:
         """The same of T prefixes: a place reads the places of its own prefixes.
 

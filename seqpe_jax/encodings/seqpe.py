@@ -16,7 +16,7 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.digit_encoder import DigitEncoder
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits
-from seqpe_jax.positions.prefix_trie import Group, level_sizes
+from seqpe_jax.positions.prefix_trie import RowGroup, max_nodes_per_level
 
 WORTH = 0.8  # prefixes are shared where that leaves less than this part of the places
 
@@ -191,7 +191,7 @@ class SeqPE(nn.Module):
         return self.signal(vectors_RE.reshape(sets, length, -1), positions_PLA, shape=shape)
 
     def vectors(
-        self, positions_RA: jax.Array, *, groups: Sequence[Group] = (), deterministic: bool = True
+        self, positions_RA: jax.Array, *, groups: Sequence[RowGroup] = (), deterministic: bool = True
     ) -> jax.Array:
         """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table.
 
@@ -203,7 +203,7 @@ class SeqPE(nn.Module):
             return jnp.asarray(self.table).at[places].get(mode="fill", fill_value=jnp.nan)
         return self.encoder(positions_RA, sizes=self._sizes(positions_RA, groups), deterministic=deterministic)
 
-    def _sizes(self, positions_RA: jax.Array, groups: Sequence[Group]) -> tuple[int, ...] | None:
+    def _sizes(self, positions_RA: jax.Array, groups: Sequence[RowGroup]) -> tuple[int, ...] | None:
         """The bounds of shared prefixes, or None where nothing or little can be shared."""
         rows = positions_RA.shape[0]
         if not (self.share_prefixes and self.direction == "causal" and self.padding == "left") or self.mask_padding:
@@ -212,8 +212,8 @@ class SeqPE(nn.Module):
             not isinstance(rows, int) or self.axes * self.digits == 1
         ):  # a symbolic number of rows; nothing before a digit
             return None
-        sizes = level_sizes(
-            groups or [Group(rows)],
+        sizes = max_nodes_per_level(
+            groups or [RowGroup(rows)],
             axes=self.axes,
             base=self.base,
             digits=self.digits,

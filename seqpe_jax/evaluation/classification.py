@@ -8,7 +8,7 @@ import numpy as np
 
 
 def accuracy(
-    examine: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+    eval_step: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     batches: Any,
     *,
     size: tuple[int, ...],
@@ -35,7 +35,7 @@ def accuracy(
         progress(len(ranks))
 
     for batch in batches:
-        found = examine(put({name: batch[name] for name in ("images", "labels")}))
+        found = eval_step(put({name: batch[name] for name in ("images", "labels")}))
         if pending is not None:
             add(*pending)
         pending = (found, batch["weights"])

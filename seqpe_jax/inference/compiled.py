@@ -15,8 +15,8 @@ from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.models.build import Architecture, Params, Shape
-from seqpe_jax.positions.grids import Spacing
-from seqpe_jax.positions.prefix_trie import Group
+from seqpe_jax.positions.grids import PositionGrid
+from seqpe_jax.positions.prefix_trie import RowGroup
 
 READ_AT_ONCE = 1024  # positions that the encoder reads at once
 
@@ -48,9 +48,11 @@ class Programs:
         moved = start if any(start) else (0,) * len(shape)
         if not architecture.has_vectors:
             return self._signal(params, jnp.array(moved, jnp.int32), shape, rows)
-        spacing = architecture.spacing
-        positions_PLA = (spacing.grid(shape, rows=rows) + spacing.unit * np.array(moved, np.int32))[None]
-        if any(moved) and (len(shape) > 1 or any(spacing.stretched)):
+        position_grid = architecture.position_grid
+        positions_PLA = (
+            position_grid.positions(shape, rows=rows) + position_grid.position_resolution * np.array(moved, np.int32)
+        )[None]
+        if any(moved) and (len(shape) > 1 or any(position_grid.interpolated_sides)):
             vectors_LE = self.vectors_of(params, positions_PLA[0])
         else:
             vectors_LE = self.vectors(params, shape, rows, start=moved[0])
@@ -61,7 +63,7 @@ class Programs:
         params: Params,
         shape: Shape,
         side: int | None = None,
-        spacing: Spacing | None = None,
+        position_grid: PositionGrid | None = None,
         progress: Progress = silent,
         start: int = 0,
     ) -> jax.Array:
@@ -75,8 +77,8 @@ class Programs:
           start: tokens from the origin to the first one of a window.
         """
         side, rest = side or shape[0], math.prod(shape[1:])
-        spacing = spacing or self.architecture.spacing
-        if len(shape) == 1 and not any(spacing.stretched):
+        position_grid = position_grid or self.architecture.position_grid
+        if len(shape) == 1 and not any(position_grid.interpolated_sides):
             before, rows = start % READ_AT_ONCE, READ_AT_ONCE
             firsts, shape = range(start - before, start + side, rows), (rows,)
         else:
@@ -84,7 +86,7 @@ class Programs:
             firsts = range(0, side, rows)
         parts = []
         for done, first in enumerate(firsts, 1):
-            parts.append(self._vectors(params, first, rows, shape, spacing))
+            parts.append(self._vectors(params, first, rows, shape, position_grid))
             progress(min(done * rows, side) * rest, side * rest)
         vectors_RE = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
         return vectors_RE[before * rest : (before + side) * rest]
@@ -98,13 +100,13 @@ class Programs:
         return self._logits(params, inputs, self.signal(params, self.architecture.grid_of(inputs.shape), start=start))
 
     @functools.cache  # noqa: B019  a model has one of these, and one criterion
-    def examiner(self, criterion: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
-        """Returns what evaluation needs to know of each example of a batch (see `objectives.criterion`), compiled."""
+    def examiner(self, task_loss: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
+        """Returns what evaluation needs to know of each example of a batch (see `objectives.task_loss`), compiled."""
 
-        def examine(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
-            return criterion.examine(self.architecture.network, {"params": params["model"]}, signal, batch)
+        def eval_step(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
+            return task_loss.eval_step(self.architecture.network, {"params": params["model"]}, signal, batch)
 
-        return jax.jit(use_sharding(self.mesh, examine), out_shardings=layout.replicated(self.mesh))
+        return jax.jit(use_sharding(self.mesh, eval_step), out_shardings=layout.replicated(self.mesh))
 
     def similarity(
         self, params: Params, shape: Shape, pivots: int = 5, columns: int = 512
@@ -118,7 +120,8 @@ class Programs:
         if not self.architecture.has_vectors:
             return None
         places_RA, positions_RA = (
-            np.asarray(spacing.grid(shape)) for spacing in (Spacing(), self.architecture.spacing)
+            np.asarray(position_grid.positions(shape))
+            for position_grid in (PositionGrid(), self.architecture.position_grid)
         )
         if len(shape) == 1:
             taken = np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))
@@ -148,16 +151,18 @@ class Programs:
         """Returns the parameters of `Architecture.stored(reach)`: vectors computed once stand in the encoder's place."""
         if not self.architecture.has_vectors:
             return params
-        sides, step = self.architecture.spacing.table(reach)
-        table = np.asarray(self.vectors(params, sides, spacing=Spacing(step), progress=progress)).reshape(*sides, -1)
+        sides, step = self.architecture.position_grid.table_shape(reach)
+        table = np.asarray(self.vectors(params, sides, position_grid=PositionGrid(step), progress=progress)).reshape(
+            *sides, -1
+        )
         rest = {name: value for name, value in params["encoding"].items() if name != "encoder"}
         return params | {"encoding": rest | {"table": table}}
 
     @functools.cached_property
     def _signal(self) -> Callable[[Params, jax.Array, Shape, int], PositionSignal]:
         def signal(params: Params, start_A: jax.Array, shape: Shape, rows: int) -> PositionSignal:
-            spacing = self.architecture.spacing
-            positions_LA = spacing.grid(shape, rows=rows) + spacing.unit * start_A
+            position_grid = self.architecture.position_grid
+            positions_LA = position_grid.positions(shape, rows=rows) + position_grid.position_resolution * start_A
             return self.architecture.signal(params, positions_LA[None], shape)
 
         return jax.jit(use_sharding(self.mesh, signal), static_argnums=(2, 3))
@@ -170,10 +175,12 @@ class Programs:
         return jax.jit(use_sharding(self.mesh, signal), static_argnums=3)
 
     @functools.cached_property
-    def _vectors(self) -> Callable[[Params, int, int, Shape, Spacing], jax.Array]:
-        def vectors(params: Params, first: jax.Array, rows: int, shape: Shape, spacing: Spacing) -> jax.Array:
-            known = Group(1, (rows, *shape[1:]), spans=spacing.spans(shape, rows))
-            positions_RA = spacing.grid(shape, first, rows)
+    def _vectors(self) -> Callable[[Params, int, int, Shape, PositionGrid], jax.Array]:
+        def vectors(
+            params: Params, first: jax.Array, rows: int, shape: Shape, position_grid: PositionGrid
+        ) -> jax.Array:
+            known = RowGroup(1, (rows, *shape[1:]), spans=position_grid.spans(shape, rows))
+            positions_RA = position_grid.positions(shape, first, rows)
             return self.architecture.encode(params, positions_RA, groups=(known,), method="vectors")
 
         return jax.jit(use_sharding(self.mesh, vectors), static_argnums=(2, 3, 4))

@@ -7,7 +7,7 @@ from seqpe_jax.losses.task import cross_entropy
 
 
 def contrastive_loss(
-    pivots_BE: jax.Array,
+    anchors_BE: jax.Array,
     candidates_BCE: jax.Array,
     labels_B: jax.Array,
     *,
@@ -25,9 +25,9 @@ def contrastive_loss(
       floor: see `contrastive_logits_loss`.
     """
     batch, count, _ = candidates_BCE.shape
-    pivots = pivots_BE.reshape(batch, heads or 1, -1)
+    anchors = anchors_BE.reshape(batch, heads or 1, -1)
     candidates = candidates_BCE.reshape(batch, count, heads or 1, -1)
-    logits_HBC = scale * jnp.einsum("bhf,bchf->hbc", pivots, candidates)
+    logits_HBC = scale * jnp.einsum("bhf,bchf->hbc", anchors, candidates)
     return contrastive_logits_loss(logits_HBC, labels_B, label_smoothing=label_smoothing, floor=floor)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.losses.train_loss import Objective
+from seqpe_jax.losses.train_loss import TrainLoss
 
 BACKWARD = 2  # times the forward pass: a product's gradients of both operands are products of the same size
 
 
 def training_flops(
-    objective: Objective, example: dict[str, jax.ShapeDtypeStruct], batch_size: int, accumulate: int = 1
+    train_loss: TrainLoss, example: dict[str, jax.ShapeDtypeStruct], batch_size: int, accumulate: int = 1
 ) -> float:
     """Returns the FLOPs of a training step, forward and backward, on all devices.
 
@@ -24,20 +24,20 @@ def training_flops(
     work, such as rotating queries and keys, do not count.
 
     Args:
-      objective: what is trained.
+      train_loss: what is trained.
       example: shape and type of each array of a training example.
       batch_size: examples of a step.
       accumulate: parts in which the batch is read; each encodes its positions anew.
     """
-    architecture = objective.architecture
+    architecture = train_loss.architecture
     network = architecture.network.clone(attention_kind="plain")  # no loop over blocks, no kernel
-    objective = dataclasses.replace(objective, architecture=dataclasses.replace(architecture, network=network))
+    train_loss = dataclasses.replace(train_loss, architecture=dataclasses.replace(architecture, network=network))
     batch = {
         name: jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype)
         for name, leaf in example.items()
     }
     key, step = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.make_jaxpr(objective.loss)(architecture.shapes, batch, key, step)
+    traced = jax.make_jaxpr(train_loss.loss)(architecture.shapes, batch, key, step)
     trained = len(jax.tree.leaves(architecture.shapes))
     flops, _ = _count(traced.jaxpr, [at < trained for at in range(len(traced.jaxpr.invars))])
     return (1 + BACKWARD) * accumulate * flops

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def mix(
+def mix_images(
     key: jax.Array, images: jax.Array, labels_B: jax.Array, *, mixup: float, cutmix: float, switch: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (mixed images, partners' labels int32[B], share float32[] of an image's own label).

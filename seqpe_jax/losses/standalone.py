@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
-from seqpe_jax.losses.train_loss import Objective
+from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import Architecture
 
 
@@ -67,6 +67,6 @@ def position_losses(
     heads = encoding.heads_model if encoding.per_head else None
     example = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
     architecture = Architecture(encoding, None, example, shape, reach, encoding.base, heads)
-    objective = Objective(architecture, None, settings)
-    draws = objective.draw(key, jnp.asarray(step, jnp.int32))
-    return objective.vectors_and_terms(params["params"], draws, jax.random.fold_in(key, step))[1]
+    train_loss = TrainLoss(architecture, None, settings)
+    sampled = train_loss.sample(key, jnp.asarray(step, jnp.int32))
+    return train_loss.signal_and_terms(params["params"], sampled, jax.random.fold_in(key, step))[1]

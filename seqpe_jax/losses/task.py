@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.losses.mixing import mix
+from seqpe_jax.losses.mixing import mix_images
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -20,7 +20,7 @@ LOGIT_BLOCK = 512  # places whose logits evaluation holds at once
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelling:
+class NextTokenLoss:
     """Every next token. A batch: {"tokens": int32[B, L + 1]}, and optionally "weights" float32[B, L]."""
 
     def weight(self, batch: Batch) -> jax.Array:
@@ -37,19 +37,21 @@ class LanguageModelling:
         """
         return cross_entropy(apply(batch["tokens"][:, :-1]), batch["tokens"][:, 1:], batch.get("weights"))[0], {}
 
-    def examine(self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(
+        self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
+    ) -> dict[str, jax.Array]:
         """Returns {"loss": each token's loss, float32[B, L] in nats}, without dropout."""
         hidden_BLD = network.apply(variables, batch["tokens"][:, :-1], signal, method="hidden")
         logits_of = functools.partial(network.apply, variables, method="logits")
-        return {"loss": token_losses(logits_of, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
+        return {"loss": blockwise_token_losses(logits_of, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class ClassificationLoss:
     """The class of an image or clip. A batch: {"images": float32[B, sides..., C], "labels": int32[B]}.
 
     Attributes:
-      label_smoothing: share of the target that is spread over all classes; mixing: see `objectives.mixing.mix`.
+      label_smoothing: share of the target that is spread over all classes; mixing: see `objectives.mixing.mix_images`.
     """
 
     label_smoothing: float
@@ -69,7 +71,7 @@ class Classification:
         mixed = self.mixing.mixup or self.mixing.cutmix
         partner_B, share_B = labels_B, 1.0
         if mixed:
-            images, partner_B, share_B = mix(
+            images, partner_B, share_B = mix_images(
                 key, images, labels_B, mixup=self.mixing.mixup, cutmix=self.mixing.cutmix, switch=self.mixing.switch
             )
         logits_BV = apply(images)
@@ -79,7 +81,9 @@ class Classification:
         other = cross_entropy(logits_BV, partner_B, label_smoothing=self.label_smoothing)[1]
         return (share_B * own + (1 - share_B) * other).mean(), {}
 
-    def examine(self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(
+        self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
+    ) -> dict[str, jax.Array]:
         """Returns {"loss": float32[B] in nats, "rank": int32[B] as of `ranks`}."""
         logits_BV = network.apply(variables, batch["images"], signal)
         return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": ranks(logits_BV, batch["labels"])}
@@ -116,7 +120,7 @@ def cross_entropy(
     return (losses * weights).sum() / jnp.where(total > 0, total, 1.0), losses
 
 
-def token_losses(
+def blockwise_token_losses(
     logits_of: Callable[[jax.Array], jax.Array], hidden_BLD: jax.Array, targets_BL: jax.Array, block: int
 ) -> jax.Array:
     """Returns each token's loss, float32[B, L], with the logits of only `block` places in memory at a time."""

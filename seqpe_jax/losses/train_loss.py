@@ -12,11 +12,11 @@ from seqpe_jax.axes import ENCODER_ROWS, POSITIONS, all_gather_params, shard_map
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.losses.contrastive import contrastive_logits_loss, contrastive_loss
 from seqpe_jax.losses.distillation import distillation_logits_loss, distillation_loss
-from seqpe_jax.losses.sample_positions import Draws, draw, may_move
-from seqpe_jax.losses.task import Classification, LanguageModelling
+from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sample_positions
+from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.losses.zoom import zoom
 from seqpe_jax.models.build import Architecture, Params, mask_key, stream
-from seqpe_jax.positions.prefix_trie import Group
+from seqpe_jax.positions.prefix_trie import RowGroup
 
 Metrics = dict[str, jax.Array]
 
@@ -25,11 +25,11 @@ class Rows(NamedTuple):
     """One part of what the encoder reads in a step: positions int32[..., A], and what is known of how they lie."""
 
     positions: jax.Array
-    group: Group
+    group: RowGroup
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class TrainLoss:
     """Task loss + w_c * contrastive + w_d * distillation (paper, section 3; the reference's train loop).
 
     Attributes:
@@ -38,13 +38,13 @@ class Objective:
     """
 
     architecture: Architecture
-    criterion: LanguageModelling | Classification | None
+    task_loss: NextTokenLoss | ClassificationLoss | None
     settings: Any
     random_bits: str = "threefry"
 
-    def draw(self, key: jax.Array, step: jax.Array) -> Draws:
+    def sample(self, key: jax.Array, step: jax.Array) -> SampledPositions:
         """Returns the positions of a step: a pure function of the run's key and the step."""
-        return draw(self.settings, self.architecture, key, step)
+        return sample_positions(self.settings, self.architecture, key, step)
 
     def loss(
         self,
@@ -59,19 +59,19 @@ class Objective:
 
         Args:
           params: as returned by `Architecture.init`.
-          batch: what the task reads, and optionally "draws" (`Draws`).
+          batch: what the task reads, and optionally "sampled_positions" (`SampledPositions`).
           key: the run's key; step: the step; part: which part of an accumulated batch this is; share: see
             `training.step.make_train_step`. Terms on position vectors are the same in every part and have none.
         """
-        draws = batch["draws"] if "draws" in batch else self.draw(key, step)
+        sampled = batch["sampled_positions"] if "sampled_positions" in batch else self.sample(key, step)
         now = jax.random.fold_in(jax.random.fold_in(key, step), part)
         terms: Metrics = {}
         if self.architecture.has_vectors:
             encoding = all_gather_params(params["encoding"], "encoding")
-            own = "draws" in batch  # of which nothing is known
-            signal, terms = self.vectors_and_terms(encoding, draws, self._masks(now, "encoding dropout"), own)
+            own = "sampled_positions" in batch  # of which nothing is known
+            signal, terms = self.signal_and_terms(encoding, sampled, self._masks(now, "encoding dropout"), own)
         else:
-            signal = self.architecture.signal(params, draws.positions_PLA, self.architecture.shape)
+            signal = self.architecture.signal(params, sampled.positions_PLA, self.architecture.shape)
         apply = functools.partial(
             self.architecture.network.apply,
             {"params": params["model"]},
@@ -79,9 +79,9 @@ class Objective:
             deterministic=False,
             rngs={"dropout": self._masks(now, "model dropout")},
         )
-        if draws.boxes_PA2 is not None:
-            batch = batch | {"images": zoom(batch["images"], draws.boxes_PA2)}
-        mean, further = self.criterion.loss(apply, batch, stream(now, "task"))
+        if sampled.crop_boxes_PA2 is not None:
+            batch = batch | {"images": zoom(batch["images"], sampled.crop_boxes_PA2)}
+        mean, further = self.task_loss.loss(apply, batch, stream(now, "task"))
         task, further = share * mean, {name: share * value for name, value in further.items()}
         total = task
         for name, value in terms.items():
@@ -92,34 +92,34 @@ class Objective:
             **{f"term/{name}": value for name, value in terms.items()},
             **further,
         }
-        if may_move(self.settings):
-            metrics["moved"] = draws.moved.astype(jnp.float32)
+        if may_perturb(self.settings):
+            metrics["moved"] = sampled.perturbed.astype(jnp.float32)
         return total, metrics
 
-    def vectors_and_terms(
-        self, params: Params, draws: Draws, dropout_key: jax.Array, own: bool = False
+    def signal_and_terms(
+        self, params: Params, sampled: SampledPositions, dropout_key: jax.Array, own: bool = False
     ) -> tuple[PositionSignal, Metrics]:
         """Encodes all positions of the step in one call, and returns the model's signal and each term's raw value.
 
         Args:
           params: of the encoding; own: the draws are not those of `draw`, so that nothing is known of how they lie.
         """
-        rows = self._rows(draws)
+        rows = self._rows(sampled)
         main, *rest = self._encoded(params, rows, dropout_key, own)
-        sets, length, _ = draws.positions_PLA.shape
+        sets, length, _ = sampled.positions_PLA.shape
         main_PLE = with_logical_constraint(
             main.reshape(sets, length, -1), None, POSITIONS, None
         )  # the qk map is shared out as well
         signal = self._encoding.apply(
-            {"params": params}, main_PLE, draws.positions_PLA, shape=self.architecture.shape, method="signal"
+            {"params": params}, main_PLE, sampled.positions_PLA, shape=self.architecture.shape, method="signal"
         )
         terms: Metrics = {}
-        if draws.contrastive is not None:
-            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], draws.contrastive.labels_B)
-        if draws.distillation is not None:
-            indices_BM = draws.distillation.indices_BM
+        if sampled.contrastive is not None:
+            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], sampled.contrastive.labels_B)
+        if sampled.distillation is not None:
+            indices_BM = sampled.distillation.indices_BM
             value = self._distillation(params, main_PLE[0][indices_BM], rest[-1].reshape(*indices_BM.shape, -1))
-            terms["distillation"] = jnp.where(draws.moved, 0.0, value)
+            terms["distillation"] = jnp.where(sampled.perturbed, 0.0, value)
         return signal, terms
 
     def _masks(self, now: jax.Array, name: str) -> jax.Array:
@@ -129,22 +129,22 @@ class Objective:
     def _encoding(self) -> Any:
         return self.architecture.encoding
 
-    def _rows(self, draws: Draws) -> list[Rows]:
+    def _rows(self, sampled: SampledPositions) -> list[Rows]:
         """What the encoder reads: the model's windows first, then pivots, candidates and students, where there are such."""
-        settings, spacing, shape = self.settings, self.architecture.spacing, self.architecture.shape
-        pieces = settings.skip.chunks if settings.skip.rate else 1
+        settings, position_grid, shape = self.settings, self.architecture.position_grid, self.architecture.shape
+        num_chunks = settings.skip.chunks if settings.skip.rate else 1
         # Zoomed windows lie in the span of whole ones, each on lines of its own.
-        spans, shaken = spacing.spans(shape), settings.jitter.rate > 0
-        reach = 2 * round(settings.jitter.range * spacing.unit) if shaken else 0
+        spans, jittered = position_grid.spans(shape), settings.jitter.rate > 0
+        reach = 2 * round(settings.jitter.range * position_grid.position_resolution) if jittered else 0
         wide = tuple(span + reach for span in spans)
-        sets = len(draws.positions_PLA)
-        rows = [Rows(draws.positions_PLA, Group(sets, shape, pieces, spans=wide, apart=shaken))]
-        if draws.contrastive is not None:
-            for positions in (draws.contrastive.pivots_BA, draws.contrastive.candidates_BCA):
-                rows.append(Rows(positions, Group(positions.size // positions.shape[-1])))
-        if draws.distillation is not None:
-            students_BMA = draws.distillation.positions_BMA
-            group = Group(len(students_BMA), shape, rows=students_BMA.shape[1], spans=spans)
+        sets = len(sampled.positions_PLA)
+        rows = [Rows(sampled.positions_PLA, RowGroup(sets, shape, num_chunks, spans=wide, independent_axes=jittered))]
+        if sampled.contrastive is not None:
+            for positions in (sampled.contrastive.anchors_BA, sampled.contrastive.candidates_BCA):
+                rows.append(Rows(positions, RowGroup(positions.size // positions.shape[-1])))
+        if sampled.distillation is not None:
+            students_BMA = sampled.distillation.positions_BMA
+            group = RowGroup(len(students_BMA), shape, rows=students_BMA.shape[1], spans=spans)
             rows.append(Rows(students_BMA, group))
         return rows
 
@@ -186,21 +186,21 @@ class Objective:
         )
 
     def _contrastive(
-        self, params: Params, pivots_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
+        self, params: Params, anchors_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
     ) -> jax.Array:
         settings = self.settings.contrastive
-        batch = pivots_BE.shape[0]
+        batch = anchors_BE.shape[0]
         if settings.space == "vectors":
             return contrastive_loss(
-                pivots_BE,
-                candidates_RE.reshape(batch, -1, pivots_BE.shape[-1]),
+                anchors_BE,
+                candidates_RE.reshape(batch, -1, anchors_BE.shape[-1]),
                 labels_B,
                 heads=self.architecture.heads if settings.per_head else None,
                 label_smoothing=settings.label_smoothing,
                 scale=settings.scale,
                 floor=settings.floor,
             )
-        query, _ = self._qk(params, pivots_BE)
+        query, _ = self._qk(params, anchors_BE)
         _, key = self._qk(params, candidates_RE)
         key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
         logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)

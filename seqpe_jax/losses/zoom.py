@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def zoom(images: jax.Array, boxes_PA2: jax.Array) -> jax.Array:
+def zoom(images: jax.Array, crop_boxes_PA2: jax.Array) -> jax.Array:
     """Returns each image's box, brought to the size of the whole image; sample i takes box i mod P.
 
     Cubic along each axis, as images are resized for evaluation.
@@ -22,5 +22,5 @@ def zoom(images: jax.Array, boxes_PA2: jax.Array) -> jax.Array:
         )
 
     sets = jax.vmap(enlarged)
-    grouped = images.reshape(-1, len(boxes_PA2), *images.shape[1:])
-    return jax.vmap(lambda group: sets(group, boxes_PA2))(grouped).reshape(images.shape)
+    grouped = images.reshape(-1, len(crop_boxes_PA2), *images.shape[1:])
+    return jax.vmap(lambda group: sets(group, crop_boxes_PA2))(grouped).reshape(images.shape)

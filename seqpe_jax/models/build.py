@@ -27,7 +27,7 @@ from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
-from seqpe_jax.positions.grids import Spacing
+from seqpe_jax.positions.grids import PositionGrid
 
 NETWORKS = {"gpt2": GPT2, "vit": ViT}
 
@@ -78,7 +78,7 @@ class Architecture:
     base: int = 10
     heads: int | None = None
     has_vectors: bool = True
-    spacing: Spacing = Spacing()
+    position_grid: PositionGrid = PositionGrid()
     reach: Shape | None = None
 
     @classmethod
@@ -104,7 +104,7 @@ class Architecture:
             base=encoding.base,
             heads=model.heads if encoding.per_head else None,
             has_vectors=encoding.kind == "seqpe",
-            spacing=spacing_of(config),
+            position_grid=position_grid_of(config),
         )
 
     @property
@@ -154,7 +154,7 @@ class Architecture:
 
     def fresh_encoding(self, key: jax.Array) -> tuple[Any, PositionSignal]:
         """Returns fresh variables of the encoding, and its signal of the training grid; key: of the run."""
-        positions_PLA = self.spacing.grid(self.shape)[None]
+        positions_PLA = self.position_grid.positions(self.shape)[None]
         encoding: Any = self.encoding
         signal, variables = encoding.init_with_output(stream(key, "encoding"), positions_PLA, shape=self.shape)
         return variables, signal
@@ -180,12 +180,12 @@ class Architecture:
           inputs: at the origin; sizes may be symbolic (`jax.export`).
         """
         shape = self.grid_of(inputs.shape)
-        signal = self.signal(params, self.spacing.grid(shape)[None], shape)
+        signal = self.signal(params, self.position_grid.positions(shape)[None], shape)
         return self.network.apply({"params": params["model"]}, inputs, signal)
 
     def stored(self, reach: Shape) -> "Architecture":
         """Returns this model as an export serves it: positions below `reach` alone, their vectors read from a table."""
-        encoding = self.encoding.storing(*self.spacing.table(reach)) if self.has_vectors else self.encoding
+        encoding = self.encoding.storing(*self.position_grid.table_shape(reach)) if self.has_vectors else self.encoding
         return dataclasses.replace(self, encoding=encoding, reach=reach)
 
 
@@ -246,12 +246,12 @@ def _check_encoding(data: DataConfig, model: ModelConfig, encoding: EncodingConf
     jax.eval_shape(architecture.fresh_encoding, key)
 
 
-def spacing_of(config: Config) -> Spacing:
+def position_grid_of(config: Config) -> PositionGrid:
     """Returns where the places of a config's windows and grids stand."""
-    stretched = (0,) * (len(config.grid) - 2) + config.grid[
+    interpolated_sides = (0,) * (len(config.grid) - 2) + config.grid[
         -2:
     ]  # a longer clip goes on, a larger frame is read between
-    return Spacing(config.encoding.unit, stretched if config.encoding.resize == "stretch" else ())
+    return PositionGrid(config.encoding.unit, interpolated_sides if config.encoding.resize == "stretch" else ())
 
 
 def _encoding(config: Config) -> nn.Module:

@@ -24,7 +24,7 @@ def to_digits(positions_RA: jax.Array, *, base: int, digits: int, padding: str =
     return digits_RAN.reshape(*positions_RA.shape[:-1], -1).astype(jnp.int32)
 
 
-def significant(positions_RA: jax.Array, *, base: int, digits: int, padding: str = "left") -> jax.Array:
+def significant_mask(positions_RA: jax.Array, *, base: int, digits: int, padding: str = "left") -> jax.Array:
     """Returns bool[R, A * digits], False on padded zeros; position 0 has one significant digit."""
     lengths_RA1 = _lengths(positions_RA, base, digits)[..., None]
     place_N = jnp.arange(digits)

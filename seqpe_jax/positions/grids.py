@@ -17,24 +17,24 @@ def grid(start_A: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spacing:
+class PositionGrid:
     """Where the places of windows and grids stand: a position is a fixed-point number, held as a whole number of units.
 
     Attributes:
-      unit: units from one training token or patch to the next, base ** (digits after the point); 1 = whole numbers.
+      position_resolution: units from one training token or patch to the next, base ** (digits after the point); 1 = whole numbers.
       stretched: the places of the training grid along each axis, on whose length every longer text and every grid of
         another size is read, each place in the middle of its cell; 0 for an axis along which longer ones go on past it,
         () = along all.
     """
 
-    unit: int = 1
-    stretched: tuple[int, ...] = ()
+    position_resolution: int = 1
+    interpolated_sides: tuple[int, ...] = ()
 
-    def offset(self, axis: int) -> int:
+    def first_position(self, axis: int) -> int:
         """Returns the first position of the training grid along an axis, in units."""
-        return self.unit // 2 if self._length(axis) else 0
+        return self.position_resolution // 2 if self._training_side(axis) else 0
 
-    def grid(self, shape: tuple[int, ...], first: jax.Array | int = 0, rows: int | None = None) -> jax.Array:
+    def positions(self, shape: tuple[int, ...], first: jax.Array | int = 0, rows: int | None = None) -> jax.Array:
         """Returns the positions of a window or grid in units, int32[rows * rest of the shape, A], row-major.
 
         Args:
@@ -44,58 +44,62 @@ class Spacing:
         rows = shape[0] if rows is None else rows
         return _product(
             [
-                self._stand(axis, side, first + jnp.arange(rows) if axis == 0 else jnp.arange(side))
+                self._position_of(axis, side, first + jnp.arange(rows) if axis == 0 else jnp.arange(side))
                 for axis, side in enumerate(shape)
             ]
         )
 
-    def part(self, shape: tuple[int, ...], boxes_PA2: jax.Array) -> jax.Array:
+    def crop_positions(self, shape: tuple[int, ...], crop_boxes_PA2: jax.Array) -> jax.Array:
         """Returns the positions int32[P, L, A] of grids of the training shape, each laid over a part of the whole one.
 
         Args:
           boxes_PA2: (first, length) of the parts along each axis, as shares of the side (`sampling.boxes`).
         """
 
-        def positions(box_A2: jax.Array) -> jax.Array:
+        def positions_of(box_A2: jax.Array) -> jax.Array:
             return _product(
                 [
-                    jnp.floor((first * side + (jnp.arange(side) + 0.5) * length) * self.unit).astype(jnp.int32)
-                    if self._length(axis)
-                    else self._stand(axis, side, jnp.arange(side))
+                    jnp.floor((first * side + (jnp.arange(side) + 0.5) * length) * self.position_resolution).astype(
+                        jnp.int32
+                    )
+                    if self._training_side(axis)
+                    else self._position_of(axis, side, jnp.arange(side))
                     for axis, (side, (first, length)) in enumerate(zip(shape, box_A2, strict=True))
                 ]
             )
 
-        return jax.vmap(positions)(boxes_PA2)
+        return jax.vmap(positions_of)(crop_boxes_PA2)
 
     def spans(self, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, ...]:
         """Returns the units between the first and the last position along each axis, at most; arguments as of `grid`."""
         counts = (shape[0] if rows is None else rows, *shape[1:])
         return tuple(
-            (count - 1) * (self._length(axis) * self.unit) // side + 1
-            if self._length(axis)
-            else (count - 1) * self.unit
+            (count - 1) * (self._training_side(axis) * self.position_resolution) // side + 1
+            if self._training_side(axis)
+            else (count - 1) * self.position_resolution
             for axis, (count, side) in enumerate(zip(counts, shape, strict=True))
         )
 
-    def table(self, reach: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    def table_shape(self, reach: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         """Returns (sides, step) of a table that holds all positions which grids of up to `reach` places stand on."""
-        if not any(self.stretched):
-            return reach, self.unit
-        return tuple((self._length(axis) or places) * self.unit for axis, places in enumerate(reach)), 1
+        if not any(self.interpolated_sides):
+            return reach, self.position_resolution
+        return tuple(
+            (self._training_side(axis) or places) * self.position_resolution for axis, places in enumerate(reach)
+        ), 1
 
-    def _stand(self, axis: int, side: int, places: jax.Array) -> jax.Array:
+    def _position_of(self, axis: int, side: int, places: jax.Array) -> jax.Array:
         """Positions int32[...] of some places of an axis with `side` of them."""
-        length = self._length(axis)
+        length = self._training_side(axis)
         if not length:
-            return (places * self.unit).astype(jnp.int32)
-        if len(self.stretched) == 1:  # a text that is shorter stands at the beginning
+            return (places * self.position_resolution).astype(jnp.int32)
+        if len(self.interpolated_sides) == 1:  # a text that is shorter stands at the beginning
             side = jax.core.max_dim(side, length)
-        return _scaled(2 * places + 1, length * self.unit, 2 * side).astype(jnp.int32)
+        return _scaled(2 * places + 1, length * self.position_resolution, 2 * side).astype(jnp.int32)
 
-    def _length(self, axis: int) -> int:
+    def _training_side(self, axis: int) -> int:
         """Training places along an axis that is stretched, else 0."""
-        return self.stretched[axis] if self.stretched else 0
+        return self.interpolated_sides[axis] if self.interpolated_sides else 0
 
 
 def _scaled(numbers: jax.Array, amount: int, parts: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 ROUNDS = 6  # even, so that halves of different sizes end in their own places
 LEAST_BITS = 6  # with fewer the orders of a few values are visibly uneven (pairs of 100 000 orders counted)
-LIMIT = 2**30  # positions that one permutation may hold
+MAX_PERMUTATION_SIZE = 2**30  # positions that one permutation may hold
 
 
 def permute(key: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
@@ -19,10 +19,10 @@ def permute(key: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
       index: int32[...], each in [0, n).
       n: 1 <= n <= 2**30; may be traced.
     """
-    return permute_with(jax.random.bits(key, (ROUNDS,), jnp.uint32), index, n)
+    return permute_with_keys(jax.random.bits(key, (ROUNDS,), jnp.uint32), index, n)
 
 
-def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
+def permute_with_keys(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) -> jax.Array:
     """As `permute`, many orders at once.
 
     Args:
@@ -39,7 +39,7 @@ def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) ->
         value, walking = state
         left, right = value >> low, value & masks[1]
         for round_ in range(ROUNDS):
-            left, right = right, left ^ (mix(right ^ round_keys[..., round_]) & masks[round_ % 2])
+            left, right = right, left ^ (mix_bits(right ^ round_keys[..., round_]) & masks[round_ % 2])
         value = jnp.where(walking, left << low | right, value)
         return value, value >= n
 
@@ -50,7 +50,7 @@ def permute_with(round_keys: jax.Array, index: jax.Array, n: jax.Array | int) ->
     return value.astype(jnp.int32)
 
 
-def mix(value: jax.Array) -> jax.Array:
+def mix_bits(value: jax.Array) -> jax.Array:
     """Spreads each bit of uint32[...] over its word by multiplying and shifting; a bijection of the 32-bit words."""
     value = (value ^ (value >> 16)) * jnp.uint32(0x7FEB352D)
     value = (value ^ (value >> 15)) * jnp.uint32(0x846CA68B)

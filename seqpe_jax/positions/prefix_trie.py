@@ -12,25 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows that were drawn together.
 
     Attributes:
       windows: number of windows; sides: of each along the axes, row-major; () = rows that have nothing in common.
-      pieces: that a window is cut into along each axis, with gaps between; rows: read of each window at most, 0 = all.
+      num_chunks: that a window is cut into along each axis, with gaps between; rows: read of each window at most, 0 = all.
       spans: from the first to the last position along each axis, gaps left out; () = places next to each other.
-      apart: each row has coordinates of its own, which lie anywhere in the span, not those of its line of the grid.
+      independent_axes: each row has coordinates of its own, which lie anywhere in the span, not those of its line of the grid.
     """
 
     windows: int
     sides: tuple[int, ...] = ()
-    pieces: int = 1
+    num_chunks: int = 1
     rows: int = 0
     spans: tuple[int, ...] = ()
-    apart: bool = False
+    independent_axes: bool = False
 
 
-class Tree(NamedTuple):
+class PrefixTrie(NamedTuple):
     """The distinct prefixes of R strings of N digits: U[0] of one digit, U[1] of two, ..., one level after the other.
 
     Attributes:
@@ -44,7 +44,9 @@ class Tree(NamedTuple):
     leaf_R: jax.Array
 
 
-def level_sizes(groups: Sequence[Group], *, axes: int, base: int, digits: int, max_position: int) -> tuple[int, ...]:
+def max_nodes_per_level(
+    groups: Sequence[RowGroup], *, axes: int, base: int, digits: int, max_position: int
+) -> tuple[int, ...]:
     """Returns how many prefixes of each length there can be, at most: one int for each of axes * digits lengths.
 
     Digits are padded to the left. A window whose positions span S has no more than S // base**k + 2 different numbers
@@ -60,8 +62,8 @@ def level_sizes(groups: Sequence[Group], *, axes: int, base: int, digits: int, m
                     held += group.windows
                     continue
                 spans = group.spans or tuple(side - 1 for side in group.sides)
-                near = spans[axis] // base**rest + 2 * group.pieces
-                if group.apart:
+                near = spans[axis] // base**rest + 2 * group.num_chunks
+                if group.independent_axes:
                     known = math.prod(span + 1 for span in spans[:axis]) * near
                 else:
                     known = math.prod(group.sides[:axis]) * min(group.sides[axis], near)
@@ -70,7 +72,7 @@ def level_sizes(groups: Sequence[Group], *, axes: int, base: int, digits: int, m
     return tuple(sizes)
 
 
-def tree(digits_RN: jax.Array, base: int, sizes: Sequence[int]) -> Tree:
+def build_trie(digits_RN: jax.Array, base: int, sizes: Sequence[int]) -> PrefixTrie:
     """Returns the tree of prefixes of strings; `sizes` holds as many nodes as each level needs, or more."""
     rows, length = digits_RN.shape
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
@@ -89,7 +91,7 @@ def tree(digits_RN: jax.Array, base: int, sizes: Sequence[int]) -> Tree:
         above_UN = node_RN[first_U, : level + 1] + starts[: level + 1]
         ancestors.append(jnp.pad(above_UN, ((0, 0), (0, length - 1 - level))))
     leaf_R = jnp.zeros(rows, jnp.int32).at[order_R].set(node_RN[:, -1], unique_indices=True)
-    return Tree(jnp.concatenate(digits), jnp.concatenate(ancestors), leaf_R)
+    return PrefixTrie(jnp.concatenate(digits), jnp.concatenate(ancestors), leaf_R)
 
 
 def _number(digits_RN: jax.Array, base: int) -> jax.Array:

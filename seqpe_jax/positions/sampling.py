@@ -16,88 +16,90 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.edits import edit
-from seqpe_jax.positions.permutation import LIMIT, ROUNDS, permute, permute_with
+from seqpe_jax.positions.edits import random_digit_edits
+from seqpe_jax.positions.permutation import MAX_PERMUTATION_SIZE, ROUNDS, permute, permute_with_keys
 
 
-class Contrastive(NamedTuple):
+class ContrastivePositions(NamedTuple):
     """Pivots int32[B, A], candidates int32[B, C, A], and the index of the nearest one int32[B]."""
 
-    pivots_BA: jax.Array
+    anchors_BA: jax.Array
     candidates_BCA: jax.Array
     labels_B: jax.Array
 
 
-class Distillation(NamedTuple):
+class DistillationPositions(NamedTuple):
     """Flat indices of M offsets in the origin grid int32[B, M], and the same offsets far away int32[B, M, A]."""
 
     indices_BM: jax.Array
     positions_BMA: jax.Array
 
 
-def shift(
+def random_offsets(
     key: jax.Array,
     *,
     sets: int,
     shape: tuple[int, ...],
     max_position: int,
-    unit: int = 1,
-    starts: int = 0,
+    position_resolution: int = 1,
+    num_start_positions: int = 0,
     subset_key: jax.Array | None = None,
 ) -> jax.Array:
     """Returns starts int32[P, A] of grids anywhere in range.
 
     Args:
-      sets: P; shape: places along each axis; max_position: coordinates lie below; unit: from one place to the next.
-      starts: only a fixed subset of that many starts, chosen by subset_key; 0 = all.
+      sets: P; shape: places along each axis; max_position: coordinates lie below; position_resolution: from one place to the next.
+      num_start_positions: only a fixed subset of that many starts, chosen by subset_key; 0 = all.
 
     Raises:
       InputError: the grid does not fit into the range.
     """
-    room = _room(shape, max_position, unit)
-    if not starts:
-        return _below(jax.random.bits(key, (sets, len(shape)), jnp.uint32), np.array(room))
-    total = math.prod(room)
-    if total > LIMIT:
+    free_range = _free_range(shape, max_position, position_resolution)
+    if not num_start_positions:
+        return _below(jax.random.bits(key, (sets, len(shape)), jnp.uint32), np.array(free_range))
+    total = math.prod(free_range)
+    if total > MAX_PERMUTATION_SIZE:
         raise InputError(f"objective.shift.starts: {total} starts are too many to choose a subset of; set it to 0")
     if subset_key is None:
-        raise InputError(f"objective.shift.starts={starts} needs a key that fixes the subset")
-    chosen = _below(jax.random.bits(key, (sets,), jnp.uint32), min(starts, total))
-    return _unravel(permute(subset_key, chosen, total), room)
+        raise InputError(f"objective.shift.starts={num_start_positions} needs a key that fixes the subset")
+    chosen = _below(jax.random.bits(key, (sets,), jnp.uint32), min(num_start_positions, total))
+    return _unravel(permute(subset_key, chosen, total), free_range)
 
 
-def skip(
+def pose_skip(
     key: jax.Array,
     *,
     sets: int,
     shape: tuple[int, ...],
     max_position: int,
-    chunks: int,
+    num_chunks: int,
     range: int,
-    unit: int = 1,
+    position_resolution: int = 1,
 ) -> jax.Array:
     """Returns positions int32[P, L, A] of windows cut into chunks with random gaps between (arXiv 2309.10400).
 
     The first chunk starts at 0; positions rise strictly and stay below `range`. With more axes each is cut on its own.
-    Within a chunk, places stand `unit` apart.
+    Within a chunk, places stand `position_resolution` apart.
 
     Raises:
       InputError: range is smaller than the window or larger than max_position.
     """
-    _room(shape, range, unit)
+    _free_range(shape, range, position_resolution)
     if range > max_position:
         raise InputError(f"objective.skip.range={range} is beyond encoding.max_position={max_position}")
 
-    bits = jax.random.bits(key, (len(shape), sets, ROUNDS + chunks), jnp.uint32)
+    bits = jax.random.bits(key, (len(shape), sets, ROUNDS + num_chunks), jnp.uint32)
 
     def axis(bits: jax.Array, side: int) -> jax.Array:
-        parts = min(chunks, side)
-        cuts = 1 + permute_with(bits[:, None, :ROUNDS], jnp.arange(parts - 1), side - 1) if parts > 1 else bits[:, :0]
-        gaps = jnp.sort(_below(bits[:, ROUNDS : ROUNDS + parts - 1], range - (side - 1) * unit), axis=1)
+        parts = min(num_chunks, side)
+        cuts = (
+            1 + permute_with_keys(bits[:, None, :ROUNDS], jnp.arange(parts - 1), side - 1) if parts > 1 else bits[:, :0]
+        )
+        gaps = jnp.sort(_below(bits[:, ROUNDS : ROUNDS + parts - 1], range - (side - 1) * position_resolution), axis=1)
         gaps = jnp.pad(gaps, ((0, 0), (1, 0)))
         places = jnp.arange(side)
         chunk_PL = (places[:, None] >= cuts[:, None]).sum(axis=2)
-        return places * unit + jnp.take_along_axis(gaps, chunk_PL, axis=1)
+        return places * position_resolution + jnp.take_along_axis(gaps, chunk_PL, axis=1)
 
     sides = [axis(bits[at], side) for at, side in enumerate(shape)]
     grids = jax.vmap(lambda *sides: jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1))(*sides)
@@ -116,21 +118,21 @@ def jitter(key: jax.Array, positions_PLA: jax.Array, *, reach: int, max_position
     return jnp.sort(moved, axis=1) if ordered else moved
 
 
-def boxes(key: jax.Array, *, sets: int, axes: int, smallest: float) -> jax.Array:
+def crop_boxes(key: jax.Array, *, sets: int, axes: int, smallest: float) -> jax.Array:
     """Returns parts of images or clips, float32[P, A, 2]: (first, length) along each axis, as shares of the side.
 
     Height and width of a part are the same share of the image's, whose logarithm is uniform from `smallest` to 1; of
     clips, whose first axis is time, a part has all frames.
     """
-    unit = _unit(jax.random.bits(key, (sets, 3), jnp.uint32))
-    length_P1 = smallest ** unit[:, :1]
-    first_P2 = (1 - length_P1) * unit[:, 1:]
+    uniform = _uniform(jax.random.bits(key, (sets, 3), jnp.uint32))
+    length_P1 = smallest ** uniform[:, :1]
+    first_P2 = (1 - length_P1) * uniform[:, 1:]
     found = jnp.stack([first_P2, jnp.broadcast_to(length_P1, first_P2.shape)], axis=-1)
     whole = jnp.broadcast_to(jnp.array([0.0, 1.0]), (sets, axes - 2, 2))
     return jnp.concatenate([whole, found], axis=1)
 
 
-def contrastive(
+def contrastive_positions(
     key: jax.Array,
     step: jax.Array,
     *,
@@ -144,7 +146,7 @@ def contrastive(
     window: int,
     around_pivot: bool = False,
     past_only: bool = False,
-) -> Contrastive:
+) -> ContrastivePositions:
     """Returns pivots, each with distinct candidates other than itself, and the nearest candidate's index.
 
     Every position is a pivot once per epoch, in an order of its own. Each pivot's list begins with special candidates
@@ -169,31 +171,33 @@ def contrastive(
     edited = int(candidates * hard_fraction) if mixture[1] > 0 else 0
     box = _box_side(candidates, max_position, window, axes)
 
-    pivots_B, bits = _pivots(
+    anchors_B, bits = _anchors(
         key, step, batch=batch, first=first, passes=total - first, words=2 * ROUNDS + 1 + axes + edited
     )
-    pivots_BA = _unravel(pivots_B, extent)
+    anchors_BA = _unravel(anchors_B, extent)
     ends = 2 * ROUNDS, 2 * ROUNDS + 1, 2 * ROUNDS + 1 + axes  # of the words: permutations, kind, box, edits
     draw_bits, kind_bits, start_bits, edit_bits = jnp.split(bits, ends, axis=1)
 
     # Distinct uniform draws from the whole range, and distinct places in a box: one permutation serves both.
     uniform = candidates + spare
     placed = min(candidates + spare * around_pivot, box**axes) if mixture[2] > 0 else 0
-    wide_B = jnp.minimum(box, pivots_B) if past_only else jnp.full(batch, box)
-    below_B2 = jnp.stack([pivots_B if past_only else jnp.full(batch, total), wide_B**axes], axis=1)
+    wide_B = jnp.minimum(box, anchors_B) if past_only else jnp.full(batch, box)
+    below_B2 = jnp.stack([anchors_B if past_only else jnp.full(batch, total), wide_B**axes], axis=1)
     source = np.repeat([0, 1], [uniform, placed])
     index = np.concatenate([np.arange(uniform), np.arange(placed)])
-    draws = permute_with(draw_bits.reshape(batch, 2, ROUNDS)[:, source], index, below_B2[:, source])
+    draws = permute_with_keys(draw_bits.reshape(batch, 2, ROUNDS)[:, source], index, below_B2[:, source])
     uniform_BC, places_BC = draws[:, :uniform], draws[:, uniform:]
 
     specials = [jnp.full((batch, candidates + 1), -1)] * 3
     if edited:
         compared = _unravel(uniform_BC[:, : candidates + 1 - edited], extent)
-        specials[1] = _hard(edit_bits, pivots_BA, compared, max_position=max_position, base=base, past_only=past_only)
+        specials[1] = _hard_candidates(
+            edit_bits, anchors_BA, compared, max_position=max_position, base=base, past_only=past_only
+        )
     if placed:
         start_BA = _box_start(
             start_bits,
-            pivots_BA,
+            anchors_BA,
             wide_B[:, None],
             max_position=max_position,
             around_pivot=around_pivot,
@@ -201,16 +205,16 @@ def contrastive(
         )
         specials[2] = _ravel(start_BA[:, None] + _unravel(places_BC, (box,) * axes), max_position)
     special_BC = _of_kind(kind_bits, specials, mixture)
-    chosen_BC = _first_distinct(jnp.concatenate([special_BC, uniform_BC], axis=1), pivots_B, candidates)
+    chosen_BC = _first_distinct(jnp.concatenate([special_BC, uniform_BC], axis=1), anchors_B, candidates)
     candidates_BCA = _unravel(chosen_BC, extent)
-    labels_B = jnp.argmin(_distance(candidates_BCA, pivots_BA[:, None]), axis=1).astype(jnp.int32)
-    return Contrastive(pivots_BA, candidates_BCA, labels_B)
+    labels_B = jnp.argmin(_distance(candidates_BCA, anchors_BA[:, None]), axis=1).astype(jnp.int32)
+    return ContrastivePositions(anchors_BA, candidates_BCA, labels_B)
 
 
 def _of_kind(bits: jax.Array, specials: list[jax.Array], mixture: tuple[float, ...]) -> jax.Array:
     """The special candidates int32[B, C + 1] of the kind that is drawn for each pivot; -1 where it has fewer."""
     edges = np.cumsum(mixture[:2]) / sum(mixture)
-    kind_B1 = (_unit(bits) >= edges).sum(axis=1, keepdims=True)
+    kind_B1 = (_uniform(bits) >= edges).sum(axis=1, keepdims=True)
     width = specials[0].shape[1]
     none, hard, near = (jnp.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1) for one in specials)
     return jnp.where(kind_B1 == 1, hard, jnp.where(kind_B1 == 2, near, none))
@@ -235,8 +239,10 @@ def _check_pairs(
             f"objective.contrastive.mixture={tuple(mixture)}: expected probabilities of random, hard and "
             "distributional candidates"
         )
-    if total > LIMIT:
-        raise InputError(f"encoding.max_position={max_position} on {axes} axes gives more than {LIMIT} positions")
+    if total > MAX_PERMUTATION_SIZE:
+        raise InputError(
+            f"encoding.max_position={max_position} on {axes} axes gives more than {MAX_PERMUTATION_SIZE} positions"
+        )
     if past_only and axes != 1:
         raise InputError("objective.contrastive.past_only needs one axis: there is no before on a grid")
     first = candidates if past_only else 0
@@ -247,7 +253,7 @@ def _check_pairs(
         )
 
 
-def _pivots(
+def _anchors(
     key: jax.Array, step: jax.Array, *, batch: int, first: int, passes: int, words: int
 ) -> tuple[jax.Array, jax.Array]:
     """Flat pivots int32[B], each position from `first` on once per epoch, and random words uint32[B, words] of the step.
@@ -261,57 +267,61 @@ def _pivots(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.append(2 * epochs, 2 * step + 1))
     bits = jax.vmap(lambda key: jax.random.bits(key, (batch, words), jnp.uint32))(keys)
     orders, bits = bits[:-1, 0, :ROUNDS], bits[-1]
-    return first + permute_with(orders[count_B // passes - epoch], count_B % passes, passes), bits
+    return first + permute_with_keys(orders[count_B // passes - epoch], count_B % passes, passes), bits
 
 
-def distillation(
-    key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, ...], max_position: int, unit: int = 1
-) -> Distillation:
+def distillation_positions(
+    key: jax.Array, *, batch: int, offsets: int, shape: tuple[int, ...], max_position: int, position_resolution: int = 1
+) -> DistillationPositions:
     """Returns M offsets into the grid at the origin, and the same offsets into a grid that starts out of range.
 
     Starts are uniform: on one axis in [L / 4, max_position - L], on more axes wherever the grid leaves the origin grid.
-    Places stand `unit` apart; starts may lie between them.
+    Places stand `position_resolution` apart; starts may lie between them.
 
     Raises:
       InputError: there is no such start, or there are fewer than M offsets.
     """
-    room, size = _room(shape, max_position, unit), math.prod(shape)
-    sides = [side * unit for side in shape]
+    free_range, size = _free_range(shape, max_position, position_resolution), math.prod(shape)
+    sides = [side * position_resolution for side in shape]
     if offsets > size:
         raise InputError(f"objective.distillation.offsets={offsets} is more than the {size} positions of a window")
     axes = len(shape)
     lowest = sides[0] // 4 if axes == 1 else 0
-    if lowest >= room[0] if axes == 1 else all(free <= side for free, side in zip(room, sides, strict=True)):
+    if (
+        lowest >= free_range[0]
+        if axes == 1
+        else all(free <= side for free, side in zip(free_range, sides, strict=True))
+    ):
         raise InputError(
             f"objective.distillation finds no shifted window of {shape} below encoding.max_position={max_position}: "
             "raise it"
         )
     # Where starts may lie, as boxes that do not overlap: in box i, axis i is the first to leave the origin grid.
     if axes == 1:
-        lows, highs = np.array([[lowest]]), np.array([room])
+        lows, highs = np.array([[lowest]]), np.array([free_range])
     else:
-        near = np.minimum(sides, room)
+        near = np.minimum(sides, free_range)
         lows = np.diag(near)
-        highs = np.where(np.tri(axes, k=-1, dtype=bool), near, np.array(room))
+        highs = np.where(np.tri(axes, k=-1, dtype=bool), near, np.array(free_range))
     sizes = np.prod(highs - lows, axis=1, dtype=np.float64)
     edges = np.cumsum(sizes)[:-1] / sizes.sum()
 
     bits = jax.random.bits(key, (batch, 1 + axes + ROUNDS), jnp.uint32)
-    box_B = (_unit(bits[:, :1]) >= edges).sum(axis=1)
+    box_B = (_uniform(bits[:, :1]) >= edges).sum(axis=1)
     low_BA, high_BA = jnp.asarray(lows, jnp.int32)[box_B], jnp.asarray(highs, jnp.int32)[box_B]
     start_BA = low_BA + _below(bits[:, 1 : 1 + axes], high_BA - low_BA)
-    indices_BM = permute_with(bits[:, None, 1 + axes :], jnp.arange(offsets), size)
-    return Distillation(indices_BM, _unravel(indices_BM, shape) * unit + start_BA[:, None])
+    indices_BM = permute_with_keys(bits[:, None, 1 + axes :], jnp.arange(offsets), size)
+    return DistillationPositions(indices_BM, _unravel(indices_BM, shape) * position_resolution + start_BA[:, None])
 
 
-def _room(shape: tuple[int, ...], max_position: int, unit: int) -> tuple[int, ...]:
+def _free_range(shape: tuple[int, ...], max_position: int, position_resolution: int) -> tuple[int, ...]:
     """Starts along each axis that keep the grid in range."""
-    if (max(shape) - 1) * unit >= max_position:
+    if (max(shape) - 1) * position_resolution >= max_position:
         raise InputError(
-            f"a window of {max(shape)} does not fit below encoding.max_position={max_position // unit}: raise it or "
+            f"a window of {max(shape)} does not fit below encoding.max_position={max_position // position_resolution}: raise it or "
             "shorten the window"
         )
-    return tuple(max_position - (side - 1) * unit for side in shape)
+    return tuple(max_position - (side - 1) * position_resolution for side in shape)
 
 
 def _unravel(flat: jax.Array, extent: tuple[int, ...]) -> jax.Array:
@@ -342,16 +352,16 @@ def _below(bits: jax.Array, limit: jax.Array | np.ndarray | int) -> jax.Array:
     return (bits % jnp.maximum(limit, 1).astype(jnp.uint32)).astype(jnp.int32)
 
 
-def _unit(bits: jax.Array) -> jax.Array:
+def _uniform(bits: jax.Array) -> jax.Array:
     """Random words uint32[...] -> float32[...] in [0, 1)."""
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _first_distinct(values_BN: jax.Array, pivots_B: jax.Array, count: int) -> jax.Array:
+def _first_distinct(values_BN: jax.Array, anchors_B: jax.Array, count: int) -> jax.Array:
     """The first `count` values of each row that are not -1, not the pivot and not seen before."""
     same_BNN = values_BN[:, :, None] == values_BN[:, None, :]
     seen_BN = jnp.tril(same_BNN, k=-1).any(axis=2)
-    keep_BN = ~seen_BN & (values_BN >= 0) & (values_BN != pivots_B[:, None])
+    keep_BN = ~seen_BN & (values_BN >= 0) & (values_BN != anchors_B[:, None])
     rank_BN = jnp.where(keep_BN, jnp.cumsum(keep_BN, axis=1) - 1, count)
     return jnp.where(rank_BN[:, None] == jnp.arange(count)[:, None], values_BN[:, None], 0).sum(axis=2, dtype=jnp.int32)
 
@@ -362,23 +372,29 @@ def _box_side(candidates: int, max_position: int, window: int, axes: int) -> int
 
 
 def _box_start(
-    bits: jax.Array, pivots_BA: jax.Array, wide_B1: jax.Array, *, max_position: int, around_pivot: bool, past_only: bool
+    bits: jax.Array,
+    anchors_BA: jax.Array,
+    wide_B1: jax.Array,
+    *,
+    max_position: int,
+    around_pivot: bool,
+    past_only: bool,
 ) -> jax.Array:
     """Lowest corners int32[B, A] of boxes of that side: anywhere in range, or around (or just before) the pivot."""
-    last_BA = (pivots_BA if past_only else max_position) - wide_B1
+    last_BA = (anchors_BA if past_only else max_position) - wide_B1
     if not around_pivot:
         return _below(bits, last_BA + 1)
-    return last_BA if past_only else jnp.clip(pivots_BA - wide_B1 // 2, 0, last_BA)
+    return last_BA if past_only else jnp.clip(anchors_BA - wide_B1 // 2, 0, last_BA)
 
 
-def _hard(
-    seeds_BC: jax.Array, pivots_BA: jax.Array, compared: jax.Array, *, max_position: int, base: int, past_only: bool
+def _hard_candidates(
+    seeds_BC: jax.Array, anchors_BA: jax.Array, compared: jax.Array, *, max_position: int, base: int, past_only: bool
 ) -> jax.Array:
     """Flat positions int32[B, C] that look like the pivot's digits, -1 where no farther than all of `compared` are."""
-    apart = _distance(compared, pivots_BA[:, None])
+    apart = _distance(compared, anchors_BA[:, None])
     nearest_B1 = jnp.where(apart == 0, 2**31 - 1, apart).min(axis=1, keepdims=True)  # the pivot is no candidate
-    edited_BCA, done_BC = edit(seeds_BC, pivots_BA, max_position, base)
-    keep_BC = done_BC & (_distance(edited_BCA, pivots_BA[:, None]) > nearest_B1)
+    edited_BCA, done_BC = random_digit_edits(seeds_BC, anchors_BA, max_position, base)
+    keep_BC = done_BC & (_distance(edited_BCA, anchors_BA[:, None]) > nearest_B1)
     if past_only:
-        keep_BC &= edited_BCA[..., 0] < pivots_BA
+        keep_BC &= edited_BCA[..., 0] < anchors_BA
     return jnp.where(keep_BC, _ravel(edited_BCA, max_position), -1)

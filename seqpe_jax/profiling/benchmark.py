@@ -197,7 +197,7 @@ def _train(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
 def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     params, batch = trainer.init_state().params, _batch(trainer)
     signal = trainer.programs.signal(params, trainer.config.grid)  # once for all batches, as evaluation does
-    compiled = trainer.programs.examiner(trainer.task.criterion).lower(params, signal, batch).compile()
+    compiled = trainer.programs.examiner(trainer.task.task_loss).lower(params, signal, batch).compile()
     return lambda: compiled(params, signal, batch), compiled
 
 
@@ -235,15 +235,19 @@ def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
 
 def _encode(trainer: Trainer) -> tuple[Callable[[], Any], int, Any]:
     """Forward and backward pass of a training step's positions, with their number and the program."""
-    objective, key = trainer.objective, jax.random.PRNGKey(0)
-    draws, rows = jax.eval_shape(objective.draw, key, jnp.int32(0)), 0
-    for part in (draws[:1], draws.contrastive and draws.contrastive[:2], draws.distillation and draws.distillation[1:]):
+    train_loss, key = trainer.train_loss, jax.random.PRNGKey(0)
+    sampled, rows = jax.eval_shape(train_loss.sample, key, jnp.int32(0)), 0
+    for part in (
+        sampled[:1],
+        sampled.contrastive and sampled.contrastive[:2],
+        sampled.distillation and sampled.distillation[1:],
+    ):
         rows += sum(positions.size // positions.shape[-1] for positions in part or ())
     params = trainer.init_state().params["encoding"]
 
     def summed(encoding: Any, key: jax.Array) -> jax.Array:
-        draws = objective.draw(key, jnp.int32(0))
-        signal, terms = objective.vectors_and_terms(encoding, draws, key, False)
+        sampled = train_loss.sample(key, jnp.int32(0))
+        signal, terms = train_loss.signal_and_terms(encoding, sampled, key, False)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((signal, terms)))
 
     compiled = jax.jit(jax.grad(summed)).lower(params, key).compile()

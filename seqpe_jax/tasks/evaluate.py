@@ -16,7 +16,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import METRICS, write_answers
 from seqpe_jax.files import EVALUATION_FILE, AnyPath, as_path, atomic_file, atomic_write
 from seqpe_jax.losses.flops import training_flops
-from seqpe_jax.losses.train_loss import Objective
+from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import Architecture
 from seqpe_jax.tasks.fingerprints import changes, describe, read_fingerprints
 from seqpe_jax.tasks.task import Measure, check_scale, evaluate_at
@@ -92,8 +92,8 @@ def measure(
     results = [_at(model, measured, scale, split) for measured, scale in work]
     guessed = task.without_context(split)
     architecture = Architecture.of(settings, model.sizes)  # of the run, where this is its export
-    objective = Objective(architecture, task.criterion, settings.objective)
-    flops = training_flops(objective, task.example, settings.batch_size, settings.optimizer.accumulate)
+    train_loss = TrainLoss(architecture, task.task_loss, settings.objective)
+    flops = training_flops(train_loss, task.example, settings.batch_size, settings.optimizer.accumulate)
     report = {
         "checkpoint": model.folder,
         "step": model.step,

@@ -20,7 +20,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.files import as_path, atomic_write, parse_json
 from seqpe_jax.inference.exported import Signature
-from seqpe_jax.losses.task import Classification
+from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.models.build import Shape, Sizes
 from seqpe_jax.tasks.data_spec import read_sizes
 from seqpe_jax.tasks.task import Asked, Task
@@ -56,7 +56,7 @@ class Images(Task):
             )
         if not self.sizes.classes:
             self.sizes = dataclasses.replace(self.sizes, classes=self.source("train").classes)
-        self.criterion = Classification(config.objective.label_smoothing, config.objective.mixing)
+        self.task_loss = ClassificationLoss(config.objective.label_smoothing, config.objective.mixing)
         self.example = {
             "images": jax.ShapeDtypeStruct((*config.data.size, self.sizes.channels), jnp.float32),
             "labels": jax.ShapeDtypeStruct((), jnp.int32),
@@ -200,7 +200,7 @@ class Images(Task):
         batch = min(asked.batch, -(-len(source) // jax.device_count()) * jax.device_count())
         batches = loader.EvaluationBatches(source, batch, len(source), self._example(scale))
         return accuracy(
-            asked.examine, batches, size=scale, put=asked.put, progress=lambda done: asked.progress(done, len(source))
+            asked.eval_step, batches, size=scale, put=asked.put, progress=lambda done: asked.progress(done, len(source))
         )
 
     def images(self, scale: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:

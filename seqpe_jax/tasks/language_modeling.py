@@ -20,7 +20,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
 from seqpe_jax.inference.exported import Signature
-from seqpe_jax.losses.task import LanguageModelling
+from seqpe_jax.losses.task import NextTokenLoss
 from seqpe_jax.models.build import Sizes
 from seqpe_jax.tasks.data_spec import read_sizes
 from seqpe_jax.tasks.task import Asked, Measure, Task
@@ -50,7 +50,7 @@ class Text(Task):
 
     def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
         self.config = config
-        self.criterion = LanguageModelling()
+        self.task_loss = NextTokenLoss()
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
         self.units_per_step = config.batch_size * config.data.length
         stored = read_sizes(kept) if kept else None
@@ -230,7 +230,7 @@ class Text(Task):
         """Returns the arguments of `evaluation.perplexity` that are the same for windows of every length."""
         source = self.source(split)
         return {
-            "token_losses": lambda tokens_BL: asked.examine({"tokens": tokens_BL})["loss"],
+            "token_losses": lambda tokens_BL: asked.eval_step({"tokens": tokens_BL})["loss"],
             "put": asked.put,
             "tokens_of_split": len(source.tokens),
             "bytes_of_split": source.bytes,
@@ -261,9 +261,9 @@ class Contexts:
         return self.text.config
 
     @property
-    def criterion(self) -> LanguageModelling:
+    def task_loss(self) -> NextTokenLoss:
         """What the model is trained for."""
-        return self.text.criterion
+        return self.text.task_loss
 
     def scales(self) -> tuple[tuple[int], ...]:
         """Returns the contexts that the config evaluates, each as (context,)."""

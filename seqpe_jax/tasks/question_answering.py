@@ -200,7 +200,7 @@ class Questions(Text):
 
         total = weight = 0.0
         for number, part in enumerate(loader.EvaluationBatches(source, asked.batch, count, example), 1):
-            losses_BL = np.asarray(asked.examine(asked.put({"tokens": part["tokens"]}))["loss"], np.float64)
+            losses_BL = np.asarray(asked.eval_step(asked.put({"tokens": part["tokens"]}))["loss"], np.float64)
             counted_BL = part["counted"] * part["weights"][:, None]
             total, weight = total + float((losses_BL * counted_BL).sum()), weight + float(counted_BL.sum())
             asked.progress(count + min(number * asked.batch, count), 2 * count)

@@ -18,7 +18,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import Programs, Progress, silent
 from seqpe_jax.inference.exported import Signature
 from seqpe_jax.inference.generate import generate
-from seqpe_jax.losses.task import Classification, LanguageModelling
+from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.models.build import Params, Shape, Sizes
 
 
@@ -33,7 +33,7 @@ class Asked:
       progress: called with what is done, and how much there is.
     """
 
-    examine: Callable[[dict[str, Any]], dict[str, jax.Array]]
+    eval_step: Callable[[dict[str, Any]], dict[str, jax.Array]]
     generate: Callable[..., Any]
     put: Callable[[dict[str, Any]], dict[str, jax.Array]]
     batch: int
@@ -52,7 +52,7 @@ class Measure(Protocol):
     scale_field: str
     measured: tuple[str, ...]
     config: Config
-    criterion: LanguageModelling | Classification
+    task_loss: NextTokenLoss | ClassificationLoss
 
     def scales(self) -> tuple[Shape, ...]:
         """Returns the scales that the config evaluates."""
@@ -93,7 +93,7 @@ class Task(abc.ABC):
         return cls.measured
 
     config: Config
-    criterion: LanguageModelling | Classification
+    task_loss: NextTokenLoss | ClassificationLoss
     sizes: Sizes
     example: dict[str, jax.ShapeDtypeStruct]
     units_per_step: int
@@ -212,7 +212,7 @@ def evaluate_at(
     shape, parts = task.grid_of(scale), layout.batch_shards(programs.mesh)
     batch = max(1, task.config.eval.batch_tokens // math.prod(shape))
     asked = Asked(
-        examine=functools.partial(programs.examiner(task.criterion), params, programs.signal(params, shape)),
+        eval_step=functools.partial(programs.examiner(task.task_loss), params, programs.signal(params, shape)),
         generate=functools.partial(generate, programs, task.config, params),
         put=functools.partial(layout.from_full_batch, programs.mesh),
         batch=-(-batch // parts) * parts,

@@ -14,7 +14,7 @@ import jax
 
 from seqpe_jax.distributed import hardware, processes
 from seqpe_jax.distributed.progress import MetricsWriter, ProgressLine
-from seqpe_jax.distributed.waiting import patiently
+from seqpe_jax.distributed.waiting import run_interruptible
 from seqpe_jax.errors import EXIT_PREEMPTED, Failure
 from seqpe_jax.files import AnyPath, staged_dir
 from seqpe_jax.training.best_checkpoint import EVALUATION_KEY
@@ -25,55 +25,55 @@ from seqpe_jax.training.state import TrainState, all_finite
 Values = dict[str, jax.Array]
 
 
-class NotFinite(Failure):
+class NonFiniteError(Failure):
     """A loss, or a parameter, became infinite or not a number."""
 
 
 _all_finite = jax.jit(all_finite)
 
 
-class Stopped(Failure):
+class Preempted(Failure):
     """The run was told to stop; its state is saved, and a scheduler may start it again on the exit code alone."""
 
     code = EXIT_PREEMPTED
 
 
 @dataclasses.dataclass
-class Standing:
+class LoopState:
     """Where a run stands.
 
     Attributes:
       state: after `step` steps; first: steps done before this start; steps: in all.
-      measured: (step, what the newest evaluation found of the state then).
+      last_eval: (step, what the newest evaluation found of the state then).
     """
 
     state: TrainState
     step: int
     first: int
     steps: int
-    measured: tuple[int, dict[str, float]] = (-1, {})
+    last_eval: tuple[int, dict[str, float]] = (-1, {})
 
 
-class Event:
-    """Something that may happen around each step; the loop calls its events in their order."""
+class Hook:
+    """Something that may happen around each step; the loop calls its hooks in their order."""
 
-    def before(self, run: Standing) -> None:
+    def before_step(self, run: LoopState) -> None:
         """Called before each step."""
 
-    def meanwhile(self, run: Standing) -> None:
+    def poll(self, run: LoopState) -> None:
         """Called now and then while something takes long that another thread does, such as compiling a step."""
 
-    def after(self, run: Standing, values: Values) -> None:
+    def after_step(self, run: LoopState, values: Values) -> None:
         """Called when a step has been dispatched; its metrics need not be there yet."""
 
-    def end(self, run: Standing) -> None:
+    def on_end(self, run: LoopState) -> None:
         """Called after the last step."""
 
     def close(self) -> None:
         """Called however the run ends."""
 
 
-class Report(Event):
+class MetricsHook(Hook):
     """Tells each step's metrics one step later, so that the device never waits for the host.
 
     Args:
@@ -109,21 +109,21 @@ class Report(Event):
         self._pending: tuple[int, Values] | None = None
         self._reported: tuple[int, float] | None = None  # steps done and the time then
 
-    def before(self, run: Standing) -> None:
+    def before_step(self, run: LoopState) -> None:
         """Begins to take the time at the first step."""
         if self._reported is None:
             self._reported = (run.step, self._clock.stepping())
 
-    def after(self, run: Standing, values: Values) -> None:
+    def after_step(self, run: LoopState, values: Values) -> None:
         """Tells the step before this one."""
-        self.settle(run)
+        self.flush(run)
         self._pending = (run.step, values)
 
-    def end(self, run: Standing) -> None:
+    def on_end(self, run: LoopState) -> None:
         """Tells the last step."""
-        self.settle(run)
+        self.flush(run)
 
-    def settle(self, run: Standing) -> None:
+    def flush(self, run: LoopState) -> None:
         """Tells a step that has not been told yet; waits for it. Raises: NotFinite."""
         if self._pending is None:
             return
@@ -136,7 +136,7 @@ class Report(Event):
         lost = bool(numbers["skipped"]) if self._skips else not all(map(math.isfinite, numbers.values()))
         self._in_a_row = self._in_a_row + 1 if lost else 0
         if lost and self._in_a_row > self._skips:
-            raise NotFinite(self._reason(done, values))
+            raise NonFiniteError(self._reason(done, values))
         self.skipped += lost
         before, since = self._reported
         now, compiled_now = (
@@ -183,9 +183,9 @@ class Report(Event):
         self._progress.say(words)
 
     @contextlib.contextmanager
-    def aside(self, run: Standing) -> Iterator[None]:
+    def paused_clock(self, run: LoopState) -> Iterator[None]:
         """What happens between steps, once the last of them has been told; it does not count as their time."""
-        self.settle(run)
+        self.flush(run)
         with self._clock.pause():
             yield
 
@@ -195,7 +195,7 @@ class Report(Event):
         self._metrics.close()
 
 
-class Evaluate(Event):
+class EvaluationHook(Hook):
     """Evaluates every `every` steps and after the last one; a run that is told to stop does not end the evaluation first.
 
     Args:
@@ -209,29 +209,29 @@ class Evaluate(Event):
         evaluate: Callable[[Any, Callable[..., None]], dict[str, float]],
         metrics: MetricsWriter,
         clock: Clock,
-        report: Report,
-        stop: "Stop",
+        report: MetricsHook,
+        stop: "PreemptionHook",
         *,
         every: int,
-        owed: bool = False,
+        pending_eval: bool = False,
     ):
         self._evaluate, self._metrics, self._clock, self._report, self._every = evaluate, metrics, clock, report, every
-        self._stop, self._owed = stop, owed
+        self._stop, self._pending_eval = stop, pending_eval
 
-    def before(self, run: Standing) -> None:
+    def before_step(self, run: LoopState) -> None:
         """Evaluates where it is time to."""
-        if run.step % self._every == 0 if run.step > run.first else self._owed:
-            self.end(run)
+        if run.step % self._every == 0 if run.step > run.first else self._pending_eval:
+            self.on_end(run)
 
-    def end(self, run: Standing) -> None:
+    def on_end(self, run: LoopState) -> None:
         """Evaluates."""
-        with self._report.aside(run):
-            values = self._stop.answering(run, lambda between: self._evaluate(run.state.params, between))
+        with self._report.paused_clock(run):
+            values = self._stop.run_preemptible(run, lambda between: self._evaluate(run.state.params, between))
             self._metrics.write(run.step, values, time=self._clock.seconds())
-        run.measured = run.step, values
+        run.last_eval = run.step, values
 
 
-class Save(Event):
+class CheckpointHook(Hook):
     """Saves every `every` steps and after the last one, in the background; `meta` lies beside each state.
 
     A save that fails is tried again with the state of the next one, until `failures` in a row have failed; among several
@@ -246,7 +246,7 @@ class Save(Event):
         checkpoints: Checkpointer,
         meta: dict[str, Any],
         clock: Clock,
-        report: Report,
+        report: MetricsHook,
         *,
         every: int,
         failures: int = 1,
@@ -255,23 +255,23 @@ class Save(Event):
         self._checkpoints, self._meta, self._clock, self._report, self._every = checkpoints, meta, clock, report, every
         self._failures, self._before_each = failures, before_each or (lambda: None)
 
-    def before(self, run: Standing) -> None:
+    def before_step(self, run: LoopState) -> None:
         """Saves where it is time to."""
         if run.step > run.first and run.step % self._every == 0:
             self.now(run)
 
-    def now(self, run: Standing) -> None:
+    def now(self, run: LoopState) -> None:
         """Begins to save the state of this step, if that is not saved already. Raises: NotFinite: it is of no use."""
-        with self._report.aside(run):
+        with self._report.paused_clock(run):
             if not bool(_all_finite(run.state.params)):
-                raise NotFinite(
+                raise NonFiniteError(
                     f"parameters are infinite or not a number after step {run.step}, though the loss before was not: they "
                     f"are not saved, the last checkpoint is of step {self._checkpoints.latest()}. Lower "
                     "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
                 )
             beside = {"seconds": self._clock.seconds(), "skipped": self._report.skipped}
-            if run.measured[0] == run.step:
-                beside[EVALUATION_KEY] = run.measured[1]
+            if run.last_eval[0] == run.step:
+                beside[EVALUATION_KEY] = run.last_eval[1]
             try:
                 self._checkpoints.wait()
             except SaveError as error:
@@ -294,7 +294,7 @@ class Save(Event):
             ) from error
         self._report.say(f"{error}: trying again, {self._failures - failed} more before the run ends")
 
-    def finish(self, run: Standing) -> None:
+    def finish(self, run: LoopState) -> None:
         """Saves the state of this step and waits until it is there. Raises: SaveFailed, NotFinite."""
         while True:
             self.now(run)
@@ -307,7 +307,7 @@ class Save(Event):
                 return
             time.sleep(1)  # somebody may be making room
 
-    def end(self, run: Standing) -> None:
+    def on_end(self, run: LoopState) -> None:
         """Saves the last state."""
         self.finish(run)
 
@@ -320,14 +320,14 @@ class _Left(Exception):
     """Work in another thread has ended early, since the run is told to stop."""
 
 
-class Stop(Event):
+class PreemptionHook(Hook):
     """Ends the run, saved, before the next step when SIGTERM, SIGINT or SIGHUP comes; a second one acts at once.
 
     Among several processes JAX itself listens for SIGTERM and agrees with the others on a step; the other two are handed to
     it. A run under `nohup`, which ignores SIGHUP, goes on ignoring it.
     """
 
-    def __init__(self, save: Save):
+    def __init__(self, save: CheckpointHook):
         self._save, self._number = save, None
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -341,31 +341,31 @@ class Stop(Event):
         if processes.is_multiprocess():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def before(self, run: Standing) -> None:
+    def before_step(self, run: LoopState) -> None:
         """Asks; among several processes all do at the same places. Raises: Stopped."""
         if processes.reached_preemption() if processes.is_multiprocess() else self._number is not None:
             self._save.finish(run)
             name = "told to stop" if processes.is_multiprocess() else signal.Signals(self._number).name
-            raise Stopped(f"{name} at step {run.step}: saved; the same command goes on from there")
+            raise Preempted(f"{name} at step {run.step}: saved; the same command goes on from there")
 
-    def meanwhile(self, run: Standing) -> None:
+    def poll(self, run: LoopState) -> None:
         """Asks where there is only one process: several would not ask at the same places. Raises: Stopped."""
         if not processes.is_multiprocess():
-            self.before(run)
+            self.before_step(run)
 
-    def answering(self, run: Standing, work: Callable[[Callable[..., None]], Any]) -> Any:
+    def run_preemptible(self, run: LoopState, work: Callable[[Callable[..., None]], Any]) -> Any:
         """Returns work(between), long work beside the steps, which calls `between` now and then. Raises: Stopped."""
         if processes.is_multiprocess():
-            return work(lambda *_: self.before(run))
+            return work(lambda *_: self.before_step(run))
 
         def between(*_: Any) -> None:
             if self._number is not None:
                 raise _Left
 
         try:
-            return patiently(lambda: work(between), lambda: self.meanwhile(run))
+            return run_interruptible(lambda: work(between), lambda: self.poll(run))
         except _Left:  # the signal came after the last look
-            self.before(run)
+            self.before_step(run)
             raise
 
     def close(self) -> None:
@@ -374,21 +374,21 @@ class Stop(Event):
             signal.signal(number, handler)
 
 
-class Profile(Event):
+class ProfilerHook(Hook):
     """Records the steps of a window, (first, end), with the JAX profiler into WORKDIR/profile."""
 
     def __init__(self, window: tuple[int, int], workdir: AnyPath):
         self._window, self._folder, self._on = window, workdir / "profile", False
         self._here = contextlib.ExitStack()
 
-    def before(self, run: Standing) -> None:
+    def before_step(self, run: LoopState) -> None:
         """Begins at the first step of the window."""
         if run.step == self._window[0]:
             folder = self._here.enter_context(staged_dir(self._folder))
             jax.profiler.start_trace(str(folder))
             self._on = True
 
-    def after(self, run: Standing, values: Values) -> None:
+    def after_step(self, run: LoopState, values: Values) -> None:
         """Ends with the last step of the window, when that is done."""
         if run.step == self._window[1]:
             jax.block_until_ready(run.state)
@@ -404,11 +404,11 @@ class Profile(Event):
 
 # What of a turn comes before what: an evaluation and a save see the state before the next step, a run that is told to stop
 # is saved first, and a report waits for its step last.
-ORDER = (Evaluate, Save, Stop, Profile, Report)
+HOOK_ORDER = (EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook)
 
 
-def check_order(events: Sequence[Event]) -> None:
-    """Refuses events in another order than `ORDER`. Raises: ValueError."""
-    places = [ORDER.index(type(event)) for event in events if type(event) in ORDER]
+def check_hook_order(hooks: Sequence[Hook]) -> None:
+    """Refuses hooks in another order than `HOOK_ORDER`. Raises: ValueError."""
+    places = [HOOK_ORDER.index(type(hook)) for hook in hooks if type(hook) in HOOK_ORDER]
     if places != sorted(places):
-        raise ValueError(f"events must come in the order {', '.join(kind.__name__ for kind in ORDER)}")
+        raise ValueError(f"hooks must come in the order {', '.join(kind.__name__ for kind in HOOK_ORDER)}")

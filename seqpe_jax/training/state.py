@@ -25,13 +25,13 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def key_of(seed: int) -> jax.Array:
+def key_from_seed(seed: int) -> jax.Array:
     """Returns the key of a run's seed, from 0 to 2**63 - 1, of which JAX itself takes the last 32 bits alone."""
     key = jax.random.PRNGKey(seed % 2**32)
     return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
-def create(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def create_train_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Returns the state at step 0."""
     return TrainState(jnp.zeros((), jnp.int32), key, params, optimizer.init(params))
 

@@ -75,11 +75,11 @@ def make_train_step(
 
 def _parts(batch: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what all parts of a batch share, and the batch with a leading axis over its consecutive parts."""
-    shared = {name: value for name, value in batch.items() if name == "draws"}
+    shared = {name: value for name, value in batch.items() if name == "sampled_positions"}
     parts = {
         name: value.reshape(count, value.shape[0] // count, *value.shape[1:])
         for name, value in batch.items()
-        if name != "draws"
+        if name != "sampled_positions"
     }
     return shared, parts
 

@@ -1,4 +1,4 @@
-"""Config -> everything that trains: the task, the objective, the optimiser, their layout over devices, and a run's folder.
+"""Config -> everything that trains: the task, the train_loss, the optimiser, their layout over devices, and a run's folder.
 
 from seqpe_jax.training.trainer import Trainer
 Trainer.of(config).fit("runs/first")
@@ -24,7 +24,7 @@ from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, tmp_dir
 from seqpe_jax.inference.compiled import Programs, Progress, silent, use_sharding
-from seqpe_jax.losses.train_loss import Objective
+from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.attention_dispatch import choose
 from seqpe_jax.models.attention_inputs import Operands
 from seqpe_jax.models.build import Architecture, Params, Shape, check_encoding, flops_of
@@ -52,7 +52,7 @@ from seqpe_jax.training.checkpoint import (
     write_config,
 )
 from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, clear_cache, write_side_files
-from seqpe_jax.training.state import TrainState, create, key_of
+from seqpe_jax.training.state import TrainState, create_train_state, key_from_seed
 from seqpe_jax.training.step import TrainStep, make_train_step
 from seqpe_jax.training.workdir import (
     check_owned,
@@ -72,7 +72,7 @@ class Trainer:
     """The parts that train, linked; nothing is compiled or written yet.
 
     Attributes:
-      config, task, objective, optimizer: what is trained, on what, and how.
+      config, task, train_loss, optimizer: what is trained, on what, and how.
       mesh: the devices; whole: dimensions that could not be split as the mesh asks.
       initial: draws the state at step 0, the same function for its shapes and for itself, so that JAX traces it once.
       shapes: of the state, with shardings.
@@ -81,7 +81,7 @@ class Trainer:
     config: Config
     mesh: jax.sharding.Mesh
     task: Task
-    objective: Objective
+    train_loss: TrainLoss
     optimizer: Any
     initial: Callable[[], TrainState]
     shapes: TrainState
@@ -116,15 +116,15 @@ class Trainer:
         _best_metric(config)
         task = task_class(config)(config, data_there, kept)
         bits = config.precision.random_bits
-        objective = Objective(Architecture.of(config, task.sizes), task.criterion, config.objective, bits)
-        _check_attention(config, objective.architecture, layout.MeshSharding(mesh))
+        train_loss = TrainLoss(Architecture.of(config, task.sizes), task.task_loss, config.objective, bits)
+        _check_attention(config, train_loss.architecture, layout.MeshSharding(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-        initial = _initial(objective.architecture, optimizer, config.seed)
+        initial = _initial(train_loss.architecture, optimizer, config.seed)
         shapes, whole = layout.with_shardings(mesh, jax.eval_shape(initial))
-        return cls(config, mesh, task, objective, optimizer, initial, shapes, tuple(whole))
+        return cls(config, mesh, task, train_loss, optimizer, initial, shapes, tuple(whole))
 
     @classmethod
-    def for_folder(cls, config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> "Trainer":
+    def for_workdir(cls, config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> "Trainer":
         """Returns the trainer of a config whose run stands, or is to begin, in a folder.
 
         Args:
@@ -149,7 +149,7 @@ class Trainer:
     @property
     def architecture(self) -> Architecture:
         """What the model is."""
-        return self.objective.architecture
+        return self.train_loss.architecture
 
     @functools.cached_property
     def programs(self) -> Programs:
@@ -188,11 +188,11 @@ class Trainer:
     def train_step(self) -> TrainStep:
         """Returns the compiled-on-first-call train step; the state that goes in is donated."""
         step = make_train_step(
-            use_sharding(self.mesh, self.objective.loss),
+            use_sharding(self.mesh, self.train_loss.loss),
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,
-            weight=self.task.criterion.weight,
+            weight=self.task.task_loss.weight,
             skip=self.config.optimizer.non_finite == "skip",
             project=optimizers.projection(self.architecture.bounds),
         )
@@ -274,10 +274,10 @@ class Trainer:
         self._claim(folder, anew=first is None)
         if planned != settings.steps:
             _say(f"  planned for {planned} steps, going on to {settings.steps}")
-        owed = processes.broadcast_from_main(
+        pending_eval = processes.broadcast_from_main(
             processes.is_main_process() and _owes_an_evaluation(settings, folder, first)
         )
-        if first == settings.steps and not owed:
+        if first == settings.steps and not pending_eval:
             _say(f"  nothing to do: step {first} is saved")
             return
         metric = _best_metric(settings)
@@ -297,12 +297,12 @@ class Trainer:
             _say(f"  no step is saved, though {told[-1]['step']} were done: beginning anew")
         if first is not None or settings.init_from:
             _say(f"  begins with {settings.init_from}" if first is None else f"  going on from step {first}")
-        happening = self._events(folder, checkpoints, first or 0, before, owed)
+        happening = self._events(folder, checkpoints, first or 0, before, pending_eval)
         loop.fit(state, self.train_step(), self.batches(first or 0), steps=settings.steps, hooks=happening)
 
     def _events(
-        self, folder: AnyPath, checkpoints: Checkpointer, first: int, before: dict, owed: bool
-    ) -> list[hooks.Event]:
+        self, folder: AnyPath, checkpoints: Checkpointer, first: int, before: dict, pending_eval: bool
+    ) -> list[hooks.Hook]:
         """What happens beside the steps of a run that has done `first` of them.
 
         Args:
@@ -311,7 +311,7 @@ class Trainer:
         settings, clock = self.config, hooks.Clock(before.get("seconds", 0.0))
         metrics = MetricsWriter(folder, first, tensorboard=settings.report.tensorboard)
         checkpoints.first = metrics.flush  # who goes on from a step has the lines up to it
-        report = hooks.Report(
+        report = hooks.MetricsHook(
             metrics,
             clock,
             every=settings.report.every,
@@ -324,7 +324,7 @@ class Trainer:
             skipped=before.get("skipped", 0),
         )
         meta = {"config": json.loads(json.dumps(config.to_dict(settings))), SIDE_FILES: DIGESTS_FILE}
-        save = hooks.Save(
+        save = hooks.CheckpointHook(
             checkpoints,
             meta,
             clock,
@@ -333,17 +333,19 @@ class Trainer:
             failures=settings.checkpoint.failed_saves,
             before_each=functools.partial(check_owned, folder) if processes.is_main_process() else None,
         )
-        found: list[hooks.Event] = []
-        stop = hooks.Stop(save)
+        found: list[hooks.Hook] = []
+        stop = hooks.PreemptionHook(save)
         if settings.eval.every:
-            evaluate = hooks.Evaluate(self.evaluate, metrics, clock, report, stop, every=settings.eval.every, owed=owed)
+            evaluate = hooks.EvaluationHook(
+                self.evaluate, metrics, clock, report, stop, every=settings.eval.every, pending_eval=pending_eval
+            )
             found.append(evaluate)
         found += [save, stop]
         window = config.profile_window(settings)
         if window is not None and window[0] < first:
             _say(f"  profile.steps={settings.profile.steps} has passed: nothing is recorded")
         elif window is not None:
-            found.append(hooks.Profile(window, folder))
+            found.append(hooks.ProfilerHook(window, folder))
         return [*found, report]
 
     def _claim(self, folder: AnyPath, anew: bool) -> None:
@@ -429,7 +431,7 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
 
 def _initial(architecture: Architecture, optimizer: Any, seed: int) -> Callable[[], TrainState]:
     def initial() -> TrainState:
-        key = key_of(seed)
-        return create(architecture.init(key), optimizer, key)
+        key = key_from_seed(seed)
+        return create_train_state(architecture.init(key), optimizer, key)
 
     return initial

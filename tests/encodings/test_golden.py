@@ -7,7 +7,7 @@ import pytest
 
 from seqpe_jax.encodings.fixed import alibi_slopes
 from seqpe_jax.interop import from_state_dicts
-from seqpe_jax.positions.digits import significant, to_digits
+from seqpe_jax.positions.digits import significant_mask, to_digits
 from tests.goldens import close, load, names, under
 
 # The fast lane takes one encoder with one axis and one with two.
@@ -25,7 +25,7 @@ def test_encoder(goldens, name):
     positions_RA = jnp.asarray(arrays["in/positions"], jnp.int32).reshape(-1, spec["data_dim"])
     written = {"base": 10, "digits": spec["max_digits"], "padding": padding}
     np.testing.assert_array_equal(to_digits(positions_RA, **written), arrays["in/digits"])
-    np.testing.assert_array_equal(significant(positions_RA, **written), arrays["in/pad_mask"] > 0)
+    np.testing.assert_array_equal(significant_mask(positions_RA, **written), arrays["in/pad_mask"] > 0)
     params = jax.tree.map(jnp.asarray, reference.params["encoding"])
 
     def weighted(params):

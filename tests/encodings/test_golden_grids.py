@@ -17,7 +17,7 @@ from seqpe_jax.interop.weights import mixed_rule
 from seqpe_jax.losses.train_loss import term_weight
 from seqpe_jax.models.attention import _rotate
 from seqpe_jax.positions.counting import count_digits
-from seqpe_jax.positions.digits import significant, to_digits
+from seqpe_jax.positions.digits import significant_mask, to_digits
 from seqpe_jax.positions.grids import grid
 from tests.goldens import close, load, under
 
@@ -125,7 +125,9 @@ def digits(arrays):
             positions_RA = jnp.asarray(arrays[f"in/{name}"], jnp.int32).reshape(len(arrays[f"in/{name}"]), -1)
             written = {"base": 10, "digits": count, "padding": padding}
             np.testing.assert_array_equal(to_digits(positions_RA, **written), arrays[f"out/digits{axes}_{side}"])
-            np.testing.assert_array_equal(significant(positions_RA, **written), arrays[f"out/padmask{axes}_{side}"] > 0)
+            np.testing.assert_array_equal(
+                significant_mask(positions_RA, **written), arrays[f"out/padmask{axes}_{side}"] > 0
+            )
     for limit, count in arrays["out/get_digit_num"]:
         assert count_digits(limit, 10) == count
 

@@ -16,7 +16,7 @@ from seqpe_jax.encodings.bounds import bounded
 from seqpe_jax.encodings.pope import PoPE
 from seqpe_jax.encodings.relative_bias import Kerple
 from seqpe_jax.training.optimizer import projection
-from seqpe_jax.training.state import create
+from seqpe_jax.training.state import create_train_state
 from seqpe_jax.training.step import make_train_step
 
 FOLDER = pathlib.Path(encodings.__file__).parent
@@ -131,7 +131,7 @@ def test_a_parameter_comes_back_from_its_bound(encoding, name, end, outwards):
     step = jax.jit(make_train_step(loss, optimizer, lambda _: 0.05, project=projection(encoding.PARAM_BOUNDS)))
     fresh = encoding.init(jax.random.PRNGKey(0), jnp.arange(4)[None, :, None], shape=(4,))["params"]
     params = {"encoding": {key: jnp.full_like(leaf, end if key == name else 1.0) for key, leaf in fresh.items()}}
-    states = [create(params, optimizer, jax.random.PRNGKey(0))]
+    states = [create_train_state(params, optimizer, jax.random.PRNGKey(0))]
     for sign in (outwards, -outwards):
         states.append(step(states[-1], {"sign": jnp.float32(sign)})[0])
     at, back = (np.asarray(state.params["encoding"][name]) for state in states[1:])

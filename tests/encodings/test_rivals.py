@@ -287,7 +287,9 @@ def gradients(settings, devices=None):
     run = Trainer.of(settings, devices or jax.devices()[:1])
     params = random_params(run, 0.3)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
-    signal = lambda params: run.architecture.signal(params, run.architecture.spacing.grid((24,))[None], (24,))  # noqa: E731
+
+    def signal(params):
+        return run.architecture.signal(params, run.architecture.position_grid.positions((24,))[None], (24,))
 
     def found(params):
         logits = run.architecture.network.apply({"params": params["model"]}, tokens, signal(params))

@@ -7,7 +7,7 @@ import pytest
 
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.prefix_trie import Group
+from seqpe_jax.positions.prefix_trie import RowGroup
 
 KEY = jax.random.PRNGKey(0)
 SIZES = {"layers_model": 3, "width_model": 12, "heads_model": 2, "width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
@@ -81,23 +81,23 @@ STRIDED = np.arange(50)[:, None] * 10
 JITTERED = STRIDED + 10 + np.random.default_rng(0).integers(-10, 11, (50, 1))
 JITTERED_BOX = 10 * (BOXES - [37, 8]) + 3 + np.random.default_rng(0).integers(-3, 4, BOXES.shape)
 SHARED = {
-    "a window": (WINDOW, [Group(1, (50,))], {}),
+    "a window": (WINDOW, [RowGroup(1, (50,))], {}),
     "a window of which nothing is told": (WINDOW, [], {}),
     "two windows, one of them cut, and others": (
         np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]),
-        [Group(2, (50,), 2), Group(30)],
+        [RowGroup(2, (50,), 2), RowGroup(30)],
         {},
     ),
-    "the last digit is read": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"cls": False}),
-    "one layer": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"layers": 1}),
-    "three layers": (np.concatenate([WINDOW, RANDOM]), [Group(1, (50,)), Group(30)], {"layers": 3}),
-    "base 3": (WINDOW, [Group(1, (50,))], {"base": 3, "digits": 6}),
-    "some of a window": (WINDOW[::7], [Group(1, (50,), rows=8)], {}),
-    "a box": (BOXES, [Group(1, (14, 10))], {"axes": 2}),
-    "a box, places counted anew": (BOXES, [Group(1, (14, 10))], {"axes": 2, "place": "coordinate"}),
-    "a strided window": (STRIDED, [Group(1, (50,), spans=(490,))], {}),
-    "a jittered window": (JITTERED, [Group(1, (50,), spans=(510,), apart=True)], {}),
-    "a jittered box": (JITTERED_BOX, [Group(1, (14, 10), spans=(136, 96), apart=True)], {"axes": 2}),
+    "the last digit is read": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"cls": False}),
+    "one layer": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"layers": 1}),
+    "three layers": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"layers": 3}),
+    "base 3": (WINDOW, [RowGroup(1, (50,))], {"base": 3, "digits": 6}),
+    "some of a window": (WINDOW[::7], [RowGroup(1, (50,), rows=8)], {}),
+    "a box": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2}),
+    "a box, places counted anew": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "place": "coordinate"}),
+    "a strided window": (STRIDED, [RowGroup(1, (50,), spans=(490,))], {}),
+    "a jittered window": (JITTERED, [RowGroup(1, (50,), spans=(510,), independent_axes=True)], {}),
+    "a jittered box": (JITTERED_BOX, [RowGroup(1, (14, 10), spans=(136, 96), independent_axes=True)], {"axes": 2}),
 }
 
 
@@ -139,10 +139,10 @@ def test_shared_prefixes_change_nothing(name, monkeypatch):
 
 def test_prefixes_are_shared_where_it_pays_and_can_be_done():
     window, few = jnp.asarray(WINDOW), jnp.asarray(RANDOM[:2])
-    assert make()._sizes(window, [Group(1, (50,))]) == (2, 6, 50)
-    assert make()._sizes(few, [Group(2)]) is None  # nothing to gain
+    assert make()._sizes(window, [RowGroup(1, (50,))]) == (2, 6, 50)
+    assert make()._sizes(few, [RowGroup(2)]) is None  # nothing to gain
     for fields in ({"direction": "bi"}, {"padding": "right"}, {"mask_padding": True}, {"share_prefixes": False}):
-        assert make(**fields)._sizes(window, [Group(1, (50,))]) is None
+        assert make(**fields)._sizes(window, [RowGroup(1, (50,))]) is None
 
 
 def test_places_may_restart_with_each_coordinate():

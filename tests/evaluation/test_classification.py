@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.losses.task import Classification, ranks
+from seqpe_jax.losses.task import ClassificationLoss, ranks
 
 
 def test_padding_rows_do_not_count_and_units_are_right():
@@ -39,7 +39,7 @@ def test_examine_counts_the_classes_above_the_true_one():
             return images
 
     logits = jnp.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.0, 2.0, 1.0]])
-    found = Classification(0.0, None).examine(
+    found = ClassificationLoss(0.0, None).eval_step(
         Table(), {}, PositionSignal(), {"images": logits, "labels": jnp.array([2, 2, 2])}
     )
     assert found["rank"].tolist() == [0, 2, 1]

@@ -16,7 +16,7 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         model__attention_dropout=0.1,
     )
     parts = Trainer.of(settings, jax.devices()[:1])
-    batch, draw = tokens(settings), jax.jit(parts.objective.draw)
+    batch, draw = tokens(settings), jax.jit(parts.train_loss.sample)
     expected = [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1)))]
     with jax.enable_x64(True):
         drawn = jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1))
@@ -34,6 +34,6 @@ def test_parameters_and_signals_are_float32(variant):
     parts = Trainer.of(tiny_config(variant=variant), jax.devices()[:1])
     with jax.enable_x64(True):
         params = jax.eval_shape(parts.architecture.init, jax.random.PRNGKey(0))
-        positions_PLA = parts.architecture.spacing.grid((16,))[None]
+        positions_PLA = parts.architecture.position_grid.positions((16,))[None]
         signal = jax.eval_shape(lambda params: parts.architecture.signal(params, positions_PLA, (16,)), params)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, signal))} == {jnp.dtype("float32")}

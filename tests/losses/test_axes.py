@@ -9,8 +9,8 @@ import pytest
 
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, MixingConfig, ObjectiveConfig, ShiftConfig
 from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.losses.task import Classification
-from seqpe_jax.losses.train_loss import Objective
+from seqpe_jax.losses.task import ClassificationLoss
+from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import Architecture
 from seqpe_jax.models.vit import ViT
 
@@ -42,7 +42,7 @@ def objective(shape):
     network = ViT(classes=3, patch=(1,) * len(shape), layers=1, width=8, heads=2)
     inputs = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
     architecture = Architecture(encoding, network, inputs, shape, 20, heads=2)
-    return Objective(architecture, Classification(0.0, MixingConfig()), settings)
+    return TrainLoss(architecture, ClassificationLoss(0.0, MixingConfig()), settings)
 
 
 @functools.cache

@@ -16,8 +16,8 @@ KEY = jax.random.PRNGKey(0)
 
 def test_contrastive(goldens):
     spec, arrays = load(goldens, "criterion", "contrastive_a")
-    pivots, labels = arrays["in/pivot_pe"], jnp.asarray(arrays["in/labels"], jnp.int32)
-    candidates = arrays["in/neg_pe"].reshape(len(pivots), -1, pivots.shape[1])
+    anchors, labels = arrays["in/pivot_pe"], jnp.asarray(arrays["in/labels"], jnp.int32)
+    candidates = arrays["in/neg_pe"].reshape(len(anchors), -1, anchors.shape[1])
     losses = under(arrays, "out/loss/")
     assert len(losses) == 8
     for name, expected in losses.items():
@@ -29,7 +29,7 @@ def test_contrastive(goldens):
         }
         loss, grads = jax.value_and_grad(
             lambda p, c, options=options: contrastive_loss(p, c, labels, **options), argnums=(0, 1)
-        )(pivots, candidates)
+        )(anchors, candidates)
         close(loss, expected, 1e-5, name)
         close(grads[0], arrays[f"grad/pivot_pe/{name}"], 1e-5, name)
         close(grads[1].reshape(arrays["in/neg_pe"].shape), arrays[f"grad/neg_pe/{name}"], 1e-5, name)
@@ -79,18 +79,18 @@ def test_rows_are_summed_where_elements_are_averaged(metric):
 
 
 def test_one_head_is_the_whole_vector():
-    pivots, candidates, labels = random(3, 8), random(3, 4, 8), jnp.array([0, 3, 1])
-    assert contrastive_loss(pivots, candidates, labels, heads=1) == contrastive_loss(pivots, candidates, labels)
+    anchors, candidates, labels = random(3, 8), random(3, 4, 8), jnp.array([0, 3, 1])
+    assert contrastive_loss(anchors, candidates, labels, heads=1) == contrastive_loss(anchors, candidates, labels)
 
 
 def test_pivots_below_the_floor_of_the_contrastive_loss_are_left_alone():
     """Each pivot is held to the floor by itself, in each head: one that is near enough does not hide one that is not."""
     near, far = jnp.array([4.0, 0.0]), jnp.array([0.0, 1.0])
-    pivots, candidates = jnp.stack([near, far]), jnp.broadcast_to(jnp.stack([near, far]), (2, 2, 2))
+    anchors, candidates = jnp.stack([near, far]), jnp.broadcast_to(jnp.stack([near, far]), (2, 2, 2))
     labels = jnp.array([0, 0])  # the second pivot's nearest is the first candidate, from which it is far
-    single = [float(contrastive_loss(pivots[i : i + 1], candidates[i : i + 1], labels[i : i + 1])) for i in (0, 1)]
+    single = [float(contrastive_loss(anchors[i : i + 1], candidates[i : i + 1], labels[i : i + 1])) for i in (0, 1)]
     assert single[0] < 0.5 < single[1]
-    loss, grads = jax.value_and_grad(lambda p: contrastive_loss(p, candidates, labels, floor=0.5))(pivots)
+    loss, grads = jax.value_and_grad(lambda p: contrastive_loss(p, candidates, labels, floor=0.5))(anchors)
     assert float(loss) == pytest.approx((0.5 + single[1]) / 2)
     assert not np.asarray(grads[0]).any() and np.asarray(grads[1]).any()
-    assert contrastive_loss(pivots, candidates, labels, floor=0.0) == contrastive_loss(pivots, candidates, labels)
+    assert contrastive_loss(anchors, candidates, labels, floor=0.0) == contrastive_loss(anchors, candidates, labels)

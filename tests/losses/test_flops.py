@@ -16,7 +16,7 @@ WITHOUT_LOSSES = {"objective.contrastive.weight": 0.0, "objective.distillation.w
 
 def flops_per_step(**overrides) -> float:
     trainer = Trainer.of(tiny_config(**overrides))
-    return training_flops(trainer.objective, trainer.task.example, BATCH)
+    return training_flops(trainer.train_loss, trainer.task.example, BATCH)
 
 
 @pytest.mark.parametrize(

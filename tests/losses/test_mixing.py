@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.losses.mixing import mix
-from seqpe_jax.losses.task import Classification
+from seqpe_jax.losses.mixing import mix_images
+from seqpe_jax.losses.task import ClassificationLoss
 
 LABELS_B = jnp.array([0, 1, 2, 3])
 KEYS = jax.random.split(jax.random.PRNGKey(0), 40)
@@ -29,7 +29,7 @@ def shares(mixed, partner_B):
 
 @pytest.mark.parametrize("sides", [(8, 12), (4, 6, 6)])
 def test_mixup_shares_every_pixel_alike(sides):
-    step = jax.jit(lambda key: mix(key, images(sides), LABELS_B, mixup=0.8, cutmix=0.0, switch=0.5))
+    step = jax.jit(lambda key: mix_images(key, images(sides), LABELS_B, mixup=0.8, cutmix=0.0, switch=0.5))
     seen = []
     for key in KEYS:
         mixed, partner_B, share = step(key)
@@ -41,7 +41,7 @@ def test_mixup_shares_every_pixel_alike(sides):
 
 @pytest.mark.parametrize("sides", [(8, 12), (4, 6, 6)])
 def test_cutmix_shares_a_box(sides):
-    step = jax.jit(lambda key: mix(key, images(sides), LABELS_B, mixup=0.0, cutmix=1.0, switch=0.5))
+    step = jax.jit(lambda key: mix_images(key, images(sides), LABELS_B, mixup=0.0, cutmix=1.0, switch=0.5))
     boxes = 0
     for key in KEYS:
         mixed, partner_B, share = step(key)
@@ -57,7 +57,9 @@ def test_cutmix_shares_a_box(sides):
 
 
 def test_switch_says_how_often_boxes_are_cut():
-    step = jax.jit(lambda key, switch: mix(key, images((6, 6)), LABELS_B, mixup=1.0, cutmix=1.0, switch=switch)[:2])
+    step = jax.jit(
+        lambda key, switch: mix_images(key, images((6, 6)), LABELS_B, mixup=1.0, cutmix=1.0, switch=switch)[:2]
+    )
 
     def cuts(switch):
         found = [shares(*step(key, switch)) for key in KEYS]
@@ -76,7 +78,7 @@ def test_the_loss_is_shared_as_the_pixels_are():
         given.append(mixed)
         return table
 
-    loss, metrics = Classification(0.1, settings).loss(apply, batch, KEYS[1])
+    loss, metrics = ClassificationLoss(0.1, settings).loss(apply, batch, KEYS[1])
     share = shares(given[0], LABELS_B[::-1]).mean()
     target = np.full((4, 4), 0.1 / 4) + 0.9 * (share * np.eye(4) + (1 - share) * np.eye(4)[::-1])
     expected = -(target * np.asarray(jax.nn.log_softmax(table))).sum(-1).mean()
@@ -84,7 +86,7 @@ def test_the_loss_is_shared_as_the_pixels_are():
 
 
 def test_without_mixing_right_answers_are_counted():
-    plain = Classification(0.0, types.SimpleNamespace(mixup=0.0, cutmix=0.0, switch=0.5))
+    plain = ClassificationLoss(0.0, types.SimpleNamespace(mixup=0.0, cutmix=0.0, switch=0.5))
     logits = 5.0 * jnp.eye(4)[jnp.array([0, 1, 2, 0])]
     loss, metrics = plain.loss(lambda images: logits, {"images": images((4, 4)), "labels": LABELS_B}, KEYS[0])
     assert float(metrics["accuracy"]) == 0.75

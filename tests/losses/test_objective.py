@@ -19,27 +19,27 @@ def test_each_head_has_its_scale_in_the_contrastive_loss(scales, floor):
     fields |= LOGITS | {"objective__contrastive__scale": 1.5, "encoding__scalar_scale": 10.0}
     fields |= {"objective__contrastive__head_scales": scales, "objective__contrastive__floor": floor}
     run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
-    objective, params = run.objective, random_params(run, 0.5)["encoding"]
-    draws = jax.jit(objective.draw)(jax.random.PRNGKey(2), 5)
+    train_loss, params = run.train_loss, random_params(run, 0.5)["encoding"]
+    sampled = jax.jit(train_loss.sample)(jax.random.PRNGKey(2), 5)
 
     @jax.jit
     def terms_and_vectors(params):
-        found = objective.vectors_and_terms(params, draws, jax.random.PRNGKey(0), True)[1]
-        pairs = draws.contrastive.pivots_BA, draws.contrastive.candidates_BCA.reshape(-1, 1)
+        found = train_loss.signal_and_terms(params, sampled, jax.random.PRNGKey(0), True)[1]
+        pairs = sampled.contrastive.anchors_BA, sampled.contrastive.candidates_BCA.reshape(-1, 1)
         return found, [
-            objective.architecture.encoding.apply({"params": params}, part, method="vectors") for part in pairs
+            train_loss.architecture.encoding.apply({"params": params}, part, method="vectors") for part in pairs
         ]
 
-    terms, (pivots_BE, candidates_RE) = terms_and_vectors(params)
+    terms, (anchors_BE, candidates_RE) = terms_and_vectors(params)
     kernel, bias = (np.asarray(params["qk_map"][name], np.float64) for name in ("kernel", "bias"))
-    batch, labels, losses = len(pivots_BE), np.asarray(draws.contrastive.labels_B), []
-    for layer, head, pivot in np.ndindex(2, 2, batch):
+    batch, labels, losses = len(anchors_BE), np.asarray(sampled.contrastive.labels_B), []
+    for layer, head, anchor in np.ndindex(2, 2, batch):
         columns = slice(5 * head, 5 * head + 5)
-        query = (np.asarray(pivots_BE[pivot]) @ kernel[layer] + bias[layer])[:10][columns]
-        near = np.asarray(candidates_RE).reshape(batch, -1, 24)[pivot]
+        query = (np.asarray(anchors_BE[anchor]) @ kernel[layer] + bias[layer])[:10][columns]
+        near = np.asarray(candidates_RE).reshape(batch, -1, 24)[anchor]
         keys = (near @ kernel[layer] + bias[layer])[:, 10:][:, columns]
         logits = 1.5 * (scales[head] if scales else 1.0) * 10.0 * keys @ query / np.sqrt(24 // 3)
-        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[pivot]])
+        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[anchor]])
     assert np.ptp(losses) > 0.1 and min(losses) < 3.0 < max(losses)
     assert float(terms["contrastive"]) == pytest.approx(np.mean(np.maximum(losses, floor)), rel=1e-4)
 
@@ -71,10 +71,10 @@ def test_masks_are_the_same_however_the_array_lies(bits):
 def test_the_choice_of_bits_is_read_and_touches_masks_alone():
     assert (mask("threefry") != mask("rbg")).mean() > 0.3
     ours, auto = (Trainer.of(tiny_config(precision__random_bits=bits), jax.devices()[:1]) for bits in ("rbg", "auto"))
-    assert (ours.objective.random_bits, auto.objective.random_bits) == ("rbg", "threefry"), "a CPU's default"
+    assert (ours.train_loss.random_bits, auto.train_loss.random_bits) == ("rbg", "threefry"), "a CPU's default"
     assert auto.config.precision.random_bits == "threefry", "config.json says which"
     key = jax.random.PRNGKey(1)
-    draws = [jax.jit(run.objective.draw)(key, 5) for run in (ours, auto)]
-    assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, draws), strict=True)), "positions stay"
-    keys = [run.objective._masks(key, "model dropout") for run in (ours, auto)]
+    sampled = [jax.jit(run.train_loss.sample)(key, 5) for run in (ours, auto)]
+    assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, sampled), strict=True)), "positions stay"
+    keys = [run.train_loss._masks(key, "model dropout") for run in (ours, auto)]
     assert "rbg" in str(keys[0].dtype) and keys[1].shape == (2,)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.losses.task import cross_entropy, token_losses
+from seqpe_jax.losses.task import blockwise_token_losses, cross_entropy
 from tests.programs import holds
 
 KEY = jax.random.PRNGKey(3)
@@ -35,7 +35,7 @@ def test_blocks_equal_the_whole_and_keep_no_table_of_logits():
     targets_BL = jax.random.randint(KEY, (batch, length), 0, classes)
 
     def blocked(weight_DV, hidden_BLD):
-        return token_losses(lambda hidden: hidden @ weight_DV, hidden_BLD, targets_BL, block)
+        return blockwise_token_losses(lambda hidden: hidden @ weight_DV, hidden_BLD, targets_BL, block)
 
     def whole(weight_DV, hidden_BLD):
         return cross_entropy(hidden_BLD @ weight_DV, targets_BL)[1]

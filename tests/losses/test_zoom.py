@@ -10,7 +10,7 @@ from PIL import Image
 
 from seqpe_jax.losses.zoom import zoom
 from seqpe_jax.positions import sampling
-from seqpe_jax.positions.grids import Spacing
+from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
 from tests.tiny import random_params
@@ -60,10 +60,12 @@ def zoomed():
 
 
 def test_the_positions_of_a_zoomed_step_are_those_of_its_boxes():
-    draws = jax.jit(zoomed().objective.draw)(jax.random.PRNGKey(0), 3)
-    assert bool(draws.moved) and draws.boxes_PA2.shape == (2, 2, 2)
-    assert len(np.unique(draws.boxes_PA2[..., 0])) == 4, "each set and axis begins elsewhere"
-    for box_A2, found_LA in zip(np.asarray(draws.boxes_PA2, np.float64), np.asarray(draws.positions_PLA), strict=True):
+    sampled = jax.jit(zoomed().train_loss.sample)(jax.random.PRNGKey(0), 3)
+    assert bool(sampled.perturbed) and sampled.crop_boxes_PA2.shape == (2, 2, 2)
+    assert len(np.unique(sampled.crop_boxes_PA2[..., 0])) == 4, "each set and axis begins elsewhere"
+    for box_A2, found_LA in zip(
+        np.asarray(sampled.crop_boxes_PA2, np.float64), np.asarray(sampled.positions_PLA), strict=True
+    ):
         for place, (row, column) in enumerate(np.ndindex(4, 4)):
             for axis, at in enumerate((row, column)):
                 first, length = box_A2[axis]
@@ -72,24 +74,27 @@ def test_the_positions_of_a_zoomed_step_are_those_of_its_boxes():
 
 
 def test_the_frames_of_a_zoomed_clip_stand_where_they_do():
-    boxes_PA2 = sampling.boxes(jax.random.PRNGKey(0), sets=3, axes=3, smallest=0.3)
-    spacing, shape = Spacing(10, (0, 4, 4)), (3, 4, 4)
-    found, whole = spacing.part(shape, boxes_PA2), spacing.grid(shape)
-    assert (boxes_PA2[:, 0] == jnp.array([0.0, 1.0])).all()
+    crop_boxes_PA2 = sampling.crop_boxes(jax.random.PRNGKey(0), sets=3, axes=3, smallest=0.3)
+    position_grid, shape = PositionGrid(10, (0, 4, 4)), (3, 4, 4)
+    found, whole = position_grid.crop_positions(shape, crop_boxes_PA2), position_grid.positions(shape)
+    assert (crop_boxes_PA2[:, 0] == jnp.array([0.0, 1.0])).all()
     np.testing.assert_array_equal(found[..., 0], np.broadcast_to(whole[:, 0], found.shape[:2]))
-    frame = Spacing(10, (4, 4)).part((4, 4), boxes_PA2[:, 1:])
+    frame = PositionGrid(10, (4, 4)).crop_positions((4, 4), crop_boxes_PA2[:, 1:])
     np.testing.assert_array_equal(found[..., 1:].reshape(3, 3, 16, 2), np.stack([frame] * 3, axis=1))
 
 
 @pytest.mark.slow
 def test_a_zoomed_step_reads_the_parts_of_its_images():
     run = zoomed()
-    objective, key = run.objective, jax.random.PRNGKey(0)
+    train_loss, key = run.train_loss, jax.random.PRNGKey(0)
     draw = np.random.default_rng(0)
     batch = {"images": jnp.asarray(draw.normal(size=(4, 8, 8, 1)), jnp.float32), "labels": jnp.arange(4)}
-    loss = jax.jit(lambda params, batch: objective.loss(params, batch, key, jnp.int32(3))[0])
-    params, draws = random_params(run, 0.3), jax.jit(objective.draw)(key, 3)
-    enlarged = batch | {"images": zoom(batch["images"], draws.boxes_PA2), "draws": draws._replace(boxes_PA2=None)}
+    loss = jax.jit(lambda params, batch: train_loss.loss(params, batch, key, jnp.int32(3))[0])
+    params, sampled = random_params(run, 0.3), jax.jit(train_loss.sample)(key, 3)
+    enlarged = batch | {
+        "images": zoom(batch["images"], sampled.crop_boxes_PA2),
+        "sampled_positions": sampled._replace(crop_boxes_PA2=None),
+    }
     expected = float(loss(params, enlarged))
     assert float(loss(params, batch)) == pytest.approx(expected, abs=1e-5)
     assert abs(float(loss(params, enlarged | {"images": batch["images"]})) - expected) > 1e-3

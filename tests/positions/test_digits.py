@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.positions.counting import count_digits, largest_position
-from seqpe_jax.positions.digits import from_digits, significant, to_digits
+from seqpe_jax.positions.digits import from_digits, significant_mask, to_digits
 from seqpe_jax.positions.grids import grid
 
 
@@ -35,7 +35,7 @@ def test_coordinates_follow_each_other():
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_significant_places(padding):
     positions = [0, 7, 10, 99, 123, 40506]
-    kept = significant(jnp.array(positions)[:, None], base=10, digits=5, padding=padding)
+    kept = significant_mask(jnp.array(positions)[:, None], base=10, digits=5, padding=padding)
     text = [f"{p:>5d}" if padding == "left" else f"{p:<5d}" for p in positions]
     assert [list(map(bool, row)) for row in kept] == [[c != " " for c in row] for row in text]
 

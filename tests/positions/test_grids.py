@@ -11,7 +11,7 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import from_digits, to_digits
-from seqpe_jax.positions.grids import Spacing, grid
+from seqpe_jax.positions.grids import PositionGrid, grid
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT
 
@@ -20,10 +20,12 @@ KEY = jax.random.PRNGKey(3)
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4)])
 def test_a_grid_of_whole_numbers_is_the_box_at_the_origin(shape):
-    np.testing.assert_array_equal(Spacing().grid(shape), grid(jnp.zeros(len(shape), jnp.int32), shape))
-    np.testing.assert_array_equal(Spacing(10).grid(shape), 10 * Spacing().grid(shape))
+    np.testing.assert_array_equal(PositionGrid().positions(shape), grid(jnp.zeros(len(shape), jnp.int32), shape))
+    np.testing.assert_array_equal(PositionGrid(10).positions(shape), 10 * PositionGrid().positions(shape))
     rest = int(np.prod(shape[1:]))
-    np.testing.assert_array_equal(Spacing(10).grid(shape, 1, 1), Spacing(10).grid(shape)[rest : 2 * rest])
+    np.testing.assert_array_equal(
+        PositionGrid(10).positions(shape, 1, 1), PositionGrid(10).positions(shape)[rest : 2 * rest]
+    )
 
 
 # Draws of six steps, as they were before positions had a fraction; they may change only where that is meant.
@@ -51,7 +53,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_without_a_fraction_draws_are_what_they_were(name):
-    draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).objective.draw)
+    draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).train_loss.sample)
     for step, expected in enumerate(BEFORE[name]):
         leaves = jax.tree.leaves(draw(KEY, step))
         assert zlib.crc32(b"".join(np.asarray(leaf).astype(np.int32).tobytes() for leaf in leaves)) == expected
@@ -59,50 +61,52 @@ def test_without_a_fraction_draws_are_what_they_were(name):
 
 @pytest.mark.parametrize("unit, side", [(8, 4), (10, 4), (9, 5), (2, 14)])
 def test_stretched_places_stand_in_the_middle_of_their_cells(unit, side):
-    spacing = Spacing(unit, (side, side))
+    position_grid = PositionGrid(unit, (side, side))
     for count in (1, side - 1, side, 2 * side, side * unit):
-        found = np.asarray(spacing.grid((count, 2)))[::2, 0]
+        found = np.asarray(position_grid.positions((count, 2)))[::2, 0]
         middles = [Fraction(2 * place + 1, 2 * count) * side * unit for place in range(count)]
         np.testing.assert_array_equal(found, [middle.numerator // middle.denominator for middle in middles])
         assert len(np.unique(found)) == count and 0 <= found.min() and found.max() < side * unit
         for rows in range(1, count + 1):
             parts = [found[first : first + rows] for first in range(count - rows + 1)]
-            assert max(part[-1] - part[0] for part in parts) <= spacing.spans((count, 2), rows)[0]
-    np.testing.assert_array_equal(spacing.grid((side, 1))[:, 0], np.arange(side) * unit + spacing.offset(0))
+            assert max(part[-1] - part[0] for part in parts) <= position_grid.spans((count, 2), rows)[0]
+    np.testing.assert_array_equal(
+        position_grid.positions((side, 1))[:, 0], np.arange(side) * unit + position_grid.first_position(0)
+    )
 
 
 @pytest.mark.parametrize("unit, length, count", [(1000, 512, 16384), (100, 1024, 65536), (10**6, 1000, 999_999 // 2)])
 def test_far_stretched_places_are_exact(unit, length, count):
     """Their products are more than an int32 holds."""
-    found = np.asarray(Spacing(unit, (length,)).grid((count,)))[:, 0]
+    found = np.asarray(PositionGrid(unit, (length,)).positions((count,)))[:, 0]
     places = np.arange(count, dtype=np.int64)
     np.testing.assert_array_equal(found, (2 * places + 1) * (length * unit) // (2 * count))
 
 
 def test_a_longer_clip_goes_on_and_a_larger_frame_is_read_between():
-    spacing = Spacing(10, (0, 4, 4))
-    times, rows, columns = np.asarray(spacing.grid((3, 8, 4))).reshape(3, 8, 4, 3).transpose(3, 0, 1, 2)
+    position_grid = PositionGrid(10, (0, 4, 4))
+    times, rows, columns = np.asarray(position_grid.positions((3, 8, 4))).reshape(3, 8, 4, 3).transpose(3, 0, 1, 2)
     assert times[:, 0, 0].tolist() == [0, 10, 20] and columns[0, 0].tolist() == [5, 15, 25, 35]
-    np.testing.assert_array_equal(rows[0, :, 0], Spacing(10, (4, 4)).grid((8, 1))[:, 0])
-    assert spacing.table((3, 8, 8)) == ((30, 40, 40), 1)
+    np.testing.assert_array_equal(rows[0, :, 0], PositionGrid(10, (4, 4)).positions((8, 1))[:, 0])
+    assert position_grid.table_shape((3, 8, 8)) == ((30, 40, 40), 1)
 
 
 def test_a_shorter_text_is_not_stretched():
-    spacing = Spacing(10, (8,))
-    np.testing.assert_array_equal(spacing.grid((3,)), spacing.grid((8,))[:3])
-    assert spacing.grid((16,)).max() < 80
+    position_grid = PositionGrid(10, (8,))
+    np.testing.assert_array_equal(position_grid.positions((3,)), position_grid.positions((8,))[:3])
+    assert position_grid.positions((16,)).max() < 80
 
 
 def test_parts_of_a_grid_stand_where_they_are_in_the_whole():
-    spacing = Spacing(10, (4, 4))
+    position_grid = PositionGrid(10, (4, 4))
     whole = jnp.array([[[0.0, 1.0], [0.0, 1.0]]])
-    np.testing.assert_array_equal(spacing.part((4, 4), whole)[0], spacing.grid((4, 4)))
+    np.testing.assert_array_equal(position_grid.crop_positions((4, 4), whole)[0], position_grid.positions((4, 4)))
     quarter = jnp.array([[[0.5, 0.5], [0.0, 0.5]]])
-    rows, columns = np.asarray(spacing.part((4, 4), quarter))[0].reshape(4, 4, 2).transpose(2, 0, 1)
-    twice = np.asarray(spacing.grid((8, 8))).reshape(8, 8, 2)
+    rows, columns = np.asarray(position_grid.crop_positions((4, 4), quarter))[0].reshape(4, 4, 2).transpose(2, 0, 1)
+    twice = np.asarray(position_grid.positions((8, 8))).reshape(8, 8, 2)
     np.testing.assert_array_equal(rows, twice[4:, :4, 0])
     np.testing.assert_array_equal(columns, twice[4:, :4, 1])
-    boxes = np.asarray(sampling.boxes(KEY, sets=500, axes=2, smallest=0.2))
+    boxes = np.asarray(sampling.crop_boxes(KEY, sets=500, axes=2, smallest=0.2))
     assert (boxes[..., 0, 1] == boxes[..., 1, 1]).all() and (boxes.min(axis=(0, 1)) >= [0, 0.2]).all()
     assert (boxes.sum(axis=-1) <= 1 + 1e-6).all() and boxes[..., 1].max() > 0.98 and boxes[..., 1].min() < 0.21
 
@@ -119,12 +123,16 @@ def test_digits_after_the_point_decode_back():
 def test_fine_draws_keep_the_rules(shape):
     """Windows keep their spacing, stay in range, and start between whole numbers too."""
     axes, unit, limit, side = len(shape), 10, 200, max(shape)
-    shift = jax.jit(lambda key: sampling.shift(key, sets=3000, shape=shape, max_position=limit, unit=unit))(KEY)
+    shift = jax.jit(
+        lambda key: sampling.random_offsets(key, sets=3000, shape=shape, max_position=limit, position_resolution=unit)
+    )(KEY)
     assert (
         shift.min() == 0 and shift.max() == limit - (min(shape) - 1) * unit - 1 and len(np.unique(shift % unit)) == unit
     )
     far = jax.jit(
-        lambda key: sampling.distillation(key, batch=500, offsets=5, shape=shape, max_position=limit, unit=unit)
+        lambda key: sampling.distillation_positions(
+            key, batch=500, offsets=5, shape=shape, max_position=limit, position_resolution=unit
+        )
     )(KEY)
     offsets_BMA = np.stack(np.unravel_index(np.asarray(far.indices_BM), shape), -1) * unit
     starts_BMA = np.asarray(far.positions_BMA) - offsets_BMA
@@ -132,7 +140,9 @@ def test_fine_draws_keep_the_rules(shape):
     left = starts_BMA[:, 0] >= (side * unit // 4 if axes == 1 else np.array(shape) * unit)
     assert left.any(axis=-1).all() and len(np.unique(starts_BMA % unit)) == unit
     cut = jax.jit(
-        lambda key: sampling.skip(key, sets=500, shape=shape, max_position=limit, chunks=2, range=limit, unit=unit)
+        lambda key: sampling.pose_skip(
+            key, sets=500, shape=shape, max_position=limit, num_chunks=2, range=limit, position_resolution=unit
+        )
     )(KEY)
     steps = np.diff(
         np.asarray(cut).reshape(500, *shape, axes)[(slice(None), slice(None), *([0] * (axes - 1)), 0)], axis=1
@@ -141,7 +151,7 @@ def test_fine_draws_keep_the_rules(shape):
 
 
 def test_jitter_moves_within_its_reach_and_keeps_the_order_of_a_text():
-    window = jnp.broadcast_to(Spacing(10).grid((50,)), (400, 50, 1))
+    window = jnp.broadcast_to(PositionGrid(10).positions((50,)), (400, 50, 1))
     shaken = np.asarray(sampling.jitter(KEY, window, reach=7, max_position=495, ordered=True))
     assert (np.diff(shaken[..., 0], axis=1) >= 0).all() and shaken.min() == 0 and shaken.max() == 494
     free = np.asarray(sampling.jitter(KEY, window, reach=7, max_position=495, ordered=False)) - np.asarray(window)

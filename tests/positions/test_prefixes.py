@@ -8,14 +8,16 @@ import pytest
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import to_digits
 from seqpe_jax.positions.grids import grid
-from seqpe_jax.positions.prefix_trie import Group, level_sizes, tree
+from seqpe_jax.positions.prefix_trie import RowGroup, build_trie, max_nodes_per_level
 
 
 def test_every_string_is_read_off_its_ancestors():
     digits_RN = np.random.default_rng(0).integers(0, 3, (40, 4)).astype(np.int32)
     sizes = [len(np.unique(digits_RN[:, : level + 1], axis=0)) for level in range(4)]
     for more in (0, 3):  # a bound may be larger than need be
-        found = jax.jit(lambda digits_RN, more=more: tree(digits_RN, 3, [size + more for size in sizes]))(digits_RN)
+        found = jax.jit(lambda digits_RN, more=more: build_trie(digits_RN, 3, [size + more for size in sizes]))(
+            digits_RN
+        )
         last = sum(sizes) + 4 * more - (sizes[-1] + more)
         ancestors_RN = np.asarray(found.ancestors_TN)[last + np.asarray(found.leaf_R)]
         np.testing.assert_array_equal(np.asarray(found.digits_T)[ancestors_RN], digits_RN)
@@ -33,7 +35,9 @@ def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
     axes, limit = len(shape), 200
     draw = np.random.default_rng(0)
     bounds = {
-        pieces: level_sizes([Group(1, shape, pieces)], axes=axes, base=base, digits=digits, max_position=limit)
+        pieces: max_nodes_per_level(
+            [RowGroup(1, shape, pieces)], axes=axes, base=base, digits=digits, max_position=limit
+        )
         for pieces in (1, 3)
     }
     most = np.zeros(axes * digits)
@@ -44,7 +48,9 @@ def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
         most = np.maximum(most, found)
     assert most[-1] == bounds[1][-1] == np.prod(shape)
     if min(shape) >= 3:
-        skip = jax.jit(lambda key: sampling.skip(key, sets=40, shape=shape, max_position=limit, chunks=3, range=limit))
+        skip = jax.jit(
+            lambda key: sampling.pose_skip(key, sets=40, shape=shape, max_position=limit, num_chunks=3, range=limit)
+        )
         for cut in np.asarray(skip(jax.random.PRNGKey(0))):
             assert (np.array(prefixes(cut, base, digits)) <= bounds[3]).all()
 
@@ -53,8 +59,10 @@ def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
 def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
     axes, limit, unit, reach = len(shape), 400, 10, 4
     spans = tuple((side - 1) * unit + 2 * reach for side in shape)
-    strided = level_sizes([Group(1, shape, spans=spans)], axes=axes, base=10, digits=3, max_position=limit)
-    jittered = level_sizes([Group(1, shape, spans=spans, apart=True)], axes=axes, base=10, digits=3, max_position=limit)
+    strided = max_nodes_per_level([RowGroup(1, shape, spans=spans)], axes=axes, base=10, digits=3, max_position=limit)
+    jittered = max_nodes_per_level(
+        [RowGroup(1, shape, spans=spans, independent_axes=True)], axes=axes, base=10, digits=3, max_position=limit
+    )
     draw, most = np.random.default_rng(0), np.zeros(axes * 3)
     for _ in range(40):
         start = draw.integers(reach, limit - max(spans), axes)
@@ -67,11 +75,13 @@ def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
 
 
 def test_groups_add_up_to_no_more_than_there_are():
-    sizes = level_sizes(
-        [Group(1, (30,)), Group(500), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200
+    sizes = max_nodes_per_level(
+        [RowGroup(1, (30,)), RowGroup(500), RowGroup(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200
     )
     assert sizes == (2, 20, 200)
-    assert level_sizes([Group(1, (30,)), Group(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=1000) == (
+    assert max_nodes_per_level(
+        [RowGroup(1, (30,)), RowGroup(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=1000
+    ) == (
         10,
         4 + 4 * 4,
         30 + 4 * 5,

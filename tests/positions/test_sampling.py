@@ -27,7 +27,12 @@ MIXTURES = {
 @functools.cache
 def many(settings, mixture, candidates, draws=8000, **options):
     make = functools.partial(
-        sampling.contrastive, batch=draws, candidates=candidates, mixture=mixture, **dict(settings), **dict(options)
+        sampling.contrastive_positions,
+        batch=draws,
+        candidates=candidates,
+        mixture=mixture,
+        **dict(settings),
+        **dict(options),
     )
     return jax.device_get(jax.jit(make)(KEY, jnp.int32(0)))
 
@@ -37,7 +42,7 @@ def draw(settings, mixture, candidates, **options):
 
 
 def distances(drawn):
-    apart = drawn.candidates_BCA - drawn.pivots_BA[:, None]
+    apart = drawn.candidates_BCA - drawn.anchors_BA[:, None]
     return np.sqrt(np.square(apart.astype(np.float64)).sum(-1))
 
 
@@ -73,20 +78,20 @@ def test_permute_is_uniform(n):
 )
 def test_candidates_are_distinct_in_range_and_labelled(axes, limit, candidates):
     settings = {"max_position": limit, "axes": axes, "base": 10, "hard_fraction": 0.25, "window": 8}
-    pivots, found, labels = draw(settings, (0.2, 0.4, 0.4), candidates, draws=300)
+    anchors, found, labels = draw(settings, (0.2, 0.4, 0.4), candidates, draws=300)
     assert found.shape == (300, candidates, axes) and found.min() >= 0 and found.max() < limit
     flat = np.ravel_multi_index(np.moveaxis(found, -1, 0), (limit,) * axes)
-    own = np.ravel_multi_index(np.moveaxis(pivots, -1, 0), (limit,) * axes)
-    assert all(len(set(row)) == candidates and pivot not in row for row, pivot in zip(flat, own, strict=True))
-    apart = np.square(found - pivots[:, None]).sum(-1)
+    own = np.ravel_multi_index(np.moveaxis(anchors, -1, 0), (limit,) * axes)
+    assert all(len(set(row)) == candidates and anchor not in row for row, anchor in zip(flat, own, strict=True))
+    apart = np.square(found - anchors[:, None]).sum(-1)
     np.testing.assert_array_equal(labels, apart.argmin(axis=1))
 
 
 def test_one_hard_candidate_is_farther_than_a_uniform_one():
     settings = {"max_position": 400, "axes": 1, "base": 10, "hard_fraction": 1.0, "window": 8}
-    pivots, found, _ = draw(settings, (0.0, 1.0, 0.0), 1, draws=2000)
+    anchors, found, _ = draw(settings, (0.0, 1.0, 0.0), 1, draws=2000)
     uniform = draw(settings, (1.0, 0.0, 0.0), 1, draws=2000)
-    assert np.abs(found[:, 0] - pivots).mean() > 1.1 * np.abs(uniform.candidates_BCA[:, 0] - uniform.pivots_BA).mean()
+    assert np.abs(found[:, 0] - anchors).mean() > 1.1 * np.abs(uniform.candidates_BCA[:, 0] - uniform.anchors_BA).mean()
 
 
 def test_distances_are_exact_on_the_largest_grid():
@@ -99,7 +104,7 @@ def test_distances_are_exact_on_the_largest_grid():
 def test_draws_under_vmap_are_those_of_each_key():
     axes = 2
     draws = {
-        "contrastive": lambda key: sampling.contrastive(
+        "contrastive": lambda key: sampling.contrastive_positions(
             key,
             3,
             batch=4,
@@ -111,9 +116,13 @@ def test_draws_under_vmap_are_those_of_each_key():
             hard_fraction=0.5,
             window=6,
         ),
-        "distillation": lambda key: sampling.distillation(key, batch=4, offsets=3, shape=(5,) * axes, max_position=50),
-        "shift": lambda key: sampling.shift(key, sets=4, shape=(5,) * axes, max_position=50, starts=7, subset_key=KEY),
-        "skip": lambda key: sampling.skip(key, sets=4, shape=(5,) * axes, max_position=50, chunks=3, range=50),
+        "distillation": lambda key: sampling.distillation_positions(
+            key, batch=4, offsets=3, shape=(5,) * axes, max_position=50
+        ),
+        "shift": lambda key: sampling.random_offsets(
+            key, sets=4, shape=(5,) * axes, max_position=50, num_start_positions=7, subset_key=KEY
+        ),
+        "skip": lambda key: sampling.pose_skip(key, sets=4, shape=(5,) * axes, max_position=50, num_chunks=3, range=50),
     }
     keys = jax.random.split(KEY, 3)
     every = jax.jit(lambda keys: jax.vmap(lambda key: {name: make(key) for name, make in draws.items()})(keys))(keys)
@@ -131,7 +140,7 @@ def test_each_edit_makes_every_result_and_no_other():
         {text[:at] + digit + text[at + 1 :] for at in range(3) for digit in "0123456789"} - {text},
     ]
     digits = jnp.repeat(jnp.array([[0], [2], [1], [0]]), count, axis=1)  # units first
-    edit = jax.jit(functools.partial(edits.edit_digits, base=10))
+    edit = jax.jit(functools.partial(edits.edit_once, base=10))
     for kind, results in enumerate(wanted):
         bits = jax.random.bits(jax.random.PRNGKey(kind), (edits.EDIT_WORDS - 1, count)).at[0].set(kind << 30)
         edited, allowed = jax.device_get(edit(bits, digits))
@@ -149,7 +158,7 @@ def test_hard_candidates_in_other_bases(base):
 def test_every_position_is_a_pivot_once_per_epoch():
     make = jax.jit(
         functools.partial(
-            sampling.contrastive,
+            sampling.contrastive_positions,
             batch=25,
             candidates=4,
             mixture=(1.0, 0.0, 0.0),
@@ -160,8 +169,8 @@ def test_every_position_is_a_pivot_once_per_epoch():
             window=4,
         )
     )
-    pivots = np.concatenate([make(KEY, jnp.int32(step)).pivots_BA for step in range(8)])
-    flat = pivots[:, 0] * 10 + pivots[:, 1]
+    anchors = np.concatenate([make(KEY, jnp.int32(step)).anchors_BA for step in range(8)])
+    flat = anchors[:, 0] * 10 + anchors[:, 1]
     for epoch in (flat[:100], flat[100:]):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(100))
     assert (flat[:100] != flat[100:]).any()
@@ -169,30 +178,30 @@ def test_every_position_is_a_pivot_once_per_epoch():
 
 def test_a_batch_may_span_many_epochs():
     settings = {"max_position": 7, "axes": 1, "base": 10, "hard_fraction": 0.25, "window": 4}
-    pivots = draw(settings, (1.0, 0.0, 0.0), 2, draws=28).pivots_BA[:, 0].reshape(4, 7)
-    np.testing.assert_array_equal(np.sort(pivots, axis=1), np.broadcast_to(np.arange(7), (4, 7)))
-    assert len({tuple(row) for row in pivots}) == 4
+    anchors = draw(settings, (1.0, 0.0, 0.0), 2, draws=28).anchors_BA[:, 0].reshape(4, 7)
+    np.testing.assert_array_equal(np.sort(anchors, axis=1), np.broadcast_to(np.arange(7), (4, 7)))
+    assert len({tuple(row) for row in anchors}) == 4
 
 
 @pytest.mark.parametrize("mixture", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
 def test_past_only_candidates_lie_before_the_pivot(mixture):
-    pivots, found, _ = draw(TEXT | {"max_position": 500}, mixture, 16, draws=400, past_only=True, around_pivot=True)
-    assert (found[..., 0] < pivots).all() and pivots.min() == 16
+    anchors, found, _ = draw(TEXT | {"max_position": 500}, mixture, 16, draws=400, past_only=True, around_pivot=True)
+    assert (found[..., 0] < anchors).all() and anchors.min() == 16
 
 
 @pytest.mark.parametrize("around", [False, True])
 def test_past_only_works_where_the_past_is_just_enough(around):
-    pivots, found, _ = draw(
+    anchors, found, _ = draw(
         TEXT | {"max_position": 8, "window": 3}, (0.2, 0.4, 0.4), 4, draws=60, past_only=True, around_pivot=around
     )
-    assert set(pivots[:, 0]) == {4, 5, 6, 7} and (found[..., 0] < pivots).all()
+    assert set(anchors[:, 0]) == {4, 5, 6, 7} and (found[..., 0] < anchors).all()
     assert all(len(set(row)) == 4 for row in found[..., 0])
 
 
 def test_a_box_around_the_pivot():
-    pivots, found, _ = draw(TEXT | {"window": 100}, (0.0, 0.0, 1.0), 16, draws=400, around_pivot=True)
-    assert np.abs(found[..., 0] - pivots).max() <= 100
-    assert np.abs(found[200:, :, 0] - pivots[200:]).mean() < 40
+    anchors, found, _ = draw(TEXT | {"window": 100}, (0.0, 0.0, 1.0), 16, draws=400, around_pivot=True)
+    assert np.abs(found[..., 0] - anchors).max() <= 100
+    assert np.abs(found[200:, :, 0] - anchors[200:]).mean() < 40
 
 
 @pytest.mark.parametrize(
@@ -243,10 +252,10 @@ def test_candidates_match_the_reference(goldens, name, candidates, settings):
 
 def test_hard_candidates_survive_as_often_as_the_references(goldens):
     expected = json.loads((goldens / "sampler_stats.json").read_text())["contrastive"]["text_1d_n32_hard negatives"]
-    pivots = permute(KEY, jnp.arange(4000), 20000)[:, None]
+    anchors = permute(KEY, jnp.arange(4000), 20000)[:, None]
     uniform = jax.random.randint(KEY, (4000, 25, 1), 0, 20000)
-    hard = functools.partial(sampling._hard, max_position=20000, base=10, past_only=False)
-    made = np.asarray(jax.jit(hard)(jax.random.bits(KEY, (4000, 8)), pivots, uniform))
+    hard = functools.partial(sampling._hard_candidates, max_position=20000, base=10, past_only=False)
+    made = np.asarray(jax.jit(hard)(jax.random.bits(KEY, (4000, 8)), anchors, uniform))
     kept = made >= 0
     assert kept.shape[1] == expected["hard"]["requested"]
     assert kept.sum(axis=1).mean() == pytest.approx(expected["hard"]["survive_distance_filter_mean"], abs=0.1)
@@ -254,13 +263,15 @@ def test_hard_candidates_survive_as_often_as_the_references(goldens):
     assert (~kept).all(axis=1).mean() == pytest.approx(expected["hard"]["P_zero_survive"], abs=0.006)
     unique = np.mean([len(set(row[row >= 0])) for row in made])
     assert unique == pytest.approx(expected["hard"]["unique_mean"], abs=0.12)
-    apart = np.abs(made - np.asarray(pivots))[kept]
+    apart = np.abs(made - np.asarray(anchors))[kept]
     assert np.quantile(apart, 0.5) == pytest.approx(expected["hard"]["surviving_distance"]["q50"], rel=0.08)
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (3, 2, 4)])
 def test_distillation_pairs_offsets_with_a_far_window(shape):
-    make = jax.jit(functools.partial(sampling.distillation, batch=500, offsets=5, shape=shape, max_position=20))
+    make = jax.jit(
+        functools.partial(sampling.distillation_positions, batch=500, offsets=5, shape=shape, max_position=20)
+    )
     indices, positions = jax.device_get(make(KEY))
     assert all(len(set(row)) == 5 for row in indices)
     origin = np.stack(np.unravel_index(indices, shape), axis=-1)
@@ -276,7 +287,7 @@ def test_distillation_pairs_offsets_with_a_far_window(shape):
 
 @pytest.mark.parametrize("shape,limit", [((4,), 9), ((4, 3), 6), ((5, 2), 6), ((2, 2, 2), 4)])
 def test_distillation_starts_are_uniform_outside_the_origin_grid(shape, limit):
-    make = functools.partial(sampling.distillation, batch=8000, offsets=1, shape=shape, max_position=limit)
+    make = functools.partial(sampling.distillation_positions, batch=8000, offsets=1, shape=shape, max_position=limit)
     indices, positions = jax.device_get(jax.jit(make)(KEY))
     starts = positions[:, 0] - np.stack(np.unravel_index(indices[:, 0], shape), axis=-1)
     every = np.stack(np.meshgrid(*(np.arange(limit - side + 1) for side in shape), indexing="ij"), -1)
@@ -289,15 +300,15 @@ def test_distillation_starts_are_uniform_outside_the_origin_grid(shape, limit):
 
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (3, 2, 4)])
 def test_shift_reaches_every_start_and_a_subset_only_its_own(shape):
-    starts = np.asarray(sampling.shift(KEY, sets=4000, shape=shape, max_position=8))
+    starts = np.asarray(sampling.random_offsets(KEY, sets=4000, shape=shape, max_position=8))
     assert starts.min() == 0 and (starts.max(axis=0) == 8 - np.array(shape)).all()
     room = np.prod(8 - np.array(shape) + 1)
     assert len({tuple(row) for row in starts}) == room
     subset = [
         {
             tuple(map(int, row))
-            for row in sampling.shift(
-                jax.random.PRNGKey(n), sets=200, shape=shape, max_position=8, starts=2, subset_key=KEY
+            for row in sampling.random_offsets(
+                jax.random.PRNGKey(n), sets=200, shape=shape, max_position=8, num_start_positions=2, subset_key=KEY
             )
         }
         for n in range(2)
@@ -307,7 +318,7 @@ def test_shift_reaches_every_start_and_a_subset_only_its_own(shape):
 
 @pytest.mark.parametrize("shape,chunks", [((10,), 2), ((10,), 4), ((4, 6), 2)])
 def test_skip_rises_strictly_and_stays_in_range(shape, chunks):
-    found = np.asarray(sampling.skip(KEY, sets=300, shape=shape, max_position=50, chunks=chunks, range=40))
+    found = np.asarray(sampling.pose_skip(KEY, sets=300, shape=shape, max_position=50, num_chunks=chunks, range=40))
     grids = found.reshape(300, *shape, len(shape))
     for axis in range(len(shape)):
         side = np.moveaxis(grids[..., axis], axis + 1, 1).reshape(300, shape[axis], -1)
@@ -319,16 +330,16 @@ def test_skip_rises_strictly_and_stays_in_range(shape, chunks):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="encoding.max_position=8"):
-        sampling.shift(KEY, sets=1, shape=(9,), max_position=8)
+        sampling.random_offsets(KEY, sets=1, shape=(9,), max_position=8)
     with pytest.raises(InputError, match="candidates=30"):
         many(tuple((TEXT | {"max_position": 30}).items()), (1.0, 0.0, 0.0), 30, draws=2)
     with pytest.raises(InputError, match="shifted window"):
-        sampling.distillation(KEY, batch=2, offsets=2, shape=(16,), max_position=19)
+        sampling.distillation_positions(KEY, batch=2, offsets=2, shape=(16,), max_position=19)
     with pytest.raises(InputError, match="positions"):
         many(tuple((TEXT | {"axes": 3}).items()), (1.0, 0.0, 0.0), 30, draws=2)
     with pytest.raises(InputError, match="mixture"):
         many(tuple(TEXT.items()), (0.0, 0.0, 0.0), 30, draws=2)
     with pytest.raises(InputError, match="skip.range=60"):
-        sampling.skip(KEY, sets=1, shape=(9,), max_position=50, chunks=2, range=60)
+        sampling.pose_skip(KEY, sets=1, shape=(9,), max_position=50, num_chunks=2, range=60)
     with pytest.raises(InputError, match="offsets=17"):
-        sampling.distillation(KEY, batch=2, offsets=17, shape=(16,), max_position=50)
+        sampling.distillation_positions(KEY, batch=2, offsets=17, shape=(16,), max_position=50)

@@ -46,7 +46,7 @@ def served(run, params, reach, platforms=serving.PLATFORMS):
 def own_logits(run, params, inputs):
     """The logits of the run itself, with its encoder."""
     shape = run.config.grid_of(inputs.shape[1:-1]) if run.config.reads_images else inputs.shape[1:]
-    signal = run.architecture.signal(params, run.architecture.spacing.grid(shape)[None], shape)
+    signal = run.architecture.signal(params, run.architecture.position_grid.positions(shape)[None], shape)
     return run.architecture.network.apply({"params": params["model"]}, inputs, signal)
 
 
@@ -146,7 +146,7 @@ def test_images_are_served_at_any_batch_and_size(name):
     program, leaves = check(run, params, (8, 8), images)
     assert "while" not in program
     if name == "seqpe":
-        places = run.architecture.spacing.table((8, 8))[0]  # all that lie between those of training
+        places = run.architecture.position_grid.table_shape((8, 8))[0]  # all that lie between those of training
         assert places > (8, 8) and leaves["encoding/table"].shape == (*places, 16)
         assert "encoding/prefix_vectors" in leaves
 

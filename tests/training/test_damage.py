@@ -230,7 +230,7 @@ def test_damage(settings, trained, expected, tmp_path, what):
     assert kept(run) == held, "who only reads changes nothing"
 
     def trained_on():
-        Trainer.for_folder(settings, run).fit(run)
+        Trainer.for_workdir(settings, run).fit(run)
         assert opened() == 6
 
     if refused:
@@ -277,7 +277,7 @@ def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings,
     shutil.copytree(trained, run)
     for step in (2, 4, 6):
         shutil.rmtree(run / "checkpoints" / str(step))
-    Trainer.for_folder(settings, run).fit(run)
+    Trainer.for_workdir(settings, run).fit(run)
     assert "no step is saved, though 6 were done: beginning anew" in capsys.readouterr().out
     assert measured(run) == measured(trained)
 

@@ -50,12 +50,12 @@ def fit(
     workdir.mkdir(exist_ok=True)
     batches = batches or ((number, {}) for number in range(first, steps))
     metrics, clock = MetricsWriter(workdir, first, tensorboard=False), hooks.Clock()
-    report = hooks.Report(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
-    save = hooks.Save(Kept(), {}, clock, report, every=100)
-    stop = hooks.Stop(save)
-    happening = [hooks.Evaluate(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
+    report = hooks.MetricsHook(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
+    save = hooks.CheckpointHook(Kept(), {}, clock, report, every=100)
+    stop = hooks.PreemptionHook(save)
+    happening = [hooks.EvaluationHook(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
     happening += [save, stop]
-    happening += [hooks.Profile(profile, workdir)] if profile else []
+    happening += [hooks.ProfilerHook(profile, workdir)] if profile else []
     loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, hooks=[*happening, report])
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -107,7 +107,7 @@ def test_a_window_of_steps_is_recorded(tmp_path):
 
 
 def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile(tmp_path):
-    with pytest.raises(hooks.NotFinite):
+    with pytest.raises(hooks.NonFiniteError):
         fit(tmp_path / "a", bad=3, profile=(2, 6))
     assert recorded(tmp_path / "a")
     fit(tmp_path / "b", profile=(2, 4))
@@ -128,8 +128,8 @@ def test_a_step_that_is_not_finite_is_named_with_all_its_terms(tmp_path, name):
         return state.replace(step=state.step + 1), values | {name: bad, "learning_rate": jnp.float32(0.1)}
 
     metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-    report = hooks.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens", saved=lambda: 1)
-    with pytest.raises(hooks.NotFinite, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
+    report = hooks.MetricsHook(metrics, clock, every=1, steps=6, units=1, unit="tokens", saved=lambda: 1)
+    with pytest.raises(hooks.NonFiniteError, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
         loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), steps=6, hooks=[report])
 
 
@@ -151,7 +151,7 @@ class Square:
         metrics, clock = MetricsWriter(folder, 0, tensorboard=False), hooks.Clock()
         count = len(factors)
         batches = ((n, {"factor": jnp.full((1,), factor, jnp.float32)}) for n, factor in enumerate(factors))
-        report = hooks.Report(
+        report = hooks.MetricsHook(
             metrics, clock, every=1, steps=count, units=1, unit="tokens", skips=skips, skipped=skipped
         )
         end = loop.fit(self.state, self.step, batches, steps=count, hooks=[report])
@@ -171,9 +171,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     expected = first - rates[3] * mean / (1 - 0.9**4) / np.sqrt(square / (1 - 0.999**4))
     assert float(state.params["w"]) == pytest.approx(expected, abs=1e-5)
 
-    with pytest.raises(hooks.NotFinite, match="step 4, 3 in a row, is not finite"):
+    with pytest.raises(hooks.NonFiniteError, match="step 4, 3 in a row, is not finite"):
         Square(skip=True).fit(tmp_path / "b", [1.0, nan, nan, nan, 1.0])
-    with pytest.raises(hooks.NotFinite, match="step 2 is not finite"):
+    with pytest.raises(hooks.NonFiniteError, match="step 2 is not finite"):
         Square(skip=False).fit(tmp_path / "c", [1.0, nan], skips=0)
 
 
@@ -197,9 +197,9 @@ def test_a_signal_ends_the_run_saved(tmp_path, number):
 
     def run():
         metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-        report = hooks.Report(metrics, clock, every=1, steps=6, units=1, unit="tokens")
-        save = hooks.Save(Noting(), {}, clock, report, every=100)
-        happening = [save, hooks.Stop(save), report]
+        report = hooks.MetricsHook(metrics, clock, every=1, steps=6, units=1, unit="tokens")
+        save = hooks.CheckpointHook(Noting(), {}, clock, report, every=100)
+        happening = [save, hooks.PreemptionHook(save), report]
         return loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, batches(), steps=6, hooks=happening)
 
     def heard(*_):
@@ -207,7 +207,7 @@ def test_a_signal_ends_the_run_saved(tmp_path, number):
 
     before = signal.signal(number, heard)  # whatever who started the tests has the process do with it
     try:
-        with pytest.raises(hooks.Stopped, match=f"{number.name} at step 4") as stopped:
+        with pytest.raises(hooks.Preempted, match=f"{number.name} at step 4") as stopped:
             run()
         assert saved == [4] and stopped.value.code == 75 and signal.getsignal(number) == heard
         if number == signal.SIGHUP:  # as under nohup
@@ -230,8 +230,14 @@ class Noting(Kept):
 class Evaluated:
     """A run of four steps, evaluated after each second one in three batches; what happens where a signal comes."""
 
-    def __init__(self, folder, *, first=0, owed=False, signal_in="", steps=4):
-        self.folder, self.first, self.owed, self.signal_in, self.steps = folder, first, owed, signal_in, steps
+    def __init__(self, folder, *, first=0, pending_eval=False, signal_in="", steps=4):
+        self.folder, self.first, self.pending_eval, self.signal_in, self.steps = (
+            folder,
+            first,
+            pending_eval,
+            signal_in,
+            steps,
+        )
         self.checkpoints, self.batches = Noting(), 0
 
     def evaluate(self, params, between):
@@ -254,10 +260,12 @@ class Evaluated:
             return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
         metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), hooks.Clock()
-        report = hooks.Report(metrics, clock, every=1, steps=self.steps, units=1, unit="tokens")
-        save = hooks.Save(self.checkpoints, {}, clock, report, every=2)
-        stop = hooks.Stop(save)
-        evaluate = hooks.Evaluate(self.evaluate, metrics, clock, report, stop, every=2, owed=self.owed)
+        report = hooks.MetricsHook(metrics, clock, every=1, steps=self.steps, units=1, unit="tokens")
+        save = hooks.CheckpointHook(self.checkpoints, {}, clock, report, every=2)
+        stop = hooks.PreemptionHook(save)
+        evaluate = hooks.EvaluationHook(
+            self.evaluate, metrics, clock, report, stop, every=2, pending_eval=self.pending_eval
+        )
         state, batches = (
             TrainState(jnp.int32(self.first), None, {}, ()),
             ((n, {}) for n in range(self.first, self.steps)),
@@ -279,15 +287,15 @@ def test_what_an_evaluation_found_is_saved_beside_the_state(tmp_path):
 
 def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path):
     run = Evaluated(tmp_path, signal_in="evaluation")
-    with pytest.raises(hooks.Stopped, match="SIGTERM at step 2: saved"):
+    with pytest.raises(hooks.Preempted, match="SIGTERM at step 2: saved"):
         run.run()
     time.sleep(0.2)
     assert run.batches == 1 and run.evaluated == [], "the evaluation has ended between two of its batches"
     assert list(run.checkpoints.saved) == [2] and "evaluation" not in run.checkpoints.saved[2]
-    again = Evaluated(tmp_path, first=2, owed=True)
+    again = Evaluated(tmp_path, first=2, pending_eval=True)
     again.run()
     assert again.evaluated == [2, 4], "the next start makes good for it"
-    last = Evaluated(tmp_path, first=4, owed=True)
+    last = Evaluated(tmp_path, first=4, pending_eval=True)
     last.run()
     assert last.evaluated == [2, 4, 4], "also of a run that has no steps left"
 
@@ -295,7 +303,7 @@ def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path):
 def test_a_stop_does_not_wait_for_a_compilation(tmp_path):
     run = Evaluated(tmp_path, first=2, signal_in="compilation", steps=9)
     run.compiled = False
-    with pytest.raises(hooks.Stopped, match="SIGTERM at step 2: saved"):
+    with pytest.raises(hooks.Preempted, match="SIGTERM at step 2: saved"):
         run.run()
     assert not run.compiled and list(run.checkpoints.saved) == [2]
 
@@ -343,8 +351,8 @@ def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(
     monkeypatch.setattr(hooks.time, "sleep", lambda _: None)
     checkpoints, clock = Failing(at_once, later), hooks.Clock()
     metrics = MetricsWriter(tmp_path, 0, tensorboard=False)
-    report = hooks.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
-    save = hooks.Save(checkpoints, {}, clock, report, every=1, failures=3)
+    report = hooks.MetricsHook(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    save = hooks.CheckpointHook(checkpoints, {}, clock, report, every=1, failures=3)
     step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
 
     def run():
@@ -372,10 +380,10 @@ def test_free_memory_is_given_back_between_two_saves(tmp_path, monkeypatch):
         close=Kept().close,
     )
     monkeypatch.setattr(hooks.hosts, "malloc_trim", lambda: told.append("give back"))
-    report = hooks.Report(
+    report = hooks.MetricsHook(
         MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock(), every=1, steps=2, units=1, unit=""
     )
-    save = hooks.Save(checkpoints, {}, hooks.Clock(), report, every=1)
+    save = hooks.CheckpointHook(checkpoints, {}, hooks.Clock(), report, every=1)
     step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
     loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), steps=2, hooks=[save, report])
     assert told == [*["wait", "give back", "save"] * 2, "wait"]
@@ -385,14 +393,14 @@ def test_events_come_in_their_order(tmp_path):
     """An evaluation and a save see the state before the next step; a report waits for its step last."""
     told = []
 
-    class Told(hooks.Event):
-        def before(self, run):
+    class Told(hooks.Hook):
+        def before_step(self, run):
             told.append(("before", run.step))
 
-        def after(self, run, values):
+        def after_step(self, run, values):
             told.append(("after", run.step))
 
-        def end(self, run):
+        def on_end(self, run):
             told.append(("end", run.step))
 
         def close(self):
@@ -405,8 +413,8 @@ def test_events_come_in_their_order(tmp_path):
     loop.fit(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), steps=6, hooks=[Told()])
     assert told == [("before", 4), ("after", 5), ("before", 5), ("after", 6), ("end", 6), "close"]
     metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-    report = hooks.Report(metrics, clock, every=1, steps=1, units=1, unit="tokens")
-    save = hooks.Save(Kept(), {}, clock, report, every=1)
+    report = hooks.MetricsHook(metrics, clock, every=1, steps=1, units=1, unit="tokens")
+    save = hooks.CheckpointHook(Kept(), {}, clock, report, every=1)
     with pytest.raises(ValueError, match="Evaluate, Save, Stop, Profile, Report"):
         loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), steps=0, hooks=[report, save])
 
@@ -431,15 +439,15 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
             saved.append(step)
 
     metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-    report = hooks.Report(metrics, clock, every=1, steps=4, units=1, unit="tokens")
-    save = hooks.Save(Noting(), {}, clock, report, every=1)
+    report = hooks.MetricsHook(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    save = hooks.CheckpointHook(Noting(), {}, clock, report, every=1)
 
     @jax.jit
     def step(state, batch):
         return state.replace(step=state.step + 1, params={"w": state.params["w"] * 1e20}), {"loss": jnp.float32(1)}
 
     state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, ())
-    with pytest.raises(hooks.NotFinite, match="infinite or not a number after step 2, .* are not saved"):
+    with pytest.raises(hooks.NonFiniteError, match="infinite or not a number after step 2, .* are not saved"):
         loop.fit(state, step, ((number, {}) for number in range(4)), steps=4, hooks=[save, report])
     assert saved == [1]
 

@@ -12,7 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings import digit_encoder, seqpe
 from seqpe_jax.models import transformer
-from seqpe_jax.training.state import TrainState, create
+from seqpe_jax.training.state import TrainState, create_train_state
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
 from tests.tiny import random_params, tiny_config, tokens
@@ -176,7 +176,9 @@ def test_a_loop_over_layers_equals_the_plain_step():
     one, two = Trainer.of(plain, jax.devices()[:1]), Trainer.of(looped, jax.devices()[:1])
     first = one.init_state()
     params = jax.tree.map(jnp.copy, first.params)  # a step takes its state
-    second = create(params | {"model": transformer.stack(params["model"], 3)}, two.optimizer, jnp.copy(first.key))
+    second = create_train_state(
+        params | {"model": transformer.stack(params["model"], 3)}, two.optimizer, jnp.copy(first.key)
+    )
     results = [parts.train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
     assert float(results[0][1]["loss"]) == pytest.approx(float(results[1][1]["loss"]), abs=1e-5)
     params = results[1][0].params
@@ -221,7 +223,7 @@ def gradients(contrastive, distillation):
     settings = tiny_config(**fields, **STILL)
     parts = Trainer.of(settings, jax.devices()[:1])
     params = random_params(parts, 0.1)
-    loss = lambda p, step: parts.objective.loss(p, tokens(settings), jax.random.PRNGKey(1), step)[0]  # noqa: E731
+    loss = lambda p, step: parts.train_loss.loss(p, tokens(settings), jax.random.PRNGKey(1), step)[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss))
     return gradient(params, jnp.int32(0)), gradient(params, jnp.int32(10**9))
 

@@ -10,14 +10,14 @@ import pytest
 from seqpe_jax.config import MixingConfig, ObjectiveConfig, OptimizerConfig
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.interop import weights
-from seqpe_jax.losses.task import Classification, LanguageModelling
-from seqpe_jax.losses.train_loss import Draws, Objective
+from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
+from seqpe_jax.losses.train_loss import SampledPositions, TrainLoss
 from seqpe_jax.models.build import Architecture
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
-from seqpe_jax.positions.sampling import Contrastive, Distillation
+from seqpe_jax.positions.sampling import ContrastivePositions, DistillationPositions
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.state import create
+from seqpe_jax.training.state import create_train_state
 from seqpe_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.slow
@@ -64,9 +64,9 @@ def text_objective(spec):
     )
     inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     architecture = Architecture(encoding, network, inputs, (32,), spec["max_position"], heads=3)
-    objective = Objective(architecture, LanguageModelling(), ObjectiveConfig())
+    train_loss = TrainLoss(architecture, NextTokenLoss(), ObjectiveConfig())
     settings = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip=0.0)
-    return objective, settings, lambda trace, n: {"tokens": jnp.asarray(trace["in/tokens"][n], jnp.int32)}
+    return train_loss, settings, lambda trace, n: {"tokens": jnp.asarray(trace["in/tokens"][n], jnp.int32)}
 
 
 def image_objective(spec):
@@ -89,7 +89,7 @@ def image_objective(spec):
     network = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     architecture = Architecture(encoding, network, inputs, (4, 4), 100, heads=3)
-    objective = Objective(architecture, Classification(spec["label_smoothing"], MixingConfig()), ObjectiveConfig())
+    train_loss = TrainLoss(architecture, ClassificationLoss(spec["label_smoothing"], MixingConfig()), ObjectiveConfig())
     settings = OptimizerConfig(
         learning_rate=1e-3, schedule="constant", clip=0.0, weight_decay=0.05, encoder_weight_decay=0.05
     )
@@ -98,7 +98,7 @@ def image_objective(spec):
         images = jnp.asarray(trace["in/images"][n], jnp.float32) / 4
         return {"images": jnp.moveaxis(images, 1, -1), "labels": jnp.asarray(trace["in/labels"][n], jnp.int32)}
 
-    return objective, settings, batch
+    return train_loss, settings, batch
 
 
 def positions(trace, key, n):
@@ -110,26 +110,28 @@ def positions(trace, key, n):
 @pytest.mark.parametrize("name, parts", [("gpt2_a", text_objective), ("vit_a", image_objective)])
 def test_twenty_steps_equal_the_reference(trace, parts):
     spec = json.loads(str(trace["config"][0]))
-    objective, settings, batch = parts(spec)
+    train_loss, settings, batch = parts(spec)
     optimizer = optimizers.make_optimizer(settings, 20)
-    step = jax.jit(make_train_step(objective.loss, optimizer, optimizers.learning_rate(settings, 20)))
+    step = jax.jit(make_train_step(train_loss.loss, optimizer, optimizers.learning_rate(settings, 20)))
     params = jax.tree.map(jnp.asarray, parameters(trace, "param"))
-    fresh = jax.eval_shape(objective.architecture.init, jax.random.PRNGKey(0))
+    fresh = jax.eval_shape(train_loss.architecture.init, jax.random.PRNGKey(0))
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
-    state = create(params, optimizer, jax.random.PRNGKey(0))
+    state = create_train_state(params, optimizer, jax.random.PRNGKey(0))
     found = []
     for n in range(20):
-        draws = Draws(
+        sampled = SampledPositions(
             positions(trace, "main_positions", n)[None],
             jnp.zeros((), bool),
-            Contrastive(
+            ContrastivePositions(
                 positions(trace, "ct_pivots", n),
                 positions(trace, "ct_negatives", n),
                 jnp.asarray(trace["in/ct_labels"][n], jnp.int32),
             ),
-            Distillation(jnp.asarray(trace["in/tr_indices"][n], jnp.int32), positions(trace, "tr_positions", n)),
+            DistillationPositions(
+                jnp.asarray(trace["in/tr_indices"][n], jnp.int32), positions(trace, "tr_positions", n)
+            ),
         )
-        state, values = step(state, batch(trace, n) | {"draws": draws})
+        state, values = step(state, batch(trace, n) | {"sampled_positions": sampled})
         names = ("term/task", "term/contrastive", "term/distillation", "loss")
         norms = ("gradient_norm/model", "gradient_norm/encoder")
         found.append([float(values[name]) for name in names + norms])

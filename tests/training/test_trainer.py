@@ -128,9 +128,8 @@ def test_a_run_keeps_parameters_within_their_bounds(monkeypatch):
 
 def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
     """For its shapes and for itself: tracing takes longer than drawing."""
-    traced = []
-    create = trainer.create
-    monkeypatch.setattr(trainer, "create", lambda *arguments: traced.append(1) or create(*arguments))
+    traced, create = [], trainer.create_train_state
+    monkeypatch.setattr(trainer, "create_train_state", lambda *arguments: traced.append(1) or create(*arguments))
     state = Trainer.of(tiny_config()).init_state()
     assert traced == [1] and int(state.step) == 0
 
@@ -138,13 +137,13 @@ def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
 def test_seeds_that_share_their_last_32_bits_have_keys_of_their_own():
     """Smaller seeds keep the key that JAX gives, with which stored runs began."""
 
-    def key_of(seed):
+    def key_from_seed(seed):
         architecture = types.SimpleNamespace(init=lambda key: {"drawn": jax.random.bits(key)})
         optimizer = types.SimpleNamespace(init=lambda params: ())
         state = trainer._initial(architecture, optimizer, seed)()
         return (*state.key.tolist(), int(state.params["drawn"]))
 
     small = (0, 7, 2**31, 2**32 - 1)
-    assert [key_of(seed)[:2] for seed in small] == [tuple(jax.random.PRNGKey(seed).tolist()) for seed in small]
-    keys = [key_of(seed) for seed in (*small, 2**32, 2**32 + 7, 2**33 + 7, 2**63 - 1)]
+    assert [key_from_seed(seed)[:2] for seed in small] == [tuple(jax.random.PRNGKey(seed).tolist()) for seed in small]
+    keys = [key_from_seed(seed) for seed in (*small, 2**32, 2**32 + 7, 2**33 + 7, 2**63 - 1)]
     assert len(set(keys)) == len(keys)

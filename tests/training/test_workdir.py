@@ -79,7 +79,7 @@ def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path, mo
         check_same_run(tiny_config(init_from="runs/b"), tmp_path, 2)
     monkeypatch.setattr(trainer, "saved_step", lambda _: 2)
     monkeypatch.setattr(Trainer, "of", lambda settings, **_: settings)
-    assert Trainer.for_folder(tiny_config(), tmp_path).init_from == "runs/a"
+    assert Trainer.for_workdir(tiny_config(), tmp_path).init_from == "runs/a"
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     check_space(tmp_path, 2**40, 3)  # a file system that does not tell
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
     with pytest.raises(InputError, match="has 0.0 MiB of free space, and 3 checkpoint"):
-        Trainer.for_folder(tiny_config(steps=9), tmp_path / "run").fit(tmp_path / "run")
+        Trainer.for_workdir(tiny_config(steps=9), tmp_path / "run").fit(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -129,7 +129,7 @@ def test_a_folder_of_another_kind_is_not_trained_in(tmp_path, values, words):
     text = json.dumps(values)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=words):
-        Trainer.for_folder(tiny_config(), tmp_path)
+        Trainer.for_workdir(tiny_config(), tmp_path)
     assert (tmp_path / "config.json").read_text() == text
 
 
