@@ -42,19 +42,14 @@ def main() -> None:
     settings = config.parse(_CONFIG.value)
     model = settings.model
     rates = (model.dropout, model.attention_dropout, model.embedding_dropout)
-    if (
-        settings.reads_images
-        or settings.encoding.kind != "rotary"
-        or any(rates)
-        or settings.precision.compute != "float32"
-    ):
+    if settings.is_image or settings.encoding.kind != "rotary" or any(rates) or settings.precision.compute != "float32":
         raise InputError("the model in PyTorch is a GPT-2 with RoPE, float32, without dropout: give such a config")
     if jax.devices()[0].platform != "cpu":
         raise InputError("this compares on a CPU: set JAX_PLATFORMS=cpu")
     trainer = Trainer.of(settings, jax.devices()[:1])
     step, state = trainer.train_step(), trainer.init_state()
     sizes = {name: getattr(model, name) for name in ("layers", "width", "heads")} | {
-        "vocabulary": trainer.task.sizes.vocabulary,
+        "vocabulary": trainer.task.data_spec.vocabulary,
         "length": settings.data.length,
         "batch": settings.batch_size,
         "threads": len(os.sched_getaffinity(0)),

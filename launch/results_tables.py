@@ -135,7 +135,7 @@ def work_of(settings) -> dict[str, float]:
 
     trainer = Trainer.of(settings, data_there=False)
     flops = training_flops(trainer.train_loss, trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
-    return {"parameters": count(trainer.shapes.params), "training_flops": flops / trainer.task.units_per_step}
+    return {"parameters": count(trainer.shapes.params), "training_flops": flops / trainer.task.count_per_step}
 
 
 def rewritten(page: str) -> str:

@@ -95,8 +95,8 @@ def shard_map(function: Callable[..., Any], arguments: Sequence[Any], names: Seq
     return function(*arguments) if layout is None else layout.shard_map(function, arguments, names)
 
 
-def scale_label(scale: Sequence[int]) -> str:
+def size_label(eval_size: Sequence[int]) -> str:
     """Returns the name of a length or size: 512, 32 for a square, 24x32, or 8x32x32 for a clip of 8 frames."""
-    if len(scale) == 2 and scale[0] == scale[1]:
-        return str(scale[0])
-    return "x".join(map(str, scale))
+    if len(eval_size) == 2 and eval_size[0] == eval_size[1]:
+        return str(eval_size[0])
+    return "x".join(map(str, eval_size))

@@ -17,10 +17,10 @@ from seqpe_jax.files import as_path, parse_json
 from seqpe_jax.inference.exported import SECTION, read_params
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
-from seqpe_jax.models.build import Architecture, Params, Sizes
-from seqpe_jax.tasks.data_spec import read_sizes
-from seqpe_jax.tasks.image_classification import known_sizes
-from seqpe_jax.tasks.language_modeling import with_kept_tokenizer
+from seqpe_jax.models.build import Architecture, DataSpec, Params
+from seqpe_jax.tasks.data_spec import read_data_spec
+from seqpe_jax.tasks.image_classification import known_data_spec
+from seqpe_jax.tasks.language_modeling import with_run_tokenizer
 from seqpe_jax.training.best_checkpoint import best_step
 from seqpe_jax.training.checkpoint import CHECKPOINTS_DIR, Checkpointer, latest_valid_step, read_config
 from seqpe_jax.training.checksums import DIGESTS_FILE, checksum_error, clear_cache
@@ -85,7 +85,7 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
     if section is not None:
         if which != "latest":
             raise InputError(f"{checkpoint} is an export, which holds one model: leave --which out")
-        sizes = sizes_of(settings, checkpoint)
+        sizes = data_spec_of(settings, checkpoint)
         architecture = Architecture.of(settings, sizes).stored(tuple(section["reach"]))
         read = functools.partial(_exported_params, checkpoint, architecture, mesh)
         return Model(settings, architecture, sizes, read, section["step"], str(checkpoint), mesh)
@@ -98,7 +98,7 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
     else:
         for path, wrong in latest_valid_step(saved.folder)[1].items():
             print(f"checkpoint {path} is damaged ({wrong}): step {step} is read in its place", file=sys.stderr)
-    sizes = sizes_of(settings, checkpoint)
+    sizes = data_spec_of(settings, checkpoint)
     architecture = Architecture.of(settings, sizes)
     read = functools.partial(_saved_params, checkpoint, architecture, mesh, step)
     return Model(settings, architecture, sizes, read, step, str(checkpoint), mesh)
@@ -117,7 +117,7 @@ def saved_config(checkpoint: str) -> Config:
     values = read_config(checkpoint)
     values.pop(SECTION, None)
     settings = config.from_dict(values)
-    return with_kept_tokenizer(dataclasses.replace(settings, mesh=config.MeshConfig()), checkpoint)
+    return with_run_tokenizer(dataclasses.replace(settings, mesh=config.MeshConfig()), checkpoint)
 
 
 def export_section(checkpoint: str) -> dict[str, Any] | None:
@@ -143,7 +143,7 @@ def _tells_reach(section: Any) -> bool:
     return type(step) is int and whole and bool(reach)
 
 
-def sizes_of(settings: Config, folder: str) -> Sizes:
+def data_spec_of(settings: Config, folder: str) -> DataSpec:
     """Returns what the model of a run took from its data, without opening them.
 
     Runs that are older than the file that keeps it have their tokenizer, or the names of their classes, beside them.
@@ -151,12 +151,12 @@ def sizes_of(settings: Config, folder: str) -> Sizes:
     Raises:
       InputError: the number of tokens or classes is not known.
     """
-    if settings.reads_images:
-        sizes = known_sizes(settings, folder)
+    if settings.is_image:
+        sizes = known_data_spec(settings, folder)
         if not sizes.classes:
             raise InputError(f"{folder} does not say how many classes its model has: put back its classes.json")
         return sizes
-    stored = read_sizes(folder)
+    stored = read_data_spec(folder)
     if stored is not None:
         if not stored.vocabulary:
             raise InputError(f"{folder} does not say how many tokens its model has: put back its sizes.json")
@@ -165,7 +165,7 @@ def sizes_of(settings: Config, folder: str) -> Sizes:
         raise InputError(
             f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there"
         )
-    return Sizes(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
+    return DataSpec(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
 
 
 def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh, step: int) -> Params:

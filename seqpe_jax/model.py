@@ -23,9 +23,9 @@ from seqpe_jax.inference.compiled import Programs
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.exported import PLATFORMS
 from seqpe_jax.interop import writing
-from seqpe_jax.models.build import Architecture, Params, Shape, Sizes
-from seqpe_jax.tasks import Task, Text, task_class
-from seqpe_jax.tasks.evaluate import Scales, measure
+from seqpe_jax.models.build import Architecture, DataSpec, Params, Shape
+from seqpe_jax.tasks import LanguageModeling, Task, task_class
+from seqpe_jax.tasks.evaluate import EvalSizes, evaluate
 from seqpe_jax.trees import count
 
 Start = int | Sequence[int] | None
@@ -38,7 +38,7 @@ class Model:
     Attributes:
       config: of the run; of an encoder of positions alone, its encoding section says all there is.
       architecture: the encoding and the network.
-      sizes: what the model took from its data.
+      data_spec: what the model took from its data.
       read: reads the parameters; `params` calls it once.
       step: of the training that the parameters come from; 0 for those of others.
       folder: that the model was loaded from, or "".
@@ -47,7 +47,7 @@ class Model:
 
     config: Config
     architecture: Architecture
-    sizes: Sizes
+    data_spec: DataSpec
     read: Callable[[], Params]
     step: int = 0
     folder: str = ""
@@ -79,7 +79,7 @@ class Model:
         Raises:
           InputError: the tokenizer, or the names of the classes, are missing or damaged.
         """
-        return task_class(self.config)(self.config, kept=self.folder)
+        return task_class(self.config)(self.config, run_dir=self.folder)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -87,9 +87,9 @@ class Model:
         return self._text.tokenizer
 
     @property
-    def _text(self) -> Text:
+    def _text(self) -> LanguageModeling:
         task = self.task
-        if not isinstance(task, Text):
+        if not isinstance(task, LanguageModeling):
             raise InputError("this model reads images: it has no tokenizer")
         return task
 
@@ -193,22 +193,22 @@ class Model:
         Args:
           lengths: of a model of text; sizes: of a model of images, sides in pixels, (height, width) or (frames,
             height, width).
-          split: "validation" or "test"; options: as of `tasks.measure.measure`.
+          split: "validation" or "test"; options: as of `tasks.evaluate.evaluate`.
           contexts: of a model of text, in tokens: the same tokens are scored under each of them. Where neither lengths,
             sizes nor contexts are given: those of the config's eval section.
 
         Raises:
           InputError: a length, size or context that cannot be evaluated, data that cannot be read.
         """
-        scales: Scales = tuple((length,) for length in lengths)
-        squares: Scales = tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
-        return measure(self, scales, squares, split, contexts=tuple(contexts), **options)[0]["results"]
+        scales: EvalSizes = tuple((length,) for length in lengths)
+        squares: EvalSizes = tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
+        return evaluate(self, scales, squares, split, contexts=tuple(contexts), **options)[0]["results"]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""
         known = bool(self.folder or self.config.data.tokenizer)
-        carry = self.task.carry if known else None
-        writing.write_run(folder, self.config, self.params, self.sizes, self.step, keep=carry)
+        copy_assets = self.task.copy_assets if known else None
+        writing.write_run(folder, self.config, self.params, self.data_spec, self.step, save_assets=copy_assets)
 
     def export(
         self,
@@ -243,18 +243,18 @@ class Model:
         if inputs.ndim != rank:
             wanted = {2: "tokens int32[B, L]", 4: "images float32[B, H, W, C]", 5: "clips float32[B, T, H, W, C]"}[rank]
             raise InputError(f"this model reads {wanted}, got an array of shape {inputs.shape}")
-        if self.architecture.reads_images:
-            if inputs.shape[-1] != self.sizes.channels:
+        if self.architecture.is_image:
+            if inputs.shape[-1] != self.data_spec.channels:
                 raise InputError(
-                    f"this model reads {self.sizes.channels} channel(s), got an array of shape {inputs.shape}"
+                    f"this model reads {self.data_spec.channels} channel(s), got an array of shape {inputs.shape}"
                 )
             return self._normalised(inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise InputError(f"this model reads tokens int32[B, L], got {inputs.dtype}: use model.tokenizer on text")
-        if inputs.size and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.sizes.vocabulary:
+        if inputs.size and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.data_spec.vocabulary:
             raise InputError(
                 f"tokens {int(inputs.min())} to {int(inputs.max())} are not all in the vocabulary, 0 to "
-                f"{self.sizes.vocabulary - 1}"
+                f"{self.data_spec.vocabulary - 1}"
             )
         return inputs
 
@@ -266,12 +266,12 @@ class Model:
             raise InputError(
                 f"this model reads images of uint8 (0 to 255), or normalised ones of float32, got {images.dtype}"
             )
-        if not self.sizes.mean:
+        if not self.data_spec.mean:
             raise InputError(
                 "this model does not know the mean and deviation of its images, so it cannot normalise uint8: give "
                 "float32, normalised as in its training"
             )
-        return jnp.asarray(normalised(np.asarray(images), self.sizes.mean, self.sizes.std))
+        return jnp.asarray(normalised(np.asarray(images), self.data_spec.mean, self.data_spec.std))
 
     def _start(self, start: Start, shape: Shape) -> Shape:
         """The first position in tokens or patches along each axis. Raises: InputError: it cannot be."""

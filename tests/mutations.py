@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from seqpe_jax import config
-from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_state, tiny_config
@@ -268,8 +268,8 @@ def _saved(folder: pathlib.Path, settings: config.Config) -> None:
     checkpoints.save(2, random_state(trainer, 0.2), {"seconds": 1.0})
     checkpoints.close()
     write_config(folder, config.to_dict(trainer.config))  # with the random bits that training resolves
-    write_sizes(folder, trainer.task.sizes)
-    trainer.task.keep(folder)
+    write_data_spec(folder, trainer.task.data_spec)
+    trainer.task.save_assets(folder)
 
 
 def _measured(folder: pathlib.Path) -> None:

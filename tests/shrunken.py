@@ -14,7 +14,7 @@ FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
 TEXTS = "path/to/texts"  # in that folder, as the pages write it
 PHOTOS = "ROOT"
 QUESTIONS = "questions.jsonl"
-_run, _given, _points, _read = common.run, io.given, spec._points, spec.read
+_run, _given, _points, _read = common.run, io.from_user_values, spec._points, spec.read
 
 
 class FewExamples(loader.EvaluationBatches):
@@ -43,13 +43,13 @@ def shrunken(config: Config) -> Config:
     if data.name == "imagenet2012":
         data = dataclasses.replace(data, name="image_folder", paths=(PHOTOS,), size=(16, 16))
         patch, evaluation = (8, 8), dataclasses.replace(evaluation, sizes=())
-    if not config.reads_images:
+    if not config.is_image:
         data = dataclasses.replace(data, length=min(data.length, 64))
         decides = best.partition("@")[2]
         lengths = tuple(length for length in evaluation.lengths if length in (64, 128, 256) or str(length) == decides)
         contexts = tuple(context for context in evaluation.contexts if context <= 128)
         evaluation = dataclasses.replace(evaluation, lengths=lengths, tokens=1024, contexts=contexts, targets=256)
-    if config.asks_questions:
+    if config.is_qa:
         evaluation = dataclasses.replace(evaluation, examples=2, new_tokens=2)
     evaluation = dataclasses.replace(evaluation, sizes=evaluation.sizes[:1], frames=evaluation.frames[:1])
     if encoding.kind == "seqpe":
@@ -102,7 +102,7 @@ def _one(runs: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
 def close() -> None:
     """Makes the commands of this process small."""
     common.run = _run_there
-    io.given = lambda *given: shrunken(_given(*given))
+    io.from_user_values = lambda *given: shrunken(_given(*given))
     spec._points = lambda path, base, runs: _points(path, base, _one(runs))
     spec.read = _shrunken_sweep
     loader.EvaluationBatches = FewExamples

@@ -13,7 +13,7 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
-from seqpe_jax.config.scripts import module_of
+from seqpe_jax.config.scripts import execute_file
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT, tiny_config
 
@@ -192,7 +192,7 @@ def test_an_edit_of_the_same_size_within_the_same_second_is_seen(tmp_path, monke
     for steps in (1000, 2000):
         page.write_text(f"steps = {steps}\n")
         os.utime(page, (when, when))
-        assert module_of(str(page), "config file").steps == steps
+        assert execute_file(str(page), "config file").steps == steps
 
 
 QUESTIONS = str(ROOT / "configs" / "stdlib_qa.py")
@@ -248,14 +248,14 @@ def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
         except InputError:
             continue  # refused wherever it comes from
         if kind in reads:
-            config.given(given)
+            config.from_user_values(given)
             continue
         with pytest.raises(InputError) as caught:
-            config.given(given)
+            config.from_user_values(given)
         message = str(caught.value)
         assert f"encoding.{field.name}=" in message and f"encoding.kind='{kind}'" in message and "\n" not in message
         assert message.split("only by ")[1] == f"{', '.join(reads)}: leave it out"
-        assert config.as_read(config.from_dict(given)) == config.from_dict(values)
+        assert config.reset_unused(config.from_dict(given)) == config.from_dict(values)
         refused.add(field.name)
     assert len(refused) >= (3 if kind == "seqpe" else 18)
 
@@ -285,10 +285,10 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
 @pytest.mark.parametrize("off, on, field, value", SWITCHES)
 def test_an_option_of_a_part_that_is_off_is_refused(off, on, field, value):
     page = QUICKSTART + (":none" if field == "objective.shift.rate" else "")
-    config.check_options(config.load(page, on | {field: value}), [field])
+    config.check_overrides_used(config.load(page, on | {field: value}), [field])
     settings = config.load(page, off | {field: value})  # a config file may set it beforehand
     with pytest.raises(InputError, match=f"{field} is not read here, it needs .*: set that too, or leave {field} out"):
-        config.check_options(settings, [field])
+        config.check_overrides_used(settings, [field])
 
 
 def test_terms_and_pairs_that_are_not_there_have_no_fields():
@@ -319,7 +319,7 @@ def test_older_names_say_what_those_of_today_do(name, gate):
     before = copy.deepcopy(values)
     assert config.from_dict(values) == today and values == before
     assert config.load(f"{QUICKSTART}:none", {"encoding.kind": name, "encoding.gate_bias_init": 4.0}) == today
-    assert config.renamed({"seed": 1, "encoding": {"kind": name}})["encoding"] == {"kind": "none", "gate": gate}
+    assert config.apply_renames({"seed": 1, "encoding": {"kind": name}})["encoding"] == {"kind": "none", "gate": gate}
     with pytest.raises(InputError, match="'encoding.gate_bias' is called 'encoding.gate_bias_init' now, and both"):
         config.from_dict(values | {"encoding": values["encoding"] | {"gate_bias_init": 1.0}})
     other = {"forget": "cable", "cable": "forget"}[gate]
@@ -345,7 +345,7 @@ def test_every_kind_takes_the_place_of_another(path, kind):
     values = config.defaults()
     values.update(config.to_dict(config.load(path, JITTER)))
     found = config.parse(config.with_encoding(values, kind))
-    assert found.encoding.kind == kind and found == config.as_read(found)
+    assert found.encoding.kind == kind and found == config.reset_unused(found)
     assert (found.objective.jitter.rate > 0) == (found.encoding.real_positions and (path, kind) != (DIGITS, "rotary"))
 
 
@@ -368,7 +368,7 @@ def test_the_config_of_an_older_run_is_read():
     values["encoding"] |= {"width": 96, "heads": 4, "qk": "multi"}
     values["objective"]["contrastive"] |= {"batch": 8, "window": 512}
     old = config.from_dict(values)
-    assert old.encoding.width == 96 and config.as_read(old) == config.load(QUICKSTART + ":rotary")
+    assert old.encoding.width == 96 and config.reset_unused(old) == config.load(QUICKSTART + ":rotary")
 
 
 FORMER = {
@@ -432,7 +432,7 @@ def test_a_field_of_other_data_is_refused_by_those_that_read_it(page, field, val
     values = config.to_dict(plain)
     *sections, last = field.split(".")
     functools.reduce(dict.__getitem__, sections, values)[last] = value
-    assert config.as_read(config.from_dict(values)) == config.as_read(plain)
+    assert config.reset_unused(config.from_dict(values)) == config.reset_unused(plain)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_an_older_run_opens_with_numbers_that_no_new_one_may_have():
     values["model"]["layer_norm_epsilon"] = values["encoding"]["layer_norm_epsilon"] = 0.0
     assert config.from_dict(values).optimizer.learning_rate == 0
     with pytest.raises(InputError, match="'model.layer_norm_epsilon' must be at least 1e-12"):
-        config.given(values)
+        config.from_user_values(values)
 
 
 def _numbers(section, prefix=""):

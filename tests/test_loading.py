@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.loading import export_section, is_ours, saved_config, sizes_of
+from seqpe_jax.loading import data_spec_of, export_section, is_ours, saved_config
 from tests.tiny import tiny_config
 
 
@@ -45,8 +45,8 @@ def test_a_config_that_is_none_is_refused(tmp_path, content):
 
 def test_a_run_on_text_that_does_not_say_how_many_tokens_it_has_is_refused(tmp_path):
     (tmp_path / "sizes.json").write_text('{"vocabulary": 256}')
-    assert sizes_of(tiny_config(), str(tmp_path)).vocabulary == 256
+    assert data_spec_of(tiny_config(), str(tmp_path)).vocabulary == 256
     for content in ("{}", '{"classes": 3}'):
         (tmp_path / "sizes.json").write_text(content)
         with pytest.raises(InputError, match="does not say how many tokens its model has: put back its sizes.json"):
-            sizes_of(tiny_config(), str(tmp_path))
+            data_spec_of(tiny_config(), str(tmp_path))

@@ -13,8 +13,8 @@ from seqpe_jax import config, loading
 from seqpe_jax.data import images as image_data
 from seqpe_jax.data import tokens as text_data
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.build import Sizes
-from seqpe_jax.tasks.data_spec import SIZES_FILE, read_sizes, write_sizes
+from seqpe_jax.models.build import DataSpec
+from seqpe_jax.tasks.data_spec import SIZES_FILE, read_data_spec, write_data_spec
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
@@ -31,8 +31,8 @@ def saved(folder, settings, step=3):
     checkpoints.save(step, random_state(trainer, 0.2), {})
     checkpoints.close()
     write_config(folder, config.to_dict(settings))
-    write_sizes(folder, trainer.task.sizes)
-    trainer.task.keep(folder)
+    write_data_spec(folder, trainer.task.data_spec)
+    trainer.task.save_assets(folder)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
         np.testing.assert_allclose(other.logits(tokens), model.logits(tokens), atol=2e-5)
         np.testing.assert_allclose(other.encode_positions([0, 63]), model.encode_positions([0, 63]), atol=2e-5)
         assert other.generate("line ", 8) == model.generate("line ", 8)
-    assert (copy.step, exported.step, copy.sizes) == (3, 3, model.sizes)
+    assert (copy.step, exported.step, copy.data_spec) == (3, 3, model.data_spec)
     with pytest.raises(InputError, match="position 64 is outside 0 .. 63, what this export holds"):
         exported.logits(np.zeros((1, 65), int))
     with pytest.raises(InputError, match="60 new tokens are beyond the exported range, up to 64: .* --max-length=65"):
@@ -189,18 +189,18 @@ def test_a_released_checkpoint_opens_the_same_way(goldens, no_data, tmp_path):
         assert "Model(seqpe in" in repr(model) and len(stored.files)
         model.save(tmp_path / kind)
         again = seqpe_jax.load(tmp_path / kind)
-        assert again.sizes == model.sizes and jax.tree.all(
+        assert again.data_spec == model.data_spec and jax.tree.all(
             jax.tree.map(lambda one, other: np.array_equal(one, other), model.params, again.params)
         )
-    assert again.sizes.channels == 3 and len(again.sizes.mean) == 3
+    assert again.data_spec.channels == 3 and len(again.data_spec.mean) == 3
 
 
 def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path, no_data):
-    for folder, expected in ((run, Sizes(vocabulary=256)), (photos, Sizes(0, 10, 1, (0.3051,), (0.3761,)))):
-        assert read_sizes(folder) == expected
+    for folder, expected in ((run, DataSpec(vocabulary=256)), (photos, DataSpec(0, 10, 1, (0.3051,), (0.3761,)))):
+        assert read_data_spec(folder) == expected
         shutil.copytree(folder, tmp_path / folder.name)
         (tmp_path / folder.name / SIZES_FILE).unlink()
-        assert loading.opened(str(tmp_path / folder.name)).sizes == expected
+        assert loading.opened(str(tmp_path / folder.name)).data_spec == expected
 
 
 def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
@@ -251,7 +251,7 @@ def test_what_a_model_of_text_cannot_do_is_told(run, ask, words):
 def test_pixels_are_normalised_as_in_training(photos):
     model = seqpe_jax.load(photos)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
-    normalised = (pixels / 255 - np.asarray(model.sizes.mean)) / np.asarray(model.sizes.std)
+    normalised = (pixels / 255 - np.asarray(model.data_spec.mean)) / np.asarray(model.data_spec.std)
     np.testing.assert_allclose(model.logits(pixels), model.logits(normalised.astype(np.float32)), atol=1e-5)
 
 
@@ -267,7 +267,7 @@ def test_what_a_model_of_images_cannot_do_is_told(photos):
     with pytest.raises(InputError, match=r"images of uint8 \(0 to 255\), or normalised ones of float32, got int32"):
         model.logits(whole.astype(np.int32))
     with pytest.raises(InputError, match="does not know the mean and deviation"):
-        dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, mean=(), std=())).logits(whole)
+        dataclasses.replace(model, data_spec=dataclasses.replace(model.data_spec, mean=(), std=())).logits(whole)
     with pytest.raises(InputError, match="it has no tokenizer"):
         _ = model.tokenizer
 

@@ -16,7 +16,7 @@ import seqpe_jax
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.build import Architecture, Sizes
+from seqpe_jax.models.build import Architecture, DataSpec
 from tests.tiny import ROOT, tiny_config
 
 EXAMPLES = pathlib.Path(ROOT) / "examples"
@@ -46,7 +46,7 @@ def test_importing_it_pulls_in_neither_data_nor_plots():
 def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""
     fields = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2} if kind == "seqpe" else {}
-    architecture = Architecture.of(tiny_config(variant=kind, **fields), Sizes(vocabulary=8))
+    architecture = Architecture.of(tiny_config(variant=kind, **fields), DataSpec(vocabulary=8))
     positions_PLA = jnp.arange(24).reshape(1, 24, 1) + jnp.array([0, 40])[:, None, None]
 
     @jax.jit

@@ -76,7 +76,7 @@ def given_config(page: ml_collections.ConfigDict) -> Config:
       InputError: as `config.parse`; an option that the config does not read.
     """
     settings = config.parse(page, overridden())
-    config.check_options(settings, overridden())
+    config.check_overrides_used(settings, overridden())
     return settings
 
 
@@ -214,7 +214,7 @@ def _check_config_arguments(arguments: list[str]) -> None:
         elif name.startswith("config."):
             field = name.removeprefix("config.")
             if field not in config.field_names():
-                raise InputError(config.unknown_field(field))
+                raise InputError(config.unknown_field_message(field))
 
 
 def _with_texts(arguments: list[str]) -> list[str]:
@@ -237,7 +237,7 @@ def _with_texts(arguments: list[str]) -> list[str]:
 
 
 def _config_file(value: str) -> str:
-    return config.located(expand_path(value, local=config.LOCAL))
+    return config.resolve_config_path(expand_path(value, local=config.LOCAL))
 
 
 def _quoted(value: str) -> str:

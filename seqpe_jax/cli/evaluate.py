@@ -49,7 +49,7 @@ common.define_hosts()
 NUMBER = "[1-9][0-9]{0,17}"
 
 
-def scales(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
+def parse_sizes(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
     """Returns the numbers of a flag's items. Raises: InputError for an item that the pattern does not fit."""
     for item in items:
         if not re.fullmatch(pattern, item):
@@ -61,19 +61,19 @@ def main() -> None:
     """The command."""
     from seqpe_jax import loading
     from seqpe_jax.distributed import processes
-    from seqpe_jax.tasks.evaluate import asked_limits, check_kind, measure, write
+    from seqpe_jax.tasks.evaluate import check_data_kind, evaluate, requested_limits, write
 
     common.join_hosts()
-    lengths = scales(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
-    contexts = tuple(c for (c,) in scales(_CONTEXTS.value, "--contexts", f"0*{NUMBER}", "positive whole numbers"))
+    lengths = parse_sizes(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
+    contexts = tuple(c for (c,) in parse_sizes(_CONTEXTS.value, "--contexts", f"0*{NUMBER}", "positive whole numbers"))
     wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"
-    sizes = scales(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
+    sizes = parse_sizes(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
     processes.keep_compiled_programs()
     folder = _CHECKPOINT.value
-    limits = asked_limits(
+    limits = requested_limits(
         tokens=_TOKENS.value,
         examples=_EXAMPLES.value,
         new_tokens=_NEW_TOKENS.value,
@@ -81,8 +81,8 @@ def main() -> None:
         stride=_STRIDE.value,
         targets=_TARGETS.value,
     )
-    check_kind(loading.saved_config(folder), folder, lengths, sizes, limits)
-    report, arrays = measure(
+    check_data_kind(loading.saved_config(folder), folder, lengths, sizes, limits)
+    report, arrays = evaluate(
         loading.opened(folder, _WHICH.value),
         lengths,
         sizes,

@@ -55,7 +55,7 @@ def run(
 
     processes.keep_compiled_programs()
     Sampling(new_tokens, **choice)  # refuses bad values before a run is opened
-    if loading.saved_config(checkpoint).reads_images:
+    if loading.saved_config(checkpoint).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
     model = loading.opened(checkpoint, which)
     printed = ""

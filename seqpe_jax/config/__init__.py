@@ -1,6 +1,6 @@
 """Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
 
-from seqpe_jax.config.conditions import check_options
+from seqpe_jax.config.conditions import check_overrides_used
 from seqpe_jax.config.encodings import (
     ADDED_PAIRS,
     GATED,
@@ -13,22 +13,22 @@ from seqpe_jax.config.encodings import (
     encoding_name,
 )
 from seqpe_jax.config.io import (
-    FREE_SECTIONS,
     LOCAL,
     RENAMED,
-    as_read,
+    RESUME_CHANGEABLE,
+    apply_renames,
     defaults,
     difference,
     field_names,
     field_types,
     from_dict,
-    given,
+    from_user_values,
     load,
     load_variant,
     parse,
-    renamed,
+    reset_unused,
     to_dict,
-    unknown_field,
+    unknown_field_message,
     with_encoding,
 )
 from seqpe_jax.config.lengths import lengths_of, with_lengths
@@ -44,8 +44,8 @@ from seqpe_jax.config.schema import (
     OptimizerConfig,
     ShiftConfig,
 )
-from seqpe_jax.config.scripts import located
-from seqpe_jax.config.validate import LARGEST_UNITS, check_positions, check_size, profile_window
+from seqpe_jax.config.scripts import resolve_config_path
+from seqpe_jax.config.validate import MAX_POSITION_UNITS, check_positions, check_size, profile_window
 
 __all__ = [
     "ADDED_PAIRS",
@@ -55,11 +55,11 @@ __all__ = [
     "DistillationConfig",
     "EncodingConfig",
     "EncodingKind",
-    "FREE_SECTIONS",
+    "RESUME_CHANGEABLE",
     "GATED",
     "LOCAL",
     "GRID_ONLY",
-    "LARGEST_UNITS",
+    "MAX_POSITION_UNITS",
     "MeshConfig",
     "MixingConfig",
     "ModelConfig",
@@ -69,8 +69,8 @@ __all__ = [
     "RENAMED",
     "ShiftConfig",
     "TEXT_ONLY",
-    "as_read",
-    "check_options",
+    "reset_unused",
+    "check_overrides_used",
     "check_positions",
     "check_size",
     "defaults",
@@ -80,16 +80,16 @@ __all__ = [
     "field_names",
     "field_types",
     "from_dict",
-    "given",
+    "from_user_values",
     "lengths_of",
     "load",
     "load_variant",
-    "located",
+    "resolve_config_path",
     "parse",
     "profile_window",
-    "renamed",
+    "apply_renames",
     "to_dict",
-    "unknown_field",
+    "unknown_field_message",
     "with_encoding",
     "with_lengths",
 ]

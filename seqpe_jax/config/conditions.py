@@ -146,7 +146,7 @@ CONDITIONS = (
 )
 
 
-def check_options(config: Config, names: Iterable[str]) -> None:
+def check_overrides_used(config: Config, names: Iterable[str]) -> None:
     """Refuses options that a config does not read under the values of its other fields.
 
     Args:

@@ -91,10 +91,10 @@ class EncodingConfig:
     final_norm: bool = _field(True, reads=SEQPE)
     mask_padding: bool = _field(False, reads=SEQPE)
     temperature: float = _field(1.0, low=1e-6, high=1e6, reads=SEQPE)
-    output_width: int = _field(0, **limits.WidthOrNone, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
+    output_width: int = _field(0, **limits.OptionalWidth, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
     place: Literal["global", "coordinate"] = _field("global", reads=SEQPE)
-    dropout: float = _field(0.1, **limits.LeftOut, reads=SEQPE)
-    attention_dropout: float = _field(0.0, **limits.LeftOut, reads=SEQPE)
+    dropout: float = _field(0.1, **limits.DropRate, reads=SEQPE)
+    attention_dropout: float = _field(0.0, **limits.DropRate, reads=SEQPE)
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", reads=SEQPE)
     layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon, reads=SEQPE)
     norm_init: float = _field(1.0, low=-1e3, high=1e3, reads=SEQPE)
@@ -107,17 +107,19 @@ class EncodingConfig:
     mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field("attn_scalar", reads=SEQPE)
     qk: Literal["single", "multi", "none", "halves"] = _field("single", reads=SEQPE)
     per_head: bool = _field(True, reads=SEQPE)  # the vector is split over the heads, else one head-wide one serves all
-    feature_width: int = _field(0, **limits.WidthOrNone, reads=SEQPE)  # attn_scalar: of a head's parts; 0 = head width
+    feature_width: int = _field(
+        0, **limits.OptionalWidth, reads=SEQPE
+    )  # attn_scalar: of a head's parts; 0 = head width
     qk_init_std: float = _field(0.02, **limits.Std, reads=SEQPE)
     scalar_scale: float = _field(1.0, low=-1e6, high=1e6, reads=SEQPE)
     # in which heads, and combined with what
     position_heads: int = _field(
-        0, **limits.HeadsOrNone, reads=IN_HEADS
+        0, **limits.OptionalHeads, reads=IN_HEADS
     )  # the first heads that get the encoding; 0 = all
     # The fastest pairs of q and k that rotate; 0 = none, but rotary all and scale_invariant half of them.
-    rotary_pairs: int = _field(0, **limits.WidthOrNone, reads=(*OWN_PAIRS, *ADDED_PAIRS))
+    rotary_pairs: int = _field(0, **limits.OptionalWidth, reads=(*OWN_PAIRS, *ADDED_PAIRS))
     # The first heads in which added pairs rotate; 0 = all.
-    rotary_heads: int = _field(0, **limits.HeadsOrNone, reads=(), combined=_PAIRS)
+    rotary_heads: int = _field(0, **limits.OptionalHeads, reads=(), combined=_PAIRS)
     # Logits of a key fall with what the tokens after it say, in all heads: FoX's forget gates, or CABLE's biases.
     gate: Gate = "none"
     # Bias that gates begin with, larger = more open: they let through sigmoid(gate_bias_init) of what came before a token.
@@ -137,7 +139,7 @@ class EncodingConfig:
     # Lengths of the baselines in tokens or patches, and constants that derive from one. 0 = the authors' share of the
     # training length, computed by `config.lengths.lengths_of`, which has the sources.
     t5_buckets: int = _field(0, zero=True, low=2, high=4096, reads=("t5",))  # distance buckets
-    t5_max_distance: int = _field(0, **limits.LengthOrNone, reads=("t5",))  # tokens; the last bucket begins below
+    t5_max_distance: int = _field(0, **limits.OptionalLength, reads=("t5",))  # tokens; the last bucket begins below
     fire_threshold: float = _field(
         0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",)
     )  # of a fresh model, in tokens
@@ -147,7 +149,7 @@ class EncodingConfig:
     yarn_beta_fast: float = _field(0.0, zero=True, low=1e-3, high=1e6, **_YARN)  # pairs of more turns stay
     yarn_beta_slow: float = _field(1.0, low=1e-3, high=1e6, **_YARN)  # turns up to which it is interpolated
     slope_scale: float = _field(1.0, low=1e-6, high=1e6, reads=SLOPED)  # factor of the slopes, per token or patch
-    directed_heads: int = _field(0, **limits.HeadsOrNone, reads=("lookhere",))  # that see one side; 0 = two thirds
+    directed_heads: int = _field(0, **limits.OptionalHeads, reads=("lookhere",))  # that see one side; 0 = two thirds
 
     @property
     def unit(self) -> int:

@@ -15,11 +15,10 @@ from typing import Any, Literal
 import ml_collections
 
 from seqpe_jax.config.encodings import GATED, SEQPE, EncodingConfig, EncodingKind
-from seqpe_jax.config.kinds import IMAGES
-from seqpe_jax.config.limits import LARGEST, check_range
-from seqpe_jax.config.limits import told as shown
+from seqpe_jax.config.kinds import IMAGE_DATASETS
+from seqpe_jax.config.limits import LARGEST, check_range, format_value
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig
-from seqpe_jax.config.scripts import located, module_of, told
+from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_config_path
 from seqpe_jax.config.validate import check
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expand_path
@@ -27,7 +26,7 @@ from seqpe_jax.trees import flat
 
 LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
-FREE_SECTIONS = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
+RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
 # Name of a field in configs of older versions -> its name today.
 RENAMED = {"encoding.gate_bias": "encoding.gate_bias_init"}
 # Field, by its name today -> a value in configs of older versions -> the fields that say the same today.
@@ -69,18 +68,18 @@ def from_dict(values: dict[str, Any]) -> Config:
     """Returns the validated config of nested dicts, such as a run's config.json (lists serve as tuples).
 
     Args:
-      values: also of an older version (`renamed`).
+      values: also of an older version (`apply_renames`).
 
     Raises:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
     """
-    values = renamed(values)
+    values = apply_renames(values)
     config = _with_former_defaults(_build(Config, values, ""), values)
     check(config)
     return config
 
 
-def renamed(values: dict[str, Any]) -> dict[str, Any]:
+def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
     """Returns nested values with the names of today for fields and values that older versions called otherwise.
 
     Args:
@@ -162,14 +161,14 @@ def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -
     """Returns the validated, frozen form of a ConfigDict, as a user gives it.
 
     Args:
-      overridden: dotted names of the fields whose value is the user's and not the config file's (`given`).
+      overridden: dotted names of the fields whose value is the user's and not the config file's (`from_user_values`).
     Raises:
       InputError: as `from_dict`, or a field is set that nothing reads.
     """
-    return given(_values(config), overridden)
+    return from_user_values(_values(config), overridden)
 
 
-def given(values: dict[str, Any], overridden: Collection[str] = ()) -> Config:
+def from_user_values(values: dict[str, Any], overridden: Collection[str] = ()) -> Config:
     """Returns the validated config of nested dicts as a user gives them.
 
     Args:
@@ -178,7 +177,7 @@ def given(values: dict[str, Any], overridden: Collection[str] = ()) -> Config:
     Raises:
       InputError: as in `parse`.
     """
-    config = _following(_build(Config, renamed(values), ""), overridden)
+    config = _following(_build(Config, apply_renames(values), ""), overridden)
     check(config)
     _check_ranges(config, "")
     _check_read(config)
@@ -204,7 +203,7 @@ def _following(config: Config, overridden: Collection[str]) -> Config:
     """Returns a config whose eval section begins at the training length or size, where that is the user's.
 
     Args:
-      overridden: see `given`; an eval field that the user named stays as it is.
+      overridden: see `from_user_values`; an eval field that the user named stays as it is.
     """
     data, changed = config.data, {}
     sides = data.size[-2:]
@@ -253,30 +252,30 @@ def with_encoding(
     encoding = EncodingConfig(**config.encoding)
     for name in _unread(encoding):
         config.encoding[name] = getattr(EncodingConfig, name)
-    if not encoding.real_positions or kind == "rotary" and config.data.name in IMAGES:  # whole numbers alone
+    if not encoding.real_positions or kind == "rotary" and config.data.name in IMAGE_DATASETS:  # whole numbers alone
         config.encoding.fraction_digits, config.encoding.resize = 0, "extend"
         config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
     if kind != "seqpe":
-        for section, terms in VECTOR_TERMS.items():
+        for section, terms in VECTOR_LOSSES.items():
             config.objective[section] = ml_collections.ConfigDict(dataclasses.asdict(terms(weight=0.0)))
         config.objective.shift.rate = 0.0
         config.objective.skip.rate = 0.0
     return config
 
 
-VECTOR_TERMS = {
+VECTOR_LOSSES = {
     "contrastive": ContrastiveConfig,
     "distillation": DistillationConfig,
 }  # on vectors, which SeqPE alone has
 
 
-def as_read(config: Config) -> Config:
+def reset_unused(config: Config) -> Config:
     """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
     kind, plain = config.encoding.kind, EncodingConfig()
     encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in _unread(config.encoding)})
-    terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_TERMS.items()}
+    terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_LOSSES.items()}
     config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
-    return _of_data(config, config.read_as)
+    return _of_data(config, config.data_kind)
 
 
 def _unread(encoding: EncodingConfig) -> list[str]:
@@ -307,11 +306,11 @@ def _check_read(config: Config) -> None:
         )
     fields = {f"encoding.{field.name}": field.metadata for field in dataclasses.fields(EncodingConfig)}
     of = _kinds_of_data(Config, "", ())
-    for line in difference(to_dict(as_read(config)), to_dict(config)):
+    for line in difference(to_dict(reset_unused(config)), to_dict(config)):
         (name, _, values), value = line.partition(": "), line.rpartition(" -> ")[2]
-        if of.get(name) and config.read_as not in of[name]:
+        if of.get(name) and config.data_kind not in of[name]:
             raise InputError(
-                f"{name}={value} is not read by runs on {config.read_as} (data.name='{config.data.name}'), only by those "
+                f"{name}={value} is not read by runs on {config.data_kind} (data.name='{config.data.name}'), only by those "
                 f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
             )
         metadata = fields.get(name, {"reads": SEQPE})  # terms on vectors
@@ -350,7 +349,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
       InputError: no such file, variant or field, or values that do not fit.
     """
-    return given(_with(_page(path), overrides or {}), overrides or {})
+    return from_user_values(_with(_page(path), overrides or {}), overrides or {})
 
 
 def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
@@ -366,12 +365,12 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
 
 def _page(path: str) -> ml_collections.ConfigDict:
     """Returns what a config file makes of its variant. Raises: InputError."""
-    name, _, variant = located(expand_path(path, local=LOCAL)).partition(":")
+    name, _, variant = resolve_config_path(expand_path(path, local=LOCAL)).partition(":")
     what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
-    make = getattr(module_of(name, what), "get_config", None)
+    make = getattr(execute_file(name, what), "get_config", None)
     if not callable(make):
         raise InputError(f"{name} lacks get_config: a {what}")
-    config = told(name, lambda: make(variant) if variant else make())
+    config = call_user_code(name, lambda: make(variant) if variant else make())
     if not isinstance(config, ml_collections.ConfigDict):
         raise InputError(f"{name}: get_config returned {type(config).__name__}: a {what}")
     return config
@@ -391,12 +390,12 @@ def _with(page: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[st
         for section in sections:
             target = target.get(section) if isinstance(target, dict) else None
         if not isinstance(target, dict) or last not in target:
-            raise InputError(unknown_field(key))
+            raise InputError(unknown_field_message(key))
         target[last] = value
     return values
 
 
-def unknown_field(name: str, also: Iterable[str] = ()) -> str:
+def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
     """Returns what a message says of a field that does not exist: its name of today, or the nearest names.
 
     Args:
@@ -441,13 +440,13 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise InputError(unknown_field(prefix + name))
+            raise InputError(unknown_field_message(prefix + name))
     built = {}
     for name, value in values.items():
         hint, full = hints[name], prefix + name
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
-                raise InputError(f"config section '{full}' must hold fields, got {shown(value)}")
+                raise InputError(f"config section '{full}' must hold fields, got {format_value(value)}")
             built[name] = _build(hint, value, full + ".")
         else:
             built[name] = _value(hint, value, full)
@@ -470,16 +469,18 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise InputError(f"config field '{name}' is {shown(value)}.{suggest(shown(value), choices)}")
+            raise InputError(f"config field '{name}' is {format_value(value)}.{suggest(format_value(value), choices)}")
         return value
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
-            raise InputError(f"config field '{name}' must be a list, got {shown(value)}")
+            raise InputError(f"config field '{name}' must be a list, got {format_value(value)}")
         return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < LARGEST else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"config field '{name}' must be {hint.__name__}, got {shown(value)} ({type(value).__name__})")
+        raise InputError(
+            f"config field '{name}' must be {hint.__name__}, got {format_value(value)} ({type(value).__name__})"
+        )
     if hint is float and not math.isfinite(value):
         raise InputError(f"config field '{name}' must be finite, got {value}")
     return value

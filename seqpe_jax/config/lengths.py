@@ -15,7 +15,7 @@ T5_SHARE = 128 / 512  # distances up to 128 at a training length of 512 (the sam
 FIRE_SHARE = 512 / 2048  # threshold 512 at a training length of 2048 (Li et al. 2024, arXiv 2310.04418)
 FIRE_SCALE = 0.1 * 2048  # c = 0.1 per token at that length
 YARN_BETA_FAST = 32.0  # turns in the training window (Peng et al. 2023, arXiv 2309.00071, section 3.2)
-DIRECTED_SHARE = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
+DIRECTED_FRACTION = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
 
 
 def lengths_of(config: Config) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def lengths_of(config: Config) -> dict[str, Any]:
         "fire_threshold": encoding.fire_threshold or FIRE_SHARE * length,
         "fire_scale": encoding.fire_scale or FIRE_SCALE / length,
         "yarn_beta_fast": encoding.yarn_beta_fast or min(YARN_BETA_FAST, fastest),
-        "directed_heads": encoding.directed_heads or round(DIRECTED_SHARE * model.heads),
+        "directed_heads": encoding.directed_heads or round(DIRECTED_FRACTION * model.heads),
     } | ({"rotary_pairs": _seen_pairs(config, length)} if encoding.kind == "scale_invariant" else {})
 
 

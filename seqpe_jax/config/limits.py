@@ -14,22 +14,22 @@ from seqpe_jax.errors import InputError
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # numbers below and above are none in float32, in which everything is computed
 
 Fraction = {"low": 0.0, "high": 1.0}
-LeftOut = {"low": 0.0, "below": 1.0}  # a share that goes; some must stay
+DropRate = {"low": 0.0, "below": 1.0}  # a share that goes; some must stay
 Weight = {"low": 0.0, "high": 1e6}  # of a term; also factors
 Std = {"low": 0.0, "high": 1e3}
 Epsilon = {"low": 1e-12, "high": 0.1, "once": True}  # under the root of a variance
-Steps = {"low": 1, "high": 10**9}
-StepsOrNone = {"low": 0, "high": 10**9}
+NumSteps = {"low": 1, "high": 10**9}
+OptionalSteps = {"low": 0, "high": 10**9}
 Batch = {"low": 1, "high": 2**20}
 Length = {"low": 1, "high": 2**24}  # tokens, and things of which there is one for each token
-LengthOrNone = {"low": 0, "high": 2**24}
+OptionalLength = {"low": 0, "high": 2**24}
 Units = {"low": 0, "high": 2**30}  # positions, and numbers of examples or tokens to read
-Sides = {"low": 1, "high": 2**16}  # in pixels
+ImageSize = {"low": 1, "high": 2**16}  # in pixels
 Layers = {"low": 1, "high": 1024}
 Heads = {"low": 1, "high": 4096}
-HeadsOrNone = {"low": 0, "high": 4096}
+OptionalHeads = {"low": 0, "high": 4096}
 Width = {"low": 1, "high": 2**16}
-WidthOrNone = {"low": 0, "high": 2**20}
+OptionalWidth = {"low": 0, "high": 2**20}
 Devices = {"low": 1, "high": 2**20}
 
 
@@ -59,15 +59,15 @@ def check_range(value: Any, limits: Mapping[str, Any], name: str, new: bool = Tr
     for item in value if isinstance(value, tuple) else (value,):
         number = isinstance(item, (int, float)) and not isinstance(item, bool)
         if number and not _within(item, limits, new):
-            raise InputError(f"config field '{name}' must be {in_words(limits)}, got {told(value)}")
+            raise InputError(f"config field '{name}' must be {format_range(limits)}, got {format_value(value)}")
         if isinstance(item, float) and item and not SMALLEST <= abs(item) <= LARGEST:
             raise InputError(
                 f"config field '{name}' must be 0 or from {SMALLEST:.1e} to {LARGEST:.1e} in size, as float32 holds it, "
-                f"got {told(value)}"
+                f"got {format_value(value)}"
             )
 
 
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Returns a value as messages show it: not more than a line's worth of it."""
     try:
         words = repr(value)
@@ -83,7 +83,7 @@ def _within(value: float, limits: Mapping[str, Any], new: bool) -> bool:
     return (low is None or value >= low) and (high is None or value <= high) and (below is None or value < below)
 
 
-def in_words(limits: Mapping[str, Any]) -> str:
+def format_range(limits: Mapping[str, Any]) -> str:
     """Returns a range as people say it: "at least 1 and at most 64", "0, or at least 1e-06"."""
     ends = {"low": "at least", "high": "at most", "below": "below"}
     words = [f"{said} {_short(limits[name])}" for name, said in ends.items() if limits.get(name) is not None]

@@ -9,13 +9,13 @@ from typing import Literal
 from seqpe_jax.config import limits
 from seqpe_jax.config.encodings import EncodingConfig
 from seqpe_jax.config.kinds import (
-    ASKED,
-    IMAGES,
-    PICTURED,
-    PICTURES,
-    QUESTIONS,
-    TEXT,
-    WRITTEN,
+    DATA_IMAGE,
+    DATA_QA,
+    DATA_TEXT,
+    IMAGE_DATASETS,
+    IMAGE_LIKE,
+    QA_DATASETS,
+    TEXT_LIKE,
 )
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
@@ -56,19 +56,21 @@ class DataConfig:
     # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
     # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
     paths: tuple[str, ...] = _field((), path=True)
-    length: int = _field(512, **limits.Length, of=WRITTEN)  # tokens of a training window, or of prompt and answer
-    tokenizer: str = _field("bytes", path=True, of=WRITTEN)  # "bytes", or the path of a Hugging Face tokenizer.json
-    lossy_tokenizer: bool = _field(False, of=WRITTEN)  # text that does not come back from its tokens is accepted
-    prompt_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the context's tokens in the loss
-    question_weight: float = _field(0.0, **limits.Fraction, of=(ASKED,))  # weight of the question's tokens in the loss
+    length: int = _field(512, **limits.Length, of=TEXT_LIKE)  # tokens of a training window, or of prompt and answer
+    tokenizer: str = _field("bytes", path=True, of=TEXT_LIKE)  # "bytes", or the path of a Hugging Face tokenizer.json
+    lossy_tokenizer: bool = _field(False, of=TEXT_LIKE)  # text that does not come back from its tokens is accepted
+    prompt_weight: float = _field(0.0, **limits.Fraction, of=(DATA_QA,))  # weight of the context's tokens in the loss
+    question_weight: float = _field(
+        0.0, **limits.Fraction, of=(DATA_QA,)
+    )  # weight of the question's tokens in the loss
     size: tuple[int, ...] = _field(
-        (), **limits.Sides, of=PICTURES
+        (), **limits.ImageSize, of=IMAGE_LIKE
     )  # pixels: (height, width), or (frames, height, width)
-    crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=PICTURES)  # images: side of the centre crop at evaluation
+    crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=IMAGE_LIKE)  # images: side of the centre crop at evaluation
     bit_depth: int = _field(
-        0, low=0, high=16, of=PICTURES
+        0, low=0, high=16, of=IMAGE_LIKE
     )  # image_folder: of grey values in 16-bit files; 0 = 16, checked
-    augment: AugmentConfig = _section(AugmentConfig, of=PICTURES)
+    augment: AugmentConfig = _section(AugmentConfig, of=IMAGE_LIKE)
     cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
     threads: int = _field(1, low=1, high=256)  # training examples made at once
 
@@ -79,27 +81,27 @@ class ModelConfig:
 
     kind: Literal["gpt2", "vit"] = "gpt2"
     vocabulary: int = _field(
-        0, **limits.LengthOrNone, of=WRITTEN
+        0, **limits.OptionalLength, of=TEXT_LIKE
     )  # gpt2: rows of the token embedding; 0 = the tokenizer's
-    tied: bool = _field(True, of=WRITTEN)  # gpt2: the token embedding gives the logits too
-    classes: int = _field(0, **limits.LengthOrNone, of=PICTURES)  # vit: 0 = as many as the data have
+    tied: bool = _field(True, of=TEXT_LIKE)  # gpt2: the token embedding gives the logits too
+    classes: int = _field(0, **limits.OptionalLength, of=IMAGE_LIKE)  # vit: 0 = as many as the data have
     patch: tuple[int, ...] = _field(
-        (), **limits.Sides, of=PICTURES
+        (), **limits.ImageSize, of=IMAGE_LIKE
     )  # vit: pixels of a patch along each axis of data.size
     layers: int = _field(12, **limits.Layers)
     width: int = _field(768, **limits.Width)
     heads: int = _field(12, **limits.Heads)
-    mlp_width: int = _field(0, **limits.WidthOrNone)  # 0 = four times the width
-    dropout: float = _field(0.1, **limits.LeftOut)  # after attention and MLP
-    attention_dropout: float = _field(0.1, **limits.LeftOut)
-    embedding_dropout: float = _field(0.1, **limits.LeftOut)
-    drop_path: float = _field(0.0, **limits.LeftOut, of=PICTURES)  # vit: samples without a branch of the last block
+    mlp_width: int = _field(0, **limits.OptionalWidth)  # 0 = four times the width
+    dropout: float = _field(0.1, **limits.DropRate)  # after attention and MLP
+    attention_dropout: float = _field(0.1, **limits.DropRate)
+    embedding_dropout: float = _field(0.1, **limits.DropRate)
+    drop_path: float = _field(0.0, **limits.DropRate, of=IMAGE_LIKE)  # vit: samples without a branch of the last block
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon)
     init_std: float = _field(0.02, **limits.Std)
     remat: Literal["none", "full", "dots", "offload"] = "none"  # what the backward pass has of the layers
     attention_kind: Literal["auto", "plain", "blocks", "flash"] = "auto"  # implementation (models.choice)
-    attention_block: int = _field(0, **limits.LengthOrNone)  # queries and keys at once, of blocks; 0 = automatic
+    attention_block: int = _field(0, **limits.OptionalLength)  # queries and keys at once, of blocks; 0 = automatic
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 
 
@@ -108,7 +110,7 @@ class ContrastiveConfig:
     """Near positions, near vectors."""
 
     weight: float = _field(0.1, **limits.Weight)
-    warmup_steps: int = _field(0, **limits.StepsOrNone)
+    warmup_steps: int = _field(0, **limits.OptionalSteps)
     batch: int = _field(32, **limits.Batch)  # pivots of one step, over all devices
     candidates: int = _field(32, **limits.Batch)
     mixture: tuple[float, ...] = _field((0.0, 0.4, 0.6), high=1.0)  # of random, hard and distributional candidates
@@ -118,7 +120,7 @@ class ContrastiveConfig:
     past_only: bool = False  # candidates before the pivot only, as causal attention sees them
     space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
     per_head: bool = False  # space=vectors: one loss per head
-    label_smoothing: float = _field(0.0, **limits.LeftOut)
+    label_smoothing: float = _field(0.0, **limits.DropRate)
     scale: float = _field(1.0, **limits.Weight)
     floor: float = _field(0.0, low=0.0, high=100.0)  # nats; a pivot whose loss is below it has no gradient; 0 = none
     head_scales: tuple[float, ...] = _field((), high=1e6)  # space=logits: of each head with a position; () = 1
@@ -129,7 +131,7 @@ class DistillationConfig:
     """Far vectors relate to each other as near ones do."""
 
     weight: float = _field(0.1, **limits.Weight)
-    warmup_steps: int = _field(0, **limits.StepsOrNone)
+    warmup_steps: int = _field(0, **limits.OptionalSteps)
     batch: int = _field(32, **limits.Batch)  # student windows of one step, over all devices
     offsets: int = _field(32, **limits.Batch)
     metric: Literal["kl", "mse"] = "kl"
@@ -187,14 +189,16 @@ class MixingConfig:
 class ObjectiveConfig:
     """Task loss + weighted terms on the position vectors."""
 
-    label_smoothing: float = _field(0.0, **limits.LeftOut, of=PICTURES)  # share of the target spread over all classes
-    mixing: MixingConfig = _section(MixingConfig, of=PICTURES)
+    label_smoothing: float = _field(
+        0.0, **limits.DropRate, of=IMAGE_LIKE
+    )  # share of the target spread over all classes
+    mixing: MixingConfig = _section(MixingConfig, of=IMAGE_LIKE)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
     distillation: DistillationConfig = _section(DistillationConfig)
     shift: ShiftConfig = _section(ShiftConfig)
     skip: SkipConfig = _section(SkipConfig)
     jitter: JitterConfig = _section(JitterConfig)
-    zoom: ZoomConfig = _section(ZoomConfig, of=PICTURES)
+    zoom: ZoomConfig = _section(ZoomConfig, of=IMAGE_LIKE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +207,11 @@ class OptimizerConfig:
 
     learning_rate: float = _field(5e-5, low=1e-12, high=100.0, once=True)
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"  # wsd: warm-up, stable, decay
-    decay_steps: int = _field(0, **limits.StepsOrNone)  # wsd: of the linear decay at the end; 0 = a tenth of `steps`
-    warmup_steps: int = _field(0, **limits.StepsOrNone)
+    decay_steps: int = _field(0, **limits.OptionalSteps)  # wsd: of the linear decay at the end; 0 = a tenth of `steps`
+    warmup_steps: int = _field(0, **limits.OptionalSteps)
     end_learning_rate: float = _field(0.0, low=0.0, high=100.0)
-    b1: float = _field(0.9, **limits.LeftOut)
-    b2: float = _field(0.999, **limits.LeftOut)
+    b1: float = _field(0.9, **limits.DropRate)
+    b2: float = _field(0.999, **limits.DropRate)
     epsilon: float = _field(1e-8, low=1e-20, high=1.0, once=True)
     weight_decay: float = _field(
         0.0, low=0.0, high=100.0
@@ -216,28 +220,34 @@ class OptimizerConfig:
     clip: float = _field(5.0, zero=True, low=1e-6, high=1e6)  # global norm; 0 = no clipping
     accumulate: int = _field(1, **limits.Batch)  # the batch is read in that many parts
     non_finite: Literal["stop", "skip"] = "stop"  # what happens at a step whose loss or gradients are not finite
-    skips: int = _field(10, **limits.Steps)  # of such steps in a row at most, under skip
+    skips: int = _field(10, **limits.NumSteps)  # of such steps in a row at most, under skip
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
 
-    every: int = _field(0, **limits.StepsOrNone)  # steps; 0 = never while training
-    lengths: tuple[int, ...] = _field((), **limits.Length, of=WRITTEN)  # text; () = the training length
-    sizes: tuple[int, ...] = _field((), **limits.Sides, of=PICTURES)  # images: sides in pixels; () = the training size
+    every: int = _field(0, **limits.OptionalSteps)  # steps; 0 = never while training
+    lengths: tuple[int, ...] = _field((), **limits.Length, of=TEXT_LIKE)  # text; () = the training length
+    sizes: tuple[int, ...] = _field(
+        (), **limits.ImageSize, of=IMAGE_LIKE
+    )  # images: sides in pixels; () = the training size
     frames: tuple[int, ...] = _field(
-        (), **limits.Sides, of=PICTURES
+        (), **limits.ImageSize, of=IMAGE_LIKE
     )  # clips: each size at so many; () = as in training
     tokens: int = _field(
-        0, low=0, high=2**40, of=WRITTEN
+        0, low=0, high=2**40, of=TEXT_LIKE
     )  # text: score at most that many per length; 0 = the whole split
     # Text, by `evaluate` alone: the same tokens, the targets, under contexts of so many tokens; () = not measured.
-    contexts: tuple[int, ...] = _field((), low=2, high=2**24, of=(TEXT,))
-    stride: int = _field(0, **limits.LengthOrNone, of=(TEXT,))  # targets of a window; 0 = half the smallest context
-    targets: int = _field(16384, **limits.Length, of=(TEXT,))  # score at most that many, the same under each context
-    examples: int = _field(0, **limits.Units, of=(ASKED,))  # questions: ask at most that many; 0 = all of the split
-    new_tokens: int = _field(16, **limits.Length, of=(ASKED,))  # questions: tokens generated for an answer, at most
+    contexts: tuple[int, ...] = _field((), low=2, high=2**24, of=(DATA_TEXT,))
+    stride: int = _field(
+        0, **limits.OptionalLength, of=(DATA_TEXT,)
+    )  # targets of a window; 0 = half the smallest context
+    targets: int = _field(
+        16384, **limits.Length, of=(DATA_TEXT,)
+    )  # score at most that many, the same under each context
+    examples: int = _field(0, **limits.Units, of=(DATA_QA,))  # questions: ask at most that many; 0 = all of the split
+    new_tokens: int = _field(16, **limits.Length, of=(DATA_QA,))  # questions: tokens generated for an answer, at most
     batch_tokens: int = _field(16384, low=1, high=2**28)  # tokens or patches handled at once
 
 
@@ -245,11 +255,11 @@ class EvalConfig:
 class CheckpointConfig:
     """When the state is saved."""
 
-    every: int = _field(1000, **limits.Steps)
-    keep: int = _field(2, **limits.Steps)  # the newest ones that stay
-    keep_every: int = _field(0, **limits.StepsOrNone)  # those of every so many steps stay for good; 0 = none
+    every: int = _field(1000, **limits.NumSteps)
+    keep: int = _field(2, **limits.NumSteps)  # the newest ones that stay
+    keep_every: int = _field(0, **limits.OptionalSteps)  # those of every so many steps stay for good; 0 = none
     best: str = ""  # a metric measured while training, as loss@512: the best checkpoint by it stays as well; "" = none
-    failed_saves: int = _field(3, **limits.Steps)  # in a row end the run
+    failed_saves: int = _field(3, **limits.NumSteps)  # in a row end the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +285,7 @@ class PrecisionConfig:
 class ReportConfig:
     """What a run writes about itself."""
 
-    every: int = _field(50, **limits.Steps)  # steps between lines of metrics.jsonl
+    every: int = _field(50, **limits.NumSteps)  # steps between lines of metrics.jsonl
     tensorboard: bool = True
 
 
@@ -291,7 +301,7 @@ class Config:
     """Everything a run is a function of."""
 
     seed: int = _field(0, low=0, high=2**63 - 1)
-    steps: int = _field(1000, **limits.Steps)
+    steps: int = _field(1000, **limits.NumSteps)
     batch_size: int = _field(32, **limits.Batch)  # sequences of one step, over all devices
     init_from: str = _field("", path=True)  # a run or converted checkpoint whose parameters a new run begins with
     data: DataConfig = _section(DataConfig)
@@ -307,24 +317,24 @@ class Config:
     profile: ProfileConfig = _section(ProfileConfig)
 
     @property
-    def reads_images(self) -> bool:
+    def is_image(self) -> bool:
         """Whether the data are images or clips, else text."""
-        return self.data.name in IMAGES
+        return self.data.name in IMAGE_DATASETS
 
     @property
-    def read_as(self) -> str:
+    def data_kind(self) -> str:
         """The kind of the data: TEXT, ASKED or PICTURED."""
-        return PICTURED if self.reads_images else ASKED if self.asks_questions else TEXT
+        return DATA_IMAGE if self.is_image else DATA_QA if self.is_qa else DATA_TEXT
 
     @property
-    def asks_questions(self) -> bool:
+    def is_qa(self) -> bool:
         """Whether the data are questions with answers."""
-        return self.data.name in QUESTIONS
+        return self.data.name in QA_DATASETS
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Positions of a training example along each axis: (length,), or the patches of an image."""
-        return self.grid_of(self.data.size) if self.reads_images else (self.data.length,)
+        return self.grid_of(self.data.size) if self.is_image else (self.data.length,)
 
     def grid_of(self, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the patches along each axis of an image or clip with these sides in pixels."""
@@ -343,9 +353,9 @@ class Config:
         return self.eval.stride or min(self.eval.contexts) // 2
 
     @property
-    def scales(self) -> tuple[tuple[int, ...], ...]:
+    def eval_sizes(self) -> tuple[tuple[int, ...], ...]:
         """What the eval section evaluates: each (length,), (height, width) or (frames, height, width)."""
-        if not self.reads_images:
+        if not self.is_image:
             return tuple((length,) for length in self.eval.lengths or (self.data.length,))
         sizes = tuple((side, side) for side in self.eval.sizes) or (self.data.size[-2:],)
         if not self.eval.frames:

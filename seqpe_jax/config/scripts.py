@@ -21,7 +21,7 @@ class _AsWritten(importlib.machinery.SourceFileLoader):
 PACKAGE = pathlib.Path(__file__).parents[1]
 
 
-def located(path: str) -> str:
+def resolve_config_path(path: str) -> str:
     """Returns the path of a config or sweep file.
 
     The package brings the files of `configs/`. A path such as configs/stdlib_lm.py means the package's file where the
@@ -37,7 +37,7 @@ def located(path: str) -> str:
     return f"{shipped}{colon}{variant}"
 
 
-def module_of(path: str, what: str) -> types.ModuleType:
+def execute_file(path: str, what: str) -> types.ModuleType:
     """Returns the module of a Python file, run.
 
     Args:
@@ -52,11 +52,11 @@ def module_of(path: str, what: str) -> types.ModuleType:
         raise InputError(f"{path} is not a Python file: a {what}")
     loader = _AsWritten("seqpe_file", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    told(path, lambda: loader.exec_module(module))
+    call_user_code(path, lambda: loader.exec_module(module))
     return module
 
 
-def told(path: str, act: Callable[[], Any]) -> Any:
+def call_user_code(path: str, act: Callable[[], Any]) -> Any:
     """Returns what a piece of a file's own code returns; whatever it raises is told with the file's name and line.
 
     Raises:

@@ -12,12 +12,12 @@ from seqpe_jax.config.encodings import (
     EncodingKind,
     digits_of,
 )
-from seqpe_jax.config.kinds import TEXTS
+from seqpe_jax.config.kinds import TEXT_DATASETS
 from seqpe_jax.config.schema import Config
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits, largest_position
 
-LARGEST_UNITS = 2**30  # of positions along an axis, which are int32
+MAX_POSITION_UNITS = 2**30  # of positions along an axis, which are int32
 
 
 def profile_window(config: Config) -> tuple[int, int] | None:
@@ -44,7 +44,7 @@ def _positions(encoding: EncodingConfig, training: bool) -> tuple[int, str, str]
     if training:
         return encoding.max_position, f"encoding.max_position={encoding.max_position}", "encoding.max_position"
     digits = digits_of(encoding) - encoding.fraction_digits
-    count = min(encoding.base**digits, LARGEST_UNITS // encoding.unit)
+    count = min(encoding.base**digits, MAX_POSITION_UNITS // encoding.unit)
     why = f"which {digits} digits in base {encoding.base} write"
     return count, why, "encoding.digits" if encoding.digits else "encoding.max_position"
 
@@ -134,7 +134,7 @@ def check(config: Config) -> None:
                 f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
                 f"encoding.max_position to at most {reach + 1}"
             )
-    if config.reads_images:
+    if config.is_image:
         _check_images(config)
     else:
         _check_text(config)
@@ -173,7 +173,7 @@ def check(config: Config) -> None:
             f"model.heads={config.model.heads} does not divide over mesh.tensor={config.mesh.tensor}: choose a divisor"
         )
     if math.prod(config.grid) % config.mesh.context:
-        field = "data.size" if config.reads_images else "data.length"
+        field = "data.size" if config.is_image else "data.length"
         raise InputError(
             f"the {math.prod(config.grid)} positions of an example ({field}) do not divide over "
             f"mesh.context={config.mesh.context}: choose a divisor"
@@ -183,13 +183,13 @@ def check(config: Config) -> None:
         raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
 
 
-LARGEST_STEP = 2**28
+MAX_POSITIONS_PER_STEP = 2**28
 
 
 def _check_sizes(config: Config) -> None:
     """Refuses fields that are no more than they may be, but make more together than fits. Raises: InputError."""
     data, objective = config.data, config.objective
-    side = "data.size" if config.reads_images else "data.length"
+    side = "data.size" if config.is_image else "data.length"
     counts = {
         f"batch_size={config.batch_size} and {side}": config.batch_size * math.prod(config.grid),
         f"the {math.prod(config.grid)} patches of data.size={data.size}, or its pixels,": math.prod(data.size),
@@ -199,9 +199,9 @@ def _check_sizes(config: Config) -> None:
         "objective.shift.sets and " + side: objective.shift.sets * math.prod(config.grid),
     }
     for what, count in counts.items():
-        if count > LARGEST_STEP:
+        if count > MAX_POSITIONS_PER_STEP:
             raise InputError(
-                f"{what} make {count} places in one step, and at most {LARGEST_STEP} are possible: lower them"
+                f"{what} make {count} places in one step, and at most {MAX_POSITIONS_PER_STEP} are possible: lower them"
             )
 
 
@@ -225,7 +225,7 @@ def _check_text(config: Config) -> None:
     if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
         wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
         raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
-    if config.data.name in TEXTS and (config.data.prompt_weight or config.data.question_weight):
+    if config.data.name in TEXT_DATASETS and (config.data.prompt_weight or config.data.question_weight):
         raise InputError(
             f"data.prompt_weight and data.question_weight are for questions, and data.name='{config.data.name}' is text: "
             "set them to 0"
@@ -291,7 +291,7 @@ def _check_images(config: Config) -> None:
             f"eval.frames={config.eval.frames} is for clips, but data.name='{data.name}' has none: drop it"
         )
     check_size(config, data.size, "data.size", training=True)
-    for scale in config.scales:
+    for scale in config.eval_sizes:
         check_size(config, scale, "eval.frames and eval.sizes" if config.eval.frames else "eval.sizes")
     if config.encoding.kind in TEXT_ONLY:
         raise InputError(
@@ -342,16 +342,16 @@ def _check_fractions(config: Config) -> None:
                 f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
             )
     axes = len(config.grid) if config.objective.contrastive.weight else 1  # which numbers the positions of all axes
-    if (encoding.max_position * encoding.unit) ** axes > LARGEST_UNITS:
+    if (encoding.max_position * encoding.unit) ** axes > MAX_POSITION_UNITS:
         raise InputError(
             f"encoding.max_position={encoding.max_position} with encoding.fraction_digits={encoding.fraction_digits} in "
-            f"base {encoding.base} makes more than {LARGEST_UNITS} positions on {axes} axes: lower one of them"
+            f"base {encoding.base} makes more than {MAX_POSITION_UNITS} positions on {axes} axes: lower one of them"
         )
     if encoding.fraction_digits and encoding.padding == "right":
         raise InputError(
             "encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0"
         )
-    if config.objective.zoom.rate and not (config.reads_images and encoding.resize == "stretch"):
+    if config.objective.zoom.rate and not (config.is_image and encoding.resize == "stretch"):
         raise InputError(
             "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
         )

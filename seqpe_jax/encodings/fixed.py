@@ -11,7 +11,7 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
 
 DIGIT = 64  # positions are read in base 64 where angles must stay exact
-LEVELS = 5  # 64**5 positions, as many units as there may be (config.LARGEST_UNITS)
+LEVELS = 5  # 64**5 positions, as many units as there may be (config.MAX_POSITION_UNITS)
 
 
 def unit_circle(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ METRICS_OF = {"stdlib_qa": ("contains", "exact_match_strict"), "qa_jsonl": METRI
 DEPTH_BINS = 5
 NEAREST = 32  # tokens, of the first bin of distances; each further one ends at twice as many
 
-Asked = tuple[str, str, Sequence[str]]  # question, kind, accepted answers
+QuestionAnswer = tuple[str, str, Sequence[str]]  # question, kind, accepted answers
 
 
 def contains(hypothesis: str, golds: Iterable[str]) -> float:
@@ -174,7 +174,7 @@ def _means(found: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict
 
 
 def no_context_baseline(
-    train: Iterable[Asked], heldout: Iterable[Asked], metrics: Sequence[str] = METRICS
+    train: Iterable[QuestionAnswer], heldout: Iterable[QuestionAnswer], metrics: Sequence[str] = METRICS
 ) -> dict[str, Any]:
     """Returns `score` of answering without reading the passage: what memory of the training split alone is worth.
 

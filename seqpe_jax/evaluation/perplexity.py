@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-PLACES = 64  # points of the curve of loss by place in the window
+CURVE_POINTS = 64  # points of the curve of loss by place in the window
 
 TokenLosses = Callable[[jax.Array], jax.Array]
 Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
@@ -39,7 +39,7 @@ def perplexity(
     """
     sums_L, counts_L = _by_index(token_losses, batches, length, put, progress)
     tokens = int(counts_L.sum())
-    groups = np.array_split(np.arange(length), min(PLACES, length))
+    groups = np.array_split(np.arange(length), min(CURVE_POINTS, length))
     return {
         "length": length,
         "tokens": tokens,

@@ -17,7 +17,7 @@ from seqpe_jax.models.attention_dispatch import BLOCK
 from seqpe_jax.models.build import Params, Shape
 from seqpe_jax.reporting import study, tables
 from seqpe_jax.tasks import Task
-from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.tasks.fingerprints import read_fingerprints, write_fingerprints
 from seqpe_jax.training.checkpoint import write_config
 from seqpe_jax.training.checksums import DIGESTS_FILE, write_checksums
@@ -42,14 +42,14 @@ def write(
     platforms = exported.check_platforms(platforms)
     if model.architecture.reach is not None:
         raise InputError(f"{model.folder} is an export already: give the --workdir of its run")
-    scale = largest_scale(model.config, max_length, max_size)
+    eval_size = largest_eval_size(model.config, max_length, max_size)
     results = measured(model.folder, model.task) if model.folder else ""
-    reach = model.task.grid_of(scale)
+    reach = model.task.grid_of(eval_size)
     line = ProgressLine(1, label="positions")
     params = model.programs.stored_params(model.params, reach, lambda done, total: line.update(done, total=total))
     line.close()
     print(f"lowering for {', '.join(platforms)}", flush=True)
-    signature = model.task.served(reach)
+    signature = model.task.export_signature(reach)
     function = exported.serialise(model.architecture.stored(reach).logits, params, signature, platforms)
     section = {
         "step": model.step,
@@ -65,7 +65,7 @@ def write(
         "jax": jax.__version__,
         "digests": DIGESTS_FILE,
     }
-    facts, notes = described(model, params, scale, platforms), notes_of(model, reach, scale)
+    facts, notes = described(model, params, eval_size, platforms), notes_of(model, reach, eval_size)
     card = exported.card(as_path(output).resolve().name, facts, signature, notes, results)
     with atomic_dir(output) as folder:
         exported.write_params(folder, params)
@@ -73,17 +73,17 @@ def write(
         (folder / exported.CARD).write_text(
             card, encoding="utf-8", errors="backslashreplace"
         )  # a name may be any bytes
-        model.task.carry(folder)
-        write_sizes(folder, model.sizes)
+        model.task.copy_assets(folder)
+        write_data_spec(folder, model.data_spec)
         write_config(folder, config.to_dict(model.config) | {exported.SECTION: section})
         if model.folder and (known := read_fingerprints(model.folder)):
             write_fingerprints(folder, known)
         write_checksums(folder, but=(exported.CARD,))  # which people may add to
 
 
-def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ...]) -> dict[str, str]:
+def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str, ...]) -> dict[str, str]:
     """Returns the table of the model card."""
-    settings, field = model.config, model.task.scale_field
+    settings, field = model.config, model.task.size_name
     encoding = settings.encoding.name
     if settings.encoding.kind == "learned":
         encoding += ", stretched past its table"
@@ -98,25 +98,25 @@ def described(model: Any, params: Params, scale: Shape, platforms: tuple[str, ..
         "encoding": encoding,
         "parameters": f"{trained:,}{replaced}",
         f"training {field}": "x".join(map(str, settings.data.size or (settings.data.length,))),
-        f"{field}s served": f"up to {'x'.join(map(str, scale))}",
+        f"{field}s served": f"up to {'x'.join(map(str, eval_size))}",
         "arithmetic": settings.precision.compute,
         "platforms": ", ".join(platforms),
         "JAX": f"{jax.__version__} or later",
     }
 
 
-def notes_of(model: Any, reach: Shape, scale: Shape) -> list[str]:
+def notes_of(model: Any, reach: Shape, eval_size: Shape) -> list[str]:
     """Returns what the largest arrays take, and whether logits depend on the length of the input, in words."""
     settings, tokens = model.config.model, model.architecture.prefix + math.prod(reach)
     rows = tokens if settings.attention_kind == "plain" else min(tokens, settings.attention_block or BLOCK)
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
     arrays = {f"attention logits ({words} at a time)": rows * rows * settings.heads}
-    if not model.config.reads_images:
-        arrays["returned logits"] = tokens * model.sizes.vocabulary
+    if not model.config.is_image:
+        arrays["returned logits"] = tokens * model.data_spec.vocabulary
     taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {what}" for what, count in arrays.items())
-    notes = [f"Memory for each example at {model.task.scale_field} {'x'.join(map(str, scale))}: {taken}."]
+    notes = [f"Memory for each example at {model.task.size_name} {'x'.join(map(str, eval_size))}: {taken}."]
     field = model.config.encoding.window_dependence
-    if field and not model.config.reads_images:
+    if field and not model.config.is_image:
         notes.append(
             f"Past {model.config.data.length} tokens all logits depend on the length of the input ({field}): pad inputs "
             "of one text to one length."
@@ -124,7 +124,7 @@ def notes_of(model: Any, reach: Shape, scale: Shape) -> list[str]:
     return notes
 
 
-def largest_scale(settings: Config, max_length: int | None, max_size: int | None) -> Shape:
+def largest_eval_size(settings: Config, max_length: int | None, max_size: int | None) -> Shape:
     """Returns the largest window, (length,), image, (height, width), or clip, (frames, height, width), that is served.
 
     None = the largest that the config trains on or evaluates, with the answers that are generated past it.
@@ -132,7 +132,7 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
     Raises:
       InputError: it cannot be.
     """
-    if settings.reads_images:
+    if settings.is_image:
         if max_length is not None:
             raise InputError("--max-length is for runs on text, and this one reads images: use --max-size")
         side = max(settings.eval.sizes, default=0)
@@ -142,7 +142,7 @@ def largest_scale(settings: Config, max_length: int | None, max_size: int | None
         return *frames, *size
     if max_size is not None:
         raise InputError("--max-size is for runs on images, and this one reads text: use --max-length")
-    answer = settings.eval.new_tokens if settings.asks_questions and not settings.encoding.window_dependence else 0
+    answer = settings.eval.new_tokens if settings.is_qa and not settings.encoding.window_dependence else 0
     length = max_length or max((settings.data.length, *settings.eval.lengths, *settings.eval.contexts)) + answer
     config.check_positions(settings, length, "--max-length")
     return (length,)
@@ -155,8 +155,8 @@ def measured(checkpoint: str, task: Task) -> str:
     for name in sorted(name for name in last if name == "train/loss" or name.startswith("eval/")):
         lines.append(f"- {name}: {last[name][0]:.4g} (step {last[name][1]:,})\n")
     if found.results:
-        shown = [name for name in task.measured if all(name in result for result in found.results)]
+        shown = [name for name in task.metric_names if all(name in result for result in found.results)]
         rows = [[result["label"], *(tables.number(result[name]) for name in shown)] for result in found.results]
         where = f"{found.evaluation.get('split', 'test')} split, step {found.evaluation.get('step', '?')}"
-        lines.append(f"\nOn the {where}:\n\n" + tables.markdown_of([task.scale_field, *shown], rows))
+        lines.append(f"\nOn the {where}:\n\n" + tables.markdown_of([task.size_name, *shown], rows))
     return "".join(lines)

@@ -38,7 +38,7 @@ def check_generation(
       InputError: not a run on text, no prompt, an empty one, a window that is too small, missing, not read by the encoding
         or beyond its reach.
     """
-    if config.reads_images:
+    if config.is_image:
         raise InputError("a run on images generates no text: give a run on text")
     if not lengths:
         raise InputError("there is no prompt to go on from: give at least one")

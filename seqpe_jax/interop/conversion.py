@@ -31,7 +31,7 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
         raise InputError(f"{source} is a run of ours already: --to=reference writes it in the reference's format")
     found = folders.read(source)
     model = reference.from_source(found)
-    config, words = model.config, _tokenizer(found.tokenizer, tokenizer) if not model.config.reads_images else None
+    config, words = model.config, _tokenizer(found.tokenizer, tokenizer) if not model.config.is_image else None
     if words is not None and words.vocabulary_size > config.model.vocabulary:
         raise InputError(
             f"the tokenizer has {words.vocabulary_size} tokens, but the model only {config.model.vocabulary}: give the one "
@@ -45,10 +45,10 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
         "parameters": count(model.params),
         "mapped": mapped,
         "left_out": found.dropped,
-        "text": not config.reads_images,
+        "text": not config.is_image,
         "tokenizer": None if words is None else words.name,
     }
-    write_run(output, config, model.params, model.sizes, 0, keep=words and words.save, report=report)
+    write_run(output, config, model.params, model.data_spec, 0, save_assets=words and words.save, report=report)
     return report
 
 

@@ -17,7 +17,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.interop.writing import channels_of, fixed_table
 from seqpe_jax.model import Model
-from seqpe_jax.models.build import Architecture, Sizes
+from seqpe_jax.models.build import Architecture, DataSpec
 from seqpe_jax.trees import names
 
 
@@ -116,13 +116,13 @@ def from_config(config: Config, state: weights.State, signal: Any = None) -> Mod
     return Model(config, architecture, sizes, lambda: params)
 
 
-def _sizes(config: Config, state: weights.State) -> Sizes:
+def _sizes(config: Config, state: weights.State) -> DataSpec:
     """The sizes of a config that names its vocabulary or classes; photos are normalised as their data set is."""
-    if not config.reads_images:
-        return Sizes(vocabulary=config.model.vocabulary)
+    if not config.is_image:
+        return DataSpec(vocabulary=config.model.vocabulary)
     facts, channels = facts_of(config.data.name), channels_of(state)
     known = (facts.mean, facts.std) if facts.channels == channels else ((), ())
-    return Sizes(classes=config.model.classes, channels=channels, mean=known[0], std=known[1])
+    return DataSpec(classes=config.model.classes, channels=channels, mean=known[0], std=known[1])
 
 
 def checked(params: Any, shapes: Any) -> Any:
@@ -156,7 +156,7 @@ def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     architecture = Architecture(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)
     params = checked(weights.to_params(rules, state) | {"model": {}}, architecture.shapes)
-    return Model(Config(encoding=encoding), architecture, Sizes(), lambda: params)
+    return Model(Config(encoding=encoding), architecture, DataSpec(), lambda: params)
 
 
 def _named(state: weights.State) -> dict[str, Any]:

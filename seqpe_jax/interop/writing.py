@@ -16,8 +16,8 @@ from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_dir, require_empty
 from seqpe_jax.interop import folders, settings, weights
-from seqpe_jax.models.build import Architecture, Params, Sizes
-from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.models.build import Architecture, DataSpec, Params
+from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, write_checksums
 from seqpe_jax.trees import count
@@ -29,17 +29,17 @@ def write_run(
     output: str | os.PathLike,
     config: configs.Config,
     params: Params,
-    sizes: Sizes,
+    data_spec: DataSpec,
     step: int,
     *,
-    keep: Callable[[pathlib.Path], None] | None = None,
+    save_assets: Callable[[pathlib.Path], None] | None = None,
     report: dict[str, Any] | None = None,
 ) -> None:
     """Writes a model as a run: config.json, sizes.json, checkpoints/STEP, and what the parameters mean nothing without.
 
     Args:
       output: a folder that does not exist or is empty.
-      keep: writes the tokenizer, or the names of the classes, into the folder; report: kept as conversion.json.
+      save_assets: writes the tokenizer, or the names of the classes, into the folder; report: kept as conversion.json.
 
     Raises:
       InputError: the folder is taken. Nothing is written then.
@@ -47,9 +47,9 @@ def write_run(
     require_empty(output)
     with atomic_dir(output) as folder:
         write_config(folder, configs.to_dict(config))
-        write_sizes(folder, sizes)
-        if keep is not None:
-            keep(folder)
+        write_data_spec(folder, data_spec)
+        if save_assets is not None:
+            save_assets(folder)
         write_checksums(folder)
         checkpoints = Checkpointer(folder)
         meta = {"params_only": True, SIDE_FILES: DIGESTS_FILE} | ({"converted": report["source"]} if report else {})
@@ -78,19 +78,20 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
             f"{name} is an export, which has no encoder of positions any more: give the --workdir of its run"
         )
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocabulary=model.sizes.vocabulary, classes=model.sizes.classes)
+        config,
+        model=dataclasses.replace(config.model, vocabulary=model.data_spec.vocabulary, classes=model.data_spec.classes),
     )
     spec = settings.spec_of(config, getattr(model.architecture.encoding, "vector_width", 0))
     rules = weights.rules(config)
     state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
     if channels_of(state) != 3:
         raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
-    if not config.reads_images and kind in ("sinusoidal", "rotary", "alibi"):
+    if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
         state[f"{weights.ENCODER}weight"] = fixed_table(config, model.architecture, rows)
     kept = as_path(model.folder) / FILE if model.folder else None
     with atomic_dir(output) as folder:
-        files = (folders.write_images if config.reads_images else folders.write_text)(
+        files = (folders.write_images if config.is_image else folders.write_text)(
             folder, spec, settings.training_of(config), state
         )
         if kept is not None and kept.is_file():

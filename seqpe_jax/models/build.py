@@ -36,7 +36,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class DataSpec:
     """What a model takes from its data where the config leaves it open; stored with a run, so that it opens without them.
 
     Attributes:
@@ -82,7 +82,7 @@ class Architecture:
     reach: Shape | None = None
 
     @classmethod
-    def of(cls, config: Config, sizes: Sizes) -> "Architecture":
+    def of(cls, config: Config, sizes: DataSpec) -> "Architecture":
         """Returns the architecture of a config.
 
         Raises:
@@ -93,7 +93,7 @@ class Architecture:
         fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes}
         fields |= {"fade": "" if encoding.gate == "none" else encoding.gate, "gate_bias_init": encoding.gate_bias_init}
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
-        if config.reads_images:
+        if config.is_image:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)
         return cls(
             encoding=_encoding(config),
@@ -113,14 +113,14 @@ class Architecture:
         return math.prod(self.shape)
 
     @property
-    def reads_images(self) -> bool:
+    def is_image(self) -> bool:
         """Whether inputs are images or clips, else tokens."""
         return hasattr(self.network, "patch")
 
     @property
     def prefix(self) -> int:
         """Tokens before those that have positions: the class token of images."""
-        return int(self.reads_images)
+        return int(self.is_image)
 
     @property
     def encoder(self) -> SeqPE | None:
@@ -139,7 +139,7 @@ class Architecture:
 
     def grid_of(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Returns the positions along each axis of inputs of a shape [B, L] or [B, sides..., C]; may be symbolic."""
-        if not self.reads_images:
+        if not self.is_image:
             return tuple(inputs[1:])
         return tuple(side // part for side, part in zip(inputs[1:-1], self.network.patch, strict=True))
 
@@ -225,7 +225,7 @@ def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) ->
     gates = 0 if config.encoding.gate == "none" else width * model.heads
     weights = model.layers * 2 * (4 * width**2 + 2 * width * mlp + gates) + 2 * width * vocabulary
     attention = model.layers * 4 * places * width
-    counted = {"mfu": attention if config.reads_images else attention / 2, "mfu_full_attention": attention}
+    counted = {"mfu": attention if config.is_image else attention / 2, "mfu_full_attention": attention}
     return {name: float(tokens * (weights + part) * (3 if training else 1)) for name, part in counted.items()}
 
 
@@ -241,7 +241,7 @@ def check_encoding(config: Config) -> None:
 @functools.lru_cache
 def _check_encoding(data: DataConfig, model: ModelConfig, encoding: EncodingConfig) -> None:
     """Takes a moment, once for all runs that have the same of all three."""
-    architecture = Architecture.of(Config(data=data, model=model, encoding=encoding), Sizes(1, 1))
+    architecture = Architecture.of(Config(data=data, model=model, encoding=encoding), DataSpec(1, 1))
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)  # a key itself would take the devices, which others may need
     jax.eval_shape(architecture.fresh_encoding, key)
 
@@ -273,7 +273,7 @@ def _encoding(config: Config) -> nn.Module:
         "heads_model": model.heads,
         "axes": len(config.grid),
         "table_shape": config.grid,
-        "prefix": int(config.reads_images),
+        "prefix": int(config.is_image),
         "unit": encoding.unit,
         **lengths_of(config),
     }

@@ -122,7 +122,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
             trainer.mesh,
             chip,
             model_flops=trainer.flops_per_step,
-            units=trainer.task.units_per_step,
+            units=trainer.task.count_per_step,
             sent=sent,
         )
     except jax.errors.JaxRuntimeError as error:
@@ -137,7 +137,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "collectives": sent.kinds if sent else None,
         "open_loops": sent.loops if sent else None,
         "roofline": bound,
-        "unit": trainer.task.unit,
+        "unit": trainer.task.count_name,
         "flops": trainer.flops_per_step["mfu"],
         "flops_full_attention": trainer.flops_per_step["mfu_full_attention"],
         "compile_seconds": time.monotonic() - start,

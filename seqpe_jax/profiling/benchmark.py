@@ -91,7 +91,7 @@ def benchmark(
       InputError: a mode that these configs cannot run.
     """
     for config in settings.values():  # before any data are read
-        if mode == "decode" and config.reads_images:
+        if mode == "decode" and config.is_image:
             raise InputError("--mode=decode generates text: give a config of text")
         if mode == "encode" and config.encoding.kind != "seqpe":
             raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
@@ -116,7 +116,7 @@ def benchmark(
             {
                 "encoding": name,
                 "mode": mode,
-                **({"size": list(config.data.size)} if config.reads_images else {"length": config.data.length}),
+                **({"size": list(config.data.size)} if config.is_image else {"length": config.data.length}),
                 "batch": config.batch_size,
                 "median_s": median / per,
                 "p10_s": float(np.quantile(times, 0.1)) / per,
@@ -148,7 +148,7 @@ def flops_of_call(trainer: Trainer, mode: str) -> dict[str, float]:
     """Returns the floating-point operations of a call (see `architecture.flops_of`)."""
     config = trainer.config
     tokens = config.batch_size * (DECODED if mode == "decode" else trainer.architecture.places)
-    return flops_of(config, trainer.task.sizes.vocabulary, tokens=tokens, training=mode == "train")
+    return flops_of(config, trainer.task.data_spec.vocabulary, tokens=tokens, training=mode == "train")
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -165,12 +165,12 @@ def _timed(trainer: Trainer, mode: str) -> Timed:
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, compiled = make(trainer)
     turns = DECODED if mode == "decode" else 1
-    units = config.batch_size * (1 if config.reads_images else DECODED if mode == "decode" else config.data.length)
+    units = config.batch_size * (1 if config.is_image else DECODED if mode == "decode" else config.data.length)
     return Timed(call, units, flops_of_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode))
 
 
 def _batch(trainer: Trainer) -> dict[str, jax.Array]:
-    rng, sizes = np.random.default_rng(0), trainer.task.sizes
+    rng, sizes = np.random.default_rng(0), trainer.task.data_spec
 
     def drawn(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         shape = (trainer.config.batch_size, *leaf.shape)

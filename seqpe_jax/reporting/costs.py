@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from seqpe_jax.axes import scale_label
+from seqpe_jax.axes import size_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.reporting.significance import interval
@@ -35,7 +35,7 @@ def read_benchmarks(workdir: str | os.PathLike) -> list[Benchmark]:
         try:
             one = json.loads(path.read_bytes())
             for run in one["runs"]:
-                run["label"] = scale_label(tuple(run["size"]) if "size" in run else (run["length"],))
+                run["label"] = size_label(tuple(run["size"]) if "size" in run else (run["length"],))
                 _ = run["encoding"] + run["mode"], run["median_s"] + run["peak_bytes"]
             _ = [one["ratios"][pair]["time"] + 0 for pair in _pairs(one)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:

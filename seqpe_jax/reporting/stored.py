@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.archives import read_arrays
-from seqpe_jax.axes import scale_label
-from seqpe_jax.config import renamed
+from seqpe_jax.axes import size_label
+from seqpe_jax.config import apply_renames
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, parse_json
 
@@ -85,7 +85,7 @@ def scale_of(result: dict[str, Any]) -> dict[str, Any]:
     if not 1 <= min(sides) <= max(sides) < 2**32:
         raise ValueError(sides)
     extent = sides[0] if len(sides) == 1 else math.prod(sides) ** (1 / len(sides))
-    return {"extent": extent, "label": scale_label(sides)}
+    return {"extent": extent, "label": size_label(sides)}
 
 
 def read_similarity(folder: AnyPath) -> dict[str, np.ndarray] | None:
@@ -127,7 +127,7 @@ def _arrays(path: AnyPath, **axes: int) -> dict[str, np.ndarray] | None:
 
 
 def config_of(value: Any, where: str) -> dict[str, Any]:
-    """A config that can be shown, with the names of today (`config.renamed`). Raises: InputError."""
+    """A config that can be shown, with the names of today (`config.apply_renames`). Raises: InputError."""
     data = _checked(value, where, CONFIG, IF_THERE)["data"]
     try:
         scale_of({"size": data["size"]} if data.get("size") else data)
@@ -136,7 +136,7 @@ def config_of(value: Any, where: str) -> dict[str, Any]:
             f"{where}: its data.size or data.length is none: it is not as this package writes it"
         ) from error
     try:
-        return renamed(value)
+        return apply_renames(value)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax import config
-from seqpe_jax.axes import scale_label
+from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config
-from seqpe_jax.config.scripts import located, module_of, told
+from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_config_path
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.tasks import task_class
@@ -221,15 +221,15 @@ def read(path: str) -> SweepFile:
     Raises:
       InputError: no such file, a file that does not run or lacks a part, a point whose name or config is wrong.
     """
-    module = module_of(located(path), "sweep file defines CONFIG and runs() (see configs/sweeps)")
+    module = execute_file(resolve_config_path(path), "sweep file defines CONFIG and runs() (see configs/sweeps)")
     base, runs, search = (getattr(module, name, None) for name in ("CONFIG", "runs", "SEARCH"))
     if not isinstance(base, str) or (runs is None and search is None):
         raise InputError(f"{path} must define CONFIG = 'configs/NAME.py', and a generator runs() or a SEARCH")
-    points = told(path, lambda: list(_points(path, base, runs() if runs is not None else ())))
+    points = call_user_code(path, lambda: list(_points(path, base, runs() if runs is not None else ())))
     if runs is not None and not points:
         raise InputError(f"{path}: runs() yields nothing: yield (name, overrides) for each run")
     if search is not None:
-        told(path, lambda: _check_search(search, base))
+        call_user_code(path, lambda: _check_search(search, base))
     return SweepFile(path, base, tuple(points), search)
 
 
@@ -248,7 +248,7 @@ def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iter
     made = {name: make(name, base, overrides) for name, overrides in given.items() if not best[name]}
     for name, point in made.items():
         try:
-            config.check_options(point.settings, point.overrides)
+            config.check_overrides_used(point.settings, point.overrides)
         except InputError as error:
             raise InputError(f"run '{name}': {error}") from error
     for name, overrides in given.items():
@@ -267,7 +267,7 @@ def _open_point(
     values: dict[str, list[Any]] = {}
     for field, one in best.items():
         if field not in config.field_names():
-            raise InputError(f"run '{name}': {config.unknown_field(field)}")
+            raise InputError(f"run '{name}': {config.unknown_field_message(field)}")
         try:
             _check_best(one, made)
         except InputError as error:
@@ -323,7 +323,7 @@ def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
         path = f"{path.partition(':')[0]}:{values.pop('variant')}"
     for field in values:
         if field not in config.field_names():
-            raise InputError(f"run '{name}': {config.unknown_field(field, also=CHOSEN)}")
+            raise InputError(f"run '{name}': {config.unknown_field_message(field, also=CHOSEN)}")
     try:
         settings = config.load(path, values)
         check_encoding(settings)
@@ -358,7 +358,7 @@ def check_metric(metric: str, settings: Config) -> None:
             f"{metric} decides, which is measured while training: set eval.every in the overrides of those runs, at most "
             f"steps={settings.steps}"
         )
-    labels = [scale_label(scale) for scale in settings.scales]
+    labels = [size_label(scale) for scale in settings.eval_sizes]
     name, label = metric.removeprefix("eval/").partition("@")[::2]
     if not re.fullmatch(r"eval/\w+@[\dx]+", metric) or label not in labels:
         known = ", ".join(f"eval/NAME@{label}" for label in labels)

@@ -7,13 +7,13 @@ import os
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_write, parse_json
-from seqpe_jax.models.build import Sizes
+from seqpe_jax.models.build import DataSpec
 
 SIZES_FILE = "sizes.json"  # of a run's folder
 LARGEST = 1 << 24  # of a vocabulary, or classes
 
 
-def read_sizes(folder: str | os.PathLike) -> Sizes | None:
+def read_data_spec(folder: str | os.PathLike) -> DataSpec | None:
     """Returns the sizes that a run's folder keeps, or None: it is older than the file.
 
     Raises:
@@ -24,7 +24,7 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
         return None
     try:
         values = parse_json(path.read_text())
-        known = Sizes(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        known = DataSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
         numbers = (known.vocabulary, known.classes, known.channels)
         if not all(type(number) is int and 0 <= number <= LARGEST for number in numbers):
             raise ValueError(f"sizes are {numbers}")
@@ -42,6 +42,6 @@ def read_sizes(folder: str | os.PathLike) -> Sizes | None:
     return known
 
 
-def write_sizes(folder: str | os.PathLike, sizes: Sizes) -> None:
+def write_data_spec(folder: str | os.PathLike, data_spec: DataSpec) -> None:
     """Writes the sizes into a run's folder, whole or not at all."""
-    atomic_write(as_path(folder) / SIZES_FILE, json.dumps(dataclasses.asdict(sizes)) + "\n")
+    atomic_write(as_path(folder) / SIZES_FILE, json.dumps(dataclasses.asdict(data_spec)) + "\n")

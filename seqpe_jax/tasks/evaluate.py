@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax import config
-from seqpe_jax.config.kinds import QUESTIONS
+from seqpe_jax.config.kinds import QA_DATASETS
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
@@ -19,18 +19,18 @@ from seqpe_jax.losses.flops import training_flops
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import Architecture
 from seqpe_jax.tasks.fingerprints import changes, describe, read_fingerprints
-from seqpe_jax.tasks.task import Measure, check_scale, evaluate_at
+from seqpe_jax.tasks.task import Evaluator, check_eval_size, evaluate_at
 from seqpe_jax.training.checksums import CHECKPOINTS_DIR, DIGESTS_FILE, sha256_of
 from seqpe_jax.trees import count
 
-Scales = tuple[tuple[int, ...], ...]
+EvalSizes = tuple[tuple[int, ...], ...]
 Arrays = dict[str, dict[str, np.ndarray] | None]
 
 
-def measure(
+def evaluate(
     model: Any,
-    lengths: Scales = (),
-    sizes: Scales = (),
+    lengths: EvalSizes = (),
+    sizes: EvalSizes = (),
     split: str = "test",
     tokens: int | None = None,
     examples: int | None = None,
@@ -67,7 +67,7 @@ def measure(
     Raises:
       InputError: a length or size that cannot be evaluated, data that cannot be read, parameters that are damaged.
     """
-    limits = asked_limits(
+    limits = requested_limits(
         tokens=tokens,
         examples=examples,
         new_tokens=new_tokens,
@@ -75,23 +75,23 @@ def measure(
         stride=stride,
         targets=targets,
     )
-    check_kind(model.config, model.folder, lengths, sizes, limits)
+    check_data_kind(model.config, model.folder, lengths, sizes, limits)
     settings = _settings(model.config, limits, data, paths, lossy, lengths, bit_depth)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
         atomic_file = model
         model = dataclasses.replace(model, config=settings, read=lambda: atomic_file.params)
-    task, field = model.task, model.task.scale_field
+    task, field = model.task, model.task.size_name
     named = bool(lengths or sizes or contexts)
-    work = [(task, scale) for scale in lengths or sizes or (() if named else task.scales())]
-    for further in task.further_measures():
-        work += [(further, scale) for scale in (further.scales() if contexts or not named else ())]
-    for measured, scale in work:  # before the parameters are read
-        check_scale(measured, model.architecture.reach, scale, split)
+    work = [(task, eval_size) for eval_size in lengths or sizes or (() if named else task.eval_sizes())]
+    for further in task.extra_evaluators():
+        work += [(further, eval_size) for eval_size in (further.eval_sizes() if contexts or not named else ())]
+    for metric_names, eval_size in work:  # before the parameters are read
+        check_eval_size(metric_names, model.architecture.reach, eval_size, split)
     _compare_data(model, split, named=data is not None)
-    results = [_at(model, measured, scale, split) for measured, scale in work]
-    guessed = task.without_context(split)
-    architecture = Architecture.of(settings, model.sizes)  # of the run, where this is its export
+    results = [_at(model, metric_names, eval_size, split) for metric_names, eval_size in work]
+    guessed = task.no_context_baseline(split)
+    architecture = Architecture.of(settings, model.data_spec)  # of the run, where this is its export
     train_loss = TrainLoss(architecture, task.task_loss, settings.objective)
     flops = training_flops(train_loss, task.example, settings.batch_size, settings.optimizer.accumulate)
     report = {
@@ -102,16 +102,18 @@ def measure(
         f"training_{field}": settings.data.length if field == "length" else list(settings.data.size),
         "split": split,
         "parameters": count(architecture.shapes),
-        "training_flops": flops / task.units_per_step,
+        "training_flops": flops / task.count_per_step,
         "results": results,
         **({"without_context": guessed} if guessed is not None else {}),
-        **({"made_from": made_from(model.folder, model.step)} if model.folder else {}),
+        **({"made_from": source_checksums(model.folder, model.step)} if model.folder else {}),
     }
-    own = [scale for measured, scale in work if measured is task] or [scale for _, scale in work]
+    own = [eval_size for metric_names, eval_size in work if metric_names is task] or [
+        eval_size for _, eval_size in work
+    ]
     return report, arrays_of(model, max(own, key=max), split)
 
 
-def made_from(folder: str, step: int) -> dict[str, str]:
+def source_checksums(folder: str, step: int) -> dict[str, str]:
     """Returns the checksums of what an evaluation of a run's step stands on: its config, and the digests of its checkpoint.
 
     By these, and not by the times of files, it is known later whether the evaluation is of what lies there.
@@ -138,18 +140,18 @@ def _compare_data(model: Any, split: str, named: bool) -> None:
             )
 
 
-def _at(model: Any, task: Measure, scale: tuple[int, ...], split: str) -> dict[str, Any]:
+def _at(model: Any, task: Evaluator, eval_size: tuple[int, ...], split: str) -> dict[str, Any]:
     """The result of one scale, told as it comes."""
-    label = f"{task.scale_field} {'x'.join(map(str, scale))}"
+    label = f"{task.size_name} {'x'.join(map(str, eval_size))}"
     line = ProgressLine(1, label=label)
     result = evaluate_at(
-        task, model.programs, model.params, scale, split, lambda done, total: line.update(done, total=total)
+        task, model.programs, model.params, eval_size, split, lambda done, total: line.update(done, total=total)
     )
     line.close()
-    measured = [f"{result[name]:,} {name}" for name in COUNTED if name in result]
-    measured += [f"{name} {result[name]:.4g}" for name in task.measured if name in result]
+    metric_names = [f"{result[name]:,} {name}" for name in COUNTED if name in result]
+    metric_names += [f"{name} {result[name]:.4g}" for name in task.metric_names if name in result]
     if processes.is_main_process():
-        print(f"{label}: {', '.join(measured)}", flush=True)
+        print(f"{label}: {', '.join(metric_names)}", flush=True)
         if cut := result.get("cut_off"):
             print(
                 f"{label}: {cut} of {result['examples']} answers take more than {task.config.eval.new_tokens} tokens and "
@@ -159,13 +161,13 @@ def _at(model: Any, task: Measure, scale: tuple[int, ...], split: str) -> dict[s
     return result
 
 
-def arrays_of(model: Any, scale: tuple[int, ...], split: str) -> Arrays:
+def arrays_of(model: Any, eval_size: tuple[int, ...], split: str) -> Arrays:
     """Returns what is drawn of a model at a scale: how alike its vectors are, and where the class token looks."""
-    similarity = model.programs.similarity(model.params, model.task.grid_of(scale))
-    pictures = model.task.pictures(scale, split, PICTURES)
-    if pictures is None:
+    similarity = model.programs.similarity(model.params, model.task.grid_of(eval_size))
+    samples = model.task.sample_images(eval_size, split, NUM_ATTENTION_IMAGES)
+    if samples is None:
         return {"similarity": similarity, "attention": None}
-    images, shown = pictures
+    images, shown = samples
     return {
         "similarity": similarity,
         "attention": {"images": shown, "attention": model.programs.attention(model.params, images)},
@@ -173,23 +175,25 @@ def arrays_of(model: Any, scale: tuple[int, ...], split: str) -> Arrays:
 
 
 COUNTED = ("tokens", "targets", "examples")  # what a result says how many it scored of
-PICTURES = 4  # of the split, whose attention is drawn
+NUM_ATTENTION_IMAGES = 4  # of the split, whose attention is drawn
 
 
-def asked_limits(**limits: int | None) -> dict[str, int]:
+def requested_limits(**limits: int | None) -> dict[str, int]:
     """Returns those limits of an evaluation that were asked for, by their names in a config's eval section."""
     return {name: value for name, value in limits.items() if value is not None}
 
 
-def check_kind(settings: config.Config, folder: str, lengths: Scales, sizes: Scales, limits: Mapping[str, int]) -> None:
+def check_data_kind(
+    settings: config.Config, folder: str, lengths: EvalSizes, sizes: EvalSizes, limits: Mapping[str, int]
+) -> None:
     """Refuses what a model of the other kind is asked. Raises: InputError."""
     name = folder or "the model"
-    if settings.reads_images and (lengths or limits):
+    if settings.is_image and (lengths or limits):
         raise InputError(
             f"{name} is a run on images: --lengths, --contexts, --stride, --targets, --tokens, --examples and --new-tokens "
             "are for text, use --sizes"
         )
-    if sizes and not settings.reads_images:
+    if sizes and not settings.is_image:
         raise InputError(f"{name} is a run on text: --sizes is for images, use --lengths")
     for option in ("stride", "targets"):
         if option in limits and lengths and "contexts" not in limits:
@@ -198,7 +202,7 @@ def check_kind(settings: config.Config, folder: str, lengths: Scales, sizes: Sca
         raise InputError("--tokens is for --lengths, and --contexts alone are asked for: use --targets, or name both")
 
 
-def _within_reach(settings: config.Config, lengths: Scales, sizes: Scales) -> Scales:
+def _within_reach(settings: config.Config, lengths: EvalSizes, sizes: EvalSizes) -> EvalSizes:
     """The sizes, with their frames. Raises: InputError: a length or size that positions do not reach."""
     for length, *_ in lengths:
         config.check_positions(settings, length, "evaluation length")
@@ -213,7 +217,7 @@ def _settings(
     data: str | None,
     paths: tuple[str, ...],
     lossy: bool,
-    lengths: Scales,
+    lengths: EvalSizes,
     bit_depth: int | None,
 ) -> config.Config:
     """The model's config with what is asked for in its place. Raises: InputError: values that do not fit."""
@@ -223,21 +227,21 @@ def _settings(
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0}
     values["data"]["lossy_tokenizer"] |= lossy
     for name in ("contexts", "stride", "targets"):
-        if name in limits and values["data"]["name"] in QUESTIONS:
+        if name in limits and values["data"]["name"] in QA_DATASETS:
             raise InputError(
                 f"--{name} is for text, and {values['data']['name']} has questions: leave it out, and use --lengths"
             )
         if name in limits and not values["eval"]["contexts"]:
             raise InputError(f"--{name} is for --contexts, and none are asked for: name --contexts too")
-    if lengths and values["data"]["name"] in QUESTIONS:  # which questions are asked depends on the shortest
+    if lengths and values["data"]["name"] in QA_DATASETS:  # which questions are asked depends on the shortest
         values["eval"]["lengths"] = tuple(length for (length,) in lengths)
     if bit_depth is not None:
-        if not settings.reads_images:
+        if not settings.is_image:
             raise InputError("--bit-depth is for images, and this is a run on text: leave it out")
         values["data"]["bit_depth"] = bit_depth
     found = config.from_dict(values)
     for name in ("examples", "new_tokens"):
-        if name in limits and not found.asks_questions:
+        if name in limits and not found.is_qa:
             raise InputError(
                 f"--{name.replace('_', '-')} is for questions, and {found.data.name} has none: leave it out, or name "
                 "questions with --data"
@@ -246,7 +250,7 @@ def _settings(
 
 
 def write(report: dict[str, Any], arrays: Arrays, path: AnyPath) -> list[AnyPath]:
-    """Writes what `measure` returned: the report as JSON, arrays and answers beside it; returns the files, the report last.
+    """Writes what `evaluate` returned: the report as JSON, arrays and answers beside it; returns the files, the report last.
 
     Beside a run's own evaluation.json they have the names that `report` reads; beside another output they begin with its
     name, so that evaluations in one folder keep theirs.

@@ -20,7 +20,7 @@ def fingerprints(task: Task, splits: Iterable[str]) -> dict[str, Fingerprint]:
     return {split: task.fingerprint(split) for split in splits}
 
 
-def fingerprints_there(task: Task) -> dict[str, Fingerprint]:
+def available_fingerprints(task: Task) -> dict[str, Fingerprint]:
     """Returns the fingerprint of each split that the data have and that can be read: not all data have all of them."""
     found = {}
     for split in SPLITS:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.axes import scale_label
+from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import images, loader
 from seqpe_jax.distributed.processes import is_main_process
@@ -21,14 +21,14 @@ from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.files import as_path, atomic_write, parse_json
 from seqpe_jax.inference.exported import Signature
 from seqpe_jax.losses.task import ClassificationLoss
-from seqpe_jax.models.build import Shape, Sizes
-from seqpe_jax.tasks.data_spec import read_sizes
-from seqpe_jax.tasks.task import Asked, Task
+from seqpe_jax.models.build import DataSpec, Shape
+from seqpe_jax.tasks.data_spec import read_data_spec
+from seqpe_jax.tasks.task import EvalContext, Task
 
-KEPT = "classes.json"  # of a run's folder: class names, in the order of their labels
+CLASS_NAMES_FILE = "classes.json"  # of a run's folder: class names, in the order of their labels
 
 
-class Images(Task):
+class ImageClassification(Task):
     """The images of a config; a model that names its classes can be built where they are not.
 
     Args:
@@ -42,26 +42,26 @@ class Images(Task):
     """
 
     kind = "image_classification"
-    unit = "images"
-    option, scale_field = "sizes", "size"
-    measured = ("loss", "top1", "top5")  # while training
+    count_name = "images"
+    size_name = "size"
+    metric_names = ("loss", "top1", "top5")  # while training
 
-    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
+    def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config
-        self._names, self._owner = kept_names(kept) if kept else None, kept
-        self.sizes = known_sizes(config, kept)
-        if not self.sizes.classes and not there:
+        self._names, self._owner = read_class_names(run_dir) if run_dir else None, run_dir
+        self.data_spec = known_data_spec(config, run_dir)
+        if not self.data_spec.classes and not data_available:
             raise InputError(
                 "data.name='image_folder' has as many classes as folders: name their number as model.classes"
             )
-        if not self.sizes.classes:
-            self.sizes = dataclasses.replace(self.sizes, classes=self.source("train").classes)
+        if not self.data_spec.classes:
+            self.data_spec = dataclasses.replace(self.data_spec, classes=self.source("train").classes)
         self.task_loss = ClassificationLoss(config.objective.label_smoothing, config.objective.mixing)
         self.example = {
-            "images": jax.ShapeDtypeStruct((*config.data.size, self.sizes.channels), jnp.float32),
+            "images": jax.ShapeDtypeStruct((*config.data.size, self.data_spec.channels), jnp.float32),
             "labels": jax.ShapeDtypeStruct((), jnp.int32),
         }
-        self.units_per_step = config.batch_size
+        self.count_per_step = config.batch_size
 
     @functools.cache  # noqa: B019  a run has one of these
     def source(self, split: str) -> Any:
@@ -71,7 +71,7 @@ class Images(Task):
           InputError: as `data.pictures.image_source`; a class that the run does not know, other channels or more classes
             than the model's.
         """
-        data, sizes = self.config.data, self.sizes
+        data, data_spec = self.config.data, self.data_spec
         found = images.image_source(
             data.name,
             split=split,
@@ -80,21 +80,21 @@ class Images(Task):
             progress=is_main_process(),
             bit_depth=data.bit_depth,
         )
-        if found.channels != sizes.channels:
+        if found.channels != data_spec.channels:
             raise InputError(
-                f"{data.name} has images of {found.channels} channel(s), but the model reads {sizes.channels}: evaluate it "
+                f"{data.name} has images of {found.channels} channel(s), but the model reads {data_spec.channels}: evaluate it "
                 "on images like those that it was trained on"
             )
         if self._names is not None:
             return found.labelled_as(self._names, f"the run of {self._owner}")
-        if self._owner and not self.config.model.classes and found.classes != sizes.classes > 0:
+        if self._owner and not self.config.model.classes and found.classes != data_spec.classes > 0:
             raise InputError(
-                f"{data.name} has {found.classes} classes, and the run of {self._owner} {sizes.classes}, but it does not "
-                f"say which: put back its {KEPT}"
+                f"{data.name} has {found.classes} classes, and the run of {self._owner} {data_spec.classes}, but it does not "
+                f"say which: put back its {CLASS_NAMES_FILE}"
             )
-        if 0 < sizes.classes < found.classes:
+        if 0 < data_spec.classes < found.classes:
             raise InputError(
-                f"{data.name} has {found.classes} classes, but the model only {sizes.classes} (model.classes)"
+                f"{data.name} has {found.classes} classes, but the model only {data_spec.classes} (model.classes)"
             )
         return found
 
@@ -114,7 +114,7 @@ class Images(Task):
 
         def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
             return images.train_example(
-                record, config.data.size, config.data.augment, rng, mean=self.sizes.mean, std=self.sizes.std
+                record, config.data.size, config.data.augment, rng, mean=self.data_spec.mean, std=self.data_spec.std
             )
 
         return loader.TrainLoader(
@@ -131,97 +131,99 @@ class Images(Task):
         source = self.source(split)
         return {"images": len(source), "fingerprint": source.fingerprint}
 
-    def keep(self, workdir: str | os.PathLike) -> None:
+    def save_assets(self, workdir: str | os.PathLike) -> None:
         """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
-        path = as_path(workdir) / KEPT
+        path = as_path(workdir) / CLASS_NAMES_FILE
         if not path.exists():
             atomic_write(path, json.dumps(self.class_names, indent=0) + "\n")
 
-    def carry(self, folder: str | os.PathLike) -> None:
+    def copy_assets(self, folder: str | os.PathLike) -> None:
         """Puts the class names into another folder, where they are known without the data."""
         if self._names is not None:
-            self.keep(folder)
+            self.save_assets(folder)
 
-    def check_kept(self, workdir: str | os.PathLike) -> None:
+    def check_assets(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with other classes, or another order of them, than the run began with. Raises: InputError."""
-        names = kept_names(workdir)
+        names = read_class_names(workdir)
         if names is not None and names != self.class_names:
             pairs = itertools.zip_longest(self.class_names, names, fillvalue="no class")
             label, (ours, theirs) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
             raise InputError(
-                f"label {label} is '{ours}' in the data, but '{theirs}' in the run of {workdir} (its {KEPT}): use data "
+                f"label {label} is '{ours}' in the data, but '{theirs}' in the run of {workdir} (its {CLASS_NAMES_FILE}): use data "
                 "with its classes, or a new --workdir"
             )
 
-    def scales(self) -> tuple[Shape, ...]:
+    def eval_sizes(self) -> tuple[Shape, ...]:
         """Returns the sizes that the config evaluates, each as (height, width), or (frames, height, width) of clips."""
-        return self.config.scales
+        return self.config.eval_sizes
 
-    def grid_of(self, scale: Shape) -> Shape:
+    def grid_of(self, eval_size: Shape) -> Shape:
         """Returns the patches along each axis of an example of a size."""
-        return self.config.grid_of(self.config.sides_of(scale))
+        return self.config.grid_of(self.config.sides_of(eval_size))
 
-    def served(self, reach: tuple[int, ...]) -> Signature:
+    def export_signature(self, reach: tuple[int, ...]) -> Signature:
         """Returns what a model that serves grids of patches up to `reach` reads and returns."""
-        sizes, patch = self.sizes, self.config.model.patch
+        data_spec, patch = self.data_spec, self.config.model.patch
         letters = ("frames", "rows", "columns")[-len(patch) :]
         if patch[0] > 1 and len(patch) == 3:
             letters = ("steps", *letters[1:])  # of time: several frames make one
         shape = (
             "batch",
             *(f"{part}*{letter}" for part, letter in zip(patch, letters, strict=True)),
-            str(sizes.channels),
+            str(data_spec.channels),
         )
         sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, reach, patch, strict=True))
-        mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (sizes.mean, sizes.std))
-        classes = str(sizes.classes)
+        mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (data_spec.mean, data_spec.std))
+        classes = str(data_spec.classes)
         return Signature(
             "images",
             "float32",
             shape,
             dict(zip(letters, reach, strict=True)),
             ("batch", classes),
-            f"numpy.zeros((1, {', '.join(map(str, sides))}, {sizes.channels}), 'float32')",
+            f"numpy.zeros((1, {', '.join(map(str, sides))}, {data_spec.channels}), 'float32')",
             f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel; the logits are those of the "
-            f"classes in {KEPT}, in its order",
+            f"classes in {CLASS_NAMES_FILE}, in its order",
         )
 
-    def check_scale(self, scale: Shape, split: str) -> None:
+    def check_eval_size(self, eval_size: Shape, split: str) -> None:
         """Refuses a size that cannot be evaluated. Raises: InputError."""
-        check_size(self.config, scale, "evaluation size")
+        check_size(self.config, eval_size, "evaluation size")
         source = self.source(split)
-        if len(scale) == 3 and scale[0] > (there := len(source[0]["image"])):
-            label = scale_label(scale)
-            raise InputError(f"evaluation size {label} has {scale[0]} frames, but the clips have {there}: name fewer")
+        if len(eval_size) == 3 and eval_size[0] > (there := len(source[0]["image"])):
+            label = size_label(eval_size)
+            raise InputError(
+                f"evaluation size {label} has {eval_size[0]} frames, but the clips have {there}: name fewer"
+            )
 
-    def evaluate(self, asked: Asked, scale: Shape, split: str) -> dict[str, Any]:
+    def evaluate(self, ctx: EvalContext, eval_size: Shape, split: str) -> dict[str, Any]:
         """Returns the result of one size (see `evaluation.classification`)."""
         source = self.source(split)
-        batch = min(asked.batch, -(-len(source) // jax.device_count()) * jax.device_count())
-        batches = loader.EvaluationBatches(source, batch, len(source), self._example(scale))
+        batch = min(ctx.batch, -(-len(source) // jax.device_count()) * jax.device_count())
+        batches = loader.EvaluationBatches(source, batch, len(source), self._example(eval_size))
         return accuracy(
-            asked.eval_step, batches, size=scale, put=asked.put, progress=lambda done: asked.progress(done, len(source))
+            ctx.eval_step, batches, size=eval_size, put=ctx.put, progress=lambda done: ctx.progress(done, len(source))
         )
 
-    def images(self, scale: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample_images(self, eval_size: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first images of a split at a size, float32[count, sides..., C]: normalised, and in 0..1."""
-        source, example = self.source(split), self._example(scale)
+        source, example = self.source(split), self._example(eval_size)
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
         found = np.stack([example(source[int(index)])["images"] for index in chosen])
-        shown = found * np.asarray(self.sizes.std, np.float32) + np.asarray(self.sizes.mean, np.float32)
+        shown = found * np.asarray(self.data_spec.std, np.float32) + np.asarray(self.data_spec.mean, np.float32)
         return found, np.clip(shown, 0.0, 1.0)
 
-    def _example(self, scale: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+    def _example(self, eval_size: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
         return functools.partial(
             images.evaluation_example,
-            size=self.config.sides_of(scale),
+            size=self.config.sides_of(eval_size),
             crop_ratio=self.config.data.crop_ratio,
-            mean=self.sizes.mean,
-            std=self.sizes.std,
+            mean=self.data_spec.mean,
+            std=self.data_spec.std,
         )
 
 
-def known_sizes(config: Config, kept: str | os.PathLike = "") -> Sizes:
+def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec:
     """Returns what a model takes from images, as far as it is known without them; classes = 0 where it is not.
 
     Args:
@@ -230,23 +232,23 @@ def known_sizes(config: Config, kept: str | os.PathLike = "") -> Sizes:
     Raises:
       InputError: the config has fewer classes than the run has names of.
     """
-    stored, facts = read_sizes(kept) if kept else None, images.facts_of(config.data.name)
-    names = kept_names(kept) if kept else None
+    stored, facts = read_data_spec(run_dir) if run_dir else None, images.facts_of(config.data.name)
+    names = read_class_names(run_dir) if run_dir else None
     classes = config.model.classes or (stored.classes if stored else 0)
     if names is not None and 0 < classes < len(names):
         raise InputError(
-            f"model.classes={classes} is less than the {len(names)} classes of the run of {kept} (its {KEPT}): set it to "
+            f"model.classes={classes} is less than the {len(names)} classes of the run of {run_dir} (its {CLASS_NAMES_FILE}): set it to "
             f"{len(names)} or more"
         )
     classes = classes or len(names or ()) or facts.classes
     if stored is not None:
         return dataclasses.replace(stored, classes=classes)
-    return Sizes(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
+    return DataSpec(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
 
 
-def kept_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:
+def read_class_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     """Returns the class names in the folder of a run, or None where it has none. Raises: InputError: damaged."""
-    path = as_path(workdir) / KEPT
+    path = as_path(workdir) / CLASS_NAMES_FILE
     if not path.exists():
         return None
     try:

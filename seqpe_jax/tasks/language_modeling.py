@@ -21,14 +21,14 @@ from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
 from seqpe_jax.inference.exported import Signature
 from seqpe_jax.losses.task import NextTokenLoss
-from seqpe_jax.models.build import Sizes
-from seqpe_jax.tasks.data_spec import read_sizes
-from seqpe_jax.tasks.task import Asked, Measure, Task
+from seqpe_jax.models.build import DataSpec
+from seqpe_jax.tasks.data_spec import read_data_spec
+from seqpe_jax.tasks.task import EvalContext, Evaluator, Task
 
 TOKENIZER = "tokenizer.json"
 
 
-class Text(Task):
+class LanguageModeling(Task):
     """The text of a config, tokenised when it is first asked for.
 
     Args:
@@ -44,19 +44,19 @@ class Text(Task):
     """
 
     kind = "language_modelling"
-    unit = "tokens"
-    option, scale_field = "lengths", "length"
-    measured = ("loss", "perplexity", "bits_per_byte")  # while training
+    count_name = "tokens"
+    size_name = "length"
+    metric_names = ("loss", "perplexity", "bits_per_byte")  # while training
 
-    def __init__(self, config: Config, there: bool = True, kept: str | os.PathLike = ""):
+    def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config
         self.task_loss = NextTokenLoss()
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
-        self.units_per_step = config.batch_size * config.data.length
-        stored = read_sizes(kept) if kept else None
+        self.count_per_step = config.batch_size * config.data.length
+        stored = read_data_spec(run_dir) if run_dir else None
         vocabulary = config.model.vocabulary or (stored.vocabulary if stored else 0)
-        self.sizes = Sizes(vocabulary=vocabulary)
-        if vocabulary and not there:
+        self.data_spec = DataSpec(vocabulary=vocabulary)
+        if vocabulary and not data_available:
             return
         if not config.data.tokenizer:
             raise InputError(
@@ -66,7 +66,7 @@ class Text(Task):
         try:
             self.tokenizer = load_tokenizer(config.data.tokenizer)
         except InputError as error:
-            if there:
+            if data_available:
                 raise
             raise InputError(
                 f"{error}, or only the number of its tokens (GPT-2's: --config.model.vocabulary=50257)"
@@ -74,19 +74,19 @@ class Text(Task):
         vocabulary = vocabulary or self.tokenizer.vocabulary_size
         if self.tokenizer.vocabulary_size > vocabulary:
             cure = f"set model.vocabulary to {self.tokenizer.vocabulary_size} or more, or to 0, which takes the tokenizer's"
-            if kept:
+            if run_dir:
                 cure = "take the tokenizer that the model was trained with"
             raise InputError(
                 f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
                 f"{vocabulary} (model.vocabulary): {cure}"
             )
-        self.sizes = Sizes(vocabulary=vocabulary)
+        self.data_spec = DataSpec(vocabulary=vocabulary)
         self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
-        if kept:
-            self.check_kept(kept)
-            file = as_path(kept) / TOKENIZER
+        if run_dir:
+            self.check_assets(run_dir)
+            file = as_path(run_dir) / TOKENIZER
             if (
-                file.exists() and str(kept) != config.init_from
+                file.exists() and str(run_dir) != config.init_from
             ):  # its texts end as they did, whatever is said elsewhere now
                 self.tokenizer = load_tokenizer(file)
 
@@ -155,35 +155,35 @@ class Text(Task):
         source = self.source(split)
         return {"tokens": len(source.tokens), "fingerprint": source.fingerprint}
 
-    def keep(self, workdir: str | os.PathLike) -> None:
+    def save_assets(self, workdir: str | os.PathLike) -> None:
         """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
         if self.tokenizer.name != "bytes":
             self.tokenizer.save(workdir)
 
-    def carry(self, folder: str | os.PathLike) -> None:
+    def copy_assets(self, folder: str | os.PathLike) -> None:
         """Puts the tokenizer's file into another folder."""
-        self.keep(folder)
+        self.save_assets(folder)
 
-    def check_kept(self, workdir: str | os.PathLike) -> None:
+    def check_assets(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
-        kept = as_path(workdir) / TOKENIZER
-        if kept.exists() and load_tokenizer(kept).digest != self.tokenizer.digest:
+        stored = as_path(workdir) / TOKENIZER
+        if stored.exists() and load_tokenizer(stored).digest != self.tokenizer.digest:
             raise InputError(
                 f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
                 f"which lies there as {TOKENIZER}: use that file or a new --workdir"
             )
 
-    def scales(self) -> tuple[tuple[int], ...]:
+    def eval_sizes(self) -> tuple[tuple[int], ...]:
         """Returns the lengths that the config evaluates, each as (length,)."""
-        return self.config.scales
+        return self.config.eval_sizes
 
-    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+    def grid_of(self, eval_size: tuple[int]) -> tuple[int]:
         """Returns the positions of a window along its axis."""
-        return scale
+        return eval_size
 
-    def served(self, reach: tuple[int]) -> Signature:
+    def export_signature(self, reach: tuple[int]) -> Signature:
         """Returns what a model that serves windows of up to (length,) reads and returns."""
-        (length,), rows, known = reach, self.sizes.vocabulary, self.tokenizer.ids
+        (length,), rows, known = reach, self.data_spec.vocabulary, self.tokenizer.ids
         example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
         ids = f"of {TOKENIZER}"
         if self.tokenizer.name == "bytes":
@@ -200,9 +200,9 @@ class Text(Task):
             f"token ids 0 to {known[-1]}, {ids}; the logits at a place are those of the token after it{spare}",
         )
 
-    def check_scale(self, scale: tuple[int], split: str) -> None:
+    def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
         """Refuses a length that cannot be evaluated. Raises: InputError."""
-        (length,), tokens, limit = scale, len(self.source(split).tokens), self.config.eval.tokens
+        (length,), tokens, limit = eval_size, len(self.source(split).tokens), self.config.eval.tokens
         check_positions(self.config, length, "evaluation length")
         if tokens < length + 1:
             raise InputError(
@@ -215,45 +215,45 @@ class Text(Task):
                 "that every length scores the same tokens, or choose a shorter length"
             )
 
-    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+    def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length (see `evaluation.perplexity`)."""
-        (length,), tokens = scale, self.source(split).tokens
-        batches = loader.evaluation_windows(tokens, length, asked.batch, max_tokens=self.config.eval.tokens)
+        (length,), tokens = eval_size, self.source(split).tokens
+        batches = loader.evaluation_windows(tokens, length, ctx.batch, max_tokens=self.config.eval.tokens)
         return perplexity(
             length=length,
             batches=batches,
-            progress=lambda done: asked.progress(done, batches.examples),
-            **self.scoring(asked, split),
+            progress=lambda done: ctx.progress(done, batches.examples),
+            **self.scoring(ctx, split),
         )
 
-    def scoring(self, asked: Asked, split: str) -> dict[str, Any]:
+    def scoring(self, ctx: EvalContext, split: str) -> dict[str, Any]:
         """Returns the arguments of `evaluation.perplexity` that are the same for windows of every length."""
         source = self.source(split)
         return {
-            "token_losses": lambda tokens_BL: asked.eval_step({"tokens": tokens_BL})["loss"],
-            "put": asked.put,
+            "token_losses": lambda tokens_BL: ctx.eval_step({"tokens": tokens_BL})["loss"],
+            "put": ctx.put,
             "tokens_of_split": len(source.tokens),
             "bytes_of_split": source.bytes,
             "words_of_split": source.words if self.tokenizer.name != "bytes" else None,
         }
 
-    def further_measures(self) -> tuple[Measure, ...]:
+    def extra_evaluators(self) -> tuple[Evaluator, ...]:
         """Returns the measure of the same tokens under contexts of several lengths."""
-        return (Contexts(self),)
+        return (ContextEvaluator(self),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Contexts:
+class ContextEvaluator:
     """The loss of the same tokens of a text, the targets, under each of `eval.contexts`.
 
     Attributes:
       text: the task.
-      scale_field, measured: see `Measure`.
+      size_name, metric_names: see `Evaluator`.
     """
 
-    text: Text
-    scale_field: str = "context"
-    measured: tuple[str, ...] = Text.measured
+    text: LanguageModeling
+    size_name: str = "context"
+    metric_names: tuple[str, ...] = LanguageModeling.metric_names
 
     @property
     def config(self) -> Config:
@@ -265,39 +265,39 @@ class Contexts:
         """What the model is trained for."""
         return self.text.task_loss
 
-    def scales(self) -> tuple[tuple[int], ...]:
+    def eval_sizes(self) -> tuple[tuple[int], ...]:
         """Returns the contexts that the config evaluates, each as (context,)."""
         return tuple((context,) for context in self.config.eval.contexts)
 
-    def grid_of(self, scale: tuple[int]) -> tuple[int]:
+    def grid_of(self, eval_size: tuple[int]) -> tuple[int]:
         """Returns the positions of a window along its axis."""
-        return scale
+        return eval_size
 
-    def positions_at(self, scale: tuple[int]) -> tuple[int]:
+    def positions_at(self, eval_size: tuple[int]) -> tuple[int]:
         """Returns the positions that a window needs."""
-        return scale
+        return eval_size
 
-    def check_scale(self, scale: tuple[int], split: str) -> None:
+    def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
         """Refuses a context that is longer than the split. Raises: InputError."""
-        (context,), tokens = scale, len(self.text.source(split).tokens)
+        (context,), tokens = eval_size, len(self.text.source(split).tokens)
         if tokens < context + 1:
             raise InputError(
                 f"evaluation context {context} is longer than the {split} split of {self.config.data.name} "
                 f"({tokens} tokens): choose contexts below {tokens} (eval.contexts, --contexts)"
             )
 
-    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+    def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one context (see `evaluation.perplexity.perplexity_in_context`)."""
-        (context,), settings, tokens = scale, self.config.eval, self.text.source(split).tokens
+        (context,), settings, tokens = eval_size, self.config.eval, self.text.source(split).tokens
         stride = self.config.context_stride
         ends = loader.target_ends(len(tokens), largest=max(settings.contexts), stride=stride, targets=settings.targets)
-        batches = loader.context_windows(tokens, context, asked.batch, ends, stride)
+        batches = loader.context_windows(tokens, context, ctx.batch, ends, stride)
         return perplexity_in_context(
             context=context,
             stride=stride,
             batches=batches,
-            progress=lambda done: asked.progress(done, batches.examples),
-            **self.text.scoring(asked, split),
+            progress=lambda done: ctx.progress(done, batches.examples),
+            **self.text.scoring(ctx, split),
         )
 
 
@@ -315,9 +315,9 @@ def prompt_lines(content: bytes, name: str) -> list[str]:
     return without_mark(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def with_kept_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:
+def with_run_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:
     """Returns a run's config with the tokenizer that lies beside its checkpoints."""
-    kept = as_path(workdir) / TOKENIZER
-    if not kept.exists():
+    stored = as_path(workdir) / TOKENIZER
+    if not stored.exists():
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(stored)))

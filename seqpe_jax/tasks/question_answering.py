@@ -17,29 +17,29 @@ from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decode import Sampling
-from seqpe_jax.tasks.language_modeling import Text
-from seqpe_jax.tasks.task import Asked, Measure
+from seqpe_jax.tasks.language_modeling import LanguageModeling
+from seqpe_jax.tasks.task import EvalContext, Evaluator
 
 LOOKED_AT = 32  # questions of a split whose way to tokens and back is looked at
 ANY_LENGTH = 1 << 40  # every question fits
 ANSWERS_LOOKED_AT = 256  # about so many answers for training, whose length is looked at
 
 
-class Questions(Text):
+class QuestionAnswering(LanguageModeling):
     """The questions of a config: a passage among others, a question, an answer.
 
     Raises:
-      InputError: as `Text`; the tokenizer has no token to end an answer with.
+      InputError: as `LanguageModeling`; the tokenizer has no token to end an answer with.
     """
 
     kind = "question_answering"
-    measured = ("loss", *answers.METRICS)
+    metric_names = ("loss", *answers.METRICS)
 
-    def __init__(self, config: Any, there: bool = True, kept: str | os.PathLike = ""):
-        super().__init__(config, there, kept)
+    def __init__(self, config: Any, data_available: bool = True, run_dir: str | os.PathLike = ""):
+        super().__init__(config, data_available, run_dir)
         self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
         self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length
-        if there:
+        if data_available:
             self.end = qa.end_token(self.tokenizer)
 
     @classmethod
@@ -118,21 +118,21 @@ class Questions(Text):
             threads=config.data.threads,
         )
 
-    def positions_at(self, scale: tuple[int]) -> tuple[int]:
+    def positions_at(self, eval_size: tuple[int]) -> tuple[int]:
         """Returns the positions of a window and of an answer past it; with a window that ends its texts, of that alone."""
-        return (scale[0] + (0 if self.config.encoding.window_dependence else self.config.eval.new_tokens),)
+        return (eval_size[0] + (0 if self.config.encoding.window_dependence else self.config.eval.new_tokens),)
 
-    def check_scale(self, scale: tuple[int], split: str) -> None:
+    def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
         """Refuses a length at which no question fits, or that positions do not reach. Raises: InputError."""
-        (length,) = scale
-        check_positions(self.config, *self.positions_at(scale), "evaluation length with its answer")
+        (length,) = eval_size
+        check_positions(self.config, *self.positions_at(eval_size), "evaluation length with its answer")
         self._evaluated(split, length)
 
     def _evaluated(self, split: str, length: int) -> qa.QuestionSource:
         """The questions that are asked at a length: the same ones at every length, those that fit the shortest."""
-        return self.questions(split, length, min(length, *(shortest for (shortest,) in self.scales())))
+        return self.questions(split, length, min(length, *(shortest for (shortest,) in self.eval_sizes())))
 
-    def evaluate(self, asked: Asked, scale: tuple[int], split: str) -> dict[str, Any]:
+    def evaluate(self, asked: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length.
 
         Where the signal depends on the length of the window, answers are generated under the signal that the loss is
@@ -144,7 +144,7 @@ class Questions(Text):
           "depth": the scores by depth of the passage, "distance": those by how many tokens back the answer stands,
           "answers": (records, hypotheses)}.
         """
-        (length,), source = scale, self._evaluated(split, scale[0])
+        (length,), source = eval_size, self._evaluated(split, eval_size[0])
         count = min(len(source), self.config.eval.examples or len(source))
         records = [source[index] for index in range(count)]
         sampling = Sampling(self.config.eval.new_tokens, end=self.end)
@@ -172,11 +172,11 @@ class Questions(Text):
             "answers": (records, hypotheses),
         }
 
-    def further_measures(self) -> tuple[Measure, ...]:
+    def extra_evaluators(self) -> tuple[Evaluator, ...]:
         """Returns nothing: questions have no tokens that every context could score."""
         return ()
 
-    def without_context(self, split: str) -> dict[str, Any]:
+    def no_context_baseline(self, split: str) -> dict[str, Any]:
         """Returns the scores of guessing without reading the passage (see `answers.no_context_baseline`)."""
         length = self.config.data.length
         known, asked = self.questions("train", length), self.questions(split, length)
@@ -191,7 +191,7 @@ class Questions(Text):
 
         return sum(min(map(tokens, answers)) > self.config.eval.new_tokens for answers in accepted)
 
-    def _loss(self, asked: Asked, source: qa.QuestionSource, count: int, length: int) -> float:
+    def _loss(self, asked: EvalContext, source: qa.QuestionSource, count: int, length: int) -> float:
         """The mean loss of the tokens of the first accepted answers, in nats."""
 
         def example(record: dict[str, Any]) -> dict[str, np.ndarray]:

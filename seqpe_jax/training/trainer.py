@@ -29,12 +29,12 @@ from seqpe_jax.models.attention_dispatch import choose
 from seqpe_jax.models.attention_inputs import Operands
 from seqpe_jax.models.build import Architecture, Params, Shape, check_encoding, flops_of
 from seqpe_jax.tasks import Task, evaluate_at, task_class
-from seqpe_jax.tasks.data_spec import write_sizes
+from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.tasks.fingerprints import (
+    available_fingerprints,
     check_same_data,
     describe,
     fingerprints,
-    fingerprints_there,
     read_fingerprints,
     write_fingerprints,
 )
@@ -116,7 +116,7 @@ class Trainer:
         _best_metric(config)
         task = task_class(config)(config, data_there, kept)
         bits = config.precision.random_bits
-        train_loss = TrainLoss(Architecture.of(config, task.sizes), task.task_loss, config.objective, bits)
+        train_loss = TrainLoss(Architecture.of(config, task.data_spec), task.task_loss, config.objective, bits)
         _check_attention(config, train_loss.architecture, layout.MeshSharding(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         initial = _initial(train_loss.architecture, optimizer, config.seed)
@@ -160,7 +160,7 @@ class Trainer:
     def flops_per_step(self) -> dict[str, float]:
         """Floating-point operations of a training step on all devices (see `architecture.flops_of`)."""
         tokens = self.config.batch_size * self.architecture.places
-        return flops_of(self.config, self.task.sizes.vocabulary, tokens=tokens, training=True)
+        return flops_of(self.config, self.task.data_spec.vocabulary, tokens=tokens, training=True)
 
     @property
     def _options(self) -> dict[str, bool] | None:
@@ -214,9 +214,9 @@ class Trainer:
           progress: called after each batch.
         """
         results = {}
-        for scale in self.task.scales():
-            result = evaluate_at(self.task, self.programs, params, scale, "validation", progress)
-            results |= {_measured(name, scale): result[name] for name in self.task.metrics(self.config)}
+        for eval_size in self.task.eval_sizes():
+            result = evaluate_at(self.task, self.programs, params, eval_size, "validation", progress)
+            results |= {_measured(name, eval_size): result[name] for name in self.task.metrics(self.config)}
         return results
 
     def describe(self, workdir: AnyPath) -> str:
@@ -244,10 +244,10 @@ class Trainer:
         first = saved_step(folder)
         check_same_run(settings, folder, first, extend)
         if first is not None:
-            self.task.check_kept(folder)
+            self.task.check_assets(folder)
         if settings.eval.every:
-            for scale in self.task.scales():
-                self.task.check_scale(scale, "validation")
+            for eval_size in self.task.eval_sizes():
+                self.task.check_eval_size(eval_size, "validation")
         data = fingerprints(self.task, ("train", "validation") if settings.eval.every else ("train",))
         processes.check_equal({f"{split} split of {settings.data.name}": describe(one) for split, one in data.items()})
         if first is not None:
@@ -316,8 +316,8 @@ class Trainer:
             clock,
             every=settings.report.every,
             steps=settings.steps,
-            units=self.task.units_per_step,
-            unit=self.task.unit,
+            units=self.task.count_per_step,
+            unit=self.task.count_name,
             flops=self.flops_per_step,
             saved=checkpoints.latest_step,
             skips=settings.optimizer.skips if settings.optimizer.non_finite == "skip" else 0,
@@ -364,16 +364,16 @@ class Trainer:
                 )
             with tmp_dir() as staged:
                 write_config(staged, config.to_dict(self.config))
-                write_sizes(staged, self.task.sizes)
-                write_fingerprints(staged, known or fingerprints_there(self.task))
-                self.task.keep(staged)
+                write_data_spec(staged, self.task.data_spec)
+                write_fingerprints(staged, known or available_fingerprints(self.task))
+                self.task.save_assets(staged)
                 write_side_files(staged, folder)
         processes.barrier()
         processes.check_shared(folder / "config.json")
 
 
-def _measured(name: str, scale: Shape) -> str:
-    return f"eval/{name}@{axes.scale_label(scale)}"
+def _measured(name: str, eval_size: Shape) -> str:
+    return f"eval/{name}@{axes.size_label(eval_size)}"
 
 
 def _best_metric(settings: Config) -> str:
@@ -382,7 +382,7 @@ def _best_metric(settings: Config) -> str:
         return ""
     measured = task_class(settings).metrics(settings)
     return check_best_metric(
-        settings.checkpoint.best, [_measured(name, at) for at in settings.scales for name in measured]
+        settings.checkpoint.best, [_measured(name, at) for at in settings.eval_sizes for name in measured]
     )
 
 
@@ -421,7 +421,7 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
         array,
         signal.features,
         signal.bias,
-        last=None if settings.reads_images else number,
+        last=None if settings.is_image else number,
         seed=number if model.attention_dropout else None,
     )
     choose(

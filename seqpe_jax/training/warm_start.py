@@ -82,7 +82,7 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
         )
     # With lengths written out, which would be others where the training length is another one.
     theirs, ours = (
-        config.as_read(config.with_lengths(one)) for one in (config.from_dict(read_config(checkpoint)), settings)
+        config.reset_unused(config.with_lengths(one)) for one in (config.from_dict(read_config(checkpoint)), settings)
     )
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
     if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):
@@ -101,7 +101,7 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
         raise InputError(
             f"--init-from={checkpoint} reads bytes, but data.tokenizer={ours.data.tokenizer}: set it to 'bytes'"
         )
-    task.check_kept(checkpoint)
+    task.check_assets(checkpoint)
 
 
 def _differences(section: str, theirs: EncodingConfig | ModelConfig, ours: Any, free: set[str]) -> list[str]:

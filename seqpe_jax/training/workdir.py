@@ -20,7 +20,7 @@ from seqpe_jax.errors import Failure, InputError, StoreError, check_utf8_name
 from seqpe_jax.files import AnyPath, free_space, is_remote, lock, parse_json
 from seqpe_jax.inference.exported import SECTION
 from seqpe_jax.tasks.fingerprints import FINGERPRINTS_FILE
-from seqpe_jax.tasks.image_classification import KEPT
+from seqpe_jax.tasks.image_classification import CLASS_NAMES_FILE
 from seqpe_jax.training.checkpoint import CHECKPOINTS_DIR, read_config
 from seqpe_jax.training.checksums import DIGESTS_FILE
 from seqpe_jax.training.optimizer import decay_steps
@@ -105,7 +105,7 @@ def write_rate(folder: AnyPath, size: int) -> float:
 def check_same_run(settings: Config, workdir: AnyPath, step: int | None, extend: bool = False) -> None:
     """Refuses a folder of something else. A run that has saved no step yet begins anew, with any config.
 
-    Fields that change nothing of what was trained may differ (`config.FREE_SECTIONS`), and a run may get more steps.
+    Fields that change nothing of what was trained may differ (`config.RESUME_CHANGEABLE`), and a run may get more steps.
 
     Args:
       step: the newest saved one, or None; extend: more steps are wanted although the learning rate that the run had so far
@@ -137,9 +137,9 @@ def check_same_run(settings: Config, workdir: AnyPath, step: int | None, extend:
     # An older run's file lacks fields that are newer, which have their defaults, and may hold values that nothing reads.
     before = with_random_bits(config.from_dict(values), random_bits_of(values))
     asked = with_random_bits(settings, random_bits_of(values))
-    old, new = (config.to_dict(config.as_read(one)) for one in (before, asked))
+    old, new = (config.to_dict(config.reset_unused(one)) for one in (before, asked))
     for values in (old, new):
-        for section in (*config.FREE_SECTIONS, "steps"):
+        for section in (*config.RESUME_CHANGEABLE, "steps"):
             values.pop(section, None)
         values["data"].pop("lossy_tokenizer")  # what is accepted changes nothing of what is computed
         values["data"]["bit_depth"] = values["data"]["bit_depth"] or 16  # as files were read before the field was
@@ -368,6 +368,6 @@ def clear(workdir: AnyPath) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
     for name in (
         DIGESTS_FILE,
-        *({FINGERPRINTS_FILE, FILE, *NAMED_IN, KEPT} - {"config.json"}),
+        *({FINGERPRINTS_FILE, FILE, *NAMED_IN, CLASS_NAMES_FILE} - {"config.json"}),
     ):  # first what says that the others are there
         (workdir / name).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import place
-from seqpe_jax.models.build import Architecture, Sizes
+from seqpe_jax.models.build import Architecture, DataSpec
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, every_part, random_params, tiny_config
 
@@ -81,7 +81,7 @@ def digits_config(kind, **fields):
 
 def shapes_of(settings):
     """Shapes of the parameters, and of the signal of the training window or grid."""
-    architecture = Architecture.of(settings, Sizes(vocabulary=256, classes=10, channels=1))
+    architecture = Architecture.of(settings, DataSpec(vocabulary=256, classes=10, channels=1))
     signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1], jax.ShapeDtypeStruct((2,), jnp.uint32))
     return jax.tree.map(lambda leaf: leaf.shape, architecture.shapes), signal
 

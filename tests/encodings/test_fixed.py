@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import LARGEST_UNITS
+from seqpe_jax.config import MAX_POSITION_UNITS
 from seqpe_jax.encodings.fixed import ALiBi, LogScaling, Rotary, RotaryAxial, Sinusoidal, alibi_slopes, unit_circle
 from seqpe_jax.encodings.learned import Learned
 from seqpe_jax.encodings.mixed import RotaryMixed
@@ -14,7 +14,7 @@ from seqpe_jax.errors import InputError
 
 
 def test_angles_are_exact_far_out():
-    positions = np.array([0, 1, 63, 64, 9999, 1_000_003, 64**4 - 1, 64**4 + 5, LARGEST_UNITS - 1])
+    positions = np.array([0, 1, 63, 64, 9999, 1_000_003, 64**4 - 1, 64**4 + 5, MAX_POSITION_UNITS - 1])
     frequencies = 10000.0 ** (-np.arange(0, 16, 2) / 16)
     cos, sin = jax.jit(lambda at: unit_circle(at, frequencies))(jnp.asarray(positions, jnp.int32))
     angles = positions[:, None] * frequencies

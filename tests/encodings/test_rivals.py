@@ -12,7 +12,7 @@ from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import use_sharding
 from seqpe_jax.models.attention import attend, faded
-from seqpe_jax.models.build import Architecture, Sizes
+from seqpe_jax.models.build import Architecture, DataSpec
 from seqpe_jax.models.transformer import FADES
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
@@ -322,7 +322,7 @@ def test_gates_begin_as_open_as_they_are_told(kind, fade, scan):
     """A token lets those before it through by a share of sigmoid(gate_bias_init), before it says anything."""
     gates = {"encoding__gate": fade, "encoding__gate_bias_init": 3.0}
     settings = tiny_config(variant=kind, **gates, model__layers=2, model__scan=scan)
-    params = jax.jit(Architecture.of(settings, Sizes(vocabulary=256)).init)(KEY)
+    params = jax.jit(Architecture.of(settings, DataSpec(vocabulary=256)).init)(KEY)
     biases = [leaf for name, leaf in flat(params["model"], "/").items() if name.endswith("fading/bias")]
     assert sum(bias.size for bias in biases) == settings.model.layers * settings.model.heads
     for bias in biases:

@@ -85,7 +85,7 @@ def test_each_data_set_has_the_scores_of_its_answers():
     assert answers.metrics_of("qa_jsonl") == answers.METRICS == tuple(answers.SCORES)
     for name in ("stdlib_qa", "squad_long", "qa_jsonl"):
         settings = types.SimpleNamespace(data=types.SimpleNamespace(name=name))
-        assert tasks.Questions.metrics(settings) == ("loss", *answers.metrics_of(name))
+        assert tasks.QuestionAnswering.metrics(settings) == ("loss", *answers.metrics_of(name))
 
 
 def record(depth, *golds, index=0):

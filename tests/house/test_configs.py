@@ -296,7 +296,7 @@ def test_the_papers_pages_are_the_authors_scripts(page):
     assert settings.eval.every % settings.checkpoint.every == 0 < settings.eval.every
     part = settings.batch_size // settings.optimizer.accumulate
     assert part % settings.objective.shift.sets == 0
-    if not settings.reads_images:  # five digits write it, past the positions that training draws
+    if not settings.is_image:  # five digits write it, past the positions that training draws
         config.check_positions(settings, 32_768, "--lengths")
         with pytest.raises(InputError, match="99999 .which 5 digits in base 10 write.: raise encoding.max_position"):
             config.check_positions(settings, 100_001, "--lengths")
@@ -316,11 +316,11 @@ def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
     axes = len(config.load(f"{path}:{kind}").grid)  # each has a pair at least
     least = {"rotary_heads": 1, "rotary_pairs": axes}
     values |= {f"encoding.{name}": count for name, count in least.items() if getattr(encoding, name)}
-    if config.load(f"{path}:{kind}").reads_images:
+    if config.load(f"{path}:{kind}").is_image:
         values = {name: value for name, value in values.items() if name not in OF_TEXT} | {"eval.sizes": ()}
         if path.stem == "imagenet_vit":
             values |= {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos")),)}
-    elif config.load(f"{path}:{kind}").asks_questions:
+    elif config.load(f"{path}:{kind}").is_qa:
         lines = [json.dumps({"index": at, "input": f"ask {at}:", "outputs": [f"no {at}"]}) for at in range(40)]
         (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
         values |= {"data.name": "qa_jsonl", "data.paths": (str(tmp_path / "asked.jsonl"),)}

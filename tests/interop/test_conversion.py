@@ -18,7 +18,7 @@ from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import conversion, load_reference
 from seqpe_jax.interop.settings import spec_of
-from seqpe_jax.tasks.evaluate import measure
+from seqpe_jax.tasks.evaluate import evaluate
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
 from tests.serving import test_exported as test_serving
@@ -44,7 +44,7 @@ def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
     """A run of a config at step 0."""
     parts = Trainer.of(settings, jax.devices()[:1])
     write_config(folder, config.to_dict(settings))
-    parts.task.keep(folder)
+    parts.task.save_assets(folder)
     checkpoints = Checkpointer(folder)
     checkpoints.save(0, random_state(parts, 0.1), {})
     checkpoints.close()
@@ -171,7 +171,7 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
     run = str(tmp_path / "run")
     assert conversion.to_run(str(source), run, str(tokenizer))["tokenizer"]
-    report, _ = measure(loading.opened(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
+    report, _ = evaluate(loading.opened(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
     values = config.to_dict(loading.saved_config(run))
     values["data"] |= {"name": "text_files", "paths": (str(text),)}
     tokens = np.asarray(Trainer.of(config.from_dict(values)).task.source("test").tokens, np.int32)
@@ -449,7 +449,7 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     with pytest.raises(InputError, match="a run of ours already"):
         conversion.to_run(str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="came without a tokenizer"):
-        measure(loading.opened(str(tmp_path / "run")))
+        evaluate(loading.opened(str(tmp_path / "run")))
     base36 = saved_run(tmp_path / "base36", tiny_config(encoding__base=36))
     with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
         conversion.to_reference(str(base36), str(tmp_path / "out"))

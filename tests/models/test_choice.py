@@ -12,7 +12,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
 from seqpe_jax.models.attention_blockwise import blockwise
 from seqpe_jax.models.attention_inputs import Operands, plain
-from seqpe_jax.models.build import Architecture, Sizes
+from seqpe_jax.models.build import Architecture, DataSpec
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import tiny_config
 
@@ -131,7 +131,7 @@ def test_a_run_that_asks_for_what_its_device_has_not_is_not_built():
 @pytest.mark.parametrize("scan", [False, True])
 def test_parameters_are_drawn_where_the_kernel_of_their_model_is_not(scan):
     """As when a step is compiled for a slice that is not there: this machine draws shapes, the slice runs the kernel."""
-    architecture = Architecture.of(tiny_config(model__attention_kind="flash", model__scan=scan), Sizes(256))
+    architecture = Architecture.of(tiny_config(model__attention_kind="flash", model__scan=scan), DataSpec(256))
     assert architecture.shapes["model"]
 
 

@@ -34,7 +34,7 @@ def step_of(path, values, **axes):
 
 
 def bound(trainer, program, chip):
-    units = trainer.task.units_per_step
+    units = trainer.task.count_per_step
     return roofline(program, trainer.mesh, chip, model_flops=trainer.flops_per_step, units=units)
 
 

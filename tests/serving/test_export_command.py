@@ -51,7 +51,7 @@ def saved_run(workdir: pathlib.Path, settings: config.Config) -> pathlib.Path:
     checkpoints.save(3, random_state(run, 0.2), {})
     checkpoints.close()
     write_config(workdir, config.to_dict(settings))
-    run.task.keep(workdir)
+    run.task.save_assets(workdir)
     return workdir
 
 

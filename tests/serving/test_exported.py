@@ -39,13 +39,15 @@ def random_run(settings):
 def served(run, params, reach, platforms=serving.PLATFORMS):
     """The model as another process reads it: (function, flat parameters)."""
     stored = run.programs.stored_params(params, reach)
-    program = serving.serialise(run.architecture.stored(reach).logits, stored, run.task.served(reach), platforms)
+    program = serving.serialise(
+        run.architecture.stored(reach).logits, stored, run.task.export_signature(reach), platforms
+    )
     return jax.export.deserialize(bytearray(program)), trees.flat(stored)
 
 
 def own_logits(run, params, inputs):
     """The logits of the run itself, with its encoder."""
-    shape = run.config.grid_of(inputs.shape[1:-1]) if run.config.reads_images else inputs.shape[1:]
+    shape = run.config.grid_of(inputs.shape[1:-1]) if run.config.is_image else inputs.shape[1:]
     signal = run.architecture.signal(params, run.architecture.position_grid.positions(shape)[None], shape)
     return run.architecture.network.apply({"params": params["model"]}, inputs, signal)
 

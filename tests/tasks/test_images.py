@@ -8,7 +8,7 @@ from PIL import Image
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.tasks.image_classification import KEPT, Images
+from seqpe_jax.tasks.image_classification import CLASS_NAMES_FILE, ImageClassification
 from tests.serving.test_exported import vit_config
 
 
@@ -20,8 +20,10 @@ def pictures(root, *classes, split="train"):
     return root
 
 
-def images(root, kept="", **fields):
-    return Images(vit_config(data__name="image_folder", data__paths=(str(root),), **fields), kept=kept)
+def images(root, run_dir="", **fields):
+    return ImageClassification(
+        vit_config(data__name="image_folder", data__paths=(str(root),), **fields), run_dir=run_dir
+    )
 
 
 def labels(data, split="train"):
@@ -33,26 +35,29 @@ def labels(data, split="train"):
 def run(tmp_path):
     """The folder of a run on ants, cats and dogs."""
     (tmp_path / "run").mkdir()
-    images(pictures(tmp_path / "photos", "ant", "cat", "dog")).keep(tmp_path / "run")
+    images(pictures(tmp_path / "photos", "ant", "cat", "dog")).save_assets(tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_names_are_kept_in_the_order_of_their_labels(run, tmp_path):
-    assert json.loads((run / KEPT).read_text()) == ["ant", "cat", "dog"]
+    assert json.loads((run / CLASS_NAMES_FILE).read_text()) == ["ant", "cat", "dog"]
     data = images(pictures(tmp_path / "others", "dog", "cat"), run)
     assert labels(data) == {"cat/1.png": 1, "dog/1.png": 2}, "a class may be missing"
-    assert data.sizes.classes == 3 and "3 classes" in data.describe()
-    data.check_kept(run)
+    assert data.data_spec.classes == 3 and "3 classes" in data.describe()
+    data.check_assets(run)
     (tmp_path / "next").mkdir()
-    data.keep(tmp_path / "next")
-    assert (tmp_path / "next" / KEPT).read_text() == (run / KEPT).read_text()
-    assert data.served((4, 4)).output == ("batch", "3") and KEPT in data.served((4, 4)).meaning
+    data.save_assets(tmp_path / "next")
+    assert (tmp_path / "next" / CLASS_NAMES_FILE).read_text() == (run / CLASS_NAMES_FILE).read_text()
+    assert (
+        data.export_signature((4, 4)).output == ("batch", "3")
+        and CLASS_NAMES_FILE in data.export_signature((4, 4)).meaning
+    )
 
 
 def test_without_kept_names_labels_are_places_in_sorted_order(tmp_path):
     (tmp_path / "old").mkdir()
     data = images(pictures(tmp_path / "photos", "dog", "cat"), tmp_path / "old")
-    data.check_kept(tmp_path / "old")
+    data.check_assets(tmp_path / "old")
     assert labels(data) == {"cat/1.png": 0, "dog/1.png": 1} and data.class_names == ("cat", "dog")
 
 
@@ -62,37 +67,37 @@ def test_a_class_that_the_run_does_not_know_is_refused_by_name(run, tmp_path):
     with pytest.raises(
         InputError, match=f"has class zcat, unknown to the run of {run}, whose classes are ant, cat, dog"
     ):
-        data.check_scale((8, 8), "train")
+        data.check_eval_size((8, 8), "train")
 
 
 def test_other_classes_than_those_kept_are_refused(run, tmp_path):
     with pytest.raises(InputError, match=rf"label 1 is 'cow' in the data, but 'cat' in the run of {run} \(its clas"):
-        images(pictures(tmp_path / "one", "ant", "cow", "dog")).check_kept(run)
+        images(pictures(tmp_path / "one", "ant", "cow", "dog")).check_assets(run)
     with pytest.raises(InputError, match="label 2 is 'no class' in the data, but 'dog' in the run"):
-        images(pictures(tmp_path / "two", "ant", "cat")).check_kept(run)
+        images(pictures(tmp_path / "two", "ant", "cat")).check_assets(run)
     with pytest.raises(InputError, match="model.classes=2 is less than the 3 classes of the run of .*: set it to 3"):
         images(tmp_path / "photos", run, model__classes=2)
-    assert images(tmp_path / "photos", run, model__classes=5).sizes.classes == 5
+    assert images(tmp_path / "photos", run, model__classes=5).data_spec.classes == 5
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '["ant", 1]'])
 def test_damaged_names_are_refused(run, tmp_path, content):
-    (run / KEPT).write_text(content)
+    (run / CLASS_NAMES_FILE).write_text(content)
     with pytest.raises(InputError, match=r"classes.json .*: put back the file that the run wrote"):
         images(tmp_path / "photos", run)
 
 
 def test_names_of_any_bytes_are_kept(tmp_path):
     data = images(pictures(tmp_path / "photos", "caf\udce9", "ü"))
-    data.keep(tmp_path)
+    data.save_assets(tmp_path)
     assert images(tmp_path / "photos", tmp_path).class_names == data.class_names == ("caf\udce9", "ü")
 
 
 def test_digits_go_by_name_too(run, tmp_path):
     (tmp_path / "digits").mkdir()
     digits = vit_config(data__cache_dir=str(tmp_path / "cache"))
-    Images(digits).keep(tmp_path / "digits")
+    ImageClassification(digits).save_assets(tmp_path / "digits")
     drawn = images(pictures(tmp_path / "drawn", "7", "3"), tmp_path / "digits")
-    assert labels(drawn) == {"3/1.png": 3, "7/1.png": 7} and drawn.sizes.classes == 10
+    assert labels(drawn) == {"3/1.png": 3, "7/1.png": 7} and drawn.data_spec.classes == 10
     with pytest.raises(InputError, match="digit_images/train has classes 0, 1, .*, unknown to the run of"):
-        Images(config.from_dict(config.to_dict(digits)), kept=run).source("train")
+        ImageClassification(config.from_dict(config.to_dict(digits)), run_dir=run).source("train")

@@ -7,8 +7,8 @@ import types
 import numpy as np
 
 from seqpe_jax.tasks import evaluate as measure
-from seqpe_jax.tasks.question_answering import Questions
-from seqpe_jax.tasks.task import Asked
+from seqpe_jax.tasks.question_answering import QuestionAnswering
+from seqpe_jax.tasks.task import EvalContext
 from tests.data.test_squad_long import squad, written
 from tests.tiny import tiny_config
 
@@ -31,13 +31,13 @@ def test_every_length_asks_the_same_questions(tmp_path):
 
     def asked(settings, length):
         nothing = [types.SimpleNamespace(content=[])]
-        model = Asked(
+        model = EvalContext(
             lambda batch: {"loss": np.zeros((2, length))},
             lambda prompts, *_, **__: nothing * len(prompts),
             lambda batch: batch,
             batch=2,
         )
-        records, _ = Questions(settings).evaluate(model, (length,), "test")["answers"]
+        records, _ = QuestionAnswering(settings).evaluate(model, (length,), "test")["answers"]
         return [record["question"] for record in records]
 
     longer = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, lengths=(512,)))
@@ -65,13 +65,13 @@ def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
             eval__new_tokens=40,
             objective__shift__rate=0.0,
         )
-        asked, options = Questions(settings), []
+        asked, options = QuestionAnswering(settings), []
 
         def generate(prompts, *_, options=options, **given):
             options.append({name: given[name] for name in ("window", "cut")})
             return [types.SimpleNamespace(content=[])] * len(prompts)
 
-        ask = Asked(
+        ask = EvalContext(
             lambda batch, length=length: {"loss": np.zeros((2, length))}, generate, lambda batch: batch, batch=2
         )
         asked.evaluate(ask, (length,), "test")
@@ -92,14 +92,14 @@ def test_answers_are_told_by_their_distance(tmp_path):
         eval__examples=8,
         objective__shift__rate=0.0,
     )
-    task = Questions(settings)
+    task = QuestionAnswering(settings)
     source = task.questions("test", 512)
 
     def generate(prompts, *_, **__):
         years = [source[index]["outputs"][0] for index in range(len(prompts))]
         return [types.SimpleNamespace(content=list(f" {year}".encode())) for year in years]
 
-    asked = Asked(lambda batch: {"loss": np.zeros((2, 512))}, generate, lambda batch: batch, batch=2)
+    asked = EvalContext(lambda batch: {"loss": np.zeros((2, 512))}, generate, lambda batch: batch, batch=2)
     found = task.evaluate(asked, (512,), "test")
     assert found["contains"] == 100.0 and found["examples"] == 8
     assert sum(part["examples"] for part in found["distance"]) == 8

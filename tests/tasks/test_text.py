@@ -8,9 +8,9 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.tasks.language_modeling import Text
-from seqpe_jax.tasks.question_answering import Questions
-from seqpe_jax.tasks.task import Asked
+from seqpe_jax.tasks.language_modeling import LanguageModeling
+from seqpe_jax.tasks.question_answering import QuestionAnswering
+from seqpe_jax.tasks.task import EvalContext
 from tests.data.test_tokenizers import with_tokens, word_level
 from tests.tiny import tiny_config
 
@@ -58,44 +58,44 @@ def kept_by(folder, data, settings):
     """Makes a folder that of a run."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict(settings)))
-    data.keep(folder)
+    data.save_assets(folder)
     return folder
 
 
 def test_the_start_says_how_texts_end(tokenizer, texts, asked, tmp_path):
-    assert "texts end with '[EOS]' (token 4)" in Text(settings(tokenizer, texts)).describe()
-    assert "no end of text: texts run together" in Text(settings("bytes", texts)).describe()
+    assert "texts end with '[EOS]' (token 4)" in LanguageModeling(settings(tokenizer, texts)).describe()
+    assert "no end of text: texts run together" in LanguageModeling(settings("bytes", texts)).describe()
     plain = tmp_path / "plain.json"
     word_level(plain, WORDS)
-    assert "no end of text: texts run together" in Text(settings(plain, texts)).describe()
+    assert "no end of text: texts run together" in LanguageModeling(settings(plain, texts)).describe()
     questions = settings(tokenizer, asked, data__name="qa_jsonl")
-    assert "answers end with '[EOS]' (token 4)" in Questions(questions).describe()
-    in_bytes = Questions(settings("bytes", asked, data__name="qa_jsonl")).describe()
+    assert "answers end with '[EOS]' (token 4)" in QuestionAnswering(questions).describe()
+    in_bytes = QuestionAnswering(settings("bytes", asked, data__name="qa_jsonl")).describe()
     assert "answers end with byte 0" in in_bytes and "loses" not in in_bytes
 
 
 def test_a_run_ends_its_texts_as_it_began(tokenizer, texts, tmp_path):
     """What the files beside data.tokenizer say later changes nothing, until a new run begins."""
     given = settings(tokenizer, texts)
-    run = kept_by(tmp_path / "run", Text(given), given)
+    run = kept_by(tmp_path / "run", LanguageModeling(given), given)
     with_tokens(tokenizer, ["<stop>"])
     with pytest.raises(InputError, match="is not the tokenizer that the run of .* began with"):
-        Text(given, kept=run)
+        LanguageModeling(given, run_dir=run)
     tokenizer.write_bytes((run / "tokenizer.json").read_bytes())
     (tokenizer.parent / "tokenizer_config.json").write_text('{"eos_token": "fox"}')
-    assert Text(given).tokenizer.end_of_text == 2
-    assert Text(given, kept=run).tokenizer.end_of_text == 4
-    assert Text(settings(run / "tokenizer.json", texts), kept=run).tokenizer.end_of_text == 4
-    begins = Text(settings(tokenizer, texts, init_from=str(run)), kept=str(run))
-    begins.check_kept(run)
+    assert LanguageModeling(given).tokenizer.end_of_text == 2
+    assert LanguageModeling(given, run_dir=run).tokenizer.end_of_text == 4
+    assert LanguageModeling(settings(run / "tokenizer.json", texts), run_dir=run).tokenizer.end_of_text == 4
+    begins = LanguageModeling(settings(tokenizer, texts, init_from=str(run)), run_dir=str(run))
+    begins.check_assets(run)
     assert begins.tokenizer.end_of_text == 2
 
 
 def test_a_run_from_before_goes_on_without_an_end(tokenizer, texts, tmp_path):
     given = settings(tokenizer, texts)
-    run = kept_by(tmp_path / "run", Text(given), given)
+    run = kept_by(tmp_path / "run", LanguageModeling(given), given)
     (run / "tokenizer_config.json").unlink()
-    old, new = Text(given, kept=run), Text(given)
+    old, new = LanguageModeling(given, run_dir=run), LanguageModeling(given)
     assert old.tokenizer.end_of_text is None and new.tokenizer.end_of_text == 4
     assert 4 not in old.source("train").tokens
 
@@ -103,27 +103,29 @@ def test_a_run_from_before_goes_on_without_an_end(tokenizer, texts, tmp_path):
 def test_questions_that_the_tokenizer_loses_are_refused(tokenizer, asked):
     asked.write_text(asked.read_text() + json.dumps({"index": 9, "input": "the wolf", "outputs": ["walks"]}) + "\n")
     with pytest.raises(InputError, match="loses text: 4 of .* such as 'wolf' .*data.lossy_tokenizer=True"):
-        Questions(settings(tokenizer, asked, data__name="qa_jsonl")).questions("train", 16)
-    found = Questions(settings(tokenizer, asked, data__name="qa_jsonl", data__lossy_tokenizer=True))
+        QuestionAnswering(settings(tokenizer, asked, data__name="qa_jsonl")).questions("train", 16)
+    found = QuestionAnswering(settings(tokenizer, asked, data__name="qa_jsonl", data__lossy_tokenizer=True))
     assert "the tokenizer loses text: 4 of" in found.describe()
 
 
 def test_what_prompts_lose_is_told(tokenizer, texts, capsys):
-    data = Text(settings(tokenizer, texts))
+    data = LanguageModeling(settings(tokenizer, texts))
     assert [one.tolist() for one in data.prompts([b"the fox", b"walks"])] == [[1, 2], [3]]
     assert capsys.readouterr().err == ""
     data.prompts([b"the fox", "the ☃".encode()])
     assert capsys.readouterr().err.startswith(
         "prompts: the tokenizer loses text: 3 of 14 bytes looked at (21%), such as '☃'"
     )
-    raw = Text(settings("bytes", texts)).prompts([b"caf\xe9"])
+    raw = LanguageModeling(settings("bytes", texts)).prompts([b"caf\xe9"])
     assert raw[0].tolist() == list(b"caf\xe9") and capsys.readouterr().err == ""
-    Text(settings("bytes", texts)).prompts([b"one<|endoftext|>two", b"<|endoftext|>"])
+    LanguageModeling(settings("bytes", texts)).prompts([b"one<|endoftext|>two", b"<|endoftext|>"])
     assert capsys.readouterr().err == "prompts: special tokens that they spell are read as plain text: <|endoftext|>\n"
 
 
 def test_an_export_says_which_of_its_logits_are_no_tokens(tokenizer, texts):
-    plain, padded = (Text(settings(tokenizer, texts, model__vocabulary=size)).served((16,)) for size in (0, 64))
+    plain, padded = (
+        LanguageModeling(settings(tokenizer, texts, model__vocabulary=size)).export_signature((16,)) for size in (0, 64)
+    )
     assert plain.output == ("batch", "length", "5") and "no tokens" not in plain.meaning
     assert padded.output == ("batch", "length", "64") and "59 of the 64 ids are no tokens" in padded.meaning
     assert "token ids 0 to 4" in padded.meaning
@@ -133,19 +135,19 @@ def test_a_vocabulary_that_is_too_small_is_told_with_its_cure(tokenizer, texts, 
     with pytest.raises(
         InputError, match="has 5 tokens, but the model only 4 .*: set model.vocabulary to 5 or more, or to 0"
     ):
-        Text(settings(tokenizer, texts, model__vocabulary=4))
+        LanguageModeling(settings(tokenizer, texts, model__vocabulary=4))
 
 
 def model_of(losses, batch=4):
     """A model of which only the losses of its targets are known: (tokens[B, L + 1]) -> float[B, L]."""
-    return Asked(lambda batch: {"loss": losses(np.asarray(batch["tokens"]))}, None, lambda batch: batch, batch)
+    return EvalContext(lambda batch: {"loss": losses(np.asarray(batch["tokens"]))}, None, lambda batch: batch, batch)
 
 
 def text_of(monkeypatch, tokens, **fields):
     """The task of a split of these tokens."""
     source = types.SimpleNamespace(tokens=tokens, bytes=len(tokens), words=len(tokens) // 5)
-    monkeypatch.setattr(Text, "source", lambda self, split: source)
-    return Text(tiny_config(variant="rotary", **fields))
+    monkeypatch.setattr(LanguageModeling, "source", lambda self, split: source)
+    return LanguageModeling(tiny_config(variant="rotary", **fields))
 
 
 @pytest.mark.parametrize("limit", [0, 1500])
@@ -162,21 +164,21 @@ def test_every_length_scores_the_same_tokens(monkeypatch, limit):
     expected = tokens[1 : count + 1].mean() / 32
     assert [result["loss"] for result in results] == pytest.approx([expected] * 3, rel=1e-12)
     with pytest.raises(InputError, match="evaluation length 2048 is longer than the test split"):
-        text.check_scale((2048,), "test")
+        text.check_eval_size((2048,), "test")
     if limit:
         with pytest.raises(InputError, match=r"eval.tokens=1500 \(--tokens\) is less than evaluation length 1501"):
-            text.check_scale((1501,), "test")
+            text.check_eval_size((1501,), "test")
 
 
 def test_every_context_scores_the_same_targets(monkeypatch):
     tokens = np.arange(5000)
     text = text_of(monkeypatch, tokens, eval__contexts=(16, 300, 1024), eval__targets=400)
-    (contexts,) = text.further_measures()
+    (contexts,) = text.extra_evaluators()
     seen = model_of(lambda tokens: tokens[:, 1:] + tokens[:, 1:] - tokens[:, :1])  # which target, and tokens before it
-    results = [contexts.evaluate(seen, scale, "test") for scale in contexts.scales()]
+    results = [contexts.evaluate(seen, eval_size, "test") for eval_size in contexts.eval_sizes()]
     for context, result in zip((16, 300, 1024), results, strict=True):
         assert (result["context"], result["targets"], result["stride"]) == (context, 400, 8)
         assert result["loss"] - (context - 3.5) == pytest.approx(results[0]["loss"] - 12.5)
     with pytest.raises(InputError, match="evaluation context 5000 is longer than the test split .*contexts below 5000"):
-        contexts.check_scale((5000,), "test")
-    assert Questions.further_measures(text) == ()
+        contexts.check_eval_size((5000,), "test")
+    assert QuestionAnswering.extra_evaluators(text) == ()

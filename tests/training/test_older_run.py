@@ -10,7 +10,7 @@ import pytest
 import seqpe_jax
 from seqpe_jax import config
 from seqpe_jax.interop.writing import write_run
-from seqpe_jax.models.build import Sizes
+from seqpe_jax.models.build import DataSpec
 from seqpe_jax.reporting.study import read_study
 from seqpe_jax.training.checkpoint import read_config, write_config
 from seqpe_jax.training.trainer import Trainer
@@ -39,7 +39,7 @@ def older(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_it_opens_and_goes_on(older):
     model = seqpe_jax.load(older)
-    assert model.step == 4 and model.sizes.vocabulary == 256
+    assert model.step == 4 and model.data_spec.vocabulary == 256
     assert np.isfinite(model.logits(np.arange(40)[None])).all()
     before = {line["step"]: line for line in map(json.loads, (older / "metrics.jsonl").read_text().splitlines())}
     train(config.from_dict(read_config(older)), older)
@@ -56,7 +56,7 @@ def test_a_run_whose_gates_were_a_kind_of_encoding_opens(kind, tmp_path):
     """With the parameters that it was saved with; reports call it as they did."""
     settings = tiny_config(variant=kind, model__layers=2, encoding__gate_bias_init=1.0)
     params = random_params(Trainer.of(settings, jax.devices()[:1]), 0.3)
-    write_run(tmp_path / "run", settings, params, Sizes(vocabulary=256), 6)
+    write_run(tmp_path / "run", settings, params, DataSpec(vocabulary=256), 6)
     values = json.loads(json.dumps(config.to_dict(settings)))
     del values["encoding"]["gate"], values["encoding"]["gate_bias_init"]
     values["encoding"] |= {"kind": kind, "gate_bias": 1.0}

@@ -57,7 +57,7 @@ def run(settings, devices, start=None):
 
 
 def batch_of(parts, n):
-    if not parts.config.reads_images:
+    if not parts.config.is_image:
         return layout.from_local_rows(parts.mesh, jax.tree.map(np.asarray, tokens(parts.config, n)))
     draw, settings = np.random.default_rng(n), parts.config
     images = draw.normal(size=(settings.batch_size, *settings.data.size, 1)).astype(np.float32)

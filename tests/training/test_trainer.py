@@ -11,7 +11,7 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import check_encoding
-from seqpe_jax.tasks import Text
+from seqpe_jax.tasks import LanguageModeling
 from seqpe_jax.training import trainer
 from seqpe_jax.training.checkpoint import write_config
 from seqpe_jax.training.trainer import Trainer
@@ -45,7 +45,7 @@ ROTARY = {"encoding__mode": "rotary", "encoding__qk": "none", "objective__contra
     ],
 )
 def test_what_an_encoding_cannot_be_is_told_before_data_are_read(fields, words, monkeypatch):
-    monkeypatch.setattr(Text, "__init__", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(LanguageModeling, "__init__", lambda *_: pytest.fail("data were read"))
     settings = tiny_config(**fields)
     for act in (check_encoding, Trainer.of):
         with pytest.raises(InputError, match=words) as caught:

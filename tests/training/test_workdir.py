@@ -14,7 +14,7 @@ import seqpe_jax
 from seqpe_jax import files
 from seqpe_jax.distributed.progress import MetricsWriter
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.tasks.language_modeling import Text
+from seqpe_jax.tasks.language_modeling import LanguageModeling
 from seqpe_jax.training import trainer, workdir
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import (
@@ -318,7 +318,7 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
 
 
 def fingerprint(settings, split):
-    return Text(settings).fingerprint(split)["fingerprint"]
+    return LanguageModeling(settings).fingerprint(split)["fingerprint"]
 
 
 def test_a_folder_in_use_is_not_trained_in(tmp_path):
