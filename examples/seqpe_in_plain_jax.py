@@ -19,7 +19,7 @@ def main() -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     q, k, v = jax.random.normal(key, (3, 1, LENGTH, HEADS, WIDTH // HEADS))
 
     signal = jax.jit(encoding.apply)(params, jnp.arange(LENGTH)).at_layer(0)
-    q_, k_, v_ = seqpe_jax.place(q, k, v, signal)
+    q_, k_, v_ = seqpe_jax.apply_position_signal(q, k, v, signal)
     mixed = jax.nn.dot_product_attention(q_, k_, v_, scale=1.0, is_causal=True)[..., : WIDTH // HEADS]
 
     losses = jax.jit(lambda params: seqpe_jax.position_losses(encoding, params, key, step=0, window=64))(params)

@@ -5,11 +5,12 @@
     model = seqpe_jax.load("runs/first")
     print(model.generate("import ", max_new_tokens=40))
 
-`load` opens a run, an export, the authors' PyTorch checkpoints or a Hugging Face GPT-2; `SeqPE`, `attend`, `place` and
-`position_losses` put the encoding into a model of your own. All of them are imported when they are first used.
+`load` opens a run, an export, the authors' PyTorch checkpoints or a Hugging Face GPT-2; `SeqPE`, `attend`,
+`apply_position_signal` and `position_losses` put the encoding into a model of your own. All of them are imported when they are first used.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from seqpe_jax.errors import InputError
@@ -19,27 +20,30 @@ if TYPE_CHECKING:
     from seqpe_jax.loading import load
     from seqpe_jax.losses.standalone import position_losses
     from seqpe_jax.model import Model
-    from seqpe_jax.models.attention import attend, place
+    from seqpe_jax.models.attention import apply_position_signal, attend
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Model", "SeqPE", "attend", "load", "place", "position_losses"]
+__all__ = ["InputError", "Model", "SeqPE", "apply_position_signal", "attend", "load", "position_losses"]
 
-_PLACES = {
+_MODULES = {
     "Model": "model",
     "SeqPE": "encodings.seqpe",
+    "apply_position_signal": "models.attention",
     "attend": "models.attention",
     "load": "loading",
-    "place": "models.attention",
     "position_losses": "losses.standalone",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports a part of the public face when it is first used."""
-    if name not in _PLACES:
+    if name == "place":
+        warnings.warn("seqpe_jax.place is now seqpe_jax.apply_position_signal", DeprecationWarning, stacklevel=2)
+        name = "apply_position_signal"
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+    return sorted([*globals(), *_MODULES])

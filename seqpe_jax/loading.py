@@ -37,14 +37,14 @@ def load(path: str | os.PathLike, which: str = "latest") -> Model:
     Args:
       path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
         a directory of a Hugging Face GPT-2.
-      which: checkpoint of a run, "latest" or "best" (`opened`).
+      which: checkpoint of a run, "latest" or "best" (`open_model`).
 
     Raises:
       InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version.
     """
     if not as_path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
-    model = opened(str(path), which) if is_ours(path) else _model_of_source(folders.read(str(path)))
+    model = open_model(str(path), which) if is_run_or_export(path) else _model_of_source(folders.read(str(path)))
     _ = model.params
     return model
 
@@ -58,7 +58,7 @@ def _model_of_source(source: folders.Source) -> Model:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
 
 
-def is_ours(path: str | os.PathLike) -> bool:
+def is_run_or_export(path: str | os.PathLike) -> bool:
     """Whether a path is a folder of `train`, of `convert` or of `export`."""
     folder = as_path(path)
     if (folder / CHECKPOINTS_DIR).is_dir() or (folder / DIGESTS_FILE).is_file():
@@ -70,7 +70,7 @@ def is_ours(path: str | os.PathLike) -> bool:
     return isinstance(values, dict) and {"data", "model", "encoding"} <= values.keys()
 
 
-def opened(checkpoint: str, which: str = "latest") -> Model:
+def open_model(checkpoint: str, which: str = "latest") -> Model:
     """Returns the model of a run or an export, whose parameters are read when they are first asked for.
 
     Args:
@@ -80,7 +80,7 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
       InputError: neither of these; nothing is saved yet; there is no best checkpoint.
     """
     clear_cache()  # files may have changed since this process read them last
-    settings = saved_config(checkpoint)
+    settings = load_run_config(checkpoint)
     section, mesh = export_section(checkpoint), layout.make_mesh(0, 1)
     if section is not None:
         if which != "latest":
@@ -104,7 +104,7 @@ def opened(checkpoint: str, which: str = "latest") -> Model:
     return Model(settings, architecture, sizes, read, step, str(checkpoint), mesh)
 
 
-def saved_config(checkpoint: str) -> Config:
+def load_run_config(checkpoint: str) -> Config:
     """Returns the config of the run of a folder, with its own tokenizer, for the devices of this machine.
 
     Raises:

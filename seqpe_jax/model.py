@@ -19,7 +19,7 @@ from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, encode_utf8
 from seqpe_jax.inference import export
 from seqpe_jax.inference import generate as generation
-from seqpe_jax.inference.compiled import Programs
+from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.exported import PLATFORMS
 from seqpe_jax.interop import writing
@@ -68,9 +68,9 @@ class Model:
         return self.read()
 
     @functools.cached_property
-    def programs(self) -> Programs:
+    def compiled(self) -> CompiledModel:
         """The model's compiled programs."""
-        return Programs(self.architecture, self.mesh)
+        return CompiledModel(self.architecture, self.mesh)
 
     @functools.cached_property
     def task(self) -> Task:
@@ -109,7 +109,7 @@ class Model:
             raise InputError("this is a position encoder alone: it has no logits, only encode_positions")
         inputs = self._checked(jnp.asarray(inputs))
         first = self._start(start, self.architecture.grid_of(inputs.shape))
-        return self.programs.logits(self.params, inputs, first)
+        return self.compiled.logits(self.params, inputs, first)
 
     def encode_positions(self, positions: Any) -> jax.Array:
         """Returns the vectors of positions, float32[R, E].
@@ -137,7 +137,7 @@ class Model:
                 f"{self.config.encoding.fraction_digits} writes, which are 1/{unit} apart: round positions first"
             )
         _check_reach(encoder, units_RA)
-        return self.programs.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
+        return self.compiled.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
 
     def generate(
         self,
@@ -177,7 +177,7 @@ class Model:
     def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:
         """Returns what follows prompts of token ids; options as of `inference.generate.generate`."""
         return generation.generate(
-            self.programs, self.config, self.params, prompts, sampling, self._text.known_V, **options
+            self.compiled, self.config, self.params, prompts, sampling, self._text.known_V, **options
         )
 
     def evaluate(

@@ -15,7 +15,7 @@ import seqpe_jax.sweeps.search  # noqa: F401
 from seqpe_jax.cli import common
 from seqpe_jax.distributed import roll_call
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.compiled import Programs
+from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.profiling import aot
 from seqpe_jax.sweeps import run as runs
 from seqpe_jax.tasks import evaluate
@@ -63,6 +63,6 @@ def close() -> None:
     common.run = _run_there
     Trainer.first_state, Trainer.init_state, loop.fit = _first_state, _stop, _stop
     evaluate._at = _measured
-    Programs.signal = Programs.vectors = Programs.stored_params = _stop
+    CompiledModel.signal = CompiledModel.vectors = CompiledModel.params_with_table = _stop
     aot.compile_step, aot.devices_of = _stop, _devices
     runs.Popen = _stop

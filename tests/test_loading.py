@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.loading import data_spec_of, export_section, is_ours, saved_config
+from seqpe_jax.loading import data_spec_of, export_section, is_run_or_export, load_run_config
 from tests.tiny import tiny_config
 
 
@@ -37,9 +37,9 @@ def test_an_export_that_does_not_say_what_it_serves_is_refused(tmp_path, section
 @pytest.mark.parametrize("content", ["", "null", "[]", "3", '"config"', "[" * 100_000, '{"a":' * 100_000])
 def test_a_config_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    assert not is_ours(tmp_path)
+    assert not is_run_or_export(tmp_path)
     with pytest.raises(InputError, match="config.json (cannot be read|is no object of fields)") as caught:
-        saved_config(str(tmp_path))
+        load_run_config(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -103,10 +103,10 @@ def test_a_position_has_one_vector(run, tmp_path):
     """To the last bit, in windows of any length that begin anywhere, and in an export: logits magnify what differs."""
     model = seqpe_jax.load(run)
     model.params["encoding"]["encoder"]["final_norm"]["scale"] *= 60.0  # as large as training makes vectors
-    whole = np.asarray(model.programs.vectors(model.params, (150,)))
+    whole = np.asarray(model.compiled.vectors(model.params, (150,)))
     assert np.abs(whole).max() > 20
     for length, start in ((1, 0), (40, 0), (9, 131)):
-        found = model.programs.vectors(model.params, (length,), start=start)
+        found = model.compiled.vectors(model.params, (length,), start=start)
         np.testing.assert_array_equal(found, whole[start : start + length])
     model.export(tmp_path / "export", max_length=150, platforms=("cpu",))
     exported = seqpe_jax.load(tmp_path / "export")
@@ -200,7 +200,7 @@ def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path
         assert read_data_spec(folder) == expected
         shutil.copytree(folder, tmp_path / folder.name)
         (tmp_path / folder.name / SIZES_FILE).unlink()
-        assert loading.opened(str(tmp_path / folder.name)).data_spec == expected
+        assert loading.open_model(str(tmp_path / folder.name)).data_spec == expected
 
 
 def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):

@@ -21,7 +21,9 @@ from tests.tiny import ROOT, tiny_config
 
 EXAMPLES = pathlib.Path(ROOT) / "examples"
 # With the shapes that their types name held to.
-attend, place = (jaxtyping.jaxtyped(part, typechecker=beartype) for part in (seqpe_jax.attend, seqpe_jax.place))
+attend, apply_position_signal = (
+    jaxtyping.jaxtyped(part, typechecker=beartype) for part in (seqpe_jax.attend, seqpe_jax.apply_position_signal)
+)
 SIZES = {"layers": 2, "width": 16, "heads": 2, "max_position": 1000}
 
 
@@ -56,7 +58,7 @@ def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     signal = first_signal(jax.random.PRNGKey(0))
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
     expected = attend(q, k, v, signal)
-    placed = place(q, k, v, signal)
+    placed = apply_position_signal(q, k, v, signal)
     found = jax.nn.dot_product_attention(*placed, scale=1.0, is_causal=True)[..., :12]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     if kind not in ("none", "sinusoidal"):
@@ -75,9 +77,9 @@ def test_features_stay_float32_beside_narrow_queries():
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
     signal = jax.jit(encoding.init_with_output)(jax.random.PRNGKey(0), jnp.arange(8))[0].at_layer(0)
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 8, 2, 8), jnp.bfloat16)
-    assert {array.dtype for array in seqpe_jax.place(q, k, v, signal)} == {jnp.dtype("float32")}
+    assert {array.dtype for array in seqpe_jax.apply_position_signal(q, k, v, signal)} == {jnp.dtype("float32")}
     with pytest.raises(InputError, match="bias"):
-        seqpe_jax.place(q, k, v, PositionSignal(bias=jnp.zeros((1, 8, 8))))
+        seqpe_jax.apply_position_signal(q, k, v, PositionSignal(bias=jnp.zeros((1, 8, 8))))
 
 
 def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():

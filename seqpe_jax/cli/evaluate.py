@@ -81,9 +81,9 @@ def main() -> None:
         stride=_STRIDE.value,
         targets=_TARGETS.value,
     )
-    check_data_kind(loading.saved_config(folder), folder, lengths, sizes, limits)
+    check_data_kind(loading.load_run_config(folder), folder, lengths, sizes, limits)
     report, arrays = evaluate(
-        loading.opened(folder, _WHICH.value),
+        loading.open_model(folder, _WHICH.value),
         lengths,
         sizes,
         _SPLIT.value,

@@ -37,7 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
     processes.keep_compiled_programs()
     require_empty(_OUTPUT.value)
-    model = loading.opened(_CHECKPOINT.value, _WHICH.value)
+    model = loading.open_model(_CHECKPOINT.value, _WHICH.value)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
     export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
     print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / CARD}")

@@ -37,7 +37,7 @@ def run(
     """Returns what a checkpoint of a run says after each prompt, in the form that `--output` stores.
 
     Args:
-      checkpoint: a workdir of `train`; which: of its checkpoints, "latest" or "best" (`loading.opened`).
+      checkpoint: a workdir of `train`; which: of its checkpoints, "latest" or "best" (`loading.open_model`).
       new_tokens: at most, for each prompt; choice: temperature, top_p and seed of `inference.decoding.Sampling`.
       window: length of the window, in tokens, where positions depend on it (`inference.generate.check_generation`).
       stream: print the text of the one prompt as it comes; else a line of progress tells the tokens done.
@@ -55,9 +55,9 @@ def run(
 
     processes.keep_compiled_programs()
     Sampling(new_tokens, **choice)  # refuses bad values before a run is opened
-    if loading.saved_config(checkpoint).is_image:
+    if loading.load_run_config(checkpoint).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-    model = loading.opened(checkpoint, which)
+    model = loading.open_model(checkpoint, which)
     printed = ""
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(new_tokens, end=model.tokenizer.end_of_text, **choice)
@@ -72,7 +72,7 @@ def run(
             printed = text
 
     if stream:
-        found = model.continuations(tokens, sampling, window=window, heard=say)
+        found = model.continuations(tokens, sampling, window=window, on_update=say)
         if processes.is_main_process():
             print(model.task.continuation(tokens[0], found[0].content)[len(printed) :], flush=True)
     else:

@@ -129,7 +129,7 @@ def _widened(field: jax.Array, count: int, heads: int, neutral: float) -> jax.Ar
     return jnp.pad(own, rest, constant_values=neutral)
 
 
-def fit_batch(field: jax.Array, batch: int) -> jax.Array:
+def broadcast_to_batch(field: jax.Array, batch: int) -> jax.Array:
     """Returns [1 or batch, ...] of a field of P position sets: sample i uses set i mod P."""
     sets = field.shape[0]
     return field if sets == 1 else jnp.tile(field, (batch // sets,) + (1,) * (field.ndim - 1))

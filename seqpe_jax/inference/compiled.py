@@ -18,17 +18,17 @@ from seqpe_jax.models.build import Architecture, Params, Shape
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import RowGroup
 
-READ_AT_ONCE = 1024  # positions that the encoder reads at once
+POSITIONS_PER_CHUNK = 1024  # positions that the encoder reads at once
 
 Progress = Callable[[int, int], None]
 
 
-def silent(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """Tells nobody how far a piece of work is."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Programs:
+class CompiledModel:
     """A model, ready to be asked on the devices of a mesh.
 
     Attributes:
@@ -64,12 +64,12 @@ class Programs:
         shape: Shape,
         side: int | None = None,
         position_grid: PositionGrid | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
         start: int = 0,
     ) -> jax.Array:
         """Returns the vectors of the positions of a window or grid, float32[prod(shape), E].
 
-        Windows are read in parts that begin at multiples of `READ_AT_ONCE`, all by one program, so that a position has the
+        Windows are read in parts that begin at multiples of `POSITIONS_PER_CHUNK`, all by one program, so that a position has the
         same vector to the last bit in windows of every length, wherever they begin, and in an export.
 
         Args:
@@ -79,10 +79,10 @@ class Programs:
         side, rest = side or shape[0], math.prod(shape[1:])
         position_grid = position_grid or self.architecture.position_grid
         if len(shape) == 1 and not any(position_grid.interpolated_sides):
-            before, rows = start % READ_AT_ONCE, READ_AT_ONCE
+            before, rows = start % POSITIONS_PER_CHUNK, POSITIONS_PER_CHUNK
             firsts, shape = range(start - before, start + side, rows), (rows,)
         else:
-            before, rows = 0, min(side, max(1, READ_AT_ONCE // rest))
+            before, rows = 0, min(side, max(1, POSITIONS_PER_CHUNK // rest))
             firsts = range(0, side, rows)
         parts = []
         for done, first in enumerate(firsts, 1):
@@ -100,7 +100,7 @@ class Programs:
         return self._logits(params, inputs, self.signal(params, self.architecture.grid_of(inputs.shape), start=start))
 
     @functools.cache  # noqa: B019  a model has one of these, and one criterion
-    def examiner(self, task_loss: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
+    def eval_step(self, task_loss: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
         """Returns what evaluation needs to know of each example of a batch (see `objectives.task_loss`), compiled."""
 
         def eval_step(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -147,7 +147,7 @@ class Programs:
         weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
         return weights_BHL.reshape(*weights_BHL.shape[:2], *shape)
 
-    def stored_params(self, params: Params, reach: Shape, progress: Progress = silent) -> Params:
+    def params_with_table(self, params: Params, reach: Shape, progress: Progress = no_progress) -> Params:
         """Returns the parameters of `Architecture.stored(reach)`: vectors computed once stand in the encoder's place."""
         if not self.architecture.has_vectors:
             return params

@@ -18,10 +18,10 @@ from flax import linen as nn
 from seqpe_jax import axes
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.attention import Cache
+from seqpe_jax.models.attention import KVCache
 
-SMALLEST = 32  # places of the shortest prompts; longer ones are padded to the next power of two
-STRIDE = 8  # tokens between two looks of the host
+MIN_BUCKET = 32  # places of the shortest prompts; longer ones are padded to the next power of two
+TOKENS_PER_SYNC = 8  # tokens between two looks of the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Generation:
 
 
 @flax.struct.dataclass
-class State:
+class DecodeState:
     """A batch between two tokens; N is the number of new tokens there is room for."""
 
-    cache: tuple[Cache, ...]
+    cache: tuple[KVCache, ...]
     lengths_B: jax.Array  # int32, of the prompts; 0 marks a padding row
     index_B: jax.Array  # int32, of the prompts among all
     token_B: jax.Array  # int32, chosen last
@@ -94,7 +94,7 @@ class State:
     logits_BNV: jax.Array | None  # float32
 
 
-class Draw(NamedTuple):
+class SamplingArgs(NamedTuple):
     """The parts of `Sampling` that need no new compilation."""
 
     key: jax.Array
@@ -104,7 +104,7 @@ class Draw(NamedTuple):
     known_V: jax.Array  # bool, ids that are tokens; a model may have more rows than its tokenizer has tokens
 
 
-class Static(NamedTuple):
+class SamplingStatic(NamedTuple):
     """The parts that do."""
 
     new_tokens: int
@@ -118,18 +118,18 @@ class Static(NamedTuple):
         return min(prompt + self.new_tokens, self.limit or prompt + self.new_tokens)
 
 
-class Halves(NamedTuple):
-    """The compiled-on-first-call halves of generation: `begin`, and `advance` with its state donated."""
+class DecodeFunctions(NamedTuple):
+    """The compiled-on-first-call halves of generation: `prefill`, and `decode_loop` with its state donated."""
 
-    begin: Callable[..., State]
-    advance: Callable[..., State]
+    prefill: Callable[..., DecodeState]
+    decode_loop: Callable[..., DecodeState]
 
 
 @functools.lru_cache
-def halves(model: nn.Module, static: Static, layout: axes.ShardingRules) -> Halves:
+def decode_functions(model: nn.Module, static: SamplingStatic, layout: axes.ShardingRules) -> DecodeFunctions:
     """Returns the programs of a model whose arrays are laid out like that; the host reads whole ones."""
     split, whole = layout.sharding(axes.BATCH), layout.sharding()
-    state = State(
+    state = DecodeState(
         cache=layout.sharding(axes.BATCH, None, axes.HEADS),
         lengths_B=split,
         index_B=split,
@@ -142,44 +142,44 @@ def halves(model: nn.Module, static: Static, layout: axes.ShardingRules) -> Halv
         logits_BNV=whole,
     )
 
-    def start(params: Any, *arguments: Any) -> State:
+    def start(params: Any, *arguments: Any) -> DecodeState:
         with axes.use_sharding(layout):
-            return begin(model, layout.all_gather_params(params, "model"), *arguments, static=static)
+            return prefill(model, layout.all_gather_params(params, "model"), *arguments, static=static)
 
-    def go_on(params: Any, *arguments: Any) -> State:
+    def go_on(params: Any, *arguments: Any) -> DecodeState:
         with axes.use_sharding(layout):
-            return advance(model, layout.all_gather_params(params, "model"), *arguments, static=static)
+            return decode_loop(model, layout.all_gather_params(params, "model"), *arguments, static=static)
 
-    return Halves(jax.jit(start, out_shardings=state), jax.jit(go_on, out_shardings=state, donate_argnums=2))
+    return DecodeFunctions(jax.jit(start, out_shardings=state), jax.jit(go_on, out_shardings=state, donate_argnums=2))
 
 
-def begin(
+def prefill(
     model: nn.Module,
     params: Any,
     signal: PositionSignal,
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     index_B: jax.Array,
-    draw: Draw,
+    sampling_args: SamplingArgs,
     *,
-    static: Static,
-) -> State:
+    static: SamplingStatic,
+) -> DecodeState:
     """Reads the prompts and returns the state after the first new token.
 
     Args:
-      model: has `extend`, `logits` and `empty_cache` (`models.gpt2.GPT2`).
-      signal: of a window of L + N positions (`Static.places`), one position set.
-      tokens_BL: int32, each prompt followed by padding; lengths_B, index_B: see `State`.
+      model: has `forward_cached`, `logits` and `init_cache` (`models.gpt2.GPT2`).
+      signal: of a window of L + N positions (`SamplingStatic.places`), one position set.
+      tokens_BL: int32, each prompt followed by padding; lengths_B, index_B: see `DecodeState`.
     """
     batch, length = tokens_BL.shape
-    cache = model.empty_cache(batch, static.places(length), signal)
+    cache = model.init_cache(batch, static.places(length), signal)
     hidden_BLD, cache = model.apply(
-        {"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], method="extend"
+        {"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], method="forward_cached"
     )
     last_B1D = jnp.take_along_axis(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
     logits_BV = model.apply({"params": params}, last_B1D, method="logits")[:, 0]
     zeros_BN = jnp.zeros((batch, static.new_tokens), jnp.int32)
-    state = State(
+    state = DecodeState(
         cache,
         lengths_B,
         index_B,
@@ -191,49 +191,53 @@ def begin(
         log_probs_BN=zeros_BN.astype(jnp.float32),
         logits_BNV=jnp.zeros((*zeros_BN.shape, logits_BV.shape[-1])) if static.keep_logits else None,
     )
-    return _take(state, logits_BV, draw, static)
+    return _take(state, logits_BV, sampling_args, static)
 
 
-def advance(
+def decode_loop(
     model: nn.Module,
     params: Any,
     signal: PositionSignal,
-    state: State,
-    draw: Draw,
+    state: DecodeState,
+    sampling_args: SamplingArgs,
     until: jax.Array,
     *,
-    static: Static,
-) -> State:
+    static: SamplingStatic,
+) -> DecodeState:
     """Returns the state after `until` new tokens, or as soon as every sample is done."""
 
-    def going(state: State) -> jax.Array:
+    def going(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~state.done_B.all()
 
-    def one(state: State) -> State:
+    def one(state: DecodeState) -> DecodeState:
         places_B1 = (state.lengths_B + state.step - 1)[:, None]
         if static.limit is not None:  # rows that are done stay inside of the window
             places_B1 = jnp.minimum(places_B1, static.limit - 1)
         hidden_B1D, cache = model.apply(
-            {"params": params}, state.token_B[:, None], signal, state.cache, places_B1, method="extend"
+            {"params": params}, state.token_B[:, None], signal, state.cache, places_B1, method="forward_cached"
         )
         logits_BV = model.apply({"params": params}, hidden_B1D, method="logits")[:, 0]
-        return _take(state.replace(cache=cache), logits_BV, draw, static)
+        return _take(state.replace(cache=cache), logits_BV, sampling_args, static)
 
     return jax.lax.while_loop(going, one, state)
 
 
-def _take(state: State, logits_BV: jax.Array, draw: Draw, static: Static) -> State:
+def _take(state: DecodeState, logits_BV: jax.Array, sampling_args: SamplingArgs, static: SamplingStatic) -> DecodeState:
     """Chooses a token for each sample and writes it down for those that are not done."""
     live_B, step = ~state.done_B, state.step
-    possible_BV = jnp.where(draw.known_V, logits_BV, -jnp.inf)
+    possible_BV = jnp.where(sampling_args.known_V, logits_BV, -jnp.inf)
     if static.greedy:
         token_B = possible_BV.argmax(axis=-1).astype(jnp.int32)
     else:
-        keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(draw.key, index), step))(state.index_B)
-        token_B = sample(keys_B, possible_BV, draw.temperature, None if static.all_tokens else draw.top_p)
+        keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(sampling_args.key, index), step))(
+            state.index_B
+        )
+        token_B = sample(
+            keys_B, possible_BV, sampling_args.temperature, None if static.all_tokens else sampling_args.top_p
+        )
     log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
     written = None if state.logits_BNV is None else state.logits_BNV.at[:, step].set(logits_BV)
-    done_B = state.done_B | (token_B == draw.end)
+    done_B = state.done_B | (token_B == sampling_args.end)
     if static.limit is not None:
         done_B |= state.lengths_B + step + 1 >= static.limit
     return state.replace(
@@ -262,7 +266,7 @@ def sample(keys_B: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-class Batch(NamedTuple):
+class PromptBatch(NamedTuple):
     """Prompts that are read together: their indices, the places each is padded to, the rows of the batch."""
 
     indices: list[int]
@@ -270,7 +274,9 @@ class Batch(NamedTuple):
     rows: int
 
 
-def batches(lengths: Sequence[int], *, new_tokens: int, window: int, batch_tokens: int, multiple: int) -> list[Batch]:
+def batches(
+    lengths: Sequence[int], *, new_tokens: int, window: int, batch_tokens: int, multiple: int
+) -> list[PromptBatch]:
     """Returns the batches of prompts with these lengths, the shortest first, of few static shapes.
 
     Args:
@@ -279,7 +285,7 @@ def batches(lengths: Sequence[int], *, new_tokens: int, window: int, batch_token
     """
     by_places: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        places = min(max(SMALLEST, _next_power(lengths[index])), window - new_tokens)
+        places = min(max(MIN_BUCKET, _next_power(lengths[index])), window - new_tokens)
         if places < lengths[index]:  # one shape for all prompts whose new tokens end with the window
             places = window
         by_places.setdefault(places, []).append(index)
@@ -287,7 +293,7 @@ def batches(lengths: Sequence[int], *, new_tokens: int, window: int, batch_token
     for places, indices in by_places.items():
         room = max(1, batch_tokens // (places + new_tokens) // multiple)
         rows = multiple * min(room, -(-_next_power(len(indices)) // multiple))
-        found += [Batch(indices[first : first + rows], places, rows) for first in range(0, len(indices), rows)]
+        found += [PromptBatch(indices[first : first + rows], places, rows) for first in range(0, len(indices), rows)]
     return found
 
 
@@ -296,10 +302,10 @@ def _next_power(number: int) -> int:
 
 
 def decode(
-    compiled: Halves,
+    compiled: DecodeFunctions,
     params: Any,
     signal: PositionSignal,
-    batch: Batch,
+    batch: PromptBatch,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
     known_V: np.ndarray,
@@ -309,7 +315,7 @@ def decode(
     """Yields what followed the prompts of a batch so far, after a few more tokens each time; at last the whole.
 
     Args:
-      compiled: of `halves`; signal: of batch.places + new tokens positions; put: lays host arrays out over the devices.
+      compiled: of `decode_functions`; signal: of batch.places + new tokens positions; put: lays host arrays out over the devices.
       known_V: bool, ids that may be generated.
     """
     tokens_BL = np.zeros((batch.rows, batch.places), np.int32)
@@ -318,25 +324,25 @@ def decode(
         prompt = prompts[index]
         tokens_BL[row, : len(prompt)], lengths_B[row], index_B[row] = prompt, len(prompt), index
     placed = put({"tokens": tokens_BL, "lengths": lengths_B, "index": index_B})
-    draw = Draw(
+    sampling_args = SamplingArgs(
         jax.random.PRNGKey(sampling.seed),
         np.float32(max(sampling.temperature, np.finfo(np.float32).tiny)),
         np.float32(sampling.top_p),
         np.int32(-1 if sampling.end is None else sampling.end),
         known_V,
     )
-    state = compiled.begin(params, signal, placed["tokens"], placed["lengths"], placed["index"], draw)
+    state = compiled.prefill(params, signal, placed["tokens"], placed["lengths"], placed["index"], sampling_args)
     step, done = 1, False
     while not done and step < sampling.new_tokens:
-        step = min(step + STRIDE, sampling.new_tokens)
-        state = compiled.advance(params, signal, state, draw, np.int32(step))
+        step = min(step + TOKENS_PER_SYNC, sampling.new_tokens)
+        state = compiled.decode_loop(params, signal, state, sampling_args, np.int32(step))
         done = bool(np.asarray(state.done_B).all())
         if not done and step < sampling.new_tokens:
             yield _so_far(state, batch, sampling)
     yield _so_far(state, batch, sampling)
 
 
-def _so_far(state: State, batch: Batch, sampling: Sampling) -> list[Generation]:
+def _so_far(state: DecodeState, batch: PromptBatch, sampling: Sampling) -> list[Generation]:
     fields = (state.tokens_BN, state.log_probs_BN, state.count_B)
     tokens_BN, log_probs_BN, count_B = (np.asarray(field) for field in fields)
     logits_BNV = None if state.logits_BNV is None else np.asarray(state.logits_BNV)

@@ -46,7 +46,7 @@ def write(
     results = measured(model.folder, model.task) if model.folder else ""
     reach = model.task.grid_of(eval_size)
     line = ProgressLine(1, label="positions")
-    params = model.programs.stored_params(model.params, reach, lambda done, total: line.update(done, total=total))
+    params = model.compiled.params_with_table(model.params, reach, lambda done, total: line.update(done, total=total))
     line.close()
     print(f"lowering for {', '.join(platforms)}", flush=True)
     signature = model.task.export_signature(reach)

@@ -21,7 +21,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
-class Signature:
+class ExportSignature:
     """What a served model reads and returns.
 
     Attributes:
@@ -51,7 +51,7 @@ def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 
 def serialise(
-    function: Callable[[Tree, jax.Array], jax.Array], params: Tree, signature: Signature, platforms: Sequence[str]
+    function: Callable[[Tree, jax.Array], jax.Array], params: Tree, signature: ExportSignature, platforms: Sequence[str]
 ) -> bytes:
     """Returns the StableHLO of a function of ({flat name: parameter}, input) -> logits, as `jax.export` reads it.
 
@@ -95,7 +95,7 @@ def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
     return _whole(expected, nested(leaves))
 
 
-def card(title: str, facts: dict[str, str], signature: Signature, notes: Sequence[str], measured: str) -> str:
+def card(title: str, facts: dict[str, str], signature: ExportSignature, notes: Sequence[str], measured: str) -> str:
     """Returns the model card, markdown.
 
     Args:

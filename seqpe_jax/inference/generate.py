@@ -9,7 +9,7 @@ from seqpe_jax.config import Config, check_positions
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode as decoding
-from seqpe_jax.inference.compiled import Programs, Progress, silent
+from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.models.build import Params, Shape
 
@@ -74,7 +74,7 @@ def check_generation(
 
 
 def generate(
-    programs: Programs,
+    programs: CompiledModel,
     config: Config,
     params: Params,
     prompts: Sequence[np.ndarray],
@@ -84,8 +84,8 @@ def generate(
     window: int | None = None,
     cut: bool = False,
     keep_logits: bool = False,
-    progress: Progress = silent,
-    heard: Callable[[int, Generation], None] = lambda index, generation: None,
+    progress: Progress = no_progress,
+    on_update: Callable[[int, Generation], None] = lambda index, generation: None,
 ) -> list[Generation]:
     """Returns what follows each prompt: equal to the uncached forward of the same tokens, whatever else is generated.
 
@@ -108,14 +108,14 @@ def generate(
     for prompt in prompts:
         if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < network.vocabulary:
             raise InputError(f"a prompt has tokens outside of the vocabulary (0 .. {network.vocabulary - 1})")
-    static = decoding.Static(
+    static = decoding.SamplingStatic(
         sampling.new_tokens,
         sampling.temperature == 0,
         sampling.top_p == 1,
         keep_logits=keep_logits,
         limit=window if config.encoding.window_dependence else None,
     )
-    compiled = decoding.halves(network, static, layout.MeshSharding(programs.mesh))
+    compiled = decoding.decode_functions(network, static, layout.MeshSharding(programs.mesh))
     work = decoding.batches(
         [len(prompt) for prompt in prompts],
         new_tokens=sampling.new_tokens,
@@ -132,7 +132,7 @@ def generate(
             signal = programs.signal(params, (window,), places + sampling.new_tokens)
         for results in decoding.decode(compiled, params["model"], signal, batch, prompts, sampling, known_V, put=put):
             for index, result in zip(batch.indices, results, strict=True):
-                heard(index, result)
+                on_update(index, result)
             done = len(found) * sampling.new_tokens + sum(len(result.tokens) for result in results)
             progress(done, total)
         found |= zip(batch.indices, results, strict=True)

@@ -27,7 +27,7 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
       InputError: as `loading.load`; the tokenizer does not fit. Nothing is written then.
     """
     require_empty(output)
-    if loading.is_ours(source):
+    if loading.is_run_or_export(source):
         raise InputError(f"{source} is a run of ours already: --to=reference writes it in the reference's format")
     found = folders.read(source)
     model = reference.from_source(found)
@@ -55,7 +55,7 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
 def to_reference(checkpoint: str, output: str) -> dict[str, Any]:
     """Writes a run of ours in the reference's text or image layout; returns and raises as `writing.write_reference`."""
     require_empty(output)
-    return write_reference(loading.opened(checkpoint), output)
+    return write_reference(loading.open_model(checkpoint), output)
 
 
 def _tokenizer(files: tuple[pathlib.Path, ...], given: str) -> Tokenizer | None:

@@ -183,7 +183,7 @@ def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
 
 
 def scanned(found: list[Rule]) -> list[Rule]:
-    """Returns the rules of a model whose blocks are one stack (`models.blocks.Scanned`)."""
+    """Returns the rules of a model whose blocks are one stack (`models.blocks.ScannedBlocks`)."""
     stacks: dict[str, list[Rule]] = {}
     for rule in found:
         stacks.setdefault(re.sub(r"/blocks_\d+/", "/blocks/layers/", rule.ours), []).append(rule)

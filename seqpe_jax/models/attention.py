@@ -10,14 +10,14 @@ from jaxtyping import Array, Float
 
 from seqpe_jax import axes
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
-from seqpe_jax.encodings.base import Pair, PositionSignal, fit_batch
+from seqpe_jax.encodings.base import Pair, PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.attention_dispatch import choose
-from seqpe_jax.models.attention_inputs import Operands, aligned, feature_logits
+from seqpe_jax.models.attention_dispatch import dispatch
+from seqpe_jax.models.attention_inputs import AttentionInputs, feature_logits, shard_position_sets
 
 
 @flax.struct.dataclass
-class Cache:
+class KVCache:
     """What one layer remembers of a window of S places, so that a new token needs no other token's states.
 
     Attributes:
@@ -28,7 +28,7 @@ class Cache:
 
     key: jax.Array
     value: jax.Array
-    fade: jax.Array | None = None
+    cum_log_gate: jax.Array | None = None
 
 
 def attend(
@@ -36,7 +36,7 @@ def attend(
     key_BSHK: Float[Array, "B S H K"],
     value_BSHV: Float[Array, "B S H V"],
     signal: PositionSignal,
-    fade_BLH: jax.Array | None = None,
+    cum_log_gate_BLH: jax.Array | None = None,
     *,
     causal: bool = True,
     kind: str = "auto",
@@ -52,22 +52,26 @@ def attend(
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
-      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`faded`) too.
+      fade_BLH: float32, what the layer has of each token: logits gain fade[query] - fade[key] (`forget_gate_features`) too.
       causal: query l sees keys up to l + (S - L).
-      kind: the implementation, "auto" or one of `choice.KINDS`; block: of queries and keys (`choice.choose`).
+      kind: the implementation, "auto" or one of `choice.KINDS`; block: of queries and keys (`choice.dispatch`).
       dropout_rate, dropout_key: dropout on attention weights; no key, no dropout.
 
     Raises:
-      InputError: as `choice.choose`.
+      InputError: as `choice.dispatch`.
     """
-    last_P = jnp.full(1, key_BSHK.shape[1] - query_BLHK.shape[1], jnp.int32) if causal else None
+    causal_offset_P = jnp.full(1, key_BSHK.shape[1] - query_BLHK.shape[1], jnp.int32) if causal else None
     bias_PHLS = None if signal.bias is None else signal.bias[None]
     query_BLHK, key_BSHK = _positioned(query_BLHK, key_BSHK, signal)
-    seed = None
+    dropout_seed = None
     if dropout_rate and dropout_key is not None:
-        seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
-    features = signal.features if fade_BLH is None else faded(fade_BLH, fade_BLH, signal.features)
-    arguments = Operands(
+        dropout_seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
+    features = (
+        signal.features
+        if cum_log_gate_BLH is None
+        else forget_gate_features(cum_log_gate_BLH, cum_log_gate_BLH, signal.features)
+    )
+    arguments = AttentionInputs(
         query_BLHK,
         key_BSHK,
         value_BSHV,
@@ -75,14 +79,14 @@ def attend(
         bias_PHLS,
         signal.relation,
         signal.relation_params,
-        last=last_P,
-        seed=seed,
-        rate=dropout_rate,
+        causal_offset=causal_offset_P,
+        dropout_seed=dropout_seed,
+        dropout_rate=dropout_rate,
     )
     return _mix(arguments, kind, block)
 
 
-def faded(query_BLH: jax.Array, key_BSH: jax.Array, features: Pair | None = None) -> Pair:
+def forget_gate_features(query_BLH: jax.Array, key_BSH: jax.Array, features: Pair | None = None) -> Pair:
     """Returns the features with which logits gain query - key, float32[B, L, H, 2] and float32[B, S, H, 2].
 
     With sums over the tokens so far, that is the sum over the tokens after the key up to the query.
@@ -96,14 +100,14 @@ def faded(query_BLH: jax.Array, key_BSH: jax.Array, features: Pair | None = None
         return sides
 
     def joined(own_PLHF: jax.Array, gate_BLHF: jax.Array) -> jax.Array:
-        own = fit_batch(own_PLHF.astype(jnp.float32), gate_BLHF.shape[0])
+        own = broadcast_to_batch(own_PLHF.astype(jnp.float32), gate_BLHF.shape[0])
         own = jnp.broadcast_to(own, (*gate_BLHF.shape[:-1], own.shape[-1]))
         return jnp.concatenate([own, gate_BLHF], axis=-1)
 
     return joined(features[0], sides[0]), joined(features[1], sides[1])
 
 
-def place(
+def apply_position_signal(
     query_BLHK: Float[Array, "B L H K"],
     key_BSHK: Float[Array, "B S H K"],
     value_BSHV: Float[Array, "B S H V"],
@@ -132,7 +136,7 @@ def place(
     if signal.features is not None:
         value = value.astype(jnp.float32)
         for side, field in enumerate(signal.features):
-            field = fit_batch(field.astype(jnp.float32), query.shape[0])
+            field = broadcast_to_batch(field.astype(jnp.float32), query.shape[0])
             field = jnp.broadcast_to(field, (*placed[side].shape[:-1], field.shape[-1]))
             placed[side] = jnp.concatenate([placed[side].astype(jnp.float32), field], axis=-1)
     missing = max(0, placed[0].shape[-1] - value.shape[-1])
@@ -144,14 +148,14 @@ def attend_cached(
     key_BLHK: jax.Array,
     value_BLHK: jax.Array,
     signal: PositionSignal,
-    cache: Cache,
+    cache: KVCache,
     places_PL: jax.Array,
     added_PHLS: jax.Array | None = None,
-    step_BLH: jax.Array | None = None,
+    log_gate_BLH: jax.Array | None = None,
     *,
     kind: str = "auto",
     block: int = 0,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, KVCache]:
     """Returns causal `attend` of L new tokens over the window up to each of them, and the cache with them in it.
 
     The logits are those of `attend` on the whole window.
@@ -166,29 +170,38 @@ def attend_cached(
       kind, block: as of `attend`.
 
     Raises:
-      InputError: as `choice.choose`.
+      InputError: as `choice.dispatch`.
     """
     here = signal.at_places(places_PL)
     query_BLHK, key_BLHK = _positioned(query_BLHK, key_BLHK, here)
     firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    fade_BLH = fade_BSH = None
-    if step_BLH is not None:
-        before_BH = jax.vmap(lambda fade_SH, first: jnp.where(first, fade_SH[first - 1], 0.0))(cache.fade, firsts_B)
-        fade_BLH = before_BH[:, None] + jnp.cumsum(step_BLH, axis=1)
-        fade_BSH = write(cache.fade, fade_BLH, firsts_B)
-    cache = Cache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B), fade_BSH)
+    cum_log_gate_BLH = cum_log_gate_BSH = None
+    if log_gate_BLH is not None:
+        before_BH = jax.vmap(lambda fade_SH, first: jnp.where(first, fade_SH[first - 1], 0.0))(
+            cache.cum_log_gate, firsts_B
+        )
+        cum_log_gate_BLH = before_BH[:, None] + jnp.cumsum(log_gate_BLH, axis=1)
+        cum_log_gate_BSH = write(cache.cum_log_gate, cum_log_gate_BLH, firsts_B)
+    cache = KVCache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B), cum_log_gate_BSH)
     features, bias_PHLS, keys = None, added_PHLS, cache.key.shape[1]
     if added_PHLS is None:
         features = None if signal.features is None else (here.features[0], signal.features[1][:, :keys])
         bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
-    if fade_BLH is not None:
-        features = faded(fade_BLH, fade_BSH, features)
+    if cum_log_gate_BLH is not None:
+        features = forget_gate_features(cum_log_gate_BLH, cum_log_gate_BSH, features)
     relation = here.relation and here.relation.replace(key=here.relation.key[:, :keys])
-    operands = Operands(
-        query_BLHK, cache.key, cache.value, features, bias_PHLS, relation, here.relation_params, last=places_PL[:, 0]
+    inputs = AttentionInputs(
+        query_BLHK,
+        cache.key,
+        cache.value,
+        features,
+        bias_PHLS,
+        relation,
+        here.relation_params,
+        causal_offset=places_PL[:, 0],
     )
-    return _mix(operands, kind, block), cache
+    return _mix(inputs, kind, block), cache
 
 
 def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> jax.Array | None:
@@ -206,29 +219,35 @@ def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> 
     return logits_PHLS if added_PHLS is None else logits_PHLS + added_PHLS
 
 
-def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
+def _mix(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
     """`attend` of queries and keys that stand in their places, by each device for its own samples, queries and heads.
 
     Operands: of all samples, with any numbers of position sets.
     """
-    query, rate = operands.query / math.sqrt(operands.query.shape[-1]), operands.rate
-    features = operands.features and tuple(field.astype(jnp.float32) for field in operands.features)
+    query, rate = inputs.query / math.sqrt(inputs.query.shape[-1]), inputs.dropout_rate
+    features = inputs.features and tuple(field.astype(jnp.float32) for field in inputs.features)
     batch, length, heads, _ = query.shape
-    relation, params = operands.relation, operands.relation_params
-    operands = operands.replace(query=query, features=features, heads=jnp.arange(heads, dtype=jnp.int32))
-    chosen = choose(kind, block, operands, device=axes.device(), split=axes.shards(LENGTH) > 1)
+    relation, params = inputs.relation, inputs.relation_params
+    inputs = inputs.replace(query=query, features=features, heads=jnp.arange(heads, dtype=jnp.int32))
+    chosen = dispatch(kind, block, inputs, device=axes.device(), split=axes.shards(LENGTH) > 1)
     if query.shape[1] == 1:  # a token to decode: nothing to divide
-        return chosen(operands)
+        return chosen(inputs)
     leaves, tree = jax.tree.flatten(params)
 
-    def of_device(query, key, value, f_q, f_k, bias, last, seed, samples, rows, heads, r_q, r_k, *leaves):
-        align = functools.partial(aligned, first=samples[0], batch=query.shape[0])
-        place = None if seed is None else jnp.stack([samples[0], heads[0], rows[0]])
-        last = None if last is None else align(last) + rows[0]
+    def of_device(
+        query, key, value, f_q, f_k, bias, causal_offset, dropout_seed, samples, rows, heads, r_q, r_k, *leaves
+    ):
+        align = functools.partial(shard_position_sets, first=samples[0], batch=query.shape[0])
+        global_offset = None if dropout_seed is None else jnp.stack([samples[0], heads[0], rows[0]])
+        causal_offset = None if causal_offset is None else align(causal_offset) + rows[0]
         features = None if f_q is None else (align(f_q), align(f_k))
         here = relation and relation.replace(query=align(r_q), key=align(r_k))
         own = (here, tree.unflatten(leaves), heads)
-        return chosen(Operands(query, key, value, features, align(bias), *own, last, seed, place, rate))
+        return chosen(
+            AttentionInputs(
+                query, key, value, features, align(bias), *own, causal_offset, dropout_seed, global_offset, rate
+            )
+        )
 
     f_q, f_k = (None, None) if features is None else features
     r_q, r_k = (None, None) if relation is None else (relation.query, relation.key)
@@ -238,13 +257,13 @@ def _mix(operands: Operands, kind: str, block: int) -> jax.Array:
         of_device,
         (
             query,
-            operands.key,
-            operands.value,
+            inputs.key,
+            inputs.value,
             f_q,
             f_k,
-            operands.bias,
-            operands.last,
-            operands.seed,
+            inputs.bias,
+            inputs.causal_offset,
+            inputs.dropout_seed,
             *numbers,
             r_q,
             r_k,
@@ -280,7 +299,7 @@ def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: Positi
 
 def _positioned(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:
     """Applies what a signal does to q and k themselves."""
-    fit = functools.partial(fit_batch, batch=query.shape[0])
+    fit = functools.partial(broadcast_to_batch, batch=query.shape[0])
     dtype = query.dtype
     if signal.rotation is not None:
         cos, sin = (fit(part) for part in signal.rotation)

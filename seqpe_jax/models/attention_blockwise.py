@@ -10,12 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.encodings.base import fit_batch
-from seqpe_jax.models.attention_inputs import HIDDEN, Operands, add_sets, kept, related, sum_sets
+from seqpe_jax.encodings.base import broadcast_to_batch
+from seqpe_jax.models.attention_inputs import (
+    MASK_VALUE,
+    AttentionInputs,
+    add_position_sets,
+    apply_relation,
+    dropout_mask,
+    sum_over_sets,
+)
 
 
-def blockwise(operands: Operands, block: int, join: bool = False) -> jax.Array:
-    """Returns `operands.plain`, computed from `block` queries and `block` keys at a time.
+def blockwise_attention(inputs: AttentionInputs, block: int, join: bool = False) -> jax.Array:
+    """Returns `inputs.reference_attention`, computed from `block` queries and `block` keys at a time.
 
     Its backward pass computes the logits of a pair of blocks again, and knows no forward-mode derivative.
 
@@ -24,32 +31,32 @@ def blockwise(operands: Operands, block: int, join: bool = False) -> jax.Array:
         precise as that of features.
     """
     if join:
-        operands = _joined(operands)
-    length, keys = operands.query.shape[1], operands.key.shape[1]
+        inputs = _joined(inputs)
+    length, keys = inputs.query.shape[1], inputs.key.shape[1]
     ready = functools.partial(_ready, block=block)
-    bias, relation = operands.bias, operands.relation
-    padded = operands.replace(
-        query=ready(operands.query),
-        key=ready(operands.key),
-        value=ready(operands.value),
-        features=None if operands.features is None else tuple(ready(field) for field in operands.features),
+    bias, relation = inputs.bias, inputs.relation
+    padded = inputs.replace(
+        query=ready(inputs.query),
+        key=ready(inputs.key),
+        value=ready(inputs.value),
+        features=None if inputs.features is None else tuple(ready(field) for field in inputs.features),
         bias=None if bias is None else _padded(_padded(bias, 2, block), 3, block),
         relation=relation
         and relation.replace(query=_padded(relation.query, 1, block), key=_padded(relation.key, 1, block)),
     )
-    return jnp.moveaxis(_mix(padded, block, keys), 1, 2)[:, :length].astype(operands.value.dtype)
+    return jnp.moveaxis(_mix(padded, block, keys), 1, 2)[:, :length].astype(inputs.value.dtype)
 
 
-def _joined(operands: Operands) -> Operands:
+def _joined(inputs: AttentionInputs) -> AttentionInputs:
     """Operands whose features are columns of their queries and keys."""
 
     def join(array_BLHK: jax.Array, field_PLHF: jax.Array) -> jax.Array:
-        field = fit_batch(field_PLHF, array_BLHK.shape[0]).astype(array_BLHK.dtype)
+        field = broadcast_to_batch(field_PLHF, array_BLHK.shape[0]).astype(array_BLHK.dtype)
         field_BLHF = jnp.broadcast_to(field, (*array_BLHK.shape[:-1], field.shape[-1]))
         return jnp.concatenate([array_BLHK, field_BLHF], axis=-1)
 
-    query, key = (join(*pair) for pair in zip((operands.query, operands.key), operands.features, strict=True))
-    return operands.replace(query=query, key=key, features=None)
+    query, key = (join(*pair) for pair in zip((inputs.query, inputs.key), inputs.features, strict=True))
+    return inputs.replace(query=query, key=key, features=None)
 
 
 def _padded(array: jax.Array, axis: int, block: int) -> jax.Array:
@@ -84,52 +91,57 @@ def _feature_product(subscripts: str, *arrays: jax.Array) -> jax.Array:
 class _Tile:
     """A block of queries meets a block of keys: their logits, and what of these falls away."""
 
-    def __init__(self, operands: Operands, i: jax.Array, j: jax.Array, block: int, keys: int):
-        self.operands, self.i, self.j, self.block = operands, i, j, block
-        self.key, self.value = _part(operands.key, j, block), _part(operands.value, j, block)
+    def __init__(self, inputs: AttentionInputs, i: jax.Array, j: jax.Array, block: int, keys: int):
+        self.inputs, self.i, self.j, self.block = inputs, i, j, block
+        self.key, self.value = _part(inputs.key, j, block), _part(inputs.value, j, block)
         self.row, self.column = i * block + jnp.arange(block), j * block + jnp.arange(block)
-        self.query, self.keys = _part(operands.query, i, block), keys
-        if operands.features is not None:
-            self.features = _part(operands.features[0], i, block), _part(operands.features[1], j, block)
+        self.query, self.keys = _part(inputs.query, i, block), keys
+        if inputs.features is not None:
+            self.features = _part(inputs.features[0], i, block), _part(inputs.features[1], j, block)
 
     def product(self) -> jax.Array:
         """Returns float32[B, H, block, block]: what queries and keys give by themselves."""
         return _product("bhlk,bhsk->bhls", self.query, self.key)
 
-    def related(self, params: Any, logits: jax.Array) -> jax.Array:
+    def apply_relation(self, params: Any, logits: jax.Array) -> jax.Array:
         """Returns logits with what the relation, which has these parameters, makes of them."""
-        relation = self.operands.relation
+        relation = self.inputs.relation
         query, key = (
             _part(places, at, self.block, 1) for places, at in ((relation.query, self.i), (relation.key, self.j))
         )
-        return related(logits, relation, params, query, key, self.operands.heads)
+        return apply_relation(logits, relation, params, query, key, self.inputs.heads)
 
     def logits(self) -> jax.Array:
         """Returns float32[B, H, block, block]."""
-        operands, logits = self.operands, self.product()
-        if operands.relation is not None:
-            logits = self.related(operands.relation_params, logits)
-        if operands.features is not None:
-            logits = add_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
-        if operands.bias is not None:
-            logits = add_sets(logits, _part(_part(operands.bias, self.i, self.block), self.j, self.block, 3))
-        if operands.last is not None:
-            last = jnp.minimum(operands.last[:, None] + self.row, self.keys - 1)
-            hidden = self.column > last[:, None, :, None]
-        elif operands.key.shape[2] == self.keys:
+        inputs, logits = self.inputs, self.product()
+        if inputs.relation is not None:
+            logits = self.apply_relation(inputs.relation_params, logits)
+        if inputs.features is not None:
+            logits = add_position_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
+        if inputs.bias is not None:
+            logits = add_position_sets(logits, _part(_part(inputs.bias, self.i, self.block), self.j, self.block, 3))
+        if inputs.causal_offset is not None:
+            causal_offset = jnp.minimum(inputs.causal_offset[:, None] + self.row, self.keys - 1)
+            hidden = self.column > causal_offset[:, None, :, None]
+        elif inputs.key.shape[2] == self.keys:
             return logits
         else:
             hidden = (self.column >= self.keys)[None, None, None]
-        return add_sets(logits, jnp.where(hidden, HIDDEN, 0.0))
+        return add_position_sets(logits, jnp.where(hidden, MASK_VALUE, 0.0))
 
-    def kept(self) -> jax.Array:
+    def dropout_mask(self) -> jax.Array:
         """Returns what dropout multiplies the weights by."""
-        operands = self.operands
+        inputs = self.inputs
         sample, head = (
-            first + jnp.arange(n) for first, n in zip(operands.place[:2], self.query.shape[:2], strict=True)
+            first + jnp.arange(n) for first, n in zip(inputs.global_offset[:2], self.query.shape[:2], strict=True)
         )
-        places = sample[:, None, None, None], head[:, None, None], (operands.place[2] + self.row)[:, None], self.column
-        return kept(operands.seed, *places, operands.rate)
+        places = (
+            sample[:, None, None, None],
+            head[:, None, None],
+            (inputs.global_offset[2] + self.row)[:, None],
+            self.column,
+        )
+        return dropout_mask(inputs.dropout_seed, *places, inputs.dropout_rate)
 
 
 def _same_sets(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,72 +152,72 @@ def _same_sets(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _like(array: jax.Array, field: jax.Array) -> jax.Array:
     """Sums [B or P, H, ...] over the samples and heads that share a field's."""
-    array = array if array.shape[0] == field.shape[0] else sum_sets(array, field.shape[0])
+    array = array if array.shape[0] == field.shape[0] else sum_over_sets(array, field.shape[0])
     return array if array.shape[1] == field.shape[1] else array.sum(axis=1, keepdims=True)
 
 
-def _count(operands: Operands, i: jax.Array, block: int, keys: int) -> jax.Array:
+def _count(inputs: AttentionInputs, i: jax.Array, block: int, keys: int) -> jax.Array:
     """The number of blocks of keys, from the first on, that hold all that a block of queries sees."""
-    count = jnp.asarray(operands.key.shape[2] // block, jnp.int32)
-    if operands.last is None:
+    count = jnp.asarray(inputs.key.shape[2] // block, jnp.int32)
+    if inputs.causal_offset is None:
         return count
-    return jnp.clip((operands.last.max() + (i + 1) * block - 1) // block + 1, 1, count).astype(jnp.int32)
+    return jnp.clip((inputs.causal_offset.max() + (i + 1) * block - 1) // block + 1, 1, count).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _mix(operands: Operands, block: int, keys: int) -> jax.Array:
+def _mix(inputs: AttentionInputs, block: int, keys: int) -> jax.Array:
     """The mixed values float32[B, H, L, V] of operands that are `_ready`; keys: those that are no padding."""
-    return _forward(operands, block, keys)[0]
+    return _forward(inputs, block, keys)[0]
 
 
-def _forward(operands: Operands, block: int, keys: int) -> tuple[jax.Array, Any]:
-    batch, heads, length, _ = operands.query.shape
+def _forward(inputs: AttentionInputs, block: int, keys: int) -> tuple[jax.Array, Any]:
+    batch, heads, length, _ = inputs.query.shape
 
     def row(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(j: jax.Array, carry: tuple) -> tuple:
             top, total, mixed = carry
-            tile = _Tile(operands, i, j, block, keys)
+            tile = _Tile(inputs, i, j, block, keys)
             logits = tile.logits()
             higher = jnp.maximum(top, logits.max(axis=-1))
             weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
             total = total * shrink + weights.sum(axis=-1)
-            if operands.seed is not None:
-                weights = weights * tile.kept()
+            if inputs.dropout_seed is not None:
+                weights = weights * tile.dropout_mask()
             part = _product("bhls,bhsv->bhlv", weights.astype(tile.value.dtype), tile.value)
             return higher, total, mixed * shrink[..., None] + part
 
         sizes = (batch, heads, block)
-        start = jnp.full(sizes, HIDDEN), jnp.zeros(sizes), jnp.zeros((*sizes, operands.value.shape[-1]))
-        top, total, mixed = jax.lax.fori_loop(0, _count(operands, i, block, keys), step, start)
+        start = jnp.full(sizes, MASK_VALUE), jnp.zeros(sizes), jnp.zeros((*sizes, inputs.value.shape[-1]))
+        top, total, mixed = jax.lax.fori_loop(0, _count(inputs, i, block, keys), step, start)
         return mixed / total[..., None], top + jnp.log(total)
 
     mixed, normaliser = jax.lax.map(row, jnp.arange(length // block))
     mixed = jnp.moveaxis(mixed, 0, 2).reshape(batch, heads, length, -1)
     normaliser = jnp.moveaxis(normaliser, 0, 2).reshape(batch, heads, length)
-    return mixed, (operands, mixed, normaliser)
+    return mixed, (inputs, mixed, normaliser)
 
 
-def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Operands]:
-    operands, mixed, normaliser = saved
+def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[AttentionInputs]:
+    inputs, mixed, normaliser = saved
     inner = (given * mixed).sum(axis=-1)
-    given_ = given.astype(operands.value.dtype)
+    given_ = given.astype(inputs.value.dtype)
 
     def row(i: jax.Array, gradients: dict) -> dict:
         of_row = functools.partial(_part, at=i, block=block)
         given, normal, around = of_row(given_), of_row(normaliser)[..., None], of_row(inner)[..., None]
 
         def step(j: jax.Array, gradients: dict) -> dict:
-            tile = _Tile(operands, i, j, block, keys)
+            tile = _Tile(inputs, i, j, block, keys)
             weights = jnp.exp(tile.logits() - normal)
             of_weights = _product("bhlv,bhsv->bhls", given, tile.value)
             dropped = weights
-            if operands.seed is not None:
-                mask = tile.kept()
+            if inputs.dropout_seed is not None:
+                mask = tile.dropout_mask()
                 dropped, of_weights = weights * mask, of_weights * mask
             of_logits = of_sums = weights * (of_weights - around)
             found = dict(gradients)
-            if operands.relation is not None:
-                pull = jax.vjp(tile.related, operands.relation_params, tile.product())[1]
+            if inputs.relation is not None:
+                pull = jax.vjp(tile.apply_relation, inputs.relation_params, tile.product())[1]
                 of_params, of_logits = pull(of_logits)
                 found["relation_params"] = jax.tree.map(jnp.add, gradients["relation_params"], of_params)
             small = of_logits.astype(tile.query.dtype)
@@ -214,32 +226,34 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Oper
                 "key": (_product("bhls,bhlk->bhsk", small, tile.query), j),
                 "value": (_product("bhls,bhlv->bhsv", dropped.astype(given.dtype), given), j),
             }
-            if operands.features is not None:
+            if inputs.features is not None:
                 query, key = _same_sets(*tile.features)
                 shared = _like(of_sums, query)
-                parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), operands.features[0]), i
-                parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), operands.features[1]), j
+                parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), inputs.features[0]), i
+                parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), inputs.features[1]), j
             found |= {name: _add(gradients[name], part, at, block) for name, (part, at) in parts.items()}
-            if operands.bias is not None:  # every pair of blocks comes once
+            if inputs.bias is not None:  # every pair of blocks comes once
                 start = 0, 0, i * block, j * block
-                found["bias"] = jax.lax.dynamic_update_slice(gradients["bias"], _like(of_sums, operands.bias), start)
+                found["bias"] = jax.lax.dynamic_update_slice(gradients["bias"], _like(of_sums, inputs.bias), start)
             return found
 
-        return jax.lax.fori_loop(0, _count(operands, i, block, keys), step, gradients)
+        return jax.lax.fori_loop(0, _count(inputs, i, block, keys), step, gradients)
 
-    fields = {"query": operands.query, "key": operands.key, "value": operands.value}
-    if operands.features is not None:
-        fields |= {"f_q": operands.features[0], "f_k": operands.features[1]}
-    if operands.bias is not None:
-        fields["bias"] = operands.bias
-    if operands.relation is not None:
-        fields["relation_params"] = operands.relation_params
+    fields = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+    if inputs.features is not None:
+        fields |= {"f_q": inputs.features[0], "f_k": inputs.features[1]}
+    if inputs.bias is not None:
+        fields["bias"] = inputs.bias
+    if inputs.relation is not None:
+        fields["relation_params"] = inputs.relation_params
     zeros = jax.tree.map(lambda field: jnp.zeros(field.shape, jnp.float32), fields)
-    found = jax.lax.fori_loop(0, operands.query.shape[2] // block, row, zeros)
+    found = jax.lax.fori_loop(0, inputs.query.shape[2] // block, row, zeros)
     found = jax.tree.map(lambda gradient, field: gradient.astype(field.dtype), found, fields)
-    features = (found.pop("f_q"), found.pop("f_k")) if operands.features is not None else None
-    rest = dict.fromkeys(("bias", "relation", "relation_params", "heads", "last", "seed", "place"))
-    return (operands.replace(**rest | found, features=features),)
+    features = (found.pop("f_q"), found.pop("f_k")) if inputs.features is not None else None
+    rest = dict.fromkeys(
+        ("bias", "relation", "relation_params", "heads", "causal_offset", "dropout_seed", "global_offset")
+    )
+    return (inputs.replace(**rest | found, features=features),)
 
 
 _mix.defvjp(_forward, _backward)

@@ -9,22 +9,22 @@ import jax.numpy as jnp
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_cudnn, attention_tpu
-from seqpe_jax.models.attention_blockwise import blockwise
-from seqpe_jax.models.attention_inputs import Operands, plain
+from seqpe_jax.models.attention_blockwise import blockwise_attention
+from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
 
 KINDS = ("plain", "blocks", "flash")
-LONGEST_PLAIN = {"cpu": 128}  # queries or keys, beyond which no array of all logits is made; measured on CPU
-LONGEST_PLAIN_ELSEWHERE = 256
+MAX_REFERENCE_LEN = {"cpu": 128}  # queries or keys, beyond which no array of all logits is made; measured on CPU
+MAX_REFERENCE_LEN_ACCELERATOR = 256
 BLOCK = 512  # queries and keys at once, except on a CPU
 LONG = 4096  # keys from which on a CPU takes as many
 
-Mix = Callable[[Operands], jax.Array]
+Mix = Callable[[AttentionInputs], jax.Array]
 
 
-def choose(kind: str, block: int, operands: Operands, *, device: Any = None, split: bool = False) -> Mix:
+def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = None, split: bool = False) -> Mix:
     """Returns the implementation that serves operands; it takes those of one device.
 
-    Automatic: up to `LONGEST_PLAIN` queries and keys, all logits at once. For more, the platform's flash kernel (Pallas on
+    Automatic: up to `MAX_REFERENCE_LEN` queries and keys, all logits at once. For more, the platform's flash kernel (Pallas on
     TPU, cuDNN on NVIDIA) where it can serve, else blocks. One query meets its keys at once everywhere, and where a size is
     symbolic, blocks stand in for the kernels: an export is for several platforms.
 
@@ -38,63 +38,65 @@ def choose(kind: str, block: int, operands: Operands, *, device: Any = None, spl
       InputError: the kind asked for cannot serve.
     """
     device = device or jax.devices()[0]
-    batch, length, heads, _ = operands.query.shape
-    keys = operands.key.shape[1]
+    batch, length, heads, _ = inputs.query.shape
+    keys = inputs.key.shape[1]
     if kind == "plain" or (isinstance(length, int) and length == 1):
-        return plain
+        return reference_attention
     symbolic = not all(isinstance(size, int) for size in (batch, length, keys))
     if symbolic or (block and kind == "auto"):
         size = block or BLOCK
         small = _at_most(length, size) and _at_most(keys, size)
-        return plain if small and kind != "blocks" else functools.partial(blockwise, block=size)
-    if kind == "auto" and max(length, keys) <= LONGEST_PLAIN.get(device.platform, LONGEST_PLAIN_ELSEWHERE):
-        return plain
+        return reference_attention if small and kind != "blocks" else functools.partial(blockwise_attention, block=size)
+    if kind == "auto" and max(length, keys) <= MAX_REFERENCE_LEN.get(device.platform, MAX_REFERENCE_LEN_ACCELERATOR):
+        return reference_attention
     if kind != "blocks":
-        reason = refusal(operands, device, split)
+        reason = unsupported_reason(inputs, device, split)
         if not reason:
             return attention_tpu.flash if device.platform == "tpu" else attention_cudnn.flash
         if kind == "flash":
             raise InputError(f"model.attention_kind='flash' cannot serve: {reason}. Choose 'auto' or 'blocks'")
     return functools.partial(
-        blockwise, block=block or automatic_block(operands, device), join=device.platform == "cpu" and narrow(operands)
+        blockwise_attention,
+        block=block or default_block_size(inputs, device),
+        join=device.platform == "cpu" and should_concatenate_features(inputs),
     )
 
 
-def refusal(operands: Operands, device: Any, split: bool = False) -> str:
-    """Returns why no flash kernel serves operands on a device, or ""; arguments as of `choose`."""
-    if operands.bias is not None:
+def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False) -> str:
+    """Returns why no flash kernel serves operands on a device, or ""; arguments as of `dispatch`."""
+    if inputs.bias is not None:
         return "the kernels read no bias"
-    if operands.relation is not None:
+    if inputs.relation is not None:
         return "the kernels read no function of two places (encodings whose logits gain one)"
     if device.platform == "tpu":
         return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):
-        return attention_cudnn.refusal(operands, float(device.compute_capability), split)
+        return attention_cudnn.unsupported_reason(inputs, float(device.compute_capability), split)
     return f"there is no kernel for {device.platform} ({device.device_kind})"
 
 
-def automatic_block(operands: Operands, device: Any) -> int:
+def default_block_size(inputs: AttentionInputs, device: Any) -> int:
     """Returns the queries and keys that blocks have at once: on a CPU few, so that all samples' stay in its cache.
 
     What each holds of wide features, in products of their own and in their gradients, makes less fit.
     """
     if device.platform != "cpu":
         return BLOCK
-    batch, _, heads, _ = operands.query.shape
-    if operands.key.shape[1] >= LONG:
+    batch, _, heads, _ = inputs.query.shape
+    if inputs.key.shape[1] >= LONG:
         return BLOCK
-    apart = operands.features is not None and not narrow(operands)
+    apart = inputs.features is not None and not should_concatenate_features(inputs)
     return 64 if apart and batch * heads >= 32 else 128
 
 
-def narrow(operands: Operands) -> bool:
+def should_concatenate_features(inputs: AttentionInputs) -> bool:
     """Whether features add so little to the width of float32 queries that one product of both is faster than two.
 
     A relation stands between the two: it is applied to the product of queries and keys alone.
     """
-    if operands.features is None or operands.relation is not None or operands.query.dtype != jnp.float32:
+    if inputs.features is None or inputs.relation is not None or inputs.query.dtype != jnp.float32:
         return False
-    return 4 * operands.features[0].shape[-1] <= operands.query.shape[-1]
+    return 4 * inputs.features[0].shape[-1] <= inputs.query.shape[-1]
 
 
 def _at_most(size: Any, limit: int) -> bool:

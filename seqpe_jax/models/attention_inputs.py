@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from seqpe_jax.encodings.base import Pair, Relation
 
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that counts nothing; two of them can be subtracted
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that counts nothing; two of them can be subtracted
 
 
 @flax.struct.dataclass
-class Operands:
+class AttentionInputs:
     """Queries, keys and values that stand in their places, on one device; sample i uses position set i mod P.
 
     P is 1 or one number for all fields that have sets, and the samples are a multiple of it.
@@ -35,19 +35,19 @@ class Operands:
     relation: Relation | None = None
     relation_params: Any = None
     heads: jax.Array | None = None
-    last: jax.Array | None = None
-    seed: jax.Array | None = None
-    place: jax.Array | None = None
-    rate: float = flax.struct.field(pytree_node=False, default=0.0)
+    causal_offset: jax.Array | None = None
+    dropout_seed: jax.Array | None = None
+    global_offset: jax.Array | None = None
+    dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
 
     @property
-    def sets(self) -> int:
+    def position_sets(self) -> int:
         """P of those fields that have more than one set."""
-        fields = [*(self.features or ()), self.bias, self.last, self.relation and self.relation.query]
+        fields = [*(self.features or ()), self.bias, self.causal_offset, self.relation and self.relation.query]
         return max((len(field) for field in fields if field is not None), default=1)
 
 
-def aligned(field: jax.Array | None, first: jax.Array, batch: int) -> jax.Array | None:
+def shard_position_sets(field: jax.Array | None, first: jax.Array, batch: int) -> jax.Array | None:
     """Returns a field of P position sets such that sample i of this device uses set i mod P.
 
     Args:
@@ -58,21 +58,21 @@ def aligned(field: jax.Array | None, first: jax.Array, batch: int) -> jax.Array 
     return field[(first + jnp.arange(batch)) % field.shape[0]]
 
 
-def add_sets(logits_BHLS: jax.Array, extra_PHLS: jax.Array) -> jax.Array:
+def add_position_sets(logits_BHLS: jax.Array, extra_PHLS: jax.Array) -> jax.Array:
     """Returns logits with those of P position sets added."""
-    sets = extra_PHLS.shape[0]
-    if sets == logits_BHLS.shape[0]:
+    position_sets = extra_PHLS.shape[0]
+    if position_sets == logits_BHLS.shape[0]:
         return logits_BHLS + extra_PHLS
-    grouped = logits_BHLS.reshape(-1, sets, *logits_BHLS.shape[1:])
+    grouped = logits_BHLS.reshape(-1, position_sets, *logits_BHLS.shape[1:])
     return (grouped + extra_PHLS).reshape(logits_BHLS.shape)
 
 
-def sum_sets(array: jax.Array, sets: int) -> jax.Array:
-    """Returns the sum of [B, ...] over the samples of each position set, [P, ...]: the transpose of `add_sets`."""
-    return array.reshape(-1, sets, *array.shape[1:]).sum(axis=0)
+def sum_over_sets(array: jax.Array, position_sets: int) -> jax.Array:
+    """Returns the sum of [B, ...] over the samples of each position set, [P, ...]: the transpose of `add_position_sets`."""
+    return array.reshape(-1, position_sets, *array.shape[1:]).sum(axis=0)
 
 
-def related(
+def apply_relation(
     logits_BHLS: jax.Array,
     relation: Relation,
     params: Any,
@@ -88,10 +88,10 @@ def related(
     if factor is not None:
         grouped = logits_BHLS.reshape(-1, factor.shape[0], *logits_BHLS.shape[1:])
         logits_BHLS = (grouped * factor).reshape(logits_BHLS.shape)
-    return add_sets(logits_BHLS, addend)
+    return add_position_sets(logits_BHLS, addend)
 
 
-def mixed_bits(number: jax.Array) -> jax.Array:
+def hash_bits(number: jax.Array) -> jax.Array:
     """Returns int32 bits that look random, different for different int32 numbers.
 
     Source: the finalizer of MurmurHash3 (Appleby, public domain). Shifts and products alone, so that a kernel can make
@@ -103,46 +103,48 @@ def mixed_bits(number: jax.Array) -> jax.Array:
     return number ^ jax.lax.shift_right_logical(number, jnp.int32(16))
 
 
-def kept(
-    seed: jax.Array, sample: jax.Array, head: jax.Array, row: jax.Array, column: jax.Array, rate: float
+def dropout_mask(
+    dropout_seed: jax.Array, sample: jax.Array, head: jax.Array, row: jax.Array, column: jax.Array, dropout_rate: float
 ) -> jax.Array:
-    """Returns what dropout multiplies attention weights by: 0 with probability `rate`, else 1 / (1 - rate), float32.
+    """Returns what dropout multiplies attention weights by: 0 with probability `dropout_rate`, else 1 / (1 - rate), float32.
 
     Args:
       seed: of the layer and step; sample, head, row, column: int32 that broadcast to each other, numbers among all.
     """
-    start = mixed_bits(mixed_bits(mixed_bits(seed ^ sample) ^ head) ^ row)
+    start = hash_bits(hash_bits(hash_bits(dropout_seed ^ sample) ^ head) ^ row)
     far = column.astype(jnp.int32) * jnp.int32(-1640531527)  # 2^32 / golden ratio: neighbours lie far apart
-    bits = mixed_bits(start ^ far)
+    bits = hash_bits(start ^ far)
     share = jax.lax.shift_right_logical(bits, jnp.int32(8))
-    return jnp.where(share < jnp.int32(round((1 - rate) * 2**24)), jnp.float32(1 / (1 - rate)), jnp.float32(0))
+    return jnp.where(
+        share < jnp.int32(round((1 - dropout_rate) * 2**24)), jnp.float32(1 / (1 - dropout_rate)), jnp.float32(0)
+    )
 
 
-def plain(operands: Operands) -> jax.Array:
+def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype, through an array of all logits."""
-    query, key, value = operands.query, operands.key, operands.value
+    query, key, value = inputs.query, inputs.key, inputs.value
     logits_BHLS = jnp.einsum("blhk,bshk->bhls", query, key, preferred_element_type=jnp.float32)
     batch, heads, length, keys = logits_BHLS.shape
-    if operands.relation is not None:
-        relation = operands.relation
-        logits_BHLS = related(
-            logits_BHLS, relation, operands.relation_params, relation.query, relation.key, operands.heads
+    if inputs.relation is not None:
+        relation = inputs.relation
+        logits_BHLS = apply_relation(
+            logits_BHLS, relation, inputs.relation_params, relation.query, relation.key, inputs.heads
         )
-    if operands.features is not None:
-        logits_BHLS = add_sets(logits_BHLS, feature_logits(*operands.features))
-    if operands.bias is not None:
-        logits_BHLS = add_sets(logits_BHLS, operands.bias)
-    if operands.last is not None:
-        last_PL = operands.last[:, None] + jnp.arange(length)
-        hidden_PHLS = jnp.where(jnp.arange(keys) <= last_PL[:, None, :, None], 0.0, HIDDEN)
-        logits_BHLS = add_sets(logits_BHLS, hidden_PHLS)
+    if inputs.features is not None:
+        logits_BHLS = add_position_sets(logits_BHLS, feature_logits(*inputs.features))
+    if inputs.bias is not None:
+        logits_BHLS = add_position_sets(logits_BHLS, inputs.bias)
+    if inputs.causal_offset is not None:
+        last_PL = inputs.causal_offset[:, None] + jnp.arange(length)
+        hidden_PHLS = jnp.where(jnp.arange(keys) <= last_PL[:, None, :, None], 0.0, MASK_VALUE)
+        logits_BHLS = add_position_sets(logits_BHLS, hidden_PHLS)
     weights_BHLS = jax.nn.softmax(logits_BHLS)
-    if operands.seed is not None:
+    if inputs.dropout_seed is not None:
         sample, head, row = (
-            first + jnp.arange(n) for first, n in zip(operands.place, (batch, heads, length), strict=True)
+            first + jnp.arange(n) for first, n in zip(inputs.global_offset, (batch, heads, length), strict=True)
         )
         places = (sample[:, None, None, None], head[:, None, None], row[:, None], jnp.arange(keys))
-        weights_BHLS = weights_BHLS * kept(operands.seed, *places, operands.rate)
+        weights_BHLS = weights_BHLS * dropout_mask(inputs.dropout_seed, *places, inputs.dropout_rate)
     return jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(value.dtype), value)
 
 

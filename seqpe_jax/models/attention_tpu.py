@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from seqpe_jax.models.attention_inputs import HIDDEN, Operands, kept
+from seqpe_jax.models.attention_inputs import MASK_VALUE, AttentionInputs, dropout_mask
 from seqpe_jax.models.kernel_cost import estimate
 
 LANES = 128
@@ -31,7 +31,7 @@ class _Plan(NamedTuple):
     together: int
     causal: bool
     dropping: bool
-    rate: float
+    dropout_rate: float
     interpret: bool
 
 
@@ -41,7 +41,7 @@ class _Arrays(NamedTuple):
     Attributes:
       query [R, P, H, L, K], key [R, P, H, S, K], value [R, P, H, S, V].
       f_q, f_k: float32[1 or P, 1 or H, L or S, F], or None.
-      last: int32[P]; numbers: int32[4], the place and seed of `Operands`.
+      last: int32[P]; numbers: int32[4], the place and seed of `AttentionInputs`.
     """
 
     query: jax.Array
@@ -49,15 +49,15 @@ class _Arrays(NamedTuple):
     value: jax.Array
     f_q: jax.Array | None
     f_k: jax.Array | None
-    last: jax.Array
+    causal_offset: jax.Array
     numbers: jax.Array
 
 
-def flash(operands: Operands, interpret: bool = False) -> jax.Array:
-    """Returns `operands.plain`, of operands without a bias; interpret: run as plain JAX, on any platform."""
-    batch, length, _, _ = operands.query.shape
-    keys, sets = operands.key.shape[1], operands.sets
-    together = max(n for n in range(1, MOST_TOGETHER + 1) if batch // sets % n == 0)
+def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
+    """Returns `inputs.reference_attention`, of operands without a bias; interpret: run as plain JAX, on any platform."""
+    batch, length, _, _ = inputs.query.shape
+    keys, position_sets = inputs.key.shape[1], inputs.position_sets
+    together = max(n for n in range(1, MOST_TOGETHER + 1) if batch // position_sets % n == 0)
     block_q, block_k = block_of(length, together), block_of(keys, together)
 
     def ready(array: jax.Array, block: int) -> jax.Array:
@@ -65,22 +65,29 @@ def flash(operands: Operands, interpret: bool = False) -> jax.Array:
 
     def grouped(array: jax.Array, block: int) -> jax.Array:
         array = ready(array, block)
-        return array.reshape(batch // sets, sets, *array.shape[1:])
+        return array.reshape(batch // position_sets, position_sets, *array.shape[1:])
 
-    f_q, f_k = operands.features or (None, None)
-    place = jnp.zeros(3, jnp.int32) if operands.place is None else operands.place
-    seed = jnp.zeros(1, jnp.int32) if operands.seed is None else operands.seed[None]
+    f_q, f_k = inputs.features or (None, None)
+    global_offset = jnp.zeros(3, jnp.int32) if inputs.global_offset is None else inputs.global_offset
+    dropout_seed = jnp.zeros(1, jnp.int32) if inputs.dropout_seed is None else inputs.dropout_seed[None]
     arrays = _Arrays(
-        grouped(operands.query, block_q),
-        grouped(operands.key, block_k),
-        grouped(operands.value, block_k),
+        grouped(inputs.query, block_q),
+        grouped(inputs.key, block_k),
+        grouped(inputs.value, block_k),
         None if f_q is None else ready(f_q, block_q),
         None if f_k is None else ready(f_k, block_k),
-        jnp.broadcast_to(jnp.int32(0) if operands.last is None else operands.last, (sets,)),
-        jnp.concatenate([place, seed]),
+        jnp.broadcast_to(jnp.int32(0) if inputs.causal_offset is None else inputs.causal_offset, (position_sets,)),
+        jnp.concatenate([global_offset, dropout_seed]),
     )
     plan = _Plan(
-        keys, block_q, block_k, together, operands.last is not None, operands.seed is not None, operands.rate, interpret
+        keys,
+        block_q,
+        block_k,
+        together,
+        inputs.causal_offset is not None,
+        inputs.dropout_seed is not None,
+        inputs.dropout_rate,
+        interpret,
     )
     mixed = _mix(arrays, plan)
     return jnp.moveaxis(mixed.reshape(batch, *mixed.shape[2:]), 1, 2)[:, :length]
@@ -124,11 +131,11 @@ def _backward(plan: _Plan, saved: Any, given: jax.Array) -> tuple[_Arrays]:
         call = _Call(arrays, plan, of_keys=of_keys)
         spec, block = (call.keys, plan.block_k) if of_keys else (call.queries, plan.block_q)
         results, scratch = [], []
-        for place in places:
-            if (array := arrays[place]) is None:
+        for index in places:
+            if (array := arrays[index]) is None:
                 continue
             width = array.shape[-1]
-            if place < 3:
+            if index < 3:
                 results.append((spec(width), jax.ShapeDtypeStruct(array.shape, array.dtype)))
                 scratch.append((plan.together, block, width))
             else:  # of all steps with other samples and heads, to be summed
@@ -161,60 +168,67 @@ class _Call:
 
     def __init__(self, arrays: _Arrays, plan: _Plan, of_keys: bool):
         self.arrays, self.plan, self.of_keys = arrays, plan, of_keys
-        groups, sets, heads = arrays.query.shape[0] // plan.together, *arrays.query.shape[1:3]
+        groups, position_sets, heads = arrays.query.shape[0] // plan.together, *arrays.query.shape[1:3]
         self.count_q, self.count_k = arrays.query.shape[3] // plan.block_q, arrays.key.shape[3] // plan.block_k
-        self.grid = (groups, sets, heads, *((self.count_k, self.count_q) if of_keys else (self.count_q, self.count_k)))
+        self.grid = (
+            groups,
+            position_sets,
+            heads,
+            *((self.count_k, self.count_q) if of_keys else (self.count_q, self.count_k)),
+        )
 
-    def _blocks(self, set_: Any, outer: Any, inner: Any, last: Any) -> tuple[Any, Any]:
+    def _blocks(self, set_: Any, outer: Any, inner: Any, causal_offset: Any) -> tuple[Any, Any]:
         """The blocks of queries and of keys that a step reads."""
         plan = self.plan
         i, j = (inner, outer) if self.of_keys else (outer, inner)
         if plan.causal and self.of_keys:
-            first = jax.lax.div(jnp.maximum(j * plan.block_k - last[set_], 0), jnp.int32(plan.block_q))
+            first = jax.lax.div(jnp.maximum(j * plan.block_k - causal_offset[set_], 0), jnp.int32(plan.block_q))
             i = jnp.minimum(jnp.maximum(i, first), self.count_q - 1)
         elif plan.causal:
-            seen = jax.lax.div(jnp.maximum(last[set_] + (i + 1) * plan.block_q - 1, 0), jnp.int32(plan.block_k))
+            seen = jax.lax.div(
+                jnp.maximum(causal_offset[set_] + (i + 1) * plan.block_q - 1, 0), jnp.int32(plan.block_k)
+            )
             j = jnp.minimum(jnp.minimum(j, seen), self.count_k - 1)
         return i, j
 
     def queries(self, width: int) -> pl.BlockSpec:
         """[R, P, H, L, width], a block of queries."""
 
-        def index(group, set_, head, outer, inner, last, numbers):
-            return group, set_, head, self._blocks(set_, outer, inner, last)[0], 0
+        def index(group, set_, head, outer, inner, causal_offset, numbers):
+            return group, set_, head, self._blocks(set_, outer, inner, causal_offset)[0], 0
 
         return pl.BlockSpec((self.plan.together, None, None, self.plan.block_q, width), index)
 
     def keys(self, width: int) -> pl.BlockSpec:
         """[R, P, H, S, width], a block of keys."""
 
-        def index(group, set_, head, outer, inner, last, numbers):
-            return group, set_, head, self._blocks(set_, outer, inner, last)[1], 0
+        def index(group, set_, head, outer, inner, causal_offset, numbers):
+            return group, set_, head, self._blocks(set_, outer, inner, causal_offset)[1], 0
 
         return pl.BlockSpec((self.plan.together, None, None, self.plan.block_k, width), index)
 
     def rows(self) -> pl.BlockSpec:
         """[R, P, H, 1, L], a number for each query of a block."""
 
-        def index(group, set_, head, outer, inner, last, numbers):
-            return group, set_, head, 0, self._blocks(set_, outer, inner, last)[0]
+        def index(group, set_, head, outer, inner, causal_offset, numbers):
+            return group, set_, head, 0, self._blocks(set_, outer, inner, causal_offset)[0]
 
         return pl.BlockSpec((self.plan.together, None, None, 1, self.plan.block_q), index)
 
     def features(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
         """[1 or P, 1 or H, L or S, F], a block of queries or keys."""
-        sets, heads, _, width = field.shape
+        position_sets, heads, _, width = field.shape
 
-        def index(group, set_, head, outer, inner, last, numbers):
-            block = self._blocks(set_, outer, inner, last)[of_keys]
-            return set_ if sets > 1 else 0, head if heads > 1 else 0, block, 0
+        def index(group, set_, head, outer, inner, causal_offset, numbers):
+            block = self._blocks(set_, outer, inner, causal_offset)[of_keys]
+            return set_ if position_sets > 1 else 0, head if heads > 1 else 0, block, 0
 
         return pl.BlockSpec((None, None, self.plan.block_k if of_keys else self.plan.block_q, width), index)
 
     def per_step(self, block: int, width: int, of_keys: bool) -> pl.BlockSpec:
         """[groups, P, H, L or S, F], a block of queries or keys."""
 
-        def index(group, set_, head, outer, inner, last, numbers):
+        def index(group, set_, head, outer, inner, causal_offset, numbers):
             return group, set_, head, outer, 0
 
         return pl.BlockSpec((None, None, None, block, width), index)
@@ -243,20 +257,26 @@ class _Call:
             cost_estimate=estimate(kernel.__name__, arrays, plan, [array for _, array in (*read, *results)]),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
             interpret=plan.interpret,
-        )(arrays.last, arrays.numbers, *(array for _, array in read))
+        )(arrays.causal_offset, arrays.numbers, *(array for _, array in read))
 
 
 class _Tile:
     """What a step of a kernel knows of its blocks of queries and keys; transposed: logits are [keys, queries]."""
 
-    def __init__(self, plan: _Plan, last: Any, numbers: Any, f_q: Any, f_k: Any, of_keys: bool):
+    def __init__(self, plan: _Plan, causal_offset: Any, numbers: Any, f_q: Any, f_k: Any, of_keys: bool):
         self.plan, self.transposed, self.numbers = plan, of_keys, numbers
         self.group, self.set, self.head, outer, inner = (pl.program_id(axis) for axis in range(5))
         i, j = (inner, outer) if of_keys else (outer, inner)
-        self.first_row, self.first_column, self.last = i * plan.block_q, j * plan.block_k, last[self.set]
+        self.first_row, self.first_column, self.causal_offset = (
+            i * plan.block_q,
+            j * plan.block_k,
+            causal_offset[self.set],
+        )
         self.f_q, self.f_k = f_q, f_k
         # Of its logits some are seen.
-        self.needed = self.first_column <= self.last + self.first_row + plan.block_q - 1 if plan.causal else True
+        self.needed = (
+            self.first_column <= self.causal_offset + self.first_row + plan.block_q - 1 if plan.causal else True
+        )
 
     def _numbers(self) -> tuple[jax.Array, jax.Array]:
         """Queries and keys of the tile, as int32 that broadcast to its shape."""
@@ -273,7 +293,7 @@ class _Tile:
             added = _product(*sides, (1, 1), exact=True)
         row, column = self._numbers()
         if self.plan.causal:
-            hidden = column > self.last + row
+            hidden = column > self.causal_offset + row
         if self.plan.keys % self.plan.block_k:
             padding = column >= self.plan.keys
             hidden = padding if hidden is None else hidden | padding
@@ -284,14 +304,16 @@ class _Tile:
         added, hidden = shared
         logits = _product(key, query, (1, 1)) if self.transposed else _product(query, key, (1, 1))
         logits = logits if added is None else logits + added
-        return logits if hidden is None else jnp.where(hidden, HIDDEN, logits)
+        return logits if hidden is None else jnp.where(hidden, MASK_VALUE, logits)
 
-    def kept(self, sample: int) -> jax.Array:
+    def dropout_mask(self, sample: int) -> jax.Array:
         """Returns what dropout multiplies the weights of a sample of the step by."""
         row, column = self._numbers()
         index = (self.group * self.plan.together + sample) * pl.num_programs(1) + self.set
-        first_sample, first_head, first_row, seed = (self.numbers[n] for n in range(4))
-        return kept(seed, first_sample + index, first_head + self.head, first_row + row, column, self.plan.rate)
+        first_sample, first_head, first_row, dropout_seed = (self.numbers[n] for n in range(4))
+        return dropout_mask(
+            dropout_seed, first_sample + index, first_head + self.head, first_row + row, column, self.plan.dropout_rate
+        )
 
 
 def _product(left: jax.Array, right: jax.Array, summed: tuple[int, int], exact: bool = False) -> jax.Array:
@@ -302,12 +324,14 @@ def _product(left: jax.Array, right: jax.Array, summed: tuple[int, int], exact: 
 
 
 def _run(
-    kernel: Any, plan: _Plan, featured: bool, of_keys: bool, steps: int, last: Any, numbers: Any, *refs: Any
+    kernel: Any, plan: _Plan, featured: bool, of_keys: bool, steps: int, causal_offset: Any, numbers: Any, *refs: Any
 ) -> None:
     query, key, value, *rest = refs
     f_q, f_k = (rest.pop(0), rest.pop(0)) if featured else (None, None)
     step = pl.program_id(4)
-    kernel(_Tile(plan, last, numbers, f_q, f_k, of_keys), step == 0, step == steps - 1, query, key, value, *rest)
+    kernel(
+        _Tile(plan, causal_offset, numbers, f_q, f_k, of_keys), step == 0, step == steps - 1, query, key, value, *rest
+    )
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -320,7 +344,7 @@ def _forward_kernel(tile, first, final, query, key, value, mixed, normaliser, to
 
     @pl.when(first)
     def _():
-        top[...] = jnp.full_like(top, HIDDEN)
+        top[...] = jnp.full_like(top, MASK_VALUE)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
@@ -335,7 +359,7 @@ def _forward_kernel(tile, first, final, query, key, value, mixed, normaliser, to
             top[n] = jnp.broadcast_to(higher, top.shape[1:])
             total[n] = total[n] * shrink + weights.sum(axis=1, keepdims=True)
             if tile.plan.dropping:
-                weights = weights * tile.kept(n)
+                weights = weights * tile.dropout_mask(n)
             sums[n] = sums[n] * shrink + _product(weights.astype(value.dtype), value[n], (1, 0))
 
     @pl.when(final)
@@ -372,7 +396,7 @@ def _query_kernel(tile, first, final, query, key, value, given, normaliser, inne
             weights = jnp.exp(tile.logits(query[n], key[n], shared) - _column(normaliser[n]))
             of_weights = _product(given[n], value[n], (1, 1))
             if tile.plan.dropping:
-                of_weights = of_weights * tile.kept(n)
+                of_weights = of_weights * tile.dropout_mask(n)
             of_logits = weights * (of_weights - _column(inner[n]))
             sums[0][n] += _product(of_logits.astype(key.dtype), key[n], (1, 0))
             total = total + of_logits
@@ -395,7 +419,7 @@ def _key_kernel(tile, first, final, query, key, value, given, normaliser, inner,
             weights = jnp.exp(tile.logits(query[n], key[n], shared) - normaliser[n])
             of_weights, dropped = _product(value[n], given[n], (1, 1)), weights
             if tile.plan.dropping:
-                mask = tile.kept(n)
+                mask = tile.dropout_mask(n)
                 of_weights, dropped = of_weights * mask, weights * mask
             of_logits = weights * (of_weights - inner[n])
             sums[0][n] += _product(of_logits.astype(query.dtype), query[n], (1, 0))

@@ -91,7 +91,7 @@ class Architecture:
         model, encoding = config.model, config.encoding
         fields = dataclasses.asdict(model) | {"dtype": jnp.dtype(config.precision.compute)}
         fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes}
-        fields |= {"fade": "" if encoding.gate == "none" else encoding.gate, "gate_bias_init": encoding.gate_bias_init}
+        fields |= {"gate": "" if encoding.gate == "none" else encoding.gate, "gate_bias_init": encoding.gate_bias_init}
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         if config.is_image:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, with_logical_constraint
-from seqpe_jax.encodings.base import PositionSignal, fit_batch
-from seqpe_jax.models.attention import Cache, position_logits
+from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
+from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.transformer import make_blocks, run_block, run_blocks
 
 
@@ -21,7 +21,7 @@ class GPT2(nn.Module):
       remat: "none", "full" (blocks are computed again in the backward pass), "dots" (matrix products are kept) or "offload"
         (they are kept in the host's memory).
       attention_kind, attention_block: kind and block of `models.attention.attend`.
-      scan: the blocks are compiled once and looped over (`models.blocks.Scanned`), else one after another.
+      scan: the blocks are compiled once and looped over (`models.blocks.ScannedBlocks`), else one after another.
       fade, gate_bias_init: as in `models.blocks.Block`.
       tied: logits are products with the token embedding, else with an embedding of their own.
     """
@@ -42,7 +42,7 @@ class GPT2(nn.Module):
     attention_kind: str = "auto"
     attention_block: int = 0
     scan: bool = False
-    fade: str = ""
+    gate: str = ""
     gate_bias_init: float = 0.0
     tied: bool = True
 
@@ -52,7 +52,7 @@ class GPT2(nn.Module):
         self.token_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
         if not self.tied:
             self.output_embedding = nn.Embed(self.vocabulary, self.width, embedding_init=init)
-        self.blocks = make_blocks(self, fade=self.fade, gate_bias_init=self.gate_bias_init)
+        self.blocks = make_blocks(self, gate=self.gate, gate_bias_init=self.gate_bias_init)
         self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
 
@@ -65,16 +65,16 @@ class GPT2(nn.Module):
         x_BLD = self._embed(tokens_BL, signal.added, deterministic)
         return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic))
 
-    def extend(
-        self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[Cache, ...], places_PL: jax.Array
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+    def forward_cached(
+        self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[KVCache, ...], places_PL: jax.Array
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Returns the final states [B, L, D] of tokens at some places of a window, and the cache with them in it.
 
         Equal to those places of `hidden` on the whole window, if the cache holds all places before them.
 
         Args:
           signal: of the whole window, one position set.
-          cache: of each layer, at the start `empty_cache`, for the window or as many of its first places as are seen;
+          cache: of each layer, at the start `init_cache`, for the window or as many of its first places as are seen;
             places_PL: see `models.attention.attend_cached`.
         """
         added = None if signal.added is None else signal.added[0][places_PL]
@@ -86,16 +86,16 @@ class GPT2(nn.Module):
         extended = []
         for layer in range(self.layers):
             own = (signal.at_layer(layer), cache[layer], places_PL, shared)
-            x_BLD, kept = run_block(self.blocks, layer, "extend", x_BLD, *own)
+            x_BLD, kept = run_block(self.blocks, layer, "forward_cached", x_BLD, *own)
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)
 
-    def empty_cache(self, batch: int, places: int, signal: PositionSignal) -> tuple[Cache, ...]:
+    def init_cache(self, batch: int, places: int, signal: PositionSignal) -> tuple[KVCache, ...]:
         """Returns the cache of a window in which no place is written; signal: of the window."""
         value = jnp.zeros((batch, places, self.heads, self.width // self.heads), self.dtype)
         key = value if signal.polar is None else jnp.concatenate([value, value], axis=-1)
-        fade = jnp.zeros((batch, places, self.heads)) if self.fade else None
-        return (Cache(key, value, fade),) * self.layers
+        gate = jnp.zeros((batch, places, self.heads)) if self.gate else None
+        return (KVCache(key, value, gate),) * self.layers
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Returns the logits float32[B, L, V] of final states, through the transposed token or output embedding."""
@@ -109,5 +109,5 @@ class GPT2(nn.Module):
         embedding_VD = with_logical_constraint(self.token_embedding.embedding, VOCABULARY, WIDTH)
         x_BLD = with_logical_constraint(jnp.take(embedding_VD, tokens_BL, axis=0), BATCH, LENGTH, None)
         if added_PLD is not None:
-            x_BLD = x_BLD + fit_batch(added_PLD, tokens_BL.shape[0])
+            x_BLD = x_BLD + broadcast_to_batch(added_PLD, tokens_BL.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

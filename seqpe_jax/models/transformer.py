@@ -12,11 +12,11 @@ from flax import linen as nn
 from seqpe_jax.activations import ACTIVATIONS
 from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH, with_logical_constraint
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.models.attention import Cache, attend, attend_cached, attention_weights
+from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
 
 # The forgetting transformer lets a token through by a share sigmoid(x) (Lin et al. 2025, arXiv 2503.02130); CABLE takes a
 # bias softplus(x) from it (Veisi et al. 2025, arXiv 2503.08067), which is the same with the sign of x turned.
-FADES = {"forget": jax.nn.log_sigmoid, "cable": lambda x: -jax.nn.softplus(x)}
+GATES = {"forget": jax.nn.log_sigmoid, "cable": lambda x: -jax.nn.softplus(x)}
 REMAT = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -51,16 +51,16 @@ class Linear(nn.Module):
         return jnp.tensordot(x.astype(self.dtype), kernel, self.summed) + bias.astype(self.dtype)
 
 
-def summed(step_BLH: jax.Array) -> jax.Array:
+def summed(log_gate_BLH: jax.Array) -> jax.Array:
     """Returns the sums over all places up to each, float32[B, L, H]; their number may be symbolic (jax.export)."""
-    if isinstance(step_BLH.shape[1], int):
-        return jnp.cumsum(step_BLH, axis=1)
+    if isinstance(log_gate_BLH.shape[1], int):
+        return jnp.cumsum(log_gate_BLH, axis=1)
 
     def add(total_BH: jax.Array, step_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (total_BH + step_BH,) * 2
 
-    steps_LBH = jnp.moveaxis(step_BLH, 1, 0)
-    return jnp.moveaxis(jax.lax.scan(add, jnp.zeros_like(step_BLH[:, 0]), steps_LBH)[1], 0, 1)
+    steps_LBH = jnp.moveaxis(log_gate_BLH, 1, 0)
+    return jnp.moveaxis(jax.lax.scan(add, jnp.zeros_like(log_gate_BLH[:, 0]), steps_LBH)[1], 0, 1)
 
 
 class Block(nn.Module):
@@ -71,7 +71,7 @@ class Block(nn.Module):
       dropout: after attention and MLP; attention_dropout: on attention weights.
       attention_kind, attention_block: kind and block of `models.attention.attend`; causal: attend to the past only.
       scale_residual: residual projections start smaller by sqrt(2 * layers).
-      fade: how the block computes by how much each token lets those before it fade from sight, one of `FADES`; "" = not.
+      fade: how the block computes by how much each token lets those before it fade from sight, one of `GATES`; "" = not.
       gate_bias_init: each token lets those before it through by a share that begins near sigmoid(gate_bias_init).
       drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
         scaled up by as much (stochastic depth, Huang et al. 2016).
@@ -91,7 +91,7 @@ class Block(nn.Module):
     attention_block: int
     causal: bool = True
     scale_residual: bool = True
-    fade: str = ""
+    gate: str = ""
     gate_bias_init: float = 0.0
     drop_path: float = 0.0
 
@@ -107,8 +107,8 @@ class Block(nn.Module):
         self.mlp_in = linear((self.width, self.mlp_width), (WIDTH, MLP))
         self.mlp_out = linear((self.mlp_width, self.width), (MLP, WIDTH), kernel_init=residual_init)
         self.drop = nn.Dropout(self.dropout)
-        if self.fade:
-            bias = {"forget": self.gate_bias_init, "cable": -self.gate_bias_init}[self.fade]
+        if self.gate:
+            bias = {"forget": self.gate_bias_init, "cable": -self.gate_bias_init}[self.gate]
             self.fading = linear((self.width, heads), (WIDTH, HEADS), bias=bias)
 
     def __call__(
@@ -120,12 +120,14 @@ class Block(nn.Module):
           signal: of this layer; drop_path: in place of the attribute.
         """
         dropping = self.attention_dropout > 0 and not deterministic
-        step_BLH = self._fade(x_BLD)
-        fade_BLH = None if step_BLH is None else with_logical_constraint(summed(step_BLH), BATCH, LENGTH, HEADS)
+        log_gate_BLH = self._fade(x_BLD)
+        cum_log_gate_BLH = (
+            None if log_gate_BLH is None else with_logical_constraint(summed(log_gate_BLH), BATCH, LENGTH, HEADS)
+        )
         mixed = attend(
             *self._project(x_BLD),
             signal,
-            fade_BLH,
+            cum_log_gate_BLH,
             causal=self.causal,
             **self._how,
             dropout_rate=self.attention_dropout,
@@ -133,14 +135,14 @@ class Block(nn.Module):
         )
         return self._finish(x_BLD, mixed, deterministic, self.drop_path if drop_path is None else drop_path)
 
-    def extend(
+    def forward_cached(
         self,
         x_BLD: jax.Array,
         signal: PositionSignal,
-        cache: Cache,
+        cache: KVCache,
         places_PL: jax.Array,
         added_PHLS: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, KVCache]:
         """Returns the next states of some places of a window, and the cache with them in it.
 
         Args:
@@ -162,7 +164,7 @@ class Block(nn.Module):
 
     def _fade(self, x_BLD: jax.Array) -> jax.Array | None:
         """By how much each token raises the fade of all before it, float32[B, L, H], at most 0; None = not at all."""
-        return FADES[self.fade](self.fading(self.norm_1(x_BLD)).astype(jnp.float32)) if self.fade else None
+        return GATES[self.gate](self.fading(self.norm_1(x_BLD)).astype(jnp.float32)) if self.gate else None
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""
@@ -190,7 +192,7 @@ class Block(nn.Module):
         return jnp.where(kept, branch_BLD / (1 - rate), 0).astype(branch_BLD.dtype)
 
 
-class Scanned(nn.Module):
+class ScannedBlocks(nn.Module):
     """Blocks that differ in their weights alone, stacked [layers, ...] in a parameter `layers`: compiled once, looped over.
 
     Attributes:
@@ -235,20 +237,20 @@ class Scanned(nn.Module):
         return self.make(parent=None).apply({"params": params}, *arguments, method=method)
 
 
-def stack(params: dict, layers: int) -> dict:
-    """Returns the parameters of a model with `Scanned` blocks, given those of one with a block for each layer."""
+def stack_layers(params: dict, layers: int) -> dict:
+    """Returns the parameters of a model with `ScannedBlocks` blocks, given those of one with a block for each layer."""
     rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
     blocks = [params[f"blocks_{layer}"] for layer in range(layers)]
     return rest | {"blocks": {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
 
 
-def unstack(params: dict, layers: int) -> dict:
-    """Returns the parameters that `stack` was given."""
+def unstack_layers(params: dict, layers: int) -> dict:
+    """Returns the parameters that `stack_layers` was given."""
     rest, stacked = {name: value for name, value in params.items() if name != "blocks"}, params["blocks"]["layers"]
     return rest | {f"blocks_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(layers)}
 
 
-def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) -> "list[Block] | Scanned":
+def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) -> "list[Block] | ScannedBlocks":
     """Returns the blocks of a model, made of its attributes; inside its `setup`.
 
     Args:
@@ -272,7 +274,7 @@ def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) ->
     )
     rates = drop_path or (0.0,) * model.layers
     if model.scan:
-        return Scanned(make, model.layers, model.remat, rates)
+        return ScannedBlocks(make, model.layers, model.remat, rates)
     if model.remat == "none":
         return [make(drop_path=rate) for rate in rates]
     remade = nn.remat(Block, policy=REMAT[model.remat], static_argnums=3)
@@ -280,18 +282,18 @@ def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) ->
 
 
 def run_blocks(
-    blocks: "list[Block] | Scanned", x_BLD: jax.Array, signal: PositionSignal, deterministic: bool
+    blocks: "list[Block] | ScannedBlocks", x_BLD: jax.Array, signal: PositionSignal, deterministic: bool
 ) -> jax.Array:
     """Returns the states after all blocks, each with its own part of the signal."""
-    if isinstance(blocks, Scanned):
+    if isinstance(blocks, ScannedBlocks):
         return blocks(x_BLD, signal, deterministic)
     for layer, block in enumerate(blocks):
         x_BLD = block(x_BLD, signal.at_layer(layer), deterministic)
     return x_BLD
 
 
-def run_block(blocks: "list[Block] | Scanned", layer: int, method: str, *arguments: Any) -> Any:
+def run_block(blocks: "list[Block] | ScannedBlocks", layer: int, method: str, *arguments: Any) -> Any:
     """Returns what a method of one block returns, without dropout."""
-    if isinstance(blocks, Scanned):
+    if isinstance(blocks, ScannedBlocks):
         return blocks.one(layer, method, *arguments)
     return getattr(blocks[layer], method)(*arguments)

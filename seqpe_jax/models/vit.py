@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.encodings.base import PositionSignal, fit_batch
+from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.transformer import make_blocks, run_block, run_blocks
 
@@ -107,5 +107,5 @@ class ViT(nn.Module):
         first_BLD = jnp.broadcast_to(self.class_token.astype(self.dtype), (images.shape[0], 1, self.width))
         x_BLD = jnp.concatenate([first_BLD, x_BLD], axis=1)
         if signal.added is not None:
-            x_BLD = x_BLD + fit_batch(signal.added, images.shape[0])
+            x_BLD = x_BLD + broadcast_to_batch(signal.added, images.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

@@ -196,8 +196,8 @@ def _train(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
 
 def _evaluate(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     params, batch = trainer.init_state().params, _batch(trainer)
-    signal = trainer.programs.signal(params, trainer.config.grid)  # once for all batches, as evaluation does
-    compiled = trainer.programs.examiner(trainer.task.task_loss).lower(params, signal, batch).compile()
+    signal = trainer.compiled.signal(params, trainer.config.grid)  # once for all batches, as evaluation does
+    compiled = trainer.compiled.eval_step(trainer.task.task_loss).lower(params, signal, batch).compile()
     return lambda: compiled(params, signal, batch), compiled
 
 
@@ -207,19 +207,19 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     own = window if trainer.config.encoding.window_dependence else None
     check_generation(trainer.config, [length], Sampling(DECODED + 1), own)
     params, batch = trainer.init_state().params, _batch(trainer)
-    static = decode.Static(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
-    programs = decode.halves(trainer.architecture.network, static, layout.MeshSharding(trainer.mesh))
-    signal = trainer.programs.signal(params, (window,))
-    draw = decode.Draw(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
+    static = decode.SamplingStatic(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
+    functions = decode.decode_functions(trainer.architecture.network, static, layout.MeshSharding(trainer.mesh))
+    signal = trainer.compiled.signal(params, (window,))
+    draw = decode.SamplingArgs(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
     rows = trainer.config.batch_size
     put = layout.from_full_batch(
         trainer.mesh, {"lengths": np.full(rows, length, np.int32), "index": np.arange(rows, dtype=np.int32)}
     )
     prompts = (batch["tokens"][:, :-1], put["lengths"], put["index"], draw)
-    state = programs.begin(params["model"], signal, *prompts)
+    state = functions.prefill(params["model"], signal, *prompts)
     # The cache is not donated here, so that every call begins with the same one.
-    advance = jax.jit(functools.partial(decode.advance, trainer.architecture.network, static=static))
-    compiled = advance.lower(params["model"], signal, state, draw, np.int32(DECODED + 1)).compile()
+    decode_loop = jax.jit(functools.partial(decode.decode_loop, trainer.architecture.network, static=static))
+    compiled = decode_loop.lower(params["model"], signal, state, draw, np.int32(DECODED + 1)).compile()
     return lambda: compiled(params["model"], signal, state, draw, np.int32(DECODED + 1)), compiled
 
 
@@ -229,7 +229,7 @@ def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
         return None
     if mode == "eval":
         params = trainer.init_state().params
-        return lambda: trainer.programs.signal(params, trainer.config.grid)
+        return lambda: trainer.compiled.signal(params, trainer.config.grid)
     return _encode(trainer)[0]
 
 

@@ -145,7 +145,7 @@ def _at(model: Any, task: Evaluator, eval_size: tuple[int, ...], split: str) -> 
     label = f"{task.size_name} {'x'.join(map(str, eval_size))}"
     line = ProgressLine(1, label=label)
     result = evaluate_at(
-        task, model.programs, model.params, eval_size, split, lambda done, total: line.update(done, total=total)
+        task, model.compiled, model.params, eval_size, split, lambda done, total: line.update(done, total=total)
     )
     line.close()
     metric_names = [f"{result[name]:,} {name}" for name in COUNTED if name in result]
@@ -163,14 +163,14 @@ def _at(model: Any, task: Evaluator, eval_size: tuple[int, ...], split: str) -> 
 
 def arrays_of(model: Any, eval_size: tuple[int, ...], split: str) -> Arrays:
     """Returns what is drawn of a model at a scale: how alike its vectors are, and where the class token looks."""
-    similarity = model.programs.similarity(model.params, model.task.grid_of(eval_size))
+    similarity = model.compiled.similarity(model.params, model.task.grid_of(eval_size))
     samples = model.task.sample_images(eval_size, split, NUM_ATTENTION_IMAGES)
     if samples is None:
         return {"similarity": similarity, "attention": None}
     images, shown = samples
     return {
         "similarity": similarity,
-        "attention": {"images": shown, "attention": model.programs.attention(model.params, images)},
+        "attention": {"images": shown, "attention": model.compiled.attention(model.params, images)},
     }
 
 

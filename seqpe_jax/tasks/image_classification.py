@@ -19,7 +19,7 @@ from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.files import as_path, atomic_write, parse_json
-from seqpe_jax.inference.exported import Signature
+from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.models.build import DataSpec, Shape
 from seqpe_jax.tasks.data_spec import read_data_spec
@@ -161,7 +161,7 @@ class ImageClassification(Task):
         """Returns the patches along each axis of an example of a size."""
         return self.config.grid_of(self.config.sides_of(eval_size))
 
-    def export_signature(self, reach: tuple[int, ...]) -> Signature:
+    def export_signature(self, reach: tuple[int, ...]) -> ExportSignature:
         """Returns what a model that serves grids of patches up to `reach` reads and returns."""
         data_spec, patch = self.data_spec, self.config.model.patch
         letters = ("frames", "rows", "columns")[-len(patch) :]
@@ -175,7 +175,7 @@ class ImageClassification(Task):
         sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, reach, patch, strict=True))
         mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (data_spec.mean, data_spec.std))
         classes = str(data_spec.classes)
-        return Signature(
+        return ExportSignature(
             "images",
             "float32",
             shape,

@@ -19,7 +19,7 @@ from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
-from seqpe_jax.inference.exported import Signature
+from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import NextTokenLoss
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.tasks.data_spec import read_data_spec
@@ -181,7 +181,7 @@ class LanguageModeling(Task):
         """Returns the positions of a window along its axis."""
         return eval_size
 
-    def export_signature(self, reach: tuple[int]) -> Signature:
+    def export_signature(self, reach: tuple[int]) -> ExportSignature:
         """Returns what a model that serves windows of up to (length,) reads and returns."""
         (length,), rows, known = reach, self.data_spec.vocabulary, self.tokenizer.ids
         example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
@@ -190,7 +190,7 @@ class LanguageModeling(Task):
             example = f"numpy.frombuffer(b'def main():'[:{length}], 'uint8').astype('int32')[None]"
             ids = "the bytes of UTF-8 text"
         spare = f"; {rows - len(known)} of the {rows} ids are no tokens" if rows > len(known) else ""
-        return Signature(
+        return ExportSignature(
             "tokens",
             "int32",
             ("batch", "length"),

@@ -15,8 +15,8 @@ from seqpe_jax.config import Config
 from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.compiled import Programs, Progress, silent
-from seqpe_jax.inference.exported import Signature
+from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress
+from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.inference.generate import generate
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.models.build import DataSpec, Params, Shape
@@ -37,7 +37,7 @@ class EvalContext:
     generate: Callable[..., Any]
     put: Callable[[dict[str, Any]], dict[str, jax.Array]]
     batch: int
-    progress: Progress = silent
+    progress: Progress = no_progress
 
 
 class Evaluator(Protocol):
@@ -154,7 +154,7 @@ class Task(abc.ABC):
         """Returns the result of one scale."""
 
     @abc.abstractmethod
-    def export_signature(self, reach: Shape) -> Signature:
+    def export_signature(self, reach: Shape) -> ExportSignature:
         """Returns what a model that serves up to `reach` positions along each axis reads and returns."""
 
     def extra_evaluators(self) -> tuple[Evaluator, ...]:
@@ -197,7 +197,12 @@ def check_eval_size(task: Evaluator, reach: Shape | None, eval_size: Shape, spli
 
 
 def evaluate_at(
-    task: Evaluator, programs: Programs, params: Params, eval_size: Shape, split: str, progress: Progress = silent
+    task: Evaluator,
+    compiled: CompiledModel,
+    params: Params,
+    eval_size: Shape,
+    split: str,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Returns a task's result at one scale, (length,) or (height, width); the signal is computed once.
 
@@ -207,13 +212,13 @@ def evaluate_at(
     Raises:
       InputError: as of `check_eval_size`.
     """
-    check_eval_size(task, programs.architecture.reach, eval_size, split)
-    shape, parts = task.grid_of(eval_size), layout.batch_shards(programs.mesh)
+    check_eval_size(task, compiled.architecture.reach, eval_size, split)
+    shape, parts = task.grid_of(eval_size), layout.batch_shards(compiled.mesh)
     batch = max(1, task.config.eval.batch_tokens // math.prod(shape))
     ctx = EvalContext(
-        eval_step=functools.partial(programs.examiner(task.task_loss), params, programs.signal(params, shape)),
-        generate=functools.partial(generate, programs, task.config, params),
-        put=functools.partial(layout.from_full_batch, programs.mesh),
+        eval_step=functools.partial(compiled.eval_step(task.task_loss), params, compiled.signal(params, shape)),
+        generate=functools.partial(generate, compiled, task.config, params),
+        put=functools.partial(layout.from_full_batch, compiled.mesh),
         batch=-(-batch // parts) * parts,
         progress=progress,
     )

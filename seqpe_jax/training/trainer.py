@@ -23,10 +23,10 @@ from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, tmp_dir
-from seqpe_jax.inference.compiled import Programs, Progress, silent, use_sharding
+from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, use_sharding
 from seqpe_jax.losses.train_loss import TrainLoss
-from seqpe_jax.models.attention_dispatch import choose
-from seqpe_jax.models.attention_inputs import Operands
+from seqpe_jax.models.attention_dispatch import dispatch
+from seqpe_jax.models.attention_inputs import AttentionInputs
 from seqpe_jax.models.build import Architecture, Params, Shape, check_encoding, flops_of
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.data_spec import write_data_spec
@@ -152,9 +152,9 @@ class Trainer:
         return self.train_loss.architecture
 
     @functools.cached_property
-    def programs(self) -> Programs:
+    def compiled(self) -> CompiledModel:
         """The model under this mesh as evaluation asks it."""
-        return Programs(self.architecture, self.mesh)
+        return CompiledModel(self.architecture, self.mesh)
 
     @property
     def flops_per_step(self) -> dict[str, float]:
@@ -207,7 +207,7 @@ class Trainer:
         for step, batch in train.prefetch(first):
             yield step, layout.from_local_rows(self.mesh, batch)
 
-    def evaluate(self, params: Params, progress: Progress = silent) -> dict[str, float]:
+    def evaluate(self, params: Params, progress: Progress = no_progress) -> dict[str, float]:
         """Returns what is measured while training, on the validation split, e.g. {"eval/loss@512": nats}.
 
         Args:
@@ -215,7 +215,7 @@ class Trainer:
         """
         results = {}
         for eval_size in self.task.eval_sizes():
-            result = evaluate_at(self.task, self.programs, params, eval_size, "validation", progress)
+            result = evaluate_at(self.task, self.compiled, params, eval_size, "validation", progress)
             results |= {_measured(name, eval_size): result[name] for name in self.task.metrics(self.config)}
         return results
 
@@ -407,7 +407,7 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
     """Refuses an implementation of attention that cannot serve what the config trains, before anything is compiled.
 
     Raises:
-      InputError: as `models.choice.choose`.
+      InputError: as `models.choice.dispatch`.
     """
     model, tokens = settings.model, architecture.prefix + architecture.places
     shape = (settings.batch_size, tokens, model.heads, model.width // model.heads)
@@ -415,17 +415,17 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1].at_layer(0), key)
-    operands = Operands(
+    inputs = AttentionInputs(
         array,
         array,
         array,
         signal.features,
         signal.bias,
-        last=None if settings.is_image else number,
-        seed=number if model.attention_dropout else None,
+        causal_offset=None if settings.is_image else number,
+        dropout_seed=number if model.attention_dropout else None,
     )
-    choose(
-        model.attention_kind, model.attention_block, operands, device=used.device, split=used.shards(axes.LENGTH) > 1
+    dispatch(
+        model.attention_kind, model.attention_block, inputs, device=used.device, split=used.shards(axes.LENGTH) > 1
     )
 
 

@@ -58,7 +58,9 @@ def first_params(settings: Config, mesh: jax.sharding.Mesh, shapes: Any) -> Any:
         params, _ = saved.restore_params(shapes)
     else:  # the same blocks, kept in the other way
         other, own = (
-            (transformer.unstack, transformer.stack) if model.scan else (transformer.stack, transformer.unstack)
+            (transformer.unstack_layers, transformer.stack_layers)
+            if model.scan
+            else (transformer.stack_layers, transformer.unstack_layers)
         )
         theirs = jax.eval_shape(lambda params: params | {"model": other(params["model"], model.layers)}, shapes)
         params, _ = saved.restore_params(layout.with_shardings(mesh, {"params": theirs})[0]["params"])

@@ -12,7 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.attention import place
+from seqpe_jax.models.attention import apply_position_signal
 from seqpe_jax.models.build import Architecture, DataSpec
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, every_part, random_params, tiny_config
@@ -40,7 +40,7 @@ def test_parts_leave_the_parameters_of_the_first_as_they_are():
     )
     assert shapes(alone) == shapes(composed)
     params = random_params(alone, 0.3)
-    one, other = (run.programs.signal(params, (20,)) for run in (alone, composed))
+    one, other = (run.compiled.signal(params, (20,)) for run in (alone, composed))
     for found, expected in zip(other.features, one.features, strict=True):
         np.testing.assert_array_equal(found, expected)
     assert one.rotation is None and other.rotation[0].shape == (1, 20, 2, 4), "of 6 pairs, in 2 heads"
@@ -56,7 +56,7 @@ def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
     )
     assert shapes(plain) == shapes(scaled)
     params = random_params(plain, 0.3)
-    one, other = (run.programs.signal(params, (20,)) for run in (plain, scaled))
+    one, other = (run.compiled.signal(params, (20,)) for run in (plain, scaled))
     assert other.factors is not None
     jax.tree.map(np.testing.assert_array_equal, one, other.replace(factors=None))
 
@@ -65,7 +65,7 @@ def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
 def test_a_baseline_reaches_the_first_heads_alone(kind):
     fields = {"variant": kind, "model__heads": 4, "encoding__position_heads": 3}
     run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
-    signal = run.programs.signal(random_params(run, 0.3), (20,))
+    signal = run.compiled.signal(random_params(run, 0.3), (20,))
     field, neutral = (signal.features, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
     for part, value in zip(field, neutral, strict=True):
         assert part.shape[-2] == 4 and (part[..., 3, :] == value).all() and (part[..., :3, :] != value).any()
@@ -176,7 +176,7 @@ def test_no_state_reads_the_future(kind):
     )
     params, network = random_params(run, 0.5), run.architecture.network
     tokens_BL = jax.random.randint(jax.random.PRNGKey(1), (1, length), 0, 256)
-    signal = run.programs.signal(params, (length,))
+    signal = run.compiled.signal(params, (length,))
 
     @jax.jit
     def slopes(added):
@@ -200,7 +200,9 @@ def test_scaling_multiplies_the_logits_of_arrows():
     signal = PositionSignal(polar=(jnp.cos(angles), jnp.sin(angles)), polar_shift=jnp.zeros((2, 4)))
     factors = (jnp.full((1, 1, 1, 1), 3.0), jnp.ones((1, 1, 1, 1)))
     query, key, value = draw
-    placed, scaled = (place(query, key, value, one) for one in (signal, signal.replace(factors=factors)))
+    placed, scaled = (
+        apply_position_signal(query, key, value, one) for one in (signal, signal.replace(factors=factors))
+    )
     np.testing.assert_allclose(scaled[0], 3.0 * placed[0], rtol=1e-6)
     np.testing.assert_allclose(scaled[1], placed[1])
 
@@ -214,7 +216,7 @@ def test_scaled_queries_change_what_is_longer_than_in_training_alone():
     def logits(signal):
         return plain.architecture.network.apply({"params": params["model"]}, tokens_BL, signal)
 
-    with_scaling, without = (run.programs.signal(params, (32,)) for run in (scaled, plain))
+    with_scaling, without = (run.compiled.signal(params, (32,)) for run in (scaled, plain))
     found = logits(with_scaling)
     seen = np.arange(1, 33)
     factors = np.maximum(1.0, np.log(seen) / np.log(16))[None, :, None, None]

@@ -11,9 +11,9 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import use_sharding
-from seqpe_jax.models.attention import attend, faded
+from seqpe_jax.models.attention import attend, forget_gate_features
 from seqpe_jax.models.build import Architecture, DataSpec
-from seqpe_jax.models.transformer import FADES
+from seqpe_jax.models.transformer import GATES
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
 from tests.tiny import every_part, random_params, tiny_config
@@ -218,7 +218,7 @@ def test_tokens_fade_by_what_those_after_them_say(kind):
     length = 12
     told = np.random.default_rng(2).normal(size=(2, length, HEADS))
     steps = {"forget": -softplus(-told), "cable": -softplus(told)}[kind]
-    np.testing.assert_allclose(FADES[kind](jnp.asarray(told, jnp.float32)), steps, atol=1e-6)
+    np.testing.assert_allclose(GATES[kind](jnp.asarray(told, jnp.float32)), steps, atol=1e-6)
     q, k, v = operands(length)
     for sample in range(2):
         one = [array[sample : sample + 1] for array in (q, k, v)]
@@ -226,7 +226,7 @@ def test_tokens_fade_by_what_those_after_them_say(kind):
         expected = mixed(logit, *one, causal=True)
         fade = jnp.cumsum(jnp.asarray(steps[sample : sample + 1], jnp.float32), axis=1)
         np.testing.assert_allclose(attend(*one, PositionSignal(), fade), expected, atol=1e-5)
-    assert faded(fade, fade)[0].shape == (1, length, HEADS, 2)
+    assert forget_gate_features(fade, fade)[0].shape == (1, length, HEADS, 2)
 
 
 @pytest.mark.parametrize("scaling, lengths", [("linear", PAPERS), ("ntk", PAPERS), ("yarn", PAPERS), ("yarn", OTHERS)])
@@ -326,7 +326,7 @@ def test_gates_begin_as_open_as_they_are_told(kind, fade, scan):
     biases = [leaf for name, leaf in flat(params["model"], "/").items() if name.endswith("fading/bias")]
     assert sum(bias.size for bias in biases) == settings.model.layers * settings.model.heads
     for bias in biases:
-        np.testing.assert_allclose(np.exp(FADES[fade](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)
+        np.testing.assert_allclose(np.exp(GATES[fade](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["t5", "kerple", "pope"])

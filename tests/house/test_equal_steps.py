@@ -78,7 +78,7 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
             dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1]
         )
         params = random_params(plain, 0.2)
-        params["model"] = transformer.stack(params["model"], model.layers)
+        params["model"] = transformer.stack_layers(params["model"], model.layers)
         state = create_train_state(params, parts.optimizer, jax.random.PRNGKey(0))
     else:
         state = random_state(parts, 0.2)
@@ -86,7 +86,7 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
     state, metrics = parts.train_step()(jax.device_put(state, shardings), batch_of(task, parts))
     params = jax.device_get(state.params)
     if model.scan:
-        params["model"] = transformer.unstack(params["model"], model.layers)
+        params["model"] = transformer.unstack_layers(params["model"], model.layers)
     return jax.device_get(metrics), params
 
 

@@ -13,7 +13,7 @@ from seqpe_jax.encodings.fixed import SCALINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode
 from seqpe_jax.inference import generate as generation
-from seqpe_jax.inference.compiled import Programs
+from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import every_part, random_params, tiny_config
@@ -41,13 +41,13 @@ def run_of(variant: str = "seqpe", devices: int = 1, **fields):
 
 def generate(run, params, prompts, sampling, **options):
     """What follows prompts, by a run's own model."""
-    return generation.generate(run.programs, run.config, params, prompts, sampling, run.task.known_V, **options)
+    return generation.generate(run.compiled, run.config, params, prompts, sampling, run.task.known_V, **options)
 
 
 def uncached(run, params, prompt, new: int, window: int):
     """Greedy tokens and their logits, each from a forward over everything before it, under the window's signal."""
     model, variables = run.architecture.network, {"params": params["model"]}
-    signal = run.programs.signal(params, (window,), window)
+    signal = run.compiled.signal(params, (window,), window)
 
     @jax.jit
     def forward(buffer_BL, at):
@@ -196,26 +196,33 @@ def test_work_ends_when_every_text_has(seqpe):
     run, params = seqpe
     prompt = PROMPTS[0]
     end = int(generate(run, params, [prompt], Sampling(1))[0].tokens[0])
-    heard, done = [], []
+    on_update, done = [], []
     sampling = Sampling(NEW, end=end)
     generate(
-        run, params, [prompt], sampling, heard=lambda *one: heard.append(one), progress=lambda *one: done.append(one)
+        run,
+        params,
+        [prompt],
+        sampling,
+        on_update=lambda *one: on_update.append(one),
+        progress=lambda *one: done.append(one),
     )
-    assert len(heard) == 1 and heard[0][1].tokens.tolist() == [end] and done[-1] == (NEW, NEW)
-    static, model = decode.Static(NEW, True, True, False), run.architecture.network
-    signal = run.programs.signal(params, (len(prompt) + NEW,))
+    assert len(on_update) == 1 and on_update[0][1].tokens.tolist() == [end] and done[-1] == (NEW, NEW)
+    static, model = decode.SamplingStatic(NEW, True, True, False), run.architecture.network
+    signal = run.compiled.signal(params, (len(prompt) + NEW,))
 
     @jax.jit
     def steps(end):
-        draw = decode.Draw(jax.random.PRNGKey(0), 1.0, 1.0, end, True)
+        sampling_args = decode.SamplingArgs(jax.random.PRNGKey(0), 1.0, 1.0, end, True)
         tokens_BL, lengths_B = jnp.asarray([prompt, prompt]), jnp.array([len(prompt), 0])  # the second row is padding
-        state = decode.begin(model, params["model"], signal, tokens_BL, lengths_B, lengths_B, draw, static=static)
-        return decode.advance(model, params["model"], signal, state, draw, NEW, static=static).step
+        state = decode.prefill(
+            model, params["model"], signal, tokens_BL, lengths_B, lengths_B, sampling_args, static=static
+        )
+        return decode.decode_loop(model, params["model"], signal, state, sampling_args, NEW, static=static).step
 
     assert (steps(end), steps(-1)) == (1, NEW)
-    heard.clear()
-    generate(run, params, [prompt], Sampling(NEW), heard=lambda *one: heard.append(one))
-    counts = [len(result.tokens) for _, result in heard]
+    on_update.clear()
+    generate(run, params, [prompt], Sampling(NEW), on_update=lambda *one: on_update.append(one))
+    counts = [len(result.tokens) for _, result in on_update]
     assert len(counts) > 2 and counts == sorted(set(counts)) and counts[-1] == NEW
 
 
@@ -275,16 +282,16 @@ def test_batches_take_every_prompt_once_in_few_shapes():
 
 
 def test_a_long_prompt_needs_no_square_array(seqpe):
-    from tests.programs import holds
+    from tests.compiled import holds
 
     def program(block):
         run, params = run_of(model__attention_block=block)
-        length, static = 48, decode.Static(8, True, True, False)
-        signal = run.programs.signal(params, (length + 8,))
-        begin = functools.partial(decode.begin, run.architecture.network, static=static)
-        draw = decode.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
-        arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), draw)
-        return jax.make_jaxpr(begin)(params["model"], signal, *arguments).jaxpr
+        length, static = 48, decode.SamplingStatic(8, True, True, False)
+        signal = run.compiled.signal(params, (length + 8,))
+        prefill = functools.partial(decode.prefill, run.architecture.network, static=static)
+        sampling_args = decode.SamplingArgs(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
+        arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), sampling_args)
+        return jax.make_jaxpr(prefill)(params["model"], signal, *arguments).jaxpr
 
     square = 8 * 2 * 48 * 56  # samples, heads, queries, keys
     assert holds(program(0), square) and not holds(program(8), square)
@@ -293,15 +300,20 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
 def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
     def flops(**fields):
         run, params = run_of(**fields)
-        static = decode.Static(8, True, True, False)
-        signal = jax.eval_shape(lambda params: run.programs.signal(params, (40,)), params)
-        draw = decode.Draw(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
-        prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), draw)
-        begin, advance = (
-            functools.partial(f, run.architecture.network, static=static) for f in (decode.begin, decode.advance)
+        static = decode.SamplingStatic(8, True, True, False)
+        signal = jax.eval_shape(lambda params: run.compiled.signal(params, (40,)), params)
+        sampling_args = decode.SamplingArgs(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
+        prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), sampling_args)
+        prefill, decode_loop = (
+            functools.partial(f, run.architecture.network, static=static) for f in (decode.prefill, decode.decode_loop)
         )
-        state = jax.eval_shape(begin, params["model"], signal, *prompts)
-        return jax.jit(advance).lower(params["model"], signal, state, draw, 8).compile().cost_analysis()["flops"]
+        state = jax.eval_shape(prefill, params["model"], signal, *prompts)
+        return (
+            jax.jit(decode_loop)
+            .lower(params["model"], signal, state, sampling_args, 8)
+            .compile()
+            .cost_analysis()["flops"]
+        )
 
     plain = flops()
     assert plain == flops(encoding__layers=4, encoding__max_position=10**7) > 0
@@ -331,7 +343,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
     field, short, long = run.config.encoding.window_dependence, [1] * 5, [1] * 13
     with monkeypatch.context() as patch:
         patch.setattr(decode, "decode", record)
-        patch.setattr(Programs, "signal", lambda self, params, shape, first: windows.append(shape))
+        patch.setattr(CompiledModel, "signal", lambda self, params, shape, first: windows.append(shape))
         if field:
             words = f"the training window of 16 .* with {field} .* choose it, --window=25 or more"
             with pytest.raises(InputError, match=words):
@@ -344,7 +356,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
         ):
             window_of([short], 3, 40)
         alone, beside = window_of([short], 3), window_of([short, long], 20)
-    signals = [run.programs.signal(params, shape, 8) for shape in (alone, beside)]
+    signals = [run.compiled.signal(params, shape, 8) for shape in (alone, beside)]
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), *signals)
 
 

@@ -137,12 +137,12 @@ def test_a_run_of_ours_is_read_whatever_the_reference_knows(tmp_path, kind):
         settings = test_serving.vit_config(encoding__mode="attn_scalar", **fields)
         inputs = np.random.default_rng(0).normal(size=(2, 12, 8, 1)).astype(np.float32)
     folder = str(saved_run(tmp_path / "ours", settings))
-    model, run = load_reference(folder), loading.opened(folder)
+    model, run = load_reference(folder), loading.open_model(folder)
     params = run.params
     expected = jax.jit(functools.partial(test_serving.own_logits, run))(params, inputs)
     np.testing.assert_allclose(model.logits(inputs), expected, atol=1e-5)
     places = np.asarray(run.architecture.position_grid.positions((3,) * len(settings.grid)))
-    vectors = run.programs.vectors(params, (3,) * len(settings.grid))
+    vectors = run.compiled.vectors(params, (3,) * len(settings.grid))
     np.testing.assert_allclose(
         model.encode_positions(places / run.architecture.position_grid.position_resolution), vectors, atol=1e-5
     )
@@ -171,8 +171,8 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
     run = str(tmp_path / "run")
     assert conversion.to_run(str(source), run, str(tokenizer))["tokenizer"]
-    report, _ = evaluate(loading.opened(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
-    values = config.to_dict(loading.saved_config(run))
+    report, _ = evaluate(loading.open_model(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
+    values = config.to_dict(loading.load_run_config(run))
     values["data"] |= {"name": "text_files", "paths": (str(text),)}
     tokens = np.asarray(Trainer.of(config.from_dict(values)).task.source("test").tokens, np.int32)
     windows = tokens[: report["results"][0]["tokens"] + 1]
@@ -449,7 +449,7 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     with pytest.raises(InputError, match="a run of ours already"):
         conversion.to_run(str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="came without a tokenizer"):
-        evaluate(loading.opened(str(tmp_path / "run")))
+        evaluate(loading.open_model(str(tmp_path / "run")))
     base36 = saved_run(tmp_path / "base36", tiny_config(encoding__base=36))
     with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
         conversion.to_reference(str(base36), str(tmp_path / "out"))

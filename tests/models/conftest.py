@@ -13,6 +13,8 @@ def small_kernel(monkeypatch):
     monkeypatch.setattr(attention_tpu, "LANES", 4)
     monkeypatch.setattr(attention_tpu, "BLOCKS", (4,))
     monkeypatch.setattr(
-        attention_dispatch, "refusal", lambda operands, *_: "a bias" if operands.bias is not None else ""
+        attention_dispatch, "unsupported_reason", lambda inputs, *_: "a bias" if inputs.bias is not None else ""
     )
-    monkeypatch.setattr(attention_dispatch.cudnn, "flash", functools.partial(attention_tpu.flash, interpret=True))
+    monkeypatch.setattr(
+        attention_dispatch.attention_cudnn, "flash", functools.partial(attention_tpu.flash, interpret=True)
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from seqpe_jax.axes import use_sharding
 from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
-from seqpe_jax.encodings.base import PositionSignal, fit_batch
+from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
 from seqpe_jax.encodings.fixed import ALiBi
 from seqpe_jax.models import attention_inputs
 from seqpe_jax.models.attention import attend
@@ -181,7 +181,7 @@ def test_a_long_window_holds_no_square_array_by_itself():
 
 
 def test_sample_i_uses_set_i_mod_p():
-    assert fit_batch(jnp.arange(3)[:, None], 6)[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
+    assert broadcast_to_batch(jnp.arange(3)[:, None], 6)[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
@@ -253,12 +253,12 @@ def test_dropout_masks_look_random():
     """Each bit of mask is its own: no mean over a row, column, head or sample is far from the rate, no neighbours alike."""
     sample, head, row, column = (jnp.arange(n, dtype=jnp.int32) for n in (3, 4, 64, 64))
     places = sample[:, None, None, None], head[:, None, None], row[:, None], column
-    mask = np.asarray(attention_inputs.kept(jnp.int32(5), *places, 0.25))
+    mask = np.asarray(attention_inputs.dropout_mask(jnp.int32(5), *places, 0.25))
     assert mask.shape == (3, 4, 64, 64) and set(np.unique(mask)) == {np.float32(0), np.float32(4 / 3)}
     assert mask.mean() == pytest.approx(1, abs=0.01)
     for axes, spread in (((0, 1, 2), 0.1), ((0, 1, 3), 0.1), ((2, 3), 0.05)):
         assert abs(mask.mean(axis=axes) - 1).max() < spread
     for axis in range(4):
         assert abs(np.corrcoef(mask.ravel(), np.roll(mask, 1, axis).ravel())[0, 1]) < 0.02
-    other = np.asarray(attention_inputs.kept(jnp.int32(6), *places, 0.25))
+    other = np.asarray(attention_inputs.dropout_mask(jnp.int32(6), *places, 0.25))
     assert abs(np.corrcoef(mask.ravel(), other.ravel())[0, 1]) < 0.02

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.models.attention import Cache, attend, attend_cached, position_logits
+from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
 from tests.models.test_attention import BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, random, signals
 
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.usefixtures("small_kernel")
 PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
 
 
-def junk_cache(gates: bool = False) -> Cache:
+def junk_cache(gates: bool = False) -> KVCache:
     """A cache whose every place holds what must never be read."""
     fade = jnp.full((BATCH, LENGTH, HEADS), 1e4) if gates else None
-    return Cache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4), fade)
+    return KVCache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4), fade)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "everything", "gates", "gates, features", "gates, everything"])
@@ -40,18 +40,18 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
             }
         )
     )
-    step_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
-    whole = attend(*QKV, signal, None if step_BLH is None else jnp.cumsum(step_BLH, axis=1), kind="plain")
+    log_gate_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
+    whole = attend(*QKV, signal, None if log_gate_BLH is None else jnp.cumsum(log_gate_BLH, axis=1), kind="plain")
     prompt = max(PROMPTS_B) - 1
     run = jax.jit(functools.partial(attend_cached, **IMPLEMENTATIONS[how]))
-    steps = () if step_BLH is None else (None, step_BLH[:, :prompt])
+    steps = () if log_gate_BLH is None else (None, log_gate_BLH[:, :prompt])
     mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(gates), jnp.arange(prompt)[None], *steps)
     np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
     # Each sample goes on from its own place: what was written past it is written again.
     for step in range(LENGTH - min(PROMPTS_B)):
         places_B = np.minimum(PROMPTS_B + step, LENGTH - 1)
         token = [np.take_along_axis(np.asarray(part), places_B[:, None, None, None], axis=1) for part in QKV]
-        steps = (None, jnp.take_along_axis(step_BLH, places_B[:, None, None], axis=1)) if gates else ()
+        steps = (None, jnp.take_along_axis(log_gate_BLH, places_B[:, None, None], axis=1)) if gates else ()
         mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None], *steps)
         expected = np.take_along_axis(np.asarray(whole), places_B[:, None, None, None], axis=1)
         np.testing.assert_allclose(mixed, expected, atol=2e-5)
@@ -59,7 +59,7 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
         places_P1 = jnp.asarray(PROMPTS_B)[:, None]
         token = [jnp.take_along_axis(part, places_P1[..., None, None], axis=1) for part in QKV]
         results = [
-            attend_cached(*token, signal, cache, places_P1, added, step_BLH[:, :1] if gates else None)[0]
+            attend_cached(*token, signal, cache, places_P1, added, log_gate_BLH[:, :1] if gates else None)[0]
             for added in (None, position_logits(signal, places_P1, LENGTH))
         ]
         np.testing.assert_allclose(*results, atol=2e-5)
@@ -91,16 +91,18 @@ def test_the_model_goes_on_where_its_cache_ends(remat):
     for signal in (composed, PositionSignal(added=added)):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
-        extend = jax.jit(functools.partial(model.apply, variables, method="extend"))
-        states, cache = extend(tokens_BL[:, :3], signal, model.empty_cache(3, LENGTH, signal), jnp.arange(3)[None])
+        forward_cached = jax.jit(functools.partial(model.apply, variables, method="forward_cached"))
+        states, cache = forward_cached(
+            tokens_BL[:, :3], signal, model.init_cache(3, LENGTH, signal), jnp.arange(3)[None]
+        )
         parts = [states]
         for place in range(3, LENGTH):
-            states, cache = extend(tokens_BL[:, place : place + 1], signal, cache, jnp.full((3, 1), place))
+            states, cache = forward_cached(tokens_BL[:, place : place + 1], signal, cache, jnp.full((3, 1), place))
             parts.append(states)
         np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 
 
 def test_the_cache_has_the_type_of_the_arithmetic():
-    cache = GPT2(vocabulary=11, layers=3, width=8, heads=2, dtype=jnp.bfloat16).empty_cache(5, 7, PositionSignal())
+    cache = GPT2(vocabulary=11, layers=3, width=8, heads=2, dtype=jnp.bfloat16).init_cache(5, 7, PositionSignal())
     assert len(cache) == 3
     assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache)} == {((5, 7, 2, 4), jnp.dtype("bfloat16"))}

@@ -10,8 +10,8 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
-from seqpe_jax.models.attention_blockwise import blockwise
-from seqpe_jax.models.attention_inputs import Operands, plain
+from seqpe_jax.models.attention_blockwise import blockwise_attention
+from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
 from seqpe_jax.models.build import Architecture, DataSpec
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import tiny_config
@@ -28,7 +28,7 @@ def shapes(length=1024, keys=None, *, width=64, features=0, causal=True, dtype=j
     """The shapes of operands of 2 samples and 3 heads."""
     keys = keys or length
     array = jax.ShapeDtypeStruct
-    return Operands(
+    return AttentionInputs(
         array((2, length, 3, width), dtype),
         array((2, keys, 3, width), dtype),
         array((2, keys, 3, width), dtype),
@@ -36,24 +36,24 @@ def shapes(length=1024, keys=None, *, width=64, features=0, causal=True, dtype=j
         if features
         else None,
         bias=array((1, 3, length, keys), jnp.float32) if bias else None,
-        last=array((1,), jnp.int32) if causal else None,
-        seed=array((), jnp.int32) if drop else None,
+        causal_offset=array((1,), jnp.int32) if causal else None,
+        dropout_seed=array((), jnp.int32) if drop else None,
     )
 
 
-NAMES = {plain: "plain", attention_tpu.flash: "tpu", attention_cudnn.flash: "cudnn"}
+NAMES = {reference_attention: "plain", attention_tpu.flash: "tpu", attention_cudnn.flash: "cudnn"}
 
 
-def chosen(device, operands, kind="auto", block=0, **fields):
-    found = attention_dispatch.choose(kind, block, operands, device=device, **fields)
-    return f"blocks {found.keywords['block']}" if getattr(found, "func", None) is blockwise else NAMES[found]
+def chosen(device, inputs, kind="auto", block=0, **fields):
+    found = attention_dispatch.dispatch(kind, block, inputs, device=device, **fields)
+    return f"blocks {found.keywords['block']}" if getattr(found, "func", None) is blockwise_attention else NAMES[found]
 
 
 @pytest.mark.parametrize(
     "device, fields, expected",
     [
         (CPU, {"length": 1, "keys": 4096}, "plain"),
-        (CPU, {"length": attention_dispatch.LONGEST_PLAIN["cpu"]}, "plain"),
+        (CPU, {"length": attention_dispatch.MAX_REFERENCE_LEN["cpu"]}, "plain"),
         (CPU, {"length": 2048}, "blocks 128"),
         (CPU, {"length": 65536}, "blocks 512"),
         (TPU, {"length": 197, "causal": False}, "plain"),
@@ -84,7 +84,7 @@ def test_narrow_features_are_joined_where_products_are_exact():
     fields = {"features": 16, "dtype": jnp.float32}
 
     def joins(device, **fields):
-        return attention_dispatch.choose("blocks", 0, shapes(**fields), device=device).keywords["join"]
+        return attention_dispatch.dispatch("blocks", 0, shapes(**fields), device=device).keywords["join"]
 
     assert joins(CPU, **fields) and not joins(CPU, **fields | {"features": 17}) and not joins(CPU, dtype=jnp.float32)
     assert not joins(H200, **fields) and not joins(CPU, features=16)
@@ -92,8 +92,8 @@ def test_narrow_features_are_joined_where_products_are_exact():
 
 @pytest.mark.parametrize("batch, features, expected", [(16, 0, 128), (16, 16, 128), (16, 64, 64), (2, 64, 128)])
 def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, features, expected):
-    operands = shapes(512, features=features, dtype=jnp.float32)
-    more = operands.replace(query=jax.ShapeDtypeStruct((batch, *operands.query.shape[1:]), jnp.float32))
+    inputs = shapes(512, features=features, dtype=jnp.float32)
+    more = inputs.replace(query=jax.ShapeDtypeStruct((batch, *inputs.query.shape[1:]), jnp.float32))
     assert chosen(CPU, more) == f"blocks {expected}"
 
 
@@ -157,16 +157,16 @@ def test_what_cudnn_is_given_means_the_same(causal):
     last, weight = jnp.zeros(1, jnp.int32) if causal else None, random(6, *value.shape)
 
     def score(query, key, value, features, mix):
-        mixed = mix(Operands(query, key, value, features, last=last)).astype(jnp.float32)
+        mixed = mix(AttentionInputs(query, key, value, features, causal_offset=last)).astype(jnp.float32)
         return (mixed * weight).sum(), mixed
 
-    assert attention_cudnn.appended_width(Operands(query, key, value, features)) == 32
+    assert attention_cudnn.appended_width(AttentionInputs(query, key, value, features)) == 32
     assert all(
         array.shape == (batch, length, heads, 32)
-        for array in attention_cudnn.appended(Operands(query, key, value, features))
+        for array in attention_cudnn.appended(AttentionInputs(query, key, value, features))
     )
     run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, features)
-    found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(plain)
+    found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(reference_attention)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         one, other = (np.asarray(array, np.float32) for array in (one, other))
         np.testing.assert_allclose(one, other, atol=0.02 * np.abs(other).max())
@@ -181,8 +181,8 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
     key = np.concatenate([np.full((6, 1), 10.0), place[:, None] / 10.0, 0 * rest], axis=1) @ turn
     zeros = jnp.zeros((1, 6, 1, 8), jnp.bfloat16)
     features = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
-    operands = Operands(zeros, zeros, zeros, features)
-    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.appended(operands))
+    inputs = AttentionInputs(zeros, zeros, zeros, features)
+    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.appended(inputs))
     np.testing.assert_allclose(q @ k.T, place[None] - place[:, None], atol=0.02)
     two = slice(8, 8 + 3 * 8)  # as much as two parts of each would give
     assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
@@ -194,16 +194,16 @@ def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(features, width
     assert chosen(H200, shapes(512, features=features)) == "cudnn"
     assert attention_cudnn.appended_width(shapes(features=features)) == width
     assert chosen(A100, shapes(512, features=features)) == "blocks 512", "Ampere's kernel takes 128"
-    operands = Operands(
+    inputs = AttentionInputs(
         *(random(side, 2, 6, 3, 64).astype(jnp.bfloat16) for side in (1, 2, 3)),
         features=tuple(5 * random(side, 1, 6, 3, features) for side in (4, 5)),
     )
-    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.appended(operands))
+    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.appended(inputs))
     assert query.shape == key.shape == value.shape == (2, 6, 3, width)
-    np.testing.assert_array_equal(value[..., :64], np.asarray(operands.value, np.float64))
+    np.testing.assert_array_equal(value[..., :64], np.asarray(inputs.value, np.float64))
     assert not value[..., 64:].any()
-    plain_q, plain_k = (np.asarray(array, np.float64) for array in (operands.query, operands.key))
-    f_q, f_k = (np.asarray(field, np.float64) for field in operands.features)
+    plain_q, plain_k = (np.asarray(array, np.float64) for array in (inputs.query, inputs.key))
+    f_q, f_k = (np.asarray(field, np.float64) for field in inputs.features)
     logits = np.einsum("blhk,bshk->bhls", plain_q, plain_k) + np.einsum("blhf,bshf->bhls", f_q, f_k)
     np.testing.assert_allclose(np.einsum("blhk,bshk->bhls", query, key), logits, atol=2e-5 * np.abs(logits).max())
 

@@ -100,7 +100,7 @@ def test_the_attention_kernel_leaves_out_what_causality_hides():
     array = jax.ShapeDtypeStruct
     query, field = array((4, 1, 3, 1024, 64), jnp.bfloat16), array((1, 3, 1024, 8), jnp.float32)
     arrays = attention_tpu._Arrays(query, query, query, field, field, None, None)
-    plan = attention_tpu._Plan(1024, 512, 512, 4, causal=True, dropping=False, rate=0.0, interpret=False)
+    plan = attention_tpu._Plan(1024, 512, 512, 4, causal=True, dropping=False, dropout_rate=0.0, interpret=False)
     pairs, calls = 3 * 512**2, 4 * 3
     assert estimate("_forward_kernel", arrays, plan, []).flops == 2 * pairs * (calls * 128 + 3 * 8)
     assert estimate("_key_kernel", arrays, plan, []).flops == 2 * pairs * (calls * 256 + 3 * 16)

@@ -125,7 +125,7 @@ print(sorted({name.partition(".")[0] for name in sys.modules}))
 
 def own_logits(workdir: pathlib.Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
     """Logits of the run, from its checkpoint and its encoder."""
-    run = loading.opened(str(workdir))
+    run = loading.open_model(str(workdir))
     assert run.step == 3
     params, found = jax.device_get(run.params), jax.jit(functools.partial(test_serving.own_logits, run))
     return [np.asarray(found(params, array)) for array in inputs]

@@ -38,7 +38,7 @@ def random_run(settings):
 
 def served(run, params, reach, platforms=serving.PLATFORMS):
     """The model as another process reads it: (function, flat parameters)."""
-    stored = run.programs.stored_params(params, reach)
+    stored = run.compiled.params_with_table(params, reach)
     program = serving.serialise(
         run.architecture.stored(reach).logits, stored, run.task.export_signature(reach), platforms
     )
@@ -172,7 +172,7 @@ def test_inputs_outside_of_the_range_are_refused(arguments):
 
 def test_positions_past_the_table_show():
     run, params = random_run(tiny_config())
-    stored = run.programs.stored_params(params, (20,))
+    stored = run.compiled.params_with_table(params, (20,))
     vectors = run.architecture.stored((20,)).encoding.apply(
         {"params": stored["encoding"]}, jnp.array([[19], [20]]), method="vectors"
     )

@@ -177,12 +177,12 @@ def test_a_loop_over_layers_equals_the_plain_step():
     first = one.init_state()
     params = jax.tree.map(jnp.copy, first.params)  # a step takes its state
     second = create_train_state(
-        params | {"model": transformer.stack(params["model"], 3)}, two.optimizer, jnp.copy(first.key)
+        params | {"model": transformer.stack_layers(params["model"], 3)}, two.optimizer, jnp.copy(first.key)
     )
     results = [parts.train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
     assert float(results[0][1]["loss"]) == pytest.approx(float(results[1][1]["loss"]), abs=1e-5)
     params = results[1][0].params
-    params = params | {"model": transformer.unstack(params["model"], 3)}
+    params = params | {"model": transformer.unstack_layers(params["model"], 3)}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0][0].params, params)
 
 
