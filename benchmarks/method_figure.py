@@ -50,9 +50,27 @@ def draw() -> plt.Figure:
     arrow(axes, (5.4, 3.15), (5.9, 3.15))
     box(axes, 5.95, 2.5, 1.2, 1.3, "position\nvector\n$e_p$", "vector")
     arrow(axes, (7.15, 3.15), (7.65, 3.15))
-    box(axes, 7.7, 2.5, 2.05, 1.3, "attention\n$q_i \\cdot k_j + \\phi(e_i) \\cdot \\psi(e_j)$\n(or added, or multiplied)", "attention", 9.5)
+    box(
+        axes,
+        7.7,
+        2.5,
+        2.05,
+        1.3,
+        "attention\n$q_i \\cdot k_j + \\phi(e_i) \\cdot \\psi(e_j)$\n(or added, or multiplied)",
+        "attention",
+        9.5,
+    )
 
-    box(axes, 0.9, 0.3, 3.9, 1.25, "contrastive loss\nthe nearest of several candidates\nhas the most similar vector", "loss", 9.5)
+    box(
+        axes,
+        0.9,
+        0.3,
+        3.9,
+        1.25,
+        "contrastive loss\nthe nearest of several candidates\nhas the most similar vector",
+        "loss",
+        9.5,
+    )
     far = "distillation loss\nvectors far beyond the training length\nrelate to each other as those within it do"
     box(axes, 5.35, 0.3, 3.9, 1.25, far, "loss", 9.5)
     arrow(axes, (6.3, 2.5), (3.9, 1.57), "<|-", dashed=True)
