@@ -14,7 +14,7 @@ from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from seqpe_jax.models.build import mask_key
+from seqpe_jax.models.build import dropout_key
 
 TURNS, SHAPE = 40, (8, 512, 1024)
 
@@ -22,7 +22,7 @@ TURNS, SHAPE = 40, (8, 512, 1024)
 def masked(bits):
     """Returns a program that draws a mask and uses it; called once, so that it is compiled."""
     drop, values = nn.Dropout(0.1, deterministic=False), jnp.ones(SHAPE)
-    program = jax.jit(lambda key: drop.apply({}, values, rngs={"dropout": mask_key(key, bits)}).sum())
+    program = jax.jit(lambda key: drop.apply({}, values, rngs={"dropout": dropout_key(key, bits)}).sum())
     program(jax.random.PRNGKey(0)).block_until_ready()
     return program
 

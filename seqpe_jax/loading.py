@@ -17,7 +17,7 @@ from seqpe_jax.files import as_path, parse_json
 from seqpe_jax.inference.exported import SECTION, read_params
 from seqpe_jax.interop import folders, reference
 from seqpe_jax.model import Model
-from seqpe_jax.models.build import Architecture, DataSpec, Params
+from seqpe_jax.models.build import DataSpec, ModelSpec, Params
 from seqpe_jax.tasks.data_spec import read_data_spec
 from seqpe_jax.tasks.image_classification import known_data_spec
 from seqpe_jax.tasks.language_modeling import with_run_tokenizer
@@ -86,9 +86,9 @@ def open_model(checkpoint: str, which: str = "latest") -> Model:
         if which != "latest":
             raise InputError(f"{checkpoint} is an export, which holds one model: leave --which out")
         sizes = data_spec_of(settings, checkpoint)
-        architecture = Architecture.of(settings, sizes).stored(tuple(section["reach"]))
-        read = functools.partial(_exported_params, checkpoint, architecture, mesh)
-        return Model(settings, architecture, sizes, read, section["step"], str(checkpoint), mesh)
+        model_spec = ModelSpec.of(settings, sizes).with_precomputed_table(tuple(section["reach"]))
+        read = functools.partial(_exported_params, checkpoint, model_spec, mesh)
+        return Model(settings, model_spec, sizes, read, section["step"], str(checkpoint), mesh)
     saved = Checkpointer(checkpoint, create=False)
     step = saved.require_latest_step()
     saved.close()
@@ -99,9 +99,9 @@ def open_model(checkpoint: str, which: str = "latest") -> Model:
         for path, wrong in latest_valid_step(saved.folder)[1].items():
             print(f"checkpoint {path} is damaged ({wrong}): step {step} is read in its place", file=sys.stderr)
     sizes = data_spec_of(settings, checkpoint)
-    architecture = Architecture.of(settings, sizes)
-    read = functools.partial(_saved_params, checkpoint, architecture, mesh, step)
-    return Model(settings, architecture, sizes, read, step, str(checkpoint), mesh)
+    model_spec = ModelSpec.of(settings, sizes)
+    read = functools.partial(_saved_params, checkpoint, model_spec, mesh, step)
+    return Model(settings, model_spec, sizes, read, step, str(checkpoint), mesh)
 
 
 def load_run_config(checkpoint: str) -> Config:
@@ -138,9 +138,9 @@ def _tells_reach(section: Any) -> bool:
     """Whether a section says which step is served, and how many positions along each axis."""
     if not isinstance(section, dict):
         return False
-    step, reach = section.get("step"), section.get("reach")
-    whole = isinstance(reach, list) and all(type(side) is int and 0 < side < 2**31 for side in reach)
-    return type(step) is int and whole and bool(reach)
+    step, max_grid = section.get("step"), section.get("reach")
+    whole = isinstance(max_grid, list) and all(type(side) is int and 0 < side < 2**31 for side in max_grid)
+    return type(step) is int and whole and bool(max_grid)
 
 
 def data_spec_of(settings: Config, folder: str) -> DataSpec:
@@ -168,18 +168,18 @@ def data_spec_of(settings: Config, folder: str) -> DataSpec:
     return DataSpec(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
 
 
-def _saved_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh, step: int) -> Params:
+def _saved_params(checkpoint: str, model_spec: ModelSpec, mesh: jax.sharding.Mesh, step: int) -> Params:
     """The parameters of a run's checkpoint, laid out on a mesh."""
-    shapes, _ = layout.with_shardings(mesh, {"params": architecture.shapes})
+    shapes, _ = layout.with_shardings(mesh, {"params": model_spec.shapes})
     saved = Checkpointer(checkpoint, create=False)
     params, _ = saved.restore_params(shapes["params"], step)
     saved.close()
     return params
 
 
-def _exported_params(checkpoint: str, architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
+def _exported_params(checkpoint: str, model_spec: ModelSpec, mesh: jax.sharding.Mesh) -> Params:
     """The parameters of an export, on every device of a mesh. Raises: InputError: the export is damaged."""
     wrong = checksum_error(as_path(checkpoint).absolute(), named=False)
     if wrong:
         raise InputError(f"{checkpoint} is damaged: {wrong}; export the run again")
-    return jax.device_put(read_params(checkpoint, architecture.shapes), layout.replicated(mesh))
+    return jax.device_put(read_params(checkpoint, model_spec.shapes), layout.replicated(mesh))

@@ -23,7 +23,7 @@ from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.exported import PLATFORMS
 from seqpe_jax.interop import writing
-from seqpe_jax.models.build import Architecture, DataSpec, Params, Shape
+from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
 from seqpe_jax.tasks.evaluate import EvalSizes, evaluate
 from seqpe_jax.trees import count
@@ -37,7 +37,7 @@ class Model:
 
     Attributes:
       config: of the run; of an encoder of positions alone, its encoding section says all there is.
-      architecture: the encoding and the network.
+      model_spec: the encoding and the network.
       data_spec: what the model took from its data.
       read: reads the parameters; `params` calls it once.
       step: of the training that the parameters come from; 0 for those of others.
@@ -46,7 +46,7 @@ class Model:
     """
 
     config: Config
-    architecture: Architecture
+    model_spec: ModelSpec
     data_spec: DataSpec
     read: Callable[[], Params]
     step: int = 0
@@ -55,7 +55,7 @@ class Model:
 
     def __repr__(self) -> str:
         parameters = f"{count(self.params):,} parameters"
-        if self.architecture.network is None:
+        if self.model_spec.network is None:
             return f"Model(encoder of positions, {parameters})"
         model = self.config.model
         origin = f", step {self.step:,} of {self.folder}" if self.folder else ""
@@ -70,7 +70,7 @@ class Model:
     @functools.cached_property
     def compiled(self) -> CompiledModel:
         """The model's compiled programs."""
-        return CompiledModel(self.architecture, self.mesh)
+        return CompiledModel(self.model_spec, self.mesh)
 
     @functools.cached_property
     def task(self) -> Task:
@@ -105,10 +105,10 @@ class Model:
           InputError: inputs of another kind or size, unknown tokens, pixels that nobody knows how to normalise, positions
             beyond the digits, an encoder alone.
         """
-        if self.architecture.network is None:
+        if self.model_spec.network is None:
             raise InputError("this is a position encoder alone: it has no logits, only encode_positions")
         inputs = self._checked(jnp.asarray(inputs))
-        first = self._start(start, self.architecture.grid_of(inputs.shape))
+        first = self._start(start, self.model_spec.grid_of(inputs.shape))
         return self.compiled.logits(self.params, inputs, first)
 
     def encode_positions(self, positions: Any) -> jax.Array:
@@ -120,14 +120,14 @@ class Model:
         Raises:
           InputError: the encoding has no vectors, or positions beyond the digits.
         """
-        encoder = self.architecture.encoder
+        encoder = self.model_spec.encoder
         if encoder is None:
             raise InputError("this model has no encoder of positions: only 'seq_pe' with its own weights has vectors")
         given = np.asarray(positions)
         places_RA = given[:, None] if given.ndim == 1 else given
         if places_RA.ndim != 2 or places_RA.shape[1] != encoder.axes:
             raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
-        unit = self.architecture.position_grid.position_resolution
+        unit = self.model_spec.position_grid.position_resolution
         exact_RA = places_RA.astype(np.float64) * unit
         units_RA = np.rint(exact_RA).astype(np.int64)
         between = np.abs(exact_RA - units_RA) > 0.05  # more than float32 rounds
@@ -162,7 +162,7 @@ class Model:
             that is missing or not read.
         """
         asked = Sampling(max_new_tokens, temperature, top_p, seed)
-        generation.check_generation(self.config, [1], asked, window, reach=self.architecture.reach)
+        generation.check_generation(self.config, [1], asked, window, max_grid=self.model_spec.max_grid)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self._text.prompts([encode_utf8(text) for text in prompts])
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
@@ -239,11 +239,11 @@ class Model:
 
     def _checked(self, inputs: jax.Array) -> jax.Array:
         """The inputs of a call. Raises: InputError: of another kind, or unknown tokens."""
-        rank = len(self.architecture.inputs.shape)
+        rank = len(self.model_spec.inputs.shape)
         if inputs.ndim != rank:
             wanted = {2: "tokens int32[B, L]", 4: "images float32[B, H, W, C]", 5: "clips float32[B, T, H, W, C]"}[rank]
             raise InputError(f"this model reads {wanted}, got an array of shape {inputs.shape}")
-        if self.architecture.is_image:
+        if self.model_spec.is_image:
             if inputs.shape[-1] != self.data_spec.channels:
                 raise InputError(
                     f"this model reads {self.data_spec.channels} channel(s), got an array of shape {inputs.shape}"
@@ -279,8 +279,8 @@ class Model:
         whole = start is None or np.issubdtype(np.asarray(start).dtype, np.integer)
         if first.shape != (len(shape),) or not whole:
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
-        kind, position_grid = self.config.encoding.kind, self.architecture.position_grid
-        encoder = self.architecture.encoder
+        kind, position_grid = self.config.encoding.kind, self.model_spec.position_grid
+        encoder = self.model_spec.encoder
         if encoder is not None:
             _check_reach(
                 encoder, np.asarray(position_grid.positions(shape)) + position_grid.position_resolution * first
@@ -294,8 +294,10 @@ class Model:
 
 def _check_reach(encoder: SeqPE, positions: np.ndarray) -> None:
     """Refuses positions, in units, that the digits cannot write, or an export's table does not hold. Raises: InputError."""
-    reach = min(encoder.stored) * encoder.stored_step if encoder.stored else encoder.base**encoder.digits
-    if positions.size and (positions.min() < 0 or positions.max() >= reach):
+    end = min(encoder.table_sides) * encoder.table_stride if encoder.table_sides else encoder.base**encoder.digits
+    if positions.size and (positions.min() < 0 or positions.max() >= end):
         worst = positions.max() if positions.min() >= 0 else positions.min()
-        what = "this export holds" if encoder.stored else f"{encoder.digits} digits in base {encoder.base} can write"
-        raise InputError(f"position {worst} is outside 0 .. {reach - 1}, what {what}")
+        what = (
+            "this export holds" if encoder.table_sides else f"{encoder.digits} digits in base {encoder.base} can write"
+        )
+        raise InputError(f"position {worst} is outside 0 .. {end - 1}, what {what}")

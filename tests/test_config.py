@@ -389,14 +389,14 @@ def test_a_run_without_the_lengths_of_its_encoding_keeps_those_that_it_was_train
     if kind == "rotary":
         values["encoding"]["scaling"] = "yarn"
     values["encoding"] |= {name: 0 for name in FORMER[kind] if name.startswith("fire_")}  # whose page sets them
-    now, lengths = config.from_dict(values), config.lengths_of(config.from_dict(values))
+    now, lengths = config.from_dict(values), config.resolve_lengths(config.from_dict(values))
     for name in FORMER[kind].keys() - {"rotary_pairs"}:
         del values["encoding"][name]
     found = config.from_dict(values)
     assert {name: getattr(found.encoding, name) for name in FORMER[kind]} == FORMER[kind]
-    assert FORMER[kind].items() <= (dataclasses.asdict(found.encoding) | config.lengths_of(found)).items()
-    assert lengths == config.lengths_of(now), "a config of today is left as it is"
-    assert kind in ("alibi", "kerple") or lengths != config.lengths_of(found)
+    assert FORMER[kind].items() <= (dataclasses.asdict(found.encoding) | config.resolve_lengths(found)).items()
+    assert lengths == config.resolve_lengths(now), "a config of today is left as it is"
+    assert kind in ("alibi", "kerple") or lengths != config.resolve_lengths(found)
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,9 @@ def test_logits_begin_anywhere(run):
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))
     moved = model.logits(tokens, start=100)
     assert float(np.abs(moved - model.logits(tokens)).max()) > 1e-4
-    shape = model.architecture.position_grid.positions((10,))[None] + 100
-    expected = model.architecture.network.apply(
-        {"params": model.params["model"]}, tokens, model.architecture.signal(model.params, shape, (10,))
+    shape = model.model_spec.position_grid.positions((10,))[None] + 100
+    expected = model.model_spec.network.apply(
+        {"params": model.params["model"]}, tokens, model.model_spec.signal(model.params, shape, (10,))
     )
     np.testing.assert_allclose(moved, expected, atol=1e-5)
 

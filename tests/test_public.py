@@ -16,7 +16,7 @@ import seqpe_jax
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.build import Architecture, DataSpec
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from tests.tiny import ROOT, tiny_config
 
 EXAMPLES = pathlib.Path(ROOT) / "examples"
@@ -48,12 +48,12 @@ def test_importing_it_pulls_in_neither_data_nor_plots():
 def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""
     fields = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2} if kind == "seqpe" else {}
-    architecture = Architecture.of(tiny_config(variant=kind, **fields), DataSpec(vocabulary=8))
+    model_spec = ModelSpec.of(tiny_config(variant=kind, **fields), DataSpec(vocabulary=8))
     positions_PLA = jnp.arange(24).reshape(1, 24, 1) + jnp.array([0, 40])[:, None, None]
 
     @jax.jit
     def first_signal(key):
-        return architecture.signal(architecture.init(key), positions_PLA, (24,)).at_layer(0)
+        return model_spec.signal(model_spec.init(key), positions_PLA, (24,)).at_layer(0)
 
     signal = first_signal(jax.random.PRNGKey(0))
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
@@ -87,13 +87,13 @@ def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():
     params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.arange(8))
     apply = jax.jit(encoding.apply)
     one, two, three = (apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1)))
-    assert one.features[0].shape == (2, 1, 40, 2, 8)
+    assert one.logit_query_key[0].shape == (2, 1, 40, 2, 8)
     jax.tree.map(np.testing.assert_array_equal, one, two)
     jax.tree.map(np.testing.assert_array_equal, one, three)
     grid = seqpe_jax.SeqPE.for_model(**SIZES, axes=2, qk="single")
     positions_LA = jnp.stack(jnp.meshgrid(jnp.arange(3), jnp.arange(4), indexing="ij"), -1).reshape(-1, 2)
     signal = jax.jit(grid.init_with_output)(jax.random.PRNGKey(0), positions_LA)[0]
-    assert signal.features[0].shape == (1, 12, 2, 8)
+    assert signal.logit_query_key[0].shape == (1, 12, 2, 8)
 
 
 @pytest.mark.parametrize("axes, window", [(1, 64), (2, (4, 4))])

@@ -6,7 +6,7 @@
 Modes: train (a step), eval (a batch; the position table is computed before), decode (a new token of each sample), encode
 (forward and backward pass of SeqPE's encoder on the positions of a step, against each string of digits by itself).
 Prints the median, 10th and 90th percentile of a step (of a batch; of one new token), the rate, MFU (model FLOPs over the
-device's peak, with half of causal attention and with all of it; see `architecture.flops_of`), the shortest time that the
+device's peak, with half of causal attention and with all of it; see `models.build.model_flops`), the shortest time that the
 program could take on these devices (its roofline) and the share of it that is reached, the memory of the compiled program,
 and the time of the position encoding alone as a share. --compare names variants of the config file, each in the form that
 it is trained in; of the --config.FIELD options each takes those that it reads. Ratios are of the first to each other one:

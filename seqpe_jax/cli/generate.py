@@ -61,7 +61,9 @@ def run(
     printed = ""
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(new_tokens, end=model.tokenizer.end_of_text, **choice)
-    check_generation(model.config, [len(prompt) for prompt in tokens], sampling, window, reach=model.architecture.reach)
+    check_generation(
+        model.config, [len(prompt) for prompt in tokens], sampling, window, max_grid=model.model_spec.max_grid
+    )
 
     def say(index: int, generation: "Generation") -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""

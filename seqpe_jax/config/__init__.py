@@ -31,7 +31,7 @@ from seqpe_jax.config.io import (
     unknown_field_message,
     with_encoding,
 )
-from seqpe_jax.config.lengths import lengths_of, with_lengths
+from seqpe_jax.config.lengths import resolve_lengths, with_resolved_lengths
 from seqpe_jax.config.schema import (
     Config,
     ContrastiveConfig,
@@ -81,7 +81,7 @@ __all__ = [
     "field_types",
     "from_dict",
     "from_user_values",
-    "lengths_of",
+    "resolve_lengths",
     "load",
     "load_variant",
     "resolve_config_path",
@@ -91,5 +91,5 @@ __all__ = [
     "to_dict",
     "unknown_field_message",
     "with_encoding",
-    "with_lengths",
+    "with_resolved_lengths",
 ]

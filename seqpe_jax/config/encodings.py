@@ -137,7 +137,7 @@ class EncodingConfig:
         False, reads=("alibi",)
     )  # slopes over sqrt(head width), as in the PyTorch reference
     # Lengths of the baselines in tokens or patches, and constants that derive from one. 0 = the authors' share of the
-    # training length, computed by `config.lengths.lengths_of`, which has the sources.
+    # training length, computed by `config.lengths.resolve_lengths`, which has the sources.
     t5_buckets: int = _field(0, zero=True, low=2, high=4096, reads=("t5",))  # distance buckets
     t5_max_distance: int = _field(0, **limits.OptionalLength, reads=("t5",))  # tokens; the last bucket begins below
     fire_threshold: float = _field(

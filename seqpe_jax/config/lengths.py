@@ -18,7 +18,7 @@ YARN_BETA_FAST = 32.0  # turns in the training window (Peng et al. 2023, arXiv 2
 DIRECTED_FRACTION = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
 
 
-def lengths_of(config: Config) -> dict[str, Any]:
+def resolve_lengths(config: Config) -> dict[str, Any]:
     """Returns the fields of the encoding whose 0 stands for a share of the training length, with that share's value.
 
     The training length is that of a window in tokens, or the diagonal of a grid in patches. Values depend on the grid and
@@ -48,9 +48,9 @@ def lengths_of(config: Config) -> dict[str, Any]:
     } | ({"rotary_pairs": _seen_pairs(config, length)} if encoding.kind == "scale_invariant" else {})
 
 
-def with_lengths(config: Config) -> Config:
+def with_resolved_lengths(config: Config) -> Config:
     """Returns a config in which every length of the encoding is written out."""
-    return dataclasses.replace(config, encoding=dataclasses.replace(config.encoding, **lengths_of(config)))
+    return dataclasses.replace(config, encoding=dataclasses.replace(config.encoding, **resolve_lengths(config)))
 
 
 def _seen_pairs(config: Config, length: float) -> int:

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 Pair = tuple[jax.Array, jax.Array]
 # What the heads without a position get: fields that multiply are 1 there (so is the cosine), fields that add are 0.
-NEUTRAL = {"rotation": (1.0, 0.0), "factors": (1.0, 1.0), "shifts": (0.0, 0.0), "features": (0.0, 0.0)}
+NEUTRAL = {"rotation": (1.0, 0.0), "multiplicative": (1.0, 1.0), "additive": (0.0, 0.0), "logit_query_key": (0.0, 0.0)}
 
 
 @flax.struct.dataclass
-class Relation:
+class RelativeBias:
     """What a logit gains from where its query and its key stand, computed for a part of the queries and keys at a time.
 
     Attributes:
       query, key: float32[P, L, C] and float32[P, S, C], what the function reads of each place.
       function: (params, query [P, l, C], key [P, s, C], heads int32[h]) -> (factor, addend), float32[P or 1, h or 1, l, s]
-        each; logits are multiplied by the one, if it is not None, and then gain the other. Params: `relation_params`.
+        each; logits are multiplied by the one, if it is not None, and then gain the other. Params: `bias_params`.
       heads: the first heads that it is for; 0 = all.
     """
 
@@ -48,50 +48,52 @@ class PositionSignal:
       stacked: names of the fields that differ by layer; these have a leading layer axis.
     """
 
-    added: jax.Array | None = None
+    input_embedding: jax.Array | None = None
     rotation: Pair | None = None
-    factors: Pair | None = None
-    shifts: Pair | None = None
-    features: Pair | None = None
-    polar: Pair | None = None
-    polar_shift: jax.Array | None = None
-    polar_heads: int | None = flax.struct.field(pytree_node=False, default=None)
+    multiplicative: Pair | None = None
+    additive: Pair | None = None
+    logit_query_key: Pair | None = None
+    polar_phase: Pair | None = None
+    polar_key_phase: jax.Array | None = None
+    polar_num_heads: int | None = flax.struct.field(pytree_node=False, default=None)
     bias: jax.Array | None = None
-    relation: Relation | None = None
-    relation_params: Any = None
-    stacked: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    relative_bias: RelativeBias | None = None
+    bias_params: Any = None
+    per_layer_fields: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
-    def by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
-        """Returns (what all layers share, what differs by layer with its leading layer axis), without `added`."""
-        own = {name: getattr(self, name) for name in self.stacked}
-        return self.replace(added=None, stacked=(), **dict.fromkeys(own)), PositionSignal(**own)
+    def split_by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
+        """Returns (what all layers share, what differs by layer with its leading layer axis), without `input_embedding`."""
+        own = {name: getattr(self, name) for name in self.per_layer_fields}
+        return self.replace(input_embedding=None, per_layer_fields=(), **dict.fromkeys(own)), PositionSignal(**own)
 
     def at_layer(self, layer: int) -> "PositionSignal":
         """Returns what one layer sees."""
-        if not self.stacked:
+        if not self.per_layer_fields:
             return self
-        shared, own = self.by_layer()
+        shared, own = self.split_by_layer()
         return shared.joined(jax.tree.map(lambda field: field[layer], own))
 
-    def at_places(self, places_PL: jax.Array) -> "PositionSignal":
+    def at_tokens(self, places_PL: jax.Array) -> "PositionSignal":
         """Returns what one layer's tokens get at places int32[P, L] of a window, as P position sets without a bias.
 
         The window's signal has one position set. A bias tells of pairs of places, so the reader of both picks its rows; so
         does that of a relation, whose keys stay those of the window.
         """
-        of_pairs = {"bias": None, "relation": None, "relation_params": None, "polar_shift": None}
+        of_pairs = {"bias": None, "relative_bias": None, "bias_params": None, "polar_key_phase": None}
         here = jax.tree.map(lambda field: field[0][places_PL], self.replace(**of_pairs))
-        relation = self.relation and self.relation.replace(query=self.relation.query[0][places_PL])
-        return here.replace(relation=relation, relation_params=self.relation_params, polar_shift=self.polar_shift)
+        relative_bias = self.relative_bias and self.relative_bias.replace(query=self.relative_bias.query[0][places_PL])
+        return here.replace(
+            relative_bias=relative_bias, bias_params=self.bias_params, polar_key_phase=self.polar_key_phase
+        )
 
     def joined(self, other: "PositionSignal") -> "PositionSignal":
         """Returns the signal with the fields of both. Raises: ValueError: both fill the same one."""
         fields = {}
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name != "stacked" and mine is not None and theirs is not None:
+            if field.name != "per_layer_fields" and mine is not None and theirs is not None:
                 raise ValueError(f"two parts of a position encoding both fill '{field.name}'")
-            fields[field.name] = mine + theirs if field.name == "stacked" else theirs if mine is None else mine
+            fields[field.name] = mine + theirs if field.name == "per_layer_fields" else theirs if mine is None else mine
         return PositionSignal(**fields)
 
     def for_heads(self, count: int, heads: int) -> "PositionSignal":
@@ -112,12 +114,12 @@ class PositionSignal:
                 fields[name] = tuple(
                     _widened(part, count, heads, value) for part, value in zip(pair, neutral, strict=True)
                 )
-        if self.added is not None or self.bias is not None:
+        if self.input_embedding is not None or self.bias is not None:
             raise ValueError("what is added to tokens, or as a bias, reaches all heads")
-        if self.polar is not None:
-            fields["polar_heads"] = count
-        if self.relation is not None:
-            fields["relation"] = self.relation.replace(heads=count)
+        if self.polar_phase is not None:
+            fields["polar_num_heads"] = count
+        if self.relative_bias is not None:
+            fields["relative_bias"] = self.relative_bias.replace(heads=count)
         return self.replace(**fields)
 
 

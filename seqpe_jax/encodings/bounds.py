@@ -7,10 +7,10 @@ An encoding names them in `PARAM_BOUNDS`. Training projects the parameter itself
 import jax
 import jax.numpy as jnp
 
-Bounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
+ParamBounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
 
 
-def bounded(parameter: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+def clip_straight_through(parameter: jax.Array, bounds: tuple[float, float]) -> jax.Array:
     """Returns a parameter within its bounds, with the gradient that it has without them.
 
     A parameter that training has projected is returned as it is. One outside comes from a checkpoint of version 0.1.0 or

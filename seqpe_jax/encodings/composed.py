@@ -45,9 +45,9 @@ class Composed(nn.Module):
         """Returns the query and key parts of vectors [..., E], as the first part does."""
         return self.parts[0].query_key(vectors)
 
-    def storing(self, sides: tuple[int, ...], step: int) -> "Composed":
+    def with_precomputed_table(self, sides: tuple[int, ...], step: int) -> "Composed":
         """Returns this encoding with a table of vectors in the encoder's place, as the first part does."""
-        return self.clone(parts=(self.parts[0].storing(sides, step), *self.parts[1:]))
+        return self.clone(parts=(self.parts[0].with_precomputed_table(sides, step), *self.parts[1:]))
 
     def _beside(self, own: PositionSignal, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
         """The first part's signal, joined with those of the others."""

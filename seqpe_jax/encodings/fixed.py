@@ -33,7 +33,7 @@ def unit_circle(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Arra
     return cos, sin
 
 
-def flat_index(positions_PLA: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def row_major_index(positions_PLA: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns the row-major index int32[P, L] of each position int32[P, L, A] in a grid of this shape at the origin."""
     index_PL = positions_PLA[..., 0]
     for axis in range(1, positions_PLA.shape[-1]):
@@ -41,10 +41,10 @@ def flat_index(positions_PLA: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return index_PL
 
 
-def flattened(positions_PLA: jax.Array, shape: tuple[int, ...], prefix: int) -> jax.Array:
+def flatten_positions(positions_PLA: jax.Array, shape: tuple[int, ...], prefix: int) -> jax.Array:
     """Returns positions int32[P, prefix + L, 1] on one axis: the tokens before the grid, then its places row-major."""
     first_PL = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (positions_PLA.shape[0], prefix))
-    return jnp.concatenate([first_PL, flat_index(positions_PLA, shape) + prefix], axis=1)[..., None]
+    return jnp.concatenate([first_PL, row_major_index(positions_PLA, shape) + prefix], axis=1)[..., None]
 
 
 def axis_frequencies(width: int, axes: int, theta: float) -> list[np.ndarray]:
@@ -56,7 +56,7 @@ def axis_frequencies(width: int, axes: int, theta: float) -> list[np.ndarray]:
     return [theta ** (-2.0 * axes * np.arange(len(part)) / width) for part in parts]
 
 
-def turned(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
+def rotary_frequencies(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
     """Returns `axis_frequencies`, cut down to the `pairs` fastest of them, shared out over the axes; 0 = all.
 
     Pairs whose period is shorter than the training window have been seen at all angles, so that they go on past it; the
@@ -77,34 +77,34 @@ def turned(width: int, axes: int, theta: float, pairs: int) -> list[np.ndarray]:
     return [part[:count] for part, count in zip(frequencies, counts, strict=True)]
 
 
-def interpolated(
+def position_interpolation(
     frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
 ) -> np.ndarray:
     """Returns frequencies under which longer windows turn as far as those of training (Chen et al. 2023, arXiv 2306.15595).
 
     Args:
       frequencies: radians per token; longer: how many times as long; trained: tokens of training; width: of a head.
-      betas: slow and fast, of `by_parts`.
+      betas: slow and fast, of `yarn_scaling`.
     """
     return frequencies / longer
 
 
-def ntk_aware(
+def ntk_scaling(
     frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
 ) -> np.ndarray:
     """Returns frequencies of a larger base, so that the slowest is as slow as interpolated, the fastest as it was.
 
-    Source: bloc97 2023, as written in Peng et al. 2023 (arXiv 2309.00071, section 3.1). Arguments as of `interpolated`.
+    Source: bloc97 2023, as written in Peng et al. 2023 (arXiv 2309.00071, section 3.1). Arguments as of `position_interpolation`.
     """
     return frequencies * longer ** (-2.0 * np.arange(len(frequencies)) / max(width - 2, 1))
 
 
-def by_parts(
+def yarn_scaling(
     frequencies: np.ndarray, longer: float, trained: int, width: int, betas: tuple[float, float]
 ) -> np.ndarray:
     """Returns YaRN's frequencies: slow ones interpolated, fast ones as they were, a blend between.
 
-    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2, with betas 1 and 32 for LLaMA). Arguments as in `interpolated`.
+    Source: Peng et al. 2023 (arXiv 2309.00071, section 3.2, with betas 1 and 32 for LLaMA). Arguments as in `position_interpolation`.
 
     Args:
       betas: turns in training up to which a pair is interpolated, and from which on it stays as it was; where the second is
@@ -115,10 +115,10 @@ def by_parts(
     return (1.0 - kept) * frequencies / longer + kept * frequencies
 
 
-SCALINGS = {"linear": interpolated, "ntk": ntk_aware, "yarn": by_parts}
+ROPE_SCALINGS = {"linear": position_interpolation, "ntk": ntk_scaling, "yarn": yarn_scaling}
 
 
-def paired_width(kind: str, width_model: int, heads_model: int, axes: int) -> int:
+def rotary_head_width(kind: str, width_model: int, heads_model: int, axes: int) -> int:
     """Returns the head width. Raises: InputError: it is odd, or has fewer pairs than there are axes."""
     width = width_model // heads_model
     if width % 2:
@@ -131,13 +131,13 @@ def paired_width(kind: str, width_model: int, heads_model: int, axes: int) -> in
     return width
 
 
-def check_one_axis(kind: str, positions_PLA: jax.Array) -> None:
+def require_one_axis(kind: str, positions_PLA: jax.Array) -> None:
     """Refuses grids. Raises: InputError."""
     if positions_PLA.shape[-1] != 1:
         raise InputError(f"encoding.kind='{kind}' knows distances along one axis, not on grids: choose another kind")
 
 
-def unturned(cos: jax.Array, sin: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
+def with_identity_prefix(cos: jax.Array, sin: jax.Array, prefix: int) -> tuple[jax.Array, jax.Array]:
     """Returns (cos, sin) [..., prefix + L, H, F] of rotations [..., L, H, F]: the tokens before them do not turn."""
     before = [(0, 0)] * (cos.ndim - 3) + [(prefix, 0), (0, 0), (0, 0)]
     return jnp.pad(cos, before, constant_values=1.0), jnp.pad(sin, before)
@@ -176,13 +176,13 @@ class Sinusoidal(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] of a grid of this shape.
+        """Returns `input_embedding`, float32[P, prefix + L, D], for positions int32[P, L, A] of a grid of this shape.
 
         Raises:
           InputError: fewer pairs of columns than axes.
         """
         if self.flatten:
-            positions_PLA = flattened(positions_PLA, shape, self.prefix)
+            positions_PLA = flatten_positions(positions_PLA, shape, self.prefix)
         axes = positions_PLA.shape[-1]
         if self.width_model < 2 * axes:
             raise InputError(f"encoding.kind='sinusoidal' needs model.width of at least {2 * axes} for {axes} axes")
@@ -192,7 +192,7 @@ class Sinusoidal(nn.Module):
         table_PLD = jnp.stack([sin, cos], axis=-1).reshape(*sin.shape[:-1], -1)[..., : self.width_model]
         if not self.flatten:
             table_PLD = jnp.pad(table_PLD, ((0, 0), (self.prefix, 0), (0, 0)))
-        return PositionSignal(added=self.amplitude * table_PLD)
+        return PositionSignal(input_embedding=self.amplitude * table_PLD)
 
 
 class Rotary(nn.Module):
@@ -203,8 +203,8 @@ class Rotary(nn.Module):
     Attributes:
       width_model, heads_model: of the model; theta: base of the wavelengths.
       rotary_pairs: how many of the fastest pairs turn, 0 = all; the others carry content alone.
-      scaling: what becomes of the angles of a window or grid with more places than `table_shape`, one of `SCALINGS`.
-      yarn_beta_slow, yarn_beta_fast: of "yarn" (`by_parts`), in turns.
+      scaling: what becomes of the angles of a window or grid with more places than `table_shape`, one of `ROPE_SCALINGS`.
+      yarn_beta_slow, yarn_beta_fast: of "yarn" (`yarn_scaling`), in turns.
       table_shape: the window or grid of training.
       unit: of positions, in which one token or patch measures `unit`.
       prefix: tokens before the positions that have none, such as a class token.
@@ -229,17 +229,19 @@ class Rotary(nn.Module):
         Raises:
           InputError: odd head width; a scaling where the number of places is symbolic.
         """
-        head_width = paired_width("rotary", self.width_model, self.heads_model, 1)
-        (frequencies,) = turned(head_width, 1, self.theta, self.rotary_pairs)
+        head_width = rotary_head_width("rotary", self.width_model, self.heads_model, 1)
+        (frequencies,) = rotary_frequencies(head_width, 1, self.theta, self.rotary_pairs)
         longer = self._longer(shape)
         if longer > 1.0:
             betas = self.yarn_beta_slow, self.yarn_beta_fast
-            frequencies = SCALINGS[self.scaling](frequencies, longer, math.prod(self.table_shape), head_width, betas)
-        cos, sin = unit_circle(flattened(positions_PLA, shape, self.prefix)[..., 0], frequencies / self.unit)
+            frequencies = ROPE_SCALINGS[self.scaling](
+                frequencies, longer, math.prod(self.table_shape), head_width, betas
+            )
+        cos, sin = unit_circle(flatten_positions(positions_PLA, shape, self.prefix)[..., 0], frequencies / self.unit)
         signal = PositionSignal(rotation=(cos[:, :, None], sin[:, :, None]))
         if longer > 1.0 and self.scaling == "yarn":
             sharper = jnp.full((1, cos.shape[1], 1, 1), 0.1 * math.log(longer) + 1.0)
-            signal = signal.replace(factors=(sharper, sharper))
+            signal = signal.replace(multiplicative=(sharper, sharper))
         return signal
 
     def _longer(self, shape: tuple[int, ...]) -> float:
@@ -282,13 +284,13 @@ class RotaryAxial(nn.Module):
           InputError: odd head width, or fewer pairs than axes.
         """
         axes = positions_PLA.shape[-1]
-        head_width = paired_width("rotary_axial", self.width_model, self.heads_model, axes)
-        frequencies = turned(head_width, axes, self.theta, self.rotary_pairs)
+        head_width = rotary_head_width("rotary_axial", self.width_model, self.heads_model, axes)
+        frequencies = rotary_frequencies(head_width, axes, self.theta, self.rotary_pairs)
         circles = [
             unit_circle(positions_PLA[..., axes - 1 - part], frequencies[part] / self.unit) for part in range(axes)
         ]
         cos, sin = (jnp.concatenate(part, axis=-1)[:, :, None] for part in zip(*circles, strict=True))
-        return PositionSignal(rotation=unturned(cos, sin, self.prefix))
+        return PositionSignal(rotation=with_identity_prefix(cos, sin, self.prefix))
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -324,8 +326,8 @@ class ALiBi(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `features` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
-        check_one_axis("alibi", positions_PLA)
+        """Returns `logit_query_key` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
+        require_one_axis("alibi", positions_PLA)
         slopes = alibi_slopes(self.heads_model)
         if self.reference_scaling:
             slopes = slopes / math.sqrt(self.width_model // self.heads_model)
@@ -334,7 +336,7 @@ class ALiBi(nn.Module):
         flat_PLH = jnp.broadcast_to(slopes_H, (*place_PL1.shape[:2], len(slopes)))
         query = jnp.stack([flat_PLH, -slopes_H * place_PL1], axis=-1)
         key = jnp.stack([place_PL1, jnp.ones_like(place_PL1)], axis=-1)
-        return PositionSignal(features=(query, key))
+        return PositionSignal(logit_query_key=(query, key))
 
 
 class LogScaling(nn.Module):
@@ -353,10 +355,10 @@ class LogScaling(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `factors` of prefix + L tokens for positions int32[P, L, A]: of a text, each sees those up to itself."""
+        """Returns `multiplicative` of prefix + L tokens for positions int32[P, L, A]: of a text, each sees those up to itself."""
         tokens = self.prefix + positions_PLA.shape[1]
         seen_L = jnp.arange(1, tokens + 1) if len(self.table_shape) == 1 else jnp.full(tokens, tokens)
         trained = max(2, self.prefix + math.prod(self.table_shape))
         query_L = jnp.maximum(1.0, jnp.log(seen_L.astype(jnp.float32)) / math.log(trained))
         query = query_L[None, :, None, None]
-        return PositionSignal(factors=(query, jnp.ones_like(query)))
+        return PositionSignal(multiplicative=(query, jnp.ones_like(query)))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.fixed import flat_index
+from seqpe_jax.encodings.fixed import row_major_index
 from seqpe_jax.errors import InputError
 
 CUBIC = -0.75  # the free constant of the cubic kernel; that of PyTorch's bicubic interpolation (Keys 1981: -0.5)
@@ -64,7 +64,7 @@ class Learned(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `added`, float32[P, prefix + L, D], for positions int32[P, L, A] inside of `shape`.
+        """Returns `input_embedding`, float32[P, prefix + L, D], for positions int32[P, L, A] inside of `shape`.
 
         A longer window reads the table stretched to its length (linear), a shorter one its beginning. A grid of another
         shape reads the table brought to its shape (cubic along each axis), as the PyTorch reference evaluates images.
@@ -84,6 +84,6 @@ class Learned(nn.Module):
             shape = (jax.core.max_dim(shape[0], sides[0]),)
         if shape != sides:
             places = resize(places, shape, "linear" if axes == 1 else "cubic")
-        found_PLD = jnp.take(places.reshape(-1, self.width_model), flat_index(positions_PLA, shape), axis=0)
+        found_PLD = jnp.take(places.reshape(-1, self.width_model), row_major_index(positions_PLA, shape), axis=0)
         first_PLD = jnp.broadcast_to(first, (positions_PLA.shape[0], *first.shape))
-        return PositionSignal(added=jnp.concatenate([first_PLD, found_PLD], axis=1))
+        return PositionSignal(input_embedding=jnp.concatenate([first_PLD, found_PLD], axis=1))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.fixed import axis_frequencies, paired_width, unturned
+from seqpe_jax.encodings.fixed import axis_frequencies, rotary_head_width, with_identity_prefix
 
 
 class RotaryMixed(nn.Module):
@@ -41,7 +41,7 @@ class RotaryMixed(nn.Module):
           InputError: odd head width, or fewer pairs than axes.
         """
         axes = positions_PLA.shape[-1]
-        pairs = paired_width("rotary_mixed", self.width_model, self.heads_model, axes) // 2
+        pairs = rotary_head_width("rotary_mixed", self.width_model, self.heads_model, axes) // 2
         sizes = (self.layers_model, axes, self.heads_model, pairs)
         frequencies = self.param("frequencies", self._fresh, sizes)
         # N counts the layers, F the pairs. Angles stay float32 at full precision: a position may be large.
@@ -53,7 +53,9 @@ class RotaryMixed(nn.Module):
         )
         if self.reference_scramble:
             angles = jnp.swapaxes(angles, 2, 3).reshape(angles.shape)
-        return PositionSignal(rotation=unturned(jnp.cos(angles), jnp.sin(angles), self.prefix), stacked=("rotation",))
+        return PositionSignal(
+            rotation=with_identity_prefix(jnp.cos(angles), jnp.sin(angles), self.prefix), per_layer_fields=("rotation",)
+        )
 
     def _fresh(self, key: jax.Array, sizes: tuple[int, int, int, int]) -> jax.Array:
         """Frequencies [layers, A, H, pairs], radians per position."""

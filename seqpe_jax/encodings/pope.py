@@ -9,8 +9,8 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.bounds import Bounds, bounded
-from seqpe_jax.encodings.fixed import check_one_axis, unit_circle
+from seqpe_jax.encodings.bounds import ParamBounds, clip_straight_through
+from seqpe_jax.encodings.fixed import require_one_axis, unit_circle
 
 
 class PoPE(nn.Module):
@@ -25,7 +25,7 @@ class PoPE(nn.Module):
       PARAM_BOUNDS: training keeps the keys' angles between -2 pi and 0, as the paper does.
     """
 
-    PARAM_BOUNDS: ClassVar[Bounds] = {"shift": (-2 * math.pi, 0.0)}
+    PARAM_BOUNDS: ClassVar[ParamBounds] = {"shift": (-2 * math.pi, 0.0)}
 
     layers_model: int
     width_model: int
@@ -37,15 +37,17 @@ class PoPE(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `polar`, each float32[P, L, 1, K], and `polar_shift` for positions int32[P, L, 1].
+        """Returns `polar_phase`, each float32[P, L, 1, K], and `polar_key_phase` for positions int32[P, L, 1].
 
         Raises:
           InputError: a grid.
         """
-        check_one_axis("pope", positions_PLA)
+        require_one_axis("pope", positions_PLA)
         width = self.width_model // self.heads_model
         frequencies = self.theta ** (-np.arange(width) / width)
         cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
         shift = self.param("shift", nn.initializers.zeros, (self.layers_model, self.heads_model, width), jnp.float32)
-        shift = bounded(shift, self.PARAM_BOUNDS["shift"])
-        return PositionSignal(polar=(cos[:, :, None], sin[:, :, None]), polar_shift=shift, stacked=("polar_shift",))
+        shift = clip_straight_through(shift, self.PARAM_BOUNDS["shift"])
+        return PositionSignal(
+            polar_phase=(cos[:, :, None], sin[:, :, None]), polar_key_phase=shift, per_layer_fields=("polar_key_phase",)
+        )

@@ -1,4 +1,4 @@
-"""Encodings in which a logit gains a function of where its query and its key stand (`signal.Relation`).
+"""Encodings in which a logit gains a function of where its query and its key stand (`signal.RelativeBias`).
 
 A function reads for each place its coordinates in tokens or patches, how large distances may be seen from there, and
 whether it stands anywhere at all: tokens before a grid, such as a class token, stand nowhere, and nothing is added to
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.encodings.base import PositionSignal, Relation
-from seqpe_jax.encodings.bounds import Bounds, bounded
-from seqpe_jax.encodings.fixed import alibi_slopes, check_one_axis, paired_width, turned, unit_circle
+from seqpe_jax.encodings.base import PositionSignal, RelativeBias
+from seqpe_jax.encodings.bounds import ParamBounds, clip_straight_through
+from seqpe_jax.encodings.fixed import alibi_slopes, require_one_axis, rotary_frequencies, rotary_head_width, unit_circle
 from seqpe_jax.errors import InputError
 
-BEHIND = -1e30  # the addend of what a head does not see; finite, so that a mask can be added to it
-Found = tuple[jax.Array | None, jax.Array]
+MASKED = -1e30  # the addend of what a head does not see; finite, so that a mask can be added to it
+FactorAndAddend = tuple[jax.Array | None, jax.Array]
 
 
 def places(positions_PLA: jax.Array, unit: int, prefix: int) -> jax.Array:
@@ -50,7 +50,7 @@ def distances(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)  # its slope at 0 is not infinite
 
 
-def standing(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
+def valid_mask(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
     """Returns 1 where both stand somewhere and else 0, float32[P, 1, L, S]."""
     return (query_PLC[:, :, None, -1] * key_PSC[:, None, :, -1])[:, None]
 
@@ -62,7 +62,7 @@ class BucketBias:
     buckets: int
     farthest: int
 
-    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: {"buckets": float32[buckets, H]}."""
         distance, exact = distances(query, key)[:, None], self.buckets // 2
         table = params["buckets"][:, heads_H, None, None]
@@ -73,17 +73,17 @@ class BucketBias:
             far = (bucket - exact) / (self.buckets - exact)
             begins = bucket if bucket <= exact else exact * (self.farthest / exact) ** far
             addend = addend + (table[bucket] - table[bucket - 1]) * (distance >= begins)
-        return None, addend * standing(query, key)
+        return None, addend * valid_mask(query, key)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogBias:
     """KERPLE's: -r1 log(1 + r2 distance), r1 and r2 above 0 and of each head."""
 
-    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: {"slope", "scale"}, each float32[H]."""
         slope, scale = (params[name][heads_H][:, None, None] for name in ("slope", "scale"))
-        return None, -slope * jnp.log1p(scale * distances(query, key)[:, None]) * standing(query, key)
+        return None, -slope * jnp.log1p(scale * distances(query, key)[:, None]) * valid_mask(query, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class InterpolatedBias:
 
     threshold: float
 
-    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: see `Fire`."""
         scale, threshold = jnp.abs(params["scale"]), jnp.abs(params["threshold"]) * self.threshold
         reach_PL1 = jnp.maximum(query[:, :, None, -2], threshold)
@@ -100,7 +100,7 @@ class InterpolatedBias:
         hidden = jax.nn.relu(share[..., None] * params["inward"] + params["inward_bias"])
         out, bias = params["outward"][:, heads_H], params["outward_bias"][heads_H]
         addend = jnp.einsum("plsw,wh->phls", hidden, out) + bias[:, None, None]
-        return None, addend * standing(query, key)
+        return None, addend * valid_mask(query, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SlopedBias:
     slopes: tuple[float, ...]
     directed: bool = False
 
-    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]).
 
         Args:
@@ -123,8 +123,8 @@ class SlopedBias:
             down, right = displacements(query, key)[-2:]  # from the key to the query
             side_H2 = params["direction"][heads_H]
             ahead = side_H2[:, 0, None, None] * down[:, None] + side_H2[:, 1, None, None] * right[:, None]
-            addend = jnp.where(ahead > 0, BEHIND, addend)
-        both = standing(query, key)
+            addend = jnp.where(ahead > 0, MASKED, addend)
+        both = valid_mask(query, key)
         return None, jnp.where(both > 0, addend, 0.0)
 
 
@@ -134,19 +134,21 @@ class ScaledLogits:
 
     tau: float
 
-    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> Found:
+    def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (factor, addend), each float32[P, 1, L, S]."""
-        square = 2.0 * jnp.log1p(distances(query, key) / self.tau)[:, None] * standing(query, key) + 1.0
+        square = 2.0 * jnp.log1p(distances(query, key) / self.tau)[:, None] * valid_mask(query, key) + 1.0
         return jnp.sqrt(square), 1.0 - square
 
 
-def signal_of(
+def relative_bias_signal(
     positions_PLA: jax.Array, unit: int, prefix: int, function: Any, params: Any, by_layer: bool
 ) -> PositionSignal:
     """Returns the signal of a relation; params: of each layer along their first axis if `by_layer`."""
     read = places(positions_PLA, unit, prefix)
-    stacked = ("relation_params",) if by_layer else ()
-    return PositionSignal(relation=Relation(read, read, function), relation_params=params, stacked=stacked)
+    per_layer_fields = ("bias_params",) if by_layer else ()
+    return PositionSignal(
+        relative_bias=RelativeBias(read, read, function), bias_params=params, per_layer_fields=per_layer_fields
+    )
 
 
 class T5(nn.Module):
@@ -171,12 +173,12 @@ class T5(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relation` of positions int32[P, L, 1].
+        """Returns the `relative_bias` of positions int32[P, L, 1].
 
         Raises:
           InputError: a grid, or a largest distance among those that have a bucket of their own.
         """
-        check_one_axis("t5", positions_PLA)
+        require_one_axis("t5", positions_PLA)
         if self.t5_max_distance <= self.t5_buckets // 2:
             raise InputError(
                 f"encoding.t5_max_distance={self.t5_max_distance} must be more than half of "
@@ -185,7 +187,7 @@ class T5(nn.Module):
         function = BucketBias(self.t5_buckets, self.t5_max_distance)
         init = nn.initializers.normal(self.width_model**-0.5)
         buckets = self.param("buckets", init, (function.buckets, self.heads_model), jnp.float32)
-        return signal_of(positions_PLA, self.unit, 0, function, {"buckets": buckets}, by_layer=False)
+        return relative_bias_signal(positions_PLA, self.unit, 0, function, {"buckets": buckets}, by_layer=False)
 
 
 class Kerple(nn.Module):
@@ -198,7 +200,7 @@ class Kerple(nn.Module):
       PARAM_BOUNDS: training keeps r1 and r2 at 0.01 or more, as the authors' code does.
     """
 
-    PARAM_BOUNDS: ClassVar[Bounds] = {"slope": (0.01, math.inf), "scale": (0.01, math.inf)}
+    PARAM_BOUNDS: ClassVar[ParamBounds] = {"slope": (0.01, math.inf), "scale": (0.01, math.inf)}
 
     layers_model: int
     heads_model: int
@@ -209,15 +211,17 @@ class Kerple(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relation` of positions int32[P, L, 1]. Raises: InputError: a grid."""
-        check_one_axis("kerple", positions_PLA)
+        """Returns the `relative_bias` of positions int32[P, L, 1]. Raises: InputError: a grid."""
+        require_one_axis("kerple", positions_PLA)
         sizes = (self.layers_model, self.heads_model)
         fresh = {"slope": 2.0, "scale": self.kerple_scale}  # each is drawn evenly between 0 and this
         params = {
-            name: bounded(self.param(name, _above(limit, self.PARAM_BOUNDS[name][0]), sizes), self.PARAM_BOUNDS[name])
+            name: clip_straight_through(
+                self.param(name, _above(limit, self.PARAM_BOUNDS[name][0]), sizes), self.PARAM_BOUNDS[name]
+            )
             for name, limit in fresh.items()
         }
-        return signal_of(positions_PLA, self.unit, 0, LogBias(), params, by_layer=True)
+        return relative_bias_signal(positions_PLA, self.unit, 0, LogBias(), params, by_layer=True)
 
 
 class Fire(nn.Module):
@@ -244,7 +248,7 @@ class Fire(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relation` of prefix + L tokens for positions int32[P, L, A]."""
+        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]."""
         layers, heads, hidden = self.layers_model, self.heads_model, 32
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         inward, outward = (_uniform(1.0 / math.sqrt(read)) for read in (1, hidden))
@@ -257,7 +261,7 @@ class Fire(nn.Module):
             "outward_bias": self.param("outward_bias", zeros, (layers, heads), jnp.float32),
         }
         function = InterpolatedBias(self.fire_threshold)
-        return signal_of(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
+        return relative_bias_signal(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
 
 
 def _uniform(limit: float) -> Any:
@@ -286,11 +290,11 @@ class GridALiBi(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relation` of prefix + L tokens for positions int32[P, L, A]. Raises: InputError: one axis."""
+        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]. Raises: InputError: one axis."""
         if positions_PLA.shape[-1] == 1:
             raise InputError("encoding.kind='alibi_grid' is for grids: choose 'alibi', which is for texts")
         function = SlopedBias(tuple((self.slope_scale * alibi_slopes(self.heads_model)).tolist()))
-        return signal_of(positions_PLA, self.unit, self.prefix, function, None, by_layer=False)
+        return relative_bias_signal(positions_PLA, self.unit, self.prefix, function, None, by_layer=False)
 
 
 class LookHere(nn.Module):
@@ -318,7 +322,7 @@ class LookHere(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relation` of prefix + L tokens for positions int32[P, L, A].
+        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A].
 
         Raises:
           InputError: one axis, or more directed heads than heads.
@@ -337,7 +341,7 @@ class LookHere(nn.Module):
         direction[:, :directed] = sides[np.arange(layers * directed) % len(sides)].reshape(layers, directed, 2)
         params = {"depth": jnp.linspace(1.5, 0.5, layers), "direction": jnp.asarray(direction)}
         function = SlopedBias(slopes, directed=True)
-        return signal_of(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
+        return relative_bias_signal(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
 
 
 class ScaleInvariant(nn.Module):
@@ -363,10 +367,12 @@ class ScaleInvariant(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `rotation` and `relation` of positions int32[P, L, 1]. Raises: InputError: a grid, an odd head width."""
-        check_one_axis("scale_invariant", positions_PLA)
-        width = paired_width("scale_invariant", self.width_model, self.heads_model, 1)
-        (frequencies,) = turned(width, 1, self.theta, self.rotary_pairs)
+        """Returns `rotation` and `relative_bias` of positions int32[P, L, 1]. Raises: InputError: a grid, an odd head width."""
+        require_one_axis("scale_invariant", positions_PLA)
+        width = rotary_head_width("scale_invariant", self.width_model, self.heads_model, 1)
+        (frequencies,) = rotary_frequencies(width, 1, self.theta, self.rotary_pairs)
         cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
-        signal = signal_of(positions_PLA, self.unit, 0, ScaledLogits(self.scale_invariant_tau), None, by_layer=False)
+        signal = relative_bias_signal(
+            positions_PLA, self.unit, 0, ScaledLogits(self.scale_invariant_tau), None, by_layer=False
+        )
         return signal.replace(rotation=(cos[:, :, None], sin[:, :, None]))

@@ -18,7 +18,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits
 from seqpe_jax.positions.prefix_trie import RowGroup, max_nodes_per_level
 
-WORTH = 0.8  # prefixes are shared where that leaves less than this part of the places
+MAX_SHARED_FRACTION = 0.8  # prefixes are shared where that leaves less than this part of the places
 
 
 class QKMap(nn.Module):
@@ -59,7 +59,7 @@ class SeqPE(nn.Module):
       share_prefixes: digits that positions begin with in common are read once (`DigitEncoder`), where that pays.
       prefix: tokens before the positions that have none, such as a class token; each learns a vector of its own, which
         only `signal` sees (the reference's `cls_token_pos_embed`).
-      stored: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served;
+      table_sides: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served;
         stored_step: from one position of the table to the next.
       Others: as of `DigitEncoder`; *_model, axes: of the model that reads the signal.
     """
@@ -97,8 +97,8 @@ class SeqPE(nn.Module):
     scalar_scale: float = 1.0
     share_prefixes: bool = True
     prefix: int = 0
-    stored: tuple[int, ...] = ()
-    stored_step: int = 1
+    table_sides: tuple[int, ...] = ()
+    table_stride: int = 1
 
     @property
     def head_width(self) -> int:
@@ -118,8 +118,8 @@ class SeqPE(nn.Module):
         self._check()
         make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
         kernel_init = make[self.init_distribution]
-        if self.stored:
-            self.table = self.param("table", nn.initializers.zeros, (*self.stored, self.vector_width), jnp.float32)
+        if self.table_sides:
+            self.table = self.param("table", nn.initializers.zeros, (*self.table_sides, self.vector_width), jnp.float32)
         else:
             self.encoder = DigitEncoder(
                 output_width=self.vector_width,
@@ -198,8 +198,8 @@ class SeqPE(nn.Module):
         Args:
           groups: what is known of the rows, in their order (`positions.prefixes`); () = nothing.
         """
-        if self.stored:
-            places = tuple(jnp.moveaxis(positions_RA // self.stored_step, -1, 0))
+        if self.table_sides:
+            places = tuple(jnp.moveaxis(positions_RA // self.table_stride, -1, 0))
             return jnp.asarray(self.table).at[places].get(mode="fill", fill_value=jnp.nan)
         return self.encoder(positions_RA, sizes=self._sizes(positions_RA, groups), deterministic=deterministic)
 
@@ -220,7 +220,7 @@ class SeqPE(nn.Module):
             max_position=self.base**self.digits,
         )
         sizes = tuple(min(size, rows) for size in sizes)
-        return sizes if sum(sizes) + sizes[-1] < WORTH * rows * (len(sizes) + 1) else None
+        return sizes if sum(sizes) + sizes[-1] < MAX_SHARED_FRACTION * rows * (len(sizes) + 1) else None
 
     def signal(
         self, vectors_PLE: jax.Array, positions_PLA: jax.Array | None = None, *, shape: tuple[int, ...] = ()
@@ -234,7 +234,7 @@ class SeqPE(nn.Module):
             first_PLE = jnp.broadcast_to(self.prefix_vectors, (sets, self.prefix, width))
             vectors_PLE = jnp.concatenate([first_PLE, vectors_PLE], axis=1)
         if self.mode == "input_add":
-            return PositionSignal(added=vectors_PLE)
+            return PositionSignal(input_embedding=vectors_PLE)
         if self.mode == "rotary":
             heads = self.heads_model if self.per_head else 1
             sizes = (*vectors_PLE.shape[:-1], heads, vectors_PLE.shape[-1] // heads)
@@ -242,8 +242,8 @@ class SeqPE(nn.Module):
             signal = PositionSignal(rotation=(cos, sin))
             return signal.for_heads(self.position_heads or self.heads_model, self.heads_model)
         pair = self.query_key(vectors_PLE)
-        name = {"attn_add": "shifts", "attn_mul": "factors", "attn_scalar": "features"}[self.mode]
-        signal = PositionSignal(**{name: pair}, stacked=(name,) if self.qk == "multi" else ())
+        name = {"attn_add": "additive", "attn_mul": "multiplicative", "attn_scalar": "logit_query_key"}[self.mode]
+        signal = PositionSignal(**{name: pair}, per_layer_fields=(name,) if self.qk == "multi" else ())
         return signal.for_heads(self.position_heads or self.heads_model, self.heads_model)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -263,9 +263,9 @@ class SeqPE(nn.Module):
             query = query * (self.scalar_scale / math.sqrt(self.head_width))
         return query, key
 
-    def storing(self, sides: tuple[int, ...], step: int) -> "SeqPE":
+    def with_precomputed_table(self, sides: tuple[int, ...], step: int) -> "SeqPE":
         """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions, `step` apart."""
-        return self.clone(stored=sides, stored_step=step)
+        return self.clone(table_sides=sides, table_stride=step)
 
     @property
     def _parts(self) -> int:

@@ -14,7 +14,7 @@ from seqpe_jax import axes
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.evaluation.similarity import cosine
-from seqpe_jax.models.build import Architecture, Params, Shape
+from seqpe_jax.models.build import ModelSpec, Params, Shape
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import RowGroup
 
@@ -32,10 +32,10 @@ class CompiledModel:
     """A model, ready to be asked on the devices of a mesh.
 
     Attributes:
-      architecture: of the model; mesh: the devices, and how arrays are split over them.
+      model_spec: of the model; mesh: the devices, and how arrays are split over them.
     """
 
-    architecture: Architecture
+    model_spec: ModelSpec
     mesh: jax.sharding.Mesh
 
     def signal(self, params: Params, shape: Shape, first: int | None = None, start: Shape = ()) -> PositionSignal:
@@ -44,11 +44,11 @@ class CompiledModel:
         Args:
           start: tokens or patches from the origin to the first position along each axis; () = at the origin.
         """
-        architecture, rows = self.architecture, shape[0] if first is None else min(first, shape[0])
+        model_spec, rows = self.model_spec, shape[0] if first is None else min(first, shape[0])
         moved = start if any(start) else (0,) * len(shape)
-        if not architecture.has_vectors:
+        if not model_spec.has_vectors:
             return self._signal(params, jnp.array(moved, jnp.int32), shape, rows)
-        position_grid = architecture.position_grid
+        position_grid = model_spec.position_grid
         positions_PLA = (
             position_grid.positions(shape, rows=rows) + position_grid.position_resolution * np.array(moved, np.int32)
         )[None]
@@ -77,7 +77,7 @@ class CompiledModel:
           start: tokens from the origin to the first one of a window.
         """
         side, rest = side or shape[0], math.prod(shape[1:])
-        position_grid = position_grid or self.architecture.position_grid
+        position_grid = position_grid or self.model_spec.position_grid
         if len(shape) == 1 and not any(position_grid.interpolated_sides):
             before, rows = start % POSITIONS_PER_CHUNK, POSITIONS_PER_CHUNK
             firsts, shape = range(start - before, start + side, rows), (rows,)
@@ -96,15 +96,15 @@ class CompiledModel:
         return self._vectors_of(params, positions_RA)
 
     def logits(self, params: Params, inputs: jax.Array, start: Shape = ()) -> jax.Array:
-        """Returns what `Architecture.logits` does, with the vectors of `vectors`; start: as of `signal`."""
-        return self._logits(params, inputs, self.signal(params, self.architecture.grid_of(inputs.shape), start=start))
+        """Returns what `ModelSpec.logits` does, with the vectors of `vectors`; start: as of `signal`."""
+        return self._logits(params, inputs, self.signal(params, self.model_spec.grid_of(inputs.shape), start=start))
 
     @functools.cache  # noqa: B019  a model has one of these, and one criterion
     def eval_step(self, task_loss: Any) -> Callable[[Params, PositionSignal, dict[str, Any]], dict[str, jax.Array]]:
         """Returns what evaluation needs to know of each example of a batch (see `objectives.task_loss`), compiled."""
 
         def eval_step(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
-            return task_loss.eval_step(self.architecture.network, {"params": params["model"]}, signal, batch)
+            return task_loss.eval_step(self.model_spec.network, {"params": params["model"]}, signal, batch)
 
         return jax.jit(use_sharding(self.mesh, eval_step), out_shardings=layout.replicated(self.mesh))
 
@@ -117,11 +117,11 @@ class CompiledModel:
           {"pivots" int[n, A], "positions" int[m, A], "cosine" float32[n, m]}: places of tokens or patches, wherever they
           stand; a window is thinned out to `columns` of them, a grid comes whole, row-major.
         """
-        if not self.architecture.has_vectors:
+        if not self.model_spec.has_vectors:
             return None
         places_RA, positions_RA = (
             np.asarray(position_grid.positions(shape))
-            for position_grid in (PositionGrid(), self.architecture.position_grid)
+            for position_grid in (PositionGrid(), self.model_spec.position_grid)
         )
         if len(shape) == 1:
             taken = np.unique(np.linspace(0, len(positions_RA) - 1, columns).astype(int))
@@ -140,18 +140,18 @@ class CompiledModel:
         Args:
           images: float32[n, sides..., C], normalised.
         """
-        shape = self.architecture.grid_of(images.shape)
-        weights = jax.jit(functools.partial(self.architecture.network.apply, method="attention"))(
+        shape = self.model_spec.grid_of(images.shape)
+        weights = jax.jit(functools.partial(self.model_spec.network.apply, method="attention"))(
             {"params": params["model"]}, jnp.asarray(images), self.signal(params, shape)
         )
         weights_BHL = np.asarray(weights, np.float32)[:, :, 0, 1:]
         return weights_BHL.reshape(*weights_BHL.shape[:2], *shape)
 
-    def params_with_table(self, params: Params, reach: Shape, progress: Progress = no_progress) -> Params:
-        """Returns the parameters of `Architecture.stored(reach)`: vectors computed once stand in the encoder's place."""
-        if not self.architecture.has_vectors:
+    def params_with_table(self, params: Params, max_grid: Shape, progress: Progress = no_progress) -> Params:
+        """Returns the parameters of `ModelSpec.with_precomputed_table(max_grid)`: vectors computed once stand in the encoder's place."""
+        if not self.model_spec.has_vectors:
             return params
-        sides, step = self.architecture.position_grid.table_shape(reach)
+        sides, step = self.model_spec.position_grid.table_shape(max_grid)
         table = np.asarray(self.vectors(params, sides, position_grid=PositionGrid(step), progress=progress)).reshape(
             *sides, -1
         )
@@ -161,16 +161,16 @@ class CompiledModel:
     @functools.cached_property
     def _signal(self) -> Callable[[Params, jax.Array, Shape, int], PositionSignal]:
         def signal(params: Params, start_A: jax.Array, shape: Shape, rows: int) -> PositionSignal:
-            position_grid = self.architecture.position_grid
+            position_grid = self.model_spec.position_grid
             positions_LA = position_grid.positions(shape, rows=rows) + position_grid.position_resolution * start_A
-            return self.architecture.signal(params, positions_LA[None], shape)
+            return self.model_spec.signal(params, positions_LA[None], shape)
 
         return jax.jit(use_sharding(self.mesh, signal), static_argnums=(2, 3))
 
     @functools.cached_property
     def _signal_of(self) -> Callable[[Params, jax.Array, jax.Array, Shape], PositionSignal]:
         def signal(params: Params, vectors_PLE: jax.Array, positions_PLA: jax.Array, shape: Shape) -> PositionSignal:
-            return self.architecture.encode(params, vectors_PLE, positions_PLA, shape=shape, method="signal")
+            return self.model_spec.encode(params, vectors_PLE, positions_PLA, shape=shape, method="signal")
 
         return jax.jit(use_sharding(self.mesh, signal), static_argnums=3)
 
@@ -181,18 +181,18 @@ class CompiledModel:
         ) -> jax.Array:
             known = RowGroup(1, (rows, *shape[1:]), spans=position_grid.spans(shape, rows))
             positions_RA = position_grid.positions(shape, first, rows)
-            return self.architecture.encode(params, positions_RA, groups=(known,), method="vectors")
+            return self.model_spec.encode(params, positions_RA, groups=(known,), method="vectors")
 
         return jax.jit(use_sharding(self.mesh, vectors), static_argnums=(2, 3, 4))
 
     @functools.cached_property
     def _vectors_of(self) -> Callable[[Params, jax.Array], jax.Array]:
-        return jax.jit(use_sharding(self.mesh, functools.partial(self.architecture.encode, method="vectors")))
+        return jax.jit(use_sharding(self.mesh, functools.partial(self.model_spec.encode, method="vectors")))
 
     @functools.cached_property
     def _logits(self) -> Callable[..., jax.Array]:
         def logits(params: Params, inputs: jax.Array, signal: PositionSignal) -> jax.Array:
-            return self.architecture.network.apply({"params": params["model"]}, inputs, signal)
+            return self.model_spec.network.apply({"params": params["model"]}, inputs, signal)
 
         return jax.jit(use_sharding(self.mesh, logits))
 

@@ -40,20 +40,24 @@ def write(
     """
     require_empty(output)
     platforms = exported.check_platforms(platforms)
-    if model.architecture.reach is not None:
+    if model.model_spec.max_grid is not None:
         raise InputError(f"{model.folder} is an export already: give the --workdir of its run")
     eval_size = largest_eval_size(model.config, max_length, max_size)
     results = measured(model.folder, model.task) if model.folder else ""
-    reach = model.task.grid_of(eval_size)
+    max_grid = model.task.grid_of(eval_size)
     line = ProgressLine(1, label="positions")
-    params = model.compiled.params_with_table(model.params, reach, lambda done, total: line.update(done, total=total))
+    params = model.compiled.params_with_table(
+        model.params, max_grid, lambda done, total: line.update(done, total=total)
+    )
     line.close()
     print(f"lowering for {', '.join(platforms)}", flush=True)
-    signature = model.task.export_signature(reach)
-    function = exported.serialise(model.architecture.stored(reach).logits, params, signature, platforms)
+    signature = model.task.export_signature(max_grid)
+    function = exported.serialise(
+        model.model_spec.with_precomputed_table(max_grid).logits, params, signature, platforms
+    )
     section = {
         "step": model.step,
-        "reach": reach,
+        "reach": max_grid,
         "input": {
             "name": signature.name,
             "dtype": signature.dtype,
@@ -65,7 +69,7 @@ def write(
         "jax": jax.__version__,
         "digests": DIGESTS_FILE,
     }
-    facts, notes = described(model, params, eval_size, platforms), notes_of(model, reach, eval_size)
+    facts, notes = described(model, params, eval_size, platforms), notes_of(model, max_grid, eval_size)
     card = exported.card(as_path(output).resolve().name, facts, signature, notes, results)
     with atomic_dir(output) as folder:
         exported.write_params(folder, params)
@@ -89,7 +93,7 @@ def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str
         encoding += ", stretched past its table"
     elif settings.encoding.resize == "stretch":
         encoding += ", past training between its positions"
-    trained, stored = count(model.architecture.shapes), count(params)
+    trained, stored = count(model.model_spec.shapes), count(params)
     replaced = f" trained, {stored:,} here: a table of vectors for the encoder" if stored != trained else ""
     return {
         "task": model.task.kind,
@@ -105,9 +109,9 @@ def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str
     }
 
 
-def notes_of(model: Any, reach: Shape, eval_size: Shape) -> list[str]:
+def notes_of(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     """Returns what the largest arrays take, and whether logits depend on the length of the input, in words."""
-    settings, tokens = model.config.model, model.architecture.prefix + math.prod(reach)
+    settings, tokens = model.config.model, model.model_spec.prefix + math.prod(max_grid)
     rows = tokens if settings.attention_kind == "plain" else min(tokens, settings.attention_block or BLOCK)
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
     arrays = {f"attention logits ({words} at a time)": rows * rows * settings.heads}

@@ -21,7 +21,7 @@ def check_generation(
     window: int | None = None,
     *,
     cut: bool = False,
-    reach: Shape | None = None,
+    max_grid: Shape | None = None,
 ) -> int:
     """Returns the length of the window whose position signal prompts of these lengths and their new tokens read.
 
@@ -32,7 +32,7 @@ def check_generation(
       lengths: tokens of the prompts.
       window: tokens; longer than the training length, for an encoding whose signal depends on it.
       cut: a text ends where its window does; else a window that does not hold all new tokens is refused.
-      reach: of an export (`Architecture.reach`); else None.
+      max_grid: of an export (`ModelSpec.max_grid`); else None.
 
     Raises:
       InputError: not a run on text, no prompt, an empty one, a window that is too small, missing, not read by the encoding
@@ -56,9 +56,9 @@ def check_generation(
     needed = longest if cut else longest + sampling.new_tokens
     check_positions(config, max(needed, window or 0), "the length of prompt and new tokens")
     size = f"the longest prompt ({longest} tokens)" + f" and {sampling.new_tokens} new tokens" * (not cut)
-    if reach is not None and needed > reach[0]:
+    if max_grid is not None and needed > max_grid[0]:
         raise InputError(
-            f"{size} are beyond the exported range, up to {reach[0]}: ask for less, or export the run again with "
+            f"{size} are beyond the exported range, up to {max_grid[0]}: ask for less, or export the run again with "
             f"--max-length={needed}"
         )
     if window is not None and window < needed:
@@ -103,8 +103,8 @@ def generate(
     Raises:
       InputError: as `check_generation`, or a token that the model does not know.
     """
-    network, reach = programs.architecture.network, programs.architecture.reach
-    window = check_generation(config, [len(prompt) for prompt in prompts], sampling, window, cut=cut, reach=reach)
+    network, max_grid = programs.model_spec.network, programs.model_spec.max_grid
+    window = check_generation(config, [len(prompt) for prompt in prompts], sampling, window, cut=cut, max_grid=max_grid)
     for prompt in prompts:
         if not 0 <= int(np.min(prompt)) <= int(np.max(prompt)) < network.vocabulary:
             raise InputError(f"a prompt has tokens outside of the vocabulary (0 .. {network.vocabulary - 1})")

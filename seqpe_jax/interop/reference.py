@@ -17,7 +17,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import folders, settings, weights
 from seqpe_jax.interop.writing import channels_of, fixed_table
 from seqpe_jax.model import Model
-from seqpe_jax.models.build import Architecture, DataSpec
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.trees import names
 
 
@@ -46,13 +46,13 @@ class Given(nn.Module):
         if self.kind == "seqpe":
             return self.inner.signal(vectors_PLE)
         if self.kind == "sinusoidal":
-            return PositionSignal(added=vectors_PLE)
+            return PositionSignal(input_embedding=vectors_PLE)
         if self.kind == "rotary":
             sin, cos = jnp.split(vectors_PLE[:, :, None], 2, axis=-1)
             return PositionSignal(rotation=(cos, sin))
         if self.kind == "alibi":
             query = jnp.full_like(vectors_PLE[..., None], (self.inner.width_model // self.inner.heads_model) ** -0.5)
-            return PositionSignal(features=(query, vectors_PLE[..., None]))
+            return PositionSignal(logit_query_key=(query, vectors_PLE[..., None]))
         raise InputError(f"signal= makes no sense for encoding '{self.kind}'")
 
 
@@ -100,20 +100,20 @@ def from_config(config: Config, state: weights.State, signal: Any = None) -> Mod
       InputError: as `from_state_dicts`.
     """
     sizes = _sizes(config, state)
-    architecture, rules = Architecture.of(config, sizes), weights.rules(config)
-    shapes = architecture.shapes
+    model_spec, rules = ModelSpec.of(config, sizes), weights.rules(config)
+    shapes = model_spec.shapes
     if signal is not None:
         given = np.asarray(signal, np.float32)
         rules = [rule for rule in rules if not rule.ours.startswith("encoding/encoder/")]
-        encoding = Given(architecture.encoding, config.encoding.kind, given.shape)
-        architecture = dataclasses.replace(architecture, encoding=encoding, has_vectors=False)
+        encoding = Given(model_spec.encoding, config.encoding.kind, given.shape)
+        model_spec = dataclasses.replace(model_spec, encoding=encoding, has_vectors=False)
         kept = {name: shape for name, shape in shapes["encoding"].items() if name != "encoder"}
         shapes = shapes | {"encoding": kept | {"given": jax.ShapeDtypeStruct(given.shape, jnp.float32)}}
     params = weights.to_params(rules, state)
     if signal is not None:
         params["encoding"] = dict(params.get("encoding", {})) | {"given": given}
     params = checked(params, shapes)
-    return Model(config, architecture, sizes, lambda: params)
+    return Model(config, model_spec, sizes, lambda: params)
 
 
 def _sizes(config: Config, state: weights.State) -> DataSpec:
@@ -154,9 +154,9 @@ def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
     )
     rules = weights.encoder_rules(encoding.layers, axes, encoding.cls, encoding.final_norm)
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    architecture = Architecture(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)
-    params = checked(weights.to_params(rules, state) | {"model": {}}, architecture.shapes)
-    return Model(Config(encoding=encoding), architecture, DataSpec(), lambda: params)
+    model_spec = ModelSpec(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)
+    params = checked(weights.to_params(rules, state) | {"model": {}}, model_spec.shapes)
+    return Model(Config(encoding=encoding), model_spec, DataSpec(), lambda: params)
 
 
 def _named(state: weights.State) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def from_source(source: folders.Source) -> Model:
     model = from_config(settings.config_of(source.spec), source.state)
     for name, table in source.tables.items():
         rows = min(len(table), 64)
-        ours = fixed_table(model.config, model.architecture, rows)
+        ours = fixed_table(model.config, model.model_spec, rows)
         if table.ndim != 2 or np.abs(ours - table[:rows]).max(initial=0.0) > 1e-4:
             raise InputError(
                 f"tensor {name} is not the table of encoding '{source.spec['pe_type']}' that its config describes"

@@ -16,7 +16,7 @@ from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_dir, require_empty
 from seqpe_jax.interop import folders, settings, weights
-from seqpe_jax.models.build import Architecture, DataSpec, Params
+from seqpe_jax.models.build import DataSpec, ModelSpec, Params
 from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, write_checksums
@@ -73,7 +73,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     """
     require_empty(output)
     config, kind, name = model.config, model.config.encoding.kind, model.folder or "the model"
-    if model.architecture.reach is not None:
+    if model.model_spec.max_grid is not None:
         raise InputError(
             f"{name} is an export, which has no encoder of positions any more: give the --workdir of its run"
         )
@@ -81,14 +81,14 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
         config,
         model=dataclasses.replace(config.model, vocabulary=model.data_spec.vocabulary, classes=model.data_spec.classes),
     )
-    spec = settings.spec_of(config, getattr(model.architecture.encoding, "vector_width", 0))
+    spec = settings.spec_of(config, getattr(model.model_spec.encoding, "vector_width", 0))
     rules = weights.rules(config)
     state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
     if channels_of(state) != 3:
         raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
     if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
-        state[f"{weights.ENCODER}weight"] = fixed_table(config, model.architecture, rows)
+        state[f"{weights.ENCODER}weight"] = fixed_table(config, model.model_spec, rows)
     kept = as_path(model.folder) / FILE if model.folder else None
     with atomic_dir(output) as folder:
         files = (folders.write_images if config.is_image else folders.write_text)(
@@ -113,21 +113,21 @@ def channels_of(state: weights.State) -> int:
     return 3 if kernel is None else np.shape(kernel)[1]
 
 
-def fixed_table(config: configs.Config, architecture: Architecture, rows: int) -> np.ndarray:
+def fixed_table(config: configs.Config, model_spec: ModelSpec, rows: int) -> np.ndarray:
     """Returns the first rows of the table that the reference stores for a fixed encoding on one axis.
 
     Sinusoidal: [rows, width]; rotary: sines, then cosines, [rows, head width]; ALiBi: slope times index, [rows, heads].
     """
-    kind, encoding = config.encoding.kind, architecture.encoding
+    kind, encoding = config.encoding.kind, model_spec.encoding
     if getattr(encoding, "prefix", 0):  # its rows count the class token
         encoding = encoding.clone(prefix=0)
     signal = encoding.apply({}, jnp.arange(rows, dtype=jnp.int32)[None, :, None], shape=(rows,))
     if kind == "sinusoidal":
-        return np.asarray(signal.added[0])
+        return np.asarray(signal.input_embedding[0])
     if kind == "rotary":
         cos, sin = (np.asarray(part[0, :, 0]) for part in signal.rotation)
         return np.concatenate([sin, cos], axis=-1)
-    query, key = (np.asarray(part[0], np.float64) for part in signal.features)
+    query, key = (np.asarray(part[0], np.float64) for part in signal.logit_query_key)
     head_width = config.model.width // config.model.heads
     return (np.einsum("hf,lhf->lh", query[0], np.broadcast_to(key, (rows, *query.shape[1:]))) * head_width**0.5).astype(
         np.float32

@@ -29,16 +29,16 @@ def training_flops(
       batch_size: examples of a step.
       accumulate: parts in which the batch is read; each encodes its positions anew.
     """
-    architecture = train_loss.architecture
-    network = architecture.network.clone(attention_kind="plain")  # no loop over blocks, no kernel
-    train_loss = dataclasses.replace(train_loss, architecture=dataclasses.replace(architecture, network=network))
+    model_spec = train_loss.model_spec
+    network = model_spec.network.clone(attention_kind="plain")  # no loop over blocks, no kernel
+    train_loss = dataclasses.replace(train_loss, model_spec=dataclasses.replace(model_spec, network=network))
     batch = {
         name: jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype)
         for name, leaf in example.items()
     }
     key, step = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.make_jaxpr(train_loss.loss)(architecture.shapes, batch, key, step)
-    trained = len(jax.tree.leaves(architecture.shapes))
+    traced = jax.make_jaxpr(train_loss.loss)(model_spec.shapes, batch, key, step)
+    trained = len(jax.tree.leaves(model_spec.shapes))
     flops, _ = _count(traced.jaxpr, [at < trained for at in range(len(traced.jaxpr.invars))])
     return (1 + BACKWARD) * accumulate * flops
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax.models.build import Architecture, stream
+from seqpe_jax.models.build import ModelSpec, stream
 from seqpe_jax.positions import sampling
 
 
@@ -32,30 +32,30 @@ def may_perturb(settings: Any) -> bool:
     return max(settings.shift.rate, settings.skip.rate, settings.jitter.rate, settings.zoom.rate) > 0
 
 
-def sample_positions(settings: Any, architecture: Architecture, key: jax.Array, step: jax.Array) -> SampledPositions:
+def sample_positions(settings: Any, model_spec: ModelSpec, key: jax.Array, step: jax.Array) -> SampledPositions:
     """Returns the positions of a step, a pure function of the run's key and the step.
 
     Args:
       settings: the `objective` section of a config.
     """
     now = jax.random.fold_in(key, step)
-    positions_PLA, perturbed, crop_boxes_PA2 = _windows(settings, architecture, key, now)
+    positions_PLA, perturbed, crop_boxes_PA2 = _windows(settings, model_spec, key, now)
     return SampledPositions(
         positions_PLA,
         perturbed,
-        _contrastive(settings.contrastive, architecture, key, step),
-        _distillation(settings.distillation, architecture, now),
+        _contrastive(settings.contrastive, model_spec, key, step),
+        _distillation(settings.distillation, model_spec, now),
         crop_boxes_PA2,
     )
 
 
 def _windows(
-    settings: Any, architecture: Architecture, key: jax.Array, now: jax.Array
+    settings: Any, model_spec: ModelSpec, key: jax.Array, now: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The windows that the model reads, whether they were perturbed, and the parts of images that they lie over."""
-    shape, position_grid = architecture.shape, architecture.position_grid
+    shape, position_grid = model_spec.shape, model_spec.position_grid
     sets = settings.shift.sets if may_perturb(settings) else 1
-    positions_PLA = jnp.broadcast_to(position_grid.positions(shape), (sets, architecture.places, len(shape)))
+    positions_PLA = jnp.broadcast_to(position_grid.positions(shape), (sets, model_spec.num_positions, len(shape)))
     perturbed, crop_boxes_PA2 = jnp.zeros((), bool), None
     if not may_perturb(settings):
         return positions_PLA, perturbed, crop_boxes_PA2
@@ -67,7 +67,7 @@ def _windows(
         crop_boxes_PA2 = jnp.where(zoomed, crop_boxes_PA2, jnp.array([0.0, 1.0]))
         positions_PLA = jnp.where(zoomed, position_grid.crop_positions(shape, crop_boxes_PA2), positions_PLA)
         perturbed = perturbed | zoomed
-    positions_PLA, displaced = _offset_or_skipped(settings, architecture, positions_PLA, key, now)
+    positions_PLA, displaced = _offset_or_skipped(settings, model_spec, positions_PLA, key, now)
     perturbed = perturbed | displaced
     if settings.jitter.rate:
         shaken = jax.random.uniform(stream(now, "shake")) < settings.jitter.rate
@@ -75,7 +75,7 @@ def _windows(
             stream(now, "jitter"),
             positions_PLA,
             reach=round(settings.jitter.range * position_grid.position_resolution),
-            max_position=architecture.max_position,
+            max_position=model_spec.max_position,
             ordered=len(shape) == 1,
         )
         positions_PLA, perturbed = jnp.where(shaken, shaken_PLA, positions_PLA), perturbed | shaken
@@ -83,13 +83,13 @@ def _windows(
 
 
 def _offset_or_skipped(
-    settings: Any, architecture: Architecture, positions_PLA: jax.Array, key: jax.Array, now: jax.Array
+    settings: Any, model_spec: ModelSpec, positions_PLA: jax.Array, key: jax.Array, now: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The windows, shifted or cut into chunks with gaps where this step draws that, and whether it does."""
     shape, unit, (offset_A, limit) = (
-        architecture.shape,
-        architecture.position_grid.position_resolution,
-        _room(architecture),
+        model_spec.shape,
+        model_spec.position_grid.position_resolution,
+        _room(model_spec),
     )
     sets = len(positions_PLA)
     choice = jax.random.uniform(stream(now, "move"))
@@ -120,7 +120,7 @@ def _offset_or_skipped(
 
 
 def _contrastive(
-    settings: Any, architecture: Architecture, key: jax.Array, step: jax.Array
+    settings: Any, model_spec: ModelSpec, key: jax.Array, step: jax.Array
 ) -> sampling.ContrastivePositions | None:
     if not settings.weight:
         return None
@@ -129,37 +129,37 @@ def _contrastive(
         step,
         batch=settings.batch,
         candidates=settings.candidates,
-        max_position=architecture.max_position,
-        axes=len(architecture.shape),
-        base=architecture.base,
+        max_position=model_spec.max_position,
+        axes=len(model_spec.shape),
+        base=model_spec.base,
         mixture=settings.mixture,
         hard_fraction=settings.hard_fraction,
-        window=settings.window * architecture.position_grid.position_resolution,
+        window=settings.window * model_spec.position_grid.position_resolution,
         around_pivot=settings.around_pivot,
         past_only=settings.past_only,
     )
 
 
-def _distillation(settings: Any, architecture: Architecture, now: jax.Array) -> sampling.DistillationPositions | None:
+def _distillation(settings: Any, model_spec: ModelSpec, now: jax.Array) -> sampling.DistillationPositions | None:
     if not settings.weight:
         return None
-    offset_A, limit = _room(architecture)
+    offset_A, limit = _room(model_spec)
     windows = sampling.distillation_positions(
         stream(now, "distillation"),
         batch=settings.batch,
         offsets=settings.offsets,
-        shape=architecture.shape,
+        shape=model_spec.shape,
         max_position=limit,
-        position_resolution=architecture.position_grid.position_resolution,
+        position_resolution=model_spec.position_grid.position_resolution,
     )
     return windows._replace(positions_BMA=windows.positions_BMA + offset_A)
 
 
-def _room(architecture: Architecture) -> tuple[np.ndarray, int]:
+def _room(model_spec: ModelSpec) -> tuple[np.ndarray, int]:
     """Where the training grid begins along each axis, and the positions that are left beyond that for windows to move in.
 
     Windows are drawn as if they began at 0; what a grid that stands in the middle of its cells begins with is added after.
     """
-    axes = range(len(architecture.shape))
-    offset_A = np.array([architecture.position_grid.first_position(axis) for axis in axes], np.int32)
-    return offset_A, architecture.max_position - int(offset_A.max())
+    axes = range(len(model_spec.shape))
+    offset_A = np.array([model_spec.position_grid.first_position(axis) for axis in axes], np.int32)
+    return offset_A, model_spec.max_position - int(offset_A.max())

@@ -10,7 +10,7 @@ from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveCon
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.losses.train_loss import TrainLoss
-from seqpe_jax.models.build import Architecture
+from seqpe_jax.models.build import ModelSpec
 
 
 def position_losses(
@@ -66,7 +66,7 @@ def position_losses(
         )
     heads = encoding.heads_model if encoding.per_head else None
     example = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
-    architecture = Architecture(encoding, None, example, shape, reach, encoding.base, heads)
-    train_loss = TrainLoss(architecture, None, settings)
+    model_spec = ModelSpec(encoding, None, example, shape, reach, encoding.base, heads)
+    train_loss = TrainLoss(model_spec, None, settings)
     sampled = train_loss.sample(key, jnp.asarray(step, jnp.int32))
     return train_loss.signal_and_terms(params["params"], sampled, jax.random.fold_in(key, step))[1]

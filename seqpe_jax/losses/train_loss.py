@@ -15,7 +15,7 @@ from seqpe_jax.losses.distillation import distillation_logits_loss, distillation
 from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sample_positions
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.losses.zoom import zoom
-from seqpe_jax.models.build import Architecture, Params, mask_key, stream
+from seqpe_jax.models.build import ModelSpec, Params, dropout_key, stream
 from seqpe_jax.positions.prefix_trie import RowGroup
 
 Metrics = dict[str, jax.Array]
@@ -33,18 +33,18 @@ class TrainLoss:
     """Task loss + w_c * contrastive + w_d * distillation (paper, section 3; the reference's train loop).
 
     Attributes:
-      architecture: of the model; criterion: what it is trained for, or None for the terms on position vectors alone.
-      settings: the frozen `objective` section of the config; random_bits: of dropout's masks (`architecture.mask_key`).
+      model_spec: of the model; criterion: what it is trained for, or None for the terms on position vectors alone.
+      settings: the frozen `objective` section of the config; random_bits: of dropout's masks (`models.build.dropout_key`).
     """
 
-    architecture: Architecture
+    model_spec: ModelSpec
     task_loss: NextTokenLoss | ClassificationLoss | None
     settings: Any
     random_bits: str = "threefry"
 
     def sample(self, key: jax.Array, step: jax.Array) -> SampledPositions:
         """Returns the positions of a step: a pure function of the run's key and the step."""
-        return sample_positions(self.settings, self.architecture, key, step)
+        return sample_positions(self.settings, self.model_spec, key, step)
 
     def loss(
         self,
@@ -58,7 +58,7 @@ class TrainLoss:
         """Returns the training loss (scalar float32, nats) and the raw value of each term.
 
         Args:
-          params: as returned by `Architecture.init`.
+          params: as returned by `ModelSpec.init`.
           batch: what the task reads, and optionally "sampled_positions" (`SampledPositions`).
           key: the run's key; step: the step; part: which part of an accumulated batch this is; share: see
             `training.step.make_train_step`. Terms on position vectors are the same in every part and have none.
@@ -66,14 +66,14 @@ class TrainLoss:
         sampled = batch["sampled_positions"] if "sampled_positions" in batch else self.sample(key, step)
         now = jax.random.fold_in(jax.random.fold_in(key, step), part)
         terms: Metrics = {}
-        if self.architecture.has_vectors:
+        if self.model_spec.has_vectors:
             encoding = all_gather_params(params["encoding"], "encoding")
             own = "sampled_positions" in batch  # of which nothing is known
             signal, terms = self.signal_and_terms(encoding, sampled, self._masks(now, "encoding dropout"), own)
         else:
-            signal = self.architecture.signal(params, sampled.positions_PLA, self.architecture.shape)
+            signal = self.model_spec.signal(params, sampled.positions_PLA, self.model_spec.shape)
         apply = functools.partial(
-            self.architecture.network.apply,
+            self.model_spec.network.apply,
             {"params": params["model"]},
             signal=signal,
             deterministic=False,
@@ -111,7 +111,7 @@ class TrainLoss:
             main.reshape(sets, length, -1), None, POSITIONS, None
         )  # the qk map is shared out as well
         signal = self._encoding.apply(
-            {"params": params}, main_PLE, sampled.positions_PLA, shape=self.architecture.shape, method="signal"
+            {"params": params}, main_PLE, sampled.positions_PLA, shape=self.model_spec.shape, method="signal"
         )
         terms: Metrics = {}
         if sampled.contrastive is not None:
@@ -123,15 +123,15 @@ class TrainLoss:
         return signal, terms
 
     def _masks(self, now: jax.Array, name: str) -> jax.Array:
-        return mask_key(stream(now, name), self.random_bits)
+        return dropout_key(stream(now, name), self.random_bits)
 
     @property
     def _encoding(self) -> Any:
-        return self.architecture.encoding
+        return self.model_spec.encoding
 
     def _rows(self, sampled: SampledPositions) -> list[Rows]:
         """What the encoder reads: the model's windows first, then pivots, candidates and students, where there are such."""
-        settings, position_grid, shape = self.settings, self.architecture.position_grid, self.architecture.shape
+        settings, position_grid, shape = self.settings, self.model_spec.position_grid, self.model_spec.shape
         num_chunks = settings.skip.chunks if settings.skip.rate else 1
         # Zoomed windows lie in the span of whole ones, each on lines of its own.
         spans, jittered = position_grid.spans(shape), settings.jitter.rate > 0
@@ -195,7 +195,7 @@ class TrainLoss:
                 anchors_BE,
                 candidates_RE.reshape(batch, -1, anchors_BE.shape[-1]),
                 labels_B,
-                heads=self.architecture.heads if settings.per_head else None,
+                heads=self.model_spec.heads if settings.per_head else None,
                 label_smoothing=settings.label_smoothing,
                 scale=settings.scale,
                 floor=settings.floor,
@@ -213,7 +213,7 @@ class TrainLoss:
         settings = self.settings.distillation
         options = {"metric": settings.metric, "beta": settings.beta, "reduction": settings.reduction}
         if settings.space == "vectors":
-            heads = self.architecture.heads if settings.per_head else None
+            heads = self.model_spec.heads if settings.per_head else None
             return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
 
         def similarities(vectors_BME: jax.Array) -> jax.Array:

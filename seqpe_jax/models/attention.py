@@ -66,19 +66,19 @@ def attend(
     dropout_seed = None
     if dropout_rate and dropout_key is not None:
         dropout_seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
-    features = (
-        signal.features
+    logit_query_key = (
+        signal.logit_query_key
         if cum_log_gate_BLH is None
-        else forget_gate_features(cum_log_gate_BLH, cum_log_gate_BLH, signal.features)
+        else forget_gate_features(cum_log_gate_BLH, cum_log_gate_BLH, signal.logit_query_key)
     )
     arguments = AttentionInputs(
         query_BLHK,
         key_BSHK,
         value_BSHV,
-        features,
+        logit_query_key,
         bias_PHLS,
-        signal.relation,
-        signal.relation_params,
+        signal.relative_bias,
+        signal.bias_params,
         causal_offset=causal_offset_P,
         dropout_seed=dropout_seed,
         dropout_rate=dropout_rate,
@@ -86,7 +86,7 @@ def attend(
     return _mix(arguments, kind, block)
 
 
-def forget_gate_features(query_BLH: jax.Array, key_BSH: jax.Array, features: Pair | None = None) -> Pair:
+def forget_gate_features(query_BLH: jax.Array, key_BSH: jax.Array, logit_query_key: Pair | None = None) -> Pair:
     """Returns the features with which logits gain query - key, float32[B, L, H, 2] and float32[B, S, H, 2].
 
     With sums over the tokens so far, that is the sum over the tokens after the key up to the query.
@@ -96,7 +96,7 @@ def forget_gate_features(query_BLH: jax.Array, key_BSH: jax.Array, features: Pai
     """
     query, key = jnp.stack([query_BLH, jnp.ones_like(query_BLH)], -1), jnp.stack([jnp.ones_like(key_BSH), -key_BSH], -1)
     sides = (query.astype(jnp.float32), key.astype(jnp.float32))
-    if features is None:
+    if logit_query_key is None:
         return sides
 
     def joined(own_PLHF: jax.Array, gate_BLHF: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def forget_gate_features(query_BLH: jax.Array, key_BSH: jax.Array, features: Pai
         own = jnp.broadcast_to(own, (*gate_BLHF.shape[:-1], own.shape[-1]))
         return jnp.concatenate([own, gate_BLHF], axis=-1)
 
-    return joined(features[0], sides[0]), joined(features[1], sides[1])
+    return joined(logit_query_key[0], sides[0]), joined(logit_query_key[1], sides[1])
 
 
 def apply_position_signal(
@@ -120,7 +120,7 @@ def apply_position_signal(
 
     What is mixed equals `attend`. Queries are divided by sqrt(K); features stand behind the K columns, and values are
     filled up with zeros, so that all three have one width. Where there are features, all are float32: their
-    products must be. What a signal adds to tokens (`signal.added`) is for the embedding, before the first layer.
+    products must be. What a signal adds to tokens (`signal.input_embedding`) is for the embedding, before the first layer.
 
     Args:
       signal: of one layer (`PositionSignal.at_layer`).
@@ -128,14 +128,14 @@ def apply_position_signal(
     Raises:
       InputError: the signal has a bias or a relation, which stands for no query or key alone.
     """
-    if signal.bias is not None or signal.relation is not None:
+    if signal.bias is not None or signal.relative_bias is not None:
         raise InputError("this encoding adds a bias to pairs of places: use seqpe_jax.attend, which can add it")
     query, key = _positioned(query_BLHK, key_BSHK, signal)
     query = query / math.sqrt(query.shape[-1])
     placed, value = [query, key], value_BSHV
-    if signal.features is not None:
+    if signal.logit_query_key is not None:
         value = value.astype(jnp.float32)
-        for side, field in enumerate(signal.features):
+        for side, field in enumerate(signal.logit_query_key):
             field = broadcast_to_batch(field.astype(jnp.float32), query.shape[0])
             field = jnp.broadcast_to(field, (*placed[side].shape[:-1], field.shape[-1]))
             placed[side] = jnp.concatenate([placed[side].astype(jnp.float32), field], axis=-1)
@@ -172,7 +172,7 @@ def attend_cached(
     Raises:
       InputError: as `choice.dispatch`.
     """
-    here = signal.at_places(places_PL)
+    here = signal.at_tokens(places_PL)
     query_BLHK, key_BLHK = _positioned(query_BLHK, key_BLHK, here)
     firsts_B = jnp.broadcast_to(places_PL[:, 0], query_BLHK.shape[:1])
     write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
@@ -184,21 +184,23 @@ def attend_cached(
         cum_log_gate_BLH = before_BH[:, None] + jnp.cumsum(log_gate_BLH, axis=1)
         cum_log_gate_BSH = write(cache.cum_log_gate, cum_log_gate_BLH, firsts_B)
     cache = KVCache(write(cache.key, key_BLHK, firsts_B), write(cache.value, value_BLHK, firsts_B), cum_log_gate_BSH)
-    features, bias_PHLS, keys = None, added_PHLS, cache.key.shape[1]
+    logit_query_key, bias_PHLS, keys = None, added_PHLS, cache.key.shape[1]
     if added_PHLS is None:
-        features = None if signal.features is None else (here.features[0], signal.features[1][:, :keys])
+        logit_query_key = (
+            None if signal.logit_query_key is None else (here.logit_query_key[0], signal.logit_query_key[1][:, :keys])
+        )
         bias_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
     if cum_log_gate_BLH is not None:
-        features = forget_gate_features(cum_log_gate_BLH, cum_log_gate_BSH, features)
-    relation = here.relation and here.relation.replace(key=here.relation.key[:, :keys])
+        logit_query_key = forget_gate_features(cum_log_gate_BLH, cum_log_gate_BSH, logit_query_key)
+    relative_bias = here.relative_bias and here.relative_bias.replace(key=here.relative_bias.key[:, :keys])
     inputs = AttentionInputs(
         query_BLHK,
         cache.key,
         cache.value,
-        features,
+        logit_query_key,
         bias_PHLS,
-        relation,
-        here.relation_params,
+        relative_bias,
+        here.bias_params,
         causal_offset=places_PL[:, 0],
     )
     return _mix(inputs, kind, block), cache
@@ -212,9 +214,9 @@ def position_logits(signal: PositionSignal, places_PL: jax.Array, keys: int) -> 
       keys: S, the first places of the window that are seen.
     """
     added_PHLS = None if signal.bias is None else jnp.moveaxis(signal.bias[:, places_PL, :keys], 1, 0)
-    if signal.features is None:
+    if signal.logit_query_key is None:
         return added_PHLS
-    query, key = (field.astype(jnp.float32) for field in signal.features)
+    query, key = (field.astype(jnp.float32) for field in signal.logit_query_key)
     logits_PHLS = feature_logits(query[0][places_PL], key[:, :keys])
     return logits_PHLS if added_PHLS is None else logits_PHLS + added_PHLS
 
@@ -225,10 +227,10 @@ def _mix(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
     Operands: of all samples, with any numbers of position sets.
     """
     query, rate = inputs.query / math.sqrt(inputs.query.shape[-1]), inputs.dropout_rate
-    features = inputs.features and tuple(field.astype(jnp.float32) for field in inputs.features)
+    logit_query_key = inputs.logit_query_key and tuple(field.astype(jnp.float32) for field in inputs.logit_query_key)
     batch, length, heads, _ = query.shape
-    relation, params = inputs.relation, inputs.relation_params
-    inputs = inputs.replace(query=query, features=features, heads=jnp.arange(heads, dtype=jnp.int32))
+    relative_bias, params = inputs.relative_bias, inputs.bias_params
+    inputs = inputs.replace(query=query, logit_query_key=logit_query_key, heads=jnp.arange(heads, dtype=jnp.int32))
     chosen = dispatch(kind, block, inputs, device=axes.device(), split=axes.shards(LENGTH) > 1)
     if query.shape[1] == 1:  # a token to decode: nothing to divide
         return chosen(inputs)
@@ -240,17 +242,17 @@ def _mix(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
         align = functools.partial(shard_position_sets, first=samples[0], batch=query.shape[0])
         global_offset = None if dropout_seed is None else jnp.stack([samples[0], heads[0], rows[0]])
         causal_offset = None if causal_offset is None else align(causal_offset) + rows[0]
-        features = None if f_q is None else (align(f_q), align(f_k))
-        here = relation and relation.replace(query=align(r_q), key=align(r_k))
+        logit_query_key = None if f_q is None else (align(f_q), align(f_k))
+        here = relative_bias and relative_bias.replace(query=align(r_q), key=align(r_k))
         own = (here, tree.unflatten(leaves), heads)
         return chosen(
             AttentionInputs(
-                query, key, value, features, align(bias), *own, causal_offset, dropout_seed, global_offset, rate
+                query, key, value, logit_query_key, align(bias), *own, causal_offset, dropout_seed, global_offset, rate
             )
         )
 
-    f_q, f_k = (None, None) if features is None else features
-    r_q, r_k = (None, None) if relation is None else (relation.query, relation.key)
+    f_q, f_k = (None, None) if logit_query_key is None else logit_query_key
+    r_q, r_k = (None, None) if relative_bias is None else (relative_bias.query, relative_bias.key)
     numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, length, heads))
     sets = BATCH if f_q is not None and f_q.shape[0] == batch else None  # a set for each sample, as gates have
     return axes.shard_map(
@@ -304,12 +306,18 @@ def _positioned(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pai
     if signal.rotation is not None:
         cos, sin = (fit(part) for part in signal.rotation)
         query, key = (_rotate(array, cos, sin) for array in (query, key))
-    if signal.polar is not None:
-        query, key = _arrows(query, key, signal.polar_heads, *(fit(part) for part in signal.polar), signal.polar_shift)
-    if signal.factors is not None:
-        query, key = (array * fit(part).astype(dtype) for array, part in zip((query, key), signal.factors, strict=True))
-    if signal.shifts is not None:
-        query, key = (array + fit(part).astype(dtype) for array, part in zip((query, key), signal.shifts, strict=True))
+    if signal.polar_phase is not None:
+        query, key = _arrows(
+            query, key, signal.polar_num_heads, *(fit(part) for part in signal.polar_phase), signal.polar_key_phase
+        )
+    if signal.multiplicative is not None:
+        query, key = (
+            array * fit(part).astype(dtype) for array, part in zip((query, key), signal.multiplicative, strict=True)
+        )
+    if signal.additive is not None:
+        query, key = (
+            array + fit(part).astype(dtype) for array, part in zip((query, key), signal.additive, strict=True)
+        )
     return query, key
 
 

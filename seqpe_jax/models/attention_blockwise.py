@@ -34,15 +34,19 @@ def blockwise_attention(inputs: AttentionInputs, block: int, join: bool = False)
         inputs = _joined(inputs)
     length, keys = inputs.query.shape[1], inputs.key.shape[1]
     ready = functools.partial(_ready, block=block)
-    bias, relation = inputs.bias, inputs.relation
+    bias, relative_bias = inputs.bias, inputs.relative_bias
     padded = inputs.replace(
         query=ready(inputs.query),
         key=ready(inputs.key),
         value=ready(inputs.value),
-        features=None if inputs.features is None else tuple(ready(field) for field in inputs.features),
+        logit_query_key=None
+        if inputs.logit_query_key is None
+        else tuple(ready(field) for field in inputs.logit_query_key),
         bias=None if bias is None else _padded(_padded(bias, 2, block), 3, block),
-        relation=relation
-        and relation.replace(query=_padded(relation.query, 1, block), key=_padded(relation.key, 1, block)),
+        relative_bias=relative_bias
+        and relative_bias.replace(
+            query=_padded(relative_bias.query, 1, block), key=_padded(relative_bias.key, 1, block)
+        ),
     )
     return jnp.moveaxis(_mix(padded, block, keys), 1, 2)[:, :length].astype(inputs.value.dtype)
 
@@ -55,8 +59,8 @@ def _joined(inputs: AttentionInputs) -> AttentionInputs:
         field_BLHF = jnp.broadcast_to(field, (*array_BLHK.shape[:-1], field.shape[-1]))
         return jnp.concatenate([array_BLHK, field_BLHF], axis=-1)
 
-    query, key = (join(*pair) for pair in zip((inputs.query, inputs.key), inputs.features, strict=True))
-    return inputs.replace(query=query, key=key, features=None)
+    query, key = (join(*pair) for pair in zip((inputs.query, inputs.key), inputs.logit_query_key, strict=True))
+    return inputs.replace(query=query, key=key, logit_query_key=None)
 
 
 def _padded(array: jax.Array, axis: int, block: int) -> jax.Array:
@@ -96,8 +100,11 @@ class _Tile:
         self.key, self.value = _part(inputs.key, j, block), _part(inputs.value, j, block)
         self.row, self.column = i * block + jnp.arange(block), j * block + jnp.arange(block)
         self.query, self.keys = _part(inputs.query, i, block), keys
-        if inputs.features is not None:
-            self.features = _part(inputs.features[0], i, block), _part(inputs.features[1], j, block)
+        if inputs.logit_query_key is not None:
+            self.logit_query_key = (
+                _part(inputs.logit_query_key[0], i, block),
+                _part(inputs.logit_query_key[1], j, block),
+            )
 
     def product(self) -> jax.Array:
         """Returns float32[B, H, block, block]: what queries and keys give by themselves."""
@@ -105,19 +112,20 @@ class _Tile:
 
     def apply_relation(self, params: Any, logits: jax.Array) -> jax.Array:
         """Returns logits with what the relation, which has these parameters, makes of them."""
-        relation = self.inputs.relation
+        relative_bias = self.inputs.relative_bias
         query, key = (
-            _part(places, at, self.block, 1) for places, at in ((relation.query, self.i), (relation.key, self.j))
+            _part(places, at, self.block, 1)
+            for places, at in ((relative_bias.query, self.i), (relative_bias.key, self.j))
         )
-        return apply_relation(logits, relation, params, query, key, self.inputs.heads)
+        return apply_relation(logits, relative_bias, params, query, key, self.inputs.heads)
 
     def logits(self) -> jax.Array:
         """Returns float32[B, H, block, block]."""
         inputs, logits = self.inputs, self.product()
-        if inputs.relation is not None:
-            logits = self.apply_relation(inputs.relation_params, logits)
-        if inputs.features is not None:
-            logits = add_position_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.features)))
+        if inputs.relative_bias is not None:
+            logits = self.apply_relation(inputs.bias_params, logits)
+        if inputs.logit_query_key is not None:
+            logits = add_position_sets(logits, _feature_product("phlf,phsf->phls", *_same_sets(*self.logit_query_key)))
         if inputs.bias is not None:
             logits = add_position_sets(logits, _part(_part(inputs.bias, self.i, self.block), self.j, self.block, 3))
         if inputs.causal_offset is not None:
@@ -216,21 +224,21 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Atte
                 dropped, of_weights = weights * mask, of_weights * mask
             of_logits = of_sums = weights * (of_weights - around)
             found = dict(gradients)
-            if inputs.relation is not None:
-                pull = jax.vjp(tile.apply_relation, inputs.relation_params, tile.product())[1]
+            if inputs.relative_bias is not None:
+                pull = jax.vjp(tile.apply_relation, inputs.bias_params, tile.product())[1]
                 of_params, of_logits = pull(of_logits)
-                found["relation_params"] = jax.tree.map(jnp.add, gradients["relation_params"], of_params)
+                found["bias_params"] = jax.tree.map(jnp.add, gradients["bias_params"], of_params)
             small = of_logits.astype(tile.query.dtype)
             parts = {
                 "query": (_product("bhls,bhsk->bhlk", small, tile.key), i),
                 "key": (_product("bhls,bhlk->bhsk", small, tile.query), j),
                 "value": (_product("bhls,bhlv->bhsv", dropped.astype(given.dtype), given), j),
             }
-            if inputs.features is not None:
-                query, key = _same_sets(*tile.features)
+            if inputs.logit_query_key is not None:
+                query, key = _same_sets(*tile.logit_query_key)
                 shared = _like(of_sums, query)
-                parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), inputs.features[0]), i
-                parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), inputs.features[1]), j
+                parts["f_q"] = _like(_feature_product("phls,phsf->phlf", shared, key), inputs.logit_query_key[0]), i
+                parts["f_k"] = _like(_feature_product("phls,phlf->phsf", shared, query), inputs.logit_query_key[1]), j
             found |= {name: _add(gradients[name], part, at, block) for name, (part, at) in parts.items()}
             if inputs.bias is not None:  # every pair of blocks comes once
                 start = 0, 0, i * block, j * block
@@ -240,20 +248,20 @@ def _backward(block: int, keys: int, saved: Any, given: jax.Array) -> tuple[Atte
         return jax.lax.fori_loop(0, _count(inputs, i, block, keys), step, gradients)
 
     fields = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
-    if inputs.features is not None:
-        fields |= {"f_q": inputs.features[0], "f_k": inputs.features[1]}
+    if inputs.logit_query_key is not None:
+        fields |= {"f_q": inputs.logit_query_key[0], "f_k": inputs.logit_query_key[1]}
     if inputs.bias is not None:
         fields["bias"] = inputs.bias
-    if inputs.relation is not None:
-        fields["relation_params"] = inputs.relation_params
+    if inputs.relative_bias is not None:
+        fields["bias_params"] = inputs.bias_params
     zeros = jax.tree.map(lambda field: jnp.zeros(field.shape, jnp.float32), fields)
     found = jax.lax.fori_loop(0, inputs.query.shape[2] // block, row, zeros)
     found = jax.tree.map(lambda gradient, field: gradient.astype(field.dtype), found, fields)
-    features = (found.pop("f_q"), found.pop("f_k")) if inputs.features is not None else None
+    logit_query_key = (found.pop("f_q"), found.pop("f_k")) if inputs.logit_query_key is not None else None
     rest = dict.fromkeys(
-        ("bias", "relation", "relation_params", "heads", "causal_offset", "dropout_seed", "global_offset")
+        ("bias", "relative_bias", "bias_params", "heads", "causal_offset", "dropout_seed", "global_offset")
     )
-    return (inputs.replace(**rest | found, features=features),)
+    return (inputs.replace(**rest | found, logit_query_key=logit_query_key),)
 
 
 _mix.defvjp(_forward, _backward)

@@ -41,8 +41,8 @@ def flash(inputs: AttentionInputs, implementation: str = "cudnn") -> jax.Array:
 
 def appended_width(inputs: AttentionInputs) -> int:
     """Returns the width of `appended` queries, keys and values: a multiple of 8."""
-    features = 0 if inputs.features is None else len(PAIRS) * inputs.features[0].shape[-1]
-    width = max(inputs.query.shape[-1] + features, inputs.value.shape[-1])
+    extra_width = 0 if inputs.logit_query_key is None else len(PAIRS) * inputs.logit_query_key[0].shape[-1]
+    width = max(inputs.query.shape[-1] + extra_width, inputs.value.shape[-1])
     return -(-width // 8) * 8
 
 
@@ -50,7 +50,7 @@ def appended(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries, keys and values of one width such that q . k are the logits."""
     sides = [inputs.query], [inputs.key], [inputs.value]
     batch, _, heads, _ = inputs.query.shape
-    for side, field in enumerate(inputs.features or ()):
+    for side, field in enumerate(inputs.logit_query_key or ()):
         parts = [jnp.broadcast_to(part, (*part.shape[:2], heads, part.shape[3])) for part in split(field)]
         parts = [jnp.tile(part, (batch // len(part), 1, 1, 1)) for part in parts]
         sides[side].extend(parts[pair[side]] for pair in PAIRS)

@@ -66,7 +66,7 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
     """Returns why no flash kernel serves operands on a device, or ""; arguments as of `dispatch`."""
     if inputs.bias is not None:
         return "the kernels read no bias"
-    if inputs.relation is not None:
+    if inputs.relative_bias is not None:
         return "the kernels read no function of two places (encodings whose logits gain one)"
     if device.platform == "tpu":
         return ""
@@ -85,7 +85,7 @@ def default_block_size(inputs: AttentionInputs, device: Any) -> int:
     batch, _, heads, _ = inputs.query.shape
     if inputs.key.shape[1] >= LONG:
         return BLOCK
-    apart = inputs.features is not None and not should_concatenate_features(inputs)
+    apart = inputs.logit_query_key is not None and not should_concatenate_features(inputs)
     return 64 if apart and batch * heads >= 32 else 128
 
 
@@ -94,9 +94,9 @@ def should_concatenate_features(inputs: AttentionInputs) -> bool:
 
     A relation stands between the two: it is applied to the product of queries and keys alone.
     """
-    if inputs.features is None or inputs.relation is not None or inputs.query.dtype != jnp.float32:
+    if inputs.logit_query_key is None or inputs.relative_bias is not None or inputs.query.dtype != jnp.float32:
         return False
-    return 4 * inputs.features[0].shape[-1] <= inputs.query.shape[-1]
+    return 4 * inputs.logit_query_key[0].shape[-1] <= inputs.query.shape[-1]
 
 
 def _at_most(size: Any, limit: int) -> bool:

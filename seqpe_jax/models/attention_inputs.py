@@ -6,7 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.encodings.base import Pair, Relation
+from seqpe_jax.encodings.base import Pair, RelativeBias
 
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit that counts nothing; two of them can be subtracted
 
@@ -30,10 +30,10 @@ class AttentionInputs:
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    features: Pair | None = None
+    logit_query_key: Pair | None = None
     bias: jax.Array | None = None
-    relation: Relation | None = None
-    relation_params: Any = None
+    relative_bias: RelativeBias | None = None
+    bias_params: Any = None
     heads: jax.Array | None = None
     causal_offset: jax.Array | None = None
     dropout_seed: jax.Array | None = None
@@ -43,7 +43,12 @@ class AttentionInputs:
     @property
     def position_sets(self) -> int:
         """P of those fields that have more than one set."""
-        fields = [*(self.features or ()), self.bias, self.causal_offset, self.relation and self.relation.query]
+        fields = [
+            *(self.logit_query_key or ()),
+            self.bias,
+            self.causal_offset,
+            self.relative_bias and self.relative_bias.query,
+        ]
         return max((len(field) for field in fields if field is not None), default=1)
 
 
@@ -74,16 +79,16 @@ def sum_over_sets(array: jax.Array, position_sets: int) -> jax.Array:
 
 def apply_relation(
     logits_BHLS: jax.Array,
-    relation: Relation,
+    relative_bias: RelativeBias,
     params: Any,
     query_PLC: jax.Array,
     key_PSC: jax.Array,
     heads_H: jax.Array,
 ) -> jax.Array:
     """Returns logits with what a relation makes of them, for some of its queries and keys."""
-    factor, addend = relation.function(params, query_PLC, key_PSC, heads_H)
-    if relation.heads:
-        mine = (heads_H < relation.heads)[:, None, None]
+    factor, addend = relative_bias.function(params, query_PLC, key_PSC, heads_H)
+    if relative_bias.heads:
+        mine = (heads_H < relative_bias.heads)[:, None, None]
         factor, addend = None if factor is None else jnp.where(mine, factor, 1.0), jnp.where(mine, addend, 0.0)
     if factor is not None:
         grouped = logits_BHLS.reshape(-1, factor.shape[0], *logits_BHLS.shape[1:])
@@ -125,13 +130,13 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
     query, key, value = inputs.query, inputs.key, inputs.value
     logits_BHLS = jnp.einsum("blhk,bshk->bhls", query, key, preferred_element_type=jnp.float32)
     batch, heads, length, keys = logits_BHLS.shape
-    if inputs.relation is not None:
-        relation = inputs.relation
+    if inputs.relative_bias is not None:
+        relative_bias = inputs.relative_bias
         logits_BHLS = apply_relation(
-            logits_BHLS, relation, inputs.relation_params, relation.query, relation.key, inputs.heads
+            logits_BHLS, relative_bias, inputs.bias_params, relative_bias.query, relative_bias.key, inputs.heads
         )
-    if inputs.features is not None:
-        logits_BHLS = add_position_sets(logits_BHLS, feature_logits(*inputs.features))
+    if inputs.logit_query_key is not None:
+        logits_BHLS = add_position_sets(logits_BHLS, feature_logits(*inputs.logit_query_key))
     if inputs.bias is not None:
         logits_BHLS = add_position_sets(logits_BHLS, inputs.bias)
     if inputs.causal_offset is not None:

@@ -67,7 +67,7 @@ def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
         array = ready(array, block)
         return array.reshape(batch // position_sets, position_sets, *array.shape[1:])
 
-    f_q, f_k = inputs.features or (None, None)
+    f_q, f_k = inputs.logit_query_key or (None, None)
     global_offset = jnp.zeros(3, jnp.int32) if inputs.global_offset is None else inputs.global_offset
     dropout_seed = jnp.zeros(1, jnp.int32) if inputs.dropout_seed is None else inputs.dropout_seed[None]
     arrays = _Arrays(
@@ -215,7 +215,7 @@ class _Call:
 
         return pl.BlockSpec((self.plan.together, None, None, 1, self.plan.block_q), index)
 
-    def features(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
+    def logit_query_key(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
         """[1 or P, 1 or H, L or S, F], a block of queries or keys."""
         position_sets, heads, _, width = field.shape
 
@@ -242,7 +242,10 @@ class _Call:
             (self.keys(arrays.value.shape[-1]), arrays.value),
         ]
         if arrays.f_q is not None:
-            read += [(self.features(arrays.f_q, False), arrays.f_q), (self.features(arrays.f_k, True), arrays.f_k)]
+            read += [
+                (self.logit_query_key(arrays.f_q, False), arrays.f_q),
+                (self.logit_query_key(arrays.f_k, True), arrays.f_k),
+            ]
         read += extra
         return pl.pallas_call(
             functools.partial(_run, kernel, plan, arrays.f_q is not None, self.of_keys, self.grid[-1]),

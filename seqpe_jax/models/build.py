@@ -1,6 +1,6 @@
 """What a model is: an encoding of positions, a network, and the shapes that both are made for.
 
-Nothing here reads data, computes a loss, or knows a mesh of devices. `Architecture.of(config, sizes)` is the one way from
+Nothing here reads data, computes a loss, or knows a mesh of devices. `ModelSpec.of(config, data_spec)` is the one way from
 a config to a model; training, inference, exports and checkpoints of others all begin with it.
 """
 
@@ -17,9 +17,9 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import all_gather_params
-from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of, lengths_of
+from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of, resolve_lengths
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.bounds import Bounds
+from seqpe_jax.encodings.bounds import ParamBounds
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.fixed import LogScaling
 from seqpe_jax.encodings.registry import ENCODINGS
@@ -54,7 +54,7 @@ class DataSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class ModelSpec:
     """An encoding and the network that reads its signal.
 
     Attributes:
@@ -67,7 +67,7 @@ class Architecture:
       heads: heads of the position vectors, or None where one vector serves them all.
       has_vectors: the encoding has vectors (SeqPE), which contrastive and distillation terms shape.
       spacing: where the places of windows and grids stand.
-      reach: of an export, the positions that it serves along each axis; else None.
+      max_grid: of an export, the positions that it serves along each axis; else None.
     """
 
     encoding: nn.Module
@@ -79,11 +79,11 @@ class Architecture:
     heads: int | None = None
     has_vectors: bool = True
     position_grid: PositionGrid = PositionGrid()
-    reach: Shape | None = None
+    max_grid: Shape | None = None
 
     @classmethod
-    def of(cls, config: Config, sizes: DataSpec) -> "Architecture":
-        """Returns the architecture of a config.
+    def of(cls, config: Config, sizes: DataSpec) -> "ModelSpec":
+        """Returns the specification of a config.
 
         Raises:
           InputError: fields of the encoding contradict each other or the model.
@@ -108,7 +108,7 @@ class Architecture:
         )
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         """Positions of one training example."""
         return math.prod(self.shape)
 
@@ -128,7 +128,7 @@ class Architecture:
         return self._named if isinstance(self._named, SeqPE) else None
 
     @property
-    def bounds(self) -> Bounds:
+    def param_bounds(self) -> ParamBounds:
         """Bounds within which training keeps parameters of the encoding, by name."""
         return getattr(self._named, "PARAM_BOUNDS", {})
 
@@ -145,14 +145,14 @@ class Architecture:
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh parameters {"encoding": ..., "model": ...}."""
-        encoding, signal = self.fresh_encoding(key)
+        encoding, signal = self.init_encoding(key)
         params = {"encoding": encoding.get("params", {}), "model": {}}
         if self.network is not None:
             inputs = jnp.zeros(self.inputs.shape, self.inputs.dtype)
             params["model"] = self.network.init(stream(key, "model"), inputs, signal)["params"]
         return params
 
-    def fresh_encoding(self, key: jax.Array) -> tuple[Any, PositionSignal]:
+    def init_encoding(self, key: jax.Array) -> tuple[Any, PositionSignal]:
         """Returns fresh variables of the encoding, and its signal of the training grid; key: of the run."""
         positions_PLA = self.position_grid.positions(self.shape)[None]
         encoding: Any = self.encoding
@@ -183,10 +183,14 @@ class Architecture:
         signal = self.signal(params, self.position_grid.positions(shape)[None], shape)
         return self.network.apply({"params": params["model"]}, inputs, signal)
 
-    def stored(self, reach: Shape) -> "Architecture":
-        """Returns this model as an export serves it: positions below `reach` alone, their vectors read from a table."""
-        encoding = self.encoding.storing(*self.position_grid.table_shape(reach)) if self.has_vectors else self.encoding
-        return dataclasses.replace(self, encoding=encoding, reach=reach)
+    def with_precomputed_table(self, max_grid: Shape) -> "ModelSpec":
+        """Returns this model as an export serves it: positions below `max_grid` alone, their vectors read from a table."""
+        encoding = (
+            self.encoding.with_precomputed_table(*self.position_grid.table_shape(max_grid))
+            if self.has_vectors
+            else self.encoding
+        )
+        return dataclasses.replace(self, encoding=encoding, max_grid=max_grid)
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -194,7 +198,7 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def mask_key(key: jax.Array, random_bits: str) -> jax.Array:
+def dropout_key(key: jax.Array, random_bits: str) -> jax.Array:
     """Returns the key from which masks are drawn, given one of threefry, uint32[2].
 
     Args:
@@ -206,7 +210,7 @@ def mask_key(key: jax.Array, random_bits: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.concatenate([key, jax.random.fold_in(key, 1)]), impl="rbg")
 
 
-def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
+def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
     """Returns the floating-point operations that the network's matrix products need, the encoding's left out.
 
     Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates) and of the logits (D V), and 4 L D in
@@ -220,11 +224,11 @@ def flops_of(config: Config, vocabulary: int, *, tokens: int, training: bool) ->
       since 2025; "mfu_full_attention" counts all of it, as PaLM (arXiv 2204.02311, appendix B) and most reports before.
       For images, which are not causal, both are the same.
     """
-    model, places = config.model, int(np.prod(config.grid))
+    model, num_positions = config.model, int(np.prod(config.grid))
     width, mlp = model.width, model.mlp_width or 4 * model.width
     gates = 0 if config.encoding.gate == "none" else width * model.heads
     weights = model.layers * 2 * (4 * width**2 + 2 * width * mlp + gates) + 2 * width * vocabulary
-    attention = model.layers * 4 * places * width
+    attention = model.layers * 4 * num_positions * width
     counted = {"mfu": attention if config.is_image else attention / 2, "mfu_full_attention": attention}
     return {name: float(tokens * (weights + part) * (3 if training else 1)) for name, part in counted.items()}
 
@@ -241,9 +245,9 @@ def check_encoding(config: Config) -> None:
 @functools.lru_cache
 def _check_encoding(data: DataConfig, model: ModelConfig, encoding: EncodingConfig) -> None:
     """Takes a moment, once for all runs that have the same of all three."""
-    architecture = Architecture.of(Config(data=data, model=model, encoding=encoding), DataSpec(1, 1))
+    model_spec = ModelSpec.of(Config(data=data, model=model, encoding=encoding), DataSpec(1, 1))
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)  # a key itself would take the devices, which others may need
-    jax.eval_shape(architecture.fresh_encoding, key)
+    jax.eval_shape(model_spec.init_encoding, key)
 
 
 def position_grid_of(config: Config) -> PositionGrid:
@@ -275,19 +279,19 @@ def _encoding(config: Config) -> nn.Module:
         "table_shape": config.grid,
         "prefix": int(config.is_image),
         "unit": encoding.unit,
-        **lengths_of(config),
+        **resolve_lengths(config),
     }
-    parts, reach = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
+    parts, max_grid = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
     if encoding.kind == "seqpe":
-        reach = [model.heads]  # it leaves out heads by itself, since it need not compute what they would get
+        max_grid = [model.heads]  # it leaves out heads by itself, since it need not compute what they would get
     if encoding.kind in ADDED_PAIRS and encoding.rotary_pairs:
         _check_pairs(config)
         parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
-        reach.append(encoding.rotary_heads or model.heads)
+        max_grid.append(encoding.rotary_heads or model.heads)
     if encoding.log_scaling:
         parts.append(_module(LogScaling, offered))
-        reach.append(model.heads)
-    return parts[0] if reach == [model.heads] else Composed(tuple(parts), model.heads, tuple(reach))
+        max_grid.append(model.heads)
+    return parts[0] if max_grid == [model.heads] else Composed(tuple(parts), model.heads, tuple(max_grid))
 
 
 def _check_pairs(config: Config) -> None:

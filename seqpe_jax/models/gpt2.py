@@ -62,7 +62,7 @@ class GPT2(nn.Module):
 
     def hidden(self, tokens_BL: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the final states [B, L, D]."""
-        x_BLD = self._embed(tokens_BL, signal.added, deterministic)
+        x_BLD = self._embed(tokens_BL, signal.input_embedding, deterministic)
         return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic))
 
     def forward_cached(
@@ -77,11 +77,11 @@ class GPT2(nn.Module):
           cache: of each layer, at the start `init_cache`, for the window or as many of its first places as are seen;
             places_PL: see `models.attention.attend_cached`.
         """
-        added = None if signal.added is None else signal.added[0][places_PL]
-        x_BLD = self._embed(tokens_BL, added, True)
+        input_embedding = None if signal.input_embedding is None else signal.input_embedding[0][places_PL]
+        x_BLD = self._embed(tokens_BL, input_embedding, True)
         shared = None
         # For more tokens than one, the logits would be a large array.
-        if tokens_BL.shape[1] == 1 and not {"features", "bias"} & set(signal.stacked):
+        if tokens_BL.shape[1] == 1 and not {"logit_query_key", "bias"} & set(signal.per_layer_fields):
             shared = position_logits(signal, places_PL, cache[0].key.shape[1])
         extended = []
         for layer in range(self.layers):
@@ -93,7 +93,7 @@ class GPT2(nn.Module):
     def init_cache(self, batch: int, places: int, signal: PositionSignal) -> tuple[KVCache, ...]:
         """Returns the cache of a window in which no place is written; signal: of the window."""
         value = jnp.zeros((batch, places, self.heads, self.width // self.heads), self.dtype)
-        key = value if signal.polar is None else jnp.concatenate([value, value], axis=-1)
+        key = value if signal.polar_phase is None else jnp.concatenate([value, value], axis=-1)
         gate = jnp.zeros((batch, places, self.heads)) if self.gate else None
         return (KVCache(key, value, gate),) * self.layers
 

@@ -19,7 +19,7 @@ def estimate(kernel: str, arrays: Any, plan: Any, moved: list[Any]) -> pl.CostEs
       kernel: its name; arrays, plan: of `models.tpu`; moved: arrays, or their shapes, that are read and written, once each.
     """
     *samples, heads, length, width = arrays.query.shape
-    keys, features = arrays.key.shape[3], 0 if arrays.f_q is None else arrays.f_q.shape[-1]
+    keys, logit_query_key = arrays.key.shape[3], 0 if arrays.f_q is None else arrays.f_q.shape[-1]
     offset, seen = max(0, plan.keys - length), 0
     for row in range(0, length, plan.block_q):
         blocks = keys // plan.block_k
@@ -29,7 +29,7 @@ def estimate(kernel: str, arrays: Any, plan: Any, moved: list[Any]) -> pl.CostEs
     in_width, in_values, in_features = PRODUCTS[kernel]
     calls = math.prod(samples) * heads
     each = in_width * width + in_values * arrays.value.shape[-1]
-    flops = 2 * seen * calls * each + 2 * seen * calls // plan.together * in_features * features
+    flops = 2 * seen * calls * each + 2 * seen * calls // plan.together * in_features * logit_query_key
     return pl.CostEstimate(
         flops=flops,
         bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),

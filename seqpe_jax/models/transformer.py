@@ -219,7 +219,7 @@ class ScannedBlocks(nn.Module):
         dropping = self.has_rng("dropout") and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), self.layers) if dropping else None
         rates = jnp.array(self.drop_path) if dropping and any(self.drop_path) else None
-        shared, stacked = signal.by_layer()
+        shared, stacked = signal.split_by_layer()
 
         def body(x_BLD: jax.Array, parts: tuple) -> tuple[jax.Array, None]:
             params, key, rate, own = parts

@@ -106,6 +106,6 @@ class ViT(nn.Module):
         x_BLD = self.projection(patches(images, self.patch).astype(self.dtype))
         first_BLD = jnp.broadcast_to(self.class_token.astype(self.dtype), (images.shape[0], 1, self.width))
         x_BLD = jnp.concatenate([first_BLD, x_BLD], axis=1)
-        if signal.added is not None:
-            x_BLD = x_BLD + broadcast_to_batch(signal.added, images.shape[0])
+        if signal.input_embedding is not None:
+            x_BLD = x_BLD + broadcast_to_batch(signal.input_embedding, images.shape[0])
         return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)

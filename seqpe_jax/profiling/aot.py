@@ -104,7 +104,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
       `runtime.mesh.UnshardedDim`), "collectives" (kind -> {"count", "bytes"} of one device and step, see `profiling.collectives`;
       None where it does not fit), "open_loops" (with collectives that count for one turn), "roofline" (see
       `profiling.roofline`; None where it does not fit), "unit" (of what its "per_second" counts), "flops" and
-      "flops_full_attention" (of a step on all devices, see `architecture.flops_of`), "compile_seconds"}.
+      "flops_full_attention" (of a step on all devices, see `models.build.model_flops`), "compile_seconds"}.
     """
     split, batch_size = layout.batch_sharding(trainer.mesh), trainer.config.batch_size
     batch = {

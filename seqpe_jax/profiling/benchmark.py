@@ -22,7 +22,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode
 from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.inference.generate import check_generation
-from seqpe_jax.models.build import flops_of
+from seqpe_jax.models.build import model_flops
 from seqpe_jax.profiling.hlo import Hlo
 from seqpe_jax.profiling.roofline import roofline
 from seqpe_jax.training.trainer import Trainer
@@ -78,7 +78,7 @@ def benchmark(
 
     A run is {"encoding" (its name), "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an
     evaluated batch, or one new token of every sample), "per_second" (tokens or images), "mfu" and "mfu_full_attention" (see
-    `architecture.flops_of`; None on an unknown device), "peak_bytes", "encoding_share" (of the time; None where the
+    `models.build.model_flops`; None on an unknown device), "peak_bytes", "encoding_share" (of the time; None where the
     encoding computes nothing of its own), "roofline" (of the same: see `profiling.roofline`; on a device whose peaks are
     not known, arithmetic alone, at a rate measured at the end), "reached" (the shortest time possible as a share of the
     median)}.
@@ -145,10 +145,10 @@ def _ratios(runs: list[dict[str, Any]], seconds: list[list[float]]) -> dict[str,
 
 
 def flops_of_call(trainer: Trainer, mode: str) -> dict[str, float]:
-    """Returns the floating-point operations of a call (see `architecture.flops_of`)."""
+    """Returns the floating-point operations of a call (see `models.build.model_flops`)."""
     config = trainer.config
-    tokens = config.batch_size * (DECODED if mode == "decode" else trainer.architecture.places)
-    return flops_of(config, trainer.task.data_spec.vocabulary, tokens=tokens, training=mode == "train")
+    tokens = config.batch_size * (DECODED if mode == "decode" else trainer.model_spec.num_positions)
+    return model_flops(config, trainer.task.data_spec.vocabulary, tokens=tokens, training=mode == "train")
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -208,7 +208,7 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     check_generation(trainer.config, [length], Sampling(DECODED + 1), own)
     params, batch = trainer.init_state().params, _batch(trainer)
     static = decode.SamplingStatic(DECODED + 1, greedy=True, all_tokens=True, keep_logits=False)
-    functions = decode.decode_functions(trainer.architecture.network, static, layout.MeshSharding(trainer.mesh))
+    functions = decode.decode_functions(trainer.model_spec.network, static, layout.MeshSharding(trainer.mesh))
     signal = trainer.compiled.signal(params, (window,))
     draw = decode.SamplingArgs(jax.random.PRNGKey(0), np.float32(1), np.float32(1), np.int32(-1), trainer.task.known_V)
     rows = trainer.config.batch_size
@@ -218,14 +218,14 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     prompts = (batch["tokens"][:, :-1], put["lengths"], put["index"], draw)
     state = functions.prefill(params["model"], signal, *prompts)
     # The cache is not donated here, so that every call begins with the same one.
-    decode_loop = jax.jit(functools.partial(decode.decode_loop, trainer.architecture.network, static=static))
+    decode_loop = jax.jit(functools.partial(decode.decode_loop, trainer.model_spec.network, static=static))
     compiled = decode_loop.lower(params["model"], signal, state, draw, np.int32(DECODED + 1)).compile()
     return lambda: compiled(params["model"], signal, state, draw, np.int32(DECODED + 1)), compiled
 
 
 def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
     """What the encoding of a call costs alone; None for encodings without parameters, and where a table is read."""
-    if mode == "decode" or not trainer.architecture.has_vectors:
+    if mode == "decode" or not trainer.model_spec.has_vectors:
         return None
     if mode == "eval":
         params = trainer.init_state().params

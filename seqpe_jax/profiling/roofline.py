@@ -91,7 +91,7 @@ def roofline(
     Args:
       program: of one device; mesh: its devices, which need not be there; chip: what they are.
       model_flops: of all devices that count as useful, by the name of the utilisation that they make
-        (`architecture.flops_of`); units: tokens or images of a run.
+        (`models.build.model_flops`); units: tokens or images of a run.
       sent: the program's collectives where they are known already.
 
     Returns:

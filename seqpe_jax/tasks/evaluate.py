@@ -17,7 +17,7 @@ from seqpe_jax.evaluation.answers import METRICS, write_answers
 from seqpe_jax.files import EVALUATION_FILE, AnyPath, as_path, atomic_file, atomic_write
 from seqpe_jax.losses.flops import training_flops
 from seqpe_jax.losses.train_loss import TrainLoss
-from seqpe_jax.models.build import Architecture
+from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.tasks.fingerprints import changes, describe, read_fingerprints
 from seqpe_jax.tasks.task import Evaluator, check_eval_size, evaluate_at
 from seqpe_jax.training.checksums import CHECKPOINTS_DIR, DIGESTS_FILE, sha256_of
@@ -87,12 +87,12 @@ def evaluate(
     for further in task.extra_evaluators():
         work += [(further, eval_size) for eval_size in (further.eval_sizes() if contexts or not named else ())]
     for metric_names, eval_size in work:  # before the parameters are read
-        check_eval_size(metric_names, model.architecture.reach, eval_size, split)
+        check_eval_size(metric_names, model.model_spec.max_grid, eval_size, split)
     _compare_data(model, split, named=data is not None)
     results = [_at(model, metric_names, eval_size, split) for metric_names, eval_size in work]
     guessed = task.no_context_baseline(split)
-    architecture = Architecture.of(settings, model.data_spec)  # of the run, where this is its export
-    train_loss = TrainLoss(architecture, task.task_loss, settings.objective)
+    model_spec = ModelSpec.of(settings, model.data_spec)  # of the run, where this is its export
+    train_loss = TrainLoss(model_spec, task.task_loss, settings.objective)
     flops = training_flops(train_loss, task.example, settings.batch_size, settings.optimizer.accumulate)
     report = {
         "checkpoint": model.folder,
@@ -101,7 +101,7 @@ def evaluate(
         "encoding": settings.encoding.name,
         f"training_{field}": settings.data.length if field == "length" else list(settings.data.size),
         "split": split,
-        "parameters": count(architecture.shapes),
+        "parameters": count(model_spec.shapes),
         "training_flops": flops / task.count_per_step,
         "results": results,
         **({"without_context": guessed} if guessed is not None else {}),

@@ -161,8 +161,8 @@ class ImageClassification(Task):
         """Returns the patches along each axis of an example of a size."""
         return self.config.grid_of(self.config.sides_of(eval_size))
 
-    def export_signature(self, reach: tuple[int, ...]) -> ExportSignature:
-        """Returns what a model that serves grids of patches up to `reach` reads and returns."""
+    def export_signature(self, max_grid: tuple[int, ...]) -> ExportSignature:
+        """Returns what a model that serves grids of patches up to `max_grid` reads and returns."""
         data_spec, patch = self.data_spec, self.config.model.patch
         letters = ("frames", "rows", "columns")[-len(patch) :]
         if patch[0] > 1 and len(patch) == 3:
@@ -172,14 +172,14 @@ class ImageClassification(Task):
             *(f"{part}*{letter}" for part, letter in zip(patch, letters, strict=True)),
             str(data_spec.channels),
         )
-        sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, reach, patch, strict=True))
+        sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, max_grid, patch, strict=True))
         mean, std = (", ".join(f"{value:.9g}" for value in values) for values in (data_spec.mean, data_spec.std))
         classes = str(data_spec.classes)
         return ExportSignature(
             "images",
             "float32",
             shape,
-            dict(zip(letters, reach, strict=True)),
+            dict(zip(letters, max_grid, strict=True)),
             ("batch", classes),
             f"numpy.zeros((1, {', '.join(map(str, sides))}, {data_spec.channels}), 'float32')",
             f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel; the logits are those of the "

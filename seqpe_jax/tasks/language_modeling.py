@@ -181,9 +181,9 @@ class LanguageModeling(Task):
         """Returns the positions of a window along its axis."""
         return eval_size
 
-    def export_signature(self, reach: tuple[int]) -> ExportSignature:
+    def export_signature(self, max_grid: tuple[int]) -> ExportSignature:
         """Returns what a model that serves windows of up to (length,) reads and returns."""
-        (length,), rows, known = reach, self.data_spec.vocabulary, self.tokenizer.ids
+        (length,), rows, known = max_grid, self.data_spec.vocabulary, self.tokenizer.ids
         example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
         ids = f"of {TOKENIZER}"
         if self.tokenizer.name == "bytes":

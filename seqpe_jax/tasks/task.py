@@ -154,8 +154,8 @@ class Task(abc.ABC):
         """Returns the result of one scale."""
 
     @abc.abstractmethod
-    def export_signature(self, reach: Shape) -> ExportSignature:
-        """Returns what a model that serves up to `reach` positions along each axis reads and returns."""
+    def export_signature(self, max_grid: Shape) -> ExportSignature:
+        """Returns what a model that serves up to `max_grid` positions along each axis reads and returns."""
 
     def extra_evaluators(self) -> tuple[Evaluator, ...]:
         """Returns what `evaluate` measures beside the task itself."""
@@ -170,25 +170,25 @@ class Task(abc.ABC):
         return None
 
 
-def check_eval_size(task: Evaluator, reach: Shape | None, eval_size: Shape, split: str) -> None:
+def check_eval_size(task: Evaluator, max_grid: Shape | None, eval_size: Shape, split: str) -> None:
     """Refuses a scale that needs positions that there are none of, or is more than the split holds.
 
     Args:
       task: what is evaluated, or a further measure of it.
-      reach: of an export (`Architecture.reach`).
+      max_grid: of an export (`ModelSpec.max_grid`).
 
     Raises:
       InputError: says so, and how far the positions reach.
     """
     task.check_eval_size(eval_size, split)
     shape = task.positions_at(eval_size)
-    if reach is None or all(side <= end for side, end in zip(shape, reach, strict=True)):
+    if max_grid is None or all(side <= end for side, end in zip(shape, max_grid, strict=True)):
         return
     sides = task.config.model.patch or (1,)
-    end = "x".join(str(count * side) for count, side in zip(reach, sides, strict=True))
+    end = "x".join(str(count * side) for count, side in zip(max_grid, sides, strict=True))
     option = "size" if task.config.is_image else "length"
     again = f"--max-{option}={max(eval_size[-2:] if len(eval_size) > 1 else shape)}"
-    if len(eval_size) == 3 and shape[0] > reach[0]:
+    if len(eval_size) == 3 and shape[0] > max_grid[0]:
         again = f"eval.frames={eval_size[0]}"
     raise InputError(
         f"evaluation {task.size_name} {size_label(eval_size)} is beyond the exported range, up to {end}: "
@@ -212,7 +212,7 @@ def evaluate_at(
     Raises:
       InputError: as of `check_eval_size`.
     """
-    check_eval_size(task, compiled.architecture.reach, eval_size, split)
+    check_eval_size(task, compiled.model_spec.max_grid, eval_size, split)
     shape, parts = task.grid_of(eval_size), layout.batch_shards(compiled.mesh)
     batch = max(1, task.config.eval.batch_tokens // math.prod(shape))
     ctx = EvalContext(

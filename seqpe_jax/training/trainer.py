@@ -27,7 +27,7 @@ from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, u
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.attention_dispatch import dispatch
 from seqpe_jax.models.attention_inputs import AttentionInputs
-from seqpe_jax.models.build import Architecture, Params, Shape, check_encoding, flops_of
+from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, model_flops
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.tasks.fingerprints import (
@@ -116,10 +116,10 @@ class Trainer:
         _best_metric(config)
         task = task_class(config)(config, data_there, kept)
         bits = config.precision.random_bits
-        train_loss = TrainLoss(Architecture.of(config, task.data_spec), task.task_loss, config.objective, bits)
-        _check_attention(config, train_loss.architecture, layout.MeshSharding(mesh))
+        train_loss = TrainLoss(ModelSpec.of(config, task.data_spec), task.task_loss, config.objective, bits)
+        _check_attention(config, train_loss.model_spec, layout.MeshSharding(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
-        initial = _initial(train_loss.architecture, optimizer, config.seed)
+        initial = _initial(train_loss.model_spec, optimizer, config.seed)
         shapes, whole = layout.with_shardings(mesh, jax.eval_shape(initial))
         return cls(config, mesh, task, train_loss, optimizer, initial, shapes, tuple(whole))
 
@@ -147,20 +147,20 @@ class Trainer:
         return trainer
 
     @property
-    def architecture(self) -> Architecture:
+    def model_spec(self) -> ModelSpec:
         """What the model is."""
-        return self.train_loss.architecture
+        return self.train_loss.model_spec
 
     @functools.cached_property
     def compiled(self) -> CompiledModel:
         """The model under this mesh as evaluation asks it."""
-        return CompiledModel(self.architecture, self.mesh)
+        return CompiledModel(self.model_spec, self.mesh)
 
     @property
     def flops_per_step(self) -> dict[str, float]:
-        """Floating-point operations of a training step on all devices (see `architecture.flops_of`)."""
-        tokens = self.config.batch_size * self.architecture.places
-        return flops_of(self.config, self.task.data_spec.vocabulary, tokens=tokens, training=True)
+        """Floating-point operations of a training step on all devices (see `models.build.model_flops`)."""
+        tokens = self.config.batch_size * self.model_spec.num_positions
+        return model_flops(self.config, self.task.data_spec.vocabulary, tokens=tokens, training=True)
 
     @property
     def _options(self) -> dict[str, bool] | None:
@@ -194,7 +194,7 @@ class Trainer:
             accumulate=self.config.optimizer.accumulate,
             weight=self.task.task_loss.weight,
             skip=self.config.optimizer.non_finite == "skip",
-            project=optimizers.projection(self.architecture.bounds),
+            project=optimizers.projection(self.model_spec.param_bounds),
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         outputs = (shardings, layout.replicated(self.mesh))
@@ -403,23 +403,23 @@ def _say(words: str) -> None:
         print(words, flush=True)
 
 
-def _check_attention(settings: Config, architecture: Architecture, used: layout.MeshSharding) -> None:
+def _check_attention(settings: Config, model_spec: ModelSpec, used: layout.MeshSharding) -> None:
     """Refuses an implementation of attention that cannot serve what the config trains, before anything is compiled.
 
     Raises:
       InputError: as `models.choice.dispatch`.
     """
-    model, tokens = settings.model, architecture.prefix + architecture.places
+    model, tokens = settings.model, model_spec.prefix + model_spec.num_positions
     shape = (settings.batch_size, tokens, model.heads, model.width // model.heads)
     array = jax.ShapeDtypeStruct(shape, jnp.dtype(settings.precision.compute))
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1].at_layer(0), key)
+    signal = jax.eval_shape(lambda key: model_spec.init_encoding(key)[1].at_layer(0), key)
     inputs = AttentionInputs(
         array,
         array,
         array,
-        signal.features,
+        signal.logit_query_key,
         signal.bias,
         causal_offset=None if settings.is_image else number,
         dropout_seed=number if model.attention_dropout else None,
@@ -429,9 +429,9 @@ def _check_attention(settings: Config, architecture: Architecture, used: layout.
     )
 
 
-def _initial(architecture: Architecture, optimizer: Any, seed: int) -> Callable[[], TrainState]:
+def _initial(model_spec: ModelSpec, optimizer: Any, seed: int) -> Callable[[], TrainState]:
     def initial() -> TrainState:
         key = key_from_seed(seed)
-        return create_train_state(architecture.init(key), optimizer, key)
+        return create_train_state(model_spec.init(key), optimizer, key)
 
     return initial

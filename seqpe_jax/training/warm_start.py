@@ -84,7 +84,8 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
         )
     # With lengths written out, which would be others where the training length is another one.
     theirs, ours = (
-        config.reset_unused(config.with_lengths(one)) for one in (config.from_dict(read_config(checkpoint)), settings)
+        config.reset_unused(config.with_resolved_lengths(one))
+        for one in (config.from_dict(read_config(checkpoint)), settings)
     )
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
     if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):

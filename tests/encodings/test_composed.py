@@ -13,7 +13,7 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import apply_position_signal
-from seqpe_jax.models.build import Architecture, DataSpec
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, every_part, random_params, tiny_config
 
@@ -35,18 +35,16 @@ def shapes(run):
 def test_parts_leave_the_parameters_of_the_first_as_they_are():
     """A checkpoint does not tell whether its encoding stood alone."""
     alone, composed = run_of(), run_of(*BESIDE.items())
-    assert isinstance(composed.architecture.encoding, Composed) and not isinstance(
-        alone.architecture.encoding, Composed
-    )
+    assert isinstance(composed.model_spec.encoding, Composed) and not isinstance(alone.model_spec.encoding, Composed)
     assert shapes(alone) == shapes(composed)
     params = random_params(alone, 0.3)
     one, other = (run.compiled.signal(params, (20,)) for run in (alone, composed))
-    for found, expected in zip(other.features, one.features, strict=True):
+    for found, expected in zip(other.logit_query_key, one.logit_query_key, strict=True):
         np.testing.assert_array_equal(found, expected)
     assert one.rotation is None and other.rotation[0].shape == (1, 20, 2, 4), "of 6 pairs, in 2 heads"
     assert (other.rotation[0][:, :, 1] == 1).all() and (other.rotation[1][:, :, 1] == 0).all()
-    assert one.factors is None and other.factors[0].shape == (1, 20, 1, 1)
-    assert other.stacked == ("features",)
+    assert one.multiplicative is None and other.multiplicative[0].shape == (1, 20, 1, 1)
+    assert other.per_layer_fields == ("logit_query_key",)
 
 
 @pytest.mark.parametrize("kind", ["learned", "rotary_mixed", "alibi", "sinusoidal", "none"])
@@ -57,8 +55,8 @@ def test_scaling_leaves_the_parameters_of_a_baseline_as_they_are(kind):
     assert shapes(plain) == shapes(scaled)
     params = random_params(plain, 0.3)
     one, other = (run.compiled.signal(params, (20,)) for run in (plain, scaled))
-    assert other.factors is not None
-    jax.tree.map(np.testing.assert_array_equal, one, other.replace(factors=None))
+    assert other.multiplicative is not None
+    jax.tree.map(np.testing.assert_array_equal, one, other.replace(multiplicative=None))
 
 
 @pytest.mark.parametrize("kind", ["rotary", "rotary_axial", "rotary_mixed", "alibi"])
@@ -66,7 +64,7 @@ def test_a_baseline_reaches_the_first_heads_alone(kind):
     fields = {"variant": kind, "model__heads": 4, "encoding__position_heads": 3}
     run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
     signal = run.compiled.signal(random_params(run, 0.3), (20,))
-    field, neutral = (signal.features, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
+    field, neutral = (signal.logit_query_key, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
     for part, value in zip(field, neutral, strict=True):
         assert part.shape[-2] == 4 and (part[..., 3, :] == value).all() and (part[..., :3, :] != value).any()
 
@@ -81,9 +79,9 @@ def digits_config(kind, **fields):
 
 def shapes_of(settings):
     """Shapes of the parameters, and of the signal of the training window or grid."""
-    architecture = Architecture.of(settings, DataSpec(vocabulary=256, classes=10, channels=1))
-    signal = jax.eval_shape(lambda key: architecture.fresh_encoding(key)[1], jax.ShapeDtypeStruct((2,), jnp.uint32))
-    return jax.tree.map(lambda leaf: leaf.shape, architecture.shapes), signal
+    model_spec = ModelSpec.of(settings, DataSpec(vocabulary=256, classes=10, channels=1))
+    signal = jax.eval_shape(lambda key: model_spec.init_encoding(key)[1], jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return jax.tree.map(lambda leaf: leaf.shape, model_spec.shapes), signal
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in config.GRID_ONLY])
@@ -96,13 +94,13 @@ def test_every_encoding_of_texts_takes_parts(kind):
     assert gates == {"kernel": (24, 2), "bias": (2,)}
     if kind != "seqpe":  # whose map makes what its heads get, and no more
         assert combined == bare
-    assert signal.factors is not None and (signal.relation is None) == (own.relation is None)
+    assert signal.multiplicative is not None and (signal.relative_bias is None) == (own.relative_bias is None)
     if kind in config.ADDED_PAIRS:
         assert own.rotation is None and signal.rotation[0].shape == (1, 16, 2, 4)
     if kind == "pope":
-        assert signal.polar_heads == 1 and own.polar_heads is None
-    if signal.relation is not None:
-        assert signal.relation.heads == 1 and own.relation.heads == 0
+        assert signal.polar_num_heads == 1 and own.polar_num_heads is None
+    if signal.relative_bias is not None:
+        assert signal.relative_bias.heads == 1 and own.relative_bias.heads == 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in config.ADDED_PAIRS if kind not in config.TEXT_ONLY])
@@ -110,7 +108,7 @@ def test_every_encoding_of_grids_takes_rotary_pairs(kind):
     """They rotate along both axes; the class token does not rotate. Gates need an order, which grids lack."""
     pairs = {"encoding.rotary_pairs": 5, "encoding.rotary_heads": 3, "encoding.log_scaling": True}
     _, signal = shapes_of(digits_config(kind, **pairs))
-    assert signal.rotation[0].shape == (1, 17, 4, 5) and signal.factors is not None
+    assert signal.rotation[0].shape == (1, 17, 4, 5) and signal.multiplicative is not None
     with pytest.raises(InputError, match="encoding.gate='forget' needs tokens in causal order, .* has grids"):
         digits_config(kind, **{"encoding.gate": "forget"})
 
@@ -174,20 +172,24 @@ def test_no_state_reads_the_future(kind):
         ),
         jax.devices()[:1],
     )
-    params, network = random_params(run, 0.5), run.architecture.network
+    params, network = random_params(run, 0.5), run.model_spec.network
     tokens_BL = jax.random.randint(jax.random.PRNGKey(1), (1, length), 0, 256)
     signal = run.compiled.signal(params, (length,))
 
     @jax.jit
-    def slopes(added):
-        def state(added):
-            own = signal.replace(added=added if signal.added is None else signal.added + added)
+    def slopes(input_embedding):
+        def state(input_embedding):
+            own = signal.replace(
+                input_embedding=input_embedding
+                if signal.input_embedding is None
+                else signal.input_embedding + input_embedding
+            )
             hidden_BLD = network.apply({"params": params["model"]}, tokens_BL, own, method="hidden")
             return (
                 hidden_BLD[0, place] * jnp.arange(1.0, 25.0)
             ).sum()  # a plain sum of a LayerNorm's output is constant
 
-        return jnp.abs(jax.grad(state)(added)).sum(axis=(0, 2))
+        return jnp.abs(jax.grad(state)(input_embedding)).sum(axis=(0, 2))
 
     reads = np.asarray(slopes(jnp.zeros((1, length, 24))))
     assert (reads[: place + 1] > 0).all() and (reads[place + 1 :] == 0).all()
@@ -197,11 +199,11 @@ def test_scaling_multiplies_the_logits_of_arrows():
     """Not what they are made of: softplus is no linear function."""
     draw = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 5, 2, 4))
     angles = jax.random.normal(jax.random.PRNGKey(2), (1, 5, 1, 4))
-    signal = PositionSignal(polar=(jnp.cos(angles), jnp.sin(angles)), polar_shift=jnp.zeros((2, 4)))
-    factors = (jnp.full((1, 1, 1, 1), 3.0), jnp.ones((1, 1, 1, 1)))
+    signal = PositionSignal(polar_phase=(jnp.cos(angles), jnp.sin(angles)), polar_key_phase=jnp.zeros((2, 4)))
+    multiplicative = (jnp.full((1, 1, 1, 1), 3.0), jnp.ones((1, 1, 1, 1)))
     query, key, value = draw
     placed, scaled = (
-        apply_position_signal(query, key, value, one) for one in (signal, signal.replace(factors=factors))
+        apply_position_signal(query, key, value, one) for one in (signal, signal.replace(multiplicative=multiplicative))
     )
     np.testing.assert_allclose(scaled[0], 3.0 * placed[0], rtol=1e-6)
     np.testing.assert_allclose(scaled[1], placed[1])
@@ -214,13 +216,13 @@ def test_scaled_queries_change_what_is_longer_than_in_training_alone():
 
     @jax.jit
     def logits(signal):
-        return plain.architecture.network.apply({"params": params["model"]}, tokens_BL, signal)
+        return plain.model_spec.network.apply({"params": params["model"]}, tokens_BL, signal)
 
     with_scaling, without = (run.compiled.signal(params, (32,)) for run in (scaled, plain))
     found = logits(with_scaling)
     seen = np.arange(1, 33)
-    factors = np.maximum(1.0, np.log(seen) / np.log(16))[None, :, None, None]
-    by_hand = without.replace(factors=(jnp.asarray(factors, jnp.float32), jnp.ones((1, 32, 1, 1))))
+    multiplicative = np.maximum(1.0, np.log(seen) / np.log(16))[None, :, None, None]
+    by_hand = without.replace(multiplicative=(jnp.asarray(multiplicative, jnp.float32), jnp.ones((1, 32, 1, 1))))
     np.testing.assert_allclose(found, logits(by_hand), atol=1e-5)
     difference = np.abs(found - logits(without)).max(axis=(0, 2))
     assert difference[:16].max() < 1e-5 and difference[20:].min() > 1e-4

@@ -24,11 +24,15 @@ def test_angles_are_exact_far_out():
 
 def test_alibi_falls_by_slope_times_distance():
     positions_PLA = jnp.array([[[2], [5], [9]]], jnp.int32)
-    query, key = ALiBi(width_model=16, heads_model=4).apply({}, positions_PLA, shape=(3,)).features
+    query, key = ALiBi(width_model=16, heads_model=4).apply({}, positions_PLA, shape=(3,)).logit_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     for head, slope in enumerate([1 / 4, 1 / 16, 1 / 64, 1 / 256]):
         np.testing.assert_allclose(logits[head, 2], [-7 * slope, -4 * slope, 0], atol=1e-6)
-    scaled = ALiBi(width_model=16, heads_model=4, reference_scaling=True).apply({}, positions_PLA, shape=(3,)).features
+    scaled = (
+        ALiBi(width_model=16, heads_model=4, reference_scaling=True)
+        .apply({}, positions_PLA, shape=(3,))
+        .logit_query_key
+    )
     np.testing.assert_allclose(np.einsum("plhf,pshf->phls", *scaled)[0], logits / 2, atol=1e-6)
 
 
@@ -42,17 +46,17 @@ def test_sinusoidal_columns_and_amplitude():
     angles = 3 * 10000.0 ** (-np.array([0, 0, 2, 2, 4]) / 5)
     waves = [np.sin, np.cos, np.sin, np.cos, np.sin]
     expected = [0.5 * wave(angle) for wave, angle in zip(waves, angles, strict=True)]
-    np.testing.assert_allclose(signal.added[0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(signal.input_embedding[0, 0], expected, atol=1e-6)
 
 
 def test_a_longer_window_stretches_the_table():
     table, length = np.array([[0.0], [1.0], [3.0]]), 8
     positions_PLA = jnp.arange(length, dtype=jnp.int32)[None, :, None]
     encoding, variables = Learned(width_model=1, table_shape=(3,)), {"params": {"table": jnp.asarray(table)}}
-    found = encoding.apply(variables, positions_PLA, shape=(length,)).added[0, :, 0]
+    found = encoding.apply(variables, positions_PLA, shape=(length,)).input_embedding[0, :, 0]
     at = np.clip((np.arange(length) + 0.5) * 3 / length - 0.5, 0, 2)  # half-pixel centres
     np.testing.assert_allclose(found, np.interp(at, np.arange(3), table[:, 0]), atol=1e-6)
-    short = encoding.apply(variables, positions_PLA[:, :2], shape=(2,)).added[0, :, 0]
+    short = encoding.apply(variables, positions_PLA[:, :2], shape=(2,)).input_embedding[0, :, 0]
     np.testing.assert_allclose(short, table[:2, 0])
 
 
@@ -132,12 +136,14 @@ def test_angles_between_whole_positions(unit):
     for signal, angles in rotations:
         for found, wave in zip(signal.rotation, (np.cos, np.sin), strict=True):
             np.testing.assert_allclose(found[0, :, 0], wave(angles), atol=1e-5)
-    added = Sinusoidal(width, theta, amplitude=0.5, unit=unit).apply({}, grid, shape=(8, 5)).added[0]
+    input_embedding = (
+        Sinusoidal(width, theta, amplitude=0.5, unit=unit).apply({}, grid, shape=(8, 5)).input_embedding[0]
+    )
     angles = np.stack(
         [positions[:, axis] * theta ** (-2 * 2 * pair / width) for axis in (0, 1) for pair in range(4)], -1
     )
-    np.testing.assert_allclose(added[:, 0::2], 0.5 * np.sin(angles), atol=1e-5)
-    np.testing.assert_allclose(added[:, 1::2], 0.5 * np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(input_embedding[:, 0::2], 0.5 * np.sin(angles), atol=1e-5)
+    np.testing.assert_allclose(input_embedding[:, 1::2], 0.5 * np.cos(angles), atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -153,7 +159,7 @@ def test_learned_frequencies_and_slopes_between_whole_positions(unit):
     for found, wave in zip(rotation, (np.cos, np.sin), strict=True):
         np.testing.assert_allclose(found, wave(angles), atol=1e-4)
     alibi = ALiBi(width_model=16, heads_model=4, unit=unit)
-    query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).features
+    query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).logit_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     place = positions[0, :, 0]
     np.testing.assert_allclose(logits, -alibi_slopes(4)[:, None, None] * (place[:, None] - place), atol=1e-4)
@@ -161,14 +167,16 @@ def test_learned_frequencies_and_slopes_between_whole_positions(unit):
 
 def test_queries_grow_with_the_keys_that_they_see():
     scaling = LogScaling(table_shape=(4,))
-    query, key = scaling.apply({}, jnp.arange(9, dtype=jnp.int32)[None, :, None] * 7, shape=(9,)).factors
+    query, key = scaling.apply({}, jnp.arange(9, dtype=jnp.int32)[None, :, None] * 7, shape=(9,)).multiplicative
     expected = [1, 1, 1, 1, *(np.log(seen) / np.log(4) for seen in range(5, 10))]
     np.testing.assert_allclose(query[0, :, 0, 0], expected, rtol=1e-6)
     assert query.shape == key.shape == (1, 9, 1, 1) and (key == 1).all()
     on_grid = LogScaling(table_shape=(2, 3), prefix=1)  # every query sees the whole grid and the token before it
     for shape, expected in (((2, 3), 1.0), ((1, 2), 1.0), ((4, 5), np.log(21) / np.log(7))):
         places = int(np.prod(shape))
-        query, key = on_grid.apply({}, jnp.zeros((2, places, 2), jnp.int32), shape=shape).factors
+        query, key = on_grid.apply({}, jnp.zeros((2, places, 2), jnp.int32), shape=shape).multiplicative
         np.testing.assert_allclose(query[0, :, 0, 0], np.full(1 + places, expected), rtol=1e-6)
         assert (key == 1).all()
-    assert (LogScaling(table_shape=(1,)).apply({}, jnp.zeros((1, 1, 1), jnp.int32), shape=(1,)).factors[0] == 1).all()
+    assert (
+        LogScaling(table_shape=(1,)).apply({}, jnp.zeros((1, 1, 1), jnp.int32), shape=(1,)).multiplicative[0] == 1
+    ).all()

@@ -21,7 +21,7 @@ NAMES = [
 def test_encoder(goldens, name):
     spec, arrays = load(goldens, "encoder", name)
     reference = from_state_dicts(spec, None, under(arrays, "param/"))
-    encoding, padding = reference.architecture.encoding, "left" if spec["left_padding"] else "right"
+    encoding, padding = reference.model_spec.encoding, "left" if spec["left_padding"] else "right"
     positions_RA = jnp.asarray(arrays["in/positions"], jnp.int32).reshape(-1, spec["data_dim"])
     written = {"base": 10, "digits": spec["max_digits"], "padding": padding}
     np.testing.assert_array_equal(to_digits(positions_RA, **written), arrays["in/digits"])

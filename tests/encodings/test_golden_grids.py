@@ -44,7 +44,7 @@ def signal(encoding, positions_PLA, shape):
 def sin(arrays):
     for name, table in under(arrays, "out/sin/").items():
         count, width, theta = numbers(name)
-        close(signal(Sinusoidal(width, theta), window(count), (count,)).added[0], table, 2e-6, name)
+        close(signal(Sinusoidal(width, theta), window(count), (count,)).input_embedding[0], table, 2e-6, name)
 
 
 def rotary(arrays):
@@ -59,7 +59,7 @@ def rotary(arrays):
 def sin2d(arrays):
     """The reference's table of 100 entries is one axis of a 10 x 10 grid."""
     encoding = Sinusoidal(8, 10000, flatten=True)
-    found = signal(encoding, jnp.asarray(arrays["in/sin2d_pos"], jnp.int32)[None], (10, 10)).added
+    found = signal(encoding, jnp.asarray(arrays["in/sin2d_pos"], jnp.int32)[None], (10, 10)).input_embedding
     close(found[0], arrays["out/sin2d_n100_d8_b10000"], 2e-6)
 
 

@@ -61,21 +61,21 @@ def of_grid(encoding, shape, at=None):
     return signal(encoding, initial(encoding, at or shape), places(shape), shape)
 
 
-def tokens_of(field, name, stacked):
+def tokens_of(field, name, per_layer_fields):
     """[P, L, ...] of a field, its layers last."""
     field = np.asarray(field)
-    return np.moveaxis(field, 0, -1) if stacked and name != "added" else field
+    return np.moveaxis(field, 0, -1) if per_layer_fields and name != "input_embedding" else field
 
 
 @pytest.mark.parametrize("shape", [GRIDS[0], pytest.param(GRIDS[1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_place_of_a_grid_is_told_apart(kind, shape):
     found = of_grid(make(kind, shape), shape)
-    fields = {name: getattr(found, name) for name in ("added", "rotation", "factors")}
+    fields = {name: getattr(found, name) for name in ("input_embedding", "rotation", "multiplicative")}
     told = []
     for name, field in fields.items():
         for part in () if field is None else field if isinstance(field, tuple) else (field,):
-            part = tokens_of(part, name, found.stacked)
+            part = tokens_of(part, name, found.per_layer_fields)
             assert part.shape[:2] == (1, 1 + np.prod(shape)), name
             told.append(part.reshape(part.shape[1], -1))
     if kind == "none":
@@ -117,31 +117,31 @@ def test_tokens_before_the_grid():
     for kind in ("rotary_axial", "rotary_mixed"):
         cos, sin = of_grid(make(kind, shape, prefix=2), shape).rotation
         assert (cos[..., :2, :, :] == 1).all() and (sin[..., :2, :, :] == 0).all()
-    assert (of_grid(make("sinusoidal", shape, prefix=2), shape).added[:, :2] == 0).all()
+    assert (of_grid(make("sinusoidal", shape, prefix=2), shape).input_embedding[:, :2] == 0).all()
     line, flat = make("sinusoidal", (8,), prefix=0), make("sinusoidal", shape, prefix=2, flatten=True)
-    np.testing.assert_array_equal(of_grid(flat, shape).added, of_grid(line, (8,)).added)
+    np.testing.assert_array_equal(of_grid(flat, shape).input_embedding, of_grid(line, (8,)).input_embedding)
     line, flat = make("rotary", (8,), prefix=0), make("rotary", shape, prefix=2)
     for found, expected in zip(of_grid(flat, shape).rotation, of_grid(line, (8,)).rotation, strict=True):
         np.testing.assert_array_equal(found, expected)
     encoding = make("learned", shape, prefix=2)
     variables = initial(encoding, shape)
     assert variables["params"]["table"].shape == (8, WIDTH)
-    np.testing.assert_array_equal(of_grid(encoding, shape).added[0], variables["params"]["table"])
+    np.testing.assert_array_equal(of_grid(encoding, shape).input_embedding[0], variables["params"]["table"])
 
 
 def test_seqpe_sees_the_token_before_the_grid_in_the_signal_only():
     shape, encoding = (2, 3), make("seqpe", (2, 3), mode="input_add", qk="none")
     variables = initial(encoding, shape)
     positions_PLA = jnp.concatenate([places(shape), places(shape, 5)])  # two sets
-    added = signal(encoding, variables, positions_PLA, shape).added
+    input_embedding = signal(encoding, variables, positions_PLA, shape).input_embedding
     vectors = jax.jit(functools.partial(encoding.apply, method="vectors"))(variables, positions_PLA.reshape(-1, 2))
-    np.testing.assert_allclose(added[:, 1:].reshape(12, -1), vectors, atol=1e-5)
+    np.testing.assert_allclose(input_embedding[:, 1:].reshape(12, -1), vectors, atol=1e-5)
     first = variables["params"]["prefix_vectors"]
     assert first.shape == (1, WIDTH) and np.abs(first).max() > 0.1
-    np.testing.assert_array_equal(added[:, 0], np.broadcast_to(first, (2, WIDTH)))
+    np.testing.assert_array_equal(input_embedding[:, 0], np.broadcast_to(first, (2, WIDTH)))
     mapped = make("seqpe", shape)  # attn_mul, a map per layer: the vector passes through it
     variables = initial(mapped, shape)
-    query, key = signal(mapped, variables, places(shape), shape).factors
+    query, key = signal(mapped, variables, places(shape), shape).multiplicative
     params = variables["params"]
     expected = np.einsum("e,lef->lf", params["prefix_vectors"][0], params["qk_map"]["kernel"])
     found = np.concatenate([part[:, 0, 0].reshape(LAYERS, -1) for part in (query, key)], axis=-1)
@@ -151,8 +151,8 @@ def test_seqpe_sees_the_token_before_the_grid_in_the_signal_only():
 def test_sinusoidal_axes_share_the_columns():
     """Each axis is a table of its own part of the width."""
     shape, width = (3, 4), 16
-    found = of_grid(Sinusoidal(width, prefix=0), shape).added.reshape(3, 4, width)
-    line = of_grid(Sinusoidal(width // 2, prefix=0), (4,)).added[0]
+    found = of_grid(Sinusoidal(width, prefix=0), shape).input_embedding.reshape(3, 4, width)
+    line = of_grid(Sinusoidal(width // 2, prefix=0), (4,)).input_embedding[0]
     np.testing.assert_allclose(found[1], np.concatenate([np.tile(line[1], (4, 1)), line], -1), atol=1e-6)
     np.testing.assert_allclose(found[:, 2], np.concatenate([line[:3], np.tile(line[2], (3, 1))], -1), atol=1e-6)
 
@@ -191,10 +191,10 @@ def test_a_larger_grid_than_trained(kind):
     encoding = make(kind, trained)
     small, large = of_grid(encoding, trained), of_grid(encoding, larger, at=trained)
     inside = [0, *(1 + row * 5 + column for row, column in np.ndindex(*trained))]
-    for name in ("added", "rotation", "factors"):
+    for name in ("input_embedding", "rotation", "multiplicative"):
         pairs = zip(jax.tree.leaves(getattr(small, name)), jax.tree.leaves(getattr(large, name)), strict=True)
         for here, there in pairs:
-            here, there = (tokens_of(field, name, small.stacked) for field in (here, there))
+            here, there = (tokens_of(field, name, small.per_layer_fields) for field in (here, there))
             assert there.shape[1] == 21
             same = np.abs(there[:, inside] - here).max() < 1e-5
             assert same == (kind not in ("learned", "rotary"))  # those are stretched, or flattened anew
@@ -220,7 +220,7 @@ def test_a_learned_table_is_stretched_along_each_axis(larger):
     lines = [np.random.default_rng(axis).normal(size=side) for axis, side in enumerate(trained)]
     table = np.concatenate([[9.0], functools.reduce(np.multiply.outer, lines).ravel()])[:, None]
     variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
-    found = signal(Learned(1, trained, prefix=1), variables, places(larger), larger).added[0, :, 0]
+    found = signal(Learned(1, trained, prefix=1), variables, places(larger), larger).input_embedding[0, :, 0]
     stretched = functools.reduce(np.multiply.outer, [cubic(*pair) for pair in zip(lines, larger, strict=True)])
     np.testing.assert_allclose(found, np.concatenate([[9.0], stretched.ravel()]), atol=1e-5)
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from seqpe_jax import config, encodings
-from seqpe_jax.encodings.bounds import bounded
+from seqpe_jax.encodings.bounds import clip_straight_through
 from seqpe_jax.encodings.pope import PoPE
 from seqpe_jax.encodings.relative_bias import Kerple
 from seqpe_jax.training.optimizer import projection
@@ -66,7 +66,7 @@ def test_no_encoding_has_a_length_of_its_own():
 def lengths(page, variant, **fields):
     overrides = {"eval.lengths": ()} if "vit" not in page else {}
     values = overrides | {name.replace("__", "."): value for name, value in fields.items()}
-    return config.lengths_of(config.load(f"configs/{page}.py:{variant}", values))
+    return config.resolve_lengths(config.load(f"configs/{page}.py:{variant}", values))
 
 
 def test_shares_are_the_authors_numbers_at_the_authors_lengths():
@@ -103,9 +103,9 @@ def bias(variables, encoding):
     positions = jnp.arange(4)[None, :, None]
     signal = encoding.apply({"params": variables}, positions, shape=(4,))
     if isinstance(encoding, PoPE):
-        return signal.polar_shift
+        return signal.polar_key_phase
     own = signal.at_layer(0)
-    return own.relation.function(own.relation_params, own.relation.query, own.relation.key, jnp.arange(2))[1]
+    return own.relative_bias.function(own.bias_params, own.relative_bias.query, own.relative_bias.key, jnp.arange(2))[1]
 
 
 KERPLE, POPE = Kerple(1, 2, kerple_scale=1.0), PoPE(1, 4, 2)
@@ -144,6 +144,8 @@ def test_parameters_begin_within_their_bounds_and_older_ones_count_as_they_did()
     fresh = Kerple(16, 64, kerple_scale=1.0).init(jax.random.PRNGKey(0), jnp.arange(4)[None, :, None], shape=(4,))
     smallest = [float(leaf.min()) for leaf in fresh["params"].values()]
     assert smallest == [pytest.approx(0.01)] * 2  # some of so many were drawn below
-    value, slope = jax.vmap(jax.value_and_grad(lambda x: bounded(x, (0.01, math.inf))))(jnp.array([-3.0, 0.01, 2.0]))
+    value, slope = jax.vmap(jax.value_and_grad(lambda x: clip_straight_through(x, (0.01, math.inf))))(
+        jnp.array([-3.0, 0.01, 2.0])
+    )
     np.testing.assert_allclose(value, [0.01, 0.01, 2.0], rtol=1e-6)
     np.testing.assert_array_equal(slope, 1.0)

@@ -12,7 +12,7 @@ from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import use_sharding
 from seqpe_jax.models.attention import attend, forget_gate_features
-from seqpe_jax.models.build import Architecture, DataSpec
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.models.transformer import GATES
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
@@ -249,7 +249,7 @@ def test_angles_are_scaled_in_longer_windows_alone(scaling, lengths):
         slow, fast = lengths["yarn_beta_slow"], lengths["yarn_beta_fast"]
         kept = [min(1.0, max(0.0, (64 / (2 * math.pi / f) - slow) / (fast - slow))) for f in frequencies]
         expected = [(1 - share) * f / longer + share * f for share, f in zip(kept, frequencies, strict=True)]
-        np.testing.assert_allclose(found.factors[0], 0.1 * math.log(8) + 1, rtol=1e-6)
+        np.testing.assert_allclose(found.multiplicative[0], 0.1 * math.log(8) + 1, rtol=1e-6)
     angles = np.arange(512)[:, None] * np.asarray(expected)
     np.testing.assert_allclose(found.rotation[0][0, :, 0], np.cos(angles), atol=1e-5)
     assert np.abs(found.rotation[0] - whole.rotation[0]).max() > 0.1
@@ -289,10 +289,10 @@ def gradients(settings, devices=None):
     tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
 
     def signal(params):
-        return run.architecture.signal(params, run.architecture.position_grid.positions((24,))[None], (24,))
+        return run.model_spec.signal(params, run.model_spec.position_grid.positions((24,))[None], (24,))
 
     def found(params):
-        logits = run.architecture.network.apply({"params": params["model"]}, tokens, signal(params))
+        logits = run.model_spec.network.apply({"params": params["model"]}, tokens, signal(params))
         return (logits**2).mean(), logits
 
     (_, logits), slopes = jax.jit(use_sharding(run.mesh, jax.value_and_grad(found, has_aux=True)))(params)
@@ -322,7 +322,7 @@ def test_gates_begin_as_open_as_they_are_told(kind, fade, scan):
     """A token lets those before it through by a share of sigmoid(gate_bias_init), before it says anything."""
     gates = {"encoding__gate": fade, "encoding__gate_bias_init": 3.0}
     settings = tiny_config(variant=kind, **gates, model__layers=2, model__scan=scan)
-    params = jax.jit(Architecture.of(settings, DataSpec(vocabulary=256)).init)(KEY)
+    params = jax.jit(ModelSpec.of(settings, DataSpec(vocabulary=256)).init)(KEY)
     biases = [leaf for name, leaf in flat(params["model"], "/").items() if name.endswith("fading/bias")]
     assert sum(bias.size for bias in biases) == settings.model.layers * settings.model.heads
     for bias in biases:

@@ -112,7 +112,7 @@ def test_shared_prefixes_change_nothing(name, monkeypatch):
     """Values and gradients, for rows that share and rows that do not; sharing is forced."""
     from seqpe_jax.encodings import seqpe
 
-    monkeypatch.setattr(seqpe, "WORTH", 10.0)
+    monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)
     positions_RA, groups, fields = SHARED[name]
     positions_RA = jnp.asarray(positions_RA, jnp.int32)
     shared, plain = make(**fields), make(share_prefixes=False, **fields)
@@ -178,7 +178,7 @@ def test_features_are_query_key_products(qk, per_head):
     variables = initial(encoding)
     signal = jax.jit(lambda: encoding.apply(variables, POSITIONS_RA[None], shape=(6,)))()
     vectors_RE = vectors(encoding, variables)
-    assert vectors_RE.shape == (6, 12 if per_head else 6) and bool(signal.stacked) == (qk == "multi")
+    assert vectors_RE.shape == (6, 12 if per_head else 6) and bool(signal.per_layer_fields) == (qk == "multi")
     layers = [signal.at_layer(layer) for layer in range(3)]
     weights = variables["params"].get("qk_map", {})
     heads = 2 if per_head else 1
@@ -189,11 +189,11 @@ def test_features_are_query_key_products(qk, per_head):
             mapped = vectors_RE @ np.asarray(kernel) + np.asarray(bias)
         query, key = (mapped, mapped) if qk == "none" else np.split(mapped, 2, axis=-1)
         query, key = (part.reshape(6, heads, -1) for part in (query, key))
-        found = np.einsum("plhf,pshf->phls", *at_layer.features)[0]
+        found = np.einsum("plhf,pshf->phls", *at_layer.logit_query_key)[0]
         expected = 3.0 * np.einsum("lhf,shf->hls", query, key) / np.sqrt(6)
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     if qk == "multi":
-        assert np.abs(layers[0].features[0] - layers[1].features[0]).max() > 1e-2
+        assert np.abs(layers[0].logit_query_key[0] - layers[1].logit_query_key[0]).max() > 1e-2
 
 
 def test_initial_weights():
@@ -261,9 +261,9 @@ def test_narrow_parts_of_some_heads(qk, per_head):
     else:
         assert shapes == {}
     signal = encoding.apply(variables, vectors_PLE, method="signal")
-    assert signal.stacked == (("features",) if qk == "multi" else ())
+    assert signal.per_layer_fields == (("logit_query_key",) if qk == "multi" else ())
     for layer in range(layers):
-        found = np.einsum("plhf,pshf->phls", *signal.at_layer(layer).features)[0]
+        found = np.einsum("plhf,pshf->phls", *signal.at_layer(layer).logit_query_key)[0]
         assert found.shape == (3, 6, 6) and not found[2].any()
         mapped = np.asarray(vectors_PLE[0], np.float64)
         if narrow:

@@ -32,25 +32,25 @@ def test_the_first_pairs_turn_and_no_other_column(pairs):
     np.testing.assert_array_equal(found[..., 2 * pairs :], array[..., 2 * pairs :])
 
 
-def field(name, held, stacked):
+def field(name, held, per_layer_fields):
     """A signal with one field, of so many heads."""
-    lead = (LAYERS,) if stacked else ()
-    width = {"rotation": 2, "features": 3}.get(name, WIDTH)
+    lead = (LAYERS,) if per_layer_fields else ()
+    width = {"rotation": 2, "logit_query_key": 3}.get(name, WIDTH)
     pair = tuple(random(10 + side, *lead, 1, LENGTH, held, width) for side in (0, 1))
     if name == "rotation":
         pair = jnp.cos(pair[0]), jnp.sin(pair[0])
-    return PositionSignal(**{name: pair}, stacked=(name,) if stacked else ())
+    return PositionSignal(**{name: pair}, per_layer_fields=(name,) if per_layer_fields else ())
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["shared", "stacked"])
+@pytest.mark.parametrize("per_layer_fields", [False, True], ids=["shared", "per_layer_fields"])
 @pytest.mark.parametrize("held", [1, 2, HEADS])
-@pytest.mark.parametrize("name", ["features", "factors", "shifts", "rotation"])
-def test_heads_without_a_position_see_none(name, held, stacked):
-    whole = field(name, held, stacked)
+@pytest.mark.parametrize("name", ["logit_query_key", "multiplicative", "additive", "rotation"])
+def test_heads_without_a_position_see_none(name, held, per_layer_fields):
+    whole = field(name, held, per_layer_fields)
     part = whole.for_heads(2, HEADS)
-    assert part.stacked == whole.stacked
+    assert part.per_layer_fields == whole.per_layer_fields
     if held == 2:  # what the other heads would get was never computed
-        whole = field(name, held, stacked).replace(
+        whole = field(name, held, per_layer_fields).replace(
             **{name: tuple(jnp.concatenate([side, side], axis=-2) for side in getattr(whole, name))}
         )
     whole, part = (signal.at_layer(1) for signal in (whole, part))
@@ -61,20 +61,26 @@ def test_heads_without_a_position_see_none(name, held, stacked):
 
 
 def test_what_reaches_all_heads_is_not_given_to_some():
-    for signal in (PositionSignal(added=jnp.ones((1, 2, 3))), PositionSignal(bias=jnp.ones((1, 2, 2)))):
+    for signal in (PositionSignal(input_embedding=jnp.ones((1, 2, 3))), PositionSignal(bias=jnp.ones((1, 2, 2)))):
         assert signal.for_heads(2, 2) is signal
         with pytest.raises(ValueError, match="reaches all heads"):
             signal.for_heads(1, 2)
 
 
 def test_signals_are_joined_field_by_field():
-    joined = field("features", 1, True).joined(field("rotation", 1, False)).joined(field("factors", 1, True))
-    assert set(joined.stacked) == {"features", "factors"}
-    shared, own = joined.by_layer()
-    assert shared.rotation is not None and (shared.features, shared.factors, own.rotation) == (None, None, None)
+    joined = (
+        field("logit_query_key", 1, True).joined(field("rotation", 1, False)).joined(field("multiplicative", 1, True))
+    )
+    assert set(joined.per_layer_fields) == {"logit_query_key", "multiplicative"}
+    shared, own = joined.split_by_layer()
+    assert shared.rotation is not None and (shared.logit_query_key, shared.multiplicative, own.rotation) == (
+        None,
+        None,
+        None,
+    )
     layer = joined.at_layer(2)
-    assert layer.stacked == ()
-    np.testing.assert_array_equal(layer.features[1], joined.features[1][2])
+    assert layer.per_layer_fields == ()
+    np.testing.assert_array_equal(layer.logit_query_key[1], joined.logit_query_key[1][2])
     np.testing.assert_array_equal(layer.rotation[0], joined.rotation[0])
-    with pytest.raises(ValueError, match="both fill 'features'"):
-        joined.joined(field("features", 1, False))
+    with pytest.raises(ValueError, match="both fill 'logit_query_key'"):
+        joined.joined(field("logit_query_key", 1, False))

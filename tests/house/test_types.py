@@ -33,7 +33,7 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
 def test_parameters_and_signals_are_float32(variant):
     parts = Trainer.of(tiny_config(variant=variant), jax.devices()[:1])
     with jax.enable_x64(True):
-        params = jax.eval_shape(parts.architecture.init, jax.random.PRNGKey(0))
-        positions_PLA = parts.architecture.position_grid.positions((16,))[None]
-        signal = jax.eval_shape(lambda params: parts.architecture.signal(params, positions_PLA, (16,)), params)
+        params = jax.eval_shape(parts.model_spec.init, jax.random.PRNGKey(0))
+        positions_PLA = parts.model_spec.position_grid.positions((16,))[None]
+        signal = jax.eval_shape(lambda params: parts.model_spec.signal(params, positions_PLA, (16,)), params)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, signal))} == {jnp.dtype("float32")}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.config import GRID_ONLY, REAL_POSITIONS, EncodingKind
-from seqpe_jax.encodings.fixed import SCALINGS
+from seqpe_jax.encodings.fixed import ROPE_SCALINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode
 from seqpe_jax.inference import generate as generation
@@ -46,7 +46,7 @@ def generate(run, params, prompts, sampling, **options):
 
 def uncached(run, params, prompt, new: int, window: int):
     """Greedy tokens and their logits, each from a forward over everything before it, under the window's signal."""
-    model, variables = run.architecture.network, {"params": params["model"]}
+    model, variables = run.model_spec.network, {"params": params["model"]}
     signal = run.compiled.signal(params, (window,), window)
 
     @jax.jit
@@ -207,7 +207,7 @@ def test_work_ends_when_every_text_has(seqpe):
         progress=lambda *one: done.append(one),
     )
     assert len(on_update) == 1 and on_update[0][1].tokens.tolist() == [end] and done[-1] == (NEW, NEW)
-    static, model = decode.SamplingStatic(NEW, True, True, False), run.architecture.network
+    static, model = decode.SamplingStatic(NEW, True, True, False), run.model_spec.network
     signal = run.compiled.signal(params, (len(prompt) + NEW,))
 
     @jax.jit
@@ -288,7 +288,7 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
         run, params = run_of(model__attention_block=block)
         length, static = 48, decode.SamplingStatic(8, True, True, False)
         signal = run.compiled.signal(params, (length + 8,))
-        prefill = functools.partial(decode.prefill, run.architecture.network, static=static)
+        prefill = functools.partial(decode.prefill, run.model_spec.network, static=static)
         sampling_args = decode.SamplingArgs(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
         arguments = (jnp.zeros((8, length), jnp.int32), jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32), sampling_args)
         return jax.make_jaxpr(prefill)(params["model"], signal, *arguments).jaxpr
@@ -305,7 +305,7 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
         sampling_args = decode.SamplingArgs(jax.random.PRNGKey(0), 1.0, 1.0, -1, True)
         prompts = (jnp.zeros((2, 32), jnp.int32), jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), sampling_args)
         prefill, decode_loop = (
-            functools.partial(f, run.architecture.network, static=static) for f in (decode.prefill, decode.decode_loop)
+            functools.partial(f, run.model_spec.network, static=static) for f in (decode.prefill, decode.decode_loop)
         )
         state = jax.eval_shape(prefill, params["model"], signal, *prompts)
         return (
@@ -323,7 +323,7 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
 # Each encoding of texts, and each way in which positions can depend on the length of the window.
 TEXT_KINDS = [kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY]
 WINDOWS = [(kind, {}) for kind in TEXT_KINDS] + [("seqpe", COMPOSED), ("rotary", {"encoding__log_scaling": True})]
-WINDOWS += [("rotary", {"encoding__scaling": name}) for name in SCALINGS]
+WINDOWS += [("rotary", {"encoding__scaling": name}) for name in ROPE_SCALINGS]
 WINDOWS += [(kind, STRETCHED) for kind in REAL_POSITIONS if kind in TEXT_KINDS]
 
 

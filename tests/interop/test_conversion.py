@@ -141,10 +141,10 @@ def test_a_run_of_ours_is_read_whatever_the_reference_knows(tmp_path, kind):
     params = run.params
     expected = jax.jit(functools.partial(test_serving.own_logits, run))(params, inputs)
     np.testing.assert_allclose(model.logits(inputs), expected, atol=1e-5)
-    places = np.asarray(run.architecture.position_grid.positions((3,) * len(settings.grid)))
+    places = np.asarray(run.model_spec.position_grid.positions((3,) * len(settings.grid)))
     vectors = run.compiled.vectors(params, (3,) * len(settings.grid))
     np.testing.assert_allclose(
-        model.encode_positions(places / run.architecture.position_grid.position_resolution), vectors, atol=1e-5
+        model.encode_positions(places / run.model_spec.position_grid.position_resolution), vectors, atol=1e-5
     )
     with pytest.raises(InputError, match="what 4 digits in base 10|what 3 digits in base 10"):
         model.logits(inputs, start=(5000,) * len(settings.grid))

@@ -11,7 +11,7 @@ from seqpe_jax.config import ContrastiveConfig, DistillationConfig, MixingConfig
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.losses.train_loss import TrainLoss
-from seqpe_jax.models.build import Architecture
+from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.models.vit import ViT
 
 pytestmark = pytest.mark.slow
@@ -41,13 +41,13 @@ def objective(shape):
     )
     network = ViT(classes=3, patch=(1,) * len(shape), layers=1, width=8, heads=2)
     inputs = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
-    architecture = Architecture(encoding, network, inputs, shape, 20, heads=2)
-    return TrainLoss(architecture, ClassificationLoss(0.0, MixingConfig()), settings)
+    model_spec = ModelSpec(encoding, network, inputs, shape, 20, heads=2)
+    return TrainLoss(model_spec, ClassificationLoss(0.0, MixingConfig()), settings)
 
 
 @functools.cache
 def parameters(shape):
-    return jax.jit(objective(shape).architecture.init)(jax.random.PRNGKey(0))
+    return jax.jit(objective(shape).model_spec.init)(jax.random.PRNGKey(0))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=lambda shape: f"{len(shape)}-D")
@@ -71,7 +71,7 @@ def test_positions_of_any_number_of_axes(shape):
 
 def test_axes_add_one_table_of_parameters():
     def names(shape):
-        params = jax.eval_shape(objective(shape).architecture.init, jax.random.PRNGKey(0))["encoding"]
+        params = jax.eval_shape(objective(shape).model_spec.init, jax.random.PRNGKey(0))["encoding"]
         return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
     for shape in SHAPES[1:]:
@@ -84,7 +84,7 @@ def test_each_coordinate_counts(shape):
     params = parameters(shape)
     axes = len(shape)
     positions_RA = jnp.concatenate([jnp.full((1, axes), 3), 3 + jnp.eye(axes, dtype=jnp.int32)])
-    vectors = jax.jit(functools.partial(parts.architecture.encoding.apply, method="vectors"))
+    vectors = jax.jit(functools.partial(parts.model_spec.encoding.apply, method="vectors"))
     vectors_RE = np.asarray(vectors({"params": params["encoding"]}, positions_RA))
     distances = np.linalg.norm(vectors_RE[:, None] - vectors_RE[None], axis=-1)
     assert (distances[~np.eye(axes + 1, dtype=bool)] > 1e-3).all()

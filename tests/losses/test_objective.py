@@ -6,7 +6,7 @@ import pytest
 from flax import linen as nn
 
 from seqpe_jax.distributed import sharding as layout
-from seqpe_jax.models.build import mask_key
+from seqpe_jax.models.build import dropout_key
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_params, tiny_config
 
@@ -27,7 +27,7 @@ def test_each_head_has_its_scale_in_the_contrastive_loss(scales, floor):
         found = train_loss.signal_and_terms(params, sampled, jax.random.PRNGKey(0), True)[1]
         pairs = sampled.contrastive.anchors_BA, sampled.contrastive.candidates_BCA.reshape(-1, 1)
         return found, [
-            train_loss.architecture.encoding.apply({"params": params}, part, method="vectors") for part in pairs
+            train_loss.model_spec.encoding.apply({"params": params}, part, method="vectors") for part in pairs
         ]
 
     terms, (anchors_BE, candidates_RE) = terms_and_vectors(params)
@@ -52,7 +52,7 @@ def mask(bits, sharding=None):
         ones = (
             jax.lax.with_sharding_constraint(jax.numpy.ones((8, 4, 16)), sharding) if sharding else np.ones((8, 4, 16))
         )
-        return drop.apply({}, ones, rngs={"dropout": mask_key(key, bits)})
+        return drop.apply({}, ones, rngs={"dropout": dropout_key(key, bits)})
 
     return np.asarray(jax.jit(drawn)(jax.random.PRNGKey(3))) > 0
 

@@ -31,16 +31,16 @@ def pair(name: int, sets: int, heads: int, width: int):
 def signals(sets: int) -> dict[str, PositionSignal]:
     angles = random(9, sets, LENGTH, 1, WIDTH // 2)
     fast, narrow = angles[..., :1], pair(20, sets, 1, 2)
-    some = PositionSignal(rotation=(jnp.cos(fast), jnp.sin(fast)), features=narrow).for_heads(1, HEADS)
+    some = PositionSignal(rotation=(jnp.cos(fast), jnp.sin(fast)), logit_query_key=narrow).for_heads(1, HEADS)
     return {
         "rotation": PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))),
-        "factors": PositionSignal(factors=pair(10, sets, HEADS, WIDTH)),
-        "shifts": PositionSignal(shifts=pair(12, sets, 1, WIDTH)),
-        "features": PositionSignal(features=pair(14, sets, HEADS, 3)),
-        "shared features": PositionSignal(features=pair(16, sets, 1, 3)),
-        "narrow features": PositionSignal(features=pair(24, sets, 1, 1)),
+        "multiplicative": PositionSignal(multiplicative=pair(10, sets, HEADS, WIDTH)),
+        "additive": PositionSignal(additive=pair(12, sets, 1, WIDTH)),
+        "logit_query_key": PositionSignal(logit_query_key=pair(14, sets, HEADS, 3)),
+        "shared features": PositionSignal(logit_query_key=pair(16, sets, 1, 3)),
+        "narrow features": PositionSignal(logit_query_key=pair(24, sets, 1, 1)),
         "bias": PositionSignal(bias=random(18, HEADS, LENGTH, LENGTH)),
-        "some pairs of some heads": some.joined(PositionSignal(factors=pair(22, sets, 1, 1))),
+        "some pairs of some heads": some.joined(PositionSignal(multiplicative=pair(22, sets, 1, 1))),
     }
 
 
@@ -73,18 +73,20 @@ def loop(query, key, value, signal, causal):
         at = (sample, place, head)
         if signal.rotation is not None:
             vector = turn(vector, of(signal.rotation[0], *at), of(signal.rotation[1], *at))
-        if signal.factors is not None:
-            vector = vector * of(signal.factors[side], *at)
-        if signal.shifts is not None:
-            vector = vector + of(signal.shifts[side], *at)
+        if signal.multiplicative is not None:
+            vector = vector * of(signal.multiplicative[side], *at)
+        if signal.additive is not None:
+            vector = vector + of(signal.additive[side], *at)
         return vector
 
     for sample, i, head in np.ndindex(BATCH, LENGTH, HEADS):
         logits = np.full(LENGTH, -np.inf)
         for j in range(i + 1 if causal else LENGTH):
             logits[j] = placed(query, 0, sample, i, head) @ placed(key, 1, sample, j, head) / np.sqrt(WIDTH)
-            if signal.features is not None:
-                logits[j] += of(signal.features[0], sample, i, head) @ of(signal.features[1], sample, j, head)
+            if signal.logit_query_key is not None:
+                logits[j] += of(signal.logit_query_key[0], sample, i, head) @ of(
+                    signal.logit_query_key[1], sample, j, head
+                )
             if signal.bias is not None:
                 logits[j] += np.asarray(signal.bias)[head, i, j]
         weights = np.exp(logits - logits.max())
@@ -120,7 +122,9 @@ def close(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, causal", [*((name, True) for name in NAMES), ("features", False), ("bias", False)])
+@pytest.mark.parametrize(
+    "name, causal", [*((name, True) for name in NAMES), ("logit_query_key", False), ("bias", False)]
+)
 def test_gradients_equal_those_of_the_plain_form(name, causal):
     signal = signals(2)[name]
     expected = gradients("plain", signal, causal)
@@ -143,7 +147,7 @@ def test_over_devices_it_is_the_same(how, sizes):
     """6 samples of 2 or 3 sets over 2 devices, or 4 that do not divide them; 7 places over 2; dropout."""
     layout = MeshSharding(make_mesh(*sizes))
     angles = signals(1)["rotation"].rotation
-    for sets, name in ((2, "features"), (3, "shared features")):
+    for sets, name in ((2, "logit_query_key"), (3, "shared features")):
         signal = signals(sets)[name].replace(rotation=angles)
         expected = gradients("plain", signal, True, dropout_rate=0.4, dropout_key=KEY)
         with use_sharding(layout):
@@ -154,7 +158,7 @@ def test_over_devices_it_is_the_same(how, sizes):
 def test_no_square_array_is_held(how):
     length = 32
     qkv = tuple(random(side, 1, length, 1, WIDTH) for side in (1, 2, 3))
-    signal = PositionSignal(features=(random(4, 1, length, 1, 2), random(5, 1, length, 1, 2)))
+    signal = PositionSignal(logit_query_key=(random(4, 1, length, 1, 2), random(5, 1, length, 1, 2)))
 
     def program(**how):
         return jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:], signal, **how).sum()))(qkv[0]).jaxpr
@@ -168,12 +172,12 @@ def test_a_long_window_holds_no_square_array_by_itself():
     """No array of 4096 x 4096 or more in what is compiled, forward and backward, nor memory for one."""
     length = 4096
     shapes = [jax.ShapeDtypeStruct((1, length, 2, WIDTH), jnp.float32)] * 3
-    features = (jax.ShapeDtypeStruct((1, length, 2, 3), jnp.float32),) * 2
+    logit_query_key = (jax.ShapeDtypeStruct((1, length, 2, 3), jnp.float32),) * 2
 
-    def score(qkv, features):
-        return attend(*qkv, PositionSignal(features=features)).sum()
+    def score(qkv, logit_query_key):
+        return attend(*qkv, PositionSignal(logit_query_key=logit_query_key)).sum()
 
-    compiled = jax.jit(jax.grad(score, argnums=(0, 1))).lower(shapes, features).compile()
+    compiled = jax.jit(jax.grad(score, argnums=(0, 1))).lower(shapes, logit_query_key).compile()
     shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
     assert length * WIDTH < max(sizes) < length * length / 8
@@ -217,7 +221,7 @@ def test_position_products_stay_float32_under_bfloat16(how):
     slope = 2.0**-8
     places = np.concatenate([near, far])
     signal = ALiBi(width_model=2, heads_model=1).apply({}, jnp.asarray(places, jnp.int32)[None, :, None], shape=(11,))
-    alibi = tuple(np.asarray(field[0, :, 0]) for field in signal.features)
+    alibi = tuple(np.asarray(field[0, :, 0]) for field in signal.logit_query_key)
     for (query, key), rate in ((alibi, slope), (far_features(places), 1.0)):
         # Far queries meet near keys, whose logits are -10 000 * rate and a little.
         fields = [jnp.asarray(field, jnp.float32)[None, :, None] for field in (query[len(near) :], key[: len(near)])]
@@ -227,7 +231,7 @@ def test_position_products_stay_float32_under_bfloat16(how):
             zeros[:, : len(far)],
             zeros[:, : len(near)],
             value,
-            PositionSignal(features=tuple(fields)),
+            PositionSignal(logit_query_key=tuple(fields)),
             causal=False,
             **IMPLEMENTATIONS[how],
         )

@@ -35,7 +35,7 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
         else PositionSignal(
             **{
                 field: getattr(signals(1)[field], field)
-                for field in ("rotation", "factors", "features", "bias")
+                for field in ("rotation", "multiplicative", "logit_query_key", "bias")
                 if name
             }
         )
@@ -59,14 +59,14 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
         places_P1 = jnp.asarray(PROMPTS_B)[:, None]
         token = [jnp.take_along_axis(part, places_P1[..., None, None], axis=1) for part in QKV]
         results = [
-            attend_cached(*token, signal, cache, places_P1, added, log_gate_BLH[:, :1] if gates else None)[0]
-            for added in (None, position_logits(signal, places_P1, LENGTH))
+            attend_cached(*token, signal, cache, places_P1, input_embedding, log_gate_BLH[:, :1] if gates else None)[0]
+            for input_embedding in (None, position_logits(signal, places_P1, LENGTH))
         ]
         np.testing.assert_allclose(*results, atol=2e-5)
 
 
 def test_a_token_reads_no_place_past_its_own():
-    signal = signals(1)["features"]
+    signal = signals(1)["logit_query_key"]
     cache = jax.tree.map(lambda field: field.at[:, :3].set(1.0), junk_cache())
     token = [part[:, 3:4] for part in QKV]
     results = []
@@ -82,13 +82,15 @@ def test_the_model_goes_on_where_its_cache_ends(remat):
     """A signal with tokens added, and one of parts: another in each layer, and what all layers share."""
     model = GPT2(vocabulary=11, layers=2, width=HEADS * WIDTH, heads=HEADS, init_std=0.3, remat=remat)
     layered = tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2))
-    added = random(3, 1, LENGTH, HEADS * WIDTH)
+    input_embedding = random(3, 1, LENGTH, HEADS * WIDTH)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
     angles, grown = random(4, 1, LENGTH, 1, 1), (jnp.arange(LENGTH) + 1.0)[None, :, None, None]
     turned = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))).for_heads(1, HEADS)  # one pair of one head
-    grown = PositionSignal(factors=(grown, jnp.ones_like(grown)))
-    composed = PositionSignal(features=layered, stacked=("features",)).joined(turned).joined(grown)
-    for signal in (composed, PositionSignal(added=added)):
+    grown = PositionSignal(multiplicative=(grown, jnp.ones_like(grown)))
+    composed = (
+        PositionSignal(logit_query_key=layered, per_layer_fields=("logit_query_key",)).joined(turned).joined(grown)
+    )
+    for signal in (composed, PositionSignal(input_embedding=input_embedding)):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
         forward_cached = jax.jit(functools.partial(model.apply, variables, method="forward_cached"))

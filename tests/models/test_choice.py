@@ -12,7 +12,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
 from seqpe_jax.models.attention_blockwise import blockwise_attention
 from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
-from seqpe_jax.models.build import Architecture, DataSpec
+from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import tiny_config
 
@@ -24,7 +24,9 @@ AMD = types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", c
 KEY = jax.random.PRNGKey(0)
 
 
-def shapes(length=1024, keys=None, *, width=64, features=0, causal=True, dtype=jnp.bfloat16, bias=False, drop=False):
+def shapes(
+    length=1024, keys=None, *, width=64, logit_query_key=0, causal=True, dtype=jnp.bfloat16, bias=False, drop=False
+):
     """The shapes of operands of 2 samples and 3 heads."""
     keys = keys or length
     array = jax.ShapeDtypeStruct
@@ -32,8 +34,11 @@ def shapes(length=1024, keys=None, *, width=64, features=0, causal=True, dtype=j
         array((2, length, 3, width), dtype),
         array((2, keys, 3, width), dtype),
         array((2, keys, 3, width), dtype),
-        features=(array((1, length, 3, features), jnp.float32), array((1, keys, 3, features), jnp.float32))
-        if features
+        logit_query_key=(
+            array((1, length, 3, logit_query_key), jnp.float32),
+            array((1, keys, 3, logit_query_key), jnp.float32),
+        )
+        if logit_query_key
         else None,
         bias=array((1, 3, length, keys), jnp.float32) if bias else None,
         causal_offset=array((1,), jnp.int32) if causal else None,
@@ -57,17 +62,17 @@ def chosen(device, inputs, kind="auto", block=0, **fields):
         (CPU, {"length": 2048}, "blocks 128"),
         (CPU, {"length": 65536}, "blocks 512"),
         (TPU, {"length": 197, "causal": False}, "plain"),
-        (TPU, {"length": 512, "features": 64, "drop": True}, "tpu"),
+        (TPU, {"length": 512, "logit_query_key": 64, "drop": True}, "tpu"),
         (TPU, {"length": 511, "keys": 1024, "dtype": jnp.float32}, "tpu"),
         (TPU, {"bias": True}, "blocks 512"),
         (H200, {"length": 256}, "plain"),
         (H200, {}, "cudnn"),
-        (H200, {"features": 3, "causal": False}, "cudnn"),
-        (H200, {"features": 32}, "cudnn"),
-        (A100, {"features": 32}, "blocks 512"),
-        (H200, {"features": 16}, "cudnn"),
-        (A100, {"features": 8}, "cudnn"),
-        (H200, {"features": 64}, "blocks 512"),
+        (H200, {"logit_query_key": 3, "causal": False}, "cudnn"),
+        (H200, {"logit_query_key": 32}, "cudnn"),
+        (A100, {"logit_query_key": 32}, "blocks 512"),
+        (H200, {"logit_query_key": 16}, "cudnn"),
+        (A100, {"logit_query_key": 8}, "cudnn"),
+        (H200, {"logit_query_key": 64}, "blocks 512"),
         (H200, {"dtype": jnp.float32}, "blocks 512"),
         (H200, {"drop": True}, "blocks 512"),
         (H200, {"bias": True}, "blocks 512"),
@@ -81,18 +86,22 @@ def test_what_is_chosen(device, fields, expected):
 
 
 def test_narrow_features_are_joined_where_products_are_exact():
-    fields = {"features": 16, "dtype": jnp.float32}
+    fields = {"logit_query_key": 16, "dtype": jnp.float32}
 
     def joins(device, **fields):
         return attention_dispatch.dispatch("blocks", 0, shapes(**fields), device=device).keywords["join"]
 
-    assert joins(CPU, **fields) and not joins(CPU, **fields | {"features": 17}) and not joins(CPU, dtype=jnp.float32)
-    assert not joins(H200, **fields) and not joins(CPU, features=16)
+    assert (
+        joins(CPU, **fields)
+        and not joins(CPU, **fields | {"logit_query_key": 17})
+        and not joins(CPU, dtype=jnp.float32)
+    )
+    assert not joins(H200, **fields) and not joins(CPU, logit_query_key=16)
 
 
-@pytest.mark.parametrize("batch, features, expected", [(16, 0, 128), (16, 16, 128), (16, 64, 64), (2, 64, 128)])
-def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, features, expected):
-    inputs = shapes(512, features=features, dtype=jnp.float32)
+@pytest.mark.parametrize("batch, logit_query_key, expected", [(16, 0, 128), (16, 16, 128), (16, 64, 64), (2, 64, 128)])
+def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, logit_query_key, expected):
+    inputs = shapes(512, logit_query_key=logit_query_key, dtype=jnp.float32)
     more = inputs.replace(query=jax.ShapeDtypeStruct((batch, *inputs.query.shape[1:]), jnp.float32))
     assert chosen(CPU, more) == f"blocks {expected}"
 
@@ -114,7 +123,7 @@ def test_what_is_asked_for_is_chosen():
         (TPU, {"bias": True}, "read no bias"),
         (H200, {"dtype": jnp.float32}, "precision.compute='bfloat16'"),
         (H200, {"drop": True}, "model.attention_dropout"),
-        (H200, {"features": 64}, "448 wide, and cuDNN takes 256"),
+        (H200, {"logit_query_key": 64}, "448 wide, and cuDNN takes 256"),
         (H200, {"length": 7}, "even lengths"),
     ],
 )
@@ -131,8 +140,8 @@ def test_a_run_that_asks_for_what_its_device_has_not_is_not_built():
 @pytest.mark.parametrize("scan", [False, True])
 def test_parameters_are_drawn_where_the_kernel_of_their_model_is_not(scan):
     """As when a step is compiled for a slice that is not there: this machine draws shapes, the slice runs the kernel."""
-    architecture = Architecture.of(tiny_config(model__attention_kind="flash", model__scan=scan), DataSpec(256))
-    assert architecture.shapes["model"]
+    model_spec = ModelSpec.of(tiny_config(model__attention_kind="flash", model__scan=scan), DataSpec(256))
+    assert model_spec.shapes["model"]
 
 
 def random(name, *shape):
@@ -153,19 +162,19 @@ def test_what_cudnn_is_given_means_the_same(causal):
     batch, length, heads, width = 4, 10, 3, 8
     query, key = (random(side, batch, length, heads, width).astype(jnp.bfloat16) for side in (1, 2))
     value = random(3, batch, length, heads, 2 * width).astype(jnp.bfloat16)
-    features = tuple(30 * random(side, 2, length, 1, 3) for side in (4, 5))  # logits of thousands
+    logit_query_key = tuple(30 * random(side, 2, length, 1, 3) for side in (4, 5))  # logits of thousands
     last, weight = jnp.zeros(1, jnp.int32) if causal else None, random(6, *value.shape)
 
-    def score(query, key, value, features, mix):
-        mixed = mix(AttentionInputs(query, key, value, features, causal_offset=last)).astype(jnp.float32)
+    def score(query, key, value, logit_query_key, mix):
+        mixed = mix(AttentionInputs(query, key, value, logit_query_key, causal_offset=last)).astype(jnp.float32)
         return (mixed * weight).sum(), mixed
 
-    assert attention_cudnn.appended_width(AttentionInputs(query, key, value, features)) == 32
+    assert attention_cudnn.appended_width(AttentionInputs(query, key, value, logit_query_key)) == 32
     assert all(
         array.shape == (batch, length, heads, 32)
-        for array in attention_cudnn.appended(AttentionInputs(query, key, value, features))
+        for array in attention_cudnn.appended(AttentionInputs(query, key, value, logit_query_key))
     )
-    run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, features)
+    run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, logit_query_key)
     found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(reference_attention)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         one, other = (np.asarray(array, np.float32) for array in (one, other))
@@ -180,30 +189,30 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
     query = np.concatenate([-place[:, None] / 10.0, np.full((6, 1), 10.0), rest], axis=1) @ turn
     key = np.concatenate([np.full((6, 1), 10.0), place[:, None] / 10.0, 0 * rest], axis=1) @ turn
     zeros = jnp.zeros((1, 6, 1, 8), jnp.bfloat16)
-    features = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
-    inputs = AttentionInputs(zeros, zeros, zeros, features)
+    logit_query_key = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
+    inputs = AttentionInputs(zeros, zeros, zeros, logit_query_key)
     q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.appended(inputs))
     np.testing.assert_allclose(q @ k.T, place[None] - place[:, None], atol=0.02)
     two = slice(8, 8 + 3 * 8)  # as much as two parts of each would give
     assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
 
 
-@pytest.mark.parametrize("features, width", [(16, 64 + 6 * 16), (32, 256)])
-def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(features, width):
+@pytest.mark.parametrize("logit_query_key, width", [(16, 64 + 6 * 16), (32, 256)])
+def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(logit_query_key, width):
     """In six products of parts of bfloat16, laid out beside queries and keys; values stay in front, then zeros."""
-    assert chosen(H200, shapes(512, features=features)) == "cudnn"
-    assert attention_cudnn.appended_width(shapes(features=features)) == width
-    assert chosen(A100, shapes(512, features=features)) == "blocks 512", "Ampere's kernel takes 128"
+    assert chosen(H200, shapes(512, logit_query_key=logit_query_key)) == "cudnn"
+    assert attention_cudnn.appended_width(shapes(logit_query_key=logit_query_key)) == width
+    assert chosen(A100, shapes(512, logit_query_key=logit_query_key)) == "blocks 512", "Ampere's kernel takes 128"
     inputs = AttentionInputs(
         *(random(side, 2, 6, 3, 64).astype(jnp.bfloat16) for side in (1, 2, 3)),
-        features=tuple(5 * random(side, 1, 6, 3, features) for side in (4, 5)),
+        logit_query_key=tuple(5 * random(side, 1, 6, 3, logit_query_key) for side in (4, 5)),
     )
     query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.appended(inputs))
     assert query.shape == key.shape == value.shape == (2, 6, 3, width)
     np.testing.assert_array_equal(value[..., :64], np.asarray(inputs.value, np.float64))
     assert not value[..., 64:].any()
     plain_q, plain_k = (np.asarray(array, np.float64) for array in (inputs.query, inputs.key))
-    f_q, f_k = (np.asarray(field, np.float64) for field in inputs.features)
+    f_q, f_k = (np.asarray(field, np.float64) for field in inputs.logit_query_key)
     logits = np.einsum("blhk,bshk->bhls", plain_q, plain_k) + np.einsum("blhf,bshf->bhls", f_q, f_k)
     np.testing.assert_allclose(np.einsum("blhk,bshk->bhls", query, key), logits, atol=2e-5 * np.abs(logits).max())
 

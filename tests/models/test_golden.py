@@ -20,7 +20,7 @@ def test_gpt2(goldens, name):
     tokens_BL, labels_BL = (jnp.asarray(arrays[key], jnp.int32) for key in ("in/input_ids", "in/labels"))
 
     def run(params):
-        logits_BLV = reference.architecture.logits(params, tokens_BL)
+        logits_BLV = reference.model_spec.logits(params, tokens_BL)
         return cross_entropy(logits_BLV, labels_BL)[0], logits_BLV
 
     (loss, logits_BLV), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(reference.params)

@@ -19,8 +19,8 @@ def test_vit(goldens, name):
     mixed = spec["pe_apply_method"] == "rotary_mixed"
     images = jnp.asarray(np.moveaxis(arrays["in/images"], 1, -1))
     reference = from_state_dicts(spec, state, signal=arrays["in/pe"] if vectors else None)
-    architecture, params = reference.architecture, jax.tree.map(jnp.asarray, reference.params)
-    encoding, model = architecture.encoding, architecture.network
+    model_spec, params = reference.model_spec, jax.tree.map(jnp.asarray, reference.params)
+    encoding, model = model_spec.encoding, model_spec.network
     if vectors:  # given below, in the place of the parameter that holds them
         encoding, params = encoding.inner, params | {"encoding": dict(params["encoding"])}
         params["encoding"].pop("given")

@@ -75,14 +75,14 @@ def test_no_state_reads_the_future(case, plain):
     @jax.jit
     def gradients():
         signal = encoding.apply(encoding.init(KEY, POSITIONS_PLA, shape=(LENGTH,)), POSITIONS_PLA, shape=(LENGTH,))
-        added = jnp.zeros((1, LENGTH, WIDTH)) if signal.added is None else signal.added
+        input_embedding = jnp.zeros((1, LENGTH, WIDTH)) if signal.input_embedding is None else signal.input_embedding
 
-        def states(added):
+        def states(input_embedding):
             weight = jnp.arange(1.0, WIDTH + 1)  # a plain sum of a LayerNorm's output is constant
-            hidden_BLD = model.apply(plain, TOKENS_BL, signal.replace(added=added), method="hidden")
+            hidden_BLD = model.apply(plain, TOKENS_BL, signal.replace(input_embedding=input_embedding), method="hidden")
             return (hidden_BLD * weight).sum(axis=(0, 2))
 
-        return jnp.abs(jax.jacrev(states)(added)).sum(axis=(1, 3))
+        return jnp.abs(jax.jacrev(states)(input_embedding)).sum(axis=(1, 3))
 
     reads = np.asarray(gradients())  # [place, place read]
     assert (reads[np.triu_indices(LENGTH, 1)] == 0).all()

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.models.build import flops_of
+from seqpe_jax.models.build import model_flops
 from seqpe_jax.profiling.benchmark import flops_of_call
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import CONFIG
@@ -107,8 +107,8 @@ def test_flops_are_counted_from_the_sizes():
         == flops_of_call(trainer, "train")
         == {"mfu": 3 * seen, "mfu_full_attention": 3 * forward}
     )
-    images = flops_of(config.load("configs/digits_vit.py:none"), 0, tokens=16, training=False)
+    images = model_flops(config.load("configs/digits_vit.py:none"), 0, tokens=16, training=False)
     assert images["mfu"] == images["mfu_full_attention"]  # each patch sees all others
     gated = tiny_config(model__vocabulary=256, encoding__gate="forget")  # a number for each of two heads
-    counted = flops_of(gated, 256, tokens=2 * length, training=False)
+    counted = model_flops(gated, 256, tokens=2 * length, training=False)
     assert counted["mfu_full_attention"] == forward + 2 * length * 2 * width * 2

@@ -36,11 +36,11 @@ def random_run(settings):
     return run, random_params(run, 0.1)
 
 
-def served(run, params, reach, platforms=serving.PLATFORMS):
+def served(run, params, max_grid, platforms=serving.PLATFORMS):
     """The model as another process reads it: (function, flat parameters)."""
-    stored = run.compiled.params_with_table(params, reach)
+    stored = run.compiled.params_with_table(params, max_grid)
     program = serving.serialise(
-        run.architecture.stored(reach).logits, stored, run.task.export_signature(reach), platforms
+        run.model_spec.with_precomputed_table(max_grid).logits, stored, run.task.export_signature(max_grid), platforms
     )
     return jax.export.deserialize(bytearray(program)), trees.flat(stored)
 
@@ -48,12 +48,12 @@ def served(run, params, reach, platforms=serving.PLATFORMS):
 def own_logits(run, params, inputs):
     """The logits of the run itself, with its encoder."""
     shape = run.config.grid_of(inputs.shape[1:-1]) if run.config.is_image else inputs.shape[1:]
-    signal = run.architecture.signal(params, run.architecture.position_grid.positions(shape)[None], shape)
-    return run.architecture.network.apply({"params": params["model"]}, inputs, signal)
+    signal = run.model_spec.signal(params, run.model_spec.position_grid.positions(shape)[None], shape)
+    return run.model_spec.network.apply({"params": params["model"]}, inputs, signal)
 
 
-def check(run, params, reach, inputs, tolerance=1e-5):
-    model, leaves = served(run, params, reach)
+def check(run, params, max_grid, inputs, tolerance=1e-5):
+    model, leaves = served(run, params, max_grid)
     assert model.platforms == serving.PLATFORMS
     assert set(re.findall(r"custom_call @(\w+)", model.mlir_module())) <= {"shape_assertion"}
     for array in inputs:
@@ -148,7 +148,7 @@ def test_images_are_served_at_any_batch_and_size(name):
     program, leaves = check(run, params, (8, 8), images)
     assert "while" not in program
     if name == "seqpe":
-        places = run.architecture.position_grid.table_shape((8, 8))[0]  # all that lie between those of training
+        places = run.model_spec.position_grid.table_shape((8, 8))[0]  # all that lie between those of training
         assert places > (8, 8) and leaves["encoding/table"].shape == (*places, 16)
         assert "encoding/prefix_vectors" in leaves
 
@@ -173,7 +173,7 @@ def test_inputs_outside_of_the_range_are_refused(arguments):
 def test_positions_past_the_table_show():
     run, params = random_run(tiny_config())
     stored = run.compiled.params_with_table(params, (20,))
-    vectors = run.architecture.stored((20,)).encoding.apply(
+    vectors = run.model_spec.with_precomputed_table((20,)).encoding.apply(
         {"params": stored["encoding"]}, jnp.array([[19], [20]]), method="vectors"
     )
     assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()

@@ -131,7 +131,7 @@ def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
     noted = lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes)  # noqa: E731
     monkeypatch.setattr(digit_encoder, "tree", noted)
     if "tensor" in sizes:
-        monkeypatch.setattr(seqpe, "WORTH", 10.0)  # else eight rows to a device share too little
+        monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)  # else eight rows to a device share too little
     # The first state is drawn by the mesh itself where most is split.
     program = check_mesh(moving, single, sizes, None if "tensor" in sizes else single.before)
     rows, places = count_rows(moving), 4  # three digits, and CLS; hidden units of the encoder: 96

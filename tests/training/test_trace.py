@@ -12,7 +12,7 @@ from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.interop import weights
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.losses.train_loss import SampledPositions, TrainLoss
-from seqpe_jax.models.build import Architecture
+from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.sampling import ContrastivePositions, DistillationPositions
@@ -63,8 +63,8 @@ def text_objective(spec):
         vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0
     )
     inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
-    architecture = Architecture(encoding, network, inputs, (32,), spec["max_position"], heads=3)
-    train_loss = TrainLoss(architecture, NextTokenLoss(), ObjectiveConfig())
+    model_spec = ModelSpec(encoding, network, inputs, (32,), spec["max_position"], heads=3)
+    train_loss = TrainLoss(model_spec, NextTokenLoss(), ObjectiveConfig())
     settings = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip=0.0)
     return train_loss, settings, lambda trace, n: {"tokens": jnp.asarray(trace["in/tokens"][n], jnp.int32)}
 
@@ -88,8 +88,8 @@ def image_objective(spec):
     )
     network = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    architecture = Architecture(encoding, network, inputs, (4, 4), 100, heads=3)
-    train_loss = TrainLoss(architecture, ClassificationLoss(spec["label_smoothing"], MixingConfig()), ObjectiveConfig())
+    model_spec = ModelSpec(encoding, network, inputs, (4, 4), 100, heads=3)
+    train_loss = TrainLoss(model_spec, ClassificationLoss(spec["label_smoothing"], MixingConfig()), ObjectiveConfig())
     settings = OptimizerConfig(
         learning_rate=1e-3, schedule="constant", clip=0.0, weight_decay=0.05, encoder_weight_decay=0.05
     )
@@ -114,7 +114,7 @@ def test_twenty_steps_equal_the_reference(trace, parts):
     optimizer = optimizers.make_optimizer(settings, 20)
     step = jax.jit(make_train_step(train_loss.loss, optimizer, optimizers.learning_rate(settings, 20)))
     params = jax.tree.map(jnp.asarray, parameters(trace, "param"))
-    fresh = jax.eval_shape(train_loss.architecture.init, jax.random.PRNGKey(0))
+    fresh = jax.eval_shape(train_loss.model_spec.init, jax.random.PRNGKey(0))
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
     state = create_train_state(params, optimizer, jax.random.PRNGKey(0))
     found = []
