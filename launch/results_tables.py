@@ -133,9 +133,9 @@ def work_of(settings) -> dict[str, float]:
     from seqpe_jax.training.trainer import Trainer
     from seqpe_jax.trees import count
 
-    trainer = Trainer.of(settings, data_there=False)
+    trainer = Trainer.of(settings, data_available=False)
     flops = training_flops(trainer.train_loss, trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
-    return {"parameters": count(trainer.shapes.params), "training_flops": flops / trainer.task.count_per_step}
+    return {"parameters": count(trainer.abstract_state.params), "training_flops": flops / trainer.task.count_per_step}
 
 
 def rewritten(page: str) -> str:

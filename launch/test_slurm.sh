@@ -79,7 +79,7 @@ if [[ " $PARTS " == *" job "* ]]; then
   grep -E "process\(es\)|going on|told to stop" "$here/job.out"
   scontrol show job "$job" | grep -q "JobState=COMPLETED"
   grep -q "2 process(es)" "$here/job.out"
-  grep -q "going on from step" "$here/job.out"
+  grep -q "resuming at step" "$here/job.out"
   [ -d "$runs/checkpoints/$steps" ]
   echo "== went on after the requeue and ended at step $steps"
 fi
@@ -95,5 +95,5 @@ if [[ " $PARTS " == *" sweep "* ]]; then
   scontrol requeue "$job"
   wait "$sweep" && unset 'pids[-1]'
   grep "2 of 2 runs finished" "$here/sweep.out"
-  grep -q "going on from step" "$runs/log.txt"
+  grep -q "resuming at step" "$runs/log.txt"
 fi

@@ -182,7 +182,7 @@ def serve(before: str) -> None:
     from seqpe_jax.cli import common  # noqa: F401
     from seqpe_jax.distributed import progress  # noqa: F401
     from seqpe_jax.sweeps import run, search  # noqa: F401
-    from seqpe_jax.training import checkpoint, trainer  # noqa: F401
+    from seqpe_jax.training import checkpoint, loop  # noqa: F401
 
     run.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests

@@ -37,10 +37,10 @@ def _run_there(main):
     _run(main)
 
 
-def _first_state(self):
+def _no_state(self):
     """No state: what it would begin with is read all the same."""
     if self.config.init_from:
-        warm_start.first_params(self.config, self.mesh, self.shapes.params)
+        warm_start.load_params(self.config, self.mesh, self.abstract_state.params)
     return object()
 
 
@@ -61,7 +61,7 @@ def _devices(topology):
 def close() -> None:
     """Closes the seams; `tests.commands.Commands` calls it where it is told to, never the tests' own process."""
     common.run = _run_there
-    Trainer.first_state, Trainer.init_state, loop.fit = _first_state, _stop, _stop
+    Trainer.init_or_warm_start, Trainer.init_state, loop.run_steps = _no_state, _stop, _stop
     evaluate._at = _measured
     CompiledModel.signal = CompiledModel.vectors = CompiledModel.params_with_table = _stop
     aot.compile_step, aot.devices_of = _stop, _devices

@@ -11,8 +11,8 @@ import numpy as np
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.training import checksums
-from seqpe_jax.training.state import TrainState, create_train_state
-from seqpe_jax.training.trainer import Trainer
+from seqpe_jax.training.loop import train_and_evaluate
+from seqpe_jax.training.step import TrainState, create_train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -67,7 +67,7 @@ def every_part(kind: str, gate: str = "forget") -> dict:
 
 def train(settings: Config, workdir: str | pathlib.Path) -> None:
     """What the command does, in this process."""
-    Trainer.for_workdir(settings, workdir).fit(workdir)
+    train_and_evaluate(settings, workdir)
 
 
 def older(run: pathlib.Path) -> None:
@@ -95,7 +95,7 @@ def random_params(run, std: float, seed: int = 1):
         noise = draw.normal(size=leaf.shape).astype(leaf.dtype)
         return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * std * noise}.get(path[-1].key, std * noise))
 
-    return jax.tree_util.tree_map_with_path(drawn, run.shapes.params)
+    return jax.tree_util.tree_map_with_path(drawn, run.abstract_state.params)
 
 
 def random_state(run, std: float) -> TrainState:

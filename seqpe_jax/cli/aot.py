@@ -34,7 +34,7 @@ def main() -> None:
     from seqpe_jax.training.trainer import Trainer
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
-    trainer = Trainer.of(common.given_config(_CONFIG.value), devices_of(_TOPOLOGY.value), data_there=False)
+    trainer = Trainer.of(common.given_config(_CONFIG.value), devices_of(_TOPOLOGY.value), data_available=False)
     print(
         f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True
     )

@@ -29,12 +29,12 @@ common.define_hosts()
 def main() -> None:
     """The command."""
     from seqpe_jax.distributed import processes
-    from seqpe_jax.training.trainer import Trainer
+    from seqpe_jax.training.loop import train_and_evaluate
 
     settings, workdir = common.join_hosts(_settings), _WORKDIR.value
     processes.exit_on_signal()
     processes.keep_compiled_programs()
-    Trainer.for_workdir(settings, workdir, extend=_EXTEND.value).fit(workdir, extend=_EXTEND.value)
+    train_and_evaluate(settings, workdir, extend=_EXTEND.value)
 
 
 def _settings() -> Config:

@@ -114,7 +114,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
     chip, start = find_chip(trainer.mesh.devices.flat[0].device_kind), time.monotonic()
     compiled, sent, bound, needed, available = None, None, None, 0, chip.memory
     try:
-        compiled = trainer.train_step().lower(trainer.shapes, batch).compile()
+        compiled = trainer.train_step().lower(trainer.abstract_state, batch).compile()
         program = Hlo(compiled.as_text())
         sent = collectives(program)
         bound = roofline(
@@ -133,7 +133,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "mesh": dict(trainer.mesh.shape),
         "rows": {process: len(rows) for process, rows in layout.rows_by_process(trainer.mesh, batch_size).items()},
         "memory": _memory(trainer, batch, compiled, needed, available),
-        "whole": [dimension._asdict() for dimension in trainer.whole],
+        "whole": [dimension._asdict() for dimension in trainer.unsharded_dims],
         "collectives": sent.kinds if sent else None,
         "open_loops": sent.loops if sent else None,
         "roofline": bound,
@@ -147,8 +147,8 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
 def _memory(trainer: Trainer, batch: dict[str, Any], compiled: Any, needed: int, available: int) -> dict[str, int]:
     """Bytes of one device: parts of its arguments, temporaries (activations, gradients, what is gathered) and total."""
     found = {
-        "parameters": _local_bytes(trainer.shapes.params),
-        "optimizer": _local_bytes(trainer.shapes.opt_state),
+        "parameters": _local_bytes(trainer.abstract_state.params),
+        "optimizer": _local_bytes(trainer.abstract_state.opt_state),
         "batch": _local_bytes(batch),
     }
     if compiled is not None:

@@ -1,6 +1,11 @@
-"""What happens beside the steps of a run: evaluations, saves, the wish to stop, profiles, reports."""
+"""Hooks of the training loop: evaluation, checkpoints, preemption, profiler, metrics.
 
+To add one: subclass `Hook`, give it a position in `HOOK_ORDER`, and create it in `training.loop.make_hooks`.
+"""
+
+import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import math
 import os
@@ -14,401 +19,511 @@ import jax
 
 from seqpe_jax.distributed import hardware, processes
 from seqpe_jax.distributed.progress import MetricsWriter, ProgressLine
-from seqpe_jax.distributed.waiting import run_interruptible
 from seqpe_jax.errors import EXIT_PREEMPTED, Failure
 from seqpe_jax.files import AnyPath, staged_dir
 from seqpe_jax.training.best_checkpoint import EVALUATION_KEY
 from seqpe_jax.training.checkpoint import Checkpointer, SaveError
-from seqpe_jax.training.clock import Clock
-from seqpe_jax.training.state import TrainState, all_finite
+from seqpe_jax.training.step import Metrics, TrainState, all_finite
 
-Values = dict[str, jax.Array]
-
-
-class NonFiniteError(Failure):
-    """A loss, or a parameter, became infinite or not a number."""
-
+POLL_SECONDS = 0.1  # between two polls for a signal during long work
+RETRY_SECONDS = 1.0  # between two attempts to save the last state, while somebody may be making room on the disk
 
 _all_finite = jax.jit(all_finite)
 
 
+class NonFiniteError(Failure):
+    """A loss, a gradient norm or a parameter is infinite or not a number."""
+
+
 class Preempted(Failure):
-    """The run was told to stop; its state is saved, and a scheduler may start it again on the exit code alone."""
+    """The run was asked to stop and its state is saved; the exit code lets a scheduler start it again."""
 
     code = EXIT_PREEMPTED
 
 
+class TrainingClock:
+    """Wall-clock time of a run in seconds, with the time of its earlier starts.
+
+    Args:
+      previous: seconds of earlier starts.
+    """
+
+    def __init__(self, previous: float = 0.0):
+        self._previous = previous
+        self._start = time.monotonic()
+        self._paused = 0.0
+
+    def seconds(self) -> float:
+        """Returns the time of training so far, pauses included."""
+        return self._previous + time.monotonic() - self._start
+
+    def step_seconds(self) -> float:
+        """Returns a time that does not advance during pauses; only differences of it have a meaning."""
+        return time.monotonic() - self._paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Excludes the time in this context from `step_seconds`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+
 @dataclasses.dataclass
 class LoopState:
-    """Where a run stands.
+    """State of the training loop, shared by its hooks.
 
     Attributes:
-      state: after `step` steps; first: steps done before this start; steps: in all.
-      last_eval: (step, what the newest evaluation found of the state then).
+      state: train state after `step` steps.
+      step: steps done.
+      start_step: steps done before this start of the run.
+      num_steps: length of the run.
+      last_eval: (step, metrics) of the newest evaluation.
     """
 
     state: TrainState
     step: int
-    first: int
-    steps: int
+    start_step: int
+    num_steps: int
     last_eval: tuple[int, dict[str, float]] = (-1, {})
 
 
 class Hook:
-    """Something that may happen around each step; the loop calls its hooks in their order."""
+    """Callbacks of the training loop, called for each hook in the order of `HOOK_ORDER`; each does nothing by default."""
 
-    def before_step(self, run: LoopState) -> None:
+    def before_step(self, loop: LoopState) -> None:
         """Called before each step."""
 
-    def poll(self, run: LoopState) -> None:
-        """Called now and then while something takes long that another thread does, such as compiling a step."""
+    def poll(self, loop: LoopState) -> None:
+        """Called every `POLL_SECONDS` while the train step compiles in another thread."""
 
-    def after_step(self, run: LoopState, values: Values) -> None:
-        """Called when a step has been dispatched; its metrics need not be there yet."""
+    def after_step(self, loop: LoopState, metrics: Metrics) -> None:
+        """Called after a step is dispatched; reading its metrics waits for the device."""
 
-    def on_end(self, run: LoopState) -> None:
+    def on_end(self, loop: LoopState) -> None:
         """Called after the last step."""
 
     def close(self) -> None:
-        """Called however the run ends."""
+        """Called at the end of the loop, also after an error."""
 
 
 class MetricsHook(Hook):
-    """Tells each step's metrics one step later, so that the device never waits for the host.
+    """Writes the metrics of each step one step later, so that the device never waits for the host; stops on non-finite ones.
 
     Args:
-      metrics: where lines go, every `every` steps; clock: of the run.
-      units: that a step reads, for the rate `train/UNIT_per_second`.
-      flops: of a step on all devices, by the name of the utilisation that they make, such as "mfu" for `train/mfu`.
-      saved: returns the newest saved step, for the message where a step is not finite.
-      skips: steps that are not finite and may be skipped in a row, where the train step skips them; 0 = the first ends the
-        run. skipped: those of earlier starts.
+      writer: metrics.jsonl and TensorBoard of the run.
+      clock: of the run.
+      every: steps between two lines of metrics; the first and the last step are always written.
+      num_steps: length of the run.
+      count_per_step: tokens or images of a step.
+      count_name: "tokens" or "images", for the rate `train/COUNT_NAME_per_second`.
+      flops: floating-point operations of a step on all devices, by name of the utilization, such as "mfu".
+      latest_checkpoint: returns the newest saved step, for the error message.
+      max_skips: consecutive non-finite steps that the train step may skip; 0: the first one ends the run.
+      skipped: non-finite steps of earlier starts.
 
     Attributes:
-      skipped: steps that were skipped so far.
+      skipped: non-finite steps of the run so far.
     """
 
     def __init__(
         self,
-        metrics: MetricsWriter,
-        clock: Clock,
+        writer: MetricsWriter,
+        clock: TrainingClock,
         *,
         every: int,
-        steps: int,
-        units: int,
-        unit: str,
+        num_steps: int,
+        count_per_step: int,
+        count_name: str,
         flops: Mapping[str, float] | None = None,
-        saved: Callable[[], int | None] = lambda: None,
-        skips: int = 0,
+        latest_checkpoint: Callable[[], int | None] = lambda: None,
+        max_skips: int = 0,
         skipped: int = 0,
     ):
-        self._metrics, self._clock, self._every, self._saved = metrics, clock, every, saved
-        self._units, self._unit, self._flops = units, unit, flops or {}
-        self._skips, self._in_a_row, self.skipped = skips, 0, skipped
-        self._progress = ProgressLine(steps)
-        self._pending: tuple[int, Values] | None = None
-        self._reported: tuple[int, float] | None = None  # steps done and the time then
+        self.skipped = skipped
+        self._writer = writer
+        self._clock = clock
+        self._every = every
+        self._count_per_step = count_per_step
+        self._count_name = count_name
+        self._flops = flops or {}
+        self._latest_checkpoint = latest_checkpoint
+        self._max_skips = max_skips
+        self._consecutive_skips = 0
+        self._progress = ProgressLine(num_steps)
+        self._pending: tuple[int, Metrics] | None = None
+        self._last_written: tuple[int, float] | None = None  # (step, clock) at which the averaged interval begins
 
-    def before_step(self, run: LoopState) -> None:
-        """Begins to take the time at the first step."""
-        if self._reported is None:
-            self._reported = (run.step, self._clock.stepping())
+    def before_step(self, loop: LoopState) -> None:
+        """Starts the first interval of the step time."""
+        if self._last_written is None:
+            self._last_written = (loop.step, self._clock.step_seconds())
 
-    def after_step(self, run: LoopState, values: Values) -> None:
-        """Tells the step before this one."""
-        self.flush(run)
-        self._pending = (run.step, values)
+    def after_step(self, loop: LoopState, metrics: Metrics) -> None:
+        """Reports the step before this one."""
+        self.flush(loop)
+        self._pending = (loop.step, metrics)
 
-    def on_end(self, run: LoopState) -> None:
-        """Tells the last step."""
-        self.flush(run)
+    def on_end(self, loop: LoopState) -> None:
+        """Reports the last step."""
+        self.flush(loop)
 
-    def flush(self, run: LoopState) -> None:
-        """Tells a step that has not been told yet; waits for it. Raises: NotFinite."""
+    def flush(self, loop: LoopState) -> None:
+        """Waits for the pending step and reports it. Raises: NonFiniteError."""
         if self._pending is None:
             return
-        (done, values), self._pending = self._pending, None
-        told = {
-            name: values[name] for name in values if name in ("loss", "skipped") or name.startswith("gradient_norm/")
-        }
-        numbers = {name: float(value) for name, value in jax.device_get(told).items()}
-        loss = numbers["loss"]
-        lost = bool(numbers["skipped"]) if self._skips else not all(map(math.isfinite, numbers.values()))
-        self._in_a_row = self._in_a_row + 1 if lost else 0
-        if lost and self._in_a_row > self._skips:
-            raise NonFiniteError(self._reason(done, values))
-        self.skipped += lost
-        before, since = self._reported
-        now, compiled_now = (
-            self._clock.stepping(),
-            done == run.first + 1,
-        )  # a start's first step waits for its compilation
-        seconds = max(now - since, 1e-9) / (done - before)
-        shares = (
-            {} if compiled_now else {name: hardware.utilisation(flops, seconds) for name, flops in self._flops.items()}
-        )
-        due = done % self._every == 0 or done in (1, run.steps)
+        (step, metrics), self._pending = self._pending, None
+        loss = self._check_finite(step, metrics)
+        start_step, start = self._last_written
+        now = self._clock.step_seconds()
+        compiled_now = step == loop.start_step + 1  # the first step of a start waits for its compilation
+        seconds = max(now - start, 1e-9) / (step - start_step)
+        utilization = {}
+        if not compiled_now:
+            utilization = {name: hardware.utilisation(flops, seconds) for name, flops in self._flops.items()}
+        due = step % self._every == 0 or step in (1, loop.num_steps)
         if due:
-            self._write(done, values, seconds, shares)
+            self._write(step, metrics, seconds, utilization)
         if due or compiled_now:
-            self._reported = (done, now)
-        rate = "" if compiled_now else f"{self._units / seconds:,.0f} {self._unit}/s"
+            self._last_written = (step, now)
+        rate = "" if compiled_now else f"{self._count_per_step / seconds:,.0f} {self._count_name}/s"
+        mfu = utilization.get("mfu")
         skipped = f"{self.skipped} skipped" if self.skipped else ""
-        share = shares.get("mfu")
-        self._progress.update(done, loss=loss, notes=[rate, f"MFU {share:.0%}" if share else "", skipped])
-
-    def _reason(self, done: int, values: Values) -> str:
-        numbers = ", ".join(f"{name} {float(value):.3g}" for name, value in sorted(jax.device_get(values).items()))
-        row = f", {self._in_a_row} in a row," if self._skips else ""
-        saved = self._saved()
-        kept = "nothing is saved yet" if saved is None else f"the last checkpoint is of step {saved}"
-        skip = "" if self._skips else "Go on with optimizer.non_finite=skip, or "
-        cure = f"{skip}lower optimizer.learning_rate or set optimizer.clip in a new workdir"
-        return f"step {done}{row} is not finite ({numbers}); {kept}. {cure[0].upper()}{cure[1:]}"
-
-    def _write(self, done: int, values: Values, seconds: float, shares: Mapping[str, float | None]) -> None:
-        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-        # JSON has no number that is not finite: what a skipped step has none of is left out.
-        line = {f"train/{name}": value for name, value in numbers.items() if math.isfinite(value)}
-        if self._skips:
-            line["train/skipped"] = self.skipped
-        line |= {f"train/{self._unit}_per_second": self._units / seconds, "train/step_seconds": seconds}
-        line |= {f"train/{name}": share for name, share in shares.items() if share is not None}
-        if (held := hardware.peak_memory()) is not None:
-            line["device/memory_bytes"] = held
-        self._metrics.write(done, line, time=self._clock.seconds())
-
-    def say(self, words: str) -> None:
-        """Says something on a line of its own."""
-        self._progress.say(words)
+        self._progress.update(step, loss=loss, notes=[rate, f"MFU {mfu:.0%}" if mfu else "", skipped])
 
     @contextlib.contextmanager
-    def paused_clock(self, run: LoopState) -> Iterator[None]:
-        """What happens between steps, once the last of them has been told; it does not count as their time."""
-        self.flush(run)
+    def paused_clock(self, loop: LoopState) -> Iterator[None]:
+        """Excludes work between two steps from the step time, after the pending step is reported."""
+        self.flush(loop)
         with self._clock.pause():
             yield
 
+    def print_line(self, text: str) -> None:
+        """Prints a message without breaking the progress line."""
+        self._progress.say(text)
+
     def close(self) -> None:
-        """Ends the line and the files."""
+        """Ends the progress line and closes the files."""
         self._progress.close()
-        self._metrics.close()
+        self._writer.close()
+
+    def _check_finite(self, step: int, metrics: Metrics) -> float:
+        """Returns the loss of a step and counts skipped steps. Raises: NonFiniteError."""
+        names = [name for name in metrics if name in ("loss", "skipped") or name.startswith("gradient_norm/")]
+        values = {name: float(value) for name, value in jax.device_get({name: metrics[name] for name in names}).items()}
+        non_finite = bool(values["skipped"]) if self._max_skips else not all(map(math.isfinite, values.values()))
+        self._consecutive_skips = self._consecutive_skips + 1 if non_finite else 0
+        if self._consecutive_skips > self._max_skips:
+            raise NonFiniteError(self._non_finite_message(step, metrics))
+        self.skipped += non_finite
+        return values["loss"]
+
+    def _non_finite_message(self, step: int, metrics: Metrics) -> str:
+        numbers = ", ".join(f"{name} {float(value):.3g}" for name, value in sorted(jax.device_get(metrics).items()))
+        in_a_row = f", {self._consecutive_skips} in a row," if self._max_skips else ""
+        saved = self._latest_checkpoint()
+        checkpoint = "no checkpoint is saved yet" if saved is None else f"the last checkpoint is of step {saved}"
+        cure = "lower optimizer.learning_rate or set optimizer.clip in a new workdir"
+        if not self._max_skips:
+            cure = f"resume with optimizer.non_finite=skip, or {cure}"
+        return f"step {step}{in_a_row} is not finite ({numbers}); {checkpoint}. {cure[0].upper()}{cure[1:]}"
+
+    def _write(self, step: int, metrics: Metrics, seconds: float, utilization: Mapping[str, float | None]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # JSON has no non-finite numbers: those of a skipped step are left out.
+        line = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
+        if self._max_skips:
+            line["train/skipped"] = self.skipped
+        line[f"train/{self._count_name}_per_second"] = self._count_per_step / seconds
+        line["train/step_seconds"] = seconds
+        line |= {f"train/{name}": share for name, share in utilization.items() if share is not None}
+        if (peak_bytes := hardware.peak_memory()) is not None:
+            line["device/memory_bytes"] = peak_bytes
+        self._writer.write(step, line, time=self._clock.seconds())
 
 
 class EvaluationHook(Hook):
-    """Evaluates every `every` steps and after the last one; a run that is told to stop does not end the evaluation first.
+    """Evaluates every `every` steps and after the last one; preemption interrupts an evaluation between two batches.
 
     Args:
-      evaluate: (parameters, what to call between batches) -> what was measured.
-      stop: says whether the run is told to stop.
-      owed: the state that this start goes on from was to be evaluated, when the run was told to stop.
+      evaluate: (params, callback between batches) -> metrics.
+      writer: metrics.jsonl and TensorBoard of the run.
+      clock: of the run.
+      metrics_hook: pauses the step time.
+      preemption: ends the run during an evaluation.
+      every: steps between two evaluations.
+      pending_eval: the evaluation of the restored state was interrupted by preemption and is done first.
     """
 
     def __init__(
         self,
         evaluate: Callable[[Any, Callable[..., None]], dict[str, float]],
-        metrics: MetricsWriter,
-        clock: Clock,
-        report: MetricsHook,
-        stop: "PreemptionHook",
+        writer: MetricsWriter,
+        clock: TrainingClock,
+        metrics_hook: MetricsHook,
+        preemption: "PreemptionHook",
         *,
         every: int,
         pending_eval: bool = False,
     ):
-        self._evaluate, self._metrics, self._clock, self._report, self._every = evaluate, metrics, clock, report, every
-        self._stop, self._pending_eval = stop, pending_eval
+        self._evaluate = evaluate
+        self._writer = writer
+        self._clock = clock
+        self._metrics_hook = metrics_hook
+        self._preemption = preemption
+        self._every = every
+        self._pending_eval = pending_eval
 
-    def before_step(self, run: LoopState) -> None:
-        """Evaluates where it is time to."""
-        if run.step % self._every == 0 if run.step > run.first else self._pending_eval:
-            self.on_end(run)
+    def before_step(self, loop: LoopState) -> None:
+        """Evaluates if due."""
+        due = loop.step % self._every == 0 if loop.step > loop.start_step else self._pending_eval
+        if due:
+            self.on_end(loop)
 
-    def on_end(self, run: LoopState) -> None:
-        """Evaluates."""
-        with self._report.paused_clock(run):
-            values = self._stop.run_preemptible(run, lambda between: self._evaluate(run.state.params, between))
-            self._metrics.write(run.step, values, time=self._clock.seconds())
-        run.last_eval = run.step, values
+    def on_end(self, loop: LoopState) -> None:
+        """Evaluates and writes the metrics."""
+        with self._metrics_hook.paused_clock(loop):
+            metrics = self._preemption.run_preemptible(
+                loop, lambda between_batches: self._evaluate(loop.state.params, between_batches)
+            )
+            self._writer.write(loop.step, metrics, time=self._clock.seconds())
+        loop.last_eval = loop.step, metrics
 
 
 class CheckpointHook(Hook):
-    """Saves every `every` steps and after the last one, in the background; `meta` lies beside each state.
+    """Saves the state every `every` steps and after the last one, in the background.
 
-    A save that fails is tried again with the state of the next one, until `failures` in a row have failed; among several
-    processes the first one ends the run.
+    After a failed save the next due state is saved instead, until `max_failures` saves in a row have failed. In a
+    multi-process run the first failure ends the run.
 
     Args:
-      before_each: called before a save, after one that failed and after the last one; what it raises ends the run.
+      checkpointer: of the run.
+      metadata: stored with each state.
+      clock: of the run.
+      metrics_hook: pauses the step time.
+      every: steps between two saves.
+      max_failures: failed saves in a row that end the run.
+      check_owned: called before each save, after a failed one and after the last one; raises if the folder of the run now
+        belongs to another process.
     """
 
     def __init__(
         self,
-        checkpoints: Checkpointer,
-        meta: dict[str, Any],
-        clock: Clock,
-        report: MetricsHook,
+        checkpointer: Checkpointer,
+        metadata: dict[str, Any],
+        clock: TrainingClock,
+        metrics_hook: MetricsHook,
         *,
         every: int,
-        failures: int = 1,
-        before_each: Callable[[], None] | None = None,
+        max_failures: int = 1,
+        check_owned: Callable[[], None] = lambda: None,
     ):
-        self._checkpoints, self._meta, self._clock, self._report, self._every = checkpoints, meta, clock, report, every
-        self._failures, self._before_each = failures, before_each or (lambda: None)
+        self._checkpointer = checkpointer
+        self._metadata = metadata
+        self._clock = clock
+        self._metrics_hook = metrics_hook
+        self._every = every
+        self._max_failures = max_failures
+        self._check_owned = check_owned
 
-    def before_step(self, run: LoopState) -> None:
-        """Saves where it is time to."""
-        if run.step > run.first and run.step % self._every == 0:
-            self.now(run)
+    def before_step(self, loop: LoopState) -> None:
+        """Saves if due."""
+        if loop.step > loop.start_step and loop.step % self._every == 0:
+            self.save(loop)
 
-    def now(self, run: LoopState) -> None:
-        """Begins to save the state of this step, if that is not saved already. Raises: NotFinite: it is of no use."""
-        with self._report.paused_clock(run):
-            if not bool(_all_finite(run.state.params)):
+    def on_end(self, loop: LoopState) -> None:
+        """Saves the last state."""
+        self.save_and_wait(loop)
+
+    def save(self, loop: LoopState) -> None:
+        """Starts to save the state, unless it is saved already. Raises: NonFiniteError, SaveError."""
+        with self._metrics_hook.paused_clock(loop):
+            if not bool(_all_finite(loop.state.params)):
                 raise NonFiniteError(
-                    f"parameters are infinite or not a number after step {run.step}, though the loss before was not: they "
-                    f"are not saved, the last checkpoint is of step {self._checkpoints.latest()}. Lower "
+                    f"parameters are infinite or not a number after step {loop.step}, though the loss before was finite: "
+                    f"they are not saved, the last checkpoint is of step {self._checkpointer.latest_step()}. Lower "
                     "optimizer.learning_rate or set optimizer.clip, then start in a new workdir"
                 )
-            beside = {"seconds": self._clock.seconds(), "skipped": self._report.skipped}
-            if run.last_eval[0] == run.step:
-                beside[EVALUATION_KEY] = run.last_eval[1]
+            metadata = self._metadata | {"seconds": self._clock.seconds(), "skipped": self._metrics_hook.skipped}
+            eval_step, eval_metrics = loop.last_eval
+            if eval_step == loop.step:
+                metadata[EVALUATION_KEY] = eval_metrics
+            self._wait()
+            processes.malloc_trim()  # memory of the last save
+            self._check_owned()
             try:
-                self._checkpoints.wait()
+                self._checkpointer.save(loop.step, loop.state, metadata)
             except SaveError as error:
-                self._tell(error)
-            processes.malloc_trim()  # what the last save took
-            self._before_each()
-            try:
-                self._checkpoints.save(run.step, run.state, self._meta | beside)
-            except SaveError as error:
-                self._tell(error)
+                self._handle_failure(error)
 
-    def _tell(self, error: SaveError) -> None:
-        """Says that a save failed. Raises: SaveFailed: it was one too many."""
-        self._before_each()  # it failed since the folder is gone, which no other try would mend
-        failed = self._checkpoints.failed
-        if processes.is_multiprocess() or failed >= self._failures:
-            raise SaveError(
-                f"{error}, {failed} in a row; the last checkpoint is of step {self._checkpoints.latest()}. When that is "
-                "mended, the same command goes on from there"
-            ) from error
-        self._report.say(f"{error}: trying again, {self._failures - failed} more before the run ends")
-
-    def finish(self, run: LoopState) -> None:
-        """Saves the state of this step and waits until it is there. Raises: SaveFailed, NotFinite."""
+    def save_and_wait(self, loop: LoopState) -> None:
+        """Saves the state and waits until that is done. Raises: NonFiniteError, SaveError."""
         while True:
-            self.now(run)
-            try:
-                self._checkpoints.wait()
-            except SaveError as error:
-                self._tell(error)
-            if not self._checkpoints.failed:
-                self._before_each()  # the folder may have gone during the save
+            self.save(loop)
+            self._wait()
+            if not self._checkpointer.failed:
+                self._check_owned()  # the folder may have been removed during the save
                 return
-            time.sleep(1)  # somebody may be making room
-
-    def on_end(self, run: LoopState) -> None:
-        """Saves the last state."""
-        self.finish(run)
+            time.sleep(RETRY_SECONDS)
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self._checkpoints.close()
+        """Waits for a save in progress."""
+        self._checkpointer.close()
+
+    def _wait(self) -> None:
+        try:
+            self._checkpointer.wait()
+        except SaveError as error:
+            self._handle_failure(error)
+
+    def _handle_failure(self, error: SaveError) -> None:
+        """Prints a warning about a failed save. Raises: SaveError: too many have failed."""
+        self._check_owned()  # a removed folder makes every further save fail
+        failures = self._checkpointer.failed
+        if processes.is_multiprocess() or failures >= self._max_failures:
+            raise SaveError(
+                f"{error}, {failures} in a row; the last checkpoint is of step {self._checkpointer.latest_step()}. Once "
+                "the cause is fixed, the same command resumes from there"
+            ) from error
+        self._metrics_hook.print_line(
+            f"{error}: trying again, {self._max_failures - failures} more before the run ends"
+        )
 
 
-class _Left(Exception):
-    """Work in another thread has ended early, since the run is told to stop."""
+class _Interrupted(Exception):
+    """Work in another thread has ended early because of a signal."""
 
 
 class PreemptionHook(Hook):
-    """Ends the run, saved, before the next step when SIGTERM, SIGINT or SIGHUP comes; a second one acts at once.
+    """Saves and ends the run before the next step after SIGTERM, SIGINT or SIGHUP; a second signal acts at once.
 
-    Among several processes JAX itself listens for SIGTERM and agrees with the others on a step; the other two are handed to
-    it. A run under `nohup`, which ignores SIGHUP, goes on ignoring it.
+    In a multi-process run JAX listens for SIGTERM and lets all processes agree on a step; the other two signals are
+    converted to SIGTERM. A run under `nohup`, which ignores SIGHUP, keeps ignoring it.
+
+    Args:
+      checkpoint_hook: saves the state.
     """
 
-    def __init__(self, save: CheckpointHook):
-        self._save, self._number = save, None
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGHUP, *(() if processes.is_multiprocess() else (signal.SIGTERM,))):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._ask)
+    def __init__(self, checkpoint_hook: CheckpointHook):
+        self._checkpoint_hook = checkpoint_hook
+        self._signal: int | None = None
+        self._previous_handlers: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGHUP, *(() if processes.is_multiprocess() else (signal.SIGTERM,))):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
 
-    def _ask(self, number: int, _: Any) -> None:
-        self._number = number
-        signal.signal(number, self._previous[number])
+    def _handle_signal(self, number: int, _: Any) -> None:
+        self._signal = number
+        signal.signal(number, self._previous_handlers[number])
         if processes.is_multiprocess():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def before_step(self, run: LoopState) -> None:
-        """Asks; among several processes all do at the same places. Raises: Stopped."""
-        if processes.reached_preemption() if processes.is_multiprocess() else self._number is not None:
-            self._save.finish(run)
-            name = "told to stop" if processes.is_multiprocess() else signal.Signals(self._number).name
-            raise Preempted(f"{name} at step {run.step}: saved; the same command goes on from there")
+    def before_step(self, loop: LoopState) -> None:
+        """Saves and ends the run after a signal; all processes call this at the same steps. Raises: Preempted."""
+        stop = processes.reached_preemption() if processes.is_multiprocess() else self._signal is not None
+        if stop:
+            self._checkpoint_hook.save_and_wait(loop)
+            name = "preempted" if processes.is_multiprocess() else signal.Signals(self._signal).name
+            raise Preempted(f"{name} at step {loop.step}: saved; the same command resumes from there")
 
-    def poll(self, run: LoopState) -> None:
-        """Asks where there is only one process: several would not ask at the same places. Raises: Stopped."""
+    def poll(self, loop: LoopState) -> None:
+        """Does the same in a single-process run; several processes would not poll at the same moments."""
         if not processes.is_multiprocess():
-            self.before_step(run)
+            self.before_step(loop)
 
-    def run_preemptible(self, run: LoopState, work: Callable[[Callable[..., None]], Any]) -> Any:
-        """Returns work(between), long work beside the steps, which calls `between` now and then. Raises: Stopped."""
+    def run_preemptible(self, loop: LoopState, work: Callable[[Callable[..., None]], Any]) -> Any:
+        """Returns work(callback), where the long work between two steps calls the callback often. Raises: Preempted."""
         if processes.is_multiprocess():
-            return work(lambda *_: self.before_step(run))
+            return work(lambda *_: self.before_step(loop))
 
-        def between(*_: Any) -> None:
-            if self._number is not None:
-                raise _Left
+        def interrupt(*_: Any) -> None:
+            if self._signal is not None:
+                raise _Interrupted
 
         try:
-            return run_interruptible(lambda: work(between), lambda: self.poll(run))
-        except _Left:  # the signal came after the last look
-            self.before_step(run)
+            return run_interruptible(lambda: work(interrupt), lambda: self.poll(loop))
+        except _Interrupted:  # the signal came after the last poll
+            self.before_step(loop)
             raise
 
     def close(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._previous.items():
+        """Restores the previous signal handlers."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
 
 class ProfilerHook(Hook):
-    """Records the steps of a window, (first, end), with the JAX profiler into WORKDIR/profile."""
+    """Records a range of steps with the JAX profiler into WORKDIR/profile.
+
+    Args:
+      window: (first step, end step).
+      workdir: folder of the run.
+    """
 
     def __init__(self, window: tuple[int, int], workdir: AnyPath):
-        self._window, self._folder, self._on = window, workdir / "profile", False
-        self._here = contextlib.ExitStack()
+        self._start_step, self._end_step = window
+        self._folder = workdir / "profile"
+        self._running = False
+        self._staged = contextlib.ExitStack()
 
-    def before_step(self, run: LoopState) -> None:
-        """Begins at the first step of the window."""
-        if run.step == self._window[0]:
-            folder = self._here.enter_context(staged_dir(self._folder))
+    def before_step(self, loop: LoopState) -> None:
+        """Starts the trace at the first step."""
+        if loop.step == self._start_step:
+            folder = self._staged.enter_context(staged_dir(self._folder))
             jax.profiler.start_trace(str(folder))
-            self._on = True
+            self._running = True
 
-    def after_step(self, run: LoopState, values: Values) -> None:
-        """Ends with the last step of the window, when that is done."""
-        if run.step == self._window[1]:
-            jax.block_until_ready(run.state)
+    def after_step(self, loop: LoopState, metrics: Metrics) -> None:
+        """Stops the trace when the last step is done on the device."""
+        if loop.step == self._end_step:
+            jax.block_until_ready(loop.state)
             self.close()
 
     def close(self) -> None:
-        """Ends the record: a run may end within the window."""
-        if self._on:
-            self._on = False
+        """Stops the trace of a run that ends before the end step."""
+        if self._running:
+            self._running = False
             jax.profiler.stop_trace()
-            self._here.close()
+            self._staged.close()
 
 
-# What of a turn comes before what: an evaluation and a save see the state before the next step, a run that is told to stop
-# is saved first, and a report waits for its step last.
+# Evaluation and checkpoint see the state before the next step, an evaluation is stored with its checkpoint, a preempted run
+# saves first, and metrics are last because they wait for the device.
 HOOK_ORDER = (EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook)
 
 
 def check_hook_order(hooks: Sequence[Hook]) -> None:
-    """Refuses hooks in another order than `HOOK_ORDER`. Raises: ValueError."""
-    places = [HOOK_ORDER.index(type(hook)) for hook in hooks if type(hook) in HOOK_ORDER]
-    if places != sorted(places):
-        raise ValueError(f"hooks must come in the order {', '.join(kind.__name__ for kind in HOOK_ORDER)}")
+    """Raises ValueError unless hooks are in the order of `HOOK_ORDER`."""
+    ranks = [HOOK_ORDER.index(type(hook)) for hook in hooks if type(hook) in HOOK_ORDER]
+    if ranks != sorted(ranks):
+        raise ValueError(f"hooks must be in the order {', '.join(kind.__name__ for kind in HOOK_ORDER)}")
+
+
+def run_interruptible(work: Callable[[], Any], poll: Callable[[], None]) -> Any:
+    """Returns work(), computed in another thread while this thread polls for signals.
+
+    Python handles a signal only in its main thread and only between two bytecode instructions: a main thread inside the
+    compiler or waiting for a device would react to no signal.
+
+    Args:
+      work: called in another thread; its exception is raised here.
+      poll: called in this thread every `POLL_SECONDS` and once at the end. Its exception is raised at once; the work then
+        continues in a daemon thread, which does not keep the process alive.
+    """
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt are raised in the polling thread
+            future.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+    while not future.done():
+        concurrent.futures.wait([future], POLL_SECONDS)
+        poll()
+    return future.result()

@@ -1,72 +1,340 @@
-"""The steps of a run, one after the other, with what happens around them.
+"""The training run: `train_and_evaluate` takes it from its folder's newest checkpoint, or from step 0, to its last step.
 
-Each turn: evaluate if due -> save if due or told to stop -> fetch -> dispatch -> report the previous step's metrics
-(`training.hooks`). A loss that is not finite stops the run; checkpoints hold the last state saved before.
+from seqpe_jax import config
+from seqpe_jax.training.loop import train_and_evaluate
+train_and_evaluate(config.load("configs/stdlib_lm.py:seqpe", {"steps": 200}), "runs/first")
 """
 
 import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
 
+from seqpe_jax import config as configs
+from seqpe_jax.config import Config
 from seqpe_jax.distributed import processes
-from seqpe_jax.distributed.waiting import run_interruptible
-from seqpe_jax.training.hooks import Hook, LoopState, check_hook_order
-from seqpe_jax.training.state import TrainState
-from seqpe_jax.training.step import TrainStep
+from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import AnyPath, as_path, tmp_dir
+from seqpe_jax.tasks.data_spec import write_data_spec
+from seqpe_jax.tasks.fingerprints import (
+    available_fingerprints,
+    check_same_data,
+    describe,
+    fingerprints,
+    read_fingerprints,
+    write_fingerprints,
+)
+from seqpe_jax.training import hooks as hooks_lib
+from seqpe_jax.training import warm_start
+from seqpe_jax.training.best_checkpoint import BestCheckpointPolicy, quarantine_best
+from seqpe_jax.training.checkpoint import (
+    Checkpointer,
+    check_finite,
+    checkpoint_bytes,
+    local_bytes,
+    quarantine,
+    read_config,
+    saved_step,
+    write_config,
+)
+from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, clear_cache, write_side_files
+from seqpe_jax.training.hooks import Hook, LoopState
+from seqpe_jax.training.step import Batch, TrainState, TrainStep
+from seqpe_jax.training.trainer import Trainer, best_metric
+from seqpe_jax.training.workdir import (
+    check_owned,
+    check_same_run,
+    check_space,
+    clear,
+    owned,
+    random_bits_of,
+    slow_save,
+    with_random_bits,
+)
 
 
-def fit(
-    state: TrainState,
-    train_step: TrainStep,
-    batches: Iterator[tuple[int, dict[str, jax.Array]]],
-    *,
-    steps: int,
-    hooks: Sequence[Hook] = (),
-) -> TrainState:
-    """Trains until `steps` and returns the final state.
+def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> None:
+    """Trains a run until `config.steps`; resumes it if its folder has a checkpoint.
 
     Args:
-      state: where the run stands; donated.
-      train_step: compiled; batches: (step, global batch) from the state's step on.
-      hooks: in the order of `hooks.HOOK_ORDER`; closed at the end in that order, however the run ends.
+      config: of the run.
+      workdir: folder of the run, local or in a bucket; new, empty, or of a run with the same config.
+      extend: allow more steps although the learning rate so far depends on their number.
 
     Raises:
-      hooks.NotFinite, hooks.Stopped: as these hooks say.
+      InputError: config, data, folder or checkpoints do not fit; nothing is written then.
+      Preempted: a signal came; the state is saved.
+      NonFiniteError, SaveError: the run cannot continue; earlier checkpoints are kept.
     """
-    check_hook_order(hooks)
-    first = int(jax.device_get(state.step))
-    run = LoopState(state, first, first, steps)
+    folder = as_path(workdir)
+    clear_cache()  # files may have changed since this process verified them
+
+    # Checks, before anything is written.
+    saved = saved_step(folder)  # None: no checkpoint
+    check_same_run(config, folder, saved, extend)
+    trainer = make_trainer(config, folder, saved)
+    _check_data(trainer, folder, saved)
+    _check_space(trainer, folder, saved)
+    _print(f"{trainer.describe()}\n  workdir {folder}")
+    # A warm start reads its parameters before the folder is claimed, since they may not fit.
+    state = trainer.init_or_warm_start() if saved is None else None
+
+    with owned(folder) if processes.is_main_process() else contextlib.nullcontext("") as previous_owner:
+        if previous_owner:
+            _print(f"  {previous_owner}")
+        if saved_step(folder) != saved:
+            raise InputError(f"another process has just trained in {folder}: run the command again to resume")
+        planned_steps = read_config(folder)["steps"] if saved is not None else trainer.config.steps
+        _write_run_files(trainer, folder, new=saved is None)
+        if planned_steps != trainer.config.steps:
+            _print(f"  planned for {planned_steps} steps, training to {trainer.config.steps}")
+        pending_eval = processes.broadcast_from_main(
+            processes.is_main_process() and _eval_was_interrupted(trainer.config, folder, saved)
+        )
+        if saved == trainer.config.steps and not pending_eval:
+            _print(f"  nothing to do: step {saved} is saved")
+            return
+
+        # Restore.
+        checkpointer = _make_checkpointer(trainer, folder)
+        metadata = {}
+        if saved is None:
+            if lines := read_metrics(folder):
+                _print(f"  no checkpoint, though {lines[-1]['step']} steps were done: starting anew")
+            if trainer.config.init_from:
+                _print(f"  starting from {trainer.config.init_from}")
+        else:
+            state = checkpointer.restore(trainer.abstract_state)
+            check_finite(checkpointer.folder / str(saved), state.params)
+            metadata = checkpointer.meta()
+            _print(f"  resuming at step {saved}")
+
+        # Train.
+        hooks = make_hooks(trainer, folder, checkpointer, saved or 0, metadata, pending_eval)
+        run_steps(state, trainer.train_step(), trainer.batches(saved or 0), num_steps=trainer.config.steps, hooks=hooks)
+
+
+def run_steps(
+    state: TrainState,
+    train_step: TrainStep,
+    batches: Iterator[tuple[int, Batch]],
+    *,
+    num_steps: int,
+    hooks: Sequence[Hook] = (),
+) -> TrainState:
+    """Runs the training loop and returns the final state.
+
+    Each iteration: evaluate if due, save if due, end if preempted, fetch the batch, dispatch the step, report the metrics of
+    the previous step, end on a non-finite loss.
+
+    Args:
+      state: initial state, at any step; donated.
+      train_step: jitted.
+      batches: (step, global batch), from the step of the state on.
+      num_steps: step at which training ends.
+      hooks: in the order of `HOOK_ORDER`.
+
+    Raises:
+      NonFiniteError, Preempted, SaveError: raised by hooks.
+    """
+    hooks_lib.check_hook_order(hooks)
+    start_step = int(jax.device_get(state.step))
+    loop = LoopState(state, start_step, start_step, num_steps)
     with contextlib.ExitStack() as closing:
-        for hook in reversed(hooks):  # the first closes first: a save under way ends before signals act at once again
+        for hook in reversed(hooks):  # closes the first hook first: a save ends before signals act immediately again
             closing.callback(hook.close)
-        for step in range(first, steps):
+        for step in range(start_step, num_steps):
             for hook in hooks:
-                hook.before_step(run)
-            number, batch = next(batches)
-            if number != step:
-                raise AssertionError(f"the loader gave batch {number} for step {step}")
-            if step == first:
-                train_step = _compiled(train_step, run, batch, hooks)
-            with jax.transfer_guard(
-                "disallow"
-            ):  # an array that lies on the host by mistake would be sent in every step
-                run.state, values = train_step(run.state, batch)
-            run.step = step + 1
+                hook.before_step(loop)
+            batch_step, batch = next(batches)
+            if batch_step != step:
+                raise AssertionError(f"expected the batch of step {step}, got that of step {batch_step}")
+            if step == start_step:
+                train_step = _compile(train_step, loop, batch, hooks)
+            with jax.transfer_guard("disallow"):  # an array left on the host would be sent in every step
+                loop.state, metrics = train_step(loop.state, batch)
+            loop.step = step + 1
             for hook in hooks:
-                hook.after_step(run, values)
+                hook.after_step(loop, metrics)
         for hook in hooks:
-            hook.on_end(run)
-    return run.state
+            hook.on_end(loop)
+    return loop.state
 
 
-def _compiled(train_step: TrainStep, run: LoopState, batch: dict[str, jax.Array], hooks: Sequence[Hook]) -> TrainStep:
-    """The step compiled for a batch, which takes minutes where the model is large: a signal is answered meanwhile."""
+def _compile(train_step: TrainStep, loop: LoopState, batch: Batch, hooks: Sequence[Hook]) -> TrainStep:
+    """Returns the compiled step; hooks poll for signals meanwhile, since a large model compiles for minutes."""
 
-    def look() -> None:
+    def poll() -> None:
         for hook in hooks:
-            hook.poll(run)
+            hook.poll(loop)
 
-    compiled = run_interruptible(lambda: train_step.lower(run.state, batch).compile(), look)
-    processes.barrier()  # Gloo waits half a minute for a process that still compiles
+    compiled = hooks_lib.run_interruptible(lambda: train_step.lower(loop.state, batch).compile(), poll)
+    processes.barrier()  # Gloo waits only half a minute for a process that still compiles
     return compiled
+
+
+def make_hooks(
+    trainer: Trainer, folder: AnyPath, checkpointer: Checkpointer, start_step: int, metadata: dict, pending_eval: bool
+) -> list[Hook]:
+    """Returns the hooks of a run.
+
+    Args:
+      trainer: of the run.
+      folder: of the run.
+      checkpointer: of the run.
+      start_step: steps done.
+      metadata: stored with the restored checkpoint; {} for a new run.
+      pending_eval: the evaluation of the restored state was interrupted.
+    """
+    config = trainer.config
+    clock = hooks_lib.TrainingClock(metadata.get("seconds", 0.0))
+    writer = MetricsWriter(folder, start_step, tensorboard=config.report.tensorboard)
+    checkpointer.first = writer.flush  # the metrics of a saved step are written before its checkpoint
+    metrics_hook = hooks_lib.MetricsHook(
+        writer,
+        clock,
+        every=config.report.every,
+        num_steps=config.steps,
+        count_per_step=trainer.task.count_per_step,
+        count_name=trainer.task.count_name,
+        flops=trainer.flops_per_step,
+        latest_checkpoint=checkpointer.latest_step,
+        max_skips=config.optimizer.skips if config.optimizer.non_finite == "skip" else 0,
+        skipped=metadata.get("skipped", 0),
+    )
+    config_json = json.loads(json.dumps(configs.to_dict(config)))
+    checkpoint_hook = hooks_lib.CheckpointHook(
+        checkpointer,
+        {"config": config_json, SIDE_FILES: DIGESTS_FILE},
+        clock,
+        metrics_hook,
+        every=config.checkpoint.every,
+        max_failures=config.checkpoint.failed_saves,
+        check_owned=functools.partial(check_owned, folder) if processes.is_main_process() else lambda: None,
+    )
+    preemption_hook = hooks_lib.PreemptionHook(checkpoint_hook)
+    hooks: list[Hook] = [checkpoint_hook, preemption_hook]
+    if config.eval.every:
+        evaluation_hook = hooks_lib.EvaluationHook(
+            trainer.evaluate,
+            writer,
+            clock,
+            metrics_hook,
+            preemption_hook,
+            every=config.eval.every,
+            pending_eval=pending_eval,
+        )
+        hooks.insert(0, evaluation_hook)
+    profile_window = configs.profile_window(config)
+    if profile_window is not None and profile_window[0] < start_step:
+        _print(f"  profile.steps={config.profile.steps} is in the past: no profile is recorded")
+    elif profile_window is not None:
+        hooks.append(hooks_lib.ProfilerHook(profile_window, folder))
+    return [*hooks, metrics_hook]
+
+
+def make_trainer(config: Config, folder: AnyPath, saved: int | None) -> Trainer:
+    """Returns the trainer of a new or resumed run.
+
+    Args:
+      config: of the run.
+      folder: of the run.
+      saved: step of its newest checkpoint, or None.
+
+    Raises:
+      InputError: see `Trainer.of`; or `config.init_from` holds parameters of another model.
+    """
+    if saved is None:
+        trainer = Trainer.of(config, run_dir=config.init_from)
+        if config.init_from:
+            warm_start.check_source(config, trainer.task, config.init_from)
+        return trainer
+    stored = read_config(folder)
+    config = with_random_bits(config, random_bits_of(stored))
+    config = dataclasses.replace(config, init_from=stored.get("init_from", ""))  # only a new run reads it
+    return Trainer.of(config, run_dir=folder)
+
+
+def _check_data(trainer: Trainer, folder: AnyPath, saved: int | None) -> None:
+    """Raises InputError if the data cannot be evaluated, differ between processes, or have changed since the run began."""
+    config, task = trainer.config, trainer.task
+    if saved is not None:
+        task.check_assets(folder)
+    if config.eval.every:
+        for eval_size in task.eval_sizes():
+            task.check_eval_size(eval_size, "validation")
+    prints = fingerprints(task, ("train", "validation") if config.eval.every else ("train",))
+    processes.check_equal(
+        {f"{split} split of {config.data.name}": describe(fingerprint) for split, fingerprint in prints.items()}
+    )
+    if saved is not None:
+        check_same_data(folder, prints)
+
+
+def _check_space(trainer: Trainer, folder: AnyPath, saved: int | None) -> None:
+    """Raises InputError if the disk has no room for the checkpoints of the run."""
+    config = trainer.config
+    if saved == config.steps:
+        return
+    count = 1  # a resumed run has the other ones already
+    if saved is None:
+        kept = config.checkpoint.keep + bool(config.checkpoint.best)
+        count = min(
+            kept + 1, math.ceil(config.steps / config.checkpoint.every)
+        )  # an old one goes after a new one is done
+    check_space(folder, checkpoint_bytes(trainer.abstract_state), count)
+
+
+def _write_run_files(trainer: Trainer, folder: AnyPath, *, new: bool) -> None:
+    """Writes config, data spec, fingerprints and assets into the folder, and quarantines damaged checkpoints."""
+    processes.barrier()  # every process has read the folder
+    if processes.is_main_process():
+        if new:
+            clear(folder)
+        metric = best_metric(trainer.config)
+        for line in [*quarantine(folder), *(quarantine_best(folder, metric) if metric else ())]:
+            _print(f"  {line}")
+        stored = read_fingerprints(folder)
+        if not stored and not new:
+            _print("  an older version stored no fingerprints of the data: from now on they must stay the same")
+        with tmp_dir() as staged:
+            write_config(staged, configs.to_dict(trainer.config))
+            write_data_spec(staged, trainer.task.data_spec)
+            write_fingerprints(staged, stored or available_fingerprints(trainer.task))
+            trainer.task.save_assets(staged)
+            write_side_files(staged, folder)
+    processes.barrier()
+    processes.check_shared(folder / "config.json")
+
+
+def _make_checkpointer(trainer: Trainer, folder: AnyPath) -> Checkpointer:
+    config = trainer.config
+    if processes.is_main_process() and (warning := slow_save(folder, local_bytes(trainer.abstract_state))):
+        _print(f"  {warning}")
+    metric = best_metric(config)
+    return Checkpointer(
+        folder,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        best=BestCheckpointPolicy(folder, metric) if metric else None,
+    )
+
+
+def _eval_was_interrupted(config: Config, folder: AnyPath, saved: int | None) -> bool:
+    """Returns True if an evaluation of the saved state was due and its metrics are missing, because of preemption."""
+    if not config.eval.every or not saved or (saved % config.eval.every and saved != config.steps):
+        return False
+    lines = read_metrics(folder)
+    evaluated = any(line["step"] == saved and any(name.startswith("eval/") for name in line) for line in lines)
+    return bool(lines) and not evaluated
+
+
+def _print(text: str) -> None:
+    if processes.is_main_process():
+        print(text, flush=True)

@@ -1,4 +1,4 @@
-"""AdamW with schedules; the position encoder and the rest of the model are clipped and decayed apart."""
+"""AdamW with learning-rate schedules; the position encoder and the rest of the model are clipped and decayed separately."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,30 +6,33 @@ from typing import Any
 import jax
 import optax
 
-PARTS = ("model", "encoder")
+PARAM_GROUPS = ("model", "encoder")
 
 
-def part_of(path: tuple[Any, ...]) -> str:
-    """Returns "encoder" for the digit encoder's parameters, else "model" (the qk map counts to the model)."""
+def param_groups(params: Any) -> Any:
+    """Returns the tree of group names: "encoder" for the digit encoder, "model" for the rest, with the qk map."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _param_group(path), params)
+
+
+def _param_group(path: tuple[Any, ...]) -> str:
     names = [getattr(entry, "key", str(entry)) for entry in path]
     return "encoder" if names[:2] == ["encoding", "encoder"] else "model"
 
 
-def labels(params: Any) -> Any:
-    """Returns the tree of `part_of` for each parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: part_of(path), params)
-
-
-def decayed(params: Any) -> Any:
-    """Returns True for matrices of linear maps; biases, norms, embeddings and tokens are never decayed."""
+def decay_mask(params: Any) -> Any:
+    """Returns True for matrices of linear maps; biases, norms, embeddings and tokens have no weight decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") == "kernel", params)
 
 
 def learning_rate(settings: Any, steps: int) -> optax.Schedule:
     """Returns the learning rate by step: linear warm-up from 0, then constant, linear or cosine to the end value.
 
-    Under "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) it is constant until the last `decay_steps`, in
-    which it falls linearly to the end value.
+    The schedule "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) is constant until its last `decay_steps`,
+    in which it falls linearly to the end value.
+
+    Args:
+      settings: `optimizer` section of the config.
+      steps: length of the run, at which the schedule ends.
     """
     peak, end = settings.learning_rate, settings.end_learning_rate
     rest = max(1, steps - settings.warmup_steps)
@@ -54,34 +57,34 @@ def learning_rate(settings: Any, steps: int) -> optax.Schedule:
 
 
 def decay_steps(settings: Any, steps: int) -> int:
-    """Returns the steps of the decay at the end of a run under "wsd"."""
+    """Returns the number of decay steps at the end of a run with the schedule "wsd"; by default a tenth of the run."""
     return settings.decay_steps or max(1, steps // 10)
 
 
 def make_optimizer(settings: Any, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW over both parts.
+    """Returns AdamW over both parameter groups, each with its own gradient clipping and weight decay.
 
     Args:
-      settings: the frozen `optimizer` section of the config.
-      steps: length of the run, where the schedule ends.
+      settings: `optimizer` section of the config.
+      steps: length of the run, at which the schedule ends.
     """
     schedule = learning_rate(settings, steps)
 
     def chain(weight_decay: float) -> optax.GradientTransformation:
         adamw = optax.adamw(
-            schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decayed
+            schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=weight_decay, mask=decay_mask
         )
         return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
 
     transforms = {"model": chain(settings.weight_decay), "encoder": chain(settings.encoder_weight_decay)}
-    return optax.multi_transform(transforms, labels)
+    return optax.multi_transform(transforms, param_groups)
 
 
 def projection(bounds: Mapping[str, tuple[float, float]]) -> Callable[[Any], Any]:
-    """Returns a function of parameters that brings those of the encoding with bounds back within them.
+    """Returns a function that projects bounded parameters of the encoding into their bounds.
 
     Args:
-      bounds: (smallest, largest) by the name of a parameter of the encoding (`encodings.bounds`).
+      bounds: (smallest, largest) by name of a parameter of the encoding.
     """
 
     def project(params: Any) -> Any:

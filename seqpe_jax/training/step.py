@@ -1,17 +1,54 @@
-"""One optimiser step, pure: (state, batch) -> (state, metrics). Knows neither model nor data."""
+"""Train state and the pure train step: (state, batch) -> (state, metrics). Knows neither model, data nor devices."""
 
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
 
-from seqpe_jax.training.optimizer import PARTS, labels
-from seqpe_jax.training.state import TrainState, all_finite
+from seqpe_jax.training.optimizer import PARAM_GROUPS, param_groups
 
-LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-TrainStep = Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+LossFunction = Callable[..., tuple[jax.Array, Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run after some steps. All randomness is a function of `key` and `step`, so that nothing else is restored.
+
+    Attributes:
+      step: int32[], optimizer steps done.
+      key: uint32[2], PRNG key of the run; it never changes.
+      params: {"encoding": ..., "model": ...}, float32.
+      opt_state: optax state of `params`.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def key_from_seed(seed: int) -> jax.Array:
+    """Returns the PRNG key of a seed in [0, 2**63), uint32[2]; `jax.random.PRNGKey` alone drops all but the low 32 bits."""
+    key = jax.random.PRNGKey(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
+def create_train_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Returns the state at step 0."""
+    return TrainState(jnp.zeros((), jnp.int32), key, params, optimizer.init(params))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Returns bool[]: all numbers of a tree are finite."""
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def make_train_step(
@@ -20,85 +57,88 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     accumulate: int = 1,
-    weight: Callable[[dict[str, Any]], jax.Array] | None = None,
+    weight: Callable[[Batch], jax.Array] | None = None,
     skip: bool = False,
     project: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
     """Returns the train step of a loss.
 
     Args:
-      loss: (params, batch, key, step, part, share) -> (scalar, metrics). What it averages over the examples of a batch
-        it multiplies by `share`, 1 for a batch that is read at once.
-      optimizer: an optax transformation; schedule: its learning rate by step, for the metrics.
-      accumulate: the batch is read in that many consecutive parts, whose losses, metrics and gradients are averaged.
-        Positions are drawn per step, not per part, so without dropout the step equals the plain one.
-      weight: by how much a part counts, such as its tokens that have a loss; the shares of the parts are their weights,
-        scaled to a mean of 1. None = all parts count the same.
-      skip: a step whose loss, gradients or update are not finite leaves parameters and moments as they were; the metric
-        `skipped` is then 1, else 0. The optimiser's own counts go on, so the learning rate stays that of the step.
-      project: brings updated parameters back to where they may be.
+      loss: (params, batch, key, step, microbatch_index, microbatch_weight) -> (scalar, metrics). Means over the examples
+        of a batch are multiplied by the weight, which is 1 without gradient accumulation.
+      optimizer: optax transformation.
+      schedule: learning rate by step, for the metric `learning_rate`.
+      accumulate: number of consecutive microbatches of a batch; their losses, metrics and gradients are averaged.
+        Positions are sampled per step, not per microbatch, so that without dropout the step equals the plain one.
+      weight: microbatch -> float32[], such as its number of tokens with a loss; microbatch weights are scaled to a mean
+        of 1. None: all microbatches weigh the same.
+      skip: leave parameters and moments unchanged in a step whose loss, gradients or new parameters are not finite, and
+        report the metric `skipped`, 1 or 0. Counts of the optimizer still advance, so that the schedule follows the step.
+      project: maps updated parameters into their bounds.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def gradients(state: TrainState, batch: dict[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
+    def loss_gradients(state: TrainState, batch: Batch) -> tuple[Any, Metrics]:
         if accumulate == 1:
-            (_, metrics), grads = gradient(state.params, batch, state.key, state.step, 0, 1.0)
+            (_, metrics), grads = value_and_grad(state.params, batch, state.key, state.step, 0, 1.0)
             return grads, metrics
-        shared, parts = _parts(batch, accumulate)
-        weights = jax.vmap(weight)(parts) if weight else jnp.ones(accumulate)
-        shares = weights / jnp.where(weights.sum() > 0, weights.mean(), 1.0)
+        shared, microbatches = _split_batch(batch, accumulate)
+        raw_weights = jax.vmap(weight)(microbatches) if weight else jnp.ones(accumulate)
+        weights = raw_weights / jnp.where(raw_weights.sum() > 0, raw_weights.mean(), 1.0)
 
-        def add(total: Any, numbered: tuple[jax.Array, Any, jax.Array]) -> tuple[Any, None]:
-            index, part, share = numbered
-            (_, metrics), grads = gradient(state.params, part | shared, state.key, state.step, index, share)
+        def add(total: Any, indexed: tuple[jax.Array, Batch, jax.Array]) -> tuple[Any, None]:
+            index, microbatch, weight = indexed
+            (_, metrics), grads = value_and_grad(
+                state.params, microbatch | shared, state.key, state.step, index, weight
+            )
             return jax.tree.map(lambda sum_, value: sum_ + value / accumulate, total, (grads, metrics)), None
 
-        first = jax.tree.map(lambda value: value[0], parts)
-        shapes = jax.eval_shape(gradient, state.params, first | shared, state.key, state.step, 0, shares[0])
+        first = jax.tree.map(lambda value: value[0], microbatches)
+        shapes = jax.eval_shape(value_and_grad, state.params, first | shared, state.key, state.step, 0, weights[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[0][1]))
-        (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts, shares))
+        (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), microbatches, weights))
         return grads, metrics
 
-    def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics = gradients(state, batch)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = loss_gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = project(optax.apply_updates(state.params, updates))
-        metrics |= _norms(grads) | {"learning_rate": jnp.asarray(schedule(state.step))}
+        metrics |= _gradient_norms(grads) | {"learning_rate": jnp.asarray(schedule(state.step))}
         if skip:
-            fine = all_finite((metrics["loss"], grads, params))
-            params, opt_state = _chosen(fine, (params, opt_state), (state.params, state.opt_state))
-            metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
+            finite = all_finite((metrics["loss"], grads, params))
+            params, opt_state = _select_floats(finite, (params, opt_state), (state.params, state.opt_state))
+            metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, state.key, params, opt_state), metrics
 
     return train_step
 
 
-def _parts(batch: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what all parts of a batch share, and the batch with a leading axis over its consecutive parts."""
+def _split_batch(batch: Batch, count: int) -> tuple[Batch, Batch]:
+    """Returns (arrays that all microbatches share, arrays with a leading axis over consecutive microbatches)."""
     shared = {name: value for name, value in batch.items() if name == "sampled_positions"}
-    parts = {
+    microbatches = {
         name: value.reshape(count, value.shape[0] // count, *value.shape[1:])
         for name, value in batch.items()
-        if name != "sampled_positions"
+        if name not in shared
     }
-    return shared, parts
+    return shared, microbatches
 
 
-def _norms(grads: Any) -> dict[str, jax.Array]:
-    """Returns the norm of the gradients of each part that is there."""
-    tagged = list(zip(jax.tree.leaves(labels(grads)), jax.tree.leaves(grads), strict=True))
+def _gradient_norms(grads: Any) -> Metrics:
+    """Returns the gradient norm of each non-empty parameter group, `gradient_norm/GROUP`."""
+    grouped = list(zip(jax.tree.leaves(param_groups(grads)), jax.tree.leaves(grads), strict=True))
     norms = {}
-    for part in PARTS:
-        leaves = [leaf for label, leaf in tagged if label == part]
+    for group in PARAM_GROUPS:
+        leaves = [leaf for name, leaf in grouped if name == group]
         if leaves:
-            norms[f"gradient_norm/{part}"] = optax.tree.norm(leaves)
+            norms[f"gradient_norm/{group}"] = optax.tree.norm(leaves)
     return norms
 
 
-def _chosen(fine: jax.Array, new: Any, old: Any) -> Any:
-    """Returns the floats of `new` where the step was fine, else of `old`; counts are the new ones."""
+def _select_floats(finite: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the floating-point leaves of `new` if finite, else of `old`; integer leaves (counts) are always the new ones."""
 
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(fine, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
-    return jax.tree.map(choose, new, old)
+    return jax.tree.map(select, new, old)

@@ -1,20 +1,21 @@
-"""A run that begins with the parameters of another: which may differ, and how they are read."""
+"""Warm start: a new run with the parameters of another checkpoint; loading them, and the fields that may differ."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from seqpe_jax import config
+from seqpe_jax import config as configs
 from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
-from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.distributed import sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.models import transformer
 from seqpe_jax.tasks import Task
 from seqpe_jax.training.checkpoint import Checkpointer, read_config
 
-# What a run that begins with another's parameters may choose anew: nothing that the parameters were made for.
+# Fields that may differ from those of the checkpoint: parameters do not depend on them.
 FREE_ENCODING = {
     "max_position",
     "digits",
@@ -46,46 +47,56 @@ FREE_MODEL = {
 }
 
 
-def first_params(settings: Config, mesh: jax.sharding.Mesh, shapes: Any) -> Any:
-    """Returns the parameters of the newest checkpoint of `init_from`, in the layout of `shapes`.
+def load_params(config: Config, mesh: jax.sharding.Mesh, abstract_params: Any) -> Any:
+    """Returns the parameters of the newest checkpoint of `config.init_from`.
+
+    Args:
+      config: of the new run.
+      mesh: devices.
+      abstract_params: shapes, dtypes and shardings of the parameters.
 
     Raises:
-      InputError: no or a damaged checkpoint, or one of other sizes.
+      InputError: the checkpoint is missing, damaged or of other sizes.
     """
-    saved = Checkpointer(settings.init_from, create=False)
-    model, scanned = settings.model, config.from_dict(read_config(settings.init_from)).model.scan
-    if scanned == model.scan:
-        params, _ = saved.restore_params(shapes)
-    else:  # the same blocks, kept in the other way
-        other, own = (
-            (transformer.unstack_layers, transformer.stack_layers)
-            if model.scan
-            else (transformer.stack_layers, transformer.unstack_layers)
-        )
-        theirs = jax.eval_shape(lambda params: params | {"model": other(params["model"], model.layers)}, shapes)
-        params, _ = saved.restore_params(layout.with_shardings(mesh, {"params": theirs})[0]["params"])
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        params = jax.jit(
-            lambda params: params | {"model": own(params["model"], model.layers)}, out_shardings=shardings
-        )(params)
-    saved.close()
+    checkpointer = Checkpointer(config.init_from, create=False)
+    model, source_scans = config.model, configs.from_dict(read_config(config.init_from)).model.scan
+    if source_scans == model.scan:
+        params, _ = checkpointer.restore_params(abstract_params)
+    else:  # convert between one array per layer and arrays stacked over layers
+        to_source, from_source = transformer.unstack_layers, transformer.stack_layers
+        if source_scans:
+            to_source, from_source = from_source, to_source
+
+        def convert(params: Any, change: Callable[[Any, int], Any]) -> Any:
+            return params | {"model": change(params["model"], model.layers)}
+
+        source_params = jax.eval_shape(lambda params: convert(params, to_source), abstract_params)
+        params, _ = checkpointer.restore_params(sharding.with_shardings(mesh, {"params": source_params})[0]["params"])
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
+        params = jax.jit(lambda params: convert(params, from_source), out_shardings=shardings)(params)
+    checkpointer.close()
     return params
 
 
-def check_source(settings: Config, task: Task, checkpoint: str) -> None:
-    """Refuses parameters that were made for something else.
+def check_source(config: Config, task: Task, checkpoint: str) -> None:
+    """Checks that the parameters of a checkpoint fit a new run.
+
+    Args:
+      config: of the new run.
+      task: of the new run.
+      checkpoint: folder of a run or converted checkpoint.
 
     Raises:
-      InputError: not a run, or one with another encoding, model, tokenizer or other classes; names what differs.
+      InputError: the folder is no run, or its encoding, model, tokenizer or classes differ; names the fields.
     """
     if not as_path(checkpoint).is_dir():
         raise InputError(
             f"no such directory: {checkpoint} (--init-from takes a --workdir of `train` or an output of `convert`)"
         )
-    # With lengths written out, which would be others where the training length is another one.
+    # With explicit lengths: their defaults depend on the training length, which may differ.
     theirs, ours = (
-        config.reset_unused(config.with_resolved_lengths(one))
-        for one in (config.from_dict(read_config(checkpoint)), settings)
+        configs.reset_unused(configs.with_resolved_lengths(one))
+        for one in (configs.from_dict(read_config(checkpoint)), config)
     )
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
     if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):
@@ -97,8 +108,8 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
         lines.append(f"coordinates of a position: {len(theirs.grid)} -> {len(ours.grid)}")
     if lines:
         raise InputError(
-            f"--init-from={checkpoint}: its parameters were made for another config; it differs in {'; '.join(lines)}. Set "
-            "these fields as they are there"
+            f"--init-from={checkpoint}: its parameters belong to another config; it differs in {'; '.join(lines)}. Set "
+            "these fields to the values of the checkpoint"
         )
     if theirs.data.tokenizer == "bytes" != ours.data.tokenizer:
         raise InputError(
@@ -108,6 +119,9 @@ def check_source(settings: Config, task: Task, checkpoint: str) -> None:
 
 
 def _differences(section: str, theirs: EncodingConfig | ModelConfig, ours: Any, free: set[str]) -> list[str]:
-    before, after = dataclasses.asdict(theirs), dataclasses.asdict(ours)
-    kept = before.keys() - free if section == "model" or theirs.kind == ours.kind else {"kind"}
-    return config.difference({name: before[name] for name in kept}, {name: after[name] for name in kept}, f"{section}.")
+    """Returns `section.field: theirs -> ours` for each field that differs, except the free ones."""
+    theirs_dict, ours_dict = dataclasses.asdict(theirs), dataclasses.asdict(ours)
+    names = theirs_dict.keys() - free if section == "model" or theirs.kind == ours.kind else {"kind"}
+    return configs.difference(
+        {name: theirs_dict[name] for name in names}, {name: ours_dict[name] for name in names}, f"{section}."
+    )

@@ -29,7 +29,7 @@ def run_of(*fields):
 
 
 def shapes(run):
-    return jax.tree.map(lambda leaf: leaf.shape, run.shapes.params)
+    return jax.tree.map(lambda leaf: leaf.shape, run.abstract_state.params)
 
 
 def test_parts_leave_the_parameters_of_the_first_as_they_are():

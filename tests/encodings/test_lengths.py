@@ -16,8 +16,7 @@ from seqpe_jax.encodings.bounds import clip_straight_through
 from seqpe_jax.encodings.pope import PoPE
 from seqpe_jax.encodings.relative_bias import Kerple
 from seqpe_jax.training.optimizer import projection
-from seqpe_jax.training.state import create_train_state
-from seqpe_jax.training.step import make_train_step
+from seqpe_jax.training.step import create_train_state, make_train_step
 
 FOLDER = pathlib.Path(encodings.__file__).parent
 THETA = "theta, base of the wavelengths: a field"

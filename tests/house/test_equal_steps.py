@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.models import transformer
-from seqpe_jax.training.state import create_train_state
+from seqpe_jax.training.step import create_train_state
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, random_params, random_state
 
@@ -82,7 +82,7 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
         state = create_train_state(params, parts.optimizer, jax.random.PRNGKey(0))
     else:
         state = random_state(parts, 0.2)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.shapes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract_state)
     state, metrics = parts.train_step()(jax.device_put(state, shardings), batch_of(task, parts))
     params = jax.device_get(state.params)
     if model.scan:

@@ -160,7 +160,9 @@ def test_neither_batches_nor_companions_change_a_draw(seqpe):
 def test_eight_devices_equal_one(seqpe):
     run, params = seqpe
     sharded, _ = run_of(devices=8, mesh__fsdp=2, mesh__context=2, mesh__tensor=2)
-    placed = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), params, sharded.shapes.params)
+    placed = jax.tree.map(
+        lambda leaf, shape: jax.device_put(leaf, shape.sharding), params, sharded.abstract_state.params
+    )
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
     for sampling in (Sampling(9), Sampling(9, temperature=1.0)):
         same(generate(sharded, placed, PROMPTS, sampling), generate(run, params, PROMPTS, sampling))

@@ -209,13 +209,13 @@ from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.distributed import sharding as layout
 fields = dict(field.split("=") for field in sys.argv[2:])
 settings = config.load(sys.argv[1], {name: json.loads(value) for name, value in fields.items()})
-run = Trainer.of(settings, slices.devices_of("v5e:2x2"), data_there=False)
+run = Trainer.of(settings, slices.devices_of("v5e:2x2"), data_available=False)
 split = layout.batch_sharding(run.mesh)
 batch = {
     name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
     for name, leaf in run.task.example.items()
 }
-text = run.train_step().lower(run.shapes, batch).compile().as_text()
+text = run.train_step().lower(run.abstract_state, batch).compile().as_text()
 print("kernels", text.count('custom_call_target="tpu_custom_call"'))
 """
 

@@ -233,7 +233,7 @@ def test_past_the_exported_range_evaluation_is_refused(commands, text_export, im
 
 def test_the_model_card_says_what_it_is(on_text, text_export):
     card = (text_export / "README.md").read_text()
-    count = sum(leaf.size for leaf in jax.tree.leaves(Trainer.of(tiny_config()).shapes.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(Trainer.of(tiny_config()).abstract_state.params))
     leaves = safetensors.numpy.load_file(text_export / "params.safetensors").values()
     for words in (
         "| data | text_files |",

@@ -106,7 +106,7 @@ def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp
     result = commands("train", *arguments, f"--init-from={trained}")
     assert result.code == 0, result.err
     assert "30 of 30 answers looked at take more than eval.new_tokens=1 tokens" in result.out
-    assert f"begins with {trained}" in result.out
+    assert f"starting from {trained}" in result.out
     runs = (trained, tmp_path / "tuned")
     options = ("--lengths=24", "--new-tokens=4")
     outputs = [commands("evaluate", f"--checkpoint={run}", *options).out.splitlines()[-1] for run in runs]

@@ -15,7 +15,7 @@ from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.training import checksums
 from seqpe_jax.training.checkpoint import ORBAX_METADATA, Checkpointer, read_config
-from seqpe_jax.training.trainer import Trainer
+from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.trees import flat
 from tests.distributed.test_checkpoint import files_of, flip, largest
 from tests.tiny import older, tiny_config, train
@@ -230,7 +230,7 @@ def test_damage(settings, trained, expected, tmp_path, what):
     assert kept(run) == held, "who only reads changes nothing"
 
     def trained_on():
-        Trainer.for_workdir(settings, run).fit(run)
+        train_and_evaluate(settings, run)
         assert opened() == 6
 
     if refused:
@@ -277,8 +277,8 @@ def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings,
     shutil.copytree(trained, run)
     for step in (2, 4, 6):
         shutil.rmtree(run / "checkpoints" / str(step))
-    Trainer.for_workdir(settings, run).fit(run)
-    assert "no step is saved, though 6 were done: beginning anew" in capsys.readouterr().out
+    train_and_evaluate(settings, run)
+    assert "no checkpoint, though 6 steps were done: starting anew" in capsys.readouterr().out
     assert measured(run) == measured(trained)
 
 

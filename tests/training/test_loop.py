@@ -16,8 +16,7 @@ from seqpe_jax.distributed import hardware
 from seqpe_jax.distributed.progress import MetricsWriter
 from seqpe_jax.training import hooks, loop
 from seqpe_jax.training.checkpoint import SaveError
-from seqpe_jax.training.state import TrainState
-from seqpe_jax.training.step import make_train_step
+from seqpe_jax.training.step import TrainState, make_train_step
 
 
 class Kept:
@@ -25,7 +24,7 @@ class Kept:
 
     failed = 0
 
-    def latest(self) -> None:
+    def latest_step(self) -> None:
         return None
 
     def wait(self) -> None:
@@ -49,14 +48,18 @@ def fit(
 
     workdir.mkdir(exist_ok=True)
     batches = batches or ((number, {}) for number in range(first, steps))
-    metrics, clock = MetricsWriter(workdir, first, tensorboard=False), hooks.Clock()
-    report = hooks.MetricsHook(metrics, clock, every=every, steps=steps, units=10, unit="tokens", flops=flops)
+    metrics, clock = MetricsWriter(workdir, first, tensorboard=False), hooks.TrainingClock()
+    report = hooks.MetricsHook(
+        metrics, clock, every=every, num_steps=steps, count_per_step=10, count_name="tokens", flops=flops
+    )
     save = hooks.CheckpointHook(Kept(), {}, clock, report, every=100)
     stop = hooks.PreemptionHook(save)
     happening = [hooks.EvaluationHook(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
     happening += [save, stop]
     happening += [hooks.ProfilerHook(profile, workdir)] if profile else []
-    loop.fit(TrainState(jnp.int32(first), None, {}, ()), step, batches, steps=steps, hooks=[*happening, report])
+    loop.run_steps(
+        TrainState(jnp.int32(first), None, {}, ()), step, batches, num_steps=steps, hooks=[*happening, report]
+    )
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -127,10 +130,14 @@ def test_a_step_that_is_not_finite_is_named_with_all_its_terms(tmp_path, name):
         bad = jnp.where(state.step == 2, jnp.inf, values[name])
         return state.replace(step=state.step + 1), values | {name: bad, "learning_rate": jnp.float32(0.1)}
 
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-    report = hooks.MetricsHook(metrics, clock, every=1, steps=6, units=1, unit="tokens", saved=lambda: 1)
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
+    report = hooks.MetricsHook(
+        metrics, clock, every=1, num_steps=6, count_per_step=1, count_name="tokens", latest_checkpoint=lambda: 1
+    )
     with pytest.raises(hooks.NonFiniteError, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
-        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), steps=6, hooks=[report])
+        loop.run_steps(
+            TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), num_steps=6, hooks=[report]
+        )
 
 
 class Square:
@@ -148,13 +155,20 @@ class Square:
 
     def fit(self, folder, factors, skips=2, skipped=0):
         folder.mkdir(exist_ok=True)
-        metrics, clock = MetricsWriter(folder, 0, tensorboard=False), hooks.Clock()
+        metrics, clock = MetricsWriter(folder, 0, tensorboard=False), hooks.TrainingClock()
         count = len(factors)
         batches = ((n, {"factor": jnp.full((1,), factor, jnp.float32)}) for n, factor in enumerate(factors))
         report = hooks.MetricsHook(
-            metrics, clock, every=1, steps=count, units=1, unit="tokens", skips=skips, skipped=skipped
+            metrics,
+            clock,
+            every=1,
+            num_steps=count,
+            count_per_step=1,
+            count_name="tokens",
+            max_skips=skips,
+            skipped=skipped,
         )
-        end = loop.fit(self.state, self.step, batches, steps=count, hooks=[report])
+        end = loop.run_steps(self.state, self.step, batches, num_steps=count, hooks=[report])
         return end, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -196,11 +210,11 @@ def test_a_signal_ends_the_run_saved(tmp_path, number):
             yield n, {}
 
     def run():
-        metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-        report = hooks.MetricsHook(metrics, clock, every=1, steps=6, units=1, unit="tokens")
+        metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
+        report = hooks.MetricsHook(metrics, clock, every=1, num_steps=6, count_per_step=1, count_name="tokens")
         save = hooks.CheckpointHook(Noting(), {}, clock, report, every=100)
         happening = [save, hooks.PreemptionHook(save), report]
-        return loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, batches(), steps=6, hooks=happening)
+        return loop.run_steps(TrainState(jnp.int32(0), None, {}, ()), step, batches(), num_steps=6, hooks=happening)
 
     def heard(*_):
         pass
@@ -259,8 +273,8 @@ class Evaluated:
                 self.compiled = True
             return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
-        metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), hooks.Clock()
-        report = hooks.MetricsHook(metrics, clock, every=1, steps=self.steps, units=1, unit="tokens")
+        metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), hooks.TrainingClock()
+        report = hooks.MetricsHook(metrics, clock, every=1, num_steps=self.steps, count_per_step=1, count_name="tokens")
         save = hooks.CheckpointHook(self.checkpoints, {}, clock, report, every=2)
         stop = hooks.PreemptionHook(save)
         evaluate = hooks.EvaluationHook(
@@ -270,7 +284,7 @@ class Evaluated:
             TrainState(jnp.int32(self.first), None, {}, ()),
             ((n, {}) for n in range(self.first, self.steps)),
         )
-        loop.fit(state, step, batches, steps=self.steps, hooks=[evaluate, save, stop, report])
+        loop.run_steps(state, step, batches, num_steps=self.steps, hooks=[evaluate, save, stop, report])
 
     @property
     def evaluated(self):
@@ -349,15 +363,15 @@ def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(
     tmp_path, capsys, monkeypatch, at_once, later, saved
 ):
     monkeypatch.setattr(hooks.time, "sleep", lambda _: None)
-    checkpoints, clock = Failing(at_once, later), hooks.Clock()
+    checkpoints, clock = Failing(at_once, later), hooks.TrainingClock()
     metrics = MetricsWriter(tmp_path, 0, tensorboard=False)
-    report = hooks.MetricsHook(metrics, clock, every=1, steps=4, units=1, unit="tokens")
-    save = hooks.CheckpointHook(checkpoints, {}, clock, report, every=1, failures=3)
+    report = hooks.MetricsHook(metrics, clock, every=1, num_steps=4, count_per_step=1, count_name="tokens")
+    save = hooks.CheckpointHook(checkpoints, {}, clock, report, every=1, max_failures=3)
     step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
 
     def run():
-        loop.fit(
-            TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(4)), steps=4, hooks=[save, report]
+        loop.run_steps(
+            TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(4)), num_steps=4, hooks=[save, report]
         )
 
     if saved is None:
@@ -374,18 +388,25 @@ def test_free_memory_is_given_back_between_two_saves(tmp_path, monkeypatch):
     told = []
     checkpoints = types.SimpleNamespace(
         failed=0,
-        latest=lambda: None,
+        latest_step=lambda: None,
         wait=lambda: told.append("wait"),
         save=lambda *_: told.append("save"),
         close=Kept().close,
     )
-    monkeypatch.setattr(hooks.hosts, "malloc_trim", lambda: told.append("give back"))
+    monkeypatch.setattr(hooks.processes, "malloc_trim", lambda: told.append("give back"))
     report = hooks.MetricsHook(
-        MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock(), every=1, steps=2, units=1, unit=""
+        MetricsWriter(tmp_path, 0, tensorboard=False),
+        hooks.TrainingClock(),
+        every=1,
+        num_steps=2,
+        count_per_step=1,
+        count_name="",
     )
-    save = hooks.CheckpointHook(checkpoints, {}, hooks.Clock(), report, every=1)
+    save = hooks.CheckpointHook(checkpoints, {}, hooks.TrainingClock(), report, every=1)
     step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
-    loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), steps=2, hooks=[save, report])
+    loop.run_steps(
+        TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), num_steps=2, hooks=[save, report]
+    )
     assert told == [*["wait", "give back", "save"] * 2, "wait"]
 
 
@@ -410,13 +431,13 @@ def test_events_come_in_their_order(tmp_path):
     def step(state, batch):
         return state, {"loss": jnp.float32(1)}
 
-    loop.fit(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), steps=6, hooks=[Told()])
+    loop.run_steps(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), num_steps=6, hooks=[Told()])
     assert told == [("before", 4), ("after", 5), ("before", 5), ("after", 6), ("end", 6), "close"]
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-    report = hooks.MetricsHook(metrics, clock, every=1, steps=1, units=1, unit="tokens")
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
+    report = hooks.MetricsHook(metrics, clock, every=1, num_steps=1, count_per_step=1, count_name="tokens")
     save = hooks.CheckpointHook(Kept(), {}, clock, report, every=1)
-    with pytest.raises(ValueError, match="Evaluate, Save, Stop, Profile, Report"):
-        loop.fit(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), steps=0, hooks=[report, save])
+    with pytest.raises(ValueError, match="EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook"):
+        loop.run_steps(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), num_steps=0, hooks=[report, save])
 
 
 def test_a_batch_left_on_the_host_is_refused():
@@ -424,10 +445,10 @@ def test_a_batch_left_on_the_host_is_refused():
     for batch in ({"one": np.int32(1)}, {"one": jnp.int32(1)}):
         state = TrainState(jnp.int32(0), None, {}, ())
         if isinstance(batch["one"], jax.Array):
-            assert int(loop.fit(state, step, iter([(0, batch)]), steps=1).step) == 1
+            assert int(loop.run_steps(state, step, iter([(0, batch)]), num_steps=1).step) == 1
             continue
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            loop.fit(state, step, iter([(0, batch)]), steps=1)
+            loop.run_steps(state, step, iter([(0, batch)]), num_steps=1)
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
@@ -438,8 +459,8 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
         def save(self, step, *_):
             saved.append(step)
 
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.Clock()
-    report = hooks.MetricsHook(metrics, clock, every=1, steps=4, units=1, unit="tokens")
+    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
+    report = hooks.MetricsHook(metrics, clock, every=1, num_steps=4, count_per_step=1, count_name="tokens")
     save = hooks.CheckpointHook(Noting(), {}, clock, report, every=1)
 
     @jax.jit
@@ -448,13 +469,13 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
 
     state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, ())
     with pytest.raises(hooks.NonFiniteError, match="infinite or not a number after step 2, .* are not saved"):
-        loop.fit(state, step, ((number, {}) for number in range(4)), steps=4, hooks=[save, report])
+        loop.run_steps(state, step, ((number, {}) for number in range(4)), num_steps=4, hooks=[save, report])
     assert saved == [1]
 
 
 def test_time_stands_still_in_a_pause():
-    clock = hooks.Clock(100.0)
-    before = clock.stepping()
+    clock = hooks.TrainingClock(100.0)
+    before = clock.step_seconds()
     with clock.pause():
         time.sleep(0.2)
-    assert clock.stepping() - before < 0.1 and 100.2 <= clock.seconds() < 101
+    assert clock.step_seconds() - before < 0.1 and 100.2 <= clock.seconds() < 101

@@ -134,7 +134,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
     [alone] = finish(commands, begin(resumed, 1, 8, **fields))
-    assert alone.code == 0 and "going on from step 2" in alone.out, alone.err
+    assert alone.code == 0 and "resuming at step 2" in alone.out, alone.err
     close(lines(resumed), lines(one))
 
 
@@ -147,7 +147,7 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     killed_at = newest(workdir)
 
     results, seconds = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 0, signal.SIGKILL)
-    assert f"going on from step {killed_at}" in results[0].out
+    assert f"resuming at step {killed_at}" in results[0].out
     # JAX's own service may end the second process in the same instant, by an abort; its last word is there anyhow.
     assert results[0].code == -signal.SIGKILL and results[1].code in (1, -signal.SIGABRT) and seconds < 60
     assert [line[:40] for line in said(results[1])] == ["process 1: process 0, the lead (at local"]
@@ -156,13 +156,13 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     stopped_at = newest(workdir)
     assert [result.code for result in results] == [75, 75] and stopped_at > killed_at
     assert [said(result) for result in results] == [
-        [f"told to stop at step {stopped_at}: saved; the same command goes on from there"],
+        [f"preempted at step {stopped_at}: saved; the same command resumes from there"],
         [],
     ]
 
     running = begin(workdir, 4, 1, **CHEAP)
     results, _ = interrupt(commands, running, workdir, 0, signal.SIGINT)
-    assert f"going on from step {stopped_at}" in results[0].out and "4 process(es)" in results[0].out
+    assert f"resuming at step {stopped_at}" in results[0].out and "4 process(es)" in results[0].out
     assert [result.code for result in results] == [75] * 4 and newest(workdir) > stopped_at
     assert [said(result) for result in results[1:]] == [[]] * 3
 
@@ -196,7 +196,7 @@ def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
     os.kill(running[1].process, signal.SIGTERM)
     results = finish(commands, running)
     assert [result.code for result in results] == [75, 75], results
-    assert said(results[0]) == ["told to stop at step 8: saved; the same command goes on from there"]
+    assert said(results[0]) == ["preempted at step 8: saved; the same command resumes from there"]
     assert not any("eval/loss@16" in line for line in lines(workdir)), "it did not wait for the end"
     results = finish(commands, begin(workdir, 2, 1, **long | {"eval__tokens": 64}))
     assert [result.code for result in results] == [0, 0], results

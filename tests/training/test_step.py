@@ -12,7 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.encodings import digit_encoder, seqpe
 from seqpe_jax.models import transformer
-from seqpe_jax.training.state import TrainState, create_train_state
+from seqpe_jax.training.step import TrainState, create_train_state
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
 from tests.tiny import random_params, tiny_config, tokens
@@ -46,7 +46,7 @@ def run(settings, devices, start=None):
     if start is None:
         state = parts.init_state()
     else:  # compiling what makes a state takes a third of all
-        state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), start, parts.shapes)
+        state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), start, parts.abstract_state)
     before, losses = jax.tree.map(np.array, state), []  # a copy: a step takes its state
     traced = parts.train_step().trace(state, batch_of(parts, 0))
     compiled = traced.lower().compile()

@@ -88,7 +88,7 @@ def test_a_run_is_told_to_stop(commands, text, tmp_path, told, moment):
     at = newest(workdir)
     assert result.code == 75
     if at or "at step" in said[0]:
-        assert said == [f"{told.split()[0]} at step {at}: saved; the same command goes on from there"]
+        assert said == [f"{told.split()[0]} at step {at}: saved; the same command resumes from there"]
     else:
         assert moment == "compilation" and said[0].startswith(f"{told.split()[0]}: there is nothing to save now")
     if moment == "evaluation":

@@ -75,7 +75,7 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     assert (bucket / "owner.json").exists()
 
     out = good(commands, store, "train", *train_arguments(bucket, text, **FIELDS))
-    assert "going on from step" in out and f"taken over from process {running.process}" in out
+    assert "resuming at step" in out and f"taken over from process {running.process}" in out
     assert metrics(bucket) == metrics(disk)
     names = {path.name for path in bucket.iterdir()}
     assert names == {path.name for path in disk.iterdir()}
@@ -162,4 +162,4 @@ def test_two_processes_share_a_bucket(commands, store, text):
     assert any("process_1" in str(path) for path in files.list_files(bucket / "checkpoints" / "4"))
     arguments = train_arguments(bucket, text, steps=6, **fields)
     out = good(commands, store, "train", *arguments, "--extend=true")
-    assert "going on from step 4" in out and metrics(bucket)[-1]["step"] == 6
+    assert "resuming at step 4" in out and metrics(bucket)[-1]["step"] == 6

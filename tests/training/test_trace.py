@@ -17,8 +17,7 @@ from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.sampling import ContrastivePositions, DistillationPositions
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.state import create_train_state
-from seqpe_jax.training.step import make_train_step
+from seqpe_jax.training.step import create_train_state, make_train_step
 
 pytestmark = pytest.mark.slow
 

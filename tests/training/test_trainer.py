@@ -140,7 +140,7 @@ def test_seeds_that_share_their_last_32_bits_have_keys_of_their_own():
     def key_from_seed(seed):
         model_spec = types.SimpleNamespace(init=lambda key: {"drawn": jax.random.bits(key)})
         optimizer = types.SimpleNamespace(init=lambda params: ())
-        state = trainer._initial(model_spec, optimizer, seed)()
+        state = trainer._make_init_fn(model_spec, optimizer, seed)()
         return (*state.key.tolist(), int(state.params["drawn"]))
 
     small = (0, 7, 2**31, 2**32 - 1)

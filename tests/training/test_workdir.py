@@ -15,7 +15,8 @@ from seqpe_jax import files
 from seqpe_jax.distributed.progress import MetricsWriter
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.tasks.language_modeling import LanguageModeling
-from seqpe_jax.training import trainer, workdir
+from seqpe_jax.training import loop, workdir
+from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.workdir import (
     OWNER_FILE,
@@ -77,9 +78,8 @@ def test_a_run_that_resumes_keeps_the_checkpoint_that_it_began_with(tmp_path, mo
         InputError, match="began with init_from=runs/a: init_from=runs/b is read only when a run begins"
     ):
         check_same_run(tiny_config(init_from="runs/b"), tmp_path, 2)
-    monkeypatch.setattr(trainer, "saved_step", lambda _: 2)
     monkeypatch.setattr(Trainer, "of", lambda settings, **_: settings)
-    assert Trainer.for_workdir(tiny_config(), tmp_path).init_from == "runs/a"
+    assert loop.make_trainer(tiny_config(), tmp_path, 2).init_from == "runs/a"
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     check_space(tmp_path, 2**40, 3)  # a file system that does not tell
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
     with pytest.raises(InputError, match="has 0.0 MiB of free space, and 3 checkpoint"):
-        Trainer.for_workdir(tiny_config(steps=9), tmp_path / "run").fit(tmp_path / "run")
+        train_and_evaluate(tiny_config(steps=9), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -129,7 +129,7 @@ def test_a_folder_of_another_kind_is_not_trained_in(tmp_path, values, words):
     text = json.dumps(values)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=words):
-        Trainer.for_workdir(tiny_config(), tmp_path)
+        train_and_evaluate(tiny_config(), tmp_path)
     assert (tmp_path / "config.json").read_text() == text
 
 
@@ -287,7 +287,7 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
             train(settings, run)
     assert not run.exists() and sorted(path.name for path in (moved / "checkpoints").iterdir()) == ["2"]
     train(settings, moved)
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming at step 2" in capsys.readouterr().out
     seqpe_jax.load(moved).evaluate()
     assert "is not what it was" not in capsys.readouterr().err
 
@@ -313,7 +313,7 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
     (moved / "digests.json").write_text(json.dumps(listed))
     (moved / "data.json").unlink()
     train(settings, moved)
-    assert "an older version kept no fingerprints of the data: from now on it resumes with" in capsys.readouterr().out
+    assert "an older version stored no fingerprints of the data" in capsys.readouterr().out
     assert json.loads((moved / "data.json").read_text())["train"]["fingerprint"] == fingerprint(settings, "train")
 
 
