@@ -8,4 +8,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/compiled}"
-exec .venv/bin/python -m tests.chaos --results=docs/results/chaos.json "$@"
+exec .venv/bin/python -m tests.kill_and_resume --results=docs/results/chaos.json "$@"

@@ -15,7 +15,7 @@ from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, parse_json
 from seqpe_jax.inference.exported import SECTION, read_params
-from seqpe_jax.interop import folders, reference
+from seqpe_jax.interop import torch_model, torch_reference
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params
 from seqpe_jax.tasks.data_spec import read_data_spec
@@ -44,14 +44,16 @@ def load(path: str | os.PathLike, which: str = "latest") -> Model:
     """
     if not as_path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
-    model = open_model(str(path), which) if is_run_or_export(path) else _model_of_source(folders.read(str(path)))
+    model = (
+        open_model(str(path), which) if is_run_or_export(path) else _model_of_source(torch_reference.read(str(path)))
+    )
     _ = model.params
     return model
 
 
-def _model_of_source(source: folders.Source) -> Model:
+def _model_of_source(source: torch_reference.ForeignCheckpoint) -> Model:
     """The model of a checkpoint of others, with the tokenizer that lies beside it."""
-    model = reference.from_source(source)
+    model = torch_model.from_checkpoint(source)
     if not source.tokenizer:
         return model
     data = dataclasses.replace(model.config.data, tokenizer=str(source.tokenizer[0].parent))

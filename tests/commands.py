@@ -189,7 +189,7 @@ def serve(before: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before:
-        importlib.import_module(before).close()
+        importlib.import_module(before).install()
     gc.collect()
     gc.freeze()  # else each fork looks through all of it, and so copies it, when it ends
 

@@ -46,7 +46,7 @@ RUN = ("run/config.json", "run/sizes.json", "run/checkpoints/2/digests.json")
 SHOWN = ("run/metrics.jsonl", "run/evaluation.json")
 PICTURES = ("pictures/config.json", "pictures/sizes.json", "pictures/classes.json")
 THEIRS = ("theirs/config.json", "theirs/model.safetensors", "words.json")
-# Each as it works, in a folder that `furnish` has made, and what it reads there.
+# Each as it works, in a folder that `write_inputs` has made, and what it reads there.
 SWEPT, OUT = ("sweep.py", "page.py"), "--output=new/out"
 COMMANDS = {
     ("train", "--config=page.py", "--workdir=new/run", "--config.seed=3", "--config.optimizer.clip=1.0"): ("page.py",),
@@ -217,7 +217,7 @@ CONTENTS = (
 )
 
 
-def furnish(folder: pathlib.Path) -> None:
+def write_inputs(folder: pathlib.Path) -> None:
     """Fills a folder with all that the commands read: texts, config pages, runs, a checkpoint of others, and traps."""
     folder.mkdir(parents=True)
     before = pathlib.Path.cwd()

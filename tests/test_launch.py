@@ -327,7 +327,14 @@ def test_tpu_pod_ends_when_the_run_itself_fails(tpu_pod, tmp_path):
 def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path, option, name):
     results = tmp_path / "chaos.json"
     counts = [f"--{one}={3 if one == option else 0}" for one in ("kills", "pair", "bucket")]
-    command = [sys.executable, "-m", "tests.chaos", *counts, f"--folder={tmp_path / 'chaos'}", f"--results={results}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kill_and_resume",
+        *counts,
+        f"--folder={tmp_path / 'chaos'}",
+        f"--results={results}",
+    ]
     found = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     told = json.loads(results.read_text())[name]

@@ -30,11 +30,13 @@ def main() -> None:
     """The command."""
     import jax
 
-    from seqpe_jax.profiling.aot import compile_step, devices_of
+    from seqpe_jax.profiling.aot import compile_step, topology_devices
     from seqpe_jax.training.trainer import Trainer
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
-    trainer = Trainer.of(common.given_config(_CONFIG.value), devices_of(_TOPOLOGY.value), data_available=False)
+    trainer = Trainer.of(
+        common.config_from_flags(_CONFIG.value), topology_devices(_TOPOLOGY.value), data_available=False
+    )
     print(
         f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True
     )

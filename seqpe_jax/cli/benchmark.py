@@ -44,7 +44,7 @@ def main() -> None:
     if _COMPARE.value:
         settings = _compared(_COMPARE.value)
     else:
-        one = common.given_config(_CONFIG.value)
+        one = common.config_from_flags(_CONFIG.value)
         settings = {one.encoding.name: one}
     if _MODE.value == "encode":
         [name, one] = next(iter(settings.items()))

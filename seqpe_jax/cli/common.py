@@ -21,9 +21,9 @@ from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import check_not_own, check_readable, check_writable, expand_path
 from seqpe_jax.trees import flat
 
-flags.disclaim_key_flags()  # the flags of `define_hosts` are those of the command that calls it
+flags.disclaim_key_flags()  # the flags of `define_process_flags` are those of the command that calls it
 _COMMAND = ["__main__"]  # name of the module whose flags are those of the command; `run` sets it
-HOSTS = ("coordinator", "num-processes", "process-id", "start-timeout")
+PROCESS_FLAGS = ("coordinator", "num-processes", "process-id", "start-timeout")
 
 
 class _Path(flags.ArgumentParser):
@@ -60,13 +60,13 @@ def define_path(
     return flags.DEFINE(_Path(name, writes, local, allowed), name, None, help)
 
 
-def define_which() -> flags.FlagHolder:
+def define_checkpoint_choice() -> flags.FlagHolder:
     """Gives a command the option that says which checkpoint of a run it reads."""
     told = "checkpoint of a run: its newest, or the best by the metric that its config names as checkpoint.best"
     return flags.DEFINE_enum("which", "latest", ["latest", "best"], told)
 
 
-def given_config(page: ml_collections.ConfigDict) -> Config:
+def config_from_flags(page: ml_collections.ConfigDict) -> Config:
     """Returns the validated config of --config and of the options --config.FIELD=VALUE.
 
     Args:
@@ -75,12 +75,12 @@ def given_config(page: ml_collections.ConfigDict) -> Config:
     Raises:
       InputError: as `config.parse`; an option that the config does not read.
     """
-    settings = config.parse(page, overridden())
-    config.check_overrides_used(settings, overridden())
+    settings = config.parse(page, config_overrides())
+    config.check_overrides_used(settings, config_overrides())
     return settings
 
 
-def define_hosts() -> None:
+def define_process_flags() -> None:
     """Gives a command the options of a run of several processes."""
     told = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes tells it"
     flags.DEFINE_string(
@@ -93,7 +93,7 @@ def define_hosts() -> None:
     )
 
 
-def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | None:
+def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config | None:
     """Starts the run's processes together (`processes.initialize`), and returns the config.
 
     Args:
@@ -102,12 +102,14 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     """
     from seqpe_jax.distributed import processes
 
-    values = {name: flags.FLAGS[name].value for name in HOSTS}
+    values = {name: flags.FLAGS[name].value for name in PROCESS_FLAGS}
     if math.isnan(values["start-timeout"]):  # which no bound of a flag keeps out
         raise InputError("--start-timeout must be a number of seconds, got nan")
     own = flags.FLAGS.get_key_flags_for_module(_COMMAND[0])
     facts = {
-        f"--{flag.name}": flag.value for flag in own if flag.name not in HOSTS and not flag.name.startswith("config")
+        f"--{flag.name}": flag.value
+        for flag in own
+        if flag.name not in PROCESS_FLAGS and not flag.name.startswith("config")
     }
     settings = refused = None
     try:
@@ -127,7 +129,7 @@ def join_hosts(read: Callable[[], Config | None] = lambda: None) -> Config | Non
     return settings
 
 
-def overridden() -> dict[str, object]:
+def config_overrides() -> dict[str, object]:
     """Returns the fields of the config that the command line sets, by their dotted names."""
     return config_flags.get_override_values(flags.FLAGS["config"])
 

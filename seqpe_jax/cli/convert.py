@@ -20,16 +20,16 @@ _TOKENIZER = common.define_path("tokenizer", "tokenizer.json for a text model th
 def main() -> None:
     """The command."""
     from seqpe_jax.distributed import processes
-    from seqpe_jax.interop import conversion
+    from seqpe_jax.interop import convert
 
     processes.keep_compiled_programs()
     back = _TO.value == "reference"
     if back and _TOKENIZER.value:
         raise InputError("--tokenizer is for --to=run: a run of ours brings its own")
     if back:
-        report = conversion.to_reference(_SOURCE.value, _OUTPUT.value)
+        report = convert.convert_to_reference(_SOURCE.value, _OUTPUT.value)
     else:
-        report = conversion.to_run(_SOURCE.value, _OUTPUT.value, _TOKENIZER.value or "")
+        report = convert.convert_to_run(_SOURCE.value, _OUTPUT.value, _TOKENIZER.value or "")
     for ours, theirs in report["mapped"].items():
         left, right = (ours, ", ".join(theirs)) if back else (", ".join(theirs), ours)
         print(f"  {left} -> {right}")

@@ -14,7 +14,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import EVALUATION_FILE, as_path
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or an export")
-_WHICH = common.define_which()
+_WHICH = common.define_checkpoint_choice()
 _LENGTHS = flags.DEFINE_list("lengths", [], "window lengths, e.g. 512,1024 (default: eval.lengths of the run's config)")
 _CONTEXTS = flags.DEFINE_list(
     "contexts", [], "score the same tokens with so many tokens of context, e.g. 64,1024 (default: eval.contexts)"
@@ -43,7 +43,7 @@ _BIT_DEPTH = flags.DEFINE_integer(
 _OUTPUT = common.define_path(
     "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION_FILE,)
 )
-common.define_hosts()
+common.define_process_flags()
 
 
 NUMBER = "[1-9][0-9]{0,17}"
@@ -63,7 +63,7 @@ def main() -> None:
     from seqpe_jax.distributed import processes
     from seqpe_jax.tasks.evaluate import check_data_kind, evaluate, requested_limits, write
 
-    common.join_hosts()
+    common.start_processes()
     lengths = parse_sizes(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
     contexts = tuple(c for (c,) in parse_sizes(_CONTEXTS.value, "--contexts", f"0*{NUMBER}", "positive whole numbers"))
     wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"

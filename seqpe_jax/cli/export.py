@@ -16,7 +16,7 @@ from seqpe_jax.cli import common
 from seqpe_jax.files import as_path, require_empty
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run")
-_WHICH = common.define_which()
+_WHICH = common.define_checkpoint_choice()
 _OUTPUT = common.define_path("output", "new or empty folder to write", writes="folder")
 _MAX_LENGTH = flags.DEFINE_integer(
     "max-length", None, "text: longest window in tokens (default: the longest that the run's config names)", 1, 2**24

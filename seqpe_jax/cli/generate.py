@@ -96,7 +96,7 @@ def run(
 
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run on text")
-_WHICH = common.define_which()
+_WHICH = common.define_checkpoint_choice()
 _PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
 _FILE = common.define_path("prompts-file", "UTF-8 file with a prompt on each line, instead of --prompt")
 _NEW_TOKENS = flags.DEFINE_integer("max-new-tokens", 64, "tokens at most after each prompt", upper_bound=2**24)
@@ -111,7 +111,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest 
 _TOP_P = flags.DEFINE_float("top-p", 1.0, "draw from the likeliest tokens that together reach this probability")
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws, where the temperature is above 0")
 _OUTPUT = common.define_path("output", "file to write, one JSON object per prompt and line", writes="file")
-common.define_hosts()
+common.define_process_flags()
 
 
 PROMPT_BYTES = 64 << 20
@@ -143,7 +143,7 @@ def main() -> None:
     """The command."""
     from seqpe_jax.distributed import processes
 
-    common.join_hosts()
+    common.start_processes()
     if (_PROMPT.value is None) == (_FILE.value is None):
         raise InputError("give either --prompt=TEXT or --prompts-file=FILE")
     output = as_path(_OUTPUT.value) if _OUTPUT.value else None

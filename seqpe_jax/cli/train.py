@@ -23,7 +23,7 @@ _INIT_FROM = common.define_path("init-from", "begin with the parameters of that 
 _EXTEND = flags.DEFINE_bool(
     "extend", False, "go on to more steps although the learning rate that the run had so far depends on their number"
 )
-common.define_hosts()
+common.define_process_flags()
 
 
 def main() -> None:
@@ -31,14 +31,14 @@ def main() -> None:
     from seqpe_jax.distributed import processes
     from seqpe_jax.training.loop import train_and_evaluate
 
-    settings, workdir = common.join_hosts(_settings), _WORKDIR.value
+    settings, workdir = common.start_processes(_settings), _WORKDIR.value
     processes.exit_on_signal()
     processes.keep_compiled_programs()
     train_and_evaluate(settings, workdir, extend=_EXTEND.value)
 
 
 def _settings() -> Config:
-    settings = common.given_config(_CONFIG.value)
+    settings = common.config_from_flags(_CONFIG.value)
     return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 _PLACES = {
     "load_reference": ("seqpe_jax.loading", "load"),
-    "from_state_dicts": ("seqpe_jax.interop.reference", "from_state_dicts"),
+    "from_state_dicts": ("seqpe_jax.interop.torch_model", "from_state_dicts"),
 }
 __all__ = list(_PLACES)
 

@@ -23,7 +23,7 @@ def read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], list[path
     """
     for name, read in (
         (MODEL, read_safetensors),
-        (PICKLED, lambda file: checked_arrays(pickles.read(file), file)),
+        (PICKLED, lambda file: check_state_dict(pickles.read(file), file)),
     ):
         file, index = folder / name, folder / f"{name}.index.json"
         if file.is_file():
@@ -35,7 +35,7 @@ def read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], list[path
 
 def _shards(index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, np.ndarray]]) -> tuple[dict[str, Any], list]:
     """Returns (arrays by name, files) of the shards that an index names."""
-    places = read_settings(index).get("weight_map")
+    places = read_mapping(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise InputError(f"{index} must hold a weight_map, tensor -> file: get it again from where the checkpoint came")
     names = sorted(set(places.values()))
@@ -58,7 +58,7 @@ def _shards(index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, np.nda
     return found, [index, *(index.parent / name for name in names)]
 
 
-def read_settings(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]:
+def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]:
     """Returns the mapping of a JSON or YAML file; {} where it may be missing and is."""
     if missing and not file.is_file():
         return {}
@@ -84,7 +84,7 @@ def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
         raise InputError(f"{file} is damaged or cut short: {error}") from error
 
 
-def checked_arrays(found: Any, file: pathlib.Path) -> dict[str, np.ndarray]:
+def check_state_dict(found: Any, file: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns what a pickle held, arrays by name. Raises: InputError: it held something else."""
     if not isinstance(found, dict) or not all(isinstance(leaf, np.ndarray) for leaf in found.values()):
         raise InputError(f"{file} is no state dict: expected tensors by name")

@@ -15,7 +15,7 @@ from seqpe_jax.errors import InputError
 
 State = Mapping[str, np.ndarray]
 Tree = dict[str, Any]
-Turn = Callable[[np.ndarray], np.ndarray]
+ArrayMap = Callable[[np.ndarray], np.ndarray]
 
 ENCODER = "pe_model."
 
@@ -31,8 +31,8 @@ class Rule(NamedTuple):
 
     ours: str
     theirs: tuple[str, ...]
-    read: Turn = np.asarray
-    write: Turn = np.asarray
+    to_ours: ArrayMap = np.asarray
+    to_theirs: ArrayMap = np.asarray
 
 
 def rules(config: Config) -> list[Rule]:
@@ -45,15 +45,15 @@ def rules(config: Config) -> list[Rule]:
         else gpt2_rules(model.layers, model.heads, model.tied)
     )
     if model.scan:
-        found = scanned(found)
+        found = stack_layers(found)
     if encoding.kind == "seqpe":
         found += encoder_rules(encoding.layers, len(config.grid), encoding.cls, encoding.final_norm)
         found += qk_rules(encoding.qk, model.layers, images)
         if images:
-            found.append(PREFIX)
+            found.append(CLASS_TOKEN_RULE)
     if encoding.kind == "learned":
         found.append(
-            Rule("encoding/table", ("pos_embed",), _first, _lead)
+            Rule("encoding/table", ("pos_embed",), _drop_first_axis, _add_first_axis)
             if images
             else Rule("encoding/table", ("transformer.wpe.weight",))
         )
@@ -68,16 +68,18 @@ def encoder_rules(layers: int, axes: int, cls: bool, final_norm: bool) -> list[R
     found = [
         Rule(f"{ours}/digit_embedding", (f"{ENCODER}token_of_seqpe_embed.weight",)),
         Rule(f"{ours}/place_embedding", (f"{ENCODER}pos_of_seqpe_embed.weight",)),
-        *_linear(f"{ours}/projection", f"{ENCODER}out_proj"),
+        *_linear_rules(f"{ours}/projection", f"{ENCODER}out_proj"),
     ]
     if cls:
-        found.append(Rule(f"{ours}/cls", (f"{ENCODER}cls_token_embed",), _first, _lead))
+        found.append(Rule(f"{ours}/cls", (f"{ENCODER}cls_token_embed",), _drop_first_axis, _add_first_axis))
     if axes > 1:
-        found.append(Rule(f"{ours}/axis_embedding", (f"{ENCODER}dim_token_embed",), _middle, _spread))
+        found.append(
+            Rule(f"{ours}/axis_embedding", (f"{ENCODER}dim_token_embed",), _drop_second_axis, _add_second_axis)
+        )
     if final_norm:
-        found += _norm(f"{ours}/final_norm", f"{ENCODER}layernorm")
+        found += _norm_rules(f"{ours}/final_norm", f"{ENCODER}layernorm")
     for layer in range(layers):
-        found += _block(f"{ours}/block_{layer}", f"{ENCODER}transformers.{layer}", "layernorm_1", "layernorm_2")
+        found += _block_rules(f"{ours}/block_{layer}", f"{ENCODER}transformers.{layer}", "layernorm_1", "layernorm_2")
     return found
 
 
@@ -85,35 +87,35 @@ def gpt2_rules(layers: int, heads: int, tied: bool = True) -> list[Rule]:
     """Returns the rules of GPT-2 without positions."""
     found = [Rule("model/token_embedding/embedding", ("transformer.wte.weight",))]
     found += [] if tied else [Rule("model/output_embedding/embedding", ("lm_head.weight",))]
-    found += _norm("model/final_norm", "transformer.ln_f")
+    found += _norm_rules("model/final_norm", "transformer.ln_f")
     for layer in range(layers):
-        found += _heads(_block(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2"), heads)
+        found += _split_heads(_block_rules(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2"), heads)
     return found
 
 
 def vit_rules(layers: int, heads: int, patch: tuple[int, ...]) -> list[Rule]:
     """Returns the rules of ViT without positions; its patches are images [C, p, p], ours [p, p, C]."""
 
-    def read(kernel: np.ndarray) -> np.ndarray:
+    def to_ours(kernel: np.ndarray) -> np.ndarray:
         return np.moveaxis(kernel, 1, -1).reshape(len(kernel), -1).T
 
-    def write(kernel: np.ndarray) -> np.ndarray:
+    def to_theirs(kernel: np.ndarray) -> np.ndarray:
         return np.moveaxis(kernel.T.reshape(kernel.shape[1], *patch, -1), -1, 1)
 
     found = [
-        Rule("model/class_token", ("cls_token",), _first, _lead),
-        Rule("model/projection/kernel", ("patch_embed.proj.weight",), read, write),
+        Rule("model/class_token", ("cls_token",), _drop_first_axis, _add_first_axis),
+        Rule("model/projection/kernel", ("patch_embed.proj.weight",), to_ours, to_theirs),
         Rule("model/projection/bias", ("patch_embed.proj.bias",)),
-        *_norm("model/final_norm", "norm"),
-        *_linear("model/head", "head"),
+        *_norm_rules("model/final_norm", "norm"),
+        *_linear_rules("model/head", "head"),
     ]
     names = {"norm_1": "norm1", "norm_2": "norm2"}
     layers_of = {"qkv": "attn.qkv", "out": "attn.proj", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
     for layer in range(layers):
         ours, theirs = f"model/blocks_{layer}", f"blocks.{layer}"
-        found += [rule for name in names for rule in _norm(f"{ours}/{name}", f"{theirs}.{names[name]}")]
-        maps = [rule for name in layers_of for rule in _linear(f"{ours}/{name}", f"{theirs}.{layers_of[name]}")]
-        found += _heads(maps, heads)
+        found += [rule for name in names for rule in _norm_rules(f"{ours}/{name}", f"{theirs}.{names[name]}")]
+        maps = [rule for name in layers_of for rule in _linear_rules(f"{ours}/{name}", f"{theirs}.{layers_of[name]}")]
+        found += _split_heads(maps, heads)
     return found
 
 
@@ -121,24 +123,24 @@ def qk_rules(qk: str, layers: int, images: bool) -> list[Rule]:
     """Returns the rules of the qk map: one, one per layer, or none."""
     single, blocks = ("pe_qk", "blocks") if images else ("transformer.pe_qk", "transformer.h")
     if qk == "single":
-        return _linear("encoding/qk_map", single)
+        return _linear_rules("encoding/qk_map", single)
     if qk == "multi":
-        return _linear("encoding/qk_map", *(f"{blocks}.{layer}.attn.pe_qk" for layer in range(layers)))
+        return _linear_rules("encoding/qk_map", *(f"{blocks}.{layer}.attn.pe_qk" for layer in range(layers)))
     return []
 
 
 def mixed_rule(heads: int) -> Rule:
     """Returns the rule of mixed rotary: there column before row, and heads and pairs in one axis."""
 
-    def read(frequencies: np.ndarray) -> np.ndarray:
+    def to_ours(frequencies: np.ndarray) -> np.ndarray:
         axes, layers, width = frequencies.shape
         return np.swapaxes(frequencies[::-1].reshape(axes, layers, heads, width // heads), 0, 1)
 
-    def write(frequencies: np.ndarray) -> np.ndarray:
+    def to_theirs(frequencies: np.ndarray) -> np.ndarray:
         layers, axes, *_ = frequencies.shape
         return np.swapaxes(frequencies, 0, 1).reshape(axes, layers, -1)[::-1]
 
-    return Rule("encoding/frequencies", (f"{ENCODER}freqs",), read, write)
+    return Rule("encoding/frequencies", (f"{ENCODER}freqs",), to_ours, to_theirs)
 
 
 def to_params(found: Iterable[Rule], state: State) -> Tree:
@@ -161,7 +163,7 @@ def to_params(found: Iterable[Rule], state: State) -> Tree:
     params: Tree = {"encoding": {}, "model": {}}
     for rule in found:
         *path, last = rule.ours.split("/")
-        parts = [rule.read(np.asarray(state[name])) for name in rule.theirs]
+        parts = [rule.to_ours(np.asarray(state[name])) for name in rule.theirs]
         tree = params
         for key in path:
             tree = tree.setdefault(key, {})
@@ -178,11 +180,11 @@ def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
             leaf = leaf[key]
         leaf = np.asarray(leaf)
         for part, name in zip(leaf if _stacked(rule) else [leaf], rule.theirs, strict=True):
-            state[name] = np.ascontiguousarray(rule.write(part))
+            state[name] = np.ascontiguousarray(rule.to_theirs(part))
     return state
 
 
-def scanned(found: list[Rule]) -> list[Rule]:
+def stack_layers(found: list[Rule]) -> list[Rule]:
     """Returns the rules of a model whose blocks are one stack (`models.blocks.ScannedBlocks`)."""
     stacks: dict[str, list[Rule]] = {}
     for rule in found:
@@ -197,22 +199,26 @@ def _stacked(rule: Rule) -> bool:
     return "/blocks/layers/" in rule.ours or rule.theirs[0].endswith((".attn.pe_qk.weight", ".attn.pe_qk.bias"))
 
 
-def _heads(found: list[Rule], heads: int) -> list[Rule]:
+def _split_heads(found: list[Rule], heads: int) -> list[Rule]:
     """The rules of a block of ours, where attention's maps have dimensions of their own for heads."""
 
     def qkv(rule: Rule) -> Rule:
-        def read(array: np.ndarray) -> np.ndarray:
-            array = rule.read(array)
+        def to_ours(array: np.ndarray) -> np.ndarray:
+            array = rule.to_ours(array)
             return array.reshape(*array.shape[:-1], 3, heads, -1)
 
-        return rule._replace(read=read, write=lambda array: rule.write(array.reshape(*array.shape[:-3], -1)))
+        return rule._replace(
+            to_ours=to_ours, to_theirs=lambda array: rule.to_theirs(array.reshape(*array.shape[:-3], -1))
+        )
 
     def out(rule: Rule) -> Rule:
-        def read(array: np.ndarray) -> np.ndarray:
-            array = rule.read(array)
+        def to_ours(array: np.ndarray) -> np.ndarray:
+            array = rule.to_ours(array)
             return array.reshape(heads, -1, array.shape[-1])
 
-        return rule._replace(read=read, write=lambda array: rule.write(array.reshape(-1, array.shape[-1])))
+        return rule._replace(
+            to_ours=to_ours, to_theirs=lambda array: rule.to_theirs(array.reshape(-1, array.shape[-1]))
+        )
 
     made = []
     for rule in found:
@@ -221,39 +227,39 @@ def _heads(found: list[Rule], heads: int) -> list[Rule]:
     return made
 
 
-def _first(array: np.ndarray) -> np.ndarray:
+def _drop_first_axis(array: np.ndarray) -> np.ndarray:
     return array[0]
 
 
-def _lead(array: np.ndarray) -> np.ndarray:
+def _add_first_axis(array: np.ndarray) -> np.ndarray:
     return array[None]
 
 
-def _middle(array: np.ndarray) -> np.ndarray:
+def _drop_second_axis(array: np.ndarray) -> np.ndarray:
     return array[:, 0]
 
 
-def _spread(array: np.ndarray) -> np.ndarray:
+def _add_second_axis(array: np.ndarray) -> np.ndarray:
     return array[:, None]
 
 
-def _block(ours: str, theirs: str, norm_1: str, norm_2: str) -> list[Rule]:
+def _block_rules(ours: str, theirs: str, norm_1: str, norm_2: str) -> list[Rule]:
     layers = {"qkv": "attn.c_attn", "out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
-    found = _norm(f"{ours}/norm_1", f"{theirs}.{norm_1}") + _norm(f"{ours}/norm_2", f"{theirs}.{norm_2}")
+    found = _norm_rules(f"{ours}/norm_1", f"{theirs}.{norm_1}") + _norm_rules(f"{ours}/norm_2", f"{theirs}.{norm_2}")
     for name, layer in layers.items():
         found.append(Rule(f"{ours}/{name}/kernel", (f"{theirs}.{layer}.weight",)))
         found.append(Rule(f"{ours}/{name}/bias", (f"{theirs}.{layer}.bias",)))
     return found
 
 
-def _norm(ours: str, theirs: str) -> list[Rule]:
+def _norm_rules(ours: str, theirs: str) -> list[Rule]:
     return [Rule(f"{ours}/scale", (f"{theirs}.weight",)), Rule(f"{ours}/bias", (f"{theirs}.bias",))]
 
 
-def _linear(ours: str, *theirs: str) -> list[Rule]:
+def _linear_rules(ours: str, *theirs: str) -> list[Rule]:
     weights, biases = tuple(f"{name}.weight" for name in theirs), tuple(f"{name}.bias" for name in theirs)
     return [Rule(f"{ours}/kernel", weights, np.transpose, np.transpose), Rule(f"{ours}/bias", biases)]
 
 
 # The class token's position vector.
-PREFIX = Rule("encoding/prefix_vectors", ("cls_token_pos_embed",), _first, _lead)
+CLASS_TOKEN_RULE = Rule("encoding/prefix_vectors", ("cls_token_pos_embed",), _drop_first_axis, _add_first_axis)

@@ -15,7 +15,7 @@ from seqpe_jax import config as configs
 from seqpe_jax.data.tokenizers import FILE, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_dir, require_empty
-from seqpe_jax.interop import folders, settings, weights
+from seqpe_jax.interop import torch_config, torch_reference, weights
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params
 from seqpe_jax.tasks.data_spec import write_data_spec
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
@@ -81,18 +81,18 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
         config,
         model=dataclasses.replace(config.model, vocabulary=model.data_spec.vocabulary, classes=model.data_spec.classes),
     )
-    spec = settings.spec_of(config, getattr(model.model_spec.encoding, "vector_width", 0))
+    spec = torch_config.spec_from_config(config, getattr(model.model_spec.encoding, "vector_width", 0))
     rules = weights.rules(config)
     state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
-    if channels_of(state) != 3:
+    if num_channels(state) != 3:
         raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
     if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
         state[f"{weights.ENCODER}weight"] = fixed_table(config, model.model_spec, rows)
     kept = as_path(model.folder) / FILE if model.folder else None
     with atomic_dir(output) as folder:
-        files = (folders.write_images if config.is_image else folders.write_text)(
-            folder, spec, settings.training_of(config), state
+        files = (torch_reference.write_images if config.is_image else torch_reference.write_text)(
+            folder, spec, torch_config.training_settings(config), state
         )
         if kept is not None and kept.is_file():
             load_tokenizer(kept).save(folder)
@@ -107,7 +107,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def channels_of(state: weights.State) -> int:
+def num_channels(state: weights.State) -> int:
     """Returns the channels of the images that a state reads; 3 where it reads none."""
     kernel = state.get("patch_embed.proj.weight")
     return 3 if kernel is None else np.shape(kernel)[1]

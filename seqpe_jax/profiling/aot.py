@@ -15,24 +15,24 @@ from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.hardware import find_chip
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.profiling.collectives import collectives
-from seqpe_jax.profiling.hlo import Hlo
+from seqpe_jax.profiling.hlo import HloModule
 from seqpe_jax.profiling.roofline import roofline
 from seqpe_jax.training.trainer import Trainer
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+SIZES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SIZES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 # Generation -> (most chips of a slice, usual slices, libtpu's name of the setting in which a chip's two cores are one
 # device; "" = its default). Source: cloud.google.com/tpu/docs, the page of each generation.
 GENERATIONS = {
     "v2": (256, ("2x2", "4x4", "8x8", "16x16"), ""),
     "v3": (1024, ("2x2", "4x4", "8x8", "16x16", "32x32"), ""),
-    "v4": (4096, DEEP, "megacore"),
-    "v5e": (256, FLAT, ""),
-    "v5p": (6144, DEEP, ""),
-    "v6e": (256, FLAT, ""),
-    "tpu7x": (9216, DEEP, ""),
+    "v4": (4096, SIZES_3D, "megacore"),
+    "v5e": (256, SIZES_2D, ""),
+    "v5p": (6144, SIZES_3D, ""),
+    "v6e": (256, SIZES_2D, ""),
+    "tpu7x": (9216, SIZES_3D, ""),
 }
-MOST_CHIPS = 2**16  # of all slices together, far beyond any that train together
+MAX_CHIPS = 2**16  # of all slices together, far beyond any that train together
 # What libtpu would otherwise ask a TPU VM for, and a lock that lets one process compile at a time.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -50,7 +50,7 @@ def libtpu() -> str:
     return next((name for name in found if name.startswith("libtpu")), "libtpu")
 
 
-def devices_of(topology: str) -> list[jax.Device]:
+def topology_devices(topology: str) -> list[jax.Device]:
     """Returns the devices of a TPU slice such as "v5e:4x4", or of two as "2xv5e:4x4"; programs can be compiled for them.
 
     Raises:
@@ -68,14 +68,14 @@ def devices_of(topology: str) -> list[jax.Device]:
     most, usual, chip_config = GENERATIONS[generation]
     known = [f"{generation}:{size}" for size in usual]
     wrong = f"there is no TPU slice '{topology}'"
-    form = "AxBxC" if usual is DEEP else "AxB"
+    form = "AxBxC" if usual is SIZES_3D else "AxB"
     if not re.fullmatch(form.translate(dict.fromkeys(map(ord, "ABC"), r"[1-9]\d*")), sides):
         raise InputError(f"{wrong}: write {generation}:{form}.{suggest(given, known)}")
     if (chips := math.prod(map(int, sides.split("x")))) > most:
         raise InputError(f"{wrong}: that is {chips} chips, and slices of {generation} have at most {most}")
-    if int(count) * chips > MOST_CHIPS:
+    if int(count) * chips > MAX_CHIPS:
         raise InputError(
-            f"--topology={topology} has {int(count) * chips} chips: give at most {MOST_CHIPS} in all slices"
+            f"--topology={topology} has {int(count) * chips} chips: give at most {MAX_CHIPS} in all slices"
         )
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise InputError(
@@ -115,7 +115,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
     compiled, sent, bound, needed, available = None, None, None, 0, chip.memory
     try:
         compiled = trainer.train_step().lower(trainer.abstract_state, batch).compile()
-        program = Hlo(compiled.as_text())
+        program = HloModule(compiled.as_text())
         sent = collectives(program)
         bound = roofline(
             program,
@@ -134,8 +134,8 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
         "rows": {process: len(rows) for process, rows in layout.rows_by_process(trainer.mesh, batch_size).items()},
         "memory": _memory(trainer, batch, compiled, needed, available),
         "whole": [dimension._asdict() for dimension in trainer.unsharded_dims],
-        "collectives": sent.kinds if sent else None,
-        "open_loops": sent.loops if sent else None,
+        "collectives": sent.by_kind if sent else None,
+        "open_loops": sent.unknown_trip_loops if sent else None,
         "roofline": bound,
         "unit": trainer.task.count_name,
         "flops": trainer.flops_per_step["mfu"],

@@ -23,7 +23,7 @@ from seqpe_jax.inference import decode
 from seqpe_jax.inference.decode import Sampling
 from seqpe_jax.inference.generate import check_generation
 from seqpe_jax.models.build import model_flops
-from seqpe_jax.profiling.hlo import Hlo
+from seqpe_jax.profiling.hlo import HloModule
 from seqpe_jax.profiling.roofline import roofline
 from seqpe_jax.training.trainer import Trainer
 
@@ -32,12 +32,12 @@ DECODED = 32  # tokens of a call in mode decode
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
+class TimedProgram:
     """One thing to time.
 
     Attributes:
       call: does it once and returns arrays to wait for; units: tokens or images of a call.
-      flops: of a call (see `flops_of_call`), 0 where no utilisation is told.
+      flops: of a call (see `flops_per_call`), 0 where no utilisation is told.
       compiled: the program of a call; turns: of its loop, where these are not in its text; mesh: of it.
       encoding: does the encoding's part alone, or None where it has nothing to compute.
     """
@@ -60,7 +60,7 @@ class Timed:
     def bound(self, chip: hardware.Chip) -> dict[str, Any]:
         """Returns the roofline of a call, or of one turn of its loop."""
         return roofline(
-            Hlo(self.compiled.as_text()),
+            HloModule(self.compiled.as_text()),
             self.mesh,
             chip,
             model_flops={name: flops / self.turns for name, flops in self.flops.items()},
@@ -144,7 +144,7 @@ def _ratios(runs: list[dict[str, Any]], seconds: list[list[float]]) -> dict[str,
     return ratios
 
 
-def flops_of_call(trainer: Trainer, mode: str) -> dict[str, float]:
+def flops_per_call(trainer: Trainer, mode: str) -> dict[str, float]:
     """Returns the floating-point operations of a call (see `models.build.model_flops`)."""
     config = trainer.config
     tokens = config.batch_size * (DECODED if mode == "decode" else trainer.model_spec.num_positions)
@@ -157,16 +157,18 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _timed(trainer: Trainer, mode: str) -> Timed:
+def _timed(trainer: Trainer, mode: str) -> TimedProgram:
     config = trainer.config
     if mode == "encode":
         call, rows, compiled = _encode(trainer)
-        return Timed(call, rows, dict.fromkeys(flops_of_call(trainer, "train"), 0.0), compiled, trainer.mesh)
+        return TimedProgram(call, rows, dict.fromkeys(flops_per_call(trainer, "train"), 0.0), compiled, trainer.mesh)
     make = {"train": _train, "eval": _evaluate, "decode": _decode}[mode]
     call, compiled = make(trainer)
     turns = DECODED if mode == "decode" else 1
     units = config.batch_size * (1 if config.is_image else DECODED if mode == "decode" else config.data.length)
-    return Timed(call, units, flops_of_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode))
+    return TimedProgram(
+        call, units, flops_per_call(trainer, mode), compiled, trainer.mesh, turns, _encoding(trainer, mode)
+    )
 
 
 def _batch(trainer: Trainer) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from seqpe_jax.profiling.hlo import Hlo, Instruction, array_bytes
+from seqpe_jax.profiling.hlo import HloModule, Instruction, array_bytes
 
 KINDS = (
     "all-gather",
@@ -36,7 +36,7 @@ class Collective:
     count: int
     bytes: int
 
-    def received(self, devices: int) -> float:
+    def bytes_received(self, devices: int) -> float:
         """Returns the bytes that must enter each device, however the collective is carried out, for so many devices."""
         if self.kind in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)
@@ -49,35 +49,35 @@ class Collectives:
     """What one device does in one run of a program.
 
     Attributes:
-      each: by kind and devices; loops: loops with collectives of which the text does not say how often they turn; these
+      collectives: by kind and devices; unknown_trip_loops: loops with collectives of which the text does not say how often they turn; these
         count for one turn.
     """
 
-    each: tuple[Collective, ...]
-    loops: int
+    collectives: tuple[Collective, ...]
+    unknown_trip_loops: int
 
     @property
-    def kinds(self) -> dict[str, dict[str, int]]:
+    def by_kind(self) -> dict[str, dict[str, int]]:
         """Kind -> {"count", "bytes"}."""
         found: dict[str, dict[str, int]] = {}
         for kind in KINDS:
-            of = [one for one in self.each if one.kind == kind]
+            of = [one for one in self.collectives if one.kind == kind]
             if of:
                 found[kind] = {"count": sum(one.count for one in of), "bytes": sum(one.bytes for one in of)}
         return found
 
 
-def collectives(program: Hlo) -> Collectives:
+def collectives(program: HloModule) -> Collectives:
     """Returns the collectives of a compiled module, those in loops times their turns; of branches all are counted."""
     totals: dict[tuple[str, Groups], list[int]] = {}
     begun: set[tuple[str, str]] = set()
-    for computation, one in program.each():
+    for computation, one in program.instructions():
         sent = _between_slices(one)
         kind = sent or one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
         # A TPU's compiler fuses one that goes on in the background with each of the products that hide it, by its number.
-        part = (program.homes.get(computation, ""), one.attribute("channel_id"))
+        part = (program.enclosing_computations.get(computation, ""), one.attribute("channel_id"))
         if all(part):
             if part in begun:
                 continue
@@ -85,19 +85,19 @@ def collectives(program: Hlo) -> Collectives:
         # A TPU's reduce-scatter is an all-reduce fused with the slice that a device keeps of it.
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        groups = groups_of(one)
+        groups = device_groups(one)
         if groups and max(map(len, groups)) == 1:  # each device with itself
             continue
-        given = sum(array_bytes(operand.kind) for operand in program.operands(computation, one))
-        made = array_bytes(one.kind) - (given if one.opcode == "all-gather-start" else 0)
+        given = sum(array_bytes(operand.shape) for operand in program.operands(computation, one))
+        made = array_bytes(one.shape) - (given if one.opcode == "all-gather-start" else 0)
         given_alone = sent or kind == "collective-permute"  # what they return holds what was given, too
-        times = program.times[computation]
+        count = program.execution_counts[computation]
         total = totals.setdefault((kind, groups), [0, 0])
-        total[0] += times
-        total[1] += times * (given if given_alone else max(given, made))
+        total[0] += count
+        total[1] += count * (given if given_alone else max(given, made))
     each = [Collective(kind, groups, *total) for (kind, groups), total in totals.items()]
     order = sorted((one for one in each if one.count), key=lambda one: (KINDS.index(one.kind), -one.bytes))
-    return Collectives(tuple(order), program.open_loops(KINDS))
+    return Collectives(tuple(order), program.unknown_trip_loops(KINDS))
 
 
 def _between_slices(one: Instruction) -> str:
@@ -106,7 +106,7 @@ def _between_slices(one: Instruction) -> str:
     return found.group(1).lower().replace("_", "-") if found else ""
 
 
-def groups_of(one: Instruction) -> Groups:
+def device_groups(one: Instruction) -> Groups:
     """Returns the devices that take part together in a collective; () = all of them."""
     return _groups(one.rest)
 

@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-BITS = {"pred": 8, "bf16": 16, "token": 0} | {f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)}
+BITS = {"pred": 8, "bf16": 16, "token": 0} | {
+    f"{shape}{bits}": bits for shape in "suf" for bits in (2, 4, 8, 16, 32, 64)
+}
 
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -20,7 +22,7 @@ class Instruction:
     """One line of HLO: NAME = KIND OPCODE(OPERANDS), REST."""
 
     name: str
-    kind: str
+    shape: str
     opcode: str
     operands: tuple[str, ...]
     rest: str
@@ -30,23 +32,23 @@ class Instruction:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found.group(1) if found else ""
 
-    def listed(self, name: str) -> list[int]:
+    def int_list(self, name: str) -> list[int]:
         """Returns the numbers of an attribute such as dimensions={0,2}; [] without it."""
         found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.rest)
         return [int(number) for number in found.group(1).split(",") if number] if found else []
 
-    def word(self, name: str) -> str:
+    def raw_attribute(self, name: str) -> str:
         """Returns all of an attribute up to the comma, such as the labels of a convolution; "" without it."""
         found = re.search(rf"\b{name}=([^,\s]+)", self.rest)
         return found.group(1) if found else ""
 
-    def window(self, name: str, axis: int) -> int:
+    def window_value(self, name: str, axis: int) -> int:
         """Returns a number of a convolution's window={size=2x3 pad=0_0x1_1 ...} along an axis; of pads, the first."""
         found = re.search(rf"\bwindow=\{{[^}}]*\b{name}=([\dx_-]+)", self.rest)
         return int(found.group(1).split("x")[axis].split("_")[0]) if found else 0
 
     @property
-    def called(self) -> list[str]:
+    def called_computations(self) -> list[str]:
         """The computations that it runs."""
         found = CALLED.findall(self.rest)
         for names in BRANCHES.findall(self.rest):
@@ -54,7 +56,7 @@ class Instruction:
         return found
 
 
-def array_bytes(kind: str, *, of: str = "everywhere") -> int:
+def array_bytes(shape: str, *, of: str = "everywhere") -> int:
     """Returns the bytes of an HLO type such as `f32[2,3]{1,0:T(8,128)}`, or of all arrays of a tuple.
 
     Args:
@@ -62,23 +64,23 @@ def array_bytes(kind: str, *, of: str = "everywhere") -> int:
       host.
     """
     total = 0
-    for name, sides, layout in ARRAY.findall(kind):
+    for name, dimensions, layout in ARRAY.findall(shape):
         if of == "hbm" and re.search(r"S\([1-9]\d*\)", layout):
             continue
         bits = BITS.get(name, 0)
-        for side in filter(None, sides.split(",")):
+        for side in filter(None, dimensions.split(",")):
             bits *= int(side)
         total += (bits + 7) // 8
     return total
 
 
-def sides(kind: str) -> list[int]:
+def dimensions(shape: str) -> list[int]:
     """Returns the sides of an array's type, or of the first array of a tuple's."""
-    found = ARRAY.search(kind)
+    found = ARRAY.search(shape)
     return [int(side) for side in found.group(2).split(",") if side] if found else []
 
 
-class Hlo:
+class HloModule:
     """The computations of a module by name; instructions in order.
 
     Attributes:
@@ -102,12 +104,12 @@ class Hlo:
                     self.roots[inside] = made.name
 
     @functools.cached_property
-    def times(self) -> Counter[str]:
+    def execution_counts(self) -> Counter[str]:
         """How often each computation runs in one run of the program; a loop of unknown turns counts for one."""
         return self._times(fused=True)
 
     @functools.cached_property
-    def times_alone(self) -> Counter[str]:
+    def unfused_counts(self) -> Counter[str]:
         """The same of computations that are no part of one instruction, as what is fused or maps an element is."""
         return self._times(fused=False)
 
@@ -116,9 +118,9 @@ class Hlo:
         for name in reversed(self._order):
             for one in self.computations[name].values():
                 if fused or one.opcode in ("while", "conditional", "call", "async-start"):
-                    turns = self.turns(name, one) if one.opcode == "while" else 1
-                    for called in one.called:
-                        found[called] += found[name] * (1 if turns is None else turns)
+                    trip_count = self.trip_count(name, one) if one.opcode == "while" else 1
+                    for called_computations in one.called_computations:
+                        found[called_computations] += found[name] * (1 if trip_count is None else trip_count)
         return found
 
     @functools.cached_property
@@ -130,15 +132,15 @@ class Hlo:
             if name in order or name not in self.computations:
                 return
             for one in self.computations[name].values():
-                for called in one.called:
-                    visit(called)
+                for called_computations in one.called_computations:
+                    visit(called_computations)
             order[name] = None
 
         visit(self.entry)
         return list(order)
 
     @functools.cached_property
-    def homes(self) -> dict[str, str]:
+    def enclosing_computations(self) -> dict[str, str]:
         """Of each computation that is fused into one instruction, the computation in which that instruction stands."""
         found: dict[str, str] = {}
 
@@ -146,28 +148,34 @@ class Hlo:
             if name not in found:
                 found[name] = home
                 for one in self.computations.get(name, {}).values():
-                    for called in one.called:
-                        visit(called, home)
+                    for called_computations in one.called_computations:
+                        visit(called_computations, home)
 
-        for name, one in self.each(self.times_alone):
-            for called in one.called if one.opcode == "fusion" else ():
-                visit(called, name)
+        for name, one in self.instructions(self.unfused_counts):
+            for called_computations in one.called_computations if one.opcode == "fusion" else ():
+                visit(called_computations, name)
         return found
 
-    def open_loops(self, opcodes: tuple[str, ...] = ()) -> int:
+    def unknown_trip_loops(self, opcodes: tuple[str, ...] = ()) -> int:
         """Returns the loops of which the text does not say how often they turn, and that hold one of these instructions."""
 
         @functools.cache
         def holds(name: str) -> bool:
             body = self.computations.get(name, {}).values()
-            return any(one.opcode.removesuffix("-start") in opcodes or any(map(holds, one.called)) for one in body)
+            return any(
+                one.opcode.removesuffix("-start") in opcodes or any(map(holds, one.called_computations)) for one in body
+            )
 
-        loops = [(name, one) for name, one in self.each() if one.opcode == "while" and self.turns(name, one) is None]
-        return sum(not opcodes or any(map(holds, one.called)) for _, one in loops)
+        loops = [
+            (name, one)
+            for name, one in self.instructions()
+            if one.opcode == "while" and self.trip_count(name, one) is None
+        ]
+        return sum(not opcodes or any(map(holds, one.called_computations)) for _, one in loops)
 
-    def each(self, names: Counter[str] | None = None) -> Iterator[tuple[str, Instruction]]:
+    def instructions(self, names: Counter[str] | None = None) -> Iterator[tuple[str, Instruction]]:
         """Yields the instructions that run, with their computation; names: of some computations alone."""
-        for name in self.times if names is None else names:
+        for name in self.execution_counts if names is None else names:
             for one in self.computations.get(name, {}).values():
                 yield name, one
 
@@ -176,67 +184,78 @@ class Hlo:
         body = self.computations[computation]
         return [body[name] for name in one.operands if name in body]
 
-    def turns(self, computation: str, loop: Instruction) -> int | None:
+    def trip_count(self, computation: str, loop: Instruction) -> int | None:
         """How often a loop turns that counts up from one constant to another; None for any other."""
         if found := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', loop.rest):
             return int(found.group(1))
         condition, body = loop.attribute("condition"), loop.attribute("body")
-        test = self.follow(condition, self.roots.get(condition, ""))
+        test = self.defining_instruction(condition, self.roots.get(condition, ""))
         if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
             return None
-        counter, limit = (self.follow(condition, name) for name in test.operands)
+        counter, limit = (self.defining_instruction(condition, name) for name in test.operands)
         if counter is None or counter.opcode != "get-tuple-element":
             return None
         index = int(counter.attribute("index"))
-        step = self.follow(body, self.carried(body, index))
+        step = self.defining_instruction(body, self.loop_output(body, index))
         if step is None or step.opcode != "add" or not all(step.operands):
             return None
-        first, last = self.initial(computation, loop, index), self.value(computation, loop, condition, limit)
-        sides = [self.follow(body, name) for name in step.operands]
-        by = [self.value(computation, loop, body, side) for side in sides if side != self.entering(body, index)]
+        first, last = (
+            self.initial_constant(computation, loop, index),
+            self.constant_in_loop(computation, loop, condition, limit),
+        )
+        dimensions = [self.defining_instruction(body, name) for name in step.operands]
+        by = [
+            self.constant_in_loop(computation, loop, body, side)
+            for side in dimensions
+            if side != self.loop_input(body, index)
+        ]
         if first is None or last is None or by != [1]:
             return None
         return max(0, last - first)
 
-    def follow(self, computation: str, name: str) -> Instruction | None:
+    def defining_instruction(self, computation: str, name: str) -> Instruction | None:
         """The instruction that a value comes from, past copies."""
         one = self.computations.get(computation, {}).get(name)
         while one is not None and one.opcode in ("copy", "bitcast", "convert"):
             one = self.computations[computation].get(one.operands[0])
         return one
 
-    def carried(self, body: str, index: int) -> str:
+    def loop_output(self, body: str, index: int) -> str:
         """The name of what a loop's body hands to its next turn at an index."""
-        root = self.follow(body, self.roots.get(body, ""))
+        root = self.defining_instruction(body, self.roots.get(body, ""))
         return root.operands[index] if root is not None and root.opcode == "tuple" else ""
 
-    def entering(self, body: str, index: int) -> Instruction | None:
+    def loop_input(self, body: str, index: int) -> Instruction | None:
         """The instruction by which a loop's body reads what it carries at an index."""
         found = [one for one in self.computations[body].values() if one.opcode == "get-tuple-element"]
         return next(
-            (one for one in found if one.attribute("index") == str(index) and self.is_parameter(body, one)), None
+            (one for one in found if one.attribute("index") == str(index) and self.reads_parameter(body, one)), None
         )
 
-    def is_parameter(self, computation: str, one: Instruction) -> bool:
+    def reads_parameter(self, computation: str, one: Instruction) -> bool:
         """Whether an instruction takes an element of what the computation is given."""
         source = self.computations[computation].get(one.operands[0])
         return source is not None and source.opcode == "parameter"
 
-    def initial(self, computation: str, loop: Instruction, index: int) -> int | None:
+    def initial_constant(self, computation: str, loop: Instruction, index: int) -> int | None:
         """The constant that a loop begins with at an index."""
-        start = self.follow(computation, loop.operands[0])
-        one = self.follow(computation, start.operands[index]) if start is not None and start.opcode == "tuple" else None
+        start = self.defining_instruction(computation, loop.operands[0])
+        one = (
+            self.defining_instruction(computation, start.operands[index])
+            if start is not None and start.opcode == "tuple"
+            else None
+        )
         return _constant(one)
 
-    def value(self, computation: str, loop: Instruction, inside: str, one: Instruction | None) -> int | None:
+    def constant_in_loop(self, computation: str, loop: Instruction, inside: str, one: Instruction | None) -> int | None:
         """The constant of a value inside of a loop, be it handed in unchanged."""
-        if one is None or one.opcode != "get-tuple-element" or not self.is_parameter(inside, one):
+        if one is None or one.opcode != "get-tuple-element" or not self.reads_parameter(inside, one):
             return _constant(one)
         index = int(one.attribute("index"))
         body = loop.attribute("body")
-        if self.follow(body, self.carried(body, index)) != self.entering(body, index):
+        if self.defining_instruction(body, self.loop_output(body, index)) != self.loop_input(body, index):
             return None
-        return self.initial(computation, loop, index)
+        return self.initial_constant(computation, loop, index)
 
 
 def _constant(one: Instruction | None) -> int | None:
@@ -248,12 +267,12 @@ def _constant(one: Instruction | None) -> int | None:
 def _instruction(name: str, line: str) -> Instruction:
     """Reads KIND OPCODE(OPERANDS), REST; a tuple's kind has parentheses of its own."""
     end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
-    kind, line = line[:end], line[end:].lstrip()
+    shape, line = line[:end], line[end:].lstrip()
     opening = line.index("(")
     closing = _closing(line, opening)
     operands = re.sub(r"/\*.*?\*/", "", line[opening + 1 : closing])
     names = tuple(part.strip().rpartition(" ")[2].lstrip("%") for part in operands.split(","))
-    return Instruction(name, kind, line[:opening], names, line[closing + 1 :])
+    return Instruction(name, shape, line[:opening], names, line[closing + 1 :])
 
 
 def _closing(line: str, opening: int) -> int:

@@ -15,14 +15,14 @@ import numpy as np
 from seqpe_jax.distributed.hardware import Chip
 from seqpe_jax.distributed.sharding import slice_index
 from seqpe_jax.profiling.collectives import Collective, Collectives, collectives
-from seqpe_jax.profiling.hlo import Hlo
-from seqpe_jax.profiling.work import work
+from seqpe_jax.profiling.hlo import HloModule
+from seqpe_jax.profiling.program_cost import program_cost
 
 NETWORK = "network"  # between hosts of GPUs, or slices; how fast it is nobody tells
 
 
 @dataclasses.dataclass(frozen=True)
-class Links:
+class Interconnect:
     """How the devices of a mesh are joined.
 
     Attributes:
@@ -40,7 +40,7 @@ class Links:
         """
         group = list(groups[0]) if groups else list(range(self.mesh.size))
         devices = [self.mesh.devices.flat[number] for number in group]
-        if len({_island(device) for device in devices}) > 1:
+        if len({_fast_domain(device) for device in devices}) > 1:
             return {NETWORK: 0.0}
         if not self.chip.sides:
             return {"NVLink" if self.chip.link else "memory": self.chip.link}
@@ -70,7 +70,7 @@ class Links:
         ]
 
 
-def _island(device: jax.Device) -> int:
+def _fast_domain(device: jax.Device) -> int:
     """The devices of one number are joined without a network: a TPU slice, or the GPUs of a process."""
     if device.platform == "tpu":
         return slice_index(device)
@@ -78,7 +78,7 @@ def _island(device: jax.Device) -> int:
 
 
 def roofline(
-    program: Hlo,
+    program: HloModule,
     mesh: jax.sharding.Mesh,
     chip: Chip,
     *,
@@ -101,12 +101,12 @@ def roofline(
       "bound" (which of the three), "seconds" (the longest of them), "mfu" and "mfu_full_attention" (the names of
       `model_flops`; None where these are 0) and "per_second" at that bound, "compiler_s" (what the compiler expects its
       instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see
-      `work.Work`), "peaks"}.
+      `program_cost.ProgramCost`), "peaks"}.
     """
-    found, sent, links = work(program), sent or collectives(program), Links(mesh, chip)
+    found, sent, links = program_cost(program), sent or collectives(program), Interconnect(mesh, chip)
     rows: dict[Any, dict[str, Any]] = {}
     busy: dict[str, float] = {}
-    for one in sent.each:
+    for one in sent.collectives:
         row = _row(one, links)
         for name in row["over"] if row["seconds"] is not None else ():
             busy[name] = busy.get(name, 0.0) + row["seconds"]
@@ -135,14 +135,14 @@ def roofline(
         "per_second": units / seconds,
         "compiler_s": found.cycles / chip.clock if chip.clock and found.cycles else None,
         "kernels": found.kernels,
-        "open_loops": found.loops,
+        "open_loops": found.unknown_trip_loops,
         "peaks": {"flops": chip.flops, "bandwidth": chip.bandwidth, "link": chip.link, "source": chip.source},
     }
 
 
-def _row(one: Collective, links: Links) -> dict[str, Any]:
+def _row(one: Collective, links: Interconnect) -> dict[str, Any]:
     """A collective in words and numbers; seconds: for which it keeps each of its links busy."""
-    rates, received = links.of(one.groups), one.received(links.mesh.size)
+    rates, received = links.of(one.groups), one.bytes_received(links.mesh.size)
     seconds = received / sum(rates.values()) if rates and all(rates.values()) else None if rates else 0.0
     return {
         "kind": one.kind,

@@ -9,7 +9,7 @@ from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.profiling.aot import GENERATIONS
-from tests.torus import devices_of
+from tests.tpu_slices import topology_devices
 
 
 def test_zero_takes_the_rest():
@@ -25,14 +25,14 @@ def test_axes_that_do_not_fit_are_named(data, fsdp):
 
 def test_an_axis_may_take_a_part_of_a_torus_side():
     """What `jax.make_mesh` refuses."""
-    mesh = layout.make_mesh(0, 8, devices=devices_of("v5p:4x4x4"))
+    mesh = layout.make_mesh(0, 8, devices=topology_devices("v5p:4x4x4"))
     assert mesh.shape == {"data": 8, "fsdp": 8, "context": 1, "tensor": 1}
     spans = np.ptp([[chip.coords for chip in row] for row in mesh.devices[:, :, 0, 0]], axis=1)
     assert (spans.sum(axis=1) <= 4).all(), "8 chips of an axis lie together: half of a plane"
 
 
 TOPOLOGIES = [f"{name}:{sides}" for name, (_, usual, _) in GENERATIONS.items() for sides in usual]
-SMALL = [name for name in TOPOLOGIES if len(devices_of(name)) <= 256]
+SMALL = [name for name in TOPOLOGIES if len(topology_devices(name)) <= 256]
 # (fsdp, context, tensor): those of configs and docs, and axes that are wider than a host.
 MESHES = ((1, 1, 1), (8, 1, 1), (16, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 4), (1, 4, 2), (1, 8, 1), (1, 1, 16))
 
@@ -54,7 +54,7 @@ def held_by(mesh, process, batch, monkeypatch):
 @pytest.mark.parametrize("topology, slices", [(name, 1) for name in TOPOLOGIES] + [(name, 2) for name in SMALL])
 def test_the_processes_of_a_slice_hold_a_batch_together(topology, slices, monkeypatch):
     """Each row of a batch lies on the devices at its index of data and fsdp, and nowhere else."""
-    devices = devices_of(topology, slices)
+    devices = topology_devices(topology, slices)
     for fsdp, context, tensor in MESHES:
         if len(devices) // slices % (fsdp * context * tensor):
             continue
@@ -78,7 +78,7 @@ def test_the_processes_of_a_slice_hold_a_batch_together(topology, slices, monkey
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_data_is_split_over_slices_first(number):
-    devices = devices_of("v5e:4x4", 2)
+    devices = topology_devices("v5e:4x4", 2)
     mesh = layout.make_mesh(0, 4, 2, 1, devices[::-1], number)
     assert mesh.shape == {"data": 4, "fsdp": 4, "context": 2, "tensor": 1}
     of_data = [{chip.slice_index for chip in part.flat} for part in mesh.devices]
@@ -89,20 +89,25 @@ def test_data_is_split_over_slices_first(number):
     "devices, sizes, number, words",
     [
         (
-            devices_of("v5e:4x4", 2),
+            topology_devices("v5e:4x4", 2),
             (0, 1),
             3,
             "mesh.slices=3, but the 32 devices there are belong to 2 TPU slice.*=2, or 0",
         ),
-        (devices_of("v5e:4x4"), (0, 1), 2, "mesh.slices=2, but the 16 devices .* belong to 1 TPU slice"),
+        (topology_devices("v5e:4x4"), (0, 1), 2, "mesh.slices=2, but the 16 devices .* belong to 1 TPU slice"),
         (None, (0, 1), 2, "mesh.slices=2, but the 8 devices .* belong to 1 TPU slice"),
         (
-            devices_of("v5e:4x4", 2),
+            topology_devices("v5e:4x4", 2),
             (1, 16, 2),
             0,
             r"mesh.data=1 is not a multiple of the 2 TPU slices.*\(now 32\) .* 16",
         ),
-        (devices_of("v5e:4x4", 3)[:-8], (0, 1), 0, "the TPU slices have 16, 16, 8 devices: give slices of one size"),
+        (
+            topology_devices("v5e:4x4", 3)[:-8],
+            (0, 1),
+            0,
+            "the TPU slices have 16, 16, 8 devices: give slices of one size",
+        ),
     ],
 )
 def test_slices_that_do_not_fit_end_with_one_line(devices, sizes, number, words):
@@ -113,7 +118,7 @@ def test_slices_that_do_not_fit_end_with_one_line(devices, sizes, number, words)
 
 def test_a_pod_of_the_large_recipe():
     """16 x 16 chips, on which the first process has rows of two sides of its block."""
-    mesh = layout.make_mesh(0, 16, devices=devices_of("v5e:16x16"))
+    mesh = layout.make_mesh(0, 16, devices=topology_devices("v5e:16x16"))
     parts, rows = layout.shards_by_process(mesh), layout.rows_by_process(mesh, 512)
     assert (len(parts), parts[0], rows[0]) == (64, [0, 1, 16, 17], [0, 1, 2, 3, 32, 33, 34, 35])
 

@@ -1,4 +1,4 @@
-"""Every command that README and the docs show works as it stands there, on a smaller model (`tests.shrunken`).
+"""Every command that README and the docs show works as it stands there, on a smaller model (`tests.small_models`).
 
 Set-up, several hosts, Slurm and buckets are not started: `test_readme.py` reads those lines.
 """
@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.commands import Commands
 from tests.house.test_readme import DOCS, commands
-from tests.shrunken import FOLDER, PHOTOS, QUESTIONS, TEXTS
+from tests.small_models import FOLDER, PHOTOS, QUESTIONS, TEXTS
 
 pytestmark = pytest.mark.slow
 PAGES = ("README.md", *DOCS)
@@ -45,7 +45,7 @@ class Reader:
         import tokenizers
 
         self.folder, self.done = folder, set()
-        self._commands = Commands(folder / "cache", before="tests.shrunken")
+        self._commands = Commands(folder / "cache", before="tests.small_models")
         (folder / TEXTS).mkdir(parents=True)
         text = "".join(f"line {number} of a text\n" for number in range(6000))
         (folder / TEXTS / "text.txt").write_text(text)

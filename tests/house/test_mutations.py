@@ -14,8 +14,8 @@ import hypothesis
 import pytest
 
 from tests.commands import Commands
-from tests.mutations import Case, cases, device, furnish
-from tests.seams import FOLDER, STOPPED
+from tests.mutations import Case, cases, device, write_inputs
+from tests.without_compiling import FOLDER, STOPPED
 
 EXAMPLES = int(os.environ.get("MUTATIONS", "60"))
 SECONDS = float(os.environ.get("MUTATION_SECONDS", "60"))  # of one command; far more than any of them needs
@@ -69,11 +69,11 @@ def outcome(commands: Commands, folder: pathlib.Path, case: Case) -> tuple[str, 
 @pytest.mark.slow
 def test_mutated_commands_and_files(tmp_path):
     place = tmp_path / "place"
-    furnish(place)
+    write_inputs(place)
     counts, wrong = collections.Counter(), []
     idle: queue.Queue[Commands] = queue.Queue()
     for number in range(2):
-        idle.put(Commands(tmp_path / f"cache{number}", before="tests.seams"))
+        idle.put(Commands(tmp_path / f"cache{number}", before="tests.without_compiling"))
 
     def run(numbered: tuple[int, Case]) -> None:
         number, case = numbered

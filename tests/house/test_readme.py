@@ -36,12 +36,12 @@ ALL = [(page, words) for page in PAGES for words in commands(page)]
 
 
 def options(module: pathlib.Path) -> set[str]:
-    """Returns the names of the absl flags that a command defines, itself or by `command.define_hosts`."""
+    """Returns the names of the absl flags that a command defines, itself or by `command.define_process_flags`."""
     calls = [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Call)]
     own = {
         node.args[0].value for node in calls if getattr(node.func, "attr", "").startswith(("DEFINE_", "define_path"))
     }
-    joins = any(getattr(node.func, "attr", "") == "define_hosts" for node in calls)
+    joins = any(getattr(node.func, "attr", "") == "define_process_flags" for node in calls)
     return own | (options(module.with_name("common.py")) if joins else set())
 
 

@@ -284,7 +284,7 @@ def test_batches_take_every_prompt_once_in_few_shapes():
 
 
 def test_a_long_prompt_needs_no_square_array(seqpe):
-    from tests.compiled import holds
+    from tests.jaxprs import has_array_of_size
 
     def program(block):
         run, params = run_of(model__attention_block=block)
@@ -296,7 +296,7 @@ def test_a_long_prompt_needs_no_square_array(seqpe):
         return jax.make_jaxpr(prefill)(params["model"], signal, *arguments).jaxpr
 
     square = 8 * 2 * 48 * 56  # samples, heads, queries, keys
-    assert holds(program(0), square) and not holds(program(8), square)
+    assert has_array_of_size(program(0), square) and not has_array_of_size(program(8), square)
 
 
 def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):

@@ -3,7 +3,7 @@
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop.arrays import read_settings
+from seqpe_jax.interop.arrays import read_mapping
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ from seqpe_jax.interop.arrays import read_settings
 def test_what_is_no_mapping_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match="config.json (is neither JSON nor YAML|must hold a mapping)") as caught:
-        read_settings(tmp_path / "config.json")
+        read_mapping(tmp_path / "config.json")
     assert "\n" not in str(caught.value)

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from seqpe_jax import config, loading
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop import conversion, load_reference
-from seqpe_jax.interop.settings import spec_of
+from seqpe_jax.interop import convert, load_reference
+from seqpe_jax.interop.torch_config import spec_from_config
 from seqpe_jax.tasks.evaluate import evaluate
 from seqpe_jax.training.checkpoint import Checkpointer, write_config
 from seqpe_jax.training.trainer import Trainer
@@ -66,11 +66,11 @@ def test_text_round_trip(tmp_path, variant):
     kind = "seqpe" if variant == "multi" else variant
     changes = {"data__tokenizer": str(tokenizer_file(tmp_path / "t.json"))} | changes
     run = saved_run(tmp_path / "ours", tiny_config(variant=kind, **changes))
-    conversion.to_reference(str(run), str(tmp_path / "theirs"))
+    convert.convert_to_reference(str(run), str(tmp_path / "theirs"))
     written = tmp_path / "theirs" / "best_model" / "model.safetensors"
     (tmp_path / "usual").write_text("")
     assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode  # not for its owner alone
-    report = conversion.to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    report = convert.convert_to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
     first, second = load_reference(str(run)), load_reference(str(tmp_path / "again"))
     assert same(first.params, second.params)
     assert report["parameters"] == sum(np.size(leaf) for leaf in jax.tree.leaves(first.params))
@@ -119,8 +119,8 @@ def test_image_round_trip(tmp_path, kind):
         },
     )
     run = saved_run(tmp_path / "ours", settings)
-    conversion.to_reference(str(run), str(tmp_path / "theirs"))
-    conversion.to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    convert.convert_to_reference(str(run), str(tmp_path / "theirs"))
+    convert.convert_to_run(str(tmp_path / "theirs"), str(tmp_path / "again"))
     first, second = load_reference(str(run)), load_reference(str(tmp_path / "again"))
     assert same(first.params, second.params)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
@@ -153,9 +153,9 @@ def test_a_run_of_ours_is_read_whatever_the_reference_knows(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_the_reference_s_own_files_come_back_bit_equal(goldens, tmp_path, kind):
     source = goldens / "checkpoints" / kind
-    conversion.to_run(str(source), str(tmp_path / "run"))
+    convert.convert_to_run(str(source), str(tmp_path / "run"))
     assert same(load_reference(str(source)).params, load_reference(str(tmp_path / "run")).params)
-    conversion.to_reference(str(tmp_path / "run"), str(tmp_path / "back"))
+    convert.convert_to_reference(str(tmp_path / "run"), str(tmp_path / "back"))
     assert same(load_reference(str(source)).params, load_reference(str(tmp_path / "back")).params)
     if kind == "text":
         for name in ("model", "model_1"):
@@ -170,7 +170,7 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     text.write_text(WORDS)
     tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
     run = str(tmp_path / "run")
-    assert conversion.to_run(str(source), run, str(tokenizer))["tokenizer"]
+    assert convert.convert_to_run(str(source), run, str(tokenizer))["tokenizer"]
     report, _ = evaluate(loading.open_model(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
     values = config.to_dict(loading.load_run_config(run))
     values["data"] |= {"name": "text_files", "paths": (str(text),)}
@@ -255,7 +255,7 @@ def test_hugging_face_gpt2(tmp_path):
     save_file(arrays, source / "model.safetensors")
     tokenizer_file(source / "tokenizer.json")
     (source / "special_tokens_map.json").write_text('{"eos_token": "a"}')
-    report = conversion.to_run(str(source), str(tmp_path / "run"))
+    report = convert.convert_to_run(str(source), str(tmp_path / "run"))
     assert load_tokenizer(tmp_path / "run").end_of_text == 2
     assert report["left_out"] == {"h.0.attn.bias": "causal mask"} and report["encoding"] == "learned"
     tokens = np.random.default_rng(1).integers(0, 40, (2, 16))
@@ -288,7 +288,7 @@ def test_what_transformers_can_make_of_a_gpt2_is_read(tmp_path, settings, option
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-6)
     if own:
         with pytest.raises(InputError, match="model.tied=False"):
-            conversion.to_reference(str(tmp_path / "run"), str(tmp_path / "back"))
+            convert.convert_to_reference(str(tmp_path / "run"), str(tmp_path / "back"))
 
 
 def test_weights_in_shards_are_read(tmp_path):
@@ -330,18 +330,18 @@ def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     files = (tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
-    assert conversion._tokenizer(files, "").end_of_text == 256
+    assert convert._tokenizer(files, "").end_of_text == 256
     (tmp_path / "config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
-    found = conversion._tokenizer(files, "")
+    found = convert._tokenizer(files, "")
     assert found.end_of_text == 257 and not found.lost("Grüße, 世界!\n")
     (tmp_path / "added_tokens.json").write_text('{"<new>": 258}')
     for file in files:
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert conversion._tokenizer(files, "").encode(b"<new>").tolist() == [258]
+    assert convert._tokenizer(files, "").encode(b"<new>").tolist() == [258]
     files[0].write_text("{")
     with pytest.raises(InputError, match="vocab.json and merges.txt in .* are no tokenizer"):
-        conversion._tokenizer(files, "")
+        convert._tokenizer(files, "")
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
@@ -429,7 +429,7 @@ def test_what_is_damaged_leaves_nothing(goldens, tmp_path, kind, damage, match):
     (file, change), output = damage, tmp_path / "out" / "run"
     change(source / file)
     with pytest.raises(InputError, match=match):
-        conversion.to_run(str(source), str(output))
+        convert.convert_to_run(str(source), str(output))
     assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
@@ -438,21 +438,21 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
     with pytest.raises(InputError, match="not an empty folder"):
-        conversion.to_run(source, str(tmp_path / "full"))
+        convert.convert_to_run(source, str(tmp_path / "full"))
     with pytest.raises(InputError, match="does not exist"):
-        conversion.to_run(str(tmp_path / "absent"), str(tmp_path / "out"))
+        convert.convert_to_run(str(tmp_path / "absent"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="no checkpoint that can be read"):
-        conversion.to_run(str(tmp_path / "full"), str(tmp_path / "out"))
+        convert.convert_to_run(str(tmp_path / "full"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="200 tokens, but the model only 97"):
-        conversion.to_run(source, str(tmp_path / "out"), str(tokenizer_file(tmp_path / "t.json", 200)))
-    conversion.to_run(source, str(tmp_path / "run"))
+        convert.convert_to_run(source, str(tmp_path / "out"), str(tokenizer_file(tmp_path / "t.json", 200)))
+    convert.convert_to_run(source, str(tmp_path / "run"))
     with pytest.raises(InputError, match="a run of ours already"):
-        conversion.to_run(str(tmp_path / "run"), str(tmp_path / "out"))
+        convert.convert_to_run(str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="came without a tokenizer"):
         evaluate(loading.open_model(str(tmp_path / "run")))
     base36 = saved_run(tmp_path / "base36", tiny_config(encoding__base=36))
     with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
-        conversion.to_reference(str(base36), str(tmp_path / "out"))
+        convert.convert_to_reference(str(base36), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -470,13 +470,13 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
 )
 def test_what_the_reference_has_nothing_like_is_refused_by_name(field, value):
     plain = tiny_config(model__vocabulary=97)
-    spec_of(plain, 24)
+    spec_from_config(plain, 24)
     changed = dataclasses.replace(plain, encoding=dataclasses.replace(plain.encoding, **{field: value}))
     with pytest.raises(InputError, match=f"encoding.{field}={value!r}: the reference's format knows"):
-        spec_of(changed, 24)
+        spec_from_config(changed, 24)
 
 
 @pytest.mark.parametrize("kind", ["fire", "t5", "pope"])
 def test_a_kind_that_the_reference_does_not_know_is_refused_by_name(kind):
     with pytest.raises(InputError, match=f"encoding.kind='{kind}': the reference knows seqpe, learned, .* alone"):
-        spec_of(tiny_config(variant=kind, model__vocabulary=97), 0)
+        spec_from_config(tiny_config(variant=kind, model__vocabulary=97), 0)

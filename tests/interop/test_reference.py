@@ -139,11 +139,11 @@ def test_a_setting_that_would_compute_something_else_is_refused(goldens, tmp_pat
 
 
 def test_a_fixed_table_must_be_the_one_that_its_config_describes(goldens):
-    from seqpe_jax.interop import folders, reference
+    from seqpe_jax.interop import torch_model, torch_reference
 
     spec, arrays = load(goldens, "gpt2", "rotary_a")
     state = under(arrays, "param/")
     right, wrong = ({"pe_model.weight": arrays["in/pe"][0] * scale} for scale in (1.0, 1.01))
-    reference.from_source(folders.Source(spec, dict(state), {}, right, ()))
+    torch_model.from_checkpoint(torch_reference.ForeignCheckpoint(spec, dict(state), {}, right, ()))
     with pytest.raises(InputError, match="pe_model.weight is not the table of encoding 'rotary'"):
-        reference.from_source(folders.Source(spec, dict(state), {}, wrong, ()))
+        torch_model.from_checkpoint(torch_reference.ForeignCheckpoint(spec, dict(state), {}, wrong, ()))

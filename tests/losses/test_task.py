@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.losses.task import blockwise_token_losses, cross_entropy
-from tests.programs import holds
+from tests.jaxprs import has_array_of_size
 
 KEY = jax.random.PRNGKey(3)
 
@@ -44,5 +44,5 @@ def test_blocks_equal_the_whole_and_keep_no_table_of_logits():
     gradients = [jax.jit(jax.grad(lambda *at, f=f: f(*at).mean(), (0, 1))) for f in (blocked, whole)]
     for found, expected in zip(*(gradient(weight_DV, hidden_BLD) for gradient in gradients), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert not holds(jax.make_jaxpr(gradients[0])(weight_DV, hidden_BLD).jaxpr, batch * length * classes)
-    assert holds(jax.make_jaxpr(gradients[1])(weight_DV, hidden_BLD).jaxpr, batch * length * classes)
+    assert not has_array_of_size(jax.make_jaxpr(gradients[0])(weight_DV, hidden_BLD).jaxpr, batch * length * classes)
+    assert has_array_of_size(jax.make_jaxpr(gradients[1])(weight_DV, hidden_BLD).jaxpr, batch * length * classes)

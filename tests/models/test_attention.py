@@ -14,7 +14,7 @@ from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
 from seqpe_jax.encodings.fixed import ALiBi
 from seqpe_jax.models import attention_inputs
 from seqpe_jax.models.attention import attend
-from tests.programs import holds
+from tests.jaxprs import has_array_of_size
 
 BATCH, LENGTH, HEADS, WIDTH = 6, 7, 2, 4  # 6 samples: with 2 sets, i mod 2 is not i // 2
 KEY = jax.random.PRNGKey(0)
@@ -163,8 +163,8 @@ def test_no_square_array_is_held(how):
     def program(**how):
         return jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:], signal, **how).sum()))(qkv[0]).jaxpr
 
-    assert holds(program(kind="plain"), length * length)
-    assert not holds(program(**IMPLEMENTATIONS[how] | {"block": 8}), length * length)
+    assert has_array_of_size(program(kind="plain"), length * length)
+    assert not has_array_of_size(program(**IMPLEMENTATIONS[how] | {"block": 8}), length * length)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def model_of(**fields) -> GPT2:
     return GPT2(**(sizes | {"init_std": 0.5} | fields))
 
 
-def encoding_of(kind: str, mode: str = "", qk: str = ""):
+def encoding_from_spec(kind: str, mode: str = "", qk: str = ""):
     fields = {
         "learned": {"width_model": WIDTH, "table_shape": (LENGTH,)},
         "sinusoidal": {"width_model": WIDTH},
@@ -65,12 +65,12 @@ def initial(encoding, model):
 @pytest.fixture(scope="module")
 def plain():
     """A model's parameters; they do not depend on the encoding."""
-    return jax.jit(lambda: initial(encoding_of("none"), model_of())[1])()
+    return jax.jit(lambda: initial(encoding_from_spec("none"), model_of())[1])()
 
 
 @pytest.mark.parametrize("case", ALL, ids="-".join)
 def test_no_state_reads_the_future(case, plain):
-    encoding, model = encoding_of(*case), model_of()
+    encoding, model = encoding_from_spec(*case), model_of()
 
     @jax.jit
     def gradients():
@@ -91,7 +91,7 @@ def test_no_state_reads_the_future(case, plain):
 
 @pytest.mark.parametrize("case", [("rotary",), ("alibi",), ("none",), ("learned",)], ids="-".join)
 def test_a_shifted_window_has_the_same_logits(case, plain):
-    encoding, model = encoding_of(*case), model_of()
+    encoding, model = encoding_from_spec(*case), model_of()
     variables = encoding.init(KEY, POSITIONS_PLA, shape=(LENGTH,))
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -108,7 +108,7 @@ def test_a_shifted_window_has_the_same_logits(case, plain):
 def test_order_matters_to_each_encoding(plain):
     """Reversed positions change what the last token says, for all encodings but `none`."""
     for case in (("rotary",), ("alibi",), ("sinusoidal",), ("seqpe", "attn_scalar", "multi"), ("none",)):
-        encoding, model = encoding_of(*case), model_of()
+        encoding, model = encoding_from_spec(*case), model_of()
 
         @jax.jit
         def logits(positions_PLA, encoding=encoding, model=model):
@@ -121,7 +121,7 @@ def test_order_matters_to_each_encoding(plain):
 
 @pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_recomputation_changes_nothing(remat, plain):
-    encoding = encoding_of("seqpe", "attn_scalar", "multi")
+    encoding = encoding_from_spec("seqpe", "attn_scalar", "multi")
     variables = jax.jit(lambda: encoding.init(KEY, POSITIONS_PLA, shape=(LENGTH,)))()
 
     def gradients(model):
@@ -144,7 +144,7 @@ def test_recomputation_changes_nothing(remat, plain):
 def test_each_dropout_acts_only_in_training(rate, plain):
     off = {"dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
     model = model_of(**(off | {rate: 0.5}))
-    signal = encoding_of("none").apply({}, POSITIONS_PLA, shape=(LENGTH,))
+    signal = encoding_from_spec("none").apply({}, POSITIONS_PLA, shape=(LENGTH,))
 
     @functools.partial(jax.jit, static_argnums=0)
     def states(deterministic, seed):
@@ -158,7 +158,9 @@ def test_each_dropout_acts_only_in_training(rate, plain):
 
 
 def test_initial_weights():
-    params = jax.jit(lambda: initial(encoding_of("none"), model_of(width=64, layers=4, init_std=0.02))[1])()["params"]
+    params = jax.jit(lambda: initial(encoding_from_spec("none"), model_of(width=64, layers=4, init_std=0.02))[1])()[
+        "params"
+    ]
     for block in (params[f"blocks_{layer}"] for layer in range(4)):
         assert float(block["qkv"]["kernel"].std()) == pytest.approx(0.02, rel=0.05)
         for name in ("out", "mlp_out"):  # residual projections: 0.02 / sqrt(2 * 4)
@@ -169,7 +171,7 @@ def test_initial_weights():
 
 def test_bfloat16_arithmetic_keeps_float32_parameters_and_logits(plain):
     model = model_of(dtype=jnp.bfloat16)
-    signal = encoding_of("alibi").apply({}, POSITIONS_PLA, shape=(LENGTH,))
+    signal = encoding_from_spec("alibi").apply({}, POSITIONS_PLA, shape=(LENGTH,))
     logits_BLV = jax.jit(model.apply)(plain, TOKENS_BL, signal)
     exact_BLV = jax.jit(model_of().apply)(plain, TOKENS_BL, signal)
     assert logits_BLV.dtype == jnp.float32

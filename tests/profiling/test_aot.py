@@ -102,7 +102,7 @@ def test_a_step_of_two_slices(commands, tmp_path):
 TOPOLOGIES = """
 from seqpe_jax.profiling import slices
 from seqpe_jax.distributed.sharding import slice_of
-from tests.torus import devices_of
+from tests.tpu_slices import topology_devices
 
 def facts(devices):
     return [
@@ -112,14 +112,14 @@ def facts(devices):
 
 for name, (_, usual, _) in slices.GENERATIONS.items():
     for topology in (f"{name}:{sides}" for sides in usual):
-        assert facts(slices.devices_of(topology)) == facts(devices_of(topology)), topology
-    assert facts(slices.devices_of(f"3x{name}:{usual[1]}")) == facts(devices_of(f"{name}:{usual[1]}", 3)), name
+        assert facts(slices.topology_devices(topology)) == facts(topology_devices(topology)), topology
+    assert facts(slices.topology_devices(f"3x{name}:{usual[1]}")) == facts(topology_devices(f"{name}:{usual[1]}", 3)), name
 """
 
 
 @pytest.mark.slow
 def test_slices_of_the_tests_are_those_of_libtpu(libtpu):
-    """What `tests/torus.py` says of every slice, by which meshes are tested where libtpu is not."""
+    """What `tests/tpu_slices.py` says of every slice, by which meshes are tested where libtpu is not."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     if libtpu:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, environment.get("PYTHONPATH", "")]))
@@ -172,14 +172,14 @@ def test_what_cannot_be_compiled_ends_with_one_line(commands, topology, fields, 
 )
 def test_a_slice_that_does_not_exist(topology, words):
     with pytest.raises(InputError, match=words):
-        aot.devices_of(topology)
+        aot.topology_devices(topology)
 
 
 def test_without_libtpu_one_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(InputError, match="pip install 'libtpu=="):
-        aot.devices_of(SLICE)
+        aot.topology_devices(SLICE)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.distributed import sharding as layout
 fields = dict(field.split("=") for field in sys.argv[2:])
 settings = config.load(sys.argv[1], {name: json.loads(value) for name, value in fields.items()})
-run = Trainer.of(settings, slices.devices_of("v5e:2x2"), data_available=False)
+run = Trainer.of(settings, slices.topology_devices("v5e:2x2"), data_available=False)
 split = layout.batch_sharding(run.mesh)
 batch = {
     name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from seqpe_jax.profiling.collectives import collectives, groups_of
-from seqpe_jax.profiling.hlo import Hlo, Instruction
+from seqpe_jax.profiling.collectives import collectives, device_groups
+from seqpe_jax.profiling.hlo import HloModule, Instruction
 
 # What a TPU's compiler writes: no trip count, a reduce-scatter fused of its parts, a start and its end.
 TPU = """\
@@ -57,10 +57,10 @@ ENTRY %main (input.2: bf16[16,32]) -> bf16[16,32] {
 
 
 def test_a_tpu_program():
-    found = collectives(Hlo(TPU.replace("LIMIT", "7").replace("STEP", "1")))
-    assert found.loops == 0
+    found = collectives(HloModule(TPU.replace("LIMIT", "7").replace("STEP", "1")))
+    assert found.unknown_trip_loops == 0
     whole, part = 64 * 32 * 2, 16 * 32 * 2
-    assert found.kinds == {
+    assert found.by_kind == {
         "all-gather": {"count": 8, "bytes": 8 * whole},
         "reduce-scatter": {"count": 7, "bytes": 7 * whole},
         "collective-permute": {"count": 1, "bytes": part},
@@ -69,9 +69,9 @@ def test_a_tpu_program():
 
 @pytest.mark.parametrize("step, limit", [("2", "7"), ("1", "(LIMIT)")])
 def test_a_loop_whose_turns_are_not_known_counts_once_and_is_named(step, limit):
-    found = collectives(Hlo(TPU.replace("LIMIT", limit).replace("STEP", step)))
-    assert found.loops == 1
-    assert found.kinds["reduce-scatter"]["count"] == 1 and found.kinds["all-gather"]["count"] == 2
+    found = collectives(HloModule(TPU.replace("LIMIT", limit).replace("STEP", step)))
+    assert found.unknown_trip_loops == 1
+    assert found.by_kind["reduce-scatter"]["count"] == 1 and found.by_kind["all-gather"]["count"] == 2
 
 
 # One that a TPU's compiler hides: begun in a fusion, carried on within a product, ended in another fusion.
@@ -108,9 +108,9 @@ output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%go_on
 
 
 def test_one_that_goes_on_in_the_background_counts_once():
-    (found,) = collectives(Hlo(HIDDEN)).each
+    (found,) = collectives(HloModule(HIDDEN)).collectives
     assert (found.kind, found.count, found.bytes) == ("all-gather", 1, 32 * 8 * 2)
-    assert found.groups[1] == (1, 5, 9, 13, 17, 21, 25, 29) and found.received(32) == 7 / 8 * 512
+    assert found.groups[1] == (1, 5, 9, 13, 17, 21, 25, 29) and found.bytes_received(32) == 7 / 8 * 512
 
 
 # How a TPU's compiler sums an array over slices: of each, in the device's own part, through its host.
@@ -132,7 +132,7 @@ is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",
 
 
 def test_what_goes_between_slices_is_counted():
-    (found,) = collectives(Hlo(SLICES)).each
+    (found,) = collectives(HloModule(SLICES)).collectives
     assert (found.kind, found.count, found.bytes) == ("all-reduce", 1, 3 * 2 * 128 * 4)
     assert found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
@@ -153,15 +153,15 @@ def test_what_goes_between_slices_is_counted():
 )
 def test_who_takes_part(written, groups):
     assert (
-        groups_of(Instruction("a", "f32[4]", "all-reduce", ("b",), f", channel_id=1, {written}, metadata={{}}"))
+        device_groups(Instruction("a", "f32[4]", "all-reduce", ("b",), f", channel_id=1, {written}, metadata={{}}"))
         == groups
     )
 
 
 def test_what_enters_a_device():
     def received(kind, count):
-        (one,) = collectives(Hlo(ONE.format(kind=kind))).each
-        return one.received(count)
+        (one,) = collectives(HloModule(ONE.format(kind=kind))).collectives
+        return one.bytes_received(count)
 
     assert received("all-reduce", 4) == 2 * 64 * 3 / 4 and received("all-gather", 4) == 64 * 3 / 4
     assert received("collective-permute", 4) == 64
@@ -186,5 +186,5 @@ def test_a_compiled_program_of_this_machine():
         return jax.lax.scan(turn, jnp.zeros(4), jnp.arange(5.0))[0]
 
     compiled = jax.jit(program, out_shardings=whole).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=split))
-    found = collectives(Hlo(compiled.compile().as_text()))
-    assert found.kinds == {"all-reduce": {"count": 5, "bytes": 5 * 16}} and not found.loops
+    found = collectives(HloModule(compiled.compile().as_text()))
+    assert found.by_kind == {"all-reduce": {"count": 5, "bytes": 5 * 16}} and not found.unknown_trip_loops

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqpe_jax.profiling.hlo import Hlo, array_bytes, sides
+from seqpe_jax.profiling.hlo import HloModule, array_bytes, dimensions
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_bytes_of_types(kind, size):
 def test_vector_memory_and_the_host_are_no_hbm():
     kind = "(bf16[4]{0:T(8,128)(2,1)S(1)}, f32[8]{0:T(8,128)}, f32[2]{0:S(5)}, u32[]{:S(2)})"
     assert array_bytes(kind, of="hbm") == 32 and array_bytes(kind) == 8 + 32 + 8 + 4
-    assert sides(kind) == [4] and sides("f32[]") == []
+    assert dimensions(kind) == [4] and dimensions("f32[]") == []
 
 
 def test_loops_within_loops_multiply():
@@ -33,15 +33,15 @@ def test_loops_within_loops_multiply():
 
         return jax.lax.scan(outer, x, None, length=3)[0]
 
-    hlo = Hlo(jax.jit(program).lower(jnp.ones((4, 4))).compile().as_text())
-    dots = [hlo.times[name] for name, one in hlo.each() if one.opcode == "dot"]
-    assert dots == [15] and hlo.open_loops() == 0
+    hlo = HloModule(jax.jit(program).lower(jnp.ones((4, 4))).compile().as_text())
+    dots = [hlo.execution_counts[name] for name, one in hlo.instructions() if one.opcode == "dot"]
+    assert dots == [15] and hlo.unknown_trip_loops() == 0
 
 
 def test_a_loop_that_turns_as_often_as_the_data_ask_is_open():
     def program(x, count):
         return jax.lax.while_loop(lambda at: at[0] < count, lambda at: (at[0] + 1, at[1] @ at[1]), (0, x))[1]
 
-    hlo = Hlo(jax.jit(program).lower(jnp.ones((4, 4)), 3).compile().as_text())
-    assert hlo.open_loops(("dot",)) == 1 and hlo.open_loops(("convolution",)) == 0
-    assert [hlo.times[name] for name, one in hlo.each() if one.opcode == "dot"] == [1]
+    hlo = HloModule(jax.jit(program).lower(jnp.ones((4, 4)), 3).compile().as_text())
+    assert hlo.unknown_trip_loops(("dot",)) == 1 and hlo.unknown_trip_loops(("convolution",)) == 0
+    assert [hlo.execution_counts[name] for name, one in hlo.instructions() if one.opcode == "dot"] == [1]

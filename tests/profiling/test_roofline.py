@@ -11,8 +11,8 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.distributed import hardware
 from seqpe_jax.distributed import sharding as layout
-from seqpe_jax.profiling.hlo import Hlo
-from seqpe_jax.profiling.roofline import Links, roofline
+from seqpe_jax.profiling.hlo import HloModule
+from seqpe_jax.profiling.roofline import Interconnect, roofline
 from seqpe_jax.training.trainer import Trainer
 from tests.house.test_equal_steps import SMALL, TEXT
 from tests.tiny import ROOT
@@ -30,7 +30,7 @@ def step_of(path, values, **axes):
         name: jax.ShapeDtypeStruct((trainer.config.batch_size, *leaf.shape), leaf.dtype, sharding=split)
         for name, leaf in trainer.task.example.items()
     }
-    return trainer, Hlo(trainer.train_step().lower(trainer.abstract_state, batch).compile().as_text())
+    return trainer, HloModule(trainer.train_step().lower(trainer.abstract_state, batch).compile().as_text())
 
 
 def bound(trainer, program, chip):
@@ -111,7 +111,7 @@ def torus(*sides, kind="TPU v5e", shape=None, slices=1):
     array[:] = devices
     shape = shape or (len(devices), 1, 1, 1)
     mesh = types.SimpleNamespace(devices=array.reshape(shape), size=len(devices), axis_names=layout.AXES)
-    return Links(mesh, hardware.find_chip(kind))
+    return Interconnect(mesh, hardware.find_chip(kind))
 
 
 def test_a_ring_has_two_ways_in_and_a_line_one():
@@ -152,7 +152,7 @@ ENTRY %main (x.1: f32[1024]) -> f32[1024] {
 
 def test_links_are_busy_for_all_that_goes_over_them():
     links = torus(16, 16, shape=(16, 16, 1, 1))
-    found = roofline(Hlo(SENT), links.mesh, V5E, model_flops={"mfu": 1.0}, units=1)
+    found = roofline(HloModule(SENT), links.mesh, V5E, model_flops={"mfu": 1.0}, units=1)
     alone = 2 * 4096 * 15 / 16 / (2 * V5E.link)
     shared = 2 * 4096 * 255 / 256 / (4 * V5E.link)
     assert found["links"] == {"x": pytest.approx(alone + shared), "y": pytest.approx(alone + shared)}
@@ -166,12 +166,12 @@ def test_links_are_busy_for_all_that_goes_over_them():
 
 def test_what_is_not_known_bounds_nothing():
     mesh = torus(2, 2, slices=2).mesh
-    sent = Hlo(SENT.replace("256", "8").replace("[16,16]", "[2,4]"))
+    sent = HloModule(SENT.replace("256", "8").replace("[16,16]", "[2,4]"))
     found = roofline(sent, mesh, V5E, model_flops={"mfu": 0.0}, units=1)
     assert found["links"].keys() == {"x", "y"} and found["collectives"][-1]["seconds"] is None and found["mfu"] is None
     measured = hardware.Chip("some CPU", 1e9, 0, "measured")
     cpu = types.SimpleNamespace(devices=np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), size=1, axis_names=layout.AXES)
-    found = roofline(Hlo(PRODUCT), cpu, measured, model_flops={"mfu": 0.0}, units=8)
+    found = roofline(HloModule(PRODUCT), cpu, measured, model_flops={"mfu": 0.0}, units=8)
     assert found["memory_s"] is None and found["bound"] == "arithmetic"
     assert (found["seconds"], found["per_second"]) == (2 * 8**3 / 1e9, 8 / (2 * 8**3 / 1e9))
 

@@ -30,7 +30,7 @@ def text(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     """Commands whose processes hold rows of a batch that are not consecutive."""
-    running = Commands(tmp_path_factory.mktemp("cache"), before="tests.interleaved")
+    running = Commands(tmp_path_factory.mktemp("cache"), before="tests.interleaved_mesh")
     yield running
     running.close()
 

@@ -7,7 +7,7 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.models.build import model_flops
-from seqpe_jax.profiling.benchmark import flops_of_call
+from seqpe_jax.profiling.benchmark import flops_per_call
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import CONFIG
 from tests.tiny import tiny_config
@@ -101,10 +101,10 @@ def test_flops_are_counted_from_the_sizes():
     forward = 2 * length * (block + 2 * width * 256)
     trainer = Trainer.of(tiny_config(model__vocabulary=256, batch_size=2), jax.devices()[:1])
     seen = forward - 2 * length * 2 * length * width  # causality hides half of the keys
-    assert flops_of_call(trainer, "eval") == {"mfu": seen, "mfu_full_attention": forward}
+    assert flops_per_call(trainer, "eval") == {"mfu": seen, "mfu_full_attention": forward}
     assert (
         trainer.flops_per_step
-        == flops_of_call(trainer, "train")
+        == flops_per_call(trainer, "train")
         == {"mfu": 3 * seen, "mfu_full_attention": 3 * forward}
     )
     images = model_flops(config.load("configs/digits_vit.py:none"), 0, tokens=16, training=False)

@@ -1,4 +1,4 @@
-"""Commands whose meshes mix the devices of several processes, as those of a TPU slice do, once `close` was called.
+"""Commands whose meshes mix the devices of several processes, as those of a TPU slice do, once `install` was called.
 
 There the mesh follows the network between chips, so that the rows of a process are not consecutive. Here two devices of
 each process follow each other, then two more of each.
@@ -23,6 +23,6 @@ def create_device_mesh(shape: Sequence[int], devices: Sequence[Any], **_: Any) -
     return np.array([device for _, device in pairs]).reshape(shape)
 
 
-def close() -> None:
+def install() -> None:
     """Puts that order in JAX's place; `tests.commands.Commands` calls it where it is told to."""
     mesh_utils.create_device_mesh = create_device_mesh

@@ -1,4 +1,4 @@
-"""Commands that end where they would compile a model or start others, once `close` was called in their process."""
+"""Commands that end where they would compile a model or start others, once `install` was called in their process."""
 
 import os
 
@@ -8,7 +8,7 @@ import jax
 import seqpe_jax.data.datasets.digit_images
 import seqpe_jax.data.datasets.text_files
 import seqpe_jax.inference.export
-import seqpe_jax.interop.conversion
+import seqpe_jax.interop.convert
 import seqpe_jax.profiling.benchmark
 import seqpe_jax.reporting.report
 import seqpe_jax.sweeps.search  # noqa: F401
@@ -24,7 +24,7 @@ from seqpe_jax.training.trainer import Trainer
 
 STOPPED = "stopped before compiling"
 FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
-_run, _devices_of = common.run, aot.devices_of
+_run, _devices_of = common.run, aot.topology_devices
 
 
 def _stop(*_, **__):
@@ -58,11 +58,11 @@ def _devices(topology):
         return jax.devices()
 
 
-def close() -> None:
+def install() -> None:
     """Closes the seams; `tests.commands.Commands` calls it where it is told to, never the tests' own process."""
     common.run = _run_there
     Trainer.init_or_warm_start, Trainer.init_state, loop.run_steps = _no_state, _stop, _stop
     evaluate._at = _measured
     CompiledModel.signal = CompiledModel.vectors = CompiledModel.params_with_table = _stop
-    aot.compile_step, aot.devices_of = _stop, _devices
+    aot.compile_step, aot.topology_devices = _stop, _devices
     runs.Popen = _stop

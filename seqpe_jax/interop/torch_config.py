@@ -1,6 +1,6 @@
 """The PyTorch reference's settings <-> our config.
 
-One vocabulary stands between its formats and ours, flat and plain (`Spec`): {"kind": "gpt2", "n_layer", "n_embd", ...,
+One vocabulary stands between its formats and ours, flat and plain (`ReferenceSpec`): {"kind": "gpt2", "n_layer", "n_embd", ...,
 "pe_type", "pe_apply_method", ..., "encoder": {...}}, or {"kind": "vit", "depth", "embed_dim", ...}, or a digit encoder
 alone, {"kind": "seqpe_encoder", "layer_num", ...}. A field that nobody knows is refused: it could change what is computed.
 """
@@ -14,7 +14,7 @@ from seqpe_jax.config import Config, EncodingConfig, digits_of
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, suggest
 
-Spec = Mapping[str, Any]
+ReferenceSpec = Mapping[str, Any]
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 KINDS = {"seq_pe": "seqpe", "vanilla": "learned", "sin": "sinusoidal", "nope": "none", "alibi": "alibi"}
@@ -94,7 +94,7 @@ FIELDS = {
 }
 
 
-def check_fields(spec: Spec, kind: str | None = None) -> str:
+def check_spec(spec: ReferenceSpec, kind: str | None = None) -> str:
     """Returns the kind of a spec. Raises: InputError: an unknown kind or field, or one missing."""
     kind = kind or spec.get("kind")
     if kind not in FIELDS:
@@ -114,9 +114,9 @@ def check_fields(spec: Spec, kind: str | None = None) -> str:
     return kind
 
 
-def encoding_of(spec: Spec) -> EncodingConfig:
+def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
     """Returns the encoding section of a spec. Raises: InputError: a field or value that we do not have."""
-    kind = check_fields(spec)
+    kind = check_spec(spec)
     if kind == "seqpe_encoder":
         return EncodingConfig(
             kind="seqpe", **_encoder(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"]
@@ -163,9 +163,9 @@ def _without_map(images: bool, method: str, whole: bool) -> str:
     return "none" if whole else "halves"
 
 
-def _encoder(spec: Spec, max_position: int | None = None) -> dict[str, Any]:
+def _encoder(spec: ReferenceSpec, max_position: int | None = None) -> dict[str, Any]:
     """The fields of an encoding that describe its digit encoder."""
-    check_fields(spec, "seqpe_encoder")
+    check_spec(spec, "seqpe_encoder")
     axes = spec.get("data_dim", 1)
     reach = 10 ** spec["max_digits"]  # of each coordinate
     side = reach if max_position is None else round(max_position ** (1 / axes))
@@ -197,13 +197,13 @@ def activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-def config_of(spec: Spec) -> Config:
+def config_from_spec(spec: ReferenceSpec) -> Config:
     """Returns the config of a spec (kinds gpt2 and vit).
 
     Raises:
       InputError: a field or value that we do not have, or that contradicts another.
     """
-    kind, encoding = check_fields(spec), encoding_of(spec)
+    kind, encoding = check_spec(spec), encoding_from_spec(spec)
     values = configs.to_dict(Config())
     values["encoding"] = dataclasses.asdict(encoding)
     for term in ("contrastive", "distillation"):  # what it was trained with is not what it will be trained with
@@ -248,7 +248,7 @@ def config_of(spec: Spec) -> Config:
     return configs.from_dict(values)
 
 
-def spec_of(config: Config, vector_width: int) -> dict[str, Any]:
+def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
     """Returns the spec of a config, for writing it in the reference's formats.
 
     Args:
@@ -322,11 +322,11 @@ def spec_of(config: Config, vector_width: int) -> dict[str, Any]:
             "seqpe_temperature": encoding.temperature,
             "init_norm_weight": encoding.norm_init,
         }
-    check_fields(spec)
+    check_spec(spec)
     return spec
 
 
-def training_of(config: Config) -> dict[str, Any]:
+def training_settings(config: Config) -> dict[str, Any]:
     """Returns the reference's settings of how a run was trained, which its scripts read too."""
     shift, near, far = config.objective.shift, config.objective.contrastive, config.objective.distillation
     return {

@@ -14,14 +14,14 @@ from seqpe_jax.data.images import facts_of
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop import folders, settings, weights
-from seqpe_jax.interop.writing import channels_of, fixed_table
+from seqpe_jax.interop import torch_config, torch_reference, weights
+from seqpe_jax.interop.writing import fixed_table, num_channels
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.trees import names
 
 
-class Given(nn.Module):
+class PrecomputedVectors(nn.Module):
     """Vectors that were computed elsewhere, in place of what makes them: a parameter `given`.
 
     Attributes:
@@ -65,7 +65,7 @@ def from_state_dicts(
     """Returns the model of weights in memory under the reference's names.
 
     Args:
-      config: see `interop.settings`; kinds gpt2, vit, seqpe_encoder.
+      config: see `interop.torch_config`; kinds gpt2, vit, seqpe_encoder.
       model_state: the model's arrays; None = an encoder alone.
       encoder_state: the position model's arrays; None = given by `signal`, or an encoding that needs none.
       signal: float32[P, L, E], vectors in place of an encoder.
@@ -90,7 +90,7 @@ def from_state_dicts(
         spec["encoder"] = _inferred(spec, encoder_state)
     if spec.get("pe_type") == "seq_pe" and encoder_state is None and signal is None:
         raise InputError("pe_type='seq_pe' needs encoder_state, or given vectors as signal")
-    return from_config(settings.config_of(spec), state, signal)
+    return from_config(torch_config.config_from_spec(spec), state, signal)
 
 
 def from_config(config: Config, state: weights.State, signal: Any = None) -> Model:
@@ -105,14 +105,14 @@ def from_config(config: Config, state: weights.State, signal: Any = None) -> Mod
     if signal is not None:
         given = np.asarray(signal, np.float32)
         rules = [rule for rule in rules if not rule.ours.startswith("encoding/encoder/")]
-        encoding = Given(model_spec.encoding, config.encoding.kind, given.shape)
+        encoding = PrecomputedVectors(model_spec.encoding, config.encoding.kind, given.shape)
         model_spec = dataclasses.replace(model_spec, encoding=encoding, has_vectors=False)
         kept = {name: shape for name, shape in shapes["encoding"].items() if name != "encoder"}
         shapes = shapes | {"encoding": kept | {"given": jax.ShapeDtypeStruct(given.shape, jnp.float32)}}
     params = weights.to_params(rules, state)
     if signal is not None:
         params["encoding"] = dict(params.get("encoding", {})) | {"given": given}
-    params = checked(params, shapes)
+    params = check_params(params, shapes)
     return Model(config, model_spec, sizes, lambda: params)
 
 
@@ -120,12 +120,12 @@ def _sizes(config: Config, state: weights.State) -> DataSpec:
     """The sizes of a config that names its vocabulary or classes; photos are normalised as their data set is."""
     if not config.is_image:
         return DataSpec(vocabulary=config.model.vocabulary)
-    facts, channels = facts_of(config.data.name), channels_of(state)
+    facts, channels = facts_of(config.data.name), num_channels(state)
     known = (facts.mean, facts.std) if facts.channels == channels else ((), ())
     return DataSpec(classes=config.model.classes, channels=channels, mean=known[0], std=known[1])
 
 
-def checked(params: Any, shapes: Any) -> Any:
+def check_params(params: Any, shapes: Any) -> Any:
     """Returns parameters as float32. Raises: InputError: an array has another shape than wanted, or is not finite."""
 
     def check(path: Any, leaf: np.ndarray, wanted: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -140,7 +140,7 @@ def checked(params: Any, shapes: Any) -> Any:
 
 
 def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
-    encoding = settings.encoding_of({"kind": "seqpe_encoder"} | dict(config))
+    encoding = torch_config.encoding_from_spec({"kind": "seqpe_encoder"} | dict(config))
     axes, out = config.get("data_dim", 1), encoding.output_width
     fields = {field.name for field in dataclasses.fields(SeqPE)} & {
         field.name for field in dataclasses.fields(encoding)
@@ -155,7 +155,7 @@ def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
     rules = weights.encoder_rules(encoding.layers, axes, encoding.cls, encoding.final_norm)
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     model_spec = ModelSpec(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)
-    params = checked(weights.to_params(rules, state) | {"model": {}}, model_spec.shapes)
+    params = check_params(weights.to_params(rules, state) | {"model": {}}, model_spec.shapes)
     return Model(Config(encoding=encoding), model_spec, DataSpec(), lambda: params)
 
 
@@ -184,9 +184,9 @@ def _inferred(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
     }
 
 
-def from_source(source: folders.Source) -> Model:
+def from_checkpoint(source: torch_reference.ForeignCheckpoint) -> Model:
     """Returns the model of a checkpoint that has been read. Raises: InputError: as of `loading.load`."""
-    model = from_config(settings.config_of(source.spec), source.state)
+    model = from_config(torch_config.config_from_spec(source.spec), source.state)
     for name, table in source.tables.items():
         rows = min(len(table), 64)
         ours = fixed_table(model.config, model.model_spec, rows)

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 
 
-def holds(jaxpr, size: int) -> bool:
+def has_array_of_size(jaxpr, size: int) -> bool:
     """Whether any value in a program, or in the programs it calls, has so many elements."""
     for equation in jaxpr.eqns:
         if any(np.prod(out.aval.shape, dtype=int) >= size for out in equation.outvars if hasattr(out.aval, "shape")):
             return True
-        if any(holds(program, size) for program in subprograms(equation.params)):
+        if any(has_array_of_size(program, size) for program in subprograms(equation.params)):
             return True
     return False
 

@@ -99,7 +99,7 @@ def _one(runs: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
     return ([run for run in found if run[1].get("variant") == "rotary"] or found)[:1]
 
 
-def close() -> None:
+def install() -> None:
     """Makes the commands of this process small."""
     common.run = _run_there
     io.from_user_values = lambda *given: shrunken(_given(*given))

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from seqpe_jax.profiling.hlo import Hlo, Instruction, array_bytes, sides
+from seqpe_jax.profiling.hlo import HloModule, Instruction, array_bytes, dimensions
 
 # What moves nothing by itself: names for values, and instructions whose computations are looked at instead.
 FREE = {
@@ -42,7 +42,7 @@ NOTHING = ("AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound")
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ProgramCost:
     """Of one device, in one run of a program.
 
     Attributes:
@@ -56,33 +56,37 @@ class Work:
     bytes: float
     kernels: int
     cycles: float
-    loops: int
+    unknown_trip_loops: int
 
 
-def work(program: Hlo) -> Work:
+def program_cost(program: HloModule) -> ProgramCost:
     """Returns what a device does in a program, loops times their turns; of branches all are counted."""
     flops = kernels = 0.0
-    for name, one in program.each():
-        counted = _flops(program, name, one)
+    for name, one in program.instructions():
+        counted = _instruction_flops(program, name, one)
         if counted is None:
-            kernels += program.times[name]
+            kernels += program.execution_counts[name]
         else:
-            flops += program.times[name] * counted
+            flops += program.execution_counts[name] * counted
     moved = cycles = 0.0
-    for name, one in program.each(program.times_alone):
-        moved += program.times_alone[name] * _moved(program, name, one)
+    for name, one in program.instructions(program.unfused_counts):
+        moved += program.unfused_counts[name] * _instruction_bytes(program, name, one)
         if found := re.search(r'"estimated_cycles":"(\d+)"', one.rest):
-            cycles += program.times_alone[name] * int(found.group(1))
-    return Work(flops, moved, int(kernels), cycles, program.open_loops(COMPUTING))
+            cycles += program.unfused_counts[name] * int(found.group(1))
+    return ProgramCost(flops, moved, int(kernels), cycles, program.unknown_trip_loops(COMPUTING))
 
 
-def _flops(program: Hlo, computation: str, one: Instruction) -> float | None:
+def _instruction_flops(program: HloModule, computation: str, one: Instruction) -> float | None:
     """The FLOPs of an instruction; None of a kernel that does not say."""
     if one.opcode == "dot":
-        left = sides(program.operands(computation, one)[0].kind)
-        return 2.0 * math.prod(sides(one.kind)) * math.prod(left[axis] for axis in one.listed("lhs_contracting_dims"))
+        left = dimensions(program.operands(computation, one)[0].shape)
+        return (
+            2.0
+            * math.prod(dimensions(one.shape))
+            * math.prod(left[axis] for axis in one.int_list("lhs_contracting_dims"))
+        )
     if one.opcode == "convolution":
-        left, right = (sides(operand.kind) for operand in program.operands(computation, one))
+        left, right = (dimensions(operand.shape) for operand in program.operands(computation, one))
         return _convolution(one, left, right)
     if one.opcode != "custom-call":
         return 0.0
@@ -90,9 +94,9 @@ def _flops(program: Hlo, computation: str, one: Instruction) -> float | None:
         return float(found.group(1))
     target = re.search(r'custom_call_target="([^"]*)"', one.rest)
     if found := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.rest):  # cuBLAS, cuDNN, oneDNN
-        left = sides(program.operands(computation, one)[0].kind)
+        left = dimensions(program.operands(computation, one)[0].shape)
         summed = [int(axis.strip('" ')) for axis in found.group(1).split(",") if axis]
-        return 2.0 * math.prod(sides(one.kind)) * math.prod(left[axis] for axis in summed)
+        return 2.0 * math.prod(dimensions(one.shape)) * math.prod(left[axis] for axis in summed)
     silent = target is not None and re.search(r"tpu_custom_call|fmha|gemm|matmul|conv|triton", target.group(1))
     return None if silent else 0.0
 
@@ -101,24 +105,24 @@ def _convolution(one: Instruction, left: list[int], right: list[int]) -> float:
     """Multiplications and additions of those places of the window that lie inside, which are few where a TPU's compiler
     writes a batch of products as one convolution. Source: XLA's HloCostAnalysis::GetConvolutionFlops.
     """
-    inputs, kernels, outputs = one.word("dim_labels").replace("->", "_").split("_")
-    made = sides(one.kind)
+    inputs, kernels, outputs = one.raw_attribute("dim_labels").replace("->", "_").split("_")
+    made = dimensions(one.shape)
     count = 2.0 * right[kernels.index("i")] * made[outputs.index("f")] * made[outputs.index("b")]
     for axis in sorted(filter(str.isdigit, kernels)):
-        window = tuple(one.window(name, int(axis)) for name in ("stride", "lhs_dilate", "rhs_dilate", "pad"))
-        count *= _inside(left[inputs.index(axis)], right[kernels.index(axis)], made[outputs.index(axis)], *window)
+        window = tuple(one.window_value(name, int(axis)) for name in ("stride", "lhs_dilate", "rhs_dilate", "pad"))
+        count *= _window_pairs(left[inputs.index(axis)], right[kernels.index(axis)], made[outputs.index(axis)], *window)
     return count
 
 
 @functools.cache
-def _inside(size: int, kernel: int, made: int, stride: int, dilate: int, spread: int, pad: int) -> int:
+def _window_pairs(size: int, kernel: int, made: int, stride: int, dilate: int, spread: int, pad: int) -> int:
     """Pairs of a place of the result and one of the window that meet a number of the input along an axis."""
     results, places = np.arange(made)[:, None], np.arange(kernel)
     at = results * (stride or 1) + places * (spread or 1) - pad
     return int(((at >= 0) & (at % (dilate or 1) == 0) & (at // (dilate or 1) < size)).sum())
 
 
-def _moved(program: Hlo, computation: str, one: Instruction) -> float:
+def _instruction_bytes(program: HloModule, computation: str, one: Instruction) -> float:
     """The bytes of memory that an instruction which stands alone reads and writes."""
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
@@ -127,24 +131,28 @@ def _moved(program: Hlo, computation: str, one: Instruction) -> float:
         return 0.0
     if one.opcode == "fusion":
         inside = one.attribute("calls")
-        made, taken = _passed_on(one)
-        read = sum(_read(program, inside, at, operand.kind) for at, operand in enumerate(operands) if at not in taken)
-        return read + _written(program, inside, program.roots.get(inside, ""), one.kind, made)
+        made, taken = _aliased(one)
+        read = sum(
+            _fusion_bytes_read(program, inside, at, operand.shape)
+            for at, operand in enumerate(operands)
+            if at not in taken
+        )
+        return read + _fusion_bytes_written(program, inside, program.roots.get(inside, ""), one.shape, made)
     if one.opcode in SLICES:
-        return 2.0 * array_bytes(one.kind, of="hbm")
+        return 2.0 * array_bytes(one.shape, of="hbm")
     if one.opcode == "dynamic-update-slice":
-        return 2.0 * array_bytes(operands[1].kind, of="hbm")
+        return 2.0 * array_bytes(operands[1].shape, of="hbm")
     if one.opcode == "copy-start":  # its type holds both sides, and a semaphore
-        return float(array_bytes(one.kind, of="hbm"))
-    read = sum(array_bytes(operand.kind, of="hbm") for operand in operands)
+        return float(array_bytes(one.shape, of="hbm"))
+    read = sum(array_bytes(operand.shape, of="hbm") for operand in operands)
     if one.opcode.endswith("-start"):  # its type may hold what was given, too
-        return read + max(array_bytes(one.kind, of="hbm") - read, 0)
-    return float(read + array_bytes(one.kind, of="hbm"))
+        return read + max(array_bytes(one.shape, of="hbm") - read, 0)
+    return float(read + array_bytes(one.shape, of="hbm"))
 
 
-def _read(program: Hlo, fused: str, index: int, kind: str) -> float:
+def _fusion_bytes_read(program: HloModule, fused: str, index: int, shape: str) -> float:
     """The bytes that a fused computation reads of an operand, which is of that kind."""
-    whole = array_bytes(kind, of="hbm")
+    whole = array_bytes(shape, of="hbm")
     body = program.computations.get(fused, {})
     names = {one.name for one in body.values() if one.opcode == "parameter" and one.operands == (str(index),)}
     if not whole or not names:
@@ -157,15 +165,15 @@ def _read(program: Hlo, fused: str, index: int, kind: str) -> float:
         if one.opcode == "bitcast":
             names.add(one.name)
         elif one.opcode in SLICES and users == [0]:
-            read += array_bytes(one.kind)
+            read += array_bytes(one.shape)
         elif one.opcode == "fusion":
-            read += sum(_read(program, one.attribute("calls"), at, kind) for at in users)
+            read += sum(_fusion_bytes_read(program, one.attribute("calls"), at, shape) for at in users)
         elif one.opcode != "dynamic-update-slice" or users != [0]:  # of which the operand is changed in place
             return float(whole)
     return min(read, float(whole))
 
 
-def _passed_on(one: Instruction) -> tuple[set[int], set[int]]:
+def _aliased(one: Instruction) -> tuple[set[int], set[int]]:
     """The results of a fusion that are operands as they were, and these operands: what a hidden collective holds.
 
     A single result has the number -1.
@@ -176,22 +184,25 @@ def _passed_on(one: Instruction) -> tuple[set[int], set[int]]:
     return {int(made or -1) for made, _ in found}, {int(taken) for _, taken in found}
 
 
-def _written(program: Hlo, fused: str, root: str, kind: str, passed: Iterable[int] = ()) -> float:
+def _fusion_bytes_written(program: HloModule, fused: str, root: str, shape: str, passed: Iterable[int] = ()) -> float:
     """The bytes that a fused computation writes of a result of that kind; passed: results that it does not write."""
     if -1 in passed:
         return 0.0
     body = program.computations.get(fused, {})
     one = body.get(root)
-    if one is None or not array_bytes(kind, of="hbm"):
-        return float(array_bytes(kind, of="hbm"))
+    if one is None or not array_bytes(shape, of="hbm"):
+        return float(array_bytes(shape, of="hbm"))
     if one.opcode == "tuple":
         made = [name for at, name in enumerate(one.operands) if at not in passed]
-        return sum(_written(program, fused, name, body[name].kind) for name in made)
+        return sum(_fusion_bytes_written(program, fused, name, body[name].shape) for name in made)
     while one.opcode == "bitcast" and one.operands[0] in body:
         one = body[one.operands[0]]
     if one.opcode == "dynamic-update-slice" and one.operands[1] in body:
-        return float(array_bytes(body[one.operands[1]].kind))
+        return float(array_bytes(body[one.operands[1]].shape))
     if one.opcode == "fusion":
         inside = one.attribute("calls")
-        return min(_written(program, inside, program.roots.get(inside, ""), one.kind), array_bytes(kind, of="hbm"))
-    return float(array_bytes(kind, of="hbm"))
+        return min(
+            _fusion_bytes_written(program, inside, program.roots.get(inside, ""), one.shape),
+            array_bytes(shape, of="hbm"),
+        )
+    return float(array_bytes(shape, of="hbm"))

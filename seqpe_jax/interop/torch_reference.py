@@ -20,8 +20,8 @@ from seqpe_jax.data.fetched import fetched
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import apply_umask
 from seqpe_jax.interop import pickles, weights
-from seqpe_jax.interop.arrays import MODEL, checked_arrays, read_safetensors, read_settings, read_weights
-from seqpe_jax.interop.settings import Spec
+from seqpe_jax.interop.arrays import MODEL, check_state_dict, read_mapping, read_safetensors, read_weights
+from seqpe_jax.interop.torch_config import ReferenceSpec
 
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the files of one; the first set that is there counts
 POSITIONS = {"text": "model_1.safetensors", "images": "pe_model.safetensors"}
@@ -151,7 +151,7 @@ DATA_NAMES = {"imagenet": "imagenet2012"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ForeignCheckpoint:
     """A checkpoint of others, read.
 
     Attributes:
@@ -161,7 +161,7 @@ class Source:
       files: what was read; tokenizer: files of one, if it has any.
     """
 
-    spec: Spec
+    spec: ReferenceSpec
     state: dict[str, np.ndarray]
     dropped: dict[str, str]
     tables: dict[str, np.ndarray]
@@ -169,7 +169,7 @@ class Source:
     tokenizer: tuple[pathlib.Path, ...] = ()
 
 
-def read(path: str | pathlib.Path) -> Source:
+def read(path: str | pathlib.Path) -> ForeignCheckpoint:
     """Returns the checkpoint at a path, whichever of the formats it has.
 
     Raises:
@@ -193,7 +193,7 @@ def read(path: str | pathlib.Path) -> Source:
         pickled = epochs[max(epochs)] if epochs else pickled
     if pickled.is_file():
         return _images(pickled)
-    if (path / POSITIONS["images"]).is_file() or "MODEL" in read_settings(path / "config.json", missing=True):
+    if (path / POSITIONS["images"]).is_file() or "MODEL" in read_mapping(path / "config.json", missing=True):
         return _images(path)
     if (path / "config.json").is_file():
         return _text(path)
@@ -203,8 +203,8 @@ def read(path: str | pathlib.Path) -> Source:
     )
 
 
-def _text(path: pathlib.Path) -> Source:
-    settings = read_settings(path / "config.json")
+def _text(path: pathlib.Path) -> ForeignCheckpoint:
+    settings = read_mapping(path / "config.json")
     spec: dict[str, Any] = {"kind": "gpt2"}
     scales = dict(GPT2_SCALES)
     for name, value in settings.items():
@@ -220,15 +220,13 @@ def _text(path: pathlib.Path) -> Source:
     files = [path / "config.json"]
     if positions.is_file() or settings.get("pe_config"):
         source = positions if positions.is_file() else path / "config.json"
-        spec |= _positions(
-            source, read_settings(positions) if positions.is_file() else settings["pe_config"], {"MODEL"}
-        )
+        spec |= _positions(source, read_mapping(positions) if positions.is_file() else settings["pe_config"], {"MODEL"})
         files += [positions] if positions.is_file() else []
     else:
         spec |= {"pe_type": "vanilla", "pe_apply_method": "input_add"}
     arguments = path / "train_args.json"
     if arguments.is_file():
-        spec["block_size"] = read_settings(arguments).get("block_size") or 0
+        spec["block_size"] = read_mapping(arguments).get("block_size") or 0
         files.append(arguments)
     folder = path / "best_model" if (path / "best_model").is_dir() else path
     found, holding = read_weights(folder)
@@ -249,23 +247,23 @@ def _text(path: pathlib.Path) -> Source:
     dropped |= dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
     offered = (tuple(path / name for name in names) for names in TOKENIZERS)
     tokenizer = next((files for files in offered if all(file.is_file() for file in files)), ())
-    return Source(spec, state, dropped, tables, tuple(files), tokenizer)
+    return ForeignCheckpoint(spec, state, dropped, tables, tuple(files), tokenizer)
 
 
-def _images(path: pathlib.Path) -> Source:
+def _images(path: pathlib.Path) -> ForeignCheckpoint:
     if path.is_file():
         stored, files = pickles.read(path), (path,)
         if not isinstance(stored, dict) or "model" not in stored:
             raise InputError(f"{path} is no checkpoint of the reference: expected the keys model, pe_model, config")
         settings = stored.get("config")
         if not isinstance(settings, dict):
-            settings, files = read_settings(path.parent / "config.json"), (path, path.parent / "config.json")
-        model, encoder = checked_arrays(stored["model"], path), checked_arrays(stored.get("pe_model") or {}, path)
+            settings, files = read_mapping(path.parent / "config.json"), (path, path.parent / "config.json")
+        model, encoder = check_state_dict(stored["model"], path), check_state_dict(stored.get("pe_model") or {}, path)
     else:
         files = tuple(
             file for file in (path / "config.json", path / MODEL, path / POSITIONS["images"]) if file.is_file()
         )
-        settings, model = read_settings(path / "config.json"), read_safetensors(path / MODEL)
+        settings, model = read_mapping(path / "config.json"), read_safetensors(path / MODEL)
         encoder = read_safetensors(path / POSITIONS["images"]) if (path / POSITIONS["images"]).is_file() else {}
     where = files[0] if path.is_dir() else path
     sections = {name: settings.get(name) or {} for name in ("MODEL", "DATA", "TRAIN")}
@@ -297,7 +295,7 @@ def _images(path: pathlib.Path) -> Source:
     if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
         tables = {grid_table: np.zeros((0, 0), np.float32)}
     dropped = dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
-    return Source(spec, state, dropped, tables, files)
+    return ForeignCheckpoint(spec, state, dropped, tables, files)
 
 
 def _positions(file: pathlib.Path, settings: Mapping[str, Any], others: set[str]) -> dict[str, Any]:
@@ -327,7 +325,7 @@ def _positions(file: pathlib.Path, settings: Mapping[str, Any], others: set[str]
 
 
 def _gpt2_names(
-    found: dict[str, np.ndarray], file: pathlib.Path, spec: Spec
+    found: dict[str, np.ndarray], file: pathlib.Path, spec: ReferenceSpec
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns (arrays with the prefix `transformer.`, what is left out and why)."""
     state, dropped = {}, {}
@@ -347,7 +345,7 @@ def _gpt2_names(
     return state, dropped
 
 
-def _rescaled(state: dict[str, np.ndarray], spec: Spec, scales: Mapping[str, bool]) -> dict[str, np.ndarray]:
+def _rescaled(state: dict[str, np.ndarray], spec: ReferenceSpec, scales: Mapping[str, bool]) -> dict[str, np.ndarray]:
     """A state whose queries have taken up how attention logits are scaled there: the third of c_attn that makes them."""
     changed, width = dict(state), int(spec.get("n_embd", 0))
     for name in state:
@@ -361,7 +359,7 @@ def _rescaled(state: dict[str, np.ndarray], spec: Spec, scales: Mapping[str, boo
     return changed
 
 
-def _fixed_tables(spec: Spec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _fixed_tables(spec: ReferenceSpec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Takes the table of a fixed encoding out of a state."""
     name = f"{weights.ENCODER}weight"
     on_one_axis = spec["pe_type"] in ("sin", "alibi") or spec.get("pe_apply_method") == "rotary"
@@ -373,7 +371,9 @@ def _require(file: pathlib.Path, name: str, value: Any, wanted: Any) -> None:
         raise InputError(f"{file}: field '{name}' is {value!r}, only {wanted!r} is supported")
 
 
-def write_text(folder: pathlib.Path, spec: Spec, training: Spec, state: weights.State) -> list[pathlib.Path]:
+def write_text(
+    folder: pathlib.Path, spec: ReferenceSpec, training: ReferenceSpec, state: weights.State
+) -> list[pathlib.Path]:
     """Writes a spec (kind gpt2), how it was trained, and its arrays in the reference's text layout; returns the files."""
     positions = {"MODEL": {}} | _settings(spec) | training
     model = {name: spec[name] for name in GPT2 if name in spec} | {
@@ -406,7 +406,9 @@ def write_text(folder: pathlib.Path, spec: Spec, training: Spec, state: weights.
     return files + _weights(folder / "best_model", state, POSITIONS["text"])
 
 
-def write_images(folder: pathlib.Path, spec: Spec, training: Spec, state: weights.State) -> list[pathlib.Path]:
+def write_images(
+    folder: pathlib.Path, spec: ReferenceSpec, training: ReferenceSpec, state: weights.State
+) -> list[pathlib.Path]:
     """Writes a spec (kind vit), how it was trained, and its arrays in the reference's image layout; returns the files.
 
     With torch best_model.pth, which the authors' scripts load; without it model.safetensors and pe_model.safetensors.
@@ -448,7 +450,7 @@ def write_images(folder: pathlib.Path, spec: Spec, training: Spec, state: weight
     return [file, folder / "best_model.pth"]
 
 
-def _settings(spec: Spec) -> dict[str, Any]:
+def _settings(spec: ReferenceSpec) -> dict[str, Any]:
     """The reference's PE_* and SEQPE_* settings of a spec."""
     encoder = spec.get("encoder") or {}
     found = {name: spec[ours] for name, ours in PE.items() if ours in spec}

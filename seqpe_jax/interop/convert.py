@@ -7,16 +7,16 @@ from seqpe_jax import loading
 from seqpe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import require_empty
-from seqpe_jax.interop import folders, reference, weights
+from seqpe_jax.interop import torch_model, torch_reference, weights
 from seqpe_jax.interop.writing import write_reference, write_run
 from seqpe_jax.trees import count
 
 
-def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
+def convert_to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
     """Writes a checkpoint of others as a run of ours: config.json, checkpoints/0, tokenizer.json, conversion.json.
 
     Args:
-      source: see `interop.folders`; output: a folder that does not exist or is empty; tokenizer: a tokenizer.json, for a
+      source: see `interop.torch_reference`; output: a folder that does not exist or is empty; tokenizer: a tokenizer.json, for a
         source that brings none.
 
     Returns:
@@ -29,8 +29,8 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
     require_empty(output)
     if loading.is_run_or_export(source):
         raise InputError(f"{source} is a run of ours already: --to=reference writes it in the reference's format")
-    found = folders.read(source)
-    model = reference.from_source(found)
+    found = torch_reference.read(source)
+    model = torch_model.from_checkpoint(found)
     config, words = model.config, _tokenizer(found.tokenizer, tokenizer) if not model.config.is_image else None
     if words is not None and words.vocabulary_size > config.model.vocabulary:
         raise InputError(
@@ -52,7 +52,7 @@ def to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
     return report
 
 
-def to_reference(checkpoint: str, output: str) -> dict[str, Any]:
+def convert_to_reference(checkpoint: str, output: str) -> dict[str, Any]:
     """Writes a run of ours in the reference's text or image layout; returns and raises as `writing.write_reference`."""
     require_empty(output)
     return write_reference(loading.open_model(checkpoint), output)

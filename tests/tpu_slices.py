@@ -35,7 +35,7 @@ class Chip:
     platform: str = "tpu"
 
 
-def devices_of(topology: str, slices: int = 1) -> list[Chip]:
+def topology_devices(topology: str, slices: int = 1) -> list[Chip]:
     """Returns the devices of a topology such as "v5e:4x4", in the order of `jax.devices()`, of several slices."""
     generation, _, sides = topology.partition(":")
     x, y, z = (*map(int, sides.split("x")), 1)[:3]
