@@ -29,7 +29,7 @@ def get_config(variant=None):
     c.update({fields})
     return c
 '''
-SWEEP = """from seqpe_jax.sweeps.spec import Range, Search, product, zipped
+SWEEP = """from seqpe_jax.sweeps import Range, Search, product, zipped
 
 CONFIG = "page.py"
 SEARCH = Search(

@@ -14,7 +14,7 @@ FOLDER = "SEQPE_JAX_TESTS_FOLDER"  # where commands run
 TEXTS = "path/to/texts"  # in that folder, as the pages write it
 PHOTOS = "ROOT"
 QUESTIONS = "questions.jsonl"
-_run, _given, _points, _read = common.run, io.from_user_values, spec._points, spec.read
+_run, _given, _trials, _read = common.run, io.from_user_values, spec._checked_trials, spec.read_sweep_file
 
 
 class FewExamples(loader.EvaluationBatches):
@@ -102,7 +102,7 @@ def _one(runs: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
 def install() -> None:
     """Makes the commands of this process small."""
     common.run = _run_there
-    io.from_user_values = lambda *given: shrunken(_given(*given))
-    spec._points = lambda path, base, runs: _points(path, base, _one(runs))
-    spec.read = _shrunken_sweep
+    io.from_user_values = lambda *values: shrunken(_given(*values))
+    spec._checked_trials = lambda base, runs: _trials(base, _one(runs))
+    spec.read_sweep_file = _shrunken_sweep
     loader.EvaluationBatches = FewExamples

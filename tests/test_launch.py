@@ -20,6 +20,8 @@ from tests.commands import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
+BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 VALUES = {
     "NAME": "first",
     "IMAGE": "registry/seqpe_jax",
@@ -392,7 +394,7 @@ def test_a_job_under_slurm_ends_after_a_requeue(tmp_path, part, words):
 
 OTHER = """#!{python}
 import json, sys
-assert sys.argv[1].endswith("launch/torch_gpt2.py") and json.loads(sys.argv[2])["width"] == 24
+assert sys.argv[1].endswith("benchmarks/torch_gpt2.py") and json.loads(sys.argv[2])["width"] == 24
 print("ready 9.9", flush=True)
 for line in sys.stdin:
     print(1000.0, flush=True)
@@ -411,7 +413,7 @@ def test_steps_are_timed_against_an_interpreter_that_is_given(tmp_path):
     still = [f"--config.model.{name}=0.0" for name in ("dropout", "attention_dropout", "embedding_dropout")]
 
     def told(*arguments):
-        line = [sys.executable, LAUNCH / "against_torch.py", *tiny, *arguments]
+        line = [sys.executable, BENCHMARKS / "against_torch.py", *tiny, *arguments]
         return subprocess.run(line, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
 
     done = told(*still, f"--python={other}")
@@ -439,16 +441,16 @@ def test_the_page_tells_the_stored_ratio():
 @pytest.mark.slow
 def test_growth_is_drawn_from_what_is_stored(tmp_path):
     """Both encodings at every length and width, and a plot of them."""
-    for name in ("launch", "docs/results"):
+    for name in ("benchmarks", "docs/results"):
         (tmp_path / name).mkdir(parents=True)
-    shutil.copy(LAUNCH / "growth.py", tmp_path / "launch")
+    shutil.copy(BENCHMARKS / "growth.py", tmp_path / "benchmarks")
     stored = (ROOT / "docs/results/growth.csv").read_text()
     (tmp_path / "docs/results/growth.csv").write_text(stored)
     points = {tuple(line.split(",")[:3]) for line in stored.splitlines()[1:]}
     lengths, widths = (512, 1024, 2048, 4096, 8192), (128, 256, 512)
     axes = [("length", str(n)) for n in lengths] + [("width", str(n)) for n in widths]
     assert points == {(*point, kind) for point in axes for kind in ("seqpe", "rotary")}
-    line = [sys.executable, tmp_path / "launch/growth.py"]
+    line = [sys.executable, tmp_path / "benchmarks/growth.py"]
     done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "docs/results/growth.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ alone; `seqpe_paper` is the form of the paper.
 Hardware: two CPU cores, one for each of two runs at once; about 45 minutes.
 """
 
-from seqpe_jax.sweeps.spec import product
+from seqpe_jax.sweeps import product
 
 CONFIG = "configs/stdlib_lm.py"
 KINDS = ("seqpe", "rotary", "rotary_partial", "alibi", "seqpe_paper", "learned", "sinusoidal", "none")

@@ -9,7 +9,7 @@ lie within 2048 places. The learning rate is lower by sqrt(2), as the width is l
 Hardware: two CPU cores; about an hour.
 """
 
-from seqpe_jax.sweeps.spec import product
+from seqpe_jax.sweeps import product
 
 CONFIG = "configs/stdlib_lm.py"
 KINDS = ("seqpe", "rotary", "rotary_partial", "alibi")

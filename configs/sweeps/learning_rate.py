@@ -8,7 +8,7 @@ them. What decides is the loss on the validation split at the end (`eval/loss@64
 Hardware: two CPU cores, one for each of two runs at once; about 45 minutes.
 """
 
-from seqpe_jax.sweeps.spec import product
+from seqpe_jax.sweeps import product
 
 CONFIG = "configs/stdlib_lm.py"
 KINDS = ("seqpe", "rotary", "rotary_partial", "alibi", "learned", "sinusoidal", "none")

@@ -9,7 +9,7 @@ stretched with the clip, in time and space. Seeds differ by up to ten points her
 Hardware: two CPU cores, one for each of two runs at once.
 """
 
-from seqpe_jax.sweeps.spec import product
+from seqpe_jax.sweeps import product
 
 CONFIG = "configs/moving_digits_vit.py"
 # Those that know the grid and can be read between its places come first, with all their seeds.

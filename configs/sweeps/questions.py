@@ -8,7 +8,7 @@ the validation split; these are three other seeds, on 400 questions of the test 
 Hardware: two CPU cores, one for each of two runs at once; about four hours.
 """
 
-from seqpe_jax.sweeps.spec import product
+from seqpe_jax.sweeps import product
 
 CONFIG = "configs/stdlib_qa.py"
 # Those that may answer past the training length come first, with all their seeds.

@@ -7,7 +7,7 @@ evaluated on the test split. Needs `pip install optuna`.
 Hardware: two CPU cores, one for each of two trials at once; about 20 minutes.
 """
 
-from seqpe_jax.sweeps.spec import Range, Search
+from seqpe_jax.sweeps import Range, Search
 
 CONFIG = "configs/stdlib_lm.py"
 SEARCH = Search(

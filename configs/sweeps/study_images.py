@@ -12,7 +12,7 @@ Hardware: two CPU cores, one for each of two runs at once; about two and a half 
 first. docs/results/study_images.json holds the runs of the study before it searched constants.
 """
 
-from seqpe_jax.sweeps.spec import two_stages
+from seqpe_jax.sweeps import tune_then_repeat
 
 CONFIG = "configs/digits_vit.py"
 STRONG = ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "fire", "alibi_grid")
@@ -28,13 +28,15 @@ CONSTANTS = {
     "lookhere": {"encoding.directed_heads": (2, 3, 4)},
     "fire": {"encoding.fire_scale": (0.1, 3.0, 36.0)},
 }
-TRIAL = {"seed": 0, "eval.every": 800, "eval.sizes": (8,)}
+TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8,)}
 
 
 def runs():
     """Yields (name, overrides) of each run: of the strong encodings both stages, then of the others."""
     strong, other = ({kind: {"variant": kind} for kind in kinds} for kinds in (STRONG, OTHER))
     other |= {"learned_crops": {"variant": "learned", "data.augment.crop_scale": (0.3, 1.0)}}
-    for ways in (strong, other):
-        constants = {kind: values for kind, values in CONSTANTS.items() if kind in ways}
-        yield from two_stages(ways, RATES, minimise="eval/loss@8", trial=TRIAL, seeds=(1, 2, 3), constants=constants)
+    for variants in (strong, other):
+        constants = {kind: values for kind, values in CONSTANTS.items() if kind in variants}
+        yield from tune_then_repeat(
+            variants, RATES, minimise="eval/loss@8", tuning_overrides=TUNING, seeds=(1, 2, 3), constants=constants
+        )

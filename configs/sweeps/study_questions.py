@@ -13,7 +13,7 @@ Hardware: two CPU cores, one for each of two runs at once; by the times of quest
 runs, fifteen of them for the 78 of the seven strongest encodings, which come first.
 """
 
-from seqpe_jax.sweeps.spec import two_stages
+from seqpe_jax.sweeps import tune_then_repeat
 
 CONFIG = "configs/stdlib_qa.py"
 STRONG = ("seqpe", "alibi", "rotary", "fox", "kerple", "cable", "fire")
@@ -33,12 +33,14 @@ CONSTANTS = {
     "fox": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},  # how open the gates begin
     "cable": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},
 }
-TRIAL = {"seed": 0, "eval.every": 4800, "eval.lengths": (128,)}
+TUNING = {"seed": 0, "eval.every": 4800, "eval.lengths": (128,)}
 
 
 def runs():
     """Yields (name, overrides) of each run: of the strong encodings both stages, then of the others."""
     strong, other = ({kind: {"variant": kind} for kind in kinds} for kinds in (STRONG, OTHER))
-    for ways in (strong, other):
-        constants = {kind: values for kind, values in CONSTANTS.items() if kind in ways}
-        yield from two_stages(ways, RATES, minimise="eval/loss@128", trial=TRIAL, seeds=(1, 2, 3), constants=constants)
+    for variants in (strong, other):
+        constants = {kind: values for kind, values in CONSTANTS.items() if kind in variants}
+        yield from tune_then_repeat(
+            variants, RATES, minimise="eval/loss@128", tuning_overrides=TUNING, seeds=(1, 2, 3), constants=constants
+        )

@@ -13,7 +13,7 @@ Hardware: two CPU cores, one for each of two runs at once; about three and a hal
 strongest encodings first.
 """
 
-from seqpe_jax.sweeps.spec import two_stages
+from seqpe_jax.sweeps import tune_then_repeat
 
 CONFIG = "configs/stdlib_lm.py"
 STRONG = ("seqpe", "rotary", "alibi", "fox", "cable", "kerple", "fire")
@@ -31,7 +31,7 @@ OTHER = (
 SCALED = ("linear", "ntk", "yarn")
 RATES = {"optimizer.learning_rate": (2e-3, 4e-3, 8e-3)}
 # Of those whose best of the three is at an end.
-FURTHER = {"fox": (1e-3,), "cable": (1e-3,), "seqpe_paper": (1e-3,), "kerple": (1.6e-2,), "t5": (1.6e-2,)}
+EXTRA_RATES = {"fox": (1e-3,), "cable": (1e-3,), "seqpe_paper": (1e-3,), "kerple": (1.6e-2,), "t5": (1.6e-2,)}
 # Lengths of other papers and what derives from one, from the authors' share (config/lengths.py) to their number.
 CONSTANTS = {
     "rotary": {"encoding.theta": (100.0, 1000.0, 10000.0)},
@@ -47,7 +47,7 @@ CONSTANTS = {
     "fox": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},  # how open the gates begin
     "cable": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},
 }
-TRIAL = {"seed": 0, "eval.every": 1000, "eval.lengths": (64,)}
+TUNING = {"seed": 0, "eval.every": 1000, "eval.lengths": (64,)}
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 EVALUATED = {"eval.lengths": LENGTHS, "eval.contexts": (64, 256, 1024, 4096), "eval.targets": 4096}
 
@@ -58,18 +58,18 @@ def runs():
     strong |= {"rotary_log": {"variant": "rotary", "encoding.log_scaling": True}}
     scaled = {f"rotary_{form}": {"variant": "rotary", "encoding.scaling": form} for form in SCALED}
     other = {kind: {"variant": kind} for kind in OTHER}
-    like = dict.fromkeys(scaled, "rotary")
-    for ways, own in ((strong | scaled, like), (other, {})):
-        ways = {name: {"steps": 1000, **EVALUATED, **way} for name, way in ways.items()}
-        further = {name: rates for name, rates in FURTHER.items() if name in ways}
-        constants = {name: values for name, values in CONSTANTS.items() if name in ways}
-        yield from two_stages(
-            ways,
+    same_as = dict.fromkeys(scaled, "rotary")
+    for variants, own in ((strong | scaled, same_as), (other, {})):
+        variants = {name: {"steps": 1000, **EVALUATED, **variant} for name, variant in variants.items()}
+        extra_values = {name: rates for name, rates in EXTRA_RATES.items() if name in variants}
+        constants = {name: values for name, values in CONSTANTS.items() if name in variants}
+        yield from tune_then_repeat(
+            variants,
             RATES,
             minimise="eval/loss@64",
-            trial=TRIAL,
+            tuning_overrides=TUNING,
             seeds=(1, 2, 3),
-            like=own,
-            further=further,
+            same_as=own,
+            extra_values=extra_values,
             constants=constants,
         )

@@ -58,7 +58,7 @@ def main() -> None:
 def table(found: dict) -> str:
     """Returns a compiled step's memory and collectives as markdown tables, and the rest in lines."""
     from seqpe_jax.distributed import sharding as layout
-    from seqpe_jax.reporting.tables import markdown_of
+    from seqpe_jax.reporting.tables import markdown_of_rows
 
     memory = found["memory"]
     parts = [name for name in memory if name not in ("total", "hbm", "shortfall")]
@@ -69,11 +69,11 @@ def table(found: dict) -> str:
     lines = [
         f"{found['topology']}: {found['devices']} device(s) ({found['chip']}), {axes}",
         f"{len(found['rows'])} process(es), each of which reads {read} row(s) of a batch",
-        markdown_of(["memory of a device", "MiB", f"of {memory['hbm'] / 2**30:.2f} GiB"], rows),
+        markdown_of_rows(["memory of a device", "MiB", f"of {memory['hbm'] / 2**30:.2f} GiB"], rows),
     ]
     if found["collectives"] is not None:
         sent = [[kind, str(one["count"]), f"{one['bytes'] / 2**20:,.2f}"] for kind, one in found["collectives"].items()]
-        lines.append(markdown_of(["a step sends", "times", "MiB of a device"], sent or [["nothing", "0", "0"]]))
+        lines.append(markdown_of_rows(["a step sends", "times", "MiB of a device"], sent or [["nothing", "0", "0"]]))
         lines.append(bound_of(found["roofline"], found["unit"]))
     if found["open_loops"]:
         lines.append(
@@ -87,7 +87,7 @@ def table(found: dict) -> str:
 
 def bound_of(roofline: dict, unit: str) -> str:
     """Returns a roofline as a markdown table of what is busy how long, and in lines what follows of it."""
-    from seqpe_jax.reporting.tables import markdown_of
+    from seqpe_jax.reporting.tables import markdown_of_rows
 
     def ms(seconds: float | None) -> str:
         return "-" if seconds is None else f"{1000 * seconds:,.3f}"
@@ -104,7 +104,7 @@ def bound_of(roofline: dict, unit: str) -> str:
         rows.append(row(name, f"{one['received'] / 2**20:,.0f} MiB", one["seconds"]))
     rows += [row(f"link {name}, in all", "", seconds) for name, seconds in roofline["links"].items()]
     lines = [
-        markdown_of(["at its peak", "of a device", "ms", "of the bound"], rows),
+        markdown_of_rows(["at its peak", "of a device", "ms", "of the bound"], rows),
         f"bound: {roofline['bound']}; a step takes {ms(roofline['seconds'])} ms at least, {roofline['per_second']:,.0f} "
         f"{unit}/s and {100 * roofline['mfu']:.1f}% MFU at most ({100 * roofline['mfu_full_attention']:.1f}% with "
         "full attention counted)",

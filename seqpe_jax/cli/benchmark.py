@@ -80,7 +80,7 @@ def _compared(names: list[str]) -> dict[str, config.Config]:
 
 def table(found: dict) -> str:
     """Returns the runs of a benchmark as a markdown table, and its ratios in a line each."""
-    from seqpe_jax.reporting.tables import markdown_of
+    from seqpe_jax.reporting.tables import markdown_of_rows
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.0f}%"
@@ -119,7 +119,7 @@ def table(found: dict) -> str:
     lines.append(
         f"bound: {bound['bound']}, at {bound['peaks']['flops']:.3g} FLOP/s of a device ({bound['peaks']['source']})"
     )
-    return f"{found['device']}, {_MODE.value}\n" + markdown_of(header, rows) + "\n".join(lines)
+    return f"{found['device']}, {_MODE.value}\n" + markdown_of_rows(header, rows) + "\n".join(lines)
 
 
 def run_command() -> None:

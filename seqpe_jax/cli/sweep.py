@@ -7,8 +7,8 @@ python -m seqpe_jax.sweep --sweep=configs/sweeps/search.py --workdir=runs/search
 Executors: local (this machine), slurm (an array of jobs; needs submitit), print (the commands, for other schedulers),
 optuna (the file's SEARCH over ranges; needs Optuna). Each run has WORKDIR/NAME, with its commands' output in log.txt.
 With --results=FILE.json, what finished runs have measured is kept in that small file too, and the sweep goes on with it
-where their folders are not, such as on another machine. A run whose field is decided by others (`points.Best`,
-`two_stages`) begins when those have ended; --status tells what was decided and how far each run is, and runs nothing.
+where their folders are not, such as on another machine. A run whose field is decided by others (`trials.Best`,
+`tune_then_repeat`) begins when those have ended; --status tells what was decided and how far each run is, and runs nothing.
 """
 
 import shlex
@@ -24,7 +24,7 @@ from seqpe_jax.files import AnyPath, as_path, is_remote
 if TYPE_CHECKING:
     from seqpe_jax.sweeps.run import SweepRun
     from seqpe_jax.sweeps.spec import SweepFile
-    from seqpe_jax.sweeps.stages import Stages
+    from seqpe_jax.sweeps.trial_graph import TrialGraph
 
 _SWEEP = common.define_path(
     "sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)", local="sweep files are Python"
@@ -44,9 +44,9 @@ _SLURM = flags.DEFINE_list("slurm", [], "with slurm: options of a job, e.g. part
 def main() -> None:
     """The command."""
     from seqpe_jax.sweeps import slurm, spec
-    from seqpe_jax.sweeps.stages import Stages
+    from seqpe_jax.sweeps.trial_graph import TrialGraph
 
-    sweep, workdir = spec.read(_SWEEP.value), as_path(_WORKDIR.value)
+    sweep, workdir = spec.read_sweep_file(_SWEEP.value), as_path(_WORKDIR.value)
     if is_remote(workdir) and _EXECUTOR.value in ("slurm", "optuna"):
         raise InputError(
             f"--executor={_EXECUTOR.value} keeps a growing record of its own beside the runs, which stores have not: "
@@ -59,10 +59,10 @@ def main() -> None:
     if _EXECUTOR.value == "optuna":
         _search(sweep, workdir)
         return
-    if not sweep.points:
+    if not sweep.trials:
         raise InputError(f"{sweep.path} has a SEARCH, but no runs(): use --executor=optuna")
     asked = slurm.parameters(_SLURM.value) if _EXECUTOR.value == "slurm" else {}
-    stages = Stages(workdir, sweep.points)
+    stages = TrialGraph(workdir, sweep.trials)
     runs = list(stages.runs.values())
     for name in _ONLY.value:
         if name not in stages.runs:
@@ -77,30 +77,32 @@ def main() -> None:
 
 
 def _work(
-    sweep: "SweepFile", workdir: AnyPath, stages: "Stages", chosen: "list[SweepRun]", asked: dict[str, Any]
+    sweep: "SweepFile", workdir: AnyPath, stages: "TrialGraph", chosen: "list[SweepRun]", asked: dict[str, Any]
 ) -> None:
     """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
     from seqpe_jax.sweeps import local, record, slurm
-    from seqpe_jax.sweeps.kept import Kept
-    from seqpe_jax.sweeps.run import of_each
+    from seqpe_jax.sweeps.results_cache import ResultsCache
+    from seqpe_jax.sweeps.run import map_runs
 
-    kept = Kept(_RESULTS.value) if _RESULTS.value else None
+    kept = ResultsCache(_RESULTS.value) if _RESULTS.value else None
     restored, decided = [], []
     if kept:
-        record.remember(workdir, sweep, sweep.points)
+        record.remember(workdir, sweep, sweep.trials)
         restored, decided = kept.restore(stages)
-    whys = of_each(stages.runs.values(), lambda run: run.failure())
+    whys = map_runs(stages.runs.values(), lambda run: run.failure())
     failed = {run.name for run, why in zip(stages.runs.values(), whys, strict=True) if why}
-    left = of_each(chosen, lambda run: run.left())
+    left = map_runs(chosen, lambda run: run.remaining_commands())
     todo = [
         run for run, commands in zip(chosen, left, strict=True) if commands and (run.name in failed) == _RETRY.value
     ]
     stages.check(todo)
-    for name in record.remember(workdir, sweep, sweep.points):
+    for name in record.remember(workdir, sweep, sweep.trials):
         print(f"  {sweep.path} has no run '{name}' any more; its folder stays as it is")
     decided += stages.settle({run.name for run in todo})
     now = stages.now(todo)
-    todo = [run for run, commands in zip(now, of_each(now, lambda run: run.left()), strict=True) if commands]
+    todo = [
+        run for run, commands in zip(now, map_runs(now, lambda run: run.remaining_commands()), strict=True) if commands
+    ]
     print(f"seqpe_jax: {len(stages.runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do")
     if restored:
         print(f"  {len(restored)} of them from {_RESULTS.value}: {', '.join(restored)}")
@@ -109,7 +111,7 @@ def _work(
     keep = kept.keep if kept else lambda _: None
     keep(runs)
     if _EXECUTOR.value == "slurm":
-        told = slurm.work_in_stages(workdir, runs, todo, _JOBS.value, asked, stages)
+        told = slurm.work_in_order(workdir, runs, todo, _JOBS.value, asked, stages)
     else:
         print(f"  {local.describe(_JOBS.value or 1)}", flush=True)
         told = local.work(runs, todo, _JOBS.value or 1, stages, keep)
@@ -117,11 +119,11 @@ def _work(
     _end(stages.now(chosen), told, stages)
 
 
-def _end(runs: "list[SweepRun]", told: str | None, stages: "Stages | None" = None) -> None:
+def _end(runs: "list[SweepRun]", told: str | None, stages: "TrialGraph | None" = None) -> None:
     """Says what became of the runs. Raises: Failure: some failed or are left."""
-    from seqpe_jax.sweeps.run import of_each
+    from seqpe_jax.sweeps.run import map_runs
 
-    left, whys = of_each(runs, lambda run: run.left()), of_each(runs, lambda run: run.failure())
+    left, whys = map_runs(runs, lambda run: run.remaining_commands()), map_runs(runs, lambda run: run.failure())
     words = f"{left.count([])} of {len(runs)} runs finished"
     failed = [(run, why) for run, why in zip(runs, whys, strict=True) if why]
     for run, why in failed:
@@ -140,32 +142,38 @@ def _end(runs: "list[SweepRun]", told: str | None, stages: "Stages | None" = Non
     )
 
 
-def _print(sweep: "SweepFile", workdir: AnyPath, stages: "Stages", chosen: "list[SweepRun]") -> None:
+def _print(sweep: "SweepFile", workdir: AnyPath, stages: "TrialGraph", chosen: "list[SweepRun]") -> None:
     """Prints the commands of runs; where some wait for others, what has been decided is recorded."""
     from seqpe_jax.sweeps import record
 
-    if any(point.best for point in sweep.points):
-        record.remember(workdir, sweep, sweep.points)
+    if any(trial.best for trial in sweep.trials):
+        record.remember(workdir, sweep, sweep.trials)
         stages.settle()
     for run in stages.now(chosen):
-        if not run.point.best:
+        if not run.trial.best:
             commands = [run.train, run.evaluate] if run.evaluated else [run.train]
             print("\n".join(shlex.join(words) for _, words in commands))
     for line in stages.obstacles(chosen):
         print(f"  {line}; then the same command prints them", file=sys.stderr)
 
 
-def _status(stages: "Stages", chosen: "list[SweepRun]") -> None:
+def _status(stages: "TrialGraph", chosen: "list[SweepRun]") -> None:
     """Prints how far each run is, and what decided its fields."""
-    from seqpe_jax.sweeps.run import is_busy
-    from seqpe_jax.sweeps.stages import in_words
+    from seqpe_jax.sweeps.run import is_locked
+    from seqpe_jax.sweeps.trial_graph import in_words
 
     for run in chosen:
         why, decided = run.failure(), stages.recorded.get(run.name, {})
-        state = "finished" if not run.left() else f"failed: {why}" if why else f"step {run.steps_done()} of {run.steps}"
-        if run.left() and not why:
-            state += ", at work" if is_busy(run) else ""
-        waits = [f"waits for {', '.join(best.runs)}" for field, best in run.point.best.items() if field not in decided]
+        state = (
+            "finished"
+            if not run.remaining_commands()
+            else f"failed: {why}"
+            if why
+            else f"step {run.steps_done()} of {run.steps}"
+        )
+        if run.remaining_commands() and not why:
+            state += ", at work" if is_locked(run) else ""
+        waits = [f"waits for {', '.join(best.runs)}" for field, best in run.trial.best.items() if field not in decided]
         print("; ".join([f"{run.name}: {state}", *waits, *(in_words(field, one) for field, one in decided.items())]))
 
 
@@ -174,7 +182,7 @@ def _search(sweep: "SweepFile", workdir: AnyPath) -> None:
 
     if _ONLY.value or _RETRY.value or _STATUS.value:
         raise InputError("--only, --retry-failed and --status are for runs with names, not for --executor=optuna")
-    trials, jobs = search.Trials(workdir, sweep), _JOBS.value or 1
+    trials, jobs = search.SearchTrials(workdir, sweep), _JOBS.value or 1
     print(f"seqpe_jax: {len(trials.steps)} trials in {workdir}\n  {local.describe(jobs)}", flush=True)
     told = search.work(trials, jobs)
     for name, outcome in sorted(trials.outcomes.items()):

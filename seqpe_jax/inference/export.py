@@ -162,5 +162,5 @@ def measured(checkpoint: str, task: Task) -> str:
         shown = [name for name in task.metric_names if all(name in result for result in found.results)]
         rows = [[result["label"], *(tables.number(result[name]) for name in shown)] for result in found.results]
         where = f"{found.evaluation.get('split', 'test')} split, step {found.evaluation.get('step', '?')}"
-        lines.append(f"\nOn the {where}:\n\n" + tables.markdown_of([task.size_name, *shown], rows))
+        lines.append(f"\nOn the {where}:\n\n" + tables.markdown_of_rows([task.size_name, *shown], rows))
     return "".join(lines)

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from seqpe_jax.reporting.costs import Benchmark, kept_and_cost, summary
+from seqpe_jax.reporting.cost_table import Benchmark, quality_and_cost_values, summary
 from seqpe_jax.reporting.plot_style import (
     BANDS,
     DPI,
@@ -31,8 +31,8 @@ from seqpe_jax.reporting.plot_style import (
     side,
     styles_of,
 )
-from seqpe_jax.reporting.significance import interval
 from seqpe_jax.reporting.study import UNITS, Run, Study
+from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.reporting.tables import context_metric, metrics_of, number
 
 Curves = dict[str, dict[float, list[float]]]  # row -> extent -> a value of each of its runs
@@ -222,7 +222,7 @@ def quality_and_cost(study: Study, benchmarks: Sequence[Benchmark]) -> Plot | No
     if len(main) != 1:
         return None
     [(data, metric)] = main.items()
-    found = kept_and_cost(study, data, metric, benchmarks)
+    found = quality_and_cost_values(study, data, metric, benchmarks)
     if len(found) < 2:
         return None
     table = summary(study, data, metric, benchmarks)

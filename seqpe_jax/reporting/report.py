@@ -13,9 +13,9 @@ import jinja2
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write
-from seqpe_jax.reporting import choices, costs, plot_style, plots, tables
+from seqpe_jax.reporting import cost_table, plot_style, plots, tables, tuning_table
+from seqpe_jax.reporting.significance import TEST_NOTE, TestResult, sentences, significance_tests, worse
 from seqpe_jax.reporting.study import CODE, Run, Study, differences, read_study
-from seqpe_jax.reporting.verdicts import RULE, Verdict, sentences, verdicts, worse
 
 TEMPLATE, SCRIPT = "page.html", "page.js"
 UNMEASURED = (
@@ -33,25 +33,25 @@ def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
     Raises:
       InputError: see `runs.read_study`; or `output` is not a folder that can be written.
     """
-    study, benchmarks = read_study(workdir), costs.read_benchmarks(workdir)
+    study, benchmarks = read_study(workdir), cost_table.read_benchmarks(workdir)
     output = as_path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output={output} cannot be made a folder ({error.strerror}): choose another") from error
-    judged = {(data, metric): verdicts(study, data, metric) for data, metric in _main_metrics(study)}
+    judged = {(data, metric): significance_tests(study, data, metric) for data, metric in _main_metrics(study)}
     parts = {
         "study": study,
         "notes": notes(study),
-        "verdicts": [
+        "significance_tests": [
             (f"{metric.title.rstrip(',')}, {metric.direction}", sentences(found, metric))
             for (_, metric), found in judged.items()
             if found
         ],
         "measured": _measured(study, judged, benchmarks),
         "cost": tables.cost(study),
-        "unmeasured": costs.command(study, workdir, benchmarks),
-        "choices": choices.choices(study),
+        "unmeasured": cost_table.command(study, workdir, benchmarks),
+        "tuning_tables": tuning_table.tuning_tables(study),
         "points": tables.points(study),
         "differing": tables.differing(study),
         "shared": tables.shared(study),
@@ -90,7 +90,7 @@ def notes(study: Study) -> list[str]:
         lines.append(
             f"The lengths of {', '.join(uneven)} were evaluated on different tokens, and do not compare: evaluate again"
         )
-    lines += choices.notes(study)
+    lines += tuning_table.notes(study)
     guessed = {
         run.evaluation["without_context"]["contains"] for run in study.runs if "without_context" in run.evaluation
     }
@@ -104,16 +104,16 @@ def _main_metrics(study: Study) -> list[tuple[str, tables.Metric]]:
 
 
 def _measured(
-    study: Study, judged: dict[tuple[str, tables.Metric], list[Verdict]], benchmarks: list[costs.Benchmark]
+    study: Study, judged: dict[tuple[str, tables.Metric], list[TestResult]], benchmarks: list[cost_table.Benchmark]
 ) -> list[tables.Table]:
     """The tables of results: the main metric by length, what is kept of it and what that costs, then the others.
 
     Args:
       judged: the main metric of each kind of data, with its verdicts.
     """
-    kept = [costs.summary(study, data, metric, benchmarks) for data, metric in judged]
+    kept = [cost_table.summary(study, data, metric, benchmarks) for data, metric in judged]
     others = [one for one in tables.metrics_of(study) if one not in judged]
-    main = [tables.by_scale(study, *one, worse(found), RULE, work=True) for one, found in judged.items()]
+    main = [tables.by_scale(study, *one, worse(found), TEST_NOTE, work=True) for one, found in judged.items()]
     found = [
         *main,
         tables.by_context(study),
@@ -124,7 +124,7 @@ def _measured(
     return [table for table in found if table is not None]
 
 
-def _figures(study: Study, benchmarks: list[costs.Benchmark], output: AnyPath) -> dict[str, Any]:
+def _figures(study: Study, benchmarks: list[cost_table.Benchmark], output: AnyPath) -> dict[str, Any]:
     """Draws all plots and writes their PNGs; returns those of the study and, of runs, [title, [(run, plot), ...]]."""
     drawn = []
     of_rows: dict[str, list[tuple[Run, dict[str, str]]]] = {}
@@ -151,11 +151,11 @@ def _markdown(parts: dict[str, Any]) -> str:
     """The page as markdown, beside its plots."""
     plain = tables.plain
     shown = [f"# {plain(parts['study'].name)}\n", *(f"> {plain(note)}\n" for note in parts["notes"])]
-    for metric, told in parts["verdicts"]:
+    for metric, told in parts["significance_tests"]:
         shown.append("".join(f"{line}\n" for line in (f"{plain(metric)}:", "", *(f"- {plain(one)}" for one in told))))
     if not parts["measured"]:
         shown.append(NOT_EVALUATED)
-    for table in (*parts["measured"], parts["cost"], *parts["choices"], parts["points"], parts["differing"]):
+    for table in (*parts["measured"], parts["cost"], *parts["tuning_tables"], parts["points"], parts["differing"]):
         if table.rows:
             note = [f"{plain(table.note)}\n"] if table.note else []
             shown += [f"## {plain(table.title)}\n", *note, tables.markdown(table)]
@@ -187,7 +187,7 @@ def _html(parts: dict[str, Any]) -> str:
         "notes": "Before comparing" * bool(parts["notes"]),
         "results": "Results",
         "costs": "Cost",
-        "choices": "Choices" * bool(parts["choices"]),
+        "tuning": "Tuning" * bool(parts["tuning_tables"]),
         "curves": "Curves" * bool(parts["drawn"]),
         **{f"of-runs-{at}": title for at, title in enumerate(parts["of_runs"], 1)},
         "runs": "Runs",

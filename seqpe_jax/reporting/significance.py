@@ -1,110 +1,162 @@
-"""Statistics of results over seeds: confidence intervals of means, t-tests against the best row, Holm's correction."""
+"""Which row is better, worse or a tie at each length or size, in sentences that are made from tests of the numbers."""
 
-import functools
+import collections
+import dataclasses
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
-import numpy as np
-from scipy import special, stats
+from seqpe_jax.reporting import t_tests
+from seqpe_jax.reporting.load_run import field
+from seqpe_jax.reporting.study import COMPARED, Run, Study
+from seqpe_jax.reporting.tables import Metric, number, values_of
 
-LEVEL = 0.05  # two-sided significance level of a family; 1 - LEVEL is the confidence of an interval
-ROUNDING = 1e-12  # a standard deviation below this share of the values is rounding, not variation
-FURTHEST = 12.0  # standard deviations beyond which a normal number has no weight
+TEST_NOTE = (
+    "*: worse than the row with the best mean, by a t-test two-sided at 0.05, paired by seed where two rows have the same "
+    "seeds and data and else Welch's, with the p of the best of so many rows, Holm-corrected over all other rows of a "
+    "column. Rows of several seeds without it tie with the best one: their seeds do not tell them apart, and three seeds "
+    "tell few rows apart. Rows of one seed are not judged."
+)
 
-Seeds = Mapping[int, float]  # seed -> value
 
+@dataclasses.dataclass(frozen=True)
+class TestResult:
+    """The tests of one length or size: each judged row against the one with the best mean.
 
-def interval(values: Sequence[float]) -> float:
-    """Returns half the width of the confidence interval of a mean, by Student's t with n - 1 degrees of freedom.
-
-    Not a number for fewer than two values, or where one is not finite.
+    Attributes:
+      label: the length or size.
+      best: the row with the best mean among those judged, or among all where `judged` is False.
+      worse: row -> adjusted p of those that are worse than the best row.
+      ties: row -> adjusted p of those that are not told apart from it.
+      unjudged: row -> why it is not tested.
+      next: the row whose mean is next to the best, "" without one.
+      margin: the difference of their means, at least 0.
+      judged: whether two rows have several seeds; else nothing is tested.
     """
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return math.nan
-    quantile = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+    label: str
+    best: str
+    worse: dict[str, float]
+    ties: dict[str, float]
+    unjudged: dict[str, str]
+    next: str
+    margin: float
+    judged: bool = True
+
+    @property
+    def key(self) -> tuple:
+        """Equal of verdicts that one sentence can tell together."""
+        return self.best, set(self.worse), set(self.ties), self.unjudged, self.next, self.judged
 
 
-def against(best: str, rows: Mapping[str, Seeds], measured: Mapping[str, Hashable]) -> dict[str, float]:
-    """Returns the adjusted p of each other row against the one with the best mean, two-sided, Holm's over these tests.
+def significance_tests(study: Study, data: str, metric: Metric) -> list[TestResult]:
+    """Returns the verdict of each length or size at which two rows or more have a finite value.
 
-    The best row is found in the same numbers that are tested, so that p is that of the best of so many equal rows
-    (`of_the_best`). With the p of two rows that were named before, one of twenty equal rows is called worse in 11% of the
-    cases with three seeds and in 19% with ten; with this one in at most 5%.
-
-    Args:
-      best: the row with the best mean.
-      rows: name -> values of at least two seeds each, finite; with that of the best row.
-      measured: name -> the seeds, the data and the split of a row; rows with equal entries are paired.
+    Rows of one seed are not judged, nor those with a seed whose value is not finite. Runs of a row with the same seed count
+    once, with their mean.
     """
-    tests = {
-        name: t_test(rows[best], row, measured[best] == measured[name]) for name, row in rows.items() if name != best
-    }
-    return holm({name: of_the_best(t, degrees, len(rows)) for name, (t, degrees) in tests.items()})
+    found, extents = values_of(study, data, metric)
+    judged = [_verdict(study, label, found, metric) for label in extents]
+    return [one for one in judged if one is not None]
 
 
-def t_test(one: Seeds, other: Seeds, paired: bool) -> tuple[float, float]:
-    """Returns |t| of equal means and its degrees of freedom.
-
-    The paired t-test by seed, or Welch's. Where all differences of a pair are equal, the paired test has no t, and Welch's
-    is taken. Where neither row varies between its seeds, t is 0 for equal means, and else not a number.
-
-    Args:
-      one, other: at least two seeds each; the same ones where `paired`.
-      paired: whether a seed's values belong together.
-    """
-    first, second = (np.array([row[seed] for seed in sorted(row)]) for row in (one, other))
-    if paired and _varies(first - second, first):
-        result = stats.ttest_rel(first, second)
-    elif _varies(first, first) or _varies(second, second):
-        result = stats.ttest_ind(first, second, equal_var=False)
-    else:
-        return (0.0 if math.isclose(first.mean(), second.mean(), rel_tol=ROUNDING) else math.nan), 1.0
-    return abs(float(result.statistic)), float(result.df)
+def worse(found: Sequence[TestResult]) -> set[tuple[str, str]]:
+    """Returns the (row, label) that are worse than the best row of a length or size."""
+    return {(row, one.label) for one in found for row in one.worse}
 
 
-def _varies(values: np.ndarray, size: np.ndarray) -> bool:
-    return bool(values.std() > ROUNDING * np.abs(size).max())
+def _verdict(study: Study, label: str, found: dict[tuple[str, str], list[float]], metric: Metric) -> TestResult | None:
+    there = {name: own for (name, at), own in found.items() if at == label}
+    finite = {name: own for name, own in there.items() if all(map(math.isfinite, own))}
+    if len(finite) < 2:
+        return None
+    means = {name: statistics.fmean(own) for name, own in finite.items()}
+    seeds = {name: _seeds(study, name, label, metric) for name in finite}
+    several = [name for name in finite if len(seeds[name]) > 1]
+    judged = len(several) > 1
+    choose = max if metric.more_is_better else min
+    best = choose(several if judged else finite, key=means.__getitem__)
+    others = [name for name in (several if judged else finite) if name != best]
+    following = choose(others, key=means.__getitem__)
+    verdict = TestResult(label, best, {}, {}, {}, following, abs(means[best] - means[following]), judged)
+    if not judged:
+        return verdict
+    measured = {name: _measured(study, name, label) for name in several}
+    adjusted = t_tests.against(best, {name: seeds[name] for name in several}, measured)
+    for name in sorted(others, key=means.__getitem__, reverse=metric.more_is_better):
+        if math.isnan(adjusted[name]):
+            verdict.unjudged[name] = "seeds that do not differ"
+        else:
+            (verdict.worse if adjusted[name] <= t_tests.LEVEL else verdict.ties)[name] = adjusted[name]
+    for name in there:
+        if name not in several:
+            verdict.unjudged[name] = "one seed" if name in finite else "a value that is not finite"
+    return verdict
 
 
-def of_the_best(t: float, degrees: float, rows: int) -> float:
-    """Returns the p of |t| of the difference between the best of so many equal rows and any other one of them.
-
-    Student's t divides a normal difference D of variance 1 by an independent deviation, so that its p is the expected
-    P(chi2 < degrees D^2 / t^2). Here D is the difference of the largest of `rows` standard normal numbers and another one,
-    over sqrt(2). Of two rows D is as usual but for its sign, and p is that of a t-test.
-    """
-    if rows == 2 or math.isnan(t):
-        return float(2 * stats.t.sf(t, degrees))
-    if t == 0:
-        return 1.0
-    squares, weights = _differences(rows)
-    return float(np.sum(weights * special.gammainc(degrees / 2, degrees * squares / (2 * t**2))))
+def _results(study: Study, row: str, label: str) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs of a row that count, with their results at a length or size."""
+    return [
+        (run, result) for run in study.counted if run.row == row for result in run.results if result["label"] == label
+    ]
 
 
-@functools.cache
-def _differences(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values of D^2 of `of_the_best` and their weights.
-
-    The largest m of k normal numbers and another one m - r have the joint density k phi(m) phi(m - r) Phi(m)^(k - 2). It is
-    integrated over m by the trapezoidal rule, and over r by Gauss and Legendre's.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    apart = FURTHEST * (nodes + 1) / 2
-    largest, step = np.linspace(-FURTHEST, FURTHEST, 481, retstep=True)
-    densities = stats.norm.pdf(largest) * special.ndtr(largest) ** (rows - 2) * stats.norm.pdf(largest - apart[:, None])
-    return apart**2 / 2, FURTHEST * weights / 2 * rows * step * densities.sum(axis=1)
+def _seeds(study: Study, row: str, label: str, metric: Metric) -> dict[int, float]:
+    values: dict[int, list[float]] = collections.defaultdict(list)
+    for run, result in _results(study, row, label):
+        if metric.key in result:
+            values[run.seed].append(result[metric.key])
+    return {seed: statistics.fmean(own) for seed, own in values.items()}
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Returns the adjusted p of each test of a family; one that is not a number counts as a test and stays as it is.
+def _measured(study: Study, row: str, label: str) -> Hashable:
+    """What rows must have in common to be paired: seeds, training data, the split and the number of examples read."""
+    found = set()
+    for run, result in _results(study, row, label):
+        trained = tuple(repr(field(run.config, name)) for name in COMPARED)
+        count = result.get("examples", result.get("tokens"))
+        found.add((run.seed, trained, run.evaluation.get("split"), count))
+    return frozenset(found)
 
-    Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6, 1979.
-    """
-    adjusted, largest = dict(p_values), 0.0
-    tested = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=p_values.__getitem__)
-    for rank, name in enumerate(tested):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
+
+def sentences(found: Sequence[TestResult], metric: Metric) -> list[str]:
+    """Returns a sentence for each stretch of lengths or sizes with the same verdict."""
+    stretches: list[list[TestResult]] = []
+    for verdict in found:
+        if stretches and stretches[-1][0].key == verdict.key:
+            stretches[-1].append(verdict)
+        else:
+            stretches.append([verdict])
+    return [_sentence(stretch, metric) for stretch in stretches]
+
+
+def _sentence(stretch: Sequence[TestResult], metric: Metric) -> str:
+    first, last = stretch[0], stretch[-1]
+    words = f"At {first.label}" if first is last else f"From {first.label} to {last.label}"
+    by = _range([one.margin for one in stretch], lambda value: number(value, metric.decimals))
+    if not first.judged:
+        return (
+            f"{words} {first.best} has the best value, {by} ahead of {first.next}; one seed each, so nothing is judged."
+        )
+    words += f" {first.best} has the best mean, {by} ahead of {first.next}"
+    if first.worse:
+        largest = max(p for one in stretch for p in one.worse.values())
+        words += f"; it is better than {_joined(list(first.worse))} (adjusted p at most {largest:.2g})"
+    if first.ties:
+        words += f"; {_joined(list(first.ties))} {'tie' if len(first.ties) > 1 else 'ties'} with it"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in first.unjudged.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        words += f"; not judged, {reason}: {', '.join(names)}"
+    return f"{words}."
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _range(values: Sequence[float], form: Callable[[float], str]) -> str:
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"

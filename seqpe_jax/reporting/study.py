@@ -14,7 +14,7 @@ from seqpe_jax.config import Config, encoding_name, to_dict
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path
-from seqpe_jax.reporting.stored import (
+from seqpe_jax.reporting.load_run import (
     config_of,
     field,
     object_of,

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from seqpe_jax.reporting.significance import interval
 from seqpe_jax.reporting.study import UNITS, UNSET, Run, Study, shown
+from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.trees import flat
 
 MISSING = "-"
@@ -120,7 +120,7 @@ def plain(text: str) -> str:
     return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(re.split(r"[\r\n]+", text)))
 
 
-def markdown_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_of_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns the markdown table of cells that are words already."""
     return markdown(Table("", header, [[Cell(text) for text in row] for row in rows]))
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from seqpe_jax.distributed.progress import STORE_SECONDS, ProgressLine
 from seqpe_jax.files import is_remote
-from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy, of_each
-from seqpe_jax.sweeps.stages import Stages
+from seqpe_jax.sweeps.run import Locked, RunProcess, SweepRun, is_locked, map_runs
+from seqpe_jax.sweeps.trial_graph import TrialGraph
 
 TURN = 0.1  # seconds between looks at the commands
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -45,10 +45,10 @@ class Jobs:
     """
 
     def __init__(self, limit: int):
-        self.limit, self.told = limit, None
+        self.limit, self.stop_signal = limit, None
         self._shares = shares(limit)
         self._devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-        self._at_work: dict[int, Attempt] = {}  # by the number of the job
+        self._at_work: dict[int, RunProcess] = {}  # by the number of the job
 
     def __enter__(self) -> "Jobs":
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
@@ -57,49 +57,49 @@ class Jobs:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if kind is not None:  # the sweep itself failed
-            for attempt in self._at_work.values():
-                attempt.stop()
+            for process in self._at_work.values():
+                process.stop()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _stop(self, number: int, _: Any) -> None:
-        self.told = signal.Signals(number).name
-        for attempt in list(self._at_work.values()):
-            attempt.stop()
+        self.stop_signal = signal.Signals(number).name
+        for process in list(self._at_work.values()):
+            process.stop()
 
     @property
     def runs(self) -> list[SweepRun]:
         """Those at work."""
-        return [attempt.run for attempt in self._at_work.values()]
+        return [process.run for process in self._at_work.values()]
 
     @property
     def free(self) -> bool:
         """Whether a run may be started: a job is free, and nobody told to stop."""
-        return len(self._at_work) < self.limit and not self.told
+        return len(self._at_work) < self.limit and not self.stop_signal
 
     def start(self, run: SweepRun) -> None:
         """Begins a run on a free job. Raises: Busy: another process works on it."""
         free = next(job for job in range(self.limit) if job not in self._at_work)
         many = len(self._devices) > 1 and self.limit > 1
         device = {"CUDA_VISIBLE_DEVICES": self._devices[free % len(self._devices)]} if many else {}
-        self._at_work[free] = Attempt(run, cores=self._shares[free] if self._shares else None, environment=device)
-        if self.told:  # the signal came while it began
+        self._at_work[free] = RunProcess(run, cores=self._shares[free] if self._shares else None, environment=device)
+        if self.stop_signal:  # the signal came while it began
             self._at_work[free].stop()
 
     def stop(self, run: SweepRun) -> None:
         """Asks one run to save and end."""
-        next(attempt for attempt in self._at_work.values() if attempt.run == run and not attempt.told).stop()
+        next(process for process in self._at_work.values() if process.run == run and not process.stop_requested).stop()
 
     def ended(self) -> Iterator[tuple[SweepRun, str]]:
         """Yields the runs that ended since, and how: "finished", "failed" or "stopped"."""
-        for job, attempt in list(self._at_work.items()):
-            outcome = attempt.poll()
+        for job, process in list(self._at_work.items()):
+            outcome = process.poll()
             if outcome is not None:
                 del self._at_work[job]
-                yield attempt.run, outcome
+                yield process.run, outcome
 
 
-class View:
+class ProgressView:
     """One line on all runs of a sweep, by the steps of their trainings."""
 
     def __init__(self, steps: Mapping[str, int], pause: float = LOOK):
@@ -143,7 +143,7 @@ def work(
     runs: Sequence[SweepRun],
     todo: Sequence[SweepRun],
     jobs: int,
-    stages: Stages | None = None,
+    stages: TrialGraph | None = None,
     keep: Callable[[Sequence[SweepRun]], None] = lambda _: None,
 ) -> str | None:
     """Works runs off; returns the name of the signal that stopped it. What became of a run is in its folder.
@@ -159,13 +159,13 @@ def work(
     outcomes = outcomes_of([run for run in runs if run.name not in names])
     waiting, elsewhere, looked = _settled(stages, list(todo), ()), [], 0.0
     pause = STORE_SECONDS if is_remote(runs[0].folder) else LOOK
-    with Jobs(jobs) as at_work, contextlib.closing(View({run.name: run.steps for run in runs}, pause)) as view:
-        while at_work.runs or (not at_work.told and (_first_ready(waiting) or elsewhere)):
+    with Jobs(jobs) as at_work, contextlib.closing(ProgressView({run.name: run.steps for run in runs}, pause)) as view:
+        while at_work.runs or (not at_work.stop_signal and (_first_ready(waiting) or elsewhere)):
             ended = list(at_work.ended())
             outcomes |= {run.name: outcome for run, outcome in ended if outcome != "stopped"}
             if elsewhere and time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
-                waiting += (free := [run for run in elsewhere if not is_busy(run)])
+                waiting += (free := [run for run in elsewhere if not is_locked(run)])
                 elsewhere = [run for run in elsewhere if run not in free]
             if ended:
                 keep([run for run, _ in ended])
@@ -173,21 +173,21 @@ def work(
             while at_work.free and (run := _first_ready(waiting)):
                 waiting.remove(run)
                 try:
-                    if run.left():
+                    if run.remaining_commands():
                         at_work.start(run)
                     else:  # another process has finished it
                         outcomes[run.name] = "finished"
                         waiting = _settled(stages, waiting, [*at_work.runs, *elsewhere])
-                except Busy:
+                except Locked:
                     elsewhere.append(run)
             view.show(outcomes, [*at_work.runs, *elsewhere])
             time.sleep(TURN)
-        return at_work.told
+        return at_work.stop_signal
 
 
-def _settled(stages: Stages | None, waiting: list[SweepRun], at_work: Sequence[SweepRun]) -> list[SweepRun]:
+def _settled(stages: TrialGraph | None, waiting: list[SweepRun], at_work: Sequence[SweepRun]) -> list[SweepRun]:
     """Decides what can be decided, says it, and returns the waiting runs with it."""
-    if stages is None or not any(run.point.best for run in waiting):
+    if stages is None or not any(run.trial.best for run in waiting):
         return waiting
     for line in stages.settle({run.name for run in (*waiting, *at_work)}):
         print(f"  {line}", flush=True)
@@ -195,10 +195,10 @@ def _settled(stages: Stages | None, waiting: list[SweepRun], at_work: Sequence[S
 
 
 def _first_ready(waiting: Sequence[SweepRun]) -> SweepRun | None:
-    return next((run for run in waiting if not run.point.best), None)
+    return next((run for run in waiting if not run.trial.best), None)
 
 
 def outcomes_of(runs: Sequence[SweepRun]) -> dict[str, str]:
     """Returns name -> "finished" or "failed" of those that ended."""
-    outcomes = of_each(runs, lambda run: "failed" if run.failure() else "" if run.left() else "finished")
+    outcomes = map_runs(runs, lambda run: "failed" if run.failure() else "" if run.remaining_commands() else "finished")
     return {run.name: outcome for run, outcome in zip(runs, outcomes, strict=True) if outcome}

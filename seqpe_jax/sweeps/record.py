@@ -13,7 +13,7 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json
-from seqpe_jax.sweeps.spec import Best, Point, Range, Search, SweepFile
+from seqpe_jax.sweeps.spec import BestOf, Range, Search, SweepFile, Trial
 
 FILE = "sweep.json"
 
@@ -21,7 +21,7 @@ Decision = dict[str, Any]
 Decisions = dict[str, Decision]  # of a point, by field
 
 
-def remember(workdir: str | os.PathLike, sweep: SweepFile, points: tuple[Point, ...]) -> list[str]:
+def remember(workdir: str | os.PathLike, sweep: SweepFile, points: tuple[Trial, ...]) -> list[str]:
     """Writes the points into WORKDIR/sweep.json beside those that are there; returns the names that the sweep has no more.
 
     Args:
@@ -34,10 +34,10 @@ def remember(workdir: str | os.PathLike, sweep: SweepFile, points: tuple[Point, 
     workdir = as_path(workdir)
     kept = _read(workdir)
     changed = []
-    for point in points:
-        old = kept["points"].get(point.name)
-        if old is not None and (lines := _differences(workdir, point, old)):
-            changed.append(f"'{point.name}' ({', '.join(lines)})")
+    for trial in points:
+        old = kept["points"].get(trial.name)
+        if old is not None and (lines := _differences(workdir, trial, old)):
+            changed.append(f"'{trial.name}' ({', '.join(lines)})")
     if changed:
         raise InputError(
             f"{sweep.path} has changed since {workdir} was begun, in {'; '.join(changed)}: give changed points new names, "
@@ -51,7 +51,7 @@ def remember(workdir: str | os.PathLike, sweep: SweepFile, points: tuple[Point, 
             raise InputError(
                 f"{sweep.path}: SEARCH has changed since {workdir} was begun, in {'; '.join(lines)}: use a new --workdir"
             )
-    told = {point.name: _told(point, kept["points"].get(point.name, {})) for point in points}
+    told = {trial.name: _told(trial, kept["points"].get(trial.name, {})) for trial in points}
     gone = [name for name in kept["points"] if name not in told]
     _write(workdir, {"sweep": sweep.path, "search": search or kept.get("search"), "points": kept["points"] | told})
     return gone
@@ -62,10 +62,10 @@ def decisions(workdir: str | os.PathLike) -> dict[str, Decisions]:
     path = as_path(workdir)
     if not (path / FILE).exists():
         return {}
-    return {name: point["decided"] for name, point in _read(path)["points"].items() if "decided" in point}
+    return {name: trial["decided"] for name, trial in _read(path)["points"].items() if "decided" in trial}
 
 
-def decide(workdir: str | os.PathLike, decided: Mapping[str, Decisions], points: Mapping[str, Point]) -> None:
+def decide(workdir: str | os.PathLike, decided: Mapping[str, Decisions], points: Mapping[str, Trial]) -> None:
     """Writes decisions beside the points that they settle.
 
     Args:
@@ -86,7 +86,7 @@ def _read(workdir: AnyPath) -> dict[str, Any]:
         return {"points": {}}
     try:
         kept = parse_json(path.read_bytes())
-        complete = all({"config", "overrides", "settings"} <= point.keys() for point in kept["points"].values())
+        complete = all({"config", "overrides", "settings"} <= trial.keys() for trial in kept["points"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
@@ -94,23 +94,23 @@ def _read(workdir: AnyPath) -> dict[str, Any]:
     return kept
 
 
-def _told(point: Point, old: Mapping[str, Any]) -> dict[str, Any]:
+def _told(trial: Trial, old: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a point as the record has it; what was decided stays."""
-    told = {"config": point.config, "overrides": point.overrides, "settings": config.to_dict(point.settings)}
-    if point.best:
-        told["best"] = {field: _plain_best(best) for field, best in point.best.items()}
+    told = {"config": trial.config, "overrides": trial.overrides, "settings": config.to_dict(trial.settings)}
+    if trial.best:
+        told["best"] = {field: _plain_best(best) for field, best in trial.best.items()}
     if "decided" in old:
         told |= {"settings": old["settings"], "decided": old["decided"]}
     return told
 
 
-def _plain_best(best: Best) -> dict[str, Any]:
+def _plain_best(best: BestOf) -> dict[str, Any]:
     return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric}
 
 
 def _write(workdir: AnyPath, values: dict[str, Any]) -> None:
     """Writes the record, whole or not at all, with one line for each point."""
-    points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(point)}" for name, point in values["points"].items())
+    points = ",\n".join(f"  {json.dumps(name)}: {json.dumps(trial)}" for name, trial in values["points"].items())
     head = "".join(f' "{name}": {json.dumps(values[name])},\n' for name in ("sweep", "search"))
     text = "{\n" + head + ' "points": {\n' + points + "\n }\n}\n"
     atomic_write(workdir / FILE, text)
@@ -123,12 +123,12 @@ def _settings(workdir: AnyPath, name: str, old: dict[str, Any]) -> config.Config
         raise InputError(f"{workdir / FILE}: the recorded run '{name}' is none of this version: {error}") from error
 
 
-def _differences(workdir: AnyPath, point: Point, old: dict[str, Any]) -> list[str]:
+def _differences(workdir: AnyPath, trial: Trial, old: dict[str, Any]) -> list[str]:
     before = config.to_dict(
-        _settings(workdir, point.name, old)
+        _settings(workdir, trial.name, old)
     )  # fields that a later version added have their defaults
-    now = config.to_dict(point.settings)
-    best = {field: _plain_best(one) for field, one in point.best.items()}
+    now = config.to_dict(trial.settings)
+    best = {field: _plain_best(one) for field, one in trial.best.items()}
     lines = config.difference(old.get("best", {}), best)
     decided = tuple(f"{field}: " for field in old.get("decided", {}))
     return lines + [line for line in config.difference(before, now) if not line.startswith(decided)]

@@ -17,7 +17,7 @@ from typing import TypeVar
 from seqpe_jax.distributed.progress import LOG_FILE, METRICS_FILE
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import COMMIT_MARKER, EVALUATION_FILE, GCS_SCHEME, AnyPath, cache_root, is_remote, lock, parse_json
-from seqpe_jax.sweeps.spec import Point
+from seqpe_jax.sweeps.spec import Trial
 from seqpe_jax.training.checksums import sha256_of
 
 RESTORED = "restored.json"  # stands for the checkpoint of a finished run whose folder was made from its results alone
@@ -42,24 +42,24 @@ class SweepRun:
       evaluated: whether it is evaluated after training.
     """
 
-    point: Point
+    trial: Trial
     folder: AnyPath
     evaluated: bool = True
 
     @property
     def name(self) -> str:
         """Of the point."""
-        return self.point.name
+        return self.trial.name
 
     @property
     def steps(self) -> int:
         """To train."""
-        return self.point.settings.steps
+        return self.trial.settings.steps
 
     @property
     def train(self) -> Command:
         """The training command; again, it goes on."""
-        words = [sys.executable, "-m", "seqpe_jax.train", *self.point.arguments, f"--workdir={self.folder}"]
+        words = [sys.executable, "-m", "seqpe_jax.train", *self.trial.arguments, f"--workdir={self.folder}"]
         return "train", words
 
     @property
@@ -80,7 +80,7 @@ class SweepRun:
         """Whether the folder was made from the results that `--results` keeps: it has no checkpoint."""
         return (self.folder / RESTORED).exists()
 
-    def left(self) -> list[Command]:
+    def remaining_commands(self) -> list[Command]:
         """Returns the commands that it still needs."""
         if self.restored:
             return []
@@ -116,7 +116,7 @@ class SweepRun:
 
     def failure(self) -> str | None:
         """Returns the last line of a run that failed, else None."""
-        if not self.left():
+        if not self.remaining_commands():
             return None
         last = _last_line(self.log if self.log.exists() else self.folder / LOG_FILE)
         return last.removeprefix(FAILED) if last.startswith(FAILED) else None
@@ -131,7 +131,7 @@ class SweepRun:
         return 0
 
 
-def of_each(runs: Iterable[SweepRun], question: Callable[[SweepRun], Answer]) -> list[Answer]:
+def map_runs(runs: Iterable[SweepRun], question: Callable[[SweepRun], Answer]) -> list[Answer]:
     """Returns what a question finds of each run; of runs in a store at once, for each answer is some round trips away."""
     runs = list(runs)
     if not runs or not is_remote(runs[0].folder):
@@ -156,11 +156,11 @@ def evaluated_step(folder: AnyPath) -> int | None:
         return None
 
 
-class Busy(Exception):
+class Locked(Exception):
     """The run is at work already, begun by another sweep or by one that was killed."""
 
 
-class Attempt:
+class RunProcess:
     """A run's commands at work, one after another, with their output in the run's log.
 
     The log is locked as long as this process or a command lives: a command outlives a sweep that was killed, and the next
@@ -179,9 +179,9 @@ class Attempt:
           InputError: the folder or the log cannot be written.
         """
         self.run = run
-        self.told = False  # to stop: what ends then has not failed
+        self.stop_requested = False  # to stop: what ends then has not failed
         self._cores, self._environment = cores, environment or {}
-        self._commands = run.left()
+        self._commands = run.remaining_commands()
         self._process: Popen | None = None
         try:
             run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ class Attempt:
             raise InputError(f"the log of run '{run.name}' cannot be written: {error}") from error
         if lock(self._log) is False:
             self._log.close()
-            raise Busy
+            raise Locked
         run.go_on_with_log()
         self._next()
 
@@ -207,7 +207,7 @@ class Attempt:
                 env={**os.environ, **self._environment},
                 start_new_session=True,  # Ctrl-C reaches the sweep alone
             )
-        if self.told:  # meanwhile, by a signal's handler
+        if self.stop_requested:  # meanwhile, by a signal's handler
             self.stop()
 
     def poll(self) -> str | None:
@@ -215,12 +215,12 @@ class Attempt:
         code = self._process.poll()
         if code is None:
             return None
-        if code == 0 and self._commands and not self.told:
+        if code == 0 and self._commands and not self.stop_requested:
             self._next()
             return None
-        if not self.run.left():
+        if not self.run.remaining_commands():
             outcome = "finished"
-        elif self.told:
+        elif self.stop_requested:
             outcome = "stopped"
         else:
             outcome = "failed"
@@ -242,7 +242,7 @@ class Attempt:
 
     def stop(self, *, send: bool = True) -> None:
         """Asks the command to save and end (SIGTERM), unless somebody else has done so; asked again, it ends at once."""
-        self.told = True
+        self.stop_requested = True
         if send and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
@@ -251,7 +251,7 @@ class Attempt:
         self._log.flush()
 
 
-def is_busy(run: SweepRun) -> bool:
+def is_locked(run: SweepRun) -> bool:
     """Whether some process works on the run."""
     try:
         with run.log.open("r+b") as log:

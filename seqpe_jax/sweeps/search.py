@@ -9,9 +9,9 @@ from typing import Any
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.sweeps import record
-from seqpe_jax.sweeps.local import LOOK, TURN, Jobs, View
-from seqpe_jax.sweeps.run import Busy, SweepRun
-from seqpe_jax.sweeps.spec import Range, Search, SweepFile, make
+from seqpe_jax.sweeps.local import LOOK, TURN, Jobs, ProgressView
+from seqpe_jax.sweeps.run import Locked, SweepRun
+from seqpe_jax.sweeps.spec import Range, Search, SweepFile, make_trial
 
 FILE = "optuna.db"  # the study, in the sweep's folder
 IMPOSSIBLE = "impossible"  # attribute of a trial whose values are no config: why
@@ -32,11 +32,11 @@ def check(sweep: SweepFile) -> tuple[Search, int]:
         raise InputError("--executor=optuna needs Optuna: pip install optuna") from error
     field, values = next(iter(sweep.search.ranges.items()))
     first = values.low if isinstance(values, Range) else values[0]
-    settings = make("search", sweep.config, {**sweep.search.overrides, field: first}).settings
+    settings = make_trial("search", sweep.config, {**sweep.search.overrides, field: first}).settings
     return sweep.search, settings.steps
 
 
-class Trials:
+class SearchTrials:
     """The trials of a study, their runs and what became of them: name -> "finished", "pruned" or "failed".
 
     A combination of values that is no config counts as pruned; `impossible` tells why, by name.
@@ -78,12 +78,12 @@ class Trials:
             name = _name(trial.number)
             chosen = {field: _suggest(trial, field, values) for field, values in self.search.ranges.items()}
             try:
-                point = make(name, self._sweep.config, {**self.search.overrides, **chosen})
+                trial = make_trial(name, self._sweep.config, {**self.search.overrides, **chosen})
             except InputError as error:
                 self._prune_impossible(trial, str(error).removeprefix(f"run '{name}': "))
                 continue
-            record.remember(self._workdir, self._sweep, (point,))
-            run = SweepRun(point, self._workdir / name, evaluated=False)
+            record.remember(self._workdir, self._sweep, (trial,))
+            run = SweepRun(trial, self._workdir / name, evaluated=False)
             self._trials[name] = trial
             return run
         return None
@@ -135,10 +135,10 @@ class Trials:
         if "finished" not in self.outcomes.values():
             raise Failure(f"{len(self.outcomes)} of {len(self.steps)} trials ended, none with its {self.search.metric}")
         best = self._study.best_trial
-        point = make(_name(best.number), self._sweep.config, {**self.search.overrides, **best.params})
+        trial = make_trial(_name(best.number), self._sweep.config, {**self.search.overrides, **best.params})
         fields = ", ".join(f"{field}={best.params[field]}" for field in self.search.ranges)
-        words = f"best: {point.name}, {self.search.metric} {best.value:.4g} with {fields}"
-        return SweepRun(point, self._workdir / point.name), words
+        words = f"best: {trial.name}, {self.search.metric} {best.value:.4g} with {fields}"
+        return SweepRun(trial, self._workdir / trial.name), words
 
     def _report(self, run: SweepRun) -> list[tuple[int, float]]:
         """Tells the study what was measured since, and returns all of it as (step, value)."""
@@ -151,11 +151,11 @@ class Trials:
         return measured
 
 
-def work(trials: Trials, jobs: int) -> str | None:
+def work(trials: SearchTrials, jobs: int) -> str | None:
     """Runs trials until there are as many as the search asks for; returns the name of the signal that stopped it."""
     waiting: SweepRun | None = None
     looked = 0.0
-    with Jobs(jobs) as at_work, contextlib.closing(View(trials.steps)) as view:
+    with Jobs(jobs) as at_work, contextlib.closing(ProgressView(trials.steps)) as view:
         while True:
             for run, outcome in at_work.ended():
                 trials.settle(run, outcome)
@@ -165,15 +165,15 @@ def work(trials: Trials, jobs: int) -> str | None:
                     at_work.stop(run)
             while at_work.free and (waiting := waiting or trials.next()) is not None:
                 try:
-                    if waiting.left():
+                    if waiting.remaining_commands():
                         at_work.start(waiting)
                     else:  # it ended when nobody looked
                         trials.settle(waiting, "finished")
                     waiting = None
-                except Busy:  # of a search that was killed: wait for it
+                except Locked:  # of a search that was killed: wait for it
                     break
-            if not at_work.runs and (at_work.told or waiting is None):
-                return at_work.told
+            if not at_work.runs and (at_work.stop_signal or waiting is None):
+                return at_work.stop_signal
             view.show(trials.outcomes, at_work.runs)
             time.sleep(TURN)
 

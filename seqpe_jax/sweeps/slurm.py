@@ -13,9 +13,9 @@ from typing import Any
 
 from seqpe_jax.errors import Failure, InputError, suggest
 from seqpe_jax.files import atomic_write, parse_json
-from seqpe_jax.sweeps.local import LOOK, TURN, View, outcomes_of
-from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy
-from seqpe_jax.sweeps.stages import Stages
+from seqpe_jax.sweeps.local import LOOK, TURN, ProgressView, outcomes_of
+from seqpe_jax.sweeps.run import Locked, RunProcess, SweepRun, is_locked
+from seqpe_jax.sweeps.trial_graph import TrialGraph
 
 FOLDER = "slurm"  # in the sweep's folder: scripts, logs and results of submitit
 JOBS = "jobs.json"  # there: run -> its job
@@ -32,11 +32,11 @@ class Job:
     def __call__(self) -> str:
         """Returns how the run ended; Slurm's SIGTERM to all processes of a job is no failure of the run."""
         signal.signal(signal.SIGTERM, lambda *_: self._attempt and self._attempt.stop(send=False))
-        while self._run.left() and not (self._attempt and self._attempt.told):
+        while self._run.remaining_commands() and not (self._attempt and self._attempt.stop_requested):
             try:
-                self._attempt = Attempt(self._run)
+                self._attempt = RunProcess(self._run)
                 break
-            except Busy:  # the job before this one, requeued, still saves
+            except Locked:  # the job before this one, requeued, still saves
                 time.sleep(LOOK)
         outcome = None if self._attempt else "finished"
         while outcome is None:
@@ -116,54 +116,54 @@ def work(
     outcomes = outcomes_of([run for run in runs if run.name not in names])
     recorded = _recorded(folder)
     queued = _queued() if cluster == "slurm" else set()
-    new = [run for run in todo if recorded.get(run.name) not in queued and not is_busy(run)]
+    new = [run for run in todo if recorded.get(run.name) not in queued and not is_locked(run)]
     own = _submit(folder, new, jobs, asked, cluster) if new else {}
     recorded |= {name: job.job_id for name, job in own.items()}
     _record(folder, recorded)
     numbers = sorted({recorded[name].partition("_")[0] for name in names if name in recorded})
     print(f"  {len(new)} submitted, {len(todo) - len(new)} queued before; jobs: {' '.join(numbers)}", flush=True)
 
-    told: list[str] = []
+    stop_signal: list[str] = []
     pending = list(todo)
-    with _noted(told), contextlib.closing(View({run.name: run.steps for run in runs})) as view:
-        while pending and not told:
+    with _noted(stop_signal), contextlib.closing(ProgressView({run.name: run.steps for run in runs})) as view:
+        while pending and not stop_signal:
             time.sleep(LOOK)
-            at_work = [run for run in pending if is_busy(run)]
+            at_work = [run for run in pending if is_locked(run)]
             queued = _queued() if cluster == "slurm" else {job.job_id for job in own.values() if not job.done()}
             gone = [run for run in pending if run not in at_work and recorded.get(run.name) not in queued]
             for run in gone:
-                if run.left() and not run.failure():
+                if run.remaining_commands() and not run.failure():
                     run.fail(f"job {recorded.get(run.name)} left the queue without a word; its own log is in {folder}")
             outcomes |= outcomes_of(gone)
             pending = [run for run in pending if run not in gone]
             view.show(outcomes, at_work)
-    if told:
+    if stop_signal:
         print(f"  the jobs stay in the queue (scancel {' '.join(numbers)} ends them)")
-    return told[0] if told else None
+    return stop_signal[0] if stop_signal else None
 
 
-def work_in_stages(
+def work_in_order(
     workdir: pathlib.Path,
     runs: Sequence[SweepRun],
     todo: Sequence[SweepRun],
     jobs: int | None,
     asked: Mapping[str, Any],
-    stages: Stages,
+    stages: TrialGraph,
     *,
     cluster: str = "slurm",
 ) -> str | None:
     """Works runs off as `work` does, in one array each: those that wait for others when the array before has ended."""
     waiting = list(todo)
     while True:
-        ready = [run for run in waiting if not run.point.best]
-        waiting = [run for run in waiting if run.point.best]
-        told = work(workdir, runs, ready, jobs, asked, cluster=cluster)
-        if told or not waiting:
-            return told
+        ready = [run for run in waiting if not run.trial.best]
+        waiting = [run for run in waiting if run.trial.best]
+        stop_signal = work(workdir, runs, ready, jobs, asked, cluster=cluster)
+        if stop_signal or not waiting:
+            return stop_signal
         for line in stages.settle({run.name for run in waiting}):
             print(f"  {line}", flush=True)
         waiting = stages.now(waiting)
-        if all(run.point.best for run in waiting):
+        if all(run.trial.best for run in waiting):
             return None
 
 
@@ -214,10 +214,10 @@ def _record(folder: pathlib.Path, jobs: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _noted(told: list[str]) -> Iterator[None]:
+def _noted(stop_signal: list[str]) -> Iterator[None]:
     """Puts the names of SIGINT and SIGTERM into a list when they come."""
     before = {
-        number: signal.signal(number, lambda number, _: told.append(signal.Signals(number).name))
+        number: signal.signal(number, lambda number, _: stop_signal.append(signal.Signals(number).name))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:

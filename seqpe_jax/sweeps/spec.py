@@ -1,4 +1,4 @@
-"""Sweep files: named overrides over a config, read and checked before anything runs."""
+"""Sweep files: named overrides of a base config, read and checked before a run starts."""
 
 import dataclasses
 import itertools
@@ -16,18 +16,18 @@ from seqpe_jax.tasks import task_class
 from seqpe_jax.trees import flat, nested
 
 Overrides = dict[str, Any]
-CHOSEN = ("config", "variant")  # names beside the fields: another config file than the sweep's, a variant of it
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,+-]{0,99}")  # it becomes a folder
+CONFIG_KEYS = ("config", "variant")  # keys of overrides that are not config fields
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,+-]{0,99}")  # also the name of the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """As an override: the value that this field has in the best of other runs, once they have ended.
+class BestOf:
+    """Override whose value is that of the same field in the best of other runs, known once these have ended.
 
     Attributes:
-      runs: their names.
-      minimise, maximise: one of them names a metric of validation in metrics.jsonl, e.g. "eval/loss@64"; what a run
-        measured at its last step counts.
+      runs: names of the runs that are compared.
+      minimise: validation metric in metrics.jsonl at a run's last step, e.g. "eval/loss@64"; lower is better.
+      maximise: likewise, higher is better. Exactly one of the two is given.
     """
 
     runs: tuple[str, ...]
@@ -36,38 +36,46 @@ class Best:
 
     @property
     def metric(self) -> str:
-        """The metric that decides."""
+        """Name of the metric that is compared."""
         return self.minimise or self.maximise
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep.
+class Trial:
+    """Name and config of one run of a sweep.
 
     Attributes:
-      name: of its folder; config: `FILE.py[:variant]`; overrides: values by dotted field.
-      settings: the whole config; as long as fields are open, with a value that they may come to have.
-      best: what decides the fields that are open.
+      name: name of the run and of its folder.
+      config: `FILE.py[:variant]`.
+      overrides: values by dotted field.
+      settings: the complete config; an open field has one of its possible values.
+      best: open fields, with the runs whose result decides each.
     """
 
     name: str
     config: str
     overrides: Overrides
     settings: Config
-    best: Mapping[str, Best] = dataclasses.field(default_factory=dict)
+    best: Mapping[str, BestOf] = dataclasses.field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:
-        """The options of `train` that make this config."""
+        """Options of `train` that produce this config."""
         return [
             f"--config={self.config}",
-            *(f"--config.{field}={_word(value)}" for field, value in self.overrides.items()),
+            *(f"--config.{field}={_option_value(value)}" for field, value in self.overrides.items()),
         ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, whole where both are; `log`: drawn on a logarithmic scale."""
+    """Interval of a search.
+
+    Attributes:
+      low: smallest value.
+      high: largest value; integers are drawn where both ends are integers.
+      log: draw on a logarithmic scale.
+    """
 
     low: float
     high: float
@@ -76,12 +84,14 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a sweep file may define as SEARCH: fields to choose, and by which metric.
+    """Hyperparameter search that a sweep file defines as SEARCH.
 
     Attributes:
-      ranges: field -> `Range`, or a tuple of choices; overrides: of every trial.
-      minimise, maximise: one of them names a metric of validation in metrics.jsonl, e.g. "eval/loss@64".
-      trials: how many runs in all.
+      ranges: field -> `Range`, or a tuple of choices.
+      overrides: overrides of every trial.
+      minimise: validation metric in metrics.jsonl, e.g. "eval/loss@64"; lower is better.
+      maximise: likewise, higher is better. Exactly one of the two is given.
+      trials: number of runs in total.
     """
 
     ranges: Mapping[str, Range | tuple]
@@ -92,17 +102,24 @@ class Search:
 
     @property
     def metric(self) -> str:
-        """The metric that decides."""
+        """Name of the metric that is optimised."""
         return self.minimise or self.maximise
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepFile:
-    """A sweep file that was read: `points` of its `runs()`, `search` as it defines it."""
+    """Content of a sweep file.
+
+    Attributes:
+      path: path of the file.
+      config: base config file.
+      trials: runs that its `runs()` yields, checked.
+      search: its SEARCH, or None.
+    """
 
     path: str
     config: str
-    points: tuple[Point, ...]
+    trials: tuple[Trial, ...]
     search: Search | None
 
 
@@ -110,7 +127,7 @@ def product(*parts: Mapping[str, Iterable[Any]] | Iterable[Overrides]) -> list[O
     """Returns every combination of the parts, the last one changing fastest.
 
     Args:
-      parts: field -> its values, which are combined with each other too; or overrides, such as `zipped` returns.
+      parts: field -> its values, all combinations of which are taken; or a list of overrides, such as `zipped` returns.
 
     Raises:
       InputError: a field occurs twice, or its values are no list.
@@ -121,18 +138,21 @@ def product(*parts: Mapping[str, Iterable[Any]] | Iterable[Overrides]) -> list[O
             sets += [[{field: value} for value in _values(field, values)] for field, values in part.items()]
         else:
             sets.append([dict(overrides) for overrides in part])
-    found = []
-    for chosen in itertools.product(*sets):
-        fields = [field for overrides in chosen for field in overrides]
+    combinations = []
+    for combination in itertools.product(*sets):
+        fields = [field for overrides in combination for field in overrides]
         twice = next((field for field in fields if fields.count(field) > 1), None)
         if twice is not None:
             raise InputError(f"product: '{twice}' is in two of the parts: leave it in one")
-        found.append({field: value for overrides in chosen for field, value in overrides.items()})
-    return found
+        combinations.append({field: value for overrides in combination for field, value in overrides.items()})
+    return combinations
 
 
 def zipped(part: Mapping[str, Iterable[Any]]) -> list[Overrides]:
     """Returns the first values of all fields, then the second ones, and so on.
+
+    Args:
+      part: field -> its values, equally many for all fields.
 
     Raises:
       InputError: fields have different numbers of values, or values are no list.
@@ -150,140 +170,159 @@ def _values(field: str, values: Iterable[Any]) -> list[Any]:
     return list(values)
 
 
-def two_stages(
-    ways: Mapping[str, Overrides],
-    tried: Mapping[str, Iterable[Any]],
+def tune_then_repeat(
+    variants: Mapping[str, Overrides],
+    grid: Mapping[str, Iterable[Any]],
     *,
-    trial: Overrides,
+    tuning_overrides: Overrides,
     seeds: Iterable[int],
     minimise: str = "",
     maximise: str = "",
-    like: Mapping[str, str] | None = None,
-    further: Mapping[str, Iterable[Any]] | None = None,
+    same_as: Mapping[str, str] | None = None,
+    extra_values: Mapping[str, Iterable[Any]] | None = None,
     constants: Mapping[str, Mapping[str, Iterable[Any]]] | None = None,
 ) -> Iterator[tuple[str, Overrides]]:
-    """Yields the runs of a study that compares each way at the value of a field that is its own best.
+    """Yields the runs of a study that compares variants, each at its own best value of a field such as the learning rate.
 
-    First, of each way, a run WAY-FIELD=VALUE for each value, or WAY-FIELD=VALUE,CONSTANT=VALUE for each combination with
-    the values of a constant that it has; then, of each seed, a run WAY-SEED of all ways, with the values that did best
-    (see `Best`).
+    First come the tuning runs, one for each variant and value, VARIANT-FIELD=VALUE[,CONSTANT=VALUE]; then for each seed
+    a run VARIANT-SEED of every variant, at the values of its best tuning run (`BestOf`).
 
     Args:
-      ways: overrides by name; tried: one field and its values.
-      trial: overrides of the first stage alone, such as its seed and when it measures; seeds: of the second stage.
-      minimise, maximise: one of them names the metric that decides.
-      like: ways that are not tried themselves, and another one whose best value they take.
-      further: more values for some ways, such as those whose best value is at an end of what all have tried.
-      constants: of some ways one more field and its values, such as a length that another paper chose for its own windows.
+      variants: overrides by name.
+      grid: one field and the values that the tuning runs take.
+      tuning_overrides: overrides of the tuning runs alone, such as their seed and evaluation interval.
+      seeds: seeds of the final runs.
+      minimise: metric that decides, lower is better; or `maximise`.
+      maximise: metric that decides, higher is better.
+      same_as: variants without tuning runs, with the variant whose best values they take.
+      extra_values: more values for some variants, such as those whose best value is at an end of the grid.
+      constants: one more field and its values for some variants, combined with the grid, such as a distance that another
+        paper chose for its own context length.
 
     Raises:
-      InputError: not one field, a way that is like none of the others, or further values or a constant for what is not
-        tried.
+      InputError: the grid is not one field with values, or a name is not that of a variant with tuning runs.
     """
-    like, further, constants = dict(like or {}), dict(further or {}), dict(constants or {})
-    if len(tried) != 1:
-        raise InputError(f"two_stages tries the values of one field, got {', '.join(tried) or 'none'}")
-    [(field, given)] = tried.items()
-    values = dict.fromkeys(ways, tuple(_values(field, given)))
-    for way, more in further.items():
-        if way not in ways or way in like:
-            raise InputError(f"two_stages: further values of {field} for '{way}', which is no way that is tried itself")
-        values[way] += tuple(_values(field, more))
-    grids = {way: product({field: values[way]}) for way in ways}
-    for way, constant in constants.items():
-        if way not in ways or way in like:
-            raise InputError(f"two_stages: a constant of '{way}', which is no way that is tried itself")
-        if len(constant) != 1:
-            raise InputError(f"two_stages tries one constant of '{way}', got {', '.join(constant) or 'none'}")
-        grids[way] = product({field: values[way]}, constant)
-
-    def trial_of(way: str, chosen: Overrides) -> str:
-        shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in chosen.values())
-        return f"{way}-" + ",".join(f"{name.rpartition('.')[2]}={one}" for name, one in zip(chosen, shown, strict=True))
-
-    for way, other in like.items():
-        if way not in ways or other not in ways or other in like:
-            raise InputError(f"two_stages: '{way}' cannot be like '{other}', which must be a way that is tried itself")
-    for way, overrides in ways.items():
-        if way not in like:
-            for chosen in grids[way]:
-                yield trial_of(way, chosen), {**overrides, **trial, **chosen}
+    same_as, extra_values, constants = dict(same_as or {}), dict(extra_values or {}), dict(constants or {})
+    if len(grid) != 1:
+        raise InputError(f"tune_then_repeat: grid needs one field, got {', '.join(grid) or 'none'}")
+    [(field, values)] = grid.items()
+    tuned = [name for name in variants if name not in same_as]
+    for keyword, names in (("extra_values", extra_values), ("constants", constants)):
+        for name in names:
+            if name not in tuned:
+                raise InputError(f"tune_then_repeat: {keyword} of '{name}', which is no variant with tuning runs")
+    for name, other in same_as.items():
+        if name not in variants or other not in tuned:
+            raise InputError(
+                f"tune_then_repeat: '{name}' cannot be the same as '{other}', which must be a variant with tuning runs"
+            )
+    tuning: dict[str, list[tuple[str, Overrides]]] = {}
+    for name in tuned:
+        constant = constants.get(name, {})
+        if name in constants and len(constant) != 1:
+            raise InputError(
+                f"tune_then_repeat: constants of '{name}' needs one field, got {', '.join(constant) or 'none'}"
+            )
+        choices = [*_values(field, values), *_values(field, extra_values.get(name, ()))]
+        tuning[name] = [(_tuning_run(name, chosen), chosen) for chosen in product({field: choices}, constant)]
+        if not tuning[name]:
+            raise InputError(f"tune_then_repeat: '{name}' has no values to try")
+    for name, runs in tuning.items():
+        for run, chosen in runs:
+            yield run, {**variants[name], **tuning_overrides, **chosen}
     for seed in seeds:
-        for way, overrides in ways.items():
-            tried_as = like.get(way, way)
-            best = Best(tuple(trial_of(tried_as, chosen) for chosen in grids[tried_as]), minimise, maximise)
-            yield f"{way}-{seed}", {**overrides, "seed": seed, **dict.fromkeys(grids[tried_as][0], best)}
+        for name, overrides in variants.items():
+            runs = tuning[same_as.get(name, name)]
+            best = BestOf(tuple(run for run, _ in runs), minimise, maximise)
+            yield f"{name}-{seed}", {**overrides, "seed": seed, **dict.fromkeys(runs[0][1], best)}
 
 
-def read(path: str) -> SweepFile:
-    """Returns a sweep file with all its points checked.
+def _tuning_run(variant: str, chosen: Overrides) -> str:
+    """Name of a tuning run."""
+    values = {
+        field.rpartition(".")[2]: f"{value:g}" if isinstance(value, float) else str(value)
+        for field, value in chosen.items()
+    }
+    return f"{variant}-" + ",".join(f"{field}={value}" for field, value in values.items())
+
+
+def read_sweep_file(path: str) -> SweepFile:
+    """Reads a sweep file and checks all its trials.
+
+    Args:
+      path: Python file that defines CONFIG, and `runs()` or SEARCH.
 
     Raises:
-      InputError: no such file, a file that does not run or lacks a part, a point whose name or config is wrong.
+      InputError: no such file, a file that does not run or lacks a part, a trial whose name or config is wrong.
     """
     module = execute_file(resolve_config_path(path), "sweep file defines CONFIG and runs() (see configs/sweeps)")
     base, runs, search = (getattr(module, name, None) for name in ("CONFIG", "runs", "SEARCH"))
     if not isinstance(base, str) or (runs is None and search is None):
         raise InputError(f"{path} must define CONFIG = 'configs/NAME.py', and a generator runs() or a SEARCH")
-    points = call_user_code(path, lambda: list(_points(path, base, runs() if runs is not None else ())))
-    if runs is not None and not points:
+    trials = call_user_code(path, lambda: _checked_trials(base, runs() if runs is not None else ()))
+    if runs is not None and not trials:
         raise InputError(f"{path}: runs() yields nothing: yield (name, overrides) for each run")
     if search is not None:
         call_user_code(path, lambda: _check_search(search, base))
-    return SweepFile(path, base, tuple(points), search)
+    return SweepFile(path, base, trials, search)
 
 
-def _points(path: str, base: str, runs: Iterable[tuple[str, Overrides]]) -> Iterator[Point]:
-    given: dict[str, Mapping[str, Any]] = {}
+def _checked_trials(base: str, runs: Iterable[tuple[str, Overrides]]) -> tuple[Trial, ...]:
+    """Returns the trials of `runs()`. Raises: InputError: one of them is wrong."""
+    overrides_of: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         if not (isinstance(run, tuple) and len(run) == 2 and isinstance(run[1], Mapping)):
             raise InputError(f"runs() must yield (name, overrides), got {run!r}")
         name, overrides = run
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
             raise InputError(f"'{name}' cannot name a run: letters, digits and _.=,+- only, at most 100 (of a folder)")
-        if name.casefold() in map(str.casefold, given):
-            raise InputError(f"two runs are named '{name}': give each point a name of its own")
-        given[name] = overrides
-    best = {name: _open_fields(overrides) for name, overrides in given.items()}
-    made = {name: make(name, base, overrides) for name, overrides in given.items() if not best[name]}
-    for name, point in made.items():
+        if name.casefold() in map(str.casefold, overrides_of):
+            raise InputError(f"two runs are named '{name}': give each run a name of its own")
+        overrides_of[name] = overrides
+    is_open = {
+        name: any(isinstance(value, BestOf) for value in overrides.values()) for name, overrides in overrides_of.items()
+    }
+    closed = {name: make_trial(name, base, own) for name, own in overrides_of.items() if not is_open[name]}
+    for name, trial in closed.items():
         try:
-            config.check_overrides_used(point.settings, point.overrides)
+            config.check_overrides_used(trial.settings, trial.overrides)
         except InputError as error:
             raise InputError(f"run '{name}': {error}") from error
-    for name, overrides in given.items():
-        yield made[name] if name in made else _open_point(name, base, overrides, best[name], made)
+    return tuple(
+        _open_trial(name, base, own, closed) if is_open[name] else closed[name] for name, own in overrides_of.items()
+    )
 
 
-def _open_fields(overrides: Mapping[str, Any]) -> dict[str, Best]:
-    return {field: value for field, value in overrides.items() if isinstance(value, Best)}
+def _open_trial(name: str, base: str, overrides: Mapping[str, Any], closed: Mapping[str, Trial]) -> Trial:
+    """Returns a trial with open fields, checked with every value that they can get.
 
-
-def _open_point(
-    name: str, base: str, overrides: Mapping[str, Any], best: Mapping[str, Best], made: Mapping[str, Point]
-) -> Point:
-    """Returns a point whose fields other runs decide, checked with every value that they may come to have."""
-    given = {field: value for field, value in overrides.items() if field not in best}
-    values: dict[str, list[Any]] = {}
+    Args:
+      name: name of the run.
+      base: config file of the sweep.
+      overrides: its overrides, with a `BestOf` for each open field.
+      closed: trials without open fields, which may decide it.
+    """
+    best = {field: value for field, value in overrides.items() if isinstance(value, BestOf)}
+    fixed = {field: value for field, value in overrides.items() if field not in best}
+    possible: dict[str, list[Any]] = {}
     for field, one in best.items():
         if field not in config.field_names():
             raise InputError(f"run '{name}': {config.unknown_field_message(field)}")
         try:
-            _check_best(one, made)
+            _check_best(one, closed)
         except InputError as error:
             raise InputError(f"run '{name}': {field}: {error}") from error
-        values[field] = [value_of(made[run].settings, field) for run in one.runs]
-    point = make(name, base, given | {field: found[0] for field, found in values.items()})
-    leaves = flat(config.to_dict(point.settings), ".")
-    for field, found in values.items():
-        for value in found:
+        possible[field] = [value_of(closed[run].settings, field) for run in one.runs]
+    trial = make_trial(name, base, fixed | {field: values[0] for field, values in possible.items()})
+    leaves = flat(config.to_dict(trial.settings), ".")
+    for field, values in possible.items():
+        for value in values:
             try:
                 config.from_dict(nested(leaves | {field: value}, "."))
             except InputError as error:
-                raise InputError(f"run '{name}', where {field} may come to be {value}: {error}") from error
-    return dataclasses.replace(
-        point, overrides={field: value for field, value in point.overrides.items() if field not in best}, best=best
-    )
+                raise InputError(f"run '{name}', where {field} can become {value}: {error}") from error
+    own = {field: value for field, value in trial.overrides.items() if field not in best}
+    return dataclasses.replace(trial, overrides=own, best=best)
 
 
 def value_of(settings: Config, field: str) -> Any:
@@ -291,31 +330,37 @@ def value_of(settings: Config, field: str) -> Any:
     return flat(config.to_dict(settings), ".")[field]
 
 
-def _check_best(best: Best, made: Mapping[str, Point]) -> None:
-    """Refuses what cannot decide a field. Raises: InputError."""
+def _check_best(best: BestOf, closed: Mapping[str, Trial]) -> None:
+    """Checks that other runs can decide a field. Raises: InputError."""
     if not isinstance(best.runs, Sequence) or isinstance(best.runs, str) or not best.runs:
-        raise InputError(f"Best needs the names of the runs that decide, got {best.runs!r}")
+        raise InputError(f"BestOf needs the names of the runs that decide, got {best.runs!r}")
     if bool(best.minimise) == bool(best.maximise):
-        raise InputError("Best needs one metric, either minimise='eval/NAME@LENGTH' or maximise=...")
+        raise InputError("BestOf needs one metric, either minimise='eval/NAME@LENGTH' or maximise=...")
     for run in best.runs:
-        if run not in made:
+        if run not in closed:
             raise InputError(
-                f"it waits for run '{run}', which this sweep does not have, or which waits itself.{suggest(str(run), made)}"
+                f"it waits for run '{run}', which this sweep does not have, or which waits itself."
+                f"{suggest(str(run), closed)}"
             )
-        settings = made[run].settings
+        settings = closed[run].settings
         check_metric(best.metric, settings)
         if settings.steps % settings.eval.every:
             raise InputError(
-                f"run '{run}' does not measure at its last step: make steps={settings.steps} a multiple of "
+                f"run '{run}' does not evaluate at its last step: make steps={settings.steps} a multiple of "
                 f"eval.every={settings.eval.every}"
             )
 
 
-def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
-    """Returns a point with its config read and checked.
+def make_trial(name: str, base: str, overrides: Mapping[str, Any]) -> Trial:
+    """Reads and checks the config of a run without open fields.
+
+    Args:
+      name: name of the run.
+      base: config file of the sweep.
+      overrides: values by dotted field; "config" and "variant" replace the base config.
 
     Raises:
-      InputError: no such config, variant or field, or values that do not fit; names the point.
+      InputError: no such config, variant or field, or values that do not fit; names the run.
     """
     values = dict(overrides)
     path = values.pop("config", base)
@@ -323,18 +368,18 @@ def make(name: str, base: str, overrides: Mapping[str, Any]) -> Point:
         path = f"{path.partition(':')[0]}:{values.pop('variant')}"
     for field in values:
         if field not in config.field_names():
-            raise InputError(f"run '{name}': {config.unknown_field_message(field, also=CHOSEN)}")
+            raise InputError(f"run '{name}': {config.unknown_field_message(field, also=CONFIG_KEYS)}")
     try:
         settings = config.load(path, values)
         check_encoding(settings)
-        return Point(name, path, values, settings)
+        return Trial(name, path, values, settings)
     except InputError as error:
         raise InputError(f"run '{name}': {error}") from error
 
 
 def _check_search(search: Any, base: str) -> None:
     if not isinstance(search, Search):
-        raise InputError(f"SEARCH must be a seqpe_jax.sweeps.spec.Search, got {type(search).__name__}")
+        raise InputError(f"SEARCH must be a seqpe_jax.sweeps.Search, got {type(search).__name__}")
     if bool(search.minimise) == bool(search.maximise):
         raise InputError("SEARCH needs one metric, either minimise='eval/NAME@LENGTH' or maximise=...")
     if search.trials < 1 or not search.ranges:
@@ -347,12 +392,20 @@ def _check_search(search: Any, base: str) -> None:
         for value in _values(field, values):
             if not isinstance(value, (bool, int, float, str)):
                 raise InputError(f"SEARCH: choices of '{field}' must be numbers, strings or booleans, got {value!r}")
-            made = make(f"SEARCH with {field}={value}", base, {**search.overrides, field: value})
-            check_metric(search.metric, made.settings)
+            trial = make_trial(f"SEARCH with {field}={value}", base, {**search.overrides, field: value})
+            check_metric(search.metric, trial.settings)
 
 
 def check_metric(metric: str, settings: Config) -> None:
-    """Refuses a metric that such a run does not measure while it trains. Raises: InputError."""
+    """Checks that a run measures a metric while it trains.
+
+    Args:
+      metric: e.g. "eval/loss@64".
+      settings: config of the run.
+
+    Raises:
+      InputError: it does not.
+    """
     if not 0 < settings.eval.every <= settings.steps:
         raise InputError(
             f"{metric} decides, which is measured while training: set eval.every in the overrides of those runs, at most "
@@ -368,8 +421,8 @@ def check_metric(metric: str, settings: Config) -> None:
         raise InputError(f"'{metric}' is not measured while training.{suggest(name, measured)}")
 
 
-def _word(value: Any) -> str:
-    """Returns a value as an option of the command line writes it."""
+def _option_value(value: Any) -> str:
+    """Returns a value in the form of a command-line option."""
     if isinstance(value, (tuple, list)):
         return "(" + "".join(f"{item!r}," for item in value) + ")"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -45,7 +45,7 @@ def test_wheel_and_source_archive_are_built(copy):
     package = {str(path.relative_to(copy)) for path in (copy / "seqpe_jax").rglob("*.py")}
     assert package | {"seqpe_jax/py.typed", "seqpe_jax/reporting/page.html", "seqpe_jax/reporting/page.js"} <= names
     assert {f"seqpe_jax/{path.relative_to(copy)}" for path in (copy / "configs").rglob("*.py")} <= names
-    assert not any(name.startswith(("tests", "configs", "launch")) for name in names)
+    assert not any(name.startswith(("tests", "configs", "launch", "benchmarks")) for name in names)
     assert f"Version: {seqpe_jax.__version__}\n" in about and "License-Expression: Apache-2.0\n" in about
     assert "Requires-Dist: jax<0.13,>=0.10\n" in about and not any("tensorflow=" in line for line in about.splitlines())
     with tarfile.open(copy / f"{stem}.tar.gz") as archive:

@@ -84,7 +84,7 @@ def test_the_pages_hold_commands():
 
 def test_files_that_the_pages_name_are_there():
     for page in PAGES:
-        for name in re.findall(r"`((?:configs|launch|tests|seqpe_jax)/[\w/.]*)", (ROOT / page).read_text()):
+        for name in re.findall(r"`((?:configs|launch|benchmarks|tests|seqpe_jax)/[\w/.]*)", (ROOT / page).read_text()):
             assert (ROOT / name).exists(), f"{page} names {name}"
     paths = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "WORKSPACE.md").read_text())
     for name in paths:
@@ -93,7 +93,7 @@ def test_files_that_the_pages_name_are_there():
 
 @pytest.mark.parametrize("what", ["tables", "plots"])
 def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
-    command = [sys.executable, f"launch/results_{what}.py", "--check"]
+    command = [sys.executable, f"benchmarks/results_{what}.py", "--check"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "<!-- results: study_text bits_per_byte" in (ROOT / "README.md").read_text()
@@ -101,7 +101,7 @@ def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
 
 def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
     """Of the two encodings that the README compares; parameters also of all runs that kept theirs."""
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("results_tables")
     stored = json.loads(script.WORK.read_text())
     configs = script.configs_of("study_text")

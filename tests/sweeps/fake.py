@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from seqpe_jax.sweeps.run import SweepRun
-from seqpe_jax.sweeps.spec import Point
+from seqpe_jax.sweeps.spec import Trial
 from tests.tiny import tiny_config
 
 TRAIN = """
@@ -54,7 +54,7 @@ class FakeRun(SweepRun):
 
 def run(workdir: pathlib.Path, name: str, wish: str = "well", steps: int = 3) -> FakeRun:
     """Returns a run of a sweep's folder."""
-    return FakeRun(Point(name, "tests/tiny_text.py", {}, tiny_config(steps=steps)), workdir / name, wish=wish)
+    return FakeRun(Trial(name, "tests/tiny_text.py", {}, tiny_config(steps=steps)), workdir / name, wish=wish)
 
 
 def headers(one: SweepRun) -> list[str]:

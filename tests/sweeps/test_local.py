@@ -12,7 +12,7 @@ import pytest
 
 from seqpe_jax import files
 from seqpe_jax.sweeps import local
-from seqpe_jax.sweeps.run import Attempt, Busy, SweepRun, is_busy, of_each
+from seqpe_jax.sweeps.run import Locked, RunProcess, SweepRun, is_locked, map_runs
 from seqpe_jax.training.checksums import sha256_of
 from tests.commands import ROOT
 from tests.sweeps.fake import headers, run
@@ -21,15 +21,15 @@ from tests.sweeps.fake import headers, run
 def test_every_run_is_trained_and_evaluated_once(tmp_path):
     runs = [run(tmp_path, name) for name in ("a", "b", "c")]
     assert local.work(runs, runs, 2) is None
-    assert [one.left() for one in runs] == [[], [], []]
+    assert [one.remaining_commands() for one in runs] == [[], [], []]
     assert local.work(runs, runs, 1) is None
     assert [headers(one) for one in runs] == [["train", "evaluate"]] * 3
 
 
 def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
     """Four questions that wait for each other all find an answer, in the order of the runs; on a disk one by one."""
-    point = run(tmp_path, "a").point
-    runs = [SweepRun(point, files.as_path(f"{store.folder}/{number}")) for number in range(4)]
+    trial = run(tmp_path, "a").trial
+    runs = [SweepRun(trial, files.as_path(f"{store.folder}/{number}")) for number in range(4)]
     together = threading.Barrier(4)
 
     def question(one):
@@ -37,16 +37,16 @@ def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
         return one.folder.name, (one.folder / "config.json").exists()
 
     files.atomic_write(runs[2].folder / "config.json", "{}")
-    assert of_each(runs, question) == [("0", False), ("1", False), ("2", True), ("3", False)]
+    assert map_runs(runs, question) == [("0", False), ("1", False), ("2", True), ("3", False)]
     here = threading.current_thread()
-    assert of_each([run(tmp_path, "b")], lambda _: threading.current_thread()) == [here]
-    assert of_each([], question) == []
+    assert map_runs([run(tmp_path, "b")], lambda _: threading.current_thread()) == [here]
+    assert map_runs([], question) == []
 
 
 def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_the_clock_says(tmp_path):
     [one] = runs = [run(tmp_path, "a")]
     local.work(runs, runs, 1)
-    assert not one.left()
+    assert not one.remaining_commands()
     digests, evaluation = "checkpoints/3/digests.json", one.folder / "evaluation.json"
     (one.folder / digests).write_text("of the checkpoint")
     made_from = sha256_of(one.folder, ("config.json", digests))
@@ -57,17 +57,17 @@ def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_
         digests,
     ):  # written before the evaluation, by a clock that went back since
         os.utime(one.folder / name, (2**32, 2**32))
-    assert len(made_from) == 2 and not one.left()
+    assert len(made_from) == 2 and not one.remaining_commands()
     for name in made_from:
         held = (one.folder / name).read_text()
         (one.folder / name).write_text("of another run")
         os.utime(one.folder / name, (0, 0))
-        assert [name for name, _ in one.left()] == ["evaluate"]
+        assert [name for name, _ in one.remaining_commands()] == ["evaluate"]
         (one.folder / name).write_text(held)
-        assert not one.left()
+        assert not one.remaining_commands()
     for content in ("", '{"step": 2}', "[]"):
         (one.folder / "evaluation.json").write_text(content)
-        assert [name for name, _ in one.left()] == ["evaluate"]
+        assert [name for name, _ in one.remaining_commands()] == ["evaluate"]
 
 
 def test_failures_are_told_with_their_last_line_and_others_go_on(tmp_path):
@@ -75,7 +75,7 @@ def test_failures_are_told_with_their_last_line_and_others_go_on(tmp_path):
     assert local.work(runs, runs, 1) is None
     assert runs[0].failure() == "train, exit code 1: the loss is nan"
     assert runs[1].failure().startswith("train was killed by SIGKILL; its last line: trains on")
-    assert runs[2].failure() is None and not runs[2].left()
+    assert runs[2].failure() is None and not runs[2].remaining_commands()
     assert local.outcomes_of(runs) == {"a": "failed", "b": "failed", "c": "finished"}
     mended = run(tmp_path, "a")
     assert mended.failure()
@@ -93,7 +93,7 @@ def test_a_command_that_ends_well_without_its_work_has_failed(tmp_path):
 def test_logs_hold_names_of_any_bytes(tmp_path):
     one = run(tmp_path, "a", "caf\udce9")
     local.work([one], [one], 1)
-    assert not one.left() and b"caf\\udce9" in (one.folder / "log.txt").read_bytes()
+    assert not one.remaining_commands() and b"caf\\udce9" in (one.folder / "log.txt").read_bytes()
     other = run(tmp_path, "b")
     other.fail("train, exit code 2: é and caf\udce9 do not exist")
     assert other.failure() == "train, exit code 2: é and caf\\udce9 do not exist"
@@ -140,27 +140,27 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     try:
         with local.Jobs(1) as jobs:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert jobs.told is None
+            assert jobs.stop_signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path):
     one = run(tmp_path, "a", "waits")
-    attempt = Attempt(one)
+    attempt = RunProcess(one)
     while not one.steps_done():
         time.sleep(0.01)
-    assert is_busy(one)
-    with pytest.raises(Busy):
-        Attempt(one)
+    assert is_locked(one)
+    with pytest.raises(Locked):
+        RunProcess(one)
     attempt._log.close()  # as when the sweep is killed: the command holds the lock alone
-    assert is_busy(one)
+    assert is_locked(one)
     again = run(tmp_path, "a")
     timer = threading.Timer(0.5, attempt.stop)
     timer.start()
     began = time.monotonic()
     assert local.work([again], [again], 1) is None
-    assert time.monotonic() - began > 0.4 and not again.left() and not is_busy(again)
+    assert time.monotonic() - began > 0.4 and not again.remaining_commands() and not is_locked(again)
     assert headers(again) == ["train", "train", "evaluate"]
     attempt._process.wait()
     timer.join()
@@ -189,7 +189,7 @@ def test_the_view_counts_steps_of_all_runs(tmp_path, capsys, monkeypatch):
     runs = [run(tmp_path, name, steps=10) for name in ("a", "b", "c", "d")]
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5}\n{"st')
-    local.View({one.name: one.steps for one in runs}).show({"a": "finished", "c": "failed"}, [runs[1]])
+    local.ProgressView({one.name: one.steps for one in runs}).show({"a": "finished", "c": "failed"}, [runs[1]])
     [line] = capsys.readouterr().err.splitlines()
     assert line.split("  ") == [
         "step 15/30",

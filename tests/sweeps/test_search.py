@@ -30,8 +30,8 @@ def wishes(monkeypatch):
     """What the trials measure, in turn; each asks once."""
     found: dict[str, str] = {}
 
-    def made(point, folder, evaluated=True):
-        return FakeRun(point, folder, evaluated=evaluated, wish=found.get(point.name, "0.5"))
+    def made(trial, folder, evaluated=True):
+        return FakeRun(trial, folder, evaluated=evaluated, wish=found.get(trial.name, "0.5"))
 
     monkeypatch.setattr(search, "SweepRun", made)
     monkeypatch.setattr(search, "LOOK", 0.05)
@@ -41,16 +41,16 @@ def wishes(monkeypatch):
 def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypatch):
     monkeypatch.setattr(search, "UNPRUNED", 2)
     wishes |= {"trial-000": "0.75", "trial-001": "0.25", "trial-002": "9.0", "trial-003": "fails", "trial-004": "0.5"}
-    trials = search.Trials(tmp_path / "sweep", sweep(5))
+    trials = search.SearchTrials(tmp_path / "sweep", sweep(5))
     assert search.work(trials, 1) is None
     assert list(trials.outcomes.values()) == ["finished", "finished", "pruned", "failed", "finished"]
     assert (tmp_path / "sweep" / "trial-002" / "log.txt").read_text().endswith("SIGTERM: saved\n")
     run, words = trials.best()
     assert run.name == "trial-001" and words.startswith("best: trial-001, eval/loss@16 0.25 with seed=")
-    assert run.evaluated and run.point.settings.seed == run.point.overrides["seed"]
+    assert run.evaluated and run.trial.settings.seed == run.trial.overrides["seed"]
 
     before = {path: path.read_bytes() for path in (tmp_path / "sweep").glob("*/log.txt")}
-    again = search.Trials(tmp_path / "sweep", sweep(6))
+    again = search.SearchTrials(tmp_path / "sweep", sweep(6))
     assert again.outcomes == trials.outcomes and search.work(again, 1) is None
     assert list(again.outcomes) == [f"trial-00{number}" for number in range(6)]
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -58,7 +58,7 @@ def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypa
 
 def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
     wishes |= {"trial-000": "waits"}
-    trials = search.Trials(tmp_path, sweep(2))
+    trials = search.SearchTrials(tmp_path, sweep(2))
 
     def send():
         while not (tmp_path / "trial-000" / "metrics.jsonl").exists():
@@ -74,7 +74,7 @@ def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
     seed = {at.number: at.params for at in trials._study.get_trials()}[0]["seed"]
 
     wishes.clear()
-    again = search.Trials(tmp_path, sweep(2))
+    again = search.SearchTrials(tmp_path, sweep(2))
     assert search.work(again, 1) is None and again.outcomes == {"trial-000": "finished", "trial-001": "finished"}
     assert again._study.get_trials()[0].params == {"seed": seed}
 
@@ -83,7 +83,7 @@ HEADS = {"model.heads": (2, 3), "model.width": (24, 32)}  # 3 heads do not divid
 
 
 def test_a_combination_that_is_not_possible_is_pruned_and_the_search_goes_on(tmp_path, wishes):
-    trials = search.Trials(tmp_path, sweep(8, ranges=HEADS))
+    trials = search.SearchTrials(tmp_path, sweep(8, ranges=HEADS))
     assert search.work(trials, 1) is None
     values = {f"trial-00{at.number}": tuple(at.params.values()) for at in trials._study.get_trials()}
     bad = {name for name, chosen in values.items() if chosen == (3, 32)}
@@ -96,14 +96,14 @@ def test_a_combination_that_is_not_possible_is_pruned_and_the_search_goes_on(tmp
     trials._study.enqueue_trial({name: choices[-1] for name, choices in HEADS.items()})
     left = trials._study.ask()
     assert [left.suggest_categorical(name, choices) for name, choices in HEADS.items()] == [3, 32]
-    again = search.Trials(tmp_path, sweep(10, ranges=HEADS))
+    again = search.SearchTrials(tmp_path, sweep(10, ranges=HEADS))
     assert again.impossible == trials.impossible and search.work(again, 1) is None
     assert len(again.outcomes) == 10 and again.outcomes[f"trial-00{left.number}"] == "pruned"
 
 
 def test_a_search_of_which_nothing_is_possible_ends_with_one_line(tmp_path, wishes):
     ranges = {"seed": Range(0, 99), "model.heads": (3,), "model.width": (32,)}
-    trials = search.Trials(tmp_path, sweep(3, ranges=ranges))
+    trials = search.SearchTrials(tmp_path, sweep(3, ranges=ranges))
     assert search.work(trials, 2) is None and list(trials.outcomes.values()) == ["pruned"] * 3
     with pytest.raises(
         InputError, match="none of the 3 trials of SEARCH is a possible config.*model.heads=3"

@@ -19,7 +19,7 @@ def test_jobs_run_what_is_left_and_failures_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "LOOK", 0.1)
     runs = [run(tmp_path, "a"), run(tmp_path, "b", "fails")]
     assert slurm.work(tmp_path, runs, runs, 2, {}, cluster="local") is None
-    assert not runs[0].left() and headers(runs[0]) == ["train", "evaluate"]
+    assert not runs[0].remaining_commands() and headers(runs[0]) == ["train", "evaluate"]
     assert runs[1].failure() == "train, exit code 1: the loss is nan"
 
 

@@ -9,10 +9,10 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath
 from seqpe_jax.sweeps import record
 from seqpe_jax.sweeps.run import SweepRun
-from seqpe_jax.sweeps.spec import Best, Point, make, value_of
+from seqpe_jax.sweeps.spec import BestOf, Trial, make_trial, value_of
 
 
-class Stages:
+class TrialGraph:
     """The runs of a sweep, with what they wait for decided where that has ended.
 
     Of the runs that decide, those that failed are left out, and the decision says so. It is recorded, and stands as soon as
@@ -24,17 +24,17 @@ class Stages:
       recorded: what has been decided, by name and field.
     """
 
-    def __init__(self, workdir: AnyPath, points: Sequence[Point]):
+    def __init__(self, workdir: AnyPath, trials: Sequence[Trial]):
         """Takes the points of a sweep, and what its folder has decided. Raises: InputError: a damaged record."""
         self._workdir = workdir
-        deciding = {name for point in points for best in point.best.values() for name in best.runs}
-        self.runs = {point.name: SweepRun(point, workdir / point.name, point.name not in deciding) for point in points}
+        deciding = {name for trial in trials for best in trial.best.values() for name in best.runs}
+        self.runs = {trial.name: SweepRun(trial, workdir / trial.name, trial.name not in deciding) for trial in trials}
         self.recorded = record.decisions(workdir)
         self._standing = {
             (field, best): self.recorded[name][field]
             for name, run in self.runs.items()
             if name in self.recorded and (run.folder / "config.json").exists()
-            for field, best in run.point.best.items()
+            for field, best in run.trial.best.items()
         }
 
     def now(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
@@ -51,15 +51,15 @@ class Stages:
         for name, run in self.runs.items():
             found = {
                 field: self._standing.get((field, best)) or self._decision(best, field, pending)
-                for field, best in run.point.best.items()
+                for field, best in run.trial.best.items()
             }
             if found and all(found.values()):
                 decided[name] = found
                 values = {field: one["value"] for field, one in found.items()}
-                closed = make(name, run.point.config, {**run.point.overrides, **values})
-                self.runs[name] = dataclasses.replace(run, point=closed)
+                closed = make_trial(name, run.trial.config, {**run.trial.overrides, **values})
+                self.runs[name] = dataclasses.replace(run, trial=closed)
         if decided:
-            record.decide(self._workdir, decided, {name: self.runs[name].point for name in decided})
+            record.decide(self._workdir, decided, {name: self.runs[name].trial for name in decided})
         groups: dict[str, list[str]] = {}
         for name, found in decided.items():
             for field, one in found.items():
@@ -76,7 +76,7 @@ class Stages:
         """
         names = {run.name for run in chosen}
         for run in chosen:
-            for field, best in run.point.best.items():
+            for field, best in run.trial.best.items():
                 missing = [name for name in best.runs if name not in names and not self._ended(self.runs[name], ())]
                 if missing and (field, best) not in self._standing:
                     raise InputError(
@@ -88,7 +88,7 @@ class Stages:
         """Returns a line for each group of runs that cannot begin, with what they wait for."""
         groups: dict[str, list[str]] = {}
         for run in self.now(runs):
-            for field, best in run.point.best.items():
+            for field, best in run.trial.best.items():
                 left = [one for one in map(self.runs.get, best.runs) if self._measured(one, best) is None]
                 words = f"for {', '.join(f'{one.name} ({self._state(one)})' for one in left)} to decide {field}"
                 groups.setdefault(words, []).append(run.name)
@@ -96,9 +96,9 @@ class Stages:
 
     @staticmethod
     def _state(run: SweepRun) -> str:
-        return "failed" if run.failure() else "not finished" if run.left() else "measured no number"
+        return "failed" if run.failure() else "not finished" if run.remaining_commands() else "measured no number"
 
-    def _decision(self, best: Best, field: str, pending: Collection[str]) -> record.Decision | None:
+    def _decision(self, best: BestOf, field: str, pending: Collection[str]) -> record.Decision | None:
         """What decides a field, as the record has it; None while runs are left, and where all failed."""
         runs = [self.runs[name] for name in best.runs]
         if not all(self._ended(run, pending) for run in runs):
@@ -108,17 +108,17 @@ class Stages:
         if not there:
             return None
         chosen = (min if best.minimise else max)(there, key=lambda name: measured[name])  # of equal ones the first
-        value = value_of(self.runs[chosen].point.settings, field)
+        value = value_of(self.runs[chosen].trial.settings, field)
         return {"value": value, "run": chosen, "metric": best.metric, "measured": measured}
 
     @staticmethod
     def _ended(run: SweepRun, pending: Collection[str]) -> bool:
-        return not run.left() or (run.name not in pending and run.failure() is not None)
+        return not run.remaining_commands() or (run.name not in pending and run.failure() is not None)
 
     @staticmethod
-    def _measured(run: SweepRun, best: Best) -> float | None:
+    def _measured(run: SweepRun, best: BestOf) -> float | None:
         """What a finished run measured at its last step; None without it, or where it is no number."""
-        if run.left():
+        if run.remaining_commands():
             return None
         found = [line.get(best.metric) for line in read_metrics(run.folder) if line["step"] == run.steps]
         return next((value for value in found if value is not None and math.isfinite(value)), None)

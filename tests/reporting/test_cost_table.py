@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.reporting import costs, plots, report, tables
+from seqpe_jax.reporting import cost_table, plots, report, tables
 from seqpe_jax.reporting.study import read_study
 from tests.reporting.test_report import make_run
 
@@ -38,7 +38,7 @@ def runs(tmp_path):
 
 
 def test_what_is_kept_is_of_each_run_and_says_its_direction(runs):
-    table = costs.summary(read_study(runs), "text", BITS, [])
+    table = cost_table.summary(read_study(runs), "text", BITS, [])
     assert list(table.header) == ["encoding", "at 16 (1x)", "at 128 (8x)", "kept"] and "Kept: 16 over 128" in table.note
     # Half the interval of two values is 12.706205 times their distance over 2, by t with one degree of freedom.
     assert cells(table) == {
@@ -54,7 +54,7 @@ def test_of_accuracies_more_is_kept_where_more_is_right_and_the_furthest_stands_
         make_run(tmp_path / name, kind, bits=(), data={"name": "stdlib_qa", "length": 128})
         results = [{"length": 128, "examples": 9, "contains": 80.0}, {"length": 512, "examples": 9, "contains": far}]
         (tmp_path / name / "evaluation.json").write_text(json.dumps({"parameters": 1, "results": results}))
-    table = costs.summary(read_study(tmp_path), "questions", FOUND, [])
+    table = cost_table.summary(read_study(tmp_path), "questions", FOUND, [])
     assert table.header[2] == "at 512 (4x)" and "Kept: 512 over 128" in table.note
     assert cells(table) == {"alibi": ["80.0", "40.0", "0.500"], "rotary": ["80.0", "0.0", "0.000"]}
 
@@ -63,8 +63,8 @@ def test_costs_are_relative_to_rope_and_missing_where_not_measured(runs):
     benchmark(runs / "benchmark_train.json")
     benchmark(runs / "benchmark_eval.json", "eval")
     benchmark(runs / "benchmark_decode.json", "decode")
-    study, found = read_study(runs), costs.read_benchmarks(runs)
-    table = costs.summary(study, "text", BITS, found)
+    study, found = read_study(runs), cost_table.read_benchmarks(runs)
+    table = cost_table.summary(study, "text", BITS, found)
     assert list(table.header[4:]) == ["training step at 16, time", "memory", "evaluation at 16, time", "memory"]
     assert "times those of rotary, taking turns on cpu" in table.note
     # seqpe / rotary takes 0.5 of the time, seqpe / alibi 2: so alibi takes a quarter of rotary's.
@@ -78,13 +78,13 @@ def test_costs_are_relative_to_rope_and_missing_where_not_measured(runs):
     plot = plots.quality_and_cost(study, found)
     assert plot.alt.endswith("seqpe 2.250 at 0.50 times; alibi 1.500 at 0.25 times.")
     plots.close(plot)
-    assert plots.quality_and_cost(study, []) is None and costs.command(study, runs, found) == ""
+    assert plots.quality_and_cost(study, []) is None and cost_table.command(study, runs, found) == ""
 
 
 def test_a_form_of_an_encoding_does_not_have_the_cost_of_another(runs):
     make_run(runs / "other", bits=((16, 2.0),), encoding={"kind": "seqpe", "width": 9})
     benchmark(runs / "benchmark.json")
-    table = costs.summary(read_study(runs), "text", BITS, costs.read_benchmarks(runs))
+    table = cost_table.summary(read_study(runs), "text", BITS, cost_table.read_benchmarks(runs))
     assert [own[3] for name, own in cells(table).items() if name.startswith("seqpe")] == ["-", "-"]
 
 
@@ -117,7 +117,7 @@ def test_a_benchmark_without_its_ratios_is_named(tmp_path):
     kept = json.loads((tmp_path / "benchmark.json").read_text())
     (tmp_path / "benchmark.json").write_text(json.dumps(kept | {"ratios": {}}))
     with pytest.raises(InputError, match="write it again, or remove it"):
-        costs.read_benchmarks(tmp_path)
+        cost_table.read_benchmarks(tmp_path)
 
 
 def test_answers_by_distance_are_those_of_the_longest_prompts(tmp_path):

@@ -11,24 +11,24 @@ import time
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.sweeps import local, record, slurm, stages
-from seqpe_jax.sweeps.spec import Best, Point, SweepFile, make
-from seqpe_jax.sweeps.stages import Stages
+from seqpe_jax.sweeps import local, record, slurm, trial_graph
+from seqpe_jax.sweeps.spec import BestOf, SweepFile, Trial, make_trial
+from seqpe_jax.sweeps.trial_graph import TrialGraph
 from tests.sweeps.fake import FakeRun, headers
 from tests.tiny import ROOT
 
 PAGE = f"{ROOT}/tests/tiny_text.py:alibi"
 COMMON = {"steps": 3, "eval.every": 3, "data.paths": ("x",)}
-DECIDES = Best(("t=1", "t=2", "t=3"), minimise="eval/loss@16")
+DECIDES = BestOf(("t=1", "t=2", "t=3"), minimise="eval/loss@16")
 
 
-def point(name: str, best: Best | None = None, **fields) -> Point:
-    return dataclasses.replace(make(name, PAGE, COMMON | fields), best={"batch_size": best} if best else {})
+def trial(name: str, best: BestOf | None = None, **fields) -> Trial:
+    return dataclasses.replace(make_trial(name, PAGE, COMMON | fields), best={"batch_size": best} if best else {})
 
 
-POINTS = (
-    *(point(f"t={number}", batch_size=8 * number) for number in (1, 2, 3)),
-    *(point(f"s-{seed}", DECIDES, seed=seed) for seed in (1, 2)),
+TRIALS = (
+    *(trial(f"t={number}", batch_size=8 * number) for number in (1, 2, 3)),
+    *(trial(f"s-{seed}", DECIDES, seed=seed) for seed in (1, 2)),
 )
 
 
@@ -37,23 +37,27 @@ def wishes(monkeypatch) -> dict[str, str]:
     """What the runs measure, or how they end, by name."""
     found: dict[str, str] = {"t=1": "0.5", "t=2": "0.25", "t=3": "0.5"}
 
-    def made(point, folder, evaluated=True):
-        return FakeRun(point, folder, evaluated=evaluated, wish=found.get(point.name, "well"))
+    def made(trial, folder, evaluated=True):
+        return FakeRun(trial, folder, evaluated=evaluated, wish=found.get(trial.name, "well"))
 
-    monkeypatch.setattr(stages, "SweepRun", made)
+    monkeypatch.setattr(trial_graph, "SweepRun", made)
     return found
 
 
-def begun(workdir: pathlib.Path, points=POINTS) -> Stages:
+def begun(workdir: pathlib.Path, points=TRIALS) -> TrialGraph:
     record.remember(workdir, SweepFile("sweep.py", PAGE, points, None), points)
-    return Stages(workdir, points)
+    return TrialGraph(workdir, points)
 
 
-def worked(workdir: pathlib.Path, jobs: int = 1, points=POINTS, names=None, retry: bool = False) -> Stages:
+def worked(workdir: pathlib.Path, jobs: int = 1, points=TRIALS, names=None, retry: bool = False) -> TrialGraph:
     """What the command does with it."""
     found = begun(workdir, points)
     runs = list(found.runs.values())
-    todo = [run for run in runs if run.left() and run.name in (names or found.runs) and bool(run.failure()) == retry]
+    todo = [
+        run
+        for run in runs
+        if run.remaining_commands() and run.name in (names or found.runs) and bool(run.failure()) == retry
+    ]
     found.settle({run.name for run in todo})
     local.work(list(found.runs.values()), found.now(todo), jobs, found)
     return found
@@ -65,7 +69,7 @@ def test_the_best_of_the_first_stage_decides_and_is_recorded(tmp_path, wishes, j
     line = "s-1, s-2: batch_size=16 (t=2 has the best eval/loss@16, 0.25)"
     assert [one for one in capsys.readouterr().out.splitlines() if one == f"  {line}"] == [f"  {line}"]
     assert [headers(found.runs[name]) for name in ("t=2", "s-1", "s-2")] == [["train"], *[["train", "evaluate"]] * 2]
-    assert found.runs["s-1"].point.settings.batch_size == 16 and found.runs["s-1"].point.overrides["batch_size"] == 16
+    assert found.runs["s-1"].trial.settings.batch_size == 16 and found.runs["s-1"].trial.overrides["batch_size"] == 16
     kept = json.loads((tmp_path / "sweep.json").read_text())["points"]
     assert kept["s-2"]["settings"]["batch_size"] == 16 and "decided" not in kept["t=2"]
     assert kept["s-2"]["best"] == {"batch_size": {"runs": ["t=1", "t=2", "t=3"], "minimise": "eval/loss@16"}}
@@ -79,14 +83,17 @@ def test_the_best_of_the_first_stage_decides_and_is_recorded(tmp_path, wishes, j
     }
     before = (tmp_path / "sweep.json").stat().st_mtime_ns
     again = worked(tmp_path)
-    assert not any(run.left() for run in again.runs.values()) and headers(again.runs["s-1"]) == ["train", "evaluate"]
+    assert not any(run.remaining_commands() for run in again.runs.values()) and headers(again.runs["s-1"]) == [
+        "train",
+        "evaluate",
+    ]
     assert (tmp_path / "sweep.json").stat().st_mtime_ns == before and again.obstacles(list(again.runs.values())) == []
 
 
 def test_more_may_be_better_and_of_equal_ones_the_first_is_taken(tmp_path, wishes):
-    most = Best(DECIDES.runs, maximise="eval/loss@16")
-    found = worked(tmp_path, points=(*POINTS[:3], point("s-1", most, seed=1)))
-    assert found.runs["s-1"].point.settings.batch_size == 8
+    most = BestOf(DECIDES.runs, maximise="eval/loss@16")
+    found = worked(tmp_path, points=(*TRIALS[:3], trial("s-1", most, seed=1)))
+    assert found.runs["s-1"].trial.settings.batch_size == 8
 
 
 def test_a_sweep_that_was_killed_goes_on_with_what_was_decided(tmp_path, wishes):
@@ -94,9 +101,9 @@ def test_a_sweep_that_was_killed_goes_on_with_what_was_decided(tmp_path, wishes)
     worked(tmp_path, names=["t=1", "t=2", "t=3", "s-1"])
     path = tmp_path / "t=1" / "metrics.jsonl"
     path.write_text(path.read_text().replace("0.5", "0.125"))
-    points = (*POINTS, point("s-3", DECIDES, seed=3))
+    points = (*TRIALS, trial("s-3", DECIDES, seed=3))
     found = worked(tmp_path, points=points)
-    assert [found.runs[f"s-{seed}"].point.settings.batch_size for seed in (1, 2, 3)] == [16] * 3
+    assert [found.runs[f"s-{seed}"].trial.settings.batch_size for seed in (1, 2, 3)] == [16] * 3
     assert {name for name in record.decisions(tmp_path)} == {"s-1", "s-2", "s-3"}
 
 
@@ -106,7 +113,7 @@ def test_a_failed_run_is_left_out_and_told(tmp_path, wishes, capsys):
     line = "s-1, s-2: batch_size=8 (t=1 has the best eval/loss@16, 0.5; without t=2, which failed)"
     assert line in capsys.readouterr().out
     assert found.recorded["s-1"]["batch_size"]["measured"] == {"t=1": 0.5, "t=2": None, "t=3": 0.5}
-    assert not found.runs["s-2"].left()
+    assert not found.runs["s-2"].remaining_commands()
 
 
 def test_where_all_failed_nothing_begins_and_one_line_says_so(tmp_path, wishes):
@@ -118,7 +125,7 @@ def test_where_all_failed_nothing_begins_and_one_line_says_so(tmp_path, wishes):
     wishes |= {"t=1": "0.5", "t=2": "0.5", "t=3": "0.25"}
     worked(tmp_path, retry=True)
     found = worked(tmp_path)
-    assert found.runs["s-1"].point.settings.batch_size == 24 and not found.runs["s-1"].left()
+    assert found.runs["s-1"].trial.settings.batch_size == 24 and not found.runs["s-1"].remaining_commands()
 
 
 def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
@@ -129,7 +136,7 @@ def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
     assert begun(tmp_path).settle() and record.decisions(tmp_path)["s-1"]["batch_size"]["value"] == 8
     wishes["t=2"] = "0.125"
     worked(tmp_path, retry=True)
-    assert worked(tmp_path).runs["s-1"].point.settings.batch_size == 16
+    assert worked(tmp_path).runs["s-1"].trial.settings.batch_size == 16
 
 
 def test_a_run_without_its_number_is_told(tmp_path, wishes):
@@ -155,7 +162,7 @@ def test_a_stop_in_the_first_stage_begins_nothing_of_the_second(tmp_path, wishes
     [line] = found.obstacles(list(found.runs.values()))
     assert line == "s-1, s-2 wait for t=2 (not finished), t=3 (not finished) to decide batch_size"
     wishes["t=2"] = "0.25"
-    assert worked(tmp_path).runs["s-2"].point.settings.batch_size == 16
+    assert worked(tmp_path).runs["s-2"].trial.settings.batch_size == 16
 
 
 def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
@@ -171,22 +178,22 @@ def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
 
 def test_what_decides_is_kept_as_it_was_when_the_sweep_began(tmp_path, wishes):
     worked(tmp_path)
-    fewer = Best(("t=1", "t=2"), minimise="eval/loss@16")
-    for best in (fewer, Best(DECIDES.runs, maximise="eval/loss@16")):
+    fewer = BestOf(("t=1", "t=2"), minimise="eval/loss@16")
+    for best in (fewer, BestOf(DECIDES.runs, maximise="eval/loss@16")):
         with pytest.raises(InputError, match=r"has changed since .*, in 's-1' \(batch_size\."):
-            begun(tmp_path, (*POINTS[:3], point("s-1", best, seed=1), POINTS[4]))
+            begun(tmp_path, (*TRIALS[:3], trial("s-1", best, seed=1), TRIALS[4]))
     with pytest.raises(InputError, match=r"in 's-1' \(seed: 1 -> 7\)"):
-        begun(tmp_path, (*POINTS[:3], point("s-1", DECIDES, seed=7), POINTS[4]))
+        begun(tmp_path, (*TRIALS[:3], trial("s-1", DECIDES, seed=7), TRIALS[4]))
 
 
 def test_slurm_takes_an_array_for_each_stage(tmp_path, wishes, monkeypatch):
     arrays = []
 
     def work(workdir, runs, todo, jobs, asked, *, cluster):
-        arrays.append([(run.name, run.point.settings.batch_size) for run in todo])
+        arrays.append([(run.name, run.trial.settings.batch_size) for run in todo])
         return local.work(runs, todo, 2)
 
     monkeypatch.setattr(slurm, "work", work)
     found = begun(tmp_path)
-    assert slurm.work_in_stages(tmp_path, list(found.runs.values()), list(found.runs.values()), None, {}, found) is None
+    assert slurm.work_in_order(tmp_path, list(found.runs.values()), list(found.runs.values()), None, {}, found) is None
     assert arrays == [[("t=1", 8), ("t=2", 16), ("t=3", 24)], [("s-1", 16), ("s-2", 16)]]

@@ -8,8 +8,8 @@ from typing import Any
 from seqpe_jax.axes import size_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
-from seqpe_jax.reporting.significance import interval
 from seqpe_jax.reporting.study import Run, Study
+from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.reporting.tables import MEANS, MISSING, Cell, Metric, Table, heading, mean, number
 
 FILES = "benchmark*.json"  # beside the runs, each of one mode
@@ -104,7 +104,9 @@ def summary(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchm
     return Table(title, header, rows, note)
 
 
-def kept_and_cost(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchmark]) -> dict[str, tuple]:
+def quality_and_cost_values(
+    study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchmark]
+) -> dict[str, tuple]:
     """Returns row -> (time of a training step relative to RoPE, quality far beyond), of rows that have both."""
     table = summary(study, data, metric, [one for one in benchmarks if one["runs"][0]["mode"] == "train"][:1])
     if table is None or len(table.header) < 5:

@@ -8,21 +8,21 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.reporting import study
-from seqpe_jax.sweeps import local, stages
-from seqpe_jax.sweeps.kept import Kept
+from seqpe_jax.sweeps import local, trial_graph
+from seqpe_jax.sweeps.results_cache import ResultsCache
 from tests.sweeps.fake import FakeRun, headers
-from tests.sweeps.test_stages import POINTS, begun, point, wishes  # noqa: F401
+from tests.sweeps.test_trial_graph import TRIALS, begun, trial, wishes  # noqa: F401
 
 
 def worked(
-    workdir: pathlib.Path, file: pathlib.Path, points=POINTS, names=None
-) -> tuple[stages.Stages, list[str], list[str]]:
+    workdir: pathlib.Path, file: pathlib.Path, points=TRIALS, names=None
+) -> tuple[trial_graph.TrialGraph, list[str], list[str]]:
     """What the command does with `--results`."""
-    kept = Kept(file)
+    kept = ResultsCache(file)
     found = begun(workdir, points)
     restored, decided = kept.restore(found)
     runs = list(found.runs.values())
-    todo = [run for run in runs if run.left() and run.name in (names or found.runs)]
+    todo = [run for run in runs if run.remaining_commands() and run.name in (names or found.runs)]
     local.work(runs, todo, 1, found, kept.keep)
     kept.keep(found.runs.values())
     return found, restored, decided
@@ -31,7 +31,7 @@ def worked(
 def test_a_sweep_goes_on_in_an_empty_folder_with_what_was_kept(tmp_path, wishes):  # noqa: F811
     file = tmp_path / "kept" / "study.json"
     first, restored, decided = worked(tmp_path / "first", file, names={"t=1", "t=2", "t=3", "s-1"})
-    assert not restored and not decided and first.runs["s-2"].left()
+    assert not restored and not decided and first.runs["s-2"].remaining_commands()
     before = file.read_bytes()
     assert [*json.loads(before)["runs"]] == ["t=1", "t=2", "t=3", "s-1"]
     older = before.decode().replace("encoding.gate_bias_init", "encoding.gate_bias")  # as versions of before named it
@@ -43,14 +43,16 @@ def test_a_sweep_goes_on_in_an_empty_folder_with_what_was_kept(tmp_path, wishes)
     assert (
         headers(second.runs["s-2"]) == ["train", "evaluate"] and not (tmp_path / "second" / "s-1" / "log.txt").exists()
     )
-    assert not any(run.left() for run in second.runs.values())
+    assert not any(run.remaining_commands() for run in second.runs.values())
     after = json.loads(file.read_text())
     assert after["runs"].pop("s-2")["metrics"][-1]["step"] == 3 and after == json.loads(before)
 
     written = file.stat().st_mtime_ns
     third, restored, _ = worked(tmp_path / "third", file)
     assert (
-        len(restored) == 5 and not any(run.left() for run in third.runs.values()) and file.stat().st_mtime_ns == written
+        len(restored) == 5
+        and not any(run.remaining_commands() for run in third.runs.values())
+        and file.stat().st_mtime_ns == written
     )
     told = {run.name: run for run in study.read_study(tmp_path / "third").runs}
     assert told["s-1"].config["batch_size"] == 16 and told["s-1"].config["seed"] == 1 and not told["s-1"].unfinished
@@ -59,16 +61,16 @@ def test_a_sweep_goes_on_in_an_empty_folder_with_what_was_kept(tmp_path, wishes)
 
 def test_what_a_folder_has_itself_stays(tmp_path, wishes):  # noqa: F811
     file = tmp_path / "study.json"
-    worked(tmp_path / "first", file, POINTS[:3])
+    worked(tmp_path / "first", file, TRIALS[:3])
     (tmp_path / "second" / "t=1").mkdir(parents=True)
     (tmp_path / "second" / "t=1" / "config.json").write_text("{}")
     (tmp_path / "second" / "sweep.json").write_text((tmp_path / "first" / "sweep.json").read_text())
-    second, restored, _ = worked(tmp_path / "second", file, POINTS[:3])
+    second, restored, _ = worked(tmp_path / "second", file, TRIALS[:3])
     assert restored == ["t=2", "t=3"] and headers(second.runs["t=1"])[:1] == ["train"]
 
 
 def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
-    run = FakeRun(point("a"), tmp_path / "a")
+    run = FakeRun(trial("a"), tmp_path / "a")
     (run.folder / "checkpoints" / "3").mkdir(parents=True)
     (run.folder / "config.json").write_text("{}")
     lines = [{"step": 1, "train/loss": 1.0}, {"step": 2, "eval/loss@16": 0.5}, {"step": 3, "train/loss": 0.75}]
@@ -83,33 +85,33 @@ def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
             }
         )
     )
-    Kept(tmp_path / "kept.json").keep([run])
+    ResultsCache(tmp_path / "kept.json").keep([run])
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}
-    assert kept["shared"]["batch_size"] == run.point.settings.batch_size
-    assert Kept(tmp_path / "kept.json").restore(begun(tmp_path / "again", (run.point,))) == (["a"], [])
+    assert kept["shared"]["batch_size"] == run.trial.settings.batch_size
+    assert ResultsCache(tmp_path / "kept.json").restore(begun(tmp_path / "again", (run.trial,))) == (["a"], [])
     [told] = study.read_study(tmp_path / "again").runs
     assert told.state == "finished" and told.steps_done == 3
 
 
 def test_another_run_of_the_name_is_refused_and_nothing_is_made(tmp_path, wishes):  # noqa: F811
     file = tmp_path / "study.json"
-    worked(tmp_path / "first", file, POINTS[:3])
-    changed = (*POINTS[:2], point("t=3", batch_size=5))
+    worked(tmp_path / "first", file, TRIALS[:3])
+    changed = (*TRIALS[:2], trial("t=3", batch_size=5))
     with pytest.raises(InputError, match=r"run 't=3' is another one there \(batch_size: 24 -> 5\): give it a new name"):
-        Kept(file).restore(begun(tmp_path / "second", changed))
+        ResultsCache(file).restore(begun(tmp_path / "second", changed))
     assert not (tmp_path / "second" / "t=3").exists()
     old = json.loads(file.read_text())
     old["runs"]["t=1"]["settings"] = {"batch_sise": 3}
     file.write_text(json.dumps(old))
     with pytest.raises(InputError, match="run 't=1' is none of this version: .*batch_sise"):
-        Kept(file).restore(begun(tmp_path / "third", POINTS[:3]))
+        ResultsCache(file).restore(begun(tmp_path / "third", TRIALS[:3]))
 
 
 def test_a_run_that_was_a_trial_is_evaluated_here(tmp_path, wishes):  # noqa: F811
     file = tmp_path / "study.json"
-    worked(tmp_path / "first", file, POINTS)
-    alone = (dataclasses.replace(POINTS[0]),)
+    worked(tmp_path / "first", file, TRIALS)
+    alone = (dataclasses.replace(TRIALS[0]),)
     again, restored, _ = worked(tmp_path / "second", file, alone)
     assert restored == [] and headers(again.runs["t=1"]) == ["train", "evaluate"]
     assert json.loads(file.read_text())["runs"]["t=1"]["evaluation"]["step"] == 3
@@ -122,4 +124,4 @@ def test_a_run_that_was_a_trial_is_evaluated_here(tmp_path, wishes):  # noqa: F8
 def test_a_file_of_something_else_is_told_in_a_line(tmp_path, content):
     (tmp_path / "kept.json").write_text(content)
     with pytest.raises(InputError, match="holds no results of a sweep, or is damaged"):
-        Kept(tmp_path / "kept.json")
+        ResultsCache(tmp_path / "kept.json")

@@ -1,6 +1,6 @@
 """Times a step from the batch that is read to the state that is written, on a text and on that text ten times over.
 
-    python launch/more_data.py --config=configs/speed_lm.py --turns=20
+    python benchmarks/more_data.py --config=configs/speed_lm.py --turns=20
 
 The text is Python's standard library. Both take turns in one process. Prints for each part of a step (waiting for the next
 batch, the step, saving its state to the disk) and for the whole the median of the turns' ratios, with the quarters around.

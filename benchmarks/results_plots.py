@@ -1,7 +1,7 @@
 """Draws the plots of docs/ from the stored results of the studies, docs/results/STUDY.csv, as a report draws them.
 
-    python launch/results_plots.py             draws them all
-    python launch/results_plots.py --check     says which plot is of other results, and draws nothing
+    python benchmarks/results_plots.py             draws them all
+    python benchmarks/results_plots.py --check     says which plot is of other results, and draws nothing
 
 A plot holds the digest of its results and of the rows that it shows. The tables beside them are made by results_tables.py,
 from the same files; the plot of growth by growth.py.
@@ -52,7 +52,7 @@ def main(check: bool) -> int:
             continue
         stale += 1
         if check:
-            print(f"docs/results/{name}.png is not of {name}.csv: run launch/results_plots.py", file=sys.stderr)
+            print(f"docs/results/{name}.png is not of {name}.csv: run benchmarks/results_plots.py", file=sys.stderr)
             continue
         with matplotlib.rc_context(plot_style.DRESS):
             plot = draw(shown(name))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.reporting import choices, report
+from seqpe_jax.reporting import report, tuning_table
 from seqpe_jax.reporting.study import read_study
 from tests.reporting.test_report import make_run
 
@@ -61,7 +61,7 @@ def test_rows_are_of_the_second_stage_alone(sweep, tmp_path_factory):
 
 
 def test_the_first_stage_shows_what_was_measured_last_and_what_was_chosen(sweep):
-    [table] = choices.choices(read_study(sweep))
+    [table] = tuning_table.tuning_tables(read_study(sweep))
     assert (
         list(table.header) == ["encoding", "0.001", "0.002", "0.004", "chosen"]
         and "seed 0; lower is better" in table.note
@@ -88,7 +88,7 @@ def test_of_several_runs_with_a_value_the_best_is_shown(sweep):
             point[part]["encoding.theta"] = dict(point[part][FIELD])
         point["decided"]["encoding.theta"]["value"] = 10.0
     path.write_text(json.dumps(kept))
-    _, table = choices.choices(read_study(sweep))
+    _, table = tuning_table.tuning_tables(read_study(sweep))
     assert table.header[1:] == ["10.0", "100.0", "chosen"] and "the best of several runs is shown" in table.note
     assert [[cell.text for cell in row] for row in table.rows] == [["alibi", "1.5000", "1.7500", "10.0"]]
 
@@ -99,7 +99,7 @@ def test_a_choice_at_the_end_of_what_was_tried_is_told(sweep):
     for seed in (1, 2):
         kept["points"][f"alibi-{seed}"]["decided"][FIELD] |= {"value": 0.004, "run": "alibi-r=0.004"}
     path.write_text(json.dumps(kept))
-    [table] = choices.choices(read_study(sweep))
+    [table] = tuning_table.tuning_tables(read_study(sweep))
     assert table.note.endswith("so that the best may lie beyond: alibi.")
     # The same where another row has tried one value more.
     kept["points"]["rotary-r=0.008"] = copy.deepcopy(kept["points"]["rotary-r=0.004"])
@@ -107,7 +107,7 @@ def test_a_choice_at_the_end_of_what_was_tried_is_told(sweep):
     for seed in (1, 2):
         kept["points"][f"rotary-{seed}"]["best"][FIELD]["runs"].append("rotary-r=0.008")
     path.write_text(json.dumps(kept))
-    [table] = choices.choices(read_study(sweep))
+    [table] = tuning_table.tuning_tables(read_study(sweep))
     assert list(table.header)[1:] == ["0.001", "0.002", "0.004", "0.008", "chosen"]
     assert table.note.endswith("so that the best may lie beyond: alibi.")
 
@@ -120,7 +120,7 @@ def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):
         "optimizer.learning_rate of rotary waits for it",
     ]
     (sweep / "alibi-r=0.001" / "metrics.jsonl").unlink()
-    assert "alibi was chosen without it" in choices.notes(read_study(sweep))[0]
+    assert "alibi was chosen without it" in tuning_table.notes(read_study(sweep))[0]
 
 
 @pytest.mark.parametrize(

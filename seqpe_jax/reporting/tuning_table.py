@@ -9,7 +9,7 @@ from seqpe_jax.reporting.tables import MISSING, Cell, Table, heading, number
 Best = dict[str, Any]  # {"runs", "minimise" or "maximise"}, as sweep.json has it
 
 
-def choices(study: Study) -> list[Table]:
+def tuning_tables(study: Study) -> list[Table]:
     """Returns, for each field and the metric that decides it, row x tried value: what the runs of the first stage measured.
 
     The value that the row's own runs have is marked. A run that failed or has not ended is shown as missing.

@@ -1,7 +1,7 @@
 """Draws how a training step grows with length and width, docs/results/growth.png, from growth.csv beside it.
 
-    python launch/growth.py                    draws
-    python launch/growth.py --measure          measures first, all points taking turns in one run, and stores that
+    python benchmarks/growth.py                    draws
+    python benchmarks/growth.py --measure          measures first, all points taking turns in one run, and stores that
 
 The model is `configs/speed_lm.py`: windows of 512 .. 8192 bytes, as many to a batch as make 8192 tokens, at width 256, and
 widths of 128 .. 512 with heads of 64, in batches of 8 x 512. Times are medians over turns, as multiples of RoPE's first.

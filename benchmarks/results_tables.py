@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/ from the stored results of the studies, docs/results/STUDY.csv.
 
-    python launch/results_tables.py            rewrites every table between its two marks
-    python launch/results_tables.py --check    says which page differs, and changes nothing
-    python launch/results_tables.py --curve SWEEP METRIC STUDY     stores what runs measured while training
-    python launch/results_tables.py --work STUDY ...               stores parameters and FLOPs of studies' rows
+    python benchmarks/results_tables.py            rewrites every table between its two marks
+    python benchmarks/results_tables.py --check    says which page differs, and changes nothing
+    python benchmarks/results_tables.py --curve SWEEP METRIC STUDY     stores what runs measured while training
+    python benchmarks/results_tables.py --work STUDY ...               stores parameters and FLOPs of studies' rows
 
 A table of results stands between `<!-- results: STUDY METRIC [rows] -->` and `<!-- end of results -->`: a line for each
 row, or for those named (comma-separated, in that order), a column for each evaluated length or size, with means, intervals
@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from stored_studies import ROOT, STORED, WORK, metric_of, study_of, title
 
 from seqpe_jax.reporting import tables
-from seqpe_jax.reporting.verdicts import Verdict, verdicts, worse
+from seqpe_jax.reporting.significance import TestResult, significance_tests, worse
 
 RESULTS = re.compile(r"(<!-- results: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 VERDICTS = re.compile(r"(<!-- verdicts: ([^>]+) -->\n).*?(<!-- end of verdicts -->)", re.DOTALL)
@@ -50,7 +50,7 @@ def table(name: str, key: str, rows: str = "") -> str:
     study = study_of(name)
     data, metric = metric_of(study, key)
     by_step = name.endswith("_by_step")
-    marked = set() if by_step else worse(verdicts(study, data, metric))
+    marked = set() if by_step else worse(significance_tests(study, data, metric))
     whole = tables.by_scale(study, data, metric, marked, work=not by_step)
     _, extents = tables.values_of(study, data, metric)
     header = ["run", *(title(study, label) for label in extents), *whole.header[1 + len(extents) :]]
@@ -66,7 +66,7 @@ def verdict_table(asked: str) -> str:
         study = study_of(name)
         data, metric = metric_of(study, key)
         wanted = labels[0].split(",") if labels else None
-        for verdict in verdicts(study, data, metric):
+        for verdict in significance_tests(study, data, metric):
             if wanted is None or verdict.label in wanted:
                 lines.append([TASKS[name]] * several + [title(study, verdict.label), *_told(verdict, several)])
     header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it", "not judged"]
@@ -76,7 +76,7 @@ def verdict_table(asked: str) -> str:
     return tables.markdown(tables.Table("", header, cells, words=range(len(header))))
 
 
-def _told(verdict: Verdict, short: bool) -> list[str]:
+def _told(verdict: TestResult, short: bool) -> list[str]:
     """The best row, those that are worse, that tie, and that are not judged; short: of many that tie, the first ones."""
     ties = list(verdict.ties)
     if short and len(ties) > FEW + 1:
@@ -122,8 +122,8 @@ def configs_of(name: str) -> dict:
         for run, entry in kept["runs"].items():
             found[run] = config.from_dict(nested(kept["shared"] | entry["settings"], "."))
     if any(run.name not in found for run in study_of(name).runs):
-        sweep = spec.read(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
-        found = {point.name: point.settings for point in sweep.points} | found
+        sweep = spec.read_sweep_file(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
+        found = {point.name: point.settings for point in sweep.trials} | found
     return found
 
 
@@ -150,7 +150,7 @@ def main(check: bool) -> int:
     for page in stale:
         name = page.relative_to(ROOT)
         if check:
-            print(f"{name} does not hold what docs/results says: run launch/results_tables.py", file=sys.stderr)
+            print(f"{name} does not hold what docs/results says: run benchmarks/results_tables.py", file=sys.stderr)
         else:
             page.write_text(rewritten(page.read_text()))
             print(f"written: {name}")

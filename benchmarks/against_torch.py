@@ -1,7 +1,7 @@
 """Times a training step of a config's model against the same model in plain PyTorch, on the CPU; the two take turns.
 
     python -m venv OTHER && OTHER/bin/pip install torch numpy
-    python launch/against_torch.py --config=configs/speed_lm.py:rotary --python=OTHER/bin/python --output=against_torch.json
+    python benchmarks/against_torch.py --config=configs/speed_lm.py:rotary --python=OTHER/bin/python --output=against_torch.json
 
 PyTorch is nothing that this project needs: it runs in the interpreter that --python names (`torch_gpt2.py`). Give a config
 of RoPE in float32 without dropout. Prints the median of the turns' ratios, ours over PyTorch's, and the quarters around it.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from seqpe_jax.reporting import significance, tables
+from seqpe_jax.reporting import t_tests, tables
+from seqpe_jax.reporting.significance import TEST_NOTE, sentences, significance_tests, worse
 from seqpe_jax.reporting.study import Run, Study
-from seqpe_jax.reporting.verdicts import RULE, sentences, verdicts, worse
 
 BITS, TOP1 = tables.METRICS["text"][0], tables.METRICS["images"][0]
 # Three seeds each. By hand: the differences b - a are 1.1, 0.8, 0.8, so t = 0.9 / (0.173205 / sqrt(3)) = 9, and with two
@@ -38,16 +38,16 @@ def study(values, key="bits_per_byte", **trained):
 
 
 def told(values, metric=BITS, data="text", key="bits_per_byte", **trained):
-    return sentences(verdicts(study(values, key, **trained), data, metric), metric)
+    return sentences(significance_tests(study(values, key, **trained), data, metric), metric)
 
 
 @pytest.mark.parametrize("paired,expected", [(True, PAIRED), (False, WELCH)])
 def test_t_and_p_are_those_computed_by_hand(paired, expected):
     rows = {name: dict(enumerate(values)) for name, values in ROWS.items()}
     for name, (t, degrees, p) in expected.items():
-        found = significance.t_test(rows["a"], rows[name], paired)
+        found = t_tests.t_test(rows["a"], rows[name], paired)
         assert found == pytest.approx((t, degrees), rel=1e-6)
-        assert significance.of_the_best(*found, rows=2) == pytest.approx(p, rel=1e-5)
+        assert t_tests.of_the_best(*found, rows=2) == pytest.approx(p, rel=1e-5)
 
 
 def test_p_of_the_best_of_many_rows_and_holms_correction():
@@ -58,17 +58,17 @@ def test_p_of_the_best_of_many_rows_and_holms_correction():
     """
     square = 1 + math.sqrt(3) / (2 * math.pi)
     factor = (square + (3 - square) / 2 - (1 - square)) / 2
-    p = {rows: significance.of_the_best(100.0, 2.0, rows) for rows in (2, 3)}
+    p = {rows: t_tests.of_the_best(100.0, 2.0, rows) for rows in (2, 3)}
     assert p[3] / p[2] == pytest.approx(factor, rel=1e-4)
-    squares, weights = significance._differences(2)  # whose D is normal
+    squares, weights = t_tests._differences(2)  # whose D is normal
     assert [np.sum(weights), np.sum(weights * squares)] == pytest.approx([1, 1])
     # The smallest of three p counts three times, the next twice, the largest once, and none less than one before it.
-    adjusted = significance.holm({"a": 0.3, "b": 0.01, "c": 0.02, "d": math.nan})
+    adjusted = t_tests.holm({"a": 0.3, "b": 0.01, "c": 0.02, "d": math.nan})
     assert adjusted == pytest.approx({"a": 0.6, "b": 0.04, "c": 0.06, "d": math.nan}, nan_ok=True)
-    assert significance.holm({"a": 0.04, "b": 0.03}) == pytest.approx({"a": 0.06, "b": 0.06})
+    assert t_tests.holm({"a": 0.04, "b": 0.03}) == pytest.approx({"a": 0.06, "b": 0.06})
     # t of 0.975 with two degrees of freedom is 4.302653.
-    assert significance.interval((2.0, 2.1, 2.2)) == pytest.approx(4.302653 * 0.1 / 3**0.5)
-    assert math.isnan(significance.interval((2.0,))) and math.isnan(significance.interval((2.0, math.inf)))
+    assert t_tests.interval((2.0, 2.1, 2.2)) == pytest.approx(4.302653 * 0.1 / 3**0.5)
+    assert math.isnan(t_tests.interval((2.0,))) and math.isnan(t_tests.interval((2.0, math.inf)))
 
 
 def test_a_row_is_better_only_where_the_adjusted_p_allows_it():
@@ -76,7 +76,7 @@ def test_a_row_is_better_only_where_the_adjusted_p_allows_it():
     [line] = told(values)
     best = "From 64 to 128 a has the best mean, 0.100 ahead of c; "
     assert line == best + "it is better than b (adjusted p at most 0.029); c ties with it."
-    assert worse(verdicts(study(values), "text", BITS)) == {("b", "64"), ("b", "128")}
+    assert worse(significance_tests(study(values), "text", BITS)) == {("b", "64"), ("b", "128")}
     # Two standard errors of the difference would call b worse than a: 0.2 ± 0.058. Its p is 0.13.
     assert told({"a": {64: (2.0, 2.1, 2.2)}, "b": {64: (2.3, 2.2, 2.4)}}) == [
         "At 64 a has the best mean, 0.200 ahead of b; b ties with it."
@@ -90,7 +90,7 @@ def test_rows_are_paired_where_seeds_and_data_agree():
     assert "b ties with it" in told(values, b={"tokenizer": "other"})[0]
     other = study(values)
     other.runs[-1].evaluation["results"][0]["tokens"] = 7
-    assert "b ties with it" in sentences(verdicts(other, "text", BITS), BITS)[0]
+    assert "b ties with it" in sentences(significance_tests(other, "text", BITS), BITS)[0]
     fewer = {"a": {64: (1.0, 2.0, 3.0)}, "b": {64: (1.1, 2.11)}}
     assert "tie" in told(fewer)[0]  # Welch's, of three and two seeds
 
@@ -103,7 +103,7 @@ def test_a_family_of_equal_rows_has_a_false_loser_in_at_most_one_of_twenty_cases
     largest = (differences.mean(axis=2) / differences.std(axis=2, ddof=1)).max(axis=1) * seeds**0.5
 
     def limit(rows):  # t of the first of Holm's tests
-        return optimize.brentq(lambda t: significance.of_the_best(t, seeds - 1, rows) - 0.05 / (equal - 1), 1, 1000)
+        return optimize.brentq(lambda t: t_tests.of_the_best(t, seeds - 1, rows) - 0.05 / (equal - 1), 1, 1000)
 
     assert (largest >= limit(equal)).mean() <= 0.05
     assert (largest >= limit(2)).mean() > 0.08  # the p of two rows that were named before is not enough
@@ -111,7 +111,7 @@ def test_a_family_of_equal_rows_has_a_false_loser_in_at_most_one_of_twenty_cases
     for case, own in enumerate(values[:40]):
         rows = {str(row): dict(enumerate(map(float, one))) for row, one in enumerate(own)}
         for alike in losers:
-            found = min(significance.against("0", rows, {row: alike or row for row in rows}).values()) <= 0.05
+            found = min(t_tests.against("0", rows, {row: alike or row for row in rows}).values()) <= 0.05
             assert not alike or found == (largest[case] >= at)
             losers[alike] += found
     assert losers[False] <= 2  # by Welch's test
@@ -136,7 +136,7 @@ def test_one_seed_is_not_judged():
     same = study({"a": {64: (2.0, 2.1)}, "b": {64: (2.5, 2.6)}})
     for run in same.runs:
         run.config["seed"] = 0
-    assert "nothing is judged" in sentences(verdicts(same, "text", BITS), BITS)[0]
+    assert "nothing is judged" in sentences(significance_tests(same, "text", BITS), BITS)[0]
 
 
 def test_more_may_be_better_and_stretches_are_apart_where_the_best_changes():
@@ -159,8 +159,8 @@ def test_a_value_that_is_not_finite_is_named_and_not_judged():
 
 def test_the_table_marks_what_is_worse_and_its_note_says_by_which_test():
     found = study({name: {64: row} for name, row in ROWS.items()})
-    judged = verdicts(found, "text", BITS)
-    table = tables.by_scale(found, "text", BITS, worse(judged), RULE, work=True)
+    judged = significance_tests(found, "text", BITS)
+    table = tables.by_scale(found, "text", BITS, worse(judged), TEST_NOTE, work=True)
     assert tables.markdown(table).splitlines()[2:] == [
         "| a | **2.100** ± 0.248 | - | - |",
         "| b | 3.000 ± 0.248\\* | - | - |",

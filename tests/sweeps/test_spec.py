@@ -18,13 +18,13 @@ from seqpe_jax.sweeps import spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
-TINY = "from seqpe_jax.sweeps.spec import *\nCONFIG = 'tests/tiny_text.py'\n"
+TINY = "from seqpe_jax.sweeps import *\nCONFIG = 'tests/tiny_text.py'\n"
 
 
 @functools.cache
 def shipped(path: pathlib.Path) -> spec.SweepFile:
     with contextlib.chdir(ROOT):
-        return spec.read(str(path.relative_to(ROOT)))
+        return spec.read_sweep_file(str(path.relative_to(ROOT)))
 
 
 def written(folder: pathlib.Path, body: str, head: str = TINY) -> str:
@@ -76,11 +76,11 @@ def test_a_shipped_sweep_is_valid(path, monkeypatch):
     sweep = shipped(path)
     document = path.read_text().split('"""')[1]
     assert f"python -m seqpe_jax.sweep --sweep={name} --workdir=runs/" in document and "Hardware: " in document
-    assert sweep.points or sweep.search
-    settings = [json.dumps(config.to_dict(point.settings)) for point in sweep.points]
+    assert sweep.trials or sweep.search
+    settings = [json.dumps(config.to_dict(trial.settings)) for trial in sweep.trials]
     assert len(set(settings)) == len(settings), "two runs of the sweep are the same"
-    for point in [point for point in sweep.points if not point.best][:: max(1, len(sweep.points) // 6)]:
-        assert parsed(point.arguments, monkeypatch) == point.settings
+    for trial in [trial for trial in sweep.trials if not trial.best][:: max(1, len(sweep.trials) // 6)]:
+        assert parsed(trial.arguments, monkeypatch) == trial.settings
 
 
 def test_shipped_sweeps_compare_what_they_say():
@@ -88,10 +88,10 @@ def test_shipped_sweeps_compare_what_they_say():
     chosen_with = {"extrapolation": {0}, "questions": {0}, "moving_digits": {0}}
     for stem, seen in chosen_with.items():
         rows = {}
-        for point in sweeps[stem].points:
-            rows.setdefault(point.name.rpartition("-")[0], set()).add(point.settings.seed)
+        for trial in sweeps[stem].trials:
+            rows.setdefault(trial.name.rpartition("-")[0], set()).add(trial.settings.seed)
         assert len(rows) > 4 and all(len(seeds) >= 3 and not seeds & seen for seeds in rows.values())
-    ablation = {point.name: point.settings for point in sweeps["ablation"].points}
+    ablation = {trial.name: trial.settings for trial in sweeps["ablation"].trials}
     for task, field in (("text", "rotary_pairs"), ("questions", "position_heads"), ("digits", "fraction_digits")):
         assert getattr(ablation[f"{task}-full"].encoding, field) > 0
     without = ablation["text-no_contrastive"].objective.contrastive.weight
@@ -104,27 +104,27 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
     """All encodings that the task can take, but the one that is another over one axis; equal steps in both stages."""
     settled = dict.fromkeys(("rotary_linear", "rotary_ntk", "rotary_yarn"), "rotary")
     sweep = shipped(ROOT / "configs" / "sweeps" / f"{stem}.py")
-    points_of = {point.name: point for point in sweep.points}
-    ways: dict[str, set[int]] = {}
+    points_of = {trial.name: trial for trial in sweep.trials}
+    variants: dict[str, set[int]] = {}
     searched: set[str] = set()
-    for point in filter(lambda point: point.best, sweep.points):
-        (chosen, best), *more = point.best.items()
+    for trial in filter(lambda trial: trial.best, sweep.trials):
+        (chosen, best), *more = trial.best.items()
         constants = [name.rpartition(".")[2] for name, _ in more]
         assert all(one is best for _, one in more) and len(constants) <= 1
-        way = point.name.rpartition("-")[0]
-        ways.setdefault(way, set()).add(point.settings.seed)
+        way = trial.name.rpartition("-")[0]
+        variants.setdefault(way, set()).add(trial.settings.seed)
         assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@")
         assert len(best.runs) in ((9, 12) if constants else (3, 4))
         searched |= set(constants)
         for name in best.runs:
             tried = points_of[name]
             assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tried.settings.seed == 0
-            assert tried.settings.steps == point.settings.steps == tried.settings.eval.every
-            free = {name: getattr(point.settings.encoding, name) for name in ("scaling", *constants)}
+            assert tried.settings.steps == trial.settings.steps == tried.settings.eval.every
+            free = {name: getattr(trial.settings.encoding, name) for name in ("scaling", *constants)}
             same = dataclasses.replace(tried.settings.encoding, **free)
-            assert same == point.settings.encoding and tried.settings.objective == point.settings.objective
-    assert set(map(frozenset, ways.values())) == {frozenset({1, 2, 3})}
-    kinds = {points_of[f"{way}-1"].settings.encoding.name for way in ways}
+            assert same == trial.settings.encoding and tried.settings.objective == trial.settings.objective
+    assert set(map(frozenset, variants.values())) == {frozenset({1, 2, 3})}
+    kinds = {points_of[f"{way}-1"].settings.encoding.name for way in variants}
     assert searched == {
         "study_images": {"theta", "slope_scale", "directed_heads", "fire_scale"},
     }.get(
@@ -156,17 +156,17 @@ def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
         "data.paths": ("a b", "c"),
         "data.cache_dir": "it's",
     }
-    sweep = spec.read(written(tmp_path, yielding(f"('one', {overrides!r})")))
-    [point] = sweep.points
-    assert point.settings.encoding.kind == "alibi" and point.settings.data.paths == ("a b", "c")
-    assert point.settings.eval.lengths == (16,) and point.settings.model.scan
-    assert parsed(point.arguments, monkeypatch) == point.settings
+    sweep = spec.read_sweep_file(written(tmp_path, yielding(f"('one', {overrides!r})")))
+    [trial] = sweep.trials
+    assert trial.settings.encoding.kind == "alibi" and trial.settings.data.paths == ("a b", "c")
+    assert trial.settings.eval.lengths == (16,) and trial.settings.model.scan
+    assert parsed(trial.arguments, monkeypatch) == trial.settings
 
 
 def test_a_point_may_have_another_config(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     body = yielding("('digits', {'config': 'configs/digits_vit.py', 'variant': 'none'})", "('text', {})")
-    digits, text = spec.read(written(tmp_path, body)).points
+    digits, text = spec.read_sweep_file(written(tmp_path, body)).trials
     assert digits.config == "configs/digits_vit.py:none" and text.config == "tests/tiny_text.py"
 
 
@@ -212,42 +212,42 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
             ["not measured", "bits_per_byte"],
         ),
         (
-            waiting("Best(('a', 'x'), 'eval/loss@16')"),
+            waiting("BestOf(('a', 'x'), 'eval/loss@16')"),
             ["run 'c'", "waits for run 'x', which this sweep does not have", "a, b"],
         ),
-        (waiting("Best(('a', 'c'), 'eval/loss@16')"), ["run 'c'", "'c'", "waits itself"]),
-        (waiting("Best((), 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
-        (waiting("Best('a', 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
-        (waiting("Best(('a', 'b'))"), ["run 'c'", "one metric"]),
-        (waiting("Best(('a', 'b'), 'eval/los@16')"), ["run 'c'", "'loss'"]),
-        (waiting("Best(('a', 'b'), 'eval/loss@16')", every=0), ["run 'c'", "eval.every"]),
-        (waiting("Best(('a', 'b'), 'eval/loss@16')", every=4), ["run 'c'", "run 'a'", "a multiple of eval.every=4"]),
-        (waiting("Best(('a', 'b'), 'eval/loss@16')", "sede"), ["run 'c'", "'sede'", "'seed'"]),
+        (waiting("BestOf(('a', 'c'), 'eval/loss@16')"), ["run 'c'", "'c'", "waits itself"]),
+        (waiting("BestOf((), 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
+        (waiting("BestOf('a', 'eval/loss@16')"), ["run 'c'", "names of the runs"]),
+        (waiting("BestOf(('a', 'b'))"), ["run 'c'", "one metric"]),
+        (waiting("BestOf(('a', 'b'), 'eval/los@16')"), ["run 'c'", "'loss'"]),
+        (waiting("BestOf(('a', 'b'), 'eval/loss@16')", every=0), ["run 'c'", "eval.every"]),
+        (waiting("BestOf(('a', 'b'), 'eval/loss@16')", every=4), ["run 'c'", "run 'a'", "a multiple of eval.every=4"]),
+        (waiting("BestOf(('a', 'b'), 'eval/loss@16')", "sede"), ["run 'c'", "'sede'", "'seed'"]),
         (
-            waiting("Best(('a', 'b'), 'eval/loss@16')", "model.heads", b="'model.heads': 5, 'model.width': 40"),
-            ["run 'c', where model.heads may come to be 5", "model.width=24"],
+            waiting("BestOf(('a', 'b'), 'eval/loss@16')", "model.heads", b="'model.heads': 5, 'model.width': 40"),
+            ["run 'c', where model.heads can become 5", "model.width=24"],
         ),
         (
             yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"),
             ["run 'a'", "encoding.scaling", "rotary"],
         ),
         (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for grids"]),
-        ("runs = lambda: two_stages({'a': {}}, {}, trial={}, seeds=(1,))\n", ["one field", "none"]),
+        ("runs = lambda: tune_then_repeat({'a': {}}, {}, tuning_overrides={}, seeds=(1,))\n", ["one field", "none"]),
         (
-            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), like={'a': 'b'})\n",
-            ["'a'", "like 'b'"],
+            "runs = lambda: tune_then_repeat({'a': {}}, {'seed': (1,)}, tuning_overrides={}, seeds=(1,), same_as={'a': 'b'})\n",
+            ["'a'", "the same as 'b'"],
         ),
         (
-            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), further={'b': (2,)})\n",
-            ["further values of seed for 'b'"],
+            "runs = lambda: tune_then_repeat({'a': {}}, {'seed': (1,)}, tuning_overrides={}, seeds=(1,), extra_values={'b': (2,)})\n",
+            ["extra_values of 'b'"],
         ),
         (
-            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'b': {'steps': (2,)}})\n",
-            ["a constant of 'b'"],
+            "runs = lambda: tune_then_repeat({'a': {}}, {'seed': (1,)}, tuning_overrides={}, seeds=(1,), constants={'b': {'steps': (2,)}})\n",
+            ["constants of 'b'"],
         ),
         (
-            "runs = lambda: two_stages({'a': {}}, {'seed': (1,)}, trial={}, seeds=(1,), constants={'a': {}})\n",
-            ["one constant"],
+            "runs = lambda: tune_then_repeat({'a': {}}, {'seed': (1,)}, tuning_overrides={}, seeds=(1,), constants={'a': {}})\n",
+            ["needs one field"],
         ),
         ("SEARCH = 3\n", ["Search", "int"]),
     ],
@@ -255,7 +255,7 @@ def test_a_point_may_have_another_config(tmp_path, monkeypatch):
 def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as refused:
-        spec.read(written(tmp_path, body))
+        spec.read_sweep_file(written(tmp_path, body))
     assert str(refused.value).startswith(str(tmp_path))
     for word in words:
         assert word in str(refused.value)
@@ -263,28 +263,28 @@ def test_a_wrong_sweep_is_refused(body, words, tmp_path, monkeypatch):
 
 def test_what_is_no_sweep_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no sweep file at"):
-        spec.read(str(tmp_path / "none.py"))
+        spec.read_sweep_file(str(tmp_path / "none.py"))
     (tmp_path / "list.txt").write_text("a, b")
     with pytest.raises(InputError, match="not a Python file"):
-        spec.read(str(tmp_path / "list.txt"))
+        spec.read_sweep_file(str(tmp_path / "list.txt"))
     with pytest.raises(InputError, match="must define CONFIG"):
-        spec.read(written(tmp_path, yielding("('a', {})"), head=""))
+        spec.read_sweep_file(written(tmp_path, yielding("('a', {})"), head=""))
 
 
 def test_some_ways_of_two_stages_try_further_values():
-    field, ways = (
+    field, variants = (
         "optimizer.learning_rate",
         {"a": {"variant": "alibi"}, "b": {"variant": "rotary"}, "c": {"variant": "none"}},
     )
     runs = dict(
-        spec.two_stages(
-            ways,
+        spec.tune_then_repeat(
+            variants,
             {field: (1e-3, 2e-3)},
-            trial={"seed": 0},
+            tuning_overrides={"seed": 0},
             seeds=(1,),
             minimise="loss",
-            like={"c": "a"},
-            further={"a": (4e-3,)},
+            same_as={"c": "a"},
+            extra_values={"a": (4e-3,)},
             constants={"b": {"encoding.theta": (10.0, 100.0)}},
         )
     )
@@ -301,3 +301,18 @@ def test_some_ways_of_two_stages_try_further_values():
         tuple(tried["a"]),
     ]
     assert runs["b-1"]["encoding.theta"] is runs["b-1"][field] and "encoding.theta" not in runs["c-1"]
+
+
+def test_older_names_of_helpers_work_with_one_line_of_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delitem(sys.modules, "seqpe_jax.sweeps.points", raising=False)
+    common = "{'variant': 'alibi', 'steps': 2, 'eval.every': 2, 'eval.lengths': (16,)}"
+    head = "from seqpe_jax.sweeps.points import two_stages\nCONFIG = 'tests/tiny_text.py'\n"
+    body = (
+        f"runs = lambda: two_stages(ways={{'a': {common}, 'b': {common}}}, tried={{'batch_size': (8, 16)}}, "
+        "trial={'seed': 0}, seeds=(1,), minimise='eval/loss@16', like={'b': 'a'}, further={'a': (24,)})\n"
+    )
+    names = [trial.name for trial in spec.read_sweep_file(written(tmp_path, body, head)).trials]
+    assert names == ["a-batch_size=8", "a-batch_size=16", "a-batch_size=24", "a-1", "b-1"]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: seqpe_jax.sweeps.points is deprecated")

@@ -14,14 +14,14 @@ from seqpe_jax import config
 from seqpe_jax.distributed.progress import METRICS_FILE, read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import EVALUATION_FILE, as_path, atomic_dir, atomic_write, parse_json
-from seqpe_jax.sweeps.run import RESTORED, SweepRun, of_each
-from seqpe_jax.sweeps.stages import Stages
+from seqpe_jax.sweeps.run import RESTORED, SweepRun, map_runs
+from seqpe_jax.sweeps.trial_graph import TrialGraph
 from seqpe_jax.trees import flat, nested
 
 PARTS = {"settings": dict, "metrics": list, "evaluation": dict}  # of each run
 
 
-class Kept:
+class ResultsCache:
     """The file of a sweep's finished runs."""
 
     def __init__(self, path: str | os.PathLike):
@@ -46,7 +46,7 @@ class Kept:
         self._shared = _renamed(self._shared)
         self._runs = {name: run | {"settings": _renamed(run["settings"])} for name, run in self._runs.items()}
 
-    def restore(self, stages: Stages) -> tuple[list[str], list[str]]:
+    def restore(self, stages: TrialGraph) -> tuple[list[str], list[str]]:
         """Makes the folders of kept runs that have none, first of those that decide fields of others.
 
         Returns:
@@ -59,13 +59,13 @@ class Kept:
         decided: list[str] = []
         while restored := [run.name for run in stages.runs.values() if self._restore(run)]:
             names += restored
-            decided += stages.settle({run.name for run in stages.runs.values() if run.left()})
+            decided += stages.settle({run.name for run in stages.runs.values() if run.remaining_commands()})
         return names, decided
 
     def keep(self, runs: Iterable[SweepRun]) -> None:
         """Writes what finished runs have measured into the file, beside what is there; other runs are passed over."""
         runs = list(runs)
-        passed_over = of_each(runs, lambda run: run.restored or bool(run.left()))
+        passed_over = map_runs(runs, lambda run: run.restored or bool(run.remaining_commands()))
         found = {run.name: self._entry(run) for run, passed in zip(runs, passed_over, strict=True) if not passed}
         if any(self._runs.get(name) != entry for name, entry in found.items()):
             self._runs |= found
@@ -89,7 +89,7 @@ class Kept:
     def _restore(self, run: SweepRun) -> bool:
         """Makes a run's folder from what is kept of it; returns whether it did."""
         kept = self._runs.get(run.name)
-        if kept is None or run.point.best or (run.evaluated and not kept["evaluation"]):
+        if kept is None or run.trial.best or (run.evaluated and not kept["evaluation"]):
             return False
         if run.folder.exists() and any(run.folder.iterdir()):
             return False
@@ -98,7 +98,7 @@ class Kept:
             settings = config.to_dict(config.from_dict(nested(self._shared | kept["settings"], ".")))
         except InputError as error:
             raise InputError(f"{where} is none of this version: {error}") from error
-        if lines := config.difference(settings, config.to_dict(run.point.settings)):
+        if lines := config.difference(settings, config.to_dict(run.trial.settings)):
             raise InputError(
                 f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file"
             )
@@ -118,4 +118,4 @@ def _renamed(leaves: dict[str, Any]) -> dict[str, Any]:
 
 def _leaves(run: SweepRun) -> dict[str, Any]:
     """Returns the settings of a run by dotted name, as JSON reads them back."""
-    return json.loads(json.dumps(flat(config.to_dict(run.point.settings), ".")))
+    return json.loads(json.dumps(flat(config.to_dict(run.trial.settings), ".")))

@@ -1,6 +1,6 @@
 """Times a dropout mask of the generator that the chip has against one of threefry's, in turns (docs/performance.md).
 
-python launch/random_bits.py
+python benchmarks/random_bits.py
 """
 
 import pathlib
