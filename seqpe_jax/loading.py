@@ -167,7 +167,7 @@ def data_spec_of(settings: Config, folder: str) -> DataSpec:
         raise InputError(
             f"{folder} has no tokenizer and its config.json no model.vocabulary: put its tokenizer.json there"
         )
-    return DataSpec(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocabulary_size)
+    return DataSpec(vocabulary=settings.model.vocabulary or load_tokenizer(settings.data.tokenizer).vocab_size)
 
 
 def _saved_params(checkpoint: str, model_spec: ModelSpec, mesh: jax.sharding.Mesh, step: int) -> Params:

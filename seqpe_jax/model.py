@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.config import Config
-from seqpe_jax.data.images import normalised
-from seqpe_jax.data.tokenizers import Tokenizer, continuation
+from seqpe_jax.data.images import normalize_pixels
+from seqpe_jax.data.tokenizers import Tokenizer, decode_continuation
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.encodings.seqpe import SeqPE
@@ -165,13 +165,13 @@ class Model:
         generation.check_generation(self.config, [1], asked, window, max_grid=self.model_spec.max_grid)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self._text.prompts([encode_utf8(text) for text in prompts])
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.end_of_text)
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, self.tokenizer.eos_id)
         line = ProgressLine(len(prompts) * max_new_tokens, label="token")
         found = self.continuations(
             tokens, sampling, window=window, progress=lambda done, total: line.update(done, total=total)
         )
         line.close()
-        texts = [continuation(self.tokenizer, ids, one.content) for ids, one in zip(tokens, found, strict=True)]
+        texts = [decode_continuation(self.tokenizer, ids, one.content) for ids, one in zip(tokens, found, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
     def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:
@@ -271,7 +271,7 @@ class Model:
                 "this model does not know the mean and deviation of its images, so it cannot normalise uint8: give "
                 "float32, normalised as in its training"
             )
-        return jnp.asarray(normalised(np.asarray(images), self.data_spec.mean, self.data_spec.std))
+        return jnp.asarray(normalize_pixels(np.asarray(images), self.data_spec.mean, self.data_spec.std))
 
     def _start(self, start: Start, shape: Shape) -> Shape:
         """The first position in tokens or patches along each axis. Raises: InputError: it cannot be."""

@@ -17,7 +17,7 @@ QUESTIONS = "questions.jsonl"
 _run, _given, _trials, _read = common.run, io.from_user_values, spec._checked_trials, spec.read_sweep_file
 
 
-class FewExamples(loader.EvaluationBatches):
+class FewExamples(loader.EvalBatches):
     """The first examples of a split."""
 
     def __init__(self, source, batch_size, count, *rest):
@@ -105,4 +105,4 @@ def install() -> None:
     io.from_user_values = lambda *values: shrunken(_given(*values))
     spec._checked_trials = lambda base, runs: _trials(base, _one(runs))
     spec.read_sweep_file = _shrunken_sweep
-    loader.EvaluationBatches = FewExamples
+    loader.EvalBatches = FewExamples

@@ -5,7 +5,7 @@ import os
 import jax
 
 # Commands import these when they need them; here all of them find them there.
-import seqpe_jax.data.datasets.digit_images
+import seqpe_jax.data.datasets.digits
 import seqpe_jax.data.datasets.text_files
 import seqpe_jax.inference.export
 import seqpe_jax.interop.convert

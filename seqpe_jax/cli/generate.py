@@ -60,7 +60,7 @@ def run(
     model = loading.open_model(checkpoint, which)
     printed = ""
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
-    sampling = Sampling(new_tokens, end=model.tokenizer.end_of_text, **choice)
+    sampling = Sampling(new_tokens, end=model.tokenizer.eos_id, **choice)
     check_generation(
         model.config, [len(prompt) for prompt in tokens], sampling, window, max_grid=model.model_spec.max_grid
     )
@@ -68,7 +68,7 @@ def run(
     def say(index: int, generation: "Generation") -> None:
         """Prints what is new; a character may lack its last bytes, so those are waited for."""
         nonlocal printed
-        text = model.task.continuation(tokens[index], generation.content).rstrip("\ufffd")
+        text = model.task.decode_continuation(tokens[index], generation.content).rstrip("\ufffd")
         if processes.is_main_process() and text.startswith(printed):
             print(text[len(printed) :], end="", flush=True)
             printed = text
@@ -76,7 +76,7 @@ def run(
     if stream:
         found = model.continuations(tokens, sampling, window=window, on_update=say)
         if processes.is_main_process():
-            print(model.task.continuation(tokens[0], found[0].content)[len(printed) :], flush=True)
+            print(model.task.decode_continuation(tokens[0], found[0].content)[len(printed) :], flush=True)
     else:
         line = ProgressLine(len(prompts) * new_tokens, label="token")
         found = model.continuations(
@@ -86,7 +86,7 @@ def run(
     return [
         {
             "prompt": prompt,
-            "text": model.task.continuation(ids, generation.content),
+            "text": model.task.decode_continuation(ids, generation.content),
             "tokens": generation.tokens.tolist(),
             "log_prob": float(generation.log_probs.sum(dtype="float64")),
             "ended": generation.ended,

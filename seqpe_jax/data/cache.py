@@ -1,16 +1,22 @@
-"""Where prepared data lives, and how several processes write there without harm."""
+"""The cache of prepared data: locks, folders that appear complete or not at all, copies of objects in buckets."""
 
+import concurrent.futures
 import contextlib
+import glob
+import os
 import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import tqdm
 
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import lock
+from seqpe_jax.files import AnyPath, as_path, atomic_file, cache_root, is_remote, list_files, lock
 
-UNFINISHED = ".unfinished-"
+PARALLEL_DOWNLOADS = 16  # objects
+UNFINISHED_PREFIX = ".unfinished-"
 
 
 @contextlib.contextmanager
@@ -44,13 +50,13 @@ def _lock(handle, target: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_directory(target: pathlib.Path, *, alone: bool) -> Iterator[pathlib.Path]:
+def staged_directory(target: pathlib.Path, *, alone: bool) -> Iterator[pathlib.Path]:
     """Yields an empty folder beside `target` that takes its name when the block ends well, and vanishes otherwise.
 
     Whoever reads `target` sees it whole or not at all. With `alone` (the lock is held), what a killed process left and
     a damaged `target` are removed; without, an existing `target` is kept, as another process has just finished it.
     """
-    prefix = f"{UNFINISHED}{target.name}-"
+    prefix = f"{UNFINISHED_PREFIX}{target.name}-"
     if alone:
         for left in target.parent.glob(prefix + "*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -67,3 +73,61 @@ def new_directory(target: pathlib.Path, *, alone: bool) -> Iterator[pathlib.Path
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def local_copies(
+    paths: Sequence[str], cache_dir: str | os.PathLike = "", progress: bool = True, option: str = "data.paths"
+) -> tuple[str, ...]:
+    """Returns paths of this machine: addresses in a store give way to copies in the cache, made where they are new.
+
+    Args:
+      option: what names the paths, for messages.
+
+    Raises:
+      InputError: nothing is there, or it cannot be read.
+    """
+    return tuple(str(_fetched(path, cache_dir, progress, option)) if is_remote(path) else path for path in paths)
+
+
+def _fetched(address: str, cache_dir: str | os.PathLike, progress: bool, option: str) -> pathlib.Path:
+    if glob.has_magic(address):
+        raise InputError(
+            f"{option}: '{address}' is a pattern, which is for files of this machine: give a folder or an object"
+        )
+    place = as_path(address)
+    target = cache_root(cache_dir).joinpath("fetched", *place.parts[2:])
+    try:
+        with locked(target):
+            if place.is_file():
+                _fetch(place, target)
+            else:
+                _fetch_folder(place, target, progress, option)
+    except OSError as error:
+        raise InputError(f"{option}: '{error.filename or address}' cannot be fetched ({error.strerror})") from error
+    return target
+
+
+def _fetch_folder(place: AnyPath, target: pathlib.Path, progress: bool, option: str) -> None:
+    """Makes a folder hold what one of a store holds, and nothing else."""
+    names = {str(one.relative_to(place)): one for one in list_files(place)}
+    names = {name: one for name, one in names.items() if ".." not in pathlib.PurePosixPath(name).parts}
+    if not names:
+        raise InputError(f"{option}: there is nothing at '{place}': give a folder or an object of a bucket")
+    with concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS) as several:
+        work = several.map(lambda name: _fetch(names[name], target / name), names)
+        for _ in tqdm.tqdm(work, f"fetch {place}", len(names), unit=" files", delay=2.0, disable=not progress):
+            pass
+    for file in list_files(target):
+        if str(file.relative_to(target)) not in names:
+            file.unlink()
+
+
+def _fetch(place: AnyPath, file: pathlib.Path) -> None:
+    """Copies an object unless that version of it is here; the copy has the object's time, by which data are told apart."""
+    told = place.info()
+    changed = round(told["mtime"].timestamp() * 1e6) * 1000
+    if file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == (told["size"], changed):
+        return
+    with atomic_file(file) as part:
+        place.download(part)
+        os.utime(part, ns=(changed, changed))

@@ -9,74 +9,76 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 text with it; it is no part of the text
-HEAD = 1 << 16  # bytes of a file that are looked at
-JSON_HEAD = 1 << 20  # of one that begins like JSON
-JSON_LINES = 20  # that are looked at
-BINARY_SHARE = 1 / 16  # of zero bytes: text has none, UTF-16 every other one, a tar archive of texts whole blocks
+HEAD_BYTES = 1 << 16  # bytes of a file that are looked at
+JSON_HEAD_BYTES = 1 << 20  # of one that begins like JSON
+MAX_JSON_LINES = 20  # that are looked at
+MAX_ZERO_BYTE_SHARE = (
+    1 / 16
+)  # of zero bytes: text has none, UTF-16 every other one, a tar archive of texts whole blocks
 
-UNPACK = "unpack it"
-WRITE_OUT = "write its text into a plain UTF-8 file"
-CONVERT = "convert it to UTF-8 (iconv -f {} -t UTF-8 OLD > NEW)"
+HOW_TO_UNPACK = "unpack it"
+HOW_TO_EXTRACT_TEXT = "write its text into a plain UTF-8 file"
+HOW_TO_CONVERT = "convert it to UTF-8 (iconv -f {} -t UTF-8 OLD > NEW)"
 # First bytes, their offset, what they say the file is, and what to do; the first that fits counts.
-SIGNATURES = (
+MAGIC_BYTES = (
     (b"\x1f\x8b", 0, "compressed with gzip", "unpack it (gunzip)"),
     (b"\x28\xb5\x2f\xfd", 0, "compressed with zstd", "unpack it (unzstd)"),
     (b"\xfd7zXZ\0", 0, "compressed with xz", "unpack it (unxz)"),
     (b"\x04\x22\x4d\x18", 0, "compressed with lz4", "unpack it (unlz4)"),
-    (b"\xff\x06\0\0sNaPpY", 0, "compressed with snappy", UNPACK),
+    (b"\xff\x06\0\0sNaPpY", 0, "compressed with snappy", HOW_TO_UNPACK),
     (b"\x1f\x9d", 0, "compressed with compress", "unpack it (uncompress)"),
-    (b"PK\x03\x04", 0, "a zip archive, or a document or program in one", UNPACK),
+    (b"PK\x03\x04", 0, "a zip archive, or a document or program in one", HOW_TO_UNPACK),
     (b"PK\x05\x06", 0, "an empty zip archive", "leave it out"),
-    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive", UNPACK),
-    (b"Rar!\x1a\x07", 0, "a rar archive", UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive", HOW_TO_UNPACK),
+    (b"Rar!\x1a\x07", 0, "a rar archive", HOW_TO_UNPACK),
     (b"ustar", 257, "a tar archive", "unpack it (tar -xf)"),
-    (b"PAR1", 0, "a Parquet file", WRITE_OUT),
-    (b"ARROW1\0\0", 0, "an Arrow file", WRITE_OUT),
-    (b"Obj\x01", 0, "an Avro file", WRITE_OUT),
-    (b"SQLite format 3\0", 0, "an SQLite database", WRITE_OUT),
-    (b"\x89HDF\r\n\x1a\n", 0, "an HDF5 file", WRITE_OUT),
-    (b"\x93NUMPY", 0, "a NumPy array", WRITE_OUT),
-    (b"%PDF-", 0, "a PDF document", WRITE_OUT),
-    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", 0, "an Office document", WRITE_OUT),
-    (b"{\\rtf", 0, "an RTF document", WRITE_OUT),
+    (b"PAR1", 0, "a Parquet file", HOW_TO_EXTRACT_TEXT),
+    (b"ARROW1\0\0", 0, "an Arrow file", HOW_TO_EXTRACT_TEXT),
+    (b"Obj\x01", 0, "an Avro file", HOW_TO_EXTRACT_TEXT),
+    (b"SQLite format 3\0", 0, "an SQLite database", HOW_TO_EXTRACT_TEXT),
+    (b"\x89HDF\r\n\x1a\n", 0, "an HDF5 file", HOW_TO_EXTRACT_TEXT),
+    (b"\x93NUMPY", 0, "a NumPy array", HOW_TO_EXTRACT_TEXT),
+    (b"%PDF-", 0, "a PDF document", HOW_TO_EXTRACT_TEXT),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", 0, "an Office document", HOW_TO_EXTRACT_TEXT),
+    (b"{\\rtf", 0, "an RTF document", HOW_TO_EXTRACT_TEXT),
     (b"\x89PNG\r\n", 0, "a PNG image", "leave it out"),
     (b"\xff\xd8\xff", 0, "a JPEG image", "leave it out"),
     (b"GIF8", 0, "a GIF image", "leave it out"),
     (b"\x7fELF", 0, "a program", "leave it out"),
-    (b"\xff\xfe\0\0", 0, "UTF-32 text", CONVERT.format("UTF-32")),
-    (b"\0\0\xfe\xff", 0, "UTF-32 text", CONVERT.format("UTF-32")),
-    (b"\xff\xfe", 0, "UTF-16 text", CONVERT.format("UTF-16")),
-    (b"\xfe\xff", 0, "UTF-16 text", CONVERT.format("UTF-16")),
+    (b"\xff\xfe\0\0", 0, "UTF-32 text", HOW_TO_CONVERT.format("UTF-32")),
+    (b"\0\0\xfe\xff", 0, "UTF-32 text", HOW_TO_CONVERT.format("UTF-32")),
+    (b"\xff\xfe", 0, "UTF-16 text", HOW_TO_CONVERT.format("UTF-16")),
+    (b"\xfe\xff", 0, "UTF-16 text", HOW_TO_CONVERT.format("UTF-16")),
 )
 # The same for beginnings that vary.
-PATTERNS = (
+MAGIC_PATTERNS = (
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "compressed with bzip2", "unpack it (bunzip2)"),
     (
         re.compile(rb"\xff{4}.{3}\0", re.DOTALL),
         "an Arrow stream",
-        WRITE_OUT,
+        HOW_TO_EXTRACT_TEXT,
     ),  # a mark, and the length of its first message
 )
 
 
-def without_mark(text: bytes) -> bytes:
+def strip_bom(text: bytes) -> bytes:
     """Returns UTF-8 text without a byte order mark at its beginning."""
     return text.removeprefix(BYTE_ORDER_MARK)
 
 
-def check_plain(head: bytes, name: str) -> None:
+def check_plain_text(head: bytes, name: str) -> None:
     """Refuses a file that is no plain UTF-8 text, by its first bytes.
 
     Args:
-      head: the first `HEAD` bytes, or all of a shorter file.
+      head: the first `HEAD_BYTES` bytes, or all of a shorter file.
       name: the option and the file, for the message.
     Raises:
       InputError: says what the file is, and what to do about it.
     """
-    found = [(kind, cure) for start, offset, kind, cure in SIGNATURES if head.startswith(start, offset)]
-    found += [(kind, cure) for pattern, kind, cure in PATTERNS if pattern.match(head)]
-    if not found and head.count(0) > BINARY_SHARE * len(head):
-        found.append(("binary, or UTF-16 text without a byte order mark", WRITE_OUT))
+    found = [(kind, cure) for start, offset, kind, cure in MAGIC_BYTES if head.startswith(start, offset)]
+    found += [(kind, cure) for pattern, kind, cure in MAGIC_PATTERNS if pattern.match(head)]
+    if not found and head.count(0) > MAX_ZERO_BYTE_SHARE * len(head):
+        found.append(("binary, or UTF-16 text without a byte order mark", HOW_TO_EXTRACT_TEXT))
     if found:
         kind, cure = found[0]
         raise InputError(f"{name} is {kind}, where plain UTF-8 text is read: {cure}, or leave it out")
@@ -86,20 +88,20 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
     """Refuses a file of a corpus that is no plain text: another format, or JSON records.
 
     Raises:
-      InputError: as `check_plain`; JSON records; unreadable.
+      InputError: as `check_plain_text`; JSON records; unreadable.
     """
     name = f"{option}: '{file}'"
     try:
         with open(file, "rb") as content:
-            head = content.read(HEAD)
-            check_plain(head, name)
-            if without_mark(head).lstrip()[:1] not in (b"{", b"["):
+            head = content.read(HEAD_BYTES)
+            check_plain_text(head, name)
+            if strip_bom(head).lstrip()[:1] not in (b"{", b"["):
                 return
-            head += content.read(JSON_HEAD - HEAD)
+            head += content.read(JSON_HEAD_BYTES - HEAD_BYTES)
             complete = not content.read(1)
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check {option}") from error
-    record = first_record(head, complete)
+    record = first_json_record(head, complete)
     if record is not None:
         fields = ", ".join(map(repr, list(record)[:5]))
         raise InputError(
@@ -108,14 +110,14 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
         )
 
 
-def first_record(head: bytes, complete: bool) -> dict[str, Any] | None:
+def first_json_record(head: bytes, complete: bool) -> dict[str, Any] | None:
     """Returns the first of the records that a file holds, as JSON lines or as one JSON list, or None where it holds none.
 
     Args:
       head: the beginning of the file.
       complete: whether that is all of it.
     """
-    text = without_mark(head).lstrip()
+    text = strip_bom(head).lstrip()
     if text.startswith(b"["):
         written = text[1:].decode("utf-8", "ignore").lstrip()
         try:
@@ -124,7 +126,7 @@ def first_record(head: bytes, complete: bool) -> dict[str, Any] | None:
             return None
         return record if isinstance(record, dict) and written[end:].lstrip()[:1] in (",", "]") else None
     lines = text.split(b"\n") if complete else text.split(b"\n")[:-1]  # the last is cut
-    lines = [line for line in lines if line.strip()][:JSON_LINES]
+    lines = [line for line in lines if line.strip()][:MAX_JSON_LINES]
     try:
         records = [parse_json(line) for line in lines]
     except ValueError:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from seqpe_jax.data import augment as changes
+from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.datasets import image_builder_class
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.datasets.image_base import PHOTO_MEAN, PHOTO_STD, ImageSource
-from seqpe_jax.data.fetched import fetched
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import cache_root
 
@@ -21,7 +21,7 @@ CLASSES = {"imagenet2012": 1000, "imagenet_resized": 1000}
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class ImageFacts:
     """What is known of a data set of images before it is read.
 
     Attributes:
@@ -34,12 +34,12 @@ class Facts:
     classes: int
 
 
-def facts_of(name: str) -> Facts:
+def facts_of(name: str) -> ImageFacts:
     """Returns what is known of a data set that `data.name` names. Raises: InputError: there is none of that name."""
     builder = image_builder_class(name)
     if hasattr(builder, "SHAPE"):
-        return Facts(builder.SHAPE[-1], builder.MEAN, builder.STD, len(builder.CLASS_NAMES))
-    return Facts(3, PHOTO_MEAN, PHOTO_STD, CLASSES.get(name, 0))  # photos become RGB whatever their files hold
+        return ImageFacts(builder.SHAPE[-1], builder.MEAN, builder.STD, len(builder.CLASS_NAMES))
+    return ImageFacts(3, PHOTO_MEAN, PHOTO_STD, CLASSES.get(name, 0))  # photos become RGB whatever their files hold
 
 
 def image_source(
@@ -76,7 +76,7 @@ def image_source(
     options = {"bit_depth": bit_depth} if bit_depth else {}
     return builder.open_split(
         split,
-        paths=fetched([os.fspath(path) for path in paths], cache_dir, progress),
+        paths=local_copies([os.fspath(path) for path in paths], cache_dir, progress),
         datasets=pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets",
         cache=root,
         progress=progress,
@@ -125,21 +125,21 @@ def train_example(
     if augment.translate:
         pixels = changes.translate(pixels, augment.translate, rng)
     if augment.color_jitter or augment.randaugment_layers:
-        picture = _picture(pixels[0])
+        picture = _to_image(pixels[0])
         if augment.color_jitter:
             picture = changes.color_jitter(picture, augment.color_jitter, rng)
         if augment.randaugment_layers:
             fill = tuple(round(255 * value) for value in mean)
             policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
             picture = changes.rand_augment(picture, *policy, rng)
-        pixels = _pixels([picture])
-    pixels = normalised(pixels, mean, std)
+        pixels = _to_pixels([picture])
+    pixels = normalize_pixels(pixels, mean, std)
     if rng.random() < augment.erasing:
         pixels = changes.erase(pixels, rng)
     return {"images": pixels if is_clip else pixels[0], "labels": np.int32(record["label"])}
 
 
-def evaluation_example(
+def eval_example(
     record: Mapping[str, Any],
     size: Sequence[int],
     crop_ratio: float = 1.0,
@@ -177,7 +177,7 @@ def evaluation_example(
         (left + width) * across / whole[0],
         (top + height) * down / whole[1],
     )
-    pixels = normalised(_resized(frames, box, width, height), mean, std)
+    pixels = normalize_pixels(_resized(frames, box, width, height), mean, std)
     return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
 
 
@@ -202,20 +202,20 @@ def _resized(frames: np.ndarray, box: tuple[float, float, float, float], width: 
     ):  # what Pillow would give, at a tenth of the time for small clips
         return frames[:, int(top) : int(bottom), int(left) : int(right)]
     bicubic = Image.Resampling.BICUBIC
-    return _pixels([_picture(frame).resize((width, height), bicubic, box=box) for frame in frames])
+    return _to_pixels([_to_image(frame).resize((width, height), bicubic, box=box) for frame in frames])
 
 
-def _picture(pixels: np.ndarray) -> Image.Image:
+def _to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
-def _pixels(pictures: list[Image.Image]) -> np.ndarray:
+def _to_pixels(pictures: list[Image.Image]) -> np.ndarray:
     """Returns uint8[T, H, W, C]."""
     pixels = np.stack([np.asarray(picture) for picture in pictures])
     return pixels[..., None] if pixels.ndim == 3 else pixels
 
 
-def normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def normalize_pixels(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Returns pixels uint8[..., C] scaled to 0..1, less the mean and divided by the deviation of their channel, float32."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)

@@ -28,7 +28,7 @@ class Windows:
         return {"tokens": self._rows[index].astype(np.int32)}
 
 
-def windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> Windows:
+def training_windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> Windows:
     """Returns the windows of 1-D tokens.
 
     Args:
@@ -147,7 +147,7 @@ class _RowsOfBatches:
         return self._examples[step * self._batch_size + self._rows[number]]
 
 
-class EvaluationBatches:
+class EvalBatches:
     """The first `count` examples once, in order, in batches of one shape with "weights" float32[batch_size].
 
     Rows that fill up the last batch are zeros of weight 0. `len()` is the number of batches.
@@ -175,7 +175,7 @@ class EvaluationBatches:
             yield padded | {"weights": (np.arange(self._batch_size) < rows).astype(np.float32)}
 
 
-def evaluation_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvaluationBatches:
+def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvalBatches:
     """Returns the windows in which every token of a split but the first is scored once, whatever the length.
 
     Windows follow each other. The last one ends where the tokens end: it overlaps the one before, for context, and scores
@@ -200,7 +200,7 @@ def evaluation_windows(tokens: np.ndarray, length: int, batch_size: int, max_tok
     targets = min(len(tokens) - 1, max_tokens or len(tokens) - 1)
     ends = np.minimum(length * np.arange(1, -(-targets // length) + 1), targets)
     source = ScoredWindows(tokens, length, ends, np.diff(ends, prepend=0))
-    return EvaluationBatches(source, batch_size, len(source))
+    return EvalBatches(source, batch_size, len(source))
 
 
 def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.ndarray:
@@ -220,15 +220,13 @@ def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.nd
     return (count - 1 - stride * chosen)[::-1]
 
 
-def context_windows(
-    tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int
-) -> EvaluationBatches:
+def context_windows(tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvalBatches:
     """Returns windows of `context` tokens that end at `ends` (`target_ends`) and score their last `stride` targets.
 
     Each of these targets has context - stride + 1 to `context` tokens before it.
 
     Returns:
-      Batches as in `evaluation_windows`.
+      Batches as in `eval_windows`.
     """
     source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride))
-    return EvaluationBatches(source, batch_size, len(source))
+    return EvalBatches(source, batch_size, len(source))

@@ -16,33 +16,41 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.data import qa_index
+from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.datasets import base, qa_jsonl, question_builder_class
-from seqpe_jax.data.datasets.base import prepared
-from seqpe_jax.data.datasets.qa_base import QuestionBuilder
+from seqpe_jax.data.datasets.base import prepare_dataset
+from seqpe_jax.data.datasets.qa_base import QABuilder
 from seqpe_jax.data.datasets.qa_jsonl import QaJsonl
-from seqpe_jax.data.fetched import fetched
-from seqpe_jax.data.qa_index import QUESTIONS, SEPARATOR, TEXTS, Slices, cut, passage_counter, tokens_of
+from seqpe_jax.data.qa_index import (
+    PASSAGE_SEPARATOR,
+    PASSAGES_FILE,
+    QUESTIONS_FILE,
+    FileSlices,
+    count_example_tokens,
+    make_passage_counter,
+    truncate_passage,
+)
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import cache_root, parse_json
 
-PIECE = 8  # tokens; a smaller piece of a passage is not made where there is a choice
-BYTE_END = 0  # ends an answer in bytes: no text holds it
-BINS = 10  # of the histograms
+MIN_PASSAGE_TOKENS = 8  # tokens; a smaller piece of a passage is not made where there is a choice
+BYTE_ANSWER_END = 0  # ends an answer in bytes: no text holds it
+HISTOGRAM_BINS = 10  # of the histograms
 
 Record = dict[str, Any]
 
 
-def end_token(tokenizer: Tokenizer) -> int:
+def answer_end_id(tokenizer: Tokenizer) -> int:
     """Returns the token after an answer: the tokenizer's end of text, or byte 0.
 
     Raises:
       InputError: the tokenizer has none.
     """
-    if tokenizer.end_of_text is not None:
-        return tokenizer.end_of_text
+    if tokenizer.eos_id is not None:
+        return tokenizer.eos_id
     if tokenizer.name == ByteTokenizer.name:
-        return BYTE_END
+        return BYTE_ANSWER_END
     raise InputError(
         f"tokenizer '{tokenizer.name}' has no end-of-text token, which an answer must end with: use "
         'data.tokenizer="bytes", or a tokenizer.json that has one, like GPT-2\'s'
@@ -66,7 +74,7 @@ def training_example(
     """Returns prompt + " " + answer + end token, filled up on the right with end tokens.
 
     Args:
-      record: of a `QuestionSource`.
+      record: of a `QASource`.
       rng: draws which of the accepted answers; none = the first.
       length: L; inputs are tokens[:L], targets tokens[1:].
       prompt_weight, question_weight: of the tokens of the context and of the question in the loss, in 0..1 (the
@@ -79,7 +87,7 @@ def training_example(
     """
     answers = record["outputs"]
     answer = answers[0 if rng is None else int(rng.integers(len(answers)))]
-    prompt, end = prompt_tokens(record, tokenizer), end_token(tokenizer)
+    prompt, end = prompt_tokens(record, tokenizer), answer_end_id(tokenizer)
     sequence = np.concatenate([prompt, tokenizer.encode(f" {answer}".encode()), [end]])
     if len(sequence) > length:
         raise InputError(
@@ -96,7 +104,7 @@ def training_example(
     return {"tokens": tokens, "weights": weights}
 
 
-class QuestionSource(abc.ABC):
+class QASource(abc.ABC):
     """Questions of a split, random access in Grain's sense, each the same whenever it is read.
 
     `source[i]` -> {"index": int, "input": prompt, "question": its last part, "outputs": tuple of accepted answers, "depth":
@@ -107,12 +115,12 @@ class QuestionSource(abc.ABC):
     Attributes:
       name: of the data set and split; length: in tokens; skipped: questions left out, by reason; fingerprint: hex digits,
         equal for equal questions, on every machine.
-      content: hex digits, equal for equal passages and questions, whatever the length; counted: how many questions there
+      content_fingerprint: hex digits, equal for equal passages and questions, whatever the length; num_questions: how many questions there
         are, too long ones included.
     """
 
-    content: str
-    counted: int
+    content_fingerprint: str
+    num_questions: int
 
     def __init__(self, name: str, length: int, tokenizer: Tokenizer, skipped: Mapping[str, int], fingerprint: str):
         self.name, self.length, self.skipped, self.fingerprint = name, length, dict(skipped), fingerprint
@@ -142,7 +150,7 @@ class QuestionSource(abc.ABC):
             kinds[kind] = kinds.get(kind, 0) + 1
         places = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int))
         records = [self[int(place)] for place in places]
-        tokens = [tokens_of(self._tokenizer, record["input"], record["outputs"]) for record in records]
+        tokens = [count_example_tokens(self._tokenizer, record["input"], record["outputs"]) for record in records]
         depths = [record["depth"] for record in records if record["depth"] is not None]
         return {
             "examples": len(self),
@@ -170,7 +178,7 @@ class QuestionSource(abc.ABC):
         return lines
 
 
-def question_source(
+def qa_source(
     name: str,
     *,
     split: str,
@@ -181,8 +189,8 @@ def question_source(
     cache_dir: str | os.PathLike = "",
     seed: int = 0,
     progress: bool = True,
-    fits: int = 0,
-) -> QuestionSource:
+    max_bare_length: int = 0,
+) -> QASource:
     """Returns the questions of a split at a length, preparing and counting them when that has not been done yet.
 
     Safe to call from several processes at once; a killed one leaves nothing that is read later.
@@ -204,17 +212,19 @@ def question_source(
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
         writable, a tokenizer without an end.
     """
-    paths = fetched([paths] if isinstance(paths, str) else [os.fspath(path) for path in paths], cache_dir, progress)
+    paths = local_copies(
+        [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths], cache_dir, progress
+    )
     builder = question_builder_class(name)
     if split not in base.SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     if length < 1:
         raise InputError(f"the length of examples must be at least 1 token, got {length}")
-    end_token(tokenizer)
+    answer_end_id(tokenizer)
     root, title = cache_root(cache_dir), f"{name}/{split}"
     if builder is QaJsonl:
         file = QaJsonl.file(split, paths)
-        key = base.describe_file(file, name)
+        key = base.file_signature(file, name)
     else:
         key = builder.source_key(paths)
 
@@ -223,7 +233,7 @@ def question_source(
             qa_index.index_lines(file, tokenizer, folder, title, progress)
             return
         datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
-        written = prepared(builder, paths, datasets / f"{name}-{key}", root / "downloads", progress)
+        written = prepare_dataset(builder, paths, datasets / f"{name}-{key}", root / "downloads", progress)
         if split not in written.info.splits:
             raise InputError(
                 f"data set '{name}' has no questions in split '{split}' (it has {', '.join(written.info.splits)}): "
@@ -231,25 +241,29 @@ def question_source(
             )
         qa_index.index_records(written.as_data_source(split=split), builder, tokenizer, folder, title, progress)
 
-    target, table = qa_index.counted_table(
+    target, table = qa_index.load_index(
         root / "questions", f"{name}-{split}", (key, split, tokenizer.fingerprint), write
     )
-    fits = min(fits or length, length)
+    max_bare_length = min(max_bare_length or length, length)
     identity = [
         table["content"].tobytes().hex(),
         tokenizer.fingerprint,
         length,
         seed,
-        *([fits] if fits < length else []),
+        *([max_bare_length] if max_bare_length < length else []),
     ]
     fingerprint = hashlib.sha256(json.dumps(identity).encode())
     shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
-    source = _Lines(*shared, file) if builder is QaJsonl else _Assembled(*shared, target, builder, seed, fits)
-    source.content, source.counted = table["content"].tobytes().hex()[:32], len(table["smallest"])
+    source = (
+        JsonlQuestions(*shared, file)
+        if builder is QaJsonl
+        else AssembledQuestions(*shared, target, builder, seed, max_bare_length)
+    )
+    source.content_fingerprint, source.num_questions = table["content"].tobytes().hex()[:32], len(table["smallest"])
     return source
 
 
-def _kept(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:
+def _select_questions(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:
     """Returns (places of the questions that can be asked at a length, count of the others by reason).
 
     Raises:
@@ -271,7 +285,7 @@ def _kept(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.
     return kept, skipped | {"too_long": len(smallest) - len(kept)}
 
 
-class _Assembled(QuestionSource):
+class AssembledQuestions(QASource):
     """Questions whose context is made when they are read: the gold passage among others of the split.
 
     The others come in an order drawn from (seed, index), those that would give the answer away left out; where the room
@@ -288,42 +302,42 @@ class _Assembled(QuestionSource):
         table,
         fingerprint,
         folder: pathlib.Path,
-        builder: type[QuestionBuilder],
+        builder: type[QABuilder],
         seed: int,
-        fits: int,
+        max_bare_length: int,
     ):
-        self._kept, skipped = _kept(table, fits, title)
+        self._select_questions, skipped = _select_questions(table, max_bare_length, title)
         super().__init__(title, length, tokenizer, skipped, fingerprint)
         self._builder, self._seed = builder, seed
         self._passage_of, self._passage_tokens = table["passage_of"], table["passage_tokens"]
         self._around = table["smallest"] - self._passage_tokens[self._passage_of]  # tokens of all but the passages
-        self._texts = Slices(folder / TEXTS, table["text_start"])
-        self._questions = Slices(folder / QUESTIONS, table["question_start"])
-        self._count = passage_counter(tokenizer)
+        self._texts = FileSlices(folder / PASSAGES_FILE, table["text_start"])
+        self._questions = FileSlices(folder / QUESTIONS_FILE, table["question_start"])
+        self._count = make_passage_counter(tokenizer)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._select_questions)
 
     def _fact(self, place: int) -> tuple[str, str, tuple[str, ...]]:
         question, kind, answers = parse_json(self._questions[place])
         return question, kind, tuple(answers)
 
     def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        for place in self._kept.tolist():
+        for place in self._select_questions.tolist():
             yield self._fact(place)
 
     def __getitem__(self, index: int) -> Record:
-        place = int(self._kept[index])
+        place = int(self._select_questions[index])
         question, kind, answers = self._fact(place)
         gold = int(self._passage_of[place])
-        tail = self._builder.TAIL.format(question)
+        tail = self._builder.PROMPT_SUFFIX.format(question)
         room = self.length - int(self._around[place]) - int(self._passage_tokens[gold])
         spare = room
         while True:
             before, after, depth = self._context(index, question, answers, spare)
-            prompt = SEPARATOR.join([*before, self._text(gold), *after, tail])
+            prompt = PASSAGE_SEPARATOR.join([*before, self._text(gold), *after, tail])
             # A tokenizer may join what was counted apart.
-            over = tokens_of(self._tokenizer, prompt, answers) - self.length
+            over = count_example_tokens(self._tokenizer, prompt, answers) - self.length
             if over <= 0 or spare <= 0:
                 break
             spare = max(0, spare - over)
@@ -334,7 +348,7 @@ class _Assembled(QuestionSource):
             "outputs": answers,
             "depth": depth,
             "kind": kind,
-            "passage": sum(len(text) + len(SEPARATOR) for text in before),
+            "passage": sum(len(text) + len(PASSAGE_SEPARATOR) for text in before),
         }
 
     def _text(self, passage: int) -> str:
@@ -346,32 +360,32 @@ class _Assembled(QuestionSource):
         """Returns (passages before the gold one, after it, its depth), of `room` tokens together."""
         rng = np.random.default_rng([self._seed, index])
         first = round(float(rng.random()) * room)
-        if first < PIECE:
+        if first < MIN_PASSAGE_TOKENS:
             first = 0
-        elif room - first < PIECE:
+        elif room - first < MIN_PASSAGE_TOKENS:
             first = room
 
-        def leaks(text: str) -> bool:
-            return self._builder.leaks(text, question, answers)
+        def leaks_answer(text: str) -> bool:
+            return self._builder.leaks_answer(text, question, answers)
 
-        others = self._others(rng, leaks)
-        before, used = self._fill(others, first, leaks)
-        after, more = self._fill(others, room - used, leaks)
+        others = self._others(rng, leaks_answer)
+        before, used = self._fill(others, first, leaks_answer)
+        after, more = self._fill(others, room - used, leaks_answer)
         return before, after, used / (used + more) if used + more else 0.0
 
-    def _others(self, rng: np.random.Generator, leaks: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
+    def _others(self, rng: np.random.Generator, leaks_answer: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
         """Yields (text, tokens) of passages that do not give the answer away (so not the gold one), round after round."""
         found = True
         while found:
             found = False
             for passage in rng.permutation(len(self._passage_tokens)).tolist():
                 text = self._text(passage)
-                if not leaks(text):
+                if not leaks_answer(text):
                     found = True
                     yield text, int(self._passage_tokens[passage])
 
     def _fill(
-        self, others: Iterator[tuple[str, int]], room: int, leaks: Callable[[str], bool]
+        self, others: Iterator[tuple[str, int]], room: int, leaks_answer: Callable[[str], bool]
     ) -> tuple[list[str], int]:
         """Returns (texts, their tokens), the last cut so that they have `room` tokens, or up to 1% of the length less."""
         texts, used = [], 0
@@ -381,8 +395,8 @@ class _Assembled(QuestionSource):
             if not text:
                 break
             if tokens > room - used:
-                text, tokens = cut(text, room - used, self._count, slack=self.length // 100)
-                if not text or leaks(text):  # half a word may be the answer
+                text, tokens = truncate_passage(text, room - used, self._count, slack=self.length // 100)
+                if not text or leaks_answer(text):  # half a word may be the answer
                     tries += 1
                     continue
                 texts.append(text)
@@ -392,21 +406,21 @@ class _Assembled(QuestionSource):
         return texts, used
 
 
-class _Lines(QuestionSource):
+class JsonlQuestions(QASource):
     """Questions whose prompts are read from a file with one object per line."""
 
     def __init__(self, title, length, tokenizer, table, fingerprint, file: pathlib.Path):
-        self._kept, skipped = _kept(table, length, title)
+        self._select_questions, skipped = _select_questions(table, length, title)
         super().__init__(title, length, tokenizer, skipped, fingerprint)
-        self._lines, self._numbers, self._file = Slices(file, table["line_start"]), table["line_number"], file
+        self._lines, self._numbers, self._file = FileSlices(file, table["line_start"]), table["line_number"], file
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._select_questions)
 
     def __getitem__(self, index: int) -> Record:
-        place = int(self._kept[index])
+        place = int(self._select_questions[index])
         number, prompt, answers = qa_jsonl.parse(self._lines[place], f"'{self._file}', line {self._numbers[place]}")
-        question = prompt.rpartition(SEPARATOR)[2]
+        question = prompt.rpartition(PASSAGE_SEPARATOR)[2]
         return {
             "index": number,
             "input": prompt,
@@ -427,9 +441,9 @@ def _histogram(values: Sequence[float], limits: tuple[float, float] | None) -> d
     """Without limits the values are whole numbers, and so are the edges."""
     if limits is None:
         low, span = min(values), max(values) - min(values) + 1
-        width = -(-span // BINS)
+        width = -(-span // HISTOGRAM_BINS)
         edges = low + width * np.arange(-(-span // width) + 1)
     else:
-        edges = np.linspace(*limits, BINS + 1)
+        edges = np.linspace(*limits, HISTOGRAM_BINS + 1)
     counts, _ = np.histogram(values, edges)
     return {"from": edges.tolist(), "count": counts.tolist()}

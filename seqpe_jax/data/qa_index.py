@@ -13,19 +13,19 @@ import numpy as np
 import tqdm
 
 from seqpe_jax.archives import read_arrays
-from seqpe_jax.data.cache import locked, new_directory
+from seqpe_jax.data.cache import locked, staged_directory
 from seqpe_jax.data.datasets import qa_jsonl
-from seqpe_jax.data.datasets.qa_base import QuestionBuilder
+from seqpe_jax.data.datasets.qa_base import QABuilder
 from seqpe_jax.data.tokenizers import Tokenizer
 from seqpe_jax.errors import InputError
 
-FORMAT = 1  # of the files below; a new number makes old caches unread
-TEXTS, QUESTIONS, TABLE = "texts.bin", "questions.bin", "table.npz"
-SEPARATOR = "\n\n"
-ANCHOR = "x"  # stands for what is on the other side of a separator when tokens are counted
+CACHE_FORMAT = 1  # of the files below; a new number makes old caches unread
+PASSAGES_FILE, QUESTIONS_FILE, INDEX_FILE = "texts.bin", "questions.bin", "table.npz"
+PASSAGE_SEPARATOR = "\n\n"
+PLACEHOLDER = "x"  # stands for what is on the other side of a separator when tokens are counted
 
 
-def counted_table(
+def load_index(
     root: pathlib.Path, name: str, identity: Sequence[str], write: Callable[[pathlib.Path], None]
 ) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
     """Returns (folder, arrays) of a counted split, counted by one process where that has not been done yet.
@@ -33,25 +33,25 @@ def counted_table(
     Args:
       identity: what the split is counted from; write: puts it into a folder.
     """
-    digest = hashlib.sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, *identity]).encode()).hexdigest()[:16]
     target = root / f"{name}-{digest}"
-    table = _read_table(target)
+    table = _read_index(target)
     if table is None:
         with locked(target) as alone:
-            if (table := _read_table(target)) is None:
-                with new_directory(target, alone=alone) as folder:
+            if (table := _read_index(target)) is None:
+                with staged_directory(target, alone=alone) as folder:
                     write(folder)
-                table = _read_table(target)
+                table = _read_index(target)
     if table is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
     return target, table
 
 
-def _read_table(target: pathlib.Path) -> dict[str, np.ndarray] | None:
+def _read_index(target: pathlib.Path) -> dict[str, np.ndarray] | None:
     """Returns the arrays of a counted split, or None where they are not there or damaged."""
     try:
-        table = read_arrays(target / TABLE)
-        for name, start in ((TEXTS, "text_start"), (QUESTIONS, "question_start")):
+        table = read_arrays(target / INDEX_FILE)
+        for name, start in ((PASSAGES_FILE, "text_start"), (QUESTIONS_FILE, "question_start")):
             if start in table and (target / name).stat().st_size != table[start][-1]:
                 return None
         return table
@@ -61,7 +61,7 @@ def _read_table(target: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 def index_records(
     records: Sequence[Mapping[str, Any]],
-    builder: type[QuestionBuilder],
+    builder: type[QABuilder],
     tokenizer: Tokenizer,
     folder: pathlib.Path,
     title: str,
@@ -72,10 +72,12 @@ def index_records(
     text_start, question_start, passage_of, tokens, around = [0], [0], [], [], []
     without_answer = not_in_text = 0
     content = hashlib.sha256()
-    count = passage_counter(tokenizer)
-    left = len(tokenizer.encode(f"{ANCHOR}{SEPARATOR}{ANCHOR}".encode())) - len(tokenizer.encode(ANCHOR.encode()))
+    count = make_passage_counter(tokenizer)
+    left = len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode())) - len(
+        tokenizer.encode(PLACEHOLDER.encode())
+    )
     bar = tqdm.tqdm(total=len(records), desc=f"count {title}", unit=" questions", delay=2.0, disable=not progress)
-    with bar, open(folder / TEXTS, "wb") as texts, open(folder / QUESTIONS, "wb") as questions:
+    with bar, open(folder / PASSAGES_FILE, "wb") as texts, open(folder / QUESTIONS_FILE, "wb") as questions:
         for number in range(len(records)):
             record = records[number]
             bar.update()
@@ -98,12 +100,12 @@ def index_records(
             question_start.append(question_start[-1] + questions.write(line))
             content.update(line)
             passage_of.append(passages[known])
-            asked = f"{ANCHOR}{SEPARATOR}{builder.TAIL.format(question)}"
-            around.append(tokens_of(tokenizer, asked, found) - left)
+            asked = f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{builder.PROMPT_SUFFIX.format(question)}"
+            around.append(count_example_tokens(tokenizer, asked, found) - left)
     passage_of = np.array(passage_of, np.int64)
     tokens = np.array(tokens, np.int64)
     np.savez(
-        folder / TABLE,
+        folder / INDEX_FILE,
         text_start=np.array(text_start, np.int64),
         question_start=np.array(question_start, np.int64),
         passage_of=passage_of,
@@ -122,15 +124,15 @@ def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, 
     bar = tqdm.tqdm(qa_jsonl.lines(file), f"count {title}", unit=" lines", delay=2.0, disable=not progress)
     for number, offset, line in bar:
         _, prompt, answers = qa_jsonl.parse(line, f"'{file}', line {number}")
-        tokens.append(tokens_of(tokenizer, prompt, answers))
+        tokens.append(count_example_tokens(tokenizer, prompt, answers))
         starts.append(offset)
         numbers.append(number)
         content.update(line)
         end = offset + len(line)
     if not starts:
-        raise InputError(f"'{file}' holds no line; {qa_jsonl.HOW}")
+        raise InputError(f"'{file}' holds no line; {qa_jsonl.QA_JSONL_USAGE}")
     np.savez(
-        folder / TABLE,
+        folder / INDEX_FILE,
         line_start=np.array([*starts, end], np.int64),
         line_number=np.array(numbers, np.int64),
         smallest=np.array(tokens, np.int64),
@@ -140,27 +142,30 @@ def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, 
     )
 
 
-def passage_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
+def make_passage_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
     """Returns a function that counts the tokens that a passage and the separator after it add to a prompt."""
-    empty = len(tokenizer.encode(f"{ANCHOR}{SEPARATOR}{ANCHOR}".encode()))
-    separator = empty - 2 * len(tokenizer.encode(ANCHOR.encode()))
+    empty = len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode()))
+    separator = empty - 2 * len(tokenizer.encode(PLACEHOLDER.encode()))
 
     def count(text: str) -> int:
         if not text:
             return separator
-        return len(tokenizer.encode(f"{ANCHOR}{SEPARATOR}{text}{SEPARATOR}{ANCHOR}".encode())) - empty
+        return (
+            len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{text}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode()))
+            - empty
+        )
 
     return count
 
 
-def tokens_of(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
+def count_example_tokens(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
     """Returns the tokens of prompt + " " + longest answer + end."""
     encoded = tokenizer.encode_many([prompt.encode(), *(f" {answer}".encode() for answer in answers)])
     return len(encoded[0]) + max(map(len, encoded[1:])) + 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Slices:
+class FileSlices:
     """Pieces of a file, read when they are asked for: [i] -> the bytes from start[i] to start[i + 1]."""
 
     file: pathlib.Path
@@ -173,7 +178,7 @@ class Slices:
             return content.read(end - begin)
 
 
-def cut(text: str, room: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
+def truncate_passage(text: str, room: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
     """Returns (the beginning of a text, its tokens), at most `room`; cut after a word, or anywhere to lose less than
     `slack`.
 

@@ -12,25 +12,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from seqpe_jax.data.formats import without_mark
+from seqpe_jax.data.formats import strip_bom
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json, parse_json_text
 
-FILE, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+)
 # What lies beside a tokenizer.json and may name its end of text, in the order in which it is believed.
-NAMED_IN = {
-    SETTINGS: "eos_token",
+EOS_FILES = {
+    TOKENIZER_CONFIG_FILE: "eos_token",
     "special_tokens_map.json": "eos_token",
     "config.json": "eos_token_id",
     "generation_config.json": "eos_token_id",
 }
 # In this order: GPT-2 and its heirs, Llama 3, T5 and Llama 2, Gemma.
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-SPECIAL_END = ("[EOS]", "<EOS>", "<|eos|>", "<|im_end|>")  # ends only where the tokenizer calls them special
-RUN = {"data", "encoding", "objective"}  # of the sections by which the config.json of a run is known
-MOST = 1 << 24  # ids; a model has a row of its embedding for each
-SAMPLE = 1 << 20  # bytes of a split whose way to tokens and back is looked at
-PART = 4096  # bytes of a longer text that are looked at together
+EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+SPECIAL_EOS_TOKENS = ("[EOS]", "<EOS>", "<|eos|>", "<|im_end|>")  # ends only where the tokenizer calls them special
+RUN_CONFIG_SECTIONS = {"data", "encoding", "objective"}  # of the sections by which the config.json of a run is known
+MAX_TOKEN_IDS = 1 << 24  # ids; a model has a row of its embedding for each
+ROUND_TRIP_BYTES = 1 << 20  # bytes of a split whose way to tokens and back is looked at
+ROUND_TRIP_PART_BYTES = 4096  # bytes of a longer text that are looked at together
 
 
 class Tokenizer(Protocol):
@@ -45,9 +49,9 @@ class Tokenizer(Protocol):
     """
 
     name: str
-    vocabulary_size: int
+    vocab_size: int
     ids: np.ndarray
-    end_of_text: int | None
+    eos_id: int | None
     special_tokens: frozenset[str]
     digest: str
     fingerprint: str
@@ -61,7 +65,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; bytes that are no whole character become U+FFFD."""
 
-    def lost(self, text: str) -> collections.Counter[str]:
+    def lost_characters(self, text: str) -> collections.Counter[str]:
         """Returns the characters of a text that do not come back from its tokens, and how often each is lost.
 
         Raises:
@@ -72,7 +76,7 @@ class Tokenizer(Protocol):
         """Writes DIRECTORY/tokenizer.json, which `load_tokenizer` reads, and what says how its texts end."""
 
 
-def continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> str:
+def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> str:
     """Returns the text that ids add to that of a prompt, whose ids they follow.
 
     By themselves they may have another: Metaspace tokenizers drop the space before the first word, others join a word's
@@ -83,18 +87,18 @@ def continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]
     return text[len(os.path.commonprefix([before, text])) :]
 
 
-def token_dtype(vocabulary_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
     """Returns the smallest of uint8, uint16, uint32 that holds every id."""
-    return np.min_scalar_type(vocabulary_size - 1)
+    return np.min_scalar_type(vocab_size - 1)
 
 
 class ByteTokenizer:
     """Ids are the 256 values of a byte; no end of text. Encodes any bytes, UTF-8 or not."""
 
     name = "bytes"
-    vocabulary_size = 256
+    vocab_size = 256
     ids = np.arange(256)
-    end_of_text = None
+    eos_id = None
     special_tokens: frozenset[str] = frozenset()
     digest = fingerprint = "bytes-1"
 
@@ -108,9 +112,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids in 0..255; incomplete characters become U+FFFD."""
-        return _checked(ids, self).astype(np.uint8).tobytes().decode("utf-8", "replace")
+        return _check_ids(ids, self).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
-    def lost(self, text: str) -> collections.Counter[str]:
+    def lost_characters(self, text: str) -> collections.Counter[str]:
         """Returns nothing: every byte comes back."""
         return collections.Counter()
 
@@ -121,15 +125,15 @@ class ByteTokenizer:
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "ByteTokenizer":
         """Returns the tokenizer that `save` wrote. Raises: InputError, another kind lies there."""
-        return _loaded(directory, cls)
+        return _load_tokenizer_of(directory, cls)
 
 
 class HFTokenizer:
     """A tokenizer in the JSON format of Hugging Face `tokenizers`.
 
     Text that spells a special token is encoded as plain text, and no special tokens are added. The end of text is what the
-    files beside a tokenizer.json say (`NAMED_IN`), else the first of `END_OF_TEXT` that there is, else of `SPECIAL_END`. In
-    the folder of a run, `save` has written which it is; a run that has no such file began when the names of `END_OF_TEXT`
+    files beside a tokenizer.json say (`EOS_FILES`), else the first of `EOS_TOKENS` that there is, else of `SPECIAL_EOS_TOKENS`. In
+    the folder of a run, `save` has written which it is; a run that has no such file began when the names of `EOS_TOKENS`
     alone were known, and they alone count there. Tokens of an added_tokens.json beside a tokenizer.json that lacks them are
     its own, and `save` writes them into it.
 
@@ -143,7 +147,7 @@ class HFTokenizer:
         import tokenizers
 
         file = as_path(path).expanduser()
-        file = file / FILE if file.is_dir() else file
+        file = file / TOKENIZER_FILE if file.is_dir() else file
 
         def built(content: bytes) -> tokenizers.Tokenizer:
             try:
@@ -151,11 +155,11 @@ class HFTokenizer:
             except Exception as error:  # the library raises bare Exception
                 raise _not_a_tokenizer(file, error) from None
 
-        self._content, beside = _content_of(file), _beside(file)
+        self._content, beside = _tokenizer_json(file), _sibling_configs(file)
         self._tokenizer = built(self._content)
-        added = _added(file, self._tokenizer.get_vocab(with_added_tokens=True))
+        added = _extra_tokens(file, self._tokenizer.get_vocab(with_added_tokens=True))
         if added:
-            self._content = _with_added(self._content, added, _special(beside))
+            self._content = _with_added(self._content, added, _special_token_names(beside))
             self._tokenizer = built(self._content)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -163,25 +167,27 @@ class HFTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise _not_a_tokenizer(file, "its vocabulary is empty")
-        if max(vocabulary.values()) >= MOST:
-            raise _not_a_tokenizer(file, f"its largest id is {max(vocabulary.values())}, and ids end at {MOST - 1}")
+        if max(vocabulary.values()) >= MAX_TOKEN_IDS:
+            raise _not_a_tokenizer(
+                file, f"its largest id is {max(vocabulary.values())}, and ids end at {MAX_TOKEN_IDS - 1}"
+            )
         self.name = file.parent.name or file.stem
-        self.vocabulary_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values()) + 1
         self.ids = np.unique(list(vocabulary.values()))
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        usual = next((vocabulary[token] for token in END_OF_TEXT if token in vocabulary), None)
-        ends = [_named_end(file, beside, vocabulary, special), usual]
-        if not beside.get("config.json", {}).keys() >= RUN:
-            ends += [vocabulary[token] for token in SPECIAL_END if token in special]
-        self.end_of_text = next((end for end in ends if end is not None), None)
-        self.special_tokens = frozenset(special) | {token for token in END_OF_TEXT if token in vocabulary}
+        usual = next((vocabulary[token] for token in EOS_TOKENS if token in vocabulary), None)
+        ends = [_configured_eos_id(file, beside, vocabulary, special), usual]
+        if not beside.get("config.json", {}).keys() >= RUN_CONFIG_SECTIONS:
+            ends += [vocabulary[token] for token in SPECIAL_EOS_TOKENS if token in special]
+        self.eos_id = next((end for end in ends if end is not None), None)
+        self.special_tokens = frozenset(special) | {token for token in EOS_TOKENS if token in vocabulary}
         self.digest = self.fingerprint = "hf-" + hashlib.sha256(self._content).hexdigest()[:16]
-        if self.end_of_text != usual:  # texts are joined in another way than the file alone says
-            self.fingerprint += f"-end-{self.end_of_text}"
+        if self.eos_id != usual:  # texts are joined in another way than the file alone says
+            self.fingerprint += f"-end-{self.eos_id}"
         content = parse_json(self._content)
         self._unknown = vocabulary.get(content["model"].get("unk_token"), content["model"].get("unk_id"))
         self._keeps_space = "ByteLevel" in json.dumps(content.get("pre_tokenizer"))
-        self._dtype = token_dtype(self.vocabulary_size)
+        self._dtype = token_dtype(self.vocab_size)
 
     def encode(self, text: bytes) -> np.ndarray:
         """Returns the ids of UTF-8 text, uint8, uint16 or uint32[tokens]. Raises: InputError, not UTF-8."""
@@ -189,7 +195,7 @@ class HFTokenizer:
 
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Returns `encode` of each text, on all cores. Raises: InputError, not UTF-8, or nothing stands for a word."""
-        whole = [_decoded(text) for text in texts]
+        whole = [_decode_utf8(text) for text in texts]
         try:
             encoded = self._tokenizer.encode_batch_fast(whole, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
@@ -201,9 +207,9 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, special tokens included."""
-        return self._tokenizer.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
+        return self._tokenizer.decode(_check_ids(ids, self).tolist(), skip_special_tokens=False)
 
-    def lost(self, text: str) -> collections.Counter[str]:
+    def lost_characters(self, text: str) -> collections.Counter[str]:
         """Returns the characters that are missing in what comes back, wherever they stand there.
 
         They are unknown to the tokenizer, or changed by it (such as capital letters). Two ways to write one letter with its
@@ -219,21 +225,23 @@ class HFTokenizer:
     def save(self, directory: str | os.PathLike) -> None:
         """Writes DIRECTORY/tokenizer.json, byte for byte the file that was loaded, and beside it what ends a text."""
         _write(directory, self._content)
-        if self.end_of_text is not None:
+        if self.eos_id is not None:
             _write(
-                directory, json.dumps({"eos_token": self._tokenizer.id_to_token(self.end_of_text)}).encode(), SETTINGS
+                directory,
+                json.dumps({"eos_token": self._tokenizer.id_to_token(self.eos_id)}).encode(),
+                TOKENIZER_CONFIG_FILE,
             )
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "HFTokenizer":
         """Returns the tokenizer that `save` wrote. Raises: InputError, another kind lies there."""
-        return _loaded(directory, cls)
+        return _load_tokenizer_of(directory, cls)
 
 
-def _content_of(file: AnyPath) -> bytes:
+def _tokenizer_json(file: AnyPath) -> bytes:
     """The content of a tokenizer.json, or one made of GPT-2's vocab.json and merges.txt where these lie in its place."""
     vocabulary, merges = file.parent / "vocab.json", file.parent / "merges.txt"
-    if file.name != FILE or file.exists() or not (vocabulary.is_file() and merges.is_file()):
+    if file.name != TOKENIZER_FILE or file.exists() or not (vocabulary.is_file() and merges.is_file()):
         return _read(file)
     import tokenizers
 
@@ -247,22 +255,24 @@ def _content_of(file: AnyPath) -> bytes:
         ) from None
 
 
-def _added(file: AnyPath, vocabulary: Mapping[str, int]) -> dict[str, int]:
+def _extra_tokens(file: AnyPath, vocabulary: Mapping[str, int]) -> dict[str, int]:
     """Returns the tokens of the added_tokens.json beside a tokenizer.json that its vocabulary lacks, and their ids.
 
     Raises:
       InputError: it cannot be read, or contradicts the tokenizer.json.
     """
-    beside = file.parent / ADDED
-    if file.name != FILE or not beside.is_file():
+    beside = file.parent / ADDED_TOKENS_FILE
+    if file.name != TOKENIZER_FILE or not beside.is_file():
         return {}
     try:
         added = parse_json_text(_read(beside))
     except ValueError as error:
         raise InputError(f"'{beside}', beside the tokenizer, is not JSON ({error}): mend or remove it") from None
-    if not isinstance(added, dict) or not all(type(number) is int and 0 <= number < MOST for number in added.values()):
+    if not isinstance(added, dict) or not all(
+        type(number) is int and 0 <= number < MAX_TOKEN_IDS for number in added.values()
+    ):
         raise InputError(
-            f"'{beside}', beside the tokenizer, must give each token an id from 0 to {MOST - 1}, as "
+            f"'{beside}', beside the tokenizer, must give each token an id from 0 to {MAX_TOKEN_IDS - 1}, as "
             '{"<token>": 50257}: mend or remove it'
         )
     taken = {number: token for token, number in vocabulary.items()}
@@ -270,7 +280,7 @@ def _added(file: AnyPath, vocabulary: Mapping[str, int]) -> dict[str, int]:
         if vocabulary.get(token, number) != number or taken.get(number, token) != token:
             other = f"{token!r} the id {vocabulary[token]}" if token in vocabulary else f"{taken[number]!r} that id"
             raise InputError(
-                f"'{beside}' gives {token!r} the id {number}, but {FILE} beside it gives {other}: they are of two "
+                f"'{beside}' gives {token!r} the id {number}, but {TOKENIZER_FILE} beside it gives {other}: they are of two "
                 "tokenizers; remove the one that is not the model's"
             )
     return {token: number for token, number in added.items() if token not in vocabulary}
@@ -297,10 +307,10 @@ def _with_added(content: bytes, added: Mapping[str, int], special: set[str]) -> 
     return json.dumps(changed, ensure_ascii=False).encode()
 
 
-def _special(beside: Mapping[str, Mapping[str, Any]]) -> set[str]:
+def _special_token_names(beside: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Returns the tokens that the files beside a tokenizer.json call special, such as eos_token."""
     found = []
-    for name in (SETTINGS, "special_tokens_map.json"):
+    for name in (TOKENIZER_CONFIG_FILE, "special_tokens_map.json"):
         settings = beside.get(name, {})
         found += [value for key, value in settings.items() if key.endswith("_token")]
         more = settings.get("additional_special_tokens")
@@ -309,16 +319,16 @@ def _special(beside: Mapping[str, Mapping[str, Any]]) -> set[str]:
     return {token for token in contents if isinstance(token, str)}
 
 
-def _beside(file: AnyPath) -> dict[str, Mapping[str, Any]]:
-    """Returns what the files of `NAMED_IN` beside a tokenizer.json hold, by name.
+def _sibling_configs(file: AnyPath) -> dict[str, Mapping[str, Any]]:
+    """Returns what the files of `EOS_FILES` beside a tokenizer.json hold, by name.
 
     Raises:
       InputError: one that is the tokenizer's own cannot be read; others of these names may belong to anything.
     """
     found = {}
-    for name, key in NAMED_IN.items():
+    for name, key in EOS_FILES.items():
         beside = file.parent / name
-        if file.name != FILE or not beside.is_file():
+        if file.name != TOKENIZER_FILE or not beside.is_file():
             continue
         try:
             content = parse_json(_read(beside))
@@ -333,19 +343,19 @@ def _beside(file: AnyPath) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _named_end(
+def _configured_eos_id(
     file: AnyPath, beside: Mapping[str, Mapping[str, Any]], vocabulary: Mapping[str, int], special: set[str]
 ) -> int | None:
     """Returns the end of text that the files beside a tokenizer.json name, or None.
 
-    An id counts where a special token has it, or one of `END_OF_TEXT`: the configs of many models name GPT-2's, whatever
+    An id counts where a special token has it, or one of `EOS_TOKENS`: the configs of many models name GPT-2's, whatever
     their tokenizer has there.
 
     Raises:
       InputError: the tokenizer's own files name a token that it does not have.
     """
-    ends = {vocabulary[token] for token in (*special, *END_OF_TEXT) if token in vocabulary}
-    for name, key in NAMED_IN.items():
+    ends = {vocabulary[token] for token in (*special, *EOS_TOKENS) if token in vocabulary}
+    for name, key in EOS_FILES.items():
         said = beside.get(name, {}).get(key)
         if key == "eos_token_id":
             for end in said if isinstance(said, list) else [said]:
@@ -357,7 +367,7 @@ def _named_end(
             continue
         if not isinstance(token, str) or token not in vocabulary:
             raise InputError(
-                f"'{file.parent / name}' names {token!r} as the end of text ({key}), which {FILE} beside it does not have: "
+                f"'{file.parent / name}' names {token!r} as the end of text ({key}), which {TOKENIZER_FILE} beside it does not have: "
                 "name one of its tokens, or take that line out"
             )
         return vocabulary[token]
@@ -365,67 +375,75 @@ def _named_end(
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class RoundTripLoss:
     """How much of a text does not come back from its tokens.
 
     Attributes:
-      lost, read: bytes that do not come back, of those looked at; characters: some of those lost.
+      lost_bytes: bytes that decoding does not give back.
+      checked_bytes: bytes of the text that was checked.
+      examples: some of the lost characters, the most frequent first.
     """
 
-    lost: int = 0
-    read: int = 0
-    characters: str = ""
+    lost_bytes: int = 0
+    checked_bytes: int = 0
+    examples: str = ""
 
     def __str__(self) -> str:
-        share = 100 * self.lost / max(self.read, 1)
-        return f"{self.lost:,} of {self.read:,} bytes looked at ({share:.2g}%), such as {self.characters!r}"
+        share = 100 * self.lost_bytes / max(self.checked_bytes, 1)
+        return (
+            f"{self.lost_bytes:,} of {self.checked_bytes:,} bytes looked at ({share:.2g}%), such as {self.examples!r}"
+        )
 
 
 class RoundTrip:
-    """Looks at some texts and at what comes back from their tokens (`Tokenizer.lost`), at `SAMPLE` bytes in all.
+    """Looks at some texts and at what comes back from their tokens (`Tokenizer.lost`), at `ROUND_TRIP_BYTES` bytes in all.
 
     Args:
       texts: how many will be looked at; of longer ones than their share, parts from beginning to end.
     """
 
     def __init__(self, tokenizer: Tokenizer, texts: int = 1):
-        self._tokenizer, self._share = tokenizer, max(PART, SAMPLE // texts)
+        self._tokenizer, self._share = tokenizer, max(ROUND_TRIP_PART_BYTES, ROUND_TRIP_BYTES // texts)
         self._read, self._lost = 0, collections.Counter()
 
-    def look(self, text: bytes) -> None:
+    def add(self, text: bytes) -> None:
         """Adds a text. Raises: InputError as `Tokenizer.encode`."""
-        for part in _parts(text, self._share):
+        for part in _sample_parts(text, self._share):
             self._read += len(part.encode())
-            self._lost += self._tokenizer.lost(part)
+            self._lost += self._tokenizer.lost_characters(part)
 
     @property
-    def loss(self) -> Loss:
+    def loss(self) -> RoundTripLoss:
         """What was lost so far."""
         lost = sum(len(character.encode()) * count for character, count in self._lost.items())
-        return Loss(lost, self._read, "".join(character for character, _ in self._lost.most_common(8)))
+        return RoundTripLoss(lost, self._read, "".join(character for character, _ in self._lost.most_common(8)))
 
 
-def _parts(text: bytes, share: int) -> Iterator[str]:
+def _sample_parts(text: bytes, share: int) -> Iterator[str]:
     """Yields a text, or where it is longer, whole words of it from evenly spaced places, about `share` bytes together."""
     if len(text) <= share:
         yield text.decode("utf-8", "ignore")  # `encode` refuses what is not UTF-8
         return
-    for start in np.linspace(0, len(text) - PART, max(1, share // PART)).astype(int).tolist():
-        part = text[start : start + PART].decode("utf-8", "ignore")  # the cuts may fall into a character
+    for start in (
+        np.linspace(0, len(text) - ROUND_TRIP_PART_BYTES, max(1, share // ROUND_TRIP_PART_BYTES)).astype(int).tolist()
+    ):
+        part = text[start : start + ROUND_TRIP_PART_BYTES].decode(
+            "utf-8", "ignore"
+        )  # the cuts may fall into a character
         if start > 0:
             part = re.sub(r"^\S*\s", "", part)
-        if start + PART < len(text):
+        if start + ROUND_TRIP_PART_BYTES < len(text):
             part = re.sub(r"\s\S*$", "", part)
         yield part
 
 
-def check_loss(loss: Loss, tokenizer: Tokenizer, accepted: bool) -> None:
+def check_round_trip(loss: RoundTripLoss, tokenizer: Tokenizer, accepted: bool) -> None:
     """Refuses a tokenizer that loses text, unless that is accepted: losses for each byte would look better than they are.
 
     Raises:
       InputError: says how many bytes are lost, and the field that accepts it.
     """
-    if loss.lost and not accepted:
+    if loss.lost_bytes and not accepted:
         raise InputError(
             f"tokenizer '{tokenizer.name}' loses text: {loss} do not come back from its tokens, so that losses would look "
             'better than they are; take one that can write the text, or data.tokenizer="bytes", or accept it with '
@@ -442,8 +460,8 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     if os.fspath(name_or_path) == ByteTokenizer.name:
         return ByteTokenizer()
     file = as_path(name_or_path).expanduser()
-    file = file / FILE if file.is_dir() else file
-    raw = _content_of(file)
+    file = file / TOKENIZER_FILE if file.is_dir() else file
+    raw = _tokenizer_json(file)
     try:
         content = parse_json(raw)
     except ValueError as error:
@@ -453,8 +471,8 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     return HFTokenizer(file)
 
 
-def _loaded(directory: str | os.PathLike, kind: type):
-    tokenizer = load_tokenizer(as_path(directory) / FILE)
+def _load_tokenizer_of(directory: str | os.PathLike, kind: type):
+    tokenizer = load_tokenizer(as_path(directory) / TOKENIZER_FILE)
     if not isinstance(tokenizer, kind):
         raise InputError(f"the tokenizer in '{directory}' is not a {kind.__name__}")
     return tokenizer
@@ -463,7 +481,7 @@ def _loaded(directory: str | os.PathLike, kind: type):
 def _read(file: AnyPath) -> bytes:
     """Returns what a file of JSON holds, without a byte order mark. Raises: InputError: it cannot be read."""
     try:
-        return without_mark(file.read_bytes())
+        return strip_bom(file.read_bytes())
     except OSError as error:
         raise InputError(
             f"data.tokenizer: cannot read '{file}' ({error.strerror}): give \"bytes\" or the path of a Hugging Face "
@@ -477,11 +495,11 @@ def _not_a_tokenizer(file: AnyPath, why: object) -> InputError:
     )
 
 
-def _write(directory: str | os.PathLike, content: bytes, name: str = FILE) -> None:
+def _write(directory: str | os.PathLike, content: bytes, name: str = TOKENIZER_FILE) -> None:
     atomic_write(as_path(directory) / name, content)
 
 
-def _decoded(text: bytes) -> str:
+def _decode_utf8(text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -491,11 +509,11 @@ def _decoded(text: bytes) -> str:
         ) from None
 
 
-def _checked(ids: Iterable[int], tokenizer: Tokenizer) -> np.ndarray:
+def _check_ids(ids: Iterable[int], tokenizer: Tokenizer) -> np.ndarray:
     ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64).reshape(-1)
-    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocabulary_size:
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
         raise InputError(
             f"token id {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of '{tokenizer.name}' "
-            f"(0 .. {tokenizer.vocabulary_size - 1})"
+            f"(0 .. {tokenizer.vocab_size - 1})"
         )
     return ids

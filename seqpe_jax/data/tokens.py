@@ -13,17 +13,24 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
-from seqpe_jax.data.cache import locked, new_directory
+from seqpe_jax.data.cache import local_copies, locked, staged_directory
 from seqpe_jax.data.datasets import base, builder_class
-from seqpe_jax.data.fetched import fetched
-from seqpe_jax.data.files import SHOWN, tell
-from seqpe_jax.data.tokenizers import END_OF_TEXT, SPECIAL_END, Loss, RoundTrip, Tokenizer, check_loss, token_dtype
+from seqpe_jax.data.paths import MAX_NAMES_SHOWN, warn
+from seqpe_jax.data.tokenizers import (
+    EOS_TOKENS,
+    SPECIAL_EOS_TOKENS,
+    RoundTrip,
+    RoundTripLoss,
+    Tokenizer,
+    check_round_trip,
+    token_dtype,
+)
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import cache_root, parse_json
 
-FORMAT = 1  # of the files below; a new number makes old caches unread
-GROUP_BYTES = 8 << 20  # text tokenised at once
-TOKENS, SUMMARY = "tokens.bin", "summary.json"
+CACHE_FORMAT = 1  # of the files below; a new number makes old caches unread
+BATCH_BYTES = 8 << 20  # text tokenised at once
+TOKENS_FILE, SUMMARY_FILE = "tokens.bin", "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +53,8 @@ class TokenSource:
     words: int
     documents: int
     fingerprint: str
-    loss: Loss = Loss()
-    spelled: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    round_trip_loss: RoundTripLoss = RoundTripLoss()
+    special_token_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def token_source(
@@ -59,7 +66,7 @@ def token_source(
     data_dir: str | os.PathLike = "",
     cache_dir: str | os.PathLike = "",
     progress: bool = True,
-    lossy: bool = False,
+    accept_lossy: bool = False,
 ) -> TokenSource:
     """Returns a split of a data set as tokens, preparing and tokenising it when that has not been done yet.
 
@@ -80,80 +87,86 @@ def token_source(
     """
     if isinstance(paths, str):
         paths = (paths,)
-    builder, paths = builder_class(name), fetched([os.fspath(path) for path in paths], cache_dir, progress)
+    builder, paths = builder_class(name), local_copies([os.fspath(path) for path in paths], cache_dir, progress)
     if split not in base.SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     root = cache_root(cache_dir)
     datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
     data_key = builder.source_key(paths)
     if progress:
-        _tell_left_out(builder, paths)
-    identity = json.dumps([FORMAT, data_key, split, tokenizer.fingerprint])
+        _warn_skipped(builder, paths)
+    identity = json.dumps([CACHE_FORMAT, data_key, split, tokenizer.fingerprint])
     target = root / "tokens" / f"{name}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    found = _open(target)
+    found = _read_cached(target)
     if found is not None:
-        check_loss(found.loss, tokenizer, lossy)
+        check_round_trip(found.round_trip_loss, tokenizer, accept_lossy)
         if progress:
-            _tell_spelled(found, f"{name}/{split}")
+            _warn_special_tokens(found, f"{name}/{split}")
         return found
     with locked(target) as alone:
-        if (found := _open(target)) is None:
-            written = base.prepared(builder, paths, datasets / f"{name}-{data_key}", root / "downloads", progress)
+        if (found := _read_cached(target)) is None:
+            written = base.prepare_dataset(
+                builder, paths, datasets / f"{name}-{data_key}", root / "downloads", progress
+            )
             if split not in written.info.splits:
                 held = ", ".join(written.info.splits)
                 raise InputError(
                     f"data set '{name}' has no text in split '{split}' (it has {held}): give more data in data.paths"
                 )
-            with new_directory(target, alone=alone) as folder:
-                _tokenise(written.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress, lossy)
-            found = _open(target)
+            with staged_directory(target, alone=alone) as folder:
+                _tokenize(
+                    written.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress, accept_lossy
+                )
+            found = _read_cached(target)
     if found is None:
         raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
     if progress:
-        _tell_spelled(found, f"{name}/{split}")
+        _warn_special_tokens(found, f"{name}/{split}")
     return found
 
 
 @functools.cache  # the splits of a data set leave out the same
-def _tell_left_out(builder: type[base.CachedBuilder], paths: tuple[str, ...]) -> None:
-    if words := builder.left_out(paths):
-        tell(f"data.paths: left out: {words}")
+def _warn_skipped(builder: type[base.CachedBuilder], paths: tuple[str, ...]) -> None:
+    if words := builder.skipped(paths):
+        warn(f"data.paths: left out: {words}")
 
 
-def _tell_spelled(source: TokenSource, title: str) -> None:
+def _warn_special_tokens(source: TokenSource, title: str) -> None:
     """Tells of special tokens that a text spells: they are read as text, also where they were meant to end documents."""
-    if source.spelled:
-        counts = sorted(source.spelled.items(), key=lambda item: -item[1])
-        several = "" if len(counts) <= SHOWN else f" and {len(counts) - SHOWN} more"
+    if source.special_token_counts:
+        counts = sorted(source.special_token_counts.items(), key=lambda item: -item[1])
+        several = "" if len(counts) <= MAX_NAMES_SHOWN else f" and {len(counts) - MAX_NAMES_SHOWN} more"
         documents = f"{source.documents:,} document{'' if source.documents == 1 else 's'}"
-        tell(
+        warn(
             f"{title}: the text of {documents} spells special tokens, which are read as plain text: "
-            f"{', '.join(f'{token} {count:,} times' for token, count in counts[:SHOWN])}{several}; where they end "
+            f"{', '.join(f'{token} {count:,} times' for token, count in counts[:MAX_NAMES_SHOWN])}{several}; where they end "
             "documents, write each document into a file of its own, without them"
         )
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern[bytes]:
     """Returns what finds, in UTF-8 text, a tokenizer's special tokens and those with which others end documents."""
-    names = {*tokenizer.special_tokens, *END_OF_TEXT, *SPECIAL_END} - {""}
+    names = {*tokenizer.special_tokens, *EOS_TOKENS, *SPECIAL_EOS_TOKENS} - {""}
     return re.compile(b"|".join(re.escape(name.encode()) for name in sorted(names, key=len, reverse=True)))
 
 
-def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool, lossy: bool) -> None:
+def _tokenize(
+    records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool, accept_lossy: bool
+) -> None:
     places = np.unique(np.linspace(0, len(records) - 1, 256).astype(int)).tolist()
     trip = RoundTrip(tokenizer, len(places))
     for place in places:  # before the minutes that all of them take
-        trip.look(records[place]["text"])
-    check_loss(trip.loss, tokenizer, lossy)
-    dtype = token_dtype(tokenizer.vocabulary_size)
+        trip.add(records[place]["text"])
+    check_round_trip(trip.loss, tokenizer, accept_lossy)
+    dtype = token_dtype(tokenizer.vocab_size)
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    separator = None if tokenizer.end_of_text is None else np.array([tokenizer.end_of_text], dtype)
+    separator = None if tokenizer.eos_id is None else np.array([tokenizer.eos_id], dtype)
     count = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
     special, met = special_pattern(tokenizer), collections.Counter()
     previous = None
     bar = tqdm.tqdm(total=len(records), desc=f"tokenise {title}", unit=" texts", delay=2.0, disable=not progress)
-    with bar, open(folder / TOKENS, "wb") as out:
-        for group in _groups(records):
+    with bar, open(folder / TOKENS_FILE, "wb") as out:
+        for group in _batches_of_records(records):
             encoded = tokenizer.encode_many([record["text"] for record in group])
             for record, ids in zip(group, encoded, strict=True):
                 if record["name"] != previous:
@@ -168,18 +181,19 @@ def _tokenise(records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, p
                 count["words"] += len(record["text"].decode("utf-8").split())
                 met.update(special.findall(record["text"]))
             bar.update(len(group))
-    loss = dataclasses.asdict(trip.loss)
+    # Keys of the file, as all versions wrote it.
+    loss = {"lost": trip.loss.lost_bytes, "read": trip.loss.checked_bytes, "characters": trip.loss.examples}
     summary = {**count, "dtype": dtype.name, "fingerprint": digest.hexdigest()[:32], "loss": loss}
     summary["spelled"] = {token.decode(): number for token, number in met.items()}
-    (folder / SUMMARY).write_text(json.dumps(summary))
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary))
 
 
-def _groups(records) -> Iterator[list[dict]]:
+def _batches_of_records(records) -> Iterator[list[dict]]:
     group, size = [], 0
     for index in range(len(records)):
         group.append(records[index])
         size += len(group[-1]["text"])
-        if size >= GROUP_BYTES:
+        if size >= BATCH_BYTES:
             yield group
             group, size = [], 0
     if group:
@@ -192,19 +206,20 @@ def _append(out, digest, ids: np.ndarray) -> None:
     digest.update(content)
 
 
-def _open(target: pathlib.Path) -> TokenSource | None:
+def _read_cached(target: pathlib.Path) -> TokenSource | None:
     """Returns what `target` holds, or None when it is not there or damaged."""
     try:
-        summary = parse_json((target / SUMMARY).read_text())
+        summary = parse_json((target / SUMMARY_FILE).read_text())
         dtype, size = np.dtype(summary["dtype"]), int(summary["tokens"])
         counts = [summary[name] for name in ("tokens", "bytes", "words", "documents")]
         if dtype.kind != "u" or not all(type(count) is int and count >= 0 for count in counts):
             return None
-        if size == 0 or (target / TOKENS).stat().st_size != size * dtype.itemsize:
+        if size == 0 or (target / TOKENS_FILE).stat().st_size != size * dtype.itemsize:
             return None
-        tokens = np.memmap(target / TOKENS, dtype=dtype, mode="r", shape=(size,))
-        loss = Loss(**summary.get("loss", {}))
-        spelled = {str(token): int(number) for token, number in summary.get("spelled", {}).items()}
-        return TokenSource(tokens, *counts[1:], str(summary["fingerprint"]), loss, spelled)
+        tokens = np.memmap(target / TOKENS_FILE, dtype=dtype, mode="r", shape=(size,))
+        stored = summary.get("loss")
+        loss = RoundTripLoss(*(stored[name] for name in ("lost", "read", "characters"))) if stored else RoundTripLoss()
+        special_token_counts = {str(token): int(number) for token, number in summary.get("spelled", {}).items()}
+        return TokenSource(tokens, *counts[1:], str(summary["fingerprint"]), loss, special_token_counts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

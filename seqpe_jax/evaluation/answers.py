@@ -181,7 +181,7 @@ def no_context_baseline(
     The guess is the most frequent (first accepted) training answer to the same question, else to its kind, else of all.
 
     Args:
-      train, heldout: (question, kind, accepted answers), as `QuestionSource.questions` yields them; metrics: as in `score`.
+      train, heldout: (question, kind, accepted answers), as `QASource.questions` yields them; metrics: as in `score`.
     """
     tables: dict[Any, collections.Counter] = collections.defaultdict(collections.Counter)
     for question, kind, answers in train:

@@ -28,7 +28,7 @@ def perplexity(
     progress: Callable[[int], None] = lambda done: None,
     **split: int | None,
 ) -> dict[str, Any]:
-    """Returns {"length", "tokens", "loss", "perplexity", ...} of a split (windows: `data.loader.evaluation_windows`).
+    """Returns {"length", "tokens", "loss", "perplexity", ...} of a split (windows: `data.loader.eval_windows`).
 
     Args:
       token_losses: int32[B, L + 1] -> float32[B, L], nats.

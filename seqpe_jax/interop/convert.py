@@ -32,9 +32,9 @@ def convert_to_run(source: str, output: str, tokenizer: str = "") -> dict[str, A
     found = torch_reference.read(source)
     model = torch_model.from_checkpoint(found)
     config, words = model.config, _tokenizer(found.tokenizer, tokenizer) if not model.config.is_image else None
-    if words is not None and words.vocabulary_size > config.model.vocabulary:
+    if words is not None and words.vocab_size > config.model.vocabulary:
         raise InputError(
-            f"the tokenizer has {words.vocabulary_size} tokens, but the model only {config.model.vocabulary}: give the one "
+            f"the tokenizer has {words.vocab_size} tokens, but the model only {config.model.vocabulary}: give the one "
             "that it was trained with by --tokenizer"
         )
     mapped = {rule.ours: list(rule.theirs) for rule in weights.rules(config)}

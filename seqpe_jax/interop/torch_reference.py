@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from seqpe_jax.data.fetched import fetched
+from seqpe_jax.data.cache import local_copies
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import apply_umask
 from seqpe_jax.interop import pickles, weights
@@ -175,7 +175,7 @@ def read(path: str | pathlib.Path) -> ForeignCheckpoint:
     Raises:
       InputError: no such path, none of the formats, a file missing, damaged or refused, an unknown field.
     """
-    path = pathlib.Path(*fetched([str(path)], option="the checkpoint"))
+    path = pathlib.Path(*local_copies([str(path)], option="the checkpoint"))
     if path.is_file() and path.suffix in (".pth", ".pt"):
         return _images(path)
     if not path.is_dir():

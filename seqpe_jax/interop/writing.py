@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax import config as configs
-from seqpe_jax.data.tokenizers import FILE, load_tokenizer
+from seqpe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_dir, require_empty
 from seqpe_jax.interop import torch_config, torch_reference, weights
@@ -89,7 +89,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
         state[f"{weights.ENCODER}weight"] = fixed_table(config, model.model_spec, rows)
-    kept = as_path(model.folder) / FILE if model.folder else None
+    kept = as_path(model.folder) / TOKENIZER_FILE if model.folder else None
     with atomic_dir(output) as folder:
         files = (torch_reference.write_images if config.is_image else torch_reference.write_text)(
             folder, spec, torch_config.training_settings(config), state

@@ -197,7 +197,7 @@ class RunProcess:
     def _next(self) -> None:
         self._name, words = self._commands.pop(0)
         self._say(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(words)}")
-        self._began = self._log.tell()
+        self._began = self._log.warn()
         with _inherited(self._cores):
             self._process = Popen(
                 words,

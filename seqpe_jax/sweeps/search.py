@@ -92,7 +92,7 @@ class SearchTrials:
         """Ends a trial that cannot run. As a pruned one the sampler takes it for bad, and a failed one it would ignore."""
         name = _name(trial.number)
         trial.set_user_attr(IMPOSSIBLE, why)
-        self._study.tell(trial, state=self._states.PRUNED)
+        self._study.warn(trial, state=self._states.PRUNED)
         self.outcomes[name], self.impossible[name] = "pruned", why
 
     def is_hopeless(self, run: SweepRun) -> bool:
@@ -115,9 +115,9 @@ class SearchTrials:
         trial = self._trials.pop(run.name)
         states = {"pruned": self._states.PRUNED, "failed": self._states.FAIL}
         if outcome == "finished":
-            self._study.tell(trial, measured[-1][1])
+            self._study.warn(trial, measured[-1][1])
         else:
-            self._study.tell(trial, state=states[outcome])
+            self._study.warn(trial, state=states[outcome])
         self.outcomes[run.name] = outcome
 
     def best(self) -> tuple[SweepRun, str]:

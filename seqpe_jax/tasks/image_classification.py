@@ -86,7 +86,7 @@ class ImageClassification(Task):
                 "on images like those that it was trained on"
             )
         if self._names is not None:
-            return found.labelled_as(self._names, f"the run of {self._owner}")
+            return found.relabel(self._names, f"the run of {self._owner}")
         if self._owner and not self.config.model.classes and found.classes != data_spec.classes > 0:
             raise InputError(
                 f"{data.name} has {found.classes} classes, and the run of {self._owner} {data_spec.classes}, but it does not "
@@ -200,7 +200,7 @@ class ImageClassification(Task):
         """Returns the result of one size (see `evaluation.classification`)."""
         source = self.source(split)
         batch = min(ctx.batch, -(-len(source) // jax.device_count()) * jax.device_count())
-        batches = loader.EvaluationBatches(source, batch, len(source), self._example(eval_size))
+        batches = loader.EvalBatches(source, batch, len(source), self._example(eval_size))
         return accuracy(
             ctx.eval_step, batches, size=eval_size, put=ctx.put, progress=lambda done: ctx.progress(done, len(source))
         )
@@ -215,7 +215,7 @@ class ImageClassification(Task):
 
     def _example(self, eval_size: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
         return functools.partial(
-            images.evaluation_example,
+            images.eval_example,
             size=self.config.sides_of(eval_size),
             crop_ratio=self.config.data.crop_ratio,
             mean=self.data_spec.mean,

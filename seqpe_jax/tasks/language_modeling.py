@@ -12,9 +12,9 @@ import numpy as np
 
 from seqpe_jax.config import Config, check_positions
 from seqpe_jax.data import loader, tokens
-from seqpe_jax.data.files import tell
-from seqpe_jax.data.formats import HEAD, check_plain, without_mark
-from seqpe_jax.data.tokenizers import Loss, RoundTrip, continuation, load_tokenizer
+from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text, strip_bom
+from seqpe_jax.data.paths import warn
+from seqpe_jax.data.tokenizers import TOKENIZER_FILE, RoundTrip, RoundTripLoss, decode_continuation, load_tokenizer
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
@@ -24,8 +24,6 @@ from seqpe_jax.losses.task import NextTokenLoss
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.tasks.data_spec import read_data_spec
 from seqpe_jax.tasks.task import EvalContext, Evaluator, Task
-
-TOKENIZER = "tokenizer.json"
 
 
 class LanguageModeling(Task):
@@ -60,7 +58,7 @@ class LanguageModeling(Task):
             return
         if not config.data.tokenizer:
             raise InputError(
-                f"this checkpoint came without a tokenizer: put its {TOKENIZER} beside its config.json, or give one with "
+                f"this checkpoint came without a tokenizer: put its {TOKENIZER_FILE} beside its config.json, or give one with "
                 "--tokenizer where it is converted"
             )
         try:
@@ -71,20 +69,20 @@ class LanguageModeling(Task):
             raise InputError(
                 f"{error}, or only the number of its tokens (GPT-2's: --config.model.vocabulary=50257)"
             ) from error
-        vocabulary = vocabulary or self.tokenizer.vocabulary_size
-        if self.tokenizer.vocabulary_size > vocabulary:
-            cure = f"set model.vocabulary to {self.tokenizer.vocabulary_size} or more, or to 0, which takes the tokenizer's"
+        vocabulary = vocabulary or self.tokenizer.vocab_size
+        if self.tokenizer.vocab_size > vocabulary:
+            cure = f"set model.vocabulary to {self.tokenizer.vocab_size} or more, or to 0, which takes the tokenizer's"
             if run_dir:
                 cure = "take the tokenizer that the model was trained with"
             raise InputError(
-                f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocabulary_size} tokens, but the model only "
+                f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocab_size} tokens, but the model only "
                 f"{vocabulary} (model.vocabulary): {cure}"
             )
         self.data_spec = DataSpec(vocabulary=vocabulary)
         self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
         if run_dir:
             self.check_assets(run_dir)
-            file = as_path(run_dir) / TOKENIZER
+            file = as_path(run_dir) / TOKENIZER_FILE
             if (
                 file.exists() and str(run_dir) != config.init_from
             ):  # its texts end as they did, whatever is said elsewhere now
@@ -101,7 +99,7 @@ class LanguageModeling(Task):
             paths=data.paths,
             cache_dir=data.cache_dir,
             progress=is_main_process(),
-            lossy=data.lossy_tokenizer,
+            accept_lossy=data.lossy_tokenizer,
         )
 
     def describe(self) -> str:
@@ -110,40 +108,40 @@ class LanguageModeling(Task):
         lines = [
             f"{len(source.tokens):,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"
         ]
-        end = self.tokenizer.end_of_text
+        end = self.tokenizer.eos_id
         if end is not None:
             lines.append(f"texts end with {self._token_in_words(end)}")
         else:
             lines.append("no end of text: texts run together, and generation goes on to its limit")
-        return "\n  ".join(lines + self._loss_in_words(source.loss))
+        return "\n  ".join(lines + self._loss_in_words(source.round_trip_loss))
 
     def _token_in_words(self, token: int) -> str:
         return f"{self.tokenizer.decode([token])!r} (token {token})"
 
-    def _loss_in_words(self, loss: Loss) -> list[str]:
-        return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost else []
+    def _loss_in_words(self, loss: RoundTripLoss) -> list[str]:
+        return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost_bytes else []
 
     def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
         encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
         for one in texts:
             trip.look(one)
-        if trip.loss.lost and is_main_process():
-            tell(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
+        if trip.loss.lost_bytes and is_main_process():
+            warn(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
         pattern = tokens.special_pattern(self.tokenizer)
         if is_main_process() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
-            tell(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
+            warn(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
         return encoded
 
-    def continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
-        """Returns the text that ids add to that of a prompt (see `data.tokenizers.continuation`)."""
-        return continuation(self.tokenizer, prompt, ids)
+    def decode_continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
+        """Returns the text that ids add to that of a prompt (see `data.tokenizers.decode_continuation`)."""
+        return decode_continuation(self.tokenizer, prompt, ids)
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches, of which this process reads some rows."""
         config = self.config
         return loader.TrainLoader(
-            loader.windows(self.source("train").tokens, config.data.length),
+            loader.training_windows(self.source("train").tokens, config.data.length),
             batch_size=config.batch_size,
             seed=config.seed,
             rows=rows,
@@ -166,11 +164,11 @@ class LanguageModeling(Task):
 
     def check_assets(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
-        stored = as_path(workdir) / TOKENIZER
+        stored = as_path(workdir) / TOKENIZER_FILE
         if stored.exists() and load_tokenizer(stored).digest != self.tokenizer.digest:
             raise InputError(
                 f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
-                f"which lies there as {TOKENIZER}: use that file or a new --workdir"
+                f"which lies there as {TOKENIZER_FILE}: use that file or a new --workdir"
             )
 
     def eval_sizes(self) -> tuple[tuple[int], ...]:
@@ -185,7 +183,7 @@ class LanguageModeling(Task):
         """Returns what a model that serves windows of up to (length,) reads and returns."""
         (length,), rows, known = max_grid, self.data_spec.vocabulary, self.tokenizer.ids
         example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
-        ids = f"of {TOKENIZER}"
+        ids = f"of {TOKENIZER_FILE}"
         if self.tokenizer.name == "bytes":
             example = f"numpy.frombuffer(b'def main():'[:{length}], 'uint8').astype('int32')[None]"
             ids = "the bytes of UTF-8 text"
@@ -218,7 +216,7 @@ class LanguageModeling(Task):
     def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
         """Returns the result of one length (see `evaluation.perplexity`)."""
         (length,), tokens = eval_size, self.source(split).tokens
-        batches = loader.evaluation_windows(tokens, length, ctx.batch, max_tokens=self.config.eval.tokens)
+        batches = loader.eval_windows(tokens, length, ctx.batch, max_tokens=self.config.eval.tokens)
         return perplexity(
             length=length,
             batches=batches,
@@ -311,13 +309,13 @@ def prompt_lines(content: bytes, name: str) -> list[str]:
       InputError: it is of another format than plain text.
       UnicodeDecodeError: it is not UTF-8.
     """
-    check_plain(content[:HEAD], name)
-    return without_mark(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    check_plain_text(content[:HEAD_BYTES], name)
+    return strip_bom(content).decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def with_run_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:
     """Returns a run's config with the tokenizer that lies beside its checkpoints."""
-    stored = as_path(workdir) / TOKENIZER
+    stored = as_path(workdir) / TOKENIZER_FILE
     if not stored.exists():
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(stored)))

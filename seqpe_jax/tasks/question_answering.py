@@ -13,7 +13,7 @@ import numpy as np
 
 from seqpe_jax.config import check_positions
 from seqpe_jax.data import loader, qa
-from seqpe_jax.data.tokenizers import Loss, RoundTrip, check_loss
+from seqpe_jax.data.tokenizers import RoundTrip, RoundTripLoss, check_round_trip
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decode import Sampling
@@ -38,9 +38,9 @@ class QuestionAnswering(LanguageModeling):
     def __init__(self, config: Any, data_available: bool = True, run_dir: str | os.PathLike = ""):
         super().__init__(config, data_available, run_dir)
         self.example |= {"weights": jax.ShapeDtypeStruct((config.data.length,), jnp.float32)}
-        self.losses: dict[tuple[str, int], Loss] = {}  # what the tokenizer loses of each split, by length
+        self.losses: dict[tuple[str, int], RoundTripLoss] = {}  # what the tokenizer loses of each split, by length
         if data_available:
-            self.end = qa.end_token(self.tokenizer)
+            self.end = qa.answer_end_id(self.tokenizer)
 
     @classmethod
     def metrics(cls, config: Any) -> tuple[str, ...]:
@@ -48,24 +48,24 @@ class QuestionAnswering(LanguageModeling):
         return ("loss", *answers.metrics_of(config.data.name))
 
     @functools.cache  # noqa: B019  a run has one of these
-    def questions(self, split: str, length: int, fits: int = 0) -> qa.QuestionSource:
-        """Returns the questions of a split at a length; fits: as in `data.qa.question_source`.
+    def questions(self, split: str, length: int, max_bare_length: int = 0) -> qa.QASource:
+        """Returns the questions of a split at a length; fits: as in `data.qa.qa_source`.
 
         Raises:
-          InputError: as `data.qa.question_source`, or the tokenizer loses text.
+          InputError: as `data.qa.qa_source`, or the tokenizer loses text.
         """
-        data, source = self.config.data, self._source(split, length, fits)
+        data, source = self.config.data, self._source(split, length, max_bare_length)
         places = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
         trip = RoundTrip(self.tokenizer, len(places))
         for record in map(source.__getitem__, places):
-            trip.look(" ".join([record["input"], *record["outputs"]]).encode())
-        check_loss(trip.loss, self.tokenizer, data.lossy_tokenizer)
+            trip.add(" ".join([record["input"], *record["outputs"]]).encode())
+        check_round_trip(trip.loss, self.tokenizer, data.lossy_tokenizer)
         self.losses[split, length] = trip.loss
         return source
 
-    def _source(self, split: str, length: int, fits: int = 0) -> qa.QuestionSource:
+    def _source(self, split: str, length: int, max_bare_length: int = 0) -> qa.QASource:
         data = self.config.data
-        return qa.question_source(
+        return qa.qa_source(
             data.name,
             split=split,
             tokenizer=self.tokenizer,
@@ -74,7 +74,7 @@ class QuestionAnswering(LanguageModeling):
             cache_dir=data.cache_dir,
             seed=self.config.seed,
             progress=is_main_process(),
-            fits=fits,
+            max_bare_length=max_bare_length,
         )
 
     def describe(self) -> str:
@@ -97,7 +97,7 @@ class QuestionAnswering(LanguageModeling):
     def fingerprint(self, split: str) -> dict[str, Any]:
         """Returns the fingerprint of a split's questions, and their number. Raises: InputError as `questions`."""
         source = self._source(split, ANY_LENGTH)
-        return {"questions": source.counted, "fingerprint": source.content}
+        return {"questions": source.num_questions, "fingerprint": source.content_fingerprint}
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
         """Returns the training batches, of which this process reads some rows."""
@@ -128,7 +128,7 @@ class QuestionAnswering(LanguageModeling):
         check_positions(self.config, *self.positions_at(eval_size), "evaluation length with its answer")
         self._evaluated(split, length)
 
-    def _evaluated(self, split: str, length: int) -> qa.QuestionSource:
+    def _evaluated(self, split: str, length: int) -> qa.QASource:
         """The questions that are asked at a length: the same ones at every length, those that fit the shortest."""
         return self.questions(split, length, min(length, *(shortest for (shortest,) in self.eval_sizes())))
 
@@ -159,7 +159,7 @@ class QuestionAnswering(LanguageModeling):
             progress=lambda done, total: asked.progress(done * count // total, 2 * count),
         )
         pairs = zip(prompts, found, strict=True)
-        hypotheses = [self.continuation(prompt, one.content).strip() for prompt, one in pairs]
+        hypotheses = [self.decode_continuation(prompt, one.content).strip() for prompt, one in pairs]
         loss = self._loss(asked, source, count, length)
         away = answers.distances(records, lambda text: len(self.tokenizer.encode(text.encode())))
         scored = answers.score(records, hypotheses, metrics=answers.metrics_of(self.config.data.name), away=away)
@@ -191,7 +191,7 @@ class QuestionAnswering(LanguageModeling):
 
         return sum(min(map(tokens, answers)) > self.config.eval.new_tokens for answers in accepted)
 
-    def _loss(self, asked: EvalContext, source: qa.QuestionSource, count: int, length: int) -> float:
+    def _loss(self, asked: EvalContext, source: qa.QASource, count: int, length: int) -> float:
         """The mean loss of the tokens of the first accepted answers, in nats."""
 
         def example(record: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -199,7 +199,7 @@ class QuestionAnswering(LanguageModeling):
             return {"tokens": made["tokens"], "counted": made["weights"]}
 
         total = weight = 0.0
-        for number, part in enumerate(loader.EvaluationBatches(source, asked.batch, count, example), 1):
+        for number, part in enumerate(loader.EvalBatches(source, asked.batch, count, example), 1):
             losses_BL = np.asarray(asked.eval_step(asked.put({"tokens": part["tokens"]}))["loss"], np.float64)
             counted_BL = part["counted"] * part["weights"][:, None]
             total, weight = total + float((losses_BL * counted_BL).sum()), weight + float(counted_BL.sum())

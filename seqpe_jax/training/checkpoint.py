@@ -58,8 +58,8 @@ class _NoClosedLoop:
       tell: the hook of `sys` that was there before, which is told all the rest.
     """
 
-    def __init__(self, tell: Callable[[Any], object]):
-        self._tell = tell
+    def __init__(self, warn: Callable[[Any], object]):
+        self._tell = warn
 
     def __call__(self, told: Any) -> None:
         if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
-from seqpe_jax.data.tokenizers import FILE, NAMED_IN
+from seqpe_jax.data.tokenizers import EOS_FILES
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import LOG_FILE, read_metrics
 from seqpe_jax.errors import Failure, InputError, StoreError, check_utf8_name
@@ -368,6 +368,6 @@ def clear(workdir: AnyPath) -> None:
     """Removes what a start that saved nothing has left: its tokenizer or class names would be taken for the new run's."""
     for name in (
         DIGESTS_FILE,
-        *({FINGERPRINTS_FILE, FILE, *NAMED_IN, CLASS_NAMES_FILE} - {"config.json"}),
+        *({FINGERPRINTS_FILE, TOKENIZER_FILE, *EOS_FILES, CLASS_NAMES_FILE} - {"config.json"}),
     ):  # first what says that the others are there
         (workdir / name).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import pytest
 from seqpe_jax.data.datasets import BUILDERS, builder_class, stdlib_text, wikitext103
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.datasets.squad_long import SquadLong
-from seqpe_jax.data.datasets.text_base import pieces
+from seqpe_jax.data.datasets.text_base import split_document
 from seqpe_jax.data.datasets.text_files import TextFiles
 from seqpe_jax.data.datasets.wikitext103 import Wikitext103
 from seqpe_jax.errors import InputError
@@ -47,12 +47,12 @@ def test_names_of_builders():
 
 def test_pieces_cut_between_words_or_characters():
     text = ("word " * 50).encode()
-    cut = list(pieces(text, 32))
+    cut = list(split_document(text, 32))
     assert b"".join(cut) == text and len(cut) > 3
     assert all(piece.startswith(b" word") and not piece.endswith(b" ") for piece in cut[1:-1])
-    cut = list(pieces("世".encode() * 50, 32))
+    cut = list(split_document("世".encode() * 50, 32))
     assert b"".join(cut).decode() == "世" * 50 and [piece.decode() for piece in cut]
-    assert list(pieces(b"")) == [] and list(pieces(b"ab", 2)) == [b"ab"]
+    assert list(split_document(b"")) == [] and list(split_document(b"ab", 2)) == [b"ab"]
 
 
 def test_pieces_are_tokenised_as_the_whole(shared_data):
@@ -61,7 +61,7 @@ def test_pieces_are_tokenised_as_the_whole(shared_data):
     tokenizer = load_tokenizer(shared_data / "gpt2_tokenizer")
     text = (shared_data / "wikitext" / "test.txt").read_bytes()[:60_000]
     text = text.decode("utf-8", "ignore").encode()
-    cut = tokenizer.encode_many(list(pieces(text, 1000)))
+    cut = tokenizer.encode_many(list(split_document(text, 1000)))
     assert len(cut) > 50
     assert [token for piece in cut for token in piece.tolist()] == tokenizer.encode(text).tolist()
 
@@ -116,7 +116,7 @@ def test_few_files_are_split_by_spans(tmp_path):
 
 
 def test_long_document_comes_in_pieces_of_one_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "__defaults__", (1000,))
+    monkeypatch.setattr(split_document, "__defaults__", (1000,))
     file = tmp_path / "one.txt"
     file.write_bytes(b"some words " * 1000)
     splits = read(TextFiles, (file,), tmp_path / "d")
@@ -224,7 +224,7 @@ def test_wikitext_behind_links(tmp_path):
     for place in (tmp_path / "release", tmp_path / "all", tmp_path / "all" / ".." / "release"):
         splits = read(Wikitext103, (place,), tmp_path / "d" / place.name)
         assert {split: [text.decode() for _, text in documents] for split, documents in splits.items()} == ARTICLES
-    assert Wikitext103.left_out((str(tmp_path / "all"),)) == f"links that lead nowhere: 1 ({tmp_path}/all/gone.raw)"
+    assert Wikitext103.skipped((str(tmp_path / "all"),)) == f"links that lead nowhere: 1 ({tmp_path}/all/gone.raw)"
 
 
 @pytest.mark.parametrize("release", [release_raw, release_zip, release_parquet])

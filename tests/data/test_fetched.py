@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import files
-from seqpe_jax.data.fetched import fetched
+from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError
@@ -31,14 +31,14 @@ def test_a_folder_is_copied_once_for_each_version(texts, tmp_path, monkeypatch):
     download = type(place).download
     monkeypatch.setattr(type(place), "download", lambda self, file: (took.append(self.name), download(self, file)))
     own = tmp_path / "own.txt"
-    (here, same) = fetched([texts, str(own)], tmp_path)
+    (here, same) = local_copies([texts, str(own)], tmp_path)
     assert same == str(own) and held(as_path(here)) == TEXTS and len(took) == 3
     times = {path.name: path.stat().st_mtime_ns for path in files.list_files(as_path(here))}
-    assert fetched([texts], tmp_path) == (here,) and len(took) == 3, "it is here already"
+    assert local_copies([texts], tmp_path) == (here,) and len(took) == 3, "it is here already"
 
     atomic_write(place / "part" / "1.txt", "another")
     (place / "part" / "2.txt").unlink()
-    fetched([texts], tmp_path)
+    local_copies([texts], tmp_path)
     assert took[3:] == ["1.txt"]
     assert held(as_path(here)) == {"part/0.txt": TEXTS["part/0.txt"], "part/1.txt": "another"}
     now = {path.name: path.stat().st_mtime_ns for path in files.list_files(as_path(here))}
@@ -52,7 +52,7 @@ def test_what_is_not_there_is_told(texts, tmp_path):
         ("gs://no-such-bucket/texts", "there is nothing at|cannot be fetched"),
     ):
         with pytest.raises(InputError, match=f"data.paths: .*{words}"):
-            fetched([path], tmp_path)
+            local_copies([path], tmp_path)
 
 
 def test_tokens_and_tokenizers_of_a_store_are_those_of_a_disk(texts, tmp_path):

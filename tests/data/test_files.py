@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from seqpe_jax.data import files
+from seqpe_jax.data.paths import resolve_paths
 from seqpe_jax.errors import InputError
 
 
@@ -20,8 +20,8 @@ def write(folder, *names):
 
 def below(folder, *paths, **options):
     """Returns (names of what is found, what is left out) with names below a folder."""
-    found = files.find([str(folder / path) for path in paths], **options)
-    return [os.path.relpath(file, folder) for file in found.files], str(found.left_out).replace(f"{folder}/", "")
+    found = resolve_paths([str(folder / path) for path in paths], **options)
+    return [os.path.relpath(file, folder) for file in found.files], str(found.skipped).replace(f"{folder}/", "")
 
 
 def plainly(path):
@@ -81,9 +81,9 @@ def test_without_links_globs_and_folders_lead_where_python_says(tmp_path, patter
         ".hidden/v.txt",
         "b/.w.txt",
     )
-    found = files.find([f"{tmp_path}/{pattern}"])
+    found = resolve_paths([f"{tmp_path}/{pattern}"])
     assert found.files == plainly(f"{tmp_path}/{pattern}")
-    assert re.fullmatch(r"(hidden folders: \d \(\S+(, \S+)*\))?", str(found.left_out))
+    assert re.fullmatch(r"(hidden folders: \d \(\S+(, \S+)*\))?", str(found.skipped))
     assert found.empty == ([] if found.files else [f"{tmp_path}/{pattern}"])
 
 
@@ -118,7 +118,7 @@ def test_linked_folders_and_files_are_entered(tmp_path):
     found, told = below(tmp_path, "near", "far/*.txt")
     assert found == ["far/2.txt", "near/one/1.txt"], "a file's own name goes before a link's"
     assert told == "links to what is read already: 1 (near/two.txt)"
-    assert files.find([str(tmp_path / "way"), str(tmp_path / "near")]).empty == []
+    assert resolve_paths([str(tmp_path / "way"), str(tmp_path / "near")]).empty == []
     assert below(tmp_path, "way/../far/2.txt")[0] == ["far/2.txt"]
     (tmp_path / "far" / "inner").symlink_to("one")
     assert below(tmp_path, "far/inner/../2.txt")[0] == ["far/2.txt"]
@@ -185,7 +185,7 @@ def test_names_that_are_not_wanted_are_told(tmp_path):
 def test_a_path_that_can_never_be_read_is_refused(tmp_path, make, words):
     make(tmp_path / "odd.txt")
     with pytest.raises(InputError, match=f"data.paths: '{tmp_path}/odd.txt' {words}"):
-        files.find([str(tmp_path / "odd.txt")])
+        resolve_paths([str(tmp_path / "odd.txt")])
 
 
 def test_thumbnail_and_system_folders_are_left_out_and_told(tmp_path):
@@ -215,4 +215,4 @@ def test_paths_that_lead_to_no_file(tmp_path, monkeypatch):
     (tmp_path / "empty" / "loop").symlink_to(".")
     monkeypatch.chdir(tmp_path)
     empty = ["", "*.md", "1.txt/", "empty", "nowhere"]
-    assert files.find(["1.txt", *empty]).empty == empty
+    assert resolve_paths(["1.txt", *empty]).empty == empty

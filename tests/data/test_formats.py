@@ -19,7 +19,7 @@ from seqpe_jax.data.datasets import qa_jsonl
 from seqpe_jax.data.datasets.squad_long import SquadLong
 from seqpe_jax.data.datasets.wikitext103 import Wikitext103
 from seqpe_jax.data.formats import BYTE_ORDER_MARK, check_text_file
-from seqpe_jax.data.qa import question_source
+from seqpe_jax.data.qa import qa_source
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError, encode_utf8
@@ -150,12 +150,12 @@ def test_every_reader_of_text_says_what_a_file_is(tmp_path):
             token_source(name, paths=str(tmp_path / path), **options)
     for name in ("qa_jsonl", "squad_long"):
         with pytest.raises(InputError, match="data.paths: '.*questions' is compressed with gzip"):
-            question_source(name, paths=str(tmp_path / "questions"), length=64, **options)
+            qa_source(name, paths=str(tmp_path / "questions"), length=64, **options)
     with pytest.raises(InputError, match="--prompts-file=.*questions is compressed with gzip"):
         read_prompts(str(tmp_path / "questions"))
     (tmp_path / "lines").write_text('{"input": "a", "outputs": ["b"]}\n{"input": "c", "outputs": ["d"]}\n')
     with pytest.raises(InputError, match="holds JSON lines, where data.name='squad_long' .* data.name=qa_jsonl"):
-        question_source("squad_long", paths=str(tmp_path / "lines"), length=64, **options)
+        qa_source("squad_long", paths=str(tmp_path / "lines"), length=64, **options)
 
 
 def test_byte_order_marks_are_no_text(tmp_path):
@@ -195,7 +195,7 @@ def test_half_a_surrogate_pair_is_one_line(tmp_path):
     )
     for name, file, half in (("qa_jsonl", "qa.jsonl", "d83d"), ("squad_long", "squad.json", "dc00")):
         with pytest.raises(InputError, match=rf"is not JSON .*half a surrogate pair, \\u{half}"):
-            question_source(name, paths=str(tmp_path / file), **options)
+            qa_source(name, paths=str(tmp_path / file), **options)
     with pytest.raises(InputError, match="holds half a surrogate pair at character 2"):
         encode_utf8("a \ud83d")
     assert encode_utf8("\udcff\U0001f642") == b"\xff\xf0\x9f\x99\x82"
@@ -206,10 +206,10 @@ def test_special_tokens_that_a_text_spells_are_said(tmp_path, capsys):
     options = {"tokenizer": ByteTokenizer(), "cache_dir": tmp_path / "c", "paths": str(tmp_path / "stories.txt")}
     for _ in range(2):
         source = token_source("text_files", split="train", **options)
-        assert source.documents == 1 and source.spelled == {"<|endoftext|>": 360}
+        assert source.documents == 1 and source.special_token_counts == {"<|endoftext|>": 360}
     err = capsys.readouterr().err.splitlines()
     assert err == [
         "text_files/train: the text of 1 document spells special tokens, which are read as plain text: <|endoftext|> 360 "
         "times; where they end documents, write each document into a file of its own, without them"
     ]
-    assert token_source("text_files", split="test", **options).spelled == {"<|endoftext|>": 20, "[EOS]": 1}
+    assert token_source("text_files", split="test", **options).special_token_counts == {"<|endoftext|>": 20, "[EOS]": 1}

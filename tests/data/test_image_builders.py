@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.data.datasets import BUILDERS, IMAGE_BUILDERS, builder_class, digit_images, image_builder_class
+from seqpe_jax.data.datasets import BUILDERS, IMAGE_BUILDERS, builder_class, image_builder_class
+from seqpe_jax.data.datasets import digits as digit_images
 from seqpe_jax.data.datasets.base import SPLITS
-from seqpe_jax.data.datasets.moving_digits import DIRECTIONS, clip
+from seqpe_jax.data.datasets.digits import DIRECTIONS, make_video
 from seqpe_jax.data.images import image_source
 from seqpe_jax.errors import InputError
 
@@ -63,7 +64,7 @@ def test_digit_images(cache):
 
 
 def test_splits_stay_for_ever(cache):
-    places = digit_images.split_places()
+    places = digit_images.split_indices()
     assert [places[split][:5] for split in SPLITS] == [[1, 2, 3, 4, 5], [0, 6, 15, 49, 51], [14, 17, 26, 28, 29]]
     assert [source.fingerprint for source in sources("digit_images", cache).values()] == [
         "d8d4dc7c6d0aa91ed0fa522193ab0340",
@@ -79,9 +80,9 @@ def test_splits_stay_for_ever(cache):
 
 def test_another_version_of_the_digits_is_refused(monkeypatch):
     monkeypatch.setattr(digit_images, "CONTENT", "0" * 64)
-    digit_images.digits.cache_clear()
+    digit_images.load_digit_arrays.cache_clear()
     with pytest.raises(InputError, match="gives other images than the 1797 known ones"):
-        digit_images.digits()
+        digit_images.load_digit_arrays()
 
 
 def test_digits_take_no_paths(tmp_path):
@@ -126,13 +127,13 @@ def test_frames_without_order_do_not_tell_the_direction():
     for one, other in (("left", "right"), ("up", "down")):
         ways = {
             direction: {
-                frozenset(tuple(np.argwhere(frame)[0]) for frame in clip(dot, direction, str(name)))
+                frozenset(tuple(np.argwhere(frame)[0]) for frame in make_video(dot, direction, str(name)))
                 for name in range(200)
             }
             for direction in (one, other)
         }
         assert ways[one] == ways[other] and len(ways[one]) == 18
-    starts = {tuple(np.argwhere(clip(dot, "left", str(name))[0])[0][:2]) for name in range(400)}
+    starts = {tuple(np.argwhere(make_video(dot, "left", str(name))[0])[0][:2]) for name in range(400)}
     assert starts == {(row, column) for row in range(9) for column in (7, 8)}
 
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from seqpe_jax.data.loader import (
-    EvaluationBatches,
+    EvalBatches,
     TrainLoader,
     context_windows,
-    evaluation_windows,
+    eval_windows,
     target_ends,
-    windows,
+    training_windows,
 )
 from seqpe_jax.errors import InputError
 
@@ -19,7 +19,7 @@ TOKENS = np.arange(8 * 50 + 5, dtype=np.uint16)  # 50 windows and a rest
 
 
 def loader(**changes):
-    return TrainLoader(windows(TOKENS, LENGTH), **{"batch_size": 12, "seed": 3, **changes})
+    return TrainLoader(training_windows(TOKENS, LENGTH), **{"batch_size": 12, "seed": 3, **changes})
 
 
 def starts(batch):
@@ -27,10 +27,10 @@ def starts(batch):
 
 
 def test_windows_overlap_by_the_predicted_token_only():
-    source = windows(TOKENS, LENGTH)
+    source = training_windows(TOKENS, LENGTH)
     assert len(source) == 50
     np.testing.assert_array_equal(source[3]["tokens"], np.arange(24, 33))
-    assert len(windows(np.arange(17), 8)) == 2 and len(windows(np.arange(16), 8)) == 1
+    assert len(training_windows(np.arange(17), 8)) == 2 and len(training_windows(np.arange(16), 8)) == 1
 
 
 def test_batch_is_a_function_of_seed_and_step():
@@ -123,7 +123,7 @@ def test_rows_that_a_batch_does_not_have(rows):
 )
 def test_windows_that_cannot_be(length, message):
     with pytest.raises(InputError, match=message):
-        windows(TOKENS, length)
+        training_windows(TOKENS, length)
 
 
 def test_no_examples():
@@ -144,7 +144,7 @@ def scored(batches):
 @pytest.mark.parametrize("length", [1, LENGTH, 100, 403, 404])
 def test_evaluation_scores_every_token_but_the_first_once_at_every_length(length):
     """The last window ends where the split ends and reads on from the one before."""
-    batches = evaluation_windows(TOKENS, length, 12)
+    batches = eval_windows(TOKENS, length, 12)
     assert next(iter(batches))["tokens"].shape == (12, length + 1) and batches.examples == -(-404 // length)
     targets, firsts = scored(batches)
     assert targets.tolist() == list(range(1, 405))
@@ -153,13 +153,13 @@ def test_evaluation_scores_every_token_but_the_first_once_at_every_length(length
 
 def test_evaluation_of_a_part():
     for limit, count in ((80, 80), (83, 83), (8, 8), (10**9, 404)):
-        assert scored(evaluation_windows(TOKENS, LENGTH, 4, max_tokens=limit))[0].tolist() == list(range(1, count + 1))
+        assert scored(eval_windows(TOKENS, LENGTH, 4, max_tokens=limit))[0].tolist() == list(range(1, count + 1))
     with pytest.raises(InputError, match=r"needs 501, but the split has 405: lower eval.lengths"):
-        evaluation_windows(TOKENS, 500, 4)
+        eval_windows(TOKENS, 500, 4)
     with pytest.raises(
         InputError, match=r"eval.tokens=7 \(--tokens\) is less than a window of 8 tokens: raise it to 8"
     ):
-        evaluation_windows(TOKENS, LENGTH, 4, max_tokens=7)
+        eval_windows(TOKENS, LENGTH, 4, max_tokens=7)
 
 
 def test_every_context_scores_the_same_targets():
@@ -176,7 +176,7 @@ def test_every_context_scores_the_same_targets():
 
 
 def test_evaluation_makes_examples():
-    batches = EvaluationBatches(range(5), 2, 5, lambda number: {"square": np.float32(number**2)})
+    batches = EvalBatches(range(5), 2, 5, lambda number: {"square": np.float32(number**2)})
     read = list(batches)
     assert np.concatenate([batch["square"] for batch in read]).tolist() == [0, 1, 4, 9, 16, 0]
     assert np.concatenate([batch["weights"] for batch in read]).tolist() == [1, 1, 1, 1, 1, 0]

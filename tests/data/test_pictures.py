@@ -11,10 +11,10 @@ from PIL import Image
 
 from seqpe_jax.data import images as images
 from seqpe_jax.data.datasets import image_base, image_folder
-from seqpe_jax.data.datasets.base import SPLITS, chance
+from seqpe_jax.data.datasets.base import SPLITS, hash_fraction
 from seqpe_jax.data.datasets.image_base import ImageSource
-from seqpe_jax.data.images import evaluation_example, image_source, train_example
-from seqpe_jax.data.loader import EvaluationBatches, TrainLoader
+from seqpe_jax.data.images import eval_example, image_source, train_example
+from seqpe_jax.data.loader import EvalBatches, TrainLoader
 from seqpe_jax.errors import InputError
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # normalised pixels are value / 255
@@ -139,7 +139,7 @@ def test_translated_pixels_are_black_before_they_are_normalised():
 @pytest.mark.parametrize("ratio", [1.0, 0.875])
 def test_evaluation_takes_the_middle(size, shape, ratio):
     record = photo(*shape)
-    found = evaluation_example(record, size, ratio, **PLAIN)["images"]
+    found = eval_example(record, size, ratio, **PLAIN)["images"]
     assert found.shape == (*size, 3) and found.dtype == np.float32
     # The same place of the same picture, read off by interpolation in the original's coordinates.
     scale = max(size[0] / ratio / shape[0], size[1] / ratio / shape[1])
@@ -155,8 +155,8 @@ def test_shorter_side_is_resized_to_size_over_ratio():
     record = photo(50, 100)
     whole = Image.fromarray(record["image"]).resize((64, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(whole)[2:30, 18:46] / 255
-    np.testing.assert_allclose(evaluation_example(record, (28, 28), 0.875, **PLAIN)["images"], expected, atol=1e-6)
-    unchanged = evaluation_example(photo(9, 7), (9, 7), **PLAIN)["images"]
+    np.testing.assert_allclose(eval_example(record, (28, 28), 0.875, **PLAIN)["images"], expected, atol=1e-6)
+    unchanged = eval_example(photo(9, 7), (9, 7), **PLAIN)["images"]
     np.testing.assert_allclose(unchanged, photo(9, 7)["image"] / 255, atol=1e-6)
 
 
@@ -172,7 +172,7 @@ def test_no_picture_is_resized_to_more_than_its_example(monkeypatch):
     for shape in ((2, 20_000), (20_000, 2)):
         strip = np.zeros((*shape, 3), np.uint8)
         strip.reshape(-1, 3)[20_000 // 2 * 2 :] = 255
-        found = evaluation_example({"image": strip, "label": 0}, (32, 32), **PLAIN)["images"]
+        found = eval_example({"image": strip, "label": 0}, (32, 32), **PLAIN)["images"]
         assert found.shape == (32, 32, 3) and 0 < found.mean() < 1
         train_example({"image": strip, "label": 0}, (32, 32), settings(crop_scale=(0.1, 1.0)), rng(), **PLAIN)
     assert set(asked) == {(32, 32)}
@@ -196,9 +196,9 @@ def test_clips_change_alike_in_all_frames():
 
 def test_clips_are_cut_and_resized():
     record = clip(frames=8)
-    middle = evaluation_example(record, (4, 10, 12), **GREY)["images"]
+    middle = eval_example(record, (4, 10, 12), **GREY)["images"]
     np.testing.assert_allclose(middle, record["image"][2:6] / 255, atol=1e-6)
-    assert evaluation_example(record, (8, 5, 9), 0.9, **GREY)["images"].shape == (8, 5, 9, 1)
+    assert eval_example(record, (8, 5, 9), 0.9, **GREY)["images"].shape == (8, 5, 9, 1)
 
 
 def test_training_reads_frames_in_a_row_from_anywhere():
@@ -219,7 +219,7 @@ def test_training_reads_frames_in_a_row_from_anywhere():
 
 def test_what_is_cut_is_resized():
     record = clip()
-    assert evaluation_example(record, (4, 5, 9), 0.9, **GREY)["images"].shape == (4, 5, 9, 1)
+    assert eval_example(record, (4, 5, 9), 0.9, **GREY)["images"].shape == (4, 5, 9, 1)
 
 
 def test_what_clips_and_sizes_refuse():
@@ -229,11 +229,11 @@ def test_what_clips_and_sizes_refuse():
     with pytest.raises(InputError, match="the clips have 4 frames, 5 are asked for"):
         train_example(clip(), (5, 8, 8), settings(), rng(), **GREY)
     with pytest.raises(InputError, match=r"holds clips, so its size is \(frames, height, width\), got \(8, 8\)"):
-        evaluation_example(clip(), (8, 8), **GREY)
+        eval_example(clip(), (8, 8), **GREY)
     with pytest.raises(InputError, match=r"holds images, so its size is \(height, width\), got \(4, 8, 8\)"):
-        evaluation_example(photo(8, 8), (4, 8, 8), **PLAIN)
+        eval_example(photo(8, 8), (4, 8, 8), **PLAIN)
     with pytest.raises(InputError, match="crop_ratio must be above 0 and at most 1, got 1.5"):
-        evaluation_example(photo(8, 8), (8, 8), 1.5, **PLAIN)
+        eval_example(photo(8, 8), (8, 8), 1.5, **PLAIN)
 
 
 # --- sources
@@ -266,7 +266,7 @@ def test_through_the_loaders():
     for rows in ([0, 2], [1, 3]):
         part = TrainLoader(source, batch_size=4, seed=1, example=example, rows=rows).batch(7)
         np.testing.assert_array_equal(part["images"], whole["images"][rows])
-    batches = list(EvaluationBatches(source, 4, 10, lambda record: evaluation_example(record, (8, 8), **constants)))
+    batches = list(EvalBatches(source, 4, 10, lambda record: eval_example(record, (8, 8), **constants)))
     assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
     assert isinstance(grain.MapDataset.source(source)[3]["label"], int)
 
@@ -556,7 +556,7 @@ def test_every_class_has_a_picture_for_training(tmp_path):
     found = {split: names(folder(root, split)) for split in SPLITS}
     assert sum(map(len, found.values())) == len(set().union(*found.values())) == 150
     assert {name.partition("/")[0] for name in found["train"]} == set(counts)
-    moved = [name for name in found["train"] if chance(f"image_folder {name}") < image_folder.VALIDATION]
+    moved = [name for name in found["train"] if hash_fraction(f"image_folder {name}") < image_folder.VALIDATION]
     assert 0 < len(moved) < 8 and all(name.startswith("rare") for name in moved), (
         "others stay where their hash puts them"
     )
@@ -637,19 +637,19 @@ def test_a_whole_picture_that_is_too_large_is_called_that(tmp_path):
 
 def test_labels_in_the_names_of_others(split_folders):
     test, train = folder(split_folders, "test"), folder(split_folders, "train")
-    other = train.labelled_as(("fox", "dog", "cat", "ant"), "them")
+    other = train.relabel(("fox", "dog", "cat", "ant"), "them")
     assert [other[place]["label"] for place in range(12)] == [3] * 4 + [2] * 4 + [1] * 4
     assert other.classes == 4 and len(other) == len(train)
-    assert test.labelled_as(("ant", "cat", "dog"), "us")[0]["label"] == 2
+    assert test.relabel(("ant", "cat", "dog"), "us")[0]["label"] == 2
     with pytest.raises(
         InputError, match="folder/train has classes cat, dog, unknown to them, whose class is ant: give"
     ):
-        train.labelled_as(("ant",), "them")
+        train.relabel(("ant",), "them")
     with pytest.raises(InputError, match="has class ant, unknown to them, whose classes are .*, 4 and 3 more: give"):
-        train.labelled_as(("cat", "dog", *map(str, range(11, 0, -1))), "them")
+        train.relabel(("cat", "dog", *map(str, range(11, 0, -1))), "them")
     broken = ImageSource("made", ("a", "b"), 1, (0.5,), (0.5,), "f", [{"image": np.zeros((1, 1, 1)), "label": 2}])
     with pytest.raises(InputError, match="image 0 of made has label 2, expected 0 to 1"):
-        broken.labelled_as(("a", "b", "c"), "them")[0]
+        broken.relabel(("a", "b", "c"), "them")[0]
 
 
 def test_photo_damaged_behind_its_header_is_named_when_it_is_read(split_folders):

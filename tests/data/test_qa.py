@@ -33,7 +33,7 @@ def line(index, prompt, *outputs):
 
 
 def source(folder, path, split="train", length=64, tokenizer=BYTES):
-    return qa.question_source(
+    return qa.qa_source(
         "qa_jsonl",
         split=split,
         tokenizer=tokenizer,
@@ -91,12 +91,12 @@ def test_prompt_begins_the_training_example(shared_data, prompt):
             assert tokens.dtype == np.int32
             np.testing.assert_array_equal(example["tokens"][: len(tokens)], tokens)
             answered = example["tokens"][1:][example["weights"] == 1.0]
-            assert tokenizer.decode(answered[:-1]) == f" {answer}" and answered[-1] == qa.end_token(tokenizer)
+            assert tokenizer.decode(answered[:-1]) == f" {answer}" and answered[-1] == qa.answer_end_id(tokenizer)
 
 
 def test_end_token(shared_data, tmp_path):
-    assert qa.end_token(BYTES) == 0
-    assert qa.end_token(load_tokenizer(shared_data / "gpt2_tokenizer")) == 50256
+    assert qa.answer_end_id(BYTES) == 0
+    assert qa.answer_end_id(load_tokenizer(shared_data / "gpt2_tokenizer")) == 50256
     content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="has no end-of-text token, which an answer must end with"):
@@ -159,7 +159,7 @@ def test_folder_of_lines(tmp_path):
     with pytest.raises(InputError, match="unknown split 'dev'"):
         source(tmp_path, tmp_path, "dev")
     with pytest.raises(InputError, match="needs one path in data.paths, got 0"):
-        qa.question_source("qa_jsonl", split="test", tokenizer=BYTES, length=9, cache_dir=tmp_path)
+        qa.qa_source("qa_jsonl", split="test", tokenizer=BYTES, length=9, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_two_processes_prepare_at_once(tmp_path):
     for process in processes:
         process.join()
     (folder,) = [entry for entry in (tmp_path / "cache" / "questions").iterdir() if not entry.name.startswith(".")]
-    (folder / qa_index.TABLE).write_bytes(b"damaged")
+    (folder / qa_index.INDEX_FILE).write_bytes(b"damaged")
     assert len(source(tmp_path, path)) == 2000, "a damaged cache is written again"
 
 
@@ -245,7 +245,7 @@ def test_prompt_fits_where_tokens_are_not_those_counted_apart(tmp_path):
         content["data"].append({"title": str(number), "paragraphs": [{"context": text, "qas": [asked]}]})
     (tmp_path / "one.json").write_text(json.dumps(content))
     tokenizer = Glueing()
-    found = qa.question_source(
+    found = qa.qa_source(
         "squad_long",
         split="train",
         tokenizer=tokenizer,

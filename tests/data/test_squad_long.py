@@ -36,7 +36,7 @@ def written(path, content):
 
 
 def source(folder, path, split="train", length=512, tokenizer=BYTES, **options):
-    return qa.question_source(
+    return qa.qa_source(
         "squad_long",
         split=split,
         tokenizer=tokenizer,
@@ -48,14 +48,14 @@ def source(folder, path, split="train", length=512, tokenizer=BYTES, **options):
     )
 
 
-def tokens_of(record, tokenizer):
+def count_example_tokens(record, tokenizer):
     longest = max(len(tokenizer.encode(f" {answer}".encode())) for answer in record["outputs"])
     return len(tokenizer.encode(record["input"].encode())) + longest + 1
 
 
 def parts(record):
     """Returns (passages, the question's part) of a prompt."""
-    *passages, question = record["input"].split(qa.SEPARATOR)
+    *passages, question = record["input"].split(qa.PASSAGE_SEPARATOR)
     return passages, question
 
 
@@ -117,7 +117,7 @@ def test_no_passage_twice_before_all_were_used(tmp_path):
     for index in range(3):
         record = found[index]
         passages, _ = parts(record)
-        assert 0.98 * 1500 <= tokens_of(record, BYTES) <= 1500
+        assert 0.98 * 1500 <= count_example_tokens(record, BYTES) <= 1500
         names = used(passages, texts)
         gold = next(name for name in names if record["outputs"][0] in name)
         others = [name for name in names if name != gold]
@@ -144,7 +144,7 @@ def test_real_questions_and_tokenizer(tmp_path_factory, shared_data, length):
         record = found[index]
         assert record == again[index] and record["index"] == index
         differ += record["input"] != other[index]["input"]
-        assert 0.98 * length <= tokens_of(record, tokenizer) <= length
+        assert 0.98 * length <= count_example_tokens(record, tokenizer) <= length
         passages, question = parts(record)
         whole = [passage for passage in passages if passage in texts]
         gold = [passage for passage in passages if any(answer in passage for answer in record["outputs"])]

@@ -6,7 +6,7 @@ import pytest
 
 from seqpe_jax.data import qa
 from seqpe_jax.data.datasets import stdlib_qa, stdlib_text
-from seqpe_jax.data.datasets.stdlib_qa import StdlibQA, ask
+from seqpe_jax.data.datasets.stdlib_qa import StdlibQA, questions_of_file
 from seqpe_jax.data.tokenizers import ByteTokenizer
 from seqpe_jax.errors import InputError
 
@@ -61,7 +61,7 @@ ASKED = {
 
 
 def test_every_kind_is_asked():
-    found = list(ask("m.py", SOURCE.encode()))
+    found = list(questions_of_file("m.py", SOURCE.encode()))
     assert {(one.kind, one.question, one.answers[0]) for one in found} == ASKED
     assert all(one.name == "m.py" and len(one.answers) == 1 for one in found)
     passages = {one.question: one.passage for one in found}
@@ -72,7 +72,7 @@ def test_every_kind_is_asked():
 
 
 def test_what_does_not_parse_asks_nothing():
-    assert list(ask("bad.py", b"def f(:\n")) == [] and list(ask("nul.py", b"x = 1\0")) == []
+    assert list(questions_of_file("bad.py", b"def f(:\n")) == [] and list(questions_of_file("nul.py", b"x = 1\0")) == []
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def cache(tmp_path_factory):
 
 
 def source(cache, split="train", length=256):
-    return qa.question_source(
+    return qa.qa_source(
         "stdlib_qa", split=split, tokenizer=ByteTokenizer(), length=length, cache_dir=cache, progress=False
     )
 
@@ -101,10 +101,12 @@ def test_answers_stand_after_the_question(cache, split):
     clues = collections.Counter()
     for index in range(0, len(found), len(found) // 100):
         record = found[index]
-        *passages, question = record["input"].split(qa.SEPARATOR)
+        *passages, question = record["input"].split(qa.PASSAGE_SEPARATOR)
         cue, (answer,) = question.removeprefix(">>> "), record["outputs"]
         assert question.startswith(">>> ") and record["question"] == question
-        assert answer.isascii() and 2 <= len(answer) <= 16 and len(cue) <= 32 and not stdlib_qa._hints(cue, answer)
+        assert (
+            answer.isascii() and 2 <= len(answer) <= 16 and len(cue) <= 32 and not stdlib_qa._is_guessable(cue, answer)
+        )
         cue = cue.removesuffix(" def") if record["kind"] == "function" else cue
         gold = [passage for passage in passages if cue in passage]
         assert len(gold) == 1 and len(gold[0]) <= 72 and gold[0].count(cue) == 1
@@ -126,7 +128,9 @@ def test_passages_are_source_as_it_stands(cache):
     code = ["\n".join(line.strip() for line in text.decode().split("\n")) for text in files.values()]
     for index in range(0, len(found), 10):
         cue = found[index]["question"].removeprefix(">>> ")
-        passage = next(part for part in found[index]["input"].split(qa.SEPARATOR) if cue.removesuffix(" def") in part)
+        passage = next(
+            part for part in found[index]["input"].split(qa.PASSAGE_SEPARATOR) if cue.removesuffix(" def") in part
+        )
         assert found[index]["input"][found[index]["passage"] :].startswith(passage)
         assert any(answer in passage for answer in found[index]["outputs"]), "or its distance is not known"
         stripped = "\n".join(line.strip() for line in passage.split("\n"))
@@ -142,7 +146,7 @@ def test_lengths_in_bytes(cache, length):
         record = found[index]
         size = len(record["input"]) + 1 + len(record["outputs"][0]) + 1
         assert 0.975 * length <= size <= length
-        assert qa.training_example(record, tokenizer=ByteTokenizer(), length=length)["tokens"][-1] == qa.BYTE_END
+        assert qa.training_example(record, tokenizer=ByteTokenizer(), length=length)["tokens"][-1] == qa.BYTE_ANSWER_END
 
 
 @pytest.mark.slow
@@ -174,12 +178,12 @@ def test_frequent_answers_and_large_tables_are_thinned_out():
     questions = []
     for name in "abcdefgh":
         table = "".join(f"x{name}{number} = {number % 3 + 10}\n" for number in range(1000))
-        questions += ask(name, table.encode())
+        questions += questions_of_file(name, table.encode())
     kept = list(stdlib_qa._selected(iter(questions), set()))
     assert len(questions) > 7000 and [one for one in questions if one in set(kept)] == kept
     answers = collections.Counter(one.answers[0] for one in kept)
-    assert max(answers.values()) <= stdlib_qa.MOST_FREQUENT * len(questions) + 1
-    assert max(collections.Counter(one.name for one in kept).values()) <= stdlib_qa.PER_FILE
+    assert max(answers.values()) <= stdlib_qa.MAX_ANSWER_SHARE * len(questions) + 1
+    assert max(collections.Counter(one.name for one in kept).values()) <= stdlib_qa.MAX_QUESTIONS_PER_FILE
     asked = {questions[0].question}
     assert list(stdlib_qa._selected(iter(questions[:1]), asked)) == []
     assert len(list(stdlib_qa._selected(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1

@@ -7,8 +7,8 @@ from seqpe_jax.data.tokenizers import (
     ByteTokenizer,
     HFTokenizer,
     RoundTrip,
-    check_loss,
-    continuation,
+    check_round_trip,
+    decode_continuation,
     load_tokenizer,
     token_dtype,
 )
@@ -48,16 +48,16 @@ def test_bytes_round_trip():
     assert tokenizer.decode(ids) == TEXT and tokenizer.decode(list(ids)) == TEXT
     assert tokenizer.decode([]) == ""
     assert tokenizer.decode([0xE4, 0xB8]) == "\ufffd"
-    assert tokenizer.end_of_text is None and tokenizer.vocabulary_size == 256
+    assert tokenizer.eos_id is None and tokenizer.vocab_size == 256
 
 
 def test_file_round_trip(small_file):
     tokenizer = load_tokenizer(small_file)
     assert isinstance(tokenizer, HFTokenizer) and tokenizer.name == "small"
-    assert (tokenizer.vocabulary_size, tokenizer.end_of_text) == (257, 256)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
     ids = tokenizer.encode(TEXT.encode())
     assert ids.dtype == np.uint16
-    assert tokenizer.end_of_text not in ids, "text that spells a special token is text"
+    assert tokenizer.eos_id not in ids, "text that spells a special token is text"
     assert tokenizer.decode(ids) == TEXT
     many = tokenizer.encode_many([b"ab", b"", "ü".encode()])
     assert [one.size for one in many] == [2, 0, 2]
@@ -65,7 +65,7 @@ def test_file_round_trip(small_file):
 
 def test_gpt2_round_trip(shared_data):
     tokenizer = load_tokenizer(shared_data / "gpt2_tokenizer" / "tokenizer.json")
-    assert (tokenizer.vocabulary_size, tokenizer.end_of_text) == (50257, 50256)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
     assert tokenizer.encode(b"Hello world").tolist() == [15496, 995]
     assert tokenizer.decode(tokenizer.encode(TEXT.encode())) == TEXT
     assert tokenizer.decode([50256]) == "<|endoftext|>"
@@ -87,7 +87,7 @@ def test_fingerprint_follows_the_file(tmp_path, small_file):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(changed))
     assert HFTokenizer(other).fingerprint != HFTokenizer(small_file).fingerprint
-    assert HFTokenizer(other).end_of_text is None
+    assert HFTokenizer(other).eos_id is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"not json", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
@@ -137,21 +137,21 @@ def with_tokens(file, special=(), plain=()):
 )
 def test_the_end_of_text_is_what_the_files_beside_say(small_file, tmp_path, name, said):
     plain = load_tokenizer(with_tokens(small_file, ["<stop>"]))
-    assert plain.end_of_text == 256 and not plain.fingerprint.endswith("257")
+    assert plain.eos_id == 256 and not plain.fingerprint.endswith("257")
     (small_file.parent / name).write_text(json.dumps(said))
     found = load_tokenizer(small_file)
-    assert found.end_of_text == 257 and found.fingerprint != plain.fingerprint
+    assert found.eos_id == 257 and found.fingerprint != plain.fingerprint
     found.save(tmp_path / "kept")  # it travels with a run
     kept = load_tokenizer(tmp_path / "kept")
-    assert kept.end_of_text == 257 and kept.fingerprint == found.fingerprint
+    assert kept.eos_id == 257 and kept.fingerprint == found.fingerprint
 
 
 def test_a_bracketed_end_counts_only_where_it_is_special(tmp_path, small_file):
     content = json.loads(small_file.read_text())
     content["added_tokens"] = []
     small_file.write_text(json.dumps(content))
-    assert load_tokenizer(with_tokens(small_file, plain=["[EOS]"])).end_of_text is None
-    assert load_tokenizer(with_tokens(small_file, special=["<|im_end|>"])).end_of_text == 257
+    assert load_tokenizer(with_tokens(small_file, plain=["[EOS]"])).eos_id is None
+    assert load_tokenizer(with_tokens(small_file, special=["<|im_end|>"])).eos_id == 257
 
 
 def test_an_end_that_the_tokenizer_does_not_have_is_refused(small_file):
@@ -165,20 +165,22 @@ def test_an_end_that_the_tokenizer_does_not_have_is_refused(small_file):
 
 def test_lost_characters_are_counted(small_file, tmp_path):
     whole = RoundTrip(load_tokenizer(small_file))
-    whole.look(TEXT.encode())
-    assert whole.loss.read == len(TEXT.encode()) and not whole.loss.lost
+    whole.add(TEXT.encode())
+    assert whole.loss.checked_bytes == len(TEXT.encode()) and not whole.loss.lost_bytes
     few = byte_level(tmp_path / "few.json", "abcĠ")
     trip = RoundTrip(few)
-    trip.look("a cab xü\n".encode())
-    assert trip.loss.lost == 4 and set(trip.loss.characters) == set("xü\n") and trip.loss.read == 10
-    check_loss(trip.loss, few, accepted=True)
+    trip.add("a cab xü\n".encode())
+    assert trip.loss.lost_bytes == 4 and set(trip.loss.examples) == set("xü\n") and trip.loss.checked_bytes == 10
+    check_round_trip(trip.loss, few, accepted=True)
     with pytest.raises(InputError, match="4 of 10 bytes"):
-        check_loss(trip.loss, few, accepted=False)
+        check_round_trip(trip.loss, few, accepted=False)
 
 
 def test_a_tokenizer_without_most_letters(shared_inputs):
     tokenizer = load_tokenizer(shared_inputs / "bytelevel_partial_alphabet.json")
-    assert tokenizer.lost("the fox\tBé") == {"\t": 1, "B": 1, "é": 1} and not tokenizer.lost("the fox")
+    assert tokenizer.lost_characters("the fox\tBé") == {"\t": 1, "B": 1, "é": 1} and not tokenizer.lost_characters(
+        "the fox"
+    )
 
 
 def test_ids_of_a_model_count_where_the_tokenizer_has_an_end_there(small_file):
@@ -187,21 +189,21 @@ def test_ids_of_a_model_count_where_the_tokenizer_has_an_end_there(small_file):
     folder = small_file.parent
     for said, end in ((50256, 256), (65, 256), (258, 256), ([50256, 258, 257], 257), ("<stop>", 256), (None, 256)):
         (folder / "config.json").write_text(json.dumps({"eos_token_id": said}))
-        assert load_tokenizer(small_file).end_of_text == end, said
+        assert load_tokenizer(small_file).eos_id == end, said
     (folder / "generation_config.json").write_text('{"eos_token_id": 257}')
-    assert load_tokenizer(small_file).end_of_text == 257
+    assert load_tokenizer(small_file).eos_id == 257
     (folder / "config.json").write_text('{"eos_token_id": 256}')
-    assert load_tokenizer(small_file).end_of_text == 256, "the model's own config comes first"
+    assert load_tokenizer(small_file).eos_id == 256, "the model's own config comes first"
     (folder / "config.json").write_text("// of another program\n[]")
-    assert load_tokenizer(small_file).end_of_text == 257
+    assert load_tokenizer(small_file).eos_id == 257
     (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
-    assert load_tokenizer(small_file).end_of_text == 257
+    assert load_tokenizer(small_file).eos_id == 257
 
 
 def test_an_end_in_brackets(shared_inputs):
     tokenizer = load_tokenizer(shared_inputs / "eos_in_brackets.json")
-    assert tokenizer.decode([tokenizer.end_of_text]) == "[EOS]"
-    assert not tokenizer.lost(TEXT)
+    assert tokenizer.decode([tokenizer.eos_id]) == "[EOS]"
+    assert not tokenizer.lost_characters(TEXT)
 
 
 def test_a_run_from_before_ends_its_texts_as_it_did(small_file, tmp_path):
@@ -214,7 +216,7 @@ def test_a_run_from_before_ends_its_texts_as_it_did(small_file, tmp_path):
         json.dumps({"data": {}, "encoding": {}, "model": {}, "objective": {}})
     )
     old = load_tokenizer(small_file)
-    assert (new.end_of_text, old.end_of_text) == (256, None)
+    assert (new.eos_id, old.eos_id) == (256, None)
     assert new.digest == old.digest and new.fingerprint != old.fingerprint == old.digest
     old.save(tmp_path / "old")
     assert not (tmp_path / "old" / "tokenizer_config.json").exists()
@@ -253,31 +255,31 @@ def test_what_is_lost(tmp_path):
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     spaceless = byte_level(tmp_path / "1.json", [one for one in letters if one not in "ĠĊĉ"])
-    assert spaceless.lost("if x:\n\treturn x\n") == {" ": 2, "\n": 2, "\t": 1}
+    assert spaceless.lost_characters("if x:\n\treturn x\n") == {" ": 2, "\n": 2, "\t": 1}
     half = byte_level(tmp_path / "2.json", [one for one in letters if one != "Ã"])
-    assert half.lost("é a é") == {"é": 2}
+    assert half.lost_characters("é a é") == {"é": 2}
     nfc = byte_level(tmp_path / "3.json", letters, tokenizers.normalizers.NFC())
-    assert not nfc.lost("cafe\u0301"), "another way to write the same letter"
+    assert not nfc.lost_characters("cafe\u0301"), "another way to write the same letter"
     words = word_level(tmp_path / "4.json", ["the", "fox"])
-    assert not words.lost("the  fox\n\tthe"), "white space between words"
-    assert words.lost("the known fox") == {"k": 1, "n": 2, "o": 1, "w": 1}, (
+    assert not words.lost_characters("the  fox\n\tthe"), "white space between words"
+    assert words.lost_characters("the known fox") == {"k": 1, "n": 2, "o": 1, "w": 1}, (
         "the name of the unknown token hides nothing"
     )
     small = word_level(tmp_path / "5.json", ["the", "fox"], tokenizers.normalizers.Lowercase())
-    assert small.lost("The Fox the") == {"T": 1, "F": 1}
+    assert small.lost_characters("The Fox the") == {"T": 1, "F": 1}
 
 
 def test_long_texts_are_looked_at_from_beginning_to_end_in_whole_words(tmp_path):
     tokenizer = word_level(tmp_path / "words.json", ["the", "fox", "naïve"])
     trip = RoundTrip(tokenizer, 256)
-    trip.look("the naïve fox ".encode() * 20_000)
-    assert not trip.loss.lost and 3000 < trip.loss.read <= 4096
+    trip.add("the naïve fox ".encode() * 20_000)
+    assert not trip.loss.lost_bytes and 3000 < trip.loss.checked_bytes <= 4096
     trip = RoundTrip(tokenizer, 16)
-    trip.look(b"the fox " * 20_000 + b"dog " * 40_000 + b"the fox " * 20_000)
-    assert 0.2 < trip.loss.lost / trip.loss.read < 0.4 and 60_000 < trip.loss.read <= 65_536
+    trip.add(b"the fox " * 20_000 + b"dog " * 40_000 + b"the fox " * 20_000)
+    assert 0.2 < trip.loss.lost_bytes / trip.loss.checked_bytes < 0.4 and 60_000 < trip.loss.checked_bytes <= 65_536
     trip = RoundTrip(tokenizer)
-    trip.look("狐".encode() * 1_000_000)  # no word ends
-    assert trip.loss.lost == trip.loss.read > 1_000_000
+    trip.add("狐".encode() * 1_000_000)  # no word ends
+    assert trip.loss.lost_bytes == trip.loss.checked_bytes > 1_000_000
 
 
 def metaspace(path):
@@ -295,12 +297,15 @@ def metaspace(path):
 def test_what_follows_a_prompt_keeps_its_first_space(tmp_path, small_file):
     tokenizer = metaspace(tmp_path / "metaspace.json")
     prompt, new = tokenizer.encode(b"the"), tokenizer.encode(b"foxes the")
-    assert tokenizer.decode(new) == "foxes the" and continuation(tokenizer, prompt, new) == " foxes the"
-    assert continuation(tokenizer, tokenizer.encode(b"the fox"), new[1:]) == "es the"
+    assert tokenizer.decode(new) == "foxes the" and decode_continuation(tokenizer, prompt, new) == " foxes the"
+    assert decode_continuation(tokenizer, tokenizer.encode(b"the fox"), new[1:]) == "es the"
     for plain in (load_tokenizer(small_file), ByteTokenizer()):
         prompt, new = plain.encode("ü".encode()), plain.encode(" 世".encode())
-        assert continuation(plain, prompt, new) == " 世" and continuation(plain, prompt, new[:-1]) == " \ufffd"
-        assert continuation(plain, prompt, []) == ""
+        assert (
+            decode_continuation(plain, prompt, new) == " 世"
+            and decode_continuation(plain, prompt, new[:-1]) == " \ufffd"
+        )
+        assert decode_continuation(plain, prompt, []) == ""
 
 
 def test_tokens_of_added_tokens_json_are_the_tokenizers(small_file, tmp_path):
@@ -308,8 +313,8 @@ def test_tokens_of_added_tokens_json_are_the_tokenizers(small_file, tmp_path):
     (folder / "added_tokens.json").write_text('\ufeff{"<stop>": 258, "<word>": 257, "<|endoftext|>": 256}')
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     found = load_tokenizer(folder)
-    assert (plain.vocabulary_size, found.vocabulary_size) == (257, 259) and found.digest != plain.digest
-    assert found.end_of_text == 258 and found.special_tokens == {"<|endoftext|>", "<stop>"}
+    assert (plain.vocab_size, found.vocab_size) == (257, 259) and found.digest != plain.digest
+    assert found.eos_id == 258 and found.special_tokens == {"<|endoftext|>", "<stop>"}
     assert found.encode(b"<word>").tolist() == [257] and found.decode([258, 257]) == "<stop><word>"
     assert found.encode(b"<stop>").size == 6, "a special token is not read from text"
     found.save(tmp_path / "kept")
@@ -363,7 +368,7 @@ def test_ids_are_those_that_have_a_token(small_file):
     content["added_tokens"][0]["id"] = 300
     small_file.write_text(json.dumps(content))
     tokenizer = load_tokenizer(small_file)
-    assert tokenizer.vocabulary_size == int(tokenizer.ids.max()) + 1 and len(tokenizer.ids) == 257
+    assert tokenizer.vocab_size == int(tokenizer.ids.max()) + 1 and len(tokenizer.ids) == 257
 
 
 def words_file(path, **fields):
@@ -378,7 +383,7 @@ def words_file(path, **fields):
 def test_vocabularies_that_no_model_has_are_refused(tmp_path, vocabulary):
     with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json"):
         load_tokenizer(words_file(tmp_path / "words.json", vocab=vocabulary))
-    assert load_tokenizer(words_file(tmp_path / "words.json", vocab={"a": 2**20})).vocabulary_size == 2**20 + 1
+    assert load_tokenizer(words_file(tmp_path / "words.json", vocab={"a": 2**20})).vocab_size == 2**20 + 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "3", "{}", '{"model": {}}', "[" * 100_000, '{"a":' * 100_000])

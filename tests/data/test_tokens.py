@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.data import tokens as text
-from seqpe_jax.data.cache import new_directory
+from seqpe_jax.data.cache import staged_directory
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from seqpe_jax.data.tokens import token_source
 from seqpe_jax.errors import InputError
@@ -18,13 +18,13 @@ from seqpe_jax.files import cache_root
 class Letters:
     """A tokenizer of 300 ids with an end of text: byte + 1, 0 between documents."""
 
-    name, vocabulary_size, end_of_text, fingerprint = "letters", 300, 0, "letters"
+    name, vocab_size, eos_id, fingerprint = "letters", 300, 0, "letters"
     special_tokens = frozenset({"<sep>"})
 
     def encode_many(self, texts):
         return [np.frombuffer(one, np.uint8).astype(np.uint16) + 1 for one in texts]
 
-    def lost(self, text):
+    def lost_characters(self, text):
         return collections.Counter()
 
 
@@ -68,8 +68,8 @@ def test_pieces_of_a_document_are_not_separated(files, tmp_path, monkeypatch):
     whole = source(files, tmp_path / "c", tokenizer=Letters())
     from seqpe_jax.data.datasets import text_base
 
-    monkeypatch.setattr(text_base.pieces, "__defaults__", (500,))
-    monkeypatch.setattr(text, "GROUP_BYTES", 600)
+    monkeypatch.setattr(text_base.split_document, "__defaults__", (500,))
+    monkeypatch.setattr(text, "BATCH_BYTES", 600)
     cut = source(files, tmp_path / "d", tokenizer=Letters())
     assert cut.fingerprint == whole.fingerprint and cut.documents == 3
     np.testing.assert_array_equal(cut.tokens, whole.tokens)
@@ -94,8 +94,8 @@ def test_a_cache_that_cannot_be_named_is_refused(files, tmp_path):
 
 def test_work_is_done_once_and_again_when_something_changed(files, tmp_path, monkeypatch):
     calls = []
-    tokenise = text._tokenise
-    monkeypatch.setattr(text, "_tokenise", lambda *rest: (calls.append(1), tokenise(*rest)))
+    tokenise = text._tokenize
+    monkeypatch.setattr(text, "_tokenize", lambda *rest: (calls.append(1), tokenise(*rest)))
     first = source(files, tmp_path / "c")
     assert source(files, tmp_path / "c").fingerprint == first.fingerprint and len(calls) == 1
     assert source(files, tmp_path / "c", tokenizer=Letters()).fingerprint != first.fingerprint and len(calls) == 2
@@ -127,9 +127,9 @@ def test_failure_leaves_nothing(files, tmp_path):
 
 def test_without_locks_the_first_to_finish_stays(tmp_path):
     target = tmp_path / "target"
-    with new_directory(target, alone=False) as slow:
+    with staged_directory(target, alone=False) as slow:
         (slow / "who").write_text("slow")
-        with new_directory(target, alone=False) as fast:
+        with staged_directory(target, alone=False) as fast:
             (fast / "who").write_text("fast")
     assert (target / "who").read_text() == "fast"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -186,8 +186,8 @@ def test_wikitext_with_gpt2_tokens(shared_data, tmp_path):
     found = token_source("wikitext103", cache_dir=tmp_path, progress=False, **arguments)
     content = (shared_data / "wikitext" / "test.txt").read_text()
     assert (found.bytes, found.words, found.documents) == (len(content.encode()), len(content.split()), 60)
-    assert found.tokens.dtype == np.uint16 and (found.tokens == tokenizer.end_of_text).sum() == 59
-    assert tokenizer.decode(found.tokens[found.tokens != tokenizer.end_of_text]) == content
+    assert found.tokens.dtype == np.uint16 and (found.tokens == tokenizer.eos_id).sum() == 59
+    assert tokenizer.decode(found.tokens[found.tokens != tokenizer.eos_id]) == content
     with pytest.raises(InputError, match="no text in split 'train' .it has validation, test."):
         token_source("wikitext103", **{**arguments, "split": "train", "cache_dir": tmp_path})
 
@@ -206,7 +206,7 @@ class Deaf(Letters):
 
     name, fingerprint = "deaf", "deaf"
 
-    def lost(self, text):
+    def lost_characters(self, text):
         return collections.Counter({"ö": text.count("ö")})
 
 
@@ -216,11 +216,14 @@ def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(files, tm
     message = str(caught.value)
     assert "loses text" in message and "data.lossy_tokenizer=True" in message and "'ö'" in message
     assert not list((tmp_path / "cache" / "tokens").glob("text*")), "refused before anything is tokenised"
-    found = source(files, tmp_path / "cache", tokenizer=Deaf(), lossy=True)
-    assert 0.15 < found.loss.lost / found.loss.read < 0.2 and found.loss.characters == "ö"
+    found = source(files, tmp_path / "cache", tokenizer=Deaf(), accept_lossy=True)
+    assert (
+        0.15 < found.round_trip_loss.lost_bytes / found.round_trip_loss.checked_bytes < 0.2
+        and found.round_trip_loss.examples == "ö"
+    )
     with pytest.raises(InputError, match="loses text"):  # what was prepared with leave is not read without
         source(files, tmp_path / "cache", tokenizer=Deaf())
-    assert source(files, tmp_path / "cache", tokenizer=Letters()).loss.lost == 0
+    assert source(files, tmp_path / "cache", tokenizer=Letters()).round_trip_loss.lost_bytes == 0
 
 
 @pytest.mark.parametrize("gone", ["*.array_record*", "dataset_info.json", "features.json"])
@@ -255,10 +258,13 @@ def test_prepared_data_that_were_cut_short_are_prepared_again(files, tmp_path, c
 
 
 def test_what_was_tokenised_before_losses_were_looked_at_is_read(files, tmp_path):
-    first = source(files, tmp_path / "c", tokenizer=Deaf(), lossy=True)
+    first = source(files, tmp_path / "c", tokenizer=Deaf(), accept_lossy=True)
     (summary,) = (tmp_path / "c" / "tokens").glob("*/summary.json")
     content = json.loads(summary.read_text())
     del content["loss"]
     summary.write_text(json.dumps(content))
     again = source(files, tmp_path / "c", tokenizer=Deaf())
-    assert again.fingerprint == first.fingerprint and again.loss.lost == again.loss.read == 0
+    assert (
+        again.fingerprint == first.fingerprint
+        and again.round_trip_loss.lost_bytes == again.round_trip_loss.checked_bytes == 0
+    )

@@ -256,7 +256,7 @@ def test_hugging_face_gpt2(tmp_path):
     tokenizer_file(source / "tokenizer.json")
     (source / "special_tokens_map.json").write_text('{"eos_token": "a"}')
     report = convert.convert_to_run(str(source), str(tmp_path / "run"))
-    assert load_tokenizer(tmp_path / "run").end_of_text == 2
+    assert load_tokenizer(tmp_path / "run").eos_id == 2
     assert report["left_out"] == {"h.0.attn.bias": "causal mask"} and report["encoding"] == "learned"
     tokens = np.random.default_rng(1).integers(0, 40, (2, 16))
     found = np.asarray(load_reference(str(tmp_path / "run")).logits(tokens))
@@ -330,11 +330,11 @@ def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     files = (tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
-    assert convert._tokenizer(files, "").end_of_text == 256
+    assert convert._tokenizer(files, "").eos_id == 256
     (tmp_path / "config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
     found = convert._tokenizer(files, "")
-    assert found.end_of_text == 257 and not found.lost("Grüße, 世界!\n")
+    assert found.eos_id == 257 and not found.lost_characters("Grüße, 世界!\n")
     (tmp_path / "added_tokens.json").write_text('{"<new>": 258}')
     for file in files:
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())

@@ -83,12 +83,12 @@ def test_a_run_ends_its_texts_as_it_began(tokenizer, texts, tmp_path):
         LanguageModeling(given, run_dir=run)
     tokenizer.write_bytes((run / "tokenizer.json").read_bytes())
     (tokenizer.parent / "tokenizer_config.json").write_text('{"eos_token": "fox"}')
-    assert LanguageModeling(given).tokenizer.end_of_text == 2
-    assert LanguageModeling(given, run_dir=run).tokenizer.end_of_text == 4
-    assert LanguageModeling(settings(run / "tokenizer.json", texts), run_dir=run).tokenizer.end_of_text == 4
+    assert LanguageModeling(given).tokenizer.eos_id == 2
+    assert LanguageModeling(given, run_dir=run).tokenizer.eos_id == 4
+    assert LanguageModeling(settings(run / "tokenizer.json", texts), run_dir=run).tokenizer.eos_id == 4
     begins = LanguageModeling(settings(tokenizer, texts, init_from=str(run)), run_dir=str(run))
     begins.check_assets(run)
-    assert begins.tokenizer.end_of_text == 2
+    assert begins.tokenizer.eos_id == 2
 
 
 def test_a_run_from_before_goes_on_without_an_end(tokenizer, texts, tmp_path):
@@ -96,7 +96,7 @@ def test_a_run_from_before_goes_on_without_an_end(tokenizer, texts, tmp_path):
     run = kept_by(tmp_path / "run", LanguageModeling(given), given)
     (run / "tokenizer_config.json").unlink()
     old, new = LanguageModeling(given, run_dir=run), LanguageModeling(given)
-    assert old.tokenizer.end_of_text is None and new.tokenizer.end_of_text == 4
+    assert old.tokenizer.eos_id is None and new.tokenizer.eos_id == 4
     assert 4 not in old.source("train").tokens
 
 

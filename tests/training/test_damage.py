@@ -219,7 +219,7 @@ def test_damage(settings, trained, expected, tmp_path, what):
 
     def opened():
         model = seqpe_jax.load(run)
-        assert model.tokenizer.vocabulary_size == 8
+        assert model.tokenizer.vocab_size == 8
         assert bits(model.params) == expected[model.step], "wrong numbers"
         return model.step
 

@@ -5,30 +5,30 @@ One example of text is a document (or a piece of a long one); of images, an imag
 
 import importlib
 
-from seqpe_jax.data.datasets.text_base import DocumentBuilder
+from seqpe_jax.data.datasets.text_base import TextBuilder
 from seqpe_jax.errors import InputError, suggest
 
 BUILDERS = {
-    "stdlib_text": "StdlibText",
-    "text_files": "TextFiles",
-    "wikitext103": "Wikitext103",
+    "stdlib_text": "stdlib_text.StdlibText",
+    "text_files": "text_files.TextFiles",
+    "wikitext103": "wikitext103.Wikitext103",
 }
 IMAGE_BUILDERS = {
-    "digit_images": "DigitImages",
-    "moving_digits": "MovingDigits",
-    "image_folder": "ImageFolder",
-    "imagenet2012": "Imagenet2012",
-    "imagenet_resized": "ImagenetResized",
+    "digit_images": "digits.DigitImages",
+    "moving_digits": "digits.MovingDigits",
+    "image_folder": "image_folder.ImageFolder",
+    "imagenet2012": "imagenet.Imagenet2012",
+    "imagenet_resized": "imagenet.ImagenetResized",
 }
 QUESTION_BUILDERS = {
-    "stdlib_qa": "StdlibQA",
-    "squad_long": "SquadLong",
-    "qa_jsonl": "QaJsonl",
+    "stdlib_qa": "stdlib_qa.StdlibQA",
+    "squad_long": "squad_long.SquadLong",
+    "qa_jsonl": "qa_jsonl.QaJsonl",
 }
 KINDS = {"text": BUILDERS, "images": IMAGE_BUILDERS, "questions": QUESTION_BUILDERS}
 
 
-def builder_class(name: str) -> type[DocumentBuilder]:
+def builder_class(name: str) -> type[TextBuilder]:
     """Returns the builder of text that `data.name` names. Raises: InputError, no such builder."""
     return _named(name, "text")
 
@@ -39,7 +39,7 @@ def image_builder_class(name: str) -> type:
 
 
 def question_builder_class(name: str) -> type:
-    """Returns what `data.name` names: a `QuestionBuilder`, or `QaJsonl`. Raises: InputError, no such builder."""
+    """Returns what `data.name` names: a `QABuilder`, or `QaJsonl`. Raises: InputError, no such builder."""
     return _named(name, "questions")
 
 
@@ -53,4 +53,5 @@ def _named(name: str, kind: str) -> type:
             )
     if name not in wanted:
         raise InputError(f"unknown data set '{name}' (data.name).{suggest(name, wanted)}")
-    return getattr(importlib.import_module(f"{__name__}.{name}"), wanted[name])
+    module, class_name = wanted[name].split(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), class_name)

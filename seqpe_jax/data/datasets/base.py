@@ -13,13 +13,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 import tqdm
 
-from seqpe_jax.data.cache import locked, new_directory
-from seqpe_jax.data.files import check_regular, tell
+from seqpe_jax.data.cache import locked, staged_directory
+from seqpe_jax.data.paths import check_regular_file, warn
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import atomic_write, cache_root, parse_json
 
 SPLITS = ("train", "validation", "test")
-SIZES = "sizes_of_files.json"  # of a prepared data set
+FILE_SIZES_FILE = "sizes_of_files.json"  # of a prepared data set
 
 
 class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -33,7 +33,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       **kwargs: of TFDS, e.g. `data_dir`.
     """
 
-    UNIT = "examples"  # of a progress bar, and of the message that there are none
+    ITEM_NAME = "examples"  # of a progress bar, and of the message that there are none
 
     def __init__(self, *, paths: Iterable[str] = (), downloads: str | os.PathLike = "", **kwargs):
         self.paths = tuple(os.fspath(path) for path in paths)
@@ -53,7 +53,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     @classmethod
-    def left_out(cls, paths: tuple[str, ...]) -> str:
+    def skipped(cls, paths: tuple[str, ...]) -> str:
         """Returns what lies under the paths but is not read, in words; "" where that is nothing. Raises: as `sources`."""
         return ""
 
@@ -101,7 +101,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager):
         del dl_manager
         splits = {}
-        with self._remembered():
+        with self._keep_input_error():
             for split, contents in self.contents().items():
                 examples = (example for content in contents for example in self.examples(content))
                 first = next(examples, None)  # TFDS refuses a split without examples
@@ -111,17 +111,17 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     )
             if not splits:
                 where = ", ".join(self.paths) or "its files"
-                raise InputError(f"data set '{self.name}' is empty: no {self.UNIT} in {where}")
+                raise InputError(f"data set '{self.name}' is empty: no {self.ITEM_NAME} in {where}")
         return splits
 
     def _generate_examples(self, examples: Iterable[dict], title: str) -> Iterator[tuple[int, dict]]:
-        with self._remembered():
+        with self._keep_input_error():
             yield from enumerate(
-                tqdm.tqdm(examples, title, unit=f" {self.UNIT}", delay=2.0, disable=not self._progress)
+                tqdm.tqdm(examples, title, unit=f" {self.ITEM_NAME}", delay=2.0, disable=not self._progress)
             )
 
     @contextlib.contextmanager
-    def _remembered(self):
+    def _keep_input_error(self):
         """TFDS adds words of its own to what a generator raises; this keeps the message as it was."""
         try:
             yield
@@ -130,7 +130,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise
 
 
-def prepared(
+def prepare_dataset(
     kind: type[CachedBuilder], paths: tuple[str, ...], target: pathlib.Path, downloads: pathlib.Path, progress: bool
 ) -> CachedBuilder:
     """Returns a builder whose data set lies ready in `target`, after writing it there if need be.
@@ -140,24 +140,26 @@ def prepared(
     Raises:
       InputError: as `CachedBuilder.contents`, or `target` cannot be written.
     """
-    if not _whole(kind, paths, downloads, target):
+    if not _is_complete(kind, paths, downloads, target):
         with locked(target) as alone:
-            if not _whole(kind, paths, downloads, target):
+            if not _is_complete(kind, paths, downloads, target):
                 if target.is_dir():
-                    tell(f"{target} is incomplete, as if it had been cleaned in part: it is prepared again")
-                with new_directory(target, alone=alone) as folder:
+                    warn(f"{target} is incomplete, as if it had been cleaned in part: it is prepared again")
+                with staged_directory(target, alone=alone) as folder:
                     builder = kind(paths=paths, downloads=downloads, data_dir=folder)
                     builder.prepare(progress=progress)
-                    atomic_write(folder / SIZES, json.dumps(_sizes(folder)) + "\n")
+                    atomic_write(folder / FILE_SIZES_FILE, json.dumps(_sizes(folder)) + "\n")
     return kind(paths=paths, downloads=downloads, data_dir=target)
 
 
-def _whole(kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib.Path, target: pathlib.Path) -> bool:
+def _is_complete(
+    kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib.Path, target: pathlib.Path
+) -> bool:
     """Whether all files of a prepared data set are there, as long as they were; older ones do not say how long."""
     if not target.is_dir():
         return False
     try:
-        if parse_json((target / SIZES).read_bytes()) != _sizes(target):
+        if parse_json((target / FILE_SIZES_FILE).read_bytes()) != _sizes(target):
             return False
     except FileNotFoundError:
         pass
@@ -173,11 +175,11 @@ def _whole(kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib
 
 def _sizes(folder: pathlib.Path) -> dict[str, int]:
     """Bytes of the files of a prepared data set, by their paths in its folder."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_SIZES_FILE]
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
-def describe_file(file: pathlib.Path, name: str) -> str:
+def file_signature(file: pathlib.Path, name: str) -> str:
     """Returns a line that changes when the file does: name, place, size in bytes and time of change.
 
     Raises:
@@ -187,10 +189,10 @@ def describe_file(file: pathlib.Path, name: str) -> str:
         status = file.stat()
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
-    check_regular(status.st_mode, str(file))
+    check_regular_file(status.st_mode, str(file))
     return f"{name} {file} {status.st_size} {status.st_mtime_ns}"
 
 
-def chance(name: str) -> float:
+def hash_fraction(name: str) -> float:
     """Returns a number in [0, 1) that depends on `name` only, the same everywhere and for ever."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48

@@ -13,14 +13,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
-from seqpe_jax.data.cache import locked
-from seqpe_jax.data.datasets.base import CachedBuilder, prepared
+from seqpe_jax.data.datasets.base import CachedBuilder, prepare_dataset
 from seqpe_jax.errors import InputError
 
 # Of ImageNet's training photos, per channel in 0..1; what everybody normalises photos with.
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-SHOWN = 10  # class names told in a message
+MAX_CLASSES_SHOWN = 10  # class names told in a message
 
 LabelledArrays = Iterable[tuple[np.ndarray, int]]
 
@@ -58,7 +57,7 @@ class ImageSource:
         """How many classes there are; labels are 0 .. classes - 1."""
         return len(self.class_names)
 
-    def labelled_as(self, class_names: Sequence[str], owner: str) -> "ImageSource":
+    def relabel(self, class_names: Sequence[str], owner: str) -> "ImageSource":
         """Returns the same images, with labels that are places in other names; a class keeps its name.
 
         Args:
@@ -101,7 +100,7 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
     A subclass says what it reads (`sources`) and yields labelled arrays by split (`images`).
     """
 
-    UNIT = "images"
+    ITEM_NAME = "images"
     SHAPE: tuple[int, ...]
     CLASS_NAMES: tuple[str, ...]
     MEAN: tuple[float, ...]
@@ -143,115 +142,29 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
           InputError: nothing to read, damaged data, a folder not writable.
         """
         key = cls.source_key(paths)
-        builder = prepared(cls, paths, datasets / f"{cls.name}-{key}", cache / "downloads", progress)
-        fingerprint = digest(key, split)
+        builder = prepare_dataset(cls, paths, datasets / f"{cls.name}-{key}", cache / "downloads", progress)
+        fingerprint = fingerprint_of(key, split)
         records = builder.as_data_source(split=split)
         return ImageSource(
             f"{cls.name}/{split}", cls.CLASS_NAMES, cls.SHAPE[-1], cls.MEAN, cls.STD, fingerprint, records
         )
 
 
-class PhotoBuilder(CachedBuilder, skip_registration=True):
-    """A data set of encoded photos under the names, versions and fields of one of TFDS's own.
-
-    TFDS's own builders need TensorFlow to write such a data set; what they wrote elsewhere as array_record is read as it
-    is. The official validation split serves as "validation" and as "test".
-    """
-
-    UNIT = "images"
-    FILES: tuple[str, ...]  # to be put into a folder by hand
-
-    @classmethod
-    def choose(cls, paths: tuple[str, ...]) -> tuple[str | None, str]:
-        """Returns (name of TFDS's configuration, folder with the files or "") as `data.paths` says.
-
-        Raises:
-          InputError: `data.paths` means nothing here.
-        """
-        if len(paths) > 1:
-            raise InputError(
-                f"data.paths: data set '{cls.name}' takes one folder, got {len(paths)} paths; give the folder that holds "
-                f"{' and '.join(cls.FILES)}"
-            )
-        return None, paths[0] if paths else ""
-
-    def files(self) -> tuple[str, ...]:
-        """Returns the names of the files that are put into the folder by hand."""
-        return self.FILES
-
-    @classmethod
-    def open_split(
-        cls, split: str, *, paths: tuple[str, ...], datasets: pathlib.Path, cache: pathlib.Path, progress: bool
-    ) -> ImageSource:
-        """Returns a split, as `ImageBuilder.open_split` does."""
-        config, chosen = cls.choose(paths)
-        folder = pathlib.Path(chosen).expanduser().absolute() if chosen else datasets / "downloads" / "manual"
-
-        def builder() -> PhotoBuilder:
-            try:
-                return cls(paths=(str(folder),), downloads=cache / "downloads", data_dir=datasets, config=config)
-            except ValueError as error:
-                if "File format" in str(error):
-                    raise InputError(
-                        f"data set '{cls.name}' in '{datasets}' is not in a format for random access: prepare it again "
-                        "with file_format=array_record, or set data.data_dir to an empty folder"
-                    ) from None
-                raise
-
-        def is_prepared(found: PhotoBuilder) -> bool:
-            return (found.data_path / "dataset_info.json").exists()  # TFDS's own `is_prepared` warns where it is not
-
-        found = builder()
-        if not is_prepared(found):
-            missing = [name for name in found.files() if not (folder / name).is_file()]
-            if missing:
-                raise InputError(
-                    f"data set '{cls.name}' is not prepared in '{datasets}', and '{folder}' lacks {' and '.join(missing)}: "
-                    f"get {'it' if len(missing) == 1 else 'them'} from image-net.org/download-images, put "
-                    f"{' and '.join(found.files())} into '{folder}' and start again"
-                )
-            with locked(datasets / f"{cls.name}-{config or 'all'}"):
-                found = builder()
-                if not is_prepared(found):
-                    found.prepare(progress=progress)
-                    found = builder()
-        official = "train" if split == "train" else "validation"
-        if official not in found.info.splits:
-            raise InputError(
-                f"data set '{cls.name}' in '{datasets}' has no split '{official}' (it has {', '.join(found.info.splits)}): "
-                "prepare it again from all its files"
-            )
-        facts = found.info.splits[official]
-        return ImageSource(
-            name=f"{found.info.full_name}/{split}",
-            class_names=tuple(found.info.features["label"].names),
-            channels=3,
-            mean=PHOTO_MEAN,
-            std=PHOTO_STD,
-            # Other preparations of the same photos may keep them in another order.
-            fingerprint=digest(
-                found.info.full_name, official, facts.shard_lengths, facts.num_bytes, found.info.disable_shuffling
-            ),
-            records=found.as_data_source(split=official, decoders={"image": tfds.decode.SkipDecoding()}),
-            decode=lambda content: read_rgb(
-                io.BytesIO(content), f"in data set '{cls.name}'", "prepare the data set again"
-            ),
-        )
-
-
 def _listed(one: str, many: str, names: Sequence[str]) -> str:
     """Returns "class a" or "classes a, b, c"; of many names the first few."""
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    shown = ", ".join(names[:MAX_CLASSES_SHOWN]) + (
+        f" and {len(names) - MAX_CLASSES_SHOWN} more" if len(names) > MAX_CLASSES_SHOWN else ""
+    )
     return f"{one if len(names) == 1 else many} {shown}"
 
 
-def digest(*identity: Any) -> str:
+def fingerprint_of(*identity: Any) -> str:
     """Returns 32 hex digits that tell values apart."""
     return hashlib.sha256(json.dumps(identity, default=list).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
-def readable(name: str, cure: str) -> Iterator[None]:
+def image_errors(name: str, cure: str) -> Iterator[None]:
     """Tells in one line what Pillow cannot read, and what to do about it.
 
     Raises:
@@ -287,7 +200,7 @@ def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = Fa
     Raises:
       InputError: not an image, a damaged one, or one whose values have no known range.
     """
-    with readable(name, cure), Image.open(file) as image:
+    with image_errors(name, cure), Image.open(file) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow would clip at 255
@@ -299,7 +212,7 @@ def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = Fa
         return np.asarray(image.convert("RGB"))
 
 
-def verify(file: str, cure: str) -> tuple[str, int] | None:
+def verify_image(file: str, cure: str) -> tuple[str, int] | None:
     """Checks that a file is an image, and measures the values of one with 16 bits each.
 
     Returns:
@@ -308,7 +221,7 @@ def verify(file: str, cure: str) -> tuple[str, int] | None:
     Raises:
       InputError: as `read_rgb`.
     """
-    with readable(f"'{file}'", cure), Image.open(file) as image:
+    with image_errors(f"'{file}'", cure), Image.open(file) as image:
         of_16_bits = any(";16" in str(part) for part in image.tile)  # what Pillow calls the file's own form of pixels
         if image.mode[0] in "IF":  # values whose range may be unknown are looked at themselves
             values = np.asarray(image)

@@ -11,9 +11,25 @@ import tqdm
 from PIL import Image
 
 from seqpe_jax.data.cache import locked
-from seqpe_jax.data.datasets.base import SPLITS, chance
-from seqpe_jax.data.datasets.image_base import PHOTO_MEAN, PHOTO_STD, SHOWN, ImageSource, digest, read_rgb, verify
-from seqpe_jax.data.files import HIDDEN, SYSTEM, LeftOut, absolute, find, is_system_folder, tell
+from seqpe_jax.data.datasets.base import SPLITS, hash_fraction
+from seqpe_jax.data.datasets.image_base import (
+    MAX_CLASSES_SHOWN,
+    PHOTO_MEAN,
+    PHOTO_STD,
+    ImageSource,
+    fingerprint_of,
+    read_rgb,
+    verify_image,
+)
+from seqpe_jax.data.paths import (
+    HIDDEN_FOLDER,
+    SYSTEM_FOLDER,
+    Skipped,
+    absolute_path,
+    is_system_folder,
+    resolve_paths,
+    warn,
+)
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import atomic_write, parse_json
 
@@ -29,22 +45,24 @@ Image.init()
 SUFFIXES = tuple(
     sorted(end for end, form in Image.registered_extensions().items() if form in Image.OPEN.keys() - HEADER_ONLY)
 )
-TEST, VALIDATION = 0.1, 0.2  # upper ends of the range of `chance`, where the images lie in one folder per class
-DEPTHS = (8, 10, 12, 14)  # bits that cameras give, in files of 16
-NARROW = 2 ** DEPTHS[-1]  # of 65536 values; where none is larger, 64 of 256 grey levels are left
+TEST, VALIDATION = 0.1, 0.2  # upper ends of the range of `hash_fraction`, where the images lie in one folder per class
+CAMERA_BIT_DEPTHS = (8, 10, 12, 14)  # bits that cameras give, in files of 16
+MIN_FULL_RANGE = 2 ** CAMERA_BIT_DEPTHS[-1]  # of 65536 values; where none is larger, 64 of 256 grey levels are left
 THREADS = 8  # that look at files at once: on network disks the wait is long
-CURE = "replace it by a whole PNG or JPEG file, or remove it"
-LAYOUT = "ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is split 80/10/10"
-OUTSIDE, NO_SPLIT = "outside of class folders", "folders of no split"  # kinds of what is left out
+HOW_TO_REPAIR = "replace it by a whole PNG or JPEG file, or remove it"
+FOLDER_LAYOUT = (
+    "ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is split 80/10/10"
+)
+OUTSIDE_CLASS_FOLDERS, NO_SPLIT_FOLDERS = "outside of class folders", "folders of no split"  # kinds of what is left out
 EVAL = "eval"  # the split that no other folder is: validation, else test
-PLAIN_NAMES = {
+SPLIT_FOLDER_NAMES = {
     "train": ("train",),
     "validation": ("validation", "val"),
     "test": ("test",),
 }  # splits wherever they stand
 # As other programs call them; they are splits where they hold class folders, and a training and a held-out one are there.
-OTHER_NAMES = {"train": ("training",), "validation": ("valid", "dev", EVAL), "test": ("testing", EVAL)}
-SPLIT_NAMES = {split: PLAIN_NAMES[split] + OTHER_NAMES[split] for split in SPLITS}
+ALTERNATIVE_SPLIT_NAMES = {"train": ("training",), "validation": ("valid", "dev", EVAL), "test": ("testing", EVAL)}
+SPLIT_NAMES = {split: SPLIT_FOLDER_NAMES[split] + ALTERNATIVE_SPLIT_NAMES[split] for split in SPLITS}
 HELD_OUT_NAMES = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
 
 
@@ -77,21 +95,23 @@ class ImageFolder:
         """
         del datasets
         if len(paths) != 1:
-            raise InputError(f"data.name='image_folder' needs one folder in data.paths, got {len(paths)}: {LAYOUT}")
-        root = pathlib.Path(absolute(os.path.expanduser(paths[0])))
+            raise InputError(
+                f"data.name='image_folder' needs one folder in data.paths, got {len(paths)}: {FOLDER_LAYOUT}"
+            )
+        root = pathlib.Path(absolute_path(os.path.expanduser(paths[0])))
         folder, class_names, beside = _layout(root, split)
         files = _Files(folder, class_names, split if folder == root else None, progress)
         if progress:
-            for place, left_out in ((root, beside), (folder, files.left_out)):
-                if str(left_out):
-                    tell(f"data.paths: left out of '{place}': {left_out}")
+            for place, skipped in ((root, beside), (folder, files.skipped)):
+                if str(skipped):
+                    warn(f"data.paths: left out of '{place}': {skipped}")
         if not len(files):
             raise InputError(
                 f"data.paths: split '{split}' of '{root}' is empty: give more images, or make the folders train, "
                 "validation and test yourself"
             )
         title = f"{cls.name}/{split}"
-        done = cache / "verified" / f"{cls.name}-{digest(str(folder), files.status)}"
+        done = cache / "verified" / f"{cls.name}-{fingerprint_of(str(folder), files.status)}"
         _check_depth(_verify(files, done, title, progress), bit_depth, title)
         narrow = [bit_depth] if bit_depth not in (0, 16) else []  # which gives the same files other pixels
         return ImageSource(
@@ -100,9 +120,9 @@ class ImageFolder:
             channels=3,
             mean=PHOTO_MEAN,
             std=PHOTO_STD,
-            fingerprint=digest(class_names, [(name, size) for name, size, _ in files.status], *narrow),
+            fingerprint=fingerprint_of(class_names, [(name, size) for name, size, _ in files.status], *narrow),
             records=files,
-            decode=lambda file: read_rgb(file, f"'{file}'", CURE, upright=True, bit_depth=bit_depth),
+            decode=lambda file: read_rgb(file, f"'{file}'", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth),
         )
 
 
@@ -119,8 +139,8 @@ class _Files(Sequence):
         self._folder = folder
         there = [name for name in class_names if (folder / name).is_dir()]  # a held-out split need not have every class
         title = f"list images of {split or folder.name}" if progress else ""
-        found = find([str(folder / name) for name in there], suffixes=SUFFIXES, title=title)
-        self.left_out = found.left_out
+        found = resolve_paths([str(folder / name) for name in there], suffixes=SUFFIXES, title=title)
+        self.skipped = found.skipped
         above = os.path.join(folder, "")
         files: dict[str, list[str]] = {name: [] for name in there}
         for file in found.files:
@@ -128,7 +148,7 @@ class _Files(Sequence):
             files[name.partition(os.sep)[0]].append(name)
         for name in there:
             if not files[name]:
-                left = f", left out: {self.left_out}" if str(self.left_out) else ""
+                left = f", left out: {self.skipped}" if str(self.skipped) else ""
                 raise InputError(
                     f"data.paths: class folder '{folder / name}' holds no images of its own (png, jpg, tif, gif, ...)"
                     f"{left}: put images into it, or remove it"
@@ -158,28 +178,28 @@ class _Files(Sequence):
         return {"image": os.path.join(self._folder, self.status[index][0]), "label": int(self._labels[index])}
 
 
-def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], LeftOut]:
+def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], Skipped]:
     """Returns (folder of the split's class folders, class names, what lies beside).
 
     The folder is `root` where there are no split folders.
     """
     if not root.is_dir():
-        raise InputError(f"data.paths: there is no folder '{root}'; give a folder with images: {LAYOUT}")
-    top, left_out = _folders(root), LeftOut()
+        raise InputError(f"data.paths: there is no folder '{root}'; give a folder with images: {FOLDER_LAYOUT}")
+    top, skipped = _folders(root), Skipped()
     named = _split_folders(root, top)
     folders = {name: root / named.get(name, name) for name in SPLITS}
     present = {name: found for name, folder in folders.items() if folder.is_dir() and (found := _folders(folder))}
     if not present:
         if not top:
-            raise InputError(f"data.paths: '{root}' holds no class folders; expected {LAYOUT}")
+            raise InputError(f"data.paths: '{root}' holds no class folders; expected {FOLDER_LAYOUT}")
         _check_classes(root, top, split)
-        _outside(root, left_out)
-        return root, top, left_out
+        _outside(root, skipped)
+        return root, top, skipped
     beside = [name for name in top if name not in named.values()]
-    if beside and not any(named[name] in PLAIN_NAMES[name] for name in present):
+    if beside and not any(named[name] in SPLIT_FOLDER_NAMES[name] for name in present):
         raise InputError(
             f"data.paths: '{root}' has '{named[next(iter(present))]}' beside '{beside[0]}', which may be a split or a "
-            f"class: name splits in lower case (train, validation, test), or move the others away; expected {LAYOUT}"
+            f"class: name splits in lower case (train, validation, test), or move the others away; expected {FOLDER_LAYOUT}"
         )
     for needed in ("train", split):
         if needed not in present:
@@ -197,10 +217,10 @@ def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ..
                 "every class needs training images; add some, or remove the folder"
             )
     for name in beside:
-        left_out.add(NO_SPLIT, str(root / name))
+        skipped.add(NO_SPLIT_FOLDERS, str(root / name))
     for folder in (root, folders[split]):
-        _outside(folder, left_out)
-    return folders[split], class_names, left_out
+        _outside(folder, skipped)
+    return folders[split], class_names, skipped
 
 
 def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
@@ -212,12 +232,12 @@ def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
       InputError: several folders may be the same split.
     """
     found = {}
-    for split, names in PLAIN_NAMES.items():
+    for split, names in SPLIT_FOLDER_NAMES.items():
         if (name := next((name for name in names if name in top), None)) is not None:
             found[split] = name
 
     def holds_classes(name: str) -> bool:
-        return bool(_folders(root / name)) and not _pictures(root / name)
+        return bool(_folders(root / name)) and not _has_images(root / name)
 
     for split in SPLITS:
         if split in found:
@@ -232,7 +252,7 @@ def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
         if others:
             found[split] = others[0]
     if "train" not in found or len(found) == 1:  # then those that have another name are classes
-        found = {split: name for split, name in found.items() if name.lower() in PLAIN_NAMES[split]}
+        found = {split: name for split, name in found.items() if name.lower() in SPLIT_FOLDER_NAMES[split]}
     return found
 
 
@@ -248,24 +268,24 @@ def _check_classes(folder: pathlib.Path, class_names: tuple[str, ...], split: st
     if divided and len(class_names) == 1:
         raise InputError(
             f"data.paths: '{folder / divided[0]}' holds splits ({', '.join(_folders(folder / divided[0]))}) and is no "
-            f"class: give that folder as data.paths, laid out as {LAYOUT}"
+            f"class: give that folder as data.paths, laid out as {FOLDER_LAYOUT}"
         )
     if divided:
         raise InputError(
             f"data.paths: class folder '{folder / divided[0]}' holds splits ({', '.join(_folders(folder / divided[0]))}): "
-            f"give that folder as data.paths if it is the data set, or put splits above classes: {LAYOUT}"
+            f"give that folder as data.paths if it is the data set, or put splits above classes: {FOLDER_LAYOUT}"
         )
     if len(class_names) > 1 or split != "train":
         return
     inner = folder / class_names[0]
-    while len(below := _folders(inner)) == 1 and not _pictures(inner):
+    while len(below := _folders(inner)) == 1 and not _has_images(inner):
         inner = inner / below[0]
     cure = "give a folder with two class folders or more"
     if len(below) > 1:
-        cure = f"give '{inner}' as data.paths, if its folders ({', '.join(below[:SHOWN])}, ...) are the classes"
+        cure = f"give '{inner}' as data.paths, if its folders ({', '.join(below[:MAX_CLASSES_SHOWN])}, ...) are the classes"
     raise InputError(
         f"data.paths: '{folder}' holds one class, '{class_names[0]}', and a model needs two to tell apart: {cure}; "
-        f"expected {LAYOUT}"
+        f"expected {FOLDER_LAYOUT}"
     )
 
 
@@ -281,21 +301,21 @@ def _folders(folder: pathlib.Path) -> tuple[str, ...]:
     return tuple(name for name in _names(folder) if not is_system_folder(name) and os.path.isdir(folder / name))
 
 
-def _pictures(folder: pathlib.Path) -> bool:
+def _has_images(folder: pathlib.Path) -> bool:
     return any(name.lower().endswith(SUFFIXES) and os.path.isfile(folder / name) for name in _names(folder))
 
 
-def _outside(folder: pathlib.Path, left_out: LeftOut) -> None:
+def _outside(folder: pathlib.Path, skipped: Skipped) -> None:
     """Adds what lies in a folder of class folders and is none: files, hidden folders, those of the system."""
     for name in _names(folder, hidden=True):
         path = str(folder / name)
         if not os.path.isdir(path):
             if not name.startswith("."):
-                left_out.add(OUTSIDE, path)
+                skipped.add(OUTSIDE_CLASS_FOLDERS, path)
         elif is_system_folder(name):
-            left_out.add(SYSTEM, path)
+            skipped.add(SYSTEM_FOLDER, path)
         elif name.startswith("."):
-            left_out.add(HIDDEN, path)
+            skipped.add(HIDDEN_FOLDER, path)
 
 
 def _names(folder: pathlib.Path, hidden: bool = False) -> list[str]:
@@ -312,7 +332,7 @@ def _splits(names: list[str]) -> dict[str, str]:
     A hash of the name decides, so that an image stays where it is when others come or go. Of a class that would have no
     image for training, the one nearest to that range is trained on.
     """
-    places = {name: chance(f"image_folder {name}") for name in names}
+    places = {name: hash_fraction(f"image_folder {name}") for name in names}
     splits = {
         name: "test" if place < TEST else "validation" if place < VALIDATION else "train"
         for name, place in places.items()
@@ -358,7 +378,7 @@ def _found(done: pathlib.Path) -> dict[str, int] | None:
 
 
 def _check(file: str) -> tuple[str, int] | None:
-    return verify(file, CURE)
+    return verify_image(file, HOW_TO_REPAIR)
 
 
 def _check_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
@@ -370,14 +390,14 @@ def _check_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
       InputError: says which bit depth they fit, or that one given is too small, or cannot be had.
     """
     grey, colours = largest.get("grey"), largest.get("colours")
-    if colours is not None and (bit_depth not in (0, 16) or bit_depth == 0 and colours < NARROW):
+    if colours is not None and (bit_depth not in (0, 16) or bit_depth == 0 and colours < MIN_FULL_RANGE):
         raise InputError(
             f"data.paths: colours of 16 bits in {title} go up to about {colours} of 65535, and only their upper 8 bits can "
             "be read: convert these files to 8 bits, scaled to the full range (data.bit_depth=16 takes the upper bits as "
             "they are, others are for grey values)"
         )
-    if grey is not None and bit_depth == 0 and grey < NARROW:
-        fits = next(bits for bits in DEPTHS if grey < 2**bits)
+    if grey is not None and bit_depth == 0 and grey < MIN_FULL_RANGE:
+        fits = next(bits for bits in CAMERA_BIT_DEPTHS if grey < 2**bits)
         raise InputError(
             f"data.paths: grey values of 16 bits in {title} go up to {grey} of 65535, so that nearly all would become "
             f"black: set data.bit_depth={fits} (evaluate: --bit-depth={fits}) if {2**fits - 1} is white, or 16 if 65535 is"

@@ -24,14 +24,14 @@ class Question(NamedTuple):
     answers: tuple[str, ...]
 
 
-class QuestionBuilder(CachedBuilder, skip_registration=True):
+class QABuilder(CachedBuilder, skip_registration=True):
     """A data set of questions: {"name", "text" (the passage), "question", "kind", "answers"}, all UTF-8 text.
 
     A subclass says what it reads (`sources`) and yields questions by split (`questions`), in an order that is kept.
     """
 
-    UNIT = "questions"
-    TAIL: str  # the end of a prompt, with {} for the question
+    ITEM_NAME = "questions"
+    PROMPT_SUFFIX: str  # the end of a prompt, with {} for the question
 
     def features(self) -> tfds.features.FeaturesDict:
         text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
@@ -55,6 +55,6 @@ class QuestionBuilder(CachedBuilder, skip_registration=True):
         yield {"name": name, "text": passage, "question": question, "kind": kind, "answers": list(answers)}
 
     @staticmethod
-    def leaks(text: str, question: str, answers: Iterable[str]) -> bool:
+    def leaks_answer(text: str, question: str, answers: Iterable[str]) -> bool:
         """Returns whether a passage would answer a question that is about another one."""
         raise NotImplementedError

@@ -4,11 +4,11 @@ import pathlib
 from collections.abc import Iterator
 
 from seqpe_jax.data.datasets.base import SPLITS
-from seqpe_jax.data.formats import HEAD, check_plain, without_mark
+from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text, strip_bom
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json_text
 
-HOW = (
+QA_JSONL_USAGE = (
     "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
     '{"index": 0, "input": "... Question: ... Answer:", "outputs": ["an answer"]}'
 )
@@ -26,13 +26,13 @@ class QaJsonl:
     def file(cls, split: str, paths: tuple[str, ...]) -> pathlib.Path:
         """Returns the file of a split. Raises: InputError, there is none."""
         if len(paths) != 1:
-            raise InputError(f"data.name='qa_jsonl' needs one path in data.paths, got {len(paths)}: {HOW}")
+            raise InputError(f"data.name='qa_jsonl' needs one path in data.paths, got {len(paths)}: {QA_JSONL_USAGE}")
         path = pathlib.Path(paths[0]).expanduser().absolute()
         file = path / f"{split}.jsonl" if path.is_dir() else path
         if not file.is_file():
             held = [name for name in SPLITS if (path / f"{name}.jsonl").is_file()]
             has = f" (the folder has {', '.join(held)})" if held else ""
-            raise InputError(f"data.paths: '{file}' does not exist{has}; {HOW}")
+            raise InputError(f"data.paths: '{file}' does not exist{has}; {QA_JSONL_USAGE}")
         return file
 
 
@@ -40,11 +40,11 @@ def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
     """Yields (line number from 1, byte offset, line) of what is not blank. Raises: InputError, unreadable or not text."""
     try:
         with open(file, "rb") as content:
-            check_plain(content.read(HEAD), f"data.paths: '{file}'")
+            check_plain_text(content.read(HEAD_BYTES), f"data.paths: '{file}'")
             content.seek(0)
             offset = 0
             for number, line in enumerate(content, 1):
-                if without_mark(line).strip():
+                if strip_bom(line).strip():
                     yield number, offset, line
                 offset += len(line)
     except OSError as error:
@@ -62,17 +62,19 @@ def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
     try:
         record = parse_json_text(line)
     except ValueError as error:
-        raise InputError(f"{place} is not JSON ({error}); {HOW}") from None
+        raise InputError(f"{place} is not JSON ({error}); {QA_JSONL_USAGE}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{place} is no object; {HOW}")
+        raise InputError(f"{place} is no object; {QA_JSONL_USAGE}")
     for name, kind, wanted in (("index", int, "an integer"), ("input", str, "a text"), ("outputs", list, "a list")):
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
-            raise InputError(f"{place}: field '{name}' must be {wanted}, got {record.get(name)!r:.60}; {HOW}")
+            raise InputError(
+                f"{place}: field '{name}' must be {wanted}, got {record.get(name)!r:.60}; {QA_JSONL_USAGE}"
+            )
     outputs = record["outputs"]
     if not outputs or not all(isinstance(output, str) and output.strip() for output in outputs):
         raise InputError(
-            f"{place}: field 'outputs' must be a list of texts that are not empty, got {outputs!r:.60}; {HOW}"
+            f"{place}: field 'outputs' must be a list of texts that are not empty, got {outputs!r:.60}; {QA_JSONL_USAGE}"
         )
     if not record["input"].strip():
-        raise InputError(f"{place}: field 'input' is empty; {HOW}")
+        raise InputError(f"{place}: field 'input' is empty; {QA_JSONL_USAGE}")
     return record["index"], record["input"].strip(), tuple(dict.fromkeys(output.strip() for output in outputs))

@@ -8,21 +8,21 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from seqpe_jax.data.datasets.base import SPLITS, chance, describe_file
-from seqpe_jax.data.datasets.qa_base import Question, QuestionBuilder
-from seqpe_jax.data.formats import HEAD, JSON_HEAD, check_plain, first_record
+from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
+from seqpe_jax.data.datasets.qa_base import QABuilder, Question
+from seqpe_jax.data.formats import HEAD_BYTES, JSON_HEAD_BYTES, check_plain_text, first_json_record
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json_text
 
 HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file
 KINDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
-HOW = (
+SQUAD_USAGE = (
     "give one file in SQuAD's JSON format, or a folder with train-*.json and dev-*.json (train-v1.1.json and "
     "dev-v1.1.json, or v2.0, from rajpurkar.github.io/SQuAD-explorer)"
 )
 
 
-class SquadLong(QuestionBuilder):
+class SquadLong(QABuilder):
     """Questions on paragraphs of articles; a question's kind is its first question word (who, what, ...), or "other".
 
     One file is split by article: a tenth of them (those of the lowest hash of their title) are the test split, the next
@@ -35,11 +35,11 @@ class SquadLong(QuestionBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    TAIL = "Question: {}\nAnswer:"
+    PROMPT_SUFFIX = "Question: {}\nAnswer:"
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
-        return [describe_file(file, f"{part} {file.name}") for part, file in _files(paths)]
+        return [file_signature(file, f"{part} {file.name}") for part, file in _files(paths)]
 
     def questions(self) -> Mapping[str, Iterable[Question]]:
         articles: dict[str, list[tuple[str, list]]] = {}  # by part: whole, train or dev
@@ -53,7 +53,7 @@ class SquadLong(QuestionBuilder):
         return {split: _questions(found) for split, found in splits.items()}
 
     @staticmethod
-    def leaks(text: str, question: str, answers: Iterable[str]) -> bool:
+    def leaks_answer(text: str, question: str, answers: Iterable[str]) -> bool:
         text = text.lower()
         return any(answer.lower() in text for answer in answers)
 
@@ -61,21 +61,21 @@ class SquadLong(QuestionBuilder):
 def _files(paths: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
     """Returns (whole, train or dev; file)."""
     if len(paths) != 1:
-        raise InputError(f"data.name='squad_long' needs one path in data.paths, got {len(paths)}: {HOW}")
+        raise InputError(f"data.name='squad_long' needs one path in data.paths, got {len(paths)}: {SQUAD_USAGE}")
     path = pathlib.Path(paths[0]).expanduser().absolute()
     if path.is_file():
         return [("whole", path)]
     if not path.is_dir():
-        raise InputError(f"data.paths: '{path}' does not exist; {HOW}")
+        raise InputError(f"data.paths: '{path}' does not exist; {SQUAD_USAGE}")
     found = [(part, file) for part in ("train", "dev") for file in sorted(path.glob(f"{part}-*.json"))]
     if not found:
-        raise InputError(f"data.paths: folder '{path}' holds neither train-*.json nor dev-*.json; {HOW}")
+        raise InputError(f"data.paths: folder '{path}' holds neither train-*.json nor dev-*.json; {SQUAD_USAGE}")
     return found
 
 
 def _divided(titles: set[str], test: float, validation: float) -> dict[str, set[str]]:
     """Returns the titles of each split: fixed shares of them, at least one where there are enough for every split."""
-    ranked = sorted(titles, key=lambda title: (chance(f"squad_long {title}"), title))
+    ranked = sorted(titles, key=lambda title: (hash_fraction(f"squad_long {title}"), title))
     held = max(1, round(test * len(ranked))) if test else 0
     kept = max(1, round(validation * len(ranked))) if validation else 0
     if test + validation == 1.0:
@@ -91,14 +91,14 @@ def _articles(file: pathlib.Path) -> list[tuple[str, list]]:
     """Returns (title, its paragraphs, checked)."""
     try:
         read = file.read_bytes()
-        check_plain(read[:HEAD], f"data.paths: '{file}'")
+        check_plain_text(read[:HEAD_BYTES], f"data.paths: '{file}'")
         content = parse_json_text(read)
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     except json.JSONDecodeError as error:
-        if first_record(read[:JSON_HEAD], len(read) <= JSON_HEAD) is not None:
+        if first_json_record(read[:JSON_HEAD_BYTES], len(read) <= JSON_HEAD_BYTES) is not None:
             raise InputError(
-                f"'{file}' holds JSON lines, where data.name='squad_long' reads one object: {HOW}; lines with 'input' and "
+                f"'{file}' holds JSON lines, where data.name='squad_long' reads one object: {SQUAD_USAGE}; lines with 'input' and "
                 "'outputs' are read with data.name=qa_jsonl"
             ) from None
         raise InputError(
@@ -138,7 +138,7 @@ def _field(file: pathlib.Path, owner: Any, place: str, name: str, kind: type) ->
     if not isinstance(value, kind):
         wanted = {list: "a list", str: "a text"}[kind]
         has = "is no object" if not isinstance(owner, dict) else f"has no '{name}' that is {wanted}"
-        raise InputError(f"'{file}' is not in SQuAD's format: {place or 'the file'} {has}; {HOW}")
+        raise InputError(f"'{file}' is not in SQuAD's format: {place or 'the file'} {has}; {SQUAD_USAGE}")
     return value
 
 

@@ -11,21 +11,21 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from seqpe_jax.data.datasets import stdlib_text
-from seqpe_jax.data.datasets.base import SPLITS, chance
-from seqpe_jax.data.datasets.qa_base import Question, QuestionBuilder
+from seqpe_jax.data.datasets.base import SPLITS, hash_fraction
+from seqpe_jax.data.datasets.qa_base import QABuilder, Question
 from seqpe_jax.errors import InputError
 
 # Together with the separators and the end token 128 bytes, so that every question fits a window of 128.
-SNIPPET, CUE, ANSWER = 72, 32, 16  # bytes at most
-SHORTEST_CUE, SHORTEST_ANSWER = 6, 2
-PER_FILE = 60  # questions of a kind; tables of characters would be most of the data set otherwise
+MAX_PASSAGE_BYTES, MAX_CUE_BYTES, MAX_ANSWER_BYTES = 72, 32, 16  # bytes at most
+MIN_CUE_BYTES, MIN_ANSWER_BYTES = 6, 2
+MAX_QUESTIONS_PER_FILE = 60  # questions of a kind; tables of characters would be most of the data set otherwise
 # How much of a question's end is unlike anything in the other passages; 0 = no more than all of it. What a small model
 # learns first, following two or four bytes, leads it to the rest.
-CLUES = (2, 4, 0)
-MOST_FREQUENT = 0.02  # an answer's share of its kind in a split; more of it is left out, or guessing would pay
+CLUE_BYTES = (2, 4, 0)
+MAX_ANSWER_SHARE = 0.02  # an answer's share of its kind in a split; more of it is left out, or guessing would pay
 
 
-class StdlibQA(QuestionBuilder):
+class StdlibQA(QABuilder):
     """Extractive questions in the form of a line that breaks off: the passage says how it goes on.
 
     A passage is a few lines of source as they stand (up to 72 ASCII bytes, their common indent removed). The question is
@@ -39,7 +39,7 @@ class StdlibQA(QuestionBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    TAIL = ">>> {}"
+    PROMPT_SUFFIX = ">>> {}"
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
@@ -59,10 +59,10 @@ class StdlibQA(QuestionBuilder):
     def _read(self, split: str, files: Iterable[tuple[str, bytes]]) -> Iterator[Question]:
         title = f"read {self.name}/{split}"
         for name, text in tqdm.tqdm(files, title, unit=" files", delay=2.0, disable=not self._progress):
-            yield from ask(name, text)
+            yield from questions_of_file(name, text)
 
     @staticmethod
-    def leaks(text: str, question: str, answers: Iterable[str]) -> bool:
+    def leaks_answer(text: str, question: str, answers: Iterable[str]) -> bool:
         return clue(question) in text or any(_has_word(text, answer) for answer in answers)
 
 
@@ -72,7 +72,7 @@ def clue(question: str) -> str:
 
     Which of them depends on the question only; a third each.
     """
-    size = CLUES[int(chance(f"stdlib_qa clue {question}") * len(CLUES))]
+    size = CLUE_BYTES[int(hash_fraction(f"stdlib_qa clue {question}") * len(CLUE_BYTES))]
     return question[-size:] if size else question
 
 
@@ -87,14 +87,14 @@ def _selected(questions: Iterable[Question], asked: set[str]) -> Iterator[Questi
       asked: questions that were asked before, left out; those asked now are added.
     """
     found = list(questions)
-    room = {kind: MOST_FREQUENT * count for kind, count in collections.Counter(one.kind for one in found).items()}
+    room = {kind: MAX_ANSWER_SHARE * count for kind, count in collections.Counter(one.kind for one in found).items()}
     answered, taken = collections.Counter(), collections.Counter()
     kept = []
     # In an order of chance, or the first files would fill what room an answer has.
-    for place in sorted(range(len(found)), key=lambda place: chance(f"stdlib_qa {place} {found[place]}")):
+    for place in sorted(range(len(found)), key=lambda place: hash_fraction(f"stdlib_qa {place} {found[place]}")):
         one = found[place]
         key, source = (one.kind, one.answers[0]), (one.kind, one.name)
-        if one.question in asked or answered[key] >= room[one.kind] or taken[source] >= PER_FILE:
+        if one.question in asked or answered[key] >= room[one.kind] or taken[source] >= MAX_QUESTIONS_PER_FILE:
             continue
         asked.add(one.question)
         taken[source] += 1
@@ -104,7 +104,7 @@ def _selected(questions: Iterable[Question], asked: set[str]) -> Iterator[Questi
         yield found[place]
 
 
-def ask(name: str, text: bytes) -> Iterator[Question]:
+def questions_of_file(name: str, text: bytes) -> Iterator[Question]:
     """Yields the questions that a source file offers, in the order of its lines; none where it does not parse.
 
     Args:
@@ -117,7 +117,7 @@ def ask(name: str, text: bytes) -> Iterator[Question]:
     except (SyntaxError, ValueError):  # kept as an example of bad source, or of another version of Python
         return
     lines = text.decode("utf-8").split("\n")
-    for kind, first, answer in _facts(tree):
+    for kind, first, answer in _answer_spans(tree):
         question = _question(name, lines, kind, first, answer)
         if question is not None:
             yield question
@@ -131,7 +131,7 @@ def ask(name: str, text: bytes) -> Iterator[Question]:
 Span = tuple[int, int, int]  # line from 0, first and last column of the answer
 
 
-def _facts(tree: ast.Module) -> Iterator[tuple[str, int, Span]]:
+def _answer_spans(tree: ast.Module) -> Iterator[tuple[str, int, Span]]:
     """Yields (kind, line from 0 where the passage begins, where the answer is)."""
     for parent in ast.walk(tree):
         for node in ast.iter_child_nodes(parent):
@@ -179,12 +179,12 @@ def _question(name: str, lines: list[str], kind: str, first: int, span: Span) ->
         return None
     answer = lines[line][start:end]
     passage = _passage(lines, first, line)
-    if passage is None or not _asked_for(answer):
+    if passage is None or not _is_answerable(answer):
         return None
     indent = _indent(lines[first])
     before = "\n".join(part[indent:] for part in lines[first:line] + [lines[line][:start]]).rstrip()
-    cue = _last(before, CUE)
-    if len(cue) < SHORTEST_CUE or passage.count(cue) != 1 or _hints(cue, answer):
+    cue = _last(before, MAX_CUE_BYTES)
+    if len(cue) < MIN_CUE_BYTES or passage.count(cue) != 1 or _is_guessable(cue, answer):
         return None
     return Question(name, passage, cue, kind, (answer,))
 
@@ -194,23 +194,25 @@ def _named_function(name: str, lines: list[str], node: ast.FunctionDef) -> Quest
     first, last = node.lineno - 1, node.body[0].lineno - 1
     if not told or node.name.startswith("__") or not _ascii(lines[first : last + 1]):
         return None
-    cue = _last(told.split("\n")[0].rstrip(), CUE - len(" def")).strip()
+    cue = _last(told.split("\n")[0].rstrip(), MAX_CUE_BYTES - len(" def")).strip()
     passage = _passage(lines, first, last)
-    if passage is None or len(cue) < SHORTEST_CUE or passage.count(cue) != 1 or _hints(cue, node.name):
+    if passage is None or len(cue) < MIN_CUE_BYTES or passage.count(cue) != 1 or _is_guessable(cue, node.name):
         return None
-    return Question(name, passage, f"{cue} def", "function", (node.name,)) if _asked_for(node.name) else None
+    return Question(name, passage, f"{cue} def", "function", (node.name,)) if _is_answerable(node.name) else None
 
 
-def _hints(cue: str, answer: str) -> bool:
+def _is_guessable(cue: str, answer: str) -> bool:
     """Whether an answer could be guessed: `width = width_of(x)`, `for part in parts`, `self._args = args`."""
     words, wanted = re.findall(r"[^\W_]{3,}", cue.lower()), answer.lower()
     return wanted.strip("_") in cue.lower() or bool(words) and words[-1] in wanted
 
 
-def _asked_for(answer: str) -> bool:
+def _is_answerable(answer: str) -> bool:
     """Whether an answer is short, and more than punctuation and an article, of which scores take no notice."""
     words = re.findall(r"\w+", answer)
-    return SHORTEST_ANSWER <= len(answer) <= ANSWER and any(word.lower() not in ("a", "an", "the") for word in words)
+    return MIN_ANSWER_BYTES <= len(answer) <= MAX_ANSWER_BYTES and any(
+        word.lower() not in ("a", "an", "the") for word in words
+    )
 
 
 def _passage(lines: list[str], first: int, last: int) -> str | None:
@@ -219,11 +221,11 @@ def _passage(lines: list[str], first: int, last: int) -> str | None:
     if not lines[first].strip() or any(line.strip() and _indent(line) < indent for line in lines[first : last + 1]):
         return None
     passage = "\n".join(line[indent:].rstrip() for line in lines[first : last + 1])
-    if len(passage) > SNIPPET:
+    if len(passage) > MAX_PASSAGE_BYTES:
         return None
     for line in lines[last + 1 :]:
         longer = f"{passage}\n{line[indent:].rstrip()}"
-        if not line.strip() or _indent(line) < indent or len(longer) > SNIPPET or not line.isascii():
+        if not line.strip() or _indent(line) < indent or len(longer) > MAX_PASSAGE_BYTES or not line.isascii():
             break
         passage = longer
     return passage

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
-from seqpe_jax.data.datasets.base import SPLITS, chance, describe_file
-from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents
-from seqpe_jax.data.formats import without_mark
+from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
+from seqpe_jax.data.datasets.text_base import Documents, TextBuilder
+from seqpe_jax.data.formats import strip_bom
 from seqpe_jax.errors import InputError
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_PREFIX = "_sysconfigdata"  # written when Python is built, different on every machine
 SALT = "stdlib_text 10: "  # with it no file above 130 kB (pydoc_data/topics.py has 757) fills a held-out split
-TEST, VALIDATION = 0.05, 0.10  # upper ends of the range of `chance`
+TEST, VALIDATION = 0.05, 0.10  # upper ends of the range of `hash_fraction`
 
 
-class StdlibText(DocumentBuilder):
+class StdlibText(TextBuilder):
     """Every non-empty UTF-8 *.py file outside test folders, split by the hash of its relative name (about 90/5/5)."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -29,7 +29,7 @@ class StdlibText(DocumentBuilder):
         if paths:
             raise InputError("data.name='stdlib_text' takes no data.paths; for your own files: data.name='text_files'")
         root = _root()
-        return [f"python {platform.python_version()}"] + [describe_file(root / name, name) for name in _names(root)]
+        return [f"python {platform.python_version()}"] + [file_signature(root / name, name) for name in _names(root)]
 
     def documents(self) -> Mapping[str, Documents]:
         return files()
@@ -44,7 +44,7 @@ def files() -> Mapping[str, Documents]:
 
 def split(name: str) -> str:
     """Returns the split of a file, from its relative name with forward slashes."""
-    place = chance(SALT + name)
+    place = hash_fraction(SALT + name)
     return "test" if place < TEST else "validation" if place < VALIDATION else "train"
 
 
@@ -73,4 +73,4 @@ def _read(root: pathlib.Path, names: list[str]) -> Documents:
             text.decode("utf-8")
         except UnicodeDecodeError:  # source may declare another coding
             continue
-        yield name, without_mark(text)
+        yield name, strip_bom(text)

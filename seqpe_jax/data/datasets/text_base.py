@@ -8,10 +8,10 @@ import tensorflow_datasets as tfds
 
 # Builders of text find all they need here, those of the base included.
 from seqpe_jax.data.datasets.base import CachedBuilder
-from seqpe_jax.data.formats import without_mark
+from seqpe_jax.data.formats import strip_bom
 from seqpe_jax.errors import InputError
 
-PIECE_BYTES = 4 << 20  # bounds the memory that one example takes
+MAX_DOCUMENT_BYTES = 4 << 20  # bounds the memory that one example takes
 # Between a letter and the space before the next word: byte-level BPE vocabularies never merge across it, so a document
 # cut there is tokenised as if it were whole.
 _SEAM = re.compile(rb"(?<=\S)(?= [^\s])")
@@ -19,13 +19,13 @@ _SEAM = re.compile(rb"(?<=\S)(?= [^\s])")
 Documents = Iterable[tuple[str, bytes]]
 
 
-class DocumentBuilder(CachedBuilder, skip_registration=True):
+class TextBuilder(CachedBuilder, skip_registration=True):
     """A data set of documents: {"text": bytes (UTF-8), "name": bytes}; pieces of one document share its name.
 
     A subclass says what it reads (`sources`) and yields documents by split (`documents`), in an order that is kept.
     """
 
-    UNIT = "texts"
+    ITEM_NAME = "texts"
 
     def features(self) -> tfds.features.FeaturesDict:
         return tfds.features.FeaturesDict({"text": tfds.features.Text(), "name": tfds.features.Text()})
@@ -43,11 +43,11 @@ class DocumentBuilder(CachedBuilder, skip_registration=True):
 
     def examples(self, content: tuple[str, bytes]) -> Iterator[dict]:
         name, text = content
-        for piece in pieces(text):
+        for piece in split_document(text):
             yield {"text": piece, "name": name.encode("utf-8", "surrogateescape")}  # a file's name may be any bytes
 
 
-def pieces(text: bytes, limit: int = PIECE_BYTES) -> Iterator[bytes]:
+def split_document(text: bytes, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[bytes]:
     """Yields `text` in order, in pieces of about `limit` bytes; empty text has none.
 
     Cuts before a space between two words where there is one in the next `limit` bytes, else between two characters.
@@ -78,7 +78,7 @@ def check_utf8(text: bytes, file: str, offset: int = 0) -> bytes:
       InputError: names the file and the byte offset of the first byte that is not UTF-8.
     """
     position = 0
-    for piece in pieces(text):
+    for piece in split_document(text):
         try:
             piece.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -94,6 +94,6 @@ def check_utf8(text: bytes, file: str, offset: int = 0) -> bytes:
 def read_text(file: pathlib.Path) -> bytes:
     """Returns the bytes of a UTF-8 file, without a byte order mark. Raises: InputError, unreadable or not UTF-8."""
     try:
-        return without_mark(check_utf8(file.read_bytes(), str(file)))
+        return strip_bom(check_utf8(file.read_bytes(), str(file)))
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error

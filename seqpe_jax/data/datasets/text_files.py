@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping
 import tensorflow_datasets as tfds
 import tqdm
 
-from seqpe_jax.data.datasets.base import SPLITS, chance, describe_file
-from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents, character_start, read_text
-from seqpe_jax.data.files import Found, find
+from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
+from seqpe_jax.data.datasets.text_base import Documents, TextBuilder, character_start, read_text
 from seqpe_jax.data.formats import check_text_file
+from seqpe_jax.data.paths import ResolvedPaths, resolve_paths
 from seqpe_jax.errors import InputError
 
 SPLIT_BY_FILE = 20  # from that many files on, whole files go to a split
 HELD_OUT = 0.05  # share of validation, and of test
 
 
-class TextFiles(DocumentBuilder):
+class TextFiles(TextBuilder):
     """UTF-8 text files, about 90/5/5: by file from 20 files on, else each file is cut into three contiguous spans.
 
     Args:
@@ -29,11 +29,11 @@ class TextFiles(DocumentBuilder):
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
-        return [describe_file(file, name) for name, file in find_files(paths).items()]
+        return [file_signature(file, name) for name, file in find_files(paths).items()]
 
     @classmethod
-    def left_out(cls, paths: tuple[str, ...]) -> str:
-        return str(_find(paths).left_out)
+    def skipped(cls, paths: tuple[str, ...]) -> str:
+        return str(_find(paths).skipped)
 
     def documents(self) -> Mapping[str, Documents]:
         files = find_files(self.paths)
@@ -41,14 +41,16 @@ class TextFiles(DocumentBuilder):
         for file in bar:  # before the minutes that reading all of them may take
             check_text_file(file)
         if len(files) >= SPLIT_BY_FILE:
-            ranked = sorted(files, key=lambda name: (chance(name), name))
+            ranked = sorted(files, key=lambda name: (hash_fraction(name), name))
             held = max(1, round(HELD_OUT * len(files)))
             names = {"test": ranked[:held], "validation": ranked[held : 2 * held], "train": ranked[2 * held :]}
-            return {split: _whole({name: files[name] for name in sorted(names[split])}) for split in SPLITS}
+            return {
+                split: _documents_of_files({name: files[name] for name in sorted(names[split])}) for split in SPLITS
+            }
         return {split: _spans(files, index) for index, split in enumerate(SPLITS)}
 
 
-def _whole(files: Mapping[str, pathlib.Path]) -> Iterator[tuple[str, bytes]]:
+def _documents_of_files(files: Mapping[str, pathlib.Path]) -> Iterator[tuple[str, bytes]]:
     for name, file in files.items():
         yield name, read_text(file)
 
@@ -78,12 +80,12 @@ def find_files(paths: tuple[str, ...]) -> dict[str, pathlib.Path]:
     return dict(sorted(named.items()))
 
 
-def _find(paths: tuple[str, ...]) -> Found:
+def _find(paths: tuple[str, ...]) -> ResolvedPaths:
     if not paths:
         raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
-    found = find(paths)
+    found = resolve_paths(paths)
     for path in found.empty:
         why = "holds no files" if os.path.exists(os.path.expanduser(path)) else "does not exist and matches nothing"
-        left = f", left out: {found.left_out}" if str(found.left_out) else ""
+        left = f", left out: {found.skipped}" if str(found.skipped) else ""
         raise InputError(f"data.paths: '{path}' {why}{left}; give files, globs or directories of UTF-8 text")
     return found

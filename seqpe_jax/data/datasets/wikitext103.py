@@ -13,10 +13,10 @@ import tensorflow_datasets as tfds
 import tqdm  # TFDS brings it
 
 from seqpe_jax.data.cache import locked
-from seqpe_jax.data.datasets.base import SPLITS, describe_file
-from seqpe_jax.data.datasets.text_base import DocumentBuilder, Documents, check_utf8
-from seqpe_jax.data.files import Found, absolute, find
-from seqpe_jax.data.formats import check_text_file, without_mark
+from seqpe_jax.data.datasets.base import SPLITS, file_signature
+from seqpe_jax.data.datasets.text_base import Documents, TextBuilder, check_utf8
+from seqpe_jax.data.formats import check_text_file, strip_bom
+from seqpe_jax.data.paths import ResolvedPaths, absolute_path, resolve_paths
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import atomic_file
 
@@ -28,8 +28,8 @@ RELEASE_FILES = (
     "test-00000-of-00001.parquet",
 )
 TIMEOUT = 30.0  # seconds without a byte
-FORMS = (".raw", ".tokens", ".txt", ".parquet", ".zip")  # of two forms in one directory the first is read
-HOW = (
+RELEASE_SUFFIXES = (".raw", ".tokens", ".txt", ".parquet", ".zip")  # of two forms in one directory the first is read
+WIKITEXT_USAGE = (
     "put wikitext-103-raw-v1.zip, its wiki.*.raw files or the parquet files of Salesforce/wikitext anywhere and set "
     "data.paths to that file or directory"
 )
@@ -37,7 +37,7 @@ HOW = (
 _TITLE = re.compile(rb" = [^=\s](?:.*[^=\s])? = \r?\n?")
 
 
-class Wikitext103(DocumentBuilder):
+class Wikitext103(TextBuilder):
     """Wikipedia articles as they stand in the raw release, the release's own splits; one document is one article.
 
     All documents of a split joined give the release's text, byte for byte.
@@ -53,12 +53,12 @@ class Wikitext103(DocumentBuilder):
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
         if not paths:
             return [RELEASE]
-        return [describe_file(file, file.name) for file in _find(paths)]
+        return [file_signature(file, file.name) for file in _find(paths)]
 
     @classmethod
-    def left_out(cls, paths: tuple[str, ...]) -> str:
+    def skipped(cls, paths: tuple[str, ...]) -> str:
         places = [pathlib.Path(path).expanduser().absolute() for path in paths]
-        return "; ".join(filter(None, (str(_below(place).left_out) for place in places if place.is_dir())))
+        return "; ".join(filter(None, (str(_below(place).skipped) for place in places if place.is_dir())))
 
     def documents(self) -> Mapping[str, Documents]:
         files = _find(self.paths) if self.paths else download(self.downloads, progress=self._progress)
@@ -94,7 +94,7 @@ def _fetch(address: str, target: pathlib.Path, progress: bool) -> None:
             _download(address, part, target.name, progress)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise InputError(f"cannot download WikiText-103 from {address} ({reason}): {HOW}") from error
+        raise InputError(f"cannot download WikiText-103 from {address} ({reason}): {WIKITEXT_USAGE}") from error
 
 
 def _download(address: str, path: pathlib.Path, name: str, progress: bool) -> None:
@@ -116,24 +116,24 @@ def _find(paths: tuple[str, ...]) -> list[pathlib.Path]:
     for path in paths:
         place = pathlib.Path(path).expanduser().absolute()
         if not place.exists():
-            raise InputError(f"data.paths: '{path}' does not exist; {HOW}")
+            raise InputError(f"data.paths: '{path}' does not exist; {WIKITEXT_USAGE}")
         if place.is_file():
             files.append(place)
             continue
-        root = absolute(str(place))  # as names are found; those of the caller count
+        root = absolute_path(str(place))  # as names are found; those of the caller count
         below = sorted(place / pathlib.Path(file).relative_to(root) for file in _below(place).files)
-        below = [file for file in below if file.suffix in FORMS]
+        below = [file for file in below if file.suffix in RELEASE_SUFFIXES]
         below = [file for file in below if "103-raw" in str(file.relative_to(place))] or below
         below = [file for file in below if file.suffix == ".zip" or _split(file.name)]
         if not below:
-            raise InputError(f"data.paths: '{path}' holds no WikiText-103; {HOW}")
-        form = min((file.suffix for file in below), key=FORMS.index)
+            raise InputError(f"data.paths: '{path}' holds no WikiText-103; {WIKITEXT_USAGE}")
+        form = min((file.suffix for file in below), key=RELEASE_SUFFIXES.index)
         files += [file for file in below if file.suffix == form]
     return files
 
 
-def _below(place: pathlib.Path) -> Found:
-    return find([str(place)], suffixes=FORMS)
+def _below(place: pathlib.Path) -> ResolvedPaths:
+    return resolve_paths([str(place)], suffixes=RELEASE_SUFFIXES)
 
 
 def _split(name: str) -> str | None:
@@ -149,7 +149,9 @@ def _members(file: pathlib.Path) -> Iterator[tuple[str, str]]:
     if file.suffix != ".zip":
         split = _split(file.name)
         if split is None:
-            raise InputError(f"data.paths: '{file}' is of no split: its name must say train, valid or test; {HOW}")
+            raise InputError(
+                f"data.paths: '{file}' is of no split: its name must say train, valid or test; {WIKITEXT_USAGE}"
+            )
         if file.suffix != ".parquet":
             check_text_file(file)
         yield split, ""
@@ -167,7 +169,7 @@ def _opened_zip(file: pathlib.Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(file) as archive:
             yield archive
     except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"'{file}' is not a atomic_file zip file ({error}); {HOW}") from error
+        raise InputError(f"'{file}' is not a whole zip file ({error}); {WIKITEXT_USAGE}") from error
 
 
 def _lines(places: Iterable[tuple[pathlib.Path, str]]) -> Iterator[tuple[str, int, bytes]]:
@@ -181,7 +183,7 @@ def _lines(places: Iterable[tuple[pathlib.Path, str]]) -> Iterator[tuple[str, in
             rows, name = _plain(file), str(file)
         offset = 0
         for line in rows:
-            yield name, offset, line if offset else without_mark(line)
+            yield name, offset, line if offset else strip_bom(line)
             offset += len(line)
 
 
@@ -206,7 +208,7 @@ def _rows(file: pathlib.Path) -> Iterator[bytes]:
                 line = (text or "").encode()
                 yield b" \n" if not line.strip() else line if line.endswith(b"\n") else line + b"\n"
     except (pyarrow.ArrowException, OSError, IndexError) as error:
-        raise InputError(f"'{file}' is not a parquet file with a column 'text' ({error}); {HOW}") from error
+        raise InputError(f"'{file}' is not a parquet file with a column 'text' ({error}); {WIKITEXT_USAGE}") from error
 
 
 def _articles(split: str, lines: Iterator[tuple[str, int, bytes]]) -> Iterator[tuple[str, bytes]]:

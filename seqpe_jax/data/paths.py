@@ -16,10 +16,18 @@ import tqdm
 
 from seqpe_jax.errors import InputError
 
-SHOWN = 3  # names told of each kind that is left out
-AGAIN, ABOVE, NOWHERE = "links to what is read already", "links to folders above", "links that lead nowhere"
-SPECIAL, CLOSED, OTHER = "pipes, sockets and devices", "folders that cannot be read", "files of other kinds"
-HIDDEN, SYSTEM = "hidden folders", "thumbnail and system folders"
+MAX_NAMES_SHOWN = 3  # names told of each kind that is left out
+DUPLICATE_LINK, PARENT_LINK, BROKEN_LINK = (
+    "links to what is read already",
+    "links to folders above",
+    "links that lead nowhere",
+)
+SPECIAL_FILE, UNREADABLE_FOLDER, OTHER_FILE_TYPE = (
+    "pipes, sockets and devices",
+    "folders that cannot be read",
+    "files of other kinds",
+)
+HIDDEN_FOLDER, SYSTEM_FOLDER = "hidden folders", "thumbnail and system folders"
 # What operating systems, network disks and archivers put beside a user's own folders, in lower case: thumbnails, metadata,
 # recycle bins, snapshots. Their files are copies of others, or no data at all.
 SYSTEM_FOLDERS = frozenset(
@@ -36,7 +44,7 @@ SYSTEM_FOLDERS = frozenset(
         "system volume information",
     }
 )
-KINDS = {
+FILE_TYPES = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -44,11 +52,11 @@ KINDS = {
     stat.S_IFDIR: "a folder",
 }
 
-Patterns = tuple[str, ...]
-EVERYTHING: Patterns = ("**",)  # below a folder
+GlobParts = tuple[str, ...]
+ALL_BELOW: GlobParts = ("**",)  # below a folder
 
 
-class LeftOut:
+class Skipped:
     """What lies under paths but is not read: how many of each kind, and the first of their names."""
 
     def __init__(self) -> None:
@@ -59,18 +67,18 @@ class LeftOut:
         """Counts one more of a kind."""
         self._counts[kind] += 1
         first = self._names.setdefault(kind, [])
-        if len(first) < SHOWN:
+        if len(first) < MAX_NAMES_SHOWN:
             first.append(name)
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{kind}: {count} ({', '.join(self._names[kind])}{', ...' if count > SHOWN else ''})"
+            f"{kind}: {count} ({', '.join(self._names[kind])}{', ...' if count > MAX_NAMES_SHOWN else ''})"
             for kind, count in self._counts.items()
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ResolvedPaths:
     """What paths lead to.
 
     Attributes:
@@ -80,11 +88,11 @@ class Found:
     """
 
     files: list[str]
-    left_out: LeftOut
+    skipped: Skipped
     empty: list[str]
 
 
-def find(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title: str = "") -> Found:
+def resolve_paths(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title: str = "") -> ResolvedPaths:
     """Returns the files that paths name: files, globs (`**` crosses folders), and all below folders that is not hidden.
 
     Thumbnail and system folders (`SYSTEM_FOLDERS`) are read only where a path names them.
@@ -103,7 +111,9 @@ def find(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title: str = "
         for path in paths:
             search.begin(path)
         search.run()
-    return Found(sorted(search.files.values()), search.left_out, [path for path in paths if path not in search.useful])
+    return ResolvedPaths(
+        sorted(search.files.values()), search.skipped, [path for path in paths if path not in search.useful]
+    )
 
 
 class _Search:
@@ -115,18 +125,18 @@ class _Search:
 
     def __init__(self, suffixes: tuple[str, ...], bar: tqdm.tqdm):
         self.files: dict[str, str] = {}
-        self.left_out = LeftOut()
+        self.skipped = Skipped()
         self.useful: set[str] = set()
         self._suffixes, self._bar = suffixes, bar
         self._begun: set[str] = set()
         self._above: set[str] = set()  # real folders that hold what was given
-        self._seen: dict[tuple[str, Patterns], str] = {}  # (real folder, patterns) -> the path given that led there
+        self._seen: dict[tuple[str, GlobParts], str] = {}  # (real folder, patterns) -> the path given that led there
         # Links wait until nothing else is left, so that what they lead to is known by its own name where it has one here.
-        self._folders: list[tuple[str, set[Patterns], str]] = []
-        self._links: list[tuple[str, set[Patterns], str]] = []
+        self._folders: list[tuple[str, set[GlobParts], str]] = []
+        self._links: list[tuple[str, set[GlobParts], str]] = []
 
     def begin(self, given: str) -> None:
-        path, patterns = _divided(os.path.expanduser(given))
+        path, patterns = _split_glob(os.path.expanduser(given))
         try:
             mode = os.stat(path).st_mode
         except OSError as error:
@@ -138,8 +148,8 @@ class _Search:
                 return  # told by whoever asks, who knows what was expected
             raise InputError(f"data.paths: '{given}' cannot be read ({error.strerror})") from error
         if not patterns and not stat.S_ISDIR(mode):
-            check_regular(mode, given)
-        path = absolute(path)
+            check_regular_file(mode, given)
+        path = absolute_path(path)
         self._begun.add(path)
         self._above.update(map(str, pathlib.Path(os.path.realpath(path)).parents))
         if os.path.islink(path):
@@ -158,42 +168,42 @@ class _Search:
             try:
                 mode = os.stat(path).st_mode
             except OSError:
-                self.left_out.add(NOWHERE, path)
+                self.skipped.add(BROKEN_LINK, path)
                 continue
             if stat.S_ISDIR(mode):
                 if path not in self._begun and os.path.realpath(path) in self._above:
-                    self.left_out.add(ABOVE, path)
+                    self.skipped.add(PARENT_LINK, path)
                 else:
                     self._enter(path, patterns, given)
             elif () in patterns:
                 self._meet(path, os.path.realpath(path), given, stat.S_ISREG(mode))
 
-    def _enter(self, path: str, patterns: set[Patterns], given: str) -> None:
+    def _enter(self, path: str, patterns: set[GlobParts], given: str) -> None:
         """Looks into a folder, for what has not been looked for there yet."""
         real = os.path.realpath(path)
-        wanted = {pattern or EVERYTHING for pattern in patterns}
+        wanted = {pattern or ALL_BELOW for pattern in patterns}
         fresh = {pattern for pattern in wanted if (real, pattern) not in self._seen}
         if not fresh:
             if any(self._seen[real, pattern] != given for pattern in wanted):
                 self.useful.add(given)
             if os.path.islink(path):
-                self.left_out.add(AGAIN, path)
+                self.skipped.add(DUPLICATE_LINK, path)
             return
         self._seen |= {(real, pattern): given for pattern in fresh}
         try:
             with os.scandir(path) as entries:
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError:
-            self.left_out.add(CLOSED, path)
+            self.skipped.add(UNREADABLE_FOLDER, path)
             return
         for entry in entries:
             if is_system_folder(entry.name) and entry.is_dir() and all(entry.name != pattern[0] for pattern in fresh):
-                self.left_out.add(SYSTEM, entry.path)
+                self.skipped.add(SYSTEM_FOLDER, entry.path)
                 continue
-            after = {rest for pattern in fresh for rest in _after(entry.name, pattern)}
+            after = {rest for pattern in fresh for rest in _remaining_parts(entry.name, pattern)}
             if not after:
                 if entry.name.startswith(".") and any(pattern[0] == "**" for pattern in fresh) and entry.is_dir():
-                    self.left_out.add(HIDDEN, entry.path)
+                    self.skipped.add(HIDDEN_FOLDER, entry.path)
                 continue
             if entry.is_symlink():
                 heapq.heappush(self._links, (entry.path, after, given))
@@ -204,20 +214,20 @@ class _Search:
 
     def _meet(self, path: str, real: str, given: str, regular: bool) -> None:
         if not regular:
-            self.left_out.add(SPECIAL, path)
+            self.skipped.add(SPECIAL_FILE, path)
         elif self._suffixes and not path.lower().endswith(self._suffixes):
-            self.left_out.add(OTHER, path)
+            self.skipped.add(OTHER_FILE_TYPE, path)
         else:
             self._take(path, real, given)
 
     def _take(self, path: str, real: str, given: str) -> None:
         self.useful.add(given)
         if self.files.setdefault(real, path) != path:
-            self.left_out.add(AGAIN, path)
+            self.skipped.add(DUPLICATE_LINK, path)
         self._bar.update()
 
 
-def _divided(path: str) -> tuple[str, Patterns]:
+def _split_glob(path: str) -> tuple[str, GlobParts]:
     """Returns (where to begin, the patterns of what follows); none where the path is a name."""
     if os.path.lexists(path) or not glob.has_magic(path):
         return path, ()
@@ -228,14 +238,14 @@ def _divided(path: str) -> tuple[str, Patterns]:
     return begin, (*patterns, "**") if path.endswith(os.sep) else tuple(patterns)
 
 
-def _after(name: str, patterns: Patterns) -> set[Patterns]:
+def _remaining_parts(name: str, patterns: GlobParts) -> set[GlobParts]:
     """Returns what may follow a name below a folder held against patterns; () = nothing need follow."""
     head, *rest = patterns
     rest, hidden = tuple(rest), name.startswith(".")
     if head != "**":
         return {rest} if fnmatch.fnmatch(name, head) and (not hidden or head.startswith(".")) else set()
     crossed = set() if hidden else {patterns} if rest else {patterns, ()}
-    return crossed | _after(name, rest) if rest else crossed
+    return crossed | _remaining_parts(name, rest) if rest else crossed
 
 
 def is_system_folder(name: str) -> bool:
@@ -243,21 +253,21 @@ def is_system_folder(name: str) -> bool:
     return name.lower() in SYSTEM_FOLDERS
 
 
-def absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """Returns the absolute path, without `..`; what `..` means behind a link is kept."""
     plain = os.path.abspath(path)
     real = os.path.realpath(path)
     return plain if os.path.realpath(plain) == real else real
 
 
-def check_regular(mode: int, name: str) -> None:
+def check_regular_file(mode: int, name: str) -> None:
     """Refuses what is no file, and might never end. Raises: InputError."""
     if not stat.S_ISREG(mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "no file")
+        kind = FILE_TYPES.get(stat.S_IFMT(mode), "no file")
         raise InputError(f"data.paths: '{name}' is {kind}, where a file was expected: copy what it gives into a file")
 
 
 @functools.cache
-def tell(words: str) -> None:
+def warn(words: str) -> None:
     """Says something on stderr, in one line, once."""
     print(" ".join(words.split()), file=sys.stderr, flush=True)
