@@ -125,7 +125,7 @@ class LanguageModeling(Task):
         """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
         encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
         for one in texts:
-            trip.look(one)
+            trip.add(one)
         if trip.loss.lost_bytes and is_main_process():
             warn(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
         pattern = tokens.special_pattern(self.tokenizer)

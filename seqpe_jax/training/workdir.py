@@ -13,7 +13,7 @@ from typing import Any
 
 from seqpe_jax import config
 from seqpe_jax.config import Config
-from seqpe_jax.data.tokenizers import EOS_FILES
+from seqpe_jax.data.tokenizers import EOS_FILES, TOKENIZER_FILE
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import LOG_FILE, read_metrics
 from seqpe_jax.errors import Failure, InputError, StoreError, check_utf8_name
