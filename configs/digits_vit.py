@@ -60,7 +60,7 @@ def get_config(variant=None):
         # step reads parts of images, enlarged, whose patches stand where they are in the whole: that is what a patch of a
         # larger image looks like, and where it stands.
         c.encoding.fraction_digits = 1
-        c.encoding.resize = "stretch"
+        c.encoding.resize = "interpolate"
         c.objective.zoom.rate = 0.5
         c.objective.zoom.smallest = 0.3
         c.objective.shift.sets = 8

@@ -89,7 +89,7 @@ def get_config(variant=None):
     if parts == ["seqpe_extended"]:
         c.encoding.max_position = 40
         c.encoding.fraction_digits = 1
-        c.encoding.resize = "stretch"
+        c.encoding.resize = "interpolate"
         c.objective.zoom.rate = 0.5
         c.objective.zoom.smallest = 0.3
         c.objective.shift.rate = 0.0

@@ -65,7 +65,7 @@ def get_config(variant=None):
         # As in digits_vit.py: a larger frame is read between the positions of training, and every other step reads parts
         # of the frames, enlarged. Time is not stretched: a longer clip goes on.
         c.encoding.fraction_digits = 1
-        c.encoding.resize = "stretch"
+        c.encoding.resize = "interpolate"
         c.objective.zoom.rate = 0.5
         c.objective.zoom.smallest = 0.6  # smaller parts often hold no digit at all
         c.objective.shift.sets = 8

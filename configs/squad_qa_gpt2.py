@@ -66,8 +66,8 @@ def get_config(variant=None):
         c.encoding.log_scaling = True
         c.objective.contrastive.space = "logits"
         c.objective.contrastive.head_scales = (1.0, 4.0, 16.0) * 3
-        c.objective.contrastive.around_pivot = True
-        c.objective.contrastive.past_only = True
+        c.objective.contrastive.around_anchor = True
+        c.objective.contrastive.causal_only = True
         c.objective.contrastive.window = 4096
         c.objective.shift.rate = 0.6
     return with_encoding(c, variant, FORMS)

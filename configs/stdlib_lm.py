@@ -60,8 +60,8 @@ def get_config(variant=None):
         c.encoding.qk = "multi"
         # Contrastive loss on attention logits, with candidates around the pivot.
         c.objective.contrastive.space = "logits"
-        c.objective.contrastive.around_pivot = True
-        c.objective.contrastive.past_only = True
+        c.objective.contrastive.around_anchor = True
+        c.objective.contrastive.causal_only = True
         c.objective.contrastive.window = 512
     # FIRE's numbers for windows of 2048: better than their share of 64 bytes, 16 and 3.2, in one run of 400 steps each.
     c.encoding.fire_threshold, c.encoding.fire_scale = 512.0, 0.1

@@ -59,8 +59,8 @@ def get_config(variant=None):
         c.encoding.qk_init_std = 0.1 if variant == "seqpe_paper" else 0.02
     c.objective.contrastive.batch = 4
     c.objective.contrastive.candidates = 16
-    c.objective.contrastive.around_pivot = True
-    c.objective.contrastive.past_only = True
+    c.objective.contrastive.around_anchor = True
+    c.objective.contrastive.causal_only = True
     c.objective.contrastive.window = 512
     c.objective.distillation.batch = 4
     c.objective.distillation.offsets = 16

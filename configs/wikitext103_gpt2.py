@@ -58,7 +58,7 @@ def get_config(variant=None):
         c.encoding.rotary_pairs = 16  # of 32: those whose period is shorter than the window of 512
         c.encoding.feature_width = 16
         c.objective.contrastive.space = "logits"
-        c.objective.contrastive.around_pivot = True
-        c.objective.contrastive.past_only = True
+        c.objective.contrastive.around_anchor = True
+        c.objective.contrastive.causal_only = True
         c.objective.contrastive.window = 4096  # eight windows of training
     return with_encoding(c, variant, FORMS)

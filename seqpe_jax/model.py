@@ -154,7 +154,7 @@ class Model:
         Args:
           temperature: 0 = always the likeliest token; larger = more varied text.
           top_p: draw from the likeliest tokens that together reach this probability; seed: of the draws.
-          window: length of the window, in tokens; a learned table, encoding.scaling and encoding.resize='stretch' need it
+          window: length of the window, in tokens; a learned table, encoding.scaling and encoding.resize='interpolate' need it
             for texts longer than in training, since their positions depend on it. Other encodings do not read it.
 
         Raises:

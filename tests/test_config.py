@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import typing
 
 import ml_collections
@@ -15,6 +16,7 @@ from seqpe_jax import config
 from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
 from seqpe_jax.config.scripts import execute_file
 from seqpe_jax.errors import InputError
+from seqpe_jax.trees import flat, nested
 from tests.tiny import ROOT, tiny_config
 
 QUICKSTART = str(ROOT / "configs" / "stdlib_lm.py")
@@ -129,9 +131,9 @@ def test_difference_names_the_fields_that_differ():
             ["head_scales=(1.0, 1.0, 1.0, -4.0)", "0 or more"],
         ),
         ({"encoding.fraction_digits": 6}, ["encoding.fraction_digits=6", "encoding.max_position=5000", "lower one"]),
-        ({"encoding.resize": "stretch", "eval.lengths": (65,)}, ["eval.lengths 65", "encoding.fraction_digits=0"]),
+        ({"encoding.resize": "interpolate", "eval.lengths": (65,)}, ["eval.lengths 65", "encoding.fraction_digits=0"]),
         (
-            {"encoding.resize": "stretch", "encoding.fraction_digits": 1, "data.length": 8192, "eval.lengths": ()},
+            {"encoding.resize": "interpolate", "encoding.fraction_digits": 1, "data.length": 8192, "eval.lengths": ()},
             ["data.length 8192", "largest position possible is 4999"],
         ),
         ({"encoding.fraction_digits": 1, "encoding.padding": "right"}, ["encoding.padding='right'"]),
@@ -209,8 +211,8 @@ KINDS = typing.get_args(config.EncodingKind)
     ],
 )
 def test_a_wrong_value_of_images_is_named(overrides, words):
-    """Under encoding.resize='stretch', with zoomed steps alone."""
-    assert config.load(DIGITS).objective.zoom.rate and config.load(DIGITS).encoding.resize == "stretch"
+    """Under encoding.resize='interpolate', with zoomed steps alone."""
+    assert config.load(DIGITS).objective.zoom.rate and config.load(DIGITS).encoding.resize == "interpolate"
     with pytest.raises(InputError) as caught:
         config.load(DIGITS, overrides)
     for word in words:
@@ -274,7 +276,7 @@ SWITCHES = [  # settings under which a field is not read; the settings under whi
         2,
     ),
     ({}, {"objective.skip.rate": 0.5}, "objective.skip.chunks", 3),
-    ({"model.attention_kind": "plain"}, {}, "model.attention_block", 64),
+    ({"model.attention_kind": "reference"}, {}, "model.attention_block", 64),
     ({}, {"encoding.rotary_pairs": 4}, "objective.shift.rate", 0.5),
     ({}, {"optimizer.non_finite": "skip"}, "optimizer.skips", 10),
     ({}, {"eval.contexts": (64, 128)}, "eval.stride", 16),
@@ -329,6 +331,35 @@ def test_older_names_say_what_those_of_today_do(name, gate):
         config.from_dict(values | {"encoding": values["encoding"] | {"gate": other}})
     with pytest.raises(InputError, match="field 'encoding.gate_bias': it is called 'encoding.gate_bias_init' now"):
         config.load(f"{QUICKSTART}:{name}", {"encoding.gate_bias": 4.0})
+
+
+OLDER = [  # field of today, its name and a value in older versions, the value today
+    ("encoding.resize", "encoding.resize", "stretch", "interpolate"),
+    ("encoding.digit_index", "encoding.place", "coordinate", "per_axis"),
+    ("model.attention_kind", "model.attention_kind", "blocks", "blockwise"),
+    ("objective.contrastive.around_anchor", "objective.contrastive.around_pivot", False, False),
+    ("objective.contrastive.causal_only", "objective.contrastive.past_only", False, False),
+]
+
+
+@pytest.mark.parametrize("field, old, value, today", OLDER)
+def test_stored_configs_of_older_versions_open_and_new_ones_are_told_the_name_of_today(
+    field, old, value, today, tmp_path
+):
+    settings = config.to_dict(config.load(QUICKSTART, {"encoding.fraction_digits": 2, field: today}))
+    stored = flat(json.loads(json.dumps(settings)), ".")
+    del stored[field]
+    assert config.to_dict(config.from_dict(nested(stored | {old: value}, "."))) == settings
+    page, wanted = (
+        tmp_path / "page.py",
+        f"'{field}' now" if old != field else f"'{field}': the value '{value}' is called",
+    )
+    page.write_text(
+        f"from seqpe_jax.config import defaults\n\n\ndef get_config():\n    c = defaults()\n    c.{old} = {value!r}\n    return c\n"
+    )
+    for refused in (lambda: config.load(str(page)), lambda: config.load(QUICKSTART, {old: value})):
+        with pytest.raises(InputError, match=re.escape(wanted)):
+            refused()
 
 
 def test_an_encoding_is_named_by_its_kind_and_its_gate():

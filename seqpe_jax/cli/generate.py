@@ -5,7 +5,7 @@
 
 What follows the prompt is printed as it comes. What follows the lines of a file is printed or stored as a JSON object
 each: prompt, text, tokens (ids), log_prob (of all of them, nats, at temperature 1), ended (by the tokenizer's end of text).
-A learned table, encoding.scaling and encoding.resize='stretch' read other positions in each window longer than that of
+A learned table, encoding.scaling and encoding.resize='interpolate' read other positions in each window longer than that of
 training, so that a text depends on its length: past the training length they need --window=TOKENS, which no other encoding
 reads. Neither --max-new-tokens nor other prompts change a text.
 """

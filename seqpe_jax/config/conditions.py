@@ -62,7 +62,7 @@ CONDITIONS = (
         f"a share of hard candidates, the second number of {CONTRASTIVE}.mixture",
     ),
     Condition(
-        (f"{CONTRASTIVE}.window", f"{CONTRASTIVE}.around_pivot"),
+        (f"{CONTRASTIVE}.window", f"{CONTRASTIVE}.around_anchor"),
         lambda config: len(config.objective.contrastive.mixture) < 3 or config.objective.contrastive.mixture[2] > 0,
         f"a share of distributional candidates, the third number of {CONTRASTIVE}.mixture",
     ),
@@ -125,8 +125,8 @@ CONDITIONS = (
     ),
     Condition(
         ("model.attention_block",),
-        lambda config: config.model.attention_kind in ("auto", "blocks"),
-        "model.attention_kind='auto' or 'blocks'",
+        lambda config: config.model.attention_kind in ("auto", "blockwise"),
+        "model.attention_kind='auto' or 'blockwise'",
     ),
     Condition(("encoding.qk_init_std",), _has_qk_map, "encoding.qk='single' or 'multi'"),
     Condition(

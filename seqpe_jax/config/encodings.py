@@ -79,7 +79,7 @@ class EncodingConfig:
     # after the point; 1 = a token or a patch
     fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS, combined=_MOVED)
     # larger than trained: on, or between
-    resize: Literal["extend", "stretch"] = _field("extend", reads=REAL_POSITIONS, combined=_MOVED)
+    resize: Literal["extrapolate", "interpolate"] = _field("extrapolate", reads=REAL_POSITIONS, combined=_MOVED)
     digits: int = _field(0, low=0, high=64, reads=SEQPE)  # before the point; 0 = as many as max_position needs
     padding: Literal["left", "right"] = _field("left", reads=SEQPE)
     # the encoder of the digits
@@ -92,7 +92,7 @@ class EncodingConfig:
     mask_padding: bool = _field(False, reads=SEQPE)
     temperature: float = _field(1.0, low=1e-6, high=1e6, reads=SEQPE)
     output_width: int = _field(0, **limits.OptionalWidth, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
-    place: Literal["global", "coordinate"] = _field("global", reads=SEQPE)
+    digit_index: Literal["global", "per_axis"] = _field("global", reads=SEQPE)
     dropout: float = _field(0.1, **limits.DropRate, reads=SEQPE)
     attention_dropout: float = _field(0.0, **limits.DropRate, reads=SEQPE)
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", reads=SEQPE)
@@ -184,8 +184,8 @@ class EncodingConfig:
         """
         if self.kind == "learned":
             return "encoding.kind='learned'"
-        if self.resize == "stretch":
-            return "encoding.resize='stretch'"
+        if self.resize == "interpolate":
+            return "encoding.resize='interpolate'"
         return f"encoding.scaling='{self.scaling}'" if self.scaling != "none" else ""
 
 

@@ -28,10 +28,24 @@ LOCAL = "config files are Python, and run from a folder of this machine"  # why 
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
 RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
 # Name of a field in configs of older versions -> its name today.
-RENAMED = {"encoding.gate_bias": "encoding.gate_bias_init"}
+RENAMED = {
+    "encoding.gate_bias": "encoding.gate_bias_init",
+    "encoding.place": "encoding.digit_index",
+    "objective.contrastive.around_pivot": "objective.contrastive.around_anchor",
+    "objective.contrastive.past_only": "objective.contrastive.causal_only",
+}
 # Field, by its name today -> a value in configs of older versions -> the fields that say the same today.
 RENAMED_VALUES = {
     "encoding.kind": {name: {"encoding.kind": "none", "encoding.gate": gate} for name, gate in GATED.items()},
+    "encoding.resize": {
+        "extend": {"encoding.resize": "extrapolate"},
+        "stretch": {"encoding.resize": "interpolate"},
+    },
+    "encoding.digit_index": {"coordinate": {"encoding.digit_index": "per_axis"}},
+    "model.attention_kind": {
+        "plain": {"model.attention_kind": "reference"},
+        "blocks": {"model.attention_kind": "blockwise"},
+    },
 }
 # Value that a stored config without a field was trained with, where it is not the field's default: a number, or a function
 # of the stored config. The model of an old checkpoint would be another one under the default.
@@ -115,6 +129,23 @@ def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _refuse_old_names(values: dict[str, Any]) -> None:
+    """Refuses names of older versions in a config that a user gives; published names of encodings are accepted.
+
+    Raises:
+      InputError: names the field, or its value, and the name of today.
+    """
+    leaves = flat(values, ".")
+    for name in RENAMED:
+        if name in leaves:
+            raise InputError(unknown_field_message(name))
+    for field, values_of in RENAMED_VALUES.items():
+        value = leaves.get(field)
+        meant = values_of.get(value, {}) if isinstance(value, str) else {}
+        if list(meant) == [field]:
+            raise InputError(f"config field '{field}': the value '{value}' is called '{meant[field]}' now")
+
+
 def _section_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
     """The section that holds a dotted field, put into `values` as a copy, and the last part of the field's name.
 
@@ -177,6 +208,7 @@ def from_user_values(values: dict[str, Any], overridden: Collection[str] = ()) -
     Raises:
       InputError: as in `parse`.
     """
+    _refuse_old_names(values)
     config = _following(_build(Config, apply_renames(values), ""), overridden)
     check(config)
     _check_ranges(config, "")
@@ -253,7 +285,7 @@ def with_encoding(
     for name in _unread(encoding):
         config.encoding[name] = getattr(EncodingConfig, name)
     if not encoding.real_positions or kind == "rotary" and config.data.name in IMAGE_DATASETS:  # whole numbers alone
-        config.encoding.fraction_digits, config.encoding.resize = 0, "extend"
+        config.encoding.fraction_digits, config.encoding.resize = 0, "extrapolate"
         config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
     if kind != "seqpe":
         for section, terms in VECTOR_LOSSES.items():

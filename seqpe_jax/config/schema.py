@@ -100,7 +100,7 @@ class ModelConfig:
     layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon)
     init_std: float = _field(0.02, **limits.Std)
     remat: Literal["none", "full", "dots", "offload"] = "none"  # what the backward pass has of the layers
-    attention_kind: Literal["auto", "plain", "blocks", "flash"] = "auto"  # implementation (models.choice)
+    attention_kind: Literal["auto", "reference", "blockwise", "flash"] = "auto"  # implementation (models.choice)
     attention_block: int = _field(0, **limits.OptionalLength)  # queries and keys at once, of blocks; 0 = automatic
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 
@@ -116,8 +116,8 @@ class ContrastiveConfig:
     mixture: tuple[float, ...] = _field((0.0, 0.4, 0.6), high=1.0)  # of random, hard and distributional candidates
     hard_fraction: float = _field(0.25, **limits.Fraction)
     window: int = _field(256, low=1, high=2**30)  # range of distributional candidates
-    around_pivot: bool = False  # that window lies around the pivot instead of anywhere
-    past_only: bool = False  # candidates before the pivot only, as causal attention sees them
+    around_anchor: bool = False  # that window lies around the pivot instead of anywhere
+    causal_only: bool = False  # candidates before the pivot only, as causal attention sees them
     space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
     per_head: bool = False  # space=vectors: one loss per head
     label_smoothing: float = _field(0.0, **limits.DropRate)

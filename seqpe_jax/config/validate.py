@@ -59,7 +59,7 @@ def check_positions(config: Config, length: int, asked_by: str, *, training: boo
       InputError: says the largest position possible and the field to change.
     """
     encoding = config.encoding
-    if encoding.resize == "stretch":
+    if encoding.resize == "interpolate":
         _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
         length = config.data.length  # that of the positions, however many places stand on them
     reach, why, field = _positions(encoding, training)
@@ -81,7 +81,7 @@ def _check_finer(
         )
         digits = config.encoding.fraction_digits
         raise InputError(
-            f"{asked_by} {asked} is read between the positions of training (encoding.resize='stretch'), where "
+            f"{asked_by} {asked} is read between the positions of training (encoding.resize='interpolate'), where "
             f"encoding.fraction_digits={digits} tells so many of them apart that the largest size possible is {largest}: "
             f"raise encoding.fraction_digits or lower {asked_by}"
         )
@@ -110,7 +110,7 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str, *, training
             f"choose multiples of {'x'.join(map(str, parts))}"
         )
     places = config.grid_of(sides)
-    if config.encoding.resize == "stretch":
+    if config.encoding.resize == "interpolate":
         _check_finer(config, places[-2:], config.grid[-2:], patch[-2:], asked_by)
         places = (*places[:-2], *config.grid[-2:])  # those of the positions, however many patches stand on them
     if config.encoding.kind == "seqpe" and max(places) > reach:
@@ -328,7 +328,7 @@ def _check_fractions(config: Config) -> None:
     )
     wanted = {
         "encoding.fraction_digits": encoding.fraction_digits,
-        "encoding.resize='stretch'": encoding.resize == "stretch",
+        "encoding.resize='interpolate'": encoding.resize == "interpolate",
         "objective.jitter.rate": jitter.rate,
         "objective.zoom.rate": config.objective.zoom.rate,
     }
@@ -351,9 +351,9 @@ def _check_fractions(config: Config) -> None:
         raise InputError(
             "encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0"
         )
-    if config.objective.zoom.rate and not (config.is_image and encoding.resize == "stretch"):
+    if config.objective.zoom.rate and not (config.is_image and encoding.resize == "interpolate"):
         raise InputError(
-            "objective.zoom reads patches of images between those of training: set encoding.resize='stretch', on images"
+            "objective.zoom reads patches of images between those of training: set encoding.resize='interpolate', on images"
         )
     if encoding.log_scaling and encoding.scaling == "yarn":
         raise InputError(
@@ -425,8 +425,8 @@ def _check_contrastive(config: Config) -> None:
             f"objective.contrastive.candidates={contrastive.candidates}: encoding.max_position="
             f"{encoding.max_position} leaves at most {room}"
         )
-    if contrastive.past_only and axes > 1:
-        raise InputError("objective.contrastive.past_only needs text: there is no before on a grid")
+    if contrastive.causal_only and axes > 1:
+        raise InputError("objective.contrastive.causal_only needs text: there is no before on a grid")
     if contrastive.space == "logits" and encoding.mode != "attn_scalar":
         raise InputError("objective.contrastive.space='logits' needs encoding.mode='attn_scalar'")
     heads = (encoding.position_heads or config.model.heads) if encoding.per_head else 1

@@ -72,7 +72,7 @@ class DigitEncoder(nn.Module):
       width, heads, layers, dropout, attention_dropout, activation, layer_norm_epsilon: of the transformer.
       direction: "causal" or "bi"; cls: a learned vector after the last digit is read out, else the last digit is.
       final_norm: LayerNorm before the projection; mask_padding: padded zeros are no keys.
-      place: "global" numbers the places over the whole string, "coordinate" anew for each coordinate.
+      digit_index: "global" numbers the digits over the whole string, "per_axis" anew for each coordinate.
       temperature: divides the vectors; norm_init: LayerNorm weights at the start; kernel_init: of everything else.
     """
 
@@ -92,7 +92,7 @@ class DigitEncoder(nn.Module):
     cls: bool
     final_norm: bool
     mask_padding: bool
-    place: str
+    digit_index: str
     temperature: float
     norm_init: float
     kernel_init: nn.initializers.Initializer
@@ -109,7 +109,7 @@ class DigitEncoder(nn.Module):
         """
         length = self.axes * self.digits
         written = {"base": self.base, "digits": self.digits, "padding": self.padding}
-        places = length if self.place == "global" else self.digits
+        places = length if self.digit_index == "global" else self.digits
         place_NE = self.param("place_embedding", self.kernel_init, (places, self.width), jnp.float32)
         digit_BE = self.param("digit_embedding", self.kernel_init, (self.base, self.width), jnp.float32)
         place_NE = jnp.tile(place_NE, (length // places, 1))

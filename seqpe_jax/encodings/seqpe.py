@@ -85,7 +85,7 @@ class SeqPE(nn.Module):
     mask_padding: bool = False
     temperature: float = 1.0
     output_width: int = 0
-    place: str = "global"
+    digit_index: str = "global"
     dropout: float = 0.1
     attention_dropout: float = 0.0
     activation: str = "gelu_tanh"
@@ -138,7 +138,7 @@ class SeqPE(nn.Module):
                 cls=self.cls,
                 final_norm=self.final_norm,
                 mask_padding=self.mask_padding,
-                place=self.place,
+                digit_index=self.digit_index,
                 temperature=self.temperature,
                 norm_init=self.norm_init,
                 kernel_init=kernel_init(self.init_std),

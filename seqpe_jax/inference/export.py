@@ -91,7 +91,7 @@ def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str
     encoding = settings.encoding.name
     if settings.encoding.kind == "learned":
         encoding += ", stretched past its table"
-    elif settings.encoding.resize == "stretch":
+    elif settings.encoding.resize == "interpolate":
         encoding += ", past training between its positions"
     trained, stored = count(model.model_spec.shapes), count(params)
     replaced = f" trained, {stored:,} here: a table of vectors for the encoder" if stored != trained else ""
@@ -112,7 +112,7 @@ def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str
 def notes_of(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     """Returns what the largest arrays take, and whether logits depend on the length of the input, in words."""
     settings, tokens = model.config.model, model.model_spec.prefix + math.prod(max_grid)
-    rows = tokens if settings.attention_kind == "plain" else min(tokens, settings.attention_block or BLOCK)
+    rows = tokens if settings.attention_kind == "reference" else min(tokens, settings.attention_block or BLOCK)
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
     arrays = {f"attention logits ({words} at a time)": rows * rows * settings.heads}
     if not model.config.is_image:

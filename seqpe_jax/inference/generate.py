@@ -49,7 +49,7 @@ def check_generation(
     if window is not None and not field:
         raise InputError(
             f"--window={window} (Python: window=) is read by encodings whose positions depend on the length of the window ("
-            "encoding.kind='learned', encoding.scaling, encoding.resize='stretch'), not by the encoding.kind="
+            "encoding.kind='learned', encoding.scaling, encoding.resize='interpolate'), not by the encoding.kind="
             f"'{config.encoding.kind}' of this run: leave it out"
         )
     longest = max(lengths)

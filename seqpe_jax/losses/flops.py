@@ -30,7 +30,7 @@ def training_flops(
       accumulate: parts in which the batch is read; each encodes its positions anew.
     """
     model_spec = train_loss.model_spec
-    network = model_spec.network.clone(attention_kind="plain")  # no loop over blocks, no kernel
+    network = model_spec.network.clone(attention_kind="reference")  # no loop over blocks, no kernel
     train_loss = dataclasses.replace(train_loss, model_spec=dataclasses.replace(model_spec, network=network))
     batch = {
         name: jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype)

@@ -135,8 +135,8 @@ def _contrastive(
         mixture=settings.mixture,
         hard_fraction=settings.hard_fraction,
         window=settings.window * model_spec.position_grid.position_resolution,
-        around_pivot=settings.around_pivot,
-        past_only=settings.past_only,
+        around_anchor=settings.around_anchor,
+        causal_only=settings.causal_only,
     )
 
 

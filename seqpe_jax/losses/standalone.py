@@ -60,7 +60,12 @@ def position_losses(
         text = causal and len(shape) == 1
         settings = ObjectiveConfig(
             contrastive=ContrastiveConfig(
-                batch=4, candidates=16, window=min(256, reach // 4), around_pivot=True, past_only=text, space="logits"
+                batch=4,
+                candidates=16,
+                window=min(256, reach // 4),
+                around_anchor=True,
+                causal_only=text,
+                space="logits",
             ),
             distillation=DistillationConfig(batch=4, offsets=min(16, *shape)),
         )

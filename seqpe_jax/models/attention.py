@@ -296,7 +296,7 @@ def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: Positi
     one_hot_BSHS = jnp.broadcast_to(
         jnp.eye(keys)[:, None], (batch, keys, heads, keys)
     )  # mixing these shows the weights
-    return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal, kind="plain"), 2, 1)
+    return jnp.moveaxis(attend(query_BLHK, key_BSHK, one_hot_BSHS, signal, causal=causal, kind="reference"), 2, 1)
 
 
 def _positioned(query: jax.Array, key: jax.Array, signal: PositionSignal) -> Pair:

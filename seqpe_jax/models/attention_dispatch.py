@@ -12,7 +12,7 @@ from seqpe_jax.models import attention_cudnn, attention_tpu
 from seqpe_jax.models.attention_blockwise import blockwise_attention
 from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
 
-KINDS = ("plain", "blocks", "flash")
+KINDS = ("reference", "blockwise", "flash")
 MAX_REFERENCE_LEN = {"cpu": 128}  # queries or keys, beyond which no array of all logits is made; measured on CPU
 MAX_REFERENCE_LEN_ACCELERATOR = 256
 BLOCK = 512  # queries and keys at once, except on a CPU
@@ -40,21 +40,23 @@ def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = No
     device = device or jax.devices()[0]
     batch, length, heads, _ = inputs.query.shape
     keys = inputs.key.shape[1]
-    if kind == "plain" or (isinstance(length, int) and length == 1):
+    if kind == "reference" or (isinstance(length, int) and length == 1):
         return reference_attention
     symbolic = not all(isinstance(size, int) for size in (batch, length, keys))
     if symbolic or (block and kind == "auto"):
         size = block or BLOCK
         small = _at_most(length, size) and _at_most(keys, size)
-        return reference_attention if small and kind != "blocks" else functools.partial(blockwise_attention, block=size)
+        return (
+            reference_attention if small and kind != "blockwise" else functools.partial(blockwise_attention, block=size)
+        )
     if kind == "auto" and max(length, keys) <= MAX_REFERENCE_LEN.get(device.platform, MAX_REFERENCE_LEN_ACCELERATOR):
         return reference_attention
-    if kind != "blocks":
+    if kind != "blockwise":
         reason = unsupported_reason(inputs, device, split)
         if not reason:
             return attention_tpu.flash if device.platform == "tpu" else attention_cudnn.flash
         if kind == "flash":
-            raise InputError(f"model.attention_kind='flash' cannot serve: {reason}. Choose 'auto' or 'blocks'")
+            raise InputError(f"model.attention_kind='flash' cannot serve: {reason}. Choose 'auto' or 'blockwise'")
     return functools.partial(
         blockwise_attention,
         block=block or default_block_size(inputs, device),

@@ -255,7 +255,7 @@ def position_grid_of(config: Config) -> PositionGrid:
     interpolated_sides = (0,) * (len(config.grid) - 2) + config.grid[
         -2:
     ]  # a longer clip goes on, a larger frame is read between
-    return PositionGrid(config.encoding.unit, interpolated_sides if config.encoding.resize == "stretch" else ())
+    return PositionGrid(config.encoding.unit, interpolated_sides if config.encoding.resize == "interpolate" else ())
 
 
 def _encoding(config: Config) -> nn.Module:

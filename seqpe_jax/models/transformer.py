@@ -160,7 +160,7 @@ class Block(nn.Module):
     @property
     def _how(self) -> dict[str, Any]:
         """Kind and block of the attention; while parameters are drawn, the one that needs least compilation."""
-        return {"kind": "plain" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
+        return {"kind": "reference" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
 
     def _fade(self, x_BLD: jax.Array) -> jax.Array | None:
         """By how much each token raises the fade of all before it, float32[B, L, H], at most 0; None = not at all."""

@@ -144,8 +144,8 @@ def contrastive_positions(
     mixture: tuple[float, float, float],
     hard_fraction: float,
     window: int,
-    around_pivot: bool = False,
-    past_only: bool = False,
+    around_anchor: bool = False,
+    causal_only: bool = False,
 ) -> ContrastivePositions:
     """Returns pivots, each with distinct candidates other than itself, and the nearest candidate's index.
 
@@ -158,16 +158,16 @@ def contrastive_positions(
       mixture: probabilities of random, hard and distributional candidates.
       hard_fraction: hard candidates as a share of C, made by 1 to 3 digit edits and kept where farther than the nearest
         uniform draw; distributional ones all lie in one box of side max(window, (5 C)^(1/A)).
-      around_pivot: that box lies around the pivot, not anywhere.
-      past_only: one axis only; all candidates lie before the pivot, and pivots start at position C.
+      around_anchor: that box lies around the pivot, not anywhere.
+      causal_only: one axis only; all candidates lie before the pivot, and pivots start at position C.
 
     Raises:
       InputError: there are too few or too many positions, or a setting is out of its range.
     """
-    _check_pairs(candidates, max_position, axes, mixture, hard_fraction, past_only)
-    total, first = max_position**axes, candidates if past_only else 0  # lower pivots have too little past
+    _check_pairs(candidates, max_position, axes, mixture, hard_fraction, causal_only)
+    total, first = max_position**axes, candidates if causal_only else 0  # lower pivots have too little past
     extent = (max_position,) * axes
-    spare = 0 if past_only else 1  # one draw more where the pivot itself may be drawn
+    spare = 0 if causal_only else 1  # one draw more where the pivot itself may be drawn
     edited = int(candidates * hard_fraction) if mixture[1] > 0 else 0
     box = _box_side(candidates, max_position, window, axes)
 
@@ -180,9 +180,9 @@ def contrastive_positions(
 
     # Distinct uniform draws from the whole range, and distinct places in a box: one permutation serves both.
     uniform = candidates + spare
-    placed = min(candidates + spare * around_pivot, box**axes) if mixture[2] > 0 else 0
-    wide_B = jnp.minimum(box, anchors_B) if past_only else jnp.full(batch, box)
-    below_B2 = jnp.stack([anchors_B if past_only else jnp.full(batch, total), wide_B**axes], axis=1)
+    placed = min(candidates + spare * around_anchor, box**axes) if mixture[2] > 0 else 0
+    wide_B = jnp.minimum(box, anchors_B) if causal_only else jnp.full(batch, box)
+    below_B2 = jnp.stack([anchors_B if causal_only else jnp.full(batch, total), wide_B**axes], axis=1)
     source = np.repeat([0, 1], [uniform, placed])
     index = np.concatenate([np.arange(uniform), np.arange(placed)])
     draws = permute_with_keys(draw_bits.reshape(batch, 2, ROUNDS)[:, source], index, below_B2[:, source])
@@ -192,7 +192,7 @@ def contrastive_positions(
     if edited:
         compared = _unravel(uniform_BC[:, : candidates + 1 - edited], extent)
         specials[1] = _hard_candidates(
-            edit_bits, anchors_BA, compared, max_position=max_position, base=base, past_only=past_only
+            edit_bits, anchors_BA, compared, max_position=max_position, base=base, causal_only=causal_only
         )
     if placed:
         start_BA = _box_start(
@@ -200,8 +200,8 @@ def contrastive_positions(
             anchors_BA,
             wide_B[:, None],
             max_position=max_position,
-            around_pivot=around_pivot,
-            past_only=past_only,
+            around_anchor=around_anchor,
+            causal_only=causal_only,
         )
         specials[2] = _ravel(start_BA[:, None] + _unravel(places_BC, (box,) * axes), max_position)
     special_BC = _of_kind(kind_bits, specials, mixture)
@@ -226,7 +226,7 @@ def _check_pairs(
     axes: int,
     mixture: tuple[float, float, float],
     hard_fraction: float,
-    past_only: bool,
+    causal_only: bool,
 ) -> None:
     """Refuses settings that no candidates can be drawn with. Raises: InputError."""
     total = max_position**axes
@@ -243,10 +243,10 @@ def _check_pairs(
         raise InputError(
             f"encoding.max_position={max_position} on {axes} axes gives more than {MAX_PERMUTATION_SIZE} positions"
         )
-    if past_only and axes != 1:
-        raise InputError("objective.contrastive.past_only needs one axis: there is no before on a grid")
-    first = candidates if past_only else 0
-    if total - first < (1 if past_only else candidates + 1):
+    if causal_only and axes != 1:
+        raise InputError("objective.contrastive.causal_only needs one axis: there is no before on a grid")
+    first = candidates if causal_only else 0
+    if total - first < (1 if causal_only else candidates + 1):
         raise InputError(
             f"objective.contrastive.candidates={candidates} is too many for the {total} positions of "
             f"encoding.max_position={max_position}: lower it"
@@ -377,24 +377,24 @@ def _box_start(
     wide_B1: jax.Array,
     *,
     max_position: int,
-    around_pivot: bool,
-    past_only: bool,
+    around_anchor: bool,
+    causal_only: bool,
 ) -> jax.Array:
     """Lowest corners int32[B, A] of boxes of that side: anywhere in range, or around (or just before) the pivot."""
-    last_BA = (anchors_BA if past_only else max_position) - wide_B1
-    if not around_pivot:
+    last_BA = (anchors_BA if causal_only else max_position) - wide_B1
+    if not around_anchor:
         return _below(bits, last_BA + 1)
-    return last_BA if past_only else jnp.clip(anchors_BA - wide_B1 // 2, 0, last_BA)
+    return last_BA if causal_only else jnp.clip(anchors_BA - wide_B1 // 2, 0, last_BA)
 
 
 def _hard_candidates(
-    seeds_BC: jax.Array, anchors_BA: jax.Array, compared: jax.Array, *, max_position: int, base: int, past_only: bool
+    seeds_BC: jax.Array, anchors_BA: jax.Array, compared: jax.Array, *, max_position: int, base: int, causal_only: bool
 ) -> jax.Array:
     """Flat positions int32[B, C] that look like the pivot's digits, -1 where no farther than all of `compared` are."""
     apart = _distance(compared, anchors_BA[:, None])
     nearest_B1 = jnp.where(apart == 0, 2**31 - 1, apart).min(axis=1, keepdims=True)  # the pivot is no candidate
     edited_BCA, done_BC = random_digit_edits(seeds_BC, anchors_BA, max_position, base)
     keep_BC = done_BC & (_distance(edited_BCA, anchors_BA[:, None]) > nearest_B1)
-    if past_only:
+    if causal_only:
         keep_BC &= edited_BCA[..., 0] < anchors_BA
     return jnp.where(keep_BC, _ravel(edited_BCA, max_position), -1)

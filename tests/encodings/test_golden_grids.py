@@ -164,7 +164,7 @@ def mask(arrays):
                 cls=cls,
                 final_norm=False,
                 mask_padding=padded,
-                place="global",
+                digit_index="global",
                 temperature=1.0,
                 norm_init=1.0,
                 kernel_init=jax.nn.initializers.normal(),

@@ -154,7 +154,7 @@ def test_texts_are_mixed_as_the_paper_says(kind, start, lengths):
     signal, params = signal_of(make(kind, **lengths), positions_PLA, (length,))
     q, k, v = operands(length)
     expected = mixed(text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths), q, k, v, causal=True)
-    for form, block in (("plain", 0), ("blocks", 16)):
+    for form, block in (("reference", 0), ("blockwise", 16)):
         np.testing.assert_allclose(attend(q, k, v, signal, kind=form, block=block), expected, atol=1e-5)
     assert np.abs(np.asarray(attend(q, k, v, PositionSignal())) - expected).max() > 1e-2
     if not start and kind in ("scale_invariant", "pope"):  # gates lower the logit that these scale or make of arrows
@@ -167,7 +167,7 @@ def test_texts_are_mixed_as_the_paper_says(kind, start, lengths):
         )
         gated = lambda q, k, i, j, h: logit(q, k, i, j, h) + fade[0, i, h] - fade[0, j, h]  # noqa: E731
         expected = mixed(gated, *one, causal=True)
-        for form, block in (("plain", 0), ("blocks", 16)):
+        for form, block in (("reference", 0), ("blockwise", 16)):
             found = attend(*one, signal, fade[:1], kind=form, block=block)
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -207,7 +207,7 @@ def test_grids_are_mixed_as_the_paper_says(kind, lengths):
     signal, params = signal_of(make(kind, prefix=1, **lengths), jnp.array(places)[None], shape)
     q, k, v = operands(13)
     expected = mixed(grid_logit(kind, params, [None, *places], lengths), q, k, v, causal=False)
-    for form, block in (("plain", 0), ("blocks", 8)):
+    for form, block in (("reference", 0), ("blockwise", 8)):
         np.testing.assert_allclose(attend(q, k, v, signal, causal=False, kind=form, block=block), expected, atol=1e-5)
     finer, _ = signal_of(make(kind, prefix=1, unit=10, **lengths), 10 * jnp.array(places)[None], shape)
     np.testing.assert_allclose(attend(q, k, v, finer, causal=False), expected, atol=1e-5)
@@ -305,9 +305,9 @@ def test_blocks_loops_and_meshes_equal_the_plain_form(kind):
     """With every part that the encoding can be combined with."""
     fields = {"variant": kind, "model__layers": 2, "precision__compute": "float32"}
     fields |= every_part(kind, "cable" if kind in ("alibi", "fire") else "forget")
-    expected = gradients(tiny_config(**fields, model__attention_kind="plain"))
+    expected = gradients(tiny_config(**fields, model__attention_kind="reference"))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[1]["encoding"]))
-    blocks = tiny_config(**fields, model__attention_kind="blocks", model__attention_block=8)
+    blocks = tiny_config(**fields, model__attention_kind="blockwise", model__attention_block=8)
     split = tiny_config(**fields, mesh__data=2, mesh__context=2, mesh__tensor=2)
     for settings, devices in ((blocks, None), (split, jax.devices())):
         found = gradients(settings, devices)

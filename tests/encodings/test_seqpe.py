@@ -94,7 +94,7 @@ SHARED = {
     "base 3": (WINDOW, [RowGroup(1, (50,))], {"base": 3, "digits": 6}),
     "some of a window": (WINDOW[::7], [RowGroup(1, (50,), rows=8)], {}),
     "a box": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2}),
-    "a box, places counted anew": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "place": "coordinate"}),
+    "a box, places counted anew": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "digit_index": "per_axis"}),
     "a strided window": (STRIDED, [RowGroup(1, (50,), spans=(490,))], {}),
     "a jittered window": (JITTERED, [RowGroup(1, (50,), spans=(510,), independent_axes=True)], {}),
     "a jittered box": (JITTERED_BOX, [RowGroup(1, (14, 10), spans=(136, 96), independent_axes=True)], {"axes": 2}),
@@ -147,8 +147,8 @@ def test_prefixes_are_shared_where_it_pays_and_can_be_done():
 
 def test_places_may_restart_with_each_coordinate():
     positions_RA = jnp.array([[12, 345], [345, 12]], jnp.int32)
-    for place, rows in ("global", 6), ("coordinate", 3):
-        encoding = make(axes=2, place=place)
+    for digit_index, rows in ("global", 6), ("per_axis", 3):
+        encoding = make(axes=2, digit_index=digit_index)
         variables = initial(encoding, positions_RA)
         assert variables["params"]["encoder"]["place_embedding"].shape == (rows, 12)
         found = vectors(encoding, variables, positions_RA)

@@ -139,11 +139,11 @@ def test_parts_on_many_devices_are_the_batch_too():
 @pytest.mark.parametrize(
     "form",
     [
-        {"model.attention_kind": "blocks", "model.attention_block": 6},
+        {"model.attention_kind": "blockwise", "model.attention_block": 6},
         {"model.scan": True, "model.remat": "full"},
     ],
-    ids=["blocks", "loop"],
+    ids=["blockwise", "loop"],
 )
 def test_a_composed_encoding_is_the_same_in_every_form_of_the_model(form):
-    deep = {"model.layers": 2, "model.attention_kind": "plain"}
+    deep = {"model.layers": 2, "model.attention_kind": "reference"}
     check(step_of("questions", fields=tuple((deep | form).items())), step_of("questions", fields=tuple(deep.items())))

@@ -98,7 +98,7 @@ COMPOSED = {
     "encoding__log_scaling": True,
 }
 STRETCHED = {
-    "encoding__resize": "stretch",
+    "encoding__resize": "interpolate",
     "encoding__fraction_digits": 1,
 }  # a window is read between places of training
 CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, every_part(kind)) for kind in BASELINES]

@@ -84,7 +84,7 @@ def test_text_round_trip(tmp_path, variant):
 
 WHOLE = {
     "encoding.fraction_digits": 0,
-    "encoding.resize": "extend",
+    "encoding.resize": "extrapolate",
     "objective.zoom.rate": 0.0,
 }  # as the reference knows
 FIELDS = {
@@ -130,7 +130,7 @@ def test_image_round_trip(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_a_run_of_ours_is_read_whatever_the_reference_knows(tmp_path, kind):
     """Its encoding made of parts, its positions between whole numbers: the logits are the run's own."""
-    fields = {"encoding__resize": "stretch", "encoding__fraction_digits": 1} | test_serving.COMPOSED
+    fields = {"encoding__resize": "interpolate", "encoding__fraction_digits": 1} | test_serving.COMPOSED
     if kind == "text":
         settings, inputs = tiny_config(**fields), np.arange(24)[None]
     else:
@@ -464,7 +464,7 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
         ("position_heads", 1),
         ("log_scaling", True),
         ("fraction_digits", 1),
-        ("resize", "stretch"),
+        ("resize", "interpolate"),
         ("gate", "forget"),
     ],
 )

@@ -20,7 +20,7 @@ def flops_per_step(**overrides) -> float:
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"model.attention_kind": "blocks", "model.scan": True, "model.remat": "full"}]
+    "overrides", [{}, {"model.attention_kind": "blockwise", "model.scan": True, "model.remat": "full"}]
 )
 def test_a_network_needs_three_times_its_forward_products(overrides):
     """Whichever attention runs, in a loop over layers or not, and whatever is computed again."""

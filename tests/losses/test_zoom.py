@@ -55,7 +55,7 @@ ZOOMED = {
 @functools.cache
 def zoomed():
     settings = vit_config(**ZOOMED)
-    assert (settings.encoding.unit, settings.encoding.resize, settings.grid) == (10, "stretch", (4, 4))
+    assert (settings.encoding.unit, settings.encoding.resize, settings.grid) == (10, "interpolate", (4, 4))
     return Trainer.of(settings, jax.devices()[:1])
 
 

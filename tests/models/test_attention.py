@@ -44,7 +44,11 @@ def signals(sets: int) -> dict[str, PositionSignal]:
     }
 
 
-IMPLEMENTATIONS = {"plain": {"kind": "plain"}, "blocks": {"kind": "blocks", "block": 3}, "flash": {"kind": "flash"}}
+IMPLEMENTATIONS = {
+    "reference": {"kind": "reference"},
+    "blockwise": {"kind": "blockwise", "block": 3},
+    "flash": {"kind": "flash"},
+}
 pytestmark = pytest.mark.usefixtures("small_kernel")
 
 
@@ -96,7 +100,7 @@ def loop(query, key, value, signal, causal):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sets, causal", [(1, False), (2, True)])
-@pytest.mark.parametrize("how", ["plain", "blocks", pytest.param("flash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["reference", "blockwise", pytest.param("flash", marks=pytest.mark.slow)])
 def test_equals_the_loop(how, name, sets, causal):
     if (how, name) == ("flash", "bias"):
         pytest.skip("the kernels read no bias")
@@ -127,17 +131,17 @@ def close(found, expected):
 )
 def test_gradients_equal_those_of_the_plain_form(name, causal):
     signal = signals(2)[name]
-    expected = gradients("plain", signal, causal)
-    for how in ("blocks", "flash")[: 1 if name == "bias" else 2]:
+    expected = gradients("reference", signal, causal)
+    for how in ("blockwise", "flash")[: 1 if name == "bias" else 2]:
         close(gradients(how, signal, causal), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["blocks", "flash"])
+@pytest.mark.parametrize("how", ["blockwise", "flash"])
 def test_dropout_draws_the_same_mask_in_every_implementation(how):
     signal = signals(1)["shared features"]
     dropping = {"dropout_rate": 0.4, "dropout_key": KEY}
-    close(gradients(how, signal, True, **dropping), gradients("plain", signal, True, **dropping))
+    close(gradients(how, signal, True, **dropping), gradients("reference", signal, True, **dropping))
 
 
 @pytest.mark.slow
@@ -149,12 +153,12 @@ def test_over_devices_it_is_the_same(how, sizes):
     angles = signals(1)["rotation"].rotation
     for sets, name in ((2, "logit_query_key"), (3, "shared features")):
         signal = signals(sets)[name].replace(rotation=angles)
-        expected = gradients("plain", signal, True, dropout_rate=0.4, dropout_key=KEY)
+        expected = gradients("reference", signal, True, dropout_rate=0.4, dropout_key=KEY)
         with use_sharding(layout):
             close(gradients(how, signal, True, dropout_rate=0.4, dropout_key=KEY), expected)
 
 
-@pytest.mark.parametrize("how", ["blocks", "flash"])
+@pytest.mark.parametrize("how", ["blockwise", "flash"])
 def test_no_square_array_is_held(how):
     length = 32
     qkv = tuple(random(side, 1, length, 1, WIDTH) for side in (1, 2, 3))
@@ -163,7 +167,7 @@ def test_no_square_array_is_held(how):
     def program(**how):
         return jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:], signal, **how).sum()))(qkv[0]).jaxpr
 
-    assert has_array_of_size(program(kind="plain"), length * length)
+    assert has_array_of_size(program(kind="reference"), length * length)
     assert not has_array_of_size(program(**IMPLEMENTATIONS[how] | {"block": 8}), length * length)
 
 
@@ -191,7 +195,7 @@ def test_sample_i_uses_set_i_mod_p():
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
 def test_a_few_queries_at_the_end_see_all_keys_before_them(how):
     query, key, value = QKV
-    whole = attend(query, key, value, PositionSignal(), kind="plain")
+    whole = attend(query, key, value, PositionSignal(), kind="reference")
     found = attend(query[:, -2:], key, value, PositionSignal(), **IMPLEMENTATIONS[how])
     np.testing.assert_allclose(found, whole[:, -2:], atol=1e-6)
 
@@ -199,7 +203,7 @@ def test_a_few_queries_at_the_end_see_all_keys_before_them(how):
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
 def test_values_may_be_wider_than_keys(how):
     value = random(40, BATCH, LENGTH, HEADS, 3 * WIDTH)
-    parts = [attend(*QKV[:2], part, PositionSignal(), kind="plain") for part in jnp.split(value, 3, axis=-1)]
+    parts = [attend(*QKV[:2], part, PositionSignal(), kind="reference") for part in jnp.split(value, 3, axis=-1)]
     found = attend(*QKV[:2], value, PositionSignal(), **IMPLEMENTATIONS[how])
     np.testing.assert_allclose(found, jnp.concatenate(parts, axis=-1), atol=1e-5)
 

@@ -24,7 +24,7 @@ def junk_cache(gates: bool = False) -> KVCache:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "everything", "gates", "gates, features", "gates, everything"])
-@pytest.mark.parametrize("how", ["plain", "blocks", pytest.param("flash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["reference", "blockwise", pytest.param("flash", marks=pytest.mark.slow)])
 def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
     gates, name = name.startswith("gates"), name.removeprefix("gates").removeprefix(", ")
     if how == "flash" and name in ("bias", "everything"):
@@ -41,7 +41,7 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
         )
     )
     log_gate_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
-    whole = attend(*QKV, signal, None if log_gate_BLH is None else jnp.cumsum(log_gate_BLH, axis=1), kind="plain")
+    whole = attend(*QKV, signal, None if log_gate_BLH is None else jnp.cumsum(log_gate_BLH, axis=1), kind="reference")
     prompt = max(PROMPTS_B) - 1
     run = jax.jit(functools.partial(attend_cached, **IMPLEMENTATIONS[how]))
     steps = () if log_gate_BLH is None else (None, log_gate_BLH[:, :prompt])
@@ -55,7 +55,7 @@ def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
         mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None], *steps)
         expected = np.take_along_axis(np.asarray(whole), places_B[:, None, None, None], axis=1)
         np.testing.assert_allclose(mixed, expected, atol=2e-5)
-    if how == "plain":  # what the signal adds, given
+    if how == "reference":  # what the signal adds, given
         places_P1 = jnp.asarray(PROMPTS_B)[:, None]
         token = [jnp.take_along_axis(part, places_P1[..., None, None], axis=1) for part in QKV]
         results = [

@@ -46,7 +46,7 @@ def shapes(
     )
 
 
-NAMES = {reference_attention: "plain", attention_tpu.flash: "tpu", attention_cudnn.flash: "cudnn"}
+NAMES = {reference_attention: "reference", attention_tpu.flash: "tpu", attention_cudnn.flash: "cudnn"}
 
 
 def chosen(device, inputs, kind="auto", block=0, **fields):
@@ -57,15 +57,15 @@ def chosen(device, inputs, kind="auto", block=0, **fields):
 @pytest.mark.parametrize(
     "device, fields, expected",
     [
-        (CPU, {"length": 1, "keys": 4096}, "plain"),
-        (CPU, {"length": attention_dispatch.MAX_REFERENCE_LEN["cpu"]}, "plain"),
+        (CPU, {"length": 1, "keys": 4096}, "reference"),
+        (CPU, {"length": attention_dispatch.MAX_REFERENCE_LEN["cpu"]}, "reference"),
         (CPU, {"length": 2048}, "blocks 128"),
         (CPU, {"length": 65536}, "blocks 512"),
-        (TPU, {"length": 197, "causal": False}, "plain"),
+        (TPU, {"length": 197, "causal": False}, "reference"),
         (TPU, {"length": 512, "logit_query_key": 64, "drop": True}, "tpu"),
         (TPU, {"length": 511, "keys": 1024, "dtype": jnp.float32}, "tpu"),
         (TPU, {"bias": True}, "blocks 512"),
-        (H200, {"length": 256}, "plain"),
+        (H200, {"length": 256}, "reference"),
         (H200, {}, "cudnn"),
         (H200, {"logit_query_key": 3, "causal": False}, "cudnn"),
         (H200, {"logit_query_key": 32}, "cudnn"),
@@ -89,7 +89,7 @@ def test_narrow_features_are_joined_where_products_are_exact():
     fields = {"logit_query_key": 16, "dtype": jnp.float32}
 
     def joins(device, **fields):
-        return attention_dispatch.dispatch("blocks", 0, shapes(**fields), device=device).keywords["join"]
+        return attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device).keywords["join"]
 
     assert (
         joins(CPU, **fields)
@@ -108,9 +108,9 @@ def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, logit_query_ke
 
 def test_what_is_asked_for_is_chosen():
     long, short = shapes(4096), shapes(64)
-    assert chosen(CPU, long, "plain") == chosen(TPU, long, "plain") == "plain"
-    assert chosen(TPU, short, "blocks", 32) == "blocks 32" and chosen(TPU, short, "flash") == "tpu"
-    assert chosen(TPU, long, "auto", 100) == "blocks 100" and chosen(TPU, short, "auto", 100) == "plain"
+    assert chosen(CPU, long, "reference") == chosen(TPU, long, "reference") == "reference"
+    assert chosen(TPU, short, "blockwise", 32) == "blocks 32" and chosen(TPU, short, "flash") == "tpu"
+    assert chosen(TPU, long, "auto", 100) == "blocks 100" and chosen(TPU, short, "auto", 100) == "reference"
     assert chosen(H200, shapes(512), "auto", split=True) == "blocks 512", "queries of a device start anywhere"
     assert chosen(H200, shapes(512, causal=False), "auto", split=True) == "cudnn"
 

@@ -46,7 +46,7 @@ FIELDS = {
         "objective.shift.sets": 1,
         "objective.zoom.rate": 0.0,
         "encoding.fraction_digits": 0,
-        "encoding.resize": "extend",
+        "encoding.resize": "extrapolate",
     },
 }
 

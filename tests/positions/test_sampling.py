@@ -185,21 +185,21 @@ def test_a_batch_may_span_many_epochs():
 
 @pytest.mark.parametrize("mixture", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
 def test_past_only_candidates_lie_before_the_pivot(mixture):
-    anchors, found, _ = draw(TEXT | {"max_position": 500}, mixture, 16, draws=400, past_only=True, around_pivot=True)
+    anchors, found, _ = draw(TEXT | {"max_position": 500}, mixture, 16, draws=400, causal_only=True, around_anchor=True)
     assert (found[..., 0] < anchors).all() and anchors.min() == 16
 
 
 @pytest.mark.parametrize("around", [False, True])
 def test_past_only_works_where_the_past_is_just_enough(around):
     anchors, found, _ = draw(
-        TEXT | {"max_position": 8, "window": 3}, (0.2, 0.4, 0.4), 4, draws=60, past_only=True, around_pivot=around
+        TEXT | {"max_position": 8, "window": 3}, (0.2, 0.4, 0.4), 4, draws=60, causal_only=True, around_anchor=around
     )
     assert set(anchors[:, 0]) == {4, 5, 6, 7} and (found[..., 0] < anchors).all()
     assert all(len(set(row)) == 4 for row in found[..., 0])
 
 
 def test_a_box_around_the_pivot():
-    anchors, found, _ = draw(TEXT | {"window": 100}, (0.0, 0.0, 1.0), 16, draws=400, around_pivot=True)
+    anchors, found, _ = draw(TEXT | {"window": 100}, (0.0, 0.0, 1.0), 16, draws=400, around_anchor=True)
     assert np.abs(found[..., 0] - anchors).max() <= 100
     assert np.abs(found[200:, :, 0] - anchors[200:]).mean() < 40
 
@@ -254,7 +254,7 @@ def test_hard_candidates_survive_as_often_as_the_references(goldens):
     expected = json.loads((goldens / "sampler_stats.json").read_text())["contrastive"]["text_1d_n32_hard negatives"]
     anchors = permute(KEY, jnp.arange(4000), 20000)[:, None]
     uniform = jax.random.randint(KEY, (4000, 25, 1), 0, 20000)
-    hard = functools.partial(sampling._hard_candidates, max_position=20000, base=10, past_only=False)
+    hard = functools.partial(sampling._hard_candidates, max_position=20000, base=10, causal_only=False)
     made = np.asarray(jax.jit(hard)(jax.random.bits(KEY, (4000, 8)), anchors, uniform))
     kept = made >= 0
     assert kept.shape[1] == expected["hard"]["requested"]

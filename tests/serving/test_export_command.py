@@ -79,7 +79,7 @@ def text_export(commands, on_text) -> pathlib.Path:
 def on_images(tmp_path_factory) -> pathlib.Path:
     """A workdir of a classifier whose encoding is made of parts, and reads larger images between its positions."""
     settings = test_serving.vit_config(encoding__mode="attn_scalar", **test_serving.COMPOSED)
-    assert settings.encoding.resize == "stretch" and settings.encoding.fraction_digits == 1
+    assert settings.encoding.resize == "interpolate" and settings.encoding.fraction_digits == 1
     return saved_run(tmp_path_factory.mktemp("run") / "digits", settings)
 
 

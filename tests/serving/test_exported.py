@@ -82,7 +82,7 @@ TEXTS = {
     "seqpe": {"encoding__qk": "single"},
     "seqpe, a map for each layer": {"encoding__mode": "attn_mul", "encoding__qk": "multi"},
     "composed": COMPOSED,
-    "composed, stretched": COMPOSED | {"encoding__resize": "stretch", "encoding__fraction_digits": 1},
+    "composed, stretched": COMPOSED | {"encoding__resize": "interpolate", "encoding__fraction_digits": 1},
     "seqpe added": {"encoding__mode": "input_add", "encoding__qk": "none", "objective__contrastive__space": "vectors"},
     **{kind: {"variant": kind} for kind in ("rotary", "learned", "sinusoidal", "rotary_mixed", "none")},
     **{kind: {"variant": kind} for kind in ("t5", "scale_invariant", "fox")},

@@ -119,7 +119,7 @@ def test_evaluate_refuses_arguments(commands, trained, arguments, words):
         (["--config.data.name=image_folder"], ["data.paths"]),
         (["--config.data.augment.crop_scale=(0.5,1.5)"], ["crop_scale", "at most 1"]),
         (["--config.eval.frames=(4,)"], ["eval.frames", "is for clips", "drop it"]),
-        (["--config.objective.contrastive.past_only=True"], ["past_only"]),
+        (["--config.objective.contrastive.causal_only=True"], ["causal_only"]),
     ],
 )
 def test_train_refuses_arguments(commands, tmp_path, arguments, words):

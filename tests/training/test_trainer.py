@@ -78,7 +78,7 @@ def written(folder, settings, **encoding):
         ("position_heads", 1),
         ("feature_width", 3),
         ("fraction_digits", 1),
-        ("resize", "stretch"),
+        ("resize", "interpolate"),
         ("rotary_heads", 1),
     ],
 )
