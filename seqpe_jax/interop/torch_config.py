@@ -378,7 +378,7 @@ def _writable(config: Config, images: bool) -> None:
     if encoding.kind == "seqpe":
         fixed = {
             "encoding.base": (encoding.base, 10),
-            "encoding.place": (encoding.place, "global"),
+            "encoding.digit_index": (encoding.digit_index, "global"),
             "encoding.cls": (encoding.cls, True),
             "encoding.padding": (encoding.padding, "left"),
             "encoding.layer_norm_epsilon": (encoding.layer_norm_epsilon, 1e-5),
