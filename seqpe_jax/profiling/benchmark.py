@@ -108,7 +108,7 @@ def benchmark(
                 if turn >= WARM_UP:
                     share.append(alone)
         progress(turn + 1, WARM_UP + steps)
-    runs, chip = [], hardware.find_chip(jax.devices()[0].device_kind) or hardware.measured()
+    runs, chip = [], hardware.find_chip(jax.devices()[0].device_kind) or hardware.measure_chip()
     for (name, config), one, times, share in zip(settings.items(), made, seconds, shares, strict=True):
         per = DECODED if mode == "decode" else 1
         median, bound = statistics.median(times), one.bound(chip)

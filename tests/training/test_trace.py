@@ -39,7 +39,7 @@ def parameters(trace, prefix):
     rules = weights.encoder_rules(2, 2 if vit else 1, cls=True, final_norm=True)
     rules += weights.vit_rules(2, 3, (8, 8)) if vit else weights.gpt2_rules(2, 3)
     rules += weights.qk_rules("multi" if vit else "single", 2, vit)
-    return weights.to_params(rules + [weights.PREFIX] * vit, state)
+    return weights.to_params(rules + [weights.CLASS_TOKEN_RULE] * vit, state)
 
 
 def text_objective(spec):
