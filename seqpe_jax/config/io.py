@@ -193,6 +193,7 @@ def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -
 
     Args:
       overridden: dotted names of the fields whose value is the user's and not the config file's (`from_user_values`).
+
     Raises:
       InputError: as `from_dict`, or a field is set that nothing reads.
     """
@@ -205,6 +206,7 @@ def from_user_values(values: dict[str, Any], overridden: Collection[str] = ()) -
     Args:
       overridden: dotted names of the fields whose value is the user's: what a config file evaluates belongs to the training
         length or size that it names, so that lengths and sizes below one that took its place are left out.
+
     Raises:
       InputError: as in `parse`.
     """

@@ -25,6 +25,7 @@ def locked(target: pathlib.Path) -> Iterator[bool]:
 
     Yields:
       Whether the lock is held; False where the file system has no locks, and processes may do the same work twice.
+
     Raises:
       InputError: the folder cannot be written, or its name is not UTF-8.
     """

@@ -72,6 +72,7 @@ def check_plain_text(head: bytes, name: str) -> None:
     Args:
       head: the first `HEAD_BYTES` bytes, or all of a shorter file.
       name: the option and the file, for the message.
+
     Raises:
       InputError: says what the file is, and what to do about it.
     """

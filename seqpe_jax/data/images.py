@@ -64,6 +64,7 @@ def image_source(
       cache_dir: none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show how far long work is, on stderr.
       bit_depth: of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
+
     Raises:
       InputError: unknown name or split, nothing to read, damaged files, a folder not writable.
     """
@@ -103,8 +104,10 @@ def train_example(
         label, so flip=0 where left and right make it (moving_digits).
       rng: all that is drawn comes from it.
       mean, std: per channel, in 0..1.
+
     Returns:
       {"images": float32[*size, C], "labels": int32[]}.
+
     Raises:
       InputError: a clip and `size` do not fit, or a setting that does not work for clips.
     """
@@ -155,8 +158,10 @@ def eval_example(
     Args:
       record, size, mean, std: as of `train_example`.
       crop_ratio: in (0, 1]; 0.875 is usual for photos, 1 leaves nothing out but the longer side's ends.
+
     Returns:
       {"images": float32[*size, C], "labels": int32[]}.
+
     Raises:
       InputError: a clip and `size` do not fit, or `crop_ratio` is out of range.
     """

@@ -33,6 +33,7 @@ def training_windows(tokens: np.ndarray, length: int, *, field: str = "data.leng
 
     Args:
       field: the option to name when the length does not fit.
+
     Raises:
       InputError: there are fewer than length + 1 tokens.
     """
@@ -88,6 +89,7 @@ class TrainLoader:
       rows: indices of the rows that this process reads of each batch, in that order; None = all of them. A row has the
         same example whoever reads it.
       threads: examples made at once by `prefetch`.
+
     Raises:
       InputError: no examples, or a batch of none.
       ValueError: rows that a batch does not have.

@@ -102,6 +102,7 @@ def resolve_paths(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title
     Args:
       suffixes: lower-case ends of the names that are wanted; () = all.
       title: of the progress bar on stderr; "" = none.
+
     Raises:
       InputError: a path that is itself a link to nowhere, a pipe, a socket or a device.
     """

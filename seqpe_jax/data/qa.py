@@ -79,9 +79,11 @@ def training_example(
       length: L; inputs are tokens[:L], targets tokens[1:].
       prompt_weight, question_weight: of the tokens of the context and of the question in the loss, in 0..1 (the
         reference: 0). Questions that repeat words of the passage, as those of stdlib_qa do, teach to look them up.
+
     Returns:
       {"tokens": int32[L + 1], "weights": float32[L]}: the weight of each target, 1 for the answer and its end, 0 for what
       fills up.
+
     Raises:
       InputError: it takes more than L tokens.
     """
@@ -141,6 +143,7 @@ class QASource(abc.ABC):
 
         Args:
           sample: histograms are over at most that many examples, evenly spaced.
+
         Returns:
           {"examples", "length", "skipped": {reason: count}, "kinds": {kind: count}, "sampled", "tokens": {"from": edges,
           "count"}, "depth": the same, or None}; tokens are those of prompt + " " + longest answer + end.
@@ -208,6 +211,7 @@ def qa_source(
       progress: show how far long work is, on stderr.
       fits: skip questions that are longer than so many tokens without other passages, so that sources of several lengths
         ask the same questions; 0 = length. Of qa_jsonl, whose prompts are as the file has them, the length alone decides.
+
     Raises:
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
         writable, a tokenizer without an end.

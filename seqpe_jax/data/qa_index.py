@@ -179,10 +179,9 @@ class FileSlices:
 
 
 def truncate_passage(text: str, room: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
-    """Returns (the beginning of a text, its tokens), at most `room`; cut after a word, or anywhere to lose less than
-    `slack`.
+    """Returns (the beginning of a text, the number of its tokens), which is at most `room`.
 
-    Empty where not even one character finds room.
+    It ends after a word, or anywhere where that loses `slack` tokens or more. Empty where not even one character finds room.
     """
 
     def longest(ends: Sequence[int]) -> int:

@@ -139,6 +139,7 @@ class HFTokenizer:
 
     Args:
       path: the file, or a directory that holds tokenizer.json, or GPT-2's vocab.json and merges.txt.
+
     Raises:
       InputError: no such file, not a tokenizer, or a file beside it names an end of text that it does not have.
     """

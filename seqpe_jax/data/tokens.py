@@ -81,6 +81,7 @@ def token_source(
       cache_dir: tokens; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show how far long work is, on stderr.
       lossy: text that does not come back from its tokens is accepted.
+
     Raises:
       InputError: unknown name or split, nothing to read, not UTF-8, a split without text, a folder not writable, a
         tokenizer that loses text.

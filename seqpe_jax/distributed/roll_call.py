@@ -111,6 +111,7 @@ class Coordinator:
 
     Args:
       address: (host, port) that members connect to; count: processes of the run.
+
     Raises:
       InputError: the port is taken.
     """

@@ -133,10 +133,12 @@ def score(
     Args:
       records, hypotheses: as many of each; metrics: which scores (`metrics_of`).
       bins: of equal width, of the depth of the passage; away: `distances` of the records.
+
     Returns:
       {"examples", the scores by their names, "depth": [{"from", "to", "examples", and the scores, None where there
       are no examples}], "distance": the same, by how many tokens back the answer stands}; "depth" and "distance" are left
       out where they are not known.
+
     Raises:
       InputError: there are no records.
     """

@@ -102,8 +102,10 @@ def _instruction_flops(program: HloModule, computation: str, one: Instruction) -
 
 
 def _convolution(one: Instruction, left: list[int], right: list[int]) -> float:
-    """Multiplications and additions of those places of the window that lie inside, which are few where a TPU's compiler
-    writes a batch of products as one convolution. Source: XLA's HloCostAnalysis::GetConvolutionFlops.
+    """Returns the multiplications and additions of window positions inside the input.
+
+    They are few where a TPU's compiler writes a batch of products as one convolution. Source: XLA's
+    HloCostAnalysis::GetConvolutionFlops.
     """
     inputs, kernels, outputs = one.raw_attribute("dim_labels").replace("->", "_").split("_")
     made = dimensions(one.shape)

@@ -305,6 +305,7 @@ def prompt_lines(content: bytes, name: str) -> list[str]:
     Args:
       content: of the file.
       name: of the option and the file, for messages.
+
     Raises:
       InputError: it is of another format than plain text.
       UnicodeDecodeError: it is not UTF-8.

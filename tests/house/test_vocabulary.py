@@ -121,6 +121,11 @@ NAMES = {
     "FADING": "FORGET_GATES",
 }
 EXCLUDED = {pathlib.Path(__file__).resolve()}
+# A docstring is a noun phrase or a verb, not a clause.
+OPENINGS = dict.fromkeys(
+    ("What", "Where", "Which", "Who", "Whether", "How", "As"), "begin the docstring with a noun or a verb"
+)
+ALL = WORDS | NAMES | OPENINGS
 PROSE = re.compile(rf"(?<![\w.])({'|'.join(WORDS)})(?![\w])", re.IGNORECASE)
 PARTS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 
@@ -146,6 +151,10 @@ def hits(path: pathlib.Path) -> list[tuple[int, str]]:
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         if any(getattr(target, "id", "").startswith("RENAMED") for target in targets):
             renamed |= set(range(node.lineno, node.end_lineno + 1))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and path.is_relative_to(ROOT / "seqpe_jax"):
+            opening = (ast.get_docstring(node) or "").partition(" ")[0]
+            found += [(node.body[0].lineno, opening)] if opening in OPENINGS else []
     for token in tokenize.generate_tokens(iter(text.splitlines(keepends=True)).__next__):
         line = token.start[0]
         if line in renamed:
@@ -171,16 +180,12 @@ def prose(text: str) -> list[str]:
 
 
 def test_no_word_of_the_list_is_used():
-    found = [
-        f"{path.relative_to(ROOT)}:{line}: '{word}': {(WORDS | NAMES)[word]}"
-        for path in files()
-        for line, word in hits(path)
-    ]
+    found = [f"{path.relative_to(ROOT)}:{line}: '{word}': {ALL[word]}" for path in files() for line, word in hits(path)]
     assert len(WORDS | NAMES) >= 60
     assert len(found) <= ALLOWED, f"{len(found)} hits, {ALLOWED} allowed\n" + "\n".join(found)
 
 
-ALLOWED = 1606  # must only fall, to 0
+ALLOWED = 1521  # must only fall, to 0
 
 
 def main(chosen: list[str]) -> None:
@@ -193,7 +198,7 @@ def main(chosen: list[str]) -> None:
             by_word[word] += 1
             by_file[name] += 1
             if any(name.startswith(prefix) for prefix in chosen):
-                print(f"{name}:{line}: {word}: {(WORDS | NAMES)[word]}")
+                print(f"{name}:{line}: {word}: {ALL[word]}")
     print("by file:", ", ".join(f"{name} {count}" for name, count in by_file.most_common()))
     print("by word:", ", ".join(f"{word} {count}" for word, count in by_word.most_common()))
     print(sum(by_word.values()), "hits")

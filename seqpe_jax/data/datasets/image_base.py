@@ -63,6 +63,7 @@ class ImageSource:
         Args:
           class_names: need not be in order, and may be of more classes.
           owner: whose names they are, for the message.
+
         Raises:
           InputError: a class that is not among them.
         """
@@ -138,6 +139,7 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
           paths: what the user points at.
           datasets: folder of prepared data sets.
           cache: folder of everything else that is kept.
+
         Raises:
           InputError: nothing to read, damaged data, a folder not writable.
         """
@@ -197,6 +199,7 @@ def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = Fa
       upright: turn it as the camera's mark says which side is up (EXIF); ImageNet's pictures are read as they lie, as is
         usual.
       bit_depth: bits of the grey values in files of 16 bits; 0 = 16.
+
     Raises:
       InputError: not an image, a damaged one, or one whose values have no known range.
     """
@@ -218,6 +221,7 @@ def verify_image(file: str, cure: str) -> tuple[str, int] | None:
     Returns:
       ("grey" or "colours", the largest value in 0..65535) of an image of 16 bits, None of others. Of colours Pillow reads
       the upper 8 bits alone.
+
     Raises:
       InputError: as `read_rgb`.
     """

@@ -131,6 +131,7 @@ class _Files(Sequence):
 
     Args:
       split: the part of the files to keep, by the hash of CLASS/FILE; None = all of them.
+
     Attributes:
       status: CLASS/FILE, size in bytes and time of change of each file; left_out: what lies there, but is not read.
     """
@@ -228,6 +229,7 @@ def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
 
     Args:
       top: names of the folders in `root`.
+
     Raises:
       InputError: several folders may be the same split.
     """
@@ -347,6 +349,7 @@ def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> di
 
     Returns:
       The largest value in the files of 16 bits, in 0..65535, of "grey" and of "colours" where there are any.
+
     Raises:
       InputError: names the first file that is no image.
     """
@@ -386,6 +389,7 @@ def _check_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
 
     Args:
       largest: see `_verify`.
+
     Raises:
       InputError: says which bit depth they fit, or that one given is too small, or cannot be had.
     """

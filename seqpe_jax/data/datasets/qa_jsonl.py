@@ -56,6 +56,7 @@ def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
 
     Args:
       place: file and line number, for messages.
+
     Raises:
       InputError: not an object with these fields.
     """

@@ -74,6 +74,7 @@ def check_utf8(text: bytes, file: str, offset: int = 0) -> bytes:
 
     Args:
       file, offset: where the text starts, for the message.
+
     Raises:
       InputError: names the file and the byte offset of the first byte that is not UTF-8.
     """
