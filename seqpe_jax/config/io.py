@@ -15,11 +15,11 @@ from typing import Any, Literal
 import ml_collections
 
 from seqpe_jax.config.encodings import GATED, SEQPE, EncodingConfig, EncodingKind
-from seqpe_jax.config.kinds import IMAGE_DATASETS
 from seqpe_jax.config.limits import LARGEST, check_range, format_value
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig
 from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_config_path
 from seqpe_jax.config.validate import check
+from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expand_path
 from seqpe_jax.trees import flat
@@ -286,7 +286,9 @@ def with_encoding(
     encoding = EncodingConfig(**config.encoding)
     for name in _unread(encoding):
         config.encoding[name] = getattr(EncodingConfig, name)
-    if not encoding.real_positions or kind == "rotary" and config.data.name in IMAGE_DATASETS:  # whole numbers alone
+    if (
+        not encoding.real_positions or kind == "rotary" and registry.get(config.data.name).kind == registry.DATA_IMAGE
+    ):  # whole numbers alone
         config.encoding.fraction_digits, config.encoding.resize = 0, "extrapolate"
         config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
     if kind != "seqpe":
@@ -484,6 +486,11 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
             built[name] = _build(hint, value, full + ".")
         else:
             built[name] = _value(hint, value, full)
+            choices = fields[name].metadata.get("choices")
+            if choices is not None and built[name] not in choices():
+                raise InputError(
+                    f"config field '{full}' is {format_value(value)}.{suggest(format_value(value), choices())}"
+                )
             check_range(built[name], fields[name].metadata, full, new=False)
             if fields[name].metadata.get("path"):
                 built[name] = _written_out(built[name], full)

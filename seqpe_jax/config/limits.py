@@ -37,7 +37,7 @@ def field(default: Any, **metadata: Any) -> Any:
     """Returns a field with limits and, where not every run reads it, who does.
 
     `reads` names the kinds of encoding that do, `combined` ({field: kinds}) those that do where another field is set, `of`
-    the kinds of data whose runs do; `path`: it is one.
+    the kinds of data whose runs do; `path`: it is one; `choices`: returns the values that it may have.
     """
     return dataclasses.field(default=default, metadata=metadata)
 

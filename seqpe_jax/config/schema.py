@@ -8,17 +8,10 @@ from typing import Literal
 
 from seqpe_jax.config import limits
 from seqpe_jax.config.encodings import EncodingConfig
-from seqpe_jax.config.kinds import (
-    DATA_IMAGE,
-    DATA_QA,
-    DATA_TEXT,
-    IMAGE_DATASETS,
-    IMAGE_LIKE,
-    QA_DATASETS,
-    TEXT_LIKE,
-)
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
+from seqpe_jax.data import registry
+from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT, IMAGE_LIKE, TEXT_LIKE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +33,7 @@ class AugmentConfig:
 class DataConfig:
     """What is read, and in windows of which length or images of which size."""
 
-    name: Literal[
-        "stdlib_text",
-        "text_files",
-        "wikitext103",
-        "stdlib_qa",
-        "squad_long",
-        "qa_jsonl",
-        "digit_images",
-        "moving_digits",
-        "image_folder",
-        "imagenet2012",
-        "imagenet_resized",
-    ] = "stdlib_text"
+    name: str = _field("stdlib_text", choices=registry.names)  # a data set of `data.registry`
     # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
     # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
     paths: tuple[str, ...] = _field((), path=True)
@@ -318,18 +299,18 @@ class Config:
 
     @property
     def is_image(self) -> bool:
-        """Whether the data are images or clips, else text."""
-        return self.data.name in IMAGE_DATASETS
+        """Whether the data are images or videos, else text."""
+        return self.data_kind == DATA_IMAGE
 
     @property
     def data_kind(self) -> str:
-        """The kind of the data: TEXT, ASKED or PICTURED."""
-        return DATA_IMAGE if self.is_image else DATA_QA if self.is_qa else DATA_TEXT
+        """Kind of the data: DATA_TEXT, DATA_QA or DATA_IMAGE of `data.registry`."""
+        return registry.get(self.data.name).kind
 
     @property
     def is_qa(self) -> bool:
         """Whether the data are questions with answers."""
-        return self.data.name in QA_DATASETS
+        return self.data_kind == DATA_QA
 
     @property
     def grid(self) -> tuple[int, ...]:

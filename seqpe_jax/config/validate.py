@@ -12,8 +12,8 @@ from seqpe_jax.config.encodings import (
     EncodingKind,
     digits_of,
 )
-from seqpe_jax.config.kinds import TEXT_DATASETS
 from seqpe_jax.config.schema import Config
+from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.counting import count_digits, largest_position
 
@@ -134,6 +134,7 @@ def check(config: Config) -> None:
                 f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
                 f"encoding.max_position to at most {reach + 1}"
             )
+    registry.get(config.data.name).check_paths(config.data.paths)
     if config.is_image:
         _check_images(config)
     else:
@@ -222,16 +223,11 @@ def _check_text(config: Config) -> None:
             raise InputError(f"eval.lengths must be positive, got {length}")
         check_positions(config, length, "eval.lengths")
     _check_contexts(config)
-    if config.data.name in ("squad_long", "qa_jsonl") and not config.data.paths:
-        wanted = {"squad_long": "a SQuAD-format JSON file", "qa_jsonl": "a file with one question per line"}
-        raise InputError(f"data.name='{config.data.name}' needs data.paths: {wanted[config.data.name]}")
-    if config.data.name in TEXT_DATASETS and (config.data.prompt_weight or config.data.question_weight):
+    if not config.is_qa and (config.data.prompt_weight or config.data.question_weight):
         raise InputError(
             f"data.prompt_weight and data.question_weight are for questions, and data.name='{config.data.name}' is text: "
             "set them to 0"
         )
-    if config.data.name == "text_files" and not config.data.paths:
-        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
 
 
 def _check_contexts(config: Config) -> None:
@@ -281,7 +277,8 @@ def _check_images(config: Config) -> None:
         raise InputError(
             f"model.kind='{config.model.kind}' reads text, but data.name='{data.name}' has images: set 'vit'"
         )
-    axes = 3 if data.name == "moving_digits" else 2
+    dataset = registry.get(data.name)
+    axes = 3 if dataset.video else 2
     for name, value in (("data.size", data.size), ("model.patch", patch)):
         if len(value) != axes or min(value) < 1:
             wanted = "(frames, height, width)" if axes == 3 else "(height, width)"
@@ -309,11 +306,10 @@ def _check_images(config: Config) -> None:
             raise InputError(f"data.augment.{name} must be (low, high) with 0 < low <= high, got {pair}")
     if augment.crop_scale[1] > 1:
         raise InputError(f"data.augment.crop_scale is a share of the area, at most 1, got {augment.crop_scale}")
-    if data.name == "image_folder" and len(data.paths) != 1:
-        raise InputError("data.name='image_folder' needs data.paths: one directory that holds a folder for each class")
-    if data.bit_depth and data.name != "image_folder":
+    if data.bit_depth and not dataset.has_bit_depth:
+        readers = ", ".join(one.name for one in registry.DATASETS.values() if one.has_bit_depth)
         raise InputError(
-            f"data.bit_depth={data.bit_depth} is not read by data.name='{data.name}', only by image_folder: leave it at 0"
+            f"data.bit_depth={data.bit_depth} is not read by data.name='{data.name}', only by {readers}: leave it at 0"
         )
     mixing = config.objective.mixing
     if (mixing.mixup or mixing.cutmix) and config.batch_size // config.optimizer.accumulate % 2:

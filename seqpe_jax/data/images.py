@@ -1,6 +1,5 @@
 """Labelled images and clips: a split read at random, and what becomes of an image on its way into a batch."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,36 +9,12 @@ import numpy as np
 from PIL import Image
 
 from seqpe_jax.data import augment as changes
+from seqpe_jax.data import registry
 from seqpe_jax.data.cache import local_copies
-from seqpe_jax.data.datasets import image_builder_class
 from seqpe_jax.data.datasets.base import SPLITS
-from seqpe_jax.data.datasets.image_base import PHOTO_MEAN, PHOTO_STD, ImageSource
+from seqpe_jax.data.datasets.image_base import ImageSource
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import cache_root
-
-CLASSES = {"imagenet2012": 1000, "imagenet_resized": 1000}
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFacts:
-    """What is known of a data set of images before it is read.
-
-    Attributes:
-      channels: of an image; mean, std: per channel, in 0..1; classes: how many, or 0 where its files alone tell.
-    """
-
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: int
-
-
-def facts_of(name: str) -> ImageFacts:
-    """Returns what is known of a data set that `data.name` names. Raises: InputError: there is none of that name."""
-    builder = image_builder_class(name)
-    if hasattr(builder, "SHAPE"):
-        return ImageFacts(builder.SHAPE[-1], builder.MEAN, builder.STD, len(builder.CLASS_NAMES))
-    return ImageFacts(3, PHOTO_MEAN, PHOTO_STD, CLASSES.get(name, 0))  # photos become RGB whatever their files hold
 
 
 def image_source(
@@ -70,7 +45,8 @@ def image_source(
     """
     if isinstance(paths, str):
         paths = (paths,)
-    builder = image_builder_class(name)
+    builder = registry.load_builder(name, registry.DATA_IMAGE)
+    registry.get(name).check_paths(paths)
     if split not in SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
     root = cache_root(cache_dir)

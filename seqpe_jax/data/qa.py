@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from seqpe_jax.data import qa_index
+from seqpe_jax.data import qa_index, registry
 from seqpe_jax.data.cache import local_copies
-from seqpe_jax.data.datasets import base, qa_jsonl, question_builder_class
+from seqpe_jax.data.datasets import base, qa_jsonl
 from seqpe_jax.data.datasets.base import prepare_dataset
 from seqpe_jax.data.datasets.qa_base import QABuilder
 from seqpe_jax.data.datasets.qa_jsonl import QaJsonl
@@ -216,10 +216,11 @@ def qa_source(
       InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
         writable, a tokenizer without an end.
     """
+    builder = registry.load_builder(name, registry.DATA_QA)
+    registry.get(name).check_paths([paths] if isinstance(paths, str) else paths)
     paths = local_copies(
         [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths], cache_dir, progress
     )
-    builder = question_builder_class(name)
     if split not in base.SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     if length < 1:

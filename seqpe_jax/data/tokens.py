@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
+from seqpe_jax.data import registry
 from seqpe_jax.data.cache import local_copies, locked, staged_directory
-from seqpe_jax.data.datasets import base, builder_class
+from seqpe_jax.data.datasets import base
 from seqpe_jax.data.paths import MAX_NAMES_SHOWN, warn
 from seqpe_jax.data.tokenizers import (
     EOS_TOKENS,
@@ -88,7 +89,9 @@ def token_source(
     """
     if isinstance(paths, str):
         paths = (paths,)
-    builder, paths = builder_class(name), local_copies([os.fspath(path) for path in paths], cache_dir, progress)
+    builder = registry.load_builder(name, registry.DATA_TEXT)
+    registry.get(name).check_paths(paths)
+    paths = local_copies([os.fspath(path) for path in paths], cache_dir, progress)
     if split not in base.SPLITS:
         raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     root = cache_root(cache_dir)

@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write
 
 METRICS = ("contains", "exact_match", "exact_match_strict", "f1")
-# Of data whose answers are code, in which punctuation, articles and letter case are what is asked for: as they are. Of a
-# user's own questions nobody knows whether they are: all.
-METRICS_OF = {"stdlib_qa": ("contains", "exact_match_strict"), "qa_jsonl": METRICS}
+# By what the answers of a data set are (`data.registry`). In code punctuation, articles and letter case count.
+METRICS_OF_ANSWERS = {
+    "prose": ("contains", "exact_match", "f1"),
+    "code": ("contains", "exact_match_strict"),
+    "any": METRICS,
+}
 DEPTH_BINS = 5
 NEAREST = 32  # tokens, of the first bin of distances; each further one ends at twice as many
 
@@ -51,7 +55,7 @@ def _typed(text: str) -> str:
 
 def metrics_of(name: str) -> tuple[str, ...]:
     """Returns the scores of the answers of a data set; name: its `data.name`."""
-    return METRICS_OF.get(name, tuple(metric for metric in METRICS if metric != "exact_match_strict"))
+    return METRICS_OF_ANSWERS[registry.get(name).answers]
 
 
 def normalise(text: str) -> str:

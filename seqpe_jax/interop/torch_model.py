@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import Config
-from seqpe_jax.data.images import facts_of
+from seqpe_jax.data import registry
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
@@ -120,8 +120,8 @@ def _sizes(config: Config, state: weights.State) -> DataSpec:
     """The sizes of a config that names its vocabulary or classes; photos are normalised as their data set is."""
     if not config.is_image:
         return DataSpec(vocabulary=config.model.vocabulary)
-    facts, channels = facts_of(config.data.name), num_channels(state)
-    known = (facts.mean, facts.std) if facts.channels == channels else ((), ())
+    dataset, channels = registry.get(config.data.name), num_channels(state)
+    known = (dataset.mean, dataset.std) if dataset.channels == channels else ((), ())
     return DataSpec(classes=config.model.classes, channels=channels, mean=known[0], std=known[1])
 
 

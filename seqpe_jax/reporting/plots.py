@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from seqpe_jax.data.registry import COUNT_NAMES
 from seqpe_jax.reporting.cost_table import Benchmark, quality_and_cost_values, summary
 from seqpe_jax.reporting.plot_style import (
     BANDS,
@@ -31,7 +32,7 @@ from seqpe_jax.reporting.plot_style import (
     side,
     styles_of,
 )
-from seqpe_jax.reporting.study import UNITS, Run, Study
+from seqpe_jax.reporting.study import Run, Study
 from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.reporting.tables import context_metric, metrics_of, number
 
@@ -79,7 +80,7 @@ def training_curves(study: Study) -> Plot | None:
     curves = _of_rows(study, "train/term/task")
     if not curves:
         return None
-    per = "/".join(sorted({UNITS[run.data].removesuffix("s") for run in study.runs}))
+    per = "/".join(sorted({COUNT_NAMES[run.data].removesuffix("s") for run in study.runs}))
     figure, axes = new_figure("training step", f"task loss (nats per {per})", len(curves))
     ends = _draw_term(axes, study, curves)
     axes.set_xlim(0, 1.02 * max(end[0] for end in ends))

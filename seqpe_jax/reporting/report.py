@@ -15,7 +15,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write
 from seqpe_jax.reporting import cost_table, plot_style, plots, tables, tuning_table
 from seqpe_jax.reporting.significance import TEST_NOTE, TestResult, sentences, significance_tests, worse
-from seqpe_jax.reporting.study import CODE, Run, Study, differences, read_study
+from seqpe_jax.reporting.study import Run, Study, differences, read_study
 
 TEMPLATE, SCRIPT = "page.html", "page.js"
 UNMEASURED = (
@@ -78,7 +78,8 @@ def notes(study: Study) -> list[str]:
             lines.append(f"{run.name} is not evaluated")
         if at is not None and done is not None and at != done:
             lines.append(f"{run.name} was evaluated at step {at}, but its last reported step is {done}")
-        if run.config["data"].get("name") in CODE and any("exact_match" in result for result in run.results):
+        is_code = run.dataset is not None and run.dataset.answers == "code"
+        if is_code and any("exact_match" in result for result in run.results):
             lines.append(
                 f"{run.name}: exact matches and F1 are normalised as SQuAD's, by which '-1' equals '1': evaluate it again "
                 "for those of answers as they are written"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax.config import Config, encoding_name, to_dict
+from seqpe_jax.data.registry import COUNT_NAMES, DATA_IMAGE, DATA_TEXT, DATASETS, Dataset
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path
@@ -27,9 +28,6 @@ from seqpe_jax.training.checksums import check_side_files
 from seqpe_jax.trees import flat, nested
 
 SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
-QUESTIONS = ("stdlib_qa", "squad_long", "qa_jsonl")  # values of data.name
-CODE = ("stdlib_qa",)  # of these, those whose answers are code
-UNITS = {"text": "tokens", "questions": "tokens", "images": "images"}  # of what a run reads
 # May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
 REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")
 UNSET = "unset"
@@ -75,11 +73,16 @@ class Run:
         return self.config["seed"]
 
     @property
+    def dataset(self) -> Dataset | None:
+        """The data set that the run was trained on; None where this installation does not know it."""
+        return DATASETS.get(self.config["data"].get("name"))
+
+    @property
     def data(self) -> str:
         """What the run reads: "text", "questions" or "images"."""
-        if self.config["data"].get("name") in QUESTIONS:
-            return "questions"
-        return "images" if self.config["data"].get("size") else "text"
+        if self.dataset is not None:
+            return self.dataset.kind
+        return DATA_IMAGE if self.config["data"].get("size") else DATA_TEXT
 
     @property
     def training(self) -> dict[str, Any]:
@@ -131,7 +134,7 @@ class Run:
     @property
     def per_second(self) -> float | None:
         """Median of the reported rates, in tokens or images."""
-        return self._of_reports(f"train/{UNITS[self.data]}_per_second", statistics.median)
+        return self._of_reports(f"train/{COUNT_NAMES[self.data]}_per_second", statistics.median)
 
     @property
     def step_seconds(self) -> float | None:

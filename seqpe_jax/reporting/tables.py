@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from seqpe_jax.reporting.study import UNITS, UNSET, Run, Study, shown
+from seqpe_jax.data.registry import COUNT_NAMES
+from seqpe_jax.reporting.study import UNSET, Run, Study, shown
 from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.trees import flat
 
@@ -193,7 +194,11 @@ def by_scale(
     note = [windows, _seeds(found), rule * (several and len(names) > 1), WORK * work]
     return Table(
         f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
-        [heading(study), *map(title, extents), *(("parameters", f"FLOPs per {UNITS[data][:-1]}") if work else ())],
+        [
+            heading(study),
+            *map(title, extents),
+            *(("parameters", f"FLOPs per {COUNT_NAMES[data][:-1]}") if work else ()),
+        ],
         [
             [Cell(name), *(cell(name, label) for label in extents), *(_work(study.of(name)) if work else ())]
             for name in names
@@ -333,7 +338,7 @@ def cost(study: Study) -> Table:
         ]
         for row in study.rows
     ]
-    unit = "/".join(sorted({UNITS[run.data] for run in study.runs})) + " per s"
+    unit = "/".join(sorted({COUNT_NAMES[run.data] for run in study.runs})) + " per s"
     return Table(
         "Cost of training",
         [heading(study), "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],

@@ -1,6 +1,7 @@
 """What a run on each kind of data is: what it is trained for, what it reads, how it is evaluated."""
 
 from seqpe_jax.config import Config
+from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT
 from seqpe_jax.tasks.image_classification import ImageClassification
 from seqpe_jax.tasks.language_modeling import LanguageModeling
 from seqpe_jax.tasks.question_answering import QuestionAnswering
@@ -20,4 +21,4 @@ __all__ = [
 
 def task_class(config: Config) -> type[Task]:
     """Returns the task of a config's data: `LanguageModeling`, `QuestionAnswering` or `ImageClassification`."""
-    return ImageClassification if config.is_image else QuestionAnswering if config.is_qa else LanguageModeling
+    return {DATA_TEXT: LanguageModeling, DATA_QA: QuestionAnswering, DATA_IMAGE: ImageClassification}[config.data_kind]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from seqpe_jax import config
-from seqpe_jax.config.kinds import QA_DATASETS
+from seqpe_jax.data import registry
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
@@ -226,14 +226,15 @@ def _settings(
     if data is not None:
         values["data"] |= {"name": data, "paths": paths, "prompt_weight": 0.0, "question_weight": 0.0, "bit_depth": 0}
     values["data"]["lossy_tokenizer"] |= lossy
+    is_qa = registry.get(values["data"]["name"]).kind == registry.DATA_QA
     for name in ("contexts", "stride", "targets"):
-        if name in limits and values["data"]["name"] in QA_DATASETS:
+        if name in limits and is_qa:
             raise InputError(
                 f"--{name} is for text, and {values['data']['name']} has questions: leave it out, and use --lengths"
             )
         if name in limits and not values["eval"]["contexts"]:
             raise InputError(f"--{name} is for --contexts, and none are asked for: name --contexts too")
-    if lengths and values["data"]["name"] in QA_DATASETS:  # which questions are asked depends on the shortest
+    if lengths and is_qa:  # which questions are asked depends on the shortest
         values["eval"]["lengths"] = tuple(length for (length,) in lengths)
     if bit_depth is not None:
         if not settings.is_image:

@@ -14,7 +14,7 @@ import numpy as np
 
 from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config, check_size
-from seqpe_jax.data import images, loader
+from seqpe_jax.data import images, loader, registry
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
@@ -52,7 +52,7 @@ class ImageClassification(Task):
         self.data_spec = known_data_spec(config, run_dir)
         if not self.data_spec.classes and not data_available:
             raise InputError(
-                "data.name='image_folder' has as many classes as folders: name their number as model.classes"
+                f"data.name='{config.data.name}' has as many classes as its files say: name their number as model.classes"
             )
         if not self.data_spec.classes:
             self.data_spec = dataclasses.replace(self.data_spec, classes=self.source("train").classes)
@@ -232,7 +232,7 @@ def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec
     Raises:
       InputError: the config has fewer classes than the run has names of.
     """
-    stored, facts = read_data_spec(run_dir) if run_dir else None, images.facts_of(config.data.name)
+    stored, dataset = read_data_spec(run_dir) if run_dir else None, registry.get(config.data.name)
     names = read_class_names(run_dir) if run_dir else None
     classes = config.model.classes or (stored.classes if stored else 0)
     if names is not None and 0 < classes < len(names):
@@ -240,10 +240,10 @@ def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec
             f"model.classes={classes} is less than the {len(names)} classes of the run of {run_dir} (its {CLASS_NAMES_FILE}): set it to "
             f"{len(names)} or more"
         )
-    classes = classes or len(names or ()) or facts.classes
+    classes = classes or len(names or ()) or dataset.num_classes
     if stored is not None:
         return dataclasses.replace(stored, classes=classes)
-    return DataSpec(classes=classes, channels=facts.channels, mean=facts.mean, std=facts.std)
+    return DataSpec(classes=classes, channels=dataset.channels, mean=dataset.mean, std=dataset.std)
 
 
 def read_class_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:

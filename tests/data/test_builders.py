@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from seqpe_jax.data.datasets import BUILDERS, builder_class, stdlib_text, wikitext103
+from seqpe_jax.data.datasets import stdlib_text, wikitext103
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.datasets.squad_long import SquadLong
 from seqpe_jax.data.datasets.text_base import split_document
@@ -36,13 +36,6 @@ def read(kind, paths, folder):
 
 def joined(documents):
     return b"".join(text for _, text in documents)
-
-
-def test_names_of_builders():
-    for name in BUILDERS:
-        assert builder_class(name).name == name
-    with pytest.raises(InputError, match="Did you mean 'stdlib_text'"):
-        builder_class("stdlib_txt")
 
 
 def test_pieces_cut_between_words_or_characters():
@@ -79,11 +72,6 @@ def test_stdlib_text(tmp_path):
     for split in ("validation", "test"):
         assert 0.02 < sizes[split] / sum(sizes.values()) < 0.10
     assert "argparse.py" in everything and "email/parser.py" in everything
-
-
-def test_stdlib_text_takes_no_paths():
-    with pytest.raises(InputError, match="takes no data.paths"):
-        stdlib_text.StdlibText.sources(("x",))
 
 
 def test_many_files_are_split_by_file(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.data.datasets import BUILDERS, IMAGE_BUILDERS, builder_class, image_builder_class
 from seqpe_jax.data.datasets import digits as digit_images
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.datasets.digits import DIRECTIONS, make_video
@@ -32,18 +31,6 @@ def pixels(source):
 
 def labels(source):
     return np.array([source[place]["label"] for place in range(len(source))])
-
-
-def test_names_of_builders():
-    assert not set(BUILDERS) & set(IMAGE_BUILDERS)
-    for name in IMAGE_BUILDERS:
-        assert image_builder_class(name).name == name
-    with pytest.raises(InputError, match="Did you mean 'digit_images'"):
-        image_builder_class("digits_images")
-    with pytest.raises(InputError, match="'stdlib_text' .* is text, but this run needs images: choose digit_images,"):
-        image_builder_class("stdlib_text")
-    with pytest.raises(InputError, match="'image_folder' .* is images, but this run needs text: choose stdlib_text,"):
-        builder_class("image_folder")
 
 
 def test_digit_images(cache):
@@ -83,12 +70,6 @@ def test_another_version_of_the_digits_is_refused(monkeypatch):
     digit_images.load_digit_arrays.cache_clear()
     with pytest.raises(InputError, match="gives other images than the 1797 known ones"):
         digit_images.load_digit_arrays()
-
-
-def test_digits_take_no_paths(tmp_path):
-    for name in ("digit_images", "moving_digits"):
-        with pytest.raises(InputError, match=f"'{name}' takes no data.paths; .* data.name='image_folder'"):
-            image_source(name, split="train", paths=("x",), cache_dir=tmp_path)
 
 
 def motion(frames):

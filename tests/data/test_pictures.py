@@ -662,7 +662,7 @@ def test_photo_damaged_behind_its_header_is_named_when_it_is_read(split_folders)
 
 
 def test_folder_errors(split_folders, tmp_path):
-    with pytest.raises(InputError, match="needs one folder in data.paths, got 0: ROOT/"):
+    with pytest.raises(InputError, match="needs one path in data.paths, got 0: give a directory ROOT/"):
         image_source("image_folder", split="train", cache_dir=tmp_path)
     with pytest.raises(InputError, match="there is no folder '.*nowhere'; give a folder with images: ROOT/"):
         folder(tmp_path / "nowhere", "train")

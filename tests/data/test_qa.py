@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from seqpe_jax.data import qa, qa_index
-from seqpe_jax.data.datasets import QUESTION_BUILDERS, builder_class, question_builder_class
 from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
@@ -42,19 +41,6 @@ def source(folder, path, split="train", length=64, tokenizer=BYTES):
         cache_dir=folder / "cache",
         progress=False,
     )
-
-
-def test_names():
-    for name in QUESTION_BUILDERS:
-        assert question_builder_class(name).name == name
-    with pytest.raises(InputError, match="Did you mean 'stdlib_qa'"):
-        question_builder_class("stdlib_q")
-    with pytest.raises(
-        InputError, match="'wikitext103' .* is text, but this run needs questions: choose qa_jsonl, squad"
-    ):
-        question_builder_class("wikitext103")
-    with pytest.raises(InputError, match="'squad_long' .* is questions, but this run needs text"):
-        builder_class("squad_long")
 
 
 def test_training_example():

@@ -6,9 +6,8 @@ import pytest
 
 from seqpe_jax.data import qa
 from seqpe_jax.data.datasets import stdlib_qa, stdlib_text
-from seqpe_jax.data.datasets.stdlib_qa import StdlibQA, questions_of_file
+from seqpe_jax.data.datasets.stdlib_qa import questions_of_file
 from seqpe_jax.data.tokenizers import ByteTokenizer
-from seqpe_jax.errors import InputError
 
 SOURCE = '''
 import os
@@ -167,11 +166,6 @@ def test_passage_must_be_read(cache):
         assert found["examples"] > 400 and found["contains"] < 10 and found["exact_match_strict"] < 10
     leaked = no_context_baseline(train, train)
     assert leaked["exact_match_strict"] > 99, "each question is asked once, so memory of its own split answers all"
-
-
-def test_no_paths():
-    with pytest.raises(InputError, match="takes no data.paths; for your own questions: data.name='squad_long'"):
-        StdlibQA.sources(("x",))
 
 
 def test_frequent_answers_and_large_tables_are_thinned_out():

@@ -19,24 +19,15 @@ class DigitImages(ImageBuilder):
     """1797 grey 8x8 images in 10 classes (UCI's optical digits, test part), about 70/15/15 of each class."""
 
     VERSION = tfds.core.Version("1.0.0")
-    SHAPE = (8, 8, 1)
     CLASS_NAMES = tuple("0123456789")
-    MEAN, STD = (0.3051,), (0.3761,)  # of the train split
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
-        check_no_paths(cls.name, paths)
         return [CONTENT]
 
     def images(self) -> Mapping[str, LabelledArrays]:
         images, labels = load_digit_arrays()
         return {split: [(images[place], labels[place]) for place in split_indices()[split]] for split in SPLITS}
-
-
-def check_no_paths(name: str, paths: tuple[str, ...]) -> None:
-    """Raises: InputError, the user points at files that this data set does not read."""
-    if paths:
-        raise InputError(f"data.name='{name}' takes no data.paths; for your own images: data.name='image_folder'")
 
 
 @functools.cache
@@ -90,13 +81,10 @@ class MovingDigits(ImageBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     ITEM_NAME = "clips"
-    SHAPE = (FRAMES, CANVAS, CANVAS, 1)
     CLASS_NAMES = tuple(f"{digit} {direction}" for digit in range(10) for direction in DIRECTIONS)
-    MEAN, STD = (0.0763,), (0.2298,)  # of the train split
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
-        check_no_paths(cls.name, paths)
         return [CONTENT]
 
     def images(self) -> Mapping[str, LabelledArrays]:

@@ -13,11 +13,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
+from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import CachedBuilder, prepare_dataset
 from seqpe_jax.errors import InputError
-
-# Of ImageNet's training photos, per channel in 0..1; what everybody normalises photos with.
-PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 MAX_CLASSES_SHOWN = 10  # class names told in a message
 
@@ -102,16 +100,13 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
     """
 
     ITEM_NAME = "images"
-    SHAPE: tuple[int, ...]
     CLASS_NAMES: tuple[str, ...]
-    MEAN: tuple[float, ...]
-    STD: tuple[float, ...]
 
     def features(self) -> tfds.features.FeaturesDict:
+        dataset = registry.get(self.name)
+        shape = (*dataset.size, dataset.channels)
         label = tfds.features.ClassLabel(names=list(self.CLASS_NAMES))
-        return tfds.features.FeaturesDict(
-            {"image": tfds.features.Tensor(shape=self.SHAPE, dtype=np.uint8), "label": label}
-        )
+        return tfds.features.FeaturesDict({"image": tfds.features.Tensor(shape=shape, dtype=np.uint8), "label": label})
 
     def images(self) -> Mapping[str, LabelledArrays]:
         """Returns (uint8[SHAPE], label) pairs by split.
@@ -147,8 +142,9 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
         builder = prepare_dataset(cls, paths, datasets / f"{cls.name}-{key}", cache / "downloads", progress)
         fingerprint = fingerprint_of(key, split)
         records = builder.as_data_source(split=split)
+        dataset = registry.get(cls.name)
         return ImageSource(
-            f"{cls.name}/{split}", cls.CLASS_NAMES, cls.SHAPE[-1], cls.MEAN, cls.STD, fingerprint, records
+            f"{cls.name}/{split}", cls.CLASS_NAMES, dataset.channels, dataset.mean, dataset.std, fingerprint, records
         )
 
 

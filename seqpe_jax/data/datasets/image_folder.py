@@ -10,12 +10,11 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from seqpe_jax.data import registry
 from seqpe_jax.data.cache import locked
 from seqpe_jax.data.datasets.base import SPLITS, hash_fraction
 from seqpe_jax.data.datasets.image_base import (
     MAX_CLASSES_SHOWN,
-    PHOTO_MEAN,
-    PHOTO_STD,
     ImageSource,
     fingerprint_of,
     read_rgb,
@@ -94,10 +93,7 @@ class ImageFolder:
           bit_depth: bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
         """
         del datasets
-        if len(paths) != 1:
-            raise InputError(
-                f"data.name='image_folder' needs one folder in data.paths, got {len(paths)}: {FOLDER_LAYOUT}"
-            )
+        registry.get(cls.name).check_paths(paths)
         root = pathlib.Path(absolute_path(os.path.expanduser(paths[0])))
         folder, class_names, beside = _layout(root, split)
         files = _Files(folder, class_names, split if folder == root else None, progress)
@@ -118,8 +114,8 @@ class ImageFolder:
             name=title,
             class_names=class_names,
             channels=3,
-            mean=PHOTO_MEAN,
-            std=PHOTO_STD,
+            mean=registry.PHOTO_MEAN,
+            std=registry.PHOTO_STD,
             fingerprint=fingerprint_of(class_names, [(name, size) for name, size, _ in files.status], *narrow),
             records=files,
             decode=lambda file: read_rgb(file, f"'{file}'", HOW_TO_REPAIR, upright=True, bit_depth=bit_depth),

@@ -14,9 +14,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from seqpe_jax.archives import LARGEST, read_arrays
+from seqpe_jax.data import registry
 from seqpe_jax.data.cache import locked
 from seqpe_jax.data.datasets.base import CachedBuilder
-from seqpe_jax.data.datasets.image_base import PHOTO_MEAN, PHOTO_STD, ImageSource, fingerprint_of, read_rgb
+from seqpe_jax.data.datasets.image_base import ImageSource, fingerprint_of, read_rgb
 from seqpe_jax.errors import InputError, suggest
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -101,8 +102,8 @@ class PhotoBuilder(CachedBuilder, skip_registration=True):
             name=f"{found.info.full_name}/{split}",
             class_names=tuple(found.info.features["label"].names),
             channels=3,
-            mean=PHOTO_MEAN,
-            std=PHOTO_STD,
+            mean=registry.PHOTO_MEAN,
+            std=registry.PHOTO_STD,
             # Other preparations of the same photos may keep them in another order.
             fingerprint=fingerprint_of(
                 found.info.full_name, official, facts.shard_lengths, facts.num_bytes, found.info.disable_shuffling

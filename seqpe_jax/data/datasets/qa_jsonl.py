@@ -3,15 +3,13 @@
 import pathlib
 from collections.abc import Iterator
 
+from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import SPLITS
 from seqpe_jax.data.formats import HEAD_BYTES, check_plain_text, strip_bom
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json_text
 
-QA_JSONL_USAGE = (
-    "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
-    '{"index": 0, "input": "... Question: ... Answer:", "outputs": ["an answer"]}'
-)
+QA_JSONL_USAGE = registry.get("qa_jsonl").paths_hint
 
 
 class QaJsonl:
@@ -25,8 +23,7 @@ class QaJsonl:
     @classmethod
     def file(cls, split: str, paths: tuple[str, ...]) -> pathlib.Path:
         """Returns the file of a split. Raises: InputError, there is none."""
-        if len(paths) != 1:
-            raise InputError(f"data.name='qa_jsonl' needs one path in data.paths, got {len(paths)}: {QA_JSONL_USAGE}")
+        registry.get(cls.name).check_paths(paths)
         path = pathlib.Path(paths[0]).expanduser().absolute()
         file = path / f"{split}.jsonl" if path.is_dir() else path
         if not file.is_file():

@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
 from seqpe_jax.data.datasets.qa_base import QABuilder, Question
 from seqpe_jax.data.formats import HEAD_BYTES, JSON_HEAD_BYTES, check_plain_text, first_json_record
@@ -16,10 +17,7 @@ from seqpe_jax.files import parse_json_text
 
 HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file
 KINDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
-SQUAD_USAGE = (
-    "give one file in SQuAD's JSON format, or a folder with train-*.json and dev-*.json (train-v1.1.json and "
-    "dev-v1.1.json, or v2.0, from rajpurkar.github.io/SQuAD-explorer)"
-)
+SQUAD_USAGE = registry.get("squad_long").paths_hint
 
 
 class SquadLong(QABuilder):
@@ -60,8 +58,7 @@ class SquadLong(QABuilder):
 
 def _files(paths: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
     """Returns (whole, train or dev; file)."""
-    if len(paths) != 1:
-        raise InputError(f"data.name='squad_long' needs one path in data.paths, got {len(paths)}: {SQUAD_USAGE}")
+    registry.get(SquadLong.name).check_paths(paths)
     path = pathlib.Path(paths[0]).expanduser().absolute()
     if path.is_file():
         return [("whole", path)]

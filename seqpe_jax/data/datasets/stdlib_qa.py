@@ -13,7 +13,6 @@ import tqdm
 from seqpe_jax.data.datasets import stdlib_text
 from seqpe_jax.data.datasets.base import SPLITS, hash_fraction
 from seqpe_jax.data.datasets.qa_base import QABuilder, Question
-from seqpe_jax.errors import InputError
 
 # Together with the separators and the end token 128 bytes, so that every question fits a window of 128.
 MAX_PASSAGE_BYTES, MAX_CUE_BYTES, MAX_ANSWER_BYTES = 72, 32, 16  # bytes at most
@@ -43,10 +42,6 @@ class StdlibQA(QABuilder):
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
-        if paths:
-            raise InputError(
-                "data.name='stdlib_qa' takes no data.paths; for your own questions: data.name='squad_long'"
-            )
         return stdlib_text.StdlibText.sources(())
 
     def questions(self) -> Mapping[str, Iterable[Question]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import tensorflow_datasets as tfds
 import tqdm
 
+from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import SPLITS, file_signature, hash_fraction
 from seqpe_jax.data.datasets.text_base import Documents, TextBuilder, character_start, read_text
 from seqpe_jax.data.formats import check_text_file
@@ -81,8 +82,7 @@ def find_files(paths: tuple[str, ...]) -> dict[str, pathlib.Path]:
 
 
 def _find(paths: tuple[str, ...]) -> ResolvedPaths:
-    if not paths:
-        raise InputError("data.name='text_files' needs data.paths: files, globs or directories of UTF-8 text")
+    registry.get(TextFiles.name).check_paths(paths)
     found = resolve_paths(paths)
     for path in found.empty:
         why = "holds no files" if os.path.exists(os.path.expanduser(path)) else "does not exist and matches nothing"

@@ -1,0 +1,204 @@
+"""The registry of data sets: what each one is, read by config, data, tasks and reports. Light: it imports no library.
+
+A new data set is one builder class and one `register(Dataset(...))`; docs/extending.md shows both.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from typing import Literal
+
+from seqpe_jax.errors import InputError, suggest
+
+Kind = Literal["text", "questions", "images"]
+
+# Kinds of data; `of` of a config field names those whose runs read it.
+DATA_TEXT: Kind = "text"
+DATA_QA: Kind = "questions"
+DATA_IMAGE: Kind = "images"
+TEXT_LIKE = (DATA_TEXT, DATA_QA)  # read as tokens
+IMAGE_LIKE = (DATA_IMAGE,)  # read as pixels; videos are among them
+
+# Unit in which the throughput of a run is counted, by kind of data.
+COUNT_NAMES: dict[str, str] = {DATA_TEXT: "tokens", DATA_QA: "tokens", DATA_IMAGE: "images"}
+# Data set that reads a user's own files, by kind of data.
+OWN_FILES: dict[str, str] = {DATA_TEXT: "text_files", DATA_QA: "squad_long", DATA_IMAGE: "image_folder"}
+
+# Per channel in 0..1, of ImageNet's training photos: the usual normalization of photos.
+PHOTO_MEAN = (0.485, 0.456, 0.406)
+PHOTO_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One data set.
+
+    Attributes:
+      name: value of `data.name`.
+      kind: "text", "questions" or "images"; it decides the task.
+      builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`.
+      paths: use of `data.paths`: "none", "optional", "one" (exactly one) or "some" (at least one).
+      paths_hint: what `data.paths` must name, for messages; of data sets that need it.
+      answers: of questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all scores).
+      size: of images, (height, width), or (frames, height, width) of videos; () = images differ, or the config decides.
+      video: of images, whether examples are videos.
+      channels: of images.
+      mean: of images, per channel in 0..1.
+      std: of images, per channel in 0..1.
+      num_classes: of images; 0 = known from the files alone.
+      has_bit_depth: of images, whether `data.bit_depth` is read.
+    """
+
+    name: str
+    kind: Kind
+    builder: str
+    paths: Literal["none", "optional", "one", "some"] = "optional"
+    paths_hint: str = ""
+    answers: Literal["prose", "code", "any"] = "prose"
+    size: tuple[int, ...] = ()
+    video: bool = False
+    channels: int = 3
+    mean: tuple[float, ...] = PHOTO_MEAN
+    std: tuple[float, ...] = PHOTO_STD
+    num_classes: int = 0
+    has_bit_depth: bool = False
+
+    @property
+    def count_name(self) -> str:
+        """Unit in which the throughput of a run is counted: "tokens" or "images"."""
+        return COUNT_NAMES[self.kind]
+
+    def check_paths(self, paths: Sequence[str]) -> None:
+        """Raises InputError where `data.paths` does not fit the data set."""
+        if paths and self.paths == "none":
+            raise InputError(
+                f"data.name='{self.name}' takes no data.paths; for your own {self.kind}: "
+                f"data.name='{OWN_FILES[self.kind]}'"
+            )
+        if self.paths == "one" and len(paths) != 1:
+            raise InputError(
+                f"data.name='{self.name}' needs one path in data.paths, got {len(paths)}: {self.paths_hint}"
+            )
+        if self.paths == "some" and not paths:
+            raise InputError(f"data.name='{self.name}' needs data.paths: {self.paths_hint}")
+
+
+DATASETS: dict[str, Dataset] = {}
+
+
+def register(dataset: Dataset) -> None:
+    """Adds a data set, which configs may name from then on. Raises: ValueError: the name is taken."""
+    if dataset.name in DATASETS:
+        raise ValueError(f"data set '{dataset.name}' is registered already")
+    DATASETS[dataset.name] = dataset
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all data sets."""
+    return tuple(DATASETS)
+
+
+def get(name: str) -> Dataset:
+    """Returns the data set that `data.name` names. Raises: InputError: there is none of that name."""
+    if name not in DATASETS:
+        raise InputError(f"unknown data set '{name}' (data.name).{suggest(name, DATASETS)}")
+    return DATASETS[name]
+
+
+def load_builder(name: str, kind: Kind) -> type:
+    """Imports the class that reads a data set.
+
+    Raises:
+      InputError: there is none of that name, or it is of another kind.
+    """
+    dataset = get(name)
+    if dataset.kind != kind:
+        fitting = ", ".join(sorted(one.name for one in DATASETS.values() if one.kind == kind))
+        raise InputError(
+            f"data set '{name}' (data.name) is {dataset.kind}, but this run needs {kind}: choose {fitting}"
+        )
+    module, _, class_name = dataset.builder.partition(":")
+    return getattr(importlib.import_module(module), class_name)
+
+
+_FOLDER = "seqpe_jax.data.datasets"
+
+register(Dataset("stdlib_text", DATA_TEXT, f"{_FOLDER}.stdlib_text:StdlibText", paths="none"))
+register(
+    Dataset(
+        "text_files",
+        DATA_TEXT,
+        f"{_FOLDER}.text_files:TextFiles",
+        paths="some",
+        paths_hint="give files, globs or directories of UTF-8 text",
+    )
+)
+register(Dataset("wikitext103", DATA_TEXT, f"{_FOLDER}.wikitext103:Wikitext103"))
+register(Dataset("stdlib_qa", DATA_QA, f"{_FOLDER}.stdlib_qa:StdlibQA", paths="none", answers="code"))
+register(
+    Dataset(
+        "squad_long",
+        DATA_QA,
+        f"{_FOLDER}.squad_long:SquadLong",
+        paths="one",
+        paths_hint=(
+            "give one file in SQuAD's JSON format, or a folder with train-*.json and dev-*.json (train-v1.1.json and "
+            "dev-v1.1.json, or v2.0, from rajpurkar.github.io/SQuAD-explorer)"
+        ),
+    )
+)
+register(
+    Dataset(
+        "qa_jsonl",
+        DATA_QA,
+        f"{_FOLDER}.qa_jsonl:QaJsonl",
+        paths="one",
+        paths_hint=(
+            "give one file, or a folder with train.jsonl, validation.jsonl and test.jsonl; each line is an object like "
+            '{"index": 0, "input": "... Question: ... Answer:", "outputs": ["an answer"]}'
+        ),
+        answers="any",  # nobody knows whether a user's answers are code
+    )
+)
+register(
+    Dataset(
+        "digit_images",
+        DATA_IMAGE,
+        f"{_FOLDER}.digits:DigitImages",
+        paths="none",
+        size=(8, 8),
+        channels=1,
+        mean=(0.3051,),  # mean and std of the train split
+        std=(0.3761,),
+        num_classes=10,
+    )
+)
+register(
+    Dataset(
+        "moving_digits",
+        DATA_IMAGE,
+        f"{_FOLDER}.digits:MovingDigits",
+        paths="none",
+        size=(8, 16, 16),
+        video=True,
+        channels=1,
+        mean=(0.0763,),  # mean and std of the train split
+        std=(0.2298,),
+        num_classes=40,
+    )
+)
+register(
+    Dataset(
+        "image_folder",
+        DATA_IMAGE,
+        f"{_FOLDER}.image_folder:ImageFolder",
+        paths="one",
+        paths_hint=(
+            "give a directory ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is "
+            "split 80/10/10"
+        ),
+        has_bit_depth=True,
+    )
+)
+register(Dataset("imagenet2012", DATA_IMAGE, f"{_FOLDER}.imagenet:Imagenet2012", num_classes=1000))
+register(Dataset("imagenet_resized", DATA_IMAGE, f"{_FOLDER}.imagenet:ImagenetResized", num_classes=1000))
