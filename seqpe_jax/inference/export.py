@@ -13,7 +13,7 @@ from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_dir, require_empty
 from seqpe_jax.inference import exported
-from seqpe_jax.models.attention_dispatch import BLOCK
+from seqpe_jax.models.attention_dispatch import DEFAULT_BLOCK
 from seqpe_jax.models.build import Params, Shape
 from seqpe_jax.reporting import study, tables
 from seqpe_jax.tasks import Task
@@ -112,7 +112,7 @@ def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str
 def notes_of(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     """Returns what the largest arrays take, and whether logits depend on the length of the input, in words."""
     settings, tokens = model.config.model, model.model_spec.prefix + math.prod(max_grid)
-    rows = tokens if settings.attention_kind == "reference" else min(tokens, settings.attention_block or BLOCK)
+    rows = tokens if settings.attention_kind == "reference" else min(tokens, settings.attention_block or DEFAULT_BLOCK)
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
     arrays = {f"attention logits ({words} at a time)": rows * rows * settings.heads}
     if not model.config.is_image:

@@ -1,7 +1,7 @@
-"""Flash attention of cuDNN on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
+"""cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-It knows bfloat16 and one width for queries, keys and values. Features are appended to queries and keys in parts that keep
-the precision of float32, and values are padded with zeros to that width.
+The kernel takes bfloat16 and one width for queries, keys and values. Float32 features are appended to queries and keys as
+sums of bfloat16 parts whose products keep the precision of float32, and values are padded with zeros to the same width.
 """
 
 import jax
@@ -9,17 +9,24 @@ import jax.numpy as jnp
 
 from seqpe_jax.models.attention_inputs import AttentionInputs
 
-PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # parts of f_q and f_k whose products count in float32
+# (part of f_q, part of f_k) whose products matter at float32 precision; 0 is the most significant part.
+PART_PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
 
 
 def unsupported_reason(inputs: AttentionInputs, capability: float, split: bool) -> str:
-    """Returns why cuDNN cannot serve operands on a GPU of that compute capability, or ""; split: as of `choice.dispatch`."""
+    """Returns why cuDNN cannot serve inputs, or "".
+
+    Args:
+      inputs: of all devices, or their shapes.
+      capability: compute capability of the GPU, such as 9.0.
+      split: queries are split over devices.
+    """
     query, key = inputs.query, inputs.key
     if query.dtype != jnp.bfloat16:
         return f"cuDNN's attention needs precision.compute='bfloat16', not '{query.dtype}'"
     if inputs.dropout_seed is not None:
         return "cuDNN's attention is used without dropout on attention weights (model.attention_dropout)"
-    width = appended_width(inputs)
+    width = padded_width(inputs)
     limit = 256 if capability >= 9 else 128
     if width > limit:
         return f"queries and their features in parts are {width} wide, and cuDNN takes {limit} at most"
@@ -31,38 +38,43 @@ def unsupported_reason(inputs: AttentionInputs, capability: float, split: bool) 
 
 
 def flash(inputs: AttentionInputs, implementation: str = "cudnn") -> jax.Array:
-    """Returns `inputs.reference_attention`; implementation: as of `jax.nn.dot_product_attention`."""
-    query, key, value = appended(inputs)
-    mixed = jax.nn.dot_product_attention(
+    """Returns the result of `reference_attention`, [B, L, H, V].
+
+    Args:
+      inputs: of one device, which `unsupported_reason` does not refuse.
+      implementation: argument of `jax.nn.dot_product_attention`.
+    """
+    query, key, value = append_features(inputs)
+    out = jax.nn.dot_product_attention(
         query, key, value, scale=1.0, is_causal=inputs.causal_offset is not None, implementation=implementation
     )
-    return mixed[..., : inputs.value.shape[-1]]
+    return out[..., : inputs.value.shape[-1]]
 
 
-def appended_width(inputs: AttentionInputs) -> int:
-    """Returns the width of `appended` queries, keys and values: a multiple of 8."""
-    extra_width = 0 if inputs.logit_query_key is None else len(PAIRS) * inputs.logit_query_key[0].shape[-1]
-    width = max(inputs.query.shape[-1] + extra_width, inputs.value.shape[-1])
+def padded_width(inputs: AttentionInputs) -> int:
+    """Returns the common width of queries, keys and values after `append_features`, a multiple of 8."""
+    features = 0 if inputs.logit_query_key is None else len(PART_PAIRS) * inputs.logit_query_key[0].shape[-1]
+    width = max(inputs.query.shape[-1] + features, inputs.value.shape[-1])
     return -(-width // 8) * 8
 
 
-def appended(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns queries, keys and values of one width such that q . k are the logits."""
-    sides = [inputs.query], [inputs.key], [inputs.value]
+def append_features(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns bfloat16 queries, keys and values of one width, such that q . k are the logits with f_q . f_k included."""
+    columns = [inputs.query], [inputs.key], [inputs.value]
     batch, _, heads, _ = inputs.query.shape
     for side, field in enumerate(inputs.logit_query_key or ()):
-        parts = [jnp.broadcast_to(part, (*part.shape[:2], heads, part.shape[3])) for part in split(field)]
+        parts = [jnp.broadcast_to(part, (*part.shape[:2], heads, part.shape[3])) for part in split_float32(field)]
         parts = [jnp.tile(part, (batch // len(part), 1, 1, 1)) for part in parts]
-        sides[side].extend(parts[pair[side]] for pair in PAIRS)
-    width = appended_width(inputs)
-    joined = (jnp.concatenate([part.astype(inputs.query.dtype) for part in side], axis=-1) for side in sides)
+        columns[side].extend(parts[pair[side]] for pair in PART_PAIRS)
+    width = padded_width(inputs)
+    joined = (jnp.concatenate([part.astype(inputs.query.dtype) for part in side], axis=-1) for side in columns)
     return tuple(jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, width - array.shape[-1]))) for array in joined)
 
 
-def split(field: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns three bfloat16 arrays that add up to a float32 one, each the remainder of those before.
+def split_float32(field: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns three bfloat16 arrays that add up to a float32 array, the most significant first.
 
-    Gradients reach the array through the first part alone, which meets all of the other side's.
+    Gradients flow through the first part alone, which is multiplied with all parts of the other side.
     """
     # Not by casts there and back, which a compiler may leave out.
     high = jax.lax.reduce_precision(field, exponent_bits=8, mantissa_bits=7)

@@ -1,4 +1,4 @@
-"""Which implementation of attention serves: by device, lengths, and what is mixed."""
+"""Choice of the attention backend: by device, lengths, and which terms the logits have."""
 
 import functools
 from collections.abc import Callable
@@ -12,44 +12,45 @@ from seqpe_jax.models import attention_cudnn, attention_tpu
 from seqpe_jax.models.attention_blockwise import blockwise_attention
 from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
 
-KINDS = ("reference", "blockwise", "flash")
-MAX_REFERENCE_LEN = {"cpu": 128}  # queries or keys, beyond which no array of all logits is made; measured on CPU
-MAX_REFERENCE_LEN_ACCELERATOR = 256
-BLOCK = 512  # queries and keys at once, except on a CPU
-LONG = 4096  # keys from which on a CPU takes as many
+BACKENDS = ("reference", "blockwise", "flash")
+MAX_REFERENCE_LEN_CPU = 128  # queries or keys up to which one array of all logits is made; measured
+MAX_REFERENCE_LEN = 256  # the same on GPU and TPU
+DEFAULT_BLOCK = 512  # queries and keys per block on GPU and TPU
+LONG_KEYS = 4096  # number of keys from which on a CPU uses DEFAULT_BLOCK too
 
-Mix = Callable[[AttentionInputs], jax.Array]
+AttentionFn = Callable[[AttentionInputs], jax.Array]
 
 
-def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = None, split: bool = False) -> Mix:
-    """Returns the implementation that serves operands; it takes those of one device.
+def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = None, split: bool = False) -> AttentionFn:
+    """Returns the backend that serves inputs; it takes those of one device.
 
-    Automatic: up to `MAX_REFERENCE_LEN` queries and keys, all logits at once. For more, the platform's flash kernel (Pallas on
-    TPU, cuDNN on NVIDIA) where it can serve, else blocks. One query meets its keys at once everywhere, and where a size is
-    symbolic, blocks stand in for the kernels: an export is for several platforms.
+    "auto" takes the reference up to `MAX_REFERENCE_LEN` queries and keys, beyond that the platform's flash kernel (Pallas
+    on TPU, cuDNN on NVIDIA GPUs) where it can serve, else blockwise attention. A single query always takes the reference.
+    Symbolic sizes (jax.export) take blockwise attention in place of the kernels, since an export serves several platforms.
 
     Args:
-      kind: "auto", or one of `KINDS` to have that.
-      block: queries and keys that blocks have at once; 0 = automatic. Given, "auto" takes blocks where there are more.
-      operands: of all devices, or their shapes.
-      device: that the program is compiled for; None = JAX's own. split: queries are divided over devices.
+      kind: "auto", or one of `BACKENDS` to have that one.
+      block: queries and keys per block; 0 = automatic. If given, "auto" takes blockwise attention for longer inputs.
+      inputs: of all devices, or their shapes.
+      device: device that the program is compiled for; None = JAX's default.
+      split: queries are split over devices.
 
     Raises:
-      InputError: the kind asked for cannot serve.
+      InputError: the backend asked for cannot serve.
     """
     device = device or jax.devices()[0]
-    batch, length, heads, _ = inputs.query.shape
+    batch, length, _, _ = inputs.query.shape
     keys = inputs.key.shape[1]
     if kind == "reference" or (isinstance(length, int) and length == 1):
         return reference_attention
     symbolic = not all(isinstance(size, int) for size in (batch, length, keys))
     if symbolic or (block and kind == "auto"):
-        size = block or BLOCK
-        small = _at_most(length, size) and _at_most(keys, size)
-        return (
-            reference_attention if small and kind != "blockwise" else functools.partial(blockwise_attention, block=size)
-        )
-    if kind == "auto" and max(length, keys) <= MAX_REFERENCE_LEN.get(device.platform, MAX_REFERENCE_LEN_ACCELERATOR):
+        size = block or DEFAULT_BLOCK
+        fits_one_block = _at_most(length, size) and _at_most(keys, size)
+        if fits_one_block and kind != "blockwise":
+            return reference_attention
+        return functools.partial(blockwise_attention, block=size)
+    if kind == "auto" and max(length, keys) <= max_reference_len(device):
         return reference_attention
     if kind != "blockwise":
         reason = unsupported_reason(inputs, device, split)
@@ -60,16 +61,27 @@ def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = No
     return functools.partial(
         blockwise_attention,
         block=block or default_block_size(inputs, device),
-        join=device.platform == "cpu" and should_concatenate_features(inputs),
+        concat_features=device.platform == "cpu" and should_concat_features(inputs),
     )
 
 
+def max_reference_len(device: Any) -> int:
+    """Returns the number of queries or keys up to which one array of all logits is made."""
+    return MAX_REFERENCE_LEN_CPU if device.platform == "cpu" else MAX_REFERENCE_LEN
+
+
 def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False) -> str:
-    """Returns why no flash kernel serves operands on a device, or ""; arguments as of `dispatch`."""
+    """Returns why no flash kernel serves inputs on a device, or "".
+
+    Args:
+      inputs: of all devices, or their shapes.
+      device: device that the program is compiled for.
+      split: queries are split over devices.
+    """
     if inputs.bias is not None:
         return "the kernels read no bias"
     if inputs.relative_bias is not None:
-        return "the kernels read no function of two places (encodings whose logits gain one)"
+        return "the kernels read no pairwise function of positions (encodings whose logits have one)"
     if device.platform == "tpu":
         return ""
     if device.platform == "gpu" and device.device_kind.startswith("NVIDIA"):
@@ -78,23 +90,23 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
 
 
 def default_block_size(inputs: AttentionInputs, device: Any) -> int:
-    """Returns the queries and keys that blocks have at once: on a CPU few, so that all samples' stay in its cache.
+    """Returns the queries and keys per block; on a CPU few, so that the blocks of all samples fit into its cache.
 
-    What each holds of wide features, in products of their own and in their gradients, makes less fit.
+    Wide features have products and gradients of their own, which leaves less room.
     """
     if device.platform != "cpu":
-        return BLOCK
+        return DEFAULT_BLOCK
     batch, _, heads, _ = inputs.query.shape
-    if inputs.key.shape[1] >= LONG:
-        return BLOCK
-    apart = inputs.logit_query_key is not None and not should_concatenate_features(inputs)
-    return 64 if apart and batch * heads >= 32 else 128
+    if inputs.key.shape[1] >= LONG_KEYS:
+        return DEFAULT_BLOCK
+    separate = inputs.logit_query_key is not None and not should_concat_features(inputs)
+    return 64 if separate and batch * heads >= 32 else 128
 
 
-def should_concatenate_features(inputs: AttentionInputs) -> bool:
-    """Whether features add so little to the width of float32 queries that one product of both is faster than two.
+def should_concat_features(inputs: AttentionInputs) -> bool:
+    """Returns True where features are so narrow that one product of [q, f_q] and [k, f_k] is faster than two products.
 
-    A relation stands between the two: it is applied to the product of queries and keys alone.
+    Queries must be float32, as features are. Not possible with a relative bias, which applies to q . k alone.
     """
     if inputs.logit_query_key is None or inputs.relative_bias is not None or inputs.query.dtype != jnp.float32:
         return False
@@ -102,5 +114,5 @@ def should_concatenate_features(inputs: AttentionInputs) -> bool:
 
 
 def _at_most(size: Any, limit: int) -> bool:
-    """Whether a size is at most a limit; a symbolic one, whatever it will be."""
+    """Returns True if a size, which may be symbolic, never exceeds a limit."""
     return jax.core.max_dim(size, limit) == limit

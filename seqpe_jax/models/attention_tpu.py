@@ -1,11 +1,12 @@
-"""Flash attention for TPU, a Pallas kernel that knows features: their products stay float32 beside bfloat16 ones.
+"""Flash attention for TPU as Pallas kernels, with float32 features beside bfloat16 queries and keys.
 
-The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691). What is new is how the samples of a position set go
-together: a step of the kernel holds the same block of several samples, so that the products of features, six times as
-dear as those of bfloat16, are made once for all of them.
+The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691): a forward kernel, one for dq (and df_q) and one for dk, dv
+(and df_k). One addition: samples of the same position set share f_q . f_k, which at full precision costs six bfloat16
+products; so each grid step loads the same tile of several samples and computes that product once for all of them.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,34 +15,48 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqpe_jax.models.attention_inputs import MASK_VALUE, AttentionInputs, dropout_mask
-from seqpe_jax.models.kernel_cost import estimate
 
 LANES = 128
-BLOCKS = (512, 384, 256)  # queries or keys of a step; for less than the smallest, a multiple of LANES
-MOST_TOGETHER = 8  # samples of a step
-FEW = 4  # samples of a step, from which on blocks are small
+BLOCK_SIZES = (512, 384, 256)  # queries or keys per tile; for less than the smallest, a multiple of LANES
+MAX_SAMPLES_PER_STEP = 8
+SMALL_BLOCKS_FROM = 4  # samples per step from which on only the smallest of BLOCK_SIZES fits
 
 
-class _Plan(NamedTuple):
-    """Sizes of a call, all static. keys: those that are no padding; together: samples of a step; rate: of dropout."""
+class KernelConfig(NamedTuple):
+    """Static sizes and switches of a kernel call.
+
+    Attributes:
+      keys: number of keys without padding.
+      block_q: queries per tile.
+      block_k: keys per tile.
+      samples: samples per grid step.
+      causal: mask keys after the query.
+      dropout: apply dropout to the weights.
+      dropout_rate: probability that a weight is dropped.
+      interpret: run as plain JAX, on any platform.
+    """
 
     keys: int
     block_q: int
     block_k: int
-    together: int
+    samples: int
     causal: bool
-    dropping: bool
+    dropout: bool
     dropout_rate: float
     interpret: bool
 
 
-class _Arrays(NamedTuple):
-    """What the kernels read. Samples are [R, P], sample r P + p; lengths are padded to blocks.
+class KernelInputs(NamedTuple):
+    """Arrays of the kernels: samples as [R, P], sample r P + p uses position set p; lengths padded to whole blocks.
 
     Attributes:
-      query [R, P, H, L, K], key [R, P, H, S, K], value [R, P, H, S, V].
-      f_q, f_k: float32[1 or P, 1 or H, L or S, F], or None.
-      last: int32[P]; numbers: int32[4], the place and seed of `AttentionInputs`.
+      query: [R, P, H, L, K].
+      key: [R, P, H, S, K].
+      value: [R, P, H, S, V].
+      f_q: float32[1 or P, 1 or H, L, F], or None.
+      f_k: float32[1 or P, 1 or H, S, F], or None.
+      causal_offset: int32[P], as in `AttentionInputs`.
+      dropout_indices: int32[4], `global_offset` and `dropout_seed` of `AttentionInputs`.
     """
 
     query: jax.Array
@@ -50,291 +65,350 @@ class _Arrays(NamedTuple):
     f_q: jax.Array | None
     f_k: jax.Array | None
     causal_offset: jax.Array
-    numbers: jax.Array
+    dropout_indices: jax.Array
 
 
 def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
-    """Returns `inputs.reference_attention`, of operands without a bias; interpret: run as plain JAX, on any platform."""
-    batch, length, _, _ = inputs.query.shape
-    keys, position_sets = inputs.key.shape[1], inputs.position_sets
-    together = max(n for n in range(1, MOST_TOGETHER + 1) if batch // position_sets % n == 0)
-    block_q, block_k = block_of(length, together), block_of(keys, together)
+    """Returns the result of `reference_attention`, [B, L, H, V].
 
-    def ready(array: jax.Array, block: int) -> jax.Array:
+    Args:
+      inputs: of one device, without bias or relative bias.
+      interpret: run the kernels as plain JAX, on any platform.
+    """
+    batch, length, _, _ = inputs.query.shape
+    keys, num_sets = inputs.key.shape[1], inputs.num_position_sets
+    samples = max(n for n in range(1, MAX_SAMPLES_PER_STEP + 1) if batch // num_sets % n == 0)
+    block_q, block_k = block_size(length, samples), block_size(keys, samples)
+
+    def heads_first(array: jax.Array, block: int) -> jax.Array:
         return jnp.moveaxis(jnp.pad(array, ((0, 0), (0, -array.shape[1] % block), (0, 0), (0, 0))), 2, 1)
 
-    def grouped(array: jax.Array, block: int) -> jax.Array:
-        array = ready(array, block)
-        return array.reshape(batch // position_sets, position_sets, *array.shape[1:])
+    def by_set(array: jax.Array, block: int) -> jax.Array:
+        array = heads_first(array, block)
+        return array.reshape(batch // num_sets, num_sets, *array.shape[1:])
 
     f_q, f_k = inputs.logit_query_key or (None, None)
     global_offset = jnp.zeros(3, jnp.int32) if inputs.global_offset is None else inputs.global_offset
     dropout_seed = jnp.zeros(1, jnp.int32) if inputs.dropout_seed is None else inputs.dropout_seed[None]
-    arrays = _Arrays(
-        grouped(inputs.query, block_q),
-        grouped(inputs.key, block_k),
-        grouped(inputs.value, block_k),
-        None if f_q is None else ready(f_q, block_q),
-        None if f_k is None else ready(f_k, block_k),
-        jnp.broadcast_to(jnp.int32(0) if inputs.causal_offset is None else inputs.causal_offset, (position_sets,)),
-        jnp.concatenate([global_offset, dropout_seed]),
+    causal_offset = jnp.int32(0) if inputs.causal_offset is None else inputs.causal_offset
+    kernel_inputs = KernelInputs(
+        query=by_set(inputs.query, block_q),
+        key=by_set(inputs.key, block_k),
+        value=by_set(inputs.value, block_k),
+        f_q=None if f_q is None else heads_first(f_q, block_q),
+        f_k=None if f_k is None else heads_first(f_k, block_k),
+        causal_offset=jnp.broadcast_to(causal_offset, (num_sets,)),
+        dropout_indices=jnp.concatenate([global_offset, dropout_seed]),
     )
-    plan = _Plan(
-        keys,
-        block_q,
-        block_k,
-        together,
-        inputs.causal_offset is not None,
-        inputs.dropout_seed is not None,
-        inputs.dropout_rate,
-        interpret,
+    config = KernelConfig(
+        keys=keys,
+        block_q=block_q,
+        block_k=block_k,
+        samples=samples,
+        causal=inputs.causal_offset is not None,
+        dropout=inputs.dropout_seed is not None,
+        dropout_rate=inputs.dropout_rate,
+        interpret=interpret,
     )
-    mixed = _mix(arrays, plan)
-    return jnp.moveaxis(mixed.reshape(batch, *mixed.shape[2:]), 1, 2)[:, :length]
+    out = _flash(kernel_inputs, config)
+    return jnp.moveaxis(out.reshape(batch, *out.shape[2:]), 1, 2)[:, :length]
 
 
-def block_of(length: int, together: int) -> int:
-    """Returns how many queries or keys a step reads: those that leave the least padding."""
-    if length <= BLOCKS[-1]:
+def block_size(length: int, samples: int) -> int:
+    """Returns the number of queries or keys per tile that leaves the least padding.
+
+    Args:
+      length: number of queries or keys.
+      samples: samples per grid step.
+    """
+    if length <= BLOCK_SIZES[-1]:
         return -(-length // LANES) * LANES
-    sizes = BLOCKS if together < FEW else BLOCKS[-1:]
+    sizes = BLOCK_SIZES if samples < SMALL_BLOCKS_FROM else BLOCK_SIZES[-1:]
     return min(sizes, key=lambda size: (-(-length // size) * size, -size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _mix(arrays: _Arrays, plan: _Plan) -> jax.Array:
-    """The mixed values [R, P, H, L, V]."""
-    return _forward(arrays, plan)[0]
+def _flash(inputs: KernelInputs, config: KernelConfig) -> jax.Array:
+    """Returns the output [R, P, H, L, V]."""
+    return _forward(inputs, config)[0]
 
 
-def _forward(arrays: _Arrays, plan: _Plan) -> tuple[jax.Array, Any]:
-    *samples, heads, length, _ = arrays.query.shape
-    width = arrays.value.shape[-1]
-    call = _Call(arrays, plan, of_keys=False)
-    mixed, normaliser = call(
+def _forward(inputs: KernelInputs, config: KernelConfig) -> tuple[jax.Array, Any]:
+    *samples, heads, length, _ = inputs.query.shape
+    width = inputs.value.shape[-1]
+    call = _KernelCall(inputs, config, keys_outer=False)
+    out, lse = call(
         _forward_kernel,
-        (),
-        (
-            (call.queries(width), jax.ShapeDtypeStruct((*samples, heads, length, width), arrays.value.dtype)),
-            (call.rows(), jax.ShapeDtypeStruct((*samples, heads, 1, length), jnp.float32)),
+        extra=(),
+        results=(
+            (call.query_spec(width), jax.ShapeDtypeStruct((*samples, heads, length, width), inputs.value.dtype)),
+            (call.row_spec(), jax.ShapeDtypeStruct((*samples, heads, 1, length), jnp.float32)),
         ),
-        [(plan.together, plan.block_q, size) for size in (LANES, LANES, width)],
+        scratch=[(config.samples, config.block_q, size) for size in (LANES, LANES, width)],
     )
-    return mixed, (arrays, mixed, normaliser)
+    return out, (inputs, out, lse)
 
 
-def _backward(plan: _Plan, saved: Any, given: jax.Array) -> tuple[_Arrays]:
-    arrays, mixed, normaliser = saved
-    inner = (given.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1)[:, :, :, None]
-    found = []
-    for of_keys, kernel, places in ((False, _query_kernel, (0, 3)), (True, _key_kernel, (1, 2, 4))):
-        call = _Call(arrays, plan, of_keys=of_keys)
-        spec, block = (call.keys, plan.block_k) if of_keys else (call.queries, plan.block_q)
-        results, scratch = [], []
-        for index in places:
-            if (array := arrays[index]) is None:
-                continue
-            width = array.shape[-1]
-            if index < 3:
-                results.append((spec(width), jax.ShapeDtypeStruct(array.shape, array.dtype)))
-                scratch.append((plan.together, block, width))
-            else:  # of all steps with other samples and heads, to be summed
-                steps = (arrays.query.shape[0] // plan.together, *arrays.query.shape[1:3], *array.shape[2:])
-                results.append((call.per_step(block, width, of_keys), jax.ShapeDtypeStruct(steps, jnp.float32)))
-                scratch.append((block, width))
-        extra = ((call.queries(given.shape[-1]), given), (call.rows(), normaliser), (call.rows(), inner))
-        found.append(call(kernel, extra, results, scratch))
-    (query, *f_q), (key, value, *f_k) = found
-
-    def summed(steps: list[jax.Array], field: jax.Array | None) -> jax.Array | None:
-        if field is None:
-            return None
-        total = steps[0].sum(axis=0)
-        for axis in (0, 1):
-            total = total if total.shape[axis] == field.shape[axis] else total.sum(axis=axis, keepdims=True)
-        return total
-
-    return (_Arrays(query, key, value, summed(f_q, arrays.f_q), summed(f_k, arrays.f_k), None, None),)
+def _backward(config: KernelConfig, saved: Any, d_out: jax.Array) -> tuple[KernelInputs]:
+    inputs, out, lse = saved
+    # D of FlashAttention-2, rowsum(dO * O), float32[R, P, H, 1, L].
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)[:, :, :, None]
+    rows = (d_out, lse, delta)
+    d_query, *d_f_q = _gradient_call(_dq_kernel, inputs, config, rows, ("query",), "f_q", keys_outer=False)
+    d_key, d_value, *d_f_k = _gradient_call(_dkv_kernel, inputs, config, rows, ("key", "value"), "f_k", keys_outer=True)
+    gradients = KernelInputs(
+        query=d_query,
+        key=d_key,
+        value=d_value,
+        f_q=_sum_like(d_f_q, inputs.f_q),
+        f_k=_sum_like(d_f_k, inputs.f_k),
+        causal_offset=None,
+        dropout_indices=None,
+    )
+    return (gradients,)
 
 
-_mix.defvjp(_forward, _backward)
+def _gradient_call(
+    kernel: Any,
+    inputs: KernelInputs,
+    config: KernelConfig,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
+    fields: tuple[str, ...],
+    feature: str,
+    keys_outer: bool,
+) -> list[jax.Array]:
+    """Returns the gradients of some fields of the inputs, and of their features where there are any.
+
+    Args:
+      kernel: `_dq_kernel` or `_dkv_kernel`.
+      rows: gradient of the output, log-sum-exp and delta.
+      fields: names of the fields.
+      feature: name of the features; their gradient is float32[groups of samples, P, H, L or S, F], still to be summed.
+      keys_outer: the kernel sums over blocks of queries.
+    """
+    d_out, lse, delta = rows
+    call = _KernelCall(inputs, config, keys_outer)
+    spec, block = (call.key_spec, config.block_k) if keys_outer else (call.query_spec, config.block_q)
+    results, scratch = [], []
+    for array in (getattr(inputs, name) for name in fields):
+        width = array.shape[-1]
+        results.append((spec(width), jax.ShapeDtypeStruct(array.shape, array.dtype)))
+        scratch.append((config.samples, block, width))
+    array = getattr(inputs, feature)
+    if array is not None:
+        shape = (inputs.query.shape[0] // config.samples, *inputs.query.shape[1:3], *array.shape[2:])
+        results.append((call.per_step_spec(block, array.shape[-1]), jax.ShapeDtypeStruct(shape, jnp.float32)))
+        scratch.append((block, array.shape[-1]))
+    extra = ((call.query_spec(d_out.shape[-1]), d_out), (call.row_spec(), lse), (call.row_spec(), delta))
+    return call(kernel, extra, results, scratch)
 
 
-class _Call:
-    """A pallas_call over (groups of samples, sets, heads, blocks, blocks), the innermost being summed over.
+def _sum_like(per_step: list[jax.Array], field: jax.Array | None) -> jax.Array | None:
+    """Returns the gradient of features, summed over the groups of samples, sets and heads that share them."""
+    if field is None:
+        return None
+    total = per_step[0].sum(axis=0)
+    for axis in (0, 1):
+        total = total if total.shape[axis] == field.shape[axis] else total.sum(axis=axis, keepdims=True)
+    return total
 
-    Blocks that causality hides are neither computed nor read: their index stays at the nearest that is needed.
+
+_flash.defvjp(_forward, _backward)
+
+
+class _KernelCall:
+    """A `pallas_call` over the grid (groups of samples, position sets, heads, outer blocks, inner blocks).
+
+    The kernel accumulates over the inner blocks. Tiles that the causal mask hides are neither computed nor loaded: their
+    index is clamped to the nearest tile that is needed.
+
+    Attributes:
+      keys_outer: outer blocks are of keys and inner ones of queries; else the other way round.
     """
 
-    def __init__(self, arrays: _Arrays, plan: _Plan, of_keys: bool):
-        self.arrays, self.plan, self.of_keys = arrays, plan, of_keys
-        groups, position_sets, heads = arrays.query.shape[0] // plan.together, *arrays.query.shape[1:3]
-        self.count_q, self.count_k = arrays.query.shape[3] // plan.block_q, arrays.key.shape[3] // plan.block_k
-        self.grid = (
-            groups,
-            position_sets,
-            heads,
-            *((self.count_k, self.count_q) if of_keys else (self.count_q, self.count_k)),
-        )
+    def __init__(self, inputs: KernelInputs, config: KernelConfig, keys_outer: bool):
+        self.inputs, self.config, self.keys_outer = inputs, config, keys_outer
+        groups, num_sets, heads = inputs.query.shape[0] // config.samples, *inputs.query.shape[1:3]
+        self.num_q = inputs.query.shape[3] // config.block_q
+        self.num_k = inputs.key.shape[3] // config.block_k
+        blocks = (self.num_k, self.num_q) if keys_outer else (self.num_q, self.num_k)
+        self.grid = (groups, num_sets, heads, *blocks)
 
     def _blocks(self, set_: Any, outer: Any, inner: Any, causal_offset: Any) -> tuple[Any, Any]:
-        """The blocks of queries and of keys that a step reads."""
-        plan = self.plan
-        i, j = (inner, outer) if self.of_keys else (outer, inner)
-        if plan.causal and self.of_keys:
-            first = jax.lax.div(jnp.maximum(j * plan.block_k - causal_offset[set_], 0), jnp.int32(plan.block_q))
-            i = jnp.minimum(jnp.maximum(i, first), self.count_q - 1)
-        elif plan.causal:
-            seen = jax.lax.div(
-                jnp.maximum(causal_offset[set_] + (i + 1) * plan.block_q - 1, 0), jnp.int32(plan.block_k)
-            )
-            j = jnp.minimum(jnp.minimum(j, seen), self.count_k - 1)
+        """Returns the indices (i, j) of the query block and the key block that a grid step loads."""
+        config = self.config
+        i, j = (inner, outer) if self.keys_outer else (outer, inner)
+        if config.causal and self.keys_outer:
+            first = jax.lax.div(jnp.maximum(j * config.block_k - causal_offset[set_], 0), jnp.int32(config.block_q))
+            i = jnp.minimum(jnp.maximum(i, first), self.num_q - 1)
+        elif config.causal:
+            last_key = jnp.maximum(causal_offset[set_] + (i + 1) * config.block_q - 1, 0)
+            j = jnp.minimum(jnp.minimum(j, jax.lax.div(last_key, jnp.int32(config.block_k))), self.num_k - 1)
         return i, j
 
-    def queries(self, width: int) -> pl.BlockSpec:
-        """[R, P, H, L, width], a block of queries."""
+    def query_spec(self, width: int) -> pl.BlockSpec:
+        """Returns the spec of a query block of [R, P, H, L, width]."""
 
-        def index(group, set_, head, outer, inner, causal_offset, numbers):
+        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
             return group, set_, head, self._blocks(set_, outer, inner, causal_offset)[0], 0
 
-        return pl.BlockSpec((self.plan.together, None, None, self.plan.block_q, width), index)
+        return pl.BlockSpec((self.config.samples, None, None, self.config.block_q, width), index)
 
-    def keys(self, width: int) -> pl.BlockSpec:
-        """[R, P, H, S, width], a block of keys."""
+    def key_spec(self, width: int) -> pl.BlockSpec:
+        """Returns the spec of a key block of [R, P, H, S, width]."""
 
-        def index(group, set_, head, outer, inner, causal_offset, numbers):
+        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
             return group, set_, head, self._blocks(set_, outer, inner, causal_offset)[1], 0
 
-        return pl.BlockSpec((self.plan.together, None, None, self.plan.block_k, width), index)
+        return pl.BlockSpec((self.config.samples, None, None, self.config.block_k, width), index)
 
-    def rows(self) -> pl.BlockSpec:
-        """[R, P, H, 1, L], a number for each query of a block."""
+    def row_spec(self) -> pl.BlockSpec:
+        """Returns the spec of one number per query of a block, [R, P, H, 1, L]."""
 
-        def index(group, set_, head, outer, inner, causal_offset, numbers):
+        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
             return group, set_, head, 0, self._blocks(set_, outer, inner, causal_offset)[0]
 
-        return pl.BlockSpec((self.plan.together, None, None, 1, self.plan.block_q), index)
+        return pl.BlockSpec((self.config.samples, None, None, 1, self.config.block_q), index)
 
-    def logit_query_key(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
-        """[1 or P, 1 or H, L or S, F], a block of queries or keys."""
-        position_sets, heads, _, width = field.shape
+    def feature_spec(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
+        """Returns the spec of a block of features [1 or P, 1 or H, L or S, F]."""
+        num_sets, heads, _, width = field.shape
 
-        def index(group, set_, head, outer, inner, causal_offset, numbers):
+        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
             block = self._blocks(set_, outer, inner, causal_offset)[of_keys]
-            return set_ if position_sets > 1 else 0, head if heads > 1 else 0, block, 0
+            return set_ if num_sets > 1 else 0, head if heads > 1 else 0, block, 0
 
-        return pl.BlockSpec((None, None, self.plan.block_k if of_keys else self.plan.block_q, width), index)
+        return pl.BlockSpec((None, None, self.config.block_k if of_keys else self.config.block_q, width), index)
 
-    def per_step(self, block: int, width: int, of_keys: bool) -> pl.BlockSpec:
-        """[groups, P, H, L or S, F], a block of queries or keys."""
+    def per_step_spec(self, block: int, width: int) -> pl.BlockSpec:
+        """Returns the spec of an outer block of [groups, P, H, L or S, F]: a result for each group of samples and head."""
 
-        def index(group, set_, head, outer, inner, causal_offset, numbers):
+        def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
             return group, set_, head, outer, 0
 
         return pl.BlockSpec((None, None, None, block, width), index)
 
     def __call__(self, kernel: Any, extra: Any, results: Any, scratch: Any) -> list[jax.Array]:
-        """Returns the results, [(spec, shape)]; extra: [(spec, array)] that are read beside queries, keys, values."""
-        arrays, plan = self.arrays, self.plan
-        read = [
-            (self.queries(arrays.query.shape[-1]), arrays.query),
-            (self.keys(arrays.key.shape[-1]), arrays.key),
-            (self.keys(arrays.value.shape[-1]), arrays.value),
+        """Returns the results.
+
+        Args:
+          kernel: function of (tile, is_first, is_last, refs of query, key, value, of `extra`, of results, of scratch).
+          extra: [(spec, array)] of further inputs.
+          results: [(spec, shape and dtype)].
+          scratch: shapes of float32 accumulators in VMEM.
+        """
+        inputs, config = self.inputs, self.config
+        loaded = [
+            (self.query_spec(inputs.query.shape[-1]), inputs.query),
+            (self.key_spec(inputs.key.shape[-1]), inputs.key),
+            (self.key_spec(inputs.value.shape[-1]), inputs.value),
         ]
-        if arrays.f_q is not None:
-            read += [
-                (self.logit_query_key(arrays.f_q, False), arrays.f_q),
-                (self.logit_query_key(arrays.f_k, True), arrays.f_k),
-            ]
-        read += extra
+        has_features = inputs.f_q is not None
+        if has_features:
+            loaded += [(self.feature_spec(inputs.f_q, False), inputs.f_q)]
+            loaded += [(self.feature_spec(inputs.f_k, True), inputs.f_k)]
+        loaded += extra
         return pl.pallas_call(
-            functools.partial(_run, kernel, plan, arrays.f_q is not None, self.of_keys, self.grid[-1]),
+            functools.partial(_run_kernel, kernel, config, has_features, self.keys_outer, self.grid[-1]),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=self.grid,
-                in_specs=[spec for spec, _ in read],
+                in_specs=[spec for spec, _ in loaded],
                 out_specs=[spec for spec, _ in results],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
             out_shape=[shape for _, shape in results],
-            cost_estimate=estimate(kernel.__name__, arrays, plan, [array for _, array in (*read, *results)]),
+            cost_estimate=cost_estimate(kernel, inputs, config, [array for _, array in (*loaded, *results)]),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
-            interpret=plan.interpret,
-        )(arrays.causal_offset, arrays.numbers, *(array for _, array in read))
+            interpret=config.interpret,
+        )(inputs.causal_offset, inputs.dropout_indices, *(array for _, array in loaded))
 
 
 class _Tile:
-    """What a step of a kernel knows of its blocks of queries and keys; transposed: logits are [keys, queries]."""
+    """The tile of logits that a grid step computes, [block_q, block_k], or [block_k, block_q] where it is transposed.
 
-    def __init__(self, plan: _Plan, causal_offset: Any, numbers: Any, f_q: Any, f_k: Any, of_keys: bool):
-        self.plan, self.transposed, self.numbers = plan, of_keys, numbers
+    Attributes:
+      transposed: rows are keys and columns queries, as `_dkv_kernel` needs them.
+      needed: scalar bool, True if the causal mask leaves any logit.
+    """
+
+    def __init__(self, config: KernelConfig, causal_offset: Any, dropout_indices: Any, f_q: Any, f_k: Any, keys_outer):
+        self.config, self.transposed, self.dropout_indices = config, keys_outer, dropout_indices
         self.group, self.set, self.head, outer, inner = (pl.program_id(axis) for axis in range(5))
-        i, j = (inner, outer) if of_keys else (outer, inner)
-        self.first_row, self.first_column, self.causal_offset = (
-            i * plan.block_q,
-            j * plan.block_k,
-            causal_offset[self.set],
-        )
+        i, j = (inner, outer) if keys_outer else (outer, inner)
+        self.first_query, self.first_key = i * config.block_q, j * config.block_k
+        self.causal_offset = causal_offset[self.set]
         self.f_q, self.f_k = f_q, f_k
-        # Of its logits some are seen.
-        self.needed = (
-            self.first_column <= self.causal_offset + self.first_row + plan.block_q - 1 if plan.causal else True
-        )
+        last_key = self.causal_offset + self.first_query + config.block_q - 1
+        self.needed = self.first_key <= last_key if config.causal else True
 
-    def _numbers(self) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys of the tile, as int32 that broadcast to its shape."""
-        shape = (self.plan.block_k, self.plan.block_q) if self.transposed else (self.plan.block_q, self.plan.block_k)
-        row = self.first_row + jax.lax.broadcasted_iota(jnp.int32, shape, int(self.transposed))
-        column = self.first_column + jax.lax.broadcasted_iota(jnp.int32, shape, int(not self.transposed))
-        return row, column
+    def _indices(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the query and key index of every logit of the tile, int32."""
+        config = self.config
+        shape = (config.block_k, config.block_q) if self.transposed else (config.block_q, config.block_k)
+        query = self.first_query + jax.lax.broadcasted_iota(jnp.int32, shape, int(self.transposed))
+        key = self.first_key + jax.lax.broadcasted_iota(jnp.int32, shape, int(not self.transposed))
+        return query, key
 
-    def shared(self) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns what all samples' logits gain, and where they are hidden."""
-        added = hidden = None
+    def shared_logits(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns (f_q . f_k, mask), which all samples of the step share; mask is True where a logit is hidden."""
+        bias = masked = None
         if self.f_q is not None:
             sides = (self.f_k[...], self.f_q[...]) if self.transposed else (self.f_q[...], self.f_k[...])
-            added = _product(*sides, (1, 1), exact=True)
-        row, column = self._numbers()
-        if self.plan.causal:
-            hidden = column > self.causal_offset + row
-        if self.plan.keys % self.plan.block_k:
-            padding = column >= self.plan.keys
-            hidden = padding if hidden is None else hidden | padding
-        return added, hidden
+            bias = _dot(*sides, (1, 1), exact=True)
+        query, key = self._indices()
+        if self.config.causal:
+            masked = key > self.causal_offset + query
+        if self.config.keys % self.config.block_k:
+            padding = key >= self.config.keys
+            masked = padding if masked is None else masked | padding
+        return bias, masked
 
     def logits(self, query: jax.Array, key: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]) -> jax.Array:
-        """Returns the logits of a sample, float32."""
-        added, hidden = shared
-        logits = _product(key, query, (1, 1)) if self.transposed else _product(query, key, (1, 1))
-        logits = logits if added is None else logits + added
-        return logits if hidden is None else jnp.where(hidden, MASK_VALUE, logits)
+        """Returns the logits of one sample, float32; shared: from `shared_logits`."""
+        bias, masked = shared
+        logits = _dot(key, query, (1, 1)) if self.transposed else _dot(query, key, (1, 1))
+        logits = logits if bias is None else logits + bias
+        return logits if masked is None else jnp.where(masked, MASK_VALUE, logits)
 
-    def dropout_mask(self, sample: int) -> jax.Array:
-        """Returns what dropout multiplies the weights of a sample of the step by."""
-        row, column = self._numbers()
-        index = (self.group * self.plan.together + sample) * pl.num_programs(1) + self.set
-        first_sample, first_head, first_row, dropout_seed = (self.numbers[n] for n in range(4))
+    def dropout_mask(self, n: int) -> jax.Array:
+        """Returns the multiplier of the weights of sample `n` of the step."""
+        query, key = self._indices()
+        sample = (self.group * self.config.samples + n) * pl.num_programs(1) + self.set
+        first_sample, first_head, first_row, seed = (self.dropout_indices[field] for field in range(4))
         return dropout_mask(
-            dropout_seed, first_sample + index, first_head + self.head, first_row + row, column, self.plan.dropout_rate
+            seed, first_sample + sample, first_head + self.head, first_row + query, key, self.config.dropout_rate
         )
 
 
-def _product(left: jax.Array, right: jax.Array, summed: tuple[int, int], exact: bool = False) -> jax.Array:
-    """A matrix product with float32 sums; summed: the axis of each; exact: float32 as such, not in one bfloat16 pass."""
-    dimensions = (((summed[0],), (summed[1],)), ((), ()))
+def _dot(left: jax.Array, right: jax.Array, contract: tuple[int, int], exact: bool = False) -> jax.Array:
+    """Returns a matrix product accumulated in float32.
+
+    Args:
+      contract: axis of each side that is summed over.
+      exact: multiply at float32 precision, not in one bfloat16 pass.
+    """
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if exact else None
     return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _run(
-    kernel: Any, plan: _Plan, featured: bool, of_keys: bool, steps: int, causal_offset: Any, numbers: Any, *refs: Any
+def _run_kernel(
+    kernel: Any,
+    config: KernelConfig,
+    has_features: bool,
+    keys_outer: bool,
+    num_steps: int,
+    causal_offset: Any,
+    dropout_indices: Any,
+    *refs: Any,
 ) -> None:
+    """Calls a kernel with its tile, and whether the step is the first or last of the inner blocks."""
     query, key, value, *rest = refs
-    f_q, f_k = (rest.pop(0), rest.pop(0)) if featured else (None, None)
+    f_q, f_k = (rest.pop(0), rest.pop(0)) if has_features else (None, None)
     step = pl.program_id(4)
-    kernel(
-        _Tile(plan, causal_offset, numbers, f_q, f_k, of_keys), step == 0, step == steps - 1, query, key, value, *rest
-    )
+    tile = _Tile(config, causal_offset, dropout_indices, f_q, f_k, keys_outer)
+    kernel(tile, step == 0, step == num_steps - 1, query, key, value, *rest)
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -342,93 +416,132 @@ def _column(row: jax.Array) -> jax.Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
-def _forward_kernel(tile, first, final, query, key, value, mixed, normaliser, top, total, sums) -> None:
-    """The online softmax: `top` and `total` hold the largest logit and the sum of weights of each query in every lane."""
+def _forward_kernel(tile, is_first, is_last, query, key, value, out, lse, m, normalizer, acc) -> None:
+    """Online softmax: running maximum m and normalizer of each query (the same in every lane), unnormalized output acc."""
 
-    @pl.when(first)
+    @pl.when(is_first)
     def _():
-        top[...] = jnp.full_like(top, MASK_VALUE)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        m[...] = jnp.full_like(m, MASK_VALUE)
+        normalizer[...] = jnp.zeros_like(normalizer)
+        acc[...] = jnp.zeros_like(acc)
 
     @pl.when(tile.needed)
     def _():
-        shared = tile.shared()
-        for n in range(tile.plan.together):
+        shared = tile.shared_logits()
+        for n in range(tile.config.samples):
             logits = tile.logits(query[n], key[n], shared)
-            before = top[n][:, :1]
-            higher = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-            weights, shrink = jnp.exp(logits - higher), jnp.exp(before - higher)
-            top[n] = jnp.broadcast_to(higher, top.shape[1:])
-            total[n] = total[n] * shrink + weights.sum(axis=1, keepdims=True)
-            if tile.plan.dropping:
-                weights = weights * tile.dropout_mask(n)
-            sums[n] = sums[n] * shrink + _product(weights.astype(value.dtype), value[n], (1, 0))
+            m_old = m[n][:, :1]
+            m_new = jnp.maximum(m_old, logits.max(axis=1, keepdims=True))
+            p, alpha = jnp.exp(logits - m_new), jnp.exp(m_old - m_new)
+            m[n] = jnp.broadcast_to(m_new, m.shape[1:])
+            normalizer[n] = normalizer[n] * alpha + p.sum(axis=1, keepdims=True)
+            if tile.config.dropout:
+                p = p * tile.dropout_mask(n)
+            acc[n] = acc[n] * alpha + _dot(p.astype(value.dtype), value[n], (1, 0))
 
-    @pl.when(final)
+    @pl.when(is_last)
     def _():
-        for n in range(tile.plan.together):
-            mixed[n] = (sums[n] / total[n][:, :1]).astype(mixed.dtype)
-            normaliser[n] = (top[n] + jnp.log(total[n])).T[:1]
+        for n in range(tile.config.samples):
+            out[n] = (acc[n] / normalizer[n][:, :1]).astype(out.dtype)
+            lse[n] = (m[n] + jnp.log(normalizer[n])).T[:1]
 
 
-def _begin(first, sums) -> None:
-    @pl.when(first)
+def _zero(is_first, accumulators) -> None:
+    """Sets the accumulators to zero at the first inner block."""
+
+    @pl.when(is_first)
     def _():
-        for each in sums:
-            each[...] = jnp.zeros_like(each)
+        for accumulator in accumulators:
+            accumulator[...] = jnp.zeros_like(accumulator)
 
 
-def _end(final, results, sums) -> None:
-    @pl.when(final)
+def _store(is_last, results, accumulators) -> None:
+    """Writes the accumulators into the results after the last inner block."""
+
+    @pl.when(is_last)
     def _():
-        for result, each in zip(results, sums, strict=True):
-            result[...] = each[...].astype(result.dtype)
+        for result, accumulator in zip(results, accumulators, strict=True):
+            result[...] = accumulator[...].astype(result.dtype)
 
 
-def _query_kernel(tile, first, final, query, key, value, given, normaliser, inner, *rest) -> None:
-    """Gradients of queries and their features, summed over blocks of keys."""
-    results, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+def _dq_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *rest) -> None:
+    """Gradients of queries and f_q, accumulated over key blocks."""
+    results, accumulators = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
-    _begin(first, sums)
+    _zero(is_first, accumulators)
 
     @pl.when(tile.needed)
     def _():
-        shared, total = tile.shared(), 0.0
-        for n in range(tile.plan.together):
-            weights = jnp.exp(tile.logits(query[n], key[n], shared) - _column(normaliser[n]))
-            of_weights = _product(given[n], value[n], (1, 1))
-            if tile.plan.dropping:
-                of_weights = of_weights * tile.dropout_mask(n)
-            of_logits = weights * (of_weights - _column(inner[n]))
-            sums[0][n] += _product(of_logits.astype(key.dtype), key[n], (1, 0))
-            total = total + of_logits
+        shared, ds_total = tile.shared_logits(), 0.0
+        for n in range(tile.config.samples):
+            p = jnp.exp(tile.logits(query[n], key[n], shared) - _column(lse[n]))
+            d_p = _dot(d_out[n], value[n], (1, 1))
+            if tile.config.dropout:
+                d_p = d_p * tile.dropout_mask(n)
+            ds = p * (d_p - _column(delta[n]))
+            accumulators[0][n] += _dot(ds.astype(key.dtype), key[n], (1, 0))
+            ds_total = ds_total + ds
         if tile.f_q is not None:
-            sums[1][...] += _product(total, tile.f_k[...], (1, 0), exact=True)
+            accumulators[1][...] += _dot(ds_total, tile.f_k[...], (1, 0), exact=True)
 
-    _end(final, results, sums)
+    _store(is_last, results, accumulators)
 
 
-def _key_kernel(tile, first, final, query, key, value, given, normaliser, inner, *rest) -> None:
-    """Gradients of keys, values and the keys' features, summed over blocks of queries; logits are [keys, queries]."""
-    results, sums = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+def _dkv_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *rest) -> None:
+    """Gradients of keys, values and f_k, accumulated over query blocks; tiles are transposed, [keys, queries]."""
+    results, accumulators = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
-    _begin(first, sums)
+    _zero(is_first, accumulators)
 
     @pl.when(tile.needed)
     def _():
-        shared, total = tile.shared(), 0.0
-        for n in range(tile.plan.together):
-            weights = jnp.exp(tile.logits(query[n], key[n], shared) - normaliser[n])
-            of_weights, dropped = _product(value[n], given[n], (1, 1)), weights
-            if tile.plan.dropping:
+        shared, ds_total = tile.shared_logits(), 0.0
+        for n in range(tile.config.samples):
+            p = jnp.exp(tile.logits(query[n], key[n], shared) - lse[n])
+            d_p, p_dropped = _dot(value[n], d_out[n], (1, 1)), p
+            if tile.config.dropout:
                 mask = tile.dropout_mask(n)
-                of_weights, dropped = of_weights * mask, weights * mask
-            of_logits = weights * (of_weights - inner[n])
-            sums[0][n] += _product(of_logits.astype(query.dtype), query[n], (1, 0))
-            sums[1][n] += _product(dropped.astype(given.dtype), given[n], (1, 0))
-            total = total + of_logits
+                d_p, p_dropped = d_p * mask, p * mask
+            ds = p * (d_p - delta[n])
+            accumulators[0][n] += _dot(ds.astype(query.dtype), query[n], (1, 0))
+            accumulators[1][n] += _dot(p_dropped.astype(d_out.dtype), d_out[n], (1, 0))
+            ds_total = ds_total + ds
         if tile.f_q is not None:
-            sums[2][...] += _product(total, tile.f_q[...], (1, 0), exact=True)
+            accumulators[2][...] += _dot(ds_total, tile.f_q[...], (1, 0), exact=True)
 
-    _end(final, results, sums)
+    _store(is_last, results, accumulators)
+
+
+# Kernel -> number of products per tile over the width of queries and keys, of values, and of features.
+PRODUCTS = {_forward_kernel: (1, 1, 1), _dq_kernel: (2, 1, 2), _dkv_kernel: (2, 2, 2)}
+
+
+def cost_estimate(kernel: Any, inputs: KernelInputs, config: KernelConfig, moved: list[Any]) -> pl.CostEstimate:
+    """Returns the cost of a kernel call on one device, for XLA's scheduler, which cannot see into kernels.
+
+    Tiles that the causal mask hides are left out, under the assumption that the last query meets the last key. That is so
+    on the device that holds the last part of the queries, for which the others wait.
+
+    Args:
+      kernel: one of `PRODUCTS`.
+      inputs: arrays or their shapes.
+      config: sizes of the call.
+      moved: arrays, or their shapes, that are read and written, once each.
+    """
+    *samples, heads, length, width = inputs.query.shape
+    keys, features = inputs.key.shape[3], 0 if inputs.f_q is None else inputs.f_q.shape[-1]
+    offset, pairs = max(0, config.keys - length), 0
+    for row in range(0, length, config.block_q):
+        blocks = keys // config.block_k
+        if config.causal:
+            blocks = min(blocks, (offset + row + config.block_q - 1) // config.block_k + 1)
+        pairs += config.block_q * config.block_k * blocks
+    of_width, of_values, of_features = PRODUCTS[kernel]
+    calls = math.prod(samples) * heads
+    per_pair = of_width * width + of_values * inputs.value.shape[-1]
+    flops = 2 * pairs * calls * per_pair + 2 * pairs * calls // config.samples * of_features * features
+    return pl.CostEstimate(
+        flops=flops,
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
+        transcendentals=pairs * calls,
+    )

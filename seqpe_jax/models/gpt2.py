@@ -66,7 +66,7 @@ class GPT2(nn.Module):
         return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic))
 
     def forward_cached(
-        self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[KVCache, ...], places_PL: jax.Array
+        self, tokens_BL: jax.Array, signal: PositionSignal, cache: tuple[KVCache, ...], token_index_PL: jax.Array
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Returns the final states [B, L, D] of tokens at some places of a window, and the cache with them in it.
 
@@ -77,15 +77,15 @@ class GPT2(nn.Module):
           cache: of each layer, at the start `init_cache`, for the window or as many of its first places as are seen;
             places_PL: see `models.attention.attend_cached`.
         """
-        input_embedding = None if signal.input_embedding is None else signal.input_embedding[0][places_PL]
+        input_embedding = None if signal.input_embedding is None else signal.input_embedding[0][token_index_PL]
         x_BLD = self._embed(tokens_BL, input_embedding, True)
         shared = None
         # For more tokens than one, the logits would be a large array.
         if tokens_BL.shape[1] == 1 and not {"logit_query_key", "bias"} & set(signal.per_layer_fields):
-            shared = position_logits(signal, places_PL, cache[0].key.shape[1])
+            shared = position_logits(signal, token_index_PL, cache[0].key.shape[1])
         extended = []
         for layer in range(self.layers):
-            own = (signal.at_layer(layer), cache[layer], places_PL, shared)
+            own = (signal.at_layer(layer), cache[layer], token_index_PL, shared)
             x_BLD, kept = run_block(self.blocks, layer, "forward_cached", x_BLD, *own)
             extended.append(kept)
         return self.final_norm(x_BLD), tuple(extended)

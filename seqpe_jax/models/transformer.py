@@ -140,7 +140,7 @@ class Block(nn.Module):
         x_BLD: jax.Array,
         signal: PositionSignal,
         cache: KVCache,
-        places_PL: jax.Array,
+        token_index_PL: jax.Array,
         added_PHLS: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Returns the next states of some places of a window, and the cache with them in it.
@@ -148,7 +148,7 @@ class Block(nn.Module):
         Args:
           signal: of this layer; cache, places_PL, added_PHLS: see `models.attention.attend_cached`.
         """
-        read = (signal, cache, places_PL, added_PHLS, self._fade(x_BLD))
+        read = (signal, cache, token_index_PL, added_PHLS, self._fade(x_BLD))
         mixed, cache = attend_cached(*self._project(x_BLD), *read, **self._how)
         return self._finish(x_BLD, mixed), cache
 

@@ -15,7 +15,7 @@ from seqpe_jax.encodings.learned import resize
 from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.interop.weights import mixed_rule
 from seqpe_jax.losses.train_loss import term_weight
-from seqpe_jax.models.attention import _rotate
+from seqpe_jax.models.attention import rotate_pairs
 from seqpe_jax.positions.counting import count_digits
 from seqpe_jax.positions.digits import significant_mask, to_digits
 from seqpe_jax.positions.grids import grid
@@ -101,7 +101,7 @@ def rot(arrays):
     def compare(cos, sin, found):
         cos, sin = (jnp.swapaxes(part, 1, 2) for part in (cos, sin))
         for name, expected in found.items():
-            turned = _rotate(jnp.swapaxes(arrays[f"in/{name}"], 1, 2), cos, sin)
+            turned = rotate_pairs(jnp.swapaxes(arrays[f"in/{name}"], 1, 2), cos, sin)
             close(jnp.swapaxes(turned, 1, 2), expected, 2e-6, name)
 
     sin, cos = np.split(arrays["in/rot_pe"], 2, axis=-1)

@@ -13,7 +13,7 @@ from seqpe_jax.encodings.learned import Learned
 from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.attention import _rotate
+from seqpe_jax.models.attention import rotate_pairs
 from seqpe_jax.positions.grids import grid
 
 KEY = jax.random.PRNGKey(0)
@@ -91,7 +91,7 @@ def test_each_place_of_a_grid_is_told_apart(kind, shape):
 def logits_between(rotation, query, key):
     """q . k between the places of a grid, [layers..., H, L, L]."""
     cos, sin = (part[..., 1:, :, :] for part in rotation)
-    turn = functools.partial(_rotate, cos=cos, sin=sin)
+    turn = functools.partial(rotate_pairs, cos=cos, sin=sin)
     return jnp.einsum("...lhk,...shk->...hls", turn(query), turn(key))
 
 

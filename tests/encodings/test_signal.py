@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.models.attention import _rotate, attend
+from seqpe_jax.models.attention import attend, rotate_pairs
 
 BATCH, LENGTH, HEADS, WIDTH, LAYERS = 2, 5, 4, 6, 3
 KEY = jax.random.PRNGKey(0)
@@ -27,7 +27,7 @@ def test_the_first_pairs_turn_and_no_other_column(pairs):
         cos, sin = (turn(angles[0, place, head, pair]) for turn in (np.cos, np.sin))
         even, odd = array[sample, place, head, 2 * pair : 2 * pair + 2]
         expected[sample, place, head, 2 * pair : 2 * pair + 2] = even * cos - odd * sin, even * sin + odd * cos
-    found = np.asarray(_rotate(QKV[0], np.cos(angles), np.sin(angles)))
+    found = np.asarray(rotate_pairs(QKV[0], np.cos(angles), np.sin(angles)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(found[..., 2 * pairs :], array[..., 2 * pairs :])
 

@@ -11,7 +11,7 @@ from seqpe_jax.models import attention_dispatch, attention_tpu
 def small_kernel(monkeypatch):
     """The TPU's kernel, interpreted and in small blocks, as what "flash" stands for."""
     monkeypatch.setattr(attention_tpu, "LANES", 4)
-    monkeypatch.setattr(attention_tpu, "BLOCKS", (4,))
+    monkeypatch.setattr(attention_tpu, "BLOCK_SIZES", (4,))
     monkeypatch.setattr(
         attention_dispatch, "unsupported_reason", lambda inputs, *_: "a bias" if inputs.bias is not None else ""
     )

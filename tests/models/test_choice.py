@@ -58,7 +58,7 @@ def chosen(device, inputs, kind="auto", block=0, **fields):
     "device, fields, expected",
     [
         (CPU, {"length": 1, "keys": 4096}, "reference"),
-        (CPU, {"length": attention_dispatch.MAX_REFERENCE_LEN["cpu"]}, "reference"),
+        (CPU, {"length": attention_dispatch.MAX_REFERENCE_LEN_CPU}, "reference"),
         (CPU, {"length": 2048}, "blocks 128"),
         (CPU, {"length": 65536}, "blocks 512"),
         (TPU, {"length": 197, "causal": False}, "reference"),
@@ -89,7 +89,7 @@ def test_narrow_features_are_joined_where_products_are_exact():
     fields = {"logit_query_key": 16, "dtype": jnp.float32}
 
     def joins(device, **fields):
-        return attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device).keywords["join"]
+        return attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device).keywords["concat_features"]
 
     assert (
         joins(CPU, **fields)
@@ -150,7 +150,7 @@ def random(name, *shape):
 
 def test_three_parts_are_a_float32():
     field = random(1, 1000) * 10.0 ** jax.random.randint(KEY, (1000,), -3, 4)
-    parts = [np.asarray(part, np.float64) for part in attention_cudnn.split(field)]
+    parts = [np.asarray(part, np.float64) for part in attention_cudnn.split_float32(field)]
     np.testing.assert_allclose(sum(parts), np.asarray(field, np.float64), rtol=2.0**-23)
     assert not np.allclose(sum(parts[:2]), np.asarray(field, np.float64), rtol=2.0**-19)
 
@@ -169,10 +169,10 @@ def test_what_cudnn_is_given_means_the_same(causal):
         mixed = mix(AttentionInputs(query, key, value, logit_query_key, causal_offset=last)).astype(jnp.float32)
         return (mixed * weight).sum(), mixed
 
-    assert attention_cudnn.appended_width(AttentionInputs(query, key, value, logit_query_key)) == 32
+    assert attention_cudnn.padded_width(AttentionInputs(query, key, value, logit_query_key)) == 32
     assert all(
         array.shape == (batch, length, heads, 32)
-        for array in attention_cudnn.appended(AttentionInputs(query, key, value, logit_query_key))
+        for array in attention_cudnn.append_features(AttentionInputs(query, key, value, logit_query_key))
     )
     run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, logit_query_key)
     found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(reference_attention)
@@ -191,7 +191,7 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
     zeros = jnp.zeros((1, 6, 1, 8), jnp.bfloat16)
     logit_query_key = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
     inputs = AttentionInputs(zeros, zeros, zeros, logit_query_key)
-    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.appended(inputs))
+    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.append_features(inputs))
     np.testing.assert_allclose(q @ k.T, place[None] - place[:, None], atol=0.02)
     two = slice(8, 8 + 3 * 8)  # as much as two parts of each would give
     assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
@@ -201,13 +201,13 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
 def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(logit_query_key, width):
     """In six products of parts of bfloat16, laid out beside queries and keys; values stay in front, then zeros."""
     assert chosen(H200, shapes(512, logit_query_key=logit_query_key)) == "cudnn"
-    assert attention_cudnn.appended_width(shapes(logit_query_key=logit_query_key)) == width
+    assert attention_cudnn.padded_width(shapes(logit_query_key=logit_query_key)) == width
     assert chosen(A100, shapes(512, logit_query_key=logit_query_key)) == "blocks 512", "Ampere's kernel takes 128"
     inputs = AttentionInputs(
         *(random(side, 2, 6, 3, 64).astype(jnp.bfloat16) for side in (1, 2, 3)),
         logit_query_key=tuple(5 * random(side, 1, 6, 3, logit_query_key) for side in (4, 5)),
     )
-    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.appended(inputs))
+    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.append_features(inputs))
     assert query.shape == key.shape == value.shape == (2, 6, 3, width)
     np.testing.assert_array_equal(value[..., :64], np.asarray(inputs.value, np.float64))
     assert not value[..., 64:].any()
@@ -231,4 +231,4 @@ def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(logit_query_key
     ],
 )
 def test_blocks_of_the_kernel_leave_little_padding(length, together, expected):
-    assert attention_tpu.block_of(length, together) == expected
+    assert attention_tpu.block_size(length, together) == expected

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 
 from seqpe_jax.models import attention_tpu
-from seqpe_jax.models.kernel_cost import estimate
 from seqpe_jax.profiling.hlo import HloModule
 from seqpe_jax.profiling.program_cost import program_cost
 from tests.profiling.test_collectives import HIDDEN
@@ -101,12 +100,12 @@ def test_kernels_say_what_they_compute_or_are_named():
 def test_the_attention_kernel_leaves_out_what_causality_hides():
     array = jax.ShapeDtypeStruct
     query, field = array((4, 1, 3, 1024, 64), jnp.bfloat16), array((1, 3, 1024, 8), jnp.float32)
-    arrays = attention_tpu._Arrays(query, query, query, field, field, None, None)
-    plan = attention_tpu._Plan(1024, 512, 512, 4, causal=True, dropping=False, dropout_rate=0.0, interpret=False)
-    pairs, calls = 3 * 512**2, 4 * 3
-    assert estimate("_forward_kernel", arrays, plan, []).flops == 2 * pairs * (calls * 128 + 3 * 8)
-    assert estimate("_key_kernel", arrays, plan, []).flops == 2 * pairs * (calls * 256 + 3 * 16)
-    whole = estimate("_forward_kernel", arrays, plan._replace(causal=False), [query, field])
+    arrays = attention_tpu.KernelInputs(query, query, query, field, field, None, None)
+    plan = attention_tpu.KernelConfig(1024, 512, 512, 4, causal=True, dropout=False, dropout_rate=0.0, interpret=False)
+    estimate, pairs, calls = attention_tpu.cost_estimate, 3 * 512**2, 4 * 3
+    assert estimate(attention_tpu._forward_kernel, arrays, plan, []).flops == 2 * pairs * (calls * 128 + 3 * 8)
+    assert estimate(attention_tpu._dkv_kernel, arrays, plan, []).flops == 2 * pairs * (calls * 256 + 3 * 16)
+    whole = estimate(attention_tpu._forward_kernel, arrays, plan._replace(causal=False), [query, field])
     assert whole.flops == 2 * 1024**2 * (calls * 128 + 3 * 8)
     assert whole.bytes_accessed == 4 * 3 * 1024 * 64 * 2 + 3 * 1024 * 8 * 4
 
