@@ -8,9 +8,9 @@ import csv
 import json
 import pathlib
 
+from seqpe_jax.metrics import METRICS, Metric
 from seqpe_jax.reporting.load_run import scale_of
 from seqpe_jax.reporting.study import Run, Study
-from seqpe_jax.reporting.tables import METRICS, Metric
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "results"
@@ -50,7 +50,7 @@ def study_of(name: str) -> Study:
 def metric_of(study: Study, key: str) -> tuple[str, Metric]:
     """Returns the kind of data of a study's runs, and a metric of these by its key."""
     data = study.runs[0].data
-    return data, next(metric for metric in METRICS[data] if metric.key == key)
+    return data, next(metric for metric in METRICS[data] if metric.name == key)
 
 
 def _is_images(lines: list[dict[str, str]]) -> bool:

@@ -95,7 +95,7 @@ def summary(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchm
     for one in benchmarks:
         first = one["runs"][0]
         header += [f"{MODES[first['mode']]} at {first['label']}, time", "memory"]
-    kept = f"{far} over {near}" if metric.more_is_better else f"{near} over {far}"
+    kept = f"{far} over {near}" if metric.higher_is_better else f"{near} over {far}"
     note = f"Kept: {kept}, so that 1 is all, of each run. {MEANS}."
     if benchmarks:
         references = " and ".join(dict.fromkeys(_reference(_names(one), study) for one in benchmarks))
@@ -129,11 +129,11 @@ def _scales(runs: Sequence[Run]) -> tuple[str, str, float] | None:
 
 
 def _measured(run: Run, metric: Metric) -> dict[str, float]:
-    return {result["label"]: result[metric.key] for result in run.results if metric.key in result}
+    return {result["label"]: result[metric.name] for result in run.results if metric.name in result}
 
 
 def _kept(measured: dict[str, float], near: str, far: str, metric: Metric) -> float | None:
-    over, under = (far, near) if metric.more_is_better else (near, far)
+    over, under = (far, near) if metric.higher_is_better else (near, far)
     return measured[over] / measured[under] if {near, far} <= measured.keys() and measured[under] else None
 
 

@@ -125,7 +125,7 @@ def contexts(study: Study) -> Plot | None:
     curves: Curves = {}
     smallest = min((run.contexts[0]["extent"] for run in runs), default=0)
     for run in runs:
-        values = {result["extent"]: result[metric.key] for result in run.contexts}
+        values = {result["extent"]: result[metric.name] for result in run.contexts}
         if len(values) > 1 and smallest in values and all(map(math.isfinite, values.values())):
             for extent, value in values.items():
                 curves.setdefault(run.row, {}).setdefault(extent, []).append(value - values[smallest])

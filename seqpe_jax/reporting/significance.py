@@ -75,7 +75,7 @@ def _verdict(study: Study, label: str, found: dict[tuple[str, str], list[float]]
     seeds = {name: _seeds(study, name, label, metric) for name in finite}
     several = [name for name in finite if len(seeds[name]) > 1]
     judged = len(several) > 1
-    choose = max if metric.more_is_better else min
+    choose = max if metric.higher_is_better else min
     best = choose(several if judged else finite, key=means.__getitem__)
     others = [name for name in (several if judged else finite) if name != best]
     following = choose(others, key=means.__getitem__)
@@ -84,7 +84,7 @@ def _verdict(study: Study, label: str, found: dict[tuple[str, str], list[float]]
         return verdict
     measured = {name: _measured(study, name, label) for name in several}
     adjusted = t_tests.against(best, {name: seeds[name] for name in several}, measured)
-    for name in sorted(others, key=means.__getitem__, reverse=metric.more_is_better):
+    for name in sorted(others, key=means.__getitem__, reverse=metric.higher_is_better):
         if math.isnan(adjusted[name]):
             verdict.unjudged[name] = "seeds that do not differ"
         else:
@@ -105,8 +105,8 @@ def _results(study: Study, row: str, label: str) -> list[tuple[Run, dict[str, An
 def _seeds(study: Study, row: str, label: str, metric: Metric) -> dict[int, float]:
     values: dict[int, list[float]] = collections.defaultdict(list)
     for run, result in _results(study, row, label):
-        if metric.key in result:
-            values[run.seed].append(result[metric.key])
+        if metric.name in result:
+            values[run.seed].append(result[metric.name])
     return {seed: statistics.fmean(own) for seed, own in values.items()}
 
 

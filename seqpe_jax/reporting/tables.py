@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.data.registry import COUNT_NAMES
+from seqpe_jax.metrics import LOSS, METRICS, Metric
 from seqpe_jax.reporting.study import UNSET, Run, Study, shown
 from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.trees import flat
@@ -24,41 +25,6 @@ WORK = (
     "its losses and its features in attention, over the tokens or images that the step reads at the training size; in "
     "attention all keys count, those that causality hides too."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """A value of evaluation results: its key, what it is, its direction, and the decimals that matter."""
-
-    key: str
-    title: str
-    more_is_better: bool = False
-    decimals: int = 3
-
-    @property
-    def direction(self) -> str:
-        """Says which values are good."""
-        return "higher is better" if self.more_is_better else "lower is better"
-
-
-METRICS = {
-    "text": (
-        Metric("bits_per_byte", "Bits per byte"),
-        Metric("perplexity", "Perplexity"),
-        Metric("word_perplexity", "Word perplexity"),
-    ),
-    "questions": (
-        Metric("contains", "Answers found, in percent,", True, 1),
-        Metric("exact_match_strict", "Exact match, as it is written, in percent", True, 1),
-        Metric("exact_match", "Exact match, normalised as SQuAD's, in percent", True, 1),
-        Metric("f1", "F1 in percent", True, 1),
-        Metric("answer_perplexity", "Perplexity of the answers"),
-    ),
-    "images": (
-        Metric("top1", "Top-1 accuracy in percent", True, 1),
-        Metric("top5", "Top-5 accuracy in percent", True, 1),
-    ),
-}
 
 
 WINDOWS = (
@@ -149,7 +115,7 @@ def metrics_of(study: Study) -> list[tuple[str, Metric]]:
         (data, metric)
         for data, metrics in METRICS.items()
         for metric in metrics
-        if any(metric.key in result for run in study.runs if run.data == data for result in run.results)
+        if any(metric.name in result for run in study.runs if run.data == data for result in run.results)
     ]
 
 
@@ -223,7 +189,7 @@ def by_context(study: Study) -> Table | None:
     found: dict[tuple[str, str], list[float]] = {}
     gains: dict[str, list[float]] = {}
     for run in runs:
-        values = {result["label"]: result[metric.key] for result in run.contexts}
+        values = {result["label"]: result[metric.name] for result in run.contexts}
         for label, value in values.items():
             found.setdefault((run.row, label), []).append(value)
         if len(labels) > 1 and {labels[0], labels[-1]} <= values.keys():
@@ -259,8 +225,8 @@ def by_context(study: Study) -> Table | None:
 def context_metric(study: Study) -> Metric:
     """Returns what contexts are compared by: bits per byte, or the loss where a result has none."""
     bits = METRICS["text"][0]
-    there = all(bits.key in result for run in study.counted for result in run.contexts)
-    return bits if there else Metric("loss", "Loss (nats per token)")
+    there = all(bits.name in result for run in study.counted for result in run.contexts)
+    return bits if there else LOSS
 
 
 def _work(runs: Sequence[Run]) -> list[Cell]:
@@ -423,15 +389,15 @@ def values_of(study: Study, data: str, metric: Metric) -> tuple[dict[tuple[str, 
     found: dict[tuple[str, str], list[float]] = {}
     for run in study.counted:
         for result in run.results:
-            if run.data == data and metric.key in result:
-                found.setdefault((run.row, result["label"]), []).append(result[metric.key])
+            if run.data == data and metric.name in result:
+                found.setdefault((run.row, result["label"]), []).append(result[metric.name])
     extents = {result["label"]: result["extent"] for run in runs for result in run.results}
     return found, dict(sorted(extents.items(), key=lambda item: item[1]))
 
 
 def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
     """The rows with the best mean of each label: more than one where they are equal, none where none is finite."""
-    choose = max if metric.more_is_better else min
+    choose = max if metric.higher_is_better else min
     means = {place: mean(values) for place, values in found.items()}
     best = {}
     for label in dict.fromkeys(label for _, label in found):

@@ -21,6 +21,7 @@ from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.files import as_path, atomic_write, parse_json
 from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import ClassificationLoss
+from seqpe_jax.metrics import training_metrics
 from seqpe_jax.models.build import DataSpec, Shape
 from seqpe_jax.tasks.data_spec import read_data_spec
 from seqpe_jax.tasks.task import EvalContext, Task
@@ -44,7 +45,7 @@ class ImageClassification(Task):
     kind = "image_classification"
     count_name = "images"
     size_name = "size"
-    metric_names = ("loss", "top1", "top5")  # while training
+    metric_names = training_metrics("images")
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config

@@ -21,6 +21,7 @@ from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
 from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import NextTokenLoss
+from seqpe_jax.metrics import training_metrics
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.tasks.data_spec import read_data_spec
 from seqpe_jax.tasks.task import EvalContext, Evaluator, Task
@@ -44,7 +45,7 @@ class LanguageModeling(Task):
     kind = "language_modelling"
     count_name = "tokens"
     size_name = "length"
-    metric_names = ("loss", "perplexity", "bits_per_byte")  # while training
+    metric_names = training_metrics("text")
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config

@@ -17,6 +17,7 @@ from seqpe_jax.data.tokenizers import RoundTrip, RoundTripLoss, check_round_trip
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.evaluation import answers
 from seqpe_jax.inference.decode import Sampling
+from seqpe_jax.metrics import training_metrics
 from seqpe_jax.tasks.language_modeling import LanguageModeling
 from seqpe_jax.tasks.task import EvalContext, Evaluator
 
@@ -33,7 +34,7 @@ class QuestionAnswering(LanguageModeling):
     """
 
     kind = "question_answering"
-    metric_names = ("loss", *answers.METRICS)
+    metric_names = training_metrics("questions")
 
     def __init__(self, config: Any, data_available: bool = True, run_dir: str | os.PathLike = ""):
         super().__init__(config, data_available, run_dir)

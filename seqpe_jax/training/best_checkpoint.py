@@ -7,22 +7,11 @@ from typing import Any
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, parse_json
+from seqpe_jax.metrics import HIGHER_IS_BETTER
 from seqpe_jax.training.checkpoint import CHECKPOINTS_DIR, checkpoint_error, quarantine_step, steps_of
 from seqpe_jax.training.checksums import META_FILE, checksum_error
 
 EVALUATION_KEY = "evaluation"  # what was measured of a state, in what lies beside it
-# Whether more of a metric is better.
-MORE_IS_BETTER = {
-    "loss": False,
-    "perplexity": False,
-    "bits_per_byte": False,
-    "top1": True,
-    "top5": True,
-    "contains": True,
-    "exact_match": True,
-    "exact_match_strict": True,
-    "f1": True,
-}
 
 
 def check_best_metric(metric: str, known: Sequence[str]) -> str:
@@ -134,5 +123,5 @@ def _number(meta: dict[str, Any], metric: str) -> float | None:
 
 def _best(values: dict[int, float], metric: str) -> int | None:
     """The step with the best value, of equals the first; None where there is none."""
-    sign = 1 if MORE_IS_BETTER[metric.removeprefix("eval/").partition("@")[0]] else -1
+    sign = 1 if HIGHER_IS_BETTER[metric.removeprefix("eval/").partition("@")[0]] else -1
     return max(sorted(values), key=lambda step: sign * values[step], default=None)

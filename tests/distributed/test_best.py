@@ -5,10 +5,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from seqpe_jax import tasks
 from seqpe_jax.errors import InputError
-from seqpe_jax.reporting import tables
-from seqpe_jax.training import best_checkpoint, checksums
+from seqpe_jax.training import checksums
 from seqpe_jax.training.best_checkpoint import BestCheckpointPolicy, best_step, check_best_metric, quarantine_best
 from seqpe_jax.training.checkpoint import Checkpointer, SaveError, quarantine, saved_step
 
@@ -128,15 +126,3 @@ def test_a_metric_that_is_not_measured_is_refused_with_those_that_are():
     for wrong in ("loss", "loss@32", "f1@16", "train/loss"):
         with pytest.raises(InputError, match=f"'{wrong}' is not measured .*: choose one of loss@16, perplexity@16$"):
             check_best_metric(wrong, known)
-
-
-def test_of_every_metric_it_is_known_whether_more_is_better():
-    measured = {
-        name
-        for kind in (tasks.LanguageModeling, tasks.QuestionAnswering, tasks.ImageClassification)
-        for name in kind.metric_names
-    }
-    assert measured == best_checkpoint.MORE_IS_BETTER.keys()
-    for metric in (metric for metrics in tables.METRICS.values() for metric in metrics):
-        if metric.key in measured:
-            assert best_checkpoint.MORE_IS_BETTER[metric.key] == metric.more_is_better, metric.key

@@ -1,0 +1,63 @@
+"""The metrics of evaluations, by kind of data: names in results, titles, units and which direction is better."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number in the results of an evaluation.
+
+    Attributes:
+      name: key in results, such as "bits_per_byte".
+      title: heading of a table, with the unit.
+      higher_is_better: direction.
+      decimals: digits after the point that tables show.
+      while_training: evaluations during training report it too, so that it can decide which checkpoint is the best.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool = False
+    decimals: int = 3
+    while_training: bool = True
+
+    @property
+    def direction(self) -> str:
+        """Says which values are good."""
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+
+def _percent(name: str, title: str) -> Metric:
+    return Metric(name, title, higher_is_better=True, decimals=1)
+
+
+LOSS = Metric("loss", "Loss (nats per token)")
+# Kind of data (`config.data_kind`) -> its metrics beside the loss, the main one first.
+METRICS = {
+    "text": (
+        Metric("bits_per_byte", "Bits per byte"),
+        Metric("perplexity", "Perplexity"),
+        Metric("word_perplexity", "Word perplexity", while_training=False),
+    ),
+    "questions": (
+        _percent("contains", "Answers found, in percent,"),
+        _percent("exact_match_strict", "Exact match, as it is written, in percent"),
+        _percent("exact_match", "Exact match, normalised as SQuAD's, in percent"),
+        _percent("f1", "F1 in percent"),
+        Metric("answer_perplexity", "Perplexity of the answers", while_training=False),
+    ),
+    "images": (
+        _percent("top1", "Top-1 accuracy in percent"),
+        _percent("top5", "Top-5 accuracy in percent"),
+    ),
+}
+HIGHER_IS_BETTER = {metric.name: metric.higher_is_better for metrics in METRICS.values() for metric in (LOSS, *metrics)}
+
+
+def training_metrics(data_kind: str) -> tuple[str, ...]:
+    """Returns the names of the metrics that evaluations during training report, the loss first.
+
+    Args:
+      data_kind: "text", "questions" or "images".
+    """
+    return (LOSS.name, *(metric.name for metric in METRICS[data_kind] if metric.while_training))
