@@ -14,7 +14,7 @@ for kind in seqpe rotary alibi; do
     --config.eval.contexts=64,256,1024 --config.eval.targets=4096 "$@"
   result="$runs/$kind/evaluation.json"
   # Whether the evaluation is of the config and the last checkpoint that lie there.
-  evaluated='import json, pathlib, sys; from seqpe_jax.sweeps.runs import evaluated_step; run = pathlib.Path(sys.argv[1])
+  evaluated='import json, pathlib, sys; from seqpe_jax.sweeps.run import evaluated_step; run = pathlib.Path(sys.argv[1])
 sys.exit(evaluated_step(run) != json.loads((run / "config.json").read_text())["steps"])'
   if "$python" -c "$evaluated" "$runs/$kind"; then
     echo "== $kind: evaluation is up to date"

@@ -1,4 +1,4 @@
-"""Trains and evaluates the runs of a sweep file; the same command goes on where a sweep was stopped.
+"""Trains and evaluates the runs of a sweep file; executed again, it resumes an interrupted sweep.
 
 python -m seqpe_jax.sweep --sweep=configs/sweeps/extrapolation.py --workdir=runs/extrapolation --jobs=2
 python -m seqpe_jax.sweep --sweep=configs/sweeps/extrapolation.py --workdir=runs/extrapolation --executor=print
@@ -6,9 +6,9 @@ python -m seqpe_jax.sweep --sweep=configs/sweeps/search.py --workdir=runs/search
 
 Executors: local (this machine), slurm (an array of jobs; needs submitit), print (the commands, for other schedulers),
 optuna (the file's SEARCH over ranges; needs Optuna). Each run has WORKDIR/NAME, with its commands' output in log.txt.
-With --results=FILE.json, what finished runs have measured is kept in that small file too, and the sweep goes on with it
-where their folders are not, such as on another machine. A run whose field is decided by others (`trials.Best`,
-`tune_then_repeat`) begins when those have ended; --status tells what was decided and how far each run is, and runs nothing.
+--results=FILE.json also writes the results of finished runs into that small file, with which the sweep resumes where their
+folders are missing, such as on another machine. A run with a field that others decide (`BestOf`, `tune_then_repeat`) starts
+when those have ended; --status shows the decisions and the progress of each run, and runs nothing.
 """
 
 import shlex
@@ -30,172 +30,170 @@ _SWEEP = common.define_path(
     "sweep", "sweep file: CONFIG, and runs() or SEARCH (see configs/sweeps)", local="sweep files are Python"
 )
 _WORKDIR = common.define_path("workdir", "folder of the sweep, with a folder for each run", writes="folder")
-_RESULTS = common.define_path(
-    "results", "JSON file that keeps what finished runs measured, and is read first", writes="file"
-)
-_EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "optuna"], "who runs the commands")
-_JOBS = flags.DEFINE_integer("jobs", None, "runs at once (default: 1; slurm: as many as it has room for)", 1, 4096)
-_ONLY = flags.DEFINE_list("only", [], "the runs of these names alone")
-_RETRY = flags.DEFINE_bool("retry-failed", False, "the failed runs alone, once more")
-_STATUS = flags.DEFINE_bool("status", False, "tell how far each run is, and run nothing")
+_RESULTS = common.define_path("results", "JSON file of finished runs' results; read first, then updated", writes="file")
+_EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "print", "optuna"], "who executes the commands")
+_JOBS = flags.DEFINE_integer("jobs", None, "runs at a time (default: 1; slurm: as many as it has room for)", 1, 4096)
+_ONLY = flags.DEFINE_list("only", [], "names of the runs to execute; default: all")
+_RETRY = flags.DEFINE_bool("retry-failed", False, "execute the failed runs alone, once more")
+_STATUS = flags.DEFINE_bool("status", False, "show the progress of each run, and run nothing")
 _SLURM = flags.DEFINE_list("slurm", [], "with slurm: options of a job, e.g. partition=gpu,gpus_per_node=1,time=600")
 
 
 def main() -> None:
-    """The command."""
+    """Checks the options, and executes, prints or shows the runs."""
     from seqpe_jax.sweeps import slurm, spec
     from seqpe_jax.sweeps.trial_graph import TrialGraph
 
-    sweep, workdir = spec.read_sweep_file(_SWEEP.value), as_path(_WORKDIR.value)
-    if is_remote(workdir) and _EXECUTOR.value in ("slurm", "optuna"):
+    sweep, workdir, executor = spec.read_sweep_file(_SWEEP.value), as_path(_WORKDIR.value), _EXECUTOR.value
+    if is_remote(workdir) and executor in ("slurm", "optuna"):
         raise InputError(
-            f"--executor={_EXECUTOR.value} keeps a growing record of its own beside the runs, which stores have not: "
+            f"--executor={executor} appends to files in --workdir, which a bucket does not allow: "
             "give a folder that all hosts share as --workdir, or use --executor=local or print"
         )
-    if _SLURM.value and _EXECUTOR.value != "slurm":
+    if _SLURM.value and executor != "slurm":
         raise InputError("--slurm is for --executor=slurm")
-    if _RESULTS.value and (_STATUS.value or _EXECUTOR.value in ("print", "optuna")):
-        raise InputError("--results is for runs that are worked on, by --executor=local or slurm")
-    if _EXECUTOR.value == "optuna":
+    if _RESULTS.value and (_STATUS.value or executor in ("print", "optuna")):
+        raise InputError("--results is for runs that are executed, by --executor=local or slurm")
+    if executor == "optuna":
         _search(sweep, workdir)
         return
     if not sweep.trials:
         raise InputError(f"{sweep.path} has a SEARCH, but no runs(): use --executor=optuna")
-    asked = slurm.parameters(_SLURM.value) if _EXECUTOR.value == "slurm" else {}
-    stages = TrialGraph(workdir, sweep.trials)
-    runs = list(stages.runs.values())
+    slurm_options = slurm.parameters(_SLURM.value) if executor == "slurm" else {}
+    graph = TrialGraph(workdir, sweep.trials)
     for name in _ONLY.value:
-        if name not in stages.runs:
-            raise InputError(f"--only: no run is named '{name}'.{suggest(name, stages.runs)}")
-    chosen = [run for run in runs if run.name in (_ONLY.value or stages.runs)]
+        if name not in graph.runs:
+            raise InputError(f"--only: no run is named '{name}'.{suggest(name, graph.runs)}")
+    chosen = [run for run in graph.runs.values() if run.name in (_ONLY.value or graph.runs)]
     if _STATUS.value:
-        _status(stages, chosen)
-    elif _EXECUTOR.value == "print":
-        _print(sweep, workdir, stages, chosen)
+        _show_status(graph, chosen)
+    elif executor == "print":
+        _print_commands(sweep, workdir, graph, chosen)
     else:
-        _work(sweep, workdir, stages, chosen, asked)
+        _execute(sweep, workdir, graph, chosen, slurm_options)
 
 
-def _work(
-    sweep: "SweepFile", workdir: AnyPath, stages: "TrialGraph", chosen: "list[SweepRun]", asked: dict[str, Any]
+def _execute(
+    sweep: "SweepFile", workdir: AnyPath, graph: "TrialGraph", chosen: "list[SweepRun]", slurm_options: dict[str, Any]
 ) -> None:
-    """Runs what is left of the chosen runs. Raises: InputError: the sweep has changed; Failure: see `_end`."""
-    from seqpe_jax.sweeps import local, record, slurm
+    """Executes chosen runs. Raises: InputError: the sweep file has changed; Failure: see `_report_outcomes`."""
+    from seqpe_jax.sweeps import local, slurm
     from seqpe_jax.sweeps.results_cache import ResultsCache
     from seqpe_jax.sweeps.run import map_runs
+    from seqpe_jax.sweeps.trial_graph import record_trials
 
-    kept = ResultsCache(_RESULTS.value) if _RESULTS.value else None
+    cache = ResultsCache(_RESULTS.value) if _RESULTS.value else None
     restored, decided = [], []
-    if kept:
-        record.remember(workdir, sweep, sweep.trials)
-        restored, decided = kept.restore(stages)
-    whys = map_runs(stages.runs.values(), lambda run: run.failure())
-    failed = {run.name for run, why in zip(stages.runs.values(), whys, strict=True) if why}
-    left = map_runs(chosen, lambda run: run.remaining_commands())
-    todo = [
-        run for run, commands in zip(chosen, left, strict=True) if commands and (run.name in failed) == _RETRY.value
-    ]
-    stages.check(todo)
-    for name in record.remember(workdir, sweep, sweep.trials):
+    if cache:
+        record_trials(workdir, sweep, sweep.trials)
+        restored, decided = cache.restore(graph)
+    failures = map_runs(graph.runs.values(), lambda run: run.failure())
+    failed = {run.name for run, why in zip(graph.runs.values(), failures, strict=True) if why}
+    todo = [run for run in _unfinished(chosen) if (run.name in failed) == _RETRY.value]
+    graph.check_selection(todo)
+    for name in record_trials(workdir, sweep, sweep.trials):
         print(f"  {sweep.path} has no run '{name}' any more; its folder stays as it is")
-    decided += stages.settle({run.name for run in todo})
-    now = stages.now(todo)
-    todo = [
-        run for run, commands in zip(now, map_runs(now, lambda run: run.remaining_commands()), strict=True) if commands
-    ]
-    print(f"seqpe_jax: {len(stages.runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do")
+    decided += graph.decide({run.name for run in todo})
+    todo = _unfinished(graph.updated(todo))
+    print(f"seqpe_jax: {len(graph.runs)} runs in {workdir}, {len(failed)} failed before, {len(todo)} to do")
     if restored:
         print(f"  {len(restored)} of them from {_RESULTS.value}: {', '.join(restored)}")
     print("".join(f"  {line}\n" for line in decided), end="", flush=True)
-    runs = list(stages.runs.values())
-    keep = kept.keep if kept else lambda _: None
-    keep(runs)
+    runs = list(graph.runs.values())
+    update_cache = cache.update if cache else lambda _: None
+    update_cache(runs)
     if _EXECUTOR.value == "slurm":
-        told = slurm.work_in_order(workdir, runs, todo, _JOBS.value, asked, stages)
+        stop_signal = slurm.execute(workdir, runs, todo, _JOBS.value, slurm_options, graph)
     else:
         print(f"  {local.describe(_JOBS.value or 1)}", flush=True)
-        told = local.work(runs, todo, _JOBS.value or 1, stages, keep)
-    keep(stages.runs.values())
-    _end(stages.now(chosen), told, stages)
+        stop_signal = local.execute(runs, todo, _JOBS.value or 1, graph, update_cache)
+    update_cache(graph.runs.values())
+    _report_outcomes(graph.updated(chosen), stop_signal, graph)
 
 
-def _end(runs: "list[SweepRun]", told: str | None, stages: "TrialGraph | None" = None) -> None:
-    """Says what became of the runs. Raises: Failure: some failed or are left."""
+def _unfinished(runs: "list[SweepRun]") -> "list[SweepRun]":
     from seqpe_jax.sweeps.run import map_runs
 
-    left, whys = map_runs(runs, lambda run: run.remaining_commands()), map_runs(runs, lambda run: run.failure())
-    words = f"{left.count([])} of {len(runs)} runs finished"
-    failed = [(run, why) for run, why in zip(runs, whys, strict=True) if why]
-    for run, why in failed:
-        print(f"  failed: {run.name}: {why}  (all of it: {run.folder}/log.txt)")
-    if told:
-        raise Failure(f"{told}: {words}; the same command goes on")
-    obstacles = stages.obstacles(runs) if stages else []
+    remaining = map_runs(runs, lambda run: run.remaining_commands())
+    return [run for run, commands in zip(runs, remaining, strict=True) if commands]
+
+
+def _report_outcomes(runs: "list[SweepRun]", stop_signal: str | None, graph: "TrialGraph | None" = None) -> None:
+    """Prints the outcomes of runs. Raises: Failure: some failed or are unfinished."""
+    from seqpe_jax.sweeps.run import map_runs
+
+    failures = map_runs(runs, lambda run: run.failure())
+    summary = f"{len(runs) - len(_unfinished(runs))} of {len(runs)} runs finished"
+    for run, why in zip(runs, failures, strict=True):
+        if why:
+            print(f"  failed: {run.name}: {why}  (complete output: {run.folder}/log.txt)")
+    if stop_signal:
+        raise Failure(f"{stop_signal}: {summary}; the same command resumes the sweep")
+    obstacles = graph.obstacles(runs) if graph else []
     for line in obstacles:
         print(f"  {line}")
-    if failed:
-        raise Failure(f"{words}, {len(failed)} failed; --retry-failed runs those alone again")
+    if any(failures):
+        count = len(failures) - failures.count(None)
+        raise Failure(f"{summary}, {count} failed; --retry-failed executes those alone again")
     if obstacles:
-        raise Failure(f"{words}; the others wait")
+        raise Failure(f"{summary}; the others wait")
     print(
-        f"{words}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report"
+        f"{summary}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report"
     )
 
 
-def _print(sweep: "SweepFile", workdir: AnyPath, stages: "TrialGraph", chosen: "list[SweepRun]") -> None:
-    """Prints the commands of runs; where some wait for others, what has been decided is recorded."""
-    from seqpe_jax.sweeps import record
+def _print_commands(sweep: "SweepFile", workdir: AnyPath, graph: "TrialGraph", chosen: "list[SweepRun]") -> None:
+    """Prints the commands of runs; decisions on open fields are recorded."""
+    from seqpe_jax.sweeps.trial_graph import record_trials
 
     if any(trial.best for trial in sweep.trials):
-        record.remember(workdir, sweep, sweep.trials)
-        stages.settle()
-    for run in stages.now(chosen):
+        record_trials(workdir, sweep, sweep.trials)
+        graph.decide()
+    for run in graph.updated(chosen):
         if not run.trial.best:
             commands = [run.train, run.evaluate] if run.evaluated else [run.train]
             print("\n".join(shlex.join(words) for _, words in commands))
-    for line in stages.obstacles(chosen):
+    for line in graph.obstacles(chosen):
         print(f"  {line}; then the same command prints them", file=sys.stderr)
 
 
-def _status(stages: "TrialGraph", chosen: "list[SweepRun]") -> None:
-    """Prints how far each run is, and what decided its fields."""
+def _show_status(graph: "TrialGraph", chosen: "list[SweepRun]") -> None:
+    """Prints the progress of each run and the decisions on its fields."""
     from seqpe_jax.sweeps.run import is_locked
-    from seqpe_jax.sweeps.trial_graph import in_words
+    from seqpe_jax.sweeps.trial_graph import describe_decision
 
     for run in chosen:
-        why, decided = run.failure(), stages.recorded.get(run.name, {})
-        state = (
-            "finished"
-            if not run.remaining_commands()
-            else f"failed: {why}"
-            if why
-            else f"step {run.steps_done()} of {run.steps}"
-        )
-        if run.remaining_commands() and not why:
-            state += ", at work" if is_locked(run) else ""
-        waits = [f"waits for {', '.join(best.runs)}" for field, best in run.trial.best.items() if field not in decided]
-        print("; ".join([f"{run.name}: {state}", *waits, *(in_words(field, one) for field, one in decided.items())]))
+        why, decisions = run.failure(), graph.decisions.get(run.name, {})
+        unfinished = bool(run.remaining_commands())
+        state = f"failed: {why}" if why else f"step {run.steps_done()} of {run.steps}" if unfinished else "finished"
+        if unfinished and not why and is_locked(run):
+            state += ", at work"
+        waits = [
+            f"waits for {', '.join(best.runs)}" for field, best in run.trial.best.items() if field not in decisions
+        ]
+        decided = [describe_decision(field, one) for field, one in decisions.items()]
+        print("; ".join([f"{run.name}: {state}", *waits, *decided]))
 
 
 def _search(sweep: "SweepFile", workdir: AnyPath) -> None:
+    """Executes the trials of a search, and evaluates the best one."""
     from seqpe_jax.sweeps import local, search
 
     if _ONLY.value or _RETRY.value or _STATUS.value:
         raise InputError("--only, --retry-failed and --status are for runs with names, not for --executor=optuna")
     trials, jobs = search.SearchTrials(workdir, sweep), _JOBS.value or 1
     print(f"seqpe_jax: {len(trials.steps)} trials in {workdir}\n  {local.describe(jobs)}", flush=True)
-    told = search.work(trials, jobs)
+    stop_signal = search.execute(trials, jobs)
     for name, outcome in sorted(trials.outcomes.items()):
-        print(
-            f"  {name}: {outcome}" + (f", not possible: {trials.impossible[name]}" if name in trials.impossible else "")
-        )
-    run, words = trials.best()
-    told = told or local.work([run], [run], 1)  # its evaluation is left
-    _end([run], told)
-    print(words)
+        why = f", not possible: {trials.invalid[name]}" if name in trials.invalid else ""
+        print(f"  {name}: {outcome}{why}")
+    run, line = trials.best()
+    stop_signal = stop_signal or local.execute([run], [run], 1)  # its evaluation
+    _report_outcomes([run], stop_signal)
+    print(line)
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flags_as_required(["sweep", "workdir"])
     common.run(main)

@@ -1,4 +1,4 @@
-"""One run of a sweep: its commands, what its folder says of it, and its commands at work."""
+"""One run of a sweep: its commands, its state as its folder shows it, and the process that executes the commands."""
 
 import concurrent.futures
 import contextlib
@@ -20,25 +20,24 @@ from seqpe_jax.files import COMMIT_MARKER, EVALUATION_FILE, GCS_SCHEME, AnyPath,
 from seqpe_jax.sweeps.spec import Trial
 from seqpe_jax.training.checksums import sha256_of
 
-RESTORED = "restored.json"  # stands for the checkpoint of a finished run whose folder was made from its results alone
-FAILED = "== failed: "  # begins the last line of the log of a run that failed
-SAID = 300  # characters of a last line that are told
-OWN_SIGNALS = (
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # Slurm warns all processes of a job; the commands are told by SIGTERM alone
+RESTORED_FILE = "restored.json"  # marks a finished run without checkpoint, whose folder `--results` has made
+FAILED = "== failed: "  # start of the last line of a failed run's log
+MAX_REASON_LENGTH = 300  # characters of a command's last line that are quoted as its reason
+# Slurm sends these to all processes of a job; only the sweep handles them, and sends SIGTERM to its commands.
+JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+REMOTE_REQUESTS = 16  # runs in a bucket whose state is queried at once
 
-ASKED_AT_ONCE = 16  # runs in a store
-
-Command = tuple[str, list[str]]  # its name, its words
-Answer = TypeVar("Answer")
+Command = tuple[str, list[str]]  # name, words of the command line
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
-    """A point and the folder that its run has.
+    """A trial and the folder of its run.
 
     Attributes:
+      trial: name and config.
+      folder: run folder, local or in a bucket.
       evaluated: whether it is evaluated after training.
     """
 
@@ -48,81 +47,60 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Of the point."""
+        """Name of the trial."""
         return self.trial.name
 
     @property
     def steps(self) -> int:
-        """To train."""
+        """Number of training steps."""
         return self.trial.settings.steps
 
     @property
     def train(self) -> Command:
-        """The training command; again, it goes on."""
+        """Training command; executed again, it resumes."""
         words = [sys.executable, "-m", "seqpe_jax.train", *self.trial.arguments, f"--workdir={self.folder}"]
         return "train", words
 
     @property
     def evaluate(self) -> Command:
-        """The command that evaluates what was trained."""
+        """Command that evaluates the last checkpoint."""
         words = [sys.executable, "-m", "seqpe_jax.evaluate", f"--checkpoint={self.folder}"]
         return "evaluate", [*words, f"--output={self.folder / EVALUATION_FILE}"]
 
     @property
     def log(self) -> pathlib.Path:
-        """The output of its commands; of a run in a store it grows on this machine, until they have ended."""
+        """Log of its commands; for a run in a bucket a local file, uploaded when they have ended."""
         if is_remote(self.folder):
             return cache_root() / "sweeps" / str(self.folder).removeprefix(GCS_SCHEME) / LOG_FILE
         return self.folder / LOG_FILE
 
     @property
     def restored(self) -> bool:
-        """Whether the folder was made from the results that `--results` keeps: it has no checkpoint."""
-        return (self.folder / RESTORED).exists()
+        """Whether `--results` has made the folder, without a checkpoint."""
+        return (self.folder / RESTORED_FILE).exists()
 
     def remaining_commands(self) -> list[Command]:
-        """Returns the commands that it still needs."""
+        """Returns the commands that it still needs; none of a finished run."""
         if self.restored:
             return []
-        if not self._is_trained():
-            return [self.train, self.evaluate] if self.evaluated else [self.train]
-        return [] if not self.evaluated or self._is_evaluated() else [self.evaluate]
-
-    def _is_trained(self) -> bool:
-        """Whether the last checkpoint is there; on a disk it has its name only when it is whole."""
         last = self.folder / "checkpoints" / str(self.steps)
-        return (last / COMMIT_MARKER).exists() if is_remote(last) else last.is_dir()
-
-    def _is_evaluated(self) -> bool:
-        """Whether its evaluation is of the last step, and of what lies there."""
-        return evaluated_step(self.folder) == self.steps
-
-    def fail(self, words: str) -> None:
-        """Notes in the log that the run failed."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            log.write(_line(FAILED + words))
-
-    def go_on_with_log(self) -> None:
-        """Begins the log of a run in a store with what is there of it, where other machines have written more."""
-        there = self.folder / LOG_FILE
-        if is_remote(self.folder) and there.exists() and len(content := there.read_bytes()) > self.log.stat().st_size:
-            self.log.write_bytes(content)
-
-    def put_log(self) -> None:
-        """Puts the log of a run in a store beside its other files. Raises: StoreError."""
-        if is_remote(self.folder):
-            (self.folder / LOG_FILE).upload(self.log)
+        if not ((last / COMMIT_MARKER).exists() if is_remote(last) else last.is_dir()):
+            return [self.train, self.evaluate] if self.evaluated else [self.train]
+        return [] if not self.evaluated or evaluated_step(self.folder) == self.steps else [self.evaluate]
 
     def failure(self) -> str | None:
-        """Returns the last line of a run that failed, else None."""
+        """Returns the reason for which the run failed, None where it did not."""
         if not self.remaining_commands():
             return None
         last = _last_line(self.log if self.log.exists() else self.folder / LOG_FILE)
         return last.removeprefix(FAILED) if last.startswith(FAILED) else None
 
+    def outcome(self) -> str:
+        """Returns "finished" or "failed"; "" of a run that has not ended."""
+        return "failed" if self.failure() else "" if self.remaining_commands() else "finished"
+
     def steps_done(self) -> int:
-        """Returns the last step that metrics.jsonl reports, 0 without one."""
+        """Returns the last step in metrics.jsonl, 0 without one."""
         lines = _tail(self.folder / METRICS_FILE).splitlines(keepends=True)
         for line in reversed(lines):
             if line.endswith("\n"):
@@ -130,56 +108,92 @@ class SweepRun:
                 return min(int(found[1]), self.steps) if found else 0
         return 0
 
+    def mark_failed(self, reason: str) -> None:
+        """Writes into the log that the run failed.
 
-def map_runs(runs: Iterable[SweepRun], question: Callable[[SweepRun], Answer]) -> list[Answer]:
-    """Returns what a question finds of each run; of runs in a store at once, for each answer is some round trips away."""
+        Args:
+          reason: one line.
+        """
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            log.write(_log_line(FAILED + reason))
+
+    def download_log(self) -> None:
+        """Replaces the local log of a run in a bucket by the bucket's, if another machine has written more."""
+        there = self.folder / LOG_FILE
+        if is_remote(self.folder) and there.exists() and len(content := there.read_bytes()) > self.log.stat().st_size:
+            self.log.write_bytes(content)
+
+    def upload_log(self) -> None:
+        """Uploads the log of a run in a bucket. Raises: StoreError."""
+        if is_remote(self.folder):
+            (self.folder / LOG_FILE).upload(self.log)
+
+
+def map_runs(runs: Iterable[SweepRun], query: Callable[[SweepRun], Result]) -> list[Result]:
+    """Returns the result of a query for each run; those of runs in a bucket are requested in parallel."""
     runs = list(runs)
     if not runs or not is_remote(runs[0].folder):
-        return [question(run) for run in runs]
-    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return list(pool.map(question, runs))
+        return [query(run) for run in runs]
+    with concurrent.futures.ThreadPoolExecutor(REMOTE_REQUESTS) as pool:
+        return list(pool.map(query, runs))
+
+
+def outcomes_of(runs: Iterable[SweepRun]) -> dict[str, str]:
+    """Returns run name -> "finished" or "failed" of the runs that have ended."""
+    runs = list(runs)
+    outcomes = zip(runs, map_runs(runs, lambda run: run.outcome()), strict=True)
+    return {run.name: outcome for run, outcome in outcomes if outcome}
 
 
 def evaluated_step(folder: AnyPath) -> int | None:
-    """Returns the step of which a run's evaluation.json is, if it is of the config and the checkpoint that lie there.
+    """Returns the step that a run's evaluation.json is of, if config and checkpoint are still those it was made from.
 
-    It names the checksums of both; of older versions, its step alone. Times of files are not asked: a clock may go back.
+    It holds their checksums (those of older versions hold the step alone). File times are not used: clocks go back.
+
+    Args:
+      folder: run folder.
 
     Returns:
-      None where there is no such evaluation; `evaluate` writes it anew.
+      None without such an evaluation.
     """
     try:
-        found = parse_json((folder / EVALUATION_FILE).read_bytes())
-        made_from = dict(found.get("made_from", {}))
-        return found["step"] if sha256_of(folder, made_from) == made_from else None
+        evaluation = parse_json((folder / EVALUATION_FILE).read_bytes())
+        made_from = dict(evaluation.get("made_from", {}))
+        return evaluation["step"] if sha256_of(folder, made_from) == made_from else None
     except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, TypeError, KeyError):
         return None
 
 
 class Locked(Exception):
-    """The run is at work already, begun by another sweep or by one that was killed."""
+    """Another process executes commands of the run."""
 
 
 class RunProcess:
-    """A run's commands at work, one after another, with their output in the run's log.
+    """The remaining commands of a run, executed one after another with their output in its log.
 
-    The log is locked as long as this process or a command lives: a command outlives a sweep that was killed, and the next
-    sweep waits for it.
+    The log is locked while this process or a command lives: a command survives a sweep that is killed, and the next sweep
+    waits for it.
+
+    Attributes:
+      run: the run.
+      stop_requested: whether it was asked to stop; a command that ends afterwards has not failed.
     """
 
     def __init__(self, run: SweepRun, *, cores: Iterable[int] | None = None, environment: dict[str, str] | None = None):
-        """Begins.
+        """Starts the first command.
 
         Args:
-          cores: the commands run on these alone; None = on all.
+          run: run with remaining commands.
+          cores: CPU cores that the commands are bound to; None = all.
           environment: variables added for the commands.
 
         Raises:
-          Busy: another process has the lock.
+          Locked: another process executes the run.
           InputError: the folder or the log cannot be written.
         """
         self.run = run
-        self.stop_requested = False  # to stop: what ends then has not failed
+        self.stop_requested = False
         self._cores, self._environment = cores, environment or {}
         self._commands = run.remaining_commands()
         self._process: Popen | None = None
@@ -191,14 +205,15 @@ class RunProcess:
         if lock(self._log) is False:
             self._log.close()
             raise Locked
-        run.go_on_with_log()
-        self._next()
+        run.download_log()
+        self._start_next()
 
-    def _next(self) -> None:
+    def _start_next(self) -> None:
         self._name, words = self._commands.pop(0)
-        self._say(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(words)}")
-        self._began = self._log.warn()
-        with _inherited(self._cores):
+        self._log.write(_log_line(f"== {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(words)}"))
+        self._log.flush()
+        self._output_start = self._log.tell()
+        with _child_settings(self._cores):
             self._process = Popen(
                 words,
                 stdin=DEVNULL,
@@ -207,52 +222,51 @@ class RunProcess:
                 env={**os.environ, **self._environment},
                 start_new_session=True,  # Ctrl-C reaches the sweep alone
             )
-        if self.stop_requested:  # meanwhile, by a signal's handler
+        if self.stop_requested:  # meanwhile, by a signal handler
             self.stop()
 
     def poll(self) -> str | None:
-        """Returns what became of the run, "finished", "failed" or "stopped"; None while it is at work."""
+        """Returns the outcome of the run, "finished", "failed" or "stopped"; None while it is at work."""
         code = self._process.poll()
         if code is None:
             return None
         if code == 0 and self._commands and not self.stop_requested:
-            self._next()
+            self._start_next()
             return None
+        outcome = "stopped" if self.stop_requested else "failed"
         if not self.run.remaining_commands():
             outcome = "finished"
-        elif self.stop_requested:
-            outcome = "stopped"
-        else:
-            outcome = "failed"
-            self.run.fail(self._reason(code))
+        elif outcome == "failed":
+            self.run.mark_failed(self._reason(code))
         self._log.close()
-        self.run.put_log()
+        self.run.upload_log()
         return outcome
 
     def _reason(self, code: int) -> str:
+        """Reason for which a command failed, from its exit code and last line."""
         with self.run.log.open("rb") as log:
-            log.seek(self._began)
-            said = _lines(log.read().decode(errors="replace"))
-        last = said[-1][:SAID] if said else "it said nothing"
+            log.seek(self._output_start)
+            lines = _lines(log.read().decode(errors="replace"))
+        last = lines[-1][:MAX_REASON_LENGTH] if lines else "(no output)"
         if code < 0:
             return f"{self._name} was killed by {signal.Signals(-code).name}; its last line: {last}"
         if code == 0:
-            return f"{self._name} ended well, but step {self.run.steps} is not there; its last line: {last}"
+            return f"{self._name} ended without error, but step {self.run.steps} is missing; its last line: {last}"
         return f"{self._name}, exit code {code}: {last}"
 
     def stop(self, *, send: bool = True) -> None:
-        """Asks the command to save and end (SIGTERM), unless somebody else has done so; asked again, it ends at once."""
+        """Asks the command to save and end.
+
+        Args:
+          send: send SIGTERM; False where the command has got the signal already. A second SIGTERM ends it at once.
+        """
         self.stop_requested = True
         if send and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
-    def _say(self, words: str) -> None:
-        self._log.write(_line(words))
-        self._log.flush()
-
 
 def is_locked(run: SweepRun) -> bool:
-    """Whether some process works on the run."""
+    """Whether some process executes the run."""
     try:
         with run.log.open("r+b") as log:
             return lock(log) is False
@@ -261,9 +275,9 @@ def is_locked(run: SweepRun) -> bool:
 
 
 @contextlib.contextmanager
-def _inherited(cores: Iterable[int] | None) -> Iterator[None]:
-    """What a process started here inherits: its cores, and no ear for the signals that mean this process."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in OWN_SIGNALS}
+def _child_settings(cores: Iterable[int] | None) -> Iterator[None]:
+    """Context in which a started process is bound to cores and ignores the job's signals."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in JOB_SIGNALS}
     own = os.sched_getaffinity(0) if cores is not None else None
     try:
         if cores is not None:
@@ -276,9 +290,9 @@ def _inherited(cores: Iterable[int] | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _line(words: str) -> bytes:
-    """Returns a line of a log, in UTF-8 whatever the locale; names of files may be any bytes."""
-    return f"{words}\n".encode(errors="backslashreplace")
+def _log_line(text: str) -> bytes:
+    """Returns a line of a log, in UTF-8 in any locale; file names may hold any bytes."""
+    return f"{text}\n".encode(errors="backslashreplace")
 
 
 def _tail(path: AnyPath) -> str:
@@ -295,5 +309,5 @@ def _lines(text: str) -> list[str]:
 
 
 def _last_line(path: AnyPath) -> str:
-    said = _lines(_tail(path))
-    return said[-1] if said else ""
+    lines = _lines(_tail(path))
+    return lines[-1] if lines else ""

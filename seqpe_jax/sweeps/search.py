@@ -1,4 +1,4 @@
-"""A search over ranges: Optuna proposes trials, each a run that trains; hopeless ones are stopped early."""
+"""Hyperparameter search: Optuna proposes trials, each a training run; unpromising ones are pruned early."""
 
 import contextlib
 import logging
@@ -8,21 +8,24 @@ from typing import Any
 
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.sweeps import record
-from seqpe_jax.sweeps.local import LOOK, TURN, Jobs, ProgressView
+from seqpe_jax.sweeps.local import FOLDER_SECONDS, POLL_SECONDS, Jobs, ProgressView
 from seqpe_jax.sweeps.run import Locked, SweepRun
 from seqpe_jax.sweeps.spec import Range, Search, SweepFile, make_trial
+from seqpe_jax.sweeps.trial_graph import record_trials
 
-FILE = "optuna.db"  # the study, in the sweep's folder
-IMPOSSIBLE = "impossible"  # attribute of a trial whose values are no config: why
-UNPRUNED = 4  # trials that run to their end before others are compared with them
+STUDY_FILE = "optuna.db"  # in the sweep's folder
+INVALID = "impossible"  # attribute of a trial whose values are no valid config: the reason
+STARTUP_TRIALS = 4  # trials that run to their end before others are pruned
 
 
-def check(sweep: SweepFile) -> tuple[Search, int]:
-    """Returns the search of a sweep, and the steps of a trial.
+def check_search(sweep: SweepFile) -> tuple[Search, int]:
+    """Returns the search of a sweep file and the training steps of a trial.
+
+    Args:
+      sweep: the sweep file.
 
     Raises:
-      InputError: there is none, or Optuna is not here.
+      InputError: it has no SEARCH, or Optuna is missing.
     """
     if sweep.search is None:
         raise InputError(f"--executor=optuna: {sweep.path} defines no SEARCH (see configs/sweeps/search.py)")
@@ -37,97 +40,109 @@ def check(sweep: SweepFile) -> tuple[Search, int]:
 
 
 class SearchTrials:
-    """The trials of a study, their runs and what became of them: name -> "finished", "pruned" or "failed".
+    """The trials of an Optuna study, and their runs.
 
-    A combination of values that is no config counts as pruned; `impossible` tells why, by name.
+    Attributes:
+      search: ranges and metric.
+      steps: trial name -> training steps.
+      outcomes: trial name -> "finished", "pruned" or "failed"; values that are no valid config count as pruned.
+      invalid: trial name -> why its values are no valid config.
     """
 
     def __init__(self, workdir: pathlib.Path, sweep: SweepFile):
-        """Opens the study of a folder, or begins one. Raises: as `check` and `record.remember`."""
+        """Opens the study of a folder, or creates one.
+
+        Args:
+          workdir: folder of the sweep.
+          sweep: sweep file with a SEARCH.
+
+        Raises:
+          InputError: see `check_search` and `record_trials`.
+        """
         import optuna
 
-        self.search, steps = check(sweep)
+        self.search, steps = check_search(sweep)
         self.steps = {_name(number): steps for number in range(self.search.trials)}
         self._workdir, self._sweep, self._states = workdir, sweep, optuna.trial.TrialState
-        record.remember(workdir, sweep, ())
+        record_trials(workdir, sweep, ())
         optuna.logging.set_verbosity(logging.WARNING)
         self._study = optuna.create_study(
-            storage=f"sqlite:///{(workdir / FILE).resolve()}",
+            storage=f"sqlite:///{(workdir / STUDY_FILE).resolve()}",
             study_name="sweep",
             load_if_exists=True,
             direction="minimize" if self.search.minimise else "maximize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
         )
         past = self._study.get_trials()
-        self._study.sampler = optuna.samplers.TPESampler(
-            seed=len(past)
-        )  # one that goes on does not propose the same again
-        # What a search that was cut short left running keeps its number, its values and its folder.
-        self._cut_short = [optuna.trial.Trial(self._study, at._trial_id) for at in past if not at.state.is_finished()]
+        self._study.sampler = optuna.samplers.TPESampler(seed=len(past))  # resumed, it does not repeat its proposals
+        # Trials that an interrupted search left running keep their number, values and folder.
+        self._interrupted = [
+            optuna.trial.Trial(self._study, one._trial_id) for one in past if not one.state.is_finished()
+        ]
         words = {self._states.COMPLETE: "finished", self._states.PRUNED: "pruned"}
-        self.outcomes = {_name(at.number): words.get(at.state, "failed") for at in past if at.state.is_finished()}
-        self.impossible = {_name(at.number): at.user_attrs[IMPOSSIBLE] for at in past if IMPOSSIBLE in at.user_attrs}
-        self._trials: dict[str, Any] = {}
-        self._reported = {_name(at.number): max(at.intermediate_values, default=0) for at in past}  # up to which step
-        self.hopeless: set[str] = set()
+        self.outcomes = {_name(one.number): words.get(one.state, "failed") for one in past if one.state.is_finished()}
+        self.invalid = {_name(one.number): one.user_attrs[INVALID] for one in past if INVALID in one.user_attrs}
+        self._trials: dict[str, Any] = {}  # name -> Optuna's trial, of those under way
+        self._last_reported = {_name(one.number): max(one.intermediate_values, default=0) for one in past}  # step
+        self._to_prune: set[str] = set()
 
     def next(self) -> SweepRun | None:
         """Returns the run of one more trial, None if there are enough."""
-        while self._cut_short or len(self.outcomes) + len(self._trials) < self.search.trials:
-            trial = self._cut_short.pop(0) if self._cut_short else self._study.ask()
+        while self._interrupted or len(self.outcomes) + len(self._trials) < self.search.trials:
+            trial = self._interrupted.pop(0) if self._interrupted else self._study.ask()
             name = _name(trial.number)
-            chosen = {field: _suggest(trial, field, values) for field, values in self.search.ranges.items()}
+            values = {field: _suggest(trial, field, choices) for field, choices in self.search.ranges.items()}
             try:
-                trial = make_trial(name, self._sweep.config, {**self.search.overrides, **chosen})
+                own = make_trial(name, self._sweep.config, {**self.search.overrides, **values})
             except InputError as error:
-                self._prune_impossible(trial, str(error).removeprefix(f"run '{name}': "))
+                # Pruned, the sampler takes such values for bad; a failed trial it would ignore.
+                self.outcomes[name], self.invalid[name] = "pruned", str(error).removeprefix(f"run '{name}': ")
+                trial.set_user_attr(INVALID, self.invalid[name])
+                self._study.tell(trial, state=self._states.PRUNED)
                 continue
-            record.remember(self._workdir, self._sweep, (trial,))
-            run = SweepRun(trial, self._workdir / name, evaluated=False)
+            record_trials(self._workdir, self._sweep, (own,))
             self._trials[name] = trial
-            return run
+            return SweepRun(own, self._workdir / name, evaluated=False)
         return None
 
-    def _prune_impossible(self, trial: Any, why: str) -> None:
-        """Ends a trial that cannot run. As a pruned one the sampler takes it for bad, and a failed one it would ignore."""
-        name = _name(trial.number)
-        trial.set_user_attr(IMPOSSIBLE, why)
-        self._study.warn(trial, state=self._states.PRUNED)
-        self.outcomes[name], self.impossible[name] = "pruned", why
-
-    def is_hopeless(self, run: SweepRun) -> bool:
-        """Tells the study what was measured since; whether the trial should end, which is said once."""
+    def should_prune(self, run: SweepRun) -> bool:
+        """Reports new metrics of a run to the study; returns whether to stop the run, once."""
         self._report(run)
-        if run.name in self.hopeless or not self._trials[run.name].should_prune():
+        if run.name in self._to_prune or not self._trials[run.name].should_prune():
             return False
-        self.hopeless.add(run.name)
+        self._to_prune.add(run.name)
         return True
 
-    def settle(self, run: SweepRun, outcome: str) -> None:
-        """Tells the study how a trial ended; one that was only stopped goes on another time."""
+    def finish(self, run: SweepRun, outcome: str) -> None:
+        """Reports the end of a run to the study; a run that was only stopped resumes another time.
+
+        Args:
+          run: a run of `next`.
+          outcome: "finished", "failed" or "stopped".
+        """
         measured = self._report(run)
         if outcome == "finished" and not measured:
             outcome = "failed"
         if outcome == "stopped":
-            if run.name not in self.hopeless:
+            if run.name not in self._to_prune:
                 return
             outcome = "pruned"
         trial = self._trials.pop(run.name)
-        states = {"pruned": self._states.PRUNED, "failed": self._states.FAIL}
         if outcome == "finished":
-            self._study.warn(trial, measured[-1][1])
+            self._study.tell(trial, measured[-1][1])
         else:
-            self._study.warn(trial, state=states[outcome])
+            self._study.tell(trial, state={"pruned": self._states.PRUNED, "failed": self._states.FAIL}[outcome])
         self.outcomes[run.name] = outcome
 
     def best(self) -> tuple[SweepRun, str]:
-        """Returns the run of the best trial that came to its end, and what it measured with which fields.
+        """Returns the run of the best finished trial, and a line with its metric and fields.
 
         Raises:
-          InputError: none was a config; Failure: none came to its end.
+          InputError: no trial was a valid config.
+          Failure: no trial has finished.
         """
-        if self.outcomes and self.impossible.keys() == self.outcomes.keys():
-            name, why = next(reversed(self.impossible.items()))
+        if self.outcomes and self.invalid.keys() == self.outcomes.keys():
+            name, why = next(reversed(self.invalid.items()))
             raise InputError(
                 f"{self._sweep.path}: none of the {len(self.outcomes)} trials of SEARCH is a possible config, the last, "
                 f"{name}, because {why}"
@@ -135,47 +150,55 @@ class SearchTrials:
         if "finished" not in self.outcomes.values():
             raise Failure(f"{len(self.outcomes)} of {len(self.steps)} trials ended, none with its {self.search.metric}")
         best = self._study.best_trial
-        trial = make_trial(_name(best.number), self._sweep.config, {**self.search.overrides, **best.params})
+        own = make_trial(_name(best.number), self._sweep.config, {**self.search.overrides, **best.params})
         fields = ", ".join(f"{field}={best.params[field]}" for field in self.search.ranges)
-        words = f"best: {trial.name}, {self.search.metric} {best.value:.4g} with {fields}"
-        return SweepRun(trial, self._workdir / trial.name), words
+        line = f"best: {own.name}, {self.search.metric} {best.value:.4g} with {fields}"
+        return SweepRun(own, self._workdir / own.name), line
 
     def _report(self, run: SweepRun) -> list[tuple[int, float]]:
-        """Tells the study what was measured since, and returns all of it as (step, value)."""
+        """Reports new metrics of a run to the study; returns all of them as (step, value)."""
         lines = read_metrics(run.folder)
         measured = [(line["step"], line[self.search.metric]) for line in lines if self.search.metric in line]
         for step, value in measured:
-            if step > self._reported.get(run.name, 0):
-                self._reported[run.name] = step
+            if step > self._last_reported.get(run.name, 0):
+                self._last_reported[run.name] = step
                 self._trials[run.name].report(value, step)
         return measured
 
 
-def work(trials: SearchTrials, jobs: int) -> str | None:
-    """Runs trials until there are as many as the search asks for; returns the name of the signal that stopped it."""
+def execute(trials: SearchTrials, jobs: int) -> str | None:
+    """Runs trials until there are as many as the search asks for.
+
+    Args:
+      trials: the study.
+      jobs: number of runs at a time.
+
+    Returns:
+      Name of the signal that stopped it, or None.
+    """
     waiting: SweepRun | None = None
-    looked = 0.0
+    last_read = 0.0
     with Jobs(jobs) as at_work, contextlib.closing(ProgressView(trials.steps)) as view:
         while True:
             for run, outcome in at_work.ended():
-                trials.settle(run, outcome)
-            if time.monotonic() - looked > LOOK:
-                looked = time.monotonic()
-                for run in filter(trials.is_hopeless, at_work.runs):
+                trials.finish(run, outcome)
+            if time.monotonic() - last_read > FOLDER_SECONDS:
+                last_read = time.monotonic()
+                for run in filter(trials.should_prune, at_work.runs):
                     at_work.stop(run)
-            while at_work.free and (waiting := waiting or trials.next()) is not None:
+            while at_work.has_free_job and (waiting := waiting or trials.next()) is not None:
                 try:
                     if waiting.remaining_commands():
                         at_work.start(waiting)
-                    else:  # it ended when nobody looked
-                        trials.settle(waiting, "finished")
+                    else:  # it ended after the search was killed
+                        trials.finish(waiting, "finished")
                     waiting = None
-                except Locked:  # of a search that was killed: wait for it
+                except Locked:  # by a search that was killed: wait for it
                     break
             if not at_work.runs and (at_work.stop_signal or waiting is None):
                 return at_work.stop_signal
             view.show(trials.outcomes, at_work.runs)
-            time.sleep(TURN)
+            time.sleep(POLL_SECONDS)
 
 
 def _name(number: int) -> str:
@@ -185,5 +208,5 @@ def _name(number: int) -> str:
 def _suggest(trial: Any, field: str, values: Range | tuple) -> Any:
     if not isinstance(values, Range):
         return trial.suggest_categorical(field, list(values))
-    whole = isinstance(values.low, int) and isinstance(values.high, int)
-    return (trial.suggest_int if whole else trial.suggest_float)(field, values.low, values.high, log=values.log)
+    integers = isinstance(values.low, int) and isinstance(values.high, int)
+    return (trial.suggest_int if integers else trial.suggest_float)(field, values.low, values.high, log=values.log)

@@ -1,133 +1,264 @@
-"""Runs that wait for others: a field whose value is that of the best of other runs is decided once those have ended."""
+"""Trials of a sweep, which of them decide fields of others, and their record in sweep.json.
+
+The record lets an edited sweep go on without mixing up its runs. Each trial is an object of "config", "overrides" and
+"settings". One with open fields has "best": FIELD -> {"runs", "minimise" or "maximise"}, and once they are decided
+"decided": FIELD -> {"value", "run" (the best), "metric", "measured" (run -> number, null where it failed)}.
+"""
 
 import dataclasses
+import json
 import math
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+from seqpe_jax import config
 from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import AnyPath
-from seqpe_jax.sweeps import record
+from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json
 from seqpe_jax.sweeps.run import SweepRun
-from seqpe_jax.sweeps.spec import BestOf, Trial, make_trial, value_of
+from seqpe_jax.sweeps.spec import BestOf, Range, Search, SweepFile, Trial, make_trial, value_of
+
+SWEEP_FILE = "sweep.json"
+
+Decision = dict[str, Any]  # of one field, as the record holds it
+Decisions = dict[str, Decision]  # of one trial, by field
+
+
+def record_trials(workdir: str | os.PathLike, sweep: SweepFile, trials: Sequence[Trial]) -> list[str]:
+    """Writes trials into WORKDIR/sweep.json, next to those that are recorded.
+
+    Args:
+      workdir: folder of the sweep.
+      sweep: the sweep file.
+      trials: trials of `runs()`, or those of a search so far.
+
+    Returns:
+      Names of recorded trials that are not among these.
+
+    Raises:
+      InputError: the folder holds other things, the record is damaged, or trials or ranges have changed since they were
+        recorded (each is named, with its fields).
+    """
+    workdir = as_path(workdir)
+    record = _read(workdir)
+    changed = []
+    for trial in trials:
+        old = record["points"].get(trial.name)
+        if old is not None and (lines := _changes(workdir, trial, old)):
+            changed.append(f"'{trial.name}' ({', '.join(lines)})")
+    if changed:
+        raise InputError(
+            f"{sweep.path} has changed since {workdir} was begun, in {'; '.join(changed)}: give changed runs new names, "
+            "or use a new --workdir"
+        )
+    search = _search_to_json(sweep.search)
+    if record.get("search") and search:
+        lines = [line for line in config.difference(record["search"], search) if not line.startswith("trials:")]
+        if lines:
+            raise InputError(
+                f"{sweep.path}: SEARCH has changed since {workdir} was begun, in {'; '.join(lines)}: use a new --workdir"
+            )
+    added = {trial.name: _to_json(trial, record["points"].get(trial.name, {})) for trial in trials}
+    missing = [name for name in record["points"] if name not in added]
+    _write(workdir, {"sweep": sweep.path, "search": search or record.get("search"), "points": record["points"] | added})
+    return missing
+
+
+def recorded_decisions(workdir: str | os.PathLike) -> dict[str, Decisions]:
+    """Returns trial name -> its recorded decisions. Raises: InputError: the record is damaged."""
+    workdir = as_path(workdir)
+    if not (workdir / SWEEP_FILE).exists():
+        return {}
+    return {name: trial["decided"] for name, trial in _read(workdir)["points"].items() if "decided" in trial}
 
 
 class TrialGraph:
-    """The runs of a sweep, with what they wait for decided where that has ended.
+    """The runs of a sweep; a run with open fields depends on the runs that decide them.
 
-    Of the runs that decide, those that failed are left out, and the decision says so. It is recorded, and stands as soon as
-    one of the runs that it settles has begun; before that it is made anew, as a run that failed may have been mended.
+    A decision leaves out runs that failed, and says so. It is recorded, and final as soon as a run that it concerns has
+    begun; until then it is made again, since a failed run may have been repeated.
 
     Attributes:
-      runs: of the sweep, in its order, by name. Those that others wait for are measured on the validation split while they
-        train, and not evaluated on the test split.
-      recorded: what has been decided, by name and field.
+      runs: name -> run, in the order of the sweep. Runs that decide fields of others are not evaluated on the test split.
+      decisions: name -> recorded decisions.
     """
 
     def __init__(self, workdir: AnyPath, trials: Sequence[Trial]):
-        """Takes the points of a sweep, and what its folder has decided. Raises: InputError: a damaged record."""
+        """Takes the trials of a sweep and what its folder records. Raises: InputError: a damaged record."""
         self._workdir = workdir
         deciding = {name for trial in trials for best in trial.best.values() for name in best.runs}
         self.runs = {trial.name: SweepRun(trial, workdir / trial.name, trial.name not in deciding) for trial in trials}
-        self.recorded = record.decisions(workdir)
-        self._standing = {
-            (field, best): self.recorded[name][field]
+        self.decisions = recorded_decisions(workdir)
+        self._final = {
+            (field, best): self.decisions[name][field]
             for name, run in self.runs.items()
-            if name in self.recorded and (run.folder / "config.json").exists()
+            if name in self.decisions and (run.folder / "config.json").exists()
             for field, best in run.trial.best.items()
         }
 
-    def now(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
-        """Returns runs with what has been decided since."""
+    def updated(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
+        """Returns the runs with the fields that have been decided since."""
         return [self.runs.get(run.name, run) for run in runs]
 
-    def settle(self, pending: Collection[str] = ()) -> list[str]:
-        """Decides what can be decided, records it, and returns a line for each decision that is new.
+    def decide(self, pending: Collection[str] = ()) -> list[str]:
+        """Decides open fields as far as possible and records the decisions.
 
         Args:
-          pending: names of runs that will be worked on, and have not ended even if they failed before.
+          pending: names of runs that will be executed, and have not ended even if they failed before.
+
+        Returns:
+          One line for each new decision.
         """
-        decided = {}
+        new: dict[str, Decisions] = {}
         for name, run in self.runs.items():
-            found = {
-                field: self._standing.get((field, best)) or self._decision(best, field, pending)
+            decisions = {
+                field: self._final.get((field, best)) or self._decision(best, field, pending)
                 for field, best in run.trial.best.items()
             }
-            if found and all(found.values()):
-                decided[name] = found
-                values = {field: one["value"] for field, one in found.items()}
+            if decisions and all(decisions.values()):
+                new[name] = decisions
+                values = {field: one["value"] for field, one in decisions.items()}
                 closed = make_trial(name, run.trial.config, {**run.trial.overrides, **values})
                 self.runs[name] = dataclasses.replace(run, trial=closed)
-        if decided:
-            record.decide(self._workdir, decided, {name: self.runs[name].trial for name in decided})
-        groups: dict[str, list[str]] = {}
-        for name, found in decided.items():
-            for field, one in found.items():
-                if self.recorded.get(name, {}).get(field) != one:
-                    groups.setdefault(in_words(field, one), []).append(name)
-        self.recorded |= decided
-        return [f"{', '.join(names)}: {words}" for words, names in groups.items()]
+        if new:
+            record = _read(self._workdir)
+            for name, decisions in new.items():
+                settings = config.to_dict(self.runs[name].trial.settings)
+                record["points"][name] |= {"settings": settings, "decided": decisions}
+            _write(self._workdir, record)
+        lines: dict[str, list[str]] = {}
+        for name, decisions in new.items():
+            for field, one in decisions.items():
+                if self.decisions.get(name, {}).get(field) != one:
+                    lines.setdefault(describe_decision(field, one), []).append(name)
+        self.decisions |= new
+        return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
-    def check(self, chosen: Sequence[SweepRun]) -> None:
-        """Refuses runs that wait for others which have not ended and are not among them.
-
-        Raises:
-          InputError: names these.
-        """
+    def check_selection(self, chosen: Sequence[SweepRun]) -> None:
+        """Checks that chosen runs depend on no unfinished run outside the selection. Raises: InputError."""
         names = {run.name for run in chosen}
         for run in chosen:
             for field, best in run.trial.best.items():
-                missing = [name for name in best.runs if name not in names and not self._ended(self.runs[name], ())]
-                if missing and (field, best) not in self._standing:
+                missing = [name for name in best.runs if name not in names and not self._has_ended(self.runs[name], ())]
+                if missing and (field, best) not in self._final:
                     raise InputError(
                         f"--only: '{run.name}' waits for {', '.join(missing)}, whose results decide its {field}: name "
                         "these too, or run them before"
                     )
 
     def obstacles(self, runs: Sequence[SweepRun]) -> list[str]:
-        """Returns a line for each group of runs that cannot begin, with what they wait for."""
+        """Returns one line for each group of runs that cannot start, with the runs that they wait for."""
         groups: dict[str, list[str]] = {}
-        for run in self.now(runs):
+        for run in self.updated(runs):
             for field, best in run.trial.best.items():
-                left = [one for one in map(self.runs.get, best.runs) if self._measured(one, best) is None]
-                words = f"for {', '.join(f'{one.name} ({self._state(one)})' for one in left)} to decide {field}"
-                groups.setdefault(words, []).append(run.name)
+                unmeasured = [one for one in map(self.runs.get, best.runs) if self._measured(one, best) is None]
+                states = ", ".join(f"{one.name} ({self._state(one)})" for one in unmeasured)
+                groups.setdefault(f"for {states} to decide {field}", []).append(run.name)
         return [f"{', '.join(names)} wait{'s' * (len(names) == 1)} {words}" for words, names in groups.items()]
 
     @staticmethod
     def _state(run: SweepRun) -> str:
         return "failed" if run.failure() else "not finished" if run.remaining_commands() else "measured no number"
 
-    def _decision(self, best: BestOf, field: str, pending: Collection[str]) -> record.Decision | None:
-        """What decides a field, as the record has it; None while runs are left, and where all failed."""
+    def _decision(self, best: BestOf, field: str, pending: Collection[str]) -> Decision | None:
+        """Decision on a field; None while runs are under way, and where all failed."""
         runs = [self.runs[name] for name in best.runs]
-        if not all(self._ended(run, pending) for run in runs):
+        if not all(self._has_ended(run, pending) for run in runs):
             return None
         measured = {run.name: self._measured(run, best) for run in runs}
-        there = [name for name, value in measured.items() if value is not None]
-        if not there:
+        candidates = [name for name, value in measured.items() if value is not None]
+        if not candidates:
             return None
-        chosen = (min if best.minimise else max)(there, key=lambda name: measured[name])  # of equal ones the first
+        chosen = (min if best.minimise else max)(candidates, key=lambda name: measured[name])  # the first of equal ones
         value = value_of(self.runs[chosen].trial.settings, field)
         return {"value": value, "run": chosen, "metric": best.metric, "measured": measured}
 
     @staticmethod
-    def _ended(run: SweepRun, pending: Collection[str]) -> bool:
+    def _has_ended(run: SweepRun, pending: Collection[str]) -> bool:
         return not run.remaining_commands() or (run.name not in pending and run.failure() is not None)
 
     @staticmethod
     def _measured(run: SweepRun, best: BestOf) -> float | None:
-        """What a finished run measured at its last step; None without it, or where it is no number."""
+        """Metric of a finished run at its last step; None without it, or where it is not finite."""
         if run.remaining_commands():
             return None
-        found = [line.get(best.metric) for line in read_metrics(run.folder) if line["step"] == run.steps]
-        return next((value for value in found if value is not None and math.isfinite(value)), None)
+        values = [line.get(best.metric) for line in read_metrics(run.folder) if line["step"] == run.steps]
+        return next((value for value in values if value is not None and math.isfinite(value)), None)
 
 
-def in_words(field: str, decided: record.Decision) -> str:
-    """Returns what was decided, and how."""
-    value, run = decided["value"], decided["run"]
-    without = [name for name, measured in decided["measured"].items() if measured is None]
-    left_out = f"; without {', '.join(without)}, which failed" if without else ""
+def describe_decision(field: str, decision: Decision) -> str:
+    """Returns a decision in words.
+
+    Args:
+      field: dotted field.
+      decision: its value, and what it is based on.
+    """
+    value, run = decision["value"], decision["run"]
+    failed = [name for name, measured in decision["measured"].items() if measured is None]
+    left_out = f"; without {', '.join(failed)}, which failed" if failed else ""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{field}={shown} ({run} has the best {decided['metric']}, {decided['measured'][run]:.4g}{left_out})"
+    return f"{field}={shown} ({run} has the best {decision['metric']}, {decision['measured'][run]:.4g}{left_out})"
+
+
+def _read(workdir: AnyPath) -> dict[str, Any]:
+    """Returns the record of a folder, an empty one for an empty or missing folder."""
+    path = workdir / SWEEP_FILE
+    if not path.exists():
+        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+            raise InputError(f"workdir {workdir} holds other things, but no {SWEEP_FILE}: choose a new or empty folder")
+        return {"points": {}}
+    try:
+        record = parse_json(path.read_bytes())
+        complete = all({"config", "overrides", "settings"} <= trial.keys() for trial in record["points"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path} is damaged: remove it, and it is written anew; finished runs stay finished")
+    return record
+
+
+def _write(workdir: AnyPath, record: dict[str, Any]) -> None:
+    """Writes the record atomically, with one line for each trial."""
+    trials = ",\n".join(f"  {json.dumps(name)}: {json.dumps(trial)}" for name, trial in record["points"].items())
+    head = "".join(f' "{name}": {json.dumps(record[name])},\n' for name in ("sweep", "search"))
+    atomic_write(workdir / SWEEP_FILE, "{\n" + head + ' "points": {\n' + trials + "\n }\n}\n")
+
+
+def _to_json(trial: Trial, old: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a trial as the record holds it, with the decisions of its old entry."""
+    entry = {"config": trial.config, "overrides": trial.overrides, "settings": config.to_dict(trial.settings)}
+    if trial.best:
+        entry["best"] = {field: _best_to_json(best) for field, best in trial.best.items()}
+    if "decided" in old:
+        entry |= {"settings": old["settings"], "decided": old["decided"]}
+    return entry
+
+
+def _best_to_json(best: BestOf) -> dict[str, Any]:
+    return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric}
+
+
+def _search_to_json(search: Search | None) -> dict[str, Any] | None:
+    if search is None:
+        return None
+    ranges = {
+        field: dataclasses.asdict(values) if isinstance(values, Range) else list(values)
+        for field, values in search.ranges.items()
+    }
+    values = {name: getattr(search, name) for name in ("minimise", "maximise", "trials")}
+    return json.loads(json.dumps(values | {"ranges": ranges, "overrides": dict(search.overrides)}))
+
+
+def _changes(workdir: AnyPath, trial: Trial, old: dict[str, Any]) -> list[str]:
+    """Returns the differences between a trial and its record; fields of later versions have their defaults there."""
+    try:
+        before = config.to_dict(config.from_dict(old["settings"]))
+    except InputError as error:
+        raise InputError(
+            f"{workdir / SWEEP_FILE}: the recorded run '{trial.name}' is none of this version: {error}"
+        ) from error
+    best = {field: _best_to_json(one) for field, one in trial.best.items()}
+    decided = tuple(f"{field}: " for field in old.get("decided", {}))
+    lines = config.difference(before, config.to_dict(trial.settings))
+    return config.difference(old.get("best", {}), best) + [line for line in lines if not line.startswith(decided)]

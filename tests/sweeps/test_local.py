@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,15 +12,14 @@ from seqpe_jax import files
 from seqpe_jax.sweeps import local
 from seqpe_jax.sweeps.run import Locked, RunProcess, SweepRun, is_locked, map_runs
 from seqpe_jax.training.checksums import sha256_of
-from tests.commands import ROOT
 from tests.sweeps.fake import headers, run
 
 
 def test_every_run_is_trained_and_evaluated_once(tmp_path):
     runs = [run(tmp_path, name) for name in ("a", "b", "c")]
-    assert local.work(runs, runs, 2) is None
+    assert local.execute(runs, runs, 2) is None
     assert [one.remaining_commands() for one in runs] == [[], [], []]
-    assert local.work(runs, runs, 1) is None
+    assert local.execute(runs, runs, 1) is None
     assert [headers(one) for one in runs] == [["train", "evaluate"]] * 3
 
 
@@ -45,7 +42,7 @@ def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
 
 def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_the_clock_says(tmp_path):
     [one] = runs = [run(tmp_path, "a")]
-    local.work(runs, runs, 1)
+    local.execute(runs, runs, 1)
     assert not one.remaining_commands()
     digests, evaluation = "checkpoints/3/digests.json", one.folder / "evaluation.json"
     (one.folder / digests).write_text("of the checkpoint")
@@ -72,41 +69,31 @@ def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_
 
 def test_failures_are_told_with_their_last_line_and_others_go_on(tmp_path):
     runs = [run(tmp_path, "a", "fails"), run(tmp_path, "b", "dies"), run(tmp_path, "c")]
-    assert local.work(runs, runs, 1) is None
+    assert local.execute(runs, runs, 1) is None
     assert runs[0].failure() == "train, exit code 1: the loss is nan"
     assert runs[1].failure().startswith("train was killed by SIGKILL; its last line: trains on")
     assert runs[2].failure() is None and not runs[2].remaining_commands()
     assert local.outcomes_of(runs) == {"a": "failed", "b": "failed", "c": "finished"}
     mended = run(tmp_path, "a")
     assert mended.failure()
-    local.work([mended], [mended], 1)
+    local.execute([mended], [mended], 1)
     assert mended.failure() is None and headers(mended) == ["train", "train", "evaluate"]
 
 
 def test_a_command_that_ends_well_without_its_work_has_failed(tmp_path):
     one = run(tmp_path, "a")
     (one.folder / "evaluation.json").mkdir(parents=True)  # cannot be written
-    local.work([one], [one], 1)
+    local.execute([one], [one], 1)
     assert one.failure().startswith("evaluate, exit code 1: IsADirectoryError")
 
 
 def test_logs_hold_names_of_any_bytes(tmp_path):
     one = run(tmp_path, "a", "caf\udce9")
-    local.work([one], [one], 1)
+    local.execute([one], [one], 1)
     assert not one.remaining_commands() and b"caf\\udce9" in (one.folder / "log.txt").read_bytes()
     other = run(tmp_path, "b")
-    other.fail("train, exit code 2: é and caf\udce9 do not exist")
+    other.mark_failed("train, exit code 2: é and caf\udce9 do not exist")
     assert other.failure() == "train, exit code 2: é and caf\\udce9 do not exist"
-
-
-def test_failures_are_noted_where_the_locale_is_ascii(tmp_path):
-    """In a process of its own, as Python looks at these variables when it starts."""
-    script = (
-        f"from tests.sweeps.fake import run; import pathlib; run(pathlib.Path({str(tmp_path)!r}), 'a').fail('caf\\xe9')"
-    )
-    variables = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, check=True)
-    assert run(tmp_path, "a").failure() == "café"
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -127,7 +114,7 @@ def test_a_signal_stops_what_runs_and_starts_nothing_more(tmp_path, number):
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert local.work(runs, runs, 2) == number.name
+    assert local.execute(runs, runs, 2) == number.name
     sender.join()
     assert signal.getsignal(number) == signal.default_int_handler
     for one in runs[:2]:
@@ -159,7 +146,7 @@ def test_a_run_that_another_process_works_on_is_waited_for(tmp_path):
     timer = threading.Timer(0.5, attempt.stop)
     timer.start()
     began = time.monotonic()
-    assert local.work([again], [again], 1) is None
+    assert local.execute([again], [again], 1) is None
     assert time.monotonic() - began > 0.4 and not again.remaining_commands() and not is_locked(again)
     assert headers(again) == ["train", "train", "evaluate"]
     attempt._process.wait()
@@ -171,21 +158,21 @@ def test_jobs_share_the_cores_and_devices(tmp_path, monkeypatch):
     cores = os.sched_getaffinity(0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     runs = [run(tmp_path, name) for name in ("a", "b")]
-    local.work(runs, runs, 2)
+    local.execute(runs, runs, 2)
     for one, device in zip(runs, (5, 7), strict=True):
-        count = len(local.shares(2)[runs.index(one)])
+        count = len(local.core_shares(2)[runs.index(one)])
         assert f"trains on {count} core(s), device {device}" in (one.folder / "log.txt").read_text()
     assert os.sched_getaffinity(0) == cores
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 8})
-    assert local.shares(1) is None and local.shares(2) == [{0, 4, 8}, {1, 5}]
+    assert local.core_shares(1) is None and local.core_shares(2) == [{0, 4, 8}, {1, 5}]
     assert local.describe(2) == "2 at a time, each on 3 of 5 cores"
-    assert [len(part) for part in local.shares(6)] == [1] * 6 and "some share one" in local.describe(6)
+    assert [len(part) for part in local.core_shares(6)] == [1] * 6 and "some share one" in local.describe(6)
 
 
 def test_the_view_counts_steps_of_all_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("seqpe_jax.distributed.progress.QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(local, "LOOK", 0.0)
+    monkeypatch.setattr(local, "FOLDER_SECONDS", 0.0)
     runs = [run(tmp_path, name, steps=10) for name in ("a", "b", "c", "d")]
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5}\n{"st')

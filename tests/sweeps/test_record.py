@@ -7,7 +7,7 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
-from seqpe_jax.sweeps import record
+from seqpe_jax.sweeps import trial_graph
 from seqpe_jax.sweeps.spec import Range, Search, SweepFile, Trial
 from tests.tiny import tiny_config
 
@@ -17,27 +17,29 @@ def trial(name: str, **overrides) -> Trial:
     return Trial(name, "tests/tiny_text.py", fields, tiny_config(**overrides))
 
 
-def remember(workdir, *points: Trial, search: Search | None = None) -> list[str]:
-    return record.remember(workdir, SweepFile("sweep.py", "tests/tiny_text.py", points, search), points)
+def record_trials(workdir, *points: Trial, search: Search | None = None) -> list[str]:
+    return trial_graph.record_trials(workdir, SweepFile("sweep.py", "tests/tiny_text.py", points, search), points)
 
 
 def test_new_points_are_added_and_old_ones_kept(tmp_path):
     workdir = tmp_path / "sweep"
-    assert remember(workdir, trial("a"), trial("b", seed=1)) == []
+    assert record_trials(workdir, trial("a"), trial("b", seed=1)) == []
     before = (workdir / "sweep.json").stat().st_mtime_ns
-    assert remember(workdir, trial("a"), trial("b", seed=1)) == []
+    assert record_trials(workdir, trial("a"), trial("b", seed=1)) == []
     assert (workdir / "sweep.json").stat().st_mtime_ns == before
-    assert remember(workdir, trial("a"), trial("c", seed=2)) == ["b"]
+    assert record_trials(workdir, trial("a"), trial("c", seed=2)) == ["b"]
     points = json.loads((workdir / "sweep.json").read_text())["points"]
     assert list(points) == ["a", "b", "c"]
     assert config.from_dict(points["c"]["settings"]) == tiny_config(seed=2) and points["b"]["overrides"] == {"seed": 1}
 
 
 def test_changed_points_are_refused_by_name(tmp_path):
-    remember(tmp_path, trial("a"), trial("b", seed=1), trial("c", eval__lengths=(16,)))
+    record_trials(tmp_path, trial("a"), trial("b", seed=1), trial("c", eval__lengths=(16,)))
     kept = (tmp_path / "sweep.json").read_bytes()
     with pytest.raises(InputError) as refused:
-        remember(tmp_path, trial("a"), trial("b", seed=2, steps=8), trial("c", eval__lengths=(32,)), trial("d", seed=5))
+        record_trials(
+            tmp_path, trial("a"), trial("b", seed=2, steps=8), trial("c", eval__lengths=(32,)), trial("d", seed=5)
+        )
     words = str(refused.value)
     assert "'b' (seed: 1 -> 2, steps: 6 -> 8)" in words and "'c' (eval.lengths: (16,) -> (32,))" in words
     assert "'a'" not in words and "'d'" not in words
@@ -45,36 +47,36 @@ def test_changed_points_are_refused_by_name(tmp_path):
 
 
 def test_fields_that_came_later_are_no_change(tmp_path):
-    remember(tmp_path, trial("a"))
+    record_trials(tmp_path, trial("a"))
     kept = json.loads((tmp_path / "sweep.json").read_text())
     del kept["points"]["a"]["settings"]["mesh"]
     (tmp_path / "sweep.json").write_text(json.dumps(kept))
-    assert remember(tmp_path, trial("a")) == []
+    assert record_trials(tmp_path, trial("a")) == []
     kept["points"]["a"]["settings"]["gone"] = 1
     (tmp_path / "sweep.json").write_text(json.dumps(kept))
     with pytest.raises(InputError, match="run 'a'.*gone"):
-        remember(tmp_path, trial("a"))
+        record_trials(tmp_path, trial("a"))
 
 
 def test_a_search_keeps_its_ranges(tmp_path):
     search = Search({"seed": Range(0, 9)}, minimise="eval/loss@16", trials=3)
-    remember(tmp_path, search=search)
-    remember(tmp_path, search=dataclasses.replace(search, trials=5))
+    record_trials(tmp_path, search=search)
+    record_trials(tmp_path, search=dataclasses.replace(search, trials=5))
     with pytest.raises(InputError, match=r"ranges.seed.high: 9 -> 8"):
-        remember(tmp_path, search=dataclasses.replace(search, ranges={"seed": Range(0, 8)}))
+        record_trials(tmp_path, search=dataclasses.replace(search, ranges={"seed": Range(0, 8)}))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"points": []}', '{"points": {"a": {}}}', '{"points": {"a": 3}}'])
 def test_a_damaged_record_is_refused(content, tmp_path):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(InputError, match="sweep.json is damaged"):
-        remember(tmp_path, trial("a"))
+        record_trials(tmp_path, trial("a"))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(tiny_config())))
     with pytest.raises(InputError, match="holds other things"):
-        remember(tmp_path, trial("a"))
+        record_trials(tmp_path, trial("a"))
     with pytest.raises(InputError, match="holds other things"):
-        remember(tmp_path / "config.json", trial("a"))
+        record_trials(tmp_path / "config.json", trial("a"))
     assert not (tmp_path / "sweep.json").exists()

@@ -23,8 +23,8 @@ def worked(
     restored, decided = kept.restore(found)
     runs = list(found.runs.values())
     todo = [run for run in runs if run.remaining_commands() and run.name in (names or found.runs)]
-    local.work(runs, todo, 1, found, kept.keep)
-    kept.keep(found.runs.values())
+    local.execute(runs, todo, 1, found, kept.update)
+    kept.update(found.runs.values())
     return found, restored, decided
 
 
@@ -85,7 +85,7 @@ def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
             }
         )
     )
-    ResultsCache(tmp_path / "kept.json").keep([run])
+    ResultsCache(tmp_path / "kept.json").update([run])
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}
     assert kept["shared"]["batch_size"] == run.trial.settings.batch_size

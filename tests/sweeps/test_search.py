@@ -34,15 +34,15 @@ def wishes(monkeypatch):
         return FakeRun(trial, folder, evaluated=evaluated, wish=found.get(trial.name, "0.5"))
 
     monkeypatch.setattr(search, "SweepRun", made)
-    monkeypatch.setattr(search, "LOOK", 0.05)
+    monkeypatch.setattr(search, "FOLDER_SECONDS", 0.05)
     return found
 
 
 def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypatch):
-    monkeypatch.setattr(search, "UNPRUNED", 2)
+    monkeypatch.setattr(search, "STARTUP_TRIALS", 2)
     wishes |= {"trial-000": "0.75", "trial-001": "0.25", "trial-002": "9.0", "trial-003": "fails", "trial-004": "0.5"}
     trials = search.SearchTrials(tmp_path / "sweep", sweep(5))
-    assert search.work(trials, 1) is None
+    assert search.execute(trials, 1) is None
     assert list(trials.outcomes.values()) == ["finished", "finished", "pruned", "failed", "finished"]
     assert (tmp_path / "sweep" / "trial-002" / "log.txt").read_text().endswith("SIGTERM: saved\n")
     run, words = trials.best()
@@ -51,7 +51,7 @@ def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypa
 
     before = {path: path.read_bytes() for path in (tmp_path / "sweep").glob("*/log.txt")}
     again = search.SearchTrials(tmp_path / "sweep", sweep(6))
-    assert again.outcomes == trials.outcomes and search.work(again, 1) is None
+    assert again.outcomes == trials.outcomes and search.execute(again, 1) is None
     assert list(again.outcomes) == [f"trial-00{number}" for number in range(6)]
     assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -67,7 +67,7 @@ def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert search.work(trials, 1) == "SIGTERM" and trials.outcomes == {}
+    assert search.execute(trials, 1) == "SIGTERM" and trials.outcomes == {}
     sender.join()
     with pytest.raises(Failure, match="0 of 2 trials ended"):
         trials.best()
@@ -75,7 +75,7 @@ def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
 
     wishes.clear()
     again = search.SearchTrials(tmp_path, sweep(2))
-    assert search.work(again, 1) is None and again.outcomes == {"trial-000": "finished", "trial-001": "finished"}
+    assert search.execute(again, 1) is None and again.outcomes == {"trial-000": "finished", "trial-001": "finished"}
     assert again._study.get_trials()[0].params == {"seed": seed}
 
 
@@ -84,12 +84,12 @@ HEADS = {"model.heads": (2, 3), "model.width": (24, 32)}  # 3 heads do not divid
 
 def test_a_combination_that_is_not_possible_is_pruned_and_the_search_goes_on(tmp_path, wishes):
     trials = search.SearchTrials(tmp_path, sweep(8, ranges=HEADS))
-    assert search.work(trials, 1) is None
+    assert search.execute(trials, 1) is None
     values = {f"trial-00{at.number}": tuple(at.params.values()) for at in trials._study.get_trials()}
     bad = {name for name, chosen in values.items() if chosen == (3, 32)}
     assert len(trials.outcomes) == 8 and 0 < len(bad) < 8
-    assert {name for name, outcome in trials.outcomes.items() if outcome == "pruned"} == bad == trials.impossible.keys()
-    assert all("model.width=32" in why and "model.heads=3" in why for why in trials.impossible.values())
+    assert {name for name, outcome in trials.outcomes.items() if outcome == "pruned"} == bad == trials.invalid.keys()
+    assert all("model.width=32" in why and "model.heads=3" in why for why in trials.invalid.values())
     assert not any((tmp_path / name).exists() for name in bad) and trials.best()[0].name not in bad
 
     # What an earlier search left when such a combination ended it: under way, with its values.
@@ -97,14 +97,14 @@ def test_a_combination_that_is_not_possible_is_pruned_and_the_search_goes_on(tmp
     left = trials._study.ask()
     assert [left.suggest_categorical(name, choices) for name, choices in HEADS.items()] == [3, 32]
     again = search.SearchTrials(tmp_path, sweep(10, ranges=HEADS))
-    assert again.impossible == trials.impossible and search.work(again, 1) is None
+    assert again.invalid == trials.invalid and search.execute(again, 1) is None
     assert len(again.outcomes) == 10 and again.outcomes[f"trial-00{left.number}"] == "pruned"
 
 
 def test_a_search_of_which_nothing_is_possible_ends_with_one_line(tmp_path, wishes):
     ranges = {"seed": Range(0, 99), "model.heads": (3,), "model.width": (32,)}
     trials = search.SearchTrials(tmp_path, sweep(3, ranges=ranges))
-    assert search.work(trials, 2) is None and list(trials.outcomes.values()) == ["pruned"] * 3
+    assert search.execute(trials, 2) is None and list(trials.outcomes.values()) == ["pruned"] * 3
     with pytest.raises(
         InputError, match="none of the 3 trials of SEARCH is a possible config.*model.heads=3"
     ) as caught:
@@ -114,7 +114,7 @@ def test_a_search_of_which_nothing_is_possible_ends_with_one_line(tmp_path, wish
 
 def test_without_optuna_or_a_search_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="sweep.py defines no SEARCH"):
-        search.check(SweepFile("sweep.py", "x", (), None))
+        search.check_search(SweepFile("sweep.py", "x", (), None))
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(InputError, match="pip install optuna"):
-        search.check(sweep(2))
+        search.check_search(sweep(2))

@@ -15,25 +15,25 @@ from tests.sweeps.fake import headers, run
 submitit = pytest.importorskip("submitit")
 
 
-def test_jobs_run_what_is_left_and_failures_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "LOOK", 0.1)
-    runs = [run(tmp_path, "a"), run(tmp_path, "b", "fails")]
-    assert slurm.work(tmp_path, runs, runs, 2, {}, cluster="local") is None
+def test_a_job_executes_the_remaining_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "FOLDER_SECONDS", 0.1)
+    runs = [run(tmp_path, "a")]
+    assert slurm.execute_array(tmp_path, runs, runs, 2, {}, cluster="local") is None
     assert not runs[0].remaining_commands() and headers(runs[0]) == ["train", "evaluate"]
-    assert runs[1].failure() == "train, exit code 1: the loss is nan"
 
 
 def test_a_job_that_vanished_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "LOOK", 0.05)
-    monkeypatch.setattr(slurm, "_queued", lambda: {"7_1"} - gone)
+    monkeypatch.setattr(slurm, "FOLDER_SECONDS", 0.05)
+    monkeypatch.setattr(slurm, "_queued_jobs", lambda: {"7_1"} - gone)
     monkeypatch.setattr(slurm, "_submit", lambda *_: pytest.fail("it was in the queue"))
     gone: set[str] = set()
-    slurm._record(tmp_path / "slurm", {"a": "7_1"})
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text('{"a": "7_1"}')
     [one] = runs = [run(tmp_path, "a")]
     timer = threading.Timer(0.2, gone.add, ["7_1"])
     timer.start()
-    assert slurm.work(tmp_path, runs, runs, None, {}) is None
-    assert one.failure().startswith("job 7_1 left the queue without a word")
+    assert slurm.execute_array(tmp_path, runs, runs, None, {}) is None
+    assert one.failure().startswith("job 7_1 left the queue without a result")
 
 
 def test_a_job_near_its_end_lets_the_run_save_and_is_queued_again(tmp_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.sweeps import local, record, slurm, trial_graph
+from seqpe_jax.sweeps import local, slurm, trial_graph
 from seqpe_jax.sweeps.spec import BestOf, SweepFile, Trial, make_trial
 from seqpe_jax.sweeps.trial_graph import TrialGraph
 from tests.sweeps.fake import FakeRun, headers
@@ -45,7 +45,7 @@ def wishes(monkeypatch) -> dict[str, str]:
 
 
 def begun(workdir: pathlib.Path, points=TRIALS) -> TrialGraph:
-    record.remember(workdir, SweepFile("sweep.py", PAGE, points, None), points)
+    trial_graph.record_trials(workdir, SweepFile("sweep.py", PAGE, points, None), points)
     return TrialGraph(workdir, points)
 
 
@@ -58,8 +58,8 @@ def worked(workdir: pathlib.Path, jobs: int = 1, points=TRIALS, names=None, retr
         for run in runs
         if run.remaining_commands() and run.name in (names or found.runs) and bool(run.failure()) == retry
     ]
-    found.settle({run.name for run in todo})
-    local.work(list(found.runs.values()), found.now(todo), jobs, found)
+    found.decide({run.name for run in todo})
+    local.execute(list(found.runs.values()), found.updated(todo), jobs, found)
     return found
 
 
@@ -104,7 +104,7 @@ def test_a_sweep_that_was_killed_goes_on_with_what_was_decided(tmp_path, wishes)
     points = (*TRIALS, trial("s-3", DECIDES, seed=3))
     found = worked(tmp_path, points=points)
     assert [found.runs[f"s-{seed}"].trial.settings.batch_size for seed in (1, 2, 3)] == [16] * 3
-    assert {name for name in record.decisions(tmp_path)} == {"s-1", "s-2", "s-3"}
+    assert {name for name in trial_graph.recorded_decisions(tmp_path)} == {"s-1", "s-2", "s-3"}
 
 
 def test_a_failed_run_is_left_out_and_told(tmp_path, wishes, capsys):
@@ -112,7 +112,7 @@ def test_a_failed_run_is_left_out_and_told(tmp_path, wishes, capsys):
     found = worked(tmp_path)
     line = "s-1, s-2: batch_size=8 (t=1 has the best eval/loss@16, 0.5; without t=2, which failed)"
     assert line in capsys.readouterr().out
-    assert found.recorded["s-1"]["batch_size"]["measured"] == {"t=1": 0.5, "t=2": None, "t=3": 0.5}
+    assert found.decisions["s-1"]["batch_size"]["measured"] == {"t=1": 0.5, "t=2": None, "t=3": 0.5}
     assert not found.runs["s-2"].remaining_commands()
 
 
@@ -121,7 +121,7 @@ def test_where_all_failed_nothing_begins_and_one_line_says_so(tmp_path, wishes):
     found = worked(tmp_path)
     [line] = found.obstacles(list(found.runs.values()))
     assert line == "s-1, s-2 wait for t=1 (failed), t=2 (failed), t=3 (failed) to decide batch_size"
-    assert not (tmp_path / "s-1").exists() and record.decisions(tmp_path) == {}
+    assert not (tmp_path / "s-1").exists() and trial_graph.recorded_decisions(tmp_path) == {}
     wishes |= {"t=1": "0.5", "t=2": "0.5", "t=3": "0.25"}
     worked(tmp_path, retry=True)
     found = worked(tmp_path)
@@ -132,8 +132,8 @@ def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
     wishes["t=2"] = "fails"
     worked(tmp_path, names=["t=1", "t=2", "t=3"])
     worked(tmp_path, retry=True)
-    assert record.decisions(tmp_path) == {}, "a run that is tried again is waited for"
-    assert begun(tmp_path).settle() and record.decisions(tmp_path)["s-1"]["batch_size"]["value"] == 8
+    assert trial_graph.recorded_decisions(tmp_path) == {}, "a run that is tried again is waited for"
+    assert begun(tmp_path).decide() and trial_graph.recorded_decisions(tmp_path)["s-1"]["batch_size"]["value"] == 8
     wishes["t=2"] = "0.125"
     worked(tmp_path, retry=True)
     assert worked(tmp_path).runs["s-1"].trial.settings.batch_size == 16
@@ -170,10 +170,10 @@ def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
     with pytest.raises(
         InputError, match="'s-1' waits for t=1, t=2, t=3, whose results decide its batch_size: name these"
     ):
-        found.check([found.runs["s-1"]])
-    found.check(list(found.runs.values()))
+        found.check_selection([found.runs["s-1"]])
+    found.check_selection(list(found.runs.values()))
     found = worked(tmp_path, names=["t=1", "t=2", "t=3"])
-    found.check([found.runs["s-1"]])
+    found.check_selection([found.runs["s-1"]])
 
 
 def test_what_decides_is_kept_as_it_was_when_the_sweep_began(tmp_path, wishes):
@@ -189,11 +189,11 @@ def test_what_decides_is_kept_as_it_was_when_the_sweep_began(tmp_path, wishes):
 def test_slurm_takes_an_array_for_each_stage(tmp_path, wishes, monkeypatch):
     arrays = []
 
-    def work(workdir, runs, todo, jobs, asked, *, cluster):
+    def execute_array(workdir, runs, todo, jobs, options, *, cluster):
         arrays.append([(run.name, run.trial.settings.batch_size) for run in todo])
-        return local.work(runs, todo, 2)
+        return local.execute(runs, todo, 2)
 
-    monkeypatch.setattr(slurm, "work", work)
+    monkeypatch.setattr(slurm, "execute_array", execute_array)
     found = begun(tmp_path)
-    assert slurm.work_in_order(tmp_path, list(found.runs.values()), list(found.runs.values()), None, {}, found) is None
+    assert slurm.execute(tmp_path, list(found.runs.values()), list(found.runs.values()), None, {}, found) is None
     assert arrays == [[("t=1", 8), ("t=2", 16), ("t=3", 24)], [("s-1", 16), ("s-2", 16)]]
