@@ -54,9 +54,9 @@ def load(path: str | os.PathLike, which: str = "latest") -> Model:
 def _model_of_source(source: torch_reference.ForeignCheckpoint) -> Model:
     """The model of a checkpoint of others, with the tokenizer that lies beside it."""
     model = torch_model.from_checkpoint(source)
-    if not source.tokenizer:
+    if not source.tokenizer_files:
         return model
-    data = dataclasses.replace(model.config.data, tokenizer=str(source.tokenizer[0].parent))
+    data = dataclasses.replace(model.config.data, tokenizer=str(source.tokenizer_files[0].parent))
     return dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
 
 

@@ -22,7 +22,7 @@ from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Generation, Sampling
 from seqpe_jax.inference.exported import PLATFORMS
-from seqpe_jax.interop import writing
+from seqpe_jax.interop import run_writer, torch_reference
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
 from seqpe_jax.tasks.evaluate import EvalSizes, evaluate
@@ -208,7 +208,7 @@ class Model:
         """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""
         known = bool(self.folder or self.config.data.tokenizer)
         copy_assets = self.task.copy_assets if known else None
-        writing.write_run(folder, self.config, self.params, self.data_spec, self.step, save_assets=copy_assets)
+        run_writer.write_run(folder, self.config, self.params, self.data_spec, self.step, save_assets=copy_assets)
 
     def export(
         self,
@@ -235,7 +235,7 @@ class Model:
         Raises:
           InputError: a field that the reference has nothing like, or the folder is taken.
         """
-        return writing.write_reference(self, folder)
+        return torch_reference.write_reference(self, folder)
 
     def _checked(self, inputs: jax.Array) -> jax.Array:
         """The inputs of a call. Raises: InputError: of another kind, or unknown tokens."""

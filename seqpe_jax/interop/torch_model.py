@@ -15,33 +15,43 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import torch_config, torch_reference, weights
-from seqpe_jax.interop.writing import fixed_table, num_channels
+from seqpe_jax.interop.torch_reference import fixed_table, num_channels
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.trees import names
 
 
 class PrecomputedVectors(nn.Module):
-    """Vectors that were computed elsewhere, in place of what makes them: a parameter `given`.
+    """Position vectors that were computed before, as a parameter `given`, in place of the encoder that computes them.
 
     Attributes:
-      inner: the encoding that the vectors are of; kind: its name.
-      sizes: of the vectors, [P, L, E]; those of fixed encodings are the rows of the reference's tables.
+      inner: encoding whose vectors they are.
+      kind: name of that encoding.
+      shape: of the vectors, (P, L, E); for encodings without parameters, rows of the reference's tables.
     """
 
     inner: nn.Module
     kind: str
-    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
 
     def setup(self) -> None:
         """Shares the names of the inner encoding's parameters."""
         nn.share_scope(self, self.inner)
-        self.given = self.param("given", nn.initializers.zeros, self.sizes, jnp.float32)
+        self.given = self.param("given", nn.initializers.zeros, self.shape, jnp.float32)
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the effect of the given vectors. Raises: InputError: the kind has none."""
+        """Returns the signal of the vectors.
+
+        Args:
+          positions_PLA: not read, since the vectors belong to fixed positions.
+          shape: not read.
+          deterministic: not read.
+
+        Raises:
+          InputError: the encoding has no vectors.
+        """
         vectors_PLE = self.given
         if self.kind == "seqpe":
             return self.inner.signal(vectors_PLE)
@@ -62,13 +72,13 @@ def from_state_dicts(
     encoder_state: weights.State | None = None,
     signal: Any = None,
 ) -> Model:
-    """Returns the model of weights in memory under the reference's names.
+    """Returns the model of arrays in memory under the reference's names.
 
     Args:
-      config: see `interop.torch_config`; kinds gpt2, vit, seqpe_encoder.
-      model_state: the model's arrays; None = an encoder alone.
-      encoder_state: the position model's arrays; None = given by `signal`, or an encoding that needs none.
-      signal: float32[P, L, E], vectors in place of an encoder.
+      config: settings of kind gpt2, vit or seqpe_encoder (`interop.torch_config`).
+      model_state: arrays of the model; None = an encoder alone.
+      encoder_state: arrays of the position model; None = `signal` has its vectors, or the encoding has no parameters.
+      signal: float32[P, L, E], position vectors in place of an encoder.
 
     Raises:
       InputError: an unknown field, an array missing, left over, of another shape or not finite.
@@ -76,48 +86,53 @@ def from_state_dicts(
     if model_state is None:
         if encoder_state is None:
             raise InputError("no weights: give model_state, or encoder_state for an encoder alone")
-        return _encoder_alone(config, _named(encoder_state))
+        return _encoder_model(config, _with_prefix(encoder_state))
     if encoder_state is not None and signal is not None:
-        raise InputError("give encoder_state or signal, not both: one stands in place of the other")
+        raise InputError("give encoder_state or signal, not both: one replaces the other")
     spec = dict(config)
-    state = dict(model_state) | (_named(encoder_state) if encoder_state is not None else {})
+    state = dict(model_state) | (_with_prefix(encoder_state) if encoder_state is not None else {})
     head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight")
     if head is not None and tokens is not None:
         spec.setdefault("tie_word_embeddings", np.array_equal(head, tokens))
         if spec["tie_word_embeddings"]:
             state.pop("lm_head.weight")
     if spec.get("pe_type") == "seq_pe" and encoder_state is not None and not spec.get("encoder"):
-        spec["encoder"] = _inferred(spec, encoder_state)
+        spec["encoder"] = _infer_encoder_spec(spec, encoder_state)
     if spec.get("pe_type") == "seq_pe" and encoder_state is None and signal is None:
         raise InputError("pe_type='seq_pe' needs encoder_state, or given vectors as signal")
     return from_config(torch_config.config_from_spec(spec), state, signal)
 
 
 def from_config(config: Config, state: weights.State, signal: Any = None) -> Model:
-    """Returns the model of a config and of weights under the reference's names (the position model's with `pe_model.`).
+    """Returns the model of a config and of arrays under the reference's names.
+
+    Args:
+      config: of the model.
+      state: arrays, the position model's with the prefix `pe_model.`.
+      signal: float32[P, L, E], position vectors in place of an encoder.
 
     Raises:
-      InputError: as `from_state_dicts`.
+      InputError: an array is missing, left over, of another shape or not finite.
     """
-    sizes = _sizes(config, state)
-    model_spec, rules = ModelSpec.of(config, sizes), weights.rules(config)
+    data_spec = _data_spec(config, state)
+    model_spec, rules = ModelSpec.of(config, data_spec), weights.rules(config)
     shapes = model_spec.shapes
     if signal is not None:
-        given = np.asarray(signal, np.float32)
+        vectors_PLE = np.asarray(signal, np.float32)
         rules = [rule for rule in rules if not rule.ours.startswith("encoding/encoder/")]
-        encoding = PrecomputedVectors(model_spec.encoding, config.encoding.kind, given.shape)
+        encoding = PrecomputedVectors(model_spec.encoding, config.encoding.kind, vectors_PLE.shape)
         model_spec = dataclasses.replace(model_spec, encoding=encoding, has_vectors=False)
-        kept = {name: shape for name, shape in shapes["encoding"].items() if name != "encoder"}
-        shapes = shapes | {"encoding": kept | {"given": jax.ShapeDtypeStruct(given.shape, jnp.float32)}}
+        others = {name: shape for name, shape in shapes["encoding"].items() if name != "encoder"}
+        shapes = shapes | {"encoding": others | {"given": jax.ShapeDtypeStruct(vectors_PLE.shape, jnp.float32)}}
     params = weights.to_params(rules, state)
     if signal is not None:
-        params["encoding"] = dict(params.get("encoding", {})) | {"given": given}
+        params["encoding"] = dict(params.get("encoding", {})) | {"given": vectors_PLE}
     params = check_params(params, shapes)
-    return Model(config, model_spec, sizes, lambda: params)
+    return Model(config, model_spec, data_spec, lambda: params)
 
 
-def _sizes(config: Config, state: weights.State) -> DataSpec:
-    """The sizes of a config that names its vocabulary or classes; photos are normalised as their data set is."""
+def _data_spec(config: Config, state: weights.State) -> DataSpec:
+    """Returns the data spec of a config with a vocabulary or classes; photos are normalised as their data set is."""
     if not config.is_image:
         return DataSpec(vocabulary=config.model.vocabulary)
     dataset, channels = registry.get(config.data.name), num_channels(state)
@@ -126,7 +141,15 @@ def _sizes(config: Config, state: weights.State) -> DataSpec:
 
 
 def check_params(params: Any, shapes: Any) -> Any:
-    """Returns parameters as float32. Raises: InputError: an array has another shape than wanted, or is not finite."""
+    """Returns parameters as float32.
+
+    Args:
+      params: arrays.
+      shapes: tree of the same structure with the expected shapes.
+
+    Raises:
+      InputError: an array has another shape, or is not finite.
+    """
 
     def check(path: Any, leaf: np.ndarray, wanted: jax.ShapeDtypeStruct) -> np.ndarray:
         name = "/".join(names(path))
@@ -139,7 +162,7 @@ def check_params(params: Any, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(check, params, shapes)
 
 
-def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
+def _encoder_model(config: Mapping[str, Any], state: weights.State) -> Model:
     encoding = torch_config.encoding_from_spec({"kind": "seqpe_encoder"} | dict(config))
     axes, out = config.get("data_dim", 1), encoding.output_width
     fields = {field.name for field in dataclasses.fields(SeqPE)} & {
@@ -159,22 +182,22 @@ def _encoder_alone(config: Mapping[str, Any], state: weights.State) -> Model:
     return Model(Config(encoding=encoding), model_spec, DataSpec(), lambda: params)
 
 
-def _named(state: weights.State) -> dict[str, Any]:
-    """The position model's arrays under the names that `weights` knows them by."""
+def _with_prefix(state: weights.State) -> dict[str, Any]:
+    """Returns the position model's arrays with the prefix that `weights` expects."""
     return {name if name.startswith(weights.ENCODER) else weights.ENCODER + name: leaf for name, leaf in state.items()}
 
 
-def _inferred(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
-    """The settings of an encoder that its config leaves out, where the arrays tell them; heads as the model's."""
+def _infer_encoder_spec(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
+    """Returns settings of an encoder, which its config leaves out, from the shapes of its arrays; heads as the model's."""
     state = {name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items()}
     missing = [name for name in ("pos_of_seqpe_embed.weight", "out_proj.weight") if name not in state]
     if missing:
         raise InputError(f"the checkpoint lacks tensors that this model has: {', '.join(missing)}")
-    places, width = np.shape(state["pos_of_seqpe_embed.weight"])
+    digit_indices, width = np.shape(state["pos_of_seqpe_embed.weight"])
     axes = len(state["dim_token_embed"]) if "dim_token_embed" in state else 1
     return {
         "pe_embed_dim": width,
-        "max_digits": places // axes,
+        "max_digits": digit_indices // axes,
         "data_dim": axes,
         "layer_num": len({name.split(".")[1] for name in state if name.startswith("transformers.")}),
         "num_attention_heads": spec.get("n_head") or spec.get("num_heads"),
@@ -185,9 +208,16 @@ def _inferred(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
 
 
 def from_checkpoint(source: torch_reference.ForeignCheckpoint) -> Model:
-    """Returns the model of a checkpoint that has been read. Raises: InputError: as of `loading.load`."""
+    """Returns the model of a checkpoint that has been read.
+
+    Args:
+      source: from `torch_reference.read`.
+
+    Raises:
+      InputError: settings and arrays do not fit together, or a stored table is not the one that the settings describe.
+    """
     model = from_config(torch_config.config_from_spec(source.spec), source.state)
-    for name, table in source.tables.items():
+    for name, table in source.fixed_tables.items():
         rows = min(len(table), 64)
         ours = fixed_table(model.config, model.model_spec, rows)
         if table.ndim != 2 or np.abs(ours - table[:rows]).max(initial=0.0) > 1e-4:

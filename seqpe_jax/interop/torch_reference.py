@@ -1,33 +1,40 @@
-"""The files of others: the PyTorch reference's text and image checkpoints, Hugging Face GPT-2 directories.
+"""Checkpoints of the PyTorch reference, text and images, and Hugging Face GPT-2 folders: read and written as files.
 
-Text: a directory with config.json, pe_config.json (YAML inside), train_args.json and best_model/model.safetensors (the
-model) + model_1.safetensors (the position model). Images: best_model.pth or ckpt_epoch_N.pth, keys model, pe_model, config;
-without torch we write model.safetensors + pe_model.safetensors + config.json (YAML inside) in their place.
+Text: a folder with config.json, pe_config.json (YAML inside), train_args.json and best_model/model.safetensors (the
+model) + model_1.safetensors (the position model). Images: best_model.pth or ckpt_epoch_N.pth with the keys model, pe_model
+and config; without PyTorch installed, model.safetensors + pe_model.safetensors + config.json (YAML inside) are written in
+their place.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from seqpe_jax.config import Config
 from seqpe_jax.data.cache import local_copies
+from seqpe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from seqpe_jax.errors import InputError, suggest
-from seqpe_jax.files import apply_umask
-from seqpe_jax.interop import pickles, weights
-from seqpe_jax.interop.arrays import MODEL, check_state_dict, read_mapping, read_safetensors, read_weights
+from seqpe_jax.files import apply_umask, as_path, atomic_dir, require_empty
+from seqpe_jax.interop import hf, pickles, torch_config, weights
 from seqpe_jax.interop.torch_config import ReferenceSpec
+from seqpe_jax.models.build import ModelSpec
+from seqpe_jax.trees import count
 
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # the files of one; the first set that is there counts
-POSITIONS = {"text": "model_1.safetensors", "images": "pe_model.safetensors"}
+TEXT_ENCODER_FILE = "model_1.safetensors"
+IMAGE_ENCODER_FILE = "pe_model.safetensors"
 
-# The reference's names of settings -> ours in a spec; the second table's go into its "encoder".
-PE = {
+# The reference's names of settings -> names in a `ReferenceSpec`; those of the second table are in its "encoder".
+PE_FIELDS = {
     "PE_TYPE": "pe_type",
     "PE_APPLY_METHOD": "pe_apply_method",
     "USE_PE_MULTI_HEAD": "use_pe_multi_head",
@@ -37,7 +44,7 @@ PE = {
     "SINUSOIDAL_PE_BASE": "sinusoidal_pe_base",
     "PE_MAX_POSITION": "pe_max_position",
 }
-ENCODER = {
+ENCODER_FIELDS = {
     "PE_EMBED_DIM": "pe_embed_dim",
     "NUM_ATTENTION_HEADS": "num_attention_heads",
     "PE_DATA_DIM": "data_dim",
@@ -52,8 +59,8 @@ ENCODER = {
     "SEQPE_TEMPERATURE": "seqpe_temperature",
     "SEQPE_INIT_NORM_WEIGHT": "init_norm_weight",
 }
-REQUIRED = {"SEQPE_SCALE_ATTN_WEIGHTS": True, "SEQPE_ADD_OUT_PROJ": True}  # other values compute something else
-TRAINING = {  # how it was trained; changes nothing of what the weights compute
+REQUIRED_FIELDS = {"SEQPE_SCALE_ATTN_WEIGHTS": True, "SEQPE_ADD_OUT_PROJ": True}  # other values compute something else
+TRAINING_FIELDS = {  # settings of training, which change nothing that the weights compute
     "PE_MAIN_BATCH_SIZE",
     "PE_USE_RANDOM_SHIFT",
     "PE_RANDOM_SHIFT_RATE",
@@ -77,55 +84,7 @@ TRAINING = {  # how it was trained; changes nothing of what the weights compute
     "SEQPE_CONTRASTIVE_BATCH_SIZE",
     "SEQPE_CONTRASTIVE_NUM",
 }
-GPT2 = {
-    "vocab_size",
-    "n_layer",
-    "n_embd",
-    "n_head",
-    "n_inner",
-    "n_positions",
-    "activation_function",
-    "layer_norm_epsilon",
-    "resid_pdrop",
-    "attn_pdrop",
-    "embd_pdrop",
-    "initializer_range",
-    "tie_word_embeddings",
-}
-GPT2_REQUIRED = {"model_type": "gpt2", "add_cross_attention": False}
-# How attention logits are scaled there; ours divide by the square root of the head width, so that the weights that make
-# queries take up what differs (`_rescaled`).
-GPT2_SCALES = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-LINEAR = {"vanilla", "sin", "nope", "rotary"}  # encodings under which a query may be scaled before it gets its position
-GPT2_ABOUT = {
-    "pe_config",
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "n_ctx",
-    "reorder_and_upcast_attn",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-    "task_specific_params",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "output_past",
-    "id2label",
-    "label2id",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "_name_or_path",
-    "_num_labels",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "predict_special_tokens",
-}
+LINEAR_QUERIES = {"vanilla", "sin", "nope", "rotary"}  # encodings before which a query may be scaled
 IMAGE_SECTIONS = {
     "AMP_OPT_LEVEL",
     "AUG",
@@ -152,132 +111,145 @@ DATA_NAMES = {"imagenet": "imagenet2012"}
 
 @dataclasses.dataclass(frozen=True)
 class ForeignCheckpoint:
-    """A checkpoint of others, read.
+    """Settings and arrays of a checkpoint in another format than a run's.
 
     Attributes:
-      spec: see `interop.settings`; state: arrays under the reference's names, the position model's with `pe_model.`.
-      dropped: what the source stores beside the model's weights, and why they are none; tables: those of them that fixed
-        encodings look up there and compute here.
-      files: what was read; tokenizer: files of one, if it has any.
+      spec: settings under the reference's names (`interop.torch_config`).
+      state: arrays under the reference's names, the position model's with the prefix `pe_model.`.
+      left_out: {array that is no weight: reason}.
+      fixed_tables: stored tables of encodings without parameters, which this package computes.
+      files: paths that were read.
+      tokenizer_files: paths of the tokenizer's files; () without one.
     """
 
     spec: ReferenceSpec
     state: dict[str, np.ndarray]
-    dropped: dict[str, str]
-    tables: dict[str, np.ndarray]
+    left_out: dict[str, str]
+    fixed_tables: dict[str, np.ndarray]
     files: tuple[pathlib.Path, ...]
-    tokenizer: tuple[pathlib.Path, ...] = ()
+    tokenizer_files: tuple[pathlib.Path, ...] = ()
 
 
 def read(path: str | pathlib.Path) -> ForeignCheckpoint:
-    """Returns the checkpoint at a path, whichever of the formats it has.
+    """Returns the checkpoint at a path, in any of the formats.
+
+    Args:
+      path: a folder, a .pth file, or gs://BUCKET/NAME of either.
 
     Raises:
       InputError: no such path, none of the formats, a file missing, damaged or refused, an unknown field.
     """
     path = pathlib.Path(*local_copies([str(path)], option="the checkpoint"))
     if path.is_file() and path.suffix in (".pth", ".pt"):
-        return _images(path)
+        return _read_images(path)
     if not path.is_dir():
-        what = "is neither a directory nor a .pth file" if path.exists() else "does not exist"
+        problem = "is neither a directory nor a .pth file" if path.exists() else "does not exist"
         raise InputError(
-            f"{path} {what}: expected a checkpoint of the PyTorch reference or a Hugging Face GPT-2 directory"
+            f"{path} {problem}: expected a checkpoint of the PyTorch reference or a Hugging Face GPT-2 directory"
         )
-    pickled = path / "best_model.pth"
-    if not pickled.is_file():
-        epochs = {
-            int(found[1]): file
-            for file in path.glob("ckpt_epoch_*.pth")
-            if (found := re.search(r"_(\d+)\.pth$", file.name))
-        }
-        pickled = epochs[max(epochs)] if epochs else pickled
-    if pickled.is_file():
-        return _images(pickled)
-    if (path / POSITIONS["images"]).is_file() or "MODEL" in read_mapping(path / "config.json", missing=True):
-        return _images(path)
+    pickled = _newest_pickle(path)
+    if pickled is not None:
+        return _read_images(pickled)
+    if (path / IMAGE_ENCODER_FILE).is_file() or "MODEL" in hf.read_mapping(path / "config.json", missing=True):
+        return _read_images(path)
     if (path / "config.json").is_file():
-        return _text(path)
+        return _read_text(path)
     raise InputError(
-        f"{path} is no checkpoint that can be read: expected config.json, pe_config.json and best_model/{MODEL} (text), "
-        f"best_model.pth or ckpt_epoch_N.pth (images), or config.json and {MODEL} (Hugging Face GPT-2)"
+        f"{path} is no checkpoint that can be read: expected config.json, pe_config.json and best_model/{hf.MODEL_FILE} "
+        f"(text), best_model.pth or ckpt_epoch_N.pth (images), or config.json and {hf.MODEL_FILE} (Hugging Face GPT-2)"
     )
 
 
-def _text(path: pathlib.Path) -> ForeignCheckpoint:
-    settings = read_mapping(path / "config.json")
-    spec: dict[str, Any] = {"kind": "gpt2"}
-    scales = dict(GPT2_SCALES)
-    for name, value in settings.items():
-        if name in GPT2:
-            spec[name] = value
-        elif name in GPT2_REQUIRED:
-            _require(path / "config.json", name, value, GPT2_REQUIRED[name])
-        elif name in GPT2_SCALES:
-            scales[name] = bool(value)
-        elif name not in GPT2_ABOUT:
-            raise InputError(f"{path / 'config.json'}: field '{name}' is unknown.{suggest(name, GPT2 | GPT2_ABOUT)}")
-    positions = path / "pe_config.json"
-    files = [path / "config.json"]
-    if positions.is_file() or settings.get("pe_config"):
-        source = positions if positions.is_file() else path / "config.json"
-        spec |= _positions(source, read_mapping(positions) if positions.is_file() else settings["pe_config"], {"MODEL"})
-        files += [positions] if positions.is_file() else []
+def _newest_pickle(folder: pathlib.Path) -> pathlib.Path | None:
+    """Returns best_model.pth, or the ckpt_epoch_N.pth of the last epoch, or None."""
+    if (folder / "best_model.pth").is_file():
+        return folder / "best_model.pth"
+    epochs = {
+        int(found[1]): file
+        for file in folder.glob("ckpt_epoch_*.pth")
+        if (found := re.search(r"_(\d+)\.pth$", file.name))
+    }
+    return epochs[max(epochs)] if epochs else None
+
+
+def _read_text(path: pathlib.Path) -> ForeignCheckpoint:
+    """Reads a text checkpoint of the reference, or a GPT-2 of Hugging Face, whose layout that is."""
+    file = path / "config.json"
+    settings, files = hf.read_mapping(file), [file]
+    fields, scaling = hf.gpt2_fields(file, settings)
+    spec: dict[str, Any] = {"kind": "gpt2"} | fields
+    pe_file = path / "pe_config.json"
+    if pe_file.is_file():
+        spec |= _pe_spec(pe_file, hf.read_mapping(pe_file), {"MODEL"})
+        files.append(pe_file)
+    elif settings.get("pe_config"):
+        spec |= _pe_spec(file, settings["pe_config"], {"MODEL"})
     else:
         spec |= {"pe_type": "vanilla", "pe_apply_method": "input_add"}
     arguments = path / "train_args.json"
     if arguments.is_file():
-        spec["block_size"] = read_mapping(arguments).get("block_size") or 0
+        spec["block_size"] = hf.read_mapping(arguments).get("block_size") or 0
         files.append(arguments)
     folder = path / "best_model" if (path / "best_model").is_dir() else path
-    found, holding = read_weights(folder)
-    files += holding
-    state, dropped = _gpt2_names(found, holding[0], spec)
-    if scales != GPT2_SCALES:
-        if spec["pe_type"] not in LINEAR:
-            name = next(name for name in scales if scales[name] != GPT2_SCALES[name])
-            _require(path / "config.json", name, scales[name], GPT2_SCALES[name])
-        state = _rescaled(state, spec, scales)
-    encoder = folder / POSITIONS["text"]
+    arrays, weight_files = hf.read_weights(folder)
+    files += weight_files
+    state, left_out = hf.gpt2_state(arrays, weight_files[0], spec.get("tie_word_embeddings", True))
+    if scaling != hf.GPT2_SCALING:
+        if spec["pe_type"] not in LINEAR_QUERIES:
+            name = next(name for name in scaling if scaling[name] != hf.GPT2_SCALING[name])
+            hf.require_value(file, name, scaling[name], hf.GPT2_SCALING[name])
+        state = hf.fold_attention_scaling(state, spec, scaling)
+    encoder = folder / TEXT_ENCODER_FILE
     if encoder.is_file():
         files.append(encoder)
-        state |= {weights.ENCODER + name: leaf for name, leaf in read_safetensors(encoder).items()}
+        state |= {weights.ENCODER + name: leaf for name, leaf in hf.read_safetensors(encoder).items()}
     elif spec["pe_type"] == "seq_pe":
         raise InputError(f"{encoder} is missing: it holds the position encoder's weights")
-    tables = _fixed_tables(spec, state)
-    dropped |= dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
-    offered = (tuple(path / name for name in names) for names in TOKENIZERS)
-    tokenizer = next((files for files in offered if all(file.is_file() for file in files)), ())
-    return ForeignCheckpoint(spec, state, dropped, tables, tuple(files), tokenizer)
+    tables = _pop_fixed_table(spec, state)
+    left_out |= _reasons(tables, spec)
+    return ForeignCheckpoint(spec, state, left_out, tables, tuple(files), hf.tokenizer_files(path))
 
 
-def _images(path: pathlib.Path) -> ForeignCheckpoint:
+def _read_images(path: pathlib.Path) -> ForeignCheckpoint:
+    """Reads an image checkpoint of the reference: a .pth file, or a folder of safetensors."""
     if path.is_file():
         stored, files = pickles.read(path), (path,)
         if not isinstance(stored, dict) or "model" not in stored:
             raise InputError(f"{path} is no checkpoint of the reference: expected the keys model, pe_model, config")
         settings = stored.get("config")
         if not isinstance(settings, dict):
-            settings, files = read_mapping(path.parent / "config.json"), (path, path.parent / "config.json")
-        model, encoder = check_state_dict(stored["model"], path), check_state_dict(stored.get("pe_model") or {}, path)
+            settings, files = hf.read_mapping(path.parent / "config.json"), (path, path.parent / "config.json")
+        model = hf.check_state_dict(stored["model"], path)
+        encoder = hf.check_state_dict(stored.get("pe_model") or {}, path)
+        file = path
     else:
-        files = tuple(
-            file for file in (path / "config.json", path / MODEL, path / POSITIONS["images"]) if file.is_file()
-        )
-        settings, model = read_mapping(path / "config.json"), read_safetensors(path / MODEL)
-        encoder = read_safetensors(path / POSITIONS["images"]) if (path / POSITIONS["images"]).is_file() else {}
-    where = files[0] if path.is_dir() else path
+        names = ("config.json", hf.MODEL_FILE, IMAGE_ENCODER_FILE)
+        files = tuple(path / name for name in names if (path / name).is_file())
+        settings, model = hf.read_mapping(path / "config.json"), hf.read_safetensors(path / hf.MODEL_FILE)
+        encoder = hf.read_safetensors(path / IMAGE_ENCODER_FILE) if (path / IMAGE_ENCODER_FILE).is_file() else {}
+        file = files[0]
+    spec = _image_spec(file, settings, model)
+    state = dict(model) | {weights.ENCODER + name: leaf for name, leaf in encoder.items()}
+    tables, grid_table = _pop_fixed_table(spec, state), f"{weights.ENCODER}weight"
+    if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
+        tables = {grid_table: np.zeros((0, 0), np.float32)}
+    return ForeignCheckpoint(spec, state, _reasons(tables, spec), tables, files)
+
+
+def _image_spec(file: pathlib.Path, settings: Mapping[str, Any], model: Mapping[str, np.ndarray]) -> ReferenceSpec:
+    """Returns the spec of an image checkpoint from its settings and the shapes of its arrays."""
     sections = {name: settings.get(name) or {} for name in ("MODEL", "DATA", "TRAIN")}
     kind = sections["MODEL"].get("TYPE")
     if kind not in VIT_TYPES:
-        raise InputError(f"{where}: MODEL.TYPE is {kind!r}, only {' and '.join(VIT_TYPES)} can be read")
+        raise InputError(f"{file}: MODEL.TYPE is {kind!r}, only {' and '.join(VIT_TYPES)} can be read")
     for name in ("USE_UNK_POS", "USE_IDX_EMB", "USE_DLOCR"):
-        _require(where, f"TRAIN.{name}", sections["TRAIN"].get(name, False), False)
+        hf.require_value(file, f"TRAIN.{name}", sections["TRAIN"].get(name, False), False)
     kernel = model.get("patch_embed.proj.weight")
     mlp = model.get("blocks.0.mlp.fc1.weight")
     if kernel is None or kernel.ndim != 4 or mlp is None or "head.weight" not in model:
-        raise InputError(f"{where} holds no vision transformer: patch_embed.proj, blocks.0.mlp.fc1 or head is missing")
+        raise InputError(f"{file} holds no vision transformer: patch_embed.proj, blocks.0.mlp.fc1 or head is missing")
     width = len(kernel)
-    spec = {
+    return {
         "kind": "vit",
         "embed_dim": width,
         "depth": len({name.split(".")[1] for name in model if name.startswith("blocks.")}),
@@ -288,102 +260,144 @@ def _images(path: pathlib.Path) -> ForeignCheckpoint:
         "num_heads": sections["MODEL"].get("NUM_HEADS") or width // 64,
         "drop_path": sections["MODEL"].get("DROP_PATH_RATE") or 0.0,
         "data_name": DATA_NAMES.get(str(sections["DATA"].get("DATASET")), "imagenet2012"),
-        **_positions(where, settings, IMAGE_SECTIONS),
+        **_pe_spec(file, settings, IMAGE_SECTIONS),
     }
-    state = dict(model) | {weights.ENCODER + name: leaf for name, leaf in encoder.items()}
-    tables, grid_table = _fixed_tables(spec, state), f"{weights.ENCODER}weight"
-    if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
-        tables = {grid_table: np.zeros((0, 0), np.float32)}
-    dropped = dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
-    return ForeignCheckpoint(spec, state, dropped, tables, files)
 
 
-def _positions(file: pathlib.Path, settings: Mapping[str, Any], others: set[str]) -> dict[str, Any]:
-    """The part of a spec that the reference's PE_* and SEQPE_* settings tell."""
+def _pe_spec(file: pathlib.Path, settings: Mapping[str, Any], other_fields: set[str]) -> dict[str, Any]:
+    """Returns the part of a spec that the reference's PE_* and SEQPE_* settings describe.
+
+    Args:
+      file: path of the settings, for messages.
+      settings: by the reference's names.
+      other_fields: names that describe no position encoding, and are passed over.
+
+    Raises:
+      InputError: a field that is unknown or missing, or a value that would compute something else.
+    """
     spec, encoder = {}, {}
     for name, value in settings.items():
-        if name in PE:
-            spec[PE[name]] = value
-        elif name in ENCODER:
-            encoder[ENCODER[name]] = value
-        elif name in REQUIRED:
-            _require(file, name, value, REQUIRED[name])
-        elif name not in TRAINING | others:
-            raise InputError(f"{file}: field '{name}' is unknown.{suggest(name, [*PE, *ENCODER, *TRAINING])}")
+        if name in PE_FIELDS:
+            spec[PE_FIELDS[name]] = value
+        elif name in ENCODER_FIELDS:
+            encoder[ENCODER_FIELDS[name]] = value
+        elif name in REQUIRED_FIELDS:
+            hf.require_value(file, name, value, REQUIRED_FIELDS[name])
+        elif name not in TRAINING_FIELDS | other_fields:
+            known = [*PE_FIELDS, *ENCODER_FIELDS, *TRAINING_FIELDS]
+            raise InputError(f"{file}: field '{name}' is unknown.{suggest(name, known)}")
     if "pe_type" not in spec:
         raise InputError(f"{file}: field 'PE_TYPE' is missing, so the position encoding is unknown")
     if spec["pe_type"] != "seq_pe":
         return spec
-    missing = [
-        name
-        for name, ours in ENCODER.items()
-        if ours in ("pe_embed_dim", "num_attention_heads") and ours not in encoder
-    ]
-    if missing:
-        raise InputError(f"{file}: field '{missing[0]}' is missing")
+    for name in ("PE_EMBED_DIM", "NUM_ATTENTION_HEADS"):
+        if ENCODER_FIELDS[name] not in encoder:
+            raise InputError(f"{file}: field '{name}' is missing")
     return spec | {"encoder": encoder | {"out_proj_dim": spec.get("pe_out_dim")}}
 
 
-def _gpt2_names(
-    found: dict[str, np.ndarray], file: pathlib.Path, spec: ReferenceSpec
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns (arrays with the prefix `transformer.`, what is left out and why)."""
-    state, dropped = {}, {}
-    for name, leaf in found.items():
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if full.endswith((".attn.bias", ".attn.masked_bias")):
-            dropped[name] = "causal mask"
-        else:
-            state[full] = leaf
-    if spec.get("tie_word_embeddings", True):
-        if state.pop("lm_head.weight", None) is not None:
-            dropped["lm_head.weight"] = "tied to the token embedding"
-    elif "lm_head.weight" not in state:
-        raise InputError(
-            f"{file} lacks lm_head.weight, and config.json has tie_word_embeddings=false: give all its weights"
-        )
-    return state, dropped
-
-
-def _rescaled(state: dict[str, np.ndarray], spec: ReferenceSpec, scales: Mapping[str, bool]) -> dict[str, np.ndarray]:
-    """A state whose queries have taken up how attention logits are scaled there: the third of c_attn that makes them."""
-    changed, width = dict(state), int(spec.get("n_embd", 0))
-    for name in state:
-        found = re.fullmatch(r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)", name)
-        if found:
-            factor = 1.0 if scales["scale_attn_weights"] else (width / int(spec["n_head"])) ** 0.5
-            factor /= int(found[1]) + 1 if scales["scale_attn_by_inverse_layer_idx"] else 1
-            array = np.array(state[name], np.float32)
-            array[..., :width] *= np.float32(factor)
-            changed[name] = array
-    return changed
-
-
-def _fixed_tables(spec: ReferenceSpec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Takes the table of a fixed encoding out of a state."""
+def _pop_fixed_table(spec: ReferenceSpec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes the table of an encoding without parameters out of a state, and returns it by name."""
     name = f"{weights.ENCODER}weight"
     on_one_axis = spec["pe_type"] in ("sin", "alibi") or spec.get("pe_apply_method") == "rotary"
     return {name: state.pop(name)} if on_one_axis and spec["pe_type"] != "seq_pe" and name in state else {}
 
 
-def _require(file: pathlib.Path, name: str, value: Any, wanted: Any) -> None:
-    if value != wanted:
-        raise InputError(f"{file}: field '{name}' is {value!r}, only {wanted!r} is supported")
+def _reasons(tables: Mapping[str, np.ndarray], spec: ReferenceSpec) -> dict[str, str]:
+    return dict.fromkeys(tables, f"table of the fixed encoding '{spec['pe_type']}', computed here")
 
 
-def write_text(
-    folder: pathlib.Path, spec: ReferenceSpec, training: ReferenceSpec, state: weights.State
+def num_channels(state: weights.State) -> int:
+    """Returns the channels of the images that a model takes; 3 for a model of text."""
+    kernel = state.get("patch_embed.proj.weight")
+    return 3 if kernel is None else np.shape(kernel)[1]
+
+
+def fixed_table(config: Config, model_spec: ModelSpec, rows: int) -> np.ndarray:
+    """Returns the first rows of the table that the reference stores for an encoding without parameters on one axis.
+
+    Args:
+      config: of the model.
+      model_spec: of the same model.
+      rows: number of positions, from 0.
+
+    Returns:
+      float32: sinusoidal [rows, width]; rotary [rows, head width], sines before cosines; ALiBi [rows, heads], slope times
+      position.
+    """
+    kind, encoding = config.encoding.kind, model_spec.encoding
+    if getattr(encoding, "prefix", 0):  # its rows count the class token
+        encoding = encoding.clone(prefix=0)
+    signal = encoding.apply({}, jnp.arange(rows, dtype=jnp.int32)[None, :, None], shape=(rows,))
+    if kind == "sinusoidal":
+        return np.asarray(signal.input_embedding[0])
+    if kind == "rotary":
+        cos, sin = (np.asarray(part[0, :, 0]) for part in signal.rotation)
+        return np.concatenate([sin, cos], axis=-1)
+    query, key = (np.asarray(part[0], np.float64) for part in signal.logit_query_key)
+    head_width = config.model.width // config.model.heads
+    logits_LH = np.einsum("hf,lhf->lh", query[0], np.broadcast_to(key, (rows, *query.shape[1:])))
+    return (logits_LH * head_width**0.5).astype(np.float32)
+
+
+def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
+    """Writes a model in the reference's text or image layout.
+
+    Args:
+      model: a `seqpe_jax.Model` of a run.
+      output: path of a folder that does not exist or is empty.
+
+    Returns:
+      {"source", "step", "files", "encoding", "parameters", "mapped": {parameter here: [arrays there]}}.
+
+    Raises:
+      InputError: a field that the reference has nothing like. Nothing is written then.
+    """
+    require_empty(output)
+    config, kind, name = model.config, model.config.encoding.kind, model.folder or "the model"
+    if model.model_spec.max_grid is not None:
+        raise InputError(
+            f"{name} is an export, which has no encoder of positions any more: give the --workdir of its run"
+        )
+    sizes = {"vocabulary": model.data_spec.vocabulary, "classes": model.data_spec.classes}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    spec = torch_config.spec_from_config(config, getattr(model.model_spec.encoding, "vector_width", 0))
+    training = torch_config.training_settings(config)
+    rules = weights.rules(config)
+    state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
+    if num_channels(state) != 3:
+        raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
+    if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
+        rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
+        state[f"{weights.ENCODER}weight"] = fixed_table(config, model.model_spec, rows)
+    tokenizer = as_path(model.folder) / TOKENIZER_FILE if model.folder else None
+    with atomic_dir(output) as folder:
+        files = (_write_images if config.is_image else _write_text)(folder, spec, training, state)
+        if tokenizer is not None and tokenizer.is_file():
+            load_tokenizer(tokenizer).save(folder)
+        names = [str(file.relative_to(folder)) for file in files]
+    return {
+        "source": model.folder,
+        "step": model.step,
+        "files": names,
+        "encoding": kind,
+        "parameters": count(model.params),
+        "mapped": {rule.ours: list(rule.theirs) for rule in rules},
+    }
+
+
+def _write_text(
+    folder: pathlib.Path, spec: ReferenceSpec, training: Mapping[str, Any], state: weights.State
 ) -> list[pathlib.Path]:
-    """Writes a spec (kind gpt2), how it was trained, and its arrays in the reference's text layout; returns the files."""
-    positions = {"MODEL": {}} | _settings(spec) | training
-    model = {name: spec[name] for name in GPT2 if name in spec} | {
+    """Writes a spec (kind gpt2), settings of its training and its arrays; returns the files."""
+    positions = {"MODEL": {}} | _pe_settings(spec) | training
+    model = {name: spec[name] for name in hf.GPT2_FIELDS if name in spec} | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "pe_config": positions,
         "reorder_and_upcast_attn": False,
-        "scale_attn_by_inverse_layer_idx": False,
-        "scale_attn_weights": True,
         "use_cache": True,
+        **hf.GPT2_SCALING,
     }
     arguments = {
         "block_size": spec["block_size"],
@@ -403,15 +417,15 @@ def write_text(
     files[0].write_text(json.dumps(model, indent=2, sort_keys=True) + "\n")
     files[1].write_text(yaml.safe_dump(positions))
     files[2].write_text(json.dumps(arguments, indent=2) + "\n")
-    return files + _weights(folder / "best_model", state, POSITIONS["text"])
+    return files + _write_safetensors(folder / "best_model", state, TEXT_ENCODER_FILE)
 
 
-def write_images(
-    folder: pathlib.Path, spec: ReferenceSpec, training: ReferenceSpec, state: weights.State
+def _write_images(
+    folder: pathlib.Path, spec: ReferenceSpec, training: Mapping[str, Any], state: weights.State
 ) -> list[pathlib.Path]:
-    """Writes a spec (kind vit), how it was trained, and its arrays in the reference's image layout; returns the files.
+    """Writes a spec (kind vit), settings of its training and its arrays; returns the files.
 
-    With torch best_model.pth, which the authors' scripts load; without it model.safetensors and pe_model.safetensors.
+    With PyTorch installed best_model.pth, which the authors' scripts load; else model.safetensors and pe_model.safetensors.
     """
     settings = {
         "MODEL": {
@@ -429,7 +443,7 @@ def write_images(
             ),
         },
         "TRAIN": {"PATCH_SIZE": spec["patch_size"]},
-        **_settings(spec),
+        **_pe_settings(spec),
         **training,
     }
     file = folder / "config.json"
@@ -437,8 +451,8 @@ def write_images(
     try:
         import torch
     except ImportError:
-        return [file, *_weights(folder, state, POSITIONS["images"])]
-    model, encoder = _parted(state)
+        return [file, *_write_safetensors(folder, state, IMAGE_ENCODER_FILE)]
+    model, encoder = _split_encoder(state)
     stored = {
         "model": {name: torch.from_numpy(leaf) for name, leaf in model.items()},
         "pe_model": {name: torch.from_numpy(leaf) for name, leaf in encoder.items()} or None,
@@ -450,27 +464,24 @@ def write_images(
     return [file, folder / "best_model.pth"]
 
 
-def _settings(spec: ReferenceSpec) -> dict[str, Any]:
-    """The reference's PE_* and SEQPE_* settings of a spec."""
+def _pe_settings(spec: ReferenceSpec) -> dict[str, Any]:
+    """Returns the reference's PE_* and SEQPE_* settings of a spec."""
     encoder = spec.get("encoder") or {}
-    found = {name: spec[ours] for name, ours in PE.items() if ours in spec}
-    return (
-        found
-        | {name: encoder[ours] for name, ours in ENCODER.items() if ours in encoder}
-        | (REQUIRED if encoder else {})
-    )
+    settings = {name: spec[key] for name, key in PE_FIELDS.items() if key in spec}
+    settings |= {name: encoder[key] for name, key in ENCODER_FIELDS.items() if key in encoder}
+    return settings | (REQUIRED_FIELDS if encoder else {})
 
 
-def _parted(state: weights.State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    encoder = {
-        name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items() if name.startswith(weights.ENCODER)
-    }
-    return {name: leaf for name, leaf in state.items() if not name.startswith(weights.ENCODER)}, encoder
+def _split_encoder(state: weights.State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns (arrays of the model, arrays of the position model without their prefix)."""
+    model = {name: leaf for name, leaf in state.items() if not name.startswith(weights.ENCODER)}
+    encoder = {name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items() if name not in model}
+    return model, encoder
 
 
-def _weights(folder: pathlib.Path, state: weights.State, second: str) -> list[pathlib.Path]:
+def _write_safetensors(folder: pathlib.Path, state: weights.State, encoder_file: str) -> list[pathlib.Path]:
     files = []
-    for arrays, name in zip(_parted(state), (MODEL, second), strict=True):
+    for arrays, name in zip(_split_encoder(state), (hf.MODEL_FILE, encoder_file), strict=True):
         if arrays:
             save_file(arrays, folder / name, metadata={"format": "pt"})
             apply_umask(folder / name)  # safetensors makes it for its owner alone

@@ -3,7 +3,7 @@
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.interop.arrays import read_mapping
+from seqpe_jax.interop.hf import read_mapping
 
 
 @pytest.mark.parametrize(

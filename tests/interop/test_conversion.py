@@ -330,18 +330,18 @@ def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     files = (tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
-    assert convert._tokenizer(files, "").eos_id == 256
+    assert convert._load_tokenizer(files, "").eos_id == 256
     (tmp_path / "config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
-    found = convert._tokenizer(files, "")
+    found = convert._load_tokenizer(files, "")
     assert found.eos_id == 257 and not found.lost_characters("Grüße, 世界!\n")
     (tmp_path / "added_tokens.json").write_text('{"<new>": 258}')
     for file in files:
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert convert._tokenizer(files, "").encode(b"<new>").tolist() == [258]
+    assert convert._load_tokenizer(files, "").encode(b"<new>").tolist() == [258]
     files[0].write_text("{")
     with pytest.raises(InputError, match="vocab.json and merges.txt in .* are no tokenizer"):
-        convert._tokenizer(files, "")
+        convert._load_tokenizer(files, "")
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])

@@ -333,7 +333,7 @@ def test_an_export_that_is_stopped_leaves_nothing(on_text, tmp_path):
 import os, signal, sys
 sys.argv = ["export", "--checkpoint={on_text}", "--output={tmp_path / "out" / "export"}", "--platforms=cpu"]
 from absl import flags
-from seqpe_jax import command, export
+from seqpe_jax.cli import common, export
 from seqpe_jax.inference import export as writing
 def stopped(path, config):
     assert sorted(os.listdir(path)) == ["README.md", "model.stablehlo", "params.safetensors", "sizes.json"]
@@ -343,7 +343,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in t
 for number in (signal.SIGINT, signal.SIGTERM):  # each in a fork: importing takes longer than all else
     child = os.fork()
     if not child:
-        command.run(export.main)
+        common.run(export.main)
         os._exit(0)
     print("left", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.listdir("{tmp_path / "out"}"), flush=True)
 """

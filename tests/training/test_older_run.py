@@ -9,7 +9,7 @@ import pytest
 
 import seqpe_jax
 from seqpe_jax import config
-from seqpe_jax.interop.writing import write_run
+from seqpe_jax.interop.run_writer import write_run
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.reporting.study import read_study
 from seqpe_jax.training.checkpoint import read_config, write_config

@@ -1,0 +1,251 @@
+"""Model folders in Hugging Face's layout: weights in safetensors or pickles, in shards or not, and GPT-2's config.json."""
+
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  registers bfloat16, which safetensors asks NumPy for
+import numpy as np
+import safetensors
+import yaml
+
+from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.interop import pickles
+
+MODEL_FILE = "model.safetensors"
+PICKLED_MODEL_FILE = "pytorch_model.bin"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set makes a tokenizer; the first counts
+
+# Fields of a GPT-2 config.json that change what the model computes, or how it starts.
+GPT2_FIELDS = {
+    "vocab_size",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_positions",
+    "activation_function",
+    "layer_norm_epsilon",
+    "resid_pdrop",
+    "attn_pdrop",
+    "embd_pdrop",
+    "initializer_range",
+    "tie_word_embeddings",
+}
+GPT2_REQUIRED = {"model_type": "gpt2", "add_cross_attention": False}  # other values compute something else
+# How attention logits are scaled. Models here divide them by the square root of the head width, so that the weights
+# which make queries take up any other scaling (`fold_attention_scaling`).
+GPT2_SCALING = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+GPT2_IGNORED = {
+    "pe_config",
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "n_ctx",
+    "reorder_and_upcast_attn",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    "task_specific_params",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "output_past",
+    "id2label",
+    "label2id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "_name_or_path",
+    "_num_labels",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "predict_special_tokens",
+}
+
+
+def read_mapping(file: pathlib.Path, *, missing: bool = False) -> dict[str, Any]:
+    """Returns the mapping in a JSON or YAML file.
+
+    Args:
+      file: path of the file.
+      missing: return {} where there is no such file.
+
+    Raises:
+      InputError: the file cannot be read, or is not a mapping.
+    """
+    if missing and not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, an impossible date, nested too deep
+        raise InputError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file} must hold a mapping of settings")
+    return found
+
+
+def require_value(file: pathlib.Path, name: str, value: Any, required: Any) -> None:
+    """Raises InputError where a field has another value than the only one that this code computes."""
+    if value != required:
+        raise InputError(f"{file}: field '{name}' is {value!r}, only {required!r} is supported")
+
+
+def read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], list[pathlib.Path]]:
+    """Returns (arrays by name, files read) of a model's weights, in one file or in shards with an index.
+
+    Raises:
+      InputError: there are no weights, a shard is missing or damaged, or an index names arrays that are not there.
+    """
+    for name, read in ((MODEL_FILE, read_safetensors), (PICKLED_MODEL_FILE, _read_pickled)):
+        file, index = folder / name, folder / f"{name}.index.json"
+        if file.is_file():
+            return read(file), [file]
+        if index.is_file():
+            return _read_shards(index, read)
+    raise InputError(f"{folder / MODEL_FILE} is missing: it holds the model's weights")
+
+
+def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a safetensors file by name.
+
+    Raises:
+      InputError: the file is missing, damaged or cut short.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} is missing: it holds weights")
+    try:
+        with safetensors.safe_open(file, "np") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  not a dict
+    except Exception as error:  # the library raises several kinds
+        raise InputError(f"{file} is damaged or cut short: {error}") from error
+
+
+def check_state_dict(found: Any, file: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the arrays by name that a pickle held.
+
+    Raises:
+      InputError: it held something else.
+    """
+    if not isinstance(found, dict) or not all(isinstance(leaf, np.ndarray) for leaf in found.values()):
+        raise InputError(f"{file} is no state dict: expected tensors by name")
+    return dict(found)
+
+
+def _read_pickled(file: pathlib.Path) -> dict[str, np.ndarray]:
+    return check_state_dict(pickles.read(file), file)
+
+
+def _read_shards(
+    index: pathlib.Path, read: Callable[[pathlib.Path], dict[str, np.ndarray]]
+) -> tuple[dict[str, Any], list[pathlib.Path]]:
+    """Returns (arrays by name, files read) of the shards that an index names."""
+    file_of = read_mapping(index).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
+        raise InputError(f"{index} must hold a weight_map, tensor -> file: get it again from where the checkpoint came")
+    shards = sorted(set(file_of.values()))
+    for shard in shards:
+        if pathlib.PurePath(shard).name != shard:
+            raise InputError(f"{index} names a file outside of its folder, '{shard}': get it again")
+        if not (index.parent / shard).is_file():
+            raise InputError(
+                f"{index.parent / shard} is missing: {index.name} names {len(shards)} parts, and this is one"
+            )
+    found: dict[str, np.ndarray] = {}
+    for shard in shards:
+        arrays = read(index.parent / shard)
+        names = [name for name, file in file_of.items() if file == shard]
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise InputError(
+                f"{index.parent / shard} lacks {missing[0]}, which {index.name} says is there: get it again"
+            )
+        found |= {name: arrays[name] for name in names}
+    return found, [index, *(index.parent / shard for shard in shards)]
+
+
+def gpt2_fields(file: pathlib.Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Returns (fields of the model, scaling of attention logits) of a GPT-2's config.json.
+
+    Args:
+      file: path of config.json, for messages.
+      settings: its content.
+
+    Raises:
+      InputError: a field that is unknown, or a value that would compute something else.
+    """
+    fields, scaling = {}, dict(GPT2_SCALING)
+    for name, value in settings.items():
+        if name in GPT2_FIELDS:
+            fields[name] = value
+        elif name in GPT2_REQUIRED:
+            require_value(file, name, value, GPT2_REQUIRED[name])
+        elif name in GPT2_SCALING:
+            scaling[name] = bool(value)
+        elif name not in GPT2_IGNORED:
+            raise InputError(f"{file}: field '{name}' is unknown.{suggest(name, GPT2_FIELDS | GPT2_IGNORED)}")
+    return fields, scaling
+
+
+def gpt2_state(
+    arrays: Mapping[str, np.ndarray], file: pathlib.Path, tied: bool
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns (arrays under names with the prefix `transformer.`, {array left out: reason}) of a GPT-2.
+
+    Args:
+      arrays: by name, with or without the prefix.
+      file: path of the weights, for messages.
+      tied: whether the output layer is the token embedding (tie_word_embeddings).
+
+    Raises:
+      InputError: an output layer of its own is missing.
+    """
+    state, left_out = {}, {}
+    for name, leaf in arrays.items():
+        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if full.endswith((".attn.bias", ".attn.masked_bias")):
+            left_out[name] = "causal mask"
+        else:
+            state[full] = leaf
+    if tied:
+        if state.pop("lm_head.weight", None) is not None:
+            left_out["lm_head.weight"] = "tied to the token embedding"
+    elif "lm_head.weight" not in state:
+        raise InputError(
+            f"{file} lacks lm_head.weight, and config.json has tie_word_embeddings=false: give all its weights"
+        )
+    return state, left_out
+
+
+def fold_attention_scaling(
+    state: Mapping[str, np.ndarray], fields: Mapping[str, Any], scaling: Mapping[str, bool]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays with the scaling of attention logits multiplied into the queries' third of c_attn.
+
+    Args:
+      state: arrays of `gpt2_state`.
+      fields: n_embd and n_head of the model.
+      scaling: values of the fields in `GPT2_SCALING`.
+    """
+    scaled, width = dict(state), int(fields["n_embd"])
+    for name in state:
+        found = re.fullmatch(r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)", name)
+        if found:
+            factor = 1.0 if scaling["scale_attn_weights"] else (width / int(fields["n_head"])) ** 0.5
+            factor /= int(found[1]) + 1 if scaling["scale_attn_by_inverse_layer_idx"] else 1
+            array = np.array(state[name], np.float32)
+            array[..., :width] *= np.float32(factor)
+            scaled[name] = array
+    return scaled
+
+
+def tokenizer_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Returns the files of a folder's tokenizer; () without one."""
+    offered = (tuple(folder / name for name in names) for names in TOKENIZER_FILES)
+    return next((files for files in offered if all(file.is_file() for file in files)), ())
