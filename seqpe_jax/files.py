@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from seqpe_jax.stores import RemotePath
 
 GCS_SCHEME = "gs://"
-EVALUATION_FILE = "evaluation.json"  # of a run's folder: what `evaluate` found of it
-COMMIT_MARKER = (
-    "commit_success.txt"  # in a store, where nothing is renamed, Orbax writes it into a checkpoint last of all
-)
 AnyPath = Any  # a `pathlib.Path`, or a `stores.RemotePath`, which has the same methods and some more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -164,60 +160,6 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         ) from error
 
 
-# What runs, exports and converted models keep under names of their own, and what sweeps do.
-OWN_FILES = {
-    "config.json",
-    "sizes.json",
-    "data.json",
-    "digests.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "classes.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "metrics.jsonl",
-    "owner.json",
-    "log.txt",
-    "conversion.json",
-    "restored.json",
-    "similarity.npz",
-    "attention.npz",
-    "readme.md",
-    "model.stablehlo",
-    "params.safetensors",
-    "checkpoints",
-    "tensorboard",
-    "profile",
-    EVALUATION_FILE,
-}
-OWN_OF_SWEEPS = {"sweep.json", "optuna.db"}
-
-
-def check_not_own(path: str | os.PathLike, option: str, allowed: tuple[str, ...] = ()) -> None:
-    """Refuses an output that would take the place of what a run, a sweep or an export keeps, or lie among checkpoints.
-
-    Args:
-      allowed: names of such files that this option is for.
-
-    Raises:
-      InputError: names the folder.
-    """
-    target = as_path(path)
-    target = target.parent.resolve() / target.name
-    name = target.name.lower()  # some file systems hold CONFIG.JSON to be the same
-    own = name in OWN_FILES or re.fullmatch(r"answers_\d+\.jsonl", name)
-    known_by = ("config.json", "checkpoints") if own else OWN_OF_SWEEPS & {name}
-    if name not in allowed and any((target.parent / known).exists() for known in known_by):
-        raise InputError(
-            f"{option}={path} is the name of something that the run, sweep or export in {target.parent} keeps: name another"
-        )
-    for above in (target, *target.parents):
-        if above.name == "checkpoints" and (above.parent / "config.json").exists():
-            raise InputError(
-                f"{option}={path} lies among the checkpoints of the run in {above.parent}: name another place"
-            )
-
-
 def check_readable(path: str | os.PathLike, option: str) -> None:
     """Refuses a bucket that is not there, or not for this user; files are told by who reads them. Raises: InputError."""
     if is_remote(path):
@@ -241,7 +183,7 @@ def apply_umask(path: str | os.PathLike) -> None:
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
 
 
-def lock(file: Any, wait: bool = False) -> bool | None:
+def lock_file(file: Any, wait: bool = False) -> bool | None:
     """Takes the lock of an open file; the kernel lets it go when the file is closed or its process ends, however it ends.
 
     Args:

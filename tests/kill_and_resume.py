@@ -23,7 +23,8 @@ import time
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from seqpe_jax.files import atomic_write
-from seqpe_jax.training.checkpoint import COMMIT_MARKER, TMP_SUFFIX
+from seqpe_jax.run_dir import COMMIT_MARKER
+from seqpe_jax.training.checkpoint import TMP_SUFFIX
 from tests.commands import Commands, Running, train_arguments
 from tests.emulator import Store, files_of
 from tests.training.test_processes import _free_port, hosts

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from seqpe_jax import config
-from seqpe_jax.tasks.data_spec import write_data_spec
-from seqpe_jax.training.checkpoint import Checkpointer, write_config
+from seqpe_jax.run_dir import RunDir
+from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import random_state, tiny_config
 
@@ -267,8 +267,8 @@ def _saved(folder: pathlib.Path, settings: config.Config) -> None:
     checkpoints = Checkpointer(folder)
     checkpoints.save(2, random_state(trainer, 0.2), {"seconds": 1.0})
     checkpoints.close()
-    write_config(folder, config.to_dict(trainer.config))  # with the random bits that training resolves
-    write_data_spec(folder, trainer.task.data_spec)
+    RunDir(folder).write_config(config.to_dict(trainer.config))  # with the random bits that training resolves
+    RunDir(folder).write_data_spec(trainer.task.data_spec)
     trainer.task.save_assets(folder)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from seqpe_jax import config, files
 from seqpe_jax.errors import InputError, StoreError
-from seqpe_jax.files import apply_umask, as_path, cache_root, check_not_own, check_writable, expand_path
+from seqpe_jax.files import apply_umask, as_path, cache_root, check_writable, expand_path
+from seqpe_jax.run_dir import OUTPUT_FILES, check_output_path
 from tests.tiny import ROOT
 
 
@@ -57,24 +58,24 @@ def test_what_a_run_keeps_is_no_output(tmp_path, known, monkeypatch):
     (run / "sub").mkdir(parents=True)
     (run / known).mkdir()
     (tmp_path / "link").symlink_to(run)
-    own = files.OWN_FILES | {"answers_64.jsonl", "CONFIG.JSON", "sub/../metrics.jsonl", "sizes.json"}
+    own = OUTPUT_FILES | {"answers_64.jsonl", "CONFIG.JSON", "sub/../metrics.jsonl", "sizes.json"}
     if known == "sweep.json":
         own = {known}
-        check_not_own(run / "profile", "--workdir")  # a run of a sweep may have this name
+        check_output_path(run / "profile", "--workdir")  # a run of a sweep may have this name
     for name in own:
         for place in (run, tmp_path / "link"):
             with pytest.raises(InputError, match=f"--output=.* is the name of something that the run.*{run} keeps"):
-                check_not_own(place / name, "--output")
-    check_not_own(run / "evaluation.json", "--output", allowed=("evaluation.json",))
+                check_output_path(place / name, "--output")
+    check_output_path(run / "evaluation.json", "--output", allowed=("evaluation.json",))
     for free in (run / "benchmark.json", run / "report", run / "answers.jsonl", tmp_path / "config.json"):
-        check_not_own(free, "--output")
+        check_output_path(free, "--output")
     monkeypatch.chdir(run)
     with pytest.raises(InputError, match="keeps: name another"):
-        check_not_own(sorted(own)[-1], "--output")
+        check_output_path(sorted(own)[-1], "--output")
     (run / "config.json").mkdir(exist_ok=True)
     for name in ("checkpoints/4/x.json", "checkpoints/7"):
         with pytest.raises(InputError, match="lies among the checkpoints of the run in"):
-            check_not_own(run / name, "--output")
+            check_output_path(run / name, "--output")
 
 
 @pytest.mark.parametrize(

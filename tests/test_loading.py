@@ -5,7 +5,8 @@ import json
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.loading import data_spec_of, export_section, is_run_or_export, load_run_config
+from seqpe_jax.loading import data_spec_of, is_run_or_export, load_run_config
+from seqpe_jax.run_dir import RunDir
 from tests.tiny import tiny_config
 
 
@@ -29,9 +30,9 @@ from tests.tiny import tiny_config
 def test_an_export_that_does_not_say_what_it_serves_is_refused(tmp_path, section):
     (tmp_path / "config.json").write_text(json.dumps({"export": section}))
     with pytest.raises(InputError, match="section 'export' is damaged: export the run again"):
-        export_section(str(tmp_path))
+        _ = RunDir(tmp_path).export_section
     (tmp_path / "config.json").write_text(json.dumps({"export": {"step": 3, "reach": [8, 8]}}))
-    assert export_section(str(tmp_path))["reach"] == [8, 8]
+    assert RunDir(tmp_path).export_section["reach"] == [8, 8]
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "3", '"config"', "[" * 100_000, '{"a":' * 100_000])

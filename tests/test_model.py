@@ -14,9 +14,9 @@ from seqpe_jax.data import images as image_data
 from seqpe_jax.data import tokens as text_data
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import DataSpec
-from seqpe_jax.tasks.data_spec import SIZES_FILE, read_data_spec, write_data_spec
+from seqpe_jax.run_dir import DATA_SPEC_FILE, RunDir
 from seqpe_jax.training import optimizer as optimizers
-from seqpe_jax.training.checkpoint import Checkpointer, write_config
+from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from tests.serving.test_exported import vit_config
 from tests.tiny import random_state, tiny_config
@@ -30,8 +30,8 @@ def saved(folder, settings, step=3):
     checkpoints = Checkpointer(folder)
     checkpoints.save(step, random_state(trainer, 0.2), {})
     checkpoints.close()
-    write_config(folder, config.to_dict(settings))
-    write_data_spec(folder, trainer.task.data_spec)
+    RunDir(folder).write_config(config.to_dict(settings))
+    RunDir(folder).write_data_spec(trainer.task.data_spec)
     trainer.task.save_assets(folder)
     return folder
 
@@ -197,9 +197,9 @@ def test_a_released_checkpoint_opens_the_same_way(goldens, no_data, tmp_path):
 
 def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path, no_data):
     for folder, expected in ((run, DataSpec(vocabulary=256)), (photos, DataSpec(0, 10, 1, (0.3051,), (0.3761,)))):
-        assert read_data_spec(folder) == expected
+        assert RunDir(folder).data_spec == expected
         shutil.copytree(folder, tmp_path / folder.name)
-        (tmp_path / folder.name / SIZES_FILE).unlink()
+        (tmp_path / folder.name / DATA_SPEC_FILE).unlink()
         assert loading.open_model(str(tmp_path / folder.name)).data_spec == expected
 
 
@@ -289,6 +289,6 @@ def test_a_folder_that_is_no_model_is_told(tmp_path, run):
         seqpe_jax.load(newer)
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
-    (damaged / SIZES_FILE).write_text('{"vocabulary": "many"}')
+    (damaged / DATA_SPEC_FILE).write_text('{"vocabulary": "many"}')
     with pytest.raises(InputError, match="sizes.json cannot be read"):
         seqpe_jax.load(damaged)

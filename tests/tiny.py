@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqpe_jax import config
+from seqpe_jax import checksums, config, run_dir
 from seqpe_jax.config import Config
-from seqpe_jax.training import checksums
 from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.training.step import TrainState, create_train_state
 
@@ -74,10 +73,10 @@ def older(run: pathlib.Path) -> None:
     """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
     for name in (checksums.DIGESTS_FILE, "data.json"):
         (run / name).unlink(missing_ok=True)  # a converted run has no fingerprints
-    for step in (run / checksums.CHECKPOINTS_DIR).iterdir():
-        meta = json.loads((step / checksums.META_FILE).read_text())
-        del meta[checksums.SIDE_FILES]
-        (step / checksums.META_FILE).write_text(json.dumps(meta))
+    for step in (run / run_dir.CHECKPOINTS_DIR).iterdir():
+        meta = json.loads((step / run_dir.META_FILE).read_text())
+        del meta[run_dir.SIDE_FILES_KEY]
+        (step / run_dir.META_FILE).write_text(json.dumps(meta))
         checksums.write_checksums(step)
 
 

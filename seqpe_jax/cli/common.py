@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from seqpe_jax import config
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
-from seqpe_jax.files import check_not_own, check_readable, check_writable, expand_path
+from seqpe_jax.files import check_readable, check_writable, expand_path
+from seqpe_jax.run_dir import check_output_path
 from seqpe_jax.trees import flat
 
 flags.disclaim_key_flags()  # the flags of `define_process_flags` are those of the command that calls it
@@ -38,7 +39,7 @@ class _Path(flags.ArgumentParser):
         path = expand_path(argument, local=self._local)
         if self._writes:
             check_writable(path, self._writes == "folder", f"--{self._name}")
-            check_not_own(path, f"--{self._name}", self._allowed)
+            check_output_path(path, f"--{self._name}", self._allowed)
         else:
             check_readable(path, f"--{self._name}")
         return path
@@ -55,7 +56,7 @@ def define_path(
     Args:
       writes: "file" or "folder" where the command writes one there; it is refused at the start if it cannot.
       local: why it must be of this machine's file system, in words; "" = it may be in a store.
-      allowed: names that a run's folder keeps and this option is meant to write (`files.OWN_FILES`); others are refused.
+      allowed: names that a run's folder keeps and this option is meant to write (`run_dir.OUTPUT_FILES`); others are refused.
     """
     return flags.DEFINE(_Path(name, writes, local, allowed), name, None, help)
 

@@ -11,7 +11,8 @@ from absl import flags
 
 from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import EVALUATION_FILE, as_path
+from seqpe_jax.files import as_path
+from seqpe_jax.run_dir import EVALUATION_FILE
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = common.define_checkpoint_choice()

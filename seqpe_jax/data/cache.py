@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import tqdm
 
 from seqpe_jax.errors import InputError, check_utf8_name
-from seqpe_jax.files import AnyPath, as_path, atomic_file, cache_root, is_remote, list_files, lock
+from seqpe_jax.files import AnyPath, as_path, atomic_file, cache_root, is_remote, list_files, lock_file
 
 PARALLEL_DOWNLOADS = 16  # objects
 UNFINISHED_PREFIX = ".unfinished-"
@@ -43,10 +43,10 @@ def locked(target: pathlib.Path) -> Iterator[bool]:
 
 
 def _lock(handle, target: pathlib.Path) -> bool:
-    ours = lock(handle)
+    ours = lock_file(handle)
     if ours is False:
         print(f"waiting for another process that prepares {target.name}", file=sys.stderr, flush=True)
-        ours = lock(handle, wait=True)
+        ours = lock_file(handle, wait=True)
     return bool(ours)  # without locks, directories are still moved into place whole
 
 

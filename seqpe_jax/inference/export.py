@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from seqpe_jax import config
+from seqpe_jax.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.config import Config
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
@@ -16,11 +17,8 @@ from seqpe_jax.inference import exported
 from seqpe_jax.models.attention_dispatch import DEFAULT_BLOCK
 from seqpe_jax.models.build import Params, Shape
 from seqpe_jax.reporting import study, tables
+from seqpe_jax.run_dir import EXPORT_SECTION, RunDir
 from seqpe_jax.tasks import Task
-from seqpe_jax.tasks.data_spec import write_data_spec
-from seqpe_jax.tasks.fingerprints import read_fingerprints, write_fingerprints
-from seqpe_jax.training.checkpoint import write_config
-from seqpe_jax.training.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.trees import count
 
 
@@ -78,11 +76,12 @@ def write(
             card, encoding="utf-8", errors="backslashreplace"
         )  # a name may be any bytes
         model.task.copy_assets(folder)
-        write_data_spec(folder, model.data_spec)
-        write_config(folder, config.to_dict(model.config) | {exported.SECTION: section})
-        if model.folder and (known := read_fingerprints(model.folder)):
-            write_fingerprints(folder, known)
-        write_checksums(folder, but=(exported.CARD,))  # which people may add to
+        written = RunDir(folder)
+        written.write_data_spec(model.data_spec)
+        written.write_config(config.to_dict(model.config) | {EXPORT_SECTION: section})
+        if model.folder and (fingerprints := RunDir(model.folder).fingerprints):
+            written.write_fingerprints(fingerprints)
+        write_checksums(folder, exclude=(exported.CARD,))  # which people may add to
 
 
 def described(model: Any, params: Params, eval_size: Shape, platforms: tuple[str, ...]) -> dict[str, str]:

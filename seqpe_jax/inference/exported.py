@@ -16,7 +16,6 @@ from seqpe_jax.files import apply_umask, as_path, is_remote
 from seqpe_jax.trees import Tree, flat, nested
 
 PARAMS, FUNCTION, CARD = "params.safetensors", "model.stablehlo", "README.md"
-SECTION = "export"  # of config.json: what is served; a run's config has none
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from seqpe_jax import config as configs
+from seqpe_jax.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.files import atomic_dir, require_empty
 from seqpe_jax.models.build import DataSpec, Params
-from seqpe_jax.tasks.data_spec import write_data_spec
-from seqpe_jax.training.checkpoint import Checkpointer, write_config
-from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, write_checksums
+from seqpe_jax.run_dir import SIDE_FILES_KEY, RunDir
+from seqpe_jax.training.checkpoint import Checkpointer
 
 REPORT_FILE = "conversion.json"
 
@@ -42,13 +42,13 @@ def write_run(
     """
     require_empty(output)
     with atomic_dir(output) as folder:
-        write_config(folder, configs.to_dict(config))
-        write_data_spec(folder, data_spec)
+        RunDir(folder).write_config(configs.to_dict(config))
+        RunDir(folder).write_data_spec(data_spec)
         if save_assets is not None:
             save_assets(folder)
         write_checksums(folder)
         checkpoints = Checkpointer(folder)
-        meta = {"params_only": True, SIDE_FILES: DIGESTS_FILE} | ({"converted": report["source"]} if report else {})
+        meta = {"params_only": True, SIDE_FILES_KEY: DIGESTS_FILE} | ({"converted": report["source"]} if report else {})
         checkpoints.save(step, {"params": params}, meta)
         checkpoints.close()
         if report is not None:

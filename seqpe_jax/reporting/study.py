@@ -12,7 +12,6 @@ import numpy as np
 
 from seqpe_jax.config import Config, encoding_name, to_dict
 from seqpe_jax.data.registry import COUNT_NAMES, DATA_IMAGE, DATA_TEXT, DATASETS, Dataset
-from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path
 from seqpe_jax.reporting.load_run import (
@@ -24,7 +23,7 @@ from seqpe_jax.reporting.load_run import (
     read_similarity,
     scale_of,
 )
-from seqpe_jax.training.checksums import check_side_files
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.trees import flat, nested
 
 SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
@@ -234,12 +233,12 @@ def read_study(workdir: str | os.PathLike) -> Study:
 
 def read_run(folder: AnyPath) -> Run:
     """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
-    check_side_files(folder)
+    (run_dir := RunDir(folder)).check_files()
     config = config_of(object_of((file := folder / "config.json").read_bytes(), str(file)), str(file))
     run = Run(
         folder.resolve().name,
         config,
-        read_metrics(folder),
+        run_dir.read_metrics(),
         read_evaluation(folder),
         read_similarity(folder),
         read_attention(folder),

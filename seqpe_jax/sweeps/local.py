@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from seqpe_jax.distributed.progress import STORE_SECONDS, ProgressLine
+from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.files import is_remote
+from seqpe_jax.run_dir import UPLOAD_SECONDS
 from seqpe_jax.sweeps.run import Locked, RunProcess, SweepRun, is_locked, outcomes_of
 from seqpe_jax.sweeps.trial_graph import TrialGraph
 
@@ -213,7 +214,7 @@ def execute(
     """
     names = {run.name for run in todo}
     outcomes = outcomes_of(run for run in runs if run.name not in names)
-    seconds = STORE_SECONDS if is_remote(runs[0].folder) else FOLDER_SECONDS
+    seconds = UPLOAD_SECONDS if is_remote(runs[0].folder) else FOLDER_SECONDS
     pending = _Pending(todo, graph)
     with (
         Jobs(jobs) as at_work,

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from seqpe_jax import config
-from seqpe_jax.distributed.progress import METRICS_FILE, read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import EVALUATION_FILE, as_path, atomic_dir, atomic_write, parse_json
+from seqpe_jax.files import as_path, atomic_dir, atomic_write, parse_json
+from seqpe_jax.run_dir import EVALUATION_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.run import RESTORED_FILE, SweepRun, map_runs
 from seqpe_jax.sweeps.trial_graph import TrialGraph
 from seqpe_jax.trees import flat, nested
@@ -90,7 +90,7 @@ class ResultsCache:
         settings = json.loads(json.dumps(flat(config.to_dict(run.trial.settings), ".")))  # tuples become lists
         self._shared = self._shared or settings
         differing = {name: value for name, value in settings.items() if self._shared.get(name) != value}
-        lines = read_metrics(run.folder)
+        lines = RunDir(run.folder).read_metrics()
         last = lines[-1]["step"] if lines else 0  # shows that the run is finished
         lines = [line for line in lines if line["step"] == last or any(name.startswith("eval/") for name in line)]
         evaluation = parse_json((run.folder / EVALUATION_FILE).read_bytes()) if run.evaluated else {}

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import TypeVar
 
-from seqpe_jax.distributed.progress import LOG_FILE, METRICS_FILE
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import COMMIT_MARKER, EVALUATION_FILE, GCS_SCHEME, AnyPath, cache_root, is_remote, lock, parse_json
+from seqpe_jax.files import GCS_SCHEME, AnyPath, cache_root, is_remote, lock_file
+from seqpe_jax.run_dir import EVALUATION_FILE, LOG_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.spec import Trial
-from seqpe_jax.training.checksums import sha256_of
 
 RESTORED_FILE = "restored.json"  # marks a finished run without checkpoint, whose folder `--results` has made
 FAILED = "== failed: "  # start of the last line of a failed run's log
@@ -83,10 +82,9 @@ class SweepRun:
         """Returns the commands that it still needs; none of a finished run."""
         if self.restored:
             return []
-        last = self.folder / "checkpoints" / str(self.steps)
-        if not ((last / COMMIT_MARKER).exists() if is_remote(last) else last.is_dir()):
+        if not RunDir(self.folder).is_saved(self.steps):
             return [self.train, self.evaluate] if self.evaluated else [self.train]
-        return [] if not self.evaluated or evaluated_step(self.folder) == self.steps else [self.evaluate]
+        return [] if not self.evaluated or RunDir(self.folder).evaluated_step() == self.steps else [self.evaluate]
 
     def failure(self) -> str | None:
         """Returns the reason for which the run failed, None where it did not."""
@@ -146,25 +144,6 @@ def outcomes_of(runs: Iterable[SweepRun]) -> dict[str, str]:
     return {run.name: outcome for run, outcome in outcomes if outcome}
 
 
-def evaluated_step(folder: AnyPath) -> int | None:
-    """Returns the step that a run's evaluation.json is of, if config and checkpoint are still those it was made from.
-
-    It holds their checksums (those of older versions hold the step alone). File times are not used: clocks go back.
-
-    Args:
-      folder: run folder.
-
-    Returns:
-      None without such an evaluation.
-    """
-    try:
-        evaluation = parse_json((folder / EVALUATION_FILE).read_bytes())
-        made_from = dict(evaluation.get("made_from", {}))
-        return evaluation["step"] if sha256_of(folder, made_from) == made_from else None
-    except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, TypeError, KeyError):
-        return None
-
-
 class Locked(Exception):
     """Another process executes commands of the run."""
 
@@ -202,7 +181,7 @@ class RunProcess:
             self._log = run.log.open("ab")
         except OSError as error:
             raise InputError(f"the log of run '{run.name}' cannot be written: {error}") from error
-        if lock(self._log) is False:
+        if lock_file(self._log) is False:
             self._log.close()
             raise Locked
         run.download_log()
@@ -269,7 +248,7 @@ def is_locked(run: SweepRun) -> bool:
     """Whether some process executes the run."""
     try:
         with run.log.open("r+b") as log:
-            return lock(log) is False
+            return lock_file(log) is False
     except FileNotFoundError:
         return False
 

@@ -6,8 +6,8 @@ import pathlib
 import time
 from typing import Any
 
-from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import Failure, InputError
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.sweeps.local import FOLDER_SECONDS, POLL_SECONDS, Jobs, ProgressView
 from seqpe_jax.sweeps.run import Locked, SweepRun
 from seqpe_jax.sweeps.spec import Range, Search, SweepFile, make_trial
@@ -157,7 +157,7 @@ class SearchTrials:
 
     def _report(self, run: SweepRun) -> list[tuple[int, float]]:
         """Reports new metrics of a run to the study; returns all of them as (step, value)."""
-        lines = read_metrics(run.folder)
+        lines = RunDir(run.folder).read_metrics()
         measured = [(line["step"], line[self.search.metric]) for line in lines if self.search.metric in line]
         for step, value in measured:
             if step > self._last_reported.get(run.name, 0):

@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax import config
-from seqpe_jax.distributed.progress import read_metrics
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.sweeps.run import SweepRun
 from seqpe_jax.sweeps.spec import BestOf, Range, Search, SweepFile, Trial, make_trial, value_of
 
@@ -183,7 +183,7 @@ class TrialGraph:
         """Metric of a finished run at its last step; None without it, or where it is not finite."""
         if run.remaining_commands():
             return None
-        values = [line.get(best.metric) for line in read_metrics(run.folder) if line["step"] == run.steps]
+        values = [line.get(best.metric) for line in RunDir(run.folder).read_metrics() if line["step"] == run.steps]
         return next((value for value in values if value is not None and math.isfinite(value)), None)
 
 

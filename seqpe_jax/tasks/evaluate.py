@@ -14,13 +14,12 @@ from seqpe_jax.distributed import processes
 from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import METRICS, write_answers
-from seqpe_jax.files import EVALUATION_FILE, AnyPath, as_path, atomic_file, atomic_write
+from seqpe_jax.files import AnyPath, atomic_file, atomic_write
 from seqpe_jax.losses.flops import training_flops
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import ModelSpec
-from seqpe_jax.tasks.fingerprints import changes, describe, read_fingerprints
+from seqpe_jax.run_dir import EVALUATION_FILE, RunDir, changed_fingerprints, describe_fingerprint
 from seqpe_jax.tasks.task import Evaluator, check_eval_size, evaluate_at
-from seqpe_jax.training.checksums import CHECKPOINTS_DIR, DIGESTS_FILE, sha256_of
 from seqpe_jax.trees import count
 
 EvalSizes = tuple[tuple[int, ...], ...]
@@ -79,8 +78,8 @@ def evaluate(
     settings = _settings(model.config, limits, data, paths, lossy, lengths, bit_depth)
     sizes = _within_reach(settings, lengths, sizes)
     if settings != model.config:
-        atomic_file = model
-        model = dataclasses.replace(model, config=settings, read=lambda: atomic_file.params)
+        original = model
+        model = dataclasses.replace(model, config=settings, read=lambda: original.params)
     task, field = model.task, model.task.size_name
     named = bool(lengths or sizes or contexts)
     work = [(task, eval_size) for eval_size in lengths or sizes or (() if named else task.eval_sizes())]
@@ -105,20 +104,12 @@ def evaluate(
         "training_flops": flops / task.count_per_step,
         "results": results,
         **({"without_context": guessed} if guessed is not None else {}),
-        **({"made_from": source_checksums(model.folder, model.step)} if model.folder else {}),
+        **({"made_from": RunDir(model.folder).evaluation_sources(model.step)} if model.folder else {}),
     }
     own = [eval_size for metric_names, eval_size in work if metric_names is task] or [
         eval_size for _, eval_size in work
     ]
     return report, arrays_of(model, max(own, key=max), split)
-
-
-def source_checksums(folder: str, step: int) -> dict[str, str]:
-    """Returns the checksums of what an evaluation of a run's step stands on: its config, and the digests of its checkpoint.
-
-    By these, and not by the times of files, it is known later whether the evaluation is of what lies there.
-    """
-    return sha256_of(as_path(folder), ("config.json", f"{CHECKPOINTS_DIR}/{step}/{DIGESTS_FILE}"))
 
 
 def _compare_data(model: Any, split: str, named: bool) -> None:
@@ -132,9 +123,9 @@ def _compare_data(model: Any, split: str, named: bool) -> None:
     """
     now = {split: model.task.fingerprint(split)}
     name = model.config.data.name
-    processes.check_equal({f"{split} split of {name}": describe(now[split])})
+    processes.check_equal({f"{split} split of {name}": describe_fingerprint(now[split])})
     if model.folder and not named and processes.is_main_process():
-        for line in changes(read_fingerprints(model.folder), now):
+        for line in changed_fingerprints(RunDir(model.folder).fingerprints, now):
             print(
                 f"note: {name} is not what it was when {model.folder} was trained: {line}", file=sys.stderr, flush=True
             )

@@ -18,15 +18,13 @@ from seqpe_jax.data import images, loader, registry
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
-from seqpe_jax.files import as_path, atomic_write, parse_json
+from seqpe_jax.files import as_path, atomic_write
 from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.metrics import training_metrics
 from seqpe_jax.models.build import DataSpec, Shape
-from seqpe_jax.tasks.data_spec import read_data_spec
+from seqpe_jax.run_dir import CLASS_NAMES_FILE, RunDir
 from seqpe_jax.tasks.task import EvalContext, Task
-
-CLASS_NAMES_FILE = "classes.json"  # of a run's folder: class names, in the order of their labels
 
 
 class ImageClassification(Task):
@@ -49,7 +47,7 @@ class ImageClassification(Task):
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config
-        self._names, self._owner = read_class_names(run_dir) if run_dir else None, run_dir
+        self._names, self._owner = RunDir(run_dir).class_names if run_dir else None, run_dir
         self.data_spec = known_data_spec(config, run_dir)
         if not self.data_spec.classes and not data_available:
             raise InputError(
@@ -145,7 +143,7 @@ class ImageClassification(Task):
 
     def check_assets(self, workdir: str | os.PathLike) -> None:
         """Refuses to go on with other classes, or another order of them, than the run began with. Raises: InputError."""
-        names = read_class_names(workdir)
+        names = RunDir(workdir).class_names
         if names is not None and names != self.class_names:
             pairs = itertools.zip_longest(self.class_names, names, fillvalue="no class")
             label, (ours, theirs) = next((label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1])
@@ -233,8 +231,8 @@ def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec
     Raises:
       InputError: the config has fewer classes than the run has names of.
     """
-    stored, dataset = read_data_spec(run_dir) if run_dir else None, registry.get(config.data.name)
-    names = read_class_names(run_dir) if run_dir else None
+    stored, dataset = RunDir(run_dir).data_spec if run_dir else None, registry.get(config.data.name)
+    names = RunDir(run_dir).class_names if run_dir else None
     classes = config.model.classes or (stored.classes if stored else 0)
     if names is not None and 0 < classes < len(names):
         raise InputError(
@@ -245,17 +243,3 @@ def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec
     if stored is not None:
         return dataclasses.replace(stored, classes=classes)
     return DataSpec(classes=classes, channels=dataset.channels, mean=dataset.mean, std=dataset.std)
-
-
-def read_class_names(workdir: str | os.PathLike) -> tuple[str, ...] | None:
-    """Returns the class names in the folder of a run, or None where it has none. Raises: InputError: damaged."""
-    path = as_path(workdir) / CLASS_NAMES_FILE
-    if not path.exists():
-        return None
-    try:
-        names = parse_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): put back the file that the run wrote") from error
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path} must hold a list of class names: put back the file that the run wrote")
-    return tuple(names)

@@ -23,7 +23,7 @@ from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import NextTokenLoss
 from seqpe_jax.metrics import training_metrics
 from seqpe_jax.models.build import DataSpec
-from seqpe_jax.tasks.data_spec import read_data_spec
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.task import EvalContext, Evaluator, Task
 
 
@@ -52,7 +52,7 @@ class LanguageModeling(Task):
         self.task_loss = NextTokenLoss()
         self.example = {"tokens": jax.ShapeDtypeStruct((config.data.length + 1,), jnp.int32)}
         self.count_per_step = config.batch_size * config.data.length
-        stored = read_data_spec(run_dir) if run_dir else None
+        stored = RunDir(run_dir).data_spec if run_dir else None
         vocabulary = config.model.vocabulary or (stored.vocabulary if stored else 0)
         self.data_spec = DataSpec(vocabulary=vocabulary)
         if vocabulary and not data_available:

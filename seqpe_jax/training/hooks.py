@@ -18,11 +18,12 @@ from typing import Any
 import jax
 
 from seqpe_jax.distributed import hardware, processes
-from seqpe_jax.distributed.progress import MetricsWriter, ProgressLine
+from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import EXIT_PREEMPTED, Failure
 from seqpe_jax.files import AnyPath, staged_dir
-from seqpe_jax.training.best_checkpoint import EVALUATION_KEY
+from seqpe_jax.run_dir import EVALUATION_KEY
 from seqpe_jax.training.checkpoint import Checkpointer, SaveError
+from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.step import Metrics, TrainState, all_finite
 
 POLL_SECONDS = 0.1  # between two polls for a signal during long work

@@ -16,47 +16,33 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from seqpe_jax import config as configs
+from seqpe_jax.checksums import DIGESTS_FILE
 from seqpe_jax.config import Config
 from seqpe_jax.distributed import processes
-from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
 from seqpe_jax.errors import InputError
-from seqpe_jax.files import AnyPath, as_path, tmp_dir
-from seqpe_jax.tasks.data_spec import write_data_spec
-from seqpe_jax.tasks.fingerprints import (
-    available_fingerprints,
-    check_same_data,
-    describe,
-    fingerprints,
-    read_fingerprints,
-    write_fingerprints,
-)
+from seqpe_jax.run_dir import SIDE_FILES_KEY, RunDir, describe_fingerprint
+from seqpe_jax.tasks.fingerprints import available_fingerprints, fingerprints
 from seqpe_jax.training import hooks as hooks_lib
 from seqpe_jax.training import warm_start
-from seqpe_jax.training.best_checkpoint import BestCheckpointPolicy, quarantine_best
 from seqpe_jax.training.checkpoint import (
+    BestCheckpointPolicy,
     Checkpointer,
     check_finite,
     checkpoint_bytes,
     local_bytes,
-    quarantine,
-    read_config,
-    saved_step,
-    write_config,
 )
-from seqpe_jax.training.checksums import DIGESTS_FILE, SIDE_FILES, clear_cache, write_side_files
 from seqpe_jax.training.hooks import Hook, LoopState
-from seqpe_jax.training.step import Batch, TrainState, TrainStep
-from seqpe_jax.training.trainer import Trainer, best_metric
-from seqpe_jax.training.workdir import (
-    check_owned,
+from seqpe_jax.training.metrics_writer import MetricsWriter
+from seqpe_jax.training.resume import (
     check_same_run,
     check_space,
-    clear,
-    owned,
+    clear_assets,
     random_bits_of,
-    slow_save,
+    slow_save_warning,
     with_random_bits,
 )
+from seqpe_jax.training.step import Batch, TrainState, TrainStep
+from seqpe_jax.training.trainer import Trainer, best_metric
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bool = False) -> None:
@@ -72,51 +58,54 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
       Preempted: a signal came; the state is saved.
       NonFiniteError, SaveError: the run cannot continue; earlier checkpoints are kept.
     """
-    folder = as_path(workdir)
-    clear_cache()  # files may have changed since this process verified them
+    run = RunDir(workdir)
 
     # Checks, before anything is written.
-    saved = saved_step(folder)  # None: no checkpoint
-    check_same_run(config, folder, saved, extend)
-    trainer = make_trainer(config, folder, saved)
-    _check_data(trainer, folder, saved)
-    _check_space(trainer, folder, saved)
-    _print(f"{trainer.describe()}\n  workdir {folder}")
+    saved = run.latest_step()  # None: no checkpoint
+    check_same_run(config, run, saved, extend)
+    trainer = make_trainer(config, run, saved)
+    _check_data(trainer, run, saved)
+    _check_space(trainer, run, saved)
+    _print(f"{trainer.describe()}\n  workdir {run}")
     # A warm start reads its parameters before the folder is claimed, since they may not fit.
     state = trainer.init_or_warm_start() if saved is None else None
 
-    with owned(folder) if processes.is_main_process() else contextlib.nullcontext("") as previous_owner:
+    lock = (
+        run.lock(functools.partial(processes.abort, 1)) if processes.is_main_process() else contextlib.nullcontext("")
+    )
+    with lock as previous_owner:
         if previous_owner:
             _print(f"  {previous_owner}")
-        if saved_step(folder) != saved:
-            raise InputError(f"another process has just trained in {folder}: run the command again to resume")
-        planned_steps = read_config(folder)["steps"] if saved is not None else trainer.config.steps
-        _write_run_files(trainer, folder, new=saved is None)
+        run.reload()
+        if run.latest_step() != saved:
+            raise InputError(f"another process has just trained in {run}: run the command again to resume")
+        planned_steps = run.config.steps if saved is not None else trainer.config.steps
+        _write_run_files(trainer, run, new=saved is None)
         if planned_steps != trainer.config.steps:
             _print(f"  planned for {planned_steps} steps, training to {trainer.config.steps}")
         pending_eval = processes.broadcast_from_main(
-            processes.is_main_process() and _eval_was_interrupted(trainer.config, folder, saved)
+            processes.is_main_process() and _eval_was_interrupted(trainer.config, run, saved)
         )
         if saved == trainer.config.steps and not pending_eval:
             _print(f"  nothing to do: step {saved} is saved")
             return
 
         # Restore.
-        checkpointer = _make_checkpointer(trainer, folder)
+        checkpointer = _make_checkpointer(trainer, run)
         metadata = {}
         if saved is None:
-            if lines := read_metrics(folder):
+            if lines := run.read_metrics():
                 _print(f"  no checkpoint, though {lines[-1]['step']} steps were done: starting anew")
             if trainer.config.init_from:
                 _print(f"  starting from {trainer.config.init_from}")
         else:
             state = checkpointer.restore(trainer.abstract_state)
-            check_finite(checkpointer.folder / str(saved), state.params)
+            check_finite(run.step_dir(saved), state.params)
             metadata = checkpointer.meta()
             _print(f"  resuming at step {saved}")
 
         # Train.
-        hooks = make_hooks(trainer, folder, checkpointer, saved or 0, metadata, pending_eval)
+        hooks = make_hooks(trainer, run, checkpointer, saved or 0, metadata, pending_eval)
         run_steps(state, trainer.train_step(), trainer.batches(saved or 0), num_steps=trainer.config.steps, hooks=hooks)
 
 
@@ -180,13 +169,13 @@ def _compile(train_step: TrainStep, loop: LoopState, batch: Batch, hooks: Sequen
 
 
 def make_hooks(
-    trainer: Trainer, folder: AnyPath, checkpointer: Checkpointer, start_step: int, metadata: dict, pending_eval: bool
+    trainer: Trainer, run: RunDir, checkpointer: Checkpointer, start_step: int, metadata: dict, pending_eval: bool
 ) -> list[Hook]:
     """Returns the hooks of a run.
 
     Args:
       trainer: of the run.
-      folder: of the run.
+      run: its folder.
       checkpointer: of the run.
       start_step: steps done.
       metadata: stored with the restored checkpoint; {} for a new run.
@@ -194,8 +183,8 @@ def make_hooks(
     """
     config = trainer.config
     clock = hooks_lib.TrainingClock(metadata.get("seconds", 0.0))
-    writer = MetricsWriter(folder, start_step, tensorboard=config.report.tensorboard)
-    checkpointer.first = writer.flush  # the metrics of a saved step are written before its checkpoint
+    writer = MetricsWriter(run, start_step, tensorboard=config.report.tensorboard)
+    checkpointer.before_save = writer.flush  # the metrics of a saved step are written before its checkpoint
     metrics_hook = hooks_lib.MetricsHook(
         writer,
         clock,
@@ -211,12 +200,12 @@ def make_hooks(
     config_json = json.loads(json.dumps(configs.to_dict(config)))
     checkpoint_hook = hooks_lib.CheckpointHook(
         checkpointer,
-        {"config": config_json, SIDE_FILES: DIGESTS_FILE},
+        {"config": config_json, SIDE_FILES_KEY: DIGESTS_FILE},
         clock,
         metrics_hook,
         every=config.checkpoint.every,
         max_failures=config.checkpoint.failed_saves,
-        check_owned=functools.partial(check_owned, folder) if processes.is_main_process() else lambda: None,
+        check_owned=run.check_owned if processes.is_main_process() else lambda: None,
     )
     preemption_hook = hooks_lib.PreemptionHook(checkpoint_hook)
     hooks: list[Hook] = [checkpoint_hook, preemption_hook]
@@ -235,16 +224,16 @@ def make_hooks(
     if profile_window is not None and profile_window[0] < start_step:
         _print(f"  profile.steps={config.profile.steps} is in the past: no profile is recorded")
     elif profile_window is not None:
-        hooks.append(hooks_lib.ProfilerHook(profile_window, folder))
+        hooks.append(hooks_lib.ProfilerHook(profile_window, run.path))
     return [*hooks, metrics_hook]
 
 
-def make_trainer(config: Config, folder: AnyPath, saved: int | None) -> Trainer:
+def make_trainer(config: Config, run: RunDir, saved: int | None) -> Trainer:
     """Returns the trainer of a new or resumed run.
 
     Args:
       config: of the run.
-      folder: of the run.
+      run: its folder.
       saved: step of its newest checkpoint, or None.
 
     Raises:
@@ -255,29 +244,31 @@ def make_trainer(config: Config, folder: AnyPath, saved: int | None) -> Trainer:
         if config.init_from:
             warm_start.check_source(config, trainer.task, config.init_from)
         return trainer
-    stored = read_config(folder)
-    config = with_random_bits(config, random_bits_of(stored))
-    config = dataclasses.replace(config, init_from=stored.get("init_from", ""))  # only a new run reads it
-    return Trainer.of(config, run_dir=folder)
+    config = with_random_bits(config, random_bits_of(run))
+    config = dataclasses.replace(config, init_from=run.config.init_from)  # only a new run reads it
+    return Trainer.of(config, run_dir=run.path)
 
 
-def _check_data(trainer: Trainer, folder: AnyPath, saved: int | None) -> None:
+def _check_data(trainer: Trainer, run: RunDir, saved: int | None) -> None:
     """Raises InputError if the data cannot be evaluated, differ between processes, or have changed since the run began."""
     config, task = trainer.config, trainer.task
     if saved is not None:
-        task.check_assets(folder)
+        task.check_assets(run.path)
     if config.eval.every:
         for eval_size in task.eval_sizes():
             task.check_eval_size(eval_size, "validation")
     prints = fingerprints(task, ("train", "validation") if config.eval.every else ("train",))
     processes.check_equal(
-        {f"{split} split of {config.data.name}": describe(fingerprint) for split, fingerprint in prints.items()}
+        {
+            f"{split} split of {config.data.name}": describe_fingerprint(fingerprint)
+            for split, fingerprint in prints.items()
+        }
     )
     if saved is not None:
-        check_same_data(folder, prints)
+        run.check_same_data(prints)
 
 
-def _check_space(trainer: Trainer, folder: AnyPath, saved: int | None) -> None:
+def _check_space(trainer: Trainer, run: RunDir, saved: int | None) -> None:
     """Raises InputError if the disk has no room for the checkpoints of the run."""
     config = trainer.config
     if saved == config.steps:
@@ -288,49 +279,44 @@ def _check_space(trainer: Trainer, folder: AnyPath, saved: int | None) -> None:
         count = min(
             kept + 1, math.ceil(config.steps / config.checkpoint.every)
         )  # an old one goes after a new one is done
-    check_space(folder, checkpoint_bytes(trainer.abstract_state), count)
+    check_space(run, checkpoint_bytes(trainer.abstract_state), count)
 
 
-def _write_run_files(trainer: Trainer, folder: AnyPath, *, new: bool) -> None:
+def _write_run_files(trainer: Trainer, run: RunDir, *, new: bool) -> None:
     """Writes config, data spec, fingerprints and assets into the folder, and quarantines damaged checkpoints."""
     processes.barrier()  # every process has read the folder
     if processes.is_main_process():
         if new:
-            clear(folder)
-        metric = best_metric(trainer.config)
-        for line in [*quarantine(folder), *(quarantine_best(folder, metric) if metric else ())]:
+            clear_assets(run)
+        for line in run.quarantine(best_metric(trainer.config)):
             _print(f"  {line}")
-        stored = read_fingerprints(folder)
+        stored = run.fingerprints
         if not stored and not new:
             _print("  an older version stored no fingerprints of the data: from now on they must stay the same")
-        with tmp_dir() as staged:
-            write_config(staged, configs.to_dict(trainer.config))
-            write_data_spec(staged, trainer.task.data_spec)
-            write_fingerprints(staged, stored or available_fingerprints(trainer.task))
-            trainer.task.save_assets(staged)
-            write_side_files(staged, folder)
+        prints = stored or available_fingerprints(trainer.task)
+        run.write_files(trainer.config, trainer.task.data_spec, prints, trainer.task.save_assets)
     processes.barrier()
-    processes.check_shared(folder / "config.json")
+    processes.check_shared(run.path / "config.json")
 
 
-def _make_checkpointer(trainer: Trainer, folder: AnyPath) -> Checkpointer:
+def _make_checkpointer(trainer: Trainer, run: RunDir) -> Checkpointer:
     config = trainer.config
-    if processes.is_main_process() and (warning := slow_save(folder, local_bytes(trainer.abstract_state))):
+    if processes.is_main_process() and (warning := slow_save_warning(run, local_bytes(trainer.abstract_state))):
         _print(f"  {warning}")
     metric = best_metric(config)
     return Checkpointer(
-        folder,
+        run,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        best=BestCheckpointPolicy(folder, metric) if metric else None,
+        best=BestCheckpointPolicy(run, metric) if metric else None,
     )
 
 
-def _eval_was_interrupted(config: Config, folder: AnyPath, saved: int | None) -> bool:
+def _eval_was_interrupted(config: Config, run: RunDir, saved: int | None) -> bool:
     """Returns True if an evaluation of the saved state was due and its metrics are missing, because of preemption."""
     if not config.eval.every or not saved or (saved % config.eval.every and saved != config.steps):
         return False
-    lines = read_metrics(folder)
+    lines = run.read_metrics()
     evaluated = any(line["step"] == saved and any(name.startswith("eval/") for name in line) for line in lines)
     return bool(lines) and not evaluated
 

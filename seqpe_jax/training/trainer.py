@@ -18,12 +18,12 @@ from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.attention_dispatch import dispatch
 from seqpe_jax.models.attention_inputs import AttentionInputs
 from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, model_flops
+from seqpe_jax.run_dir import check_best_metric
 from seqpe_jax.tasks import Task, evaluate_at, task_class
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training import warm_start
-from seqpe_jax.training.best_checkpoint import check_best_metric
+from seqpe_jax.training.resume import with_random_bits
 from seqpe_jax.training.step import TrainState, TrainStep, create_train_state, key_from_seed, make_train_step
-from seqpe_jax.training.workdir import with_random_bits
 from seqpe_jax.trees import count
 
 

@@ -12,8 +12,9 @@ from seqpe_jax.distributed import sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.models import transformer
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks import Task
-from seqpe_jax.training.checkpoint import Checkpointer, read_config
+from seqpe_jax.training.checkpoint import Checkpointer
 
 # Fields that may differ from those of the checkpoint: parameters do not depend on them.
 FREE_ENCODING = {
@@ -59,7 +60,7 @@ def load_params(config: Config, mesh: jax.sharding.Mesh, abstract_params: Any) -
       InputError: the checkpoint is missing, damaged or of other sizes.
     """
     checkpointer = Checkpointer(config.init_from, create=False)
-    model, source_scans = config.model, configs.from_dict(read_config(config.init_from)).model.scan
+    model, source_scans = config.model, checkpointer.run.config.model.scan
     if source_scans == model.scan:
         params, _ = checkpointer.restore_params(abstract_params)
     else:  # convert between one array per layer and arrays stacked over layers
@@ -95,8 +96,7 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
         )
     # With explicit lengths: their defaults depend on the training length, which may differ.
     theirs, ours = (
-        configs.reset_unused(configs.with_resolved_lengths(one))
-        for one in (configs.from_dict(read_config(checkpoint)), config)
+        configs.reset_unused(configs.with_resolved_lengths(one)) for one in (RunDir(checkpoint).config, config)
     )
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
     if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.training import checksums
-from seqpe_jax.training.best_checkpoint import BestCheckpointPolicy, best_step, check_best_metric, quarantine_best
-from seqpe_jax.training.checkpoint import Checkpointer, SaveError, quarantine, saved_step
+from seqpe_jax.run_dir import RunDir, check_best_metric
+from seqpe_jax.training.checkpoint import BestCheckpointPolicy, Checkpointer, SaveError
 
 LOSS, TOP = "eval/loss@16", "eval/top1@8x8"
 
@@ -30,7 +29,6 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    checksums._compared.cache_clear()  # as another process would see it
 
 
 def largest(step):
@@ -49,18 +47,18 @@ def largest(step):
 )
 def test_the_best_stays_beside_the_newest(tmp_path, metric, values, expected):
     save(tmp_path, values, metric)
-    require_latest_step = 2 * len(values)
-    assert best_step(tmp_path, metric) == best_step(tmp_path, metric.removeprefix("eval/")) == expected
-    assert there(tmp_path) == sorted({str(expected[0]), str(require_latest_step)})
-    assert saved_step(tmp_path) == require_latest_step, "a run goes on from the newest, not from the best"
+    newest = 2 * len(values)
+    assert RunDir(tmp_path).best_step(metric) == RunDir(tmp_path).best_step(metric.removeprefix("eval/")) == expected
+    assert there(tmp_path) == sorted({str(expected[0]), str(newest)})
+    assert RunDir(tmp_path).latest_step() == newest, "a run goes on from the newest, not from the best"
 
 
 def test_a_second_start_knows_the_best_of_the_first(tmp_path):
     save(tmp_path, [3.0, 1.0, 2.0])
     save(tmp_path, [1.5, 2.5], first=8)
-    assert there(tmp_path) == ["10", "4"] and best_step(tmp_path, LOSS) == (4, 1.0)
+    assert there(tmp_path) == ["10", "4"] and RunDir(tmp_path).best_step(LOSS) == (4, 1.0)
     save(tmp_path, [0.5, 2.5], first=12)
-    assert there(tmp_path) == ["12", "14"] and best_step(tmp_path, LOSS) == (12, 0.5)
+    assert there(tmp_path) == ["12", "14"] and RunDir(tmp_path).best_step(LOSS) == (12, 0.5)
 
 
 def test_a_state_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
@@ -75,7 +73,7 @@ def test_a_state_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
                     checkpoints.wait()
             checkpoints.wait()
     checkpoints.close()
-    assert there(tmp_path) == ["2", "8"] and best_step(tmp_path, LOSS) == (2, 2.0)
+    assert there(tmp_path) == ["2", "8"] and RunDir(tmp_path).best_step(LOSS) == (2, 2.0)
 
 
 def test_a_damaged_best_is_not_read_and_is_set_aside_by_the_next_start(tmp_path):
@@ -84,13 +82,13 @@ def test_a_damaged_best_is_not_read_and_is_set_aside_by_the_next_start(tmp_path)
     with pytest.raises(
         InputError, match="checkpoints/2 is damaged .* may be the best: put back a copy .*--which=latest"
     ):
-        best_step(tmp_path, LOSS)
-    assert quarantine(tmp_path) == [] and saved_step(tmp_path) == 6
-    [told] = quarantine_best(tmp_path, LOSS)
+        RunDir(tmp_path).best_step(LOSS)
+    assert RunDir(tmp_path).quarantine() == [] and RunDir(tmp_path).latest_step() == 6
+    [told] = RunDir(tmp_path).quarantine(LOSS)
     assert "checkpoints/2, the best, is damaged" in told and told.endswith("renamed to 2.damaged")
-    assert quarantine_best(tmp_path, LOSS) == []
+    assert RunDir(tmp_path).quarantine(LOSS) == []
     save(tmp_path, [4.0], first=8, keep=2)
-    assert there(tmp_path) == ["2.damaged", "4", "6", "8"] and best_step(tmp_path, LOSS) == (4, 2.0)
+    assert there(tmp_path) == ["2.damaged", "4", "6", "8"] and RunDir(tmp_path).best_step(LOSS) == (4, 2.0)
 
 
 @pytest.mark.parametrize("how", ["flipped", "gone"])
@@ -103,11 +101,10 @@ def test_a_value_that_is_damaged_does_not_say_which_is_the_best(tmp_path, how):
         path.write_text(path.read_text().replace("2.0", "0.2"))
     else:
         path.unlink()
-    checksums._compared.cache_clear()
     with pytest.raises(InputError, match="checkpoints/4 is damaged"):
-        best_step(tmp_path, LOSS)
-    [told] = quarantine_best(tmp_path, LOSS)
-    assert "renamed to 4.damaged" in told and best_step(tmp_path, LOSS) == (2, 1.0)
+        RunDir(tmp_path).best_step(LOSS)
+    [told] = RunDir(tmp_path).quarantine(LOSS)
+    assert "renamed to 4.damaged" in told and RunDir(tmp_path).best_step(LOSS) == (2, 1.0)
 
 
 def test_where_there_is_no_best_it_says_so(tmp_path):
@@ -115,9 +112,9 @@ def test_where_there_is_no_best_it_says_so(tmp_path):
     with pytest.raises(
         InputError, match=f"has no best checkpoint yet: of none was {LOSS} measured; use --which=latest"
     ):
-        best_step(tmp_path, LOSS)
+        RunDir(tmp_path).best_step(LOSS)
     with pytest.raises(InputError, match="was trained without checkpoint.best; use --which=latest"):
-        best_step(tmp_path, "")
+        RunDir(tmp_path).best_step("")
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are():

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax import checksums
+from seqpe_jax.checksums import DIGESTS_FILE, ORBAX_METADATA
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
-from seqpe_jax.training import checksums
-from seqpe_jax.training.checkpoint import Checkpointer, SaveError, checkpoint_bytes, quarantine, saved_step
-from seqpe_jax.training.checksums import DIGESTS_FILE, ORBAX_METADATA
+from seqpe_jax.run_dir import META_FILE, RunDir
+from seqpe_jax.training.checkpoint import Checkpointer, SaveError, checkpoint_bytes
 
 KERNEL = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.float32)}}}, "step": 4}
@@ -154,19 +155,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how
     held = {path.read_bytes() for path in files_of(saved)}
     mesh = layout.make_mesh(8, 1)
     checkpoints = Checkpointer(saved, create=False)
-    assert checkpoints.latest_step() == checkpoints.require_latest_step() == saved_step(saved) == 4
+    assert checkpoints.latest_step() == checkpoints.run.require_latest_step() == RunDir(saved).latest_step() == 4
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(mesh)), STATE)
     assert checkpoints.restore_params(placed(mesh)["params"])[1] == 4 and checkpoints.meta()["seconds"] == 4.0
     checkpoints.close()
-    [told] = quarantine(saved)
+    [told] = RunDir(saved).quarantine()
     assert "is damaged (" in told and "going on from step 4" in told
-    assert quarantine(saved) == []
+    assert RunDir(saved).quarantine() == []
     kept = {path.read_bytes() for path in files_of(saved)}
     assert held == kept  # nothing is deleted
     again = Checkpointer(saved, keep=2)
     again.save(5, checkpoints_state(mesh), {"seconds": 5.0})
     again.close()
-    assert saved_step(saved) == 5
+    assert RunDir(saved).latest_step() == 5
 
 
 def checkpoints_state(mesh):
@@ -191,26 +192,26 @@ def test_every_flipped_byte_is_found(saved):
         every = range(len(content)) if path.name == ORBAX_METADATA else ()
         for place in {0, len(content) - 1, int(draw.integers(len(content))), *every}:
             flip(path, place)
-            checksums.clear_cache()  # as another process would see it
             if path.name == ORBAX_METADATA:
-                assert saved_step(saved) == (6 if untimed(path.read_bytes()) == untimed(content) else 4), place
+                assert RunDir(saved).latest_step() == (6 if untimed(path.read_bytes()) == untimed(content) else 4), (
+                    place
+                )
             elif path.parent == step:  # written last of all; of the digests, a name or a number has changed
                 assert path.name in (DIGESTS_FILE, "commit_success.txt")
                 checkpoints = Checkpointer(saved, create=False)
                 jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(placed(layout.make_mesh(8, 1))), STATE)
                 checkpoints.close()
             else:
-                assert saved_step(saved) == 4, path
+                assert RunDir(saved).latest_step() == 4, path
             flip(path, place)
-    checksums.clear_cache()
-    assert saved_step(saved) == 6
+    assert RunDir(saved).latest_step() == 6
 
 
 def test_a_byte_that_flips_after_it_was_looked_at_is_found(saved):
     """In one process, of which each part of a file was compared already."""
-    assert saved_step(saved) == 6
+    assert RunDir(saved).latest_step() == 6
     flip(largest(saved / "checkpoints" / "6"), 10)
-    assert saved_step(saved) == 4
+    assert RunDir(saved).latest_step() == 4
 
 
 def test_small_files_and_their_digests_agree_whenever_their_writing_is_cut_short(tmp_path, monkeypatch):
@@ -224,12 +225,12 @@ def test_small_files_and_their_digests_agree_whenever_their_writing_is_cut_short
             count = iter([written] * left)
             monkeypatch.setattr(checksums, "atomic_write", lambda *given, count=count: next(count)(*given))
             with contextlib.suppress(StopIteration):
-                checksums.write_side_files(staged, run)
-            checksums.check_side_files(run)
+                checksums.write_files(staged, run)
+            checksums.check_small_files(run)
         assert (run / "config.json").read_text() == f"config.json {version}"
         (run / "data.json").write_text("another")
         with pytest.raises(InputError, match="data.json has changed since it was written"):
-            checksums.check_side_files(run)
+            checksums.check_small_files(run)
         (run / "data.json").write_text(f"data.json {version}")
 
 
@@ -237,7 +238,7 @@ def test_with_no_good_one_left_it_says_so(saved):
     for step in ("4", "6"):
         flip(largest(saved / "checkpoints" / step), 10)
     checkpoints = Checkpointer(saved, create=False)
-    for read in (checkpoints.require_latest_step, lambda: saved_step(saved)):
+    for read in (checkpoints.run.require_latest_step, lambda: RunDir(saved).latest_step()):
         with pytest.raises(
             InputError, match="all checkpoints .*are damaged; of the newest, .*/6, .* has changed since"
         ):
@@ -248,14 +249,14 @@ def test_with_no_good_one_left_it_says_so(saved):
 def of_an_older_version(step):
     """Makes a checkpoint one of a version that wrote no digests, nor said that it did."""
     (step / DIGESTS_FILE).unlink()
-    meta = json.loads((step / checksums.META_FILE).read_text())
+    meta = json.loads((step / META_FILE).read_text())
     del meta["digests"], meta["step"]
-    (step / checksums.META_FILE).write_text(json.dumps(meta))
+    (step / META_FILE).write_text(json.dumps(meta))
 
 
 def test_a_checkpoint_of_a_version_without_digests_is_read(saved):
     of_an_older_version(saved / "checkpoints" / "6")
-    assert saved_step(saved) == 6
+    assert RunDir(saved).latest_step() == 6
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(saved):

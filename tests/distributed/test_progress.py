@@ -5,8 +5,10 @@ import json
 
 import pytest
 
-from seqpe_jax.distributed.progress import MetricsWriter, ProgressLine, read_metrics
+from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
+from seqpe_jax.run_dir import RunDir
+from seqpe_jax.training.metrics_writer import MetricsWriter
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
@@ -16,7 +18,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in RunDir(tmp_path).read_metrics()] == [1, 2, 3, 4, 5]
     writer = MetricsWriter(tmp_path, 3, tensorboard=False)
     writer.write(4, {"train/loss": 1 / 3}, time=9.0)
     writer.close()
@@ -75,4 +77,4 @@ def test_hours_are_told_as_hours_and_slow_steps_have_a_rate(monkeypatch):
 def test_a_line_of_something_else_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(InputError, match="metrics.jsonl, line 2 is no object with a step"):
-        read_metrics(tmp_path)
+        RunDir(tmp_path).read_metrics()

@@ -9,21 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax import files
-from seqpe_jax.distributed import progress
-from seqpe_jax.distributed.progress import MetricsWriter, read_metrics
+from seqpe_jax import checksums, files
 from seqpe_jax.errors import InputError, StoreError
 from seqpe_jax.files import as_path, list_files
-from seqpe_jax.training import checksums
-from seqpe_jax.training.checkpoint import (
-    CHECKPOINTS_DIR,
-    COMMIT_MARKER,
-    Checkpointer,
-    SaveError,
-    latest_valid_step,
-    quarantine,
-    saved_step,
-)
+from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, METRICS_FILE, RunDir
+from seqpe_jax.training import metrics_writer
+from seqpe_jax.training.checkpoint import Checkpointer, SaveError
+from seqpe_jax.training.metrics_writer import MetricsWriter
 
 STATE = {"params": {"kernel": np.arange(64.0, dtype=np.float32).reshape(8, 8), "bias": np.ones(3, np.float32)}}
 
@@ -34,9 +26,8 @@ def state(step: int):
 
 def read(workdir, step=None):
     """The state of a step, by who has only just come."""
-    checksums._compared.cache_clear()
     checkpoints = Checkpointer(workdir, create=False)
-    step = checkpoints.require_latest_step() if step is None else step
+    step = checkpoints.run.require_latest_step() if step is None else step
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
     found = checkpoints.restore(shapes, step)
     params, _ = checkpoints.restore_params(shapes["params"], step)
@@ -64,14 +55,14 @@ def steps(workdir):
 def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
     folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2, 4, 6, keep=2)
-    assert steps(store.folder) == ["4", "6"] and saved_step(store.folder) == 6
+    assert steps(store.folder) == ["4", "6"] and RunDir(store.folder).latest_step() == 6
     step, found = read(store.folder)
     assert step == 6
     is_of(found, 6)
 
     written = {str(path.relative_to(folder / "6")): path.read_bytes() for path in list_files(folder / "6")}
     told = json.loads(written[checksums.DIGESTS_FILE])
-    assert told["files"].pop(checksums.ORBAX_METADATA).startswith(checksums.WITHOUT_TIME)
+    assert told["files"].pop(checksums.ORBAX_METADATA).startswith(checksums.WITHOUT_COMMIT_TIME)
     assert (
         told["folder"] == "6"
         and set(told["files"].values())
@@ -80,9 +71,8 @@ def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
     largest = max((name for name in told["files"]), key=lambda name: len(written[name]))
     written[largest] = b"".join([written[largest][:20], bytes([written[largest][20] ^ 1]), written[largest][21:]])
     (folder / "6" / largest).write_bytes(written[largest])
-    checksums._compared.cache_clear()
-    assert saved_step(store.folder) == 4
-    (words,) = quarantine(store.folder)
+    assert RunDir(store.folder).latest_step() == 4
+    (words,) = RunDir(store.folder).quarantine()
     assert f"6 is damaged ({largest} has changed since it was written): renamed to 6.damaged" in words
     assert {
         str(path.relative_to(folder / "6.damaged")): path.read_bytes() for path in list_files(folder / "6.damaged")
@@ -100,7 +90,7 @@ def test_a_save_that_was_cut_short_is_never_read_and_the_next_takes_its_place(st
     save(store.folder, 2, 4, keep=2)
     for name in (COMMIT_MARKER, checksums.DIGESTS_FILE):
         (folder / "4" / name).unlink()
-    assert latest_valid_step(folder) == (2, {}) and quarantine(store.folder) == []
+    assert RunDir(store.folder).latest_valid_step() == (2, {}) and RunDir(store.folder).quarantine() == []
     assert read(store.folder)[0] == 2
     save(store.folder, 4, keep=2)
     is_of(read(store.folder)[1], 4)
@@ -110,8 +100,8 @@ def test_a_mark_that_went_missing_is_damage_and_loses_nothing(store):
     folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2, 4, keep=2)
     (folder / "4" / COMMIT_MARKER).unlink()
-    assert saved_step(store.folder) == 2
-    (words,) = quarantine(store.folder)
+    assert RunDir(store.folder).latest_step() == 2
+    (words,) = RunDir(store.folder).quarantine()
     assert f"{COMMIT_MARKER} is missing" in words and steps(store.folder) == ["2", "4.damaged"]
 
 
@@ -119,16 +109,15 @@ def test_with_no_good_one_left_it_says_so(store):
     folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2)
     list_files(folder / "2" / "state")[0].unlink()
-    checksums._compared.cache_clear()
     with pytest.raises(InputError, match=f"all checkpoints of {store.folder} are damaged.*is missing"):
-        saved_step(store.folder)
+        RunDir(store.folder).latest_step()
 
 
 def test_a_run_copied_from_a_disk_is_read_and_goes_on(store, tmp_path):
     save(tmp_path, 2, 4, keep=2)
     files.upload_dir(tmp_path, as_path(store.folder))
     is_of(read(store.folder)[1], 4)
-    assert quarantine(store.folder) == [] and saved_step(store.folder) == 4
+    assert RunDir(store.folder).quarantine() == [] and RunDir(store.folder).latest_step() == 4
     save(store.folder, 6, keep=2)
     assert steps(store.folder) == ["4", "6"]
 
@@ -142,9 +131,8 @@ def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(store, tmp_path):
     is_of(read(tmp_path)[1], 2)
     damaged = max(list_files(tmp_path / CHECKPOINTS_DIR / "2" / "state"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
-    checksums._compared.cache_clear()
     with pytest.raises(InputError, match=f"{damaged.name} has changed"):
-        saved_step(tmp_path)
+        RunDir(tmp_path).latest_step()
 
 
 def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(store, capfd, caplog):
@@ -157,7 +145,7 @@ def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(store, ca
             checkpoints.wait()
         assert len(str(told.value).splitlines()) == 1
         store.fail(0)
-        assert saved_step(store.folder) == 2
+        assert RunDir(store.folder).latest_step() == 2
     assert checkpoints.failed == 2
     checkpoints.save(6, state(6), {"seconds": 6.0})
     checkpoints.close()
@@ -173,28 +161,28 @@ def test_what_is_to_be_there_before_a_state_is_there_or_the_save_has_failed(stor
     def first():
         raise StoreError(5, "no answer", "metrics.jsonl")
 
-    checkpoints.first = first
+    checkpoints.before_save = first
     with pytest.raises(SaveError, match="no answer"):
         checkpoints.save(2, state(2), {})
     checkpoints.close()
-    assert saved_step(store.folder) is None
+    assert RunDir(store.folder).latest_step() is None
 
 
 def test_metrics_are_written_whole_now_and_then_and_when_asked(store, monkeypatch):
-    path = as_path(store.folder) / progress.METRICS_FILE
+    path = as_path(store.folder) / METRICS_FILE
     writer = MetricsWriter(store.folder)
     for step in (1, 2):
         writer.write(step, {"train/loss": 1 / step}, time=float(step))
     assert path.read_bytes() == b"", "not at each step"
     writer.flush()
-    assert [line["step"] for line in read_metrics(store.folder)] == [1, 2]
+    assert [line["step"] for line in RunDir(store.folder).read_metrics()] == [1, 2]
     assert any("tfevents" in file.name for file in list_files(as_path(store.folder) / "tensorboard"))
     generation = files.file_version(path)
     writer.flush()
     assert files.file_version(path) == generation, "nothing new, nothing written"
-    monkeypatch.setattr(progress, "STORE_SECONDS", 0.0)
+    monkeypatch.setattr(metrics_writer, "UPLOAD_SECONDS", 0.0)
     writer.write(3, {"train/loss": 1.0}, time=3.0)
-    assert [line["step"] for line in read_metrics(store.folder)] == [1, 2, 3]
+    assert [line["step"] for line in RunDir(store.folder).read_metrics()] == [1, 2, 3]
     store.fail(403, about="upload")
     writer.write(4, {"train/loss": 1.0}, time=4.0)  # no reason to end a run
     with pytest.raises(StoreError, match="metrics.jsonl: no leave to use it"):
@@ -202,12 +190,12 @@ def test_metrics_are_written_whole_now_and_then_and_when_asked(store, monkeypatc
     store.fail(0)
     writer.write(5, {"train/loss": 1.0}, time=5.0)
     writer.close()
-    assert [line["step"] for line in read_metrics(store.folder)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in RunDir(store.folder).read_metrics()] == [1, 2, 3, 4, 5]
 
     writer = MetricsWriter(store.folder, 3, tensorboard=False)
     writer.write(4, {"train/loss": 1 / 3}, time=9.0)
     writer.close()
-    lines = read_metrics(store.folder)
+    lines = RunDir(store.folder).read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/loss"] == 1 / 3
 
 

@@ -18,8 +18,9 @@ from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import convert, load_reference
 from seqpe_jax.interop.torch_config import spec_from_config
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.evaluate import evaluate
-from seqpe_jax.training.checkpoint import Checkpointer, write_config
+from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from tests.serving import test_exported as test_serving
 from tests.tiny import random_state, tiny_config, train
@@ -43,7 +44,7 @@ def tokenizer_file(path: pathlib.Path, size: int = 40) -> pathlib.Path:
 def saved_run(folder: pathlib.Path, settings: config.Config) -> pathlib.Path:
     """A run of a config at step 0."""
     parts = Trainer.of(settings, jax.devices()[:1])
-    write_config(folder, config.to_dict(settings))
+    RunDir(folder).write_config(config.to_dict(settings))
     parts.task.save_assets(folder)
     checkpoints = Checkpointer(folder)
     checkpoints.save(0, random_state(parts, 0.1), {})

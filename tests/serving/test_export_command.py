@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from seqpe_jax import config, files, loading
-from seqpe_jax.training.checkpoint import Checkpointer, write_config
+from seqpe_jax import config, loading
+from seqpe_jax.run_dir import OUTPUT_FILES, RunDir
+from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import ROOT, environment, with_defaults
 from tests.serving import test_exported as test_serving
@@ -50,7 +51,7 @@ def saved_run(workdir: pathlib.Path, settings: config.Config) -> pathlib.Path:
     checkpoints = Checkpointer(workdir)
     checkpoints.save(3, random_state(run, 0.2), {})
     checkpoints.close()
-    write_config(workdir, config.to_dict(settings))
+    RunDir(workdir).write_config(config.to_dict(settings))
     run.task.save_assets(workdir)
     return workdir
 
@@ -147,7 +148,7 @@ def test_a_language_model_runs_alone(on_text, text_export):
     check_alone(on_text, text_export, token_windows())
     names = {path.name for path in text_export.iterdir()}
     assert names == {"README.md", "config.json", "digests.json", "model.stablehlo", "params.safetensors", "sizes.json"}
-    assert {name.lower() for name in names} <= files.OWN_FILES, "each is refused as an output"
+    assert {name.lower() for name in names} <= OUTPUT_FILES, "each is refused as an output"
     leaves = safetensors.numpy.load_file(text_export / "params.safetensors")
     assert leaves["encoding/table"].shape == (48, 24) and "model/blocks_0/qkv/kernel" in leaves
     assert not any("encoder" in name for name in leaves)
@@ -335,10 +336,10 @@ sys.argv = ["export", "--checkpoint={on_text}", "--output={tmp_path / "out" / "e
 from absl import flags
 from seqpe_jax.cli import common, export
 from seqpe_jax.inference import export as writing
-def stopped(path, config):
-    assert sorted(os.listdir(path)) == ["README.md", "model.stablehlo", "params.safetensors", "sizes.json"]
+def stopped(run, values):
+    assert sorted(os.listdir(run.path)) == ["README.md", "model.stablehlo", "params.safetensors", "sizes.json"]
     os.kill(os.getpid(), number)
-writing.write_config = stopped
+writing.RunDir.write_config = stopped
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 for number in (signal.SIGINT, signal.SIGTERM):  # each in a fork: importing takes longer than all else
     child = os.fork()

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from seqpe_jax import files
+from seqpe_jax.checksums import sha256_of
 from seqpe_jax.sweeps import local
 from seqpe_jax.sweeps.run import Locked, RunProcess, SweepRun, is_locked, map_runs
-from seqpe_jax.training.checksums import sha256_of
 from tests.sweeps.fake import headers, run
 
 

@@ -6,16 +6,16 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import DataSpec
-from seqpe_jax.tasks.data_spec import SIZES_FILE, read_data_spec, write_data_spec
+from seqpe_jax.run_dir import DATA_SPEC_FILE, RunDir
 
 PHOTOS = DataSpec(classes=7, channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.1))
 
 
 @pytest.mark.parametrize("data_spec", [DataSpec(vocabulary=50257), PHOTOS, DataSpec(classes=2, channels=1)])
 def test_sizes_come_back(tmp_path, data_spec):
-    write_data_spec(tmp_path, data_spec)
-    assert read_data_spec(tmp_path) == data_spec
-    assert read_data_spec(tmp_path / "older") is None
+    RunDir(tmp_path).write_data_spec(data_spec)
+    assert RunDir(tmp_path).data_spec == data_spec
+    assert RunDir(tmp_path / "older").data_spec is None
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,15 @@ def test_sizes_come_back(tmp_path, data_spec):
     ids=str,
 )
 def test_other_values_are_refused(tmp_path, changes):
-    write_data_spec(tmp_path, PHOTOS)
-    values = json.loads((tmp_path / SIZES_FILE).read_text())
-    (tmp_path / SIZES_FILE).write_text(json.dumps(values | changes))
+    RunDir(tmp_path).write_data_spec(PHOTOS)
+    values = json.loads((tmp_path / DATA_SPEC_FILE).read_text())
+    (tmp_path / DATA_SPEC_FILE).write_text(json.dumps(values | changes))
     with pytest.raises(InputError, match="sizes.json cannot be read .*: put back the file that the run wrote"):
-        read_data_spec(tmp_path)
+        _ = RunDir(tmp_path).data_spec
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "3", "[" * 100_000, '{"a"'])
 def test_other_files_are_refused(tmp_path, content):
-    (tmp_path / SIZES_FILE).write_text(content)
+    (tmp_path / DATA_SPEC_FILE).write_text(content)
     with pytest.raises(InputError, match="sizes.json cannot be read"):
-        read_data_spec(tmp_path)
+        _ = RunDir(tmp_path).data_spec

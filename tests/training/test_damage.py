@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import seqpe_jax
-from seqpe_jax import files
-from seqpe_jax.distributed.progress import read_metrics
+from seqpe_jax import checksums
+from seqpe_jax.checksums import ORBAX_METADATA
 from seqpe_jax.errors import InputError
-from seqpe_jax.training import checksums
-from seqpe_jax.training.checkpoint import ORBAX_METADATA, Checkpointer, read_config
+from seqpe_jax.run_dir import OUTPUT_FILES, RunDir
+from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.trees import flat
 from tests.distributed.test_checkpoint import files_of, flip, largest
@@ -247,7 +247,7 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
     names = set(json.loads((run / checksums.DIGESTS_FILE).read_text())["files"])
     assert names == {"config.json", "sizes.json", "data.json", "tokenizer.json"}
-    assert {path.name for path in trained.iterdir()} <= files.OWN_FILES, "each is refused as an output"
+    assert {path.name for path in trained.iterdir()} <= OUTPUT_FILES, "each is refused as an output"
     for name in names:
         held = (run / name).read_bytes()
         for bit in range(0, 8 * len(held), 53):
@@ -255,20 +255,20 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
             flipped[bit // 8] ^= 1 << bit % 8
             (run / name).write_bytes(flipped)
             with pytest.raises(InputError, match=f"{name} has changed since it was written: put back a copy"):
-                read_config(run)
+                _ = RunDir(run).config_values
         (run / name).write_bytes(held)
-    values = read_config(run)
+    values = RunDir(run).config_values
 
     values["eval"]["tokens"] = 99  # by hand, as the line says how
     (run / "config.json").write_text(json.dumps(values))
-    in_one_line("remove the entry of config.json from .*digests.json", lambda: read_config(run))
+    in_one_line("remove the entry of config.json from .*digests.json", lambda: RunDir(run).config_values)
     listed = json.loads((run / checksums.DIGESTS_FILE).read_text())
     del listed["files"]["config.json"]
     (run / checksums.DIGESTS_FILE).write_text(json.dumps(listed))
-    assert read_config(run)["eval"]["tokens"] == 99
+    assert RunDir(run).config_values["eval"]["tokens"] == 99
     (run / checksums.DIGESTS_FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
     (run / "sizes.json").unlink()
-    assert read_config(run)["eval"]["tokens"] == 99
+    assert RunDir(run).config_values["eval"]["tokens"] == 99
 
 
 def test_a_run_of_which_no_checkpoint_is_left_says_that_it_begins_anew(settings, trained, tmp_path, capsys):
@@ -295,4 +295,4 @@ def kept(run):
 
 def measured(run):
     """The lines of metrics, without what tells the time."""
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read_metrics(run)]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in RunDir(run).read_metrics()]

@@ -190,8 +190,8 @@ def test_classes_go_by_name(commands, tmp_path):
 
 def test_a_run_on_text_has_no_sizes(commands, tmp_path):
     from seqpe_jax import config
-    from seqpe_jax.training.checkpoint import write_config
+    from seqpe_jax.run_dir import RunDir
     from tests.tiny import tiny_config
 
-    write_config(tmp_path, config.to_dict(tiny_config()))
+    RunDir(tmp_path).write_config(config.to_dict(tiny_config()))
     refused(commands("evaluate", f"--checkpoint={tmp_path}", "--sizes=8"), "--sizes", "--lengths")

@@ -13,9 +13,9 @@ import optax
 import pytest
 
 from seqpe_jax.distributed import hardware
-from seqpe_jax.distributed.progress import MetricsWriter
 from seqpe_jax.training import hooks, loop
 from seqpe_jax.training.checkpoint import SaveError
+from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.step import TrainState, make_train_step
 
 

@@ -12,7 +12,7 @@ from seqpe_jax import config
 from seqpe_jax.interop.run_writer import write_run
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.reporting.study import read_study
-from seqpe_jax.training.checkpoint import read_config, write_config
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.training.trainer import Trainer
 from tests import tiny
 from tests.tiny import ROOT, random_params, tiny_config, train
@@ -42,7 +42,7 @@ def test_it_opens_and_goes_on(older):
     assert model.step == 4 and model.data_spec.vocabulary == 256
     assert np.isfinite(model.logits(np.arange(40)[None])).all()
     before = {line["step"]: line for line in map(json.loads, (older / "metrics.jsonl").read_text().splitlines())}
-    train(config.from_dict(read_config(older)), older)
+    train(RunDir(older).config, older)
     after = {line["step"]: line for line in map(json.loads, (older / "metrics.jsonl").read_text().splitlines())}
     assert sorted(after) == sorted(before) == [1, 2, 3, 4, 5, 6]
     for step in (5, 6):
@@ -60,7 +60,7 @@ def test_a_run_whose_gates_were_a_kind_of_encoding_opens(kind, tmp_path):
     values = json.loads(json.dumps(config.to_dict(settings)))
     del values["encoding"]["gate"], values["encoding"]["gate_bias_init"]
     values["encoding"] |= {"kind": kind, "gate_bias": 1.0}
-    write_config(tmp_path / "run", values)
+    RunDir(tmp_path / "run").write_config(values)
     tiny.older(tmp_path / "run")
     model = seqpe_jax.load(tmp_path / "run")
     assert model.config == settings

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import files, load
-from seqpe_jax.training.checkpoint import latest_valid_step
+from seqpe_jax.run_dir import RunDir
 from tests.commands import Commands, Result, train_arguments
 from tests.emulator import Store
 from tests.training.test_processes import _free_port, hosts
@@ -158,7 +158,7 @@ def test_two_processes_share_a_bucket(commands, store, text):
     ]
     for result in [commands.wait(one) for one in both]:
         assert result.code == 0 and "Traceback" not in result.err, result.err
-    assert latest_valid_step(bucket / "checkpoints") == (4, {})
+    assert RunDir(bucket).latest_valid_step() == (4, {})
     assert any("process_1" in str(path) for path in files.list_files(bucket / "checkpoints" / "4"))
     arguments = train_arguments(bucket, text, steps=6, **fields)
     out = good(commands, store, "train", *arguments, "--extend=true")

@@ -11,9 +11,9 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import check_encoding
+from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks import LanguageModeling
 from seqpe_jax.training import trainer
-from seqpe_jax.training.checkpoint import write_config
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import check_source
 from tests.serving.test_exported import vit_config
@@ -67,7 +67,7 @@ def written(folder, settings, **encoding):
     values = json.loads(json.dumps(config.to_dict(settings)))
     values["encoding"] |= encoding
     values["encoding"] = {name: value for name, value in values["encoding"].items() if value is not None}
-    write_config(folder, values)
+    RunDir(folder).write_config(values)
     return str(folder)
 
 

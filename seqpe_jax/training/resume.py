@@ -1,0 +1,185 @@
+"""Checks before a run starts or resumes in a folder: is it the same run, is there room, are saves fast enough."""
+
+import dataclasses
+import os
+import time
+
+from seqpe_jax import config
+from seqpe_jax.config import Config
+from seqpe_jax.data.tokenizers import EOS_FILES
+from seqpe_jax.errors import InputError, check_utf8_name
+from seqpe_jax.files import AnyPath, free_space, is_remote
+from seqpe_jax.run_dir import (
+    CHECKPOINTS_DIR,
+    CLASS_NAMES_FILE,
+    CONFIG_FILE,
+    DIGESTS_FILE,
+    EXPORT_SECTION,
+    FINGERPRINTS_FILE,
+    LOG_FILE,
+    OWNER_FILE,
+    TOKENIZER_FILE,
+    RunDir,
+)
+from seqpe_jax.training.optimizer import decay_steps
+
+PREEMPTION_SECONDS = 30.0  # between the notice that a machine is taken away and its end, on most clouds
+PROBE_BYTES = 64 * 2**20
+
+
+def with_random_bits(settings: Config, random_bits: str) -> Config:
+    """Returns a config with `precision.random_bits` set where it is "auto"."""
+    if settings.precision.random_bits != "auto":
+        return settings
+    return dataclasses.replace(settings, precision=dataclasses.replace(settings.precision, random_bits=random_bits))
+
+
+def random_bits_of(run: RunDir) -> str:
+    """Returns the `precision.random_bits` of a stored run; runs from before there was a choice have threefry."""
+    return run.config_values.get("precision", {}).get("random_bits", "threefry")
+
+
+def check_space(run: RunDir, size: int, count: int) -> None:
+    """Refuses a disk without room for what a run saves, before its first step.
+
+    Args:
+      run: the run's folder, which need not exist.
+      size: bytes of a checkpoint.
+      count: checkpoints that must have room.
+
+    Raises:
+      InputError: names both sizes.
+    """
+    if is_remote(run.path):
+        return
+    folder = run.path.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    needed, free = size * count, free_space(folder)
+    if free is not None and free < needed:
+        raise InputError(
+            f"workdir {run} has {free / 2**20:,.1f} MiB of free space, and {count} checkpoint(s) of this model take "
+            f"{needed / 2**20:,.1f}: make room there, or choose another --workdir"
+        )
+
+
+def slow_save_warning(run: RunDir, size: int) -> str:
+    """Returns a warning if a save takes longer than a preempted machine has left, else "".
+
+    Args:
+      run: the run's folder; its speed is measured by writing a file.
+      size: bytes that this process saves.
+    """
+    rate = write_rate(run.path, min(size, PROBE_BYTES))
+    seconds = size / rate
+    if seconds <= PREEMPTION_SECONDS:
+        return ""
+    return (
+        f"warning: a save takes about {seconds:,.0f} s ({size / 2**20:,.0f} MiB at {rate / 2**20:,.1f} MiB/s, as measured "
+        f"in {run}), and a machine that is taken away usually leaves {PREEMPTION_SECONDS:.0f}: what is done since the last "
+        "save may be lost then, so lower checkpoint.every or use a faster disk"
+    )
+
+
+def write_rate(folder: AnyPath, size: int) -> float:
+    """Returns the bytes per second at which a file of `size` bytes, removed again, is written to a folder."""
+    content, began = os.urandom(size), time.monotonic()
+    path = folder / f".{os.getpid()}.probe"
+    try:
+        if is_remote(path):
+            path.write_bytes(content)
+        else:
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        return size / max(time.monotonic() - began, 1e-9)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_same_run(settings: Config, run: RunDir, step: int | None, extend: bool = False) -> None:
+    """Refuses a folder of another run. A run that has saved no step yet starts anew, with any config.
+
+    Fields that change no result may differ (`config.RESUME_CHANGEABLE`), and a run may get more steps.
+
+    Args:
+      settings: what is to be trained.
+      run: the run's folder, which need not exist.
+      step: the newest saved one, or None.
+      extend: allows more steps although the learning rate so far depended on their number.
+
+    Raises:
+      InputError: names what the folder holds, or the fields that differ.
+    """
+    check_utf8_name(run.path.absolute(), "a folder with checkpoints (--workdir)")
+    if not run.exists:
+        if run.path.exists() and (
+            not run.path.is_dir() or any(path.name not in (LOG_FILE, OWNER_FILE) for path in run.path.iterdir())
+        ):
+            raise InputError(f"workdir {run} holds other files but no config.json: choose a new or empty folder")
+        return
+    values = run.config_values
+    if EXPORT_SECTION in values or not {"data", "model", "encoding"} <= values.keys():
+        content = "an export" if EXPORT_SECTION in values else "the config.json of something else"
+        raise InputError(f"workdir {run} holds {content}, which training would overwrite: choose a new or empty folder")
+    if step is None:
+        if not (run.path / CHECKPOINTS_DIR).exists() and (lines := run.read_metrics()):
+            raise InputError(
+                f"workdir {run} has metrics up to step {lines[-1]['step']}, but its folder '{CHECKPOINTS_DIR}' is gone: "
+                "put it back, or choose another --workdir"
+            )
+        return
+    # An older run's file lacks newer fields, which have their defaults, and may hold values that nothing reads.
+    before, now = (with_random_bits(one, random_bits_of(run)) for one in (run.config, settings))
+    if lines := config.difference(_compared_values(before), _compared_values(now)):
+        raise InputError(
+            f"workdir {run} belongs to a run with another config; it differs in {'; '.join(lines)}. Use a new --workdir, "
+            "or the same fields"
+        )
+    _check_steps(before, settings, run, step, extend)
+    if settings.init_from and settings.init_from != before.init_from:
+        began = f"began with init_from={before.init_from}" if before.init_from else "began with fresh parameters"
+        raise InputError(
+            f"the run of {run} is at step {step} and {began}: init_from={settings.init_from} is read only when a run "
+            "begins. Leave it out to resume, or choose a new --workdir"
+        )
+
+
+def _compared_values(settings: Config) -> dict:
+    """The fields of a config that must be equal to resume."""
+    values = config.to_dict(config.reset_unused(settings))
+    for section in (*config.RESUME_CHANGEABLE, "steps"):
+        values.pop(section, None)
+    values["data"].pop("lossy_tokenizer")  # accepting one changes no result
+    values["data"]["bit_depth"] = values["data"]["bit_depth"] or 16  # as files were read before the field existed
+    for name in ("decay_steps", "non_finite", "skips"):  # `_check_steps` compares the first; none changes past steps
+        values["optimizer"].pop(name)
+    return values
+
+
+def _check_steps(before: Config, settings: Config, run: RunDir, step: int, extend: bool) -> None:
+    """Refuses a number of steps that the run is past, or under which it would have had another learning rate so far."""
+    if settings.steps < step:
+        raise InputError(
+            f"the run of {run} has {step} steps already: set steps to {step} or more, got {settings.steps}"
+        )
+    if settings.optimizer.schedule == "wsd":
+        same = all(step <= one.steps - decay_steps(one.optimizer, one.steps) for one in (before, settings))
+        same = same or (before.steps, before.optimizer) == (settings.steps, settings.optimizer)
+    else:
+        same = settings.steps == before.steps or settings.optimizer.schedule == "constant"
+    if not (same or extend):
+        raise InputError(
+            f"the run of {run} was to take {before.steps} steps, and its learning rate so far depends on that number "
+            f"(optimizer.schedule='{settings.optimizer.schedule}'): add --extend=true to go on to {settings.steps} under "
+            "the schedule of that many, or set steps as it was. Under wsd, more steps change nothing before the decay"
+        )
+
+
+def clear_assets(run: RunDir) -> None:
+    """Removes the small files of a start that saved nothing, whose tokenizer or class names would count as the new run's."""
+    assets = {FINGERPRINTS_FILE, TOKENIZER_FILE, CLASS_NAMES_FILE, *EOS_FILES} - {CONFIG_FILE}
+    for name in (DIGESTS_FILE, *assets):  # the list of the others first
+        (run.path / name).unlink(missing_ok=True)
+    run.reload()
