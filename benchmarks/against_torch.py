@@ -18,18 +18,16 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from seqpe_jax import config
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.distributed import processes, sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import atomic_write
 from seqpe_jax.training.trainer import Trainer
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+config_flags.define_config()
 _PYTHON = flags.DEFINE_string("python", None, "an interpreter that has PyTorch")
 _TURNS = flags.DEFINE_integer("turns", 20, "timed steps of each", lower_bound=2)
 _OUTPUT = common.define_path("output", "JSON file to write", writes="file")
@@ -39,7 +37,7 @@ WARM_UP, PAUSE = 3, 0.2  # turns; seconds between them, in which the threads of 
 def main() -> None:
     """The command."""
     processes.keep_compiled_programs()
-    settings = config.parse(_CONFIG.value)
+    settings = config_flags.read_config()
     model = settings.model
     rates = (model.dropout, model.attention_dropout, model.embedding_dropout)
     if settings.is_image or settings.encoding.kind != "rotary" or any(rates) or settings.precision.compute != "float32":

@@ -6,7 +6,6 @@ The text is Python's standard library. Both take turns in one process. Prints fo
 batch, the step, saving its state to the disk) and for the whole the median of the turns' ratios, with the quarters around.
 """
 
-import copy
 import itertools
 import os
 import pathlib
@@ -18,18 +17,17 @@ from collections.abc import Iterator
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from seqpe_jax import config
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.data.datasets import stdlib_text
 from seqpe_jax.distributed import processes
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file of text, with its :variant", lock_config=True)
+config_flags.define_config()
 _TURNS = flags.DEFINE_integer("turns", 20, "timed steps of each", lower_bound=2)
 PARTS, TIMES, WARM_UP = ("read", "step", "save", "whole"), 10, 3
 
@@ -39,9 +37,8 @@ def steps(folder: pathlib.Path, text: bytes) -> Iterator[list[float]]:
     folder.mkdir()
     path = folder / "text.txt"
     path.write_bytes(text)
-    chosen = copy.deepcopy(_CONFIG.value).unlock()
-    chosen.data.name, chosen.data.paths = "text_files", (str(path),)
-    trainer = Trainer.of(config.parse(chosen))
+    chosen = {"data.name": "text_files", "data.paths": (str(path),)}
+    trainer = Trainer.of(config.load(config_flags.config_path(), config_flags.config_overrides() | chosen))
     print(f"{len(text) / 1e6:.0f} MB of text: {trainer.task.describe()}", flush=True)
     step, state, batches = trainer.train_step(), trainer.init_state(), trainer.batches(0)
     checkpoints = Checkpointer(folder / "run", keep=1)

@@ -7,22 +7,25 @@ import sys
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from seqpe_jax import config
 from seqpe_jax.__main__ import COMMANDS
-from seqpe_jax.cli import common
+from seqpe_jax.cli import config_flags
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
 
+def read(*arguments):
+    """Returns the config that the arguments of a command give."""
+    argv, values = ["command", *arguments], flags.FlagValues()
+    config_flags.define_config(values)
+    assert values(argv) == ["command"]
+    return config_flags.read_config(values)
+
+
 def parsed(*arguments):
-    """Returns the config that a command line gives."""
-    argv = ["command", f"--config={ROOT}/configs/stdlib_lm.py", "--config.data.name=text_files", *arguments]
-    values = flags.FlagValues()
-    found = config_flags.DEFINE_config_file("config", None, "a config", flag_values=values, sys_argv=argv)
-    assert values(common._with_texts(argv)) == ["command"]
-    return config.parse(found.value)
+    """The same, of a config file whose data have no paths of their own."""
+    return read(f"--config={ROOT}/configs/stdlib_lm.py", "--config.data.name=text_files", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_a_command_works_where_what_it_says_goes_nowhere(closed, done, code):
     """In a process of its own, whose standard streams are closed before Python starts."""
     script = f"""
 import sys
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.errors import InputError
 sys.argv = ["command"]
 def main():
@@ -115,25 +118,105 @@ FAULTY = {
 
 @pytest.mark.parametrize("content", FAULTY, ids=lambda content: repr(content)[:30])
 def test_a_faulty_config_file_is_told_by_name_and_line(tmp_path, content):
-    """However it is given, and before absl reads it: `config_flags` would tell a traceback."""
     path = tmp_path / "page.py"
     path.write_text(content)
     for arguments in ([f"--config={path}"], ["--config", str(path)], [f"-config={path}"]):
         with pytest.raises(InputError, match=f"{path}.*({FAULTY[content]})") as caught:
-            common._check_config_arguments(arguments)
+            read(*arguments)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path, words", [("gone.py", "no config file at gone.py"), (".", "no config file at")])
 def test_a_config_that_is_no_file_is_told(path, words):
     with pytest.raises(InputError, match=words):
-        common._check_config_arguments(["--config", path])
+        read("--config", path)
 
 
 def test_a_home_folder_is_meant_in_both_spellings(monkeypatch):
     monkeypatch.setenv("HOME", "/home-of-somebody")
     for arguments in (["--config=~/a.py"], ["--config", "~/a.py"]):
-        assert "/home-of-somebody/a.py" in " ".join(common._with_texts(arguments))
+        with pytest.raises(InputError, match="no config file at /home-of-somebody/a.py"):
+            read(*arguments)
+
+
+OWN_TEXT = """
+import pathlib
+
+from seqpe_jax.config import defaults
+
+pathlib.Path(__file__).with_suffix(".log").open("a").write("executed\\n")
+
+
+def get_config():
+    config = defaults()
+    config.data.name = "text_files"
+    return config
+"""
+
+
+def test_a_config_is_read_once_and_validated_with_the_fields_of_the_command_line(commands, tmp_path):
+    """The file alone has no data: it is valid with the paths that the command line or a sweep gives."""
+    page, run = tmp_path / "page.py", ("--config.data.paths=a.txt", "--config.steps=20")
+    page.write_text(OWN_TEXT)
+    found = read(f"--config={page}", *run)
+    assert (
+        (found.data.paths, found.steps)
+        == (("a.txt",), 20)
+        == (("a.txt",), config.load(str(page), {"data.paths": ("a.txt",), "steps": 20}).steps)
+    )
+    page.with_suffix(".log").unlink()
+    refused = commands("train", f"--config={page}", *run, "--config.batch_size=0", f"--workdir={tmp_path / 'run'}")
+    assert refused.code == 2 and "config field 'batch_size' must be" in refused.err
+    assert page.with_suffix(".log").read_text() == "executed\n"
+    with pytest.raises(InputError, match="data.name='text_files' needs data.paths"):
+        read(f"--config={page}")
+
+
+def test_fields_that_follow_from_others_follow_those_of_the_command_line(tmp_path):
+    page = tmp_path / "page.py"
+    page.write_text(
+        "from seqpe_jax.config import defaults\n\n\ndef get_config():\n    c = defaults()\n"
+        "    c.optimizer.end_learning_rate = c.optimizer.get_oneway_ref('learning_rate') / 10\n"
+        "    c.steps = c.get_oneway_ref('batch_size') * 10\n    return c\n"
+    )
+    found = read(f"--config={page}", "--config.optimizer.learning_rate=0.5", "--config.batch_size=8")
+    assert (found.optimizer.end_learning_rate, found.steps) == (0.05, 80)
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--config.model.hight=3", "unknown config field 'model.hight'"),
+        ("--noconfig.model.tide", "unknown config field 'model.tide'. Did you mean 'model.tied'"),
+        ("--config.encoding.place=global", "'encoding.place': it is called 'encoding.digit_index' now"),
+        ("--config.steps=many", "--config.steps=many"),
+        ("--config.steps=1.5", "--config.steps=1.5"),
+        ("--config.eval.lengths=16,x", "config field 'eval.lengths' must be int, got '16,x'"),
+        ("--confik=a.py", "Unknown command line flag 'confik'"),
+    ],
+)
+def test_a_wrong_option_gets_one_line(commands, tmp_path, argument, words):
+    result = commands("train", "--config=configs/stdlib_lm.py", argument, f"--workdir={tmp_path / 'run'}")
+    assert (result.code, result.err.count("\n")) == (2, 1) and words in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    "option, some, others",
+    [
+        ("--help=encoding", ["--config.encoding.theta=10000.0"], ["--config.model.layers", "--config.seed"]),
+        (
+            "--helpfull",
+            ["--config.seed=0", "--config.model.tied=True", "--config.objective.contrastive.space=vectors"],
+            [],
+        ),
+    ],
+)
+def test_help_lists_the_fields_of_a_config(commands, option, some, others):
+    result = commands("train", option)
+    assert result.code == 0 and all(line in result.out for line in some)
+    assert not any(line in result.out for line in others)
+    refused = commands("train", "--help=encodings")
+    assert refused.code == 2 and "no section 'encodings'. Did you mean 'encoding'" in refused.err
 
 
 def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tmp_path):
@@ -164,7 +247,7 @@ def test_what_is_set_of_the_compile_cache_is_left_as_it_is(monkeypatch):
 
 PROGRAM = """
 import sys, types
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.distributed import processes as hosts
 
 hosts.ctypes = types.SimpleNamespace(CDLL=lambda name: types.SimpleNamespace(mallopt=lambda *option: print(*option)))
@@ -239,7 +322,7 @@ def test_training_loads_what_it_uses_alone():
 def test_a_config_file_that_ends_python_is_told(tmp_path):
     (tmp_path / "page.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(InputError, match="page.py, line 2 cannot be read: SystemExit: 3"):
-        common._check_config_arguments([f"--config={tmp_path / 'page.py'}"])
+        read(f"--config={tmp_path / 'page.py'}")
 
 
 def test_no_bytecode_of_a_config_file_is_kept(tmp_path):

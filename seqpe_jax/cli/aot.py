@@ -14,12 +14,11 @@ import json
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.files import as_path, atomic_write
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+config_flags.define_config()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "TPU slice, GENERATION:SIZES, e.g. v5e:4x4 or v5p:4x4x4; 2xv5e:4x4: two"
 )
@@ -34,9 +33,7 @@ def main() -> None:
     from seqpe_jax.training.trainer import Trainer
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, or another accelerator, is left alone
-    trainer = Trainer.of(
-        common.config_from_flags(_CONFIG.value), topology_devices(_TOPOLOGY.value), data_available=False
-    )
+    trainer = Trainer.of(config_flags.read_config(), topology_devices(_TOPOLOGY.value), data_available=False)
     print(
         f"seqpe_jax: compiling for {_TOPOLOGY.value}, {trainer.mesh.size} device(s): one to several minutes", flush=True
     )

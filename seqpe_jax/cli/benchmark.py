@@ -17,15 +17,14 @@ import dataclasses
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
 from seqpe_jax import config
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_write
 from seqpe_jax.trees import flat
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+config_flags.define_config()
 _COMPARE = flags.DEFINE_list(
     "compare", [], "variants of the config file that take turns, e.g. seqpe,rotary (default: its own)"
 )
@@ -44,7 +43,7 @@ def main() -> None:
     if _COMPARE.value:
         settings = _compared(_COMPARE.value)
     else:
-        one = common.config_from_flags(_CONFIG.value)
+        one = config_flags.read_config()
         settings = {one.encoding.name: one}
     if _MODE.value == "encode":
         [name, one] = next(iter(settings.items()))
@@ -64,9 +63,8 @@ def _compared(names: list[str]) -> dict[str, config.Config]:
     """Returns the configs of variants of the config file. Raises: InputError: names or options that do not fit together."""
     if len(set(names)) < len(names):
         raise InputError(f"--compare names an encoding twice: {','.join(names)}")
-    given = flags.FLAGS["config"]
-    page, _, variant = config_flags.get_config_filename(given).partition(":")
-    overrides = config_flags.get_override_values(given)
+    page, _, variant = config_flags.config_path().partition(":")
+    overrides = config_flags.config_overrides()
     if variant or "encoding.kind" in overrides:
         chosen = f"'{variant}'" if variant else "--config.encoding.kind"
         raise InputError(f"--compare names the variants that are timed: give --config={page}, and leave {chosen} out")

@@ -4,18 +4,17 @@ Commands import what they work with inside their functions, and so does this mod
 which `--help` need not wait for.
 """
 
-import ast
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
 from seqpe_jax import config
+from seqpe_jax.cli import config_flags
 from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import check_readable, check_writable, expand_path
@@ -67,20 +66,6 @@ def define_checkpoint_choice() -> flags.FlagHolder:
     return flags.DEFINE_enum("which", "latest", ["latest", "best"], told)
 
 
-def config_from_flags(page: ml_collections.ConfigDict) -> Config:
-    """Returns the validated config of --config and of the options --config.FIELD=VALUE.
-
-    Args:
-      page: value of the flag.
-
-    Raises:
-      InputError: as `config.parse`; an option that the config does not read.
-    """
-    settings = config.parse(page, config_overrides())
-    config.check_overrides_used(settings, config_overrides())
-    return settings
-
-
 def define_process_flags() -> None:
     """Gives a command the options of a run of several processes."""
     told = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes tells it"
@@ -130,11 +115,6 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
     return settings
 
 
-def config_overrides() -> dict[str, object]:
-    """Returns the fields of the config that the command line sets, by their dotted names."""
-    return config_flags.get_override_values(flags.FLAGS["config"])
-
-
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`; exits with 0, with 2 on bad input (one line), with a `Failure`'s code on that."""
     for name in ("stdout", "stderr"):  # closed by who started the command, as `>&-` does: what is said goes nowhere
@@ -146,15 +126,14 @@ def run(main: Callable[[], None]) -> None:
         print((module.__doc__ or "").strip())
         print(flags.FLAGS.module_help(module.__name__))
         sys.exit(0)
+    if "config" in flags.FLAGS and (asked := [a for a in sys.argv[1:] if re.fullmatch("--help(full|=.+)", a)]):
+        _print_fields(asked[0].partition("=")[2])
     from seqpe_jax.distributed import processes
 
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may be any bytes
     try:
-        _check_config_arguments(sys.argv[1:])
-        keeps, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of config files (see `config.scripts`)
         earlier = _occurrences()
-        rest = flags.FLAGS(_with_texts(sys.argv))[1:]
-        sys.dont_write_bytecode = keeps
+        rest = flags.FLAGS(sys.argv)[1:]
         _check_given_once(earlier)
         if rest:
             raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
@@ -162,6 +141,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         processes.shutdown()
     except (InputError, flags.Error) as error:
+        if isinstance(error, flags.UnrecognizedFlagError):
+            error = config_flags.unknown_flag(error.flagname) or error
         processes.abort(
             2, "error: " + _line(error)
         )  # at once: libraries cut short in their work would say more than this line
@@ -175,6 +156,16 @@ def run(main: Callable[[], None]) -> None:
         processes.wait_for_abort()
         traceback.print_exc()
         processes.abort(1, _line(f"failed: {type(error).__name__}: {error}"))
+
+
+def _print_fields(section: str) -> None:
+    """Prints the fields of a config, or of one section, and ends the command."""
+    try:
+        print(config_flags.help_on_fields(section))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
 
 
 def _occurrences() -> dict[str, int]:
@@ -202,62 +193,3 @@ def _given_again(name: str) -> InputError:
 
 def _line(words: object) -> str:
     return " ".join(str(words).split()).encode("utf-8", "backslashreplace").decode()
-
-
-def _check_config_arguments(arguments: list[str]) -> None:
-    """Says in one line what `config_flags` would tell as a traceback: no such file, variant or field, or two files."""
-    files = 0
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        name, given, value = argument.lstrip("-").partition("=")
-        if name == "config" and argument.startswith("-"):
-            files += 1
-            if files > 1:
-                raise _given_again(name)
-            config.load(value if given else following)
-        elif name.startswith("config."):
-            field = name.removeprefix("config.")
-            if field not in config.field_names():
-                raise InputError(config.unknown_field_message(field))
-
-
-def _with_texts(arguments: list[str]) -> list[str]:
-    """Returns the arguments with what is said of fields that hold texts quoted: a path such as 2024 is no number."""
-    texts = {f"config.{name}" for name, kind in config.field_types().items() if kind == tuple[str, ...]}
-    written, follows = [], ""  # the name of the flag whose value comes next
-    for argument in arguments:
-        flag, given, value = argument.partition("=")
-        if follows:
-            written.append(_config_file(argument) if follows == "config" else _quoted(argument))
-        elif given and flag.lstrip("-") in texts:
-            written.append(f"{flag}={_quoted(value)}")
-        elif given and flag.lstrip("-") == "config":
-            written.append(f"{flag}={_config_file(value)}")
-        else:
-            written.append(argument)
-        named = flag.lstrip("-") if flag.startswith("-") and not given and not follows else ""
-        follows = named if named in texts | {"config"} else ""
-    return written
-
-
-def _config_file(value: str) -> str:
-    return config.resolve_config_path(expand_path(value, local=config.LOCAL))
-
-
-def _quoted(value: str) -> str:
-    """Returns a text, or several in Python's notation for tuples and lists, as `config_flags` reads it as texts."""
-    try:
-        written = ast.parse(value.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
-        return repr(value)
-    if isinstance(written, ast.Constant) and isinstance(written.value, str):
-        return value
-    if not isinstance(written, (ast.Tuple, ast.List)) or not all(
-        isinstance(item, ast.Constant) for item in written.elts
-    ):
-        return repr(value)
-    source = value.strip()
-    return repr(
-        tuple(
-            item.value if isinstance(item.value, str) else ast.get_source_segment(source, item) for item in written.elts
-        )
-    )

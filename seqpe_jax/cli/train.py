@@ -12,12 +12,11 @@ On several hosts the same command runs on each, with a workdir that they share (
 import dataclasses
 
 from absl import flags
-from ml_collections import config_flags
 
-from seqpe_jax.cli import common
+from seqpe_jax.cli import common, config_flags
 from seqpe_jax.config import Config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with its :variant", lock_config=True)
+config_flags.define_config()
 _WORKDIR = common.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
 _INIT_FROM = common.define_path("init-from", "begin with the parameters of that run or converted checkpoint")
 _EXTEND = flags.DEFINE_bool(
@@ -38,7 +37,7 @@ def main() -> None:
 
 
 def _settings() -> Config:
-    settings = common.config_from_flags(_CONFIG.value)
+    settings = config_flags.read_config()
     return settings if _INIT_FROM.value is None else dataclasses.replace(settings, init_from=_INIT_FROM.value)
 
 

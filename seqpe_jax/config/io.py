@@ -414,11 +414,9 @@ def _page(path: str) -> ml_collections.ConfigDict:
 
 def _with(page: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[str, Any]:
     """Returns the nested values of a config file with dotted overrides. Raises: InputError: there is no such field."""
-    there = {key for key, value in flat(_values(page), ".").items() if type(value) is int}
-    numbers = {
-        key: value for key, value in overrides.items() if key in there and type(value) is int and abs(value) < LARGEST
-    }
-    page.update_from_flattened_dict(numbers)  # what the file computes from these follows
+    stored = flat(_values(page), ".")
+    fitting = {name: value for name, value in overrides.items() if name in stored and _fits(stored[name], value)}
+    page.update_from_flattened_dict(fitting)  # what the file computes from these follows
     values = _values(page)
     for key, value in overrides.items():
         *sections, last = key.split(".")
@@ -429,6 +427,11 @@ def _with(page: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[st
             raise InputError(unknown_field_message(key))
         target[last] = value
     return values
+
+
+def _fits(stored: Any, value: Any) -> bool:
+    """Whether a value has the type of the one that a ConfigDict holds, and is no number that overflows."""
+    return type(value) is type(stored) and not (type(value) is int and abs(value) >= LARGEST)
 
 
 def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
@@ -453,6 +456,33 @@ def field_types(kind: type = Config, prefix: str = "") -> dict[str, Any]:
     for name, hint in typing.get_type_hints(kind).items():
         types |= field_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return types
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldDoc:
+    """Type, default and meaning of one field.
+
+    Attributes:
+      type: the annotation of the field.
+      default: value where no config sets it.
+      doc: one line, with the unit.
+    """
+
+    type: Any
+    default: Any
+    doc: str
+
+
+def field_docs(section: type = Config, prefix: str = "") -> dict[str, FieldDoc]:
+    """Returns what help and documentation say of each field, by its dotted name."""
+    docs, hints = {}, typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            docs |= field_docs(hint, f"{name}.")
+        else:
+            docs[name] = FieldDoc(hint, field.default, field.metadata.get("doc", ""))
+    return docs
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -33,13 +33,13 @@ OptionalWidth = {"low": 0, "high": 2**20}
 Devices = {"low": 1, "high": 2**20}
 
 
-def field(default: Any, **metadata: Any) -> Any:
+def field(default: Any, doc: str = "", **metadata: Any) -> Any:
     """Returns a field with limits and, where not every run reads it, who does.
 
-    `reads` names the kinds of encoding that do, `combined` ({field: kinds}) those that do where another field is set, `of`
+    `doc`: its meaning in one line, with the unit; `--help` and the documentation show it. `reads` names the kinds of encoding that do, `combined` ({field: kinds}) those that do where another field is set, `of`
     the kinds of data whose runs do; `path`: it is one; `choices`: returns the values that it may have.
     """
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"doc": doc})
 
 
 def section(kind: type, **metadata: Any) -> Any:

@@ -10,9 +10,9 @@ import typing
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from seqpe_jax import config
+from seqpe_jax.cli import config_flags
 from seqpe_jax.errors import InputError
 from seqpe_jax.sweeps import spec
 
@@ -60,13 +60,12 @@ def test_product_combines_and_zipped_goes_together():
         spec.product({"variant": "rotary"})
 
 
-def parsed(arguments: list[str], monkeypatch) -> config.Config:
+def parsed(arguments: list[str]) -> config.Config:
     """The config that `train` reads from its options."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    values(sys.argv)
-    return config.parse(values.config)
+    config_flags.define_config(values)
+    values(["train", *arguments])
+    return config_flags.read_config(values)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -80,7 +79,7 @@ def test_a_shipped_sweep_is_valid(path, monkeypatch):
     settings = [json.dumps(config.to_dict(trial.settings)) for trial in sweep.trials]
     assert len(set(settings)) == len(settings), "two runs of the sweep are the same"
     for trial in [trial for trial in sweep.trials if not trial.best][:: max(1, len(sweep.trials) // 6)]:
-        assert parsed(trial.arguments, monkeypatch) == trial.settings
+        assert parsed(trial.arguments) == trial.settings
 
 
 def test_shipped_sweeps_compare_what_they_say():
@@ -160,7 +159,7 @@ def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
     [trial] = sweep.trials
     assert trial.settings.encoding.kind == "alibi" and trial.settings.data.paths == ("a b", "c")
     assert trial.settings.eval.lengths == (16,) and trial.settings.model.scan
-    assert parsed(trial.arguments, monkeypatch) == trial.settings
+    assert parsed(trial.arguments) == trial.settings
 
 
 def test_a_point_may_have_another_config(tmp_path, monkeypatch):

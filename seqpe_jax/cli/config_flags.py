@@ -1,0 +1,151 @@
+"""The flags --config=FILE.py[:VARIANT] and --config.SECTION.FIELD=VALUE, and the help on the fields of a config.
+
+The file is executed once, by `read_config`: the flags only hold its path and the values of fields, as the types of
+`seqpe_jax.config` say. (`ml_collections.config_flags` executes it while flags are parsed, and knows no field beforehand.)
+"""
+
+import ast
+import typing
+from typing import Any, Literal
+
+from absl import flags
+
+from seqpe_jax import config
+from seqpe_jax.errors import InputError, suggest
+
+PREFIX = "config."
+
+
+class _TupleParser(flags.ArgumentParser):
+    """Reads several values of one field: `16,32`, or Python's notation for a tuple or list."""
+
+    syntactic_help = "values separated by commas"
+
+    def __init__(self, texts: bool):
+        self._texts = texts
+
+    def parse(self, argument: str) -> tuple[Any, ...]:
+        return _texts(argument) if self._texts else _numbers(argument)
+
+    def flag_type(self) -> str:
+        return "list"
+
+
+def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Gives a command the flag --config, and one for each field."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "config file, FILE.py or FILE.py:VARIANT; --config.SECTION.FIELD=VALUE sets a field "
+        "(--help=SECTION, --helpfull: all fields)",
+        flag_values=flag_values,
+    )
+    for name, kind in config.field_types().items():
+        flags.DEFINE_flag(_flag_of_field(name, kind), flag_values, module_name=config.__name__)
+
+
+def _flag_of_field(name: str, kind: Any) -> flags.Flag:
+    if typing.get_origin(kind) is tuple:
+        texts = typing.get_args(kind)[0] is str
+        return flags.MultiFlag(_TupleParser(texts), flags.ArgumentSerializer(), PREFIX + name, None, "")
+    if kind is bool:
+        return flags.BooleanFlag(PREFIX + name, None, "")
+    parser = {int: flags.IntegerParser, float: flags.FloatParser}.get(kind, flags.ArgumentParser)()
+    return flags.Flag(parser, flags.ArgumentSerializer(), PREFIX + name, None, "")
+
+
+def config_path(flag_values: flags.FlagValues = flags.FLAGS) -> str:
+    """Returns the config file as the command line names it, with its variant."""
+    return flag_values["config"].value
+
+
+def config_overrides(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns the fields that the command line sets, by their dotted names."""
+    found = {}
+    for name in config.field_types():
+        flag = flag_values[PREFIX + name]
+        if flag.present:
+            several = isinstance(flag, flags.MultiFlag)
+            found[name] = tuple(item for given in flag.value for item in given) if several else flag.value
+    return found
+
+
+def read_config(flag_values: flags.FlagValues = flags.FLAGS) -> config.Config:
+    """Executes the config file once, applies the fields of the command line, and validates the result once.
+
+    Raises:
+      InputError: as `config.load`; a field of the command line that nothing reads.
+    """
+    overrides = config_overrides(flag_values)
+    settings = config.load(config_path(flag_values), overrides)
+    config.check_overrides_used(settings, overrides)
+    return settings
+
+
+def unknown_flag(name: str) -> InputError | None:
+    """Returns what to say of an unknown flag that is meant as a field of the config, else None."""
+    field = name.removeprefix("no").removeprefix(PREFIX)
+    return InputError(config.unknown_field_message(field)) if PREFIX in name else None
+
+
+def help_on_fields(section: str = "") -> str:
+    """Returns a line for each field with its type, default and meaning.
+
+    Args:
+      section: the section whose fields are listed, such as "encoding"; "" = all.
+
+    Raises:
+      InputError: there is no such section.
+    """
+    docs = config.field_docs()
+    chosen = {name: doc for name, doc in docs.items() if not section or name.startswith(section + ".")}
+    if not chosen:
+        sections = dict.fromkeys(name.partition(".")[0] for name in docs if "." in name)
+        raise InputError(f"the config has no section '{section}'.{suggest(section, sections)}")
+    lines = []
+    for name, field in chosen.items():
+        lines.append(f"  --config.{name}={_default_in_words(field.default)}  ({_type_in_words(field.type)})")
+        lines += [f"      {field.doc}"] if field.doc else []
+    return "\n".join(lines)
+
+
+def _type_in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{typing.get_args(kind)[0].__name__}, ..."
+    return kind.__name__
+
+
+def _default_in_words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "()"
+    return str(value) if value != "" else "''"
+
+
+def _numbers(argument: str) -> tuple[Any, ...]:
+    """The values of a tuple of numbers; what is no number stays a text, which the config refuses by name."""
+    try:
+        value = ast.literal_eval(argument)
+    except (SyntaxError, ValueError):
+        value = argument
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _texts(argument: str) -> tuple[str, ...]:
+    """The texts of Python's notation for a text, tuple or list; a path such as 2024 is no number, and one text otherwise."""
+    source = argument.strip()
+    try:
+        written = ast.parse(source, mode="eval").body
+    except (SyntaxError, ValueError):
+        return (argument,)
+    if isinstance(written, ast.Constant) and isinstance(written.value, str):
+        return (written.value,)
+    if not isinstance(written, (ast.Tuple, ast.List)):
+        return (argument,)
+    items = written.elts
+    if not all(isinstance(item, ast.Constant) for item in items):
+        return (argument,)
+    return tuple(
+        item.value if isinstance(item.value, str) else ast.get_source_segment(source, item) or "" for item in items
+    )
