@@ -129,12 +129,11 @@ def configs_of(name: str) -> dict:
 
 def work_of(settings) -> dict[str, float]:
     """Returns {"parameters", "training_flops"} of a config, as `evaluate` stores them; data need not be there."""
-    from seqpe_jax.losses.flops import training_flops
     from seqpe_jax.training.trainer import Trainer
     from seqpe_jax.trees import count
 
     trainer = Trainer.of(settings, data_available=False)
-    flops = training_flops(trainer.train_loss, trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
+    flops = trainer.train_loss.step_flops(trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
     return {"parameters": count(trainer.abstract_state.params), "training_flops": flops / trainer.task.count_per_step}
 
 

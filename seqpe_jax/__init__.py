@@ -18,7 +18,7 @@ from seqpe_jax.errors import InputError
 if TYPE_CHECKING:
     from seqpe_jax.encodings.seqpe import SeqPE
     from seqpe_jax.loading import load
-    from seqpe_jax.losses.standalone import position_losses
+    from seqpe_jax.losses.train_loss import position_losses
     from seqpe_jax.model import Model
     from seqpe_jax.models.attention import apply_position_signal, attend
 
@@ -31,7 +31,7 @@ _MODULES = {
     "apply_position_signal": "models.attention",
     "attend": "models.attention",
     "load": "loading",
-    "position_losses": "losses.standalone",
+    "position_losses": "losses.train_loss",
 }
 
 

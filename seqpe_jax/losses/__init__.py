@@ -1,1 +1,1 @@
-"""Losses as pure functions of arrays, and the objective that joins them."""
+"""Loss functions: task losses, losses on position vectors, and the training loss that adds them up."""

@@ -1,4 +1,4 @@
-"""The positions of one training step: what the model reads, and what the terms on position vectors compare."""
+"""Random positions of one train step: perturbed windows of the model, contrastive positions, distillation windows."""
 
 from typing import Any, NamedTuple
 
@@ -7,124 +7,150 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqpe_jax.models.build import ModelSpec, stream
-from seqpe_jax.positions import sampling
+from seqpe_jax.positions import contrastive_sampling, sampling
 
 
 class SampledPositions(NamedTuple):
-    """The positions of one step. A batch may carry its own as batch["sampled_positions"] and so replace the random ones.
+    """Positions of one train step. A batch may hold its own as batch["sampled_positions"] instead of random ones.
 
     Attributes:
-      positions_PLA: int32, what the model reads: P windows.
-      perturbed: bool[], the windows are not where they would be in evaluation, so that they cannot teach distillation.
-      contrastive, distillation: what these terms compare, or None where their weight is 0.
-      boxes_PA2: parts of the images that the model reads in place of whole ones, or None.
+      positions_PLA: int32, positions of P windows of the model.
+      perturbed: bool[], positions differ from those of evaluation, so that the windows cannot teach distillation.
+      contrastive: anchors and candidates, or None if the weight of the loss is 0.
+      distillation: windows out of range, or None if the weight of the loss is 0.
+      crop_boxes_PA2: float32, image crops that the windows cover, or None without random crops.
     """
 
     positions_PLA: jax.Array
     perturbed: jax.Array
-    contrastive: sampling.ContrastivePositions | None
+    contrastive: contrastive_sampling.ContrastivePositions | None
     distillation: sampling.DistillationPositions | None
     crop_boxes_PA2: jax.Array | None = None
 
 
 def may_perturb(settings: Any) -> bool:
-    """Whether some steps read windows displaced, or windows whose places do not stand where they should."""
+    """Returns True if some steps perturb positions: random offset, PoSE skips, jitter or random crops.
+
+    Args:
+      settings: `objective` section of the config.
+    """
     return max(settings.shift.rate, settings.skip.rate, settings.jitter.rate, settings.zoom.rate) > 0
 
 
 def sample_positions(settings: Any, model_spec: ModelSpec, key: jax.Array, step: jax.Array) -> SampledPositions:
-    """Returns the positions of a step, a pure function of the run's key and the step.
+    """Returns the positions of a step, a pure function of key and step.
 
     Args:
-      settings: the `objective` section of a config.
+      settings: `objective` section of the config.
+      model_spec: of the model.
+      key: PRNG key of the run.
+      step: int32[].
     """
-    now = jax.random.fold_in(key, step)
-    positions_PLA, perturbed, crop_boxes_PA2 = _windows(settings, model_spec, key, now)
+    step_key = jax.random.fold_in(key, step)
+    if may_perturb(settings):
+        positions_PLA, perturbed, crop_boxes_PA2 = _perturbed_windows(settings, model_spec, key, step_key)
+    else:
+        positions_PLA, perturbed, crop_boxes_PA2 = _windows(model_spec, 1), jnp.zeros((), bool), None
     return SampledPositions(
         positions_PLA,
         perturbed,
         _contrastive(settings.contrastive, model_spec, key, step),
-        _distillation(settings.distillation, model_spec, now),
+        _distillation(settings.distillation, model_spec, step_key),
         crop_boxes_PA2,
     )
 
 
-def _windows(
-    settings: Any, model_spec: ModelSpec, key: jax.Array, now: jax.Array
+def _windows(model_spec: ModelSpec, num_sets: int) -> jax.Array:
+    """Returns `num_sets` copies of the training grid, int32[P, L, A]."""
+    shape = model_spec.shape
+    grid_LA = model_spec.position_grid.positions(shape)
+    return jnp.broadcast_to(grid_LA, (num_sets, model_spec.num_positions, len(shape)))
+
+
+def _perturbed_windows(
+    settings: Any, model_spec: ModelSpec, key: jax.Array, step_key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The windows that the model reads, whether they were perturbed, and the parts of images that they lie over."""
-    shape, position_grid = model_spec.shape, model_spec.position_grid
-    sets = settings.shift.sets if may_perturb(settings) else 1
-    positions_PLA = jnp.broadcast_to(position_grid.positions(shape), (sets, model_spec.num_positions, len(shape)))
-    perturbed, crop_boxes_PA2 = jnp.zeros((), bool), None
-    if not may_perturb(settings):
-        return positions_PLA, perturbed, crop_boxes_PA2
+    """Returns (positions_PLA, perturbed, crop_boxes_PA2) of a step; each perturbation happens in a share of the steps."""
+    positions_PLA, perturbed = _windows(model_spec, settings.shift.sets), jnp.zeros((), bool)
+    crop_boxes_PA2 = None
     if settings.zoom.rate:
-        zoomed = jax.random.uniform(stream(now, "zoom")) < settings.zoom.rate
-        crop_boxes_PA2 = sampling.crop_boxes(
-            stream(now, "boxes"), sets=sets, axes=len(shape), smallest=settings.zoom.smallest
-        )
-        crop_boxes_PA2 = jnp.where(zoomed, crop_boxes_PA2, jnp.array([0.0, 1.0]))
-        positions_PLA = jnp.where(zoomed, position_grid.crop_positions(shape, crop_boxes_PA2), positions_PLA)
-        perturbed = perturbed | zoomed
-    positions_PLA, displaced = _offset_or_skipped(settings, model_spec, positions_PLA, key, now)
+        positions_PLA, cropped, crop_boxes_PA2 = _random_crop(settings.zoom, model_spec, positions_PLA, step_key)
+        perturbed = perturbed | cropped
+    positions_PLA, displaced = _offset_or_skip(settings, model_spec, positions_PLA, key, step_key)
     perturbed = perturbed | displaced
     if settings.jitter.rate:
-        shaken = jax.random.uniform(stream(now, "shake")) < settings.jitter.rate
-        shaken_PLA = sampling.jitter(
-            stream(now, "jitter"),
-            positions_PLA,
-            reach=round(settings.jitter.range * position_grid.position_resolution),
-            max_position=model_spec.max_position,
-            ordered=len(shape) == 1,
-        )
-        positions_PLA, perturbed = jnp.where(shaken, shaken_PLA, positions_PLA), perturbed | shaken
+        positions_PLA, jittered = _jitter(settings.jitter, model_spec, positions_PLA, step_key)
+        perturbed = perturbed | jittered
     return positions_PLA, perturbed, crop_boxes_PA2
 
 
-def _offset_or_skipped(
-    settings: Any, model_spec: ModelSpec, positions_PLA: jax.Array, key: jax.Array, now: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The windows, shifted or cut into chunks with gaps where this step draws that, and whether it does."""
-    shape, unit, (offset_A, limit) = (
-        model_spec.shape,
-        model_spec.position_grid.position_resolution,
-        _room(model_spec),
+def _random_crop(
+    settings: Any, model_spec: ModelSpec, positions_PLA: jax.Array, step_key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (positions_PLA of random crops, bool[] whether this step crops, crop_boxes_PA2)."""
+    shape = model_spec.shape
+    cropped = jax.random.uniform(stream(step_key, "zoom")) < settings.rate
+    boxes_PA2 = sampling.crop_boxes(
+        stream(step_key, "boxes"), num_sets=len(positions_PLA), axes=len(shape), smallest=settings.smallest
     )
-    sets = len(positions_PLA)
-    choice = jax.random.uniform(stream(now, "move"))
-    shifted, skipped = choice < settings.shift.rate, choice >= 1.0 - settings.skip.rate
+    boxes_PA2 = jnp.where(cropped, boxes_PA2, jnp.array([0.0, 1.0]))
+    crop_PLA = model_spec.position_grid.crop_positions(shape, boxes_PA2)
+    return jnp.where(cropped, crop_PLA, positions_PLA), cropped, boxes_PA2
+
+
+def _offset_or_skip(
+    settings: Any, model_spec: ModelSpec, positions_PLA: jax.Array, key: jax.Array, step_key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (positions_PLA with a random offset or PoSE skips, bool[] whether this step has either)."""
+    first_A, max_position = _movable_range(model_spec)
+    grid = {
+        "num_sets": len(positions_PLA),
+        "shape": model_spec.shape,
+        "max_position": max_position,
+        "position_resolution": model_spec.position_grid.position_resolution,
+    }
+    choice = jax.random.uniform(stream(step_key, "move"))
+    has_offset, has_skips = choice < settings.shift.rate, choice >= 1.0 - settings.skip.rate
     if settings.shift.rate:
-        starts_PA = sampling.random_offsets(
-            stream(now, "shift"),
-            sets=sets,
-            shape=shape,
-            max_position=limit,
-            position_resolution=unit,
+        offsets_PA = sampling.random_offsets(
+            stream(step_key, "shift"),
+            **grid,
             num_start_positions=settings.shift.starts,
             subset_key=stream(key, "shift starts"),
         )
-        positions_PLA = jnp.where(shifted, positions_PLA + starts_PA[:, None], positions_PLA)
+        positions_PLA = jnp.where(has_offset, positions_PLA + offsets_PA[:, None], positions_PLA)
     if settings.skip.rate:
-        gaps_PLA = sampling.pose_skip(
-            stream(now, "skip"),
-            sets=sets,
-            shape=shape,
-            max_position=limit,
+        skips_PLA = sampling.pose_skip(
+            stream(step_key, "skip"),
+            **grid,
             num_chunks=settings.skip.chunks,
-            range=settings.skip.range * unit or limit,
-            position_resolution=unit,
+            position_range=settings.skip.range * grid["position_resolution"] or max_position,
         )
-        positions_PLA = jnp.where(skipped, gaps_PLA + offset_A, positions_PLA)
-    return positions_PLA, shifted | skipped
+        positions_PLA = jnp.where(has_skips, skips_PLA + first_A, positions_PLA)
+    return positions_PLA, has_offset | has_skips
+
+
+def _jitter(
+    settings: Any, model_spec: ModelSpec, positions_PLA: jax.Array, step_key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (jittered positions_PLA, bool[] whether this step jitters)."""
+    jittered = jax.random.uniform(stream(step_key, "shake")) < settings.rate
+    jittered_PLA = sampling.jitter(
+        stream(step_key, "jitter"),
+        positions_PLA,
+        max_distance=round(settings.range * model_spec.position_grid.position_resolution),
+        max_position=model_spec.max_position,
+        ordered=len(model_spec.shape) == 1,
+    )
+    return jnp.where(jittered, jittered_PLA, positions_PLA), jittered
 
 
 def _contrastive(
     settings: Any, model_spec: ModelSpec, key: jax.Array, step: jax.Array
-) -> sampling.ContrastivePositions | None:
+) -> contrastive_sampling.ContrastivePositions | None:
     if not settings.weight:
         return None
-    return sampling.contrastive_positions(
+    return contrastive_sampling.contrastive_positions(
         stream(key, "contrastive"),
         step,
         batch=settings.batch,
@@ -140,26 +166,27 @@ def _contrastive(
     )
 
 
-def _distillation(settings: Any, model_spec: ModelSpec, now: jax.Array) -> sampling.DistillationPositions | None:
+def _distillation(settings: Any, model_spec: ModelSpec, step_key: jax.Array) -> sampling.DistillationPositions | None:
     if not settings.weight:
         return None
-    offset_A, limit = _room(model_spec)
-    windows = sampling.distillation_positions(
-        stream(now, "distillation"),
+    first_A, max_position = _movable_range(model_spec)
+    sampled = sampling.distillation_positions(
+        stream(step_key, "distillation"),
         batch=settings.batch,
         offsets=settings.offsets,
         shape=model_spec.shape,
-        max_position=limit,
+        max_position=max_position,
         position_resolution=model_spec.position_grid.position_resolution,
     )
-    return windows._replace(positions_BMA=windows.positions_BMA + offset_A)
+    return sampled._replace(positions_BMA=sampled.positions_BMA + first_A)
 
 
-def _room(model_spec: ModelSpec) -> tuple[np.ndarray, int]:
-    """Where the training grid begins along each axis, and the positions that are left beyond that for windows to move in.
+def _movable_range(model_spec: ModelSpec) -> tuple[np.ndarray, int]:
+    """Returns (first position of the training grid int32[A], limit of positions relative to it).
 
-    Windows are drawn as if they began at 0; what a grid that stands in the middle of its cells begins with is added after.
+    Windows are sampled as if the grid began at 0; the first position, which is above 0 for a grid whose patches are at
+    cell centers, is added afterwards.
     """
     axes = range(len(model_spec.shape))
-    offset_A = np.array([model_spec.position_grid.first_position(axis) for axis in axes], np.int32)
-    return offset_A, model_spec.max_position - int(offset_A.max())
+    first_A = np.array([model_spec.position_grid.first_position(axis) for axis in axes], np.int32)
+    return first_A, model_spec.max_position - int(first_A.max())

@@ -1,4 +1,4 @@
-"""What the model is trained for: the next token, or the class of an image; the loss is a cross-entropy."""
+"""Task losses: cross-entropy of the next token or of the class of an image."""
 
 import dataclasses
 import functools
@@ -11,104 +11,112 @@ import optax
 from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.losses.mixing import mix_images
+from seqpe_jax.losses.image_mixing import mix_images
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
-LOGIT_BLOCK = 512  # places whose logits evaluation holds at once
+LOGIT_BLOCK = 512  # tokens whose logits are in memory at a time in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
-    """Every next token. A batch: {"tokens": int32[B, L + 1]}, and optionally "weights" float32[B, L]."""
+    """Language modeling. A batch is {"tokens": int32[B, L + 1]}, optionally with "weights": float32[B, L]."""
 
     def weight(self, batch: Batch) -> jax.Array:
-        """Returns by how much a batch counts in a mean over batches, float32[]: its counted tokens."""
+        """Returns the weight of a batch in a mean over batches, float32[]: its weighted number of target tokens."""
         if "weights" in batch:
             return batch["weights"].sum()
         return jnp.float32(batch["tokens"].shape[0] * (batch["tokens"].shape[1] - 1))
 
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns the mean loss (nats per token) and further metrics of a model as it is trained.
+        """Returns (mean loss in nats per token, no metrics).
 
         Args:
-          apply: int32[B, L] -> logits float32[B, L, V]; key: of what the task itself draws.
+          apply: the model with dropout, int32[B, L] -> logits float32[B, L, V].
+          batch: see the class.
+          key: unused.
         """
-        return cross_entropy(apply(batch["tokens"][:, :-1]), batch["tokens"][:, 1:], batch.get("weights"))[0], {}
+        logits_BLV = apply(batch["tokens"][:, :-1])
+        return cross_entropy(logits_BLV, batch["tokens"][:, 1:], batch.get("weights"))[0], {}
 
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
     ) -> dict[str, jax.Array]:
-        """Returns {"loss": each token's loss, float32[B, L] in nats}, without dropout."""
+        """Returns {"loss": float32[B, L]}, the loss of each token in nats, without dropout."""
         hidden_BLD = network.apply(variables, batch["tokens"][:, :-1], signal, method="hidden")
-        logits_of = functools.partial(network.apply, variables, method="logits")
-        return {"loss": blockwise_token_losses(logits_of, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
+        logits_fn = functools.partial(network.apply, variables, method="logits")
+        return {"loss": blockwise_token_losses(logits_fn, hidden_BLD, batch["tokens"][:, 1:], LOGIT_BLOCK)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationLoss:
-    """The class of an image or clip. A batch: {"images": float32[B, sides..., C], "labels": int32[B]}.
+    """Classification of images or videos. A batch is {"images": float32[B, sides..., C], "labels": int32[B]}.
 
     Attributes:
-      label_smoothing: share of the target that is spread over all classes; mixing: see `objectives.mixing.mix_images`.
+      label_smoothing: share of the target that is spread over all classes.
+      mixing: `objective.mixing` section of the config, see `image_mixing.mix_images`.
     """
 
     label_smoothing: float
     mixing: Any
 
     def weight(self, batch: Batch) -> jax.Array:
-        """Returns by how much a batch counts in a mean over batches, float32[]: its images."""
+        """Returns the weight of a batch in a mean over batches, float32[]: its number of images."""
         return jnp.float32(batch["labels"].shape[0])
 
     def loss(self, apply: Callable[[jax.Array], jax.Array], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Returns the mean loss (nats per image) and, where images are not mixed, the share of right answers.
+        """Returns (mean loss in nats per image, {"accuracy": float32[]} unless images are mixed).
 
         Args:
-          apply: float32[B, sides..., C] -> logits float32[B, V]; key: of the mixture.
+          apply: the model with dropout, float32[B, sides..., C] -> logits float32[B, V].
+          batch: see the class.
+          key: PRNG key of mixup and cutmix.
         """
         images, labels_B = batch["images"], batch["labels"]
         mixed = self.mixing.mixup or self.mixing.cutmix
-        partner_B, share_B = labels_B, 1.0
+        other_labels_B, proportion = labels_B, 1.0
         if mixed:
-            images, partner_B, share_B = mix_images(
+            images, other_labels_B, proportion = mix_images(
                 key, images, labels_B, mixup=self.mixing.mixup, cutmix=self.mixing.cutmix, switch=self.mixing.switch
             )
         logits_BV = apply(images)
-        own = cross_entropy(logits_BV, labels_B, label_smoothing=self.label_smoothing)[1]
+        losses_B = cross_entropy(logits_BV, labels_B, label_smoothing=self.label_smoothing)[1]
         if not mixed:
-            return own.mean(), {"accuracy": (ranks(logits_BV, labels_B) == 0).mean()}
-        other = cross_entropy(logits_BV, partner_B, label_smoothing=self.label_smoothing)[1]
-        return (share_B * own + (1 - share_B) * other).mean(), {}
+            return losses_B.mean(), {"accuracy": (ranks(logits_BV, labels_B) == 0).mean()}
+        other_losses_B = cross_entropy(logits_BV, other_labels_B, label_smoothing=self.label_smoothing)[1]
+        return (proportion * losses_B + (1 - proportion) * other_losses_B).mean(), {}
 
     def eval_step(
         self, network: nn.Module, variables: Any, signal: PositionSignal, batch: Batch
     ) -> dict[str, jax.Array]:
-        """Returns {"loss": float32[B] in nats, "rank": int32[B] as of `ranks`}."""
+        """Returns {"loss": float32[B] in nats, "rank": int32[B], see `ranks`}, without dropout."""
         logits_BV = network.apply(variables, batch["images"], signal)
         return {"loss": cross_entropy(logits_BV, batch["labels"])[1], "rank": ranks(logits_BV, batch["labels"])}
 
 
 def ranks(logits_BV: jax.Array, labels_B: jax.Array) -> jax.Array:
-    """Returns how many classes score above the true one, int32[B].
+    """Returns the number of classes that score above the true class, int32[B].
 
-    Of equal classes the lower one comes first, as `argmax` has it. A class whose logit is NaN comes before all others, as
-    in PyTorch's `topk`, but where the true one's is, nothing is right: its rank is beyond every k.
+    Ties go to the lower class, as in `argmax`. A NaN logit scores above all others, as in PyTorch's `topk`; a NaN logit of
+    the true class is never right: its rank is beyond every k.
     """
     true_B1 = jnp.take_along_axis(logits_BV, labels_B[:, None], axis=-1)
-    earlier = jnp.arange(logits_BV.shape[-1]) < labels_B[:, None]
-    ahead = (logits_BV > true_B1) | (logits_BV == true_B1) & earlier | jnp.isnan(logits_BV)
-    return jnp.where(jnp.isnan(true_B1[:, 0]), jnp.iinfo(jnp.int32).max, ahead.sum(axis=-1, dtype=jnp.int32))
+    lower_class = jnp.arange(logits_BV.shape[-1]) < labels_B[:, None]
+    above = (logits_BV > true_B1) | (logits_BV == true_B1) & lower_class | jnp.isnan(logits_BV)
+    return jnp.where(jnp.isnan(true_B1[:, 0]), jnp.iinfo(jnp.int32).max, above.sum(axis=-1, dtype=jnp.int32))
 
 
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (mean loss, losses) in nats.
+    """Returns (mean loss float32[], losses float32[...]) in nats.
 
     Args:
-      logits: float[..., V]; labels: int32[...]; weights: float[...], elements count by it in the mean, which is 0 where
-        none counts. label_smoothing: that share of the target is spread over all classes.
+      logits: float[..., V].
+      labels: int32[...].
+      weights: float[...] of the elements in the mean, which is 0 if all weights are 0.
+      label_smoothing: share of the target that is spread over all classes.
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -121,18 +129,25 @@ def cross_entropy(
 
 
 def blockwise_token_losses(
-    logits_of: Callable[[jax.Array], jax.Array], hidden_BLD: jax.Array, targets_BL: jax.Array, block: int
+    logits_fn: Callable[[jax.Array], jax.Array], hidden_BLD: jax.Array, targets_BL: jax.Array, block: int
 ) -> jax.Array:
-    """Returns each token's loss, float32[B, L], with the logits of only `block` places in memory at a time."""
+    """Returns the loss of each token, float32[B, L] in nats, with the logits of one block of tokens in memory at a time.
+
+    Args:
+      logits_fn: hidden states [B, block, D] -> logits [B, block, V].
+      hidden_BLD: last hidden states.
+      targets_BL: int32.
+      block: tokens of an example in a block.
+    """
     batch, length = targets_BL.shape
-    count = -(-length // block)
-    padding = ((0, 0), (0, count * block - length))
-    hidden = jnp.pad(hidden_BLD, (*padding, (0, 0))).reshape(batch, count, block, -1).swapaxes(0, 1)
-    targets = jnp.pad(targets_BL, padding).reshape(batch, count, block).swapaxes(0, 1)
+    num_blocks = -(-length // block)
+    padding = ((0, 0), (0, num_blocks * block - length))
+    hidden = jnp.pad(hidden_BLD, (*padding, (0, 0))).reshape(batch, num_blocks, block, -1).swapaxes(0, 1)
+    targets = jnp.pad(targets_BL, padding).reshape(batch, num_blocks, block).swapaxes(0, 1)
 
-    @jax.checkpoint  # else the backward pass would keep the logits of every block
-    def losses_of(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return cross_entropy(logits_of(hidden), targets)[1]
+    @jax.checkpoint  # otherwise the backward pass keeps the logits of every block
+    def block_losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(hidden), targets)[1]
 
-    losses = jax.lax.map(lambda part: losses_of(*part), (hidden, targets))
+    losses = jax.lax.map(lambda arguments: block_losses(*arguments), (hidden, targets))
     return losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]

@@ -1,28 +1,46 @@
-"""Draws + one encoder call + model + terms -> loss and metrics, as a pure function of (params, batch, key, step)."""
+"""Training loss: task loss + weighted contrastive and distillation losses, a pure function of (params, batch, key, step)."""
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from seqpe_jax.axes import ENCODER_ROWS, POSITIONS, all_gather_params, shard_map, shards, with_logical_constraint
+from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.losses.contrastive import contrastive_logits_loss, contrastive_loss
-from seqpe_jax.losses.distillation import distillation_logits_loss, distillation_loss
+from seqpe_jax.encodings.seqpe import SeqPE
+from seqpe_jax.errors import InputError
+from seqpe_jax.losses.image_mixing import crop_and_resize
+from seqpe_jax.losses.position import (
+    contrastive_logits_loss,
+    contrastive_loss,
+    distillation_logits_loss,
+    distillation_loss,
+)
 from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sample_positions
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
-from seqpe_jax.losses.zoom import zoom
 from seqpe_jax.models.build import ModelSpec, Params, dropout_key, stream
+from seqpe_jax.models.flops import param_matmul_flops
 from seqpe_jax.positions.prefix_trie import RowGroup
 
 Metrics = dict[str, jax.Array]
 
+BACKWARD_FLOPS = (
+    2  # relative to the forward pass: the gradient of each operand of a product is a product of the same size
+)
 
-class Rows(NamedTuple):
-    """One part of what the encoder reads in a step: positions int32[..., A], and what is known of how they lie."""
+
+class EncoderRows(NamedTuple):
+    """Positions that the encoder encodes together.
+
+    Attributes:
+      positions: int32[..., A].
+      group: their common structure, by which shared digit prefixes are bounded.
+    """
 
     positions: jax.Array
     group: RowGroup
@@ -30,11 +48,13 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainLoss:
-    """Task loss + w_c * contrastive + w_d * distillation (paper, section 3; the reference's train loop).
+    """Task loss + w_c * contrastive loss + w_d * distillation loss (arXiv 2506.13277 section 3).
 
     Attributes:
-      model_spec: of the model; criterion: what it is trained for, or None for the terms on position vectors alone.
-      settings: the frozen `objective` section of the config; random_bits: of dropout's masks (`models.build.dropout_key`).
+      model_spec: encoding and network.
+      task_loss: None for the losses on position vectors alone.
+      settings: `objective` section of the config.
+      random_bits: generator of dropout masks, see `models.build.dropout_key`.
     """
 
     model_spec: ModelSpec
@@ -43,7 +63,7 @@ class TrainLoss:
     random_bits: str = "threefry"
 
     def sample(self, key: jax.Array, step: jax.Array) -> SampledPositions:
-        """Returns the positions of a step: a pure function of the run's key and the step."""
+        """Returns the positions of a step, a pure function of the run's key and the step."""
         return sample_positions(self.settings, self.model_spec, key, step)
 
     def loss(
@@ -52,24 +72,28 @@ class TrainLoss:
         batch: dict[str, Any],
         key: jax.Array,
         step: jax.Array,
-        part: jax.Array | int = 0,
-        share: jax.Array | float = 1.0,
+        microbatch_index: jax.Array | int = 0,
+        microbatch_weight: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, Metrics]:
-        """Returns the training loss (scalar float32, nats) and the raw value of each term.
+        """Returns (training loss float32[] in nats, metrics: the loss and its unweighted terms).
 
         Args:
-          params: as returned by `ModelSpec.init`.
-          batch: what the task reads, and optionally "sampled_positions" (`SampledPositions`).
-          key: the run's key; step: the step; part: which part of an accumulated batch this is; share: see
-            `training.step.make_train_step`. Terms on position vectors are the same in every part and have none.
+          params: {"encoding": ..., "model": ...}, see `ModelSpec.init`.
+          batch: of the task, optionally with "sampled_positions": `SampledPositions`.
+          key: PRNG key of the run.
+          step: int32[].
+          microbatch_index: index within an accumulated batch; microbatches differ in their dropout masks.
+          microbatch_weight: multiplier of the task loss and its metrics. The losses on position vectors are the same in
+            every microbatch and have none.
         """
-        sampled = batch["sampled_positions"] if "sampled_positions" in batch else self.sample(key, step)
-        now = jax.random.fold_in(jax.random.fold_in(key, step), part)
+        has_own_positions = "sampled_positions" in batch
+        sampled = batch["sampled_positions"] if has_own_positions else self.sample(key, step)
+        step_key = jax.random.fold_in(jax.random.fold_in(key, step), microbatch_index)
         terms: Metrics = {}
         if self.model_spec.has_vectors:
-            encoding = all_gather_params(params["encoding"], "encoding")
-            own = "sampled_positions" in batch  # of which nothing is known
-            signal, terms = self.signal_and_terms(encoding, sampled, self._masks(now, "encoding dropout"), own)
+            encoding_params = all_gather_params(params["encoding"], "encoding")
+            encoding_key = self._dropout_key(step_key, "encoding dropout")
+            signal, terms = self.signal_and_terms(encoding_params, sampled, encoding_key, has_own_positions)
         else:
             signal = self.model_spec.signal(params, sampled.positions_PLA, self.model_spec.shape)
         apply = functools.partial(
@@ -77,136 +101,161 @@ class TrainLoss:
             {"params": params["model"]},
             signal=signal,
             deterministic=False,
-            rngs={"dropout": self._masks(now, "model dropout")},
+            rngs={"dropout": self._dropout_key(step_key, "model dropout")},
         )
         if sampled.crop_boxes_PA2 is not None:
-            batch = batch | {"images": zoom(batch["images"], sampled.crop_boxes_PA2)}
-        mean, further = self.task_loss.loss(apply, batch, stream(now, "task"))
-        task, further = share * mean, {name: share * value for name, value in further.items()}
+            batch = batch | {"images": crop_and_resize(batch["images"], sampled.crop_boxes_PA2)}
+        task, task_metrics = self.task_loss.loss(apply, batch, stream(step_key, "task"))
+        task = microbatch_weight * task
         total = task
         for name, value in terms.items():
             total = total + term_weight(getattr(self.settings, name), step) * value
-        metrics = {
-            "loss": total,
-            "term/task": task,
-            **{f"term/{name}": value for name, value in terms.items()},
-            **further,
-        }
+        metrics = {"loss": total, "term/task": task}
+        metrics |= {f"term/{name}": value for name, value in terms.items()}
+        metrics |= {name: microbatch_weight * value for name, value in task_metrics.items()}
         if may_perturb(self.settings):
             metrics["moved"] = sampled.perturbed.astype(jnp.float32)
         return total, metrics
 
     def signal_and_terms(
-        self, params: Params, sampled: SampledPositions, dropout_key: jax.Array, own: bool = False
+        self,
+        params: Params,
+        sampled: SampledPositions,
+        dropout_key: jax.Array,
+        has_own_positions: bool = False,
     ) -> tuple[PositionSignal, Metrics]:
-        """Encodes all positions of the step in one call, and returns the model's signal and each term's raw value.
+        """Encodes all positions of a step in one call of the encoder.
 
         Args:
-          params: of the encoding; own: the draws are not those of `draw`, so that nothing is known of how they lie.
+          params: of the encoding.
+          sampled: positions of the step.
+          dropout_key: PRNG key of dropout masks.
+          has_own_positions: the positions are not those of `sample`: nothing is known of their structure.
+
+        Returns:
+          (signal of the model, unweighted {"contrastive": float32[], "distillation": float32[]} as far as they are on).
         """
-        rows = self._rows(sampled)
-        main, *rest = self._encoded(params, rows, dropout_key, own)
-        sets, length, _ = sampled.positions_PLA.shape
-        main_PLE = with_logical_constraint(
-            main.reshape(sets, length, -1), None, POSITIONS, None
-        )  # the qk map is shared out as well
-        signal = self._encoding.apply(
-            {"params": params}, main_PLE, sampled.positions_PLA, shape=self.model_spec.shape, method="signal"
+        windows_RE, *other_RE = self._encode(params, self._encoder_rows(sampled), dropout_key, has_own_positions)
+        num_sets, length, _ = sampled.positions_PLA.shape
+        # Shards the qk map over positions as well.
+        windows_PLE = with_logical_constraint(windows_RE.reshape(num_sets, length, -1), None, POSITIONS, None)
+        signal = self.model_spec.encoding.apply(
+            {"params": params}, windows_PLE, sampled.positions_PLA, shape=self.model_spec.shape, method="signal"
         )
         terms: Metrics = {}
         if sampled.contrastive is not None:
-            terms["contrastive"] = self._contrastive(params, rest[0], rest[1], sampled.contrastive.labels_B)
+            anchors_BE, candidates_RE = other_RE[:2]
+            terms["contrastive"] = self._contrastive(params, anchors_BE, candidates_RE, sampled.contrastive.labels_B)
         if sampled.distillation is not None:
             indices_BM = sampled.distillation.indices_BM
-            value = self._distillation(params, main_PLE[0][indices_BM], rest[-1].reshape(*indices_BM.shape, -1))
-            terms["distillation"] = jnp.where(sampled.perturbed, 0.0, value)
+            teacher_BME = windows_PLE[0][indices_BM]
+            student_BME = other_RE[-1].reshape(*indices_BM.shape, -1)
+            terms["distillation"] = jnp.where(
+                sampled.perturbed, 0.0, self._distillation(params, teacher_BME, student_BME)
+            )
         return signal, terms
 
-    def _masks(self, now: jax.Array, name: str) -> jax.Array:
-        return dropout_key(stream(now, name), self.random_bits)
+    def step_flops(self, example: dict[str, jax.ShapeDtypeStruct], batch_size: int, accumulate: int = 1) -> float:
+        """Returns the FLOPs of a train step, forward and backward, on all devices.
 
-    @property
-    def _encoding(self) -> Any:
-        return self.model_spec.encoding
+        Counts matrix products with parameter-dependent operands: the network with attention of all queries to all keys,
+        logit biases of positions once if examples share positions, the position encoder on all positions of the step, and
+        the losses on position vectors. Recomputation (`model.remat`) and elementwise operations do not count.
 
-    def _rows(self, sampled: SampledPositions) -> list[Rows]:
-        """What the encoder reads: the model's windows first, then pivots, candidates and students, where there are such."""
+        Args:
+          example: shape and dtype of each array of a training example.
+          batch_size: examples of a step.
+          accumulate: number of microbatches; each encodes its positions again.
+        """
+        # The reference attention has no loop over blocks and no kernel, whose products a trace does not show.
+        network = self.model_spec.network.clone(attention_kind="reference")
+        plain = dataclasses.replace(self, model_spec=dataclasses.replace(self.model_spec, network=network))
+        microbatch = {
+            name: jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype)
+            for name, leaf in example.items()
+        }
+        key, step = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+        forward = param_matmul_flops(plain.loss, self.model_spec.shapes, microbatch, key, step)
+        return (1 + BACKWARD_FLOPS) * accumulate * forward
+
+    def _dropout_key(self, step_key: jax.Array, name: str) -> jax.Array:
+        return dropout_key(stream(step_key, name), self.random_bits)
+
+    def _encoder_rows(self, sampled: SampledPositions) -> list[EncoderRows]:
+        """Returns the positions to encode: windows, then anchors, candidates and distillation windows if those are on."""
         settings, position_grid, shape = self.settings, self.model_spec.position_grid, self.model_spec.shape
         num_chunks = settings.skip.chunks if settings.skip.rate else 1
-        # Zoomed windows lie in the span of whole ones, each on lines of its own.
-        spans, jittered = position_grid.spans(shape), settings.jitter.rate > 0
-        reach = 2 * round(settings.jitter.range * position_grid.position_resolution) if jittered else 0
-        wide = tuple(span + reach for span in spans)
-        sets = len(sampled.positions_PLA)
-        rows = [Rows(sampled.positions_PLA, RowGroup(sets, shape, num_chunks, spans=wide, independent_axes=jittered))]
+        spans, has_jitter = (
+            position_grid.spans(shape),
+            settings.jitter.rate > 0,
+        )  # a crop spans less than the whole grid
+        extra = 2 * round(settings.jitter.range * position_grid.position_resolution) if has_jitter else 0
+        windows = RowGroup(
+            len(sampled.positions_PLA),
+            shape,
+            num_chunks,
+            spans=tuple(span + extra for span in spans),
+            independent_axes=has_jitter,
+        )
+        rows = [EncoderRows(sampled.positions_PLA, windows)]
         if sampled.contrastive is not None:
             for positions in (sampled.contrastive.anchors_BA, sampled.contrastive.candidates_BCA):
-                rows.append(Rows(positions, RowGroup(positions.size // positions.shape[-1])))
+                rows.append(EncoderRows(positions, RowGroup(positions.size // positions.shape[-1])))
         if sampled.distillation is not None:
-            students_BMA = sampled.distillation.positions_BMA
-            group = RowGroup(len(students_BMA), shape, rows=students_BMA.shape[1], spans=spans)
-            rows.append(Rows(students_BMA, group))
+            positions_BMA = sampled.distillation.positions_BMA
+            group = RowGroup(len(positions_BMA), shape, max_rows=positions_BMA.shape[1], spans=spans)
+            rows.append(EncoderRows(positions_BMA, group))
         return rows
 
-    def _encoded(self, params: Params, rows: list[Rows], dropout_key: jax.Array, own: bool) -> list[jax.Array]:
-        """The vectors [R, E] of each part, computed in one call, its rows laid out over the devices like a batch."""
-        parts = [part.positions.reshape(-1, part.positions.shape[-1]) for part in rows]
-        rows_RA = jnp.concatenate(parts)
-        count, devices = len(rows_RA), shards(ENCODER_ROWS)
-        rows_RA = jnp.pad(rows_RA, ((0, -count % devices), (0, 0)))
-        # Which rows lie together is known of all of them alone, not of one device's.
-        known = () if own or devices > 1 else [part.group for part in rows]
+    def _encode(
+        self, params: Params, rows: list[EncoderRows], dropout_key: jax.Array, has_own_positions: bool
+    ) -> list[jax.Array]:
+        """Returns the vectors [R, E] of each element of `rows`, from one call with rows sharded over the devices."""
+        positions = [part.positions.reshape(-1, part.positions.shape[-1]) for part in rows]
+        positions_RA = jnp.concatenate(positions)
+        num_rows, num_shards = len(positions_RA), shards(ENCODER_ROWS)
+        positions_RA = jnp.pad(positions_RA, ((0, -num_rows % num_shards), (0, 0)))
+        # Groups describe all rows together, not those of one shard.
+        groups = () if has_own_positions or num_shards > 1 else [part.group for part in rows]
         leaves, tree = jax.tree.flatten(params)
 
-        def read(rows_RA: jax.Array, device: jax.Array, key: jax.Array, *leaves: jax.Array) -> jax.Array:
-            if devices > 1:
-                key = jax.random.fold_in(key, device[0])
-            return self._encoding.apply(
+        def encode_shard(positions_RA: jax.Array, shard: jax.Array, key: jax.Array, *leaves: jax.Array) -> jax.Array:
+            if num_shards > 1:
+                key = jax.random.fold_in(key, shard[0])
+            return self.model_spec.encoding.apply(
                 {"params": tree.unflatten(leaves)},
-                rows_RA,
+                positions_RA,
                 deterministic=False,
                 method="vectors",
-                groups=known,
+                groups=groups,
                 rngs={"dropout": key},
             )
 
+        replicated = [(None,) * array.ndim for array in (dropout_key, *leaves)]
         vectors_RE = shard_map(
-            read,
-            (rows_RA, jnp.arange(devices), dropout_key, *leaves),
-            (
-                (ENCODER_ROWS, None),
-                (ENCODER_ROWS,),
-                (None,) * dropout_key.ndim,
-                *((None,) * leaf.ndim for leaf in leaves),
-            ),
+            encode_shard,
+            (positions_RA, jnp.arange(num_shards), dropout_key, *leaves),
+            ((ENCODER_ROWS, None), (ENCODER_ROWS,), *replicated),
         )
-        ends = list(itertools.accumulate(len(part) for part in parts))[:-1]
-        return jnp.split(
-            with_logical_constraint(with_logical_constraint(vectors_RE, ENCODER_ROWS, None)[:count], None, None), ends
-        )
+        vectors_RE = with_logical_constraint(vectors_RE, ENCODER_ROWS, None)[:num_rows]
+        ends = list(itertools.accumulate(len(part) for part in positions))[:-1]
+        return jnp.split(with_logical_constraint(vectors_RE, None, None), ends)
 
     def _contrastive(
         self, params: Params, anchors_BE: jax.Array, candidates_RE: jax.Array, labels_B: jax.Array
     ) -> jax.Array:
-        settings = self.settings.contrastive
-        batch = anchors_BE.shape[0]
+        settings, batch = self.settings.contrastive, len(anchors_BE)
+        options = {"label_smoothing": settings.label_smoothing, "floor": settings.floor}
         if settings.space == "vectors":
-            return contrastive_loss(
-                anchors_BE,
-                candidates_RE.reshape(batch, -1, anchors_BE.shape[-1]),
-                labels_B,
-                heads=self.model_spec.heads if settings.per_head else None,
-                label_smoothing=settings.label_smoothing,
-                scale=settings.scale,
-                floor=settings.floor,
-            )
-        query, _ = self._qk(params, anchors_BE)
-        _, key = self._qk(params, candidates_RE)
+            candidates_BCE = candidates_RE.reshape(batch, -1, anchors_BE.shape[-1])
+            heads = self.model_spec.heads if settings.per_head else None
+            return contrastive_loss(anchors_BE, candidates_BCE, labels_B, heads=heads, scale=settings.scale, **options)
+        query, _ = self._query_key(params, anchors_BE)
+        _, key = self._query_key(params, candidates_RE)
         key = key.reshape(*key.shape[:-3], batch, -1, *key.shape[-2:])
         logits = settings.scale * jnp.einsum("...bhf,...bchf->...hbc", query, key)
         if settings.head_scales:
             logits = logits * jnp.array(settings.head_scales)[:, None, None]
-        options = {"label_smoothing": settings.label_smoothing, "floor": settings.floor}
         return contrastive_logits_loss(logits, labels_B, **options)
 
     def _distillation(self, params: Params, teacher_BME: jax.Array, student_BME: jax.Array) -> jax.Array:
@@ -217,18 +266,82 @@ class TrainLoss:
             return distillation_loss(teacher_BME, student_BME, heads=heads, scale=settings.scale, **options)
 
         def similarities(vectors_BME: jax.Array) -> jax.Array:
-            query, key = self._qk(params, vectors_BME)
+            query, key = self._query_key(params, vectors_BME)
             return settings.scale * jnp.einsum("...bmhf,...bnhf->...bhmn", query, key)
 
         return distillation_logits_loss(similarities(teacher_BME), similarities(student_BME), **options)
 
-    def _qk(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
-        return self._encoding.apply({"params": params}, vectors, method="query_key")
+    def _query_key(self, params: Params, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns position queries and keys [(layers,) ..., heads or 1, F] of vectors [..., E]."""
+        return self.model_spec.encoding.apply({"params": params}, vectors, method="query_key")
 
 
 def term_weight(settings: Any, step: jax.Array) -> jax.Array | float:
-    """Returns a term's weight at a step: `weight`, reached linearly over `warmup_steps`."""
+    """Returns the weight of a loss term: `weight`, after a linear warm-up from 0 over `warmup_steps` steps."""
     if not settings.warmup_steps:
         return settings.weight
     return settings.weight * jnp.minimum(1.0, (step + 1) / settings.warmup_steps)
+
+
+def position_losses(
+    encoding: SeqPE,
+    params: Mapping[str, Any],
+    key: jax.Array,
+    step: jax.Array | int,
+    *,
+    window: int | tuple[int, ...],
+    max_position: int = 0,
+    causal: bool = True,
+    settings: ObjectiveConfig | None = None,
+) -> dict[str, jax.Array]:
+    """Contrastive and distillation losses of a SeqPE encoding in a model of your own; without them it does not extrapolate.
+
+        loss = task_loss + 0.1 * sum(position_losses(encoding, params, key, step, window=64).values())
+
+    Positions are sampled anew in each step, a pure function of key and step.
+
+    Args:
+      encoding: mode "attn_scalar", as made by `SeqPE.for_model`; other modes need losses on vectors in `settings`.
+      params: variables {"params": ...} of the encoding, as returned by its `init`.
+      key: PRNG key of the training run.
+      step: int32[], optimizer step.
+      window: training length, or sides of the training grid.
+      max_position: limit of sampled coordinates; 0: all that the digits can represent.
+      causal: compare anchors with earlier positions only, as causal attention does; not for grids.
+      settings: of sampling and losses; None: the recipe of `configs/stdlib_lm.py`. Weights are not applied, but a term
+        with weight 0 is left out.
+
+    Returns:
+      {"contrastive": float32[], "distillation": float32[]}, nats.
+
+    Raises:
+      InputError: the number of axes differs between window and encoding, or the window does not fit below max_position.
+    """
+    shape = (window,) if isinstance(window, int) else tuple(window)
+    limit = max_position or encoding.base**encoding.digits
+    if len(shape) != encoding.axes:
+        raise InputError(f"window has {len(shape)} axes and the encoding {encoding.axes}: give one side per axis")
+    if limit < 2 * max(shape):
+        raise InputError(
+            f"a window of {max(shape)} leaves no out-of-range windows below {limit}: give the encoding more digits, or "
+            "raise max_position"
+        )
+    if settings is None:
+        settings = ObjectiveConfig(
+            contrastive=ContrastiveConfig(
+                batch=4,
+                candidates=16,
+                window=min(256, limit // 4),
+                around_anchor=True,
+                causal_only=causal and len(shape) == 1,
+                space="logits",
+            ),
+            distillation=DistillationConfig(batch=4, offsets=min(16, *shape)),
+        )
+    heads = encoding.heads_model if encoding.per_head else None
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
+    model_spec = ModelSpec(encoding, None, example, shape, limit, encoding.base, heads)
+    train_loss = TrainLoss(model_spec, None, settings)
+    sampled = train_loss.sample(key, jnp.asarray(step, jnp.int32))
+    _, terms = train_loss.signal_and_terms(params["params"], sampled, jax.random.fold_in(key, step))
+    return terms

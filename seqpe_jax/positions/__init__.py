@@ -1,1 +1,1 @@
-"""Positions as integers: grids, digits, permutations and random draws; no parameters."""
+"""Positions as integers: grids, digits, prefix tries and random sampling; no parameters."""

@@ -1,8 +1,8 @@
-"""How many digits positions take; plain numbers, so that a config is read without JAX."""
+"""Numbers of digits of positions, without JAX, so that configs are checked without importing it."""
 
 
 def count_digits(max_position: int, base: int) -> int:
-    """Returns the digits of the largest position, max_position - 1, in a base (at least 1)."""
+    """Returns the number of digits of the largest position, max_position - 1; at least 1."""
     digits = 1
     while base**digits < max_position:
         digits += 1
@@ -10,5 +10,5 @@ def count_digits(max_position: int, base: int) -> int:
 
 
 def largest_position(digits: int, base: int) -> int:
-    """Returns the largest coordinate that so many digits can write."""
+    """Returns the largest coordinate that `digits` digits represent."""
     return base**digits - 1

@@ -15,7 +15,6 @@ from seqpe_jax.distributed.progress import ProgressLine
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.answers import METRICS, write_answers
 from seqpe_jax.files import AnyPath, atomic_file, atomic_write
-from seqpe_jax.losses.flops import training_flops
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir, changed_fingerprints, describe_fingerprint
@@ -92,7 +91,7 @@ def evaluate(
     guessed = task.no_context_baseline(split)
     model_spec = ModelSpec.of(settings, model.data_spec)  # of the run, where this is its export
     train_loss = TrainLoss(model_spec, task.task_loss, settings.objective)
-    flops = training_flops(train_loss, task.example, settings.batch_size, settings.optimizer.accumulate)
+    flops = train_loss.step_flops(task.example, settings.batch_size, settings.optimizer.accumulate)
     report = {
         "checkpoint": model.folder,
         "step": model.step,

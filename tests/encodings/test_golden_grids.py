@@ -18,7 +18,7 @@ from seqpe_jax.losses.train_loss import term_weight
 from seqpe_jax.models.attention import rotate_pairs
 from seqpe_jax.positions.counting import count_digits
 from seqpe_jax.positions.digits import significant_mask, to_digits
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import PositionGrid
 from tests.goldens import close, load, under
 
 
@@ -72,7 +72,7 @@ def rotary2d(arrays):
         close(cos[0, :, 0], cosines, 2e-6, name)
         close(sin[0, :, 0], arrays[f"out/rotary2d_im/{name}"], 2e-6, name)
         if f"out/rotary2d_table_re/{name}" in arrays:
-            every = grid(jnp.zeros(2, jnp.int32), (side, side))[None]
+            every = PositionGrid().positions((side, side))[None]
             cos, sin = signal(encoding, every, (side, side)).rotation
             close(cos[0, :, 0], arrays[f"out/rotary2d_table_re/{name}"], 2e-6, name)
             close(sin[0, :, 0], arrays[f"out/rotary2d_table_im/{name}"], 2e-6, name)
@@ -175,7 +175,7 @@ def mask(arrays):
 
 
 def pos2d(arrays):
-    np.testing.assert_array_equal(grid(jnp.array([2, 3]), (3, 4)), arrays["out/pos2d_2_3_5_7"])
+    np.testing.assert_array_equal(jnp.array([2, 3]) + PositionGrid().positions((3, 4)), arrays["out/pos2d_2_3_5_7"])
 
 
 def pe_weight_schedule(arrays):

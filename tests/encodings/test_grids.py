@@ -14,7 +14,7 @@ from seqpe_jax.encodings.mixed import RotaryMixed
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import rotate_pairs
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import PositionGrid
 
 KEY = jax.random.PRNGKey(0)
 LAYERS, WIDTH, HEADS = 2, 24, 2  # heads of 12 columns: 3 pairs for each of 2 axes, 2 for each of 3
@@ -44,7 +44,7 @@ def make(kind, shape, **fields):
 
 
 def places(shape, start=0):
-    return grid(jnp.full(len(shape), start, jnp.int32), shape)[None]
+    return (start + PositionGrid().positions(shape))[None]
 
 
 @functools.cache

@@ -92,7 +92,7 @@ SHARED = {
     "one layer": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"layers": 1}),
     "three layers": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"layers": 3}),
     "base 3": (WINDOW, [RowGroup(1, (50,))], {"base": 3, "digits": 6}),
-    "some of a window": (WINDOW[::7], [RowGroup(1, (50,), rows=8)], {}),
+    "some of a window": (WINDOW[::7], [RowGroup(1, (50,), max_rows=8)], {}),
     "a box": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2}),
     "a box, places counted anew": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "digit_index": "per_axis"}),
     "a strided window": (STRIDED, [RowGroup(1, (50,), spans=(490,))], {}),

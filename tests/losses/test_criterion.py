@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.losses.contrastive import contrastive_loss
-from seqpe_jax.losses.distillation import distillation_loss
+from seqpe_jax.losses.position import contrastive_loss, distillation_loss
 from tests.goldens import close, load, under
 
 KEY = jax.random.PRNGKey(0)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from seqpe_jax.losses.flops import training_flops
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import tiny_config
 
@@ -16,7 +15,7 @@ WITHOUT_LOSSES = {"objective.contrastive.weight": 0.0, "objective.distillation.w
 
 def flops_per_step(**overrides) -> float:
     trainer = Trainer.of(tiny_config(**overrides))
-    return training_flops(trainer.train_loss, trainer.task.example, BATCH)
+    return trainer.train_loss.step_flops(trainer.task.example, BATCH)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.losses.mixing import mix_images
+from seqpe_jax.losses.image_mixing import mix_images
 from seqpe_jax.losses.task import ClassificationLoss
 
 LABELS_B = jnp.array([0, 1, 2, 3])

@@ -76,5 +76,5 @@ def test_the_choice_of_bits_is_read_and_touches_masks_alone():
     key = jax.random.PRNGKey(1)
     sampled = [jax.jit(run.train_loss.sample)(key, 5) for run in (ours, auto)]
     assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, sampled), strict=True)), "positions stay"
-    keys = [run.train_loss._masks(key, "model dropout") for run in (ours, auto)]
+    keys = [run.train_loss._dropout_key(key, "model dropout") for run in (ours, auto)]
     assert "rbg" in str(keys[0].dtype) and keys[1].shape == (2,)

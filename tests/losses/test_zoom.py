@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqpe_jax.losses.zoom import zoom
+from seqpe_jax.losses.image_mixing import crop_and_resize
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.training.trainer import Trainer
@@ -22,7 +22,7 @@ IMAGES = np.random.default_rng(0).normal(size=(6, 16, 12, 2)).astype(np.float32)
 
 def test_a_part_is_enlarged_as_pillow_does():
     """Sample i shows box i mod 3; pixels beyond a box are read where the kernel reaches there."""
-    found = np.asarray(jax.jit(zoom)(IMAGES, BOXES))
+    found = np.asarray(jax.jit(crop_and_resize)(IMAGES, BOXES))
     for index, channel in np.ndindex(6, 2):
         (top, tall), (left, wide) = BOXES[index % 3].astype(float)
         box = (12 * left, 16 * top, 12 * (left + wide), 16 * (top + tall))
@@ -33,14 +33,14 @@ def test_a_part_is_enlarged_as_pillow_does():
 
 
 def test_the_whole_of_an_image_is_the_image():
-    np.testing.assert_allclose(jax.jit(zoom)(IMAGES, np.array([WHOLE], np.float32)), IMAGES, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(crop_and_resize)(IMAGES, np.array([WHOLE], np.float32)), IMAGES, atol=1e-5)
 
 
 def test_a_part_of_a_clip_has_all_its_frames():
     clips = np.random.default_rng(1).normal(size=(2, 3, 8, 8, 1)).astype(np.float32)
     box = [[0.25, 0.5], [0.5, 0.5]]
-    found = zoom(clips, np.array([[[0.0, 1.0], *box]], np.float32))
-    expected = zoom(clips.reshape(6, 8, 8, 1), np.array([box], np.float32)).reshape(clips.shape)
+    found = crop_and_resize(clips, np.array([[[0.0, 1.0], *box]], np.float32))
+    expected = crop_and_resize(clips.reshape(6, 8, 8, 1), np.array([box], np.float32)).reshape(clips.shape)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_the_positions_of_a_zoomed_step_are_those_of_its_boxes():
 
 
 def test_the_frames_of_a_zoomed_clip_stand_where_they_do():
-    crop_boxes_PA2 = sampling.crop_boxes(jax.random.PRNGKey(0), sets=3, axes=3, smallest=0.3)
+    crop_boxes_PA2 = sampling.crop_boxes(jax.random.PRNGKey(0), num_sets=3, axes=3, smallest=0.3)
     position_grid, shape = PositionGrid(10, (0, 4, 4)), (3, 4, 4)
     found, whole = position_grid.crop_positions(shape, crop_boxes_PA2), position_grid.positions(shape)
     assert (crop_boxes_PA2[:, 0] == jnp.array([0.0, 1.0])).all()
@@ -92,7 +92,7 @@ def test_a_zoomed_step_reads_the_parts_of_its_images():
     loss = jax.jit(lambda params, batch: train_loss.loss(params, batch, key, jnp.int32(3))[0])
     params, sampled = random_params(run, 0.3), jax.jit(train_loss.sample)(key, 3)
     enlarged = batch | {
-        "images": zoom(batch["images"], sampled.crop_boxes_PA2),
+        "images": crop_and_resize(batch["images"], sampled.crop_boxes_PA2),
         "sampled_positions": sampled._replace(crop_boxes_PA2=None),
     }
     expected = float(loss(params, enlarged))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.interop import from_state_dicts
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import PositionGrid
 from tests.goldens import close, compare_gradients, load, names, under
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def test_vit(goldens, name):
         encoding, params = encoding.inner, params | {"encoding": dict(params["encoding"])}
         params["encoding"].pop("given")
     shape = tuple(side // part for side, part in zip(images.shape[1:3], model.patch, strict=True))
-    given = jnp.asarray(arrays["in/pe"]) if vectors else grid(jnp.zeros(2, jnp.int32), shape)[None]
+    given = jnp.asarray(arrays["in/pe"]) if vectors else PositionGrid().positions(shape)[None]
 
     def signal_of(encoding, params, given):
         variables = {"params": params["encoding"]}

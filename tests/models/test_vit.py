@@ -13,7 +13,7 @@ from seqpe_jax.encodings.fixed import RotaryAxial
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.transformer import Block
 from seqpe_jax.models.vit import ViT, patches
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import PositionGrid
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def model_of(**fields) -> ViT:
 
 def signal_of(shape) -> PositionSignal:
     encoding = RotaryAxial(WIDTH, HEADS, prefix=1)
-    return encoding.apply({}, grid(jnp.zeros(len(shape), jnp.int32), shape)[None], shape=shape)
+    return encoding.apply({}, PositionGrid().positions(shape)[None], shape=shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,7 +85,7 @@ def test_clips():
     plain = logits(model, params, clips, signal)
     assert np.abs(logits(model, params, clips.at[:, 3, 3, 8].add(1.0), signal) - plain).max() > 1e-3
     encoding = RotaryAxial(12, HEADS, prefix=1)  # one pair for each of three axes
-    positions_PLA = grid(jnp.zeros(3, jnp.int32), (2, *GRID))[None]
+    positions_PLA = PositionGrid().positions((2, *GRID))[None]
     placed = logits(model, params, clips, encoding.apply({}, positions_PLA, shape=(2, *GRID)))
     assert np.abs(placed - plain).max() > 1e-3
 

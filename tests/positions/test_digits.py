@@ -6,7 +6,7 @@ import pytest
 
 from seqpe_jax.positions.counting import count_digits, largest_position
 from seqpe_jax.positions.digits import from_digits, significant_mask, to_digits
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import PositionGrid
 
 
 @pytest.mark.parametrize("base", range(2, 37))
@@ -46,6 +46,8 @@ def test_digits_past_int32_stay_zero():
 
 
 def test_grids_are_row_major_and_start_anywhere():
-    np.testing.assert_array_equal(grid(jnp.array([5]), (3,)), [[5], [6], [7]])
-    np.testing.assert_array_equal(grid(jnp.array([1, 7]), (2, 3)), [[1, 7], [1, 8], [1, 9], [2, 7], [2, 8], [2, 9]])
-    assert grid(jnp.zeros(3, jnp.int32), (2, 3, 4)).shape == (24, 3)
+    np.testing.assert_array_equal(jnp.array([5]) + PositionGrid().positions((3,)), [[5], [6], [7]])
+    np.testing.assert_array_equal(
+        jnp.array([1, 7]) + PositionGrid().positions((2, 3)), [[1, 7], [1, 8], [1, 9], [2, 7], [2, 8], [2, 9]]
+    )
+    assert PositionGrid().positions((2, 3, 4)).shape == (24, 3)

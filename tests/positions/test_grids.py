@@ -11,7 +11,7 @@ import pytest
 from seqpe_jax import config
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import from_digits, to_digits
-from seqpe_jax.positions.grids import PositionGrid, grid
+from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT
 
@@ -20,7 +20,9 @@ KEY = jax.random.PRNGKey(3)
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4)])
 def test_a_grid_of_whole_numbers_is_the_box_at_the_origin(shape):
-    np.testing.assert_array_equal(PositionGrid().positions(shape), grid(jnp.zeros(len(shape), jnp.int32), shape))
+    np.testing.assert_array_equal(
+        PositionGrid().positions(shape), np.stack(np.unravel_index(np.arange(np.prod(shape)), shape), 1)
+    )
     np.testing.assert_array_equal(PositionGrid(10).positions(shape), 10 * PositionGrid().positions(shape))
     rest = int(np.prod(shape[1:]))
     np.testing.assert_array_equal(
@@ -106,7 +108,7 @@ def test_parts_of_a_grid_stand_where_they_are_in_the_whole():
     twice = np.asarray(position_grid.positions((8, 8))).reshape(8, 8, 2)
     np.testing.assert_array_equal(rows, twice[4:, :4, 0])
     np.testing.assert_array_equal(columns, twice[4:, :4, 1])
-    boxes = np.asarray(sampling.crop_boxes(KEY, sets=500, axes=2, smallest=0.2))
+    boxes = np.asarray(sampling.crop_boxes(KEY, num_sets=500, axes=2, smallest=0.2))
     assert (boxes[..., 0, 1] == boxes[..., 1, 1]).all() and (boxes.min(axis=(0, 1)) >= [0, 0.2]).all()
     assert (boxes.sum(axis=-1) <= 1 + 1e-6).all() and boxes[..., 1].max() > 0.98 and boxes[..., 1].min() < 0.21
 
@@ -124,7 +126,9 @@ def test_fine_draws_keep_the_rules(shape):
     """Windows keep their spacing, stay in range, and start between whole numbers too."""
     axes, unit, limit, side = len(shape), 10, 200, max(shape)
     shift = jax.jit(
-        lambda key: sampling.random_offsets(key, sets=3000, shape=shape, max_position=limit, position_resolution=unit)
+        lambda key: sampling.random_offsets(
+            key, num_sets=3000, shape=shape, max_position=limit, position_resolution=unit
+        )
     )(KEY)
     assert (
         shift.min() == 0 and shift.max() == limit - (min(shape) - 1) * unit - 1 and len(np.unique(shift % unit)) == unit
@@ -141,7 +145,13 @@ def test_fine_draws_keep_the_rules(shape):
     assert left.any(axis=-1).all() and len(np.unique(starts_BMA % unit)) == unit
     cut = jax.jit(
         lambda key: sampling.pose_skip(
-            key, sets=500, shape=shape, max_position=limit, num_chunks=2, range=limit, position_resolution=unit
+            key,
+            num_sets=500,
+            shape=shape,
+            max_position=limit,
+            num_chunks=2,
+            position_range=limit,
+            position_resolution=unit,
         )
     )(KEY)
     steps = np.diff(
@@ -152,7 +162,9 @@ def test_fine_draws_keep_the_rules(shape):
 
 def test_jitter_moves_within_its_reach_and_keeps_the_order_of_a_text():
     window = jnp.broadcast_to(PositionGrid(10).positions((50,)), (400, 50, 1))
-    shaken = np.asarray(sampling.jitter(KEY, window, reach=7, max_position=495, ordered=True))
+    shaken = np.asarray(sampling.jitter(KEY, window, max_distance=7, max_position=495, ordered=True))
     assert (np.diff(shaken[..., 0], axis=1) >= 0).all() and shaken.min() == 0 and shaken.max() == 494
-    free = np.asarray(sampling.jitter(KEY, window, reach=7, max_position=495, ordered=False)) - np.asarray(window)
+    free = np.asarray(sampling.jitter(KEY, window, max_distance=7, max_position=495, ordered=False)) - np.asarray(
+        window
+    )
     assert set(np.unique(free[:, 1:49])) == set(range(-7, 8))

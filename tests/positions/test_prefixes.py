@@ -7,7 +7,7 @@ import pytest
 
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import to_digits
-from seqpe_jax.positions.grids import grid
+from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import RowGroup, build_trie, max_nodes_per_level
 
 
@@ -43,13 +43,15 @@ def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
     most = np.zeros(axes * digits)
     for _ in range(60):
         start = draw.integers(0, limit - max(shape), axes)
-        found = prefixes(np.asarray(grid(jnp.asarray(start), shape)).reshape(-1, axes), base, digits)
+        found = prefixes((start + np.asarray(PositionGrid().positions(shape))).reshape(-1, axes), base, digits)
         assert (np.array(found) <= bounds[1]).all()
         most = np.maximum(most, found)
     assert most[-1] == bounds[1][-1] == np.prod(shape)
     if min(shape) >= 3:
         skip = jax.jit(
-            lambda key: sampling.pose_skip(key, sets=40, shape=shape, max_position=limit, num_chunks=3, range=limit)
+            lambda key: sampling.pose_skip(
+                key, num_sets=40, shape=shape, max_position=limit, num_chunks=3, position_range=limit
+            )
         )
         for cut in np.asarray(skip(jax.random.PRNGKey(0))):
             assert (np.array(prefixes(cut, base, digits)) <= bounds[3]).all()
@@ -66,7 +68,7 @@ def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
     draw, most = np.random.default_rng(0), np.zeros(axes * 3)
     for _ in range(40):
         start = draw.integers(reach, limit - max(spans), axes)
-        window = unit * np.asarray(grid(jnp.zeros(axes, jnp.int32), shape)) + start
+        window = unit * np.asarray(PositionGrid().positions(shape)) + start
         assert (np.array(prefixes(window, 10, 3)) <= strided).all()
         found = prefixes(window + draw.integers(-reach, reach + 1, window.shape), 10, 3)
         assert (np.array(found) <= jittered).all()
@@ -76,11 +78,11 @@ def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
 
 def test_groups_add_up_to_no_more_than_there_are():
     sizes = max_nodes_per_level(
-        [RowGroup(1, (30,)), RowGroup(500), RowGroup(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=200
+        [RowGroup(1, (30,)), RowGroup(500), RowGroup(4, (30,), max_rows=5)], axes=1, base=10, digits=3, max_position=200
     )
     assert sizes == (2, 20, 200)
     assert max_nodes_per_level(
-        [RowGroup(1, (30,)), RowGroup(4, (30,), rows=5)], axes=1, base=10, digits=3, max_position=1000
+        [RowGroup(1, (30,)), RowGroup(4, (30,), max_rows=5)], axes=1, base=10, digits=3, max_position=1000
     ) == (
         10,
         4 + 4 * 4,

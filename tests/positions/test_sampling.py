@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions import edits, sampling
-from seqpe_jax.positions.permutation import permute
+from seqpe_jax.positions import contrastive_sampling, sampling
+from seqpe_jax.positions.sampling import permute
 
 KEY = jax.random.PRNGKey(0)
 TEXT = {"max_position": 20000, "axes": 1, "base": 10, "hard_fraction": 0.25, "window": 256}
@@ -27,7 +27,7 @@ MIXTURES = {
 @functools.cache
 def many(settings, mixture, candidates, draws=8000, **options):
     make = functools.partial(
-        sampling.contrastive_positions,
+        contrastive_sampling.contrastive_positions,
         batch=draws,
         candidates=candidates,
         mixture=mixture,
@@ -96,7 +96,7 @@ def test_one_hard_candidate_is_farther_than_a_uniform_one():
 
 def test_distances_are_exact_on_the_largest_grid():
     far = jnp.array([[32767, 32767], [32767, 32766], [32766, 32767]])
-    apart = np.asarray(sampling._distance(far, jnp.zeros(2, jnp.int32)))
+    apart = np.asarray(contrastive_sampling._distance(far, jnp.zeros(2, jnp.int32)))
     np.testing.assert_array_equal(apart, [2 * 32767**2, 32767**2 + 32766**2, 32767**2 + 32766**2])
 
 
@@ -104,7 +104,7 @@ def test_distances_are_exact_on_the_largest_grid():
 def test_draws_under_vmap_are_those_of_each_key():
     axes = 2
     draws = {
-        "contrastive": lambda key: sampling.contrastive_positions(
+        "contrastive": lambda key: contrastive_sampling.contrastive_positions(
             key,
             3,
             batch=4,
@@ -120,9 +120,11 @@ def test_draws_under_vmap_are_those_of_each_key():
             key, batch=4, offsets=3, shape=(5,) * axes, max_position=50
         ),
         "shift": lambda key: sampling.random_offsets(
-            key, sets=4, shape=(5,) * axes, max_position=50, num_start_positions=7, subset_key=KEY
+            key, num_sets=4, shape=(5,) * axes, max_position=50, num_start_positions=7, subset_key=KEY
         ),
-        "skip": lambda key: sampling.pose_skip(key, sets=4, shape=(5,) * axes, max_position=50, num_chunks=3, range=50),
+        "skip": lambda key: sampling.pose_skip(
+            key, num_sets=4, shape=(5,) * axes, max_position=50, num_chunks=3, position_range=50
+        ),
     }
     keys = jax.random.split(KEY, 3)
     every = jax.jit(lambda keys: jax.vmap(lambda key: {name: make(key) for name, make in draws.items()})(keys))(keys)
@@ -140,9 +142,13 @@ def test_each_edit_makes_every_result_and_no_other():
         {text[:at] + digit + text[at + 1 :] for at in range(3) for digit in "0123456789"} - {text},
     ]
     digits = jnp.repeat(jnp.array([[0], [2], [1], [0]]), count, axis=1)  # units first
-    edit = jax.jit(functools.partial(edits.edit_once, base=10))
+    edit = jax.jit(functools.partial(contrastive_sampling.edit_once, base=10))
     for kind, results in enumerate(wanted):
-        bits = jax.random.bits(jax.random.PRNGKey(kind), (edits.EDIT_WORDS - 1, count)).at[0].set(kind << 30)
+        bits = (
+            jax.random.bits(jax.random.PRNGKey(kind), (contrastive_sampling.EDIT_WORDS - 1, count))
+            .at[0]
+            .set(kind << 30)
+        )
         edited, allowed = jax.device_get(edit(bits, digits))
         made = {int(n) for n in (edited[:, allowed] * 10 ** np.arange(4)[:, None]).sum(axis=0)}
         assert made == {int(result) for result in results if result[0] != "0"}, kind
@@ -158,7 +164,7 @@ def test_hard_candidates_in_other_bases(base):
 def test_every_position_is_a_pivot_once_per_epoch():
     make = jax.jit(
         functools.partial(
-            sampling.contrastive_positions,
+            contrastive_sampling.contrastive_positions,
             batch=25,
             candidates=4,
             mixture=(1.0, 0.0, 0.0),
@@ -184,13 +190,13 @@ def test_a_batch_may_span_many_epochs():
 
 
 @pytest.mark.parametrize("mixture", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
-def test_past_only_candidates_lie_before_the_pivot(mixture):
+def test_causal_only_candidates_lie_before_the_pivot(mixture):
     anchors, found, _ = draw(TEXT | {"max_position": 500}, mixture, 16, draws=400, causal_only=True, around_anchor=True)
     assert (found[..., 0] < anchors).all() and anchors.min() == 16
 
 
 @pytest.mark.parametrize("around", [False, True])
-def test_past_only_works_where_the_past_is_just_enough(around):
+def test_causal_only_works_where_the_past_is_just_enough(around):
     anchors, found, _ = draw(
         TEXT | {"max_position": 8, "window": 3}, (0.2, 0.4, 0.4), 4, draws=60, causal_only=True, around_anchor=around
     )
@@ -254,7 +260,7 @@ def test_hard_candidates_survive_as_often_as_the_references(goldens):
     expected = json.loads((goldens / "sampler_stats.json").read_text())["contrastive"]["text_1d_n32_hard negatives"]
     anchors = permute(KEY, jnp.arange(4000), 20000)[:, None]
     uniform = jax.random.randint(KEY, (4000, 25, 1), 0, 20000)
-    hard = functools.partial(sampling._hard_candidates, max_position=20000, base=10, causal_only=False)
+    hard = functools.partial(contrastive_sampling._hard_candidates, max_position=20000, base=10, causal_only=False)
     made = np.asarray(jax.jit(hard)(jax.random.bits(KEY, (4000, 8)), anchors, uniform))
     kept = made >= 0
     assert kept.shape[1] == expected["hard"]["requested"]
@@ -300,7 +306,7 @@ def test_distillation_starts_are_uniform_outside_the_origin_grid(shape, limit):
 
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (3, 2, 4)])
 def test_shift_reaches_every_start_and_a_subset_only_its_own(shape):
-    starts = np.asarray(sampling.random_offsets(KEY, sets=4000, shape=shape, max_position=8))
+    starts = np.asarray(sampling.random_offsets(KEY, num_sets=4000, shape=shape, max_position=8))
     assert starts.min() == 0 and (starts.max(axis=0) == 8 - np.array(shape)).all()
     room = np.prod(8 - np.array(shape) + 1)
     assert len({tuple(row) for row in starts}) == room
@@ -308,7 +314,7 @@ def test_shift_reaches_every_start_and_a_subset_only_its_own(shape):
         {
             tuple(map(int, row))
             for row in sampling.random_offsets(
-                jax.random.PRNGKey(n), sets=200, shape=shape, max_position=8, num_start_positions=2, subset_key=KEY
+                jax.random.PRNGKey(n), num_sets=200, shape=shape, max_position=8, num_start_positions=2, subset_key=KEY
             )
         }
         for n in range(2)
@@ -318,7 +324,9 @@ def test_shift_reaches_every_start_and_a_subset_only_its_own(shape):
 
 @pytest.mark.parametrize("shape,chunks", [((10,), 2), ((10,), 4), ((4, 6), 2)])
 def test_skip_rises_strictly_and_stays_in_range(shape, chunks):
-    found = np.asarray(sampling.pose_skip(KEY, sets=300, shape=shape, max_position=50, num_chunks=chunks, range=40))
+    found = np.asarray(
+        sampling.pose_skip(KEY, num_sets=300, shape=shape, max_position=50, num_chunks=chunks, position_range=40)
+    )
     grids = found.reshape(300, *shape, len(shape))
     for axis in range(len(shape)):
         side = np.moveaxis(grids[..., axis], axis + 1, 1).reshape(300, shape[axis], -1)
@@ -330,16 +338,16 @@ def test_skip_rises_strictly_and_stays_in_range(shape, chunks):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="encoding.max_position=8"):
-        sampling.random_offsets(KEY, sets=1, shape=(9,), max_position=8)
+        sampling.random_offsets(KEY, num_sets=1, shape=(9,), max_position=8)
     with pytest.raises(InputError, match="candidates=30"):
         many(tuple((TEXT | {"max_position": 30}).items()), (1.0, 0.0, 0.0), 30, draws=2)
-    with pytest.raises(InputError, match="shifted window"):
+    with pytest.raises(InputError, match="out of range"):
         sampling.distillation_positions(KEY, batch=2, offsets=2, shape=(16,), max_position=19)
     with pytest.raises(InputError, match="positions"):
         many(tuple((TEXT | {"axes": 3}).items()), (1.0, 0.0, 0.0), 30, draws=2)
     with pytest.raises(InputError, match="mixture"):
         many(tuple(TEXT.items()), (0.0, 0.0, 0.0), 30, draws=2)
     with pytest.raises(InputError, match="skip.range=60"):
-        sampling.pose_skip(KEY, sets=1, shape=(9,), max_position=50, num_chunks=2, range=60)
+        sampling.pose_skip(KEY, num_sets=1, shape=(9,), max_position=50, num_chunks=2, position_range=60)
     with pytest.raises(InputError, match="offsets=17"):
         sampling.distillation_positions(KEY, batch=2, offsets=17, shape=(16,), max_position=50)

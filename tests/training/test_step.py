@@ -127,9 +127,9 @@ def count_rows(settings):
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
 def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
-    levels, tree = [], digit_encoder.tree
-    noted = lambda digits, base, sizes: levels.append(sizes) or tree(digits, base, sizes)  # noqa: E731
-    monkeypatch.setattr(digit_encoder, "tree", noted)
+    levels, build_trie = [], digit_encoder.build_trie
+    noted = lambda digits, base, sizes: levels.append(sizes) or build_trie(digits, base, sizes)  # noqa: E731
+    monkeypatch.setattr(digit_encoder, "build_trie", noted)
     if "tensor" in sizes:
         monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)  # else eight rows to a device share too little
     # The first state is drawn by the mesh itself where most is split.

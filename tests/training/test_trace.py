@@ -15,7 +15,8 @@ from seqpe_jax.losses.train_loss import SampledPositions, TrainLoss
 from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.vit import ViT
-from seqpe_jax.positions.sampling import ContrastivePositions, DistillationPositions
+from seqpe_jax.positions.contrastive_sampling import ContrastivePositions
+from seqpe_jax.positions.sampling import DistillationPositions
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.step import create_train_state, make_train_step
 
