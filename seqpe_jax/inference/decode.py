@@ -1,7 +1,7 @@
-"""Text from a language model: one pass over the prompts fills a cache, then each new token reads only that.
+"""Text generation over a KV cache: `prefill` reads the prompts, `decode_loop` adds one token per sample at a time.
 
-Prompts of different lengths stand side by side from place 0 on, padded at their ends. A new token takes the place after
-its own prompt, so the padding is overwritten before any token could see it, and a place is a position for every encoding.
+Prompts of different lengths begin at token index 0 of a common window and are padded at the end. A new token is written at
+the index after its own prompt, so that padding is overwritten before any token attends to it.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import KVCache
 
-MIN_BUCKET = 32  # places of the shortest prompts; longer ones are padded to the next power of two
-TOKENS_PER_SYNC = 8  # tokens between two looks of the host
+MIN_BUCKET = 32  # padded length of the shortest prompts; longer ones are padded to the next power of two
+TOKENS_PER_SYNC = 8  # tokens that the device generates between two looks of the host
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How many tokens are generated, and how each is chosen.
+    """Number of new tokens, and the rule by which each is chosen.
 
     Attributes:
-      new_tokens: at most, for each prompt.
-      temperature: 0 = the likeliest token; else the logits are divided by it.
-      top_p: a token is drawn from the likeliest ones that together reach this probability (Holtzman et al. 2020), and
-        from those as likely as the last of them.
-      seed: of the draws; a prompt's draws depend on it and on the prompt's index alone.
+      new_tokens: maximum for each prompt.
+      temperature: 0 = the most likely token; else logits are divided by it.
+      top_p: nucleus sampling (Holtzman et al. 2020): the most likely tokens that together reach this probability, and those
+        as likely as the last of them.
+      seed: of the random draws, which depend on it and on the prompt's index alone.
       end: token that ends a text, or None.
 
     Raises:
@@ -56,15 +56,71 @@ class Sampling:
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed must be at least 0 and below {2**31}, got {self.seed}")
 
+    def static(self, limit: int | None, keep_logits: bool) -> "SamplingStatic":
+        """Returns the settings that need a compilation of their own."""
+        return SamplingStatic(self.new_tokens, self.temperature == 0, self.top_p == 1, keep_logits, limit)
+
+    def arguments(self, known_V: np.ndarray) -> "SamplingArgs":
+        """Returns the settings that are arguments of the compiled functions; known_V: see `SamplingArgs`."""
+        return SamplingArgs(
+            jax.random.PRNGKey(self.seed),
+            np.float32(max(self.temperature, np.finfo(np.float32).tiny)),
+            np.float32(self.top_p),
+            np.int32(-1 if self.end is None else self.end),
+            known_V,
+        )
+
+
+class SamplingArgs(NamedTuple):
+    """Settings of `Sampling` that are arguments of the compiled functions.
+
+    Attributes:
+      key: PRNG key.
+      temperature: float32[].
+      top_p: float32[].
+      end: int32[], token that ends a text; -1 = none.
+      known_V: bool, ids that the tokenizer has; a model may have more rows.
+    """
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    end: jax.Array
+    known_V: jax.Array
+
+
+class SamplingStatic(NamedTuple):
+    """Settings of `Sampling` that need a compilation of their own.
+
+    Attributes:
+      new_tokens: maximum for each prompt.
+      greedy: take the most likely token.
+      all_tokens: top_p is 1.
+      keep_logits: return the logits of each new token.
+      limit: tokens of prompt and text together, at which the window ends; None = no limit.
+    """
+
+    new_tokens: int
+    greedy: bool
+    all_tokens: bool
+    keep_logits: bool
+    limit: int | None = None
+
+    def window(self, prompt_length: int) -> int:
+        """Returns the tokens of a padded prompt and its text, at most."""
+        tokens = prompt_length + self.new_tokens
+        return min(tokens, self.limit or tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What followed a prompt.
+    """The text generated after a prompt.
 
     Attributes:
-      tokens: int32[n], with the end token where there is one; log_probs: of each under the model itself, float32[n], nats.
+      tokens: int32[n], the end token included.
+      log_probs: float32[n], log probability of each token under the model, without temperature or top_p, nats.
       ended: the last token is the end token.
-      logits: the model's own, float32[n, V], at each token, if they were asked for.
+      logits: float32[n, V], logits that each token was chosen from, if asked for.
     """
 
     tokens: np.ndarray
@@ -74,83 +130,71 @@ class Generation:
 
     @property
     def content(self) -> np.ndarray:
-        """The tokens without the end token."""
+        """The tokens without the end token, int32[n]."""
         return self.tokens[:-1] if self.ended else self.tokens
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """A batch between two tokens; N is the number of new tokens there is room for."""
+    """Loop state of a batch; N is the maximum number of new tokens.
+
+    Attributes:
+      cache: KV cache of each layer.
+      lengths_B: int32, tokens of each prompt; 0 marks a padding row.
+      index_B: int32, index of each prompt among all.
+      token_B: int32, the newest token.
+      done_B: bool, the text has ended.
+      step: int32[], tokens chosen so far.
+      count_B: int32, tokens of each text so far.
+      tokens_BN: int32, the texts.
+      log_probs_BN: float32, log probabilities of the tokens.
+      logits_BNV: float32, logits of the tokens, or None.
+    """
 
     cache: tuple[KVCache, ...]
-    lengths_B: jax.Array  # int32, of the prompts; 0 marks a padding row
-    index_B: jax.Array  # int32, of the prompts among all
-    token_B: jax.Array  # int32, chosen last
-    done_B: jax.Array  # bool
-    step: jax.Array  # int32, tokens chosen so far
-    count_B: jax.Array  # int32, tokens of each sample so far
-    tokens_BN: jax.Array  # int32
-    log_probs_BN: jax.Array  # float32
-    logits_BNV: jax.Array | None  # float32
-
-
-class SamplingArgs(NamedTuple):
-    """The parts of `Sampling` that need no new compilation."""
-
-    key: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    end: jax.Array  # -1 = none
-    known_V: jax.Array  # bool, ids that are tokens; a model may have more rows than its tokenizer has tokens
-
-
-class SamplingStatic(NamedTuple):
-    """The parts that do."""
-
-    new_tokens: int
-    greedy: bool
-    all_tokens: bool  # top_p = 1
-    keep_logits: bool
-    limit: int | None = None  # tokens of prompt and text together, where the window ends; None = as many as there are
-
-    def places(self, prompt: int) -> int:
-        """Returns the tokens of a padded prompt and what follows it, at most."""
-        return min(prompt + self.new_tokens, self.limit or prompt + self.new_tokens)
+    lengths_B: jax.Array
+    index_B: jax.Array
+    token_B: jax.Array
+    done_B: jax.Array
+    step: jax.Array
+    count_B: jax.Array
+    tokens_BN: jax.Array
+    log_probs_BN: jax.Array
+    logits_BNV: jax.Array | None
 
 
 class DecodeFunctions(NamedTuple):
-    """The compiled-on-first-call halves of generation: `prefill`, and `decode_loop` with its state donated."""
+    """`prefill` and `decode_loop` of a model, compiled at their first call; `decode_loop` donates its state."""
 
     prefill: Callable[..., DecodeState]
     decode_loop: Callable[..., DecodeState]
 
 
 @functools.lru_cache
-def decode_functions(model: nn.Module, static: SamplingStatic, layout: axes.ShardingRules) -> DecodeFunctions:
-    """Returns the programs of a model whose arrays are laid out like that; the host reads whole ones."""
-    split, whole = layout.sharding(axes.BATCH), layout.sharding()
-    state = DecodeState(
-        cache=layout.sharding(axes.BATCH, None, axes.HEADS),
-        lengths_B=split,
-        index_B=split,
-        token_B=split,
-        done_B=whole,
-        step=whole,
-        count_B=whole,
-        tokens_BN=whole,
-        log_probs_BN=whole,
-        logits_BNV=whole,
+def decode_functions(model: nn.Module, static: SamplingStatic, sharding: axes.ShardingRules) -> DecodeFunctions:
+    """Returns the compiled functions of a model under sharding rules; arrays that the host reads are replicated."""
+    by_batch, replicated = sharding.sharding(axes.BATCH), sharding.sharding()
+    out_shardings = DecodeState(
+        cache=sharding.sharding(axes.BATCH, None, axes.HEADS),
+        lengths_B=by_batch,
+        index_B=by_batch,
+        token_B=by_batch,
+        done_B=replicated,
+        step=replicated,
+        count_B=replicated,
+        tokens_BN=replicated,
+        log_probs_BN=replicated,
+        logits_BNV=replicated,
     )
 
-    def start(params: Any, *arguments: Any) -> DecodeState:
-        with axes.use_sharding(layout):
-            return prefill(model, layout.all_gather_params(params, "model"), *arguments, static=static)
+    def compile_sharded(function: Callable[..., DecodeState], **options: Any) -> Callable[..., DecodeState]:
+        def sharded(params: Any, *arguments: Any) -> DecodeState:
+            with axes.use_sharding(sharding):
+                return function(model, sharding.all_gather_params(params, "model"), *arguments, static=static)
 
-    def go_on(params: Any, *arguments: Any) -> DecodeState:
-        with axes.use_sharding(layout):
-            return decode_loop(model, layout.all_gather_params(params, "model"), *arguments, static=static)
+        return jax.jit(sharded, out_shardings=out_shardings, **options)
 
-    return DecodeFunctions(jax.jit(start, out_shardings=state), jax.jit(go_on, out_shardings=state, donate_argnums=2))
+    return DecodeFunctions(compile_sharded(prefill), compile_sharded(decode_loop, donate_argnums=2))
 
 
 def prefill(
@@ -160,19 +204,24 @@ def prefill(
     tokens_BL: jax.Array,
     lengths_B: jax.Array,
     index_B: jax.Array,
-    sampling_args: SamplingArgs,
+    sampling: SamplingArgs,
     *,
     static: SamplingStatic,
 ) -> DecodeState:
-    """Reads the prompts and returns the state after the first new token.
+    """Returns the state after the prompts and the first new token.
 
     Args:
       model: has `forward_cached`, `logits` and `init_cache` (`models.gpt2.GPT2`).
-      signal: of a window of L + N positions (`SamplingStatic.places`), one position set.
-      tokens_BL: int32, each prompt followed by padding; lengths_B, index_B: see `DecodeState`.
+      params: of the model.
+      signal: of the whole window (`SamplingStatic.window`), one position set.
+      tokens_BL: int32, prompts padded at the end.
+      lengths_B: int32, tokens of each prompt.
+      index_B: int32, index of each prompt among all.
+      sampling: dynamic settings.
+      static: static settings.
     """
     batch, length = tokens_BL.shape
-    cache = model.init_cache(batch, static.places(length), signal)
+    cache = model.init_cache(batch, static.window(length), signal)
     hidden_BLD, cache = model.apply(
         {"params": params}, tokens_BL, signal, cache, jnp.arange(length)[None], method="forward_cached"
     )
@@ -191,7 +240,7 @@ def prefill(
         log_probs_BN=zeros_BN.astype(jnp.float32),
         logits_BNV=jnp.zeros((*zeros_BN.shape, logits_BV.shape[-1])) if static.keep_logits else None,
     )
-    return _take(state, logits_BV, sampling_args, static)
+    return _append_token(state, logits_BV, sampling, static)
 
 
 def decode_loop(
@@ -199,45 +248,46 @@ def decode_loop(
     params: Any,
     signal: PositionSignal,
     state: DecodeState,
-    sampling_args: SamplingArgs,
+    sampling: SamplingArgs,
     until: jax.Array,
     *,
     static: SamplingStatic,
 ) -> DecodeState:
-    """Returns the state after `until` new tokens, or as soon as every sample is done."""
+    """Returns the state after `until` new tokens, or as soon as every text has ended; other arguments as in `prefill`."""
 
-    def going(state: DecodeState) -> jax.Array:
+    def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~state.done_B.all()
 
-    def one(state: DecodeState) -> DecodeState:
-        places_B1 = (state.lengths_B + state.step - 1)[:, None]
-        if static.limit is not None:  # rows that are done stay inside of the window
-            places_B1 = jnp.minimum(places_B1, static.limit - 1)
+    def decode_token(state: DecodeState) -> DecodeState:
+        token_index_B1 = (state.lengths_B + state.step - 1)[:, None]
+        if static.limit is not None:  # rows that are done stay inside the window
+            token_index_B1 = jnp.minimum(token_index_B1, static.limit - 1)
         hidden_B1D, cache = model.apply(
-            {"params": params}, state.token_B[:, None], signal, state.cache, places_B1, method="forward_cached"
+            {"params": params}, state.token_B[:, None], signal, state.cache, token_index_B1, method="forward_cached"
         )
         logits_BV = model.apply({"params": params}, hidden_B1D, method="logits")[:, 0]
-        return _take(state.replace(cache=cache), logits_BV, sampling_args, static)
+        return _append_token(state.replace(cache=cache), logits_BV, sampling, static)
 
-    return jax.lax.while_loop(going, one, state)
+    return jax.lax.while_loop(unfinished, decode_token, state)
 
 
-def _take(state: DecodeState, logits_BV: jax.Array, sampling_args: SamplingArgs, static: SamplingStatic) -> DecodeState:
-    """Chooses a token for each sample and writes it down for those that are not done."""
+def _append_token(
+    state: DecodeState, logits_BV: jax.Array, sampling: SamplingArgs, static: SamplingStatic
+) -> DecodeState:
+    """Chooses a token for each sample, and appends it to the texts that have not ended."""
     live_B, step = ~state.done_B, state.step
-    possible_BV = jnp.where(sampling_args.known_V, logits_BV, -jnp.inf)
+    allowed_BV = jnp.where(sampling.known_V, logits_BV, -jnp.inf)
     if static.greedy:
-        token_B = possible_BV.argmax(axis=-1).astype(jnp.int32)
+        token_B = allowed_BV.argmax(axis=-1).astype(jnp.int32)
     else:
-        keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(sampling_args.key, index), step))(
+        keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(sampling.key, index), step))(
             state.index_B
         )
-        token_B = sample(
-            keys_B, possible_BV, sampling_args.temperature, None if static.all_tokens else sampling_args.top_p
-        )
+        top_p = None if static.all_tokens else sampling.top_p
+        token_B = sample_tokens(keys_B, allowed_BV, sampling.temperature, top_p)
     log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
-    written = None if state.logits_BNV is None else state.logits_BNV.at[:, step].set(logits_BV)
-    done_B = state.done_B | (token_B == sampling_args.end)
+    logits_BNV = None if state.logits_BNV is None else state.logits_BNV.at[:, step].set(logits_BV)
+    done_B = state.done_B | (token_B == sampling.end)
     if static.limit is not None:
         done_B |= state.lengths_B + step + 1 >= static.limit
     return state.replace(
@@ -247,62 +297,80 @@ def _take(state: DecodeState, logits_BV: jax.Array, sampling_args: SamplingArgs,
         count_B=state.count_B + live_B,
         tokens_BN=state.tokens_BN.at[:, step].set(jnp.where(live_B, token_B, 0)),
         log_probs_BN=state.log_probs_BN.at[:, step].set(jnp.where(live_B, log_prob_B, 0)),
-        logits_BNV=written,
+        logits_BNV=logits_BNV,
     )
 
 
-def sample(keys_B: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_p: jax.Array | None) -> jax.Array:
-    """Returns one token for each sample, int32[B], drawn as `Sampling` says; top_p None = from all tokens."""
-    logits_BV = (
-        logits_BV - logits_BV.max(axis=-1, keepdims=True)
-    ) / temperature  # the largest stays 0 at any temperature
+def sample_tokens(
+    keys_B: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_p: jax.Array | None
+) -> jax.Array:
+    """Returns one random token per sample, int32[B].
+
+    Args:
+      keys_B: PRNG keys.
+      logits_BV: float32; -inf = never.
+      temperature: float32[], see `Sampling`.
+      top_p: float32[], see `Sampling`; None = all tokens.
+    """
+    # The largest logit stays 0 at any temperature.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
     if top_p is not None:
-        ordered_BV = -jnp.sort(-logits_BV)
-        probabilities_BV = jax.nn.softmax(ordered_BV)
+        sorted_BV = -jnp.sort(-logits_BV)
+        probabilities_BV = jax.nn.softmax(sorted_BV)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        # The likeliest is always kept, even where rounding would leave none.
-        last_B1 = jnp.where(before_BV < top_p, ordered_BV, 0.0).min(axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+        # The most likely token stays, even where rounding would leave none.
+        threshold_B1 = jnp.where(before_BV < top_p, sorted_BV, 0.0).min(axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
 class PromptBatch(NamedTuple):
-    """Prompts that are read together: their indices, the places each is padded to, the rows of the batch."""
+    """Prompts that are decoded together.
+
+    Attributes:
+      indices: of the prompts among all.
+      length: tokens that each prompt is padded to.
+      rows: of the batch; those beyond the prompts are padding.
+    """
 
     indices: list[int]
-    places: int
+    length: int
     rows: int
 
 
-def batches(
+def batch_prompts(
     lengths: Sequence[int], *, new_tokens: int, window: int, batch_tokens: int, multiple: int
 ) -> list[PromptBatch]:
-    """Returns the batches of prompts with these lengths, the shortest first, of few static shapes.
+    """Returns batches of prompts, the shortest first, with few different shapes.
 
     Args:
-      new_tokens: for each prompt; window: of the longest prompt, and of its new tokens where it has room for them.
-      batch_tokens: places of a batch at most, unless `multiple` rows have more; multiple: of which rows must be one.
+      lengths: tokens of each prompt.
+      new_tokens: maximum for each prompt.
+      window: tokens of the longest prompt, and of its new tokens where there is room for them.
+      batch_tokens: maximum of rows * (length + new tokens), unless `multiple` rows exceed it.
+      multiple: divides the number of rows.
     """
-    by_places: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
-        places = min(max(MIN_BUCKET, _next_power(lengths[index])), window - new_tokens)
-        if places < lengths[index]:  # one shape for all prompts whose new tokens end with the window
-            places = window
-        by_places.setdefault(places, []).append(index)
-    found = []
-    for places, indices in by_places.items():
-        room = max(1, batch_tokens // (places + new_tokens) // multiple)
-        rows = multiple * min(room, -(-_next_power(len(indices)) // multiple))
-        found += [PromptBatch(indices[first : first + rows], places, rows) for first in range(0, len(indices), rows)]
-    return found
+        padded = min(max(MIN_BUCKET, _next_power(lengths[index])), window - new_tokens)
+        if padded < lengths[index]:  # one shape for all prompts whose text ends with the window
+            padded = window
+        by_length.setdefault(padded, []).append(index)
+    batches = []
+    for padded, indices in by_length.items():
+        max_multiples = max(1, batch_tokens // (padded + new_tokens) // multiple)
+        rows = multiple * min(max_multiples, -(-_next_power(len(indices)) // multiple))
+        batches += [PromptBatch(indices[first : first + rows], padded, rows) for first in range(0, len(indices), rows)]
+    return batches
 
 
 def _next_power(number: int) -> int:
+    """The smallest power of two that is at least a number."""
     return 1 << (number - 1).bit_length()
 
 
 def decode(
-    compiled: DecodeFunctions,
+    functions: DecodeFunctions,
     params: Any,
     signal: PositionSignal,
     batch: PromptBatch,
@@ -310,47 +378,48 @@ def decode(
     sampling: Sampling,
     known_V: np.ndarray,
     *,
-    put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
+    to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
 ) -> Iterator[list[Generation]]:
-    """Yields what followed the prompts of a batch so far, after a few more tokens each time; at last the whole.
+    """Yields the texts of a batch so far, after every `TOKENS_PER_SYNC` tokens and at the end.
 
     Args:
-      compiled: of `decode_functions`; signal: of batch.places + new tokens positions; put: lays host arrays out over the devices.
+      functions: from `decode_functions`.
+      params: of the model.
+      signal: of batch.length + new tokens positions.
+      batch: of these prompts.
+      prompts: all prompts, int[n] each.
+      sampling: settings.
       known_V: bool, ids that may be generated.
+      to_devices: shards host arrays over the devices.
     """
-    tokens_BL = np.zeros((batch.rows, batch.places), np.int32)
+    tokens_BL = np.zeros((batch.rows, batch.length), np.int32)
     lengths_B, index_B = np.zeros((2, batch.rows), np.int32)
     for row, index in enumerate(batch.indices):
         prompt = prompts[index]
         tokens_BL[row, : len(prompt)], lengths_B[row], index_B[row] = prompt, len(prompt), index
-    placed = put({"tokens": tokens_BL, "lengths": lengths_B, "index": index_B})
-    sampling_args = SamplingArgs(
-        jax.random.PRNGKey(sampling.seed),
-        np.float32(max(sampling.temperature, np.finfo(np.float32).tiny)),
-        np.float32(sampling.top_p),
-        np.int32(-1 if sampling.end is None else sampling.end),
-        known_V,
-    )
-    state = compiled.prefill(params, signal, placed["tokens"], placed["lengths"], placed["index"], sampling_args)
+    arrays = to_devices({"tokens": tokens_BL, "lengths": lengths_B, "index": index_B})
+    arguments = sampling.arguments(known_V)
+    state = functions.prefill(params, signal, arrays["tokens"], arrays["lengths"], arrays["index"], arguments)
     step, done = 1, False
     while not done and step < sampling.new_tokens:
         step = min(step + TOKENS_PER_SYNC, sampling.new_tokens)
-        state = compiled.decode_loop(params, signal, state, sampling_args, np.int32(step))
+        state = functions.decode_loop(params, signal, state, arguments, np.int32(step))
         done = bool(np.asarray(state.done_B).all())
         if not done and step < sampling.new_tokens:
-            yield _so_far(state, batch, sampling)
-    yield _so_far(state, batch, sampling)
+            yield _texts(state, batch, sampling)
+    yield _texts(state, batch, sampling)
 
 
-def _so_far(state: DecodeState, batch: PromptBatch, sampling: Sampling) -> list[Generation]:
+def _texts(state: DecodeState, batch: PromptBatch, sampling: Sampling) -> list[Generation]:
+    """The texts of a state, one for each prompt of the batch."""
     fields = (state.tokens_BN, state.log_probs_BN, state.count_B)
     tokens_BN, log_probs_BN, count_B = (np.asarray(field) for field in fields)
     logits_BNV = None if state.logits_BNV is None else np.asarray(state.logits_BNV)
-    found = []
+    texts = []
     for row, _ in enumerate(batch.indices):
         count = int(count_B[row])
         tokens = tokens_BN[row, :count].copy()
         logits = None if logits_BNV is None else logits_BNV[row, :count].copy()
         ended = sampling.end is not None and bool(tokens[-1] == sampling.end)
-        found.append(Generation(tokens, log_probs_BN[row, :count].copy(), ended, logits))
-    return found
+        texts.append(Generation(tokens, log_probs_BN[row, :count].copy(), ended, logits))
+    return texts

@@ -168,7 +168,8 @@ class TrainLoss:
           accumulate: number of microbatches; each encodes its positions again.
         """
         # The reference attention has no loop over blocks and no kernel, whose products a trace does not show.
-        network = self.model_spec.network.clone(attention_kind="reference")
+        network = self.model_spec.network
+        network = network.clone(config=dataclasses.replace(network.config, attention_kind="reference"))
         plain = dataclasses.replace(self, model_spec=dataclasses.replace(self.model_spec, network=network))
         microbatch = {
             name: jax.ShapeDtypeStruct((batch_size // accumulate, *leaf.shape), leaf.dtype)

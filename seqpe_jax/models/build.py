@@ -26,10 +26,9 @@ from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.grids import PositionGrid
-
-NETWORKS = {"gpt2": GPT2, "vit": ViT}
 
 Params = Any
 Shape = tuple[int, ...]
@@ -89,15 +88,12 @@ class ModelSpec:
           InputError: fields of the encoding contradict each other or the model.
         """
         model, encoding = config.model, config.encoding
-        fields = dataclasses.asdict(model) | {"dtype": jnp.dtype(config.precision.compute)}
-        fields |= {"vocabulary": sizes.vocabulary, "classes": sizes.classes}
-        fields |= {"gate": "" if encoding.gate == "none" else encoding.gate, "gate_bias_init": encoding.gate_bias_init}
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         if config.is_image:
             inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)
         return cls(
             encoding=_encoding(config),
-            network=_module(NETWORKS[model.kind], fields),
+            network=_network(config, sizes),
             inputs=inputs,
             shape=config.grid,
             max_position=encoding.max_position * encoding.unit,
@@ -256,6 +252,34 @@ def position_grid_of(config: Config) -> PositionGrid:
         -2:
     ]  # a longer clip goes on, a larger frame is read between
     return PositionGrid(config.encoding.unit, interpolated_sides if config.encoding.resize == "interpolate" else ())
+
+
+def _network(config: Config, sizes: DataSpec) -> GPT2 | ViT:
+    """Returns the network that a config names."""
+    model, encoding = config.model, config.encoding
+    transformer = TransformerConfig(
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        mlp_width=model.mlp_width,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        embedding_dropout=model.embedding_dropout,
+        drop_path=model.drop_path if model.kind == "vit" else 0.0,
+        activation=model.activation,
+        layer_norm_epsilon=model.layer_norm_epsilon,
+        init_std=model.init_std,
+        remat=model.remat,
+        attention_kind=model.attention_kind,
+        attention_block=model.attention_block,
+        scan=model.scan,
+        dtype=jnp.dtype(config.precision.compute),
+        gate="" if encoding.gate == "none" else encoding.gate,
+        gate_bias_init=encoding.gate_bias_init,
+    )
+    if model.kind == "vit":
+        return ViT(transformer, sizes.classes, model.patch)
+    return GPT2(transformer, sizes.vocabulary, model.tied)
 
 
 def _encoding(config: Config) -> nn.Module:

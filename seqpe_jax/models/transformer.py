@@ -1,8 +1,8 @@
-"""The pre-LayerNorm transformer block."""
+"""Pre-LayerNorm transformer blocks, one after another or stacked and scanned over."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,102 +14,145 @@ from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH, with_logical_constr
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
 
-# The forgetting transformer lets a token through by a share sigmoid(x) (Lin et al. 2025, arXiv 2503.02130); CABLE takes a
-# bias softplus(x) from it (Veisi et al. 2025, arXiv 2503.08067), which is the same with the sign of x turned.
+# Gate -> log of the share that a token lets through of those before it, at most 0. "forget": log sigmoid(x), the forgetting
+# transformer (Lin et al. 2025, arXiv 2503.02130). "cable": a bias of -softplus(x) (Veisi et al. 2025, arXiv 2503.08067),
+# which is log sigmoid(-x).
 GATES = {"forget": jax.nn.log_sigmoid, "cable": lambda x: -jax.nn.softplus(x)}
-REMAT = {
+REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
-class Linear(nn.Module):
-    """A linear map between any numbers of dimensions.
-
-    Its kernel is laid out for use after it is cast: what several devices store together travels in the smaller type.
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Hyperparameters that the blocks and the embedding of a model share.
 
     Attributes:
-      shape: of the kernel, the dimensions that are summed over first; names: of these dimensions (`axes`).
-      summed: number of dimensions that are summed over; dtype: of the arithmetic; kernel_init: of the weights;
-      bias: that all outputs begin with.
+      layers: number of blocks.
+      width: D, size of the states.
+      heads: H, number of attention heads; divides `width`.
+      mlp_width: hidden size of the MLP; 0 = 4 D.
+      dropout: rate after attention and after the MLP.
+      attention_dropout: rate on attention weights.
+      embedding_dropout: rate on the embedded tokens or patches.
+      drop_path: stochastic depth (Huang et al. 2016), probability that a sample skips a branch of the last block; it grows
+        linearly from 0 at the first block.
+      activation: of the MLP, one of `ACTIVATIONS`.
+      layer_norm_epsilon: added to the variance.
+      init_std: standard deviation of normal initial weights.
+      dtype: of the arithmetic; parameters are float32.
+      remat: recomputation in the backward pass: "none", "full" (whole blocks), "dots" (all but matrix products) or
+        "offload" (matrix products are saved in host memory).
+      attention_kind: "auto" or one of `attention_dispatch.BACKENDS`.
+      attention_block: queries and keys per block of attention; 0 = automatic.
+      scan: compile one block and loop over stacked weights.
+      causal: tokens attend to the past only.
+      scale_residual: initial weights of residual projections are smaller by sqrt(2 * layers).
+      gate: one of `GATES`, or "" for none.
+      gate_bias_init: forget gates start near sigmoid(gate_bias_init).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int = 0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    drop_path: float = 0.0
+    activation: str = "gelu_tanh"
+    layer_norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention_kind: str = "auto"
+    attention_block: int = 0
+    scan: bool = False
+    causal: bool = True
+    scale_residual: bool = True
+    gate: str = ""
+    gate_bias_init: float = 0.0
+
+    @property
+    def head_width(self) -> int:
+        """K, the size of a head."""
+        return self.width // self.heads
+
+
+class Linear(nn.Module):
+    """A linear map between tensors with any number of dimensions.
+
+    The kernel is cast before it is gathered for use, so that sharded storage travels in the smaller dtype.
+
+    Attributes:
+      shape: of the kernel, contracted dimensions first.
+      logical_axes: names of these dimensions (`axes`).
+      dtype: of the arithmetic.
+      kernel_init: initializer of the kernel.
+      contract_dims: number of dimensions that are summed over.
+      bias_init: initial value of the bias.
     """
 
     shape: tuple[int, ...]
-    names: tuple[str | None, ...]
+    logical_axes: tuple[str | None, ...]
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
-    summed: int = 1
-    bias: float = 0.0
+    contract_dims: int = 1
+    bias_init: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x @ kernel + bias."""
         kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.constant(self.bias), self.shape[self.summed :], jnp.float32)
-        kernel = with_logical_constraint(kernel.astype(self.dtype), *self.names)
-        return jnp.tensordot(x.astype(self.dtype), kernel, self.summed) + bias.astype(self.dtype)
+        bias_init = nn.initializers.constant(self.bias_init)
+        bias = self.param("bias", bias_init, self.shape[self.contract_dims :], jnp.float32)
+        kernel = with_logical_constraint(kernel.astype(self.dtype), *self.logical_axes)
+        return jnp.tensordot(x.astype(self.dtype), kernel, self.contract_dims) + bias.astype(self.dtype)
 
 
-def summed(log_gate_BLH: jax.Array) -> jax.Array:
-    """Returns the sums over all places up to each, float32[B, L, H]; their number may be symbolic (jax.export)."""
+def cumsum(log_gate_BLH: jax.Array) -> jax.Array:
+    """Returns the cumulative sum along L, float32[B, L, H]; L may be symbolic, which jnp.cumsum does not export."""
     if isinstance(log_gate_BLH.shape[1], int):
         return jnp.cumsum(log_gate_BLH, axis=1)
 
-    def add(total_BH: jax.Array, step_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (total_BH + step_BH,) * 2
+    def add(total_BH: jax.Array, log_gate_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (total_BH + log_gate_BH,) * 2
 
-    steps_LBH = jnp.moveaxis(log_gate_BLH, 1, 0)
-    return jnp.moveaxis(jax.lax.scan(add, jnp.zeros_like(log_gate_BLH[:, 0]), steps_LBH)[1], 0, 1)
+    log_gate_LBH = jnp.moveaxis(log_gate_BLH, 1, 0)
+    return jnp.moveaxis(jax.lax.scan(add, jnp.zeros_like(log_gate_BLH[:, 0]), log_gate_LBH)[1], 0, 1)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and in front of a residual sum.
+    """Attention and MLP, each after a LayerNorm and added to the residual stream.
 
     Attributes:
-      width, heads, mlp_width: sizes; layers: of the whole model.
-      dropout: after attention and MLP; attention_dropout: on attention weights.
-      attention_kind, attention_block: kind and block of `models.attention.attend`; causal: attend to the past only.
-      scale_residual: residual projections start smaller by sqrt(2 * layers).
-      fade: how the block computes by how much each token lets those before it fade from sight, one of `GATES`; "" = not.
-      gate_bias_init: each token lets those before it through by a share that begins near sigmoid(gate_bias_init).
-      drop_path: share of samples for which a branch (attention or MLP) is left out while training; the others' branch is
-        scaled up by as much (stochastic depth, Huang et al. 2016).
+      config: hyperparameters of the model.
+      drop_path: probability that a sample skips a branch of this block while training; the others' branches are scaled up
+        by 1 / (1 - drop_path).
     """
 
-    width: int
-    heads: int
-    mlp_width: int
-    layers: int
-    dropout: float
-    attention_dropout: float
-    activation: str
-    layer_norm_epsilon: float
-    init_std: float
-    dtype: jnp.dtype
-    attention_kind: str
-    attention_block: int
-    causal: bool = True
-    scale_residual: bool = True
-    gate: str = ""
-    gate_bias_init: float = 0.0
+    config: TransformerConfig
     drop_path: float = 0.0
 
     def setup(self) -> None:
-        """Makes the two norms and the four linear maps."""
-        normal, heads, head_width = nn.initializers.normal, self.heads, self.width // self.heads
-        residual_init = normal(self.init_std / (math.sqrt(2 * self.layers) if self.scale_residual else 1.0))
-        norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
-        linear = functools.partial(Linear, dtype=self.dtype, kernel_init=normal(self.init_std))
+        """Creates the two norms and the four linear maps."""
+        config, normal, head_width = self.config, nn.initializers.normal, self.config.head_width
+        heads, width, mlp_width = config.heads, config.width, config.mlp_width or 4 * config.width
+        residual_std = config.init_std / (math.sqrt(2 * config.layers) if config.scale_residual else 1.0)
+        norm = functools.partial(nn.LayerNorm, epsilon=config.layer_norm_epsilon, dtype=config.dtype)
+        linear = functools.partial(Linear, dtype=config.dtype, kernel_init=normal(config.init_std))
+        residual = functools.partial(Linear, dtype=config.dtype, kernel_init=normal(residual_std))
         self.norm_1, self.norm_2 = norm(), norm()
-        self.qkv = linear((self.width, 3, heads, head_width), (WIDTH, None, HEADS, None))
-        self.out = linear((heads, head_width, self.width), (HEADS, None, WIDTH), kernel_init=residual_init, summed=2)
-        self.mlp_in = linear((self.width, self.mlp_width), (WIDTH, MLP))
-        self.mlp_out = linear((self.mlp_width, self.width), (MLP, WIDTH), kernel_init=residual_init)
-        self.drop = nn.Dropout(self.dropout)
-        if self.gate:
-            bias = {"forget": self.gate_bias_init, "cable": -self.gate_bias_init}[self.gate]
-            self.fading = linear((self.width, heads), (WIDTH, HEADS), bias=bias)
+        self.qkv = linear((width, 3, heads, head_width), (WIDTH, None, HEADS, None))
+        self.out = residual((heads, head_width, width), (HEADS, None, WIDTH), contract_dims=2)
+        self.mlp_in = linear((width, mlp_width), (WIDTH, MLP))
+        self.mlp_out = residual((mlp_width, width), (MLP, WIDTH))
+        self.drop = nn.Dropout(config.dropout)
+        if config.gate:
+            bias = {"forget": config.gate_bias_init, "cable": -config.gate_bias_init}[config.gate]
+            self.fading = linear((width, heads), (WIDTH, HEADS), bias_init=bias)  # the gate; named so in checkpoints
 
     def __call__(
         self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, drop_path: jax.Array | None = None
@@ -117,23 +160,27 @@ class Block(nn.Module):
         """Returns the next states [B, L, D].
 
         Args:
-          signal: of this layer; drop_path: in place of the attribute.
+          x_BLD: states.
+          signal: of this layer.
+          deterministic: no dropout and no stochastic depth.
+          drop_path: replaces the attribute, where layers are scanned over.
         """
-        dropping = self.attention_dropout > 0 and not deterministic
-        log_gate_BLH = self._fade(x_BLD)
-        cum_log_gate_BLH = (
-            None if log_gate_BLH is None else with_logical_constraint(summed(log_gate_BLH), BATCH, LENGTH, HEADS)
-        )
-        mixed = attend(
-            *self._project(x_BLD),
+        rate = self.config.attention_dropout
+        log_gate_BLH, cum_log_gate_BLH = self._log_forget_gate(x_BLD), None
+        if log_gate_BLH is not None:
+            cum_log_gate_BLH = with_logical_constraint(cumsum(log_gate_BLH), BATCH, LENGTH, HEADS)
+        attended = attend(
+            *self._query_key_value(x_BLD),
             signal,
             cum_log_gate_BLH,
-            causal=self.causal,
-            **self._how,
-            dropout_rate=self.attention_dropout,
-            dropout_key=self.make_rng("dropout") if dropping else None,
+            causal=self.config.causal,
+            **self._backend,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate > 0 and not deterministic else None,
         )
-        return self._finish(x_BLD, mixed, deterministic, self.drop_path if drop_path is None else drop_path)
+        return self._residual_and_mlp(
+            x_BLD, attended, deterministic, self.drop_path if drop_path is None else drop_path
+        )
 
     def forward_cached(
         self,
@@ -141,150 +188,140 @@ class Block(nn.Module):
         signal: PositionSignal,
         cache: KVCache,
         token_index_PL: jax.Array,
-        added_PHLS: jax.Array | None = None,
+        position_logits_PHLS: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Returns the next states of some places of a window, and the cache with them in it.
+        """Returns the next states of new tokens of a window, and the cache with them written.
 
         Args:
-          signal: of this layer; cache, places_PL, added_PHLS: see `models.attention.attend_cached`.
+          x_BLD: states of the new tokens.
+          signal: of this layer and the whole window.
+          cache, token_index_PL, position_logits_PHLS: see `attention.attend_cached`.
         """
-        read = (signal, cache, token_index_PL, added_PHLS, self._fade(x_BLD))
-        mixed, cache = attend_cached(*self._project(x_BLD), *read, **self._how)
-        return self._finish(x_BLD, mixed), cache
+        inputs = (signal, cache, token_index_PL, position_logits_PHLS, self._log_forget_gate(x_BLD))
+        attended, cache = attend_cached(*self._query_key_value(x_BLD), *inputs, **self._backend)
+        return self._residual_and_mlp(x_BLD, attended), cache
 
-    def weights(self, x_BLD: jax.Array, signal: PositionSignal) -> jax.Array:
+    def attention_weights(self, x_BLD: jax.Array, signal: PositionSignal) -> jax.Array:
         """Returns the attention weights, float32[B, H, L, L]; signal: of this layer."""
-        query, key, _ = self._project(x_BLD)
-        return attention_weights(query, key, signal, causal=self.causal)
+        query, key, _ = self._query_key_value(x_BLD)
+        return attention_weights(query, key, signal, causal=self.config.causal)
 
     @property
-    def _how(self) -> dict[str, Any]:
-        """Kind and block of the attention; while parameters are drawn, the one that needs least compilation."""
-        return {"kind": "reference" if self.is_initializing() else self.attention_kind, "block": self.attention_block}
+    def _backend(self) -> dict[str, Any]:
+        """Backend and block size; at initialisation the reference, which compiles fastest."""
+        kind = "reference" if self.is_initializing() else self.config.attention_kind
+        return {"kind": kind, "block": self.config.attention_block}
 
-    def _fade(self, x_BLD: jax.Array) -> jax.Array | None:
-        """By how much each token raises the fade of all before it, float32[B, L, H], at most 0; None = not at all."""
-        return GATES[self.gate](self.fading(self.norm_1(x_BLD)).astype(jnp.float32)) if self.gate else None
+    def _log_forget_gate(self, x_BLD: jax.Array) -> jax.Array | None:
+        """Log forget gate of each token and head, float32[B, L, H], at most 0; None without gates."""
+        if not self.config.gate:
+            return None
+        return GATES[self.config.gate](self.fading(self.norm_1(x_BLD)).astype(jnp.float32))
 
-    def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _query_key_value(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""
         qkv = self.qkv(self.norm_1(with_logical_constraint(x_BLD, BATCH, LENGTH, None)))
         query, key, value = (with_logical_constraint(qkv[:, :, part], BATCH, LENGTH, HEADS, None) for part in range(3))
         return query, key, value
 
-    def _finish(
-        self, x_BLD: jax.Array, mixed_BLHK: jax.Array, deterministic: bool = True, rate: jax.Array | float = 0.0
+    def _residual_and_mlp(
+        self, x_BLD: jax.Array, attended_BLHK: jax.Array, deterministic: bool = True, rate: jax.Array | float = 0.0
     ) -> jax.Array:
-        """The next states, given the mixed values of all heads; rate: of left out branches."""
-        keep = functools.partial(self._keep, rate=0.0 if deterministic else rate)
+        """The next states, from the attention output of all heads; rate: of stochastic depth."""
+        drop_path = functools.partial(self._drop_path, rate=0.0 if deterministic else rate)
         drop = functools.partial(self.drop, deterministic=deterministic)
         x_BLD = with_logical_constraint(x_BLD, BATCH, LENGTH, None)
-        x_BLD = x_BLD + keep(drop(with_logical_constraint(self.out(mixed_BLHK), BATCH, LENGTH, None)))
+        x_BLD = x_BLD + drop_path(drop(with_logical_constraint(self.out(attended_BLHK), BATCH, LENGTH, None)))
         hidden = with_logical_constraint(self.mlp_in(self.norm_2(x_BLD)), BATCH, LENGTH, MLP)
-        out = self.mlp_out(ACTIVATIONS[self.activation](hidden))
-        return x_BLD + keep(drop(with_logical_constraint(out, BATCH, LENGTH, None)))
+        out = self.mlp_out(ACTIVATIONS[self.config.activation](hidden))
+        return x_BLD + drop_path(drop(with_logical_constraint(out, BATCH, LENGTH, None)))
 
-    def _keep(self, branch_BLD: jax.Array, rate: jax.Array | float) -> jax.Array:
-        """A branch, left out for a share of the samples."""
+    def _drop_path(self, branch_BLD: jax.Array, rate: jax.Array | float) -> jax.Array:
+        """A branch, set to 0 for each sample with probability `rate`."""
         if isinstance(rate, float) and not rate:
             return branch_BLD
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch_BLD.shape[0], 1, 1))
-        return jnp.where(kept, branch_BLD / (1 - rate), 0).astype(branch_BLD.dtype)
+        keep_B11 = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch_BLD.shape[0], 1, 1))
+        return jnp.where(keep_B11, branch_BLD / (1 - rate), 0).astype(branch_BLD.dtype)
 
 
 class ScannedBlocks(nn.Module):
-    """Blocks that differ in their weights alone, stacked [layers, ...] in a parameter `layers`: compiled once, looped over.
+    """Blocks whose weights are stacked [layers, ...] in one parameter `layers`: compiled once, looped over.
+
+    Not `nn.scan`: that would draw other initial weights and dropout masks from the same seed, trace a block for each
+    initialisation, and cannot run a single block, as decoding does.
 
     Attributes:
-      make: returns a block; layers: their number; remat: as of the models; drop_path: of each layer.
+      config: hyperparameters of the model.
+      drop_path: probability for each layer.
     """
 
-    make: Callable[..., Block]
-    layers: int
-    remat: str
+    config: TransformerConfig
     drop_path: tuple[float, ...]
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
         """Returns the states after all blocks."""
-        block = self.make(parent=None)
+        block, layers, remat = self._block(), self.config.layers, self.config.remat
 
-        def initial(key: jax.Array) -> dict:
+        def init(key: jax.Array) -> dict:
             first = signal.at_layer(0)
-            return jax.vmap(lambda key: block.init(key, x_BLD, first)["params"])(jax.random.split(key, self.layers))
+            return jax.vmap(lambda key: block.init(key, x_BLD, first)["params"])(jax.random.split(key, layers))
 
-        params = self.param("layers", initial)
+        params = self.param("layers", init)
         if self.is_initializing():
-            return x_BLD  # what is drawn further on depends on its shape alone
-        dropping = self.has_rng("dropout") and not deterministic
-        keys = jax.random.split(self.make_rng("dropout"), self.layers) if dropping else None
-        rates = jnp.array(self.drop_path) if dropping and any(self.drop_path) else None
-        shared, stacked = signal.split_by_layer()
+            return x_BLD  # later parameters depend on its shape alone
+        training = self.has_rng("dropout") and not deterministic
+        keys = jax.random.split(self.make_rng("dropout"), layers) if training else None
+        rates = jnp.array(self.drop_path) if training and any(self.drop_path) else None
+        shared, per_layer = signal.split_by_layer()
 
-        def body(x_BLD: jax.Array, parts: tuple) -> tuple[jax.Array, None]:
-            params, key, rate, own = parts
+        def apply_block(x_BLD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            params, key, rate, own = layer
             rngs = {} if key is None else {"dropout": key}
-            seen = shared.joined(own)
-            return block.apply({"params": params}, x_BLD, seen, deterministic, drop_path=rate, rngs=rngs), None
+            of_layer = shared.joined(own)
+            return block.apply({"params": params}, x_BLD, of_layer, deterministic, drop_path=rate, rngs=rngs), None
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, x_BLD, (params, keys, rates, stacked))[0]
+        if remat != "none":
+            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return jax.lax.scan(apply_block, x_BLD, (params, keys, rates, per_layer))[0]
 
-    def one(self, layer: int, method: str, *arguments: Any) -> Any:
-        """Returns what a method of one block returns, which draws nothing."""
+    def apply_one(self, layer: int, method: str, *arguments: Any) -> Any:
+        """Returns the result of a method of one block, without dropout."""
         params = jax.tree.map(lambda leaf: leaf[layer], self.get_variable("params", "layers"))
-        return self.make(parent=None).apply({"params": params}, *arguments, method=method)
+        return self._block().apply({"params": params}, *arguments, method=method)
+
+    def _block(self) -> Block:
+        return Block(self.config, parent=None)
 
 
 def stack_layers(params: dict, layers: int) -> dict:
-    """Returns the parameters of a model with `ScannedBlocks` blocks, given those of one with a block for each layer."""
+    """Returns the parameters of a model with `ScannedBlocks`, from those of a model with one block per layer."""
     rest = {name: value for name, value in params.items() if not name.startswith("blocks_")}
     blocks = [params[f"blocks_{layer}"] for layer in range(layers)]
     return rest | {"blocks": {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
 
 
 def unstack_layers(params: dict, layers: int) -> dict:
-    """Returns the parameters that `stack_layers` was given."""
+    """Returns the parameters of a model with one block per layer: the inverse of `stack_layers`."""
     rest, stacked = {name: value for name, value in params.items() if name != "blocks"}, params["blocks"]["layers"]
     return rest | {f"blocks_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(layers)}
 
 
-def make_blocks(model: Any, drop_path: tuple[float, ...] = (), **fields: Any) -> "list[Block] | ScannedBlocks":
-    """Returns the blocks of a model, made of its attributes; inside its `setup`.
-
-    Args:
-      drop_path: of each layer; fields: further attributes of a block.
-    """
-    make = functools.partial(
-        Block,
-        model.width,
-        model.heads,
-        model.mlp_width or 4 * model.width,
-        model.layers,
-        model.dropout,
-        model.attention_dropout,
-        model.activation,
-        model.layer_norm_epsilon,
-        model.init_std,
-        model.dtype,
-        model.attention_kind,
-        model.attention_block,
-        **fields,
-    )
-    rates = drop_path or (0.0,) * model.layers
-    if model.scan:
-        return ScannedBlocks(make, model.layers, model.remat, rates)
-    if model.remat == "none":
-        return [make(drop_path=rate) for rate in rates]
-    remade = nn.remat(Block, policy=REMAT[model.remat], static_argnums=3)
-    return [remade(*make.args, **make.keywords, drop_path=rate) for rate in rates]
+def make_blocks(config: TransformerConfig) -> list[Block] | ScannedBlocks:
+    """Returns the blocks of a model; to be called in its `setup`."""
+    rates = tuple(config.drop_path * layer / max(config.layers - 1, 1) for layer in range(config.layers))
+    if config.scan:
+        return ScannedBlocks(config, rates)
+    block = Block
+    if config.remat != "none":
+        block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], static_argnums=3)
+    return [block(config, rate) for rate in rates]
 
 
 def run_blocks(
-    blocks: "list[Block] | ScannedBlocks", x_BLD: jax.Array, signal: PositionSignal, deterministic: bool
+    blocks: list[Block] | ScannedBlocks, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool
 ) -> jax.Array:
-    """Returns the states after all blocks, each with its own part of the signal."""
+    """Returns the states after all blocks; signal: of all layers."""
     if isinstance(blocks, ScannedBlocks):
         return blocks(x_BLD, signal, deterministic)
     for layer, block in enumerate(blocks):
@@ -292,8 +329,8 @@ def run_blocks(
     return x_BLD
 
 
-def run_block(blocks: "list[Block] | ScannedBlocks", layer: int, method: str, *arguments: Any) -> Any:
-    """Returns what a method of one block returns, without dropout."""
+def run_block(blocks: list[Block] | ScannedBlocks, layer: int, method: str, *arguments: Any) -> Any:
+    """Returns the result of a method of one block, without dropout."""
     if isinstance(blocks, ScannedBlocks):
-        return blocks.one(layer, method, *arguments)
+        return blocks.apply_one(layer, method, *arguments)
     return getattr(blocks[layer], method)(*arguments)

@@ -1,5 +1,6 @@
-"""The vision transformer over patches of any number of axes; positions come as a `PositionSignal`."""
+"""Vision transformer over patches of images or videos; positions come as a `PositionSignal`."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,80 +9,68 @@ from flax import linen as nn
 
 from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.transformer import make_blocks, run_block, run_blocks
+from seqpe_jax.models.transformer import TransformerConfig, make_blocks, run_block, run_blocks
 
 
-def patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
-    """Returns the non-overlapping patches of images, [B, L, values of a patch]: patches and values row-major.
+def extract_patches(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
+    """Returns the non-overlapping patches of images, [B, L, values of a patch]; patches and values are row-major.
 
     Args:
-      images: [B, sides..., C], one side per entry of `patch`: images [B, H, W, C], clips [B, T, H, W, C].
+      images: [B, sides..., C], one side per entry of `patch`: images [B, H, W, C], videos [B, T, H, W, C].
+      patch: sides of a patch.
 
     Raises:
-      InputError: other axes than those of a patch, or a side that is no multiple of the patch's.
+      InputError: the number of axes differs, or a side is no multiple of the patch's.
     """
     batch, *sides, channels = images.shape
     if len(sides) != len(patch) or any(side % part for side, part in zip(sides, patch, strict=False)):
         raise InputError(
             f"images of {' x '.join(map(str, sides))} do not divide into patches of {' x '.join(map(str, patch))}"
         )
-    cut = [size for side, part in zip(sides, patch, strict=True) for size in (side // part, part)]
+    split_sides = [size for side, part in zip(sides, patch, strict=True) for size in (side // part, part)]
     axes = len(patch)
-    counts, values = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
-    ordered = images.reshape(batch, *cut, channels).transpose(0, *counts, *values, 2 * axes + 1)
-    return ordered.reshape(batch, math.prod(cut[0::2]), math.prod(patch) * channels)
+    patch_axes, value_axes = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
+    split = images.reshape(batch, *split_sides, channels)
+    ordered = split.transpose(0, *patch_axes, *value_axes, 2 * axes + 1)
+    return ordered.reshape(batch, math.prod(split_sides[0::2]), math.prod(patch) * channels)
 
 
 class ViT(nn.Module):
-    """A vision transformer that classifies by a class token (Dosovitskiy et al. 2021; timm's form, as the reference).
+    """A vision transformer with a class token (Dosovitskiy et al. 2021), in timm's form as in the PyTorch reference.
+
+    Initial weights are normal, those of residual projections too; the reference truncates them at +-2, which is a hundred
+    standard deviations out. Only the patch projection starts uniform within 1 / sqrt(values of a patch), PyTorch's default,
+    as in the reference.
 
     Attributes:
-      classes, layers, width, heads: sizes; mlp_width: 0 = four times the width; patch: sides of a patch.
-      dropout, attention_dropout, embedding_dropout: rates while training.
-      drop_path: share of samples that leave out a branch of the last block; it grows from 0 at the first one linearly.
-      init_std: normal, residual projections too. The reference cuts at +-2, a hundred deviations out. Only the weights of
-        the patch projection start uniform within 1 / sqrt(values of a patch), as the reference leaves them to PyTorch.
-      dtype: of the arithmetic; parameters and logits are float32.
-      remat, attention_kind, attention_block, scan: as of `models.gpt2.GPT2`.
+      config: hyperparameters of the blocks; its `causal` and `scale_residual` are not used.
+      classes: number of classes.
+      patch: sides of a patch, in pixels (and frames).
     """
 
+    config: TransformerConfig
     classes: int
     patch: tuple[int, ...]
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int = 0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    embedding_dropout: float = 0.0
-    drop_path: float = 0.0
-    activation: str = "gelu"
-    layer_norm_epsilon: float = 1e-6
-    init_std: float = 0.02
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
-    attention_kind: str = "auto"
-    attention_block: int = 0
-    scan: bool = False
 
     def setup(self) -> None:
-        """Makes the patch projection, the class token, the blocks, the final norm and the head."""
-        normal = nn.initializers.normal(self.init_std)
+        """Creates the patch projection, the class token, the blocks, the final norm and the head."""
+        config = dataclasses.replace(self.config, causal=False, scale_residual=False)
+        normal = nn.initializers.normal(config.init_std)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.projection = nn.Dense(self.width, dtype=self.dtype, kernel_init=uniform)
-        self.class_token = self.param("class_token", normal, (1, self.width), jnp.float32)
-        rates = tuple(self.drop_path * layer / max(self.layers - 1, 1) for layer in range(self.layers))
-        self.blocks = make_blocks(self, rates, causal=False, scale_residual=False)
-        self.final_norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype)
-        self.head = nn.Dense(self.classes, kernel_init=normal)  # float32, whatever the features are
-        self.embedding_drop = nn.Dropout(self.embedding_dropout)
+        self.projection = nn.Dense(config.width, dtype=config.dtype, kernel_init=uniform)
+        self.class_token = self.param("class_token", normal, (1, config.width), jnp.float32)
+        self.blocks = make_blocks(config)
+        self.final_norm = nn.LayerNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype)
+        self.head = nn.Dense(self.classes, kernel_init=normal)  # float32, whatever the dtype of the features
+        self.embedding_drop = nn.Dropout(config.embedding_dropout)
 
     def __call__(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
         """Returns the logits of the classes, float32[B, V].
 
         Args:
           images: float[B, sides..., C], one side per entry of `patch`.
-          signal: of 1 + L tokens, the class token first, then the patches row-major.
+          signal: of 1 + L tokens: the class token, then the patches row-major.
+          deterministic: no dropout and no stochastic depth.
 
         Raises:
           InputError: the sides do not divide into patches.
@@ -89,23 +78,24 @@ class ViT(nn.Module):
         return self.head(self.features(images, signal, deterministic))
 
     def features(self, images: jax.Array, signal: PositionSignal, deterministic: bool = True) -> jax.Array:
-        """Returns the final states of the class token, [B, D]; arguments and errors as of a call."""
+        """Returns the final state of the class token, [B, D]; arguments and errors as in `__call__`."""
         x_BLD = self._embed(images, signal, deterministic)
         return self.final_norm(run_blocks(self.blocks, x_BLD, signal, deterministic)[:, 0])
 
     def attention(self, images: jax.Array, signal: PositionSignal) -> jax.Array:
-        """Returns the attention weights of the last layer, float32[B, H, 1 + L, 1 + L], for pictures."""
+        """Returns the attention weights of the last layer, float32[B, H, 1 + L, 1 + L], for plots."""
         x_BLD = self._embed(images, signal, True)
-        last = self.layers - 1
+        last = self.config.layers - 1
         for layer in range(last):
             x_BLD = run_block(self.blocks, layer, "__call__", x_BLD, signal.at_layer(layer))
-        return run_block(self.blocks, last, "weights", x_BLD, signal.at_layer(last))
+        return run_block(self.blocks, last, "attention_weights", x_BLD, signal.at_layer(last))
 
     def _embed(self, images: jax.Array, signal: PositionSignal, deterministic: bool) -> jax.Array:
         """The tokens [B, 1 + L, D] that enter the first block."""
-        x_BLD = self.projection(patches(images, self.patch).astype(self.dtype))
-        first_BLD = jnp.broadcast_to(self.class_token.astype(self.dtype), (images.shape[0], 1, self.width))
-        x_BLD = jnp.concatenate([first_BLD, x_BLD], axis=1)
+        dtype = self.config.dtype
+        x_BLD = self.projection(extract_patches(images, self.patch).astype(dtype))
+        class_B1D = jnp.broadcast_to(self.class_token.astype(dtype), (images.shape[0], 1, self.config.width))
+        x_BLD = jnp.concatenate([class_B1D, x_BLD], axis=1)
         if signal.input_embedding is not None:
             x_BLD = x_BLD + broadcast_to_batch(signal.input_embedding, images.shape[0])
-        return self.embedding_drop(x_BLD, deterministic=deterministic).astype(self.dtype)
+        return self.embedding_drop(x_BLD, deterministic=deterministic).astype(dtype)

@@ -160,7 +160,7 @@ def arrays_of(model: Any, eval_size: tuple[int, ...], split: str) -> Arrays:
     images, shown = samples
     return {
         "similarity": similarity,
-        "attention": {"images": shown, "attention": model.compiled.attention(model.params, images)},
+        "attention": {"images": shown, "attention": model.compiled.class_token_attention(model.params, images)},
     }
 
 

@@ -13,7 +13,7 @@ from seqpe_jax import axes
 from seqpe_jax.config import Config
 from seqpe_jax.distributed import processes
 from seqpe_jax.distributed import sharding as layout
-from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, use_sharding
+from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, with_mesh
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.attention_dispatch import dispatch
 from seqpe_jax.models.attention_inputs import AttentionInputs
@@ -123,7 +123,7 @@ class Trainer:
     def train_step(self) -> TrainStep:
         """Returns the jitted train step with its shardings; it donates the state."""
         step = make_train_step(
-            use_sharding(self.mesh, self.train_loss.loss),
+            with_mesh(self.mesh, self.train_loss.loss),
             self.optimizer,
             optimizers.learning_rate(self.config.optimizer, self.config.steps),
             accumulate=self.config.optimizer.accumulate,

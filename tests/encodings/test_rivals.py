@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference.compiled import use_sharding
+from seqpe_jax.inference.compiled import with_mesh
 from seqpe_jax.models.attention import attend, forget_gate_features
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.models.transformer import GATES
@@ -295,7 +295,7 @@ def gradients(settings, devices=None):
         logits = run.model_spec.network.apply({"params": params["model"]}, tokens, signal(params))
         return (logits**2).mean(), logits
 
-    (_, logits), slopes = jax.jit(use_sharding(run.mesh, jax.value_and_grad(found, has_aux=True)))(params)
+    (_, logits), slopes = jax.jit(with_mesh(run.mesh, jax.value_and_grad(found, has_aux=True)))(params)
     return logits, slopes
 
 

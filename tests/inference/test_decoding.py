@@ -262,7 +262,7 @@ def test_draws_have_the_distribution_asked_for(temperature, top_p, expected):
     probabilities[order] = [0.5, 0.25, 0.15, 0.1]
     keys = jax.random.split(jax.random.PRNGKey(0), count)
     logits = jnp.broadcast_to(jnp.log(probabilities) + 3.0, (count, 4))
-    drawn = np.bincount(jax.jit(decode.sample)(keys, logits, temperature, top_p), minlength=4)[order] / count
+    drawn = np.bincount(jax.jit(decode.sample_tokens)(keys, logits, temperature, top_p), minlength=4)[order] / count
     expected = np.array(expected) / np.sum(expected)
     np.testing.assert_allclose(drawn, expected, atol=4 * 0.5 / count**0.5)
     assert (drawn[expected == 0] == 0).all()
@@ -271,15 +271,15 @@ def test_draws_have_the_distribution_asked_for(temperature, top_p, expected):
 def test_batches_take_every_prompt_once_in_few_shapes():
     lengths = np.random.default_rng(0).integers(1, 3000, 500).tolist()
     limits = {"new_tokens": 16, "window": 3016, "batch_tokens": 8192, "multiple": 4}
-    found = decode.batches(lengths, **limits)
+    found = decode.batch_prompts(lengths, **limits)
     assert sorted(index for batch in found for index in batch.indices) == list(range(500))
     for batch in found:
-        assert max(lengths[index] for index in batch.indices) <= batch.places <= 3000
+        assert max(lengths[index] for index in batch.indices) <= batch.length <= 3000
         assert len(batch.indices) <= batch.rows and batch.rows % 4 == 0
-        assert batch.rows == 4 or batch.rows * (batch.places + 16) <= 8192
-    shapes = {(batch.places, batch.rows) for batch in found}
+        assert batch.rows == 4 or batch.rows * (batch.length + 16) <= 8192
+    shapes = {(batch.length, batch.rows) for batch in found}
     assert len(shapes) <= 8
-    (alone,) = decode.batches([5], new_tokens=3, window=8, batch_tokens=1000, multiple=1)
+    (alone,) = decode.batch_prompts([5], new_tokens=3, window=8, batch_tokens=1000, multiple=1)
     assert alone == ([0], 5, 1)  # no wider than the window
 
 
@@ -335,7 +335,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
     run, params = run_of(case[0], **case[1])
     windows = []
 
-    def record(compiled, params, signal, batch, *_, **__):
+    def record(functions, params, signal, batch, *_, **__):
         yield [decode.Generation(np.zeros(1, np.int32), np.zeros(1, np.float32), False) for _ in batch.indices]
 
     def window_of(prompts, new, window=None):
@@ -345,7 +345,7 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
     field, short, long = run.config.encoding.window_dependence, [1] * 5, [1] * 13
     with monkeypatch.context() as patch:
         patch.setattr(decode, "decode", record)
-        patch.setattr(CompiledModel, "signal", lambda self, params, shape, first: windows.append(shape))
+        patch.setattr(CompiledModel, "signal", lambda self, params, shape, rows: windows.append(shape))
         if field:
             words = f"the training window of 16 .* with {field} .* choose it, --window=25 or more"
             with pytest.raises(InputError, match=words):

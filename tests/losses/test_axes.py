@@ -12,6 +12,7 @@ from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.losses.train_loss import TrainLoss
 from seqpe_jax.models.build import ModelSpec
+from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,7 @@ def objective(shape):
         init_std=0.5,
         prefix=1,
     )
-    network = ViT(classes=3, patch=(1,) * len(shape), layers=1, width=8, heads=2)
+    network = ViT(TransformerConfig(layers=1, width=8, heads=2), classes=3, patch=(1,) * len(shape))
     inputs = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
     model_spec = ModelSpec(encoding, network, inputs, shape, 20, heads=2)
     return TrainLoss(model_spec, ClassificationLoss(0.0, MixingConfig()), settings)

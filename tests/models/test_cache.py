@@ -10,6 +10,7 @@ import pytest
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.transformer import TransformerConfig
 from tests.models.test_attention import BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, random, signals
 
 pytestmark = pytest.mark.usefixtures("small_kernel")
@@ -23,7 +24,7 @@ def junk_cache(gates: bool = False) -> KVCache:
     return KVCache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4), fade)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "everything", "gates", "gates, features", "gates, everything"])
+@pytest.mark.parametrize("name", [*NAMES, "everything", "gates", "gates, logit_query_key", "gates, everything"])
 @pytest.mark.parametrize("how", ["reference", "blockwise", pytest.param("flash", marks=pytest.mark.slow)])
 def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
     gates, name = name.startswith("gates"), name.removeprefix("gates").removeprefix(", ")
@@ -80,7 +81,7 @@ def test_a_token_reads_no_place_past_its_own():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_model_goes_on_where_its_cache_ends(remat):
     """A signal with tokens added, and one of parts: another in each layer, and what all layers share."""
-    model = GPT2(vocabulary=11, layers=2, width=HEADS * WIDTH, heads=HEADS, init_std=0.3, remat=remat)
+    model = GPT2(TransformerConfig(2, HEADS * WIDTH, HEADS, init_std=0.3, remat=remat), vocabulary=11)
     layered = tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2))
     input_embedding = random(3, 1, LENGTH, HEADS * WIDTH)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
@@ -105,6 +106,6 @@ def test_the_model_goes_on_where_its_cache_ends(remat):
 
 
 def test_the_cache_has_the_type_of_the_arithmetic():
-    cache = GPT2(vocabulary=11, layers=3, width=8, heads=2, dtype=jnp.bfloat16).init_cache(5, 7, PositionSignal())
+    cache = GPT2(TransformerConfig(3, 8, 2, dtype=jnp.bfloat16), vocabulary=11).init_cache(5, 7, PositionSignal())
     assert len(cache) == 3
     assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache)} == {((5, 7, 2, 4), jnp.dtype("bfloat16"))}

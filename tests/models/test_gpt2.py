@@ -9,6 +9,7 @@ import pytest
 
 from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.transformer import TransformerConfig
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +29,9 @@ ALL = [("learned",), ("sinusoidal",), ("rotary",), ("alibi",), ("none",), *(("se
 
 
 def model_of(**fields) -> GPT2:
-    sizes = {"vocabulary": 11, "layers": LAYERS, "width": WIDTH, "heads": HEADS}
-    return GPT2(**(sizes | {"init_std": 0.5} | fields))
+    vocabulary, tied = fields.pop("vocabulary", 11), fields.pop("tied", True)
+    sizes = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "init_std": 0.5}
+    return GPT2(TransformerConfig(**(sizes | fields)), vocabulary, tied)
 
 
 def encoding_from_spec(kind: str, mode: str = "", qk: str = ""):

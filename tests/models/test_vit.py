@@ -11,8 +11,8 @@ import pytest
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.fixed import RotaryAxial
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.transformer import Block
-from seqpe_jax.models.vit import ViT, patches
+from seqpe_jax.models.transformer import Block, TransformerConfig
+from seqpe_jax.models.vit import ViT, extract_patches
 from seqpe_jax.positions.grids import PositionGrid
 
 pytestmark = pytest.mark.slow
@@ -24,8 +24,13 @@ NOTHING = PositionSignal()
 
 
 def model_of(**fields) -> ViT:
-    sizes = {"classes": CLASSES, "patch": PATCH, "layers": LAYERS, "width": WIDTH, "heads": HEADS, "init_std": 0.5}
-    return ViT(**(sizes | fields))
+    patch = fields.pop("patch", PATCH)
+    return ViT(config_of(**fields), CLASSES, patch)
+
+
+def config_of(**fields) -> TransformerConfig:
+    sizes = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "init_std": 0.5}
+    return TransformerConfig(**(sizes | {"activation": "gelu", "layer_norm_epsilon": 1e-6} | fields))
 
 
 def signal_of(shape) -> PositionSignal:
@@ -46,7 +51,7 @@ def params():
 def test_patches_against_a_loop():
     for sides, patch in ((4, 9), (2, 3)), ((4, 2, 6), (2, 1, 3)), ((6,), (2,)):
         images = np.random.default_rng(0).normal(size=(2, *sides, 3))
-        found = patches(jnp.asarray(images, jnp.float32), patch)
+        found = extract_patches(jnp.asarray(images, jnp.float32), patch)
         corners = itertools.product(*(range(0, side, part) for side, part in zip(sides, patch, strict=True)))
         for place, corner in enumerate(corners):
             box = tuple(slice(first, first + part) for first, part in zip(corner, patch, strict=True))
@@ -57,7 +62,7 @@ def test_patches_against_a_loop():
 @pytest.mark.parametrize(("sides", "patch"), [((4, 8), (2, 3)), ((4, 9), (2, 3, 1)), ((2, 4, 9), (2, 3))])
 def test_images_that_do_not_divide_are_refused(sides, patch):
     with pytest.raises(InputError, match=f"images of {' x '.join(map(str, sides))} do not divide into patches"):
-        patches(jnp.zeros((1, *sides, 3)), patch)
+        extract_patches(jnp.zeros((1, *sides, 3)), patch)
 
 
 def test_every_patch_reaches_the_class_and_only_its_own_sample(params):
@@ -136,23 +141,7 @@ def test_recomputation_changes_nothing(remat, params):
 
 
 def block_of(rate: float) -> Block:
-    return Block(
-        WIDTH,
-        HEADS,
-        WIDTH,
-        1,
-        0.0,
-        0.0,
-        "gelu",
-        1e-6,
-        0.5,
-        jnp.float32,
-        "auto",
-        0,
-        causal=False,
-        scale_residual=False,
-        drop_path=rate,
-    )
+    return Block(config_of(layers=1, mlp_width=WIDTH, causal=False, scale_residual=False), rate)
 
 
 def test_drop_path_leaves_out_whole_branches_of_single_samples():

@@ -14,6 +14,7 @@ from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.losses.train_loss import SampledPositions, TrainLoss
 from seqpe_jax.models.build import ModelSpec
 from seqpe_jax.models.gpt2 import GPT2
+from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
 from seqpe_jax.positions.contrastive_sampling import ContrastivePositions
 from seqpe_jax.positions.sampling import DistillationPositions
@@ -59,9 +60,7 @@ def text_objective(spec):
         heads_model=3,
         axes=1,
     )
-    network = GPT2(
-        vocabulary=97, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0
-    )
+    network = GPT2(TransformerConfig(layers=2, width=48, heads=3), vocabulary=97)
     inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     model_spec = ModelSpec(encoding, network, inputs, (32,), spec["max_position"], heads=3)
     train_loss = TrainLoss(model_spec, NextTokenLoss(), ObjectiveConfig())
@@ -86,7 +85,8 @@ def image_objective(spec):
         heads_model=3,
         axes=2,
     )
-    network = ViT(classes=10, patch=(8, 8), layers=2, width=48, heads=3, mlp_width=144)
+    config = TransformerConfig(2, 48, 3, mlp_width=144, activation="gelu", layer_norm_epsilon=1e-6)
+    network = ViT(config, classes=10, patch=(8, 8))
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     model_spec = ModelSpec(encoding, network, inputs, (4, 4), 100, heads=3)
     train_loss = TrainLoss(model_spec, ClassificationLoss(spec["label_smoothing"], MixingConfig()), ObjectiveConfig())
