@@ -14,7 +14,7 @@ from seqpe_jax.data.tokenizers import load_tokenizer
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
-from seqpe_jax.inference.exported import read_params
+from seqpe_jax.inference.export import read_params
 from seqpe_jax.interop import torch_model, torch_reference
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params

@@ -21,7 +21,7 @@ from seqpe_jax.inference import export
 from seqpe_jax.inference import generate as generation
 from seqpe_jax.inference.compiled import CompiledModel
 from seqpe_jax.inference.decode import Generation, Sampling
-from seqpe_jax.inference.exported import PLATFORMS
+from seqpe_jax.inference.export import PLATFORMS
 from seqpe_jax.interop import run_writer, torch_reference
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
@@ -227,7 +227,7 @@ class Model:
         Raises:
           InputError: a range that the positions do not reach, an unknown platform, the folder is taken.
         """
-        export.write(self, folder, max_length, max_size, platforms)
+        export.write_export(self, folder, max_length, max_size, platforms)
 
     def save_reference(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the model in the layout of the PyTorch reference, and returns what went where.

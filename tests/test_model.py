@@ -18,7 +18,7 @@ from seqpe_jax.run_dir import DATA_SPEC_FILE, RunDir
 from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
-from tests.serving.test_exported import vit_config
+from tests.inference.test_export import vit_config
 from tests.tiny import random_state, tiny_config
 
 FIELDS = {"encoding__rotary_pairs": 2, "model__layers": 2, "encoding__qk": "multi"}

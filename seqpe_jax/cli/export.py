@@ -32,15 +32,15 @@ def main() -> None:
     from seqpe_jax import loading
     from seqpe_jax.distributed import processes
     from seqpe_jax.inference import export
-    from seqpe_jax.inference.exported import CARD, PLATFORMS
+    from seqpe_jax.inference.export import MODEL_CARD_FILE, PLATFORMS
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
     processes.keep_compiled_programs()
     require_empty(_OUTPUT.value)
     model = loading.open_model(_CHECKPOINT.value, _WHICH.value)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value
-    export.write(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
-    print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / CARD}")
+    export.write_export(model, _OUTPUT.value, _MAX_LENGTH.value, _MAX_SIZE.value, platforms)
+    print(f"written: {_OUTPUT.value}, see {as_path(_OUTPUT.value) / MODEL_CARD_FILE}")
 
 
 def run_command() -> None:

@@ -19,12 +19,11 @@ from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.files import as_path, atomic_write
-from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.metrics import training_metrics
 from seqpe_jax.models.build import DataSpec, Shape
 from seqpe_jax.run_dir import CLASS_NAMES_FILE, RunDir
-from seqpe_jax.tasks.task import EvalContext, Task
+from seqpe_jax.tasks.task import EvalContext, ExportSignature, Task
 
 
 class ImageClassification(Task):

@@ -19,12 +19,11 @@ from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
 from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
-from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.losses.task import NextTokenLoss
 from seqpe_jax.metrics import training_metrics
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.run_dir import RunDir
-from seqpe_jax.tasks.task import EvalContext, Evaluator, Task
+from seqpe_jax.tasks.task import EvalContext, Evaluator, ExportSignature, Task
 
 
 class LanguageModeling(Task):

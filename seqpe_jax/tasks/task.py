@@ -16,10 +16,32 @@ from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress
-from seqpe_jax.inference.exported import ExportSignature
 from seqpe_jax.inference.generate import generate
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.models.build import DataSpec, Params, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSignature:
+    """Input and output of an exported logits function.
+
+    Attributes:
+      name: of the input.
+      dtype: of the input.
+      shape: of the input, numbers and expressions such as "2*rows"; the first is "batch".
+      limits: the largest value of each letter in `shape` except the batch; all start at 1.
+      output: shape of the logits, float32.
+      example: a Python expression that makes an input with NumPy.
+      meaning: description of the input's values.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+    limits: dict[str, int]
+    output: tuple[str, ...]
+    example: str
+    meaning: str
 
 
 @dataclasses.dataclass(frozen=True)

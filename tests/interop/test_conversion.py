@@ -22,7 +22,7 @@ from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.evaluate import evaluate
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
-from tests.serving import test_exported as test_serving
+from tests.inference import test_export as test_serving
 from tests.tiny import random_state, tiny_config, train
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from seqpe_jax.losses.image_mixing import crop_and_resize
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.training.trainer import Trainer
-from tests.serving.test_exported import vit_config
+from tests.inference.test_export import vit_config
 from tests.tiny import random_params
 
 WHOLE = [[0.0, 1.0], [0.0, 1.0]]

@@ -9,7 +9,7 @@ from PIL import Image
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.tasks.image_classification import CLASS_NAMES_FILE, ImageClassification
-from tests.serving.test_exported import vit_config
+from tests.inference.test_export import vit_config
 
 
 def pictures(root, *classes, split="train"):

@@ -14,7 +14,7 @@ from seqpe_jax.encodings import digit_encoder, seqpe
 from seqpe_jax.models import transformer
 from seqpe_jax.training.step import TrainState, create_train_state
 from seqpe_jax.training.trainer import Trainer
-from tests.serving.test_exported import vit_config
+from tests.inference.test_export import vit_config
 from tests.tiny import random_params, tiny_config, tokens
 
 pytestmark = pytest.mark.slow

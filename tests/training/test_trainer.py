@@ -16,7 +16,7 @@ from seqpe_jax.tasks import LanguageModeling
 from seqpe_jax.training import trainer
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.training.warm_start import check_source
-from tests.serving.test_exported import vit_config
+from tests.inference.test_export import vit_config
 from tests.tiny import tiny_config
 
 PAIRS = {"encoding__rotary_pairs": 2}

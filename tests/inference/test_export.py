@@ -11,7 +11,7 @@ import pytest
 
 from seqpe_jax import config, files, trees
 from seqpe_jax.errors import InputError
-from seqpe_jax.inference import exported as serving
+from seqpe_jax.inference import export as serving
 from seqpe_jax.training.trainer import Trainer
 from tests.tiny import ROOT, every_part, random_params, tiny_config
 from tests.training.test_image_commands import TINY
@@ -39,7 +39,7 @@ def random_run(settings):
 def served(run, params, max_grid, platforms=serving.PLATFORMS):
     """The model as another process reads it: (function, flat parameters)."""
     stored = run.compiled.params_with_table(params, max_grid)
-    program = serving.serialise(
+    program = serving.export_stablehlo(
         run.model_spec.with_precomputed_table(max_grid).logits, stored, run.task.export_signature(max_grid), platforms
     )
     return jax.export.deserialize(bytearray(program)), trees.flat(stored)
@@ -196,7 +196,7 @@ def test_parameters_are_read_back_or_refused(tmp_path):
         serving.read_params(tmp_path, other)
     with pytest.raises(InputError, match="model/bias is missing"):
         serving.read_params(tmp_path, {"model": tree["model"] | {"bias": np.ones(3, np.float32)}})
-    path = tmp_path / serving.PARAMS
+    path = tmp_path / serving.PARAMS_FILE
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="cannot be read"):
         serving.read_params(tmp_path, tree)

@@ -21,7 +21,7 @@ from seqpe_jax.run_dir import OUTPUT_FILES, RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from tests.commands import ROOT, environment, with_defaults
-from tests.serving import test_exported as test_serving
+from tests.inference import test_export as test_serving
 from tests.tiny import random_state, tiny_config
 from tests.training.test_commands import refused, word_tokenizer
 
