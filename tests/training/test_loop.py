@@ -1,10 +1,9 @@
-"""What the loop says of a run's speed and memory, and when it records a profile."""
+"""The training loop and its hooks, around a train step that only counts."""
 
 import json
 import os
 import signal
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -19,166 +18,255 @@ from seqpe_jax.training.metrics_writer import MetricsWriter
 from seqpe_jax.training.step import TrainState, make_train_step
 
 
-class Kept:
-    """Checkpoints that keep nothing."""
+class FakeCheckpointer:
+    """Checkpoints in memory: {step: metadata}. Saves fail at some calls, at once or in the background."""
 
-    failed = 0
+    def __init__(self, fail_at_once=(), fail_later=()):
+        self.fail_at_once, self.fail_later = fail_at_once, fail_later
+        self.calls = self.failed = 0
+        self.pending = None
+        self.saved, self.log = {}, []
 
-    def latest_step(self) -> None:
-        return None
+    def latest_step(self):
+        return max(self.saved, default=None)
 
-    def wait(self) -> None:
-        pass
+    def save(self, step, state, metadata):
+        if step == self.latest_step():
+            return
+        self.calls += 1
+        self.log.append("save")
+        if self.calls in self.fail_at_once:
+            self.failed += 1
+            raise SaveError(f"the save of step {step} failed")
+        self.pending = (self.calls, step, metadata)
 
-    def save(self, *_) -> None:
-        pass
+    def wait(self):
+        self.log.append("wait")
+        if self.pending is None:
+            return
+        (call, step, metadata), self.pending = self.pending, None
+        if call in self.fail_later:
+            self.failed += 1
+            raise SaveError(f"the save of step {step} failed")
+        self.failed = 0
+        self.saved[step] = metadata
 
-    def close(self) -> None:
-        pass
-
-
-def fit(
-    workdir, *, first=0, steps=6, bad=-1, batches=None, evaluate=None, every=1, profile=None, flops=0.0
-) -> list[dict]:
-    """Runs the loop on a step that only counts, and returns the lines of metrics.jsonl; step `bad` has no finite loss."""
-
-    @jax.jit
-    def step(state, batch):
-        return state.replace(step=state.step + 1), {"loss": jnp.where(state.step == bad, jnp.nan, 1.0)}
-
-    workdir.mkdir(exist_ok=True)
-    batches = batches or ((number, {}) for number in range(first, steps))
-    metrics, clock = MetricsWriter(workdir, first, tensorboard=False), hooks.TrainingClock()
-    report = hooks.MetricsHook(
-        metrics, clock, every=every, num_steps=steps, count_per_step=10, count_name="tokens", flops=flops
-    )
-    save = hooks.CheckpointHook(Kept(), {}, clock, report, every=100)
-    stop = hooks.PreemptionHook(save)
-    happening = [hooks.EvaluationHook(evaluate, metrics, clock, report, stop, every=2)] if evaluate else []
-    happening += [save, stop]
-    happening += [hooks.ProfilerHook(profile, workdir)] if profile else []
-    loop.run_steps(
-        TrainState(jnp.int32(first), None, {}, ()), step, batches, num_steps=steps, hooks=[*happening, report]
-    )
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    def close(self):
+        self.wait()
 
 
-def recorded(workdir) -> bool:
-    return any((workdir / "profile").rglob("*.xplane.pb"))
+@jax.jit
+def count_step(state, batch):
+    return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
 
-def test_a_line_tells_the_time_of_a_step_without_what_is_done_between_steps(tmp_path):
-    def evaluate(*_) -> dict[str, float]:
+class Run:
+    """A run with all hooks.
+
+    Args:
+      folder: of the run.
+      num_steps: length of the run.
+      step: train step.
+      state: initial state.
+      evaluate: (params, callback between batches) -> metrics; None: no evaluation.
+      checkpointer: of the run.
+      eval_every, save_every: steps between two evaluations or saves.
+      pending_eval: the evaluation of the initial state was interrupted.
+      profile: window of the profiler.
+      max_failures: failed saves in a row that end the run.
+      options: of the metrics hook.
+    """
+
+    def __init__(
+        self,
+        folder,
+        *,
+        num_steps=6,
+        start=0,
+        step=count_step,
+        state=None,
+        evaluate=None,
+        checkpointer=None,
+        eval_every=2,
+        save_every=100,
+        pending_eval=False,
+        profile=None,
+        max_failures=1,
+        **options,
+    ):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.num_steps, self.step, self.start = folder, num_steps, step, start
+        self.state = state or TrainState(jnp.int32(start), None, {}, ())
+        self.checkpointer = checkpointer or FakeCheckpointer()
+        clock, writer = hooks.TrainingClock(), MetricsWriter(folder, start, tensorboard=False)
+        options = {"every": 1, "num_steps": num_steps, "count_per_step": 10, "count_name": "tokens"} | options
+        metrics = hooks.MetricsHook(writer, clock, latest_checkpoint=self.checkpointer.latest_step, **options)
+        save = hooks.CheckpointHook(self.checkpointer, {}, clock, metrics, every=save_every, max_failures=max_failures)
+        stop = hooks.PreemptionHook(save)
+        self.hooks = [save, stop, metrics]
+        if evaluate:
+            options = {"every": eval_every, "pending_eval": pending_eval}
+            self.hooks.insert(0, hooks.EvaluationHook(evaluate, writer, clock, metrics, stop, **options))
+        if profile:
+            self.hooks.insert(-1, hooks.ProfilerHook(profile, folder))
+
+    def __call__(self, batches=None):
+        batches = batches or ((step, {}) for step in range(self.start, self.num_steps))
+        return loop.run_steps(self.state, self.step, batches, num_steps=self.num_steps, hooks=self.hooks)
+
+    @property
+    def lines(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def steps_with(self, name):
+        return [line["step"] for line in self.lines if name in line]
+
+    @property
+    def has_profile(self):
+        return any((self.folder / "profile").rglob("*.xplane.pb"))
+
+
+def test_hooks_are_called_in_their_order(tmp_path):
+    calls = []
+
+    class Recorder(hooks.Hook):
+        def before_step(self, loop):
+            calls.append(("before", loop.step))
+
+        def after_step(self, loop, metrics):
+            calls.append(("after", loop.step))
+
+        def on_end(self, loop):
+            calls.append(("end", loop.step))
+
+        def close(self):
+            calls.append("close")
+
+    state = TrainState(jnp.int32(4), None, {}, ())
+    loop.run_steps(state, count_step, iter([(4, {}), (5, {})]), num_steps=6, hooks=[Recorder()])
+    assert calls == [("before", 4), ("after", 5), ("before", 5), ("after", 6), ("end", 6), "close"]
+    run = Run(tmp_path)
+    run.hooks.reverse()
+    with pytest.raises(ValueError, match="EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook"):
+        run()
+
+
+def test_a_batch_left_on_the_host_is_refused():
+    step = jax.jit(lambda state, batch: (state.replace(step=state.step + batch["one"]), {"loss": jnp.float32(1)}))
+
+    def take_step(one):
+        return loop.run_steps(TrainState(jnp.int32(0), None, {}, ()), step, iter([(0, {"one": one})]), num_steps=1)
+
+    assert int(take_step(jnp.int32(1)).step) == 1
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        take_step(np.int32(1))
+
+
+def test_step_time_excludes_evaluation(tmp_path):
+    def evaluate(*_):
         time.sleep(0.5)
         return {"eval/loss": 1.0}
 
-    lines = [line for line in fit(tmp_path, evaluate=evaluate) if "train/loss" in line]
+    run = Run(tmp_path, evaluate=evaluate)
+    run()
+    lines = [line for line in run.lines if "train/loss" in line]
     assert len(lines) == 6
     for line in lines[1:]:
         assert 0 < line["train/step_seconds"] < 0.5
         assert line["train/tokens_per_second"] == pytest.approx(10 / line["train/step_seconds"])
-        assert not {"train/mfu", "device/memory_bytes"} & line.keys(), "the CPU is no chip of the table"
+        assert not {"train/mfu", "device/memory_bytes"} & line.keys(), "the CPU is not in the table of chips"
 
 
-def test_the_first_step_of_a_start_compiles_and_spoils_no_average(tmp_path):
+def test_step_time_excludes_the_compilation(tmp_path):
     def batches():
-        for number in range(40, 50):
-            time.sleep(0.6 if number == 40 else 0.0)  # stands for the compilation
-            yield number, {}
+        for step in range(40, 50):
+            time.sleep(0.6 if step == 40 else 0.0)  # a slow compilation
+            yield step, {}
 
-    lines = fit(tmp_path, first=40, steps=50, batches=batches(), every=5)
-    assert [line["step"] for line in lines] == [45, 50]
-    assert lines[0]["train/step_seconds"] < 0.1
+    run = Run(tmp_path, start=40, num_steps=50, every=5)
+    run(batches())
+    assert [line["step"] for line in run.lines] == [45, 50]
+    assert run.lines[0]["train/step_seconds"] < 0.1
 
 
-def test_mfu_and_memory_where_the_chip_is_known(tmp_path, monkeypatch):
+def test_mfu_and_memory_of_a_known_chip(tmp_path, monkeypatch):
     chip = hardware.Chip("fast", 1e12, 2**30, "this test")
     monkeypatch.setattr(hardware, "find_chip", lambda kind: chip)
     monkeypatch.setattr(hardware, "peak_memory", lambda: 12345)
-    lines = fit(tmp_path, flops={"mfu": 1e6, "mfu_full_attention": 2e6})
-    assert not {"train/mfu", "train/mfu_full_attention"} & lines[0].keys(), "the first step compiles"
-    for line in lines[1:]:
+    run = Run(tmp_path, flops={"mfu": 1e6, "mfu_full_attention": 2e6})
+    run()
+    assert not {"train/mfu", "train/mfu_full_attention"} & run.lines[0].keys(), "the first step compiles"
+    for line in run.lines[1:]:
         expected = 1e6 / line["train/step_seconds"] / (1e12 * jax.device_count())
         assert line["train/mfu"] == pytest.approx(expected)
         assert line["train/mfu_full_attention"] == pytest.approx(2 * expected)
-    assert {line["device/memory_bytes"] for line in lines} == {12345}
+    assert {line["device/memory_bytes"] for line in run.lines} == {12345}
 
 
-def test_a_window_of_steps_is_recorded(tmp_path):
-    fit(tmp_path, profile=(2, 4))
-    assert recorded(tmp_path)
+def test_the_clock_excludes_pauses():
+    clock = hooks.TrainingClock(100.0)
+    before = clock.step_seconds()
+    with clock.pause():
+        time.sleep(0.2)
+    assert clock.step_seconds() - before < 0.1 and 100.2 <= clock.seconds() < 101
 
 
-def test_a_run_that_ends_within_the_window_leaves_its_record_and_no_open_profile(tmp_path):
+def test_a_profile_of_a_window_of_steps(tmp_path):
+    @jax.jit
+    def bad_at_3(state, batch):
+        return state.replace(step=state.step + 1), {"loss": jnp.where(state.step == 3, jnp.nan, 1.0)}
+
+    early = Run(tmp_path / "early", step=bad_at_3, profile=(2, 6))
     with pytest.raises(hooks.NonFiniteError):
-        fit(tmp_path / "a", bad=3, profile=(2, 6))
-    assert recorded(tmp_path / "a")
-    fit(tmp_path / "b", profile=(2, 4))
-    assert recorded(tmp_path / "b")
-
-
-def test_a_run_that_goes_on_past_the_first_step_of_the_window_records_nothing(tmp_path):
-    fit(tmp_path, first=3, profile=(2, 4))
-    assert not recorded(tmp_path)
+        early()
+    assert early.has_profile, "a run that ends within the window leaves its profile"
+    complete = Run(tmp_path / "complete", profile=(2, 4))
+    complete()
+    assert complete.has_profile, "no profile of the earlier run is still open"
+    past = Run(tmp_path / "past", start=3, profile=(2, 4))
+    past()
+    assert not past.has_profile
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm/model"])
-def test_a_step_that_is_not_finite_is_named_with_all_its_terms(tmp_path, name):
+def test_a_non_finite_step_is_reported_with_all_metrics(tmp_path, name):
     @jax.jit
     def step(state, batch):
-        values = {"loss": jnp.float32(1), "gradient_norm/model": jnp.float32(2), "term/task": jnp.float32(0.5)}
-        bad = jnp.where(state.step == 2, jnp.inf, values[name])
-        return state.replace(step=state.step + 1), values | {name: bad, "learning_rate": jnp.float32(0.1)}
+        metrics = {"loss": jnp.float32(1), "gradient_norm/model": jnp.float32(2), "term/task": jnp.float32(0.5)}
+        bad = jnp.where(state.step == 2, jnp.inf, metrics[name])
+        return state.replace(step=state.step + 1), metrics | {name: bad, "learning_rate": jnp.float32(0.1)}
 
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
-    report = hooks.MetricsHook(
-        metrics, clock, every=1, num_steps=6, count_per_step=1, count_name="tokens", latest_checkpoint=lambda: 1
-    )
+    run = Run(tmp_path, step=step, save_every=1)
     with pytest.raises(hooks.NonFiniteError, match=f"step 3 is not finite.*{name} inf.*term/task 0.5.*of step 1"):
-        loop.run_steps(
-            TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(6)), num_steps=6, hooks=[report]
-        )
+        run()
 
 
 class Square:
-    """A train step on one number w, whose loss is w * w times what the batch says."""
+    """A train step on one number w, whose loss is w * w * factor of the batch."""
 
     def __init__(self, skip):
-        def loss(params, batch, key, step, part, share):
+        def loss(params, batch, key, step, microbatch_index, microbatch_weight):
             value = params["w"] ** 2 * batch["factor"][0]
             return value, {"loss": value}
 
-        self.optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 10))
-        made = make_train_step(loss, self.optimizer, optax.linear_schedule(0.1, 0.0, 10), skip=skip)
-        self.state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, self.optimizer.init({"w": jnp.float32(1)}))
-        self.step = jax.jit(made)
+        schedule = optax.linear_schedule(0.1, 0.0, 10)
+        optimizer, params = optax.adam(schedule), {"w": jnp.float32(1)}
+        self.state = TrainState(jnp.int32(0), None, params, optimizer.init(params))
+        self.step = jax.jit(make_train_step(loss, optimizer, schedule, skip=skip))
 
-    def fit(self, folder, factors, skips=2, skipped=0):
-        folder.mkdir(exist_ok=True)
-        metrics, clock = MetricsWriter(folder, 0, tensorboard=False), hooks.TrainingClock()
-        count = len(factors)
+    def train(self, folder, factors, **options):
         batches = ((n, {"factor": jnp.full((1,), factor, jnp.float32)}) for n, factor in enumerate(factors))
-        report = hooks.MetricsHook(
-            metrics,
-            clock,
-            every=1,
-            num_steps=count,
-            count_per_step=1,
-            count_name="tokens",
-            max_skips=skips,
-            skipped=skipped,
-        )
-        end = loop.run_steps(self.state, self.step, batches, num_steps=count, hooks=[report])
-        return end, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        run = Run(folder, step=self.step, state=self.state, num_steps=len(factors), **options)
+        return run(batches), run.lines
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     nan, inf = float("nan"), float("inf")
-    state, lines = Square(skip=True).fit(tmp_path / "a", [1.0, nan, inf, 1.0], skipped=3)
+    state, lines = Square(skip=True).train(tmp_path / "a", [1.0, nan, inf, 1.0], max_skips=2, skipped=3)
     assert [line["train/skipped"] for line in lines] == [3, 4, 5, 5], "those of earlier starts count too"
     assert "train/loss" not in lines[1] and "NaN" not in (tmp_path / "a" / "metrics.jsonl").read_text()
     assert np.isfinite(state.params["w"]) and int(state.step) == 4
-    # Adam by hand: moments of the two gradients that count, its count and the learning rate those of the fourth step.
+    # Adam by hand: moments of the two finite gradients; count and learning rate of the fourth step.
     rates = [line["train/learning_rate"] for line in lines]
     first = 1 - rates[0]
     mean, square = 0.9 * 0.2 + 0.1 * 2 * first, 0.999 * 0.004 + 0.001 * (2 * first) ** 2
@@ -186,168 +274,108 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
     assert float(state.params["w"]) == pytest.approx(expected, abs=1e-5)
 
     with pytest.raises(hooks.NonFiniteError, match="step 4, 3 in a row, is not finite"):
-        Square(skip=True).fit(tmp_path / "b", [1.0, nan, nan, nan, 1.0])
+        Square(skip=True).train(tmp_path / "b", [1.0, nan, nan, nan, 1.0], max_skips=2)
     with pytest.raises(hooks.NonFiniteError, match="step 2 is not finite"):
-        Square(skip=False).fit(tmp_path / "c", [1.0, nan], skips=0)
+        Square(skip=False).train(tmp_path / "c", [1.0, nan])
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_saved(tmp_path, number):
-    saved = []
-
-    class Noting(Kept):
-        def save(self, step, *_):
-            saved.append(step)
+def test_non_finite_parameters_are_not_saved(tmp_path):
+    """The loss before an update may be finite, and the update not."""
 
     @jax.jit
     def step(state, batch):
-        return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
+        return state.replace(step=state.step + 1, params={"w": state.params["w"] * 1e20}), {"loss": jnp.float32(1)}
 
+    run = Run(tmp_path, step=step, state=TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, ()), save_every=1)
+    with pytest.raises(hooks.NonFiniteError, match="infinite or not a number after step 2, .* are not saved"):
+        run()
+    assert list(run.checkpointer.saved) == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(tmp_path, number):
     def batches():
-        for n in range(6):
-            if n == 3:
+        for step in range(6):
+            if step == 3:
                 os.kill(os.getpid(), number)
-            yield n, {}
+            yield step, {}
 
-    def run():
-        metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
-        report = hooks.MetricsHook(metrics, clock, every=1, num_steps=6, count_per_step=1, count_name="tokens")
-        save = hooks.CheckpointHook(Noting(), {}, clock, report, every=100)
-        happening = [save, hooks.PreemptionHook(save), report]
-        return loop.run_steps(TrainState(jnp.int32(0), None, {}, ()), step, batches(), num_steps=6, hooks=happening)
-
-    def heard(*_):
+    def handler(*_):
         pass
 
-    before = signal.signal(number, heard)  # whatever who started the tests has the process do with it
+    before = signal.signal(number, handler)
     try:
-        with pytest.raises(hooks.Preempted, match=f"{number.name} at step 4") as stopped:
-            run()
-        assert saved == [4] and stopped.value.code == 75 and signal.getsignal(number) == heard
+        run = Run(tmp_path)
+        with pytest.raises(hooks.Preempted, match=f"{number.name} at step 4") as caught:
+            run(batches())
+        assert list(run.checkpointer.saved) == [4] and caught.value.code == 75
+        assert signal.getsignal(number) == handler, "the previous handler is restored"
         if number == signal.SIGHUP:  # as under nohup
             signal.signal(number, signal.SIG_IGN)
-            assert int(run().step) == 6
+            assert int(Run(tmp_path)(batches()).step) == 6
     finally:
         signal.signal(number, before)
 
 
-class Noting(Kept):
-    """Checkpoints that note which steps were saved, with what beside them."""
+class Evaluation:
+    """Three batches of evaluation; SIGTERM comes during the second one if `interrupt`."""
 
-    def __init__(self):
-        self.saved = {}
+    def __init__(self, interrupt=False):
+        self.interrupt, self.batches = interrupt, 0
 
-    def save(self, step, state, meta):
-        self.saved.setdefault(step, meta)
-
-
-class Evaluated:
-    """A run of four steps, evaluated after each second one in three batches; what happens where a signal comes."""
-
-    def __init__(self, folder, *, first=0, pending_eval=False, signal_in="", steps=4):
-        self.folder, self.first, self.pending_eval, self.signal_in, self.steps = (
-            folder,
-            first,
-            pending_eval,
-            signal_in,
-            steps,
-        )
-        self.checkpoints, self.batches = Noting(), 0
-
-    def evaluate(self, params, between):
+    def __call__(self, params, between_batches):
         for batch in range(3):
-            if self.signal_in == "evaluation" and batch == 1:
+            if self.interrupt and batch == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.5)  # the thread that handles it has looked
-            between(batch, 3)
+                time.sleep(0.5)  # the main thread polls meanwhile
+            between_batches(batch, 3)
             self.batches += 1
         return {"eval/loss@16": 1.5}
 
-    def run(self):
-        @jax.jit
-        def step(state, batch):
-            if self.signal_in == "compilation":
-                os.kill(os.getpid(), signal.SIGTERM)
-                for _ in range(50):
-                    time.sleep(0.1)
-                self.compiled = True
-            return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
 
-        metrics, clock = MetricsWriter(self.folder, self.first, tensorboard=False), hooks.TrainingClock()
-        report = hooks.MetricsHook(metrics, clock, every=1, num_steps=self.steps, count_per_step=1, count_name="tokens")
-        save = hooks.CheckpointHook(self.checkpoints, {}, clock, report, every=2)
-        stop = hooks.PreemptionHook(save)
-        evaluate = hooks.EvaluationHook(
-            self.evaluate, metrics, clock, report, stop, every=2, pending_eval=self.pending_eval
-        )
-        state, batches = (
-            TrainState(jnp.int32(self.first), None, {}, ()),
-            ((n, {}) for n in range(self.first, self.steps)),
-        )
-        loop.run_steps(state, step, batches, num_steps=self.steps, hooks=[evaluate, save, stop, report])
-
-    @property
-    def evaluated(self):
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line["step"] for line in lines if "eval/loss@16" in line]
+def test_metrics_of_an_evaluation_are_stored_with_its_checkpoint(tmp_path):
+    evaluation = Evaluation()
+    run = Run(tmp_path, num_steps=4, evaluate=evaluation, save_every=2)
+    run()
+    assert run.steps_with("eval/loss@16") == [2, 4] and evaluation.batches == 6
+    assert list(run.checkpointer.saved) == [2, 4]
+    assert all(metadata["evaluation"] == {"eval/loss@16": 1.5} for metadata in run.checkpointer.saved.values())
 
 
-def test_what_an_evaluation_found_is_saved_beside_the_state(tmp_path):
-    run = Evaluated(tmp_path)
-    run.run()
-    assert run.evaluated == [2, 4] and list(run.checkpoints.saved) == [2, 4] and run.batches == 6
-    assert all(meta["evaluation"] == {"eval/loss@16": 1.5} for meta in run.checkpoints.saved.values())
-
-
-def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(tmp_path):
-    run = Evaluated(tmp_path, signal_in="evaluation")
+def test_a_signal_interrupts_an_evaluation_which_the_next_start_repeats(tmp_path):
+    evaluation = Evaluation(interrupt=True)
+    run = Run(tmp_path, num_steps=4, evaluate=evaluation, save_every=2)
     with pytest.raises(hooks.Preempted, match="SIGTERM at step 2: saved"):
-        run.run()
+        run()
     time.sleep(0.2)
-    assert run.batches == 1 and run.evaluated == [], "the evaluation has ended between two of its batches"
-    assert list(run.checkpoints.saved) == [2] and "evaluation" not in run.checkpoints.saved[2]
-    again = Evaluated(tmp_path, first=2, pending_eval=True)
-    again.run()
-    assert again.evaluated == [2, 4], "the next start makes good for it"
-    last = Evaluated(tmp_path, first=4, pending_eval=True)
-    last.run()
-    assert last.evaluated == [2, 4, 4], "also of a run that has no steps left"
+    assert evaluation.batches == 1 and not run.steps_with("eval/loss@16")
+    assert list(run.checkpointer.saved) == [2] and "evaluation" not in run.checkpointer.saved[2]
+    for start, evaluated in ((2, [2, 4]), (4, [2, 4, 4])):  # 4: no steps are left
+        run = Run(tmp_path, start=start, num_steps=4, evaluate=Evaluation(), pending_eval=True)
+        run()
+        assert run.steps_with("eval/loss@16") == evaluated
 
 
-def test_a_stop_does_not_wait_for_a_compilation(tmp_path):
-    run = Evaluated(tmp_path, first=2, signal_in="compilation", steps=9)
-    run.compiled = False
+def test_a_signal_interrupts_the_compilation(tmp_path):
+    compiled = []
+
+    @jax.jit
+    def step(state, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        compiled.append(True)
+        return state.replace(step=state.step + 1), {"loss": jnp.float32(1)}
+
+    run = Run(tmp_path, start=2, num_steps=9, step=step)
     with pytest.raises(hooks.Preempted, match="SIGTERM at step 2: saved"):
-        run.run()
-    assert not run.compiled and list(run.checkpoints.saved) == [2]
-
-
-class Failing(Kept):
-    """Checkpoints whose saves fail at some calls, at once or in the background."""
-
-    def __init__(self, at_once=(), later=()):
-        self.at_once, self.later, self.calls, self.failed, self.under_way, self.saved = at_once, later, 0, 0, None, []
-
-    def save(self, step, *_):
-        self.calls += 1
-        if self.calls in self.at_once:
-            self.failed += 1
-            raise SaveError(f"the save of step {step} failed")
-        self.under_way = (self.calls, step)
-
-    def wait(self):
-        if self.under_way is None:
-            return
-        (call, step), self.under_way = self.under_way, None
-        if call in self.later:
-            self.failed += 1
-            raise SaveError(f"the save of step {step} failed")
-        self.failed = 0
-        self.saved.append(step)
+        run()
+    assert not compiled and list(run.checkpointer.saved) == [2]
+    while not compiled:  # Python must not exit while the compiler runs
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
-    "at_once, later, saved",
+    "fail_at_once, fail_later, saved",
     [
         ((2,), (), [1, 3, 4]),
         ((), (2,), [1, 3, 4]),
@@ -359,123 +387,24 @@ class Failing(Kept):
         ((4, 5, 6), (), None),
     ],
 )
-def test_a_failed_save_is_tried_again_and_three_in_a_row_end_the_run(
-    tmp_path, capsys, monkeypatch, at_once, later, saved
+def test_a_failed_save_is_retried_and_three_in_a_row_end_the_run(
+    tmp_path, capsys, monkeypatch, fail_at_once, fail_later, saved
 ):
-    monkeypatch.setattr(hooks.time, "sleep", lambda _: None)
-    checkpoints, clock = Failing(at_once, later), hooks.TrainingClock()
-    metrics = MetricsWriter(tmp_path, 0, tensorboard=False)
-    report = hooks.MetricsHook(metrics, clock, every=1, num_steps=4, count_per_step=1, count_name="tokens")
-    save = hooks.CheckpointHook(checkpoints, {}, clock, report, every=1, max_failures=3)
-    step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
-
-    def run():
-        loop.run_steps(
-            TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(4)), num_steps=4, hooks=[save, report]
-        )
-
+    monkeypatch.setattr(hooks, "RETRY_SECONDS", 0.0)
+    checkpointer = FakeCheckpointer(fail_at_once, fail_later)
+    run = Run(tmp_path, num_steps=4, checkpointer=checkpointer, save_every=1, max_failures=3)
     if saved is None:
         with pytest.raises(SaveError, match="3 in a row"):
             run()
         return
     run()
-    assert checkpoints.saved == saved, "the last state is saved, whatever failed before"
-    assert capsys.readouterr().err.count("trying again") == len(at_once) + len(later)
+    assert list(checkpointer.saved) == saved, "the last state is saved, whatever failed before"
+    assert capsys.readouterr().err.count("trying again") == len(fail_at_once) + len(fail_later)
 
 
-def test_free_memory_is_given_back_between_two_saves(tmp_path, monkeypatch):
-    """When the last save has ended, which takes memory in the background, and before the next one begins."""
-    told = []
-    checkpoints = types.SimpleNamespace(
-        failed=0,
-        latest_step=lambda: None,
-        wait=lambda: told.append("wait"),
-        save=lambda *_: told.append("save"),
-        close=Kept().close,
-    )
-    monkeypatch.setattr(hooks.processes, "malloc_trim", lambda: told.append("give back"))
-    report = hooks.MetricsHook(
-        MetricsWriter(tmp_path, 0, tensorboard=False),
-        hooks.TrainingClock(),
-        every=1,
-        num_steps=2,
-        count_per_step=1,
-        count_name="",
-    )
-    save = hooks.CheckpointHook(checkpoints, {}, hooks.TrainingClock(), report, every=1)
-    step = jax.jit(lambda state, batch: (state.replace(step=state.step + 1), {"loss": jnp.float32(1)}))
-    loop.run_steps(
-        TrainState(jnp.int32(0), None, {}, ()), step, ((n, {}) for n in range(2)), num_steps=2, hooks=[save, report]
-    )
-    assert told == [*["wait", "give back", "save"] * 2, "wait"]
-
-
-def test_events_come_in_their_order(tmp_path):
-    """An evaluation and a save see the state before the next step; a report waits for its step last."""
-    told = []
-
-    class Told(hooks.Hook):
-        def before_step(self, run):
-            told.append(("before", run.step))
-
-        def after_step(self, run, values):
-            told.append(("after", run.step))
-
-        def on_end(self, run):
-            told.append(("end", run.step))
-
-        def close(self):
-            told.append("close")
-
-    @jax.jit
-    def step(state, batch):
-        return state, {"loss": jnp.float32(1)}
-
-    loop.run_steps(TrainState(jnp.int32(4), None, {}, ()), step, iter([(4, {}), (5, {})]), num_steps=6, hooks=[Told()])
-    assert told == [("before", 4), ("after", 5), ("before", 5), ("after", 6), ("end", 6), "close"]
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
-    report = hooks.MetricsHook(metrics, clock, every=1, num_steps=1, count_per_step=1, count_name="tokens")
-    save = hooks.CheckpointHook(Kept(), {}, clock, report, every=1)
-    with pytest.raises(ValueError, match="EvaluationHook, CheckpointHook, PreemptionHook, ProfilerHook, MetricsHook"):
-        loop.run_steps(TrainState(jnp.int32(0), None, {}, ()), step, iter([]), num_steps=0, hooks=[report, save])
-
-
-def test_a_batch_left_on_the_host_is_refused():
-    step = jax.jit(lambda state, batch: (state.replace(step=state.step + batch["one"]), {"loss": jnp.float32(1)}))
-    for batch in ({"one": np.int32(1)}, {"one": jnp.int32(1)}):
-        state = TrainState(jnp.int32(0), None, {}, ())
-        if isinstance(batch["one"], jax.Array):
-            assert int(loop.run_steps(state, step, iter([(0, batch)]), num_steps=1).step) == 1
-            continue
-        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            loop.run_steps(state, step, iter([(0, batch)]), num_steps=1)
-
-
-def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
-    """The loss before an update may be finite, and the update not."""
-    saved = []
-
-    class Noting(Kept):
-        def save(self, step, *_):
-            saved.append(step)
-
-    metrics, clock = MetricsWriter(tmp_path, 0, tensorboard=False), hooks.TrainingClock()
-    report = hooks.MetricsHook(metrics, clock, every=1, num_steps=4, count_per_step=1, count_name="tokens")
-    save = hooks.CheckpointHook(Noting(), {}, clock, report, every=1)
-
-    @jax.jit
-    def step(state, batch):
-        return state.replace(step=state.step + 1, params={"w": state.params["w"] * 1e20}), {"loss": jnp.float32(1)}
-
-    state = TrainState(jnp.int32(0), None, {"w": jnp.float32(1)}, ())
-    with pytest.raises(hooks.NonFiniteError, match="infinite or not a number after step 2, .* are not saved"):
-        loop.run_steps(state, step, ((number, {}) for number in range(4)), num_steps=4, hooks=[save, report])
-    assert saved == [1]
-
-
-def test_time_stands_still_in_a_pause():
-    clock = hooks.TrainingClock(100.0)
-    before = clock.step_seconds()
-    with clock.pause():
-        time.sleep(0.2)
-    assert clock.step_seconds() - before < 0.1 and 100.2 <= clock.seconds() < 101
+def test_free_memory_is_returned_between_two_saves(tmp_path, monkeypatch):
+    """After the last save has ended, which takes memory in the background, and before the next one begins."""
+    run = Run(tmp_path, num_steps=2, save_every=1)
+    monkeypatch.setattr(hooks.processes, "malloc_trim", lambda: run.checkpointer.log.append("trim"))
+    run()
+    assert run.checkpointer.log[:6] == ["wait", "trim", "save"] * 2

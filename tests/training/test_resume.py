@@ -112,7 +112,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(commands, text, uninter
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 10000, "train/lo')  # as a crash in the middle of a line leaves it
     out = finish(commands, start(commands, workdir, text))
-    assert f"from step {stopped_at}" in out
+    assert f"resuming at step {stopped_at}" in out
 
     expected, found = lines(uninterrupted), lines(workdir)
     assert len(expected) >= STEPS // FIELDS["report__every"]
