@@ -88,26 +88,26 @@ def store(one_store: Store, request: pytest.FixtureRequest) -> Iterator[Store]:
     one_store.fail(0)
 
 
-def _beside(name: str) -> pathlib.Path:
+def _shared(name: str) -> pathlib.Path:
     folder = ROOT.parent / "shared" / name
     if not folder.is_dir():
-        pytest.skip(f"no ../shared/{name} beside the repository")
+        pytest.skip(f"no ../shared/{name} next to the repository")
     return folder
 
 
 @pytest.fixture(scope="session")
 def goldens() -> pathlib.Path:
     """Folder of the arrays recorded from the PyTorch reference; the test skips where it is absent."""
-    return _beside("goldens")
+    return _shared("goldens")
 
 
 @pytest.fixture(scope="session")
 def shared_inputs() -> pathlib.Path:
-    """Folder of small files that users might have, kept beside the repository; the test skips where it is absent."""
-    return _beside("inputs")
+    """Folder of small files that users might have, next to the repository; the test skips where it is absent."""
+    return _shared("inputs")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """Folder of real data kept beside the repository; the test skips where it is absent."""
-    return _beside("data")
+    """Folder of real data next to the repository; the test skips where it is absent."""
+    return _shared("data")

@@ -24,5 +24,5 @@ def create_device_mesh(shape: Sequence[int], devices: Sequence[Any], **_: Any) -
 
 
 def install() -> None:
-    """Puts that order in JAX's place; `tests.commands.Commands` calls it where it is told to."""
+    """Puts that order in JAX's place; `tests.commands.Commands` imports this module and calls it."""
     mesh_utils.create_device_mesh = create_device_mesh

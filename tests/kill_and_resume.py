@@ -1,4 +1,4 @@
-"""Kills a run at random moments until it is done, and compares it with one that nobody disturbed (launch/chaos.sh).
+"""Kills a run at random moments until it is done, and compares it with an uninterrupted one (launch/chaos.sh).
 
     python -m tests.kill_and_resume --kills=200 --pair=20 --bucket=20 --folder=runs/chaos --results=docs/results/chaos.json
     python -m tests.kill_and_resume --soak=20000
@@ -39,43 +39,42 @@ FIELDS = {
     "model__dropout": 0.1,
 }
 START_SECONDS = 4.0  # in which a start reads its state and compiles
-SAVE_SECONDS, STORED_SAVE_SECONDS = (
-    0.03,
-    0.5,
-)  # within which a kill follows the beginning of a save, on a disk, in a bucket
-STORED_STEPS_SECONDS = 1.0  # between two saves in a bucket
+SAVE_SECONDS = 0.03  # within which a kill follows the beginning of a save on a disk
+BUCKET_SAVE_SECONDS = 0.5  # the same in a bucket
+BUCKET_STEPS_SECONDS = 1.0  # between two saves in a bucket
 STUCK_SECONDS = 600.0
 GROWTH_PERCENT = 2.0  # of memory, beyond which a soaked run is said to leak
-STEPS_OF_A_KILL, STEPS_AFTER = 30, 100  # a run has so many for each kill, and so many after the last
+STEPS_PER_KILL = 30
+STEPS_AFTER_KILLS = 100
 
 
 class Victim:
     """A run of some processes that is killed a number of times and then let go to its end.
 
     Args:
-      bucket: whether its folder is in a bucket, of an emulator that keeps the objects as files of this machine.
+      bucket: whether its folder is in a bucket, of an emulator that stores the objects as files of this machine.
     """
 
     def __init__(self, commands: Commands, folder: pathlib.Path, processes: int, kills: int, bucket: bool = False):
         self.commands, self.folder, self.processes, self.kills = commands, folder, processes, kills
-        self.steps = STEPS_AFTER + kills * STEPS_OF_A_KILL
+        self.steps = STEPS_AFTER_KILLS + kills * STEPS_PER_KILL
         self.straight, self.killed = folder / "straight", folder / "killed"
         self.text, self.record = text_of(folder), folder / "kills.json"
         self.done = json.loads(self.record.read_text()) if self.record.exists() else []
         self.store, self.seconds_of_a_save = None, SAVE_SECONDS
         if bucket:
-            self.store, self.seconds_of_a_save = Store(folder / "store"), STORED_SAVE_SECONDS
+            self.store, self.seconds_of_a_save = Store(folder / "store"), BUCKET_SAVE_SECONDS
             self.killed = files_of(folder / "store") / "killed"
 
     def start(self, straight: bool = False) -> list[Running]:
-        """Begins the run, or goes on with it: the one that is killed, or the one that nobody disturbs."""
+        """Begins the run, or continues it: the one that is killed, or the uninterrupted one."""
         workdir, variables = str(self.straight if straight else self.killed), {}
         if self.store and not straight:
             workdir, variables = f"{self.store.folder}/{self.killed.name}", self.store.environment
-        given, port = train_arguments(workdir, self.text, steps=self.steps, **FIELDS), _free_port()
-        several = range(self.processes) if self.processes > 1 else ()
-        each = [hosts(port, self.processes, number) for number in several] or [[]]
-        return [self.commands.start("train", *given, *own, **variables) for own in each]
+        options, port = train_arguments(workdir, self.text, steps=self.steps, **FIELDS), _free_port()
+        numbers = range(self.processes) if self.processes > 1 else ()
+        process_options = [hosts(port, self.processes, number) for number in numbers] or [[]]
+        return [self.commands.start("train", *options, *own, **variables) for own in process_options]
 
     def finish(self, straight: bool = False) -> None:
         """Lets one of the two go to its end."""
@@ -88,15 +87,15 @@ class Victim:
         draw = random.Random(len(self.done))
         moment = draw.choices(("save", "start", "step"), (2, 1, 3))[0]
         reached, left = self.saved(), self.kills - len(self.done)
-        rest = max(0, self.steps - STEPS_AFTER - reached)
+        rest = max(0, self.steps - STEPS_AFTER_KILLS - reached)
         wanted = reached + draw.randrange(1 + min(rest, 2 * rest // left))
         begun, began = time.time_ns(), time.monotonic()
         running = self.start()
         victim, share = draw.choice(running), draw.random()
         if moment == "start":
-            while time.monotonic() < began + share * START_SECONDS and self.told(begun) <= reached:
+            while time.monotonic() < began + share * START_SECONDS and self.last_step(begun) <= reached:
                 time.sleep(0.002)
-        while moment != "start" and self.told(begun) <= wanted:
+        while moment != "start" and self.last_step(begun) <= wanted:
             if time.monotonic() > began + STUCK_SECONDS:
                 sys.exit(f"{self.killed} does not go on: {[one.err for one in running]}")
             time.sleep(0.002)
@@ -104,8 +103,8 @@ class Victim:
             while not self.saves_since(begun) and self.saved() < self.steps:
                 time.sleep(0.0005)
             time.sleep(share * self.seconds_of_a_save)
-        elif moment == "step" and self.store:  # of steps there, others are told at the beginning of a save alone
-            time.sleep(share * STORED_STEPS_SECONDS)
+        elif moment == "step" and self.store:  # others write metrics at the beginning of a save alone
+            time.sleep(share * BUCKET_STEPS_SECONDS)
         os.kill(victim.process, signal.SIGKILL)
         codes = [self.commands.wait(one).code for one in running]
         if -signal.SIGKILL not in codes:
@@ -115,8 +114,8 @@ class Victim:
         atomic_write(self.record, json.dumps(self.done))
         print(f"{self.folder.name}: kill {len(self.done)} of {self.kills}, {self.done[-1]}", flush=True)
 
-    def told(self, begun: int) -> int:
-        """The last step that the killed run has told since a time in nanoseconds; 0 where it has told none."""
+    def last_step(self, begun: int) -> int:
+        """Returns the last step in the killed run's metrics since a time in nanoseconds, or 0."""
         metrics = self.killed / "metrics.jsonl"
         with contextlib.suppress(FileNotFoundError):
             if metrics.stat().st_mtime_ns > begun:  # else an earlier start wrote it, maybe up to a step that was lost
@@ -130,7 +129,7 @@ class Victim:
         return max((int(path.parent.name) for path in self.killed.glob(f"checkpoints/*/{COMMIT_MARKER}")), default=0)
 
     def saves_since(self, begun: int) -> bool:
-        """Whether a save is under way, or was when the run was killed, that began after a time in nanoseconds."""
+        """Returns whether a save that began after a time in nanoseconds was under way when the run was killed."""
         folders = list((self.killed / "checkpoints").glob("*"))
         finished = self.saved()
         for folder in folders:
@@ -142,7 +141,7 @@ class Victim:
         return False
 
     def run(self) -> dict[str, int]:
-        """Does what is still to be done, and returns what became of it."""
+        """Does the runs and kills that are left, and returns how the two runs compare."""
         if newest(self.straight) < self.steps:
             shutil.rmtree(self.straight, ignore_errors=True)
             self.finish(straight=True)
@@ -186,7 +185,7 @@ def differences(straight: pathlib.Path, killed: pathlib.Path, steps: int) -> dic
 
 
 def _key(line: dict) -> str:
-    """A line of metrics without what tells the time, floats with all their digits."""
+    """Returns a line of metrics without its times, floats with all their digits."""
     return json.dumps({name: value for name, value in line.items() if name not in CLOCK}, sort_keys=True)
 
 
@@ -195,7 +194,7 @@ def _bits(array) -> tuple | None:
 
 
 def wrong(result: dict[str, float]) -> bool:
-    """Whether something is not as it should be."""
+    """Returns whether something was lost or differs, or memory grew."""
     lost = sum(count for name, count in result.items() if name.endswith(("missing", "doubled", "differ")))
     return bool(lost or result.get("exit_code") or result.get("growth_percent", 0) > GROWTH_PERCENT)
 
@@ -210,11 +209,11 @@ def soak(commands: Commands, folder: pathlib.Path, steps: int) -> dict[str, floa
     running = commands.start("train", *train_arguments(folder / "run", text_of(folder), steps=steps, **fields))
     status, metrics = pathlib.Path(f"/proc/{running.process}/status"), folder / "run" / "metrics.jsonl"
     held: dict[int, list[float]] = {steps // 4: [], steps: []}
-    while (told := _told(status)) is not None:
+    while (mebibytes := _resident_memory(status)) is not None:
         step = _last_step(metrics) if metrics.exists() else 0
         for end, values in held.items():
             if end - steps // 20 <= step < end:
-                values.append(told)
+                values.append(mebibytes)
         time.sleep(0.1)
     early, late = (statistics.median(values) for values in held.values())
     return {
@@ -226,8 +225,8 @@ def soak(commands: Commands, folder: pathlib.Path, steps: int) -> dict[str, floa
     }
 
 
-def _told(status: pathlib.Path) -> float | None:
-    """The resident memory of a process in MiB, None when it has ended."""
+def _resident_memory(status: pathlib.Path) -> float | None:
+    """Returns the resident memory of a process in MiB, None when it has ended."""
     lines = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
     return int(lines[0].split()[1]) / 1024 if lines else None
 
@@ -235,13 +234,13 @@ def _told(status: pathlib.Path) -> float | None:
 def _last_step(metrics: pathlib.Path) -> int:
     with metrics.open("rb") as file:
         file.seek(max(0, metrics.stat().st_size - 4000))
-        whole = file.read().splitlines(keepends=True)
-    told = [line for line in whole[-3:] if line.startswith(b"{") and line.endswith(b"}\n")]
-    return json.loads(told[-1])["step"] if told else 0
+        last_lines = file.read().splitlines(keepends=True)[-3:]
+    complete = [line for line in last_lines if line.startswith(b"{") and line.endswith(b"}\n")]
+    return json.loads(complete[-1])["step"] if complete else 0
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Returns what became of each run as a markdown table."""
+    """Returns the results as a markdown table."""
     names = list(dict.fromkeys(name for result in results.values() for name in result))
     rows = [["what", *results]] + [
         [name.replace("_", " "), *(f"{one.get(name, '-')}" for one in results.values())] for name in names

@@ -1,4 +1,4 @@
-"""Command lines, config files and stored files as mistakes, accidents and malice make them, drawn by Hypothesis."""
+"""Command lines, config files and stored files with the faults of mistakes, accidents and malice, drawn by Hypothesis."""
 
 import dataclasses
 import json
@@ -43,29 +43,30 @@ def runs():
         yield f"{point['seed']}-{point['steps']}", point
 """
 RUN = ("run/config.json", "run/sizes.json", "run/checkpoints/2/digests.json")
-SHOWN = ("run/metrics.jsonl", "run/evaluation.json")
-PICTURES = ("pictures/config.json", "pictures/sizes.json", "pictures/classes.json")
-THEIRS = ("theirs/config.json", "theirs/model.safetensors", "words.json")
-# Each as it works, in a folder that `write_inputs` has made, and what it reads there.
-SWEPT, OUT = ("sweep.py", "page.py"), "--output=new/out"
+RESULTS = ("run/metrics.jsonl", "run/evaluation.json")
+IMAGE_RUN = ("image_run/config.json", "image_run/sizes.json", "image_run/classes.json")
+GPT2 = ("gpt2/config.json", "gpt2/model.safetensors", "words.json")
+SWEEP_FILES = ("sweep.py", "page.py")
+OUT = "--output=new/out"
+# Command lines that work in a folder of `write_inputs`, and the files that each reads there.
 COMMANDS = {
     ("train", "--config=page.py", "--workdir=new/run", "--config.seed=3", "--config.optimizer.clip=1.0"): ("page.py",),
-    ("train", "--config=page.py", "--workdir=run"): ("page.py", *RUN, *SHOWN),
+    ("train", "--config=page.py", "--workdir=run"): ("page.py", *RUN, *RESULTS),
     ("train", "--config=page.py", "--workdir=new/run", "--init-from=run", "--config.steps=9"): ("page.py", *RUN),
     ("train", "--config", "images.py", "--workdir", "new/run", "--config.data.augment.flip", "0.5"): ("images.py",),
     ("evaluate", "--checkpoint=run", "--lengths=16,32", "--split=test", "--tokens=64", OUT): (*RUN, "text.txt"),
     ("evaluate", "--checkpoint=run", "--data=text_files", "--paths=text.txt", OUT): (*RUN, "text.txt"),
-    ("evaluate", "--checkpoint=pictures", "--sizes=8,8x12", OUT): PICTURES,
+    ("evaluate", "--checkpoint=image_run", "--sizes=8,8x12", OUT): IMAGE_RUN,
     ("generate", "--checkpoint=run", "--prompt=line 12", "--max-new-tokens=8", "--temperature=0.5", "--top-p=0.9"): RUN,
     ("generate", "--checkpoint=run", "--prompts-file=prompts.txt", "--seed=3", OUT): (*RUN, "prompts.txt"),
-    ("export", "--checkpoint=run", OUT, "--max-length=64", "--platforms=cpu"): (*RUN, *SHOWN),
-    ("export", "--checkpoint=pictures", OUT, "--max-size=16"): PICTURES,
-    ("report", "--workdir=run", OUT): ("run/config.json", *SHOWN, "run/similarity.npz", "run/log.txt"),
-    ("convert", "--source=theirs", OUT, "--to=run", "--tokenizer=words.json"): THEIRS,
+    ("export", "--checkpoint=run", OUT, "--max-length=64", "--platforms=cpu"): (*RUN, *RESULTS),
+    ("export", "--checkpoint=image_run", OUT, "--max-size=16"): IMAGE_RUN,
+    ("report", "--workdir=run", OUT): ("run/config.json", *RESULTS, "run/similarity.npz", "run/log.txt"),
+    ("convert", "--source=gpt2", OUT, "--to=run", "--tokenizer=words.json"): GPT2,
     ("convert", "--source=run", OUT, "--to=reference"): RUN,
-    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--jobs=2", "--only=0-6,1-8"): SWEPT,
-    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=print"): SWEPT,
-    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=optuna"): SWEPT,
+    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--jobs=2", "--only=0-6,1-8"): SWEEP_FILES,
+    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=print"): SWEEP_FILES,
+    ("sweep", "--sweep=sweep.py", "--workdir=new/sweep", "--executor=optuna"): SWEEP_FILES,
     ("aot", "--config=page.py", "--topology=v5e:2x2", OUT, "--config.mesh.fsdp=1"): ("page.py",),
     ("benchmark", "--config=page.py", "--compare=seqpe,rotary", "--mode=train", "--steps=3", OUT): ("page.py",),
 }
@@ -145,8 +146,8 @@ WORDS = (
     "file/under",
     "zero",
     "run",
-    "pictures",
-    "theirs",
+    "image_run",
+    "gpt2",
     "page.py",
     "words.json",
     "closed",
@@ -218,7 +219,7 @@ CONTENTS = (
 
 
 def write_inputs(folder: pathlib.Path) -> None:
-    """Fills a folder with all that the commands read: texts, config pages, runs, a checkpoint of others, and traps."""
+    """Fills a folder with inputs of the commands: texts, config files, runs, a GPT-2 folder, and paths that are no files."""
     folder.mkdir(parents=True)
     before = pathlib.Path.cwd()
     os.chdir(folder)
@@ -226,9 +227,9 @@ def write_inputs(folder: pathlib.Path) -> None:
         pathlib.Path("text.txt").write_text("".join(f"line {number:4d} of text\n" for number in range(300)))
         pathlib.Path("prompts.txt").write_text("line 1\nline 22\n")
         pathlib.Path("sweep.py").write_text(SWEEP)
-        _words(pathlib.Path("words.json"))
+        _write_tokenizer(pathlib.Path("words.json"))
         settings = tiny_config(data__name="text_files", data__paths=("text.txt",), eval__every=2)
-        pictures = config.load(
+        images = config.load(
             str(before / "configs/digits_vit.py"),
             {
                 "model.layers": 1,
@@ -242,17 +243,17 @@ def write_inputs(folder: pathlib.Path) -> None:
                 "objective.shift.sets": 1,
             },
         )
-        for name, page, one in (("run", "page.py", settings), ("pictures", "images.py", pictures)):
+        for name, page, one in (("run", "page.py", settings), ("image_run", "images.py", images)):
             pathlib.Path(page).write_text(PAGE.format(fields=config.to_dict(one)))
-            _saved(pathlib.Path(name), one)
-        _measured(pathlib.Path("run"))
-        _theirs(pathlib.Path("theirs"))
-        _traps()
+            _write_run(pathlib.Path(name), one)
+        _write_results(pathlib.Path("run"))
+        _write_gpt2(pathlib.Path("gpt2"))
+        _write_traps()
     finally:
         os.chdir(before)
 
 
-def _words(path: pathlib.Path) -> None:
+def _write_tokenizer(path: pathlib.Path) -> None:
     import tokenizers
 
     words = ["[UNK]", "<|endoftext|>", "line", "of", "text", *map(str, range(300))]
@@ -262,7 +263,7 @@ def _words(path: pathlib.Path) -> None:
     made.save(str(path))
 
 
-def _saved(folder: pathlib.Path, settings: config.Config) -> None:
+def _write_run(folder: pathlib.Path, settings: config.Config) -> None:
     trainer = Trainer.of(settings, jax.devices()[:1])
     checkpoints = Checkpointer(folder)
     checkpoints.save(2, random_state(trainer, 0.2), {"seconds": 1.0})
@@ -272,7 +273,7 @@ def _saved(folder: pathlib.Path, settings: config.Config) -> None:
     trainer.task.save_assets(folder)
 
 
-def _measured(folder: pathlib.Path) -> None:
+def _write_results(folder: pathlib.Path) -> None:
     lines = [{"step": step, "time": step, "train/loss": 3.0, "train/tokens_per_second": 9.0} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = [
@@ -289,12 +290,13 @@ def _measured(folder: pathlib.Path) -> None:
     report = {"checkpoint": "run", "step": 2, "split": "test", "parameters": 99, "results": results}
     (folder / "evaluation.json").write_text(json.dumps(report))
     positions = np.arange(16)[:, None]
-    np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.ones((2, 16)))
+    arrays = {"pivots": positions[[4, 8]], "positions": positions, "cosine": np.ones((2, 16))}
+    np.savez(folder / "similarity.npz", **arrays)
     (folder / "log.txt").write_text("== failed: no room\n")
 
 
-def _theirs(folder: pathlib.Path) -> None:
-    """A Hugging Face GPT-2 of random weights."""
+def _write_gpt2(folder: pathlib.Path) -> None:
+    """Writes a Hugging Face GPT-2 of random weights."""
     folder.mkdir()
     width, draw = 8, np.random.default_rng(0)
     sizes = {"wte.weight": (400, width), "wpe.weight": (32, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
@@ -315,8 +317,8 @@ def _theirs(folder: pathlib.Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
 
 
-def _traps() -> None:
-    """What stands where a file or folder is expected: the device holds no end."""
+def _write_traps() -> None:
+    """Makes paths that are not the file or folder that a command expects."""
     pathlib.Path("file").write_text("some words\n")
     pathlib.Path("empty").mkdir()
     pathlib.Path("dangling").symlink_to("nowhere/at/all")
@@ -341,7 +343,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Tells it from others."""
+        """Text by which equal cases are found."""
         return repr((self.words, sorted(self.files.items())))
 
     def __repr__(self) -> str:
@@ -423,29 +425,29 @@ def _field(draw: st.DrawFn, words: list[str]) -> None:
 
 def _value(draw: st.DrawFn, words: list[str]) -> None:
     """Gives an option another value."""
-    place = draw(st.integers(1, len(words) - 1))
-    name, given, _ = words[place].partition("=")
-    words[place] = f"{name}={draw(st.sampled_from(WORDS))}" if given else draw(st.sampled_from(WORDS))
+    index = draw(st.integers(1, len(words) - 1))
+    name, given, _ = words[index].partition("=")
+    words[index] = f"{name}={draw(st.sampled_from(WORDS))}" if given else draw(st.sampled_from(WORDS))
 
 
 def _letters(draw: st.DrawFn, words: list[str]) -> None:
     """Drops, doubles or swaps letters of a word."""
-    place = draw(st.integers(1, len(words) - 1))
-    word = words[place]
+    index = draw(st.integers(1, len(words) - 1))
+    word = words[index]
     if len(word) < 2:
         return
     at, how = draw(st.integers(0, len(word) - 2)), draw(st.sampled_from(("drop", "double", "swap")))
     middle = {"drop": word[at + 1], "double": word[at] + word[at : at + 2], "swap": word[at + 1] + word[at]}[how]
-    words[place] = word[:at] + middle + word[at + 2 :]
+    words[index] = word[:at] + middle + word[at + 2 :]
 
 
 def _argument(draw: st.DrawFn, words: list[str]) -> None:
     """Drops or doubles an argument, or adds a word."""
-    place, how = draw(st.integers(1, len(words) - 1)), draw(st.sampled_from(("drop", "double", "add")))
+    index, how = draw(st.integers(1, len(words) - 1)), draw(st.sampled_from(("drop", "double", "add")))
     if how == "drop" and len(words) > 2:
-        del words[place]
+        del words[index]
     else:
-        words.insert(place, words[place] if how == "double" else draw(st.sampled_from(WORDS)))
+        words.insert(index, words[index] if how == "double" else draw(st.sampled_from(WORDS)))
 
 
 def _file(draw: st.DrawFn, name: str, files: dict[str, bytes], folder: pathlib.Path) -> None:
@@ -454,8 +456,8 @@ def _file(draw: st.DrawFn, name: str, files: dict[str, bytes], folder: pathlib.P
     if not path.exists():
         return
     content = files.get(name, path.read_bytes())
-    how = draw(st.sampled_from(("json", "json", "bytes", "cut", "whole")))
-    if how == "whole":
+    how = draw(st.sampled_from(("json", "json", "bytes", "cut", "all")))
+    if how == "all":
         files[name] = draw(st.sampled_from(CONTENTS))
     elif how == "json" and name.endswith((".json", ".jsonl")):
         files[name] = _json(draw, content)
@@ -474,17 +476,17 @@ def _json(draw: st.DrawFn, content: bytes) -> bytes:
         value = json.loads(lines[number])
     except (ValueError, IndexError, RecursionError):
         return content
-    places: list[tuple[Any, Any]] = []
+    nodes: list[tuple[Any, Any]] = []
 
     def look(node: Any) -> None:
         for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            places.append((node, key))
+            nodes.append((node, key))
             look(child)
 
     look(value)
-    if not places:
+    if not nodes:
         return content
-    node, key = draw(st.sampled_from(places))
+    node, key = draw(st.sampled_from(nodes))
     how = draw(st.sampled_from(("set", "set", "set", "remove", "add")))
     if how == "remove":
         del node[key]

@@ -70,7 +70,7 @@ def train(settings: Config, workdir: str | pathlib.Path) -> None:
 
 
 def older(run: pathlib.Path) -> None:
-    """Makes a run one of a version that kept neither digests of small files nor fingerprints of data."""
+    """Makes a run look like one of a version that wrote neither checksums of small files nor fingerprints of data."""
     for name in (checksums.DIGESTS_FILE, "data.json"):
         (run / name).unlink(missing_ok=True)  # a converted run has no fingerprints
     for step in (run / run_dir.CHECKPOINTS_DIR).iterdir():

@@ -59,7 +59,7 @@ def _devices(topology):
 
 
 def install() -> None:
-    """Closes the seams; `tests.commands.Commands` calls it where it is told to, never the tests' own process."""
+    """Closes the seams; `tests.commands.Commands` calls it in its own process, never in that of the tests."""
     common.run = _run_there
     Trainer.init_or_warm_start, Trainer.init_state, loop.run_steps = _no_state, _stop, _stop
     evaluate._at = _measured

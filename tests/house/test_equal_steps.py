@@ -73,7 +73,7 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
     settings = dataclasses.replace(settings, mesh=config.MeshConfig(**dict(mesh)))
     parts = Trainer.of(settings, jax.devices() if mesh else jax.devices()[:1])
     model = settings.model
-    if model.scan:  # the same parameters, kept in the other way
+    if model.scan:  # the same parameters, stored in the other way
         plain = Trainer.of(
             dataclasses.replace(settings, model=dataclasses.replace(model, scan=False)), jax.devices()[:1]
         )

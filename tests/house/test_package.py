@@ -55,8 +55,8 @@ def test_wheel_and_source_archive_are_built(copy):
 
 def test_the_docs_are_a_site(copy):
     pytest.importorskip("mkdocs")
-    told = run(copy, "mkdocs", "build", "--strict", "--site-dir", "made")
-    assert "WARNING" not in told
+    output = run(copy, "mkdocs", "build", "--strict", "--site-dir", "made")
+    assert "WARNING" not in output
     pages = {path.stem for path in (copy / "docs").glob("*.md")} - {"index"}
     for page in pages:
         assert "<h1" in (copy / "made" / page / "index.html").read_text()

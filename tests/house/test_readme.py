@@ -1,4 +1,4 @@
-"""What the README tells people to type exists: scripts, modules, options, configs, variants and fields."""
+"""Commands, files, links and numbers on the pages exist: scripts, modules, options, configs, variants and fields."""
 
 import ast
 import dataclasses

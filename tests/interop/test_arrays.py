@@ -1,4 +1,4 @@
-"""Settings of others: whatever is no mapping is told in one line."""
+"""Settings files that hold no mapping are refused in one line."""
 
 import pytest
 

@@ -323,7 +323,7 @@ def test_weights_in_shards_are_read(tmp_path):
     refused(f"{files[1]} is damaged or cut short", places)
 
 
-def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
+def test_a_tokenizer_in_two_files_ends_texts_as_its_settings_files_say(tmp_path):
     import tokenizers
 
     words = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<stop>"]
@@ -346,7 +346,7 @@ def test_a_tokenizer_in_two_files_ends_texts_as_the_files_beside_say(tmp_path):
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
-def test_a_hugging_face_folder_generates_with_the_tokenizer_beside_it(tmp_path, files):
+def test_a_hugging_face_folder_generates_with_its_tokenizer(tmp_path, files):
     import tokenizers
 
     source = tmp_path / "theirs"

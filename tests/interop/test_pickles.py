@@ -82,7 +82,7 @@ def test_a_pickle_bomb_runs_nothing(tmp_path, how):
         assert trap.exists()
 
 
-def test_damaged_files_are_told(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     whole = write(tmp_path / "a.pth", tensor_pickle("FloatStorage", 4, 0, (4,), (1,)), [np.zeros(4, np.float32)])
     content = whole.read_bytes()
     for cut in (10, len(content) // 2, len(content) - 5):

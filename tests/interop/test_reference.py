@@ -59,10 +59,10 @@ def test_an_encoder_s_settings_are_read_off_its_arrays(goldens):
     state = under(encoder, "param/")
     grown = np.random.default_rng(0).normal(0, 0.1, (48, state["out_proj.weight"].shape[1])).astype(np.float32)
     state |= {"out_proj.weight": grown, "out_proj.bias": np.zeros(48, np.float32)}
-    told = spec | {"encoder": {key: value for key, value in encoder_spec.items() if key not in ("kind", "note")}}
-    told["encoder"] |= {"out_proj_dim": 48, "num_attention_heads": 3}
+    explicit = spec | {"encoder": {key: value for key, value in encoder_spec.items() if key not in ("kind", "note")}}
+    explicit["encoder"] |= {"out_proj_dim": 48, "num_attention_heads": 3}
     tokens = np.asarray(arrays["in/input_ids"])
-    both = [from_state_dicts(config, under(arrays, "param/"), state).logits(tokens) for config in (spec, told)]
+    both = [from_state_dicts(config, under(arrays, "param/"), state).logits(tokens) for config in (spec, explicit)]
     np.testing.assert_array_equal(*both)
 
 
@@ -131,8 +131,8 @@ def test_a_setting_that_would_compute_something_else_is_refused(goldens, tmp_pat
     if file == "config.json":
         content = json.dumps(json.loads(content) | change)
     else:
-        kept = [line for line in content.splitlines() if line.partition(":")[0] not in change]
-        content = "\n".join([*kept, lines])
+        others = [line for line in content.splitlines() if line.partition(":")[0] not in change]
+        content = "\n".join([*others, lines])
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=match):
         load_reference(str(tmp_path))
