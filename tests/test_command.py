@@ -1,9 +1,10 @@
-"""What is said of a field on the command line reaches it as it was meant."""
+"""Flags of the commands: fields of the config, refusals in one line, help, and the settings of each process."""
 
 import os
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import flags
@@ -11,6 +12,7 @@ from absl import flags
 from seqpe_jax import config
 from seqpe_jax.__main__ import COMMANDS
 from seqpe_jax.cli import config_flags
+from seqpe_jax.distributed import processes
 from seqpe_jax.errors import InputError
 from tests.tiny import ROOT
 
@@ -72,37 +74,38 @@ GIVEN_AGAIN = [
 ]
 
 
-@pytest.mark.parametrize("name, option, arguments", GIVEN_AGAIN, ids=[option for _, option, _ in GIVEN_AGAIN])
-def test_an_option_that_is_given_again_is_named(commands, tmp_path, name, option, arguments):
+def test_an_option_that_is_given_again_is_named(commands, tmp_path):
     """absl would take the last; fields that hold several values collect those of each time (above)."""
     folder = tmp_path / "run"
-    result = commands(name, *arguments, *([f"--workdir={folder}"] if name == "train" else []))
-    assert (result.code, result.err.count("\n")) == (2, 1) and not folder.exists()
-    assert result.err.startswith(f"error: --{option} is given more than once, and only the last would count"), (
-        result.err
-    )
+    for name, option, arguments in GIVEN_AGAIN:
+        result = commands(name, *arguments, *([f"--workdir={folder}"] if name == "train" else []))
+        assert (result.code, result.err.count("\n")) == (2, 1) and not folder.exists(), result.err
+        expected = f"error: --{option} is given more than once, and only the last would count"
+        assert result.err.startswith(expected), result.err
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-@pytest.mark.parametrize("done,code", [("print('told', flush=True)", 0), ("raise InputError('refused')", 2)])
-def test_a_command_works_where_what_it_says_goes_nowhere(closed, done, code):
+@pytest.mark.parametrize(
+    "closed, body, output",
+    [
+        (">&-", "print('done', flush=True)", (0, "", "")),
+        ("2>&-", "print('done', flush=True)", (0, "done\n", "")),
+        (">&- 2>&-", "raise InputError('refused')", (2, "", "")),
+    ],
+)
+def test_a_command_works_with_closed_streams(closed, body, output):
     """In a process of its own, whose standard streams are closed before Python starts."""
     script = f"""
 import sys
-from seqpe_jax.cli import common, config_flags
+from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
 sys.argv = ["command"]
 def main():
-    {done}
+    {body}
 common.run(main)
 """
     words = f"{shlex.join([sys.executable, '-c', script])} {closed}"
     result = subprocess.run(words, shell=True, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    said = (
-        "told\n" if code == 0 and ">&-" not in closed.split() else "",
-        "" if "2>&-" in closed or not code else "error: refused\n",
-    )
-    assert (result.returncode, (result.stdout, result.stderr)) == (code, said)
+    assert (result.returncode, result.stdout, result.stderr) == output
 
 
 FAULTY = {
@@ -117,7 +120,7 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("content", FAULTY, ids=lambda content: repr(content)[:30])
-def test_a_faulty_config_file_is_told_by_name_and_line(tmp_path, content):
+def test_a_faulty_config_file_is_refused_by_name_and_line(tmp_path, content):
     path = tmp_path / "page.py"
     path.write_text(content)
     for arguments in ([f"--config={path}"], ["--config", str(path)], [f"-config={path}"]):
@@ -127,7 +130,7 @@ def test_a_faulty_config_file_is_told_by_name_and_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("path, words", [("gone.py", "no config file at gone.py"), (".", "no config file at")])
-def test_a_config_that_is_no_file_is_told(path, words):
+def test_a_config_that_is_no_file_is_refused(path, words):
     with pytest.raises(InputError, match=words):
         read("--config", path)
 
@@ -219,50 +222,46 @@ def test_help_lists_the_fields_of_a_config(commands, option, some, others):
     assert refused.code == 2 and "no section 'encodings'. Did you mean 'encoding'" in refused.err
 
 
-def test_the_compile_cache_lies_in_the_home_folder_that_is_meant(monkeypatch, tmp_path):
-    from seqpe_jax.distributed import processes
+@pytest.fixture
+def compile_settings(monkeypatch):
+    """Values that the command gives to JAX, by name."""
+    found = {}
+    monkeypatch.setattr(processes.jax.config, "update", lambda name, value: found.setdefault(name, value))
+    return found
 
-    told = {}
-    monkeypatch.setattr(processes.jax.config, "update", lambda name, value: told.setdefault(name, value))
+
+def test_the_compile_cache_is_in_the_home_folder(monkeypatch, tmp_path, compile_settings):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SEQPE_JAX_CACHE", "~/c")
     processes.keep_compiled_programs()
-    assert told["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
+    assert compile_settings["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
 
 
-def test_what_is_set_of_the_compile_cache_is_left_as_it_is(monkeypatch):
-    from seqpe_jax.distributed import processes
-
-    told = {}
-    monkeypatch.setattr(processes.jax.config, "update", lambda name, value: told.setdefault(name, value))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+def test_variables_of_the_compile_cache_are_respected(monkeypatch, compile_settings):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/other")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
     processes.keep_compiled_programs()
-    assert not told
+    assert not compile_settings
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     processes.keep_compiled_programs()
-    assert told == {"jax_persistent_cache_min_compile_time_secs": 0.5}
+    assert compile_settings == {"jax_persistent_cache_min_compile_time_secs": 0.5}
 
 
-PROGRAM = """
-import sys, types
-from seqpe_jax.cli import common, config_flags
-from seqpe_jax.distributed import processes as hosts
-
-hosts.ctypes = types.SimpleNamespace(CDLL=lambda name: types.SimpleNamespace(mallopt=lambda *option: print(*option)))
-sys.argv = ["program"]
-common.run(lambda: print("main"))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [{}, {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}], ids=str)
-def test_a_command_keeps_the_memory_that_it_frees(told):
-    """One arena, nothing mapped apart or given back (malloc.h), before it begins; who sets the allocator is let alone."""
-    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=rest | told, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ([] if told else ["-8 1", "-4 0", "-1 -1"]) + ["main"]
+def test_freed_memory_is_reused(monkeypatch):
+    """One arena, no mappings, nothing returned to the system (malloc.h), unless variables configure the allocator."""
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    options = []
+    library = types.SimpleNamespace(mallopt=lambda *option: options.append(option))
+    monkeypatch.setattr(processes, "ctypes", types.SimpleNamespace(CDLL=lambda name: library))
+    processes.configure_malloc()
+    assert options == [(-8, 1), (-4, 0), (-1, -1)]
+    for name, value in (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            processes.configure_malloc()
+    assert len(options) == 3
 
 
 HEAVY = {
@@ -295,23 +294,23 @@ except SystemExit as end:
 
 
 def loaded(*arguments):
-    """(exit code, what is said, the packages that are loaded) of a command in a process of its own."""
+    """Returns (exit code, output, loaded packages) of a command in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    said, _, told = done.stdout.rpartition("ended ")
-    code, *packages = told.split()
-    return code, said, set(packages)
+    output, _, rest = done.stdout.rpartition("ended ")
+    code, *packages = rest.split()
+    return code, output, set(packages)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_waits_for_nothing_that_it_does_not_need(name):
-    code, said, packages = loaded(f"seqpe_jax.{name}", "--help")
-    assert code == "0" and f"python -m seqpe_jax.{name}" in said and len(said.splitlines()) > 8
-    assert not packages & HEAVY
+def test_help_loads_no_large_package():
+    for name in COMMANDS:
+        code, output, packages = loaded(f"seqpe_jax.{name}", "--help")
+        assert code == "0" and f"python -m seqpe_jax.{name}" in output and len(output.splitlines()) > 8, name
+        assert not packages & HEAVY, name
 
 
-def test_training_loads_what_it_uses_alone():
+def test_training_loads_no_package_that_it_does_not_need():
     lines = "import sys, seqpe_jax.training.trainer\nprint(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True)
     packages = set(done.stdout.split())
@@ -319,19 +318,16 @@ def test_training_loads_what_it_uses_alone():
     assert not packages & {"sklearn", "scipy", "matplotlib", "tokenizers", "optuna", "submitit", "tensorflow", "torch"}
 
 
-def test_a_config_file_that_ends_python_is_told(tmp_path):
+def test_a_config_file_that_ends_python_is_refused(tmp_path):
     (tmp_path / "page.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(InputError, match="page.py, line 2 cannot be read: SystemExit: 3"):
         read(f"--config={tmp_path / 'page.py'}")
 
 
-def test_no_bytecode_of_a_config_file_is_kept(tmp_path):
-    """By size and second alone, Python would take it for that of a file written anew at once."""
+def test_no_bytecode_of_a_config_file_is_written(tmp_path, monkeypatch):
+    """Python knows it by size and second alone, so that it would take it for that of a file written anew at once."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     page = tmp_path / "page.py"
     page.write_text("from seqpe_jax.config import defaults as get_config\n")
-    options = [f"--config={page}", "--config.steps=0", f"--workdir={tmp_path / 'run'}"]
-    line = [sys.executable, "-m", "seqpe_jax.train", *options]
-    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(line, cwd=ROOT, env=given, capture_output=True, text=True)
-    assert done.returncode == 2 and "'steps' must be" in done.stderr, done.stderr
+    assert read(f"--config={page}").seed == 0
     assert list(tmp_path.iterdir()) == [page]

@@ -120,6 +120,6 @@ def bound_of(roofline: dict, unit: str) -> str:
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flags_as_required(["config", "topology"])
     common.run(main)

@@ -121,6 +121,6 @@ def table(found: dict) -> str:
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flag_as_required("config")
     common.run(main)

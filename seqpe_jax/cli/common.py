@@ -1,7 +1,7 @@
-"""What every command shares: flags, `--help`, one clear line and exit code 2 for bad input; starting on several hosts.
+"""Shared parts of the commands: flags, `--help`, exit codes with one line on bad input, and the start on several hosts.
 
-Commands import what they work with inside their functions, and so does this module: JAX and what stands on it take seconds,
-which `--help` need not wait for.
+Modules that import JAX are imported inside functions, here and in the commands, since that takes seconds and `--help` does
+not need it.
 """
 
 import math
@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable
 
 from absl import flags
@@ -21,13 +22,13 @@ from seqpe_jax.files import check_readable, check_writable, expand_path
 from seqpe_jax.run_dir import check_output_path
 from seqpe_jax.trees import flat
 
-flags.disclaim_key_flags()  # the flags of `define_process_flags` are those of the command that calls it
-_COMMAND = ["__main__"]  # name of the module whose flags are those of the command; `run` sets it
+flags.disclaim_key_flags()  # the flags of `define_process_flags` belong to the command that calls it
+_COMMAND = ["__main__"]  # name of the command's module; `run` sets it
 PROCESS_FLAGS = ("coordinator", "num-processes", "process-id", "start-timeout")
 
 
-class _Path(flags.ArgumentParser):
-    """Reads a path that a user gives: `files.expand_path`, and where something is to be written, whether it can be."""
+class _PathParser(flags.ArgumentParser):
+    """Parser of a path, which must be readable, or writable where the command writes there."""
 
     syntactic_help = "a path, ~ is the home folder; or gs://BUCKET/NAME"
 
@@ -50,46 +51,51 @@ class _Path(flags.ArgumentParser):
 def define_path(
     name: str, help: str, *, writes: str = "", local: str = "", allowed: tuple[str, ...] = ()
 ) -> flags.FlagHolder:
-    """Gives a command an option that is a path.
+    """Defines a flag whose value is a path.
 
     Args:
-      writes: "file" or "folder" where the command writes one there; it is refused at the start if it cannot.
-      local: why it must be of this machine's file system, in words; "" = it may be in a store.
-      allowed: names that a run's folder keeps and this option is meant to write (`run_dir.OUTPUT_FILES`); others are refused.
+      name: of the flag.
+      help: its line in `--help`.
+      writes: "file" or "folder" that the command writes there; "" = it reads there.
+      local: reason why the path must be on a local disk; "" = it may be in a bucket.
+      allowed: file names of a run folder that this flag may overwrite (`run_dir.OUTPUT_FILES`); others are refused.
     """
-    return flags.DEFINE(_Path(name, writes, local, allowed), name, None, help)
+    return flags.DEFINE(_PathParser(name, writes, local, allowed), name, None, help)
 
 
 def define_checkpoint_choice() -> flags.FlagHolder:
-    """Gives a command the option that says which checkpoint of a run it reads."""
-    told = "checkpoint of a run: its newest, or the best by the metric that its config names as checkpoint.best"
-    return flags.DEFINE_enum("which", "latest", ["latest", "best"], told)
+    """Defines the flag `--which`: the checkpoint of a run that the command reads."""
+    help = "checkpoint of a run: its newest, or the best by the metric that its config names as checkpoint.best"
+    return flags.DEFINE_enum("which", "latest", ["latest", "best"], help)
 
 
 def define_process_flags() -> None:
-    """Gives a command the options of a run of several processes."""
-    told = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes tells it"
+    """Defines the flags of a run of several processes."""
+    when = "; not needed alone, nor where Slurm, a TPU pod or Kubernetes sets it"
     flags.DEFINE_string(
-        "coordinator", None, f"HOST:PORT of process 0, the same on every host (PORT - 1 is used too){told}"
+        "coordinator", None, f"HOST:PORT of process 0, the same on every host (PORT - 1 is used too){when}"
     )
-    flags.DEFINE_integer("num-processes", None, f"processes of the run{told}", lower_bound=1, upper_bound=2**16)
-    flags.DEFINE_integer("process-id", None, f"number of this process, from 0{told}", lower_bound=0)
+    flags.DEFINE_integer("num-processes", None, f"processes of the run{when}", lower_bound=1, upper_bound=2**16)
+    flags.DEFINE_integer("process-id", None, f"number of this process, from 0{when}", lower_bound=0)
     flags.DEFINE_float(
         "start-timeout", 300.0, "seconds to wait for the other processes", lower_bound=1.0, upper_bound=1e6
     )
 
 
 def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config | None:
-    """Starts the run's processes together (`processes.initialize`), and returns the config.
+    """Starts the processes of a run together (`processes.initialize`), and returns the config.
 
     Args:
-      read: gives the config; all processes must have the same fields of it, and the same options. One that it refuses is
-        refused after the start, so that the lead says it once for all.
+      read: function that returns the config. All processes must have the same config and the same flags. A config that it
+        refuses is refused after the start, so that the main process prints one line for all.
+
+    Raises:
+      InputError: from `read`, or the processes do not fit together.
     """
     from seqpe_jax.distributed import processes
 
     values = {name: flags.FLAGS[name].value for name in PROCESS_FLAGS}
-    if math.isnan(values["start-timeout"]):  # which no bound of a flag keeps out
+    if math.isnan(values["start-timeout"]):  # which no bound of a flag refuses
         raise InputError("--start-timeout must be a number of seconds, got nan")
     own = flags.FLAGS.get_key_flags_for_module(_COMMAND[0])
     facts = {
@@ -116,38 +122,27 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; exits with 0, with 2 on bad input (one line), with a `Failure`'s code on that."""
-    for name in ("stdout", "stderr"):  # closed by who started the command, as `>&-` does: what is said goes nowhere
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+    """Parses the flags, calls `main`, and exits with 0, 2 on bad input (one line), or the code of a `Failure`.
+
+    Args:
+      main: function of the command's module, whose docstring and flags `--help` prints.
+    """
+    _replace_closed_streams()
     module = sys.modules[main.__module__]
     _COMMAND[:] = [module.__name__]
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print((module.__doc__ or "").strip())
-        print(flags.FLAGS.module_help(module.__name__))
-        sys.exit(0)
-    if "config" in flags.FLAGS and (asked := [a for a in sys.argv[1:] if re.fullmatch("--help(full|=.+)", a)]):
-        _print_fields(asked[0].partition("=")[2])
+    _answer_help(module, sys.argv[1:])
     from seqpe_jax.distributed import processes
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may be any bytes
     try:
-        earlier = _occurrences()
-        rest = flags.FLAGS(sys.argv)[1:]
-        _check_given_once(earlier)
-        if rest:
-            raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
+        _parse_flags(sys.argv)
         processes.configure_malloc()
         main()
         processes.shutdown()
     except (InputError, flags.Error) as error:
-        if isinstance(error, flags.UnrecognizedFlagError):
-            error = config_flags.unknown_flag(error.flagname) or error
-        processes.abort(
-            2, "error: " + _line(error)
-        )  # at once: libraries cut short in their work would say more than this line
+        # At once: libraries that are cut short in their work would print more than this line.
+        processes.abort(2, f"error: {_one_line(error)}")
     except Failure as error:
-        processes.abort(error.code, _line(error))
+        processes.abort(error.code, _one_line(error))
     except KeyboardInterrupt:
         processes.abort(130, "interrupted")
     except Exception as error:
@@ -155,41 +150,59 @@ def run(main: Callable[[], None]) -> None:
             raise
         processes.wait_for_abort()
         traceback.print_exc()
-        processes.abort(1, _line(f"failed: {type(error).__name__}: {error}"))
+        processes.abort(1, _one_line(f"failed: {type(error).__name__}: {error}"))
 
 
-def _print_fields(section: str) -> None:
-    """Prints the fields of a config, or of one section, and ends the command."""
+def _replace_closed_streams() -> None:
+    """Lets a command work whose stdout or stderr is closed, as by `>&-`, and print file names of any bytes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
+
+
+def _answer_help(module: types.ModuleType, arguments: list[str]) -> None:
+    """Prints the help that the arguments ask for, on the command or on fields of the config, and exits."""
+    if {"-h", "--help"} & set(arguments):
+        print((module.__doc__ or "").strip())
+        print(flags.FLAGS.module_help(module.__name__))
+        sys.exit(0)
+    chosen = [argument for argument in arguments if re.fullmatch("--help(full|=.+)", argument)]
+    if "config" not in flags.FLAGS or not chosen:
+        return
     try:
-        print(config_flags.help_on_fields(section))
+        print(config_flags.help_on_fields(chosen[0].partition("=")[2]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
 
+def _parse_flags(argv: list[str]) -> None:
+    """Parses the command line.
+
+    Raises:
+      InputError: an unknown field of the config, a flag that is given twice, or an argument that is no flag.
+      flags.Error: an unknown flag, or a value that does not fit.
+    """
+    earlier = _occurrences()
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise config_flags.unknown_flag(error.flagname) or error from error
+    for name, count in _occurrences().items():
+        if count - earlier.get(name, 0) > 1:
+            raise InputError(
+                f"--{name} is given more than once, and only the last would count: give it once (a list as a,b)"
+            )
+    if rest:
+        raise InputError(f"unexpected argument '{rest[0]}': options look like --name=value (see --help)")
+
+
 def _occurrences() -> dict[str, int]:
-    """Returns how often each option has been given; those that collect the values of each time are left out."""
+    """Returns how often each flag was given, without those that collect the values of each time."""
     return {name: flag.present for name in flags.FLAGS if not isinstance(flag := flags.FLAGS[name], flags.MultiFlag)}
 
 
-def _check_given_once(earlier: dict[str, int]) -> None:
-    """Refuses an option that is given again, of which absl would take the last value.
-
-    Args:
-      earlier: `_occurrences` before the command line was read.
-
-    Raises:
-      InputError: names the option.
-    """
-    for name, count in _occurrences().items():
-        if count - earlier.get(name, 0) > 1:
-            raise _given_again(name)
-
-
-def _given_again(name: str) -> InputError:
-    return InputError(f"--{name} is given more than once, and only the last would count: give it once (a list as a,b)")
-
-
-def _line(words: object) -> str:
-    return " ".join(str(words).split()).encode("utf-8", "backslashreplace").decode()
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split()).encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint at any lengths or image sizes, past those of training too.
+"""Evaluates a checkpoint at any lengths or image sizes, also beyond those of training.
 
 python -m seqpe_jax.evaluate --checkpoint=runs/first --lengths=64,128,256,512,1024 --output=runs/first/evaluation.json
 python -m seqpe_jax.evaluate --checkpoint=runs/first --contexts=64,256,1024 --output=runs/first/evaluation.json
@@ -21,7 +21,7 @@ _CONTEXTS = flags.DEFINE_list(
     "contexts", [], "score the same tokens with so many tokens of context, e.g. 64,1024 (default: eval.contexts)"
 )
 _SIZES = flags.DEFINE_list(
-    "sizes", [], "image sizes, e.g. 224,384x512, of clips also 16x32x32 (default: those of the run's config)"
+    "sizes", [], "image sizes, e.g. 224,384x512, of videos also 16x32x32 (default: those of the run's config)"
 )
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "which split to read")
 _DATA = flags.DEFINE_string("data", None, "read that data set instead of the run's, e.g. text_files (a data.name)")
@@ -42,16 +42,28 @@ _BIT_DEPTH = flags.DEFINE_integer(
     "bit-depth", None, "of grey values in an image folder's files of 16 bits (default: data.bit_depth)", 1, 16
 )
 _OUTPUT = common.define_path(
-    "output", "JSON file to write; arrays and answers go beside it", writes="file", allowed=(EVALUATION_FILE,)
+    "output",
+    "JSON file to write; arrays and answers go into the same folder",
+    writes="file",
+    allowed=(EVALUATION_FILE,),
 )
 common.define_process_flags()
-
 
 NUMBER = "[1-9][0-9]{0,17}"
 
 
 def parse_sizes(items: list[str], flag: str, pattern: str, wanted: str) -> tuple[tuple[int, ...], ...]:
-    """Returns the numbers of a flag's items. Raises: InputError for an item that the pattern does not fit."""
+    """Returns the numbers of a flag's items.
+
+    Args:
+      items: texts such as "224" or "384x512".
+      flag: name of the flag, for the message.
+      pattern: regular expression that each item must match.
+      wanted: description of such an item, for the message.
+
+    Raises:
+      InputError: an item does not match.
+    """
     for item in items:
         if not re.fullmatch(pattern, item):
             raise InputError(f"{flag} must be {wanted} separated by commas, got '{item}'")
@@ -59,7 +71,7 @@ def parse_sizes(items: list[str], flag: str, pattern: str, wanted: str) -> tuple
 
 
 def main() -> None:
-    """The command."""
+    """Evaluates the checkpoint, and writes the results."""
     from seqpe_jax import loading
     from seqpe_jax.distributed import processes
     from seqpe_jax.tasks.evaluate import check_data_kind, evaluate, requested_limits, write
@@ -67,11 +79,11 @@ def main() -> None:
     common.start_processes()
     lengths = parse_sizes(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
     contexts = tuple(c for (c,) in parse_sizes(_CONTEXTS.value, "--contexts", f"0*{NUMBER}", "positive whole numbers"))
-    wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a clip,"
+    wanted = "sides in pixels, 224 or 384x512, or 16x32x32 for 16 frames of a video,"
     sizes = parse_sizes(_SIZES.value, "--sizes", f"0*{NUMBER}(x0*{NUMBER}){{0,2}}", wanted)
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
-        raise InputError("--paths says where --data lies: give both, e.g. --data=text_files --paths=notes.txt")
+        raise InputError("--paths is the path of --data: give both, e.g. --data=text_files --paths=notes.txt")
     processes.keep_compiled_programs()
     folder = _CHECKPOINT.value
     limits = requested_limits(
@@ -100,6 +112,6 @@ def main() -> None:
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flag_as_required("checkpoint")
     common.run(main)

@@ -1,10 +1,10 @@
-"""Writes a run's model as a folder for serving, which runs with JAX alone: no Flax, no encoder, nothing of this package.
+"""Writes the model of a run as a folder for serving, which needs JAX alone: no Flax, no encoder, nothing of this package.
 
     python -m seqpe_jax.export --checkpoint=runs/first --output=exports/first --max-length=4096
     python -m seqpe_jax.export --checkpoint=runs/digits --output=exports/digits --max-size=32 --platforms=cpu,tpu
 
 The folder holds model.stablehlo (any batch, any length or size up to the largest), params.safetensors, config.json, the
-tokenizer, and README.md, which says how to load it. `evaluate --checkpoint` takes it like a run.
+tokenizer, and README.md, which shows how to load it. `evaluate --checkpoint` takes it like a run.
 """
 
 import signal
@@ -28,13 +28,13 @@ _PLATFORMS = flags.DEFINE_list("platforms", None, "some of cpu,cuda,tpu (default
 
 
 def main() -> None:
-    """The command."""
+    """Writes the folder."""
     from seqpe_jax import loading
     from seqpe_jax.distributed import processes
     from seqpe_jax.inference import export
     from seqpe_jax.inference.export import MODEL_CARD_FILE, PLATFORMS
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the unfinished folder goes as the stack unwinds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the context that removes the unfinished folder
     processes.keep_compiled_programs()
     require_empty(_OUTPUT.value)
     model = loading.open_model(_CHECKPOINT.value, _WHICH.value)
@@ -44,6 +44,6 @@ def main() -> None:
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flags_as_required(["checkpoint", "output"])
     common.run(main)

@@ -13,7 +13,7 @@ _OUTPUT = common.define_path("output", "folder for report.html, report.md, resul
 
 
 def main() -> None:
-    """The command."""
+    """Writes the report, and prints its table."""
     from seqpe_jax.reporting import report
 
     table = report.write_report(_WORKDIR.value, _OUTPUT.value)
@@ -21,6 +21,6 @@ def main() -> None:
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flags_as_required(["workdir", "output"])
     common.run(main)

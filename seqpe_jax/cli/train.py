@@ -1,11 +1,11 @@
-"""Trains a model; the same command goes on where a run was stopped.
+"""Trains a model; executed again, it resumes an interrupted run.
 
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/first
 python -m seqpe_jax.train --config=configs/stdlib_lm.py:rotary --workdir=runs/rotary --config.steps=500
 python -m seqpe_jax.train --config=configs/stdlib_lm.py --workdir=runs/tuned --init-from=runs/first
 
-A finished run goes on with more steps: --config.steps=3000, and --extend=true where the schedule depends on their number.
-Exit code 75: SIGTERM, SIGINT or SIGHUP came, the state is saved and the same command goes on; 1: a failure; 2: bad input.
+A finished run is continued with more steps: --config.steps=3000, and --extend=true where the schedule depends on them.
+Exit code 75: after SIGTERM, SIGINT or SIGHUP; the state is saved, and the same command resumes. 1: a failure; 2: bad input.
 On several hosts the same command runs on each, with a workdir that they share (launch/: Slurm, GKE, TPU VMs).
 """
 
@@ -18,15 +18,15 @@ from seqpe_jax.config import Config
 
 config_flags.define_config()
 _WORKDIR = common.define_path("workdir", "folder of the run: config, metrics, checkpoints", writes="folder")
-_INIT_FROM = common.define_path("init-from", "begin with the parameters of that run or converted checkpoint")
+_INIT_FROM = common.define_path("init-from", "run or converted checkpoint whose parameters the training starts from")
 _EXTEND = flags.DEFINE_bool(
-    "extend", False, "go on to more steps although the learning rate that the run had so far depends on their number"
+    "extend", False, "allow more steps although the learning rate of the steps so far depends on their number"
 )
 common.define_process_flags()
 
 
 def main() -> None:
-    """The command."""
+    """Starts the processes, and trains."""
     from seqpe_jax.distributed import processes
     from seqpe_jax.training.loop import train_and_evaluate
 
@@ -42,6 +42,6 @@ def _settings() -> Config:
 
 
 def run_command() -> None:
-    """Runs the command with the arguments of the process; never returns where it fails."""
+    """Runs the command with the arguments of the process, and exits with its code on an error."""
     flags.mark_flags_as_required(["config", "workdir"])
     common.run(main)
