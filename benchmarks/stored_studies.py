@@ -8,7 +8,7 @@ import csv
 import json
 import pathlib
 
-from seqpe_jax.metrics import METRICS, Metric
+from seqpe_jax.metric_registry import METRICS, Metric
 from seqpe_jax.reporting.load_run import scale_of
 from seqpe_jax.reporting.study import Run, Study
 

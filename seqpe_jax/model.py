@@ -25,7 +25,7 @@ from seqpe_jax.inference.export import PLATFORMS
 from seqpe_jax.interop import run_writer, torch_reference
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
-from seqpe_jax.tasks.evaluate import EvalSizes, evaluate
+from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
 from seqpe_jax.trees import count
 
 Start = int | Sequence[int] | None
@@ -193,16 +193,21 @@ class Model:
         Args:
           lengths: of a model of text; sizes: of a model of images, sides in pixels, (height, width) or (frames,
             height, width).
-          split: "validation" or "test"; options: as of `tasks.evaluate.evaluate`.
+          split: "validation" or "test"; options: further fields of `tasks.evaluate.EvalRequest`.
           contexts: of a model of text, in tokens: the same tokens are scored under each of them. Where neither lengths,
             sizes nor contexts are given: those of the config's eval section.
 
         Raises:
           InputError: a length, size or context that cannot be evaluated, data that cannot be read.
         """
-        scales: EvalSizes = tuple((length,) for length in lengths)
-        squares: EvalSizes = tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
-        return evaluate(self, scales, squares, split, contexts=tuple(contexts), **options)[0]["results"]
+        request = EvalRequest(
+            lengths=tuple((length,) for length in lengths),
+            sizes=tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes),
+            split=split,
+            contexts=tuple(contexts),
+            **options,
+        )
+        return evaluate(self, request)[0]["results"]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""

@@ -47,7 +47,7 @@ from seqpe_jax.files import (
     parse_json,
     tmp_dir,
 )
-from seqpe_jax.metrics import HIGHER_IS_BETTER
+from seqpe_jax.metric_registry import HIGHER_IS_BETTER
 from seqpe_jax.run_lock import OWNER_FILE, RunLock, run_lock
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ def install() -> None:
     """Closes the seams; `tests.commands.Commands` calls it in its own process, never in that of the tests."""
     common.run = _run_there
     Trainer.init_or_warm_start, Trainer.init_state, loop.run_steps = _no_state, _stop, _stop
-    evaluate._at = _measured
+    evaluate._evaluate_and_print = _measured
     CompiledModel.signal = CompiledModel.vectors = CompiledModel.params_with_table = _stop
     aot.compile_step, aot.topology_devices = _stop, _devices
     runs.Popen = _stop

@@ -74,7 +74,7 @@ def main() -> None:
     """Evaluates the checkpoint, and writes the results."""
     from seqpe_jax import loading
     from seqpe_jax.distributed import processes
-    from seqpe_jax.tasks.evaluate import check_data_kind, evaluate, requested_limits, write
+    from seqpe_jax.tasks.evaluate import EvalRequest, check_request, evaluate, write
 
     common.start_processes()
     lengths = parse_sizes(_LENGTHS.value, "--lengths", f"0*{NUMBER}", "positive whole numbers")
@@ -86,26 +86,23 @@ def main() -> None:
         raise InputError("--paths is the path of --data: give both, e.g. --data=text_files --paths=notes.txt")
     processes.keep_compiled_programs()
     folder = _CHECKPOINT.value
-    limits = requested_limits(
+    request = EvalRequest(
+        lengths=lengths,
+        sizes=sizes,
+        split=_SPLIT.value,
+        data=_DATA.value,
+        paths=tuple(_PATHS.value),
         tokens=_TOKENS.value,
         examples=_EXAMPLES.value,
         new_tokens=_NEW_TOKENS.value,
-        contexts=contexts or None,
+        contexts=contexts,
         stride=_STRIDE.value,
         targets=_TARGETS.value,
-    )
-    check_data_kind(loading.load_run_config(folder), folder, lengths, sizes, limits)
-    report, arrays = evaluate(
-        loading.open_model(folder, _WHICH.value),
-        lengths,
-        sizes,
-        _SPLIT.value,
-        data=_DATA.value,
-        paths=tuple(_PATHS.value),
         lossy=_LOSSY.value,
         bit_depth=_BIT_DEPTH.value,
-        **limits,
     )
+    check_request(loading.load_run_config(folder), folder, request)
+    report, arrays = evaluate(loading.open_model(folder, _WHICH.value), request)
     if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")

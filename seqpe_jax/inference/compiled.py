@@ -13,7 +13,6 @@ import numpy as np
 from seqpe_jax import axes
 from seqpe_jax.distributed import sharding
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.evaluation.similarity import cosine
 from seqpe_jax.models.build import ModelSpec, Params, Shape
 from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import RowGroup
@@ -157,7 +156,7 @@ class CompiledModel:
         return {
             "pivots": indices_RA[anchors],
             "positions": indices_RA,
-            "cosine": np.asarray(cosine(vectors_RE, anchors), np.float32),
+            "cosine": np.asarray(cosine_similarity(vectors_RE, anchors), np.float32),
         }
 
     def class_token_attention(self, params: Params, images: np.ndarray) -> np.ndarray:
@@ -220,6 +219,12 @@ class CompiledModel:
             return self.model_spec.network.apply({"params": params["model"]}, inputs, signal)
 
         return jax.jit(with_mesh(self.mesh, logits))
+
+
+def cosine_similarity(vectors_RE: jax.Array, rows: np.ndarray) -> jax.Array:
+    """Returns the cosines float32[len(rows), R] of some rows with all rows."""
+    unit_RE = vectors_RE / jnp.linalg.norm(vectors_RE, axis=-1, keepdims=True)
+    return unit_RE[jnp.asarray(rows)] @ unit_RE.T
 
 
 def with_mesh(mesh: jax.sharding.Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from seqpe_jax.models.build import Params, Shape
 from seqpe_jax.reporting import study, tables
 from seqpe_jax.run_dir import EXPORT_SECTION, RunDir
 from seqpe_jax.tasks import Task
-from seqpe_jax.tasks.task import ExportSignature
+from seqpe_jax.tasks.base import ExportSignature
 from seqpe_jax.trees import Tree, count, flat, nested
 
 PARAMS_FILE = "params.safetensors"

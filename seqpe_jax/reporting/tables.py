@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from seqpe_jax.data.registry import COUNT_NAMES
-from seqpe_jax.metrics import LOSS, METRICS, Metric
+from seqpe_jax.metric_registry import LOSS, METRICS, Metric
 from seqpe_jax.reporting.study import UNSET, Run, Study, shown
 from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.trees import flat

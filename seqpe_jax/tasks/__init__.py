@@ -2,10 +2,10 @@
 
 from seqpe_jax.config import Config
 from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT
+from seqpe_jax.tasks.base import EvalContext, Evaluator, Task, evaluate_at
 from seqpe_jax.tasks.image_classification import ImageClassification
 from seqpe_jax.tasks.language_modeling import LanguageModeling
 from seqpe_jax.tasks.question_answering import QuestionAnswering
-from seqpe_jax.tasks.task import EvalContext, Evaluator, Task, evaluate_at
 
 __all__ = [
     "EvalContext",

@@ -1,9 +1,10 @@
-"""A run on images or clips: the class of each, augmented examples, top-1 and top-5 at any size."""
+"""Image and video classification: augmented examples, class names, top-1 and top-5 accuracy at any size."""
 
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,26 +18,27 @@ from seqpe_jax.config import Config, check_size
 from seqpe_jax.data import images, loader, registry
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation.classification import accuracy
 from seqpe_jax.files import as_path, atomic_write
 from seqpe_jax.losses.task import ClassificationLoss
-from seqpe_jax.metrics import training_metrics
+from seqpe_jax.metric_registry import training_metrics
 from seqpe_jax.models.build import DataSpec, Shape
 from seqpe_jax.run_dir import CLASS_NAMES_FILE, RunDir
-from seqpe_jax.tasks.task import EvalContext, ExportSignature, Task
+from seqpe_jax.tasks.base import EvalContext, ExportSignature, Task
+from seqpe_jax.tasks.metrics import accuracy
 
 
 class ImageClassification(Task):
-    """The images of a config; a model that names its classes can be built where they are not.
+    """Classification of the images or videos of a config; a model that names its classes needs no data to be built.
 
     Args:
-      there: whether the data are there to be read; else the classes of folders must be named.
-      kept: folder of a run whose sizes the model has, and whose class names the labels are places in; "" = a new run's,
-        in the data's own order.
+      config: of the run.
+      data_available: whether the data can be read; if not, the number of classes must be known.
+      run_dir: folder of the run whose data spec the model has, and whose class names give labels their order; "" = a new
+        run, in the data's own order.
 
     Raises:
-      InputError: the number of classes is open and the training split cannot be read; the names kept cannot be read, or
-        are more than the model's classes.
+      InputError: the number of classes is unknown and the training split cannot be read; the run's class names cannot be
+        read, or are more than the model's classes.
     """
 
     kind = "image_classification"
@@ -46,11 +48,12 @@ class ImageClassification(Task):
 
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
         self.config = config
-        self._names, self._owner = RunDir(run_dir).class_names if run_dir else None, run_dir
+        self._names = RunDir(run_dir).class_names if run_dir else None
+        self._run_dir = run_dir
         self.data_spec = known_data_spec(config, run_dir)
         if not self.data_spec.classes and not data_available:
             raise InputError(
-                f"data.name='{config.data.name}' has as many classes as its files say: name their number as model.classes"
+                f"data.name='{config.data.name}' takes its classes from its files, which are not read here: set model.classes to their number"
             )
         if not self.data_spec.classes:
             self.data_spec = dataclasses.replace(self.data_spec, classes=self.source("train").classes)
@@ -61,13 +64,13 @@ class ImageClassification(Task):
         }
         self.count_per_step = config.batch_size
 
-    @functools.cache  # noqa: B019  a run has one of these
+    @functools.cache  # noqa: B019  a process has few tasks
     def source(self, split: str) -> Any:
         """Returns the images of a split, with the labels of the run.
 
         Raises:
-          InputError: as `data.pictures.image_source`; a class that the run does not know, other channels or more classes
-            than the model's.
+          InputError: the data cannot be read; they have a class that the run does not know, other channels or more
+            classes than the model.
         """
         data, data_spec = self.config.data, self.data_spec
         found = images.image_source(
@@ -84,11 +87,11 @@ class ImageClassification(Task):
                 "on images like those that it was trained on"
             )
         if self._names is not None:
-            return found.relabel(self._names, f"the run of {self._owner}")
-        if self._owner and not self.config.model.classes and found.classes != data_spec.classes > 0:
+            return found.relabel(self._names, f"the run of {self._run_dir}")
+        if self._run_dir and not self.config.model.classes and found.classes != data_spec.classes > 0:
             raise InputError(
-                f"{data.name} has {found.classes} classes, and the run of {self._owner} {data_spec.classes}, but it does not "
-                f"say which: put back its {CLASS_NAMES_FILE}"
+                f"{data.name} has {found.classes} classes, and the run of {self._run_dir} {data_spec.classes}, but it does not "
+                f"name them: put back its {CLASS_NAMES_FILE}"
             )
         if 0 < data_spec.classes < found.classes:
             raise InputError(
@@ -98,16 +101,16 @@ class ImageClassification(Task):
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their labels. Raises: InputError as `source`."""
+        """Names of the classes, in the order of their labels. Raises: InputError: the data cannot be read."""
         return self._names or self.source("train").class_names
 
     def describe(self) -> str:
-        """Returns what is trained on, in words."""
+        """Returns a description of the training data for the log."""
         source, size = self.source("train"), "x".join(map(str, self.config.data.size))
         return f"{len(source):,} training examples of {source.classes} classes, {size}, {self.config.batch_size} to a batch"
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
-        """Returns the training batches, of which this process reads some rows."""
+        """Returns the training batches; this process reads the given rows of each."""
         config, source = self.config, self.source("train")
 
         def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -125,23 +128,23 @@ class ImageClassification(Task):
         )
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns the fingerprint of a split's images, and their number. Raises: InputError as `source`."""
+        """Returns the fingerprint of a split's images, and their number. Raises: InputError: the data cannot be read."""
         source = self.source(split)
         return {"images": len(source), "fingerprint": source.fingerprint}
 
     def save_assets(self, workdir: str | os.PathLike) -> None:
-        """Puts the class names beside the checkpoints: without them, labels are numbers that mean nothing elsewhere."""
+        """Writes the class names, which give labels their meaning, into a run's folder."""
         path = as_path(workdir) / CLASS_NAMES_FILE
         if not path.exists():
             atomic_write(path, json.dumps(self.class_names, indent=0) + "\n")
 
     def copy_assets(self, folder: str | os.PathLike) -> None:
-        """Puts the class names into another folder, where they are known without the data."""
+        """Writes the class names into another folder, if they are known without the data."""
         if self._names is not None:
             self.save_assets(folder)
 
     def check_assets(self, workdir: str | os.PathLike) -> None:
-        """Refuses to go on with other classes, or another order of them, than the run began with. Raises: InputError."""
+        """Raises InputError if the classes, or their order, are others than the run began with."""
         names = RunDir(workdir).class_names
         if names is not None and names != self.class_names:
             pairs = itertools.zip_longest(self.class_names, names, fillvalue="no class")
@@ -152,22 +155,22 @@ class ImageClassification(Task):
             )
 
     def eval_sizes(self) -> tuple[Shape, ...]:
-        """Returns the sizes that the config evaluates, each as (height, width), or (frames, height, width) of clips."""
+        """Returns the evaluation sizes of the config: (height, width), or (frames, height, width) of videos."""
         return self.config.eval_sizes
 
     def grid_of(self, eval_size: Shape) -> Shape:
-        """Returns the patches along each axis of an example of a size."""
+        """Returns the patches along each axis of an example of this size."""
         return self.config.grid_of(self.config.sides_of(eval_size))
 
     def export_signature(self, max_grid: tuple[int, ...]) -> ExportSignature:
-        """Returns what a model that serves grids of patches up to `max_grid` reads and returns."""
+        """Returns the inputs and outputs of an exported model that serves grids of patches up to `max_grid`."""
         data_spec, patch = self.data_spec, self.config.model.patch
-        letters = ("frames", "rows", "columns")[-len(patch) :]
+        axis_names = ("frames", "rows", "columns")[-len(patch) :]
         if patch[0] > 1 and len(patch) == 3:
-            letters = ("steps", *letters[1:])  # of time: several frames make one
+            axis_names = ("steps", *axis_names[1:])  # of time: several frames make one
         shape = (
             "batch",
-            *(f"{part}*{letter}" for part, letter in zip(patch, letters, strict=True)),
+            *(f"{part}*{axis_name}" for part, axis_name in zip(patch, axis_names, strict=True)),
             str(data_spec.channels),
         )
         sides = (min(side, end * part) for side, end, part in zip(self.config.data.size, max_grid, patch, strict=True))
@@ -177,7 +180,7 @@ class ImageClassification(Task):
             "images",
             "float32",
             shape,
-            dict(zip(letters, max_grid, strict=True)),
+            dict(zip(axis_names, max_grid, strict=True)),
             ("batch", classes),
             f"numpy.zeros((1, {', '.join(map(str, sides))}, {data_spec.channels}), 'float32')",
             f"pixels in 0 to 1, then minus ({mean}) and divided by ({std}) for each channel; the logits are those of the "
@@ -185,31 +188,32 @@ class ImageClassification(Task):
         )
 
     def check_eval_size(self, eval_size: Shape, split: str) -> None:
-        """Refuses a size that cannot be evaluated. Raises: InputError."""
+        """Raises InputError if the size cannot be evaluated on the split."""
         check_size(self.config, eval_size, "evaluation size")
         source = self.source(split)
-        if len(eval_size) == 3 and eval_size[0] > (there := len(source[0]["image"])):
+        if len(eval_size) == 3 and eval_size[0] > (frames := len(source[0]["image"])):
             label = size_label(eval_size)
             raise InputError(
-                f"evaluation size {label} has {eval_size[0]} frames, but the clips have {there}: name fewer"
+                f"evaluation size {label} has {eval_size[0]} frames, but the videos have {frames}: name fewer"
             )
 
     def evaluate(self, ctx: EvalContext, eval_size: Shape, split: str) -> dict[str, Any]:
-        """Returns the result of one size (see `evaluation.classification`)."""
+        """Returns the accuracy at one size."""
         source = self.source(split)
-        batch = min(ctx.batch, -(-len(source) // jax.device_count()) * jax.device_count())
-        batches = loader.EvalBatches(source, batch, len(source), self._example(eval_size))
+        devices = jax.device_count()
+        batch_size = min(ctx.batch_size, math.ceil(len(source) / devices) * devices)
+        batches = loader.EvalBatches(source, batch_size, len(source), self._example(eval_size))
         return accuracy(
             ctx.eval_step, batches, size=eval_size, put=ctx.put, progress=lambda done: ctx.progress(done, len(source))
         )
 
     def sample_images(self, eval_size: Shape, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the first images of a split at a size, float32[count, sides..., C]: normalised, and in 0..1."""
+        """Returns images spread over a split, float32[count, sides..., C]: normalized, and in 0..1."""
         source, example = self.source(split), self._example(eval_size)
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
-        found = np.stack([example(source[int(index)])["images"] for index in chosen])
-        shown = found * np.asarray(self.data_spec.std, np.float32) + np.asarray(self.data_spec.mean, np.float32)
-        return found, np.clip(shown, 0.0, 1.0)
+        normalized = np.stack([example(source[int(index)])["images"] for index in chosen])
+        shown = normalized * np.asarray(self.data_spec.std, np.float32) + np.asarray(self.data_spec.mean, np.float32)
+        return normalized, np.clip(shown, 0.0, 1.0)
 
     def _example(self, eval_size: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
         return functools.partial(
@@ -222,13 +226,14 @@ class ImageClassification(Task):
 
 
 def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec:
-    """Returns what a model takes from images, as far as it is known without them; classes = 0 where it is not.
+    """Returns the data spec as far as it is known without opening the data; classes = 0 if their number is unknown.
 
     Args:
-      kept: folder of a run: the sizes that it keeps, whatever is read now, else as many classes as it has names of.
+      config: of the run.
+      run_dir: folder of a run: its stored data spec, or else the number of its class names, comes first; "" = none.
 
     Raises:
-      InputError: the config has fewer classes than the run has names of.
+      InputError: model.classes is less than the number of the run's class names.
     """
     stored, dataset = RunDir(run_dir).data_spec if run_dir else None, registry.get(config.data.name)
     names = RunDir(run_dir).class_names if run_dir else None

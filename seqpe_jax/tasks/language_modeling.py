@@ -1,4 +1,4 @@
-"""A run on text: next tokens, windows of them, perplexity at any length."""
+"""Language modeling: text in windows of tokens, next-token loss, perplexity at any length."""
 
 import dataclasses
 import functools
@@ -17,28 +17,29 @@ from seqpe_jax.data.paths import warn
 from seqpe_jax.data.tokenizers import TOKENIZER_FILE, RoundTrip, RoundTripLoss, decode_continuation, load_tokenizer
 from seqpe_jax.distributed.processes import is_main_process
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation.perplexity import perplexity, perplexity_in_context
 from seqpe_jax.files import as_path
 from seqpe_jax.losses.task import NextTokenLoss
-from seqpe_jax.metrics import training_metrics
+from seqpe_jax.metric_registry import training_metrics
 from seqpe_jax.models.build import DataSpec
 from seqpe_jax.run_dir import RunDir
-from seqpe_jax.tasks.task import EvalContext, Evaluator, ExportSignature, Task
+from seqpe_jax.tasks.base import EvalContext, Evaluator, ExportSignature, Task
+from seqpe_jax.tasks.metrics import SplitSize, perplexity, perplexity_in_context
 
 
 class LanguageModeling(Task):
-    """The text of a config, tokenised when it is first asked for.
+    """Language modeling on the text of a config, which is tokenized when it is first read.
 
     Args:
-      there: whether the data are there to be read; else a model that names its vocabulary needs no tokenizer.
-      kept: folder of a run whose tokenizer it must be; "" = a new run's.
+      config: of the run.
+      data_available: whether the data can be read; if not, a model that names its vocabulary needs no tokenizer.
+      run_dir: folder of the run whose tokenizer it must be; "" = a new run.
 
     Attributes:
-      tokenizer: of its texts.
-      known_V: bool, which of the model's ids are tokens; its vocabulary may be larger than the tokenizer's.
+      tokenizer: of the text.
+      known_V: bool[V], whether an id of the model is a token; its vocabulary may be larger than the tokenizer's.
 
     Raises:
-      InputError: there is no tokenizer, it cannot be read, has more tokens than the model, or is not the one kept.
+      InputError: the tokenizer is missing, cannot be read, has more tokens than the model, or is not that of the run.
     """
 
     kind = "language_modelling"
@@ -58,8 +59,8 @@ class LanguageModeling(Task):
             return
         if not config.data.tokenizer:
             raise InputError(
-                f"this checkpoint came without a tokenizer: put its {TOKENIZER_FILE} beside its config.json, or give one with "
-                "--tokenizer where it is converted"
+                f"this checkpoint came without a tokenizer: put its {TOKENIZER_FILE} next to its config.json, or name one with "
+                "--tokenizer when it is converted"
             )
         try:
             self.tokenizer = load_tokenizer(config.data.tokenizer)
@@ -71,26 +72,25 @@ class LanguageModeling(Task):
             ) from error
         vocabulary = vocabulary or self.tokenizer.vocab_size
         if self.tokenizer.vocab_size > vocabulary:
-            cure = f"set model.vocabulary to {self.tokenizer.vocab_size} or more, or to 0, which takes the tokenizer's"
+            fix = f"set model.vocabulary to {self.tokenizer.vocab_size} or more, or to 0, which takes the tokenizer's"
             if run_dir:
-                cure = "take the tokenizer that the model was trained with"
+                fix = "use the tokenizer that the model was trained with"
             raise InputError(
                 f"data.tokenizer={config.data.tokenizer} has {self.tokenizer.vocab_size} tokens, but the model only "
-                f"{vocabulary} (model.vocabulary): {cure}"
+                f"{vocabulary} (model.vocabulary): {fix}"
             )
         self.data_spec = DataSpec(vocabulary=vocabulary)
         self.known_V = np.isin(np.arange(vocabulary), self.tokenizer.ids)
         if run_dir:
             self.check_assets(run_dir)
-            file = as_path(run_dir) / TOKENIZER_FILE
-            if (
-                file.exists() and str(run_dir) != config.init_from
-            ):  # its texts end as they did, whatever is said elsewhere now
-                self.tokenizer = load_tokenizer(file)
+            stored_tokenizer = as_path(run_dir) / TOKENIZER_FILE
+            # The run's own copy: the token that ends a text stays what it was when the run began.
+            if stored_tokenizer.exists() and str(run_dir) != config.init_from:
+                self.tokenizer = load_tokenizer(stored_tokenizer)
 
-    @functools.cache  # noqa: B019  a run has one of these
+    @functools.cache  # noqa: B019  a process has few tasks
     def source(self, split: str) -> tokens.TokenSource:
-        """Returns the tokens of a split. Raises: InputError as `data.tokens.token_source`."""
+        """Returns the tokens of a split. Raises: InputError: the data cannot be read."""
         data = self.config.data
         return tokens.token_source(
             data.name,
@@ -103,42 +103,44 @@ class LanguageModeling(Task):
         )
 
     def describe(self) -> str:
-        """Returns what is trained on, in words."""
+        """Returns a description of the training data for the log."""
         source, config = self.source("train"), self.config
         lines = [
             f"{len(source.tokens):,} training tokens, windows of {config.data.length}, {config.batch_size} to a batch"
         ]
         end = self.tokenizer.eos_id
         if end is not None:
-            lines.append(f"texts end with {self._token_in_words(end)}")
+            lines.append(f"texts end with {self._describe_token(end)}")
         else:
             lines.append("no end of text: texts run together, and generation goes on to its limit")
-        return "\n  ".join(lines + self._loss_in_words(source.round_trip_loss))
+        return "\n  ".join(lines + self._describe_lost_text(source.round_trip_loss))
 
-    def _token_in_words(self, token: int) -> str:
+    def _describe_token(self, token: int) -> str:
         return f"{self.tokenizer.decode([token])!r} (token {token})"
 
-    def _loss_in_words(self, loss: RoundTripLoss) -> list[str]:
+    def _describe_lost_text(self, loss: RoundTripLoss) -> list[str]:
         return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost_bytes else []
 
     def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Returns the tokens of texts to go on from; what is lost of them is told. Raises: InputError as `encode`."""
+        """Returns the tokens of prompts, and warns of text that the tokenizer loses. Raises: InputError: no UTF-8."""
         encoded, trip = self.tokenizer.encode_many(texts), RoundTrip(self.tokenizer, max(1, len(texts)))
-        for one in texts:
-            trip.add(one)
+        for text in texts:
+            trip.add(text)
         if trip.loss.lost_bytes and is_main_process():
             warn(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
         pattern = tokens.special_pattern(self.tokenizer)
-        if is_main_process() and (met := sorted({name.decode() for one in texts for name in pattern.findall(one)})):
-            warn(f"prompts: special tokens that they spell are read as plain text: {', '.join(met)}")
+        if is_main_process() and (
+            spelled := sorted({name.decode() for text in texts for name in pattern.findall(text)})
+        ):
+            warn(f"prompts: special tokens that they spell are read as plain text: {', '.join(spelled)}")
         return encoded
 
     def decode_continuation(self, prompt: np.ndarray, ids: np.ndarray) -> str:
-        """Returns the text that ids add to that of a prompt (see `data.tokenizers.decode_continuation`)."""
+        """Returns the text that generated ids add to the text of a prompt."""
         return decode_continuation(self.tokenizer, prompt, ids)
 
     def train_loader(self, rows: Sequence[int]) -> loader.TrainLoader:
-        """Returns the training batches, of which this process reads some rows."""
+        """Returns the training batches; this process reads the given rows of each."""
         config = self.config
         return loader.TrainLoader(
             loader.training_windows(self.source("train").tokens, config.data.length),
@@ -149,38 +151,38 @@ class LanguageModeling(Task):
         )
 
     def fingerprint(self, split: str) -> dict[str, Any]:
-        """Returns the fingerprint of a split's tokens, and their number. Raises: InputError as `source`."""
+        """Returns the fingerprint of a split's tokens, and their number. Raises: InputError: the data cannot be read."""
         source = self.source(split)
         return {"tokens": len(source.tokens), "fingerprint": source.fingerprint}
 
     def save_assets(self, workdir: str | os.PathLike) -> None:
-        """Puts the tokenizer's file beside the checkpoints, so that it travels with them; bytes need none."""
+        """Writes the tokenizer's file into a run's folder; bytes need none."""
         if self.tokenizer.name != "bytes":
             self.tokenizer.save(workdir)
 
     def copy_assets(self, folder: str | os.PathLike) -> None:
-        """Puts the tokenizer's file into another folder."""
+        """Writes the tokenizer's file into another folder."""
         self.save_assets(folder)
 
     def check_assets(self, workdir: str | os.PathLike) -> None:
-        """Refuses to go on with another tokenizer than the run began with. Raises: InputError."""
+        """Raises InputError if the tokenizer is not the one that the run began with."""
         stored = as_path(workdir) / TOKENIZER_FILE
         if stored.exists() and load_tokenizer(stored).digest != self.tokenizer.digest:
             raise InputError(
                 f"data.tokenizer={self.config.data.tokenizer} is not the tokenizer that the run of {workdir} began with, "
-                f"which lies there as {TOKENIZER_FILE}: use that file or a new --workdir"
+                f"whose copy is {TOKENIZER_FILE} in that folder: use that file or a new --workdir"
             )
 
     def eval_sizes(self) -> tuple[tuple[int], ...]:
-        """Returns the lengths that the config evaluates, each as (length,)."""
+        """Returns the evaluation lengths of the config, each as (length,)."""
         return self.config.eval_sizes
 
     def grid_of(self, eval_size: tuple[int]) -> tuple[int]:
-        """Returns the positions of a window along its axis."""
+        """Returns the number of positions of a window, as (length,)."""
         return eval_size
 
     def export_signature(self, max_grid: tuple[int]) -> ExportSignature:
-        """Returns what a model that serves windows of up to (length,) reads and returns."""
+        """Returns the inputs and outputs of an exported model that serves windows of up to (length,)."""
         (length,), rows, known = max_grid, self.data_spec.vocabulary, self.tokenizer.ids
         example = f"numpy.zeros((1, {min(length, self.config.data.length)}), 'int32')"
         ids = f"of {TOKENIZER_FILE}"
@@ -195,11 +197,11 @@ class LanguageModeling(Task):
             {"length": length},
             ("batch", "length", str(rows)),
             example,
-            f"token ids 0 to {known[-1]}, {ids}; the logits at a place are those of the token after it{spare}",
+            f"token ids 0 to {known[-1]}, {ids}; the logits at an index are those of the token after it{spare}",
         )
 
     def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
-        """Refuses a length that cannot be evaluated. Raises: InputError."""
+        """Raises InputError if the length cannot be evaluated on the split."""
         (length,), tokens, limit = eval_size, len(self.source(split).tokens), self.config.eval.tokens
         check_positions(self.config, length, "evaluation length")
         if tokens < length + 1:
@@ -214,70 +216,71 @@ class LanguageModeling(Task):
             )
 
     def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
-        """Returns the result of one length (see `evaluation.perplexity`)."""
+        """Returns the perplexity in windows of one length."""
         (length,), tokens = eval_size, self.source(split).tokens
-        batches = loader.eval_windows(tokens, length, ctx.batch, max_tokens=self.config.eval.tokens)
+        batches = loader.eval_windows(tokens, length, ctx.batch_size, max_tokens=self.config.eval.tokens)
         return perplexity(
             length=length,
             batches=batches,
             progress=lambda done: ctx.progress(done, batches.examples),
-            **self.scoring(ctx, split),
+            **self.perplexity_arguments(ctx, split),
         )
 
-    def scoring(self, ctx: EvalContext, split: str) -> dict[str, Any]:
-        """Returns the arguments of `evaluation.perplexity` that are the same for windows of every length."""
+    def perplexity_arguments(self, ctx: EvalContext, split: str) -> dict[str, Any]:
+        """Returns the arguments of `perplexity` that are the same for windows of every length."""
         source = self.source(split)
         return {
             "token_losses": lambda tokens_BL: ctx.eval_step({"tokens": tokens_BL})["loss"],
             "put": ctx.put,
-            "tokens_of_split": len(source.tokens),
-            "bytes_of_split": source.bytes,
-            "words_of_split": source.words if self.tokenizer.name != "bytes" else None,
+            "split_size": SplitSize(
+                len(source.tokens), source.bytes, source.words if self.tokenizer.name != "bytes" else None
+            ),
         }
 
     def extra_evaluators(self) -> tuple[Evaluator, ...]:
-        """Returns the measure of the same tokens under contexts of several lengths."""
+        """Returns the evaluator of the same tokens under contexts of several lengths."""
         return (ContextEvaluator(self),)
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextEvaluator:
-    """The loss of the same tokens of a text, the targets, under each of `eval.contexts`.
+    """Loss of the same tokens of text, the targets, under each context length of `eval.contexts`.
 
     Attributes:
-      text: the task.
-      size_name, metric_names: see `Evaluator`.
+      task: the language modeling task.
+      size_name: key of the context length in results.
+      metric_names: metrics of a result that are printed.
     """
 
-    text: LanguageModeling
+    task: LanguageModeling
     size_name: str = "context"
     metric_names: tuple[str, ...] = LanguageModeling.metric_names
 
     @property
     def config(self) -> Config:
-        """The config of the task."""
-        return self.text.config
+        """Config of the run."""
+        return self.task.config
 
     @property
     def task_loss(self) -> NextTokenLoss:
-        """What the model is trained for."""
-        return self.text.task_loss
+        """Loss that the model is trained with."""
+        return self.task.task_loss
 
     def eval_sizes(self) -> tuple[tuple[int], ...]:
-        """Returns the contexts that the config evaluates, each as (context,)."""
+        """Returns the context lengths of the config, each as (context,)."""
         return tuple((context,) for context in self.config.eval.contexts)
 
     def grid_of(self, eval_size: tuple[int]) -> tuple[int]:
-        """Returns the positions of a window along its axis."""
+        """Returns the number of positions of a window, as (length,)."""
         return eval_size
 
     def positions_at(self, eval_size: tuple[int]) -> tuple[int]:
-        """Returns the positions that a window needs."""
+        """Returns the number of positions of a window, as (length,)."""
         return eval_size
 
     def check_eval_size(self, eval_size: tuple[int], split: str) -> None:
-        """Refuses a context that is longer than the split. Raises: InputError."""
-        (context,), tokens = eval_size, len(self.text.source(split).tokens)
+        """Raises InputError if a context is longer than the split."""
+        (context,), tokens = eval_size, len(self.task.source(split).tokens)
         if tokens < context + 1:
             raise InputError(
                 f"evaluation context {context} is longer than the {split} split of {self.config.data.name} "
@@ -285,17 +288,17 @@ class ContextEvaluator:
             )
 
     def evaluate(self, ctx: EvalContext, eval_size: tuple[int], split: str) -> dict[str, Any]:
-        """Returns the result of one context (see `evaluation.perplexity.perplexity_in_context`)."""
-        (context,), settings, tokens = eval_size, self.config.eval, self.text.source(split).tokens
+        """Returns the perplexity of the targets under one context length."""
+        (context,), settings, tokens = eval_size, self.config.eval, self.task.source(split).tokens
         stride = self.config.context_stride
         ends = loader.target_ends(len(tokens), largest=max(settings.contexts), stride=stride, targets=settings.targets)
-        batches = loader.context_windows(tokens, context, ctx.batch, ends, stride)
+        batches = loader.context_windows(tokens, context, ctx.batch_size, ends, stride)
         return perplexity_in_context(
             context=context,
             stride=stride,
             batches=batches,
             progress=lambda done: ctx.progress(done, batches.examples),
-            **self.text.scoring(ctx, split),
+            **self.task.perplexity_arguments(ctx, split),
         )
 
 
@@ -304,10 +307,10 @@ def prompt_lines(content: bytes, name: str) -> list[str]:
 
     Args:
       content: of the file.
-      name: of the option and the file, for messages.
+      name: the option and the file, for messages.
 
     Raises:
-      InputError: it is of another format than plain text.
+      InputError: the file is no plain text.
       UnicodeDecodeError: it is not UTF-8.
     """
     check_plain_text(content[:HEAD_BYTES], name)
@@ -315,7 +318,7 @@ def prompt_lines(content: bytes, name: str) -> list[str]:
 
 
 def with_run_tokenizer(config: Config, workdir: str | os.PathLike) -> Config:
-    """Returns a run's config with the tokenizer that lies beside its checkpoints."""
+    """Returns a run's config with the tokenizer file of its folder as `data.tokenizer`."""
     stored = as_path(workdir) / TOKENIZER_FILE
     if not stored.exists():
         return config

@@ -21,7 +21,6 @@ from seqpe_jax.config import Config
 from seqpe_jax.distributed import processes
 from seqpe_jax.errors import InputError
 from seqpe_jax.run_dir import SIDE_FILES_KEY, RunDir, describe_fingerprint
-from seqpe_jax.tasks.fingerprints import available_fingerprints, fingerprints
 from seqpe_jax.training import hooks as hooks_lib
 from seqpe_jax.training import warm_start
 from seqpe_jax.training.checkpoint import (
@@ -257,7 +256,7 @@ def _check_data(trainer: Trainer, run: RunDir, saved: int | None) -> None:
     if config.eval.every:
         for eval_size in task.eval_sizes():
             task.check_eval_size(eval_size, "validation")
-    prints = fingerprints(task, ("train", "validation") if config.eval.every else ("train",))
+    prints = task.fingerprints(("train", "validation") if config.eval.every else ("train",))
     processes.check_equal(
         {
             f"{split} split of {config.data.name}": describe_fingerprint(fingerprint)
@@ -293,7 +292,7 @@ def _write_run_files(trainer: Trainer, run: RunDir, *, new: bool) -> None:
         stored = run.fingerprints
         if not stored and not new:
             _print("  an older version stored no fingerprints of the data: from now on they must stay the same")
-        prints = stored or available_fingerprints(trainer.task)
+        prints = stored or trainer.task.available_fingerprints()
         run.write_files(trainer.config, trainer.task.data_spec, prints, trainer.task.save_assets)
     processes.barrier()
     processes.check_shared(run.path / "config.json")

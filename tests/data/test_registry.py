@@ -10,8 +10,8 @@ from seqpe_jax.data.datasets.image_base import ImageBuilder
 from seqpe_jax.data.datasets.qa_base import QABuilder, Question
 from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT, Dataset
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation import answers
 from seqpe_jax.reporting.study import Run
+from seqpe_jax.tasks.metrics import answer_metrics
 
 MODEL = {"layers": 1, "width": 16, "heads": 2}
 NO_POSITIONS = {
@@ -114,7 +114,7 @@ def test_a_new_question_set_is_right_everywhere(toys, tmp_path):
     assert settings.is_qa and not settings.is_image and settings.data_kind == DATA_QA
     assert tasks.task_class(settings) is tasks.QuestionAnswering
     assert tasks.QuestionAnswering.metrics(settings) == ("loss", "contains", "exact_match_strict")
-    assert answers.metrics_of("toy_sums") == answers.metrics_of("stdlib_qa")
+    assert answer_metrics("toy_sums") == answer_metrics("stdlib_qa")
     source = tasks.QuestionAnswering(settings).questions("train", 64)
     assert len(source) == 16 and source[0]["outputs"] == ("-9",)
     run = Run("toy", config.to_dict(settings), [{"step": 1, "train/tokens_per_second": 5.0}], {}, None, None)

@@ -158,7 +158,7 @@ def test_depths_cover_the_context(cache):
 
 @pytest.mark.slow
 def test_passage_must_be_read(cache):
-    from seqpe_jax.evaluation.answers import no_context_baseline
+    from seqpe_jax.tasks.metrics import no_context_baseline
 
     train = list(source(cache).questions())
     for split in ("validation", "test"):

@@ -19,7 +19,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.interop import convert, load_reference
 from seqpe_jax.interop.torch_config import spec_from_config
 from seqpe_jax.run_dir import RunDir
-from seqpe_jax.tasks.evaluate import evaluate
+from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.trainer import Trainer
 from tests.inference import test_export as test_serving
@@ -172,7 +172,9 @@ def test_a_converted_model_is_evaluated_and_trained_on(goldens, tmp_path, monkey
     tokenizer = tokenizer_file(tmp_path / "tokenizer.json", 97)
     run = str(tmp_path / "run")
     assert convert.convert_to_run(str(source), run, str(tokenizer))["tokenizer"]
-    report, _ = evaluate(loading.open_model(run), lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
+    report, _ = evaluate(
+        loading.open_model(run), EvalRequest(lengths=((32,),), data="text_files", paths=(str(text),), tokens=64)
+    )
     values = config.to_dict(loading.load_run_config(run))
     values["data"] |= {"name": "text_files", "paths": (str(text),)}
     tokens = np.asarray(Trainer.of(config.from_dict(values)).task.source("test").tokens, np.int32)
@@ -450,7 +452,7 @@ def test_places_and_formats_are_checked(goldens, tmp_path):
     with pytest.raises(InputError, match="a run of ours already"):
         convert.convert_to_run(str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="came without a tokenizer"):
-        evaluate(loading.open_model(str(tmp_path / "run")))
+        evaluate(loading.open_model(str(tmp_path / "run")), EvalRequest())
     base36 = saved_run(tmp_path / "base36", tiny_config(encoding__base=36))
     with pytest.raises(InputError, match="encoding.base=36: the reference's format knows 10 alone"):
         convert.convert_to_reference(str(base36), str(tmp_path / "out"))

@@ -6,9 +6,9 @@ import types
 
 import numpy as np
 
-from seqpe_jax.tasks import evaluate as measure
+from seqpe_jax.tasks import evaluate
+from seqpe_jax.tasks.base import EvalContext
 from seqpe_jax.tasks.question_answering import QuestionAnswering
-from seqpe_jax.tasks.task import EvalContext
 from tests.data.test_squad_long import squad, written
 from tests.tiny import tiny_config
 
@@ -35,7 +35,7 @@ def test_every_length_asks_the_same_questions(tmp_path):
             lambda batch: {"loss": np.zeros((2, length))},
             lambda prompts, *_, **__: nothing * len(prompts),
             lambda batch: batch,
-            batch=2,
+            batch_size=2,
         )
         records, _ = QuestionAnswering(settings).evaluate(model, (length,), "test")["answers"]
         return [record["question"] for record in records]
@@ -72,7 +72,7 @@ def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
             return [types.SimpleNamespace(content=[])] * len(prompts)
 
         ask = EvalContext(
-            lambda batch, length=length: {"loss": np.zeros((2, length))}, generate, lambda batch: batch, batch=2
+            lambda batch, length=length: {"loss": np.zeros((2, length))}, generate, lambda batch: batch, batch_size=2
         )
         asked.evaluate(ask, (length,), "test")
         assert options == [{"window": window, "cut": window is not None}]
@@ -99,7 +99,7 @@ def test_answers_are_told_by_their_distance(tmp_path):
         years = [source[index]["outputs"][0] for index in range(len(prompts))]
         return [types.SimpleNamespace(content=list(f" {year}".encode())) for year in years]
 
-    asked = EvalContext(lambda batch: {"loss": np.zeros((2, 512))}, generate, lambda batch: batch, batch=2)
+    asked = EvalContext(lambda batch: {"loss": np.zeros((2, 512))}, generate, lambda batch: batch, batch_size=2)
     found = task.evaluate(asked, (512,), "test")
     assert found["contains"] == 100.0 and found["examples"] == 8
     assert sum(part["examples"] for part in found["distance"]) == 8
@@ -121,7 +121,7 @@ def test_two_evaluations_in_one_folder_keep_what_lies_beside_them(tmp_path):
     asked = {"index": 0, "question": "q", "kind": "k", "outputs": ("yes",), "depth": None}
     for name, answer in (("evaluation.json", "yes"), ("longer.json", "no"), ("other.json", "maybe")):
         report = {"results": [{"length": 64, "answers": ([asked], [answer])}]}
-        measure.write(report, {"similarity": {"cosine": np.ones(2)}, "attention": None}, tmp_path / name)
+        evaluate.write(report, {"similarity": {"cosine": np.ones(2)}, "attention": None}, tmp_path / name)
     kept = {path.name: path for path in tmp_path.iterdir()}
     found = {name: json.loads(path.read_text())["hypothesis"] for name, path in kept.items() if name.endswith(".jsonl")}
     assert found == {

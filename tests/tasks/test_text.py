@@ -8,9 +8,9 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
+from seqpe_jax.tasks.base import EvalContext
 from seqpe_jax.tasks.language_modeling import LanguageModeling
 from seqpe_jax.tasks.question_answering import QuestionAnswering
-from seqpe_jax.tasks.task import EvalContext
 from tests.data.test_tokenizers import with_tokens, word_level
 from tests.tiny import tiny_config
 

@@ -324,7 +324,7 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
         (["--contexts=16,32", "--stride=16"], ["(--stride) must be less than the smallest", "16"]),
         (["--contexts=16,32", "--targets=7"], ["(--targets) is less than the 8 targets of one window"]),
         (["--contexts=16", "--tokens=99"], ["--tokens is for --lengths", "--targets"]),
-        (["--stride=8"], ["--stride is for --contexts, and none are asked for"]),
+        (["--stride=8"], ["--stride is for --contexts, which is not set"]),
         (["--split=tests"], ["split", "tests"]),
         (["--lenghts=16"], ["lenghts", "lengths"]),
     ],

@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
     train(settings, moved)
     assert "resuming at step 2" in capsys.readouterr().out
     seqpe_jax.load(moved).evaluate()
-    assert "is not what it was" not in capsys.readouterr().err
+    assert "has changed since" not in capsys.readouterr().err
 
     stored = json.loads((moved / "data.json").read_text())
     assert stored.keys() == {"train", "validation", "test"} and stored["train"]["tokens"] == 1728
@@ -245,7 +245,7 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
     assert not (moved / "checkpoints" / "4").exists() and json.loads((moved / "data.json").read_text()) == stored
     seqpe_jax.load(moved).evaluate()
     told = capsys.readouterr().err
-    assert f"note: text_files is not what it was when {moved} was trained: test: " in told
+    assert f"note: text_files has changed since {moved} was trained: test: " in told
     assert told.count("is not what") == 1
 
     listed = json.loads((moved / "digests.json").read_text())  # as an older version left it

@@ -1,14 +1,20 @@
-"""Scores of answers against values worked out by hand."""
+"""Metrics against values worked out by hand: scores of answers, perplexity, accuracy."""
 
 import json
+import math
 import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from seqpe_jax import tasks
+from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.errors import InputError
-from seqpe_jax.evaluation import answers
+from seqpe_jax.losses.task import ClassificationLoss, ranks
 from seqpe_jax.reporting import plots
+from seqpe_jax.tasks import metrics
 
 
 @pytest.mark.parametrize(
@@ -25,13 +31,13 @@ from seqpe_jax.reporting import plots
     ],
 )
 def test_contains(hypothesis, golds, expected):
-    assert answers.contains(hypothesis, golds) == expected
+    assert metrics.contains(hypothesis, golds) == expected
 
 
 def test_normalise_as_squad():
-    assert answers.normalise("  The Cat's  (a) hat,\tan—other ") == "cats hat —other"
-    assert answers.normalise("theatre another a.n") == "theatre another"
-    assert answers.normalise("the a an !?") == ""
+    assert metrics.normalize_answer("  The Cat's  (a) hat,\tan—other ") == "cats hat —other"
+    assert metrics.normalize_answer("theatre another a.n") == "theatre another"
+    assert metrics.normalize_answer("the a an !?") == ""
 
 
 @pytest.mark.parametrize(
@@ -56,8 +62,8 @@ def test_normalise_as_squad():
     ],
 )
 def test_exact_match_and_f1(hypothesis, golds, exact, f1):
-    assert answers.exact_match(hypothesis, golds) == exact
-    assert answers.f1(hypothesis, golds) == pytest.approx(f1)
+    assert metrics.exact_match(hypothesis, golds) == exact
+    assert metrics.f1(hypothesis, golds) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +81,17 @@ def test_exact_match_and_f1(hypothesis, golds, exact, f1):
     ],
 )
 def test_code_is_compared_as_it_is_written(hypothesis, gold, strict):
-    assert answers.exact_match_strict(hypothesis, ["no", gold]) == strict
+    assert metrics.exact_match_strict(hypothesis, ["no", gold]) == strict
 
 
 def test_each_data_set_has_the_scores_of_its_answers():
     """SQuAD's normalisation is for SQuAD's prose; of a user's own questions both exact matches are told."""
-    assert answers.metrics_of("stdlib_qa") == ("contains", "exact_match_strict")
-    assert answers.metrics_of("squad_long") == ("contains", "exact_match", "f1")
-    assert answers.metrics_of("qa_jsonl") == answers.METRICS == tuple(answers.SCORES)
+    assert metrics.answer_metrics("stdlib_qa") == ("contains", "exact_match_strict")
+    assert metrics.answer_metrics("squad_long") == ("contains", "exact_match", "f1")
+    assert metrics.answer_metrics("qa_jsonl") == metrics.METRICS == tuple(metrics.SCORES)
     for name in ("stdlib_qa", "squad_long", "qa_jsonl"):
         settings = types.SimpleNamespace(data=types.SimpleNamespace(name=name))
-        assert tasks.QuestionAnswering.metrics(settings) == ("loss", *answers.metrics_of(name))
+        assert tasks.QuestionAnswering.metrics(settings) == ("loss", *metrics.answer_metrics(name))
 
 
 def record(depth, *golds, index=0):
@@ -94,9 +100,9 @@ def record(depth, *golds, index=0):
 
 def test_score_in_percent_and_by_depth():
     records = [record(0.0, "a b"), record(0.19, "c"), record(0.2, "d"), record(1.0, "é", "e")]
-    found = answers.score(records, ["b", "c", "not it", "it is É"])
+    found = metrics.score_answers(records, ["b", "c", "not it", "it is É"])
     # f1: "b" against "b" (the article goes) 1; 1; 0; "it is é" against "é" 1/2
-    assert {name: found[name] for name in ("examples", *answers.METRICS)} == {
+    assert {name: found[name] for name in ("examples", *metrics.METRICS)} == {
         "examples": 4,
         "contains": 50.0,
         "exact_match": 50.0,
@@ -112,14 +118,14 @@ def test_score_in_percent_and_by_depth():
     ]
     assert [part["contains"] for part in found["depth"]] == [50.0, 0.0, None, None, 100.0]
     assert [part["f1"] for part in found["depth"]] == [100.0, 0.0, None, None, 50.0]
-    halves = answers.score(records, ["b"] * 4, metrics=("exact_match_strict",), bins=2)
+    halves = metrics.score_answers(records, ["b"] * 4, metrics=("exact_match_strict",), depth_bins=2)
     assert [set(part) for part in halves["depth"]] == [{"from", "to", "examples", "exact_match_strict"}] * 2
     assert set(halves) == {"examples", "exact_match_strict", "depth"}
-    assert "depth" not in answers.score([record(None, "a")], ["b"])
+    assert "depth" not in metrics.score_answers([record(None, "a")], ["b"])
     with pytest.raises(InputError, match="no questions to score"):
-        answers.score([], [])
+        metrics.score_answers([], [])
     with pytest.raises(ValueError):
-        answers.score(records, ["b"])
+        metrics.score_answers(records, ["b"])
 
 
 def test_score_by_distance_to_the_answer():
@@ -129,15 +135,15 @@ def test_score_by_distance_to_the_answer():
     unknown = record(None, "q") | {"input": "q", "passage": None}
     elsewhere = record(0.0, "7") | {"input": "7 x", "passage": 1}
     records = [near, far, unknown, elsewhere, near]
-    away = answers.distances(records, len)
+    away = metrics.answer_distances(records, len)
     assert away == [6, 64, None, None, 6]
-    found = answers.score(records, ["5", "no", "q", "7", "no"], away=away)["distance"]
+    found = metrics.score_answers(records, ["5", "no", "q", "7", "no"], distances=away)["distance"]
     assert [(part["from"], part["to"], part["examples"], part["contains"]) for part in found] == [
         (0, 32, 2, 50.0),
         (32, 64, 0, None),
         (64, 128, 1, 0.0),
     ]
-    assert "distance" not in answers.score([unknown], ["q"], away=[None])
+    assert "distance" not in metrics.score_answers([unknown], ["q"], distances=[None])
 
 
 def test_guess_without_context():
@@ -149,17 +155,17 @@ def test_guess_without_context():
         ("q9", "where", ["bob"]),  # a kind never seen: the most frequent of all
         ("q4", "when", ["1998"]),
     ]
-    found = answers.no_context_baseline(train, heldout)
-    expected = dict.fromkeys(answers.METRICS, pytest.approx(60)) | {"exact_match_strict": pytest.approx(40)}
+    found = metrics.no_context_baseline(train, heldout)
+    expected = dict.fromkeys(metrics.METRICS, pytest.approx(60)) | {"exact_match_strict": pytest.approx(40)}
     assert found == {"examples": 5} | expected
     with pytest.raises(InputError, match="no training questions"):
-        answers.no_context_baseline([], heldout)
+        metrics.no_context_baseline([], heldout)
 
 
 def test_answers_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "answers.jsonl"
+    path = tmp_path / "new" / "metrics.jsonl"
     records = [record(0.25, "é", "e", index=7), record(None, "b\n")]
-    assert answers.write_answers(path, records, ["É", "no"]) == path
+    assert metrics.write_answers(path, records, ["É", "no"]) == path
     first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert first == {
         "index": 7,
@@ -176,22 +182,22 @@ def test_answers_are_written_whole_or_not_at_all(tmp_path):
     assert second["depth"] is None and second["gold"] == ["b\n"] and second["f1"] == 0.0
     before = path.read_bytes()
     with pytest.raises(KeyError):
-        answers.write_answers(path, [{"index": 0}], ["x"])
+        metrics.write_answers(path, [{"index": 0}], ["x"])
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write answers to .*choose another file"):
-        answers.write_answers(tmp_path / "file" / "answers.jsonl", records, ["É", "no"])
+        metrics.write_answers(tmp_path / "file" / "metrics.jsonl", records, ["É", "no"])
     path.unlink()
     path.mkdir()
     with pytest.raises(InputError, match="cannot write answers"):
-        answers.write_answers(path, records, ["É", "no"])
+        metrics.write_answers(path, records, ["É", "no"])
     assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing half-written is left"
 
 
 def test_heat_map():
     records = [record(depth, "x") for depth in (0.0, 0.1, 0.5, 0.9)]
     results = [
-        {"extent": length, "label": str(length)} | answers.score(records, hypotheses)
+        {"extent": length, "label": str(length)} | metrics.score_answers(records, hypotheses)
         for length, hypotheses in ((512, ["x", "x", "", ""]), (256, ["x"] * 4))
     ]
     run = types.SimpleNamespace(name="seqpe", results=results, training={"extent": 256, "label": "256"})
@@ -214,6 +220,88 @@ def test_heat_map():
 )
 def test_an_answer_is_found_however_it_is_typed(hypothesis, gold):
     """By `contains` alone: exact match and F1 are SQuAD's own script."""
-    assert answers.contains(hypothesis, [gold]) == 1.0
-    assert answers.contains(hypothesis, [gold + "x"]) == 0.0
-    assert answers.exact_match("caf\u00e9", ["cafe\u0301"]) == 0.0
+    assert metrics.contains(hypothesis, [gold]) == 1.0
+    assert metrics.contains(hypothesis, [gold + "x"]) == 0.0
+    assert metrics.exact_match("caf\u00e9", ["cafe\u0301"]) == 0.0
+
+
+SPLIT_SIZE = metrics.SplitSize(tokens=100, bytes=400, words=50)
+TABLE = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+def batches(*scored):
+    """Batches of two rows, each of which scores its last so many targets."""
+    for counts in scored:
+        yield {"tokens": np.zeros((2, 5), np.int32), "scored": np.arange(4) >= 4 - np.array(counts)[:, None]}
+
+
+def test_only_scored_targets_count():
+    table = np.where([[True] * 4, [False, True, True, True]], TABLE, np.nan)  # of a padding row anything may come out
+    result = metrics.perplexity(
+        lambda tokens: table, batches([4, 3], [4, 0]), length=4, put=lambda batch: batch, split_size=SPLIT_SIZE
+    )
+    loss = (TABLE.sum() - TABLE[1, 0] + TABLE[0].sum()) / 11
+    assert result["tokens"] == 11 and result["loss"] == pytest.approx(loss)
+    assert result["perplexity"] == pytest.approx(math.exp(loss))
+    assert result["bits_per_byte"] == pytest.approx(loss / 4 / math.log(2))
+    assert result["word_perplexity"] == pytest.approx(math.exp(2 * loss))
+    assert result["loss_by_position"] == {
+        "position": [0.0, 1.0, 2.0, 3.0],
+        "loss": pytest.approx([(0 + 0) / 2, (1 + 5 + 1) / 3, (2 + 6 + 2) / 3, (3 + 7 + 3) / 3]),
+    }
+
+
+def test_last_targets_of_each_window_count_under_a_context():
+    result = metrics.perplexity_in_context(
+        lambda tokens: TABLE,
+        batches([2, 2], [2, 0]),
+        context=4,
+        stride=2,
+        put=lambda batch: batch,
+        split_size=SPLIT_SIZE,
+    )
+    assert {name: result[name] for name in ("context", "targets", "stride")} == {
+        "context": 4,
+        "targets": 6,
+        "stride": 2,
+    }
+    assert result["loss"] == pytest.approx((2 * (2 + 3) + 6 + 7) / 6)
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / 4 / math.log(2))
+
+
+def test_padding_rows_do_not_count():
+    ranks = [np.array([0, 4, 7]), np.array([0, 5, 0])]
+    losses = [np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 100.0])]
+    answers = iter([{"rank": rank, "loss": loss} for rank, loss in zip(ranks, losses, strict=True)])
+    batches = [
+        {"images": np.zeros((3, 2, 2, 1)), "labels": np.zeros(3, int), "weights": np.array(weights, np.float32)}
+        for weights in ([1, 1, 1], [1, 1, 0])
+    ]
+    done = []
+    result = metrics.accuracy(
+        lambda batch: next(answers), batches, size=(2, 4), put=lambda batch: batch, progress=done.append
+    )
+    assert result == {"size": [2, 4], "examples": 5, "loss": 3.0, "top1": 40.0, "top5": 60.0}
+    assert done == [3, 5]
+
+
+def test_ties_go_to_the_lower_class_and_nan_is_never_right():
+    nan = float("nan")
+    logits = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, nan, 2.0], [nan, nan, nan], [nan, 1.0, 0.0]])
+    found = ranks(logits, jnp.array([0, 2, 2, 0, 0])).tolist()
+    assert found[:3] == [0, 2, 1] and min(found[3:]) > 5
+
+
+def test_eval_step_counts_the_classes_above_the_true_one():
+    class Table(nn.Module):
+        """Returns its inputs as logits."""
+
+        def __call__(self, images, signal):
+            return images
+
+    logits = jnp.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.0, 2.0, 1.0]])
+    found = ClassificationLoss(0.0, None).eval_step(
+        Table(), {}, PositionSignal(), {"images": logits, "labels": jnp.array([2, 2, 2])}
+    )
+    assert found["rank"].tolist() == [0, 2, 1]
+    assert float(found["loss"][0]) == pytest.approx(-0.3 + float(jnp.log(jnp.exp(logits[0]).sum())), rel=1e-5)

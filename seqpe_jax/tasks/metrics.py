@@ -1,0 +1,456 @@
+"""Metrics computed over a split: perplexity of text, accuracy of a classifier, scores of generated answers.
+
+Text: a window of L tokens predicts the L that follow its tokens one by one, so windows share one token and every token of
+the split but the first is predicted once, whatever the length. A longer window is not a longer context: the mean falls with
+the length because fewer tokens are at a window's beginning. `perplexity_in_context` measures the gain from context, on the
+same tokens under different contexts.
+
+Answers: a record is {"index", "input": prompt, "question", "outputs": accepted answers, "depth": 0..1 or None, "kind",
+"passage": index of the prompt's character where the gold passage begins, or None}, as `data.qa` makes it.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from seqpe_jax.data import registry
+from seqpe_jax.errors import InputError
+from seqpe_jax.files import AnyPath, as_path, atomic_write
+
+Batch = dict[str, np.ndarray]
+PutBatch = Callable[[Batch], dict[str, jax.Array]]  # lays a host batch out over the devices
+CountProgress = Callable[[int], None]
+
+# --- Text
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """Size of a whole split of text.
+
+    Bits per byte and word perplexity assume that the part that is scored has the split's average of tokens to a byte or word.
+
+    Attributes:
+      tokens: count of tokens.
+      bytes: of its UTF-8 text; None = unknown.
+      words: separated by white space; None = unknown.
+    """
+
+    tokens: int
+    bytes: int | None = None
+    words: int | None = None
+
+
+CURVE_POINTS = 64  # of the curve of loss by token index in the window
+
+
+def perplexity(
+    token_losses: Callable[[jax.Array], jax.Array],
+    batches: Iterable[Batch],
+    *,
+    length: int,
+    put: PutBatch,
+    split_size: SplitSize,
+    progress: CountProgress = lambda done: None,
+) -> dict[str, Any]:
+    """Computes the perplexity of a split in windows of one length.
+
+    Args:
+      token_losses: int32[B, L + 1] -> float32[B, L], nats.
+      batches: {"tokens": int32[B, L + 1], "scored": bool[B, L]} (`data.loader.evaluation_windows`); "scored" marks the
+        targets that count.
+      length: L, tokens of a window.
+      put: lays a host batch out over the devices.
+      split_size: size of the whole split.
+      progress: called with the windows done.
+
+    Returns:
+      {"length", "tokens", "loss", "perplexity", ..., "loss_by_position"}, losses in nats per token.
+    """
+    sums_L, counts_L = _sums_by_token_index(token_losses, batches, length, put, progress)
+    tokens = int(counts_L.sum())
+    groups = np.array_split(np.arange(length), min(CURVE_POINTS, length))
+    return {
+        "length": length,
+        "tokens": tokens,
+        **loss_metrics(float(sums_L.sum() / tokens), split_size),
+        "loss_by_position": {
+            "position": [float(group.mean()) for group in groups],
+            "loss": [float(sums_L[group].sum() / counts_L[group].sum()) for group in groups],
+        },
+    }
+
+
+def perplexity_in_context(
+    token_losses: Callable[[jax.Array], jax.Array],
+    batches: Iterable[Batch],
+    *,
+    context: int,
+    stride: int,
+    put: PutBatch,
+    split_size: SplitSize,
+    progress: CountProgress = lambda done: None,
+) -> dict[str, Any]:
+    """Computes the perplexity of the last tokens of windows, which have at least `context - stride` tokens before them.
+
+    Args:
+      token_losses: as for `perplexity`.
+      batches: as for `perplexity`, with windows of `context` tokens (`data.loader.context_windows`).
+      context: tokens of a window.
+      stride: targets of each window, its last ones.
+      put: lays a host batch out over the devices.
+      split_size: size of the whole split.
+      progress: called with the windows done.
+
+    Returns:
+      {"context", "targets", "stride", "loss", "perplexity", ...}.
+    """
+    sums_L, counts_L = _sums_by_token_index(token_losses, batches, context, put, progress)
+    targets = int(counts_L.sum())
+    return {
+        "context": context,
+        "targets": targets,
+        "stride": stride,
+        **loss_metrics(float(sums_L.sum() / targets), split_size),
+    }
+
+
+def loss_metrics(loss: float, split_size: SplitSize) -> dict[str, float]:
+    """Returns a mean loss in nats per token as "loss", "perplexity" and, where sizes are known, in other units."""
+    found = {"loss": loss, "perplexity": bounded_exp(loss)}
+    if split_size.bytes:
+        found["bits_per_byte"] = loss * split_size.tokens / split_size.bytes / math.log(2)
+    if split_size.words:
+        found["word_perplexity"] = bounded_exp(loss * split_size.tokens / split_size.words)
+    return found
+
+
+def bounded_exp(value: float) -> float:
+    """Returns the exponential, at most e**700, short of what overflows."""
+    return math.exp(min(value, 700.0))
+
+
+def _sums_by_token_index(
+    token_losses: Callable[[jax.Array], jax.Array],
+    batches: Iterable[Batch],
+    length: int,
+    put: PutBatch,
+    progress: CountProgress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sums of the scored losses, float64[L], and their counts, int64[L], by token index in the window."""
+    sums_L, counts_L = np.zeros(length, np.float64), np.zeros(length, np.int64)
+    windows = 0
+    dispatched = ((token_losses(put({"tokens": batch["tokens"]})["tokens"]), batch["scored"]) for batch in batches)
+    for losses_BL, scored_BL in _one_behind(dispatched):
+        sums_L += np.where(scored_BL, np.asarray(losses_BL, np.float64), 0.0).sum(axis=0)
+        counts_L += scored_BL.sum(axis=0)
+        windows += int(scored_BL.any(axis=1).sum())
+        progress(windows)
+    return sums_L, counts_L
+
+
+def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields items one behind: the device computes a batch while the host adds up the one before."""
+    pending = []
+    for item in items:
+        pending.append(item)
+        if len(pending) > 1:
+            yield pending.pop(0)
+    yield from pending
+
+
+# --- Images
+
+
+def accuracy(
+    eval_step: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+    batches: Iterable[Batch],
+    *,
+    size: tuple[int, ...],
+    put: PutBatch,
+    progress: CountProgress = lambda done: None,
+) -> dict[str, Any]:
+    """Computes the top-1 and top-5 accuracy of a classifier over a split.
+
+    Args:
+      eval_step: a batch -> {"loss": float32[B] in nats, "rank": int32[B], number of classes ahead of the true one}.
+      batches: {"images", "labels", "weights": float32[B]}; weight 0 marks padding rows.
+      size: (height, width), or (frames, height, width) of videos.
+      put: lays a host batch out over the devices.
+      progress: called with the examples done.
+
+    Returns:
+      {"size", "examples", "loss", "top1", "top5"}: nats, and percent of the examples.
+    """
+    loss, ranks = 0.0, []
+    dispatched = (
+        (eval_step(put({name: batch[name] for name in ("images", "labels")})), batch["weights"]) for batch in batches
+    )
+    for result, weights_B in _one_behind(dispatched):
+        real_B = weights_B > 0
+        loss += float(np.asarray(result["loss"], np.float64)[real_B].sum())
+        ranks.extend(np.asarray(result["rank"])[real_B].tolist())
+        progress(len(ranks))
+    count = len(ranks)
+    return {
+        "size": list(size),
+        "examples": count,
+        "loss": loss / count,
+        "top1": 100.0 * sum(rank < 1 for rank in ranks) / count,
+        "top5": 100.0 * sum(rank < 5 for rank in ranks) / count,
+    }
+
+
+# --- Generated answers
+
+# By the kind of answers of a data set (`data.registry`): in code, punctuation, articles and letter case count.
+METRICS_BY_ANSWER_KIND = {
+    "prose": ("contains", "exact_match", "f1"),
+    "code": ("contains", "exact_match_strict"),
+    "any": ("contains", "exact_match", "exact_match_strict", "f1"),
+}
+METRICS = METRICS_BY_ANSWER_KIND["any"]
+DEPTH_BINS = 5
+FIRST_DISTANCE_BIN = 32  # tokens; each further bin of distances ends at twice as many
+
+QuestionAnswer = tuple[str, str, Sequence[str]]  # question, kind of question, accepted answers
+
+
+def contains(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns 1.0 if an accepted answer occurs in the hypothesis, else 0.0.
+
+    The score of the reference (text_seqpe/qa_eval.py), which ignores letter case and white space around an answer; this one
+    also ignores Unicode's composed and decomposed forms, kinds and lengths of white space, and curly quotes. An empty
+    answer, which would always occur, does not count.
+    """
+    text = _canonical(hypothesis)
+    return float(any(gold and gold in text for gold in map(_canonical, golds)))
+
+
+QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"'})
+
+
+def _canonical(text: str) -> str:
+    """Returns the text in NFC, with straight quotes, lower case and single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).translate(QUOTES).lower().split())
+
+
+def answer_metrics(dataset_name: str) -> tuple[str, ...]:
+    """Returns the names of the scores that fit the answers of a data set.
+
+    Args:
+      dataset_name: value of `data.name`.
+    """
+    return METRICS_BY_ANSWER_KIND[registry.get(dataset_name).answers]
+
+
+def normalize_answer(text: str) -> str:
+    """Returns the text as SQuAD compares it: lower case, no ASCII punctuation, no a, an, the, single spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _normalized_or_lower(text: str) -> str:
+    """Returns the normalized text, or its lower case if nothing is left of it: "a", "-" and "" are three answers."""
+    return normalize_answer(text) or " ".join(text.lower().split())
+
+
+def exact_match(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns 1.0 if the hypothesis equals an accepted answer, both normalized (SQuAD's evaluation script), else 0.0.
+
+    Unlike in the script, texts of which normalization leaves nothing are equal only if they were before.
+    """
+    wanted = _normalized_or_lower(hypothesis)
+    return float(any(_normalized_or_lower(gold) == wanted for gold in golds))
+
+
+def exact_match_strict(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns 1.0 if the hypothesis equals an accepted answer, apart from white space around them, else 0.0."""
+    return float(any(gold.strip() == hypothesis.strip() for gold in golds))
+
+
+def f1(hypothesis: str, golds: Iterable[str]) -> float:
+    """Returns the largest F1 in 0..1 over the accepted answers, of common words after the normalization of `exact_match`.
+
+    A word counts as often as it occurs in both. If one side has no words: 1 if neither has any (SQuAD v2's script).
+    """
+    return max(
+        (_f1(_normalized_or_lower(hypothesis).split(), _normalized_or_lower(gold).split()) for gold in golds),
+        default=0.0,
+    )
+
+
+def _f1(found: list[str], wanted: list[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    common = (collections.Counter(found) & collections.Counter(wanted)).total()
+    return 2 * common / (len(found) + len(wanted))
+
+
+SCORES = {"contains": contains, "exact_match": exact_match, "exact_match_strict": exact_match_strict, "f1": f1}
+
+
+def score_answer(hypothesis: str, golds: Sequence[str], metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """Returns {metric: score in 0..1} of one answer."""
+    return {name: SCORES[name](hypothesis, golds) for name in metrics}
+
+
+def answer_distances(records: Iterable[Mapping[str, Any]], count_tokens: Callable[[str], int]) -> list[int | None]:
+    """Returns the distance of each answer: tokens from its first occurrence in the gold passage to the end of the prompt.
+
+    Args:
+      records: see the module's docstring.
+      count_tokens: returns the number of tokens of a text.
+
+    Returns:
+      One number for each record; None if the passage is unknown or does not hold an accepted answer.
+    """
+    distances: list[int | None] = []
+    for record in records:
+        prompt, passage = record["input"], record.get("passage")
+        starts = [] if passage is None else [prompt.find(gold, passage) for gold in record["outputs"] if gold]
+        starts = [start for start in starts if start >= 0]
+        distances.append(count_tokens(prompt[min(starts) :]) if starts else None)
+    return distances
+
+
+def score_answers(
+    records: Sequence[Mapping[str, Any]],
+    hypotheses: Sequence[str],
+    *,
+    metrics: Sequence[str] = METRICS,
+    depth_bins: int = DEPTH_BINS,
+    distances: Sequence[int | None] = (),
+) -> dict[str, Any]:
+    """Computes the mean scores of answers, in percent.
+
+    Args:
+      records: the questions, see the module's docstring.
+      hypotheses: as many generated answers.
+      metrics: names of scores (`answer_metrics`).
+      depth_bins: number of bins of equal width of the depth of the passage.
+      distances: `answer_distances` of the records.
+
+    Returns:
+      {"examples", the scores by their names, "depth": [{"from", "to", "examples", and the scores, None in an empty bin}],
+      "distance": the same by distance}; "depth" and "distance" are left out if unknown.
+
+    Raises:
+      InputError: there are no records.
+    """
+    if not records:
+        raise InputError("there are no questions to score: ask for at least one")
+    pairs = zip(records, hypotheses, strict=True)
+    scores = [score_answer(hypothesis, record["outputs"], metrics) for record, hypothesis in pairs]
+    result: dict[str, Any] = _means(scores, metrics)
+    if all(record["depth"] is not None for record in records):
+        bins = [min(int(record["depth"] * depth_bins), depth_bins - 1) for record in records]
+        result["depth"] = [
+            {"from": index / depth_bins, "to": (index + 1) / depth_bins}
+            | _means([score for score, own in zip(scores, bins, strict=True) if own == index], metrics)
+            for index in range(depth_bins)
+        ]
+    known = [(score, distance) for score, distance in zip(scores, distances, strict=False) if distance is not None]
+    if known:
+        result["distance"] = _means_by_distance(known, metrics)
+    return result
+
+
+def _means_by_distance(
+    scores: Sequence[tuple[Mapping[str, float], int]], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    edges = [0, FIRST_DISTANCE_BIN]
+    while edges[-1] <= max(distance for _, distance in scores):
+        edges.append(2 * edges[-1])
+    return [
+        {"from": low, "to": high} | _means([score for score, distance in scores if low <= distance < high], metrics)
+        for low, high in itertools.pairwise(edges)
+    ]
+
+
+def _means(scores: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, Any]:
+    means = {name: 100 * float(np.mean([score[name] for score in scores])) if scores else None for name in metrics}
+    return {"examples": len(scores)} | means
+
+
+def no_context_baseline(
+    train: Iterable[QuestionAnswer], heldout: Iterable[QuestionAnswer], metrics: Sequence[str] = METRICS
+) -> dict[str, Any]:
+    """Scores answers that are guessed without the passage, from memory of the training split alone.
+
+    The guess is the most frequent (first accepted) training answer to the same question, else to its kind, else of all.
+
+    Args:
+      train: (question, kind, accepted answers) of the training split, as `QASource.questions` yields them.
+      heldout: the same of the split that is scored.
+      metrics: names of scores.
+
+    Returns:
+      The result of `score_answers`.
+
+    Raises:
+      InputError: there are no questions.
+    """
+    tables: dict[Any, collections.Counter] = collections.defaultdict(collections.Counter)
+    for question, kind, answers in train:
+        for key in (("question", question), ("kind", kind), None):
+            tables[key][answers[0]] += 1
+    if not tables:
+        raise InputError("there are no training questions to guess from: ask for at least one")
+    guesses = {key: table.most_common(1)[0][0] for key, table in tables.items()}
+    records, hypotheses = [], []
+    for question, kind, answers in heldout:
+        records.append({"outputs": answers, "depth": None})
+        known = (key for key in (("question", question), ("kind", kind), None) if key in guesses)
+        hypotheses.append(guesses[next(known)])
+    return score_answers(records, hypotheses, metrics=metrics)
+
+
+def write_answers(
+    path: str | os.PathLike,
+    records: Sequence[Mapping[str, Any]],
+    hypotheses: Sequence[str],
+    metrics: Sequence[str] = METRICS,
+) -> AnyPath:
+    """Writes answers as JSON lines: index, question, kind, gold, hypothesis, depth and its scores in 0..1.
+
+    Args:
+      path: file, written atomically.
+      records: the questions, see the module's docstring.
+      hypotheses: as many generated answers.
+      metrics: names of scores.
+
+    Returns:
+      The path.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = as_path(path)
+    lines = []
+    for record, hypothesis in zip(records, hypotheses, strict=True):
+        line = {
+            "index": record["index"],
+            "question": record["question"],
+            "kind": record["kind"],
+            "gold": list(record["outputs"]),
+            "hypothesis": hypothesis,
+            "depth": record["depth"],
+        }
+        lines.append(json.dumps(line | score_answer(hypothesis, record["outputs"], metrics), ensure_ascii=False) + "\n")
+    try:
+        atomic_write(path, "".join(lines))
+    except OSError as error:
+        raise InputError(f"cannot write answers to '{path}' ({error.strerror}): choose another file") from error
+    return path
