@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from seqpe_jax import config
 from seqpe_jax.distributed import processes
 from seqpe_jax.profiling.benchmark import benchmark
-from seqpe_jax.reporting.plot_style import COLOURS, DPI, DRESS, dress, label_ends, length_axis
+from seqpe_jax.reporting.plot_style import COLOURS, DPI, RC_PARAMS, label_ends, log2_axis, style_axes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORED, PLOT = ROOT / "docs" / "results" / "growth.csv", ROOT / "docs" / "results" / "growth.png"
@@ -55,11 +55,11 @@ def draw() -> None:
     """Draws what is stored: time and memory above each other, by length and by width beside each other."""
     with STORED.open() as file:
         rows = list(csv.DictReader(file))
-    with matplotlib.rc_context(DRESS):
+    with matplotlib.rc_context(RC_PARAMS):
         figure, grid = matplotlib.pyplot.subplots(2, 2, figsize=(9.6, 6.4), dpi=DPI, layout="constrained", sharex="col")
         for across, (axis, x) in enumerate({"length": "bytes of a window (8192 to a step)", "width": "width"}.items()):
             for down, (field, y) in enumerate(MEASURED.items()):
-                axes, ends = dress(grid[down][across], x if down else "", "" if across else y), []
+                axes, ends = style_axes(grid[down][across], x if down else "", "" if across else y), []
                 for kind, name in NAMES.items():
                     own = [row for row in rows if (row["axis"], row["encoding"]) == (axis, kind)]
                     places = [float(row["value"]) for row in own]
@@ -67,7 +67,7 @@ def draw() -> None:
                     axes.plot(places, heights, color=COLOURS[kind][0], marker="o")
                     ends.append((places[-1], heights[-1], name, COLOURS[kind][0]))
                 axes.set_ylim(0)
-                length_axis(axes, set(places), set())
+                log2_axis(axes, set(places), set())
                 label_ends(axes, ends)
         figure.savefig(PLOT)
     print(f"written: {PLOT.relative_to(ROOT)}")

@@ -54,7 +54,7 @@ def main(check: bool) -> int:
         if check:
             print(f"docs/results/{name}.png is not of {name}.csv: run benchmarks/results_plots.py", file=sys.stderr)
             continue
-        with matplotlib.rc_context(plot_style.DRESS):
+        with matplotlib.rc_context(plot_style.RC_PARAMS):
             plot = draw(shown(name))
             plot.figure.savefig(path, dpi=plot_style.DPI, metadata={DIGEST: digest})
         plots.close(plot)

@@ -9,9 +9,9 @@ A table of results stands between `<!-- results: STUDY METRIC [rows] -->` and `<
 row, or for those named (comma-separated, in that order), a column for each evaluated length or size, with means, intervals
 and tests over all rows of the study as a report has them (`seqpe_jax.reporting`), then parameters and FLOPs.
 
-A table of verdicts stands between `<!-- verdicts: STUDY METRIC [labels]; ... -->` and `<!-- end of verdicts -->`: for each
-length or size, or for those named, the row with the best mean, those that are worse, those that tie with it, in the order
-of their means, and those that are not judged.
+A table of significance tests stands between `<!-- significance: STUDY METRIC [labels]; ... -->` and `<!-- end of
+significance -->` (or `verdicts`): for each length or size, or for those named, the row with the best mean, those that are
+significantly worse, those that tie with it, in the order of their means, and those that are not tested.
 """
 
 import json
@@ -24,10 +24,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from stored_studies import ROOT, STORED, WORK, metric_of, study_of, title
 
 from seqpe_jax.reporting import tables
-from seqpe_jax.reporting.significance import TestResult, significance_tests, worse
+from seqpe_jax.reporting.significance import Comparison, significance_tests, worse_cells
 
 RESULTS = re.compile(r"(<!-- results: (\S+) (\S+)(?: (\S+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
-VERDICTS = re.compile(r"(<!-- verdicts: ([^>]+) -->\n).*?(<!-- end of verdicts -->)", re.DOTALL)
+TESTS = re.compile(
+    r"(<!-- (?:significance|verdicts): ([^>]+) -->\n).*?(<!-- end of (?:significance|verdicts) -->)", re.DOTALL
+)
 TASKS = {
     "study_text": "text",
     "encoder_width": "text",
@@ -35,7 +37,7 @@ TASKS = {
     "study_images": "images",
     "moving_digits": "video",
 }
-FEW = 4  # rows that a verdict of several studies names of those that tie, by their means, before it gives a number
+MAX_TIES = 4  # rows that tie of which a table of several studies gives the names; then it gives their number
 # Sweeps that are not called as their studies, for the configs of runs that no docs/results/STUDY.json has.
 SWEEPS = {"ablation_digits": "ablation"}
 
@@ -50,38 +52,42 @@ def table(name: str, key: str, rows: str = "") -> str:
     study = study_of(name)
     data, metric = metric_of(study, key)
     by_step = name.endswith("_by_step")
-    marked = set() if by_step else worse(significance_tests(study, data, metric))
-    whole = tables.by_scale(study, data, metric, marked, work=not by_step)
+    marked = set() if by_step else worse_cells(significance_tests(study, data, metric))
+    whole = tables.by_size(study, data, metric, marked, work=not by_step)
     _, extents = tables.values_of(study, data, metric)
     header = ["run", *(title(study, label) for label in extents), *whole.header[1 + len(extents) :]]
     lines = {row[0].text: row for row in whole.rows}
     return tables.markdown(tables.Table("", header, [lines[row] for row in rows.split(",")] if rows else whole.rows))
 
 
-def verdict_table(asked: str) -> str:
-    """Returns the markdown table of verdicts of "STUDY METRIC [labels]; ..."; labels: comma-separated."""
-    lines, several = [], ";" in asked
-    for one in asked.split(";"):
+def significance_table(studies: str) -> str:
+    """Returns the markdown table of significance tests.
+
+    Args:
+      studies: "STUDY METRIC [labels]; ...", labels comma-separated.
+    """
+    lines, several = [], ";" in studies
+    for one in studies.split(";"):
         name, key, *labels = one.split()
         study = study_of(name)
-        data, metric = metric_of(study, key)
+        kind, metric = metric_of(study, key)
         wanted = labels[0].split(",") if labels else None
-        for verdict in significance_tests(study, data, metric):
-            if wanted is None or verdict.label in wanted:
-                lines.append([TASKS[name]] * several + [title(study, verdict.label), *_told(verdict, several)])
-    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it", "not judged"]
+        for result in significance_tests(study, kind, metric):
+            if wanted is None or result.label in wanted:
+                lines.append([TASKS[name]] * several + [title(study, result.label), *_row_names(result, several)])
+    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it", "not tested"]
     if all(line[-1] == tables.MISSING for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     cells = [[tables.Cell(text) for text in line] for line in lines]
     return tables.markdown(tables.Table("", header, cells, words=range(len(header))))
 
 
-def _told(verdict: TestResult, short: bool) -> list[str]:
-    """The best row, those that are worse, that tie, and that are not judged; short: of many that tie, the first ones."""
-    ties = list(verdict.ties)
-    if short and len(ties) > FEW + 1:
-        ties = [*ties[:FEW], f"{len(ties) - FEW} others"]
-    return [", ".join(names) or tables.MISSING for names in ([verdict.best], verdict.worse, ties, verdict.unjudged)]
+def _row_names(result: Comparison, shorten: bool) -> list[str]:
+    """The best row, those that are worse, that tie, and that are not tested; shorten: the first of many that tie."""
+    ties = list(result.ties)
+    if shorten and len(ties) > MAX_TIES + 1:
+        ties = [*ties[:MAX_TIES], f"{len(ties) - MAX_TIES} others"]
+    return [", ".join(names) or tables.MISSING for names in ([result.best], result.worse, ties, result.untested)]
 
 
 def store_curve(sweep: str, metric: str, study: str) -> int:
@@ -140,7 +146,7 @@ def work_of(settings) -> dict[str, float]:
 def rewritten(page: str) -> str:
     """Returns the text of a page with its tables made anew."""
     page = RESULTS.sub(lambda mark: f"{mark[1]}{table(mark[2], mark[3], mark[4] or '')}{mark[5]}", page)
-    return VERDICTS.sub(lambda mark: f"{mark[1]}{verdict_table(mark[2])}{mark[3]}", page)
+    return TESTS.sub(lambda mark: f"{mark[1]}{significance_table(mark[2])}{mark[3]}", page)
 
 
 def main(check: bool) -> int:

@@ -9,7 +9,7 @@ import json
 import pathlib
 
 from seqpe_jax.metric_registry import METRICS, Metric
-from seqpe_jax.reporting.load_run import scale_of
+from seqpe_jax.reporting.load_run import size_of
 from seqpe_jax.reporting.study import Run, Study
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def study_of(name: str) -> Study:
 
 def metric_of(study: Study, key: str) -> tuple[str, Metric]:
     """Returns the kind of data of a study's runs, and a metric of these by its key."""
-    data = study.runs[0].data
+    data = study.runs[0].data_kind
     return data, next(metric for metric in METRICS[data] if metric.name == key)
 
 
@@ -62,8 +62,8 @@ def _scale(line: dict[str, str]) -> dict:
     if "step" in line:
         return {"extent": int(line["step"]), "label": line["step"]}
     if "length" in line:
-        return scale_of({"length": line["length"]})
-    return scale_of({"size": _sides(line["size"])})
+        return size_of({"length": line["length"]})
+    return size_of({"size": _sides(line["size"])})
 
 
 def _sides(size: str) -> list[int]:
@@ -74,7 +74,7 @@ def _sides(size: str) -> list[int]:
 
 def title(study: Study, label: str) -> str:
     """Returns the head of a column: the length or size, and how many times that of training it is."""
-    trained = study.runs[0].training["label"]
+    trained = study.runs[0].training_size["label"]
     if study.name.endswith("_by_step"):
         return label
     return f"{label} ({int(label.split('x')[-1]) / int(trained.split('x')[-1]):g}x)"

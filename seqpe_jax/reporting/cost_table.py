@@ -1,4 +1,4 @@
-"""What encodings keep of their quality past the training length, beside what they cost, as `benchmark` measured it."""
+"""Quality far beyond the training length next to its cost, as `benchmark --output` files in a study's folder have it."""
 
 import json
 import os
@@ -8,115 +8,132 @@ from typing import Any
 from seqpe_jax.axes import size_label
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
+from seqpe_jax.metric_registry import Metric
 from seqpe_jax.reporting.study import Run, Study
-from seqpe_jax.reporting.t_tests import interval
-from seqpe_jax.reporting.tables import MEANS, MISSING, Cell, Metric, Table, heading, mean, number
+from seqpe_jax.reporting.tables import MEANS_NOTE, MISSING, Cell, Table, mean_cell, row_heading
 
-FILES = "benchmark*.json"  # beside the runs, each of one mode
+BENCHMARK_FILES = "benchmark*.json"  # in the study's folder, each of one mode
 MODES = {"train": "training step", "eval": "evaluation"}
-ROPES = (
-    "rotary_axial",
-    "rotary",
-    "rotary_mixed",
-)  # what costs are relative to, on images; in texts the second comes first
-FACTOR = 8  # of the training length or size, at which it is told what is kept
+ROPE_KINDS = ("rotary_axial", "rotary", "rotary_mixed")  # costs are relative to the first that a study of images has
+FACTOR = 8  # of the training length or size, at which retention is measured
 
 Benchmark = dict[str, Any]
 
 
 def read_benchmarks(workdir: str | os.PathLike) -> list[Benchmark]:
-    """Returns the benchmarks of training and evaluation that lie beside a study's runs.
+    """Reads the benchmarks of training and evaluation in a study's folder.
+
+    Args:
+      workdir: folder of the study.
 
     Raises:
       InputError: a file that `benchmark --output` did not write.
     """
-    found = []
-    for path in sorted(as_path(workdir).glob(FILES)):
+    benchmarks = []
+    for path in sorted(as_path(workdir).glob(BENCHMARK_FILES)):
         try:
             one = json.loads(path.read_bytes())
             for run in one["runs"]:
                 run["label"] = size_label(tuple(run["size"]) if "size" in run else (run["length"],))
                 _ = run["encoding"] + run["mode"], run["median_s"] + run["peak_bytes"]
-            _ = [one["ratios"][pair]["time"] + 0 for pair in _pairs(one)]
+            first, *others = _encodings(one) or [""]
+            _ = [one["ratios"][f"{first}/{other}"]["time"] + 0 for other in others]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} is not as `benchmark --output` writes it: write it again, or remove it"
             ) from error
         if one["runs"] and one["runs"][0]["mode"] in MODES:
-            found.append(one)
-    return sorted(found, key=lambda one: list(MODES).index(one["runs"][0]["mode"]))
+            benchmarks.append(one)
+    return sorted(benchmarks, key=lambda one: list(MODES).index(one["runs"][0]["mode"]))
 
 
-def command(study: Study, workdir: str | os.PathLike, benchmarks: Sequence[Benchmark]) -> str:
-    """Returns the commands that measure what is missing beside the runs; "" where nothing is."""
-    there = {one["runs"][0]["mode"] for one in benchmarks}
-    kinds = ",".join(dict.fromkeys([_reference([], study), *(_variant(study, run) for run in study.runs)]))
+def missing_commands(study: Study, workdir: str | os.PathLike, benchmarks: Sequence[Benchmark]) -> str:
+    """Returns the commands that measure missing costs.
+
+    Args:
+      study: the runs.
+      workdir: its folder.
+      benchmarks: those that it has.
+
+    Returns:
+      One command a line; "" where none is missing.
+    """
+    measured = {one["runs"][0]["mode"] for one in benchmarks}
+    variants = dict.fromkeys([_reference([], study), *(_variant(study, run) for run in study.runs)])
     config = (study.config or "CONFIG").partition(":")[0]
     return "\n".join(
-        f"python -m seqpe_jax.benchmark --config={config} --compare={kinds} --mode={mode} "
+        f"python -m seqpe_jax.benchmark --config={config} --compare={','.join(variants)} --mode={mode} "
         f"--output={as_path(workdir) / f'benchmark_{mode}.json'}"
         for mode in MODES
-        if mode not in there
+        if mode not in measured
     )
 
 
 def _variant(study: Study, run: Run) -> str:
-    """The variant of the sweep's config file that a run has; where none is recorded, its kind of encoding."""
-    return study.points.get(run.name, {}).get("config", "").partition(":")[2] or run.encoding
+    """Variant of the sweep's config file that a run has; its kind of encoding where none is recorded."""
+    return study.sweep_trials.get(run.name, {}).get("config", "").partition(":")[2] or run.encoding
 
 
-def summary(study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchmark]) -> Table | None:
-    """Returns row x quality at the training length, quality far beyond, the share of it that is kept, and the costs.
+def retention_table(study: Study, kind: str, metric: Metric, benchmarks: Sequence[Benchmark]) -> Table | None:
+    """Returns row x quality at the training length, quality far beyond, retention, and cost.
 
-    Kept is the quality far beyond over that at the training length, of each run, or the reverse where lower is better: 1
-    is all of it. Costs are of a training step and of an evaluation, relative to RoPE's. None without two lengths.
+    Retention is the ratio of a run's quality far beyond the training length to that at it (the inverse where lower is
+    better). Costs are those of a training step and of an evaluation, relative to RoPE.
+
+    Args:
+      study: the runs.
+      kind: kind of data.
+      metric: measure of quality.
+      benchmarks: measured costs.
+
+    Returns:
+      None where runs were evaluated at one length alone.
     """
-    runs = [run for run in study.counted if run.data == data]
-    scales = _scales(runs)
-    if scales is None:
+    runs = [run for run in study.counted if run.data_kind == kind]
+    sizes = _near_and_far(runs)
+    if sizes is None:
         return None
-    near, far, factor = scales
+    near, far, factor = sizes
     rows = []
-    for row in dict.fromkeys(run.row for run in study.runs if run.data == data):
-        own = [run for run in runs if run.row == row]
-        rows.append(
-            [
-                Cell(row),
-                *(
-                    _mean([at.get(label) for at in (_measured(run, metric) for run in own)], metric.decimals)
-                    for label in (near, far)
-                ),
-                _mean([_kept(_measured(run, metric), near, far, metric) for run in own], 3),
-                *(cell for one in benchmarks for cell in _relative(study, row, one)),
-            ]
+    for row in dict.fromkeys(run.row for run in study.runs if run.data_kind == kind):
+        measured = [_values(run, metric) for run in runs if run.row == row]
+        columns = (
+            ([own.get(near) for own in measured], metric.decimals),
+            ([own.get(far) for own in measured], metric.decimals),
+            ([_retention(own, near, far, metric) for own in measured], 3),
         )
-    title = f"{metric.title.rstrip(',')}, what is kept of it, and the cost"
-    header = [heading(study), f"at {near} (1x)", f"at {far} ({factor:.3g}x)", "kept"]
+        cells = [
+            mean_cell([value for value in values if value is not None], decimals, runs=len(values))
+            for values, decimals in columns
+        ]
+        rows.append([Cell(row), *cells, *(cell for one in benchmarks for cell in _relative_cost(study, row, one))])
+    size_name = "size" if kind == "images" else "length"
+    header = [row_heading(study), f"at {near} (1x)", f"at {far} ({factor:.3g}x)", "retention"]
     for one in benchmarks:
         first = one["runs"][0]
         header += [f"{MODES[first['mode']]} at {first['label']}, time", "memory"]
-    kept = f"{far} over {near}" if metric.higher_is_better else f"{near} over {far}"
-    note = f"Kept: {kept}, so that 1 is all, of each run. {MEANS}."
+    ratio = f"{far} over {near}" if metric.higher_is_better else f"{near} over {far}"
+    note = f"Retention: value at {ratio}, of each run; 1 is no loss. {MEANS_NOTE}."
     if benchmarks:
-        references = " and ".join(dict.fromkeys(_reference(_names(one), study) for one in benchmarks))
+        references = " and ".join(dict.fromkeys(_reference(_encodings(one), study) for one in benchmarks))
         devices = " and ".join(dict.fromkeys(str(one.get("device", "an unknown device")) for one in benchmarks))
-        note += f" Time and memory: times those of {references}, taking turns on {devices}."
-    return Table(title, header, rows, note)
+        note += f" Time and memory: relative to {references}, measured in turns on {devices}."
+    return Table(f"{metric.title.rstrip(',')}, retention past the training {size_name}, and cost", header, rows, note)
 
 
-def quality_and_cost_values(
-    study: Study, data: str, metric: Metric, benchmarks: Sequence[Benchmark]
-) -> dict[str, tuple]:
-    """Returns row -> (time of a training step relative to RoPE, quality far beyond), of rows that have both."""
-    table = summary(study, data, metric, [one for one in benchmarks if one["runs"][0]["mode"] == "train"][:1])
+def quality_and_cost(
+    study: Study, kind: str, metric: Metric, benchmarks: Sequence[Benchmark]
+) -> dict[str, tuple[float, float]]:
+    """Returns row -> (time of a training step relative to RoPE, quality far beyond the training length)."""
+    table = retention_table(study, kind, metric, [one for one in benchmarks if one["runs"][0]["mode"] == "train"][:1])
     if table is None or len(table.header) < 5:
         return {}
     return {row[0].text: (row[4].value, row[2].value) for row in table.rows if None not in (row[4].value, row[2].value)}
 
 
-def _scales(runs: Sequence[Run]) -> tuple[str, str, float] | None:
-    """The labels of the training length and of one FACTOR times as far, or else the furthest; and how far that is."""
-    trained = {run.training["label"]: run.training["extent"] for run in runs if run.results}
+def _near_and_far(runs: Sequence[Run]) -> tuple[str, str, float] | None:
+    """Labels of the training length and of one FACTOR times as far, or else the farthest; and how far that is."""
+    trained = {run.training_size["label"]: run.training_size["extent"] for run in runs if run.results}
     extents = {result["label"]: result["extent"] for run in runs for result in run.results}
     if len(trained) != 1 or not trained.keys() <= extents.keys():
         return None
@@ -128,52 +145,39 @@ def _scales(runs: Sequence[Run]) -> tuple[str, str, float] | None:
     return near, far, factors[far]
 
 
-def _measured(run: Run, metric: Metric) -> dict[str, float]:
+def _values(run: Run, metric: Metric) -> dict[str, float]:
     return {result["label"]: result[metric.name] for result in run.results if metric.name in result}
 
 
-def _kept(measured: dict[str, float], near: str, far: str, metric: Metric) -> float | None:
+def _retention(values: dict[str, float], near: str, far: str, metric: Metric) -> float | None:
     over, under = (far, near) if metric.higher_is_better else (near, far)
-    return measured[over] / measured[under] if {near, far} <= measured.keys() and measured[under] else None
+    return values[over] / values[under] if {near, far} <= values.keys() and values[under] else None
 
 
-def _mean(values: Sequence[float | None], decimals: int) -> Cell:
-    there = [value for value in values if value is not None]
-    if not there:
-        return Cell(MISSING)
-    after = f" ± {number(interval(there), decimals)}" if len(there) > 1 else ""
-    after += f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
-    return Cell(number(mean(there), decimals), mean(there), after=after)
-
-
-def _names(one: Benchmark) -> list[str]:
+def _encodings(one: Benchmark) -> list[str]:
     return [run["encoding"] for run in one["runs"]]
 
 
-def _pairs(one: Benchmark) -> list[str]:
-    first, *others = _names(one)
-    return [f"{first}/{other}" for other in others]
-
-
 def _reference(names: Sequence[str], study: Study) -> str:
-    """The RoPE that costs are relative to, or what is there in its place."""
-    ropes = ROPES if study.runs[0].data == "images" else ("rotary", *ROPES)
-    return next((kind for kind in ropes if not names or kind in names), names[0] if names else "")
+    """The RoPE that costs are relative to, or the first encoding without one; any is among no names."""
+    kinds = ROPE_KINDS if study.runs[0].data_kind == "images" else ("rotary", *ROPE_KINDS)
+    return next((kind for kind in kinds if not names or kind in names), names[0] if names else "")
 
 
-def _relative(study: Study, row: str, one: Benchmark) -> list[Cell]:
-    """Time and memory of a row's encoding, as times those of RoPE in the same run of `benchmark`.
+def _relative_cost(study: Study, row: str, one: Benchmark) -> list[Cell]:
+    """Time and memory of a row's encoding, relative to RoPE in the same run of `benchmark`.
 
-    A row is measured under its own name, or under its kind of encoding where that has one row alone: a form of an encoding
-    may cost something else.
+    A row is found under its own name, or under its kind of encoding where that has one row alone: variants of an encoding
+    differ in cost.
     """
-    names = _names(one)
-    kinds = {own: study.of(own)[0].encoding for own in study.rows}
+    names = _encodings(one)
+    kinds = {own: study.runs_of(own)[0].encoding for own in study.rows}
     name = row if row in names else kinds[row]
     if name not in names or (name != row and list(kinds.values()).count(name) > 1):
         return [Cell(MISSING), Cell(MISSING)]
-    # Of turns, so that what else the machine did falls on both alike; the first encoding over each other one.
-    behind = {names[0]: 1.0} | {other: one["ratios"][f"{names[0]}/{other}"]["time"] for other in names[1:]}
-    held = {run["encoding"]: run["peak_bytes"] for run in one["runs"]}
+    # Ratios of turns, on which other load of the machine has the same effect; the first encoding over each other one.
+    first_over = {names[0]: 1.0} | {other: one["ratios"][f"{names[0]}/{other}"]["time"] for other in names[1:]}
+    memory = {run["encoding"]: run["peak_bytes"] for run in one["runs"]}
     rope = _reference(names, study)
-    return [Cell(f"{value:.2f}", value) for value in (behind[rope] / behind[name], held[name] / held[rope])]
+    ratios = (first_over[rope] / first_over[name], memory[name] / memory[rope])
+    return [Cell(f"{ratio:.2f}", ratio) for ratio in ratios]

@@ -1,4 +1,4 @@
-"""Files of a run's folder that a report shows, read and checked value by value."""
+"""Files of a run's folder that a report shows, checked when they are read."""
 
 import io
 import math
@@ -14,45 +14,57 @@ from seqpe_jax.axes import size_label
 from seqpe_jax.config import apply_renames
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, parse_json
+from seqpe_jax.metric_registry import HIGHER_IS_BETTER
+from seqpe_jax.run_dir import EVALUATION_FILE
 
-CONFIG = {"seed": int, "data.length": int, "encoding.kind": str}  # what a config must have to be shown
-# What it need not have, but of this kind.
-IF_THERE = {"steps": int, "data.size": list, "data.name": str, "encoding.gate": str}
-EVALUATION = {"step": int, "parameters": int, "split": str, "without_context": dict}  # likewise, of an evaluation
-EVALUATION |= {"training_flops": (int, float)}
-NUMBERS = (
-    "tokens examples loss perplexity bits_per_byte word_perplexity answer_perplexity contains f1 exact_match "
-    "exact_match_strict top1 top5"
-)
-RESULT = dict.fromkeys(NUMBERS.split(), (int, float)) | {
+FieldTypes = Mapping[str, Any]  # dotted name -> type of its value
+
+CONFIG_FIELDS: FieldTypes = {"seed": int, "data.length": int, "encoding.kind": str}
+OPTIONAL_CONFIG_FIELDS: FieldTypes = {"steps": int, "data.size": list, "data.name": str, "encoding.gate": str}
+OPTIONAL_EVALUATION_FIELDS: FieldTypes = {
+    "step": int,
+    "parameters": int,
+    "training_flops": (int, float),
+    "split": str,
+    "without_context": dict,
+}
+OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHER_IS_BETTER), (int, float)) | {
     "targets": int,
     "stride": int,
     "loss_by_position": dict,
     "depth": list,
     "distance": list,
-}  # likewise
-Fields = Mapping[str, Any]  # dotted name -> the kind of its value
-NONE: Fields = {}
-LARGEST_DRAWN = 1 << 28  # bytes of the arrays of a plot
+}
+MAX_ARRAY_BYTES = 1 << 28  # of the arrays of a plot
 
 
-def field(values: Any, name: str) -> Any:
-    """Returns the value of a dotted name in nested dicts; None without."""
+def get_field(values: Any, name: str) -> Any:
+    """Returns the value of a dotted name in nested dicts, None without it."""
     for key in name.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
 def read_evaluation(folder: AnyPath) -> dict[str, Any]:
-    """Returns what `evaluate` wrote, {} where it did not; each result has its `scale_of` too. Raises: InputError."""
-    path = folder / "evaluation.json"
+    """Reads evaluation.json.
+
+    Args:
+      folder: run folder.
+
+    Returns:
+      Its object, {} without the file; each result also has the "extent" and "label" of `size_of`.
+
+    Raises:
+      InputError: it is no evaluation.
+    """
+    path = folder / EVALUATION_FILE
     if not path.exists():
         return {}
-    evaluation = object_of(path.read_bytes(), str(path), {"results": list}, EVALUATION)
+    evaluation = parse_object(path.read_bytes(), str(path), {"results": list}, OPTIONAL_EVALUATION_FIELDS)
     for number, result in enumerate(evaluation["results"], 1):
         try:
-            result |= scale_of(result)
-            _checked(result, "", {}, RESULT)
+            result |= size_of(result)
+            _check_fields(result, "", {}, OPTIONAL_RESULT_FIELDS)
             if "context" in result:
                 _ = result["targets"], result["stride"], float(result["loss"])
             _check_curves(result)
@@ -65,19 +77,26 @@ def read_evaluation(folder: AnyPath) -> dict[str, Any]:
 
 
 def _check_curves(result: dict[str, Any]) -> None:
-    """Refuses parts of a result that cannot be drawn. Raises: KeyError, TypeError, ValueError."""
+    """Checks the parts of a result that are drawn. Raises: KeyError, TypeError, ValueError."""
     if curve := result.get("loss_by_position"):
-        places, losses = (np.asarray(curve[name], float) for name in ("position", "loss"))
-        if places.ndim != 1 or places.shape != losses.shape or not len(places) or not 0 <= places.min():
-            raise ValueError(places.shape)
+        positions, losses = (np.asarray(curve[name], float) for name in ("position", "loss"))
+        if positions.ndim != 1 or positions.shape != losses.shape or not len(positions) or not 0 <= positions.min():
+            raise ValueError(positions.shape)
     for part in result.get("depth") or ():
         _ = [float(part[name]) for name in ("from", "to", "contains")]
     for part in result.get("distance") or ():
         _ = [float(part[name]) for name in ("from", "to", "examples")], float(part["contains"] or 0)
 
 
-def scale_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"extent", "label"} of a length, a context, a [height, width] or a [frames, height, width]."""
+def size_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the size of an example.
+
+    Args:
+      result: object with a "length" or "context" in tokens, or a "size" [height, width] or [frames, height, width].
+
+    Returns:
+      {"extent", "label"}: the length, or the side in pixels of a square or cube of equal volume; and its name in tables.
+    """
     tokens = result.get("length", result.get("context"))
     sides = (int(tokens),) if tokens is not None else tuple(int(side) for side in result["size"])
     if tokens is None and len(sides) not in (2, 3):
@@ -89,28 +108,39 @@ def scale_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_similarity(folder: AnyPath) -> dict[str, np.ndarray] | None:
-    """Returns pivots, positions and their cosines; None where there are none. Raises: InputError."""
-    arrays = _arrays(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
+    """Reads similarity.npz.
+
+    Args:
+      folder: run folder.
+
+    Returns:
+      {"pivots" int[n, A], "positions" int[m, A], "cosine" float[n, m]} of n anchors; None without the file, and where
+      cosines are not finite (a diverged model).
+
+    Raises:
+      InputError: it holds other arrays.
+    """
+    arrays = _read_npz(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
     if arrays and not np.isfinite(arrays["cosine"]).all():
-        return None  # the vectors of a model that has come to nothing
+        return None
     if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
         raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
     return arrays
 
 
 def read_attention(folder: AnyPath) -> dict[str, np.ndarray] | None:
-    """Returns images and where they were looked at; None where there are none. Raises: InputError."""
-    return _arrays(folder / "attention.npz", images=4, attention=4)
+    """Returns {"images", "attention"} of attention.npz, None without the file. Raises: InputError."""
+    return _read_npz(folder / "attention.npz", images=4, attention=4)
 
 
-def _arrays(path: AnyPath, **axes: int) -> dict[str, np.ndarray] | None:
-    """Reads arrays that have at least so many axes each."""
+def _read_npz(path: AnyPath, **min_axes: int) -> dict[str, np.ndarray] | None:
+    """Reads arrays with at least so many axes each; None without the file."""
     if not path.exists():
         return None
     try:
-        found = read_arrays(io.BytesIO(path.read_bytes()), LARGEST_DRAWN)
-        arrays = {name: found[name] for name in axes}
-        if any(arrays[name].ndim < count or arrays[name].dtype.kind not in "iuf" for name, count in axes.items()):
+        found = read_arrays(io.BytesIO(path.read_bytes()), MAX_ARRAY_BYTES)
+        arrays = {name: found[name] for name in min_axes}
+        if any(arrays[name].ndim < axes or arrays[name].dtype.kind not in "iuf" for name, axes in min_axes.items()):
             raise ValueError({name: value.shape for name, value in arrays.items()})
     except (
         OSError,
@@ -122,40 +152,61 @@ def _arrays(path: AnyPath, **axes: int) -> dict[str, np.ndarray] | None:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise InputError(f"{path} is not an archive of {', '.join(axes)} ({error}): evaluate the run again") from error
+        names = ", ".join(min_axes)
+        raise InputError(f"{path} is not an archive of {names} ({error}): evaluate the run again") from error
     return arrays
 
 
-def config_of(value: Any, where: str) -> dict[str, Any]:
-    """A config that can be shown, with the names of today (`config.apply_renames`). Raises: InputError."""
-    data = _checked(value, where, CONFIG, IF_THERE)["data"]
+def checked_config(value: Any, source: str) -> dict[str, Any]:
+    """Returns a config that a report can show, under current names.
+
+    Args:
+      value: parsed config.json.
+      source: path for messages.
+
+    Raises:
+      InputError: fields are missing or of another type.
+    """
+    data = _check_fields(value, source, CONFIG_FIELDS, OPTIONAL_CONFIG_FIELDS)["data"]
     try:
-        scale_of({"size": data["size"]} if data.get("size") else data)
+        size_of({"size": data["size"]} if data.get("size") else data)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{where}: its data.size or data.length is none: it is not as this package writes it"
+            f"{source}: its data.size or data.length is none: it is not as this package writes it"
         ) from error
     try:
         return apply_renames(value)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
-def object_of(text: bytes, where: str, fields: Fields = NONE, others: Fields = NONE) -> Any:
-    """Parses a JSON object that must have some fields, given by dotted names, and may have others."""
+def parse_object(
+    content: bytes, source: str, fields: FieldTypes | None = None, optional: FieldTypes | None = None
+) -> dict[str, Any]:
+    """Parses a JSON object and checks the types of its fields.
+
+    Args:
+      content: JSON.
+      source: path for messages.
+      fields: fields that it must have.
+      optional: fields that it may have.
+
+    Raises:
+      InputError: it is no such object.
+    """
     try:
-        value = parse_json(text)
+        value = parse_json(content)
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
-    return _checked(value, where, fields, others)
+        raise InputError(f"{source} is not JSON ({error})") from error
+    return _check_fields(value, source, fields or {}, optional or {})
 
 
-def _checked(value: Any, where: str, fields: Fields, others: Fields) -> Any:
-    for name, kind in (fields | others).items():
-        found = field(value, name)
-        if found is None and name in others:
+def _check_fields(value: Any, source: str, fields: FieldTypes, optional: FieldTypes) -> Any:
+    for name, kind in {**fields, **optional}.items():
+        found = get_field(value, name)
+        if found is None and name in optional:
             continue
         if not isinstance(found, kind) or isinstance(found, bool) or type(found) is int and abs(found) >= 2**63:
             what = kind.__name__ if isinstance(kind, type) else "number"
-            raise InputError(f"{where} has no {what} '{name}': it is not as this package writes it")
+            raise InputError(f"{source} has no {what} '{name}': it is not as this package writes it")
     return value

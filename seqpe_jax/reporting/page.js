@@ -1,4 +1,4 @@
-// What a reader may do with the page: sort a table by any column, and pick the curves of the plots. Without it, all is there.
+// Sorts a table by the column whose heading is clicked; missing values and NaN come last in either direction.
 "use strict";
 
 function valueOf(body, column) {
@@ -7,19 +7,16 @@ function valueOf(body, column) {
   return number ? Number(number.value) : cell.textContent.trim();
 }
 
-function compare(a, b) {
-  if (typeof a === "number" && typeof b === "number") return a - b;
-  return String(a).localeCompare(String(b), undefined, { numeric: true });
-}
-
 function sortBy(table, heads, column) {
-  const falls = heads[column].getAttribute("aria-sort") === "ascending", sign = falls ? -1 : 1;
-  const known = (value) => value !== null && !Number.isNaN(value); // what is missing, or no number, comes last either way
+  const sign = heads[column].getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  const known = (value) => value !== null && !Number.isNaN(value);
+  const compare = (a, b) =>
+    typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
   const bodies = [...table.tBodies].map((body) => ({ body, value: valueOf(body, column) }));
   bodies.sort((a, b) => known(b.value) - known(a.value) || (known(a.value) ? sign * compare(a.value, b.value) : 0));
   for (const { body } of bodies) table.append(body);
   for (const head of heads) head.removeAttribute("aria-sort");
-  heads[column].setAttribute("aria-sort", falls ? "descending" : "ascending");
+  heads[column].setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
 }
 
 for (const table of document.querySelectorAll("table")) {
@@ -27,27 +24,8 @@ for (const table of document.querySelectorAll("table")) {
   if (bodies.length < 2 || bodies.some((body) => body.rows.length > 1)) continue;
   heads.forEach((head, column) => {
     const button = document.createElement("button");
-    button.type = "button";
     button.append(...head.childNodes);
     button.addEventListener("click", () => sortBy(table, heads, column));
     head.append(button);
   });
-}
-
-const pick = document.getElementById("pick");
-if (pick) {
-  const boxes = [...pick.querySelectorAll("input")];
-  const show = () => {
-    for (const box of boxes)
-      for (const part of document.querySelectorAll(`svg [data-row="${box.value}"]`))
-        part.style.display = box.checked ? "" : "none";
-  };
-  for (const box of boxes) box.addEventListener("change", show);
-  for (const button of pick.querySelectorAll("button"))
-    button.addEventListener("click", () => {
-      for (const box of boxes) box.checked = button.value === "all";
-      show();
-    });
-  pick.hidden = false;
-  show(); // a browser that goes back keeps what was ticked
 }

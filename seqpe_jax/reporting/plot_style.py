@@ -1,11 +1,10 @@
-"""How a plot is drawn: colours, axes, names at the ends of curves, and its forms as PNG and SVG."""
+"""Style of the plots: colours, axes, curve names, and their forms as PNG and SVG."""
 
 import dataclasses
 import html
 import io
 import math
 import re
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ import matplotlib.pyplot as plt
 
 from seqpe_jax.reporting.study import Study
 
-# One per encoding, the same in every plot: on white, and on black. The first six are Okabe and Ito's, told apart by
-# colour-blind readers; their light orange is a little darker here, so that labels in it can be read on white.
+# Encoding -> colour on white, on black; the same in all plots. The first six are Okabe and Ito's for colour-blind readers;
+# their light orange is slightly darker here, so that text in it is legible on white.
 COLOURS = {
     "seqpe": ("#D55E00", "#FF8A3C"),
     "rotary": ("#0072B2", "#58AEEE"),
@@ -40,7 +39,8 @@ COLOURS = {
     "other": ("#555555", "#BBBBBB"),
 }
 INK, GRID = "#333333", "#DDDDDD"
-DASHES = (  # of further rows of one colour
+# Line styles of the rows that share a colour.
+DASHES = (
     "-",
     (0, (5, 1.5)),
     (0, (1.5, 1.5)),
@@ -49,11 +49,11 @@ DASHES = (  # of further rows of one colour
     (0, (9, 3)),
     (0, (1, 3)),
 )
-SIZE, DPI = (7.2, 4.3), 140
-BANDS = 6  # more would hide each other
-ROW = "row-"  # begins matplotlib's id of what is drawn for a row
-LABEL_GAP = 13.0  # points between the middles of two labels
-DRESS = {
+FIGURE_SIZE = (7.2, 4.3)  # inches
+DPI = 140
+MAX_BANDS = 6  # rows whose confidence intervals are drawn; more would hide each other
+LABEL_HEIGHT = 13.0  # points between the middles of two curve names
+RC_PARAMS = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -65,14 +65,18 @@ DRESS = {
     "svg.hashsalt": "report",
     "lines.solid_capstyle": "round",
 }
+CurveEnd = tuple[float, float, str, str]  # x, y, row, colour
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A drawn figure.
+    """A figure of the report.
 
     Attributes:
-      name: of its file; title: in the page; alt: what it shows, for people who do not see it; figure: matplotlib's.
+      name: file name without extension.
+      title: heading in the page.
+      alt: description for readers who do not see it.
+      figure: matplotlib's figure.
     """
 
     name: str
@@ -83,54 +87,52 @@ class Plot:
     def png(self) -> bytes:
         """Returns the figure as PNG, on white."""
         out = io.BytesIO()
-        with matplotlib.rc_context(DRESS):
+        with matplotlib.rc_context(RC_PARAMS):
             self.figure.savefig(out, format="png", dpi=DPI)
         return out.getvalue()
 
     def svg(self) -> str:
-        """Returns the figure as an SVG element for a page that defines `variables`: vectors, text as text, no background.
+        """Returns the figure as an SVG element without background, in the colours that its page defines (`css_colours`).
 
-        Raster parts are inside it; its ids begin with the plot's name, so that many fit in one page.
+        Raster images are embedded. Element ids begin with the plot's name, so that many figures fit into one page.
         """
         out = io.StringIO()
-        with matplotlib.rc_context(DRESS):
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            self.figure.savefig(out, format="svg", transparent=True, dpi=DPI, metadata=nothing)
+        with matplotlib.rc_context(RC_PARAMS):
+            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            self.figure.savefig(out, format="svg", transparent=True, dpi=DPI, metadata=metadata)
         svg = out.getvalue()
         svg = svg[svg.index("<svg") :]
-        own = re.sub(r"\W+", "-", self.name)
-        for pattern, by in (
+        prefix = re.sub(r"\W+", "-", self.name)
+        for pattern, replacement in (
             (r' xmlns(:\w+)?="[^"]*"', ""),
             (r"\bxlink:href=", "href="),
-            (r' id="image\w*"', ""),  # of its content, which a figure may show twice
-            (rf' id="{ROW}([0-9a-f]+)"', r' data-row="\1"'),
-            (r'\bid="', f'id="{own}-'),
-            (r'(\bhref="|url\()#', rf"\1#{own}-"),
+            (r' id="image\w*"', ""),  # a hash of the content, which a figure may show twice
+            (r'\bid="', f'id="{prefix}-'),
+            (r'(\bhref="|url\()#', rf"\1#{prefix}-"),
             (r"'DejaVu Sans'[^;\"]*", "var(--sans)"),
         ):
-            svg = re.sub(pattern, by, svg)
+            svg = re.sub(pattern, replacement, svg)
         for hex_, name in ((INK, "ink"), (GRID, "rule"), *((light, name) for name, (light, _) in COLOURS.items())):
             svg = re.sub(hex_, f"var(--{name})", svg, flags=re.IGNORECASE)
         width = math.ceil(72 * self.figure.get_figwidth())
-        told = f'role="img" aria-label="{html.escape(self.alt)}" style="--width: {width}px"'
-        return svg.replace("<svg ", f"<svg {told} ", 1).strip()
+        attributes = f'role="img" aria-label="{html.escape(self.alt)}" style="--width: {width}px"'
+        return svg.replace("<svg ", f"<svg {attributes} ", 1).strip()
 
 
-def variables(dark: bool) -> dict[str, str]:
-    """Returns the colours that an `svg` asks its page for: name -> value."""
+def css_colours(dark: bool) -> dict[str, str]:
+    """Returns the CSS variables of `Plot.svg`: name -> colour."""
     return {name: pair[dark] for name, pair in COLOURS.items()}
 
 
-def styles_of(study: Study) -> dict[str, tuple[str, Any]]:
-    """Returns row -> colour and line style: an encoding's own colour, or one each where it has too many rows for that.
+def row_styles(study: Study) -> dict[str, tuple[str, Any]]:
+    """Returns row -> colour and line style: the encoding's colour, or another for each row where an encoding has too many.
 
     An encoding with a gate, "KIND+GATE", has the colour of its kind.
     """
     rows: dict[str, list[str]] = {}
     for row in study.rows:
-        if runs := study.of(row):
-            encoding = runs[0].encoding
-            rows.setdefault(encoding if encoding in COLOURS else encoding.partition("+")[0], []).append(row)
+        encoding = study.runs_of(row)[0].encoding
+        rows.setdefault(encoding if encoding in COLOURS else encoding.partition("+")[0], []).append(row)
     if len(rows) > 1 and max(map(len, rows.values())) <= len(DASHES):
         return {
             row: (COLOURS.get(encoding, COLOURS["other"])[0], DASHES[at])
@@ -144,58 +146,76 @@ def styles_of(study: Study) -> dict[str, tuple[str, Any]]:
     }
 
 
-def key_of(row: str) -> str:
-    """Returns what a row is called in the `data-row` of its curves and labels."""
-    return f"{zlib.crc32(row.encode('utf-8', 'backslashreplace')):08x}"
+def new_figure(x: str, y: str, rows: int) -> tuple[plt.Figure, plt.Axes]:
+    """Returns a figure of one plot.
+
+    Args:
+      x: label of the axis.
+      y: label of the axis.
+      rows: number of curve names beside the plot.
+    """
+    size = (FIGURE_SIZE[0], max(FIGURE_SIZE[1], label_inches(rows)))
+    figure, axes = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
+    return figure, style_axes(axes, x, y)
 
 
-def of_row(row: str) -> dict[str, str]:
-    """Returns what tells matplotlib that something is drawn for a row, so that the page can leave it out."""
-    return {"gid": ROW + key_of(row)}
+def label_inches(rows: int) -> float:
+    """Returns the height in inches that so many curve names need."""
+    return (1.2 * LABEL_HEIGHT * rows + 60) / 72
 
 
-def legend(study: Study) -> list[tuple[str, str, str]]:
-    """Returns (row, its key, the name of its colour) of the rows that are drawn."""
-    names = {light: name for name, (light, _) in COLOURS.items()}
-    return [(row, key_of(row), names[colour]) for row, (colour, _) in styles_of(study).items()]
+def style_axes(axes: plt.Axes, x: str, y: str) -> plt.Axes:
+    """Returns the axes with labels, a light grid and no frame."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
-def length_axis(axes: plt.Axes, lengths: set[float], also: set[float]) -> None:
-    """Makes x a base-2 logarithm with the lengths as ticks, wide enough for what else is shown."""
+def log2_axis(axes: plt.Axes, ticks: set[float], shown: set[float]) -> None:
+    """Makes x logarithmic.
+
+    Args:
+      axes: axes to change.
+      ticks: values with ticks.
+      shown: further values that must be inside.
+    """
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(lengths), [f"{length:g}" for length in sorted(lengths)])
+    axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axes.minorticks_off()
-    axes.set_xlim(min(lengths | also) / 1.15, max(lengths | also) * 1.08)
+    axes.set_xlim(min(ticks | shown) / 1.15, max(ticks | shown) * 1.08)
 
 
 def mark_training(axes: plt.Axes, trained: set[float]) -> None:
-    """Marks the lengths or sizes of training with a line and a word."""
-    for length in sorted(trained):
-        axes.axvline(length, color=INK, linestyle="--", linewidth=1.2, zorder=0.5)
-        axes.annotate(
-            f"trained at {length:g}",
-            (length, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha=side(axes, length),
-            color=INK,
-            fontsize=9,
-        )
+    """Marks training lengths or sizes with a line and a word."""
+    for extent in sorted(trained):
+        axes.axvline(extent, color=INK, linestyle="--", linewidth=1.2, zorder=0.5)
+        write_above(axes, extent, f"trained at {extent:g}")
 
 
-def side(axes: plt.Axes, x: float) -> str:
-    """Returns the alignment that keeps a text at x inside the axes."""
-    place = axes.transAxes.inverted().transform(axes.transData.transform((x, axes.get_ylim()[0])))[0]
-    return "left" if place < 0.15 else "right" if place > 0.85 else "center"
+def write_above(axes: plt.Axes, x: float, text: str) -> None:
+    """Writes a text above the axes at x, aligned so that it stays within their width."""
+    across = axes.transAxes.inverted().transform(axes.transData.transform((x, axes.get_ylim()[0])))[0]
+    axes.annotate(
+        text,
+        (x, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="left" if across < 0.15 else "right" if across > 0.85 else "center",
+        color=INK,
+        fontsize=9,
+    )
 
 
-def label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each curve's name at the height of its end right of the axes, moved apart where names would touch."""
+def label_ends(axes: plt.Axes, ends: Sequence[CurveEnd]) -> None:
+    """Writes the name of each curve right of the axes at the height of its end, without overlaps."""
     if not ends:
         return
     axes.autoscale_view()
-    axes.figure.canvas.draw()  # the layout must stand before heights are known
+    axes.figure.canvas.draw()  # heights are known once the layout is
     points = 72 / axes.figure.dpi
     ends = sorted(ends, key=lambda end: end[1])
     wanted = [axes.transData.transform((x, y))[1] * points for x, y, *_ in ends]
@@ -203,7 +223,7 @@ def label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) ->
     for _ in range(200):
         moved = False
         for low in range(len(heights) - 1):
-            overlap = LABEL_GAP - (heights[low + 1] - heights[low])
+            overlap = LABEL_HEIGHT - (heights[low + 1] - heights[low])
             if overlap > 0.01:
                 heights[low] -= overlap / 2
                 heights[low + 1] += overlap / 2
@@ -222,27 +242,4 @@ def label_ends(axes: plt.Axes, ends: Sequence[tuple[float, float, str, str]]) ->
             fontweight="bold",
             fontsize=9,
             annotation_clip=False,
-            **of_row(row),
         )
-
-
-def new_figure(x: str, y: str, labels: int) -> tuple[plt.Figure, plt.Axes]:
-    """A figure of one plot, high enough for so many names beside it."""
-    size = (SIZE[0], max(SIZE[1], room(labels)))
-    figure, axes = plt.subplots(figsize=size, dpi=DPI, layout="constrained")
-    return figure, dress(axes, x, y)
-
-
-def room(labels: int) -> float:
-    """Height in inches of a plot with so many names beside it."""
-    return (1.2 * LABEL_GAP * labels + 60) / 72
-
-
-def dress(axes: plt.Axes, x: str, y: str) -> plt.Axes:
-    """Returns the axes with their labels, a light grid and no frame."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes

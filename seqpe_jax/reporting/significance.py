@@ -1,4 +1,4 @@
-"""Which row is better, worse or a tie at each length or size, in sentences that are made from tests of the numbers."""
+"""Significance tests of a study: at each length or size the best row against the others, and their results in sentences."""
 
 import collections
 import dataclasses
@@ -7,102 +7,108 @@ import statistics
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from seqpe_jax.metric_registry import Metric
 from seqpe_jax.reporting import t_tests
-from seqpe_jax.reporting.load_run import field
-from seqpe_jax.reporting.study import COMPARED, Run, Study
-from seqpe_jax.reporting.tables import Metric, number, values_of
+from seqpe_jax.reporting.load_run import get_field
+from seqpe_jax.reporting.study import COMPARED_FIELDS, Run, Study
+from seqpe_jax.reporting.tables import number, values_of
 
 TEST_NOTE = (
-    "*: worse than the row with the best mean, by a t-test two-sided at 0.05, paired by seed where two rows have the same "
-    "seeds and data and else Welch's, with the p of the best of so many rows, Holm-corrected over all other rows of a "
-    "column. Rows of several seeds without it tie with the best one: their seeds do not tell them apart, and three seeds "
-    "tell few rows apart. Rows of one seed are not judged."
+    "*: significantly worse than the row with the best mean, by a two-sided t-test at 0.05, paired by seed where two rows "
+    "have the same seeds and data and else Welch's, with the p of the best of so many rows, Holm-corrected over all other "
+    "rows of a column. Rows of several seeds without a star tie with the best one: the test does not distinguish them, and "
+    "three seeds distinguish few rows. Rows of one seed are not tested."
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class TestResult:
-    """The tests of one length or size: each judged row against the one with the best mean.
+class Comparison:
+    """Tests of one length or size: each row with several seeds against the best of them.
 
     Attributes:
       label: the length or size.
-      best: the row with the best mean among those judged, or among all where `judged` is False.
-      worse: row -> adjusted p of those that are worse than the best row.
-      ties: row -> adjusted p of those that are not told apart from it.
-      unjudged: row -> why it is not tested.
-      next: the row whose mean is next to the best, "" without one.
-      margin: the difference of their means, at least 0.
-      judged: whether two rows have several seeds; else nothing is tested.
+      best: row with the best mean, among those that are tested, or among all where `tested` is False.
+      worse: row -> adjusted p of rows that are significantly worse.
+      ties: row -> adjusted p of rows without a significant difference.
+      untested: row -> reason for which it is not tested.
+      second: row with the second best mean.
+      margin: difference of these two means, at least 0.
+      tested: whether at least two rows have several seeds.
     """
 
     label: str
     best: str
     worse: dict[str, float]
     ties: dict[str, float]
-    unjudged: dict[str, str]
-    next: str
+    untested: dict[str, str]
+    second: str
     margin: float
-    judged: bool = True
+    tested: bool = True
 
     @property
     def key(self) -> tuple:
-        """Equal of verdicts that one sentence can tell together."""
-        return self.best, set(self.worse), set(self.ties), self.unjudged, self.next, self.judged
+        """Equal for results that one sentence can state together."""
+        return self.best, set(self.worse), set(self.ties), self.untested, self.second, self.tested
 
 
-def significance_tests(study: Study, data: str, metric: Metric) -> list[TestResult]:
-    """Returns the verdict of each length or size at which two rows or more have a finite value.
+def significance_tests(study: Study, kind: str, metric: Metric) -> list[Comparison]:
+    """Returns the tests of each length or size at which at least two rows have finite values.
 
-    Rows of one seed are not judged, nor those with a seed whose value is not finite. Runs of a row with the same seed count
-    once, with their mean.
+    Rows with one seed, or with a value that is not finite, are not tested. Runs of a row with the same seed count once,
+    with their mean.
+
+    Args:
+      study: the runs.
+      kind: kind of data.
+      metric: metric that is compared.
     """
-    found, extents = values_of(study, data, metric)
-    judged = [_verdict(study, label, found, metric) for label in extents]
-    return [one for one in judged if one is not None]
+    values, extents = values_of(study, kind, metric)
+    results = [_test(study, label, values, metric) for label in extents]
+    return [one for one in results if one is not None]
 
 
-def worse(found: Sequence[TestResult]) -> set[tuple[str, str]]:
-    """Returns the (row, label) that are worse than the best row of a length or size."""
-    return {(row, one.label) for one in found for row in one.worse}
+def worse_cells(results: Sequence[Comparison]) -> set[tuple[str, str]]:
+    """Returns the (row, label) that are significantly worse than the best row."""
+    return {(row, one.label) for one in results for row in one.worse}
 
 
-def _verdict(study: Study, label: str, found: dict[tuple[str, str], list[float]], metric: Metric) -> TestResult | None:
-    there = {name: own for (name, at), own in found.items() if at == label}
-    finite = {name: own for name, own in there.items() if all(map(math.isfinite, own))}
+def _test(study: Study, label: str, values: dict[tuple[str, str], list[float]], metric: Metric) -> Comparison | None:
+    at_label = {row: own for (row, at), own in values.items() if at == label}
+    finite = {row: own for row, own in at_label.items() if all(map(math.isfinite, own))}
     if len(finite) < 2:
         return None
-    means = {name: statistics.fmean(own) for name, own in finite.items()}
-    seeds = {name: _seeds(study, name, label, metric) for name in finite}
-    several = [name for name in finite if len(seeds[name]) > 1]
-    judged = len(several) > 1
+    means = {row: statistics.fmean(own) for row, own in finite.items()}
+    seeds = {row: _by_seed(study, row, label, metric) for row in finite}
+    repeated = [row for row in finite if len(seeds[row]) > 1]
+    tested = len(repeated) > 1
     choose = max if metric.higher_is_better else min
-    best = choose(several if judged else finite, key=means.__getitem__)
-    others = [name for name in (several if judged else finite) if name != best]
-    following = choose(others, key=means.__getitem__)
-    verdict = TestResult(label, best, {}, {}, {}, following, abs(means[best] - means[following]), judged)
-    if not judged:
-        return verdict
-    measured = {name: _measured(study, name, label) for name in several}
-    adjusted = t_tests.against(best, {name: seeds[name] for name in several}, measured)
-    for name in sorted(others, key=means.__getitem__, reverse=metric.higher_is_better):
-        if math.isnan(adjusted[name]):
-            verdict.unjudged[name] = "seeds that do not differ"
+    best = choose(repeated if tested else finite, key=means.__getitem__)
+    others = [row for row in (repeated if tested else finite) if row != best]
+    second = choose(others, key=means.__getitem__)
+    result = Comparison(label, best, {}, {}, {}, second, abs(means[best] - means[second]), tested)
+    if not tested:
+        return result
+    conditions = {row: _conditions(study, row, label) for row in repeated}
+    adjusted = t_tests.compare_with_best(best, {row: seeds[row] for row in repeated}, conditions)
+    for row in sorted(others, key=means.__getitem__, reverse=metric.higher_is_better):
+        if math.isnan(adjusted[row]):
+            result.untested[row] = "seeds without variance"
         else:
-            (verdict.worse if adjusted[name] <= t_tests.LEVEL else verdict.ties)[name] = adjusted[name]
-    for name in there:
-        if name not in several:
-            verdict.unjudged[name] = "one seed" if name in finite else "a value that is not finite"
-    return verdict
+            (result.worse if adjusted[row] <= t_tests.LEVEL else result.ties)[row] = adjusted[row]
+    for row in at_label:
+        if row not in repeated:
+            result.untested[row] = "one seed" if row in finite else "a value that is not finite"
+    return result
 
 
 def _results(study: Study, row: str, label: str) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs of a row that count, with their results at a length or size."""
+    """Runs of a row that count, with their results at a length or size."""
     return [
         (run, result) for run in study.counted if run.row == row for result in run.results if result["label"] == label
     ]
 
 
-def _seeds(study: Study, row: str, label: str, metric: Metric) -> dict[int, float]:
+def _by_seed(study: Study, row: str, label: str, metric: Metric) -> dict[int, float]:
     values: dict[int, list[float]] = collections.defaultdict(list)
     for run, result in _results(study, row, label):
         if metric.name in result:
@@ -110,53 +116,56 @@ def _seeds(study: Study, row: str, label: str, metric: Metric) -> dict[int, floa
     return {seed: statistics.fmean(own) for seed, own in values.items()}
 
 
-def _measured(study: Study, row: str, label: str) -> Hashable:
-    """What rows must have in common to be paired: seeds, training data, the split and the number of examples read."""
-    found = set()
+def _conditions(study: Study, row: str, label: str) -> Hashable:
+    """Seeds, training data, split and number of evaluated examples; rows are paired where these are equal."""
+    conditions = set()
     for run, result in _results(study, row, label):
-        trained = tuple(repr(field(run.config, name)) for name in COMPARED)
+        training = tuple(repr(get_field(run.config, name)) for name in COMPARED_FIELDS)
         count = result.get("examples", result.get("tokens"))
-        found.add((run.seed, trained, run.evaluation.get("split"), count))
-    return frozenset(found)
+        conditions.add((run.seed, training, run.evaluation.get("split"), count))
+    return frozenset(conditions)
 
 
-def sentences(found: Sequence[TestResult], metric: Metric) -> list[str]:
-    """Returns a sentence for each stretch of lengths or sizes with the same verdict."""
-    stretches: list[list[TestResult]] = []
-    for verdict in found:
-        if stretches and stretches[-1][0].key == verdict.key:
-            stretches[-1].append(verdict)
+def sentences(results: Sequence[Comparison], metric: Metric) -> list[str]:
+    """Returns a sentence for each range of lengths or sizes with the same test result.
+
+    Args:
+      results: tests of a metric, by ascending length.
+      metric: the metric.
+    """
+    ranges: list[list[Comparison]] = []
+    for result in results:
+        if ranges and ranges[-1][0].key == result.key:
+            ranges[-1].append(result)
         else:
-            stretches.append([verdict])
-    return [_sentence(stretch, metric) for stretch in stretches]
+            ranges.append([result])
+    return [_sentence(same, metric) for same in ranges]
 
 
-def _sentence(stretch: Sequence[TestResult], metric: Metric) -> str:
-    first, last = stretch[0], stretch[-1]
+def _sentence(same: Sequence[Comparison], metric: Metric) -> str:
+    first, last = same[0], same[-1]
     words = f"At {first.label}" if first is last else f"From {first.label} to {last.label}"
-    by = _range([one.margin for one in stretch], lambda value: number(value, metric.decimals))
-    if not first.judged:
-        return (
-            f"{words} {first.best} has the best value, {by} ahead of {first.next}; one seed each, so nothing is judged."
-        )
-    words += f" {first.best} has the best mean, {by} ahead of {first.next}"
+    margin = _format_range([one.margin for one in same], lambda value: number(value, metric.decimals))
+    if not first.tested:
+        return f"{words} {first.best} has the best value, {margin} ahead of {first.second}; one seed each, so no test."
+    words += f" {first.best} has the best mean, {margin} ahead of {first.second}"
     if first.worse:
-        largest = max(p for one in stretch for p in one.worse.values())
-        words += f"; it is better than {_joined(list(first.worse))} (adjusted p at most {largest:.2g})"
+        largest = max(p for one in same for p in one.worse.values())
+        words += f"; it is significantly better than {_enumerate(list(first.worse))} (adjusted p at most {largest:.2g})"
     if first.ties:
-        words += f"; {_joined(list(first.ties))} {'tie' if len(first.ties) > 1 else 'ties'} with it"
+        words += f"; {_enumerate(list(first.ties))} {'tie' if len(first.ties) > 1 else 'ties'} with it"
     reasons: dict[str, list[str]] = {}
-    for name, reason in first.unjudged.items():
+    for name, reason in first.untested.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        words += f"; not judged, {reason}: {', '.join(names)}"
+        words += f"; not tested, {reason}: {', '.join(names)}"
     return f"{words}."
 
 
-def _joined(names: Sequence[str]) -> str:
+def _enumerate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _range(values: Sequence[float], form: Callable[[float], str]) -> str:
+def _format_range(values: Sequence[float], form: Callable[[float], str]) -> str:
     low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"

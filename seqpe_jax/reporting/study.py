@@ -1,4 +1,4 @@
-"""Reads the folders of runs: what each trained, what it measured, which row of a report it belongs to."""
+"""The runs that a report compares: what each trained and measured, and its row in tables."""
 
 import collections
 import dataclasses
@@ -15,38 +15,42 @@ from seqpe_jax.data.registry import COUNT_NAMES, DATA_IMAGE, DATA_TEXT, DATASETS
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path
 from seqpe_jax.reporting.load_run import (
-    config_of,
-    field,
-    object_of,
+    checked_config,
+    get_field,
+    parse_object,
     read_attention,
     read_evaluation,
     read_similarity,
-    scale_of,
+    size_of,
 )
-from seqpe_jax.run_dir import RunDir
+from seqpe_jax.run_dir import CONFIG_FILE, LOG_FILE, RunDir
 from seqpe_jax.trees import flat, nested
 
-SWEEP, LOG, FAILED = "sweep.json", "log.txt", "== failed: "  # what a sweep leaves: its points, logs, how a log may end
-# May differ between runs that are repetitions of each other: seed, and what changes where a run runs.
-REPEATED = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")
+SWEEP_FILE = "sweep.json"
+FAILED = "== failed: "  # start of the last line of a failed run's log
+# Fields that may differ between the runs of a row: the seed, and those that change where and how a run executes.
+PER_RUN_FIELDS = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")
+# Fields that must be equal for results to be comparable.
+COMPARED_FIELDS = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
 UNSET = "unset"
 UNDECIDED = "not decided yet"
-# Equal in all runs, or their numbers do not compare.
-COMPARED = ("steps", "batch_size", "data.name", "data.length", "data.size", "data.paths", "data.tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run's folder holds; parts that are not there are empty.
+    """Content of a run folder; missing parts are empty.
 
     Attributes:
-      name: of the folder; config: nested dicts; metrics: objects of metrics.jsonl.
-      evaluation: as `evaluate --output` writes it, or {}; its results know their "extent", the length or the side of a
-        square or cube that holds as much, and their "label".
-      similarity, attention: arrays of similarity.npz and attention.npz, or None.
-      failure: what a sweep says of a run that failed; started: False for a point of a sweep that has no run yet.
-      tried: it is of a sweep's first stage, which is measured while it trains and not evaluated afterwards.
-      row: the run's row in tables; runs that differ in the seed alone share it.
+      name: name of the folder.
+      config: nested dicts.
+      metrics: objects of metrics.jsonl.
+      evaluation: object of evaluation.json, or {}; each result has the "extent" and "label" of `load_run.size_of`.
+      similarity: arrays of similarity.npz, or None.
+      attention: arrays of attention.npz, or None.
+      failure: reason for which a sweep's run failed, or "".
+      started: whether the folder exists; False for a trial of a sweep that has not begun.
+      is_tuning: whether it only decides fields of other runs of a sweep; it is not evaluated after training.
+      row: its row in tables, shared by runs that differ in the seed alone.
     """
 
     name: str
@@ -57,12 +61,12 @@ class Run:
     attention: dict[str, np.ndarray] | None
     failure: str = ""
     started: bool = True
-    tried: bool = False
+    is_tuning: bool = False
     row: str = ""
 
     @property
     def encoding(self) -> str:
-        """Name of the encoding (`config.encoding_name`)."""
+        """Name of the encoding, with its gate."""
         encoding = self.config["encoding"]
         return encoding_name(encoding["kind"], encoding.get("gate", "none"))
 
@@ -73,30 +77,30 @@ class Run:
 
     @property
     def dataset(self) -> Dataset | None:
-        """The data set that the run was trained on; None where this installation does not know it."""
+        """Data set of training; None where this installation does not know it."""
         return DATASETS.get(self.config["data"].get("name"))
 
     @property
-    def data(self) -> str:
-        """What the run reads: "text", "questions" or "images"."""
+    def data_kind(self) -> str:
+        """Kind of the data: "text", "questions" or "images"."""
         if self.dataset is not None:
             return self.dataset.kind
         return DATA_IMAGE if self.config["data"].get("size") else DATA_TEXT
 
     @property
-    def training(self) -> dict[str, Any]:
-        """Extent and label of a training example, as of the results."""
+    def training_size(self) -> dict[str, Any]:
+        """Extent and label of a training example."""
         data = self.config["data"]
-        return scale_of({"size": data["size"]} if self.data == "images" else {"length": data["length"]})
+        return size_of({"size": data["size"]} if self.data_kind == DATA_IMAGE else {"length": data["length"]})
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Evaluation results, one per length or size."""
+        """Evaluation results, one for each length or size."""
         return [result for result in self.evaluation.get("results", []) if "context" not in result]
 
     @property
-    def contexts(self) -> list[dict[str, Any]]:
-        """Evaluation results of the same tokens under contexts of several lengths, the smallest context first."""
+    def context_results(self) -> list[dict[str, Any]]:
+        """Evaluation results of the same tokens under several context lengths, ascending."""
         found = [result for result in self.evaluation.get("results", []) if "context" in result]
         return sorted(found, key=lambda result: result["extent"])
 
@@ -112,17 +116,17 @@ class Run:
 
     @property
     def training_flops(self) -> float | None:
-        """FLOPs of training per token or image, once evaluated; see `objectives.flops`."""
+        """FLOPs of training per token or image, once evaluated."""
         return self.evaluation.get("training_flops")
 
     @property
     def steps_planned(self) -> int | None:
-        """Steps that the config asks for."""
+        """Training steps in the config."""
         return self.config.get("steps")
 
     @property
     def steps_done(self) -> int | None:
-        """Last step that was reported."""
+        """Last reported step."""
         return self.metrics[-1]["step"] if self.metrics else None
 
     @property
@@ -132,112 +136,119 @@ class Run:
 
     @property
     def per_second(self) -> float | None:
-        """Median of the reported rates, in tokens or images."""
-        return self._of_reports(f"train/{COUNT_NAMES[self.data]}_per_second", statistics.median)
+        """Median of the reported throughputs, in tokens or images per second."""
+        return self._of_reports(f"train/{COUNT_NAMES[self.data_kind]}_per_second", statistics.median)
 
     @property
     def step_seconds(self) -> float | None:
-        """Median of the reported times of a step."""
+        """Median of the reported step times."""
         return self._of_reports("train/step_seconds", statistics.median)
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory that a device held; None where the backend does not count."""
+        """Largest reported memory of a device; None where the backend does not report it."""
         return self._of_reports("device/memory_bytes", max)
 
     @property
     def unfinished(self) -> bool:
-        """Whether steps are left."""
+        """Whether training steps remain."""
         return bool(self.steps_planned) and (self.steps_done or 0) < self.steps_planned
 
     @property
     def state(self) -> str:
-        """How far the run is."""
+        """State of the run in words."""
         if not self.started:
             return f"failed: {self.failure}" if self.failure else "not started"
         if self.failure:
             return f"failed at step {self.steps_done or 0} of {self.steps_planned}: {self.failure}"
         if self.unfinished:
             return f"unfinished: step {self.steps_done or 0} of {self.steps_planned}"
-        return "finished" if self.evaluated or self.tried else "not evaluated"
+        return "finished" if self.evaluated or self.is_tuning else "not evaluated"
 
-    def _of_reports(self, name: str, choose: Callable[[list[float]], float]) -> Any:
+    def _of_reports(self, name: str, reduce: Callable[[list[float]], float]) -> Any:
         values = [line[name] for line in self.metrics if name in line]
-        return choose(values) if values else None
+        return reduce(values) if values else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The runs that a report is about, in its order; those that a sweep has not started too.
+    """Runs that a report compares.
 
     Attributes:
-      trials: runs of a sweep's first stage, which only decide fields of the others; points: of the sweep, as its record has
-        them, by name; empty where there is none.
+      name: name of the folder.
+      runs: runs in the order of the report, with those that a sweep has not started.
+      tuning_runs: runs of a sweep that only decide fields of others.
+      sweep_trials: trials in the folder's sweep.json by name; empty without one.
     """
 
     name: str
     runs: list[Run]
-    trials: list[Run] = dataclasses.field(default_factory=list)
-    points: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    tuning_runs: list[Run] = dataclasses.field(default_factory=list)
+    sweep_trials: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> str:
-        """The config file of the sweep's first run; "" where nobody knows."""
-        return next((point.get("config", "") for point in self.points.values()), "")
+        """Config file of the sweep's first trial, "" without a sweep."""
+        return next((trial.get("config", "") for trial in self.sweep_trials.values()), "")
 
     @property
     def rows(self) -> list[str]:
         """Rows of the tables."""
         return list(dict.fromkeys(run.row for run in self.runs))
 
-    def of(self, row: str) -> list[Run]:
-        """Returns the runs of a row: repetitions of each other."""
+    def runs_of(self, row: str) -> list[Run]:
+        """Returns the runs of a row, which differ in the seed."""
         return [run for run in self.runs if run.row == row]
 
     @property
     def counted(self) -> list[Run]:
-        """The runs whose results count: not those of an unfinished run beside finished ones of its row."""
+        """Runs whose results count: unfinished runs do not where another run of the row has finished."""
         finished = {run.row for run in self.runs if run.evaluated and not run.unfinished}
         return [run for run in self.runs if not run.unfinished or run.row not in finished]
 
 
 def read_study(workdir: str | os.PathLike) -> Study:
-    """Returns the run of a folder, the runs of its subfolders, or the points of its sweep; SeqPE first.
+    """Reads one run, a folder of runs or the folder of a sweep.
+
+    Args:
+      workdir: run folder, folder whose subfolders are runs, or sweep folder.
+
+    Returns:
+      The runs; those of SeqPE come first.
 
     Raises:
-      InputError: there is no run, or one has a file that cannot be read.
+      InputError: there is no run, or a file cannot be read.
     """
     workdir = as_path(workdir)
     if not workdir.is_dir():
         raise InputError(f"no such directory: {workdir} (--workdir takes a run's folder, or a folder of runs)")
-    points = _points(workdir)
-    trials: list[Run] = []
-    if points is not None:
-        deciding = _deciding(points, workdir / SWEEP)
+    trials = _read_sweep_trials(workdir)
+    tuning_runs: list[Run] = []
+    if trials is not None:
+        deciding = _deciding_trials(trials, workdir / SWEEP_FILE)
         runs = [
-            read_run(workdir / name)
-            if (workdir / name / "config.json").exists()
-            else _not_started(workdir / name, point)
-            for name, point in points.items()
+            read_run(workdir / name) if (workdir / name / CONFIG_FILE).exists() else _not_started(workdir / name, trial)
+            for name, trial in trials.items()
         ]
-        trials = [dataclasses.replace(run, tried=True) for run in runs if run.name in deciding]
+        tuning_runs = [dataclasses.replace(run, is_tuning=True) for run in runs if run.name in deciding]
         runs = [run for run in runs if run.name not in deciding]
     else:
-        folders = [workdir] if (workdir / "config.json").exists() else sorted(workdir.iterdir())
-        runs = [read_run(folder) for folder in folders if (folder / "config.json").exists()]
+        folders = [workdir] if (workdir / CONFIG_FILE).exists() else sorted(workdir.iterdir())
+        runs = [read_run(folder) for folder in folders if (folder / CONFIG_FILE).exists()]
     if not runs:
         raise InputError(f"{workdir} holds no run: neither it nor a folder in it has a config.json that `train` wrote")
     runs = sorted(runs, key=lambda run: run.encoding != "seqpe")
-    return Study(workdir.resolve().name, _rows(runs, chosen=points is not None), trials, points or {})
+    return Study(workdir.resolve().name, _with_rows(runs, named=trials is not None), tuning_runs, trials or {})
 
 
 def read_run(folder: AnyPath) -> Run:
-    """Returns a run's folder as a `Run`. Raises: InputError for a file that cannot be read."""
-    (run_dir := RunDir(folder)).check_files()
-    config = config_of(object_of((file := folder / "config.json").read_bytes(), str(file)), str(file))
+    """Reads a run folder. Raises: InputError: a file cannot be read."""
+    run_dir = RunDir(folder)
+    run_dir.check_files()
+    path = folder / CONFIG_FILE
     run = Run(
         folder.resolve().name,
-        config,
+        checked_config(parse_object(path.read_bytes(), str(path)), str(path)),
         run_dir.read_metrics(),
         read_evaluation(folder),
         read_similarity(folder),
@@ -247,7 +258,7 @@ def read_run(folder: AnyPath) -> Run:
 
 
 def differences(study: Study) -> list[str]:
-    """Returns one line for each thing that should be equal for runs to be compared, and is not."""
+    """Returns one line for each setting that should be equal for a comparison and is not."""
     lines, runs = [], study.runs
 
     def compare(what: str, values: list[tuple[Any, str]]) -> None:
@@ -257,111 +268,119 @@ def differences(study: Study) -> list[str]:
         if len(names) > 1:
             lines.append(f"{what}: " + "; ".join(f"{value} ({', '.join(found)})" for value, found in names.items()))
 
-    for name in COMPARED:
-        compare(name, [(field(run.config, name), run.name) for run in runs])
-    rows = dict.fromkeys(run.row for run in runs)
-    compare("seed", [(sorted(run.seed for run in study.of(row)), row) for row in rows])
-    asked = [
-        ([[result[name] for name in ("context", "targets", "stride")] for result in run.contexts], run.name)
+    for name in COMPARED_FIELDS:
+        compare(name, [(get_field(run.config, name), run.name) for run in runs])
+    compare("seed", [(sorted(run.seed for run in study.runs_of(row)), row) for row in study.rows])
+    contexts = [
+        ([[result[name] for name in ("context", "targets", "stride")] for result in run.context_results], run.name)
         for run in runs
     ]
-    compare("[context, targets, stride] evaluated", [(value, name) for value, name in asked if value])
+    compare("[context, targets, stride] evaluated", [(value, name) for value, name in contexts if value])
     compare("evaluated split", [(run.evaluation["split"], run.name) for run in runs if "split" in run.evaluation])
     for label in dict.fromkeys(result["label"] for run in runs for result in run.results):
-        read = [(run, result) for run in runs for result in run.results if result["label"] == label]
-        for data, count in (("text", "tokens"), ("questions", "examples"), ("images", "examples")):
-            values = [(result.get(count), run.name) for run, result in read if run.data == data]
+        at_label = [(run, result) for run in runs for result in run.results if result["label"] == label]
+        for kind, count in (("text", "tokens"), ("questions", "examples"), ("images", "examples")):
+            values = [(result.get(count), run.name) for run, result in at_label if run.data_kind == kind]
             compare(f"{count} evaluated at {label}", values)
     return lines
 
 
-def shown(value: Any) -> str:
-    """Returns a config's value as people write it."""
+def format_value(value: Any) -> str:
+    """Returns the value of a config field as people write it."""
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def _rows(runs: list[Run], chosen: bool) -> list[Run]:
-    """Names rows: by the encoding and, where it was trained in several ways, by the fields in which they differ.
+def _with_rows(runs: list[Run], named: bool) -> list[Run]:
+    """Returns the runs with their rows: the encoding and, of an encoding with several variants, their differing fields.
 
     Args:
-      chosen: whether somebody chose the runs' names, in a sweep: there, a way that was trained once has the run's name, and
-        one whose runs are called NAME-SEED has that name.
+      runs: runs of a study.
+      named: whether a sweep names the runs. Then a variant with one run has that run's name, and one whose runs are
+        NAME-SEED has that NAME.
     """
-    defaults = flat(to_dict(Config()), ".")  # which fields have that a run is older than
-    whole = [defaults | flat(run.config, ".") for run in runs]
+    defaults = flat(to_dict(Config()), ".")  # for fields that are newer than a run
     settings = [
-        {name: value for name, value in own.items() if not {name, name.partition(".")[0]} & set(REPEATED)}
-        for own in whole
+        {
+            name: value
+            for name, value in (defaults | flat(run.config, ".")).items()
+            if not {name, name.partition(".")[0]} & set(PER_RUN_FIELDS)
+        }
+        for run in runs
     ]
-    ways = [json.dumps(own, sort_keys=True) for own in settings]
-    named, encodings = {}, dict.fromkeys(run.encoding for run in runs)
-    given: dict[str, set[str]] = {}
-    for run, way in zip(runs, ways, strict=True):
-        given.setdefault(way, set()).add(run.name if ways.count(way) == 1 else run.name.removesuffix(f"-{run.seed}"))
-    alone = {way: names.pop() for way, names in given.items() if chosen and len(names) == 1}
+    variants = [json.dumps(own, sort_keys=True) for own in settings]
+    encodings = dict.fromkeys(run.encoding for run in runs)
+    names: dict[str, set[str]] = {}
+    for run, variant in zip(runs, variants, strict=True):
+        name = run.name if variants.count(variant) == 1 else run.name.removesuffix(f"-{run.seed}")
+        names.setdefault(variant, set()).add(name)
+    unique = {variant: own.pop() for variant, own in names.items() if named and len(own) == 1}
+    rows = {}
     for encoding in encodings:
-        own = {way: values for run, way, values in zip(runs, ways, settings, strict=True) if run.encoding == encoding}
-        labels = _differing(list(own.values()))
-        for way, label in zip(own, labels, strict=True):
-            named[way] = f"{encoding} ({', '.join(label)})" if label else encoding
-            if len(own) > 1 and way in alone and alone[way] not in encodings.keys() - {encoding}:
-                named[way] = alone[way]
-    return [dataclasses.replace(run, row=named[way]) for run, way in zip(runs, ways, strict=True)]
+        own = {
+            variant: values
+            for run, variant, values in zip(runs, variants, settings, strict=True)
+            if run.encoding == encoding
+        }
+        for variant, label in zip(own, _differing_fields(list(own.values())), strict=True):
+            rows[variant] = f"{encoding} ({', '.join(label)})" if label else encoding
+            if len(own) > 1 and variant in unique and unique[variant] not in encodings.keys() - {encoding}:
+                rows[variant] = unique[variant]
+    return [dataclasses.replace(run, row=rows[variant]) for run, variant in zip(runs, variants, strict=True)]
 
 
-def _differing(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Returns "field=value" of each way where it has not the value that most ways have."""
-    names = dict.fromkeys(name for way in ways for name in way)
-    values = {name: [shown(way[name]) if name in way else UNSET for way in ways] for name in names}
+def _differing_fields(variants: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns "field=value" of each variant for fields in which it differs from most variants."""
+    names = dict.fromkeys(name for variant in variants for name in variant)
+    values = {name: [format_value(own[name]) if name in own else UNSET for own in variants] for name in names}
     values = {name: found for name, found in values.items() if len(set(found)) > 1}
-    labels: list[list[str]] = [[] for _ in ways]
+    labels: list[list[str]] = [[] for _ in variants]
     for name, found in values.items():
         (usual, count), (_, second) = collections.Counter(found).most_common(2)
         for label, value in zip(labels, found, strict=True):
             if value != usual or count == second:
-                label.append(f"{_short(name, values)}={value}")
+                label.append(f"{_short_name(name, values)}={value}")
     return labels
 
 
-def _short(name: str, among: Sequence[str]) -> str:
-    """Returns a dotted name without its first part where no other name ends so."""
-    parts, others = name.split("."), [other for other in among if other != name]
-    end = ".".join(parts[1:])
+def _short_name(name: str, among: Sequence[str]) -> str:
+    """Returns a dotted name without its section, where no other name has the same end."""
+    end = name.partition(".")[2]
+    others = [other for other in among if other != name]
     return name if not end or any(f".{other}".endswith(f".{end}") for other in others) else end
 
 
-def _points(workdir: AnyPath) -> dict[str, dict[str, Any]] | None:
-    """Name -> point of a sweep's folder, as its record has it; None for another folder."""
-    path = workdir / SWEEP
+def _read_sweep_trials(workdir: AnyPath) -> dict[str, dict[str, Any]] | None:
+    """Returns the trials in sweep.json by name, None without the file."""
+    path = workdir / SWEEP_FILE
     if not path.exists():
         return None
-    points = object_of(path.read_bytes(), str(path), {"points": dict})["points"]
-    for name, point in points.items():
-        point["settings"] = config_of(field(point, "settings"), f"{path}, point '{name}',")
-    return points
+    trials = parse_object(path.read_bytes(), str(path), {"points": dict})["points"]
+    for name, trial in trials.items():
+        trial["settings"] = checked_config(get_field(trial, "settings"), f"{path}, point '{name}',")
+    return trials
 
 
-def _deciding(points: dict[str, dict[str, Any]], path: AnyPath) -> set[str]:
-    """Names of the points whose runs decide fields of others. Raises: InputError: points name what is not there."""
+def _deciding_trials(trials: dict[str, dict[str, Any]], path: AnyPath) -> set[str]:
+    """Returns the names of trials that decide fields of others. Raises: InputError: some are not in the record."""
     try:
-        named = {run for point in points.values() for best in point.get("best", {}).values() for run in best["runs"]}
+        named = {run for trial in trials.values() for best in trial.get("best", {}).values() for run in best["runs"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} does not say which runs decide: it is not as this package writes it") from error
-    if lost := named - points.keys():
+    if lost := named - trials.keys():
         raise InputError(
             f"{path} has no point '{min(lost)}', which decides others: it is not as this package writes it"
         )
     return named
 
 
-def _not_started(folder: AnyPath, point: dict[str, Any]) -> Run:
-    open_fields = point.get("best", {}).keys() - point.get("decided", {}).keys()
-    config = nested(flat(point["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
+def _not_started(folder: AnyPath, trial: dict[str, Any]) -> Run:
+    open_fields = trial.get("best", {}).keys() - trial.get("decided", {}).keys()
+    config = nested(flat(trial["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
     return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
 
 def _failure(folder: AnyPath) -> str:
-    """What the last line of a run's log says of its failure; "" where it did not fail."""
-    path = folder / LOG
+    """Returns the reason in the last line of a failed run's log, "" of a run that did not fail."""
+    path = folder / LOG_FILE
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return lines[-1].removeprefix(FAILED) if lines and lines[-1].startswith(FAILED) else ""

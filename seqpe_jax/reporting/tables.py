@@ -1,4 +1,4 @@
-"""The tables of a report, and their forms: markdown and CSV (`page.html` holds the HTML)."""
+"""Tables of a report, and their forms: markdown and CSV (`page.html` renders HTML)."""
 
 import csv
 import dataclasses
@@ -12,34 +12,34 @@ from typing import Any
 
 from seqpe_jax.data.registry import COUNT_NAMES
 from seqpe_jax.metric_registry import LOSS, METRICS, Metric
-from seqpe_jax.reporting.study import UNSET, Run, Study, shown
+from seqpe_jax.reporting.study import UNSET, Run, Study, format_value
 from seqpe_jax.reporting.t_tests import interval
 from seqpe_jax.trees import flat
 
 MISSING = "-"
 MIB = 2**20
-SIZES = ("", "k", "M", "G", "T", "P")  # of counts
-MEANS = "Mean ± half the width of its 95% confidence interval (Student's t)"
-WORK = (
-    "FLOPs: of the matrix products of a training step, three times those of its forward pass, with the position encoder, "
-    "its losses and its features in attention, over the tokens or images that the step reads at the training size; in "
-    "attention all keys count, those that causality hides too."
+PREFIXES = ("", "k", "M", "G", "T", "P")  # of counts, by powers of 1000
+MEANS_NOTE = "Mean ± half the width of its 95% confidence interval (Student's t)"
+FLOPS_NOTE = (
+    "FLOPs: matrix products of a training step, three times those of its forward pass, with the position encoder, its "
+    "losses and its terms in attention, per token or image at the training size; attention counts all keys, also those "
+    "that causality masks."
 )
-
-
-WINDOWS = (
-    "Windows of each length, one after the other: in longer ones fewer tokens stand at a window's beginning, so that a "
-    "value may fall with the length without a gain from context, which evaluate --contexts measures."
+WINDOWS_NOTE = (
+    "Consecutive windows of each length: longer windows have fewer tokens near their start, so a value can fall with the "
+    "length without a gain from context, which evaluate --contexts measures."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One place of a table.
+    """One cell of a table.
 
     Attributes:
-      text: as people read it; MISSING where there is nothing.
-      value: the number in full, or None; best: whether it leads its column; after: what follows it, such as its spread.
+      text: value as people read it; MISSING without one.
+      value: the number in full precision, None for words.
+      best: whether it is the best of its column.
+      after: text behind it, such as its confidence interval.
     """
 
     text: str
@@ -49,16 +49,20 @@ class Cell:
 
     @property
     def missing(self) -> bool:
-        """Whether there is nothing."""
+        """Whether the cell is empty."""
         return self.text == MISSING
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title, names of columns, and rows whose first cell names them.
+    """A table.
 
     Attributes:
-      note: what a reader must know to read it; words: columns that hold words, not numbers.
+      title: heading.
+      header: names of the columns.
+      rows: cells; the first of a row is its name.
+      note: explanation of the columns.
+      words: indices of columns that hold words, not numbers.
     """
 
     title: str
@@ -69,27 +73,27 @@ class Table:
 
     @property
     def groups(self) -> list[list[Sequence[Cell]]]:
-        """Runs of rows with the same name."""
+        """Consecutive rows of the same name."""
         return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0].text)]
 
 
 def markdown(table: Table) -> str:
-    """Returns a markdown table; the first column and columns of words are aligned left, the others right."""
+    """Returns a table in markdown; words are aligned left, numbers right, and the best cells are bold."""
     rule = ["---" if column == 0 or column in table.words else "---:" for column in range(len(table.header))]
-    best = {True: "**{}**", False: "{}"}
-    body = [[best[cell.best].format(plain(cell.text)) + plain(cell.after) for cell in row] for row in table.rows]
-    lines = [[plain(cell) for cell in table.header], rule, *body]
+    style = {True: "**{}**", False: "{}"}
+    body = [[style[cell.best].format(escape(cell.text)) + escape(cell.after) for cell in row] for row in table.rows]
+    lines = [[escape(cell) for cell in table.header], rule, *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def plain(text: str) -> str:
-    """Returns words that markdown shows as they are: names of runs and fields may hold what it reads as marks."""
-    return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(re.split(r"[\r\n]+", text)))
-
-
 def markdown_of_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns the markdown table of cells that are words already."""
+    """Returns a markdown table of strings."""
     return markdown(Table("", header, [[Cell(text) for text in row] for row in rows]))
+
+
+def escape(text: str) -> str:
+    """Returns text that markdown shows literally; names of runs may hold its marks."""
+    return re.sub(r"[\\`*<>|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(re.split(r"[\r\n]+", text)))
 
 
 def mean(values: Sequence[float]) -> float:
@@ -98,224 +102,212 @@ def mean(values: Sequence[float]) -> float:
 
 
 def number(value: float, decimals: int = 3) -> str:
-    """Returns a value with so many decimals, or in short where it is too large for them to matter."""
+    """Returns a value with so many decimals, or in scientific form where it is too large for them to matter."""
     return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
-def with_unit(value: float) -> str:
-    """Returns a count in three digits and the unit of its size, e.g. 2.75 M."""
+def with_prefix(value: float) -> str:
+    """Returns a count in three digits with a decimal prefix, e.g. 2.75 M."""
     value = float(f"{value:.3g}")
-    power = min(math.floor(math.log10(value)) // 3, len(SIZES) - 1) if value >= 1 else 0
-    return f"{value / 1000**power:#.3g}".rstrip(".") + f" {SIZES[power]}".rstrip()
+    power = min(math.floor(math.log10(value)) // 3, len(PREFIXES) - 1) if value >= 1 else 0
+    return f"{value / 1000**power:#.3g}".rstrip(".") + f" {PREFIXES[power]}".rstrip()
+
+
+def mean_cell(
+    values: Sequence[float], decimals: int, *, runs: int = 0, best: bool = False, mark: str = "", sign: bool = False
+) -> Cell:
+    """Returns the mean of several runs, with its confidence interval.
+
+    Args:
+      values: one for each run; a missing cell without any.
+      decimals: digits after the point.
+      runs: number of runs that should have a value; fewer values are reported in the cell.
+      best: whether it is the best of its column.
+      mark: text behind the interval.
+      sign: whether positive values get a plus.
+    """
+    if not values:
+        return Cell(MISSING)
+    average = mean(values)
+    after = f" ± {number(interval(values), decimals)}{mark}" if len(values) > 1 else ""
+    if len(values) < runs:
+        after += f" ({len(values)} of {runs})"
+    return Cell("+" * (sign and average >= 0) + number(average, decimals), average, best, after)
 
 
 def metrics_of(study: Study) -> list[tuple[str, Metric]]:
-    """Returns what the study measured: kinds of data and metrics, the main one first."""
+    """Returns the (kind of data, metric) that the study measured, the main metric of each kind first."""
     return [
-        (data, metric)
-        for data, metrics in METRICS.items()
+        (kind, metric)
+        for kind, metrics in METRICS.items()
         for metric in metrics
-        if any(metric.name in result for run in study.runs if run.data == data for result in run.results)
+        if any(metric.name in result for run in study.runs if run.data_kind == kind for result in run.results)
     ]
 
 
-def by_scale(
-    study: Study, data: str, metric: Metric, worse: Collection[tuple[str, str]] = (), rule: str = "", work: bool = False
+def by_size(
+    study: Study, kind: str, metric: Metric, worse: Collection[tuple[str, str]] = (), note: str = "", work: bool = False
 ) -> Table:
-    """Returns row x length or size of a metric of the runs' evaluations; the best of a column is marked.
-
-    Runs that differ in the seed alone share a row: their mean and its confidence interval. What was not evaluated is shown
-    as missing, and where some of a row's runs were not, how many were; a single row has no best.
+    """Returns row x evaluated length or size: the mean of a metric over seeds, the best of a column marked.
 
     Args:
       study: the runs.
-      data: the kind of data.
-      metric: what is shown.
-      worse: (row, label) of cells to mark as worse than the best row, by tests.
-      rule: what these tests are, for the note.
-      work: whether parameters and FLOPs stand beside the results.
+      kind: kind of data.
+      metric: the metric.
+      worse: (row, label) of cells that get a star, as significantly worse than the best row.
+      note: explanation of the stars.
+      work: whether to add columns of parameters and FLOPs.
     """
-    runs = [run for run in study.runs if run.data == data]
-    found, extents = values_of(study, data, metric)
-    names = list(dict.fromkeys(run.row for run in runs))
-    trained = {run.training["extent"] for run in runs}
-    best = _best(found, metric)
+    values, extents = values_of(study, kind, metric)
+    rows = list(dict.fromkeys(run.row for run in study.runs if run.data_kind == kind))
+    trained = {run.training_size["extent"] for run in study.runs if run.data_kind == kind}
+    best = _best_rows(values, metric)
 
-    def cell(name: str, label: str) -> Cell:
-        values = found.get((name, label))
-        if not values:
-            return Cell(MISSING)
-        average, after = mean(values), ""
-        if len(values) > 1:
-            after = f" ± {number(interval(values), metric.decimals)}" + "*" * ((name, label) in worse)
-        if len(values) < len(study.of(name)):
-            after += f" ({len(values)} of {len(study.of(name))})"
-        return Cell(number(average, metric.decimals), average, len(names) > 1 and name in best[label], after)
+    def cell(row: str, label: str) -> Cell:
+        leads, star = len(rows) > 1 and row in best.get(label, ()), "*" * ((row, label) in worse)
+        found = values.get((row, label), ())
+        return mean_cell(found, metric.decimals, runs=len(study.runs_of(row)), best=leads, mark=star)
 
     def title(label: str) -> str:
         return f"{label} ({extents[label] / next(iter(trained)):.3g}x)" if len(trained) == 1 else label
 
-    several = any(len(values) > 1 for values in found.values())
-    windows = WINDOWS * (data == "text" and len(extents) > 1)
-    note = [windows, _seeds(found), rule * (several and len(names) > 1), WORK * work]
+    has_intervals = any(len(found) > 1 for found in values.values())
+    windows = WINDOWS_NOTE * (kind == "text" and len(extents) > 1)
+    notes = [windows, _seeds_note(values), note * (has_intervals and len(rows) > 1), FLOPS_NOTE * work]
+    work_header = ("parameters", f"FLOPs per {COUNT_NAMES[kind][:-1]}") if work else ()
     return Table(
-        f"{metric.title} by evaluated {'size' if data == 'images' else 'length'} ({metric.direction})",
+        f"{metric.title} by evaluated {'size' if kind == 'images' else 'length'} ({metric.direction})",
+        [row_heading(study), *map(title, extents), *work_header],
         [
-            heading(study),
-            *map(title, extents),
-            *(("parameters", f"FLOPs per {COUNT_NAMES[data][:-1]}") if work else ()),
+            [Cell(row), *(cell(row, label) for label in extents), *(_work_cells(study.runs_of(row)) if work else ())]
+            for row in rows
         ],
-        [
-            [Cell(name), *(cell(name, label) for label in extents), *(_work(study.of(name)) if work else ())]
-            for name in names
-        ],
-        " ".join(filter(None, note)),
+        " ".join(filter(None, notes)),
     )
 
 
 def by_context(study: Study) -> Table | None:
-    """Returns row x context: a metric of the same tokens under each context, and the difference that context makes.
+    """Returns row x context length: a metric of the same tokens under each context, and the gain from context.
 
-    Mean and 95% confidence interval over the runs of a row; the difference is that of each run, from the smallest context
-    to the largest. None where no run was evaluated so.
+    The gain is the difference from the smallest context to the largest, of each run. None without such evaluations.
     """
-    runs = [run for run in study.counted if run.contexts]
+    runs = [run for run in study.counted if run.context_results]
     if not runs:
         return None
     metric = context_metric(study)
-    extents = {result["label"]: result["extent"] for run in runs for result in run.contexts}
+    extents = {result["label"]: result["extent"] for run in runs for result in run.context_results}
     labels = sorted(extents, key=lambda label: extents[label])
-    names = list(dict.fromkeys(run.row for run in study.runs if run.data == "text"))
-    found: dict[tuple[str, str], list[float]] = {}
+    rows = list(dict.fromkeys(run.row for run in study.runs if run.data_kind == "text"))
+    values: dict[tuple[str, str], list[float]] = {}
     gains: dict[str, list[float]] = {}
     for run in runs:
-        values = {result["label"]: result[metric.name] for result in run.contexts}
-        for label, value in values.items():
-            found.setdefault((run.row, label), []).append(value)
-        if len(labels) > 1 and {labels[0], labels[-1]} <= values.keys():
-            gains.setdefault(run.row, []).append(values[labels[-1]] - values[labels[0]])
-    best = _best(found, metric)
-
-    def cell(values: Sequence[float] | None, name: str, leads: bool = False, sign: str = "") -> Cell:
-        if not values:
-            return Cell(MISSING)
-        average, after = mean(values), f" ± {number(interval(values), metric.decimals)}" if len(values) > 1 else ""
-        if len(values) < len(study.of(name)):
-            after += f" ({len(values)} of {len(study.of(name))})"
-        text = number(average, metric.decimals)
-        return Cell(sign * (average >= 0) + text, average, leads, after)
-
-    rows = []
-    for name in names:
-        leads = [len(names) > 1 and name in best[label] for label in labels]
-        cells = [cell(found.get((name, label)), name, lead) for label, lead in zip(labels, leads, strict=True)]
-        rows.append([Cell(name), *cells, *([cell(gains.get(name), name, sign="+")] if len(labels) > 1 else [])])
-    counts = " or ".join(dict.fromkeys(f"{result['targets']:,}" for run in runs for result in run.contexts))
+        own = {result["label"]: result[metric.name] for result in run.context_results}
+        for label, value in own.items():
+            values.setdefault((run.row, label), []).append(value)
+        if len(labels) > 1 and {labels[0], labels[-1]} <= own.keys():
+            gains.setdefault(run.row, []).append(own[labels[-1]] - own[labels[0]])
+    best = _best_rows(values, metric)
+    lines = []
+    for row in rows:
+        count = len(study.runs_of(row))
+        leads = {label: len(rows) > 1 and row in best[label] for label in labels}
+        cells = [
+            mean_cell(values.get((row, label), ()), metric.decimals, runs=count, best=leads[label]) for label in labels
+        ]
+        if len(labels) > 1:
+            cells.append(mean_cell(gains.get(row, ()), metric.decimals, runs=count, sign=True))
+        lines.append([Cell(row), *cells])
+    counts = " or ".join(dict.fromkeys(f"{result['targets']:,}" for run in runs for result in run.context_results))
     note = f"The same {counts} tokens, with at most so many tokens of context before each."
     if len(labels) > 1:
-        note += " The last column is what context is worth: below 0 it helps, above 0 it harms."
+        note += " The last column is the gain from context: below 0 it helps, above 0 it harms."
     return Table(
         f"{metric.title} by context ({metric.direction})",
-        [heading(study), *labels, *([f"from {labels[0]} to {labels[-1]}"] if len(labels) > 1 else [])],
-        rows,
-        " ".join(filter(None, [note, _seeds(found)])),
+        [row_heading(study), *labels, *([f"from {labels[0]} to {labels[-1]}"] if len(labels) > 1 else [])],
+        lines,
+        " ".join(filter(None, [note, _seeds_note(values)])),
     )
 
 
 def context_metric(study: Study) -> Metric:
-    """Returns what contexts are compared by: bits per byte, or the loss where a result has none."""
+    """Returns the metric that compares contexts: bits per byte, or the loss where a result has none."""
     bits = METRICS["text"][0]
-    there = all(bits.name in result for run in study.counted for result in run.contexts)
-    return bits if there else LOSS
-
-
-def _work(runs: Sequence[Run]) -> list[Cell]:
-    """Parameters and training FLOPs per token or image of a row, whose runs have the same model."""
-    cells = []
-    for values, form in (
-        ([run.parameters for run in runs], lambda value: f"{value:,}"),
-        ([run.training_flops for run in runs], with_unit),
-    ):
-        known = next((value for value in values if value is not None), None)
-        cells.append(Cell(MISSING) if known is None else Cell(form(known), known))
-    return cells
+    measured = all(bits.name in result for run in study.counted for result in run.context_results)
+    return bits if measured else LOSS
 
 
 def by_distance(study: Study) -> Table | None:
-    """Returns row x distance from the question back to the answer: answers found at the longest evaluated length.
+    """Returns row x distance in tokens from the answer to the end of the question: answers found at the longest length.
 
-    Mean and confidence interval over runs of their shares in percent; the number of questions of a column is the mean over
-    runs. None where nothing was scored by distance.
+    Mean over runs of their percentages. None where no run was scored by distance.
     """
-    runs = [run for run in study.counted if run.data == "questions"]
-    longest = max((result["extent"] for run in runs for result in run.results if result.get("distance")), default=0)
-    found: dict[tuple[str, int], list[float]] = {}
+    runs = [run for run in study.counted if run.data_kind == "questions"]
+    scored = [(run, result) for run in runs for result in run.results if result.get("distance")]
+    longest = max((result["extent"] for _, result in scored), default=0)
+    values: dict[tuple[str, int], list[float]] = {}
     counts: dict[tuple[int, int], list[int]] = {}
-    for run in runs:
-        for result in run.results:
-            for part in (result.get("distance") or []) if result["extent"] == longest else []:
-                counts.setdefault((part["from"], part["to"]), []).append(part["examples"])
-                if part["contains"] is not None:
-                    found.setdefault((run.row, part["from"]), []).append(part["contains"])
-    if not found:
+    for run, result in scored:
+        for part in result["distance"] if result["extent"] == longest else ():
+            counts.setdefault((part["from"], part["to"]), []).append(part["examples"])
+            if part["contains"] is not None:
+                values.setdefault((run.row, part["from"]), []).append(part["contains"])
+    if not values:
         return None
-
-    def cell(row: str, low: int) -> Cell:
-        values = found.get((row, low))
-        if not values:
-            return Cell(MISSING)
-        after = f" ± {number(interval(values), 1)}" if len(values) > 1 else ""
-        return Cell(number(mean(values), 1), mean(values), after=after)
-
-    def title(low: int, high: int, asked: Sequence[int]) -> str:
-        return f"{low} to {high - 1} (n={statistics.fmean(asked):.0f})"
-
-    trained = " or ".join(dict.fromkeys(run.training["label"] for run in runs))
+    edges = sorted(counts)
+    trained = " or ".join(dict.fromkeys(run.training_size["label"] for run in runs))
     return Table(
         "Answers found, in percent, by distance to the answer",
-        [heading(study), *(title(*edges, asked) for edges, asked in sorted(counts.items()))],
-        [[Cell(row), *(cell(row, low) for low, _ in sorted(counts))] for row in dict.fromkeys(run.row for run in runs)],
+        [
+            row_heading(study),
+            *(f"{low} to {high - 1} (n={statistics.fmean(counts[low, high]):.0f})" for low, high in edges),
+        ],
+        [
+            [Cell(row), *(mean_cell(values.get((row, low), ()), 1) for low, _ in edges)]
+            for row in dict.fromkeys(run.row for run in runs)
+        ],
         f"Tokens from the answer, in its passage, to the end of the question, in prompts of {longest:g} tokens; trained at "
-        f"{trained}. n: questions, on average over runs. {_seeds(found)}".strip(),
+        f"{trained}. n: questions, on average over runs. {_seeds_note(values)}".strip(),
     )
 
 
-def cost(study: Study) -> Table:
-    """Returns what the runs of each row cost: the mean over its runs, and its confidence interval."""
+def training_cost(study: Study) -> Table:
+    """Returns the training cost of each row: the mean over its runs, and its confidence interval."""
 
     def cell(values: Sequence[float | None], form: Callable[[float], str]) -> Cell:
-        values = [value for value in values if value is not None]
-        if not values:
+        known = [value for value in values if value is not None]
+        if not known:
             return Cell(MISSING)
-        after = f" ± {form(interval(values))}" if len(values) > 1 and interval(values) else ""
-        return Cell(form(mean(values)), mean(values), after=after)
+        after = f" ± {form(interval(known))}" if len(known) > 1 and interval(known) else ""
+        return Cell(form(mean(known)), mean(known), after=after)
 
-    def whole(value: float) -> str:
+    def integer(value: float) -> str:
         return f"{value:,.0f}"
 
-    rows = [
-        [
-            Cell(row),
-            cell([run.parameters for run in study.of(row)], whole),
-            cell([run.step_seconds for run in study.of(row)], lambda value: f"{1000 * value:,.1f}"),
-            cell([run.per_second for run in study.of(row)], whole),
-            cell([run.seconds for run in study.of(row) if not run.unfinished], whole),
-            cell([run.peak_bytes for run in study.of(row)], lambda value: whole(value / MIB)),
-        ]
-        for row in study.rows
-    ]
-    unit = "/".join(sorted({COUNT_NAMES[run.data] for run in study.runs})) + " per s"
+    rows = []
+    for row in study.rows:
+        runs = study.runs_of(row)
+        rows.append(
+            [
+                Cell(row),
+                cell([run.parameters for run in runs], integer),
+                cell([run.step_seconds for run in runs], lambda value: f"{1000 * value:,.1f}"),
+                cell([run.per_second for run in runs], integer),
+                cell([run.seconds for run in runs if not run.unfinished], integer),
+                cell([run.peak_bytes for run in runs], lambda value: integer(value / MIB)),
+            ]
+        )
+    rate = "/".join(sorted({COUNT_NAMES[run.data_kind] for run in study.runs})) + " per s"
     return Table(
         "Cost of training",
-        [heading(study), "parameters", "step (ms)", unit, "training seconds", "peak memory (MiB)"],
+        [row_heading(study), "parameters", "step (ms)", rate, "training seconds", "peak memory (MiB)"],
         rows,
-        "Step and rate: medians of what a run reported. Time: of finished runs. Memory: the most that a device held, where "
-        "the backend counts it (the CPU's does not).",
+        "Step time and throughput: medians of a run's reports. Training seconds: of finished runs. Peak memory: of one "
+        "device, where the backend reports it (the CPU's does not).",
     )
 
 
-def points(study: Study) -> Table:
-    """Returns one line per run, those of a first stage last, or point of a sweep that has none yet: how far it is."""
+def run_states(study: Study) -> Table:
+    """Returns the state of each run, tuning runs last."""
 
     def cell(value: float | None, form: str) -> Cell:
         return Cell(MISSING) if value is None else Cell(format(value, form), value)
@@ -323,116 +315,135 @@ def points(study: Study) -> Table:
     rows = [
         [
             Cell(run.name),
-            Cell(run.row or "first stage"),
+            Cell(run.row or "tuning"),
             cell(run.seed, "d"),
             Cell(run.state),
             cell(run.steps_done, ",d"),
             cell(run.evaluation.get("step"), ",d"),
             cell(run.seconds, ",.0f"),
         ]
-        for run in (*study.runs, *study.trials)
+        for run in (*study.runs, *study.tuning_runs)
     ]
     header = ["run", "row", "seed", "state", "steps", "evaluated at step", "training seconds"]
     return Table("Runs", header, rows, words=(1, 3))
 
 
-def differing(study: Study) -> Table:
-    """Returns each field of the configs that is not equal in all runs, with the runs of each of its values."""
+def differing_fields(study: Study) -> Table:
+    """Returns each config field that differs between runs, with the runs of each of its values."""
     rows = []
-    for name, values in _fields(study).items():
+    for name, values in _field_values(study).items():
         if len(values) > 1:
-            rows += [[Cell(name), Cell(value), Cell(_called(study, runs))] for value, runs in values.items()]
+            rows += [[Cell(name), Cell(value), Cell(_run_names(study, runs))] for value, runs in values.items()]
     return Table("Fields that differ between runs", ["field", "value", "runs"], rows, words=(1, 2))
 
 
-def shared(study: Study) -> Table:
-    """Returns the fields of the configs that are equal in all runs."""
-    rows = [[Cell(name), Cell(next(iter(values)))] for name, values in _fields(study).items() if len(values) == 1]
+def shared_fields(study: Study) -> Table:
+    """Returns the config fields that are equal in all runs."""
+    rows = [[Cell(name), Cell(next(iter(values)))] for name, values in _field_values(study).items() if len(values) == 1]
     return Table("Fields that all runs share", ["field", "value"], rows, words=(1,))
 
 
 def results_csv(study: Study) -> str:
-    """Returns one line per run and evaluated length, size or context; empty where something was not measured."""
-    metrics = {
+    """Returns one CSV line for each run and evaluated length, size or context; missing values are empty."""
+    columns_of = {
         "text": ("tokens", "loss", "perplexity", "bits_per_byte", "word_perplexity"),
         "questions": ("examples", "loss", "answer_perplexity", "contains", "exact_match", "exact_match_strict", "f1"),
         "images": ("examples", "loss", "top1", "top5"),
     }
-    columns = list(dict.fromkeys(metric for run in study.runs for metric in metrics[run.data]))
+    columns = list(dict.fromkeys(column for run in study.runs for column in columns_of[run.data_kind]))
     work = ("parameters", "training_flops")
-    scale = "length" if all(run.data != "images" for run in study.runs) else "size"
+    size_name = "length" if all(run.data_kind != "images" for run in study.runs) else "size"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    if any(run.contexts for run in study.runs):
+    if any(run.context_results for run in study.runs):
         columns = ["context", "targets", "stride", *columns]
-    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{scale}", scale, *columns, *work])
+    writer.writerow(["run", "row", "state", "encoding", "seed", f"training_{size_name}", size_name, *columns, *work])
     for run in study.runs:
-        for result in [*run.results, *run.contexts] or [{"label": ""}]:
+        for result in [*run.results, *run.context_results] or [{"label": ""}]:
             label = "" if "context" in result else result["label"]
-            place = [run.name, run.row, run.state, run.encoding, run.seed, run.training["label"], label]
-            numbers = [
-                *(result.get(metric, "") for metric in columns),
-                *(run.evaluation.get(name, "") for name in work),
-            ]
-            writer.writerow([*map(_no_formula, place), *numbers])
+            keys = [run.name, run.row, run.state, run.encoding, run.seed, run.training_size["label"], label]
+            values = [result.get(column, "") for column in columns] + [run.evaluation.get(name, "") for name in work]
+            writer.writerow([*map(_no_formula, keys), *values])
     return out.getvalue()
 
 
 def _no_formula(cell: Any) -> Any:
-    """A cell that no spreadsheet computes: a name that begins like a formula gets an apostrophe before it."""
+    """Returns a cell that no spreadsheet evaluates: a name that begins like a formula gets an apostrophe before it."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-def values_of(study: Study, data: str, metric: Metric) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
-    """Returns the values of each (row, label) of the runs that count, and the extents by label, rising."""
-    runs = [run for run in study.runs if run.data == data]
-    found: dict[tuple[str, str], list[float]] = {}
+def values_of(study: Study, kind: str, metric: Metric) -> tuple[dict[tuple[str, str], list[float]], dict[str, float]]:
+    """Returns the values of a metric.
+
+    Args:
+      study: the runs.
+      kind: kind of data.
+      metric: the metric.
+
+    Returns:
+      (row, label) -> a value of each run that counts; label -> extent, ascending.
+    """
+    values: dict[tuple[str, str], list[float]] = {}
     for run in study.counted:
         for result in run.results:
-            if run.data == data and metric.name in result:
-                found.setdefault((run.row, result["label"]), []).append(result[metric.name])
-    extents = {result["label"]: result["extent"] for run in runs for result in run.results}
-    return found, dict(sorted(extents.items(), key=lambda item: item[1]))
+            if run.data_kind == kind and metric.name in result:
+                values.setdefault((run.row, result["label"]), []).append(result[metric.name])
+    extents = {
+        result["label"]: result["extent"] for run in study.runs if run.data_kind == kind for result in run.results
+    }
+    return values, dict(sorted(extents.items(), key=lambda item: item[1]))
 
 
-def _best(found: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
-    """The rows with the best mean of each label: more than one where they are equal, none where none is finite."""
+def _best_rows(values: dict[tuple[str, str], list[float]], metric: Metric) -> dict[str, list[str]]:
+    """Returns label -> the rows with the best finite mean; several where they are equal."""
     choose = max if metric.higher_is_better else min
-    means = {place: mean(values) for place, values in found.items()}
+    means = {key: mean(own) for key, own in values.items()}
     best = {}
-    for label in dict.fromkeys(label for _, label in found):
-        finite = {name: mean for (name, at), mean in means.items() if at == label and math.isfinite(mean)}
-        best[label] = [name for name, mean in finite.items() if mean == choose(finite.values())]
+    for label in dict.fromkeys(label for _, label in values):
+        finite = {row: value for (row, at), value in means.items() if at == label and math.isfinite(value)}
+        best[label] = [row for row, value in finite.items() if value == choose(finite.values())]
     return best
 
 
-def heading(study: Study) -> str:
-    """Returns what rows are named by."""
+def row_heading(study: Study) -> str:
+    """Returns the heading of the first column."""
     return "encoding" if all(run.row.split(" ")[0] == run.encoding for run in study.runs) else "run"
 
 
-def _seeds(found: Mapping[Any, Sequence[float]]) -> str:
-    """What stands beside means, of values by row and column; "" where there is one of each."""
-    counts = sorted(set(map(len, found.values())))
-    return f"{MEANS}, over {' or '.join(map(str, counts))} seeds." if max(counts, default=0) > 1 else ""
+def _work_cells(runs: Sequence[Run]) -> list[Cell]:
+    """Parameters, and training FLOPs per token or image, of runs with the same model."""
+    cells = []
+    for values, form in (
+        ([run.parameters for run in runs], lambda value: f"{value:,}"),
+        ([run.training_flops for run in runs], with_prefix),
+    ):
+        known = next((value for value in values if value is not None), None)
+        cells.append(Cell(MISSING) if known is None else Cell(form(known), known))
+    return cells
 
 
-def _fields(study: Study) -> dict[str, dict[str, list[str]]]:
-    """Field -> its values -> the runs that have them."""
+def _seeds_note(values: Mapping[Any, Sequence[float]]) -> str:
+    """Explanation of means over seeds, "" where each row has one."""
+    counts = sorted(set(map(len, values.values())))
+    return f"{MEANS_NOTE}, over {' or '.join(map(str, counts))} seeds." if max(counts, default=0) > 1 else ""
+
+
+def _field_values(study: Study) -> dict[str, dict[str, list[str]]]:
+    """Returns field -> value -> names of the runs that have it."""
     configs = {run.name: flat(run.config, ".") for run in study.runs}
     fields: dict[str, dict[str, list[str]]] = {}
     for name in dict.fromkeys(name for config in configs.values() for name in config):
         for run, config in configs.items():
-            value = shown(config[name]) if name in config else UNSET
+            value = format_value(config[name]) if name in config else UNSET
             fields.setdefault(name, {}).setdefault(value, []).append(run)
     return fields
 
 
-def _called(study: Study, names: Sequence[str]) -> str:
-    """Names runs, by their rows where all of a row are there."""
-    called = []
+def _run_names(study: Study, names: Sequence[str]) -> str:
+    """Returns names of runs, or of rows where all runs of a row are among them."""
+    shown = []
     for row in study.rows:
-        own = [run.name for run in study.of(row)]
-        there = [name for name in own if name in names]
-        called += [row] if own and there == own else there
-    return ", ".join(called)
+        own = [run.name for run in study.runs_of(row)]
+        among = [name for name in own if name in names]
+        shown += [row] if own and among == own else among
+    return ", ".join(shown)

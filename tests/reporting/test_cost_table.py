@@ -1,15 +1,16 @@
-"""What is kept of the quality and what it costs: numbers of the runs and of the benchmarks beside them."""
+"""Retention and its cost: numbers of the runs and of the benchmarks in their folder."""
 
 import json
 
 import pytest
 
 from seqpe_jax.errors import InputError
+from seqpe_jax.metric_registry import METRICS
 from seqpe_jax.reporting import cost_table, plots, report, tables
 from seqpe_jax.reporting.study import read_study
 from tests.reporting.test_report import make_run
 
-BITS, FOUND = tables.METRICS["text"][0], tables.METRICS["questions"][0]
+BITS, FOUND = METRICS["text"][0], METRICS["questions"][0]
 
 
 def benchmark(path, mode="train", ratios=(("alibi", 2.0), ("rotary", 0.5)), **changed):
@@ -19,8 +20,8 @@ def benchmark(path, mode="train", ratios=(("alibi", 2.0), ("rotary", 0.5)), **ch
         {"encoding": kind, "mode": mode, "length": 16, "batch": 2, "median_s": 1.0, "peak_bytes": held} | changed
         for kind, held in zip(kinds, (8, 4, 16), strict=True)
     ]
-    told = {f"seqpe/{kind}": {"time": time, "memory": 1.0} for kind, time in ratios}
-    path.write_text(json.dumps({"device": "cpu", "runs": runs, "ratios": told}))
+    pairs = {f"seqpe/{kind}": {"time": time, "memory": 1.0} for kind, time in ratios}
+    path.write_text(json.dumps({"device": "cpu", "runs": runs, "ratios": pairs}))
 
 
 def cells(table):
@@ -37,9 +38,12 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_what_is_kept_is_of_each_run_and_says_its_direction(runs):
-    table = cost_table.summary(read_study(runs), "text", BITS, [])
-    assert list(table.header) == ["encoding", "at 16 (1x)", "at 128 (8x)", "kept"] and "Kept: 16 over 128" in table.note
+def test_retention_is_of_each_run_and_says_its_direction(runs):
+    table = cost_table.retention_table(read_study(runs), "text", BITS, [])
+    assert (
+        list(table.header) == ["encoding", "at 16 (1x)", "at 128 (8x)", "retention"]
+        and "Retention: value at 16 over 128" in table.note
+    )
     # Half the interval of two values is 12.706205 times their distance over 2, by t with one degree of freedom.
     assert cells(table) == {
         "seqpe": ["2.000 ± 0.000", "2.250 ± 3.177", "0.900 ± 1.271"],
@@ -49,13 +53,13 @@ def test_what_is_kept_is_of_each_run_and_says_its_direction(runs):
     }
 
 
-def test_of_accuracies_more_is_kept_where_more_is_right_and_the_furthest_stands_for_8x(tmp_path):
+def test_retention_of_an_accuracy_at_the_farthest_length_without_8x(tmp_path):
     for name, kind, far in (("a", "alibi", 40.0), ("b", "rotary", 0.0)):
         make_run(tmp_path / name, kind, bits=(), data={"name": "stdlib_qa", "length": 128})
         results = [{"length": 128, "examples": 9, "contains": 80.0}, {"length": 512, "examples": 9, "contains": far}]
         (tmp_path / name / "evaluation.json").write_text(json.dumps({"parameters": 1, "results": results}))
-    table = cost_table.summary(read_study(tmp_path), "questions", FOUND, [])
-    assert table.header[2] == "at 512 (4x)" and "Kept: 512 over 128" in table.note
+    table = cost_table.retention_table(read_study(tmp_path), "questions", FOUND, [])
+    assert table.header[2] == "at 512 (4x)" and "Retention: value at 512 over 128" in table.note
     assert cells(table) == {"alibi": ["80.0", "40.0", "0.500"], "rotary": ["80.0", "0.0", "0.000"]}
 
 
@@ -64,9 +68,9 @@ def test_costs_are_relative_to_rope_and_missing_where_not_measured(runs):
     benchmark(runs / "benchmark_eval.json", "eval")
     benchmark(runs / "benchmark_decode.json", "decode")
     study, found = read_study(runs), cost_table.read_benchmarks(runs)
-    table = cost_table.summary(study, "text", BITS, found)
+    table = cost_table.retention_table(study, "text", BITS, found)
     assert list(table.header[4:]) == ["training step at 16, time", "memory", "evaluation at 16, time", "memory"]
-    assert "times those of rotary, taking turns on cpu" in table.note
+    assert "relative to rotary, measured in turns on cpu" in table.note
     # seqpe / rotary takes 0.5 of the time, seqpe / alibi 2: so alibi takes a quarter of rotary's.
     costed = {name: own[3:] for name, own in cells(table).items()}
     assert costed == {
@@ -78,22 +82,22 @@ def test_costs_are_relative_to_rope_and_missing_where_not_measured(runs):
     plot = plots.quality_and_cost(study, found)
     assert plot.alt.endswith("seqpe 2.250 at 0.50 times; alibi 1.500 at 0.25 times.")
     plots.close(plot)
-    assert plots.quality_and_cost(study, []) is None and cost_table.command(study, runs, found) == ""
+    assert plots.quality_and_cost(study, []) is None and cost_table.missing_commands(study, runs, found) == ""
 
 
-def test_a_form_of_an_encoding_does_not_have_the_cost_of_another(runs):
+def test_a_variant_of_an_encoding_does_not_have_the_cost_of_another(runs):
     make_run(runs / "other", bits=((16, 2.0),), encoding={"kind": "seqpe", "width": 9})
     benchmark(runs / "benchmark.json")
-    table = cost_table.summary(read_study(runs), "text", BITS, cost_table.read_benchmarks(runs))
+    table = cost_table.retention_table(read_study(runs), "text", BITS, cost_table.read_benchmarks(runs))
     assert [own[3] for name, own in cells(table).items() if name.startswith("seqpe")] == ["-", "-"]
 
 
-def test_the_commands_that_measure_costs_are_named_where_they_are_missing(runs, tmp_path_factory):
+def test_the_commands_that_measure_missing_costs_are_named(runs, tmp_path_factory, without_plots):
     points = {path.parent.name: json.loads(path.read_text()) for path in runs.glob("*/config.json")}
     variants = {name: own["encoding"]["kind"] for name, own in points.items()}
     variants |= {name: "alibi_far" for name, kind in variants.items() if kind == "alibi"}
-    told = {name: {"config": f"configs/x.py:{variants[name]}", "settings": own} for name, own in points.items()}
-    (runs / "sweep.json").write_text(json.dumps({"points": told}))
+    trials = {name: {"config": f"configs/x.py:{variants[name]}", "settings": own} for name, own in points.items()}
+    (runs / "sweep.json").write_text(json.dumps({"points": trials}))
     benchmark(runs / "benchmark_eval.json", "eval")
     out = tmp_path_factory.mktemp("out")
     report.write_report(runs, out)
@@ -114,13 +118,13 @@ def test_a_broken_benchmark_is_named(tmp_path, content):
 
 def test_a_benchmark_without_its_ratios_is_named(tmp_path):
     benchmark(tmp_path / "benchmark.json")
-    kept = json.loads((tmp_path / "benchmark.json").read_text())
-    (tmp_path / "benchmark.json").write_text(json.dumps(kept | {"ratios": {}}))
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    (tmp_path / "benchmark.json").write_text(json.dumps(content | {"ratios": {}}))
     with pytest.raises(InputError, match="write it again, or remove it"):
         cost_table.read_benchmarks(tmp_path)
 
 
-def test_answers_by_distance_are_those_of_the_longest_prompts(tmp_path):
+def test_answers_by_distance_are_those_of_the_longest_prompts(tmp_path, without_plots):
     def distance(near, far, counts=(30, 10)):
         return [
             {"from": low, "to": high, "examples": count, "contains": found}

@@ -1,7 +1,5 @@
-"""The HTML report: numbers of the files, nothing from outside, and a page that people can read without seeing it."""
+"""The HTML report: numbers of the files, no external file, readable without seeing it."""
 
-import base64
-import hashlib
 import html
 import html.parser
 import json
@@ -134,16 +132,7 @@ def test_numbers_are_those_of_the_files_and_missing_ones_are_missing(swept):
     assert "rotary-1,rotary,not started,rotary,1,16,,,,,,,,\n" in (out / "results.csv").read_text()
 
 
-def test_peak_memory_is_the_most_that_was_reported(tmp_path):
-    make_run(tmp_path / "run")
-    lines = [{"step": at, "time": at, "device/memory_bytes": held * 2**20} for at, held in ((1, 5), (2, 9), (4, 9))]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report.write_report(tmp_path, tmp_path / "out")
-    _, rows = Page((tmp_path / "out" / "report.html").read_text()).table("Cost")
-    assert rows["seqpe"][-1]["text"] == "9"
-
-
-def test_configs_are_told_apart(swept):
+def test_fields_are_listed_by_whether_they_differ(swept):
     _, page = swept
     _, rows = page.table("Fields that differ")
     assert list(rows) == ["seed", "1", "encoding.kind", "rotary"]  # a field's second value stands under its name
@@ -154,40 +143,26 @@ def test_configs_are_told_apart(swept):
 
 
 @pytest.mark.parametrize("which", ["swept", "images"])
-def test_the_page_asks_for_nothing_outside_itself(which, request):
+def test_the_page_needs_no_other_file_and_names_its_parts(which, request):
     out, page = request.getfixturevalue(which)
     text = (out / "report.html").read_text()
     assert not page.all("link", "iframe", "object") and "http:" not in text and "https:" not in text
-    [script] = page.all("script")  # the page's own, the one that its policy lets run
-    digest = base64.b64encode(hashlib.sha256(script["text"].encode()).digest()).decode()
-    assert "src" not in script and f"script-src 'sha256-{digest}'" in text
-    assert not any(name in script["text"] for name in ("fetch(", "XMLHttpRequest", "import(", "eval("))
-    assert not any(name.startswith("on") for one in page.elements for name in one)
-    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    [script] = page.all("script")
+    assert "src" not in script and "@import" not in text and not re.search(r"url\((?!#)", text)
     references = [one[name] for one in page.elements for name in ("src", "href", "xlink:href") if one.get(name)]
     assert references and all(re.match(r"#|data:image/png;base64,", where) for where in references)
     ids = [one["id"] for one in page.elements if "id" in one]
     assert len(ids) == len(set(ids)) and {where[1:] for where in references if where[0] == "#"} <= set(ids)
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
     assert not list(out.glob("*.part"))
-
-
-@pytest.mark.parametrize("which", ["swept", "images"])
-def test_the_page_can_be_read_without_seeing_it(which, request):
-    _, page = request.getfixturevalue(which)
     assert page.all("html")[0]["lang"] == "en" and all(page.all(landmark) for landmark in ("header", "nav", "main"))
-    assert page.all("a")[0]["href"] == "#main" and len(page.all("h1")) == 1
-    ids = {one["id"] for one in page.elements if "id" in one}
-    assert all(one["aria-labelledby"] in ids for one in page.elements if "aria-labelledby" in one)
-    assert page.all("table") and page.all("svg")
     for table in page.all("table"):
         assert len(page.all("caption", within=table)) == 1
         headers = page.all("th", within=table)
         assert headers and all(one["scope"] in ("col", "row", "rowgroup") for one in headers)
     for wide in page.all("table", "svg"):
         box = wide["parents"][-1]
-        assert box["class"] == "scroll" and box["tabindex"] == "0" and box["role"] == "region"
-        assert box.get("aria-label") or box.get("aria-labelledby")
+        assert box["class"] == "scroll" and box["tabindex"] == "0" and box["role"] == "region" and box["aria-label"]
     for figure in page.all("figure"):
         drawn = page.all("svg", within=figure)
         assert len(drawn) == 1 and drawn[0]["role"] == "img" and len(drawn[0]["aria-label"]) > 40
@@ -210,7 +185,7 @@ def test_names_are_escaped(images):
     assert not page.all("b") and "a<b>&'\"-0" in page.table("Runs")[1]
 
 
-def test_a_sweep_that_has_not_begun(tmp_path):
+def test_a_sweep_that_has_not_begun(tmp_path, without_plots):
     settings = {"steps": 4, "seed": 0, "data": {"length": 16}, "encoding": {"kind": "alibi"}}
     (tmp_path / "sweep.json").write_text(json.dumps({"points": {"alibi-0": {"settings": settings}}}))
     assert [(run.name, run.state) for run in read_study(tmp_path).runs] == [("alibi-0", "not started")]
@@ -231,60 +206,35 @@ def test_a_broken_sweep_is_refused(tmp_path, content, message):
         read_study(tmp_path)
 
 
-def browsed(page, folder, width, dark, measure):
-    """What a script finds in the page in a browser: d its document, v(element) the computed style. Also folder/shot.png."""
-    # A frame is as narrow as a telephone, which a window cannot be; its script, not the page's, measures.
-    (folder / "frame.html").write_text(
-        f"<style>*{{margin:0;border:0}}</style><body><iframe width={width} height=2000 "
-        f'src="{page.as_uri()}" onload="const f = this, d = f.contentDocument,'
-        f' v = s => f.contentWindow.getComputedStyle(s);{measure}"></iframe>'
-    )
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        "--allow-file-access-from-files",
-        f"--user-data-dir={folder / 'profile'}",
-        "--window-size=1400,2000",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        f"--screenshot={folder / 'shot.png'}",
-        "--dump-dom",
-        (folder / "frame.html").as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
-
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-
-
-@needs_chromium
-def test_a_browser_sorts_rows_and_hides_curves(tmp_path):
-    """What is missing, or no number, comes last either way."""
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_sorts_rows(tmp_path):
+    """Missing values and NaN come last in either direction; nothing is wider than the window."""
     measured = {"seqpe": (2.0, 3.0), "alibi": (2.5,), "fox": (2.4, math.nan), "none": (2.3,), "rotary": (2.2, 1.0)}
     for kind, bits in measured.items():
         make_run(tmp_path / "runs" / kind, kind, bits=tuple(zip((16, 64), bits, strict=False)))
     report.write_report(tmp_path / "runs", tmp_path)
     measure = (
-        "const t = d.getElementById('table-measured-1').closest('table'), rows = () => [...t.tBodies].map("
-        "b => b.rows[0].cells[0].textContent.trim()), seen = [rows()], of = r => [...d.querySelectorAll('svg [data-row]')]"
-        ".filter(p => p.dataset.row == r.value && v(p).display != 'none').length;"
+        "const t = d.querySelector('#results ~ .scroll table'), rows = () => [...t.tBodies].map("
+        "b => b.rows[0].cells[0].textContent.trim()), seen = [rows()];"
         "const heads = t.tHead.rows[0].cells, press = n => heads[n].querySelector('button').click();"
         "for (const n of [2, 2, 0, 0]) { press(n); seen.push(rows()); }"
-        "const sorts = [...heads].map(h => h.getAttribute('aria-sort')), boxes = [...d.querySelectorAll('#pick input')];"
-        "const counts = [boxes.map(of)]; boxes[0].click(); counts.push(boxes.map(of));"
-        "d.querySelector('#pick [value=none]').click(); counts.push(boxes.map(of));"
-        "d.querySelector('#pick [value=all]').click(); counts.push(boxes.map(of));"
-        "heads[1].querySelector('button').focus(); const focused = d.activeElement.textContent;"
-        "document.body.dataset.found = JSON.stringify({seen, sorts, counts, focused, wide: d.documentElement.scrollWidth,"
-        "grouped: d.getElementById('table-differing').closest('table').querySelectorAll('button').length})"
+        "const sorts = [...heads].map(h => h.getAttribute('aria-sort'));"
+        "document.body.dataset.found = JSON.stringify({seen, sorts, wide: d.documentElement.scrollWidth})"
     )
-    found = browsed(tmp_path / "report.html", tmp_path, 400, False, measure)
+    (tmp_path / "frame.html").write_text(
+        f'<style>*{{margin:0;border:0}}</style><body><iframe width=400 height=2000 src="{(tmp_path / "report.html").as_uri()}" '
+        f'onload="const d = this.contentDocument;{measure}"></iframe>'
+    )
+    options = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --allow-file-access-from-files --dump-dom"
+    command = [
+        CHROMIUM,
+        *options.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        (tmp_path / "frame.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', done.stdout)[1]))
     assert [" ".join(rows) for rows in found["seen"]] == [
         "seqpe alibi fox none rotary",
         "rotary seqpe alibi fox none",
@@ -292,32 +242,4 @@ def test_a_browser_sorts_rows_and_hides_curves(tmp_path):
         "alibi fox none rotary seqpe",
         "seqpe rotary none fox alibi",
     ]
-    assert found["sorts"] == ["descending", None, None] and found["wide"] == 400 and found["grouped"] == 0
-    first, without, none, again = found["counts"]
-    assert first[0] > 3 and without == [0, *first[1:]] and none == [0] * len(first) and again == first
-    assert found["focused"].strip() == "16 (1x)"
-
-
-@needs_chromium
-@pytest.mark.parametrize("width,dark", [(400, True), (1280, False)])
-def test_a_browser_shows_it(swept, tmp_path, width, dark):
-    from PIL import Image
-
-    out, _ = swept
-    measure = (
-        "const e = d.documentElement;"
-        "document.body.dataset.found = JSON.stringify({wide: e.scrollWidth, tall: e.scrollHeight,"
-        "tables: [...d.querySelectorAll('table')].filter(t => t.getClientRects().length).length,"
-        "plots: [...d.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 100).length,"
-        "ink: v(d.querySelector('svg text')).fill, paper: v(e).backgroundColor})"
-    )
-    found = browsed(out / "report.html", tmp_path, width, dark, measure)
-    assert (
-        found["wide"] == width and found["tall"] > 2000
-    )  # nothing wider than the window: wide parts scroll by themselves
-    assert found["tables"] >= 5 and found["plots"] >= 4
-    light = [np.mean([int(part) for part in re.findall(r"\d+", found[name])[:3]]) for name in ("ink", "paper")]
-    assert (light[0] > 180 and light[1] < 60) if dark else (light[0] < 80 and light[1] > 240)
-    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("L"))[:, :width]
-    counts = np.bincount(pixels.ravel(), minlength=256)
-    assert 0.01 < 1 - counts.max() / pixels.size < 0.5 and (counts > 0).sum() > 50  # print on paper, in many shades
+    assert [sort for sort in found["sorts"] if sort] == ["descending"] and found["wide"] == 400

@@ -1,4 +1,4 @@
-"""A sweep of two stages in one report: rows are those of the second, and the first is a table of how they were chosen."""
+"""A sweep with tuning runs in one report: they are in the table of the choice that they decide, and in no other."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ def rate(value):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """alibi is decided and has one of two runs; rotary waits, as one run of its first stage failed and one is missing."""
+    """alibi is decided and has one of two runs; rotary waits, as one of its tuning runs failed and one is missing."""
     settings = {"steps": 4, "batch_size": 2, "data": {"name": "text_files", "length": 16}}
     points = {}
     for kind, losses in (("alibi", (2.0, 1.5, 1.75)), ("rotary", (2.5, None, None))):
@@ -46,21 +46,21 @@ def sweep(tmp_path):
     return tmp_path
 
 
-def test_rows_are_of_the_second_stage_alone(sweep, tmp_path_factory):
+def test_tuning_runs_are_in_no_row(sweep, tmp_path_factory, without_plots):
     study = read_study(sweep)
-    assert study.rows == ["alibi", "rotary"] and [run.name for run in study.of("alibi")] == ["alibi-1", "alibi-2"]
-    assert [run.name for run in study.trials] == [
+    assert study.rows == ["alibi", "rotary"] and [run.name for run in study.runs_of("alibi")] == ["alibi-1", "alibi-2"]
+    assert [run.name for run in study.tuning_runs] == [
         f"{kind}-r={value}" for kind in ("alibi", "rotary") for value in RATES
     ]
     out = tmp_path_factory.mktemp("out")
     main = report.write_report(sweep, out)
     assert "| alibi | **3.000** (1 of 2) | **3.500** (1 of 2) | 1,234 | 2.75 M |\n| rotary | - | - | - | - |" in main
     page, rows = (out / "report.md").read_text(), (out / "results.csv").read_text()
-    assert "r=0.001" not in rows and "| alibi-r=0.001 | first stage | 0 | finished | 4 | - | 3 |" in page
+    assert "r=0.001" not in rows and "| alibi-r=0.001 | tuning | 0 | finished | 4 | - | 3 |" in page
     assert "| optimizer.learning_rate | 0.002 | alibi |" in page and "| not decided yet | rotary |" in page
 
 
-def test_the_first_stage_shows_what_was_measured_last_and_what_was_chosen(sweep):
+def test_the_last_measurement_and_the_choice_are_shown(sweep):
     [table] = tuning_table.tuning_tables(read_study(sweep))
     assert (
         list(table.header) == ["encoding", "0.001", "0.002", "0.004", "chosen"]
@@ -71,48 +71,48 @@ def test_the_first_stage_shows_what_was_measured_last_and_what_was_chosen(sweep)
         "alibi": ["2.0000", "*1.5000*", "1.7500", "0.002"],
         "rotary": ["2.5000", "-", "-", "-"],
     }
-    assert "may lie beyond" not in table.note
+    assert "may lie outside it" not in table.note
 
 
-def test_of_several_runs_with_a_value_the_best_is_shown(sweep):
-    """As where a constant of the encoding is tried at each learning rate: each field has a table of its own."""
+def test_the_best_of_several_runs_with_a_value_is_shown(sweep):
+    """As where a constant of the encoding is combined with each learning rate: each field has a table of its own."""
     path = sweep / "sweep.json"
-    kept = json.loads(path.read_text())
+    record = json.loads(path.read_text())
     for run, theta in (("alibi-r=0.001", 10.0), ("alibi-r=0.002", 10.0), ("alibi-r=0.004", 100.0)):
         config = json.loads((sweep / run / "config.json").read_text())
-        config["encoding"]["theta"] = kept["points"][run]["settings"]["encoding"]["theta"] = theta
+        config["encoding"]["theta"] = record["points"][run]["settings"]["encoding"]["theta"] = theta
         (sweep / run / "config.json").write_text(json.dumps(config))
     for seed in (1, 2):
-        point = kept["points"][f"alibi-{seed}"]
+        point = record["points"][f"alibi-{seed}"]
         for part in ("best", "decided"):
             point[part]["encoding.theta"] = dict(point[part][FIELD])
         point["decided"]["encoding.theta"]["value"] = 10.0
-    path.write_text(json.dumps(kept))
+    path.write_text(json.dumps(record))
     _, table = tuning_table.tuning_tables(read_study(sweep))
     assert table.header[1:] == ["10.0", "100.0", "chosen"] and "the best of several runs is shown" in table.note
     assert [[cell.text for cell in row] for row in table.rows] == [["alibi", "1.5000", "1.7500", "10.0"]]
 
 
-def test_a_choice_at_the_end_of_what_was_tried_is_told(sweep):
+def test_a_choice_at_an_end_of_the_grid_is_noted(sweep):
     path = sweep / "sweep.json"
-    kept = json.loads(path.read_text())
+    record = json.loads(path.read_text())
     for seed in (1, 2):
-        kept["points"][f"alibi-{seed}"]["decided"][FIELD] |= {"value": 0.004, "run": "alibi-r=0.004"}
-    path.write_text(json.dumps(kept))
+        record["points"][f"alibi-{seed}"]["decided"][FIELD] |= {"value": 0.004, "run": "alibi-r=0.004"}
+    path.write_text(json.dumps(record))
     [table] = tuning_table.tuning_tables(read_study(sweep))
-    assert table.note.endswith("so that the best may lie beyond: alibi.")
-    # The same where another row has tried one value more.
-    kept["points"]["rotary-r=0.008"] = copy.deepcopy(kept["points"]["rotary-r=0.004"])
-    kept["points"]["rotary-r=0.008"]["settings"] |= rate(0.008)
+    assert table.note.endswith("so that the best value may lie outside it: alibi.")
+    # The same where another row has one value more.
+    record["points"]["rotary-r=0.008"] = copy.deepcopy(record["points"]["rotary-r=0.004"])
+    record["points"]["rotary-r=0.008"]["settings"] |= rate(0.008)
     for seed in (1, 2):
-        kept["points"][f"rotary-{seed}"]["best"][FIELD]["runs"].append("rotary-r=0.008")
-    path.write_text(json.dumps(kept))
+        record["points"][f"rotary-{seed}"]["best"][FIELD]["runs"].append("rotary-r=0.008")
+    path.write_text(json.dumps(record))
     [table] = tuning_table.tuning_tables(read_study(sweep))
     assert list(table.header)[1:] == ["0.001", "0.002", "0.004", "0.008", "chosen"]
-    assert table.note.endswith("so that the best may lie beyond: alibi.")
+    assert table.note.endswith("so that the best value may lie outside it: alibi.")
 
 
-def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):
+def test_missing_tuning_runs_are_noted_in_a_line_each(sweep):
     lines = [line for line in report.notes(read_study(sweep)) if "r=" in line]
     assert lines == [
         "rotary-r=0.002 is missing: not started; optimizer.learning_rate of rotary waits for it",
@@ -120,7 +120,7 @@ def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):
         "optimizer.learning_rate of rotary waits for it",
     ]
     (sweep / "alibi-r=0.001" / "metrics.jsonl").unlink()
-    assert "alibi was chosen without it" in tuning_table.notes(read_study(sweep))[0]
+    assert "alibi was chosen without it" in tuning_table.tuning_notes(read_study(sweep))[0]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_what_is_missing_of_the_first_stage_is_told_in_a_line_each(sweep):
         ({FIELD: {"runs": ["nobody"], "minimise": METRIC}}, "has no point 'nobody', which decides others"),
     ],
 )
-def test_a_record_that_names_nobody_is_refused(sweep, best, message):
+def test_a_record_that_names_no_run_is_refused(sweep, best, message):
     path = sweep / "sweep.json"
-    kept = copy.deepcopy(json.loads(path.read_text()))
-    kept["points"]["alibi-1"]["best"] = best
-    path.write_text(json.dumps(kept))
+    record = copy.deepcopy(json.loads(path.read_text()))
+    record["points"]["alibi-1"]["best"] = best
+    path.write_text(json.dumps(record))
     with pytest.raises(InputError, match=message):
         read_study(sweep)
