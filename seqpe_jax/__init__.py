@@ -5,8 +5,8 @@
     model = seqpe_jax.load("runs/first")
     print(model.generate("import ", max_new_tokens=40))
 
-`load` opens a run, an export, the authors' PyTorch checkpoints or a Hugging Face GPT-2; `SeqPE`, `attend`,
-`apply_position_signal` and `position_losses` put the encoding into a model of your own. All of them are imported when they are first used.
+`load` opens a run, an export, the authors' PyTorch checkpoints or a Hugging Face GPT-2. `SeqPE`, `attend`,
+`apply_position_signal` and `position_losses` add the encoding to a model of your own. Each is imported at its first use.
 """
 
 import importlib
@@ -36,7 +36,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a part of the public face when it is first used."""
+    """Imports a public name at its first use."""
     if name == "place":
         warnings.warn("seqpe_jax.place is now seqpe_jax.apply_position_signal", DeprecationWarning, stacklevel=2)
         name = "apply_position_signal"

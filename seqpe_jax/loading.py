@@ -1,4 +1,7 @@
-"""Any folder with a model in it -> `Model`: a run, an export, the authors' PyTorch files, a Hugging Face GPT-2."""
+"""`load`: opens a run, an export, a checkpoint of the PyTorch reference or a Hugging Face GPT-2 as a `Model`.
+
+It is not part of `model`, since the modules of `interop` that read the last two import `Model`.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +14,7 @@ from seqpe_jax import config
 from seqpe_jax.checksums import checksum_error
 from seqpe_jax.config import Config
 from seqpe_jax.data.tokenizers import load_tokenizer
-from seqpe_jax.distributed import sharding as layout
+from seqpe_jax.distributed import sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
 from seqpe_jax.inference.export import read_params
@@ -30,7 +33,7 @@ EXPECTED = (
 
 
 def load(path: str | os.PathLike, which: str = "latest") -> Model:
-    """Returns the model of a folder or file, its parameters read; no data are opened.
+    """Returns the model of a folder or file, with its parameters; opens no data set.
 
     Args:
       path: a workdir of `train`, an output of `export` or `convert`, a folder or .pth file of the PyTorch reference, or
@@ -38,19 +41,18 @@ def load(path: str | os.PathLike, which: str = "latest") -> Model:
       which: checkpoint of a run, "latest" or "best" (`open_model`).
 
     Raises:
-      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, a field of a newer version.
+      InputError: none of these, no checkpoint yet, a file missing, damaged or refused, or a field of a newer version.
     """
     if not as_path(path).exists():
         raise InputError(f"{path} does not exist: {EXPECTED}")
-    model = (
-        open_model(str(path), which) if is_run_or_export(path) else _model_of_source(torch_reference.read(str(path)))
-    )
+    run = RunDir(path)
+    model = open_model(run, which) if run.is_model() else _model_of_foreign(torch_reference.read(str(path)))
     _ = model.params
     return model
 
 
-def _model_of_source(source: torch_reference.ForeignCheckpoint) -> Model:
-    """The model of a checkpoint of others, with the tokenizer that lies beside it."""
+def _model_of_foreign(source: torch_reference.ForeignCheckpoint) -> Model:
+    """The model of another program's checkpoint, with the tokenizer of its folder."""
     model = torch_model.from_checkpoint(source)
     if not source.tokenizer_files:
         return model
@@ -59,21 +61,21 @@ def _model_of_source(source: torch_reference.ForeignCheckpoint) -> Model:
 
 
 def is_run_or_export(path: str | os.PathLike) -> bool:
-    """Whether a path is a folder of `train`, of `convert` or of `export`."""
+    """Returns True for a folder of `train`, `convert` or `export`."""
     return RunDir(path).is_model()
 
 
 def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") -> Model:
-    """Returns the model of a run or an export, whose parameters are read when they are first asked for.
+    """Returns the model of a run or an export, whose parameters are read at their first use.
 
     Args:
-      checkpoint: a folder of a run or an export.
+      checkpoint: folder of a run or an export.
       which: checkpoint of a run: "latest", the newest that is not damaged, or "best", by checkpoint.best of its config.
 
     Raises:
       InputError: neither of these; nothing is saved yet; there is no best checkpoint.
     """
-    run, mesh = RunDir.of(checkpoint), layout.make_mesh(0, 1)
+    run, mesh = RunDir.of(checkpoint), sharding.make_mesh(0, 1)
     settings = load_run_config(run)
     section = run.export_section
     if section is not None:
@@ -97,7 +99,7 @@ def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") ->
 
 
 def load_run_config(checkpoint: RunDir | str | os.PathLike) -> Config:
-    """Returns the config of the run of a folder, with its own tokenizer, for the devices of this machine.
+    """Returns the config of a run or an export, with the tokenizer of its folder and the default mesh.
 
     Raises:
       InputError: not a folder of a run or an export.
@@ -111,19 +113,19 @@ def load_run_config(checkpoint: RunDir | str | os.PathLike) -> Config:
 
 
 def data_spec_of(settings: Config, checkpoint: RunDir | str | os.PathLike) -> DataSpec:
-    """Returns what the model of a run took from its data, without opening them.
+    """Returns the vocabulary or classes, channels and pixel statistics of a run's model, without opening its data.
 
-    Runs that are older than the file that keeps it have their tokenizer, or the names of their classes, beside them.
+    Older runs have no file of them; there the tokenizer or the class names in the folder give the numbers.
 
     Raises:
       InputError: the number of tokens or classes is not known.
     """
     run = RunDir.of(checkpoint)
     if settings.is_image:
-        sizes = known_data_spec(settings, run.path)
-        if not sizes.classes:
+        data_spec = known_data_spec(settings, run)
+        if not data_spec.classes:
             raise InputError(f"{run} does not say how many classes its model has: put back its classes.json")
-        return sizes
+        return data_spec
     stored = run.data_spec
     if stored is not None:
         if not stored.vocabulary:
@@ -138,7 +140,7 @@ def data_spec_of(settings: Config, checkpoint: RunDir | str | os.PathLike) -> Da
 
 def _saved_params(run: RunDir, model_spec: ModelSpec, mesh: jax.sharding.Mesh, step: int) -> Params:
     """The parameters of a run's checkpoint, sharded over a mesh."""
-    shapes, _ = layout.with_shardings(mesh, {"params": model_spec.shapes})
+    shapes, _ = sharding.with_shardings(mesh, {"params": model_spec.shapes})
     checkpointer = Checkpointer(run, create=False)
     params, _ = checkpointer.restore_params(shapes["params"], step)
     checkpointer.close()
@@ -150,4 +152,4 @@ def _exported_params(run: RunDir, model_spec: ModelSpec, mesh: jax.sharding.Mesh
     error = checksum_error(run.path.absolute(), check_name=False)
     if error:
         raise InputError(f"{run} is damaged: {error}; export the run again")
-    return jax.device_put(read_params(run.path, model_spec.shapes), layout.replicated(mesh))
+    return jax.device_put(read_params(run.path, model_spec.shapes), sharding.replicated(mesh))

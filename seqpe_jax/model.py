@@ -1,4 +1,4 @@
-"""One handle on a trained model: ask it, generate with it, evaluate it, write it elsewhere."""
+"""`Model`, the public handle on a trained model: logits, position vectors, generation, evaluation, saving and export."""
 
 import dataclasses
 import functools
@@ -13,8 +13,8 @@ import numpy as np
 from seqpe_jax.config import Config
 from seqpe_jax.data.images import normalize_pixels
 from seqpe_jax.data.tokenizers import Tokenizer, decode_continuation
-from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.distributed.progress import ProgressLine
+from seqpe_jax.distributed.sharding import make_mesh
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError, encode_utf8
 from seqpe_jax.inference import export
@@ -33,25 +33,25 @@ Start = int | Sequence[int] | None
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A model and its parameters, from a run, an export, or a checkpoint of others (`seqpe_jax.load`).
+    """A model and its parameters, from a run, an export, or a PyTorch or Hugging Face checkpoint (`seqpe_jax.load`).
 
     Attributes:
-      config: of the run; of an encoder of positions alone, its encoding section says all there is.
-      model_spec: the encoding and the network.
-      data_spec: what the model took from its data.
-      read: reads the parameters; `params` calls it once.
-      step: of the training that the parameters come from; 0 for those of others.
+      config: of the run; of a position encoder alone, only its encoding section is meaningful.
+      model_spec: encoding and network.
+      data_spec: vocabulary or classes, channels and pixel statistics.
+      load_params: returns the parameters; called once, by `params`.
+      step: training step of the parameters; 0 for those of other programs.
       folder: that the model was loaded from, or "".
-      mesh: the devices that it runs on.
+      mesh: devices that it runs on.
     """
 
     config: Config
     model_spec: ModelSpec
     data_spec: DataSpec
-    read: Callable[[], Params]
+    load_params: Callable[[], Params]
     step: int = 0
     folder: str = ""
-    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=lambda: layout.make_mesh(0, 1))
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=lambda: make_mesh(0, 1))
 
     def __repr__(self) -> str:
         parameters = f"{count(self.params):,} parameters"
@@ -65,25 +65,25 @@ class Model:
     @functools.cached_property
     def params(self) -> Params:
         """The parameters, {"encoding": ..., "model": ...}, float32."""
-        return self.read()
+        return self.load_params()
 
     @functools.cached_property
     def compiled(self) -> CompiledModel:
-        """The model's compiled programs."""
+        """The model's functions, compiled at their first call."""
         return CompiledModel(self.model_spec, self.mesh)
 
     @functools.cached_property
     def task(self) -> Task:
-        """What the model was trained for; its data are opened when they are first asked for.
+        """The task that the model was trained for; it opens its data at their first use.
 
         Raises:
-          InputError: the tokenizer, or the names of the classes, are missing or damaged.
+          InputError: the tokenizer or the class names are missing or damaged.
         """
         return task_class(self.config)(self.config, run_dir=self.folder)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of a model of text. Raises: InputError: as `task`, or the model reads images."""
+        """The tokenizer of a language model. Raises: InputError: as `task`, or the model reads images."""
         return self._text.tokenizer
 
     @property
@@ -94,28 +94,28 @@ class Model:
         return task
 
     def logits(self, inputs: Any, start: Start = None) -> jax.Array:
-        """Returns logits, float32: [B, L, V] of tokens, [B, V] of images or clips.
+        """Returns logits, float32: [B, L, V] for tokens, [B, V] for images or videos.
 
         Args:
-          inputs: tokens int32[B, L]; images [B, H, W, C] or clips [B, T, H, W, C], either uint8, which are normalised here
-            with `sizes.mean` and `sizes.std`, or float32, which must be normalised so already.
-          start: the first position in tokens or patches, an int or one per axis; None = the origin.
+          inputs: tokens int32[B, L]; images [B, H, W, C] or videos [B, T, H, W, C]. uint8 pixels are normalized here with
+            `data_spec.mean` and `data_spec.std`, float32 pixels must be normalized so already.
+          start: first position in tokens or patches, an int or one per axis; None = the origin.
 
         Raises:
-          InputError: inputs of another kind or size, unknown tokens, pixels that nobody knows how to normalise, positions
-            beyond the digits, an encoder alone.
+          InputError: inputs of another kind or size, unknown tokens, pixels without known statistics, positions beyond the
+            digits, or a position encoder alone.
         """
         if self.model_spec.network is None:
             raise InputError("this is a position encoder alone: it has no logits, only encode_positions")
-        inputs = self._checked(jnp.asarray(inputs))
-        first = self._start(start, self.model_spec.grid_of(inputs.shape))
+        inputs = self._checked_inputs(jnp.asarray(inputs))
+        first = self._checked_start(start, self.model_spec.grid_of(inputs.shape))
         return self.compiled.logits(self.params, inputs, first)
 
     def encode_positions(self, positions: Any) -> jax.Array:
-        """Returns the vectors of positions, float32[R, E].
+        """Returns SeqPE's vectors of positions, float32[R, E].
 
         Args:
-          positions: [R] or [R, A], in tokens or patches; fractions of one where encoding.fraction_digits writes them.
+          positions: [R] or [R, A], in tokens or patches; fractional as far as encoding.fraction_digits allows.
 
         Raises:
           InputError: the encoding has no vectors, or positions beyond the digits.
@@ -123,21 +123,21 @@ class Model:
         encoder = self.model_spec.encoder
         if encoder is None:
             raise InputError("this model has no encoder of positions: only 'seq_pe' with its own weights has vectors")
-        given = np.asarray(positions)
-        places_RA = given[:, None] if given.ndim == 1 else given
-        if places_RA.ndim != 2 or places_RA.shape[1] != encoder.axes:
-            raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {given.shape}")
-        unit = self.model_spec.position_grid.position_resolution
-        exact_RA = places_RA.astype(np.float64) * unit
-        units_RA = np.rint(exact_RA).astype(np.int64)
-        between = np.abs(exact_RA - units_RA) > 0.05  # more than float32 rounds
-        if between.any():
+        positions = np.asarray(positions)
+        positions_RA = positions[:, None] if positions.ndim == 1 else positions
+        if positions_RA.ndim != 2 or positions_RA.shape[1] != encoder.axes:
+            raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {positions.shape}")
+        resolution = self.model_spec.position_grid.position_resolution
+        scaled_RA = positions_RA.astype(np.float64) * resolution
+        fixed_point_RA = np.rint(scaled_RA).astype(np.int64)
+        inexact = np.abs(scaled_RA - fixed_point_RA) > 0.05  # more than float32 rounds
+        if inexact.any():
             raise InputError(
-                f"position {places_RA[between][0]} lies between those that encoding.fraction_digits="
-                f"{self.config.encoding.fraction_digits} writes, which are 1/{unit} apart: round positions first"
+                f"position {positions_RA[inexact][0]} is no multiple of 1/{resolution}, the resolution of encoding.fraction_digits="
+                f"{self.config.encoding.fraction_digits}: round positions first"
             )
-        _check_reach(encoder, units_RA)
-        return self.compiled.vectors_of(self.params, jnp.asarray(units_RA, jnp.int32))
+        _check_digits(encoder, fixed_point_RA)
+        return self.compiled.vectors_of(self.params, jnp.asarray(fixed_point_RA, jnp.int32))
 
     def generate(
         self,
@@ -149,17 +149,20 @@ class Model:
         seed: int = 0,
         window: int | None = None,
     ) -> str | list[str]:
-        """Returns the text that follows a prompt, or each of several.
+        """Returns the text that follows a prompt, or one text for each of several prompts.
 
         Args:
-          temperature: 0 = always the likeliest token; larger = more varied text.
-          top_p: draw from the likeliest tokens that together reach this probability; seed: of the draws.
-          window: length of the window, in tokens; a learned table, encoding.scaling and encoding.resize='interpolate' need it
-            for texts longer than in training, since their positions depend on it. Other encodings do not read it.
+          prompt: one or several.
+          max_new_tokens: tokens generated for each prompt, at most.
+          temperature: 0 = always the most likely token; larger = more varied text.
+          top_p: nucleus sampling from the most likely tokens that together reach this probability.
+          seed: of the random draws.
+          window: tokens; a learned table, encoding.scaling and encoding.resize='interpolate' need it for texts longer than in
+            training, since their positions depend on it. Other encodings do not use it.
 
         Raises:
-          InputError: a model of images, an empty prompt, values out of range, too long a text for the positions, a window
-            that is missing or not read.
+          InputError: a model of images, an empty prompt, values out of range, a text too long for the positions, or a window
+            that is missing or not used.
         """
         asked = Sampling(max_new_tokens, temperature, top_p, seed)
         generation.check_generation(self.config, [1], asked, window, max_grid=self.model_spec.max_grid)
@@ -175,7 +178,7 @@ class Model:
         return texts[0] if isinstance(prompt, str) else texts
 
     def continuations(self, prompts: Sequence[np.ndarray], sampling: Sampling, **options: Any) -> list[Generation]:
-        """Returns what follows prompts of token ids; options as of `inference.generate.generate`."""
+        """Returns the generations for prompts of token ids; options: of `inference.generate.generate`."""
         return generation.generate(
             self.compiled, self.config, self.params, prompts, sampling, self._text.known_V, **options
         )
@@ -190,15 +193,17 @@ class Model:
     ) -> list[dict[str, Any]]:
         """Returns the results that `evaluate` prints, one for each length, size or context.
 
+        Without lengths, sizes and contexts, those of the config's eval section are evaluated.
+
         Args:
-          lengths: of a model of text; sizes: of a model of images, sides in pixels, (height, width) or (frames,
-            height, width).
-          split: "validation" or "test"; options: further fields of `tasks.evaluate.EvalRequest`.
-          contexts: of a model of text, in tokens: the same tokens are scored under each of them. Where neither lengths,
-            sizes nor contexts are given: those of the config's eval section.
+          lengths: tokens, for a language model.
+          sizes: pixels, for a model of images: sides, (height, width) or (frames, height, width).
+          split: "validation" or "test".
+          contexts: tokens, for a language model: the same tokens are scored under each context.
+          options: further fields of `tasks.evaluate.EvalRequest`.
 
         Raises:
-          InputError: a length, size or context that cannot be evaluated, data that cannot be read.
+          InputError: a length, size or context that cannot be evaluated, or data that cannot be read.
         """
         request = EvalRequest(
             lengths=tuple((length,) for length in lengths),
@@ -210,7 +215,7 @@ class Model:
         return evaluate(self, request)[0]["results"]
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the model as a run that every command takes. Raises: InputError: the folder is taken."""
+        """Writes the model as a run's folder, which every command takes. Raises: InputError: the folder is taken."""
         known = bool(self.folder or self.config.data.tokenizer)
         copy_assets = self.task.copy_assets if known else None
         run_writer.write_run(folder, self.config, self.params, self.data_spec, self.step, save_assets=copy_assets)
@@ -223,30 +228,34 @@ class Model:
         max_size: int | None = None,
         platforms: Sequence[str] = PLATFORMS,
     ) -> None:
-        """Writes the model as a folder that runs with JAX alone (see `seqpe_jax.export`).
+        """Writes the model as a folder that runs with JAX alone (`inference.export`).
 
         Args:
-          max_length: longest window, in tokens; max_size: largest side, in pixels; None = the largest that the config
-            trains on or evaluates.
+          folder: new or empty.
+          max_length: longest window, tokens; None = the longest that the config trains on or evaluates.
+          max_size: largest side, pixels; None = the largest that the config trains on or evaluates.
+          platforms: some of "cpu", "cuda" and "tpu".
 
         Raises:
-          InputError: a range that the positions do not reach, an unknown platform, the folder is taken.
+          InputError: a range beyond the positions, an unknown platform, or the folder is taken.
         """
         export.write_export(self, folder, max_length, max_size, platforms)
 
     def save_reference(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """Writes the model in the layout of the PyTorch reference, and returns what went where.
+        """Writes the model as a checkpoint of the PyTorch reference, and returns a report of the conversion.
 
         Raises:
-          InputError: a field that the reference has nothing like, or the folder is taken.
+          InputError: a field without a counterpart in the reference, or the folder is taken.
         """
         return torch_reference.write_reference(self, folder)
 
-    def _checked(self, inputs: jax.Array) -> jax.Array:
-        """The inputs of a call. Raises: InputError: of another kind, or unknown tokens."""
+    def _checked_inputs(self, inputs: jax.Array) -> jax.Array:
+        """Returns valid inputs, pixels normalized. Raises: InputError: another kind or size, or unknown tokens."""
         rank = len(self.model_spec.inputs.shape)
         if inputs.ndim != rank:
-            wanted = {2: "tokens int32[B, L]", 4: "images float32[B, H, W, C]", 5: "clips float32[B, T, H, W, C]"}[rank]
+            wanted = {2: "tokens int32[B, L]", 4: "images float32[B, H, W, C]", 5: "videos float32[B, T, H, W, C]"}[
+                rank
+            ]
             raise InputError(f"this model reads {wanted}, got an array of shape {inputs.shape}")
         if self.model_spec.is_image:
             if inputs.shape[-1] != self.data_spec.channels:
@@ -264,7 +273,7 @@ class Model:
         return inputs
 
     def _normalised(self, images: jax.Array) -> jax.Array:
-        """Images as the network reads them, float. Raises: InputError: whole numbers that cannot be normalised."""
+        """Returns float images. Raises: InputError: integers that cannot be normalized."""
         if jnp.issubdtype(images.dtype, jnp.floating):
             return images
         if images.dtype != jnp.uint8:
@@ -278,31 +287,31 @@ class Model:
             )
         return jnp.asarray(normalize_pixels(np.asarray(images), self.data_spec.mean, self.data_spec.std))
 
-    def _start(self, start: Start, shape: Shape) -> Shape:
-        """The first position in tokens or patches along each axis. Raises: InputError: it cannot be."""
+    def _checked_start(self, start: Start, shape: Shape) -> Shape:
+        """Returns the first position in tokens or patches along each axis. Raises: InputError: not possible."""
         first = np.zeros(len(shape), np.int32) if start is None else np.atleast_1d(np.asarray(start, np.int32))
-        whole = start is None or np.issubdtype(np.asarray(start).dtype, np.integer)
-        if first.shape != (len(shape),) or not whole:
+        is_integer = start is None or np.issubdtype(np.asarray(start).dtype, np.integer)
+        if first.shape != (len(shape),) or not is_integer:
             raise InputError(f"start must be {len(shape)} int(s), one per axis, got {start!r}")
         kind, position_grid = self.config.encoding.kind, self.model_spec.position_grid
         encoder = self.model_spec.encoder
         if encoder is not None:
-            _check_reach(
+            _check_digits(
                 encoder, np.asarray(position_grid.positions(shape)) + position_grid.position_resolution * first
             )
         elif first.any() and "given" in self.params["encoding"]:
             raise InputError("start= makes no sense with given vectors: they are those of the positions read")
         elif first.any() and kind in ("learned", "sinusoidal") and len(shape) > 1:
-            raise InputError(f"encoding '{kind}' has no grids elsewhere: leave start at the origin")
+            raise InputError(f"encoding '{kind}' serves grids at the origin only: leave start out")
         return tuple(first.tolist())
 
 
-def _check_reach(encoder: SeqPE, positions: np.ndarray) -> None:
-    """Refuses positions, in units, that the digits cannot write, or an export's table does not hold. Raises: InputError."""
+def _check_digits(encoder: SeqPE, positions: np.ndarray) -> None:
+    """Refuses fixed-point positions that the digits cannot represent, or that an export's table lacks. Raises: InputError."""
     end = min(encoder.table_sides) * encoder.table_stride if encoder.table_sides else encoder.base**encoder.digits
     if positions.size and (positions.min() < 0 or positions.max() >= end):
         worst = positions.max() if positions.min() >= 0 else positions.min()
-        what = (
-            "this export holds" if encoder.table_sides else f"{encoder.digits} digits in base {encoder.base} can write"
-        )
-        raise InputError(f"position {worst} is outside 0 .. {end - 1}, what {what}")
+        range_of = f"{encoder.digits} digits in base {encoder.base}"
+        if encoder.table_sides:
+            range_of = "this export"
+        raise InputError(f"position {worst} is outside 0 .. {end - 1}, the range of {range_of}")

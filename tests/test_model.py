@@ -88,7 +88,7 @@ def test_a_run_an_export_and_a_copy_answer_alike(run, tmp_path):
         np.testing.assert_allclose(other.encode_positions([0, 63]), model.encode_positions([0, 63]), atol=2e-5)
         assert other.generate("line ", 8) == model.generate("line ", 8)
     assert (copy.step, exported.step, copy.data_spec) == (3, 3, model.data_spec)
-    with pytest.raises(InputError, match="position 64 is outside 0 .. 63, what this export holds"):
+    with pytest.raises(InputError, match="position 64 is outside 0 .. 63, the range of this export"):
         exported.logits(np.zeros((1, 65), int))
     with pytest.raises(InputError, match="60 new tokens are beyond the exported range, up to 64: .* --max-length=65"):
         exported.generate("line ", 60)
@@ -230,7 +230,7 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
         ),
         (
             lambda model: model.encode_positions([3.5]),
-            "position 3.5 lies between those that encoding.fraction_digits=0 writes",
+            "position 3.5 is no multiple of 1/1, the resolution of encoding.fraction_digits=0",
         ),
         (lambda model: model.logits(np.zeros((1, 4), int), start=998), "position 1001 is outside 0 .. 999"),
         (lambda model: model.encode_positions([[0, 1]]), r"int32\[R, 1\]"),

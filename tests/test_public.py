@@ -37,7 +37,7 @@ def test_what_is_promised_is_there():
 def test_importing_it_pulls_in_neither_data_nor_plots():
     heavy = ("tensorflow_datasets", "orbax", "matplotlib", "grain", "sklearn", "tensorboardX")
     code = (
-        "import sys, seqpe_jax; seqpe_jax.SeqPE, seqpe_jax.place, seqpe_jax.position_losses;"
+        "import sys, seqpe_jax; seqpe_jax.SeqPE, seqpe_jax.apply_position_signal, seqpe_jax.position_losses;"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

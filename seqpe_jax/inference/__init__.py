@@ -1,1 +1,1 @@
-"""What is compiled of a model under a mesh when it is not trained: signals, vectors, evaluation, generation."""
+"""Use of a trained model under a mesh: signals, vectors, logits, evaluation steps, generation, exports."""

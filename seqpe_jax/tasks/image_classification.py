@@ -225,7 +225,7 @@ class ImageClassification(Task):
         )
 
 
-def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec:
+def known_data_spec(config: Config, run_dir: RunDir | str | os.PathLike = "") -> DataSpec:
     """Returns the data spec as far as it is known without opening the data; classes = 0 if their number is unknown.
 
     Args:
@@ -235,8 +235,8 @@ def known_data_spec(config: Config, run_dir: str | os.PathLike = "") -> DataSpec
     Raises:
       InputError: model.classes is less than the number of the run's class names.
     """
-    stored, dataset = RunDir(run_dir).data_spec if run_dir else None, registry.get(config.data.name)
-    names = RunDir(run_dir).class_names if run_dir else None
+    run, dataset = RunDir.of(run_dir) if run_dir else None, registry.get(config.data.name)
+    stored, names = (run.data_spec, run.class_names) if run else (None, None)
     classes = config.model.classes or (stored.classes if stored else 0)
     if names is not None and 0 < classes < len(names):
         raise InputError(
