@@ -1,15 +1,12 @@
-"""Generation with a cache against the forward without one, for every encoding; ragged batches, draws, end tokens."""
+"""Generation over a KV cache against the uncached forward, for every field of a signal; batches, sampling, end tokens."""
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import GRID_ONLY, REAL_POSITIONS, EncodingKind
-from seqpe_jax.encodings.fixed import ROPE_SCALINGS
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode
 from seqpe_jax.inference import generate as generation
@@ -20,7 +17,7 @@ from tests.tiny import every_part, random_params, tiny_config
 
 pytestmark = pytest.mark.slow
 
-NEW = 32
+NEW = 20
 PROMPTS = [np.array(prompt) for prompt in ([7, 3, 200, 3, 9], [1], [90] * 20, list(range(50, 61)))]
 SIZES = {
     "model__layers": 2,
@@ -40,7 +37,7 @@ def run_of(variant: str = "seqpe", devices: int = 1, **fields):
 
 
 def generate(run, params, prompts, sampling, **options):
-    """What follows prompts, by a run's own model."""
+    """Generations of a run's own model."""
     return generation.generate(run.compiled, run.config, params, prompts, sampling, run.task.known_V, **options)
 
 
@@ -62,32 +59,15 @@ def uncached(run, params, prompt, new: int, window: int):
     return buffer[0, len(prompt) : len(prompt) + new], np.stack(logits)
 
 
-# Every field of a signal, for each head or for all, of each layer or of all: with a map or without, a field is the same.
 SEQPE = [
     {"encoding__mode": mode, "encoding__qk": qk, "encoding__per_head": per_head}
     for mode, qk, per_head in (
         ("input_add", "none", True),
         ("rotary", "none", False),
-        ("attn_add", "single", False),
         ("attn_add", "multi", True),
-        ("attn_mul", "halves", True),
         ("attn_mul", "multi", False),
         ("attn_scalar", "single", True),
-        ("attn_scalar", "multi", False),
     )
-]
-BASELINES = [
-    "learned",
-    "sinusoidal",
-    "rotary",
-    "rotary_mixed",
-    "alibi",
-    "t5",
-    "kerple",
-    "fire",
-    "scale_invariant",
-    "pope",
-    "none",
 ]
 COMPOSED = {
     "encoding__qk": "multi",
@@ -97,15 +77,14 @@ COMPOSED = {
     "encoding__rotary_heads": 1,
     "encoding__log_scaling": True,
 }
-STRETCHED = {
-    "encoding__resize": "interpolate",
-    "encoding__fraction_digits": 1,
-}  # a window is read between places of training
-CASES = [("seqpe", fields) for fields in SEQPE] + [(kind, every_part(kind)) for kind in BASELINES]
+INTERPOLATED = {"encoding__resize": "interpolate", "encoding__fraction_digits": 1}
+# Each field of a signal, of all layers or of each: embedded, rotated, scaled, shifted, rank-F bias, relative bias, gates.
+CASES = [("seqpe", fields) for fields in SEQPE]
+CASES += [(kind, every_part(kind)) for kind in ("learned", "rotary", "rotary_mixed", "alibi", "fire", "pope")]
 CASES += [
     ("seqpe", COMPOSED | every_part("seqpe", "cable")),
-    ("seqpe", COMPOSED | STRETCHED),
-    ("rotary", {}),
+    ("seqpe", COMPOSED | INTERPOLATED),
+    ("scale_invariant", {}),
     ("fox", {}),
 ]
 
@@ -147,8 +126,8 @@ def test_prompts_together_equal_each_alone(seqpe):
         same(generate(run, params, [prompt], Sampling(9)), [result])
 
 
-def test_neither_batches_nor_companions_change_a_draw(seqpe):
-    """Blocks of queries, small batches and other prompts behind leave what a prompt draws as it is."""
+def test_neither_batches_nor_other_prompts_change_a_sample(seqpe):
+    """Blocks of queries, small batches and other prompts leave the samples of a prompt unchanged."""
     run, params = seqpe
     drawn = Sampling(9, temperature=1.0, top_p=0.9, seed=4)
     expected = generate(run, params, PROMPTS, drawn)
@@ -233,7 +212,7 @@ def test_a_temperature_near_zero_is_greedy(seqpe):
     same(generate(run, params, PROMPTS, Sampling(9, 1e-6)), generate(run, params, PROMPTS, Sampling(9)))
 
 
-def test_a_seed_repeats_its_draws_and_another_does_not(seqpe):
+def test_a_seed_repeats_its_samples_and_another_does_not(seqpe):
     run, params = seqpe
     first, again, other = (generate(run, params, PROMPTS, Sampling(9, 1.0, seed=seed)) for seed in (1, 1, 2))
     same(first, again, atol=0)
@@ -244,9 +223,14 @@ def test_a_seed_repeats_its_draws_and_another_does_not(seqpe):
     assert len(set(even.tokens.tolist())) > 5  # each step draws anew
 
 
-@pytest.mark.parametrize(
-    "temperature,top_p,expected",
-    [
+def test_samples_have_the_distribution_asked_for():
+    count, order = 20_000, np.array([2, 0, 3, 1])
+    probabilities = np.zeros(4)
+    probabilities[order] = [0.5, 0.25, 0.15, 0.1]
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    logits = jnp.broadcast_to(jnp.log(probabilities) + 3.0, (count, 4))
+    sample = jax.jit(decode.sample_tokens)
+    for temperature, top_p, expected in (
         (1.0, None, [0.5, 0.25, 0.15, 0.1]),
         (0.5, None, [0.25, 0.0625, 0.0225, 0.01]),
         (1.0, 1.0, [0.5, 0.25, 0.15, 0.1]),
@@ -254,18 +238,11 @@ def test_a_seed_repeats_its_draws_and_another_does_not(seqpe):
         (1.0, 0.74, [0.5, 0.25, 0, 0]),
         (1.0, 0.2, [1, 0, 0, 0]),
         (2.0, 0.6, [0.5**0.5, 0.5, 0, 0]),  # the probabilities that top_p adds up are those at this temperature
-    ],
-)
-def test_draws_have_the_distribution_asked_for(temperature, top_p, expected):
-    count, order = 20_000, np.array([2, 0, 3, 1])
-    probabilities = np.zeros(4)
-    probabilities[order] = [0.5, 0.25, 0.15, 0.1]
-    keys = jax.random.split(jax.random.PRNGKey(0), count)
-    logits = jnp.broadcast_to(jnp.log(probabilities) + 3.0, (count, 4))
-    drawn = np.bincount(jax.jit(decode.sample_tokens)(keys, logits, temperature, top_p), minlength=4)[order] / count
-    expected = np.array(expected) / np.sum(expected)
-    np.testing.assert_allclose(drawn, expected, atol=4 * 0.5 / count**0.5)
-    assert (drawn[expected == 0] == 0).all()
+    ):
+        found = np.bincount(sample(keys, logits, temperature, top_p), minlength=4)[order] / count
+        expected = np.array(expected) / np.sum(expected)
+        np.testing.assert_allclose(found, expected, atol=4 * 0.5 / count**0.5)
+        assert (found[expected == 0] == 0).all()
 
 
 def test_batches_take_every_prompt_once_in_few_shapes():
@@ -322,16 +299,14 @@ def test_a_token_costs_the_same_however_long_positions_are_written(seqpe):
     assert flops(model__layers=3) > plain
 
 
-# Each encoding of texts, and each way in which positions can depend on the length of the window.
-TEXT_KINDS = [kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY]
-WINDOWS = [(kind, {}) for kind in TEXT_KINDS] + [("seqpe", COMPOSED), ("rotary", {"encoding__log_scaling": True})]
-WINDOWS += [("rotary", {"encoding__scaling": name}) for name in ROPE_SCALINGS]
-WINDOWS += [(kind, STRETCHED) for kind in REAL_POSITIONS if kind in TEXT_KINDS]
+# Encodings whose positions depend on the length of the window, and some whose positions do not.
+WINDOWS = [("learned", {}), ("rotary", {"encoding__scaling": "yarn"}), ("seqpe", COMPOSED | INTERPOLATED)]
+WINDOWS += [("seqpe", {}), ("rotary", {"encoding__log_scaling": True}), ("fire", {}), ("fox", {})]
 
 
 @pytest.mark.parametrize("case", WINDOWS, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
-    """A text is a function of its prompt and of its window's signal, which is the same, or equal where it is read."""
+    """A text is a function of its prompt and of its window's signal, which is the same, or equal where it is used."""
     run, params = run_of(case[0], **case[1])
     windows = []
 
@@ -357,13 +332,13 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
             InputError, match=f"--window=40 .* not by the encoding.kind='{case[0]}' of this run: leave it"
         ):
             window_of([short], 3, 40)
-        alone, beside = window_of([short], 3), window_of([short, long], 20)
-    signals = [run.compiled.signal(params, shape, 8) for shape in (alone, beside)]
+        alone, together = window_of([short], 3), window_of([short, long], 20)
+    signals = [run.compiled.signal(params, shape, 8) for shape in (alone, together)]
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), *signals)
 
 
 def test_a_text_ends_with_the_window_that_its_positions_depend_on():
-    """As answers do in an evaluation: with any limit the same text, of which no token stands past the window."""
+    """As answers do in an evaluation: with any limit the same text, of which no token is past the window."""
     run, params = run_of("learned")
     prompts = [np.array([7, 3, 200]), np.array([90] * 13), np.arange(16)]
     found = {
@@ -375,25 +350,19 @@ def test_a_text_ends_with_the_window_that_its_positions_depend_on():
         np.testing.assert_allclose(many.logits[:3], few.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "fields,words",
-    [
+def test_bad_settings_and_prompts_are_refused(seqpe):
+    run, params = seqpe
+    for fields, words in (
         ({"new_tokens": 0}, "new tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_p": 0.0}, "top-p must be above 0"),
         ({"top_p": 1.5}, "at most 1"),
         ({"seed": -1}, "seed must be at least 0"),
-    ],
-)
-def test_sampling_refuses_values(fields, words):
-    with pytest.raises(InputError, match=words):
-        Sampling(**({"new_tokens": 1} | fields))
-
-
-@pytest.mark.parametrize(
-    "prompts,window,words",
-    [
+    ):
+        with pytest.raises(InputError, match=words):
+            Sampling(**({"new_tokens": 1} | fields))
+    for prompts, window, words in (
         ([], None, "no prompt"),
         ([[1], []], None, "prompt 2 of 2 is empty"),
         ([[]], None, "the prompt is empty"),
@@ -401,25 +370,20 @@ def test_sampling_refuses_values(fields, words):
         ([[1]], 65, "--window=65 .* leave it out"),
         ([[256]], None, "vocabulary"),
         ([[-1]], None, "vocabulary"),
-    ],
-)
-def test_prompts_that_cannot_be_read_are_refused(seqpe, prompts, window, words):
-    run, params = seqpe
-    with pytest.raises(InputError, match=words):
-        generate(run, params, [np.array(prompt, int) for prompt in prompts], Sampling(4), window=window)
+    ):
+        with pytest.raises(InputError, match=words):
+            generate(run, params, [np.array(prompt, int) for prompt in prompts], Sampling(4), window=window)
     with pytest.raises(InputError, match="a window of 13 .* at least 14"):
         generation.check_generation(run_of("learned")[0].config, [10], Sampling(4), 13)
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)]
-)
-def test_ids_that_no_token_has_are_never_generated(sampling):
+def test_ids_that_no_token_has_are_never_generated():
     """A vocabulary that is padded for speed: the rows beyond the tokenizer's are the likeliest by far."""
     run, params = run_of("none", model__vocabulary=300)
     assert run.task.known_V.tolist() == [True] * 256 + [False] * 44
     embedding = params["model"]["token_embedding"]["embedding"]
     params["model"]["token_embedding"]["embedding"] = embedding.at[256:].multiply(30.0)
-    found = generate(run, params, PROMPTS, sampling, keep_logits=True)
-    assert max(one.tokens.max() for one in found) < 256
-    assert any((one.logits.argmax(axis=-1) > 255).any() for one in found)
+    for sampling in (Sampling(9), Sampling(9, temperature=2.0), Sampling(9, temperature=2.0, top_p=0.9)):
+        found = generate(run, params, PROMPTS, sampling, keep_logits=True)
+        assert max(one.tokens.max() for one in found) < 256
+        assert any((one.logits.argmax(axis=-1) > 255).any() for one in found)

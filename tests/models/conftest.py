@@ -1,4 +1,4 @@
-"""What tests of attention share."""
+"""Fixtures of the tests of attention."""
 
 import functools
 
@@ -9,7 +9,7 @@ from seqpe_jax.models import attention_dispatch, attention_tpu
 
 @pytest.fixture
 def small_kernel(monkeypatch):
-    """The TPU's kernel, interpreted and in small blocks, as what "flash" stands for."""
+    """The TPU kernels, interpreted and in small blocks, serve "flash"."""
     monkeypatch.setattr(attention_tpu, "LANES", 4)
     monkeypatch.setattr(attention_tpu, "BLOCK_SIZES", (4,))
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Attention and GPT-2 over a cache equal those over the whole window, for every field of a signal."""
+"""Attention and GPT-2 over a KV cache equal those over the whole window, for every field of a signal."""
 
 import functools
 
@@ -11,62 +11,65 @@ from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
-from tests.models.test_attention import BATCH, HEADS, IMPLEMENTATIONS, LENGTH, NAMES, QKV, WIDTH, random, signals
+from tests.models.test_attention import BACKENDS, BATCH, HEADS, LENGTH, NAMES, QKV, WIDTH, random, signals
 
 pytestmark = pytest.mark.usefixtures("small_kernel")
 
-PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens read at once, of LENGTH; the rest follow one by one
+PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens of the prompts, of LENGTH; the rest follow one by one
+ALL_FIELDS = ("rotation", "multiplicative", "logit_query_key", "bias")
 
 
 def junk_cache(gates: bool = False) -> KVCache:
-    """A cache whose every place holds what must never be read."""
-    fade = jnp.full((BATCH, LENGTH, HEADS), 1e4) if gates else None
-    return KVCache(jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0), jnp.full((BATCH, LENGTH, HEADS, WIDTH), -1e4), fade)
+    """A cache full of values that must never be read."""
+    cum_log_gate = jnp.full((BATCH, LENGTH, HEADS), 1e4) if gates else None
+    keys = jnp.full((BATCH, LENGTH, HEADS, WIDTH), 50.0)
+    return KVCache(keys, jnp.full_like(keys, -1e4), cum_log_gate)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "everything", "gates", "gates, logit_query_key", "gates, everything"])
-@pytest.mark.parametrize("how", ["reference", "blockwise", pytest.param("flash", marks=pytest.mark.slow)])
-def test_prompts_at_once_then_token_by_token_equal_the_whole(name, how):
-    gates, name = name.startswith("gates"), name.removeprefix("gates").removeprefix(", ")
-    if how == "flash" and name in ("bias", "everything"):
-        pytest.skip("the kernels read no bias")
-    signal = (
-        signals(1)[name]
-        if name in NAMES
-        else PositionSignal(
-            **{
-                field: getattr(signals(1)[field], field)
-                for field in ("rotation", "multiplicative", "logit_query_key", "bias")
-                if name
-            }
-        )
-    )
+def signal_with(fields: tuple[str, ...]) -> PositionSignal:
+    if len(fields) == 1:
+        return signals(1)[fields[0]]
+    return PositionSignal(**{name: getattr(signals(1)[name], name) for name in fields})
+
+
+def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool) -> None:
     log_gate_BLH = -jnp.abs(random(40, BATCH, LENGTH, HEADS)) if gates else None
-    whole = attend(*QKV, signal, None if log_gate_BLH is None else jnp.cumsum(log_gate_BLH, axis=1), kind="reference")
-    prompt = max(PROMPTS_B) - 1
-    run = jax.jit(functools.partial(attend_cached, **IMPLEMENTATIONS[how]))
-    steps = () if log_gate_BLH is None else (None, log_gate_BLH[:, :prompt])
-    mixed, cache = run(*(part[:, :prompt] for part in QKV), signal, junk_cache(gates), jnp.arange(prompt)[None], *steps)
-    np.testing.assert_allclose(mixed, whole[:, :prompt], atol=2e-5)
-    # Each sample goes on from its own place: what was written past it is written again.
+    cum_log_gate_BLH = None if log_gate_BLH is None else jnp.cumsum(log_gate_BLH, axis=1)
+    whole = np.asarray(attend(*QKV, signal, cum_log_gate_BLH, kind="reference"))
+    run = jax.jit(functools.partial(attend_cached, **BACKENDS[backend]))
+    length = max(PROMPTS_B) - 1
+    gate = (None, log_gate_BLH[:, :length]) if gates else ()
+    out, cache = run(*(part[:, :length] for part in QKV), signal, junk_cache(gates), jnp.arange(length)[None], *gate)
+    np.testing.assert_allclose(out, whole[:, :length], atol=2e-5)
+    # Each sample goes on after its own prompt: what was written past it is written again.
     for step in range(LENGTH - min(PROMPTS_B)):
-        places_B = np.minimum(PROMPTS_B + step, LENGTH - 1)
-        token = [np.take_along_axis(np.asarray(part), places_B[:, None, None, None], axis=1) for part in QKV]
-        steps = (None, jnp.take_along_axis(log_gate_BLH, places_B[:, None, None], axis=1)) if gates else ()
-        mixed, cache = run(*token, signal, cache, jnp.asarray(places_B)[:, None], *steps)
-        expected = np.take_along_axis(np.asarray(whole), places_B[:, None, None, None], axis=1)
-        np.testing.assert_allclose(mixed, expected, atol=2e-5)
-    if how == "reference":  # what the signal adds, given
-        places_P1 = jnp.asarray(PROMPTS_B)[:, None]
-        token = [jnp.take_along_axis(part, places_P1[..., None, None], axis=1) for part in QKV]
-        results = [
-            attend_cached(*token, signal, cache, places_P1, input_embedding, log_gate_BLH[:, :1] if gates else None)[0]
-            for input_embedding in (None, position_logits(signal, places_P1, LENGTH))
-        ]
-        np.testing.assert_allclose(*results, atol=2e-5)
+        index_B1 = np.minimum(PROMPTS_B + step, LENGTH - 1)[:, None]
+        token = [np.take_along_axis(np.asarray(part), index_B1[..., None, None], axis=1) for part in QKV]
+        gate = (None, jnp.take_along_axis(log_gate_BLH, index_B1[..., None], axis=1)) if gates else ()
+        out, cache = run(*token, signal, cache, jnp.asarray(index_B1), *gate)
+        np.testing.assert_allclose(out, np.take_along_axis(whole, index_B1[..., None, None], axis=1), atol=2e-5)
+    shared = position_logits(signal, jnp.asarray(index_B1), LENGTH)  # as layers share them
+    gate_of_token = gate[1] if gates else None
+    again, _ = run(*token, signal, cache, jnp.asarray(index_B1), shared, gate_of_token)
+    np.testing.assert_allclose(again, out, atol=2e-5)
 
 
-def test_a_token_reads_no_place_past_its_own():
+@pytest.mark.parametrize(
+    "backend, cases",
+    [
+        ("reference", [(name,) for name in NAMES] + [ALL_FIELDS]),
+        ("blockwise", [("rotation",), ALL_FIELDS]),
+        pytest.param("flash", [("rotation", "logit_query_key")], marks=pytest.mark.slow),
+    ],
+)
+def test_prefill_then_decode_equals_the_whole_window(backend, cases):
+    for fields in cases:
+        check_prefill_and_decode(backend, signal_with(fields), gates=False)
+    for fields in [(), cases[-1]]:
+        check_prefill_and_decode(backend, signal_with(fields), gates=True)
+
+
+def test_a_token_attends_to_no_cache_entry_after_it():
     signal = signals(1)["logit_query_key"]
     cache = jax.tree.map(lambda field: field.at[:, :3].set(1.0), junk_cache())
     token = [part[:, 3:4] for part in QKV]
@@ -79,33 +82,31 @@ def test_a_token_reads_no_place_past_its_own():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_model_goes_on_where_its_cache_ends(remat):
-    """A signal with tokens added, and one of parts: another in each layer, and what all layers share."""
+def test_gpt2_over_a_cache_equals_the_whole_window(remat):
+    """For embedded positions, and for fields of each layer together with fields of all layers."""
     model = GPT2(TransformerConfig(2, HEADS * WIDTH, HEADS, init_std=0.3, remat=remat), vocabulary=11)
-    layered = tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2))
-    input_embedding = random(3, 1, LENGTH, HEADS * WIDTH)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
-    angles, grown = random(4, 1, LENGTH, 1, 1), (jnp.arange(LENGTH) + 1.0)[None, :, None, None]
-    turned = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))).for_heads(1, HEADS)  # one pair of one head
-    grown = PositionSignal(multiplicative=(grown, jnp.ones_like(grown)))
-    composed = (
-        PositionSignal(logit_query_key=layered, per_layer_fields=("logit_query_key",)).joined(turned).joined(grown)
+    per_layer = PositionSignal(
+        logit_query_key=tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2)),
+        per_layer_fields=("logit_query_key",),
     )
-    for signal in (composed, PositionSignal(input_embedding=input_embedding)):
+    angles, scale = random(4, 1, LENGTH, 1, 1), (jnp.arange(LENGTH) + 1.0)[None, :, None, None]
+    one_pair_of_one_head = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))).for_heads(1, HEADS)
+    scaled = PositionSignal(multiplicative=(scale, jnp.ones_like(scale)))
+    embedded = PositionSignal(input_embedding=random(3, 1, LENGTH, HEADS * WIDTH))
+    for signal in (per_layer.joined(one_pair_of_one_head).joined(scaled), embedded):
         variables = model.init(jax.random.PRNGKey(0), tokens_BL, signal)
         whole = model.apply(variables, tokens_BL, signal, method="hidden")
-        forward_cached = jax.jit(functools.partial(model.apply, variables, method="forward_cached"))
-        states, cache = forward_cached(
-            tokens_BL[:, :3], signal, model.init_cache(3, LENGTH, signal), jnp.arange(3)[None]
-        )
+        run = jax.jit(functools.partial(model.apply, variables, method="forward_cached"))
+        states, cache = run(tokens_BL[:, :3], signal, model.init_cache(3, LENGTH, signal), jnp.arange(3)[None])
         parts = [states]
-        for place in range(3, LENGTH):
-            states, cache = forward_cached(tokens_BL[:, place : place + 1], signal, cache, jnp.full((3, 1), place))
+        for index in range(3, LENGTH):
+            states, cache = run(tokens_BL[:, index : index + 1], signal, cache, jnp.full((3, 1), index))
             parts.append(states)
         np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
 
 
-def test_the_cache_has_the_type_of_the_arithmetic():
+def test_the_cache_has_the_dtype_of_the_arithmetic():
     cache = GPT2(TransformerConfig(3, 8, 2, dtype=jnp.bfloat16), vocabulary=11).init_cache(5, 7, PositionSignal())
     assert len(cache) == 3
     assert {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(cache)} == {((5, 7, 2, 4), jnp.dtype("bfloat16"))}

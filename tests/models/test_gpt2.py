@@ -25,7 +25,7 @@ SEQPE_MODES = (
     ("attn_scalar", "single"),
     ("rotary", "none"),
 )
-ALL = [("learned",), ("sinusoidal",), ("rotary",), ("alibi",), ("none",), *(("seqpe", *mode) for mode in SEQPE_MODES)]
+ALL = [("learned",), ("rotary",), ("alibi",), ("none",), *(("seqpe", *mode) for mode in SEQPE_MODES)]
 
 
 def model_of(**fields) -> GPT2:
@@ -86,7 +86,7 @@ def test_no_state_reads_the_future(case, plain):
 
         return jnp.abs(jax.jacrev(states)(input_embedding)).sum(axis=(1, 3))
 
-    reads = np.asarray(gradients())  # [place, place read]
+    reads = np.asarray(gradients())  # [query index, key index]
     assert (reads[np.triu_indices(LENGTH, 1)] == 0).all()
     assert (reads[np.tril_indices(LENGTH)] > 0).all()
 

@@ -1,4 +1,4 @@
-"""The vision transformer: patches, clips, non-square images, what reads what, drop path, recomputation."""
+"""The vision transformer: patches, videos, non-square images, attention, stochastic depth."""
 
 import functools
 import itertools
@@ -53,10 +53,10 @@ def test_patches_against_a_loop():
         images = np.random.default_rng(0).normal(size=(2, *sides, 3))
         found = extract_patches(jnp.asarray(images, jnp.float32), patch)
         corners = itertools.product(*(range(0, side, part) for side, part in zip(sides, patch, strict=True)))
-        for place, corner in enumerate(corners):
+        for index, corner in enumerate(corners):
             box = tuple(slice(first, first + part) for first, part in zip(corner, patch, strict=True))
-            np.testing.assert_allclose(found[:, place], images[(slice(None), *box)].reshape(2, -1), rtol=1e-6)
-        assert found.shape[1] == place + 1
+            np.testing.assert_allclose(found[:, index], images[(slice(None), *box)].reshape(2, -1), rtol=1e-6)
+        assert found.shape[1] == index + 1
 
 
 @pytest.mark.parametrize(("sides", "patch"), [((4, 8), (2, 3)), ((4, 9), (2, 3, 1)), ((2, 4, 9), (2, 3))])
@@ -75,23 +75,23 @@ def test_every_patch_reaches_the_class_and_only_its_own_sample(params):
 
 
 def test_without_positions_patches_have_no_order(params):
-    mirrored = IMAGES.reshape(4, 2, 2, 9, 3)[:, ::-1].reshape(IMAGES.shape)  # whole rows of patches change places
+    mirrored = IMAGES.reshape(4, 2, 2, 9, 3)[:, ::-1].reshape(IMAGES.shape)  # whole rows of patches change order
     plain = logits(model_of(), params, IMAGES, NOTHING)
     np.testing.assert_allclose(logits(model_of(), params, mirrored, NOTHING), plain, atol=1e-4)
-    turned = [logits(model_of(), params, images, signal_of(GRID)) for images in (IMAGES, mirrored)]
-    assert np.abs(turned[0] - turned[1]).max() > 1e-2
+    rotated = [logits(model_of(), params, images, signal_of(GRID)) for images in (IMAGES, mirrored)]
+    assert np.abs(rotated[0] - rotated[1]).max() > 1e-2
 
 
-def test_clips():
-    clips = jax.random.normal(KEY, (2, 4, 4, 9, 1))
+def test_videos():
+    videos = jax.random.normal(KEY, (2, 4, 4, 9, 1))
     model, signal = model_of(patch=(2, *PATCH), width=12, layers=1), PositionSignal()
-    params = jax.jit(model.init)(KEY, clips, signal)
+    params = jax.jit(model.init)(KEY, videos, signal)
     assert params["params"]["projection"]["kernel"].shape == (2 * 2 * 3, 12)
-    plain = logits(model, params, clips, signal)
-    assert np.abs(logits(model, params, clips.at[:, 3, 3, 8].add(1.0), signal) - plain).max() > 1e-3
+    plain = logits(model, params, videos, signal)
+    assert np.abs(logits(model, params, videos.at[:, 3, 3, 8].add(1.0), signal) - plain).max() > 1e-3
     encoding = RotaryAxial(12, HEADS, prefix=1)  # one pair for each of three axes
     positions_PLA = PositionGrid().positions((2, *GRID))[None]
-    placed = logits(model, params, clips, encoding.apply({}, positions_PLA, shape=(2, *GRID)))
+    placed = logits(model, params, videos, encoding.apply({}, positions_PLA, shape=(2, *GRID)))
     assert np.abs(placed - plain).max() > 1e-3
 
 
@@ -121,25 +121,6 @@ def test_attention_weights_are_those_of_the_last_layer(params):
     np.testing.assert_allclose(expected, between["out"]["__call__"][0], atol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def gradients(model, params, signal):
-    def loss(params):
-        weights = model.apply(params, IMAGES, signal, method="attention")
-        return (model.apply(params, IMAGES, signal) ** 2).mean() + (weights**2).mean()
-
-    return jax.value_and_grad(loss)(params)
-
-
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_recomputation_changes_nothing(remat, params):
-    models, signal = (model_of(layers=1), model_of(layers=1, remat=remat)), signal_of(GRID)
-    programs = [str(jax.make_jaxpr(gradients, static_argnums=0)(model, params, signal)) for model in models]
-    assert [any(name in program for name in ("remat", "checkpoint")) for program in programs] == [False, True]
-    results = (jax.tree.leaves(gradients(model, params, signal)) for model in models)
-    for found, expected in zip(*results, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
 def block_of(rate: float) -> Block:
     return Block(config_of(layers=1, mlp_width=WIDTH, causal=False, scale_residual=False), rate)
 
@@ -159,9 +140,9 @@ def test_drop_path_leaves_out_whole_branches_of_single_samples():
 
         whole, dropped = branch(rate, True), branch(rate, False)
         np.testing.assert_array_equal(whole, branch(0.0, False))
-        kept = np.abs(dropped).max(axis=(1, 2)) > 0
-        assert kept.mean() == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / samples) ** 0.5)
-        np.testing.assert_allclose(dropped[kept], whole[kept] / (1 - rate), rtol=1e-3, atol=1e-5)
+        live = np.abs(dropped).max(axis=(1, 2)) > 0
+        assert live.mean() == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / samples) ** 0.5)
+        np.testing.assert_allclose(dropped[live], whole[live] / (1 - rate), rtol=1e-3, atol=1e-5)
 
 
 def test_drop_path_grows_with_depth(params):
@@ -172,7 +153,7 @@ def test_drop_path_grows_with_depth(params):
     assert rates(drop_path=0.3, layers=1) == [0.0]
 
 
-@pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "embedding_dropout", "drop_path"])
+@pytest.mark.parametrize("rate", ["embedding_dropout", "drop_path"])
 def test_each_rate_acts_only_in_training(rate, params):
     model = model_of(layers=2 if rate == "drop_path" else 1, **{rate: 0.5})  # the first block drops no path
 

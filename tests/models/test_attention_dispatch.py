@@ -1,4 +1,4 @@
-"""Which implementation of attention serves where, and why one that is asked for cannot."""
+"""Choice of the attention backend, refusals, and the inputs of cuDNN."""
 
 import functools
 import types
@@ -81,7 +81,7 @@ def chosen(device, inputs, kind="auto", block=0, **fields):
         (AMD, {}, "blocks 512"),
     ],
 )
-def test_what_is_chosen(device, fields, expected):
+def test_dispatch(device, fields, expected):
     assert chosen(device, shapes(**fields)) == expected
 
 
@@ -106,7 +106,7 @@ def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, logit_query_ke
     assert chosen(CPU, more) == f"blocks {expected}"
 
 
-def test_what_is_asked_for_is_chosen():
+def test_dispatch_of_a_given_kind():
     long, short = shapes(4096), shapes(64)
     assert chosen(CPU, long, "reference") == chosen(TPU, long, "reference") == "reference"
     assert chosen(TPU, short, "blockwise", 32) == "blocks 32" and chosen(TPU, short, "flash") == "tpu"
@@ -127,12 +127,12 @@ def test_what_is_asked_for_is_chosen():
         (H200, {"length": 7}, "even lengths"),
     ],
 )
-def test_what_cannot_serve_is_refused_in_a_line(device, fields, words):
+def test_unsupported_inputs_are_refused(device, fields, words):
     with pytest.raises(InputError, match=f"model.attention_kind='flash' cannot serve: .*{words}.*Choose 'auto'"):
         chosen(device, shapes(**fields), "flash")
 
 
-def test_a_run_that_asks_for_what_its_device_has_not_is_not_built():
+def test_a_run_with_an_unsupported_kind_is_refused():
     with pytest.raises(InputError, match="attention_kind='flash' cannot serve: there is no kernel for cpu"):
         Trainer.of(tiny_config(model__attention_kind="flash"))
 
@@ -157,7 +157,7 @@ def test_three_parts_are_a_float32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
-def test_what_cudnn_is_given_means_the_same(causal):
+def test_cudnn_inputs_give_the_same_output(causal):
     """The operands, mixed by XLA's form of the same function; odd widths, sets, one set of features for all heads."""
     batch, length, heads, width = 4, 10, 3, 8
     query, key = (random(side, batch, length, heads, width).astype(jnp.bfloat16) for side in (1, 2))
@@ -198,8 +198,8 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
 
 
 @pytest.mark.parametrize("logit_query_key, width", [(16, 64 + 6 * 16), (32, 256)])
-def test_narrow_features_beside_heads_of_64_are_cudnns_on_hopper(logit_query_key, width):
-    """In six products of parts of bfloat16, laid out beside queries and keys; values stay in front, then zeros."""
+def test_narrow_features_with_heads_of_64_are_cudnns_on_hopper(logit_query_key, width):
+    """In six products of parts of bfloat16, appended to queries and keys; values stay in front, then zeros."""
     assert chosen(H200, shapes(512, logit_query_key=logit_query_key)) == "cudnn"
     assert attention_cudnn.padded_width(shapes(logit_query_key=logit_query_key)) == width
     assert chosen(A100, shapes(512, logit_query_key=logit_query_key)) == "blocks 512", "Ampere's kernel takes 128"
