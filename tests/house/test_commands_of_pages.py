@@ -1,6 +1,6 @@
-"""Every command that README and the docs show works as it stands there, on a smaller model (`tests.small_models`).
+"""The first command line of each command on the pages works as shown, with a smaller model (`tests.small_models`).
 
-Set-up, several hosts, Slurm and buckets are not started: `test_readme.py` reads those lines.
+The other lines are parsed, and their configs and sweep files validated, by `test_readme.py`.
 """
 
 import json
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seqpe_jax.__main__ import COMMANDS
 from tests.commands import Commands
 from tests.house.test_readme import DOCS, commands
 from tests.small_models import FOLDER, PHOTOS, QUESTIONS, TEXTS
 
 pytestmark = pytest.mark.slow
 PAGES = ("README.md", *DOCS)
-# Made of a run, in the authors' form: stands for what they released.
+# Folders that no page makes: a run, converted to the authors' layout, replaces the checkpoint that they released.
 PREPARED = {
     "released/text": [
         [
@@ -30,86 +31,93 @@ PREPARED = {
 }
 
 
-def started(words: list[str]) -> bool:
-    elsewhere = ("gs://", "slurm", "--coordinator")
-    return words[:2] == ["python", "-m"] and not any(part in word for part in elsewhere for word in words)
+def runs_here(words: list[str]) -> bool:
+    """Returns whether a command line needs one machine alone, without a bucket or Slurm."""
+    remote = ("gs://", "slurm", "--coordinator")
+    return words[:2] == ["python", "-m"] and not any(part in word for part in remote for word in words)
 
 
-ALL = {page: [words[2:] for words in commands(page) if started(words)] for page in PAGES}
+LINES = [
+    [words[2].removeprefix("seqpe_jax."), *words[3:]] for page in PAGES for words in commands(page) if runs_here(words)
+]
 
 
 class Reader:
-    """Types the commands of the pages, each once, and before each what makes what it reads."""
+    """Types command lines of the pages, each once, and before each those that write the files that it reads."""
 
     def __init__(self, folder: pathlib.Path):
-        import tokenizers
-
-        self.folder, self.done = folder, set()
+        self.folder, self.typed = folder, set()
         self._commands = Commands(folder / "cache", before="tests.small_models")
-        (folder / TEXTS).mkdir(parents=True)
-        text = "".join(f"line {number} of a text\n" for number in range(6000))
-        (folder / TEXTS / "text.txt").write_text(text)
-        lines = [json.dumps({"index": at, "input": f"ask {at}:", "outputs": [f"no {at}"]}) for at in range(40)]
-        (folder / QUESTIONS).write_text("\n".join(lines) + "\n")
-        made = tokenizers.ByteLevelBPETokenizer()
-        made.train_from_iterator([text[:2000]], vocab_size=300, special_tokens=["<|endoftext|>"])
-        made.save(str(folder / "path/to/tokenizer.json"))
-        draw = np.random.default_rng(0)
-        for split, label, number in [(s, c, n) for s in ("train", "val") for c in "ab" for n in range(4)]:
-            file = folder / PHOTOS / split / label / f"{number}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw.integers(0, 256, (40, 40, 3), np.uint8)).save(file)
+        _write_data(folder)
 
     def type(self, words: list[str]) -> None:
-        """Runs a command of a page to its end. Raises: AssertionError: it fails, or what it reads is made by none."""
-        key = tuple(words)
-        if key in self.done:
+        """Runs a command line to its end.
+
+        Raises:
+          AssertionError: it fails.
+        """
+        if tuple(words) in self.typed:
             return
-        self.done.add(key)
-        for path in read_by(words):
+        self.typed.add(tuple(words))
+        for path in paths_read(words):
             if not (self.folder / path).exists():
                 self._make(path)
-        result = self._commands.wait(
-            self._commands.start(words[0].removeprefix("seqpe_jax."), *quick(words[1:]), **{FOLDER: str(self.folder)})
-        )
-        if "libtpu" in result.err and words[0] == "seqpe_jax.aot":
+        running = self._commands.start(words[0], *shortened(words[1:]), **{FOLDER: str(self.folder)})
+        result = self._commands.wait(running)
+        if "libtpu" in result.err and words[0] == "aot":
             return
         assert result.code == 0, f"{' '.join(words)}\n{result.out}\n{result.err}"
 
     def _make(self, path: str) -> None:
-        for words in PREPARED.get(path, []):
-            self.type([f"seqpe_jax.{words[0]}", *words[1:]])
-        makers = [words for page in PAGES for words in ALL[page] if path in made_by(words)]
-        if makers:
-            self.type(makers[0])
+        makers = PREPARED.get(path) or [words for words in LINES if path in paths_written(words)][:1]
+        for words in makers:
+            self.type(words)
 
     def close(self) -> None:
         self._commands.close()
 
 
-def paths(words: list[str], *options: str) -> list[str]:
-    return [path for name, _, path in (word.partition("=") for word in words) if name in options]
+def _write_data(folder: pathlib.Path) -> None:
+    """Writes a text, questions, a tokenizer and photos where the pages have their examples."""
+    import tokenizers
+
+    text = "".join(f"line {number} of a text\n" for number in range(6000))
+    (folder / TEXTS).mkdir(parents=True)
+    (folder / TEXTS / "text.txt").write_text(text)
+    questions = [{"index": number, "input": f"ask {number}:", "outputs": [f"no {number}"]} for number in range(40)]
+    (folder / QUESTIONS).write_text("".join(json.dumps(question) + "\n" for question in questions))
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([text[:2000]], vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.save(str(folder / "path/to/tokenizer.json"))
+    rng = np.random.default_rng(0)
+    for split, label, number in [(s, c, n) for s in ("train", "val") for c in "ab" for n in range(4)]:
+        file = folder / PHOTOS / split / label / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(file)
 
 
-def made_by(words: list[str]) -> list[str]:
-    return paths(words, "--workdir") if words[0] in ("seqpe_jax.train", "seqpe_jax.sweep") else paths(words, "--output")
+def values_of(words: list[str], *options: str) -> list[str]:
+    return [value for name, _, value in (word.partition("=") for word in words) if name in options]
 
 
-def read_by(words: list[str]) -> list[str]:
-    reported = ["--workdir"] if words[0] == "seqpe_jax.report" else []
-    return paths(words, "--checkpoint", "--source", "--init-from", *reported)
+def paths_written(words: list[str]) -> list[str]:
+    return values_of(words, "--workdir" if words[0] in ("train", "sweep") else "--output")
 
 
-def quick(words: list[str]) -> list[str]:
-    """Options with fewer encodings, lengths and sizes, and fewer tokens to generate."""
+def paths_read(words: list[str]) -> list[str]:
+    return values_of(words, "--checkpoint", "--source", "--init-from", *["--workdir"] * (words[0] == "report"))
+
+
+def shortened(words: list[str]) -> list[str]:
+    """Returns options with at most two encodings, lengths or sizes, and few tokens to generate."""
     found = []
     for word in words:
-        name, given, value = word.partition("=")
+        name, equals, value = word.partition("=")
         if name in ("--compare", "--lengths", "--contexts", "--sizes"):
             value = ",".join(value.split(",")[:2])
         if name == "--max-new-tokens":
             value = "4"
-        found.append(f"{name}{given}{value}")
+        found.append(f"{name}{equals}{value}")
     return found + ["--steps=1"] * any(word.startswith("--mode=") for word in words)
 
 
@@ -120,7 +128,8 @@ def reader(tmp_path_factory):
     reader.close()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if ALL[page]])
-def test_the_commands_of_a_page_work(reader, page):
-    for words in ALL[page]:
-        reader.type(words)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_the_pages_works(reader, name):
+    lines = [words for words in LINES if words[0] == name]
+    assert lines, f"no page shows {name}"
+    reader.type(lines[0])

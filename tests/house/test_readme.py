@@ -11,9 +11,12 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 import seqpe_jax
-from seqpe_jax import config
+from seqpe_jax.cli import config_flags
+from seqpe_jax.cli.common import PROCESS_FLAGS
+from seqpe_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -36,45 +39,65 @@ ALL = [(page, words) for page in PAGES for words in commands(page)]
 
 
 def options(module: pathlib.Path) -> set[str]:
-    """Returns the names of the absl flags that a command defines, itself or by `command.define_process_flags`."""
+    """Returns the names of the flags that a command defines, itself or by `cli.common` and `cli.config_flags`."""
     calls = [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Call)]
+    names = {getattr(node.func, "attr", "") for node in calls}
     own = {
-        node.args[0].value for node in calls if getattr(node.func, "attr", "").startswith(("DEFINE_", "define_path"))
+        node.args[0].value
+        for node in calls
+        if getattr(node.func, "attr", "").startswith(("DEFINE_", "define_path")) and node.args
     }
-    joins = any(getattr(node.func, "attr", "") == "define_process_flags" for node in calls)
-    return own | (options(module.with_name("common.py")) if joins else set())
+    if "define_process_flags" in names:
+        own |= set(PROCESS_FLAGS)
+    if "define_checkpoint_choice" in names:
+        own.add("which")
+    return own | ({"config"} if "define_config" in names else set())
 
 
-def check_train(arguments: dict[str, str]) -> None:
-    settings = {name.removeprefix("config."): value for name, value in arguments.items() if name.startswith("config.")}
-    for name in settings:
-        assert name in config.field_names(), f"no config field {name}"
-    config.load(arguments["config"])
+def check_config(arguments: list[str]) -> None:
+    """Reads the config of a command line. Raises: InputError: it is refused."""
+    values = flags.FlagValues()
+    config_flags.define_config(values)
+    values(["command", *(word for word in arguments if re.match("--(no)?config", word))])
+    config_flags.read_config(values)
 
 
-@pytest.mark.parametrize("page,words", ALL, ids=lambda value: value if isinstance(value, str) else " ".join(value))
-def test_a_command_of_the_pages_exists(page, words, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def check_command(page: str, words: list[str]) -> None:
+    """Checks a command line: its file or module exists, so do its options, and its config is valid."""
     if words[0] in ("bash", "sbatch", "pip", "source") or "=" in words[0]:
         words = words if words[0] == "bash" else words[words.index("bash") :] if "bash" in words else []
-        if not words:
-            return
-        assert (ROOT / words[1]).is_file()
-        subprocess.run(["bash", "-n", words[1]], check=True)
+        if words:
+            assert (ROOT / words[1]).is_file(), words
+            subprocess.run(["bash", "-n", words[1]], cwd=ROOT, check=True)
         return
     assert words[:2] == ["python", "-m"], f"{page}: this test does not know the command {' '.join(words)}"
     package, _, name = words[2].partition(".")
     module = ROOT / package / "cli" / f"{name}.py"
-    assert package == "seqpe_jax" and module.is_file(), f"no module {words[2]}"
+    assert package == "seqpe_jax" and module.is_file(), f"{page}: no module {words[2]}"
     known = options(module)
     arguments = {}
     for word in words[3:]:
         assert word.startswith("--") and "=" in word, f"{page}: write {word} as --name=value"
         option, _, value = word.removeprefix("--").partition("=")
-        assert option.split(".")[0] in known, f"{words[2]} has no option --{option}; it has {sorted(known)}"
+        assert option.split(".")[0] in known, f"{page}: {words[2]} has no option --{option}; it has {sorted(known)}"
         arguments[option] = value
     if "config" in arguments:
-        check_train(arguments)
+        check_config(words[3:])
+    if "sweep" in arguments:
+        assert (ROOT / arguments["sweep"]).is_file(), (
+            f"{page}: no sweep file {arguments['sweep']}"
+        )  # tests/sweeps reads them all
+
+
+def test_commands_of_the_pages_are_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    faults = []
+    for page, words in ALL:
+        try:
+            check_command(page, words)
+        except (AssertionError, InputError, flags.Error) as error:
+            faults.append(f"{page}: {' '.join(words)}: {error}")
+    assert not faults, "\n".join(faults)
 
 
 def test_the_pages_hold_commands():
@@ -91,16 +114,17 @@ def test_files_that_the_pages_name_are_there():
         assert (ROOT / name).exists() or (ROOT / "seqpe_jax" / name).exists(), f"WORKSPACE.md names {name}"
 
 
-@pytest.mark.parametrize("what", ["tables", "plots"])
-def test_what_the_pages_show_of_results_is_of_the_stored_studies(what):
-    command = [sys.executable, f"benchmarks/results_{what}.py", "--check"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+@pytest.mark.slow
+def test_results_of_the_pages_are_those_of_the_stored_studies():
+    for script in ("tables", "plots"):
+        command = [sys.executable, f"benchmarks/results_{script}.py", "--check"]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
     assert "<!-- results: study_text bits_per_byte" in (ROOT / "README.md").read_text()
 
 
 def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monkeypatch):
-    """Of the two encodings that the README compares; parameters also of all runs that kept theirs."""
+    """For the two encodings that the README compares; parameters also for all runs that stored theirs."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("results_tables")
     stored = json.loads(script.WORK.read_text())
@@ -108,27 +132,24 @@ def test_parameters_and_flops_of_the_pages_are_those_of_the_studies_configs(monk
     for row in ("seqpe", "rotary"):
         assert script.work_of(configs[f"{row}-1"]) == pytest.approx(stored["study_text"][row])
     for study in ("study_text", "questions", "study_images"):
-        for run, kept in json.loads((script.STORED / f"{study}.json").read_text())["runs"].items():
-            if kept["evaluation"]:
-                assert kept["evaluation"]["parameters"] == stored[study][run.rpartition("-")[0]]["parameters"], run
+        for name, run in json.loads((script.STORED / f"{study}.json").read_text())["runs"].items():
+            if run["evaluation"]:
+                assert run["evaluation"]["parameters"] == stored[study][name.rpartition("-")[0]]["parameters"], name
     assert "| 440,976 | 2.75 M |" in (ROOT / "README.md").read_text()
 
 
-FIELDS = {field.name for field in dataclasses.fields(seqpe_jax.Model)}
-
-
-@pytest.mark.parametrize("page", ["README.md", *DOCS])
-def test_python_of_the_pages_names_what_there_is(page):
-    """What it does is held by tests/test_public.py and tests/test_model.py, which call each of these."""
-    text = (ROOT / page).read_text()
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                owner = {"seqpe_jax": seqpe_jax, "model": seqpe_jax.Model}.get(node.value.id)
-                fields = (
-                    {field.name for field in dataclasses.fields(seqpe_jax.Model)} if owner is seqpe_jax.Model else set()
-                )
-                assert owner is None or hasattr(owner, node.attr) or node.attr in fields, f"{page}: {ast.unparse(node)}"
+def test_python_of_the_pages_names_attributes_that_exist():
+    """The calls themselves are held by tests/test_public.py and tests/test_model.py."""
+    fields = {field.name for field in dataclasses.fields(seqpe_jax.Model)}
+    for page in ("README.md", *DOCS):
+        for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    owner = {"seqpe_jax": seqpe_jax, "model": seqpe_jax.Model}.get(node.value.id)
+                    known = (
+                        owner is None or hasattr(owner, node.attr) or owner is seqpe_jax.Model and node.attr in fields
+                    )
+                    assert known, f"{page}: {ast.unparse(node)}"
 
 
 def test_links_of_the_pages_lead_somewhere():
