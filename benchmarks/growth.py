@@ -1,4 +1,4 @@
-"""Draws how a training step grows with length and width, docs/results/growth.png, from growth.csv beside it.
+"""Draws how a training step grows with length and width, docs/results/growth.png, from growth.csv in the same folder.
 
     python benchmarks/growth.py                    draws
     python benchmarks/growth.py --measure          measures first, all points taking turns in one run, and stores that
@@ -52,7 +52,7 @@ def measure() -> None:
 
 
 def draw() -> None:
-    """Draws what is stored: time and memory above each other, by length and by width beside each other."""
+    """Draws the stored points: time and memory in rows, length and width in columns."""
     with STORED.open() as file:
         rows = list(csv.DictReader(file))
     with matplotlib.rc_context(RC_PARAMS):

@@ -3,7 +3,7 @@
     python benchmarks/results_plots.py             draws them all
     python benchmarks/results_plots.py --check     says which plot is of other results, and draws nothing
 
-A plot holds the digest of its results and of the rows that it shows. The tables beside them are made by results_tables.py,
+A plot holds the digest of its results and of the rows that it shows. results_tables.py writes the tables,
 from the same files; the plot of growth by growth.py.
 """
 
@@ -27,7 +27,7 @@ STUDIES = {
     "questions": plots.extrapolation_answers,
     "study_images": plots.extrapolation_sizes,
 }
-# Of a study with more rows than curves can be told apart.
+# Rows of a study that has more of them than curves are distinguishable.
 ROWS = {
     "study_text": ("seqpe", "fox", "cable", "kerple", "alibi", "fire", "rotary", "learned", "none"),
     "study_images": ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "learned", "fire", "rotary"),
@@ -42,7 +42,7 @@ def shown(name: str) -> Study:
 
 
 def main(check: bool) -> int:
-    """Draws and writes them, or tells which are stale; returns the exit code."""
+    """Draws and writes the plots, or says which are stale; returns the exit code."""
     stale = 0
     for name, draw in STUDIES.items():
         path = STORED / f"{name}.png"

@@ -66,7 +66,7 @@ def significance_table(studies: str) -> str:
     Args:
       studies: "STUDY METRIC [labels]; ...", labels comma-separated.
     """
-    lines, several = [], ";" in studies
+    lines, many = [], ";" in studies
     for one in studies.split(";"):
         name, key, *labels = one.split()
         study = study_of(name)
@@ -74,8 +74,8 @@ def significance_table(studies: str) -> str:
         wanted = labels[0].split(",") if labels else None
         for result in significance_tests(study, kind, metric):
             if wanted is None or result.label in wanted:
-                lines.append([TASKS[name]] * several + [title(study, result.label), *_row_names(result, several)])
-    header = ["task"] * several + ["evaluated at", "best mean", "worse", "ties with it", "not tested"]
+                lines.append([TASKS[name]] * many + [title(study, result.label), *_row_names(result, many)])
+    header = ["task"] * many + ["evaluated at", "best mean", "worse", "ties with it", "not tested"]
     if all(line[-1] == tables.MISSING for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     cells = [[tables.Cell(text) for text in line] for line in lines]
@@ -124,12 +124,12 @@ def configs_of(name: str) -> dict:
 
     found = {}
     if (path := STORED / f"{name}.json").exists():
-        kept = json.loads(path.read_text())
-        for run, entry in kept["runs"].items():
-            found[run] = config.from_dict(nested(kept["shared"] | entry["settings"], "."))
+        stored = json.loads(path.read_text())
+        for run, entry in stored["runs"].items():
+            found[run] = config.from_dict(nested(stored["shared"] | entry["settings"], "."))
     if any(run.name not in found for run in study_of(name).runs):
         sweep = spec.read_sweep_file(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
-        found = {point.name: point.settings for point in sweep.trials} | found
+        found = {trial.name: trial.settings for trial in sweep.trials} | found
     return found
 
 
@@ -150,7 +150,7 @@ def rewritten(page: str) -> str:
 
 
 def main(check: bool) -> int:
-    """Rewrites the pages, or tells which would change; returns the exit code."""
+    """Rewrites the pages, or says which would change; returns the exit code."""
     stale = [page for page in pages() if rewritten(page.read_text()) != page.read_text()]
     for page in stale:
         name = page.relative_to(ROOT)

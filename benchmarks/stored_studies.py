@@ -40,7 +40,7 @@ def study_of(name: str) -> Study:
             data["length"] = int(line["training_length"])
         elif "training_size" in line and _is_images(lines):
             data["size"] = _sides(line["training_size"])
-        elif "training_size" in line:  # of a study that had images beside its texts
+        elif "training_size" in line:  # of a study that had images besides its texts
             data["length"] = int(line["training_size"])
         config = {"encoding": {"kind": line.get("encoding", row)}, "seed": int(line["seed"]), "data": data}
         runs.append(Run(run, config, [], {"results": found, **work.get(row, {})}, None, None, row=row))
@@ -67,7 +67,7 @@ def _scale(line: dict[str, str]) -> dict:
 
 
 def _sides(size: str) -> list[int]:
-    """The sides of a size, of which one is told for both of a square."""
+    """The sides of a size, of which a square has one."""
     sides = [int(side) for side in size.split("x")]
     return sides * 2 if len(sides) == 1 else sides
 

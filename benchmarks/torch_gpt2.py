@@ -29,13 +29,13 @@ class Block(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(turned(query, cos, sin), turned(key, cos, sin), value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(rotated(query, cos, sin), rotated(key, cos, sin), value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
 
 
-def turned(array: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Returns [B, H, L, K] with the pairs (2i, 2i + 1) turned."""
+def rotated(array: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Returns [B, H, L, K] with the pairs (2i, 2i + 1) rotated."""
     even, odd = array[..., 0::2], array[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 

@@ -152,7 +152,7 @@ def new_figure(x: str, y: str, rows: int) -> tuple[plt.Figure, plt.Axes]:
     Args:
       x: label of the axis.
       y: label of the axis.
-      rows: number of curve names beside the plot.
+      rows: number of curve names next to the plot.
     """
     size = (FIGURE_SIZE[0], max(FIGURE_SIZE[1], label_inches(rows)))
     figure, axes = plt.subplots(figsize=size, dpi=DPI, layout="constrained")

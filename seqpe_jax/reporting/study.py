@@ -106,7 +106,7 @@ class Run:
 
     @property
     def evaluated(self) -> bool:
-        """Whether there are evaluation results."""
+        """True if there are evaluation results."""
         return bool(self.evaluation.get("results"))
 
     @property
@@ -151,7 +151,7 @@ class Run:
 
     @property
     def unfinished(self) -> bool:
-        """Whether training steps remain."""
+        """True if training steps remain."""
         return bool(self.steps_planned) and (self.steps_done or 0) < self.steps_planned
 
     @property

@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def missing(self) -> bool:
-        """Whether the cell is empty."""
+        """True if the cell is empty."""
         return self.text == MISSING
 
 

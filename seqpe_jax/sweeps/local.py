@@ -80,7 +80,7 @@ class Jobs:
 
     @property
     def has_free_job(self) -> bool:
-        """Whether a run may start."""
+        """True if a run may start."""
         return len(self._processes) < self.limit and not self.stop_signal
 
     def start(self, run: SweepRun) -> None:
@@ -163,7 +163,7 @@ class _Pending:
         self.decide(())
 
     def __bool__(self) -> bool:
-        """Whether a run may start now or later without another run's end."""
+        """True if a run may start now or later without another run's end."""
         return bool(self.locked) or any(not run.trial.best for run in self._waiting)
 
     def decide(self, at_work: Sequence[SweepRun]) -> None:

@@ -75,7 +75,7 @@ class SweepRun:
 
     @property
     def restored(self) -> bool:
-        """Whether `--results` has made the folder, without a checkpoint."""
+        """True if `--results` has made the folder, without a checkpoint."""
         return (self.folder / RESTORED_FILE).exists()
 
     def remaining_commands(self) -> list[Command]:
@@ -245,7 +245,7 @@ class RunProcess:
 
 
 def is_locked(run: SweepRun) -> bool:
-    """Whether some process executes the run."""
+    """Returns whether some process executes the run."""
     try:
         with run.log.open("r+b") as log:
             return lock_file(log) is False
