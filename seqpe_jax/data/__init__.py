@@ -1,1 +1,1 @@
-"""Text and images on disk -> examples -> batches. No JAX, so that it runs before and beside the devices."""
+"""From text and images on disk to examples and batches; no JAX, so that it runs in the background of the devices."""

@@ -1,4 +1,4 @@
-"""Random changes of training pictures. Each draws from the generator it is given, so an example can be made again."""
+"""Augmentation of training images; all random numbers come from the given generator, so that examples are reproducible."""
 
 import math
 from collections.abc import Callable
@@ -6,33 +6,42 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-ATTEMPTS = 10  # to draw a box that fits, before the usual fallback
-ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # Zhong et al., arXiv 1708.04896
+MAX_ATTEMPTS = 10  # to sample a box that fits, before the fallback
+ERASED_AREA = (0.02, 1 / 3)  # share of the image, Zhong et al., arXiv 1708.04896
+ERASED_ASPECT = (0.3, 1 / 0.3)
 
-LEVELS = 10.0  # a magnitude is in 0..LEVELS
-OP_PROBABILITY = 0.5  # that a drawn operation is applied
+MAX_MAGNITUDE = 10.0
+OP_PROBABILITY = 0.5  # that a sampled operation is applied
 
-# What an operation does at the highest magnitude (Cubuk et al., arXiv 1805.09501 and 1909.13719).
-ROTATION = 30.0  # degrees
-SHEAR = 0.3
-SHIFT = 0.45  # of the side
-ENHANCEMENT = 0.9  # a factor of 1 - 0.9 or 1 + 0.9
-POSTERIZED_BITS = 4  # the bits of a channel go from 4 down
-SOLARIZE_ADDED = 110
+# Strength of the operations at the highest magnitude (Cubuk et al., arXiv 1805.09501 and 1909.13719).
+MAX_ROTATION = 30.0  # degrees
+MAX_SHEAR = 0.3
+MAX_SHIFT = 0.45  # of the side
+MAX_ENHANCEMENT = 0.9  # a factor of 1 - 0.9 or 1 + 0.9
+MAX_POSTERIZED_BITS = 4  # of a channel, that are removed
+MAX_SOLARIZE_ADDED = 110
 
 
 def crop_box(
     height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of a random part of a picture.
+    """Samples the box of a random resized crop (Szegedy et al., arXiv 1409.4842).
 
-    Its share of the area is uniform in `scale`, the logarithm of width / height in that of `aspect`; where no drawn box
-    fits, it is the largest one in the middle whose aspect is allowed. scale=(1, 1) is the whole picture, whatever its
-    aspect. After Szegedy et al., arXiv 1409.4842.
+    If no sampled box fits, it is the largest centred one with an allowed aspect ratio.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      scale: range of the share of the area, sampled uniformly; (1, 1) = the complete image, whatever its aspect ratio.
+      aspect: range of width / height, whose logarithm is sampled uniformly.
+      rng: source of random numbers.
+
+    Returns:
+      (left, top, right, bottom).
     """
     if tuple(scale) == (1.0, 1.0):
         return 0, 0, width, height
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         area = rng.uniform(*scale) * height * width
         ratio = math.exp(rng.uniform(*np.log(aspect)))
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -46,7 +55,7 @@ def crop_box(
 
 
 def translate(pixels: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns pixels[..., H, W, C] moved by up to `limit` pixels each way, zeros where nothing was."""
+    """Moves pixels[..., H, W, C] by up to `limit` pixels along both axes, with zeros at the uncovered border."""
     height, width = pixels.shape[-3:-1]
     down, right = (int(rng.integers(-limit, limit + 1)) for _ in range(2))
     moved = np.zeros_like(pixels)
@@ -57,24 +66,24 @@ def translate(pixels: np.ndarray, limit: int, rng: np.random.Generator) -> np.nd
 
 
 def _overlap(offset: int, length: int) -> tuple[slice, slice]:
-    kept = max(0, length - abs(offset))
+    size = max(0, length - abs(offset))
     if offset >= 0:
-        return slice(length - kept, length), slice(0, kept)
-    return slice(0, kept), slice(length - kept, length)
+        return slice(length - size, length), slice(0, size)
+    return slice(0, size), slice(length - size, length)
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Returns an image with brightness, contrast and saturation each times a factor in 1 +- `strength`, in random order."""
+    """Multiplies brightness, contrast and saturation by factors in 1 +- `strength`, in random order."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for place in rng.permutation(len(enhancers)):
-        image = enhancers[place](image).enhance(rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength))
+    for number in rng.permutation(len(enhancers)):
+        image = enhancers[number](image).enhance(rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength))
     return image
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns normalised pixels float32[..., H, W, C] with one box of normal noise, in the same place of all frames."""
+    """Replaces one box of normalized pixels float32[..., H, W, C] by normal noise, the same box in all frames."""
     height, width = pixels.shape[-3:-1]
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         area = rng.uniform(*ERASED_AREA) * height * width
         ratio = math.exp(rng.uniform(*np.log(ERASED_ASPECT)))
         wide, high = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
@@ -90,19 +99,23 @@ def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def rand_augment(
     image: Image.Image, layers: int, magnitude: float, std: float, fill: tuple[int, ...], rng: np.random.Generator
 ) -> Image.Image:
-    """Returns an image after `layers` drawn operations, all of which do more at a higher magnitude.
+    """RandAugment (Cubuk et al., arXiv 1909.13719), in the variant of DeiT and Swin.
 
-    Operations are drawn with replacement, each applied with probability 1/2 at a magnitude that is normal around
-    `magnitude`, clipped to 0..10. RandAugment (Cubuk et al., arXiv 1909.13719) in the form in which DeiT and Swin use it.
+    Operations are sampled with replacement; each is applied with probability 1/2, at a magnitude from a normal distribution
+    clipped to 0..10.
 
     Args:
-      image: grey or RGB, 8 bit.
-      fill: what comes in from outside, one number in 0..255 per channel.
+      image: grey or RGB, 8 bits.
+      layers: number of sampled operations.
+      magnitude: mean strength, in 0..10.
+      std: standard deviation of the strength.
+      fill: value of uncovered pixels, one number in 0..255 per channel.
+      rng: source of random numbers.
     """
-    for place in rng.integers(len(OPERATIONS), size=layers):
+    for number in rng.integers(len(OPERATIONS), size=layers):
         if rng.random() < OP_PROBABILITY:
-            level = min(max(rng.normal(magnitude, std), 0.0), LEVELS) / LEVELS
-            image = list(OPERATIONS.values())[place](image, level, fill, rng)
+            level = min(max(rng.normal(magnitude, std), 0.0), MAX_MAGNITUDE) / MAX_MAGNITUDE
+            image = list(OPERATIONS.values())[number](image, level, fill, rng)
     return image
 
 
@@ -115,7 +128,7 @@ def _signed(value: float, rng: np.random.Generator) -> float:
 
 def _enhanced(enhancer: type) -> Operation:
     def operation(image, level, fill, rng):
-        return enhancer(image).enhance(1.0 + _signed(ENHANCEMENT * level, rng))
+        return enhancer(image).enhance(1.0 + _signed(MAX_ENHANCEMENT * level, rng))
 
     return operation
 
@@ -135,12 +148,12 @@ def _color(fill: tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 def _rotate(image, level, fill, rng):
-    return image.rotate(_signed(ROTATION * level, rng), Image.Resampling.BICUBIC, fillcolor=_color(fill))
+    return image.rotate(_signed(MAX_ROTATION * level, rng), Image.Resampling.BICUBIC, fillcolor=_color(fill))
 
 
 def _posterize(image, level, fill, rng):
-    # One bit is left at least: without any the picture is black.
-    return ImageOps.posterize(image, max(1, POSTERIZED_BITS - int(POSTERIZED_BITS * level)))
+    # At least one bit stays: without any the image is black.
+    return ImageOps.posterize(image, max(1, MAX_POSTERIZED_BITS - int(MAX_POSTERIZED_BITS * level)))
 
 
 def _solarize(image, level, fill, rng):
@@ -148,7 +161,7 @@ def _solarize(image, level, fill, rng):
 
 
 def _solarize_add(image, level, fill, rng):
-    added = int(SOLARIZE_ADDED * level)
+    added = int(MAX_SOLARIZE_ADDED * level)
     return image.point(
         [min(255, value + added) if value < 128 else value for value in range(256)] * len(image.getbands())
     )
@@ -167,8 +180,8 @@ OPERATIONS: dict[str, Operation] = {
     "contrast": _enhanced(ImageEnhance.Contrast),
     "brightness": _enhanced(ImageEnhance.Brightness),
     "sharpness": _enhanced(ImageEnhance.Sharpness),
-    "shear_x": _affine(lambda level, image: (1, SHEAR * level, 0, 0, 1, 0)),
-    "shear_y": _affine(lambda level, image: (1, 0, 0, SHEAR * level, 1, 0)),
-    "translate_x": _affine(lambda level, image: (1, 0, SHIFT * level * image.width, 0, 1, 0)),
-    "translate_y": _affine(lambda level, image: (1, 0, 0, 0, 1, SHIFT * level * image.height)),
+    "shear_x": _affine(lambda level, image: (1, MAX_SHEAR * level, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda level, image: (1, 0, 0, MAX_SHEAR * level, 1, 0)),
+    "translate_x": _affine(lambda level, image: (1, 0, MAX_SHIFT * level * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda level, image: (1, 0, 0, 0, 1, MAX_SHIFT * level * image.height)),
 }

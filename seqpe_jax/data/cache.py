@@ -1,4 +1,4 @@
-"""The cache of prepared data: locks, folders that appear complete or not at all, copies of objects in buckets."""
+"""The cache of prepared data: locks, folders that appear complete or not at all, local copies of remote files."""
 
 import concurrent.futures
 import contextlib
@@ -8,26 +8,29 @@ import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import tqdm
 
 from seqpe_jax.errors import InputError, check_utf8_name
 from seqpe_jax.files import AnyPath, as_path, atomic_file, cache_root, is_remote, list_files, lock_file
 
-PARALLEL_DOWNLOADS = 16  # objects
+PARALLEL_DOWNLOADS = 16
 UNFINISHED_PREFIX = ".unfinished-"
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def locked(target: pathlib.Path) -> Iterator[bool]:
-    """Holds the lock of `target` (a file beside it), waiting for a process that has it.
+    """Holds the lock of `target`, a file in the same folder, after any other process that holds it.
 
     Yields:
-      Whether the lock is held; False where the file system has no locks, and processes may do the same work twice.
+      True while the lock is held; False where the file system has no locks, and two processes may do the same work.
 
     Raises:
-      InputError: the folder cannot be written, or its name is not UTF-8.
+      InputError: the folder is not writable, or its name is not UTF-8.
     """
     check_utf8_name(target.parent, "the cache (data.cache_dir, or SEQPE_JAX_CACHE)")
     try:
@@ -36,31 +39,31 @@ def locked(target: pathlib.Path) -> Iterator[bool]:
     except OSError as error:
         raise InputError(
             f"cannot write to the cache '{target.parent}' ({error.strerror}): set data.cache_dir, or SEQPE_JAX_CACHE, "
-            "to a folder that can be written"
+            "to a writable folder"
         ) from error
     with handle:
-        yield _lock(handle, target)
-
-
-def _lock(handle, target: pathlib.Path) -> bool:
-    ours = lock_file(handle)
-    if ours is False:
-        print(f"waiting for another process that prepares {target.name}", file=sys.stderr, flush=True)
-        ours = lock_file(handle, wait=True)
-    return bool(ours)  # without locks, directories are still moved into place whole
+        acquired = lock_file(handle)
+        if acquired is False:
+            print(f"waiting for another process that prepares {target.name}", file=sys.stderr, flush=True)
+            acquired = lock_file(handle, wait=True)
+        yield bool(acquired)
 
 
 @contextlib.contextmanager
 def staged_directory(target: pathlib.Path, *, alone: bool) -> Iterator[pathlib.Path]:
-    """Yields an empty folder beside `target` that takes its name when the block ends well, and vanishes otherwise.
+    """Yields an empty folder that is renamed to `target` when the block succeeds, and removed otherwise.
 
-    Whoever reads `target` sees it whole or not at all. With `alone` (the lock is held), what a killed process left and
-    a damaged `target` are removed; without, an existing `target` is kept, as another process has just finished it.
+    A reader sees `target` complete or not at all.
+
+    Args:
+      target: folder to make.
+      alone: the lock is held: a damaged `target` and the leftovers of killed processes are removed. Else an existing
+        `target` stays, since another process has just finished it.
     """
     prefix = f"{UNFINISHED_PREFIX}{target.name}-"
     if alone:
-        for left in target.parent.glob(prefix + "*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in target.parent.glob(prefix + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     folder = target.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     try:
@@ -76,59 +79,94 @@ def staged_directory(target: pathlib.Path, *, alone: bool) -> Iterator[pathlib.P
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def load_or_build(
+    target: pathlib.Path, load: Callable[[pathlib.Path], T | None], build: Callable[[pathlib.Path], None]
+) -> T:
+    """Loads a folder of the cache, which one process builds first where it is missing or damaged.
+
+    Several processes may call it at once; a killed one leaves nothing that is read later.
+
+    Args:
+      target: the folder.
+      load: returns the content of a folder, or None where it is missing or damaged.
+      build: writes the content into an empty folder.
+
+    Returns:
+      What `load` returns.
+
+    Raises:
+      InputError: as `build`; the cache is not writable.
+    """
+    found = load(target)
+    if found is not None:
+        return found
+    with locked(target) as alone:
+        found = load(target)
+        if found is None:
+            with staged_directory(target, alone=alone) as folder:
+                build(folder)
+            found = load(target)
+    if found is None:
+        raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
+    return found
+
+
 def local_copies(
     paths: Sequence[str], cache_dir: str | os.PathLike = "", progress: bool = True, option: str = "data.paths"
 ) -> tuple[str, ...]:
-    """Returns paths of this machine: addresses in a store give way to copies in the cache, made where they are new.
+    """Replaces remote paths by those of copies in the cache; a copy is made again when the object has changed.
 
     Args:
-      option: what names the paths, for messages.
+      paths: local paths, which stay, and addresses in buckets.
+      cache_dir: "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
+      progress: show a progress bar on stderr.
+      option: the option that names the paths, for messages.
 
     Raises:
       InputError: nothing is there, or it cannot be read.
     """
-    return tuple(str(_fetched(path, cache_dir, progress, option)) if is_remote(path) else path for path in paths)
+    return tuple(str(_local_copy(path, cache_dir, progress, option)) if is_remote(path) else path for path in paths)
 
 
-def _fetched(address: str, cache_dir: str | os.PathLike, progress: bool, option: str) -> pathlib.Path:
+def _local_copy(address: str, cache_dir: str | os.PathLike, progress: bool, option: str) -> pathlib.Path:
     if glob.has_magic(address):
         raise InputError(
-            f"{option}: '{address}' is a pattern, which is for files of this machine: give a folder or an object"
+            f"{option}: '{address}' is a pattern, which works for local files only: give a folder or an object"
         )
-    place = as_path(address)
-    target = cache_root(cache_dir).joinpath("fetched", *place.parts[2:])
+    source = as_path(address)
+    target = cache_root(cache_dir).joinpath("fetched", *source.parts[2:])
     try:
         with locked(target):
-            if place.is_file():
-                _fetch(place, target)
+            if source.is_file():
+                _download(source, target)
             else:
-                _fetch_folder(place, target, progress, option)
+                _download_folder(source, target, progress, option)
     except OSError as error:
-        raise InputError(f"{option}: '{error.filename or address}' cannot be fetched ({error.strerror})") from error
+        raise InputError(f"{option}: '{error.filename or address}' cannot be downloaded ({error.strerror})") from error
     return target
 
 
-def _fetch_folder(place: AnyPath, target: pathlib.Path, progress: bool, option: str) -> None:
-    """Makes a folder hold what one of a store holds, and nothing else."""
-    names = {str(one.relative_to(place)): one for one in list_files(place)}
-    names = {name: one for name, one in names.items() if ".." not in pathlib.PurePosixPath(name).parts}
+def _download_folder(source: AnyPath, target: pathlib.Path, progress: bool, option: str) -> None:
+    """Makes a local folder equal to a remote one: files are added, replaced and removed."""
+    names = {str(file.relative_to(source)): file for file in list_files(source)}
+    names = {name: file for name, file in names.items() if ".." not in pathlib.PurePosixPath(name).parts}
     if not names:
-        raise InputError(f"{option}: there is nothing at '{place}': give a folder or an object of a bucket")
-    with concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS) as several:
-        work = several.map(lambda name: _fetch(names[name], target / name), names)
-        for _ in tqdm.tqdm(work, f"fetch {place}", len(names), unit=" files", delay=2.0, disable=not progress):
+        raise InputError(f"{option}: there is nothing at '{source}': give a folder or an object of a bucket")
+    with concurrent.futures.ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        downloads = pool.map(lambda name: _download(names[name], target / name), names)
+        for _ in tqdm.tqdm(downloads, f"download {source}", len(names), unit=" files", delay=2.0, disable=not progress):
             pass
     for file in list_files(target):
         if str(file.relative_to(target)) not in names:
             file.unlink()
 
 
-def _fetch(place: AnyPath, file: pathlib.Path) -> None:
-    """Copies an object unless that version of it is here; the copy has the object's time, by which data are told apart."""
-    told = place.info()
-    changed = round(told["mtime"].timestamp() * 1e6) * 1000
-    if file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == (told["size"], changed):
+def _download(source: AnyPath, file: pathlib.Path) -> None:
+    """Copies an object unless the copy has its size and time; the time is part of the identity of data."""
+    status = source.info()
+    mtime_ns = round(status["mtime"].timestamp() * 1e6) * 1000
+    if file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == (status["size"], mtime_ns):
         return
     with atomic_file(file) as part:
-        place.download(part)
-        os.utime(part, ns=(changed, changed))
+        source.download(part)
+        os.utime(part, ns=(mtime_ns, mtime_ns))

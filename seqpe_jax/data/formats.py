@@ -1,4 +1,4 @@
-"""Files that are not the plain text they are given as: recognised by their first bytes, and refused with what they are."""
+"""Detection of what a file is from its first bytes: other formats than plain UTF-8 text are refused by name."""
 
 import json
 import pathlib
@@ -8,18 +8,16 @@ from typing import Any
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 text with it; it is no part of the text
-HEAD_BYTES = 1 << 16  # bytes of a file that are looked at
-JSON_HEAD_BYTES = 1 << 20  # of one that begins like JSON
-MAX_JSON_LINES = 20  # that are looked at
-MAX_ZERO_BYTE_SHARE = (
-    1 / 16
-)  # of zero bytes: text has none, UTF-16 every other one, a tar archive of texts whole blocks
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8 text; it is no part of the text
+HEAD_BYTES = 1 << 16  # of a file that are read for detection
+JSON_HEAD_BYTES = 1 << 20  # of a file that starts like JSON
+MAX_JSON_LINES = 20  # that are parsed for detection
+MAX_ZERO_BYTE_SHARE = 1 / 16  # text has no zero bytes, UTF-16 every other one, a tar archive of texts complete blocks
 
 HOW_TO_UNPACK = "unpack it"
 HOW_TO_EXTRACT_TEXT = "write its text into a plain UTF-8 file"
 HOW_TO_CONVERT = "convert it to UTF-8 (iconv -f {} -t UTF-8 OLD > NEW)"
-# First bytes, their offset, what they say the file is, and what to do; the first that fits counts.
+# (first bytes, their offset, format, fix); the first match counts.
 MAGIC_BYTES = (
     (b"\x1f\x8b", 0, "compressed with gzip", "unpack it (gunzip)"),
     (b"\x28\xb5\x2f\xfd", 0, "compressed with zstd", "unpack it (unzstd)"),
@@ -50,43 +48,40 @@ MAGIC_BYTES = (
     (b"\xff\xfe", 0, "UTF-16 text", HOW_TO_CONVERT.format("UTF-16")),
     (b"\xfe\xff", 0, "UTF-16 text", HOW_TO_CONVERT.format("UTF-16")),
 )
-# The same for beginnings that vary.
+# (pattern of the first bytes, format, fix).
 MAGIC_PATTERNS = (
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "compressed with bzip2", "unpack it (bunzip2)"),
-    (
-        re.compile(rb"\xff{4}.{3}\0", re.DOTALL),
-        "an Arrow stream",
-        HOW_TO_EXTRACT_TEXT,
-    ),  # a mark, and the length of its first message
+    # The marker of a message, and the length of the first one.
+    (re.compile(rb"\xff{4}.{3}\0", re.DOTALL), "an Arrow stream", HOW_TO_EXTRACT_TEXT),
 )
 
 
 def strip_bom(text: bytes) -> bytes:
-    """Returns UTF-8 text without a byte order mark at its beginning."""
+    """Returns UTF-8 text without a byte order mark at its start."""
     return text.removeprefix(BYTE_ORDER_MARK)
 
 
 def check_plain_text(head: bytes, name: str) -> None:
-    """Refuses a file that is no plain UTF-8 text, by its first bytes.
+    """Refuses a file that is not plain UTF-8 text, by its first bytes.
 
     Args:
-      head: the first `HEAD_BYTES` bytes, or all of a shorter file.
+      head: the first `HEAD_BYTES`, or all of a shorter file.
       name: the option and the file, for the message.
 
     Raises:
-      InputError: says what the file is, and what to do about it.
+      InputError: names the format and the fix.
     """
-    found = [(kind, cure) for start, offset, kind, cure in MAGIC_BYTES if head.startswith(start, offset)]
-    found += [(kind, cure) for pattern, kind, cure in MAGIC_PATTERNS if pattern.match(head)]
+    found = [(file_format, fix) for start, offset, file_format, fix in MAGIC_BYTES if head.startswith(start, offset)]
+    found += [(file_format, fix) for pattern, file_format, fix in MAGIC_PATTERNS if pattern.match(head)]
     if not found and head.count(0) > MAX_ZERO_BYTE_SHARE * len(head):
         found.append(("binary, or UTF-16 text without a byte order mark", HOW_TO_EXTRACT_TEXT))
     if found:
-        kind, cure = found[0]
-        raise InputError(f"{name} is {kind}, where plain UTF-8 text is read: {cure}, or leave it out")
+        file_format, fix = found[0]
+        raise InputError(f"{name} is {file_format}, but plain UTF-8 text is expected: {fix}, or leave it out")
 
 
 def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
-    """Refuses a file of a corpus that is no plain text: another format, or JSON records.
+    """Refuses a file of a corpus that is another format than plain text, or JSON records.
 
     Raises:
       InputError: as `check_plain_text`; JSON records; unreadable.
@@ -112,21 +107,21 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
 
 
 def first_json_record(head: bytes, complete: bool) -> dict[str, Any] | None:
-    """Returns the first of the records that a file holds, as JSON lines or as one JSON list, or None where it holds none.
+    """Returns the first record of a file of JSON lines or of one JSON list, or None if it is neither.
 
     Args:
-      head: the beginning of the file.
-      complete: whether that is all of it.
+      head: start of the file.
+      complete: `head` is the complete file.
     """
     text = strip_bom(head).lstrip()
     if text.startswith(b"["):
-        written = text[1:].decode("utf-8", "ignore").lstrip()
+        items = text[1:].decode("utf-8", "ignore").lstrip()
         try:
-            record, end = json.JSONDecoder().raw_decode(written)
+            record, end = json.JSONDecoder().raw_decode(items)
         except (ValueError, RecursionError):
             return None
-        return record if isinstance(record, dict) and written[end:].lstrip()[:1] in (",", "]") else None
-    lines = text.split(b"\n") if complete else text.split(b"\n")[:-1]  # the last is cut
+        return record if isinstance(record, dict) and items[end:].lstrip()[:1] in (",", "]") else None
+    lines = text.split(b"\n") if complete else text.split(b"\n")[:-1]  # the last one is cut
     lines = [line for line in lines if line.strip()][:MAX_JSON_LINES]
     try:
         records = [parse_json(line) for line in lines]

@@ -1,19 +1,18 @@
-"""Labelled images and clips: a split read at random, and what becomes of an image on its way into a batch."""
+"""Images and videos for batches: splits read at random, training examples with augmentation, evaluation examples."""
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from seqpe_jax.data import augment as changes
+from seqpe_jax.data import augment as augmentation
 from seqpe_jax.data import registry
 from seqpe_jax.data.cache import local_copies
-from seqpe_jax.data.datasets.base import SPLITS
+from seqpe_jax.data.datasets.base import check_split, datasets_folder
 from seqpe_jax.data.datasets.image_base import ImageSource
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError
 from seqpe_jax.files import cache_root
 
 
@@ -27,35 +26,33 @@ def image_source(
     progress: bool = True,
     bit_depth: int = 0,
 ) -> ImageSource:
-    """Returns a split of a data set of images or clips, preparing it when that has not been done yet.
+    """Opens a split of a data set of images or videos, after preparing it where that is not done yet.
 
-    Safe to call from several processes at once; a killed one leaves nothing that is read later.
+    Several processes may call it at once; a killed one leaves nothing that is read later.
 
     Args:
-      name: digit_images, moving_digits, image_folder, imagenet2012 or imagenet_resized.
-      split: train, validation or test.
-      paths: the builder's.
-      data_dir: prepared data sets; none = CACHE_DIR/datasets.
-      cache_dir: none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
-      progress: show how far long work is, on stderr.
+      name: an image data set of `data.registry`.
+      split: "train", "validation" or "test".
+      paths: `data.paths`.
+      data_dir: folder of prepared data sets; "" = CACHE_DIR/datasets.
+      cache_dir: "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
+      progress: show progress bars and warnings on stderr.
       bit_depth: of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
 
     Raises:
-      InputError: unknown name or split, nothing to read, damaged files, a folder not writable.
+      InputError: unknown name or split, nothing to read, damaged files, a folder that is not writable.
     """
     if isinstance(paths, str):
         paths = (paths,)
     builder = registry.load_builder(name, registry.DATA_IMAGE)
     registry.get(name).check_paths(paths)
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
-    root = cache_root(cache_dir)
+    check_split(split)
     options = {"bit_depth": bit_depth} if bit_depth else {}
     return builder.open_split(
         split,
         paths=local_copies([os.fspath(path) for path in paths], cache_dir, progress),
-        datasets=pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets",
-        cache=root,
+        datasets=datasets_folder(data_dir, cache_dir),
+        cache=cache_root(cache_dir),
         progress=progress,
         **options,
     )
@@ -70,52 +67,59 @@ def train_example(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, np.ndarray]:
-    """Returns a training example: part of the image, flipped, moved, recoloured as drawn, normalised, partly erased.
+    """Returns a training example: a random crop, flipped, translated, recoloured, normalized and partly erased.
 
     Args:
-      record: {"image": uint8[H, W, C], or [T, H, W, C] of a clip, "label": int}.
-      size: (H, W) of the example, or (T, H, W) of a clip, of which T frames in a row are drawn.
-      augment: the settings: crop_scale, crop_aspect, flip, translate, randaugment_layers, randaugment_magnitude,
-        randaugment_std, color_jitter, erasing. What is done to a clip is the same in all its frames. A flip keeps the
-        label, so flip=0 where left and right make it (moving_digits).
-      rng: all that is drawn comes from it.
-      mean, std: per channel, in 0..1.
+      record: {"image": uint8[H, W, C], or [T, H, W, C] of a video, "label": int}.
+      size: (H, W) of the example, or (T, H, W) of a video, of which T consecutive frames are sampled.
+      augment: the fields crop_scale, crop_aspect, flip, translate, randaugment_layers, randaugment_magnitude,
+        randaugment_std, color_jitter and erasing. All frames of a video are changed alike. A flip keeps the label, so use
+        flip=0 where left and right decide it (moving_digits).
+      rng: source of all random numbers.
+      mean: per channel in 0..1.
+      std: per channel in 0..1.
 
     Returns:
       {"images": float32[*size, C], "labels": int32[]}.
 
     Raises:
-      InputError: a clip and `size` do not fit, or a setting that does not work for clips.
+      InputError: an image and a size of videos or the reverse, or an augmentation that does not work for videos.
     """
     frames, (height, width) = _frames(record["image"], size)
-    is_clip, left_out = record["image"].ndim == 4, len(frames) - size[0]
-    if is_clip:
-        first = int(rng.integers(left_out + 1)) if left_out else 0
+    is_video = record["image"].ndim == 4
+    spare_frames = len(frames) - size[0]
+    if is_video:
+        first = int(rng.integers(spare_frames + 1)) if spare_frames else 0
         frames = frames[first : first + size[0]]
-    if is_clip and (augment.randaugment_layers or augment.color_jitter):
+    if is_video and (augment.randaugment_layers or augment.color_jitter):
         raise InputError(
-            "clips cannot be recoloured: set randaugment_layers=0 and color_jitter=0; crop_scale, flip, translate and "
-            "erasing work for clips"
+            "videos cannot be recoloured: set randaugment_layers=0 and color_jitter=0; crop_scale, flip, translate and "
+            "erasing work for videos"
         )
-    box = changes.crop_box(*frames.shape[1:3], augment.crop_scale, augment.crop_aspect, rng)
-    pixels = _resized(frames, box, width, height)
+    box = augmentation.crop_box(*frames.shape[1:3], augment.crop_scale, augment.crop_aspect, rng)
+    pixels = _resize(frames, box, width, height)
     if rng.random() < augment.flip:
         pixels = pixels[..., ::-1, :]
     if augment.translate:
-        pixels = changes.translate(pixels, augment.translate, rng)
+        pixels = augmentation.translate(pixels, augment.translate, rng)
     if augment.color_jitter or augment.randaugment_layers:
-        picture = _to_image(pixels[0])
-        if augment.color_jitter:
-            picture = changes.color_jitter(picture, augment.color_jitter, rng)
-        if augment.randaugment_layers:
-            fill = tuple(round(255 * value) for value in mean)
-            policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
-            picture = changes.rand_augment(picture, *policy, rng)
-        pixels = _to_pixels([picture])
+        pixels = _recolor(pixels, augment, mean, rng)
     pixels = normalize_pixels(pixels, mean, std)
     if rng.random() < augment.erasing:
-        pixels = changes.erase(pixels, rng)
-    return {"images": pixels if is_clip else pixels[0], "labels": np.int32(record["label"])}
+        pixels = augmentation.erase(pixels, rng)
+    return {"images": pixels if is_video else pixels[0], "labels": np.int32(record["label"])}
+
+
+def _recolor(pixels: np.ndarray, augment: Any, mean: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """Applies color jitter and RandAugment to uint8[1, H, W, C]."""
+    image = _to_image(pixels[0])
+    if augment.color_jitter:
+        image = augmentation.color_jitter(image, augment.color_jitter, rng)
+    if augment.randaugment_layers:
+        fill = tuple(round(255 * value) for value in mean)
+        policy = (augment.randaugment_layers, augment.randaugment_magnitude, augment.randaugment_std, fill)
+        image = augmentation.rand_augment(image, *policy, rng)
+    return _to_pixels([image])
 
 
 def eval_example(
@@ -126,61 +130,62 @@ def eval_example(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, np.ndarray]:
-    """Returns an example for evaluation: the middle of the image, or of a clip in time and space, normalised.
+    """Returns an evaluation example: the centre of the image, or of a video in time and space, normalized.
 
-    The image is resized (bicubic), its aspect kept, to the smallest size that covers `size` / `crop_ratio`; for a square
-    `size` its shorter side has size / crop_ratio then. The middle of it is cut out.
+    The image is resized (bicubic, same aspect ratio) to the smallest size that covers `size` / `crop_ratio`, and the centre
+    crop is taken; for a square `size` the shorter side is resized to size / crop_ratio.
 
     Args:
-      record, size, mean, std: as of `train_example`.
-      crop_ratio: in (0, 1]; 0.875 is usual for photos, 1 leaves nothing out but the longer side's ends.
+      record: as for `train_example`.
+      size: as for `train_example`.
+      crop_ratio: in (0, 1]; 0.875 is usual for photos, 1 crops the longer side only.
+      mean: per channel in 0..1.
+      std: per channel in 0..1.
 
     Returns:
       {"images": float32[*size, C], "labels": int32[]}.
 
     Raises:
-      InputError: a clip and `size` do not fit, or `crop_ratio` is out of range.
+      InputError: an image and a size of videos or the reverse, or `crop_ratio` is out of range.
     """
     if not 0.0 < crop_ratio <= 1.0:
         raise InputError(f"crop_ratio must be above 0 and at most 1, got {crop_ratio}")
     frames, (height, width) = _frames(record["image"], size)
-    if record["image"].ndim == 4:
+    is_video = record["image"].ndim == 4
+    if is_video:
         first = (len(frames) - size[0]) // 2
         frames = frames[first : first + size[0]]
-    scale = max(height / crop_ratio / frames.shape[1], width / crop_ratio / frames.shape[2])
-    whole = max(width, round(frames.shape[2] * scale)), max(height, round(frames.shape[1] * scale))
-    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    # The middle alone is resized: of a long strip the whole would take gigabytes.
-    across, down = frames.shape[2], frames.shape[1]
+    old_height, old_width = frames.shape[1:3]
+    scale = max(height / crop_ratio / old_height, width / crop_ratio / old_width)
+    new_width, new_height = max(width, round(old_width * scale)), max(height, round(old_height * scale))
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    # Only the crop is resized: a long strip would take gigabytes.
     box = (
-        left * across / whole[0],
-        top * down / whole[1],
-        (left + width) * across / whole[0],
-        (top + height) * down / whole[1],
+        left * old_width / new_width,
+        top * old_height / new_height,
+        (left + width) * old_width / new_width,
+        (top + height) * old_height / new_height,
     )
-    pixels = normalize_pixels(_resized(frames, box, width, height), mean, std)
-    return {"images": pixels if record["image"].ndim == 4 else pixels[0], "labels": np.int32(record["label"])}
+    pixels = normalize_pixels(_resize(frames, box, width, height), mean, std)
+    return {"images": pixels if is_video else pixels[0], "labels": np.int32(record["label"])}
 
 
 def _frames(image: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns all frames uint8[T, H, W, C] and the target (height, width); an image is a clip of one frame."""
+    """Returns all frames uint8[T, H, W, C], one of an image, and the target (height, width)."""
     if len(size) != image.ndim - 1:
-        kind, wanted = ("clips", "(frames, height, width)") if image.ndim == 4 else ("images", "(height, width)")
-        raise InputError(f"the data set holds {kind}, so its size is {wanted}, got {tuple(size)}")
+        kind, wanted = ("videos", "(frames, height, width)") if image.ndim == 4 else ("images", "(height, width)")
+        raise InputError(f"the data set holds {kind}, so the size must be {wanted}, got {tuple(size)}")
     if image.ndim == 3:
         return image[None], (size[0], size[1])
     if size[0] > len(image):
-        raise InputError(f"the clips have {len(image)} frames, {size[0]} are asked for: lower the number of frames")
+        raise InputError(f"the videos have {len(image)} frames, but the size has {size[0]}: lower the number of frames")
     return image, (size[1], size[2])
 
 
-def _resized(frames: np.ndarray, box: tuple[float, float, float, float], width: int, height: int) -> np.ndarray:
-    """Returns the part (left, top, right, bottom) of uint8[T, H, W, C] as uint8[T, height, width, C]."""
+def _resize(frames: np.ndarray, box: tuple[float, float, float, float], width: int, height: int) -> np.ndarray:
+    """Resizes the box (left, top, right, bottom) of uint8[T, H, W, C] to uint8[T, height, width, C]."""
     left, top, right, bottom = box
-    if (right - left, bottom - top) == (
-        width,
-        height,
-    ):  # what Pillow would give, at a tenth of the time for small clips
+    if (right - left, bottom - top) == (width, height):  # equal to Pillow's result, in a tenth of the time
         return frames[:, int(top) : int(bottom), int(left) : int(right)]
     bicubic = Image.Resampling.BICUBIC
     return _to_pixels([_to_image(frame).resize((width, height), bicubic, box=box) for frame in frames])
@@ -190,13 +195,17 @@ def _to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
-def _to_pixels(pictures: list[Image.Image]) -> np.ndarray:
+def _to_pixels(images: list[Image.Image]) -> np.ndarray:
     """Returns uint8[T, H, W, C]."""
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    pixels = np.stack([np.asarray(image) for image in images])
     return pixels[..., None] if pixels.ndim == 3 else pixels
 
 
 def normalize_pixels(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Returns pixels uint8[..., C] scaled to 0..1, less the mean and divided by the deviation of their channel, float32."""
+    """Scales uint8[..., C] to 0..1, subtracts the mean and divides by the standard deviation of the channel.
+
+    Returns:
+      float32[..., C].
+    """
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)

@@ -1,4 +1,4 @@
-"""Examples -> batches, on Grain's random access: batch i is a function of (source, batch size, seed, i), whoever asks."""
+"""Batches from examples with Grain: training batch i is a function of (source, batch size, seed, i) in every process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ Example = dict[str, np.ndarray]
 
 
 class Windows:
-    """Non-overlapping windows of `length` tokens, each with the one token that follows, to be predicted.
+    """Non-overlapping windows of `length` tokens, each with the token after it as the last target.
 
-    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. For training: tokens after the
-    last whole window, fewer than `length` of the split, are left out.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. Tokens after the last complete
+    window, fewer than `length` of the split, are dropped.
     """
 
     def __init__(self, tokens: np.ndarray, length: int):
@@ -29,10 +29,12 @@ class Windows:
 
 
 def training_windows(tokens: np.ndarray, length: int, *, field: str = "data.length") -> Windows:
-    """Returns the windows of 1-D tokens.
+    """Returns the training windows of a split.
 
     Args:
-      field: the option to name when the length does not fit.
+      tokens: 1-D.
+      length: of a window.
+      field: the option to name in the message.
 
     Raises:
       InputError: there are fewer than length + 1 tokens.
@@ -52,15 +54,16 @@ def _check_window(tokens: np.ndarray, length: int, field: str) -> None:
 
 
 class ScoredWindows:
-    """Windows of `length` tokens, each with the targets that it scores: the last ones before its end.
+    """Windows of `length` tokens whose last targets are scored.
 
-    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length]}, of
-    which "scored" marks the targets, `tokens[1:]`, whose losses count.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length]}; "scored"
+    marks the targets, `tokens[1:]`, whose losses count.
 
     Args:
       tokens: 1-D, of a split.
+      length: of a window.
       ends: int[W], token index of the last target of each window, at least `length`.
-      counts: int[W], targets that each window scores, 1 to `length`.
+      counts: int[W], number of scored targets of each window, 1 to `length`.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, ends: np.ndarray, counts: np.ndarray):
@@ -82,17 +85,17 @@ class TrainLoader:
 
     Args:
       source: random access, `source[i]`.
-      batch_size: examples of a step over all hosts.
-      seed: of the order, and of what `example` draws.
-      example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the example's place
-        in the run only. None = the source's own.
-      rows: indices of the rows that this process reads of each batch, in that order; None = all of them. A row has the
-        same example whoever reads it.
-      threads: examples made at once by `prefetch`.
+      batch_size: examples of a step over all processes.
+      seed: of the order and of the generators.
+      example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the number of the example
+        in the run only. None = source[i] is the example.
+      rows: indices of the rows of each batch that this process reads, in that order; None = all of them. A row has the
+        same example in every process.
+      threads: examples that `prefetch` makes in parallel.
 
     Raises:
-      InputError: no examples, or a batch of none.
-      ValueError: rows that a batch does not have.
+      InputError: no examples, or an empty batch.
+      ValueError: a row outside of the batch.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class TrainLoader:
             raise ValueError(f"rows must be some of 0 to {batch_size - 1}, got {list(rows)}")
         if not len(source):
             raise InputError("the training split has no examples")
-        epochs = 2**62 // len(source)  # for ever; Grain's own "for ever" overflows in batches of one
+        epochs = 2**62 // len(source)  # endless; Grain's own endless repeat overflows in batches of one
         examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
         if example is not None:
             examples = examples.random_map(example)
@@ -126,7 +129,7 @@ class TrainLoader:
         return self._batches[step]
 
     def prefetch(self, start_step: int = 0, *, ahead: int = 2) -> Iterator[tuple[int, Example]]:
-        """Yields (step, batch) from `start_step` on, reading `ahead` batches early on threads of its own."""
+        """Yields (step, batch) from `start_step` on, and reads `ahead` batches in advance on background threads."""
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(ahead, self._threads))
         batches = iter(self._batches[start_step:].to_iter_dataset(options))
         try:
@@ -136,7 +139,7 @@ class TrainLoader:
 
 
 class _RowsOfBatches:
-    """The examples of some rows of each batch, batch after batch: a random-access source over the examples of a run."""
+    """Some rows of each batch, batch after batch: a random-access source over the examples of a run."""
 
     def __init__(self, examples: Sequence[Any], batch_size: int, rows: Sequence[int]):
         self._examples, self._batch_size, self._rows = examples, batch_size, rows
@@ -152,7 +155,13 @@ class _RowsOfBatches:
 class EvalBatches:
     """The first `count` examples once, in order, in batches of one shape with "weights" float32[batch_size].
 
-    Rows that fill up the last batch are zeros of weight 0. `len()` is the number of batches.
+    The last batch is padded with zeros of weight 0. `len()` is the number of batches.
+
+    Args:
+      source: random access, `source[i]`.
+      batch_size: rows of a batch.
+      count: number of examples.
+      example: source[i] -> example; None = source[i] is the example.
     """
 
     def __init__(
@@ -178,17 +187,20 @@ class EvalBatches:
 
 
 def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvalBatches:
-    """Returns the windows in which every token of a split but the first is scored once, whatever the length.
+    """Returns windows that score every token of a split but the first once, at any length.
 
-    Windows follow each other. The last one ends where the tokens end: it overlaps the one before, for context, and scores
-    its new tokens alone.
+    Windows are consecutive. The last one ends at the last token: it overlaps the previous one, for context, and scores its
+    new tokens only.
 
     Args:
-      max_tokens: score only the first so many tokens; 0 = all of them.
+      tokens: 1-D, of a split.
+      length: of a window.
+      batch_size: windows of a batch.
+      max_tokens: score only the first `max_tokens` tokens; 0 = all of them.
 
     Returns:
-      Batches of {"tokens": int32[batch_size, length + 1], "scored": bool[batch_size, length], "weights"}; rows that fill
-      up the last batch score nothing.
+      Batches of {"tokens": int32[batch_size, length + 1], "scored": bool[batch_size, length], "weights"}; padding rows
+      score nothing.
 
     Raises:
       InputError: there are fewer than length + 1 tokens, or max_tokens is less than a window.
@@ -206,15 +218,16 @@ def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: i
 
 
 def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.ndarray:
-    """Returns where the blocks of targets end that a split is scored at under every context, int[N], rising.
+    """Returns the ends of the blocks of targets that are scored under every context, int[N], rising.
 
-    Blocks of `stride` targets are counted back from the split's end, as far as a window of the largest context reaches.
-    Where there are more of them than are wanted, those in the middle of equal shares of the split are taken.
+    Blocks of `stride` targets are counted back from the end of the split, as far as the largest context allows. If there
+    are more of them than `targets`, those in the middle of equal parts of the split are taken.
 
     Args:
       count: tokens of the split, more than `largest`.
-      largest: largest context, in tokens; it alone, and no other context, decides which targets there are.
-      targets: score at most that many, at least `stride`.
+      largest: largest context, in tokens; no other context influences the targets.
+      stride: targets of a block.
+      targets: maximum number of targets, at least `stride`.
     """
     blocks = (count - 1 - largest) // stride + 1
     taken = min(blocks, targets // stride)
@@ -223,12 +236,19 @@ def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.nd
 
 
 def context_windows(tokens: np.ndarray, context: int, batch_size: int, ends: np.ndarray, stride: int) -> EvalBatches:
-    """Returns windows of `context` tokens that end at `ends` (`target_ends`) and score their last `stride` targets.
+    """Returns windows of `context` tokens that score their last `stride` targets.
 
     Each of these targets has context - stride + 1 to `context` tokens before it.
 
+    Args:
+      tokens: 1-D, of a split.
+      context: tokens of a window.
+      batch_size: windows of a batch.
+      ends: int[N], token index of the last target of each window (`target_ends`).
+      stride: number of scored targets of each window.
+
     Returns:
-      Batches as in `eval_windows`.
+      Batches as of `eval_windows`.
     """
     source = ScoredWindows(tokens, context, ends, np.full(len(ends), stride))
     return EvalBatches(source, batch_size, len(source))

@@ -1,16 +1,17 @@
-"""Questions at any length: a passage among others of its split, the question, the answer; and the training example of it.
+"""Questions at any prompt length: the gold passage among distractors, the question, the answer, and training examples.
 
-The text is prompt + " " + answer + end token, as in the reference (text_seqpe/qa_sft.py), and the prompt is tokenised apart
-from " " + answer, so that the prompt's tokens begin every training sequence. A prompt built here is passages with blank
-lines between them, then the builder's form of the question.
+The text of an example is prompt + " " + answer + end token, as in the reference (text_seqpe/qa_sft.py). The prompt is
+tokenized separately from " " + answer, so that every training example starts with the tokens of the prompt. A prompt made
+here is passages separated by blank lines, then the question in the form of its data set.
 """
 
 import abc
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import numpy as np
 from seqpe_jax.data import qa_index, registry
 from seqpe_jax.data.cache import local_copies
 from seqpe_jax.data.datasets import base, qa_jsonl
-from seqpe_jax.data.datasets.base import prepare_dataset
 from seqpe_jax.data.datasets.qa_base import QABuilder
 from seqpe_jax.data.datasets.qa_jsonl import QaJsonl
 from seqpe_jax.data.qa_index import (
@@ -26,23 +26,26 @@ from seqpe_jax.data.qa_index import (
     PASSAGES_FILE,
     QUESTIONS_FILE,
     FileSlices,
+    Index,
     count_example_tokens,
     make_passage_counter,
     truncate_passage,
 )
 from seqpe_jax.data.tokenizers import ByteTokenizer, Tokenizer
-from seqpe_jax.errors import InputError, suggest
+from seqpe_jax.errors import InputError
 from seqpe_jax.files import cache_root, parse_json
 
-MIN_PASSAGE_TOKENS = 8  # tokens; a smaller piece of a passage is not made where there is a choice
-BYTE_ANSWER_END = 0  # ends an answer in bytes: no text holds it
-HISTOGRAM_BINS = 10  # of the histograms
+MIN_PASSAGE_TOKENS = 8  # shorter parts of a passage are avoided
+BYTE_ANSWER_END = 0  # ends an answer in bytes; no text holds it
+HISTOGRAM_BINS = 10
+MAX_LEAKING_CUTS = 100  # cut passages that hold the answer, before the rest of the room stays empty
 
 Record = dict[str, Any]
+QuestionAnswers = tuple[str, str, tuple[str, ...]]  # (question, question type, accepted answers)
 
 
 def answer_end_id(tokenizer: Tokenizer) -> int:
-    """Returns the token after an answer: the tokenizer's end of text, or byte 0.
+    """Returns the token after an answer: the tokenizer's EOS token, or byte 0.
 
     Raises:
       InputError: the tokenizer has none.
@@ -52,13 +55,13 @@ def answer_end_id(tokenizer: Tokenizer) -> int:
     if tokenizer.name == ByteTokenizer.name:
         return BYTE_ANSWER_END
     raise InputError(
-        f"tokenizer '{tokenizer.name}' has no end-of-text token, which an answer must end with: use "
-        'data.tokenizer="bytes", or a tokenizer.json that has one, like GPT-2\'s'
+        f"tokenizer '{tokenizer.name}' has no EOS token, which an answer must end with: use data.tokenizer=\"bytes\", or a "
+        "tokenizer.json that has one, like GPT-2's"
     )
 
 
 def prompt_tokens(record: Mapping[str, Any], tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the tokens that an answer is generated from, int32[n]; every `training_example` of the record begins so."""
+    """Returns the tokens of a prompt, int32[n]; every `training_example` of the record starts with them."""
     return tokenizer.encode(record["input"].encode()).astype(np.int32)
 
 
@@ -71,18 +74,20 @@ def training_example(
     prompt_weight: float = 0.0,
     question_weight: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Returns prompt + " " + answer + end token, filled up on the right with end tokens.
+    """Returns prompt + " " + answer + end token, padded on the right with end tokens.
 
     Args:
       record: of a `QASource`.
-      rng: draws which of the accepted answers; none = the first.
+      rng: samples one of the accepted answers; None = the first.
+      tokenizer: of the text.
       length: L; inputs are tokens[:L], targets tokens[1:].
-      prompt_weight, question_weight: of the tokens of the context and of the question in the loss, in 0..1 (the
-        reference: 0). Questions that repeat words of the passage, as those of stdlib_qa do, teach to look them up.
+      prompt_weight: loss weight of the context tokens, in 0..1 (the reference: 0).
+      question_weight: loss weight of the question tokens, in 0..1. Questions that repeat words of the passage, as those of
+        stdlib_qa do, train the look-up.
 
     Returns:
-      {"tokens": int32[L + 1], "weights": float32[L]}: the weight of each target, 1 for the answer and its end, 0 for what
-      fills up.
+      {"tokens": int32[L + 1], "weights": float32[L]}: the loss weight of each target, 1 for the answer and its end, 0 for
+      padding.
 
     Raises:
       InputError: it takes more than L tokens.
@@ -98,61 +103,66 @@ def training_example(
         )
     tokens = np.full(length + 1, end, np.int32)
     tokens[: len(sequence)] = sequence
+    question_start = len(tokenizer.encode(record["input"].removesuffix(record["question"]).encode())) - 1
     weights = np.zeros(length, np.float32)
     weights[: len(prompt) - 1] = prompt_weight
-    asked = len(prompt) - len(tokenizer.encode(record["input"].removesuffix(record["question"]).encode()))
-    weights[len(prompt) - 1 - asked : len(prompt) - 1] = question_weight
+    weights[question_start : len(prompt) - 1] = question_weight
     weights[len(prompt) - 1 : len(sequence) - 1] = 1.0
     return {"tokens": tokens, "weights": weights}
 
 
 class QASource(abc.ABC):
-    """Questions of a split, random access in Grain's sense, each the same whenever it is read.
+    """Questions of a split with random access in Grain's sense, each equal whenever it is read.
 
     `source[i]` -> {"index": int, "input": prompt, "question": its last part, "outputs": tuple of accepted answers, "depth":
-    where in the context the gold passage stands, 0 (first) to 1 (last), or None, "kind": what is asked for, "passage": the
-    character of the prompt at which the gold passage begins, or None}. Prompt + " " + the longest answer + end token takes
-    at most `length` tokens.
+    position of the gold passage in the context, 0 (first) to 1 (last), or None, "kind": question type, "passage": the
+    character of the prompt at which the gold passage starts, or None}. Prompt + " " + longest answer + end token takes at
+    most `length` tokens.
 
     Attributes:
-      name: of the data set and split; length: in tokens; skipped: questions left out, by reason; fingerprint: hex digits,
-        equal for equal questions, on every machine.
-      content_fingerprint: hex digits, equal for equal passages and questions, whatever the length; num_questions: how many questions there
-        are, too long ones included.
+      name: of the data set and the split.
+      length: in tokens.
+      skipped: number of skipped questions by reason.
+      fingerprint: hex digits, equal for equal questions on every machine.
+      content_fingerprint: hex digits, equal for equal passages and questions, whatever the length.
+      num_questions: including those that are too long.
     """
 
-    content_fingerprint: str
-    num_questions: int
+    def __init__(self, split: "_IndexedSplit", max_tokens: int):
+        index = split.index
+        self.name = split.name
+        self.length = split.length
+        self.fingerprint = split.fingerprint
+        self.content_fingerprint = index["content"].tobytes().hex()[:32]
+        self.num_questions = len(index["smallest"])
+        self._tokenizer = split.tokenizer
+        self._selected, self.skipped = _select_questions(index, max_tokens, split.name)
 
-    def __init__(self, name: str, length: int, tokenizer: Tokenizer, skipped: Mapping[str, int], fingerprint: str):
-        self.name, self.length, self.skipped, self.fingerprint = name, length, dict(skipped), fingerprint
-        self._tokenizer = tokenizer
-
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._selected)
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record: ...
 
     @abc.abstractmethod
-    def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Yields (question, kind, accepted answers) in order, without any context."""
+    def questions(self) -> Iterator[QuestionAnswers]:
+        """Yields (question, question type, accepted answers) in order, without any context."""
 
     def statistics(self, sample: int = 256) -> dict[str, Any]:
-        """Returns what is in the split.
+        """Returns statistics of the split.
 
         Args:
-          sample: histograms are over at most that many examples, evenly spaced.
+          sample: histograms are of at most that many examples, evenly spaced.
 
         Returns:
-          {"examples", "length", "skipped": {reason: count}, "kinds": {kind: count}, "sampled", "tokens": {"from": edges,
-          "count"}, "depth": the same, or None}; tokens are those of prompt + " " + longest answer + end.
+          {"examples", "length", "skipped": {reason: count}, "kinds": {question type: count}, "sampled", "tokens": {"from":
+          edges, "count"}, "depth": the same, or None}; tokens are those of prompt + " " + longest answer + end.
         """
         kinds: dict[str, int] = {}
         for _, kind, _ in self.questions():
             kinds[kind] = kinds.get(kind, 0) + 1
-        places = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int))
-        records = [self[int(place)] for place in places]
+        indices = np.unique(np.linspace(0, len(self) - 1, min(sample, len(self))).astype(int))
+        records = [self[int(index)] for index in indices]
         tokens = [count_example_tokens(self._tokenizer, record["input"], record["outputs"]) for record in records]
         depths = [record["depth"] for record in records if record["depth"] is not None]
         return {
@@ -176,8 +186,8 @@ class QASource(abc.ABC):
         for title, form in (("tokens", "{:.0f}"), ("depth", "{:.1f}")):
             if found[title]:
                 bins = zip(found[title]["from"], found[title]["count"], strict=False)
-                shown = ", ".join(f"{form.format(edge)}+: {count}" for edge, count in bins)
-                lines.append(f"{title} of {found['sampled']} examples: {shown}")
+                counts = ", ".join(f"{form.format(edge)}+: {count}" for edge, count in bins)
+                lines.append(f"{title} of {found['sampled']} examples: {counts}")
         return lines
 
 
@@ -194,256 +204,258 @@ def qa_source(
     progress: bool = True,
     max_bare_length: int = 0,
 ) -> QASource:
-    """Returns the questions of a split at a length, preparing and counting them when that has not been done yet.
+    """Returns the questions of a split at a length, after preparing and indexing the data set if the cache lacks it.
 
-    Safe to call from several processes at once; a killed one leaves nothing that is read later.
+    Several processes may call it at once; a killed one leaves nothing that is read later.
 
     Args:
-      name: stdlib_qa, squad_long or qa_jsonl.
-      split: train, validation or test.
+      name: a question answering data set of `data.registry`.
+      split: "train", "validation" or "test".
       tokenizer: see `load_tokenizer`.
-      length: tokens of prompt + " " + longest answer + end token: what examples are filled up to with other passages (at
-        least 98% of it), or for qa_jsonl the most that they may have. Longer questions are skipped and counted.
-      paths: the builder's.
-      data_dir: prepared data sets; none = CACHE_DIR/datasets.
-      cache_dir: counted questions; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
-      seed: of the passages around the gold one, and of where it stands among them.
-      progress: show how far long work is, on stderr.
-      fits: skip questions that are longer than so many tokens without other passages, so that sources of several lengths
-        ask the same questions; 0 = length. Of qa_jsonl, whose prompts are as the file has them, the length alone decides.
+      length: tokens of prompt + " " + longest answer + end token. Prompts are filled up with distractor passages to at
+        least 98% of it; of qa_jsonl it is the limit. Longer questions are skipped and counted.
+      paths: `data.paths`.
+      data_dir: folder of prepared data sets; "" = CACHE_DIR/datasets.
+      cache_dir: folder of indices; "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
+      seed: of the distractors, and of the position of the gold passage among them.
+      progress: show progress bars on stderr.
+      max_bare_length: skip questions with more tokens without distractors, so that sources of several lengths have the
+        same questions; 0 = length. Not for qa_jsonl, whose prompts are fixed.
 
     Raises:
-      InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder not
-        writable, a tokenizer without an end.
+      InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder that is not
+        writable, a tokenizer without an end token.
     """
+    paths = [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths]
     builder = registry.load_builder(name, registry.DATA_QA)
-    registry.get(name).check_paths([paths] if isinstance(paths, str) else paths)
-    paths = local_copies(
-        [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths], cache_dir, progress
-    )
-    if split not in base.SPLITS:
-        raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
+    registry.get(name).check_paths(paths)
+    base.check_split(split)
     if length < 1:
         raise InputError(f"the length of examples must be at least 1 token, got {length}")
     answer_end_id(tokenizer)
-    root, title = cache_root(cache_dir), f"{name}/{split}"
-    if builder is QaJsonl:
-        file = QaJsonl.file(split, paths)
-        key = base.file_signature(file, name)
-    else:
-        key = builder.source_key(paths)
+    paths = local_copies(paths, cache_dir, progress)
+    title, max_bare_length = f"{name}/{split}", min(max_bare_length or length, length)
+    file = QaJsonl.file(split, paths) if builder is QaJsonl else None
+    key = base.file_signature(file, name) if file else builder.source_key(paths)
 
-    def write(folder: pathlib.Path) -> None:
-        if builder is QaJsonl:
+    def build(folder: pathlib.Path) -> None:
+        if file:
             qa_index.index_lines(file, tokenizer, folder, title, progress)
-            return
-        datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
-        written = prepare_dataset(builder, paths, datasets / f"{name}-{key}", root / "downloads", progress)
-        if split not in written.info.splits:
-            raise InputError(
-                f"data set '{name}' has no questions in split '{split}' (it has {', '.join(written.info.splits)}): "
-                "give more data in data.paths"
-            )
-        qa_index.index_records(written.as_data_source(split=split), builder, tokenizer, folder, title, progress)
+        else:
+            records = base.prepared_split(builder, split, key, paths, data_dir, cache_dir, progress)
+            qa_index.index_records(records, builder, tokenizer, folder, title, progress)
 
-    target, table = qa_index.load_index(
-        root / "questions", f"{name}-{split}", (key, split, tokenizer.fingerprint), write
+    folder, index = qa_index.load_index(
+        cache_root(cache_dir) / "questions", f"{name}-{split}", (key, split, tokenizer.fingerprint), build
     )
-    max_bare_length = min(max_bare_length or length, length)
-    identity = [
-        table["content"].tobytes().hex(),
-        tokenizer.fingerprint,
-        length,
-        seed,
-        *([max_bare_length] if max_bare_length < length else []),
-    ]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode())
-    shared = (title, length, tokenizer, table, fingerprint.hexdigest()[:32])
-    source = (
-        JsonlQuestions(*shared, file)
-        if builder is QaJsonl
-        else AssembledQuestions(*shared, target, builder, seed, max_bare_length)
-    )
-    source.content_fingerprint, source.num_questions = table["content"].tobytes().hex()[:32], len(table["smallest"])
-    return source
+    identity = [index["content"].tobytes().hex(), tokenizer.fingerprint, length, seed]
+    identity += [max_bare_length] if max_bare_length < length else []
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    indexed = _IndexedSplit(title, length, tokenizer, index, fingerprint)
+    if file:
+        return JsonlQuestions(indexed, file)
+    return AssembledQuestions(indexed, max_bare_length, folder, builder, seed)
 
 
-def _select_questions(table: Mapping[str, np.ndarray], length: int, title: str) -> tuple[np.ndarray, dict[str, int]]:
-    """Returns (places of the questions that can be asked at a length, count of the others by reason).
+@dataclasses.dataclass(frozen=True)
+class _IndexedSplit:
+    """An indexed split at a length.
+
+    Attributes:
+      name: of the data set and the split.
+      length: in tokens.
+      tokenizer: of the index.
+      index: see `qa_index`.
+      fingerprint: of the source.
+    """
+
+    name: str
+    length: int
+    tokenizer: Tokenizer
+    index: Index
+    fingerprint: str
+
+
+def _select_questions(index: Index, max_tokens: int, name: str) -> tuple[np.ndarray, dict[str, int]]:
+    """Selects the questions that fit a number of tokens.
+
+    Returns:
+      (numbers of the questions, number of the others by reason).
 
     Raises:
       InputError: there is no question, or none fits.
     """
-    skipped = {"without_answer": int(table["without_answer"]), "answer_not_in_text": int(table["answer_not_in_text"])}
-    smallest = table["smallest"]
-    if not len(smallest):
+    skipped = {"without_answer": int(index["without_answer"]), "answer_not_in_text": int(index["answer_not_in_text"])}
+    tokens = index["smallest"]
+    if not len(tokens):
         raise InputError(
-            f"{title} has no question that can be asked: {skipped['without_answer']} have no answer, "
+            f"{name} has no usable question: {skipped['without_answer']} have no answer, "
             f"{skipped['answer_not_in_text']} none that is in its paragraph: check data.paths"
         )
-    kept = np.flatnonzero(smallest <= length)
-    if not len(kept):
+    selected = np.flatnonzero(tokens <= max_tokens)
+    if not len(selected):
         raise InputError(
-            f"no question of {title} fits {length} tokens: the smallest workable length is {smallest.min()} (and "
-            f"{smallest.max()} for all of its {len(smallest)} questions)"
+            f"no question of {name} fits {max_tokens} tokens: the smallest workable length is {tokens.min()} (and "
+            f"{tokens.max()} for all of its {len(tokens)} questions)"
         )
-    return kept, skipped | {"too_long": len(smallest) - len(kept)}
+    return selected, skipped | {"too_long": len(tokens) - len(selected)}
 
 
 class AssembledQuestions(QASource):
-    """Questions whose context is made when they are read: the gold passage among others of the split.
+    """Questions whose context is assembled when they are read: the gold passage among distractors, passages of the split.
 
-    The others come in an order drawn from (seed, index), those that would give the answer away left out; where the room
-    before or after the gold passage ends, the last is cut, between words where that is near enough. None comes twice before
-    all have been used; then they come again in another order. Where all would give the answer away, the gold passage
-    stands alone and the example stays short.
+    Distractors are in an order sampled from (seed, index), without those that would give the answer away. The last one
+    before and the last one after the gold passage are cut to fit, between words if that is near enough. None occurs twice
+    before all have been used; then they are used again in another order. If all would give the answer away, the gold
+    passage is alone and the example stays short.
+
+    Args:
+      split: the indexed split.
+      max_bare_length: limit of the tokens without distractors.
+      folder: of the index.
+      builder: class of the data set.
+      seed: of the distractors.
     """
 
     def __init__(
-        self,
-        title,
-        length,
-        tokenizer,
-        table,
-        fingerprint,
-        folder: pathlib.Path,
-        builder: type[QABuilder],
-        seed: int,
-        max_bare_length: int,
+        self, split: _IndexedSplit, max_bare_length: int, folder: pathlib.Path, builder: type[QABuilder], seed: int
     ):
-        self._select_questions, skipped = _select_questions(table, max_bare_length, title)
-        super().__init__(title, length, tokenizer, skipped, fingerprint)
+        super().__init__(split, max_bare_length)
+        index = split.index
         self._builder, self._seed = builder, seed
-        self._passage_of, self._passage_tokens = table["passage_of"], table["passage_tokens"]
-        self._around = table["smallest"] - self._passage_tokens[self._passage_of]  # tokens of all but the passages
-        self._texts = FileSlices(folder / PASSAGES_FILE, table["text_start"])
-        self._questions = FileSlices(folder / QUESTIONS_FILE, table["question_start"])
-        self._count = make_passage_counter(tokenizer)
+        self._passage_of, self._passage_tokens = index["passage_of"], index["passage_tokens"]
+        self._bare_tokens = index["smallest"]  # of the gold passage, the question, the longest answer and its end
+        self._passages = FileSlices(folder / PASSAGES_FILE, index["text_start"])
+        self._questions = FileSlices(folder / QUESTIONS_FILE, index["question_start"])
+        self._count = make_passage_counter(split.tokenizer)
 
-    def __len__(self) -> int:
-        return len(self._select_questions)
+    def _question(self, number: int) -> QuestionAnswers:
+        question, question_type, answers = parse_json(self._questions[number])
+        return question, question_type, tuple(answers)
 
-    def _fact(self, place: int) -> tuple[str, str, tuple[str, ...]]:
-        question, kind, answers = parse_json(self._questions[place])
-        return question, kind, tuple(answers)
-
-    def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        for place in self._select_questions.tolist():
-            yield self._fact(place)
+    def questions(self) -> Iterator[QuestionAnswers]:
+        for number in self._selected.tolist():
+            yield self._question(number)
 
     def __getitem__(self, index: int) -> Record:
-        place = int(self._select_questions[index])
-        question, kind, answers = self._fact(place)
-        gold = int(self._passage_of[place])
-        tail = self._builder.PROMPT_SUFFIX.format(question)
-        room = self.length - int(self._around[place]) - int(self._passage_tokens[gold])
-        spare = room
+        number = int(self._selected[index])
+        question, question_type, answers = self._question(number)
+        gold = self._passage(int(self._passage_of[number]))
+        prompt_end = self._builder.PROMPT_SUFFIX.format(question)
+        room = self.length - int(self._bare_tokens[number])
         while True:
-            before, after, depth = self._context(index, question, answers, spare)
-            prompt = PASSAGE_SEPARATOR.join([*before, self._text(gold), *after, tail])
-            # A tokenizer may join what was counted apart.
-            over = count_example_tokens(self._tokenizer, prompt, answers) - self.length
-            if over <= 0 or spare <= 0:
+            before, after, depth = self._distractors(index, question, answers, room)
+            prompt = PASSAGE_SEPARATOR.join([*before, gold, *after, prompt_end])
+            # A tokenizer may merge across texts that were counted separately.
+            excess = count_example_tokens(self._tokenizer, prompt, answers) - self.length
+            if excess <= 0 or room <= 0:
                 break
-            spare = max(0, spare - over)
+            room = max(0, room - excess)
         return {
             "index": index,
             "input": prompt,
-            "question": tail,
+            "question": prompt_end,
             "outputs": answers,
             "depth": depth,
-            "kind": kind,
+            "kind": question_type,
             "passage": sum(len(text) + len(PASSAGE_SEPARATOR) for text in before),
         }
 
-    def _text(self, passage: int) -> str:
-        return self._texts[passage].decode()
+    def _passage(self, number: int) -> str:
+        return self._passages[number].decode()
 
-    def _context(
+    def _distractors(
         self, index: int, question: str, answers: tuple[str, ...], room: int
     ) -> tuple[list[str], list[str], float]:
-        """Returns (passages before the gold one, after it, its depth), of `room` tokens together."""
+        """Returns (passages before the gold one, passages after it, its depth), of `room` tokens in total."""
         rng = np.random.default_rng([self._seed, index])
-        first = round(float(rng.random()) * room)
-        if first < MIN_PASSAGE_TOKENS:
-            first = 0
-        elif room - first < MIN_PASSAGE_TOKENS:
-            first = room
+        room_before = round(float(rng.random()) * room)
+        if room_before < MIN_PASSAGE_TOKENS:
+            room_before = 0
+        elif room - room_before < MIN_PASSAGE_TOKENS:
+            room_before = room
+        candidates = self._candidates(rng, question, answers)
+        before, used_before = self._fill(candidates, room_before, question, answers)
+        after, used_after = self._fill(candidates, room - used_before, question, answers)
+        used = used_before + used_after
+        return before, after, used_before / used if used else 0.0
 
-        def leaks_answer(text: str) -> bool:
-            return self._builder.leaks_answer(text, question, answers)
+    def _candidates(
+        self, rng: np.random.Generator, question: str, answers: tuple[str, ...]
+    ) -> Iterator[tuple[str, int]]:
+        """Yields (passage, tokens) in random order, round after round, without those that give the answer away.
 
-        others = self._others(rng, leaks_answer)
-        before, used = self._fill(others, first, leaks_answer)
-        after, more = self._fill(others, room - used, leaks_answer)
-        return before, after, used / (used + more) if used + more else 0.0
-
-    def _others(self, rng: np.random.Generator, leaks_answer: Callable[[str], bool]) -> Iterator[tuple[str, int]]:
-        """Yields (text, tokens) of passages that do not give the answer away (so not the gold one), round after round."""
+        The gold passage is among those.
+        """
         found = True
         while found:
             found = False
-            for passage in rng.permutation(len(self._passage_tokens)).tolist():
-                text = self._text(passage)
-                if not leaks_answer(text):
+            for number in rng.permutation(len(self._passage_tokens)).tolist():
+                text = self._passage(number)
+                if not self._builder.leaks_answer(text, question, answers):
                     found = True
-                    yield text, int(self._passage_tokens[passage])
+                    yield text, int(self._passage_tokens[number])
 
     def _fill(
-        self, others: Iterator[tuple[str, int]], room: int, leaks_answer: Callable[[str], bool]
+        self, candidates: Iterator[tuple[str, int]], room: int, question: str, answers: tuple[str, ...]
     ) -> tuple[list[str], int]:
-        """Returns (texts, their tokens), the last cut so that they have `room` tokens, or up to 1% of the length less."""
-        texts, used = [], 0
-        tries = 0
-        while room - used > self._count("") and tries < 100:
-            text, tokens = next(others, ("", 0))
+        """Takes passages, the last one cut, until they have `room` tokens, or up to 1% of the length less.
+
+        Returns:
+          (passages, their tokens).
+        """
+        texts, used, leaking_cuts = [], 0, 0
+        while room - used > self._count("") and leaking_cuts < MAX_LEAKING_CUTS:
+            text, tokens = next(candidates, ("", 0))
             if not text:
                 break
-            if tokens > room - used:
-                text, tokens = truncate_passage(text, room - used, self._count, slack=self.length // 100)
-                if not text or leaks_answer(text):  # half a word may be the answer
-                    tries += 1
-                    continue
+            if tokens <= room - used:
+                texts.append(text)
+                used += tokens
+                continue
+            text, tokens = truncate_passage(text, room - used, self._count, slack=self.length // 100)
+            if text and not self._builder.leaks_answer(text, question, answers):  # part of a word may be the answer
                 texts.append(text)
                 return texts, used + tokens
-            texts.append(text)
-            used += tokens
+            leaking_cuts += 1
         return texts, used
 
 
 class JsonlQuestions(QASource):
-    """Questions whose prompts are read from a file with one object per line."""
+    """Questions with complete prompts, read from a file with one object per line.
 
-    def __init__(self, title, length, tokenizer, table, fingerprint, file: pathlib.Path):
-        self._select_questions, skipped = _select_questions(table, length, title)
-        super().__init__(title, length, tokenizer, skipped, fingerprint)
-        self._lines, self._numbers, self._file = FileSlices(file, table["line_start"]), table["line_number"], file
+    Args:
+      split: the indexed split.
+      file: the file.
+    """
 
-    def __len__(self) -> int:
-        return len(self._select_questions)
+    def __init__(self, split: _IndexedSplit, file: pathlib.Path):
+        super().__init__(split, split.length)
+        self._lines = FileSlices(file, split.index["line_start"])
+        self._line_numbers, self._file = split.index["line_number"], file
 
     def __getitem__(self, index: int) -> Record:
-        place = int(self._select_questions[index])
-        number, prompt, answers = qa_jsonl.parse(self._lines[place], f"'{self._file}', line {self._numbers[place]}")
-        question = prompt.rpartition(PASSAGE_SEPARATOR)[2]
+        number = int(self._selected[index])
+        where = f"'{self._file}', line {self._line_numbers[number]}"
+        identifier, prompt, answers = qa_jsonl.parse(self._lines[number], where)
         return {
-            "index": number,
+            "index": identifier,
             "input": prompt,
-            "question": question,
+            "question": prompt.rpartition(PASSAGE_SEPARATOR)[2],
             "outputs": answers,
             "depth": None,
             "kind": "any",
             "passage": None,
         }
 
-    def questions(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    def questions(self) -> Iterator[QuestionAnswers]:
         for index in range(len(self)):
             record = self[index]
             yield record["question"], record["kind"], record["outputs"]
 
 
 def _histogram(values: Sequence[float], limits: tuple[float, float] | None) -> dict[str, list]:
-    """Without limits the values are whole numbers, and so are the edges."""
+    """Returns {"from": bin edges, "count": values per bin}; without limits values and edges are integers."""
     if limits is None:
         low, span = min(values), max(values) - min(values) + 1
         width = -(-span // HISTOGRAM_BINS)

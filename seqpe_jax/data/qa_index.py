@@ -1,4 +1,4 @@
-"""Questions of a split, counted once: where each text begins, how many tokens it has, and what can be asked at a length."""
+"""Index of a split of questions: offsets of its passages and questions, and their lengths in tokens, computed once."""
 
 import dataclasses
 import hashlib
@@ -13,50 +13,123 @@ import numpy as np
 import tqdm
 
 from seqpe_jax.archives import read_arrays
-from seqpe_jax.data.cache import locked, staged_directory
+from seqpe_jax.data.cache import load_or_build
 from seqpe_jax.data.datasets import qa_jsonl
 from seqpe_jax.data.datasets.qa_base import QABuilder
 from seqpe_jax.data.tokenizers import Tokenizer
 from seqpe_jax.errors import InputError
 
-CACHE_FORMAT = 1  # of the files below; a new number makes old caches unread
-PASSAGES_FILE, QUESTIONS_FILE, INDEX_FILE = "texts.bin", "questions.bin", "table.npz"
+CACHE_FORMAT = 1  # of the three files; caches of another format are not read
+PASSAGES_FILE = "texts.bin"
+QUESTIONS_FILE = "questions.bin"
+INDEX_FILE = "table.npz"
 PASSAGE_SEPARATOR = "\n\n"
-PLACEHOLDER = "x"  # stands for what is on the other side of a separator when tokens are counted
+PLACEHOLDER = "x"  # on the other side of a separator when tokens are counted
+
+Index = dict[str, np.ndarray]
 
 
 def load_index(
-    root: pathlib.Path, name: str, identity: Sequence[str], write: Callable[[pathlib.Path], None]
-) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
-    """Returns (folder, arrays) of a counted split, counted by one process where that has not been done yet.
+    root: pathlib.Path, name: str, identity: Sequence[str], build: Callable[[pathlib.Path], None]
+) -> tuple[pathlib.Path, Index]:
+    """Returns (folder, arrays) of the index of a split, built by one process if the cache lacks it.
 
     Args:
-      identity: what the split is counted from; write: puts it into a folder.
+      root: folder of all indices.
+      name: of the data set and the split.
+      identity: of the data and the tokenizer.
+      build: writes the index into a folder.
     """
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, *identity]).encode()).hexdigest()[:16]
-    target = root / f"{name}-{digest}"
-    table = _read_index(target)
-    if table is None:
-        with locked(target) as alone:
-            if (table := _read_index(target)) is None:
-                with staged_directory(target, alone=alone) as folder:
-                    write(folder)
-                table = _read_index(target)
-    if table is None:
-        raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
-    return target, table
+    folder = root / f"{name}-{digest}"
+    return folder, load_or_build(folder, _read_index, build)
 
 
-def _read_index(target: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """Returns the arrays of a counted split, or None where they are not there or damaged."""
+def _read_index(folder: pathlib.Path) -> Index | None:
+    """Returns the arrays of an index, or None if they are missing or damaged."""
     try:
-        table = read_arrays(target / INDEX_FILE)
+        index = read_arrays(folder / INDEX_FILE)
         for name, start in ((PASSAGES_FILE, "text_start"), (QUESTIONS_FILE, "question_start")):
-            if start in table and (target / name).stat().st_size != table[start][-1]:
+            if start in index and (folder / name).stat().st_size != index[start][-1]:
                 return None
-        return table
+        return index
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
+
+
+class _IndexWriter:
+    """Writes distinct passages and questions into two files and collects their offsets and lengths.
+
+    Args:
+      passages: open binary file.
+      questions: open binary file.
+      suffix: `QABuilder.PROMPT_SUFFIX`.
+      tokenizer: that counts tokens.
+    """
+
+    def __init__(self, passages, questions, suffix: str, tokenizer: Tokenizer):
+        self._passages_file, self._questions_file = passages, questions
+        self._suffix, self._tokenizer = suffix, tokenizer
+        self._count_passage = make_passage_counter(tokenizer)
+        with_neighbors = len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode()))
+        self._separator_tokens = with_neighbors - len(tokenizer.encode(PLACEHOLDER.encode()))
+        self._known: dict[bytes, int] = {}  # hash of a passage -> its number
+        self._content = hashlib.sha256()
+        self._passage_start = [0]
+        self._question_start = [0]
+        self._passage_tokens: list[int] = []
+        self._passage_of: list[int] = []
+        self._question_tokens: list[int] = []  # of the suffix with the question and its longest answer
+        self._without_answer = 0
+        self._answer_not_in_passage = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Adds the record of one question; one without a question adds its passage only."""
+        passage = record["text"].decode()
+        number = self._add_passage(record["text"], passage)
+        answers = [answer.decode() for answer in record["answers"]]
+        if not record["question"]:
+            return
+        found = [answer for answer in answers if answer in passage]
+        if not answers:
+            self._without_answer += 1
+        elif not found:
+            self._answer_not_in_passage += 1
+        else:
+            self._add_question(record["question"].decode(), record["kind"].decode(), found, number)
+
+    def _add_passage(self, content: bytes, passage: str) -> int:
+        key = hashlib.sha256(content).digest()
+        if key not in self._known:
+            self._known[key] = len(self._known)
+            self._passage_start.append(self._passage_start[-1] + self._passages_file.write(content))
+            self._passage_tokens.append(self._count_passage(passage))
+            self._content.update(content)
+        return self._known[key]
+
+    def _add_question(self, question: str, question_type: str, answers: list[str], passage: int) -> None:
+        line = json.dumps([question, question_type, answers]).encode()
+        self._question_start.append(self._question_start[-1] + self._questions_file.write(line))
+        self._content.update(line)
+        self._passage_of.append(passage)
+        prompt_end = f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{self._suffix.format(question)}"
+        tokens = count_example_tokens(self._tokenizer, prompt_end, answers)
+        self._question_tokens.append(tokens - self._separator_tokens)
+
+    def arrays(self) -> Index:
+        """Returns the arrays of the index."""
+        passage_of = np.array(self._passage_of, np.int64)
+        passage_tokens = np.array(self._passage_tokens, np.int64)
+        return {
+            "text_start": np.array(self._passage_start, np.int64),
+            "question_start": np.array(self._question_start, np.int64),
+            "passage_of": passage_of,
+            "passage_tokens": passage_tokens,
+            "smallest": np.array(self._question_tokens, np.int64) + passage_tokens[passage_of],
+            "without_answer": np.int64(self._without_answer),
+            "answer_not_in_text": np.int64(self._answer_not_in_passage),
+            "content": np.frombuffer(self._content.digest(), np.uint8),
+        }
 
 
 def index_records(
@@ -67,61 +140,40 @@ def index_records(
     title: str,
     progress: bool,
 ) -> None:
-    """Writes the passages, each once, the questions that can be asked, and the tokens of both."""
-    passages: dict[bytes, int] = {}
-    text_start, question_start, passage_of, tokens, around = [0], [0], [], [], []
-    without_answer = not_in_text = 0
-    content = hashlib.sha256()
-    count = make_passage_counter(tokenizer)
-    left = len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode())) - len(
-        tokenizer.encode(PLACEHOLDER.encode())
-    )
-    bar = tqdm.tqdm(total=len(records), desc=f"count {title}", unit=" questions", delay=2.0, disable=not progress)
-    with bar, open(folder / PASSAGES_FILE, "wb") as texts, open(folder / QUESTIONS_FILE, "wb") as questions:
-        for number in range(len(records)):
-            record = records[number]
-            bar.update()
-            text = record["text"].decode()
-            known = hashlib.sha256(record["text"]).digest()
-            if known not in passages:
-                passages[known] = len(passages)
-                text_start.append(text_start[-1] + texts.write(record["text"]))
-                tokens.append(count(text))
-                content.update(record["text"])
-            answers = [answer.decode() for answer in record["answers"]]
-            if not record["question"]:
-                continue
-            found = [answer for answer in answers if answer in text]
-            if not found:
-                without_answer, not_in_text = without_answer + (not answers), not_in_text + bool(answers)
-                continue
-            question = record["question"].decode()
-            line = json.dumps([question, record["kind"].decode(), found]).encode()
-            question_start.append(question_start[-1] + questions.write(line))
-            content.update(line)
-            passage_of.append(passages[known])
-            asked = f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{builder.PROMPT_SUFFIX.format(question)}"
-            around.append(count_example_tokens(tokenizer, asked, found) - left)
-    passage_of = np.array(passage_of, np.int64)
-    tokens = np.array(tokens, np.int64)
-    np.savez(
-        folder / INDEX_FILE,
-        text_start=np.array(text_start, np.int64),
-        question_start=np.array(question_start, np.int64),
-        passage_of=passage_of,
-        passage_tokens=tokens,
-        smallest=np.array(around, np.int64) + tokens[passage_of],
-        without_answer=np.int64(without_answer),
-        answer_not_in_text=np.int64(not_in_text),
-        content=np.frombuffer(content.digest(), np.uint8),
-    )
+    """Writes each passage once, the answerable questions, and the index of both.
+
+    Args:
+      records: of a split, as `QABuilder` writes them.
+      builder: class of the data set.
+      tokenizer: that counts tokens.
+      folder: to write into.
+      title: of the progress bar.
+      progress: show it on stderr.
+    """
+    bar = tqdm.tqdm(range(len(records)), f"index {title}", unit=" questions", delay=2.0, disable=not progress)
+    with open(folder / PASSAGES_FILE, "wb") as passages, open(folder / QUESTIONS_FILE, "wb") as questions:
+        writer = _IndexWriter(passages, questions, builder.PROMPT_SUFFIX, tokenizer)
+        for number in bar:
+            writer.add(records[number])
+    np.savez(folder / INDEX_FILE, **writer.arrays())
 
 
 def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool) -> None:
-    """Writes where the lines of a file begin, and the tokens of each; checks each."""
+    """Writes the index of a file of JSON lines, after checking every line.
+
+    Args:
+      file: as `qa_jsonl.lines` reads it.
+      tokenizer: that counts tokens.
+      folder: to write into.
+      title: of the progress bar.
+      progress: show it on stderr.
+
+    Raises:
+      InputError: the file is empty, or a line has another form.
+    """
     starts, numbers, tokens, end = [], [], [], 0
     content = hashlib.sha256()
-    bar = tqdm.tqdm(qa_jsonl.lines(file), f"count {title}", unit=" lines", delay=2.0, disable=not progress)
+    bar = tqdm.tqdm(qa_jsonl.lines(file), f"index {title}", unit=" lines", delay=2.0, disable=not progress)
     for number, offset, line in bar:
         _, prompt, answers = qa_jsonl.parse(line, f"'{file}', line {number}")
         tokens.append(count_example_tokens(tokenizer, prompt, answers))
@@ -143,56 +195,67 @@ def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, 
 
 
 def make_passage_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
-    """Returns a function that counts the tokens that a passage and the separator after it add to a prompt."""
+    """Returns a function that counts the tokens which a passage and the separator after it add to a prompt."""
     empty = len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode()))
     separator = empty - 2 * len(tokenizer.encode(PLACEHOLDER.encode()))
 
-    def count(text: str) -> int:
-        if not text:
+    def count(passage: str) -> int:
+        if not passage:
             return separator
-        return (
-            len(tokenizer.encode(f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{text}{PASSAGE_SEPARATOR}{PLACEHOLDER}".encode()))
-            - empty
-        )
+        text = f"{PLACEHOLDER}{PASSAGE_SEPARATOR}{passage}{PASSAGE_SEPARATOR}{PLACEHOLDER}"
+        return len(tokenizer.encode(text.encode())) - empty
 
     return count
 
 
 def count_example_tokens(tokenizer: Tokenizer, prompt: str, answers: Sequence[str]) -> int:
-    """Returns the tokens of prompt + " " + longest answer + end."""
+    """Returns the number of tokens of prompt + " " + longest answer + end token."""
     encoded = tokenizer.encode_many([prompt.encode(), *(f" {answer}".encode() for answer in answers)])
     return len(encoded[0]) + max(map(len, encoded[1:])) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSlices:
-    """Pieces of a file, read when they are asked for: [i] -> the bytes from start[i] to start[i + 1]."""
+    """Random access to parts of a file: [i] -> the bytes from start[i] to start[i + 1].
+
+    Attributes:
+      file: path.
+      start: int64[n + 1], byte offsets.
+    """
 
     file: pathlib.Path
     start: np.ndarray
 
-    def __getitem__(self, place: int) -> bytes:
-        begin, end = int(self.start[place]), int(self.start[place + 1])
+    def __getitem__(self, index: int) -> bytes:
+        begin, end = int(self.start[index]), int(self.start[index + 1])
         with open(self.file, "rb") as content:
             content.seek(begin)
             return content.read(end - begin)
 
 
-def truncate_passage(text: str, room: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
-    """Returns (the beginning of a text, the number of its tokens), which is at most `room`.
+def truncate_passage(text: str, max_tokens: int, count: Callable[[str], int], slack: int) -> tuple[str, int]:
+    """Cuts a text after a word, or inside a word if that would leave `slack` tokens or more unused.
 
-    It ends after a word, or anywhere where that loses `slack` tokens or more. Empty where not even one character finds room.
+    Args:
+      text: to cut.
+      max_tokens: limit.
+      count: returns the number of tokens of a text.
+      slack: in tokens.
+
+    Returns:
+      (start of the text, its tokens); ("", 0) if not even one character fits.
     """
 
     def longest(ends: Sequence[int]) -> int:
-        low, high = 0, len(ends)  # of how many ends the text before them finds room
+        """Returns the last of rising ends up to which the text fits, by bisection; 0 if none does."""
+        low, high = 0, len(ends)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if count(text[: ends[middle - 1]]) <= room else (low, middle - 1)
+            low, high = (middle, high) if count(text[: ends[middle - 1]]) <= max_tokens else (low, middle - 1)
         return ends[low - 1] if low else 0
 
-    spaces = [place for place in range(1, len(text)) if text[place].isspace() and not text[place - 1].isspace()]
-    end = longest([*spaces, len(text)])
-    if not end or room - count(text[:end]) > slack:
+    word_ends = [index for index in range(1, len(text)) if text[index].isspace() and not text[index - 1].isspace()]
+    end = longest([*word_ends, len(text)])
+    if not end or max_tokens - count(text[:end]) > slack:
         end = max(end, longest(range(1, len(text) + 1)))
     return (text[:end], count(text[:end])) if end else ("", 0)

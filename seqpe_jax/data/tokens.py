@@ -1,4 +1,4 @@
-"""A split of a text data set as one long array of tokens, tokenised once and kept in the cache."""
+"""Token cache: a split of a text data set as one long array of token ids, tokenized once."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from seqpe_jax.data import registry
-from seqpe_jax.data.cache import local_copies, locked, staged_directory
+from seqpe_jax.data.cache import load_or_build, local_copies
 from seqpe_jax.data.datasets import base
 from seqpe_jax.data.paths import MAX_NAMES_SHOWN, warn
 from seqpe_jax.data.tokenizers import (
@@ -26,27 +26,29 @@ from seqpe_jax.data.tokenizers import (
     check_round_trip,
     token_dtype,
 )
-from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import cache_root, parse_json
 
-CACHE_FORMAT = 1  # of the files below; a new number makes old caches unread
-BATCH_BYTES = 8 << 20  # text tokenised at once
-TOKENS_FILE, SUMMARY_FILE = "tokens.bin", "summary.json"
+CACHE_FORMAT = 1  # of the two files; caches of another format are not read
+TOKENS_FILE = "tokens.bin"
+SUMMARY_FILE = "summary.json"
+BATCH_BYTES = 8 << 20  # text that is tokenized in one call
+ROUND_TRIP_RECORDS = 256  # records whose text is compared with what their tokens decode to
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSource:
-    """A split, tokenised.
+    """A tokenized split.
 
     Attributes:
-      tokens: uint8, uint16 or uint32[tokens], read from disk as needed; documents follow each other, with the
-        tokenizer's end of text between them where it has one.
-      bytes: UTF-8 bytes of the text.
-      words: whitespace-separated words of the text.
-      documents: how many there are.
-      fingerprint: hex digits; equal for equal tokens, on every machine.
-      loss: what does not come back from the tokens, of a sample; nothing where it was tokenised before that was looked at.
-      spelled: how often the text spells each special token; nothing where it was tokenised before they were counted.
+      tokens: uint8, uint16 or uint32[num_tokens], memory-mapped; documents in order, the EOS token of the tokenizer
+        between them if it has one.
+      bytes: number of UTF-8 bytes of the text.
+      words: number of whitespace-separated words of the text.
+      documents: number of documents.
+      fingerprint: hex digits, equal for equal tokens on every machine.
+      round_trip_loss: text that decoding does not give back, from a sample; zero in caches of versions that did not check.
+      special_token_counts: occurrences of special tokens spelled out in the text; empty in caches of versions that did not
+        count them.
     """
 
     tokens: np.ndarray
@@ -69,161 +71,168 @@ def token_source(
     progress: bool = True,
     accept_lossy: bool = False,
 ) -> TokenSource:
-    """Returns a split of a data set as tokens, preparing and tokenising it when that has not been done yet.
+    """Returns the tokens of a split, after preparing and tokenizing the data set if the cache lacks it.
 
-    Safe to call from several processes at once; a killed one leaves nothing that is read later.
+    Several processes may call it at once; a killed one leaves nothing that is read later.
 
     Args:
-      name: stdlib_text, text_files or wikitext103.
-      split: train, validation or test.
+      name: a text data set of `data.registry`.
+      split: "train", "validation" or "test".
       tokenizer: see `load_tokenizer`.
-      paths: the builder's.
-      data_dir: prepared data sets; none = CACHE_DIR/datasets.
-      cache_dir: tokens; none = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
-      progress: show how far long work is, on stderr.
-      lossy: text that does not come back from its tokens is accepted.
+      paths: `data.paths`.
+      data_dir: folder of prepared data sets; "" = CACHE_DIR/datasets.
+      cache_dir: folder of tokens; "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
+      progress: show progress bars and warnings on stderr.
+      accept_lossy: accept a tokenizer that does not give the text back.
 
     Raises:
-      InputError: unknown name or split, nothing to read, not UTF-8, a split without text, a folder not writable, a
+      InputError: unknown name or split, nothing to read, not UTF-8, an empty split, a folder that is not writable, a
         tokenizer that loses text.
     """
     if isinstance(paths, str):
         paths = (paths,)
     builder = registry.load_builder(name, registry.DATA_TEXT)
     registry.get(name).check_paths(paths)
+    base.check_split(split)
     paths = local_copies([os.fspath(path) for path in paths], cache_dir, progress)
-    if split not in base.SPLITS:
-        raise InputError(f"unknown split '{split}'.{suggest(split, base.SPLITS)}")
     root = cache_root(cache_dir)
-    datasets = pathlib.Path(data_dir).expanduser().absolute() if data_dir else root / "datasets"
     data_key = builder.source_key(paths)
     if progress:
         _warn_skipped(builder, paths)
+
+    def build(folder: pathlib.Path) -> None:
+        records = base.prepared_split(builder, split, data_key, paths, data_dir, cache_dir, progress)
+        _tokenize(records, tokenizer, folder, f"{name}/{split}", progress, accept_lossy)
+
     identity = json.dumps([CACHE_FORMAT, data_key, split, tokenizer.fingerprint])
     target = root / "tokens" / f"{name}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    found = _read_cached(target)
-    if found is not None:
-        check_round_trip(found.round_trip_loss, tokenizer, accept_lossy)
-        if progress:
-            _warn_special_tokens(found, f"{name}/{split}")
-        return found
-    with locked(target) as alone:
-        if (found := _read_cached(target)) is None:
-            written = base.prepare_dataset(
-                builder, paths, datasets / f"{name}-{data_key}", root / "downloads", progress
-            )
-            if split not in written.info.splits:
-                held = ", ".join(written.info.splits)
-                raise InputError(
-                    f"data set '{name}' has no text in split '{split}' (it has {held}): give more data in data.paths"
-                )
-            with staged_directory(target, alone=alone) as folder:
-                _tokenize(
-                    written.as_data_source(split=split), tokenizer, folder, f"{name}/{split}", progress, accept_lossy
-                )
-            found = _read_cached(target)
-    if found is None:
-        raise RuntimeError(f"'{target}' cannot be read back: is the disk full?")
+    source = load_or_build(target, _load, build)
+    check_round_trip(source.round_trip_loss, tokenizer, accept_lossy)
     if progress:
-        _warn_special_tokens(found, f"{name}/{split}")
-    return found
+        _warn_special_tokens(source, f"{name}/{split}")
+    return source
 
 
-@functools.cache  # the splits of a data set leave out the same
+@functools.cache  # all splits of a data set skip the same
 def _warn_skipped(builder: type[base.CachedBuilder], paths: tuple[str, ...]) -> None:
-    if words := builder.skipped(paths):
-        warn(f"data.paths: left out: {words}")
+    if skipped := builder.skipped(paths):
+        warn(f"data.paths: skipped: {skipped}")
 
 
 def _warn_special_tokens(source: TokenSource, title: str) -> None:
-    """Tells of special tokens that a text spells: they are read as text, also where they were meant to end documents."""
+    """Warns of special tokens spelled out in the text: they are plain text, even if they were meant to end documents."""
     if source.special_token_counts:
         counts = sorted(source.special_token_counts.items(), key=lambda item: -item[1])
-        several = "" if len(counts) <= MAX_NAMES_SHOWN else f" and {len(counts) - MAX_NAMES_SHOWN} more"
+        more = "" if len(counts) <= MAX_NAMES_SHOWN else f" and {len(counts) - MAX_NAMES_SHOWN} more"
         documents = f"{source.documents:,} document{'' if source.documents == 1 else 's'}"
         warn(
             f"{title}: the text of {documents} spells special tokens, which are read as plain text: "
-            f"{', '.join(f'{token} {count:,} times' for token, count in counts[:MAX_NAMES_SHOWN])}{several}; where they end "
+            f"{', '.join(f'{token} {count:,} times' for token, count in counts[:MAX_NAMES_SHOWN])}{more}; where they end "
             "documents, write each document into a file of its own, without them"
         )
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern[bytes]:
-    """Returns what finds, in UTF-8 text, a tokenizer's special tokens and those with which others end documents."""
+    """Returns a pattern of the special tokens of a tokenizer and of the common EOS tokens, in UTF-8 text."""
     names = {*tokenizer.special_tokens, *EOS_TOKENS, *SPECIAL_EOS_TOKENS} - {""}
     return re.compile(b"|".join(re.escape(name.encode()) for name in sorted(names, key=len, reverse=True)))
+
+
+class _TokenWriter:
+    """The token file of a split, with its counts and its hash.
+
+    Args:
+      file: open binary file.
+      tokenizer: of the split.
+    """
+
+    def __init__(self, file, tokenizer: Tokenizer):
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.counts = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
+        self.special: collections.Counter[bytes] = collections.Counter()
+        self.hash = hashlib.sha256(tokenizer.fingerprint.encode())
+        self._file = file
+        self._separator = None if tokenizer.eos_id is None else np.array([tokenizer.eos_id], self.dtype)
+        self._pattern = special_pattern(tokenizer)
+        self._document = None
+
+    def add(self, record: Mapping[str, bytes], ids: np.ndarray) -> None:
+        """Appends the tokens of a record; records of one document share its name."""
+        if record["name"] != self._document:
+            if self._document is not None and self._separator is not None:
+                self._append(self._separator)
+            self.counts["documents"] += 1
+        self._document = record["name"]
+        self._append(ids.astype(self.dtype, copy=False))
+        self.counts["bytes"] += len(record["text"])
+        self.counts["words"] += len(record["text"].decode("utf-8").split())
+        self.special.update(self._pattern.findall(record["text"]))
+
+    def _append(self, ids: np.ndarray) -> None:
+        content = np.ascontiguousarray(ids).data
+        self._file.write(content)
+        self.hash.update(content)
+        self.counts["tokens"] += ids.size
 
 
 def _tokenize(
     records, tokenizer: Tokenizer, folder: pathlib.Path, title: str, progress: bool, accept_lossy: bool
 ) -> None:
-    places = np.unique(np.linspace(0, len(records) - 1, 256).astype(int)).tolist()
-    trip = RoundTrip(tokenizer, len(places))
-    for place in places:  # before the minutes that all of them take
-        trip.add(records[place]["text"])
+    """Writes the tokens of all records and a summary into a folder. Raises: InputError: the tokenizer loses text."""
+    sample = np.unique(np.linspace(0, len(records) - 1, ROUND_TRIP_RECORDS).astype(int)).tolist()
+    trip = RoundTrip(tokenizer, len(sample))
+    for index in sample:  # before the minutes that tokenizing everything takes
+        trip.add(records[index]["text"])
     check_round_trip(trip.loss, tokenizer, accept_lossy)
-    dtype = token_dtype(tokenizer.vocab_size)
-    digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    separator = None if tokenizer.eos_id is None else np.array([tokenizer.eos_id], dtype)
-    count = {"tokens": 0, "bytes": 0, "words": 0, "documents": 0}
-    special, met = special_pattern(tokenizer), collections.Counter()
-    previous = None
-    bar = tqdm.tqdm(total=len(records), desc=f"tokenise {title}", unit=" texts", delay=2.0, disable=not progress)
-    with bar, open(folder / TOKENS_FILE, "wb") as out:
-        for group in _batches_of_records(records):
-            encoded = tokenizer.encode_many([record["text"] for record in group])
-            for record, ids in zip(group, encoded, strict=True):
-                if record["name"] != previous:
-                    if previous is not None and separator is not None:
-                        _append(out, digest, separator)
-                        count["tokens"] += 1
-                    count["documents"] += 1
-                previous = record["name"]
-                _append(out, digest, ids.astype(dtype, copy=False))
-                count["tokens"] += ids.size
-                count["bytes"] += len(record["text"])
-                count["words"] += len(record["text"].decode("utf-8").split())
-                met.update(special.findall(record["text"]))
-            bar.update(len(group))
-    # Keys of the file, as all versions wrote it.
-    loss = {"lost": trip.loss.lost_bytes, "read": trip.loss.checked_bytes, "characters": trip.loss.examples}
-    summary = {**count, "dtype": dtype.name, "fingerprint": digest.hexdigest()[:32], "loss": loss}
-    summary["spelled"] = {token.decode(): number for token, number in met.items()}
+    bar = tqdm.tqdm(total=len(records), desc=f"tokenize {title}", unit=" texts", delay=2.0, disable=not progress)
+    with bar, open(folder / TOKENS_FILE, "wb") as file:
+        writer = _TokenWriter(file, tokenizer)
+        for batch in _batches_of_records(records):
+            encoded = tokenizer.encode_many([record["text"] for record in batch])
+            for record, ids in zip(batch, encoded, strict=True):
+                writer.add(record, ids)
+            bar.update(len(batch))
+    summary = writer.counts | {
+        "dtype": writer.dtype.name,
+        "fingerprint": writer.hash.hexdigest()[:32],
+        "loss": {"lost": trip.loss.lost_bytes, "read": trip.loss.checked_bytes, "characters": trip.loss.examples},
+        "spelled": {token.decode(): count for token, count in writer.special.items()},
+    }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary))
 
 
 def _batches_of_records(records) -> Iterator[list[dict]]:
-    group, size = [], 0
+    """Yields records in order, in batches of about `BATCH_BYTES` of text."""
+    batch, size = [], 0
     for index in range(len(records)):
-        group.append(records[index])
-        size += len(group[-1]["text"])
+        batch.append(records[index])
+        size += len(batch[-1]["text"])
         if size >= BATCH_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _append(out, digest, ids: np.ndarray) -> None:
-    content = np.ascontiguousarray(ids).data
-    out.write(content)
-    digest.update(content)
-
-
-def _read_cached(target: pathlib.Path) -> TokenSource | None:
-    """Returns what `target` holds, or None when it is not there or damaged."""
+def _load(folder: pathlib.Path) -> TokenSource | None:
+    """Opens a folder that `_tokenize` wrote; None where it is missing or damaged."""
     try:
-        summary = parse_json((target / SUMMARY_FILE).read_text())
-        dtype, size = np.dtype(summary["dtype"]), int(summary["tokens"])
+        summary = parse_json((folder / SUMMARY_FILE).read_text())
+        dtype, num_tokens = np.dtype(summary["dtype"]), int(summary["tokens"])
         counts = [summary[name] for name in ("tokens", "bytes", "words", "documents")]
         if dtype.kind != "u" or not all(type(count) is int and count >= 0 for count in counts):
             return None
-        if size == 0 or (target / TOKENS_FILE).stat().st_size != size * dtype.itemsize:
+        if num_tokens == 0 or (folder / TOKENS_FILE).stat().st_size != num_tokens * dtype.itemsize:
             return None
-        tokens = np.memmap(target / TOKENS_FILE, dtype=dtype, mode="r", shape=(size,))
-        stored = summary.get("loss")
-        loss = RoundTripLoss(*(stored[name] for name in ("lost", "read", "characters"))) if stored else RoundTripLoss()
-        special_token_counts = {str(token): int(number) for token, number in summary.get("spelled", {}).items()}
-        return TokenSource(tokens, *counts[1:], str(summary["fingerprint"]), loss, special_token_counts)
+        loss = summary.get("loss", {})
+        return TokenSource(
+            tokens=np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r", shape=(num_tokens,)),
+            bytes=summary["bytes"],
+            words=summary["words"],
+            documents=summary["documents"],
+            fingerprint=str(summary["fingerprint"]),
+            round_trip_loss=RoundTripLoss(loss.get("lost", 0), loss.get("read", 0), loss.get("characters", "")),
+            special_token_counts={str(token): int(count) for token, count in summary.get("spelled", {}).items()},
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -119,7 +119,7 @@ class LanguageModeling(Task):
         return f"{self.tokenizer.decode([token])!r} (token {token})"
 
     def _describe_lost_text(self, loss: RoundTripLoss) -> list[str]:
-        return [f"the tokenizer loses text: {loss} do not come back from tokens"] if loss.lost_bytes else []
+        return [f"the tokenizer loses text: {loss} do not survive encoding and decoding"] if loss.lost_bytes else []
 
     def prompts(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Returns the tokens of prompts, and warns of text that the tokenizer loses. Raises: InputError: no UTF-8."""
@@ -127,7 +127,7 @@ class LanguageModeling(Task):
         for text in texts:
             trip.add(text)
         if trip.loss.lost_bytes and is_main_process():
-            warn(f"prompts: the tokenizer loses text: {trip.loss} do not come back from tokens")
+            warn(f"prompts: the tokenizer loses text: {trip.loss} do not survive encoding and decoding")
         pattern = tokens.special_pattern(self.tokenizer)
         if is_main_process() and (
             spelled := sorted({name.decode() for text in texts for name in pattern.findall(text)})

@@ -139,7 +139,7 @@ def test_names_need_not_be_utf8(tmp_path):
 
 def test_what_is_no_file_is_refused_by_all_builders(tmp_path):
     os.mkfifo(tmp_path / "train-1.json")
-    with pytest.raises(InputError, match="'.*train-1.json' is a pipe, where a file was expected"):
+    with pytest.raises(InputError, match="'.*train-1.json' is a pipe, but a file is expected"):
         SquadLong.sources((str(tmp_path),))
     (tmp_path / "train-1.json").unlink()
     (tmp_path / "train-1.json").symlink_to("nowhere")
@@ -156,7 +156,7 @@ def test_bad_text_files(tmp_path):
     with pytest.raises(InputError, match="holds no files"):
         TextFiles.sources((str(tmp_path / "empty"),))
     os.mkfifo(tmp_path / "empty" / "pipe")
-    with pytest.raises(InputError, match="holds no files, left out: pipes, sockets and devices: 1 .*pipe.; give"):
+    with pytest.raises(InputError, match="holds no files, skipped: pipes, sockets and devices: 1 .*pipe.; give"):
         TextFiles.sources((str(tmp_path / "empty"),))
     (tmp_path / "empty" / "nothing.txt").touch()
     with pytest.raises(InputError, match="data set 'text_files' is empty"):
@@ -212,7 +212,7 @@ def test_wikitext_behind_links(tmp_path):
     for place in (tmp_path / "release", tmp_path / "all", tmp_path / "all" / ".." / "release"):
         splits = read(Wikitext103, (place,), tmp_path / "d" / place.name)
         assert {split: [text.decode() for _, text in documents] for split, documents in splits.items()} == ARTICLES
-    assert Wikitext103.skipped((str(tmp_path / "all"),)) == f"links that lead nowhere: 1 ({tmp_path}/all/gone.raw)"
+    assert Wikitext103.skipped((str(tmp_path / "all"),)) == f"broken links: 1 ({tmp_path}/all/gone.raw)"
 
 
 @pytest.mark.parametrize("release", [release_raw, release_zip, release_parquet])
@@ -242,7 +242,7 @@ def test_bad_wikitext(tmp_path):
     with pytest.raises(InputError, match="holds no WikiText-103; put"):
         Wikitext103.sources((str(tmp_path),))
     (tmp_path / "train.zip").write_bytes(b"no zip")
-    with pytest.raises(InputError, match="is not a whole zip file"):
+    with pytest.raises(InputError, match="is not a complete zip file"):
         read(Wikitext103, (tmp_path / "train.zip",), tmp_path / "d")
     (tmp_path / "train.parquet").write_bytes(b"no parquet")
     with pytest.raises(InputError, match="is not a parquet file with a column 'text'"):

@@ -49,7 +49,7 @@ def test_what_is_not_there_is_told(texts, tmp_path):
     for path, words in (
         (f"{texts}/nothing", "there is nothing at"),
         (f"{texts}/part/*.txt", "is a pattern"),
-        ("gs://no-such-bucket/texts", "there is nothing at|cannot be fetched"),
+        ("gs://no-such-bucket/texts", "there is nothing at|cannot be downloaded"),
     ):
         with pytest.raises(InputError, match=f"data.paths: .*{words}"):
             local_copies([path], tmp_path)

@@ -84,7 +84,7 @@ def test_without_links_globs_and_folders_lead_where_python_says(tmp_path, patter
     found = resolve_paths([f"{tmp_path}/{pattern}"])
     assert found.files == plainly(f"{tmp_path}/{pattern}")
     assert re.fullmatch(r"(hidden folders: \d \(\S+(, \S+)*\))?", str(found.skipped))
-    assert found.empty == ([] if found.files else [f"{tmp_path}/{pattern}"])
+    assert found.unmatched == ([] if found.files else [f"{tmp_path}/{pattern}"])
 
 
 @pytest.mark.parametrize("path", ["", "**/*.txt", "**", "*"])
@@ -94,7 +94,7 @@ def test_a_file_is_read_once_however_links_turn(tmp_path, path):
     (tmp_path / "deep" / "deeper" / "again.txt").symlink_to("../2.txt")
     found, told = below(tmp_path, path)
     assert found == ["1.txt", "deep/2.txt", "deep/deeper/3.txt"]
-    assert told.startswith("links to what is read already: 2 (deep/deeper/again.txt, deep/loop")
+    assert told.startswith("links to files already found: 2 (deep/deeper/again.txt, deep/loop")
 
 
 def test_folders_that_all_link_to_each_other_take_no_time(tmp_path):
@@ -117,8 +117,8 @@ def test_linked_folders_and_files_are_entered(tmp_path):
     assert below(tmp_path, "way")[0] == ["way/one/1.txt", "way/two.txt"]
     found, told = below(tmp_path, "near", "far/*.txt")
     assert found == ["far/2.txt", "near/one/1.txt"], "a file's own name goes before a link's"
-    assert told == "links to what is read already: 1 (near/two.txt)"
-    assert resolve_paths([str(tmp_path / "way"), str(tmp_path / "near")]).empty == []
+    assert told == "links to files already found: 1 (near/two.txt)"
+    assert resolve_paths([str(tmp_path / "way"), str(tmp_path / "near")]).unmatched == []
     assert below(tmp_path, "way/../far/2.txt")[0] == ["far/2.txt"]
     (tmp_path / "far" / "inner").symlink_to("one")
     assert below(tmp_path, "far/inner/../2.txt")[0] == ["far/2.txt"]
@@ -131,7 +131,7 @@ def test_links_do_not_lead_out_to_what_holds_them(tmp_path):
     (tmp_path / "all" / "train" / "side").symlink_to("../test")
     found, told = below(tmp_path, "all/train")
     assert found == ["all/train/1.txt", "all/train/side/2.txt"]
-    assert told == "links to folders above: 2 (all/train/root, all/train/up)"
+    assert told == "links to parent folders: 2 (all/train/root, all/train/up)"
     (tmp_path / "given").symlink_to("all")
     assert below(tmp_path, "all/train", "given")[0] == ["all/train/1.txt", "all/train/side/2.txt", "given/0.txt"]
 
@@ -158,8 +158,8 @@ def test_what_is_no_file_is_left_out_and_told(tmp_path, monkeypatch):
     assert found == ["1.txt"]
     assert set(told.split("; ")) == {
         "pipes, sockets and devices: 3 (pipe.txt, socket, zero.txt)",
-        "links that lead nowhere: 6 (gone0, gone1, gone2, ...)",
-        "folders that cannot be read: 1 (closed)",
+        "broken links: 6 (gone0, gone1, gone2, ...)",
+        "unreadable folders: 1 (closed)",
     }
     assert below(tmp_path, "*.txt")[1] == "pipes, sockets and devices: 2 (pipe.txt, zero.txt)"
 
@@ -169,17 +169,17 @@ def test_names_that_are_not_wanted_are_told(tmp_path):
     (tmp_path / "a" / "3.png").symlink_to("../blob")
     assert below(tmp_path, "", suffixes=(".png",)) == (
         ["1.PNG", "a/2.png", "a/3.png"],
-        "files of other kinds: 2 (blob, a/notes.txt)",
+        "files of other types: 2 (blob, a/notes.txt)",
     )
 
 
 @pytest.mark.parametrize(
     "make,words",
     [
-        (lambda path: os.mkfifo(path), "is a pipe, where a file was expected"),
-        (lambda path: path.symlink_to("/dev/zero"), "is a device, where a file was expected"),
-        (lambda path: path.symlink_to("nowhere"), r"is a link that leads nowhere \(to 'nowhere'\)"),
-        (lambda path: path.symlink_to("odd.txt"), r"is a link that leads nowhere \(to 'odd.txt'\)"),
+        (lambda path: os.mkfifo(path), "is a pipe, but a file is expected"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device, but a file is expected"),
+        (lambda path: path.symlink_to("nowhere"), r"is a broken link \(to 'nowhere'\)"),
+        (lambda path: path.symlink_to("odd.txt"), r"is a broken link \(to 'odd.txt'\)"),
     ],
 )
 def test_a_path_that_can_never_be_read_is_refused(tmp_path, make, words):
@@ -215,4 +215,4 @@ def test_paths_that_lead_to_no_file(tmp_path, monkeypatch):
     (tmp_path / "empty" / "loop").symlink_to(".")
     monkeypatch.chdir(tmp_path)
     empty = ["", "*.md", "1.txt/", "empty", "nowhere"]
-    assert resolve_paths(["1.txt", *empty]).empty == empty
+    assert resolve_paths(["1.txt", *empty]).unmatched == empty

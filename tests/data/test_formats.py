@@ -146,7 +146,7 @@ def test_every_reader_of_text_says_what_a_file_is(tmp_path):
     (tmp_path / "wiki.train.raw").write_bytes(gzip.compress(TEXT))
     (tmp_path / "questions").write_bytes(gzip.compress(TEXT))
     for name, path in (("text_files", "texts"), ("wikitext103", "wiki.train.raw")):
-        with pytest.raises(InputError, match="' is compressed with gzip, where plain UTF-8 text is read: unpack it"):
+        with pytest.raises(InputError, match="' is compressed with gzip, but plain UTF-8 text is expected: unpack it"):
             token_source(name, paths=str(tmp_path / path), **options)
     for name in ("qa_jsonl", "squad_long"):
         with pytest.raises(InputError, match="data.paths: '.*questions' is compressed with gzip"):
@@ -154,7 +154,7 @@ def test_every_reader_of_text_says_what_a_file_is(tmp_path):
     with pytest.raises(InputError, match="--prompts-file=.*questions is compressed with gzip"):
         read_prompts(str(tmp_path / "questions"))
     (tmp_path / "lines").write_text('{"input": "a", "outputs": ["b"]}\n{"input": "c", "outputs": ["d"]}\n')
-    with pytest.raises(InputError, match="holds JSON lines, where data.name='squad_long' .* data.name=qa_jsonl"):
+    with pytest.raises(InputError, match="holds JSON lines, but data.name='squad_long' .* data.name=qa_jsonl"):
         qa_source("squad_long", paths=str(tmp_path / "lines"), length=64, **options)
 
 

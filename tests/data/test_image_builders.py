@@ -190,12 +190,12 @@ def test_imagenet2012_without_its_files(imagenet, tmp_path):
 def test_damaged_imagenet2012(imagenet, tmp_path):
     options = {"paths": str(imagenet), "data_dir": tmp_path / "sets", "progress": False}
     (imagenet / "ILSVRC2012_img_val.tar").write_bytes(b"no archive")
-    with pytest.raises(InputError, match="ILSVRC2012_img_val.tar' is not a whole tar archive"):
+    with pytest.raises(InputError, match="ILSVRC2012_img_val.tar' is not a complete tar archive"):
         image_source("imagenet2012", split="train", **options)
     whole = archive({f"ILSVRC2012_val_0000000{number}.JPEG": jpeg((0, 0, 255)) for number in (1, 2)})
     for size in (1700, 2200):  # within the second file's header, and within the file
         (imagenet / "ILSVRC2012_img_val.tar").write_bytes(whole[:size])
-        with pytest.raises(InputError, match="ILSVRC2012_img_val.tar' is not a whole tar archive"):
+        with pytest.raises(InputError, match="ILSVRC2012_img_val.tar' is not a complete tar archive"):
             image_source("imagenet2012", split="train", **options)
     (imagenet / "ILSVRC2012_img_val.tar").write_bytes(archive({"n01440764.tar": b""}))
     with pytest.raises(InputError, match="'n01440764.tar', which is no validation image"):
@@ -234,7 +234,7 @@ def test_imagenet_resized_needs_a_size_and_its_files(tmp_path):
         image_source("imagenet_resized", split="train", paths="64x64", cache_dir=tmp_path)
     for part in ("train", "val"):
         (tmp_path / f"Imagenet8_{part}_npz.zip").write_bytes(b"no archive")
-    with pytest.raises(InputError, match="Imagenet8_train_npz.zip' is not a whole archive of 8x8 images"):
+    with pytest.raises(InputError, match="Imagenet8_train_npz.zip' is not a complete archive of 8x8 images"):
         image_source(
             "imagenet_resized", split="train", paths=("8x8", str(tmp_path)), cache_dir=tmp_path, progress=False
         )

@@ -178,10 +178,10 @@ def test_no_picture_is_resized_to_more_than_its_example(monkeypatch):
     assert set(asked) == {(32, 32)}
 
 
-# --- clips
+# --- videos
 
 
-def test_clips_change_alike_in_all_frames():
+def test_videos_change_alike_in_all_frames():
     still = {"image": np.repeat(photo(20, 20, 1)["image"][None], 5, axis=0), "label": 1}
     augment = settings(crop_scale=(0.2, 0.8), flip=0.5, translate=3)
     for seed in range(8):
@@ -194,7 +194,7 @@ def test_clips_change_alike_in_all_frames():
     assert where[0].any() and (where == where[:1]).all() and not np.array_equal(erased[0], erased[1])
 
 
-def test_clips_are_cut_and_resized():
+def test_videos_are_cut_and_resized():
     record = clip(frames=8)
     middle = eval_example(record, (4, 10, 12), **GREY)["images"]
     np.testing.assert_allclose(middle, record["image"][2:6] / 255, atol=1e-6)
@@ -222,15 +222,17 @@ def test_what_is_cut_is_resized():
     assert eval_example(record, (4, 5, 9), 0.9, **GREY)["images"].shape == (4, 5, 9, 1)
 
 
-def test_what_clips_and_sizes_refuse():
+def test_what_videos_and_sizes_refuse():
     for change in ({"randaugment_layers": 1}, {"color_jitter": 0.1}):
-        with pytest.raises(InputError, match="clips cannot be recoloured: set randaugment_layers=0 and color_jitter=0"):
+        with pytest.raises(
+            InputError, match="videos cannot be recoloured: set randaugment_layers=0 and color_jitter=0"
+        ):
             train_example(clip(), (4, 8, 8), settings(**change), rng(), **GREY)
-    with pytest.raises(InputError, match="the clips have 4 frames, 5 are asked for"):
+    with pytest.raises(InputError, match="the videos have 4 frames, but the size has 5"):
         train_example(clip(), (5, 8, 8), settings(), rng(), **GREY)
-    with pytest.raises(InputError, match=r"holds clips, so its size is \(frames, height, width\), got \(8, 8\)"):
+    with pytest.raises(InputError, match=r"holds videos, so the size must be \(frames, height, width\), got \(8, 8\)"):
         eval_example(clip(), (8, 8), **GREY)
-    with pytest.raises(InputError, match=r"holds images, so its size is \(height, width\), got \(4, 8, 8\)"):
+    with pytest.raises(InputError, match=r"holds images, so the size must be \(height, width\), got \(4, 8, 8\)"):
         eval_example(photo(8, 8), (4, 8, 8), **PLAIN)
     with pytest.raises(InputError, match="crop_ratio must be above 0 and at most 1, got 1.5"):
         eval_example(photo(8, 8), (8, 8), 1.5, **PLAIN)
@@ -341,8 +343,8 @@ def test_class_folders_are_split_by_the_hash_of_names(tmp_path):
 
 def test_files_are_verified_once(split_folders, tmp_path, monkeypatch):
     calls = []
-    check = image_folder._check
-    monkeypatch.setattr(image_folder, "_check", lambda file: (calls.append(file), check(file))[1])
+    check = image_folder._verify_file
+    monkeypatch.setattr(image_folder, "_verify_file", lambda file: (calls.append(file), check(file))[1])
     folder(split_folders, "train")
     folder(split_folders, "train")
     assert len(calls) == 12
@@ -394,9 +396,9 @@ def test_folders_of_a_class_are_read_to_their_depth(tmp_path, capsys):
     for place in range(6):
         np.testing.assert_allclose(train[place]["image"][0, 0], (10, 20, 30), atol=4)
     assert words.splitlines() == [
-        f"data.paths: left out of '{root}': folders of no split: 1 (extra); outside of class folders: 2 (readme.md, "
+        f"data.paths: skipped in '{root}': folders of no split: 1 (extra); outside of class folders: 2 (readme.md, "
         "train/list.csv)",
-        "data.paths: left out of 'train': files of other kinds: 1 (train/cat/a/notes.txt); pipes, sockets and devices: 1 "
+        "data.paths: skipped in 'train': files of other types: 1 (train/cat/a/notes.txt); pipes, sockets and devices: 1 "
         "(train/dog/7.png)",
     ]
     assert told(root, "train", capsys)[1] == "", "what is said once need not be said again"
@@ -413,15 +415,17 @@ def test_images_behind_links(tmp_path, capsys):
     (root / "dog" / "again.png").symlink_to("3.png")
     (root / "dog" / "up").symlink_to("..")
     (root / "gone").symlink_to("nowhere")
-    every = [name for split in SPLITS for name, *_ in image_folder._Files(root, ("cat", "dog"), split, False).status]
+    every = [
+        name for split in SPLITS for name, *_ in image_folder._ImageFiles(root, ("cat", "dog"), split, False).status
+    ]
     assert sorted(every) == ["cat/1.png", "dog/3.png", "dog/two.png"]
     split = next(split for split in SPLITS if "dog/3.png" in names(folder(root, split)))
     words = told(root, split, capsys)[1]
     assert "outside of class folders: 1 (gone)" in words
-    assert "links to what is read already: 1 (dog/again.png); links to folders above: 1 (dog/up)" in words
+    assert "links to files already found: 1 (dog/again.png); links to parent folders: 1 (dog/up)" in words
     (root / "fox").symlink_to("dog")
     with pytest.raises(
-        InputError, match=r"'.*photos/fox' holds no images of its own .*links to what is read already: \d"
+        InputError, match=r"'.*photos/fox' holds no images of its own .*links to files already found: \d"
     ):
         folder(root, split)
 
@@ -432,9 +436,7 @@ def test_split_folders_in_any_case(split_folders):
         (split_folders / before).rename(split_folders / after)
     assert [folder(split_folders, split).fingerprint for split in SPLITS] == fingerprints
     (split_folders / "bus" / "night").mkdir(parents=True)
-    with pytest.raises(
-        InputError, match="has 'Train' beside 'bus', which may be a split or a class: name splits in lower"
-    ):
+    with pytest.raises(InputError, match="has 'Train' and 'bus', which may be splits or classes: name splits in lower"):
         folder(split_folders, "train")
     (split_folders / "Train").rename(split_folders / "train")
     assert folder(split_folders, "test").fingerprint == fingerprints[2], "one in lower case says what the others are"
@@ -466,10 +468,10 @@ def test_names_of_images_need_not_be_utf8(tmp_path):
 @pytest.mark.parametrize(
     "mode, value, words",
     [
-        ("F", 2.5, "its floating-point values go from 2.5 to 2.5, and only 0 to 1 is known"),
-        ("F", -0.5, "its floating-point values go from -0.5"),
-        ("F", float("nan"), "its floating-point values go from nan"),
-        ("I", 70000, "its whole numbers go from 70000 to 70000, and only 0 to 65535 is known"),
+        ("F", 2.5, "its floating-point values range from 2.5 to 2.5, but the known range is 0 to 1"),
+        ("F", -0.5, "its floating-point values range from -0.5"),
+        ("F", float("nan"), "its floating-point values range from nan"),
+        ("I", 70000, "its integers range from 70000 to 70000, but the known range is 0 to 65535"),
     ],
 )
 def test_values_whose_range_nobody_knows_are_refused(tmp_path, mode, value, words):
@@ -515,7 +517,7 @@ def test_photos_stand_upright_as_the_camera_marked_them(tmp_path):
         (["training/0", "training/1"], r"holds one class, 'training', .*: give '\S+/training' as data.paths"),
         (
             ["cat"],
-            "holds one class, 'cat', and a model needs two to tell apart: give a folder with two class folders or more",
+            "holds one class, 'cat', and a model needs at least two: give a folder with two class folders or more",
         ),
     ],
 )
@@ -556,7 +558,7 @@ def test_every_class_has_a_picture_for_training(tmp_path):
     found = {split: names(folder(root, split)) for split in SPLITS}
     assert sum(map(len, found.values())) == len(set().union(*found.values())) == 150
     assert {name.partition("/")[0] for name in found["train"]} == set(counts)
-    moved = [name for name in found["train"] if hash_fraction(f"image_folder {name}") < image_folder.VALIDATION]
+    moved = [name for name in found["train"] if hash_fraction(f"image_folder {name}") < image_folder.VALIDATION_END]
     assert 0 < len(moved) < 8 and all(name.startswith("rare") for name in moved), (
         "others stay where their hash puts them"
     )

@@ -85,7 +85,7 @@ def test_end_token(shared_data, tmp_path):
     assert qa.answer_end_id(load_tokenizer(shared_data / "gpt2_tokenizer")) == 50256
     content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has no end-of-text token, which an answer must end with"):
+    with pytest.raises(InputError, match="has no EOS token, which an answer must end with"):
         source(tmp_path, tmp_path / "none", tokenizer=load_tokenizer(tmp_path))
 
 

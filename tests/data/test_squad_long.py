@@ -202,7 +202,7 @@ def test_only_bad_answers(tmp_path):
     for one in content["data"]:
         for item in one["paragraphs"]:
             item["qas"][0]["answers"][0]["text"] = "nowhere"
-    with pytest.raises(InputError, match="no question that can be asked: 0 have no answer, 30 none that is in its"):
+    with pytest.raises(InputError, match="no usable question: 0 have no answer, 30 none that is in its"):
         source(tmp_path, written(tmp_path / "one.json", content))
 
 

@@ -61,7 +61,7 @@ ASKED = {
 
 def test_every_kind_is_asked():
     found = list(questions_of_file("m.py", SOURCE.encode()))
-    assert {(one.kind, one.question, one.answers[0]) for one in found} == ASKED
+    assert {(one.question_type, one.question, one.answers[0]) for one in found} == ASKED
     assert all(one.name == "m.py" and len(one.answers) == 1 for one in found)
     passages = {one.question: one.passage for one in found}
     raised = 'if not path:\n    raise OSError("no path")\ntotal = 3.5\nwidth = width + 1'
@@ -173,11 +173,11 @@ def test_frequent_answers_and_large_tables_are_thinned_out():
     for name in "abcdefgh":
         table = "".join(f"x{name}{number} = {number % 3 + 10}\n" for number in range(1000))
         questions += questions_of_file(name, table.encode())
-    kept = list(stdlib_qa._selected(iter(questions), set()))
+    kept = list(stdlib_qa._select(iter(questions), set()))
     assert len(questions) > 7000 and [one for one in questions if one in set(kept)] == kept
     answers = collections.Counter(one.answers[0] for one in kept)
     assert max(answers.values()) <= stdlib_qa.MAX_ANSWER_SHARE * len(questions) + 1
     assert max(collections.Counter(one.name for one in kept).values()) <= stdlib_qa.MAX_QUESTIONS_PER_FILE
     asked = {questions[0].question}
-    assert list(stdlib_qa._selected(iter(questions[:1]), asked)) == []
-    assert len(list(stdlib_qa._selected(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1
+    assert list(stdlib_qa._select(iter(questions[:1]), asked)) == []
+    assert len(list(stdlib_qa._select(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1

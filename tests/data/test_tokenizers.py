@@ -75,10 +75,8 @@ def test_save_and_load(tmp_path, small_file):
     for tokenizer in (ByteTokenizer(), HFTokenizer(small_file)):
         folder = tmp_path / "saved" / tokenizer.name
         tokenizer.save(folder)
-        for again in (load_tokenizer(folder), load_tokenizer(folder / "tokenizer.json"), type(tokenizer).load(folder)):
+        for again in (load_tokenizer(folder), load_tokenizer(folder / "tokenizer.json")):
             assert type(again) is type(tokenizer) and again.fingerprint == tokenizer.fingerprint
-    with pytest.raises(InputError, match="not a HFTokenizer"):
-        HFTokenizer.load(tmp_path / "saved" / "bytes")
 
 
 def test_fingerprint_follows_the_file(tmp_path, small_file):
@@ -156,7 +154,7 @@ def test_a_bracketed_end_counts_only_where_it_is_special(tmp_path, small_file):
 
 def test_an_end_that_the_tokenizer_does_not_have_is_refused(small_file):
     (small_file.parent / "tokenizer_config.json").write_text('{"eos_token": "</nothing>"}')
-    with pytest.raises(InputError, match="names '</nothing>' as the end of text"):
+    with pytest.raises(InputError, match="names '</nothing>' as the EOS token"):
         load_tokenizer(small_file)
     (small_file.parent / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
@@ -172,7 +170,7 @@ def test_lost_characters_are_counted(small_file, tmp_path):
     trip.add("a cab xü\n".encode())
     assert trip.loss.lost_bytes == 4 and set(trip.loss.examples) == set("xü\n") and trip.loss.checked_bytes == 10
     check_round_trip(trip.loss, few, accepted=True)
-    with pytest.raises(InputError, match="4 of 10 bytes"):
+    with pytest.raises(InputError, match="4 of 10 checked bytes"):
         check_round_trip(trip.loss, few, accepted=False)
 
 
@@ -327,10 +325,10 @@ def test_tokens_of_added_tokens_json_are_the_tokenizers(small_file, tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"<word>": 256}', "gives '<word>' the id 256, but tokenizer.json beside it gives '<.endoftext.>' that id"),
+        ('{"<word>": 256}', "gives '<word>' the id 256, but tokenizer.json next to it gives '<.endoftext.>' that id"),
         (
             '{"<|endoftext|>": 300}',
-            "gives '<.endoftext.>' the id 300, but tokenizer.json beside it gives .* the id 256",
+            "gives '<.endoftext.>' the id 300, but tokenizer.json next to it gives .* the id 256",
         ),
         ('{"<word>": "257"}', "must give each token an id from 0"),
         ('["<word>"]', "must give each token an id from 0"),
@@ -359,7 +357,7 @@ def test_a_word_that_nothing_stands_for_is_one_line(tmp_path):
     words.save(str(tmp_path / "words.json"))
     tokenizer = load_tokenizer(tmp_path / "words.json")
     assert tokenizer.encode(b"the fox").tolist() == [0, 1]
-    with pytest.raises(InputError, match="cannot write the text"):
+    with pytest.raises(InputError, match="cannot encode the text"):
         tokenizer.encode(b"the wolf")
 
 

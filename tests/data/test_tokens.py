@@ -82,7 +82,7 @@ def test_what_is_left_out_is_told_once(files, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     for split in ("train", "test", "train"):
         source(files, tmp_path / "c", split=split, progress=True)
-    assert capsys.readouterr().err == f"data.paths: left out: links that lead nowhere: 1 ({files}/gone)\n"
+    assert capsys.readouterr().err == f"data.paths: skipped: broken links: 1 ({files}/gone)\n"
 
 
 def test_a_cache_that_cannot_be_named_is_refused(files, tmp_path):
@@ -94,8 +94,8 @@ def test_a_cache_that_cannot_be_named_is_refused(files, tmp_path):
 
 def test_work_is_done_once_and_again_when_something_changed(files, tmp_path, monkeypatch):
     calls = []
-    tokenise = text._tokenize
-    monkeypatch.setattr(text, "_tokenize", lambda *rest: (calls.append(1), tokenise(*rest)))
+    tokenize = text._tokenize
+    monkeypatch.setattr(text, "_tokenize", lambda *rest: (calls.append(1), tokenize(*rest)))
     first = source(files, tmp_path / "c")
     assert source(files, tmp_path / "c").fingerprint == first.fingerprint and len(calls) == 1
     assert source(files, tmp_path / "c", tokenizer=Letters()).fingerprint != first.fingerprint and len(calls) == 2
@@ -169,7 +169,7 @@ def test_bad_input(files, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         source(tmp_path / "missing", tmp_path / "c")
     (tmp_path / "tiny.txt").write_text("x")
-    with pytest.raises(InputError, match="'text_files' has no text in split 'train'"):
+    with pytest.raises(InputError, match="'text_files' has no texts in split 'train'"):
         source(tmp_path / "tiny.txt", tmp_path / "c")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to the cache .* set data.cache_dir"):
@@ -188,7 +188,7 @@ def test_wikitext_with_gpt2_tokens(shared_data, tmp_path):
     assert (found.bytes, found.words, found.documents) == (len(content.encode()), len(content.split()), 60)
     assert found.tokens.dtype == np.uint16 and (found.tokens == tokenizer.eos_id).sum() == 59
     assert tokenizer.decode(found.tokens[found.tokens != tokenizer.eos_id]) == content
-    with pytest.raises(InputError, match="no text in split 'train' .it has validation, test."):
+    with pytest.raises(InputError, match="no texts in split 'train' .it has validation, test."):
         token_source("wikitext103", **{**arguments, "split": "train", "cache_dir": tmp_path})
 
 

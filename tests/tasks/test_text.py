@@ -114,7 +114,7 @@ def test_what_prompts_lose_is_told(tokenizer, texts, capsys):
     assert capsys.readouterr().err == ""
     data.prompts([b"the fox", "the ☃".encode()])
     assert capsys.readouterr().err.startswith(
-        "prompts: the tokenizer loses text: 3 of 14 bytes looked at (21%), such as '☃'"
+        "prompts: the tokenizer loses text: 3 of 14 checked bytes (21%), such as '☃'"
     )
     raw = LanguageModeling(settings("bytes", texts)).prompts([b"caf\xe9"])
     assert raw[0].tolist() == list(b"caf\xe9") and capsys.readouterr().err == ""

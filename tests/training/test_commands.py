@@ -181,7 +181,7 @@ def test_a_tokenizer_that_loses_text_is_refused_until_that_is_accepted(commands,
     word_tokenizer(path, ["line", "of", "text"])
     fields = {"steps": 1, "data__tokenizer": path, "eval__lengths": (16,), "data__cache_dir": tmp_path / "cache"}
     arguments = train_arguments(workdir, text, config=f"{CONFIG}:rotary", **fields)
-    refused(commands("train", *arguments), "loses text", "bytes looked at", "data.lossy_tokenizer=True")
+    refused(commands("train", *arguments), "loses text", "checked bytes", "data.lossy_tokenizer=True")
     assert not workdir.exists()
     accepted = commands("train", *arguments, "--config.data.lossy_tokenizer=True")
     assert accepted.code == 0 and "the tokenizer loses text: " in accepted.out, accepted.err

@@ -1,4 +1,4 @@
-"""What all builders share: TFDS without TensorFlow and without noise, errors kept as they were, versions told apart."""
+"""Base class of all data sets: TFDS without TensorFlow and without its output, prepared once in the cache."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -15,25 +15,29 @@ import tqdm
 
 from seqpe_jax.data.cache import locked, staged_directory
 from seqpe_jax.data.paths import check_regular_file, warn
-from seqpe_jax.errors import InputError
+from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import atomic_write, cache_root, parse_json
 
 SPLITS = ("train", "validation", "test")
-FILE_SIZES_FILE = "sizes_of_files.json"  # of a prepared data set
+FILE_SIZES_FILE = "sizes_of_files.json"  # of a prepared data set: bytes of each of its files
 
 
 class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A data set written once, in an order that is kept, and read at random.
+    """A data set that is written once, in a fixed order, for random access.
 
-    A subclass says what it reads (`sources`), yields things by split (`contents`) and makes examples of one (`examples`).
+    A subclass implements `sources` (identity of the input), `features`, `contents` (items by split) and `examples` (the
+    records of one item). Its class name gives `data.name` and the name of the cache folder.
+
+    Attributes:
+      ITEM_NAME: what an item is, for progress bars and messages.
 
     Args:
-      paths: what the user points at; its meaning is the subclass's.
-      downloads: folder for what is fetched; none = the cache's.
+      paths: `data.paths`; its meaning is the subclass's.
+      downloads: folder of downloaded files; "" = that of the cache.
       **kwargs: of TFDS, e.g. `data_dir`.
     """
 
-    ITEM_NAME = "examples"  # of a progress bar, and of the message that there are none
+    ITEM_NAME = "examples"
 
     def __init__(self, *, paths: Iterable[str] = (), downloads: str | os.PathLike = "", **kwargs):
         self.paths = tuple(os.fspath(path) for path in paths)
@@ -45,16 +49,16 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def sources(cls, paths: tuple[str, ...]) -> list[str]:
-        """Returns one line per thing read, which changes when its content does.
+        """Returns one line per input, which changes when its content does.
 
         Raises:
-          InputError: nothing there to read.
+          InputError: there is no input.
         """
         raise NotImplementedError
 
     @classmethod
     def skipped(cls, paths: tuple[str, ...]) -> str:
-        """Returns what lies under the paths but is not read, in words; "" where that is nothing. Raises: as `sources`."""
+        """Describes the files under `paths` that are not read; "" if there are none. Raises: InputError as `sources`."""
         return ""
 
     def features(self) -> tfds.features.FeaturesDict:
@@ -62,32 +66,32 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def contents(self) -> Mapping[str, Iterable[Any]]:
-        """Returns what there is to read, by split; lazily, as the data may be large.
+        """Returns the items of each split, lazily, since the data may be large.
 
         Raises:
-          InputError: nothing there to read, or it is damaged.
+          InputError: there is no input, or it is damaged.
         """
         raise NotImplementedError
 
     def examples(self, content: Any) -> Iterable[dict]:
-        """Returns the examples that one thing of `contents` makes."""
+        """Returns the examples of one item of `contents`."""
         raise NotImplementedError
 
     @classmethod
     def source_key(cls, paths: tuple[str, ...]) -> str:
-        """Returns 16 hex digits that name this version of the builder reading these sources."""
+        """Returns 16 hex digits that identify this version of the class with its input."""
         identity = [cls.name, str(cls.VERSION), cls.sources(tuple(os.fspath(path) for path in paths))]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def prepare(self, *, progress: bool = True) -> None:
-        """Writes the data set to `data_dir`; long work shows its progress on stderr, and nothing is said on stdout.
+        """Writes the data set to `data_dir`, with a progress bar on stderr and nothing on stdout.
 
         Raises:
           InputError: as `contents`.
         """
         self._progress = progress
         try:
-            tfds.disable_progress_bar()  # TFDS's own comes at once, one line per split and shard
+            tfds.disable_progress_bar()  # it shows at once, with a line for each split and shard
             with contextlib.redirect_stdout(io.StringIO()):
                 self.download_and_prepare()
         except Exception:
@@ -122,7 +126,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @contextlib.contextmanager
     def _keep_input_error(self):
-        """TFDS adds words of its own to what a generator raises; this keeps the message as it was."""
+        """Remembers an InputError before TFDS adds its own words to the message."""
         try:
             yield
         except InputError as error:
@@ -130,60 +134,114 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise
 
 
-def prepare_dataset(
-    kind: type[CachedBuilder], paths: tuple[str, ...], target: pathlib.Path, downloads: pathlib.Path, progress: bool
-) -> CachedBuilder:
-    """Returns a builder whose data set lies ready in `target`, after writing it there if need be.
+def check_split(split: str) -> None:
+    """Raises InputError for an unknown split."""
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}'.{suggest(split, SPLITS)}")
 
-    Safe to call from several processes at once; a killed one leaves nothing that is read later.
+
+def datasets_folder(data_dir: str | os.PathLike, cache_dir: str | os.PathLike) -> pathlib.Path:
+    """Returns the folder of prepared data sets: `data_dir`, else that of the cache."""
+    return pathlib.Path(data_dir).expanduser().absolute() if data_dir else cache_root(cache_dir) / "datasets"
+
+
+def prepared_split(
+    builder_class: type[CachedBuilder],
+    split: str,
+    key: str,
+    paths: tuple[str, ...],
+    data_dir: str | os.PathLike,
+    cache_dir: str | os.PathLike,
+    progress: bool,
+) -> Sequence[Mapping[str, Any]]:
+    """Returns the records of a split, after preparing the data set where that is not done yet.
+
+    Args:
+      builder_class: class of the data set.
+      split: "train", "validation" or "test".
+      key: `builder_class.source_key(paths)`.
+      paths: `data.paths`, local.
+      data_dir: folder of prepared data sets; "" = that of the cache.
+      cache_dir: folder of the cache; "" = the default one.
+      progress: show a progress bar on stderr.
 
     Raises:
-      InputError: as `CachedBuilder.contents`, or `target` cannot be written.
+      InputError: as `CachedBuilder.contents`, or the split has no records.
     """
-    if not _is_complete(kind, paths, downloads, target):
+    name = builder_class.name
+    target = datasets_folder(data_dir, cache_dir) / f"{name}-{key}"
+    builder = prepare_dataset(builder_class, paths, target, cache_root(cache_dir) / "downloads", progress)
+    if split not in builder.info.splits:
+        raise InputError(
+            f"data set '{name}' has no {builder.ITEM_NAME} in split '{split}' (it has {', '.join(builder.info.splits)}): "
+            "give more data in data.paths"
+        )
+    return builder.as_data_source(split=split)
+
+
+def prepare_dataset(
+    builder_class: type[CachedBuilder],
+    paths: tuple[str, ...],
+    target: pathlib.Path,
+    downloads: pathlib.Path,
+    progress: bool,
+) -> CachedBuilder:
+    """Returns a builder whose prepared data set is in `target`, after writing it there where necessary.
+
+    Several processes may call it at once; a killed one leaves nothing that is read later.
+
+    Raises:
+      InputError: as `CachedBuilder.contents`, or `target` is not writable.
+    """
+
+    def builder(folder: pathlib.Path) -> CachedBuilder:
+        return builder_class(paths=paths, downloads=downloads, data_dir=folder)
+
+    def is_complete() -> bool:
+        return _has_all_sizes(target) and _has_all_files(builder(target))
+
+    if not is_complete():
         with locked(target) as alone:
-            if not _is_complete(kind, paths, downloads, target):
+            if not is_complete():
                 if target.is_dir():
                     warn(f"{target} is incomplete, as if it had been cleaned in part: it is prepared again")
                 with staged_directory(target, alone=alone) as folder:
-                    builder = kind(paths=paths, downloads=downloads, data_dir=folder)
-                    builder.prepare(progress=progress)
-                    atomic_write(folder / FILE_SIZES_FILE, json.dumps(_sizes(folder)) + "\n")
-    return kind(paths=paths, downloads=downloads, data_dir=target)
+                    builder(folder).prepare(progress=progress)
+                    atomic_write(folder / FILE_SIZES_FILE, json.dumps(_file_sizes(folder)) + "\n")
+    return builder(target)
 
 
-def _is_complete(
-    kind: type[CachedBuilder], paths: tuple[str, ...], downloads: pathlib.Path, target: pathlib.Path
-) -> bool:
-    """Whether all files of a prepared data set are there, as long as they were; older ones do not say how long."""
+def _has_all_sizes(target: pathlib.Path) -> bool:
+    """True where the files of a prepared data set have the sizes they were written with; older ones list no sizes."""
     if not target.is_dir():
         return False
     try:
-        if parse_json((target / FILE_SIZES_FILE).read_bytes()) != _sizes(target):
-            return False
+        return parse_json((target / FILE_SIZES_FILE).read_bytes()) == _file_sizes(target)
     except FileNotFoundError:
-        pass
+        return True
     except ValueError:
         return False
-    builder = kind(paths=paths, downloads=downloads, data_dir=target)
+
+
+def _has_all_files(builder: CachedBuilder) -> bool:
+    """True where the description and all shards of a prepared data set exist."""
     if not all(pathlib.Path(builder.data_dir, name).is_file() for name in ("dataset_info.json", "features.json")):
         return False
-    splits = builder.info.splits
-    filled = [split for split in splits.values() if split.num_examples]
-    return bool(filled) and all(pathlib.Path(file).is_file() for split in filled for file in split.filepaths)
+    splits = [split for split in builder.info.splits.values() if split.num_examples]
+    return bool(splits) and all(pathlib.Path(file).is_file() for split in splits for file in split.filepaths)
 
 
-def _sizes(folder: pathlib.Path) -> dict[str, int]:
-    """Bytes of the files of a prepared data set, by their paths in its folder."""
+def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
+    """Returns the bytes of each file of a prepared data set, by its path in the folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_SIZES_FILE]
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def file_signature(file: pathlib.Path, name: str) -> str:
-    """Returns a line that changes when the file does: name, place, size in bytes and time of change.
+    """Returns a line that changes when the file does: name, path, size in bytes and modification time.
 
     Raises:
-      InputError: it is no file, or not there.
+      InputError: it does not exist, or is no regular file.
     """
     try:
         status = file.stat()
@@ -194,5 +252,5 @@ def file_signature(file: pathlib.Path, name: str) -> str:
 
 
 def hash_fraction(name: str) -> float:
-    """Returns a number in [0, 1) that depends on `name` only, the same everywhere and for ever."""
+    """Returns a number in [0, 1) that depends on `name` only, on every machine and in every version."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48

@@ -1,4 +1,4 @@
-"""What the builders of images share: the source that is read at random, arrays and photos in TFDS, pictures to RGB."""
+"""Base class of image data sets, the source of images that is read at random, and the decoding of image files to RGB."""
 
 import contextlib
 import dataclasses
@@ -17,27 +17,28 @@ from seqpe_jax.data import registry
 from seqpe_jax.data.datasets.base import CachedBuilder, prepare_dataset
 from seqpe_jax.errors import InputError
 
-MAX_CLASSES_SHOWN = 10  # class names told in a message
+MAX_CLASSES_SHOWN = 10  # class names in a message
 
 LabelledArrays = Iterable[tuple[np.ndarray, int]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSource:
-    """A split of labelled images or clips, random access in Grain's sense.
+    """A split of labelled images or videos, with random access in Grain's sense.
 
-    `source[i]` -> {"image": uint8[H, W, C], or [T, H, W, C] of a clip, "label": int}; images of one source may differ in
-    size, never in channels. Reading raises InputError where a file is damaged or a label is out of range.
+    `source[i]` -> {"image": uint8[H, W, C], or [T, H, W, C] of a video, "label": int}; images of one source may differ in
+    size, never in channels. Reading raises InputError if a file is damaged or a label is out of range.
 
     Attributes:
       name: of the data set and split, for messages.
       class_names: label -> name.
       channels: 1 (grey) or 3 (RGB).
-      mean, std: per channel, in 0..1; what pixels are normalised with.
-      fingerprint: hex digits; equal for equal data, on every machine.
-      records: what the data set holds, in order: mappings with "image" and "label".
-      decode: a record's image -> uint8 array; none = it is one.
-      labels: of `class_names`, by label of a record; none = the records' own.
+      mean: per channel in 0..1, for normalization.
+      std: per channel in 0..1, for normalization.
+      fingerprint: hex digits, equal for equal data on every machine.
+      records: mappings with "image" and "label", in the order of the data set.
+      decode: converts the image of a record to a uint8 array; None = it is one.
+      labels: label of a record -> index in `class_names`; None = equal.
     """
 
     name: str
@@ -52,27 +53,27 @@ class ImageSource:
 
     @property
     def classes(self) -> int:
-        """How many classes there are; labels are 0 .. classes - 1."""
+        """Number of classes; labels are 0 .. classes - 1."""
         return len(self.class_names)
 
     def relabel(self, class_names: Sequence[str], owner: str) -> "ImageSource":
-        """Returns the same images, with labels that are places in other names; a class keeps its name.
+        """Returns the same images with labels that are indices in other class names.
 
         Args:
-          class_names: need not be in order, and may be of more classes.
-          owner: whose names they are, for the message.
+          class_names: in any order, and possibly of more classes.
+          owner: whose class names they are, for the message.
 
         Raises:
-          InputError: a class that is not among them.
+          InputError: a class of this source is not among them.
         """
-        places = {name: label for label, name in enumerate(class_names)}
-        unknown = [name for name in self.class_names if name not in places]
+        indices = {name: label for label, name in enumerate(class_names)}
+        unknown = [name for name in self.class_names if name not in indices]
         if unknown:
             raise InputError(
-                f"{self.name} has {_listed('class', 'classes', unknown)}, unknown to {owner}, whose "
-                f"{_listed('class is', 'classes are', class_names)}: give the folders these names, or leave others out"
+                f"{self.name} has {_list_names('class', 'classes', unknown)}, unknown to {owner}, whose "
+                f"{_list_names('class is', 'classes are', class_names)}: give the folders these names, or leave others out"
             )
-        labels = tuple(places[name] for name in self.class_names)
+        labels = tuple(indices[name] for name in self.class_names)
         return dataclasses.replace(self, class_names=tuple(class_names), labels=labels)
 
     def __len__(self) -> int:
@@ -80,10 +81,10 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        label, known = int(record["label"]), self.classes if self.labels is None else len(self.labels)
-        if not 0 <= label < known:
+        label, num_labels = int(record["label"]), self.classes if self.labels is None else len(self.labels)
+        if not 0 <= label < num_labels:
             raise InputError(
-                f"image {index} of {self.name} has label {label}, expected 0 to {known - 1}: the prepared data set "
+                f"image {index} of {self.name} has label {label}, expected 0 to {num_labels - 1}: the prepared data set "
                 "is not what its name says; remove its folder and prepare it again"
             )
         image = record["image"]
@@ -94,9 +95,12 @@ class ImageSource:
 
 
 class ImageBuilder(CachedBuilder, skip_registration=True):
-    """A data set of images or clips of one shape: {"image": uint8[SHAPE], "label": int64}.
+    """A data set of images or videos of one shape: {"image": uint8[size, channels], "label": int64}.
 
-    A subclass says what it reads (`sources`) and yields labelled arrays by split (`images`).
+    A subclass implements `sources` and `images`; size, channels, mean and std are those of its entry in `data.registry`.
+
+    Attributes:
+      CLASS_NAMES: label -> name.
     """
 
     ITEM_NAME = "images"
@@ -104,15 +108,16 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
 
     def features(self) -> tfds.features.FeaturesDict:
         dataset = registry.get(self.name)
-        shape = (*dataset.size, dataset.channels)
-        label = tfds.features.ClassLabel(names=list(self.CLASS_NAMES))
-        return tfds.features.FeaturesDict({"image": tfds.features.Tensor(shape=shape, dtype=np.uint8), "label": label})
+        image = tfds.features.Tensor(shape=(*dataset.size, dataset.channels), dtype=np.uint8)
+        return tfds.features.FeaturesDict(
+            {"image": image, "label": tfds.features.ClassLabel(names=list(self.CLASS_NAMES))}
+        )
 
     def images(self) -> Mapping[str, LabelledArrays]:
-        """Returns (uint8[SHAPE], label) pairs by split.
+        """Returns the (uint8[size, channels], label) pairs of each split.
 
         Raises:
-          InputError: nothing there to read.
+          InputError: there is no input.
         """
         raise NotImplementedError
 
@@ -127,121 +132,129 @@ class ImageBuilder(CachedBuilder, skip_registration=True):
     def open_split(
         cls, split: str, *, paths: tuple[str, ...], datasets: pathlib.Path, cache: pathlib.Path, progress: bool
     ) -> ImageSource:
-        """Returns a split, preparing the data set when that has not been done yet.
+        """Opens a split, after preparing the data set where that is not done yet.
 
         Args:
-          split: train, validation or test.
-          paths: what the user points at.
+          split: "train", "validation" or "test".
+          paths: `data.paths`, local.
           datasets: folder of prepared data sets.
-          cache: folder of everything else that is kept.
+          cache: folder of the cache.
+          progress: show progress bars on stderr.
 
         Raises:
-          InputError: nothing to read, damaged data, a folder not writable.
+          InputError: there is no input, it is damaged, or a folder is not writable.
         """
-        key = cls.source_key(paths)
+        dataset, key = registry.get(cls.name), cls.source_key(paths)
         builder = prepare_dataset(cls, paths, datasets / f"{cls.name}-{key}", cache / "downloads", progress)
-        fingerprint = fingerprint_of(key, split)
-        records = builder.as_data_source(split=split)
-        dataset = registry.get(cls.name)
         return ImageSource(
-            f"{cls.name}/{split}", cls.CLASS_NAMES, dataset.channels, dataset.mean, dataset.std, fingerprint, records
+            name=f"{cls.name}/{split}",
+            class_names=cls.CLASS_NAMES,
+            channels=dataset.channels,
+            mean=dataset.mean,
+            std=dataset.std,
+            fingerprint=fingerprint_of(key, split),
+            records=builder.as_data_source(split=split),
         )
 
 
-def _listed(one: str, many: str, names: Sequence[str]) -> str:
+def _list_names(one: str, many: str, names: Sequence[str]) -> str:
     """Returns "class a" or "classes a, b, c"; of many names the first few."""
-    shown = ", ".join(names[:MAX_CLASSES_SHOWN]) + (
-        f" and {len(names) - MAX_CLASSES_SHOWN} more" if len(names) > MAX_CLASSES_SHOWN else ""
-    )
-    return f"{one if len(names) == 1 else many} {shown}"
+    more = f" and {len(names) - MAX_CLASSES_SHOWN} more" if len(names) > MAX_CLASSES_SHOWN else ""
+    return f"{one if len(names) == 1 else many} {', '.join(names[:MAX_CLASSES_SHOWN])}{more}"
 
 
 def fingerprint_of(*identity: Any) -> str:
-    """Returns 32 hex digits that tell values apart."""
+    """Returns 32 hex digits, equal for equal values."""
     return hashlib.sha256(json.dumps(identity, default=list).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
-def image_errors(name: str, cure: str) -> Iterator[None]:
-    """Tells in one line what Pillow cannot read, and what to do about it.
+def image_errors(name: str, fix: str) -> Iterator[None]:
+    """Turns errors of Pillow into one line.
+
+    Args:
+      name: of the image.
+      fix: what to do about an unreadable one.
 
     Raises:
       InputError: names the image and the reason.
     """
     try:
         yield
-    except Exception as error:  # Pillow's decoders raise whatever they stumble on
+    except Image.DecompressionBombError as error:  # the file may be undamaged, so the fix is another
+        raise InputError(
+            f"image {name} is too large: it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the limit; make it "
+            "smaller, cut it into several, or leave it out"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise errors of any class
         reason = str(error) if str(error) and "BytesIO" not in str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image, or of an unknown format"
-        if isinstance(
-            error, Image.DecompressionBombError
-        ):  # the file may be whole, so its words and the cure are others
-            raise InputError(
-                f"image {name} is too large: it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the most that "
-                "are read; make it smaller, cut it into several, or leave it out"
-            ) from error
-        raise InputError(f"cannot read image {name} ({' '.join(reason.split())}): {cure}") from error
+        raise InputError(f"cannot read image {name} ({' '.join(reason.split())}): {fix}") from error
 
 
-def read_rgb(file: str | io.BytesIO, name: str, cure: str, *, upright: bool = False, bit_depth: int = 0) -> np.ndarray:
-    """Returns the pixels of an encoded image, uint8[H, W, 3]: grey, palette and CMYK become RGB, 16 bit and floats 8 bit.
+def read_rgb(file: str | io.BytesIO, name: str, fix: str, *, upright: bool = False, bit_depth: int = 0) -> np.ndarray:
+    """Decodes an image: grey, palette and CMYK become RGB, 16 bits and floats become 8 bits.
 
-    What is transparent shows white behind it. Of several frames (GIF, TIFF) the first is read.
+    Transparent pixels show white. Of several frames (GIF, TIFF) the first is read.
 
     Args:
-      file: a file's name, or what is in it.
-      name, cure: what to call it, and what to do about it, where it cannot be read.
-      upright: turn it as the camera's mark says which side is up (EXIF); ImageNet's pictures are read as they lie, as is
-        usual.
+      file: name of the file, or its content.
+      name: of the image, for the message.
+      fix: what to do about an unreadable one, for the message.
+      upright: rotate it as its EXIF orientation says. ImageNet is usually read without.
       bit_depth: bits of the grey values in files of 16 bits; 0 = 16.
+
+    Returns:
+      uint8[H, W, 3].
 
     Raises:
       InputError: not an image, a damaged one, or one whose values have no known range.
     """
-    with image_errors(name, cure), Image.open(file) as image:
+    with image_errors(name, fix), Image.open(file) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow would clip at 255
-            return np.repeat(_grey(np.asarray(image), image.mode, bit_depth)[..., None], 3, axis=-1)
+        if image.mode[0] in "IF":  # more than 8 bits per pixel, which Pillow would clip at 255
+            return np.repeat(_grey_to_8_bits(np.asarray(image), image.mode, bit_depth)[..., None], 3, axis=-1)
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            behind = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(behind, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
 
 
-def verify_image(file: str, cure: str) -> tuple[str, int] | None:
-    """Checks that a file is an image, and measures the values of one with 16 bits each.
+def verify_image(file: str, fix: str) -> tuple[str, int] | None:
+    """Checks that a file is an image, and finds the largest value of one with 16 bits.
+
+    Args:
+      file: name of the file.
+      fix: what to do about an unreadable one, for the message.
 
     Returns:
-      ("grey" or "colours", the largest value in 0..65535) of an image of 16 bits, None of others. Of colours Pillow reads
-      the upper 8 bits alone.
+      ("grey" or "colours", largest value in 0..65535) of an image with 16 bits, None of others. Of colours Pillow reads the
+      upper 8 bits only.
 
     Raises:
       InputError: as `read_rgb`.
     """
-    with image_errors(f"'{file}'", cure), Image.open(file) as image:
-        of_16_bits = any(";16" in str(part) for part in image.tile)  # what Pillow calls the file's own form of pixels
-        if image.mode[0] in "IF":  # values whose range may be unknown are looked at themselves
+    with image_errors(f"'{file}'", fix), Image.open(file) as image:
+        has_16_bits = any(";16" in str(part) for part in image.tile)  # Pillow's name of the pixel format in the file
+        if image.mode[0] in "IF":  # the range may be unknown, so the values are read
             values = np.asarray(image)
-            _grey(values, image.mode)
+            _grey_to_8_bits(values, image.mode)
             return ("grey", int(values.max())) if image.mode[0] == "I" else None
-        if of_16_bits:
+        if has_16_bits:
             return "colours", 257 * int(np.asarray(image.convert("RGB")).max())
         image.verify()
     return None
 
 
-def _grey(values: np.ndarray, mode: str, bit_depth: int = 0) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8. Raises: ValueError: they lie outside of what is known of their range."""
+def _grey_to_8_bits(values: np.ndarray, mode: str, bit_depth: int = 0) -> np.ndarray:
+    """Scales grey values of more than 8 bits to uint8. Raises: ValueError: they are out of the known range."""
     values = values.astype(np.float64)
     largest = 1.0 if mode == "F" else 2.0 ** (bit_depth or 16) - 1
     low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= largest:  # a NaN compares to nothing
-        kind = "floating-point values" if mode == "F" else "whole numbers"
-        given = f" (data.bit_depth={bit_depth})" if bit_depth and mode != "F" else ""
-        raise ValueError(
-            f"its {kind} go from {low:g} to {high:g}, and only 0 to {largest:g} is known as a range{given}"
-        )
+    if not 0 <= low <= high <= largest:  # also where one is NaN
+        kind = "floating-point values" if mode == "F" else "integers"
+        depth = f" (data.bit_depth={bit_depth})" if bit_depth and mode != "F" else ""
+        raise ValueError(f"its {kind} range from {low:g} to {high:g}, but the known range is 0 to {largest:g}{depth}")
     return np.rint(values * (255 / largest)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Your own images: one folder per class, read where they lie."""
+"""A user's own images in class folders, read in place: layout, splits, checks."""
 
 import concurrent.futures
 import json
@@ -32,46 +32,42 @@ from seqpe_jax.data.paths import (
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import atomic_write, parse_json
 
-HEADER_ONLY = {
-    "BUFR",
-    "EPS",
-    "GRIB",
-    "HDF5",
-    "MPEG",
-    "WMF",
-}  # Pillow knows them, but needs other programs for their pixels
+# Pillow reads the headers of these, but needs other programs for their pixels.
+HEADER_ONLY = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 Image.init()
 SUFFIXES = tuple(
     sorted(end for end, form in Image.registered_extensions().items() if form in Image.OPEN.keys() - HEADER_ONLY)
 )
-TEST, VALIDATION = 0.1, 0.2  # upper ends of the range of `hash_fraction`, where the images lie in one folder per class
-CAMERA_BIT_DEPTHS = (8, 10, 12, 14)  # bits that cameras give, in files of 16
-MIN_FULL_RANGE = 2 ** CAMERA_BIT_DEPTHS[-1]  # of 65536 values; where none is larger, 64 of 256 grey levels are left
-THREADS = 8  # that look at files at once: on network disks the wait is long
-HOW_TO_REPAIR = "replace it by a whole PNG or JPEG file, or remove it"
-FOLDER_LAYOUT = (
-    "ROOT/{train,validation,test}/CLASS/*.png (jpg, tif, gif, ...), or ROOT/CLASS/*, which is split 80/10/10"
-)
-OUTSIDE_CLASS_FOLDERS, NO_SPLIT_FOLDERS = "outside of class folders", "folders of no split"  # kinds of what is left out
-EVAL = "eval"  # the split that no other folder is: validation, else test
-SPLIT_FOLDER_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "val"),
-    "test": ("test",),
-}  # splits wherever they stand
-# As other programs call them; they are splits where they hold class folders, and a training and a held-out one are there.
+# Of ROOT/CLASS/*: images with a smaller `hash_fraction` are the test split, the next ones the validation split.
+TEST_END = 0.1
+VALIDATION_END = 0.2
+CAMERA_BIT_DEPTHS = (8, 10, 12, 14)  # in files of 16 bits
+MIN_FULL_RANGE = 2 ** CAMERA_BIT_DEPTHS[-1]  # of 65536 values; below it, 64 of 256 grey levels would be left
+THREADS = 8  # that check files at once: network disks are slow to answer
+VERIFY_GROUP = 1000  # files that are submitted at once: a million would take a gigabyte
+HOW_TO_REPAIR = "replace it by an undamaged PNG or JPEG file, or remove it"
+FOLDER_LAYOUT = registry.get("image_folder").paths_hint.removeprefix("give a directory ")
+
+# Reasons for skipping.
+OUTSIDE_CLASS_FOLDERS = "outside of class folders"
+NO_SPLIT_FOLDERS = "folders of no split"
+
+# Names that always mean a split.
+SPLIT_FOLDER_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+EVAL = "eval"  # means validation, or test if another folder is validation
+# Names of other programs, which mean a split if they hold class folders and there is a training and a held-out split.
 ALTERNATIVE_SPLIT_NAMES = {"train": ("training",), "validation": ("valid", "dev", EVAL), "test": ("testing", EVAL)}
 SPLIT_NAMES = {split: SPLIT_FOLDER_NAMES[split] + ALTERNATIVE_SPLIT_NAMES[split] for split in SPLITS}
 HELD_OUT_NAMES = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
 
 
 class ImageFolder:
-    """Photos as files, RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE.
+    """Image files as RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE.
 
-    Of ROOT/CLASS every class has an image for training. A class is all that lies below its folder, in any form that
-    Pillow reads; links are followed, and each real file of a split is read once (see `data.files`). Labels are the places
-    of the class names in sorted order, the same in all splits. Nothing is copied; each file is looked at once (Pillow's
-    `verify`), and that is remembered until a name, size or time of change differs.
+    Every class of ROOT/CLASS has an image for training. A class is all files below its folder, in every format that Pillow
+    reads; links are followed, and each real file of a split is read once (see `data.paths`). Labels are the indices of the
+    class names in sorted order, equal in all splits. Nothing is copied; each file is verified once, and again when its
+    name, size or modification time changes.
     """
 
     name = "image_folder"
@@ -87,7 +83,7 @@ class ImageFolder:
         progress: bool,
         bit_depth: int = 0,
     ) -> ImageSource:
-        """Returns a split, as `ImageBuilder.open_split` does.
+        """Opens a split; arguments and errors as `ImageBuilder.open_split`.
 
         Args:
           bit_depth: bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
@@ -95,21 +91,21 @@ class ImageFolder:
         del datasets
         registry.get(cls.name).check_paths(paths)
         root = pathlib.Path(absolute_path(os.path.expanduser(paths[0])))
-        folder, class_names, beside = _layout(root, split)
-        files = _Files(folder, class_names, split if folder == root else None, progress)
+        folder, class_names, outside = _find_layout(root, split)
+        files = _ImageFiles(folder, class_names, split if folder == root else None, progress)
         if progress:
-            for place, skipped in ((root, beside), (folder, files.skipped)):
+            for where, skipped in ((root, outside), (folder, files.skipped)):
                 if str(skipped):
-                    warn(f"data.paths: left out of '{place}': {skipped}")
+                    warn(f"data.paths: skipped in '{where}': {skipped}")
         if not len(files):
             raise InputError(
                 f"data.paths: split '{split}' of '{root}' is empty: give more images, or make the folders train, "
                 "validation and test yourself"
             )
         title = f"{cls.name}/{split}"
-        done = cache / "verified" / f"{cls.name}-{fingerprint_of(str(folder), files.status)}"
-        _check_depth(_verify(files, done, title, progress), bit_depth, title)
-        narrow = [bit_depth] if bit_depth not in (0, 16) else []  # which gives the same files other pixels
+        verified = cache / "verified" / f"{cls.name}-{fingerprint_of(str(folder), files.status)}"
+        _check_bit_depth(_verify(files, verified, title, progress), bit_depth, title)
+        narrow = [bit_depth] if bit_depth not in (0, 16) else []  # gives the same files other pixels
         return ImageSource(
             name=title,
             class_names=class_names,
@@ -122,46 +118,55 @@ class ImageFolder:
         )
 
 
-class _Files(Sequence):
-    """The image files of a split, by class and name: [i] -> {"image": path, "label": int}.
+class _ImageFiles(Sequence):
+    """The image files of a split by class and name: [i] -> {"image": path, "label": int}.
 
     Args:
-      split: the part of the files to keep, by the hash of CLASS/FILE; None = all of them.
+      folder: of the class folders.
+      class_names: label -> name.
+      split: the part of the files to take, by the hash of CLASS/FILE; None = all of them.
+      progress: show a progress bar on stderr.
 
     Attributes:
-      status: CLASS/FILE, size in bytes and time of change of each file; left_out: what lies there, but is not read.
+      status: (CLASS/FILE, bytes, modification time in ns) of each file.
+      skipped: files that are not read.
     """
 
     def __init__(self, folder: pathlib.Path, class_names: tuple[str, ...], split: str | None, progress: bool):
         self._folder = folder
-        there = [name for name in class_names if (folder / name).is_dir()]  # a held-out split need not have every class
+        present = [name for name in class_names if (folder / name).is_dir()]  # a held-out split may lack classes
         title = f"list images of {split or folder.name}" if progress else ""
-        found = resolve_paths([str(folder / name) for name in there], suffixes=SUFFIXES, title=title)
+        found = resolve_paths([str(folder / name) for name in present], suffixes=SUFFIXES, title=title)
         self.skipped = found.skipped
-        above = os.path.join(folder, "")
-        files: dict[str, list[str]] = {name: [] for name in there}
-        for file in found.files:
-            name = file.removeprefix(above)
-            files[name.partition(os.sep)[0]].append(name)
-        for name in there:
-            if not files[name]:
-                left = f", left out: {self.skipped}" if str(self.skipped) else ""
-                raise InputError(
-                    f"data.paths: class folder '{folder / name}' holds no images of its own (png, jpg, tif, gif, ...)"
-                    f"{left}: put images into it, or remove it"
-                )
+        files = self._by_class(found.files, present)
         self.status: list[tuple[str, int, int]] = []
         labels: list[int] = []
-        for label, kind in enumerate(class_names):
-            kept = files.get(kind, [])
+        for label, class_name in enumerate(class_names):
+            names = files.get(class_name, [])
             if split is not None:
-                splits = _splits(kept)
-                kept = [name for name in kept if splits[name] == split]
-            self.status += map(self._described, kept)
-            labels += [label] * len(kept)
+                splits = _assign_splits(names)
+                names = [name for name in names if splits[name] == split]
+            self.status += map(self._status, names)
+            labels += [label] * len(names)
         self._labels = np.array(labels, np.int32)
 
-    def _described(self, name: str) -> tuple[str, int, int]:
+    def _by_class(self, files: list[str], class_names: list[str]) -> dict[str, list[str]]:
+        """Returns CLASS/FILE of all files, by class. Raises: InputError: a class has none."""
+        prefix = os.path.join(self._folder, "")
+        found: dict[str, list[str]] = {name: [] for name in class_names}
+        for file in files:
+            name = file.removeprefix(prefix)
+            found[name.partition(os.sep)[0]].append(name)
+        for name in class_names:
+            if not found[name]:
+                skipped = f", skipped: {self.skipped}" if str(self.skipped) else ""
+                raise InputError(
+                    f"data.paths: class folder '{self._folder / name}' holds no images of its own (png, jpg, tif, gif, ...)"
+                    f"{skipped}: put images into it, or remove it"
+                )
+        return found
+
+    def _status(self, name: str) -> tuple[str, int, int]:
         try:
             status = os.stat(os.path.join(self._folder, name))
         except OSError as error:
@@ -175,56 +180,78 @@ class _Files(Sequence):
         return {"image": os.path.join(self._folder, self.status[index][0]), "label": int(self._labels[index])}
 
 
-def _layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], Skipped]:
-    """Returns (folder of the split's class folders, class names, what lies beside).
+# Layout of folders.
 
-    The folder is `root` where there are no split folders.
+
+def _find_layout(root: pathlib.Path, split: str) -> tuple[pathlib.Path, tuple[str, ...], Skipped]:
+    """Finds the class folders of a split.
+
+    Returns:
+      (folder that holds them: `root` if there are no split folders; class names; what is skipped next to them).
     """
     if not root.is_dir():
         raise InputError(f"data.paths: there is no folder '{root}'; give a folder with images: {FOLDER_LAYOUT}")
-    top, skipped = _folders(root), Skipped()
-    named = _split_folders(root, top)
-    folders = {name: root / named.get(name, name) for name in SPLITS}
-    present = {name: found for name, folder in folders.items() if folder.is_dir() and (found := _folders(folder))}
+    top, skipped = _subfolders(root), Skipped()
+    split_folders = _find_split_folders(root, top)
+    folders = {name: root / split_folders.get(name, name) for name in SPLITS}
+    present = {name: found for name, folder in folders.items() if folder.is_dir() and (found := _subfolders(folder))}
     if not present:
         if not top:
             raise InputError(f"data.paths: '{root}' holds no class folders; expected {FOLDER_LAYOUT}")
         _check_classes(root, top, split)
-        _outside(root, skipped)
+        _add_skipped(root, skipped)
         return root, top, skipped
-    beside = [name for name in top if name not in named.values()]
-    if beside and not any(named[name] in SPLIT_FOLDER_NAMES[name] for name in present):
+    others = [name for name in top if name not in split_folders.values()]
+    if others and not any(split_folders[name] in SPLIT_FOLDER_NAMES[name] for name in present):
         raise InputError(
-            f"data.paths: '{root}' has '{named[next(iter(present))]}' beside '{beside[0]}', which may be a split or a "
-            f"class: name splits in lower case (train, validation, test), or move the others away; expected {FOLDER_LAYOUT}"
+            f"data.paths: '{root}' has '{split_folders[next(iter(present))]}' and '{others[0]}', which may be splits or "
+            "classes: name splits in lower case (train, validation, test), or move the others away; expected "
+            f"{FOLDER_LAYOUT}"
         )
+    _check_splits(root, folders, present, split)
+    _check_classes(folders["train"], present["train"], split)
+    for name in others:
+        skipped.add(NO_SPLIT_FOLDERS, str(root / name))
+    for folder in (root, folders[split]):
+        _add_skipped(folder, skipped)
+    return folders[split], present["train"], skipped
+
+
+def _check_splits(
+    root: pathlib.Path, folders: Mapping[str, pathlib.Path], present: Mapping[str, tuple[str, ...]], split: str
+) -> None:
+    """Refuses a missing split, and a held-out class without training images.
+
+    Args:
+      root: `data.paths`.
+      folders: folder of each split.
+      present: names of the class folders of each split that exists.
+      split: to be read.
+
+    Raises:
+      InputError: names the folder.
+    """
     for needed in ("train", split):
         if needed not in present:
             raise InputError(
                 f"data.paths: '{root}' has {' and '.join(present)}, but no class folders in '{folders[needed]}': make "
                 "them, or put the class folders into the root, which is then split 80/10/10"
             )
-    class_names = present["train"]
-    _check_classes(folders["train"], class_names, split)
-    for name, others in present.items():
-        unknown = sorted(set(others) - set(class_names))
+    for name, class_names in present.items():
+        unknown = sorted(set(class_names) - set(present["train"]))
         if unknown:
             raise InputError(
                 f"data.paths: class folder '{folders[name] / unknown[0]}' has no counterpart in '{folders['train']}': "
                 "every class needs training images; add some, or remove the folder"
             )
-    for name in beside:
-        skipped.add(NO_SPLIT_FOLDERS, str(root / name))
-    for folder in (root, folders[split]):
-        _outside(folder, skipped)
-    return folders[split], class_names, skipped
 
 
-def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
-    """Returns the names of the split folders that there are, by split.
+def _find_split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
+    """Returns the names of the split folders that exist, by split.
 
     Args:
-      top: names of the folders in `root`.
+      root: `data.paths`.
+      top: names of the folders in it.
 
     Raises:
       InputError: several folders may be the same split.
@@ -233,68 +260,69 @@ def _split_folders(root: pathlib.Path, top: tuple[str, ...]) -> dict[str, str]:
     for split, names in SPLIT_FOLDER_NAMES.items():
         if (name := next((name for name in names if name in top), None)) is not None:
             found[split] = name
-
-    def holds_classes(name: str) -> bool:
-        return bool(_folders(root / name)) and not _has_images(root / name)
-
     for split in SPLITS:
-        if split in found:
-            continue
-        others = [name for name in top if name.lower() in SPLIT_NAMES[split] and name not in found.values()]
-        others = [name for name in others if holds_classes(name)]
-        others = [name for name in others if name.lower() != EVAL] or others
-        if len(others) > 1:
-            raise InputError(
-                f"data.paths: '{root}' has {' and '.join(others)}, and only one can be the {split} split: name it '{split}'"
-            )
-        if others:
-            found[split] = others[0]
-    if "train" not in found or len(found) == 1:  # then those that have another name are classes
+        if split not in found and (name := _find_alternative(root, top, split, set(found.values()))) is not None:
+            found[split] = name
+    if "train" not in found or len(found) == 1:  # then folders with alternative names are classes
         found = {split: name for split, name in found.items() if name.lower() in SPLIT_FOLDER_NAMES[split]}
     return found
 
 
-def _check_classes(folder: pathlib.Path, class_names: tuple[str, ...], split: str) -> None:
-    """Refuses folders that are no classes: those that hold splits, and one alone, which tells nothing from nothing.
+def _find_alternative(root: pathlib.Path, top: tuple[str, ...], split: str, used: set[str]) -> str | None:
+    """Returns the folder that has an alternative name of a split and holds class folders, or None."""
+    names = [name for name in top if name.lower() in SPLIT_NAMES[split] and name not in used]
+    names = [name for name in names if _subfolders(root / name) and not _has_images(root / name)]
+    names = [name for name in names if name.lower() != EVAL] or names
+    if len(names) > 1:
+        raise InputError(
+            f"data.paths: '{root}' has {' and '.join(names)}, and only one can be the {split} split: name it '{split}'"
+        )
+    return names[0] if names else None
 
-    Of a known run, a single class may be evaluated, so that one alone is refused where a model is trained.
+
+def _check_classes(folder: pathlib.Path, class_names: tuple[str, ...], split: str) -> None:
+    """Refuses folders that are no classes: those that hold splits, and a single one, which cannot be learnt.
+
+    A single class may be evaluated with the classes of a run, so it is refused for training only.
 
     Raises:
       InputError: names the folder to give instead.
     """
-    divided = [name for name in class_names if _holds_splits(folder / name)]
-    if divided and len(class_names) == 1:
+    with_splits = [name for name in class_names if _holds_splits(folder / name)]
+    if with_splits:
+        inner = folder / with_splits[0]
+        splits = ", ".join(_subfolders(inner))
+        if len(class_names) == 1:
+            raise InputError(
+                f"data.paths: '{inner}' holds splits ({splits}) and is no class: give that folder as data.paths, laid out as "
+                f"{FOLDER_LAYOUT}"
+            )
         raise InputError(
-            f"data.paths: '{folder / divided[0]}' holds splits ({', '.join(_folders(folder / divided[0]))}) and is no "
-            f"class: give that folder as data.paths, laid out as {FOLDER_LAYOUT}"
-        )
-    if divided:
-        raise InputError(
-            f"data.paths: class folder '{folder / divided[0]}' holds splits ({', '.join(_folders(folder / divided[0]))}): "
-            f"give that folder as data.paths if it is the data set, or put splits above classes: {FOLDER_LAYOUT}"
+            f"data.paths: class folder '{inner}' holds splits ({splits}): give that folder as data.paths if it is the data "
+            f"set, or put splits above classes: {FOLDER_LAYOUT}"
         )
     if len(class_names) > 1 or split != "train":
         return
     inner = folder / class_names[0]
-    while len(below := _folders(inner)) == 1 and not _has_images(inner):
+    while len(below := _subfolders(inner)) == 1 and not _has_images(inner):
         inner = inner / below[0]
-    cure = "give a folder with two class folders or more"
+    fix = "give a folder with two class folders or more"
     if len(below) > 1:
-        cure = f"give '{inner}' as data.paths, if its folders ({', '.join(below[:MAX_CLASSES_SHOWN])}, ...) are the classes"
+        fix = f"give '{inner}' as data.paths, if its folders ({', '.join(below[:MAX_CLASSES_SHOWN])}, ...) are the classes"
     raise InputError(
-        f"data.paths: '{folder}' holds one class, '{class_names[0]}', and a model needs two to tell apart: {cure}; "
-        f"expected {FOLDER_LAYOUT}"
+        f"data.paths: '{folder}' holds one class, '{class_names[0]}', and a model needs at least two: {fix}; expected "
+        f"{FOLDER_LAYOUT}"
     )
 
 
 def _holds_splits(folder: pathlib.Path) -> bool:
-    """Returns whether a folder holds a training split and a held-out one, by their names."""
+    """True if a folder holds a training and a held-out split, by their names."""
     names = [name for name in _names(folder) if name.lower() in HELD_OUT_NAMES or name.lower() in SPLIT_NAMES["train"]]
-    held = {name.lower() for name in names if os.path.isdir(folder / name)}
-    return bool(held & HELD_OUT_NAMES) and bool(held & set(SPLIT_NAMES["train"]))
+    found = {name.lower() for name in names if os.path.isdir(folder / name)}
+    return bool(found & HELD_OUT_NAMES) and bool(found & set(SPLIT_NAMES["train"]))
 
 
-def _folders(folder: pathlib.Path) -> tuple[str, ...]:
+def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
     """Returns the names of the folders in a folder that may be splits or classes, sorted."""
     return tuple(name for name in _names(folder) if not is_system_folder(name) and os.path.isdir(folder / name))
 
@@ -303,8 +331,8 @@ def _has_images(folder: pathlib.Path) -> bool:
     return any(name.lower().endswith(SUFFIXES) and os.path.isfile(folder / name) for name in _names(folder))
 
 
-def _outside(folder: pathlib.Path, skipped: Skipped) -> None:
-    """Adds what lies in a folder of class folders and is none: files, hidden folders, those of the system."""
+def _add_skipped(folder: pathlib.Path, skipped: Skipped) -> None:
+    """Adds what is in a folder of class folders but is none: files, hidden folders, those of the system."""
     for name in _names(folder, hidden=True):
         path = str(folder / name)
         if not os.path.isdir(path):
@@ -317,77 +345,82 @@ def _outside(folder: pathlib.Path, skipped: Skipped) -> None:
 
 
 def _names(folder: pathlib.Path, hidden: bool = False) -> list[str]:
-    """Returns the names in a folder, sorted, with or without those that are hidden."""
+    """Returns the names in a folder, sorted, by default without hidden ones."""
     try:
         return sorted(name for name in os.listdir(folder) if hidden or not name.startswith("."))
     except OSError as error:
         raise InputError(f"cannot read '{folder}' ({error.strerror}): check data.paths") from error
 
 
-def _splits(names: list[str]) -> dict[str, str]:
+def _assign_splits(names: list[str]) -> dict[str, str]:
     """Returns the split of each image of a class, by CLASS/FILE.
 
-    A hash of the name decides, so that an image stays where it is when others come or go. Of a class that would have no
-    image for training, the one nearest to that range is trained on.
+    The hash of the name decides, so that an image keeps its split when others are added or removed. A class without an
+    image for training gets the one nearest to that range.
     """
-    places = {name: hash_fraction(f"image_folder {name}") for name in names}
+    fractions = {name: hash_fraction(f"image_folder {name}") for name in names}
     splits = {
-        name: "test" if place < TEST else "validation" if place < VALIDATION else "train"
-        for name, place in places.items()
+        name: "test" if fraction < TEST_END else "validation" if fraction < VALIDATION_END else "train"
+        for name, fraction in fractions.items()
     }
     if names and "train" not in splits.values():
-        splits[max(names, key=lambda name: (places[name], name))] = "train"
+        splits[max(names, key=lambda name: (fractions[name], name))] = "train"
     return splits
 
 
-def _verify(files: _Files, done: pathlib.Path, title: str, progress: bool) -> dict[str, int]:
-    """Looks at every file once; the file `done` says that it was, and what was found.
+# Checks of files.
+
+
+def _verify(files: _ImageFiles, verified: pathlib.Path, title: str, progress: bool) -> dict[str, int]:
+    """Verifies every file once; the file `verified` records that it was, and the result.
 
     Returns:
-      The largest value in the files of 16 bits, in 0..65535, of "grey" and of "colours" where there are any.
+      The largest value in the files of 16 bits, in 0..65535, of "grey" and of "colours" if there are any.
 
     Raises:
       InputError: names the first file that is no image.
     """
-    if (known := _found(done)) is not None:
+    if (known := _read_verified(verified)) is not None:
         return known
-    with locked(done):
-        if (known := _found(done)) is not None:
+    with locked(verified):
+        if (known := _read_verified(verified)) is not None:
             return known
         largest: dict[str, int] = {}
         bar = tqdm.tqdm(total=len(files), desc=f"verify {title}", unit=" images", delay=2.0, disable=not progress)
         with bar, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            for first in range(0, len(files), 1000):  # a million at once would take a gigabyte
-                group = range(first, min(first + 1000, len(files)))
-                for found in pool.map(_check, [files[place]["image"] for place in group]):
+            for first in range(0, len(files), VERIFY_GROUP):
+                group = range(first, min(first + VERIFY_GROUP, len(files)))
+                for found in pool.map(_verify_file, [files[index]["image"] for index in group]):
                     bar.update()
                     if found is not None:
                         largest[found[0]] = max(found[1], largest.get(found[0], 0))
-        atomic_write(done, json.dumps(largest))
+        atomic_write(verified, json.dumps(largest))
         return largest
 
 
-def _found(done: pathlib.Path) -> dict[str, int] | None:
-    """Returns what a file of `_verify` says; None where there is none, or an older one, which is empty."""
+def _read_verified(verified: pathlib.Path) -> dict[str, int] | None:
+    """Returns the recorded result of `_verify`; None if there is none, or an empty one of an older version."""
     try:
-        content = done.read_text()
+        content = verified.read_text()
     except FileNotFoundError:
         return None
     return parse_json(content) if content else None
 
 
-def _check(file: str) -> tuple[str, int] | None:
+def _verify_file(file: str) -> tuple[str, int] | None:
     return verify_image(file, HOW_TO_REPAIR)
 
 
-def _check_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
-    """Refuses values that use a small part of 16 bits, as those of cameras of 10 or 12 bits do: most would become black.
+def _check_bit_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
+    """Refuses values that use a small part of 16 bits, as those of cameras of 10 or 12 bits: most would become black.
 
     Args:
       largest: see `_verify`.
+      bit_depth: `data.bit_depth`.
+      title: of the split, for the message.
 
     Raises:
-      InputError: says which bit depth they fit, or that one given is too small, or cannot be had.
+      InputError: names the bit depth that fits, or says that the given one is too small or impossible.
     """
     grey, colours = largest.get("grey"), largest.get("colours")
     if colours is not None and (bit_depth not in (0, 16) or bit_depth == 0 and colours < MIN_FULL_RANGE):
@@ -405,5 +438,5 @@ def _check_depth(largest: dict[str, int], bit_depth: int, title: str) -> None:
     if grey is not None and grey >= 2 ** (bit_depth or 16):
         raise InputError(
             f"data.paths: grey values in {title} go up to {grey}, beyond the {2**bit_depth - 1} of "
-            f"data.bit_depth={bit_depth}: give the bits that they have"
+            f"data.bit_depth={bit_depth}: give their real bit depth"
         )

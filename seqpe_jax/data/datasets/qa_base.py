@@ -1,4 +1,4 @@
-"""What the builders of questions share: one record per question, and how its passage meets other passages in a prompt."""
+"""Base class of question answering data sets: one record per question, with the passage that answers it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -12,26 +12,31 @@ class Question(NamedTuple):
     """A question about a passage.
 
     Attributes:
-      name: where the passage comes from; passage: the text that holds the answer; question: "" for a passage that is
-        there to distract only; kind: what is asked for; answers: accepted ones, the first preferred; none = the
-        question has no answer.
+      name: source of the passage, such as a file or an article.
+      passage: the text that holds the answer.
+      question: "" for a passage that serves as a distractor only.
+      question_type: category of the question, such as "who".
+      answers: accepted answers, the preferred one first; () = the question has no answer.
     """
 
     name: str
     passage: str
     question: str
-    kind: str
+    question_type: str
     answers: tuple[str, ...]
 
 
 class QABuilder(CachedBuilder, skip_registration=True):
-    """A data set of questions: {"name", "text" (the passage), "question", "kind", "answers"}, all UTF-8 text.
+    """A data set of questions: {"name", "text" (the passage), "question", "kind" (its type), "answers"}, all UTF-8 text.
 
-    A subclass says what it reads (`sources`) and yields questions by split (`questions`), in an order that is kept.
+    A subclass implements `sources`, `questions` and `leaks_answer`.
+
+    Attributes:
+      PROMPT_SUFFIX: end of a prompt, with {} in place of the question.
     """
 
     ITEM_NAME = "questions"
-    PROMPT_SUFFIX: str  # the end of a prompt, with {} for the question
+    PROMPT_SUFFIX: str
 
     def features(self) -> tfds.features.FeaturesDict:
         text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
@@ -40,10 +45,10 @@ class QABuilder(CachedBuilder, skip_registration=True):
         )
 
     def questions(self) -> Mapping[str, Iterable[Question]]:
-        """Returns questions by split; lazily, as the data may be large.
+        """Returns the questions of each split in a fixed order, lazily, since the data may be large.
 
         Raises:
-          InputError: nothing there to read, or it is damaged.
+          InputError: there is no input, or it is damaged.
         """
         raise NotImplementedError
 
@@ -51,10 +56,15 @@ class QABuilder(CachedBuilder, skip_registration=True):
         return self.questions()
 
     def examples(self, content: Question) -> Iterator[dict]:
-        name, passage, question, kind, answers = content
-        yield {"name": name, "text": passage, "question": question, "kind": kind, "answers": list(answers)}
+        yield {
+            "name": content.name,
+            "text": content.passage,
+            "question": content.question,
+            "kind": content.question_type,
+            "answers": list(content.answers),
+        }
 
     @staticmethod
     def leaks_answer(text: str, question: str, answers: Iterable[str]) -> bool:
-        """Returns whether a passage would answer a question that is about another one."""
+        """Returns True for a passage that would answer a question about another passage."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Questions with their whole prompts, one JSON object per line: the form that the reference reads."""
+"""Questions with complete prompts, one JSON object per line: the format of the PyTorch reference."""
 
 import pathlib
 from collections.abc import Iterator
@@ -13,28 +13,32 @@ QA_JSONL_USAGE = registry.get("qa_jsonl").paths_hint
 
 
 class QaJsonl:
-    """Prompts in a file that is read where it lies: {"index": int, "input": the prompt, "outputs": accepted answers}.
+    """Prompts of a file that is read in place: {"index": int, "input": the prompt, "outputs": accepted answers}.
 
-    A single file serves as whatever split is asked for; a folder has one file per split.
+    A single file serves as every split; a folder has one file per split.
     """
 
     name = "qa_jsonl"
 
     @classmethod
     def file(cls, split: str, paths: tuple[str, ...]) -> pathlib.Path:
-        """Returns the file of a split. Raises: InputError, there is none."""
+        """Returns the file of a split. Raises: InputError: there is none."""
         registry.get(cls.name).check_paths(paths)
         path = pathlib.Path(paths[0]).expanduser().absolute()
         file = path / f"{split}.jsonl" if path.is_dir() else path
         if not file.is_file():
-            held = [name for name in SPLITS if (path / f"{name}.jsonl").is_file()]
-            has = f" (the folder has {', '.join(held)})" if held else ""
+            present = [name for name in SPLITS if (path / f"{name}.jsonl").is_file()]
+            has = f" (the folder has {', '.join(present)})" if present else ""
             raise InputError(f"data.paths: '{file}' does not exist{has}; {QA_JSONL_USAGE}")
         return file
 
 
 def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yields (line number from 1, byte offset, line) of what is not blank. Raises: InputError, unreadable or not text."""
+    """Yields (line number from 1, byte offset, line) of lines that are not blank.
+
+    Raises:
+      InputError: unreadable, or not text.
+    """
     try:
         with open(file, "rb") as content:
             check_plain_text(content.read(HEAD_BYTES), f"data.paths: '{file}'")
@@ -48,11 +52,12 @@ def lines(file: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
 
 
-def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
-    """Returns (index, prompt, accepted answers) of a line, without white space around them, each answer once.
+def parse(line: bytes, where: str) -> tuple[int, str, tuple[str, ...]]:
+    """Returns (index, prompt, accepted answers) of a line, stripped of white space, each answer once.
 
     Args:
-      place: file and line number, for messages.
+      line: JSON.
+      where: file and line number, for messages.
 
     Raises:
       InputError: not an object with these fields.
@@ -60,19 +65,19 @@ def parse(line: bytes, place: str) -> tuple[int, str, tuple[str, ...]]:
     try:
         record = parse_json_text(line)
     except ValueError as error:
-        raise InputError(f"{place} is not JSON ({error}); {QA_JSONL_USAGE}") from None
+        raise InputError(f"{where} is not JSON ({error}); {QA_JSONL_USAGE}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{place} is no object; {QA_JSONL_USAGE}")
+        raise InputError(f"{where} is no object; {QA_JSONL_USAGE}")
     for name, kind, wanted in (("index", int, "an integer"), ("input", str, "a text"), ("outputs", list, "a list")):
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise InputError(
-                f"{place}: field '{name}' must be {wanted}, got {record.get(name)!r:.60}; {QA_JSONL_USAGE}"
+                f"{where}: field '{name}' must be {wanted}, got {record.get(name)!r:.60}; {QA_JSONL_USAGE}"
             )
     outputs = record["outputs"]
     if not outputs or not all(isinstance(output, str) and output.strip() for output in outputs):
         raise InputError(
-            f"{place}: field 'outputs' must be a list of texts that are not empty, got {outputs!r:.60}; {QA_JSONL_USAGE}"
+            f"{where}: field 'outputs' must be a list of texts that are not empty, got {outputs!r:.60}; {QA_JSONL_USAGE}"
         )
     if not record["input"].strip():
-        raise InputError(f"{place}: field 'input' is empty; {QA_JSONL_USAGE}")
+        raise InputError(f"{where}: field 'input' is empty; {QA_JSONL_USAGE}")
     return record["index"], record["input"].strip(), tuple(dict.fromkeys(output.strip() for output in outputs))

@@ -1,4 +1,4 @@
-"""SQuAD's questions (v1.1 or v2, or any file in that format), to be asked among many paragraphs."""
+"""Questions of SQuAD (v1.1, v2, or any file in that format), asked among many paragraphs."""
 
 import json
 import pathlib
@@ -15,18 +15,19 @@ from seqpe_jax.data.formats import HEAD_BYTES, JSON_HEAD_BYTES, check_plain_text
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import parse_json_text
 
-HELD_OUT = 0.1  # share of the articles in validation, and in test, where all are in one file
-KINDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
+HELD_OUT = 0.1  # share of the articles in validation, and in test, of a single file
+QUESTION_WORDS = ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
 SQUAD_USAGE = registry.get("squad_long").paths_hint
+
+Article = tuple[str, list]  # (title, paragraphs); a paragraph is (context, [(question, answers), ...])
 
 
 class SquadLong(QABuilder):
-    """Questions on paragraphs of articles; a question's kind is its first question word (who, what, ...), or "other".
+    """Questions on paragraphs of articles; the type of a question is its first question word (who, what, ...), or "other".
 
-    One file is split by article: a tenth of them (those of the lowest hash of their title) are the test split, the next
-    tenth validation. In a folder, train-*.json are the train split, and the articles of dev-*.json are split in halves
-    like that: validation and test. Questions of SQuAD v2 that have no answer are kept without one, and skipped by
-    whoever asks.
+    A single file is split by article: the tenth with the lowest hashes of their titles is the test split, the next tenth
+    validation. In a folder, train-*.json are the train split, and the articles of dev-*.json are split in halves the same
+    way: validation and test. Questions of SQuAD v2 without an answer are stored without one; `QASource` skips them.
 
     Args:
       paths: the file or the folder.
@@ -40,13 +41,13 @@ class SquadLong(QABuilder):
         return [file_signature(file, f"{part} {file.name}") for part, file in _files(paths)]
 
     def questions(self) -> Mapping[str, Iterable[Question]]:
-        articles: dict[str, list[tuple[str, list]]] = {}  # by part: whole, train or dev
+        articles: dict[str, list[Article]] = {}  # by part: whole, train or dev
         for part, file in _files(self.paths):
-            articles.setdefault(part, []).extend(_articles(file))
+            articles.setdefault(part, []).extend(_read_articles(file))
         shares = {"whole": (HELD_OUT, HELD_OUT), "dev": (0.5, 0.5), "train": (0.0, 0.0)}
-        splits: dict[str, list[tuple[str, list]]] = {split: [] for split in SPLITS}
+        splits: dict[str, list[Article]] = {split: [] for split in SPLITS}
         for part, found in articles.items():
-            for split, titles in _divided({title for title, _ in found}, *shares[part]).items():
+            for split, titles in _split_titles({title for title, _ in found}, *shares[part]).items():
                 splits[split] += [article for article in found if article[0] in titles]
         return {split: _questions(found) for split, found in splits.items()}
 
@@ -57,7 +58,7 @@ class SquadLong(QABuilder):
 
 
 def _files(paths: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
-    """Returns (whole, train or dev; file)."""
+    """Returns (part: "whole", "train" or "dev"; file)."""
     registry.get(SquadLong.name).check_paths(paths)
     path = pathlib.Path(paths[0]).expanduser().absolute()
     if path.is_file():
@@ -70,84 +71,96 @@ def _files(paths: tuple[str, ...]) -> list[tuple[str, pathlib.Path]]:
     return found
 
 
-def _divided(titles: set[str], test: float, validation: float) -> dict[str, set[str]]:
-    """Returns the titles of each split: fixed shares of them, at least one where there are enough for every split."""
+def _split_titles(titles: set[str], test: float, validation: float) -> dict[str, set[str]]:
+    """Returns the titles of each split: fixed shares, at least one title in a split with a share above 0."""
     ranked = sorted(titles, key=lambda title: (hash_fraction(f"squad_long {title}"), title))
-    held = max(1, round(test * len(ranked))) if test else 0
-    kept = max(1, round(validation * len(ranked))) if validation else 0
+    num_test = max(1, round(test * len(ranked))) if test else 0
+    num_validation = max(1, round(validation * len(ranked))) if validation else 0
     if test + validation == 1.0:
-        kept = len(ranked) - held
+        num_validation = len(ranked) - num_test
+    held_out = num_test + num_validation
     return {
-        "test": set(ranked[:held]),
-        "validation": set(ranked[held : held + kept]),
-        "train": set(ranked[held + kept :]),
+        "test": set(ranked[:num_test]),
+        "validation": set(ranked[num_test:held_out]),
+        "train": set(ranked[held_out:]),
     }
 
 
-def _articles(file: pathlib.Path) -> list[tuple[str, list]]:
-    """Returns (title, its paragraphs, checked)."""
+def _read_articles(file: pathlib.Path) -> list[Article]:
+    """Returns the checked articles of a file."""
+    content = _read_json(file)
+    return [
+        (
+            _field(file, article, where, "title", str),
+            [_paragraph(file, paragraph, below) for below, paragraph in _items(file, article, where, "paragraphs")],
+        )
+        for where, article in _items(file, content, "", "data")
+    ]
+
+
+def _paragraph(file: pathlib.Path, paragraph: Any, where: str) -> tuple[str, list[tuple[str, list[str]]]]:
+    """Returns (context, [(question, answers), ...])."""
+    questions = []
+    for below, question in _items(file, paragraph, where, "qas"):
+        answers = [
+            _field(file, answer, inner, "text", str) for inner, answer in _items(file, question, below, "answers")
+        ]
+        questions.append(
+            (_field(file, question, below, "question", str), [] if question.get("is_impossible") else answers)
+        )
+    return _field(file, paragraph, where, "context", str), questions
+
+
+def _read_json(file: pathlib.Path) -> Any:
     try:
-        read = file.read_bytes()
-        check_plain_text(read[:HEAD_BYTES], f"data.paths: '{file}'")
-        content = parse_json_text(read)
+        content = file.read_bytes()
+        check_plain_text(content[:HEAD_BYTES], f"data.paths: '{file}'")
+        return parse_json_text(content)
     except OSError as error:
         raise InputError(f"cannot read '{file}' ({error.strerror}): check data.paths") from error
     except json.JSONDecodeError as error:
-        if first_json_record(read[:JSON_HEAD_BYTES], len(read) <= JSON_HEAD_BYTES) is not None:
+        if first_json_record(content[:JSON_HEAD_BYTES], len(content) <= JSON_HEAD_BYTES) is not None:
             raise InputError(
-                f"'{file}' holds JSON lines, where data.name='squad_long' reads one object: {SQUAD_USAGE}; lines with 'input' and "
-                "'outputs' are read with data.name=qa_jsonl"
+                f"'{file}' holds JSON lines, but data.name='squad_long' reads one object: {SQUAD_USAGE}; lines with 'input' "
+                "and 'outputs' are read with data.name=qa_jsonl"
             ) from None
         raise InputError(
             f"'{file}', line {error.lineno} is not JSON ({error.msg}, column {error.colno}): download the file again"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"'{file}' is not UTF-8 text (byte offset {error.start}): download the file again") from None
+    except InputError:
+        raise
     except ValueError as error:
-        raise InputError(f"'{file}' is not JSON ({error}): mend it, or download the file again") from None
-    found = []
-    for place, article in _listed(file, content, "", "data"):
-        paragraphs = []
-        for below, paragraph in _listed(file, article, place, "paragraphs"):
-            text = _field(file, paragraph, below, "context", str)
-            asked = []
-            for deeper, question in _listed(file, paragraph, below, "qas"):
-                answers = [
-                    _field(file, answer, deepest, "text", str)
-                    for deepest, answer in _listed(file, question, deeper, "answers")
-                ]
-                if question.get("is_impossible"):
-                    answers = []
-                asked.append((_field(file, question, deeper, "question", str), answers))
-            paragraphs.append((text, asked))
-        found.append((_field(file, article, place, "title", str), paragraphs))
-    return found
+        raise InputError(f"'{file}' is not JSON ({error}): repair it, or download the file again") from None
 
 
-def _listed(file: pathlib.Path, owner: Any, place: str, name: str) -> Iterator[tuple[str, Any]]:
-    """Yields (where, object) for each of a list of objects."""
-    for number, item in enumerate(_field(file, owner, place, name, list)):
-        yield f"{place}{'.' if place else ''}{name}[{number}]", item
+def _items(file: pathlib.Path, owner: Any, where: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Yields (path of the item in the file, item) of a list field."""
+    for number, item in enumerate(_field(file, owner, where, name, list)):
+        yield f"{where}{'.' if where else ''}{name}[{number}]", item
 
 
-def _field(file: pathlib.Path, owner: Any, place: str, name: str, kind: type) -> Any:
+def _field(file: pathlib.Path, owner: Any, where: str, name: str, kind: type) -> Any:
+    """Returns a field of an object. Raises: InputError: it is missing or of another type."""
     value = owner.get(name) if isinstance(owner, dict) else None
     if not isinstance(value, kind):
         wanted = {list: "a list", str: "a text"}[kind]
-        has = "is no object" if not isinstance(owner, dict) else f"has no '{name}' that is {wanted}"
-        raise InputError(f"'{file}' is not in SQuAD's format: {place or 'the file'} {has}; {SQUAD_USAGE}")
+        problem = "is no object" if not isinstance(owner, dict) else f"has no '{name}' that is {wanted}"
+        raise InputError(f"'{file}' is not in SQuAD's format: {where or 'the file'} {problem}; {SQUAD_USAGE}")
     return value
 
 
-def _questions(articles: list[tuple[str, list]]) -> Iterator[Question]:
+def _questions(articles: list[Article]) -> Iterator[Question]:
     for title, paragraphs in articles:
-        for text, asked in paragraphs:
-            passage = text.strip()
+        for context, questions in paragraphs:
+            passage = context.strip()
             if not passage:
                 continue
-            for question, answers in asked:
-                kind = next((word for word in re.findall(r"\w+", question.lower()) if word in KINDS), "other")
+            for question, answers in questions:
+                words = re.findall(r"\w+", question.lower())
+                question_type = next((word for word in words if word in QUESTION_WORDS), "other")
                 accepted = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
-                yield Question(title, passage, question.strip(), kind, accepted)
-            if not asked:
+                yield Question(title, passage, question.strip(), question_type, accepted)
+            if not questions:
                 yield Question(title, passage, "", "other", ())

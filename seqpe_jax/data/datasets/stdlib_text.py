@@ -1,4 +1,4 @@
-"""The source text of the running Python's standard library: 10 MB of real text that every machine already has."""
+"""The source of the running Python's standard library: 10 MB of real text on every machine, without a download."""
 
 import os
 import pathlib
@@ -16,11 +16,12 @@ from seqpe_jax.errors import InputError
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_PREFIX = "_sysconfigdata"  # written when Python is built, different on every machine
 SALT = "stdlib_text 10: "  # with it no file above 130 kB (pydoc_data/topics.py has 757) fills a held-out split
-TEST, VALIDATION = 0.05, 0.10  # upper ends of the range of `hash_fraction`
+TEST_END = 0.05  # files with a smaller `hash_fraction` are the test split
+VALIDATION_END = 0.10  # the next ones are the validation split
 
 
 class StdlibText(TextBuilder):
-    """Every non-empty UTF-8 *.py file outside test folders, split by the hash of its relative name (about 90/5/5)."""
+    """Every non-empty UTF-8 *.py file outside of test folders, split by the hash of its relative name, about 90/5/5."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -34,7 +35,7 @@ class StdlibText(TextBuilder):
 
 
 def files() -> Mapping[str, Documents]:
-    """Returns (name, UTF-8 source) by split; read lazily. Raises: InputError, this Python has no source."""
+    """Returns (name, UTF-8 source) by split, read lazily. Raises: InputError: this Python has no source files."""
     root = _root()
     names = _names(root)
     return {wanted: _read(root, [name for name in names if split(name) == wanted]) for wanted in SPLITS}
@@ -42,8 +43,8 @@ def files() -> Mapping[str, Documents]:
 
 def split(name: str) -> str:
     """Returns the split of a file, from its relative name with forward slashes."""
-    place = hash_fraction(SALT + name)
-    return "test" if place < TEST else "validation" if place < VALIDATION else "train"
+    fraction = hash_fraction(SALT + name)
+    return "test" if fraction < TEST_END else "validation" if fraction < VALIDATION_END else "train"
 
 
 def _root() -> pathlib.Path:

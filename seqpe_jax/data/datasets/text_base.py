@@ -1,4 +1,4 @@
-"""What the builders of text share: the features, UTF-8 checks, long documents in pieces, splits by file."""
+"""Base class of text data sets: documents, UTF-8 checks, long documents in parts."""
 
 import pathlib
 import re
@@ -6,23 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow_datasets as tfds
 
-# Builders of text find all they need here, those of the base included.
 from seqpe_jax.data.datasets.base import CachedBuilder
 from seqpe_jax.data.formats import strip_bom
 from seqpe_jax.errors import InputError
 
-MAX_DOCUMENT_BYTES = 4 << 20  # bounds the memory that one example takes
-# Between a letter and the space before the next word: byte-level BPE vocabularies never merge across it, so a document
-# cut there is tokenised as if it were whole.
-_SEAM = re.compile(rb"(?<=\S)(?= [^\s])")
+MAX_DOCUMENT_BYTES = 4 << 20  # bounds the memory of one record
+# Between a letter and the space before the next word. Byte-level BPE vocabularies never merge across it, so that a document
+# split there has the tokens of the complete document.
+_WORD_BOUNDARY = re.compile(rb"(?<=\S)(?= [^\s])")
 
-Documents = Iterable[tuple[str, bytes]]
+Documents = Iterable[tuple[str, bytes]]  # (name, UTF-8 text)
 
 
 class TextBuilder(CachedBuilder, skip_registration=True):
-    """A data set of documents: {"text": bytes (UTF-8), "name": bytes}; pieces of one document share its name.
+    """A data set of documents: {"text": bytes (UTF-8), "name": bytes}; the parts of a document share its name.
 
-    A subclass says what it reads (`sources`) and yields documents by split (`documents`), in an order that is kept.
+    A subclass implements `sources` and `documents`.
     """
 
     ITEM_NAME = "texts"
@@ -31,10 +30,10 @@ class TextBuilder(CachedBuilder, skip_registration=True):
         return tfds.features.FeaturesDict({"text": tfds.features.Text(), "name": tfds.features.Text()})
 
     def documents(self) -> Mapping[str, Documents]:
-        """Returns (name, UTF-8 text) pairs by split; lazily, as the data may be large.
+        """Returns the documents of each split in a fixed order, lazily, since the data may be large.
 
         Raises:
-          InputError: nothing there to read, or not text.
+          InputError: there is no input, or it is not text.
         """
         raise NotImplementedError
 
@@ -43,27 +42,27 @@ class TextBuilder(CachedBuilder, skip_registration=True):
 
     def examples(self, content: tuple[str, bytes]) -> Iterator[dict]:
         name, text = content
-        for piece in split_document(text):
-            yield {"text": piece, "name": name.encode("utf-8", "surrogateescape")}  # a file's name may be any bytes
+        for part in split_document(text):
+            yield {"text": part, "name": name.encode("utf-8", "surrogateescape")}  # a file name may be any bytes
 
 
 def split_document(text: bytes, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[bytes]:
-    """Yields `text` in order, in pieces of about `limit` bytes; empty text has none.
+    """Yields `text` in order, in parts of about `limit` bytes; an empty text has none.
 
-    Cuts before a space between two words where there is one in the next `limit` bytes, else between two characters.
+    The cut is before a space between two words if the next `limit` bytes have one, else between two characters.
     """
     start = 0
     while len(text) - start > limit:
-        seam = _SEAM.search(text, start + limit, min(len(text), start + 2 * limit))
-        end = seam.start() if seam else character_start(text, start + limit)
+        boundary = _WORD_BOUNDARY.search(text, start + limit, min(len(text), start + 2 * limit))
+        end = boundary.start() if boundary else character_start(text, start + limit)
         yield text[start:end]
         start = end
-    if start < len(text):
+    if text[start:]:
         yield text[start:]
 
 
 def character_start(text: bytes, offset: int) -> int:
-    """Returns the first offset >= `offset` where a UTF-8 character starts (or the end)."""
+    """Returns the first offset >= `offset` at which a UTF-8 character starts, or the end of the text."""
     while offset < len(text) and text[offset] & 0xC0 == 0x80:
         offset += 1
     return offset
@@ -73,27 +72,27 @@ def check_utf8(text: bytes, file: str, offset: int = 0) -> bytes:
     """Returns `text` if it is UTF-8.
 
     Args:
-      file, offset: where the text starts, for the message.
+      text: part of a file.
+      file: name of the file, for the message.
+      offset: byte offset of the text in the file, for the message.
 
     Raises:
       InputError: names the file and the byte offset of the first byte that is not UTF-8.
     """
-    position = 0
-    for piece in split_document(text):
+    for part in split_document(text):
         try:
-            piece.decode("utf-8")
+            part.decode("utf-8")
         except UnicodeDecodeError as error:
-            place = offset + position + error.start
             raise InputError(
-                f"'{file}' is not UTF-8 text: byte 0x{piece[error.start]:02x} at offset {place}; convert the file to "
-                "UTF-8 or leave it out of data.paths"
+                f"'{file}' is not UTF-8 text: byte 0x{part[error.start]:02x} at offset {offset + error.start}; convert the "
+                "file to UTF-8 or leave it out of data.paths"
             ) from None
-        position += len(piece)
+        offset += len(part)
     return text
 
 
 def read_text(file: pathlib.Path) -> bytes:
-    """Returns the bytes of a UTF-8 file, without a byte order mark. Raises: InputError, unreadable or not UTF-8."""
+    """Returns the content of a UTF-8 file without its byte order mark. Raises: InputError: unreadable or not UTF-8."""
     try:
         return strip_bom(check_utf8(file.read_bytes(), str(file)))
     except OSError as error:
