@@ -10,12 +10,12 @@ import numpy as np
 import safetensors
 import yaml
 
+from seqpe_jax.data.tokenizers import TOKENIZER_FILE_SETS
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.interop import pickles
 
 MODEL_FILE = "model.safetensors"
 PICKLED_MODEL_FILE = "pytorch_model.bin"
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set makes a tokenizer; the first counts
 
 # Fields of a GPT-2 config.json that change what the model computes, or how it starts.
 GPT2_FIELDS = {
@@ -247,5 +247,5 @@ def fold_attention_scaling(
 
 def tokenizer_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     """Returns the files of a folder's tokenizer; () without one."""
-    offered = (tuple(folder / name for name in names) for names in TOKENIZER_FILES)
+    offered = (tuple(folder / name for name in names) for names in TOKENIZER_FILE_SETS)
     return next((files for files in offered if all(file.is_file() for file in files)), ())
