@@ -64,6 +64,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
     check_same_run(config, run, saved, extend)
     trainer = make_trainer(config, run, saved)
     _check_data(trainer, run, saved)
+    batches = trainer.batches(saved or 0)
     _check_space(trainer, run, saved)
     _print(f"{trainer.describe()}\n  workdir {run}")
     # A warm start reads its parameters before the folder is claimed, since they may not fit.
@@ -105,7 +106,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
 
         # Train.
         hooks = make_hooks(trainer, run, checkpointer, saved or 0, metadata, pending_eval)
-        run_steps(state, trainer.train_step(), trainer.batches(saved or 0), num_steps=trainer.config.steps, hooks=hooks)
+        run_steps(state, trainer.train_step(), batches, num_steps=trainer.config.steps, hooks=hooks)
 
 
 def run_steps(

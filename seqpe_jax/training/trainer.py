@@ -135,10 +135,14 @@ class Trainer:
         return jax.jit(step, donate_argnums=0, out_shardings=outputs, compiler_options=self._compiler_options)
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """Yields (step, global batch) from a step on, prefetched in the background."""
+        """Returns an iterator over (step, global batch) from a step on, prefetched in the background.
+
+        Raises:
+          InputError: the data hold no batch; raised at once.
+        """
         rows = layout.rows_by_process(self.mesh, self.config.batch_size)[jax.process_index()]
-        for step, batch in self.task.train_loader(rows).prefetch(start_step):
-            yield step, layout.from_local_rows(self.mesh, batch)
+        loader = self.task.train_loader(rows)
+        return ((step, layout.from_local_rows(self.mesh, batch)) for step, batch in loader.prefetch(start_step))
 
     def evaluate(self, params: Params, progress: Progress = no_progress) -> dict[str, float]:
         """Returns the metrics of the validation split, e.g. {"eval/loss@512": nats}.

@@ -8,6 +8,12 @@ import shutil
 
 import pytest
 
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.loading import open_model
+from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.training.loop import train_and_evaluate
+from seqpe_jax.training.trainer import best_metric
 from tests.commands import CONFIG, train_arguments
 from tests.tiny import older
 
@@ -52,75 +58,71 @@ def refused(result, *words: str) -> None:
     [
         ([f"--config={QUICKSTART}"], ["workdir"]),
         (["--workdir=DIR"], ["config"]),
-        (["--config=configs/nothing.py", "--workdir=DIR"], ["configs/nothing.py"]),
-        ([f"--config={QUICKSTART}:rotory", "--workdir=DIR"], ["rotory", "'rotary'"]),
         ([f"--config={QUICKSTART}", "--workdir=DIR", "more"], ["'more'"]),
         ([f"--config={QUICKSTART}", "--workdri=DIR"], ["workdri", "workdir"]),
-        (["--config.model.widht=96"], ["model.widht", "'model.width'"]),
-        (["--config.modle.width=96"], ["modle.width", "'model.width'"]),
-        (["--config.model=96"], ["model"]),
-        (["--config.model.width=wide"], ["model.width", "wide"]),
-        (["--config.model.width=96.5"], ["model.width", "96.5"]),
-        (["--config.model.dropout=1.5"], ["model.dropout", "below 1", "1.5"]),
-        (["--config.steps=0"], ["steps", "at least 1"]),
+        ([f"--config={QUICKSTART}", "--workdir=DIR", "--start-timeout=nan"], ["--start-timeout", "nan"]),
+        ([f"--config={QUICKSTART}", "--workdir=DIR", "--num-processes=2147483648"], ["num-processes", "2147483648"]),
         (
-            ["--config.checkpoint.best=f1@64", "--config.eval.every=500", "--config.eval.lengths=(64,)"],
-            ["checkpoint.best='f1@64' is not measured", "choose one of loss@64, perplexity@64, bits_per_byte@64"],
+            [f"--config={QUICKSTART}", "--workdir=DIR", "--config.data.name=text_files", "--config.data.paths=2024"],
+            ["data.paths: '2024' does not exist"],
         ),
-        (["--config.checkpoint.best=loss@64", "--config.eval.every=0"], ["eval.every to be a multiple", "got 0"]),
-        (["--config.checkpoint.best=loss@64", "--config.eval.every=50"], ["checkpoint.every=500", "got 50"]),
-        (["--start-timeout=nan"], ["--start-timeout", "nan"]),
-        (["--num-processes=2147483648"], ["num-processes", "2147483648"]),
-        (["--config.encoding.kind=rotory"], ["encoding.kind", "'rotary'"]),
-        (["--config.eval.lengths=(64,x)"], ["eval.lengths"]),
-        (["--config.encoding.digits=2"], ["largest position possible is 99", "encoding.digits=4"]),
-        (["--config.data.length=8192"], ["largest position possible is 4999", "encoding.max_position"]),
-        (["--config.eval.lengths=(64,12000)"], ["12000", "largest position possible is 9999", "4 digits"]),
-        (
-            ["--config.objective.skip.rate=0.5", "--config.objective.skip.range=8192"],
-            ["objective.skip.range=8192", "5000", "encoding.max_position"],
-        ),
-        (
-            ["--config.objective.contrastive.weight=0", "--config.objective.contrastive.batch=8"],
-            ["objective.contrastive.batch is not read here", "objective.contrastive.weight above 0"],
-        ),
-        (["--config.data.name=text_files"], ["data.paths"]),
-        (["--config.data.name=text_file"], ["data.name", "'text_files'"]),
-        (["--config.data.name=text_files", "--config.data.paths=2024"], ["data.paths: '2024' does not exist"]),
     ],
 )
 def test_train_refuses_arguments(commands, tmp_path, arguments, words):
-    if not any(argument.startswith(("--config=", "--workd")) for argument in arguments):
-        arguments = [f"--config={QUICKSTART}", "--workdir=DIR", *arguments]
     workdir = tmp_path / "run"
     refused(commands("train", *(a.replace("DIR", str(workdir)) for a in arguments)), *words)
     assert not workdir.exists(), "a refused command leaves no workdir behind"
 
 
-@pytest.mark.parametrize(
-    "content,words",
-    [
-        (None, ["data.paths", "does not exist"]),
-        ({}, ["data.paths", "holds no files"]),
-        ({"empty.txt": b""}, ["no text"]),
-        ({"good.txt": b"text\n" * 500, "latin.txt": b"caf\xe9\n" * 500}, ["latin.txt", "UTF-8", "3"]),
-    ],
-)
-def test_train_refuses_data(commands, tmp_path, content, words):
-    folder = tmp_path / "texts"
-    if content is not None:
-        folder.mkdir()
-        for name, value in content.items():
-            (folder / name).write_bytes(value)
-    refused(commands("train", *train_arguments(tmp_path / "run", folder)), *words)
+def test_a_best_checkpoint_needs_a_measured_metric():
+    best = {"checkpoint.best": "loss@64", "eval.lengths": (64,)}
+    for fields, words in (
+        (
+            {"checkpoint.best": "f1@64", "eval.every": 500},
+            "checkpoint.best='f1@64' is not measured .*: choose one of loss@64, .*perplexity@64",
+        ),
+        ({"eval.every": 0}, "eval.every to be a multiple.* got 0"),
+        ({"eval.every": 50}, "checkpoint.every=500.* got 50"),
+    ):
+        with pytest.raises(InputError, match=words):
+            best_metric(config.load(QUICKSTART, best | fields))
 
 
-def test_paths_that_are_no_files_are_refused_at_once(commands, tmp_path):
+def train_refuses(workdir, paths, *words, **fields):
+    """Asserts that a config on text files is refused before anything is compiled."""
+    values = {"data.paths": (str(paths),)} | {name.replace("__", "."): str(value) for name, value in fields.items()}
+    with pytest.raises(InputError) as caught:
+        train_and_evaluate(config.load(CONFIG, values), workdir)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert not workdir.exists()
+
+
+def test_train_refuses_data(tmp_path):
+    def folder(name, **files):
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / f"{file}.txt").write_bytes(content)
+        return tmp_path / name
+
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "gone").symlink_to("nowhere")
-    for name, words in (("pipe", "is a pipe"), ("gone", "is a link that leads nowhere (to 'nowhere')")):
-        result = commands("train", *train_arguments(tmp_path / "run", tmp_path / name))
-        refused(result, f"data.paths: '{tmp_path}/{name}' {words}")
+    train_refuses(tmp_path / "run", tmp_path / "nothing", "data.paths", "does not exist")
+    train_refuses(tmp_path / "run", tmp_path / "pipe", f"data.paths: '{tmp_path}/pipe' is a pipe")
+    train_refuses(tmp_path / "run", tmp_path / "gone", "is a link that leads nowhere (to 'nowhere')")
+    train_refuses(tmp_path / "run", folder("none"), "data.paths", "holds no files")
+    train_refuses(tmp_path / "run", folder("empty", empty=b""), "no text")
+    latin = folder("latin", good=b"text\n" * 500, latin=b"caf\xe9\n" * 500)
+    train_refuses(tmp_path / "run", latin, "latin.txt", "UTF-8", "3")
+    train_refuses(tmp_path / "run", folder("short", short=b"short\n" * 2), "16")
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model": 3}', "no json"])
+def test_train_refuses_a_file_that_is_no_tokenizer(text, tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    train_refuses(tmp_path / "run", text, "data.tokenizer", "tokenizer.json", data__tokenizer=path)
 
 
 def test_names_of_any_bytes_are_printed_or_refused(commands, text, trained, tmp_path):
@@ -132,20 +134,6 @@ def test_names_of_any_bytes_are_printed_or_refused(commands, text, trained, tmp_
     result = commands("report", f"--workdir={tmp_path / 'runs'}", f"--output={odd}")
     assert result.code == 0 and f"{tmp_path}/caf\\udce9/report.html" in result.out, result.err
     assert "caf\\udce9" in (odd / "results.csv").read_text()
-
-
-def test_train_refuses_a_split_shorter_than_a_window(commands, tmp_path):
-    (tmp_path / "short.txt").write_text("short\n" * 2)
-    refused(commands("train", *train_arguments(tmp_path / "run", tmp_path / "short.txt")), "16")
-
-
-@pytest.mark.parametrize("content", [None, "{}", '{"model": 3}', "no json"])
-def test_train_refuses_a_file_that_is_no_tokenizer(commands, text, tmp_path, content):
-    path = tmp_path / "tokenizer.json"
-    if content is not None:
-        path.write_text(content)
-    arguments = train_arguments(tmp_path / "run", text, data__tokenizer=path)
-    refused(commands("train", *arguments), "data.tokenizer", "tokenizer.json")
 
 
 def word_tokenizer(path: pathlib.Path, words: list[str]) -> None:
@@ -312,19 +300,8 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
     "arguments,words",
     [
         (["--lengths=16,many"], ["--lengths", "'many'"]),
-        (["--lengths=0"], ["--lengths", "'0'"]),
-        (["--lengths=1001"], ["1001", "largest position possible is 999", "3 digits"]),
         (["--lengths=190"], ["190", "longer than the test split"]),
-        (["--lengths=64", "--tokens=40"], ["eval.tokens=40 (--tokens) is less than evaluation length 64"]),
         (["--contexts=16,0"], ["--contexts", "'0'"]),
-        (["--contexts=16,1"], ["eval.contexts", "at least 2"]),
-        (["--contexts=16,32,16"], ["names 16 more than once"]),
-        (["--contexts=16,1001"], ["--contexts) 1001", "largest position possible is 999"]),
-        (["--contexts=16,190"], ["evaluation context 190 is longer than the test split", "contexts below"]),
-        (["--contexts=16,32", "--stride=16"], ["(--stride) must be less than the smallest", "16"]),
-        (["--contexts=16,32", "--targets=7"], ["(--targets) is less than the 8 targets of one window"]),
-        (["--contexts=16", "--tokens=99"], ["--tokens is for --lengths", "--targets"]),
-        (["--stride=8"], ["--stride is for --contexts, which is not set"]),
         (["--split=tests"], ["split", "tests"]),
         (["--lenghts=16"], ["lenghts", "lengths"]),
     ],
@@ -333,75 +310,69 @@ def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
 
 
-def damage(workdir: pathlib.Path, how: str) -> None:
-    """Breaks a copy of a run."""
-    newest = workdir / "checkpoints" / "2"
-    if how == "truncated arrays":
-        files = [path for path in (newest / "state").rglob("*") if path.is_file() and path.stat().st_size > 2000]
-        assert files
-        for path in files:
-            path.write_bytes(path.read_bytes()[:100])
-    elif how == "no state":
-        shutil.rmtree(newest / "state")
-    elif how == "no state of 3":
-        shutil.rmtree(newest.with_name("3") / "state")
-    elif how == "no checkpoint":
-        for path in (workdir / "checkpoints").iterdir():
+def test_evaluate_refuses_lengths_and_contexts_before_it_reads_parameters(trained):
+    model = open_model(trained)
+    for options, words in (
+        ({"lengths": ((1001,),)}, ["1001", "largest position possible is 999", "3 digits"]),
+        ({"lengths": ((64,),), "tokens": 40}, ["eval.tokens=40 (--tokens) is less than evaluation length 64"]),
+        ({"contexts": (16, 1)}, ["eval.contexts", "at least 2"]),
+        ({"contexts": (16, 32, 16)}, ["names 16 more than once"]),
+        ({"contexts": (16, 1001)}, ["--contexts) 1001", "largest position possible is 999"]),
+        ({"contexts": (16, 190)}, ["evaluation context 190 is longer than the test split", "contexts below"]),
+        ({"contexts": (16, 32), "stride": 16}, ["(--stride) must be less than the smallest", "16"]),
+        ({"contexts": (16, 32), "targets": 7}, ["(--targets) is less than the 8 targets of one window"]),
+        ({"contexts": (16,), "tokens": 99}, ["--tokens is for --lengths", "--targets"]),
+        ({"stride": 8}, ["--stride is for --contexts, which is not set"]),
+    ):
+        with pytest.raises(InputError) as caught:
+            evaluate(model, EvalRequest(**options))
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_broken_run_is_refused(trained, tmp_path):
+    def half_a_config(run):
+        content = (run / "config.json").read_text()
+        (run / "config.json").write_text(content[: len(content) // 2])
+
+    def no_checkpoint(run):
+        for path in (run / "checkpoints").iterdir():
             shutil.rmtree(path)
-    elif how == "no checkpoints folder":
-        shutil.rmtree(workdir / "checkpoints")
-    elif how == "no config":
-        (workdir / "config.json").unlink()
-    elif how == "half a config":
-        content = (workdir / "config.json").read_text()
-        (workdir / "config.json").write_text(content[: len(content) // 2])
-    else:
-        shutil.rmtree(workdir)
+
+    for number, (damage, words) in enumerate(
+        (
+            (no_checkpoint, "no finished checkpoint"),
+            (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoints"),
+            (lambda run: (run / "config.json").unlink(), "config.json"),
+            (half_a_config, "config.json"),
+            (shutil.rmtree, "no such directory"),
+        )
+    ):
+        run = tmp_path / str(number)
+        shutil.copytree(trained, run)
+        damage(run)
+        with pytest.raises(InputError, match=words) as caught:
+            open_model(run)
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "how,words",
-    [
-        ("no checkpoint", ["no finished checkpoint"]),
-        ("no checkpoints folder", ["no checkpoints"]),
-        ("no config", ["config.json"]),
-        ("half a config", ["config.json"]),
-        ("nothing at all", ["no such directory"]),
-    ],
-)
-def test_evaluate_refuses_a_broken_run(commands, trained, tmp_path, how, words):
-    copy = tmp_path / "copy"
-    shutil.copytree(trained, copy)
-    damage(copy, how)
-    refused(commands("evaluate", f"--checkpoint={copy}"), *words)
-
-
-@pytest.mark.parametrize("how", ["truncated arrays", "no state"])
-def test_a_broken_checkpoint_is_left_for_the_one_before(commands, trained, text, tmp_path, how):
-    copy = tmp_path / "copy"
-    shutil.copytree(trained, copy)
-    settings = json.loads((copy / "config.json").read_text())
-    older(copy)
-    (copy / "config.json").write_text(json.dumps(settings | {"steps": 3}))
-    damage(copy, how)
-    result = commands("evaluate", f"--checkpoint={copy}", "--lengths=16")
-    assert (
-        result.code == 0 and "checkpoints/2 is damaged (" in result.err and "step 1 is read in its place" in result.err
-    )
-    assert (copy / "checkpoints" / "2").is_dir()  # who only reads changes nothing
-    arguments = train_arguments(copy, text, steps=3, **PLAIN)
-    result = commands("train", *arguments)
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(commands, trained, text, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    settings = json.loads((run / "config.json").read_text())
+    older(run)
+    (run / "config.json").write_text(json.dumps(settings | {"steps": 3}))
+    for path in (run / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 2000:
+            path.write_bytes(path.read_bytes()[:100])
+    result = commands("evaluate", f"--checkpoint={run}", "--lengths=16")
     assert result.code == 0, result.err
-    assert "renamed to 2.damaged, going on from step 1" in result.out
-    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2", "2.damaged", "3"]
-    shutil.rmtree(copy / "checkpoints" / "2")
-    damage(copy, "no state of 3")
-    again = commands("train", *train_arguments(copy, text, steps=4, **PLAIN))
+    assert "checkpoints/2 is damaged (" in result.err and "step 1 is read in its place" in result.err
+    assert (run / "checkpoints" / "2").is_dir(), "reading changes nothing"
+    result = commands("train", *train_arguments(run, text, steps=3, **PLAIN))
+    assert result.code == 0 and "renamed to 2.damaged" in result.out, result.err
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "2.damaged", "3"]
+    shutil.rmtree(run / "checkpoints" / "2")
+    shutil.rmtree(run / "checkpoints" / "3" / "state")
+    again = commands("train", *train_arguments(run, text, steps=4, **PLAIN))
     refused(again, "all checkpoints", "checkpoints/3", "damaged")
-
-
-@pytest.mark.parametrize("name,option", [("train", "workdir"), ("evaluate", "checkpoint"), ("report", "workdir")])
-def test_help_tells_what_the_command_does(commands, name, option):
-    result = commands(name, "--help")
-    assert result.code == 0, result.err
-    assert f"python -m seqpe_jax.{name}" in result.out and f"--{option}" in result.out
