@@ -90,7 +90,7 @@ def evaluate(model: Any, request: EvalRequest) -> tuple[dict[str, Any], Arrays]:
     sizes = _checked_sizes(settings, request)
     if settings != model.config:
         original = model
-        model = dataclasses.replace(model, config=settings, read=lambda: original.params)
+        model = dataclasses.replace(model, config=settings, load_params=lambda: original.params)
     task, split = model.task, request.split
     named = bool(request.lengths or sizes or request.contexts)
     work = [(task, eval_size) for eval_size in request.lengths or sizes or (() if named else task.eval_sizes())]

@@ -109,7 +109,7 @@ def test_train_refuses_data(tmp_path):
     (tmp_path / "gone").symlink_to("nowhere")
     train_refuses(tmp_path / "run", tmp_path / "nothing", "data.paths", "does not exist")
     train_refuses(tmp_path / "run", tmp_path / "pipe", f"data.paths: '{tmp_path}/pipe' is a pipe")
-    train_refuses(tmp_path / "run", tmp_path / "gone", "is a link that leads nowhere (to 'nowhere')")
+    train_refuses(tmp_path / "run", tmp_path / "gone", "is a broken link (to 'nowhere')")
     train_refuses(tmp_path / "run", folder("none"), "data.paths", "holds no files")
     train_refuses(tmp_path / "run", folder("empty", empty=b""), "no text")
     latin = folder("latin", good=b"text\n" * 500, latin=b"caf\xe9\n" * 500)
