@@ -308,10 +308,14 @@ class Model:
 
 def _check_digits(encoder: SeqPE, positions: np.ndarray) -> None:
     """Refuses fixed-point positions that the digits cannot represent, or that an export's table lacks. Raises: InputError."""
-    end = min(encoder.table_sides) * encoder.table_stride if encoder.table_sides else encoder.base**encoder.digits
+    end = (
+        min(encoder.table_sides) * encoder.table_stride
+        if encoder.table_sides
+        else encoder.config.base**encoder.config.num_digits
+    )
     if positions.size and (positions.min() < 0 or positions.max() >= end):
         worst = positions.max() if positions.min() >= 0 else positions.min()
-        range_of = f"{encoder.digits} digits in base {encoder.base}"
+        range_of = f"{encoder.config.num_digits} digits in base {encoder.config.base}"
         if encoder.table_sides:
             range_of = "this export"
         raise InputError(f"position {worst} is outside 0 .. {end - 1}, the range of {range_of}")

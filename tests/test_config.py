@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import ml_collections
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
+from seqpe_jax.config import ENCODINGS, kinds_for, kinds_with
 from seqpe_jax.config.scripts import execute_file
 from seqpe_jax.errors import InputError
 from seqpe_jax.trees import flat, nested
@@ -199,7 +198,7 @@ def test_an_edit_of_the_same_size_within_the_same_second_is_seen(tmp_path, monke
 
 QUESTIONS = str(ROOT / "configs" / "stdlib_qa.py")
 DIGITS = str(ROOT / "configs" / "digits_vit.py")
-KINDS = typing.get_args(config.EncodingKind)
+KINDS = list(ENCODINGS)
 
 
 @pytest.mark.parametrize(
@@ -219,46 +218,39 @@ def test_a_wrong_value_of_images_is_named(overrides, words):
         assert word in str(caught.value), str(caught.value)
 
 
-def other_value(name: str, default):
+def other_value(kind: str, name: str, default):
     """A value of a field of an encoding that is not its default."""
-    hint = typing.get_type_hints(config.EncodingConfig)[name]
+    hint = typing.get_type_hints(ENCODINGS[kind])[name]
     if typing.get_origin(hint) is typing.Literal:
         return next(choice for choice in typing.get_args(hint) if choice != default)
     return not default if hint is bool else default + 1 if hint is int else default / 2 or 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_field_that_nothing_reads_is_refused_by_the_kinds_that_do(kind):
-    page = DIGITS if kind in GRID_ONLY else QUICKSTART
-    plain = dataclasses.replace(config.load(page + ":none"), encoding=config.EncodingConfig(kind))
+def test_a_field_of_other_encodings_is_refused_by_the_kinds_that_have_it(kind):
+    page = QUICKSTART if kind in kinds_for(1) else DIGITS
+    plain = dataclasses.replace(config.load(page + ":none"), encoding=ENCODINGS[kind]())
     values, refused = config.to_dict(plain), set()
-    if kind in config.ADDED_PAIRS:
-        values["encoding"]["rotary_pairs"] = 2  # else what belongs to them would be refused too
-    if kind not in GRID_ONLY:
-        values["encoding"]["gate"] = "cable"
-    if kind == "rotary":
-        values["encoding"]["scaling"] = "yarn"  # likewise
-    for field in dataclasses.fields(config.EncodingConfig):
-        if field.name == "kind":
+    for name, default in config.defaults().encoding.items():
+        if ENCODINGS[kind].has(name):
             continue
         given = copy.deepcopy(values)
-        given["encoding"][field.name] = other_value(field.name, given["encoding"][field.name])
-        combined = field.metadata.get("combined", {}).values()
-        reads = dict.fromkeys((*field.metadata.get("reads", KINDS), *itertools.chain(*combined)))
-        try:
-            config.from_dict(given)
-        except InputError:
-            continue  # refused wherever it comes from
-        if kind in reads:
-            config.from_user_values(given)
-            continue
-        with pytest.raises(InputError) as caught:
-            config.from_user_values(given)
-        message = str(caught.value)
-        assert f"encoding.{field.name}=" in message and f"encoding.kind='{kind}'" in message and "\n" not in message
-        assert message.split("only by ")[1] == f"{', '.join(reads)}: leave it out"
-        assert config.reset_unused(config.from_dict(given)) == config.from_dict(values)
-        refused.add(field.name)
+        given["encoding"][name] = default
+        assert config.from_user_values(given) == config.from_dict(values), "as config files hold it"
+        overrides = [f"encoding.{name}"]
+        for value, by_hand in ((default, overrides), (other_value(kinds_with(name)[0], name, default), ())):
+            given["encoding"][name] = value
+            readers = [functools.partial(config.from_user_values, given, by_hand)]
+            readers += [] if by_hand else [functools.partial(config.from_dict, given)]
+            for read in readers:
+                with pytest.raises(InputError) as caught:
+                    read()
+                message = str(caught.value)
+                assert message.startswith(f"encoding.{name}=") and f"encoding.kind='{kind}'" in message
+                assert message.split("only by ")[1] == f"{', '.join(kinds_with(name))}: leave it out"
+        with pytest.raises(TypeError):
+            ENCODINGS[kind](**{name: default})
+        refused.add(name)
     assert len(refused) >= (3 if kind == "seqpe" else 18)
 
 
@@ -371,18 +363,20 @@ def test_an_encoding_is_named_by_its_kind_and_its_gate():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_takes_the_place_of_another(path, kind):
     """As benchmarks compare them: what the other kind had and this one knows nothing of, is gone."""
-    if kind in (TEXT_ONLY if path == DIGITS else GRID_ONLY):
+    if kind not in kinds_for(2 if path == DIGITS else 1):
         pytest.skip("knows the other number of axes alone")
     values = config.defaults()
     values.update(config.to_dict(config.load(path, JITTER)))
     found = config.parse(config.with_encoding(values, kind))
     assert found.encoding.kind == kind and found == config.reset_unused(found)
-    assert (found.objective.jitter.rate > 0) == (found.encoding.real_positions and (path, kind) != (DIGITS, "rotary"))
+    assert (found.objective.jitter.rate > 0) == found.encoding.real_positions_on(2 if path == DIGITS else 1)
 
 
 def test_the_config_of_an_older_run_is_read():
     """Its file lacks what was added since, and holds values that nothing reads."""
-    values = json.loads(json.dumps(config.to_dict(config.load(QUICKSTART + ":rotary"))))
+    today = config.load(QUICKSTART + ":rotary")
+    values = json.loads(json.dumps(config.to_dict(today)))
+    values["encoding"] = json.loads(config.defaults().encoding.to_json()) | values["encoding"]
     for name in (
         "encoding.fraction_digits",
         "encoding.resize",
@@ -399,7 +393,7 @@ def test_the_config_of_an_older_run_is_read():
     values["encoding"] |= {"width": 96, "heads": 4, "qk": "multi"}
     values["objective"]["contrastive"] |= {"batch": 8, "window": 512}
     old = config.from_dict(values)
-    assert old.encoding.width == 96 and config.reset_unused(old) == config.load(QUICKSTART + ":rotary")
+    assert old.objective.contrastive.batch == 8 and config.reset_unused(old) == today
 
 
 FORMER = {
@@ -415,19 +409,19 @@ FORMER = {
 
 @pytest.mark.parametrize("kind", FORMER)
 def test_a_run_without_the_lengths_of_its_encoding_keeps_those_that_it_was_trained_with(kind):
-    page = DIGITS if kind in GRID_ONLY else QUICKSTART
+    page = QUICKSTART if kind in kinds_for(1) else DIGITS
     values = json.loads(json.dumps(config.to_dict(config.load(f"{page}:{kind}"))))
     if kind == "rotary":
         values["encoding"]["scaling"] = "yarn"
-    values["encoding"] |= {name: 0 for name in FORMER[kind] if name.startswith("fire_")}  # whose page sets them
-    now, lengths = config.from_dict(values), config.resolve_lengths(config.from_dict(values))
+    values["encoding"] |= {name: 0 for name in FORMER[kind] if name.startswith("fire_")}  # which the page sets
+    now = config.with_resolved_lengths(config.from_dict(values)).encoding
     for name in FORMER[kind].keys() - {"rotary_pairs"}:
         del values["encoding"][name]
     found = config.from_dict(values)
     assert {name: getattr(found.encoding, name) for name in FORMER[kind]} == FORMER[kind]
-    assert FORMER[kind].items() <= (dataclasses.asdict(found.encoding) | config.resolve_lengths(found)).items()
-    assert lengths == config.resolve_lengths(now), "a config of today is left as it is"
-    assert kind in ("alibi", "kerple") or lengths != config.resolve_lengths(found)
+    resolved = config.with_resolved_lengths(found).encoding
+    assert FORMER[kind].items() <= dataclasses.asdict(resolved).items()
+    assert kind in ("alibi", "kerple") or now != resolved, "a config of today has its own"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A config small enough for any test, and batches for it."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -53,14 +52,10 @@ def tiny_config(**overrides) -> Config:
 
 def every_part(kind: str, gate: str = "forget") -> dict:
     """Overrides that combine an encoding of texts with every part that it can take at once."""
-    reads = {field.name: field.metadata.get("reads") for field in dataclasses.fields(config.EncodingConfig)}
+    chosen = config.ENCODINGS[kind]
     fields = {"encoding__log_scaling": True, "encoding__gate": gate, "encoding__gate_bias_init": 1.0}
-    if kind in reads["position_heads"]:
-        fields["encoding__position_heads"] = 1
-    if kind in reads["rotary_pairs"]:
-        fields["encoding__rotary_pairs"] = 4
-    if kind in config.ADDED_PAIRS:
-        fields["encoding__rotary_heads"] = 1
+    parts = {"position_heads": 1, "rotary_pairs": 4, "rotary_heads": 1}
+    fields |= {f"encoding__{name}": value for name, value in parts.items() if chosen.has(name)}
     return fields
 
 

@@ -42,11 +42,7 @@ def _mixes_both(config: Config) -> bool:
 
 def _moves_nothing(config: Config) -> bool:
     moved = config.objective.shift.rate or config.objective.skip.rate
-    return bool(moved) and config.encoding.kind == "none" and not config.encoding.rotary_pairs
-
-
-def _has_qk_map(config: Config) -> bool:
-    return config.encoding.kind != "seqpe" or config.encoding.qk in ("single", "multi")
+    return bool(moved) and not config.encoding.knows_positions
 
 
 CONTRASTIVE, DISTILLATION = "objective.contrastive", "objective.distillation"
@@ -128,15 +124,9 @@ CONDITIONS = (
         lambda config: config.model.attention_kind in ("auto", "blockwise"),
         "model.attention_kind='auto' or 'blockwise'",
     ),
-    Condition(("encoding.qk_init_std",), _has_qk_map, "encoding.qk='single' or 'multi'"),
-    Condition(
-        ("encoding.scalar_scale",),
-        lambda config: config.encoding.kind != "seqpe" or config.encoding.mode == "attn_scalar",
-        "encoding.mode='attn_scalar'",
-    ),
     Condition(
         ("optimizer.encoder_weight_decay",),
-        lambda config: config.encoding.kind == "seqpe",
+        lambda config: config.encoding.HAS_VECTORS,
         "encoding.kind='seqpe', the encoding with a digit encoder",
     ),
     Condition(("eval.stride", "eval.targets"), lambda config: bool(config.eval.contexts), "eval.contexts"),
@@ -162,3 +152,8 @@ def check_overrides_used(config: Config, names: Iterable[str]) -> None:
         if unread and not condition.holds(config):
             name = min(unread)
             raise InputError(f"{name} is not read here, it needs {condition.needs}: set that too, or leave {name} out")
+    for field, needs in config.encoding.idle_options().items():
+        if f"encoding.{field}" in given:
+            raise InputError(
+                f"encoding.{field} is not read here, it needs {needs}: set that too, or leave encoding.{field} out"
+            )

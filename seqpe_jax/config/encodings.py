@@ -1,49 +1,839 @@
-"""The encoding section of a config: the kinds of encodings, what each can do, and their fields."""
+"""The encoding section of a config: one class for each encoding, with its fields, what it can do, and how it is built.
+
+A new encoding is a subclass of `EncodingConfig`, an entry in `ENCODINGS` and a Flax module that holds the config and
+`ModelDims`. Flax modules are named here and imported when they are built, so that reading a config imports no JAX.
+"""
 
 import dataclasses
-from typing import Any, Literal, get_args
+import importlib
+import math
+import typing
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 from seqpe_jax.config import limits
-from seqpe_jax.config.limits import field as _field
-from seqpe_jax.positions.counting import count_digits
+from seqpe_jax.errors import InputError
+from seqpe_jax.positions.counting import count_digits, largest_position
 
-EncodingKind = Literal[
-    "seqpe",
-    "learned",
-    "sinusoidal",
-    "rotary",
-    "rotary_axial",
-    "rotary_mixed",
-    "alibi",
-    "alibi_grid",
-    "t5",
-    "kerple",
-    "fire",
-    "lookhere",
-    "scale_invariant",
-    "pope",
-    "none",
-]
 Gate = Literal["none", "forget", "cable"]
+Axes = Literal["1", "2+", "any"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 # Published names of the kind `none` with a gate: FoX (arXiv 2503.02130) and CABLE (arXiv 2503.08067).
 GATED = {"fox": "forget", "cable": "cable"}
 
-# Kinds of encodings by what they can do; `reads` of a field names those that read it.
-SEQPE = ("seqpe",)
-# Logits gain a function of how far the key lies.
-OF_DISTANCES = ("alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "scale_invariant")
-# Positions need not be whole numbers.
-REAL_POSITIONS = ("seqpe", "sinusoidal", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
-SLOPED = ("alibi", "alibi_grid", "lookhere")  # logits fall with distance by a fixed slope of each head
-TEXT_ONLY = ("alibi", "t5", "kerple", "scale_invariant", "pope")  # know one axis, or what came before
-GRID_ONLY = ("alibi_grid", "lookhere")
-MOVABLE = REAL_POSITIONS  # windows may stand elsewhere than at the origin
-WAVES = ("sinusoidal", "rotary", "rotary_axial", "rotary_mixed", "scale_invariant", "pope")
-# What they do can be limited to some heads; what is added to the tokens reaches all.
-IN_HEADS = ("seqpe", "rotary", "rotary_axial", "rotary_mixed", *OF_DISTANCES, "pope")
-OWN_PAIRS = ("rotary", "rotary_axial", "scale_invariant")  # rotate pairs themselves; all, or half, by default
-# Take rotary pairs beside what they do themselves: all that do not rotate queries and keys already.
-ADDED_PAIRS = ("seqpe", "learned", "sinusoidal", "alibi", "alibi_grid", "t5", "kerple", "fire", "lookhere", "none")
+T5_BUCKETS = 32  # Raffel et al. 2020 (arXiv 1910.10683, section 2.1)
+T5_SHARE = 128 / 512  # distances up to 128 at a training length of 512 (the same, sections 2.1 and 3.1.2)
+FIRE_SHARE = 512 / 2048  # threshold 512 at a training length of 2048 (Li et al. 2024, arXiv 2310.04418)
+FIRE_SCALE = 0.1 * 2048  # c = 0.1 per token at that length
+YARN_BETA_FAST = 32.0  # rotations within the training window (Peng et al. 2023, arXiv 2309.00071, section 3.2)
+DIRECTED_SHARE = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDims:
+    """Sizes of the model, and of the window or grid that it trains on, for which an encoding is built.
+
+    Attributes:
+      layers: blocks of the model.
+      width: features of a token.
+      heads: attention heads of a block.
+      grid: positions of the training window or grid along each axis.
+      prefix_tokens: tokens before the positions, which have none, such as a class token.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    grid: tuple[int, ...] = (1,)
+    prefix_tokens: int = 0
+
+    @property
+    def axes(self) -> int:
+        """Coordinates of a position: 1 for text, 2 for images, 3 for videos."""
+        return len(self.grid)
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.width // self.heads
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the training window or grid."""
+        return math.prod(self.grid)
+
+    @property
+    def length(self) -> float:
+        """Length of the training window in tokens, or the diagonal of the training grid in patches."""
+        return math.hypot(*self.grid)
+
+
+def _field(default: Any, doc: str = "", **metadata: Any) -> Any:
+    """Returns a field of an encoding; metadata: its limits (`config.limits`)."""
+    return limits.field(default, doc=doc, **metadata)
+
+
+def _kind(name: str) -> Any:
+    """Returns the field `kind` of an encoding, which no caller sets."""
+    return dataclasses.field(default=name, init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingConfig:
+    """The encoding section of a config; an encoding subclasses it.
+
+    Attributes of the class:
+      MODULE: the Flax module, as "package.module:Class"; it takes the config and `ModelDims`.
+      SUMMARY: what it does, one sentence for the documentation.
+      SOURCE: where it was published.
+      AXES: coordinates of the positions that it takes.
+      CAUSAL_ONLY: it is right for causal attention alone.
+      REAL_POSITIONS: positions need not be whole numbers.
+      PER_LAYER: its signal can differ by layer.
+      HAS_VECTORS: it has vectors of positions, which the contrastive and distillation losses shape.
+      NEEDS: field -> (field, value) without which the first has no effect, value None: anything but its default; or field
+        -> None, for one that needs no other, unlike in a class that this one inherits from.
+    """
+
+    MODULE: ClassVar[str] = ""
+    SUMMARY: ClassVar[str] = ""
+    SOURCE: ClassVar[str] = ""
+    AXES: ClassVar[Axes] = "any"
+    CAUSAL_ONLY: ClassVar[bool] = False
+    REAL_POSITIONS: ClassVar[bool] = True
+    PER_LAYER: ClassVar[bool] = False
+    HAS_VECTORS: ClassVar[bool] = False
+    NEEDS: ClassVar[dict[str, Any]] = {}
+
+    # Values that code for any encoding reads of one that lacks the field; no fields, for they have no annotation.
+    max_position = 20000
+    base = 10
+    fraction_digits = 0
+    resize = "extrapolate"
+    position_heads = 0
+    rotary_pairs = 0
+    rotary_heads = 0
+    gate = "none"
+    gate_bias_init = 0.0
+
+    kind: str = _kind("")
+    log_scaling: bool = _field(
+        False, "queries that see more keys than in training are multiplied by the logarithm of their number"
+    )
+
+    @property
+    def position_resolution(self) -> int:
+        """Units of a position's fixed-point number in one token or patch."""
+        return self.base**self.fraction_digits
+
+    @property
+    def name(self) -> str:
+        """Name of the encoding in reports, such as "alibi", "fox" or "seqpe+forget"."""
+        return encoding_name(self.kind, self.gate)
+
+    @property
+    def real_positions(self) -> bool:
+        """Whether positions need not be whole numbers."""
+        return self.REAL_POSITIONS
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether anything depends on positions."""
+        return True
+
+    @property
+    def window_dependence(self) -> str:
+        """Field by which a token's signal depends on the length of its window, past the training length.
+
+        Returns:
+          The field with its value, such as "encoding.scaling='yarn'"; "" where a token has one signal in all windows.
+        """
+        return "encoding.resize='interpolate'" if self.resize == "interpolate" else ""
+
+    @classmethod
+    def has(cls, field: str) -> bool:
+        """Returns whether the encoding has a field."""
+        return any(own.name == field for own in dataclasses.fields(cls))
+
+    @classmethod
+    def needs(cls) -> dict[str, tuple[str, Any]]:
+        """Returns `NEEDS` of the class and of those it inherits from."""
+        found: dict[str, Any] = {}
+        for one in reversed(cls.__mro__):
+            found |= vars(one).get("NEEDS", {})
+        return {name: needed for name, needed in found.items() if needed}
+
+    def without_effect(self) -> dict[str, tuple[str, Any]]:
+        """Returns the fields that have no effect beside the other ones, with the (field, value) that each needs."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: (other, value)
+            for name, (other, value) in self.needs().items()
+            if (getattr(self, other) == defaults[other] if value is None else getattr(self, other) != value)
+        }
+
+    def idle_options(self) -> dict[str, str]:
+        """Returns fields that a config file may set beforehand, but that have no effect now, with the setting they need."""
+        return {}
+
+    def check(self, axes: int) -> None:
+        """Refuses fields that contradict each other, or an encoding that does not take positions of so many axes.
+
+        Raises:
+          InputError: names the fields.
+        """
+        if self.AXES == "1" and axes > 1:
+            raise InputError(
+                f"encoding.kind='{self.kind}' is for text, and these positions have {axes} axes: choose one of "
+                f"{', '.join(kinds_for(axes))}"
+            )
+        if self.AXES == "2+" and axes == 1:
+            raise InputError(
+                f"encoding.kind='{self.kind}' is for images, and these positions have one axis: choose one of "
+                f"{', '.join(kinds_for(axes))}"
+            )
+        if self.gate != "none" and axes > 1:
+            raise InputError(
+                f"encoding.gate='{self.gate}' needs tokens in causal order, and images have none: set "
+                "encoding.gate='none', or choose another variant than fox and cable"
+            )
+
+    def real_positions_on(self, axes: int) -> bool:
+        """Returns whether positions of so many axes need not be whole numbers."""
+        return self.real_positions
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses an encoding that does not fit a model. Raises: InputError: names the fields."""
+        for name in ("position_heads", "rotary_heads"):
+            if getattr(self, name) > dims.heads:
+                raise InputError(f"encoding.{name}={getattr(self, name)} is more than model.heads={dims.heads}")
+
+    def resolved(self, dims: ModelDims) -> "EncodingConfig":
+        """Returns the config with every length written out.
+
+        A constant that an author chose as a number of tokens belongs to the author's training length. Where such a field
+        is 0, its value is the same share of the training length of this model.
+        """
+        return self
+
+    def make_module(self, dims: ModelDims) -> Any:
+        """Returns the Flax module of the encoding by itself."""
+        return _imported(self.MODULE)(self.resolved(dims), dims)
+
+    def build(self, dims: ModelDims) -> Any:
+        """Returns the Flax module of the encoding, with the parts that it is combined with.
+
+        Raises:
+          InputError: fields contradict each other, or do not fit the model.
+        """
+        self.check(dims.axes)
+        self.check_dims(dims)
+        return _imported("seqpe_jax.encodings.composed:combined")(self, dims)
+
+
+def _imported(name: str) -> Any:
+    """Returns an object given as "package.module:name"."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Positions(EncodingConfig):
+    """Fields of encodings whose positions are numbers."""
+
+    max_position: int = _field(20000, "training draws positions along an axis below it", low=1, high=2**30)
+    base: int = _field(10, "of the digits of a position", low=2, high=36)
+    fraction_digits: int = _field(0, "digits after the point; 0 = positions are whole numbers", low=0, high=30)
+    resize: Literal["extrapolate", "interpolate"] = _field(
+        "extrapolate", "larger windows and grids go on past the trained positions, or are read between them"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads(EncodingConfig):
+    """Field of encodings that can be limited to some heads."""
+
+    position_heads: int = _field(
+        0, "the first heads that get the encoding, the others see no position; 0 = all", **limits.OptionalHeads
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gated(EncodingConfig):
+    """Fields of encodings of text, whose logits can fall by gates as well."""
+
+    NEEDS: ClassVar[dict[str, Any]] = {"gate_bias_init": ("gate", None)}
+
+    gate: Gate = _field("none", "logits of a key fall with what the tokens after it say: FoX's or CABLE's gates")
+    gate_bias_init: float = _field(
+        0.0, "bias that gates begin with: sigmoid(gate_bias_init) of what came before passes", low=-100.0, high=100.0
+    )
+
+
+_THETA: dict[str, Any] = {"low": 1.0, "high": 1e12}
+
+
+@dataclasses.dataclass(frozen=True)
+class _AddedPairs(EncodingConfig):
+    """Fields of encodings that do not rotate queries and keys themselves, to which rotary pairs can be added."""
+
+    NEEDS: ClassVar[dict[str, Any]] = {
+        "rotary_heads": ("rotary_pairs", None),
+        "theta": ("rotary_pairs", None),
+    }
+
+    rotary_pairs: int = _field(
+        0, "highest-frequency pairs of q and k that rotate as well; 0 = none", **limits.OptionalWidth
+    )
+    rotary_heads: int = _field(0, "the first heads in which they rotate; 0 = all", **limits.OptionalHeads)
+    theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses rotary pairs that the heads of a model do not have. Raises: InputError."""
+        super().check_dims(dims)
+        if self.rotary_pairs:
+            _check_pairs(f"encoding.rotary_pairs={self.rotary_pairs}", self.rotary_pairs, dims.axes, dims.head_width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnPairs(EncodingConfig):
+    """Field of encodings that rotate pairs of queries and keys themselves."""
+
+    rotary_pairs: int = _field(
+        0,
+        "highest-frequency pairs of q and k that rotate, the others carry content alone; 0 = all",
+        **limits.OptionalWidth,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rotates(EncodingConfig):
+    """Field of encodings that rotate queries and keys themselves."""
+
+    theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses heads whose columns do not pair. Raises: InputError."""
+        super().check_dims(dims)
+        _check_pairs(f"encoding.kind='{self.kind}'", self.rotary_pairs, self.pair_axes(dims), dims.head_width)
+
+    def pair_axes(self, dims: ModelDims) -> int:
+        """Returns the axes over which the pairs of a head are divided."""
+        return dims.axes
+
+
+def _check_pairs(what: str, pairs: int, axes: int, width: int) -> None:
+    """Refuses rotary pairs that a head does not have.
+
+    Args:
+      what: field that asks for them, with its value.
+      pairs: that rotate; 0 = all.
+      axes: over which they are divided.
+      width: of a head.
+
+    Raises:
+      InputError: the width is odd, or there are fewer pairs than axes, or more than the head has.
+    """
+    if width % 2:
+        raise InputError(f"{what} rotates pairs of columns: model.width / model.heads = {width} must be even")
+    if width < 2 * axes:
+        raise InputError(
+            f"{what} rotates at least one pair per axis: model.width / model.heads = {width} must be at least {2 * axes} "
+            f"for {axes} axes"
+        )
+    if pairs and not axes <= pairs <= width // 2:
+        raise InputError(
+            f"encoding.rotary_pairs={pairs} must lie between the {axes} axes and the {width // 2} pairs of a head of width "
+            f"{width}, or be 0"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
+    """SeqPE, the sequential position encoding (arXiv 2506.13277)."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.seqpe:SeqPE"
+    SUMMARY: ClassVar[str] = "A light transformer reads the digits of a position; its vector enters attention."
+    SOURCE: ClassVar[str] = "arXiv 2506.13277"
+    PER_LAYER: ClassVar[bool] = True
+    HAS_VECTORS: ClassVar[bool] = True
+
+    kind: str = _kind("seqpe")
+    digits: int = _field(0, "before the point; 0 = as many as max_position needs", low=0, high=64)
+    padding: Literal["left", "right"] = _field("left", "side on which shorter positions are filled up with zeros")
+    # the encoder of the digits
+    layers: int = _field(2, "blocks of the digit encoder", **limits.Layers)
+    width: int = _field(768, "features of the digit encoder", **limits.Width)
+    heads: int = _field(12, "attention heads of the digit encoder", **limits.Heads)
+    direction: Literal["causal", "bi"] = _field("causal", "digits attend to those before them, or to all")
+    cls: bool = _field(True, "a learned token after the last digit is read out, else the last digit is")
+    final_norm: bool = _field(True, "LayerNorm before the projection")
+    mask_padding: bool = _field(False, "zeros that fill up a position are no keys")
+    temperature: float = _field(1.0, "divides the vectors", low=1e-6, high=1e6)
+    output_width: int = _field(
+        0, "features of a vector; 0 = as many as mode, qk and per_head need", **limits.OptionalWidth
+    )
+    digit_index: Literal["global", "per_axis"] = _field(
+        "global", "embeddings of the digits' places count through the whole string, or anew for each axis"
+    )
+    dropout: float = _field(0.1, "of the digit encoder, after attention and MLP", **limits.DropRate)
+    attention_dropout: float = _field(0.0, "of the digit encoder", **limits.DropRate)
+    activation: Activation = _field("gelu_tanh", "of the digit encoder")
+    layer_norm_epsilon: float = _field(1e-5, "of the digit encoder", **limits.Epsilon)
+    norm_init: float = _field(1.0, "initial weight of each LayerNorm", low=-1e3, high=1e3)
+    init_distribution: Literal["normal", "truncated_normal"] = _field("normal", "of initial weights")
+    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
+    share_prefixes: bool = _field(
+        True, "leading digits that positions have in common are computed once; dropout masks are then shared too"
+    )
+    # how its vectors enter attention
+    mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field(
+        "attn_scalar", "added to tokens, added to or multiplied onto q and k, as a logit bias, or as rotation"
+    )
+    qk: Literal["single", "multi", "none", "halves"] = _field(
+        "single", "linear map to query and key parts: one, one per layer, or none; halves of the vector"
+    )
+    per_head: bool = _field(True, "the vector is split over the heads, else one head-wide vector serves all")
+    feature_width: int = _field(
+        0, "attn_scalar: features of a head's query and key parts; 0 = head width", **limits.OptionalWidth
+    )
+    qk_init_std: float = _field(0.02, "standard deviation of initial weights of the qk map", **limits.Std)
+    scalar_scale: float = _field(1.0, "attn_scalar: factor of the logit bias", low=-1e6, high=1e6)
+
+    @property
+    def integer_digits(self) -> int:
+        """Digits before the point."""
+        return self.digits or count_digits(self.max_position, self.base)
+
+    @property
+    def num_digits(self) -> int:
+        """Digits of a coordinate, those after the point included."""
+        return self.integer_digits + self.fraction_digits
+
+    def needed_width(self, dims: ModelDims) -> int:
+        """Returns the features of a vector that mode, qk and per_head need."""
+        needed = dims.width if self.per_head or self.mode == "input_add" else dims.head_width
+        return 2 * needed if self.qk == "halves" and self.mode in ("attn_add", "attn_mul") else needed
+
+    def vector_width(self, dims: ModelDims) -> int:
+        """Returns the features of a position's vector."""
+        return self.output_width or self.needed_width(dims)
+
+    def idle_options(self) -> dict[str, str]:
+        """Returns options of the qk map and of the logit bias, where there is none."""
+        needs = {"qk_init_std": "encoding.qk='single' or 'multi'", "scalar_scale": "encoding.mode='attn_scalar'"}
+        if self.qk in ("single", "multi"):
+            del needs["qk_init_std"]
+        if self.mode == "attn_scalar":
+            del needs["scalar_scale"]
+        return needs
+
+    def check(self, axes: int) -> None:
+        """Refuses digits that do not write max_position, and parts that fill the same field of the signal."""
+        super().check(axes)
+        largest = largest_position(self.integer_digits, self.base)
+        if self.max_position - 1 > largest:
+            needed = count_digits(self.max_position, self.base)
+            raise InputError(
+                f"encoding.max_position={self.max_position} needs {needed} digits in base {self.base}, but with "
+                f"encoding.digits={self.digits} the largest position possible is {largest}: set encoding.digits={needed}, "
+                f"or encoding.max_position to at most {largest + 1}"
+            )
+        if self.fraction_digits and self.padding == "right":
+            raise InputError(
+                "encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0"
+            )
+        if self.log_scaling and self.mode == "attn_mul":
+            raise InputError(
+                "encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them"
+            )
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses widths and heads that do not fit the model or each other."""
+        super().check_dims(dims)
+        if self.direction == "bi" and not self.cls:
+            raise InputError("encoding.direction='bi' reads the vector from CLS: set encoding.cls=True")
+        if self.width % self.heads:
+            raise InputError(f"encoding.width={self.width} is not a multiple of encoding.heads={self.heads}")
+        if self.position_heads and self.mode == "input_add":
+            raise InputError("encoding.mode='input_add' reaches all heads: set encoding.position_heads=0")
+        if self.feature_width and (self.mode != "attn_scalar" or self.qk not in ("single", "multi")):
+            raise InputError(
+                "encoding.feature_width is the width of what a qk map gives to attention logits: set "
+                "encoding.mode='attn_scalar' and encoding.qk='single' or 'multi', or encoding.feature_width=0"
+            )
+        if self.mode in ("input_add", "rotary") and self.qk != "none":
+            raise InputError(f"encoding.mode='{self.mode}' has no query and key parts: set encoding.qk='none'")
+        width, needed = self.vector_width(dims), self.needed_width(dims)
+        if self.mode != "attn_scalar" and width != needed:
+            raise InputError(
+                f"encoding.mode='{self.mode}' with encoding.qk='{self.qk}' needs vectors of width {needed}, but "
+                f"encoding.output_width={width}: set it to 0 or {needed}"
+            )
+        parts = (dims.heads if self.per_head else 1) * (2 if self.qk == "halves" else 1)
+        if width % parts:
+            raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
+        if self.mode == "rotary" and dims.head_width % 2:
+            raise InputError(
+                f"encoding.mode='rotary' rotates pairs of columns: model.width / model.heads = {dims.head_width} is odd"
+            )
+        if self.mode == "rotary" and self.rotary_pairs:
+            raise InputError(
+                f"encoding.mode='rotary' and encoding.rotary_pairs={self.rotary_pairs} both rotate queries and keys: "
+                "choose another mode, or set encoding.rotary_pairs=0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedConfig(_AddedPairs, _Gated):
+    """A learned table of position embeddings."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:Learned"
+    SUMMARY: ClassVar[str] = "A learned table added to the tokens, interpolated beyond its size."
+    SOURCE: ClassVar[str] = "Gehring et al. 2017"
+    REAL_POSITIONS: ClassVar[bool] = False
+
+    kind: str = _kind("learned")
+    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
+
+    @property
+    def window_dependence(self) -> str:
+        """The kind: a longer window interpolates the table."""
+        return "encoding.kind='learned'"
+
+
+@dataclasses.dataclass(frozen=True)
+class SinusoidalConfig(_Positions, _AddedPairs, _Gated):
+    """Sinusoidal position embeddings."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:Sinusoidal"
+    SUMMARY: ClassVar[str] = "Sines and cosines added to the tokens."
+    SOURCE: ClassVar[str] = "arXiv 1706.03762"
+    NEEDS: ClassVar[dict[str, Any]] = {"theta": None}  # also without rotary pairs
+
+    kind: str = _kind("sinusoidal")
+    flatten: bool = _field(False, "grids: one axis for all patches, row-major, not columns for each axis")
+    amplitude: float = _field(1.0, "factor of the sinusoids", **limits.Weight)
+
+    def real_positions_on(self, axes: int) -> bool:
+        """Returns whether positions are real: a grid that is read as one axis has whole ones."""
+        return axes == 1 or not self.flatten
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses a model with fewer pairs of columns than axes."""
+        super().check_dims(dims)
+        if dims.width < 2 * dims.axes:
+            raise InputError(
+                f"encoding.kind='sinusoidal' needs model.width of at least {2 * dims.axes} for {dims.axes} axes"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
+    """Rotary position embedding (RoPE)."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:Rotary"
+    SUMMARY: ClassVar[str] = "RoPE; `rotary_pairs` limits it to the highest frequencies, `scaling` to longer windows."
+    SOURCE: ClassVar[str] = "arXiv 2104.09864, 2410.06205 (p-RoPE), 2306.15595 (linear), 2309.00071 (ntk, yarn)"
+    NEEDS: ClassVar[dict[str, Any]] = {
+        "yarn_beta_fast": ("scaling", "yarn"),
+        "yarn_beta_slow": ("scaling", "yarn"),
+    }
+
+    kind: str = _kind("rotary")
+    scaling: Literal["none", "linear", "ntk", "yarn"] = _field("none", "of the frequencies, in longer windows")
+    yarn_beta_fast: float = _field(
+        0.0,
+        "rotations from which on a pair stays; 0 = the authors' 32, at most those of the fastest pair",
+        zero=True,
+        low=1e-3,
+        high=1e6,
+    )
+    yarn_beta_slow: float = _field(1.0, "rotations up to which a pair is interpolated", low=1e-3, high=1e6)
+
+    @property
+    def window_dependence(self) -> str:
+        """`resize` or `scaling`."""
+        return super().window_dependence or (f"encoding.scaling='{self.scaling}'" if self.scaling != "none" else "")
+
+    def pair_axes(self, dims: ModelDims) -> int:
+        """Returns 1: a grid is read as one axis."""
+        return 1
+
+    def real_positions_on(self, axes: int) -> bool:
+        """Returns whether positions are real: those of a grid are numbered one after the other."""
+        return axes == 1
+
+    def check(self, axes: int) -> None:
+        """Refuses YaRN's bounds in the wrong order, and two scalings of the queries."""
+        super().check(axes)
+        fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
+        if fast and fast <= slow:
+            raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
+        if self.log_scaling and self.scaling == "yarn":
+            raise InputError(
+                "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of "
+                "them"
+            )
+
+    def resolved(self, dims: ModelDims) -> "RotaryConfig":
+        """Returns the config with YaRN's upper bound, at most the rotations of the fastest pair in training."""
+        fastest = dims.num_positions / (2 * math.pi)  # a grid is read as one axis
+        return dataclasses.replace(self, yarn_beta_fast=self.yarn_beta_fast or min(YARN_BETA_FAST, fastest))
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryAxialConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
+    """RoPE whose pairs are divided among the axes."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryAxial"
+    SUMMARY: ClassVar[str] = "RoPE whose pairs are divided among the axes."
+    SOURCE: ClassVar[str] = "arXiv 2403.13298"
+
+    kind: str = _kind("rotary_axial")
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryMixedConfig(_Positions, _Heads, _Rotates, _Gated):
+    """RoPE with learned frequencies over all axes."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryMixed"
+    SUMMARY: ClassVar[str] = "RoPE whose pairs learn frequencies over all axes, for each layer and head."
+    SOURCE: ClassVar[str] = "arXiv 2403.13298"
+    PER_LAYER: ClassVar[bool] = True
+
+    kind: str = _kind("rotary_mixed")
+    reference_scramble: bool = _field(False, "heads and positions mixed up, as in the PyTorch reference")
+
+
+_SLOPE_SCALE: dict[str, Any] = {"low": 1e-6, "high": 1e6}
+
+
+@dataclasses.dataclass(frozen=True)
+class ALiBiConfig(_Positions, _Heads, _AddedPairs, _Gated):
+    """Attention with linear biases (ALiBi)."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ALiBi"
+    SUMMARY: ClassVar[str] = "Logits fall linearly with distance, each head with its slope."
+    SOURCE: ClassVar[str] = "arXiv 2108.12409"
+    AXES: ClassVar[Axes] = "1"
+    CAUSAL_ONLY: ClassVar[bool] = True
+
+    kind: str = _kind("alibi")
+    reference_scaling: bool = _field(False, "slopes over sqrt(head width), as in the PyTorch reference")
+    slope_scale: float = _field(1.0, "factor of the slopes, per token", **_SLOPE_SCALE)
+
+
+@dataclasses.dataclass(frozen=True)
+class GridALiBiConfig(_Positions, _Heads, _AddedPairs):
+    """ALiBi by Euclidean distance on grids."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:GridALiBi"
+    SUMMARY: ClassVar[str] = "ALiBi by Euclidean distance."
+    SOURCE: ClassVar[str] = "arXiv 2108.12409"
+    AXES: ClassVar[Axes] = "2+"
+
+    kind: str = _kind("alibi_grid")
+    slope_scale: float = _field(1.0, "factor of the slopes, per patch", **_SLOPE_SCALE)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config(_Positions, _Heads, _AddedPairs, _Gated):
+    """T5's relative position bias."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:T5"
+    SUMMARY: ClassVar[str] = "A learned bias for each bucket of distances, one table for all layers."
+    SOURCE: ClassVar[str] = "arXiv 1910.10683"
+    AXES: ClassVar[Axes] = "1"
+    CAUSAL_ONLY: ClassVar[bool] = True
+
+    kind: str = _kind("t5")
+    t5_buckets: int = _field(0, "distance buckets; 0 = 32, at most the training length", zero=True, low=2, high=4096)
+    t5_max_distance: int = _field(
+        0,
+        "tokens from which on all distances share a bucket; 0 = a quarter of the training length",
+        **limits.OptionalLength,
+    )
+
+    def resolved(self, dims: ModelDims) -> "T5Config":
+        """Returns the config with its numbers.
+
+        The largest distance is at least the number of buckets, so that each may have a distance of its own. At the
+        quickstart's 64 tokens that is 32, which one run of 400 steps found better than the authors' 128 at all of 64 to
+        1024 tokens.
+        """
+        buckets = self.t5_buckets or min(T5_BUCKETS, max(2, math.floor(dims.length)))
+        farthest = self.t5_max_distance or max(buckets, round(T5_SHARE * dims.length))
+        return dataclasses.replace(self, t5_buckets=buckets, t5_max_distance=farthest)
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses a largest distance among those that have a bucket of their own."""
+        super().check_dims(dims)
+        own = self.resolved(dims)
+        if own.t5_max_distance <= own.t5_buckets // 2:
+            raise InputError(
+                f"encoding.t5_max_distance={own.t5_max_distance} must be more than half of "
+                f"encoding.t5_buckets={own.t5_buckets}, which hold one distance each: raise it or lower the buckets"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class KerpleConfig(_Positions, _Heads, _AddedPairs, _Gated):
+    """KERPLE's logarithmic kernel.
+
+    `kerple_scale` is no share of the training length: drawn below 8 per token at 64 tokens, the authors' share (1 at 512),
+    KERPLE was worse than below 1, by 0.06 to 0.08 bits in one run of 400 steps.
+    """
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:Kerple"
+    SUMMARY: ClassVar[str] = "Logits fall with the logarithm of the distance, learned by layer and head."
+    SOURCE: ClassVar[str] = "arXiv 2205.09921"
+    AXES: ClassVar[Axes] = "1"
+    CAUSAL_ONLY: ClassVar[bool] = True
+    PER_LAYER: ClassVar[bool] = True
+
+    kind: str = _kind("kerple")
+    kerple_scale: float = _field(1.0, "upper end of initial r2, per token", low=0.02, high=1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class FireConfig(_Positions, _Heads, _AddedPairs, _Gated):
+    """FIRE, functional interpolation of relative positions."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:Fire"
+    SUMMARY: ClassVar[str] = "A small network reads the distance as a share of the largest one possible."
+    SOURCE: ClassVar[str] = "arXiv 2310.04418"
+    PER_LAYER: ClassVar[bool] = True
+
+    kind: str = _kind("fire")
+    fire_threshold: float = _field(
+        0.0,
+        "initial threshold, in tokens or patches; 0 = a quarter of the training length",
+        zero=True,
+        low=1e-3,
+        high=2.0**30,
+    )
+    fire_scale: float = _field(
+        0.0, "initial c, per token or patch; 0 = 204.8 over the training length", zero=True, low=1e-6, high=1e6
+    )
+
+    def resolved(self, dims: ModelDims) -> "FireConfig":
+        """Returns the config with its numbers, which scale together.
+
+        FIRE's network then reads what its authors' reads at the same share of the window. At the quickstart's 64 tokens
+        that was worse than the authors' own numbers, which its config file sets.
+        """
+        threshold, scale = self.fire_threshold or FIRE_SHARE * dims.length, self.fire_scale or FIRE_SCALE / dims.length
+        return dataclasses.replace(self, fire_threshold=threshold, fire_scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class LookHereConfig(_Positions, _Heads, _AddedPairs):
+    """LookHere's directed attention on grids."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:LookHere"
+    SUMMARY: ClassVar[str] = "Each directed head sees one side of the grid, with logits that fall with distance."
+    SOURCE: ClassVar[str] = "arXiv 2405.13985"
+    AXES: ClassVar[Axes] = "2+"
+    PER_LAYER: ClassVar[bool] = True
+
+    kind: str = _kind("lookhere")
+    slope_scale: float = _field(1.0, "factor of the slopes, per patch", **_SLOPE_SCALE)
+    directed_heads: int = _field(0, "heads that see one side; 0 = two thirds", **limits.OptionalHeads)
+
+    def resolved(self, dims: ModelDims) -> "LookHereConfig":
+        """Returns the config with the number of its directed heads."""
+        return dataclasses.replace(self, directed_heads=self.directed_heads or round(DIRECTED_SHARE * dims.heads))
+
+    def check_dims(self, dims: ModelDims) -> None:
+        """Refuses more directed heads than heads."""
+        super().check_dims(dims)
+        if self.directed_heads > dims.heads:
+            raise InputError(f"encoding.directed_heads={self.directed_heads} is more than model.heads={dims.heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleInvariantConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
+    """Scale-invariant attention over p-RoPE."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ScaleInvariant"
+    SUMMARY: ClassVar[str] = "Logits are scaled by distance so that each scale of distances gets as much attention."
+    SOURCE: ClassVar[str] = "arXiv 2505.17083"
+    AXES: ClassVar[Axes] = "1"
+    CAUSAL_ONLY: ClassVar[bool] = True
+
+    kind: str = _kind("scale_invariant")
+    scale_invariant_tau: float = _field(
+        10.0, "distance in tokens below which logits hardly change", low=1e-3, high=2.0**30
+    )
+
+    def resolved(self, dims: ModelDims) -> "ScaleInvariantConfig":
+        """Returns the config with its rotary pairs: of the authors' half, those with a period within the training window.
+
+        At the authors' 4096 tokens all of that half are. At 64 tokens 4 pairs of 12 were far better than 6.
+        """
+        width = dims.head_width
+        periods = (2 * math.pi * self.theta ** (2.0 * pair / max(1, width)) for pair in range(width // 4))
+        pairs = self.rotary_pairs or max(1, sum(period <= dims.length for period in periods))
+        return dataclasses.replace(self, rotary_pairs=pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoPEConfig(_Positions, _Heads, _Gated):
+    """Polar position encoding (PoPE)."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.pope:PoPE"
+    SUMMARY: ClassVar[str] = "Queries and keys in polar coordinates: magnitude from content, phase from position."
+    SOURCE: ClassVar[str] = "arXiv 2509.10534"
+    AXES: ClassVar[Axes] = "1"
+    PER_LAYER: ClassVar[bool] = True
+
+    kind: str = _kind("pope")
+    theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPositionConfig(_Positions, _AddedPairs, _Gated):
+    """No position encoding (NoPE); positions matter where rotary pairs are added."""
+
+    MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:NoPosition"
+    SUMMARY: ClassVar[str] = "Nothing: a causal model infers order from what each token can see."
+    SOURCE: ClassVar[str] = "arXiv 2305.19466"
+    REAL_POSITIONS: ClassVar[bool] = False
+    NEEDS: ClassVar[dict[str, Any]] = {
+        name: ("rotary_pairs", None) for name in ("max_position", "base", "fraction_digits", "resize")
+    }
+
+    kind: str = _kind("none")
+
+    @property
+    def real_positions(self) -> bool:
+        """Whether pairs rotate."""
+        return self.rotary_pairs > 0
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether pairs rotate."""
+        return self.rotary_pairs > 0
+
+
+ENCODINGS: dict[str, type[EncodingConfig]] = {
+    "seqpe": SeqPEConfig,
+    "learned": LearnedConfig,
+    "sinusoidal": SinusoidalConfig,
+    "rotary": RotaryConfig,
+    "rotary_axial": RotaryAxialConfig,
+    "rotary_mixed": RotaryMixedConfig,
+    "alibi": ALiBiConfig,
+    "alibi_grid": GridALiBiConfig,
+    "t5": T5Config,
+    "kerple": KerpleConfig,
+    "fire": FireConfig,
+    "lookhere": LookHereConfig,
+    "scale_invariant": ScaleInvariantConfig,
+    "pope": PoPEConfig,
+    "none": NoPositionConfig,
+}
 
 
 def encoding_name(kind: str, gate: str) -> str:
@@ -54,141 +844,49 @@ def encoding_name(kind: str, gate: str) -> str:
     return published[gate] if kind == "none" and gate in published else f"{kind}+{gate}"
 
 
-# Field of a part that encodings are combined with -> its value without the part.
-PARTS: dict[str, Any] = {"rotary_pairs": 0, "gate": "none"}
-_PAIRS = {"rotary_pairs": ADDED_PAIRS}
-_GATES = {"gate": tuple(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}
-_YARN: dict[str, Any] = {"reads": ("rotary",), "under": {"scaling": "yarn"}}
-_MOVED = {"rotary_pairs": ("none",)}  # has no positions but those by which its pairs rotate
+def kinds_for(axes: int) -> list[str]:
+    """Returns the kinds of encodings that take positions of so many axes."""
+    other = "2+" if axes == 1 else "1"
+    return [kind for kind, encoding in ENCODINGS.items() if encoding.AXES != other]
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodingConfig:
-    """How positions reach attention.
-
-    `reads` says which kinds read a field, and `combined` which further kinds read it where another field is set: that of a
-    part with which they are combined (`PARTS`). `under` names values of other fields without which no kind reads it. For
-    all others it keeps its default.
-    """
-
-    kind: EncodingKind = "seqpe"
-    # how a position is written
-    # Training draws positions along an axis below max_position.
-    max_position: int = _field(20000, low=1, high=2**30, reads=MOVABLE, combined=_MOVED)
-    base: int = _field(10, low=2, high=36, reads=REAL_POSITIONS, combined=_MOVED)  # of the digits
-    # after the point; 1 = a token or a patch
-    fraction_digits: int = _field(0, low=0, high=30, reads=REAL_POSITIONS, combined=_MOVED)
-    # larger than trained: on, or between
-    resize: Literal["extrapolate", "interpolate"] = _field("extrapolate", reads=REAL_POSITIONS, combined=_MOVED)
-    digits: int = _field(0, low=0, high=64, reads=SEQPE)  # before the point; 0 = as many as max_position needs
-    padding: Literal["left", "right"] = _field("left", reads=SEQPE)
-    # the encoder of the digits
-    layers: int = _field(2, **limits.Layers, reads=SEQPE)
-    width: int = _field(768, **limits.Width, reads=SEQPE)
-    heads: int = _field(12, **limits.Heads, reads=SEQPE)
-    direction: Literal["causal", "bi"] = _field("causal", reads=SEQPE)
-    cls: bool = _field(True, reads=SEQPE)
-    final_norm: bool = _field(True, reads=SEQPE)
-    mask_padding: bool = _field(False, reads=SEQPE)
-    temperature: float = _field(1.0, low=1e-6, high=1e6, reads=SEQPE)
-    output_width: int = _field(0, **limits.OptionalWidth, reads=SEQPE)  # 0 = what mode, qk and per_head ask for
-    digit_index: Literal["global", "per_axis"] = _field("global", reads=SEQPE)
-    dropout: float = _field(0.1, **limits.DropRate, reads=SEQPE)
-    attention_dropout: float = _field(0.0, **limits.DropRate, reads=SEQPE)
-    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", reads=SEQPE)
-    layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon, reads=SEQPE)
-    norm_init: float = _field(1.0, low=-1e3, high=1e3, reads=SEQPE)
-    init_distribution: Literal["normal", "truncated_normal"] = _field("normal", reads=SEQPE)
-    init_std: float = _field(0.02, **limits.Std, reads=("seqpe", "learned"))
-    share_prefixes: bool = _field(
-        True, reads=SEQPE
-    )  # common leading digits are read once; dropout masks are shared too
-    # how its vectors enter attention
-    mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field("attn_scalar", reads=SEQPE)
-    qk: Literal["single", "multi", "none", "halves"] = _field("single", reads=SEQPE)
-    per_head: bool = _field(True, reads=SEQPE)  # the vector is split over the heads, else one head-wide one serves all
-    feature_width: int = _field(
-        0, **limits.OptionalWidth, reads=SEQPE
-    )  # attn_scalar: of a head's parts; 0 = head width
-    qk_init_std: float = _field(0.02, **limits.Std, reads=SEQPE)
-    scalar_scale: float = _field(1.0, low=-1e6, high=1e6, reads=SEQPE)
-    # in which heads, and combined with what
-    position_heads: int = _field(
-        0, **limits.OptionalHeads, reads=IN_HEADS
-    )  # the first heads that get the encoding; 0 = all
-    # The fastest pairs of q and k that rotate; 0 = none, but rotary all and scale_invariant half of them.
-    rotary_pairs: int = _field(0, **limits.OptionalWidth, reads=(*OWN_PAIRS, *ADDED_PAIRS))
-    # The first heads in which added pairs rotate; 0 = all.
-    rotary_heads: int = _field(0, **limits.OptionalHeads, reads=(), combined=_PAIRS)
-    # Logits of a key fall with what the tokens after it say, in all heads: FoX's forget gates, or CABLE's biases.
-    gate: Gate = "none"
-    # Bias that gates begin with, larger = more open: they let through sigmoid(gate_bias_init) of what came before a token.
-    gate_bias_init: float = _field(0.0, low=-100.0, high=100.0, reads=(), combined=_GATES)
-    log_scaling: bool = False  # queries that see more keys than in training grow with the logarithm of their number
-    # baselines
-    theta: float = _field(10000.0, low=1.0, high=1e12, reads=WAVES, combined=_PAIRS)  # base of the wavelengths
-    scaling: Literal["none", "linear", "ntk", "yarn"] = _field(
-        "none", reads=("rotary",)
-    )  # of angles, in longer windows
-    flatten: bool = _field(False, reads=("sinusoidal",))  # on grids: one axis for all places, not columns for each axis
-    reference_scramble: bool = _field(False, reads=("rotary_mixed",))  # heads and positions mixed up, as in PyTorch
-    amplitude: float = _field(1.0, **limits.Weight, reads=("sinusoidal",))
-    reference_scaling: bool = _field(
-        False, reads=("alibi",)
-    )  # slopes over sqrt(head width), as in the PyTorch reference
-    # Lengths of the baselines in tokens or patches, and constants that derive from one. 0 = the authors' share of the
-    # training length, computed by `config.lengths.resolve_lengths`, which has the sources.
-    t5_buckets: int = _field(0, zero=True, low=2, high=4096, reads=("t5",))  # distance buckets
-    t5_max_distance: int = _field(0, **limits.OptionalLength, reads=("t5",))  # tokens; the last bucket begins below
-    fire_threshold: float = _field(
-        0.0, zero=True, low=1e-3, high=2.0**30, reads=("fire",)
-    )  # of a fresh model, in tokens
-    fire_scale: float = _field(0.0, zero=True, low=1e-6, high=1e6, reads=("fire",))  # c of a fresh model, per token
-    kerple_scale: float = _field(1.0, low=0.02, high=1e6, reads=("kerple",))  # upper end of fresh r2, per token
-    scale_invariant_tau: float = _field(10.0, low=1e-3, high=2.0**30, reads=("scale_invariant",))  # tokens
-    yarn_beta_fast: float = _field(0.0, zero=True, low=1e-3, high=1e6, **_YARN)  # pairs of more turns stay
-    yarn_beta_slow: float = _field(1.0, low=1e-3, high=1e6, **_YARN)  # turns up to which it is interpolated
-    slope_scale: float = _field(1.0, low=1e-6, high=1e6, reads=SLOPED)  # factor of the slopes, per token or patch
-    directed_heads: int = _field(0, **limits.OptionalHeads, reads=("lookhere",))  # that see one side; 0 = two thirds
-
-    @property
-    def unit(self) -> int:
-        """Units of a position's fixed-point number in one token or patch."""
-        return self.base**self.fraction_digits
-
-    @property
-    def name(self) -> str:
-        """The name of the encoding in reports, such as "alibi", "fox" or "seqpe+forget"."""
-        return encoding_name(self.kind, self.gate)
-
-    @property
-    def real_positions(self) -> bool:
-        """Whether positions need not be whole numbers; `none` has positions where pairs rotate."""
-        return self.kind in REAL_POSITIONS or (self.kind == "none" and self.rotary_pairs > 0)
-
-    def reads(self, field: dataclasses.Field) -> bool:
-        """Returns whether this encoding reads one of its fields."""
-        if any(getattr(self, name) != value for name, value in field.metadata.get("under", {}).items()):
-            return False
-        if self.kind in field.metadata.get("reads", (self.kind,)):
-            return True
-        combined = field.metadata.get("combined", {})
-        return any(self.kind in kinds and getattr(self, part) != PARTS[part] for part, kinds in combined.items())
-
-    @property
-    def window_dependence(self) -> str:
-        """The field by which a token's position signal depends on the length of its window, past the training length.
-
-        Returns:
-          The field with its value, as "encoding.scaling='yarn'"; "" where a token has one signal in all windows.
-        """
-        if self.kind == "learned":
-            return "encoding.kind='learned'"
-        if self.resize == "interpolate":
-            return "encoding.resize='interpolate'"
-        return f"encoding.scaling='{self.scaling}'" if self.scaling != "none" else ""
+def kinds_with(field: str) -> list[str]:
+    """Returns the kinds of encodings that have a field."""
+    return [kind for kind, encoding in ENCODINGS.items() if encoding.has(field)]
 
 
-def digits_of(encoding: EncodingConfig) -> int:
-    """Returns the digits per coordinate: `digits`, or as many as `max_position` needs, and those after the point."""
-    return (encoding.digits or count_digits(encoding.max_position, encoding.base)) + encoding.fraction_digits
+def all_fields() -> dict[str, Any]:
+    """Returns the fields of all encodings with their defaults; one that several have has the same default in each."""
+    names = {field.name: field.default for encoding in ENCODINGS.values() for field in dataclasses.fields(encoding)}
+    return names | {"kind": "seqpe"}
+
+
+def any_encoding() -> type:
+    """Returns a dataclass with the fields of all encodings, for their types, limits and documentation."""
+    fields: dict[str, tuple[str, Any, Any]] = {}
+    for encoding in ENCODINGS.values():
+        types = typing.get_type_hints(encoding)
+        for field in dataclasses.fields(encoding):
+            own = limits.field(field.default, **field.metadata)
+            fields.setdefault(field.name, (field.name, types[field.name], own))
+    fields["kind"] = ("kind", str, _field("seqpe", "the encoding", choices=lambda: tuple(ENCODINGS)))
+    return dataclasses.make_dataclass("AnyEncoding", fields.values())
+
+
+def encodings_table() -> str:
+    """Returns the table of docs/encodings.md, in markdown."""
+    rows = ["| kind | what it does | for | fields of its own | source |", "| --- | --- | --- | --- | --- |"]
+    shared = {field.name for one in (EncodingConfig, *_PARTS) for field in dataclasses.fields(one)}
+    takes = {"1": "text", "2+": "images", "any": "text, images"}
+    for kind, encoding in ENCODINGS.items():
+        own = [f"`{field.name}`" for field in dataclasses.fields(encoding) if field.name not in shared]
+        if encoding.HAS_VECTORS:
+            own = ["those of the digit encoder"]
+        rows.append(
+            f"| `{kind}` | {encoding.SUMMARY} | {takes[encoding.AXES]}{', causal' * encoding.CAUSAL_ONLY} | "
+            f"{', '.join(own)} | {encoding.SOURCE} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+_PARTS: Iterable[type] = (_Positions, _Heads, _Gated, _AddedPairs, _OwnPairs, _Rotates)

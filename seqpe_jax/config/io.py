@@ -6,7 +6,6 @@ ConfigDict.
 
 import dataclasses
 import functools
-import itertools
 import math
 import typing
 from collections.abc import Collection, Iterable
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from seqpe_jax.config.encodings import GATED, SEQPE, EncodingConfig, EncodingKind
+from seqpe_jax.config.encodings import ENCODINGS, GATED, EncodingConfig, all_fields, any_encoding, kinds_with
 from seqpe_jax.config.limits import LARGEST, check_range, format_value
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig
 from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_config_path
@@ -57,6 +56,9 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "encoding.yarn_beta_fast": 32.0,
     "encoding.directed_heads": lambda stored: min(8, stored.model.heads),
 }
+# Older versions stored the fields of all encodings, and did not always refuse values that nothing reads. A stored section
+# with more than so many fields of others is one of theirs.
+MAX_FOREIGN_FIELDS = 8
 # Fields whose default came to mean something else together with a new field: (new field, function as above).
 FORMER_MEANINGS: dict[str, tuple[str, Any]] = {
     "encoding.rotary_pairs": (
@@ -69,8 +71,11 @@ FORMER_MEANINGS: dict[str, tuple[str, Any]] = {
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Returns every field at its default, as a ConfigDict that config files fill in."""
-    return ml_collections.ConfigDict(to_dict(Config()))
+    """Returns every field at its default, as a ConfigDict that config files fill in.
+
+    Its encoding section has the fields of all encodings: a config file sets those of several, of which a variant chooses.
+    """
+    return ml_collections.ConfigDict(to_dict(Config()) | {"encoding": all_fields()})
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def from_dict(values: dict[str, Any]) -> Config:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
     """
     values = apply_renames(values)
-    config = _with_former_defaults(_build(Config, values, ""), values)
+    config = _with_former_defaults(_build(Config, _without_foreign_fields(values, stored=True), ""), values)
     check(config)
     return config
 
@@ -170,13 +175,15 @@ def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
 
     A config that a user gives names all fields (`defaults`), and is returned as it is.
     """
-    unread = _unread(config.encoding)
+    idle = config.encoding.without_effect()
     former = {name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)}
     former |= {name: value for name, (newer, value) in FORMER_MEANINGS.items() if _lacks(values, newer)}
     for name, value in former.items():
         section, field = name.split(".")
         fields = getattr(config, section)
-        if getattr(fields, field) == getattr(type(fields)(), field) and not (section == "encoding" and field in unread):
+        if section == "encoding" and (field in idle or not config.encoding.has(field)):
+            continue
+        if getattr(fields, field) == getattr(type(fields)(), field):
             value = value(config) if callable(value) else value
             config = dataclasses.replace(config, **{section: dataclasses.replace(fields, **{field: value})})
     return config
@@ -211,7 +218,8 @@ def from_user_values(values: dict[str, Any], overridden: Collection[str] = ()) -
       InputError: as in `parse`.
     """
     _refuse_old_names(values)
-    config = _following(_build(Config, apply_renames(values), ""), overridden)
+    values = _without_foreign_fields(apply_renames(values), overridden)
+    config = _following(_build(Config, values, ""), overridden)
     check(config)
     _check_ranges(config, "")
     _check_read(config)
@@ -270,30 +278,34 @@ def with_encoding(
     """Sets the encoding that a config's variant names; what it does not read goes back to its default.
 
     Args:
-      variant: an encoding kind, a name in `kinds.GATED` or in `forms`; None = seqpe.
+      variant: an encoding kind, a name in `encodings.GATED` or in `forms`; None = seqpe.
       forms: further variants of a page, and the kind that each is a form of.
 
     Raises:
       InputError: the variant is none of these.
     """
-    forms = {kind: kind for kind in typing.get_args(EncodingKind)} | dict.fromkeys(GATED, "none") | (forms or {})
+    forms = {kind: kind for kind in ENCODINGS} | dict.fromkeys(GATED, "none") | (forms or {})
     variant = variant or "seqpe"
     if variant not in forms:
         raise InputError(f"unknown config variant '{variant}'.{suggest(variant, forms)}")
-    kind = config.encoding.kind = forms[variant]
+    section, default = config.encoding, all_fields()
+    with section.unlocked():
+        for name in default.keys() - set(section):
+            section[name] = default[name]
+    section.kind = forms[variant]
     if variant in GATED:
-        config.encoding.gate = GATED[variant]
-    encoding = EncodingConfig(**config.encoding)
-    for name in _unread(encoding):
-        config.encoding[name] = getattr(EncodingConfig, name)
-    if (
-        not encoding.real_positions or kind == "rotary" and registry.get(config.data.name).kind == registry.DATA_IMAGE
-    ):  # whole numbers alone
-        config.encoding.fraction_digits, config.encoding.resize = 0, "extrapolate"
+        section.gate = GATED[variant]
+    chosen = ENCODINGS[section.kind]
+    own = chosen(**{field.name: section[field.name] for field in dataclasses.fields(chosen) if field.init})
+    for name in default:
+        if name in own.without_effect() or not chosen.has(name):
+            section[name] = default[name]
+    if not own.real_positions_on(2 if registry.get(config.data.name).kind == registry.DATA_IMAGE else 1):
+        section.fraction_digits, section.resize = 0, "extrapolate"
         config.objective.jitter.rate = config.objective.jitter.range = config.objective.zoom.rate = 0.0
-    if kind != "seqpe":
-        for section, terms in VECTOR_LOSSES.items():
-            config.objective[section] = ml_collections.ConfigDict(dataclasses.asdict(terms(weight=0.0)))
+    if not chosen.HAS_VECTORS:
+        for name, loss in VECTOR_LOSSES.items():
+            config.objective[name] = ml_collections.ConfigDict(dataclasses.asdict(loss(weight=0.0)))
         config.objective.shift.rate = 0.0
         config.objective.skip.rate = 0.0
     return config
@@ -307,16 +319,51 @@ VECTOR_LOSSES = {
 
 def reset_unused(config: Config) -> Config:
     """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
-    kind, plain = config.encoding.kind, EncodingConfig()
-    encoding = dataclasses.replace(config.encoding, **{name: getattr(plain, name) for name in _unread(config.encoding)})
-    terms = {} if kind == "seqpe" else {section: terms(weight=0.0) for section, terms in VECTOR_LOSSES.items()}
-    config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **terms))
+    plain = type(config.encoding)()
+    idle = {name: getattr(plain, name) for name in config.encoding.without_effect()}
+    encoding = dataclasses.replace(config.encoding, **idle)
+    has_vectors = config.encoding.HAS_VECTORS
+    losses = {} if has_vectors else {section: loss(weight=0.0) for section, loss in VECTOR_LOSSES.items()}
+    config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **losses))
     return _of_data(config, config.data_kind)
 
 
-def _unread(encoding: EncodingConfig) -> list[str]:
-    """Names of the fields that an encoding does not read."""
-    return [field.name for field in dataclasses.fields(EncodingConfig) if not encoding.reads(field)]
+def _without_foreign_fields(
+    values: dict[str, Any], overridden: Collection[str] = (), stored: bool = False
+) -> dict[str, Any]:
+    """Returns values whose encoding section has no field of other encodings.
+
+    Args:
+      values: nested; the section may have the fields of all encodings, those of others at their defaults.
+      overridden: dotted names of fields that the user gave by hand, which are refused if another encoding has them.
+      stored: whether the values are those of a stored run, perhaps of an older version.
+
+    Raises:
+      InputError: there is no such encoding, or a field of another one is set; names the encodings that have it.
+    """
+    section = values.get("encoding") if isinstance(values, dict) else None
+    if not isinstance(section, dict):
+        return values
+    kind = section.get("kind", "seqpe")
+    if kind not in ENCODINGS:
+        raise InputError(
+            f"config field 'encoding.kind' is {format_value(kind)}.{suggest(format_value(kind), ENCODINGS)}"
+        )
+    default = all_fields()
+    foreign = [name for name in section if name in default and not ENCODINGS[kind].has(name)]
+    if not (stored and len(foreign) > MAX_FOREIGN_FIELDS):
+        for name in foreign:
+            if section[name] != default[name] or f"encoding.{name}" in overridden:
+                raise InputError(
+                    f"encoding.{name}={section[name]} is not read by encoding.kind='{kind}', only by "
+                    f"{', '.join(kinds_with(name))}: leave it out"
+                )
+    return values | {"encoding": {name: value for name, value in section.items() if name not in foreign}}
+
+
+def with_resolved_lengths(config: Config) -> Config:
+    """Returns a config in which every length of the encoding is written out (`EncodingConfig.resolved`)."""
+    return dataclasses.replace(config, encoding=config.encoding.resolved(config.dims))
 
 
 def _of_data(section: Any, kind: str) -> Any:
@@ -340,7 +387,6 @@ def _check_read(config: Config) -> None:
             f"optimizer.end_learning_rate={optimizer.end_learning_rate} is not read by optimizer.schedule='constant', only "
             "by the others: leave it at 0.0"
         )
-    fields = {f"encoding.{field.name}": field.metadata for field in dataclasses.fields(EncodingConfig)}
     of = _kinds_of_data(Config, "", ())
     for line in difference(to_dict(reset_unused(config)), to_dict(config)):
         (name, _, values), value = line.partition(": "), line.rpartition(" -> ")[2]
@@ -349,27 +395,25 @@ def _check_read(config: Config) -> None:
                 f"{name}={value} is not read by runs on {config.data_kind} (data.name='{config.data.name}'), only by those "
                 f"on {' and '.join(of[name])}: leave it at {values.partition(' -> ')[0] or repr('')}"
             )
-        metadata = fields.get(name, {"reads": SEQPE})  # terms on vectors
-        for setting, needed in metadata.get("under", {}).items():
-            if kind in metadata["reads"]:
-                raise InputError(
-                    f"{name}={value} is not read without encoding.{setting}='{needed}': set that, or leave it out"
-                )
-        for part, kinds in metadata.get("combined", {}).items():
-            if kind in kinds:
-                raise InputError(
-                    f"{name}={value} is read by encoding.kind='{kind}' with encoding.{part} alone: set that too, or leave "
-                    f"{name} out"
-                )
-        kinds = dict.fromkeys([*metadata["reads"], *itertools.chain(*metadata.get("combined", {}).values())])
+        if not name.startswith("encoding."):
+            with_vectors = [kind for kind, encoding in ENCODINGS.items() if encoding.HAS_VECTORS]
+            raise InputError(
+                f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(with_vectors)}: leave it out"
+            )
+        other, needed = config.encoding.needs()[name.removeprefix("encoding.")]
+        if needed is not None:
+            raise InputError(
+                f"{name}={value} is not read without encoding.{other}='{needed}': set that, or leave it out"
+            )
         raise InputError(
-            f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(kinds)}: leave it out"
+            f"{name}={value} is read by encoding.kind='{kind}' with encoding.{other} alone: set that too, or leave {name} "
+            "out"
         )
 
 
 def _kinds_of_data(section: type, prefix: str, inherited: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Field by its dotted name -> the kinds of data whose runs read it; () = all."""
-    found, hints = {}, typing.get_type_hints(section)
+    found, hints = {}, _hints(section)
     for field in dataclasses.fields(section):
         of, hint = field.metadata.get("of", inherited), hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -445,6 +489,15 @@ def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
     return f"unknown config field '{name}'.{suggest(name, [*field_names(), *also])}"
 
 
+def _hints(section: type) -> dict[str, Any]:
+    """Types of the fields of a section; the encoding section has those of all encodings."""
+    hints = typing.get_type_hints(section)
+    return {
+        field.name: any_encoding() if hints[field.name] is EncodingConfig else hints[field.name]
+        for field in dataclasses.fields(section)
+    }
+
+
 def field_names() -> list[str]:
     """Returns the dotted names of all fields."""
     return list(field_types())
@@ -453,7 +506,7 @@ def field_names() -> list[str]:
 def field_types(kind: type = Config, prefix: str = "") -> dict[str, Any]:
     """Returns the type of each field by its dotted name."""
     types = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         types |= field_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
     return types
 
@@ -475,7 +528,7 @@ class FieldDoc:
 
 def field_docs(section: type = Config, prefix: str = "") -> dict[str, FieldDoc]:
     """Returns what help and documentation say of each field, by its dotted name."""
-    docs, hints = {}, typing.get_type_hints(section)
+    docs, hints = {}, _hints(section)
     for field in dataclasses.fields(section):
         name, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -502,6 +555,9 @@ def _plain(value: Any) -> Any:
 
 
 def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    if kind is EncodingConfig:
+        kind = ENCODINGS[values.get("kind", "seqpe")]
+        values = {name: value for name, value in values.items() if name != "kind"}
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:

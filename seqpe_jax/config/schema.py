@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from seqpe_jax.config import limits
-from seqpe_jax.config.encodings import EncodingConfig
+from seqpe_jax.config.encodings import EncodingConfig, ModelDims, SeqPEConfig
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
 from seqpe_jax.data import registry
@@ -287,7 +287,7 @@ class Config:
     init_from: str = _field("", path=True)  # a run or converted checkpoint whose parameters a new run begins with
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)
-    encoding: EncodingConfig = _section(EncodingConfig)
+    encoding: EncodingConfig = _section(SeqPEConfig)
     objective: ObjectiveConfig = _section(ObjectiveConfig)
     optimizer: OptimizerConfig = _section(OptimizerConfig)
     eval: EvalConfig = _section(EvalConfig)
@@ -316,6 +316,13 @@ class Config:
     def grid(self) -> tuple[int, ...]:
         """Positions of a training example along each axis: (length,), or the patches of an image."""
         return self.grid_of(self.data.size) if self.is_image else (self.data.length,)
+
+    @property
+    def dims(self) -> ModelDims:
+        """Sizes for which the encoding is built. A class token comes before the patches of an image."""
+        return ModelDims(
+            self.model.layers, self.model.width, self.model.heads, grid=self.grid, prefix_tokens=int(self.is_image)
+        )
 
     def grid_of(self, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the patches along each axis of an image or clip with these sides in pixels."""

@@ -2,20 +2,11 @@
 
 import math
 import re
-from typing import get_args
 
-from seqpe_jax.config.encodings import (
-    GRID_ONLY,
-    REAL_POSITIONS,
-    TEXT_ONLY,
-    EncodingConfig,
-    EncodingKind,
-    digits_of,
-)
+from seqpe_jax.config.encodings import ENCODINGS, SeqPEConfig, kinds_for
 from seqpe_jax.config.schema import Config
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.counting import count_digits, largest_position
 
 MAX_POSITION_UNITS = 2**30  # of positions along an axis, which are int32
 
@@ -35,16 +26,17 @@ def profile_window(config: Config) -> tuple[int, int] | None:
     return int(first), int(end)
 
 
-def _positions(encoding: EncodingConfig, training: bool) -> tuple[int, str, str]:
+def _positions(encoding: SeqPEConfig, training: bool) -> tuple[int, str, str]:
     """Returns how many positions an axis has, what limits them, and the field to raise.
 
     Args:
+      encoding: with digits.
       training: positions that training draws from, below max_position; else those that the digits write.
     """
     if training:
         return encoding.max_position, f"encoding.max_position={encoding.max_position}", "encoding.max_position"
-    digits = digits_of(encoding) - encoding.fraction_digits
-    count = min(encoding.base**digits, MAX_POSITION_UNITS // encoding.unit)
+    digits = encoding.integer_digits
+    count = min(encoding.base**digits, MAX_POSITION_UNITS // encoding.position_resolution)
     why = f"which {digits} digits in base {encoding.base} write"
     return count, why, "encoding.digits" if encoding.digits else "encoding.max_position"
 
@@ -62,10 +54,12 @@ def check_positions(config: Config, length: int, asked_by: str, *, training: boo
     if encoding.resize == "interpolate":
         _check_finer(config, (length,), (config.data.length,), (1,), asked_by)
         length = config.data.length  # that of the positions, however many places stand on them
-    reach, why, field = _positions(encoding, training)
-    if encoding.kind == "seqpe" and length > reach:
+    if not isinstance(encoding, SeqPEConfig):
+        return
+    count, why, field = _positions(encoding, training)
+    if length > count:
         raise InputError(
-            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is {reach - 1} ({why}): "
+            f"{asked_by} {length} needs position {length - 1}, but the largest position possible is {count - 1} ({why}): "
             f"raise {field} or lower {asked_by}"
         )
 
@@ -74,7 +68,7 @@ def _check_finer(
     config: Config, places: tuple[int, ...], trained: tuple[int, ...], patch: tuple[int, ...], asked_by: str
 ) -> None:
     """Refuses places that are read between those of training and would come to stand together. Raises: InputError."""
-    reach = tuple(count * config.encoding.unit for count in trained)
+    reach = tuple(count * config.encoding.position_resolution for count in trained)
     if any(count > limit for count, limit in zip(places, reach, strict=True)):
         asked, largest = (
             "x".join(str(count * side) for count, side in zip(counts, patch, strict=True)) for counts in (places, reach)
@@ -98,7 +92,6 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str, *, training
       InputError: says the largest size possible and the field to change.
     """
     sides, patch = config.sides_of(size), config.model.patch
-    reach, why, field = _positions(config.encoding, training)
     written, parts = "x".join(map(str, size)), patch[-len(size) :]
     if len(size) > len(patch):
         raise InputError(
@@ -113,27 +106,20 @@ def check_size(config: Config, size: tuple[int, ...], asked_by: str, *, training
     if config.encoding.resize == "interpolate":
         _check_finer(config, places[-2:], config.grid[-2:], patch[-2:], asked_by)
         places = (*places[:-2], *config.grid[-2:])  # those of the positions, however many patches stand on them
-    if config.encoding.kind == "seqpe" and max(places) > reach:
+    if not isinstance(config.encoding, SeqPEConfig):
+        return
+    count, why, field = _positions(config.encoding, training)
+    if max(places) > count:
         raise InputError(
             f"{asked_by} {written} needs position {max(places) - 1} along an axis, but the largest "
-            f"position possible is {reach - 1} ({why}), so the largest size possible is "
-            f"{'x'.join(str(reach * part) for part in parts)}: raise {field} or lower {asked_by}"
+            f"position possible is {count - 1} ({why}), so the largest size possible is "
+            f"{'x'.join(str(count * part) for part in parts)}: raise {field} or lower {asked_by}"
         )
 
 
 def check(config: Config) -> None:
     """Refuses a config whose fields contradict each other. Raises: InputError."""
-    encoding, objective = config.encoding, config.objective
-    digits = digits_of(encoding) - encoding.fraction_digits
-    if encoding.kind == "seqpe":
-        reach = largest_position(digits, encoding.base)
-        if encoding.max_position - 1 > reach:
-            needed = count_digits(encoding.max_position, encoding.base)
-            raise InputError(
-                f"encoding.max_position={encoding.max_position} needs {needed} digits in base {encoding.base}, but with "
-                f"encoding.digits={digits} the largest position possible is {reach}: set encoding.digits={needed}, or "
-                f"encoding.max_position to at most {reach + 1}"
-            )
+    objective = config.objective
     registry.get(config.data.name).check_paths(config.data.paths)
     if config.is_image:
         _check_images(config)
@@ -209,14 +195,7 @@ def _check_sizes(config: Config) -> None:
 def _check_text(config: Config) -> None:
     if config.model.kind != "gpt2":
         raise InputError(f"model.kind='{config.model.kind}' reads images, but data.name='{config.data.name}' is text")
-    if config.encoding.kind in GRID_ONLY:
-        raise InputError(
-            f"encoding.kind='{config.encoding.kind}' is for grids, and data.name='{config.data.name}' has text: choose one "
-            f"of {', '.join(kind for kind in get_args(EncodingKind) if kind not in GRID_ONLY)}"
-        )
-    fast, slow = config.encoding.yarn_beta_fast, config.encoding.yarn_beta_slow
-    if fast and fast <= slow:
-        raise InputError(f"encoding.yarn_beta_fast={fast} must be more than encoding.yarn_beta_slow={slow}, or 0")
+    config.encoding.check(axes=1)
     check_positions(config, config.data.length, "data.length", training=True)
     for length in config.eval.lengths:
         if length < 1:
@@ -290,16 +269,7 @@ def _check_images(config: Config) -> None:
     check_size(config, data.size, "data.size", training=True)
     for scale in config.eval_sizes:
         check_size(config, scale, "eval.frames and eval.sizes" if config.eval.frames else "eval.sizes")
-    if config.encoding.kind in TEXT_ONLY:
-        raise InputError(
-            f"encoding.kind='{config.encoding.kind}' is for texts, and data.name='{data.name}' has grids: choose one of "
-            f"{', '.join(kind for kind in get_args(EncodingKind) if kind not in TEXT_ONLY)}"
-        )
-    if config.encoding.gate != "none":
-        raise InputError(
-            f"encoding.gate='{config.encoding.gate}' needs tokens in causal order, and data.name='{data.name}' has grids: "
-            "set encoding.gate='none', or choose another variant than fox and cable"
-        )
+    config.encoding.check(axes)
     augment = data.augment
     for name, pair in (("crop_scale", augment.crop_scale), ("crop_aspect", augment.crop_aspect)):
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
@@ -319,9 +289,7 @@ def _check_images(config: Config) -> None:
 def _check_fractions(config: Config) -> None:
     """Refuses positions between whole numbers where an encoding knows none, or moves that would move nothing."""
     encoding, jitter = config.encoding, config.objective.jitter
-    numbered = len(config.grid) > 1 and (
-        encoding.kind == "rotary" or encoding.kind == "sinusoidal" and encoding.flatten
-    )
+    grid_axes = len(config.grid)
     wanted = {
         "encoding.fraction_digits": encoding.fraction_digits,
         "encoding.resize='interpolate'": encoding.resize == "interpolate",
@@ -329,42 +297,35 @@ def _check_fractions(config: Config) -> None:
         "objective.zoom.rate": config.objective.zoom.rate,
     }
     for name, value in wanted.items():
-        if value and (not encoding.real_positions or numbered):
-            why = "numbers the places of a grid one after the other" if numbered else "has whole positions alone"
-            if encoding.kind == "none":
+        if value and not encoding.real_positions_on(grid_axes):
+            why = (
+                "numbers the patches of a grid one after the other" if encoding.real_positions else "has integers alone"
+            )
+            if not encoding.knows_positions:
                 why = "has no positions without encoding.rotary_pairs"
+            others = [kind for kind in kinds_for(grid_axes) if ENCODINGS[kind].REAL_POSITIONS and kind != encoding.kind]
             raise InputError(
                 f"{name} needs positions between whole numbers, and encoding.kind='{encoding.kind}' {why}: leave it as it "
-                f"is, or choose one of {', '.join(kind for kind in REAL_POSITIONS if kind != encoding.kind)}"
+                f"is, or choose one of {', '.join(others)}"
             )
     axes = len(config.grid) if config.objective.contrastive.weight else 1  # which numbers the positions of all axes
-    if (encoding.max_position * encoding.unit) ** axes > MAX_POSITION_UNITS:
+    if (encoding.max_position * encoding.position_resolution) ** axes > MAX_POSITION_UNITS:
         raise InputError(
             f"encoding.max_position={encoding.max_position} with encoding.fraction_digits={encoding.fraction_digits} in "
             f"base {encoding.base} makes more than {MAX_POSITION_UNITS} positions on {axes} axes: lower one of them"
-        )
-    if encoding.fraction_digits and encoding.padding == "right":
-        raise InputError(
-            "encoding.padding='right' would move the point: set it to 'left', or encoding.fraction_digits=0"
         )
     if config.objective.zoom.rate and not (config.is_image and encoding.resize == "interpolate"):
         raise InputError(
             "objective.zoom reads patches of images between those of training: set encoding.resize='interpolate', on images"
         )
-    if encoding.log_scaling and encoding.scaling == "yarn":
-        raise InputError(
-            "encoding.log_scaling and encoding.scaling='yarn' both sharpen attention in longer windows: choose one of them"
-        )
-    if encoding.log_scaling and encoding.kind == "seqpe" and encoding.mode == "attn_mul":
-        raise InputError("encoding.log_scaling and encoding.mode='attn_mul' both multiply queries: choose one of them")
     if bool(jitter.rate) != bool(jitter.range):
         raise InputError(
             f"objective.jitter.rate={jitter.rate} and objective.jitter.range={jitter.range}: set both, or both to 0"
         )
-    if jitter.rate and round(jitter.range * encoding.unit) < 1:
+    if jitter.rate and round(jitter.range * encoding.position_resolution) < 1:
         raise InputError(
             f"objective.jitter.range={jitter.range} is less than half of the smallest step between positions, "
-            f"1/{encoding.unit}: raise it or encoding.fraction_digits"
+            f"1/{encoding.position_resolution}: raise it or encoding.fraction_digits"
         )
 
 
@@ -372,11 +333,11 @@ def _check_terms(config: Config) -> None:
     encoding, objective, length = config.encoding, config.objective, math.prod(config.grid)
     axes, side = len(config.grid), max(config.grid)
     contrastive, distillation = objective.contrastive, objective.distillation
-    if encoding.kind != "seqpe":
+    if not encoding.HAS_VECTORS:
         for name, value in (("contrastive.weight", contrastive.weight), ("distillation.weight", distillation.weight)):
             if value:
                 raise InputError(f"objective.{name}={value}: '{encoding.kind}' has no vectors to train; set it to 0")
-    if encoding.kind == "learned" and (objective.shift.rate or objective.skip.rate):
+    if not encoding.has("max_position") and (objective.shift.rate or objective.skip.rate):
         raise InputError("a learned table has no entries elsewhere: set objective.shift.rate and skip.rate to 0")
     if objective.shift.rate + objective.skip.rate > 1:
         raise InputError("objective.shift.rate + objective.skip.rate must be at most 1: a step is shifted or skipped")

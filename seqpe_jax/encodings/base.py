@@ -1,4 +1,4 @@
-"""What attention learns of positions: one small pytree that every encoding produces and every model reads."""
+"""PositionSignal: the effect of positions on tokens, queries, keys and logits, as every encoding returns it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,19 +9,22 @@ import jax
 import jax.numpy as jnp
 
 Pair = tuple[jax.Array, jax.Array]
-# What the heads without a position get: fields that multiply are 1 there (so is the cosine), fields that add are 0.
+ParamBounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
+# Values of fields in heads without a position: 1 where they multiply (and for the cosine), 0 where they add.
 NEUTRAL = {"rotation": (1.0, 0.0), "multiplicative": (1.0, 1.0), "additive": (0.0, 0.0), "logit_query_key": (0.0, 0.0)}
 
 
 @flax.struct.dataclass
 class RelativeBias:
-    """What a logit gains from where its query and its key stand, computed for a part of the queries and keys at a time.
+    """A logit bias as a function of the positions of query and key, computed for some queries and keys at a time.
 
     Attributes:
-      query, key: float32[P, L, C] and float32[P, S, C], what the function reads of each place.
-      function: (params, query [P, l, C], key [P, s, C], heads int32[h]) -> (factor, addend), float32[P or 1, h or 1, l, s]
-        each; logits are multiplied by the one, if it is not None, and then gain the other. Params: `bias_params`.
-      heads: the first heads that it is for; 0 = all.
+      query: float32[P, L, C], inputs of the function for each query.
+      key: float32[P, S, C], the same for each key.
+      function: (params, query [P, l, C], key [P, s, C], heads int32[h]) -> (factor, addend), each
+        float32[P or 1, h or 1, l, s]. Logits are multiplied by the factor, if it is not None, and the addend is added;
+        params: `PositionSignal.bias_params`.
+      heads: the first heads that get it; 0 = all.
     """
 
     query: jax.Array
@@ -32,20 +35,22 @@ class RelativeBias:
 
 @flax.struct.dataclass
 class PositionSignal:
-    """The effect of P position sets of L positions on tokens, queries and keys; absent fields have none.
+    """The effect of P sets of L positions on tokens, queries, keys and logits; absent fields have none.
 
     Attributes:
-      added: float[P, L, D], added to the tokens.
+      input_embedding: float[P, L, D], added to the tokens.
       rotation: (cos, sin), each float[P, L, H or 1, F], rotating the first F pairs (2i, 2i + 1) of q and k; F <= K/2.
-      factors: (for q, for k), each float[P, L, H or 1, K or 1], multiplied onto q and k.
-      shifts: (for q, for k), each float[P, L, H or 1, K], added to q and k.
-      features: (f_q, f_k), each float32[P, L, H or 1, F]; final attention logits gain f_q . f_k.
-      polar: (cos, sin), each float[P, L, 1, K]: q and k become the lengths softplus(q) and softplus(k) of K arrows each at
-        these angles, K of the keys' turned on by polar_shift, float[H, K].
-      polar_heads: the first heads for which this is so, None = all; in the others q and k stay as they are.
+      multiplicative: (of q, of k), each float[P, L, H or 1, K or 1], multiplied onto q and k.
+      additive: (of q, of k), each float[P, L, H or 1, K], added to q and k.
+      logit_query_key: (f_q, f_k), each float32[P, L, H or 1, F]; f_q . f_k is added to the final attention logits.
+      polar_phase: (cos, sin), each float[P, L, 1, K]; component k of q and k then has the magnitude softplus of its value,
+        and this phase.
+      polar_key_phase: float[H, K], added to the phase of keys.
+      polar_num_heads: the first heads in polar coordinates; None = all. In the others q and k stay as they are.
       bias: float32[H or 1, L, S], added to the final attention logits.
-      relation: what they gain as a function of two places; relation_params: what it learns, a tree of arrays.
-      stacked: names of the fields that differ by layer; these have a leading layer axis.
+      relative_bias: the same as a function of positions.
+      bias_params: parameters of that function, a tree of arrays.
+      per_layer_fields: names of the fields that differ by layer; they have a leading layer axis.
     """
 
     input_embedding: jax.Array | None = None
@@ -62,60 +67,64 @@ class PositionSignal:
     per_layer_fields: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def split_by_layer(self) -> tuple["PositionSignal", "PositionSignal"]:
-        """Returns (what all layers share, what differs by layer with its leading layer axis), without `input_embedding`."""
+        """Returns (fields that all layers share, fields by layer with a leading axis), without `input_embedding`."""
         own = {name: getattr(self, name) for name in self.per_layer_fields}
-        return self.replace(input_embedding=None, per_layer_fields=(), **dict.fromkeys(own)), PositionSignal(**own)
+        shared = self.replace(input_embedding=None, per_layer_fields=(), **dict.fromkeys(own))
+        return shared, PositionSignal(**own)
 
     def at_layer(self, layer: int) -> "PositionSignal":
-        """Returns what one layer sees."""
+        """Returns the signal of one layer."""
         if not self.per_layer_fields:
             return self
         shared, own = self.split_by_layer()
         return shared.joined(jax.tree.map(lambda field: field[layer], own))
 
-    def at_tokens(self, places_PL: jax.Array) -> "PositionSignal":
-        """Returns what one layer's tokens get at places int32[P, L] of a window, as P position sets without a bias.
+    def at_tokens(self, index_PL: jax.Array) -> "PositionSignal":
+        """Returns one layer's signal of tokens of a window, as P position sets without `bias`.
 
-        The window's signal has one position set. A bias tells of pairs of places, so the reader of both picks its rows; so
-        does that of a relation, whose keys stay those of the window.
+        Args:
+          index_PL: int32[P, L], token indices; the window's signal has one position set. Biases are of pairs of tokens:
+            rows of `bias` are left to the caller, and `relative_bias` is that of these queries and all keys of the window.
         """
         of_pairs = {"bias": None, "relative_bias": None, "bias_params": None, "polar_key_phase": None}
-        here = jax.tree.map(lambda field: field[0][places_PL], self.replace(**of_pairs))
-        relative_bias = self.relative_bias and self.relative_bias.replace(query=self.relative_bias.query[0][places_PL])
-        return here.replace(
-            relative_bias=relative_bias, bias_params=self.bias_params, polar_key_phase=self.polar_key_phase
-        )
+        here = jax.tree.map(lambda field: field[0][index_PL], self.replace(**of_pairs))
+        bias = self.relative_bias and self.relative_bias.replace(query=self.relative_bias.query[0][index_PL])
+        return here.replace(relative_bias=bias, bias_params=self.bias_params, polar_key_phase=self.polar_key_phase)
 
     def joined(self, other: "PositionSignal") -> "PositionSignal":
         """Returns the signal with the fields of both. Raises: ValueError: both fill the same one."""
         fields = {}
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name != "per_layer_fields" and mine is not None and theirs is not None:
+            if field.name == "per_layer_fields":
+                fields[field.name] = mine + theirs
+                continue
+            if mine is not None and theirs is not None:
                 raise ValueError(f"two parts of a position encoding both fill '{field.name}'")
-            fields[field.name] = mine + theirs if field.name == "per_layer_fields" else theirs if mine is None else mine
+            fields[field.name] = theirs if mine is None else mine
         return PositionSignal(**fields)
 
     def for_heads(self, count: int, heads: int) -> "PositionSignal":
-        """Returns the signal as the first `count` of a model's heads get it; the others see no position.
+        """Returns the signal for the first heads of a model; the others see no position.
 
         Args:
-          count: fields have one head, or at least that many.
+          count: heads that get it; fields have one head, or at least that many.
+          heads: of the model.
 
         Raises:
           ValueError: the signal is added to the tokens, which all heads read, or is a bias.
         """
         if count == heads:
             return self
+        if self.input_embedding is not None or self.bias is not None:
+            raise ValueError("what is added to tokens, or as a bias, reaches all heads")
         fields = {}
         for name, neutral in NEUTRAL.items():
             pair = getattr(self, name)
             if pair is not None:
                 fields[name] = tuple(
-                    _widened(part, count, heads, value) for part, value in zip(pair, neutral, strict=True)
+                    _pad_heads(part, count, heads, value) for part, value in zip(pair, neutral, strict=True)
                 )
-        if self.input_embedding is not None or self.bias is not None:
-            raise ValueError("what is added to tokens, or as a bias, reaches all heads")
         if self.polar_phase is not None:
             fields["polar_num_heads"] = count
         if self.relative_bias is not None:
@@ -123,10 +132,10 @@ class PositionSignal:
         return self.replace(**fields)
 
 
-def _widened(field: jax.Array, count: int, heads: int, neutral: float) -> jax.Array:
-    """[..., L, heads, F] of a field [..., L, 1 or more, F]: its first `count` heads, then heads that hold `neutral`."""
-    *lead, held, width = field.shape
-    own = jnp.broadcast_to(field, (*lead, count, width)) if held == 1 else field[..., :count, :]
+def _pad_heads(field: jax.Array, count: int, heads: int, neutral: float) -> jax.Array:
+    """[..., L, heads, F] of a field [..., L, 1 or more, F]: its first `count` heads, then heads of the neutral value."""
+    *lead, own_heads, width = field.shape
+    own = jnp.broadcast_to(field, (*lead, count, width)) if own_heads == 1 else field[..., :count, :]
     rest = ((0, 0),) * len(lead) + ((0, heads - count), (0, 0))
     return jnp.pad(own, rest, constant_values=neutral)
 
@@ -135,3 +144,13 @@ def broadcast_to_batch(field: jax.Array, batch: int) -> jax.Array:
     """Returns [1 or batch, ...] of a field of P position sets: sample i uses set i mod P."""
     sets = field.shape[0]
     return field if sets == 1 else jnp.tile(field, (batch // sets,) + (1,) * (field.ndim - 1))
+
+
+def clip_straight_through(parameter: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+    """Returns a clipped parameter, with the gradient of the unclipped one.
+
+    Training clips the parameter itself after each update (`training.optimizer.projection`), so that one at a bound has a
+    gradient and can come back. A parameter outside of its bounds comes from a checkpoint of version 0.1.0 or older, whose
+    model clipped it.
+    """
+    return parameter + jax.lax.stop_gradient(jnp.clip(parameter, *bounds) - parameter)

@@ -1,25 +1,54 @@
-"""An encoding made of parts, each of which fills its own fields of the signal, for the heads that it is meant for."""
+"""An encoding combined with added rotary pairs and log scaling, each for some heads: their signals are joined."""
+
+import math
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.config import EncodingConfig, ModelDims, RotaryAxialConfig
 from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.rope import RotaryAxial
+
+
+def combined(config: EncodingConfig, dims: ModelDims) -> nn.Module:
+    """Returns an encoding with the parts that its config combines it with; without any, the encoding by itself.
+
+    Gates are no part of it: the blocks of the network compute them from its tokens.
+    """
+    parts, heads = [config.make_module(dims)], [config.position_heads or dims.heads]
+    if config.HAS_VECTORS:
+        heads = [dims.heads]  # SeqPE limits its own heads, and computes no vectors for the others
+    if config.has("rotary_heads") and config.rotary_pairs:
+        rotary = RotaryAxialConfig(
+            base=config.base,
+            fraction_digits=config.fraction_digits,
+            rotary_pairs=config.rotary_pairs,
+            theta=config.theta,
+        )
+        parts.append(RotaryAxial(rotary, dims))  # on one axis, the same as RoPE
+        heads.append(config.rotary_heads or dims.heads)
+    if config.log_scaling:
+        parts.append(LogScaling(dims))
+        heads.append(dims.heads)
+    return parts[0] if heads == [dims.heads] else Composed(tuple(parts), dims.heads, tuple(heads))
 
 
 class Composed(nn.Module):
-    """Several encodings of the same positions at once, such as a few rotating pairs beside SeqPE's logit.
+    """Several encodings of the same positions at once, such as SeqPE's logit bias and a few rotary pairs.
 
-    The first part is the one that a config names; it keeps its parameters' names, so that a checkpoint does not tell
-    whether its encoding stood alone, and it alone may have vectors.
+    The first part is that of the config; it keeps the names of its parameters, so that checkpoints are the same with and
+    without the others, and it alone may have vectors.
 
     Attributes:
       parts: the encodings; no two of them fill the same field of the signal.
-      heads_model: heads of the model; reach: how many of them, the first ones, each part is for.
+      heads: of the model.
+      part_heads: heads that get each part, the first ones.
     """
 
     parts: tuple[nn.Module, ...]
-    heads_model: int
-    reach: tuple[int, ...]
+    heads: int
+    part_heads: tuple[int, ...]
 
     def setup(self) -> None:
         """Gives the first part this module's own parameters."""
@@ -30,28 +59,52 @@ class Composed(nn.Module):
     ) -> PositionSignal:
         """Returns the joined signal of positions int32[P, L, A] of a window or grid of this shape."""
         own = self.parts[0](positions_PLA, shape=shape, deterministic=deterministic)
-        return self._beside(own, positions_PLA, shape)
+        return self._joined(own, positions_PLA, shape)
 
     def vectors(self, positions_RA: jax.Array, **options) -> jax.Array:
-        """Returns the vectors float32[R, E] of positions int32[R, A]; options as of the first part."""
+        """Returns the vectors float32[R, E] of positions int32[R, A]; options: of the first part."""
         return self.parts[0].vectors(positions_RA, **options)
 
     def signal(self, vectors_PLE: jax.Array, positions_PLA: jax.Array, *, shape: tuple[int, ...]) -> PositionSignal:
-        """Returns the joined signal of positions int32[P, L, A] whose vectors float32[P, L, E] are known."""
+        """Returns the joined signal of positions int32[P, L, A] with vectors float32[P, L, E]."""
         own = self.parts[0].signal(vectors_PLE, positions_PLA, shape=shape)
-        return self._beside(own, positions_PLA, shape)
+        return self._joined(own, positions_PLA, shape)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the query and key parts of vectors [..., E], as the first part does."""
         return self.parts[0].query_key(vectors)
 
-    def with_precomputed_table(self, sides: tuple[int, ...], step: int) -> "Composed":
-        """Returns this encoding with a table of vectors in the encoder's place, as the first part does."""
-        return self.clone(parts=(self.parts[0].with_precomputed_table(sides, step), *self.parts[1:]))
+    def with_precomputed_table(self, sides: tuple[int, ...], stride: int) -> "Composed":
+        """Returns this encoding with a table of vectors in place of the encoder of the first part."""
+        return self.clone(parts=(self.parts[0].with_precomputed_table(sides, stride), *self.parts[1:]))
 
-    def _beside(self, own: PositionSignal, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
+    def _joined(self, own: PositionSignal, positions_PLA: jax.Array, shape: tuple[int, ...]) -> PositionSignal:
         """The first part's signal, joined with those of the others."""
-        signal = own.for_heads(self.reach[0], self.heads_model)
-        for part, heads in zip(self.parts[1:], self.reach[1:], strict=True):
-            signal = signal.joined(part(positions_PLA, shape=shape).for_heads(heads, self.heads_model))
+        signal = own.for_heads(self.part_heads[0], self.heads)
+        for part, count in zip(self.parts[1:], self.part_heads[1:], strict=True):
+            signal = signal.joined(part(positions_PLA, shape=shape).for_heads(count, self.heads))
         return signal
+
+
+class LogScaling(nn.Module):
+    """Queries are multiplied by the logarithm of the number of their keys, so that attention stays as sharp as in training.
+
+    A query that sees n keys is multiplied by log n / log N where n is more than the N of training; others stay as they are,
+    so that training does not change. After Chiang and Cholak 2022 (arXiv 2202.12172, section 5.3), who scale by log n.
+
+    Attributes:
+      dims: of the model.
+    """
+
+    dims: ModelDims
+
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
+        """Returns `multiplicative` of prefix + L tokens for positions int32[P, L, A]; tokens of text see those before."""
+        tokens = self.dims.prefix_tokens + positions_PLA.shape[1]
+        keys_L = jnp.arange(1, tokens + 1) if self.dims.axes == 1 else jnp.full(tokens, tokens)
+        trained = max(2, self.dims.prefix_tokens + self.dims.num_positions)
+        query_L = jnp.maximum(1.0, jnp.log(keys_L.astype(jnp.float32)) / math.log(trained))
+        query = query_L[None, :, None, None]
+        return PositionSignal(multiplicative=(query, jnp.ones_like(query)))

@@ -1,11 +1,11 @@
-"""The light transformer that reads a position's digits; prefixes that positions share are read once.
+"""The digit encoder: a light transformer over the digits of positions; prefixes that positions share are computed once.
 
-Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without a place).
+Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without an embedding of its index).
 """
 
 import functools
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,216 +13,279 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.activations import ACTIVATIONS
+from seqpe_jax.config import SeqPEConfig
 from seqpe_jax.positions.digits import significant_mask, to_digits
 from seqpe_jax.positions.prefix_trie import PrefixTrie, build_trie
 
-Mix = Callable[[jax.Array, jax.Array, jax.Array, nn.Module], jax.Array]
-Read = Callable[[jax.Array], jax.Array]
-How = Callable[[bool, bool], tuple[Mix, Read]]  # (the first layer, the last layer) -> what its places read
+
+class Embeddings(NamedTuple):
+    """Embeddings of the tokens of a digit string.
+
+    Attributes:
+      digit_BW: float32[base, W], of the digits.
+      index_NW: float32[N, W], of their indices in the string, those of the axes included.
+      cls_W: float32[W], of the token after the last digit; None = there is none.
+    """
+
+    digit_BW: jax.Array
+    index_NW: jax.Array
+    cls_W: jax.Array | None
+
+
+class StringAttention(NamedTuple):
+    """Attention within strings of N tokens, R of them at once.
+
+    Attributes:
+      mask: bool[R or 1, 1, N, N], keys by query.
+      last_only: whether the next layer needs the last token alone.
+    """
+
+    mask: jax.Array
+    last_only: bool
+
+    def select(self, x: jax.Array) -> jax.Array:
+        """Returns the tokens of x [R, N, ...] that the next layer needs."""
+        return x[:, -1:] if self.last_only else x
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, dropout: nn.Module) -> jax.Array:
+        """Returns weighted values [R, n, H, K] of selected queries and all keys and values, each [R, N, H, K]."""
+        mask = self.mask[..., -1:, :] if self.last_only else self.mask
+        logits = _masked(jnp.einsum("rnhk,rmhk->rhnm", query, key), mask)
+        return jnp.einsum("rhnm,rmhk->rnhk", dropout(nn.softmax(logits)), value)
+
+
+class TokenTypeAttention(NamedTuple):
+    """Attention of the nodes of a trie in the first layer, where they are of few types: each digit at each index, and CLS.
+
+    Attributes:
+      type_TU: one-hot [T, U], the type of each node.
+      mask_TU: bool[T, U], the types on each node's way from the root, itself included.
+      leaves: nodes at the end that the next layer needs; None = all.
+    """
+
+    type_TU: jax.Array
+    mask_TU: jax.Array
+    leaves: int | None
+
+    def select(self, x_UW: jax.Array) -> jax.Array:
+        """Returns the states [t, ...] of the nodes that the next layer needs, from those of the types [U, ...]."""
+        return jnp.tensordot(_last(self.type_TU, self.leaves), x_UW, 1, precision=jax.lax.Precision.HIGHEST)
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, dropout: nn.Module) -> jax.Array:
+        """Returns weighted values [t, H, K] of selected queries, keys and values [U, H, K]."""
+        logits = _masked(jnp.einsum("thk,uhk->thu", query, key), _last(self.mask_TU, self.leaves)[:, None])
+        return jnp.einsum("thu,uhk->thk", dropout(nn.softmax(logits)), value)
+
+
+class TrieAttention(NamedTuple):
+    """Attention of the nodes of a trie to those on their way from the root, themselves included.
+
+    Attributes:
+      ancestors_TN: int32[T, N], those nodes.
+      mask_TN: bool[T, N], which of them there are.
+      leaves: nodes at the end that the next layer needs; None = all.
+    """
+
+    ancestors_TN: jax.Array
+    mask_TN: np.ndarray
+    leaves: int | None
+
+    def select(self, x_TW: jax.Array) -> jax.Array:
+        """Returns the states of the nodes that the next layer needs."""
+        return _last(x_TW, self.leaves)
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, dropout: nn.Module) -> jax.Array:
+        """Returns weighted values [t, H, K] of selected queries, keys and values [T, H, K]."""
+        above_TN = _last(self.ancestors_TN, self.leaves)
+        logits = jnp.einsum("thk,tnhk->thn", query, key[above_TN])
+        logits = _masked(logits, _last(self.mask_TN, self.leaves)[:, None])
+        return jnp.einsum("thn,tnhk->thk", dropout(nn.softmax(logits)), value[above_TN])
+
+
+Attention = StringAttention | TokenTypeAttention | TrieAttention
+
+
+def _masked(logits: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
+    return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+
+
+def _last(array: jax.Array, count: int | None) -> jax.Array:
+    """The last rows of an array; all of them if `count` is None."""
+    return array if count is None else array[-count:]
 
 
 class EncoderBlock(nn.Module):
-    """A pre-LayerNorm transformer block over the digits of each row.
+    """A pre-LayerNorm transformer block over the digits of each position.
 
-    Attributes: as of `DigitEncoder`.
+    Attributes:
+      config: fields of the encoding.
     """
 
-    width: int
-    heads: int
-    dropout: float
-    attention_dropout: float
-    activation: str
-    layer_norm_epsilon: float
-    norm_init: float
-    kernel_init: nn.initializers.Initializer
+    config: SeqPEConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mix: Mix, read: Read, *, deterministic: bool) -> jax.Array:
-        """Returns the next states of the places that are read.
+    def __call__(self, x: jax.Array, attention: Attention, *, deterministic: bool) -> jax.Array:
+        """Returns the next states of the selected tokens.
 
         Args:
-          x: [..., W], states of places.
-          mix: queries of those that are read, keys and values of all, [..., H, K] -> [..., H, K]: attention.
-          read: all states -> those that are read, a linear map; places that are not serve as keys and values alone.
+          x: [..., W], states of tokens; those that are not selected serve as keys and values alone.
+          attention: selects tokens, and mixes their values.
+          deterministic: whether dropout is off.
         """
+        config, width = self.config, self.config.width
         norm = functools.partial(
-            nn.LayerNorm, epsilon=self.layer_norm_epsilon, scale_init=nn.initializers.constant(self.norm_init)
+            nn.LayerNorm, epsilon=config.layer_norm_epsilon, scale_init=nn.initializers.constant(config.norm_init)
         )
-        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init)
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        head_width = self.width // self.heads
-
-        def heads(x: jax.Array) -> jax.Array:
-            return x.reshape(*x.shape[:-1], self.heads, head_width)
-
-        query, key, value = map(heads, jnp.split(dense(3 * self.width, name="qkv")(norm(name="norm_1")(x)), 3, -1))
-        x = read(x)
-        drop_weights = nn.Dropout(self.attention_dropout, deterministic=deterministic)
-        mixed = mix(read(query) / math.sqrt(head_width), key, value, drop_weights).reshape(x.shape)
-        x = x + drop(dense(self.width, name="out")(mixed))
-        hidden = ACTIVATIONS[self.activation](dense(4 * self.width, name="mlp_in")(norm(name="norm_2")(x)))
-        return x + drop(dense(self.width, name="mlp_out")(hidden))
+        dense = functools.partial(nn.Dense, kernel_init=initializer(config, config.init_std))
+        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        head_width = width // config.heads
+        qkv = dense(3 * width, name="qkv")(norm(name="norm_1")(x))
+        query, key, value = (
+            part.reshape(*part.shape[:-1], config.heads, head_width) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        x = attention.select(x)
+        attention_dropout = nn.Dropout(config.attention_dropout, deterministic=deterministic)
+        values = attention.attend(attention.select(query) / math.sqrt(head_width), key, value, attention_dropout)
+        x = x + dropout(dense(width, name="out")(values.reshape(x.shape)))
+        hidden = ACTIVATIONS[config.activation](dense(4 * width, name="mlp_in")(norm(name="norm_2")(x)))
+        return x + dropout(dense(width, name="mlp_out")(hidden))
 
 
 class DigitEncoder(nn.Module):
-    """Reads strings of digits: positions int32[R, A] -> float32[R, output_width].
+    """Encodes positions int32[R, A] by their digits as vectors float32[R, output_width].
 
     Attributes:
-      axes, base, digits, padding: how a position is written.
-      width, heads, layers, dropout, attention_dropout, activation, layer_norm_epsilon: of the transformer.
-      direction: "causal" or "bi"; cls: a learned vector after the last digit is read out, else the last digit is.
-      final_norm: LayerNorm before the projection; mask_padding: padded zeros are no keys.
-      digit_index: "global" numbers the digits over the whole string, "per_axis" anew for each coordinate.
-      temperature: divides the vectors; norm_init: LayerNorm weights at the start; kernel_init: of everything else.
+      config: fields of the encoding.
+      axes: coordinates of a position.
+      output_width: features of a vector.
     """
 
-    output_width: int
+    config: SeqPEConfig
     axes: int
-    base: int
-    digits: int
-    padding: str
-    width: int
-    heads: int
-    layers: int
-    dropout: float
-    attention_dropout: float
-    activation: str
-    layer_norm_epsilon: float
-    direction: str
-    cls: bool
-    final_norm: bool
-    mask_padding: bool
-    digit_index: str
-    temperature: float
-    norm_init: float
-    kernel_init: nn.initializers.Initializer
+    output_width: int
 
     @nn.compact
     def __call__(
-        self, positions_RA: jax.Array, *, sizes: tuple[int, ...] | None = None, deterministic: bool = True
+        self, positions_RA: jax.Array, *, max_nodes: tuple[int, ...] | None = None, deterministic: bool = True
     ) -> jax.Array:
         """Returns one vector per position.
 
         Args:
-          sizes: of `positions.prefixes.max_nodes_per_level`: each prefix of digits that positions share is read once; None = each
-            string is read by itself. Without dropout both give the same; with it, sharing a prefix shares its mask.
+          positions_RA: int32[R, A], in units.
+          max_nodes: of `prefix_trie.max_nodes_per_level`: each prefix of digits that positions share is computed once;
+            None = each string by itself. Without dropout both give the same; with it, sharing a prefix shares its mask.
+          deterministic: whether dropout is off.
         """
-        length = self.axes * self.digits
-        written = {"base": self.base, "digits": self.digits, "padding": self.padding}
-        places = length if self.digit_index == "global" else self.digits
-        place_NE = self.param("place_embedding", self.kernel_init, (places, self.width), jnp.float32)
-        digit_BE = self.param("digit_embedding", self.kernel_init, (self.base, self.width), jnp.float32)
-        place_NE = jnp.tile(place_NE, (length // places, 1))
-        if self.axes > 1:
-            axis_AE = self.param("axis_embedding", self.kernel_init, (self.axes, self.width), jnp.float32)
-            place_NE = place_NE + jnp.repeat(axis_AE, self.digits, axis=0)
-        cls_E = self.param("cls", self.kernel_init, (1, self.width), jnp.float32)[0] if self.cls else None
-        digits_RN = to_digits(positions_RA, **written)
-        if sizes is None:
-            mask = self._mask(positions_RA)
-            x, how = self._strings(digits_RN, digit_BE, place_NE, cls_E, mask)
+        config = self.config
+        embeddings = self._embeddings()
+        digits_RN = to_digits(positions_RA, base=config.base, digits=config.num_digits, padding=config.padding)
+        if max_nodes is None:
+            trie = None
+            x, layers = string_layers(config, embeddings, digits_RN, self._mask(positions_RA))
         else:
-            shared = build_trie(digits_RN, self.base, sizes)
-            x, how = self._prefixes(shared, sizes, digit_BE, place_NE, cls_E)
-        for layer in range(self.layers):
-            block = EncoderBlock(
-                self.width,
-                self.heads,
-                self.dropout,
-                self.attention_dropout,
-                self.activation,
-                self.layer_norm_epsilon,
-                self.norm_init,
-                self.kernel_init,
-                name=f"block_{layer}",
-            )
-            x = block(x, *how(layer == 0, layer == self.layers - 1), deterministic=deterministic)
-        x = x[:, -1] if sizes is None else x
-        if self.final_norm:
-            scale_init = nn.initializers.constant(self.norm_init)
-            x = nn.LayerNorm(epsilon=self.layer_norm_epsilon, scale_init=scale_init, name="final_norm")(x)
-        x_RE = nn.Dense(self.output_width, kernel_init=self.kernel_init, name="projection")(x) / self.temperature
-        return x_RE if sizes is None else x_RE[shared.leaf_R]
+            trie = build_trie(digits_RN, config.base, max_nodes)
+            x, layers = trie_layers(config, embeddings, trie, max_nodes)
+        for layer, attention in enumerate(layers):
+            x = EncoderBlock(config, name=f"block_{layer}")(x, attention, deterministic=deterministic)
+        x = x[:, -1] if trie is None else x
+        if config.final_norm:
+            scale_init = nn.initializers.constant(config.norm_init)
+            x = nn.LayerNorm(epsilon=config.layer_norm_epsilon, scale_init=scale_init, name="final_norm")(x)
+        projection = nn.Dense(self.output_width, kernel_init=initializer(config, config.init_std), name="projection")
+        x_RE = projection(x) / config.temperature
+        return x_RE if trie is None else x_RE[trie.leaf_R]
+
+    def _embeddings(self) -> Embeddings:
+        """Creates the embeddings. Their parameters keep the names of older checkpoints."""
+        config, length = self.config, self.axes * self.config.num_digits
+        init = initializer(config, config.init_std)
+        indices = length if config.digit_index == "global" else config.num_digits
+        index_NW = self.param("place_embedding", init, (indices, config.width), jnp.float32)
+        digit_BW = self.param("digit_embedding", init, (config.base, config.width), jnp.float32)
+        index_NW = jnp.tile(index_NW, (length // indices, 1))
+        if self.axes > 1:
+            axis_AW = self.param("axis_embedding", init, (self.axes, config.width), jnp.float32)
+            index_NW = index_NW + jnp.repeat(axis_AW, config.num_digits, axis=0)
+        cls_W = self.param("cls", init, (1, config.width), jnp.float32)[0] if config.cls else None
+        return Embeddings(digit_BW, index_NW, cls_W)
 
     def _mask(self, positions_RA: jax.Array) -> jax.Array:
-        """Which place reads which, bool[R or 1, 1, N, N]."""
-        length = self.axes * self.digits
-        places = length + self.cls
-        mask = jnp.tril(jnp.ones((places, places), bool)) if self.direction == "causal" else jnp.ones((1, places), bool)
-        mask = jnp.broadcast_to(mask, (1, 1, places, places))
-        if self.mask_padding:
-            kept_RN = significant_mask(positions_RA, base=self.base, digits=self.digits, padding=self.padding)
-            kept_RN = jnp.pad(kept_RN, ((0, 0), (0, places - length)), constant_values=True)
-            mask = mask & kept_RN[:, None, None, :]
+        """Attention mask of the strings of positions, bool[R or 1, 1, N, N]."""
+        config = self.config
+        length = self.axes * config.num_digits
+        tokens = length + config.cls
+        causal = config.direction == "causal"
+        mask = jnp.tril(jnp.ones((tokens, tokens), bool)) if causal else jnp.ones((1, tokens), bool)
+        mask = jnp.broadcast_to(mask, (1, 1, tokens, tokens))
+        if config.mask_padding:
+            keys_RN = significant_mask(positions_RA, base=config.base, digits=config.num_digits, padding=config.padding)
+            keys_RN = jnp.pad(keys_RN, ((0, 0), (0, tokens - length)), constant_values=True)
+            mask = mask & keys_RN[:, None, None, :]
         return mask
 
-    def _strings(
-        self, digits_RN: jax.Array, digit_BE: jax.Array, place_NE: jax.Array, cls_E: jax.Array | None, mask: jax.Array
-    ) -> tuple[jax.Array, How]:
-        """States [R, N, W] of the strings themselves; their last places are read out."""
-        x_RND = digit_BE[digits_RN] + place_NE
-        if cls_E is not None:
-            x_RND = jnp.concatenate([x_RND, jnp.broadcast_to(cls_E, (len(x_RND), 1, self.width))], axis=1)
 
-        def how(first: bool, last: bool) -> tuple[Mix, Read]:
-            def mix(query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
-                logits = jnp.einsum("rnhk,rmhk->rhnm", query, key)
-                logits = jnp.where(mask[..., -1:, :] if last else mask, logits, jnp.finfo(logits.dtype).min)
-                return jnp.einsum("rhnm,rmhk->rnhk", drop(nn.softmax(logits)), value)
+def initializer(config: SeqPEConfig, std: float) -> nn.initializers.Initializer:
+    """Returns the initializer of weights with this standard deviation."""
+    make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
+    return make[config.init_distribution](std)
 
-            return mix, lambda x: x[:, -1:] if last else x
 
-        return x_RND, how
+def string_layers(
+    config: SeqPEConfig, embeddings: Embeddings, digits_RN: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, list[Attention]]:
+    """Returns the tokens of each string, and the attention of each layer.
 
-    def _prefixes(
-        self,
-        shared: PrefixTrie,
-        sizes: tuple[int, ...],
-        digit_BE: jax.Array,
-        place_NE: jax.Array,
-        cls_E: jax.Array | None,
-    ) -> tuple[jax.Array, How]:
-        """The same of T prefixes: a place reads the places of its own prefixes.
+    Args:
+      config: fields of the encoding.
+      embeddings: of the tokens.
+      digits_RN: int32[R, N].
+      mask: bool[R or 1, 1, N, N], that of CLS included.
 
-        The first layer's states are those of the few digits that there are at each place, and CLS: [U, W].
-        """
-        length, base = len(sizes), len(digit_BE)
-        x_UD = (place_NE[:, None] + digit_BE).reshape(-1, self.width)
-        kind_T = shared.digits_T + np.repeat(np.arange(length) * base, sizes)
-        ancestors_TN = shared.ancestors_TN
-        if cls_E is not None:  # CLS after each whole string
-            leaves = sizes[-1]
-            x_UD = jnp.concatenate([x_UD, cls_E[None]])
-            kind_T = jnp.pad(kind_T, (0, leaves), constant_values=length * base)
-            own_RN = jnp.concatenate([ancestors_TN[-leaves:], (sum(sizes) + jnp.arange(leaves))[:, None]], axis=1)
-            ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_RN])
-            sizes = (*sizes, leaves)
-        seen_TN = np.repeat(np.tril(np.ones((len(sizes), len(sizes)), bool)), sizes, axis=0)
-        kinds_TU = jax.nn.one_hot(kind_T, len(x_UD), dtype=x_UD.dtype)
-        # Products with zeros and ones, whose backward pass needs no scatter.
-        seen_TU = jnp.einsum("tn,tnu->tu", seen_TN, jax.nn.one_hot(kind_T[ancestors_TN], len(x_UD))) > 0
+    Returns:
+      States float32[R, N, W], the last token of which is read out; one `StringAttention` per layer.
+    """
+    x_RNW = embeddings.digit_BW[digits_RN] + embeddings.index_NW
+    if embeddings.cls_W is not None:
+        cls_R1W = jnp.broadcast_to(embeddings.cls_W, (len(x_RNW), 1, config.width))
+        x_RNW = jnp.concatenate([x_RNW, cls_R1W], axis=1)
+    return x_RNW, [StringAttention(mask, layer == config.layers - 1) for layer in range(config.layers)]
 
-        def how(first: bool, last: bool) -> tuple[Mix, Read]:
-            def read(x: jax.Array) -> jax.Array:
-                return x[-sizes[-1] :] if last else x
 
-            if first:
-                own_TU = read(kinds_TU)
+def trie_layers(
+    config: SeqPEConfig, embeddings: Embeddings, trie: PrefixTrie, max_nodes: tuple[int, ...]
+) -> tuple[jax.Array, list[Attention]]:
+    """Returns the tokens of a trie of prefixes, and the attention of each layer.
 
-                def mix(query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
-                    logits = jnp.einsum("thk,uhk->thu", query, key)
-                    logits = jnp.where(read(seen_TU)[:, None], logits, jnp.finfo(logits.dtype).min)
-                    return jnp.einsum("thu,uhk->thk", drop(nn.softmax(logits)), value)
+    Args:
+      config: fields of the encoding.
+      embeddings: of the tokens.
+      trie: of the strings, T nodes.
+      max_nodes: nodes of each of its levels.
 
-                return mix, lambda x: jnp.tensordot(own_TU, x, 1, precision=jax.lax.Precision.HIGHEST)
-
-            above_TN = read(ancestors_TN)
-
-            def mix(query: jax.Array, key: jax.Array, value: jax.Array, drop: nn.Module) -> jax.Array:
-                logits = jnp.einsum("thk,tnhk->thn", query, key[above_TN])
-                logits = jnp.where(read(seen_TN)[:, None], logits, jnp.finfo(logits.dtype).min)
-                return jnp.einsum("thn,tnhk->thk", drop(nn.softmax(logits)), value[above_TN])
-
-            return mix, read
-
-        return x_UD, how
+    Returns:
+      States float32[U, W] of the types of tokens, which are all that the nodes of the first layer differ in; the attention
+      of each layer, the last of which leaves the states of the strings.
+    """
+    (length, _), base = embeddings.index_NW.shape, len(embeddings.digit_BW)
+    x_UW = (embeddings.index_NW[:, None] + embeddings.digit_BW).reshape(-1, config.width)
+    type_T = trie.digits_T + np.repeat(np.arange(length) * base, max_nodes)
+    ancestors_TN, levels = trie.ancestors_TN, max_nodes
+    if embeddings.cls_W is not None:  # CLS after each complete string
+        leaves = max_nodes[-1]
+        x_UW = jnp.concatenate([x_UW, embeddings.cls_W[None]])
+        type_T = jnp.pad(type_T, (0, leaves), constant_values=length * base)
+        own_RN = jnp.concatenate([ancestors_TN[-leaves:], (sum(max_nodes) + jnp.arange(leaves))[:, None]], axis=1)
+        ancestors_TN = jnp.concatenate([jnp.pad(ancestors_TN, ((0, 0), (0, 1))), own_RN])
+        levels = (*max_nodes, leaves)
+    mask_TN = np.repeat(np.tril(np.ones((len(levels), len(levels)), bool)), levels, axis=0)
+    type_TU = jax.nn.one_hot(type_T, len(x_UW), dtype=x_UW.dtype)
+    # Products with zeros and ones, whose backward pass needs no scatter.
+    mask_TU = jnp.einsum("tn,tnu->tu", mask_TN, jax.nn.one_hot(type_T[ancestors_TN], len(x_UW))) > 0
+    layers: list[Attention] = []
+    for layer in range(config.layers):
+        leaves_only = levels[-1] if layer == config.layers - 1 else None
+        if layer == 0:
+            layers.append(TokenTypeAttention(type_TU, mask_TU, leaves_only))
+        else:
+            layers.append(TrieAttention(ancestors_TN, mask_TN, leaves_only))
+    return x_UW, layers

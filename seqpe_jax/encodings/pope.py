@@ -1,4 +1,4 @@
-"""Queries and keys as arrows: how long they are says what, where they point says where."""
+"""PoPE: queries and keys in polar coordinates, magnitude from content and phase from position."""
 
 import math
 from typing import ClassVar
@@ -8,46 +8,40 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.bounds import ParamBounds, clip_straight_through
-from seqpe_jax.encodings.fixed import require_one_axis, unit_circle
+from seqpe_jax.config import ModelDims, PoPEConfig
+from seqpe_jax.encodings.base import ParamBounds, PositionSignal, clip_straight_through
+from seqpe_jax.encodings.rope import unit_circle
 
 
 class PoPE(nn.Module):
-    """Polar coordinates: number k of a head is an arrow as long as softplus(q_k), turned by position times theta^(-k / K).
+    """Polar position encoding: component k of a head has magnitude softplus(q_k) and phase position * theta^(-k / K).
 
-    A key's arrow is turned on by a learned angle of each layer, head and number, from -2 pi to 0. Source: Gopalakrishnan et
+    To a key's phase a learned angle of each layer, head and component is added, from -2 pi to 0. Source: Gopalakrishnan et
     al. 2025 (arXiv 2509.10534).
 
     Attributes:
-      layers_model, width_model, heads_model: of the model; theta: base of the wavelengths.
-      unit: of positions, in which one token measures `unit`.
-      PARAM_BOUNDS: training keeps the keys' angles between -2 pi and 0, as the paper does.
+      config: fields of the encoding.
+      dims: of the model.
+      PARAM_BOUNDS: training clips the keys' angles to -2 pi .. 0, as the paper does.
     """
 
     PARAM_BOUNDS: ClassVar[ParamBounds] = {"shift": (-2 * math.pi, 0.0)}
 
-    layers_model: int
-    width_model: int
-    heads_model: int
-    theta: float = 10000.0
-    unit: int = 1
+    config: PoPEConfig
+    dims: ModelDims
 
     @nn.compact
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `polar_phase`, each float32[P, L, 1, K], and `polar_key_phase` for positions int32[P, L, 1].
-
-        Raises:
-          InputError: a grid.
-        """
-        require_one_axis("pope", positions_PLA)
-        width = self.width_model // self.heads_model
-        frequencies = self.theta ** (-np.arange(width) / width)
-        cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
-        shift = self.param("shift", nn.initializers.zeros, (self.layers_model, self.heads_model, width), jnp.float32)
-        shift = clip_straight_through(shift, self.PARAM_BOUNDS["shift"])
+        """Returns `polar_phase`, each float32[P, L, 1, K], and `polar_key_phase` for positions int32[P, L, 1]."""
+        width = self.dims.head_width
+        frequencies = self.config.theta ** (-np.arange(width) / width)
+        cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.config.position_resolution)
+        sizes = (self.dims.layers, self.dims.heads, width)
+        shift = self.param("shift", nn.initializers.zeros, sizes, jnp.float32)
         return PositionSignal(
-            polar_phase=(cos[:, :, None], sin[:, :, None]), polar_key_phase=shift, per_layer_fields=("polar_key_phase",)
+            polar_phase=(cos[:, :, None], sin[:, :, None]),
+            polar_key_phase=clip_straight_through(shift, self.PARAM_BOUNDS["shift"]),
+            per_layer_fields=("polar_key_phase",),
         )

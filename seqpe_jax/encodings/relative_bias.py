@@ -1,8 +1,8 @@
-"""Encodings in which a logit gains a function of where its query and its key stand (`signal.RelativeBias`).
+"""Relative position biases: logits gain a function of the positions of query and key (ALiBi, T5, KERPLE, FIRE, ...).
 
-A function reads for each place its coordinates in tokens or patches, how large distances may be seen from there, and
-whether it stands anywhere at all: tokens before a grid, such as a class token, stand nowhere, and nothing is added to
-their logits.
+ALiBi's is a product of a query's and a key's part. The others are functions of both (`base.RelativeBias`) that are computed
+block by block. For each token they take its coordinates in tokens or patches, the largest distance possible from it, and
+whether it has a position: tokens before a grid, such as a class token, have none, and their logits stay as they are.
 """
 
 import dataclasses
@@ -14,25 +14,44 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.encodings.base import PositionSignal, RelativeBias
-from seqpe_jax.encodings.bounds import ParamBounds, clip_straight_through
-from seqpe_jax.encodings.fixed import alibi_slopes, require_one_axis, rotary_frequencies, rotary_head_width, unit_circle
-from seqpe_jax.errors import InputError
+from seqpe_jax.config import (
+    ALiBiConfig,
+    FireConfig,
+    GridALiBiConfig,
+    KerpleConfig,
+    LookHereConfig,
+    ModelDims,
+    ScaleInvariantConfig,
+    T5Config,
+)
+from seqpe_jax.encodings.base import ParamBounds, PositionSignal, RelativeBias, clip_straight_through
+from seqpe_jax.encodings.rope import rotary_frequencies, unit_circle
 
-MASKED = -1e30  # the addend of what a head does not see; finite, so that a mask can be added to it
+MASKED = -1e30  # the addend of keys that a head does not attend to; finite, so that a mask can be added to it
+FIRE_HIDDEN = 32  # features of FIRE's network
 FactorAndAddend = tuple[jax.Array | None, jax.Array]
 
 
-def places(positions_PLA: jax.Array, unit: int, prefix: int) -> jax.Array:
-    """Returns what functions read, float32[P, prefix + L, A + 2]: coordinates, reach of distances, 1 or 0 = nowhere."""
-    own_PLA = positions_PLA.astype(jnp.float32) / unit
+def bias_inputs(positions_PLA: jax.Array, resolution: int, prefix_tokens: int) -> jax.Array:
+    """Returns the inputs of bias functions, float32[P, prefix + L, A + 2].
+
+    Args:
+      positions_PLA: int32[P, L, A], in units.
+      resolution: units of a token or patch.
+      prefix_tokens: tokens before them, which have no position.
+
+    Returns:
+      For each token its coordinates, the largest distance possible from it, and 1; 0 throughout for one without position.
+    """
+    own_PLA = positions_PLA.astype(jnp.float32) / resolution
     if own_PLA.shape[-1] == 1:
-        reach_PL1 = own_PLA  # all that a query sees lies before it
+        max_distance_PL1 = own_PLA  # causal attention sees the tokens before
     else:
         sides = own_PLA.max(axis=1, keepdims=True) - own_PLA.min(axis=1, keepdims=True)
-        reach_PL1 = jnp.broadcast_to(jnp.sqrt((sides**2).sum(axis=-1, keepdims=True)), (*own_PLA.shape[:-1], 1))
-    read = jnp.concatenate([own_PLA, reach_PL1, jnp.ones_like(reach_PL1)], axis=-1)
-    return jnp.pad(read, ((0, 0), (prefix, 0), (0, 0)))
+        diagonal = jnp.sqrt((sides**2).sum(axis=-1, keepdims=True))
+        max_distance_PL1 = jnp.broadcast_to(diagonal, (*own_PLA.shape[:-1], 1))
+    inputs = jnp.concatenate([own_PLA, max_distance_PL1, jnp.ones_like(max_distance_PL1)], axis=-1)
+    return jnp.pad(inputs, ((0, 0), (prefix_tokens, 0), (0, 0)))
 
 
 def displacements(query_PLC: jax.Array, key_PSC: jax.Array) -> list[jax.Array]:
@@ -42,43 +61,48 @@ def displacements(query_PLC: jax.Array, key_PSC: jax.Array) -> list[jax.Array]:
 
 
 def distances(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
-    """Returns float32[P, L, S]: on one axis how far the key lies before the query, at least 0; on a grid Euclid's."""
+    """Returns distances float32[P, L, S]: on one axis of a key before its query, at least 0; on grids Euclidean."""
     moves = displacements(query_PLC, key_PSC)
     if len(moves) == 1:
         return jnp.maximum(moves[0], 0.0)
     squares = sum(move**2 for move in moves)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)  # its slope at 0 is not infinite
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)  # with a finite gradient at 0
 
 
 def valid_mask(query_PLC: jax.Array, key_PSC: jax.Array) -> jax.Array:
-    """Returns 1 where both stand somewhere and else 0, float32[P, 1, L, S]."""
+    """Returns 1 where query and key both have a position, else 0, float32[P, 1, L, S]."""
     return (query_PLC[:, :, None, -1] * key_PSC[:, None, :, -1])[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketBias:
-    """T5's: a number for each bucket of distances; the farther, the wider the buckets."""
+    """T5's bias: a number for each bucket of distances, in buckets that widen with distance.
+
+    Attributes:
+      buckets: their number.
+      max_distance: tokens from which on all distances share the last bucket.
+    """
 
     buckets: int
-    farthest: int
+    max_distance: int
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: {"buckets": float32[buckets, H]}."""
         distance, exact = distances(query, key)[:, None], self.buckets // 2
         table = params["buckets"][:, heads_H, None, None]
-        # What each bucket adds to the one before it, from the distance on where it begins: comparisons and sums fuse into
-        # one loop, where an index would be gathered, and its gradient scattered.
+        # Each bucket adds its difference to the one before, from its first distance on: comparisons and sums fuse into one
+        # loop, where an index would be gathered, and its gradient scattered.
         addend = table[0]
         for bucket in range(1, self.buckets):
             far = (bucket - exact) / (self.buckets - exact)
-            begins = bucket if bucket <= exact else exact * (self.farthest / exact) ** far
-            addend = addend + (table[bucket] - table[bucket - 1]) * (distance >= begins)
+            first = bucket if bucket <= exact else exact * (self.max_distance / exact) ** far
+            addend = addend + (table[bucket] - table[bucket - 1]) * (distance >= first)
         return None, addend * valid_mask(query, key)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogBias:
-    """KERPLE's: -r1 log(1 + r2 distance), r1 and r2 above 0 and of each head."""
+    """KERPLE's bias: -r1 log(1 + r2 distance), r1 and r2 above 0 and of each head."""
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: {"slope", "scale"}, each float32[H]."""
@@ -87,16 +111,20 @@ class LogBias:
 
 
 @dataclasses.dataclass(frozen=True)
-class InterpolatedBias:
-    """FIRE's: a small network reads log(c distance + 1) / log(c max(reach, threshold) + 1)."""
+class NetworkBias:
+    """FIRE's bias: a small network of log(c distance + 1) / log(c max(largest distance, threshold) + 1).
+
+    Attributes:
+      threshold: initial, in tokens or patches; the learned one is a factor of it.
+    """
 
     threshold: float
 
     def __call__(self, params: Any, query: jax.Array, key: jax.Array, heads_H: jax.Array) -> FactorAndAddend:
         """Returns (None, addend float32[P, H, L, S]); params: see `Fire`."""
         scale, threshold = jnp.abs(params["scale"]), jnp.abs(params["threshold"]) * self.threshold
-        reach_PL1 = jnp.maximum(query[:, :, None, -2], threshold)
-        share = jnp.log1p(scale * distances(query, key)) / (jnp.log1p(scale * reach_PL1) + 1e-6)
+        max_distance_PL1 = jnp.maximum(query[:, :, None, -2], threshold)
+        share = jnp.log1p(scale * distances(query, key)) / (jnp.log1p(scale * max_distance_PL1) + 1e-6)
         hidden = jax.nn.relu(share[..., None] * params["inward"] + params["inward_bias"])
         out, bias = params["outward"][:, heads_H], params["outward_bias"][heads_H]
         addend = jnp.einsum("plsw,wh->phls", hidden, out) + bias[:, None, None]
@@ -105,7 +133,12 @@ class InterpolatedBias:
 
 @dataclasses.dataclass(frozen=True)
 class SlopedBias:
-    """ALiBi's on a grid: -slope * distance; with directions, heads see one side alone (LookHere)."""
+    """ALiBi's bias on a grid, -slope * distance; with directions, heads attend to one side alone (LookHere).
+
+    Attributes:
+      slopes: of each head, per patch.
+      directed: whether parameters have directions.
+    """
 
     slopes: tuple[float, ...]
     directed: bool = False
@@ -115,7 +148,7 @@ class SlopedBias:
 
         Args:
           params: None, or of a layer {"depth": float32[], a factor of the slopes; "direction": float32[H, 2], (down, right)
-            of the side that a head sees, 0 = everywhere}.
+            of the side that a head attends to, 0 = all sides}.
         """
         slopes = jnp.asarray(self.slopes, jnp.float32)[heads_H][:, None, None]
         addend = -slopes * distances(query, key)[:, None] * (1.0 if params is None else params["depth"])
@@ -124,13 +157,16 @@ class SlopedBias:
             side_H2 = params["direction"][heads_H]
             ahead = side_H2[:, 0, None, None] * down[:, None] + side_H2[:, 1, None, None] * right[:, None]
             addend = jnp.where(ahead > 0, MASKED, addend)
-        both = valid_mask(query, key)
-        return None, jnp.where(both > 0, addend, 0.0)
+        return None, jnp.where(valid_mask(query, key) > 0, addend, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaledLogits:
-    """Scale-invariant attention's: logits times a and plus 1 - a^2, with a^2 = 2 log(distance / tau + 1) + 1."""
+    """Scale-invariant attention's logits: times a and plus 1 - a^2, with a^2 = 2 log(distance / tau + 1) + 1.
+
+    Attributes:
+      tau: tokens.
+    """
 
     tau: float
 
@@ -141,164 +177,193 @@ class ScaledLogits:
 
 
 def relative_bias_signal(
-    positions_PLA: jax.Array, unit: int, prefix: int, function: Any, params: Any, by_layer: bool
+    positions_PLA: jax.Array, resolution: int, dims: ModelDims, function: Any, params: Any = None, *, per_layer: bool
 ) -> PositionSignal:
-    """Returns the signal of a relation; params: of each layer along their first axis if `by_layer`."""
-    read = places(positions_PLA, unit, prefix)
-    per_layer_fields = ("bias_params",) if by_layer else ()
+    """Returns the signal of a bias function.
+
+    Args:
+      positions_PLA: int32[P, L, A], in units.
+      resolution: units of a token or patch.
+      dims: of the model.
+      function: of `base.RelativeBias`.
+      params: of the function; None = it has none.
+      per_layer: whether parameters have a leading layer axis.
+    """
+    inputs = bias_inputs(positions_PLA, resolution, dims.prefix_tokens)
+    fields = ("bias_params",) if per_layer else ()
     return PositionSignal(
-        relative_bias=RelativeBias(read, read, function), bias_params=params, per_layer_fields=per_layer_fields
+        relative_bias=RelativeBias(inputs, inputs, function), bias_params=params, per_layer_fields=fields
     )
 
 
-class T5(nn.Module):
-    """Learned numbers for buckets of distances, the same in all layers (Raffel et al. 2020, arXiv 1910.10683).
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Returns the slope of each head, float64[heads] (Press et al. 2022).
 
-    The first half of the buckets hold one distance each; the others grow with the logarithm up to `t5_max_distance`, and
-    the last holds all that is beyond.
-
-    Attributes:
-      heads_model, width_model: of the model.
-      t5_buckets: number of buckets; t5_max_distance: in tokens.
-      unit: of positions, in which one token measures `unit`.
+    A geometric sequence from 2^(-8 / heads) for a power of two; else that of the power below, filled up with every
+    other slope of the power above.
     """
 
-    heads_model: int
-    width_model: int
-    t5_buckets: int
-    t5_max_distance: int
-    unit: int = 1
+    def geometric(count: int) -> np.ndarray:
+        return 2.0 ** (-8.0 / count * np.arange(1, count + 1))
+
+    below = 2 ** math.floor(math.log2(heads))
+    return np.concatenate([geometric(below), geometric(2 * below)[::2][: heads - below]])
+
+
+class ALiBi(nn.Module):
+    """Attention logits fall linearly with distance, -slope * (i - j), as a product of a query and a key part per head.
+
+    The authors take the same slopes at every training length.
+
+    Attributes:
+      config: fields of the encoding.
+      dims: of the model.
+    """
+
+    config: ALiBiConfig
+    dims: ModelDims
+
+    def __call__(
+        self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
+    ) -> PositionSignal:
+        """Returns `logit_query_key` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
+        slopes = self.config.slope_scale * alibi_slopes(self.dims.heads)
+        if self.config.reference_scaling:
+            slopes = slopes / math.sqrt(self.dims.head_width)
+        slopes_H = jnp.asarray(slopes, jnp.float32)
+        position_PL1 = positions_PLA.astype(jnp.float32) / self.config.position_resolution
+        flat_PLH = jnp.broadcast_to(slopes_H, (*position_PL1.shape[:2], len(slopes)))
+        query = jnp.stack([flat_PLH, -slopes_H * position_PL1], axis=-1)
+        key = jnp.stack([position_PL1, jnp.ones_like(position_PL1)], axis=-1)
+        return PositionSignal(logit_query_key=(query, key))
+
+
+class T5(nn.Module):
+    """A learned bias for each bucket of distances, the same in all layers (Raffel et al. 2020, arXiv 1910.10683).
+
+    The first half of the buckets hold one distance each; the others grow with the logarithm up to `t5_max_distance`, and
+    the last holds all beyond.
+
+    Attributes:
+      config: fields of the encoding.
+      dims: of the model.
+    """
+
+    config: T5Config
+    dims: ModelDims
 
     @nn.compact
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relative_bias` of positions int32[P, L, 1].
-
-        Raises:
-          InputError: a grid, or a largest distance among those that have a bucket of their own.
-        """
-        require_one_axis("t5", positions_PLA)
-        if self.t5_max_distance <= self.t5_buckets // 2:
-            raise InputError(
-                f"encoding.t5_max_distance={self.t5_max_distance} must be more than half of "
-                f"encoding.t5_buckets={self.t5_buckets}, which hold one distance each: raise it or lower the buckets"
-            )
-        function = BucketBias(self.t5_buckets, self.t5_max_distance)
-        init = nn.initializers.normal(self.width_model**-0.5)
-        buckets = self.param("buckets", init, (function.buckets, self.heads_model), jnp.float32)
-        return relative_bias_signal(positions_PLA, self.unit, 0, function, {"buckets": buckets}, by_layer=False)
+        """Returns the `relative_bias` of positions int32[P, L, 1]."""
+        config, dims = self.config, self.dims
+        init = nn.initializers.normal(dims.width**-0.5)
+        buckets = self.param("buckets", init, (config.t5_buckets, dims.heads), jnp.float32)
+        function = BucketBias(config.t5_buckets, config.t5_max_distance)
+        return relative_bias_signal(
+            positions_PLA, config.position_resolution, dims, function, {"buckets": buckets}, per_layer=False
+        )
 
 
 class Kerple(nn.Module):
     """KERPLE's logarithmic kernel, its two numbers learned by layer and head (Chi et al. 2022, arXiv 2205.09921).
 
     Attributes:
-      layers_model, heads_model: of the model.
-      kerple_scale: a fresh r2 is drawn below, per token.
-      unit: of positions, in which one token measures `unit`.
-      PARAM_BOUNDS: training keeps r1 and r2 at 0.01 or more, as the authors' code does.
+      config: fields of the encoding.
+      dims: of the model.
+      PARAM_BOUNDS: training clips r1 and r2 at 0.01, as the authors' code does.
     """
 
     PARAM_BOUNDS: ClassVar[ParamBounds] = {"slope": (0.01, math.inf), "scale": (0.01, math.inf)}
 
-    layers_model: int
-    heads_model: int
-    kerple_scale: float
-    unit: int = 1
+    config: KerpleConfig
+    dims: ModelDims
 
     @nn.compact
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relative_bias` of positions int32[P, L, 1]. Raises: InputError: a grid."""
-        require_one_axis("kerple", positions_PLA)
-        sizes = (self.layers_model, self.heads_model)
-        fresh = {"slope": 2.0, "scale": self.kerple_scale}  # each is drawn evenly between 0 and this
-        params = {
-            name: clip_straight_through(
-                self.param(name, _above(limit, self.PARAM_BOUNDS[name][0]), sizes), self.PARAM_BOUNDS[name]
-            )
-            for name, limit in fresh.items()
-        }
-        return relative_bias_signal(positions_PLA, self.unit, 0, LogBias(), params, by_layer=True)
+        """Returns the `relative_bias` of positions int32[P, L, 1]."""
+        sizes = (self.dims.layers, self.dims.heads)
+        params = {}
+        for name, limit in (("slope", 2.0), ("scale", self.config.kerple_scale)):
+            bounds = self.PARAM_BOUNDS[name]
+            params[name] = clip_straight_through(self.param(name, _uniform_above(limit, bounds[0]), sizes), bounds)
+        return relative_bias_signal(
+            positions_PLA, self.config.position_resolution, self.dims, LogBias(), params, per_layer=True
+        )
 
 
 class Fire(nn.Module):
-    """FIRE: a network with 32 hidden units reads how far a key lies, as a share of how far it could (Li et al. 2024).
+    """FIRE: a small network reads the distance of a key as a share of the largest one possible (Li et al. 2024).
 
-    In texts, a key could lie as far as the text's first token, or a learned threshold where that is more. On grids, where
-    the paper says nothing, distances are Euclid's and could be the diagonal. Source: arXiv 2310.04418.
+    In text, the largest distance is that to the first token, or a learned threshold if that is more. On grids, where the
+    paper says nothing, distances are Euclidean and the largest one is the diagonal. Source: arXiv 2310.04418.
 
     Attributes:
-      layers_model, heads_model: of the model.
-      fire_threshold: of a fresh model, in tokens or patches; fire_scale: c of a fresh model, per token or patch.
-      unit: of positions, in which one token or patch measures `unit`.
-      prefix: tokens before the positions that have none, such as a class token.
+      config: fields of the encoding.
+      dims: of the model.
     """
 
-    layers_model: int
-    heads_model: int
-    fire_threshold: float
-    fire_scale: float
-    unit: int = 1
-    prefix: int = 0
+    config: FireConfig
+    dims: ModelDims
 
     @nn.compact
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
         """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]."""
-        layers, heads, hidden = self.layers_model, self.heads_model, 32
+        config, layers, heads, hidden = self.config, self.dims.layers, self.dims.heads, FIRE_HIDDEN
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        inward, outward = (_uniform(1.0 / math.sqrt(read)) for read in (1, hidden))
+        inward, outward = (_uniform(1.0 / math.sqrt(inputs)) for inputs in (1, hidden))
         params = {
-            "scale": self.param("scale", nn.initializers.constant(self.fire_scale), (layers,), jnp.float32),
+            "scale": self.param("scale", nn.initializers.constant(config.fire_scale), (layers,), jnp.float32),
             "threshold": self.param("threshold", ones, (layers,), jnp.float32),
             "inward": self.param("inward", inward, (layers, hidden), jnp.float32),
             "inward_bias": self.param("inward_bias", inward, (layers, hidden), jnp.float32),
             "outward": self.param("outward", outward, (layers, hidden, heads), jnp.float32),
             "outward_bias": self.param("outward_bias", zeros, (layers, heads), jnp.float32),
         }
-        function = InterpolatedBias(self.fire_threshold)
-        return relative_bias_signal(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
+        function = NetworkBias(config.fire_threshold)
+        return relative_bias_signal(
+            positions_PLA, config.position_resolution, self.dims, function, params, per_layer=True
+        )
 
 
 def _uniform(limit: float) -> Any:
-    """Draws between -limit and limit, as PyTorch's linear layers begin with 1 / sqrt(what they read)."""
+    """Initializer between -limit and limit; PyTorch's linear layers take 1 / sqrt(inputs)."""
     return lambda key, sizes, dtype: jax.random.uniform(key, sizes, dtype, -limit, limit)
 
 
-def _above(limit: float, low: float) -> Any:
-    """Draws evenly between 0 and a limit; what is below `low` begins there."""
+def _uniform_above(limit: float, low: float) -> Any:
+    """Initializer between 0 and a limit, clipped at `low`."""
     return lambda key, sizes: jnp.maximum(limit * jax.random.uniform(key, sizes, jnp.float32), low)
 
 
 class GridALiBi(nn.Module):
-    """ALiBi on grids: logits fall with Euclid's distance, by ALiBi's slopes; those of the class token do not.
+    """ALiBi on grids: logits fall with Euclidean distance, by ALiBi's slopes; those of the class token do not.
 
     Attributes:
-      heads_model: of the model; slope_scale: factor of the slopes.
-      unit: of positions, in which one patch measures `unit`; prefix: tokens before them.
+      config: fields of the encoding.
+      dims: of the model.
     """
 
-    heads_model: int
-    slope_scale: float = 1.0
-    unit: int = 1
-    prefix: int = 0
+    config: GridALiBiConfig
+    dims: ModelDims
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]. Raises: InputError: one axis."""
-        if positions_PLA.shape[-1] == 1:
-            raise InputError("encoding.kind='alibi_grid' is for grids: choose 'alibi', which is for texts")
-        function = SlopedBias(tuple((self.slope_scale * alibi_slopes(self.heads_model)).tolist()))
-        return relative_bias_signal(positions_PLA, self.unit, self.prefix, function, None, by_layer=False)
+        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]."""
+        function = SlopedBias(tuple((self.config.slope_scale * alibi_slopes(self.dims.heads)).tolist()))
+        return relative_bias_signal(
+            positions_PLA, self.config.position_resolution, self.dims, function, per_layer=False
+        )
 
 
 class LookHere(nn.Module):
-    """LookHere: heads see one side of the grid alone, and what lies there fades with distance (Fuller et al. 2024).
+    """LookHere: directed heads attend to one side of the grid, with logits that fall with distance (Fuller et al. 2024).
 
     Directed heads look up, down, left and right in turn, 180 degrees each, and each layer continues where the layer before
     ended, so that all sides are seen where their number is not a multiple of four. The other heads see everything. Slopes
@@ -306,73 +371,52 @@ class LookHere(nn.Module):
     which has 8 directed heads of 12.
 
     Attributes:
-      layers_model, heads_model: of the model; directed_heads: the first ones, that see one side; slope_scale: factor of the
-        slopes.
-      unit: of positions, in which one patch measures `unit`.
-      prefix: tokens before the positions that have none, such as a class token.
+      config: fields of the encoding.
+      dims: of the model.
     """
 
-    layers_model: int
-    heads_model: int
-    directed_heads: int
-    slope_scale: float = 1.0
-    unit: int = 1
-    prefix: int = 0
+    config: LookHereConfig
+    dims: ModelDims
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A].
-
-        Raises:
-          InputError: one axis, or more directed heads than heads.
-        """
-        if positions_PLA.shape[-1] == 1:
-            raise InputError("encoding.kind='lookhere' is for grids: choose another kind for texts")
-        layers, heads, directed = self.layers_model, self.heads_model, self.directed_heads
-        if directed > heads:
-            raise InputError(f"encoding.directed_heads={directed} is more than model.heads={heads}")
-        around = heads - directed
+        """Returns the `relative_bias` of prefix + L tokens for positions int32[P, L, A]."""
+        layers, heads, directed = self.dims.layers, self.dims.heads, self.config.directed_heads
+        undirected = heads - directed
         slopes = [0.5 ** (1 + head // 4) for head in range(directed)]
-        slopes += [0.25 ** (1 + 4 * head // around) for head in range(around)]
-        slopes = tuple(self.slope_scale * slope for slope in slopes)
+        slopes += [0.25 ** (1 + 4 * head // undirected) for head in range(undirected)]
         sides = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], np.float32)  # (down, right): up, down, left, right
         direction = np.zeros((layers, heads, 2), np.float32)
         direction[:, :directed] = sides[np.arange(layers * directed) % len(sides)].reshape(layers, directed, 2)
         params = {"depth": jnp.linspace(1.5, 0.5, layers), "direction": jnp.asarray(direction)}
-        function = SlopedBias(slopes, directed=True)
-        return relative_bias_signal(positions_PLA, self.unit, self.prefix, function, params, by_layer=True)
+        function = SlopedBias(tuple(self.config.slope_scale * slope for slope in slopes), directed=True)
+        return relative_bias_signal(
+            positions_PLA, self.config.position_resolution, self.dims, function, params, per_layer=True
+        )
 
 
 class ScaleInvariant(nn.Module):
-    """Scale-invariant attention over partial rotation (Anson et al. 2025, arXiv 2505.17083).
+    """Scale-invariant attention over p-RoPE (Anson et al. 2025, arXiv 2505.17083).
 
-    Logits are scaled and lowered by distance such that every scale of distances gets as much attention. The fastest pairs
-    of a head rotate, half of them in the paper (p-RoPE, Barbero et al. 2024, arXiv 2410.06205).
+    Logits are scaled and lowered by distance such that every scale of distances gets as much attention. The
+    highest-frequency pairs of a head rotate, half of them in the paper (Barbero et al. 2024, arXiv 2410.06205).
 
     Attributes:
-      width_model, heads_model: of the model.
-      scale_invariant_tau: distance in tokens below which logits hardly change.
-      theta: base of the wavelengths; rotary_pairs: how many of the fastest pairs rotate, 0 = all.
-      unit: of positions, in which one token measures `unit`.
+      config: fields of the encoding.
+      dims: of the model.
     """
 
-    width_model: int
-    heads_model: int
-    scale_invariant_tau: float
-    theta: float = 10000.0
-    rotary_pairs: int = 0
-    unit: int = 1
+    config: ScaleInvariantConfig
+    dims: ModelDims
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `rotation` and `relative_bias` of positions int32[P, L, 1]. Raises: InputError: a grid, an odd head width."""
-        require_one_axis("scale_invariant", positions_PLA)
-        width = rotary_head_width("scale_invariant", self.width_model, self.heads_model, 1)
-        (frequencies,) = rotary_frequencies(width, 1, self.theta, self.rotary_pairs)
-        cos, sin = unit_circle(positions_PLA[..., 0], frequencies / self.unit)
-        signal = relative_bias_signal(
-            positions_PLA, self.unit, 0, ScaledLogits(self.scale_invariant_tau), None, by_layer=False
-        )
+        """Returns `rotation` and `relative_bias` of positions int32[P, L, 1]."""
+        config, resolution = self.config, self.config.position_resolution
+        (frequencies,) = rotary_frequencies(self.dims.head_width, 1, config.theta, config.rotary_pairs)
+        cos, sin = unit_circle(positions_PLA[..., 0], frequencies / resolution)
+        function = ScaledLogits(config.scale_invariant_tau)
+        signal = relative_bias_signal(positions_PLA, resolution, self.dims, function, per_layer=False)
         return signal.replace(rotation=(cos[:, :, None], sin[:, :, None]))

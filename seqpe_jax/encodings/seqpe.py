@@ -1,7 +1,7 @@
-"""SeqPE: a position is a string of digits, a light transformer reads it, its vector enters attention.
+"""SeqPE: a position is a string of digits, a light transformer encodes it, its vector enters attention.
 
-Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without a place, qk map's output
-[query half | key half]).
+Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without an embedding of its index, the
+qk map's output [query half | key half]).
 """
 
 import math
@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from seqpe_jax.config import ModelDims, SeqPEConfig
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.digit_encoder import DigitEncoder
-from seqpe_jax.errors import InputError
-from seqpe_jax.positions.counting import count_digits
+from seqpe_jax.encodings.digit_encoder import DigitEncoder, initializer
 from seqpe_jax.positions.prefix_trie import RowGroup, max_nodes_per_level
 
-MAX_SHARED_FRACTION = 0.8  # prefixes are shared where that leaves less than this part of the places
+MAX_SHARED_FRACTION = 0.8  # prefixes are shared where at most this fraction of the tokens is left
 
 
 class QKMap(nn.Module):
     """One linear map of a position's vector to its query and key parts, or one per layer.
 
     Attributes:
-      layers: number of maps, or None for a single one without a layer axis; kernel_init: of the weights.
+      layers: number of maps; None = a single one without a layer axis.
+      kernel_init: of the weights.
       part_width: width of a query part, and of a key part, all heads together.
     """
 
@@ -49,107 +49,40 @@ class SeqPE(nn.Module):
     """The sequential position encoding: digits -> vectors -> signal.
 
     Attributes:
-      mode: how a vector enters the model; qk: "single" or "multi" linear map(s) to query and key parts, "none" (the
-        vector is both), "halves" (its first half is the query part, its second half the key part).
-      per_head: the vector is split over the model's heads, else one head-wide vector serves them all.
-      position_heads: the first heads of the model that get query and key parts, 0 = all; the others see no position.
-      feature_width: of attn_scalar's query and key parts in each head, 0 = head width.
-      output_width: width of a vector; 0 = what the above ask for.
-      init_distribution, init_std, qk_init_std: of fresh weights; scalar_scale: s of attn_scalar.
-      share_prefixes: digits that positions begin with in common are read once (`DigitEncoder`), where that pays.
-      prefix: tokens before the positions that have none, such as a class token; each learns a vector of its own, which
-        only `signal` sees (the reference's `cls_token_pos_embed`).
-      table_sides: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are served;
-        stored_step: from one position of the table to the next.
-      Others: as of `DigitEncoder`; *_model, axes: of the model that reads the signal.
+      config: fields of the encoding.
+      dims: of the model that reads the signal. Each token before the positions learns a vector of its own, which `signal`
+        alone sees (the reference's `cls_token_pos_embed`).
+      table_sides: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are
+        served; () = no table.
+      table_stride: from one position of the table to the next.
     """
 
-    layers_model: int
-    width_model: int
-    heads_model: int
-    axes: int = 1
-    mode: str = "attn_scalar"
-    qk: str = "single"
-    per_head: bool = True
-    position_heads: int = 0
-    feature_width: int = 0
-    base: int = 10
-    digits: int = 5
-    padding: str = "left"
-    layers: int = 2
-    width: int = 768
-    heads: int = 12
-    direction: str = "causal"
-    cls: bool = True
-    final_norm: bool = True
-    mask_padding: bool = False
-    temperature: float = 1.0
-    output_width: int = 0
-    digit_index: str = "global"
-    dropout: float = 0.1
-    attention_dropout: float = 0.0
-    activation: str = "gelu_tanh"
-    layer_norm_epsilon: float = 1e-5
-    norm_init: float = 1.0
-    init_distribution: str = "normal"
-    init_std: float = 0.02
-    qk_init_std: float = 0.02
-    scalar_scale: float = 1.0
-    share_prefixes: bool = True
-    prefix: int = 0
+    config: SeqPEConfig
+    dims: ModelDims
     table_sides: tuple[int, ...] = ()
     table_stride: int = 1
 
     @property
-    def head_width(self) -> int:
-        """Width of one head of the model."""
-        return self.width_model // self.heads_model
-
-    @property
     def vector_width(self) -> int:
         """Width of a position's vector."""
-        needed = self.width_model if self.per_head or self.mode == "input_add" else self.head_width
-        if self.qk == "halves" and self.mode in ("attn_add", "attn_mul"):
-            needed *= 2
-        return self.output_width or needed
+        return self.config.vector_width(self.dims)
 
     def setup(self) -> None:
         """Makes the digit encoder and, where there is one, the qk map."""
-        self._check()
-        make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
-        kernel_init = make[self.init_distribution]
+        config, dims = self.config, self.dims
+        config.check_dims(dims)
         if self.table_sides:
-            self.table = self.param("table", nn.initializers.zeros, (*self.table_sides, self.vector_width), jnp.float32)
+            sizes = (*self.table_sides, self.vector_width)
+            self.table = self.param("table", nn.initializers.zeros, sizes, jnp.float32)
         else:
-            self.encoder = DigitEncoder(
-                output_width=self.vector_width,
-                axes=self.axes,
-                base=self.base,
-                digits=self.digits,
-                padding=self.padding,
-                width=self.width,
-                heads=self.heads,
-                layers=self.layers,
-                dropout=self.dropout,
-                attention_dropout=self.attention_dropout,
-                activation=self.activation,
-                layer_norm_epsilon=self.layer_norm_epsilon,
-                direction=self.direction,
-                cls=self.cls,
-                final_norm=self.final_norm,
-                mask_padding=self.mask_padding,
-                digit_index=self.digit_index,
-                temperature=self.temperature,
-                norm_init=self.norm_init,
-                kernel_init=kernel_init(self.init_std),
-            )
-        if self.qk in ("single", "multi"):
-            width = self.feature_width or self.vector_width // (self.heads_model if self.per_head else 1)
-            layers = self.layers_model if self.qk == "multi" else None
-            self.qk_map = QKMap(layers, kernel_init(self.qk_init_std), self._parts * width)
-        if self.prefix:
-            shape = (self.prefix, self.vector_width)
-            self.prefix_vectors = self.param("prefix_vectors", kernel_init(self.init_std), shape, jnp.float32)
+            self.encoder = DigitEncoder(config, dims.axes, self.vector_width)
+        if config.qk in ("single", "multi"):
+            width = config.feature_width or self.vector_width // (dims.heads if config.per_head else 1)
+            layers = dims.layers if config.qk == "multi" else None
+            self.qk_map = QKMap(layers, initializer(config, config.qk_init_std), self._parts * width)
+        if dims.prefix_tokens:
+            sizes = (dims.prefix_tokens, self.vector_width)
+            self.prefix_vectors = self.param("prefix_vectors", initializer(config, config.init_std), sizes, jnp.float32)
 
     @classmethod
     def for_model(
@@ -162,23 +95,24 @@ class SeqPE(nn.Module):
             signal = encoding.apply(params, jnp.arange(1024))  # 16 times as long; give layer i signal.at_layer(i)
 
         Args:
-          layers, width, heads: of the model; the encoder of digits has two layers of the model's width.
-          max_position: coordinates lie below; it sets the number of digits.
-          axes: coordinates of a position: 1 for text, 2 for images, 3 for clips.
-          base: of the digits; options: any further field.
+          layers: of the model; the digit encoder has two layers.
+          width: of the model and of the digit encoder.
+          heads: of the model and of the digit encoder.
+          max_position: coordinates are below it; it sets the number of digits.
+          axes: coordinates of a position: 1 for text, 2 for images, 3 for videos.
+          base: of the digits.
+          options: any further field of `SeqPEConfig`.
+
+        Raises:
+          InputError: fields contradict each other or the model.
         """
-        # Small encoders need larger fresh weights than the paper's 0.02, or they stay untrained.
+        # Small encoders need larger initial weights than the paper's 0.02, or they stay untrained.
         std = 0.02 if width >= 512 else 0.1
-        chosen: dict[str, Any] = {"qk": "multi", "dropout": 0.0, "init_std": std, "qk_init_std": std}
-        return cls(
-            layers_model=layers,
-            width_model=width,
-            heads_model=heads,
-            axes=axes,
-            base=base,
-            digits=count_digits(max_position, base),
-            **chosen | {"width": width, "heads": heads} | options,
-        )
+        fields: dict[str, Any] = {"qk": "multi", "dropout": 0.0, "init_std": std, "qk_init_std": std}
+        fields |= {"max_position": max_position, "base": base, "width": width, "heads": heads} | options
+        config = SeqPEConfig(**fields)
+        config.check(axes)
+        return cls(config, ModelDims(layers, width, heads, grid=(max_position,) * axes))
 
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...] = (), deterministic: bool = True
@@ -193,31 +127,36 @@ class SeqPE(nn.Module):
     def vectors(
         self, positions_RA: jax.Array, *, groups: Sequence[RowGroup] = (), deterministic: bool = True
     ) -> jax.Array:
-        """Returns the vectors float32[R, E] of positions int32[R, A]; NaN for those past a stored table.
+        """Returns the vectors of positions.
 
         Args:
-          groups: what is known of the rows, in their order (`positions.prefixes`); () = nothing.
+          positions_RA: int32[R, A].
+          groups: `RowGroup` of the rows, in their order; () = nothing is known of them.
+          deterministic: whether dropout is off.
+
+        Returns:
+          float32[R, E]; NaN for positions past a precomputed table.
         """
         if self.table_sides:
-            places = tuple(jnp.moveaxis(positions_RA // self.table_stride, -1, 0))
-            return jnp.asarray(self.table).at[places].get(mode="fill", fill_value=jnp.nan)
-        return self.encoder(positions_RA, sizes=self._sizes(positions_RA, groups), deterministic=deterministic)
+            indices = tuple(jnp.moveaxis(positions_RA // self.table_stride, -1, 0))
+            return jnp.asarray(self.table).at[indices].get(mode="fill", fill_value=jnp.nan)
+        max_nodes = self._max_nodes(positions_RA, groups)
+        return self.encoder(positions_RA, max_nodes=max_nodes, deterministic=deterministic)
 
-    def _sizes(self, positions_RA: jax.Array, groups: Sequence[RowGroup]) -> tuple[int, ...] | None:
-        """The bounds of shared prefixes, or None where nothing or little can be shared."""
-        rows = positions_RA.shape[0]
-        if not (self.share_prefixes and self.direction == "causal" and self.padding == "left") or self.mask_padding:
+    def _max_nodes(self, positions_RA: jax.Array, groups: Sequence[RowGroup]) -> tuple[int, ...] | None:
+        """Nodes per level of a trie of shared prefixes; None if nothing or little can be shared."""
+        config, rows = self.config, positions_RA.shape[0]
+        shareable = config.share_prefixes and config.direction == "causal" and config.padding == "left"
+        if not shareable or config.mask_padding:
             return None
-        if (
-            not isinstance(rows, int) or self.axes * self.digits == 1
-        ):  # a symbolic number of rows; nothing before a digit
+        if not isinstance(rows, int) or self.dims.axes * config.num_digits == 1:  # symbolic rows; single digits
             return None
         sizes = max_nodes_per_level(
             groups or [RowGroup(rows)],
-            axes=self.axes,
-            base=self.base,
-            digits=self.digits,
-            max_position=self.base**self.digits,
+            axes=self.dims.axes,
+            base=config.base,
+            digits=config.num_digits,
+            max_position=config.base**config.num_digits,
         )
         sizes = tuple(min(size, rows) for size in sizes)
         return sizes if sum(sizes) + sizes[-1] < MAX_SHARED_FRACTION * rows * (len(sizes) + 1) else None
@@ -225,88 +164,51 @@ class SeqPE(nn.Module):
     def signal(
         self, vectors_PLE: jax.Array, positions_PLA: jax.Array | None = None, *, shape: tuple[int, ...] = ()
     ) -> PositionSignal:
-        """Returns how given vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens.
+        """Returns how vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens.
 
-        The positions of the vectors are not read: they are for parts that stand beside this one (`encodings.composed`).
+        The positions of the vectors are not read: the other parts of a combined encoding need them.
         """
-        if self.prefix:
+        config, dims = self.config, self.dims
+        if dims.prefix_tokens:
             sets, _, width = vectors_PLE.shape
-            first_PLE = jnp.broadcast_to(self.prefix_vectors, (sets, self.prefix, width))
+            first_PLE = jnp.broadcast_to(self.prefix_vectors, (sets, dims.prefix_tokens, width))
             vectors_PLE = jnp.concatenate([first_PLE, vectors_PLE], axis=1)
-        if self.mode == "input_add":
+        if config.mode == "input_add":
             return PositionSignal(input_embedding=vectors_PLE)
-        if self.mode == "rotary":
-            heads = self.heads_model if self.per_head else 1
+        if config.mode == "rotary":
+            heads = dims.heads if config.per_head else 1
             sizes = (*vectors_PLE.shape[:-1], heads, vectors_PLE.shape[-1] // heads)
             sin, cos = jnp.split(vectors_PLE.reshape(sizes), 2, axis=-1)
             signal = PositionSignal(rotation=(cos, sin))
-            return signal.for_heads(self.position_heads or self.heads_model, self.heads_model)
-        pair = self.query_key(vectors_PLE)
-        name = {"attn_add": "additive", "attn_mul": "multiplicative", "attn_scalar": "logit_query_key"}[self.mode]
-        signal = PositionSignal(**{name: pair}, per_layer_fields=(name,) if self.qk == "multi" else ())
-        return signal.for_heads(self.position_heads or self.heads_model, self.heads_model)
+        else:
+            pair = self.query_key(vectors_PLE)
+            name = {"attn_add": "additive", "attn_mul": "multiplicative", "attn_scalar": "logit_query_key"}[config.mode]
+            signal = PositionSignal(**{name: pair}, per_layer_fields=(name,) if config.qk == "multi" else ())
+        return signal.for_heads(config.position_heads or dims.heads, dims.heads)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the query and key parts, each float32[(layers,) ..., position heads or 1, F], of vectors [..., E].
 
         In mode attn_scalar the query part carries s / sqrt(head width): their dot product is a final attention logit.
         """
-        if self.qk == "none":
+        config = self.config
+        if config.qk == "none":
             query = key = vectors
         else:
-            mapped = vectors if self.qk == "halves" else self.qk_map(vectors)
+            mapped = vectors if config.qk == "halves" else self.qk_map(vectors)
             query, key = jnp.split(mapped, 2, axis=-1)
-        parts = self.heads_model if self.qk in ("none", "halves") and self.per_head else self._parts
+        parts = self.dims.heads if config.qk in ("none", "halves") and config.per_head else self._parts
         sizes = (*query.shape[:-1], parts, query.shape[-1] // parts)
         query, key = (part.reshape(sizes)[..., : self._parts, :] for part in (query, key))
-        if self.mode == "attn_scalar":
-            query = query * (self.scalar_scale / math.sqrt(self.head_width))
+        if config.mode == "attn_scalar":
+            query = query * (config.scalar_scale / math.sqrt(self.dims.head_width))
         return query, key
 
-    def with_precomputed_table(self, sides: tuple[int, ...], step: int) -> "SeqPE":
-        """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions, `step` apart."""
-        return self.clone(table_sides=sides, table_stride=step)
+    def with_precomputed_table(self, sides: tuple[int, ...], stride: int) -> "SeqPE":
+        """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions, `stride` apart."""
+        return self.clone(table_sides=sides, table_stride=stride)
 
     @property
     def _parts(self) -> int:
         """Heads that have query and key parts of their own."""
-        return (self.position_heads or self.heads_model) if self.per_head else 1
-
-    def _check(self) -> None:
-        """Refuses fields that contradict each other. Raises: InputError."""
-        if self.direction == "bi" and not self.cls:
-            raise InputError("encoding.direction='bi' reads the vector from CLS: set encoding.cls=True")
-        if self.width % self.heads:
-            raise InputError(f"encoding.width={self.width} is not a multiple of encoding.heads={self.heads}")
-        if self.position_heads > self.heads_model:
-            raise InputError(
-                f"encoding.position_heads={self.position_heads} is more than model.heads={self.heads_model}"
-            )
-        if self.position_heads and self.mode == "input_add":
-            raise InputError("encoding.mode='input_add' reaches all heads: set encoding.position_heads=0")
-        if self.feature_width and (self.mode != "attn_scalar" or self.qk not in ("single", "multi")):
-            raise InputError(
-                "encoding.feature_width is the width of what a qk map gives to attention logits: set "
-                "encoding.mode='attn_scalar' and encoding.qk='single' or 'multi', or encoding.feature_width=0"
-            )
-        if self.mode in ("input_add", "rotary") and self.qk != "none":
-            raise InputError(f"encoding.mode='{self.mode}' has no query and key parts: set encoding.qk='none'")
-        width = self.vector_width
-        needed = {
-            "input_add": self.width_model,
-            "rotary": self.width_model if self.per_head else self.head_width,
-        }.get(self.mode, width)
-        if self.mode in ("attn_add", "attn_mul"):
-            needed = (self.width_model if self.per_head else self.head_width) * (2 if self.qk == "halves" else 1)
-        if width != needed:
-            raise InputError(
-                f"encoding.mode='{self.mode}' with encoding.qk='{self.qk}' needs vectors of width {needed}, but "
-                f"encoding.output_width={width}: set it to 0 or {needed}"
-            )
-        parts = (self.heads_model if self.per_head else 1) * (2 if self.qk == "halves" else 1)
-        if width % parts:
-            raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
-        if self.mode == "rotary" and self.head_width % 2:
-            raise InputError(
-                f"encoding.mode='rotary' turns pairs: model.width / model.heads = {self.head_width} is odd"
-            )
+        return (self.config.position_heads or self.dims.heads) if self.config.per_head else 1

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import Config, EncodingConfig, digits_of
-from seqpe_jax.encodings.seqpe import SeqPE
+from seqpe_jax.config import ENCODINGS, Config, EncodingConfig, ModelDims, SeqPEConfig
 from seqpe_jax.errors import InputError, suggest
 
 ReferenceSpec = Mapping[str, Any]
@@ -118,9 +117,7 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
     """Returns the encoding section of a spec. Raises: InputError: a field or value that we do not have."""
     kind = check_spec(spec)
     if kind == "seqpe_encoder":
-        return EncodingConfig(
-            kind="seqpe", **_encoder(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"]
-        )
+        return SeqPEConfig(**_encoder(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"])
     images = kind == "vit"
     width, heads = (spec["embed_dim"], spec["num_heads"]) if images else (spec["n_embd"], spec["n_head"])
     pe_type, method = spec["pe_type"], spec.get("pe_apply_method", "")
@@ -131,22 +128,22 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
             f"rotary with {', '.join(ROTARY)}"
         )
     if ours != "seqpe":
-        return EncodingConfig(
-            kind=ours,
-            theta=float(spec.get("sinusoidal_pe_base") or THETA.get(method, 10000)),
-            flatten=images and ours == "sinusoidal",
-            reference_scramble=ours == "rotary_mixed",
-            reference_scaling=ours == "alibi",
-        )
+        fields: dict[str, dict[str, Any]] = {
+            "sinusoidal": {"flatten": images},
+            "rotary_mixed": {"reference_scramble": True},
+            "alibi": {"reference_scaling": True},
+        }
+        chosen = ENCODINGS[ours]
+        if chosen.has("theta") and "theta" not in chosen.needs():
+            theta = float(spec.get("sinusoidal_pe_base") or THETA.get(method, 10000))
+            return chosen(theta=theta, **fields.get(ours, {}))
+        return chosen(**fields.get(ours, {}))
     per_head, out = bool(spec.get("use_pe_multi_head")), spec.get("pe_out_dim") or 0
     qk = spec.get("use_pe_qk_per_layer") or _without_map(images, method, out == width)
     qk = "none" if method in ("input_add", "rotary") else qk
     encoder = spec.get("encoder") or {}
-    usual = SeqPE(
-        layers_model=1, width_model=width, heads_model=heads, mode=method, qk=qk, per_head=per_head
-    ).vector_width
-    return EncodingConfig(
-        kind="seqpe",
+    usual = SeqPEConfig(mode=method, qk=qk, per_head=per_head).needed_width(ModelDims(1, width, heads))
+    return SeqPEConfig(
         mode=method,
         qk=qk,
         per_head=per_head,
@@ -263,7 +260,7 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
     theirs = {ours: name for name, ours in (KINDS | dict.fromkeys(ROTARY, "rotary")).items()}
     methods = {"sinusoidal": "input_add", "learned": "input_add", "none": "nope", "alibi": "alibi"}
     methods |= {ours: name for name, ours in ROTARY.items()}
-    seqpe = encoding.kind == "seqpe"
+    seqpe, theta = isinstance(encoding, SeqPEConfig), getattr(encoding, "theta", 10000.0)
     spec: dict[str, Any] = {
         "kind": model.kind,
         "pe_type": "rotary" if encoding.kind in ROTARY.values() else theirs[encoding.kind],
@@ -272,8 +269,8 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
         "use_pe_qk_per_layer": encoding.qk if seqpe and encoding.qk in ("single", "multi") else None,
         "pe_out_dim": vector_width
         or {"rotary": model.width // model.heads, "sinusoidal": model.width}.get(encoding.kind, -1),
-        "seqpe_scalar_scale": encoding.scalar_scale,
-        "sinusoidal_pe_base": int(encoding.theta) if encoding.theta.is_integer() else encoding.theta,
+        "seqpe_scalar_scale": getattr(encoding, "scalar_scale", 1.0),
+        "sinusoidal_pe_base": int(theta) if theta.is_integer() else theta,
     }
     if images:
         spec |= {
@@ -312,7 +309,7 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
             "data_dim": axes,
             "layer_num": encoding.layers,
             "mask_padding": encoding.mask_padding,
-            "max_digits": digits_of(encoding),
+            "max_digits": encoding.num_digits,
             "num_attention_heads": encoding.heads,
             "pe_embed_dim": encoding.width,
             "resid_pdrop": encoding.dropout,
@@ -375,7 +372,7 @@ def _writable(config: Config, images: bool) -> None:
             "cannot be written in its format"
         )
     fixed: dict[str, tuple[Any, Any]] = {}
-    if encoding.kind == "seqpe":
+    if isinstance(encoding, SeqPEConfig):
         fixed = {
             "encoding.base": (encoding.base, 10),
             "encoding.digit_index": (encoding.digit_index, "global"),
@@ -395,8 +392,8 @@ def _writable(config: Config, images: bool) -> None:
     if encoding.kind == "alibi":
         fixed = {"encoding.reference_scaling": (encoding.reference_scaling, True)}
     fixed["model.tied"] = (model.tied, True)
-    plain = EncodingConfig()
-    for name in OURS_ALONE:
+    plain = type(encoding)()
+    for name in filter(encoding.has, OURS_ALONE):
         fixed[f"encoding.{name}"] = (getattr(encoding, name), getattr(plain, name))
     if images:
         square = (model.patch[0],) * 2

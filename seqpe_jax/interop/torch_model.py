@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.config import Config
+from seqpe_jax.config import Config, ModelDims
 from seqpe_jax.data import registry
 from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
@@ -61,7 +61,7 @@ class PrecomputedVectors(nn.Module):
             sin, cos = jnp.split(vectors_PLE[:, :, None], 2, axis=-1)
             return PositionSignal(rotation=(cos, sin))
         if self.kind == "alibi":
-            query = jnp.full_like(vectors_PLE[..., None], (self.inner.width_model // self.inner.heads_model) ** -0.5)
+            query = jnp.full_like(vectors_PLE[..., None], self.inner.dims.head_width**-0.5)
             return PositionSignal(logit_query_key=(query, vectors_PLE[..., None]))
         raise InputError(f"signal= makes no sense for encoding '{self.kind}'")
 
@@ -165,16 +165,8 @@ def check_params(params: Any, shapes: Any) -> Any:
 def _encoder_model(config: Mapping[str, Any], state: weights.State) -> Model:
     encoding = torch_config.encoding_from_spec({"kind": "seqpe_encoder"} | dict(config))
     axes, out = config.get("data_dim", 1), encoding.output_width
-    fields = {field.name for field in dataclasses.fields(SeqPE)} & {
-        field.name for field in dataclasses.fields(encoding)
-    }
-    module = SeqPE(
-        layers_model=1,
-        width_model=out,
-        heads_model=1,
-        axes=axes,
-        **{name: getattr(encoding, name) for name in fields} | {"mode": "input_add", "qk": "none", "per_head": False},
-    )
+    alone = dataclasses.replace(encoding, mode="input_add", qk="none", per_head=False)
+    module = SeqPE(alone, ModelDims(layers=1, width=out, heads=1, grid=(1,) * axes))
     rules = weights.encoder_rules(encoding.layers, axes, encoding.cls, encoding.final_norm)
     nothing = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     model_spec = ModelSpec(module, None, nothing, (1,) * axes, encoding.max_position, encoding.base)

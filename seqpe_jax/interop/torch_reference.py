@@ -326,8 +326,8 @@ def fixed_table(config: Config, model_spec: ModelSpec, rows: int) -> np.ndarray:
       position.
     """
     kind, encoding = config.encoding.kind, model_spec.encoding
-    if getattr(encoding, "prefix", 0):  # its rows count the class token
-        encoding = encoding.clone(prefix=0)
+    if encoding.dims.prefix_tokens:  # its rows count the class token
+        encoding = encoding.clone(dims=dataclasses.replace(encoding.dims, prefix_tokens=0))
     signal = encoding.apply({}, jnp.arange(rows, dtype=jnp.int32)[None, :, None], shape=(rows,))
     if kind == "sinusoidal":
         return np.asarray(signal.input_embedding[0])

@@ -319,9 +319,10 @@ def position_losses(
       InputError: the number of axes differs between window and encoding, or the window does not fit below max_position.
     """
     shape = (window,) if isinstance(window, int) else tuple(window)
-    limit = max_position or encoding.base**encoding.digits
-    if len(shape) != encoding.axes:
-        raise InputError(f"window has {len(shape)} axes and the encoding {encoding.axes}: give one side per axis")
+    fields, axes = encoding.config, encoding.dims.axes
+    limit = max_position or fields.base**fields.num_digits
+    if len(shape) != axes:
+        raise InputError(f"window has {len(shape)} axes and the encoding {axes}: give one side per axis")
     if limit < 2 * max(shape):
         raise InputError(
             f"a window of {max(shape)} leaves no out-of-range windows below {limit}: give the encoding more digits, or "
@@ -339,9 +340,9 @@ def position_losses(
             ),
             distillation=DistillationConfig(batch=4, offsets=min(16, *shape)),
         )
-    heads = encoding.heads_model if encoding.per_head else None
+    heads = encoding.dims.heads if fields.per_head else None
     example = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
-    model_spec = ModelSpec(encoding, None, example, shape, limit, encoding.base, heads)
+    model_spec = ModelSpec(encoding, None, example, shape, limit, fields.base, heads)
     train_loss = TrainLoss(model_spec, None, settings)
     sampled = train_loss.sample(key, jnp.asarray(step, jnp.int32))
     _, terms = train_loss.signal_and_terms(params["params"], sampled, jax.random.fold_in(key, step))

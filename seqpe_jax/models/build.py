@@ -1,7 +1,7 @@
-"""What a model is: an encoding of positions, a network, and the shapes that both are made for.
+"""Model specifications: a position encoding, a network, and the shapes that both are built for.
 
-Nothing here reads data, computes a loss, or knows a mesh of devices. `ModelSpec.of(config, data_spec)` is the one way from
-a config to a model; training, inference, exports and checkpoints of others all begin with it.
+`ModelSpec.of(config, data_spec)` builds the model of a config, for training, inference, exports and converted checkpoints.
+Data, losses and device meshes are not known here.
 """
 
 import dataclasses
@@ -17,14 +17,10 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.axes import all_gather_params
-from seqpe_jax.config import ADDED_PAIRS, Config, DataConfig, EncodingConfig, ModelConfig, digits_of, resolve_lengths
-from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.bounds import ParamBounds
+from seqpe_jax.config import Config
+from seqpe_jax.encodings.base import ParamBounds, PositionSignal
 from seqpe_jax.encodings.composed import Composed
-from seqpe_jax.encodings.fixed import LogScaling
-from seqpe_jax.encodings.registry import ENCODINGS
 from seqpe_jax.encodings.seqpe import SeqPE
-from seqpe_jax.errors import InputError
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
@@ -36,13 +32,14 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """What a model takes from its data where the config leaves it open; stored with a run, so that it opens without them.
+    """Sizes that a model takes from its data; stored with a run, so that it opens without the data.
 
     Attributes:
       vocabulary: rows of the token embedding; 0 for images.
       classes: logits of an image; 0 for text.
       channels: of an image.
-      mean, std: per channel, in 0..1; what pixels were normalised with. Empty where nobody knows.
+      mean: per channel, in 0..1, subtracted from pixels; () = unknown.
+      std: per channel, in 0..1, by which pixels are divided; () = unknown.
     """
 
     vocabulary: int = 0
@@ -59,14 +56,14 @@ class ModelSpec:
     Attributes:
       encoding: module of positions -> `PositionSignal`.
       network: module of (inputs, signal, deterministic) -> logits; None for an encoder of positions alone.
-      inputs: shape and type of an example, [1, L] of tokens or [1, sides..., C] of images.
+      inputs: shape and dtype of an example, [1, L] of tokens or [1, sides..., C] of images.
       shape: the window or grid that the model trains on, one int per coordinate axis.
-      max_position: coordinates lie below, in units of the spacing.
+      max_position: coordinates are below it, in units of the position grid.
       base: of the digits.
-      heads: heads of the position vectors, or None where one vector serves them all.
-      has_vectors: the encoding has vectors (SeqPE), which contrastive and distillation terms shape.
-      spacing: where the places of windows and grids stand.
-      max_grid: of an export, the positions that it serves along each axis; else None.
+      heads: heads of the position vectors; None = one vector serves all of them.
+      has_vectors: whether the encoding has vectors (SeqPE), which contrastive and distillation losses shape.
+      position_grid: positions of windows and grids.
+      max_grid: of an export, the largest window or grid that it serves, one int per coordinate axis; else None.
     """
 
     encoding: nn.Module
@@ -81,25 +78,25 @@ class ModelSpec:
     max_grid: Shape | None = None
 
     @classmethod
-    def of(cls, config: Config, sizes: DataSpec) -> "ModelSpec":
+    def of(cls, config: Config, data_spec: DataSpec) -> "ModelSpec":
         """Returns the specification of a config.
 
         Raises:
           InputError: fields of the encoding contradict each other or the model.
         """
-        model, encoding = config.model, config.encoding
+        encoding = config.encoding
         inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
         if config.is_image:
-            inputs = jax.ShapeDtypeStruct((1, *config.data.size, sizes.channels), jnp.float32)
+            inputs = jax.ShapeDtypeStruct((1, *config.data.size, data_spec.channels), jnp.float32)
         return cls(
-            encoding=_encoding(config),
-            network=_network(config, sizes),
+            encoding=encoding.build(config.dims),
+            network=_network(config, data_spec),
             inputs=inputs,
             shape=config.grid,
-            max_position=encoding.max_position * encoding.unit,
+            max_position=encoding.max_position * encoding.position_resolution,
             base=encoding.base,
-            heads=model.heads if encoding.per_head else None,
-            has_vectors=encoding.kind == "seqpe",
+            heads=config.model.heads if getattr(encoding, "per_head", False) else None,
+            has_vectors=encoding.HAS_VECTORS,
             position_grid=position_grid_of(config),
         )
 
@@ -230,20 +227,12 @@ def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool)
 
 
 def check_encoding(config: Config) -> None:
-    """Refuses an encoding that cannot serve the model and grid of a config, before any data are read.
+    """Refuses an encoding that does not fit the model and grid of a config, before any data are read.
 
     Raises:
       InputError: fields contradict each other.
     """
-    _check_encoding(config.data, config.model, config.encoding)
-
-
-@functools.lru_cache
-def _check_encoding(data: DataConfig, model: ModelConfig, encoding: EncodingConfig) -> None:
-    """Takes a moment, once for all runs that have the same of all three."""
-    model_spec = ModelSpec.of(Config(data=data, model=model, encoding=encoding), DataSpec(1, 1))
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)  # a key itself would take the devices, which others may need
-    jax.eval_shape(model_spec.init_encoding, key)
+    config.encoding.build(config.dims)
 
 
 def position_grid_of(config: Config) -> PositionGrid:
@@ -251,10 +240,12 @@ def position_grid_of(config: Config) -> PositionGrid:
     interpolated_sides = (0,) * (len(config.grid) - 2) + config.grid[
         -2:
     ]  # a longer clip goes on, a larger frame is read between
-    return PositionGrid(config.encoding.unit, interpolated_sides if config.encoding.resize == "interpolate" else ())
+    return PositionGrid(
+        config.encoding.position_resolution, interpolated_sides if config.encoding.resize == "interpolate" else ()
+    )
 
 
-def _network(config: Config, sizes: DataSpec) -> GPT2 | ViT:
+def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
     """Returns the network that a config names."""
     model, encoding = config.model, config.encoding
     transformer = TransformerConfig(
@@ -278,68 +269,5 @@ def _network(config: Config, sizes: DataSpec) -> GPT2 | ViT:
         gate_bias_init=encoding.gate_bias_init,
     )
     if model.kind == "vit":
-        return ViT(transformer, sizes.classes, model.patch)
-    return GPT2(transformer, sizes.vocabulary, model.tied)
-
-
-def _encoding(config: Config) -> nn.Module:
-    """The encoding that a config names, combined with rotary pairs and log scaling, each for the heads that get it.
-
-    Gates are no part of it: the network's blocks compute them from its tokens.
-
-    Raises:
-      InputError: more heads than there are, or pairs that cannot rotate beside the encoding.
-    """
-    model, encoding = config.model, config.encoding
-    for name in ("position_heads", "rotary_heads"):
-        if getattr(encoding, name) > model.heads:
-            raise InputError(f"encoding.{name}={getattr(encoding, name)} is more than model.heads={model.heads}")
-    offered = dataclasses.asdict(encoding) | {
-        "digits": digits_of(encoding),
-        "layers_model": model.layers,
-        "width_model": model.width,
-        "heads_model": model.heads,
-        "axes": len(config.grid),
-        "table_shape": config.grid,
-        "prefix": int(config.is_image),
-        "unit": encoding.unit,
-        **resolve_lengths(config),
-    }
-    parts, max_grid = [_module(ENCODINGS[encoding.kind], offered)], [encoding.position_heads or model.heads]
-    if encoding.kind == "seqpe":
-        max_grid = [model.heads]  # it leaves out heads by itself, since it need not compute what they would get
-    if encoding.kind in ADDED_PAIRS and encoding.rotary_pairs:
-        _check_pairs(config)
-        parts.append(_module(ENCODINGS["rotary_axial"], offered))  # on one axis, the same as rotary
-        max_grid.append(encoding.rotary_heads or model.heads)
-    if encoding.log_scaling:
-        parts.append(_module(LogScaling, offered))
-        max_grid.append(model.heads)
-    return parts[0] if max_grid == [model.heads] else Composed(tuple(parts), model.heads, tuple(max_grid))
-
-
-def _check_pairs(config: Config) -> None:
-    """Refuses rotary pairs that cannot be added to an encoding. Raises: InputError."""
-    encoding, axes = config.encoding, len(config.grid)
-    width = config.model.width // config.model.heads
-    if encoding.kind == "seqpe" and encoding.mode == "rotary":
-        raise InputError(
-            f"encoding.mode='rotary' and encoding.rotary_pairs={encoding.rotary_pairs} both turn queries and keys: "
-            "choose another mode, or set encoding.rotary_pairs=0"
-        )
-    if width % 2:
-        raise InputError(
-            f"encoding.rotary_pairs={encoding.rotary_pairs}: model.width / model.heads = {width} must be even for "
-            "columns to turn in pairs"
-        )
-    if width < 2 * axes:
-        raise InputError(
-            f"encoding.rotary_pairs={encoding.rotary_pairs} turns at least one pair per axis: model.width / "
-            f"model.heads = {width} must be at least {2 * axes} for {axes} axes"
-        )
-
-
-def _module(kind: type, offered: dict[str, Any]) -> Any:
-    """Returns a Flax module made of those values that are fields of its."""
-    fields = {field.name for field in dataclasses.fields(kind)} - {"name", "parent"}
-    return kind(**{name: value for name, value in offered.items() if name in fields})
+        return ViT(transformer, data_spec.classes, model.patch)
+    return GPT2(transformer, data_spec.vocabulary, model.tied)

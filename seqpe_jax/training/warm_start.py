@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import Config, EncodingConfig, ModelConfig, digits_of
+from seqpe_jax.config import Config, EncodingConfig, ModelConfig, SeqPEConfig
 from seqpe_jax.distributed import sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
@@ -99,8 +99,9 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
         configs.reset_unused(configs.with_resolved_lengths(one)) for one in (RunDir(checkpoint).config, config)
     )
     lines = _differences("encoding", theirs.encoding, ours.encoding, FREE_ENCODING)
-    if theirs.encoding.kind == ours.encoding.kind == "seqpe" and digits_of(theirs.encoding) != digits_of(ours.encoding):
-        lines.append(f"encoding.digits: {digits_of(theirs.encoding)} -> {digits_of(ours.encoding)}")
+    digits = [one.encoding.num_digits for one in (theirs, ours) if isinstance(one.encoding, SeqPEConfig)]
+    if len(set(digits)) > 1:
+        lines.append(f"encoding.digits: {digits[0]} -> {digits[1]}")
     lines += _differences("model", theirs.model, ours.model, FREE_MODEL)
     if theirs.encoding.kind == ours.encoding.kind == "learned" and theirs.grid != ours.grid:
         lines.append(f"positions of the table: {theirs.grid} -> {ours.grid}")

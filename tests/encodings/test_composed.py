@@ -1,7 +1,6 @@
 """Encodings made of parts: what a model sees of them, and what their parameters are called."""
 
 import functools
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +68,6 @@ def test_a_baseline_reaches_the_first_heads_alone(kind):
         assert part.shape[-2] == 4 and (part[..., 3, :] == value).all() and (part[..., :3, :] != value).any()
 
 
-KINDS = typing.get_args(config.EncodingKind)
-
-
 def digits_config(kind, **fields):
     """A model of digits; fields by dotted name."""
     return config.load(f"{ROOT}/configs/digits_vit.py:{kind}", fields)
@@ -84,10 +80,12 @@ def shapes_of(settings):
     return jax.tree.map(lambda leaf: leaf.shape, model_spec.shapes), signal
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in config.GRID_ONLY])
+@pytest.mark.parametrize("kind", config.kinds_for(axes=1))
 def test_every_encoding_of_texts_takes_parts(kind):
     """Gates are parameters of the model; pairs, scaling and the choice of heads need none."""
-    off = {"encoding__rotary_pairs": 0, "encoding__rotary_heads": 0} if kind in config.ADDED_PAIRS else {}
+    off = (
+        {"encoding__rotary_pairs": 0, "encoding__rotary_heads": 0} if config.ENCODINGS[kind].has("rotary_heads") else {}
+    )
     parts = every_part(kind)
     (bare, own), (combined, signal) = (shapes_of(tiny_config(variant=kind, **fields)) for fields in (off, parts))
     gates = combined["model"]["blocks_0"].pop("fading")
@@ -95,7 +93,7 @@ def test_every_encoding_of_texts_takes_parts(kind):
     if kind != "seqpe":  # whose map makes what its heads get, and no more
         assert combined == bare
     assert signal.multiplicative is not None and (signal.relative_bias is None) == (own.relative_bias is None)
-    if kind in config.ADDED_PAIRS:
+    if config.ENCODINGS[kind].has("rotary_heads"):
         assert own.rotation is None and signal.rotation[0].shape == (1, 16, 2, 4)
     if kind == "pope":
         assert signal.polar_num_heads == 1 and own.polar_num_heads is None
@@ -103,13 +101,15 @@ def test_every_encoding_of_texts_takes_parts(kind):
         assert signal.relative_bias.heads == 1 and own.relative_bias.heads == 0
 
 
-@pytest.mark.parametrize("kind", [kind for kind in config.ADDED_PAIRS if kind not in config.TEXT_ONLY])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in config.kinds_for(axes=2) if config.ENCODINGS[kind].has("rotary_heads")]
+)
 def test_every_encoding_of_grids_takes_rotary_pairs(kind):
     """They rotate along both axes; the class token does not rotate. Gates need an order, which grids lack."""
     pairs = {"encoding.rotary_pairs": 5, "encoding.rotary_heads": 3, "encoding.log_scaling": True}
     _, signal = shapes_of(digits_config(kind, **pairs))
     assert signal.rotation[0].shape == (1, 17, 4, 5) and signal.multiplicative is not None
-    with pytest.raises(InputError, match="encoding.gate='forget' needs tokens in causal order, .* has grids"):
+    with pytest.raises(InputError, match="encoding.gate='?forget'? (needs tokens in causal order|is not read by)"):
         digits_config(kind, **{"encoding.gate": "forget"})
 
 
@@ -120,7 +120,7 @@ def test_every_encoding_of_grids_takes_rotary_pairs(kind):
             "stdlib_lm",
             "pope",
             {"rotary_pairs": 2},
-            "rotary_pairs=2 is not read by encoding.kind='pope', only by rotary, ",
+            "rotary_pairs=2 is not read by encoding.kind='pope', only by seqpe, ",
         ),
         (
             "stdlib_lm",

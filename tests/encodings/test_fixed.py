@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import MAX_POSITION_UNITS
-from seqpe_jax.encodings.fixed import ALiBi, LogScaling, Rotary, RotaryAxial, Sinusoidal, alibi_slopes, unit_circle
-from seqpe_jax.encodings.learned import Learned
-from seqpe_jax.encodings.mixed import RotaryMixed
-from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.config import ENCODINGS, MAX_POSITION_UNITS, ModelDims
+from seqpe_jax.encodings.composed import LogScaling
+from seqpe_jax.encodings.relative_bias import alibi_slopes
+from seqpe_jax.encodings.rope import unit_circle
 from seqpe_jax.errors import InputError
+
+
+def make(kind, width, heads=1, layers=1, grid=(4,), prefix_tokens=0, **fields):
+    """An encoding by itself, for a model of this size."""
+    return ENCODINGS[kind](**fields).make_module(ModelDims(layers, width, heads, grid, prefix_tokens))
 
 
 def test_angles_are_exact_far_out():
@@ -24,15 +28,11 @@ def test_angles_are_exact_far_out():
 
 def test_alibi_falls_by_slope_times_distance():
     positions_PLA = jnp.array([[[2], [5], [9]]], jnp.int32)
-    query, key = ALiBi(width_model=16, heads_model=4).apply({}, positions_PLA, shape=(3,)).logit_query_key
+    query, key = make("alibi", 16, 4).apply({}, positions_PLA, shape=(3,)).logit_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     for head, slope in enumerate([1 / 4, 1 / 16, 1 / 64, 1 / 256]):
         np.testing.assert_allclose(logits[head, 2], [-7 * slope, -4 * slope, 0], atol=1e-6)
-    scaled = (
-        ALiBi(width_model=16, heads_model=4, reference_scaling=True)
-        .apply({}, positions_PLA, shape=(3,))
-        .logit_query_key
-    )
+    scaled = make("alibi", 16, 4, reference_scaling=True).apply({}, positions_PLA, shape=(3,)).logit_query_key
     np.testing.assert_allclose(np.einsum("plhf,pshf->phls", *scaled)[0], logits / 2, atol=1e-6)
 
 
@@ -42,7 +42,7 @@ def test_slopes_beside_powers_of_two():
 
 
 def test_sinusoidal_columns_and_amplitude():
-    signal = Sinusoidal(width_model=5, amplitude=0.5).apply({}, jnp.array([[[3]]], jnp.int32), shape=(1,))
+    signal = make("sinusoidal", 5, amplitude=0.5).apply({}, jnp.array([[[3]]], jnp.int32), shape=(1,))
     angles = 3 * 10000.0 ** (-np.array([0, 0, 2, 2, 4]) / 5)
     waves = [np.sin, np.cos, np.sin, np.cos, np.sin]
     expected = [0.5 * wave(angle) for wave, angle in zip(waves, angles, strict=True)]
@@ -52,25 +52,12 @@ def test_sinusoidal_columns_and_amplitude():
 def test_a_longer_window_stretches_the_table():
     table, length = np.array([[0.0], [1.0], [3.0]]), 8
     positions_PLA = jnp.arange(length, dtype=jnp.int32)[None, :, None]
-    encoding, variables = Learned(width_model=1, table_shape=(3,)), {"params": {"table": jnp.asarray(table)}}
+    encoding, variables = make("learned", 1, grid=(3,)), {"params": {"table": jnp.asarray(table)}}
     found = encoding.apply(variables, positions_PLA, shape=(length,)).input_embedding[0, :, 0]
     at = np.clip((np.arange(length) + 0.5) * 3 / length - 0.5, 0, 2)  # half-pixel centres
     np.testing.assert_allclose(found, np.interp(at, np.arange(3), table[:, 0]), atol=1e-6)
     short = encoding.apply(variables, positions_PLA[:, :2], shape=(2,)).input_embedding[0, :, 0]
     np.testing.assert_allclose(short, table[:2, 0])
-
-
-@pytest.mark.parametrize("kind", ["learned", "alibi"])
-def test_two_coordinates_are_refused(kind):
-    offered = {"width_model": 8, "heads_model": 2, "table_shape": (4,)}
-    fields = {name: value for name, value in offered.items() if name in ENCODINGS[kind].__dataclass_fields__}
-    with pytest.raises(InputError, match=f"encoding.kind='{kind}'"):
-        ENCODINGS[kind](**fields).init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 2), jnp.int32), shape=(2, 2))
-
-
-def test_rotary_refuses_an_odd_head_width():
-    with pytest.raises(InputError, match=r"model.width / model.heads = 3 must be even"):
-        Rotary(width_model=6, heads_model=2).init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 1), jnp.int32), shape=(4,))
 
 
 def spun(theta, width, axes, counts, positions):
@@ -96,49 +83,91 @@ def spun(theta, width, axes, counts, positions):
 def test_the_fastest_pairs_of_each_axis_turn(axes, pairs, counts):
     shape = (3,) * axes
     positions = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, axes)
-    encoding = RotaryAxial(16, 1, theta=100.0, rotary_pairs=pairs)
+    encoding = make("rotary_axial", 16, theta=100.0, rotary_pairs=pairs)
     cos, sin = encoding.apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
     angles = spun(100.0, 16, axes, counts, positions)
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1e-6)
-    whole = encoding.clone(rotary_pairs=0).apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
+    whole = (
+        make("rotary_axial", 16, theta=100.0).apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
+    )
     assert whole[0].shape[-1] == 8
     if pairs == 8:
         np.testing.assert_array_equal((cos, sin), whole)
     if axes == 1:
-        line = Rotary(16, 1, theta=100.0, rotary_pairs=pairs)
+        line = make("rotary", 16, theta=100.0, rotary_pairs=pairs)
         np.testing.assert_array_equal(line.apply({}, jnp.arange(3)[None, :, None], shape=shape).rotation, (cos, sin))
 
 
-@pytest.mark.parametrize("axes, pairs", [(1, 9), (2, 1), (2, 9)])
-def test_pairs_that_a_head_has_not_are_refused(axes, pairs):
-    with pytest.raises(InputError, match=f"rotary_pairs={pairs} must lie between the {axes} axes and the 8 pairs"):
-        RotaryAxial(16, 1, rotary_pairs=pairs).apply({}, jnp.zeros((1, 1, axes), jnp.int32), shape=(1,) * axes)
+REFUSED = [
+    (
+        "alibi",
+        {"grid": (2, 3)},
+        "encoding.kind='alibi' is for text, and these positions have 2 axes: choose one of seqpe",
+    ),
+    *(
+        (kind, {"grid": (2, 3)}, f"encoding.kind='{kind}' is for text")
+        for kind in ("t5", "kerple", "scale_invariant", "pope")
+    ),
+    (
+        "alibi_grid",
+        {},
+        "encoding.kind='alibi_grid' is for images, and these positions have one axis: choose one of seqpe",
+    ),
+    ("lookhere", {}, "encoding.kind='lookhere' is for images"),
+    ("rotary", {"width": 6, "heads": 2}, "encoding.kind='rotary' .* = 3 must be even"),
+    ("rotary_axial", {"width": 6, "heads": 2, "grid": (2, 3)}, "encoding.kind='rotary_axial' .* = 3 must be even"),
+    (
+        "rotary_mixed",
+        {"width": 4, "heads": 2, "grid": (2, 3)},
+        "encoding.kind='rotary_mixed' .* must be at least 4 for 2 axes",
+    ),
+    ("sinusoidal", {"width": 3, "grid": (2, 3)}, "model.width of at least 4 for 2 axes"),
+    ("rotary_axial", {"rotary_pairs": 9}, "rotary_pairs=9 must lie between the 1 axes and the 8 pairs"),
+    ("rotary_axial", {"rotary_pairs": 1, "grid": (2, 3)}, "rotary_pairs=1 must lie between the 2 axes and the 8 pairs"),
+    ("rotary_axial", {"rotary_pairs": 9, "grid": (2, 3)}, "rotary_pairs=9 must lie between the 2 axes and the 8 pairs"),
+    ("lookhere", {"directed_heads": 5, "heads": 4, "grid": (2, 3)}, "directed_heads=5 is more than model.heads=4"),
+    (
+        "t5",
+        {"t5_buckets": 32, "t5_max_distance": 16},
+        "t5_max_distance=16 must be more than half of encoding.t5_buckets=32",
+    ),
+]
 
 
-UNITS = [1, 10, 64]
+@pytest.mark.parametrize("kind, values, message", REFUSED)
+def test_an_encoding_that_does_not_fit_the_model_or_the_positions_is_refused(kind, values, message):
+    sizes = {"layers": 1, "width": 16, "heads": 1} | {
+        name: value for name, value in values.items() if name in ("width", "heads", "grid")
+    }
+    fields = {name: value for name, value in values.items() if name not in sizes and name != "grid"}
+    with pytest.raises(InputError, match=message):
+        ENCODINGS[kind](**fields).build(ModelDims(**sizes))
 
 
-@pytest.mark.parametrize("unit", UNITS)
+def test_a_table_of_another_number_of_axes_is_refused():
+    with pytest.raises(InputError, match="has a table of 1 axes and cannot read 2 coordinates"):
+        make("learned", 8).init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 2), jnp.int32), shape=(2, 2))
+
+
+RESOLUTIONS = {1: {}, 10: {"fraction_digits": 1}, 64: {"base": 8, "fraction_digits": 2}}  # units of a token or patch
+
+
+@pytest.mark.parametrize("unit", RESOLUTIONS)
 def test_angles_between_whole_positions(unit):
     """Every encoding of waves at position / unit, by its formula in float64."""
     draw, width, theta = np.random.default_rng(unit), 16, 100.0
     units = draw.integers(0, 5000 * unit, (40, 2))
     line, grid = (jnp.asarray(part[None], jnp.int32) for part in (units[:, :1], units))
-    positions = units / unit
+    positions, waves = units / unit, {"theta": theta} | RESOLUTIONS[unit]
     rotations = [
-        (Rotary(width, 1, theta, unit=unit).apply({}, line, shape=(40,)), spun(theta, width, 1, [8], positions[:, :1])),
-        (
-            RotaryAxial(width, 1, theta, unit=unit).apply({}, grid, shape=(8, 5)),
-            spun(theta, width, 2, [4, 4], positions),
-        ),
+        (make("rotary", width, **waves).apply({}, line, shape=(40,)), spun(theta, width, 1, [8], positions[:, :1])),
+        (make("rotary_axial", width, **waves).apply({}, grid, shape=(8, 5)), spun(theta, width, 2, [4, 4], positions)),
     ]
     for signal, angles in rotations:
         for found, wave in zip(signal.rotation, (np.cos, np.sin), strict=True):
             np.testing.assert_allclose(found[0, :, 0], wave(angles), atol=1e-5)
-    input_embedding = (
-        Sinusoidal(width, theta, amplitude=0.5, unit=unit).apply({}, grid, shape=(8, 5)).input_embedding[0]
-    )
+    input_embedding = make("sinusoidal", width, amplitude=0.5, **waves).apply({}, grid, shape=(8, 5)).input_embedding[0]
     angles = np.stack(
         [positions[:, axis] * theta ** (-2 * 2 * pair / width) for axis in (0, 1) for pair in range(4)], -1
     )
@@ -146,19 +175,19 @@ def test_angles_between_whole_positions(unit):
     np.testing.assert_allclose(input_embedding[:, 1::2], 0.5 * np.cos(angles), atol=1e-5)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", RESOLUTIONS)
 def test_learned_frequencies_and_slopes_between_whole_positions(unit):
     draw = np.random.default_rng(unit)
     units = draw.integers(0, 50 * unit, (1, 30, 2))
     positions = units / unit
-    encoding = RotaryMixed(layers_model=2, width_model=16, heads_model=2, theta=10.0, unit=unit)
+    encoding = make("rotary_mixed", 16, 2, layers=2, theta=10.0, **RESOLUTIONS[unit])
     frequencies = draw.normal(size=(2, 2, 2, 4)).astype(np.float32)
     variables = {"params": {"frequencies": frequencies}}
     rotation = encoding.apply(variables, jnp.asarray(units, jnp.int32), shape=(6, 5)).rotation
     angles = np.einsum("pla,nahf->nplhf", positions, frequencies.astype(np.float64))
     for found, wave in zip(rotation, (np.cos, np.sin), strict=True):
         np.testing.assert_allclose(found, wave(angles), atol=1e-4)
-    alibi = ALiBi(width_model=16, heads_model=4, unit=unit)
+    alibi = make("alibi", 16, 4, **RESOLUTIONS[unit])
     query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).logit_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     place = positions[0, :, 0]
@@ -166,17 +195,20 @@ def test_learned_frequencies_and_slopes_between_whole_positions(unit):
 
 
 def test_queries_grow_with_the_keys_that_they_see():
-    scaling = LogScaling(table_shape=(4,))
+    scaling = LogScaling(ModelDims(1, 1, 1, (4,)))
     query, key = scaling.apply({}, jnp.arange(9, dtype=jnp.int32)[None, :, None] * 7, shape=(9,)).multiplicative
     expected = [1, 1, 1, 1, *(np.log(seen) / np.log(4) for seen in range(5, 10))]
     np.testing.assert_allclose(query[0, :, 0, 0], expected, rtol=1e-6)
     assert query.shape == key.shape == (1, 9, 1, 1) and (key == 1).all()
-    on_grid = LogScaling(table_shape=(2, 3), prefix=1)  # every query sees the whole grid and the token before it
+    on_grid = LogScaling(
+        ModelDims(1, 1, 1, (2, 3), prefix_tokens=1)
+    )  # every query sees the whole grid and the token before it
     for shape, expected in (((2, 3), 1.0), ((1, 2), 1.0), ((4, 5), np.log(21) / np.log(7))):
         places = int(np.prod(shape))
         query, key = on_grid.apply({}, jnp.zeros((2, places, 2), jnp.int32), shape=shape).multiplicative
         np.testing.assert_allclose(query[0, :, 0, 0], np.full(1 + places, expected), rtol=1e-6)
         assert (key == 1).all()
     assert (
-        LogScaling(table_shape=(1,)).apply({}, jnp.zeros((1, 1, 1), jnp.int32), shape=(1,)).multiplicative[0] == 1
+        LogScaling(ModelDims(1, 1, 1, (1,))).apply({}, jnp.zeros((1, 1, 1), jnp.int32), shape=(1,)).multiplicative[0]
+        == 1
     ).all()

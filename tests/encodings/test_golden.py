@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.fixed import alibi_slopes
+from seqpe_jax.encodings.relative_bias import alibi_slopes
 from seqpe_jax.interop import from_state_dicts
 from seqpe_jax.positions.digits import significant_mask, to_digits
 from tests.goldens import close, load, names, under

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings import seqpe
-from seqpe_jax.encodings.fixed import Rotary, RotaryAxial, Sinusoidal
-from seqpe_jax.encodings.learned import resize
-from seqpe_jax.encodings.mixed import RotaryMixed
+from seqpe_jax.config import ENCODINGS, ModelDims, SeqPEConfig
+from seqpe_jax.encodings.absolute import resize_table
+from seqpe_jax.encodings.digit_encoder import DigitEncoder
 from seqpe_jax.interop.weights import mixed_rule
 from seqpe_jax.losses.train_loss import term_weight
 from seqpe_jax.models.attention import rotate_pairs
@@ -36,6 +35,10 @@ def window(count: int) -> jax.Array:
     return jnp.arange(count, dtype=jnp.int32)[None, :, None]
 
 
+def make(kind, width, heads=1, layers=1, grid=(64,), **fields):
+    return ENCODINGS[kind](**fields).make_module(ModelDims(layers, width, heads, grid))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def signal(encoding, positions_PLA, shape):
     return encoding.apply({}, positions_PLA, shape=shape)
@@ -44,7 +47,12 @@ def signal(encoding, positions_PLA, shape):
 def sin(arrays):
     for name, table in under(arrays, "out/sin/").items():
         count, width, theta = numbers(name)
-        close(signal(Sinusoidal(width, theta), window(count), (count,)).input_embedding[0], table, 2e-6, name)
+        close(
+            signal(make("sinusoidal", width, theta=theta), window(count), (count,)).input_embedding[0],
+            table,
+            2e-6,
+            name,
+        )
 
 
 def rotary(arrays):
@@ -52,13 +60,13 @@ def rotary(arrays):
         count, width, theta = numbers(name)
         rows = arrays.get(f"in/rotary_rows/{name}", np.arange(count))
         positions_PLA = jnp.asarray(rows, jnp.int32)[None, :, None]
-        cos, sin = signal(Rotary(width, 1, theta), positions_PLA, (count,)).rotation
+        cos, sin = signal(make("rotary", width, theta=theta), positions_PLA, (count,)).rotation
         close(np.concatenate([sin, cos], -1)[0, :, 0], table, 2e-6, name)  # the reference keeps sines first
 
 
 def sin2d(arrays):
     """The reference's table of 100 entries is one axis of a 10 x 10 grid."""
-    encoding = Sinusoidal(8, 10000, flatten=True)
+    encoding = make("sinusoidal", 8, grid=(10, 10), flatten=True)
     found = signal(encoding, jnp.asarray(arrays["in/sin2d_pos"], jnp.int32)[None], (10, 10)).input_embedding
     close(found[0], arrays["out/sin2d_n100_d8_b10000"], 2e-6)
 
@@ -67,7 +75,7 @@ def rotary2d(arrays):
     for name, cosines in under(arrays, "out/rotary2d_re/").items():
         count, width, theta = numbers(name)
         side = int(count**0.5)
-        encoding = RotaryAxial(width, 1, theta)
+        encoding = make("rotary_axial", width, grid=(4, 4), theta=theta)
         cos, sin = signal(encoding, jnp.asarray(arrays["in/rotary2d_pos"], jnp.int32)[None], (4, 4)).rotation
         close(cos[0, :, 0], cosines, 2e-6, name)
         close(sin[0, :, 0], arrays[f"out/rotary2d_im/{name}"], 2e-6, name)
@@ -81,7 +89,7 @@ def rotary2d(arrays):
 def mixed(arrays):
     for name, freqs in under(arrays, "param/mixed_freqs/").items():
         depth, heads, width, _ = numbers(name)
-        encoding = RotaryMixed(depth, heads * width, heads)
+        encoding = make("rotary_mixed", heads * width, heads, depth, (4, 5), theta=10.0)
         positions_PLA = jnp.asarray(arrays[f"in/mixed_pos/{name}"], jnp.int32)[None]
 
         def weighted(params, encoding=encoding, positions_PLA=positions_PLA, name=name):
@@ -90,11 +98,11 @@ def mixed(arrays):
             weights = arrays[f"in/mixed_w/{name}"]  # the stored gradient's scalar turns the layers around for the sines
             return (cos * weights + sin * weights[::-1]).sum(), (cos, sin)
 
-        params = {"frequencies": jnp.asarray(mixed_rule(heads).read(freqs))}
+        params = {"frequencies": jnp.asarray(mixed_rule(heads).to_ours(freqs))}
         (_, (cos, sin)), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
         close(cos, arrays[f"out/mixed_re/{name}"], 2e-6, name)
         close(sin, arrays[f"out/mixed_im/{name}"], 2e-6, name)
-        close(grads["frequencies"], mixed_rule(heads).read(arrays[f"grad/mixed_freqs/{name}"]), 1e-5, name)
+        close(grads["frequencies"], mixed_rule(heads).to_ours(arrays[f"grad/mixed_freqs/{name}"]), 1e-5, name)
 
 
 def rot(arrays):
@@ -110,7 +118,7 @@ def rot(arrays):
 
 
 def interp(arrays):
-    stretch = jax.jit(resize, static_argnums=(1, 2))
+    stretch = jax.jit(resize_table, static_argnums=(1, 2))
     for name, expected in under(arrays, "out/interp1d_").items():
         close(stretch(jnp.asarray(arrays["in/interp1d"]), (numbers(name)[1],), "linear"), expected, 2e-6, name)
     for name, expected in under(arrays, "out/interp2d_").items():
@@ -136,39 +144,20 @@ def mask(arrays):
     """The masks that the encoder's blocks receive."""
     positions_RA = jnp.asarray(arrays["in/digit_positions"], jnp.int32)[:, None]
     received = []
-    whole = seqpe.DigitEncoder._mask
+    whole = DigitEncoder._mask
 
     def seen(self, positions_RA):
         received.append(whole(self, positions_RA))
         return received[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seqpe.DigitEncoder, "_mask", seen)
+        patch.setattr(DigitEncoder, "_mask", seen)
         for name, expected in under(arrays, "out/mask_").items():
             direction = name.split("_")[0]
             padded, cls = (bool(value) for value in numbers(name))
-            encoder = seqpe.DigitEncoder(
-                output_width=2,
-                axes=1,
-                base=10,
-                digits=5,
-                padding="left",
-                width=2,
-                heads=1,
-                layers=1,
-                dropout=0.0,
-                attention_dropout=0.0,
-                activation="relu",
-                layer_norm_epsilon=1e-5,
-                direction=direction,
-                cls=cls,
-                final_norm=False,
-                mask_padding=padded,
-                digit_index="global",
-                temperature=1.0,
-                norm_init=1.0,
-                kernel_init=jax.nn.initializers.normal(),
-            )
+            sizes = {"digits": 5, "width": 2, "heads": 1, "layers": 1}
+            config = SeqPEConfig(direction=direction, cls=cls, mask_padding=padded, **sizes)
+            encoder = DigitEncoder(config, axes=1, output_width=2)
             encoder.init(jax.random.PRNGKey(0), positions_RA)
             found = np.broadcast_to(received.pop()[:, 0], expected.shape)
             np.testing.assert_array_equal(found, expected > 0, name)

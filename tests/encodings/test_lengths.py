@@ -1,6 +1,7 @@
 """Lengths of other papers: none is absolute, and bounds of parameters hold the parameter, not its gradient."""
 
 import ast
+import dataclasses
 import functools
 import math
 import pathlib
@@ -12,39 +13,32 @@ import optax
 import pytest
 
 from seqpe_jax import config, encodings
-from seqpe_jax.encodings.bounds import clip_straight_through
+from seqpe_jax.config import KerpleConfig, ModelDims, PoPEConfig
+from seqpe_jax.encodings.base import clip_straight_through
 from seqpe_jax.encodings.pope import PoPE
 from seqpe_jax.encodings.relative_bias import Kerple
 from seqpe_jax.training.optimizer import projection
 from seqpe_jax.training.step import create_train_state, make_train_step
 
 FOLDER = pathlib.Path(encodings.__file__).parent
-THETA = "theta, base of the wavelengths: a field"
-OF_SEQPE = "default of SeqPE.for_model and its fields: digits and widths"
-# Numbers that may stand in the code of an encoding, beside counts up to four and a half: file, number -> why.
+OF_SEQPE = "default of SeqPE.for_model: widths and initial weights"
+# Numbers that an encoding's code may have, other than counts up to four and a half: file, number -> why.
 ALLOWED = {
-    ("fixed.py", 64): "digit of a position, for exact angles",
-    ("fixed.py", 5): "digits of a position, for exact angles",
-    ("fixed.py", 10000.0): THETA,
-    ("fixed.py", 100.0): THETA,
-    ("fixed.py", 32.0): "default of a field, in turns",
-    ("fixed.py", 0.1): "YaRN's temperature, of a ratio of lengths",
-    ("fixed.py", 8.0): "exponent of ALiBi's slopes; slope_scale is the field",
-    ("learned.py", 0.75): "cubic kernel",
-    ("learned.py", 5): "cubic kernel",
-    ("learned.py", 8): "cubic kernel",
-    ("learned.py", 0.02): "standard deviation of fresh weights",
-    ("mixed.py", 10.0): THETA,
-    ("polar.py", 10000.0): THETA,
-    ("relations.py", 10000.0): THETA,
-    ("relations.py", 1e30): "a logit that hides",
-    ("relations.py", 1e-6): "against a division by zero",
-    ("relations.py", 0.01): "floor of KERPLE's parameters",
-    ("relations.py", 32): "hidden units of FIRE's network",
-    ("relations.py", 1.5): "LookHere's slopes by layer, relative",
-    ("relations.py", 0.25): "LookHere's slopes by head; slope_scale is the field",
-    ("seqpe.py", 0.8): "share of work from which prefixes are shared",
-    **{("seqpe.py", number): OF_SEQPE for number in (5, 10, 12, 512, 768, 0.02, 0.1, 1e-5)},
+    ("rope.py", 64): "digit of a position, for exact angles",
+    ("rope.py", 5): "digits of a position, for exact angles",
+    ("rope.py", 0.1): "YaRN's temperature, of a ratio of lengths",
+    ("absolute.py", 0.75): "cubic kernel",
+    ("absolute.py", 5): "cubic kernel",
+    ("absolute.py", 8): "cubic kernel",
+    ("relative_bias.py", 8.0): "exponent of ALiBi's slopes; slope_scale is the field",
+    ("relative_bias.py", 1e30): "a masked logit",
+    ("relative_bias.py", 1e-6): "against a division by zero",
+    ("relative_bias.py", 0.01): "lower bound of KERPLE's parameters",
+    ("relative_bias.py", 32): "hidden units of FIRE's network",
+    ("relative_bias.py", 1.5): "LookHere's slopes by layer, relative",
+    ("relative_bias.py", 0.25): "LookHere's slopes by head; slope_scale is the field",
+    ("seqpe.py", 0.8): "fraction of work below which prefixes are shared",
+    **{("seqpe.py", number): OF_SEQPE for number in (10, 512, 0.02, 0.1)},
 }
 
 
@@ -58,14 +52,16 @@ def test_no_encoding_has_a_length_of_its_own():
         and type(node.value) in (int, float)
         and node.value not in (0, 0.5, 1, 2, 3, 4)
     }
-    assert found - ALLOWED.keys() == set(), "make it a field of EncodingConfig, with its share in config/lengths.py"
+    assert found - ALLOWED.keys() == set(), "make it a field in config/encodings.py, with its share in `resolved`"
     assert ALLOWED.keys() - found == set(), "no longer in the code"
 
 
 def lengths(page, variant, **fields):
     overrides = {"eval.lengths": ()} if "vit" not in page else {}
     values = overrides | {name.replace("__", "."): value for name, value in fields.items()}
-    return config.resolve_lengths(config.load(f"configs/{page}.py:{variant}", values))
+    return dataclasses.asdict(
+        config.with_resolved_lengths(config.load(f"configs/{page}.py:{variant}", values)).encoding
+    )
 
 
 def test_shares_are_the_authors_numbers_at_the_authors_lengths():
@@ -81,20 +77,16 @@ def test_shares_are_the_authors_numbers_at_the_authors_lengths():
 def test_shares_follow_the_window():
     at = functools.partial(lengths, "stdlib_lm")
     text = at("fire", encoding__fire_threshold=0.0, encoding__fire_scale=0.0)
-    assert (text["fire_threshold"], text["fire_scale"], text["t5_buckets"], text["t5_max_distance"]) == (
-        16,
-        3.2,
-        32,
-        32,
-    )
-    assert text["yarn_beta_fast"] == pytest.approx(64 / (2 * math.pi))  # the turns of the fastest pair
+    assert (text["fire_threshold"], text["fire_scale"]) == (16, 3.2)
+    assert (at("t5")["t5_buckets"], at("t5")["t5_max_distance"]) == (32, 32)
+    assert at("rotary")["yarn_beta_fast"] == pytest.approx(64 / (2 * math.pi))  # rotations of the fastest pair
     assert at("scale_invariant")["rotary_pairs"] == 4
     assert at("scale_invariant", encoding__rotary_pairs=6)["rotary_pairs"] == 6
     assert at("fire")["fire_threshold"] == 512 and at("t5", encoding__t5_max_distance=64)["t5_max_distance"] == 64
     short = at("t5", data__length=8)
     assert short["t5_buckets"] == short["t5_max_distance"] == 8
-    digits = lengths("digits_vit", "lookhere")
-    assert digits["directed_heads"] == 3 and digits["fire_threshold"] == pytest.approx(math.hypot(4, 4) / 4)
+    assert lengths("digits_vit", "lookhere")["directed_heads"] == 3
+    assert lengths("digits_vit", "fire")["fire_threshold"] == pytest.approx(math.hypot(4, 4) / 4)
 
 
 def bias(variables, encoding):
@@ -107,7 +99,7 @@ def bias(variables, encoding):
     return own.relative_bias.function(own.bias_params, own.relative_bias.query, own.relative_bias.key, jnp.arange(2))[1]
 
 
-KERPLE, POPE = Kerple(1, 2, kerple_scale=1.0), PoPE(1, 4, 2)
+KERPLE, POPE = Kerple(KerpleConfig(), ModelDims(1, 4, 2)), PoPE(PoPEConfig(), ModelDims(1, 4, 2))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +132,9 @@ def test_a_parameter_comes_back_from_its_bound(encoding, name, end, outwards):
 
 
 def test_parameters_begin_within_their_bounds_and_older_ones_count_as_they_did():
-    fresh = Kerple(16, 64, kerple_scale=1.0).init(jax.random.PRNGKey(0), jnp.arange(4)[None, :, None], shape=(4,))
+    fresh = Kerple(KerpleConfig(), ModelDims(16, 64, 64)).init(
+        jax.random.PRNGKey(0), jnp.arange(4)[None, :, None], shape=(4,)
+    )
     smallest = [float(leaf.min()) for leaf in fresh["params"].values()]
     assert smallest == [pytest.approx(0.01)] * 2  # some of so many were drawn below
     value, slope = jax.vmap(jax.value_and_grad(lambda x: clip_straight_through(x, (0.01, math.inf))))(

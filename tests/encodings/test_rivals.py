@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config import ENCODINGS, ModelDims
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.registry import ENCODINGS
-from seqpe_jax.errors import InputError
 from seqpe_jax.inference.compiled import with_mesh
 from seqpe_jax.models.attention import attend, forget_gate_features
 from seqpe_jax.models.build import DataSpec, ModelSpec
@@ -53,12 +52,10 @@ OTHERS = PAPERS | {
 }
 
 
-def make(kind, prefix=0, **fields):
-    sizes = (
-        {"layers_model": LAYERS, "heads_model": HEADS, "width_model": HEADS * WIDTH, "prefix": prefix} | PAPERS | fields
-    )
-    known = {name: value for name, value in sizes.items() if name in ENCODINGS[kind].__dataclass_fields__}
-    return ENCODINGS[kind](**known)
+def make(kind, grid=(64,), prefix_tokens=0, **fields):
+    chosen = ENCODINGS[kind]
+    own = {name: value for name, value in (PAPERS | fields).items() if chosen.has(name) and name not in chosen.needs()}
+    return chosen(**own).make_module(ModelDims(LAYERS, HEADS * WIDTH, HEADS, grid, prefix_tokens))
 
 
 def signal_of(encoding, positions_PLA, shape, layer=1):
@@ -204,12 +201,14 @@ def grid_logit(kind, params, places, lengths):
 def test_grids_are_mixed_as_the_paper_says(kind, lengths):
     shape = (4, 3)
     places = [(row, column) for row in range(4) for column in range(3)]
-    signal, params = signal_of(make(kind, prefix=1, **lengths), jnp.array(places)[None], shape)
+    signal, params = signal_of(make(kind, shape, prefix_tokens=1, **lengths), jnp.array(places)[None], shape)
     q, k, v = operands(13)
     expected = mixed(grid_logit(kind, params, [None, *places], lengths), q, k, v, causal=False)
     for form, block in (("reference", 0), ("blockwise", 8)):
         np.testing.assert_allclose(attend(q, k, v, signal, causal=False, kind=form, block=block), expected, atol=1e-5)
-    finer, _ = signal_of(make(kind, prefix=1, unit=10, **lengths), 10 * jnp.array(places)[None], shape)
+    finer, _ = signal_of(
+        make(kind, shape, prefix_tokens=1, fraction_digits=1, **lengths), 10 * jnp.array(places)[None], shape
+    )
     np.testing.assert_allclose(attend(q, k, v, finer, causal=False), expected, atol=1e-5)
 
 
@@ -231,8 +230,9 @@ def test_tokens_fade_by_what_those_after_them_say(kind):
 
 @pytest.mark.parametrize("scaling, lengths", [("linear", PAPERS), ("ntk", PAPERS), ("yarn", PAPERS), ("yarn", OTHERS)])
 def test_angles_are_scaled_in_longer_windows_alone(scaling, lengths):
-    lengths = lengths | {"rotary_pairs": 0}
-    plain, scaled = (make("rotary", table_shape=(64,), scaling=name, **lengths) for name in ("none", scaling))
+    betas = {name: lengths[name] for name in ("yarn_beta_slow", "yarn_beta_fast")}
+    dims = ModelDims(LAYERS, HEADS * WIDTH, HEADS, (64,))
+    plain, scaled = (ENCODINGS["rotary"](scaling=name, **betas).make_module(dims) for name in ("none", scaling))
     positions_PLA = jnp.arange(512)[None, :, None]
     whole = plain.apply({}, positions_PLA, shape=(512,))
     for shape in ((64,), (20,)):  # as trained, or shorter
@@ -253,33 +253,6 @@ def test_angles_are_scaled_in_longer_windows_alone(scaling, lengths):
     angles = np.arange(512)[:, None] * np.asarray(expected)
     np.testing.assert_allclose(found.rotation[0][0, :, 0], np.cos(angles), atol=1e-5)
     assert np.abs(found.rotation[0] - whole.rotation[0]).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    "kind,shape,told",
-    [
-        *((kind, (2, 3), "knows distances along one axis, not on grids") for kind in TEXTS if kind != "fire"),
-        ("alibi_grid", (6,), "is for grids: choose 'alibi'"),
-        ("lookhere", (6,), "is for grids"),
-    ],
-)
-def test_the_other_number_of_axes_is_refused(kind, shape, told):
-    places = jnp.zeros((1, math.prod(shape), len(shape)), jnp.int32)
-    with pytest.raises(InputError, match=told):
-        make(kind).init(KEY, places, shape=shape)
-
-
-@pytest.mark.parametrize(
-    "kind, fields, told",
-    [
-        ("lookhere", {"directed_heads": 5}, "encoding.directed_heads=5 is more than model.heads=4"),
-        ("t5", {"t5_max_distance": 16}, "t5_max_distance=16 must be more than half of encoding.t5_buckets=32"),
-    ],
-)
-def test_lengths_that_leave_nothing_are_refused(kind, fields, told):
-    shape = (2, 3) if kind == "lookhere" else (6,)
-    with pytest.raises(InputError, match=told):
-        make(kind, **fields).init(KEY, jnp.zeros((1, 6, len(shape)), jnp.int32), shape=shape)
 
 
 def gradients(settings, devices=None):

@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config import ModelDims, SeqPEConfig
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.prefix_trie import RowGroup
 
 KEY = jax.random.PRNGKey(0)
-SIZES = {"layers_model": 3, "width_model": 12, "heads_model": 2, "width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
+SIZES = {"width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
 POSITIONS_RA = jnp.array([[0], [7], [70], [345], [999], [7]], jnp.int32)
 
 
-def make(**fields) -> SeqPE:
-    return SeqPE(**(SIZES | fields))
+def make(*, axes=1, model_width=12, model_heads=2, **fields) -> SeqPE:
+    dims = ModelDims(layers=3, width=model_width, heads=model_heads, grid=(9,) * axes)
+    return SeqPE(SeqPEConfig(**(SIZES | fields)), dims)
 
 
 def vectors(encoding, variables, positions_RA=POSITIONS_RA, **options):
@@ -53,25 +55,21 @@ def test_dropout_acts_only_in_training():
 
 @pytest.mark.parametrize("direction", ["causal", "bi"])
 def test_the_shortcut_of_the_last_layer_changes_nothing(direction, monkeypatch):
-    from seqpe_jax.encodings import seqpe
+    from seqpe_jax.encodings import digit_encoder
 
     encoding = make(direction=direction)
     variables = initial(encoding)
     short = vectors(encoding, variables)
-    plain, asked = seqpe.DigitEncoder._strings, []
+    string_layers, last = digit_encoder.string_layers, []
 
-    def without(self, *arguments):
-        x_RND, how = plain(self, *arguments)
+    def all_tokens(*arguments):
+        x_RNW, layers = string_layers(*arguments)
+        last.extend(layer.last_only for layer in layers)
+        return x_RNW, [layer._replace(last_only=False) for layer in layers]
 
-        def whole(first, last):
-            asked.append(last)
-            return how(first, False)
-
-        return x_RND, whole
-
-    monkeypatch.setattr(seqpe.DigitEncoder, "_strings", without)
+    monkeypatch.setattr(digit_encoder, "string_layers", all_tokens)
     np.testing.assert_allclose(vectors(encoding, variables), short, atol=1e-5)
-    assert asked == [False, True]
+    assert last == [False, True]
 
 
 WINDOW = np.arange(186, 236)[:, None]
@@ -116,8 +114,8 @@ def test_shared_prefixes_change_nothing(name, monkeypatch):
     positions_RA, groups, fields = SHARED[name]
     positions_RA = jnp.asarray(positions_RA, jnp.int32)
     shared, plain = make(**fields), make(share_prefixes=False, **fields)
-    sizes = shared._sizes(positions_RA, groups)
-    assert sizes is not None and plain._sizes(positions_RA, groups) is None
+    sizes = shared._max_nodes(positions_RA, groups)
+    assert sizes is not None and plain._max_nodes(positions_RA, groups) is None
     if groups:
         assert sum(sizes) < 0.75 * len(positions_RA) * len(sizes)
     variables = initial(plain, positions_RA)
@@ -139,10 +137,10 @@ def test_shared_prefixes_change_nothing(name, monkeypatch):
 
 def test_prefixes_are_shared_where_it_pays_and_can_be_done():
     window, few = jnp.asarray(WINDOW), jnp.asarray(RANDOM[:2])
-    assert make()._sizes(window, [RowGroup(1, (50,))]) == (2, 6, 50)
-    assert make()._sizes(few, [RowGroup(2)]) is None  # nothing to gain
+    assert make()._max_nodes(window, [RowGroup(1, (50,))]) == (2, 6, 50)
+    assert make()._max_nodes(few, [RowGroup(2)]) is None  # nothing to gain
     for fields in ({"direction": "bi"}, {"padding": "right"}, {"mask_padding": True}, {"share_prefixes": False}):
-        assert make(**fields)._sizes(window, [RowGroup(1, (50,))]) is None
+        assert make(**fields)._max_nodes(window, [RowGroup(1, (50,))]) is None
 
 
 def test_places_may_restart_with_each_coordinate():
@@ -214,7 +212,7 @@ def test_initial_weights():
         ({"direction": "bi", "cls": False}, "encoding.cls=True"),
         ({"width": 10, "heads": 4}, "encoding.width=10 is not a multiple of encoding.heads=4"),
         ({"mode": "input_add"}, "encoding.qk='none'"),
-        ({"mode": "rotary", "qk": "none", "width_model": 6}, "model.width / model.heads = 3 is odd"),
+        ({"mode": "rotary", "qk": "none", "model_width": 6}, "model.width / model.heads = 3 is odd"),
         ({"mode": "attn_add", "output_width": 6}, "encoding.output_width=6: set it to 0 or 12"),
         ({"mode": "attn_mul", "qk": "halves", "output_width": 12}, "set it to 0 or 24"),
         ({"mode": "input_add", "qk": "none", "output_width": 6}, "set it to 0 or 12"),
@@ -241,7 +239,7 @@ def test_narrow_parts_of_some_heads(qk, per_head):
     """Features by hand from vectors and the qk map: of the first two of three heads, and none of the third."""
     layers, width, narrow = 3, 12, 5 if qk in ("single", "multi") else 0
     encoding = make(
-        heads_model=3,
+        model_heads=3,
         qk=qk,
         per_head=per_head,
         position_heads=2,

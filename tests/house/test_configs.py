@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import pathlib
-import typing
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from seqpe_jax import config
-from seqpe_jax.config import GRID_ONLY, TEXT_ONLY
+from seqpe_jax.config import ENCODINGS, kinds_for
 from seqpe_jax.errors import InputError
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.trees import flat
@@ -32,9 +31,9 @@ def page(path: pathlib.Path):
     return module
 
 
-KINDS = typing.get_args(config.EncodingKind)
+KINDS = list(ENCODINGS)
 GRIDS = [path for path in CONFIGS if path.stem.endswith("_vit")]
-REFUSED = [(path, kind) for path in CONFIGS for kind in (TEXT_ONLY if path in GRIDS else GRID_ONLY)]
+REFUSED = [(path, kind) for path in CONFIGS for kind in KINDS if kind not in kinds_for(2 if path in GRIDS else 1)]
 ALL = [(path, kind) for path in CONFIGS for kind in KINDS if (path, kind) not in REFUSED]
 ALL += [(path, name) for path in CONFIGS for name in config.GATED if path not in GRIDS]
 FORMS = {path: page(path).FORMS for path in CONFIGS if hasattr(page(path), "FORMS")}
@@ -109,7 +108,7 @@ def test_a_variant_parses(case):
 @pytest.mark.parametrize("case", REFUSED, ids=name)
 def test_kinds_of_texts_are_refused_on_grids_and_those_of_grids_on_texts(case):
     path, kind = case
-    what = "is for texts, .* has grids" if path in GRIDS else "is for grids, .* has text"
+    what = "is for text, .* axes" if path in GRIDS else "is for images, .* one axis"
     with pytest.raises(InputError, match=f"encoding.kind='{kind}' {what}: choose one of seqpe"):
         config.load(f"{path}:{kind}")
 

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ContrastiveConfig, DistillationConfig, MixingConfig, ObjectiveConfig, ShiftConfig
+from seqpe_jax.config import (
+    ContrastiveConfig,
+    DistillationConfig,
+    MixingConfig,
+    ModelDims,
+    ObjectiveConfig,
+    SeqPEConfig,
+    ShiftConfig,
+)
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.losses.task import ClassificationLoss
 from seqpe_jax.losses.train_loss import TrainLoss
@@ -26,20 +34,8 @@ def objective(shape):
         distillation=DistillationConfig(batch=2, offsets=4),
         shift=ShiftConfig(rate=0.5, sets=2),
     )
-    encoding = SeqPE(
-        layers_model=1,
-        width_model=8,
-        heads_model=2,
-        axes=len(shape),
-        mode="attn_mul",
-        qk="multi",
-        digits=2,
-        layers=1,
-        width=8,
-        heads=2,
-        init_std=0.5,
-        prefix=1,
-    )
+    config = SeqPEConfig(mode="attn_mul", qk="multi", digits=2, layers=1, width=8, heads=2, init_std=0.5)
+    encoding = SeqPE(config, ModelDims(layers=1, width=8, heads=2, grid=shape, prefix_tokens=1))
     network = ViT(TransformerConfig(layers=1, width=8, heads=2), classes=3, patch=(1,) * len(shape))
     inputs = jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32)
     model_spec = ModelSpec(encoding, network, inputs, shape, 20, heads=2)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from seqpe_jax.axes import use_sharding
+from seqpe_jax.config import ALiBiConfig, ModelDims
 from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
 from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
-from seqpe_jax.encodings.fixed import ALiBi
+from seqpe_jax.encodings.relative_bias import ALiBi
 from seqpe_jax.models import attention_inputs
 from seqpe_jax.models.attention import attend
 from tests.jaxprs import has_array_of_size
@@ -219,7 +220,7 @@ def test_position_products_stay_float32_under_bfloat16(backend):
     near, far = np.arange(6), np.array([9990, 9995, 9998, 9999, 10000])
     slope = 2.0**-8
     positions = np.concatenate([near, far])
-    signal = ALiBi(width_model=2, heads_model=1).apply(
+    signal = ALiBi(ALiBiConfig(), ModelDims(1, 2, 1)).apply(
         {}, jnp.asarray(positions, jnp.int32)[None, :, None], shape=(11,)
     )
     alibi = tuple(np.asarray(field[0, :, 0]) for field in signal.logit_query_key)

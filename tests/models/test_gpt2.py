@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.config import ENCODINGS, ModelDims
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
 
@@ -35,27 +35,11 @@ def model_of(**fields) -> GPT2:
 
 
 def encoding_from_spec(kind: str, mode: str = "", qk: str = ""):
-    fields = {
-        "learned": {"width_model": WIDTH, "table_shape": (LENGTH,)},
-        "sinusoidal": {"width_model": WIDTH},
-        "rotary": {"width_model": WIDTH, "heads_model": HEADS},
-        "alibi": {"width_model": WIDTH, "heads_model": HEADS},
-        "none": {},
-        "seqpe": {
-            "layers_model": LAYERS,
-            "width_model": WIDTH,
-            "heads_model": HEADS,
-            "mode": mode,
-            "qk": qk,
-            "digits": 4,
-            "width": 8,
-            "heads": 2,
-            "layers": 1,
-            "init_std": 0.5,
-            "qk_init_std": 0.5,
-        },
-    }
-    return ENCODINGS[kind](**fields[kind])
+    fields = {}
+    if kind == "seqpe":
+        fields = {"mode": mode, "qk": qk, "digits": 4, "width": 8, "heads": 2, "layers": 1, "init_std": 0.5}
+        fields["qk_init_std"] = 0.5
+    return ENCODINGS[kind](**fields).make_module(ModelDims(LAYERS, WIDTH, HEADS, (LENGTH,)))
 
 
 def initial(encoding, model):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config import ModelDims, RotaryAxialConfig
 from seqpe_jax.encodings.base import PositionSignal
-from seqpe_jax.encodings.fixed import RotaryAxial
+from seqpe_jax.encodings.rope import RotaryAxial
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.transformer import Block, TransformerConfig
 from seqpe_jax.models.vit import ViT, extract_patches
@@ -34,7 +35,7 @@ def config_of(**fields) -> TransformerConfig:
 
 
 def signal_of(shape) -> PositionSignal:
-    encoding = RotaryAxial(WIDTH, HEADS, prefix=1)
+    encoding = RotaryAxial(RotaryAxialConfig(theta=100.0), ModelDims(1, WIDTH, HEADS, prefix_tokens=1))
     return encoding.apply({}, PositionGrid().positions(shape)[None], shape=shape)
 
 
@@ -89,7 +90,8 @@ def test_videos():
     assert params["params"]["projection"]["kernel"].shape == (2 * 2 * 3, 12)
     plain = logits(model, params, videos, signal)
     assert np.abs(logits(model, params, videos.at[:, 3, 3, 8].add(1.0), signal) - plain).max() > 1e-3
-    encoding = RotaryAxial(12, HEADS, prefix=1)  # one pair for each of three axes
+    dims = ModelDims(1, 12, HEADS, prefix_tokens=1)  # one pair for each of three axes
+    encoding = RotaryAxial(RotaryAxialConfig(theta=100.0), dims)
     positions_PLA = PositionGrid().positions((2, *GRID))[None]
     placed = logits(model, params, videos, encoding.apply({}, positions_PLA, shape=(2, *GRID)))
     assert np.abs(placed - plain).max() > 1e-3

@@ -6,7 +6,6 @@ import functools
 import json
 import pathlib
 import sys
-import typing
 
 import pytest
 from absl import flags
@@ -138,8 +137,10 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
             "gate_bias_init",
         },
     )
-    left_out = {*config.GRID_ONLY, "rotary_axial"} if stem != "study_images" else {*config.TEXT_ONLY, *config.GATED}
-    assert kinds == {*typing.get_args(config.EncodingKind), *config.GATED} - left_out
+    wanted = (
+        {*config.kinds_for(1), *config.GATED} - {"rotary_axial"} if stem != "study_images" else {*config.kinds_for(2)}
+    )
+    assert kinds == wanted
 
 
 def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import MixingConfig, ObjectiveConfig, OptimizerConfig
-from seqpe_jax.encodings.registry import ENCODINGS
+from seqpe_jax.config import MixingConfig, ModelDims, ObjectiveConfig, OptimizerConfig, SeqPEConfig
+from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.interop import weights
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.losses.train_loss import SampledPositions, TrainLoss
@@ -46,20 +46,10 @@ def parameters(trace, prefix):
 
 def text_objective(spec):
     """Objective, optimizer settings and batch n of the text trace."""
-    encoding = ENCODINGS["seqpe"](
-        mode="attn_scalar",
-        qk="single",
-        digits=5,
-        layers=2,
-        width=48,
-        heads=3,
-        dropout=0.0,
-        attention_dropout=0.0,
-        layers_model=2,
-        width_model=48,
-        heads_model=3,
-        axes=1,
+    config = SeqPEConfig(
+        mode="attn_scalar", qk="single", digits=5, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0
     )
+    encoding = SeqPE(config, ModelDims(layers=2, width=48, heads=3, grid=(32,)))
     network = GPT2(TransformerConfig(layers=2, width=48, heads=3), vocabulary=97)
     inputs = jax.ShapeDtypeStruct((1, 32), jnp.int32)
     model_spec = ModelSpec(encoding, network, inputs, (32,), spec["max_position"], heads=3)
@@ -70,21 +60,10 @@ def text_objective(spec):
 
 def image_objective(spec):
     """The same of the image trace."""
-    encoding = ENCODINGS["seqpe"](
-        mode="attn_mul",
-        qk="multi",
-        digits=2,
-        layers=2,
-        width=48,
-        heads=3,
-        prefix=1,
-        dropout=0.0,
-        attention_dropout=0.0,
-        layers_model=2,
-        width_model=48,
-        heads_model=3,
-        axes=2,
+    config = SeqPEConfig(
+        mode="attn_mul", qk="multi", digits=2, layers=2, width=48, heads=3, dropout=0.0, attention_dropout=0.0
     )
+    encoding = SeqPE(config, ModelDims(layers=2, width=48, heads=3, grid=(4, 4), prefix_tokens=1))
     config = TransformerConfig(2, 48, 3, mlp_width=144, activation="gelu", layer_norm_epsilon=1e-6)
     network = ViT(config, classes=10, patch=(8, 8))
     inputs = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
