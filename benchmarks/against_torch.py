@@ -36,7 +36,7 @@ WARM_UP, PAUSE = 3, 0.2  # turns; seconds between them, in which the threads of 
 
 def main() -> None:
     """The command."""
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     settings = config_flags.read_config()
     model = settings.model
     rates = (model.dropout, model.attention_dropout, model.embedding_dropout)

@@ -29,7 +29,7 @@ MEASURED = {"time": "time of a step (RoPE's first = 1)", "megabytes": "memory of
 
 def measure() -> None:
     """Measures every point, and stores them."""
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     processes.configure_malloc()
     points = [("length", n, {"data.length": n, "batch_size": TOKENS // n, "eval.lengths": (n,)}) for n in LENGTHS]
     points += [("width", n, {"model.width": n, "model.heads": n // 64}) for n in WIDTHS]

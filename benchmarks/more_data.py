@@ -57,7 +57,7 @@ def steps(folder: pathlib.Path, text: bytes) -> Iterator[list[float]]:
 
 def main() -> None:
     """The command."""
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     text = b"\n".join(content for _, content in stdlib_text.files()["train"])
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SEQPE_JAX_CACHE"] = folder  # prepared data go with it

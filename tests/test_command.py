@@ -234,17 +234,17 @@ def test_the_compile_cache_is_in_the_home_folder(monkeypatch, tmp_path, compile_
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SEQPE_JAX_CACHE", "~/c")
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     assert compile_settings["jax_compilation_cache_dir"] == str(tmp_path / "c" / "compiled")
 
 
 def test_variables_of_the_compile_cache_are_respected(monkeypatch, compile_settings):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/other")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     assert not compile_settings
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     assert compile_settings == {"jax_persistent_cache_min_compile_time_secs": 0.5}
 
 

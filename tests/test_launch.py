@@ -159,7 +159,7 @@ def test_a_wrong_field_would_be_found():
 WORKER = """
 import signal, sys, time
 number = sys.argv[-1].rpartition("=")[2]
-signal.signal(signal.SIGTERM, lambda *_: (print("told to end", flush=True), sys.exit(5)))
+signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(5)))
 print("options", *sys.argv[1:], flush=True)
 if "fails" in sys.argv and number == "1":
     sys.exit(3)
@@ -170,7 +170,7 @@ if "waits" in sys.argv:
 
 @pytest.fixture
 def local(tmp_path):
-    """Returns a function that starts launch/local_processes.sh N with a worker that does as told."""
+    """Returns a function that starts launch/local_processes.sh N with a worker."""
     (tmp_path / "worker.py").write_text(WORKER)
 
     def start(count, *words):
@@ -212,7 +212,7 @@ def test_local_processes_fail_with_the_first_that_fails_and_pass_a_stop_on(local
         assert "options" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 5 and sorted(out.splitlines()) == ["[0] told to end", "[1] told to end"]
+    assert process.returncode == 5 and sorted(out.splitlines()) == ["[0] stopped", "[1] stopped"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["two", "true"], ["0", "true"], ["2"]])
@@ -222,7 +222,7 @@ def test_local_processes_say_how_to_use_them(arguments):
 
 
 GCLOUD = """#!/usr/bin/env bash
-# Stands for gcloud: writes down what it is asked; the slice is taken away in the middle of its first training.
+# A fake gcloud: it logs its arguments; the slice is taken away in the middle of its first training.
 printf '%s\\n' "$*" >> "$SEEN"
 case "$*" in
   *tpu-vm\\ scp*) cp "$5" "$SEEN.tar.gz" ;;
@@ -295,19 +295,19 @@ def test_tpu_pod_installs_the_checkout_as_it_stands(tpu_pod, tmp_path):
         subprocess.run(["bash", "-c", remote], cwd=host, check=True)
         return found.stdout, {path.name: path.read_text() for path in (host / "seqpe_jax").glob("*.*")}
 
-    told, found = install()
+    output, found = install()
     assert found == {"same.py": "old", "edited.py": "old", "gone.py": "old", ".gitignore": "ignored\n"}
-    assert "changes" not in told
+    assert "changes" not in output
     (here / "edited.py").write_text("new")
     (here / "new file.py").write_text("new")
     (here / "ignored").write_text("new")
     (here / "gone.py").unlink()
     (host / "seqpe_jax" / "ignored").write_text("of the host")
-    told, found = install()
+    output, found = install()
     assert found == {"same.py": "old", "edited.py": "new", "new file.py": "new", ".gitignore": "ignored\n"}
     assert (host / "seqpe_jax" / "ignored").read_text() == "of the host"
-    assert "with these changes:" in told and all(
-        line in told for line in (" M edited.py", " D gone.py", '"new file.py"')
+    assert "with these changes:" in output and all(
+        line in output for line in (" M edited.py", " D gone.py", '"new file.py"')
     )
 
     shutil.rmtree(here / ".git")
@@ -339,9 +339,9 @@ def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path, o
     ]
     found = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
-    told = json.loads(results.read_text())[name]
-    assert told["kills"] == 3 and told["steps"] == 190 and told["lines"] == 192 and told["arrays"] > 20
-    assert not any(told[name] for name in told if name.endswith(("missing", "doubled", "differ")))
+    result = json.loads(results.read_text())[name]
+    assert result["kills"] == 3 and result["steps"] == 190 and result["lines"] == 192 and result["arrays"] > 20
+    assert not any(result[name] for name in result if name.endswith(("missing", "doubled", "differ")))
     assert "| steps doubled | 0 |" in found.stdout
 
     # What it is for: a line lost and a byte changed are seen.
@@ -349,26 +349,28 @@ def test_chaos_kills_a_run_that_then_ends_as_if_nothing_had_happened(tmp_path, o
     lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:50] + lines[51:] + lines[-1:]))
     again = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
-    told = json.loads(results.read_text())[name]
-    assert again.returncode == 1 and told["lines_missing"] == told["steps_missing"] == 1, again.stdout + again.stderr
-    assert told["lines_that_differ_or_are_doubled"] == 1
+    result = json.loads(results.read_text())[name]
+    assert again.returncode == 1 and result["lines_missing"] == result["steps_missing"] == 1, (
+        again.stdout + again.stderr
+    )
+    assert result["lines_that_differ_or_are_doubled"] == 1
 
 
 def test_stored_kills_lost_nothing():
-    """What WORKSPACE.md says of them is what was measured."""
+    """The numbers in WORKSPACE.md are those of the stored results."""
     results = json.loads((ROOT / "docs" / "results" / "chaos.json").read_text())
-    told = " ".join((ROOT / "WORKSPACE.md").read_text().split())
+    page = " ".join((ROOT / "WORKSPACE.md").read_text().split())
     soaked = results.pop("soak")
     assert soaked["growth_percent"] <= 2 and soaked["exit_code"] == 0 and soaked["steps"] == 20_000
     words = f"{soaked['MiB_after_a_quarter']} MiB after 5 000 of 20 000 steps, {soaked['MiB_at_the_end']} at the end"
-    assert words in told
+    assert words in page
     for name, kills in (("one process", 200), ("two processes", 20), ("in a bucket", 20)):
         assert results[name]["kills"] == kills, name
     for name, result in results.items():
         assert not any(count for what, count in result.items() if what.endswith(("missing", "doubled", "differ"))), name
         assert result["kills_inside_a_save"] >= result["kills"] / 3, name
         assert (
-            f"{result['kills']} kills" in told and f"{result['kills_inside_a_save']} of them inside a save" in told
+            f"{result['kills']} kills" in page and f"{result['kills_inside_a_save']} of them inside a save" in page
         ), name
         assert result["lines"] > result["steps"] and result["arrays"] > 20, name
 
@@ -412,23 +414,23 @@ def test_steps_are_timed_against_an_interpreter_that_is_given(tmp_path):
     tiny = ["--config=tests/tiny_text.py:rotary", f"--config.data.paths={text}", f"--output={output}", "--turns=2"]
     still = [f"--config.model.{name}=0.0" for name in ("dropout", "attention_dropout", "embedding_dropout")]
 
-    def told(*arguments):
+    def run(*arguments):
         line = [sys.executable, BENCHMARKS / "against_torch.py", *tiny, *arguments]
         return subprocess.run(line, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
 
-    done = told(*still, f"--python={other}")
+    done = run(*still, f"--python={other}")
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     low, high = found["ratio"]["quarters"]
     assert 0 < low <= found["ratio"]["median"] <= high < 0.1 and found["torch"] == "9.9" and found["turns"] == 2
-    bare = told(*still, "--python=" + shutil.which("false"))
+    bare = run(*still, "--python=" + shutil.which("false"))
     assert bare.returncode == 2 and "has no PyTorch that runs" in bare.stderr
-    assert (gone := told(*still, "--python=gone")).returncode == 2 and "cannot be started: No such file" in gone.stderr
-    wrong = told("--python=" + str(other), "--config.model.dropout=0.1")
+    assert (gone := run(*still, "--python=gone")).returncode == 2 and "cannot be started: No such file" in gone.stderr
+    wrong = run("--python=" + str(other), "--config.model.dropout=0.1")
     assert wrong.returncode == 2 and "without dropout" in wrong.stderr
 
 
-def test_the_page_tells_the_stored_ratio():
+def test_the_page_has_the_stored_ratio():
     ratio, page = (
         json.loads((ROOT / "docs/results/against_torch.json").read_text())["ratio"],
         ROOT / "docs/performance.md",

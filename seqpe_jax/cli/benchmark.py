@@ -39,7 +39,7 @@ def main() -> None:
     from seqpe_jax.distributed.progress import ProgressLine
     from seqpe_jax.profiling.benchmark import benchmark
 
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     if _COMPARE.value:
         settings = _compared(_COMPARE.value)
     else:

@@ -25,7 +25,7 @@ def main() -> None:
     from seqpe_jax.distributed import processes
     from seqpe_jax.interop import convert
 
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     to_reference = _TO.value == "reference"
     if to_reference and _TOKENIZER.value:
         raise InputError("--tokenizer is for --to=run: a run has its own tokenizer")

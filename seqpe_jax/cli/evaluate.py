@@ -84,7 +84,7 @@ def main() -> None:
     sizes = tuple(size * 2 if len(size) == 1 else size for size in sizes)
     if _PATHS.value and not _DATA.value:
         raise InputError("--paths is the path of --data: give both, e.g. --data=text_files --paths=notes.txt")
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     folder = _CHECKPOINT.value
     request = EvalRequest(
         lengths=lengths,

@@ -35,7 +35,7 @@ def main() -> None:
     from seqpe_jax.inference.export import MODEL_CARD_FILE, PLATFORMS
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the context that removes the unfinished folder
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     require_empty(_OUTPUT.value)
     model = loading.open_model(_CHECKPOINT.value, _WHICH.value)
     platforms = list(PLATFORMS) if _PLATFORMS.value is None else _PLATFORMS.value

@@ -109,7 +109,7 @@ def generate_texts(
     from seqpe_jax.inference.decode import Sampling
     from seqpe_jax.inference.generate import check_generation
 
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     Sampling(max_new_tokens, **options)  # refuses bad values before a run is opened
     if loading.load_run_config(checkpoint).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")

@@ -32,7 +32,7 @@ def main() -> None:
 
     settings, workdir = common.start_processes(_settings), _WORKDIR.value
     processes.exit_on_signal()
-    processes.keep_compiled_programs()
+    processes.enable_compilation_cache()
     train_and_evaluate(settings, workdir, extend=_EXTEND.value)
 
 

@@ -242,7 +242,7 @@ def describe_batch(batch_size: int, shards: int) -> str:
     return f"batch {batch_size}: {devices}, {batch_size // shards} to each of {shards} groups"
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Turns the persistent compile cache on, where JAX's own environment variables do not say otherwise."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))

@@ -1,1 +1,1 @@
-"""What a step costs: times on this machine, memory and traffic on a slice that is not there."""
+"""Cost of a step: times on this machine; memory, traffic and a bound on speed for TPU slices that are not here."""

@@ -1,4 +1,4 @@
-"""The training step of a config compiled for a TPU slice that is not there: does it fit, and how fast could it be?"""
+"""Ahead-of-time compilation of the training step for a TPU slice that is not here: memory, collectives and roofline."""
 
 import importlib.metadata
 import importlib.util
@@ -33,7 +33,7 @@ GENERATIONS = {
     "tpu7x": (9216, SIZES_3D, ""),
 }
 MAX_CHIPS = 2**16  # of all slices together, far beyond any that train together
-# What libtpu would otherwise ask a TPU VM for, and a lock that lets one process compile at a time.
+# Settings that libtpu otherwise requests from a TPU VM, and one that lets several processes compile at a time.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -51,10 +51,13 @@ def libtpu() -> str:
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-    """Returns the devices of a TPU slice such as "v5e:4x4", or of two as "2xv5e:4x4"; programs can be compiled for them.
+    """Returns the devices of a TPU slice, for which programs can be compiled without having it.
+
+    Args:
+      topology: such as "v5e:4x4", or "2xv5e:4x4" for two slices.
 
     Raises:
-      InputError: there is no such slice, or libtpu, which knows them, is not installed.
+      InputError: there is no such slice, or libtpu is not installed.
     """
     count, given = re.fullmatch(r"(?:([1-9]\d{0,5})x)?(.*)", topology, re.DOTALL).groups(default="1")
     generation, _, sides = given.partition(":")
@@ -96,15 +99,20 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 
 def compile_step(trainer: Trainer) -> dict[str, Any]:
-    """Compiles a trainer's step for its mesh, whose devices need not be there, and returns what is known of it.
+    """Compiles a trainer's step for its mesh, whose devices need not exist, and returns its cost.
+
+    Args:
+      trainer: of the config and the mesh.
 
     Returns:
-      {"devices", "chip", "mesh", "rows" (process -> rows that it reads of a batch), "memory" (bytes of one device, see
-      `_memory`; "shortfall" is 0 where it fits), "whole" (dimensions that every device holds whole, see
-      `runtime.mesh.UnshardedDim`), "collectives" (kind -> {"count", "bytes"} of one device and step, see `profiling.collectives`;
-      None where it does not fit), "open_loops" (with collectives that count for one turn), "roofline" (see
-      `profiling.roofline`; None where it does not fit), "unit" (of what its "per_second" counts), "flops" and
-      "flops_full_attention" (of a step on all devices, see `models.build.model_flops`), "compile_seconds"}.
+      A dictionary with
+      - "devices", "chip", "mesh", "rows" ({process: rows that it reads of a batch});
+      - "memory": bytes of one device by use (`_memory`); "shortfall" is 0 where it fits;
+      - "whole": dimensions that every device holds unsharded (`distributed.sharding.UnshardedDim`);
+      - "collectives": {kind: {"count", "bytes"}} of one device and step; None where it does not fit;
+      - "open_loops": loops with collectives that count once, since their trip count is unknown;
+      - "roofline": see `profiling.roofline`; None where it does not fit; "unit": of its "per_second";
+      - "flops", "flops_full_attention": of a step on all devices (`models.build.model_flops`); "compile_seconds".
     """
     split, batch_size = layout.batch_sharding(trainer.mesh), trainer.config.batch_size
     batch = {
@@ -126,7 +134,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
             sent=sent,
         )
     except jax.errors.JaxRuntimeError as error:
-        needed, available = _refused(error)
+        needed, available = _parse_out_of_memory(error)
     return {
         "devices": trainer.mesh.size,
         "chip": chip.name,
@@ -145,7 +153,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
 
 
 def _memory(trainer: Trainer, batch: dict[str, Any], compiled: Any, needed: int, available: int) -> dict[str, int]:
-    """Bytes of one device: parts of its arguments, temporaries (activations, gradients, what is gathered) and total."""
+    """Returns bytes of one device: arguments by part, temporaries (activations, gradients, gathered arrays) and total."""
     found = {
         "parameters": _local_bytes(trainer.abstract_state.params),
         "optimizer": _local_bytes(trainer.abstract_state.opt_state),
@@ -156,17 +164,17 @@ def _memory(trainer: Trainer, batch: dict[str, Any], compiled: Any, needed: int,
         found |= {"temporaries": stats.temp_size_in_bytes, "program": stats.generated_code_size_in_bytes}
         needed = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         needed += found["temporaries"] + found["program"]
-        found["padding"] = needed - sum(found.values())  # of tiles; and what the step returns beside the state
+        found["padding"] = needed - sum(found.values())  # of tiles; and the metrics that the step returns
     return found | {"total": needed, "hbm": available, "shortfall": max(0, needed - available)}
 
 
 def _local_bytes(tree: Any) -> int:
-    """What one device holds of arrays."""
+    """Returns the bytes of arrays on one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _refused(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
-    """The bytes that the compiler needed and had; any other complaint is raised again."""
+def _parse_out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
+    """Returns the bytes that the compiler needed and had; any other error is raised again."""
     patterns = (rf"Used {SIZE} of {SIZE} hbm", rf"\({SIZE}\) exceeds available HBM \({SIZE}\)")
     for pattern in patterns:
         if found := re.search(pattern, str(error)):

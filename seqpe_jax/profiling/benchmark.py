@@ -1,7 +1,7 @@
-"""How long a training step, an evaluation or a new token takes, and what of it the position encoding is.
+"""Benchmark of training steps, evaluation batches or new tokens, with the share of the position encoding.
 
-Several encodings take turns, so that what else the machine does falls on all of them alike. Inputs are random; nothing is
-read or written. Times are of whole calls that have been waited for, the first ones (compilation) left out.
+Several encodings are timed in turns, so that other load of the machine affects all of them alike. Inputs are random; nothing
+is read or written. Times are of complete calls, without the first ones, which compile.
 """
 
 import dataclasses
@@ -33,13 +33,16 @@ DECODED = 32  # tokens of a call in mode decode
 
 @dataclasses.dataclass(frozen=True)
 class TimedProgram:
-    """One thing to time.
+    """A compiled program with its inputs, to be timed.
 
     Attributes:
-      call: does it once and returns arrays to wait for; units: tokens or images of a call.
-      flops: of a call (see `flops_per_call`), 0 where no utilisation is told.
-      compiled: the program of a call; turns: of its loop, where these are not in its text; mesh: of it.
-      encoding: does the encoding's part alone, or None where it has nothing to compute.
+      call: function that executes it once and returns arrays to wait for.
+      units: tokens or images of a call.
+      flops: of a call, by the name of the utilisation (`flops_per_call`); 0 = no utilisation is reported.
+      compiled: program of a call.
+      mesh: of the program.
+      turns: iterations of its loop, where the program's text does not have them.
+      encoding: function that executes the position encoding alone; None where it computes nothing.
     """
 
     call: Callable[[], Any]
@@ -52,13 +55,13 @@ class TimedProgram:
 
     @property
     def bytes(self) -> int:
-        """What the program holds at once: arguments, results and temporaries."""
+        """Memory of the program in bytes: arguments, results and temporaries."""
         found = self.compiled.memory_analysis()
         held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return held + found.temp_size_in_bytes
 
-    def bound(self, chip: hardware.Chip) -> dict[str, Any]:
-        """Returns the roofline of a call, or of one turn of its loop."""
+    def roofline(self, chip: hardware.Chip) -> dict[str, Any]:
+        """Returns the roofline of a call, or of one iteration of its loop."""
         return roofline(
             HloModule(self.compiled.as_text()),
             self.mesh,
@@ -74,18 +77,22 @@ def benchmark(
     steps: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Returns {"runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}.
-
-    A run is {"encoding" (its name), "mode", "length" (or "size"), "batch", "median_s", "p10_s", "p90_s" (of a step, an
-    evaluated batch, or one new token of every sample), "per_second" (tokens or images), "mfu" and "mfu_full_attention" (see
-    `models.build.model_flops`; None on an unknown device), "peak_bytes", "encoding_share" (of the time; None where the
-    encoding computes nothing of its own), "roofline" (of the same: see `profiling.roofline`; on a device whose peaks are
-    not known, arithmetic alone, at a rate measured at the end), "reached" (the shortest time possible as a share of the
-    median)}.
+    """Returns timings of several configs.
 
     Args:
-      settings: by name; they differ in the encoding; mode: "train", "eval", "decode", or "encode" (forward and backward
-        pass of all positions of a training step alone); steps: timed calls of each.
+      settings: {name: config}, which differ in the encoding.
+      mode: "train", "eval", "decode", or "encode" (forward and backward pass of all positions of a training step alone).
+      steps: timed calls of each config.
+      progress: function of (calls done, all calls).
+
+    Returns:
+      {"device", "runs": [one of each config], "ratios": {"first/other": {"time", "memory"}}}. A run has
+      - "encoding" (its name), "mode", "length" or "size", "batch";
+      - "median_s", "p10_s", "p90_s": of a step, an evaluated batch, or one new token of every sample;
+      - "per_second": tokens or images; "mfu" and "mfu_full_attention" (`models.build.model_flops`; None on an unknown device);
+      - "peak_bytes"; "encoding_share": of the time; None where the encoding computes nothing of its own;
+      - "roofline": see `profiling.roofline`; on a device with unknown peaks, arithmetic alone, at a rate measured at the end;
+      - "reached": the bound of the roofline as a share of the median.
 
     Raises:
       InputError: a mode that these configs cannot run.
@@ -95,57 +102,76 @@ def benchmark(
             raise InputError("--mode=decode generates text: give a config of text")
         if mode == "encode" and config.encoding.kind != "seqpe":
             raise InputError("--mode=encode times SeqPE's encoder: give encoding.kind=seqpe alone")
-    made = [_timed(Trainer.of(config), mode) for config in settings.values()]
-    seconds: list[list[float]] = [[] for _ in made]
-    shares: list[list[float]] = [[] for _ in made]
-    for turn in range(WARM_UP + steps):
-        for one, times, share in zip(made, seconds, shares, strict=True):
-            took = _seconds(one.call)
-            if turn >= WARM_UP:
-                times.append(took)
-            if one.encoding is not None:
-                alone = _seconds(one.encoding)
-                if turn >= WARM_UP:
-                    share.append(alone)
-        progress(turn + 1, WARM_UP + steps)
-    runs, chip = [], hardware.find_chip(jax.devices()[0].device_kind) or hardware.measure_chip()
-    for (name, config), one, times, share in zip(settings.items(), made, seconds, shares, strict=True):
-        per = DECODED if mode == "decode" else 1
-        median, bound = statistics.median(times), one.bound(chip)
-        runs.append(
-            {
-                "encoding": name,
-                "mode": mode,
-                **({"size": list(config.data.size)} if config.is_image else {"length": config.data.length}),
-                "batch": config.batch_size,
-                "median_s": median / per,
-                "p10_s": float(np.quantile(times, 0.1)) / per,
-                "p90_s": float(np.quantile(times, 0.9)) / per,
-                "per_second": one.units / median,
-                **{name: hardware.utilisation(flops, median) if flops else None for name, flops in one.flops.items()},
-                "peak_bytes": one.bytes,
-                "encoding_share": statistics.median(share) / median if share else None,
-                "roofline": bound,
-                "reached": bound["seconds"] * per / median,
-            }
+    programs = [_timed_program(Trainer.of(config), mode) for config in settings.values()]
+    seconds, encoding_seconds = _time_in_turns(programs, steps, progress)
+    chip = hardware.find_chip(jax.devices()[0].device_kind) or hardware.measure_chip()
+    runs = [
+        _run(name, config, mode, program, times, encoding_times, chip)
+        for (name, config), program, times, encoding_times in zip(
+            settings.items(), programs, seconds, encoding_seconds, strict=True
         )
+    ]
     return {"device": jax.devices()[0].device_kind, "runs": runs, "ratios": _ratios(runs, seconds)}
 
 
+def _time_in_turns(
+    programs: list[TimedProgram], steps: int, progress: Callable[[int, int], None]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Returns, for each program, (seconds of each call, seconds of each call of its encoding alone)."""
+    seconds: list[list[float]] = [[] for _ in programs]
+    encoding_seconds: list[list[float]] = [[] for _ in programs]
+    for turn in range(WARM_UP + steps):
+        for program, times, encoding_times in zip(programs, seconds, encoding_seconds, strict=True):
+            times.append(_seconds(program.call))
+            if program.encoding is not None:
+                encoding_times.append(_seconds(program.encoding))
+        progress(turn + 1, WARM_UP + steps)
+    return [times[WARM_UP:] for times in seconds], [times[WARM_UP:] for times in encoding_seconds]
+
+
+def _run(
+    name: str,
+    config: Config,
+    mode: str,
+    program: TimedProgram,
+    times: list[float],
+    encoding_times: list[float],
+    chip: hardware.Chip,
+) -> dict[str, Any]:
+    """Returns the entry of one config in `benchmark`'s runs."""
+    new_tokens = DECODED if mode == "decode" else 1
+    median, bound = statistics.median(times), program.roofline(chip)
+    return {
+        "encoding": name,
+        "mode": mode,
+        **({"size": list(config.data.size)} if config.is_image else {"length": config.data.length}),
+        "batch": config.batch_size,
+        "median_s": median / new_tokens,
+        "p10_s": float(np.quantile(times, 0.1)) / new_tokens,
+        "p90_s": float(np.quantile(times, 0.9)) / new_tokens,
+        "per_second": program.units / median,
+        **{name: hardware.utilisation(flops, median) if flops else None for name, flops in program.flops.items()},
+        "peak_bytes": program.bytes,
+        "encoding_share": statistics.median(encoding_times) / median if encoding_times else None,
+        "roofline": bound,
+        "reached": bound["seconds"] * new_tokens / median,
+    }
+
+
 def _ratios(runs: list[dict[str, Any]], seconds: list[list[float]]) -> dict[str, dict[str, float]]:
-    """Of the first run to each other one; of time, the median over turns."""
+    """Returns the ratios of the first run to each other one; of time, the median over turns."""
     first, ratios = runs[0], {}
     for other, times in zip(runs[1:], seconds[1:], strict=True):
-        turns = [mine / theirs for mine, theirs in zip(seconds[0], times, strict=True)]
+        by_turn = [mine / theirs for mine, theirs in zip(seconds[0], times, strict=True)]
         ratios[f"{first['encoding']}/{other['encoding']}"] = {
-            "time": statistics.median(turns),
+            "time": statistics.median(by_turn),
             "memory": first["peak_bytes"] / other["peak_bytes"],
         }
     return ratios
 
 
 def flops_per_call(trainer: Trainer, mode: str) -> dict[str, float]:
-    """Returns the floating-point operations of a call (see `models.build.model_flops`)."""
+    """Returns the floating-point operations of a call by the name of the utilisation (`models.build.model_flops`)."""
     config = trainer.config
     tokens = config.batch_size * (DECODED if mode == "decode" else trainer.model_spec.num_positions)
     return model_flops(config, trainer.task.data_spec.vocabulary, tokens=tokens, training=mode == "train")
@@ -157,7 +183,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _timed(trainer: Trainer, mode: str) -> TimedProgram:
+def _timed_program(trainer: Trainer, mode: str) -> TimedProgram:
     config = trainer.config
     if mode == "encode":
         call, rows, compiled = _encode(trainer)
@@ -226,7 +252,7 @@ def _decode(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
 
 
 def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
-    """What the encoding of a call costs alone; None for encodings without parameters, and where a table is read."""
+    """Returns a function that executes the encoding of a call alone; None where it has no encoder, or a table is read."""
     if mode == "decode" or not trainer.model_spec.has_vectors:
         return None
     if mode == "eval":
@@ -236,7 +262,7 @@ def _encoding(trainer: Trainer, mode: str) -> Callable[[], Any] | None:
 
 
 def _encode(trainer: Trainer) -> tuple[Callable[[], Any], int, Any]:
-    """Forward and backward pass of a training step's positions, with their number and the program."""
+    """Returns (forward and backward pass of a training step's positions, their number, the program)."""
     train_loss, key = trainer.train_loss, jax.random.PRNGKey(0)
     sampled, rows = jax.eval_shape(train_loss.sample, key, jnp.int32(0)), 0
     for part in (

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, and between which of them, read from its HLO text."""
+"""Collectives of a compiled program: kind, device groups, count and bytes, from its HLO text."""
 
 import dataclasses
 import functools
@@ -27,8 +27,10 @@ class Collective:
     """Collectives of one kind between the same devices, in one run of a program.
 
     Attributes:
-      kind: one of `KINDS`; groups: the devices that take part together, by their number in the mesh, or () = all.
-      count: how often; bytes: of the whole arrays on a device: of what is reduced or sent, of what has been gathered.
+      kind: one of `KINDS`.
+      groups: device numbers in the mesh that communicate with each other; () = all devices.
+      count: number of executions.
+      bytes: of the arrays on one device that are reduced or sent, or of the result of an all-gather.
     """
 
     kind: str
@@ -37,7 +39,11 @@ class Collective:
     bytes: int
 
     def bytes_received(self, devices: int) -> float:
-        """Returns the bytes that must enter each device, however the collective is carried out, for so many devices."""
+        """Returns the least bytes that must enter each device, with any algorithm.
+
+        Args:
+          devices: of the mesh.
+        """
         if self.kind in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)
         together = max(map(len, self.groups), default=devices)
@@ -46,11 +52,11 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """What one device does in one run of a program.
+    """Collectives of one device in one run of a program.
 
     Attributes:
-      collectives: by kind and devices; unknown_trip_loops: loops with collectives of which the text does not say how often they turn; these
-        count for one turn.
+      collectives: by kind and devices.
+      unknown_trip_loops: loops with collectives whose trip count is unknown; they count once.
     """
 
     collectives: tuple[Collective, ...]
@@ -68,52 +74,52 @@ class Collectives:
 
 
 def collectives(program: HloModule) -> Collectives:
-    """Returns the collectives of a compiled module, those in loops times their turns; of branches all are counted."""
+    """Returns the collectives of a program: loop bodies times their trip counts, and all branches of a conditional."""
     totals: dict[tuple[str, Groups], list[int]] = {}
-    begun: set[tuple[str, str]] = set()
+    counted: set[tuple[str, str]] = set()
     for computation, one in program.instructions():
         sent = _between_slices(one)
         kind = sent or one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        # A TPU's compiler fuses one that goes on in the background with each of the products that hide it, by its number.
+        # A TPU's compiler fuses an asynchronous collective with each product that hides it; they share its channel.
         part = (program.enclosing_computations.get(computation, ""), one.attribute("channel_id"))
         if all(part):
-            if part in begun:
+            if part in counted:
                 continue
-            begun.add(part)
-        # A TPU's reduce-scatter is an all-reduce fused with the slice that a device keeps of it.
+            counted.add(part)
+        # A TPU's reduce-scatter is an all-reduce fused with a slice of its result.
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         groups = device_groups(one)
         if groups and max(map(len, groups)) == 1:  # each device with itself
             continue
-        given = sum(array_bytes(operand.shape) for operand in program.operands(computation, one))
-        made = array_bytes(one.shape) - (given if one.opcode == "all-gather-start" else 0)
-        given_alone = sent or kind == "collective-permute"  # what they return holds what was given, too
+        operand_bytes = sum(array_bytes(operand.shape) for operand in program.operands(computation, one))
+        result_bytes = array_bytes(one.shape) - (operand_bytes if one.opcode == "all-gather-start" else 0)
+        operands_alone = sent or kind == "collective-permute"  # their result includes their operands
         count = program.execution_counts[computation]
         total = totals.setdefault((kind, groups), [0, 0])
         total[0] += count
-        total[1] += count * (given if given_alone else max(given, made))
+        total[1] += count * (operand_bytes if operands_alone else max(operand_bytes, result_bytes))
     each = [Collective(kind, groups, *total) for (kind, groups), total in totals.items()]
     order = sorted((one for one in each if one.count), key=lambda one: (KINDS.index(one.kind), -one.bytes))
     return Collectives(tuple(order), program.unknown_trip_loops(KINDS))
 
 
 def _between_slices(one: Instruction) -> str:
-    """Returns the kind of a collective between TPU slices, which the compiler writes as a transfer to the host, or ""."""
+    """Returns the kind of a collective between TPU slices, which is a transfer to the host in HLO; "" for others."""
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest) if one.opcode == "send" else None
     return found.group(1).lower().replace("_", "-") if found else ""
 
 
 def device_groups(one: Instruction) -> Groups:
-    """Returns the devices that take part together in a collective; () = all of them."""
+    """Returns the groups of devices that communicate in a collective; () = all devices."""
     return _groups(one.rest)
 
 
 @functools.cache
 def _groups(rest: str) -> Groups:
-    """Reads how XLA writes groups: pairs, lists, a folded range, axes of a mesh, and slices by devices of each."""
+    """Parses XLA's notations of groups: pairs, lists, a reshaped range, axes of a mesh, and slices with their devices."""
     if found := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"', rest):
         slices, each = len(_numbers(found.group(1))), int(found.group(2)) + 1
         return _rows(np.arange(slices * each).reshape(slices, each).T)
@@ -141,16 +147,22 @@ def _rows(array: np.ndarray) -> Groups:
 
 
 def _range(text: str) -> np.ndarray:
-    """[2,4]T(1,0) -> the numbers of a range, folded into those sides and turned."""
+    """Returns the numbers of a range in the order of [2,4]T(1,0): reshaped to these sides and transposed."""
     sides = _numbers(text[1 : text.index("]")])
     array = np.arange(math.prod(sides)).reshape(sides)
-    if turned := re.search(r"T\(([\d,]+)\)", text):
-        array = array.transpose(_numbers(turned.group(1)))
+    if order := re.search(r"T\(([\d,]+)\)", text):
+        array = array.transpose(_numbers(order.group(1)))
     return array.reshape(-1)
 
 
 def _of_mesh(axes: str, devices: str | None, along: str) -> Groups:
-    """'a'=2,'b'=4 with the devices in their order, and the axes, or parts a:(4)2 of them, along which a group lies."""
+    """Returns the groups along some axes of a mesh.
+
+    Args:
+      axes: sizes of the mesh, "'a'=2,'b'=4".
+      devices: their order; None = ascending.
+      along: axes over which a group extends, or parts of them such as a:(4)2.
+    """
     names = [(name, int(size)) for name, size in re.findall(r"'?(\w+)'?=(\d+)", axes)]
     wanted = re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?(?:,|$)", along.replace(" ", ""))
     parts = {name: (int(before or 1), int(size) if size else 0) for name, before, size in wanted if name}

@@ -1,4 +1,4 @@
-"""The text of a compiled program, read: its computations, how often each of them runs, and the bytes of its arrays."""
+"""Parser of a compiled program's HLO text: computations, instructions, trip counts of loops, and bytes of arrays."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 BITS = {"pred": 8, "bf16": 16, "token": 0} | {
-    f"{shape}{bits}": bits for shape in "suf" for bits in (2, 4, 8, 16, 32, 64)
+    f"{letter}{bits}": bits for letter in "suf" for bits in (2, 4, 8, 16, 32, 64)
 }
 
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -19,7 +19,7 @@ BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: NAME = KIND OPCODE(OPERANDS), REST."""
+    """One line of HLO: NAME = SHAPE OPCODE(OPERANDS), REST."""
 
     name: str
     shape: str
@@ -49,23 +49,24 @@ class Instruction:
 
     @property
     def called_computations(self) -> list[str]:
-        """The computations that it runs."""
+        """Names of the computations that it calls."""
         found = CALLED.findall(self.rest)
         for names in BRANCHES.findall(self.rest):
             found += [name.strip().lstrip("%") for name in names.split(",")]
         return found
 
 
-def array_bytes(shape: str, *, of: str = "everywhere") -> int:
-    """Returns the bytes of an HLO type such as `f32[2,3]{1,0:T(8,128)}`, or of all arrays of a tuple.
+def array_bytes(shape: str, *, memory: str = "any") -> int:
+    """Returns the bytes of an HLO shape such as `f32[2,3]{1,0:T(8,128)}`, or of all arrays of a tuple.
 
     Args:
-      of: "everywhere", or "hbm" to leave out arrays that lie in another memory: a TPU's vector memory, semaphores, the
-      host.
+      shape: text of the shape.
+      memory: "any", or "hbm" for arrays in a device's main memory alone, not in a TPU's vector memory, semaphores or the
+        host's memory.
     """
     total = 0
     for name, dimensions, layout in ARRAY.findall(shape):
-        if of == "hbm" and re.search(r"S\([1-9]\d*\)", layout):
+        if memory == "hbm" and re.search(r"S\([1-9]\d*\)", layout):
             continue
         bits = BITS.get(name, 0)
         for side in filter(None, dimensions.split(",")):
@@ -75,16 +76,18 @@ def array_bytes(shape: str, *, of: str = "everywhere") -> int:
 
 
 def dimensions(shape: str) -> list[int]:
-    """Returns the sides of an array's type, or of the first array of a tuple's."""
+    """Returns the dimensions of an array's shape, or of the first array of a tuple."""
     found = ARRAY.search(shape)
     return [int(side) for side in found.group(2).split(",") if side] if found else []
 
 
 class HloModule:
-    """The computations of a module by name; instructions in order.
+    """A parsed HLO module.
 
     Attributes:
-      computations: name -> instructions by name; roots: name -> the instruction that it returns; entry: the first to run.
+      computations: {computation: {instruction name: instruction, in order}}.
+      roots: {computation: name of the instruction that it returns}.
+      entry: name of the computation that starts.
     """
 
     def __init__(self, text: str):
@@ -105,35 +108,35 @@ class HloModule:
 
     @functools.cached_property
     def execution_counts(self) -> Counter[str]:
-        """How often each computation runs in one run of the program; a loop of unknown turns counts for one."""
-        return self._times(fused=True)
+        """Number of executions of each computation in one run; a loop of unknown trip count counts once."""
+        return self._count(fused=True)
 
     @functools.cached_property
     def unfused_counts(self) -> Counter[str]:
-        """The same of computations that are no part of one instruction, as what is fused or maps an element is."""
-        return self._times(fused=False)
+        """The same, without computations inside one instruction: fused ones, and those applied to each element."""
+        return self._count(fused=False)
 
-    def _times(self, fused: bool) -> Counter[str]:
+    def _count(self, fused: bool) -> Counter[str]:
         found = Counter({self.entry: 1})
         for name in reversed(self._order):
             for one in self.computations[name].values():
                 if fused or one.opcode in ("while", "conditional", "call", "async-start"):
-                    trip_count = self.trip_count(name, one) if one.opcode == "while" else 1
-                    for called_computations in one.called_computations:
-                        found[called_computations] += found[name] * (1 if trip_count is None else trip_count)
+                    trips = self.trip_count(name, one) if one.opcode == "while" else 1
+                    for callee in one.called_computations:
+                        found[callee] += found[name] * (1 if trips is None else trips)
         return found
 
     @functools.cached_property
     def _order(self) -> list[str]:
-        """The computations, each after those that it calls."""
+        """Names of the computations, each after those that it calls."""
         order: dict[str, None] = {}
 
         def visit(name: str) -> None:
             if name in order or name not in self.computations:
                 return
             for one in self.computations[name].values():
-                for called_computations in one.called_computations:
-                    visit(called_computations)
+                for callee in one.called_computations:
+                    visit(callee)
             order[name] = None
 
         visit(self.entry)
@@ -141,23 +144,27 @@ class HloModule:
 
     @functools.cached_property
     def enclosing_computations(self) -> dict[str, str]:
-        """Of each computation that is fused into one instruction, the computation in which that instruction stands."""
+        """{computation inside a fusion: computation that has the fusion instruction}."""
         found: dict[str, str] = {}
 
         def visit(name: str, home: str) -> None:
             if name not in found:
                 found[name] = home
                 for one in self.computations.get(name, {}).values():
-                    for called_computations in one.called_computations:
-                        visit(called_computations, home)
+                    for callee in one.called_computations:
+                        visit(callee, home)
 
         for name, one in self.instructions(self.unfused_counts):
-            for called_computations in one.called_computations if one.opcode == "fusion" else ():
-                visit(called_computations, name)
+            for callee in one.called_computations if one.opcode == "fusion" else ():
+                visit(callee, name)
         return found
 
     def unknown_trip_loops(self, opcodes: tuple[str, ...] = ()) -> int:
-        """Returns the loops of which the text does not say how often they turn, and that hold one of these instructions."""
+        """Returns the number of loops without a known trip count.
+
+        Args:
+          opcodes: count loops with one of these instructions alone; () = all.
+        """
 
         @functools.cache
         def holds(name: str) -> bool:
@@ -174,18 +181,22 @@ class HloModule:
         return sum(not opcodes or any(map(holds, one.called_computations)) for _, one in loops)
 
     def instructions(self, names: Counter[str] | None = None) -> Iterator[tuple[str, Instruction]]:
-        """Yields the instructions that run, with their computation; names: of some computations alone."""
+        """Yields (computation, instruction) for all instructions that are executed.
+
+        Args:
+          names: computations to look at; None = all.
+        """
         for name in self.execution_counts if names is None else names:
             for one in self.computations.get(name, {}).values():
                 yield name, one
 
     def operands(self, computation: str, one: Instruction) -> list[Instruction]:
-        """Returns the instructions whose results another one of the same computation reads."""
+        """Returns the operands of an instruction of a computation."""
         body = self.computations[computation]
         return [body[name] for name in one.operands if name in body]
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """How often a loop turns that counts up from one constant to another; None for any other."""
+        """Returns the trip count of a loop that counts from one constant to another; None for any other loop."""
         if found := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', loop.rest):
             return int(found.group(1))
         condition, body = loop.attribute("condition"), loop.attribute("body")
@@ -214,31 +225,31 @@ class HloModule:
         return max(0, last - first)
 
     def defining_instruction(self, computation: str, name: str) -> Instruction | None:
-        """The instruction that a value comes from, past copies."""
+        """Returns the instruction that computes a value, through copies and conversions."""
         one = self.computations.get(computation, {}).get(name)
         while one is not None and one.opcode in ("copy", "bitcast", "convert"):
             one = self.computations[computation].get(one.operands[0])
         return one
 
     def loop_output(self, body: str, index: int) -> str:
-        """The name of what a loop's body hands to its next turn at an index."""
+        """Returns the name of the value that a loop's body passes to the next iteration at an index."""
         root = self.defining_instruction(body, self.roots.get(body, ""))
         return root.operands[index] if root is not None and root.opcode == "tuple" else ""
 
     def loop_input(self, body: str, index: int) -> Instruction | None:
-        """The instruction by which a loop's body reads what it carries at an index."""
+        """Returns the instruction by which a loop's body reads its carried value at an index."""
         found = [one for one in self.computations[body].values() if one.opcode == "get-tuple-element"]
         return next(
             (one for one in found if one.attribute("index") == str(index) and self.reads_parameter(body, one)), None
         )
 
     def reads_parameter(self, computation: str, one: Instruction) -> bool:
-        """Whether an instruction takes an element of what the computation is given."""
+        """Returns whether an instruction takes an element of the computation's parameter."""
         source = self.computations[computation].get(one.operands[0])
         return source is not None and source.opcode == "parameter"
 
     def initial_constant(self, computation: str, loop: Instruction, index: int) -> int | None:
-        """The constant that a loop begins with at an index."""
+        """Returns the constant that a loop starts with at an index; None if it is no constant."""
         start = self.defining_instruction(computation, loop.operands[0])
         one = (
             self.defining_instruction(computation, start.operands[index])
@@ -248,7 +259,7 @@ class HloModule:
         return _constant(one)
 
     def constant_in_loop(self, computation: str, loop: Instruction, inside: str, one: Instruction | None) -> int | None:
-        """The constant of a value inside of a loop, be it handed in unchanged."""
+        """Returns the constant value of an instruction inside a loop, also one that the loop carries unchanged, else None."""
         if one is None or one.opcode != "get-tuple-element" or not self.reads_parameter(inside, one):
             return _constant(one)
         index = int(one.attribute("index"))
@@ -265,7 +276,7 @@ def _constant(one: Instruction | None) -> int | None:
 
 
 def _instruction(name: str, line: str) -> Instruction:
-    """Reads KIND OPCODE(OPERANDS), REST; a tuple's kind has parentheses of its own."""
+    """Parses SHAPE OPCODE(OPERANDS), REST; the shape of a tuple has parentheses too."""
     end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
     shape, line = line[:end], line[end:].lstrip()
     opening = line.index("(")

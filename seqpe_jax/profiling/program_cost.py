@@ -1,10 +1,9 @@
-"""What one device computes, and what it moves to and from its memory, in a compiled program, read from its HLO text.
+"""FLOPs and memory traffic of one device in a compiled program, from its HLO text.
 
-FLOPs are those of matrix products and convolutions, wherever they are fused, and of kernels that say how many they take.
-Memory traffic is what instructions read and write beside the first one that makes a value: a fusion its operands and
-results once, of an array that it takes a slice of or changes in place that part alone. Arrays that a TPU's compiler keeps
-in vector memory cost nothing, and the copies there and back do. Caches are not known of: on a CPU, the true traffic is
-smaller.
+FLOPs are those of matrix products and convolutions, also inside fusions, and of kernels with a cost estimate. Memory
+traffic counts the operands and results of each instruction once: of a fusion as a whole; of an array that it slices or
+updates in place, that part alone. Arrays in a TPU's vector memory cost nothing, copies to and from it do. Caches are not
+modelled: on a CPU, the true traffic is smaller.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import numpy as np
 
 from seqpe_jax.profiling.hlo import HloModule, Instruction, array_bytes, dimensions
 
-# What moves nothing by itself: names for values, and instructions whose computations are looked at instead.
+# Instructions without traffic of their own: names for values, and calls of computations that are counted instead.
 FREE = {
     "parameter",
     "constant",
@@ -43,13 +42,14 @@ NOTHING = ("AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound")
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """Of one device, in one run of a program.
+    """Cost of one run of a program on one device.
 
     Attributes:
-      flops: floating-point operations; bytes: read from and written to its memory.
-      kernels: calls of which the text does not say how much they compute; their FLOPs are missing.
-      cycles: that the compiler expects its instructions to take, where it says so (TPU), else 0; loops: as of
-        `collectives.Collectives`, of those that compute.
+      flops: floating-point operations.
+      bytes: read from and written to its memory.
+      kernels: calls whose FLOPs are unknown and not counted.
+      cycles: estimate of the compiler for its instructions, on TPUs; else 0.
+      unknown_trip_loops: loops with computing instructions whose trip count is unknown; they count once.
     """
 
     flops: float
@@ -60,7 +60,7 @@ class ProgramCost:
 
 
 def program_cost(program: HloModule) -> ProgramCost:
-    """Returns what a device does in a program, loops times their turns; of branches all are counted."""
+    """Returns the cost of a program: loop bodies times their trip counts, and all branches of a conditional."""
     flops = kernels = 0.0
     for name, one in program.instructions():
         counted = _instruction_flops(program, name, one)
@@ -77,7 +77,7 @@ def program_cost(program: HloModule) -> ProgramCost:
 
 
 def _instruction_flops(program: HloModule, computation: str, one: Instruction) -> float | None:
-    """The FLOPs of an instruction; None of a kernel that does not say."""
+    """Returns the FLOPs of an instruction; None for a kernel without a cost estimate."""
     if one.opcode == "dot":
         left = dimensions(program.operands(computation, one)[0].shape)
         return (
@@ -118,14 +118,14 @@ def _convolution(one: Instruction, left: list[int], right: list[int]) -> float:
 
 @functools.cache
 def _window_pairs(size: int, kernel: int, made: int, stride: int, dilate: int, spread: int, pad: int) -> int:
-    """Pairs of a place of the result and one of the window that meet a number of the input along an axis."""
-    results, places = np.arange(made)[:, None], np.arange(kernel)
-    at = results * (stride or 1) + places * (spread or 1) - pad
+    """Returns the pairs of a result index and a window index that meet an input element along an axis."""
+    results, offsets = np.arange(made)[:, None], np.arange(kernel)
+    at = results * (stride or 1) + offsets * (spread or 1) - pad
     return int(((at >= 0) & (at % (dilate or 1) == 0) & (at // (dilate or 1) < size)).sum())
 
 
 def _instruction_bytes(program: HloModule, computation: str, one: Instruction) -> float:
-    """The bytes of memory that an instruction which stands alone reads and writes."""
+    """Returns the bytes of memory that an instruction outside a fusion reads and writes."""
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
     operands = program.operands(computation, one)
@@ -141,24 +141,24 @@ def _instruction_bytes(program: HloModule, computation: str, one: Instruction) -
         )
         return read + _fusion_bytes_written(program, inside, program.roots.get(inside, ""), one.shape, made)
     if one.opcode in SLICES:
-        return 2.0 * array_bytes(one.shape, of="hbm")
+        return 2.0 * array_bytes(one.shape, memory="hbm")
     if one.opcode == "dynamic-update-slice":
-        return 2.0 * array_bytes(operands[1].shape, of="hbm")
+        return 2.0 * array_bytes(operands[1].shape, memory="hbm")
     if one.opcode == "copy-start":  # its type holds both sides, and a semaphore
-        return float(array_bytes(one.shape, of="hbm"))
-    read = sum(array_bytes(operand.shape, of="hbm") for operand in operands)
+        return float(array_bytes(one.shape, memory="hbm"))
+    read = sum(array_bytes(operand.shape, memory="hbm") for operand in operands)
     if one.opcode.endswith("-start"):  # its type may hold what was given, too
-        return read + max(array_bytes(one.shape, of="hbm") - read, 0)
-    return float(read + array_bytes(one.shape, of="hbm"))
+        return read + max(array_bytes(one.shape, memory="hbm") - read, 0)
+    return float(read + array_bytes(one.shape, memory="hbm"))
 
 
 def _fusion_bytes_read(program: HloModule, fused: str, index: int, shape: str) -> float:
-    """The bytes that a fused computation reads of an operand, which is of that kind."""
-    whole = array_bytes(shape, of="hbm")
+    """Returns the bytes that a fused computation reads of one operand."""
+    size = array_bytes(shape, memory="hbm")
     body = program.computations.get(fused, {})
     names = {one.name for one in body.values() if one.opcode == "parameter" and one.operands == (str(index),)}
-    if not whole or not names:
-        return float(whole)
+    if not size or not names:
+        return float(size)
     read = 0.0
     for one in body.values():
         users = [at for at, name in enumerate(one.operands) if name in names]
@@ -171,12 +171,12 @@ def _fusion_bytes_read(program: HloModule, fused: str, index: int, shape: str) -
         elif one.opcode == "fusion":
             read += sum(_fusion_bytes_read(program, one.attribute("calls"), at, shape) for at in users)
         elif one.opcode != "dynamic-update-slice" or users != [0]:  # of which the operand is changed in place
-            return float(whole)
-    return min(read, float(whole))
+            return float(size)
+    return min(read, float(size))
 
 
 def _aliased(one: Instruction) -> tuple[set[int], set[int]]:
-    """The results of a fusion that are operands as they were, and these operands: what a hidden collective holds.
+    """Returns (results, operands) of a fusion that alias each other, such as the buffers of an asynchronous collective.
 
     A single result has the number -1.
     """
@@ -187,13 +187,21 @@ def _aliased(one: Instruction) -> tuple[set[int], set[int]]:
 
 
 def _fusion_bytes_written(program: HloModule, fused: str, root: str, shape: str, passed: Iterable[int] = ()) -> float:
-    """The bytes that a fused computation writes of a result of that kind; passed: results that it does not write."""
+    """Returns the bytes that a fused computation writes of a result.
+
+    Args:
+      program: of the computation.
+      fused: name of the computation.
+      root: name of the instruction that computes the result.
+      shape: of the result.
+      passed: numbers of the results that alias operands, and are not written.
+    """
     if -1 in passed:
         return 0.0
     body = program.computations.get(fused, {})
     one = body.get(root)
-    if one is None or not array_bytes(shape, of="hbm"):
-        return float(array_bytes(shape, of="hbm"))
+    if one is None or not array_bytes(shape, memory="hbm"):
+        return float(array_bytes(shape, memory="hbm"))
     if one.opcode == "tuple":
         made = [name for at, name in enumerate(one.operands) if at not in passed]
         return sum(_fusion_bytes_written(program, fused, name, body[name].shape) for name in made)
@@ -205,6 +213,6 @@ def _fusion_bytes_written(program: HloModule, fused: str, root: str, shape: str,
         inside = one.attribute("calls")
         return min(
             _fusion_bytes_written(program, inside, program.roots.get(inside, ""), one.shape),
-            array_bytes(shape, of="hbm"),
+            array_bytes(shape, memory="hbm"),
         )
-    return float(array_bytes(shape, of="hbm"))
+    return float(array_bytes(shape, memory="hbm"))

@@ -1,8 +1,8 @@
-"""The shortest time that a compiled program can take on its devices: arithmetic, memory and links, each at its peak.
+"""Roofline: the least time that a compiled program can take on its devices, from peak FLOPs, bandwidth and link rates.
 
-All three may go on at once, so the longest of them is the bound. What is counted is what the program does, not what the
-model would need at least: layers that are computed again, and arrays that are written and read again, are in it. A real
-step waits beside that: for a collective that nothing hides, for units that a small product does not fill, for the host.
+All three can be busy at the same time, so that the longest of them is the bound. The counts are those of the program, not
+of the model: they include layers that are recomputed, and arrays that are written and read again. A real step also waits:
+for a collective that nothing hides, for units that a small product does not fill, for the host.
 """
 
 import dataclasses
@@ -18,51 +18,59 @@ from seqpe_jax.profiling.collectives import Collective, Collectives, collectives
 from seqpe_jax.profiling.hlo import HloModule
 from seqpe_jax.profiling.program_cost import program_cost
 
-NETWORK = "network"  # between hosts of GPUs, or slices; how fast it is nobody tells
+NETWORK = "network"  # between hosts of GPUs, or slices; its rate is unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Interconnect:
-    """How the devices of a mesh are joined.
+    """Links between the devices of a mesh.
 
     Attributes:
-      mesh: the devices; chip: what they are.
+      mesh: the devices.
+      chip: kind of the devices.
     """
 
     mesh: jax.sharding.Mesh
     chip: Chip
 
-    def of(self, groups: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Returns the links that collectives between these devices have, and the bytes/s that enter a device by each.
+    def rates(self, groups: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Returns {link: bytes/s that enter a device by it} for collectives between groups of devices; 0 = unknown.
 
-        On a torus, a group has the links along each side over which it spreads: two where it fills a side that is closed to
-        a ring, else one, for a device at an end has no more. A rate of 0 is one that is not known.
+        On a torus, a group has the links along each side over which it extends: two where it fills a side that is a ring,
+        else one, since a device at an end has no more.
+
+        Args:
+          groups: device numbers that communicate with each other; () = all devices.
         """
         group = list(groups[0]) if groups else list(range(self.mesh.size))
         devices = [self.mesh.devices.flat[number] for number in group]
-        if len({_fast_domain(device) for device in devices}) > 1:
+        if len({_domain(device) for device in devices}) > 1:
             return {NETWORK: 0.0}
         if not self.chip.sides:
             return {"NVLink" if self.chip.link else "memory": self.chip.link}
         spread = [len(set(along)) for along in zip(*(device.coords for device in devices), strict=True)]
         found = {}
-        for name, size, whole in zip("xyz", spread, self.torus, strict=False):
+        for name, size, side in zip("xyz", spread, self.torus, strict=False):
             if size > 1:
-                found[name] = self.chip.link * (2 if size == whole and self._closed(whole) else 1)
+                found[name] = self.chip.link * (2 if size == side and self._is_ring(side) else 1)
         return found  # empty between the two cores of a chip
 
     @property
     def torus(self) -> tuple[int, ...]:
-        """The chips along each side of the slice."""
+        """Number of chips along each side of the slice."""
         return tuple(1 + np.max([device.coords for device in self.mesh.devices.flat], axis=0))
 
-    def _closed(self, side: int) -> bool:
+    def _is_ring(self, side: int) -> bool:
         if self.chip.sides == 2:
             return side == self.chip.closed
         return all(size % self.chip.closed == 0 for size in self.torus)
 
-    def axes(self, groups: Sequence[Sequence[int]]) -> list[str]:
-        """Returns the axes of the mesh over which a group of its devices spreads."""
+    def mesh_axes(self, groups: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the names of the mesh axes over which a group of devices extends.
+
+        Args:
+          groups: device numbers that communicate with each other; () = all devices.
+        """
         names, shape = self.mesh.axis_names, self.mesh.devices.shape
         group = groups[0] if groups else range(self.mesh.size)
         return [
@@ -70,8 +78,8 @@ class Interconnect:
         ]
 
 
-def _fast_domain(device: jax.Device) -> int:
-    """The devices of one number are joined without a network: a TPU slice, or the GPUs of a process."""
+def _domain(device: jax.Device) -> int:
+    """Returns a number that devices share which no network separates: of a TPU slice, or of the process of GPUs."""
     if device.platform == "tpu":
         return slice_index(device)
     return device.process_index
@@ -89,19 +97,23 @@ def roofline(
     """Returns the bound of a compiled program.
 
     Args:
-      program: of one device; mesh: its devices, which need not be there; chip: what they are.
-      model_flops: of all devices that count as useful, by the name of the utilisation that they make
-        (`models.build.model_flops`); units: tokens or images of a run.
-      sent: the program's collectives where they are known already.
+      program: of one device.
+      mesh: its devices, which need not exist.
+      chip: kind of the devices.
+      model_flops: {name of a utilisation: FLOPs of all devices that count as useful for it} (`models.build.model_flops`).
+      units: tokens or images of a run.
+      sent: collectives of the program; None = computed here.
 
     Returns:
-      {"flops", "hbm_bytes" (of one device), "arithmetic_s", "memory_s", "interconnect_s" (None where a rate is not known),
-      "links" (side of the torus or kind of link -> seconds), "collectives" [{"kind", "axes" (of the mesh), "over" (links),
-      "count", "bytes", "received" (bytes that must enter a device), "seconds" (None where the links' rate is not known)}],
-      "bound" (which of the three), "seconds" (the longest of them), "mfu" and "mfu_full_attention" (the names of
-      `model_flops`; None where these are 0) and "per_second" at that bound, "compiler_s" (what the compiler expects its
-      instructions to take, collectives and kernels left out; None where it does not say), "kernels" and "open_loops" (see
-      `program_cost.ProgramCost`), "peaks"}.
+      A dictionary with
+      - "flops", "hbm_bytes": of one device; "arithmetic_s", "memory_s", "interconnect_s" (None where a rate is unknown);
+      - "links": {side of the torus or kind of link: seconds};
+      - "collectives": [{"kind", "axes" (of the mesh), "over" (links), "count", "bytes", "received" (bytes that must enter a
+        device), "seconds" (None where the links' rate is unknown)}];
+      - "bound": the largest of arithmetic, memory and interconnect; "seconds": its time;
+      - "mfu", "mfu_full_attention" (names of `model_flops`; None where these are 0) and "per_second" at that bound;
+      - "compiler_s": the compiler's estimate for its instructions, without collectives and kernels; None without one;
+      - "kernels", "open_loops": see `ProgramCost.kernels` and `ProgramCost.unknown_trip_loops`; "peaks": of the chip.
     """
     found, sent, links = program_cost(program), sent or collectives(program), Interconnect(mesh, chip)
     rows: dict[Any, dict[str, Any]] = {}
@@ -141,12 +153,12 @@ def roofline(
 
 
 def _row(one: Collective, links: Interconnect) -> dict[str, Any]:
-    """A collective in words and numbers; seconds: for which it keeps each of its links busy."""
-    rates, received = links.of(one.groups), one.bytes_received(links.mesh.size)
+    """Returns the entry of a collective; its seconds are those for which each of its links is busy."""
+    rates, received = links.rates(one.groups), one.bytes_received(links.mesh.size)
     seconds = received / sum(rates.values()) if rates and all(rates.values()) else None if rates else 0.0
     return {
         "kind": one.kind,
-        "axes": links.axes(one.groups),
+        "axes": links.mesh_axes(one.groups),
         "over": list(rates),
         "count": one.count,
         "bytes": one.bytes,

@@ -66,7 +66,7 @@ NAMES = {
     "await_loss": "what it waits for",
     "keep_memory": "configure_malloc",
     "give_back_memory": "malloc_trim",
-    "keep_compiled_programs": "enable_compilation_cache",
+    "enable_compilation_cache": "enable_compilation_cache",
     "in_store": "is_remote",
     "StorePath": "epath.Path",
     "Place": "epath.Path",
@@ -185,7 +185,7 @@ def test_no_word_of_the_list_is_used():
     assert len(found) <= ALLOWED, f"{len(found)} hits, {ALLOWED} allowed\n" + "\n".join(found)
 
 
-ALLOWED = 1521  # must only fall, to 0
+ALLOWED = 742  # must only fall, to 0
 
 
 def main(chosen: list[str]) -> None:

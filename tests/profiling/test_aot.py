@@ -175,7 +175,7 @@ def test_a_slice_that_does_not_exist(topology, words):
         aot.topology_devices(topology)
 
 
-def test_without_libtpu_one_is_told_how_to_get_it(monkeypatch):
+def test_without_libtpu_the_error_names_its_requirement(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(InputError, match="pip install 'libtpu=="):
@@ -191,12 +191,12 @@ def test_without_libtpu_one_is_told_how_to_get_it(monkeypatch):
 )
 def test_what_the_compiler_says_of_too_little_memory(message, needed):
     error = aot.jax.errors.JaxRuntimeError(message)
-    assert aot._refused(error) == (int(needed * 2**30), int(15.75 * 2**30))
+    assert aot._parse_out_of_memory(error) == (int(needed * 2**30), int(15.75 * 2**30))
 
 
 def test_other_complaints_of_the_compiler_are_not_hidden():
     with pytest.raises(aot.jax.errors.JaxRuntimeError, match="something else"):
-        aot._refused(aot.jax.errors.JaxRuntimeError("INTERNAL: something else"))
+        aot._parse_out_of_memory(aot.jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
 KERNEL = """

@@ -22,7 +22,7 @@ def test_bytes_of_types(kind, size):
 
 def test_vector_memory_and_the_host_are_no_hbm():
     kind = "(bf16[4]{0:T(8,128)(2,1)S(1)}, f32[8]{0:T(8,128)}, f32[2]{0:S(5)}, u32[]{:S(2)})"
-    assert array_bytes(kind, of="hbm") == 32 and array_bytes(kind) == 8 + 32 + 8 + 4
+    assert array_bytes(kind, memory="hbm") == 32 and array_bytes(kind) == 8 + 32 + 8 + 4
     assert dimensions(kind) == [4] and dimensions("f32[]") == []
 
 

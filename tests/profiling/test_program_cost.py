@@ -84,8 +84,10 @@ def test_what_a_tpu_writes_as_convolutions(made, left, right, attributes, flops)
 
 def test_kernels_say_what_they_compute_or_are_named():
     call = '%k = f32[4,8] custom-call(%x), custom_call_target="tpu_custom_call"'
-    told = program_cost(entry(f'{call}, backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"123"}}}}}}'))
-    assert (told.flops, told.kernels) == (123, 0)
+    expected = program_cost(
+        entry(f'{call}, backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"123"}}}}}}')
+    )
+    assert (expected.flops, expected.kernels) == (123, 0)
     assert program_cost(entry(call)).kernels == 1
     product = program_cost(
         entry(

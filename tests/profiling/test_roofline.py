@@ -95,9 +95,9 @@ def test_the_bound_of_a_step_of_images_is_that_counted_by_hand():
 def test_what_fsdp_gathers_is_counted_in_every_turn_of_the_layers():
     trainer, program = text(fsdp=8)
     found = bound(trainer, program, hardware.find_chip("NVIDIA A100-SXM4-80GB"))
-    gathered = sum(one["bytes"] for one in found["collectives"] if one["kind"] == "all-gather")
+    all_gathered = sum(one["bytes"] for one in found["collectives"] if one["kind"] == "all-gather")
     width, layers = 16, 2
-    assert gathered >= layers * 12 * width**2 * 4, "the matrices of each layer, once at least"
+    assert all_gathered >= layers * 12 * width**2 * 4, "the matrices of each layer, once at least"
 
 
 def torus(*sides, kind="TPU v5e", shape=None, slices=1):
@@ -116,27 +116,29 @@ def torus(*sides, kind="TPU v5e", shape=None, slices=1):
 
 def test_a_ring_has_two_ways_in_and_a_line_one():
     links = torus(16, 16)
-    assert links.of([range(16)]) == {"y": 2 * V5E.link}, "a side of 16 is closed"
-    assert links.of([range(8)]) == {"y": V5E.link}, "half of it is a line"
-    assert links.of([range(0, 256, 16)]) == {"x": 2 * V5E.link}
-    assert links.of([]) == {"x": 2 * V5E.link, "y": 2 * V5E.link}, "all devices"
-    assert torus(4, 4).of([]) == {"x": V5E.link, "y": V5E.link}, "a small slice is not closed"
+    assert links.rates([range(16)]) == {"y": 2 * V5E.link}, "a side of 16 is closed"
+    assert links.rates([range(8)]) == {"y": V5E.link}, "half of it is a line"
+    assert links.rates([range(0, 256, 16)]) == {"x": 2 * V5E.link}
+    assert links.rates([]) == {"x": 2 * V5E.link, "y": 2 * V5E.link}, "all devices"
+    assert torus(4, 4).rates([]) == {"x": V5E.link, "y": V5E.link}, "a small slice is not closed"
     v5p = hardware.find_chip("TPU v5p")
-    assert torus(4, 4, 4, kind="TPU v5p").of([range(4)]) == {"z": 2 * v5p.link}
-    assert torus(2, 4, 4, kind="TPU v5p").of([range(4)]) == {"z": v5p.link}
+    assert torus(4, 4, 4, kind="TPU v5p").rates([range(4)]) == {"z": 2 * v5p.link}
+    assert torus(2, 4, 4, kind="TPU v5p").rates([range(4)]) == {"z": v5p.link}
 
 
 def test_two_cores_of_a_chip_and_two_slices():
-    assert torus(2, 2, slices=2).of([]) == {"network": 0.0}
-    assert torus(2, 2, slices=2).of([range(4)]) == {"x": V5E.link, "y": V5E.link}
+    assert torus(2, 2, slices=2).rates([]) == {"network": 0.0}
+    assert torus(2, 2, slices=2).rates([range(4)]) == {"x": V5E.link, "y": V5E.link}
     links = torus(1, 1, 1, kind="TPU7x")
-    assert links.of([[0, 0]]) == {}
+    assert links.rates([[0, 0]]) == {}
 
 
 def test_axes_of_the_mesh():
     links = torus(4, 4, shape=(2, 8, 1, 1))
     assert (
-        links.axes([range(8)]) == ["fsdp"] and links.axes([[0, 8]]) == ["data"] and links.axes([]) == ["data", "fsdp"]
+        links.mesh_axes([range(8)]) == ["fsdp"]
+        and links.mesh_axes([[0, 8]]) == ["data"]
+        and links.mesh_axes([]) == ["data", "fsdp"]
     )
 
 
