@@ -120,13 +120,13 @@ def configs_of(name: str) -> dict:
     """Returns the config of each run of a study: as docs/results/STUDY.json has it, else of its sweep's file."""
     from seqpe_jax import config
     from seqpe_jax.sweeps import spec
-    from seqpe_jax.trees import nested
+    from seqpe_jax.trees import unflatten_dict
 
     found = {}
     if (path := STORED / f"{name}.json").exists():
         stored = json.loads(path.read_text())
         for run, entry in stored["runs"].items():
-            found[run] = config.from_dict(nested(stored["shared"] | entry["settings"], "."))
+            found[run] = config.from_dict(unflatten_dict(stored["shared"] | entry["settings"], "."))
     if any(run.name not in found for run in study_of(name).runs):
         sweep = spec.read_sweep_file(str(ROOT / "configs" / "sweeps" / f"{SWEEPS.get(name, name)}.py"))
         found = {trial.name: trial.settings for trial in sweep.trials} | found
@@ -136,11 +136,14 @@ def configs_of(name: str) -> dict:
 def work_of(settings) -> dict[str, float]:
     """Returns {"parameters", "training_flops"} of a config, as `evaluate` stores them; data need not be there."""
     from seqpe_jax.training.trainer import Trainer
-    from seqpe_jax.trees import count
+    from seqpe_jax.trees import num_params
 
     trainer = Trainer.of(settings, data_available=False)
     flops = trainer.train_loss.step_flops(trainer.task.example, settings.batch_size, settings.optimizer.accumulate)
-    return {"parameters": count(trainer.abstract_state.params), "training_flops": flops / trainer.task.count_per_step}
+    return {
+        "parameters": num_params(trainer.abstract_state.params),
+        "training_flops": flops / trainer.task.count_per_step,
+    }
 
 
 def rewritten(page: str) -> str:

@@ -1,4 +1,4 @@
-"""Shape letters, names of sizes, and the logical names that link dimensions to a device mesh. Imports nothing of ours.
+"""Shape letters, logical names of array dimensions, and constraints by these names; imports nothing of this package.
 
 Array names end in shape letters where two shapes could be confused, and einsum letters match them:
 
@@ -7,53 +7,35 @@ Array names end in shape letters where two shapes could be confused, and einsum 
     H heads           K head width       C candidates       M distillation window
     V vocabulary or classes
 
-A model names the dimensions of its arrays (`with_logical_constraint`); which devices that means is said elsewhere, by the layout that is in
-force while it is traced (`use_sharding`). Without one, all arrays stay as they are.
+Models and losses name the dimensions of their arrays. `distributed.sharding.MeshSharding` maps the names to the axes of a
+device mesh; it is set while a function is traced (`use_sharding`). Without one, the functions below have no effect.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 BATCH = "batch"
 LENGTH = "length"
-ENCODER_ROWS = "rows"  # positions that the encoder encodes
+ENCODER_ROWS = "encoder_rows"  # positions that the encoder encodes, of all sets
 POSITIONS = "positions"  # of a signal while it is computed
 WIDTH = "width"
 HEADS = "heads"
-MLP = "hidden"
+MLP = "mlp"
 VOCABULARY = "vocabulary"
 
-
-class ShardingRules(Protocol):
-    """Where the dimensions of arrays lie (`runtime.mesh.MeshSharding`); device: one of those that programs are compiled for."""
-
-    device: Any
-
-    def with_logical_constraint(self, array: Any, names: Sequence[str | None]) -> Any:
-        """Returns the array, its dimensions split over the devices of their names."""
-
-    def sharding(self, *names: str | None) -> Any:
-        """Returns the layout of arrays whose first dimensions have these names."""
-
-    def shards(self, name: str) -> int:
-        """Returns the number of parts of a dimension of this name."""
-
-    def all_gather_params(self, params: Any, root: str) -> Any:
-        """Returns the parameters of a part as they are used."""
-
-    def shard_map(self, function: Callable[..., Any], arguments: Any, names: Any) -> Any:
-        """Returns function(*arguments), computed by each device for its own part."""
-
-
-_CURRENT: contextvars.ContextVar[ShardingRules | None] = contextvars.ContextVar("layout", default=None)
+_CURRENT: contextvars.ContextVar[Any] = contextvars.ContextVar("sharding", default=None)  # a MeshSharding, or None
 
 
 @contextlib.contextmanager
-def use_sharding(layout: ShardingRules | None) -> Iterator[None]:
-    """Puts a layout in force for what is traced inside; None = arrays stay as they are."""
-    token = _CURRENT.set(layout)
+def use_sharding(sharding: Any) -> Iterator[None]:
+    """Sets the sharding of what is traced in the block.
+
+    Args:
+      sharding: a `distributed.sharding.MeshSharding`; None = constraints have no effect.
+    """
+    token = _CURRENT.set(sharding)
     try:
         yield
     finally:
@@ -61,38 +43,45 @@ def use_sharding(layout: ShardingRules | None) -> Iterator[None]:
 
 
 def with_logical_constraint(array: Any, *names: str | None) -> Any:
-    """Returns an array laid out by the names of its dimensions, None = whole; as it is where no layout is in force."""
-    layout = _CURRENT.get()
-    return array if layout is None else layout.with_logical_constraint(array, names)
+    """Returns an array, sharded by the names of its dimensions; None = replicated."""
+    sharding = _CURRENT.get()
+    return array if sharding is None else sharding.with_logical_constraint(array, names)
 
 
 def shards(name: str) -> int:
-    """Returns the number of parts of a dimension of this name; 1 where no layout is in force."""
-    layout = _CURRENT.get()
-    return 1 if layout is None else layout.shards(name)
+    """Returns the number of shards of a dimension of this name."""
+    sharding = _CURRENT.get()
+    return 1 if sharding is None else sharding.shards(name)
 
 
 def all_gather_params(params: Any, root: str) -> Any:
-    """Returns the parameters of a part, "model" or "encoding", laid out as they are used."""
-    layout = _CURRENT.get()
-    return params if layout is None else layout.all_gather_params(params, root)
+    """Returns parameters, gathered over fsdp for use.
+
+    Args:
+      params: tree of arrays.
+      root: of their names, "model" or "encoding".
+    """
+    sharding = _CURRENT.get()
+    return params if sharding is None else sharding.all_gather_params(params, root)
 
 
 def device() -> Any:
-    """Returns one of the devices that what is traced will be compiled for; None where no layout is in force."""
-    layout = _CURRENT.get()
-    return None if layout is None else layout.device
+    """Returns one of the devices that are compiled for; None = the default ones."""
+    sharding = _CURRENT.get()
+    return None if sharding is None else sharding.device
 
 
 def shard_map(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]]) -> Any:
-    """Returns function(*arguments), computed by each device for its own part; inside, no layout is in force.
+    """Returns function(*arguments), computed by each device on its shards; inside, constraints have no effect.
 
     Args:
-      arguments: arrays and None; the first has all dimensions of the result that are split.
-      names: of the dimensions of each, None = whole. One that its devices do not divide is whole, too; a LENGTH is padded.
+      function: of arrays and None.
+      arguments: arrays and None; the first has all dimensions of the result that are sharded.
+      names: logical names of the dimensions of each argument, None = replicated. A dimension that its mesh axes do not
+        divide is replicated too; LENGTH is padded instead.
     """
-    layout = _CURRENT.get()
-    return function(*arguments) if layout is None else layout.shard_map(function, arguments, names)
+    sharding = _CURRENT.get()
+    return function(*arguments) if sharding is None else sharding.shard_map(function, arguments, names)
 
 
 def size_label(eval_size: Sequence[int]) -> str:

@@ -2,7 +2,7 @@
 
 They lie in the folder as digests.json: {"folder": its name, "files": {file: checksum, or a list of allowed ones}}. A checksum
 is a file's SHA-256 in hex digits. Objects in a bucket have the MD5 that the bucket itself stores, so that nobody needs to
-download them. Orbax's own metadata file has the SHA-256 of its content without the commit time, which Orbax adds last.
+download them. Orbax's own metadata file has the SHA-256 of its content without the commit time, which Orbax adds later.
 """
 
 import base64
@@ -20,6 +20,7 @@ ORBAX_METADATA = "_CHECKPOINT_METADATA"
 MD5 = "md5:"
 WITHOUT_COMMIT_TIME = "without commit time:"
 COMMIT_TIME = "commit_timestamp_nsecs"
+HANDLERS = "item_handlers"
 RESTORE_HINT = (
     'put back a copy of it, or write {"files": {}} into it, and none of the run\'s files is compared any more'
 )
@@ -139,7 +140,10 @@ def _allowed(values: str | list[str]) -> list[str]:
 def _matches(path: AnyPath, values: str | list[str]) -> bool:
     allowed = _allowed(values)
     scheme = next((scheme for scheme in (MD5, WITHOUT_COMMIT_TIME) if allowed[0].startswith(scheme)), "")
-    return _checksum(path, scheme) in allowed
+    if _checksum(path, scheme) in allowed:
+        return True
+    # Orbax adds the handlers in a thread of its own, on a busy machine after the checksums were written.
+    return scheme == WITHOUT_COMMIT_TIME and _metadata_checksum(path, with_handlers=False) in allowed
 
 
 def _scheme_for(path: AnyPath) -> str:
@@ -153,20 +157,24 @@ def _checksum(path: AnyPath, scheme: str) -> str:
     if scheme == MD5 and is_remote(path) and (stored := path.info().get("md5Hash")):
         return MD5 + stored
     if scheme == WITHOUT_COMMIT_TIME:
-        return scheme + hashlib.sha256(_without_commit_time(path)).hexdigest()
+        return _metadata_checksum(path)
     with path.open("rb") as file:
         if scheme == MD5:  # a copy on a disk of what was in a bucket
             return MD5 + base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _without_commit_time(path: AnyPath) -> bytes:
+def _metadata_checksum(path: AnyPath, with_handlers: bool = True) -> str:
+    """The checksum of Orbax's metadata file, without its commit time and, if asked for, without its handlers."""
     try:
         values = parse_json(path.read_bytes())
         has_time = type(values.pop(COMMIT_TIME, None)) in (int, type(None))
-        return json.dumps([has_time, values], sort_keys=True).encode()
-    except (ValueError, AttributeError):
-        return b""
+        if not with_handlers:
+            values[HANDLERS] = None
+        content = json.dumps([has_time, values], sort_keys=True).encode()
+    except (ValueError, AttributeError, TypeError):
+        content = b""
+    return WITHOUT_COMMIT_TIME + hashlib.sha256(content).hexdigest()
 
 
 def _write(folder: AnyPath, files: Mapping[str, Any], name: str = "") -> None:

@@ -26,7 +26,7 @@ from seqpe_jax.interop import run_writer, torch_reference
 from seqpe_jax.models.build import DataSpec, ModelSpec, Params, Shape
 from seqpe_jax.tasks import LanguageModeling, Task, task_class
 from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
-from seqpe_jax.trees import count
+from seqpe_jax.trees import num_params
 
 Start = int | Sequence[int] | None
 
@@ -54,7 +54,7 @@ class Model:
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=lambda: make_mesh(0, 1))
 
     def __repr__(self) -> str:
-        parameters = f"{count(self.params):,} parameters"
+        parameters = f"{num_params(self.params):,} parameters"
         if self.model_spec.network is None:
             return f"Model(encoder of positions, {parameters})"
         model = self.config.model

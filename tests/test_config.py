@@ -15,7 +15,7 @@ from seqpe_jax import config
 from seqpe_jax.config import ENCODINGS, kinds_for, kinds_with
 from seqpe_jax.config.scripts import execute_file
 from seqpe_jax.errors import InputError
-from seqpe_jax.trees import flat, nested
+from seqpe_jax.trees import flatten_dict, unflatten_dict
 from tests.tiny import ROOT, tiny_config
 
 QUICKSTART = str(ROOT / "configs" / "stdlib_lm.py")
@@ -339,9 +339,9 @@ def test_stored_configs_of_older_versions_open_and_new_ones_are_told_the_name_of
     field, old, value, today, tmp_path
 ):
     settings = config.to_dict(config.load(QUICKSTART, {"encoding.fraction_digits": 2, field: today}))
-    stored = flat(json.loads(json.dumps(settings)), ".")
+    stored = flatten_dict(json.loads(json.dumps(settings)), ".")
     del stored[field]
-    assert config.to_dict(config.from_dict(nested(stored | {old: value}, "."))) == settings
+    assert config.to_dict(config.from_dict(unflatten_dict(stored | {old: value}, "."))) == settings
     page, wanted = (
         tmp_path / "page.py",
         f"'{field}' now" if old != field else f"'{field}': the value '{value}' is called",

@@ -22,7 +22,7 @@ from seqpe_jax import config
 from seqpe_jax.cli import common, config_flags
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path, atomic_write
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flatten_dict
 
 config_flags.define_config()
 _COMPARE = flags.DEFINE_list(
@@ -69,7 +69,7 @@ def _compared(names: list[str]) -> dict[str, config.Config]:
         chosen = f"'{variant}'" if variant else "--config.encoding.kind"
         raise InputError(f"--compare names the variants that are timed: give --config={page}, and leave {chosen} out")
     settings = {name: config.load_variant(page, name, overrides) for name in names}
-    read = [flat(config.to_dict(one), ".") for one in settings.values()]
+    read = [flatten_dict(config.to_dict(one), ".") for one in settings.values()]
     for field, value in overrides.items():  # of what an encoding does not read its default is left
         if field.startswith(("encoding.", "objective.")) and all(own[field] != value for own in read):
             raise InputError(f"--config.{field} is read by none of {', '.join(names)}: leave it out")

@@ -20,7 +20,7 @@ from seqpe_jax.config import Config
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import check_readable, check_writable, expand_path
 from seqpe_jax.run_dir import check_output_path
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flatten_dict
 
 flags.disclaim_key_flags()  # the flags of `define_process_flags` belong to the command that calls it
 _COMMAND = ["__main__"]  # name of the command's module; `run` sets it
@@ -106,7 +106,7 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
     settings = refused = None
     try:
         settings = read()
-        facts |= flat({"config": config.to_dict(settings)}, ".") if settings is not None else {}
+        facts |= flatten_dict({"config": config.to_dict(settings)}, ".") if settings is not None else {}
     except InputError as error:
         facts["bad input"], refused = str(error), error
     processes.initialize(

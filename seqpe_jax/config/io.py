@@ -21,7 +21,7 @@ from seqpe_jax.config.validate import check
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expand_path
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flatten_dict
 
 LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
 # Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
@@ -140,7 +140,7 @@ def _refuse_old_names(values: dict[str, Any]) -> None:
     Raises:
       InputError: names the field, or its value, and the name of today.
     """
-    leaves = flat(values, ".")
+    leaves = flatten_dict(values, ".")
     for name in RENAMED:
         if name in leaves:
             raise InputError(unknown_field_message(name))
@@ -458,7 +458,7 @@ def _page(path: str) -> ml_collections.ConfigDict:
 
 def _with(page: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[str, Any]:
     """Returns the nested values of a config file with dotted overrides. Raises: InputError: there is no such field."""
-    stored = flat(_values(page), ".")
+    stored = flatten_dict(_values(page), ".")
     fitting = {name: value for name, value in overrides.items() if name in stored and _fits(stored[name], value)}
     page.update_from_flattened_dict(fitting)  # what the file computes from these follows
     values = _values(page)

@@ -1,4 +1,4 @@
-"""What the accelerators can do: peak arithmetic, memory and links of one JAX device, by its kind."""
+"""Peak arithmetic, memory and interconnect of accelerators, by JAX device kind; utilization and peak memory."""
 
 import dataclasses
 import time
@@ -13,16 +13,18 @@ NVIDIA_SOURCE = "NVIDIA's data sheets"  # dense, not sparse
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device.
+    """One JAX device; a chip that JAX shows as two devices has half of its published figures in each.
 
     Attributes:
-      name: of the chip; flops: peak bf16 FLOP/s; memory: bytes of HBM; bandwidth: of its memory, bytes/s, reads and
-        writes together, 0 = unknown.
-      link: bytes/s that a link to another device carries one way: a TPU's to one neighbour, an NVIDIA GPU's whole NVLink;
-        0 = unknown. sides: axes of the torus that the links make, 0 = a switch.
-      closed: sides of a slice of that length close to a ring, or of its multiples on a torus of 3 axes, where all do.
-      clock: cycles/s of a TPU's core, 0 = unknown.
-      source: where the figures are published, for the whole chip; a core of a chip that JAX shows as two has half.
+      name: of the chip.
+      flops: peak bf16 FLOP/s.
+      memory: bytes of HBM.
+      source: where the figures are published.
+      bandwidth: of the memory, bytes/s, reads and writes together; 0 = unknown.
+      link: bytes/s to another device, one way: of a TPU to one neighbor, of an NVIDIA GPU over all of NVLink; 0 = unknown.
+      sides: axes of the torus of links; 0 = a switch.
+      closed: length at which an axis of a slice wraps around; on a torus of 3 axes, also its multiples.
+      clock: cycles/s of a TPU core; 0 = unknown.
     """
 
     name: str
@@ -47,7 +49,11 @@ def _tpu(
     units: int,
     devices: int = 1,
 ) -> Chip:
-    """gigabytes, link: per second; units: multipliers of the chip's matrix units, which take a product each cycle."""
+    """A chip by its published figures.
+
+    teraflops: bf16; gibibytes: of HBM; gigabytes, link: per second; units: multipliers of the matrix units, each with one
+    product per cycle; devices: that JAX shows for a chip.
+    """
     flops = teraflops * 1e12
     return Chip(
         name,
@@ -63,30 +69,31 @@ def _tpu(
 
 
 def _nvidia(name: str, teraflops: float, gibibytes: int, gigabytes: float, nvlink: float) -> Chip:
-    """nvlink: GB/s as published, which is both ways together."""
+    """A GPU by its published figures; nvlink: GB/s, both ways together."""
     return Chip(name, teraflops * 1e12, gibibytes * GIB, NVIDIA_SOURCE, gigabytes * 1e9, nvlink / 2 * 1e9)
 
 
-# Links: the interconnect that is published for a chip, both ways together, over 2 ways and its 4 or 6 links; of v2 and v3
-# the 496 and 656 Gbit/s of a link. Matrix units: 128 x 128, of v6e and TPU7x 256 x 256.
-SMALL, LARGE = 128 * 128, 256 * 256
-V5E = _tpu("TPU v5e", 197, 16, 819, 50, 2, 16, 4 * SMALL)
-V5P = _tpu("TPU v5p", 459, 95, 2765, 100, 3, 4, 8 * SMALL)
-V6E = _tpu("TPU v6e", 918, 32, 1638, 100, 2, 16, 4 * LARGE)
+# Links: the published interconnect of a chip, both ways together, divided by 2 ways and 4 or 6 links; of v2 and v3 the 496
+# and 656 Gbit/s of a link.
+MXU_128 = 128 * 128  # multipliers of a matrix unit
+MXU_256 = 256 * 256  # of v6e and TPU7x
+V5E = _tpu("TPU v5e", 197, 16, 819, 50, 2, 16, 4 * MXU_128)
+V5P = _tpu("TPU v5p", 459, 95, 2765, 100, 3, 4, 8 * MXU_128)
+V6E = _tpu("TPU v6e", 918, 32, 1638, 100, 2, 16, 4 * MXU_256)
 A100, A100_80 = _nvidia("A100 40 GB", 312, 40, 1555, 600), _nvidia("A100 80 GB", 312, 80, 2039, 600)
 
-# Kinds as JAX spells them, matched whole: "TPU v5" is not "TPU v5 lite", and a slice of a GPU (MIG) is no whole one.
+# Device kinds as JAX spells them, matched exactly: "TPU v5" is not "TPU v5 lite", and a MIG slice is not its GPU.
 CHIPS = {
-    "TPU v2": _tpu("TPU v2", 46, 16, 700, 62, 2, 16, 2 * SMALL, devices=2),
-    "TPU v3": _tpu("TPU v3", 123, 32, 900, 82, 2, 32, 4 * SMALL, devices=2),
-    "TPU v4": _tpu("TPU v4", 275, 32, 1200, 50, 3, 4, 8 * SMALL),  # both cores make one device
+    "TPU v2": _tpu("TPU v2", 46, 16, 700, 62, 2, 16, 2 * MXU_128, devices=2),
+    "TPU v3": _tpu("TPU v3", 123, 32, 900, 82, 2, 32, 4 * MXU_128, devices=2),
+    "TPU v4": _tpu("TPU v4", 275, 32, 1200, 50, 3, 4, 8 * MXU_128),  # both cores make one device
     "TPU v5 lite": V5E,
     "TPU v5e": V5E,
     "TPU v5": V5P,
     "TPU v5p": V5P,
     "TPU v6 lite": V6E,
     "TPU v6e": V6E,
-    "TPU7x": _tpu("TPU7x", 2307, 192, 7380, 100, 3, 4, 8 * LARGE, devices=2),
+    "TPU7x": _tpu("TPU7x", 2307, 192, 7380, 100, 3, 4, 8 * MXU_256, devices=2),
     "NVIDIA A100-SXM4-40GB": A100,
     "NVIDIA A100-PCIE-40GB": A100,
     "NVIDIA A100-SXM4-80GB": A100_80,
@@ -101,37 +108,44 @@ CHIPS = {
 }
 
 MEASURED = "measured on this machine just now, in float32"
-PRODUCT, TAKES = 2048, 5  # rows of a square product, and how often it is taken
+MATMUL_SIZE = 2048  # rows of a square product
+MATMUL_REPEATS = 5
 
 
 def find_chip(kind: str) -> Chip | None:
-    """Returns the chip of a `jax.Device.device_kind`; None for one that is not in the table."""
+    """Returns the chip of a `jax.Device.device_kind`; None if it is not in the table."""
     return CHIPS.get(kind)
 
 
 def measure_chip() -> Chip:
-    """Returns one device of this machine by the fastest of some large products in float32; the rest stays unknown.
+    """Returns a device of this machine with the FLOP/s of its fastest float32 matrix product; the rest is unknown.
 
-    Of devices that share a machine, as CPU devices do, each has its part. Their memory's rate would bound nothing, since
-    most of what a program moves stays in caches.
+    CPU devices share the machine's FLOP/s equally. The bandwidth of their memory is no bound, since most traffic stays in
+    caches.
     """
-    product, found = jax.jit(lambda one: one @ one), []
-    square = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
-    for _ in range(1 + TAKES):
+    product, seconds = jax.jit(lambda matrix: matrix @ matrix), []
+    matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
+    for _ in range(1 + MATMUL_REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready(product(square))
-        found.append(time.perf_counter() - start)
-    return Chip(jax.devices()[0].device_kind, 2 * PRODUCT**3 / min(found) / jax.local_device_count(), 0, MEASURED)
+        jax.block_until_ready(product(matrix))
+        seconds.append(time.perf_counter() - start)
+    flops = 2 * MATMUL_SIZE**3 / min(seconds) / jax.local_device_count()
+    return Chip(jax.devices()[0].device_kind, flops, 0, MEASURED)
 
 
 def utilisation(flops: float, seconds: float) -> float | None:
-    """Returns MFU: the share of all devices' peak that so many useful FLOPs in that time are; None on unknown chips."""
+    """Returns the model FLOPs utilization of all devices; None on unknown chips.
+
+    Args:
+      flops: of the model.
+      seconds: that they took.
+    """
     chip = find_chip(jax.devices()[0].device_kind)
     return None if chip is None else flops / seconds / (chip.flops * jax.device_count())
 
 
 def peak_memory() -> int | None:
-    """Returns the most bytes that any of this host's devices has held so far; None where the backend does not count."""
-    found = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
+    """Returns the peak memory of this process's devices, in bytes, of the one with most; None if it is not counted."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in statistics if "peak_bytes_in_use" in stats]
     return max(peaks, default=None)

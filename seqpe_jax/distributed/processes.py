@@ -1,4 +1,4 @@
-"""This process among the others: how they start and end together, who leads, where compiled programs are kept."""
+"""The processes of a run: initialization, barriers, preemption, abort; compile cache and memory allocator of this process."""
 
 import ctypes
 import hashlib
@@ -22,9 +22,9 @@ from seqpe_jax.errors import EXIT_PREEMPTED, Failure, InputError
 from seqpe_jax.files import cache_root
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-# glibc's malloc.h: options of `mallopt` (M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD) and what keeps all memory in one place.
+# glibc's malloc.h: M_ARENA_MAX = 1, M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1 keep all memory in one arena.
 MALLOC_OPTIONS = ((-8, 1), (-4, 0), (-1, -1))
-SHARED_SECONDS = 60.0  # for a network file system to show a new file everywhere
+SHARED_FILE_SECONDS = 60.0  # for a network file system to show a new file everywhere
 
 _roll_call: roll_call.Coordinator | roll_call.Worker | None = None
 
@@ -37,30 +37,32 @@ def initialize(
     process_id: int | None = None,
     seconds: float = 300.0,
 ) -> None:
-    """Makes this process one of a run's: before anything touches devices, once.
+    """Connects this process to the others of its run; called once, before anything uses devices.
 
-    Without the three, JAX looks whether this process runs under Slurm, Open MPI, on a Cloud TPU, GKE or Kubernetes; where
-    it does not, or where num_processes is 1, nothing is waited for and no network is touched.
+    Without coordinator, num_processes and process_id, JAX detects Slurm, Open MPI, Cloud TPU, GKE and Kubernetes. A single
+    process waits for nothing and opens no connection.
 
     Args:
-      facts: what all processes must share (fields of the config, options), besides the versions of the program.
-      coordinator: HOST:PORT of process 0; JAX's service is at PORT, the roll call at PORT - 1.
+      facts: values that all processes must share (fields of the config, options), besides the versions of the program.
+      coordinator: HOST:PORT of process 0; JAX's service listens at PORT, the roll call at PORT - 1.
+      num_processes: of the run.
+      process_id: number of this process.
       seconds: to wait for the others.
 
     Raises:
-      InputError: options that contradict each other, a taken port, processes that differ (each told on the lead).
-      Failure: processes that did not come.
+      InputError: options contradict each other, the port is taken, or processes differ (reported by the coordinator).
+      Failure: processes are missing.
     """
     global _roll_call
-    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    options = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     if num_processes == 1 and coordinator is None and not process_id:
         return
     devices = None
-    if any(value is not None for value in given.values()):
-        absent = [name for name, value in given.items() if value is None]
+    if any(value is not None for value in options.values()):
+        absent = [name for name, value in options.items() if value is None]
         if absent:
             raise InputError(
-                f"{' and '.join(given)} belong together, and {' and '.join(absent)} is not given: give all three, or none "
+                f"{' and '.join(options)} belong together, and {' and '.join(absent)} is not given: give all three, or none "
                 "where Slurm, a TPU pod or Kubernetes tells them (--num-processes=1 alone: a process by itself)"
             )
     else:
@@ -74,15 +76,14 @@ def initialize(
         )
     if num_processes == 1:
         return
-    known = (
-        _versions() | {name: str(value) for name, value in facts.items()} | {"number of processes": str(num_processes)}
-    )
+    facts = {name: str(value) for name, value in facts.items()}
+    facts |= _versions() | {"number of processes": str(num_processes)}
     if process_id:
-        _roll_call = roll_call.Worker((host, port - 1), process_id, known, seconds)
+        _roll_call = roll_call.Worker((host, port - 1), process_id, facts, seconds)
     else:
-        roll_call.listen(host, port).close()  # JAX would not say that it is taken
+        roll_call.listen(host, port).close()  # JAX would not report that it is taken
         _roll_call = roll_call.Coordinator((host, port - 1), num_processes)
-        _roll_call.gather(known, seconds)
+        _roll_call.gather(facts, seconds)
     jax.config.update("jax_enable_preemption_service", True)
     jax.distributed.initialize(
         coordinator,
@@ -100,12 +101,12 @@ def initialize(
 
 
 def _detected(seconds: float) -> tuple[str | None, int, int, list[int] | None]:
-    """Returns (coordinator, processes, this one's number, its devices) as JAX finds them, or None first of all."""
+    """Returns (coordinator, number of processes, process id, local devices) as JAX detects them; coordinator None: none."""
     try:
         coordinator, count, process, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(seconds)
         )
-    except Exception as error:  # what the environment's own services raise
+    except Exception as error:  # whatever the cluster's own services raise
         raise Failure(
             f"this process seems to be one of several, but where the others are could not be read ({error}): give "
             "--coordinator, --num-processes and --process-id, or --num-processes=1 for a process by itself"
@@ -126,7 +127,7 @@ def _address(coordinator: str) -> tuple[str, int]:
 
 
 def _versions() -> roll_call.Facts:
-    """Returns the versions of the program and of what a step depends on; the program's is the digest of its source."""
+    """Returns the versions of the program, as a digest of its source, and of the libraries that a step depends on."""
     source = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         source.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
@@ -135,12 +136,12 @@ def _versions() -> roll_call.Facts:
 
 
 def is_multiprocess() -> bool:
-    """Whether there are other processes."""
+    """Returns whether the run has more than one process."""
     return _roll_call is not None
 
 
 def shutdown() -> None:
-    """Leaves the others in order, when the work is done."""
+    """Disconnects from the other processes when the work is done."""
     global _roll_call
     if _roll_call is not None:
         _roll_call.barrier(last=True)
@@ -148,44 +149,47 @@ def shutdown() -> None:
         jax.distributed.shutdown()
 
 
-def abort(code: int, words: str) -> NoReturn:
-    """Ends this process with one line, which the lead prints for all, and every other process of the run."""
+def abort(code: int, reason: str) -> NoReturn:
+    """Exits all processes of the run; the coordinator prints the reason, one line, once."""
     if _roll_call is not None:
         sys.stdout.flush()
-        _roll_call.abort(code, words)
-    print(words, file=sys.stderr)
+        _roll_call.abort(code, reason)
+    print(reason, file=sys.stderr)
     roll_call.exit_process(code)
 
 
 def wait_for_abort() -> None:
-    """Gives way to the news that another process is gone, which shows in this one as an error of its own."""
+    """Waits for the coordinator to abort this process: the loss of another one shows here as an error too."""
     if _roll_call is not None:
-        time.sleep(roll_call.GRACE_SECONDS + roll_call.LEAVE_SECONDS)
+        time.sleep(roll_call.GRACE_SECONDS + roll_call.EXIT_SECONDS)
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes are here; unlike a collective, for as long as it takes (Gloo gives up after 30 s)."""
     if _roll_call is not None:
         _roll_call.barrier()
 
 
 def check_equal(facts: Mapping[str, str]) -> None:
-    """Waits until all processes are here, and refuses facts in which they differ, such as fingerprints of their data.
+    """Waits until all processes are here, and refuses facts that differ, such as fingerprints of their data.
+
+    Args:
+      facts: of this process.
 
     Raises:
-      InputError: says which process, on which host, has which value; the lead raises it, and the others end with it.
+      InputError: on the coordinator; names the values with their processes and hosts. The workers are aborted.
     """
     if _roll_call is not None:
         _roll_call.barrier(facts=dict(facts))
 
 
 def exit_on_signal() -> None:
-    """Ends this process at once where SIGTERM or SIGHUP come while there is nothing to save, as before the first step.
+    """Makes SIGTERM and SIGHUP exit this process at once, as long as there is nothing to save.
 
-    Among several processes JAX listens for SIGTERM itself. A process under `nohup`, which ignores SIGHUP, goes on.
+    Among several processes JAX handles SIGTERM itself. A process under `nohup` goes on ignoring SIGHUP.
     """
 
-    def leave(number: int, _: Any) -> None:
+    def handler(number: int, _: Any) -> None:
         name = signal.Signals(number).name
         abort(
             EXIT_PREEMPTED, f"{name}: there is nothing to save now; the same command goes on from the last checkpoint"
@@ -193,27 +197,27 @@ def exit_on_signal() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP) if not is_multiprocess() else ():
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+            signal.signal(number, handler)
 
 
-_asked = 0
+_sync_points = 0
 
 
 def reached_preemption() -> bool:
-    """Whether all processes stop here, because one of them got SIGTERM; each must ask at the same places as the others."""
-    global _asked
-    _asked += 1
-    return _roll_call is not None and multihost_utils.reached_preemption_sync_point(_asked)
+    """Returns whether all processes stop here because one got SIGTERM; all must call it at the same points."""
+    global _sync_points
+    _sync_points += 1
+    return _roll_call is not None and multihost_utils.reached_preemption_sync_point(_sync_points)
 
 
 def broadcast_from_main(value: bool) -> bool:
-    """Returns the value that the lead gives."""
+    """Returns the main process's value."""
     return bool(multihost_utils.broadcast_one_to_all(value)) if _roll_call is not None else value
 
 
 def check_shared(path: Any) -> None:
-    """Refuses to go on where a file that the lead has written is not there. Raises: InputError."""
-    deadline = time.monotonic() + SHARED_SECONDS
+    """Refuses a folder that the processes do not share, where a file of the main process is missing. Raises: InputError."""
+    deadline = time.monotonic() + SHARED_FILE_SECONDS
     while is_multiprocess() and not path.exists():
         if time.monotonic() > deadline:
             raise InputError(
@@ -224,18 +228,23 @@ def check_shared(path: Any) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what only one may write; asking takes no devices where there is no other process."""
+    """Returns whether this process writes the files of the run; initializes no devices if it is the only process."""
     return _roll_call is None or jax.process_index() == 0
 
 
 def describe() -> str:
-    """Returns the machine in words: processes, devices and their kind."""
+    """Returns a summary of processes and devices."""
     kind = jax.devices()[0].device_kind
     return f"{jax.process_count()} process(es), {jax.device_count()} device(s) ({kind})"
 
 
 def describe_batch(batch_size: int, shards: int) -> str:
-    """Returns how a batch lies on the devices: "batch 512: 2 x 4 devices, 64 each"; shards: parts that it is split in."""
+    """Returns a summary of a batch on the devices, e.g. "batch 512: 2 x 4 devices, 64 each".
+
+    Args:
+      batch_size: of all processes.
+      shards: parts that the batch is split into.
+    """
     devices = f"{jax.process_count()} x {jax.local_device_count()} devices"
     if shards == jax.device_count():
         return f"batch {batch_size}: {devices}, {batch_size // shards} each"
@@ -243,7 +252,7 @@ def describe_batch(batch_size: int, shards: int) -> str:
 
 
 def enable_compilation_cache() -> None:
-    """Turns the persistent compile cache on, where JAX's own environment variables do not say otherwise."""
+    """Enables JAX's persistent compile cache, unless JAX's own environment variables set it."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -251,11 +260,11 @@ def enable_compilation_cache() -> None:
 
 
 def configure_malloc() -> None:
-    """Has this process keep the memory that it frees, before the first device is asked for, whose threads take their own.
+    """Makes glibc keep the memory that is freed; called before devices are initialized, whose threads have own arenas.
 
-    On a CPU, XLA takes the temporary arrays of a program anew at each call. glibc would ask the kernel for those hundreds
-    of megabytes and give them back each time, and clearing their pages is a sixth of a training step. Nothing happens
-    where there is no glibc, nor where the environment sets its allocator already.
+    On a CPU, XLA allocates the temporary arrays of a program at each call. glibc would get those hundreds of megabytes from
+    the kernel and return them each time, and clearing their pages takes a sixth of a training step. Without effect if
+    there is no glibc or the environment configures its allocator.
     """
     set_option = _allocator("mallopt")
     if set_option is not None:
@@ -264,19 +273,17 @@ def configure_malloc() -> None:
 
 
 def malloc_trim() -> None:
-    """Gives the kernel what is free of the memory that is kept (`configure_malloc`); seldom, for much of it is asked for again.
+    """Returns free memory to the kernel that `configure_malloc` keeps; called seldom, since much of it is needed again.
 
-    What a save takes, such as 4 MB for each of TensorStore's compressors, is not always free again in one piece. With time
-    the process would hold more and more pieces with nothing in them.
+    The memory of a save, such as 4 MB for each of TensorStore's compressors, becomes fragmented, and would grow with time.
     """
-    give_back = _allocator("malloc_trim")
-    if give_back is not None:
-        give_back(0)
+    trim = _allocator("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
 def _allocator(function: str) -> Any:
-    """Returns a function of glibc's allocator, or None where there is none, or where the environment sets its options."""
-    told = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
-        "GLIBC_TUNABLES", ""
-    )
-    return getattr(ctypes.CDLL(None), function, None) if os.name == "posix" and not told else None
+    """Returns a function of glibc's allocator; None if there is none, or the environment configures the allocator."""
+    is_configured = any(name.startswith("MALLOC_") for name in os.environ)
+    is_configured = is_configured or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return getattr(ctypes.CDLL(None), function, None) if os.name == "posix" and not is_configured else None

@@ -11,7 +11,7 @@ QUIET_SECONDS = 10.0  # between lines without a terminal
 
 
 class ProgressLine:
-    """Step, percent, time left, rate, loss and notes, on the lead host.
+    """Step, percent, time left, rate, loss and notes, on the main process.
 
     The line is rewritten in place on a terminal, else a new one is written now and then.
     """

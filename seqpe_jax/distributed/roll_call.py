@@ -1,7 +1,8 @@
-"""The line that every process of a run holds to its lead (process 0): a roll call at the start, then news of who has ended.
+"""Open TCP connections between the coordinator (process 0) and the workers: a roll call at the start, barriers, aborts.
 
-JAX's own service notices an absent or dead process too, but minutes later, in a C++ stack trace that names nobody; a TCP
-connection is closed by the system the moment a process dies. Messages are JSON objects, one to a line.
+The roll call names processes that are missing or were started differently, and a connection that closes names the process
+that died, within a second. JAX's own service notices both only minutes later, in a C++ stack trace without a name. Messages
+are JSON objects, one per line.
 """
 
 import contextlib
@@ -19,20 +20,20 @@ from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.files import parse_json
 
 HELLO = "seqpe_jax"
-HELLO_SECONDS = 10.0  # for a stranger who connects and says nothing
-ODD_SECONDS = 5.0  # after the first process that does not fit: others that do not are named with it
-GRACE_SECONDS = 3.0  # between a member's failure and its report: the lead often finds the same one, and tells it itself
-LEAVE_SECONDS = 5.0  # for members to leave before the lead does
-ANSWER_SECONDS = 15.0  # for the lead to end a member that failed
-MESSAGE_BYTES = 1 << 20
-SHOWN = 5  # fields that differ
+HELLO_SECONDS = 10.0  # for a new connection to identify itself
+MISMATCH_SECONDS = 5.0  # after the first process that does not match, to name others that do not together with it
+GRACE_SECONDS = 3.0  # between a worker's failure and its report: the coordinator often fails likewise, and reports that
+EXIT_SECONDS = 5.0  # for workers to exit before the coordinator does
+ABORT_SECONDS = 15.0  # for the coordinator to answer a worker that fails
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_SHOWN = 5  # differences in a message
 
 Facts = dict[str, str]
 LOST = "was killed or has lost its machine; start the same command again: it goes on from the last checkpoint"
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Returns numbers in few words: 1, 3-5."""
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Returns numbers as ranges: "1, 3-5"."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and spans[-1][1] == number - 1:
@@ -46,13 +47,16 @@ def differences(facts: dict[int, Facts], hosts: Mapping[int, str] | None = None)
     """Returns `name: value (process 0), other value (process 1-3)` for each fact that processes do not share.
 
     Args:
-      hosts: by process; the hosts of each value are named, too.
+      facts: by process.
+      hosts: host names by process, to be named with each value.
     """
 
-    def on(who: list[int]) -> str:
-        names = list(dict.fromkeys((hosts or {}).get(process, "?") for process in who))
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        return f" on {', '.join(names[:SHOWN])}{more}" if hosts else ""
+    def on(processes: list[int]) -> str:
+        if not hosts:
+            return ""
+        names = list(dict.fromkeys(hosts.get(process, "?") for process in processes))
+        more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+        return f" on {', '.join(names[:MAX_SHOWN])}{more}"
 
     lines = []
     for name in sorted({name for own in facts.values() for name in own}):
@@ -60,46 +64,55 @@ def differences(facts: dict[int, Facts], hosts: Mapping[int, str] | None = None)
         for process in sorted(facts):
             values.setdefault(facts[process].get(name, "absent"), []).append(process)
         if len(values) > 1:
-            told = (f"{value} (process {ranges(who)}{on(who)})" for value, who in values.items())
-            lines.append(f"{name}: {', '.join(told)}")
+            parts = (f"{value} (process {format_ranges(who)}{on(who)})" for value, who in values.items())
+            lines.append(f"{name}: {', '.join(parts)}")
     return lines
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends this process from any thread, at once: other threads may wait for a process that is not there any more."""
+    """Exits at once, from any thread: other threads may wait for a process that no longer exists."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 class _Connection:
-    """A socket that carries messages; what is sent to somebody who is gone is lost, and `read` says so."""
+    """A socket that carries messages.
+
+    Attributes:
+      process: the process at the other end; -1 until it has said so.
+      host: its host name.
+      closed: set when the connection is closed.
+    """
 
     def __init__(self, connected: socket.socket):
-        self.process, self.host = -1, "?"
+        self.process = -1
+        self.host = "?"
         self.closed = threading.Event()
         self._socket, self._file = connected, connected.makefile("rb")
-        # A machine that vanishes closes nothing: ask after 10 s of silence, and give it up after 20 s more.
+        # A machine that vanishes closes nothing: probe after 10 s of silence, and give up 20 s later.
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, kind: str, **values: Any) -> None:
-        with contextlib.suppress(OSError):  # whoever reads from it is told that it is gone
+        """Sends a message; without effect if the other end is gone, which `receive` reports."""
+        with contextlib.suppress(OSError):
             self._socket.sendall(json.dumps({"kind": kind} | values).encode() + b"\n")
 
-    def read(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """Returns the next message, or None: the other end is gone, silent for too long, or no process of ours."""
+    def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """Returns the next message; None if the other end is gone, silent for so long, or not one of ours."""
         self._socket.settimeout(seconds)
         try:
-            line = self._file.readline(MESSAGE_BYTES)
+            line = self._file.readline(MAX_MESSAGE_BYTES)
             message = parse_json(line) if line.endswith(b"\n") else None
         except (OSError, ValueError):
             message = None
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
+        """Closes the connection."""
         self.closed.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -107,10 +120,11 @@ class _Connection:
 
 
 class Coordinator:
-    """The lead's end: it hears everybody and tells everybody.
+    """Process 0's end of the connections.
 
     Args:
-      address: (host, port) that members connect to; count: processes of the run.
+      address: (host, port) that workers connect to.
+      count: processes of the run.
 
     Raises:
       InputError: the port is taken.
@@ -119,198 +133,219 @@ class Coordinator:
     def __init__(self, address: tuple[str, int], count: int):
         self._address, self._count = address, count
         self._server = listen(*address)
-        self._news: queue.SimpleQueue[tuple[str, _Connection, dict[str, Any]]] = queue.SimpleQueue()
-        self._members: dict[int, _Connection] = {}
-        self._here, self._all_here = 0, threading.Semaphore(0)
+        self._messages: queue.SimpleQueue[tuple[str, _Connection, dict[str, Any]]] = queue.SimpleQueue()
+        self._workers: dict[int, _Connection] = {}
+        self._arrived, self._all_arrived = 0, threading.Semaphore(0)
         self._facts: dict[int, Facts] = {}
-        self._ending, self._over = threading.Lock(), False
+        self._aborting, self._is_over = threading.Lock(), False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         while True:
             connected, _ = self._server.accept()
-            threading.Thread(target=self._hear, args=(_Connection(connected),), daemon=True).start()
+            threading.Thread(target=self._receive, args=(_Connection(connected),), daemon=True).start()
 
-    def _hear(self, connection: _Connection) -> None:
-        hello = connection.read(HELLO_SECONDS)
+    def _receive(self, connection: _Connection) -> None:
+        hello = connection.receive(HELLO_SECONDS)
         if hello is not None and hello.get("hello") == HELLO:
             connection.process, connection.host = int(hello["process"]), str(hello["host"])
-            self._news.put(("hello", connection, hello))
-            while (message := connection.read()) is not None:
-                self._news.put((message["kind"], connection, message))
-            self._news.put(("gone", connection, {}))
+            self._messages.put(("hello", connection, hello))
+            while (message := connection.receive()) is not None:
+                self._messages.put((message["kind"], connection, message))
+            self._messages.put(("disconnected", connection, {}))
         connection.close()
 
     def gather(self, facts: Facts, seconds: float) -> None:
-        """Waits for all members, and lets them go when their facts are the lead's.
+        """Waits for all workers, and lets them start if their facts equal the coordinator's.
+
+        Args:
+          facts: of the coordinator.
+          seconds: to wait.
 
         Raises:
-          InputError: processes differ; it says in what.
-          Failure: some did not come in time; it names them.
+          InputError: processes differ; names the differences.
+          Failure: some did not connect in time; names them.
         """
-        deadline, known, twice = time.monotonic() + seconds, {0: facts}, []
-        while (missing := set(range(self._count)) - known.keys()) or twice:
+        deadline = time.monotonic() + seconds
+        known, duplicates = {0: facts}, []
+        while (missing := set(range(self._count)) - known.keys()) or duplicates:
             try:
-                kind, connection, message = self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+                kind, connection, message = self._messages.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             process = connection.process
             if kind != "hello":
-                if self._members.get(process) is connection:  # it has left again; another may come in its place
-                    del self._members[process], known[process]
+                if self._workers.get(process) is connection:  # it has left again; another may take its place
+                    del self._workers[process], known[process]
                 continue
             if process in known:
-                first = self._members[process].host if process else socket.gethostname()
-                twice.append(f"two processes say that they are process {process} (on {first} and {connection.host})")
-                self._members[-len(twice)] = connection  # to be told of the end too
+                first = self._workers[process].host if process else socket.gethostname()
+                duplicates.append(
+                    f"two processes say that they are process {process} (on {first} and {connection.host})"
+                )
+                self._workers[-len(duplicates)] = connection  # so that it is aborted too
             else:
-                known[process], self._members[process] = message["facts"], connection
-            if twice or differences(known):
-                deadline = min(deadline, time.monotonic() + ODD_SECONDS)
-        found = twice + differences(known)
-        if found:
-            more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                known[process], self._workers[process] = message["facts"], connection
+            if duplicates or differences(known):
+                deadline = min(deadline, time.monotonic() + MISMATCH_SECONDS)
+        if found := duplicates + differences(known):
+            more = f"; and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
             raise InputError(
-                f"the processes of this run differ in {'; '.join(found[:SHOWN])}{more}. Start the same command, of the "
+                f"the processes of this run differ in {'; '.join(found[:MAX_SHOWN])}{more}. Start the same command, of the "
                 "same installation, on every host"
             )
         if missing:
-            came = "; ".join(f"{process} on {at.host}" for process, at in sorted(self._members.items())[:SHOWN])
-            host, port = self._address
-            raise Failure(
-                f"process {ranges(missing)} of {self._count} did not come within {seconds:g} s (came: 0 on "
-                f"{socket.gethostname()}{'; ' + came if came else ''}): look at the output there, whether {host} can be "
-                f"reached at port {port}, or wait longer with --start-timeout"
-            )
-        for connection in self._members.values():
-            connection.send("go")
+            raise Failure(self._missing_message(missing, seconds))
+        for connection in self._workers.values():
+            connection.send("start")
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def _missing_message(self, missing: set[int], seconds: float) -> str:
+        present = "; ".join(f"{process} on {at.host}" for process, at in sorted(self._workers.items())[:MAX_SHOWN])
+        host, port = self._address
+        return (
+            f"process {format_ranges(missing)} of {self._count} did not come within {seconds:g} s (came: 0 on "
+            f"{socket.gethostname()}{'; ' + present if present else ''}): look at the output there, whether {host} can be "
+            f"reached at port {port}, or wait longer with --start-timeout"
+        )
 
     def _watch(self) -> None:
         while True:
-            kind, connection, message = self._news.get()
+            kind, connection, message = self._messages.get()
             who = f"process {connection.process} (on {connection.host})"
             if kind == "hello":
-                connection.send("end", code=1, words=f"{who} came to a run that is on already: stop that first")
-            elif kind == "end":
+                reason = f"{who} came to a run that is on already: stop that first"
+                connection.send("abort", code=1, reason=reason)
+            elif kind == "abort":
                 time.sleep(GRACE_SECONDS)
-                self.abort(message["code"], f"{who}: {message['words']}")
-            elif kind == "here":
+                self.abort(message["code"], f"{who}: {message['reason']}")
+            elif kind == "barrier":
                 self._facts[connection.process] = message.get("facts", {})
-                self._here += 1
-                if self._here % (self._count - 1) == 0:  # nobody comes to the next place before all have left this one
-                    self._all_here.release()
-            elif kind == "gone" and not self._over and connection is self._members.get(connection.process):
+                self._arrived += 1
+                if (
+                    self._arrived % (self._count - 1) == 0
+                ):  # no worker arrives at the next barrier before all left this one
+                    self._all_arrived.release()
+            elif kind == "disconnected" and not self._is_over and connection is self._workers.get(connection.process):
                 self.abort(1, f"{who} {LOST}")
 
-    def abort(self, code: int, words: str) -> NoReturn:
-        """Says why the run ends, and ends all of its processes."""
-        self._ending.acquire()  # for good: the first who comes says why
-        print(words, file=sys.stderr, flush=True)
-        members = list(self._members.values())
-        for connection in members:
-            connection.send("end", code=code)
-        deadline = time.monotonic() + LEAVE_SECONDS  # JAX would abort those that are still there when its service goes
-        for connection in members:
+    def abort(self, code: int, reason: str) -> NoReturn:
+        """Prints the reason, and exits all processes of the run."""
+        self._aborting.acquire()  # never released: the first reason is printed
+        print(reason, file=sys.stderr, flush=True)
+        workers = list(self._workers.values())
+        for connection in workers:
+            connection.send("abort", code=code)
+        deadline = time.monotonic() + EXIT_SECONDS  # JAX would kill workers that still run when its service goes
+        for connection in workers:
             connection.closed.wait(max(0.0, deadline - time.monotonic()))
         exit_process(code)
 
     def barrier(self, last: bool = False, facts: Facts | None = None) -> None:
-        """Waits until everybody is here.
+        """Waits until all processes are here.
 
         Args:
-          last: nobody is missed afterwards.
-          facts: what all must share here; each gives its own.
+          last: processes may end afterwards.
+          facts: this process's values of what all must share here.
 
         Raises:
-          InputError: they differ.
+          InputError: the processes' facts differ.
         """
-        self._all_here.acquire()
+        self._all_arrived.acquire()
         if facts is not None:
-            at = {0: socket.gethostname()} | {process: one.host for process, one in self._members.items()}
-            if found := differences({0: facts} | self._facts, at):
+            hosts = {0: socket.gethostname()} | {process: worker.host for process, worker in self._workers.items()}
+            if found := differences({0: facts} | self._facts, hosts):
                 raise InputError(
-                    f"the processes of this run differ in {'; '.join(found[:SHOWN])}. Give every host the same files"
+                    f"the processes of this run differ in {'; '.join(found[:MAX_SHOWN])}. Give every host the same files"
                 )
-        self._over = last
-        for connection in self._members.values():
-            connection.send("on")
+        self._is_over = last
+        for connection in self._workers.values():
+            connection.send("release")
 
 
 class Worker:
-    """Another process's end: it answers the roll call, and ends when it is told to or the lead is gone.
+    """A worker's end of its connection; it exits when the coordinator says so or is gone.
+
+    Args:
+      address: (host, port) of the coordinator.
+      process: number of this process.
+      facts: of this process, which must equal the coordinator's.
+      seconds: to wait for the coordinator.
 
     Raises:
-      Failure: nobody leads at the address.
+      Failure: there is no coordinator at the address.
     """
 
     def __init__(self, address: tuple[str, int], process: int, facts: Facts, seconds: float):
-        self._process, self._lead = process, f"{address[0]}:{address[1]}"
-        self._on, self._printing = threading.Semaphore(0), threading.Lock()
-        self._last = self._over = False
+        self._process, self._coordinator = process, f"{address[0]}:{address[1]}"
+        self._released, self._printing = threading.Semaphore(0), threading.Lock()
+        self._is_last_barrier = self._is_over = False
+        self._connection = _Connection(self._connect(address, seconds))
+        self._connection.send("hello", hello=HELLO, process=process, host=socket.gethostname(), facts=facts)
+        answer = self._connection.receive(seconds + 2 * MISMATCH_SECONDS)
+        if answer is None or answer["kind"] != "start":
+            self._exit(answer)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _connect(self, address: tuple[str, int], seconds: float) -> socket.socket:
         deadline = time.monotonic() + seconds
         while True:
             try:
                 connected = socket.create_connection(address, timeout=5.0)
-                if connected.getsockname() != connected.getpeername():  # on one machine a port can reach itself
-                    break
+                if connected.getsockname() != connected.getpeername():  # on one machine a port can connect to itself
+                    return connected
                 connected.close()
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise Failure(
-                        f"process {process} waited {seconds:g} s for process 0, the lead, which did not come to "
-                        f"{self._lead} ({error.strerror or error}): look at its output, or wait longer with --start-timeout"
+                        f"process {self._process} waited {seconds:g} s for process 0, the coordinator, which did not come "
+                        f"to {self._coordinator} ({error.strerror or error}): look at its output, or wait longer with "
+                        "--start-timeout"
                     ) from error
                 time.sleep(0.2)
-        self._connection = _Connection(connected)
-        self._connection.send("hello", hello=HELLO, process=process, host=socket.gethostname(), facts=facts)
-        answer = self._connection.read(seconds + 2 * ODD_SECONDS)
-        if answer is None or answer["kind"] != "go":
-            self._end_as_told(answer)
-        threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while (message := self._connection.read()) is not None and message["kind"] == "on":
-            self._over = self._last
-            self._on.release()
-        if not self._over:
-            self._end_as_told(message)
+        while (message := self._connection.receive()) is not None and message["kind"] == "release":
+            self._is_over = self._is_last_barrier
+            self._released.release()
+        if not self._is_over:
+            self._exit(message)
 
-    def _end_as_told(self, message: dict[str, Any] | None) -> NoReturn:
+    def _exit(self, message: dict[str, Any] | None) -> NoReturn:
         if message is None:
-            self._say(f"process {self._process}: process 0, the lead (at {self._lead}), {LOST}")
+            self._print(f"process {self._process}: process 0, the coordinator (at {self._coordinator}), {LOST}")
             exit_process(1)
-        if "words" in message:
-            self._say(message["words"])
+        if "reason" in message:
+            self._print(message["reason"])
         exit_process(message["code"])
 
-    def _say(self, words: str) -> None:
-        self._printing.acquire()  # for good: this process has one last word
-        os.write(2, f"{words}\n".encode())  # not through Python's buffers: JAX may abort this process at any moment
+    def _print(self, reason: str) -> None:
+        self._printing.acquire()  # never released: only one reason is printed
+        os.write(2, f"{reason}\n".encode())  # not through Python's buffers: JAX may kill this process at any moment
 
-    def abort(self, code: int, words: str) -> NoReturn:
-        """Tells the lead why this process ends; the lead says it and ends them all."""
-        self._connection.send("end", code=code, words=words)
-        time.sleep(ANSWER_SECONDS)  # the watch ends this process meanwhile
-        self._say(words)
+    def abort(self, code: int, reason: str) -> NoReturn:
+        """Sends the reason to the coordinator, which prints it and exits all processes of the run."""
+        self._connection.send("abort", code=code, reason=reason)
+        time.sleep(ABORT_SECONDS)  # the watching thread exits meanwhile
+        self._print(reason)
         exit_process(code)
 
     def barrier(self, last: bool = False, facts: Facts | None = None) -> None:
-        """Waits until everybody is here; `last`: nobody is missed afterwards; `facts`: what all must share here."""
-        self._last = last
-        self._connection.send("here", facts=facts or {})
-        self._on.acquire()
+        """Waits until all processes are here (`Coordinator.barrier`)."""
+        self._is_last_barrier = last
+        self._connection.send("barrier", facts=facts or {})
+        self._released.acquire()
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Returns a server socket on all interfaces, or on the loopback one if that is the host. Raises: InputError: taken."""
-    local = host in ("localhost", "127.0.0.1", "::1")
+    is_local = host in ("localhost", "127.0.0.1", "::1")
     try:
-        if socket.has_dualstack_ipv6() and not local:
+        if socket.has_dualstack_ipv6() and not is_local:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-        return socket.create_server((host if local else "", port), backlog=1024)
+        return socket.create_server((host if is_local else "", port), backlog=1024)
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"the lead cannot listen at port {port} ({error}): give another port with --coordinator={host}:PORT, where "
-            "PORT and PORT - 1 are free"
+            f"the coordinator cannot listen at port {port} ({error}): give another port with --coordinator={host}:PORT, "
+            "where PORT and PORT - 1 are free"
         ) from error

@@ -1,7 +1,7 @@
-"""Devices as a mesh, and the layout of every array on it.
+"""The device mesh, and the sharding of every parameter, activation and batch on it.
 
-Axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters and optimiser state with it; `context` splits
-the length of a sequence; `tensor` splits heads, hidden units and vocabulary.
+Mesh axes: `data` shards the batch; `fsdp` shards the batch and also parameters and optimizer state; `context` shards the
+length of a sequence; `tensor` shards heads, MLP units and vocabulary.
 """
 
 import dataclasses
@@ -20,12 +20,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seqpe_jax.axes import BATCH, ENCODER_ROWS, HEADS, LENGTH, MLP, POSITIONS, VOCABULARY, WIDTH, use_sharding
 from seqpe_jax.errors import InputError
-from seqpe_jax.trees import names
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical names -> mesh axes, in use and in store: what fsdp splits in store is gathered for use.
+# Logical name -> mesh axes, of activations and of stored parameters: fsdp shards are gathered for use.
 ACTIVATION_RULES = {
     BATCH: BATCH_AXES,
     LENGTH: ("context",),
@@ -38,7 +37,7 @@ ACTIVATION_RULES = {
 }
 PARAM_RULES = ACTIVATION_RULES | {WIDTH: ("fsdp",)}
 
-# The dimensions of every parameter, the last ones first named: a leading axis of layers has no name.
+# Logical names of the last dimensions of each parameter; a leading axis of stacked layers has none.
 PARAM_AXES = {
     "model/token_embedding/embedding": (VOCABULARY, WIDTH),
     "model/output_embedding/embedding": (VOCABULARY, WIDTH),
@@ -70,7 +69,7 @@ PARAM_AXES = {
     "encoding/prefix_vectors": (None, None),
     "encoding/table": (None, WIDTH),  # learned, or an export's
     "encoding/frequencies": (None, None),
-    "encoding/buckets": (None, None),  # what logits gain by distance is small, and whole everywhere
+    "encoding/buckets": (None, None),  # parameters of relative biases are small: replicated
     "encoding/slope": (None,),
     "encoding/scale": (None,),
     "encoding/threshold": (None,),
@@ -79,7 +78,7 @@ PARAM_AXES = {
     "encoding/outward": (None, None),
     "encoding/outward_bias": (None,),
     "encoding/shift": (None, None),
-    "encoding/given": (None, None, None),  # vectors computed elsewhere
+    "encoding/given": (None, None, None),  # precomputed vectors
 }
 
 
@@ -91,10 +90,15 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     slices: int = 0,
 ) -> Mesh:
-    """Returns a mesh of `AXES` over all devices, or those given; data = 0 takes the devices that the others leave.
+    """Returns a mesh of `AXES`.
 
     Args:
-      slices: TPU slices, over which `data` is split first, since the network between them is slower than their own;
+      data: size of the axis; 0 = as many devices as the other axes leave.
+      fsdp: size of the axis.
+      context: size of the axis.
+      tensor: size of the axis.
+      devices: None = all.
+      slices: TPU slices, over which `data` is split first, since the network between slices is slower than inside them;
         0 = as many as the devices belong to.
 
     Raises:
@@ -109,8 +113,8 @@ def make_mesh(
         )
     shape = (count // others, fsdp, context, tensor)
     slices = _check_slices(devices, slices, shape)
-    # Neighbours on the mesh are neighbours in the machine as far as can be: an axis of 8 on a torus of 4 x 4 x 4 takes half
-    # of a side, which `jax.make_mesh` would refuse.
+    # Neighbors on the mesh are neighbors in the network where possible. An axis of 8 on a 4 x 4 x 4 torus splits a physical
+    # axis, which `jax.make_mesh` would refuse.
     if slices == 1:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -122,7 +126,7 @@ def make_mesh(
 
 
 def slice_index(device: jax.Device) -> int:
-    """Returns the index of a device's TPU slice; 0 for other devices, and where there is one slice alone."""
+    """Returns the index of a device's TPU slice; 0 for other devices and for a single slice."""
     return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
 
 
@@ -130,7 +134,7 @@ def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, 
     """Returns the number of slices of a mesh of this shape.
 
     Raises:
-      InputError: it is another one than the devices say, slices of several sizes, or `data` is no multiple of it.
+      InputError: the devices belong to another number of slices, slices differ in size, or `data` is no multiple of it.
     """
     sizes = Counter(map(slice_index, devices))
     if slices not in (0, len(sizes)):
@@ -154,92 +158,92 @@ def _check_slices(devices: Sequence[jax.Device], slices: int, shape: tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSharding:
-    """Where arrays in use lie on a mesh; put in force by `axes.use_sharding`."""
+    """Shardings of activations on a mesh by logical names (`ACTIVATION_RULES`); set by `axes.use_sharding`."""
 
     mesh: Mesh
 
     @property
     def device(self) -> jax.Device:
-        """One of the mesh's devices, which are all of a kind."""
+        """One of the mesh's devices, which are all of one kind."""
         return self.mesh.devices.flat[0]
 
     def shards(self, name: str) -> int:
-        """Returns the number of parts of a dimension of this logical name."""
+        """Returns the number of shards of a dimension of this logical name."""
         return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_RULES[name])
 
     def sharding(self, *names: str | None) -> NamedSharding:
-        """Returns the layout of arrays in use whose first dimensions have these names, and which these divide."""
-        return NamedSharding(
-            self.mesh, PartitionSpec(*(None if name is None else ACTIVATION_RULES[name] for name in names))
-        )
+        """Returns the sharding of arrays whose first dimensions have these names; they must divide evenly."""
+        axes = (None if name is None else ACTIVATION_RULES[name] for name in names)
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def spec(self, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
-        """Returns the layout of an array in use. A dimension that its axes do not divide stays whole."""
-        return PartitionSpec(
-            *(
-                ACTIVATION_RULES[name]
-                if name is not None and size % self.shards(name) == 0 and self.shards(name) > 1
-                else None
-                for size, name in zip(shape, names, strict=True)
-            )
-        )
+        """Returns the PartitionSpec of an array; a dimension that its mesh axes do not divide is replicated."""
+
+        def axes_of(size: int, name: str | None) -> tuple[str, ...] | None:
+            if name is None or self.shards(name) == 1 or size % self.shards(name):
+                return None
+            return ACTIVATION_RULES[name]
+
+        return PartitionSpec(*(axes_of(size, name) for size, name in zip(shape, names, strict=True)))
 
     def with_logical_constraint(self, array: jax.Array, names: Sequence[str | None]) -> jax.Array:
-        """Returns the array, its dimensions split by their names; inside jit."""
+        """Returns an array of a traced function, sharded by the names of its dimensions."""
         if self.mesh.size == 1:
             return array
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(array.shape, names)))
 
     def all_gather_params(self, params: Any, root: str) -> Any:
-        """Returns parameters as they are used, for all uses inside a loop: what fsdp splits in store is gathered.
+        """Returns parameters gathered over fsdp, once for all uses inside a loop.
 
         Args:
-          root: of the parameters' names, "model" or "encoding".
+          params: tree of arrays.
+          root: of their names, "model" or "encoding".
         """
 
-        def of(path: Any, leaf: jax.Array) -> jax.Array:
-            return self.with_logical_constraint(leaf, _dimensions("/".join([root, *names(path)]), leaf.ndim))
+        def gather(path: Any, leaf: jax.Array) -> jax.Array:
+            return self.with_logical_constraint(leaf, _param_axes(f"{root}/{_path_name(path)}", leaf.ndim))
 
-        return jax.tree_util.tree_map_with_path(of, params)
+        return jax.tree_util.tree_map_with_path(gather, params)
 
     def shard_map(
         self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
     ) -> jax.Array:
-        """Returns `axes.shard_map`: no mesh axis is left to the compiler inside, so that kernels can be called."""
+        """Returns `axes.shard_map`; all mesh axes are manual inside, so that Pallas kernels can be called."""
         if self.mesh.size == 1:
             return function(*arguments)
         length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] else 0
-        missing = -length % self.shards(LENGTH)
+        padding = -length % self.shards(LENGTH)
 
-        def padded(array: jax.Array | None, names: Sequence[str | None]) -> jax.Array | None:
-            if array is None or LENGTH not in names or not missing:
+        def pad(array: jax.Array | None, names: Sequence[str | None]) -> jax.Array | None:
+            if array is None or LENGTH not in names or not padding:
                 return array
-            return jnp.pad(array, [(0, missing if name == LENGTH else 0) for name in names])
+            return jnp.pad(array, [(0, padding if name == LENGTH else 0) for name in names])
 
-        def inside(*arguments: Any) -> jax.Array:
+        def without_constraints(*arguments: Any) -> jax.Array:
             with use_sharding(None):
                 return function(*arguments)
 
-        arguments = [padded(array, own) for array, own in zip(arguments, names, strict=True)]
+        arguments = [pad(array, own) for array, own in zip(arguments, names, strict=True)]
         specs = [None if a is None else self.spec(a.shape, own) for a, own in zip(arguments, names, strict=True)]
-        found = jax.shard_map(inside, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
-            *arguments
+        mapped = jax.shard_map(
+            without_constraints, mesh=self.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
         )
-        return found[:, :length] if missing else found
+        result = mapped(*arguments)
+        return result[:, :length] if padding else result
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of a batch [B, ...]."""
+    """Returns the sharding of a batch [B, ...]."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of an array that every device holds whole."""
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of parts of a batch."""
+    """Returns the number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -253,13 +257,13 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
         )
 
 
-@functools.lru_cache(maxsize=8)  # asked for each batch
+@functools.lru_cache(maxsize=8)  # called for each batch
 def shards_by_process(mesh: Mesh) -> dict[int, list[int]]:
-    """Returns the parts of a batch that the devices of each process hold: process index -> indices of parts, rising.
+    """Returns the indices of the batch shards on each process's devices, rising, by process index.
 
-    A batch has `batch_shards(mesh)` equal parts of consecutive rows. The parts of one process need not be neighbours: the
-    mesh follows the network between the devices, and on a TPU slice a process has a block of 2 x 2 chips. Processes that
-    share the devices of a part, as where `tensor` spans them, each hold that part.
+    A batch has `batch_shards(mesh)` equal shards of consecutive rows. Those of one process need not be consecutive: the mesh
+    follows the network, and on a TPU slice a process has a block of 2 x 2 chips. Processes among which `tensor` or `context`
+    is split have the same shards.
     """
     count = batch_shards(mesh)
     held: dict[int, set[int]] = {}
@@ -269,9 +273,10 @@ def shards_by_process(mesh: Mesh) -> dict[int, list[int]]:
 
 
 def rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
-    """Returns the rows of a batch that each process reads, those of its parts in turn: process index -> indices of rows.
+    """Returns the indices of the rows of a batch that each process reads, by process index, shard after shard.
 
     Args:
+      mesh: of the run.
       batch_size: a multiple of `batch_shards(mesh)` (`check_batch`).
     """
     size = batch_size // batch_shards(mesh)
@@ -282,10 +287,13 @@ def rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
 
 
 class UnshardedDim(NamedTuple):
-    """A dimension that its mesh axes do not divide, so that every device holds all of it.
+    """A parameter's dimension that is replicated because its mesh axes do not divide it.
 
     Attributes:
-      parameter: its path; size: of the dimension; over: the mesh axes, with their sizes; bytes: more on each device.
+      parameter: its path.
+      size: of the dimension.
+      over: the mesh axes, with their sizes.
+      bytes: of additional memory on each device.
     """
 
     parameter: str
@@ -294,56 +302,66 @@ class UnshardedDim(NamedTuple):
     bytes: int
 
 
-def describe_unsharded(whole: Sequence[UnshardedDim], shown: int = 5) -> str:
-    """Returns the dimensions that could not be split, and what that costs, in a line."""
-    names = ", ".join(f"{one.parameter} ({one.size} over {one.over})" for one in whole[:shown])
-    more = f" and {len(whole) - shown} more" if len(whole) > shown else ""
-    extra = sum(one.bytes for one in whole) / 2**20
-    return f"on every device whole, which its axes do not divide, at {extra:,.1f} MiB more: {names}{more}"
+def describe_unsharded(dims: Sequence[UnshardedDim], shown: int = 5) -> str:
+    """Returns a line on the dimensions that are replicated, and what that costs."""
+    names = ", ".join(f"{dim.parameter} ({dim.size} over {dim.over})" for dim in dims[:shown])
+    more = f" and {len(dims) - shown} more" if len(dims) > shown else ""
+    extra = sum(dim.bytes for dim in dims) / 2**20
+    return f"replicated, since the mesh axes do not divide them, at {extra:,.1f} MiB more: {names}{more}"
 
 
 def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[UnshardedDim]]:
-    """Returns the shapes of a train state with the layout of each leaf, and the dimensions that could not be split.
+    """Returns the shapes of a train state with their shardings, and the dimensions that could not be sharded.
+
+    Args:
+      mesh: of the run.
+      state: tree of ShapeDtypeStructs, with parameters below "model" and "encoding".
 
     Raises:
-      ValueError: a parameter that no rule of `PARAM_AXES` names; a new one needs a line there.
+      ValueError: a parameter matches no pattern of `PARAM_AXES`; a new one needs a line there.
     """
-    whole: list[UnshardedDim] = []
+    unsharded: list[UnshardedDim] = []
 
     def spec_of(path: Any, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
-        keys = names(path)
-        starts = [at for at, key in enumerate(keys) if key in ("model", "encoding")]
-        if not leaf.ndim or not starts:  # counts, the run's key
+        keys = _path_name(path).split("/")
+        roots = [index for index, key in enumerate(keys) if key in ("model", "encoding")]
+        if not leaf.ndim or not roots:  # counters, the random key
             return PartitionSpec()
-        name = "/".join(keys[starts[-1] :])
+        name = "/".join(keys[roots[-1] :])
         spec: list[Any] = [None] * leaf.ndim
-        for dimension, logical in enumerate(_dimensions(name, leaf.ndim)):
-            over = [axis for axis in PARAM_RULES.get(logical, ()) if mesh.shape[axis] > 1]
-            parts = math.prod(mesh.shape[axis] for axis in over)
-            if over and leaf.shape[dimension] % parts == 0:
-                spec[dimension] = tuple(over)
-            elif over and keys[0] == "params":
-                held = leaf.size * leaf.dtype.itemsize
-                words = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in over)
-                whole.append(UnshardedDim(name, leaf.shape[dimension], words, held - held // parts))
+        for dimension, logical in enumerate(_param_axes(name, leaf.ndim)):
+            axes = [axis for axis in PARAM_RULES.get(logical, ()) if mesh.shape[axis] > 1]
+            shards = math.prod(mesh.shape[axis] for axis in axes)
+            if axes and leaf.shape[dimension] % shards == 0:
+                spec[dimension] = tuple(axes)
+            elif axes and keys[0] == "params":
+                size = leaf.size * leaf.dtype.itemsize
+                over = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                unsharded.append(UnshardedDim(name, leaf.shape[dimension], over, size - size // shards))
         return PartitionSpec(*spec)
 
-    def of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def with_sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
 
-    return jax.tree_util.tree_map_with_path(of, state), whole
+    return jax.tree_util.tree_map_with_path(with_sharding, state), unsharded
 
 
-def _dimensions(name: str, count: int) -> tuple[str | None, ...]:
-    """The logical names of a parameter's dimensions. Raises: ValueError, as of `with_shardings`."""
+def _path_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _param_axes(name: str, count: int) -> tuple[str | None, ...]:
+    """The logical names of a parameter's `count` dimensions. Raises: ValueError: no pattern matches."""
     names = next((names for pattern, names in PARAM_AXES.items() if fnmatch.fnmatchcase(name, pattern)), None)
     if names is None:
-        raise ValueError(f"no rule of distributed.sharding.PARAM_AXES says how parameter {name} is laid out: add one")
+        raise ValueError(
+            f"no rule of distributed.sharding.PARAM_AXES gives the dimensions of parameter {name}: add one"
+        )
     return ((None,) * count + names)[-count:]
 
 
 def from_local_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns global arrays of a batch, of which this process has the rows of its parts (`shards_by_process`) alone."""
+    """Returns the global arrays of a batch from this process's rows (`rows_by_process`)."""
     sharding, count = batch_sharding(mesh), batch_shards(mesh)
     parts = shards_by_process(mesh)[jax.process_index()]
 
@@ -361,7 +379,7 @@ def from_local_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.A
 
 
 def from_full_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns global arrays of a batch that every host holds whole."""
+    """Returns the global arrays of a batch of which every process has all rows."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()

@@ -171,7 +171,7 @@ class DecodeFunctions(NamedTuple):
 
 
 @functools.lru_cache
-def decode_functions(model: nn.Module, static: SamplingStatic, sharding: axes.ShardingRules) -> DecodeFunctions:
+def decode_functions(model: nn.Module, static: SamplingStatic, sharding: Any) -> DecodeFunctions:
     """Returns the compiled functions of a model under sharding rules; arrays that the host reads are replicated."""
     by_batch, replicated = sharding.sharding(axes.BATCH), sharding.sharding()
     out_shardings = DecodeState(

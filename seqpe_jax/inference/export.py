@@ -27,7 +27,7 @@ from seqpe_jax.reporting import study, tables
 from seqpe_jax.run_dir import EXPORT_SECTION, RunDir
 from seqpe_jax.tasks import Task
 from seqpe_jax.tasks.base import ExportSignature
-from seqpe_jax.trees import Tree, count, flat, nested
+from seqpe_jax.trees import Tree, flatten_dict, num_params, unflatten_dict
 
 PARAMS_FILE = "params.safetensors"
 STABLEHLO_FILE = "model.stablehlo"
@@ -144,17 +144,17 @@ def export_stablehlo(
       signature: shape and limits of the input.
       platforms: some of `PLATFORMS`.
     """
-    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat(params).items()}
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten_dict(params).items()}
     limits = [f"{letter} <= {limit}" for letter, limit in signature.limits.items()]
     shape = jax.export.symbolic_shape(", ".join(signature.shape), constraints=limits)
-    jitted = jax.jit(lambda leaves, inputs: function(_with_empty_dicts(params, nested(leaves)), inputs))
+    jitted = jax.jit(lambda leaves, inputs: function(_with_empty_dicts(params, unflatten_dict(leaves)), inputs))
     exported = jax.export.export(jitted, platforms=platforms)(leaves, jax.ShapeDtypeStruct(shape, signature.dtype))
     return bytes(exported.serialize())
 
 
 def write_params(folder: pathlib.Path, params: Tree) -> None:
     """Writes parameters into the folder of an export."""
-    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flat(params).items()}
+    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(params).items()}
     safetensors.numpy.save_file(leaves, folder / PARAMS_FILE)
     apply_umask(folder / PARAMS_FILE)  # safetensors makes it readable for its owner alone
 
@@ -174,12 +174,12 @@ def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
         leaves = safetensors.numpy.load(path.read_bytes()) if is_remote(path) else safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}): export the run again") from error
-    wanted = flat(expected)
+    wanted = flatten_dict(expected)
     for name in sorted(wanted.keys() | leaves.keys()):
         found, right = (_dtype_and_shape(tree.get(name)) for tree in (leaves, wanted))
         if found != right:
             raise InputError(f"{path}: {name} is {found}, but config.json asks for {right}: export the run again")
-    return _with_empty_dicts(expected, nested(leaves))
+    return _with_empty_dicts(expected, unflatten_dict(leaves))
 
 
 def _with_empty_dicts(like: Tree, tree: Tree) -> Tree:
@@ -236,7 +236,7 @@ def card_facts(model: Any, params: Params, eval_size: Shape, platforms: tuple[st
         encoding += ", stretched past its table"
     elif settings.encoding.resize == "interpolate":
         encoding += ", past training between its positions"
-    trained, stored = count(model.model_spec.shapes), count(params)
+    trained, stored = num_params(model.model_spec.shapes), num_params(params)
     replaced = f" trained, {stored:,} here: a table of vectors for the encoder" if stored != trained else ""
     return {
         "task": model.task.kind,

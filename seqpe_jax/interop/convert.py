@@ -9,7 +9,7 @@ from seqpe_jax.errors import InputError
 from seqpe_jax.files import require_empty
 from seqpe_jax.interop import torch_model, torch_reference, weights
 from seqpe_jax.interop.run_writer import write_run
-from seqpe_jax.trees import count
+from seqpe_jax.trees import num_params
 
 
 def convert_to_run(source: str, output: str, tokenizer: str = "") -> dict[str, Any]:
@@ -44,7 +44,7 @@ def convert_to_run(source: str, output: str, tokenizer: str = "") -> dict[str, A
         "source": str(source),
         "files": [str(file) for file in checkpoint.files],
         "encoding": config.encoding.kind,
-        "parameters": count(model.params),
+        "parameters": num_params(model.params),
         "mapped": {rule.ours: list(rule.theirs) for rule in weights.rules(config)},
         "left_out": checkpoint.left_out,
         "text": not config.is_image,

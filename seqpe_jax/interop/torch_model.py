@@ -18,7 +18,6 @@ from seqpe_jax.interop import torch_config, torch_reference, weights
 from seqpe_jax.interop.torch_reference import fixed_table, num_channels
 from seqpe_jax.model import Model
 from seqpe_jax.models.build import DataSpec, ModelSpec
-from seqpe_jax.trees import names
 
 
 class PrecomputedVectors(nn.Module):
@@ -152,7 +151,7 @@ def check_params(params: Any, shapes: Any) -> Any:
     """
 
     def check(path: Any, leaf: np.ndarray, wanted: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = "/".join(names(path))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if leaf.shape != wanted.shape:
             raise InputError(f"parameter {name} has shape {leaf.shape}, but the config asks for {wanted.shape}")
         if not np.isfinite(leaf.astype(np.float32)).all():

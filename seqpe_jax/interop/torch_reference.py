@@ -28,7 +28,7 @@ from seqpe_jax.files import apply_umask, as_path, atomic_dir, require_empty
 from seqpe_jax.interop import hf, pickles, torch_config, weights
 from seqpe_jax.interop.torch_config import ReferenceSpec
 from seqpe_jax.models.build import ModelSpec
-from seqpe_jax.trees import count
+from seqpe_jax.trees import num_params
 
 TEXT_ENCODER_FILE = "model_1.safetensors"
 IMAGE_ENCODER_FILE = "pe_model.safetensors"
@@ -381,7 +381,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
         "step": model.step,
         "files": names,
         "encoding": kind,
-        "parameters": count(model.params),
+        "parameters": num_params(model.params),
         "mapped": {rule.ours: list(rule.theirs) for rule in rules},
     }
 

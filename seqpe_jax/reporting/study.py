@@ -24,7 +24,7 @@ from seqpe_jax.reporting.load_run import (
     size_of,
 )
 from seqpe_jax.run_dir import CONFIG_FILE, LOG_FILE, RunDir
-from seqpe_jax.trees import flat, nested
+from seqpe_jax.trees import flatten_dict, unflatten_dict
 
 SWEEP_FILE = "sweep.json"
 FAILED = "== failed: "  # start of the last line of a failed run's log
@@ -298,11 +298,11 @@ def _with_rows(runs: list[Run], named: bool) -> list[Run]:
       named: whether a sweep names the runs. Then a variant with one run has that run's name, and one whose runs are
         NAME-SEED has that NAME.
     """
-    defaults = flat(to_dict(Config()), ".")  # for fields that are newer than a run
+    defaults = flatten_dict(to_dict(Config()), ".")  # for fields that are newer than a run
     settings = [
         {
             name: value
-            for name, value in (defaults | flat(run.config, ".")).items()
+            for name, value in (defaults | flatten_dict(run.config, ".")).items()
             if not {name, name.partition(".")[0]} & set(PER_RUN_FIELDS)
         }
         for run in runs
@@ -375,7 +375,7 @@ def _deciding_trials(trials: dict[str, dict[str, Any]], path: AnyPath) -> set[st
 
 def _not_started(folder: AnyPath, trial: dict[str, Any]) -> Run:
     open_fields = trial.get("best", {}).keys() - trial.get("decided", {}).keys()
-    config = nested(flat(trial["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
+    config = unflatten_dict(flatten_dict(trial["settings"], ".") | dict.fromkeys(open_fields, UNDECIDED), ".")
     return Run(folder.name, config, [], {}, None, None, _failure(folder), started=False)
 
 

@@ -14,7 +14,7 @@ from seqpe_jax.data.registry import COUNT_NAMES
 from seqpe_jax.metric_registry import LOSS, METRICS, Metric
 from seqpe_jax.reporting.study import UNSET, Run, Study, format_value
 from seqpe_jax.reporting.t_tests import interval
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flatten_dict
 
 MISSING = "-"
 MIB = 2**20
@@ -430,7 +430,7 @@ def _seeds_note(values: Mapping[Any, Sequence[float]]) -> str:
 
 def _field_values(study: Study) -> dict[str, dict[str, list[str]]]:
     """Returns field -> value -> names of the runs that have it."""
-    configs = {run.name: flat(run.config, ".") for run in study.runs}
+    configs = {run.name: flatten_dict(run.config, ".") for run in study.runs}
     fields: dict[str, dict[str, list[str]]] = {}
     for name in dict.fromkeys(name for config in configs.values() for name in config):
         for run, config in configs.items():

@@ -16,7 +16,7 @@ from seqpe_jax.files import as_path, atomic_dir, atomic_write, parse_json
 from seqpe_jax.run_dir import EVALUATION_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.run import RESTORED_FILE, SweepRun, map_runs
 from seqpe_jax.sweeps.trial_graph import TrialGraph
-from seqpe_jax.trees import flat, nested
+from seqpe_jax.trees import flatten_dict, unflatten_dict
 
 PARTS = {"settings": dict, "metrics": list, "evaluation": dict}  # of each run
 
@@ -87,7 +87,7 @@ class ResultsCache:
             atomic_write(self._path, f'{{\n "shared": {json.dumps(self._shared)},\n "runs": {{\n{lines}\n }}\n}}\n')
 
     def _entry(self, run: SweepRun) -> dict[str, Any]:
-        settings = json.loads(json.dumps(flat(config.to_dict(run.trial.settings), ".")))  # tuples become lists
+        settings = json.loads(json.dumps(flatten_dict(config.to_dict(run.trial.settings), ".")))  # tuples become lists
         self._shared = self._shared or settings
         differing = {name: value for name, value in settings.items() if self._shared.get(name) != value}
         lines = RunDir(run.folder).read_metrics()
@@ -109,7 +109,7 @@ class ResultsCache:
             return False
         where = f"--results={self._path}: run '{run.name}'"
         try:
-            settings = config.to_dict(config.from_dict(nested(self._shared | entry["settings"], ".")))
+            settings = config.to_dict(config.from_dict(unflatten_dict(self._shared | entry["settings"], ".")))
         except InputError as error:
             raise InputError(f"{where} is none of this version: {error}") from error
         if lines := config.difference(settings, config.to_dict(run.trial.settings)):

@@ -13,7 +13,7 @@ from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_confi
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.tasks import task_class
-from seqpe_jax.trees import flat, nested
+from seqpe_jax.trees import flatten_dict, unflatten_dict
 
 Overrides = dict[str, Any]
 CONFIG_KEYS = ("config", "variant")  # keys of overrides that are not config fields
@@ -314,11 +314,11 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], closed: Mapp
             raise InputError(f"run '{name}': {field}: {error}") from error
         possible[field] = [value_of(closed[run].settings, field) for run in one.runs]
     trial = make_trial(name, base, fixed | {field: values[0] for field, values in possible.items()})
-    leaves = flat(config.to_dict(trial.settings), ".")
+    leaves = flatten_dict(config.to_dict(trial.settings), ".")
     for field, values in possible.items():
         for value in values:
             try:
-                config.from_dict(nested(leaves | {field: value}, "."))
+                config.from_dict(unflatten_dict(leaves | {field: value}, "."))
             except InputError as error:
                 raise InputError(f"run '{name}', where {field} can become {value}: {error}") from error
     own = {field: value for field, value in trial.overrides.items() if field not in best}
@@ -327,7 +327,7 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], closed: Mapp
 
 def value_of(settings: Config, field: str) -> Any:
     """Returns the value of a dotted field."""
-    return flat(config.to_dict(settings), ".")[field]
+    return flatten_dict(config.to_dict(settings), ".")[field]
 
 
 def _check_best(best: BestOf, closed: Mapping[str, Trial]) -> None:

@@ -19,7 +19,7 @@ from seqpe_jax.models.build import ModelSpec, Shape
 from seqpe_jax.run_dir import EVALUATION_FILE, RunDir, changed_fingerprints, describe_fingerprint
 from seqpe_jax.tasks.base import Evaluator, check_eval_size, evaluate_at
 from seqpe_jax.tasks.metrics import METRICS, write_answers
-from seqpe_jax.trees import count
+from seqpe_jax.trees import num_params
 
 Arrays = dict[str, dict[str, np.ndarray] | None]
 
@@ -119,7 +119,7 @@ def _report(model: Any, split: str, results: list[dict[str, Any]]) -> dict[str, 
         "encoding": settings.encoding.name,
         f"training_{task.size_name}": training_size,
         "split": split,
-        "parameters": count(model_spec.shapes),
+        "parameters": num_params(model_spec.shapes),
         "training_flops": flops / task.count_per_step,
         "results": results,
         **({"without_context": baseline} if baseline is not None else {}),

@@ -20,7 +20,6 @@ from seqpe_jax.checksums import DIGESTS_FILE, write_checksums
 from seqpe_jax.errors import Failure, InputError, check_utf8_name
 from seqpe_jax.files import AnyPath, free_space, is_remote, remove_dir
 from seqpe_jax.run_dir import CHECKPOINTS_DIR, COMMIT_MARKER, RunDir, best_of, metric_in
-from seqpe_jax.trees import named
 
 ARRAY_METADATA_BYTES = 4096  # at most
 STATE_METADATA_BYTES = 65536  # at most
@@ -294,17 +293,21 @@ class Checkpointer:
 
 def check_finite(checkpoint: AnyPath, params: Any) -> None:
     """Refuses parameters that are not finite, as older versions saved them. Raises: InputError: names one."""
-    for name, leaf in named(params).items():
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         for part in leaf.addressable_shards:
             if part.replica_id == 0 and not np.isfinite(np.asarray(part.data)).all():
                 raise InputError(
-                    f"checkpoint {checkpoint} is of no use: its {name} is infinite or not a number; move that folder away "
+                    f"checkpoint {checkpoint} is of no use: its {_path_name(path)} is infinite or not a number; move that folder away "
                     "to fall back on an older one"
                 )
 
 
+def _path_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
+    return {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 # Parameters with a row, or column, for each token or class: (their dimension, the field that sets it, what it counts).

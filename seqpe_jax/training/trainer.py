@@ -24,7 +24,7 @@ from seqpe_jax.training import optimizer as optimizers
 from seqpe_jax.training import warm_start
 from seqpe_jax.training.resume import with_random_bits
 from seqpe_jax.training.step import TrainState, TrainStep, create_train_state, key_from_seed, make_train_step
-from seqpe_jax.trees import count
+from seqpe_jax.trees import num_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Trainer:
         config = self.config
         lines = [
             f"seqpe_jax: {processes.describe()}",
-            f"{config.encoding.name} on {config.data.name}: {count(self.abstract_state.params):,} parameters, "
+            f"{config.encoding.name} on {config.data.name}: {num_params(self.abstract_state.params):,} parameters, "
             f"{self.task.describe()}",
             processes.describe_batch(config.batch_size, layout.batch_shards(self.mesh)),
         ]

@@ -77,12 +77,12 @@ def test_options_that_contradict_each_other(given, words):
         processes.initialize({}, **given)
 
 
-def test_slurm_tells_who_leads(monkeypatch):
+def test_slurm_names_the_coordinator(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Called) as called:
         processes.initialize({})
-    # Of this job's nodes the first leads; JAX's port for job 7 is the seventh of its range, the roll call below it.
+    # Of this job's nodes the first coordinates; JAX's port for job 7 is the seventh of its range, the roll call below it.
     assert called.value.args == (("node003", 61440 + 7 - 1), 5)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
@@ -103,7 +103,7 @@ def test_a_cluster_that_cannot_be_read(monkeypatch):
 
 
 def test_numbers_and_differences_in_words():
-    assert roll_call.ranges([7, 1, 3, 4, 5]) == "1, 3-5, 7"
+    assert roll_call.format_ranges([7, 1, 3, 4, 5]) == "1, 3-5, 7"
     facts = {0: {"steps": "6", "seed": "0"}, 1: {"steps": "6", "seed": "0"}, 2: {"steps": "7", "seed": "0", "new": "x"}}
     assert roll_call.differences(facts) == [
         "new: absent (process 0-1), x (process 2)",
@@ -118,7 +118,7 @@ class Left(BaseException):
 
 @pytest.fixture
 def gather(monkeypatch):
-    """Returns a function that runs a lead and members as threads: -> (the lead's error or None, who left or stayed)."""
+    """Returns a function that runs a coordinator and workers as threads: -> (the coordinator's error or None, exit codes)."""
     monkeypatch.undo()
     port = 20000 + (hash(time.monotonic_ns()) % 10000)
     left = {}
@@ -128,8 +128,8 @@ def gather(monkeypatch):
         raise Left
 
     monkeypatch.setattr(roll_call, "exit_process", leave)
-    monkeypatch.setattr(roll_call, "LEAVE_SECONDS", 1.0)
-    monkeypatch.setattr(roll_call, "ODD_SECONDS", 1.0)
+    monkeypatch.setattr(roll_call, "EXIT_SECONDS", 1.0)
+    monkeypatch.setattr(roll_call, "MISMATCH_SECONDS", 1.0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
     def call(count, members, seconds=1.0, own=None, data=None):
@@ -143,18 +143,18 @@ def gather(monkeypatch):
             threading.Thread(target=member, args=(process, facts), name=f"{process}.{place}", daemon=True)
             for place, (process, facts) in enumerate(members)
         ]
-        lead = roll_call.Coordinator(("localhost", port), count)
+        coordinator = roll_call.Coordinator(("localhost", port), count)
         for thread in threads:
             thread.start()
         try:
-            lead.gather(own or {"steps": "6"}, seconds)
+            coordinator.gather(own or {"steps": "6"}, seconds)
             if data:
-                lead.barrier(facts=data[0])
+                coordinator.barrier(facts=data[0])
             error = None
         except (InputError, Failure) as found:
             error = found
             with pytest.raises(Left):
-                lead.abort(2, "")
+                coordinator.abort(2, "")
         for thread in threads:
             thread.join(3 if error and data else 30)  # where a process would end, a thread that waits stays
         return error, left
@@ -201,18 +201,20 @@ def test_those_that_differ_are_named_and_all_end(gather, members, words):
     assert [left[f"{process}.{place}"] for place, (process, _) in enumerate(members)] == [2, 2]
 
 
-def test_a_lead_that_does_not_come(monkeypatch):
+def test_a_coordinator_that_does_not_come(monkeypatch):
     monkeypatch.undo()
     with socket.create_server(("localhost", 0)) as taken:
         free = taken.getsockname()[1]
-    with pytest.raises(Failure, match=f"process 1 waited 0.5 s .* the lead, which did not come to localhost:{free}"):
+    with pytest.raises(
+        Failure, match=f"process 1 waited 0.5 s .* the coordinator, which did not come to localhost:{free}"
+    ):
         roll_call.Worker(("localhost", free), 1, {}, 0.5)
 
 
 def test_a_taken_port():
     with (
         socket.create_server(("localhost", 0)) as taken,
-        pytest.raises(InputError, match="the lead cannot listen at port"),
+        pytest.raises(InputError, match="the coordinator cannot listen at port"),
     ):
         roll_call.listen("localhost", taken.getsockname()[1])
 

@@ -14,7 +14,7 @@ from seqpe_jax.models.attention import attend, forget_gate_features
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.models.transformer import GATES
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flatten_dict
 from tests.tiny import every_part, random_params, tiny_config
 
 LAYERS, HEADS, WIDTH = 2, 4, 8  # of a head
@@ -296,7 +296,7 @@ def test_gates_begin_as_open_as_they_are_told(kind, fade, scan):
     gates = {"encoding__gate": fade, "encoding__gate_bias_init": 3.0}
     settings = tiny_config(variant=kind, **gates, model__layers=2, model__scan=scan)
     params = jax.jit(ModelSpec.of(settings, DataSpec(vocabulary=256)).init)(KEY)
-    biases = [leaf for name, leaf in flat(params["model"], "/").items() if name.endswith("fading/bias")]
+    biases = [leaf for name, leaf in flatten_dict(params["model"], "/").items() if name.endswith("fading/bias")]
     assert sum(bias.size for bias in biases) == settings.model.layers * settings.model.heads
     for bias in biases:
         np.testing.assert_allclose(np.exp(GATES[fade](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)

@@ -15,7 +15,7 @@ from seqpe_jax import config
 from seqpe_jax.config import ENCODINGS, kinds_for
 from seqpe_jax.errors import InputError
 from seqpe_jax.training.trainer import Trainer
-from seqpe_jax.trees import flat
+from seqpe_jax.trees import flatten_dict
 from tests.tiny import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -290,7 +290,7 @@ SCRIPTS = {
 def test_the_papers_pages_are_the_authors_scripts(page):
     path, _, variant = page.partition(":")
     settings = config.load(f"{ROOT}/configs/{path}.py{':' * bool(variant)}{variant}")
-    values = flat(config.to_dict(settings), ".")
+    values = flatten_dict(config.to_dict(settings), ".")
     assert {name: values[name] for name in SCRIPTS[page]} == SCRIPTS[page]
     assert settings.eval.every % settings.checkpoint.every == 0 < settings.eval.every
     part = settings.batch_size // settings.optimizer.accumulate

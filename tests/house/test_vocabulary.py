@@ -66,7 +66,7 @@ NAMES = {
     "await_loss": "what it waits for",
     "keep_memory": "configure_malloc",
     "give_back_memory": "malloc_trim",
-    "enable_compilation_cache": "enable_compilation_cache",
+    "keep_compiled_programs": "enable_compilation_cache",
     "in_store": "is_remote",
     "StorePath": "epath.Path",
     "Place": "epath.Path",

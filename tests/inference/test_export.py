@@ -42,7 +42,7 @@ def served(run, params, max_grid, platforms=serving.PLATFORMS):
     program = serving.export_stablehlo(
         run.model_spec.with_precomputed_table(max_grid).logits, stored, run.task.export_signature(max_grid), platforms
     )
-    return jax.export.deserialize(bytearray(program)), trees.flat(stored)
+    return jax.export.deserialize(bytearray(program)), trees.flatten_dict(stored)
 
 
 def own_logits(run, params, inputs):
@@ -181,9 +181,9 @@ def test_positions_past_the_table_show():
 
 def test_names_are_flat_and_back():
     tree = {"model": {"blocks_0": {"qkv": {"kernel": 1}}, "norm": 2}, "encoding": {"table": 3}}
-    leaves = trees.flat(tree)
+    leaves = trees.flatten_dict(tree)
     assert leaves == {"model/blocks_0/qkv/kernel": 1, "model/norm": 2, "encoding/table": 3}
-    assert trees.nested(leaves) == tree
+    assert trees.unflatten_dict(leaves) == tree
 
 
 def test_parameters_are_read_back_or_refused(tmp_path):

@@ -123,7 +123,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
     results = finish(commands, begin(two, 2, 4, **fields))
     assert [result.code for result in results] == [0, 0], results
     assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
-    assert "workdir" not in results[1].out and "step 4/4" not in results[1].err, "the lead alone speaks"
+    assert "workdir" not in results[1].out and "step 4/4" not in results[1].err, "only the main process prints"
     assert "step 4/4" in results[0].err
 
     [alone] = finish(commands, begin(one, 1, 8, **fields))
@@ -150,7 +150,7 @@ def test_a_killed_process_ends_the_others_and_a_stop_of_one_stops_all(commands, 
     assert f"resuming at step {killed_at}" in results[0].out
     # JAX's own service may end the second process in the same instant, by an abort; its last word is there anyhow.
     assert results[0].code == -signal.SIGKILL and results[1].code in (1, -signal.SIGABRT) and seconds < 60
-    assert [line[:40] for line in said(results[1])] == ["process 1: process 0, the lead (at local"]
+    assert [line[:41] for line in said(results[1])] == ["process 1: process 0, the coordinator (at"]
 
     results, _ = interrupt(commands, begin(workdir, 2, 1, **CHEAP), workdir, 1, signal.SIGTERM)
     stopped_at = newest(workdir)
@@ -203,7 +203,7 @@ def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
     assert [line["step"] for line in lines(workdir) if "eval/loss@16" in line] == list(range(8, 65, 8))
 
 
-def test_processes_that_do_not_fit_end_with_one_line_of_the_lead(commands, begin, tmp_path):
+def test_processes_that_do_not_fit_end_with_one_line(commands, begin, tmp_path):
     results = finish(commands, begin(tmp_path / "a", 2, 1, each={1: {"optimizer__clip": 0.5}}, **CHEAP))
     assert [result.code for result in results] == [2, 2] and said(results[1]) == []
     [line] = said(results[0])
@@ -238,5 +238,5 @@ def test_processes_that_do_not_fit_end_with_one_line_of_the_lead(commands, begin
     assert line.startswith("error: the processes of this run differ in train split of text_files: 3,077 tokens (finger")
     assert f"(process 0 on {socket.gethostname()}), 3,077 tokens (fingerprint" in line and not (tmp_path / "e").exists()
 
-    [lead] = finish(commands, begin(tmp_path / "d", 2, 1, present=[0], timeout=1, **CHEAP))
-    assert lead.code == 1 and lead.err.startswith("process 1 of 2 did not come within 1 s (came: 0 on "), lead.err
+    [main] = finish(commands, begin(tmp_path / "d", 2, 1, present=[0], timeout=1, **CHEAP))
+    assert main.code == 1 and main.err.startswith("process 1 of 2 did not come within 1 s (came: 0 on "), main.err
