@@ -6,7 +6,12 @@ import pathlib
 
 import pytest
 
-from tests.commands import train_arguments
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.loading import open_model
+from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.training.loop import train_and_evaluate
+from tests.commands import CONFIG, train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -85,18 +90,20 @@ def test_at_most_so_many_questions_and_tokens_of_an_answer(commands, trained):
     assert result.code == 2 and "eval.new_tokens" in result.err and "Traceback" not in result.err
 
 
-def test_limits_of_questions_are_refused_for_text_and_those_of_text_for_questions(commands, trained, tmp_path):
+def test_limits_of_questions_are_refused_for_text_and_those_of_text_for_questions(trained, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a line of text\n" * 50)
-    for limit in ("--examples=5", "--new-tokens=5"):
-        ask = ("evaluate", f"--checkpoint={trained}", "--data=text_files", f"--paths={text}", "--lengths=24", limit)
-        result = commands(*ask)
-        words = f"{limit.split('=')[0]} is for questions, and text_files has none: leave it out"
-        assert result.code == 2 and words in result.err and "Traceback" not in result.err
-    for limit in ("--contexts=8,16", "--stride=5", "--targets=9"):
-        result = commands("evaluate", f"--checkpoint={trained}", limit)
-        words = f"{limit.split('=')[0]} is for text, and qa_jsonl has questions: leave it out, and use --lengths"
-        assert result.code == 2 and words in result.err and "Traceback" not in result.err
+    model = open_model(trained)
+    on_text = {"data": "text_files", "paths": (str(text),), "lengths": ((24,),)}
+    for options, words in (
+        (on_text | {"examples": 5}, "--examples is for questions, and text_files has none"),
+        (on_text | {"new_tokens": 5}, "--new-tokens is for questions, and text_files has none"),
+        ({"contexts": (8, 16)}, "--contexts is for text, and qa_jsonl has questions"),
+        ({"stride": 5}, "--stride is for text, and qa_jsonl has questions"),
+        ({"targets": 9}, "--targets is for text, and qa_jsonl has questions"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate(model, EvalRequest(**options))
 
 
 def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp_path):
@@ -113,24 +120,19 @@ def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp
     assert outputs[0] == outputs[1] and "contains" in outputs[0]
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        ({"data__name": "squad_long", "data__paths": "()"}, ["data.paths", "SQuAD"]),
-        ({"data__name": "qa_jsonl", "data__length": 10}, ["no question", "10 tokens", "smallest workable length is"]),
-        ({"data__question_weight": 1.0}, ["question_weight", "text"]),
-    ],
-)
-def test_bad_input(commands, asked, tmp_path, fields, words):
-    fields = PLAIN | {"eval__lengths": ()} | fields
-    result = commands("train", *train_arguments(tmp_path / "run", asked, **fields))
-    assert result.code == 2 and len(result.err.strip().splitlines()) == 1, result.err
-    for word in words:
-        assert word in result.err, result.err
-
-
-def test_a_malformed_line_is_named(commands, tmp_path):
-    (tmp_path / "asked.jsonl").write_text('{"index": 0, "input": "a", "outputs": ["b"]}\n{"index": 1, "input": "a"\n')
-    fields = PLAIN | {"data__name": "qa_jsonl", "eval__lengths": ()}
-    result = commands("train", *train_arguments(tmp_path / "run", tmp_path / "asked.jsonl", **fields))
-    assert result.code == 2 and "line 2" in result.err and len(result.err.strip().splitlines()) == 1, result.err
+def test_data_and_fields_of_questions_are_refused(asked, tmp_path):
+    malformed = tmp_path / "malformed.jsonl"
+    malformed.write_text('{"index": 0, "input": "a", "outputs": ["b"]}\n{"index": 1, "input": "a"\n')
+    questions = {"data.name": "qa_jsonl"}
+    for fields, words in (
+        ({"data.name": "squad_long", "data.paths": ()}, ["data.paths", "SQuAD"]),
+        (questions | {"data.length": 10}, ["no question", "10 tokens", "smallest workable length is"]),
+        ({"data.question_weight": 1.0}, ["question_weight", "text"]),
+        (questions | {"data.paths": (str(malformed),)}, ["line 2"]),
+    ):
+        values = {name.replace("__", "."): value for name, value in PLAIN.items()}
+        values |= {"eval.lengths": (), "data.paths": (str(asked),)} | fields
+        with pytest.raises(InputError) as caught:
+            train_and_evaluate(config.load(CONFIG, values), tmp_path / "run")
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import older
+from seqpe_jax import config
+from seqpe_jax.errors import InputError
+from seqpe_jax.loading import open_model
+from seqpe_jax.run_dir import RunDir
+from seqpe_jax.tasks.evaluate import EvalRequest, evaluate
+from seqpe_jax.training.loop import train_and_evaluate
+from tests.tiny import older, tiny_config
 from tests.training.test_commands import refused
 
 pytestmark = pytest.mark.slow
@@ -92,39 +98,54 @@ def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["--sizes=8,9"], ["9x9", "patches of 2x2", "multiples"]),
         (["--sizes=0"], ["--sizes", "'0'"]),
         (["--sizes=8x"], ["--sizes", "'8x'"]),
-        (["--sizes=202"], ["202x202", "largest size possible is 80x80"]),
-        (["--sizes=4x8x8"], ["4x8x8", "has frames", "name two sides"]),
         (["--sizes=4x8x8x8"], ["--sizes", "'4x8x8x8'"]),
         (["--lengths=16"], ["images", "--sizes"]),
-        (["--contexts=16"], ["images", "--contexts", "--sizes"]),
     ],
 )
 def test_evaluate_refuses_arguments(commands, trained, arguments, words):
     refused(commands("evaluate", f"--checkpoint={trained}", *arguments), *words)
 
 
+def named(caught, words):
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_evaluate_refuses_sizes_before_it_reads_parameters(trained):
+    model = open_model(trained)
+    for options, words in (
+        ({"sizes": ((8, 8), (9, 9))}, ["9x9", "patches of 2x2", "multiples"]),
+        ({"sizes": ((202, 202),)}, ["202x202", "largest size possible is 80x80"]),
+        ({"sizes": ((4, 8, 8),)}, ["4x8x8", "has frames", "name two sides"]),
+        ({"contexts": (16,)}, ["images", "--contexts", "--sizes"]),
+    ):
+        with pytest.raises(InputError) as caught:
+            evaluate(model, EvalRequest(**options))
+        named(caught, words)
+
+
 @pytest.mark.parametrize(
-    "arguments,words",
+    "fields,words",
     [
-        (["--config.data.size=(9,8)"], ["data.size", "9x8", "patches of 2x2"]),
-        (["--config.data.size=(8,)"], ["data.size", "(height, width)"]),
-        (["--config.model.patch=(2,2,2)"], ["model.patch", "(height, width)"]),
-        (["--config.eval.sizes=(8,11)"], ["eval.sizes", "11x11"]),
-        (["--config.eval.sizes=(8,300)"], ["300x300", "largest size possible is 80x80"]),
-        (["--config.model.kind=gpt2"], ["model.kind", "'vit'"]),
-        (["--config.data.name=stdlib_text"], ["model.kind='vit'", "stdlib_text"]),
-        (["--config.data.name=image_folder"], ["data.paths"]),
-        (["--config.data.augment.crop_scale=(0.5,1.5)"], ["crop_scale", "at most 1"]),
-        (["--config.eval.frames=(4,)"], ["eval.frames", "is for clips", "drop it"]),
-        (["--config.objective.contrastive.causal_only=True"], ["causal_only"]),
+        ({"data.size": (9, 8)}, ["data.size", "9x8", "patches of 2x2"]),
+        ({"data.size": (8,)}, ["data.size", "(height, width)"]),
+        ({"model.patch": (2, 2, 2)}, ["model.patch", "(height, width)"]),
+        ({"eval.sizes": (8, 11)}, ["eval.sizes", "11x11"]),
+        ({"eval.sizes": (8, 300)}, ["300x300", "largest size possible is 80x80"]),
+        ({"model.kind": "gpt2"}, ["model.kind", "'vit'"]),
+        ({"data.name": "stdlib_text"}, ["model.kind='vit'", "stdlib_text"]),
+        ({"data.name": "image_folder"}, ["data.paths"]),
+        ({"data.augment.crop_scale": (0.5, 1.5)}, ["crop_scale", "at most 1"]),
+        ({"eval.frames": (4,)}, ["eval.frames", "is for ", "drop it"]),
+        ({"objective.contrastive.causal_only": True}, ["causal_only"]),
     ],
 )
-def test_train_refuses_arguments(commands, tmp_path, arguments, words):
-    refused(commands("train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *arguments), *words)
-    assert not (tmp_path / "run").exists()
+def test_a_config_of_images_is_refused(fields, words):
+    with pytest.raises(InputError) as caught:
+        config.load(DIGITS, fields)
+    named(caught, words)
 
 
 def folder(root, **classes):
@@ -135,16 +156,19 @@ def folder(root, **classes):
     return root
 
 
-def test_train_refuses_folders_that_cannot_be_read(commands, tmp_path):
-    def train(root):
-        fields = options(data__name="image_folder", data__paths=root)
-        return commands("train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *fields)
-
-    refused(train(tmp_path / "nothing"), "nothing", "there is no folder")
-    refused(train(folder(tmp_path / "a", cats=3, dogs=0)), "dogs")
+def test_train_refuses_folders_that_cannot_be_read(tmp_path):
     damaged = folder(tmp_path / "b", cats=3, dogs=3)
     (damaged / "cats" / "1.png").write_bytes(b"no picture")
-    refused(train(damaged), "1.png")
+    for root, words in (
+        (tmp_path / "nothing", ["nothing", "there is no folder"]),
+        (folder(tmp_path / "a", cats=3, dogs=0), ["dogs"]),
+        (damaged, ["1.png"]),
+    ):
+        settings = config.load(DIGITS, TINY | {"data.name": "image_folder", "data.paths": (str(root),)})
+        with pytest.raises(InputError) as caught:
+            train_and_evaluate(settings, tmp_path / "run")
+        named(caught, words)
+        assert not (tmp_path / "run").exists()
 
 
 def test_classes_go_by_name(commands, tmp_path):
@@ -189,9 +213,5 @@ def test_classes_go_by_name(commands, tmp_path):
 
 
 def test_a_run_on_text_has_no_sizes(commands, tmp_path):
-    from seqpe_jax import config
-    from seqpe_jax.run_dir import RunDir
-    from tests.tiny import tiny_config
-
     RunDir(tmp_path).write_config(config.to_dict(tiny_config()))
     refused(commands("evaluate", f"--checkpoint={tmp_path}", "--sizes=8"), "--sizes", "--lengths")
