@@ -262,7 +262,7 @@ class Model:
                 raise InputError(
                     f"this model reads {self.data_spec.channels} channel(s), got an array of shape {inputs.shape}"
                 )
-            return self._normalised(inputs)
+            return self._normalized(inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise InputError(f"this model reads tokens int32[B, L], got {inputs.dtype}: use model.tokenizer on text")
         if inputs.size and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.data_spec.vocabulary:
@@ -272,18 +272,18 @@ class Model:
             )
         return inputs
 
-    def _normalised(self, images: jax.Array) -> jax.Array:
+    def _normalized(self, images: jax.Array) -> jax.Array:
         """Returns float images. Raises: InputError: integers that cannot be normalized."""
         if jnp.issubdtype(images.dtype, jnp.floating):
             return images
         if images.dtype != jnp.uint8:
             raise InputError(
-                f"this model reads images of uint8 (0 to 255), or normalised ones of float32, got {images.dtype}"
+                f"this model reads images of uint8 (0 to 255), or normalized ones of float32, got {images.dtype}"
             )
         if not self.data_spec.mean:
             raise InputError(
                 "this model does not know the mean and deviation of its images, so it cannot normalise uint8: give "
-                "float32, normalised as in its training"
+                "float32, normalized as in its training"
             )
         return jnp.asarray(normalize_pixels(np.asarray(images), self.data_spec.mean, self.data_spec.std))
 

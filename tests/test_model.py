@@ -131,15 +131,15 @@ def test_a_damaged_export_is_refused(run, tmp_path):
         InputError, match="other is damaged: params.safetensors has changed since it was written; export"
     ):
         seqpe_jax.load(tmp_path / "other").logits(np.zeros((1, 3), int))
-    for name, place in (("config.json", 0), ("config.json", 99), ("sizes.json", 20)):
+    for name, byte in (("config.json", 0), ("config.json", 99), ("sizes.json", 20)):
         held = (moved / name).read_bytes()
-        (moved / name).write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+        (moved / name).write_bytes(held[:byte] + bytes([held[byte] ^ 1]) + held[byte + 1 :])
         with pytest.raises(InputError, match=f"{name} has changed since it was written: put back a copy"):
             seqpe_jax.load(moved)
         (moved / name).write_bytes(held)
 
 
-def test_logits_begin_anywhere(run):
+def test_logits_of_a_window_that_starts_elsewhere(run):
     model = seqpe_jax.load(run)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))
     moved = model.logits(tokens, start=100)
@@ -195,7 +195,7 @@ def test_a_released_checkpoint_opens_the_same_way(goldens, no_data, tmp_path):
     assert again.data_spec.channels == 3 and len(again.data_spec.mean) == 3
 
 
-def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path, no_data):
+def test_an_older_run_without_a_data_spec_opens(run, photos, tmp_path, no_data):
     for folder, expected in ((run, DataSpec(vocabulary=256)), (photos, DataSpec(0, 10, 1, (0.3051,), (0.3761,)))):
         assert RunDir(folder).data_spec == expected
         shutil.copytree(folder, tmp_path / folder.name)
@@ -203,7 +203,7 @@ def test_sizes_that_an_older_run_lacks_are_found_beside_it(run, photos, tmp_path
         assert loading.open_model(str(tmp_path / folder.name)).data_spec == expected
 
 
-def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
+def test_the_data_spec_is_that_of_the_model_not_of_its_data(tmp_path):
     """More ids than bytes, more classes than digits: an export declares what it returns."""
     text = saved(tmp_path / "text", tiny_config(model__vocabulary=300))
     digits = saved(tmp_path / "digits", vit_config(model__classes=12))
@@ -242,20 +242,20 @@ def test_sizes_are_those_of_the_model_not_of_its_data(tmp_path):
         (lambda model: model.evaluate(lengths=(4000,)), "position 3999"),
     ],
 )
-def test_what_a_model_of_text_cannot_do_is_told(run, ask, words):
+def test_bad_requests_to_a_language_model_are_refused(run, ask, words):
     with pytest.raises(InputError, match=words) as caught:
         ask(seqpe_jax.load(run))
     assert "\n" not in str(caught.value)
 
 
-def test_pixels_are_normalised_as_in_training(photos):
+def test_pixels_are_normalized_as_in_training(photos):
     model = seqpe_jax.load(photos)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
-    normalised = (pixels / 255 - np.asarray(model.data_spec.mean)) / np.asarray(model.data_spec.std)
-    np.testing.assert_allclose(model.logits(pixels), model.logits(normalised.astype(np.float32)), atol=1e-5)
+    normalized = (pixels / 255 - np.asarray(model.data_spec.mean)) / np.asarray(model.data_spec.std)
+    np.testing.assert_allclose(model.logits(pixels), model.logits(normalized.astype(np.float32)), atol=1e-5)
 
 
-def test_what_a_model_of_images_cannot_do_is_told(photos):
+def test_bad_requests_to_a_model_of_images_are_refused(photos):
     model = seqpe_jax.load(photos)
     with pytest.raises(InputError, match="generates no text"):
         model.generate("a")
@@ -264,7 +264,7 @@ def test_what_a_model_of_images_cannot_do_is_told(photos):
     with pytest.raises(InputError, match="do not divide into patches"):
         model.logits(np.zeros((1, 9, 8, 1), np.float32))
     whole = np.zeros((1, 8, 8, 1), np.uint8)
-    with pytest.raises(InputError, match=r"images of uint8 \(0 to 255\), or normalised ones of float32, got int32"):
+    with pytest.raises(InputError, match=r"images of uint8 \(0 to 255\), or normalized ones of float32, got int32"):
         model.logits(whole.astype(np.int32))
     with pytest.raises(InputError, match="does not know the mean and deviation"):
         dataclasses.replace(model, data_spec=dataclasses.replace(model.data_spec, mean=(), std=())).logits(whole)
@@ -272,7 +272,7 @@ def test_what_a_model_of_images_cannot_do_is_told(photos):
         _ = model.tokenizer
 
 
-def test_a_folder_that_is_no_model_is_told(tmp_path, run):
+def test_a_folder_without_a_model_is_refused(tmp_path, run):
     with pytest.raises(InputError, match="nothing does not exist: give a --workdir"):
         seqpe_jax.load(tmp_path / "nothing")
     unfinished = tmp_path / "unfinished"

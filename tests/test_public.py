@@ -1,4 +1,4 @@
-"""The public face: what is imported when, SeqPE in a model of one's own, and the examples as they stand."""
+"""The public names: lazy imports, SeqPE in a model of one's own, and the examples."""
 
 import pathlib
 import runpy
@@ -32,6 +32,8 @@ def test_what_is_promised_is_there():
     assert all(getattr(seqpe_jax, name).__doc__ for name in seqpe_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = seqpe_jax.lode
+    with pytest.warns(DeprecationWarning, match="place is now seqpe_jax.apply_position_signal"):
+        assert seqpe_jax.place is seqpe_jax.apply_position_signal
 
 
 def test_importing_it_pulls_in_neither_data_nor_plots():
@@ -45,7 +47,7 @@ def test_importing_it_pulls_in_neither_data_nor_plots():
 
 
 @pytest.mark.parametrize("kind", ["seqpe", "rotary", "rotary_mixed", "alibi", "sinusoidal", "pope", "none"])
-def test_placed_queries_and_keys_are_what_attend_mixes(kind):
+def test_apply_position_signal_equals_attend(kind):
     """By any attention that knows nothing of positions, for every encoding; grouped sets of positions too."""
     fields = {"encoding__position_heads": 1, "encoding__rotary_pairs": 2} if kind == "seqpe" else {}
     model_spec = ModelSpec.of(tiny_config(variant=kind, **fields), DataSpec(vocabulary=8))
@@ -58,8 +60,8 @@ def test_placed_queries_and_keys_are_what_attend_mixes(kind):
     signal = first_signal(jax.random.PRNGKey(0))
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 4, 24, 2, 12))
     expected = attend(q, k, v, signal)
-    placed = apply_position_signal(q, k, v, signal)
-    found = jax.nn.dot_product_attention(*placed, scale=1.0, is_causal=True)[..., :12]
+    transformed = apply_position_signal(q, k, v, signal)
+    found = jax.nn.dot_product_attention(*transformed, scale=1.0, is_causal=True)[..., :12]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     if kind not in ("none", "sinusoidal"):
         assert float(jnp.abs(expected - seqpe_jax.attend(q, k, v, PositionSignal())).max()) > 1e-3
@@ -73,7 +75,7 @@ def test_shapes_are_what_the_types_say():
             attend(*wrong, PositionSignal())
 
 
-def test_features_stay_float32_beside_narrow_queries():
+def test_features_stay_float32_with_bfloat16_queries():
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
     signal = jax.jit(encoding.init_with_output)(jax.random.PRNGKey(0), jnp.arange(8))[0].at_layer(0)
     q, k, v = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 8, 2, 8), jnp.bfloat16)
@@ -125,7 +127,7 @@ def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, 
         ({"window": 64, "max_position": 100}, "a window of 64 leaves no room for positions far out below 100"),
     ],
 )
-def test_losses_that_cannot_be_are_told(options, words):
+def test_impossible_losses_are_refused(options, words):
     encoding = seqpe_jax.SeqPE.for_model(**SIZES)
     with pytest.raises(seqpe_jax.InputError, match=words):
         seqpe_jax.position_losses(encoding, {"params": {}}, jax.random.PRNGKey(0), 0, **options)
