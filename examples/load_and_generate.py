@@ -1,4 +1,4 @@
-"""A trained model, opened and asked.
+"""Opens a trained language model: logits, position vectors, generated text.
 
 python examples/load_and_generate.py runs/first
 """
@@ -11,7 +11,7 @@ import seqpe_jax
 
 
 def main(folder: str) -> str:
-    """Returns what the model of a run on text says after a prompt."""
+    """Returns the text that a run's model generates after a prompt."""
     model = seqpe_jax.load(folder)
     print(model)
     tokens = jnp.asarray(model.tokenizer.encode(b"import json"))[None]

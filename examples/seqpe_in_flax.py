@@ -1,4 +1,4 @@
-"""SeqPE inside a small Flax model of one's own: trained on 64 places, read at 512.
+"""SeqPE inside a small Flax model of one's own: trained on windows of 64 tokens, evaluated at 512.
 
 python examples/seqpe_in_flax.py
 """
@@ -13,11 +13,11 @@ import seqpe_jax
 LAYERS, WIDTH, HEADS = 2, 32, 4
 
 
-class Reader(nn.Module):
-    """A causal transformer that knows where its tokens stand by SeqPE alone."""
+class Transformer(nn.Module):
+    """A causal transformer whose only position encoding is SeqPE."""
 
     def setup(self) -> None:
-        """Makes the encoding beside the layers: its parameters are trained with them."""
+        """Creates the encoding and the layers, whose parameters are trained together."""
         self.encoding = seqpe_jax.SeqPE.for_model(layers=LAYERS, width=WIDTH, heads=HEADS, max_position=10_000)
         self.embed = nn.Embed(256, WIDTH)
         self.project = [nn.DenseGeneral((3, HEADS, WIDTH // HEADS)) for _ in range(LAYERS)]
@@ -35,9 +35,9 @@ class Reader(nn.Module):
 
 
 def main(steps: int = 20) -> list[float]:
-    """Trains on a text that repeats, and returns the losses at 64 and at 512 places."""
+    """Trains on a text that repeats, and returns the losses, nats per byte, at lengths 64 and 512."""
     text = jnp.frombuffer(b"train short, work long. " * 100, "uint8").astype(jnp.int32)
-    model, key = Reader(), jax.random.PRNGKey(0)
+    model, key = Transformer(), jax.random.PRNGKey(0)
     params = jax.jit(model.init)(key, text[None, :64])
     optimizer = optax.adam(1e-2)
     state = optimizer.init(params)
@@ -47,10 +47,10 @@ def main(steps: int = 20) -> list[float]:
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     def loss(params, tokens, step):
-        own = {"params": params["params"]["encoding"]}
+        encoding_params = {"params": params["params"]["encoding"]}
         encoding = seqpe_jax.SeqPE.for_model(layers=LAYERS, width=WIDTH, heads=HEADS, max_position=10_000)
-        shaped = seqpe_jax.position_losses(encoding, own, key, step, window=64)
-        return task_loss(params, tokens) + 0.1 * sum(shaped.values())
+        auxiliary = seqpe_jax.position_losses(encoding, encoding_params, key, step, window=64)
+        return task_loss(params, tokens) + 0.1 * sum(auxiliary.values())
 
     @jax.jit
     def update(params, state, step):
@@ -65,4 +65,4 @@ def main(steps: int = 20) -> list[float]:
 
 
 if __name__ == "__main__":
-    print("nats per byte at 64 and 512 places: {:.3f} {:.3f}".format(*main()))
+    print("nats per byte at lengths 64 and 512: {:.3f} {:.3f}".format(*main()))

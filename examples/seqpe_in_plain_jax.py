@@ -1,4 +1,4 @@
-"""SeqPE without Flax modules around it: queries and keys that carry their positions, for any attention.
+"""SeqPE without Flax modules around it: queries and keys that carry their positions, for any attention function.
 
 python examples/seqpe_in_plain_jax.py
 """
@@ -12,21 +12,21 @@ LAYERS, WIDTH, HEADS, LENGTH = 2, 32, 4, 256
 
 
 def main() -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Returns what plain attention mixes, what `seqpe_jax.attend` mixes, and the losses that shape the vectors."""
+    """Returns the output of JAX's attention, that of `seqpe_jax.attend`, and the losses on position vectors."""
     key = jax.random.PRNGKey(0)
     encoding = seqpe_jax.SeqPE.for_model(layers=LAYERS, width=WIDTH, heads=HEADS, max_position=10_000)
-    params = jax.jit(encoding.init)(key, jnp.arange(64))  # trained on 64 places, read at 256 below
+    params = jax.jit(encoding.init)(key, jnp.arange(64))  # 64 positions, 256 below
     q, k, v = jax.random.normal(key, (3, 1, LENGTH, HEADS, WIDTH // HEADS))
 
     signal = jax.jit(encoding.apply)(params, jnp.arange(LENGTH)).at_layer(0)
     q_, k_, v_ = seqpe_jax.apply_position_signal(q, k, v, signal)
-    mixed = jax.nn.dot_product_attention(q_, k_, v_, scale=1.0, is_causal=True)[..., : WIDTH // HEADS]
+    out = jax.nn.dot_product_attention(q_, k_, v_, scale=1.0, is_causal=True)[..., : WIDTH // HEADS]
 
     losses = jax.jit(lambda params: seqpe_jax.position_losses(encoding, params, key, step=0, window=64))(params)
-    return mixed, seqpe_jax.attend(q, k, v, signal), losses
+    return out, seqpe_jax.attend(q, k, v, signal), losses
 
 
 if __name__ == "__main__":
-    placed, attended, losses = main()
-    print("largest difference between the two forms:", float(jnp.abs(placed - attended).max()))
+    out, expected, losses = main()
+    print("largest difference between the two forms:", float(jnp.abs(out - expected).max()))
     print({name: float(value) for name, value in losses.items()})

@@ -139,7 +139,7 @@ def test_a_damaged_export_is_refused(run, tmp_path):
         (moved / name).write_bytes(held)
 
 
-def test_logits_of_a_window_that_starts_elsewhere(run):
+def test_logits_of_a_window_with_another_start(run):
     model = seqpe_jax.load(run)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 10))
     moved = model.logits(tokens, start=100)

@@ -1,4 +1,4 @@
-"""Flash attention for TPU as Pallas kernels, with float32 features beside bfloat16 queries and keys.
+"""Flash attention for TPU as Pallas kernels, with float32 features next to bfloat16 queries and keys.
 
 The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691): a forward kernel, one for dq (and df_q) and one for dk, dv
 (and df_k). One addition: samples of the same position set share f_q . f_k, which at full precision costs six bfloat16
