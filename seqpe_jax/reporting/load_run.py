@@ -35,6 +35,7 @@ OPTIONAL_RESULT_FIELDS: FieldTypes = dict.fromkeys(("tokens", "examples", *HIGHE
     "depth": list,
     "distance": list,
 }
+ANCHORS_ARRAY = "pivots"  # in similarity.npz
 MAX_ARRAY_BYTES = 1 << 28  # of the arrays of a plot
 
 
@@ -114,26 +115,26 @@ def read_similarity(folder: AnyPath) -> dict[str, np.ndarray] | None:
       folder: run folder.
 
     Returns:
-      {"pivots" int[n, A], "positions" int[m, A], "cosine" float[n, m]} of n anchors; None without the file, and where
-      cosines are not finite (a diverged model).
+      {"anchors" int[n, A], "positions" int[m, A], "cosine" float[n, m]}; None without the file, and where cosines are not
+      finite (a diverged model).
 
     Raises:
       InputError: it holds other arrays.
     """
-    arrays = _read_npz(folder / "similarity.npz", pivots=2, positions=2, cosine=2)
+    arrays = _read_npz(folder / "similarity.npz", {ANCHORS_ARRAY: 2, "positions": 2, "cosine": 2})
     if arrays and not np.isfinite(arrays["cosine"]).all():
         return None
-    if arrays and arrays["cosine"].shape != (len(arrays["pivots"]), len(arrays["positions"])):
-        raise InputError(f"{folder / 'similarity.npz'}: cosine is not [pivots, positions]: evaluate the run again")
-    return arrays
+    if arrays and arrays["cosine"].shape != (len(arrays[ANCHORS_ARRAY]), len(arrays["positions"])):
+        raise InputError(f"{folder / 'similarity.npz'}: cosine is not [anchors, positions]: evaluate the run again")
+    return arrays and {"anchors": arrays.pop(ANCHORS_ARRAY), **arrays}
 
 
 def read_attention(folder: AnyPath) -> dict[str, np.ndarray] | None:
     """Returns {"images", "attention"} of attention.npz, None without the file. Raises: InputError."""
-    return _read_npz(folder / "attention.npz", images=4, attention=4)
+    return _read_npz(folder / "attention.npz", {"images": 4, "attention": 4})
 
 
-def _read_npz(path: AnyPath, **min_axes: int) -> dict[str, np.ndarray] | None:
+def _read_npz(path: AnyPath, min_axes: dict[str, int]) -> dict[str, np.ndarray] | None:
     """Reads arrays with at least so many axes each; None without the file."""
     if not path.exists():
         return None

@@ -301,7 +301,7 @@ def similarity(run: Run) -> Plot | None:
     """Draws the cosine between the vectors of a few anchors and of all positions of a window or grid; None without any."""
     if run.similarity is None:
         return None
-    anchors, positions, cosine = (run.similarity[name] for name in ("pivots", "positions", "cosine"))
+    anchors, positions, cosine = (run.similarity[name] for name in ("anchors", "positions", "cosine"))
     # The scale starts at the smallest cosine; from 0, nearly equal vectors would show one colour.
     low = math.floor(min(float(np.nanmin(cosine)), 0.95) * 20) / 20
     draw = _similarity_on_grid if positions.shape[1] > 1 else _similarity_on_line

@@ -4,12 +4,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from seqpe_jax.sweeps.spec import BestOf as Best
-from seqpe_jax.sweeps.spec import Overrides, Range, Search, product, tune_then_repeat, zipped
+from seqpe_jax.sweeps.spec import BestOf, Overrides, Range, Search, product, tune_then_repeat, zipped
 
-__all__ = ["Best", "Range", "Search", "product", "two_stages", "zipped"]
-
-_KEYWORDS = {
+RENAMED_KEYWORDS = {
     "ways": "variants",
     "tried": "grid",
     "trial": "tuning_overrides",
@@ -17,13 +14,18 @@ _KEYWORDS = {
     "further": "extra_values",
 }
 
+
+def _with_current_keywords(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Overrides]]:
+    """Calls `tune_then_repeat`."""
+    return tune_then_repeat(*args, **{RENAMED_KEYWORDS.get(name, name): value for name, value in kwargs.items()})
+
+
+RENAMED = {"Best": BestOf, "two_stages": _with_current_keywords}
+globals().update(RENAMED)
+__all__ = ["Range", "Search", "product", "zipped", *RENAMED]
+
 print(
-    "warning: seqpe_jax.sweeps.points is deprecated: write `from seqpe_jax.sweeps import product` "
-    "(two_stages is now tune_then_repeat, Best is BestOf; docs/sweeps.md has their arguments)",
+    "warning: seqpe_jax.sweeps.points is deprecated: import product, zipped, tune_then_repeat, BestOf, Range and Search from "
+    "seqpe_jax.sweeps (docs/sweeps.md)",
     file=sys.stderr,
 )
-
-
-def two_stages(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Overrides]]:
-    """Calls `tune_then_repeat` with the current keywords."""
-    return tune_then_repeat(*args, **{_KEYWORDS.get(name, name): value for name, value in kwargs.items()})

@@ -99,7 +99,8 @@ def images(tmp_path_factory):
         make_run(run, kind, bits=(), data=data)
         results = [{"size": [side, side], "examples": 9, "top1": 90.0 / side, "top5": 99.0} for side in (8, 16)]
         (run / "evaluation.json").write_text(json.dumps({"parameters": 7, "step": 4, "results": results}))
-        np.savez(run / "similarity.npz", pivots=grid[[5, 10]], positions=grid, cosine=np.random.rand(2, 16))
+        arrays = {"pivots": grid[[5, 10]], "positions": grid, "cosine": np.random.rand(2, 16)}
+        np.savez(run / "similarity.npz", **arrays)
         np.savez(run / "attention.npz", images=np.random.rand(2, 8, 8, 1), attention=np.random.rand(2, 3, 4, 4))
     report.write_report(folder / "runs", folder / "out")
     return folder / "out", Page((folder / "out" / "report.html").read_text())

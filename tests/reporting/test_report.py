@@ -46,7 +46,8 @@ def make_run(folder, kind="seqpe", seed=0, bits=((16, 2.0), (64, 3.0)), metrics=
         (folder / "evaluation.json").write_text(json.dumps(work | {"results": results}))
     if kind == "seqpe":
         positions = np.arange(16)[:, None]
-        np.savez(folder / "similarity.npz", pivots=positions[[4, 8]], positions=positions, cosine=np.random.rand(2, 16))
+        arrays = {"pivots": positions[[4, 8]], "positions": positions, "cosine": np.random.rand(2, 16)}
+        np.savez(folder / "similarity.npz", **arrays)
 
 
 def test_encodings_with_gates_have_names_and_lines_of_their_own(tmp_path):
@@ -341,7 +342,8 @@ def test_one_diverged_seed_does_not_prevent_the_report(tmp_path, value):
     make_run(tmp_path / "runs" / "a", seed=0, bits=((16, 2.0), (64, 3.0)))
     make_run(tmp_path / "runs" / "b", seed=1, bits=((16, value), (64, 3.0)))
     make_run(tmp_path / "runs" / "c", "alibi", bits=((16, 2.5), (64, 3.5)))
-    np.savez(tmp_path / "runs" / "b" / "similarity.npz", pivots=[[1]], positions=[[1], [2]], cosine=[[np.nan, 1.0]])
+    arrays = {"pivots": [[1]], "positions": [[1], [2]], "cosine": [[np.nan, 1.0]]}
+    np.savez(tmp_path / "runs" / "b" / "similarity.npz", **arrays)
     table = report.write_report(tmp_path / "runs", tmp_path / "out").splitlines()
     rest = "| 1,234 | 2.75 M |"
     assert f"| seqpe | {value:.3f} ± nan | **3.000** ± 0.000 {rest}" in table

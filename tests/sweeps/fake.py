@@ -11,16 +11,16 @@ from tests.tiny import tiny_config
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 folder, steps, wish = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 (folder / "config.json").write_text("{}")
 print("trains on", len(os.sched_getaffinity(0)), "core(s), device", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 for step in range(1, steps + 1):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "eval/loss@16": float(wish) if wish[0].isdigit() else 0.1}) + "\\n")
-    while (wish == "waits" or wish == "9.0" and step == 1) and not told:
+    while (wish == "waits" or wish == "9.0" and step == 1) and not stop:
         time.sleep(0.01)
-    if told:
+    if stop:
         print("SIGTERM: saved", flush=True)
         sys.exit(1)
     if wish == "fails":

@@ -1,4 +1,4 @@
-"""Runs on this machine: what is done once is done, what fails is told, what is stopped goes on."""
+"""Runs on this machine: finished runs are not repeated, failures are reported, stopped runs resume."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_runs_in_a_store_are_asked_at_once(store, tmp_path):
     assert map_runs([], question) == []
 
 
-def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_the_clock_says(tmp_path):
+def test_an_evaluation_of_other_files_is_repeated_whatever_the_clock_says(tmp_path):
     [one] = runs = [run(tmp_path, "a")]
     local.execute(runs, runs, 1)
     assert not one.remaining_commands()
@@ -67,7 +67,7 @@ def test_an_evaluation_of_what_does_not_lie_there_any_more_is_repeated_whatever_
         assert [name for name, _ in one.remaining_commands()] == ["evaluate"]
 
 
-def test_failures_are_told_with_their_last_line_and_others_go_on(tmp_path):
+def test_failures_are_reported_with_their_last_line_and_others_go_on(tmp_path):
     runs = [run(tmp_path, "a", "fails"), run(tmp_path, "b", "dies"), run(tmp_path, "c")]
     assert local.execute(runs, runs, 1) is None
     assert runs[0].failure() == "train, exit code 1: the loss is nan"
@@ -134,22 +134,22 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path):
     one = run(tmp_path, "a", "waits")
-    attempt = RunProcess(one)
+    process = RunProcess(one)
     while not one.steps_done():
         time.sleep(0.01)
     assert is_locked(one)
     with pytest.raises(Locked):
         RunProcess(one)
-    attempt._log.close()  # as when the sweep is killed: the command holds the lock alone
+    process._log.close()  # as when the sweep is killed: the command holds the lock alone
     assert is_locked(one)
     again = run(tmp_path, "a")
-    timer = threading.Timer(0.5, attempt.stop)
+    timer = threading.Timer(0.5, process.stop)
     timer.start()
     began = time.monotonic()
     assert local.execute([again], [again], 1) is None
     assert time.monotonic() - began > 0.4 and not again.remaining_commands() and not is_locked(again)
     assert headers(again) == ["train", "train", "evaluate"]
-    attempt._process.wait()
+    process._process.wait()
     timer.join()
 
 

@@ -1,4 +1,4 @@
-"""A sweep that was edited after it began: new points are added, changed ones refused by name."""
+"""A sweep that was edited after it began: new trials are added, changed ones refused by name."""
 
 import dataclasses
 import json
@@ -17,25 +17,25 @@ def trial(name: str, **overrides) -> Trial:
     return Trial(name, "tests/tiny_text.py", fields, tiny_config(**overrides))
 
 
-def record_trials(workdir, *points: Trial, search: Search | None = None) -> list[str]:
-    return trial_graph.record_trials(workdir, SweepFile("sweep.py", "tests/tiny_text.py", points, search), points)
+def record_trials(workdir, *trials: Trial, search: Search | None = None) -> list[str]:
+    return trial_graph.record_trials(workdir, SweepFile("sweep.py", "tests/tiny_text.py", trials, search), trials)
 
 
-def test_new_points_are_added_and_old_ones_kept(tmp_path):
+def test_new_trials_are_added_to_recorded_ones(tmp_path):
     workdir = tmp_path / "sweep"
     assert record_trials(workdir, trial("a"), trial("b", seed=1)) == []
     before = (workdir / "sweep.json").stat().st_mtime_ns
     assert record_trials(workdir, trial("a"), trial("b", seed=1)) == []
     assert (workdir / "sweep.json").stat().st_mtime_ns == before
     assert record_trials(workdir, trial("a"), trial("c", seed=2)) == ["b"]
-    points = json.loads((workdir / "sweep.json").read_text())["points"]
-    assert list(points) == ["a", "b", "c"]
-    assert config.from_dict(points["c"]["settings"]) == tiny_config(seed=2) and points["b"]["overrides"] == {"seed": 1}
+    trials = json.loads((workdir / "sweep.json").read_text())["points"]
+    assert list(trials) == ["a", "b", "c"]
+    assert config.from_dict(trials["c"]["settings"]) == tiny_config(seed=2) and trials["b"]["overrides"] == {"seed": 1}
 
 
-def test_changed_points_are_refused_by_name(tmp_path):
+def test_changed_trials_are_refused_by_name(tmp_path):
     record_trials(tmp_path, trial("a"), trial("b", seed=1), trial("c", eval__lengths=(16,)))
-    kept = (tmp_path / "sweep.json").read_bytes()
+    record = (tmp_path / "sweep.json").read_bytes()
     with pytest.raises(InputError) as refused:
         record_trials(
             tmp_path, trial("a"), trial("b", seed=2, steps=8), trial("c", eval__lengths=(32,)), trial("d", seed=5)
@@ -43,17 +43,17 @@ def test_changed_points_are_refused_by_name(tmp_path):
     words = str(refused.value)
     assert "'b' (seed: 1 -> 2, steps: 6 -> 8)" in words and "'c' (eval.lengths: (16,) -> (32,))" in words
     assert "'a'" not in words and "'d'" not in words
-    assert (tmp_path / "sweep.json").read_bytes() == kept
+    assert (tmp_path / "sweep.json").read_bytes() == record
 
 
 def test_fields_that_came_later_are_no_change(tmp_path):
     record_trials(tmp_path, trial("a"))
-    kept = json.loads((tmp_path / "sweep.json").read_text())
-    del kept["points"]["a"]["settings"]["mesh"]
-    (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    del record["points"]["a"]["settings"]["mesh"]
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
     assert record_trials(tmp_path, trial("a")) == []
-    kept["points"]["a"]["settings"]["gone"] = 1
-    (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    record["points"]["a"]["settings"]["gone"] = 1
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="run 'a'.*gone"):
         record_trials(tmp_path, trial("a"))
 

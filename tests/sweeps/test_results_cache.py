@@ -1,4 +1,4 @@
-"""Results that are kept in one file: a sweep goes on with them in an empty folder, and mixes nothing up."""
+"""The results file: a sweep goes on with it in an empty folder, and mixes nothing up."""
 
 import dataclasses
 import json
@@ -15,21 +15,21 @@ from tests.sweeps.test_trial_graph import TRIALS, begun, trial, wishes  # noqa: 
 
 
 def worked(
-    workdir: pathlib.Path, file: pathlib.Path, points=TRIALS, names=None
+    workdir: pathlib.Path, file: pathlib.Path, trials=TRIALS, names=None
 ) -> tuple[trial_graph.TrialGraph, list[str], list[str]]:
     """What the command does with `--results`."""
-    kept = ResultsCache(file)
-    found = begun(workdir, points)
-    restored, decided = kept.restore(found)
+    cache = ResultsCache(file)
+    found = begun(workdir, trials)
+    restored, decided = cache.restore(found)
     runs = list(found.runs.values())
     todo = [run for run in runs if run.remaining_commands() and run.name in (names or found.runs)]
-    local.execute(runs, todo, 1, found, kept.update)
-    kept.update(found.runs.values())
+    local.execute(runs, todo, 1, found, cache.update)
+    cache.update(found.runs.values())
     return found, restored, decided
 
 
-def test_a_sweep_goes_on_in_an_empty_folder_with_what_was_kept(tmp_path, wishes):  # noqa: F811
-    file = tmp_path / "kept" / "study.json"
+def test_a_sweep_goes_on_in_an_empty_folder_with_its_results_file(tmp_path, wishes):  # noqa: F811
+    file = tmp_path / "results" / "study.json"
     first, restored, decided = worked(tmp_path / "first", file, names={"t=1", "t=2", "t=3", "s-1"})
     assert not restored and not decided and first.runs["s-2"].remaining_commands()
     before = file.read_bytes()
@@ -54,8 +54,8 @@ def test_a_sweep_goes_on_in_an_empty_folder_with_what_was_kept(tmp_path, wishes)
         and not any(run.remaining_commands() for run in third.runs.values())
         and file.stat().st_mtime_ns == written
     )
-    told = {run.name: run for run in study.read_study(tmp_path / "third").runs}
-    assert told["s-1"].config["batch_size"] == 16 and told["s-1"].config["seed"] == 1 and not told["s-1"].unfinished
+    runs = {run.name: run for run in study.read_study(tmp_path / "third").runs}
+    assert runs["s-1"].config["batch_size"] == 16 and runs["s-1"].config["seed"] == 1 and not runs["s-1"].unfinished
     assert worked(tmp_path / "third", file)[1] == []
 
 
@@ -69,7 +69,7 @@ def test_what_a_folder_has_itself_stays(tmp_path, wishes):  # noqa: F811
     assert restored == ["t=2", "t=3"] and headers(second.runs["t=1"])[:1] == ["train"]
 
 
-def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
+def test_evaluations_are_stored_without_their_curves_and_paths(tmp_path):
     run = FakeRun(trial("a"), tmp_path / "a")
     (run.folder / "checkpoints" / "3").mkdir(parents=True)
     (run.folder / "config.json").write_text("{}")
@@ -85,13 +85,13 @@ def test_evaluations_are_kept_without_their_curves_and_paths(tmp_path):
             }
         )
     )
-    ResultsCache(tmp_path / "kept.json").update([run])
-    kept = json.loads((tmp_path / "kept.json").read_text())
-    assert kept["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}
-    assert kept["shared"]["batch_size"] == run.trial.settings.batch_size
-    assert ResultsCache(tmp_path / "kept.json").restore(begun(tmp_path / "again", (run.trial,))) == (["a"], [])
-    [told] = study.read_study(tmp_path / "again").runs
-    assert told.state == "finished" and told.steps_done == 3
+    ResultsCache(tmp_path / "results.json").update([run])
+    cache = json.loads((tmp_path / "results.json").read_text())
+    assert cache["runs"]["a"] == {"settings": {}, "metrics": lines[1:], "evaluation": {"step": 3, "results": [result]}}
+    assert cache["shared"]["batch_size"] == run.trial.settings.batch_size
+    assert ResultsCache(tmp_path / "results.json").restore(begun(tmp_path / "again", (run.trial,))) == (["a"], [])
+    [stored] = study.read_study(tmp_path / "again").runs
+    assert stored.state == "finished" and stored.steps_done == 3
 
 
 def test_another_run_of_the_name_is_refused_and_nothing_is_made(tmp_path, wishes):  # noqa: F811
@@ -121,7 +121,7 @@ def test_a_run_that_was_a_trial_is_evaluated_here(tmp_path, wishes):  # noqa: F8
     "content",
     ["", "[]", "null", '{"runs": {}}', '{"shared": {}, "runs": []}', '{"shared": {}, "runs": {"a": {"metrics": 1}}}'],
 )
-def test_a_file_of_something_else_is_told_in_a_line(tmp_path, content):
-    (tmp_path / "kept.json").write_text(content)
+def test_another_file_is_refused_in_a_line(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
     with pytest.raises(InputError, match="holds no results of a sweep, or is damaged"):
-        ResultsCache(tmp_path / "kept.json")
+        ResultsCache(tmp_path / "results.json")

@@ -1,4 +1,4 @@
-"""A search keeps its trials: hopeless ones are stopped, ones cut short go on, the best is known."""
+"""A search records its trials: unpromising ones are pruned, interrupted ones resume, the best is known."""
 
 import os
 import pathlib
@@ -38,7 +38,7 @@ def wishes(monkeypatch):
     return found
 
 
-def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypatch):
+def test_unpromising_trials_are_pruned_and_the_best_is_known(tmp_path, wishes, monkeypatch):
     monkeypatch.setattr(search, "STARTUP_TRIALS", 2)
     wishes |= {"trial-000": "0.75", "trial-001": "0.25", "trial-002": "9.0", "trial-003": "fails", "trial-004": "0.5"}
     trials = search.SearchTrials(tmp_path / "sweep", sweep(5))
@@ -56,7 +56,7 @@ def test_trials_are_told_pruned_and_the_best_is_known(tmp_path, wishes, monkeypa
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_a_trial_that_was_cut_short_goes_on_with_its_values(tmp_path, wishes):
+def test_an_interrupted_trial_resumes_with_its_values(tmp_path, wishes):
     wishes |= {"trial-000": "waits"}
     trials = search.SearchTrials(tmp_path, sweep(2))
 

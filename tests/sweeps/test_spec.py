@@ -98,11 +98,11 @@ def test_shipped_sweeps_compare_what_they_say():
 
 
 @pytest.mark.parametrize("stem", ["study_text", "study_questions", "study_images"])
-def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
+def test_a_study_tunes_with_one_seed_and_compares_three_others(stem):
     """All encodings that the task can take, but the one that is another over one axis; equal steps in both stages."""
     settled = dict.fromkeys(("rotary_linear", "rotary_ntk", "rotary_yarn"), "rotary")
     sweep = shipped(ROOT / "configs" / "sweeps" / f"{stem}.py")
-    points_of = {trial.name: trial for trial in sweep.trials}
+    trials_of = {trial.name: trial for trial in sweep.trials}
     variants: dict[str, set[int]] = {}
     searched: set[str] = set()
     for trial in filter(lambda trial: trial.best, sweep.trials):
@@ -115,14 +115,14 @@ def test_a_study_tries_rates_with_one_seed_and_compares_three_others(stem):
         assert len(best.runs) in ((9, 12) if constants else (3, 4))
         searched |= set(constants)
         for name in best.runs:
-            tried = points_of[name]
-            assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tried.settings.seed == 0
-            assert tried.settings.steps == trial.settings.steps == tried.settings.eval.every
+            tuning = trials_of[name]
+            assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tuning.settings.seed == 0
+            assert tuning.settings.steps == trial.settings.steps == tuning.settings.eval.every
             free = {name: getattr(trial.settings.encoding, name) for name in ("scaling", *constants)}
-            same = dataclasses.replace(tried.settings.encoding, **free)
-            assert same == trial.settings.encoding and tried.settings.objective == trial.settings.objective
+            same = dataclasses.replace(tuning.settings.encoding, **free)
+            assert same == trial.settings.encoding and tuning.settings.objective == trial.settings.objective
     assert set(map(frozenset, variants.values())) == {frozenset({1, 2, 3})}
-    kinds = {points_of[f"{way}-1"].settings.encoding.name for way in variants}
+    kinds = {trials_of[f"{way}-1"].settings.encoding.name for way in variants}
     assert searched == {
         "study_images": {"theta", "slope_scale", "directed_heads", "fire_scale"},
     }.get(
@@ -163,7 +163,7 @@ def test_values_of_all_types_reach_the_command_line(tmp_path, monkeypatch):
     assert parsed(trial.arguments) == trial.settings
 
 
-def test_a_point_may_have_another_config(tmp_path, monkeypatch):
+def test_a_trial_may_have_another_config(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     body = yielding("('digits', {'config': 'configs/digits_vit.py', 'variant': 'none'})", "('text', {})")
     digits, text = spec.read_sweep_file(written(tmp_path, body)).trials
@@ -271,7 +271,7 @@ def test_what_is_no_sweep_file_is_refused(tmp_path):
         spec.read_sweep_file(written(tmp_path, yielding("('a', {})"), head=""))
 
 
-def test_some_ways_of_two_stages_try_further_values():
+def test_tuning_runs_take_extra_values_and_constants():
     field, variants = (
         "optimizer.learning_rate",
         {"a": {"variant": "alibi"}, "b": {"variant": "rotary"}, "c": {"variant": "none"}},
@@ -288,17 +288,17 @@ def test_some_ways_of_two_stages_try_further_values():
             constants={"b": {"encoding.theta": (10.0, 100.0)}},
         )
     )
-    tried = {
+    tuning = {
         "a": [f"a-learning_rate={rate}" for rate in (0.001, 0.002, 0.004)],
         "b": [f"b-learning_rate={rate},theta={theta}" for rate in (0.001, 0.002) for theta in (10, 100)],
     }
-    assert list(runs) == [*tried["a"], *tried["b"], "a-1", "b-1", "c-1"]
+    assert list(runs) == [*tuning["a"], *tuning["b"], "a-1", "b-1", "c-1"]
     assert runs["a-learning_rate=0.004"] == {"variant": "alibi", "seed": 0, field: 4e-3}
-    assert runs[tried["b"][1]] == {"variant": "rotary", "seed": 0, field: 1e-3, "encoding.theta": 100.0}
+    assert runs[tuning["b"][1]] == {"variant": "rotary", "seed": 0, field: 1e-3, "encoding.theta": 100.0}
     assert [runs[name][field].runs for name in ("a-1", "b-1", "c-1")] == [
-        tuple(tried["a"]),
-        tuple(tried["b"]),
-        tuple(tried["a"]),
+        tuple(tuning["a"]),
+        tuple(tuning["b"]),
+        tuple(tuning["a"]),
     ]
     assert runs["b-1"]["encoding.theta"] is runs["b-1"][field] and "encoding.theta" not in runs["c-1"]
 

@@ -1,4 +1,4 @@
-"""Runs that wait for others: the best decides once, it is recorded, and what is missing or failed is told in a line."""
+"""Runs that wait for others: the best one decides once and is recorded, missing and failed runs are reported in a line."""
 
 import dataclasses
 import json
@@ -44,14 +44,14 @@ def wishes(monkeypatch) -> dict[str, str]:
     return found
 
 
-def begun(workdir: pathlib.Path, points=TRIALS) -> TrialGraph:
-    trial_graph.record_trials(workdir, SweepFile("sweep.py", PAGE, points, None), points)
-    return TrialGraph(workdir, points)
+def begun(workdir: pathlib.Path, trials=TRIALS) -> TrialGraph:
+    trial_graph.record_trials(workdir, SweepFile("sweep.py", PAGE, trials, None), trials)
+    return TrialGraph(workdir, trials)
 
 
-def worked(workdir: pathlib.Path, jobs: int = 1, points=TRIALS, names=None, retry: bool = False) -> TrialGraph:
+def worked(workdir: pathlib.Path, jobs: int = 1, trials=TRIALS, names=None, retry: bool = False) -> TrialGraph:
     """What the command does with it."""
-    found = begun(workdir, points)
+    found = begun(workdir, trials)
     runs = list(found.runs.values())
     todo = [
         run
@@ -64,16 +64,16 @@ def worked(workdir: pathlib.Path, jobs: int = 1, points=TRIALS, names=None, retr
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_the_best_of_the_first_stage_decides_and_is_recorded(tmp_path, wishes, jobs, capsys):
+def test_the_best_tuning_run_decides_and_is_recorded(tmp_path, wishes, jobs, capsys):
     found = worked(tmp_path, jobs)
     line = "s-1, s-2: batch_size=16 (t=2 has the best eval/loss@16, 0.25)"
     assert [one for one in capsys.readouterr().out.splitlines() if one == f"  {line}"] == [f"  {line}"]
     assert [headers(found.runs[name]) for name in ("t=2", "s-1", "s-2")] == [["train"], *[["train", "evaluate"]] * 2]
     assert found.runs["s-1"].trial.settings.batch_size == 16 and found.runs["s-1"].trial.overrides["batch_size"] == 16
-    kept = json.loads((tmp_path / "sweep.json").read_text())["points"]
-    assert kept["s-2"]["settings"]["batch_size"] == 16 and "decided" not in kept["t=2"]
-    assert kept["s-2"]["best"] == {"batch_size": {"runs": ["t=1", "t=2", "t=3"], "minimise": "eval/loss@16"}}
-    assert kept["s-2"]["decided"] == {
+    record = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert record["s-2"]["settings"]["batch_size"] == 16 and "decided" not in record["t=2"]
+    assert record["s-2"]["best"] == {"batch_size": {"runs": ["t=1", "t=2", "t=3"], "minimise": "eval/loss@16"}}
+    assert record["s-2"]["decided"] == {
         "batch_size": {
             "value": 16,
             "run": "t=2",
@@ -92,7 +92,7 @@ def test_the_best_of_the_first_stage_decides_and_is_recorded(tmp_path, wishes, j
 
 def test_more_may_be_better_and_of_equal_ones_the_first_is_taken(tmp_path, wishes):
     most = BestOf(DECIDES.runs, maximise="eval/loss@16")
-    found = worked(tmp_path, points=(*TRIALS[:3], trial("s-1", most, seed=1)))
+    found = worked(tmp_path, trials=(*TRIALS[:3], trial("s-1", most, seed=1)))
     assert found.runs["s-1"].trial.settings.batch_size == 8
 
 
@@ -101,13 +101,13 @@ def test_a_sweep_that_was_killed_goes_on_with_what_was_decided(tmp_path, wishes)
     worked(tmp_path, names=["t=1", "t=2", "t=3", "s-1"])
     path = tmp_path / "t=1" / "metrics.jsonl"
     path.write_text(path.read_text().replace("0.5", "0.125"))
-    points = (*TRIALS, trial("s-3", DECIDES, seed=3))
-    found = worked(tmp_path, points=points)
+    trials = (*TRIALS, trial("s-3", DECIDES, seed=3))
+    found = worked(tmp_path, trials=trials)
     assert [found.runs[f"s-{seed}"].trial.settings.batch_size for seed in (1, 2, 3)] == [16] * 3
     assert {name for name in trial_graph.recorded_decisions(tmp_path)} == {"s-1", "s-2", "s-3"}
 
 
-def test_a_failed_run_is_left_out_and_told(tmp_path, wishes, capsys):
+def test_a_failed_run_is_left_out_and_named(tmp_path, wishes, capsys):
     wishes["t=2"] = "fails"
     found = worked(tmp_path)
     line = "s-1, s-2: batch_size=8 (t=1 has the best eval/loss@16, 0.5; without t=2, which failed)"
@@ -139,14 +139,14 @@ def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
     assert worked(tmp_path).runs["s-1"].trial.settings.batch_size == 16
 
 
-def test_a_run_without_its_number_is_told(tmp_path, wishes):
+def test_a_run_without_its_number_is_named(tmp_path, wishes):
     wishes |= dict.fromkeys(("t=1", "t=2", "t=3"), "1e999")
     found = worked(tmp_path)
     [line] = found.obstacles(list(found.runs.values()))
     assert line.startswith("s-1, s-2 wait for t=1 (measured no number)")
 
 
-def test_a_stop_in_the_first_stage_begins_nothing_of_the_second(tmp_path, wishes):
+def test_a_stop_of_tuning_runs_starts_no_other_run(tmp_path, wishes):
     wishes["t=2"] = "waits"
 
     def send():
@@ -176,7 +176,7 @@ def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
     found.check_selection([found.runs["s-1"]])
 
 
-def test_what_decides_is_kept_as_it_was_when_the_sweep_began(tmp_path, wishes):
+def test_the_runs_that_decide_cannot_change(tmp_path, wishes):
     worked(tmp_path)
     fewer = BestOf(("t=1", "t=2"), minimise="eval/loss@16")
     for best in (fewer, BestOf(DECIDES.runs, maximise="eval/loss@16")):
@@ -186,7 +186,7 @@ def test_what_decides_is_kept_as_it_was_when_the_sweep_began(tmp_path, wishes):
         begun(tmp_path, (*TRIALS[:3], trial("s-1", DECIDES, seed=7), TRIALS[4]))
 
 
-def test_slurm_takes_an_array_for_each_stage(tmp_path, wishes, monkeypatch):
+def test_slurm_gets_one_array_after_another(tmp_path, wishes, monkeypatch):
     arrays = []
 
     def execute_array(workdir, runs, todo, jobs, options, *, cluster):
