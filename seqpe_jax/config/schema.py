@@ -81,7 +81,7 @@ class ModelConfig:
     layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon)
     init_std: float = _field(0.02, **limits.Std)
     remat: Literal["none", "full", "dots", "offload"] = "none"  # what the backward pass has of the layers
-    attention_kind: Literal["auto", "reference", "blockwise", "flash"] = "auto"  # implementation (models.choice)
+    attention_kind: Literal["auto", "reference", "blockwise", "flash"] = "auto"  # backend (models.attention_dispatch)
     attention_block: int = _field(0, **limits.OptionalLength)  # queries and keys at once, of blocks; 0 = automatic
     scan: bool = False  # layers are compiled once and looped over; their weights are stacked
 

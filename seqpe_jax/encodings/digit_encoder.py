@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from seqpe_jax.activations import ACTIVATIONS
 from seqpe_jax.config import SeqPEConfig
 from seqpe_jax.positions.digits import significant_mask, to_digits
 from seqpe_jax.positions.prefix_trie import PrefixTrie, build_trie
+
+# Activation functions by their name in configs; the blocks of `models.transformer` use them too.
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
 
 
 class Embeddings(NamedTuple):

@@ -185,7 +185,7 @@ def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
 
 
 def stack_layers(found: list[Rule]) -> list[Rule]:
-    """Returns the rules of a model whose blocks are one stack (`models.blocks.ScannedBlocks`)."""
+    """Returns the rules of a model whose blocks are one stack (`models.transformer.ScannedBlocks`)."""
     stacks: dict[str, list[Rule]] = {}
     for rule in found:
         stacks.setdefault(re.sub(r"/blocks_\d+/", "/blocks/layers/", rule.ours), []).append(rule)
