@@ -32,7 +32,7 @@ def _percent(name: str, title: str) -> Metric:
 
 
 LOSS = Metric("loss", "Loss (nats per token)")
-# Kind of data (`config.data_kind`) -> its metrics beside the loss, the main one first.
+# Kind of data (`config.data_kind`) -> its metrics in addition to the loss, the main one first.
 METRICS = {
     "text": (
         Metric("bits_per_byte", "Bits per byte"),

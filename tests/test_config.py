@@ -13,7 +13,7 @@ import pytest
 
 from seqpe_jax import config
 from seqpe_jax.config import ENCODINGS, kinds_for, kinds_with
-from seqpe_jax.config.scripts import execute_file
+from seqpe_jax.config.io import execute_file
 from seqpe_jax.errors import InputError
 from seqpe_jax.trees import flatten_dict, unflatten_dict
 from tests.tiny import ROOT, tiny_config
@@ -205,7 +205,7 @@ KINDS = list(ENCODINGS)
     "overrides,words",
     [
         ({"data.size": (208, 8), "encoding.max_position": 20}, ["data.size 208x8", "largest position possible is 19"]),
-        ({"batch_size": 12, "objective.shift.rate": 0.0}, ["12 sequences", "objective.shift.sets=8"]),
+        ({"batch_size": 12, "objective.shift.rate": 0.0}, ["12 examples", "objective.shift.sets=8"]),
         ({"encoding.max_position": 4000}, ["encoding.max_position=4000", "on 2 axes"]),
     ],
 )
@@ -317,9 +317,7 @@ def test_older_names_say_what_those_of_today_do(name, gate):
     with pytest.raises(InputError, match="'encoding.gate_bias' is called 'encoding.gate_bias_init' now, and both"):
         config.from_dict(values | {"encoding": values["encoding"] | {"gate_bias_init": 1.0}})
     other = {"forget": "cable", "cable": "forget"}[gate]
-    with pytest.raises(
-        InputError, match=f"'{name}' means encoding.gate='{gate}', but encoding.gate='{other}' is given"
-    ):
+    with pytest.raises(InputError, match=f"'{name}' means encoding.gate='{gate}', but encoding.gate='{other}' is set"):
         config.from_dict(values | {"encoding": values["encoding"] | {"gate": other}})
     with pytest.raises(InputError, match="field 'encoding.gate_bias': it is called 'encoding.gate_bias_init' now"):
         config.load(f"{QUICKSTART}:{name}", {"encoding.gate_bias": 4.0})

@@ -6,7 +6,7 @@ The file is executed once, by `read_config`: the flags only hold its path and th
 
 import ast
 import typing
-from typing import Any, Literal
+from typing import Any
 
 from absl import flags
 
@@ -17,7 +17,7 @@ PREFIX = "config."
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Reads several values of one field: `16,32`, or Python's notation for a tuple or list."""
+    """Parses several values of one field: `16,32`, or Python's notation for a tuple or list."""
 
     syntactic_help = "values separated by commas"
 
@@ -65,8 +65,8 @@ def config_overrides(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, A
     for name in config.field_types():
         flag = flag_values[PREFIX + name]
         if flag.present:
-            several = isinstance(flag, flags.MultiFlag)
-            found[name] = tuple(item for given in flag.value for item in given) if several else flag.value
+            is_tuple = isinstance(flag, flags.MultiFlag)
+            found[name] = tuple(item for items in flag.value for item in items) if is_tuple else flag.value
     return found
 
 
@@ -83,7 +83,7 @@ def read_config(flag_values: flags.FlagValues = flags.FLAGS) -> config.Config:
 
 
 def unknown_flag(name: str) -> InputError | None:
-    """Returns what to say of an unknown flag that is meant as a field of the config, else None."""
+    """Returns the error of an unknown flag that is meant as a field of the config, else None."""
     field = name.removeprefix("no").removeprefix(PREFIX)
     return InputError(config.unknown_field_message(field)) if PREFIX in name else None
 
@@ -104,27 +104,27 @@ def help_on_fields(section: str = "") -> str:
         raise InputError(f"the config has no section '{section}'.{suggest(section, sections)}")
     lines = []
     for name, field in chosen.items():
-        lines.append(f"  --config.{name}={_default_in_words(field.default)}  ({_type_in_words(field.type)})")
+        lines.append(f"  --config.{name}={_format_default(field.default)}  ({_format_type(field)})")
         lines += [f"      {field.doc}"] if field.doc else []
     return "\n".join(lines)
 
 
-def _type_in_words(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " | ".join(typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return f"{typing.get_args(kind)[0].__name__}, ..."
-    return kind.__name__
+def _format_type(field: config.FieldDoc) -> str:
+    if field.choices:
+        return " | ".join(field.choices)
+    if typing.get_origin(field.type) is tuple:
+        return f"{typing.get_args(field.type)[0].__name__}, ..."
+    return field.type.__name__
 
 
-def _default_in_words(value: Any) -> str:
+def _format_default(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "()"
     return str(value) if value != "" else "''"
 
 
 def _numbers(argument: str) -> tuple[Any, ...]:
-    """The values of a tuple of numbers; what is no number stays a text, which the config refuses by name."""
+    """Returns numbers; a value that is none stays a text, which the config refuses by its field's name."""
     try:
         value = ast.literal_eval(argument)
     except (SyntaxError, ValueError):
@@ -133,7 +133,7 @@ def _numbers(argument: str) -> tuple[Any, ...]:
 
 
 def _texts(argument: str) -> tuple[str, ...]:
-    """The texts of Python's notation for a text, tuple or list; a path such as 2024 is no number, and one text otherwise."""
+    """Returns the texts of Python's notation for a text, tuple or list, else one text; a path such as 2024 is no number."""
     source = argument.strip()
     try:
         written = ast.parse(source, mode="eval").body

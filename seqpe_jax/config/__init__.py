@@ -1,6 +1,5 @@
-"""Configuration: fields (`schema`), what they demand of each other (`checks`), and how a config is read (`reading`)."""
+"""The config of a run: sections of fields (`schema`, `encodings`), checks (`validate`), files and stored configs (`io`)."""
 
-from seqpe_jax.config.conditions import check_overrides_used
 from seqpe_jax.config.encodings import (
     ENCODINGS,
     GATED,
@@ -30,6 +29,7 @@ from seqpe_jax.config.io import (
     LOCAL,
     RENAMED,
     RESUME_CHANGEABLE,
+    FieldDoc,
     apply_renames,
     defaults,
     difference,
@@ -42,6 +42,7 @@ from seqpe_jax.config.io import (
     load_variant,
     parse,
     reset_unused,
+    resolve_config_path,
     to_dict,
     unknown_field_message,
     with_encoding,
@@ -59,8 +60,13 @@ from seqpe_jax.config.schema import (
     OptimizerConfig,
     ShiftConfig,
 )
-from seqpe_jax.config.scripts import resolve_config_path
-from seqpe_jax.config.validate import MAX_POSITION_UNITS, check_positions, check_size, profile_window
+from seqpe_jax.config.validate import (
+    MAX_POSITION_UNITS,
+    check_overrides_used,
+    check_positions,
+    check_size,
+    profile_window,
+)
 
 __all__ = [
     "ALiBiConfig",
@@ -70,6 +76,7 @@ __all__ = [
     "DistillationConfig",
     "ENCODINGS",
     "EncodingConfig",
+    "FieldDoc",
     "FireConfig",
     "GATED",
     "GridALiBiConfig",

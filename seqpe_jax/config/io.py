@@ -1,14 +1,19 @@
-"""Config files and stored configs -> `Config`: types, ranges, and which options are read at all.
+"""Reading configs: config files with overrides, and stored configs of this and older versions, become a `Config`.
 
-A config file returns a ConfigDict (`defaults()` plus assignments); `parse` checks it whole. Below this room nobody sees a
-ConfigDict.
+A config file defines get_config(variant=None), which returns a ConfigDict: `defaults()` plus assignments. `load` executes
+it once, applies overrides, and validates the result once. Only this module and config files know ConfigDicts.
 """
 
 import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import math
+import pathlib
+import traceback
+import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
 
 import ml_collections
@@ -16,15 +21,15 @@ import ml_collections
 from seqpe_jax.config.encodings import ENCODINGS, GATED, EncodingConfig, all_fields, any_encoding, kinds_with
 from seqpe_jax.config.limits import LARGEST, check_range, format_value
 from seqpe_jax.config.schema import Config, ContrastiveConfig, DistillationConfig
-from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_config_path
 from seqpe_jax.config.validate import check
 from seqpe_jax.data import registry
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.files import expand_path
 from seqpe_jax.trees import flatten_dict
 
-LOCAL = "config files are Python, and run from a folder of this machine"  # why they cannot lie in a store
-# Sections that may differ when a run goes on: they change where and how it runs, not what it computes.
+PACKAGE = pathlib.Path(__file__).parents[1]
+LOCAL = "config files are Python, and run from a folder of this machine"  # the reason why a bucket is refused
+# Sections that may change when a run resumes: they change where and how it runs, not its results.
 RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_from")
 # Name of a field in configs of older versions -> its name today.
 RENAMED = {
@@ -33,7 +38,7 @@ RENAMED = {
     "objective.contrastive.around_pivot": "objective.contrastive.around_anchor",
     "objective.contrastive.past_only": "objective.contrastive.causal_only",
 }
-# Field, by its name today -> a value in configs of older versions -> the fields that say the same today.
+# Field, by its name today -> value in configs of older versions -> fields with the same meaning today.
 RENAMED_VALUES = {
     "encoding.kind": {name: {"encoding.kind": "none", "encoding.gate": gate} for name, gate in GATED.items()},
     "encoding.resize": {
@@ -46,8 +51,8 @@ RENAMED_VALUES = {
         "blocks": {"model.attention_kind": "blockwise"},
     },
 }
-# Value that a stored config without a field was trained with, where it is not the field's default: a number, or a function
-# of the stored config. The model of an old checkpoint would be another one under the default.
+# Value that a stored config without a field was trained with, if it is not the field's default: a number, or a function of
+# the stored config. Under the default, the model of an old checkpoint would be another one.
 FORMER_DEFAULTS: dict[str, Any] = {
     "encoding.t5_buckets": 32,
     "encoding.t5_max_distance": 128,
@@ -70,12 +75,76 @@ FORMER_MEANINGS: dict[str, tuple[str, Any]] = {
 }
 
 
-def defaults() -> ml_collections.ConfigDict:
-    """Returns every field at its default, as a ConfigDict that config files fill in.
+# --- Files with code
 
-    Its encoding section has the fields of all encodings: a config file sets those of several, of which a variant chooses.
+
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles a file each time. Python's cached bytecode is keyed by size and second, and misses an edit in that second."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def resolve_config_path(path: str) -> str:
+    """Returns the path of a config or sweep file.
+
+    The package contains the files of `configs/`. A path such as configs/stdlib_lm.py means the package's file if the
+    current folder has none of that name, so that the same command works outside a clone.
+
+    Args:
+      path: as the user wrote it, perhaps with a :variant.
     """
-    return ml_collections.ConfigDict(to_dict(Config()) | {"encoding": all_fields()})
+    name, colon, variant = path.partition(":")
+    shipped = PACKAGE / name
+    if pathlib.PurePath(name).parts[:1] != ("configs",) or pathlib.Path(name).exists() or not shipped.is_file():
+        return path
+    return f"{shipped}{colon}{variant}"
+
+
+def execute_file(path: str, expected: str) -> types.ModuleType:
+    """Executes a Python file and returns it as a module.
+
+    Args:
+      path: of the file.
+      expected: kind of the file and what it must define, for messages.
+
+    Raises:
+      InputError: there is no such file, it is no Python, or it raises; names the file and the line.
+    """
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"no {expected.split()[0]} file at {path}")
+    if not path.endswith(".py"):
+        raise InputError(f"{path} is not a Python file: a {expected}")
+    loader = _SourceLoader("seqpe_file", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    call_user_code(path, lambda: loader.exec_module(module))
+    return module
+
+
+def call_user_code(path: str, function: Callable[[], Any]) -> Any:
+    """Calls code of a user's file; all that it raises becomes one line with the file's name and line number.
+
+    Args:
+      path: of the file.
+      function: calls the code.
+
+    Raises:
+      InputError: what the code raised.
+    """
+    try:
+        return function()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise InputError(f"{path}{line} cannot be read: SyntaxError: {error.msg}") from error
+    except (Exception, SystemExit) as error:  # a file may end Python, too
+        numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = f", line {numbers[-1]}" if numbers else ""
+        raise InputError(f"{path}{line} cannot be read: {type(error).__name__}: {error}") from error
+
+
+# --- Stored configs, of this and older versions
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -84,10 +153,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Returns the validated config of nested dicts, such as a run's config.json (lists serve as tuples).
+    """Returns the validated config of nested dicts, such as a run's config.json; lists serve as tuples.
 
     Args:
-      values: also of an older version (`apply_renames`).
+      values: of a config of this or an older version.
 
     Raises:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
@@ -99,13 +168,13 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns nested values with the names of today for fields and values that older versions called otherwise.
+    """Returns nested values with today's names of fields and values that older versions named differently.
 
     Args:
-      values: of a config, or of a part of one; what is no config is returned as it is, for others to refuse.
+      values: of a config, or of some of its sections; a value that is no dict is returned unchanged.
 
     Raises:
-      InputError: a field is given under both names, or an old value says what another field contradicts.
+      InputError: a field is set under both names, or an old value contradicts another field.
     """
     if not isinstance(values, dict):
         return values
@@ -117,7 +186,7 @@ def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
         value = section.pop(name)
         section, name = _section_of(found, new)
         if name in section:
-            raise InputError(f"config field '{old}' is called '{new}' now, and both are given: leave the old one out")
+            raise InputError(f"config field '{old}' is called '{new}' now, and both are set: leave the old one out")
         section[name] = value
     for field, values_of in RENAMED_VALUES.items():
         section, name = _section_of(found, field)
@@ -128,14 +197,14 @@ def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
             section, name = _section_of(found, new)
             if new != field and section.get(name, meant) not in (meant, _default(new)):
                 raise InputError(
-                    f"{field}='{value}' means {new}={meant!r}, but {new}={section[name]!r} is given: leave one of them out"
+                    f"{field}='{value}' means {new}={meant!r}, but {new}={section[name]!r} is set: leave one of them out"
                 )
             section[name] = meant
     return found
 
 
 def _refuse_old_names(values: dict[str, Any]) -> None:
-    """Refuses names of older versions in a config that a user gives; published names of encodings are accepted.
+    """Refuses names of older versions in a user's config; published names of encodings are accepted.
 
     Raises:
       InputError: names the field, or its value, and the name of today.
@@ -152,9 +221,9 @@ def _refuse_old_names(values: dict[str, Any]) -> None:
 
 
 def _section_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
-    """The section that holds a dotted field, put into `values` as a copy, and the last part of the field's name.
+    """Returns the section of a dotted field, which it copies within `values`, and the last part of the field's name.
 
-    What is no section is left to those who check it: an empty one stands in for it.
+    A value that is no section is left for `_build` to refuse, and an empty section is returned.
     """
     *sections, last = field.split(".")
     for section in sections:
@@ -166,14 +235,14 @@ def _section_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str
 
 
 def _default(field: str) -> Any:
-    """The default of a dotted field."""
+    """Returns the default of a dotted field."""
     return functools.reduce(getattr, field.split("."), Config())
 
 
 def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
-    """Returns the config of a stored run with what it was trained with where its values name no such field.
+    """Returns the config of a stored run with the values it was trained with of fields that its version did not have.
 
-    A config that a user gives names all fields (`defaults`), and is returned as it is.
+    A user's config has all fields (`defaults`), and is returned unchanged.
     """
     idle = config.encoding.without_effect()
     former = {name: value for name, value in FORMER_DEFAULTS.items() if _lacks(values, name)}
@@ -190,50 +259,126 @@ def _with_former_defaults(config: Config, values: dict[str, Any]) -> Config:
 
 
 def _lacks(values: dict[str, Any], name: str) -> bool:
-    """Whether nested values have the section of a dotted field, but not the field."""
+    """True if nested values have the section of a dotted field, but not the field."""
     section, field = name.split(".")
     return section in values and field not in values[section]
 
 
-def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> Config:
-    """Returns the validated, frozen form of a ConfigDict, as a user gives it.
+# --- Config files and overrides
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Returns all fields at their defaults, as a ConfigDict that config files change.
+
+    Its encoding section has the fields of all encodings: a config file sets fields of several, and its variant chooses one.
+    """
+    return ml_collections.ConfigDict(to_dict(Config()) | {"encoding": all_fields()})
+
+
+def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Returns the validated config of a config file, which is executed once, with overrides.
 
     Args:
-      overridden: dotted names of the fields whose value is the user's and not the config file's (`from_user_values`).
+      path: FILE.py or FILE.py:VARIANT.
+      overrides: values by dotted field names, such as {"model.layers": 2}.
 
     Raises:
-      InputError: as `from_dict`, or a field is set that nothing reads.
+      InputError: there is no such file, variant or field, or values do not fit.
+    """
+    return from_user_values(_overridden(_execute_config(path), overrides or {}), overrides or {})
+
+
+def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Returns the config of a variant of a config file, with those of the overrides that the variant reads.
+
+    Args:
+      path: FILE.py.
+      variant: name of a variant.
+      overrides: as for `load`.
+
+    Raises:
+      InputError: as of `load`.
+    """
+    values = ml_collections.ConfigDict(_overridden(_execute_config(f"{path}:{variant}"), overrides or {}))
+    return parse(with_encoding(values, values.encoding.kind), overrides or {})
+
+
+def _execute_config(path: str) -> ml_collections.ConfigDict:
+    """Returns what get_config of a config file returns for its variant. Raises: InputError."""
+    name, _, variant = resolve_config_path(expand_path(path, local=LOCAL)).partition(":")
+    expected = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
+    get_config = getattr(execute_file(name, expected), "get_config", None)
+    if not callable(get_config):
+        raise InputError(f"{name} lacks get_config: a {expected}")
+    config = call_user_code(name, lambda: get_config(variant) if variant else get_config())
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"{name}: get_config returned {type(config).__name__}: a {expected}")
+    return config
+
+
+def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Returns the nested values of a config file with dotted overrides. Raises: InputError: there is no such field."""
+    stored = flatten_dict(_values(config), ".")
+    fitting = {name: value for name, value in overrides.items() if name in stored and _fits(stored[name], value)}
+    config.update_from_flattened_dict(fitting)  # fields that the file computes from these follow
+    values = _values(config)
+    for name, value in overrides.items():
+        *sections, last = name.split(".")
+        target = values
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or last not in target:
+            raise InputError(unknown_field_message(name))
+        target[last] = value
+    return values
+
+
+def _fits(stored: Any, value: Any) -> bool:
+    """True if a value has the type of the one in a ConfigDict, and is no number that overflows."""
+    return type(value) is type(stored) and not (type(value) is int and abs(value) >= LARGEST)
+
+
+def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> Config:
+    """Returns the validated config of a user's ConfigDict.
+
+    Args:
+      config: as get_config of a config file returns it.
+      overridden: dotted names of the fields that the user has overridden.
+
+    Raises:
+      InputError: as of `from_dict`; a field is set that has no effect.
     """
     return from_user_values(_values(config), overridden)
 
 
 def from_user_values(values: dict[str, Any], overridden: Collection[str] = ()) -> Config:
-    """Returns the validated config of nested dicts as a user gives them.
+    """Returns the validated config of a user's values, for a new run.
 
     Args:
-      overridden: dotted names of the fields whose value is the user's: what a config file evaluates belongs to the training
-        length or size that it names, so that lengths and sizes below one that took its place are left out.
+      values: nested dicts.
+      overridden: dotted names of the fields that the user has overridden. The evaluation lengths and sizes of a config file
+        belong to its training length or size: those below an overridden one are dropped.
 
     Raises:
-      InputError: as in `parse`.
+      InputError: as of `parse`.
     """
     _refuse_old_names(values)
     values = _without_foreign_fields(apply_renames(values), overridden)
-    config = _following(_build(Config, values, ""), overridden)
+    config = _with_eval_from_training_size(_build(Config, values, ""), overridden)
     check(config)
     _check_ranges(config, "")
-    _check_read(config)
+    _check_fields_used(config)
     return config
 
 
-def _values(page: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the values of a config file, those that are computed from other fields (`get_oneway_ref`) included.
+def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the values of a ConfigDict; those computed from other fields (`get_oneway_ref`) are numbers then.
 
     Raises:
-      InputError: one cannot be computed from what was set.
+      InputError: one cannot be computed.
     """
     try:
-        return page.to_dict()
+        return config.to_dict()
     except (ArithmeticError, TypeError) as error:
         raise InputError(
             f"a field that the config file computes from others, such as steps from batch_size, has no value ({error}): "
@@ -241,11 +386,12 @@ def _values(page: ml_collections.ConfigDict) -> dict[str, Any]:
         ) from None
 
 
-def _following(config: Config, overridden: Collection[str]) -> Config:
-    """Returns a config whose eval section begins at the training length or size, where that is the user's.
+def _with_eval_from_training_size(config: Config, overridden: Collection[str]) -> Config:
+    """Returns a config whose eval section starts at the training length or size, if that is overridden.
 
     Args:
-      overridden: see `from_user_values`; an eval field that the user named stays as it is.
+      config: with the overrides.
+      overridden: dotted names of the fields that the user has overridden; an eval field among them stays unchanged.
     """
     data, changed = config.data, {}
     sides = data.size[-2:]
@@ -255,15 +401,15 @@ def _following(config: Config, overridden: Collection[str]) -> Config:
         "frames": ("data.size", data.size[0] if len(data.size) == 3 else 0),
     }
     for name, (field, own) in trained.items():
-        asked = getattr(config.eval, name)
-        if asked and field in overridden and f"eval.{name}" not in overridden:
-            # Sizes are squares: beside another shape, that of training alone is left.
-            changed[name] = (own, *(one for one in asked if one > own)) if own else ()
+        evaluated = getattr(config.eval, name)
+        if evaluated and field in overridden and f"eval.{name}" not in overridden:
+            # Evaluation sizes are squares: if the training size is none, it alone is evaluated.
+            changed[name] = (own, *(size for size in evaluated if size > own)) if own else ()
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changed)) if changed else config
 
 
 def _check_ranges(section: Any, prefix: str) -> None:
-    """Refuses values that only older runs may hold. Raises: InputError."""
+    """Refuses values that only stored runs of older versions may have. Raises: InputError."""
     for field in dataclasses.fields(section):
         value, name = getattr(section, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
@@ -272,14 +418,18 @@ def _check_ranges(section: Any, prefix: str) -> None:
             check_range(value, field.metadata, name)
 
 
+# --- Variants of the encoding, and fields without effect
+
+
 def with_encoding(
     config: ml_collections.ConfigDict, variant: str | None, forms: dict[str, str] | None = None
 ) -> ml_collections.ConfigDict:
-    """Sets the encoding that a config's variant names; what it does not read goes back to its default.
+    """Sets the encoding of a config file's variant; fields that it does not have go back to their defaults.
 
     Args:
+      config: of the config file, with fields of several encodings.
       variant: an encoding kind, a name in `encodings.GATED` or in `forms`; None = seqpe.
-      forms: further variants of a page, and the kind that each is a form of.
+      forms: further variants of a config file, and the kind of encoding of each.
 
     Raises:
       InputError: the variant is none of these.
@@ -311,21 +461,19 @@ def with_encoding(
     return config
 
 
-VECTOR_LOSSES = {
-    "contrastive": ContrastiveConfig,
-    "distillation": DistillationConfig,
-}  # on vectors, which SeqPE alone has
+# Losses on vectors of positions, which SeqPE alone has.
+VECTOR_LOSSES = {"contrastive": ContrastiveConfig, "distillation": DistillationConfig}
 
 
 def reset_unused(config: Config) -> Config:
-    """Returns a config with what nothing reads at its default; older runs may have kept other values of it."""
+    """Returns a config with fields without effect at their defaults; configs of older versions may have other values."""
     plain = type(config.encoding)()
     idle = {name: getattr(plain, name) for name in config.encoding.without_effect()}
     encoding = dataclasses.replace(config.encoding, **idle)
     has_vectors = config.encoding.HAS_VECTORS
     losses = {} if has_vectors else {section: loss(weight=0.0) for section, loss in VECTOR_LOSSES.items()}
     config = dataclasses.replace(config, encoding=encoding, objective=dataclasses.replace(config.objective, **losses))
-    return _of_data(config, config.data_kind)
+    return _reset_of_other_data(config, config.data_kind)
 
 
 def _without_foreign_fields(
@@ -335,8 +483,8 @@ def _without_foreign_fields(
 
     Args:
       values: nested; the section may have the fields of all encodings, those of others at their defaults.
-      overridden: dotted names of fields that the user gave by hand, which are refused if another encoding has them.
-      stored: whether the values are those of a stored run, perhaps of an older version.
+      overridden: dotted names of the fields that the user has overridden, which are refused if another encoding has them.
+      stored: the values are those of a stored run, perhaps of an older version.
 
     Raises:
       InputError: there is no such encoding, or a field of another one is set; names the encodings that have it.
@@ -362,25 +510,25 @@ def _without_foreign_fields(
 
 
 def with_resolved_lengths(config: Config) -> Config:
-    """Returns a config in which every length of the encoding is written out (`EncodingConfig.resolved`)."""
+    """Returns a config in which each length of the encoding is a number (`EncodingConfig.resolved`)."""
     return dataclasses.replace(config, encoding=config.encoding.resolved(config.dims))
 
 
-def _of_data(section: Any, kind: str) -> Any:
-    """A section in which what runs on this kind of data do not read is at its default."""
+def _reset_of_other_data(section: Any, data_kind: str) -> Any:
+    """Returns a section in which fields of other kinds of data are at their defaults."""
     changed = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        if kind not in field.metadata.get("of", (kind,)):
-            default = field.default is dataclasses.MISSING
-            changed[field.name] = field.default_factory() if default else field.default
+        if data_kind not in field.metadata.get("of", (data_kind,)):
+            is_section = field.default is dataclasses.MISSING
+            changed[field.name] = field.default_factory() if is_section else field.default
         elif dataclasses.is_dataclass(value):
-            changed[field.name] = _of_data(value, kind)
+            changed[field.name] = _reset_of_other_data(value, data_kind)
     return dataclasses.replace(section, **changed)
 
 
-def _check_read(config: Config) -> None:
-    """Refuses fields that were set although nothing reads them. Raises: InputError: names the kinds that do."""
+def _check_fields_used(config: Config) -> None:
+    """Refuses fields that are set without effect. Raises: InputError: names the encodings or data that they are for."""
     kind, optimizer = config.encoding.kind, config.optimizer
     if optimizer.end_learning_rate and optimizer.schedule == "constant":
         raise InputError(
@@ -412,7 +560,7 @@ def _check_read(config: Config) -> None:
 
 
 def _kinds_of_data(section: type, prefix: str, inherited: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Field by its dotted name -> the kinds of data whose runs read it; () = all."""
+    """Returns the kinds of data whose runs read a field, by its dotted name; () = all."""
     found, hints = {}, _hints(section)
     for field in dataclasses.fields(section):
         of, hint = field.metadata.get("of", inherited), hints[field.name]
@@ -423,65 +571,14 @@ def _kinds_of_data(section: type, prefix: str, inherited: tuple[str, ...]) -> di
     return found
 
 
-def load(path: str, overrides: dict[str, Any] | None = None) -> Config:
-    """Returns the config of `FILE.py[:variant]` with dotted overrides, e.g. {"model.layers": 2}.
-
-    Raises:
-      InputError: no such file, variant or field, or values that do not fit.
-    """
-    return from_user_values(_with(_page(path), overrides or {}), overrides or {})
-
-
-def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = None) -> Config:
-    """Returns the config of a variant of `FILE.py`, with those of the dotted overrides that it reads.
-
-    Raises:
-      InputError: as `load`.
-    """
-    page = _page(f"{path}:{variant}")
-    values = ml_collections.ConfigDict(_with(page, overrides or {}))
-    return parse(with_encoding(values, values.encoding.kind), overrides or {})
-
-
-def _page(path: str) -> ml_collections.ConfigDict:
-    """Returns what a config file makes of its variant. Raises: InputError."""
-    name, _, variant = resolve_config_path(expand_path(path, local=LOCAL)).partition(":")
-    what = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
-    make = getattr(execute_file(name, what), "get_config", None)
-    if not callable(make):
-        raise InputError(f"{name} lacks get_config: a {what}")
-    config = call_user_code(name, lambda: make(variant) if variant else make())
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise InputError(f"{name}: get_config returned {type(config).__name__}: a {what}")
-    return config
-
-
-def _with(page: ml_collections.ConfigDict, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Returns the nested values of a config file with dotted overrides. Raises: InputError: there is no such field."""
-    stored = flatten_dict(_values(page), ".")
-    fitting = {name: value for name, value in overrides.items() if name in stored and _fits(stored[name], value)}
-    page.update_from_flattened_dict(fitting)  # what the file computes from these follows
-    values = _values(page)
-    for key, value in overrides.items():
-        *sections, last = key.split(".")
-        target = values
-        for section in sections:
-            target = target.get(section) if isinstance(target, dict) else None
-        if not isinstance(target, dict) or last not in target:
-            raise InputError(unknown_field_message(key))
-        target[last] = value
-    return values
-
-
-def _fits(stored: Any, value: Any) -> bool:
-    """Whether a value has the type of the one that a ConfigDict holds, and is no number that overflows."""
-    return type(value) is type(stored) and not (type(value) is int and abs(value) >= LARGEST)
+# --- Fields: names, types, differences
 
 
 def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
-    """Returns what a message says of a field that does not exist: its name of today, or the nearest names.
+    """Returns the message on a field that does not exist, with its name of today or the most similar names.
 
     Args:
+      name: dotted name.
       also: further names that could be meant.
     """
     if name in RENAMED:
@@ -490,7 +587,7 @@ def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
 
 
 def _hints(section: type) -> dict[str, Any]:
-    """Types of the fields of a section; the encoding section has those of all encodings."""
+    """Returns the types of the fields of a section; the encoding section has those of all encodings."""
     hints = typing.get_type_hints(section)
     return {
         field.name: any_encoding() if hints[field.name] is EncodingConfig else hints[field.name]
@@ -503,12 +600,9 @@ def field_names() -> list[str]:
     return list(field_types())
 
 
-def field_types(kind: type = Config, prefix: str = "") -> dict[str, Any]:
+def field_types() -> dict[str, Any]:
     """Returns the type of each field by its dotted name."""
-    types = {}
-    for name, hint in _hints(kind).items():
-        types |= field_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
-    return types
+    return {name: field.type for name, field in field_docs().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -519,27 +613,32 @@ class FieldDoc:
       type: the annotation of the field.
       default: value where no config sets it.
       doc: one line, with the unit.
+      choices: allowed values; () = by type and range.
     """
 
     type: Any
     default: Any
     doc: str
+    choices: tuple[str, ...] = ()
 
 
 def field_docs(section: type = Config, prefix: str = "") -> dict[str, FieldDoc]:
-    """Returns what help and documentation say of each field, by its dotted name."""
+    """Returns type, default and meaning of each field, by its dotted name."""
     docs, hints = {}, _hints(section)
     for field in dataclasses.fields(section):
         name, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
             docs |= field_docs(hint, f"{name}.")
         else:
-            docs[name] = FieldDoc(hint, field.default, field.metadata.get("doc", ""))
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            if "choices" in field.metadata:
+                choices = field.metadata["choices"]()
+            docs[name] = FieldDoc(hint, field.default, field.metadata.get("doc", ""), choices)
     return docs
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns one `field: old -> new` per leaf that differs between two nested dicts."""
+    """Returns a line `field: old -> new` for each leaf that differs between two nested dicts."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -552,6 +651,9 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+# --- Values of the right types and ranges
 
 
 def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
@@ -579,12 +681,12 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
                 )
             check_range(built[name], fields[name].metadata, full, new=False)
             if fields[name].metadata.get("path"):
-                built[name] = _written_out(built[name], full)
+                built[name] = _expanded(built[name], full)
     return kind(**built)
 
 
-def _written_out(value: Any, name: str) -> Any:
-    """The path or paths of a field, `files.expand_path`; none stays none."""
+def _expanded(value: Any, name: str) -> Any:
+    """Returns the path or paths of a field with ~ replaced; "" stays ""."""
     if isinstance(value, tuple):
         return tuple(map(expand_path, value))
     local = f"{name} is a folder of this machine" if name == "data.cache_dir" else ""

@@ -1,8 +1,8 @@
-"""Ranges of fields, kept in their metadata: what a value may be, and how a value outside is told.
+"""Limits of config fields: ranges of numbers, stored in the metadata of each field, and their messages.
 
-`low` and `high` belong to the range, `below` does not; `zero`: 0 may stand beside it, and means "off"; `once`: 0 was taken
-by older versions, so that a run which holds it opens, and no new one begins with it.
-The ends are far beyond what anybody trains, and short of what overflows, takes all memory or never ends.
+A range has `low` and `high`, which belong to it, and `below`, which does not. `zero`: 0 is allowed too, and means "off".
+`once`: older versions allowed 0, so a stored run with it opens, but no new run may have it. The ends are far beyond common
+values, and short of what overflows, takes all memory or never ends.
 """
 
 import dataclasses
@@ -11,19 +11,21 @@ from typing import Any
 
 from seqpe_jax.errors import InputError
 
-SMALLEST, LARGEST = 2.0**-126, 2.0**127  # numbers below and above are none in float32, in which everything is computed
+# Size of numbers in float32, the type of all arithmetic: smaller ones are denormal, larger ones may overflow.
+SMALLEST = 2.0**-126
+LARGEST = 2.0**127
 
 Fraction = {"low": 0.0, "high": 1.0}
-DropRate = {"low": 0.0, "below": 1.0}  # a share that goes; some must stay
-Weight = {"low": 0.0, "high": 1e6}  # of a term; also factors
+DropRate = {"low": 0.0, "below": 1.0}
+Weight = {"low": 0.0, "high": 1e6}  # of a loss; factors too
 Std = {"low": 0.0, "high": 1e3}
-Epsilon = {"low": 1e-12, "high": 0.1, "once": True}  # under the root of a variance
+Epsilon = {"low": 1e-12, "high": 0.1, "once": True}  # added to a variance
 NumSteps = {"low": 1, "high": 10**9}
 OptionalSteps = {"low": 0, "high": 10**9}
 Batch = {"low": 1, "high": 2**20}
-Length = {"low": 1, "high": 2**24}  # tokens, and things of which there is one for each token
+Length = {"low": 1, "high": 2**24}  # in tokens
 OptionalLength = {"low": 0, "high": 2**24}
-Units = {"low": 0, "high": 2**30}  # positions, and numbers of examples or tokens to read
+Units = {"low": 0, "high": 2**30}  # counts of positions, examples or tokens
 ImageSize = {"low": 1, "high": 2**16}  # in pixels
 Layers = {"low": 1, "high": 1024}
 Heads = {"low": 1, "high": 4096}
@@ -34,31 +36,42 @@ Devices = {"low": 1, "high": 2**20}
 
 
 def field(default: Any, doc: str = "", **metadata: Any) -> Any:
-    """Returns a field with limits and, where not every run reads it, who does.
+    """Returns a field of a config section.
 
-    `doc`: its meaning in one line, with the unit; `--help` and the documentation show it. `reads` names the kinds of encoding that do, `combined` ({field: kinds}) those that do where another field is set, `of`
-    the kinds of data whose runs do; `path`: it is one; `choices`: returns the values that it may have.
+    Args:
+      default: value where no config sets the field.
+      doc: its meaning in one line, with the unit; `--help` and the documentation show it.
+      **metadata: the limits of its numbers; `of`: kinds of data whose runs read it; `path`: it is a path, or several;
+        `choices`: function that returns the allowed values.
     """
     return dataclasses.field(default=default, metadata=metadata | {"doc": doc})
 
 
 def section(kind: type, **metadata: Any) -> Any:
-    """Returns a field that holds other fields, `of` as above."""
+    """Returns a field that holds a section of fields.
+
+    Args:
+      kind: class of the section.
+      **metadata: `of`, as for `field`.
+    """
     return dataclasses.field(default_factory=kind, metadata=metadata)
 
 
 def check_range(value: Any, limits: Mapping[str, Any], name: str, new: bool = True) -> None:
-    """Refuses a number outside of the limits of a field, also as one of several.
+    """Refuses a number outside of the limits of a field, alone or as an item of a tuple.
 
     Args:
-      new: whether it is of a run that begins.
+      value: of the field.
+      limits: metadata of the field.
+      name: dotted name of the field.
+      new: the value is for a new run, not a stored one.
 
     Raises:
       InputError: names the field, the range and the number.
     """
     for item in value if isinstance(value, tuple) else (value,):
-        number = isinstance(item, (int, float)) and not isinstance(item, bool)
-        if number and not _within(item, limits, new):
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+        if is_number and not _within(item, limits, new):
             raise InputError(f"config field '{name}' must be {format_range(limits)}, got {format_value(value)}")
         if isinstance(item, float) and item and not SMALLEST <= abs(item) <= LARGEST:
             raise InputError(
@@ -68,12 +81,12 @@ def check_range(value: Any, limits: Mapping[str, Any], name: str, new: bool = Tr
 
 
 def format_value(value: Any) -> str:
-    """Returns a value as messages show it: not more than a line's worth of it."""
+    """Returns a value for messages, cut to one line."""
     try:
-        words = repr(value)
+        text = repr(value)
     except ValueError:  # Python writes no number of more than 4300 digits
         return "a number of thousands of digits"
-    return words if len(words) <= 120 else f"{words[:80]}... ({len(words)} characters)"
+    return text if len(text) <= 120 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _within(value: float, limits: Mapping[str, Any], new: bool) -> bool:
@@ -84,9 +97,9 @@ def _within(value: float, limits: Mapping[str, Any], new: bool) -> bool:
 
 
 def format_range(limits: Mapping[str, Any]) -> str:
-    """Returns a range as people say it: "at least 1 and at most 64", "0, or at least 1e-06"."""
+    """Returns a range in words, such as "at least 1 and at most 64" or "0, or at least 1e-06"."""
     ends = {"low": "at least", "high": "at most", "below": "below"}
-    words = [f"{said} {_short(limits[name])}" for name, said in ends.items() if limits.get(name) is not None]
+    words = [f"{bound} {_short(limits[name])}" for name, bound in ends.items() if limits.get(name) is not None]
     return "0, or " * bool(limits.get("zero")) + " and ".join(words)
 
 

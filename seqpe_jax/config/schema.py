@@ -1,6 +1,7 @@
-"""The fields of a config: typed, frozen dataclasses, each field with its limits, its default and who reads it.
+"""Sections of a config: frozen dataclasses, each field with its default, its meaning, its limits and the data that it is for.
 
-Units: lengths and positions in tokens, rates and weights as plain numbers, steps in optimiser steps.
+`--help=SECTION` and the documentation show the meaning of each field. Units: lengths and positions in tokens (of text) or
+patches (of images), sizes in pixels, steps in optimizer steps, losses in nats.
 """
 
 import dataclasses
@@ -16,163 +17,193 @@ from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT, IMAGE_LIKE, 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are changed, on the host, one by one."""
+    """Random changes of training images, made on the host."""
 
-    crop_scale: tuple[float, ...] = _field((1.0, 1.0), high=1.0)  # of the area, of a random resized crop; 1 = all of it
-    crop_aspect: tuple[float, ...] = _field((0.75, 4 / 3), high=1e3)  # width to height of that crop
-    flip: float = _field(0.0, **limits.Fraction)  # left and right exchanged, with that probability
-    translate: int = _field(0, low=0, high=2**16)  # pixels moved at most, in each direction
-    randaugment_layers: int = _field(0, low=0, high=64)  # operations for each image
-    randaugment_magnitude: float = _field(9.0, low=0.0, high=10.0)
-    randaugment_std: float = _field(0.5, low=0.0, high=10.0)
-    color_jitter: float = _field(0.0, low=0.0, high=10.0)  # brightness, contrast and saturation change by at most
-    erasing: float = _field(0.0, **limits.Fraction)  # probability that a rectangle turns to noise
+    crop_scale: tuple[float, ...] = _field(
+        (1.0, 1.0), "area of a random resized crop as a fraction of the image, low and high; 1,1 = no crop", high=1.0
+    )
+    crop_aspect: tuple[float, ...] = _field((0.75, 4 / 3), "width to height of that crop, low and high", high=1e3)
+    flip: float = _field(0.0, "probability that left and right are swapped", **limits.Fraction)
+    translate: int = _field(0, "largest shift in pixels, in each direction", low=0, high=2**16)
+    randaugment_layers: int = _field(0, "RandAugment operations for each image; 0 = none", low=0, high=64)
+    randaugment_magnitude: float = _field(9.0, "mean magnitude of these operations", low=0.0, high=10.0)
+    randaugment_std: float = _field(0.5, "standard deviation of that magnitude", low=0.0, high=10.0)
+    color_jitter: float = _field(0.0, "largest relative change of brightness, contrast, saturation", low=0.0, high=10.0)
+    erasing: float = _field(0.0, "probability that a random rectangle is replaced by noise", **limits.Fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and in windows of which length or images of which size."""
+    """Data set, and the length or size of its examples."""
 
-    name: str = _field("stdlib_text", choices=registry.names)  # a data set of `data.registry`
-    # Paths are stored as they were meant when the run began: with `~` written out, for another user has another home.
-    # paths: of text_files files, globs or directories; of image_folder its root; of others the release.
-    paths: tuple[str, ...] = _field((), path=True)
-    length: int = _field(512, **limits.Length, of=TEXT_LIKE)  # tokens of a training window, or of prompt and answer
-    tokenizer: str = _field("bytes", path=True, of=TEXT_LIKE)  # "bytes", or the path of a Hugging Face tokenizer.json
-    lossy_tokenizer: bool = _field(False, of=TEXT_LIKE)  # text that does not come back from its tokens is accepted
-    prompt_weight: float = _field(0.0, **limits.Fraction, of=(DATA_QA,))  # weight of the context's tokens in the loss
+    name: str = _field("stdlib_text", "data set", choices=registry.names)
+    paths: tuple[str, ...] = _field(
+        (),
+        "files, globs or folders of the data set; stored with ~ replaced, for another user has another home",
+        path=True,
+    )
+    length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.Length, of=TEXT_LIKE)
+    tokenizer: str = _field("bytes", "'bytes', or path of a Hugging Face tokenizer.json", path=True, of=TEXT_LIKE)
+    lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TEXT_LIKE)
+    prompt_weight: float = _field(0.0, "weight of the context's tokens in the loss", **limits.Fraction, of=(DATA_QA,))
     question_weight: float = _field(
-        0.0, **limits.Fraction, of=(DATA_QA,)
-    )  # weight of the question's tokens in the loss
+        0.0, "weight of the question's tokens in the loss", **limits.Fraction, of=(DATA_QA,)
+    )
     size: tuple[int, ...] = _field(
-        (), **limits.ImageSize, of=IMAGE_LIKE
-    )  # pixels: (height, width), or (frames, height, width)
-    crop_ratio: float = _field(1.0, low=0.1, high=1.0, of=IMAGE_LIKE)  # images: side of the centre crop at evaluation
+        (), "(height, width), or (frames, height, width) of videos, in pixels", **limits.ImageSize, of=IMAGE_LIKE
+    )
+    crop_ratio: float = _field(
+        1.0, "side of the center crop at evaluation, as a fraction of the image's", low=0.1, high=1.0, of=IMAGE_LIKE
+    )
     bit_depth: int = _field(
-        0, low=0, high=16, of=IMAGE_LIKE
-    )  # image_folder: of grey values in 16-bit files; 0 = 16, checked
+        0, "image_folder: bits of grey values in 16-bit files; 0 = 16, verified", low=0, high=16, of=IMAGE_LIKE
+    )
     augment: AugmentConfig = _section(AugmentConfig, of=IMAGE_LIKE)
-    cache_dir: str = _field("", path=True)  # prepared data; "" = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE
-    threads: int = _field(1, low=1, high=256)  # training examples made at once
+    cache_dir: str = _field("", "folder of prepared data; '' = ~/.cache/seqpe_jax or $SEQPE_JAX_CACHE", path=True)
+    threads: int = _field(1, "threads that make training examples", low=1, high=256)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The transformer that reads the tokens or the patches."""
+    """Transformer over tokens or patches."""
 
-    kind: Literal["gpt2", "vit"] = "gpt2"
+    kind: Literal["gpt2", "vit"] = _field("gpt2", "network: gpt2 for text, vit for images and videos")
     vocabulary: int = _field(
-        0, **limits.OptionalLength, of=TEXT_LIKE
-    )  # gpt2: rows of the token embedding; 0 = the tokenizer's
-    tied: bool = _field(True, of=TEXT_LIKE)  # gpt2: the token embedding gives the logits too
-    classes: int = _field(0, **limits.OptionalLength, of=IMAGE_LIKE)  # vit: 0 = as many as the data have
+        0, "gpt2: rows of the token embedding; 0 = the tokenizer's", **limits.OptionalLength, of=TEXT_LIKE
+    )
+    tied: bool = _field(True, "gpt2: the token embedding is the output layer too", of=TEXT_LIKE)
+    classes: int = _field(0, "vit: number of classes; 0 = that of the data", **limits.OptionalLength, of=IMAGE_LIKE)
     patch: tuple[int, ...] = _field(
-        (), **limits.ImageSize, of=IMAGE_LIKE
-    )  # vit: pixels of a patch along each axis of data.size
-    layers: int = _field(12, **limits.Layers)
-    width: int = _field(768, **limits.Width)
-    heads: int = _field(12, **limits.Heads)
-    mlp_width: int = _field(0, **limits.OptionalWidth)  # 0 = four times the width
-    dropout: float = _field(0.1, **limits.DropRate)  # after attention and MLP
-    attention_dropout: float = _field(0.1, **limits.DropRate)
-    embedding_dropout: float = _field(0.1, **limits.DropRate)
-    drop_path: float = _field(0.0, **limits.DropRate, of=IMAGE_LIKE)  # vit: samples without a branch of the last block
-    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
-    layer_norm_epsilon: float = _field(1e-5, **limits.Epsilon)
-    init_std: float = _field(0.02, **limits.Std)
-    remat: Literal["none", "full", "dots", "offload"] = "none"  # what the backward pass has of the layers
-    attention_kind: Literal["auto", "reference", "blockwise", "flash"] = "auto"  # backend (models.attention_dispatch)
-    attention_block: int = _field(0, **limits.OptionalLength)  # queries and keys at once, of blocks; 0 = automatic
-    scan: bool = False  # layers are compiled once and looped over; their weights are stacked
+        (), "vit: sides of a patch along each axis of data.size, in pixels", **limits.ImageSize, of=IMAGE_LIKE
+    )
+    layers: int = _field(12, "transformer blocks", **limits.Layers)
+    width: int = _field(768, "features of a token", **limits.Width)
+    heads: int = _field(12, "attention heads of a block", **limits.Heads)
+    mlp_width: int = _field(0, "hidden features of an MLP; 0 = four times the width", **limits.OptionalWidth)
+    dropout: float = _field(0.1, "rate after attention and MLP", **limits.DropRate)
+    attention_dropout: float = _field(0.1, "rate of attention weights", **limits.DropRate)
+    embedding_dropout: float = _field(0.1, "rate of embeddings", **limits.DropRate)
+    drop_path: float = _field(
+        0.0,
+        "vit: rate of examples that skip the last block's branch; less in earlier ones",
+        **limits.DropRate,
+        of=IMAGE_LIKE,
+    )
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", "nonlinearity of an MLP")
+    layer_norm_epsilon: float = _field(1e-5, "added to the variance", **limits.Epsilon)
+    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
+    remat: Literal["none", "full", "dots", "offload"] = _field(
+        "none",
+        "recomputed in the backward pass: none, full blocks, dots = all but matrix products; offload keeps these in host memory",
+    )
+    attention_kind: Literal["auto", "reference", "blockwise", "flash"] = _field(
+        "auto", "implementation of attention (models.attention_dispatch)"
+    )
+    attention_block: int = _field(0, "blockwise: queries and keys of a block; 0 = automatic", **limits.OptionalLength)
+    scan: bool = _field(False, "compile one block and loop over stacked weights")
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """Near positions, near vectors."""
+    """Contrastive loss: vectors of near positions are similar."""
 
-    weight: float = _field(0.1, **limits.Weight)
-    warmup_steps: int = _field(0, **limits.OptionalSteps)
-    batch: int = _field(32, **limits.Batch)  # pivots of one step, over all devices
-    candidates: int = _field(32, **limits.Batch)
-    mixture: tuple[float, ...] = _field((0.0, 0.4, 0.6), high=1.0)  # of random, hard and distributional candidates
-    hard_fraction: float = _field(0.25, **limits.Fraction)
-    window: int = _field(256, low=1, high=2**30)  # range of distributional candidates
-    around_anchor: bool = False  # that window lies around the pivot instead of anywhere
-    causal_only: bool = False  # candidates before the pivot only, as causal attention sees them
-    space: Literal["vectors", "logits"] = "vectors"  # dot products of vectors, or attention logits per head
-    per_head: bool = False  # space=vectors: one loss per head
-    label_smoothing: float = _field(0.0, **limits.DropRate)
-    scale: float = _field(1.0, **limits.Weight)
-    floor: float = _field(0.0, low=0.0, high=100.0)  # nats; a pivot whose loss is below it has no gradient; 0 = none
-    head_scales: tuple[float, ...] = _field((), high=1e6)  # space=logits: of each head with a position; () = 1
+    weight: float = _field(0.1, "of the loss", **limits.Weight)
+    warmup_steps: int = _field(0, "steps over which the weight rises linearly", **limits.OptionalSteps)
+    batch: int = _field(32, "anchors of a step, over all devices", **limits.Batch)
+    candidates: int = _field(32, "positions that an anchor is compared with", **limits.Batch)
+    mixture: tuple[float, ...] = _field(
+        (0.0, 0.4, 0.6), "probabilities of random, hard and distributional candidates", high=1.0
+    )
+    hard_fraction: float = _field(
+        0.25, "hard draw: fraction of the candidates that are the anchor with 1 to 3 digits changed", **limits.Fraction
+    )
+    window: int = _field(256, "range of distributional candidates", low=1, high=2**30)
+    around_anchor: bool = _field(False, "center that range on the anchor instead of drawing its place")
+    causal_only: bool = _field(False, "text: candidates before the anchor only, as in causal attention")
+    space: Literal["vectors", "logits"] = _field(
+        "vectors", "compare dot products of vectors, or attention logits per head"
+    )
+    per_head: bool = _field(False, "space=vectors: one loss per head")
+    label_smoothing: float = _field(0.0, "fraction of the target spread over all candidates", **limits.DropRate)
+    scale: float = _field(1.0, "factor of the dot products", **limits.Weight)
+    floor: float = _field(
+        0.0, "nats; an anchor whose loss is lower has no gradient; 0 = every anchor has one", low=0.0, high=100.0
+    )
+    head_scales: tuple[float, ...] = _field(
+        (), "space=logits: factor for each head that has a position; () = 1", high=1e6
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """Far vectors relate to each other as near ones do."""
+    """Distillation loss: vectors of far windows relate to each other as those of the window at the origin."""
 
-    weight: float = _field(0.1, **limits.Weight)
-    warmup_steps: int = _field(0, **limits.OptionalSteps)
-    batch: int = _field(32, **limits.Batch)  # student windows of one step, over all devices
-    offsets: int = _field(32, **limits.Batch)
-    metric: Literal["kl", "mse"] = "kl"
-    beta: float = _field(1.0, **limits.Fraction)
-    reduction: Literal["elements", "rows"] = "elements"
-    space: Literal["vectors", "logits"] = "vectors"
-    per_head: bool = True
-    scale: float = _field(1.0, **limits.Weight)
+    weight: float = _field(0.1, "of the loss", **limits.Weight)
+    warmup_steps: int = _field(0, "steps over which the weight rises linearly", **limits.OptionalSteps)
+    batch: int = _field(32, "student windows of a step, over all devices", **limits.Batch)
+    offsets: int = _field(32, "positions of a window", **limits.Batch)
+    metric: Literal["kl", "mse"] = _field("kl", "distance between teacher and student")
+    beta: float = _field(
+        1.0, "weight of the loss with a fixed teacher; the rest has a fixed student", **limits.Fraction
+    )
+    reduction: Literal["elements", "rows"] = _field("elements", "mean over all elements, or sum over each row")
+    space: Literal["vectors", "logits"] = _field(
+        "vectors", "compare dot products of vectors, or attention logits per head"
+    )
+    per_head: bool = _field(True, "space=vectors: one loss per head")
+    scale: float = _field(1.0, "factor of the dot products", **limits.Weight)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShiftConfig:
-    """With probability `rate` a step reads windows that start elsewhere."""
+    """Shifted windows: with probability `rate` a step trains on windows that do not start at 0."""
 
-    rate: float = _field(0.0, **limits.Fraction)
-    sets: int = _field(1, **limits.Batch)  # different windows in one batch; sample i uses window i mod sets
-    starts: int = _field(0, **limits.Units)  # a fixed subset of that many starts; 0 = all
+    rate: float = _field(0.0, "probability that a step is shifted", **limits.Fraction)
+    sets: int = _field(1, "different windows in a batch; example i has window i mod sets", **limits.Batch)
+    starts: int = _field(0, "number of fixed starts that are drawn from; 0 = all", **limits.Units)
 
 
 @dataclasses.dataclass(frozen=True)
 class SkipConfig:
-    """With probability `rate` a step reads windows cut into chunks with random gaps (arXiv 2309.10400)."""
+    """Skip-wise positions (PoSE, arXiv 2309.10400): windows cut into chunks with random gaps between."""
 
-    rate: float = _field(0.0, **limits.Fraction)
-    chunks: int = _field(2, low=2, high=2**20)
-    range: int = _field(0, **limits.Units)  # the window spreads over positions below; 0 = encoding.max_position
+    rate: float = _field(0.0, "probability that a step has gaps", **limits.Fraction)
+    chunks: int = _field(2, "chunks of a window", low=2, high=2**20)
+    range: int = _field(0, "positions that the chunks spread over; 0 = encoding.max_position", **limits.Units)
 
 
 @dataclasses.dataclass(frozen=True)
 class JitterConfig:
-    """With probability `rate` a step reads windows whose places do not stand where they should."""
+    """Jitter: with probability `rate` each coordinate of a step's positions moves at random."""
 
-    rate: float = _field(0.0, **limits.Fraction)
-    range: float = _field(0.0, low=0.0, high=2.0**30)  # tokens or patches that a coordinate moves at most, either way
+    rate: float = _field(0.0, "probability that a step is jittered", **limits.Fraction)
+    range: float = _field(0.0, "largest move in tokens or patches, to either side", low=0.0, high=2.0**30)
 
 
 @dataclasses.dataclass(frozen=True)
 class ZoomConfig:
-    """With probability `rate` a step reads parts of images, enlarged, whose patches stand where they are in the whole."""
+    """Zoom: with probability `rate` a step trains on enlarged crops, whose patches have their positions in the full image."""
 
-    rate: float = _field(0.0, **limits.Fraction)
-    smallest: float = _field(0.5, low=0.05, high=1.0)  # sides of a part as a share of the image's, at least
+    rate: float = _field(0.0, "probability that a step is zoomed", **limits.Fraction)
+    smallest: float = _field(0.5, "smallest side of a crop, as a fraction of the image's", low=0.05, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixingConfig:
-    """Training images mixed with each other, on the device; 0 = off."""
+    """Mixup and CutMix of training images, on the device."""
 
-    mixup: float = _field(0.0, zero=True, low=1e-3, high=1e3)  # alpha of the Beta distribution of shares
-    cutmix: float = _field(0.0, zero=True, low=1e-3, high=1e3)
-    switch: float = _field(0.5, **limits.Fraction)  # probability of cutmix where both are on
+    mixup: float = _field(0.0, "alpha of the Beta distribution of mixup; 0 = off", zero=True, low=1e-3, high=1e3)
+    cutmix: float = _field(0.0, "alpha of the Beta distribution of CutMix; 0 = off", zero=True, low=1e-3, high=1e3)
+    switch: float = _field(0.5, "probability of CutMix if both are on", **limits.Fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Task loss + weighted terms on the position vectors."""
+    """Task loss, weighted losses on position vectors, and the positions that training draws."""
 
     label_smoothing: float = _field(
-        0.0, **limits.DropRate, of=IMAGE_LIKE
-    )  # share of the target spread over all classes
+        0.0, "fraction of the target spread over all classes", **limits.DropRate, of=IMAGE_LIKE
+    )
     mixing: MixingConfig = _section(MixingConfig, of=IMAGE_LIKE)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
     distillation: DistillationConfig = _section(DistillationConfig)
@@ -184,107 +215,116 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; model and position encoder are clipped apart."""
+    """AdamW; the gradients of the model and of the digit encoder are clipped separately."""
 
-    learning_rate: float = _field(5e-5, low=1e-12, high=100.0, once=True)
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"  # wsd: warm-up, stable, decay
-    decay_steps: int = _field(0, **limits.OptionalSteps)  # wsd: of the linear decay at the end; 0 = a tenth of `steps`
-    warmup_steps: int = _field(0, **limits.OptionalSteps)
-    end_learning_rate: float = _field(0.0, low=0.0, high=100.0)
-    b1: float = _field(0.9, **limits.DropRate)
-    b2: float = _field(0.999, **limits.DropRate)
-    epsilon: float = _field(1e-8, low=1e-20, high=1.0, once=True)
+    learning_rate: float = _field(5e-5, "peak learning rate", low=1e-12, high=100.0, once=True)
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = _field(
+        "linear", "decay after warm-up; wsd: stable, then a linear decay at the end"
+    )
+    decay_steps: int = _field(0, "wsd: steps of the decay; 0 = a tenth of all", **limits.OptionalSteps)
+    warmup_steps: int = _field(0, "steps over which the learning rate rises linearly", **limits.OptionalSteps)
+    end_learning_rate: float = _field(0.0, "learning rate at the last step", low=0.0, high=100.0)
+    b1: float = _field(0.9, "decay of the mean of gradients", **limits.DropRate)
+    b2: float = _field(0.999, "decay of the mean of squared gradients", **limits.DropRate)
+    epsilon: float = _field(1e-8, "added to the root of the squared gradients", low=1e-20, high=1.0, once=True)
     weight_decay: float = _field(
-        0.0, low=0.0, high=100.0
-    )  # on matrices of the model; never on biases, norms, embeddings
-    encoder_weight_decay: float = _field(0.0, low=0.0, high=100.0)
-    clip: float = _field(5.0, zero=True, low=1e-6, high=1e6)  # global norm; 0 = no clipping
-    accumulate: int = _field(1, **limits.Batch)  # the batch is read in that many parts
-    non_finite: Literal["stop", "skip"] = "stop"  # what happens at a step whose loss or gradients are not finite
-    skips: int = _field(10, **limits.NumSteps)  # of such steps in a row at most, under skip
+        0.0, "of the model's matrices; never of biases, norms, embeddings", low=0.0, high=100.0
+    )
+    encoder_weight_decay: float = _field(0.0, "of the digit encoder's matrices", low=0.0, high=100.0)
+    clip: float = _field(5.0, "largest global norm of gradients; 0 = no clipping", zero=True, low=1e-6, high=1e6)
+    accumulate: int = _field(1, "micro-batches of a batch, whose gradients are averaged", **limits.Batch)
+    non_finite: Literal["stop", "skip"] = _field(
+        "stop", "at a loss or gradient that is not finite: stop the run, or skip the update"
+    )
+    skips: int = _field(10, "non_finite=skip: consecutive skipped updates that stop the run", **limits.NumSteps)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation while training (validation split), and the lengths that `evaluate` takes by default (test split)."""
+    """Evaluation during training (validation split), and the defaults of the command `evaluate` (test split)."""
 
-    every: int = _field(0, **limits.OptionalSteps)  # steps; 0 = never while training
-    lengths: tuple[int, ...] = _field((), **limits.Length, of=TEXT_LIKE)  # text; () = the training length
+    every: int = _field(0, "steps between evaluations during training; 0 = none", **limits.OptionalSteps)
+    lengths: tuple[int, ...] = _field((), "window lengths; () = the training length", **limits.Length, of=TEXT_LIKE)
     sizes: tuple[int, ...] = _field(
-        (), **limits.ImageSize, of=IMAGE_LIKE
-    )  # images: sides in pixels; () = the training size
+        (), "sides of square images in pixels; () = the training size", **limits.ImageSize, of=IMAGE_LIKE
+    )
     frames: tuple[int, ...] = _field(
-        (), **limits.ImageSize, of=IMAGE_LIKE
-    )  # clips: each size at so many; () = as in training
-    tokens: int = _field(
-        0, low=0, high=2**40, of=TEXT_LIKE
-    )  # text: score at most that many per length; 0 = the whole split
-    # Text, by `evaluate` alone: the same tokens, the targets, under contexts of so many tokens; () = not measured.
-    contexts: tuple[int, ...] = _field((), low=2, high=2**24, of=(DATA_TEXT,))
+        (), "videos: frames at each of eval.sizes; () = as in training", **limits.ImageSize, of=IMAGE_LIKE
+    )
+    tokens: int = _field(0, "tokens scored per length, at most; 0 = the whole split", low=0, high=2**40, of=TEXT_LIKE)
+    contexts: tuple[int, ...] = _field(
+        (),
+        "`evaluate` alone: score the same tokens with so many tokens of context; () = no",
+        low=2,
+        high=2**24,
+        of=(DATA_TEXT,),
+    )
     stride: int = _field(
-        0, **limits.OptionalLength, of=(DATA_TEXT,)
-    )  # targets of a window; 0 = half the smallest context
-    targets: int = _field(
-        16384, **limits.Length, of=(DATA_TEXT,)
-    )  # score at most that many, the same under each context
-    examples: int = _field(0, **limits.Units, of=(DATA_QA,))  # questions: ask at most that many; 0 = all of the split
-    new_tokens: int = _field(16, **limits.Length, of=(DATA_QA,))  # questions: tokens generated for an answer, at most
-    batch_tokens: int = _field(16384, low=1, high=2**28)  # tokens or patches handled at once
+        0, "targets of a window of eval.contexts; 0 = half of the smallest", **limits.OptionalLength, of=(DATA_TEXT,)
+    )
+    targets: int = _field(16384, "tokens scored under each of eval.contexts, at most", **limits.Length, of=(DATA_TEXT,))
+    examples: int = _field(0, "questions asked, at most; 0 = the whole split", **limits.Units, of=(DATA_QA,))
+    new_tokens: int = _field(16, "tokens generated for an answer, at most", **limits.Length, of=(DATA_QA,))
+    batch_tokens: int = _field(16384, "tokens or patches of an evaluation batch", low=1, high=2**28)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved."""
+    """Saving of the training state."""
 
-    every: int = _field(1000, **limits.NumSteps)
-    keep: int = _field(2, **limits.NumSteps)  # the newest ones that stay
-    keep_every: int = _field(0, **limits.OptionalSteps)  # those of every so many steps stay for good; 0 = none
-    best: str = ""  # a metric measured while training, as loss@512: the best checkpoint by it stays as well; "" = none
-    failed_saves: int = _field(3, **limits.NumSteps)  # in a row end the run
+    every: int = _field(1000, "steps between checkpoints", **limits.NumSteps)
+    keep: int = _field(2, "newest checkpoints that are retained", **limits.NumSteps)
+    keep_every: int = _field(0, "retain those of multiples of so many steps too; 0 = none", **limits.OptionalSteps)
+    best: str = _field("", "retain the best checkpoint by this metric too, such as loss@512; '' = none")
+    failed_saves: int = _field(3, "consecutive failed saves that end the run", **limits.NumSteps)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices split what; the product of the first four is the number of devices."""
+    """Mesh of devices; the product of data, fsdp, context and tensor is their number."""
 
-    data: int = _field(0, low=0, high=2**20)  # the batch alone; 0 = all devices that the others leave
-    fsdp: int = _field(1, **limits.Devices)  # the batch, and parameters and optimiser state in store
-    context: int = _field(1, **limits.Devices)  # the length of a sequence
-    tensor: int = _field(1, **limits.Devices)  # heads, hidden units and vocabulary
-    slices: int = _field(0, low=0, high=2**20)  # TPU slices, over which data is split first; 0 = as many as there are
+    data: int = _field(0, "split of the batch alone; 0 = all devices that the other axes leave", low=0, high=2**20)
+    fsdp: int = _field(1, "split of the batch, and of stored parameters and optimizer state", **limits.Devices)
+    context: int = _field(1, "split of a sequence", **limits.Devices)
+    tensor: int = _field(1, "split of heads, hidden units and vocabulary", **limits.Devices)
+    slices: int = _field(0, "TPU slices, over which data is split first; 0 = as many as there are", low=0, high=2**20)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Arithmetic of the model; parameters, optimiser state, softmax, losses and position products are float32."""
+    """Arithmetic of the model; parameters, optimizer state, softmax, losses and position products are float32."""
 
-    compute: Literal["float32", "bfloat16"] = "float32"
-    random_bits: Literal["auto", "threefry", "rbg"] = "auto"  # of masks; auto: rbg on TPU and GPU, or as the run began
+    compute: Literal["float32", "bfloat16"] = _field("float32", "dtype of activations and matrix products")
+    random_bits: Literal["auto", "threefry", "rbg"] = _field(
+        "auto", "generator of dropout masks; auto: rbg on TPU and GPU, or as the run began"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """What a run writes about itself."""
+    """Metrics of a run."""
 
-    every: int = _field(50, **limits.NumSteps)  # steps between lines of metrics.jsonl
-    tensorboard: bool = True
+    every: int = _field(50, "steps between lines of metrics.jsonl", **limits.NumSteps)
+    tensorboard: bool = _field(True, "write TensorBoard files too")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """A window of steps recorded by the JAX profiler into WORKDIR/profile."""
+    """Traces of the JAX profiler, in WORKDIR/profile."""
 
-    steps: str = ""  # "10:13" = steps 10, 11 and 12
+    steps: str = _field("", "steps to trace, FIRST:END, such as 10:13 for steps 10, 11 and 12; '' = none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is a function of."""
+    """All that a run is a function of."""
 
-    seed: int = _field(0, low=0, high=2**63 - 1)
-    steps: int = _field(1000, **limits.NumSteps)
-    batch_size: int = _field(32, **limits.Batch)  # sequences of one step, over all devices
-    init_from: str = _field("", path=True)  # a run or converted checkpoint whose parameters a new run begins with
+    seed: int = _field(0, "of parameters, order of examples, and random draws", low=0, high=2**63 - 1)
+    steps: int = _field(1000, "training steps", **limits.NumSteps)
+    batch_size: int = _field(32, "examples of a step, over all devices", **limits.Batch)
+    init_from: str = _field(
+        "", "run or converted checkpoint whose parameters a new run begins with; '' = random ones", path=True
+    )
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)
     encoding: EncodingConfig = _section(SeqPEConfig)
@@ -298,18 +338,18 @@ class Config:
     profile: ProfileConfig = _section(ProfileConfig)
 
     @property
-    def is_image(self) -> bool:
-        """Whether the data are images or videos, else text."""
-        return self.data_kind == DATA_IMAGE
-
-    @property
     def data_kind(self) -> str:
         """Kind of the data: DATA_TEXT, DATA_QA or DATA_IMAGE of `data.registry`."""
         return registry.get(self.data.name).kind
 
     @property
+    def is_image(self) -> bool:
+        """True for images and videos."""
+        return self.data_kind == DATA_IMAGE
+
+    @property
     def is_qa(self) -> bool:
-        """Whether the data are questions with answers."""
+        """True for question answering."""
         return self.data_kind == DATA_QA
 
     @property
@@ -324,25 +364,25 @@ class Config:
             self.model.layers, self.model.width, self.model.heads, grid=self.grid, prefix_tokens=int(self.is_image)
         )
 
-    def grid_of(self, sides: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the patches along each axis of an image or clip with these sides in pixels."""
-        return tuple(side // part for side, part in zip(sides, self.model.patch, strict=True))
+    def grid_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the patches along each axis of an image or video of this size in pixels."""
+        return tuple(side // part for side, part in zip(size, self.model.patch, strict=True))
 
     def sides_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the sides of an example evaluated at (height, width), or of a clip at (frames, height, width).
+        """Returns the full size of an example evaluated at (height, width) or (frames, height, width).
 
-        A clip for which no frames are named has those of training.
+        A video without frames in its size has those of training.
         """
         return (*self.data.size[: -len(size)], *size)
 
     @property
     def context_stride(self) -> int:
-        """Targets that a window of each of `eval.contexts` scores."""
+        """Targets of each window of `eval.contexts`."""
         return self.eval.stride or min(self.eval.contexts) // 2
 
     @property
     def eval_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """What the eval section evaluates: each (length,), (height, width) or (frames, height, width)."""
+        """Evaluation sizes: each (length,), (height, width) or (frames, height, width)."""
         if not self.is_image:
             return tuple((length,) for length in self.eval.lengths or (self.data.length,))
         sizes = tuple((side, side) for side in self.eval.sizes) or (self.data.size[-2:],)

@@ -9,7 +9,7 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.axes import size_label
 from seqpe_jax.config import Config
-from seqpe_jax.config.scripts import call_user_code, execute_file, resolve_config_path
+from seqpe_jax.config.io import call_user_code, execute_file, resolve_config_path
 from seqpe_jax.errors import InputError, suggest
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.tasks import task_class

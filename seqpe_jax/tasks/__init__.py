@@ -1,4 +1,4 @@
-"""What a run on each kind of data is: what it is trained for, what it reads, how it is evaluated."""
+"""Tasks, one for each kind of data: training data and loss of a run, and its evaluation."""
 
 from seqpe_jax.config import Config
 from seqpe_jax.data.registry import DATA_IMAGE, DATA_QA, DATA_TEXT

@@ -276,7 +276,7 @@ def exact_match(hypothesis: str, golds: Iterable[str]) -> float:
 
 
 def exact_match_strict(hypothesis: str, golds: Iterable[str]) -> float:
-    """Returns 1.0 if the hypothesis equals an accepted answer, apart from white space around them, else 0.0."""
+    """Returns 1.0 if the hypothesis equals an accepted answer up to white space around them, else 0.0."""
     return float(any(gold.strip() == hypothesis.strip() for gold in golds))
 
 
