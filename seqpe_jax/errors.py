@@ -1,26 +1,26 @@
-"""The exceptions that commands tell in one line; imports nothing, so every room may raise them."""
+"""The exceptions that commands print in one line, with exit codes; imports nothing of this package."""
 
 import difflib
 from collections.abc import Iterable
 
-EXIT_PREEMPTED = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command again is all that is needed
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the work
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: what is wrong, what was expected, how to fix it.
+    """Bad input; the message is one line: what is wrong, what was expected, how to fix it.
 
     Commands print the message without a traceback and exit with code 2.
     """
 
 
 class Failure(RuntimeError):
-    """Work that cannot go on, through no fault of the input, told in one line; commands exit with `code`."""
+    """Work that cannot go on, through no fault of the input; the message is one line, the exit code `code`."""
 
     code = 1
 
 
 class StoreError(OSError, Failure):
-    """An object store did not do what it was asked, also when asked again; `filename` and `strerror` say where and why."""
+    """A request to a bucket that failed, also when repeated; `filename` and `strerror` say where and why."""
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
@@ -34,7 +34,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def encode_utf8(text: str) -> bytes:
-    """Returns a text as UTF-8; bytes of a command line that are none stay as they were.
+    """Returns a text as UTF-8; invalid bytes of a command line stay as they are.
 
     Raises:
       InputError: it holds half a surrogate pair.

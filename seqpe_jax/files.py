@@ -1,6 +1,6 @@
-"""Paths as users give them, whether something can be written there, and the one way in which files are written.
+"""Local paths and gs:// addresses alike: as users give them, checks before work starts, atomic writes, file locks.
 
-A path is a place in a file system or, as gs://BUCKET/NAME, in an object store (`stores`): what is here serves both.
+`gcs` has the paths in buckets; it is imported only for them, since a run on a disk does without its libraries.
 """
 
 import contextlib
@@ -17,60 +17,84 @@ from typing import TYPE_CHECKING, Any
 from seqpe_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from seqpe_jax.stores import RemotePath
+    from seqpe_jax.gcs import RemotePath
 
 GCS_SCHEME = "gs://"
-AnyPath = Any  # a `pathlib.Path`, or a `stores.RemotePath`, which has the same methods and some more
+AnyPath = Any  # a `pathlib.Path`, or a `gcs.RemotePath`, which has the same methods and a few more
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
+# ------------------------------------------------------------------------------------------------------------------- paths
+
+
 def expand_path(path: str, *, local: str = "") -> str:
-    """Returns a path as it is meant: `~` and `~user` stand for home folders, as in a shell.
+    """Returns a path with `~` and `~user` expanded, or a normalized gs:// address.
 
     Args:
-      local: why it must be of a file system, in words; "" = an address in a store will do.
+      path: as a user gives it; it need not exist.
+      local: the reason why it must be local, in words; "" = an address is allowed.
 
     Raises:
-      InputError: it is empty or too long, an address of no store that is known, there is no such user, or it cannot be
-        looked at.
+      InputError: it is empty, too long or cannot be looked up, an address of an unknown kind, or there is no such user.
     """
     if not path.strip():
         raise InputError("a path is empty: give the name of a file or folder")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path)
     if scheme and not local and path.startswith(GCS_SCHEME):
-        from seqpe_jax import stores  # libraries that a run on a disk does without
+        from seqpe_jax import gcs
 
-        return stores.check_address(path)
+        return gcs.check_address(path)
     if scheme:
         mount = "mount it (gcsfuse, s3fs, mountpoint-s3) or give a folder that all hosts share"
-        words = {
-            "gs": f"{local}: {mount}" if local else "an address in a store is written gs://BUCKET/NAME",
+        hint = {
+            "gs": f"{local}: {mount}" if local else "an address in a bucket is written gs://BUCKET/NAME",
             "s3": f"checkpoints cannot be saved to s3:// (Orbax has no way there): give gs://BUCKET/NAME, {mount}",
         }.get(scheme[1], f"there is no way to {scheme[1]}:// addresses: give gs://BUCKET/NAME, {mount}")
-        raise InputError(f"{path}: {words}. A folder of that name is ./{path}")
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        user = found.split("/")[0]
+        raise InputError(f"{path}: {hint}. A folder of that name is ./{path}")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.split("/")[0]
         raise InputError(f"{path}: there is no user '{user[1:]}' with a home folder; a folder of that name is ./{user}")
     try:
-        os.lstat(found)
+        os.lstat(expanded)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # it may be to be made, and who reads it says what is missing
+        pass  # it may be created; a reader reports that it is missing
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(
-            f"{_short(path)} cannot be the name of a file or folder here ({reason}): give another"
-        ) from error
-    return found
+        shown = path if len(path) <= 120 else f"{path[:60]}... ({len(path)} characters)"
+        raise InputError(f"{shown} cannot be the name of a file or folder here ({reason}): give another") from error
+    return expanded
 
 
-def _short(path: str) -> str:
-    return path if len(path) <= 120 else f"{path[:60]}... ({len(path)} characters)"
+def as_path(path: str | os.PathLike) -> AnyPath:
+    """Returns a `pathlib.Path`, or a `gcs.RemotePath` for a gs:// address."""
+    if not is_remote(path):
+        return pathlib.Path(path)
+    from seqpe_jax import gcs
+
+    return gcs.RemotePath(gcs.check_address(os.fspath(path)))
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Returns whether a path is an address in a bucket, where nothing can be appended, renamed or locked."""
+    return os.fspath(path).startswith(GCS_SCHEME)
+
+
+def cache_root(chosen: str | os.PathLike = "") -> pathlib.Path:
+    """Returns `chosen`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
+    local = (
+        "prepared data, compiled programs and copies lie on a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
+    )
+    path = os.fspath(chosen) or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
+    return pathlib.Path(expand_path(path, local=local)).absolute()
+
+
+# -------------------------------------------------------------------------------------------------------------------- JSON
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Returns what JSON tells. Raises: ValueError: it is none, not UTF-8, or nested deeper than Python follows."""
+    """Returns the value of a JSON text. Raises: ValueError: it is no JSON, not UTF-8, or nested too deep for Python."""
     try:
         return json.loads(content.removeprefix("\ufeff") if isinstance(content, str) else content)
     except RecursionError:
@@ -78,10 +102,10 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def parse_json_text(content: str | bytes) -> Any:
-    """Returns what JSON tells of texts, all of which can be written as UTF-8.
+    """Returns the value of a JSON text, of which all strings can be written as UTF-8.
 
     Raises:
-      ValueError: as `parse_json`, or an escape in it is half a surrogate pair.
+      ValueError: as `parse_json`, or a string holds half a surrogate pair.
     """
     value = parse_json(content)
     try:
@@ -94,49 +118,33 @@ def parse_json_text(content: str | bytes) -> Any:
     return value
 
 
-def as_path(path: str | os.PathLike) -> AnyPath:
-    """Returns a path that is a `pathlib.Path`, or has its methods where it is an address in a store."""
-    if not os.fspath(path).startswith(GCS_SCHEME):
-        return pathlib.Path(path)
-    from seqpe_jax import stores  # as above
-
-    return stores.RemotePath(stores.check_address(os.fspath(path)))
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is an address in a store, where nothing can be appended, renamed or locked."""
-    return os.fspath(path).startswith(GCS_SCHEME)
-
-
-def cache_root(chosen: str | os.PathLike = "") -> pathlib.Path:
-    """Returns `chosen`, else $SEQPE_JAX_CACHE, else ~/.cache/seqpe_jax, as an absolute path (not created)."""
-    local = "what is prepared, compiled or copied is kept on a disk of this machine (data.cache_dir, SEQPE_JAX_CACHE)"
-    path = os.fspath(chosen) or os.environ.get("SEQPE_JAX_CACHE") or "~/.cache/seqpe_jax"
-    return pathlib.Path(expand_path(path, local=local)).absolute()
+# ------------------------------------------------------------------------------------------------------------------ checks
 
 
 def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
-    """Refuses a place where nothing can be written, before any work is done.
+    """Refuses a path that cannot be written, before any work is done.
 
     Args:
-      folder: whether a folder is to be written, else a file; option: what names the place, for the message.
+      path: to be written.
+      folder: a folder is to be written, not a file.
+      option: the option that names the path, for messages.
 
     Raises:
-      InputError: a folder stands where a file should, or the reverse, or a device; the place is not writable, or no place.
+      InputError: it is a folder and not a file, or the reverse, a device, or cannot be written.
     """
     target = as_path(path)
     if is_remote(target):
-        from seqpe_jax import stores  # as above
+        from seqpe_jax import gcs
 
-        stores.check_writable(target, folder, option)
+        gcs.check_writable(target, folder, option)
         return
     try:
         os.stat(target)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError) as error:  # a name that is too long, links that go in circles, a folder that is closed
+    except (OSError, ValueError) as error:  # a name that is too long, a circle of links, a folder without permission
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{option}={path} cannot be written ({reason}): choose another place") from error
+        raise InputError(f"{option}={path} cannot be written ({reason}): choose another path") from error
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise InputError(
             f"{option}={path} is a device, which a file would replace: name a file, or leave the option out"
@@ -145,52 +153,59 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
         raise InputError(f"{option}={path} is a folder: name a file")
     if folder and target.exists() and not target.is_dir():
         raise InputError(f"{option}={path} is a file: name a folder")
-    nearest = target if folder else target.parent
-    while not nearest.exists() and nearest != nearest.parent:
-        if nearest.is_symlink():
-            raise InputError(f"{option}={path} cannot be written: {nearest} is a link that leads nowhere: mend it")
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise InputError(f"{option}={path} cannot be written: {nearest} is a file, not a folder")
-    try:  # permissions alone do not say: /proc and file systems that are read-only or full refuse root as well
-        tempfile.TemporaryFile(dir=nearest).close()
+    parent = target if folder else target.parent
+    while not parent.exists() and parent != parent.parent:
+        if parent.is_symlink():
+            raise InputError(f"{option}={path} cannot be written: {parent} is a link that leads nowhere: mend it")
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"{option}={path} cannot be written: {parent} is a file, not a folder")
+    try:  # permissions do not suffice: /proc and read-only or full file systems refuse root as well
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise InputError(
-            f"{option}={path} cannot be written: {nearest} does not take new files ({error.strerror}); choose another path"
+            f"{option}={path} cannot be written: {parent} does not take new files ({error.strerror}); choose another path"
         ) from error
 
 
 def check_readable(path: str | os.PathLike, option: str) -> None:
-    """Refuses a bucket that is not there, or not for this user; files are told by who reads them. Raises: InputError."""
+    """Refuses a path in a bucket that does not exist or that this user cannot read. Raises: InputError."""
     if is_remote(path):
-        from seqpe_jax import stores  # as above
+        from seqpe_jax import gcs
 
-        stores.check_bucket(as_path(path), option)
+        gcs.check_bucket(as_path(path), option)
+
+
+def require_empty(folder: str | os.PathLike, option: str = "--output") -> None:
+    """Refuses to overwrite. Raises: InputError: the path exists and is not an empty folder."""
+    path = as_path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{option}={folder} is there already and not an empty folder: choose another, or remove it")
 
 
 def free_space(folder: str | os.PathLike) -> int | None:
-    """Returns the free bytes where a folder lies; None where that is not told, as by stores and some file systems."""
+    """Returns the free bytes on the disk of a folder; None if unknown, as in a bucket and on some file systems."""
     if is_remote(folder):
         return None
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else None
 
 
-def apply_umask(path: str | os.PathLike) -> None:
-    """Gives a file or folder the mode that the user's umask asks for, where a library made it for its owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
+# ------------------------------------------------------------------------------------------------------- locks and writing
 
 
 def lock_file(file: Any, wait: bool = False) -> bool | None:
-    """Takes the lock of an open file; the kernel lets it go when the file is closed or its process ends, however it ends.
+    """Locks an open file; the kernel releases the lock when the file is closed or the process ends, however it ends.
+
+    Not filelock: a run's lock is on the file that names its owner, which filelock truncates, and the lock of a sweep's log
+    passes to the commands that the sweep starts, in which filelock closes the file.
 
     Args:
-      file: an open file or its number; wait: until another process has let it go.
+      file: an open file or its number.
+      wait: until another process has released it.
 
     Returns:
-      Whether this process has it now; None where there are no locks, as on some file systems that machines share.
+      Whether this process has the lock; None if there are no locks, as on some shared file systems.
     """
     if fcntl is None:
         return None
@@ -203,62 +218,58 @@ def lock_file(file: Any, wait: bool = False) -> bool | None:
     return True
 
 
+def apply_umask(path: str | os.PathLike) -> None:
+    """Gives a file or folder the mode of the user's umask, if a library made it private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a file that takes the place of `path` when the block ends well, so that nobody ever sees half of it.
+    """Yields a temporary local file that becomes `path` if the block succeeds, so that no reader sees half of it.
 
-    Its folder is made where there is none. Several may write at once, and the last one to end stays: the file's name holds
-    the process's number, or it lies in a folder of its own, from which it is put into a store.
+    The parent folder is made. Of several processes that write at once, the last one wins.
     """
     target = as_path(path)
     if is_remote(target):
         with tmp_dir() as folder:
-            part = folder / (target.name or "part")
-            yield part
-            target.upload(part)
+            temporary = folder / (target.name or "part")
+            yield temporary
+            target.upload(temporary)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        yield part
-        part.replace(target)
+        yield temporary
+        temporary.replace(target)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file whole or not at all, text as UTF-8; one that holds the content already is left alone."""
-    data = (
-        content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    )  # names may be any bytes
+    """Writes a file atomically, text as UTF-8 (file names in it may be any bytes); an equal file is not touched."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     target = as_path(path)
     if is_remote(target):
         target.write_bytes(data)
-        return
-    if target.is_file() and target.read_bytes() == data:
-        return
-    with atomic_file(target) as part:
-        part.write_bytes(data)
-
-
-def require_empty(folder: str | os.PathLike, option: str = "--output") -> None:
-    """Refuses to write over anything. Raises: InputError: something is there that is not an empty folder."""
-    path = as_path(folder)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{option}={folder} is there already and not an empty folder: choose another, or remove it")
+    elif not target.is_file() or target.read_bytes() != data:
+        with atomic_file(target) as temporary:
+            temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike, option: str = "--output") -> Iterator[pathlib.Path]:
-    """Yields an empty folder that takes the name `path` when the block ends well, and vanishes otherwise.
+    """Yields a temporary local folder that becomes `path` if the block succeeds, and is removed if not.
 
-    In a store its files come one by one, those in deeper folders first and config.json, by which a folder is known, last.
+    In a bucket its files are uploaded one by one, config.json last, by which a folder is known to be a run or an export.
 
     Args:
-      option: what names the place, for messages.
+      path: of the folder.
+      option: the option that names it, for messages.
 
     Raises:
-      InputError: the folder cannot be written, or the name is taken.
+      InputError: the folder cannot be written, or is not empty.
     """
     require_empty(path, option)
     if is_remote(path):
@@ -276,7 +287,7 @@ def atomic_dir(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
     try:
         yield folder
         require_empty(target, option)
-        apply_umask(folder)  # mkdtemp's folders are for their owner alone
+        apply_umask(folder)  # mkdtemp makes private folders
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -284,46 +295,65 @@ def atomic_dir(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
 
 @contextlib.contextmanager
 def tmp_dir() -> Iterator[pathlib.Path]:
-    """Yields an empty folder on this machine's disk, which goes when the block ends."""
+    """Yields an empty local folder that is removed at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="seqpe_jax_", ignore_cleanup_errors=True) as folder:
         yield pathlib.Path(folder)
 
 
 @contextlib.contextmanager
 def staged_dir(folder: AnyPath) -> Iterator[pathlib.Path]:
-    """Yields the folder for who writes to a file system alone; what is written is put into a store when the block ends."""
+    """Yields a folder for a library that writes local files only; they are uploaded at the end of the block."""
     if not is_remote(folder):
         yield folder
         return
-    with tmp_dir() as here:
-        yield here
-        upload_dir(here, folder)
+    with tmp_dir() as local:
+        yield local
+        upload_dir(local, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------- folders
 
 
 def list_files(folder: AnyPath) -> list[AnyPath]:
-    """Returns all files of a folder and of those in it, sorted."""
-    return folder.files() if is_remote(folder) else sorted(path for path in folder.rglob("*") if path.is_file())
+    """Returns all files of a folder and its subfolders, sorted."""
+    if is_remote(folder):
+        return folder.list_files()
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def file_versions(folder: AnyPath) -> tuple[tuple[str, int, int], ...]:
+    """Returns (name, bytes, generation or mtime) of all files of a folder; it differs once one of them is written."""
+    if is_remote(folder):
+        return folder.file_versions()
+    versions = []
+    for path in list_files(folder):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            status = path.stat()
+            versions.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
+    return tuple(versions)
 
 
 def upload_dir(folder: pathlib.Path, target: "RemotePath") -> None:
-    """Puts all files of a folder into a store; what was put goes again where one of them cannot be."""
-    write_bytes: list[Any] = []
+    """Uploads all files of a folder, config.json last; removes them again if one fails."""
+    uploaded: list[Any] = []
     try:
         for file in sorted(list_files(folder), key=lambda file: (file.name == "config.json", -len(file.parts), file)):
-            write_bytes.append(target / file.relative_to(folder))
-            write_bytes[-1].upload(file)
+            uploaded.append(target / file.relative_to(folder))
+            uploaded[-1].upload(file)
     except BaseException:
-        for one in write_bytes:
+        for file in uploaded:
             with contextlib.suppress(OSError):
-                one.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
         raise
 
 
 def move_dir(folder: AnyPath, target: AnyPath, first: tuple[str, ...] = ()) -> None:
-    """Gives a folder another name. In a store its files are copied, then removed: at no time is one of them nowhere.
+    """Renames a folder. In a bucket all files are copied before any is removed.
 
     Args:
-      first: files that are removed first, for without them nobody takes the folder for a whole one.
+      folder: to be renamed.
+      target: its new path.
+      first: files that are removed first, without which nobody takes the folder for complete.
     """
     if not is_remote(folder):
         folder.rename(target)
@@ -336,26 +366,10 @@ def move_dir(folder: AnyPath, target: AnyPath, first: tuple[str, ...] = ()) -> N
 
 
 def remove_dir(folder: AnyPath) -> None:
-    """Removes a folder and all in it, as far as that can be done."""
+    """Removes a folder with all files, as far as possible."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
     with contextlib.suppress(OSError):
         for file in list_files(folder):
             file.unlink(missing_ok=True)
-
-
-def file_version(file: AnyPath) -> int:
-    """Returns a number that changes when a file is written. Raises: FileNotFoundError."""
-    return int(file.info()["generation"]) if is_remote(file) else file.stat().st_mtime_ns
-
-
-def file_versions(folder: AnyPath) -> tuple[tuple[str, int, int], ...]:
-    """Returns (name in the folder, bytes, stamp) of all files below a folder, which differs once one of them is written."""
-    if is_remote(folder):
-        return folder.file_versions()
-    found = []
-    for path in list_files(folder):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            found.append((str(path.relative_to(folder)), path.stat().st_size, file_version(path)))
-    return tuple(found)

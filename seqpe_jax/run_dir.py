@@ -102,11 +102,11 @@ class RunDir:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a config.json, by which a folder is known to be a run."""
+        """True if there is a config.json, which makes a folder a run."""
         return (self.path / CONFIG_FILE).exists()
 
     def is_model(self) -> bool:
-        """Whether `train`, `convert` or `export` wrote this folder."""
+        """Returns whether `train`, `convert` or `export` wrote this folder."""
         if self.checkpoints_dir.is_dir() or (self.path / DIGESTS_FILE).is_file():
             return True
         try:
@@ -151,7 +151,7 @@ class RunDir:
 
     @property
     def export_section(self) -> dict[str, Any] | None:
-        """What config.json says of an export: step, input, output; None for a run.
+        """The section of config.json that describes an export: step, input, output; None for a run.
 
         Raises:
           InputError: the section names no step or no range of positions, or the export's checksums are missing.
@@ -167,7 +167,7 @@ class RunDir:
 
     @functools.cached_property
     def data_spec(self) -> "DataSpec | None":
-        """What the model takes from its data; None for runs older than the file. Raises: InputError: it is damaged."""
+        """The facts that the model takes from its data; None for runs older than the file. Raises: InputError: damaged."""
         path = self.path / DATA_SPEC_FILE
         if not path.exists():
             return None
@@ -280,7 +280,7 @@ class RunDir:
         return self.checkpoints_dir / str(step)
 
     def is_saved(self, step: int) -> bool:
-        """Whether a checkpoint is complete, by its name alone on a disk, where Orbax renames it last."""
+        """Returns whether a checkpoint is complete; on a disk its name suffices, since Orbax renames it last."""
         path = self.step_dir(step)
         return (path / COMMIT_MARKER).exists() if is_remote(path) else path.is_dir()
 

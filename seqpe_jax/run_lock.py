@@ -56,7 +56,7 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
 
     def is_ours(self) -> bool:
-        """Whether the record is this process's. Raises: OSError: it cannot be read."""
+        """Returns whether the record is this process's. Raises: OSError: it cannot be read."""
         return (self.read() or {}).get("id") == self._record["id"]
 
     def read(self) -> Record | None:
@@ -208,7 +208,7 @@ def describe_owner(record: Record | None) -> str:
 
 
 def _has_ended(record: Record) -> bool:
-    """Whether an owner is known to be gone: it was a process of this machine that no longer exists."""
+    """True for an owner that is known to be gone: a process of this machine that no longer exists."""
     process = record.get("process")
     if record.get("host") != socket.gethostname() or not isinstance(process, int) or process <= 0:
         return False

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from seqpe_jax.archives import read_arrays
+from seqpe_jax.archives import load_npz
 from seqpe_jax.data.cache import load_or_build
 from seqpe_jax.data.datasets import qa_jsonl
 from seqpe_jax.data.datasets.qa_base import QABuilder
@@ -48,7 +48,7 @@ def load_index(
 def _read_index(folder: pathlib.Path) -> Index | None:
     """Returns the arrays of an index, or None if they are missing or damaged."""
     try:
-        index = read_arrays(folder / INDEX_FILE)
+        index = load_npz(folder / INDEX_FILE)
         for name, start in ((PASSAGES_FILE, "text_start"), (QUESTIONS_FILE, "question_start")):
             if start in index and (folder / name).stat().st_size != index[start][-1]:
                 return None

@@ -63,7 +63,7 @@ def initialize(
         if absent:
             raise InputError(
                 f"{' and '.join(options)} belong together, and {' and '.join(absent)} is not given: give all three, or none "
-                "where Slurm, a TPU pod or Kubernetes tells them (--num-processes=1 alone: a process by itself)"
+                "where Slurm, a TPU pod or Kubernetes sets them (--num-processes=1 alone: a process by itself)"
             )
     else:
         coordinator, num_processes, process_id, devices = _detected(seconds)
@@ -113,7 +113,7 @@ def _detected(seconds: float) -> tuple[str | None, int, int, list[int] | None]:
         ) from error
     if coordinator is not None and (count is None or process is None):
         raise InputError(
-            "JAX_COORDINATOR_ADDRESS is set, but nothing tells how many processes there are: give --coordinator, "
+            "JAX_COORDINATOR_ADDRESS is set, but not how many processes there are: give --coordinator, "
             "--num-processes and --process-id, or unset it"
         )
     return coordinator, count or 1, process or 0, devices

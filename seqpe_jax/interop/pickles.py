@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from seqpe_jax.archives import check_claims
+from seqpe_jax.archives import check_unpacked_size
 from seqpe_jax.errors import InputError
 
 SHARED = 4  # tensors may share a storage, as tied weights do, and take so many times what the file does
@@ -47,7 +47,9 @@ def read(path: str | pathlib.Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             size = path.stat().st_size  # PyTorch packs nothing, so that its records are no larger than the file
             try:
-                check_claims(archive, size, "unpack it and zip it again without compression (zip -0), as PyTorch does")
+                check_unpacked_size(
+                    archive, size, "unpack it and zip it again without compression (zip -0), as PyTorch does"
+                )
             except ValueError as error:
                 raise InputError(f"{path} is refused: {error}") from None
             records = {name.partition("/")[2]: name for name in archive.namelist()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from seqpe_jax.archives import read_arrays
+from seqpe_jax.archives import load_npz
 from seqpe_jax.axes import size_label
 from seqpe_jax.config import apply_renames
 from seqpe_jax.errors import InputError
@@ -139,7 +139,7 @@ def _read_npz(path: AnyPath, min_axes: dict[str, int]) -> dict[str, np.ndarray] 
     if not path.exists():
         return None
     try:
-        found = read_arrays(io.BytesIO(path.read_bytes()), MAX_ARRAY_BYTES)
+        found = load_npz(io.BytesIO(path.read_bytes()), MAX_ARRAY_BYTES)
         arrays = {name: found[name] for name in min_axes}
         if any(arrays[name].ndim < axes or arrays[name].dtype.kind not in "iuf" for name, axes in min_axes.items()):
             raise ValueError({name: value.shape for name, value in arrays.items()})

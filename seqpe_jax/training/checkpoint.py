@@ -70,8 +70,8 @@ class SaveError(Failure):
 class BestCheckpointPolicy:
     """An Orbax preservation policy that keeps the best checkpoint, of equal ones the first.
 
-    Orbax's own `BestN` reads metrics that were saved through Orbax. The metadata beside each state has them here, and in
-    runs of older versions.
+    Orbax's own `BestN` reads metrics that were saved through Orbax. Here the metadata of each checkpoint has them, also
+    in runs of older versions.
 
     Args:
       run: of which no checkpoint may be damaged (`RunDir.quarantine`).

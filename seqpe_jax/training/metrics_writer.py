@@ -19,7 +19,7 @@ class MetricsWriter:
     """Appends one object per step to WORKDIR/metrics.jsonl, and the same values to TensorBoard; on the main process only.
 
     A resumed run drops what an earlier start wrote past the step that it resumes from. Nothing can be appended in a bucket:
-    there both are kept on this machine and uploaded every `UPLOAD_SECONDS` and by `flush`.
+    there both lie on this machine and are uploaded every `UPLOAD_SECONDS` and by `flush`.
 
     Args:
       run: the run's folder.

@@ -125,9 +125,7 @@ def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, st
         assert len(result.err.strip().splitlines()) == 1, result.err
     store.fail(403)
     result = run(commands, store, "train", *train[:1], f"--workdir={store.folder}/run")
-    assert result.code == 2 and "no leave to use it" in result.err and len(result.err.strip().splitlines()) == 1, (
-        result.err
-    )
+    assert result.code == 2 and "access denied" in result.err and len(result.err.strip().splitlines()) == 1, result.err
     store.fail(0)
     assert [path.name for path in files.list_files(files.as_path(store.folder))] == ["file"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from seqpe_jax.archives import LARGEST, read_arrays
+from seqpe_jax.archives import MAX_UNPACKED_BYTES, load_npz
 from seqpe_jax.data import registry
 from seqpe_jax.data.cache import locked
 from seqpe_jax.data.datasets.base import CachedBuilder
@@ -265,8 +265,8 @@ class ImagenetResized(PhotoBuilder, skip_registration=True):
                 with zipfile.ZipFile(file) as archive:
                     for name in sorted(archive.namelist()):
                         if name.endswith(".npz"):
-                            if archive.getinfo(name).file_size > LARGEST:
-                                raise ValueError(f"{name} claims more than {LARGEST >> 30} GiB")
+                            if archive.getinfo(name).file_size > MAX_UNPACKED_BYTES:
+                                raise ValueError(f"{name} claims more than {MAX_UNPACKED_BYTES >> 30} GiB")
                             yield from self._arrays_of(archive.read(name))
             except (zipfile.BadZipFile, zlib.error, OSError, KeyError, ValueError) as error:
                 if isinstance(error, InputError):
@@ -277,7 +277,7 @@ class ImagenetResized(PhotoBuilder, skip_registration=True):
                 ) from error
 
     def _arrays_of(self, content: bytes) -> Iterator[tuple[np.ndarray, int]]:
-        arrays = read_arrays(io.BytesIO(content))
+        arrays = load_npz(io.BytesIO(content))
         images, labels = arrays["data"], arrays["labels"]  # flat, channels first; labels start at 1
         images = images.reshape(-1, 3, self.side, self.side).transpose(0, 2, 3, 1)
         for image, label in zip(images, labels, strict=True):

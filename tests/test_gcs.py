@@ -51,9 +51,7 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(store):
         check_readable("gs://no-such-bucket/run", "--checkpoint")
 
 
-@pytest.mark.parametrize(
-    ("status", "words"), [(401, "gcloud auth application-default login"), (403, "no leave to use it")]
-)
+@pytest.mark.parametrize(("status", "words"), [(401, "gcloud auth application-default login"), (403, "access denied")])
 def test_a_bucket_of_somebody_else_is_told_in_one_line(store, status, words, caplog):
     store.fail(status)
     with pytest.raises(InputError, match=words) as told:
@@ -82,7 +80,7 @@ def test_what_fails_for_good_is_one_failure(store, monkeypatch):
         lambda: files.list_files(path),
         path.unlink,
     ):
-        with pytest.raises(StoreError, match="file: the store gave no good answer .*failed on purpose") as told:
+        with pytest.raises(StoreError, match="file: the request failed .*failed on purpose") as told:
             act()
         assert isinstance(told.value, OSError) and isinstance(told.value, Failure) and told.value.code == 1
     assert store.failed() > 5
@@ -104,7 +102,7 @@ def test_an_answer_that_does_not_come_is_asked_for_again(store, monkeypatch):
 def test_nobody_writes_an_object_piece_by_piece(store):
     path = as_path(store.folder) / "file"
     for mode in ("w", "a", "wb", "r+"):
-        with pytest.raises(ValueError, match="written whole"):
+        with pytest.raises(ValueError, match="written at once"):
             path.open(mode)
 
 

@@ -1,0 +1,247 @@
+"""Paths in Google Cloud Storage, gs://BUCKET/NAME, with the methods of `pathlib.Path`; `files` serves these and local paths.
+
+A bucket has objects, no files: each is written at once, nothing is appended, renamed or locked, and a folder exists as long
+as an object's name begins with it. etils' `epath.Path`, the base class, lacks what is defined here: errors as one line, the
+generation of an object, creation only if it does not exist, and listings of all objects of a folder.
+"""
+
+import contextlib
+import errno
+import functools
+import importlib.util
+import io
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Self
+
+import fsspec
+from etils.epath import gpath
+
+from seqpe_jax.errors import InputError, StoreError
+
+CONNECT_SECONDS = 20.0  # until gcsfs retries; it tries six times in all
+READ_SECONDS = 60.0  # likewise
+
+
+def _converts_errors(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a method raise whatever the library raises as an OSError with the reason in `strerror`."""
+
+    @functools.wraps(method)
+    def converted(self: "RemotePath", *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except Exception as error:
+            raise _as_os_error(error, self) from error
+
+    return converted
+
+
+class RemotePath(gpath.PosixGPath):
+    """A path in a bucket; `str` gives its address. Methods raise FileNotFoundError or `StoreError`."""
+
+    @property
+    def _fs(self) -> fsspec.AbstractFileSystem:
+        # As Orbax opens it, so that both share one.
+        return fsspec.filesystem("gcs", finalize_on_close=True)
+
+    @_converts_errors
+    def info(self) -> dict[str, Any]:
+        """Returns the metadata of an object: size, md5Hash, generation and more."""
+        return self._fs.info(str(self))
+
+    def _type(self) -> str:
+        """The type of what has this name: "file", "directory", or "" if there is nothing."""
+        try:
+            return self.info()["type"]
+        except FileNotFoundError:
+            return ""
+
+    def exists(self) -> bool:
+        """Returns whether there is an object or a folder of this name."""
+        return bool(self._type())
+
+    def is_file(self) -> bool:
+        """Returns whether there is an object of this name."""
+        return self._type() == "file"
+
+    def is_dir(self) -> bool:
+        """Returns whether there is an object in a folder of this name."""
+        return self._type() == "directory"
+
+    @_converts_errors
+    def iterdir(self) -> Iterator[Self]:
+        """Returns the objects and folders of a folder, sorted."""
+        names = {name.rstrip("/").rpartition("/")[2] for name in self._fs.ls(str(self), detail=False)}
+        return (self / name for name in sorted(names - {self.name}))
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        """Yields what is in a folder and matches a pattern of one part."""
+        with contextlib.suppress(FileNotFoundError):
+            yield from (path for path in self.iterdir() if path.match(pattern))
+
+    @_converts_errors
+    def list_files(self) -> list[Self]:
+        """Returns all objects of a folder and its subfolders, sorted."""
+        return [type(self)(f"gs://{name}") for name in sorted(self._fs.find(str(self)))]
+
+    @_converts_errors
+    def file_versions(self) -> tuple[tuple[str, int, int], ...]:
+        """Returns (name in the folder, bytes, generation) of all objects of a folder and its subfolders, sorted."""
+        start = len(str(self)) - len("gs://") + 1
+        objects = self._fs.find(str(self), detail=True).items()
+        return tuple(sorted((name[start:], int(info["size"]), int(info["generation"])) for name, info in objects))
+
+    @_converts_errors
+    def read_bytes(self) -> bytes:
+        """Returns the content of an object."""
+        return self._fs.cat_file(str(self))
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        """Returns the content of an object as text."""
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def open(self, mode: str = "r", **_: Any) -> IO[Any]:
+        """Returns the content of an object as a file to read. Raises: ValueError: objects are not written in parts."""
+        if mode not in ("r", "rb"):
+            raise ValueError(
+                f"{self}: objects are written at once, by files.atomic_file, not opened with mode '{mode}'"
+            )
+        content = io.BytesIO(self.read_bytes())
+        return content if mode == "rb" else io.TextIOWrapper(content, encoding="utf-8")
+
+    @_converts_errors
+    def write_bytes(self, content: bytes, new: bool = False) -> None:
+        """Writes an object; if `new`, only one that does not exist. Raises: FileExistsError."""
+        self._fs.pipe_file(str(self), content, mode="create" if new else "overwrite")
+
+    @_converts_errors
+    def upload(self, file: str | os.PathLike) -> None:
+        """Writes a local file's content to an object."""
+        self._fs.put_file(os.fspath(file), str(self))
+
+    @_converts_errors
+    def download(self, file: str | os.PathLike) -> None:
+        """Writes an object's content to a local file."""
+        self._fs.get_file(str(self), os.fspath(file))
+
+    @_converts_errors
+    def copy_to(self, target: Self) -> None:
+        """Copies an object within the bucket."""
+        self._fs.cp_file(str(self), str(target))
+
+    @_converts_errors
+    def _remove(self) -> None:
+        self._fs.rm_file(str(self))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Removes an object."""
+        try:
+            self._remove()
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def mkdir(self, *_: Any, **__: Any) -> None:
+        """Does nothing: a folder exists with its first object."""
+
+    def absolute(self) -> Self:
+        """Returns the path itself."""
+        return self
+
+    def resolve(self, strict: bool = False) -> Self:
+        """Returns the path itself: there are no links."""
+        return self
+
+    def expanduser(self) -> Self:
+        """Returns the path itself: there are no home folders."""
+        return self
+
+
+@functools.cache
+def _configure_gcsfs() -> None:
+    """Sets timeouts and silences the logger, for all users of gcsfs in this process."""
+    import aiohttp  # a dependency of gcsfs
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # it logs what it raises
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+    # Listings are not cached: other processes write there, and so do other libraries in this one.
+    fsspec.config.conf.setdefault("gcs", {"use_listings_cache": False, "requests_timeout": timeout})
+
+
+def check_address(address: str) -> str:
+    """Returns a normalized gs:// address.
+
+    Raises:
+      InputError: it names no bucket, or gcsfs is not installed.
+    """
+    match = re.fullmatch(r"gs://+([^/]+)(/.*)?", address)
+    if not match or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", match[1]):
+        raise InputError(
+            f"{address} names no bucket: expected gs://BUCKET/NAME, with small letters in the bucket's name"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{address} is in Google Cloud Storage, for which a library is missing: pip install gcsfs")
+    _configure_gcsfs()
+    parts = [part for part in (match[2] or "").split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise InputError(f"{address}: a bucket has no parent folder ('..'): write the path out")
+    return "/".join(["gs:/", match[1], *parts])
+
+
+def check_bucket(path: RemotePath, option: str) -> None:
+    """Refuses a path in a bucket that does not exist or that this user cannot read. Raises: InputError."""
+    bucket = path.parts[2]
+    try:
+        path._fs.call("GET", "b/{}/o", bucket, maxResults=1)
+    except Exception as error:
+        reason = _as_os_error(error, path)
+        if isinstance(reason, FileNotFoundError):
+            raise InputError(f"{option}={path}: there is no bucket '{bucket}'; make it, or name another") from error
+        raise InputError(f"{option}={path} cannot be read: {reason.strerror}") from error
+
+
+def check_writable(path: RemotePath, folder: bool, option: str) -> None:
+    """Refuses a path that cannot be written, by writing an object next to it and removing it again.
+
+    Args:
+      path: to be written.
+      folder: a folder is to be written, not a file.
+      option: the option that names the path, for messages.
+
+    Raises:
+      InputError: names the reason.
+    """
+    check_bucket(path, option)
+    if len(path.parts) < 4:
+        raise InputError(f"{option}={path} is a whole bucket: name a folder in it")
+    try:
+        if folder and path.is_file():
+            raise InputError(f"{option}={path} is a file: name a folder")
+        if not folder and path.is_dir():
+            raise InputError(f"{option}={path} is a folder: name a file")
+        for parent in list(path.parents)[:-3]:
+            if parent.is_file():
+                raise InputError(f"{option}={path} cannot be written: {parent} is a file, not a folder")
+        probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.probe")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{option}={path} cannot be written: {error.strerror}") from error
+
+
+def _as_os_error(error: Exception, path: RemotePath) -> OSError:
+    """The same error as an OSError that names the path and, in `strerror`, the reason."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if isinstance(error, FileExistsError):
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    message = " ".join(str(error).split()) or type(error).__name__
+    denied = getattr(error, "code", None) in (401, 403) or message.startswith("Forbidden")
+    if denied or type(error).__module__.startswith("google.auth"):
+        reason = f"access denied ({message[:200]}): log in (gcloud auth application-default login) or ask its owner"
+    else:
+        reason = f"the request failed ({type(error).__name__}: {message[:200]}), also when repeated"
+    return StoreError(errno.EACCES if denied else errno.EIO, reason, str(path))
