@@ -1,3 +1,5 @@
+"""Augmentation of images, operation by operation."""
+
 import math
 
 import numpy as np
@@ -15,7 +17,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def picture(channels=3, height=24, width=32):
+def sample_image(channels=3, height=24, width=32):
     """Returns a picture with dark and bright parts, edges and colours, none of it at the ends of the range."""
     rows, columns = np.mgrid[:height, :width]
     planes = [60 + 4 * columns, 60 + 5 * rows, np.where((rows // 6 + columns // 6) % 2, 70, 190)]
@@ -48,50 +50,46 @@ def test_crop_box_of_the_whole_and_where_none_fits():
     assert augment.crop_box(1, 500, (0.99, 1.0), (3 / 4, 4 / 3), rng()) == (249, 0, 250, 1)
 
 
-@pytest.mark.parametrize("shape", [(6, 9, 1), (4, 6, 9, 3)])
-def test_translate_moves_by_whole_pixels_and_fills_with_zeros(shape):
-    pixels = rng().integers(1, 256, shape, dtype=np.uint8)
-    seen = set()
-    for seed in range(200):
-        moved = augment.translate(pixels, 2, rng(seed))
-        padded = np.zeros((*shape[:-3], shape[-3] + 4, shape[-2] + 4, shape[-1]), np.uint8)
+def test_translate_moves_by_whole_pixels_and_fills_with_zeros():
+    for shape in ((6, 9, 1), (4, 6, 9, 3)):
+        pixels = rng().integers(1, 256, shape, dtype=np.uint8)
+        height, width = shape[-3:-1]
+        padded = np.zeros((*shape[:-3], height + 4, width + 4, shape[-1]), np.uint8)
         padded[..., 2:-2, 2:-2, :] = pixels
-        places = [
-            (down, right)
+        windows = {
+            (down, right): padded[..., 4 - down : 4 - down + height, 4 - right : 4 - right + width, :].tobytes()
             for down in range(5)
             for right in range(5)
-            if np.array_equal(moved, padded[..., 4 - down : 4 - down + shape[-3], 4 - right : 4 - right + shape[-2], :])
-        ]
-        assert len(places) == 1
-        seen.add(places[0])
-    assert len(seen) == 25
+        }
+        moved = [augment.translate(pixels, 2, rng(seed)).tobytes() for seed in range(200)]
+        assert set(moved) == set(windows.values()) and len(set(windows.values())) == 25
 
 
-def test_translate_out_of_the_picture():
+def test_translate_out_of_the_image():
     pixels = np.ones((2, 2, 1), np.uint8)
     sums = {int(augment.translate(pixels, 5, rng(seed)).sum()) for seed in range(100)}
     assert sums == {0, 1, 2, 4}
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_color_jitter(channels):
-    image = picture(channels)
-    before = np.asarray(image).copy()
-    jittered = [np.asarray(augment.color_jitter(image, 0.4, rng(seed))) for seed in range(200)]
-    assert all(one.shape == before.shape and one.dtype == np.uint8 for one in jittered)
-    assert not any(np.array_equal(one, before) for one in jittered)
-    means = np.array([one.mean() for one in jittered]) / before.mean()
-    assert means.min() == pytest.approx(0.6, abs=0.1) and means.max() == pytest.approx(1.4, abs=0.1)
-    np.testing.assert_array_equal(np.asarray(image), before)
-    np.testing.assert_array_equal(np.asarray(augment.color_jitter(image, 0.0, rng())), before)
+def test_color_jitter():
+    for channels in (1, 3):
+        image = sample_image(channels)
+        before = np.asarray(image).copy()
+        jittered = [np.asarray(augment.color_jitter(image, 0.4, rng(seed))) for seed in range(200)]
+        assert all(one.shape == before.shape and one.dtype == np.uint8 for one in jittered)
+        assert not any(np.array_equal(one, before) for one in jittered)
+        means = np.array([one.mean() for one in jittered]) / before.mean()
+        assert means.min() == pytest.approx(0.6, abs=0.1) and means.max() == pytest.approx(1.4, abs=0.1)
+        np.testing.assert_array_equal(np.asarray(image), before)
+        np.testing.assert_array_equal(np.asarray(augment.color_jitter(image, 0.0, rng())), before)
 
 
 def test_color_jitter_changes_saturation():
     spread = [
-        np.ptp(np.asarray(augment.color_jitter(picture(), 0.4, rng(seed))).astype(int), axis=-1).mean()
+        np.ptp(np.asarray(augment.color_jitter(sample_image(), 0.4, rng(seed))).astype(int), axis=-1).mean()
         for seed in range(99)
     ]
-    plain = np.ptp(np.asarray(picture()).astype(int), axis=-1).mean()
+    plain = np.ptp(np.asarray(sample_image()).astype(int), axis=-1).mean()
     assert min(spread) < 0.6 * plain and max(spread) > 1.4 * plain
 
 
@@ -115,43 +113,41 @@ def test_erase_fills_one_box_with_noise():
     assert abs(np.corrcoef(noise[:, 0], noise[:, 1])[0, 1]) < 0.02, "each channel of each pixel on its own"
 
 
-def test_erase_leaves_a_picture_too_small_for_a_box():
+def test_erase_leaves_an_image_too_small_for_a_box():
     pixels = np.ones((1, 1, 1), np.float32)
     np.testing.assert_array_equal(augment.erase(pixels, rng()), pixels)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_operations_change_the_picture_and_keep_its_kind(name, channels):
-    image = picture(channels)
-    before = np.asarray(image).copy()
-    for seed in range(6):
-        after = augment.OPERATIONS[name](image, 0.9, FILL[channels], rng(seed))
-        assert (after.size, after.mode) == (image.size, image.mode)
-        if not (name == "color" and channels == 1):  # grey has no colour to change
-            assert not np.array_equal(np.asarray(after), before)
-    np.testing.assert_array_equal(np.asarray(image), before)
+def test_operations_change_the_image_and_keep_its_mode():
+    for name, operation in augment.OPERATIONS.items():
+        for channels in (1, 3):
+            image = sample_image(channels)
+            before = np.asarray(image).copy()
+            for seed in range(6):
+                after = operation(image, 0.9, FILL[channels], rng(seed))
+                assert (after.size, after.mode) == (image.size, image.mode), name
+                if not (name == "color" and channels == 1):  # grey has no colour to change
+                    assert not np.array_equal(np.asarray(after), before), name
+            np.testing.assert_array_equal(np.asarray(image), before)
 
 
-@pytest.mark.parametrize("name", [name for name in augment.OPERATIONS if name not in UNGRADED])
-def test_operations_do_more_at_a_higher_level(name):
-    image = picture()
+def test_operations_do_more_at_a_higher_level():
+    image = sample_image()
     before = np.asarray(image).astype(int)
+    for name in [name for name in augment.OPERATIONS if name not in UNGRADED]:
 
-    def change(level, seed):
-        return np.abs(
-            np.asarray(augment.OPERATIONS[name](image, level, FILL[3], rng(seed))).astype(int) - before
-        ).mean()
+        def change(level, seed, operation=augment.OPERATIONS[name]):
+            return np.abs(np.asarray(operation(image, level, FILL[3], rng(seed))).astype(int) - before).mean()
 
-    for seed in range(4):
-        changes = [change(level, seed) for level in (0.0, 0.3, 0.6, 1.0)]
-        assert changes == sorted(changes) and changes[-1] > changes[1] > -1 and changes[-1] > changes[0]
-    # At level 0 nothing happens, but that posterize leaves 4 bits.
-    assert change(0.0, 0) < (9 if name == "posterize" else 1e-9)
+        for seed in range(4):
+            changes = [change(level, seed) for level in (0.0, 0.3, 0.6, 1.0)]
+            assert changes == sorted(changes) and changes[-1] > changes[1] > -1 and changes[-1] > changes[0], name
+        # At level 0 nothing happens, but posterize leaves 4 bits.
+        assert change(0.0, 0) < (9 if name == "posterize" else 1e-9), name
 
 
 def test_ranges_of_operations():
-    image = picture()
+    image = sample_image()
     level = 1.0
     pixels = np.asarray(image)
     np.testing.assert_array_equal(
@@ -186,7 +182,7 @@ def test_rand_augment_draws_layers_and_skips_half(monkeypatch):
     assert len(augment.OPERATIONS) == len(operations)
     monkeypatch.setattr(augment, "OPERATIONS", operations)
     for seed in range(2000):
-        augment.rand_augment(picture(), 2, 9.0, 0.5, FILL[3], rng(seed))
+        augment.rand_augment(sample_image(), 2, 9.0, 0.5, FILL[3], rng(seed))
     assert len(calls) == pytest.approx(2000, abs=150)
     counts = np.bincount([number for number, _ in calls], minlength=15)
     assert counts.min() > 90 and counts.max() < 190
@@ -199,7 +195,7 @@ def test_rand_augment_draws_layers_and_skips_half(monkeypatch):
 
 
 def test_rand_augment_is_a_function_of_its_generator():
-    image = picture()
+    image = sample_image()
     drawn = [np.asarray(augment.rand_augment(image, 4, 9.0, 0.5, FILL[3], rng(seed))) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
@@ -207,7 +203,7 @@ def test_rand_augment_is_a_function_of_its_generator():
 
 
 def test_equalize_autocontrast_and_invert_are_pillows():
-    image = picture()
+    image = sample_image()
     for name, expected in (
         ("equalize", ImageOps.equalize),
         ("autocontrast", ImageOps.autocontrast),
@@ -218,7 +214,7 @@ def test_equalize_autocontrast_and_invert_are_pillows():
         )
 
 
-def test_how_far_a_picture_is_turned_and_sheared():
+def test_angles_of_rotation_and_shear():
     pixels = np.zeros((65, 65), np.uint8)
     pixels[31:34, 51:54] = 255  # 20 to the right of the middle
     rows, columns = np.mgrid[:65, :65] - 32
@@ -231,8 +227,8 @@ def test_how_far_a_picture_is_turned_and_sheared():
         return {(round(np.average(rows, weights=one), 1), round(np.average(columns, weights=one), 1)) for one in drawn}
 
     for level in (1.0, 0.5):
-        turned = math.radians(30 * level)
-        expected = [(sign * 20 * math.sin(turned), 20 * math.cos(turned)) for sign in (-1, 1)]
+        angle = math.radians(30 * level)
+        expected = [(sign * 20 * math.sin(angle), 20 * math.cos(angle)) for sign in (-1, 1)]
         np.testing.assert_allclose(sorted(goes("rotate", level)), expected, atol=0.3)
         # From the corner, where row and column are 0: the blob's column is 52, its row 32.
         np.testing.assert_allclose(

@@ -89,53 +89,35 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("words", FORMATS)
-def test_other_formats_are_named(tmp_path, words):
+def test_other_formats_are_named(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_bytes(FORMATS[words](tmp_path))
-    with pytest.raises(InputError, match=f"data.paths: '{file}' is {words}, or leave it out|'{file}' is {words}"):
-        check_text_file(file)
+    for words, content in FORMATS.items():
+        file.write_bytes(content(tmp_path))
+        with pytest.raises(InputError, match=f"data.paths: '{file}' is {words}, or leave it out|'{file}' is {words}"):
+            check_text_file(file)
 
 
 RECORDS = [{"text": f"story {number}", "id": number} for number in range(30)]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_json_records_are_no_text(tmp_path):
+    for content in (
         "\n".join(map(json.dumps, RECORDS)),
         "\ufeff" + "\r\n\r\n".join(map(json.dumps, RECORDS)) + "\r\n",
         json.dumps(RECORDS),
         json.dumps(RECORDS, indent=2),
         "\n".join(json.dumps(one | {"long": "x" * 200_000}) for one in RECORDS),
-    ],
-)
-def test_json_records_are_no_text(tmp_path, content):
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(InputError, match=r"a.jsonl' holds JSON records \(fields 'text', 'id'.*data.name=qa_jsonl"):
-        check_text_file(tmp_path / "a.jsonl")
+    ):
+        (tmp_path / "a.jsonl").write_text(content)
+        with pytest.raises(InputError, match=r"a.jsonl' holds JSON records \(fields 'text', 'id'.*data.name=qa_jsonl"):
+            check_text_file(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "plain",
-        "{",
-        '{"one": 1}',
-        '{"a": 1}\n{"b"',
-        "[1]\n[2]",
-        '{"a": 1}\nand text',
-        "[{x}] is no JSON",
-        "1\n2\n",
-        "{{}\n{}",
-        '["a", {"b": 1}]',
-        "[" * 100_000,
-    ],
-)
-def test_what_looks_like_json_may_be_text(tmp_path, content):
-    (tmp_path / "a.txt").write_text(content)
-    check_text_file(tmp_path / "a.txt")
+def test_what_looks_like_json_may_be_text(tmp_path):
+    single = ("", "plain", "{", '{"one": 1}', "[1]\n[2]", "1\n2\n", "[" * 100_000)
+    for content in (*single, '{"a": 1}\n{"b"', '{"a": 1}\nand text', "[{x}] is no JSON", "{{}\n{}", '["a", {"b": 1}]'):
+        (tmp_path / "a.txt").write_text(content)
+        check_text_file(tmp_path / "a.txt")
 
 
 def test_every_reader_of_text_says_what_a_file_is(tmp_path):

@@ -1,3 +1,5 @@
+"""Training and evaluation batches: functions of seed and step, every token scored once."""
+
 import threading
 import time
 

@@ -1,14 +1,11 @@
 """Questions as the program reads them: tokens and weights of examples, prompts from lines, names and splits."""
 
-import functools
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
 
 from seqpe_jax.data import qa, qa_index
-from seqpe_jax.data.loader import TrainLoader
 from seqpe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from seqpe_jax.errors import InputError
 
@@ -67,22 +64,24 @@ def test_any_accepted_answer_is_trained_on():
     assert drawn == {b" 1", b" one"}
 
 
-@pytest.mark.parametrize("prompt", ["Who?\nAnswer:", "x =", "class Foo(", "a\n\nb", "ends with 世"])
-def test_prompt_begins_the_training_example(shared_data, prompt):
-    for tokenizer in (BYTES, load_tokenizer(shared_data / "gpt2_tokenizer")):
-        for answer in ("b", "=", "'r'", "of the Normans", "世界", "1066."):
-            record = RECORD | {"input": prompt, "outputs": (answer,)}
-            tokens = qa.prompt_tokens(record, tokenizer)
-            example = qa.training_example(record, tokenizer=tokenizer, length=60)
-            assert tokens.dtype == np.int32
-            np.testing.assert_array_equal(example["tokens"][: len(tokens)], tokens)
-            answered = example["tokens"][1:][example["weights"] == 1.0]
-            assert tokenizer.decode(answered[:-1]) == f" {answer}" and answered[-1] == qa.answer_end_id(tokenizer)
+def test_prompt_begins_the_training_example(gpt2_tokenizer):
+    answers = ("b", "=", "'r'", "of the Normans", "世界", "1066.")
+    for tokenizer in (BYTES, gpt2_tokenizer):
+        for prompt in ("Who?\nAnswer:", "x =", "class Foo(", "a\n\nb", "ends with 世"):
+            for answer in answers:
+                record = RECORD | {"input": prompt, "outputs": (answer,)}
+                tokens = qa.prompt_tokens(record, tokenizer)
+                example = qa.training_example(record, tokenizer=tokenizer, length=60)
+                assert tokens.dtype == np.int32
+                np.testing.assert_array_equal(example["tokens"][: len(tokens)], tokens)
+                answered = example["tokens"][1:][example["weights"] == 1.0]
+                assert tokenizer.decode(answered[:-1]) == f" {answer}"
+                assert answered[-1] == qa.answer_end_id(tokenizer)
 
 
-def test_end_token(shared_data, tmp_path):
+def test_answer_end_id(gpt2_tokenizer, tmp_path):
     assert qa.answer_end_id(BYTES) == 0
-    assert qa.answer_end_id(load_tokenizer(shared_data / "gpt2_tokenizer")) == 50256
+    assert qa.answer_end_id(gpt2_tokenizer) == 50256
     content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="has no EOS token, which an answer must end with"):
@@ -148,9 +147,9 @@ def test_folder_of_lines(tmp_path):
         qa.qa_source("qa_jsonl", split="test", tokenizer=BYTES, length=9, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "bad, message",
-    [
+def test_bad_line_is_named(tmp_path):
+    path = tmp_path / "some.jsonl"
+    for bad, message in (
         ("{", "is not JSON"),
         ("[1]", "is no object"),
         (lines({"input": "q", "outputs": ["a"]}), "field 'index' must be an integer, got None"),
@@ -161,13 +160,10 @@ def test_folder_of_lines(tmp_path):
         (lines(line(0, "q")), r"field 'outputs' must be a list of texts that are not empty, got \[\]"),
         (lines(line(0, "q", "a", " ")), "must be a list of texts that are not empty"),
         (lines(line(0, "q", 5)), "must be a list of texts that are not empty"),
-    ],
-)
-def test_bad_line_is_named(tmp_path, bad, message):
-    path = tmp_path / "some.jsonl"
-    path.write_text(lines(line(0, "q", "a")) + "\n" + bad)
-    with pytest.raises(InputError, match=f"'{path}', line 3.*{message}"):
-        source(tmp_path, path)
+    ):
+        path.write_text(lines(line(0, "q", "a")) + "\n" + bad)
+        with pytest.raises(InputError, match=f"'{path}', line 3.*{message}"):
+            source(tmp_path, path)
 
 
 def test_not_utf8_and_nothing(tmp_path):
@@ -180,37 +176,13 @@ def test_not_utf8_and_nothing(tmp_path):
         source(tmp_path, path)
 
 
-def test_batches_of_the_loader(tmp_path):
+def test_a_damaged_index_is_built_again(tmp_path):
     path = tmp_path / "some.jsonl"
-    path.write_text(lines(*(line(number, f"question {number}?", "a", "bb") for number in range(10))))
-    example = functools.partial(qa.training_example, tokenizer=BYTES, length=20)
-    loader = TrainLoader(source(tmp_path, path, length=20), batch_size=4, seed=0, example=example)
-    batch = loader.batch(3)
-    assert batch["tokens"].shape == (4, 21) and batch["weights"].shape == (4, 20)
-    again = TrainLoader(source(tmp_path, path, length=20), batch_size=4, seed=0, example=example).batch(3)
-    np.testing.assert_array_equal(batch["tokens"], again["tokens"])
-    ends = {bytes(row[12:].tolist()).strip(b"\0") for step in range(20) for row in loader.batch(step)["tokens"]}
-    assert ends == {b"a", b"bb"}
-
-
-def _open(folder, path, queue):
-    queue.put(len(source(folder, path)))
-
-
-def test_two_processes_prepare_at_once(tmp_path):
-    path = tmp_path / "some.jsonl"
-    path.write_text(lines(*(line(number, f"q{number}", "a") for number in range(2000))))
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_open, args=(tmp_path, path, queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [queue.get(timeout=60) for _ in processes] == [2000, 2000]
-    for process in processes:
-        process.join()
+    path.write_text(lines(*(line(number, f"q{number}", "a") for number in range(20))))
+    assert len(source(tmp_path, path)) == 20
     (folder,) = [entry for entry in (tmp_path / "cache" / "questions").iterdir() if not entry.name.startswith(".")]
     (folder / qa_index.INDEX_FILE).write_bytes(b"damaged")
-    assert len(source(tmp_path, path)) == 2000, "a damaged cache is written again"
+    assert len(source(tmp_path, path)) == 20
 
 
 class Glueing(ByteTokenizer):
@@ -223,7 +195,7 @@ class Glueing(ByteTokenizer):
         return ids if text.count(b"\n\n") > 2 else ids[: max(1, len(ids) - 8 * text.count(b"."))]
 
 
-def test_prompt_fits_where_tokens_are_not_those_counted_apart(tmp_path):
+def test_prompt_fits_if_the_tokenizer_merges_across_passages(tmp_path):
     content = {"data": []}
     for number in range(12):
         asked = {"question": f"Which is {number}?", "answers": [{"text": f"number{number}x"}]}

@@ -118,7 +118,7 @@ def test_a_new_question_set_is_right_everywhere(toys, tmp_path):
     source = tasks.QuestionAnswering(settings).questions("train", 64)
     assert len(source) == 16 and source[0]["outputs"] == ("-9",)
     run = Run("toy", config.to_dict(settings), [{"step": 1, "train/tokens_per_second": 5.0}], {}, None, None)
-    assert run.data == "questions" and run.per_second == 5.0 and run.dataset.answers == "code"
+    assert run.data_kind == "questions" and run.per_second == 5.0 and run.dataset.answers == "code"
     with pytest.raises(InputError, match="'toy_sums' takes no data.paths"):
         config.from_dict(NO_POSITIONS | {"data": data | {"paths": ("x",)}})
 
@@ -133,7 +133,7 @@ def test_a_new_image_set_is_right_everywhere(toys, tmp_path):
     assert (spec.classes, spec.channels, spec.mean, spec.std) == (3, 1, (0.2,), (0.1,))
     assert [task.source("test")[n]["label"] for n in range(3)] == [0, 1, 2]
     run = Run("toy", config.to_dict(settings), [{"step": 1, "train/images_per_second": 5.0}], {}, None, None)
-    assert run.data == "images" and run.per_second == 5.0
+    assert run.data_kind == "images" and run.per_second == 5.0
     with pytest.raises(InputError, match=r"data.size must be \(frames, height, width\)"):
         config.from_dict(page | {"data": data | {"size": (4, 4)}})
     with pytest.raises(
@@ -152,4 +152,4 @@ def test_names_in_configs_and_in_reports():
         ("squad_long", (), "questions"),
     ):
         run = Run("r", {"data": {"name": name, "size": size}}, [], {}, None, None)
-        assert run.data == kind, "a report reads runs of data sets that are not registered here"
+        assert run.data_kind == kind, "a report reads runs of data sets that are not registered here"

@@ -40,7 +40,7 @@ class Reader(Base, Other):
         """Make ready for use."""
 '''
 
-ASKED = {
+EXPECTED = {
     ("import", "from collections import", "deque"),
     ("constant", "LIMIT_OF_ALL =", "120"),
     ("item", 'NAMES = {"first":', 'b"one"'),
@@ -59,9 +59,9 @@ ASKED = {
 }
 
 
-def test_every_kind_is_asked():
+def test_every_question_type():
     found = list(questions_of_file("m.py", SOURCE.encode()))
-    assert {(one.question_type, one.question, one.answers[0]) for one in found} == ASKED
+    assert {(one.question_type, one.question, one.answers[0]) for one in found} == EXPECTED
     assert all(one.name == "m.py" and len(one.answers) == 1 for one in found)
     passages = {one.question: one.passage for one in found}
     raised = 'if not path:\n    raise OSError("no path")\ntotal = 3.5\nwidth = width + 1'
@@ -76,7 +76,11 @@ def test_what_does_not_parse_asks_nothing():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """A cache in which the data set is made of every third file of the standard library."""
+    names = stdlib_text._names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib_text, "_names", lambda root: names(root)[::3])
+        yield tmp_path_factory.mktemp("cache")
 
 
 def source(cache, split="train", length=256):
@@ -87,18 +91,18 @@ def source(cache, split="train", length=256):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", stdlib_qa.SPLITS)
-def test_answers_stand_after_the_question(cache, split):
+def test_answers_follow_the_question(cache, split):
     found = source(cache, split, 2048)
     asked = list(found.questions())
-    assert len(asked) == len(found) > {"train": 5000, "validation": 400, "test": 400}[split]
+    assert len(asked) == len(found) > {"train": 1500, "validation": 100, "test": 100}[split]
     assert found.skipped == {"without_answer": 0, "answer_not_in_text": 0, "too_long": 0}
-    elsewhere = [one for other in stdlib_qa.SPLITS if other != split for one in source(cache, other).questions()]
+    others = [one for other in stdlib_qa.SPLITS if other != split for one in source(cache, other).questions()]
     questions = {question for question, _, _ in asked}
-    assert len(questions) == len(asked) and not questions & {question for question, _, _ in elsewhere}
+    assert len(questions) == len(asked) and not questions & {question for question, _, _ in others}
     kinds = collections.Counter(kind for _, kind, _ in asked)
     assert len(kinds) >= 11 and max(kinds.values()) < 0.3 * len(asked) and kinds["function"] < 0.15 * len(asked)
     clues = collections.Counter()
-    for index in range(0, len(found), len(found) // 100):
+    for index in range(0, len(found), len(found) // 60):
         record = found[index]
         *passages, question = record["input"].split(qa.PASSAGE_SEPARATOR)
         cue, (answer,) = question.removeprefix(">>> "), record["outputs"]
@@ -122,7 +126,7 @@ def test_answers_stand_after_the_question(cache, split):
 
 
 @pytest.mark.slow
-def test_passages_are_source_as_it_stands(cache):
+def test_passages_are_unchanged_source(cache):
     found, files = source(cache, "test"), dict(stdlib_text.files()["test"])
     code = ["\n".join(line.strip() for line in text.decode().split("\n")) for text in files.values()]
     for index in range(0, len(found), 10):
@@ -137,7 +141,7 @@ def test_passages_are_source_as_it_stands(cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("length", [128, 512, 2048])
 def test_lengths_in_bytes(cache, length):
     found = source(cache, "validation", length)
     assert found.skipped["too_long"] == 0
@@ -163,7 +167,7 @@ def test_passage_must_be_read(cache):
     train = list(source(cache).questions())
     for split in ("validation", "test"):
         found = no_context_baseline(train, source(cache, split).questions())
-        assert found["examples"] > 400 and found["contains"] < 10 and found["exact_match_strict"] < 10
+        assert found["examples"] > 100 and found["contains"] < 10 and found["exact_match_strict"] < 10
     leaked = no_context_baseline(train, train)
     assert leaked["exact_match_strict"] > 99, "each question is asked once, so memory of its own split answers all"
 
@@ -173,11 +177,11 @@ def test_frequent_answers_and_large_tables_are_thinned_out():
     for name in "abcdefgh":
         table = "".join(f"x{name}{number} = {number % 3 + 10}\n" for number in range(1000))
         questions += questions_of_file(name, table.encode())
-    kept = list(stdlib_qa._select(iter(questions), set()))
-    assert len(questions) > 7000 and [one for one in questions if one in set(kept)] == kept
-    answers = collections.Counter(one.answers[0] for one in kept)
+    selected = list(stdlib_qa._select(iter(questions), set()))
+    assert len(questions) > 7000 and [one for one in questions if one in set(selected)] == selected
+    answers = collections.Counter(one.answers[0] for one in selected)
     assert max(answers.values()) <= stdlib_qa.MAX_ANSWER_SHARE * len(questions) + 1
-    assert max(collections.Counter(one.name for one in kept).values()) <= stdlib_qa.MAX_QUESTIONS_PER_FILE
+    assert max(collections.Counter(one.name for one in selected).values()) <= stdlib_qa.MAX_QUESTIONS_PER_FILE
     asked = {questions[0].question}
     assert list(stdlib_qa._select(iter(questions[:1]), asked)) == []
     assert len(list(stdlib_qa._select(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1

@@ -1,3 +1,5 @@
+"""Tokenizers: round trips, EOS tokens, added tokens, lost text, refusals."""
+
 import json
 
 import numpy as np
@@ -34,11 +36,9 @@ def small_file(tmp_path):
     return file
 
 
-@pytest.mark.parametrize(
-    "size, name", [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
-)
-def test_smallest_type_that_holds_the_ids(size, name):
-    assert token_dtype(size) == np.dtype(name)
+def test_smallest_type_that_holds_the_ids():
+    sizes = (2, 256, 257, 65536, 65537)
+    assert [token_dtype(size).name for size in sizes] == ["uint8", "uint8", "uint16", "uint16", "uint32"]
 
 
 def test_bytes_round_trip():
@@ -88,14 +88,27 @@ def test_fingerprint_follows_the_file(tmp_path, small_file):
     assert HFTokenizer(other).eos_id is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"not json", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
-def test_file_that_is_no_tokenizer(tmp_path, content):
+def words_file(path, **fields):
+    """A tokenizer of words, as its file says it, with some fields of its model changed."""
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"} | fields
+    rest = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **rest, "model": model}))
+    return path
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     file = tmp_path / "tokenizer.json"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match="data.tokenizer.*is not a Hugging Face tokenizer.json"):
-        load_tokenizer(file)
-    with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json"):
-        HFTokenizer(file)
+    no_json = (b"", b"not json", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000)
+    for content in (*no_json, b"{}", b"[1]", b"[]", b"null", b"3", b'{"model": {}}', b'{"model": {"type": "BPE"}}'):
+        file.write_bytes(content)
+        for load, path in ((load_tokenizer, file), (load_tokenizer, tmp_path), (HFTokenizer, file)):
+            with pytest.raises(InputError, match="data.tokenizer.*is not a Hugging Face tokenizer.json") as caught:
+                load(path)
+            assert "\n" not in str(caught.value)
+    for vocabulary in ({}, {"a": 2**24}, {"a": 2**32 - 1}, {"a": 2**40}, {"a": -1}, {"a": "b"}, []):
+        with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json"):
+            load_tokenizer(words_file(tmp_path / "words.json", vocab=vocabulary))
+    assert load_tokenizer(words_file(tmp_path / "words.json", vocab={"a": 2**20})).vocab_size == 2**20 + 1
 
 
 def test_missing_file(tmp_path):
@@ -123,25 +136,23 @@ def with_tokens(file, special=(), plain=()):
     return file
 
 
-@pytest.mark.parametrize(
-    "name, said",
-    [
+def test_files_next_to_the_tokenizer_name_the_eos_token(small_file, tmp_path):
+    plain = load_tokenizer(with_tokens(small_file, ["<stop>"]))
+    assert plain.eos_id == 256 and not plain.fingerprint.endswith("257")
+    for name, content in (
         ("tokenizer_config.json", {"eos_token": "<stop>"}),
         ("tokenizer_config.json", {"eos_token": {"content": "<stop>", "special": True}}),
         ("special_tokens_map.json", {"eos_token": "<stop>"}),
         ("generation_config.json", {"eos_token_id": [257]}),
         ("config.json", {"eos_token_id": 257}),
-    ],
-)
-def test_the_end_of_text_is_what_the_files_beside_say(small_file, tmp_path, name, said):
-    plain = load_tokenizer(with_tokens(small_file, ["<stop>"]))
-    assert plain.eos_id == 256 and not plain.fingerprint.endswith("257")
-    (small_file.parent / name).write_text(json.dumps(said))
-    found = load_tokenizer(small_file)
-    assert found.eos_id == 257 and found.fingerprint != plain.fingerprint
-    found.save(tmp_path / "kept")  # it travels with a run
-    kept = load_tokenizer(tmp_path / "kept")
-    assert kept.eos_id == 257 and kept.fingerprint == found.fingerprint
+    ):
+        (small_file.parent / name).write_text(json.dumps(content))
+        found = load_tokenizer(small_file)
+        assert found.eos_id == 257 and found.fingerprint != plain.fingerprint
+        found.save(tmp_path / "saved")
+        saved = load_tokenizer(tmp_path / "saved")
+        assert saved.eos_id == 257 and saved.fingerprint == found.fingerprint
+        (small_file.parent / name).unlink()
 
 
 def test_a_bracketed_end_counts_only_where_it_is_special(tmp_path, small_file):
@@ -267,7 +278,7 @@ def test_what_is_lost(tmp_path):
     assert small.lost_characters("The Fox the") == {"T": 1, "F": 1}
 
 
-def test_long_texts_are_looked_at_from_beginning_to_end_in_whole_words(tmp_path):
+def test_long_texts_are_checked_from_beginning_to_end_in_whole_words(tmp_path):
     tokenizer = word_level(tmp_path / "words.json", ["the", "fox", "naïve"])
     trip = RoundTrip(tokenizer, 256)
     trip.add("the naïve fox ".encode() * 20_000)
@@ -315,31 +326,25 @@ def test_tokens_of_added_tokens_json_are_the_tokenizers(small_file, tmp_path):
     assert found.eos_id == 258 and found.special_tokens == {"<|endoftext|>", "<stop>"}
     assert found.encode(b"<word>").tolist() == [257] and found.decode([258, 257]) == "<stop><word>"
     assert found.encode(b"<stop>").size == 6, "a special token is not read from text"
-    found.save(tmp_path / "kept")
-    assert load_tokenizer(tmp_path / "kept").fingerprint == found.fingerprint
+    found.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == found.fingerprint
     (folder / "added_tokens.json").write_text('{"<|endoftext|>": 256}')
     (folder / "tokenizer_config.json").unlink()
     assert load_tokenizer(folder).fingerprint == plain.fingerprint, "nothing that is not there already"
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
+def test_added_tokens_that_do_not_fit_are_refused(small_file):
+    for content, words in (
         ('{"<word>": 256}', "gives '<word>' the id 256, but tokenizer.json next to it gives '<.endoftext.>' that id"),
-        (
-            '{"<|endoftext|>": 300}',
-            "gives '<.endoftext.>' the id 300, but tokenizer.json next to it gives .* the id 256",
-        ),
+        ('{"<|endoftext|>": 300}', "the id 300, but tokenizer.json next to it gives .* the id 256"),
         ('{"<word>": "257"}', "must give each token an id from 0"),
         ('["<word>"]', "must give each token an id from 0"),
         ("{", "is not JSON"),
         ('{"\\ud83d": 257}', "is not JSON .*half a surrogate pair"),
-    ],
-)
-def test_added_tokens_that_do_not_fit_are_refused(small_file, content, words):
-    (small_file.parent / "added_tokens.json").write_text(content)
-    with pytest.raises(InputError, match=words):
-        load_tokenizer(small_file)
+    ):
+        (small_file.parent / "added_tokens.json").write_text(content)
+        with pytest.raises(InputError, match=words):
+            load_tokenizer(small_file)
 
 
 def test_byte_order_marks_of_a_tokenizer(small_file):
@@ -367,26 +372,3 @@ def test_ids_are_those_that_have_a_token(small_file):
     small_file.write_text(json.dumps(content))
     tokenizer = load_tokenizer(small_file)
     assert tokenizer.vocab_size == int(tokenizer.ids.max()) + 1 and len(tokenizer.ids) == 257
-
-
-def words_file(path, **fields):
-    """A tokenizer of words, as its file says it, with some fields of its model changed."""
-    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"} | fields
-    rest = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], **rest, "model": model}))
-    return path
-
-
-@pytest.mark.parametrize("vocabulary", [{}, {"a": 2**24}, {"a": 2**32 - 1}, {"a": 2**40}, {"a": -1}, {"a": "b"}, []])
-def test_vocabularies_that_no_model_has_are_refused(tmp_path, vocabulary):
-    with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json"):
-        load_tokenizer(words_file(tmp_path / "words.json", vocab=vocabulary))
-    assert load_tokenizer(words_file(tmp_path / "words.json", vocab={"a": 2**20})).vocab_size == 2**20 + 1
-
-
-@pytest.mark.parametrize("content", ["", "[]", "null", "3", "{}", '{"model": {}}', "[" * 100_000, '{"a":' * 100_000])
-def test_files_that_are_no_tokenizer_are_refused(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match="is not a Hugging Face tokenizer.json") as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)

@@ -65,7 +65,7 @@ class ImageFolder:
     """Image files as RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE.
 
     Every class of ROOT/CLASS has an image for training. A class is all files below its folder, in every format that Pillow
-    reads; links are followed, and each real file of a split is read once (see `data.paths`). Labels are the indices of the
+    reads; links are followed, and each real file of a split is read once (`resolve_paths`). Labels are the indices of the
     class names in sorted order, equal in all splits. Nothing is copied; each file is verified once, and again when its
     name, size or modification time changes.
     """

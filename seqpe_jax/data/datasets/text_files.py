@@ -22,7 +22,7 @@ class TextFiles(TextBuilder):
     """UTF-8 text files, about 90/5/5: 20 files or more are split by file, fewer are each cut into three contiguous parts.
 
     Args:
-      paths: files, globs (`**` crosses folders) or folders; see `data.paths.resolve_paths`.
+      paths: files, globs (`**` crosses folders) or folders; see `resolve_paths`.
     """
 
     VERSION = tfds.core.Version("1.1.0")  # 1.0.0 read byte order marks, JSON lines and tar archives as text

@@ -1,4 +1,4 @@
-"""Data in an object store: copied once for each version, and read like files of this machine."""
+"""Local copies of data in a bucket: downloaded once for each version."""
 
 import os
 
@@ -45,7 +45,7 @@ def test_a_folder_is_copied_once_for_each_version(texts, tmp_path, monkeypatch):
     assert now["0.txt"] == times["0.txt"] and now["1.txt"] != times["1.txt"]
 
 
-def test_what_is_not_there_is_told(texts, tmp_path):
+def test_missing_data_are_refused(texts, tmp_path):
     for path, words in (
         (f"{texts}/nothing", "there is nothing at"),
         (f"{texts}/part/*.txt", "is a pattern"),

@@ -1,3 +1,5 @@
+"""Text data sets: the standard library, own files, WikiText-103, and their splits."""
+
 import io
 import os
 import zipfile
@@ -48,15 +50,12 @@ def test_pieces_cut_between_words_or_characters():
     assert list(split_document(b"")) == [] and list(split_document(b"ab", 2)) == [b"ab"]
 
 
-def test_pieces_are_tokenised_as_the_whole(shared_data):
-    from seqpe_jax.data.tokenizers import load_tokenizer
-
-    tokenizer = load_tokenizer(shared_data / "gpt2_tokenizer")
+def test_parts_have_the_tokens_of_the_document(shared_data, gpt2_tokenizer):
     text = (shared_data / "wikitext" / "test.txt").read_bytes()[:60_000]
     text = text.decode("utf-8", "ignore").encode()
-    cut = tokenizer.encode_many(list(split_document(text, 1000)))
+    cut = gpt2_tokenizer.encode_many(list(split_document(text, 1000)))
     assert len(cut) > 50
-    assert [token for piece in cut for token in piece.tolist()] == tokenizer.encode(text).tolist()
+    assert [token for piece in cut for token in piece.tolist()] == gpt2_tokenizer.encode(text).tolist()
 
 
 def test_stdlib_text(tmp_path):

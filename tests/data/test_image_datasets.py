@@ -1,3 +1,5 @@
+"""Digits, moving digits and ImageNet: pinned content, preparation, missing and damaged archives."""
+
 import hashlib
 import io
 import json
@@ -36,7 +38,8 @@ def labels(source):
 def test_digit_images(cache):
     found = sources("digit_images", cache)
     assert {split: len(source) for split, source in found.items()} == {"train": 1259, "validation": 269, "test": 269}
-    everything = [image.tobytes() for source in found.values() for image in pixels(source)]
+    values = {split: pixels(source) for split, source in found.items()}
+    everything = [image.tobytes() for images in values.values() for image in images]
     assert len(set(everything)) == 1797, "no image is in two splits"
     for source in found.values():
         shares = np.bincount(labels(source)) / len(source)
@@ -44,9 +47,9 @@ def test_digit_images(cache):
     train = found["train"]
     assert train[0]["image"].shape == (8, 8, 1) and train[0]["image"].dtype == np.uint8 and train.channels == 1
     assert type(train[0]["label"]) is int and train.class_names == tuple("0123456789") and train.classes == 10
-    assert (pixels(train).min(), pixels(train).max()) == (0, 255)
+    assert (values["train"].min(), values["train"].max()) == (0, 255)
     np.testing.assert_allclose(
-        [pixels(train).mean() / 255, pixels(train).std() / 255], train.mean + train.std, atol=1e-4
+        [values["train"].mean() / 255, values["train"].std() / 255], train.mean + train.std, atol=1e-4
     )
 
 
@@ -106,14 +109,14 @@ def test_moving_digits(cache):
 def test_frames_without_order_do_not_tell_the_direction():
     dot = np.full((8, 8, 1), 9, np.uint8)
     for one, other in (("left", "right"), ("up", "down")):
-        ways = {
+        paths = {
             direction: {
                 frozenset(tuple(np.argwhere(frame)[0]) for frame in make_video(dot, direction, str(name)))
                 for name in range(200)
             }
             for direction in (one, other)
         }
-        assert ways[one] == ways[other] and len(ways[one]) == 18
+        assert paths[one] == paths[other] and len(paths[one]) == 18
     starts = {tuple(np.argwhere(make_video(dot, "left", str(name))[0])[0][:2]) for name in range(400)}
     assert starts == {(row, column) for row in range(9) for column in (7, 8)}
 
