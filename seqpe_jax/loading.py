@@ -83,8 +83,8 @@ def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") ->
             raise InputError(f"{run} is an export, which holds one model: leave --which out")
         data_spec = data_spec_of(settings, run)
         model_spec = ModelSpec.of(settings, data_spec).with_precomputed_table(tuple(section["reach"]))
-        read = functools.partial(_exported_params, run, model_spec, mesh)
-        return Model(settings, model_spec, data_spec, read, section["step"], str(run), mesh)
+        load_params = functools.partial(_exported_params, run, model_spec, mesh)
+        return Model(settings, model_spec, data_spec, load_params, section["step"], str(run), mesh)
     step = run.require_latest_step()
     if which == "best":
         step, value = run.best_step(settings.checkpoint.best)
@@ -94,8 +94,8 @@ def open_model(checkpoint: RunDir | str | os.PathLike, which: str = "latest") ->
             print(f"checkpoint {path} is damaged ({error}): step {step} is read in its place", file=sys.stderr)
     data_spec = data_spec_of(settings, run)
     model_spec = ModelSpec.of(settings, data_spec)
-    read = functools.partial(_saved_params, run, model_spec, mesh, step)
-    return Model(settings, model_spec, data_spec, read, step, str(run), mesh)
+    load_params = functools.partial(_saved_params, run, model_spec, mesh, step)
+    return Model(settings, model_spec, data_spec, load_params, step, str(run), mesh)
 
 
 def load_run_config(checkpoint: RunDir | str | os.PathLike) -> Config:

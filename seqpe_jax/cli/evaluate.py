@@ -12,7 +12,7 @@ from absl import flags
 from seqpe_jax.cli import common
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
-from seqpe_jax.run_dir import EVALUATION_FILE
+from seqpe_jax.run_dir import EVALUATION_FILE, RunDir
 
 _CHECKPOINT = common.define_path("checkpoint", "workdir of a run, or an export")
 _WHICH = common.define_checkpoint_choice()
@@ -101,8 +101,9 @@ def main() -> None:
         lossy=_LOSSY.value,
         bit_depth=_BIT_DEPTH.value,
     )
-    check_request(loading.load_run_config(folder), folder, request)
-    report, arrays = evaluate(loading.open_model(folder, _WHICH.value), request)
+    run = RunDir(folder)
+    check_request(loading.load_run_config(run), folder, request)
+    report, arrays = evaluate(loading.open_model(run, _WHICH.value), request)
     if _OUTPUT.value and processes.is_main_process():
         for file in write(report, arrays, as_path(_OUTPUT.value)):
             print(f"written: {file}")

@@ -108,12 +108,14 @@ def generate_texts(
     from seqpe_jax.distributed import processes
     from seqpe_jax.inference.decode import Sampling
     from seqpe_jax.inference.generate import check_generation
+    from seqpe_jax.run_dir import RunDir
 
     processes.enable_compilation_cache()
     Sampling(max_new_tokens, **options)  # refuses bad values before a run is opened
-    if loading.load_run_config(checkpoint).is_image:
+    run = RunDir(checkpoint)
+    if loading.load_run_config(run).is_image:
         raise InputError(f"{checkpoint} is a run on images, which generates no text: give a run on text")
-    model = loading.open_model(checkpoint, which)
+    model = loading.open_model(run, which)
     tokens = model.task.prompts([encode_utf8(prompt) for prompt in prompts])
     sampling = Sampling(max_new_tokens, end=model.tokenizer.eos_id, **options)
     check_generation(
