@@ -1,4 +1,4 @@
-"""One, two, three and four coordinates go through the same encoder, draws, losses and model; only positions differ."""
+"""Positions with one to four axes: the same encoder, sampling, losses and model."""
 
 import functools
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 SHAPES = [(6,), (3, 2), (2, 3, 2), (2, 1, 2, 2)]
 
 
-def objective(shape):
+def train_loss(shape):
     settings = ObjectiveConfig(
         contrastive=ContrastiveConfig(batch=3, candidates=4, mixture=(0.3, 0.3, 0.4), window=3),
         distillation=DistillationConfig(batch=2, offsets=4),
@@ -44,12 +44,12 @@ def objective(shape):
 
 @functools.cache
 def parameters(shape):
-    return jax.jit(objective(shape).model_spec.init)(jax.random.PRNGKey(0))
+    return jax.jit(train_loss(shape).model_spec.init)(jax.random.PRNGKey(0))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=lambda shape: f"{len(shape)}-D")
 def test_positions_of_any_number_of_axes(shape):
-    parts = objective(shape)
+    parts = train_loss(shape)
     params = parameters(shape)
     images = jax.random.normal(jax.random.PRNGKey(1), (4, *shape, 1))
     batch = {"images": images, "labels": jnp.array([0, 1, 2, 0])}
@@ -66,9 +66,9 @@ def test_positions_of_any_number_of_axes(shape):
     assert all(value > 0 for value in seen[0.0]) and not any(seen[1.0])
 
 
-def test_axes_add_one_table_of_parameters():
+def test_several_axes_add_one_parameter():
     def names(shape):
-        params = jax.eval_shape(objective(shape).model_spec.init, jax.random.PRNGKey(0))["encoding"]
+        params = jax.eval_shape(train_loss(shape).model_spec.init, jax.random.PRNGKey(0))["encoding"]
         return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
     for shape in SHAPES[1:]:
@@ -77,7 +77,7 @@ def test_axes_add_one_table_of_parameters():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{len(shape)}-D")
 def test_each_coordinate_counts(shape):
-    parts = objective(shape)
+    parts = train_loss(shape)
     params = parameters(shape)
     axes = len(shape)
     positions_RA = jnp.concatenate([jnp.full((1, axes), 3), 3 + jnp.eye(axes, dtype=jnp.int32)])

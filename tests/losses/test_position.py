@@ -1,4 +1,4 @@
-"""Contrastive and distillation losses against the PyTorch reference, and what each may not do."""
+"""Contrastive and distillation losses: equal to the PyTorch reference, and without gradients where none belong."""
 
 import re
 
@@ -61,7 +61,7 @@ def random(*shape):
     return jax.random.normal(jax.random.fold_in(KEY, len(shape)), shape)
 
 
-def test_the_teacher_is_held_fixed_at_beta_one():
+def test_beta_one_fixes_the_teacher():
     teacher, student = random(2, 5, 6), random(2, 5, 6) + 0.3
     grads = jax.grad(lambda t, s: distillation_loss(t, s), argnums=(0, 1))(teacher, student)
     assert float(jnp.abs(grads[0]).max()) == 0.0 and float(jnp.abs(grads[1]).max()) > 0
@@ -70,23 +70,23 @@ def test_the_teacher_is_held_fixed_at_beta_one():
 
 
 @pytest.mark.parametrize("metric", ["kl", "mse"])
-def test_rows_are_summed_where_elements_are_averaged(metric):
+def test_reduction_by_rows_or_elements(metric):
     teacher, student = random(2, 5, 6), random(2, 5, 6) * 0.9
     elements = distillation_loss(teacher, student, metric=metric)
     assert float(distillation_loss(teacher, student, metric=metric, reduction="rows")) == pytest.approx(5 * elements)
     assert float(distillation_loss(teacher, teacher, metric=metric)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_one_head_is_the_whole_vector():
+def test_one_head_is_the_complete_vector():
     anchors, candidates, labels = random(3, 8), random(3, 4, 8), jnp.array([0, 3, 1])
     assert contrastive_loss(anchors, candidates, labels, heads=1) == contrastive_loss(anchors, candidates, labels)
 
 
-def test_pivots_below_the_floor_of_the_contrastive_loss_are_left_alone():
-    """Each pivot is held to the floor by itself, in each head: one that is near enough does not hide one that is not."""
+def test_anchors_below_the_floor_have_no_gradient():
+    """The floor applies to each anchor in each head: one below it does not hide one above."""
     near, far = jnp.array([4.0, 0.0]), jnp.array([0.0, 1.0])
     anchors, candidates = jnp.stack([near, far]), jnp.broadcast_to(jnp.stack([near, far]), (2, 2, 2))
-    labels = jnp.array([0, 0])  # the second pivot's nearest is the first candidate, from which it is far
+    labels = jnp.array([0, 0])  # of the second anchor: the first candidate, from which it is far
     single = [float(contrastive_loss(anchors[i : i + 1], candidates[i : i + 1], labels[i : i + 1])) for i in (0, 1)]
     assert single[0] < 0.5 < single[1]
     loss, grads = jax.value_and_grad(lambda p: contrastive_loss(p, candidates, labels, floor=0.5))(anchors)

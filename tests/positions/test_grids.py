@@ -1,4 +1,4 @@
-"""Where places stand: whole numbers as ever, fixed-point numbers, larger grids between the positions of training."""
+"""Positions of grids: integers, fixed-point numbers, interpolation onto the training range, and fine sampling."""
 
 import zlib
 from fractions import Fraction
@@ -19,7 +19,7 @@ KEY = jax.random.PRNGKey(3)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4)])
-def test_a_grid_of_whole_numbers_is_the_box_at_the_origin(shape):
+def test_an_integer_grid_is_row_major(shape):
     np.testing.assert_array_equal(
         PositionGrid().positions(shape), np.stack(np.unravel_index(np.arange(np.prod(shape)), shape), 1)
     )
@@ -30,8 +30,8 @@ def test_a_grid_of_whole_numbers_is_the_box_at_the_origin(shape):
     )
 
 
-# Draws of six steps, as they were before positions had a fraction; they may change only where that is meant.
-BEFORE = {
+# Checksums of the sampled positions of six steps: older runs resume with them.
+CHECKSUMS = {
     "stdlib_lm": [3894761951, 4144323016, 2308539396, 2444338775, 290396026, 3551406778],
     "digits_vit": [4284630782, 115145670, 1145072029, 2033619739, 1064773631, 2201904033],
 }
@@ -53,16 +53,16 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", BEFORE)
-def test_without_a_fraction_draws_are_what_they_were(name):
+@pytest.mark.parametrize("name", CHECKSUMS)
+def test_sampled_positions_are_those_of_older_versions(name):
     draw = jax.jit(Trainer.of(config.load(f"{ROOT}/configs/{name}.py", FIELDS[name])).train_loss.sample)
-    for step, expected in enumerate(BEFORE[name]):
+    for step, expected in enumerate(CHECKSUMS[name]):
         leaves = jax.tree.leaves(draw(KEY, step))
         assert zlib.crc32(b"".join(np.asarray(leaf).astype(np.int32).tobytes() for leaf in leaves)) == expected
 
 
 @pytest.mark.parametrize("unit, side", [(8, 4), (10, 4), (9, 5), (2, 14)])
-def test_stretched_places_stand_in_the_middle_of_their_cells(unit, side):
+def test_interpolated_positions_are_cell_centers(unit, side):
     position_grid = PositionGrid(unit, (side, side))
     for count in (1, side - 1, side, 2 * side, side * unit):
         found = np.asarray(position_grid.positions((count, 2)))[::2, 0]
@@ -78,14 +78,14 @@ def test_stretched_places_stand_in_the_middle_of_their_cells(unit, side):
 
 
 @pytest.mark.parametrize("unit, length, count", [(1000, 512, 16384), (100, 1024, 65536), (10**6, 1000, 999_999 // 2)])
-def test_far_stretched_places_are_exact(unit, length, count):
-    """Their products are more than an int32 holds."""
+def test_large_interpolated_grids_are_exact(unit, length, count):
+    """Their products exceed int32."""
     found = np.asarray(PositionGrid(unit, (length,)).positions((count,)))[:, 0]
     places = np.arange(count, dtype=np.int64)
     np.testing.assert_array_equal(found, (2 * places + 1) * (length * unit) // (2 * count))
 
 
-def test_a_longer_clip_goes_on_and_a_larger_frame_is_read_between():
+def test_videos_extrapolate_in_time_and_interpolate_in_space():
     position_grid = PositionGrid(10, (0, 4, 4))
     times, rows, columns = np.asarray(position_grid.positions((3, 8, 4))).reshape(3, 8, 4, 3).transpose(3, 0, 1, 2)
     assert times[:, 0, 0].tolist() == [0, 10, 20] and columns[0, 0].tolist() == [5, 15, 25, 35]
@@ -93,13 +93,13 @@ def test_a_longer_clip_goes_on_and_a_larger_frame_is_read_between():
     assert position_grid.table_shape((3, 8, 8)) == ((30, 40, 40), 1)
 
 
-def test_a_shorter_text_is_not_stretched():
+def test_a_shorter_text_is_not_interpolated():
     position_grid = PositionGrid(10, (8,))
     np.testing.assert_array_equal(position_grid.positions((3,)), position_grid.positions((8,))[:3])
     assert position_grid.positions((16,)).max() < 80
 
 
-def test_parts_of_a_grid_stand_where_they_are_in_the_whole():
+def test_crops_have_the_positions_of_the_complete_grid():
     position_grid = PositionGrid(10, (4, 4))
     whole = jnp.array([[[0.0, 1.0], [0.0, 1.0]]])
     np.testing.assert_array_equal(position_grid.crop_positions((4, 4), whole)[0], position_grid.positions((4, 4)))
@@ -113,7 +113,7 @@ def test_parts_of_a_grid_stand_where_they_are_in_the_whole():
     assert (boxes.sum(axis=-1) <= 1 + 1e-6).all() and boxes[..., 1].max() > 0.98 and boxes[..., 1].min() < 0.21
 
 
-def test_digits_after_the_point_decode_back():
+def test_fractional_digits_round_trip():
     numbers = [0.0, 0.1, 3.4, 12.3, 123.4, 255.9]  # tenths; the strings are those of ten times as much
     tenths_RA = jnp.array([[round(10 * number)] for number in numbers], jnp.int32)
     digits_RN = to_digits(tenths_RA, base=10, digits=4)
@@ -122,8 +122,8 @@ def test_digits_after_the_point_decode_back():
 
 
 @pytest.mark.parametrize("shape", [(9,), (3, 4)])
-def test_fine_draws_keep_the_rules(shape):
-    """Windows keep their spacing, stay in range, and start between whole numbers too."""
+def test_sampling_with_fractional_digits(shape):
+    """Windows keep their spacing, stay in range, and start at fractions."""
     axes, unit, limit, side = len(shape), 10, 200, max(shape)
     shift = jax.jit(
         lambda key: sampling.random_offsets(
@@ -160,7 +160,7 @@ def test_fine_draws_keep_the_rules(shape):
     assert steps.min() == unit and cut.max() < limit and (np.sort(steps, axis=1)[:, :-1] == unit).all()
 
 
-def test_jitter_moves_within_its_reach_and_keeps_the_order_of_a_text():
+def test_jitter_is_bounded_and_keeps_the_order_of_a_text():
     window = jnp.broadcast_to(PositionGrid(10).positions((50,)), (400, 50, 1))
     shaken = np.asarray(sampling.jitter(KEY, window, max_distance=7, max_position=495, ordered=True))
     assert (np.diff(shaken[..., 0], axis=1) >= 0).all() and shaken.min() == 0 and shaken.max() == 494

@@ -1,4 +1,4 @@
-"""The tree of prefixes: its nodes, their ancestors, and bounds that no draw exceeds."""
+"""Prefix trie: nodes, ancestors, and upper bounds of its size."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from seqpe_jax.positions.grids import PositionGrid
 from seqpe_jax.positions.prefix_trie import RowGroup, build_trie, max_nodes_per_level
 
 
-def test_every_string_is_read_off_its_ancestors():
+def test_ancestors_spell_every_string():
     digits_RN = np.random.default_rng(0).integers(0, 3, (40, 4)).astype(np.int32)
     sizes = [len(np.unique(digits_RN[:, : level + 1], axis=0)) for level in range(4)]
-    for more in (0, 3):  # a bound may be larger than need be
+    for more in (0, 3):  # more nodes than needed
         found = jax.jit(lambda digits_RN, more=more: build_trie(digits_RN, 3, [size + more for size in sizes]))(
             digits_RN
         )
@@ -31,7 +31,7 @@ def prefixes(positions_RA, base, digits):
 
 @pytest.mark.parametrize("base,digits", [(10, 3), (2, 8), (7, 4)])
 @pytest.mark.parametrize("shape", [(29,), (1,), (6, 9), (2, 5, 3)])
-def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
+def test_bounds_of_windows_and_their_chunks(shape, base, digits):
     axes, limit = len(shape), 200
     draw = np.random.default_rng(0)
     bounds = {
@@ -58,7 +58,7 @@ def test_no_window_has_more_prefixes_than_its_bound(shape, base, digits):
 
 
 @pytest.mark.parametrize("shape", [(29,), (6, 9)])
-def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
+def test_bounds_of_strided_and_jittered_windows(shape):
     axes, limit, unit, reach = len(shape), 400, 10, 4
     spans = tuple((side - 1) * unit + 2 * reach for side in shape)
     strided = max_nodes_per_level([RowGroup(1, shape, spans=spans)], axes=axes, base=10, digits=3, max_position=limit)
@@ -76,7 +76,7 @@ def test_no_strided_or_jittered_window_has_more_prefixes_than_its_bound(shape):
     assert most[-1] == jittered[-1] == np.prod(shape)
 
 
-def test_groups_add_up_to_no_more_than_there_are():
+def test_bounds_of_several_groups():
     sizes = max_nodes_per_level(
         [RowGroup(1, (30,)), RowGroup(500), RowGroup(4, (30,), max_rows=5)], axes=1, base=10, digits=3, max_position=200
     )
