@@ -327,6 +327,8 @@ OLDER = [  # field of today, its name and a value in older versions, the value t
     ("encoding.resize", "encoding.resize", "stretch", "interpolate"),
     ("encoding.digit_index", "encoding.place", "coordinate", "per_axis"),
     ("model.attention_kind", "model.attention_kind", "blocks", "blockwise"),
+    ("compat.flatten", "encoding.flatten", False, False),
+    ("compat.reference_scramble", "encoding.reference_scramble", False, False),
     ("objective.contrastive.around_anchor", "objective.contrastive.around_pivot", False, False),
     ("objective.contrastive.causal_only", "objective.contrastive.past_only", False, False),
 ]

@@ -4,6 +4,7 @@ from seqpe_jax.config.encodings import (
     ENCODINGS,
     GATED,
     ALiBiConfig,
+    CompatConfig,
     EncodingConfig,
     FireConfig,
     GridALiBiConfig,
@@ -70,6 +71,7 @@ from seqpe_jax.config.validate import (
 
 __all__ = [
     "ALiBiConfig",
+    "CompatConfig",
     "Config",
     "ContrastiveConfig",
     "DataConfig",

@@ -30,6 +30,28 @@ DIRECTED_SHARE = 8 / 12  # of the heads (Fuller et al. 2024, arXiv 2405.13985)
 
 
 @dataclasses.dataclass(frozen=True)
+class CompatConfig:
+    """Behaviour of the PyTorch reference that its checkpoints were trained with; `convert` sets it, and no config file.
+
+    Each field belongs to one kind of encoding, and is refused with others.
+    """
+
+    qk_halves: bool = limits.field(False, "the halves of a vector are its query and key parts", kind="seqpe")
+    flatten: bool = limits.field(False, "grids have one axis for all patches, row-major", kind="sinusoidal")
+    reference_scramble: bool = limits.field(False, "heads and positions of rotations mixed up", kind="rotary_mixed")
+    reference_scaling: bool = limits.field(False, "slopes over sqrt(head width)", kind="alibi")
+
+    def check(self, kind: str) -> None:
+        """Refuses behaviour of another encoding. Raises: InputError: names the field."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) and kind != field.metadata["kind"]:
+                raise InputError(
+                    f"compat.{field.name} is for encoding.kind='{field.metadata['kind']}', and this is '{kind}': leave it "
+                    "out"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelDims:
     """Sizes of the model, and of the window or grid that it trains on, for which an encoding is built.
 
@@ -39,6 +61,7 @@ class ModelDims:
       heads: attention heads of a block.
       grid: positions of the training window or grid along each axis.
       prefix_tokens: tokens before the positions, which have none, such as a class token.
+      compat: behaviour of the PyTorch reference, for its checkpoints.
     """
 
     layers: int
@@ -46,6 +69,7 @@ class ModelDims:
     heads: int
     grid: tuple[int, ...] = (1,)
     prefix_tokens: int = 0
+    compat: CompatConfig = CompatConfig()
 
     @property
     def axes(self) -> int:
@@ -204,6 +228,7 @@ class EncodingConfig:
 
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses an encoding that does not fit a model. Raises: InputError: names the fields."""
+        dims.compat.check(self.kind)
         for name in ("position_heads", "rotary_heads"):
             if getattr(self, name) > dims.heads:
                 raise InputError(f"encoding.{name}={getattr(self, name)} is more than model.heads={dims.heads}")
@@ -390,8 +415,8 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
     mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field(
         "attn_scalar", "added to tokens, added to or multiplied onto q and k, as a logit bias, or as rotation"
     )
-    qk: Literal["single", "multi", "none", "halves"] = _field(
-        "single", "linear map to query and key parts: one, one per layer, or none; halves of the vector"
+    qk: Literal["single", "multi", "none"] = _field(
+        "single", "linear map of the vector to query and key parts: one, one per layer, or none"
     )
     per_head: bool = _field(True, "the vector is split over the heads, else one head-wide vector serves all")
     feature_width: int = _field(
@@ -413,7 +438,7 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
     def needed_width(self, dims: ModelDims) -> int:
         """Returns the features of a vector that mode, qk and per_head need."""
         needed = dims.width if self.per_head or self.mode == "input_add" else dims.head_width
-        return 2 * needed if self.qk == "halves" and self.mode in ("attn_add", "attn_mul") else needed
+        return 2 * needed if dims.compat.qk_halves and self.mode in ("attn_add", "attn_mul") else needed
 
     def vector_width(self, dims: ModelDims) -> int:
         """Returns the features of a position's vector."""
@@ -464,13 +489,17 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
             )
         if self.mode in ("input_add", "rotary") and self.qk != "none":
             raise InputError(f"encoding.mode='{self.mode}' has no query and key parts: set encoding.qk='none'")
+        if dims.compat.qk_halves and (self.qk != "none" or self.mode in ("input_add", "rotary")):
+            raise InputError(
+                "compat.qk_halves splits a vector into query and key parts: set encoding.qk='none' and a mode that has them"
+            )
         width, needed = self.vector_width(dims), self.needed_width(dims)
         if self.mode != "attn_scalar" and width != needed:
             raise InputError(
                 f"encoding.mode='{self.mode}' with encoding.qk='{self.qk}' needs vectors of width {needed}, but "
                 f"encoding.output_width={width}: set it to 0 or {needed}"
             )
-        parts = (dims.heads if self.per_head else 1) * (2 if self.qk == "halves" else 1)
+        parts = (dims.heads if self.per_head else 1) * (2 if dims.compat.qk_halves else 1)
         if width % parts:
             raise InputError(f"vectors of width {width} do not split into {parts} parts: change encoding.output_width")
         if self.mode == "rotary" and dims.head_width % 2:
@@ -512,16 +541,16 @@ class SinusoidalConfig(_Positions, _AddedPairs, _Gated):
     NEEDS: ClassVar[dict[str, Any]] = {"theta": None}  # also without rotary pairs
 
     kind: str = _kind("sinusoidal")
-    flatten: bool = _field(False, "grids: one axis for all patches, row-major, not columns for each axis")
     amplitude: float = _field(1.0, "factor of the sinusoids", **limits.Weight)
-
-    def real_positions_on(self, axes: int) -> bool:
-        """Returns whether positions are real: a grid that is read as one axis has whole ones."""
-        return axes == 1 or not self.flatten
 
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses a model with fewer pairs of columns than axes."""
         super().check_dims(dims)
+        if dims.compat.flatten and (self.fraction_digits or self.resize != "extrapolate"):
+            raise InputError(
+                "compat.flatten numbers the patches of a grid one after the other: set encoding.fraction_digits=0 and "
+                "encoding.resize='extrapolate'"
+            )
         if dims.width < 2 * dims.axes:
             raise InputError(
                 f"encoding.kind='sinusoidal' needs model.width of at least {2 * dims.axes} for {dims.axes} axes"
@@ -603,7 +632,6 @@ class RotaryMixedConfig(_Positions, _Heads, _Rotates, _Gated):
     PER_LAYER: ClassVar[bool] = True
 
     kind: str = _kind("rotary_mixed")
-    reference_scramble: bool = _field(False, "heads and positions mixed up, as in the PyTorch reference")
 
 
 _SLOPE_SCALE: dict[str, Any] = {"low": 1e-6, "high": 1e6}
@@ -620,7 +648,6 @@ class ALiBiConfig(_Positions, _Heads, _AddedPairs, _Gated):
     CAUSAL_ONLY: ClassVar[bool] = True
 
     kind: str = _kind("alibi")
-    reference_scaling: bool = _field(False, "slopes over sqrt(head width), as in the PyTorch reference")
     slope_scale: float = _field(1.0, "factor of the slopes, per token", **_SLOPE_SCALE)
 
 

@@ -35,6 +35,9 @@ RESUME_CHANGEABLE = ("eval", "checkpoint", "mesh", "report", "profile", "init_fr
 RENAMED = {
     "encoding.gate_bias": "encoding.gate_bias_init",
     "encoding.place": "encoding.digit_index",
+    "encoding.flatten": "compat.flatten",
+    "encoding.reference_scramble": "compat.reference_scramble",
+    "encoding.reference_scaling": "compat.reference_scaling",
     "objective.contrastive.around_pivot": "objective.contrastive.around_anchor",
     "objective.contrastive.past_only": "objective.contrastive.causal_only",
 }
@@ -46,6 +49,7 @@ RENAMED_VALUES = {
         "stretch": {"encoding.resize": "interpolate"},
     },
     "encoding.digit_index": {"coordinate": {"encoding.digit_index": "per_axis"}},
+    "encoding.qk": {"halves": {"encoding.qk": "none", "compat.qk_halves": True}},
     "model.attention_kind": {
         "plain": {"model.attention_kind": "reference"},
         "blocks": {"model.attention_kind": "blockwise"},
@@ -227,6 +231,8 @@ def _section_of(values: dict[str, Any], field: str) -> tuple[dict[str, Any], str
     """
     *sections, last = field.split(".")
     for section in sections:
+        if section == "compat":  # older versions have no such section
+            values.setdefault(section, {})
         if not isinstance(values.get(section), dict):
             return {}, last
         values[section] = dict(values[section])

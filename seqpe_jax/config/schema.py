@@ -8,7 +8,7 @@ import dataclasses
 from typing import Literal
 
 from seqpe_jax.config import limits
-from seqpe_jax.config.encodings import EncodingConfig, ModelDims, SeqPEConfig
+from seqpe_jax.config.encodings import CompatConfig, EncodingConfig, ModelDims, SeqPEConfig
 from seqpe_jax.config.limits import field as _field
 from seqpe_jax.config.limits import section as _section
 from seqpe_jax.data import registry
@@ -336,6 +336,7 @@ class Config:
     precision: PrecisionConfig = _section(PrecisionConfig)
     report: ReportConfig = _section(ReportConfig)
     profile: ProfileConfig = _section(ProfileConfig)
+    compat: CompatConfig = _section(CompatConfig)
 
     @property
     def data_kind(self) -> str:
@@ -361,7 +362,12 @@ class Config:
     def dims(self) -> ModelDims:
         """Sizes for which the encoding is built. A class token comes before the patches of an image."""
         return ModelDims(
-            self.model.layers, self.model.width, self.model.heads, grid=self.grid, prefix_tokens=int(self.is_image)
+            self.model.layers,
+            self.model.width,
+            self.model.heads,
+            grid=self.grid,
+            prefix_tokens=int(self.is_image),
+            compat=self.compat,
         )
 
     def grid_of(self, size: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ MAX_POSITIONS_PER_STEP = 2**28
 
 def check(config: Config) -> None:
     """Raises InputError if fields of a config contradict each other."""
+    config.compat.check(config.encoding.kind)
     registry.get(config.data.name).check_paths(config.data.paths)
     if config.is_image:
         _check_images(config)

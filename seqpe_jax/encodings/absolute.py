@@ -50,7 +50,7 @@ class Sinusoidal(nn.Module):
     ) -> PositionSignal:
         """Returns `input_embedding`, float32[P, prefix + L, D], for positions int32[P, L, A] of a grid of this shape."""
         config, width = self.config, self.dims.width
-        if config.flatten:
+        if self.dims.compat.flatten:
             positions_PLA = flatten_positions(positions_PLA, shape, self.dims.prefix_tokens)
         axes = positions_PLA.shape[-1]
         frequencies = axis_frequencies(width, axes, config.theta)
@@ -60,7 +60,7 @@ class Sinusoidal(nn.Module):
         ]
         cos, sin = (jnp.concatenate(part, axis=-1) for part in zip(*circles, strict=True))
         table_PLD = jnp.stack([sin, cos], axis=-1).reshape(*sin.shape[:-1], -1)[..., :width]
-        if not config.flatten:
+        if not self.dims.compat.flatten:
             table_PLD = jnp.pad(table_PLD, ((0, 0), (self.dims.prefix_tokens, 0), (0, 0)))
         return PositionSignal(input_embedding=config.amplitude * table_PLD)
 

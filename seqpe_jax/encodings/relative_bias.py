@@ -228,7 +228,7 @@ class ALiBi(nn.Module):
     ) -> PositionSignal:
         """Returns `logit_query_key` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
         slopes = self.config.slope_scale * alibi_slopes(self.dims.heads)
-        if self.config.reference_scaling:
+        if self.dims.compat.reference_scaling:
             slopes = slopes / math.sqrt(self.dims.head_width)
         slopes_H = jnp.asarray(slopes, jnp.float32)
         position_PL1 = positions_PLA.astype(jnp.float32) / self.config.position_resolution

@@ -232,7 +232,7 @@ class RotaryMixed(nn.Module):
             frequencies,
             precision=jax.lax.Precision.HIGHEST,
         )
-        if self.config.reference_scramble:
+        if self.dims.compat.reference_scramble:
             angles = jnp.swapaxes(angles, 2, 3).reshape(angles.shape)
         signal = rotation(jnp.cos(angles), jnp.sin(angles), self.dims.prefix_tokens)
         return signal.replace(per_layer_fields=("rotation",))

@@ -192,12 +192,13 @@ class SeqPE(nn.Module):
         In mode attn_scalar the query part carries s / sqrt(head width): their dot product is a final attention logit.
         """
         config = self.config
-        if config.qk == "none":
-            query = key = vectors
+        if config.qk != "none":
+            query, key = jnp.split(self.qk_map(vectors), 2, axis=-1)
+        elif self.dims.compat.qk_halves:
+            query, key = jnp.split(vectors, 2, axis=-1)
         else:
-            mapped = vectors if config.qk == "halves" else self.qk_map(vectors)
-            query, key = jnp.split(mapped, 2, axis=-1)
-        parts = self.dims.heads if config.qk in ("none", "halves") and config.per_head else self._parts
+            query = key = vectors
+        parts = self.dims.heads if config.qk == "none" and config.per_head else self._parts
         sizes = (*query.shape[:-1], parts, query.shape[-1] // parts)
         query, key = (part.reshape(sizes)[..., : self._parts, :] for part in (query, key))
         if config.mode == "attn_scalar":

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import ENCODINGS, Config, EncodingConfig, ModelDims, SeqPEConfig
+from seqpe_jax.config import ENCODINGS, CompatConfig, Config, EncodingConfig, ModelDims, SeqPEConfig
 from seqpe_jax.errors import InputError, suggest
 
 ReferenceSpec = Mapping[str, Any]
@@ -128,21 +128,15 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
             f"rotary with {', '.join(ROTARY)}"
         )
     if ours != "seqpe":
-        fields: dict[str, dict[str, Any]] = {
-            "sinusoidal": {"flatten": images},
-            "rotary_mixed": {"reference_scramble": True},
-            "alibi": {"reference_scaling": True},
-        }
         chosen = ENCODINGS[ours]
-        if chosen.has("theta") and "theta" not in chosen.needs():
-            theta = float(spec.get("sinusoidal_pe_base") or THETA.get(method, 10000))
-            return chosen(theta=theta, **fields.get(ours, {}))
-        return chosen(**fields.get(ours, {}))
+        if not chosen.has("theta") or "theta" in chosen.needs():
+            return chosen()
+        return chosen(theta=float(spec.get("sinusoidal_pe_base") or THETA.get(method, 10000)))
     per_head, out = bool(spec.get("use_pe_multi_head")), spec.get("pe_out_dim") or 0
-    qk = spec.get("use_pe_qk_per_layer") or _without_map(images, method, out == width)
-    qk = "none" if method in ("input_add", "rotary") else qk
+    qk = "none" if method in ("input_add", "rotary") else spec.get("use_pe_qk_per_layer") or "none"
     encoder = spec.get("encoder") or {}
-    usual = SeqPEConfig(mode=method, qk=qk, per_head=per_head).needed_width(ModelDims(1, width, heads))
+    dims = ModelDims(1, width, heads, compat=compat_from_spec(spec))
+    usual = SeqPEConfig(mode=method, qk=qk, per_head=per_head).needed_width(dims)
     return SeqPEConfig(
         mode=method,
         qk=qk,
@@ -153,11 +147,24 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
     )
 
 
-def _without_map(images: bool, method: str, whole: bool) -> str:
-    """What the reference does with vectors that no map splits into query and key parts."""
-    if images:
-        return "halves" if method == "attn_scalar" else "none"
-    return "none" if whole else "halves"
+def compat_from_spec(spec: ReferenceSpec) -> CompatConfig:
+    """Returns the compat section of a spec (kinds gpt2 and vit): what its checkpoints were trained with."""
+    images, pe_type, method = check_spec(spec) == "vit", spec["pe_type"], spec.get("pe_apply_method", "")
+    ours = ROTARY.get(method) if pe_type == "rotary" else KINDS.get(pe_type)
+    if ours == "seqpe":
+        width = spec["embed_dim"] if images else spec["n_embd"]
+        unmapped = not spec.get("use_pe_qk_per_layer") and method not in ("input_add", "rotary")
+        return CompatConfig(qk_halves=unmapped and _halves_without_map(images, method, spec.get("pe_out_dim") == width))
+    return CompatConfig(
+        flatten=images and ours == "sinusoidal",
+        reference_scramble=ours == "rotary_mixed",
+        reference_scaling=ours == "alibi",
+    )
+
+
+def _halves_without_map(images: bool, method: str, of_model_width: bool) -> bool:
+    """Whether the reference splits vectors that have no qk map into halves; else each is query and key part."""
+    return method == "attn_scalar" if images else not of_model_width
 
 
 def _encoder(spec: ReferenceSpec, max_position: int | None = None) -> dict[str, Any]:
@@ -203,6 +210,7 @@ def config_from_spec(spec: ReferenceSpec) -> Config:
     kind, encoding = check_spec(spec), encoding_from_spec(spec)
     values = configs.to_dict(Config())
     values["encoding"] = dataclasses.asdict(encoding)
+    values["compat"] = dataclasses.asdict(compat_from_spec(spec))
     for term in ("contrastive", "distillation"):  # what it was trained with is not what it will be trained with
         values["objective"][term]["weight"] = 0.0
     if kind == "gpt2":
@@ -364,7 +372,7 @@ OURS_ALONE = (
 
 def _writable(config: Config, images: bool) -> None:
     """Refuses what the reference has nothing like. Raises: InputError."""
-    encoding, model = config.encoding, config.model
+    encoding, model, compat = config.encoding, config.model, config.compat
     known = (*KINDS.values(), *ROTARY.values())
     if encoding.kind not in known:
         raise InputError(
@@ -382,15 +390,15 @@ def _writable(config: Config, images: bool) -> None:
         }
         if encoding.mode not in ("input_add", "rotary"):
             width = encoding.output_width or (model.width if encoding.per_head else model.width // model.heads)
-            bare = _without_map(images, encoding.mode, width == model.width)
-            if encoding.qk in ("none", "halves"):
-                fixed["encoding.qk"] = (encoding.qk, bare)
+            if encoding.qk == "none":
+                halves = _halves_without_map(images, encoding.mode, width == model.width)
+                fixed["compat.qk_halves"] = (compat.qk_halves, halves)
     if encoding.kind == "sinusoidal":
-        fixed = {"encoding.amplitude": (encoding.amplitude, 1.0), "encoding.flatten": (encoding.flatten, images)}
+        fixed = {"encoding.amplitude": (encoding.amplitude, 1.0), "compat.flatten": (compat.flatten, images)}
     if encoding.kind == "rotary_mixed":
-        fixed = {"encoding.reference_scramble": (encoding.reference_scramble, True)}
+        fixed = {"compat.reference_scramble": (compat.reference_scramble, True)}
     if encoding.kind == "alibi":
-        fixed = {"encoding.reference_scaling": (encoding.reference_scaling, True)}
+        fixed = {"compat.reference_scaling": (compat.reference_scaling, True)}
     fixed["model.tied"] = (model.tied, True)
     plain = type(encoding)()
     for name in filter(encoding.has, OURS_ALONE):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from seqpe_jax import config as configs
-from seqpe_jax.config import Config, EncodingConfig, ModelConfig, SeqPEConfig
+from seqpe_jax.config import CompatConfig, Config, EncodingConfig, ModelConfig, SeqPEConfig
 from seqpe_jax.distributed import sharding
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import as_path
@@ -102,6 +102,7 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
     digits = [one.encoding.num_digits for one in (theirs, ours) if isinstance(one.encoding, SeqPEConfig)]
     if len(set(digits)) > 1:
         lines.append(f"encoding.digits: {digits[0]} -> {digits[1]}")
+    lines += _differences("compat", theirs.compat, ours.compat, set())
     lines += _differences("model", theirs.model, ours.model, FREE_MODEL)
     if theirs.encoding.kind == ours.encoding.kind == "learned" and theirs.grid != ours.grid:
         lines.append(f"positions of the table: {theirs.grid} -> {ours.grid}")
@@ -119,10 +120,12 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
     task.check_assets(checkpoint)
 
 
-def _differences(section: str, theirs: EncodingConfig | ModelConfig, ours: Any, free: set[str]) -> list[str]:
+def _differences(
+    section: str, theirs: EncodingConfig | CompatConfig | ModelConfig, ours: Any, free: set[str]
+) -> list[str]:
     """Returns `section.field: theirs -> ours` for each field that differs, except the free ones."""
     theirs_dict, ours_dict = dataclasses.asdict(theirs), dataclasses.asdict(ours)
-    names = theirs_dict.keys() - free if section == "model" or theirs.kind == ours.kind else {"kind"}
+    names = {"kind"} if section == "encoding" and theirs.kind != ours.kind else theirs_dict.keys() - free
     return configs.difference(
         {name: theirs_dict[name] for name in names}, {name: ours_dict[name] for name in names}, f"{section}."
     )

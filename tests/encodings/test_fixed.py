@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ENCODINGS, MAX_POSITION_UNITS, ModelDims
+from seqpe_jax.config import ENCODINGS, MAX_POSITION_UNITS, CompatConfig, ModelDims
 from seqpe_jax.encodings.composed import LogScaling
 from seqpe_jax.encodings.relative_bias import alibi_slopes
 from seqpe_jax.encodings.rope import unit_circle
 from seqpe_jax.errors import InputError
 
 
-def make(kind, width, heads=1, layers=1, grid=(4,), prefix_tokens=0, **fields):
+def make(kind, width, heads=1, layers=1, grid=(4,), compat=None, **fields):
     """An encoding by itself, for a model of this size."""
-    return ENCODINGS[kind](**fields).make_module(ModelDims(layers, width, heads, grid, prefix_tokens))
+    dims = ModelDims(layers, width, heads, grid, compat=compat or CompatConfig())
+    return ENCODINGS[kind](**fields).make_module(dims)
 
 
 def test_angles_are_exact_far_out():
@@ -32,7 +33,11 @@ def test_alibi_falls_by_slope_times_distance():
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     for head, slope in enumerate([1 / 4, 1 / 16, 1 / 64, 1 / 256]):
         np.testing.assert_allclose(logits[head, 2], [-7 * slope, -4 * slope, 0], atol=1e-6)
-    scaled = make("alibi", 16, 4, reference_scaling=True).apply({}, positions_PLA, shape=(3,)).logit_query_key
+    scaled = (
+        make("alibi", 16, 4, compat=CompatConfig(reference_scaling=True))
+        .apply({}, positions_PLA, shape=(3,))
+        .logit_query_key
+    )
     np.testing.assert_allclose(np.einsum("plhf,pshf->phls", *scaled)[0], logits / 2, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ENCODINGS, ModelDims, SeqPEConfig
+from seqpe_jax.config import ENCODINGS, CompatConfig, ModelDims, SeqPEConfig
 from seqpe_jax.encodings.absolute import resize_table
 from seqpe_jax.encodings.digit_encoder import DigitEncoder
 from seqpe_jax.interop.weights import mixed_rule
@@ -35,8 +35,8 @@ def window(count: int) -> jax.Array:
     return jnp.arange(count, dtype=jnp.int32)[None, :, None]
 
 
-def make(kind, width, heads=1, layers=1, grid=(64,), **fields):
-    return ENCODINGS[kind](**fields).make_module(ModelDims(layers, width, heads, grid))
+def make(kind, width, heads=1, layers=1, grid=(64,), compat=CompatConfig(), **fields):  # noqa: B008
+    return ENCODINGS[kind](**fields).make_module(ModelDims(layers, width, heads, grid, compat=compat))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -66,7 +66,7 @@ def rotary(arrays):
 
 def sin2d(arrays):
     """The reference's table of 100 entries is one axis of a 10 x 10 grid."""
-    encoding = make("sinusoidal", 8, grid=(10, 10), flatten=True)
+    encoding = make("sinusoidal", 8, grid=(10, 10), compat=CompatConfig(flatten=True))
     found = signal(encoding, jnp.asarray(arrays["in/sin2d_pos"], jnp.int32)[None], (10, 10)).input_embedding
     close(found[0], arrays["out/sin2d_n100_d8_b10000"], 2e-6)
 

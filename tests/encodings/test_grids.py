@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ENCODINGS, ModelDims, kinds_for
+from seqpe_jax.config import ENCODINGS, CompatConfig, ModelDims, kinds_for
 from seqpe_jax.encodings.rope import axis_frequencies
 from seqpe_jax.models.attention import rotate_pairs
 from seqpe_jax.positions.grids import PositionGrid
@@ -29,8 +29,8 @@ RELATIONS = {"alibi_grid", "fire", "lookhere"}  # logits gain a function of two 
 KINDS = sorted(set(kinds_for(2)) - RELATIONS)
 
 
-def make(kind, shape, *, layers=LAYERS, width=WIDTH, heads=HEADS, prefix_tokens=1, **fields):
-    dims = ModelDims(layers, width, heads, shape, prefix_tokens)
+def make(kind, shape, *, layers=LAYERS, width=WIDTH, heads=HEADS, prefix_tokens=1, compat=None, **fields):
+    dims = ModelDims(layers, width, heads, shape, prefix_tokens, compat or CompatConfig())
     return ENCODINGS[kind](**FIELDS.get(kind, {}) | fields).make_module(dims)
 
 
@@ -109,7 +109,10 @@ def test_tokens_before_the_grid():
         cos, sin = of_grid(make(kind, shape, prefix_tokens=2), shape).rotation
         assert (cos[..., :2, :, :] == 1).all() and (sin[..., :2, :, :] == 0).all()
     assert (of_grid(make("sinusoidal", shape, prefix_tokens=2), shape).input_embedding[:, :2] == 0).all()
-    line, flat = make("sinusoidal", (8,), prefix_tokens=0), make("sinusoidal", shape, prefix_tokens=2, flatten=True)
+    line, flat = (
+        make("sinusoidal", (8,), prefix_tokens=0),
+        make("sinusoidal", shape, prefix_tokens=2, compat=CompatConfig(flatten=True)),
+    )
     np.testing.assert_array_equal(of_grid(flat, shape).input_embedding, of_grid(line, (8,)).input_embedding)
     line, flat = make("rotary", (8,), prefix_tokens=0), make("rotary", shape, prefix_tokens=2)
     for found, expected in zip(of_grid(flat, shape).rotation, of_grid(line, (8,)).rotation, strict=True):
@@ -219,7 +222,7 @@ def test_a_learned_table_is_stretched_along_each_axis(larger):
 
 def test_the_scramble_reads_heads_as_places():
     shape = (2, 3)
-    right, wrong = (make("rotary_mixed", shape, reference_scramble=flag) for flag in (False, True))
+    right, wrong = (make("rotary_mixed", shape, compat=CompatConfig(reference_scramble=flag)) for flag in (False, True))
     variables = initial(right, shape)
     for here, there in zip(*(signal(e, variables, places(shape), shape).rotation for e in (right, wrong)), strict=True):
         assert (there[:, :, 0] == here[:, :, 0]).all()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ModelDims, SeqPEConfig
+from seqpe_jax.config import CompatConfig, ModelDims, SeqPEConfig
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.positions.prefix_trie import RowGroup
@@ -15,8 +15,11 @@ SIZES = {"width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
 POSITIONS_RA = jnp.array([[0], [7], [70], [345], [999], [7]], jnp.int32)
 
 
-def make(*, axes=1, model_width=12, model_heads=2, **fields) -> SeqPE:
-    dims = ModelDims(layers=3, width=model_width, heads=model_heads, grid=(9,) * axes)
+def make(*, axes=1, model_width=12, model_heads=2, qk="single", **fields) -> SeqPE:
+    """A module by itself; qk "halves" is that of the reference without a map."""
+    compat = CompatConfig(qk_halves=qk == "halves")
+    fields["qk"] = "none" if compat.qk_halves else qk
+    dims = ModelDims(layers=3, width=model_width, heads=model_heads, grid=(9,) * axes, compat=compat)
     return SeqPE(SeqPEConfig(**(SIZES | fields)), dims)
 
 

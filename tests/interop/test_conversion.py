@@ -61,7 +61,7 @@ def same(first, second) -> bool:
 def test_text_round_trip(tmp_path, variant):
     changes = {
         "multi": {"encoding__qk": "multi"},
-        "alibi": {"encoding__reference_scaling": True},
+        "alibi": {"compat__reference_scaling": True},
         "sinusoidal": {"encoding__amplitude": 1.0},
     }.get(variant, {})
     kind = "seqpe" if variant == "multi" else variant
@@ -90,7 +90,7 @@ WHOLE = {
 }  # as the reference knows
 FIELDS = {
     "seqpe_paper": {"encoding.width": 24, "encoding.heads": 2, "objective.distillation.offsets": 4},
-    "rotary_mixed": {"encoding.reference_scramble": True, **WHOLE},
+    "rotary_mixed": {"compat.reference_scramble": True, **WHOLE},
     "learned": {},
 }
 

@@ -1,10 +1,13 @@
 """The vision transformer with every kind of signal against the PyTorch reference: outputs and stored gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config import CompatConfig
 from seqpe_jax.interop import from_state_dicts
 from seqpe_jax.positions.grids import PositionGrid
 from tests.goldens import close, compare_gradients, load, names, under
@@ -60,7 +63,9 @@ def test_vit(goldens, name):
         close(given_grad, arrays["grad_in/pe"], 1e-4)
     compare_gradients(reference.config, grads, under(arrays, "grad/"), state)
     if mixed:
-        correct = signal_of(encoding.clone(reference_scramble=False), params, given)
+        correct = signal_of(
+            encoding.clone(dims=dataclasses.replace(encoding.dims, compat=CompatConfig())), params, given
+        )
         close(model.apply({"params": params["model"]}, images, correct), arrays["out/logits_fixed"], 2e-5)
         cos, sin = (part[:, :, 1:].swapaxes(2, 3) for part in correct.rotation)
         close(cos, arrays["out/pe_re"], 2e-5)

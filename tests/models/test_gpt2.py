@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.config import ENCODINGS, ModelDims
+from seqpe_jax.config import ENCODINGS, CompatConfig, ModelDims
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
 
@@ -35,11 +35,21 @@ def model_of(**fields) -> GPT2:
 
 
 def encoding_from_spec(kind: str, mode: str = "", qk: str = ""):
-    fields = {}
+    fields, halves = {}, qk == "halves"
     if kind == "seqpe":
-        fields = {"mode": mode, "qk": qk, "digits": 4, "width": 8, "heads": 2, "layers": 1, "init_std": 0.5}
+        fields = {
+            "mode": mode,
+            "qk": "none" if halves else qk,
+            "digits": 4,
+            "width": 8,
+            "heads": 2,
+            "layers": 1,
+            "init_std": 0.5,
+        }
         fields["qk_init_std"] = 0.5
-    return ENCODINGS[kind](**fields).make_module(ModelDims(LAYERS, WIDTH, HEADS, (LENGTH,)))
+    return ENCODINGS[kind](**fields).make_module(
+        ModelDims(LAYERS, WIDTH, HEADS, (LENGTH,), compat=CompatConfig(qk_halves=halves))
+    )
 
 
 def initial(encoding, model):
