@@ -7,6 +7,7 @@ A new encoding is a subclass of `EncodingConfig`, an entry in `ENCODINGS` and a 
 import dataclasses
 import importlib
 import math
+import re
 import typing
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
@@ -909,9 +910,10 @@ def encodings_table() -> str:
         own = [f"`{field.name}`" for field in dataclasses.fields(encoding) if field.name not in shared]
         if encoding.HAS_VECTORS:
             own = ["those of the digit encoder"]
+        source = re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", encoding.SOURCE)
         rows.append(
             f"| `{kind}` | {encoding.SUMMARY} | {takes[encoding.AXES]}{', causal' * encoding.CAUSAL_ONLY} | "
-            f"{', '.join(own)} | {encoding.SOURCE} |"
+            f"{', '.join(own)} | {source} |"
         )
     return "\n".join(rows) + "\n"
 
