@@ -7,6 +7,8 @@ import time
 import pytest
 
 import seqpe_jax
+from seqpe_jax import config
+from seqpe_jax.config.encodings import all_fields
 from seqpe_jax.errors import Failure, InputError
 from seqpe_jax.run_dir import RunDir
 from seqpe_jax.tasks.language_modeling import LanguageModeling
@@ -22,9 +24,10 @@ from tests.training.test_trainer import written
 @pytest.mark.parametrize("variant", ["seqpe", "rotary"])
 def test_an_older_run_goes_on(tmp_path, variant):
     """Its file lacks fields that were added since, and holds values that nothing reads."""
-    unread = {"theta": 100.0} if variant == "seqpe" else {"width": 96, "qk": "multi", "scalar_scale": 2.0}
     settings, added = tiny_config(variant=variant), dict.fromkeys(("fraction_digits", "resize", "log_scaling"))
-    written(tmp_path, settings, **added, **unread)
+    unread = {name: value for name, value in all_fields().items() if name not in config.to_dict(settings)["encoding"]}
+    unread |= {"theta": 100.0} if variant == "seqpe" else {"width": 96, "qk": "multi", "scalar_scale": 2.0}
+    written(tmp_path, settings, **{**unread, **added})
     check_same_run(settings, RunDir(tmp_path), 2)
     with pytest.raises(InputError, match="it differs in encoding.log_scaling: False -> True. Use a new --workdir"):
         check_same_run(tiny_config(variant=variant, encoding__log_scaling=True), RunDir(tmp_path), 2)
