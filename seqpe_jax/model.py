@@ -125,8 +125,10 @@ class Model:
             raise InputError("this model has no encoder of positions: only 'seq_pe' with its own weights has vectors")
         positions = np.asarray(positions)
         positions_RA = positions[:, None] if positions.ndim == 1 else positions
-        if positions_RA.ndim != 2 or positions_RA.shape[1] != encoder.axes:
-            raise InputError(f"positions must be int32[R, {encoder.axes}] (or float32), got shape {positions.shape}")
+        if positions_RA.ndim != 2 or positions_RA.shape[1] != encoder.dims.axes:
+            raise InputError(
+                f"positions must be int32[R, {encoder.dims.axes}] (or float32), got shape {positions.shape}"
+            )
         resolution = self.model_spec.position_grid.position_resolution
         scaled_RA = positions_RA.astype(np.float64) * resolution
         fixed_point_RA = np.rint(scaled_RA).astype(np.int64)

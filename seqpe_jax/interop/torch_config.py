@@ -1,8 +1,8 @@
-"""The PyTorch reference's settings <-> our config.
+"""Settings of the PyTorch reference <-> config.
 
-One vocabulary stands between its formats and ours, flat and plain (`ReferenceSpec`): {"kind": "gpt2", "n_layer", "n_embd", ...,
-"pe_type", "pe_apply_method", ..., "encoder": {...}}, or {"kind": "vit", "depth", "embed_dim", ...}, or a digit encoder
-alone, {"kind": "seqpe_encoder", "layer_num", ...}. A field that nobody knows is refused: it could change what is computed.
+A `ReferenceSpec` has the settings that its file formats share, in one flat mapping: {"kind": "gpt2", "n_layer", "n_embd",
+..., "pe_type", "pe_apply_method", ..., "encoder": {...}}; {"kind": "vit", "depth", "embed_dim", ...}; or a digit encoder
+alone, {"kind": "seqpe_encoder", "layer_num", ...}. An unknown field is refused, since it could change the computation.
 """
 
 import dataclasses
@@ -15,12 +15,16 @@ from seqpe_jax.errors import InputError, suggest
 
 ReferenceSpec = Mapping[str, Any]
 
+# The reference's name -> the name here.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 KINDS = {"seq_pe": "seqpe", "vanilla": "learned", "sin": "sinusoidal", "nope": "none", "alibi": "alibi"}
-ROTARY = {"rotary": "rotary", "rotary_2d": "rotary_axial", "rotary_mixed": "rotary_mixed"}
-THETA = {"rotary_2d": 100, "rotary_mixed": 100}  # the reference's own defaults; others 10000
+ROTARY = {"rotary": "rotary", "rotary_2d": "rotary_axial", "rotary_mixed": "rotary_mixed"}  # by pe_apply_method
 
-_POSITIONS = {
+DEFAULT_THETA = {"rotary_2d": 100, "rotary_mixed": 100}  # the reference's own; 10000 for other methods
+APPLY_METHODS = {"sinusoidal": "input_add", "learned": "input_add", "none": "nope", "alibi": "alibi"}
+APPLY_METHODS |= {kind: method for method, kind in ROTARY.items()}
+
+_PE_FIELDS = {
     "pe_type",
     "pe_apply_method",
     "use_pe_multi_head",
@@ -31,18 +35,9 @@ _POSITIONS = {
     "pe_max_position",
     "encoder",
 }
-_ABOUT = {
-    "kind",
-    "note",
-    "T",
-    "batch",
-    "pe_batch",
-    "eager_sdpa_maxdiff",
-    "tied",
-    "trained_img_size",
-}  # of recorded arrays
-FIELDS = {
-    "gpt2": _POSITIONS
+_RECORDING_FIELDS = {"kind", "note", "T", "batch", "pe_batch", "eager_sdpa_maxdiff", "tied", "trained_img_size"}
+SPEC_FIELDS = {
+    "gpt2": _PE_FIELDS
     | {
         "vocab_size",
         "n_layer",
@@ -59,7 +54,7 @@ FIELDS = {
         "initializer_range",
         "tie_word_embeddings",
     },
-    "vit": _POSITIONS
+    "vit": _PE_FIELDS
     | {
         "depth",
         "embed_dim",
@@ -93,88 +88,143 @@ FIELDS = {
 }
 
 
+REQUIRED_FIELDS = {
+    "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "pe_type"),
+    "vit": ("depth", "embed_dim", "img_size", "num_classes", "num_heads", "patch_size", "pe_type"),
+    "seqpe_encoder": ("layer_num", "max_digits", "num_attention_heads", "pe_embed_dim"),
+}
+# Fields of an encoding that the reference does not have: only their defaults can be written.
+UNSUPPORTED_FIELDS = (
+    "fraction_digits",
+    "resize",
+    "feature_width",
+    "position_heads",
+    "rotary_pairs",
+    "rotary_heads",
+    "log_scaling",
+    "scaling",
+    "gate",
+    "slope_scale",
+)
+
+
 def check_spec(spec: ReferenceSpec, kind: str | None = None) -> str:
-    """Returns the kind of a spec. Raises: InputError: an unknown kind or field, or one missing."""
+    """Returns the kind of a spec.
+
+    Args:
+      spec: settings.
+      kind: the expected kind; None = that in the spec.
+
+    Raises:
+      InputError: an unknown kind or field, or a required field is missing.
+    """
     kind = kind or spec.get("kind")
-    if kind not in FIELDS:
-        raise InputError(f"config kind is {kind!r}.{suggest(str(kind), FIELDS)}")
-    known = FIELDS[kind] | _ABOUT
+    if kind not in SPEC_FIELDS:
+        raise InputError(f"config kind is {kind!r}.{suggest(str(kind), SPEC_FIELDS)}")
+    known = SPEC_FIELDS[kind] | _RECORDING_FIELDS
     for name in spec:
         if name not in known:
             raise InputError(f"config field '{name}' of a {kind} is unknown.{suggest(name, known)}")
-    needed = {
-        "gpt2": ("vocab_size", "n_layer", "n_embd", "n_head", "pe_type"),
-        "vit": ("depth", "embed_dim", "img_size", "num_classes", "num_heads", "patch_size", "pe_type"),
-        "seqpe_encoder": ("layer_num", "max_digits", "num_attention_heads", "pe_embed_dim"),
-    }[kind]
-    missing = [name for name in needed if name not in spec]
+    missing = [name for name in REQUIRED_FIELDS[kind] if name not in spec]
     if missing:
         raise InputError(f"the config of a {kind} lacks {', '.join(missing)}")
     return kind
 
 
+# ------------------------------------------------------------------------------------------------------- spec to config
+
+
 def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
-    """Returns the encoding section of a spec. Raises: InputError: a field or value that we do not have."""
+    """Returns the encoding section of a spec.
+
+    Args:
+      spec: of any kind.
+
+    Raises:
+      InputError: a field or value without a counterpart here.
+    """
     kind = check_spec(spec)
     if kind == "seqpe_encoder":
-        return SeqPEConfig(**_encoder(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"])
-    images = kind == "vit"
-    width, heads = (spec["embed_dim"], spec["num_heads"]) if images else (spec["n_embd"], spec["n_head"])
+        return SeqPEConfig(**_encoder_fields(spec), output_width=spec.get("out_proj_dim") or spec["pe_embed_dim"])
+    encoding = _encoding_kind(spec)
+    if encoding == "seqpe":
+        return _seqpe_from_spec(spec)
+    config_class = ENCODINGS[encoding]
+    if not config_class.has("theta") or "theta" in config_class.needs():
+        return config_class()
+    default = DEFAULT_THETA.get(spec.get("pe_apply_method", ""), 10000)
+    return config_class(theta=float(spec.get("sinusoidal_pe_base") or default))
+
+
+def _encoding_kind(spec: ReferenceSpec) -> str:
+    """Returns encoding.kind of a spec of kind gpt2 or vit."""
     pe_type, method = spec["pe_type"], spec.get("pe_apply_method", "")
-    ours = ROTARY.get(method) if pe_type == "rotary" else KINDS.get(pe_type)
-    if ours is None:
+    encoding = ROTARY.get(method) if pe_type == "rotary" else KINDS.get(pe_type)
+    if encoding is None:
         raise InputError(
             f"pe_type='{pe_type}' with pe_apply_method='{method}' is unknown: expected one of {', '.join(KINDS)}, or "
             f"rotary with {', '.join(ROTARY)}"
         )
-    if ours != "seqpe":
-        chosen = ENCODINGS[ours]
-        if not chosen.has("theta") or "theta" in chosen.needs():
-            return chosen()
-        return chosen(theta=float(spec.get("sinusoidal_pe_base") or THETA.get(method, 10000)))
-    per_head, out = bool(spec.get("use_pe_multi_head")), spec.get("pe_out_dim") or 0
+    return encoding
+
+
+def _seqpe_from_spec(spec: ReferenceSpec) -> SeqPEConfig:
+    images, method = spec["kind"] == "vit", spec.get("pe_apply_method", "")
+    width, heads = (spec["embed_dim"], spec["num_heads"]) if images else (spec["n_embd"], spec["n_head"])
+    per_head, output_width = bool(spec.get("use_pe_multi_head")), spec.get("pe_out_dim") or 0
     qk = "none" if method in ("input_add", "rotary") else spec.get("use_pe_qk_per_layer") or "none"
-    encoder = spec.get("encoder") or {}
     dims = ModelDims(1, width, heads, compat=compat_from_spec(spec))
-    usual = SeqPEConfig(mode=method, qk=qk, per_head=per_head).needed_width(dims)
+    needed = SeqPEConfig(mode=method, qk=qk, per_head=per_head).needed_width(dims)
+    encoder = spec.get("encoder")
+    fields = _encoder_fields(encoder, spec.get("pe_max_position")) if encoder else {"width": width, "heads": heads}
     return SeqPEConfig(
         mode=method,
         qk=qk,
         per_head=per_head,
-        output_width=0 if out == usual else max(out, 0),
+        output_width=0 if output_width == needed else max(output_width, 0),
         scalar_scale=float(spec.get("seqpe_scalar_scale", 1.0)),
-        **(_encoder(encoder, spec.get("pe_max_position")) if encoder else {"width": width, "heads": heads}),
+        **fields,
     )
 
 
 def compat_from_spec(spec: ReferenceSpec) -> CompatConfig:
-    """Returns the compat section of a spec (kinds gpt2 and vit): what its checkpoints were trained with."""
-    images, pe_type, method = check_spec(spec) == "vit", spec["pe_type"], spec.get("pe_apply_method", "")
-    ours = ROTARY.get(method) if pe_type == "rotary" else KINDS.get(pe_type)
-    if ours == "seqpe":
-        width = spec["embed_dim"] if images else spec["n_embd"]
-        unmapped = not spec.get("use_pe_qk_per_layer") and method not in ("input_add", "rotary")
-        return CompatConfig(qk_halves=unmapped and _halves_without_map(images, method, spec.get("pe_out_dim") == width))
+    """Returns the compat section of a spec: behaviour of the reference that its checkpoints were trained with.
+
+    Args:
+      spec: of kind gpt2 or vit.
+
+    Raises:
+      InputError: a field or value without a counterpart here.
+    """
+    images, encoding, method = check_spec(spec) == "vit", _encoding_kind(spec), spec.get("pe_apply_method", "")
+    if encoding == "seqpe":
+        as_wide_as_model = spec.get("pe_out_dim") == (spec["embed_dim"] if images else spec["n_embd"])
+        has_map = bool(spec.get("use_pe_qk_per_layer")) or method in ("input_add", "rotary")
+        return CompatConfig(qk_halves=not has_map and _halves_without_map(images, method, as_wide_as_model))
     return CompatConfig(
-        flatten=images and ours == "sinusoidal",
-        reference_scramble=ours == "rotary_mixed",
-        reference_scaling=ours == "alibi",
+        flatten=images and encoding == "sinusoidal",
+        reference_scramble=encoding == "rotary_mixed",
+        reference_scaling=encoding == "alibi",
     )
 
 
-def _halves_without_map(images: bool, method: str, of_model_width: bool) -> bool:
-    """Whether the reference splits vectors that have no qk map into halves; else each is query and key part."""
-    return method == "attn_scalar" if images else not of_model_width
+def _halves_without_map(images: bool, method: str, as_wide_as_model: bool) -> bool:
+    """Returns whether the reference splits vectors without a qk map into halves for query and key."""
+    return method == "attn_scalar" if images else not as_wide_as_model
 
 
-def _encoder(spec: ReferenceSpec, max_position: int | None = None) -> dict[str, Any]:
-    """The fields of an encoding that describe its digit encoder."""
+def _encoder_fields(spec: ReferenceSpec, max_position: int | None = None) -> dict[str, Any]:
+    """Returns the fields of a digit encoder.
+
+    Args:
+      spec: of kind seqpe_encoder.
+      max_position: number of positions of the whole grid; None = all that the digits can write.
+    """
     check_spec(spec, "seqpe_encoder")
     axes = spec.get("data_dim", 1)
-    reach = 10 ** spec["max_digits"]  # of each coordinate
-    side = reach if max_position is None else round(max_position ** (1 / axes))
+    largest = 10 ** spec["max_digits"] if max_position is None else round(max_position ** (1 / axes))
     return {
-        "max_position": min(side, reach),
+        "max_position": min(largest, 10 ** spec["max_digits"]),
         "digits": spec["max_digits"],
         "layers": spec["layer_num"],
         "padding": "left" if spec.get("left_padding", True) else "right",
@@ -195,92 +245,113 @@ def _encoder(spec: ReferenceSpec, max_position: int | None = None) -> dict[str, 
 
 
 def activation(name: str) -> str:
-    """Returns our name of an activation function. Raises: InputError: we do not have it."""
+    """Returns the name here of an activation function of the reference.
+
+    Args:
+      name: such as "gelu_new".
+
+    Raises:
+      InputError: there is none here.
+    """
     if name not in ACTIVATIONS:
         raise InputError(f"activation_function='{name}' is unknown.{suggest(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def config_from_spec(spec: ReferenceSpec) -> Config:
-    """Returns the config of a spec (kinds gpt2 and vit).
+    """Returns the config of a spec.
+
+    Args:
+      spec: of kind gpt2 or vit.
 
     Raises:
-      InputError: a field or value that we do not have, or that contradicts another.
+      InputError: a field or value without a counterpart here, or fields that contradict each other.
     """
     kind, encoding = check_spec(spec), encoding_from_spec(spec)
     values = configs.to_dict(Config())
     values["encoding"] = dataclasses.asdict(encoding)
     values["compat"] = dataclasses.asdict(compat_from_spec(spec))
-    for term in ("contrastive", "distillation"):  # what it was trained with is not what it will be trained with
+    for term in ("contrastive", "distillation"):  # a converted model is not trained with the losses of its own training
         values["objective"][term]["weight"] = 0.0
     if kind == "gpt2":
-        table = encoding.kind == "learned"
-        length = (0 if table else spec.get("block_size")) or spec.get("n_positions") or spec.get("T") or 512
-        values["model"] |= {
-            "kind": "gpt2",
-            "layers": spec["n_layer"],
-            "width": spec["n_embd"],
-            "heads": spec["n_head"],
-            "mlp_width": spec.get("n_inner") or 0,
-            "vocabulary": spec["vocab_size"],
-            "dropout": float(spec.get("resid_pdrop", 0.1)),
-            "attention_dropout": float(spec.get("attn_pdrop", 0.1)),
-            "embedding_dropout": float(spec.get("embd_pdrop", 0.1)),
-            "activation": activation(spec.get("activation_function", "gelu_new")),
-            "layer_norm_epsilon": float(spec.get("layer_norm_epsilon", 1e-5)),
-            "init_std": float(spec.get("initializer_range", 0.02)),
-            "tied": bool(spec.get("tie_word_embeddings", True)),
-        }
+        values["model"] |= _gpt2_fields(spec)
+        length = 0 if encoding.kind == "learned" else spec.get("block_size")  # a table has n_positions rows
+        length = length or spec.get("n_positions") or spec.get("T") or 512
         values["data"] |= {"name": "wikitext103", "length": length, "tokenizer": ""}
     else:
-        patch, side, ratio = spec["patch_size"], spec["img_size"], spec.get("mlp_ratio", 4.0)
-        values["model"] |= {
-            "kind": "vit",
-            "layers": spec["depth"],
-            "width": spec["embed_dim"],
-            "heads": spec["num_heads"],
-            "mlp_width": 0 if ratio == 4 else round(ratio * spec["embed_dim"]),
-            "classes": spec["num_classes"],
-            "patch": (patch, patch),
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-            "embedding_dropout": 0.0,
-            "drop_path": float(spec.get("drop_path", 0.0)),
-            "activation": "gelu",
-            "layer_norm_epsilon": 1e-6,
-        }
-        values["data"] |= {"name": spec.get("data_name", "imagenet2012"), "size": (side, side)}
+        values["model"] |= _vit_fields(spec)
+        size = (spec["img_size"], spec["img_size"])
+        values["data"] |= {"name": spec.get("data_name", "imagenet2012"), "size": size}
     return configs.from_dict(values)
 
 
+def _gpt2_fields(spec: ReferenceSpec) -> dict[str, Any]:
+    return {
+        "kind": "gpt2",
+        "layers": spec["n_layer"],
+        "width": spec["n_embd"],
+        "heads": spec["n_head"],
+        "mlp_width": spec.get("n_inner") or 0,
+        "vocabulary": spec["vocab_size"],
+        "dropout": float(spec.get("resid_pdrop", 0.1)),
+        "attention_dropout": float(spec.get("attn_pdrop", 0.1)),
+        "embedding_dropout": float(spec.get("embd_pdrop", 0.1)),
+        "activation": activation(spec.get("activation_function", "gelu_new")),
+        "layer_norm_epsilon": float(spec.get("layer_norm_epsilon", 1e-5)),
+        "init_std": float(spec.get("initializer_range", 0.02)),
+        "tied": bool(spec.get("tie_word_embeddings", True)),
+    }
+
+
+def _vit_fields(spec: ReferenceSpec) -> dict[str, Any]:
+    patch, ratio = spec["patch_size"], spec.get("mlp_ratio", 4.0)
+    return {
+        "kind": "vit",
+        "layers": spec["depth"],
+        "width": spec["embed_dim"],
+        "heads": spec["num_heads"],
+        "mlp_width": 0 if ratio == 4 else round(ratio * spec["embed_dim"]),
+        "classes": spec["num_classes"],
+        "patch": (patch, patch),
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "drop_path": float(spec.get("drop_path", 0.0)),
+        "activation": "gelu",
+        "layer_norm_epsilon": 1e-6,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- config to spec
+
+
 def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
-    """Returns the spec of a config, for writing it in the reference's formats.
+    """Returns the spec of a config, to be written in the reference's formats.
 
     Args:
-      config: with its vocabulary or classes; vector_width: of a position's vector, 0 where there is none.
+      config: with its vocabulary or classes.
+      vector_width: width of a position's vector; 0 = the encoding has none.
 
     Raises:
-      InputError: the reference has nothing like a field's value.
+      InputError: a value that the reference does not have.
     """
     encoding, model = config.encoding, config.model
-    images = model.kind == "vit"
-    _writable(config, images)
-    theirs = {ours: name for name, ours in (KINDS | dict.fromkeys(ROTARY, "rotary")).items()}
-    methods = {"sinusoidal": "input_add", "learned": "input_add", "none": "nope", "alibi": "alibi"}
-    methods |= {ours: name for name, ours in ROTARY.items()}
+    check_writable(config)
     seqpe, theta = isinstance(encoding, SeqPEConfig), getattr(encoding, "theta", 10000.0)
+    pe_type = {kind: name for name, kind in KINDS.items()} | dict.fromkeys(ROTARY.values(), "rotary")
+    table_width = {"rotary": model.width // model.heads, "sinusoidal": model.width}.get(encoding.kind, -1)
     spec: dict[str, Any] = {
         "kind": model.kind,
-        "pe_type": "rotary" if encoding.kind in ROTARY.values() else theirs[encoding.kind],
-        "pe_apply_method": encoding.mode if seqpe else methods[encoding.kind],
+        "pe_type": pe_type[encoding.kind],
+        "pe_apply_method": encoding.mode if seqpe else APPLY_METHODS[encoding.kind],
         "use_pe_multi_head": seqpe and encoding.per_head,
         "use_pe_qk_per_layer": encoding.qk if seqpe and encoding.qk in ("single", "multi") else None,
-        "pe_out_dim": vector_width
-        or {"rotary": model.width // model.heads, "sinusoidal": model.width}.get(encoding.kind, -1),
+        "pe_out_dim": vector_width or table_width,
         "seqpe_scalar_scale": getattr(encoding, "scalar_scale", 1.0),
         "sinusoidal_pe_base": int(theta) if theta.is_integer() else theta,
+        "pe_max_position": encoding.max_position ** len(config.grid),
     }
-    if images:
+    if model.kind == "vit":
         spec |= {
             "depth": model.layers,
             "embed_dim": model.width,
@@ -301,20 +372,18 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
             "n_inner": model.mlp_width or None,
             "n_positions": config.data.length,
             "block_size": config.data.length,
-            "activation_function": _theirs(model.activation),
+            "activation_function": _reference_activation(model.activation),
             "layer_norm_epsilon": model.layer_norm_epsilon,
             "resid_pdrop": model.dropout,
             "attn_pdrop": model.attention_dropout,
             "embd_pdrop": model.embedding_dropout,
             "initializer_range": model.init_std,
         }
-    axes = len(config.grid)
-    spec["pe_max_position"] = encoding.max_position**axes
     if seqpe:
         spec["encoder"] = {
             "attn_direction": encoding.direction,
             "attn_pdrop": encoding.attention_dropout,
-            "data_dim": axes,
+            "data_dim": len(config.grid),
             "layer_num": encoding.layers,
             "mask_padding": encoding.mask_padding,
             "max_digits": encoding.num_digits,
@@ -323,7 +392,7 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
             "resid_pdrop": encoding.dropout,
             "use_last_layernorm": encoding.final_norm,
             "out_proj_dim": vector_width,
-            "activation_function": _theirs(encoding.activation),
+            "activation_function": _reference_activation(encoding.activation),
             "seqpe_temperature": encoding.temperature,
             "init_norm_weight": encoding.norm_init,
         }
@@ -331,92 +400,86 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
     return spec
 
 
+def _reference_activation(name: str) -> str:
+    return next(reference for reference, ours in ACTIVATIONS.items() if ours == name)
+
+
 def training_settings(config: Config) -> dict[str, Any]:
-    """Returns the reference's settings of how a run was trained, which its scripts read too."""
-    shift, near, far = config.objective.shift, config.objective.contrastive, config.objective.distillation
+    """Returns the settings of a run's training under the reference's names, which its scripts read too.
+
+    Args:
+      config: of the run.
+    """
+    shift, contrastive = config.objective.shift, config.objective.contrastive
+    distillation = config.objective.distillation
     return {
         "PE_MAIN_BATCH_SIZE": shift.sets,
         "PE_USE_RANDOM_SHIFT": shift.rate > 0,
         "PE_RANDOM_SHIFT_RATE": shift.rate,
         "PE_RANDOM_SHIFT_DOWNSAMPLE": shift.starts or 320,
-        "SEQPE_DIST_SAMPLE_RANGE": near.window,
-        "SEQPE_CONTRASTIVE_WEIGHT": near.weight,
-        "SEQPE_CONTRASTIVE_BATCH_SIZE": near.batch,
-        "SEQPE_CONTRASTIVE_NUM": near.candidates,
-        "SEQPE_TRANSFER_WEIGHT": far.weight,
-        "SEQPE_TRANSFER_BATCH_SIZE": far.batch,
-        "SEQPE_TRANSFER_NUM": far.offsets,
-        "SEQPE_TRANSFER_BETA": far.beta,
-        "SEQPE_TRANSFER_METRIC": {"kl": "kl_div", "mse": "mse"}[far.metric],
-        "SEQPE_LOGIT_SCALED_LOSS": far.scale,
+        "SEQPE_DIST_SAMPLE_RANGE": contrastive.window,
+        "SEQPE_CONTRASTIVE_WEIGHT": contrastive.weight,
+        "SEQPE_CONTRASTIVE_BATCH_SIZE": contrastive.batch,
+        "SEQPE_CONTRASTIVE_NUM": contrastive.candidates,
+        "SEQPE_TRANSFER_WEIGHT": distillation.weight,
+        "SEQPE_TRANSFER_BATCH_SIZE": distillation.batch,
+        "SEQPE_TRANSFER_NUM": distillation.offsets,
+        "SEQPE_TRANSFER_BETA": distillation.beta,
+        "SEQPE_TRANSFER_METRIC": {"kl": "kl_div", "mse": "mse"}[distillation.metric],
+        "SEQPE_LOGIT_SCALED_LOSS": distillation.scale,
         "SEQPE_DECAY": config.optimizer.encoder_weight_decay,
         "SEQPE_FREEZE_EPOCH_NUM": -1,
         "SEQPE_PRETRAINED": None,
     }
 
 
-# Fields of an encoding at whose defaults alone the reference computes the same.
-OURS_ALONE = (
-    "fraction_digits",
-    "resize",
-    "feature_width",
-    "position_heads",
-    "rotary_pairs",
-    "rotary_heads",
-    "log_scaling",
-    "scaling",
-    "gate",
-    "slope_scale",
-)
-
-
-def _writable(config: Config, images: bool) -> None:
-    """Refuses what the reference has nothing like. Raises: InputError."""
-    encoding, model, compat = config.encoding, config.model, config.compat
-    known = (*KINDS.values(), *ROTARY.values())
+def check_writable(config: Config) -> None:
+    """Raises InputError where a config has a value that the reference does not have."""
+    encoding, model = config.encoding, config.model
+    known = dict.fromkeys((*KINDS.values(), *ROTARY.values()))
     if encoding.kind not in known:
         raise InputError(
-            f"encoding.kind='{encoding.kind}': the reference knows {', '.join(dict.fromkeys(known))} alone, so this run "
-            "cannot be written in its format"
+            f"encoding.kind='{encoding.kind}': the reference knows {', '.join(known)} alone, so this run cannot be written "
+            "in its format"
         )
-    fixed: dict[str, tuple[Any, Any]] = {}
-    if isinstance(encoding, SeqPEConfig):
-        fixed = {
-            "encoding.base": (encoding.base, 10),
-            "encoding.digit_index": (encoding.digit_index, "global"),
-            "encoding.cls": (encoding.cls, True),
-            "encoding.padding": (encoding.padding, "left"),
-            "encoding.layer_norm_epsilon": (encoding.layer_norm_epsilon, 1e-5),
-        }
-        if encoding.mode not in ("input_add", "rotary"):
-            width = encoding.output_width or (model.width if encoding.per_head else model.width // model.heads)
-            if encoding.qk == "none":
-                halves = _halves_without_map(images, encoding.mode, width == model.width)
-                fixed["compat.qk_halves"] = (compat.qk_halves, halves)
-    if encoding.kind == "sinusoidal":
-        fixed = {"encoding.amplitude": (encoding.amplitude, 1.0), "compat.flatten": (compat.flatten, images)}
-    if encoding.kind == "rotary_mixed":
-        fixed = {"compat.reference_scramble": (compat.reference_scramble, True)}
-    if encoding.kind == "alibi":
-        fixed = {"compat.reference_scaling": (compat.reference_scaling, True)}
-    fixed["model.tied"] = (model.tied, True)
-    plain = type(encoding)()
-    for name in filter(encoding.has, OURS_ALONE):
-        fixed[f"encoding.{name}"] = (getattr(encoding, name), getattr(plain, name))
-    if images:
-        square = (model.patch[0],) * 2
-        fixed |= {
-            "model.patch": (model.patch, square),
+    required = _required_encoding_values(config) | {"model.tied": (model.tied, True)}
+    defaults = type(encoding)()
+    for name in filter(encoding.has, UNSUPPORTED_FIELDS):
+        required[f"encoding.{name}"] = (getattr(encoding, name), getattr(defaults, name))
+    if model.kind == "vit":
+        required |= {
+            "model.patch": (model.patch, (model.patch[0],) * 2),
             "data.size": (config.data.size, (config.data.size[0],) * 2),
             "model.activation": (model.activation, "gelu"),
             "model.layer_norm_epsilon": (model.layer_norm_epsilon, 1e-6),
         }
-    for name, (value, wanted) in fixed.items():
-        if value != wanted:
+    for name, (value, only) in required.items():
+        if value != only:
             raise InputError(
-                f"{name}={value!r}: the reference's format knows {wanted!r} alone, so this run cannot be written in it"
+                f"{name}={value!r}: the reference's format knows {only!r} alone, so this run cannot be written in it"
             )
 
 
-def _theirs(ours: str) -> str:
-    return next(name for name, value in ACTIVATIONS.items() if value == ours)
+def _required_encoding_values(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns {field: (value, the only value of the reference)} of an encoding and of the compat section."""
+    encoding, compat, model, images = config.encoding, config.compat, config.model, config.model.kind == "vit"
+    if encoding.kind == "sinusoidal":
+        return {"encoding.amplitude": (encoding.amplitude, 1.0), "compat.flatten": (compat.flatten, images)}
+    if encoding.kind == "rotary_mixed":
+        return {"compat.reference_scramble": (compat.reference_scramble, True)}
+    if encoding.kind == "alibi":
+        return {"compat.reference_scaling": (compat.reference_scaling, True)}
+    if not isinstance(encoding, SeqPEConfig):
+        return {}
+    required = {
+        "encoding.base": (encoding.base, 10),
+        "encoding.digit_index": (encoding.digit_index, "global"),
+        "encoding.cls": (encoding.cls, True),
+        "encoding.padding": (encoding.padding, "left"),
+        "encoding.layer_norm_epsilon": (encoding.layer_norm_epsilon, 1e-5),
+    }
+    if encoding.mode not in ("input_add", "rotary") and encoding.qk == "none":
+        width = encoding.output_width or (model.width if encoding.per_head else model.width // model.heads)
+        halves = _halves_without_map(images, encoding.mode, width == model.width)
+        required["compat.qk_halves"] = (compat.qk_halves, halves)
+    return required

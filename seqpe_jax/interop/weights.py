@@ -1,7 +1,7 @@
-"""Where each of our parameters lies under the PyTorch reference's names, read in both directions.
+"""Names and layouts of the parameters here and in the PyTorch reference, for conversion in both directions.
 
-Its Conv1D weights are (in, out) like ours; its nn.Linear weights are (out, in) and are transposed. Names of the position
-model (`pe_model`) carry that prefix here, as in its image checkpoints.
+The reference's Conv1D weights are (in, out) as here; its nn.Linear weights are (out, in) and are transposed. Names of its
+position model have the prefix `pe_model.`, as in its image checkpoints.
 """
 
 import re
@@ -21,12 +21,13 @@ ENCODER = "pe_model."
 
 
 class Rule(NamedTuple):
-    """One parameter of ours and what it is made of.
+    """One parameter here and its arrays in the reference.
 
     Attributes:
-      ours: path in {"encoding", "model"}, "model/blocks_0/qkv/kernel"; theirs: names; several of them are the layers of
-        one stacked array of ours.
-      read: one array of theirs -> ours; write: back.
+      ours: path of the parameter, such as "model/blocks_0/qkv/kernel".
+      theirs: names of the arrays; several of them are the layers of one stacked parameter.
+      to_ours: function from an array there to one here.
+      to_theirs: its inverse.
     """
 
     ours: str
@@ -94,7 +95,7 @@ def gpt2_rules(layers: int, heads: int, tied: bool = True) -> list[Rule]:
 
 
 def vit_rules(layers: int, heads: int, patch: tuple[int, ...]) -> list[Rule]:
-    """Returns the rules of ViT without positions; its patches are images [C, p, p], ours [p, p, C]."""
+    """Returns the rules of ViT without positions; its patches are [C, p, p] there, and [p, p, C] here."""
 
     def to_ours(kernel: np.ndarray) -> np.ndarray:
         return np.moveaxis(kernel, 1, -1).reshape(len(kernel), -1).T
@@ -130,7 +131,7 @@ def qk_rules(qk: str, layers: int, images: bool) -> list[Rule]:
 
 
 def mixed_rule(heads: int) -> Rule:
-    """Returns the rule of mixed rotary: there column before row, and heads and pairs in one axis."""
+    """Returns the rule of mixed rotary: there the column comes before the row, and heads and pairs share an axis."""
 
     def to_ours(frequencies: np.ndarray) -> np.ndarray:
         axes, layers, width = frequencies.shape
@@ -144,16 +145,20 @@ def mixed_rule(heads: int) -> Rule:
 
 
 def to_params(found: Iterable[Rule], state: State) -> Tree:
-    """Returns our parameters of the reference's arrays, each of which is used exactly once.
+    """Returns the parameters from the reference's arrays, each of which is used exactly once.
+
+    Args:
+      found: rules of all parameters.
+      state: arrays by name.
 
     Raises:
-      InputError: an array is missing, or one is left over; names the first few.
+      InputError: arrays are missing, or left over; names the first five.
     """
     found = list(found)
     wanted = [name for rule in found for name in rule.theirs]
     for what, names in (
         ("lacks tensors that this model has", [name for name in wanted if name not in state]),
-        ("has tensors that this model has no place for", sorted(state.keys() - set(wanted))),
+        ("has tensors that this model does not use", sorted(state.keys() - set(wanted))),
     ):
         if names:
             raise InputError(
@@ -172,7 +177,7 @@ def to_params(found: Iterable[Rule], state: State) -> Tree:
 
 
 def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
-    """Returns the reference's arrays of our parameters; the way back of `to_params`, bit for bit."""
+    """Returns the reference's arrays from the parameters, the bit-exact inverse of `to_params`."""
     state = {}
     for rule in found:
         leaf: Any = params
@@ -200,7 +205,7 @@ def _stacked(rule: Rule) -> bool:
 
 
 def _split_heads(found: list[Rule], heads: int) -> list[Rule]:
-    """The rules of a block of ours, where attention's maps have dimensions of their own for heads."""
+    """Returns the rules of a block whose attention maps have a dimension for heads here."""
 
     def qkv(rule: Rule) -> Rule:
         def to_ours(array: np.ndarray) -> np.ndarray:
