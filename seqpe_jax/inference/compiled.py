@@ -141,8 +141,8 @@ class CompiledModel:
           columns: positions of a window, evenly spaced; a grid has all of its positions, row-major.
 
         Returns:
-          {"pivots": int[n, A], "positions": int[m, A], "cosine": float32[n, m]}: token or patch indices of the anchors and
-          of the positions that they are compared with.
+          The arrays of similarity.npz: token or patch indices of the anchors, int[n, A], and of the positions that they are
+          compared with, int[m, A], and the cosines, float32[n, m].
         """
         if not self.model_spec.has_vectors:
             return None

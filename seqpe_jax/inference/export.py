@@ -233,7 +233,7 @@ def card_facts(model: Any, params: Params, eval_size: Shape, platforms: tuple[st
     settings, field = model.config, model.task.size_name
     encoding = settings.encoding.name
     if settings.encoding.kind == "learned":
-        encoding += ", stretched past its table"
+        encoding += ", interpolated past its table"
     elif settings.encoding.resize == "interpolate":
         encoding += ", past training between its positions"
     trained, stored = num_params(model.model_spec.shapes), num_params(params)

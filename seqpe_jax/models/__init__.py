@@ -1,1 +1,1 @@
-"""Transformers that read tokens and a position signal; they know no encoding and no mesh."""
+"""Transformers over tokens or patches with a position signal, attention backends, and models from configs; no mesh."""

@@ -152,7 +152,8 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         if config.gate:
             bias = {"forget": config.gate_bias_init, "cable": -config.gate_bias_init}[config.gate]
-            self.fading = linear((width, heads), (WIDTH, HEADS), bias_init=bias)  # the gate; named so in checkpoints
+            # The name is that of its parameters in checkpoints.
+            self.forget_gate = linear((width, heads), (WIDTH, HEADS), bias_init=bias, name="fading")
 
     def __call__(
         self, x_BLD: jax.Array, signal: PositionSignal, deterministic: bool = True, drop_path: jax.Array | None = None
@@ -216,7 +217,7 @@ class Block(nn.Module):
         """Log forget gate of each token and head, float32[B, L, H], at most 0; None without gates."""
         if not self.config.gate:
             return None
-        return GATES[self.config.gate](self.fading(self.norm_1(x_BLD)).astype(jnp.float32))
+        return GATES[self.config.gate](self.forget_gate(self.norm_1(x_BLD)).astype(jnp.float32))
 
     def _query_key_value(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [B, L, H, K]."""
