@@ -254,7 +254,7 @@ def card_facts(model: Any, params: Params, eval_size: Shape, platforms: tuple[st
 
 def card_notes(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     """Returns sentences for the model card: memory of the largest arrays, dependence of logits on the input length."""
-    settings, tokens = model.config.model, model.model_spec.prefix + math.prod(max_grid)
+    settings, tokens = model.config.model, model.model_spec.prefix_tokens + math.prod(max_grid)
     rows = tokens if settings.attention_kind == "reference" else min(tokens, settings.attention_block or DEFAULT_BLOCK)
     words = "all queries" if rows == tokens else f"{rows} queries and keys"
     arrays = {f"attention logits ({words} at a time)": rows * rows * settings.heads}

@@ -111,7 +111,7 @@ class ModelSpec:
         return hasattr(self.network, "patch")
 
     @property
-    def prefix(self) -> int:
+    def prefix_tokens(self) -> int:
         """Tokens before those that have positions: the class token of images."""
         return int(self.is_image)
 

@@ -210,7 +210,7 @@ def _make_init_fn(model_spec: ModelSpec, optimizer: Any, seed: int) -> Callable[
 
 def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.MeshSharding) -> None:
     """Raises InputError if the attention backend cannot serve the config; called before anything is compiled."""
-    model, tokens = config.model, model_spec.prefix + model_spec.num_positions
+    model, tokens = config.model, model_spec.prefix_tokens + model_spec.num_positions
     shape = (config.batch_size, tokens, model.heads, model.width // model.heads)
     array = jax.ShapeDtypeStruct(shape, jnp.dtype(config.precision.compute))
     number = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -155,17 +155,17 @@ def test_every_encoding_of_grids_takes_rotary_pairs(kind):
         ("digits_vit", "rotary", {"scaling": "yarn", "log_scaling": True}, "both sharpen attention in longer windows"),
     ],
 )
-def test_parts_that_an_encoding_cannot_take_are_refused(page, kind, fields, told):
-    with pytest.raises(InputError, match=told) as caught:
+def test_parts_that_an_encoding_cannot_take_are_refused(config_file, kind, fields, message):
+    with pytest.raises(InputError, match=message) as caught:
         overrides = {f"encoding.{name}": value for name, value in fields.items()}
-        shapes_of(config.load(f"{ROOT}/configs/{page}.py:{kind}", overrides))
+        shapes_of(config.load(f"{ROOT}/configs/{config_file}.py:{kind}", overrides))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["seqpe", "learned", "alibi", "fire", "pope"])
 def test_no_state_reads_the_future(kind):
     """By gradients, of one place in the middle."""
-    length, place = 6, 3
+    length, token_index = 6, 3
     run = Trainer.of(
         tiny_config(
             variant=kind, data__length=length, eval__lengths=(length,), **SHORT.get(kind, {}), **every_part(kind)
@@ -186,16 +186,16 @@ def test_no_state_reads_the_future(kind):
             )
             hidden_BLD = network.apply({"params": params["model"]}, tokens_BL, own, method="hidden")
             return (
-                hidden_BLD[0, place] * jnp.arange(1.0, 25.0)
+                hidden_BLD[0, token_index] * jnp.arange(1.0, 25.0)
             ).sum()  # a plain sum of a LayerNorm's output is constant
 
         return jnp.abs(jax.grad(state)(input_embedding)).sum(axis=(0, 2))
 
     reads = np.asarray(slopes(jnp.zeros((1, length, 24))))
-    assert (reads[: place + 1] > 0).all() and (reads[place + 1 :] == 0).all()
+    assert (reads[: token_index + 1] > 0).all() and (reads[token_index + 1 :] == 0).all()
 
 
-def test_scaling_multiplies_the_logits_of_arrows():
+def test_log_scaling_multiplies_the_logits_of_pope():
     """Not what they are made of: softplus is no linear function."""
     draw = jax.random.normal(jax.random.PRNGKey(1), (3, 1, 5, 2, 4))
     angles = jax.random.normal(jax.random.PRNGKey(2), (1, 5, 1, 4))

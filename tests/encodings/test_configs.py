@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -120,6 +121,39 @@ def test_capabilities_are_those_of_the_signal(kind):
             continue
         with pytest.raises(InputError, match=f"encoding.kind='{kind}' is for .*: choose one of seqpe"):
             chosen().check(axes)
+
+
+def lengths(config_file, variant, **fields):
+    overrides = {"eval.lengths": ()} if "vit" not in config_file else {}
+    values = overrides | {name.replace("__", "."): value for name, value in fields.items()}
+    return dataclasses.asdict(
+        config.with_resolved_lengths(config.load(f"configs/{config_file}.py:{variant}", values)).encoding
+    )
+
+
+def test_shares_are_the_authors_numbers_at_the_authors_lengths():
+    at = functools.partial(lengths, "wikitext103_gpt2", encoding__max_position=5000)
+    assert at("t5", data__length=512)["t5_buckets"] == 32 and at("t5", data__length=512)["t5_max_distance"] == 128
+    assert at("fire", data__length=2048)["fire_threshold"] == 512
+    assert at("fire", data__length=2048)["fire_scale"] == pytest.approx(0.1)
+    assert at("rotary", data__length=4096)["yarn_beta_fast"] == 32
+    assert at("scale_invariant", data__length=4096)["rotary_pairs"] == 16  # half of the pairs of 64 columns
+    assert lengths("imagenet_vit", "lookhere", model__heads=12)["directed_heads"] == 8
+
+
+def test_shares_follow_the_window():
+    at = functools.partial(lengths, "stdlib_lm")
+    text = at("fire", encoding__fire_threshold=0.0, encoding__fire_scale=0.0)
+    assert (text["fire_threshold"], text["fire_scale"]) == (16, 3.2)
+    assert (at("t5")["t5_buckets"], at("t5")["t5_max_distance"]) == (32, 32)
+    assert at("rotary")["yarn_beta_fast"] == pytest.approx(64 / (2 * math.pi))  # rotations of the fastest pair
+    assert at("scale_invariant")["rotary_pairs"] == 4
+    assert at("scale_invariant", encoding__rotary_pairs=6)["rotary_pairs"] == 6
+    assert at("fire")["fire_threshold"] == 512 and at("t5", encoding__t5_max_distance=64)["t5_max_distance"] == 64
+    short = at("t5", data__length=8)
+    assert short["t5_buckets"] == short["t5_max_distance"] == 8
+    assert lengths("digits_vit", "lookhere")["directed_heads"] == 3
+    assert lengths("digits_vit", "fire")["fire_threshold"] == pytest.approx(math.hypot(4, 4) / 4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ SEQPE = {
     "qk_init_std": 0.5,
 }
 FIELDS = {"seqpe": SEQPE | {"init_std": 0.5}, "learned": {"init_std": 0.5}}
-RELATIONS = {"alibi_grid", "fire", "lookhere"}  # logits gain a function of two places: see test_rivals.py
-KINDS = sorted(set(kinds_for(2)) - RELATIONS)
+BIASES = {"alibi_grid", "fire", "lookhere"}  # functions of two positions: see test_relative_bias.py
+KINDS = sorted(set(kinds_for(2)) - BIASES)
 
 
 def make(kind, shape, *, layers=LAYERS, width=WIDTH, heads=HEADS, prefix_tokens=1, compat=None, **fields):
@@ -34,13 +34,13 @@ def make(kind, shape, *, layers=LAYERS, width=WIDTH, heads=HEADS, prefix_tokens=
     return ENCODINGS[kind](**FIELDS.get(kind, {}) | fields).make_module(dims)
 
 
-def places(shape, start=0):
+def grid_positions(shape, start=0):
     return (start + PositionGrid().positions(shape))[None]
 
 
 @functools.cache
 def initial(encoding, shape):
-    return jax.jit(lambda: encoding.init(KEY, places(shape), shape=shape))()
+    return jax.jit(lambda: encoding.init(KEY, grid_positions(shape), shape=shape))()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -49,7 +49,7 @@ def signal(encoding, variables, positions_PLA, shape):
 
 
 def of_grid(encoding, shape, at=None):
-    return signal(encoding, initial(encoding, at or shape), places(shape), shape)
+    return signal(encoding, initial(encoding, at or shape), grid_positions(shape), shape)
 
 
 def tokens_of(field, name, per_layer_fields):
@@ -60,30 +60,30 @@ def tokens_of(field, name, per_layer_fields):
 
 @pytest.mark.parametrize("shape", [GRIDS[0], pytest.param(GRIDS[1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_place_of_a_grid_is_told_apart(kind, shape):
+def test_the_positions_of_a_grid_have_different_signals(kind, shape):
     found = of_grid(make(kind, shape), shape)
     fields = {name: getattr(found, name) for name in ("input_embedding", "rotation", "multiplicative")}
-    told = []
+    features = []
     for name, field in fields.items():
         for part in () if field is None else field if isinstance(field, tuple) else (field,):
             part = tokens_of(part, name, found.per_layer_fields)
             assert part.shape[:2] == (1, 1 + np.prod(shape)), name
-            told.append(part.reshape(part.shape[1], -1))
+            features.append(part.reshape(part.shape[1], -1))
     if kind == "none":
-        assert not told
+        assert not features
         return
-    told = np.concatenate(told, axis=1)
-    distance = np.abs(told[:, None] - told).max(axis=-1) + np.eye(len(told))
-    if kind in ("rotary_axial", "rotary_mixed"):  # the origin and the token before the grid do not turn
+    features = np.concatenate(features, axis=1)
+    distance = np.abs(features[:, None] - features).max(axis=-1) + np.eye(len(features))
+    if kind in ("rotary_axial", "rotary_mixed"):  # the origin and the token before the grid do not rotate
         distance[0, 1] = distance[1, 0] = 1.0
     assert distance.min() > 1e-3
 
 
 def logits_between(rotation, query, key):
-    """q . k between the places of a grid, [layers..., H, L, L]."""
+    """q . k between the tokens of a grid, [layers..., H, L, L]."""
     cos, sin = (part[..., 1:, :, :] for part in rotation)
-    turn = functools.partial(rotate_pairs, cos=cos, sin=sin)
-    return jnp.einsum("...lhk,...shk->...hls", turn(query), turn(key))
+    rotate = functools.partial(rotate_pairs, cos=cos, sin=sin)
+    return jnp.einsum("...lhk,...shk->...hls", rotate(query), rotate(key))
 
 
 @pytest.mark.parametrize("shape", [GRIDS[0], pytest.param(GRIDS[1], marks=pytest.mark.slow)], ids=str)
@@ -94,16 +94,16 @@ def test_a_shifted_grid_has_the_same_logits(kind, shape):
     lead = (LAYERS, 1) if kind == "rotary_mixed" else (1,)
     query, key = (jax.random.normal(jax.random.fold_in(KEY, side), (*lead, length, HEADS, 12)) for side in (0, 1))
     variables = initial(encoding, shape)
-    at = {start: signal(encoding, variables, places(shape, start), shape).rotation for start in (0, 40)}
+    at = {start: signal(encoding, variables, grid_positions(shape, start), shape).rotation for start in (0, 40)}
     here, there = (logits_between(rotation, query, key) for rotation in at.values())
     assert np.abs(at[0][0] - at[40][0]).max() > 1e-2
     np.testing.assert_allclose(here, there, atol=2e-4)
-    reversed_places = signal(encoding, variables, places(shape)[:, ::-1], shape).rotation
+    reversed_places = signal(encoding, variables, grid_positions(shape)[:, ::-1], shape).rotation
     assert np.abs(logits_between(reversed_places, query, key) - here).max() > 1e-2
 
 
 def test_tokens_before_the_grid():
-    """They turn or gain nothing, except on a flattened axis, where they are its first positions."""
+    """They get no signal, except on a flattened axis, where they are its first positions."""
     shape = (2, 3)
     for kind in ("rotary_axial", "rotary_mixed"):
         cos, sin = of_grid(make(kind, shape, prefix_tokens=2), shape).rotation
@@ -126,7 +126,7 @@ def test_tokens_before_the_grid():
 def test_seqpe_sees_the_token_before_the_grid_in_the_signal_only():
     shape, encoding = (2, 3), make("seqpe", (2, 3), mode="input_add", qk="none")
     variables = initial(encoding, shape)
-    positions_PLA = jnp.concatenate([places(shape), places(shape, 5)])  # two sets
+    positions_PLA = jnp.concatenate([grid_positions(shape), grid_positions(shape, 5)])  # two sets
     input_embedding = signal(encoding, variables, positions_PLA, shape).input_embedding
     vectors = jax.jit(functools.partial(encoding.apply, method="vectors"))(variables, positions_PLA.reshape(-1, 2))
     np.testing.assert_allclose(input_embedding[:, 1:].reshape(12, -1), vectors, atol=1e-5)
@@ -135,7 +135,7 @@ def test_seqpe_sees_the_token_before_the_grid_in_the_signal_only():
     np.testing.assert_array_equal(input_embedding[:, 0], np.broadcast_to(first, (2, WIDTH)))
     mapped = make("seqpe", shape)  # attn_mul, a map per layer: the vector passes through it
     variables = initial(mapped, shape)
-    query, key = signal(mapped, variables, places(shape), shape).multiplicative
+    query, key = signal(mapped, variables, grid_positions(shape), shape).multiplicative
     params = variables["params"]
     expected = np.einsum("e,lef->lf", params["prefix_vectors"][0], params["qk_map"]["kernel"])
     found = np.concatenate([part[:, 0, 0].reshape(LAYERS, -1) for part in (query, key)], axis=-1)
@@ -151,7 +151,7 @@ def test_sinusoidal_axes_share_the_columns():
     np.testing.assert_allclose(found[:, 2], np.concatenate([line[:3], np.tile(line[2], (3, 1))], -1), atol=1e-6)
 
 
-def test_what_does_not_divide_goes_to_the_first_axes():
+def test_the_first_axes_get_the_remaining_frequencies():
     assert [len(part) for part in axis_frequencies(64, 3, 100.0)] == [11, 11, 10]
     np.testing.assert_allclose(axis_frequencies(12, 2, 100.0), [100.0 ** -np.array([0, 1 / 3, 2 / 3])] * 2)
     cos, _ = of_grid(make("rotary_axial", (2, 2, 2), width=64, heads=1, prefix_tokens=0), (2, 2, 2)).rotation
@@ -173,8 +173,8 @@ def test_fresh_mixed_frequencies_point_along_orthogonal_directions():
         products = np.einsum("nahd,nahe->nhde", directions, directions)
         np.testing.assert_allclose(products, np.broadcast_to(np.eye(axes), products.shape), atol=1e-5)
         # Read last axis first, they are a rotation; so is every matrix of the reference's.
-        turns = np.moveaxis(directions, 1, -1)[..., ::-1]
-        np.testing.assert_allclose(np.linalg.det(turns), 1.0, atol=1e-5)
+        rotations = np.moveaxis(directions, 1, -1)[..., ::-1]
+        np.testing.assert_allclose(np.linalg.det(rotations), 1.0, atol=1e-5)
         if axes > 1:  # drawn for each layer and head: the mean direction is that of nobody
             assert np.abs(directions.mean(axis=(0, 2))).max() < 5 / np.sqrt(160 * axes)
             assert min(np.ptp(directions, axis=at).min() for at in (0, 2)) > 1e-3
@@ -196,10 +196,10 @@ def test_a_larger_grid_than_trained(kind):
 
 
 def cubic(line, count):
-    """A line read at `count` places by a plain loop: Keys' kernel with a = -0.75, half-pixel centres, border repeated."""
+    """A line interpolated to `count` entries by a plain loop: Keys' kernel with a = -0.75, half-pixel centres, border repeated."""
     found = []
-    for place in range(count):
-        centre, total = (place + 0.5) * len(line) / count - 0.5, 0.0
+    for index in range(count):
+        centre, total = (index + 0.5) * len(line) / count - 0.5, 0.0
         for near in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
             gap = abs(centre - near)
             inner = 1.25 * gap**3 - 2.25 * gap**2 + 1
@@ -210,21 +210,25 @@ def cubic(line, count):
 
 
 @pytest.mark.parametrize("larger", [(5, 9), (3, 2), (4, 7, 3)], ids=str)
-def test_a_learned_table_is_stretched_along_each_axis(larger):
+def test_a_learned_table_is_interpolated_along_each_axis(larger):
     trained = (3, 4, 2)[: len(larger)]
     lines = [np.random.default_rng(axis).normal(size=side) for axis, side in enumerate(trained)]
     table = np.concatenate([[9.0], functools.reduce(np.multiply.outer, lines).ravel()])[:, None]
     variables = {"params": {"table": jnp.asarray(table, jnp.float32)}}
-    found = signal(make("learned", trained, width=1), variables, places(larger), larger).input_embedding[0, :, 0]
+    found = signal(make("learned", trained, width=1), variables, grid_positions(larger), larger).input_embedding[
+        0, :, 0
+    ]
     stretched = functools.reduce(np.multiply.outer, [cubic(*pair) for pair in zip(lines, larger, strict=True)])
     np.testing.assert_allclose(found, np.concatenate([[9.0], stretched.ravel()]), atol=1e-5)
 
 
-def test_the_scramble_reads_heads_as_places():
+def test_the_scramble_of_the_reference_reads_heads_as_positions():
     shape = (2, 3)
     right, wrong = (make("rotary_mixed", shape, compat=CompatConfig(reference_scramble=flag)) for flag in (False, True))
     variables = initial(right, shape)
-    for here, there in zip(*(signal(e, variables, places(shape), shape).rotation for e in (right, wrong)), strict=True):
+    for here, there in zip(
+        *(signal(e, variables, grid_positions(shape), shape).rotation for e in (right, wrong)), strict=True
+    ):
         assert (there[:, :, 0] == here[:, :, 0]).all()
         expected = np.swapaxes(here[:, 0, 1:], 1, 2).reshape(LAYERS, 6, HEADS, 6)
         np.testing.assert_array_equal(there[:, 0, 1:], expected)

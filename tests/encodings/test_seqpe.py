@@ -1,4 +1,4 @@
-"""SeqPE: the read-out shortcut, determinism, dropout, places, products, and what it refuses."""
+"""SeqPE: the read-out shortcut, determinism, dropout, shared prefixes, digit indices, products, and refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,12 @@ def initial(encoding, positions_RA=POSITIONS_RA):
 def test_a_vector_depends_on_its_position_alone():
     encoding = make()
     variables = initial(encoding)
-    whole = vectors(encoding, variables)
-    np.testing.assert_array_equal(whole, vectors(encoding, variables))
-    np.testing.assert_array_equal(whole[1], whole[5])
-    np.testing.assert_allclose(vectors(encoding, variables, POSITIONS_RA[2:4]), whole[2:4], atol=1e-5)
-    assert np.abs(whole[1] - whole[2]).max() > 1e-2  # 007 and 070
-    assert whole.dtype == np.float32
+    vectors_RE = vectors(encoding, variables)
+    np.testing.assert_array_equal(vectors_RE, vectors(encoding, variables))
+    np.testing.assert_array_equal(vectors_RE[1], vectors_RE[5])
+    np.testing.assert_allclose(vectors(encoding, variables, POSITIONS_RA[2:4]), vectors_RE[2:4], atol=1e-5)
+    assert np.abs(vectors_RE[1] - vectors_RE[2]).max() > 1e-2  # 007 and 070
+    assert vectors_RE.dtype == np.float32
 
 
 def test_dropout_acts_only_in_training():
@@ -83,7 +83,7 @@ JITTERED = STRIDED + 10 + np.random.default_rng(0).integers(-10, 11, (50, 1))
 JITTERED_BOX = 10 * (BOXES - [37, 8]) + 3 + np.random.default_rng(0).integers(-3, 4, BOXES.shape)
 SHARED = {
     "a window": (WINDOW, [RowGroup(1, (50,))], {}),
-    "a window of which nothing is told": (WINDOW, [], {}),
+    "a window without a group": (WINDOW, [], {}),
     "two windows, one of them cut, and others": (
         np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]),
         [RowGroup(2, (50,), 2), RowGroup(30)],
@@ -95,7 +95,7 @@ SHARED = {
     "base 3": (WINDOW, [RowGroup(1, (50,))], {"base": 3, "digits": 6}),
     "some of a window": (WINDOW[::7], [RowGroup(1, (50,), max_rows=8)], {}),
     "a box": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2}),
-    "a box, places counted anew": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "digit_index": "per_axis"}),
+    "a box, digit indices per axis": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "digit_index": "per_axis"}),
     "a strided window": (STRIDED, [RowGroup(1, (50,), spans=(490,))], {}),
     "a jittered window": (JITTERED, [RowGroup(1, (50,), spans=(510,), independent_axes=True)], {}),
     "a jittered box": (JITTERED_BOX, [RowGroup(1, (14, 10), spans=(136, 96), independent_axes=True)], {"axes": 2}),
@@ -103,7 +103,7 @@ SHARED = {
 
 
 # The fast lane takes groups of all kinds along one axis, and boxes.
-FAST = ("two windows, one of them cut, and others", "a box, places counted anew", "a jittered box")
+FAST = ("two windows, one of them cut, and others", "a box, digit indices per axis", "a jittered box")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_prefixes_are_shared_where_it_pays_and_can_be_done():
         assert make(**fields)._max_nodes(window, [RowGroup(1, (50,))]) is None
 
 
-def test_places_may_restart_with_each_coordinate():
+def test_digit_indices_may_restart_with_each_axis():
     positions_RA = jnp.array([[12, 345], [345, 12]], jnp.int32)
     for digit_index, rows in ("global", 6), ("per_axis", 3):
         encoding = make(axes=2, digit_index=digit_index)
@@ -210,7 +210,7 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"direction": "bi", "cls": False}, "encoding.cls=True"),
         ({"width": 10, "heads": 4}, "encoding.width=10 is not a multiple of encoding.heads=4"),
@@ -230,9 +230,9 @@ def test_initial_weights():
         ({"qk": "none", "feature_width": 4}, "or encoding.feature_width=0"),
     ],
 )
-def test_fields_that_contradict_each_other_are_refused(fields, told):
+def test_fields_that_contradict_each_other_are_refused(fields, message):
     encoding = make(**fields)
-    with pytest.raises(InputError, match=told):  # before anything is compiled
+    with pytest.raises(InputError, match=message):  # before anything is compiled
         jax.eval_shape(lambda: encoding.init(KEY, POSITIONS_RA[None], shape=(6,)))
 
 

@@ -23,10 +23,10 @@ QKV = tuple(random(side, BATCH, LENGTH, HEADS, WIDTH) for side in range(3))
 def test_the_first_pairs_turn_and_no_other_column(pairs):
     array, angles = np.asarray(QKV[0]), np.asarray(random(4, 1, LENGTH, HEADS, pairs))
     expected = array.copy()
-    for sample, place, head, pair in np.ndindex(BATCH, LENGTH, HEADS, pairs):
-        cos, sin = (turn(angles[0, place, head, pair]) for turn in (np.cos, np.sin))
-        even, odd = array[sample, place, head, 2 * pair : 2 * pair + 2]
-        expected[sample, place, head, 2 * pair : 2 * pair + 2] = even * cos - odd * sin, even * sin + odd * cos
+    for sample, token_index, head, pair in np.ndindex(BATCH, LENGTH, HEADS, pairs):
+        cos, sin = (function(angles[0, token_index, head, pair]) for function in (np.cos, np.sin))
+        even, odd = array[sample, token_index, head, 2 * pair : 2 * pair + 2]
+        expected[sample, token_index, head, 2 * pair : 2 * pair + 2] = even * cos - odd * sin, even * sin + odd * cos
     found = np.asarray(rotate_pairs(QKV[0], np.cos(angles), np.sin(angles)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(found[..., 2 * pairs :], array[..., 2 * pairs :])
@@ -46,21 +46,21 @@ def field(name, held, per_layer_fields):
 @pytest.mark.parametrize("held", [1, 2, HEADS])
 @pytest.mark.parametrize("name", ["logit_query_key", "multiplicative", "additive", "rotation"])
 def test_heads_without_a_position_see_none(name, held, per_layer_fields):
-    whole = field(name, held, per_layer_fields)
-    part = whole.for_heads(2, HEADS)
-    assert part.per_layer_fields == whole.per_layer_fields
+    full = field(name, held, per_layer_fields)
+    part = full.for_heads(2, HEADS)
+    assert part.per_layer_fields == full.per_layer_fields
     if held == 2:  # what the other heads would get was never computed
-        whole = field(name, held, per_layer_fields).replace(
-            **{name: tuple(jnp.concatenate([side, side], axis=-2) for side in getattr(whole, name))}
+        full = field(name, held, per_layer_fields).replace(
+            **{name: tuple(jnp.concatenate([side, side], axis=-2) for side in getattr(full, name))}
         )
-    whole, part = (signal.at_layer(1) for signal in (whole, part))
-    found, with_all, with_none = (attend(*QKV, signal) for signal in (part, whole, PositionSignal()))
+    full, part = (signal.at_layer(1) for signal in (full, part))
+    found, with_all, with_none = (attend(*QKV, signal) for signal in (part, full, PositionSignal()))
     assert np.abs(with_all - with_none).max(axis=(0, 1, 3)).min() > 1e-2
     np.testing.assert_allclose(found[:, :, :2], with_all[:, :, :2], atol=1e-6)
     np.testing.assert_allclose(found[:, :, 2:], with_none[:, :, 2:], atol=1e-6)
 
 
-def test_what_reaches_all_heads_is_not_given_to_some():
+def test_signals_of_all_heads_cannot_be_limited_to_some():
     for signal in (PositionSignal(input_embedding=jnp.ones((1, 2, 3))), PositionSignal(bias=jnp.ones((1, 2, 2)))):
         assert signal.for_heads(2, 2) is signal
         with pytest.raises(ValueError, match="reaches all heads"):

@@ -1,4 +1,4 @@
-"""Encodings of 2017 to 2026 beside SeqPE: each against its paper's formula, written anew as loops over pairs of places."""
+"""Baselines against the formulas of their papers, written as loops over pairs of tokens; gates and RoPE's scalings."""
 
 import math
 
@@ -88,15 +88,17 @@ def dot(q, k):
     return q @ k / math.sqrt(WIDTH)
 
 
-def t5_bucket(distance, buckets, farthest):
+def t5_bucket(distance, buckets, max_distance):
     exact = buckets // 2
     if distance < exact:
         return int(distance)
-    return min(buckets - 1, exact + int(math.log(distance / exact) / math.log(farthest / exact) * (buckets - exact)))
+    return min(
+        buckets - 1, exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (buckets - exact))
+    )
 
 
-def turned(array, angles):
-    """The first pairs of a head, turned by their angles."""
+def rotated(array, angles):
+    """The first pairs of a head, rotated by their angles."""
     found = array.copy()
     for n, angle in enumerate(angles):
         x, y = array[2 * n], array[2 * n + 1]
@@ -109,15 +111,15 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
-def fire(params, distance, reach, h, start):
+def fire(params, distance, max_distance, h, start):
     c, threshold = abs(params["scale"][1]), abs(params["threshold"][1]) * start
-    share = math.log(c * distance + 1) / (math.log(c * max(reach, threshold) + 1) + 1e-6)
+    share = math.log(c * distance + 1) / (math.log(c * max(max_distance, threshold) + 1) + 1e-6)
     hidden = np.maximum(share * params["inward"][1] + params["inward_bias"][1], 0.0)
     return hidden @ params["outward"][1][:, h] + params["outward_bias"][1][h]
 
 
 def text_logit(kind, params, at, lengths):
-    """The logit of the paper, for places that stand at the positions `at`, with these lengths."""
+    """The logit of the paper for tokens at the positions `at`, with these lengths."""
 
     def logit(q, k, i, j, h):
         distance = at[i] - at[j]
@@ -133,7 +135,7 @@ def text_logit(kind, params, at, lengths):
         if kind == "scale_invariant":
             square = 2 * math.log(distance / lengths["scale_invariant_tau"] + 1) + 1
             frequencies = [10000.0 ** (-2 * n / WIDTH) for n in range(lengths["rotary_pairs"])]
-            ends = (turned(array, [place * f for f in frequencies]) for array, place in ((q, at[i]), (k, at[j])))
+            ends = (rotated(array, [position * f for f in frequencies]) for array, position in ((q, at[i]), (k, at[j])))
             return math.sqrt(square) * dot(*ends) + 1 - square
         frequencies = 10000.0 ** (-np.arange(WIDTH) / WIDTH)
         shift = np.clip(params["shift"][1, h], -2 * math.pi, 0)
@@ -144,7 +146,7 @@ def text_logit(kind, params, at, lengths):
 
 @pytest.mark.parametrize("start, lengths", [(0, PAPERS), (300, OTHERS)])
 @pytest.mark.parametrize("kind", TEXTS)
-def test_texts_are_mixed_as_the_paper_says(kind, start, lengths):
+def test_attention_of_text_equals_the_paper(kind, start, lengths):
     """Near the origin and, except for FIRE, which reads how far the text goes back, anywhere else."""
     length = 40
     positions_PLA = jnp.array([*range(length - 2), 170, 199])[None, :, None] + start
@@ -154,23 +156,26 @@ def test_texts_are_mixed_as_the_paper_says(kind, start, lengths):
     for form, block in (("reference", 0), ("blockwise", 16)):
         np.testing.assert_allclose(attend(q, k, v, signal, kind=form, block=block), expected, atol=1e-5)
     assert np.abs(np.asarray(attend(q, k, v, PositionSignal())) - expected).max() > 1e-2
-    if not start and kind in ("scale_invariant", "pope"):  # gates lower the logit that these scale or make of arrows
-        fade = (
+    if not start and kind in (
+        "scale_invariant",
+        "pope",
+    ):  # gates lower logits that these scale, or compute in polar coordinates
+        log_gate = (
             np.cumsum(-np.abs(np.random.default_rng(3).normal(size=(2, length, HEADS))), axis=1).astype(np.float32) / 10
         )
         logit, one = (
             text_logit(kind, params, positions_PLA[0, :, 0].tolist(), lengths),
             [array[:1] for array in (q, k, v)],
         )
-        gated = lambda q, k, i, j, h: logit(q, k, i, j, h) + fade[0, i, h] - fade[0, j, h]  # noqa: E731
+        gated = lambda q, k, i, j, h: logit(q, k, i, j, h) + log_gate[0, i, h] - log_gate[0, j, h]  # noqa: E731
         expected = mixed(gated, *one, causal=True)
         for form, block in (("reference", 0), ("blockwise", 16)):
-            found = attend(*one, signal, fade[:1], kind=form, block=block)
+            found = attend(*one, signal, log_gate[:1], kind=form, block=block)
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def grid_logit(kind, params, places, lengths):
-    """The logit of the paper; places: where each token stands, None = nowhere (the class token)."""
+def grid_logit(kind, params, coordinates, lengths):
+    """The logit of the paper; coordinates: of each token, None = it has no position (the class token)."""
     directed = lengths["directed_heads"]
     slopes = {
         "alibi_grid": [2.0 ** (-2 * (h + 1)) for h in range(HEADS)],
@@ -179,7 +184,7 @@ def grid_logit(kind, params, places, lengths):
     depth = {"alibi_grid": 1.0, "lookhere": 0.5}.get(kind, 1.0) * lengths["slope_scale"]  # the last of two layers
 
     def logit(q, k, i, j, h):
-        here, there = places[i], places[j]
+        here, there = coordinates[i], coordinates[j]
         if here is None or there is None:
             return dot(q, k)
         distance = math.dist(here, there)
@@ -198,61 +203,61 @@ def grid_logit(kind, params, places, lengths):
 
 @pytest.mark.parametrize("lengths", [PAPERS, OTHERS], ids=["papers", "others"])
 @pytest.mark.parametrize("kind", GRIDS)
-def test_grids_are_mixed_as_the_paper_says(kind, lengths):
+def test_attention_of_grids_equals_the_paper(kind, lengths):
     shape = (4, 3)
-    places = [(row, column) for row in range(4) for column in range(3)]
-    signal, params = signal_of(make(kind, shape, prefix_tokens=1, **lengths), jnp.array(places)[None], shape)
+    coordinates = [(row, column) for row in range(4) for column in range(3)]
+    signal, params = signal_of(make(kind, shape, prefix_tokens=1, **lengths), jnp.array(coordinates)[None], shape)
     q, k, v = operands(13)
-    expected = mixed(grid_logit(kind, params, [None, *places], lengths), q, k, v, causal=False)
+    expected = mixed(grid_logit(kind, params, [None, *coordinates], lengths), q, k, v, causal=False)
     for form, block in (("reference", 0), ("blockwise", 8)):
         np.testing.assert_allclose(attend(q, k, v, signal, causal=False, kind=form, block=block), expected, atol=1e-5)
     finer, _ = signal_of(
-        make(kind, shape, prefix_tokens=1, fraction_digits=1, **lengths), 10 * jnp.array(places)[None], shape
+        make(kind, shape, prefix_tokens=1, fraction_digits=1, **lengths), 10 * jnp.array(coordinates)[None], shape
     )
     np.testing.assert_allclose(attend(q, k, v, finer, causal=False), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["forget", "cable"])
-def test_tokens_fade_by_what_those_after_them_say(kind):
+def test_gates_lower_logits_by_later_tokens(kind):
     length = 12
-    told = np.random.default_rng(2).normal(size=(2, length, HEADS))
-    steps = {"forget": -softplus(-told), "cable": -softplus(told)}[kind]
-    np.testing.assert_allclose(GATES[kind](jnp.asarray(told, jnp.float32)), steps, atol=1e-6)
+    preactivations = np.random.default_rng(2).normal(size=(2, length, HEADS))
+    steps = {"forget": -softplus(-preactivations), "cable": -softplus(preactivations)}[kind]
+    np.testing.assert_allclose(GATES[kind](jnp.asarray(preactivations, jnp.float32)), steps, atol=1e-6)
     q, k, v = operands(length)
     for sample in range(2):
         one = [array[sample : sample + 1] for array in (q, k, v)]
         logit = lambda q, k, i, j, h, n=sample: dot(q, k) + steps[n, j + 1 : i + 1, h].sum()  # noqa: E731
         expected = mixed(logit, *one, causal=True)
-        fade = jnp.cumsum(jnp.asarray(steps[sample : sample + 1], jnp.float32), axis=1)
-        np.testing.assert_allclose(attend(*one, PositionSignal(), fade), expected, atol=1e-5)
-    assert forget_gate_features(fade, fade)[0].shape == (1, length, HEADS, 2)
+        log_gate = jnp.cumsum(jnp.asarray(steps[sample : sample + 1], jnp.float32), axis=1)
+        np.testing.assert_allclose(attend(*one, PositionSignal(), log_gate), expected, atol=1e-5)
+    assert forget_gate_features(log_gate, log_gate)[0].shape == (1, length, HEADS, 2)
 
 
 @pytest.mark.parametrize("scaling, lengths", [("linear", PAPERS), ("ntk", PAPERS), ("yarn", PAPERS), ("yarn", OTHERS)])
-def test_angles_are_scaled_in_longer_windows_alone(scaling, lengths):
+def test_rope_is_scaled_in_longer_windows_alone(scaling, lengths):
     betas = {name: lengths[name] for name in ("yarn_beta_slow", "yarn_beta_fast")}
     dims = ModelDims(LAYERS, HEADS * WIDTH, HEADS, (64,))
     plain, scaled = (ENCODINGS["rotary"](scaling=name, **betas).make_module(dims) for name in ("none", scaling))
     positions_PLA = jnp.arange(512)[None, :, None]
-    whole = plain.apply({}, positions_PLA, shape=(512,))
+    unscaled = plain.apply({}, positions_PLA, shape=(512,))
     for shape in ((64,), (20,)):  # as trained, or shorter
         short = positions_PLA[:, : shape[0]]
         jax.tree.map(np.testing.assert_array_equal, *(one.apply({}, short, shape=shape) for one in (plain, scaled)))
     found = scaled.apply({}, positions_PLA, shape=(512,))
     frequencies = 10000.0 ** (-2 * np.arange(4) / WIDTH)
-    longer = 8.0
+    ratio = 8.0
     if scaling == "linear":
-        expected = frequencies / longer
+        expected = frequencies / ratio
     elif scaling == "ntk":
-        expected = (10000.0 * longer ** (WIDTH / (WIDTH - 2))) ** (-2 * np.arange(4) / WIDTH)
+        expected = (10000.0 * ratio ** (WIDTH / (WIDTH - 2))) ** (-2 * np.arange(4) / WIDTH)
     else:
         slow, fast = lengths["yarn_beta_slow"], lengths["yarn_beta_fast"]
-        kept = [min(1.0, max(0.0, (64 / (2 * math.pi / f) - slow) / (fast - slow))) for f in frequencies]
-        expected = [(1 - share) * f / longer + share * f for share, f in zip(kept, frequencies, strict=True)]
+        unchanged = [min(1.0, max(0.0, (64 / (2 * math.pi / f) - slow) / (fast - slow))) for f in frequencies]
+        expected = [(1 - share) * f / ratio + share * f for share, f in zip(unchanged, frequencies, strict=True)]
         np.testing.assert_allclose(found.multiplicative[0], 0.1 * math.log(8) + 1, rtol=1e-6)
     angles = np.arange(512)[:, None] * np.asarray(expected)
     np.testing.assert_allclose(found.rotation[0][0, :, 0], np.cos(angles), atol=1e-5)
-    assert np.abs(found.rotation[0] - whole.rotation[0]).max() > 0.1
+    assert np.abs(found.rotation[0] - unscaled.rotation[0]).max() > 0.1
 
 
 def gradients(settings, devices=None):
@@ -289,21 +294,21 @@ def test_blocks_loops_and_meshes_equal_the_plain_form(kind):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("fade", ["forget", "cable"])
+@pytest.mark.parametrize("log_gate", ["forget", "cable"])
 @pytest.mark.parametrize("kind", ["none", "alibi"])
-def test_gates_begin_as_open_as_they_are_told(kind, fade, scan):
-    """A token lets those before it through by a share of sigmoid(gate_bias_init), before it says anything."""
-    gates = {"encoding__gate": fade, "encoding__gate_bias_init": 3.0}
+def test_gates_begin_as_open_as_their_bias(kind, log_gate, scan):
+    """A token lets sigmoid(gate_bias_init) of those before it through, before training."""
+    gates = {"encoding__gate": log_gate, "encoding__gate_bias_init": 3.0}
     settings = tiny_config(variant=kind, **gates, model__layers=2, model__scan=scan)
     params = jax.jit(ModelSpec.of(settings, DataSpec(vocabulary=256)).init)(KEY)
     biases = [leaf for name, leaf in flatten_dict(params["model"], "/").items() if name.endswith("fading/bias")]
     assert sum(bias.size for bias in biases) == settings.model.layers * settings.model.heads
     for bias in biases:
-        np.testing.assert_allclose(np.exp(GATES[fade](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)
+        np.testing.assert_allclose(np.exp(GATES[log_gate](bias)), 1 / (1 + np.exp(-3.0)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["t5", "kerple", "pope"])
-def test_other_heads_gain_nothing(kind):
+def test_heads_without_a_position_are_unchanged(kind):
     """position_heads leaves the last heads as they are without an encoding."""
     length, q, k, v = 10, *operands(10)
     signal, _ = signal_of(make(kind), jnp.arange(length)[None, :, None], (length,))

@@ -1,4 +1,4 @@
-"""Encodings without a transformer: angles at far positions, slopes, stretched tables, refusals."""
+"""Baselines on one axis and between whole positions: angles, slopes, tables, log scaling, refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +49,12 @@ def test_slopes_beside_powers_of_two():
 def test_sinusoidal_columns_and_amplitude():
     signal = make("sinusoidal", 5, amplitude=0.5).apply({}, jnp.array([[[3]]], jnp.int32), shape=(1,))
     angles = 3 * 10000.0 ** (-np.array([0, 0, 2, 2, 4]) / 5)
-    waves = [np.sin, np.cos, np.sin, np.cos, np.sin]
-    expected = [0.5 * wave(angle) for wave, angle in zip(waves, angles, strict=True)]
+    sinusoids = [np.sin, np.cos, np.sin, np.cos, np.sin]
+    expected = [0.5 * function(angle) for function, angle in zip(sinusoids, angles, strict=True)]
     np.testing.assert_allclose(signal.input_embedding[0, 0], expected, atol=1e-6)
 
 
-def test_a_longer_window_stretches_the_table():
+def test_a_longer_window_interpolates_the_table():
     table, length = np.array([[0.0], [1.0], [3.0]]), 8
     positions_PLA = jnp.arange(length, dtype=jnp.int32)[None, :, None]
     encoding, variables = make("learned", 1, grid=(3,)), {"params": {"table": jnp.asarray(table)}}
@@ -65,7 +65,7 @@ def test_a_longer_window_stretches_the_table():
     np.testing.assert_allclose(short, table[:2, 0])
 
 
-def spun(theta, width, axes, counts, positions):
+def rotary_angles(theta, width, axes, counts, positions):
     """Angles of pairs by a plain loop: `counts` of each axis, the last axis first, from the fastest on."""
     angles = []
     for part, count in enumerate(counts):
@@ -85,20 +85,20 @@ def spun(theta, width, axes, counts, positions):
         (3, 8, [3, 3, 2]),
     ],
 )
-def test_the_fastest_pairs_of_each_axis_turn(axes, pairs, counts):
+def test_the_highest_frequencies_of_each_axis_rotate(axes, pairs, counts):
     shape = (3,) * axes
     positions = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, axes)
     encoding = make("rotary_axial", 16, theta=100.0, rotary_pairs=pairs)
     cos, sin = encoding.apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
-    angles = spun(100.0, 16, axes, counts, positions)
+    angles = rotary_angles(100.0, 16, axes, counts, positions)
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angles), atol=1e-6)
-    whole = (
+    all_pairs = (
         make("rotary_axial", 16, theta=100.0).apply({}, jnp.asarray(positions[None], jnp.int32), shape=shape).rotation
     )
-    assert whole[0].shape[-1] == 8
+    assert all_pairs[0].shape[-1] == 8
     if pairs == 8:
-        np.testing.assert_array_equal((cos, sin), whole)
+        np.testing.assert_array_equal((cos, sin), all_pairs)
     if axes == 1:
         line = make("rotary", 16, theta=100.0, rotary_pairs=pairs)
         np.testing.assert_array_equal(line.apply({}, jnp.arange(3)[None, :, None], shape=shape).rotation, (cos, sin))
@@ -160,19 +160,27 @@ RESOLUTIONS = {1: {}, 10: {"fraction_digits": 1}, 64: {"base": 8, "fraction_digi
 
 @pytest.mark.parametrize("unit", RESOLUTIONS)
 def test_angles_between_whole_positions(unit):
-    """Every encoding of waves at position / unit, by its formula in float64."""
+    """Every sinusoidal and rotary encoding at position / unit, by its formula in float64."""
     draw, width, theta = np.random.default_rng(unit), 16, 100.0
     units = draw.integers(0, 5000 * unit, (40, 2))
     line, grid = (jnp.asarray(part[None], jnp.int32) for part in (units[:, :1], units))
-    positions, waves = units / unit, {"theta": theta} | RESOLUTIONS[unit]
+    positions, sinusoids = units / unit, {"theta": theta} | RESOLUTIONS[unit]
     rotations = [
-        (make("rotary", width, **waves).apply({}, line, shape=(40,)), spun(theta, width, 1, [8], positions[:, :1])),
-        (make("rotary_axial", width, **waves).apply({}, grid, shape=(8, 5)), spun(theta, width, 2, [4, 4], positions)),
+        (
+            make("rotary", width, **sinusoids).apply({}, line, shape=(40,)),
+            rotary_angles(theta, width, 1, [8], positions[:, :1]),
+        ),
+        (
+            make("rotary_axial", width, **sinusoids).apply({}, grid, shape=(8, 5)),
+            rotary_angles(theta, width, 2, [4, 4], positions),
+        ),
     ]
     for signal, angles in rotations:
-        for found, wave in zip(signal.rotation, (np.cos, np.sin), strict=True):
-            np.testing.assert_allclose(found[0, :, 0], wave(angles), atol=1e-5)
-    input_embedding = make("sinusoidal", width, amplitude=0.5, **waves).apply({}, grid, shape=(8, 5)).input_embedding[0]
+        for found, function in zip(signal.rotation, (np.cos, np.sin), strict=True):
+            np.testing.assert_allclose(found[0, :, 0], function(angles), atol=1e-5)
+    input_embedding = (
+        make("sinusoidal", width, amplitude=0.5, **sinusoids).apply({}, grid, shape=(8, 5)).input_embedding[0]
+    )
     angles = np.stack(
         [positions[:, axis] * theta ** (-2 * 2 * pair / width) for axis in (0, 1) for pair in range(4)], -1
     )
@@ -190,16 +198,16 @@ def test_learned_frequencies_and_slopes_between_whole_positions(unit):
     variables = {"params": {"frequencies": frequencies}}
     rotation = encoding.apply(variables, jnp.asarray(units, jnp.int32), shape=(6, 5)).rotation
     angles = np.einsum("pla,nahf->nplhf", positions, frequencies.astype(np.float64))
-    for found, wave in zip(rotation, (np.cos, np.sin), strict=True):
-        np.testing.assert_allclose(found, wave(angles), atol=1e-4)
+    for found, function in zip(rotation, (np.cos, np.sin), strict=True):
+        np.testing.assert_allclose(found, function(angles), atol=1e-4)
     alibi = make("alibi", 16, 4, **RESOLUTIONS[unit])
     query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).logit_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
-    place = positions[0, :, 0]
-    np.testing.assert_allclose(logits, -alibi_slopes(4)[:, None, None] * (place[:, None] - place), atol=1e-4)
+    position = positions[0, :, 0]
+    np.testing.assert_allclose(logits, -alibi_slopes(4)[:, None, None] * (position[:, None] - position), atol=1e-4)
 
 
-def test_queries_grow_with_the_keys_that_they_see():
+def test_log_scaling_multiplies_queries_that_see_more_keys_than_in_training():
     scaling = LogScaling(ModelDims(1, 1, 1, (4,)))
     query, key = scaling.apply({}, jnp.arange(9, dtype=jnp.int32)[None, :, None] * 7, shape=(9,)).multiplicative
     expected = [1, 1, 1, 1, *(np.log(seen) / np.log(4) for seen in range(5, 10))]
@@ -209,9 +217,9 @@ def test_queries_grow_with_the_keys_that_they_see():
         ModelDims(1, 1, 1, (2, 3), prefix_tokens=1)
     )  # every query sees the whole grid and the token before it
     for shape, expected in (((2, 3), 1.0), ((1, 2), 1.0), ((4, 5), np.log(21) / np.log(7))):
-        places = int(np.prod(shape))
-        query, key = on_grid.apply({}, jnp.zeros((2, places, 2), jnp.int32), shape=shape).multiplicative
-        np.testing.assert_allclose(query[0, :, 0, 0], np.full(1 + places, expected), rtol=1e-6)
+        count = int(np.prod(shape))
+        query, key = on_grid.apply({}, jnp.zeros((2, count, 2), jnp.int32), shape=shape).multiplicative
+        np.testing.assert_allclose(query[0, :, 0, 0], np.full(1 + count, expected), rtol=1e-6)
         assert (key == 1).all()
     assert (
         LogScaling(ModelDims(1, 1, 1, (1,))).apply({}, jnp.zeros((1, 1, 1), jnp.int32), shape=(1,)).multiplicative[0]
