@@ -56,9 +56,9 @@ def get_config(variant=None):
         c.encoding.init_std = 0.1  # as in stdlib_lm.py: the paper's 0.02 leaves a small encoder untrained
         c.encoding.qk_init_std = 0.1
     if not paper and variant not in ("learned", "rotary", "none"):
-        # A larger image is read between the positions of training, so positions have a digit after the point. Every other
-        # step reads parts of images, enlarged, whose patches stand where they are in the whole: that is what a patch of a
-        # larger image looks like, and where it stands.
+        # Larger images are interpolated between the positions of training, so positions have a digit after the point. Every
+        # other step reads enlarged crops, whose patches keep their positions in the image: a patch of a larger image looks
+        # like that, and has such a position.
         c.encoding.fraction_digits = 1
         c.encoding.resize = "interpolate"
         c.objective.zoom.rate = 0.5
@@ -75,5 +75,5 @@ def get_config(variant=None):
     c.objective.shift.rate = 0.1 if paper else 0.0
     c = with_encoding(c, variant, FORMS)
     if c.encoding.kind in ("rotary_axial", "rotary_mixed", "sinusoidal"):
-        c.encoding.theta = 100.0  # grids are short: longer waves would hardly turn
+        c.encoding.theta = 100.0  # grids are short: lower frequencies would hardly rotate
     return c

@@ -59,7 +59,7 @@ def get_config(variant=None):
         # asks for at first, the worse what is seen on frames of the training size is learned.
         c.encoding.qk_init_std = 0.02
         c.objective.contrastive.floor = 0.5
-        # All twelve pairs of a head turn, four for each axis: zoomed parts have shown them every angle of a larger frame.
+        # All twelve pairs of a head rotate, four for each axis: zoomed crops show them every angle of a larger frame.
         c.encoding.rotary_pairs = 12
     if not paper and variant not in ("learned", "rotary", "none"):
         # As in digits_vit.py: a larger frame is read between the positions of training, and every other step reads parts

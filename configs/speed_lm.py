@@ -42,7 +42,7 @@ def get_config(variant=None):
     c.encoding.feature_width = 8
     c.encoding.qk = "multi"
     if variant in (None, "seqpe"):
-        c.encoding.rotary_pairs = 16  # of 32: those that turn once or more within a window
+        c.encoding.rotary_pairs = 16  # of 32: those with a period within the window
 
     c.objective.contrastive.batch = 8
     c.objective.contrastive.candidates = 32

@@ -5,8 +5,8 @@
 
 Hardware: two CPU cores; 4 minutes for seqpe, 2 for the others. Result, after 1000 steps: 1.97 bits per byte at 64 bytes and
 1.92 at 4096 (rotary 1.99 and 4.57, alibi 2.25 and 2.21; means of three seeds, configs/sweeps/study_text.py).
-Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (the pairs that turn beside
-seqpe, alone), and any other encoding of texts (docs/encodings.md).
+Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (seqpe's rotary
+pairs alone), and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding
@@ -44,7 +44,7 @@ def get_config(variant=None):
         # The paper starts weights at std 0.02; at this width and budget the encoder then stays untrained.
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
-    # About the size of a fresh token's embedding: waves of size 1 drown the tokens (validation, 300 steps).
+    # About the size of an initial token embedding: sinusoids of size 1 dominate the tokens (validation, 300 steps).
     c.encoding.amplitude = 0.03
 
     c.objective.contrastive.batch = 8
@@ -53,8 +53,8 @@ def get_config(variant=None):
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.3
     if variant != "seqpe_paper":
-        # The four fastest of the twelve pairs turn: all their angles lie within a training window, so that they go on past
-        # it. SeqPE's logit, of narrow query and key parts, tells the rest.
+        # The four highest-frequency pairs of twelve rotate: a training window shows all their angles, so that they
+        # extrapolate. SeqPE's logit bias, of narrow query and key parts, carries the rest.
         c.encoding.rotary_pairs = 4 if variant in (None, "seqpe", "rotary_partial") else 0
         c.encoding.feature_width = 8
         c.encoding.qk = "multi"

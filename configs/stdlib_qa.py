@@ -8,8 +8,8 @@ Hardware: two CPU cores; about 15 minutes, scoring included. Result: exact match
 tokens, after SQuAD's normalisation: docs/results.md). Answers are compared as they are written now, exact_match_strict,
 which has not been measured yet.
 From a checkpoint of one's own: --init-from=DIR with the same model and encoding.
-Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (the pairs that turn beside
-seqpe, alone), and any other encoding of texts (docs/encodings.md).
+Variants: seqpe (default), seqpe_paper (the form of the paper), rotary, alibi, rotary_partial (seqpe's rotary
+pairs alone), and any other encoding of texts (docs/encodings.md).
 """
 
 from seqpe_jax.config import defaults, with_encoding
@@ -66,7 +66,7 @@ def get_config(variant=None):
     c.objective.distillation.offsets = 16
     c.objective.shift.rate = 0.3 if variant == "seqpe_paper" else 0.6
     if variant != "seqpe_paper":
-        # The four fastest of the twelve pairs turn: all their angles lie within a training window.
+        # The four highest-frequency pairs of twelve rotate: a training window shows all their angles.
         c.encoding.rotary_pairs = 4 if variant in (None, "seqpe", "rotary_partial") else 0
         # A contrastive loss on attention logits makes a head look at near tokens; as strong in every head, nothing far away
         # is looked up. So three heads look ever farther, and the fourth sees no position at all.

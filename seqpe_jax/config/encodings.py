@@ -113,7 +113,7 @@ class EncodingConfig:
       SOURCE: where it was published.
       AXES: coordinates of the positions that it takes.
       CAUSAL_ONLY: it is right for causal attention alone.
-      REAL_POSITIONS: positions need not be whole numbers.
+      REAL_POSITIONS: positions may be fractional.
       PER_LAYER: its signal can differ by layer.
       HAS_VECTORS: it has vectors of positions, which the contrastive and distillation losses shape.
       NEEDS: field -> (field, value) without which the first has no effect, value None: anything but its default; or field
@@ -158,7 +158,7 @@ class EncodingConfig:
 
     @property
     def real_positions(self) -> bool:
-        """Whether positions need not be whole numbers."""
+        """Whether positions may be fractional."""
         return self.REAL_POSITIONS
 
     @property
@@ -189,7 +189,7 @@ class EncodingConfig:
         return {name: needed for name, needed in found.items() if needed}
 
     def without_effect(self) -> dict[str, tuple[str, Any]]:
-        """Returns the fields that have no effect beside the other ones, with the (field, value) that each needs."""
+        """Returns the fields that have no effect under the values of others, with the (field, value) that each needs."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {
             name: (other, value)
@@ -224,7 +224,7 @@ class EncodingConfig:
             )
 
     def real_positions_on(self, axes: int) -> bool:
-        """Returns whether positions of so many axes need not be whole numbers."""
+        """Returns whether positions of so many axes may be fractional."""
         return self.real_positions
 
     def check_dims(self, dims: ModelDims) -> None:
@@ -269,7 +269,7 @@ class _Positions(EncodingConfig):
 
     max_position: int = _field(20000, "training draws positions along an axis below it", low=1, high=2**30)
     base: int = _field(10, "of the digits of a position", low=2, high=36)
-    fraction_digits: int = _field(0, "digits after the point; 0 = positions are whole numbers", low=0, high=30)
+    fraction_digits: int = _field(0, "digits after the point; 0 = positions are integers", low=0, high=30)
     resize: Literal["extrapolate", "interpolate"] = _field(
         "extrapolate", "larger windows and grids go on past the trained positions, or are read between them"
     )
@@ -400,7 +400,7 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
         0, "features of a vector; 0 = as many as mode, qk and per_head need", **limits.OptionalWidth
     )
     digit_index: Literal["global", "per_axis"] = _field(
-        "global", "embeddings of the digits' places count through the whole string, or anew for each axis"
+        "global", "digit indices are counted over all axes, or for each axis from 0"
     )
     dropout: float = _field(0.1, "of the digit encoder, after attention and MLP", **limits.DropRate)
     attention_dropout: float = _field(0.0, "of the digit encoder", **limits.DropRate)

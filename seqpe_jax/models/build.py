@@ -107,27 +107,27 @@ class ModelSpec:
 
     @property
     def is_image(self) -> bool:
-        """Whether inputs are images or clips, else tokens."""
+        """Whether inputs are images or videos, else tokens."""
         return hasattr(self.network, "patch")
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens before those that have positions: the class token of images."""
+        """Number of tokens before the positions: the class token of images."""
         return int(self.is_image)
 
     @property
     def encoder(self) -> SeqPE | None:
-        """The part of the encoding that makes vectors of positions, or None."""
-        return self._named if isinstance(self._named, SeqPE) else None
+        """SeqPE, which has vectors of positions, without the parts that it is combined with; None for other encodings."""
+        return self._main_encoding if isinstance(self._main_encoding, SeqPE) else None
 
     @property
     def param_bounds(self) -> ParamBounds:
-        """Bounds within which training keeps parameters of the encoding, by name."""
-        return getattr(self._named, "PARAM_BOUNDS", {})
+        """Bounds to which training clips parameters of the encoding, by name."""
+        return getattr(self._main_encoding, "PARAM_BOUNDS", {})
 
     @property
-    def _named(self) -> nn.Module:
-        """The part of the encoding that the config names."""
+    def _main_encoding(self) -> nn.Module:
+        """The encoding of the config, without the parts that it is combined with."""
         return self.encoding.parts[0] if isinstance(self.encoding, Composed) else self.encoding
 
     def grid_of(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -137,7 +137,7 @@ class ModelSpec:
         return tuple(side // part for side, part in zip(inputs[1:-1], self.network.patch, strict=True))
 
     def init(self, key: jax.Array) -> Params:
-        """Returns fresh parameters {"encoding": ..., "model": ...}."""
+        """Returns initial parameters {"encoding": ..., "model": ...}; key: of the run."""
         encoding, signal = self.init_encoding(key)
         params = {"encoding": encoding.get("params", {}), "model": {}}
         if self.network is not None:
@@ -146,7 +146,7 @@ class ModelSpec:
         return params
 
     def init_encoding(self, key: jax.Array) -> tuple[Any, PositionSignal]:
-        """Returns fresh variables of the encoding, and its signal of the training grid; key: of the run."""
+        """Returns initial variables of the encoding, and its signal of the training grid; key: of the run."""
         positions_PLA = self.position_grid.positions(self.shape)[None]
         encoding: Any = self.encoding
         signal, variables = encoding.init_with_output(stream(key, "encoding"), positions_PLA, shape=self.shape)
@@ -154,11 +154,11 @@ class ModelSpec:
 
     @functools.cached_property
     def shapes(self) -> Params:
-        """Shapes and types of the parameters."""
+        """Shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
     def encode(self, params: Params, *arguments: Any, **options: Any) -> Any:
-        """Applies the encoding, or a method of it, with its parameters gathered where they are split for storage."""
+        """Returns what the encoding, or a method of it, computes; its parameters are gathered if they are sharded."""
         encoding = all_gather_params(params["encoding"], "encoding")
         return self.encoding.apply({"params": encoding}, *arguments, **options)
 
@@ -167,17 +167,21 @@ class ModelSpec:
         return self.encode(params, positions_PLA, shape=shape)
 
     def logits(self, params: Params, inputs: jax.Array) -> jax.Array:
-        """Returns logits, float32: [B, L, V] of tokens int32[B, L], [B, V] of images float32[B, sides..., C].
+        """Returns the logits of inputs whose positions start at the origin, without dropout.
 
         Args:
-          inputs: at the origin; sizes may be symbolic (`jax.export`).
+          params: {"encoding": ..., "model": ...}.
+          inputs: tokens int32[B, L] or images float32[B, sides..., C]; sizes may be symbolic (`jax.export`).
+
+        Returns:
+          float32[B, L, V] for tokens, [B, V] for images.
         """
         shape = self.grid_of(inputs.shape)
         signal = self.signal(params, self.position_grid.positions(shape)[None], shape)
         return self.network.apply({"params": params["model"]}, inputs, signal)
 
     def with_precomputed_table(self, max_grid: Shape) -> "ModelSpec":
-        """Returns this model as an export serves it: positions below `max_grid` alone, their vectors read from a table."""
+        """Returns the model of an export: windows or grids up to `max_grid`, with vectors from a table."""
         encoding = (
             self.encoding.with_precomputed_table(*self.position_grid.table_shape(max_grid))
             if self.has_vectors
@@ -187,16 +191,17 @@ class ModelSpec:
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
-    """Returns the key of a named stream, the same in every process and version."""
+    """Returns the key of a named random stream, the same in every process and version."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 def dropout_key(key: jax.Array, random_bits: str) -> jax.Array:
-    """Returns the key from which masks are drawn, given one of threefry, uint32[2].
+    """Returns the key of dropout masks.
 
     Args:
+      key: of threefry, uint32[2].
       random_bits: "threefry" (the key itself), or "rbg": bits of the device's own generator, which differ between kinds of
-        devices; keys are split and folded as before.
+        devices; keys are split and folded in as with threefry.
     """
     if random_bits != "rbg":
         return key
@@ -204,16 +209,19 @@ def dropout_key(key: jax.Array, random_bits: str) -> jax.Array:
 
 
 def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool) -> dict[str, float]:
-    """Returns the floating-point operations that the network's matrix products need, the encoding's left out.
+    """Returns the floating-point operations of the network's matrix products, without the encoding's.
 
     Per token: 2 for each weight of a block (12 D^2 with an MLP of 4 D, D H of gates) and of the logits (D V), and 4 L D in
     each block for attention to all L keys. A training step needs three times as many: forward, and twice that backward.
 
     Args:
-      tokens: read in all, as examples of the training size.
+      config: of the model.
+      vocabulary: classes of the logits.
+      tokens: processed in all, in examples of the training size.
+      training: whether gradients are computed as well.
 
     Returns:
-      By the name of the utilisation that they make: "mfu" counts half of the attention where it is causal, as MaxText does
+      By the name of the utilisation computed from it: "mfu" counts half of the attention where it is causal, as MaxText does
       since 2025; "mfu_full_attention" counts all of it, as PaLM (arXiv 2204.02311, appendix B) and most reports before.
       For images, which are not causal, both are the same.
     """
@@ -236,17 +244,15 @@ def check_encoding(config: Config) -> None:
 
 
 def position_grid_of(config: Config) -> PositionGrid:
-    """Returns where the places of a config's windows and grids stand."""
-    interpolated_sides = (0,) * (len(config.grid) - 2) + config.grid[
-        -2:
-    ]  # a longer clip goes on, a larger frame is read between
-    return PositionGrid(
-        config.encoding.position_resolution, interpolated_sides if config.encoding.resize == "interpolate" else ()
-    )
+    """Returns the positions of a config's windows and grids."""
+    resolution, grid = config.encoding.position_resolution, config.grid
+    if config.encoding.resize == "extrapolate":
+        return PositionGrid(resolution)
+    return PositionGrid(resolution, (0,) * (len(grid) - 2) + grid[-2:])  # frames of a video are never interpolated
 
 
 def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
-    """Returns the network that a config names."""
+    """The network of a config."""
     model, encoding = config.model, config.encoding
     transformer = TransformerConfig(
         layers=model.layers,
