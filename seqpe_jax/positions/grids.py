@@ -84,7 +84,7 @@ class PositionGrid:
         training_side = self._training_side(axis)
         if not training_side:
             return (index * self.position_resolution).astype(jnp.int32)
-        if len(self.interpolated_sides) == 1:  # a shorter text is not stretched
+        if len(self.interpolated_sides) == 1:  # a shorter text is not interpolated
             side = jax.core.max_dim(side, training_side)
         return _scale(2 * index + 1, training_side * self.position_resolution, 2 * side).astype(jnp.int32)
 

@@ -55,7 +55,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
     Raises:
       InputError: config, data, folder or checkpoints do not fit; nothing is written then.
       Preempted: a signal came; the state is saved.
-      NonFiniteError, SaveError: the run cannot continue; earlier checkpoints are kept.
+      NonFiniteError, SaveError: the run cannot continue; earlier checkpoints remain.
     """
     run = RunDir(workdir)
 
@@ -275,10 +275,9 @@ def _check_space(trainer: Trainer, run: RunDir, saved: int | None) -> None:
         return
     count = 1  # a resumed run has the other ones already
     if saved is None:
-        kept = config.checkpoint.keep + bool(config.checkpoint.best)
-        count = min(
-            kept + 1, math.ceil(config.steps / config.checkpoint.every)
-        )  # an old one goes after a new one is done
+        # A new checkpoint is finished before an old one is removed.
+        max_checkpoints = config.checkpoint.keep + bool(config.checkpoint.best) + 1
+        count = min(max_checkpoints, math.ceil(config.steps / config.checkpoint.every))
     check_space(run, checkpoint_bytes(trainer.abstract_state), count)
 
 

@@ -1,4 +1,4 @@
-"""Schedules, clipping apart, and what weight decay touches."""
+"""Learning-rate schedules, separate clipping, and parameters with weight decay."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ def test_schedules(schedule, middle, end):
     assert rate(60) == pytest.approx(middle if schedule != "linear" else 0.55)
 
 
-def test_the_rate_is_stable_until_its_decay():
+def test_wsd_is_constant_until_its_decay():
     settings = OptimizerConfig(
         learning_rate=1.0, end_learning_rate=0.2, warmup_steps=10, schedule="wsd", decay_steps=20
     )
@@ -44,7 +44,7 @@ def tree(encoder, encoder_bias, qk_map, embedding, dense):
     }
 
 
-def test_model_and_encoder_are_clipped_apart():
+def test_model_and_encoder_are_clipped_separately():
     params = tree(1.0, 1.0, 1.0, 1.0, 1.0)
     grads = tree(1e3, 0.0, 1e-3, 0.0, 1e-3)
     optimizer = make_optimizer(OptimizerConfig(clip=1.0, schedule="constant"), 10)

@@ -1,4 +1,4 @@
-"""The train step: accumulation, meshes and the three terms."""
+"""The compiled train step: equal on meshes, with accumulation, remat and a loop over layers; its three loss terms."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ from tests.tiny import random_params, tiny_config, tokens
 pytestmark = pytest.mark.slow
 
 STEPS = 3
-# Without dropout; a large epsilon keeps Adam from amplifying the rounding of gradients that are zero.
-STILL = {"model__dropout": 0.0, "encoding__dropout": 0.0, "optimizer__epsilon": 1e-3}
+# A large epsilon keeps Adam from amplifying the rounding of gradients that are zero.
+WITHOUT_DROPOUT = {"model__dropout": 0.0, "encoding__dropout": 0.0, "optimizer__epsilon": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """A few steps of a run."""
+    """Losses and states of a few steps, and their program."""
 
     parts: Trainer
     losses: np.ndarray
@@ -41,13 +41,13 @@ class Steps:
 
 
 def run(settings, devices, start=None):
-    """Takes a few steps from a given state, or from the run's own."""
+    """Takes a few steps from a state, or from step 0."""
     parts = Trainer.of(settings, devices)
     if start is None:
         state = parts.init_state()
-    else:  # compiling what makes a state takes a third of all
+    else:  # compiling the initialization takes a third of the time
         state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), start, parts.abstract_state)
-    before, losses = jax.tree.map(np.array, state), []  # a copy: a step takes its state
+    before, losses = jax.tree.map(np.array, state), []  # a copy: a step donates its state
     traced = parts.train_step().trace(state, batch_of(parts, 0))
     compiled = traced.lower().compile()
     for n in range(STEPS):
@@ -66,19 +66,21 @@ def batch_of(parts, n):
 
 
 @pytest.fixture(scope="module")
-def moving():
-    """Two sets of windows, half of the steps shifted, both losses on; the first encoder layer computes every digit."""
-    return tiny_config(objective__shift__rate=0.5, objective__shift__sets=2, batch_size=16, encoding__layers=2, **STILL)
+def with_offsets():
+    """Two sets of windows, a random offset in half of the steps, both position losses, two encoder layers."""
+    return tiny_config(
+        objective__shift__rate=0.5, objective__shift__sets=2, batch_size=16, encoding__layers=2, **WITHOUT_DROPOUT
+    )
 
 
 @pytest.fixture(scope="module")
-def single(moving):
-    return run(moving, jax.devices()[:1])
+def single(with_offsets):
+    return run(with_offsets, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def images():
-    """The same of images; two layers, a loop over them."""
+    """The same on images, with a loop over two layers."""
     shift = {"objective__shift__rate": 0.5, "objective__shift__sets": 2}
     fields = {"model__width": 24, "model__scan": True, "optimizer__epsilon": 1e-3, "encoding__share_prefixes": False}
     return vit_config(batch_size=16, **fields, **shift)
@@ -90,7 +92,7 @@ def single_images(images):
 
 
 def check_mesh(settings, expected, sizes, start=None):
-    """Three steps on a mesh equal those of one device, and their arrays lie as the mesh says."""
+    """Checks that steps on a mesh equal those of one device, and that parameters and moments are sharded."""
     sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
     settings = dataclasses.replace(settings, mesh=config.MeshConfig(**sizes))
     found = run(settings, jax.devices(), start)
@@ -120,44 +122,36 @@ def count_rows(settings):
     "sizes",
     [
         {"data": 8},
-        {"fsdp": 8},
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"data": 2, "context": 4},
     ],
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
-def test_meshes_equal_one_device(moving, single, sizes, monkeypatch):
+def test_meshes_equal_one_device(with_offsets, single, sizes, monkeypatch):
     levels, build_trie = [], digit_encoder.build_trie
     noted = lambda digits, base, sizes: levels.append(sizes) or build_trie(digits, base, sizes)  # noqa: E731
     monkeypatch.setattr(digit_encoder, "build_trie", noted)
     if "tensor" in sizes:
-        monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)  # else eight rows to a device share too little
-    # The first state is drawn by the mesh itself where most is split.
-    program = check_mesh(moving, single, sizes, None if "tensor" in sizes else single.before)
-    rows, places = count_rows(moving), 4  # three digits, and CLS; hidden units of the encoder: 96
+        monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)  # eight rows per device share too few prefixes
+    # On one mesh, the initialization is sharded as well.
+    program = check_mesh(with_offsets, single, sizes, None if "tensor" in sizes else single.before)
+    rows, places = count_rows(with_offsets), 4  # three digits, and CLS; hidden units of the encoder: 96
     assert f"f32[{rows},{places},96]" not in program and f"f32[{rows},96]" not in program
-    if "tensor" in sizes:  # each device has a tree of its own rows
+    if "tensor" in sizes:  # each device has a trie of its own rows
         assert levels[-1][-1] == rows // 8 and f"f32[{sum(levels[-1]) + levels[-1][-1]},96]" in program
     else:
         assert not levels and f"f32[{rows // 8},{places},96]" in program
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"fsdp": 2, "context": 2, "tensor": 2},
-        {"data": 2, "context": 4},
-    ],
-    ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
-)
-def test_meshes_equal_one_device_on_images(images, single_images, sizes):
+def test_a_mesh_equals_one_device_on_images(images, single_images):
+    sizes = {"fsdp": 2, "context": 2, "tensor": 2}
     program = check_mesh(images, single_images, sizes, single_images.before)
     rows, places = count_rows(images), 7  # three digits for each coordinate, and CLS
     assert f"f32[{rows // 8},{places},16]" in program and f"f32[{rows},{places},16]" not in program
 
 
-def test_one_compilation_serves_moved_and_other_steps(single):
-    """A moved step has no distillation, and another has."""
+def test_one_compilation_serves_perturbed_and_other_steps(single):
+    """A perturbed step has no distillation loss."""
     step, state, seen = single.parts.train_step(), jax.tree.map(jnp.copy, single.after), {}
     for n in range(STEPS, STEPS + 8):
         state, metrics = step(state, batch_of(single.parts, n))
@@ -168,9 +162,9 @@ def test_one_compilation_serves_moved_and_other_steps(single):
 
 
 def test_a_loop_over_layers_equals_the_plain_step():
-    """Each layer reads a signal of its own; the terms, which read no layer, are off."""
+    """Each layer has its own signal; the position losses, which use no layer, are off."""
     off = {"objective__contrastive__weight": 0.0, "objective__distillation__weight": 0.0}
-    plain = tiny_config(model__layers=3, **off, **STILL)
+    plain = tiny_config(model__layers=3, **off, **WITHOUT_DROPOUT)
     assert plain.encoding.qk == "multi"
     looped = dataclasses.replace(plain, model=dataclasses.replace(plain.model, scan=True, remat="dots"))
     one, two = Trainer.of(plain, jax.devices()[:1]), Trainer.of(looped, jax.devices()[:1])
@@ -186,24 +180,24 @@ def test_a_loop_over_layers_equals_the_plain_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0][0].params, params)
 
 
-def test_accumulation_equals_the_plain_step(moving, single):
-    parted = dataclasses.replace(moving, optimizer=dataclasses.replace(moving.optimizer, accumulate=2))
-    assert moving.optimizer.accumulate != parted.optimizer.accumulate
+def test_accumulation_equals_the_plain_step(with_offsets, single):
+    parted = dataclasses.replace(with_offsets, optimizer=dataclasses.replace(with_offsets.optimizer, accumulate=2))
+    assert with_offsets.optimizer.accumulate != parted.optimizer.accumulate
     found = run(parted, jax.devices()[:1], single.before)
     np.testing.assert_allclose(single.losses, found.losses, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), single.params, found.params)
 
 
-def test_remat_equals_the_plain_step(moving, single):
-    remat = dataclasses.replace(moving, model=dataclasses.replace(moving.model, remat="full"))
+def test_remat_equals_the_plain_step(with_offsets, single):
+    remat = dataclasses.replace(with_offsets, model=dataclasses.replace(with_offsets.model, remat="full"))
     found = run(remat, jax.devices()[:1], single.before)
     assert "remat" not in single.traced and ("remat" in found.traced or "checkpoint" in found.traced)
     np.testing.assert_allclose(single.losses, found.losses, atol=1e-5)
 
 
-def test_bfloat16_arithmetic_follows_the_plain_step(moving, single):
-    """Parameters, optimiser state and loss stay float32; eight bits of the arithmetic stay."""
-    half = dataclasses.replace(moving, precision=dataclasses.replace(moving.precision, compute="bfloat16"))
+def test_bfloat16_arithmetic_follows_the_plain_step(with_offsets, single):
+    """Parameters, optimizer state and loss are float32; arithmetic has eight bits."""
+    half = dataclasses.replace(with_offsets, precision=dataclasses.replace(with_offsets.precision, compute="bfloat16"))
     found = run(half, jax.devices()[:1], single.before)
     assert "bf16[" in found.compiled.as_text() and "bf16[" not in single.compiled.as_text()
     floats = [leaf.dtype for leaf in jax.tree.leaves(found.after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -216,11 +210,11 @@ def test_bfloat16_arithmetic_follows_the_plain_step(moving, single):
 
 @functools.cache
 def gradients(contrastive, distillation):
-    """The gradients of the first step and of one when the terms have their whole weight."""
+    """Gradients of the first step, and of a step after the warm-up of the terms."""
     terms = {"contrastive": contrastive, "distillation": distillation}
     fields = {f"objective__{name}__weight": weight for name, weight in terms.items()}
     fields |= {f"objective__{name}__warmup_steps": 10**9 for name in terms}
-    settings = tiny_config(**fields, **STILL)
+    settings = tiny_config(**fields, **WITHOUT_DROPOUT)
     parts = Trainer.of(settings, jax.devices()[:1])
     params = random_params(parts, 0.1)
     loss = lambda p, step: parts.train_loss.loss(p, tokens(settings), jax.random.PRNGKey(1), step)[0]  # noqa: E731

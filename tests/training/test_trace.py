@@ -1,4 +1,4 @@
-"""Twenty optimiser steps of the PyTorch reference, through the real train step with the reference's positions."""
+"""Golden test: twenty optimizer steps of the PyTorch reference with its positions, through the real train step."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a config's fields ask of each other is told before any data are read; what runs may begin with."""
+"""Trainer: configs that contradict themselves, warm starts, initialization and its key."""
 
 import json
 import types
@@ -44,7 +44,7 @@ ROTARY = {"encoding__mode": "rotary", "encoding__qk": "none", "objective__contra
         ),
     ],
 )
-def test_what_an_encoding_cannot_be_is_told_before_data_are_read(fields, words, monkeypatch):
+def test_an_impossible_encoding_is_refused_before_data_are_read(fields, words, monkeypatch):
     monkeypatch.setattr(LanguageModeling, "__init__", lambda *_: pytest.fail("data were read"))
     settings = tiny_config(**fields)
     for act in (check_encoding, Trainer.of):
@@ -53,7 +53,7 @@ def test_what_an_encoding_cannot_be_is_told_before_data_are_read(fields, words, 
         assert "\n" not in str(caught.value)
 
 
-def test_a_pair_for_each_axis_is_asked_for():
+def test_rotary_pairs_need_one_pair_per_axis():
     with pytest.raises(InputError, match="encoding.rotary_pairs=1 must lie between the 2 axes and the 4 pairs"):
         check_encoding(vit_config(encoding__rotary_pairs=1))
     with pytest.raises(
@@ -63,7 +63,7 @@ def test_a_pair_for_each_axis_is_asked_for():
 
 
 def written(folder, settings, **encoding):
-    """A folder with the config of a run; fields of its encoding changed, or with None left out."""
+    """Returns a folder with the config of a run; fields of its encoding are changed, or with None removed."""
     values = json.loads(json.dumps(config.to_dict(settings)))
     values["encoding"] |= encoding
     values["encoding"] = {name: value for name, value in values["encoding"].items() if value is not None}
@@ -82,16 +82,16 @@ def written(folder, settings, **encoding):
         ("rotary_heads", 1),
     ],
 )
-def test_parameters_of_another_encoding_are_not_begun_with(tmp_path, field, value):
-    turned = PAIRS if field == "rotary_heads" else {}  # which there are none of without pairs
-    fields = turned | {f"encoding__{field}": value}
+def test_a_warm_start_refuses_parameters_of_another_encoding(tmp_path, field, value):
+    pairs = PAIRS if field == "rotary_heads" else {}  # rotary heads need pairs
+    fields = pairs | {f"encoding__{field}": value}
     run = Trainer.of(tiny_config(eval__lengths=(), **fields), jax.devices()[:1])
-    source = written(tmp_path, tiny_config(**turned))
+    source = written(tmp_path, tiny_config(**pairs))
     with pytest.raises(InputError, match=f"encoding.{field}: .* -> {value}"):
         check_source(run.config, run.task, source)
 
 
-def test_what_may_be_chosen_anew_and_what_nothing_reads_does_not_keep_a_run_from_beginning(tmp_path):
+def test_a_warm_start_ignores_free_and_unused_fields(tmp_path):
     run = Trainer.of(tiny_config(encoding__log_scaling=True), jax.devices()[:1])
     check_source(run.config, run.task, written(tmp_path / "new", tiny_config()))
     check_source(
@@ -107,7 +107,7 @@ def test_what_may_be_chosen_anew_and_what_nothing_reads_does_not_keep_a_run_from
         )
 
 
-def test_lengths_that_follow_the_window_are_those_of_the_parameters(tmp_path):
+def test_a_warm_start_compares_resolved_lengths(tmp_path):
     run = Trainer.of(tiny_config(variant="t5"), jax.devices()[:1])
     check_source(run.config, run.task, written(tmp_path / "same", tiny_config(variant="t5")))
     longer = written(tmp_path / "longer", tiny_config(variant="t5", data__length=256, eval__lengths=(256,)))
@@ -115,7 +115,7 @@ def test_lengths_that_follow_the_window_are_those_of_the_parameters(tmp_path):
         check_source(run.config, run.task, longer)
 
 
-def test_a_run_keeps_parameters_within_their_bounds(monkeypatch):
+def test_the_step_projects_parameters_into_their_bounds(monkeypatch):
     given = {}
     monkeypatch.setattr(trainer, "make_train_step", lambda *_, **options: given.update(options) or (lambda *_: None))
     run = Trainer.of(tiny_config(variant="kerple", encoding__log_scaling=True), jax.devices()[:1])
@@ -126,16 +126,16 @@ def test_a_run_keeps_parameters_within_their_bounds(monkeypatch):
     assert found["model"] is params["model"]
 
 
-def test_the_drawing_of_a_state_is_traced_once(monkeypatch):
-    """For its shapes and for itself: tracing takes longer than drawing."""
+def test_the_initialization_is_traced_once(monkeypatch):
+    """For shapes and values together: tracing takes longer than computing."""
     traced, create = [], trainer.create_train_state
     monkeypatch.setattr(trainer, "create_train_state", lambda *arguments: traced.append(1) or create(*arguments))
     state = Trainer.of(tiny_config()).init_state()
     assert traced == [1] and int(state.step) == 0
 
 
-def test_seeds_that_share_their_last_32_bits_have_keys_of_their_own():
-    """Smaller seeds keep the key that JAX gives, with which stored runs began."""
+def test_seeds_beyond_32_bits_have_distinct_keys():
+    """Smaller seeds have the key of `jax.random.PRNGKey`, as in stored runs."""
 
     def key_from_seed(seed):
         model_spec = types.SimpleNamespace(init=lambda key: {"drawn": jax.random.bits(key)})
