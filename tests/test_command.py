@@ -206,7 +206,7 @@ def test_a_wrong_option_gets_one_line(commands, tmp_path, argument, words):
 @pytest.mark.parametrize(
     "option, some, others",
     [
-        ("--help=encoding", ["--config.encoding.theta=10000.0"], ["--config.model.layers", "--config.seed"]),
+        ("--help=encoding", ["--config.encoding.theta=10000.0", "[t5]"], ["--config.model.layers", "--config.seed"]),
         (
             "--helpfull",
             ["--config.seed=0", "--config.model.tied=True", "--config.objective.contrastive.space=vectors"],

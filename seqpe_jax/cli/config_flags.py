@@ -105,7 +105,9 @@ def help_on_fields(section: str = "") -> str:
     lines = []
     for name, field in chosen.items():
         lines.append(f"  --config.{name}={_format_default(field.default)}  ({_format_type(field)})")
-        lines += [f"      {field.doc}"] if field.doc else []
+        kinds = config.kinds_with(name.removeprefix("encoding.")) if name.startswith("encoding.") else []
+        owners = f" [{', '.join(kinds)}]" if 0 < len(kinds) < len(config.ENCODINGS) else ""
+        lines.append(f"      {field.doc}{owners}")
     return "\n".join(lines)
 
 

@@ -144,8 +144,8 @@ def _check_resolution(
         )
         digits = config.encoding.fraction_digits
         raise InputError(
-            f"{source} {wanted} is read between the positions of training (encoding.resize='interpolate'), which "
-            f"encoding.fraction_digits={digits} distinguishes up to a size of {largest}: "
+            f"{source} {wanted} is read between the positions of training (encoding.resize='interpolate'), of "
+            f"which encoding.fraction_digits={digits} distinguishes so few that the largest size possible is {largest}: "
             f"raise encoding.fraction_digits or lower {source}"
         )
 

@@ -1,4 +1,4 @@
-"""Every config parses with every variant, tells its command, and takes two shrunken steps."""
+"""Every config parses with every variant, shows its command, and takes two steps of a small model."""
 
 import functools
 import importlib.util
@@ -31,25 +31,20 @@ def page(path: pathlib.Path):
     return module
 
 
-KINDS = list(ENCODINGS)
-GRIDS = [path for path in CONFIGS if path.stem.endswith("_vit")]
-REFUSED = [(path, kind) for path in CONFIGS for kind in KINDS if kind not in kinds_for(2 if path in GRIDS else 1)]
-ALL = [(path, kind) for path in CONFIGS for kind in KINDS if (path, kind) not in REFUSED]
-ALL += [(path, name) for path in CONFIGS for name in config.GATED if path not in GRIDS]
+IMAGES = [path for path in CONFIGS if path.stem.endswith("_vit")]
 FORMS = {path: page(path).FORMS for path in CONFIGS if hasattr(page(path), "FORMS")}
-ALL += [(path, form) for path, forms in FORMS.items() for form in forms]
-# The fast lane takes the quickstart's pair. Baselines need no run on every config: a model is the same under each.
-# Those without parameters differ in positions alone, which no step changes; `none` stands for them.
-FAST = [("stdlib_lm", "seqpe"), ("stdlib_lm", "rotary")]
-BASELINES = {
-    "stdlib_lm": ("rotary", "learned", "none"),
-    "digits_vit": ("learned", "rotary_mixed"),
-}
-RUN = [
-    pytest.param(case, marks=() if (case[0].stem, case[1]) in FAST else pytest.mark.slow)
-    for case in ALL
-    if case[1].startswith("seqpe") or case[1] in BASELINES.get(case[0].stem, ())
+# One run of each config, and of the forms that draw positions between whole numbers; baselines differ from each other in
+# their encodings alone, which tests/encodings train: one of text and one of images stand for them.
+RUN = [(path, "seqpe") for path in CONFIGS] + [
+    (ROOT / "configs" / f"{name}.py", variant)
+    for name, variant in (
+        ("stdlib_lm", "rotary"),
+        ("digits_vit", "rotary_mixed"),
+        ("imagenet_vit", "seqpe_extended"),
+        ("wikitext103_gpt2", "seqpe_extended"),
+    )
 ]
+FAST = [("stdlib_lm", "seqpe"), ("stdlib_lm", "rotary")]
 
 # Sizes only: what a config computes stays its own.
 SHRUNKEN = {
@@ -95,34 +90,25 @@ def photos(root: pathlib.Path, classes: int = 2, each: int = 6) -> pathlib.Path:
     return root
 
 
-def name(case) -> str:
-    return f"{case[0].stem}:{case[1]}"
-
-
-@pytest.mark.parametrize("case", ALL, ids=name)
-def test_a_variant_parses(case):
-    path, kind = case
-    assert config.load(f"{path}:{kind}").encoding.name == FORMS.get(path, {}).get(kind, kind)
-
-
-@pytest.mark.parametrize("case", REFUSED, ids=name)
-def test_kinds_of_texts_are_refused_on_grids_and_those_of_grids_on_texts(case):
-    path, kind = case
-    what = "is for text, .* axes" if path in GRIDS else "is for images, .* one axis"
-    with pytest.raises(InputError, match=f"encoding.kind='{kind}' {what}: choose one of seqpe"):
-        config.load(f"{path}:{kind}")
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_page_tells_its_command(path):
+def test_every_variant_of_a_config_parses(path):
+    """Encodings of text are refused for images, and those of images for text."""
     assert f"python -m seqpe_jax.train --config=configs/{path.name}" in page(path).__doc__
     assert config.load(str(path)) == config.parse(page(path).get_config())
+    supported, forms = kinds_for(2 if path in IMAGES else 1), FORMS.get(path, {})
+    variants = dict.fromkeys(supported) | ({} if path in IMAGES else dict.fromkeys(config.GATED)) | forms
+    for variant in variants:
+        assert config.load(f"{path}:{variant}").encoding.name == forms.get(variant, variant)
+    reason = "is for text, .* axes" if path in IMAGES else "is for images, .* one axis"
+    for kind in ENCODINGS.keys() - set(supported):
+        with pytest.raises(InputError, match=f"encoding.kind='{kind}' {reason}: choose one of seqpe"):
+            config.load(f"{path}:{kind}")
 
 
 # The numbers of the authors' scripts, over all devices (4, or 8 with half as much on each).
 # Source: github.com/ghrua/seqpe, text_seqpe/runs/ours_gpt2_wt103.sh and ours_gpt2_qa.sh over the defaults of train.py and
 # qa_sft.py; image_seqpe/runs/ours_vit.sh over config.py. Not in this table: their shifted windows begin at 320 starts (160
-# for questions), those of the pages anywhere; and colour jitter, which their library leaves out beside RandAugment.
+# for questions), those of the pages anywhere; and color jitter, which their library leaves out with RandAugment.
 ENCODER = {
     "encoding.layers": 2,
     "encoding.direction": "causal",
@@ -301,37 +287,44 @@ def test_the_papers_pages_are_the_authors_scripts(page):
             config.check_positions(settings, 100_001, "--lengths")
 
 
-@pytest.mark.parametrize("case", RUN, ids=name)
-def test_a_variant_takes_two_steps(case, tmp_path, monkeypatch):
-    path, kind = case
-    on_one = functools.partial(Trainer.of, devices=jax.devices()[:1])  # compiles sooner than for eight
-    monkeypatch.setattr(Trainer, "of", on_one)
+@pytest.mark.parametrize(
+    "path, variant",
+    [
+        pytest.param(
+            *case, marks=() if (case[0].stem, case[1]) in FAST else pytest.mark.slow, id=f"{case[0].stem}:{case[1]}"
+        )
+        for case in RUN
+    ],
+)
+def test_a_variant_takes_two_steps(path, variant, tmp_path, monkeypatch):
+    on_one_device = functools.partial(Trainer.of, devices=jax.devices()[:1])  # compiles sooner than for eight
+    monkeypatch.setattr(Trainer, "of", on_one_device)
     monkeypatch.setenv("SEQPE_JAX_CACHE", str(tmp_path / "cache"))
-    values = SHRUNKEN | (SHRUNKEN_SEQPE if kind.startswith("seqpe") else {})
-    encoding = config.load(f"{path}:{kind}").encoding
-    values |= {"objective.shift.sets": min(8, config.load(f"{path}:{kind}").objective.shift.sets)}
-    if encoding.position_heads:  # of the two there are here
+    shipped = config.load(f"{path}:{variant}")
+    has_vectors = shipped.encoding.HAS_VECTORS
+    values = SHRUNKEN | (SHRUNKEN_SEQPE if has_vectors else {})
+    values |= {"objective.shift.sets": min(8, shipped.objective.shift.sets)}
+    if shipped.encoding.position_heads:
         values |= {"encoding.position_heads": 1, "objective.contrastive.head_scales": (4.0,)}
-    axes = len(config.load(f"{path}:{kind}").grid)  # each has a pair at least
-    least = {"rotary_heads": 1, "rotary_pairs": axes}
-    values |= {f"encoding.{name}": count for name, count in least.items() if getattr(encoding, name)}
-    if config.load(f"{path}:{kind}").is_image:
+    least = {"rotary_heads": 1, "rotary_pairs": len(shipped.grid)}  # each axis has a pair at least
+    values |= {f"encoding.{name}": count for name, count in least.items() if getattr(shipped.encoding, name)}
+    if shipped.is_image:
         values = {name: value for name, value in values.items() if name not in OF_TEXT} | {"eval.sizes": ()}
         if path.stem == "imagenet_vit":
             values |= {"data.name": "image_folder", "data.paths": (str(photos(tmp_path / "photos")),)}
-    elif config.load(f"{path}:{kind}").is_qa:
+    elif shipped.is_qa:
         lines = [json.dumps({"index": at, "input": f"ask {at}:", "outputs": [f"no {at}"]}) for at in range(40)]
-        (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
-        values |= {"data.name": "qa_jsonl", "data.paths": (str(tmp_path / "asked.jsonl"),)}
+        (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+        values |= {"data.name": "qa_jsonl", "data.paths": (str(tmp_path / "questions.jsonl"),)}
     else:
         (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 60)
         values |= {"data.name": "text_files", "data.paths": (str(tmp_path / "text.txt"),)}
-    train(config.load(f"{path}:{kind}", values), tmp_path / "run")
+    train(config.load(f"{path}:{variant}", values), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["train/loss"]) and line["train/loss"] < 7 for line in lines)
     terms = {key.removeprefix("train/term/") for key in lines[0] if key.startswith("train/term/")}
-    assert terms == ({"task", "contrastive", "distillation"} if kind.startswith("seqpe") else {"task"})
+    assert terms == ({"task", "contrastive", "distillation"} if has_vectors else {"task"})
 
 
 @pytest.mark.slow

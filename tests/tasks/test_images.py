@@ -1,4 +1,4 @@
-"""A run keeps the names of its classes, and labels mean these names wherever it goes on or is evaluated."""
+"""Class names are stored with a run, and give labels their meaning when it resumes or is evaluated."""
 
 import json
 
@@ -12,15 +12,15 @@ from seqpe_jax.tasks.image_classification import CLASS_NAMES_FILE, ImageClassifi
 from tests.inference.test_export import vit_config
 
 
-def pictures(root, *classes, split="train"):
-    """Writes a picture of each class; returns the root."""
+def write_images(root, *classes, split="train"):
+    """Writes an image of each class; returns the root."""
     for shade, name in enumerate(classes):
         (root / split / name).mkdir(parents=True)
         Image.fromarray(np.full((8, 8), 40 * shade, np.uint8)).save(root / split / name / "1.png")
     return root
 
 
-def images(root, run_dir="", **fields):
+def task_of(root, run_dir="", **fields):
     return ImageClassification(
         vit_config(data__name="image_folder", data__paths=(str(root),), **fields), run_dir=run_dir
     )
@@ -28,20 +28,20 @@ def images(root, run_dir="", **fields):
 
 def labels(data, split="train"):
     source = data.source(split)
-    return {name: source[place]["label"] for place, (name, *_) in enumerate(source.records.status)}
+    return {name: source[index]["label"] for index, (name, *_) in enumerate(source.records.status)}
 
 
 @pytest.fixture
 def run(tmp_path):
     """The folder of a run on ants, cats and dogs."""
     (tmp_path / "run").mkdir()
-    images(pictures(tmp_path / "photos", "ant", "cat", "dog")).save_assets(tmp_path / "run")
+    task_of(write_images(tmp_path / "photos", "ant", "cat", "dog")).save_assets(tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_names_are_kept_in_the_order_of_their_labels(run, tmp_path):
+def test_names_are_stored_in_the_order_of_their_labels(run, tmp_path):
     assert json.loads((run / CLASS_NAMES_FILE).read_text()) == ["ant", "cat", "dog"]
-    data = images(pictures(tmp_path / "others", "dog", "cat"), run)
+    data = task_of(write_images(tmp_path / "others", "dog", "cat"), run)
     assert labels(data) == {"cat/1.png": 1, "dog/1.png": 2}, "a class may be missing"
     assert data.data_spec.classes == 3 and "3 classes" in data.describe()
     data.check_assets(run)
@@ -54,50 +54,50 @@ def test_names_are_kept_in_the_order_of_their_labels(run, tmp_path):
     )
 
 
-def test_without_kept_names_labels_are_places_in_sorted_order(tmp_path):
+def test_without_stored_names_labels_are_indices_in_sorted_order(tmp_path):
     (tmp_path / "old").mkdir()
-    data = images(pictures(tmp_path / "photos", "dog", "cat"), tmp_path / "old")
+    data = task_of(write_images(tmp_path / "photos", "dog", "cat"), tmp_path / "old")
     data.check_assets(tmp_path / "old")
     assert labels(data) == {"cat/1.png": 0, "dog/1.png": 1} and data.class_names == ("cat", "dog")
 
 
 def test_a_class_that_the_run_does_not_know_is_refused_by_name(run, tmp_path):
     (tmp_path / "photos" / "train" / "cat").rename(tmp_path / "photos" / "train" / "zcat")
-    data = images(tmp_path / "photos", run)
+    data = task_of(tmp_path / "photos", run)
     with pytest.raises(
         InputError, match=f"has class zcat, unknown to the run of {run}, whose classes are ant, cat, dog"
     ):
         data.check_eval_size((8, 8), "train")
 
 
-def test_other_classes_than_those_kept_are_refused(run, tmp_path):
+def test_other_classes_than_the_stored_ones_are_refused(run, tmp_path):
     with pytest.raises(InputError, match=rf"label 1 is 'cow' in the data, but 'cat' in the run of {run} \(its clas"):
-        images(pictures(tmp_path / "one", "ant", "cow", "dog")).check_assets(run)
+        task_of(write_images(tmp_path / "one", "ant", "cow", "dog")).check_assets(run)
     with pytest.raises(InputError, match="label 2 is 'no class' in the data, but 'dog' in the run"):
-        images(pictures(tmp_path / "two", "ant", "cat")).check_assets(run)
+        task_of(write_images(tmp_path / "two", "ant", "cat")).check_assets(run)
     with pytest.raises(InputError, match="model.classes=2 is less than the 3 classes of the run of .*: set it to 3"):
-        images(tmp_path / "photos", run, model__classes=2)
-    assert images(tmp_path / "photos", run, model__classes=5).data_spec.classes == 5
+        task_of(tmp_path / "photos", run, model__classes=2)
+    assert task_of(tmp_path / "photos", run, model__classes=5).data_spec.classes == 5
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '["ant", 1]'])
 def test_damaged_names_are_refused(run, tmp_path, content):
     (run / CLASS_NAMES_FILE).write_text(content)
     with pytest.raises(InputError, match=r"classes.json .*: put back the file that the run wrote"):
-        images(tmp_path / "photos", run)
+        task_of(tmp_path / "photos", run)
 
 
-def test_names_of_any_bytes_are_kept(tmp_path):
-    data = images(pictures(tmp_path / "photos", "caf\udce9", "ü"))
+def test_names_may_be_any_bytes(tmp_path):
+    data = task_of(write_images(tmp_path / "photos", "caf\udce9", "ü"))
     data.save_assets(tmp_path)
-    assert images(tmp_path / "photos", tmp_path).class_names == data.class_names == ("caf\udce9", "ü")
+    assert task_of(tmp_path / "photos", tmp_path).class_names == data.class_names == ("caf\udce9", "ü")
 
 
 def test_digits_go_by_name_too(run, tmp_path):
     (tmp_path / "digits").mkdir()
     digits = vit_config(data__cache_dir=str(tmp_path / "cache"))
     ImageClassification(digits).save_assets(tmp_path / "digits")
-    drawn = images(pictures(tmp_path / "drawn", "7", "3"), tmp_path / "digits")
+    drawn = task_of(write_images(tmp_path / "drawn", "7", "3"), tmp_path / "digits")
     assert labels(drawn) == {"3/1.png": 3, "7/1.png": 7} and drawn.data_spec.classes == 10
     with pytest.raises(InputError, match="digit_images/train has classes 0, 1, .*, unknown to the run of"):
         ImageClassification(config.from_dict(config.to_dict(digits)), run_dir=run).source("train")

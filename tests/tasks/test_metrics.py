@@ -34,7 +34,7 @@ def test_contains(hypothesis, golds, expected):
     assert metrics.contains(hypothesis, golds) == expected
 
 
-def test_normalise_as_squad():
+def test_normalization_is_that_of_squad():
     assert metrics.normalize_answer("  The Cat's  (a) hat,\tan—other ") == "cats hat —other"
     assert metrics.normalize_answer("theatre another a.n") == "theatre another"
     assert metrics.normalize_answer("the a an !?") == ""
@@ -85,7 +85,7 @@ def test_code_is_compared_as_it_is_written(hypothesis, gold, strict):
 
 
 def test_each_data_set_has_the_scores_of_its_answers():
-    """SQuAD's normalisation is for SQuAD's prose; of a user's own questions both exact matches are told."""
+    """SQuAD's normalisation is for SQuAD's prose; of a user's own questions both exact matches are reported."""
     assert metrics.answer_metrics("stdlib_qa") == ("contains", "exact_match_strict")
     assert metrics.answer_metrics("squad_long") == ("contains", "exact_match", "f1")
     assert metrics.answer_metrics("qa_jsonl") == metrics.METRICS == tuple(metrics.SCORES)
@@ -133,11 +133,11 @@ def test_score_by_distance_to_the_answer():
     near = record(0.0, "5") | {"input": "z = 5\n\nx = 5\n\nx =", "passage": 7}  # of bytes: "5\n\nx ="
     far = record(0.0, "yes", "7") | {"input": "a = 7" + " " * 60 + "a =", "passage": 0}
     unknown = record(None, "q") | {"input": "q", "passage": None}
-    elsewhere = record(0.0, "7") | {"input": "7 x", "passage": 1}
-    records = [near, far, unknown, elsewhere, near]
-    away = metrics.answer_distances(records, len)
-    assert away == [6, 64, None, None, 6]
-    found = metrics.score_answers(records, ["5", "no", "q", "7", "no"], distances=away)["distance"]
+    in_another_passage = record(0.0, "7") | {"input": "7 x", "passage": 1}
+    records = [near, far, unknown, in_another_passage, near]
+    distances = metrics.answer_distances(records, len)
+    assert distances == [6, 64, None, None, 6]
+    found = metrics.score_answers(records, ["5", "no", "q", "7", "no"], distances=distances)["distance"]
     assert [(part["from"], part["to"], part["examples"], part["contains"]) for part in found] == [
         (0, 32, 2, 50.0),
         (32, 64, 0, None),
@@ -200,7 +200,7 @@ def test_heat_map():
         {"extent": length, "label": str(length)} | metrics.score_answers(records, hypotheses)
         for length, hypotheses in ((512, ["x", "x", "", ""]), (256, ["x"] * 4))
     ]
-    run = types.SimpleNamespace(name="seqpe", results=results, training={"extent": 256, "label": "256"})
+    run = types.SimpleNamespace(name="seqpe", results=results, training_size={"extent": 256, "label": "256"})
     plot = plots.answer_depth(run)
     assert len(plot.png()) > 5000 and plot.alt.endswith("256 tokens: 100, -, 100, -, 100; 512 tokens: 100, -, 0, -, 0.")
     run.results = [{"extent": 1, "label": "1", "contains": 1.0}]

@@ -1,4 +1,4 @@
-"""What the evaluation of a run on questions tells, of answers that no model had to give."""
+"""Evaluation of question answering, with answers that no model generated."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from tests.tiny import tiny_config
 
 
 def test_every_length_asks_the_same_questions(tmp_path):
-    """Those that fit the shortest of the lengths; another choice of lengths may ask more."""
+    """Those that fit into the shortest of the lengths; another choice of lengths may ask more."""
     content = squad(*range(30))
     for paragraph in content["data"][13]["paragraphs"]:  # of the test split
         paragraph["context"] += " It rains there."
@@ -46,7 +46,7 @@ def test_every_length_asks_the_same_questions(tmp_path):
 
 
 def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
-    """Where positions depend on its length, whatever eval.new_tokens is; others read no window."""
+    """If positions depend on its length, whatever eval.new_tokens is; other encodings have no such window."""
     path = written(tmp_path / "one.json", squad(*range(30)))
     for kind, length, window in (
         ("learned", 512, 512),
@@ -67,8 +67,8 @@ def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
         )
         asked, options = QuestionAnswering(settings), []
 
-        def generate(prompts, *_, options=options, **given):
-            options.append({name: given[name] for name in ("window", "cut")})
+        def generate(prompts, *_, options=options, **arguments):
+            options.append({name: arguments[name] for name in ("window", "cut")})
             return [types.SimpleNamespace(content=[])] * len(prompts)
 
         ask = EvalContext(
@@ -79,8 +79,8 @@ def test_answers_read_the_window_of_the_evaluated_length(tmp_path):
         assert asked.positions_at((length,)) == (length if window else length + 40,)
 
 
-def test_answers_are_told_by_their_distance(tmp_path):
-    """Whoever knows each year finds all answers; each stands within the prompt, and all are counted."""
+def test_answers_are_scored_by_their_distance(tmp_path):
+    """A model that knows each year finds all answers; each is within the prompt, and all are counted."""
     path = written(tmp_path / "one.json", squad(*range(30)))
     settings = tiny_config(
         variant="alibi",
@@ -105,7 +105,7 @@ def test_answers_are_told_by_their_distance(tmp_path):
     assert sum(part["examples"] for part in found["distance"]) == 8
     assert [part["to"] for part in found["distance"]][-1] in (64, 128, 256, 512)
     assert all(part["contains"] == 100.0 for part in found["distance"] if part["examples"])
-    # The asked town's year stands before the end of its own passage and the question: never within 32 bytes of the end.
+    # The year of the question's town comes before the end of its own passage and the question: never within 32 bytes of the end.
     assert found["distance"][0] == {
         "from": 0,
         "to": 32,
@@ -116,17 +116,19 @@ def test_answers_are_told_by_their_distance(tmp_path):
     }
 
 
-def test_two_evaluations_in_one_folder_keep_what_lies_beside_them(tmp_path):
-    """The run's own has the names that a report reads; those of others begin with the output's."""
+def test_evaluations_in_one_folder_have_files_of_their_own(tmp_path):
+    """The run's own have the names that a report reads; those of others begin with the output's name."""
     asked = {"index": 0, "question": "q", "kind": "k", "outputs": ("yes",), "depth": None}
     for name, answer in (("evaluation.json", "yes"), ("longer.json", "no"), ("other.json", "maybe")):
         report = {"results": [{"length": 64, "answers": ([asked], [answer])}]}
         evaluate.write(report, {"similarity": {"cosine": np.ones(2)}, "attention": None}, tmp_path / name)
-    kept = {path.name: path for path in tmp_path.iterdir()}
-    found = {name: json.loads(path.read_text())["hypothesis"] for name, path in kept.items() if name.endswith(".jsonl")}
+    files = {path.name: path for path in tmp_path.iterdir()}
+    found = {
+        name: json.loads(path.read_text())["hypothesis"] for name, path in files.items() if name.endswith(".jsonl")
+    }
     assert found == {
         "answers_64.jsonl": "yes",
         "longer_answers_64.jsonl": "no",
         "other_answers_64.jsonl": "maybe",
     }
-    assert {"similarity.npz", "longer_similarity.npz", "other_similarity.npz"} < kept.keys()
+    assert {"similarity.npz", "longer_similarity.npz", "other_similarity.npz"} < files.keys()

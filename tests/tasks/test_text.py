@@ -54,8 +54,8 @@ def tokenizer(tmp_path):
     return with_tokens(folder / "tokenizer.json", ["[EOS]"])
 
 
-def kept_by(folder, data, settings):
-    """Makes a folder that of a run."""
+def stored_run(folder, data, settings):
+    """Writes the config and the tokenizer of a run."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict(settings)))
     data.save_assets(folder)
@@ -75,9 +75,9 @@ def test_the_start_says_how_texts_end(tokenizer, texts, asked, tmp_path):
 
 
 def test_a_run_ends_its_texts_as_it_began(tokenizer, texts, tmp_path):
-    """What the files beside data.tokenizer say later changes nothing, until a new run begins."""
+    """Later edits of the files next to data.tokenizer change nothing, until a new run begins."""
     given = settings(tokenizer, texts)
-    run = kept_by(tmp_path / "run", LanguageModeling(given), given)
+    run = stored_run(tmp_path / "run", LanguageModeling(given), given)
     with_tokens(tokenizer, ["<stop>"])
     with pytest.raises(InputError, match="is not the tokenizer that the run of .* began with"):
         LanguageModeling(given, run_dir=run)
@@ -93,7 +93,7 @@ def test_a_run_ends_its_texts_as_it_began(tokenizer, texts, tmp_path):
 
 def test_a_run_from_before_goes_on_without_an_end(tokenizer, texts, tmp_path):
     given = settings(tokenizer, texts)
-    run = kept_by(tmp_path / "run", LanguageModeling(given), given)
+    run = stored_run(tmp_path / "run", LanguageModeling(given), given)
     (run / "tokenizer_config.json").unlink()
     old, new = LanguageModeling(given, run_dir=run), LanguageModeling(given)
     assert old.tokenizer.eos_id is None and new.tokenizer.eos_id == 4
@@ -108,9 +108,9 @@ def test_questions_that_the_tokenizer_loses_are_refused(tokenizer, asked):
     assert "the tokenizer loses text: 4 of" in found.describe()
 
 
-def test_what_prompts_lose_is_told(tokenizer, texts, capsys):
+def test_text_that_prompts_lose_is_reported(tokenizer, texts, capsys):
     data = LanguageModeling(settings(tokenizer, texts))
-    assert [one.tolist() for one in data.prompts([b"the fox", b"walks"])] == [[1, 2], [3]]
+    assert [ids.tolist() for ids in data.prompts([b"the fox", b"walks"])] == [[1, 2], [3]]
     assert capsys.readouterr().err == ""
     data.prompts([b"the fox", "the ☃".encode()])
     assert capsys.readouterr().err.startswith(
@@ -131,15 +131,15 @@ def test_an_export_says_which_of_its_logits_are_no_tokens(tokenizer, texts):
     assert "token ids 0 to 4" in padded.meaning
 
 
-def test_a_vocabulary_that_is_too_small_is_told_with_its_cure(tokenizer, texts, tmp_path):
+def test_a_vocabulary_that_is_too_small_is_refused(tokenizer, texts, tmp_path):
     with pytest.raises(
         InputError, match="has 5 tokens, but the model only 4 .*: set model.vocabulary to 5 or more, or to 0"
     ):
         LanguageModeling(settings(tokenizer, texts, model__vocabulary=4))
 
 
-def model_of(losses, batch=4):
-    """A model of which only the losses of its targets are known: (tokens[B, L + 1]) -> float[B, L]."""
+def context_of(losses, batch=4):
+    """An evaluation context with the losses of targets: (tokens[B, L + 1]) -> float[B, L]."""
     return EvalContext(lambda batch: {"loss": losses(np.asarray(batch["tokens"]))}, None, lambda batch: batch, batch)
 
 
@@ -157,7 +157,7 @@ def test_every_length_scores_the_same_tokens(monkeypatch, limit):
     tokens = np.concatenate([np.full(1024, 32), noise]).astype(np.uint8)
     text = text_of(monkeypatch, tokens, eval__tokens=limit)
     results = [
-        text.evaluate(model_of(lambda tokens: tokens[:, 1:] / 32), (length,), "test") for length in (64, 1023, 1024)
+        text.evaluate(context_of(lambda tokens: tokens[:, 1:] / 32), (length,), "test") for length in (64, 1023, 1024)
     ]
     count = limit or 2047
     assert [result["tokens"] for result in results] == [count] * 3
@@ -174,7 +174,9 @@ def test_every_context_scores_the_same_targets(monkeypatch):
     tokens = np.arange(5000)
     text = text_of(monkeypatch, tokens, eval__contexts=(16, 300, 1024), eval__targets=400)
     (contexts,) = text.extra_evaluators()
-    seen = model_of(lambda tokens: tokens[:, 1:] + tokens[:, 1:] - tokens[:, :1])  # which target, and tokens before it
+    seen = context_of(
+        lambda tokens: tokens[:, 1:] + tokens[:, 1:] - tokens[:, :1]
+    )  # which target, and tokens before it
     results = [contexts.evaluate(seen, eval_size, "test") for eval_size in contexts.eval_sizes()]
     for context, result in zip((16, 300, 1024), results, strict=True):
         assert (result["context"], result["targets"], result["stride"]) == (context, 400, 8)
