@@ -268,7 +268,7 @@ class _Positions(EncodingConfig):
     """Fields of encodings whose positions are numbers."""
 
     max_position: int = _field(20000, "training draws positions along an axis below it", low=1, high=2**30)
-    base: int = _field(10, "of the digits of a position", low=2, high=36)
+    base: int = _field(10, "base of the digits of a position", low=2, high=36)
     fraction_digits: int = _field(0, "digits after the point; 0 = positions are integers", low=0, high=30)
     resize: Literal["extrapolate", "interpolate"] = _field(
         "extrapolate", "larger windows and grids go on past the trained positions, or are read between them"
@@ -309,7 +309,9 @@ class _AddedPairs(EncodingConfig):
     }
 
     rotary_pairs: int = _field(
-        0, "highest-frequency pairs of q and k that rotate as well; 0 = none", **limits.OptionalWidth
+        0,
+        "highest-frequency pairs of q and k that rotate; 0 = none (rotary, rotary_axial: all; scale_invariant: half)",
+        **limits.OptionalWidth,
     )
     rotary_heads: int = _field(0, "the first heads in which they rotate; 0 = all", **limits.OptionalHeads)
     theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
@@ -327,7 +329,7 @@ class _OwnPairs(EncodingConfig):
 
     rotary_pairs: int = _field(
         0,
-        "highest-frequency pairs of q and k that rotate, the others carry content alone; 0 = all",
+        "highest-frequency pairs of q and k that rotate, the others carry content alone; 0 = all, or half of them",
         **limits.OptionalWidth,
     )
 
@@ -395,26 +397,27 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
     cls: bool = _field(True, "a learned token after the last digit is read out, else the last digit is")
     final_norm: bool = _field(True, "LayerNorm before the projection")
     mask_padding: bool = _field(False, "zeros that fill up a position are no keys")
-    temperature: float = _field(1.0, "divides the vectors", low=1e-6, high=1e6)
+    temperature: float = _field(1.0, "vectors are divided by it", low=1e-6, high=1e6)
     output_width: int = _field(
         0, "features of a vector; 0 = as many as mode, qk and per_head need", **limits.OptionalWidth
     )
     digit_index: Literal["global", "per_axis"] = _field(
         "global", "digit indices are counted over all axes, or for each axis from 0"
     )
-    dropout: float = _field(0.1, "of the digit encoder, after attention and MLP", **limits.DropRate)
-    attention_dropout: float = _field(0.0, "of the digit encoder", **limits.DropRate)
-    activation: Activation = _field("gelu_tanh", "of the digit encoder")
-    layer_norm_epsilon: float = _field(1e-5, "of the digit encoder", **limits.Epsilon)
+    dropout: float = _field(0.1, "dropout rate of the digit encoder, after attention and MLP", **limits.DropRate)
+    attention_dropout: float = _field(0.0, "dropout rate of attention weights in the digit encoder", **limits.DropRate)
+    activation: Activation = _field("gelu_tanh", "activation function of the digit encoder")
+    layer_norm_epsilon: float = _field(1e-5, "added to variances in the digit encoder's LayerNorms", **limits.Epsilon)
     norm_init: float = _field(1.0, "initial weight of each LayerNorm", low=-1e3, high=1e3)
-    init_distribution: Literal["normal", "truncated_normal"] = _field("normal", "of initial weights")
+    init_distribution: Literal["normal", "truncated_normal"] = _field("normal", "distribution of initial weights")
     init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
     share_prefixes: bool = _field(
         True, "leading digits that positions have in common are computed once; dropout masks are then shared too"
     )
     # how its vectors enter attention
     mode: Literal["input_add", "attn_add", "attn_mul", "attn_scalar", "rotary"] = _field(
-        "attn_scalar", "added to tokens, added to or multiplied onto q and k, as a logit bias, or as rotation"
+        "attn_scalar",
+        "how vectors enter the model: added to tokens, added to or multiplied onto q and k, as logit bias, as rotation",
     )
     qk: Literal["single", "multi", "none"] = _field(
         "single", "linear map of the vector to query and key parts: one, one per layer, or none"
@@ -571,7 +574,9 @@ class RotaryConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
     }
 
     kind: str = _kind("rotary")
-    scaling: Literal["none", "linear", "ntk", "yarn"] = _field("none", "of the frequencies, in longer windows")
+    scaling: Literal["none", "linear", "ntk", "yarn"] = _field(
+        "none", "scaling of frequencies in windows longer than in training"
+    )
     yarn_beta_fast: float = _field(
         0.0,
         "rotations from which on a pair stays; 0 = the authors' 32, at most those of the fastest pair",
@@ -679,7 +684,7 @@ class T5Config(_Positions, _Heads, _AddedPairs, _Gated):
     t5_buckets: int = _field(0, "distance buckets; 0 = 32, at most the training length", zero=True, low=2, high=4096)
     t5_max_distance: int = _field(
         0,
-        "tokens from which on all distances share a bucket; 0 = a quarter of the training length",
+        "tokens from which on all distances share a bucket; 0 = a quarter of the training length, at least t5_buckets",
         **limits.OptionalLength,
     )
 
@@ -721,7 +726,7 @@ class KerpleConfig(_Positions, _Heads, _AddedPairs, _Gated):
     PER_LAYER: ClassVar[bool] = True
 
     kind: str = _kind("kerple")
-    kerple_scale: float = _field(1.0, "upper end of initial r2, per token", low=0.02, high=1e6)
+    kerple_scale: float = _field(1.0, "initial r2 is drawn between 0 and this, per token", low=0.02, high=1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -889,13 +894,18 @@ def all_fields() -> dict[str, Any]:
     return names | {"kind": "seqpe"}
 
 
+MAX_LISTED_KINDS = 5  # of which the documentation of a field says that they have it
+
+
 def any_encoding() -> type:
     """Returns a dataclass with the fields of all encodings, for their types, limits and documentation."""
     fields: dict[str, tuple[str, Any, Any]] = {}
     for encoding in ENCODINGS.values():
         types = typing.get_type_hints(encoding)
         for field in dataclasses.fields(encoding):
-            own = limits.field(field.default, **field.metadata)
+            kinds = kinds_with(field.name)
+            doc = field.metadata.get("doc", "") + (f" [{', '.join(kinds)}]" if len(kinds) <= MAX_LISTED_KINDS else "")
+            own = limits.field(field.default, **{**field.metadata, "doc": doc})
             fields.setdefault(field.name, (field.name, types[field.name], own))
     fields["kind"] = ("kind", str, _field("seqpe", "the encoding", choices=lambda: tuple(ENCODINGS)))
     return dataclasses.make_dataclass("AnyEncoding", fields.values())
