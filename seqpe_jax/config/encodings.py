@@ -5,6 +5,7 @@ A new encoding is a subclass of `EncodingConfig`, an entry in `ENCODINGS` and a 
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import re
@@ -899,8 +900,13 @@ MAX_LISTED_KINDS = 5  # of which the documentation of a field says that they hav
 
 def any_encoding() -> type:
     """Returns a dataclass with the fields of all encodings, for their types, limits and documentation."""
+    return _any_encoding(tuple(ENCODINGS.values()))
+
+
+@functools.cache
+def _any_encoding(encodings: tuple[type, ...]) -> type:
     fields: dict[str, tuple[str, Any, Any]] = {}
-    for encoding in ENCODINGS.values():
+    for encoding in encodings:
         types = typing.get_type_hints(encoding)
         for field in dataclasses.fields(encoding):
             kinds = kinds_with(field.name)

@@ -333,7 +333,7 @@ def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) ->
         target = values
         for section in sections:
             target = target.get(section) if isinstance(target, dict) else None
-        if not isinstance(target, dict) or last not in target:
+        if not isinstance(target, dict) or (last not in target and name not in field_names()):
             raise InputError(unknown_field_message(name))
         target[last] = value
     return values
@@ -592,9 +592,12 @@ def unknown_field_message(name: str, also: Iterable[str] = ()) -> str:
     return f"unknown config field '{name}'.{suggest(name, [*field_names(), *also])}"
 
 
+_type_hints = functools.cache(typing.get_type_hints)  # which takes long, and a sweep asks for them thousands of times
+
+
 def _hints(section: type) -> dict[str, Any]:
     """Returns the types of the fields of a section; the encoding section has those of all encodings."""
-    hints = typing.get_type_hints(section)
+    hints = _type_hints(section)
     return {
         field.name: any_encoding() if hints[field.name] is EncodingConfig else hints[field.name]
         for field in dataclasses.fields(section)
@@ -666,7 +669,7 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     if kind is EncodingConfig:
         kind = ENCODINGS[values.get("kind", "seqpe")]
         values = {name: value for name, value in values.items() if name != "kind"}
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:

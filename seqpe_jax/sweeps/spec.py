@@ -288,12 +288,16 @@ def _checked_trials(base: str, runs: Iterable[tuple[str, Overrides]]) -> tuple[T
             config.check_overrides_used(trial.settings, trial.overrides)
         except InputError as error:
             raise InputError(f"run '{name}': {error}") from error
+    checked: set[str] = set()
     return tuple(
-        _open_trial(name, base, own, closed) if is_open[name] else closed[name] for name, own in overrides_of.items()
+        _open_trial(name, base, own, closed, checked) if is_open[name] else closed[name]
+        for name, own in overrides_of.items()
     )
 
 
-def _open_trial(name: str, base: str, overrides: Mapping[str, Any], closed: Mapping[str, Trial]) -> Trial:
+def _open_trial(
+    name: str, base: str, overrides: Mapping[str, Any], closed: Mapping[str, Trial], checked: set[str]
+) -> Trial:
     """Returns a trial with open fields, checked with every value that they can get.
 
     Args:
@@ -301,6 +305,7 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], closed: Mapp
       base: config file of the sweep.
       overrides: its overrides, with a `BestOf` for each open field.
       closed: trials without open fields, which may decide it.
+      checked: settings and values that were found valid, to which this adds; other seeds of a variant have the same.
     """
     best = {field: value for field, value in overrides.items() if isinstance(value, BestOf)}
     fixed = {field: value for field, value in overrides.items() if field not in best}
@@ -317,6 +322,10 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], closed: Mapp
     leaves = flatten_dict(config.to_dict(trial.settings), ".")
     for field, values in possible.items():
         for value in values:
+            key = repr((leaves | {"seed": 0, field: value}, field))
+            if key in checked:
+                continue
+            checked.add(key)
             try:
                 config.from_dict(unflatten_dict(leaves | {field: value}, "."))
             except InputError as error:

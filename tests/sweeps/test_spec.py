@@ -100,7 +100,7 @@ def test_shipped_sweeps_compare_what_they_say():
 @pytest.mark.parametrize("stem", ["study_text", "study_questions", "study_images"])
 def test_a_study_tunes_with_one_seed_and_compares_three_others(stem):
     """All encodings that the task can take, but the one that is another over one axis; equal steps in both stages."""
-    settled = dict.fromkeys(("rotary_linear", "rotary_ntk", "rotary_yarn"), "rotary")
+    tuned_as = dict.fromkeys(("rotary_linear", "rotary_ntk", "rotary_yarn"), "rotary")
     sweep = shipped(ROOT / "configs" / "sweeps" / f"{stem}.py")
     trials_of = {trial.name: trial for trial in sweep.trials}
     variants: dict[str, set[int]] = {}
@@ -109,20 +109,21 @@ def test_a_study_tunes_with_one_seed_and_compares_three_others(stem):
         (chosen, best), *more = trial.best.items()
         constants = [name.rpartition(".")[2] for name, _ in more]
         assert all(one is best for _, one in more) and len(constants) <= 1
-        way = trial.name.rpartition("-")[0]
-        variants.setdefault(way, set()).add(trial.settings.seed)
+        variant = trial.name.rpartition("-")[0]
+        variants.setdefault(variant, set()).add(trial.settings.seed)
         assert chosen == "optimizer.learning_rate" and best.minimise.startswith("eval/loss@")
         assert len(best.runs) in ((9, 12) if constants else (3, 4))
         searched |= set(constants)
         for name in best.runs:
             tuning = trials_of[name]
-            assert name.startswith(f"{settled.get(way, way)}-learning_rate=") and tuning.settings.seed == 0
+            assert name.startswith(f"{tuned_as.get(variant, variant)}-learning_rate=") and tuning.settings.seed == 0
             assert tuning.settings.steps == trial.settings.steps == tuning.settings.eval.every
-            free = {name: getattr(trial.settings.encoding, name) for name in ("scaling", *constants)}
+            own = dataclasses.asdict(trial.settings.encoding)
+            free = {name: own[name] for name in ("scaling", *constants) if name in own}
             same = dataclasses.replace(tuning.settings.encoding, **free)
             assert same == trial.settings.encoding and tuning.settings.objective == trial.settings.objective
     assert set(map(frozenset, variants.values())) == {frozenset({1, 2, 3})}
-    kinds = {trials_of[f"{way}-1"].settings.encoding.name for way in variants}
+    kinds = {trials_of[f"{variant}-1"].settings.encoding.name for variant in variants}
     assert searched == {
         "study_images": {"theta", "slope_scale", "directed_heads", "fire_scale"},
     }.get(
@@ -231,7 +232,7 @@ def test_a_trial_may_have_another_config(tmp_path, monkeypatch):
             yielding("('a', {'variant': 'alibi', 'encoding.scaling': 'yarn'})"),
             ["run 'a'", "encoding.scaling", "rotary"],
         ),
-        (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for grids"]),
+        (yielding("('a', {'variant': 'lookhere'})"), ["run 'a'", "'lookhere' is for images"]),
         ("runs = lambda: tune_then_repeat({'a': {}}, {}, tuning_overrides={}, seeds=(1,))\n", ["one field", "none"]),
         (
             "runs = lambda: tune_then_repeat({'a': {}}, {'seed': (1,)}, tuning_overrides={}, seeds=(1,), same_as={'a': 'b'})\n",
