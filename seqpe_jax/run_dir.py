@@ -359,10 +359,10 @@ class RunDir:
                     "use --which=latest"
                 )
         values = self.metric_values(key)
-        step = best_of(values, key)
-        if step is None:
+        best = best_of(values, key)
+        if best is None:
             raise InputError(f"{self} has no best checkpoint yet: of none was {key} measured; use --which=latest")
-        return step, values[step]
+        return best, values[best]
 
     def metric_values(self, metric: str) -> dict[int, float]:
         """Returns the value of a metric (`eval/NAME@SCALE`) by step, of each saved state that it was measured of.
@@ -630,7 +630,10 @@ def _parse_data_spec(values: dict[str, Any]) -> "DataSpec":
     """Raises: ValueError, TypeError, AttributeError: they are none."""
     from seqpe_jax.models.build import DataSpec  # a report needs no model
 
-    spec = DataSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    spec = DataSpec(**fields)
     counts = (spec.vocabulary, spec.classes, spec.channels)
     if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
         raise ValueError(f"sizes are {counts}")

@@ -52,7 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_export_command.py",
         "test_conversion.py",
         "test_export.py",
-        "test_slices.py",
         "test_commands.py",
         "test_answer_commands.py",
         "test_generate.py",
