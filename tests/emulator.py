@@ -24,7 +24,7 @@ class Store:
     """An emulator with one bucket.
 
     Args:
-      kept: a folder of this machine where objects stay from one time to the next; None = the bucket is empty, in memory.
+      directory: a folder of this machine where objects stay from one time to the next; None = the bucket is empty, in memory.
 
     Attributes:
       environment: the variables by which the libraries find it; folder: an address for the test that runs.
@@ -32,7 +32,7 @@ class Store:
 
     folder = f"gs://{BUCKET}"
 
-    def __init__(self, kept: pathlib.Path | None = None):
+    def __init__(self, directory: pathlib.Path | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,7 +44,9 @@ class Store:
         }
         root = pathlib.Path(__file__).resolve().parents[1]
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.emulator", str(port), str(kept or "")], cwd=root, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "tests.emulator", str(port), str(directory or "")],
+            cwd=root,
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 60
         while True:
@@ -75,12 +77,12 @@ class Store:
         self._server.wait()
 
 
-def files_of(kept: pathlib.Path) -> pathlib.Path:
-    """Returns the folder in which the objects of a store that is `kept` lie as files."""
-    return kept / ".cloudstorage" / BUCKET
+def files_of(directory: pathlib.Path) -> pathlib.Path:
+    """Returns the folder in which the objects of a store that is `directory` lie as files."""
+    return directory / ".cloudstorage" / BUCKET
 
 
-def serve(port: int, kept: str) -> None:
+def serve(port: int, directory: str) -> None:
     """Runs the emulator, with a thread for each connection, of which libraries keep several open at once."""
     import logging
 
@@ -169,13 +171,15 @@ def serve(port: int, kept: str) -> None:
 
     server.RequestHandler = Handler
     http.server.HTTPServer = Threads
-    made = server.create_server("127.0.0.1", port, in_memory=not kept, default_bucket=BUCKET, data_dir=kept or None)
+    made = server.create_server(
+        "127.0.0.1", port, in_memory=not directory, default_bucket=BUCKET, data_dir=directory or None
+    )
     made._storage.buckets[BUCKET]["softDeletePolicy"] = {"retentionDurationSeconds": 0}  # what is removed is gone
     made.start()
     parent = os.getppid()
     while os.getppid() == parent:  # ends with the test that started it, however that ends
         time.sleep(1)
-    with one_at_a_time:  # what is kept is whole
+    with one_at_a_time:  # what is directory is whole
         os._exit(0)
 
 

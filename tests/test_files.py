@@ -33,7 +33,7 @@ def test_paths_of_a_config_are_written_out(monkeypatch):
         config.load("~/configs/stdlib_lm.py", fields | {"data.paths": ("~nobodyhere/a",)})
 
 
-def test_places_where_nothing_can_be_written_are_told_at_the_start(tmp_path):
+def test_places_where_nothing_can_be_written_are_reported_at_the_start(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     check_writable(tmp_path / "new" / "deep", True, "--workdir")
@@ -86,14 +86,14 @@ def test_what_a_run_keeps_is_no_output(tmp_path, known, monkeypatch):
         ("gs:/bucket/run", "written gs://BUCKET/NAME"),
     ],
 )
-def test_addresses_of_other_stores_are_told_and_not_made_folders(path, words):
+def test_addresses_of_other_stores_are_reported_and_not_made_folders(path, words):
     """`s3://bucket` would be a folder named `s3:` on every host."""
     with pytest.raises(InputError, match=rf"{path}: .*{words}.*\./{path}"):
         expand_path(path)
     assert expand_path(f"./{path}") == f"./{path}" and expand_path("a/b.py:seqpe") == "a/b.py:seqpe"
 
 
-def test_what_must_lie_on_this_machine_is_told(monkeypatch):
+def test_what_must_lie_on_this_machine_is_reported(monkeypatch):
     for local, read in {
         "config files are Python": lambda: config.load("gs://runs/config.py"),
         "data.cache_dir is a folder of this machine": lambda: config.load(
@@ -106,7 +106,7 @@ def test_what_must_lie_on_this_machine_is_told(monkeypatch):
             read()
 
 
-def test_places_that_are_none_are_told(tmp_path):
+def test_places_that_are_none_are_reported(tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     refused = {"/dev/null": "is a device", tmp_path / ("x" * 300): "too long", tmp_path / "circle": "symbolic links"}
     for path, words in refused.items():
@@ -183,9 +183,9 @@ def test_files_are_whole_on_a_disk_and_in_a_store(folder):
 
 def test_what_is_not_there_is_not(folder):
     for act in (folder.read_bytes, folder.read_text, folder.unlink):
-        with pytest.raises(FileNotFoundError) as told:
+        with pytest.raises(FileNotFoundError) as caught:
             act()
-        assert told.value.strerror == "No such file or directory"
+        assert caught.value.strerror == "No such file or directory"
     folder.unlink(missing_ok=True)
     assert list(folder.glob("*")) == [] and files.list_files(folder) == []
 

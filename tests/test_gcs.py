@@ -1,4 +1,4 @@
-"""Places in an object store, as an emulator on this machine serves it: read, written whole, refused, failing."""
+"""Paths in a bucket, which an emulator on this machine serves: reading, writing, refusals, retries."""
 
 import importlib.util
 import time
@@ -32,7 +32,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch):
         expand_path("gs://runs/a")
 
 
-def test_places_where_nothing_can_be_written_are_told_at_the_start(store):
+def test_places_where_nothing_can_be_written_are_reported_at_the_start(store):
     folder = as_path(store.folder)
     files.atomic_write(folder / "file", "")
     check_writable(folder, True, "--workdir")
@@ -52,11 +52,11 @@ def test_places_where_nothing_can_be_written_are_told_at_the_start(store):
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "gcloud auth application-default login"), (403, "access denied")])
-def test_a_bucket_of_somebody_else_is_told_in_one_line(store, status, words, caplog):
+def test_a_bucket_of_somebody_else_is_reported_in_one_line(store, status, words, caplog):
     store.fail(status)
-    with pytest.raises(InputError, match=words) as told:
+    with pytest.raises(InputError, match=words) as caught:
         check_writable(f"{store.folder}/run", True, "--workdir")
-    assert len(str(told.value).splitlines()) == 1 and not caplog.records
+    assert len(str(caught.value).splitlines()) == 1 and not caplog.records
 
 
 def test_what_fails_is_asked_for_again(store):
@@ -80,9 +80,9 @@ def test_what_fails_for_good_is_one_failure(store, monkeypatch):
         lambda: files.list_files(path),
         path.unlink,
     ):
-        with pytest.raises(StoreError, match="file: the request failed .*failed on purpose") as told:
+        with pytest.raises(StoreError, match="file: the request failed .*failed on purpose") as caught:
             act()
-        assert isinstance(told.value, OSError) and isinstance(told.value, Failure) and told.value.code == 1
+        assert isinstance(caught.value, OSError) and isinstance(caught.value, Failure) and caught.value.code == 1
     assert store.failed() > 5
 
 

@@ -22,7 +22,7 @@ with RunDir(sys.argv[1]).lock(print):
     print("locked", flush=True)
     time.sleep(60)
 """
-ELSEWHERE = {"host": "elsewhere", "process": 7, "began": "2026-01-01 00:00:00 +0000", "id": "1"}
+OTHER_OWNER = {"host": "other", "process": 7, "began": "2026-01-01 00:00:00 +0000", "id": "1"}
 
 
 def lock(path, on_lost=pytest.fail):
@@ -57,7 +57,7 @@ def test_a_folder_that_is_removed_moved_or_taken_over_is_not_saved_in(tmp_path):
         with pytest.raises(Failure, match="folder .*/run was removed, moved or emptied while it trained: nothing more"):
             run.check_owned()
         run.path.mkdir()
-        (run.path / OWNER_FILE).write_text(json.dumps(ELSEWHERE))
+        (run.path / OWNER_FILE).write_text(json.dumps(OTHER_OWNER))
         with pytest.raises(Failure, match="was taken over by process 7 on .* while it trained") as caught:
             run.check_owned()
         assert caught.value.code == 1 and "\n" not in str(caught.value)
@@ -82,11 +82,9 @@ def test_a_bucket_has_one_owner_until_its_heartbeat_stops(store, monkeypatch, ca
     monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.2)
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.0)
     record = files.as_path(store.folder) / OWNER_FILE
-    files.atomic_write(record, json.dumps(ELSEWHERE))
+    files.atomic_write(record, json.dumps(OTHER_OWNER))
     with lock(store.folder) as message:
-        assert (
-            message == "taken over from process 7 on elsewhere, which began at 2026-01-01 00:00:00 +0000, which is gone"
-        )
+        assert message == "taken over from process 7 on other, which began at 2026-01-01 00:00:00 +0000, which is gone"
         assert "watching up to 1 s whether it is still there" in capsys.readouterr().out
         ours = json.loads(record.read_bytes())
         assert ours["process"] == os.getpid()
@@ -117,7 +115,7 @@ def test_an_owner_of_this_machine_that_has_ended_is_not_waited_for(store):
 def test_of_two_that_lock_a_bucket_at_once_one_is_refused(store, monkeypatch):
     """Both saw no record; the bucket takes the first one alone."""
     path = files.as_path(store.folder) / OWNER_FILE
-    files.atomic_write(path, json.dumps(ELSEWHERE))
+    files.atomic_write(path, json.dumps(OTHER_OWNER))
     seen = iter([None])
     read = run_lock.HeartbeatLock.read
     monkeypatch.setattr(run_lock.HeartbeatLock, "read", lambda lock: next(seen, read(lock)))
@@ -126,7 +124,7 @@ def test_of_two_that_lock_a_bucket_at_once_one_is_refused(store, monkeypatch):
     assert json.loads(path.read_bytes())["id"] == "1"
 
 
-def test_an_owner_whose_bucket_was_taken_over_is_told(store, monkeypatch):
+def test_an_owner_whose_bucket_was_taken_over_is_reported(store, monkeypatch):
     monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.1)
     lost, reasons = threading.Event(), []
 
@@ -137,8 +135,8 @@ def test_an_owner_whose_bucket_was_taken_over_is_told(store, monkeypatch):
 
     path = files.as_path(store.folder) / OWNER_FILE
     with lock(store.folder, on_lost):
-        files.atomic_write(path, json.dumps(ELSEWHERE))
+        files.atomic_write(path, json.dumps(OTHER_OWNER))
         assert lost.wait(20)
         monkeypatch.setattr(run_lock.threading.Thread, "join", lambda *_: None)
     assert "was taken over by process 7" in reasons[0] and "ends unsaved" in reasons[0]
-    assert json.loads(path.read_bytes()) == ELSEWHERE
+    assert json.loads(path.read_bytes()) == OTHER_OWNER

@@ -235,19 +235,23 @@ for block in blocks[::2]:
     ctypes.memset(block, 1, 2**20)
 for block in blocks[::2]:
     c.free(block)
-kept = held()
+before = held()
 processes.malloc_trim()
-print(kept - held())
+print(before - held())
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no allocator of glibc's")
 @pytest.mark.parametrize(
-    "told", [{}, {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000"}], ids=["kept", "let alone"]
+    "variables",
+    [{}, {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000"}],
+    ids=["configured", "set by the environment"],
 )
-def test_free_memory_between_pieces_in_use_is_given_back(told):
+def test_free_memory_between_pieces_in_use_is_given_back(variables):
     """200 free MiB with something in use after each, unless who started the command sets the allocator."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run([sys.executable, "-c", HOLES], env=rest | told, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES], env=rest | variables, capture_output=True, text=True, check=True
+    )
     given_back = int(done.stdout)
-    assert given_back < 20 if told else given_back > 180
+    assert given_back < 20 if variables else given_back > 180

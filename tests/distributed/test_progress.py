@@ -47,7 +47,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_line_is_rewritten_on_a_terminal_and_rare_elsewhere():
+def test_the_line_is_rewritten_on_a_terminal_and_rare_in_a_log():
     for stream in (Terminal(), io.StringIO()):
         line = ProgressLine(100, stream=stream)
         for step in range(51, 101):
@@ -60,7 +60,7 @@ def test_the_line_is_rewritten_on_a_terminal_and_rare_elsewhere():
         assert text.count("step") == 2
 
 
-def test_hours_are_told_as_hours_and_slow_steps_have_a_rate(monkeypatch):
+def test_hours_are_reported_as_hours_and_slow_steps_have_a_rate(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("seqpe_jax.distributed.progress.clock.monotonic", lambda: now[0])
     stream = io.StringIO()

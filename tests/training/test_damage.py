@@ -1,4 +1,4 @@
-"""Whatever is damaged in a run's folder: the newest good checkpoint is used, or one line says what is wrong."""
+"""Damage to any file of a run's folder: the newest good checkpoint is used, or one line says what is wrong."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from seqpe_jax.run_dir import OUTPUT_FILES, RunDir
 from seqpe_jax.training.checkpoint import Checkpointer
 from seqpe_jax.training.loop import train_and_evaluate
 from seqpe_jax.trees import flatten_dict
-from tests.distributed.test_checkpoint import files_of, flip, largest
 from tests.tiny import older, tiny_config, train
+from tests.training.test_checkpoint import files_of, flip, largest
 from tests.training.test_commands import word_tokenizer
 from tests.training.test_resume import CLOCK
 
@@ -99,7 +99,7 @@ CASES = {
     "an array longer": (lambda run: rewritten(largest(newest(run)), lambda held: held + b"0"), 4, ""),
     "an array's file gone": (lambda run: largest(newest(run)).unlink(), 4, ""),
     "the state gone": (lambda run: shutil.rmtree(newest(run) / "state"), 4, ""),
-    "what lies beside it gone": (lambda run: shutil.rmtree(newest(run) / "meta"), 4, ""),
+    "the metadata gone": (lambda run: shutil.rmtree(newest(run) / "meta"), 4, ""),
     "the tree of arrays gone": (lambda run: state(run, "_METADATA").unlink(), 4, ""),
     "the shardings gone": (lambda run: state(run, "_sharding").unlink(), 4, ""),
     "the manifest gone": (lambda run: state(run, "manifest.ocdbt").unlink(), 4, ""),
@@ -264,7 +264,7 @@ def test_no_flipped_bit_of_a_small_file_is_taken_for_true(trained, tmp_path):
     del listed["files"]["config.json"]
     (run / checksums.DIGESTS_FILE).write_text(json.dumps(listed))
     assert RunDir(run).config_values["eval"]["tokens"] == 99
-    (run / checksums.DIGESTS_FILE).write_text('{"files": {}}')  # as the line says that is told of a lost list
+    (run / checksums.DIGESTS_FILE).write_text('{"files": {}}')  # as the message about a lost list says
     (run / "sizes.json").unlink()
     assert RunDir(run).config_values["eval"]["tokens"] == 99
 
@@ -292,5 +292,5 @@ def contents(run):
 
 
 def measured(run):
-    """The lines of metrics, without what tells the time."""
+    """The lines of metrics, without times and rates."""
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in RunDir(run).read_metrics()]

@@ -1,4 +1,4 @@
-"""A run that was begun before a run kept its sizes: it opens, is evaluated and goes on as if nothing had changed."""
+"""A run of an older version, without sizes.json: it opens, is evaluated and resumes with equal numbers."""
 
 import json
 import tarfile

@@ -183,7 +183,7 @@ def test_a_stop_of_one_ends_an_evaluation_of_all(commands, begin, tmp_path):
         "steps": 64,
     }
     running, deadline = begin(workdir, 2, 1, **long), time.monotonic() + 900
-    while not ((workdir / "metrics.jsonl").exists() and (told := lines(workdir)) and told[-1]["step"] == 8):
+    while not ((workdir / "metrics.jsonl").exists() and (reported := lines(workdir)) and reported[-1]["step"] == 8):
         assert time.monotonic() < deadline, [one.err for one in running]
         time.sleep(0.01)
     time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A run that was killed, or told to stop, ends exactly where an uninterrupted one does, bit for bit."""
+"""A run that is killed or preempted and resumed ends bit-equal to an uninterrupted one."""
 
 import json
 import os
@@ -147,11 +147,11 @@ def test_a_disk_that_fills_ends_the_run_in_few_lines_and_with_all_checkpoints_wh
     given = train_arguments(small_disk / "run", text, config="tests/tiny_text.py:alibi", **fields)
     result = commands("train", *given)
     assert result.code == 1 and "Traceback" not in result.err, result.err
-    told = [line for line in result.err.splitlines() if line.startswith("the save of step")]
-    assert len(told) == 3 and all("no space is left on the device" in line for line in told), result.err
-    assert told[2].endswith("Once the cause is fixed, the same command resumes from there")
+    reported = [line for line in result.err.splitlines() if line.startswith("the save of step")]
+    assert len(reported) == 3 and all("no space is left on the device" in line for line in reported), result.err
+    assert reported[2].endswith("Once the cause is fixed, the same command resumes from there")
     last = newest(small_disk / "run")
-    assert f"the last checkpoint is of step {last}." in told[2] and 8 <= last < STEPS
+    assert f"the last checkpoint is of step {last}." in reported[2] and 8 <= last < STEPS
     found = commands("evaluate", f"--checkpoint={small_disk / 'run'}", "--lengths=16", "--tokens=64")
     assert found.code == 0 and "damaged" not in found.err, found.err
     shutil.rmtree(small_disk / "run" / "checkpoints" / "4")

@@ -1,4 +1,4 @@
-"""Checkpoints and metrics in an object store: what is saved is whole, damage is found, and nothing is lost or doubled."""
+"""Checkpoints and metrics in a bucket: complete, checked, quarantined, retried."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def steps(workdir):
     return sorted(path.name for path in (as_path(workdir) / CHECKPOINTS_DIR).iterdir())
 
 
-def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
+def test_what_is_saved_is_restored_and_damage_is_quarantined(store):
     folder = as_path(store.folder) / CHECKPOINTS_DIR
     save(store.folder, 2, 4, 6, keep=2)
     assert steps(store.folder) == ["4", "6"] and RunDir(store.folder).latest_step() == 6
@@ -61,14 +61,14 @@ def test_what_is_saved_is_restored_and_damage_is_set_aside(store):
     is_of(found, 6)
 
     written = {str(path.relative_to(folder / "6")): path.read_bytes() for path in list_files(folder / "6")}
-    told = json.loads(written[checksums.DIGESTS_FILE])
-    assert told["files"].pop(checksums.ORBAX_METADATA).startswith(checksums.WITHOUT_COMMIT_TIME)
+    listed = json.loads(written[checksums.DIGESTS_FILE])
+    assert listed["files"].pop(checksums.ORBAX_METADATA).startswith(checksums.WITHOUT_COMMIT_TIME)
     assert (
-        told["folder"] == "6"
-        and set(told["files"].values())
-        and all(one.startswith("md5:") for one in told["files"].values())
+        listed["folder"] == "6"
+        and set(listed["files"].values())
+        and all(one.startswith("md5:") for one in listed["files"].values())
     )
-    largest = max((name for name in told["files"]), key=lambda name: len(written[name]))
+    largest = max((name for name in listed["files"]), key=lambda name: len(written[name]))
     written[largest] = b"".join([written[largest][:20], bytes([written[largest][20] ^ 1]), written[largest][21:]])
     (folder / "6" / largest).write_bytes(written[largest])
     assert RunDir(store.folder).latest_step() == 4
@@ -135,15 +135,15 @@ def test_a_copy_of_a_run_in_a_store_is_checked_on_a_disk(store, tmp_path):
         RunDir(tmp_path).latest_step()
 
 
-def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(store, capfd, caplog):
+def test_a_save_that_fails_is_reported_in_one_line_and_the_next_one_may_do(store, capfd, caplog):
     save(store.folder, 2)
     checkpoints = Checkpointer(store.folder)
     for about in ("upload", "ocdbt"):
         store.fail(403, about=about)
-        with pytest.raises(SaveError, match=r"the save of step 4 failed \(.*failed on purpose") as told:
+        with pytest.raises(SaveError, match=r"the save of step 4 failed \(.*failed on purpose") as caught:
             checkpoints.save(4, state(4), {"seconds": 4.0})
             checkpoints.wait()
-        assert len(str(told.value).splitlines()) == 1
+        assert len(str(caught.value).splitlines()) == 1
         store.fail(0)
         assert RunDir(store.folder).latest_step() == 2
     assert checkpoints.failed == 2
@@ -199,15 +199,15 @@ def test_metrics_are_written_whole_now_and_then_and_when_asked(store, monkeypatc
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["train/loss"] == 1 / 3
 
 
-def test_what_a_library_tells_of_a_save_that_has_failed_already_is_left_out(tmp_path, monkeypatch):
-    """The hook that was there is told the rest, once; who only reads leaves it alone."""
-    told = []
-    monkeypatch.setattr(sys, "unraisablehook", before := lambda one: told.append(str(one.exc_value)))
+def test_errors_of_arrays_after_a_failed_save_are_not_printed(tmp_path, monkeypatch):
+    """The previous hook gets the rest, once; a reader does not change it."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", before := lambda one: reported.append(str(one.exc_value)))
     for _ in range(2):
         Checkpointer(tmp_path).close()
     for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), OSError("Event loop is closed")):
         sys.unraisablehook(types.SimpleNamespace(exc_value=error))
-    assert told == ["another", "Event loop is closed"]
+    assert reported == ["another", "Event loop is closed"]
     monkeypatch.setattr(sys, "unraisablehook", before)
     Checkpointer(tmp_path, create=False).close()
     assert sys.unraisablehook is before

@@ -1,4 +1,4 @@
-"""Whether a folder is that of the run to go on with."""
+"""Checks before a run starts or resumes in a folder: same run, same data, room on the disk."""
 
 import json
 import shutil
@@ -89,15 +89,16 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_a_save_that_takes_too_long_for_a_preemption_is_told_at_the_start(tmp_path, monkeypatch, capsys):
+def test_a_save_that_takes_too_long_for_a_preemption_is_reported_at_the_start(tmp_path, monkeypatch, capsys):
     assert 0 < resume.write_rate(tmp_path, 2**20) < 1e12 and not any(tmp_path.iterdir())
     assert resume.slow_save_warning(RunDir(tmp_path), 2**20) == ""
     asked = []
     monkeypatch.setattr(resume, "write_rate", lambda folder, size: asked.append(size) or 2**20)
     assert resume.slow_save_warning(RunDir(tmp_path), 30 * 2**20) == ""
-    told = resume.slow_save_warning(RunDir(tmp_path), 300 * 2**20)
+    reported = resume.slow_save_warning(RunDir(tmp_path), 300 * 2**20)
     assert (
-        told.startswith("warning: a save takes about 300 s (300 MiB at 1.0 MiB/s, as measured in") and "\n" not in told
+        reported.startswith("warning: a save takes about 300 s (300 MiB at 1.0 MiB/s, as measured in")
+        and "\n" not in reported
     )
     assert asked == [30 * 2**20, resume.PROBE_BYTES], "no more is written than is saved, and not more than needed"
     monkeypatch.setattr(resume, "write_rate", lambda folder, size: 1000)
@@ -247,9 +248,9 @@ def test_a_run_goes_on_with_its_own_data_in_its_own_folder_alone(tmp_path, monke
     )
     assert not (moved / "checkpoints" / "4").exists() and json.loads((moved / "data.json").read_text()) == stored
     seqpe_jax.load(moved).evaluate()
-    told = capsys.readouterr().err
-    assert f"note: text_files has changed since {moved} was trained: test: " in told
-    assert told.count("has changed since") == 1
+    reported = capsys.readouterr().err
+    assert f"note: text_files has changed since {moved} was trained: test: " in reported
+    assert reported.count("has changed since") == 1
 
     listed = json.loads((moved / "digests.json").read_text())  # as an older version left it
     del listed["files"]["data.json"]

@@ -1,4 +1,4 @@
-"""A run whose folder is in an object store, as an emulator serves it: computed, stored and told as on a disk."""
+"""Commands on a run in a bucket, which an emulator serves, against a run on a disk."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(commands, store, text, tm
     np.testing.assert_allclose(exported.logits(ids), local.logits(ids), atol=1e-4)
 
 
-def test_what_cannot_be_is_told_in_one_line_before_anything_is_done(commands, store, text):
+def test_bad_addresses_are_refused_in_one_line(commands, store, text):
     files.atomic_write(f"{store.folder}/file", "")
     train = train_arguments("gs://no-such-bucket/run", text)
     for name, arguments, words in (
@@ -136,7 +136,7 @@ def test_a_conversion_in_a_store_goes_there_and_back(commands, store, text):
 
 @pytest.mark.long
 def test_two_processes_share_a_bucket(commands, store, text):
-    """As on a pod: one leads and writes, both save their part, and one alone goes on from there."""
+    """As on a pod: the main process writes, both save their shards, and one process resumes from them."""
     fields = {"config": "tests/tiny_text.py:alibi", "checkpoint__every": 2, "eval__every": 0}
     bucket, port = files.as_path(f"{store.folder}/run"), _free_port()
     both = [

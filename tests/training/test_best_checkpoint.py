@@ -45,7 +45,7 @@ def largest(step):
         (LOSS, [3.0, 2.0, 1.0], (6, 1.0)),
     ],
 )
-def test_the_best_stays_beside_the_newest(tmp_path, metric, values, expected):
+def test_the_best_stays_with_the_newest(tmp_path, metric, values, expected):
     save(tmp_path, values, metric)
     newest = 2 * len(values)
     assert RunDir(tmp_path).best_step(metric) == RunDir(tmp_path).best_step(metric.removeprefix("eval/")) == expected
@@ -76,7 +76,7 @@ def test_a_state_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
     assert there(tmp_path) == ["2", "8"] and RunDir(tmp_path).best_step(LOSS) == (2, 2.0)
 
 
-def test_a_damaged_best_is_not_read_and_is_set_aside_by_the_next_start(tmp_path):
+def test_a_damaged_best_is_not_read_and_is_quarantined_by_the_next_start(tmp_path):
     save(tmp_path, [1.0, 2.0, 3.0], keep=2)
     flip(largest(tmp_path / "checkpoints" / "2"))
     with pytest.raises(
@@ -84,8 +84,8 @@ def test_a_damaged_best_is_not_read_and_is_set_aside_by_the_next_start(tmp_path)
     ):
         RunDir(tmp_path).best_step(LOSS)
     assert RunDir(tmp_path).quarantine() == [] and RunDir(tmp_path).latest_step() == 6
-    [told] = RunDir(tmp_path).quarantine(LOSS)
-    assert "checkpoints/2, the best, is damaged" in told and told.endswith("renamed to 2.damaged")
+    [line] = RunDir(tmp_path).quarantine(LOSS)
+    assert "checkpoints/2, the best, is damaged" in line and line.endswith("renamed to 2.damaged")
     assert RunDir(tmp_path).quarantine(LOSS) == []
     save(tmp_path, [4.0], first=8, keep=2)
     assert there(tmp_path) == ["2.damaged", "4", "6", "8"] and RunDir(tmp_path).best_step(LOSS) == (4, 2.0)
@@ -103,8 +103,8 @@ def test_a_value_that_is_damaged_does_not_say_which_is_the_best(tmp_path, how):
         path.unlink()
     with pytest.raises(InputError, match="checkpoints/4 is damaged"):
         RunDir(tmp_path).best_step(LOSS)
-    [told] = RunDir(tmp_path).quarantine(LOSS)
-    assert "renamed to 4.damaged" in told and RunDir(tmp_path).best_step(LOSS) == (2, 1.0)
+    [line] = RunDir(tmp_path).quarantine(LOSS)
+    assert "renamed to 4.damaged" in line and RunDir(tmp_path).best_step(LOSS) == (2, 1.0)
 
 
 def test_where_there_is_no_best_it_says_so(tmp_path):

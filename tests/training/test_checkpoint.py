@@ -1,4 +1,4 @@
-"""Saving, restoring onto another mesh, and what a damaged checkpoint says."""
+"""Saving, restoring onto another mesh, retention, checksums, quarantine."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ def test_a_checkpoint_takes_no_more_room_than_is_asked_for(tmp_path):
         )
 
 
-def test_only_the_newest_are_kept(saved):
+def test_only_the_newest_are_saved(saved):
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["4", "6"]
 
 
@@ -86,8 +86,8 @@ def test_those_of_every_so_many_steps_stay_for_good(tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10]
 
 
-def test_a_save_that_fails_is_told_in_one_line_and_the_next_one_may_do(tmp_path, monkeypatch, caplog):
-    """Orbax's threads raise of themselves; what is left unfinished goes, and what was saved before stays."""
+def test_a_save_that_fails_is_reported_in_one_line_and_the_next_one_may_do(tmp_path, monkeypatch, caplog):
+    """Orbax's threads raise; the unfinished save is removed, and earlier ones stay."""
     shapes, state = placed(layout.make_mesh(4, 2)), state_on(layout.make_mesh(4, 2))
     checkpoints = Checkpointer(tmp_path, keep=3)
     checkpoints.save(2, state, {})
@@ -261,8 +261,8 @@ def test_a_checkpoint_of_a_version_without_digests_is_read(saved):
     assert RunDir(saved).latest_step() == 6
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(saved):
-    """Whatever Orbax makes of a state that it cannot read, without digests that would have told before."""
+def test_a_damaged_checkpoint_is_reported_in_one_line(saved):
+    """A damaged checkpoint without checksums, which Orbax cannot read."""
     shutil.rmtree(saved / "checkpoints" / "6" / "state" / "d", ignore_errors=True)
     of_an_older_version(saved / "checkpoints" / "6")
     for path in (saved / "checkpoints" / "6" / "state").rglob("*"):
