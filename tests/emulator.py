@@ -24,7 +24,7 @@ class Store:
     """An emulator with one bucket.
 
     Args:
-      directory: a folder of this machine where objects stay from one time to the next; None = the bucket is empty, in memory.
+      directory: a folder of this machine that holds the objects; None = memory.
 
     Attributes:
       environment: the variables by which the libraries find it; folder: an address for the test that runs.
@@ -78,7 +78,7 @@ class Store:
 
 
 def files_of(directory: pathlib.Path) -> pathlib.Path:
-    """Returns the folder in which the objects of a store that is `directory` lie as files."""
+    """Returns the folder of the objects of a `Store(directory)`, as files."""
     return directory / ".cloudstorage" / BUCKET
 
 
