@@ -8,9 +8,12 @@ import pathlib
 import re
 import sys
 
-from seqpe_jax.config import encodings_table
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "encodings.md"
+from seqpe_jax.config import encodings_table  # noqa: E402
+
+PAGE = ROOT / "docs" / "encodings.md"
 TABLE = re.compile(r"^\| kind \|.*\n(?:\|.*\n)*", re.MULTILINE)
 
 
