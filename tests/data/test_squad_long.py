@@ -1,6 +1,7 @@
 """SQuAD's questions at any length: splits, prompts of the asked length, what is skipped, and bad files."""
 
 import copy
+import hashlib
 import json
 
 import numpy as np
@@ -255,3 +256,11 @@ def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="is empty: no questions in"):
         source(tmp_path, written(tmp_path / "nothing.json", {"data": []}))
     assert not list((tmp_path / "cache").rglob("table.npz")) and not list((tmp_path / "cache").rglob(".unfinished-*"))
+
+
+def test_prompts_are_those_of_all_versions(tmp_path):
+    """Seed and index decide a prompt, so that evaluations of older versions asked the same questions."""
+    found = source(tmp_path, written(tmp_path / "one.json", squad(*range(12))), "train", length=600, seed=3)
+    prompts = hashlib.sha256("".join(found[index]["input"] for index in range(len(found))).encode()).hexdigest()[:16]
+    assert found.fingerprint == "7eaf5dd315ef0676110550a9cac41b8e"
+    assert found.content_fingerprint == "ae59199705b71183686492cb5829bb80" and prompts == "da3a0b6f280c0155"

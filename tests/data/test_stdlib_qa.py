@@ -6,6 +6,7 @@ import pytest
 
 from seqpe_jax.data import qa
 from seqpe_jax.data.datasets import stdlib_qa, stdlib_text
+from seqpe_jax.data.datasets.qa_base import Question
 from seqpe_jax.data.datasets.stdlib_qa import questions_of_file
 from seqpe_jax.data.tokenizers import ByteTokenizer
 
@@ -185,3 +186,9 @@ def test_frequent_answers_and_large_tables_are_thinned_out():
     asked = {questions[0].question}
     assert list(stdlib_qa._select(iter(questions[:1]), asked)) == []
     assert len(list(stdlib_qa._select(iter(questions[1:100] * 2), asked))) == len(asked) - 1 > 1
+
+
+def test_the_order_of_questions_is_that_of_all_versions():
+    question = Question("a.py", "x = 1\ny = 2", "x =", "constant", ("1",))
+    expected = r"Question(name='a.py', passage='x = 1\ny = 2', question='x =', kind='constant', answers=('1',))"
+    assert stdlib_qa._identity(question) == expected

@@ -270,3 +270,9 @@ def test_caches_of_versions_without_round_trip_checks_are_read(files, tmp_path):
         again.fingerprint == first.fingerprint
         and again.round_trip_loss.lost_bytes == again.round_trip_loss.checked_bytes == 0
     )
+
+
+def test_fingerprints_are_those_of_all_versions(files, tmp_path):
+    """Runs of older versions compare the fingerprint of their data with these."""
+    found = [source(files, tmp_path / "c", tokenizer=one).fingerprint for one in (ByteTokenizer(), Letters())]
+    assert found == ["331da7e847e999d7c9603f9a9e03d273", "1a27e3974c83c3a0090ea24d26e62a28"]
