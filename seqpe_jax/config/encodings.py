@@ -281,7 +281,7 @@ class _Heads(EncodingConfig):
     """Field of encodings that can be limited to some heads."""
 
     position_heads: int = _field(
-        0, "the first heads that get the encoding, the others see no position; 0 = all", **limits.OptionalHeads
+        0, "the first heads that get the encoding, the others see no position; 0 = all", **limits.OPTIONAL_HEADS
     )
 
 
@@ -312,9 +312,9 @@ class _AddedPairs(EncodingConfig):
     rotary_pairs: int = _field(
         0,
         "highest-frequency pairs of q and k that rotate; 0 = none (rotary, rotary_axial: all; scale_invariant: half)",
-        **limits.OptionalWidth,
+        **limits.OPTIONAL_WIDTH,
     )
-    rotary_heads: int = _field(0, "the first heads in which they rotate; 0 = all", **limits.OptionalHeads)
+    rotary_heads: int = _field(0, "the first heads in which they rotate; 0 = all", **limits.OPTIONAL_HEADS)
     theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
 
     def check_dims(self, dims: ModelDims) -> None:
@@ -331,7 +331,7 @@ class _OwnPairs(EncodingConfig):
     rotary_pairs: int = _field(
         0,
         "highest-frequency pairs of q and k that rotate, the others carry content alone; 0 = all, or half of them",
-        **limits.OptionalWidth,
+        **limits.OPTIONAL_WIDTH,
     )
 
 
@@ -391,27 +391,27 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
     digits: int = _field(0, "before the point; 0 = as many as max_position needs", low=0, high=64)
     padding: Literal["left", "right"] = _field("left", "side on which shorter positions are filled up with zeros")
     # the encoder of the digits
-    layers: int = _field(2, "blocks of the digit encoder", **limits.Layers)
-    width: int = _field(768, "features of the digit encoder", **limits.Width)
-    heads: int = _field(12, "attention heads of the digit encoder", **limits.Heads)
+    layers: int = _field(2, "blocks of the digit encoder", **limits.LAYERS)
+    width: int = _field(768, "features of the digit encoder", **limits.WIDTH)
+    heads: int = _field(12, "attention heads of the digit encoder", **limits.HEADS)
     direction: Literal["causal", "bi"] = _field("causal", "digits attend to those before them, or to all")
     cls: bool = _field(True, "a learned token after the last digit is read out, else the last digit is")
     final_norm: bool = _field(True, "LayerNorm before the projection")
     mask_padding: bool = _field(False, "zeros that fill up a position are no keys")
     temperature: float = _field(1.0, "vectors are divided by it", low=1e-6, high=1e6)
     output_width: int = _field(
-        0, "features of a vector; 0 = as many as mode, qk and per_head need", **limits.OptionalWidth
+        0, "features of a vector; 0 = as many as mode, qk and per_head need", **limits.OPTIONAL_WIDTH
     )
     digit_index: Literal["global", "per_axis"] = _field(
         "global", "digit indices are counted over all axes, or for each axis from 0"
     )
-    dropout: float = _field(0.1, "dropout rate of the digit encoder, after attention and MLP", **limits.DropRate)
-    attention_dropout: float = _field(0.0, "dropout rate of attention weights in the digit encoder", **limits.DropRate)
+    dropout: float = _field(0.1, "dropout rate of the digit encoder, after attention and MLP", **limits.DROP_RATE)
+    attention_dropout: float = _field(0.0, "dropout rate of attention weights in the digit encoder", **limits.DROP_RATE)
     activation: Activation = _field("gelu_tanh", "activation function of the digit encoder")
-    layer_norm_epsilon: float = _field(1e-5, "added to variances in the digit encoder's LayerNorms", **limits.Epsilon)
+    layer_norm_epsilon: float = _field(1e-5, "added to variances in the digit encoder's LayerNorms", **limits.EPSILON)
     norm_init: float = _field(1.0, "initial weight of each LayerNorm", low=-1e3, high=1e3)
     init_distribution: Literal["normal", "truncated_normal"] = _field("normal", "distribution of initial weights")
-    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
+    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.STD)
     share_prefixes: bool = _field(
         True, "leading digits that positions have in common are computed once; dropout masks are then shared too"
     )
@@ -425,9 +425,9 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
     )
     per_head: bool = _field(True, "the vector is split over the heads, else one head-wide vector serves all")
     feature_width: int = _field(
-        0, "attn_scalar: features of a head's query and key parts; 0 = head width", **limits.OptionalWidth
+        0, "attn_scalar: features of a head's query and key parts; 0 = head width", **limits.OPTIONAL_WIDTH
     )
-    qk_init_std: float = _field(0.02, "standard deviation of initial weights of the qk map", **limits.Std)
+    qk_init_std: float = _field(0.02, "standard deviation of initial weights of the qk map", **limits.STD)
     scalar_scale: float = _field(1.0, "attn_scalar: factor of the logit bias", low=-1e6, high=1e6)
 
     @property
@@ -528,7 +528,7 @@ class LearnedConfig(_AddedPairs, _Gated):
     REAL_POSITIONS: ClassVar[bool] = False
 
     kind: str = _kind("learned")
-    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
+    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.STD)
 
     @property
     def window_dependence(self) -> str:
@@ -546,7 +546,7 @@ class SinusoidalConfig(_Positions, _AddedPairs, _Gated):
     NEEDS: ClassVar[dict[str, Any]] = {"theta": None}  # also without rotary pairs
 
     kind: str = _kind("sinusoidal")
-    amplitude: float = _field(1.0, "factor of the sinusoids", **limits.Weight)
+    amplitude: float = _field(1.0, "factor of the sinusoids", **limits.WEIGHT)
 
     def check_dims(self, dims: ModelDims) -> None:
         """Refuses a model with fewer pairs of columns than axes."""
@@ -686,7 +686,7 @@ class T5Config(_Positions, _Heads, _AddedPairs, _Gated):
     t5_max_distance: int = _field(
         0,
         "tokens from which on all distances share a bucket; 0 = a quarter of the training length, at least t5_buckets",
-        **limits.OptionalLength,
+        **limits.OPTIONAL_LENGTH,
     )
 
     def resolved(self, dims: ModelDims) -> "T5Config":
@@ -773,7 +773,7 @@ class LookHereConfig(_Positions, _Heads, _AddedPairs):
 
     kind: str = _kind("lookhere")
     slope_scale: float = _field(1.0, "factor of the slopes, per patch", **_SLOPE_SCALE)
-    directed_heads: int = _field(0, "heads that see one side; 0 = two thirds", **limits.OptionalHeads)
+    directed_heads: int = _field(0, "heads that see one side; 0 = two thirds", **limits.OPTIONAL_HEADS)
 
     def resolved(self, dims: ModelDims) -> "LookHereConfig":
         """Returns the config with the number of its directed heads."""

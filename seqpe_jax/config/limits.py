@@ -15,24 +15,24 @@ from seqpe_jax.errors import InputError
 SMALLEST = 2.0**-126
 LARGEST = 2.0**127
 
-Fraction = {"low": 0.0, "high": 1.0}
-DropRate = {"low": 0.0, "below": 1.0}
-Weight = {"low": 0.0, "high": 1e6}  # of a loss; factors too
-Std = {"low": 0.0, "high": 1e3}
-Epsilon = {"low": 1e-12, "high": 0.1, "once": True}  # added to a variance
-NumSteps = {"low": 1, "high": 10**9}
-OptionalSteps = {"low": 0, "high": 10**9}
-Batch = {"low": 1, "high": 2**20}
-Length = {"low": 1, "high": 2**24}  # in tokens
-OptionalLength = {"low": 0, "high": 2**24}
-Units = {"low": 0, "high": 2**30}  # counts of positions, examples or tokens
-ImageSize = {"low": 1, "high": 2**16}  # in pixels
-Layers = {"low": 1, "high": 1024}
-Heads = {"low": 1, "high": 4096}
-OptionalHeads = {"low": 0, "high": 4096}
-Width = {"low": 1, "high": 2**16}
-OptionalWidth = {"low": 0, "high": 2**20}
-Devices = {"low": 1, "high": 2**20}
+FRACTION = {"low": 0.0, "high": 1.0}
+DROP_RATE = {"low": 0.0, "below": 1.0}
+WEIGHT = {"low": 0.0, "high": 1e6}  # of a loss; factors too
+STD = {"low": 0.0, "high": 1e3}
+EPSILON = {"low": 1e-12, "high": 0.1, "once": True}  # added to a variance
+NUM_STEPS = {"low": 1, "high": 10**9}
+OPTIONAL_STEPS = {"low": 0, "high": 10**9}
+BATCH = {"low": 1, "high": 2**20}
+LENGTH = {"low": 1, "high": 2**24}  # in tokens
+OPTIONAL_LENGTH = {"low": 0, "high": 2**24}
+UNITS = {"low": 0, "high": 2**30}  # counts of positions, examples or tokens
+IMAGE_SIZE = {"low": 1, "high": 2**16}  # in pixels
+LAYERS = {"low": 1, "high": 1024}
+HEADS = {"low": 1, "high": 4096}
+OPTIONAL_HEADS = {"low": 0, "high": 4096}
+WIDTH = {"low": 1, "high": 2**16}
+OPTIONAL_WIDTH = {"low": 0, "high": 2**20}
+DEVICES = {"low": 1, "high": 2**20}
 
 
 def field(default: Any, doc: str = "", **metadata: Any) -> Any:

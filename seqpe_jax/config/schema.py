@@ -23,13 +23,13 @@ class AugmentConfig:
         (1.0, 1.0), "area of a random resized crop as a fraction of the image, low and high; 1,1 = no crop", high=1.0
     )
     crop_aspect: tuple[float, ...] = _field((0.75, 4 / 3), "width to height of that crop, low and high", high=1e3)
-    flip: float = _field(0.0, "probability that left and right are swapped", **limits.Fraction)
+    flip: float = _field(0.0, "probability that left and right are swapped", **limits.FRACTION)
     translate: int = _field(0, "largest shift in pixels, in each direction", low=0, high=2**16)
     randaugment_layers: int = _field(0, "RandAugment operations for each image; 0 = none", low=0, high=64)
     randaugment_magnitude: float = _field(9.0, "mean magnitude of these operations", low=0.0, high=10.0)
     randaugment_std: float = _field(0.5, "standard deviation of that magnitude", low=0.0, high=10.0)
     color_jitter: float = _field(0.0, "largest relative change of brightness, contrast, saturation", low=0.0, high=10.0)
-    erasing: float = _field(0.0, "probability that a random rectangle is replaced by noise", **limits.Fraction)
+    erasing: float = _field(0.0, "probability that a random rectangle is replaced by noise", **limits.FRACTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +42,15 @@ class DataConfig:
         "files, globs or folders of the data set; stored with ~ replaced, for another user has another home",
         path=True,
     )
-    length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.Length, of=TEXT_LIKE)
+    length: int = _field(512, "tokens of a training window, or of prompt and answer", **limits.LENGTH, of=TEXT_LIKE)
     tokenizer: str = _field("bytes", "'bytes', or path of a Hugging Face tokenizer.json", path=True, of=TEXT_LIKE)
     lossy_tokenizer: bool = _field(False, "accept text that does not come back from its tokens", of=TEXT_LIKE)
-    prompt_weight: float = _field(0.0, "weight of the context's tokens in the loss", **limits.Fraction, of=(DATA_QA,))
+    prompt_weight: float = _field(0.0, "weight of the context's tokens in the loss", **limits.FRACTION, of=(DATA_QA,))
     question_weight: float = _field(
-        0.0, "weight of the question's tokens in the loss", **limits.Fraction, of=(DATA_QA,)
+        0.0, "weight of the question's tokens in the loss", **limits.FRACTION, of=(DATA_QA,)
     )
     size: tuple[int, ...] = _field(
-        (), "(height, width), or (frames, height, width) of videos, in pixels", **limits.ImageSize, of=IMAGE_LIKE
+        (), "(height, width), or (frames, height, width) of videos, in pixels", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
     crop_ratio: float = _field(
         1.0, "side of the center crop at evaluation, as a fraction of the image's", low=0.1, high=1.0, of=IMAGE_LIKE
@@ -69,29 +69,29 @@ class ModelConfig:
 
     kind: Literal["gpt2", "vit"] = _field("gpt2", "network: gpt2 for text, vit for images and videos")
     vocabulary: int = _field(
-        0, "gpt2: rows of the token embedding; 0 = the tokenizer's", **limits.OptionalLength, of=TEXT_LIKE
+        0, "gpt2: rows of the token embedding; 0 = the tokenizer's", **limits.OPTIONAL_LENGTH, of=TEXT_LIKE
     )
     tied: bool = _field(True, "gpt2: the token embedding is the output layer too", of=TEXT_LIKE)
-    classes: int = _field(0, "vit: number of classes; 0 = that of the data", **limits.OptionalLength, of=IMAGE_LIKE)
+    classes: int = _field(0, "vit: number of classes; 0 = that of the data", **limits.OPTIONAL_LENGTH, of=IMAGE_LIKE)
     patch: tuple[int, ...] = _field(
-        (), "vit: sides of a patch along each axis of data.size, in pixels", **limits.ImageSize, of=IMAGE_LIKE
+        (), "vit: sides of a patch along each axis of data.size, in pixels", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
-    layers: int = _field(12, "transformer blocks", **limits.Layers)
-    width: int = _field(768, "features of a token", **limits.Width)
-    heads: int = _field(12, "attention heads of a block", **limits.Heads)
-    mlp_width: int = _field(0, "hidden features of an MLP; 0 = four times the width", **limits.OptionalWidth)
-    dropout: float = _field(0.1, "rate after attention and MLP", **limits.DropRate)
-    attention_dropout: float = _field(0.1, "rate of attention weights", **limits.DropRate)
-    embedding_dropout: float = _field(0.1, "rate of embeddings", **limits.DropRate)
+    layers: int = _field(12, "transformer blocks", **limits.LAYERS)
+    width: int = _field(768, "features of a token", **limits.WIDTH)
+    heads: int = _field(12, "attention heads of a block", **limits.HEADS)
+    mlp_width: int = _field(0, "hidden features of an MLP; 0 = four times the width", **limits.OPTIONAL_WIDTH)
+    dropout: float = _field(0.1, "rate after attention and MLP", **limits.DROP_RATE)
+    attention_dropout: float = _field(0.1, "rate of attention weights", **limits.DROP_RATE)
+    embedding_dropout: float = _field(0.1, "rate of embeddings", **limits.DROP_RATE)
     drop_path: float = _field(
         0.0,
         "vit: rate of examples that skip the last block's branch; less in earlier ones",
-        **limits.DropRate,
+        **limits.DROP_RATE,
         of=IMAGE_LIKE,
     )
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = _field("gelu_tanh", "nonlinearity of an MLP")
-    layer_norm_epsilon: float = _field(1e-5, "added to the variance", **limits.Epsilon)
-    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.Std)
+    layer_norm_epsilon: float = _field(1e-5, "added to the variance", **limits.EPSILON)
+    init_std: float = _field(0.02, "standard deviation of initial weights", **limits.STD)
     remat: Literal["none", "full", "dots", "offload"] = _field(
         "none",
         "recomputed in the backward pass: none, full blocks, dots = all but matrix products; offload keeps these in host memory",
@@ -99,7 +99,7 @@ class ModelConfig:
     attention_kind: Literal["auto", "reference", "blockwise", "flash"] = _field(
         "auto", "implementation of attention (models.attention_dispatch)"
     )
-    attention_block: int = _field(0, "blockwise: queries and keys of a block; 0 = automatic", **limits.OptionalLength)
+    attention_block: int = _field(0, "blockwise: queries and keys of a block; 0 = automatic", **limits.OPTIONAL_LENGTH)
     scan: bool = _field(False, "compile one block and loop over stacked weights")
 
 
@@ -107,15 +107,15 @@ class ModelConfig:
 class ContrastiveConfig:
     """Contrastive loss: vectors of near positions are similar."""
 
-    weight: float = _field(0.1, "of the loss", **limits.Weight)
-    warmup_steps: int = _field(0, "steps over which the weight rises linearly", **limits.OptionalSteps)
-    batch: int = _field(32, "anchors of a step, over all devices", **limits.Batch)
-    candidates: int = _field(32, "positions that an anchor is compared with", **limits.Batch)
+    weight: float = _field(0.1, "of the loss", **limits.WEIGHT)
+    warmup_steps: int = _field(0, "steps over which the weight rises linearly", **limits.OPTIONAL_STEPS)
+    batch: int = _field(32, "anchors of a step, over all devices", **limits.BATCH)
+    candidates: int = _field(32, "positions that an anchor is compared with", **limits.BATCH)
     mixture: tuple[float, ...] = _field(
         (0.0, 0.4, 0.6), "probabilities of random, hard and distributional candidates", high=1.0
     )
     hard_fraction: float = _field(
-        0.25, "hard draw: fraction of the candidates that are the anchor with 1 to 3 digits changed", **limits.Fraction
+        0.25, "hard draw: fraction of the candidates that are the anchor with 1 to 3 digits changed", **limits.FRACTION
     )
     window: int = _field(256, "range of distributional candidates", low=1, high=2**30)
     around_anchor: bool = _field(False, "center that range on the anchor instead of drawing its place")
@@ -124,8 +124,8 @@ class ContrastiveConfig:
         "vectors", "compare dot products of vectors, or attention logits per head"
     )
     per_head: bool = _field(False, "space=vectors: one loss per head")
-    label_smoothing: float = _field(0.0, "fraction of the target spread over all candidates", **limits.DropRate)
-    scale: float = _field(1.0, "factor of the dot products", **limits.Weight)
+    label_smoothing: float = _field(0.0, "fraction of the target spread over all candidates", **limits.DROP_RATE)
+    scale: float = _field(1.0, "factor of the dot products", **limits.WEIGHT)
     floor: float = _field(
         0.0, "nats; an anchor whose loss is lower has no gradient; 0 = every anchor has one", low=0.0, high=100.0
     )
@@ -138,45 +138,45 @@ class ContrastiveConfig:
 class DistillationConfig:
     """Distillation loss: vectors of far windows relate to each other as those of the window at the origin."""
 
-    weight: float = _field(0.1, "of the loss", **limits.Weight)
-    warmup_steps: int = _field(0, "steps over which the weight rises linearly", **limits.OptionalSteps)
-    batch: int = _field(32, "student windows of a step, over all devices", **limits.Batch)
-    offsets: int = _field(32, "positions of a window", **limits.Batch)
+    weight: float = _field(0.1, "of the loss", **limits.WEIGHT)
+    warmup_steps: int = _field(0, "steps over which the weight rises linearly", **limits.OPTIONAL_STEPS)
+    batch: int = _field(32, "student windows of a step, over all devices", **limits.BATCH)
+    offsets: int = _field(32, "positions of a window", **limits.BATCH)
     metric: Literal["kl", "mse"] = _field("kl", "distance between teacher and student")
     beta: float = _field(
-        1.0, "weight of the loss with a fixed teacher; the rest has a fixed student", **limits.Fraction
+        1.0, "weight of the loss with a fixed teacher; the rest has a fixed student", **limits.FRACTION
     )
     reduction: Literal["elements", "rows"] = _field("elements", "mean over all elements, or sum over each row")
     space: Literal["vectors", "logits"] = _field(
         "vectors", "compare dot products of vectors, or attention logits per head"
     )
     per_head: bool = _field(True, "space=vectors: one loss per head")
-    scale: float = _field(1.0, "factor of the dot products", **limits.Weight)
+    scale: float = _field(1.0, "factor of the dot products", **limits.WEIGHT)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShiftConfig:
     """Shifted windows: with probability `rate` a step trains on windows that do not start at 0."""
 
-    rate: float = _field(0.0, "probability that a step is shifted", **limits.Fraction)
-    sets: int = _field(1, "different windows in a batch; example i has window i mod sets", **limits.Batch)
-    starts: int = _field(0, "number of fixed starts that are drawn from; 0 = all", **limits.Units)
+    rate: float = _field(0.0, "probability that a step is shifted", **limits.FRACTION)
+    sets: int = _field(1, "different windows in a batch; example i has window i mod sets", **limits.BATCH)
+    starts: int = _field(0, "number of fixed starts that are drawn from; 0 = all", **limits.UNITS)
 
 
 @dataclasses.dataclass(frozen=True)
 class SkipConfig:
     """Skip-wise positions (PoSE, arXiv 2309.10400): windows cut into chunks with random gaps between."""
 
-    rate: float = _field(0.0, "probability that a step has gaps", **limits.Fraction)
+    rate: float = _field(0.0, "probability that a step has gaps", **limits.FRACTION)
     chunks: int = _field(2, "chunks of a window", low=2, high=2**20)
-    range: int = _field(0, "positions that the chunks spread over; 0 = encoding.max_position", **limits.Units)
+    range: int = _field(0, "positions that the chunks spread over; 0 = encoding.max_position", **limits.UNITS)
 
 
 @dataclasses.dataclass(frozen=True)
 class JitterConfig:
     """Jitter: with probability `rate` each coordinate of a step's positions moves at random."""
 
-    rate: float = _field(0.0, "probability that a step is jittered", **limits.Fraction)
+    rate: float = _field(0.0, "probability that a step is jittered", **limits.FRACTION)
     range: float = _field(0.0, "largest move in tokens or patches, to either side", low=0.0, high=2.0**30)
 
 
@@ -184,7 +184,7 @@ class JitterConfig:
 class ZoomConfig:
     """Zoom: with probability `rate` a step trains on enlarged crops, whose patches have their positions in the full image."""
 
-    rate: float = _field(0.0, "probability that a step is zoomed", **limits.Fraction)
+    rate: float = _field(0.0, "probability that a step is zoomed", **limits.FRACTION)
     smallest: float = _field(0.5, "smallest side of a crop, as a fraction of the image's", low=0.05, high=1.0)
 
 
@@ -194,7 +194,7 @@ class MixingConfig:
 
     mixup: float = _field(0.0, "alpha of the Beta distribution of mixup; 0 = off", zero=True, low=1e-3, high=1e3)
     cutmix: float = _field(0.0, "alpha of the Beta distribution of CutMix; 0 = off", zero=True, low=1e-3, high=1e3)
-    switch: float = _field(0.5, "probability of CutMix if both are on", **limits.Fraction)
+    switch: float = _field(0.5, "probability of CutMix if both are on", **limits.FRACTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ class ObjectiveConfig:
     """Task loss, weighted losses on position vectors, and the positions that training draws."""
 
     label_smoothing: float = _field(
-        0.0, "fraction of the target spread over all classes", **limits.DropRate, of=IMAGE_LIKE
+        0.0, "fraction of the target spread over all classes", **limits.DROP_RATE, of=IMAGE_LIKE
     )
     mixing: MixingConfig = _section(MixingConfig, of=IMAGE_LIKE)
     contrastive: ContrastiveConfig = _section(ContrastiveConfig)
@@ -221,35 +221,35 @@ class OptimizerConfig:
     schedule: Literal["linear", "cosine", "constant", "wsd"] = _field(
         "linear", "decay after warm-up; wsd: stable, then a linear decay at the end"
     )
-    decay_steps: int = _field(0, "wsd: steps of the decay; 0 = a tenth of all", **limits.OptionalSteps)
-    warmup_steps: int = _field(0, "steps over which the learning rate rises linearly", **limits.OptionalSteps)
+    decay_steps: int = _field(0, "wsd: steps of the decay; 0 = a tenth of all", **limits.OPTIONAL_STEPS)
+    warmup_steps: int = _field(0, "steps over which the learning rate rises linearly", **limits.OPTIONAL_STEPS)
     end_learning_rate: float = _field(0.0, "learning rate at the last step", low=0.0, high=100.0)
-    b1: float = _field(0.9, "decay of the mean of gradients", **limits.DropRate)
-    b2: float = _field(0.999, "decay of the mean of squared gradients", **limits.DropRate)
+    b1: float = _field(0.9, "decay of the mean of gradients", **limits.DROP_RATE)
+    b2: float = _field(0.999, "decay of the mean of squared gradients", **limits.DROP_RATE)
     epsilon: float = _field(1e-8, "added to the root of the squared gradients", low=1e-20, high=1.0, once=True)
     weight_decay: float = _field(
         0.0, "of the model's matrices; never of biases, norms, embeddings", low=0.0, high=100.0
     )
     encoder_weight_decay: float = _field(0.0, "of the digit encoder's matrices", low=0.0, high=100.0)
     clip: float = _field(5.0, "largest global norm of gradients; 0 = no clipping", zero=True, low=1e-6, high=1e6)
-    accumulate: int = _field(1, "micro-batches of a batch, whose gradients are averaged", **limits.Batch)
+    accumulate: int = _field(1, "micro-batches of a batch, whose gradients are averaged", **limits.BATCH)
     non_finite: Literal["stop", "skip"] = _field(
         "stop", "at a loss or gradient that is not finite: stop the run, or skip the update"
     )
-    skips: int = _field(10, "non_finite=skip: consecutive skipped updates that stop the run", **limits.NumSteps)
+    skips: int = _field(10, "non_finite=skip: consecutive skipped updates that stop the run", **limits.NUM_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training (validation split), and the defaults of the command `evaluate` (test split)."""
 
-    every: int = _field(0, "steps between evaluations during training; 0 = none", **limits.OptionalSteps)
-    lengths: tuple[int, ...] = _field((), "window lengths; () = the training length", **limits.Length, of=TEXT_LIKE)
+    every: int = _field(0, "steps between evaluations during training; 0 = none", **limits.OPTIONAL_STEPS)
+    lengths: tuple[int, ...] = _field((), "window lengths; () = the training length", **limits.LENGTH, of=TEXT_LIKE)
     sizes: tuple[int, ...] = _field(
-        (), "sides of square images in pixels; () = the training size", **limits.ImageSize, of=IMAGE_LIKE
+        (), "sides of square images in pixels; () = the training size", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
     frames: tuple[int, ...] = _field(
-        (), "videos: frames at each of eval.sizes; () = as in training", **limits.ImageSize, of=IMAGE_LIKE
+        (), "videos: frames at each of eval.sizes; () = as in training", **limits.IMAGE_SIZE, of=IMAGE_LIKE
     )
     tokens: int = _field(0, "tokens scored per length, at most; 0 = the whole split", low=0, high=2**40, of=TEXT_LIKE)
     contexts: tuple[int, ...] = _field(
@@ -260,11 +260,11 @@ class EvalConfig:
         of=(DATA_TEXT,),
     )
     stride: int = _field(
-        0, "targets of a window of eval.contexts; 0 = half of the smallest", **limits.OptionalLength, of=(DATA_TEXT,)
+        0, "targets of a window of eval.contexts; 0 = half of the smallest", **limits.OPTIONAL_LENGTH, of=(DATA_TEXT,)
     )
-    targets: int = _field(16384, "tokens scored under each of eval.contexts, at most", **limits.Length, of=(DATA_TEXT,))
-    examples: int = _field(0, "questions asked, at most; 0 = the whole split", **limits.Units, of=(DATA_QA,))
-    new_tokens: int = _field(16, "tokens generated for an answer, at most", **limits.Length, of=(DATA_QA,))
+    targets: int = _field(16384, "tokens scored under each of eval.contexts, at most", **limits.LENGTH, of=(DATA_TEXT,))
+    examples: int = _field(0, "questions asked, at most; 0 = the whole split", **limits.UNITS, of=(DATA_QA,))
+    new_tokens: int = _field(16, "tokens generated for an answer, at most", **limits.LENGTH, of=(DATA_QA,))
     batch_tokens: int = _field(16384, "tokens or patches of an evaluation batch", low=1, high=2**28)
 
 
@@ -272,11 +272,11 @@ class EvalConfig:
 class CheckpointConfig:
     """Saving of the training state."""
 
-    every: int = _field(1000, "steps between checkpoints", **limits.NumSteps)
-    keep: int = _field(2, "newest checkpoints that are retained", **limits.NumSteps)
-    keep_every: int = _field(0, "retain those of multiples of so many steps too; 0 = none", **limits.OptionalSteps)
+    every: int = _field(1000, "steps between checkpoints", **limits.NUM_STEPS)
+    keep: int = _field(2, "newest checkpoints that are retained", **limits.NUM_STEPS)
+    keep_every: int = _field(0, "retain those of multiples of so many steps too; 0 = none", **limits.OPTIONAL_STEPS)
     best: str = _field("", "retain the best checkpoint by this metric too, such as loss@512; '' = none")
-    failed_saves: int = _field(3, "consecutive failed saves that end the run", **limits.NumSteps)
+    failed_saves: int = _field(3, "consecutive failed saves that end the run", **limits.NUM_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,9 +284,9 @@ class MeshConfig:
     """Mesh of devices; the product of data, fsdp, context and tensor is their number."""
 
     data: int = _field(0, "split of the batch alone; 0 = all devices that the other axes leave", low=0, high=2**20)
-    fsdp: int = _field(1, "split of the batch, and of stored parameters and optimizer state", **limits.Devices)
-    context: int = _field(1, "split of a sequence", **limits.Devices)
-    tensor: int = _field(1, "split of heads, hidden units and vocabulary", **limits.Devices)
+    fsdp: int = _field(1, "split of the batch, and of stored parameters and optimizer state", **limits.DEVICES)
+    context: int = _field(1, "split of a sequence", **limits.DEVICES)
+    tensor: int = _field(1, "split of heads, hidden units and vocabulary", **limits.DEVICES)
     slices: int = _field(0, "TPU slices, over which data is split first; 0 = as many as there are", low=0, high=2**20)
 
 
@@ -304,7 +304,7 @@ class PrecisionConfig:
 class ReportConfig:
     """Metrics of a run."""
 
-    every: int = _field(50, "steps between lines of metrics.jsonl", **limits.NumSteps)
+    every: int = _field(50, "steps between lines of metrics.jsonl", **limits.NUM_STEPS)
     tensorboard: bool = _field(True, "write TensorBoard files too")
 
 
@@ -320,8 +320,8 @@ class Config:
     """All that a run is a function of."""
 
     seed: int = _field(0, "of parameters, order of examples, and random draws", low=0, high=2**63 - 1)
-    steps: int = _field(1000, "training steps", **limits.NumSteps)
-    batch_size: int = _field(32, "examples of a step, over all devices", **limits.Batch)
+    steps: int = _field(1000, "training steps", **limits.NUM_STEPS)
+    batch_size: int = _field(32, "examples of a step, over all devices", **limits.BATCH)
     init_from: str = _field(
         "", "run or converted checkpoint whose parameters a new run begins with; '' = random ones", path=True
     )
@@ -374,7 +374,7 @@ class Config:
         """Returns the patches along each axis of an image or video of this size in pixels."""
         return tuple(side // part for side, part in zip(size, self.model.patch, strict=True))
 
-    def sides_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+    def full_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the full size of an example evaluated at (height, width) or (frames, height, width).
 
         A video without frames in its size has those of training.
@@ -393,5 +393,5 @@ class Config:
             return tuple((length,) for length in self.eval.lengths or (self.data.length,))
         sizes = tuple((side, side) for side in self.eval.sizes) or (self.data.size[-2:],)
         if not self.eval.frames:
-            return tuple(self.sides_of(size) for size in sizes)
+            return tuple(self.full_size(size) for size in sizes)
         return tuple((frames, *size) for frames in self.eval.frames for size in sizes)

@@ -94,7 +94,7 @@ def check_size(config: Config, size: tuple[int, ...], source: str, *, training: 
     Raises:
       InputError: says the largest size possible and the field to change.
     """
-    sides, patch = config.sides_of(size), config.model.patch
+    sides, patch = config.full_size(size), config.model.patch
     label, parts = "x".join(map(str, size)), patch[-len(size) :]
     if len(size) > len(patch):
         raise InputError(f"{source} {label} has frames, but data.name='{config.data.name}' has images: name two sides")

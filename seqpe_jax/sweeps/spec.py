@@ -425,7 +425,7 @@ def check_metric(metric: str, settings: Config) -> None:
     if not re.fullmatch(r"eval/\w+@[\dx]+", metric) or label not in labels:
         known = ", ".join(f"eval/NAME@{label}" for label in labels)
         raise InputError(f"'{metric}' is not measured while training. Known: {known}")
-    measured = task_class(settings).metrics(settings)
+    measured = task_class(settings).training_metrics(settings)
     if name not in measured:
         raise InputError(f"'{metric}' is not measured while training.{suggest(name, measured)}")
 

@@ -118,7 +118,7 @@ class Task(abc.ABC):
     metric_names: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def metrics(cls, config: Config) -> tuple[str, ...]:
+    def training_metrics(cls, config: Config) -> tuple[str, ...]:
         """Returns the metrics that evaluations during training report with this config."""
         return cls.metric_names
 

@@ -201,7 +201,7 @@ def _checked_sizes(settings: Config, request: EvalRequest) -> tuple[Shape, ...]:
         config.check_positions(settings, length, "evaluation length")
     for size in request.sizes:
         config.check_size(settings, size, "evaluation size")
-    return tuple(settings.sides_of(size) for size in request.sizes)
+    return tuple(settings.full_size(size) for size in request.sizes)
 
 
 def _requested_config(settings: Config, request: EvalRequest) -> Config:

@@ -160,7 +160,7 @@ class ImageClassification(Task):
 
     def grid_of(self, eval_size: Shape) -> Shape:
         """Returns the patches along each axis of an example of this size."""
-        return self.config.grid_of(self.config.sides_of(eval_size))
+        return self.config.grid_of(self.config.full_size(eval_size))
 
     def export_signature(self, max_grid: tuple[int, ...]) -> ExportSignature:
         """Returns the inputs and outputs of an exported model that serves grids of patches up to `max_grid`."""
@@ -218,7 +218,7 @@ class ImageClassification(Task):
     def _example(self, eval_size: Shape) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
         return functools.partial(
             images.eval_example,
-            size=self.config.sides_of(eval_size),
+            size=self.config.full_size(eval_size),
             crop_ratio=self.config.data.crop_ratio,
             mean=self.data_spec.mean,
             std=self.data_spec.std,

@@ -47,7 +47,7 @@ class QuestionAnswering(LanguageModeling):
             self.end = qa.answer_end_id(self.tokenizer)
 
     @classmethod
-    def metrics(cls, config: Any) -> tuple[str, ...]:
+    def training_metrics(cls, config: Any) -> tuple[str, ...]:
         """Returns the loss and the scores that fit the answers of the data set."""
         return ("loss", *answer_metrics(config.data.name))
 

@@ -154,7 +154,7 @@ class Trainer:
         metrics = {}
         for eval_size in self.task.eval_sizes():
             result = evaluate_at(self.task, self.compiled, params, eval_size, "validation", progress)
-            metrics |= {_metric_key(name, eval_size): result[name] for name in self.task.metrics(self.config)}
+            metrics |= {_metric_key(name, eval_size): result[name] for name in self.task.training_metrics(self.config)}
         return metrics
 
     def describe(self) -> str:
@@ -190,7 +190,7 @@ def best_metric(config: Config) -> str:
     """
     if not config.checkpoint.best:
         return ""
-    names = task_class(config).metrics(config)
+    names = task_class(config).training_metrics(config)
     return check_best_metric(
         config.checkpoint.best, [_metric_key(name, size) for size in config.eval_sizes for name in names]
     )

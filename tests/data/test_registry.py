@@ -113,7 +113,7 @@ def test_a_new_question_set_is_right_everywhere(toys, tmp_path):
     settings = config.from_dict(NO_POSITIONS | {"model": MODEL, "data": data, "eval": {"examples": 2}})
     assert settings.is_qa and not settings.is_image and settings.data_kind == DATA_QA
     assert tasks.task_class(settings) is tasks.QuestionAnswering
-    assert tasks.QuestionAnswering.metrics(settings) == ("loss", "contains", "exact_match_strict")
+    assert tasks.QuestionAnswering.training_metrics(settings) == ("loss", "contains", "exact_match_strict")
     assert answer_metrics("toy_sums") == answer_metrics("stdlib_qa")
     source = tasks.QuestionAnswering(settings).questions("train", 64)
     assert len(source) == 16 and source[0]["outputs"] == ("-9",)

@@ -91,7 +91,7 @@ def test_each_data_set_has_the_scores_of_its_answers():
     assert metrics.answer_metrics("qa_jsonl") == metrics.METRICS == tuple(metrics.SCORES)
     for name in ("stdlib_qa", "squad_long", "qa_jsonl"):
         settings = types.SimpleNamespace(data=types.SimpleNamespace(name=name))
-        assert tasks.QuestionAnswering.metrics(settings) == ("loss", *metrics.answer_metrics(name))
+        assert tasks.QuestionAnswering.training_metrics(settings) == ("loss", *metrics.answer_metrics(name))
 
 
 def record(depth, *golds, index=0):
