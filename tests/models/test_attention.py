@@ -141,6 +141,12 @@ def test_every_backend_equals_the_reference(backend):
     close(output_and_gradients(backend, signals(1)[name], True, **DROPOUT), expected(name, 1, True, True), "dropout")
 
 
+@functools.cache
+def expected_rotated(name: str, sets: int):
+    signal = signals(sets)[name].replace(rotation=signals(1)["rotation"].rotation)
+    return output_and_gradients("reference", signal, **DROPOUT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, sizes",
@@ -151,10 +157,9 @@ def test_over_devices_it_is_the_same(backend, sizes):
     sharding = MeshSharding(make_mesh(*sizes))
     rotation = signals(1)["rotation"].rotation
     for sets, name in ((2, "logit_query_key"), (3, "logit_query_key of all heads")):
-        signal = signals(sets)[name].replace(rotation=rotation)
-        on_one_device = output_and_gradients("reference", signal, **DROPOUT)
         with use_sharding(sharding):
-            close(output_and_gradients(backend, signal, **DROPOUT), on_one_device)
+            found = output_and_gradients(backend, signals(sets)[name].replace(rotation=rotation), **DROPOUT)
+        close(found, expected_rotated(name, sets))
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "flash"])
