@@ -1,4 +1,4 @@
-"""Augmentation of training images; all random numbers come from the given generator, so that examples are reproducible."""
+"""Augmentation of training images; all random numbers come from the given generator."""
 
 import math
 from collections.abc import Callable
@@ -101,8 +101,8 @@ def rand_augment(
 ) -> Image.Image:
     """RandAugment (Cubuk et al., arXiv 1909.13719), in the variant of DeiT and Swin.
 
-    Operations are sampled with replacement; each is applied with probability 1/2, at a magnitude from a normal distribution
-    clipped to 0..10.
+    Operations are sampled with replacement; each is applied with probability 1/2, at a magnitude from a normal
+    distribution clipped to 0..10.
 
     Args:
       image: grey or RGB, 8 bits.

@@ -37,7 +37,8 @@ def image_source(
       data_dir: folder of prepared data sets; "" = CACHE_DIR/datasets.
       cache_dir: "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show progress bars and warnings on stderr.
-      bit_depth: of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are refused.
+      bit_depth: of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are
+        refused.
 
     Raises:
       InputError: unknown name or split, nothing to read, damaged files, a folder that is not writable.
@@ -73,8 +74,8 @@ def train_example(
       record: {"image": uint8[H, W, C], or [T, H, W, C] of a video, "label": int}.
       size: (H, W) of the example, or (T, H, W) of a video, of which T consecutive frames are sampled.
       augment: the fields crop_scale, crop_aspect, flip, translate, randaugment_layers, randaugment_magnitude,
-        randaugment_std, color_jitter and erasing. All frames of a video are changed alike. A flip keeps the label, so use
-        flip=0 where left and right decide it (moving_digits).
+        randaugment_std, color_jitter and erasing. All frames of a video are changed alike. A flip keeps the label, so
+        use flip=0 where left and right decide it (moving_digits).
       rng: source of all random numbers.
       mean: per channel in 0..1.
       std: per channel in 0..1.
@@ -132,8 +133,8 @@ def eval_example(
 ) -> dict[str, np.ndarray]:
     """Returns an evaluation example: the centre of the image, or of a video in time and space, normalized.
 
-    The image is resized (bicubic, same aspect ratio) to the smallest size that covers `size` / `crop_ratio`, and the centre
-    crop is taken; for a square `size` the shorter side is resized to size / crop_ratio.
+    The image is resized (bicubic, same aspect ratio) to the smallest size that covers `size` / `crop_ratio`, and the
+    centre crop is taken; for a square `size` the shorter side is resized to size / crop_ratio.
 
     Args:
       record: as for `train_example`.

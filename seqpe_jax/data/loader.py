@@ -1,4 +1,4 @@
-"""Batches from examples with Grain: training batch i is a function of (source, batch size, seed, i) in every process."""
+"""Batches from examples with Grain: training batch i is a function of (source, batch size, seed, i)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ Example = dict[str, np.ndarray]
 class Windows:
     """Non-overlapping windows of `length` tokens, each with the token after it as the last target.
 
-    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. Tokens after the last complete
-    window, fewer than `length` of the split, are dropped.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1]}. Tokens after the last
+    complete window, fewer than `length` of the split, are dropped.
     """
 
     def __init__(self, tokens: np.ndarray, length: int):
@@ -56,8 +56,8 @@ def _check_window(tokens: np.ndarray, length: int, field: str) -> None:
 class ScoredWindows:
     """Windows of `length` tokens whose last targets are scored.
 
-    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length]}; "scored"
-    marks the targets, `tokens[1:]`, whose losses count.
+    A random-access source in Grain's sense: `windows[i]` -> {"tokens": int32[length + 1], "scored": bool[length]};
+    "scored" marks the targets, `tokens[1:]`, whose losses count.
 
     Args:
       tokens: 1-D, of a split.
@@ -87,8 +87,8 @@ class TrainLoader:
       source: random access, `source[i]`.
       batch_size: examples of a step over all processes.
       seed: of the order and of the generators.
-      example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the number of the example
-        in the run only. None = source[i] is the example.
+      example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the number of the
+        example in the run only. None = source[i] is the example.
       rows: indices of the rows of each batch that this process reads, in that order; None = all of them. A row has the
         same example in every process.
       threads: examples that `prefetch` makes in parallel.
@@ -189,8 +189,8 @@ class EvalBatches:
 def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: int = 0) -> EvalBatches:
     """Returns windows that score every token of a split but the first once, at any length.
 
-    Windows are consecutive. The last one ends at the last token: it overlaps the previous one, for context, and scores its
-    new tokens only.
+    Windows are consecutive. The last one ends at the last token: it overlaps the previous one, for context, and scores
+    its new tokens only.
 
     Args:
       tokens: 1-D, of a split.
@@ -220,8 +220,8 @@ def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: i
 def target_ends(count: int, *, largest: int, stride: int, targets: int) -> np.ndarray:
     """Returns the ends of the blocks of targets that are scored under every context, int[N], rising.
 
-    Blocks of `stride` targets are counted back from the end of the split, as far as the largest context allows. If there
-    are more of them than `targets`, those in the middle of equal parts of the split are taken.
+    Blocks of `stride` targets are counted back from the end of the split, as far as the largest context allows. If
+    there are more of them than `targets`, those in the middle of equal parts of the split are taken.
 
     Args:
       count: tokens of the split, more than `largest`.

@@ -28,8 +28,8 @@ OTHER_FILE_TYPE = "files of other types"
 HIDDEN_FOLDER = "hidden folders"
 SYSTEM_FOLDER = "thumbnail and system folders"
 
-# Folders that operating systems, network disks and archivers add to those of a user, in lower case: thumbnails, metadata,
-# recycle bins, snapshots. Their files are copies of others, or no data at all.
+# Folders that operating systems, network disks and archivers add to those of a user, in lower case: thumbnails,
+# metadata, recycle bins, snapshots. Their files are copies of others, or no data at all.
 SYSTEM_FOLDERS = frozenset(
     {
         "@eadir",
@@ -93,7 +93,7 @@ class ResolvedPaths:
 
 
 def resolve_paths(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title: str = "") -> ResolvedPaths:
-    """Returns the files that paths lead to: files, globs (`**` crosses folders), and all files of folders except hidden ones.
+    """Returns the files that paths lead to: files, globs (`**` crosses folders), all files of folders but hidden ones.
 
     Thumbnail and system folders (`SYSTEM_FOLDERS`) are read only if a path names them. Links to files and folders are
     followed, but not to parents of a given path; no real file or folder is read twice, however many links lead to it. Pipes
@@ -241,7 +241,7 @@ class _Walk:
 
 
 def _split_glob(path: str) -> tuple[str, GlobParts]:
-    """Splits a path into the folder before its first pattern and the patterns; () if it is the name of a file or folder."""
+    """Splits a path into the folder before its first pattern and the patterns; () if it is a name without patterns."""
     if os.path.lexists(path) or not glob.has_magic(path):
         return path, ()
     parts = path.split(os.sep)
@@ -267,7 +267,7 @@ def is_system_folder(name: str) -> bool:
 
 
 def absolute_path(path: str) -> str:
-    """Returns the absolute path without `..`; a `..` after a link means the parent of the link's target, as in a shell."""
+    """Returns the absolute path without `..`; a `..` after a link means the parent of the link's target."""
     plain = os.path.abspath(path)
     real = os.path.realpath(path)
     return plain if os.path.realpath(plain) == real else real

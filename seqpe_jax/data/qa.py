@@ -1,8 +1,8 @@
 """Questions at any prompt length: the gold passage among distractors, the question, the answer, and training examples.
 
 The text of an example is prompt + " " + answer + end token, as in the reference (text_seqpe/qa_sft.py). The prompt is
-tokenized separately from " " + answer, so that every training example starts with the tokens of the prompt. A prompt made
-here is passages separated by blank lines, then the question in the form of its data set.
+tokenized separately from " " + answer, so that every training example starts with the tokens of the prompt. A prompt
+made here is passages separated by blank lines, then the question in the form of its data set.
 """
 
 import abc
@@ -82,12 +82,12 @@ def training_example(
       tokenizer: of the text.
       length: L; inputs are tokens[:L], targets tokens[1:].
       prompt_weight: loss weight of the context tokens, in 0..1 (the reference: 0).
-      question_weight: loss weight of the question tokens, in 0..1. Questions that repeat words of the passage, as those of
-        stdlib_qa do, train the look-up.
+      question_weight: loss weight of the question tokens, in 0..1. Questions that repeat words of the passage, as those
+        of stdlib_qa do, train the look-up.
 
     Returns:
-      {"tokens": int32[L + 1], "weights": float32[L]}: the loss weight of each target, 1 for the answer and its end, 0 for
-      padding.
+      {"tokens": int32[L + 1], "weights": float32[L]}: the loss weight of each target, 1 for the answer and its end, 0
+      for padding.
 
     Raises:
       InputError: it takes more than L tokens.
@@ -114,10 +114,10 @@ def training_example(
 class QASource(abc.ABC):
     """Questions of a split with random access in Grain's sense, each equal whenever it is read.
 
-    `source[i]` -> {"index": int, "input": prompt, "question": its last part, "outputs": tuple of accepted answers, "depth":
-    position of the gold passage in the context, 0 (first) to 1 (last), or None, "kind": question type, "passage": the
-    character of the prompt at which the gold passage starts, or None}. Prompt + " " + longest answer + end token takes at
-    most `length` tokens.
+    `source[i]` -> {"index": int, "input": prompt, "question": its last part, "outputs": tuple of accepted answers,
+    "depth": position of the gold passage in the context, 0 (first) to 1 (last), or None, "kind": question type,
+    "passage": the character of the prompt at which the gold passage starts, or None}. Prompt + " " + longest answer +
+    end token takes at most `length` tokens.
 
     Attributes:
       name: of the data set and the split.
@@ -155,8 +155,9 @@ class QASource(abc.ABC):
           sample: histograms are of at most that many examples, evenly spaced.
 
         Returns:
-          {"examples", "length", "skipped": {reason: count}, "kinds": {question type: count}, "sampled", "tokens": {"from":
-          edges, "count"}, "depth": the same, or None}; tokens are those of prompt + " " + longest answer + end.
+          {"examples", "length", "skipped": {reason: count}, "kinds": {question type: count}, "sampled", "tokens":
+          {"from": edges, "count"}, "depth": the same, or None}; tokens are those of prompt + " " + longest answer +
+          end.
         """
         kinds: dict[str, int] = {}
         for _, kind, _ in self.questions():
@@ -223,8 +224,8 @@ def qa_source(
         same questions; 0 = length. Not for qa_jsonl, whose prompts are fixed.
 
     Raises:
-      InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder that is not
-        writable, a tokenizer without an end token.
+      InputError: unknown name or split, nothing to read, malformed files, no question fits the length, a folder that is
+        not writable, a tokenizer without an end token.
     """
     paths = [paths] if isinstance(paths, str) else [os.fspath(path) for path in paths]
     builder = registry.load_builder(name, registry.DATA_QA)
@@ -302,7 +303,7 @@ def _select_questions(index: Index, max_tokens: int, name: str) -> tuple[np.ndar
 
 
 class AssembledQuestions(QASource):
-    """Questions whose context is assembled when they are read: the gold passage among distractors, passages of the split.
+    """Questions whose context is assembled when they are read: the gold passage among distractors of its split.
 
     Distractors are in an order sampled from (seed, index), without those that would give the answer away. The last one
     before and the last one after the gold passage are cut to fit, between words if that is near enough. None occurs twice

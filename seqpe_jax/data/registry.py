@@ -39,7 +39,8 @@ class Dataset:
       builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`.
       paths: use of `data.paths`: "none", "optional", "one" (exactly one) or "some" (at least one).
       paths_hint: what `data.paths` must name, for messages; of data sets that need it.
-      answers: of questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all scores).
+      answers: of questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all
+        scores).
       size: of images, (height, width), or (frames, height, width) of videos; () = images differ, or the config decides.
       video: of images, whether examples are videos.
       channels: of images.

@@ -75,7 +75,7 @@ class Tokenizer(Protocol):
         """Returns the text of ids; incomplete characters become U+FFFD."""
 
     def lost_characters(self, text: str) -> collections.Counter[str]:
-        """Counts the characters of a text that encoding and decoding does not give back. Raises: InputError as `encode`."""
+        """Counts the characters of a text that do not survive encoding and decoding. Raises: InputError as `encode`."""
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes DIRECTORY/tokenizer.json, which `load_tokenizer` reads, and a file that names the EOS token."""
@@ -84,8 +84,8 @@ class Tokenizer(Protocol):
 def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterable[int]) -> str:
     """Returns the text that ids add after a prompt.
 
-    Decoded without the prompt they may give another: Metaspace tokenizers drop the space before the first word, others join
-    the parts of a word.
+    Decoded without the prompt they may give another: Metaspace tokenizers drop the space before the first word, others
+    join the parts of a word.
 
     Args:
       tokenizer: of all ids.
@@ -138,11 +138,11 @@ class ByteTokenizer:
 class HFTokenizer:
     """A tokenizer in the JSON format of Hugging Face `tokenizers`.
 
-    Special tokens spelled out in a text are encoded as plain text, and none are added. The EOS token is the one that the
-    files next to tokenizer.json name (`EOS_FILES`), else the first of `EOS_TOKENS` in the vocabulary, else of
-    `SPECIAL_EOS_TOKENS`. The folder of a run has a file with its EOS token (`save`); a run without that file is older than
-    `SPECIAL_EOS_TOKENS`, which do not count there. Tokens of an added_tokens.json are added if tokenizer.json lacks them,
-    and `save` writes them into it.
+    Special tokens spelled out in a text are encoded as plain text, and none are added. The EOS token is the one that
+    the files next to tokenizer.json name (`EOS_FILES`), else the first of `EOS_TOKENS` in the vocabulary, else of
+    `SPECIAL_EOS_TOKENS`. The folder of a run has a file with its EOS token (`save`); a run without that file is older
+    than `SPECIAL_EOS_TOKENS`, which do not count there. Tokens of an added_tokens.json are added if tokenizer.json
+    lacks them, and `save` writes them into it.
 
     Args:
       path: the file, or a folder that holds tokenizer.json, or GPT-2's vocab.json and merges.txt.
@@ -211,8 +211,9 @@ class HFTokenizer:
     def lost_characters(self, text: str) -> collections.Counter[str]:
         """Counts the characters that encoding and decoding does not give back, at any position of the text.
 
-        They are unknown to the tokenizer, or changed by it (such as capital letters). NFC and NFD of a letter with accents
-        are equal. White space counts for byte-level tokenizers only: others ignore by design how many spaces separate words.
+        They are unknown to the tokenizer, or changed by it (such as capital letters). NFC and NFD of a letter with
+        accents are equal. White space counts for byte-level tokenizers only: others ignore by design how many spaces
+        separate words.
         """
         ids = self.encode(text.encode())
         decoded = self.decode(ids[ids != self._unknown_id] if self._unknown_id is not None else ids)
@@ -221,7 +222,7 @@ class HFTokenizer:
         return counts[0] - counts[1]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes DIRECTORY/tokenizer.json, byte for byte the file that was loaded, and a file that names the EOS token."""
+        """Writes DIRECTORY/tokenizer.json, unchanged from the file that was loaded, and a file that names the EOS token."""
         _write(directory, self._content)
         if self.eos_id is not None:
             eos = {"eos_token": self._tokenizer.id_to_token(self.eos_id)}

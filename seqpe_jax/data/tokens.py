@@ -46,9 +46,10 @@ class TokenSource:
       words: number of whitespace-separated words of the text.
       documents: number of documents.
       fingerprint: hex digits, equal for equal tokens on every machine.
-      round_trip_loss: text that decoding does not give back, from a sample; zero in caches of versions that did not check.
-      special_token_counts: occurrences of special tokens spelled out in the text; empty in caches of versions that did not
-        count them.
+      round_trip_loss: text that decoding does not give back, from a sample; zero in caches of versions that did not
+        check.
+      special_token_counts: occurrences of special tokens spelled out in the text; empty in caches of versions that did
+        not count them.
     """
 
     tokens: np.ndarray
@@ -120,7 +121,7 @@ def _warn_skipped(builder: type[base.CachedBuilder], paths: tuple[str, ...]) -> 
 
 
 def _warn_special_tokens(source: TokenSource, title: str) -> None:
-    """Warns of special tokens spelled out in the text: they are plain text, even if they were meant to end documents."""
+    """Warns of special tokens spelled out in the text: they are plain text, even if meant to end documents."""
     if source.special_token_counts:
         counts = sorted(source.special_token_counts.items(), key=lambda item: -item[1])
         more = "" if len(counts) <= MAX_NAMES_SHOWN else f" and {len(counts) - MAX_NAMES_SHOWN} more"

@@ -58,7 +58,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def skipped(cls, paths: tuple[str, ...]) -> str:
-        """Describes the files under `paths` that are not read; "" if there are none. Raises: InputError as `sources`."""
+        """Describes the files under `paths` that are not read; "" = none. Raises: InputError as `sources`."""
         return ""
 
     def features(self) -> tfds.features.FeaturesDict:

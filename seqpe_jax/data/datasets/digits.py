@@ -36,8 +36,9 @@ class DigitImages(ImageBuilder):
 class MovingDigits(ImageBuilder):
     """Videos uint8[8, 16, 16, 1] of one digit that moves one pixel per frame; label = digit * 4 + direction.
 
-    Each digit image moves once in each direction; the videos of a split show digits of that split of `digit_images` only.
-    Both directions of an axis visit the same positions, so that frames without their order do not give the direction.
+    Each digit image moves once in each direction; the videos of a split show digits of that split of `digit_images`
+    only. Both directions of an axis visit the same positions, so that frames without their order do not give the
+    direction.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -75,7 +76,7 @@ def load_digit_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def split_indices() -> dict[str, list[int]]:
-    """Returns the rising indices in `load_digit_arrays()` of each split; equal on every machine and in every version."""
+    """Returns the rising indices in `load_digit_arrays()` of each split, equal on every machine."""
     _, labels = load_digit_arrays()
     indices = {split: [] for split in SPLITS}
     for label in range(10):

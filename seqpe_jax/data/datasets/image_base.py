@@ -1,4 +1,4 @@
-"""Base class of image data sets, the source of images that is read at random, and the decoding of image files to RGB."""
+"""Base class of image data sets, random access to their splits, decoding of image files to RGB."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,8 @@ LabelledArrays = Iterable[tuple[np.ndarray, int]]
 class ImageSource:
     """A split of labelled images or videos, with random access in Grain's sense.
 
-    `source[i]` -> {"image": uint8[H, W, C], or [T, H, W, C] of a video, "label": int}; images of one source may differ in
-    size, never in channels. Reading raises InputError if a file is damaged or a label is out of range.
+    `source[i]` -> {"image": uint8[H, W, C], or [T, H, W, C] of a video, "label": int}; images of one source may differ
+    in size, never in channels. Reading raises InputError if a file is damaged or a label is out of range.
 
     Attributes:
       name: of the data set and split, for messages.
@@ -97,7 +97,8 @@ class ImageSource:
 class ImageBuilder(CachedBuilder, skip_registration=True):
     """A data set of images or videos of one shape: {"image": uint8[size, channels], "label": int64}.
 
-    A subclass implements `sources` and `images`; size, channels, mean and std are those of its entry in `data.registry`.
+    A subclass implements `sources` and `images`; size, channels, mean and std are those of its entry in
+    `data.registry`.
 
     Attributes:
       CLASS_NAMES: label -> name.
@@ -230,8 +231,8 @@ def verify_image(file: str, fix: str) -> tuple[str, int] | None:
       fix: what to do about an unreadable one, for the message.
 
     Returns:
-      ("grey" or "colours", largest value in 0..65535) of an image with 16 bits, None of others. Of colours Pillow reads the
-      upper 8 bits only.
+      ("grey" or "colours", largest value in 0..65535) of an image with 16 bits, None of others. Of colours Pillow reads
+      the upper 8 bits only.
 
     Raises:
       InputError: as `read_rgb`.

@@ -64,10 +64,10 @@ HELD_OUT_NAMES = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
 class ImageFolder:
     """Image files as RGB: ROOT/{train,validation,test}/CLASS/*, or ROOT/CLASS/* split by the hash of CLASS/FILE.
 
-    Every class of ROOT/CLASS has an image for training. A class is all files below its folder, in every format that Pillow
-    reads; links are followed, and each real file of a split is read once (`resolve_paths`). Labels are the indices of the
-    class names in sorted order, equal in all splits. Nothing is copied; each file is verified once, and again when its
-    name, size or modification time changes.
+    Every class of ROOT/CLASS has an image for training. A class is all files below its folder, in every format that
+    Pillow reads; links are followed, and each real file of a split is read once (`resolve_paths`). Labels are the
+    indices of the class names in sorted order, equal in all splits. Nothing is copied; each file is verified once, and
+    again when its name, size or modification time changes.
     """
 
     name = "image_folder"

@@ -31,8 +31,8 @@ Photo = tuple[str, bytes, str | int]  # (file name, JPEG, class name or label)
 class PhotoBuilder(CachedBuilder, skip_registration=True):
     """A data set of encoded photos with the names, versions and fields of one of TFDS's own.
 
-    TFDS's own builders need TensorFlow to write such a data set; what they wrote as array_record on other machines is read as it
-    is. The official validation split serves as "validation" and as "test".
+    TFDS's own builders need TensorFlow to write such a data set; what they wrote as array_record on other machines is
+    read as it is. The official validation split serves as "validation" and as "test".
 
     Attributes:
       ARCHIVES: files that the user puts into a folder by hand.

@@ -27,7 +27,7 @@ class Question(NamedTuple):
 
 
 class QABuilder(CachedBuilder, skip_registration=True):
-    """A data set of questions: {"name", "text" (the passage), "question", "kind" (its type), "answers"}, all UTF-8 text.
+    """A data set of questions: {"name", "text" (the passage), "question", "kind" (its type), "answers"}, all UTF-8.
 
     A subclass implements `sources`, `questions` and `leaks_answer`.
 

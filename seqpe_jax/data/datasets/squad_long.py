@@ -23,7 +23,7 @@ Article = tuple[str, list]  # (title, paragraphs); a paragraph is (context, [(qu
 
 
 class SquadLong(QABuilder):
-    """Questions on paragraphs of articles; the type of a question is its first question word (who, what, ...), or "other".
+    """Questions on paragraphs of articles; the type of a question is its first question word, or "other".
 
     A single file is split by article: the tenth with the lowest hashes of their titles is the test split, the next tenth
     validation. In a folder, train-*.json are the train split, and the articles of dev-*.json are split in halves the same

@@ -22,8 +22,8 @@ MAX_ANSWER_BYTES = 16
 MIN_CUE_BYTES = 6
 MIN_ANSWER_BYTES = 2
 MAX_QUESTIONS_PER_FILE = 60  # of a type; else tables of characters would be most of the data set
-# Length of the end of a question that no other passage holds; 0 = the whole question. A small model first learns to follow
-# two or four bytes, and from there the rest.
+# Length of the end of a question that no other passage holds; 0 = the whole question. A small model first learns to
+# follow two or four bytes, and from there the rest.
 CLUE_BYTES = (2, 4, 0)
 MAX_ANSWER_SHARE = (
     0.02  # of an answer among those of its type and split; guessing the most frequent would pay otherwise
@@ -33,13 +33,13 @@ MAX_ANSWER_SHARE = (
 class StdlibQA(QABuilder):
     """Extractive questions in the form of a line that breaks off: the passage says how it goes on.
 
-    A passage is a few lines of source (up to 72 ASCII bytes, without their common indent). The question is the text right
-    before the answer: the prompt `>>> mode=` asks for the `'r'` of the passage. In the type "function" it is a docstring,
-    and the answer the name of its function. Types: argument (default value), keyword (value in a call), item (of a dict),
-    iterated (by a loop), base (of a class), exception (raised), import (first name from a module), constant (of a module or
-    class), variable, attribute, returned (expression), annotation (of the return value), function. Splits are those of
-    `stdlib_text`, by file; a question is in one split only, and its words do not hint at the answer. Distractor passages
-    hold neither the answer as a word nor the `clue` of the question.
+    A passage is a few lines of source (up to 72 ASCII bytes, without their common indent). The question is the text
+    right before the answer: the prompt `>>> mode=` asks for the `'r'` of the passage. In the type "function" it is a
+    docstring, and the answer the name of its function. Types: argument (default value), keyword (value in a call), item
+    (of a dict), iterated (by a loop), base (of a class), exception (raised), import (first name from a module), constant (of
+    a module or class), variable, attribute, returned (expression), annotation (of the return value), function. Splits
+    are those of `stdlib_text`, by file; a question is in one split only, and its words do not hint at the answer.
+    Distractor passages hold neither the answer as a word nor the `clue` of the question.
     """
 
     VERSION = tfds.core.Version("1.0.0")

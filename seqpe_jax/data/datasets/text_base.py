@@ -11,8 +11,8 @@ from seqpe_jax.data.formats import strip_bom
 from seqpe_jax.errors import InputError
 
 MAX_DOCUMENT_BYTES = 4 << 20  # bounds the memory of one record
-# Between a letter and the space before the next word. Byte-level BPE vocabularies never merge across it, so that a document
-# split there has the tokens of the complete document.
+# Between a letter and the space before the next word. Byte-level BPE vocabularies never merge across it, so that a
+# document split there has the tokens of the complete document.
 _WORD_BOUNDARY = re.compile(rb"(?<=\S)(?= [^\s])")
 
 Documents = Iterable[tuple[str, bytes]]  # (name, UTF-8 text)

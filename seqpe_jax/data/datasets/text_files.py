@@ -19,7 +19,7 @@ HELD_OUT = 0.05  # share of validation, and of test
 
 
 class TextFiles(TextBuilder):
-    """UTF-8 text files, about 90/5/5: 20 files or more are split by file, fewer are each cut into three contiguous parts.
+    """UTF-8 text files, about 90/5/5: 20 files or more are split by file, fewer are each cut into three parts.
 
     Args:
       paths: files, globs (`**` crosses folders) or folders; see `resolve_paths`.
