@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
+from seqpe_jax.config.encodings import all_fields
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import check_encoding
 from seqpe_jax.run_dir import RunDir
@@ -34,8 +35,8 @@ ROTARY = {"encoding__mode": "rotary", "encoding__qk": "none", "objective__contra
         ),
         ({"variant": "alibi", "encoding__position_heads": 3}, "encoding.position_heads=3 is more than model.heads=2"),
         (PAIRS | {"encoding__rotary_heads": 3}, "encoding.rotary_heads=3 is more than model.heads=2"),
-        (PAIRS | ROTARY, "encoding.mode='rotary' and encoding.rotary_pairs=2 both turn"),
-        (PAIRS | {"model__width": 18}, "encoding.rotary_pairs=2: model.width / model.heads = 9 must be even"),
+        (PAIRS | ROTARY, "encoding.mode='rotary' and encoding.rotary_pairs=2 both rotate"),
+        (PAIRS | {"model__width": 18}, "encoding.rotary_pairs=2 .*: model.width / model.heads = 9 must be even"),
         ({"encoding__rotary_pairs": 7}, "encoding.rotary_pairs=7 must lie between the 1 axes and the 6 pairs"),
         ({"variant": "rotary", "encoding__rotary_pairs": 7}, "encoding.rotary_pairs=7 must lie between"),
         (
@@ -57,7 +58,7 @@ def test_rotary_pairs_need_one_pair_per_axis():
     with pytest.raises(InputError, match="encoding.rotary_pairs=1 must lie between the 2 axes and the 4 pairs"):
         check_encoding(vit_config(encoding__rotary_pairs=1))
     with pytest.raises(
-        InputError, match="encoding.rotary_pairs=1 turns .* model.heads = 2 must be at least 4 for 2 axes"
+        InputError, match="encoding.rotary_pairs=1 rotates .* model.heads = 2 must be at least 4 for 2 axes"
     ):
         check_encoding(vit_config(encoding__rotary_pairs=1, model__width=4, model__heads=2))
 
@@ -98,8 +99,13 @@ def test_a_warm_start_ignores_free_and_unused_fields(tmp_path):
         run.config, run.task, written(tmp_path / "old", tiny_config(), log_scaling=None, resize=None, theta=100.0)
     )
     rotary = Trainer.of(tiny_config(variant="rotary"), jax.devices()[:1])
+    older_fields = all_fields() | {
+        "kind": "rotary",
+        "width": 96,
+        "qk": "multi",
+    }  # older runs stored those of all encodings
     check_source(
-        rotary.config, rotary.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), width=96, qk="multi")
+        rotary.config, rotary.task, written(tmp_path / "rotary", tiny_config(variant="rotary"), **older_fields)
     )
     with pytest.raises(InputError, match="encoding.theta: 100.0 -> 10000.0"):
         check_source(
