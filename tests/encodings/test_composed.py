@@ -114,7 +114,7 @@ def test_every_encoding_of_grids_takes_rotary_pairs(kind):
 
 
 @pytest.mark.parametrize(
-    "page, kind, fields, told",
+    "config_file, kind, fields, message",
     [
         (
             "stdlib_lm",
