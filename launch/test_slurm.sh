@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs launch/slurm.sbatch under a real Slurm on this machine: Debian's slurm-wlm and munge (installed if absent; needs root and
 # apt) on loopback, with a configuration of their own in a temporary folder. Two processes train a tiny model; the job is
-# requeued in the middle, must go on from its checkpoint and end. Then a sweep of two runs does the same as an array of jobs.
+# requeued in the middle, must resume from its checkpoint and end. Then a sweep of two runs does the same as an array of jobs.
 # Whatever was started is stopped, however this script ends. PARTS="job sweep" says which of the two are done (default both).
 # PYTHON=/path/to/python (default .venv/bin/python), SECONDS_LEFT=240 after installing. Exit code 77: apt cannot install them.
 set -euo pipefail
@@ -76,7 +76,7 @@ if [[ " $PARTS " == *" job "* ]]; then
   until_true "checkpoint" saved
   scontrol requeue "$job"
   until_true "end of the job" ended
-  grep -E "process\(es\)|going on|told to stop" "$here/job.out"
+  grep -E "process\(es\)|resuming at|stopped" "$here/job.out"
   scontrol show job "$job" | grep -q "JobState=COMPLETED"
   grep -q "2 process(es)" "$here/job.out"
   grep -q "resuming at step" "$here/job.out"

@@ -47,7 +47,7 @@ files() {
 install() {
   local folder changes
   if ! changes=$(git status --porcelain --untracked-files=all 2>/dev/null); then
-    echo "error: $PWD is not a git checkout, which tells the files to install: clone the repository" >&2
+    echo "error: $PWD is not a git checkout, which lists the files to install: clone the repository" >&2
     return 2
   fi
   echo "== install $(git rev-parse --short HEAD)${changes:+, with these changes:}"

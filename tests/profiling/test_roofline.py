@@ -14,7 +14,7 @@ from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.profiling.hlo import HloModule
 from seqpe_jax.profiling.roofline import Interconnect, roofline
 from seqpe_jax.training.trainer import Trainer
-from tests.house.test_equal_steps import SMALL, TEXT
+from tests.repository.test_equal_steps import SMALL, TEXT
 from tests.tiny import ROOT
 
 V5E = hardware.find_chip("TPU v5e")

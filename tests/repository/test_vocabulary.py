@@ -1,6 +1,6 @@
 """Words that this code once used in a sense of its own, and the field's term for each; none of them may come back.
 
-`python -m tests.house.test_vocabulary [FOLDER_OR_FILE ...]` prints every hit and the counts by word and by file.
+`python -m tests.repository.test_vocabulary [FOLDER_OR_FILE ...]` prints every hit and the counts by word and by file.
 """
 
 import ast

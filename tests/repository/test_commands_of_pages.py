@@ -12,7 +12,7 @@ from PIL import Image
 
 from seqpe_jax.__main__ import COMMANDS
 from tests.commands import Commands
-from tests.house.test_readme import DOCS, commands
+from tests.repository.test_readme import DOCS, commands
 from tests.small_models import FOLDER, PHOTOS, QUESTIONS, TEXTS
 
 pytestmark = pytest.mark.slow
