@@ -11,9 +11,14 @@ QUIET_SECONDS = 10.0  # between lines without a terminal
 
 
 class ProgressLine:
-    """Step, percent, time left, rate, loss and notes, on the main process.
+    """Step, percent, time left, rate, loss and notes, printed by the main process.
 
-    The line is rewritten in place on a terminal, else a new one is written now and then.
+    On a terminal the line is rewritten in place, else a new one is printed every `QUIET_SECONDS`.
+
+    Args:
+      total: steps, or whatever is counted.
+      label: of what is counted.
+      stream: None = stderr.
     """
 
     def __init__(self, total: int, *, label: str = "step", stream: TextIO | None = None):
@@ -23,12 +28,19 @@ class ProgressLine:
         self._silent = not is_main_process()
         self._began: float | None = None  # the first step compiles, so the rate counts from its end
         self._last = 0.0
-        self._said = 0
+        self._width = 0  # of the line on the terminal
 
     def update(
         self, done: int, *, loss: float | None = None, total: int | None = None, notes: Iterable[str] = ()
     ) -> None:
-        """Says where the work stands, if it is time to; empty notes are left out."""
+        """Prints the line, if it is time to.
+
+        Args:
+          done: steps done.
+          loss: of the last step.
+          total: replaces the total.
+          notes: to be added; empty ones are left out.
+        """
         if self._silent:
             return
         self._total = total or self._total
@@ -47,22 +59,22 @@ class ProgressLine:
         parts += filter(None, notes)
         line = "  ".join(parts)
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._said))
-            self._said = len(line)
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
 
-    def say(self, words: str) -> None:
-        """Writes something on a line of its own."""
+    def say(self, message: str) -> None:
+        """Prints a message on a line of its own."""
         if not self._silent:
             self.close()
-            self._stream.write(words + "\n")
+            self._stream.write(message + "\n")
             self._stream.flush()
 
     def close(self) -> None:
         """Ends the line."""
-        if self._terminal and self._said:
+        if self._terminal and self._width:
             self._stream.write("\n")
             self._stream.flush()
 

@@ -1,0 +1,43 @@
+"""A run's folder as one object: each file is read once, and anew after `reload` or by another object."""
+
+import json
+
+import pytest
+
+from seqpe_jax import config, files
+from seqpe_jax.errors import InputError
+from seqpe_jax.run_dir import RunDir
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def path(request, tmp_path):
+    if request.param == "disk":
+        return tmp_path / "run"
+    return files.as_path(request.getfixturevalue("store").folder) / "run"
+
+
+def test_files_come_back_and_are_read_once(path):
+    settings, run = tiny_config(), RunDir(path)
+    assert not run.exists and not run.is_model() and run.latest_step() is None and run.read_metrics() == []
+    run.write_config(config.to_dict(settings))
+    run.write_fingerprints({"train": {"tokens": 7, "fingerprint": "0a1b2c3d4e5f6789"}})
+    assert run.exists and run.is_model() and run.config == settings and run.data_spec is None
+    assert run.fingerprints["train"]["tokens"] == 7 and run.tokenizer_file is run.class_names is run.export_section
+    files.atomic_write(run.path / "config.json", json.dumps(config.to_dict(settings) | {"steps": 3}))
+    assert run.config.steps == settings.steps and RunDir(path).config.steps == 3
+    run.reload()
+    assert run.config.steps == 3
+    with pytest.raises(InputError, match="the data of the run of .* have changed .*train: 7 tokens .* -> 8 tokens"):
+        run.check_same_data({"train": {"tokens": 8, "fingerprint": "f" * 16}})
+
+
+def test_an_evaluation_holds_as_long_as_config_and_checkpoint_are_the_same(path):
+    run = RunDir(path)
+    files.atomic_write(run.path / "config.json", "{}")
+    files.atomic_write(run.step_dir(2) / "digests.json", "{}")
+    assert run.evaluated_step() is None
+    files.atomic_write(run.path / "evaluation.json", json.dumps({"step": 2, "made_from": run.evaluation_sources(2)}))
+    assert run.evaluated_step() == 2 and len(run.evaluation_sources(2)) == 2
+    files.atomic_write(run.path / "config.json", '{"steps": 3}')
+    assert run.evaluated_step() is None
