@@ -1,4 +1,4 @@
-"""Three dimensions: clips of a handwritten digit that moves over a canvas; the label is the digit and its direction.
+"""Three dimensions: videos of a handwritten digit that moves over a canvas; the label is the digit and its direction.
 
     python -m seqpe_jax.train --config=configs/moving_digits_vit.py --workdir=runs/moving
     python -m seqpe_jax.evaluate --checkpoint=runs/moving --output=runs/moving/evaluation.json
@@ -55,7 +55,7 @@ def get_config(variant=None):
         c.encoding.init_std = 0.1
         c.encoding.qk_init_std = 0.1
     if variant in (None, "seqpe"):
-        # SeqPE's logit begins near nothing, and a pivot whose loss is below half a nat is near enough: the more the logit
+        # SeqPE's logit begins near nothing, and an anchor whose loss is below half a nat is near enough: the more the logit
         # asks for at first, the worse what is seen on frames of the training size is learned.
         c.encoding.qk_init_std = 0.02
         c.objective.contrastive.floor = 0.5
@@ -63,7 +63,7 @@ def get_config(variant=None):
         c.encoding.rotary_pairs = 12
     if not paper and variant not in ("learned", "rotary", "none"):
         # As in digits_vit.py: a larger frame is read between the positions of training, and every other step reads parts
-        # of the frames, enlarged. Time is not stretched: a longer clip goes on.
+        # of the frames, enlarged. Time is not interpolated: a longer video continues.
         c.encoding.fraction_digits = 1
         c.encoding.resize = "interpolate"
         c.objective.zoom.rate = 0.5

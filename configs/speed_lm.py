@@ -1,4 +1,4 @@
-"""The language model whose speed the README tells: 4 layers of width 256 on windows of 512 bytes, SeqPE in the recipe
+"""The language model whose speed the README reports: 4 layers of width 256 on windows of 512 bytes, SeqPE in the recipe
 of stdlib_lm.py.
 
     python -m seqpe_jax.train --config=configs/speed_lm.py --workdir=runs/speed

@@ -58,7 +58,7 @@ def get_config(variant=None):
         c.encoding.rotary_pairs = 4 if variant in (None, "seqpe", "rotary_partial") else 0
         c.encoding.feature_width = 8
         c.encoding.qk = "multi"
-        # Contrastive loss on attention logits, with candidates around the pivot.
+        # Contrastive loss on attention logits, with candidates around the anchor.
         c.objective.contrastive.space = "logits"
         c.objective.contrastive.around_anchor = True
         c.objective.contrastive.causal_only = True

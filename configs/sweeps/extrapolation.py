@@ -5,7 +5,7 @@
 
 Trained on 64 bytes as the quickstart is, for 1000 of its 1500 steps, evaluated at 64 to 4096, in windows of each length and
 on the same 4096 bytes under each context. Knobs were chosen with seed
-0 on the validation split; these are three other seeds, on the test split. `rotary_partial` is what turns beside `seqpe`,
+0 on the validation split; these are three other seeds, on the test split. `rotary_partial` has the rotating pairs of `seqpe`
 alone; `seqpe_paper` is the form of the paper.
 Hardware: two CPU cores, one for each of two runs at once; about 45 minutes.
 """

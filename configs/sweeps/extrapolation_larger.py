@@ -32,12 +32,12 @@ SEQPE = {
     "encoding.feature_width": 16,
     "objective.contrastive.window": 2048,
 }
-TURNED = {"encoding.rotary_pairs": 10}
+PARTIAL_ROTARY = {"encoding.rotary_pairs": 10}
 
 
 def runs():
     """Yields (name, overrides) of each run."""
     for point in product({"variant": KINDS}, LARGER):
         kind = point["variant"]
-        point |= (SEQPE if kind == "seqpe" else {}) | (TURNED if kind in ("seqpe", "rotary_partial") else {})
+        point |= (SEQPE if kind == "seqpe" else {}) | (PARTIAL_ROTARY if kind in ("seqpe", "rotary_partial") else {})
         yield f"{kind}-{point['seed']}", point

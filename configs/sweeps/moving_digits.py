@@ -1,11 +1,11 @@
-"""Which encoding reads clips that are longer and larger than those of training: all that take grids, three seeds or five.
+"""Which encoding reads videos that are longer and larger than those of training: all that take grids, three seeds or five.
 
     python -m seqpe_jax.sweep --sweep=configs/sweeps/moving_digits.py --workdir=runs/moving --jobs=2
     python -m seqpe_jax.report --workdir=runs/moving --output=runs/moving/report
 
 Trained on four frames of 16 x 16 pixels as the config's page says, evaluated on four and eight frames of 16, 24 and 32.
 Encodings that take positions between whole numbers all train on the same zoomed parts of frames; the learned table is
-stretched with the clip, in time and space. Seeds differ by up to ten points here, so the first four encodings have five.
+interpolated with the video, in time and space. Seeds differ by up to ten points here, so the first four encodings have five.
 Hardware: two CPU cores, one for each of two runs at once.
 """
 

@@ -6,7 +6,7 @@
 Trained at 8 x 8 pixels for the 800 steps of configs/digits_vit.py, evaluated at 8 to 32 on the 269 images of the test
 split. In the first stage each encoding trains at three rates with seed 0; the loss on the validation split at the end
 decides, at 8 x 8. An encoding with a constant that its authors chose for their own grids tries three values of it at each
-rate. Then come seeds 1 to 3 at the best rate and constant. `learned_crops` is the stretched table trained on crops of the
+rate. Then come seeds 1 to 3 at the best rate and constant. `learned_crops` is the interpolated table trained on crops of the
 sizes that the others see as zoomed parts; `rotary` numbers the patches row by row.
 Hardware: two CPU cores, one for each of two runs at once; about two and a half hours for 114 runs, the strongest encodings
 first. docs/results/study_images.json holds the runs of the study before it searched constants.

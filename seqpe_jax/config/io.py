@@ -385,7 +385,7 @@ def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """
     try:
         return config.to_dict()
-    except (ArithmeticError, TypeError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(
             f"a field that the config file computes from others, such as steps from batch_size, has no value ({error}): "
             "set those others to numbers above 0"
