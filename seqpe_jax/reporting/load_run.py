@@ -1,5 +1,6 @@
 """Files of a run's folder that a report shows, checked when they are read."""
 
+import dataclasses
 import io
 import math
 import zipfile
@@ -11,7 +12,7 @@ import numpy as np
 
 from seqpe_jax.archives import load_npz
 from seqpe_jax.axes import size_label
-from seqpe_jax.config import apply_renames
+from seqpe_jax.config import ENCODINGS, apply_renames
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, parse_json
 from seqpe_jax.metric_registry import HIGHER_IS_BETTER
@@ -176,9 +177,14 @@ def checked_config(value: Any, source: str) -> dict[str, Any]:
             f"{source}: its data.size or data.length is none: it is not as this package writes it"
         ) from error
     try:
-        return apply_renames(value)
+        config = apply_renames(value)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    encoding = ENCODINGS.get(config["encoding"]["kind"])
+    if encoding is not None:  # configs of older versions have the fields of all encodings
+        own = {"kind", *(field.name for field in dataclasses.fields(encoding))}
+        config["encoding"] = {name: value for name, value in config["encoding"].items() if name in own}
+    return config
 
 
 def parse_object(

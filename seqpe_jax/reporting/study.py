@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from seqpe_jax.config import Config, encoding_name, to_dict
+from seqpe_jax.config import ENCODINGS, Config, encoding_name, to_dict
 from seqpe_jax.data.registry import COUNT_NAMES, DATA_IMAGE, DATA_TEXT, DATASETS, Dataset
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path
@@ -298,11 +299,10 @@ def _with_rows(runs: list[Run], named: bool) -> list[Run]:
       named: whether a sweep names the runs. Then a variant with one run has that run's name, and one whose runs are
         NAME-SEED has that NAME.
     """
-    defaults = flatten_dict(to_dict(Config()), ".")  # for fields that are newer than a run
     settings = [
         {
             name: value
-            for name, value in (defaults | flatten_dict(run.config, ".")).items()
+            for name, value in (_default_fields(run.config["encoding"]["kind"]) | flatten_dict(run.config, ".")).items()
             if not {name, name.partition(".")[0]} & set(PER_RUN_FIELDS)
         }
         for run in runs
@@ -326,6 +326,13 @@ def _with_rows(runs: list[Run], named: bool) -> list[Run]:
             if len(own) > 1 and variant in unique and unique[variant] not in encodings.keys() - {encoding}:
                 rows[variant] = unique[variant]
     return [dataclasses.replace(run, row=rows[variant]) for run, variant in zip(runs, variants, strict=True)]
+
+
+@functools.cache
+def _default_fields(kind: str) -> dict[str, Any]:
+    """Defaults of the config with an encoding, for fields that are newer than a run."""
+    config = Config() if kind not in ENCODINGS else dataclasses.replace(Config(), encoding=ENCODINGS[kind]())
+    return flatten_dict(to_dict(config), ".")
 
 
 def _differing_fields(variants: Sequence[dict[str, Any]]) -> list[list[str]]:
