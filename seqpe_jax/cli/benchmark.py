@@ -71,7 +71,7 @@ def _compared(names: list[str]) -> dict[str, config.Config]:
     settings = {name: config.load_variant(page, name, overrides) for name in names}
     read = [flatten_dict(config.to_dict(one), ".") for one in settings.values()]
     for field, value in overrides.items():  # of what an encoding does not read its default is left
-        if field.startswith(("encoding.", "objective.")) and all(own[field] != value for own in read):
+        if field.startswith(("encoding.", "objective.")) and all(own.get(field) != value for own in read):
             raise InputError(f"--config.{field} is read by none of {', '.join(names)}: leave it out")
     return settings
 

@@ -895,9 +895,6 @@ def all_fields() -> dict[str, Any]:
     return names | {"kind": "seqpe"}
 
 
-MAX_LISTED_KINDS = 5  # of which the documentation of a field says that they have it
-
-
 def any_encoding() -> type:
     """Returns a dataclass with the fields of all encodings, for their types, limits and documentation."""
     return _any_encoding(tuple(ENCODINGS.values()))
@@ -909,9 +906,7 @@ def _any_encoding(encodings: tuple[type, ...]) -> type:
     for encoding in encodings:
         types = typing.get_type_hints(encoding)
         for field in dataclasses.fields(encoding):
-            kinds = kinds_with(field.name)
-            doc = field.metadata.get("doc", "") + (f" [{', '.join(kinds)}]" if len(kinds) <= MAX_LISTED_KINDS else "")
-            own = limits.field(field.default, **{**field.metadata, "doc": doc})
+            own = limits.field(field.default, **field.metadata)
             fields.setdefault(field.name, (field.name, types[field.name], own))
     fields["kind"] = ("kind", str, _field("seqpe", "the encoding", choices=lambda: tuple(ENCODINGS)))
     return dataclasses.make_dataclass("AnyEncoding", fields.values())

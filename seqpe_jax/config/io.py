@@ -305,8 +305,11 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
     Raises:
       InputError: as of `load`.
     """
-    values = ml_collections.ConfigDict(_overridden(_execute_config(f"{path}:{variant}"), overrides or {}))
-    return parse(with_encoding(values, values.encoding.kind), overrides or {})
+    overrides = overrides or {}
+    values = ml_collections.ConfigDict(_overridden(_execute_config(f"{path}:{variant}"), overrides))
+    chosen = ENCODINGS[values.encoding.kind]
+    own = [name for name in overrides if name.partition(".")[0] != "encoding" or chosen.has(name.partition(".")[2])]
+    return parse(with_encoding(values, chosen().kind), own)
 
 
 def _execute_config(path: str) -> ml_collections.ConfigDict:

@@ -118,26 +118,6 @@ def test_every_encoding_of_grids_takes_rotary_pairs(kind):
     [
         (
             "stdlib_lm",
-            "pope",
-            {"rotary_pairs": 2},
-            "rotary_pairs=2 is not read by encoding.kind='pope', only by seqpe, ",
-        ),
-        (
-            "stdlib_lm",
-            "rotary_mixed",
-            {"rotary_pairs": 2},
-            "rotary_pairs=2 is not read by encoding.kind='rotary_mixed'",
-        ),
-        (
-            "stdlib_lm",
-            "rotary",
-            {"rotary_heads": 2},
-            "rotary_heads=2 is not read by encoding.kind='rotary', only by seqpe, ",
-        ),
-        ("stdlib_lm", "learned", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='learned'"),
-        ("stdlib_lm", "none", {"position_heads": 2}, "position_heads=2 is not read by encoding.kind='none'"),
-        (
-            "stdlib_lm",
             "alibi",
             {"gate_bias_init": 4.0},
             "gate_bias_init=4.0 is read by .*'alibi' with encoding.gate alone",

@@ -1,5 +1,7 @@
 """SeqPE: the read-out shortcut, determinism, dropout, shared prefixes, digit indices, products, and refusals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +25,13 @@ def make(*, axes=1, model_width=12, model_heads=2, qk="single", **fields) -> Seq
     return SeqPE(SeqPEConfig(**(SIZES | fields)), dims)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="deterministic")
+def compiled_vectors(encoding, variables, positions_RA, deterministic=True, rngs=None):
+    return encoding.apply(variables, positions_RA, deterministic=deterministic, rngs=rngs, method="vectors")
+
+
 def vectors(encoding, variables, positions_RA=POSITIONS_RA, **options):
-    return np.asarray(
-        jax.jit(lambda v, at: encoding.apply(v, at, method="vectors", **options))(variables, positions_RA)
-    )
+    return np.asarray(compiled_vectors(encoding, variables, positions_RA, **options))
 
 
 def initial(encoding, positions_RA=POSITIONS_RA):
@@ -71,8 +76,10 @@ def test_the_shortcut_of_the_last_layer_changes_nothing(direction, monkeypatch):
         return x_RNW, [layer._replace(last_only=False) for layer in layers]
 
     monkeypatch.setattr(digit_encoder, "string_layers", all_tokens)
+    compiled_vectors.clear_cache()
     np.testing.assert_allclose(vectors(encoding, variables), short, atol=1e-5)
     assert last == [False, True]
+    compiled_vectors.clear_cache()
 
 
 WINDOW = np.arange(186, 236)[:, None]
