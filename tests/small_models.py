@@ -29,7 +29,7 @@ def _run_there(main):
     _run(main)
 
 
-def shrunken(config: Config) -> Config:
+def shrink(config: Config) -> Config:
     """Returns a config with the parts of another one, each small; the user's own fields have been checked before."""
     model, encoding, objective, evaluation = config.model, config.encoding, config.objective, config.eval
     axes = len(config.grid)
@@ -87,7 +87,7 @@ def shrunken(config: Config) -> Config:
     return from_dict(to_dict(small))
 
 
-def _shrunken_sweep(path: str) -> spec.SweepFile:
+def _one_trial(path: str) -> spec.SweepFile:
     """A sweep file with one trial of its search."""
     sweep = _read(path)
     return dataclasses.replace(sweep, search=sweep.search and dataclasses.replace(sweep.search, trials=1))
@@ -102,7 +102,7 @@ def _one(runs: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
 def install() -> None:
     """Makes the commands of this process small."""
     common.run = _run_there
-    io.from_user_values = lambda *values: shrunken(_given(*values))
+    io.from_user_values = lambda *values: shrink(_given(*values))
     spec._checked_trials = lambda base, runs: _trials(base, _one(runs))
-    spec.read_sweep_file = _shrunken_sweep
+    spec.read_sweep_file = _one_trial
     loader.EvalBatches = FewExamples

@@ -84,6 +84,7 @@ def test_an_option_that_is_given_again_is_named(commands, tmp_path):
         assert result.err.startswith(expected), result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "closed, body, output",
     [
@@ -310,6 +311,7 @@ def test_help_loads_no_large_package():
         assert not packages & HEAVY, name
 
 
+@pytest.mark.slow
 def test_training_loads_no_package_that_it_does_not_need():
     lines = "import sys, seqpe_jax.training.trainer\nprint(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True)
