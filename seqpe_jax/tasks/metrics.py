@@ -68,7 +68,7 @@ def perplexity(
 
     Args:
       token_losses: int32[B, L + 1] -> float32[B, L], nats.
-      batches: {"tokens": int32[B, L + 1], "scored": bool[B, L]} (`data.loader.evaluation_windows`); "scored" marks the
+      batches: {"tokens": int32[B, L + 1], "scored": bool[B, L]} (`data.loader.eval_windows`); "scored" marks the
         targets that count.
       length: L, tokens of a window.
       put: lays a host batch out over the devices.
