@@ -159,12 +159,12 @@ class EncodingConfig:
 
     @property
     def real_positions(self) -> bool:
-        """Whether positions may be fractional."""
+        """True where positions may be fractional."""
         return self.REAL_POSITIONS
 
     @property
     def knows_positions(self) -> bool:
-        """Whether anything depends on positions."""
+        """True where anything depends on positions."""
         return True
 
     @property
@@ -842,12 +842,12 @@ class NoPositionConfig(_Positions, _AddedPairs, _Gated):
 
     @property
     def real_positions(self) -> bool:
-        """Whether pairs rotate."""
+        """True where pairs rotate."""
         return self.rotary_pairs > 0
 
     @property
     def knows_positions(self) -> bool:
-        """Whether pairs rotate."""
+        """True where pairs rotate."""
         return self.rotary_pairs > 0
 
 

@@ -149,7 +149,7 @@ def broadcast_to_batch(field: jax.Array, batch: int) -> jax.Array:
 def clip_straight_through(parameter: jax.Array, bounds: tuple[float, float]) -> jax.Array:
     """Returns a clipped parameter, with the gradient of the unclipped one.
 
-    Training clips the parameter itself after each update (`training.optimizer.projection`), so that one at a bound has a
+    Training limits the parameter itself after each update (`training.optimizer.projection`), so that one at a bound has a
     gradient and can come back. A parameter outside of its bounds comes from a checkpoint of version 0.1.0 or older, whose
     model clipped it.
     """

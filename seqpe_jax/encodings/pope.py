@@ -22,7 +22,7 @@ class PoPE(nn.Module):
     Attributes:
       config: fields of the encoding.
       dims: of the model.
-      PARAM_BOUNDS: training clips the keys' angles to -2 pi .. 0, as the paper does.
+      PARAM_BOUNDS: training limits the keys' angles to -2 pi .. 0, as the paper does.
     """
 
     PARAM_BOUNDS: ClassVar[ParamBounds] = {"shift": (-2 * math.pi, 0.0)}

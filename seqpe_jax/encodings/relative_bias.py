@@ -272,7 +272,7 @@ class Kerple(nn.Module):
     Attributes:
       config: fields of the encoding.
       dims: of the model.
-      PARAM_BOUNDS: training clips r1 and r2 at 0.01, as the authors' code does.
+      PARAM_BOUNDS: training limits r1 and r2 to at least 0.01, as the authors' code does.
     """
 
     PARAM_BOUNDS: ClassVar[ParamBounds] = {"slope": (0.01, math.inf), "scale": (0.01, math.inf)}

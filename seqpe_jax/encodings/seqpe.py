@@ -206,7 +206,7 @@ class SeqPE(nn.Module):
         return query, key
 
     def with_precomputed_table(self, sides: tuple[int, ...], stride: int) -> "SeqPE":
-        """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions, `stride` apart."""
+        """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions at a distance of `stride`."""
         return self.clone(table_sides=sides, table_stride=stride)
 
     @property

@@ -107,7 +107,7 @@ class ModelSpec:
 
     @property
     def is_image(self) -> bool:
-        """Whether inputs are images or videos, else tokens."""
+        """True for inputs that are images or videos, False for tokens."""
         return hasattr(self.network, "patch")
 
     @property
@@ -122,7 +122,7 @@ class ModelSpec:
 
     @property
     def param_bounds(self) -> ParamBounds:
-        """Bounds to which training clips parameters of the encoding, by name."""
+        """Bounds to which training limits parameters of the encoding, by name."""
         return getattr(self._main_encoding, "PARAM_BOUNDS", {})
 
     @property

@@ -41,7 +41,7 @@ def test_alibi_falls_by_slope_times_distance():
     np.testing.assert_allclose(np.einsum("plhf,pshf->phls", *scaled)[0], logits / 2, atol=1e-6)
 
 
-def test_slopes_beside_powers_of_two():
+def test_slopes_of_head_counts_that_are_no_powers_of_two():
     np.testing.assert_allclose(alibi_slopes(3), [2**-4, 2**-8, 2**-2])
     assert len(set(alibi_slopes(12))) == 12
 

@@ -18,7 +18,7 @@ from tests.tiny import ROOT, every_part, random_params, tiny_config
 
 ALONE = {"encoding__qk": "multi", "encoding__feature_width": 3, "encoding__position_heads": 1, "model__layers": 2}
 SHORT = {"seqpe": {"objective__distillation__weight": 0.0, "objective__contrastive__weight": 0.0}}
-BESIDE = {"encoding__rotary_pairs": 4, "encoding__rotary_heads": 1, "encoding__log_scaling": True}
+PARTS = {"encoding__rotary_pairs": 4, "encoding__rotary_heads": 1, "encoding__log_scaling": True}
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def shapes(run):
 
 def test_parts_leave_the_parameters_of_the_first_as_they_are():
     """A checkpoint does not tell whether its encoding stood alone."""
-    alone, composed = run_of(), run_of(*BESIDE.items())
+    alone, composed = run_of(), run_of(*PARTS.items())
     assert isinstance(composed.model_spec.encoding, Composed) and not isinstance(alone.model_spec.encoding, Composed)
     assert shapes(alone) == shapes(composed)
     params = random_params(alone, 0.3)
@@ -190,7 +190,7 @@ def test_log_scaling_multiplies_the_logits_of_pope():
 
 
 def test_scaled_queries_change_what_is_longer_than_in_training_alone():
-    scaled, plain = run_of(*BESIDE.items()), run_of(*(BESIDE | {"encoding__log_scaling": False}).items())
+    scaled, plain = run_of(*PARTS.items()), run_of(*(PARTS | {"encoding__log_scaling": False}).items())
     params = random_params(plain, 0.3)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(1), (2, 32), 0, 256)
 

@@ -192,7 +192,7 @@ def test_a_larger_grid_than_trained(kind):
             here, there = (tokens_of(field, name, small.per_layer_fields) for field in (here, there))
             assert there.shape[1] == 21
             same = np.abs(there[:, inside] - here).max() < 1e-5
-            assert same == (kind not in ("learned", "rotary"))  # those are stretched, or flattened anew
+            assert same == (kind not in ("learned", "rotary"))  # those are interpolated, or flattened anew
 
 
 def cubic(line, count):
@@ -218,8 +218,8 @@ def test_a_learned_table_is_interpolated_along_each_axis(larger):
     found = signal(make("learned", trained, width=1), variables, grid_positions(larger), larger).input_embedding[
         0, :, 0
     ]
-    stretched = functools.reduce(np.multiply.outer, [cubic(*pair) for pair in zip(lines, larger, strict=True)])
-    np.testing.assert_allclose(found, np.concatenate([[9.0], stretched.ravel()]), atol=1e-5)
+    interpolated = functools.reduce(np.multiply.outer, [cubic(*pair) for pair in zip(lines, larger, strict=True)])
+    np.testing.assert_allclose(found, np.concatenate([[9.0], interpolated.ravel()]), atol=1e-5)
 
 
 def test_the_scramble_of_the_reference_reads_heads_as_positions():

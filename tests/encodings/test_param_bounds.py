@@ -1,4 +1,4 @@
-"""Bounds of parameters: training clips the parameter and keeps its gradient."""
+"""Bounds of parameters: training limits the parameter and leaves its gradient."""
 
 import math
 

@@ -151,7 +151,7 @@ def crop_trainer():
 def test_positions_of_a_crop_are_those_of_its_box():
     sampled = jax.jit(crop_trainer().train_loss.sample)(jax.random.PRNGKey(0), 3)
     assert bool(sampled.perturbed) and sampled.crop_boxes_PA2.shape == (2, 2, 2)
-    assert len(np.unique(sampled.crop_boxes_PA2[..., 0])) == 4, "each set and axis begins elsewhere"
+    assert len(np.unique(sampled.crop_boxes_PA2[..., 0])) == 4, "each set and axis begins at another position"
     for box_A2, found_LA in zip(
         np.asarray(sampled.crop_boxes_PA2, np.float64), np.asarray(sampled.positions_PLA), strict=True
     ):

@@ -42,8 +42,8 @@ def draw(settings, mixture, candidates, **options):
 
 
 def distances(sampled):
-    apart = sampled.candidates_BCA - sampled.anchors_BA[:, None]
-    return np.sqrt(np.square(apart.astype(np.float64)).sum(-1))
+    distance = sampled.candidates_BCA - sampled.anchors_BA[:, None]
+    return np.sqrt(np.square(distance.astype(np.float64)).sum(-1))
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_candidates_are_distinct_in_range_and_labelled(axes, limit, candidates):
     flat = np.ravel_multi_index(np.moveaxis(found, -1, 0), (limit,) * axes)
     own = np.ravel_multi_index(np.moveaxis(anchors, -1, 0), (limit,) * axes)
     assert all(len(set(row)) == candidates and anchor not in row for row, anchor in zip(flat, own, strict=True))
-    apart = np.square(found - anchors[:, None]).sum(-1)
-    np.testing.assert_array_equal(labels, apart.argmin(axis=1))
+    distance = np.square(found - anchors[:, None]).sum(-1)
+    np.testing.assert_array_equal(labels, distance.argmin(axis=1))
 
 
 def test_hard_candidates_are_farther_than_uniform_ones():
@@ -76,8 +76,8 @@ def test_hard_candidates_are_farther_than_uniform_ones():
 
 def test_distances_are_exact_on_the_largest_grid():
     far = jnp.array([[32767, 32767], [32767, 32766], [32766, 32767]])
-    apart = np.asarray(contrastive_sampling._distance(far, jnp.zeros(2, jnp.int32)))
-    np.testing.assert_array_equal(apart, [2 * 32767**2, 32767**2 + 32766**2, 32767**2 + 32766**2])
+    distance = np.asarray(contrastive_sampling._distance(far, jnp.zeros(2, jnp.int32)))
+    np.testing.assert_array_equal(distance, [2 * 32767**2, 32767**2 + 32766**2, 32767**2 + 32766**2])
 
 
 def test_each_edit_has_every_result_and_no_other():
@@ -209,15 +209,15 @@ def test_as_many_hard_candidates_are_valid_as_in_the_reference(goldens):
     uniform = jax.random.randint(KEY, (4000, 25, 1), 0, 20000)
     hard = functools.partial(contrastive_sampling._hard_candidates, max_position=20000, base=10, causal_only=False)
     made = np.asarray(jax.jit(hard)(jax.random.bits(KEY, (4000, 8)), anchors, uniform))
-    kept = made >= 0
-    assert kept.shape[1] == expected["hard"]["requested"]
-    assert kept.sum(axis=1).mean() == pytest.approx(expected["hard"]["survive_distance_filter_mean"], abs=0.1)
-    assert kept.mean() == pytest.approx(expected["hard"]["survive_frac"], abs=0.012)
-    assert (~kept).all(axis=1).mean() == pytest.approx(expected["hard"]["P_zero_survive"], abs=0.006)
+    valid = made >= 0
+    assert valid.shape[1] == expected["hard"]["requested"]
+    assert valid.sum(axis=1).mean() == pytest.approx(expected["hard"]["survive_distance_filter_mean"], abs=0.1)
+    assert valid.mean() == pytest.approx(expected["hard"]["survive_frac"], abs=0.012)
+    assert (~valid).all(axis=1).mean() == pytest.approx(expected["hard"]["P_zero_survive"], abs=0.006)
     unique = np.mean([len(set(row[row >= 0])) for row in made])
     assert unique == pytest.approx(expected["hard"]["unique_mean"], abs=0.12)
-    apart = np.abs(made - np.asarray(anchors))[kept]
-    assert np.quantile(apart, 0.5) == pytest.approx(expected["hard"]["surviving_distance"]["q50"], rel=0.08)
+    distance = np.abs(made - np.asarray(anchors))[valid]
+    assert np.quantile(distance, 0.5) == pytest.approx(expected["hard"]["surviving_distance"]["q50"], rel=0.08)
 
 
 def test_impossible_settings_are_refused():

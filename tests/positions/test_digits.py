@@ -38,9 +38,9 @@ def test_coordinates_follow_each_other():
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_significant_digits(padding):
     positions = [0, 7, 10, 99, 123, 40506]
-    kept = significant_mask(jnp.array(positions)[:, None], base=10, digits=5, padding=padding)
+    significant = significant_mask(jnp.array(positions)[:, None], base=10, digits=5, padding=padding)
     text = [f"{p:>5d}" if padding == "left" else f"{p:<5d}" for p in positions]
-    assert [list(map(bool, row)) for row in kept] == [[c != " " for c in row] for row in text]
+    assert [list(map(bool, row)) for row in significant] == [[c != " " for c in row] for row in text]
 
 
 def test_digits_beyond_int32_are_zero():

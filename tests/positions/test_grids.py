@@ -123,7 +123,7 @@ def test_fractional_digits_round_trip():
 
 @pytest.mark.parametrize("shape", [(9,), (3, 4)])
 def test_sampling_with_fractional_digits(shape):
-    """Windows keep their spacing, stay in range, and start at fractions."""
+    """Windows have constant steps, stay in range, and start at fractions."""
     axes, unit, limit, side = len(shape), 10, 200, max(shape)
     shift = jax.jit(
         lambda key: sampling.random_offsets(

@@ -50,7 +50,7 @@ def trained(commands, asked, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def test_scores_by_length_with_every_answer_kept(commands, trained):
+def test_scores_by_length_with_every_answer_stored(commands, trained):
     file = trained / "evaluation.json"
     result = commands("evaluate", f"--checkpoint={trained}", "--lengths=24,48", f"--output={file}")
     assert result.code == 0, result.err

@@ -159,7 +159,7 @@ def test_a_tokenizer_that_does_not_fit_the_run_is_refused(commands, text, tmp_pa
     before = commands("evaluate", f"--checkpoint={workdir}")
     word_tokenizer(path, words)  # another vocabulary, then the same size with other meanings
     refused(commands("train", *arguments), "data.tokenizer")
-    after = commands("evaluate", f"--checkpoint={workdir}")  # the run's own tokenizer lies beside its checkpoints
+    after = commands("evaluate", f"--checkpoint={workdir}")  # the run's own tokenizer is in its folder
     assert after.code == 0 and after.out == before.out
 
 
@@ -258,7 +258,7 @@ def test_evaluate_writes_its_results(commands, trained, tmp_path):
     assert (output.parent / "similarity.npz").is_file()
 
 
-def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, text, trained, tmp_path):
+def test_the_best_checkpoint_is_retained_and_read_on_request(commands, text, trained, tmp_path):
     workdir, output = tmp_path / "run", tmp_path / "evaluation.json"
     # Nothing is learned, so of equal losses the first is the best.
     fields = {
@@ -273,8 +273,8 @@ def test_the_best_checkpoint_is_kept_and_read_where_it_is_asked_for(commands, te
     }
     result = commands("train", *train_arguments(workdir, text, **fields))
     assert result.code == 0, result.err
-    told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["eval/loss@16"] for line in told if "eval/loss@16" in line}
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval/loss@16"] for line in lines if "eval/loss@16" in line}
     best = min(losses, key=losses.get)
     assert sorted(losses) == [2, 4, 6] and best != 6, losses
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(best), "6"}

@@ -74,7 +74,7 @@ def test_a_run_is_evaluated_at_other_sizes_and_reported(commands, trained, tmp_p
         assert f"({name}.png)" in page and (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
 
 
-def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
+def test_videos_are_evaluated_at_more_frames(commands, tmp_path):
     workdir = tmp_path / "run"
     fields = {"data__size": "(4,16,16)", "model__patch": "(2,8,8)", "eval__sizes": "(16,)", "eval__frames": "(4,8)"}
     fields["encoding__rotary_pairs"] = "3"
@@ -83,7 +83,7 @@ def test_clips_are_evaluated_at_more_frames(commands, tmp_path):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {"eval/top1@4x16x16", "eval/top1@8x16x16"} <= {name for line in lines for name in line}
     ask = ("evaluate", f"--checkpoint={workdir}")
-    refused(commands(*ask, "--sizes=10x16x16"), "evaluation size 10x16x16", "the clips have 8")
+    refused(commands(*ask, "--sizes=10x16x16"), "evaluation size 10x16x16", "the videos have 8")
     refused(commands(*ask, "--sizes=16,5x16x16"), "5x16x16", "multiples of 2x8x8")
     refused(commands(*ask, "--sizes=400x16x16"), "largest size possible is 20x80x80")
     result = commands(*ask, "--sizes=16,8x16x24", f"--output={workdir / 'evaluation.json'}")
