@@ -134,8 +134,9 @@ def test_bad_arguments_are_refused(commands, trained, tmp_path):
 
 def test_a_run_on_images_is_refused(commands, trained, tmp_path):
     settings = json.loads((trained / "config.json").read_text())
-    settings["data"] |= {"name": "digit_images", "size": [8, 8]}
+    settings["data"] |= {"name": "digit_images", "size": [8, 8], "paths": []}
     settings["model"] |= {"kind": "vit", "patch": [2, 2]}
+    settings["objective"]["contrastive"]["causal_only"] = False
     (tmp_path / "config.json").write_text(json.dumps(settings))
     refused(commands("generate", f"--checkpoint={tmp_path}", "--prompt=abc"), "images", "text")
 

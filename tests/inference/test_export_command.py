@@ -237,7 +237,7 @@ def test_the_model_card_says_what_it_is(on_text, text_export):
         "length 1 to 48",
         f"| parameters | {count:,} trained, {sum(leaf.size for leaf in leaves):,} here",
         "train/loss: 5.25 (step 3)",
-        "| 32 | 5.000 | 148.400 | 7.125 |",
+        "| 32 | 5.000 | 7.125 | 148.400 |",
         "the test split, step 3",
     ):
         assert words in card, words
