@@ -156,6 +156,12 @@ def test_shares_follow_the_window():
     assert lengths("digits_vit", "fire")["fire_threshold"] == pytest.approx(math.hypot(4, 4) / 4)
 
 
+def test_a_compared_variant_takes_the_overrides_that_it_has():
+    overrides = {"steps": 700, "encoding.width": 24, "encoding.slope_scale": 2.0}
+    found = config.load_variant(f"{ROOT}/configs/stdlib_lm.py", "alibi", overrides)
+    assert (found.steps, found.encoding.slope_scale) == (700, 2.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class ToyConfig(EncodingConfig):
     """Distance to the first token, times a number, added to the tokens."""
