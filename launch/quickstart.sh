@@ -13,9 +13,9 @@ for kind in seqpe rotary alibi; do
   "$python" -m seqpe_jax.train --config="configs/stdlib_lm.py:$kind" --workdir="$runs/$kind" \
     --config.eval.contexts=64,256,1024 --config.eval.targets=4096 "$@"
   result="$runs/$kind/evaluation.json"
-  # Whether the evaluation is of the config and the last checkpoint that lie there.
-  evaluated='import json, pathlib, sys; from seqpe_jax.sweeps.run import evaluated_step; run = pathlib.Path(sys.argv[1])
-sys.exit(evaluated_step(run) != json.loads((run / "config.json").read_text())["steps"])'
+  # Exit code 0 if the evaluation is of the config and the last checkpoint in the folder.
+  evaluated='import sys; from seqpe_jax.run_dir import RunDir; run = RunDir(sys.argv[1])
+sys.exit(run.evaluated_step() != run.config.steps)'
   if "$python" -c "$evaluated" "$runs/$kind"; then
     echo "== $kind: evaluation is up to date"
   else

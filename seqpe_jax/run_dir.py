@@ -61,6 +61,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CLASS_NAMES_FILE = "classes.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
+FAILED = "== failed: "  # start of the last line of the log of a run that failed
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep, which holds the folders of its runs
 EVALUATION_FILE = "evaluation.json"
 CHECKPOINTS_DIR = "checkpoints"
 COMMIT_MARKER = "commit_success.txt"  # of a checkpoint in a bucket, which has no renames: Orbax writes it last

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import string
@@ -456,3 +457,15 @@ def test_growth_is_drawn_from_what_is_stored(tmp_path):
     done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "docs/results/growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quickstart_knows_which_runs_are_evaluated(tmp_path, monkeypatch):
+    """Its line of Python exits with 0 for an evaluation of the last step, and else with another code."""
+    [line] = re.findall(r"evaluated='([^']*)'", (LAUNCH / "quickstart.sh").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(tiny_config())))
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path)])
+    for step, code in ((tiny_config().steps, False), (1, True)):
+        (tmp_path / "evaluation.json").write_text(json.dumps({"step": step, "results": []}))
+        with pytest.raises(SystemExit) as ended:
+            exec(line, {})
+        assert ended.value.code == code

@@ -24,11 +24,9 @@ from seqpe_jax.reporting.load_run import (
     read_similarity,
     size_of,
 )
-from seqpe_jax.run_dir import CONFIG_FILE, LOG_FILE, RunDir
+from seqpe_jax.run_dir import CONFIG_FILE, FAILED, LOG_FILE, SWEEP_FILE, RunDir
 from seqpe_jax.trees import flatten_dict, unflatten_dict
 
-SWEEP_FILE = "sweep.json"
-FAILED = "== failed: "  # start of the last line of a failed run's log
 # Fields that may differ between the runs of a row: the seed, and those that change where and how a run executes.
 PER_RUN_FIELDS = ("seed", "eval", "checkpoint", "mesh", "report", "profile", "precision.random_bits")
 # Fields that must be equal for results to be comparable.

@@ -16,11 +16,10 @@ from typing import TypeVar
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import GCS_SCHEME, AnyPath, cache_root, is_remote, lock_file
-from seqpe_jax.run_dir import EVALUATION_FILE, LOG_FILE, METRICS_FILE, RunDir
+from seqpe_jax.run_dir import EVALUATION_FILE, FAILED, LOG_FILE, METRICS_FILE, RunDir
 from seqpe_jax.sweeps.spec import Trial
 
 RESTORED_FILE = "restored.json"  # marks a finished run without checkpoint, whose folder `--results` has made
-FAILED = "== failed: "  # start of the last line of a failed run's log
 MAX_REASON_LENGTH = 300  # characters of a command's last line that are quoted as its reason
 # Slurm sends these to all processes of a job; only the sweep handles them, and sends SIGTERM to its commands.
 JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)

@@ -15,11 +15,9 @@ from typing import Any
 from seqpe_jax import config
 from seqpe_jax.errors import InputError
 from seqpe_jax.files import AnyPath, as_path, atomic_write, parse_json
-from seqpe_jax.run_dir import RunDir
+from seqpe_jax.run_dir import SWEEP_FILE, RunDir
 from seqpe_jax.sweeps.run import SweepRun
 from seqpe_jax.sweeps.spec import BestOf, Range, Search, SweepFile, Trial, make_trial, value_of
-
-SWEEP_FILE = "sweep.json"
 
 Decision = dict[str, Any]  # of one field, as the record holds it
 Decisions = dict[str, Decision]  # of one trial, by field
