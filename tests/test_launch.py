@@ -18,6 +18,7 @@ from kubernetes import client
 
 from seqpe_jax import config
 from tests.commands import environment
+from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
