@@ -112,7 +112,7 @@ def test_parameters_of_a_language_model_carry_over(commands, asked, trained, tmp
     arguments = train_arguments(tmp_path / "tuned", asked, **fields)
     result = commands("train", *arguments, f"--init-from={trained}")
     assert result.code == 0, result.err
-    assert "30 of 30 answers looked at take more than eval.new_tokens=1 tokens" in result.out
+    assert "30 of 30 sampled answers take more than eval.new_tokens=1 tokens" in result.out
     assert f"starting from {trained}" in result.out
     runs = (trained, tmp_path / "tuned")
     options = ("--lengths=24", "--new-tokens=4")
