@@ -329,7 +329,8 @@ def test_other_prompts_and_limits_change_no_position(case, monkeypatch):
             assert window_of([short], 3, 40) == window_of([short, long], 20, 40) == (40,)
             return
         with pytest.raises(
-            InputError, match=f"--window=40 .* not by the encoding.kind='{case[0]}' of this run: leave it"
+            InputError,
+            match=f"--window=40 .* not by the encoding.kind='{run.config.encoding.kind}' of this run: leave it",
         ):
             window_of([short], 3, 40)
         alone, together = window_of([short], 3), window_of([short, long], 20)
