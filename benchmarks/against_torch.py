@@ -45,7 +45,7 @@ def main() -> None:
     if jax.devices()[0].platform != "cpu":
         raise InputError("this compares on a CPU: set JAX_PLATFORMS=cpu")
     trainer = Trainer.of(settings, jax.devices()[:1])
-    step, state = trainer.train_step(), trainer.init_state()
+    step, state = trainer.jit_train_step(), trainer.init_state()
     sizes = {name: getattr(model, name) for name in ("layers", "width", "heads")} | {
         "vocabulary": trainer.task.data_spec.vocabulary,
         "length": settings.data.length,

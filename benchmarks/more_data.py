@@ -40,7 +40,7 @@ def steps(folder: pathlib.Path, text: bytes) -> Iterator[list[float]]:
     chosen = {"data.name": "text_files", "data.paths": (str(path),)}
     trainer = Trainer.of(config.load(config_flags.config_path(), config_flags.config_overrides() | chosen))
     print(f"{len(text) / 1e6:.0f} MB of text: {trainer.task.describe()}", flush=True)
-    step, state, batches = trainer.train_step(), trainer.init_state(), trainer.batches(0)
+    step, state, batches = trainer.jit_train_step(), trainer.init_state(), trainer.batches(0)
     checkpoints = Checkpointer(folder / "run", keep=1)
     for number in itertools.count(1):
         marks = [time.perf_counter()]

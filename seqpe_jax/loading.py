@@ -140,7 +140,7 @@ def data_spec_of(settings: Config, checkpoint: RunDir | str | os.PathLike) -> Da
 
 def _saved_params(run: RunDir, model_spec: ModelSpec, mesh: jax.sharding.Mesh, step: int) -> Params:
     """The parameters of a run's checkpoint, sharded over a mesh."""
-    shapes, _ = sharding.with_shardings(mesh, {"params": model_spec.shapes})
+    shapes, _ = sharding.abstract_state_with_shardings(mesh, {"params": model_spec.shapes})
     checkpointer = Checkpointer(run, create=False)
     params, _ = checkpointer.restore_params(shapes["params"], step)
     checkpointer.close()

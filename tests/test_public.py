@@ -14,7 +14,7 @@ from beartype import beartype
 
 import seqpe_jax
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from tests.tiny import ROOT, tiny_config
@@ -89,13 +89,13 @@ def test_an_encoding_for_a_model_of_one_s_own_reads_positions_of_any_form():
     params = jax.jit(encoding.init)(jax.random.PRNGKey(0), jnp.arange(8))
     apply = jax.jit(encoding.apply)
     one, two, three = (apply(params, jnp.arange(40).reshape(shape)) for shape in ((40,), (40, 1), (1, 40, 1)))
-    assert one.logit_query_key[0].shape == (2, 1, 40, 2, 8)
+    assert one.position_query_key[0].shape == (2, 1, 40, 2, 8)
     jax.tree.map(np.testing.assert_array_equal, one, two)
     jax.tree.map(np.testing.assert_array_equal, one, three)
     grid = seqpe_jax.SeqPE.for_model(**SIZES, axes=2, qk="single")
     positions_LA = jnp.stack(jnp.meshgrid(jnp.arange(3), jnp.arange(4), indexing="ij"), -1).reshape(-1, 2)
     signal = jax.jit(grid.init_with_output)(jax.random.PRNGKey(0), positions_LA)[0]
-    assert signal.logit_query_key[0].shape == (1, 12, 2, 8)
+    assert signal.position_query_key[0].shape == (1, 12, 2, 8)
 
 
 @pytest.mark.parametrize("axes, window", [(1, 64), (2, (4, 4))])

@@ -129,13 +129,13 @@ def _report_outcomes(runs: "list[SweepRun]", stop_signal: str | None, graph: "Tr
             print(f"  failed: {run.name}: {why}  (complete output: {run.folder}/log.txt)")
     if stop_signal:
         raise Failure(f"{stop_signal}: {summary}; the same command resumes the sweep")
-    obstacles = graph.obstacles(runs) if graph else []
-    for line in obstacles:
+    blocked_runs = graph.blocked_runs(runs) if graph else []
+    for line in blocked_runs:
         print(f"  {line}")
     if any(failures):
         count = len(failures) - failures.count(None)
         raise Failure(f"{summary}, {count} failed; --retry-failed executes those alone again")
-    if obstacles:
+    if blocked_runs:
         raise Failure(f"{summary}; the others wait")
     print(
         f"{summary}\nthe report: python -m seqpe_jax.report --workdir={_WORKDIR.value} --output={_WORKDIR.value}/report"
@@ -153,7 +153,7 @@ def _print_commands(sweep: "SweepFile", workdir: AnyPath, graph: "TrialGraph", c
         if not run.trial.best:
             commands = [run.train, run.evaluate] if run.evaluated else [run.train]
             print("\n".join(shlex.join(words) for _, words in commands))
-    for line in graph.obstacles(chosen):
+    for line in graph.blocked_runs(chosen):
         print(f"  {line}; then the same command prints them", file=sys.stderr)
 
 

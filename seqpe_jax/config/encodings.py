@@ -129,7 +129,7 @@ class EncodingConfig:
     REAL_POSITIONS: ClassVar[bool] = True
     PER_LAYER: ClassVar[bool] = False
     HAS_VECTORS: ClassVar[bool] = False
-    NEEDS: ClassVar[dict[str, Any]] = {}
+    REQUIRES: ClassVar[dict[str, Any]] = {}
 
     # Values that code for any encoding reads of one that lacks the field; no fields, for they have no annotation.
     max_position = 20000
@@ -182,11 +182,11 @@ class EncodingConfig:
         return any(own.name == field for own in dataclasses.fields(cls))
 
     @classmethod
-    def needs(cls) -> dict[str, tuple[str, Any]]:
-        """Returns `NEEDS` of the class and of those it inherits from."""
+    def requires(cls) -> dict[str, tuple[str, Any]]:
+        """Returns `REQUIRES` of the class and of those it inherits from."""
         found: dict[str, Any] = {}
         for one in reversed(cls.__mro__):
-            found |= vars(one).get("NEEDS", {})
+            found |= vars(one).get("REQUIRES", {})
         return {name: needed for name, needed in found.items() if needed}
 
     def without_effect(self) -> dict[str, tuple[str, Any]]:
@@ -194,7 +194,7 @@ class EncodingConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {
             name: (other, value)
-            for name, (other, value) in self.needs().items()
+            for name, (other, value) in self.requires().items()
             if (getattr(self, other) == defaults[other] if value is None else getattr(self, other) != value)
         }
 
@@ -286,10 +286,10 @@ class _Heads(EncodingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gated(EncodingConfig):
+class _WithForgetGate(EncodingConfig):
     """Fields of encodings of text, whose logits can fall by gates as well."""
 
-    NEEDS: ClassVar[dict[str, Any]] = {"gate_bias_init": ("gate", None)}
+    REQUIRES: ClassVar[dict[str, Any]] = {"gate_bias_init": ("gate", None)}
 
     gate: Gate = _field("none", "logits of a key fall with what the tokens after it say: FoX's or CABLE's gates")
     gate_bias_init: float = _field(
@@ -301,10 +301,10 @@ _THETA: dict[str, Any] = {"low": 1.0, "high": 1e12}
 
 
 @dataclasses.dataclass(frozen=True)
-class _AddedPairs(EncodingConfig):
+class _WithOptionalRoPE(EncodingConfig):
     """Fields of encodings that do not rotate queries and keys themselves, to which rotary pairs can be added."""
 
-    NEEDS: ClassVar[dict[str, Any]] = {
+    REQUIRES: ClassVar[dict[str, Any]] = {
         "rotary_heads": ("rotary_pairs", None),
         "theta": ("rotary_pairs", None),
     }
@@ -325,7 +325,7 @@ class _AddedPairs(EncodingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class _OwnPairs(EncodingConfig):
+class _PartialRoPE(EncodingConfig):
     """Field of encodings that rotate pairs of queries and keys themselves."""
 
     rotary_pairs: int = _field(
@@ -336,7 +336,7 @@ class _OwnPairs(EncodingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rotates(EncodingConfig):
+class _RoPEBase(EncodingConfig):
     """Field of encodings that rotate queries and keys themselves."""
 
     theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
@@ -378,7 +378,7 @@ def _check_pairs(what: str, pairs: int, axes: int, width: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
+class SeqPEConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     """SeqPE, the sequential position encoding (arXiv 2506.13277)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.seqpe:SeqPE"
@@ -451,12 +451,12 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
 
     def idle_options(self) -> dict[str, str]:
         """Returns options of the qk map and of the logit bias, where there is none."""
-        needs = {"qk_init_std": "encoding.qk='single' or 'multi'", "scalar_scale": "encoding.mode='attn_scalar'"}
+        requires = {"qk_init_std": "encoding.qk='single' or 'multi'", "scalar_scale": "encoding.mode='attn_scalar'"}
         if self.qk in ("single", "multi"):
-            del needs["qk_init_std"]
+            del requires["qk_init_std"]
         if self.mode == "attn_scalar":
-            del needs["scalar_scale"]
-        return needs
+            del requires["scalar_scale"]
+        return requires
 
     def check(self, axes: int) -> None:
         """Refuses digits that do not write max_position, and parts that fill the same field of the signal."""
@@ -519,7 +519,7 @@ class SeqPEConfig(_Positions, _Heads, _AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedConfig(_AddedPairs, _Gated):
+class LearnedConfig(_WithOptionalRoPE, _WithForgetGate):
     """A learned table of position embeddings."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:Learned"
@@ -537,13 +537,13 @@ class LearnedConfig(_AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class SinusoidalConfig(_Positions, _AddedPairs, _Gated):
+class SinusoidalConfig(_Positions, _WithOptionalRoPE, _WithForgetGate):
     """Sinusoidal position embeddings."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:Sinusoidal"
     SUMMARY: ClassVar[str] = "Sines and cosines added to the tokens."
     SOURCE: ClassVar[str] = "arXiv 1706.03762"
-    NEEDS: ClassVar[dict[str, Any]] = {"theta": None}  # also without rotary pairs
+    REQUIRES: ClassVar[dict[str, Any]] = {"theta": None}  # also without rotary pairs
 
     kind: str = _kind("sinusoidal")
     amplitude: float = _field(1.0, "factor of the sinusoids", **limits.WEIGHT)
@@ -563,13 +563,13 @@ class SinusoidalConfig(_Positions, _AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
+class RotaryConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate):
     """Rotary position embedding (RoPE)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:Rotary"
     SUMMARY: ClassVar[str] = "RoPE; `rotary_pairs` limits it to the highest frequencies, `scaling` to longer windows."
     SOURCE: ClassVar[str] = "arXiv 2104.09864, 2410.06205 (p-RoPE), 2306.15595 (linear), 2309.00071 (ntk, yarn)"
-    NEEDS: ClassVar[dict[str, Any]] = {
+    REQUIRES: ClassVar[dict[str, Any]] = {
         "yarn_beta_fast": ("scaling", "yarn"),
         "yarn_beta_slow": ("scaling", "yarn"),
     }
@@ -619,7 +619,7 @@ class RotaryConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryAxialConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
+class RotaryAxialConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate):
     """RoPE whose pairs are divided among the axes."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryAxial"
@@ -630,7 +630,7 @@ class RotaryAxialConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryMixedConfig(_Positions, _Heads, _Rotates, _Gated):
+class RotaryMixedConfig(_Positions, _Heads, _RoPEBase, _WithForgetGate):
     """RoPE with learned frequencies over all axes."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.rope:RotaryMixed"
@@ -645,7 +645,7 @@ _SLOPE_SCALE: dict[str, Any] = {"low": 1e-6, "high": 1e6}
 
 
 @dataclasses.dataclass(frozen=True)
-class ALiBiConfig(_Positions, _Heads, _AddedPairs, _Gated):
+class ALiBiConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     """Attention with linear biases (ALiBi)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ALiBi"
@@ -659,7 +659,7 @@ class ALiBiConfig(_Positions, _Heads, _AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class GridALiBiConfig(_Positions, _Heads, _AddedPairs):
+class GridALiBiConfig(_Positions, _Heads, _WithOptionalRoPE):
     """ALiBi by Euclidean distance on grids."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:GridALiBi"
@@ -672,7 +672,7 @@ class GridALiBiConfig(_Positions, _Heads, _AddedPairs):
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config(_Positions, _Heads, _AddedPairs, _Gated):
+class T5Config(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     """T5's relative position bias."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:T5"
@@ -712,7 +712,7 @@ class T5Config(_Positions, _Heads, _AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class KerpleConfig(_Positions, _Heads, _AddedPairs, _Gated):
+class KerpleConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     """KERPLE's logarithmic kernel.
 
     `kerple_scale` is no share of the training length: drawn below 8 per token at 64 tokens, the authors' share (1 at 512),
@@ -731,7 +731,7 @@ class KerpleConfig(_Positions, _Heads, _AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class FireConfig(_Positions, _Heads, _AddedPairs, _Gated):
+class FireConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     """FIRE, functional interpolation of relative positions."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:Fire"
@@ -762,7 +762,7 @@ class FireConfig(_Positions, _Heads, _AddedPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class LookHereConfig(_Positions, _Heads, _AddedPairs):
+class LookHereConfig(_Positions, _Heads, _WithOptionalRoPE):
     """LookHere's directed attention on grids."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:LookHere"
@@ -787,7 +787,7 @@ class LookHereConfig(_Positions, _Heads, _AddedPairs):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleInvariantConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
+class ScaleInvariantConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithForgetGate):
     """Scale-invariant attention over p-RoPE."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:ScaleInvariant"
@@ -813,7 +813,7 @@ class ScaleInvariantConfig(_Positions, _Heads, _Rotates, _OwnPairs, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class PoPEConfig(_Positions, _Heads, _Gated):
+class PoPEConfig(_Positions, _Heads, _WithForgetGate):
     """Polar position encoding (PoPE)."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.pope:PoPE"
@@ -827,14 +827,14 @@ class PoPEConfig(_Positions, _Heads, _Gated):
 
 
 @dataclasses.dataclass(frozen=True)
-class NoPositionConfig(_Positions, _AddedPairs, _Gated):
+class NoPositionConfig(_Positions, _WithOptionalRoPE, _WithForgetGate):
     """No position encoding (NoPE); positions matter where rotary pairs are added."""
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.absolute:NoPosition"
     SUMMARY: ClassVar[str] = "Nothing: a causal model infers order from what each token can see."
     SOURCE: ClassVar[str] = "arXiv 2305.19466"
     REAL_POSITIONS: ClassVar[bool] = False
-    NEEDS: ClassVar[dict[str, Any]] = {
+    REQUIRES: ClassVar[dict[str, Any]] = {
         name: ("rotary_pairs", None) for name in ("max_position", "base", "fraction_digits", "resize")
     }
 
@@ -929,4 +929,4 @@ def encodings_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-_PARTS: Iterable[type] = (_Positions, _Heads, _Gated, _AddedPairs, _OwnPairs, _Rotates)
+_PARTS: Iterable[type] = (_Positions, _Heads, _WithForgetGate, _WithOptionalRoPE, _PartialRoPE, _RoPEBase)

@@ -557,7 +557,7 @@ def _check_fields_used(config: Config) -> None:
             raise InputError(
                 f"{name}={value} is not read by encoding.kind='{kind}', only by {', '.join(with_vectors)}: leave it out"
             )
-        other, needed = config.encoding.needs()[name.removeprefix("encoding.")]
+        other, needed = config.encoding.requires()[name.removeprefix("encoding.")]
         if needed is not None:
             raise InputError(
                 f"{name}={value} is not read without encoding.{other}='{needed}': set that, or leave it out"

@@ -325,7 +325,7 @@ class AssembledQuestions(QASource):
         index = split.index
         self._builder, self._seed = builder, seed
         self._passage_of, self._passage_tokens = index["passage_of"], index["passage_tokens"]
-        self._bare_tokens = index["smallest"]  # of the gold passage, the question, the longest answer and its end
+        self._min_tokens = index["smallest"]  # of the gold passage, the question, the longest answer and its end
         self._passages = FileSlices(folder / PASSAGES_FILE, index["text_start"])
         self._questions = FileSlices(folder / QUESTIONS_FILE, index["question_start"])
         self._count = make_passage_counter(split.tokenizer)
@@ -343,7 +343,7 @@ class AssembledQuestions(QASource):
         question, question_type, answers = self._question(number)
         gold = self._passage(int(self._passage_of[number]))
         prompt_end = self._builder.PROMPT_SUFFIX.format(question)
-        room = self.length - int(self._bare_tokens[number])
+        room = self.length - int(self._min_tokens[number])
         while True:
             before, after, depth = self._distractors(index, question, answers, room)
             prompt = PASSAGE_SEPARATOR.join([*before, gold, *after, prompt_end])

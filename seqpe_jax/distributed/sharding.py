@@ -310,7 +310,7 @@ def describe_unsharded(dims: Sequence[UnshardedDim], shown: int = 5) -> str:
     return f"replicated, since the mesh axes do not divide them, at {extra:,.1f} MiB more: {names}{more}"
 
 
-def with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[UnshardedDim]]:
+def abstract_state_with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[UnshardedDim]]:
     """Returns the shapes of a train state with their shardings, and the dimensions that could not be sharded.
 
     Args:

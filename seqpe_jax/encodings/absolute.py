@@ -6,7 +6,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import LearnedConfig, ModelDims, NoPositionConfig, SinusoidalConfig
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.rope import axis_frequencies, flatten_positions, row_major_index, unit_circle
 from seqpe_jax.errors import InputError
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.config import EncodingConfig, ModelDims, RotaryAxialConfig
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.rope import RotaryAxial
 
 

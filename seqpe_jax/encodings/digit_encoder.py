@@ -39,7 +39,7 @@ class Embeddings(NamedTuple):
     cls_W: jax.Array | None
 
 
-class StringAttention(NamedTuple):
+class DenseDigitAttention(NamedTuple):
     """Attention within strings of N tokens, R of them at once.
 
     Attributes:
@@ -103,13 +103,13 @@ class TrieAttention(NamedTuple):
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, dropout: nn.Module) -> jax.Array:
         """Returns weighted values [t, H, K] of selected queries, keys and values [T, H, K]."""
-        above_TN = _last(self.ancestors_TN, self.leaves)
-        logits = jnp.einsum("thk,tnhk->thn", query, key[above_TN])
+        node_ancestors_TN = _last(self.ancestors_TN, self.leaves)
+        logits = jnp.einsum("thk,tnhk->thn", query, key[node_ancestors_TN])
         logits = _masked(logits, _last(self.mask_TN, self.leaves)[:, None])
-        return jnp.einsum("thn,tnhk->thk", dropout(nn.softmax(logits)), value[above_TN])
+        return jnp.einsum("thn,tnhk->thk", dropout(nn.softmax(logits)), value[node_ancestors_TN])
 
 
-Attention = StringAttention | TokenTypeAttention | TrieAttention
+Attention = DenseDigitAttention | TokenTypeAttention | TrieAttention
 
 
 def _masked(logits: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
@@ -249,13 +249,13 @@ def string_layers(
       mask: bool[R or 1, 1, N, N], that of CLS included.
 
     Returns:
-      States float32[R, N, W], the last token of which is read out; one `StringAttention` per layer.
+      States float32[R, N, W], the last token of which is read out; one `DenseDigitAttention` per layer.
     """
     x_RNW = embeddings.digit_BW[digits_RN] + embeddings.index_NW
     if embeddings.cls_W is not None:
         cls_R1W = jnp.broadcast_to(embeddings.cls_W, (len(x_RNW), 1, config.width))
         x_RNW = jnp.concatenate([x_RNW, cls_R1W], axis=1)
-    return x_RNW, [StringAttention(mask, layer == config.layers - 1) for layer in range(config.layers)]
+    return x_RNW, [DenseDigitAttention(mask, layer == config.layers - 1) for layer in range(config.layers)]
 
 
 def trie_layers(

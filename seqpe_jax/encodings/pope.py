@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import ModelDims, PoPEConfig
-from seqpe_jax.encodings.base import ParamBounds, PositionSignal, clip_straight_through
+from seqpe_jax.encodings.position_signal import ParamBounds, PositionSignal, clip_straight_through
 from seqpe_jax.encodings.rope import unit_circle
 
 

@@ -24,7 +24,7 @@ from seqpe_jax.config import (
     ScaleInvariantConfig,
     T5Config,
 )
-from seqpe_jax.encodings.base import ParamBounds, PositionSignal, RelativeBias, clip_straight_through
+from seqpe_jax.encodings.position_signal import ParamBounds, PositionSignal, RelativeBias, clip_straight_through
 from seqpe_jax.encodings.rope import rotary_frequencies, unit_circle
 
 MASKED = -1e30  # the addend of keys that a head does not attend to; finite, so that a mask can be added to it
@@ -226,7 +226,7 @@ class ALiBi(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...], deterministic: bool = True
     ) -> PositionSignal:
-        """Returns `logit_query_key` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
+        """Returns `position_query_key` for positions int32[P, L, 1]; right for causal attention, where j <= i."""
         slopes = self.config.slope_scale * alibi_slopes(self.dims.heads)
         if self.dims.compat.reference_scaling:
             slopes = slopes / math.sqrt(self.dims.head_width)
@@ -235,7 +235,7 @@ class ALiBi(nn.Module):
         flat_PLH = jnp.broadcast_to(slopes_H, (*position_PL1.shape[:2], len(slopes)))
         query = jnp.stack([flat_PLH, -slopes_H * position_PL1], axis=-1)
         key = jnp.stack([position_PL1, jnp.ones_like(position_PL1)], axis=-1)
-        return PositionSignal(logit_query_key=(query, key))
+        return PositionSignal(position_query_key=(query, key))
 
 
 class T5(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax.config import ModelDims, RotaryAxialConfig, RotaryConfig, RotaryMixedConfig
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 
 RADIX = 64  # base in which positions are split where angles must stay exact

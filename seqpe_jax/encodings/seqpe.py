@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.config import ModelDims, SeqPEConfig
-from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.digit_encoder import DigitEncoder, initializer
-from seqpe_jax.positions.prefix_trie import RowGroup, max_nodes_per_level
+from seqpe_jax.encodings.position_signal import PositionSignal
+from seqpe_jax.positions.prefix_trie import PositionStructure, max_nodes_per_level
 
 MAX_SHARED_FRACTION = 0.8  # prefixes are shared where at most this fraction of the tokens is left
 
@@ -79,7 +79,7 @@ class SeqPE(nn.Module):
         if config.qk in ("single", "multi"):
             width = config.feature_width or self.vector_width // (dims.heads if config.per_head else 1)
             layers = dims.layers if config.qk == "multi" else None
-            self.qk_map = QKMap(layers, initializer(config, config.qk_init_std), self._parts * width)
+            self.qk_map = QKMap(layers, initializer(config, config.qk_init_std), self._num_heads * width)
         if dims.prefix_tokens:
             sizes = (dims.prefix_tokens, self.vector_width)
             self.prefix_vectors = self.param("prefix_vectors", initializer(config, config.init_std), sizes, jnp.float32)
@@ -125,13 +125,13 @@ class SeqPE(nn.Module):
         return self.signal(vectors_RE.reshape(sets, length, -1), positions_PLA, shape=shape)
 
     def vectors(
-        self, positions_RA: jax.Array, *, groups: Sequence[RowGroup] = (), deterministic: bool = True
+        self, positions_RA: jax.Array, *, structures: Sequence[PositionStructure] = (), deterministic: bool = True
     ) -> jax.Array:
         """Returns the vectors of positions.
 
         Args:
           positions_RA: int32[R, A].
-          groups: `RowGroup` of the rows, in their order; () = nothing is known of them.
+          groups: `PositionStructure` of the rows, in their order; () = nothing is known of them.
           deterministic: whether dropout is off.
 
         Returns:
@@ -140,10 +140,10 @@ class SeqPE(nn.Module):
         if self.table_sides:
             indices = tuple(jnp.moveaxis(positions_RA // self.table_stride, -1, 0))
             return jnp.asarray(self.table).at[indices].get(mode="fill", fill_value=jnp.nan)
-        max_nodes = self._max_nodes(positions_RA, groups)
+        max_nodes = self._max_nodes(positions_RA, structures)
         return self.encoder(positions_RA, max_nodes=max_nodes, deterministic=deterministic)
 
-    def _max_nodes(self, positions_RA: jax.Array, groups: Sequence[RowGroup]) -> tuple[int, ...] | None:
+    def _max_nodes(self, positions_RA: jax.Array, structures: Sequence[PositionStructure]) -> tuple[int, ...] | None:
         """Nodes per level of a trie of shared prefixes; None if nothing or little can be shared."""
         config, rows = self.config, positions_RA.shape[0]
         shareable = config.share_prefixes and config.direction == "causal" and config.padding == "left"
@@ -152,7 +152,7 @@ class SeqPE(nn.Module):
         if not isinstance(rows, int) or self.dims.axes * config.num_digits == 1:  # symbolic rows; single digits
             return None
         sizes = max_nodes_per_level(
-            groups or [RowGroup(rows)],
+            structures or [PositionStructure(rows)],
             axes=self.dims.axes,
             base=config.base,
             digits=config.num_digits,
@@ -182,7 +182,9 @@ class SeqPE(nn.Module):
             signal = PositionSignal(rotation=(cos, sin))
         else:
             pair = self.query_key(vectors_PLE)
-            name = {"attn_add": "additive", "attn_mul": "multiplicative", "attn_scalar": "logit_query_key"}[config.mode]
+            name = {"attn_add": "additive", "attn_mul": "multiplicative", "attn_scalar": "position_query_key"}[
+                config.mode
+            ]
             signal = PositionSignal(**{name: pair}, per_layer_fields=(name,) if config.qk == "multi" else ())
         return signal.for_heads(config.position_heads or dims.heads, dims.heads)
 
@@ -198,9 +200,9 @@ class SeqPE(nn.Module):
             query, key = jnp.split(vectors, 2, axis=-1)
         else:
             query = key = vectors
-        parts = self.dims.heads if config.qk == "none" and config.per_head else self._parts
+        parts = self.dims.heads if config.qk == "none" and config.per_head else self._num_heads
         sizes = (*query.shape[:-1], parts, query.shape[-1] // parts)
-        query, key = (part.reshape(sizes)[..., : self._parts, :] for part in (query, key))
+        query, key = (part.reshape(sizes)[..., : self._num_heads, :] for part in (query, key))
         if config.mode == "attn_scalar":
             query = query * (config.scalar_scale / math.sqrt(self.dims.head_width))
         return query, key
@@ -210,6 +212,6 @@ class SeqPE(nn.Module):
         return self.clone(table_sides=sides, table_stride=stride)
 
     @property
-    def _parts(self) -> int:
+    def _num_heads(self) -> int:
         """Heads that have query and key parts of their own."""
         return (self.config.position_heads or self.dims.heads) if self.config.per_head else 1

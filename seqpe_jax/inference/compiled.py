@@ -12,10 +12,10 @@ import numpy as np
 
 from seqpe_jax import axes
 from seqpe_jax.distributed import sharding
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.build import ModelSpec, Params, Shape
 from seqpe_jax.positions.grids import PositionGrid
-from seqpe_jax.positions.prefix_trie import RowGroup
+from seqpe_jax.positions.prefix_trie import PositionStructure
 
 POSITIONS_PER_CHUNK = 1024  # positions that the encoder encodes in one call
 
@@ -203,9 +203,9 @@ class CompiledModel:
         def vectors(
             params: Params, first: jax.Array, rows: int, shape: Shape, position_grid: PositionGrid
         ) -> jax.Array:
-            group = RowGroup(1, (rows, *shape[1:]), spans=position_grid.spans(shape, rows))
+            structure = PositionStructure(1, (rows, *shape[1:]), spans=position_grid.spans(shape, rows))
             positions_RA = position_grid.positions(shape, first, rows)
-            return self.model_spec.encode(params, positions_RA, groups=(group,), method="vectors")
+            return self.model_spec.encode(params, positions_RA, structures=(structure,), method="vectors")
 
         return jax.jit(with_mesh(self.mesh, vectors), static_argnums=(2, 3, 4))
 

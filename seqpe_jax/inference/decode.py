@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from seqpe_jax import axes
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import KVCache
 

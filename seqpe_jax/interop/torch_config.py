@@ -150,7 +150,7 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
     if encoding == "seqpe":
         return _seqpe_from_spec(spec)
     config_class = ENCODINGS[encoding]
-    if not config_class.has("theta") or "theta" in config_class.needs():
+    if not config_class.has("theta") or "theta" in config_class.requires():
         return config_class()
     default = DEFAULT_THETA.get(spec.get("pe_apply_method", ""), 10000)
     return config_class(theta=float(spec.get("sinusoidal_pe_base") or default))

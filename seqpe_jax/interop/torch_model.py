@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from seqpe_jax.config import Config, ModelDims
 from seqpe_jax.data import registry
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.interop import torch_config, torch_reference, weights
@@ -61,7 +61,7 @@ class PrecomputedVectors(nn.Module):
             return PositionSignal(rotation=(cos, sin))
         if self.kind == "alibi":
             query = jnp.full_like(vectors_PLE[..., None], self.inner.dims.head_width**-0.5)
-            return PositionSignal(logit_query_key=(query, vectors_PLE[..., None]))
+            return PositionSignal(position_query_key=(query, vectors_PLE[..., None]))
         raise InputError(f"signal= makes no sense for encoding '{self.kind}'")
 
 
@@ -175,12 +175,14 @@ def _encoder_model(config: Mapping[str, Any], state: weights.State) -> Model:
 
 def _with_prefix(state: weights.State) -> dict[str, Any]:
     """Returns the position model's arrays with the prefix that `weights` expects."""
-    return {name if name.startswith(weights.ENCODER) else weights.ENCODER + name: leaf for name, leaf in state.items()}
+    return {
+        name if name.startswith(weights.PE_PREFIX) else weights.PE_PREFIX + name: leaf for name, leaf in state.items()
+    }
 
 
 def _infer_encoder_spec(spec: Mapping[str, Any], state: weights.State) -> dict[str, Any]:
     """Returns settings of an encoder, which its config leaves out, from the shapes of its arrays; heads as the model's."""
-    state = {name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items()}
+    state = {name.removeprefix(weights.PE_PREFIX): leaf for name, leaf in state.items()}
     missing = [name for name in ("pos_of_seqpe_embed.weight", "out_proj.weight") if name not in state]
     if missing:
         raise InputError(f"the checkpoint lacks tensors that this model has: {', '.join(missing)}")

@@ -202,7 +202,7 @@ def _read_text(path: pathlib.Path) -> ForeignCheckpoint:
     encoder = folder / TEXT_ENCODER_FILE
     if encoder.is_file():
         files.append(encoder)
-        state |= {weights.ENCODER + name: leaf for name, leaf in hf.read_safetensors(encoder).items()}
+        state |= {weights.PE_PREFIX + name: leaf for name, leaf in hf.read_safetensors(encoder).items()}
     elif spec["pe_type"] == "seq_pe":
         raise InputError(f"{encoder} is missing: it holds the position encoder's weights")
     tables = _pop_fixed_table(spec, state)
@@ -229,8 +229,8 @@ def _read_images(path: pathlib.Path) -> ForeignCheckpoint:
         encoder = hf.read_safetensors(path / IMAGE_ENCODER_FILE) if (path / IMAGE_ENCODER_FILE).is_file() else {}
         file = files[0]
     spec = _image_spec(file, settings, model)
-    state = dict(model) | {weights.ENCODER + name: leaf for name, leaf in encoder.items()}
-    tables, grid_table = _pop_fixed_table(spec, state), f"{weights.ENCODER}weight"
+    state = dict(model) | {weights.PE_PREFIX + name: leaf for name, leaf in encoder.items()}
+    tables, grid_table = _pop_fixed_table(spec, state), f"{weights.PE_PREFIX}weight"
     if spec.get("pe_apply_method") == "rotary_2d" and state.pop(grid_table, None) is not None:
         tables = {grid_table: np.zeros((0, 0), np.float32)}
     return ForeignCheckpoint(spec, state, _reasons(tables, spec), tables, files)
@@ -298,7 +298,7 @@ def _pe_spec(file: pathlib.Path, settings: Mapping[str, Any], other_fields: set[
 
 def _pop_fixed_table(spec: ReferenceSpec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Takes the table of an encoding without parameters out of a state, and returns it by name."""
-    name = f"{weights.ENCODER}weight"
+    name = f"{weights.PE_PREFIX}weight"
     on_one_axis = spec["pe_type"] in ("sin", "alibi") or spec.get("pe_apply_method") == "rotary"
     return {name: state.pop(name)} if on_one_axis and spec["pe_type"] != "seq_pe" and name in state else {}
 
@@ -334,7 +334,7 @@ def fixed_table(config: Config, model_spec: ModelSpec, rows: int) -> np.ndarray:
     if kind == "rotary":
         cos, sin = (np.asarray(part[0, :, 0]) for part in signal.rotation)
         return np.concatenate([sin, cos], axis=-1)
-    query, key = (np.asarray(part[0], np.float64) for part in signal.logit_query_key)
+    query, key = (np.asarray(part[0], np.float64) for part in signal.position_query_key)
     head_width = config.model.width // config.model.heads
     logits_LH = np.einsum("hf,lhf->lh", query[0], np.broadcast_to(key, (rows, *query.shape[1:])))
     return (logits_LH * head_width**0.5).astype(np.float32)
@@ -369,7 +369,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
     if not config.is_image and kind in ("sinusoidal", "rotary", "alibi"):
         rows = config.encoding.max_position + (kind != "alibi")  # as many as the reference makes
-        state[f"{weights.ENCODER}weight"] = fixed_table(config, model.model_spec, rows)
+        state[f"{weights.PE_PREFIX}weight"] = fixed_table(config, model.model_spec, rows)
     tokenizer = as_path(model.folder) / TOKENIZER_FILE if model.folder else None
     with atomic_dir(output) as folder:
         files = (_write_images if config.is_image else _write_text)(folder, spec, training, state)
@@ -474,8 +474,8 @@ def _pe_settings(spec: ReferenceSpec) -> dict[str, Any]:
 
 def _split_encoder(state: weights.State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns (arrays of the model, arrays of the position model without their prefix)."""
-    model = {name: leaf for name, leaf in state.items() if not name.startswith(weights.ENCODER)}
-    encoder = {name.removeprefix(weights.ENCODER): leaf for name, leaf in state.items() if name not in model}
+    model = {name: leaf for name, leaf in state.items() if not name.startswith(weights.PE_PREFIX)}
+    encoder = {name.removeprefix(weights.PE_PREFIX): leaf for name, leaf in state.items() if name not in model}
     return model, encoder
 
 

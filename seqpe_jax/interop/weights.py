@@ -1,4 +1,4 @@
-"""Names and layouts of the parameters here and in the PyTorch reference, for conversion in both directions.
+"""Parameter names and layouts of the PyTorch reference and of Hugging Face GPT-2, mapped to ours in both directions.
 
 The reference's Conv1D weights are (in, out) as here; its nn.Linear weights are (out, in) and are transposed. Names of its
 position model have the prefix `pe_model.`, as in its image checkpoints.
@@ -17,7 +17,7 @@ State = Mapping[str, np.ndarray]
 Tree = dict[str, Any]
 ArrayMap = Callable[[np.ndarray], np.ndarray]
 
-ENCODER = "pe_model."
+PE_PREFIX = "pe_model."
 
 
 class Rule(NamedTuple):
@@ -67,20 +67,20 @@ def encoder_rules(layers: int, axes: int, cls: bool, final_norm: bool) -> list[R
     """Returns the rules of the digit encoder, a `SequentialPE` there."""
     ours = "encoding/encoder"
     found = [
-        Rule(f"{ours}/digit_embedding", (f"{ENCODER}token_of_seqpe_embed.weight",)),
-        Rule(f"{ours}/place_embedding", (f"{ENCODER}pos_of_seqpe_embed.weight",)),
-        *_linear_rules(f"{ours}/projection", f"{ENCODER}out_proj"),
+        Rule(f"{ours}/digit_embedding", (f"{PE_PREFIX}token_of_seqpe_embed.weight",)),
+        Rule(f"{ours}/place_embedding", (f"{PE_PREFIX}pos_of_seqpe_embed.weight",)),
+        *_linear_rules(f"{ours}/projection", f"{PE_PREFIX}out_proj"),
     ]
     if cls:
-        found.append(Rule(f"{ours}/cls", (f"{ENCODER}cls_token_embed",), _drop_first_axis, _add_first_axis))
+        found.append(Rule(f"{ours}/cls", (f"{PE_PREFIX}cls_token_embed",), _drop_first_axis, _add_first_axis))
     if axes > 1:
         found.append(
-            Rule(f"{ours}/axis_embedding", (f"{ENCODER}dim_token_embed",), _drop_second_axis, _add_second_axis)
+            Rule(f"{ours}/axis_embedding", (f"{PE_PREFIX}dim_token_embed",), _drop_second_axis, _add_second_axis)
         )
     if final_norm:
-        found += _norm_rules(f"{ours}/final_norm", f"{ENCODER}layernorm")
+        found += _norm_rules(f"{ours}/final_norm", f"{PE_PREFIX}layernorm")
     for layer in range(layers):
-        found += _block_rules(f"{ours}/block_{layer}", f"{ENCODER}transformers.{layer}", "layernorm_1", "layernorm_2")
+        found += _block_rules(f"{ours}/block_{layer}", f"{PE_PREFIX}transformers.{layer}", "layernorm_1", "layernorm_2")
     return found
 
 
@@ -141,7 +141,7 @@ def mixed_rule(heads: int) -> Rule:
         layers, axes, *_ = frequencies.shape
         return np.swapaxes(frequencies, 0, 1).reshape(axes, layers, -1)[::-1]
 
-    return Rule("encoding/frequencies", (f"{ENCODER}freqs",), to_ours, to_theirs)
+    return Rule("encoding/frequencies", (f"{PE_PREFIX}freqs",), to_ours, to_theirs)
 
 
 def to_params(found: Iterable[Rule], state: State) -> Tree:

@@ -150,7 +150,7 @@ def _contrastive(
 ) -> contrastive_sampling.ContrastivePositions | None:
     if not settings.weight:
         return None
-    return contrastive_sampling.contrastive_positions(
+    return contrastive_sampling.sample_contrastive_positions(
         stream(key, "contrastive"),
         step,
         batch=settings.batch,

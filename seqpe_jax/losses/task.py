@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.losses.image_mixing import mix_images
 
 Batch = dict[str, Any]

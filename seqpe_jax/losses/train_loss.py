@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from seqpe_jax.axes import ENCODER_ROWS, POSITIONS, all_gather_params, shard_map, shards, with_logical_constraint
 from seqpe_jax.config import ContrastiveConfig, DistillationConfig, ObjectiveConfig
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
 from seqpe_jax.losses.image_mixing import crop_and_resize
@@ -25,7 +25,7 @@ from seqpe_jax.losses.sample_positions import SampledPositions, may_perturb, sam
 from seqpe_jax.losses.task import ClassificationLoss, NextTokenLoss
 from seqpe_jax.models.build import ModelSpec, Params, dropout_key, stream
 from seqpe_jax.models.flops import param_matmul_flops
-from seqpe_jax.positions.prefix_trie import RowGroup
+from seqpe_jax.positions.prefix_trie import PositionStructure
 
 Metrics = dict[str, jax.Array]
 
@@ -43,7 +43,7 @@ class EncoderRows(NamedTuple):
     """
 
     positions: jax.Array
-    group: RowGroup
+    structure: PositionStructure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +86,14 @@ class TrainLoss:
           microbatch_weight: multiplier of the task loss and its metrics. The losses on position vectors are the same in
             every microbatch and have none.
         """
-        has_own_positions = "sampled_positions" in batch
-        sampled = batch["sampled_positions"] if has_own_positions else self.sample(key, step)
+        positions_from_batch = "sampled_positions" in batch
+        sampled = batch["sampled_positions"] if positions_from_batch else self.sample(key, step)
         step_key = jax.random.fold_in(jax.random.fold_in(key, step), microbatch_index)
         terms: Metrics = {}
         if self.model_spec.has_vectors:
             encoding_params = all_gather_params(params["encoding"], "encoding")
             encoding_key = self._dropout_key(step_key, "encoding dropout")
-            signal, terms = self.signal_and_terms(encoding_params, sampled, encoding_key, has_own_positions)
+            signal, terms = self.signal_and_terms(encoding_params, sampled, encoding_key, positions_from_batch)
         else:
             signal = self.model_spec.signal(params, sampled.positions_PLA, self.model_spec.shape)
         apply = functools.partial(
@@ -122,7 +122,7 @@ class TrainLoss:
         params: Params,
         sampled: SampledPositions,
         dropout_key: jax.Array,
-        has_own_positions: bool = False,
+        positions_from_batch: bool = False,
     ) -> tuple[PositionSignal, Metrics]:
         """Encodes all positions of a step in one call of the encoder.
 
@@ -135,7 +135,7 @@ class TrainLoss:
         Returns:
           (signal of the model, unweighted {"contrastive": float32[], "distillation": float32[]} as far as they are on).
         """
-        windows_RE, *other_RE = self._encode(params, self._encoder_rows(sampled), dropout_key, has_own_positions)
+        windows_RE, *other_RE = self._encode(params, self._encoder_rows(sampled), dropout_key, positions_from_batch)
         num_sets, length, _ = sampled.positions_PLA.shape
         # Shards the qk map over positions as well.
         windows_PLE = with_logical_constraint(windows_RE.reshape(num_sets, length, -1), None, POSITIONS, None)
@@ -189,7 +189,7 @@ class TrainLoss:
         spans = position_grid.spans(shape)  # random crops span less
         has_jitter = settings.jitter.rate > 0
         extra = 2 * round(settings.jitter.range * position_grid.position_resolution) if has_jitter else 0
-        windows = RowGroup(
+        windows = PositionStructure(
             len(sampled.positions_PLA),
             shape,
             num_chunks,
@@ -199,15 +199,15 @@ class TrainLoss:
         rows = [EncoderRows(sampled.positions_PLA, windows)]
         if sampled.contrastive is not None:
             for positions in (sampled.contrastive.anchors_BA, sampled.contrastive.candidates_BCA):
-                rows.append(EncoderRows(positions, RowGroup(positions.size // positions.shape[-1])))
+                rows.append(EncoderRows(positions, PositionStructure(positions.size // positions.shape[-1])))
         if sampled.distillation is not None:
             positions_BMA = sampled.distillation.positions_BMA
-            group = RowGroup(len(positions_BMA), shape, max_rows=positions_BMA.shape[1], spans=spans)
-            rows.append(EncoderRows(positions_BMA, group))
+            structure = PositionStructure(len(positions_BMA), shape, max_rows=positions_BMA.shape[1], spans=spans)
+            rows.append(EncoderRows(positions_BMA, structure))
         return rows
 
     def _encode(
-        self, params: Params, rows: list[EncoderRows], dropout_key: jax.Array, has_own_positions: bool
+        self, params: Params, rows: list[EncoderRows], dropout_key: jax.Array, positions_from_batch: bool
     ) -> list[jax.Array]:
         """Returns the vectors [R, E] of each element of `rows`, from one call with rows sharded over the devices."""
         positions = [part.positions.reshape(-1, part.positions.shape[-1]) for part in rows]
@@ -215,7 +215,7 @@ class TrainLoss:
         num_rows, num_shards = len(positions_RA), shards(ENCODER_ROWS)
         positions_RA = jnp.pad(positions_RA, ((0, -num_rows % num_shards), (0, 0)))
         # Groups describe all rows together, not those of one shard.
-        groups = () if has_own_positions or num_shards > 1 else [part.group for part in rows]
+        structures = () if positions_from_batch or num_shards > 1 else [part.structure for part in rows]
         leaves, tree = jax.tree.flatten(params)
 
         def encode_shard(positions_RA: jax.Array, shard: jax.Array, key: jax.Array, *leaves: jax.Array) -> jax.Array:
@@ -226,7 +226,7 @@ class TrainLoss:
                 positions_RA,
                 deterministic=False,
                 method="vectors",
-                groups=groups,
+                structures=structures,
                 rngs={"dropout": key},
             )
 

@@ -1,4 +1,4 @@
-"""Attention under a position signal: the one place where queries, keys, values and positions meet.
+"""Attention with position encodings: applies a PositionSignal to q, k and logits, then calls a backend.
 
 `attend` serves training and evaluation, `attend_cached` prefill and decoding, and `apply_position_signal` attention
 functions of other libraries. The backends in `attention_dispatch` compute them.
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from seqpe_jax import axes
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
-from seqpe_jax.encodings.base import Pair, PositionSignal, broadcast_to_batch
+from seqpe_jax.encodings.position_signal import Pair, PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention_dispatch import dispatch
-from seqpe_jax.models.attention_inputs import AttentionInputs, feature_logits
+from seqpe_jax.models.attention_inputs import AttentionInputs, position_dot_product
 
 
 @flax.struct.dataclass
@@ -51,9 +51,9 @@ def attend(
 ) -> Float[Array, "B L H V"]:
     """Returns softmax(logits) @ value, [B, L, H, V] in the values' dtype.
 
-    logits = relative_bias(q . k / sqrt(K)) + f_q . f_k + bias + cum_log_gate[query] - cum_log_gate[key], with q and k rotated,
-    scaled and shifted by the signal. Logits and softmax are float32; f_q . f_k is float32 at full precision, whatever the
-    dtype of q and k.
+    logits = relative_bias(q . k / sqrt(K)) + position_query . position_key + bias + cum_log_gate[query] - cum_log_gate[key],
+    with q and k rotated, scaled and shifted by the signal. Logits and softmax are float32; position_query . position_key is
+    float32 at full precision, whatever the dtype of q and k.
 
     Args:
       query_BLHK: queries.
@@ -68,21 +68,21 @@ def attend(
       dropout_key: PRNG key; None = no dropout.
 
     Raises:
-      InputError: the backend asked for cannot serve.
+      InputError: the requested backend does not support these inputs.
     """
     causal_offset_P = jnp.full(1, key_BSHK.shape[1] - query_BLHK.shape[1], jnp.int32) if causal else None
     query_BLHK, key_BSHK = _transform_query_key(query_BLHK, key_BSHK, signal)
     dropout_seed = None
     if dropout_rate and dropout_key is not None:
         dropout_seed = jax.lax.bitcast_convert_type(jax.random.bits(dropout_key, dtype=jnp.uint32), jnp.int32)
-    logit_query_key = signal.logit_query_key
+    position_query_key = signal.position_query_key
     if cum_log_gate_BLH is not None:
-        logit_query_key = forget_gate_features(cum_log_gate_BLH, cum_log_gate_BLH, logit_query_key)
+        position_query_key = forget_gate_query_key(cum_log_gate_BLH, cum_log_gate_BLH, position_query_key)
     inputs = AttentionInputs(
         query_BLHK,
         key_BSHK,
         value_BSHV,
-        logit_query_key,
+        position_query_key,
         bias=None if signal.bias is None else signal.bias[None],
         relative_bias=signal.relative_bias,
         bias_params=signal.bias_params,
@@ -93,25 +93,27 @@ def attend(
     return _attention(inputs, kind, block)
 
 
-def forget_gate_features(query_BLH: jax.Array, key_BSH: jax.Array, logit_query_key: Pair | None = None) -> Pair:
-    """Returns features whose product adds query - key to the logits, float32[B, L, H, 2] and float32[B, S, H, 2].
+def forget_gate_query_key(
+    query_cum_log_gate_BLH: jax.Array, key_cum_log_gate_BSH: jax.Array, position_query_key: Pair | None = None
+) -> Pair:
+    """Encodes gate[query] - gate[key] as a rank-2 dot product of float32[B, L, H, 2] and float32[B, S, H, 2].
 
-    With cumulative log gates, that is the sum of the log gates of the tokens after the key, up to the query.
+    The difference is the sum of the log gates of the tokens after the key, up to the query.
 
     Args:
-      query_BLH: cumulative log gate at the queries.
-      key_BSH: cumulative log gate at the keys.
-      logit_query_key: (f_q, f_k) of P position sets, [P, L, H or 1, F] and [P, S, H or 1, F], to which the columns are appended.
+      query_cum_log_gate_BLH: cumulative log gate at the queries.
+      key_cum_log_gate_BSH: cumulative log gate at the keys.
+      position_query_key: position queries [P, L, H or 1, F] and keys [P, S, H or 1, F], to which the columns are appended.
     """
-    query = jnp.stack([query_BLH, jnp.ones_like(query_BLH)], -1).astype(jnp.float32)
-    key = jnp.stack([jnp.ones_like(key_BSH), -key_BSH], -1).astype(jnp.float32)
-    if logit_query_key is None:
+    query = jnp.stack([query_cum_log_gate_BLH, jnp.ones_like(query_cum_log_gate_BLH)], -1).astype(jnp.float32)
+    key = jnp.stack([jnp.ones_like(key_cum_log_gate_BSH), -key_cum_log_gate_BSH], -1).astype(jnp.float32)
+    if position_query_key is None:
         return query, key
-    return _append_gate(logit_query_key[0], query), _append_gate(logit_query_key[1], key)
+    return _append_gate(position_query_key[0], query), _append_gate(position_query_key[1], key)
 
 
-def _append_gate(features_PLHF: jax.Array, gate_BLHF: jax.Array) -> jax.Array:
-    own = broadcast_to_batch(features_PLHF.astype(jnp.float32), gate_BLHF.shape[0])
+def _append_gate(position_PLHF: jax.Array, gate_BLHF: jax.Array) -> jax.Array:
+    own = broadcast_to_batch(position_PLHF.astype(jnp.float32), gate_BLHF.shape[0])
     own = jnp.broadcast_to(own, (*gate_BLHF.shape[:-1], own.shape[-1]))
     return jnp.concatenate([own, gate_BLHF], axis=-1)
 
@@ -127,9 +129,9 @@ def apply_position_signal(
         q, k, v = apply_position_signal(q, k, v, signal.at_layer(layer))
         out = jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True)[..., :head_width]
 
-    The result equals `attend`. Queries are divided by sqrt(K), features are appended to queries and keys, and values are
-    padded with zeros to the same width. With features, all three are float32, since their products must be. The part of a
-    signal that is added to token embeddings (`signal.input_embedding`) is not applied here.
+    The result equals `attend`. Queries are divided by sqrt(K), position queries and keys are appended to queries and keys,
+    and values are padded with zeros to the same width; all three are then float32, since their products must be. The part of
+    a signal that is added to token embeddings (`signal.input_embedding`) is not applied here.
 
     Args:
       query_BLHK: queries.
@@ -141,21 +143,23 @@ def apply_position_signal(
       InputError: the signal has a bias or a relative bias, which no query or key can carry alone.
     """
     if signal.bias is not None or signal.relative_bias is not None:
-        raise InputError("this encoding adds a bias to pairs of positions: use seqpe_jax.attend, which can add it")
+        raise InputError(
+            "this encoding has a pairwise attention bias, which cannot be folded into q and k; call seqpe_jax.attend instead"
+        )
     query, key = _transform_query_key(query_BLHK, key_BSHK, signal)
     query = query / math.sqrt(query.shape[-1])
     value = value_BSHV
-    if signal.logit_query_key is not None:
+    if signal.position_query_key is not None:
         query, key = (
-            _append_features(array, field) for array, field in zip((query, key), signal.logit_query_key, strict=True)
+            _append_position(array, field) for array, field in zip((query, key), signal.position_query_key, strict=True)
         )
         value = value.astype(jnp.float32)
     padding = max(0, query.shape[-1] - value.shape[-1])
     return query, key, jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
 
-def _append_features(array_BLHK: jax.Array, features_PLHF: jax.Array) -> jax.Array:
-    field = broadcast_to_batch(features_PLHF.astype(jnp.float32), array_BLHK.shape[0])
+def _append_position(array_BLHK: jax.Array, position_PLHF: jax.Array) -> jax.Array:
+    field = broadcast_to_batch(position_PLHF.astype(jnp.float32), array_BLHK.shape[0])
     field = jnp.broadcast_to(field, (*array_BLHK.shape[:-1], field.shape[-1]))
     return jnp.concatenate([array_BLHK.astype(jnp.float32), field], axis=-1)
 
@@ -188,7 +192,7 @@ def attend_cached(
       kind, block: backend and block size, as in `attend`.
 
     Raises:
-      InputError: the backend asked for cannot serve.
+      InputError: the requested backend does not support these inputs.
     """
     own = signal.at_tokens(token_index_PL)
     query_BLHK, key_BLHK = _transform_query_key(query_BLHK, key_BLHK, own)
@@ -202,19 +206,21 @@ def attend_cached(
         cum_log_gate_BLH = before_BH[:, None] + jnp.cumsum(log_gate_BLH, axis=1)
         cum_log_gate_BSH = write(cache.cum_log_gate, cum_log_gate_BLH, first_B)
     cache = KVCache(write(cache.key, key_BLHK, first_B), write(cache.value, value_BLHK, first_B), cum_log_gate_BSH)
-    logit_query_key, bias_PHLS, keys = None, position_logits_PHLS, cache.key.shape[1]
+    position_query_key, bias_PHLS, keys = None, position_logits_PHLS, cache.key.shape[1]
     if position_logits_PHLS is None:
-        logit_query_key = (
-            None if signal.logit_query_key is None else (own.logit_query_key[0], signal.logit_query_key[1][:, :keys])
+        position_query_key = (
+            None
+            if signal.position_query_key is None
+            else (own.position_query_key[0], signal.position_query_key[1][:, :keys])
         )
         bias_PHLS = _bias_rows(signal, token_index_PL, keys)
     if cum_log_gate_BLH is not None:
-        logit_query_key = forget_gate_features(cum_log_gate_BLH, cum_log_gate_BSH, logit_query_key)
+        position_query_key = forget_gate_query_key(cum_log_gate_BLH, cum_log_gate_BSH, position_query_key)
     inputs = AttentionInputs(
         query_BLHK,
         cache.key,
         cache.value,
-        logit_query_key,
+        position_query_key,
         bias_PHLS,
         relative_bias=own.relative_bias and own.relative_bias.replace(key=own.relative_bias.key[:, :keys]),
         bias_params=own.bias_params,
@@ -224,7 +230,7 @@ def attend_cached(
 
 
 def position_logits(signal: PositionSignal, token_index_PL: jax.Array, keys: int) -> jax.Array | None:
-    """Returns the sum of bias and f_q . f_k for the tokens at some indices of a window, float32[P, H or 1, L, S] or None.
+    """Returns bias + position_query . position_key of the tokens at some indices, float32[P, H or 1, L, S] or None.
 
     Args:
       signal: of one layer and of the whole window, one position set.
@@ -232,10 +238,10 @@ def position_logits(signal: PositionSignal, token_index_PL: jax.Array, keys: int
       keys: S, the number of first window indices that serve as keys.
     """
     bias_PHLS = _bias_rows(signal, token_index_PL, keys)
-    if signal.logit_query_key is None:
+    if signal.position_query_key is None:
         return bias_PHLS
-    query, key = (field.astype(jnp.float32) for field in signal.logit_query_key)
-    logits_PHLS = feature_logits(query[0][token_index_PL], key[:, :keys])
+    query, key = (field.astype(jnp.float32) for field in signal.position_query_key)
+    logits_PHLS = position_dot_product(query[0][token_index_PL], key[:, :keys])
     return logits_PHLS if bias_PHLS is None else logits_PHLS + bias_PHLS
 
 
@@ -261,7 +267,8 @@ def _attention(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
     batch, length, heads, width = inputs.query.shape
     inputs = inputs.replace(
         query=inputs.query / math.sqrt(width),
-        logit_query_key=inputs.logit_query_key and tuple(field.astype(jnp.float32) for field in inputs.logit_query_key),
+        position_query_key=inputs.position_query_key
+        and tuple(field.astype(jnp.float32) for field in inputs.position_query_key),
         heads=jnp.arange(heads, dtype=jnp.int32),
     )
     backend = dispatch(kind, block, inputs, device=axes.device(), split=axes.shards(LENGTH) > 1)
@@ -281,14 +288,14 @@ def _attention(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
 def _logical_axes(inputs: AttentionInputs) -> AttentionInputs:
     """Returns the logical axis names of every array, a PartitionSpec in its place."""
     sets = None
-    if inputs.logit_query_key is not None and inputs.logit_query_key[0].shape[0] == inputs.query.shape[0]:
+    if inputs.position_query_key is not None and inputs.position_query_key[0].shape[0] == inputs.query.shape[0]:
         sets = BATCH  # one set per sample, as forget gates have
     relative_bias = inputs.relative_bias
     return inputs.replace(
         query=PartitionSpec(BATCH, LENGTH, HEADS, None),
         key=PartitionSpec(BATCH, None, HEADS, None),
         value=PartitionSpec(BATCH, None, HEADS, None),
-        logit_query_key=inputs.logit_query_key
+        position_query_key=inputs.position_query_key
         and (PartitionSpec(sets, LENGTH, HEADS, None), PartitionSpec(sets, None, HEADS, None)),
         bias=None if inputs.bias is None else PartitionSpec(None, HEADS, LENGTH, None),
         relative_bias=relative_bias

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.encodings.base import broadcast_to_batch
+from seqpe_jax.encodings.position_signal import broadcast_to_batch
 from seqpe_jax.models.attention_inputs import (
     MASK_VALUE,
     AttentionInputs,
@@ -23,7 +23,7 @@ from seqpe_jax.models.attention_inputs import (
 )
 
 
-def blockwise_attention(inputs: AttentionInputs, block: int, concat_features: bool = False) -> jax.Array:
+def blockwise_attention(inputs: AttentionInputs, block: int, concat_position: bool = False) -> jax.Array:
     """Returns the result of `reference_attention`, [B, L, H, V], computed from tiles of `block` queries and `block` keys.
 
     It has a custom backward pass, and no forward-mode derivative.
@@ -31,11 +31,11 @@ def blockwise_attention(inputs: AttentionInputs, block: int, concat_features: bo
     Args:
       inputs: of one device.
       block: queries and keys per tile.
-      concat_features: append features to queries and keys, so that one product gives both logits; the dtype of queries
-        must then be as precise as that of features.
+      concat_features: append position queries and keys to queries and keys, so that one product gives both logits; the dtype
+        of queries must then be as precise as theirs.
     """
-    if concat_features:
-        inputs = _concat_features(inputs)
+    if concat_position:
+        inputs = _concat_position(inputs)
     length, keys = inputs.query.shape[1], inputs.key.shape[1]
     to_blocks = functools.partial(_heads_first, block=block)
     bias, relative_bias = inputs.bias, inputs.relative_bias
@@ -43,7 +43,7 @@ def blockwise_attention(inputs: AttentionInputs, block: int, concat_features: bo
         query=to_blocks(inputs.query),
         key=to_blocks(inputs.key),
         value=to_blocks(inputs.value),
-        logit_query_key=inputs.logit_query_key and tuple(to_blocks(field) for field in inputs.logit_query_key),
+        position_query_key=inputs.position_query_key and tuple(to_blocks(field) for field in inputs.position_query_key),
         bias=None if bias is None else _pad(_pad(bias, 2, block), 3, block),
         relative_bias=relative_bias
         and relative_bias.replace(query=_pad(relative_bias.query, 1, block), key=_pad(relative_bias.key, 1, block)),
@@ -52,16 +52,16 @@ def blockwise_attention(inputs: AttentionInputs, block: int, concat_features: bo
     return jnp.moveaxis(out_BHLV, 1, 2)[:, :length].astype(inputs.value.dtype)
 
 
-def _concat_features(inputs: AttentionInputs) -> AttentionInputs:
-    """Returns inputs whose features are further columns of queries and keys."""
+def _concat_position(inputs: AttentionInputs) -> AttentionInputs:
+    """Returns inputs whose position queries and keys are further columns of queries and keys."""
 
     def concat(array_BLHK: jax.Array, field_PLHF: jax.Array) -> jax.Array:
         field = broadcast_to_batch(field_PLHF, array_BLHK.shape[0]).astype(array_BLHK.dtype)
         field_BLHF = jnp.broadcast_to(field, (*array_BLHK.shape[:-1], field.shape[-1]))
         return jnp.concatenate([array_BLHK, field_BLHF], axis=-1)
 
-    query, key = (concat(*pair) for pair in zip((inputs.query, inputs.key), inputs.logit_query_key, strict=True))
-    return inputs.replace(query=query, key=key, logit_query_key=None)
+    query, key = (concat(*pair) for pair in zip((inputs.query, inputs.key), inputs.position_query_key, strict=True))
+    return inputs.replace(query=query, key=key, position_query_key=None)
 
 
 def _pad(array: jax.Array, axis: int, block: int) -> jax.Array:
@@ -102,7 +102,7 @@ class _Tile:
     Attributes:
       query: [B, H, block, K], the query block.
       key, value: [B, H, block, K] and [B, H, block, V], the key block.
-      features: (f_q, f_k) of these blocks, if there are any.
+      position_query_key: position queries and keys of these blocks, if there are any.
       row, column: int32[block], indices of the queries and keys on this device.
       keys: number of keys without padding.
     """
@@ -112,10 +112,10 @@ class _Tile:
         self.key, self.value = _block(inputs.key, j, block), _block(inputs.value, j, block)
         self.row, self.column = i * block + jnp.arange(block), j * block + jnp.arange(block)
         self.query, self.keys = _block(inputs.query, i, block), keys
-        if inputs.logit_query_key is not None:
-            self.logit_query_key = (
-                _block(inputs.logit_query_key[0], i, block),
-                _block(inputs.logit_query_key[1], j, block),
+        if inputs.position_query_key is not None:
+            self.position_query_key = (
+                _block(inputs.position_query_key[0], i, block),
+                _block(inputs.position_query_key[1], j, block),
             )
 
     def query_key(self) -> jax.Array:
@@ -136,9 +136,9 @@ class _Tile:
         inputs, logits = self.inputs, self.query_key()
         if inputs.relative_bias is not None:
             logits = self.apply_relative_bias(inputs.bias_params, logits)
-        if inputs.logit_query_key is not None:
-            f_q, f_k = _common_sets_and_heads(*self.logit_query_key)
-            logits = add_position_sets(logits, _exact_einsum("phlf,phsf->phls", f_q, f_k))
+        if inputs.position_query_key is not None:
+            position_query, position_key = _common_sets_and_heads(*self.position_query_key)
+            logits = add_position_sets(logits, _exact_einsum("phlf,phsf->phls", position_query, position_key))
         if inputs.bias is not None:
             logits = add_position_sets(logits, _block(_block(inputs.bias, self.i, self.block), self.j, self.block, 3))
         if inputs.causal_offset is not None:
@@ -161,10 +161,12 @@ class _Tile:
         return dropout_mask(inputs.dropout_seed, *indices, inputs.dropout_rate)
 
 
-def _common_sets_and_heads(f_q: jax.Array, f_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns features of queries and keys broadcast to the same position sets and heads."""
-    shape = tuple(max(sizes) for sizes in zip(f_q.shape[:2], f_k.shape[:2], strict=True))
-    return jnp.broadcast_to(f_q, shape + f_q.shape[2:]), jnp.broadcast_to(f_k, shape + f_k.shape[2:])
+def _common_sets_and_heads(position_query: jax.Array, position_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns position queries and keys broadcast to the same position sets and heads."""
+    shape = tuple(max(sizes) for sizes in zip(position_query.shape[:2], position_key.shape[:2], strict=True))
+    return jnp.broadcast_to(position_query, shape + position_query.shape[2:]), jnp.broadcast_to(
+        position_key, shape + position_key.shape[2:]
+    )
 
 
 def _sum_like(gradient: jax.Array, field: jax.Array) -> jax.Array:
@@ -235,8 +237,8 @@ def _backward(block: int, keys: int, saved: Any, d_out: jax.Array) -> tuple[Atte
         return jax.lax.fori_loop(0, _num_key_blocks(inputs, i, block), key_block, gradients)
 
     fields = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
-    if inputs.logit_query_key is not None:
-        fields |= {"f_q": inputs.logit_query_key[0], "f_k": inputs.logit_query_key[1]}
+    if inputs.position_query_key is not None:
+        fields |= {"position_query": inputs.position_query_key[0], "position_key": inputs.position_query_key[1]}
     if inputs.bias is not None:
         fields["bias"] = inputs.bias
     if inputs.relative_bias is not None:
@@ -244,11 +246,15 @@ def _backward(block: int, keys: int, saved: Any, d_out: jax.Array) -> tuple[Atte
     zeros = jax.tree.map(lambda field: jnp.zeros(field.shape, jnp.float32), fields)
     gradients = jax.lax.fori_loop(0, inputs.query.shape[2] // block, query_block, zeros)
     gradients = jax.tree.map(lambda gradient, field: gradient.astype(field.dtype), gradients, fields)
-    logit_query_key = (gradients.pop("f_q"), gradients.pop("f_k")) if inputs.logit_query_key is not None else None
+    position_query_key = (
+        (gradients.pop("position_query"), gradients.pop("position_key"))
+        if inputs.position_query_key is not None
+        else None
+    )
     without = dict.fromkeys(
         ("bias", "relative_bias", "bias_params", "heads", "causal_offset", "dropout_seed", "global_offset")
     )
-    return (inputs.replace(**without | gradients, logit_query_key=logit_query_key),)
+    return (inputs.replace(**without | gradients, position_query_key=position_query_key),)
 
 
 def _add_tile_gradients(gradients: dict, tile: _Tile, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> dict:
@@ -279,11 +285,17 @@ def _add_tile_gradients(gradients: dict, tile: _Tile, d_out: jax.Array, lse: jax
         "key": (_einsum("bhls,bhlk->bhsk", ds, tile.query), tile.j),
         "value": (_einsum("bhls,bhlv->bhsv", p_dropped.astype(d_out.dtype), d_out), tile.j),
     }
-    if inputs.logit_query_key is not None:
-        f_q, f_k = _common_sets_and_heads(*tile.logit_query_key)
-        shared = _sum_like(d_logits, f_q)
-        parts["f_q"] = _sum_like(_exact_einsum("phls,phsf->phlf", shared, f_k), inputs.logit_query_key[0]), tile.i
-        parts["f_k"] = _sum_like(_exact_einsum("phls,phlf->phsf", shared, f_q), inputs.logit_query_key[1]), tile.j
+    if inputs.position_query_key is not None:
+        position_query, position_key = _common_sets_and_heads(*tile.position_query_key)
+        shared = _sum_like(d_logits, position_query)
+        parts["position_query"] = (
+            _sum_like(_exact_einsum("phls,phsf->phlf", shared, position_key), inputs.position_query_key[0]),
+            tile.i,
+        )
+        parts["position_key"] = (
+            _sum_like(_exact_einsum("phls,phlf->phsf", shared, position_query), inputs.position_query_key[1]),
+            tile.j,
+        )
     result |= {name: _add_to_block(gradients[name], part, index, block) for name, (part, index) in parts.items()}
     if inputs.bias is not None:  # every tile is visited once
         start = 0, 0, tile.i * block, tile.j * block

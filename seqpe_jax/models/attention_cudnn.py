@@ -1,6 +1,6 @@
 """cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-The kernel takes bfloat16 and one width for queries, keys and values. Float32 features are appended to queries and keys as
+The kernel takes bfloat16 and one width for queries, keys and values. Float32 position queries and keys are appended to queries and keys as
 sums of bfloat16 parts whose products keep the precision of float32, and values are padded with zeros to the same width.
 """
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from seqpe_jax.models.attention_inputs import AttentionInputs
 
-# (part of f_q, part of f_k) whose products matter at float32 precision; 0 is the most significant part.
+# (part of position_query, part of position_key) whose products matter at float32 precision; 0 is the most significant part.
 PART_PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
 
 
@@ -29,7 +29,7 @@ def unsupported_reason(inputs: AttentionInputs, capability: float, split: bool) 
     width = padded_width(inputs)
     limit = 256 if capability >= 9 else 128
     if width > limit:
-        return f"queries and their features in parts are {width} wide, and cuDNN takes {limit} at most"
+        return f"queries with the parts of position queries are {width} wide, and cuDNN takes {limit} at most"
     if inputs.causal_offset is not None and (split or query.shape[1] != key.shape[1]):
         return "cuDNN's causal attention needs as many queries as keys on each device"
     if query.shape[1] % 2 or key.shape[1] % 2:
@@ -44,7 +44,7 @@ def flash(inputs: AttentionInputs, implementation: str = "cudnn") -> jax.Array:
       inputs: of one device, which `unsupported_reason` does not refuse.
       implementation: argument of `jax.nn.dot_product_attention`.
     """
-    query, key, value = append_features(inputs)
+    query, key, value = append_position(inputs)
     out = jax.nn.dot_product_attention(
         query, key, value, scale=1.0, is_causal=inputs.causal_offset is not None, implementation=implementation
     )
@@ -52,17 +52,17 @@ def flash(inputs: AttentionInputs, implementation: str = "cudnn") -> jax.Array:
 
 
 def padded_width(inputs: AttentionInputs) -> int:
-    """Returns the common width of queries, keys and values after `append_features`, a multiple of 8."""
-    features = 0 if inputs.logit_query_key is None else len(PART_PAIRS) * inputs.logit_query_key[0].shape[-1]
+    """Returns the common width of queries, keys and values after `append_position`, a multiple of 8."""
+    features = 0 if inputs.position_query_key is None else len(PART_PAIRS) * inputs.position_query_key[0].shape[-1]
     width = max(inputs.query.shape[-1] + features, inputs.value.shape[-1])
     return -(-width // 8) * 8
 
 
-def append_features(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns bfloat16 queries, keys and values of one width, such that q . k are the logits with f_q . f_k included."""
+def append_position(inputs: AttentionInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns bfloat16 queries, keys and values of one width; q . k includes position_query . position_key."""
     columns = [inputs.query], [inputs.key], [inputs.value]
     batch, _, heads, _ = inputs.query.shape
-    for side, field in enumerate(inputs.logit_query_key or ()):
+    for side, field in enumerate(inputs.position_query_key or ()):
         parts = [jnp.broadcast_to(part, (*part.shape[:2], heads, part.shape[3])) for part in split_float32(field)]
         parts = [jnp.tile(part, (batch // len(part), 1, 1, 1)) for part in parts]
         columns[side].extend(parts[pair[side]] for pair in PART_PAIRS)

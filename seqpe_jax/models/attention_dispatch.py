@@ -61,7 +61,7 @@ def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = No
     return functools.partial(
         blockwise_attention,
         block=block or default_block_size(inputs, device),
-        concat_features=device.platform == "cpu" and should_concat_features(inputs),
+        concat_position=device.platform == "cpu" and should_concat_position(inputs),
     )
 
 
@@ -92,25 +92,25 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
 def default_block_size(inputs: AttentionInputs, device: Any) -> int:
     """Returns the queries and keys per block; on a CPU few, so that the blocks of all samples fit into its cache.
 
-    Wide features have products and gradients of their own, which leaves less room.
+    Wide position queries and keys have products and gradients of their own, which leaves less memory.
     """
     if device.platform != "cpu":
         return DEFAULT_BLOCK
     batch, _, heads, _ = inputs.query.shape
     if inputs.key.shape[1] >= LONG_KEYS:
         return DEFAULT_BLOCK
-    separate = inputs.logit_query_key is not None and not should_concat_features(inputs)
+    separate = inputs.position_query_key is not None and not should_concat_position(inputs)
     return 64 if separate and batch * heads >= 32 else 128
 
 
-def should_concat_features(inputs: AttentionInputs) -> bool:
-    """Returns True where features are so narrow that one product of [q, f_q] and [k, f_k] is faster than two products.
+def should_concat_position(inputs: AttentionInputs) -> bool:
+    """Returns True where one product of [q, position_query] and [k, position_key] is faster than two narrow products.
 
-    Queries must be float32, as features are. Not possible with a relative bias, which applies to q . k alone.
+    Queries must be float32, as position queries are. Not possible with a relative bias, which applies to q . k alone.
     """
-    if inputs.logit_query_key is None or inputs.relative_bias is not None or inputs.query.dtype != jnp.float32:
+    if inputs.position_query_key is None or inputs.relative_bias is not None or inputs.query.dtype != jnp.float32:
         return False
-    return 4 * inputs.logit_query_key[0].shape[-1] <= inputs.query.shape[-1]
+    return 4 * inputs.position_query_key[0].shape[-1] <= inputs.query.shape[-1]
 
 
 def _at_most(size: Any, limit: int) -> bool:

@@ -6,7 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from seqpe_jax.encodings.base import Pair, RelativeBias
+from seqpe_jax.encodings.position_signal import Pair, RelativeBias
 
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # a masked logit; finite, so that two of them can be subtracted
 
@@ -21,7 +21,8 @@ class AttentionInputs:
       query: [B, L, H, K], already divided by sqrt(K).
       key: [B, S, H, K].
       value: [B, S, H, V].
-      logit_query_key: (f_q, f_k), float32[P, L, H or 1, F] and float32[P, S, H or 1, F]; logits gain f_q . f_k.
+      position_query_key: position queries float32[P, L, H or 1, F] and keys float32[P, S, H or 1, F], whose dot product is
+        added to the logits.
       bias: float32[P, H or 1, L, S], added to the logits.
       relative_bias: function of query and key positions that is applied to q . k; None = none.
       bias_params: parameters of `relative_bias`, a pytree.
@@ -36,7 +37,7 @@ class AttentionInputs:
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    logit_query_key: Pair | None = None
+    position_query_key: Pair | None = None
     bias: jax.Array | None = None
     relative_bias: RelativeBias | None = None
     bias_params: Any = None
@@ -50,7 +51,7 @@ class AttentionInputs:
     def num_position_sets(self) -> int:
         """P of the fields that have more than one set, else 1."""
         fields = [
-            *(self.logit_query_key or ()),
+            *(self.position_query_key or ()),
             self.bias,
             self.causal_offset,
             self.relative_bias and self.relative_bias.query,
@@ -73,7 +74,7 @@ class AttentionInputs:
         if self.dropout_seed is not None:
             global_offset = jnp.stack([first_sample, self.heads[0], first_row])
         return self.replace(
-            logit_query_key=self.logit_query_key and tuple(fit(field) for field in self.logit_query_key),
+            position_query_key=self.position_query_key and tuple(fit(field) for field in self.position_query_key),
             bias=fit(self.bias),
             relative_bias=self.relative_bias
             and self.relative_bias.replace(query=fit(self.relative_bias.query), key=fit(self.relative_bias.key)),
@@ -164,8 +165,8 @@ def dropout_mask(
     return jnp.where(uniform < jnp.int32(round((1 - rate) * 2**24)), jnp.float32(1 / (1 - rate)), jnp.float32(0))
 
 
-def feature_logits(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Array:
-    """Returns f_q . f_k, float32[P, H or 1, L, S]; either side may have one head, or one set, for all."""
+def position_dot_product(query_PLHF: jax.Array, key_PSHF: jax.Array) -> jax.Array:
+    """Returns position_query . position_key, float32[P, H or 1, L, S]; either side may have one head, or one set, for all."""
     heads = max(query_PLHF.shape[2], key_PSHF.shape[2])
     query, key = (jnp.broadcast_to(f, (*f.shape[:2], heads, f.shape[3])) for f in (query_PLHF, key_PSHF))
     if key.shape[0] == 1 != query.shape[0]:  # no copy of the keys for each set
@@ -183,8 +184,8 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         logits_BHLS = apply_relative_bias(
             logits_BHLS, relative_bias, inputs.bias_params, relative_bias.query, relative_bias.key, inputs.heads
         )
-    if inputs.logit_query_key is not None:
-        logits_BHLS = add_position_sets(logits_BHLS, feature_logits(*inputs.logit_query_key))
+    if inputs.position_query_key is not None:
+        logits_BHLS = add_position_sets(logits_BHLS, position_dot_product(*inputs.position_query_key))
     if inputs.bias is not None:
         logits_BHLS = add_position_sets(logits_BHLS, inputs.bias)
     if inputs.causal_offset is not None:

@@ -1,8 +1,9 @@
-"""Flash attention for TPU as Pallas kernels, with float32 features next to bfloat16 queries and keys.
+"""Flash attention for TPU as Pallas kernels, with float32 position queries and keys next to bfloat16 queries and keys.
 
-The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691): a forward kernel, one for dq (and df_q) and one for dk, dv
-(and df_k). One addition: samples of the same position set share f_q . f_k, which at full precision costs six bfloat16
-products; so each grid step loads the same tile of several samples and computes that product once for all of them.
+The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691): a forward kernel, one for the gradients of queries and
+position queries, and one for those of keys, values and position keys. One addition: samples of the same position set share
+position_query . position_key, which at full precision costs six bfloat16 products; so each grid step loads the same tile of
+several samples and computes that product once for all of them.
 """
 
 import functools
@@ -53,8 +54,8 @@ class KernelInputs(NamedTuple):
       query: [R, P, H, L, K].
       key: [R, P, H, S, K].
       value: [R, P, H, S, V].
-      f_q: float32[1 or P, 1 or H, L, F], or None.
-      f_k: float32[1 or P, 1 or H, S, F], or None.
+      position_query: float32[1 or P, 1 or H, L, F], or None.
+      position_key: float32[1 or P, 1 or H, S, F], or None.
       causal_offset: int32[P], as in `AttentionInputs`.
       dropout_indices: int32[4], `global_offset` and `dropout_seed` of `AttentionInputs`.
     """
@@ -62,8 +63,8 @@ class KernelInputs(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    f_q: jax.Array | None
-    f_k: jax.Array | None
+    position_query: jax.Array | None
+    position_key: jax.Array | None
     causal_offset: jax.Array
     dropout_indices: jax.Array
 
@@ -87,7 +88,7 @@ def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
         array = heads_first(array, block)
         return array.reshape(batch // num_sets, num_sets, *array.shape[1:])
 
-    f_q, f_k = inputs.logit_query_key or (None, None)
+    position_query, position_key = inputs.position_query_key or (None, None)
     global_offset = jnp.zeros(3, jnp.int32) if inputs.global_offset is None else inputs.global_offset
     dropout_seed = jnp.zeros(1, jnp.int32) if inputs.dropout_seed is None else inputs.dropout_seed[None]
     causal_offset = jnp.int32(0) if inputs.causal_offset is None else inputs.causal_offset
@@ -95,8 +96,8 @@ def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
         query=by_set(inputs.query, block_q),
         key=by_set(inputs.key, block_k),
         value=by_set(inputs.value, block_k),
-        f_q=None if f_q is None else heads_first(f_q, block_q),
-        f_k=None if f_k is None else heads_first(f_k, block_k),
+        position_query=None if position_query is None else heads_first(position_query, block_q),
+        position_key=None if position_key is None else heads_first(position_key, block_k),
         causal_offset=jnp.broadcast_to(causal_offset, (num_sets,)),
         dropout_indices=jnp.concatenate([global_offset, dropout_seed]),
     )
@@ -154,14 +155,18 @@ def _backward(config: KernelConfig, saved: Any, d_out: jax.Array) -> tuple[Kerne
     # D of FlashAttention-2, rowsum(dO * O), float32[R, P, H, 1, L].
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)[:, :, :, None]
     rows = (d_out, lse, delta)
-    d_query, *d_f_q = _gradient_call(_dq_kernel, inputs, config, rows, ("query",), "f_q", keys_outer=False)
-    d_key, d_value, *d_f_k = _gradient_call(_dkv_kernel, inputs, config, rows, ("key", "value"), "f_k", keys_outer=True)
+    d_query, *d_position_query = _gradient_call(
+        _dq_kernel, inputs, config, rows, ("query",), "position_query", keys_outer=False
+    )
+    d_key, d_value, *d_position_key = _gradient_call(
+        _dkv_kernel, inputs, config, rows, ("key", "value"), "position_key", keys_outer=True
+    )
     gradients = KernelInputs(
         query=d_query,
         key=d_key,
         value=d_value,
-        f_q=_sum_like(d_f_q, inputs.f_q),
-        f_k=_sum_like(d_f_k, inputs.f_k),
+        position_query=_sum_like(d_position_query, inputs.position_query),
+        position_key=_sum_like(d_position_key, inputs.position_key),
         causal_offset=None,
         dropout_indices=None,
     )
@@ -177,13 +182,13 @@ def _gradient_call(
     feature: str,
     keys_outer: bool,
 ) -> list[jax.Array]:
-    """Returns the gradients of some fields of the inputs, and of their features where there are any.
+    """Returns the gradients of some fields of the inputs, and of position queries or keys where there are any.
 
     Args:
       kernel: `_dq_kernel` or `_dkv_kernel`.
       rows: gradient of the output, log-sum-exp and delta.
       fields: names of the fields.
-      feature: name of the features; their gradient is float32[groups of samples, P, H, L or S, F], still to be summed.
+      feature: `position_query` or `position_key`; its gradient is float32[groups of samples, P, H, L or S, F], still to be summed.
       keys_outer: the kernel sums over blocks of queries.
     """
     d_out, lse, delta = rows
@@ -204,7 +209,7 @@ def _gradient_call(
 
 
 def _sum_like(per_step: list[jax.Array], field: jax.Array | None) -> jax.Array | None:
-    """Returns the gradient of features, summed over the groups of samples, sets and heads that share them."""
+    """Returns the gradient of position queries or keys, summed over the groups of samples, sets and heads that share them."""
     if field is None:
         return None
     total = per_step[0].sum(axis=0)
@@ -270,8 +275,8 @@ class _KernelCall:
 
         return pl.BlockSpec((self.config.samples, None, None, 1, self.config.block_q), index)
 
-    def feature_spec(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
-        """Returns the spec of a block of features [1 or P, 1 or H, L or S, F]."""
+    def position_spec(self, field: jax.Array, of_keys: bool) -> pl.BlockSpec:
+        """Returns the spec of a block of position queries or keys [1 or P, 1 or H, L or S, F]."""
         num_sets, heads, _, width = field.shape
 
         def index(group, set_, head, outer, inner, causal_offset, dropout_indices):
@@ -303,13 +308,13 @@ class _KernelCall:
             (self.key_spec(inputs.key.shape[-1]), inputs.key),
             (self.key_spec(inputs.value.shape[-1]), inputs.value),
         ]
-        has_features = inputs.f_q is not None
-        if has_features:
-            loaded += [(self.feature_spec(inputs.f_q, False), inputs.f_q)]
-            loaded += [(self.feature_spec(inputs.f_k, True), inputs.f_k)]
+        has_position = inputs.position_query is not None
+        if has_position:
+            loaded += [(self.position_spec(inputs.position_query, False), inputs.position_query)]
+            loaded += [(self.position_spec(inputs.position_key, True), inputs.position_key)]
         loaded += extra
         return pl.pallas_call(
-            functools.partial(_run_kernel, kernel, config, has_features, self.keys_outer, self.grid[-1]),
+            functools.partial(_run_kernel, kernel, config, has_position, self.keys_outer, self.grid[-1]),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=self.grid,
@@ -332,13 +337,21 @@ class _Tile:
       needed: scalar bool, True if the causal mask leaves any logit.
     """
 
-    def __init__(self, config: KernelConfig, causal_offset: Any, dropout_indices: Any, f_q: Any, f_k: Any, keys_outer):
+    def __init__(
+        self,
+        config: KernelConfig,
+        causal_offset: Any,
+        dropout_indices: Any,
+        position_query: Any,
+        position_key: Any,
+        keys_outer,
+    ):
         self.config, self.transposed, self.dropout_indices = config, keys_outer, dropout_indices
         self.group, self.set, self.head, outer, inner = (pl.program_id(axis) for axis in range(5))
         i, j = (inner, outer) if keys_outer else (outer, inner)
         self.first_query, self.first_key = i * config.block_q, j * config.block_k
         self.causal_offset = causal_offset[self.set]
-        self.f_q, self.f_k = f_q, f_k
+        self.position_query, self.position_key = position_query, position_key
         last_key = self.causal_offset + self.first_query + config.block_q - 1
         self.needed = self.first_key <= last_key if config.causal else True
 
@@ -351,10 +364,14 @@ class _Tile:
         return query, key
 
     def shared_logits(self) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns (f_q . f_k, mask), which all samples of the step share; mask is True where a logit is hidden."""
+        """Returns (position_query . position_key, mask), shared by all samples of the step; mask is True where a logit is hidden."""
         bias = masked = None
-        if self.f_q is not None:
-            sides = (self.f_k[...], self.f_q[...]) if self.transposed else (self.f_q[...], self.f_k[...])
+        if self.position_query is not None:
+            sides = (
+                (self.position_key[...], self.position_query[...])
+                if self.transposed
+                else (self.position_query[...], self.position_key[...])
+            )
             bias = _dot(*sides, (1, 1), exact=True)
         query, key = self._indices()
         if self.config.causal:
@@ -396,7 +413,7 @@ def _dot(left: jax.Array, right: jax.Array, contract: tuple[int, int], exact: bo
 def _run_kernel(
     kernel: Any,
     config: KernelConfig,
-    has_features: bool,
+    has_position: bool,
     keys_outer: bool,
     num_steps: int,
     causal_offset: Any,
@@ -405,9 +422,9 @@ def _run_kernel(
 ) -> None:
     """Calls a kernel with its tile, and whether the step is the first or last of the inner blocks."""
     query, key, value, *rest = refs
-    f_q, f_k = (rest.pop(0), rest.pop(0)) if has_features else (None, None)
+    position_query, position_key = (rest.pop(0), rest.pop(0)) if has_position else (None, None)
     step = pl.program_id(4)
-    tile = _Tile(config, causal_offset, dropout_indices, f_q, f_k, keys_outer)
+    tile = _Tile(config, causal_offset, dropout_indices, position_query, position_key, keys_outer)
     kernel(tile, step == 0, step == num_steps - 1, query, key, value, *rest)
 
 
@@ -465,7 +482,7 @@ def _store(is_last, results, accumulators) -> None:
 
 
 def _dq_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *rest) -> None:
-    """Gradients of queries and f_q, accumulated over key blocks."""
+    """Gradients of queries and position_query, accumulated over key blocks."""
     results, accumulators = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
     _zero(is_first, accumulators)
@@ -481,14 +498,14 @@ def _dq_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *r
             ds = p * (d_p - _column(delta[n]))
             accumulators[0][n] += _dot(ds.astype(key.dtype), key[n], (1, 0))
             ds_total = ds_total + ds
-        if tile.f_q is not None:
-            accumulators[1][...] += _dot(ds_total, tile.f_k[...], (1, 0), exact=True)
+        if tile.position_query is not None:
+            accumulators[1][...] += _dot(ds_total, tile.position_key[...], (1, 0), exact=True)
 
     _store(is_last, results, accumulators)
 
 
 def _dkv_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *rest) -> None:
-    """Gradients of keys, values and f_k, accumulated over query blocks; tiles are transposed, [keys, queries]."""
+    """Gradients of keys, values and position_key, accumulated over query blocks; tiles are transposed, [keys, queries]."""
     results, accumulators = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
     _zero(is_first, accumulators)
@@ -506,13 +523,13 @@ def _dkv_kernel(tile, is_first, is_last, query, key, value, d_out, lse, delta, *
             accumulators[0][n] += _dot(ds.astype(query.dtype), query[n], (1, 0))
             accumulators[1][n] += _dot(p_dropped.astype(d_out.dtype), d_out[n], (1, 0))
             ds_total = ds_total + ds
-        if tile.f_q is not None:
-            accumulators[2][...] += _dot(ds_total, tile.f_q[...], (1, 0), exact=True)
+        if tile.position_query is not None:
+            accumulators[2][...] += _dot(ds_total, tile.position_query[...], (1, 0), exact=True)
 
     _store(is_last, results, accumulators)
 
 
-# Kernel -> number of products per tile over the width of queries and keys, of values, and of features.
+# Kernel -> number of products per tile over the width of queries and keys, of values, and of position queries.
 PRODUCTS = {_forward_kernel: (1, 1, 1), _dq_kernel: (2, 1, 2), _dkv_kernel: (2, 2, 2)}
 
 
@@ -529,7 +546,7 @@ def cost_estimate(kernel: Any, inputs: KernelInputs, config: KernelConfig, moved
       moved: arrays, or their shapes, that are read and written, once each.
     """
     *samples, heads, length, width = inputs.query.shape
-    keys, features = inputs.key.shape[3], 0 if inputs.f_q is None else inputs.f_q.shape[-1]
+    keys, features = inputs.key.shape[3], 0 if inputs.position_query is None else inputs.position_query.shape[-1]
     offset, pairs = max(0, config.keys - length), 0
     for row in range(0, length, config.block_q):
         blocks = keys // config.block_k

@@ -18,8 +18,8 @@ from flax import linen as nn
 
 from seqpe_jax.axes import all_gather_params
 from seqpe_jax.config import Config
-from seqpe_jax.encodings.base import ParamBounds, PositionSignal
 from seqpe_jax.encodings.composed import Composed
+from seqpe_jax.encodings.position_signal import ParamBounds, PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig

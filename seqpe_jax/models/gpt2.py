@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.axes import BATCH, LENGTH, VOCABULARY, WIDTH, with_logical_constraint
-from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
+from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.models.attention import KVCache, position_logits
 from seqpe_jax.models.transformer import TransformerConfig, make_blocks, run_block, run_blocks
 
@@ -67,7 +67,7 @@ class GPT2(nn.Module):
         x_BLD = self._embed(tokens_BL, input_embedding, True)
         shared = None
         # One array for all layers; not for several tokens, for which it would be large.
-        if tokens_BL.shape[1] == 1 and not {"logit_query_key", "bias"} & set(signal.per_layer_fields):
+        if tokens_BL.shape[1] == 1 and not {"position_query_key", "bias"} & set(signal.per_layer_fields):
             shared = position_logits(signal, token_index_PL, cache[0].key.shape[1])
         caches = []
         for layer in range(self.config.layers):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH, with_logical_constraint
-from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
 
 # Gate -> log of the share that a token lets through of those before it, at most 0. "forget": log sigmoid(x), the forgetting

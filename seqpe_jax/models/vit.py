@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
+from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.transformer import TransformerConfig, make_blocks, run_block, run_blocks
 

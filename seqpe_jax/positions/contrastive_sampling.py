@@ -43,7 +43,7 @@ class ContrastivePositions(NamedTuple):
     labels_B: jax.Array
 
 
-def contrastive_positions(
+def sample_contrastive_positions(
     key: jax.Array,
     step: jax.Array,
     *,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class RowGroup(NamedTuple):
+class PositionStructure(NamedTuple):
     """Structure of positions that are encoded together, by which their number of distinct prefixes is bounded.
 
     Attributes:
@@ -47,7 +47,7 @@ class PrefixTrie(NamedTuple):
 
 
 def max_nodes_per_level(
-    groups: Sequence[RowGroup], *, axes: int, base: int, digits: int, max_position: int
+    structures: Sequence[PositionStructure], *, axes: int, base: int, digits: int, max_position: int
 ) -> tuple[int, ...]:
     """Returns upper bounds of the number of distinct prefixes of each length, one for each of axes * digits lengths.
 
@@ -64,24 +64,24 @@ def max_nodes_per_level(
     return tuple(
         min(
             max_position**axis * min(-(-max_position // base**dropped), max_position),
-            sum(_max_nodes(group, axis, base**dropped) for group in groups),
+            sum(_max_nodes(structure, axis, base**dropped) for structure in structures),
         )
         for axis in range(axes)
         for dropped in reversed(range(digits))
     )
 
 
-def _max_nodes(group: RowGroup, axis: int, divisor: int) -> int:
+def _max_nodes(structure: PositionStructure, axis: int, divisor: int) -> int:
     """Returns the bound of one group, of prefixes that end within an axis, whose coordinate is divided by the divisor."""
-    if not group.sides:
-        return group.num_windows
-    spans = group.spans or tuple(side - 1 for side in group.sides)
-    along_axis = spans[axis] // divisor + 2 * group.num_chunks
-    if group.independent_axes:
+    if not structure.sides:
+        return structure.num_windows
+    spans = structure.spans or tuple(side - 1 for side in structure.sides)
+    along_axis = spans[axis] // divisor + 2 * structure.num_chunks
+    if structure.independent_axes:
         count = math.prod(span + 1 for span in spans[:axis]) * along_axis
     else:
-        count = math.prod(group.sides[:axis]) * min(group.sides[axis], along_axis)
-    return group.num_windows * min(count, group.max_rows or math.prod(group.sides))
+        count = math.prod(structure.sides[:axis]) * min(structure.sides[axis], along_axis)
+    return structure.num_windows * min(count, structure.max_rows or math.prod(structure.sides))
 
 
 def build_trie(digits_RN: jax.Array, base: int, num_nodes: Sequence[int]) -> PrefixTrie:

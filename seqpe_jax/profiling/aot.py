@@ -122,7 +122,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
     chip, start = find_chip(trainer.mesh.devices.flat[0].device_kind), time.monotonic()
     compiled, sent, bound, needed, available = None, None, None, 0, chip.memory
     try:
-        compiled = trainer.train_step().lower(trainer.abstract_state, batch).compile()
+        compiled = trainer.jit_train_step().lower(trainer.abstract_state, batch).compile()
         program = HloModule(compiled.as_text())
         sent = collectives(program)
         bound = roofline(

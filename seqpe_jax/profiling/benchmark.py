@@ -212,7 +212,7 @@ def _batch(trainer: Trainer) -> dict[str, jax.Array]:
 def _train(trainer: Trainer) -> tuple[Callable[[], Any], Any]:
     batch = _batch(trainer)
     state = trainer.init_state()
-    compiled = trainer.train_step().lower(state, batch).compile()
+    compiled = trainer.jit_train_step().lower(state, batch).compile()
 
     def call() -> Any:
         nonlocal state

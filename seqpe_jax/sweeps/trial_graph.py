@@ -145,7 +145,7 @@ class TrialGraph:
                         "these too, or run them before"
                     )
 
-    def obstacles(self, runs: Sequence[SweepRun]) -> list[str]:
+    def blocked_runs(self, runs: Sequence[SweepRun]) -> list[str]:
         """Returns one line for each group of runs that cannot start, with the runs that they wait for."""
         groups: dict[str, list[str]] = {}
         for run in self.updated(runs):

@@ -106,7 +106,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
 
         # Train.
         hooks = make_hooks(trainer, run, checkpointer, saved or 0, metadata, pending_eval)
-        run_steps(state, trainer.train_step(), batches, num_steps=trainer.config.steps, hooks=hooks)
+        run_steps(state, trainer.jit_train_step(), batches, num_steps=trainer.config.steps, hooks=hooks)
 
 
 def run_steps(

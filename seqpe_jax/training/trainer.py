@@ -86,7 +86,7 @@ class Trainer:
         _check_attention(config, model_spec, layout.MeshSharding(mesh))
         optimizer = optimizers.make_optimizer(config.optimizer, config.steps)
         init_fn = _make_init_fn(model_spec, optimizer, config.seed)
-        abstract_state, unsharded_dims = layout.with_shardings(mesh, jax.eval_shape(init_fn))
+        abstract_state, unsharded_dims = layout.abstract_state_with_shardings(mesh, jax.eval_shape(init_fn))
         return cls(config, mesh, task, train_loss, optimizer, init_fn, abstract_state, tuple(unsharded_dims))
 
     @property
@@ -120,7 +120,7 @@ class Trainer:
             return state
         return state.replace(params=warm_start.load_params(self.config, self.mesh, self.abstract_state.params))
 
-    def train_step(self) -> TrainStep:
+    def jit_train_step(self) -> TrainStep:
         """Returns the jitted train step with its shardings; it donates the state."""
         step = make_train_step(
             with_mesh(self.mesh, self.train_loss.loss),
@@ -220,7 +220,7 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         array,
         array,
         array,
-        signal.logit_query_key,
+        signal.position_query_key,
         signal.bias,
         causal_offset=None if config.is_image else number,
         dropout_seed=number if model.attention_dropout else None,

@@ -72,7 +72,9 @@ def load_params(config: Config, mesh: jax.sharding.Mesh, abstract_params: Any) -
             return params | {"model": change(params["model"], model.layers)}
 
         source_params = jax.eval_shape(lambda params: convert(params, to_source), abstract_params)
-        params, _ = checkpointer.restore_params(sharding.with_shardings(mesh, {"params": source_params})[0]["params"])
+        params, _ = checkpointer.restore_params(
+            sharding.abstract_state_with_shardings(mesh, {"params": source_params})[0]["params"]
+        )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params)
         params = jax.jit(lambda params: convert(params, from_source), out_shardings=shardings)(params)
     checkpointer.close()

@@ -143,7 +143,7 @@ def state(**shapes):
 
 
 def test_each_parameter_lies_as_its_rule_says():
-    found, whole = layout.with_shardings(
+    found, whole = layout.abstract_state_with_shardings(
         layout.make_mesh(1, 2, 1, 4),
         state(
             model__token_embedding__embedding=(50257, 8),
@@ -176,7 +176,7 @@ def test_each_parameter_lies_as_its_rule_says():
 
 def test_a_parameter_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no rule .* parameter model/blocks_0/gate/kernel"):
-        layout.with_shardings(layout.make_mesh(8, 1), state(model__blocks_0__gate__kernel=(8, 8)))
+        layout.abstract_state_with_shardings(layout.make_mesh(8, 1), state(model__blocks_0__gate__kernel=(8, 8)))
 
 
 def test_arrays_in_use_are_split_where_they_divide():

@@ -29,14 +29,14 @@ def test_angles_are_exact_far_out():
 
 def test_alibi_falls_by_slope_times_distance():
     positions_PLA = jnp.array([[[2], [5], [9]]], jnp.int32)
-    query, key = make("alibi", 16, 4).apply({}, positions_PLA, shape=(3,)).logit_query_key
+    query, key = make("alibi", 16, 4).apply({}, positions_PLA, shape=(3,)).position_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     for head, slope in enumerate([1 / 4, 1 / 16, 1 / 64, 1 / 256]):
         np.testing.assert_allclose(logits[head, 2], [-7 * slope, -4 * slope, 0], atol=1e-6)
     scaled = (
         make("alibi", 16, 4, compat=CompatConfig(reference_scaling=True))
         .apply({}, positions_PLA, shape=(3,))
-        .logit_query_key
+        .position_query_key
     )
     np.testing.assert_allclose(np.einsum("plhf,pshf->phls", *scaled)[0], logits / 2, atol=1e-6)
 
@@ -201,7 +201,7 @@ def test_learned_frequencies_and_slopes_between_whole_positions(unit):
     for found, function in zip(rotation, (np.cos, np.sin), strict=True):
         np.testing.assert_allclose(found, function(angles), atol=1e-4)
     alibi = make("alibi", 16, 4, **RESOLUTIONS[unit])
-    query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).logit_query_key
+    query, key = alibi.apply({}, jnp.asarray(units[..., :1], jnp.int32), shape=(30,)).position_query_key
     logits = np.einsum("plhf,pshf->phls", query, key)[0]
     position = positions[0, :, 0]
     np.testing.assert_allclose(logits, -alibi_slopes(4)[:, None, None] * (position[:, None] - position), atol=1e-4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config
-from seqpe_jax.encodings.base import PositionSignal
 from seqpe_jax.encodings.composed import Composed
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.attention import apply_position_signal
 from seqpe_jax.models.build import DataSpec, ModelSpec
@@ -38,12 +38,12 @@ def test_parts_leave_the_parameters_of_the_first_as_they_are():
     assert shapes(alone) == shapes(composed)
     params = random_params(alone, 0.3)
     one, other = (run.compiled.signal(params, (20,)) for run in (alone, composed))
-    for found, expected in zip(other.logit_query_key, one.logit_query_key, strict=True):
+    for found, expected in zip(other.position_query_key, one.position_query_key, strict=True):
         np.testing.assert_array_equal(found, expected)
     assert one.rotation is None and other.rotation[0].shape == (1, 20, 2, 4), "of 6 pairs, in 2 heads"
     assert (other.rotation[0][:, :, 1] == 1).all() and (other.rotation[1][:, :, 1] == 0).all()
     assert one.multiplicative is None and other.multiplicative[0].shape == (1, 20, 1, 1)
-    assert other.per_layer_fields == ("logit_query_key",)
+    assert other.per_layer_fields == ("position_query_key",)
 
 
 @pytest.mark.parametrize("kind", ["learned", "rotary_mixed", "alibi", "sinusoidal", "none"])
@@ -63,7 +63,7 @@ def test_a_baseline_reaches_the_first_heads_alone(kind):
     fields = {"variant": kind, "model__heads": 4, "encoding__position_heads": 3}
     run = Trainer.of(tiny_config(**fields), jax.devices()[:1])
     signal = run.compiled.signal(random_params(run, 0.3), (20,))
-    field, neutral = (signal.logit_query_key, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
+    field, neutral = (signal.position_query_key, (0, 0)) if kind == "alibi" else (signal.rotation, (1, 0))
     for part, value in zip(field, neutral, strict=True):
         assert part.shape[-2] == 4 and (part[..., 3, :] == value).all() and (part[..., :3, :] != value).any()
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from seqpe_jax import config
 from seqpe_jax.config import ENCODINGS, EncodingConfig, ModelDims
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from tests.tiny import ROOT, tiny_config, train
@@ -101,7 +101,7 @@ def test_a_module_that_reads_a_field_its_encoding_has_not_got_fails():
 def test_fields_that_encodings_share_have_one_default_and_type():
     defaults, hints = config.defaults().encoding, config.field_types()
     for kind, chosen in ENCODINGS.items():
-        assert chosen().kind == kind and set(chosen.needs()) <= {field.name for field in dataclasses.fields(chosen)}
+        assert chosen().kind == kind and set(chosen.requires()) <= {field.name for field in dataclasses.fields(chosen)}
         for field in dataclasses.fields(chosen):
             assert field.name == "kind" or (field.default == defaults[field.name] and field.metadata["doc"])
             assert f"encoding.{field.name}" in hints
@@ -233,7 +233,7 @@ def test_checkpoints_converted_by_older_versions_open_with_the_behaviour_of_the_
     assert found.compat == config.CompatConfig(**compat) and found.dims.compat == found.compat
     if kind == "seqpe":
         assert found.encoding.qk == "none"
-        query, key = signal_of(found).logit_query_key
+        query, key = signal_of(found).position_query_key
         assert query.shape[-1] == key.shape[-1] == settings.model.width // settings.model.heads // 2
     other = next(one for one in ENCODINGS if one != kind and one in config.kinds_for(len(settings.grid)))
     with pytest.raises(InputError, match=f"compat.* is for encoding.kind='{kind}', and this is '{other}'"):

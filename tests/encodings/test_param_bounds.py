@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from seqpe_jax.config import KerpleConfig, ModelDims, PoPEConfig
-from seqpe_jax.encodings.base import clip_straight_through
 from seqpe_jax.encodings.pope import PoPE
+from seqpe_jax.encodings.position_signal import clip_straight_through
 from seqpe_jax.encodings.relative_bias import Kerple
 from seqpe_jax.training.optimizer import projection
 from seqpe_jax.training.step import create_train_state, make_train_step

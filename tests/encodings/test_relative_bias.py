@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from seqpe_jax.config import ENCODINGS, ModelDims
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.inference.compiled import with_mesh
-from seqpe_jax.models.attention import attend, forget_gate_features
+from seqpe_jax.models.attention import attend, forget_gate_query_key
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.models.transformer import GATES
 from seqpe_jax.training.trainer import Trainer
@@ -54,7 +54,9 @@ OTHERS = PAPERS | {
 
 def make(kind, grid=(64,), prefix_tokens=0, **fields):
     chosen = ENCODINGS[kind]
-    own = {name: value for name, value in (PAPERS | fields).items() if chosen.has(name) and name not in chosen.needs()}
+    own = {
+        name: value for name, value in (PAPERS | fields).items() if chosen.has(name) and name not in chosen.requires()
+    }
     return chosen(**own).make_module(ModelDims(LAYERS, HEADS * WIDTH, HEADS, grid, prefix_tokens))
 
 
@@ -230,7 +232,7 @@ def test_gates_lower_logits_by_later_tokens(kind):
         expected = mixed(logit, *one, causal=True)
         log_gate = jnp.cumsum(jnp.asarray(steps[sample : sample + 1], jnp.float32), axis=1)
         np.testing.assert_allclose(attend(*one, PositionSignal(), log_gate), expected, atol=1e-5)
-    assert forget_gate_features(log_gate, log_gate)[0].shape == (1, length, HEADS, 2)
+    assert forget_gate_query_key(log_gate, log_gate)[0].shape == (1, length, HEADS, 2)
 
 
 @pytest.mark.parametrize("scaling, lengths", [("linear", PAPERS), ("ntk", PAPERS), ("yarn", PAPERS), ("yarn", OTHERS)])

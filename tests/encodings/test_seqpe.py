@@ -10,7 +10,7 @@ import pytest
 from seqpe_jax.config import CompatConfig, ModelDims, SeqPEConfig
 from seqpe_jax.encodings.seqpe import SeqPE
 from seqpe_jax.errors import InputError
-from seqpe_jax.positions.prefix_trie import RowGroup
+from seqpe_jax.positions.prefix_trie import PositionStructure
 
 KEY = jax.random.PRNGKey(0)
 SIZES = {"width": 12, "heads": 2, "digits": 3, "init_std": 0.5}
@@ -89,23 +89,39 @@ STRIDED = np.arange(50)[:, None] * 10
 JITTERED = STRIDED + 10 + np.random.default_rng(0).integers(-10, 11, (50, 1))
 JITTERED_BOX = 10 * (BOXES - [37, 8]) + 3 + np.random.default_rng(0).integers(-3, 4, BOXES.shape)
 SHARED = {
-    "a window": (WINDOW, [RowGroup(1, (50,))], {}),
+    "a window": (WINDOW, [PositionStructure(1, (50,))], {}),
     "a window without a group": (WINDOW, [], {}),
     "two windows, one of them cut, and others": (
         np.concatenate([WINDOW, WINDOW[:20] + 90, WINDOW[20:] + 300, RANDOM]),
-        [RowGroup(2, (50,), 2), RowGroup(30)],
+        [PositionStructure(2, (50,), 2), PositionStructure(30)],
         {},
     ),
-    "the last digit is read": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"cls": False}),
-    "one layer": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"layers": 1}),
-    "three layers": (np.concatenate([WINDOW, RANDOM]), [RowGroup(1, (50,)), RowGroup(30)], {"layers": 3}),
-    "base 3": (WINDOW, [RowGroup(1, (50,))], {"base": 3, "digits": 6}),
-    "some of a window": (WINDOW[::7], [RowGroup(1, (50,), max_rows=8)], {}),
-    "a box": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2}),
-    "a box, digit indices per axis": (BOXES, [RowGroup(1, (14, 10))], {"axes": 2, "digit_index": "per_axis"}),
-    "a strided window": (STRIDED, [RowGroup(1, (50,), spans=(490,))], {}),
-    "a jittered window": (JITTERED, [RowGroup(1, (50,), spans=(510,), independent_axes=True)], {}),
-    "a jittered box": (JITTERED_BOX, [RowGroup(1, (14, 10), spans=(136, 96), independent_axes=True)], {"axes": 2}),
+    "the last digit is read": (
+        np.concatenate([WINDOW, RANDOM]),
+        [PositionStructure(1, (50,)), PositionStructure(30)],
+        {"cls": False},
+    ),
+    "one layer": (
+        np.concatenate([WINDOW, RANDOM]),
+        [PositionStructure(1, (50,)), PositionStructure(30)],
+        {"layers": 1},
+    ),
+    "three layers": (
+        np.concatenate([WINDOW, RANDOM]),
+        [PositionStructure(1, (50,)), PositionStructure(30)],
+        {"layers": 3},
+    ),
+    "base 3": (WINDOW, [PositionStructure(1, (50,))], {"base": 3, "digits": 6}),
+    "some of a window": (WINDOW[::7], [PositionStructure(1, (50,), max_rows=8)], {}),
+    "a box": (BOXES, [PositionStructure(1, (14, 10))], {"axes": 2}),
+    "a box, digit indices per axis": (BOXES, [PositionStructure(1, (14, 10))], {"axes": 2, "digit_index": "per_axis"}),
+    "a strided window": (STRIDED, [PositionStructure(1, (50,), spans=(490,))], {}),
+    "a jittered window": (JITTERED, [PositionStructure(1, (50,), spans=(510,), independent_axes=True)], {}),
+    "a jittered box": (
+        JITTERED_BOX,
+        [PositionStructure(1, (14, 10), spans=(136, 96), independent_axes=True)],
+        {"axes": 2},
+    ),
 }
 
 
@@ -121,25 +137,25 @@ def test_shared_prefixes_change_nothing(name, monkeypatch):
     from seqpe_jax.encodings import seqpe
 
     monkeypatch.setattr(seqpe, "MAX_SHARED_FRACTION", 10.0)
-    positions_RA, groups, fields = SHARED[name]
+    positions_RA, structures, fields = SHARED[name]
     positions_RA = jnp.asarray(positions_RA, jnp.int32)
     shared, plain = make(**fields), make(share_prefixes=False, **fields)
-    sizes = shared._max_nodes(positions_RA, groups)
-    assert sizes is not None and plain._max_nodes(positions_RA, groups) is None
-    if groups:
+    sizes = shared._max_nodes(positions_RA, structures)
+    assert sizes is not None and plain._max_nodes(positions_RA, structures) is None
+    if structures:
         assert sum(sizes) < 0.75 * len(positions_RA) * len(sizes)
     variables = initial(plain, positions_RA)
     weight_RE = jnp.asarray(np.random.default_rng(1).normal(size=(len(positions_RA), 12)))
 
-    def value(encoding, groups):
+    def value(encoding, structures):
         def loss(variables):
-            vectors_RE = encoding.apply(variables, positions_RA, groups=groups, method="vectors")
+            vectors_RE = encoding.apply(variables, positions_RA, structures=structures, method="vectors")
             return (weight_RE * vectors_RE).sum(), vectors_RE
 
         (_, vectors_RE), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
         return vectors_RE, grads
 
-    (found, found_grads), (expected, expected_grads) = value(shared, groups), value(plain, ())
+    (found, found_grads), (expected, expected_grads) = value(shared, structures), value(plain, ())
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for one, other in zip(jax.tree.leaves(found_grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1.0, np.abs(other).max()))
@@ -147,10 +163,10 @@ def test_shared_prefixes_change_nothing(name, monkeypatch):
 
 def test_prefixes_are_shared_where_it_pays_and_can_be_done():
     window, few = jnp.asarray(WINDOW), jnp.asarray(RANDOM[:2])
-    assert make()._max_nodes(window, [RowGroup(1, (50,))]) == (2, 6, 50)
-    assert make()._max_nodes(few, [RowGroup(2)]) is None  # nothing to gain
+    assert make()._max_nodes(window, [PositionStructure(1, (50,))]) == (2, 6, 50)
+    assert make()._max_nodes(few, [PositionStructure(2)]) is None  # nothing to gain
     for fields in ({"direction": "bi"}, {"padding": "right"}, {"mask_padding": True}, {"share_prefixes": False}):
-        assert make(**fields)._max_nodes(window, [RowGroup(1, (50,))]) is None
+        assert make(**fields)._max_nodes(window, [PositionStructure(1, (50,))]) is None
 
 
 def test_digit_indices_may_restart_with_each_axis():
@@ -197,11 +213,11 @@ def test_features_are_query_key_products(qk, per_head):
             mapped = vectors_RE @ np.asarray(kernel) + np.asarray(bias)
         query, key = (mapped, mapped) if qk == "none" else np.split(mapped, 2, axis=-1)
         query, key = (part.reshape(6, heads, -1) for part in (query, key))
-        found = np.einsum("plhf,pshf->phls", *at_layer.logit_query_key)[0]
+        found = np.einsum("plhf,pshf->phls", *at_layer.position_query_key)[0]
         expected = 3.0 * np.einsum("lhf,shf->hls", query, key) / np.sqrt(6)
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     if qk == "multi":
-        assert np.abs(layers[0].logit_query_key[0] - layers[1].logit_query_key[0]).max() > 1e-2
+        assert np.abs(layers[0].position_query_key[0] - layers[1].position_query_key[0]).max() > 1e-2
 
 
 def test_initial_weights():
@@ -269,9 +285,9 @@ def test_narrow_parts_of_some_heads(qk, per_head):
     else:
         assert shapes == {}
     signal = encoding.apply(variables, vectors_PLE, method="signal")
-    assert signal.per_layer_fields == (("logit_query_key",) if qk == "multi" else ())
+    assert signal.per_layer_fields == (("position_query_key",) if qk == "multi" else ())
     for layer in range(layers):
-        found = np.einsum("plhf,pshf->phls", *signal.at_layer(layer).logit_query_key)[0]
+        found = np.einsum("plhf,pshf->phls", *signal.at_layer(layer).position_query_key)[0]
         assert found.shape == (3, 6, 6) and not found[2].any()
         mapped = np.asarray(vectors_PLE[0], np.float64)
         if narrow:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import attend, rotate_pairs
 
 BATCH, LENGTH, HEADS, WIDTH, LAYERS = 2, 5, 4, 6, 3
@@ -35,7 +35,7 @@ def test_the_first_pairs_turn_and_no_other_column(pairs):
 def field(name, held, per_layer_fields):
     """A signal with one field, of so many heads."""
     lead = (LAYERS,) if per_layer_fields else ()
-    width = {"rotation": 2, "logit_query_key": 3}.get(name, WIDTH)
+    width = {"rotation": 2, "position_query_key": 3}.get(name, WIDTH)
     pair = tuple(random(10 + side, *lead, 1, LENGTH, held, width) for side in (0, 1))
     if name == "rotation":
         pair = jnp.cos(pair[0]), jnp.sin(pair[0])
@@ -44,7 +44,7 @@ def field(name, held, per_layer_fields):
 
 @pytest.mark.parametrize("per_layer_fields", [False, True], ids=["shared", "per_layer_fields"])
 @pytest.mark.parametrize("held", [1, 2, HEADS])
-@pytest.mark.parametrize("name", ["logit_query_key", "multiplicative", "additive", "rotation"])
+@pytest.mark.parametrize("name", ["position_query_key", "multiplicative", "additive", "rotation"])
 def test_heads_without_a_position_see_none(name, held, per_layer_fields):
     full = field(name, held, per_layer_fields)
     part = full.for_heads(2, HEADS)
@@ -69,18 +69,20 @@ def test_signals_of_all_heads_cannot_be_limited_to_some():
 
 def test_signals_are_joined_field_by_field():
     joined = (
-        field("logit_query_key", 1, True).joined(field("rotation", 1, False)).joined(field("multiplicative", 1, True))
+        field("position_query_key", 1, True)
+        .joined(field("rotation", 1, False))
+        .joined(field("multiplicative", 1, True))
     )
-    assert set(joined.per_layer_fields) == {"logit_query_key", "multiplicative"}
+    assert set(joined.per_layer_fields) == {"position_query_key", "multiplicative"}
     shared, own = joined.split_by_layer()
-    assert shared.rotation is not None and (shared.logit_query_key, shared.multiplicative, own.rotation) == (
+    assert shared.rotation is not None and (shared.position_query_key, shared.multiplicative, own.rotation) == (
         None,
         None,
         None,
     )
     layer = joined.at_layer(2)
     assert layer.per_layer_fields == ()
-    np.testing.assert_array_equal(layer.logit_query_key[1], joined.logit_query_key[1][2])
+    np.testing.assert_array_equal(layer.position_query_key[1], joined.position_query_key[1][2])
     np.testing.assert_array_equal(layer.rotation[0], joined.rotation[0])
-    with pytest.raises(ValueError, match="both fill 'logit_query_key'"):
-        joined.joined(field("logit_query_key", 1, False))
+    with pytest.raises(ValueError, match="both fill 'position_query_key'"):
+        joined.joined(field("position_query_key", 1, False))

@@ -11,7 +11,7 @@ import pytest
 from seqpe_jax.axes import use_sharding
 from seqpe_jax.config import ALiBiConfig, ModelDims
 from seqpe_jax.distributed.sharding import MeshSharding, make_mesh
-from seqpe_jax.encodings.base import PositionSignal, broadcast_to_batch
+from seqpe_jax.encodings.position_signal import PositionSignal, broadcast_to_batch
 from seqpe_jax.encodings.relative_bias import ALiBi
 from seqpe_jax.models import attention_inputs
 from seqpe_jax.models.attention import attend
@@ -41,14 +41,14 @@ def signals(sets: int) -> dict[str, PositionSignal]:
     """A signal for each field that attention reads, with one position set or several."""
     angles = random(9, sets, LENGTH, 1, WIDTH // 2)
     first_pair, narrow = angles[..., :1], pair(20, sets, 1, 2)
-    partial = PositionSignal(rotation=(jnp.cos(first_pair), jnp.sin(first_pair)), logit_query_key=narrow)
+    partial = PositionSignal(rotation=(jnp.cos(first_pair), jnp.sin(first_pair)), position_query_key=narrow)
     return {
         "rotation": PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))),
         "multiplicative": PositionSignal(multiplicative=pair(10, sets, HEADS, WIDTH)),
         "additive": PositionSignal(additive=pair(12, sets, 1, WIDTH)),
-        "logit_query_key": PositionSignal(logit_query_key=pair(14, sets, HEADS, 3)),
-        "logit_query_key of all heads": PositionSignal(logit_query_key=pair(16, sets, 1, 3)),
-        "narrow logit_query_key": PositionSignal(logit_query_key=pair(24, sets, 1, 1)),
+        "position_query_key": PositionSignal(position_query_key=pair(14, sets, HEADS, 3)),
+        "position_query_key of all heads": PositionSignal(position_query_key=pair(16, sets, 1, 3)),
+        "narrow position_query_key": PositionSignal(position_query_key=pair(24, sets, 1, 1)),
         "bias": PositionSignal(bias=random(18, HEADS, LENGTH, LENGTH)),
         "one pair of one head": partial.for_heads(1, HEADS).joined(PositionSignal(multiplicative=pair(22, sets, 1, 1))),
     }
@@ -88,9 +88,9 @@ def loop(query, key, value, signal, causal):
         logits = np.full(LENGTH, -np.inf)
         for j in range(i + 1 if causal else LENGTH):
             logits[j] = transformed(query, 0, sample, i, head) @ transformed(key, 1, sample, j, head) / np.sqrt(WIDTH)
-            if signal.logit_query_key is not None:
-                f_q, f_k = signal.logit_query_key
-                logits[j] += of(f_q, sample, i, head) @ of(f_k, sample, j, head)
+            if signal.position_query_key is not None:
+                position_query, position_key = signal.position_query_key
+                logits[j] += of(position_query, sample, i, head) @ of(position_key, sample, j, head)
             if signal.bias is not None:
                 logits[j] += np.asarray(signal.bias)[head, i, j]
         weights = np.exp(logits - logits.max())
@@ -133,11 +133,11 @@ def close(found, expected, name=""):
 @pytest.mark.parametrize("backend", ["blockwise", "flash"])
 def test_every_backend_equals_the_reference(backend):
     """For each field of the signal: output and gradients; the same dropout mask."""
-    cases = [(name, 2, True) for name in NAMES] + [("logit_query_key", 1, False), ("bias", 1, False)]
+    cases = [(name, 2, True) for name in NAMES] + [("position_query_key", 1, False), ("bias", 1, False)]
     for name, sets, causal in cases:
         if (backend, name) != ("flash", "bias"):  # the kernels read no bias
             close(output_and_gradients(backend, signals(sets)[name], causal), expected(name, sets, causal), name)
-    name = "logit_query_key of all heads"
+    name = "position_query_key of all heads"
     close(output_and_gradients(backend, signals(1)[name], True, **DROPOUT), expected(name, 1, True, True), "dropout")
 
 
@@ -156,7 +156,7 @@ def test_over_devices_it_is_the_same(backend, sizes):
     """6 samples of 2 or 3 sets over 2 devices, or 4 that do not divide them; 7 queries over 2; dropout."""
     sharding = MeshSharding(make_mesh(*sizes))
     rotation = signals(1)["rotation"].rotation
-    for sets, name in ((2, "logit_query_key"), (3, "logit_query_key of all heads")):
+    for sets, name in ((2, "position_query_key"), (3, "position_query_key of all heads")):
         with use_sharding(sharding):
             found = output_and_gradients(backend, signals(sets)[name].replace(rotation=rotation), **DROPOUT)
         close(found, expected_rotated(name, sets))
@@ -166,7 +166,7 @@ def test_over_devices_it_is_the_same(backend, sizes):
 def test_no_array_of_all_logits(backend):
     length = 32
     qkv = tuple(random(side, 1, length, 1, WIDTH) for side in (1, 2, 3))
-    signal = PositionSignal(logit_query_key=(random(4, 1, length, 1, 2), random(5, 1, length, 1, 2)))
+    signal = PositionSignal(position_query_key=(random(4, 1, length, 1, 2), random(5, 1, length, 1, 2)))
 
     def program(**options):
         return jax.make_jaxpr(jax.grad(lambda q: attend(q, *qkv[1:], signal, **options).sum()))(qkv[0]).jaxpr
@@ -180,12 +180,12 @@ def test_a_long_window_needs_no_array_of_all_logits_by_default():
     """No array of 4096 x 4096 or more in what is compiled, forward and backward, nor memory for one."""
     length = 4096
     shapes = [jax.ShapeDtypeStruct((1, length, 2, WIDTH), jnp.float32)] * 3
-    logit_query_key = (jax.ShapeDtypeStruct((1, length, 2, 3), jnp.float32),) * 2
+    position_query_key = (jax.ShapeDtypeStruct((1, length, 2, 3), jnp.float32),) * 2
 
-    def score(qkv, logit_query_key):
-        return attend(*qkv, PositionSignal(logit_query_key=logit_query_key)).sum()
+    def score(qkv, position_query_key):
+        return attend(*qkv, PositionSignal(position_query_key=position_query_key)).sum()
 
-    compiled = jax.jit(jax.grad(score, argnums=(0, 1))).lower(shapes, logit_query_key).compile()
+    compiled = jax.jit(jax.grad(score, argnums=(0, 1))).lower(shapes, position_query_key).compile()
     shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
     assert length * WIDTH < max(sizes) < length * length / 8
@@ -228,7 +228,7 @@ def test_position_products_stay_float32_under_bfloat16(backend):
     signal = ALiBi(ALiBiConfig(), ModelDims(1, 2, 1)).apply(
         {}, jnp.asarray(positions, jnp.int32)[None, :, None], shape=(11,)
     )
-    alibi = tuple(np.asarray(field[0, :, 0]) for field in signal.logit_query_key)
+    alibi = tuple(np.asarray(field[0, :, 0]) for field in signal.position_query_key)
     for (query, key), rate in ((alibi, slope), (far_features(positions), 1.0)):
         # Far queries meet near keys, whose logits are -10 000 * rate and a little.
         fields = [jnp.asarray(field, jnp.float32)[None, :, None] for field in (query[len(near) :], key[: len(near)])]
@@ -238,7 +238,7 @@ def test_position_products_stay_float32_under_bfloat16(backend):
             zeros[:, : len(far)],
             zeros[:, : len(near)],
             value,
-            PositionSignal(logit_query_key=tuple(fields)),
+            PositionSignal(position_query_key=tuple(fields)),
             causal=False,
             **BACKENDS[backend],
         )

@@ -25,7 +25,7 @@ KEY = jax.random.PRNGKey(0)
 
 
 def shapes(
-    length=1024, keys=None, *, width=64, logit_query_key=0, causal=True, dtype=jnp.bfloat16, bias=False, drop=False
+    length=1024, keys=None, *, width=64, position_query_key=0, causal=True, dtype=jnp.bfloat16, bias=False, drop=False
 ):
     """The shapes of operands of 2 samples and 3 heads."""
     keys = keys or length
@@ -34,11 +34,11 @@ def shapes(
         array((2, length, 3, width), dtype),
         array((2, keys, 3, width), dtype),
         array((2, keys, 3, width), dtype),
-        logit_query_key=(
-            array((1, length, 3, logit_query_key), jnp.float32),
-            array((1, keys, 3, logit_query_key), jnp.float32),
+        position_query_key=(
+            array((1, length, 3, position_query_key), jnp.float32),
+            array((1, keys, 3, position_query_key), jnp.float32),
         )
-        if logit_query_key
+        if position_query_key
         else None,
         bias=array((1, 3, length, keys), jnp.float32) if bias else None,
         causal_offset=array((1,), jnp.int32) if causal else None,
@@ -62,17 +62,17 @@ def chosen(device, inputs, kind="auto", block=0, **fields):
         (CPU, {"length": 2048}, "blocks 128"),
         (CPU, {"length": 65536}, "blocks 512"),
         (TPU, {"length": 197, "causal": False}, "reference"),
-        (TPU, {"length": 512, "logit_query_key": 64, "drop": True}, "tpu"),
+        (TPU, {"length": 512, "position_query_key": 64, "drop": True}, "tpu"),
         (TPU, {"length": 511, "keys": 1024, "dtype": jnp.float32}, "tpu"),
         (TPU, {"bias": True}, "blocks 512"),
         (H200, {"length": 256}, "reference"),
         (H200, {}, "cudnn"),
-        (H200, {"logit_query_key": 3, "causal": False}, "cudnn"),
-        (H200, {"logit_query_key": 32}, "cudnn"),
-        (A100, {"logit_query_key": 32}, "blocks 512"),
-        (H200, {"logit_query_key": 16}, "cudnn"),
-        (A100, {"logit_query_key": 8}, "cudnn"),
-        (H200, {"logit_query_key": 64}, "blocks 512"),
+        (H200, {"position_query_key": 3, "causal": False}, "cudnn"),
+        (H200, {"position_query_key": 32}, "cudnn"),
+        (A100, {"position_query_key": 32}, "blocks 512"),
+        (H200, {"position_query_key": 16}, "cudnn"),
+        (A100, {"position_query_key": 8}, "cudnn"),
+        (H200, {"position_query_key": 64}, "blocks 512"),
         (H200, {"dtype": jnp.float32}, "blocks 512"),
         (H200, {"drop": True}, "blocks 512"),
         (H200, {"bias": True}, "blocks 512"),
@@ -86,22 +86,24 @@ def test_dispatch(device, fields, expected):
 
 
 def test_narrow_features_are_joined_where_products_are_exact():
-    fields = {"logit_query_key": 16, "dtype": jnp.float32}
+    fields = {"position_query_key": 16, "dtype": jnp.float32}
 
     def joins(device, **fields):
-        return attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device).keywords["concat_features"]
+        return attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device).keywords["concat_position"]
 
     assert (
         joins(CPU, **fields)
-        and not joins(CPU, **fields | {"logit_query_key": 17})
+        and not joins(CPU, **fields | {"position_query_key": 17})
         and not joins(CPU, dtype=jnp.float32)
     )
-    assert not joins(H200, **fields) and not joins(CPU, logit_query_key=16)
+    assert not joins(H200, **fields) and not joins(CPU, position_query_key=16)
 
 
-@pytest.mark.parametrize("batch, logit_query_key, expected", [(16, 0, 128), (16, 16, 128), (16, 64, 64), (2, 64, 128)])
-def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, logit_query_key, expected):
-    inputs = shapes(512, logit_query_key=logit_query_key, dtype=jnp.float32)
+@pytest.mark.parametrize(
+    "batch, position_query_key, expected", [(16, 0, 128), (16, 16, 128), (16, 64, 64), (2, 64, 128)]
+)
+def test_blocks_on_a_cpu_are_small_where_features_are_wide(batch, position_query_key, expected):
+    inputs = shapes(512, position_query_key=position_query_key, dtype=jnp.float32)
     more = inputs.replace(query=jax.ShapeDtypeStruct((batch, *inputs.query.shape[1:]), jnp.float32))
     assert chosen(CPU, more) == f"blocks {expected}"
 
@@ -123,7 +125,7 @@ def test_dispatch_of_a_given_kind():
         (TPU, {"bias": True}, "read no bias"),
         (H200, {"dtype": jnp.float32}, "precision.compute='bfloat16'"),
         (H200, {"drop": True}, "model.attention_dropout"),
-        (H200, {"logit_query_key": 64}, "448 wide, and cuDNN takes 256"),
+        (H200, {"position_query_key": 64}, "448 wide, and cuDNN takes 256"),
         (H200, {"length": 7}, "even lengths"),
     ],
 )
@@ -162,19 +164,19 @@ def test_cudnn_inputs_give_the_same_output(causal):
     batch, length, heads, width = 4, 10, 3, 8
     query, key = (random(side, batch, length, heads, width).astype(jnp.bfloat16) for side in (1, 2))
     value = random(3, batch, length, heads, 2 * width).astype(jnp.bfloat16)
-    logit_query_key = tuple(30 * random(side, 2, length, 1, 3) for side in (4, 5))  # logits of thousands
+    position_query_key = tuple(30 * random(side, 2, length, 1, 3) for side in (4, 5))  # logits of thousands
     last, weight = jnp.zeros(1, jnp.int32) if causal else None, random(6, *value.shape)
 
-    def score(query, key, value, logit_query_key, mix):
-        mixed = mix(AttentionInputs(query, key, value, logit_query_key, causal_offset=last)).astype(jnp.float32)
+    def score(query, key, value, position_query_key, mix):
+        mixed = mix(AttentionInputs(query, key, value, position_query_key, causal_offset=last)).astype(jnp.float32)
         return (mixed * weight).sum(), mixed
 
-    assert attention_cudnn.padded_width(AttentionInputs(query, key, value, logit_query_key)) == 32
+    assert attention_cudnn.padded_width(AttentionInputs(query, key, value, position_query_key)) == 32
     assert all(
         array.shape == (batch, length, heads, 32)
-        for array in attention_cudnn.append_features(AttentionInputs(query, key, value, logit_query_key))
+        for array in attention_cudnn.append_position(AttentionInputs(query, key, value, position_query_key))
     )
-    run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, logit_query_key)
+    run = functools.partial(jax.grad(score, argnums=(0, 1, 2, 3), has_aux=True), query, key, value, position_query_key)
     found, expected = run(functools.partial(attention_cudnn.flash, implementation="xla")), run(reference_attention)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         one, other = (np.asarray(array, np.float32) for array in (one, other))
@@ -189,31 +191,31 @@ def test_appended_logits_at_distance_10_000_are_those_of_float32():
     query = np.concatenate([-place[:, None] / 10.0, np.full((6, 1), 10.0), rest], axis=1) @ turn
     key = np.concatenate([np.full((6, 1), 10.0), place[:, None] / 10.0, 0 * rest], axis=1) @ turn
     zeros = jnp.zeros((1, 6, 1, 8), jnp.bfloat16)
-    logit_query_key = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
-    inputs = AttentionInputs(zeros, zeros, zeros, logit_query_key)
-    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.append_features(inputs))
+    position_query_key = tuple(jnp.asarray(field, jnp.float32)[None, :, None] for field in (query, key))
+    inputs = AttentionInputs(zeros, zeros, zeros, position_query_key)
+    q, k, _ = (np.asarray(array[0, :, 0], np.float64) for array in attention_cudnn.append_position(inputs))
     np.testing.assert_allclose(q @ k.T, place[None] - place[:, None], atol=0.02)
     two = slice(8, 8 + 3 * 8)  # as much as two parts of each would give
     assert np.abs(q[:, two] @ k[:, two].T - (place[None] - place[:, None])).max() > 0.02
 
 
-@pytest.mark.parametrize("logit_query_key, width", [(16, 64 + 6 * 16), (32, 256)])
-def test_narrow_features_with_heads_of_64_are_cudnns_on_hopper(logit_query_key, width):
+@pytest.mark.parametrize("position_query_key, width", [(16, 64 + 6 * 16), (32, 256)])
+def test_narrow_features_with_heads_of_64_are_cudnns_on_hopper(position_query_key, width):
     """In six products of parts of bfloat16, appended to queries and keys; values stay in front, then zeros."""
-    assert chosen(H200, shapes(512, logit_query_key=logit_query_key)) == "cudnn"
-    assert attention_cudnn.padded_width(shapes(logit_query_key=logit_query_key)) == width
-    assert chosen(A100, shapes(512, logit_query_key=logit_query_key)) == "blocks 512", "Ampere's kernel takes 128"
+    assert chosen(H200, shapes(512, position_query_key=position_query_key)) == "cudnn"
+    assert attention_cudnn.padded_width(shapes(position_query_key=position_query_key)) == width
+    assert chosen(A100, shapes(512, position_query_key=position_query_key)) == "blocks 512", "Ampere's kernel takes 128"
     inputs = AttentionInputs(
         *(random(side, 2, 6, 3, 64).astype(jnp.bfloat16) for side in (1, 2, 3)),
-        logit_query_key=tuple(5 * random(side, 1, 6, 3, logit_query_key) for side in (4, 5)),
+        position_query_key=tuple(5 * random(side, 1, 6, 3, position_query_key) for side in (4, 5)),
     )
-    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.append_features(inputs))
+    query, key, value = (np.asarray(array, np.float64) for array in attention_cudnn.append_position(inputs))
     assert query.shape == key.shape == value.shape == (2, 6, 3, width)
     np.testing.assert_array_equal(value[..., :64], np.asarray(inputs.value, np.float64))
     assert not value[..., 64:].any()
     plain_q, plain_k = (np.asarray(array, np.float64) for array in (inputs.query, inputs.key))
-    f_q, f_k = (np.asarray(field, np.float64) for field in inputs.logit_query_key)
-    logits = np.einsum("blhk,bshk->bhls", plain_q, plain_k) + np.einsum("blhf,bshf->bhls", f_q, f_k)
+    position_query, position_key = (np.asarray(field, np.float64) for field in inputs.position_query_key)
+    logits = np.einsum("blhk,bshk->bhls", plain_q, plain_k) + np.einsum("blhf,bshf->bhls", position_query, position_key)
     np.testing.assert_allclose(np.einsum("blhk,bshk->bhls", query, key), logits, atol=2e-5 * np.abs(logits).max())
 
 

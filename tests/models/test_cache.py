@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, position_logits
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
@@ -16,7 +16,7 @@ from tests.models.test_attention import BACKENDS, BATCH, HEADS, LENGTH, NAMES, Q
 pytestmark = pytest.mark.usefixtures("small_kernel")
 
 PROMPTS_B = np.array([1, 4, 2, 7, 3, 6])  # tokens of the prompts, of LENGTH; the rest follow one by one
-ALL_FIELDS = ("rotation", "multiplicative", "logit_query_key", "bias")
+ALL_FIELDS = ("rotation", "multiplicative", "position_query_key", "bias")
 
 
 def junk_cache(gates: bool = False) -> KVCache:
@@ -59,7 +59,7 @@ def check_prefill_and_decode(backend: str, signal: PositionSignal, gates: bool) 
     [
         ("reference", [(name,) for name in NAMES] + [ALL_FIELDS]),
         ("blockwise", [("rotation",), ALL_FIELDS]),
-        pytest.param("flash", [("rotation", "logit_query_key")], marks=pytest.mark.slow),
+        pytest.param("flash", [("rotation", "position_query_key")], marks=pytest.mark.slow),
     ],
 )
 def test_prefill_then_decode_equals_the_whole_window(backend, cases):
@@ -70,7 +70,7 @@ def test_prefill_then_decode_equals_the_whole_window(backend, cases):
 
 
 def test_a_token_attends_to_no_cache_entry_after_it():
-    signal = signals(1)["logit_query_key"]
+    signal = signals(1)["position_query_key"]
     cache = jax.tree.map(lambda field: field.at[:, :3].set(1.0), junk_cache())
     token = [part[:, 3:4] for part in QKV]
     results = []
@@ -87,8 +87,8 @@ def test_gpt2_over_a_cache_equals_the_whole_window(remat):
     model = GPT2(TransformerConfig(2, HEADS * WIDTH, HEADS, init_std=0.3, remat=remat), vocabulary=11)
     tokens_BL = jax.random.randint(jax.random.PRNGKey(3), (3, LENGTH), 0, 11)
     per_layer = PositionSignal(
-        logit_query_key=tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2)),
-        per_layer_fields=("logit_query_key",),
+        position_query_key=tuple(random(side, 2, 1, LENGTH, HEADS, 3) for side in (1, 2)),
+        per_layer_fields=("position_query_key",),
     )
     angles, scale = random(4, 1, LENGTH, 1, 1), (jnp.arange(LENGTH) + 1.0)[None, :, None, None]
     one_pair_of_one_head = PositionSignal(rotation=(jnp.cos(angles), jnp.sin(angles))).for_heads(1, HEADS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax.config import ModelDims, RotaryAxialConfig
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.encodings.rope import RotaryAxial
 from seqpe_jax.errors import InputError
 from seqpe_jax.models.transformer import Block, TransformerConfig

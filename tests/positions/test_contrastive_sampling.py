@@ -27,7 +27,7 @@ MIXTURES = {
 @functools.cache
 def many(settings, mixture, candidates, draws=8000, **options):
     make = functools.partial(
-        contrastive_sampling.contrastive_positions,
+        contrastive_sampling.sample_contrastive_positions,
         batch=draws,
         candidates=candidates,
         mixture=mixture,
@@ -111,7 +111,7 @@ def test_hard_candidates_in_other_bases(base):
 def test_every_position_is_an_anchor_once_per_epoch():
     make = jax.jit(
         functools.partial(
-            contrastive_sampling.contrastive_positions,
+            contrastive_sampling.sample_contrastive_positions,
             batch=25,
             candidates=4,
             mixture=(1.0, 0.0, 0.0),

@@ -8,7 +8,7 @@ import pytest
 from seqpe_jax.positions import sampling
 from seqpe_jax.positions.digits import to_digits
 from seqpe_jax.positions.grids import PositionGrid
-from seqpe_jax.positions.prefix_trie import RowGroup, build_trie, max_nodes_per_level
+from seqpe_jax.positions.prefix_trie import PositionStructure, build_trie, max_nodes_per_level
 
 
 def test_ancestors_spell_every_string():
@@ -36,7 +36,7 @@ def test_bounds_of_windows_and_their_chunks(shape, base, digits):
     draw = np.random.default_rng(0)
     bounds = {
         pieces: max_nodes_per_level(
-            [RowGroup(1, shape, pieces)], axes=axes, base=base, digits=digits, max_position=limit
+            [PositionStructure(1, shape, pieces)], axes=axes, base=base, digits=digits, max_position=limit
         )
         for pieces in (1, 3)
     }
@@ -61,9 +61,15 @@ def test_bounds_of_windows_and_their_chunks(shape, base, digits):
 def test_bounds_of_strided_and_jittered_windows(shape):
     axes, limit, unit, reach = len(shape), 400, 10, 4
     spans = tuple((side - 1) * unit + 2 * reach for side in shape)
-    strided = max_nodes_per_level([RowGroup(1, shape, spans=spans)], axes=axes, base=10, digits=3, max_position=limit)
+    strided = max_nodes_per_level(
+        [PositionStructure(1, shape, spans=spans)], axes=axes, base=10, digits=3, max_position=limit
+    )
     jittered = max_nodes_per_level(
-        [RowGroup(1, shape, spans=spans, independent_axes=True)], axes=axes, base=10, digits=3, max_position=limit
+        [PositionStructure(1, shape, spans=spans, independent_axes=True)],
+        axes=axes,
+        base=10,
+        digits=3,
+        max_position=limit,
     )
     draw, most = np.random.default_rng(0), np.zeros(axes * 3)
     for _ in range(40):
@@ -78,11 +84,19 @@ def test_bounds_of_strided_and_jittered_windows(shape):
 
 def test_bounds_of_several_groups():
     sizes = max_nodes_per_level(
-        [RowGroup(1, (30,)), RowGroup(500), RowGroup(4, (30,), max_rows=5)], axes=1, base=10, digits=3, max_position=200
+        [PositionStructure(1, (30,)), PositionStructure(500), PositionStructure(4, (30,), max_rows=5)],
+        axes=1,
+        base=10,
+        digits=3,
+        max_position=200,
     )
     assert sizes == (2, 20, 200)
     assert max_nodes_per_level(
-        [RowGroup(1, (30,)), RowGroup(4, (30,), max_rows=5)], axes=1, base=10, digits=3, max_position=1000
+        [PositionStructure(1, (30,)), PositionStructure(4, (30,), max_rows=5)],
+        axes=1,
+        base=10,
+        digits=3,
+        max_position=1000,
     ) == (
         10,
         4 + 4 * 4,

@@ -38,7 +38,7 @@ def test_permute_is_uniform(n):
 def test_sampling_under_vmap_equals_sampling_of_each_key():
     axes = 2
     draws = {
-        "contrastive": lambda key: contrastive_sampling.contrastive_positions(
+        "contrastive": lambda key: contrastive_sampling.sample_contrastive_positions(
             key,
             3,
             batch=4,

@@ -215,7 +215,7 @@ batch = {
     name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
     for name, leaf in run.task.example.items()
 }
-text = run.train_step().lower(run.abstract_state, batch).compile().as_text()
+text = run.jit_train_step().lower(run.abstract_state, batch).compile().as_text()
 print("kernels", text.count('custom_call_target="tpu_custom_call"'))
 """
 

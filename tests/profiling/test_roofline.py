@@ -30,7 +30,7 @@ def step_of(path, values, **axes):
         name: jax.ShapeDtypeStruct((trainer.config.batch_size, *leaf.shape), leaf.dtype, sharding=split)
         for name, leaf in trainer.task.example.items()
     }
-    return trainer, HloModule(trainer.train_step().lower(trainer.abstract_state, batch).compile().as_text())
+    return trainer, HloModule(trainer.jit_train_step().lower(trainer.abstract_state, batch).compile().as_text())
 
 
 def bound(trainer, program, chip):

@@ -336,7 +336,7 @@ def test_imagenet_traces_at_full_size(variant, tmp_path, monkeypatch):
     parts = Trainer.of(settings)
     images = jax.ShapeDtypeStruct((settings.batch_size, 224, 224, 3), np.float32)
     labels = jax.ShapeDtypeStruct((settings.batch_size,), np.int32)
-    _, metrics = jax.eval_shape(parts.train_step(), parts.abstract_state, {"images": images, "labels": labels})
+    _, metrics = jax.eval_shape(parts.jit_train_step(), parts.abstract_state, {"images": images, "labels": labels})
     assert metrics["loss"].shape == ()
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts.abstract_state.params["model"]))
     assert size == {"s16": 22_050_664 - 384 * 197, "b16": 86_567_656 - 768 * 197}[variant.split("-")[0]]

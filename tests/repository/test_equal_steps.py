@@ -83,7 +83,7 @@ def step_of(task, accumulate=1, mesh=(), fields=()):
     else:
         state = random_state(parts, 0.2)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.abstract_state)
-    state, metrics = parts.train_step()(jax.device_put(state, shardings), batch_of(task, parts))
+    state, metrics = parts.jit_train_step()(jax.device_put(state, shardings), batch_of(task, parts))
     params = jax.device_get(state.params)
     if model.scan:
         params["model"] = transformer.unstack_layers(params["model"], model.layers)

@@ -22,7 +22,7 @@ def test_a_step_and_an_evaluation_stay_in_32_bits():
         drawn = jax.eval_shape(draw, jax.random.PRNGKey(0), jnp.int32(1))
         assert [leaf.dtype for leaf in jax.tree.leaves(drawn)] == expected
         state = random_state(parts, 0.2)
-        after, metrics = jax.eval_shape(parts.train_step(), state, batch)
+        after, metrics = jax.eval_shape(parts.jit_train_step(), state, batch)
         assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
         assert metrics["loss"].dtype == jnp.float32
 

@@ -95,7 +95,7 @@ NAMES = {
     "Sizes": "DataSpec",
     "Given": "PrecomputedVectors",
     "Turn": "a name for what the function does",
-    "Group": "RowGroup",
+    "Group": "PositionStructure",
     "level_sizes": "max_nodes_per_level",
     "kinds_TU": "token_types",
     "WORTH": "MIN_SAVING",

@@ -87,7 +87,9 @@ def test_the_best_tuning_run_decides_and_is_recorded(tmp_path, wishes, jobs, cap
         "train",
         "evaluate",
     ]
-    assert (tmp_path / "sweep.json").stat().st_mtime_ns == before and again.obstacles(list(again.runs.values())) == []
+    assert (tmp_path / "sweep.json").stat().st_mtime_ns == before and again.blocked_runs(
+        list(again.runs.values())
+    ) == []
 
 
 def test_more_may_be_better_and_of_equal_ones_the_first_is_taken(tmp_path, wishes):
@@ -119,7 +121,7 @@ def test_a_failed_run_is_left_out_and_named(tmp_path, wishes, capsys):
 def test_where_all_failed_nothing_begins_and_one_line_says_so(tmp_path, wishes):
     wishes |= dict.fromkeys(("t=1", "t=2", "t=3"), "fails")
     found = worked(tmp_path)
-    [line] = found.obstacles(list(found.runs.values()))
+    [line] = found.blocked_runs(list(found.runs.values()))
     assert line == "s-1, s-2 wait for t=1 (failed), t=2 (failed), t=3 (failed) to decide batch_size"
     assert not (tmp_path / "s-1").exists() and trial_graph.recorded_decisions(tmp_path) == {}
     wishes |= {"t=1": "0.5", "t=2": "0.5", "t=3": "0.25"}
@@ -142,7 +144,7 @@ def test_a_mended_run_counts_as_long_as_nothing_has_begun(tmp_path, wishes):
 def test_a_run_without_its_number_is_named(tmp_path, wishes):
     wishes |= dict.fromkeys(("t=1", "t=2", "t=3"), "1e999")
     found = worked(tmp_path)
-    [line] = found.obstacles(list(found.runs.values()))
+    [line] = found.blocked_runs(list(found.runs.values()))
     assert line.startswith("s-1, s-2 wait for t=1 (measured no number)")
 
 
@@ -159,7 +161,7 @@ def test_a_stop_of_tuning_runs_starts_no_other_run(tmp_path, wishes):
     found = worked(tmp_path)
     sender.join()
     assert not (tmp_path / "s-1").exists()
-    [line] = found.obstacles(list(found.runs.values()))
+    [line] = found.blocked_runs(list(found.runs.values()))
     assert line == "s-1, s-2 wait for t=2 (not finished), t=3 (not finished) to decide batch_size"
     wishes["t=2"] = "0.25"
     assert worked(tmp_path).runs["s-2"].trial.settings.batch_size == 16

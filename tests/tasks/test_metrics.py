@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from seqpe_jax import tasks
-from seqpe_jax.encodings.base import PositionSignal
+from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.errors import InputError
 from seqpe_jax.losses.task import ClassificationLoss, ranks
 from seqpe_jax.reporting import plots

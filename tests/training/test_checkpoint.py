@@ -22,7 +22,7 @@ STATE = {"params": {"model": {"head": {"kernel": KERNEL, "bias": np.ones(3, np.f
 
 def placed(mesh):
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype), STATE)
-    return layout.with_shardings(mesh, shapes)[0]
+    return layout.abstract_state_with_shardings(mesh, shapes)[0]
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def run(settings, devices, start=None):
     else:  # compiling the initialization takes a third of the time
         state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), start, parts.abstract_state)
     before, losses = jax.tree.map(np.array, state), []  # a copy: a step donates its state
-    traced = parts.train_step().trace(state, batch_of(parts, 0))
+    traced = parts.jit_train_step().trace(state, batch_of(parts, 0))
     compiled = traced.lower().compile()
     for n in range(STEPS):
         state, metrics = compiled(state, batch_of(parts, n))
@@ -152,7 +152,7 @@ def test_a_mesh_equals_one_device_on_images(images, single_images):
 
 def test_one_compilation_serves_perturbed_and_other_steps(single):
     """A perturbed step has no distillation loss."""
-    step, state, seen = single.parts.train_step(), jax.tree.map(jnp.copy, single.after), {}
+    step, state, seen = single.parts.jit_train_step(), jax.tree.map(jnp.copy, single.after), {}
     for n in range(STEPS, STEPS + 8):
         state, metrics = step(state, batch_of(single.parts, n))
         seen.setdefault(float(metrics["moved"]), []).append(float(metrics["term/distillation"]))
@@ -173,7 +173,7 @@ def test_a_loop_over_layers_equals_the_plain_step():
     second = create_train_state(
         params | {"model": transformer.stack_layers(params["model"], 3)}, two.optimizer, jnp.copy(first.key)
     )
-    results = [parts.train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
+    results = [parts.jit_train_step()(state, batch_of(parts, 0)) for parts, state in ((one, first), (two, second))]
     assert float(results[0][1]["loss"]) == pytest.approx(float(results[1][1]["loss"]), abs=1e-5)
     params = results[1][0].params
     params = params | {"model": transformer.unstack_layers(params["model"], 3)}

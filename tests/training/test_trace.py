@@ -36,7 +36,7 @@ def parameters(trace, prefix):
     for name in trace.files:
         if name.startswith(f"{prefix}/"):
             owner, rest = name.split("/", parts + 1)[parts:]
-            state[weights.ENCODER + rest if owner == "pe_model" else rest] = trace[name]
+            state[weights.PE_PREFIX + rest if owner == "pe_model" else rest] = trace[name]
     vit = "cls_token" in state
     rules = weights.encoder_rules(2, 2 if vit else 1, cls=True, final_norm=True)
     rules += weights.vit_rules(2, 3, (8, 8)) if vit else weights.gpt2_rules(2, 3)

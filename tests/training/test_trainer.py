@@ -125,7 +125,7 @@ def test_the_step_projects_parameters_into_their_bounds(monkeypatch):
     given = {}
     monkeypatch.setattr(trainer, "make_train_step", lambda *_, **options: given.update(options) or (lambda *_: None))
     run = Trainer.of(tiny_config(variant="kerple", encoding__log_scaling=True), jax.devices()[:1])
-    run.train_step()
+    run.jit_train_step()
     params = {"encoding": {"slope": jnp.array([-1.0, 3.0])}, "model": {"slope": jnp.array([-1.0])}}
     found = given["project"](params)
     np.testing.assert_allclose(found["encoding"]["slope"], [0.01, 3.0])

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 
 Pair = tuple[jax.Array, jax.Array]
 ParamBounds = dict[str, tuple[float, float]]  # name of a parameter -> (smallest value, largest value)
-# Values of fields in heads without a position: 1 where they multiply (and for the cosine), 0 where they add.
-NEUTRAL = {"rotation": (1.0, 0.0), "multiplicative": (1.0, 1.0), "additive": (0.0, 0.0), "logit_query_key": (0.0, 0.0)}
+# Values of the fields in heads that get no position: 1 for factors and cosines, 0 for terms that are added.
+IDENTITY_VALUES = {
+    "rotation": (1.0, 0.0),
+    "multiplicative": (1.0, 1.0),
+    "additive": (0.0, 0.0),
+    "position_query_key": (0.0, 0.0),
+}
 
 
 @flax.struct.dataclass
@@ -35,14 +40,15 @@ class RelativeBias:
 
 @flax.struct.dataclass
 class PositionSignal:
-    """The effect of P sets of L positions on tokens, queries, keys and logits; absent fields have none.
+    """The effect of P sets of L positions on tokens, queries, keys and logits. Fields that are None have no effect.
 
     Attributes:
       input_embedding: float[P, L, D], added to the tokens.
       rotation: (cos, sin), each float[P, L, H or 1, F], rotating the first F pairs (2i, 2i + 1) of q and k; F <= K/2.
       multiplicative: (of q, of k), each float[P, L, H or 1, K or 1], multiplied onto q and k.
       additive: (of q, of k), each float[P, L, H or 1, K], added to q and k.
-      logit_query_key: (f_q, f_k), each float32[P, L, H or 1, F]; f_q . f_k is added to the final attention logits.
+      position_query_key: position queries and keys, each float32[P, L, H or 1, F], whose dot product is added to the
+        final attention logits.
       polar_phase: (cos, sin), each float[P, L, 1, K]; component k of q and k then has the magnitude softplus of its value,
         and this phase.
       polar_key_phase: float[H, K], added to the phase of keys.
@@ -57,7 +63,7 @@ class PositionSignal:
     rotation: Pair | None = None
     multiplicative: Pair | None = None
     additive: Pair | None = None
-    logit_query_key: Pair | None = None
+    position_query_key: Pair | None = None
     polar_phase: Pair | None = None
     polar_key_phase: jax.Array | None = None
     polar_num_heads: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -119,7 +125,7 @@ class PositionSignal:
         if self.input_embedding is not None or self.bias is not None:
             raise ValueError("what is added to tokens, or as a bias, reaches all heads")
         fields = {}
-        for name, neutral in NEUTRAL.items():
+        for name, neutral in IDENTITY_VALUES.items():
             pair = getattr(self, name)
             if pair is not None:
                 fields[name] = tuple(
