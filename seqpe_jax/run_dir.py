@@ -1,16 +1,16 @@
-"""A run's folder as one object: config, facts about its data, metrics, checkpoints and ownership; on a disk or in a bucket.
+"""A run's folder as one object: config, data spec, metrics, checkpoints and ownership; on a disk or in a bucket.
 
 A folder that `export` or `convert` wrote has the same files, as far as they apply:
 
     config.json       the config; of an export with a section "export"
-    sizes.json        what the model takes from the data: vocabulary, classes, channels
+    sizes.json        data spec (vocabulary size, classes, channels)
     data.json         fingerprints of the data's splits
     tokenizer.json    for text; classes.json: class names, for images
-    digests.json      checksums of these files
+    digests.json      checksums of these files (digests.json is the file's name for checksums)
     checkpoints/STEP  the state after STEP steps, in Orbax's format, with a digests.json of its own
     metrics.jsonl     metrics by step; tensorboard/, profile/: the same for TensorBoard, traces of the profiler
-    evaluation.json   what `evaluate` found
-    owner.json        the process that trains here now
+    evaluation.json   results of `evaluate`
+    owner.json        the process that trains in the folder
     log.txt           the output of a sweep's commands
 """
 
@@ -70,7 +70,7 @@ META_FILE = pathlib.PurePosixPath("meta", "metadata")  # of a checkpoint: the me
 EVALUATION_KEY = "evaluation"  # of that metadata: the metrics of the state
 SIDE_FILES_KEY = "side_files"  # of that metadata: the run's folder has a digests.json of its own
 UPLOAD_SECONDS = 30.0  # between uploads of metrics to a bucket
-MAX_COUNT = 1 << 24  # of a vocabulary, or of classes
+MAX_COUNT = 1 << 24  # maximum size of a vocabulary, and number of classes
 Fingerprint = dict[str, Any]  # {"fingerprint": hex digits of the content, and its size, by what is counted}
 
 
@@ -78,10 +78,10 @@ class RunDir:
     """One folder of a run, an export or a converted checkpoint; each object reads each file once.
 
     Args:
-      path: of the folder, which need not exist.
+      path: the folder, which need not exist.
 
     Attributes:
-      path: of the folder.
+      path: the folder.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -169,7 +169,7 @@ class RunDir:
 
     @functools.cached_property
     def data_spec(self) -> "DataSpec | None":
-        """The facts that the model takes from its data; None for runs older than the file. Raises: InputError: damaged."""
+        """Data spec (vocabulary size, classes, channels); None for runs older than the file. Raises: InputError: damaged."""
         path = self.path / DATA_SPEC_FILE
         if not path.exists():
             return None
@@ -385,13 +385,13 @@ class RunDir:
         return values
 
     def quarantine(self, best_metric: str = "") -> list[str]:
-        """Renames damaged checkpoints that would be in the way, and returns what was done, a line for each.
+        """Renames damaged checkpoints that block a resumed run, and returns one line for each.
 
-        These are the ones newer than the newest good one, since Orbax saves no step below an existing one, and the best, or
-        any of which it is no longer known whether it is that. Nothing is deleted.
+        Damaged checkpoints newer than the last valid one (Orbax saves no step below an existing one), the best one, and
+        those whose metric cannot be read. Nothing is deleted.
 
         Args:
-          best_metric: by which the best checkpoint is chosen; "" = by none.
+          best_metric: metric of the best checkpoint; "" = no best checkpoint.
         """
         step, damaged = self.latest_valid_step()
         lines = [
@@ -659,7 +659,7 @@ def _checkpoint_error(step_dir: AnyPath) -> str:
         return f"{missing[0]} is missing"
     if error := checksum_error(step_dir):
         return error
-    meta = _read_meta(step_dir)  # older versions wrote neither step nor digests into it
+    meta = _read_meta(step_dir)  # older versions wrote neither the step nor checksums into it
     if meta.get("step", int(step_dir.name)) != int(step_dir.name):
         return f"it was written as {meta['step']}"
     if "digests" in meta and not (step_dir / DIGESTS_FILE).is_file():

@@ -123,8 +123,8 @@ def test_position_losses_are_those_of_the_objective_and_train_the_encoder(axes, 
     "options, words",
     [
         ({"window": (4, 4)}, "window has 2 axes and the encoding 1"),
-        ({"window": 600}, "a window of 600 leaves no out-of-range windows below 1000"),
-        ({"window": 64, "max_position": 100}, "a window of 64 leaves no out-of-range windows below 100"),
+        ({"window": 600}, "max_position=1000 must be at least 2 x 600"),
+        ({"window": 64, "max_position": 100}, "max_position=100 must be at least 2 x 64"),
     ],
 )
 def test_impossible_losses_are_refused(options, words):

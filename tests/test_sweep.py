@@ -63,7 +63,7 @@ def test_a_killed_sweep_resumes_decides_and_is_reported(commands, text, tmp_path
     first, second = tuning = [f"alibi-learning_rate={rate}" for rate in ("0.0001", "0.01")]
     before = commands("sweep", *arguments, "--status")
     assert before.code == 0 and f"alibi-1: step 0 of 4; waits for {', '.join(tuning)}" in before.out
-    words = (f"'alibi-1' waits for {', '.join(tuning)}", "name these too")
+    words = (f"'alibi-1' depends on {', '.join(tuning)}", "add them to --only")
     refused(commands("sweep", *arguments, "--only=alibi-1"), *words)
     assert not workdir.exists()
     printed = commands("sweep", *arguments, "--executor=print")

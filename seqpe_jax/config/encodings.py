@@ -58,11 +58,11 @@ class ModelDims:
     """Sizes of the model, and of the window or grid that it trains on, for which an encoding is built.
 
     Attributes:
-      layers: blocks of the model.
-      width: features of a token.
-      heads: attention heads of a block.
+      layers: number of blocks.
+      width: features per token.
+      heads: attention heads per block.
       grid: positions of the training window or grid along each axis.
-      prefix_tokens: tokens before the positions, which have none, such as a class token.
+      prefix_tokens: number of leading tokens without a position, such as a class token.
       compat: behaviour of the PyTorch reference, for its checkpoints.
     """
 
@@ -95,12 +95,12 @@ class ModelDims:
 
 
 def _field(default: Any, doc: str = "", **metadata: Any) -> Any:
-    """Returns a field of an encoding; metadata: its limits (`config.limits`)."""
+    """Returns a field of an encoding, with limits (`config.limits`) as metadata."""
     return limits.field(default, doc=doc, **metadata)
 
 
 def _kind(name: str) -> Any:
-    """Returns the field `kind` of an encoding, which no caller sets."""
+    """Returns the constant field `kind` of an encoding."""
     return dataclasses.field(default=name, init=False)
 
 
@@ -110,15 +110,15 @@ class EncodingConfig:
 
     Attributes of the class:
       MODULE: the Flax module, as "package.module:Class"; it takes the config and `ModelDims`.
-      SUMMARY: what it does, one sentence for the documentation.
-      SOURCE: where it was published.
-      AXES: coordinates of the positions that it takes.
-      CAUSAL_ONLY: it is right for causal attention alone.
+      SUMMARY: one sentence on the encoding, for the documentation.
+      SOURCE: the paper.
+      AXES: number of coordinates of the positions it supports.
+      CAUSAL_ONLY: it supports causal attention only.
       REAL_POSITIONS: positions may be fractional.
       PER_LAYER: its signal can differ by layer.
-      HAS_VECTORS: it has vectors of positions, which the contrastive and distillation losses shape.
-      NEEDS: field -> (field, value) without which the first has no effect, value None: anything but its default; or field
-        -> None, for one that needs no other, unlike in a class that this one inherits from.
+      HAS_VECTORS: it has position embeddings, which the contrastive and distillation losses train.
+      REQUIRES: {field: (other_field, required_value)}: `field` is ignored unless `other_field == required_value`; None means
+        any non-default value. Map a field to None to drop an inherited requirement.
     """
 
     MODULE: ClassVar[str] = ""
@@ -129,9 +129,9 @@ class EncodingConfig:
     REAL_POSITIONS: ClassVar[bool] = True
     PER_LAYER: ClassVar[bool] = False
     HAS_VECTORS: ClassVar[bool] = False
-    REQUIRES: ClassVar[dict[str, Any]] = {}
+    REQUIRES: ClassVar[dict[str, tuple[str, Any] | None]] = {}
 
-    # Values that code for any encoding reads of one that lacks the field; no fields, for they have no annotation.
+    # Values for encodings that lack the field. Without annotations these are class attributes, not dataclass fields.
     max_position = 20000
     base = 10
     fraction_digits = 0
@@ -183,14 +183,14 @@ class EncodingConfig:
 
     @classmethod
     def requires(cls) -> dict[str, tuple[str, Any]]:
-        """Returns `REQUIRES` of the class and of those it inherits from."""
+        """Returns the merged `REQUIRES` of the class and its base classes."""
         found: dict[str, Any] = {}
         for one in reversed(cls.__mro__):
             found |= vars(one).get("REQUIRES", {})
         return {name: needed for name, needed in found.items() if needed}
 
     def without_effect(self) -> dict[str, tuple[str, Any]]:
-        """Returns the fields that have no effect under the values of others, with the (field, value) that each needs."""
+        """Returns the fields that are ignored now, with the (other_field, required_value) of each."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {
             name: (other, value)
@@ -236,10 +236,10 @@ class EncodingConfig:
                 raise InputError(f"encoding.{name}={getattr(self, name)} is more than model.heads={dims.heads}")
 
     def resolved(self, dims: ModelDims) -> "EncodingConfig":
-        """Returns the config with every length written out.
+        """Replaces every 0 (automatic) length by its value for this model.
 
-        A constant that an author chose as a number of tokens belongs to the author's training length. Where such a field
-        is 0, its value is the same share of the training length of this model.
+        A length that the authors of an encoding chose in tokens is scaled by the ratio of the training lengths, this
+        model's to theirs.
         """
         return self
 
@@ -266,7 +266,7 @@ def _imported(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Positions(EncodingConfig):
-    """Fields of encodings whose positions are numbers."""
+    """Fields of encodings of numeric positions."""
 
     max_position: int = _field(20000, "training draws positions along an axis below it", low=1, high=2**30)
     base: int = _field(10, "base of the digits of a position", low=2, high=36)
@@ -287,13 +287,13 @@ class _Heads(EncodingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _WithForgetGate(EncodingConfig):
-    """Fields of encodings of text, whose logits can fall by gates as well."""
+    """Fields of encodings of text that can be combined with a forget gate on attention logits."""
 
     REQUIRES: ClassVar[dict[str, Any]] = {"gate_bias_init": ("gate", None)}
 
-    gate: Gate = _field("none", "logits of a key fall with what the tokens after it say: FoX's or CABLE's gates")
+    gate: Gate = _field("none", "data-dependent decay of attention logits: FoX forget gate or CABLE gate")
     gate_bias_init: float = _field(
-        0.0, "bias that gates begin with: sigmoid(gate_bias_init) of what came before passes", low=-100.0, high=100.0
+        0.0, "initial gate bias; the initial forget gate is sigmoid(gate_bias_init)", low=-100.0, high=100.0
     )
 
 
@@ -302,7 +302,7 @@ _THETA: dict[str, Any] = {"low": 1.0, "high": 1e12}
 
 @dataclasses.dataclass(frozen=True)
 class _WithOptionalRoPE(EncodingConfig):
-    """Fields of encodings that do not rotate queries and keys themselves, to which rotary pairs can be added."""
+    """Fields of encodings without rotation, to which rotary pairs (RoPE) can be added."""
 
     REQUIRES: ClassVar[dict[str, Any]] = {
         "rotary_heads": ("rotary_pairs", None),
@@ -326,7 +326,7 @@ class _WithOptionalRoPE(EncodingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _PartialRoPE(EncodingConfig):
-    """Field of encodings that rotate pairs of queries and keys themselves."""
+    """Field of RoPE encodings that can rotate a part of the pairs (partial RoPE)."""
 
     rotary_pairs: int = _field(
         0,
@@ -337,7 +337,7 @@ class _PartialRoPE(EncodingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _RoPEBase(EncodingConfig):
-    """Field of encodings that rotate queries and keys themselves."""
+    """Field of RoPE encodings: the base of the wavelengths."""
 
     theta: float = _field(10000.0, "base of the wavelengths", **_THETA)
 
@@ -351,23 +351,23 @@ class _RoPEBase(EncodingConfig):
         return dims.axes
 
 
-def _check_pairs(what: str, pairs: int, axes: int, width: int) -> None:
+def _check_pairs(setting: str, pairs: int, axes: int, width: int) -> None:
     """Refuses rotary pairs that a head does not have.
 
     Args:
-      what: field that asks for them, with its value.
-      pairs: that rotate; 0 = all.
-      axes: over which they are divided.
-      width: of a head.
+      setting: field that rotates the pairs, with its value, for messages.
+      pairs: number of rotated pairs; 0 = all.
+      axes: number of axes that share the pairs.
+      width: width of a head.
 
     Raises:
       InputError: the width is odd, or there are fewer pairs than axes, or more than the head has.
     """
     if width % 2:
-        raise InputError(f"{what} rotates pairs of columns: model.width / model.heads = {width} must be even")
+        raise InputError(f"{setting} rotates pairs of columns: model.width / model.heads = {width} must be even")
     if width < 2 * axes:
         raise InputError(
-            f"{what} rotates at least one pair per axis: model.width / model.heads = {width} must be at least {2 * axes} "
+            f"{setting} rotates at least one pair per axis: model.width / model.heads = {width} must be at least {2 * axes} "
             f"for {axes} axes"
         )
     if pairs and not axes <= pairs <= width // 2:
@@ -690,11 +690,9 @@ class T5Config(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     )
 
     def resolved(self, dims: ModelDims) -> "T5Config":
-        """Returns the config with its numbers.
+        """Replaces every 0 (automatic) length by its value for this model.
 
-        The largest distance is at least the number of buckets, so that each may have a distance of its own. At the
-        quickstart's 64 tokens that is 32, which one run of 400 steps found better than the authors' 128 at all of 64 to
-        1024 tokens.
+        The largest distance is at least the number of buckets, so that each bucket can hold one distance.
         """
         buckets = self.t5_buckets or min(T5_BUCKETS, max(2, math.floor(dims.length)))
         farthest = self.t5_max_distance or max(buckets, round(T5_SHARE * dims.length))
@@ -715,8 +713,7 @@ class T5Config(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
 class KerpleConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     """KERPLE's logarithmic kernel.
 
-    `kerple_scale` is no share of the training length: drawn below 8 per token at 64 tokens, the authors' share (1 at 512),
-    KERPLE was worse than below 1, by 0.06 to 0.08 bits in one run of 400 steps.
+    `kerple_scale` is not rescaled with the training length (see docs/encodings.md).
     """
 
     MODULE: ClassVar[str] = "seqpe_jax.encodings.relative_bias:Kerple"
@@ -752,10 +749,9 @@ class FireConfig(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
     )
 
     def resolved(self, dims: ModelDims) -> "FireConfig":
-        """Returns the config with its numbers, which scale together.
+        """Replaces every 0 (automatic) length by its value for this model.
 
-        FIRE's network then reads what its authors' reads at the same share of the window. At the quickstart's 64 tokens
-        that was worse than the authors' own numbers, which its config file sets.
+        Threshold and scale are scaled together, so that the network's input is the same at the same fraction of the window.
         """
         threshold, scale = self.fire_threshold or FIRE_SHARE * dims.length, self.fire_scale or FIRE_SCALE / dims.length
         return dataclasses.replace(self, fire_threshold=threshold, fire_scale=scale)
@@ -776,7 +772,7 @@ class LookHereConfig(_Positions, _Heads, _WithOptionalRoPE):
     directed_heads: int = _field(0, "heads that see one side; 0 = two thirds", **limits.OPTIONAL_HEADS)
 
     def resolved(self, dims: ModelDims) -> "LookHereConfig":
-        """Returns the config with the number of its directed heads."""
+        """Replaces a `directed_heads` of 0 (automatic) by its value for this model."""
         return dataclasses.replace(self, directed_heads=self.directed_heads or round(DIRECTED_SHARE * dims.heads))
 
     def check_dims(self, dims: ModelDims) -> None:
@@ -802,9 +798,10 @@ class ScaleInvariantConfig(_Positions, _Heads, _RoPEBase, _PartialRoPE, _WithFor
     )
 
     def resolved(self, dims: ModelDims) -> "ScaleInvariantConfig":
-        """Returns the config with its rotary pairs: of the authors' half, those with a period within the training window.
+        """Replaces a `rotary_pairs` of 0 (automatic) by its value for this model.
 
-        At the authors' 4096 tokens all of that half are. At 64 tokens 4 pairs of 12 were far better than 6.
+        Of the half of the pairs that the authors rotate, those with a period within the training window (see
+        docs/encodings.md).
         """
         width = dims.head_width
         periods = (2 * math.pi * self.theta ** (2.0 * pair / max(1, width)) for pair in range(width // 4))

@@ -38,7 +38,7 @@ from seqpe_jax.files import cache_root, parse_json
 MIN_PASSAGE_TOKENS = 8  # shorter parts of a passage are avoided
 BYTE_ANSWER_END = 0  # ends an answer in bytes; no text holds it
 HISTOGRAM_BINS = 10
-MAX_LEAKING_CUTS = 100  # cut passages that hold the answer, before the rest of the room stays empty
+MAX_LEAKING_CUTS = 100  # give up filling after this many truncated passages that contain the answer
 
 Record = dict[str, Any]
 QuestionAnswers = tuple[str, str, tuple[str, ...]]  # (question, question type, accepted answers)
@@ -287,7 +287,7 @@ def _select_questions(index: Index, max_tokens: int, name: str) -> tuple[np.ndar
       InputError: there is no question, or none fits.
     """
     skipped = {"without_answer": int(index["without_answer"]), "answer_not_in_text": int(index["answer_not_in_text"])}
-    tokens = index["smallest"]
+    tokens = index["smallest"]  # minimum tokens of each question
     if not len(tokens):
         raise InputError(
             f"{name} has no usable question: {skipped['without_answer']} have no answer, "
@@ -343,15 +343,15 @@ class AssembledQuestions(QASource):
         question, question_type, answers = self._question(number)
         gold = self._passage(int(self._passage_of[number]))
         prompt_end = self._builder.PROMPT_SUFFIX.format(question)
-        room = self.length - int(self._min_tokens[number])
+        distractor_budget = self.length - int(self._min_tokens[number])
         while True:
-            before, after, depth = self._distractors(index, question, answers, room)
+            before, after, depth = self._distractors(index, question, answers, distractor_budget)
             prompt = PASSAGE_SEPARATOR.join([*before, gold, *after, prompt_end])
             # A tokenizer may merge across texts that were counted separately.
             excess = count_example_tokens(self._tokenizer, prompt, answers) - self.length
-            if excess <= 0 or room <= 0:
+            if excess <= 0 or distractor_budget <= 0:
                 break
-            room = max(0, room - excess)
+            distractor_budget = max(0, distractor_budget - excess)
         return {
             "index": index,
             "input": prompt,
@@ -366,18 +366,18 @@ class AssembledQuestions(QASource):
         return self._passages[number].decode()
 
     def _distractors(
-        self, index: int, question: str, answers: tuple[str, ...], room: int
+        self, index: int, question: str, answers: tuple[str, ...], distractor_budget: int
     ) -> tuple[list[str], list[str], float]:
-        """Returns (passages before the gold one, passages after it, its depth), of `room` tokens in total."""
+        """Returns (passages before the gold one, passages after it, its depth), at most `distractor_budget` tokens."""
         rng = np.random.default_rng([self._seed, index])
-        room_before = round(float(rng.random()) * room)
-        if room_before < MIN_PASSAGE_TOKENS:
-            room_before = 0
-        elif room - room_before < MIN_PASSAGE_TOKENS:
-            room_before = room
+        budget_before = round(float(rng.random()) * distractor_budget)
+        if budget_before < MIN_PASSAGE_TOKENS:
+            budget_before = 0
+        elif distractor_budget - budget_before < MIN_PASSAGE_TOKENS:
+            budget_before = distractor_budget
         candidates = self._candidates(rng, question, answers)
-        before, used_before = self._fill(candidates, room_before, question, answers)
-        after, used_after = self._fill(candidates, room - used_before, question, answers)
+        before, used_before = self._fill(candidates, budget_before, question, answers)
+        after, used_after = self._fill(candidates, distractor_budget - used_before, question, answers)
         used = used_before + used_after
         return before, after, used_before / used if used else 0.0
 
@@ -398,23 +398,23 @@ class AssembledQuestions(QASource):
                     yield text, int(self._passage_tokens[number])
 
     def _fill(
-        self, candidates: Iterator[tuple[str, int]], room: int, question: str, answers: tuple[str, ...]
+        self, candidates: Iterator[tuple[str, int]], distractor_budget: int, question: str, answers: tuple[str, ...]
     ) -> tuple[list[str], int]:
-        """Takes passages, the last one cut, until they have `room` tokens, or up to 1% of the length less.
+        """Takes passages, the last one cut, until they have `distractor_budget` tokens, or up to 1% of the length less.
 
         Returns:
           (passages, their tokens).
         """
         texts, used, leaking_cuts = [], 0, 0
-        while room - used > self._count("") and leaking_cuts < MAX_LEAKING_CUTS:
+        while distractor_budget - used > self._count("") and leaking_cuts < MAX_LEAKING_CUTS:
             text, tokens = next(candidates, ("", 0))
             if not text:
                 break
-            if tokens <= room - used:
+            if tokens <= distractor_budget - used:
                 texts.append(text)
                 used += tokens
                 continue
-            text, tokens = truncate_passage(text, room - used, self._count, slack=self.length // 100)
+            text, tokens = truncate_passage(text, distractor_budget - used, self._count, slack=self.length // 100)
             if text and not self._builder.leaks_answer(text, question, answers):  # part of a word may be the answer
                 texts.append(text)
                 return texts, used + tokens

@@ -24,7 +24,8 @@ from seqpe_jax.errors import InputError
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical name -> mesh axes, of activations and of stored parameters: fsdp shards are gathered for use.
+# Logical name -> mesh axes. Parameters are sharded over fsdp when stored and all-gathered before use, so WIDTH is unsharded
+# for activations.
 ACTIVATION_RULES = {
     BATCH: BATCH_AXES,
     LENGTH: ("context",),
@@ -47,7 +48,7 @@ PARAM_AXES = {
     "model/blocks*/mlp_in/kernel": (WIDTH, MLP),
     "model/blocks*/mlp_in/bias": (MLP,),
     "model/blocks*/mlp_out/kernel": (MLP, WIDTH),
-    "model/blocks*/fading/kernel": (WIDTH, HEADS),
+    "model/blocks*/fading/kernel": (WIDTH, HEADS),  # forget gate
     "model/blocks*/*/bias": (None,),
     "model/blocks*/norm_?/scale": (None,),
     "model/final_norm/*": (None,),
@@ -73,12 +74,13 @@ PARAM_AXES = {
     "encoding/slope": (None,),
     "encoding/scale": (None,),
     "encoding/threshold": (None,),
+    # FIRE MLP: first and second layer
     "encoding/inward": (None,),
     "encoding/inward_bias": (None,),
     "encoding/outward": (None, None),
     "encoding/outward_bias": (None,),
     "encoding/shift": (None, None),
-    "encoding/given": (None, None, None),  # precomputed vectors
+    "encoding/given": (None, None, None),  # precomputed position embeddings
 }
 
 
@@ -108,8 +110,9 @@ def make_mesh(
     count, others = len(devices), fsdp * context * tensor
     if count % others or (data and data * others != count):
         raise InputError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.context={context} x mesh.tensor={tensor} does not make the "
-            f"{count} devices there are: set mesh.data=0 and the others so that their product divides {count}"
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.context={context} x mesh.tensor={tensor} multiply to "
+            f"{(data or 1) * others}, but there are {count} devices: set mesh.data=0 and the others so that their product divides "
+            f"{count}"
         )
     shape = (count // others, fsdp, context, tensor)
     slices = _check_slices(devices, slices, shape)
@@ -252,8 +255,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     part, parts = batch_size // accumulate, batch_shards(mesh)
     if part % parts:
         raise InputError(
-            f"batch_size={batch_size} (in {accumulate} part(s)) does not divide over mesh.data x mesh.fsdp = {parts}: make "
-            f"it a multiple of {parts * accumulate}"
+            f"microbatch size {part} (batch_size={batch_size} / {accumulate}) is not divisible by mesh.data x mesh.fsdp = "
+            f"{parts}: use a multiple of {parts * accumulate} as batch_size"
         )
 
 
@@ -310,12 +313,12 @@ def describe_unsharded(dims: Sequence[UnshardedDim], shown: int = 5) -> str:
     return f"replicated, since the mesh axes do not divide them, at {extra:,.1f} MiB more: {names}{more}"
 
 
-def abstract_state_with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[UnshardedDim]]:
-    """Returns the shapes of a train state with their shardings, and the dimensions that could not be sharded.
+def abstract_state_with_shardings(mesh: Mesh, abstract_state: Any) -> tuple[Any, list[UnshardedDim]]:
+    """Adds shardings to the shapes of a train state; also returns the dimensions that could not be sharded.
 
     Args:
-      mesh: of the run.
-      state: tree of ShapeDtypeStructs, with parameters below "model" and "encoding".
+      mesh: mesh of the run.
+      abstract_state: tree of ShapeDtypeStructs, with parameters below "model" and "encoding".
 
     Raises:
       ValueError: a parameter matches no pattern of `PARAM_AXES`; a new one needs a line there.
@@ -343,7 +346,7 @@ def abstract_state_with_shardings(mesh: Mesh, state: Any) -> tuple[Any, list[Uns
     def with_sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
 
-    return jax.tree_util.tree_map_with_path(with_sharding, state), unsharded
+    return jax.tree_util.tree_map_with_path(with_sharding, abstract_state), unsharded
 
 
 def _path_name(path: Any) -> str:

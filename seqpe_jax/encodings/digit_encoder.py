@@ -1,6 +1,6 @@
-"""The digit encoder: a light transformer over the digits of positions; prefixes that positions share are computed once.
+"""The digit encoder: a small transformer over the digits of positions, with shared digit prefixes computed once.
 
-Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without an embedding of its index).
+Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without a digit-index embedding).
 """
 
 import functools
@@ -29,9 +29,9 @@ class Embeddings(NamedTuple):
     """Embeddings of the tokens of a digit string.
 
     Attributes:
-      digit_BW: float32[base, W], of the digits.
-      index_NW: float32[N, W], of their indices in the string, those of the axes included.
-      cls_W: float32[W], of the token after the last digit; None = there is none.
+      digit_BW: float32[base, W], digit embeddings.
+      index_NW: float32[N, W], digit-index embeddings, including the axis embeddings.
+      cls_W: float32[W], embedding of the CLS token after the last digit; None = no CLS token.
     """
 
     digit_BW: jax.Array
@@ -40,11 +40,11 @@ class Embeddings(NamedTuple):
 
 
 class DenseDigitAttention(NamedTuple):
-    """Attention within strings of N tokens, R of them at once.
+    """Dense attention within R digit strings of N tokens.
 
     Attributes:
       mask: bool[R or 1, 1, N, N], keys by query.
-      last_only: whether the next layer needs the last token alone.
+      last_only: whether only the last token is needed by the next layer.
     """
 
     mask: jax.Array
@@ -62,12 +62,12 @@ class DenseDigitAttention(NamedTuple):
 
 
 class TokenTypeAttention(NamedTuple):
-    """Attention of the nodes of a trie in the first layer, where they are of few types: each digit at each index, and CLS.
+    """First-layer attention of trie nodes, computed by token type: there are few types, each digit at each index, and CLS.
 
     Attributes:
       type_TU: one-hot [T, U], the type of each node.
-      mask_TU: bool[T, U], the types on each node's way from the root, itself included.
-      leaves: nodes at the end that the next layer needs; None = all.
+      mask_TU: bool[T, U], the types of each node's ancestors and of itself.
+      leaves: number of last nodes that the next layer needs; None = all.
     """
 
     type_TU: jax.Array
@@ -85,12 +85,12 @@ class TokenTypeAttention(NamedTuple):
 
 
 class TrieAttention(NamedTuple):
-    """Attention of the nodes of a trie to those on their way from the root, themselves included.
+    """Attention of trie nodes to their ancestors and themselves.
 
     Attributes:
-      ancestors_TN: int32[T, N], those nodes.
-      mask_TN: bool[T, N], which of them there are.
-      leaves: nodes at the end that the next layer needs; None = all.
+      ancestors_TN: int32[T, N], ancestors of each node and the node itself.
+      mask_TN: bool[T, N], valid entries of `ancestors_TN`.
+      leaves: number of last nodes that the next layer needs; None = all.
     """
 
     ancestors_TN: jax.Array
@@ -135,8 +135,8 @@ class EncoderBlock(nn.Module):
         """Returns the next states of the selected tokens.
 
         Args:
-          x: [..., W], states of tokens; those that are not selected serve as keys and values alone.
-          attention: selects tokens, and mixes their values.
+          x: [..., W], states of tokens; tokens that are not selected are only keys and values.
+          attention: selects tokens and computes their attention.
           deterministic: whether dropout is off.
         """
         config, width = self.config, self.config.width
@@ -159,12 +159,12 @@ class EncoderBlock(nn.Module):
 
 
 class DigitEncoder(nn.Module):
-    """Encodes positions int32[R, A] by their digits as vectors float32[R, output_width].
+    """Encodes positions int32[R, A] by their digits as embedding vectors float32[R, output_width].
 
     Attributes:
       config: fields of the encoding.
       axes: coordinates of a position.
-      output_width: features of a vector.
+      output_width: width of an embedding vector.
     """
 
     config: SeqPEConfig
@@ -178,9 +178,9 @@ class DigitEncoder(nn.Module):
         """Returns one vector per position.
 
         Args:
-          positions_RA: int32[R, A], in units.
-          max_nodes: of `prefix_trie.max_nodes_per_level`: each prefix of digits that positions share is computed once;
-            None = each string by itself. Without dropout both give the same; with it, sharing a prefix shares its mask.
+          positions_RA: int32[R, A], fixed-point integers (1 token = base**fraction_digits).
+          max_nodes: result of `prefix_trie.max_nodes_per_level`: each shared digit prefix is computed once; None = each
+            string is computed separately. Results are equal without dropout; with it, a shared prefix has one mask.
           deterministic: whether dropout is off.
         """
         config = self.config
@@ -203,7 +203,7 @@ class DigitEncoder(nn.Module):
         return x_RE if trie is None else x_RE[trie.leaf_R]
 
     def _embeddings(self) -> Embeddings:
-        """Creates the embeddings. Their parameters keep the names of older checkpoints."""
+        """Creates the embeddings; `place_embedding` is the digit-index embedding, whose old name keeps checkpoints readable."""
         config, length = self.config, self.axes * self.config.num_digits
         init = initializer(config, config.init_std)
         indices = length if config.digit_index == "global" else config.num_digits
@@ -217,7 +217,7 @@ class DigitEncoder(nn.Module):
         return Embeddings(digit_BW, index_NW, cls_W)
 
     def _mask(self, positions_RA: jax.Array) -> jax.Array:
-        """Attention mask of the strings of positions, bool[R or 1, 1, N, N]."""
+        """Attention mask of the digit strings, bool[R or 1, 1, N, N]."""
         config = self.config
         length = self.axes * config.num_digits
         tokens = length + config.cls
@@ -232,7 +232,7 @@ class DigitEncoder(nn.Module):
 
 
 def initializer(config: SeqPEConfig, std: float) -> nn.initializers.Initializer:
-    """Returns the initializer of weights with this standard deviation."""
+    """Returns the weight initializer with a standard deviation."""
     make = {"normal": nn.initializers.normal, "truncated_normal": nn.initializers.truncated_normal}
     return make[config.init_distribution](std)
 
@@ -244,12 +244,12 @@ def string_layers(
 
     Args:
       config: fields of the encoding.
-      embeddings: of the tokens.
+      embeddings: embeddings of the tokens.
       digits_RN: int32[R, N].
-      mask: bool[R or 1, 1, N, N], that of CLS included.
+      mask: bool[R or 1, 1, N, N], including CLS.
 
     Returns:
-      States float32[R, N, W], the last token of which is read out; one `DenseDigitAttention` per layer.
+      States float32[R, N, W], whose last token is the output; one `DenseDigitAttention` per layer.
     """
     x_RNW = embeddings.digit_BW[digits_RN] + embeddings.index_NW
     if embeddings.cls_W is not None:
@@ -265,13 +265,13 @@ def trie_layers(
 
     Args:
       config: fields of the encoding.
-      embeddings: of the tokens.
-      trie: of the strings, T nodes.
-      max_nodes: nodes of each of its levels.
+      embeddings: embeddings of the tokens.
+      trie: trie of the digit strings, T nodes.
+      max_nodes: number of nodes of each level.
 
     Returns:
-      States float32[U, W] of the types of tokens, which are all that the nodes of the first layer differ in; the attention
-      of each layer, the last of which leaves the states of the strings.
+      States float32[U, W] of the token types, since nodes of one type have the same first state; the attention of each
+      layer, the last of which returns only the states of complete strings.
     """
     (length, _), base = embeddings.index_NW.shape, len(embeddings.digit_BW)
     x_UW = (embeddings.index_NW[:, None] + embeddings.digit_BW).reshape(-1, config.width)

@@ -1,6 +1,8 @@
-"""SeqPE: a position is a string of digits, a light transformer encodes it, its vector enters attention.
+"""SeqPE: encodes the digit string of a position with a small transformer into an embedding used in attention.
 
-Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without an embedding of its index, the
+With mode "input_add" the embedding is added to the input instead.
+
+Source: arXiv 2506.13277 section 3, and the released code's conventions (CLS last and without a digit-index embedding, the
 qk map's output [query half | key half]).
 """
 
@@ -17,16 +19,16 @@ from seqpe_jax.encodings.digit_encoder import DigitEncoder, initializer
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.positions.prefix_trie import PositionStructure, max_nodes_per_level
 
-MAX_SHARED_FRACTION = 0.8  # prefixes are shared where at most this fraction of the tokens is left
+MAX_SHARED_FRACTION = 0.8  # use the trie only if it leaves at most this fraction of the encoder tokens
 
 
 class QKMap(nn.Module):
-    """One linear map of a position's vector to its query and key parts, or one per layer.
+    """Projects a position embedding to position queries and keys, with one linear map or one per layer.
 
     Attributes:
       layers: number of maps; None = a single one without a layer axis.
-      kernel_init: of the weights.
-      part_width: width of a query part, and of a key part, all heads together.
+      kernel_init: initializer of the weights.
+      part_width: width of the position query, and of the key, of all heads together.
     """
 
     layers: int | None
@@ -46,15 +48,15 @@ class QKMap(nn.Module):
 
 
 class SeqPE(nn.Module):
-    """The sequential position encoding: digits -> vectors -> signal.
+    """The sequential position encoding: digits -> embedding vectors -> PositionSignal.
 
     Attributes:
-      config: fields of the encoding.
-      dims: of the model that reads the signal. Each token before the positions learns a vector of its own, which `signal`
-        alone sees (the reference's `cls_token_pos_embed`).
-      table_sides: sides of a parameter `table` of vectors [sides..., E] in place of the encoder, for models that are
-        served; () = no table.
-      table_stride: from one position of the table to the next.
+      config: encoding section of the config.
+      dims: sizes of the model. Each prefix token, such as a class token, has a learned embedding, which only `signal` uses
+        (the reference's `cls_token_pos_embed`).
+      table_sides: shape (without E) of a precomputed embedding table that replaces the encoder at inference; () = use the
+        encoder.
+      table_stride: distance in fixed-point units between neighboring table entries.
     """
 
     config: SeqPEConfig
@@ -64,11 +66,11 @@ class SeqPE(nn.Module):
 
     @property
     def vector_width(self) -> int:
-        """Width of a position's vector."""
+        """Width of a position embedding."""
         return self.config.vector_width(self.dims)
 
     def setup(self) -> None:
-        """Makes the digit encoder and, where there is one, the qk map."""
+        """Creates the digit encoder or the table, and the qk map if `config.qk` asks for one."""
         config, dims = self.config, self.dims
         config.check_dims(dims)
         if self.table_sides:
@@ -88,19 +90,19 @@ class SeqPE(nn.Module):
     def for_model(
         cls, *, layers: int, width: int, heads: int, max_position: int, axes: int = 1, base: int = 10, **options: Any
     ) -> "SeqPE":
-        """Returns an encoding for a transformer of one's own, in the form of the recipes.
+        """Returns an encoding for your own transformer, configured as in the recipes.
 
             encoding = SeqPE.for_model(layers=2, width=96, heads=4, max_position=10_000)
             params = encoding.init(key, jnp.arange(64))
             signal = encoding.apply(params, jnp.arange(1024))  # 16 times as long; give layer i signal.at_layer(i)
 
         Args:
-          layers: of the model; the digit encoder has two layers.
-          width: of the model and of the digit encoder.
-          heads: of the model and of the digit encoder.
-          max_position: coordinates are below it; it sets the number of digits.
+          layers: number of layers of the model; the digit encoder has two layers.
+          width: width of the model and of the digit encoder.
+          heads: number of heads of the model and of the digit encoder.
+          max_position: exclusive limit of coordinates; it sets the number of digits.
           axes: coordinates of a position: 1 for text, 2 for images, 3 for videos.
-          base: of the digits.
+          base: base of the digits.
           options: any further field of `SeqPEConfig`.
 
         Raises:
@@ -117,7 +119,7 @@ class SeqPE(nn.Module):
     def __call__(
         self, positions_PLA: jax.Array, *, shape: tuple[int, ...] = (), deterministic: bool = True
     ) -> PositionSignal:
-        """Returns the signal of positions int32[P, L, A], or of one set, int32[L, A] or int32[L]; `shape` is not read."""
+        """Returns the signal of positions int32[P, L, A], or of one set, int32[L, A] or int32[L]; `shape` is ignored."""
         if positions_PLA.ndim < 3:
             positions_PLA = positions_PLA.reshape(1, positions_PLA.shape[0], -1)
         sets, length, axes = positions_PLA.shape
@@ -127,11 +129,11 @@ class SeqPE(nn.Module):
     def vectors(
         self, positions_RA: jax.Array, *, structures: Sequence[PositionStructure] = (), deterministic: bool = True
     ) -> jax.Array:
-        """Returns the vectors of positions.
+        """Returns the embedding vectors of positions.
 
         Args:
           positions_RA: int32[R, A].
-          groups: `PositionStructure` of the rows, in their order; () = nothing is known of them.
+          structures: `PositionStructure` of consecutive rows; () = no known structure.
           deterministic: whether dropout is off.
 
         Returns:
@@ -144,7 +146,7 @@ class SeqPE(nn.Module):
         return self.encoder(positions_RA, max_nodes=max_nodes, deterministic=deterministic)
 
     def _max_nodes(self, positions_RA: jax.Array, structures: Sequence[PositionStructure]) -> tuple[int, ...] | None:
-        """Nodes per level of a trie of shared prefixes; None if nothing or little can be shared."""
+        """Nodes per level of a trie of shared prefixes; None if the trie would save little or nothing."""
         config, rows = self.config, positions_RA.shape[0]
         shareable = config.share_prefixes and config.direction == "causal" and config.padding == "left"
         if not shareable or config.mask_padding:
@@ -164,9 +166,9 @@ class SeqPE(nn.Module):
     def signal(
         self, vectors_PLE: jax.Array, positions_PLA: jax.Array | None = None, *, shape: tuple[int, ...] = ()
     ) -> PositionSignal:
-        """Returns how vectors float32[P, L, E] enter the model, as the signal of prefix + L tokens.
+        """Returns the PositionSignal of prefix + L tokens from embedding vectors float32[P, L, E].
 
-        The positions of the vectors are not read: the other parts of a combined encoding need them.
+        `positions_PLA` is ignored here; other parts of a combined encoding use it.
         """
         config, dims = self.config, self.dims
         if dims.prefix_tokens:
@@ -189,9 +191,9 @@ class SeqPE(nn.Module):
         return signal.for_heads(config.position_heads or dims.heads, dims.heads)
 
     def query_key(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the query and key parts, each float32[(layers,) ..., position heads or 1, F], of vectors [..., E].
+        """Returns position queries and keys, each float32[(layers,) ..., position heads or 1, F], of vectors [..., E].
 
-        In mode attn_scalar the query part carries s / sqrt(head width): their dot product is a final attention logit.
+        In mode attn_scalar queries are scaled by s / sqrt(head width), so that the dot product is a final attention logit.
         """
         config = self.config
         if config.qk != "none":
@@ -208,10 +210,10 @@ class SeqPE(nn.Module):
         return query, key
 
     def with_precomputed_table(self, sides: tuple[int, ...], stride: int) -> "SeqPE":
-        """Returns this encoding with a table of vectors in the encoder's place: of sides[a] positions at a distance of `stride`."""
+        """Returns a copy whose encoder is replaced by a table of `sides` embeddings, with a spacing of `stride` fixed-point units."""
         return self.clone(table_sides=sides, table_stride=stride)
 
     @property
     def _num_heads(self) -> int:
-        """Heads that have query and key parts of their own."""
+        """Number of heads with separate position queries and keys; 1 = shared by all heads."""
         return (self.config.position_heads or self.dims.heads) if self.config.per_head else 1

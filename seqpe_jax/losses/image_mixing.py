@@ -13,8 +13,8 @@ def mix_images(
       key: PRNG key.
       images: float32[B, sides..., C].
       labels_B: int32.
-      mixup: alpha of the Beta(alpha, alpha) distribution of mixup proportions; 0: no mixup.
-      cutmix: alpha of the Beta(alpha, alpha) distribution of cutmix proportions; 0: no cutmix.
+      mixup: alpha of the Beta(alpha, alpha) distribution of mixup proportions; 0 = no mixup.
+      cutmix: alpha of the Beta(alpha, alpha) distribution of cutmix proportions; 0 = no cutmix.
       switch: probability of cutmix if both are on.
 
     Returns:

@@ -1,4 +1,7 @@
-"""Losses on position vectors: contrastive learning of nearness, and distillation of similarities to out-of-range windows."""
+"""Losses on position vectors: contrastive learning of nearness, and distillation.
+
+Distillation transfers the in-range similarity matrix to shifted, out-of-range windows.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -35,11 +35,11 @@ BACKWARD_FLOPS = (
 
 
 class EncoderRows(NamedTuple):
-    """Positions that the encoder encodes together.
+    """Positions encoded in one call of the encoder.
 
     Attributes:
       positions: int32[..., A].
-      group: their common structure, by which shared digit prefixes are bounded.
+      structure: structure used to compute a static bound on distinct digit prefixes.
     """
 
     positions: jax.Array
@@ -52,7 +52,7 @@ class TrainLoss:
 
     Attributes:
       model_spec: encoding and network.
-      task_loss: None for the losses on position vectors alone.
+      task_loss: loss of the task; None = losses on position vectors only.
       settings: `objective` section of the config.
       random_bits: generator of dropout masks, see `models.build.dropout_key`.
     """
@@ -127,10 +127,10 @@ class TrainLoss:
         """Encodes all positions of a step in one call of the encoder.
 
         Args:
-          params: of the encoding.
+          params: parameters of the encoding.
           sampled: positions of the step.
           dropout_key: PRNG key of dropout masks.
-          has_own_positions: the positions are not those of `sample`: nothing is known of their structure.
+          positions_from_batch: positions come from the batch; do not assume the window structure used for prefix sharing.
 
         Returns:
           (signal of the model, unweighted {"contrastive": float32[], "distillation": float32[]} as far as they are on).
@@ -305,9 +305,9 @@ def position_losses(
       key: PRNG key of the training run.
       step: int32[], optimizer step.
       window: training length, or sides of the training grid.
-      max_position: limit of sampled coordinates; 0: all that the digits can represent.
+      max_position: exclusive limit of sampled coordinates; 0 = all that the digits can represent.
       causal: compare anchors with earlier positions only, as causal attention does; not for grids.
-      settings: of sampling and losses; None: the recipe of `configs/stdlib_lm.py`. Weights are not applied, but a term
+      settings: `objective` section of the config; None = the recipe of `configs/stdlib_lm.py`. Weights are not applied, but a term
         with weight 0 is left out.
 
     Returns:
@@ -323,8 +323,8 @@ def position_losses(
         raise InputError(f"window has {len(shape)} axes and the encoding {axes}: give one side per axis")
     if limit < 2 * max(shape):
         raise InputError(
-            f"a window of {max(shape)} leaves no out-of-range windows below {limit}: give the encoding more digits, or "
-            "raise max_position"
+            f"distillation needs positions beyond the training window: max_position={limit} must be at least 2 x "
+            f"{max(shape)}; raise it, or give the encoding more digits"
         )
     if settings is None:
         settings = ObjectiveConfig(

@@ -1,6 +1,6 @@
 """Trie of digit prefixes: a causal encoder encodes each distinct prefix once instead of once per position.
 
-Shapes are static: the number of nodes of each level is bounded by what is known of the positions before they are sampled.
+Shapes are static: the structure of the positions, known before they are sampled, bounds the number of nodes of each level.
 """
 
 import math
@@ -13,14 +13,14 @@ import numpy as np
 
 
 class PositionStructure(NamedTuple):
-    """Structure of positions that are encoded together, by which their number of distinct prefixes is bounded.
+    """Structure of positions that are encoded together, used to compute a static bound on distinct prefixes.
 
     Attributes:
       num_windows: number of windows or grids; number of positions if these have no structure.
-      sides: tokens or patches of a window along each axis, row-major; (): unrelated positions.
+      sides: tokens or patches of a window along each axis, row-major; () = unrelated positions.
       num_chunks: chunks of a window along each axis, with gaps between them.
-      max_rows: positions of each window that are encoded, at most; 0: all.
-      spans: distance of first and last position along each axis without gaps; (): neighboring integers.
+      max_rows: maximum number of encoded positions of each window; 0 = all.
+      spans: distance of first and last position along each axis without gaps; () = neighboring integers.
       independent_axes: each position has its own coordinates, anywhere in the span, instead of those of its grid line.
     """
 
@@ -55,11 +55,11 @@ def max_nodes_per_level(
     and no more than it has positions.
 
     Args:
-      groups: structure of all positions.
-      axes: of a position.
-      base: of the digits.
-      digits: of a coordinate.
-      max_position: coordinates are below.
+      structures: structure of all positions.
+      axes: coordinates of a position.
+      base: base of the digits.
+      digits: number of digits of a coordinate.
+      max_position: exclusive limit of coordinates.
     """
     return tuple(
         min(
@@ -89,7 +89,7 @@ def build_trie(digits_RN: jax.Array, base: int, num_nodes: Sequence[int]) -> Pre
 
     Args:
       digits_RN: int32.
-      base: of the digits.
+      base: base of the digits.
       num_nodes: number of nodes of each level, at least as many as needed.
     """
     rows, length = digits_RN.shape

@@ -111,7 +111,7 @@ class ResultsCache:
         try:
             settings = config.to_dict(config.from_dict(unflatten_dict(self._shared | entry["settings"], ".")))
         except InputError as error:
-            raise InputError(f"{where} is none of this version: {error}") from error
+            raise InputError(f"{where} cannot be read by this version: {error}") from error
         if lines := config.difference(settings, config.to_dict(run.trial.settings)):
             raise InputError(
                 f"{where} is another one there ({', '.join(lines)}): give it a new name, or name a new file"

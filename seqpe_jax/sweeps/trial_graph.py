@@ -74,8 +74,8 @@ def recorded_decisions(workdir: str | os.PathLike) -> dict[str, Decisions]:
 class TrialGraph:
     """The runs of a sweep; a run with open fields depends on the runs that decide them.
 
-    A decision leaves out runs that failed, and says so. It is recorded, and final as soon as a run that it concerns has
-    begun; until then it is made again, since a failed run may have been repeated.
+    A decision leaves out runs that failed, and says so. It is recorded, and fixed once a dependent run has started; until
+    then it is made again, since a failed run may have been repeated.
 
     Attributes:
       runs: name -> run, in the order of the sweep. Runs that decide fields of others are not evaluated on the test split.
@@ -141,12 +141,12 @@ class TrialGraph:
                 missing = [name for name in best.runs if name not in names and not self._has_ended(self.runs[name], ())]
                 if missing and (field, best) not in self._final:
                     raise InputError(
-                        f"--only: '{run.name}' waits for {', '.join(missing)}, whose results decide its {field}: name "
-                        "these too, or run them before"
+                        f"'{run.name}' depends on {', '.join(missing)} (they select {field}): add them to --only or run "
+                        "them first"
                     )
 
     def blocked_runs(self, runs: Sequence[SweepRun]) -> list[str]:
-        """Returns one line for each group of runs that cannot start, with the runs that they wait for."""
+        """Returns one line for each group of blocked runs, with the runs that they depend on."""
         groups: dict[str, list[str]] = {}
         for run in self.updated(runs):
             for field, best in run.trial.best.items():
@@ -254,7 +254,7 @@ def _changes(workdir: AnyPath, trial: Trial, old: dict[str, Any]) -> list[str]:
         before = config.to_dict(config.from_dict(old["settings"]))
     except InputError as error:
         raise InputError(
-            f"{workdir / SWEEP_FILE}: the recorded run '{trial.name}' is none of this version: {error}"
+            f"{workdir / SWEEP_FILE}: the recorded run '{trial.name}' cannot be read by this version: {error}"
         ) from error
     best = {field: _best_to_json(one) for field, one in trial.best.items()}
     decided = tuple(f"{field}: " for field in old.get("decided", {}))

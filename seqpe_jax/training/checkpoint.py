@@ -1,4 +1,7 @@
-"""Saves and restores train states: Orbax in the background, under WORKDIR/checkpoints, each with checksums of its files."""
+"""Saves and restores train states: Orbax in the background, under WORKDIR/checkpoints, each with checksums of its files.
+
+Damage is detected by `RunDir.checkpoint_error`.
+"""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The training run: `train_and_evaluate` takes it from its folder's newest checkpoint, or from step 0, to its last step.
+"""Training loop: starts or resumes a run and trains it to `config.steps`.
 
 from seqpe_jax import config
 from seqpe_jax.training.loop import train_and_evaluate
@@ -48,7 +48,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike, *, extend: bo
     """Trains a run until `config.steps`; resumes it if its folder has a checkpoint.
 
     Args:
-      config: of the run.
+      config: config of the run.
       workdir: folder of the run, local or in a bucket; new, empty, or of a run with the same config.
       extend: allow more steps although the learning rate so far depends on their number.
 
@@ -124,8 +124,8 @@ def run_steps(
 
     Args:
       state: initial state, at any step; donated.
-      train_step: jitted.
-      batches: (step, global batch), from the step of the state on.
+      train_step: jitted train step.
+      batches: (step, global batch), starting at the step of the state.
       num_steps: step at which training ends.
       hooks: in the order of `HOOK_ORDER`.
 
@@ -136,7 +136,7 @@ def run_steps(
     start_step = int(jax.device_get(state.step))
     loop = LoopState(state, start_step, start_step, num_steps)
     with contextlib.ExitStack() as closing:
-        for hook in reversed(hooks):  # closes the first hook first: a save ends before signals act immediately again
+        for hook in reversed(hooks):  # close in list order: finish pending saves before restoring signal handlers
             closing.callback(hook.close)
         for step in range(start_step, num_steps):
             for hook in hooks:
@@ -174,10 +174,10 @@ def make_hooks(
     """Returns the hooks of a run.
 
     Args:
-      trainer: of the run.
-      run: its folder.
-      checkpointer: of the run.
-      start_step: steps done.
+      trainer: trainer of the run.
+      run: folder of the run.
+      checkpointer: checkpointer of the run.
+      start_step: steps done before.
       metadata: stored with the restored checkpoint; {} for a new run.
       pending_eval: the evaluation of the restored state was interrupted.
     """
@@ -232,8 +232,8 @@ def make_trainer(config: Config, run: RunDir, saved: int | None) -> Trainer:
     """Returns the trainer of a new or resumed run.
 
     Args:
-      config: of the run.
-      run: its folder.
+      config: config of the run.
+      run: folder of the run.
       saved: step of its newest checkpoint, or None.
 
     Raises:
@@ -269,7 +269,7 @@ def _check_data(trainer: Trainer, run: RunDir, saved: int | None) -> None:
 
 
 def _check_space(trainer: Trainer, run: RunDir, saved: int | None) -> None:
-    """Raises InputError if the disk has no room for the checkpoints of the run."""
+    """Raises InputError if the disk has no space for the checkpoints of the run."""
     config = trainer.config
     if saved == config.steps:
         return

@@ -1,4 +1,7 @@
-"""Train state and the pure train step: (state, batch) -> (state, metrics). Knows neither model, data nor devices."""
+"""Train state and the pure train step: (state, batch) -> (state, metrics), jitted in `training.trainer`.
+
+Independent of model, data and devices.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -104,7 +104,7 @@ def test_another_run_of_the_name_is_refused_and_nothing_is_made(tmp_path, wishes
     old = json.loads(file.read_text())
     old["runs"]["t=1"]["settings"] = {"batch_sise": 3}
     file.write_text(json.dumps(old))
-    with pytest.raises(InputError, match="run 't=1' is none of this version: .*batch_sise"):
+    with pytest.raises(InputError, match="run 't=1' cannot be read by this version: .*batch_sise"):
         ResultsCache(file).restore(begun(tmp_path / "third", TRIALS[:3]))
 
 

@@ -169,9 +169,7 @@ def test_a_stop_of_tuning_runs_starts_no_other_run(tmp_path, wishes):
 
 def test_runs_chosen_without_those_that_decide_are_refused(tmp_path, wishes):
     found = begun(tmp_path)
-    with pytest.raises(
-        InputError, match="'s-1' waits for t=1, t=2, t=3, whose results decide its batch_size: name these"
-    ):
+    with pytest.raises(InputError, match="'s-1' depends on t=1, t=2, t=3 .they select batch_size.: add them to --only"):
         found.check_selection([found.runs["s-1"]])
     found.check_selection(list(found.runs.values()))
     found = worked(tmp_path, names=["t=1", "t=2", "t=3"])
