@@ -37,7 +37,7 @@ def close(found, expected, relative: float, name: str = "") -> None:
 def compare_gradients(config, grads, stored, state) -> None:
     """Compares all stored gradients with those of our parameters; the rest is filled with NaN and left out."""
     filled = {key: stored.get(key, np.full_like(value, np.nan)) for key, value in state.items()}
-    rules = [rule for rule in weights.rules(config) if set(rule.theirs) <= set(state)]
+    rules = [rule for rule in weights.make_rules(config) if set(rule.reference_names) <= set(state)]
     expected = weights.to_params(rules, filled)
     assert jax.tree.structure(grads) == jax.tree.structure(expected)
     largest = max((np.abs(leaf).max() for leaf in stored.values()), default=0.0)

@@ -1,6 +1,6 @@
 """Relative position biases: logits gain a function of the positions of query and key (ALiBi, T5, KERPLE, FIRE, ...).
 
-ALiBi's is a product of a query's and a key's part. The others are functions of both (`base.RelativeBias`) that are computed
+ALiBi's is a product of a query's and a key's part. The others are functions of both (`position_signal.RelativeBias`) that are computed
 block by block. For each token they take its coordinates in tokens or patches, the largest distance possible from it, and
 whether it has a position: tokens before a grid, such as a class token, have none, and their logits stay as they are.
 """
@@ -185,7 +185,7 @@ def relative_bias_signal(
       positions_PLA: int32[P, L, A], in units.
       resolution: units of a token or patch.
       dims: of the model.
-      function: of `base.RelativeBias`.
+      function: of `position_signal.RelativeBias`.
       params: of the function; None = it has none.
       per_layer: whether parameters have a leading layer axis.
     """

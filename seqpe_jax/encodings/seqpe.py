@@ -210,7 +210,7 @@ class SeqPE(nn.Module):
         return query, key
 
     def with_precomputed_table(self, sides: tuple[int, ...], stride: int) -> "SeqPE":
-        """Returns a copy whose encoder is replaced by a table of `sides` embeddings, with a spacing of `stride` fixed-point units."""
+        """Returns a copy whose encoder is replaced by a table of `sides` embeddings, one every `stride` fixed-point units."""
         return self.clone(table_sides=sides, table_stride=stride)
 
     @property

@@ -45,7 +45,7 @@ def convert_to_run(source: str, output: str, tokenizer: str = "") -> dict[str, A
         "files": [str(file) for file in checkpoint.files],
         "encoding": config.encoding.kind,
         "parameters": num_params(model.params),
-        "mapped": {rule.ours: list(rule.theirs) for rule in weights.rules(config)},
+        "mapped": {rule.path: list(rule.reference_names) for rule in weights.make_rules(config)},
         "left_out": checkpoint.left_out,
         "text": not config.is_image,
         "tokenizer": None if words is None else words.name,

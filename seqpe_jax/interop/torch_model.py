@@ -114,11 +114,11 @@ def from_config(config: Config, state: weights.State, signal: Any = None) -> Mod
       InputError: an array is missing, left over, of another shape or not finite.
     """
     data_spec = _data_spec(config, state)
-    model_spec, rules = ModelSpec.of(config, data_spec), weights.rules(config)
+    model_spec, rules = ModelSpec.of(config, data_spec), weights.make_rules(config)
     shapes = model_spec.shapes
     if signal is not None:
         vectors_PLE = np.asarray(signal, np.float32)
-        rules = [rule for rule in rules if not rule.ours.startswith("encoding/encoder/")]
+        rules = [rule for rule in rules if not rule.path.startswith("encoding/encoder/")]
         encoding = PrecomputedVectors(model_spec.encoding, config.encoding.kind, vectors_PLE.shape)
         model_spec = dataclasses.replace(model_spec, encoding=encoding, has_vectors=False)
         others = {name: shape for name, shape in shapes["encoding"].items() if name != "encoder"}

@@ -363,7 +363,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     spec = torch_config.spec_from_config(config, getattr(model.model_spec.encoding, "vector_width", 0))
     training = torch_config.training_settings(config)
-    rules = weights.rules(config)
+    rules = weights.make_rules(config)
     state = weights.to_state(rules, jax.tree.map(np.asarray, model.params))
     if num_channels(state) != 3:
         raise InputError(f"{name} reads images of one channel: the reference's format knows three alone")
@@ -382,7 +382,7 @@ def write_reference(model: Any, output: str | os.PathLike) -> dict[str, Any]:
         "files": names,
         "encoding": kind,
         "parameters": num_params(model.params),
-        "mapped": {rule.ours: list(rule.theirs) for rule in rules},
+        "mapped": {rule.path: list(rule.reference_names) for rule in rules},
     }
 
 

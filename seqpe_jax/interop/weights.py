@@ -24,74 +24,74 @@ class Rule(NamedTuple):
     """One parameter here and its arrays in the reference.
 
     Attributes:
-      ours: path of the parameter, such as "model/blocks_0/qkv/kernel".
-      theirs: names of the arrays; several of them are the layers of one stacked parameter.
+      path: path of the parameter here, such as "model/blocks_0/qkv/kernel".
+      reference_names: names of the arrays; several of them are the layers of one stacked parameter.
       to_ours: function from an array there to one here.
       to_theirs: its inverse.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    path: str
+    reference_names: tuple[str, ...]
     to_ours: ArrayMap = np.asarray
     to_theirs: ArrayMap = np.asarray
 
 
-def rules(config: Config) -> list[Rule]:
+def make_rules(config: Config) -> list[Rule]:
     """Returns a rule for every parameter of a model of this config."""
     encoding, model = config.encoding, config.model
     images = model.kind == "vit"
-    found = (
+    rules = (
         vit_rules(model.layers, model.heads, model.patch)
         if images
         else gpt2_rules(model.layers, model.heads, model.tied)
     )
     if model.scan:
-        found = stack_layers(found)
+        rules = stack_layers(rules)
     if encoding.kind == "seqpe":
-        found += encoder_rules(encoding.layers, len(config.grid), encoding.cls, encoding.final_norm)
-        found += qk_rules(encoding.qk, model.layers, images)
+        rules += encoder_rules(encoding.layers, len(config.grid), encoding.cls, encoding.final_norm)
+        rules += qk_rules(encoding.qk, model.layers, images)
         if images:
-            found.append(CLASS_TOKEN_RULE)
+            rules.append(CLASS_TOKEN_RULE)
     if encoding.kind == "learned":
-        found.append(
+        rules.append(
             Rule("encoding/table", ("pos_embed",), _drop_first_axis, _add_first_axis)
             if images
             else Rule("encoding/table", ("transformer.wpe.weight",))
         )
     if encoding.kind == "rotary_mixed":
-        found.append(mixed_rule(model.heads))
-    return found
+        rules.append(mixed_rule(model.heads))
+    return rules
 
 
 def encoder_rules(layers: int, axes: int, cls: bool, final_norm: bool) -> list[Rule]:
     """Returns the rules of the digit encoder, a `SequentialPE` there."""
-    ours = "encoding/encoder"
-    found = [
-        Rule(f"{ours}/digit_embedding", (f"{PE_PREFIX}token_of_seqpe_embed.weight",)),
-        Rule(f"{ours}/place_embedding", (f"{PE_PREFIX}pos_of_seqpe_embed.weight",)),
-        *_linear_rules(f"{ours}/projection", f"{PE_PREFIX}out_proj"),
+    path = "encoding/encoder"
+    rules = [
+        Rule(f"{path}/digit_embedding", (f"{PE_PREFIX}token_of_seqpe_embed.weight",)),
+        Rule(f"{path}/place_embedding", (f"{PE_PREFIX}pos_of_seqpe_embed.weight",)),
+        *_linear_rules(f"{path}/projection", f"{PE_PREFIX}out_proj"),
     ]
     if cls:
-        found.append(Rule(f"{ours}/cls", (f"{PE_PREFIX}cls_token_embed",), _drop_first_axis, _add_first_axis))
+        rules.append(Rule(f"{path}/cls", (f"{PE_PREFIX}cls_token_embed",), _drop_first_axis, _add_first_axis))
     if axes > 1:
-        found.append(
-            Rule(f"{ours}/axis_embedding", (f"{PE_PREFIX}dim_token_embed",), _drop_second_axis, _add_second_axis)
+        rules.append(
+            Rule(f"{path}/axis_embedding", (f"{PE_PREFIX}dim_token_embed",), _drop_second_axis, _add_second_axis)
         )
     if final_norm:
-        found += _norm_rules(f"{ours}/final_norm", f"{PE_PREFIX}layernorm")
+        rules += _norm_rules(f"{path}/final_norm", f"{PE_PREFIX}layernorm")
     for layer in range(layers):
-        found += _block_rules(f"{ours}/block_{layer}", f"{PE_PREFIX}transformers.{layer}", "layernorm_1", "layernorm_2")
-    return found
+        rules += _block_rules(f"{path}/block_{layer}", f"{PE_PREFIX}transformers.{layer}", "layernorm_1", "layernorm_2")
+    return rules
 
 
 def gpt2_rules(layers: int, heads: int, tied: bool = True) -> list[Rule]:
     """Returns the rules of GPT-2 without positions."""
-    found = [Rule("model/token_embedding/embedding", ("transformer.wte.weight",))]
-    found += [] if tied else [Rule("model/output_embedding/embedding", ("lm_head.weight",))]
-    found += _norm_rules("model/final_norm", "transformer.ln_f")
+    rules = [Rule("model/token_embedding/embedding", ("transformer.wte.weight",))]
+    rules += [] if tied else [Rule("model/output_embedding/embedding", ("lm_head.weight",))]
+    rules += _norm_rules("model/final_norm", "transformer.ln_f")
     for layer in range(layers):
-        found += _split_heads(_block_rules(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2"), heads)
-    return found
+        rules += _split_heads(_block_rules(f"model/blocks_{layer}", f"transformer.h.{layer}", "ln_1", "ln_2"), heads)
+    return rules
 
 
 def vit_rules(layers: int, heads: int, patch: tuple[int, ...]) -> list[Rule]:
@@ -103,7 +103,7 @@ def vit_rules(layers: int, heads: int, patch: tuple[int, ...]) -> list[Rule]:
     def to_theirs(kernel: np.ndarray) -> np.ndarray:
         return np.moveaxis(kernel.T.reshape(kernel.shape[1], *patch, -1), -1, 1)
 
-    found = [
+    rules = [
         Rule("model/class_token", ("cls_token",), _drop_first_axis, _add_first_axis),
         Rule("model/projection/kernel", ("patch_embed.proj.weight",), to_ours, to_theirs),
         Rule("model/projection/bias", ("patch_embed.proj.bias",)),
@@ -113,11 +113,15 @@ def vit_rules(layers: int, heads: int, patch: tuple[int, ...]) -> list[Rule]:
     names = {"norm_1": "norm1", "norm_2": "norm2"}
     layers_of = {"qkv": "attn.qkv", "out": "attn.proj", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
     for layer in range(layers):
-        ours, theirs = f"model/blocks_{layer}", f"blocks.{layer}"
-        found += [rule for name in names for rule in _norm_rules(f"{ours}/{name}", f"{theirs}.{names[name]}")]
-        maps = [rule for name in layers_of for rule in _linear_rules(f"{ours}/{name}", f"{theirs}.{layers_of[name]}")]
-        found += _split_heads(maps, heads)
-    return found
+        path, reference_name = f"model/blocks_{layer}", f"blocks.{layer}"
+        rules += [rule for name in names for rule in _norm_rules(f"{path}/{name}", f"{reference_name}.{names[name]}")]
+        maps = [
+            rule
+            for name in layers_of
+            for rule in _linear_rules(f"{path}/{name}", f"{reference_name}.{layers_of[name]}")
+        ]
+        rules += _split_heads(maps, heads)
+    return rules
 
 
 def qk_rules(qk: str, layers: int, images: bool) -> list[Rule]:
@@ -144,31 +148,31 @@ def mixed_rule(heads: int) -> Rule:
     return Rule("encoding/frequencies", (f"{PE_PREFIX}freqs",), to_ours, to_theirs)
 
 
-def to_params(found: Iterable[Rule], state: State) -> Tree:
+def to_params(rules: Iterable[Rule], state: State) -> Tree:
     """Returns the parameters from the reference's arrays, each of which is used exactly once.
 
     Args:
-      found: rules of all parameters.
+      rules: rules of all parameters.
       state: arrays by name.
 
     Raises:
       InputError: arrays are missing, or left over; names the first five.
     """
-    found = list(found)
-    wanted = [name for rule in found for name in rule.theirs]
-    for what, names in (
+    rules = list(rules)
+    wanted = [name for rule in rules for name in rule.reference_names]
+    for fault, names in (
         ("lacks tensors that this model has", [name for name in wanted if name not in state]),
         ("has tensors that this model does not use", sorted(state.keys() - set(wanted))),
     ):
         if names:
             raise InputError(
-                f"the checkpoint {what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}; "
+                f"the checkpoint {fault}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}; "
                 "its config and its weights must belong together"
             )
     params: Tree = {"encoding": {}, "model": {}}
-    for rule in found:
-        *path, last = rule.ours.split("/")
-        parts = [rule.to_ours(np.asarray(state[name])) for name in rule.theirs]
+    for rule in rules:
+        *path, last = rule.path.split("/")
+        parts = [rule.to_ours(np.asarray(state[name])) for name in rule.reference_names]
         tree = params
         for key in path:
             tree = tree.setdefault(key, {})
@@ -176,35 +180,37 @@ def to_params(found: Iterable[Rule], state: State) -> Tree:
     return params
 
 
-def to_state(found: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
+def to_state(rules: Iterable[Rule], params: Tree) -> dict[str, np.ndarray]:
     """Returns the reference's arrays from the parameters, the bit-exact inverse of `to_params`."""
     state = {}
-    for rule in found:
+    for rule in rules:
         leaf: Any = params
-        for key in rule.ours.split("/"):
+        for key in rule.path.split("/"):
             leaf = leaf[key]
         leaf = np.asarray(leaf)
-        for part, name in zip(leaf if _stacked(rule) else [leaf], rule.theirs, strict=True):
+        for part, name in zip(leaf if _stacked(rule) else [leaf], rule.reference_names, strict=True):
             state[name] = np.ascontiguousarray(rule.to_theirs(part))
     return state
 
 
-def stack_layers(found: list[Rule]) -> list[Rule]:
+def stack_layers(rules: list[Rule]) -> list[Rule]:
     """Returns the rules of a model whose blocks are one stack (`models.transformer.ScannedBlocks`)."""
     stacks: dict[str, list[Rule]] = {}
-    for rule in found:
-        stacks.setdefault(re.sub(r"/blocks_\d+/", "/blocks/layers/", rule.ours), []).append(rule)
+    for rule in rules:
+        stacks.setdefault(re.sub(r"/blocks_\d+/", "/blocks/layers/", rule.path), []).append(rule)
     return [
-        rules[0]._replace(ours=ours, theirs=tuple(name for rule in rules for name in rule.theirs))
-        for ours, rules in stacks.items()
+        stack[0]._replace(path=path, reference_names=tuple(name for rule in stack for name in rule.reference_names))
+        for path, stack in stacks.items()
     ]
 
 
 def _stacked(rule: Rule) -> bool:
-    return "/blocks/layers/" in rule.ours or rule.theirs[0].endswith((".attn.pe_qk.weight", ".attn.pe_qk.bias"))
+    return "/blocks/layers/" in rule.path or rule.reference_names[0].endswith(
+        (".attn.pe_qk.weight", ".attn.pe_qk.bias")
+    )
 
 
-def _split_heads(found: list[Rule], heads: int) -> list[Rule]:
+def _split_heads(rules: list[Rule], heads: int) -> list[Rule]:
     """Returns the rules of a block whose attention maps have a dimension for heads here."""
 
     def qkv(rule: Rule) -> Rule:
@@ -226,8 +232,8 @@ def _split_heads(found: list[Rule], heads: int) -> list[Rule]:
         )
 
     made = []
-    for rule in found:
-        split = qkv if "/qkv/" in rule.ours else out if rule.ours.endswith("/out/kernel") else lambda rule: rule
+    for rule in rules:
+        split = qkv if "/qkv/" in rule.path else out if rule.path.endswith("/out/kernel") else lambda rule: rule
         made.append(split(rule))
     return made
 
@@ -248,22 +254,27 @@ def _add_second_axis(array: np.ndarray) -> np.ndarray:
     return array[:, None]
 
 
-def _block_rules(ours: str, theirs: str, norm_1: str, norm_2: str) -> list[Rule]:
+def _block_rules(path: str, reference_name: str, norm_1: str, norm_2: str) -> list[Rule]:
     layers = {"qkv": "attn.c_attn", "out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
-    found = _norm_rules(f"{ours}/norm_1", f"{theirs}.{norm_1}") + _norm_rules(f"{ours}/norm_2", f"{theirs}.{norm_2}")
+    rules = _norm_rules(f"{path}/norm_1", f"{reference_name}.{norm_1}") + _norm_rules(
+        f"{path}/norm_2", f"{reference_name}.{norm_2}"
+    )
     for name, layer in layers.items():
-        found.append(Rule(f"{ours}/{name}/kernel", (f"{theirs}.{layer}.weight",)))
-        found.append(Rule(f"{ours}/{name}/bias", (f"{theirs}.{layer}.bias",)))
-    return found
+        rules.append(Rule(f"{path}/{name}/kernel", (f"{reference_name}.{layer}.weight",)))
+        rules.append(Rule(f"{path}/{name}/bias", (f"{reference_name}.{layer}.bias",)))
+    return rules
 
 
-def _norm_rules(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}/scale", (f"{theirs}.weight",)), Rule(f"{ours}/bias", (f"{theirs}.bias",))]
+def _norm_rules(path: str, reference_name: str) -> list[Rule]:
+    return [Rule(f"{path}/scale", (f"{reference_name}.weight",)), Rule(f"{path}/bias", (f"{reference_name}.bias",))]
 
 
-def _linear_rules(ours: str, *theirs: str) -> list[Rule]:
-    weights, biases = tuple(f"{name}.weight" for name in theirs), tuple(f"{name}.bias" for name in theirs)
-    return [Rule(f"{ours}/kernel", weights, np.transpose, np.transpose), Rule(f"{ours}/bias", biases)]
+def _linear_rules(path: str, *reference_names: str) -> list[Rule]:
+    weights, biases = (
+        tuple(f"{name}.weight" for name in reference_names),
+        tuple(f"{name}.bias" for name in reference_names),
+    )
+    return [Rule(f"{path}/kernel", weights, np.transpose, np.transpose), Rule(f"{path}/bias", biases)]
 
 
 # The class token's position vector.
