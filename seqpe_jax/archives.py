@@ -14,7 +14,7 @@ def check_unpacked_size(archive: zipfile.ZipFile, max_bytes: int, hint: str) -> 
 
     Args:
       archive: opened for reading; `zipfile` reads no more of a member than its directory says.
-      max_bytes: of all members.
+      max_bytes: maximum bytes of all members.
       hint: what to do about it, for the message.
 
     Raises:
@@ -32,7 +32,7 @@ def load_npz(file: str | os.PathLike | io.BytesIO, max_bytes: int = MAX_UNPACKED
 
     Args:
       file: path or content.
-      max_bytes: of all arrays.
+      max_bytes: maximum bytes of all arrays.
 
     Raises:
       ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error: it is no such archive, cut short, too large,

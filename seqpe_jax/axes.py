@@ -59,7 +59,7 @@ def all_gather_params(params: Any, root: str) -> Any:
 
     Args:
       params: tree of arrays.
-      root: of their names, "model" or "encoding".
+      root: first part of their names, "model" or "encoding".
     """
     sharding = _CURRENT.get()
     return params if sharding is None else sharding.all_gather_params(params, root)
@@ -75,7 +75,7 @@ def shard_map(function: Callable[..., Any], arguments: Sequence[Any], names: Seq
     """Returns function(*arguments), computed by each device on its shards; inside, constraints have no effect.
 
     Args:
-      function: of arrays and None.
+      function: a function of arrays and None.
       arguments: arrays and None; the first has all dimensions of the result that are sharded.
       names: logical names of the dimensions of each argument, None = replicated. A dimension that its mesh axes do not
         divide is replicated too; LENGTH is padded instead.

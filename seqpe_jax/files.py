@@ -265,7 +265,7 @@ def atomic_dir(path: str | os.PathLike, option: str = "--output") -> Iterator[pa
     In a bucket its files are uploaded one by one, config.json last, by which a folder is known to be a run or an export.
 
     Args:
-      path: of the folder.
+      path: path of the folder.
       option: the option that names it, for messages.
 
     Raises:

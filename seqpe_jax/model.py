@@ -36,7 +36,7 @@ class Model:
     """A model and its parameters, from a run, an export, or a PyTorch or Hugging Face checkpoint (`seqpe_jax.load`).
 
     Attributes:
-      config: of the run; of a position encoder alone, only its encoding section is meaningful.
+      config: config of the run; of a position encoder alone, only its encoding section is meaningful.
       model_spec: encoding and network.
       data_spec: vocabulary or classes, channels and pixel statistics.
       load_params: returns the parameters; called once, by `params`.
@@ -158,7 +158,7 @@ class Model:
           max_new_tokens: tokens generated for each prompt, at most.
           temperature: 0 = always the most likely token; larger = more varied text.
           top_p: nucleus sampling from the most likely tokens that together reach this probability.
-          seed: of the random draws.
+          seed: seed of the random draws.
           window: tokens; a learned table, encoding.scaling and encoding.resize='interpolate' need it for texts longer than in
             training, since their positions depend on it. Other encodings do not use it.
 

@@ -591,7 +591,7 @@ def check_output_path(path: str | os.PathLike, option: str, allowed: tuple[str, 
     """Refuses an output file that would replace a file of a run, a sweep or an export, or lie among checkpoints.
 
     Args:
-      path: of the output.
+      path: path of the output.
       option: the option that names it, for the message.
       allowed: names of such files that this option is for.
 

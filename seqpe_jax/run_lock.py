@@ -29,7 +29,7 @@ class RunLock:
     """The record of the owner, which both kinds of lock share.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
 
     Attributes:
       previous: who the lock was taken over from, in words; "" if nobody.
@@ -114,7 +114,7 @@ class HeartbeatLock(RunLock):
     ended. Clocks of two machines are never compared: whoever wants the lock watches whether the record changes.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
       on_lost: called in the thread, with the reason in words, when the record is another's or gone.
     """
 
@@ -185,7 +185,7 @@ def run_lock(folder: AnyPath, on_lost: Callable[[str], None]) -> Iterator[RunLoc
     """Locks a run's folder for this process while the block runs.
 
     Args:
-      folder: of the run; made if it does not exist.
+      folder: folder of the run; made if it does not exist.
       on_lost: called in a thread, with the reason in words, if another process takes a folder in a bucket over meanwhile.
 
     Raises:

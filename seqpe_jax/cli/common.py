@@ -54,7 +54,7 @@ def define_path(
     """Defines a flag whose value is a path.
 
     Args:
-      name: of the flag.
+      name: name of the flag.
       help: its line in `--help`.
       writes: "file" or "folder" that the command writes there; "" = it reads there.
       local: reason why the path must be on a local disk; "" = it may be in a bucket.

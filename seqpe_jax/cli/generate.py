@@ -58,7 +58,7 @@ def read_prompts(path: str) -> list[str]:
     """Returns the lines of a file.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Raises:
       InputError: the file cannot be read, is too large, is no UTF-8 text, or has no line or an empty one.

@@ -109,7 +109,7 @@ def execute_file(path: str, expected: str) -> types.ModuleType:
     """Executes a Python file and returns it as a module.
 
     Args:
-      path: of the file.
+      path: path of the file.
       expected: kind of the file and what it must define, for messages.
 
     Raises:
@@ -129,7 +129,7 @@ def call_user_code(path: str, function: Callable[[], Any]) -> Any:
     """Calls code of a user's file; all that it raises becomes one line with the file's name and line number.
 
     Args:
-      path: of the file.
+      path: path of the file.
       function: calls the code.
 
     Raises:
@@ -160,7 +160,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     """Returns the validated config of nested dicts, such as a run's config.json; lists serve as tuples.
 
     Args:
-      values: of a config of this or an older version.
+      values: fields and values of a config of this or an older version.
 
     Raises:
       InputError: a field that does not exist, has the wrong type or range, or contradicts another one.
@@ -175,7 +175,7 @@ def apply_renames(values: dict[str, Any]) -> dict[str, Any]:
     """Returns nested values with today's names of fields and values that older versions named differently.
 
     Args:
-      values: of a config, or of some of its sections; a value that is no dict is returned unchanged.
+      values: fields and values of a config, or of some of its sections; a value that is no dict is returned unchanged.
 
     Raises:
       InputError: a field is set under both names, or an old value contradicts another field.
@@ -436,7 +436,7 @@ def with_encoding(
     """Sets the encoding of a config file's variant; fields that it does not have go back to their defaults.
 
     Args:
-      config: of the config file, with fields of several encodings.
+      config: content of the config file, with fields of several encodings.
       variant: an encoding kind, a name in `encodings.GATED` or in `forms`; None = seqpe.
       forms: further variants of a config file, and the kind of encoding of each.
 

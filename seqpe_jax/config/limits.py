@@ -61,7 +61,7 @@ def check_range(value: Any, limits: Mapping[str, Any], name: str, new: bool = Tr
     """Refuses a number outside of the limits of a field, alone or as an item of a tuple.
 
     Args:
-      value: of the field.
+      value: value of the field.
       limits: metadata of the field.
       name: dotted name of the field.
       new: the value is for a new run, not a stored one.

@@ -60,7 +60,7 @@ def check_positions(config: Config, length: int, source: str, *, training: bool 
     """Refuses a window that needs positions beyond those of the digits, or finer ones than they distinguish.
 
     Args:
-      config: of the run.
+      config: config of the run.
       length: tokens of the window.
       source: field or option that sets the length, for the message.
       training: the window is trained on, and must end below encoding.max_position.
@@ -86,7 +86,7 @@ def check_size(config: Config, size: tuple[int, ...], source: str, *, training: 
     """Refuses an image or video that patches do not divide, or that needs more positions than there are.
 
     Args:
-      config: of the run.
+      config: config of the run.
       size: (height, width), or (frames, height, width) of a video, in pixels.
       source: field or option that sets the size, for the message.
       training: as in `check_positions`.

@@ -30,8 +30,8 @@ def crop_box(
     If no sampled box fits, it is the largest centred one with an allowed aspect ratio.
 
     Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
+      height: height of the image, in pixels.
+      width: width of the image, in pixels.
       scale: range of the share of the area, sampled uniformly; (1, 1) = the complete image, whatever its aspect ratio.
       aspect: range of width / height, whose logarithm is sampled uniformly.
       rng: source of random numbers.

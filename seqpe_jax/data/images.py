@@ -37,7 +37,7 @@ def image_source(
       data_dir: folder of prepared data sets; "" = CACHE_DIR/datasets.
       cache_dir: "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
       progress: show progress bars and warnings on stderr.
-      bit_depth: of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are
+      bit_depth: bit depth of image_folder, bits of the grey values in files of 16 bits; 0 = 16, and files that use fewer are
         refused.
 
     Raises:

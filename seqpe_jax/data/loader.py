@@ -33,7 +33,7 @@ def training_windows(tokens: np.ndarray, length: int, *, field: str = "data.leng
 
     Args:
       tokens: 1-D.
-      length: of a window.
+      length: length of a window.
       field: the option to name in the message.
 
     Raises:
@@ -61,7 +61,7 @@ class ScoredWindows:
 
     Args:
       tokens: 1-D, of a split.
-      length: of a window.
+      length: length of a window.
       ends: int[W], token index of the last target of each window, at least `length`.
       counts: int[W], number of scored targets of each window, 1 to `length`.
     """
@@ -86,7 +86,7 @@ class TrainLoader:
     Args:
       source: random access, `source[i]`.
       batch_size: examples of a step over all processes.
-      seed: of the order and of the generators.
+      seed: seed of the order and of the generators.
       example: (source[i], numpy Generator) -> example; the generator depends on the seed and on the number of the
         example in the run only. None = source[i] is the example.
       rows: indices of the rows of each batch that this process reads, in that order; None = all of them. A row has the
@@ -194,7 +194,7 @@ def eval_windows(tokens: np.ndarray, length: int, batch_size: int, max_tokens: i
 
     Args:
       tokens: 1-D, of a split.
-      length: of a window.
+      length: length of a window.
       batch_size: windows of a batch.
       max_tokens: score only the first `max_tokens` tokens; 0 = all of them.
 

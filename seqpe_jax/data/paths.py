@@ -100,9 +100,9 @@ def resolve_paths(paths: Iterable[str], *, suffixes: tuple[str, ...] = (), title
     and devices are never opened.
 
     Args:
-      paths: of local files.
+      paths: paths of local files.
       suffixes: endings of names to take, in lower case; () = all.
-      title: of the progress bar on stderr; "" = none.
+      title: title of the progress bar on stderr; "" = none.
 
     Raises:
       InputError: a path is itself a broken link, a pipe, a socket or a device.

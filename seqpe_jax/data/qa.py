@@ -77,9 +77,9 @@ def training_example(
     """Returns prompt + " " + answer + end token, padded on the right with end tokens.
 
     Args:
-      record: of a `QASource`.
+      record: a record of a `QASource`.
       rng: samples one of the accepted answers; None = the first.
-      tokenizer: of the text.
+      tokenizer: tokenizer of the text.
       length: L; inputs are tokens[:L], targets tokens[1:].
       prompt_weight: loss weight of the context tokens, in 0..1 (the reference: 0).
       question_weight: loss weight of the question tokens, in 0..1. Questions that repeat words of the passage, as those
@@ -120,7 +120,7 @@ class QASource(abc.ABC):
     end token takes at most `length` tokens.
 
     Attributes:
-      name: of the data set and the split.
+      name: name of the data set and the split.
       length: in tokens.
       skipped: number of skipped questions by reason.
       fingerprint: hex digits, equal for equal questions on every machine.
@@ -218,7 +218,7 @@ def qa_source(
       paths: `data.paths`.
       data_dir: folder of prepared data sets; "" = CACHE_DIR/datasets.
       cache_dir: folder of indices; "" = $SEQPE_JAX_CACHE or ~/.cache/seqpe_jax.
-      seed: of the distractors, and of the position of the gold passage among them.
+      seed: seed of the distractors, and of the position of the gold passage among them.
       progress: show progress bars on stderr.
       max_bare_length: skip questions with more tokens without distractors, so that sources of several lengths have the
         same questions; 0 = length. Not for qa_jsonl, whose prompts are fixed.
@@ -263,11 +263,11 @@ class _IndexedSplit:
     """An indexed split at a length.
 
     Attributes:
-      name: of the data set and the split.
+      name: name of the data set and the split.
       length: in tokens.
-      tokenizer: of the index.
+      tokenizer: tokenizer of the index.
       index: see `qa_index`.
-      fingerprint: of the source.
+      fingerprint: fingerprint of the source.
     """
 
     name: str
@@ -313,9 +313,9 @@ class AssembledQuestions(QASource):
     Args:
       split: the indexed split.
       max_bare_length: limit of the tokens without distractors.
-      folder: of the index.
+      folder: folder of the index.
       builder: class of the data set.
-      seed: of the distractors.
+      seed: seed of the distractors.
     """
 
     def __init__(

@@ -36,8 +36,8 @@ def load_index(
 
     Args:
       root: folder of all indices.
-      name: of the data set and the split.
-      identity: of the data and the tokenizer.
+      name: name of the data set and the split.
+      identity: identity of the data and the tokenizer.
       build: writes the index into a folder.
     """
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, *identity]).encode()).hexdigest()[:16]
@@ -143,11 +143,11 @@ def index_records(
     """Writes each passage once, the answerable questions, and the index of both.
 
     Args:
-      records: of a split, as `QABuilder` writes them.
+      records: records of a split, as `QABuilder` writes them.
       builder: class of the data set.
       tokenizer: that counts tokens.
       folder: to write into.
-      title: of the progress bar.
+      title: title of the progress bar.
       progress: show it on stderr.
     """
     bar = tqdm.tqdm(range(len(records)), f"index {title}", unit=" questions", delay=2.0, disable=not progress)
@@ -165,7 +165,7 @@ def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, 
       file: as `qa_jsonl.lines` reads it.
       tokenizer: that counts tokens.
       folder: to write into.
-      title: of the progress bar.
+      title: title of the progress bar.
       progress: show it on stderr.
 
     Raises:

@@ -39,15 +39,15 @@ class Dataset:
       builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`.
       paths: use of `data.paths`: "none", "optional", "one" (exactly one) or "some" (at least one).
       paths_hint: what `data.paths` must name, for messages; of data sets that need it.
-      answers: of questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all
+      answers: kind of the answers to questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all
         scores).
-      size: of images, (height, width), or (frames, height, width) of videos; () = images differ, or the config decides.
-      video: of images, whether examples are videos.
-      channels: of images.
-      mean: of images, per channel in 0..1.
-      std: of images, per channel in 0..1.
-      num_classes: of images; 0 = known from the files alone.
-      has_bit_depth: of images, whether `data.bit_depth` is read.
+      size: image size (height, width), or (frames, height, width) of videos; () = images differ, or the config decides.
+      video: whether image examples are videos.
+      channels: image channels.
+      mean: image mean per channel, in 0..1.
+      std: image standard deviation per channel, in 0..1.
+      num_classes: number of image classes; 0 = known from the files alone.
+      has_bit_depth: whether `data.bit_depth` is read for images.
     """
 
     name: str

@@ -88,7 +88,7 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterab
     join the parts of a word.
 
     Args:
-      tokenizer: of all ids.
+      tokenizer: tokenizer of all ids.
       prompt: ids before them.
       ids: to decode.
     """

@@ -144,7 +144,7 @@ class _TokenWriter:
 
     Args:
       file: open binary file.
-      tokenizer: of the split.
+      tokenizer: tokenizer of the split.
     """
 
     def __init__(self, file, tokenizer: Tokenizer):

@@ -16,11 +16,11 @@ class Chip:
     """One JAX device; a chip that JAX shows as two devices has half of its published figures in each.
 
     Attributes:
-      name: of the chip.
+      name: name of the chip.
       flops: peak bf16 FLOP/s.
       memory: bytes of HBM.
       source: where the figures are published.
-      bandwidth: of the memory, bytes/s, reads and writes together; 0 = unknown.
+      bandwidth: bandwidth of the memory, bytes/s, reads and writes together; 0 = unknown.
       link: bytes/s to another device, one way: of a TPU to one neighbor, of an NVIDIA GPU over all of NVLink; 0 = unknown.
       sides: axes of the torus of links; 0 = a switch.
       closed: length at which an axis of a slice wraps around; on a torus of 3 axes, also its multiples.
@@ -137,7 +137,7 @@ def utilisation(flops: float, seconds: float) -> float | None:
     """Returns the model FLOPs utilization of all devices; None on unknown chips.
 
     Args:
-      flops: of the model.
+      flops: FLOPs of the model.
       seconds: that they took.
     """
     chip = find_chip(jax.devices()[0].device_kind)

@@ -45,7 +45,7 @@ def initialize(
     Args:
       facts: values that all processes must share (fields of the config, options), besides the versions of the program.
       coordinator: HOST:PORT of process 0; JAX's service listens at PORT, the roll call at PORT - 1.
-      num_processes: of the run.
+      num_processes: number of processes of the run.
       process_id: number of this process.
       seconds: to wait for the others.
 
@@ -174,7 +174,7 @@ def check_equal(facts: Mapping[str, str]) -> None:
     """Waits until all processes are here, and refuses facts that differ, such as fingerprints of their data.
 
     Args:
-      facts: of this process.
+      facts: facts about this process.
 
     Raises:
       InputError: on the coordinator; names the values with their processes and hosts. The workers are aborted.
@@ -242,7 +242,7 @@ def describe_batch(batch_size: int, shards: int) -> str:
     """Returns a summary of a batch on the devices, e.g. "batch 512: 2 x 4 devices, 64 each".
 
     Args:
-      batch_size: of all processes.
+      batch_size: batch size of all processes.
       shards: parts that the batch is split into.
     """
     devices = f"{jax.process_count()} x {jax.local_device_count()} devices"

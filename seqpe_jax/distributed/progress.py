@@ -17,7 +17,7 @@ class ProgressLine:
 
     Args:
       total: steps, or whatever is counted.
-      label: of what is counted.
+      label: name of the counted units.
       stream: None = stderr.
     """
 
@@ -37,7 +37,7 @@ class ProgressLine:
 
         Args:
           done: steps done.
-          loss: of the last step.
+          loss: loss of the last step.
           total: replaces the total.
           notes: to be added; empty ones are left out.
         """

@@ -159,7 +159,7 @@ class Coordinator:
         """Waits for all workers, and lets them start if their facts equal the coordinator's.
 
         Args:
-          facts: of the coordinator.
+          facts: facts about the coordinator.
           seconds: to wait.
 
         Raises:
@@ -269,7 +269,7 @@ class Worker:
     Args:
       address: (host, port) of the coordinator.
       process: number of this process.
-      facts: of this process, which must equal the coordinator's.
+      facts: facts about this process, which must equal the coordinator's.
       seconds: to wait for the coordinator.
 
     Raises:

@@ -200,7 +200,7 @@ class MeshSharding:
 
         Args:
           params: tree of arrays.
-          root: of their names, "model" or "encoding".
+          root: first part of their names, "model" or "encoding".
         """
 
         def gather(path: Any, leaf: jax.Array) -> jax.Array:
@@ -279,7 +279,7 @@ def rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, list[int]]:
     """Returns the indices of the rows of a batch that each process reads, by process index, shard after shard.
 
     Args:
-      mesh: of the run.
+      mesh: mesh of the run.
       batch_size: a multiple of `batch_shards(mesh)` (`check_batch`).
     """
     size = batch_size // batch_shards(mesh)
@@ -294,9 +294,9 @@ class UnshardedDim(NamedTuple):
 
     Attributes:
       parameter: its path.
-      size: of the dimension.
+      size: size of the dimension.
       over: the mesh axes, with their sizes.
-      bytes: of additional memory on each device.
+      bytes: additional memory on each device, in bytes.
     """
 
     parameter: str

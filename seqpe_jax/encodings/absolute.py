@@ -18,7 +18,7 @@ class NoPosition(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: NoPositionConfig
@@ -39,7 +39,7 @@ class Sinusoidal(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: SinusoidalConfig
@@ -70,7 +70,7 @@ class Learned(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model; the table's first entries are those of the tokens before the positions.
+      dims: sizes of the model; the table's first entries are those of the tokens before the positions.
     """
 
     config: LearnedConfig
@@ -112,7 +112,7 @@ def resize_table(table: jax.Array, shape: tuple[int, ...], method: str) -> jax.A
 
     Args:
       table: float[sides..., D].
-      shape: of the new grid; may be symbolic (jax.export).
+      shape: shape of the new grid; may be symbolic (jax.export).
       method: "linear" or "cubic" along each axis.
     """
     for axis, side in enumerate(shape):

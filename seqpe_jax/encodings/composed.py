@@ -42,7 +42,7 @@ class Composed(nn.Module):
 
     Attributes:
       parts: the encodings; no two of them fill the same field of the signal.
-      heads: of the model.
+      heads: number of heads of the model.
       part_heads: heads that get each part, the first ones.
     """
 
@@ -93,7 +93,7 @@ class LogScaling(nn.Module):
     so that training does not change. After Chiang and Cholak 2022 (arXiv 2202.12172, section 5.3), who scale by log n.
 
     Attributes:
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     dims: ModelDims

@@ -21,7 +21,7 @@ class PoPE(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
       PARAM_BOUNDS: training limits the keys' angles to -2 pi .. 0, as the paper does.
     """
 

@@ -115,7 +115,7 @@ class PositionSignal:
 
         Args:
           count: heads that get it; fields have one head, or at least that many.
-          heads: of the model.
+          heads: number of heads of the model.
 
         Raises:
           ValueError: the signal is added to the tokens, which all heads read, or is a bias.

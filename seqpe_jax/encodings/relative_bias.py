@@ -136,7 +136,7 @@ class SlopedBias:
     """ALiBi's bias on a grid, -slope * distance; with directions, heads attend to one side alone (LookHere).
 
     Attributes:
-      slopes: of each head, per patch.
+      slopes: slopes of each head, per patch.
       directed: whether parameters have directions.
     """
 
@@ -184,9 +184,9 @@ def relative_bias_signal(
     Args:
       positions_PLA: int32[P, L, A], in units.
       resolution: units of a token or patch.
-      dims: of the model.
-      function: of `position_signal.RelativeBias`.
-      params: of the function; None = it has none.
+      dims: sizes of the model.
+      function: function of `position_signal.RelativeBias`.
+      params: parameters of the function; None = it has none.
       per_layer: whether parameters have a leading layer axis.
     """
     inputs = bias_inputs(positions_PLA, resolution, dims.prefix_tokens)
@@ -217,7 +217,7 @@ class ALiBi(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: ALiBiConfig
@@ -246,7 +246,7 @@ class T5(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: T5Config
@@ -271,7 +271,7 @@ class Kerple(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
       PARAM_BOUNDS: training limits r1 and r2 to at least 0.01, as the authors' code does.
     """
 
@@ -303,7 +303,7 @@ class Fire(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: FireConfig
@@ -346,7 +346,7 @@ class GridALiBi(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: GridALiBiConfig
@@ -372,7 +372,7 @@ class LookHere(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: LookHereConfig
@@ -404,7 +404,7 @@ class ScaleInvariant(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: ScaleInvariantConfig

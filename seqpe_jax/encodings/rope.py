@@ -96,7 +96,7 @@ def ntk_scaling(frequencies: np.ndarray, ratio: float, width: int) -> np.ndarray
     Args:
       frequencies: radians per token.
       ratio: length of the window over that of training, above 1.
-      width: of a head.
+      width: width of a head.
     """
     return frequencies * ratio ** (-2.0 * np.arange(len(frequencies)) / max(width - 2, 1))
 
@@ -128,7 +128,7 @@ class Rotary(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: RotaryConfig
@@ -183,7 +183,7 @@ class RotaryAxial(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model.
+      dims: sizes of the model.
     """
 
     config: RotaryAxialConfig
@@ -212,7 +212,7 @@ class RotaryMixed(nn.Module):
 
     Attributes:
       config: fields of the encoding.
-      dims: of the model; tokens before the positions do not rotate.
+      dims: sizes of the model; tokens before the positions do not rotate.
     """
 
     config: RotaryMixedConfig

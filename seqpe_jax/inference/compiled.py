@@ -43,7 +43,7 @@ class CompiledModel:
 
         Args:
           params: {"encoding": ..., "model": ...}.
-          shape: of the window or grid, tokens or patches along each axis.
+          shape: shape of the window or grid, tokens or patches along each axis.
           rows: only the first indices of the first axis; None = all.
           start: tokens or patches from the origin to the first position along each axis; () = at the origin.
         """
@@ -76,7 +76,7 @@ class CompiledModel:
 
         Args:
           params: {"encoding": ..., "model": ...}.
-          shape: of the window or grid.
+          shape: shape of the window or grid.
           rows: only the first indices of the first axis; None = all.
           position_grid: replaces that of the model.
           progress: called with the positions done and their total.
@@ -121,7 +121,7 @@ class CompiledModel:
         """Returns the compiled evaluation step: (params, signal, batch) -> arrays with one entry per example.
 
         Args:
-          task_loss: of `losses.task`; its `eval_step` names the arrays.
+          task_loss: a loss of `losses.task`; its `eval_step` names the arrays.
         """
 
         def eval_step(params: Params, signal: PositionSignal, batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -136,7 +136,7 @@ class CompiledModel:
 
         Args:
           params: {"encoding": ..., "model": ...}.
-          shape: of the window or grid.
+          shape: shape of the window or grid.
           num_anchors: anchors, evenly spaced.
           columns: positions of a window, evenly spaced; a grid has all of its positions, row-major.
 

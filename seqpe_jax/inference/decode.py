@@ -33,7 +33,7 @@ class Sampling:
       temperature: 0 = the most likely token; else logits are divided by it.
       top_p: nucleus sampling (Holtzman et al. 2020): the most likely tokens that together reach this probability, and those
         as likely as the last of them.
-      seed: of the random draws, which depend on it and on the prompt's index alone.
+      seed: seed of the random draws, which depend on it and on the prompt's index alone.
       end: token that ends a text, or None.
 
     Raises:
@@ -212,8 +212,8 @@ def prefill(
 
     Args:
       model: has `forward_cached`, `logits` and `init_cache` (`models.gpt2.GPT2`).
-      params: of the model.
-      signal: of the whole window (`SamplingStatic.window`), one position set.
+      params: parameters of the model.
+      signal: PositionSignal of the whole window (`SamplingStatic.window`), one position set.
       tokens_BL: int32, prompts padded at the end.
       lengths_B: int32, tokens of each prompt.
       index_B: int32, index of each prompt among all.
@@ -328,9 +328,9 @@ class PromptBatch(NamedTuple):
     """Prompts that are decoded together.
 
     Attributes:
-      indices: of the prompts among all.
+      indices: indices of these prompts among all prompts.
       length: tokens that each prompt is padded to.
-      rows: of the batch; those beyond the prompts are padding.
+      rows: rows of the batch; those beyond the prompts are padding.
     """
 
     indices: list[int]
@@ -384,9 +384,9 @@ def decode(
 
     Args:
       functions: from `decode_functions`.
-      params: of the model.
-      signal: of batch.length + new tokens positions.
-      batch: of these prompts.
+      params: parameters of the model.
+      signal: PositionSignal of batch.length + new tokens positions.
+      batch: batch of these prompts.
       prompts: all prompts, int[n] each.
       sampling: settings.
       known_V: bool, ids that may be generated.

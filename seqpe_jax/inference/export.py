@@ -139,7 +139,7 @@ def export_stablehlo(
     """Returns the serialized StableHLO of ({flat name: parameter}, input) -> logits, for `jax.export.deserialize`.
 
     Args:
-      function: of nested parameters and the input.
+      function: a function of nested parameters and the input.
       params: nested parameters, or their shapes and dtypes.
       signature: shape and limits of the input.
       platforms: some of `PLATFORMS`.
@@ -163,7 +163,7 @@ def read_params(folder: str | os.PathLike, expected: Tree) -> Tree:
     """Returns the parameters of an export, NumPy arrays in nested dicts.
 
     Args:
-      folder: of the export.
+      folder: folder of the export.
       expected: their shapes and dtypes.
 
     Raises:

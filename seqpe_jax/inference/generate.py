@@ -29,7 +29,7 @@ def check_generation(
     `window`, so that neither other prompts nor the number of new tokens change a text; else the smallest that holds them.
 
     Args:
-      config: of the run.
+      config: config of the run.
       lengths: tokens of the prompts.
       sampling: settings.
       window: tokens; more than the training length, for an encoding whose signal depends on it.
@@ -101,7 +101,7 @@ def generate(
 
     Args:
       compiled: the model's compiled functions.
-      config: of the run.
+      config: config of the run.
       params: {"encoding": ..., "model": ...}.
       prompts: token ids, int[n] each.
       sampling: settings.

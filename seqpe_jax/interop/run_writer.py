@@ -30,9 +30,9 @@ def write_run(
 
     Args:
       output: path of a folder that does not exist or is empty.
-      config: of the run.
+      config: config of the run.
       params: parameters of the model.
-      data_spec: of the data that the model was trained on.
+      data_spec: data spec of the data that the model was trained on.
       step: number of the checkpoint.
       save_assets: function that writes the tokenizer, or the names of the classes, into a folder.
       report: content of conversion.json; None = no such file.

@@ -138,7 +138,7 @@ def encoding_from_spec(spec: ReferenceSpec) -> EncodingConfig:
     """Returns the encoding section of a spec.
 
     Args:
-      spec: of any kind.
+      spec: a spec of any kind.
 
     Raises:
       InputError: a field or value without a counterpart here.
@@ -191,7 +191,7 @@ def compat_from_spec(spec: ReferenceSpec) -> CompatConfig:
     """Returns the compat section of a spec: behaviour of the reference that its checkpoints were trained with.
 
     Args:
-      spec: of kind gpt2 or vit.
+      spec: a spec of kind gpt2 or vit.
 
     Raises:
       InputError: a field or value without a counterpart here.
@@ -217,7 +217,7 @@ def _encoder_fields(spec: ReferenceSpec, max_position: int | None = None) -> dic
     """Returns the fields of a digit encoder.
 
     Args:
-      spec: of kind seqpe_encoder.
+      spec: a spec of kind seqpe_encoder.
       max_position: number of positions of the whole grid; None = all that the digits can write.
     """
     check_spec(spec, "seqpe_encoder")
@@ -262,7 +262,7 @@ def config_from_spec(spec: ReferenceSpec) -> Config:
     """Returns the config of a spec.
 
     Args:
-      spec: of kind gpt2 or vit.
+      spec: a spec of kind gpt2 or vit.
 
     Raises:
       InputError: a field or value without a counterpart here, or fields that contradict each other.
@@ -408,7 +408,7 @@ def training_settings(config: Config) -> dict[str, Any]:
     """Returns the settings of a run's training under the reference's names, which its scripts read too.
 
     Args:
-      config: of the run.
+      config: config of the run.
     """
     shift, contrastive = config.objective.shift, config.objective.contrastive
     distillation = config.objective.distillation

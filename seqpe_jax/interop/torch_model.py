@@ -26,7 +26,7 @@ class PrecomputedVectors(nn.Module):
     Attributes:
       inner: encoding whose vectors they are.
       kind: name of that encoding.
-      shape: of the vectors, (P, L, E); for encodings without parameters, rows of the reference's tables.
+      shape: shape of the vectors, (P, L, E); for encodings without parameters, rows of the reference's tables.
     """
 
     inner: nn.Module
@@ -106,7 +106,7 @@ def from_config(config: Config, state: weights.State, signal: Any = None) -> Mod
     """Returns the model of a config and of arrays under the reference's names.
 
     Args:
-      config: of the model.
+      config: config of the model.
       state: arrays, the position model's with the prefix `pe_model.`.
       signal: float32[P, L, E], position vectors in place of an encoder.
 

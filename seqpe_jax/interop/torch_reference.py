@@ -317,8 +317,8 @@ def fixed_table(config: Config, model_spec: ModelSpec, rows: int) -> np.ndarray:
     """Returns the first rows of the table that the reference stores for an encoding without parameters on one axis.
 
     Args:
-      config: of the model.
-      model_spec: of the same model.
+      config: config of the model.
+      model_spec: ModelSpec of the same model.
       rows: number of positions, from 0.
 
     Returns:

@@ -42,7 +42,7 @@ def sample_positions(settings: Any, model_spec: ModelSpec, key: jax.Array, step:
 
     Args:
       settings: `objective` section of the config.
-      model_spec: of the model.
+      model_spec: ModelSpec of the model.
       key: PRNG key of the run.
       step: int32[].
     """

@@ -79,7 +79,7 @@ class TrainLoss:
 
         Args:
           params: {"encoding": ..., "model": ...}, see `ModelSpec.init`.
-          batch: of the task, optionally with "sampled_positions": `SampledPositions`.
+          batch: batch of the task, optionally with "sampled_positions": `SampledPositions`.
           key: PRNG key of the run.
           step: int32[].
           microbatch_index: index within an accumulated batch; microbatches differ in their dropout masks.

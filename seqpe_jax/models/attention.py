@@ -59,7 +59,7 @@ def attend(
       query_BLHK: queries.
       key_BSHK: keys.
       value_BSHV: values.
-      signal: of one layer (`PositionSignal.at_layer`).
+      signal: PositionSignal of one layer (`PositionSignal.at_layer`).
       cum_log_gate_BLH: float32, cumulative log forget gate; None = no gate.
       causal: query l attends to keys up to l + (S - L).
       kind: "auto" or one of `attention_dispatch.BACKENDS`.
@@ -137,7 +137,7 @@ def apply_position_signal(
       query_BLHK: queries.
       key_BSHK: keys.
       value_BSHV: values.
-      signal: of one layer (`PositionSignal.at_layer`).
+      signal: PositionSignal of one layer (`PositionSignal.at_layer`).
 
     Raises:
       InputError: the signal has a bias or a relative bias, which no query or key can carry alone.
@@ -183,8 +183,8 @@ def attend_cached(
 
     Args:
       query_BLHK, key_BLHK, value_BLHK: of the new tokens.
-      signal: of one layer and of the whole window, one position set.
-      cache: of the window, or of its first indices up to the last new token; entries past a token's index are not read.
+      signal: PositionSignal of one layer and of the whole window, one position set.
+      cache: KV cache of the window, or of its first indices up to the last new token; entries past a token's index are not read.
       token_index_PL: int32, indices of the new tokens in the window, consecutive along L; P = 1 (the same for all samples)
         or B.
       position_logits_PHLS: `position_logits` at these indices, where layers share them; None = computed from `signal`.
@@ -233,7 +233,7 @@ def position_logits(signal: PositionSignal, token_index_PL: jax.Array, keys: int
     """Returns bias + position_query . position_key of the tokens at some indices, float32[P, H or 1, L, S] or None.
 
     Args:
-      signal: of one layer and of the whole window, one position set.
+      signal: PositionSignal of one layer and of the whole window, one position set.
       token_index_PL: int32, indices of the tokens in the window.
       keys: S, the number of first window indices that serve as keys.
     """

@@ -17,7 +17,7 @@ def unsupported_reason(inputs: AttentionInputs, capability: float, split: bool) 
     """Returns why cuDNN cannot serve inputs, or "".
 
     Args:
-      inputs: of all devices, or their shapes.
+      inputs: inputs of all devices, or their shapes.
       capability: compute capability of the GPU, such as 9.0.
       split: queries are split over devices.
     """
@@ -41,7 +41,7 @@ def flash(inputs: AttentionInputs, implementation: str = "cudnn") -> jax.Array:
     """Returns the result of `reference_attention`, [B, L, H, V].
 
     Args:
-      inputs: of one device, which `unsupported_reason` does not refuse.
+      inputs: inputs of one device, which `unsupported_reason` does not refuse.
       implementation: argument of `jax.nn.dot_product_attention`.
     """
     query, key, value = append_position(inputs)

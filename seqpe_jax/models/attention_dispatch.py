@@ -31,7 +31,7 @@ def dispatch(kind: str, block: int, inputs: AttentionInputs, *, device: Any = No
     Args:
       kind: "auto", or one of `BACKENDS` to have that one.
       block: queries and keys per block; 0 = automatic. If given, "auto" takes blockwise attention for longer inputs.
-      inputs: of all devices, or their shapes.
+      inputs: inputs of all devices, or their shapes.
       device: device that the program is compiled for; None = JAX's default.
       split: queries are split over devices.
 
@@ -74,7 +74,7 @@ def unsupported_reason(inputs: AttentionInputs, device: Any, split: bool = False
     """Returns why no flash kernel serves inputs on a device, or "".
 
     Args:
-      inputs: of all devices, or their shapes.
+      inputs: inputs of all devices, or their shapes.
       device: device that the program is compiled for.
       split: queries are split over devices.
     """

@@ -73,7 +73,7 @@ def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
     """Returns the result of `reference_attention`, [B, L, H, V].
 
     Args:
-      inputs: of one device, without bias or relative bias.
+      inputs: inputs of one device, without bias or relative bias.
       interpret: run the kernels as plain JAX, on any platform.
     """
     batch, length, _, _ = inputs.query.shape

@@ -37,7 +37,7 @@ class DataSpec:
     Attributes:
       vocabulary: rows of the token embedding; 0 for images.
       classes: logits of an image; 0 for text.
-      channels: of an image.
+      channels: channels of an image.
       mean: per channel, in 0..1, subtracted from pixels; () = unknown.
       std: per channel, in 0..1, by which pixels are divided; () = unknown.
     """
@@ -59,11 +59,11 @@ class ModelSpec:
       inputs: shape and dtype of an example, [1, L] of tokens or [1, sides..., C] of images.
       shape: the window or grid that the model trains on, one int per coordinate axis.
       max_position: coordinates are below it, in units of the position grid.
-      base: of the digits.
+      base: base of the digits.
       heads: heads of the position vectors; None = one vector serves all of them.
       has_vectors: whether the encoding has vectors (SeqPE), which contrastive and distillation losses shape.
       position_grid: positions of windows and grids.
-      max_grid: of an export, the largest window or grid that it serves, one int per coordinate axis; else None.
+      max_grid: largest window or grid that an export serves, one int per coordinate axis; None = not an export.
     """
 
     encoding: nn.Module
@@ -199,7 +199,7 @@ def dropout_key(key: jax.Array, random_bits: str) -> jax.Array:
     """Returns the key of dropout masks.
 
     Args:
-      key: of threefry, uint32[2].
+      key: threefry key, uint32[2].
       random_bits: "threefry" (the key itself), or "rbg": bits of the device's own generator, which differ between kinds of
         devices; keys are split and folded in as with threefry.
     """
@@ -215,7 +215,7 @@ def model_flops(config: Config, vocabulary: int, *, tokens: int, training: bool)
     each block for attention to all L keys. A training step needs three times as many: forward, and twice that backward.
 
     Args:
-      config: of the model.
+      config: config of the model.
       vocabulary: classes of the logits.
       tokens: processed in all, in examples of the training size.
       training: whether gradients are computed as well.

@@ -39,7 +39,7 @@ class GPT2(nn.Module):
 
         Args:
           tokens_BL: int32 token ids.
-          signal: of L positions.
+          signal: PositionSignal of L positions.
           deterministic: no dropout.
         """
         return self.logits(self.hidden(tokens_BL, signal, deterministic))
@@ -58,8 +58,8 @@ class GPT2(nn.Module):
 
         Args:
           tokens_BL: int32, the new tokens.
-          signal: of the whole window, one position set.
-          cache: of each layer, `init_cache` before the first tokens; for the window, or for as many of its first indices as
+          signal: PositionSignal of the whole window, one position set.
+          cache: KV cache of each layer, `init_cache` before the first tokens; for the window, or for as many of its first indices as
             are attended to.
           token_index_PL: int32, indices of the new tokens in the window (`attention.attend_cached`).
         """
@@ -82,7 +82,7 @@ class GPT2(nn.Module):
         Args:
           batch: number of samples.
           length: S, tokens of the window.
-          signal: of the window.
+          signal: PositionSignal of the window.
         """
         config = self.config
         value = jnp.zeros((batch, length, config.heads, config.head_width), config.dtype)

@@ -39,10 +39,10 @@ class TransformerConfig:
       embedding_dropout: rate on the embedded tokens or patches.
       drop_path: stochastic depth (Huang et al. 2016), probability that a sample skips a branch of the last block; it grows
         linearly from 0 at the first block.
-      activation: of the MLP, one of `ACTIVATIONS`.
+      activation: activation of the MLP, one of `ACTIVATIONS`.
       layer_norm_epsilon: added to the variance.
       init_std: standard deviation of normal initial weights.
-      dtype: of the arithmetic; parameters are float32.
+      dtype: dtype of the arithmetic; parameters are float32.
       remat: recomputation in the backward pass: "none", "full" (whole blocks), "dots" (all but matrix products) or
         "offload" (matrix products are saved in host memory).
       attention_kind: "auto" or one of `attention_dispatch.BACKENDS`.
@@ -87,9 +87,9 @@ class Linear(nn.Module):
     The kernel is cast before it is gathered for use, so that sharded storage travels in the smaller dtype.
 
     Attributes:
-      shape: of the kernel, contracted dimensions first.
+      shape: shape of the kernel, contracted dimensions first.
       logical_axes: names of these dimensions (`axes`).
-      dtype: of the arithmetic.
+      dtype: dtype of the arithmetic.
       kernel_init: initializer of the kernel.
       contract_dims: number of dimensions that are summed over.
       bias_init: initial value of the bias.
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
         Args:
           x_BLD: states.
-          signal: of this layer.
+          signal: PositionSignal of this layer.
           deterministic: no dropout and no stochastic depth.
           drop_path: replaces the attribute, where layers are scanned over.
         """
@@ -195,7 +195,7 @@ class Block(nn.Module):
 
         Args:
           x_BLD: states of the new tokens.
-          signal: of this layer and the whole window.
+          signal: PositionSignal of this layer and the whole window.
           cache, token_index_PL, position_logits_PHLS: see `attention.attend_cached`.
         """
         inputs = (signal, cache, token_index_PL, position_logits_PHLS, self._log_forget_gate(x_BLD))

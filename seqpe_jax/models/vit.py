@@ -69,7 +69,7 @@ class ViT(nn.Module):
 
         Args:
           images: float[B, sides..., C], one side per entry of `patch`.
-          signal: of 1 + L tokens: the class token, then the patches row-major.
+          signal: PositionSignal of 1 + L tokens: the class token, then the patches row-major.
           deterministic: no dropout and no stochastic depth.
 
         Raises:

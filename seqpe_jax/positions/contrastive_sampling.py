@@ -70,7 +70,7 @@ def sample_contrastive_positions(
       candidates: C.
       max_position: coordinates are below.
       axes: A.
-      base: of the digits that hard candidates edit.
+      base: base of the digits that hard candidates edit.
       mixture: probabilities of (random, hard, distributional) candidates for an anchor.
       hard_fraction: hard candidates as a fraction of C: 1 to 3 random digit edits of the anchor, used if farther from it
         than the nearest uniform candidate.
@@ -191,7 +191,7 @@ def _distinct_integers(
 
     Args:
       bits: uint32[B, 2 * ROUNDS].
-      counts: of integers.
+      counts: numbers of integers.
       limits: int32[B], integers are below.
     """
     batch = len(bits)
@@ -295,7 +295,7 @@ def random_digit_edits(
       seeds_BC: uint32, seeds of the random words: hashes of a counter that starts at the seed.
       anchors_BA: int32.
       max_position: coordinates are below.
-      base: of the digits.
+      base: base of the digits.
 
     Returns:
       (int32[B, C, A] edited positions, bool[B, C] all edits succeeded).
@@ -343,7 +343,7 @@ def edit_once(bits: jax.Array, digits_NC: jax.Array, base: int) -> tuple[jax.Arr
     Args:
       bits: uint32[EDIT_WORDS - 1, C].
       digits_NC: int32, least significant first.
-      base: of the digits.
+      base: base of the digits.
 
     Returns:
       (int32[N, C] edited digits, bool[C] a valid choice was found).

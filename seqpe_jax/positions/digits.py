@@ -12,7 +12,7 @@ def to_digits(positions_RA: jax.Array, *, base: int, digits: int, padding: str =
 
     Args:
       positions_RA: int32, at least 0 and below base ** digits (higher digits are cut off).
-      base: of the digits.
+      base: base of the digits.
       digits: number of digits of a coordinate.
       padding: zeros before ("left") or after ("right") the significant digits.
     """

@@ -195,7 +195,7 @@ def jitter(
     Args:
       key: PRNG key.
       positions_PLA: int32.
-      max_distance: of a move.
+      max_distance: maximum distance of a move.
       max_position: coordinates are clipped to [0, max_position).
       ordered: sort the positions along their one axis, as a causal model needs it; two may become equal.
     """

@@ -102,7 +102,7 @@ def compile_step(trainer: Trainer) -> dict[str, Any]:
     """Compiles a trainer's step for its mesh, whose devices need not exist, and returns its cost.
 
     Args:
-      trainer: of the config and the mesh.
+      trainer: trainer of the config and the mesh.
 
     Returns:
       A dictionary with

@@ -38,9 +38,9 @@ class TimedProgram:
     Attributes:
       call: function that executes it once and returns arrays to wait for.
       units: tokens or images of a call.
-      flops: of a call, by the name of the utilisation (`flops_per_call`); 0 = no utilisation is reported.
+      flops: FLOPs of a call, by the name of the utilisation (`flops_per_call`); 0 = no utilisation is reported.
       compiled: program of a call.
-      mesh: of the program.
+      mesh: mesh of the program.
       turns: iterations of its loop, where the program's text does not have them.
       encoding: function that executes the position encoding alone; None where it computes nothing.
     """

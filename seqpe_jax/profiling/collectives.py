@@ -30,7 +30,7 @@ class Collective:
       kind: one of `KINDS`.
       groups: device numbers in the mesh that communicate with each other; () = all devices.
       count: number of executions.
-      bytes: of the arrays on one device that are reduced or sent, or of the result of an all-gather.
+      bytes: bytes of the arrays on one device that are reduced or sent, or of the result of an all-gather.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Collective:
         """Returns the least bytes that must enter each device, with any algorithm.
 
         Args:
-          devices: of the mesh.
+          devices: devices of the mesh.
         """
         if self.kind in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)

@@ -190,10 +190,10 @@ def _fusion_bytes_written(program: HloModule, fused: str, root: str, shape: str,
     """Returns the bytes that a fused computation writes of a result.
 
     Args:
-      program: of the computation.
+      program: program that contains the computation.
       fused: name of the computation.
       root: name of the instruction that computes the result.
-      shape: of the result.
+      shape: shape of the result.
       passed: numbers of the results that alias operands, and are not written.
     """
     if -1 in passed:

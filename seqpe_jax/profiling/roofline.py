@@ -97,7 +97,7 @@ def roofline(
     """Returns the bound of a compiled program.
 
     Args:
-      program: of one device.
+      program: compiled program of one device.
       mesh: its devices, which need not exist.
       chip: kind of the devices.
       model_flops: {name of a utilisation: FLOPs of all devices that count as useful for it} (`models.build.model_flops`).

@@ -29,9 +29,9 @@ class ExportSignature:
     """Input and output of an exported logits function.
 
     Attributes:
-      name: of the input.
-      dtype: of the input.
-      shape: of the input, numbers and expressions such as "2*rows"; the first is "batch".
+      name: name of the input.
+      dtype: dtype of the input.
+      shape: shape of the input, numbers and expressions such as "2*rows"; the first is "batch".
       limits: the largest value of each letter in `shape` except the batch; all start at 1.
       output: shape of the logits, float32.
       example: a Python expression that makes an input with NumPy.
@@ -72,7 +72,7 @@ class Evaluator(Protocol):
     Attributes:
       size_name: key of the evaluation size in results: "length", "size" or "context".
       metric_names: metrics of a result that are printed.
-      config: of the run.
+      config: config of the run.
       task_loss: loss that the model is trained with.
     """
 
@@ -105,7 +105,7 @@ class Task(abc.ABC):
       count_name: unit of throughput, "tokens" or "images".
       size_name: key of the evaluation size in results.
       metric_names: metrics that evaluations during training report, over all data sets of the task.
-      config: of the run.
+      config: config of the run.
       task_loss: loss that the model is trained with.
       data_spec: what the model takes from the data, such as its vocabulary.
       example: shape and dtype of each array of a training example.
@@ -133,7 +133,7 @@ class Task(abc.ABC):
         """Reads what the config says of the data, and opens them only if the model depends on their content.
 
         Args:
-          config: of the run.
+          config: config of the run.
           data_available: whether the data can be read on this machine.
           run_dir: folder of the run that the model comes from; "" = a new run.
         """

@@ -46,7 +46,7 @@ class EvalRequest:
       stride: targets of each of these windows.
       targets: score at most that many targets under each context.
       lossy: accept text that does not come back from its tokens, whatever the config says.
-      bit_depth: of grey values in 16-bit files of an image folder; None = the config's, or 0 for another data set.
+      bit_depth: bit depth of grey values in 16-bit files of an image folder; None = the config's, or 0 for another data set.
     """
 
     lengths: tuple[Shape, ...] = ()
@@ -244,7 +244,7 @@ def write(report: dict[str, Any], arrays: Arrays, path: AnyPath) -> list[AnyPath
     Args:
       report: first value of `evaluate`.
       arrays: second value of `evaluate`.
-      path: of the report.
+      path: path of the report.
 
     Returns:
       The files of answers, and the report last.

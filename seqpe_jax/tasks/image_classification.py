@@ -31,7 +31,7 @@ class ImageClassification(Task):
     """Classification of the images or videos of a config; a model that names its classes needs no data to be built.
 
     Args:
-      config: of the run.
+      config: config of the run.
       data_available: whether the data can be read; if not, the number of classes must be known.
       run_dir: folder of the run whose data spec the model has, and whose class names give labels their order; "" = a new
         run, in the data's own order.
@@ -229,7 +229,7 @@ def known_data_spec(config: Config, run_dir: RunDir | str | os.PathLike = "") ->
     """Returns the data spec as far as it is known without opening the data; classes = 0 if their number is unknown.
 
     Args:
-      config: of the run.
+      config: config of the run.
       run_dir: folder of a run: its stored data spec, or else the number of its class names, comes first; "" = none.
 
     Raises:

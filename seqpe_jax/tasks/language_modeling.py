@@ -30,12 +30,12 @@ class LanguageModeling(Task):
     """Language modeling on the text of a config, which is tokenized when it is first read.
 
     Args:
-      config: of the run.
+      config: config of the run.
       data_available: whether the data can be read; if not, a model that names its vocabulary needs no tokenizer.
       run_dir: folder of the run whose tokenizer it must be; "" = a new run.
 
     Attributes:
-      tokenizer: of the text.
+      tokenizer: tokenizer of the text.
       known_V: bool[V], whether an id of the model is a token; its vocabulary may be larger than the tokenizer's.
 
     Raises:
@@ -306,7 +306,7 @@ def prompt_lines(content: bytes, name: str) -> list[str]:
     """Returns the lines of a file of prompts.
 
     Args:
-      content: of the file.
+      content: content of the file.
       name: the option and the file, for messages.
 
     Raises:

@@ -43,7 +43,7 @@ class SplitSize:
 
     Attributes:
       tokens: count of tokens.
-      bytes: of its UTF-8 text; None = unknown.
+      bytes: bytes of its UTF-8 text; None = unknown.
       words: separated by white space; None = unknown.
     """
 

@@ -57,7 +57,7 @@ class QuestionAnswering(LanguageModeling):
 
         Args:
           split: name of the split.
-          length: of the prompts with their answers.
+          length: length of the prompts with their answers.
           max_bare_length: see `data.qa.qa_source`.
 
         Raises:

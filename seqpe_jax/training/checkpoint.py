@@ -77,7 +77,7 @@ class BestCheckpointPolicy:
     in runs of older versions.
 
     Args:
-      run: of which no checkpoint may be damaged (`RunDir.quarantine`).
+      run: folder of the run, in which no checkpoint may be damaged (`RunDir.quarantine`).
       metric: `eval/NAME@SCALE`.
     """
 

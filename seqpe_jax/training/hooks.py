@@ -115,7 +115,7 @@ class MetricsHook(Hook):
 
     Args:
       writer: metrics.jsonl and TensorBoard of the run.
-      clock: of the run.
+      clock: clock of the run.
       every: steps between two lines of metrics; the first and the last step are always written.
       num_steps: length of the run.
       count_per_step: tokens or images of a step.
@@ -251,7 +251,7 @@ class EvaluationHook(Hook):
     Args:
       evaluate: (params, callback between batches) -> metrics.
       writer: metrics.jsonl and TensorBoard of the run.
-      clock: of the run.
+      clock: clock of the run.
       metrics_hook: pauses the step time.
       preemption: ends the run during an evaluation.
       every: steps between two evaluations.
@@ -300,9 +300,9 @@ class CheckpointHook(Hook):
     multi-process run the first failure ends the run.
 
     Args:
-      checkpointer: of the run.
+      checkpointer: checkpointer of the run.
       metadata: stored with each state.
-      clock: of the run.
+      clock: clock of the run.
       metrics_hook: pauses the step time.
       every: steps between two saves.
       max_failures: failed saves in a row that end the run.

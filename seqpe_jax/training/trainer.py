@@ -32,7 +32,7 @@ class Trainer:
     """Everything that a training run computes with; nothing is compiled yet.
 
     Attributes:
-      config: of the run.
+      config: config of the run.
       mesh: devices.
       task: data, task loss and evaluation.
       train_loss: model and training loss.
@@ -63,7 +63,7 @@ class Trainer:
         """Returns the trainer of a config.
 
         Args:
-          config: of the run.
+          config: config of the run.
           devices: None: all devices.
           data_available: False: compile only; vocabulary and classes come from the config or the tokenizer file.
           run_dir: folder of an earlier run whose tokenizer or class names are reused; "": a new run.
@@ -148,7 +148,7 @@ class Trainer:
         """Returns the metrics of the validation split, e.g. {"eval/loss@512": nats}.
 
         Args:
-          params: of the model.
+          params: parameters of the model.
           progress: called after each batch.
         """
         metrics = {}

@@ -52,7 +52,7 @@ def load_params(config: Config, mesh: jax.sharding.Mesh, abstract_params: Any) -
     """Returns the parameters of the newest checkpoint of `config.init_from`.
 
     Args:
-      config: of the new run.
+      config: config of the new run.
       mesh: devices.
       abstract_params: shapes, dtypes and shardings of the parameters.
 
@@ -85,8 +85,8 @@ def check_source(config: Config, task: Task, checkpoint: str) -> None:
     """Checks that the parameters of a checkpoint fit a new run.
 
     Args:
-      config: of the new run.
-      task: of the new run.
+      config: config of the new run.
+      task: task of the new run.
       checkpoint: folder of a run or converted checkpoint.
 
     Raises:

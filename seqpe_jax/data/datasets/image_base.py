@@ -30,7 +30,7 @@ class ImageSource:
     in size, never in channels. Reading raises InputError if a file is damaged or a label is out of range.
 
     Attributes:
-      name: of the data set and split, for messages.
+      name: name of the data set and split, for messages.
       class_names: label -> name.
       channels: 1 (grey) or 3 (RGB).
       mean: per channel in 0..1, for normalization.
@@ -174,7 +174,7 @@ def image_errors(name: str, fix: str) -> Iterator[None]:
     """Turns errors of Pillow into one line.
 
     Args:
-      name: of the image.
+      name: name of the image.
       fix: what to do about an unreadable one.
 
     Raises:
@@ -201,7 +201,7 @@ def read_rgb(file: str | io.BytesIO, name: str, fix: str, *, upright: bool = Fal
 
     Args:
       file: name of the file, or its content.
-      name: of the image, for the message.
+      name: name of the image, for the message.
       fix: what to do about an unreadable one, for the message.
       upright: rotate it as its EXIF orientation says. ImageNet is usually read without.
       bit_depth: bits of the grey values in files of 16 bits; 0 = 16.

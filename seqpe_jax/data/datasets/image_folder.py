@@ -122,7 +122,7 @@ class _ImageFiles(Sequence):
     """The image files of a split by class and name: [i] -> {"image": path, "label": int}.
 
     Args:
-      folder: of the class folders.
+      folder: folder of the class folders.
       class_names: label -> name.
       split: the part of the files to take, by the hash of CLASS/FILE; None = all of them.
       progress: show a progress bar on stderr.
@@ -417,7 +417,7 @@ def _check_bit_depth(largest: dict[str, int], bit_depth: int, title: str) -> Non
     Args:
       largest: see `_verify`.
       bit_depth: `data.bit_depth`.
-      title: of the split, for the message.
+      title: title of the split, for the message.
 
     Raises:
       InputError: names the bit depth that fits, or says that the given one is too small or impossible.

@@ -185,7 +185,7 @@ def _tar_members(file: pathlib.Path, content: IO[bytes] | None = None) -> Iterat
 
     Args:
       file: the archive.
-      content: of an archive inside it, which is read instead; that of a class has 0.2 GB at most.
+      content: content of an archive inside it, which is read instead; that of a class has 0.2 GB at most.
     """
     try:
         if content is None:

@@ -84,7 +84,7 @@ def _select(questions: Iterable[Question], used: set[str]) -> Iterator[Question]
     """Yields each question once, and no answer much more often than others of its type.
 
     Args:
-      questions: of a split.
+      questions: questions of a split.
       used: questions of other splits, which are skipped; those of this split are added.
     """
     found = list(questions)
@@ -124,7 +124,7 @@ def questions_of_file(name: str, text: bytes) -> Iterator[Question]:
     """Yields the questions on a source file, in the order of the syntax tree; none if the file does not parse.
 
     Args:
-      name: of the file.
+      name: name of the file.
       text: its UTF-8 source.
     """
     try:
