@@ -15,7 +15,7 @@ def check_unpacked_size(archive: zipfile.ZipFile, max_bytes: int, hint: str) -> 
     Args:
       archive: opened for reading; `zipfile` reads no more of a member than its directory says.
       max_bytes: maximum bytes of all members.
-      hint: what to do about it, for the message.
+      hint: fix for the user, for the message.
 
     Raises:
       ValueError: names both sizes.

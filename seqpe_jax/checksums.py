@@ -73,12 +73,12 @@ def read_checksums(folder: AnyPath) -> dict[str, Any]:
 
 
 def checksum_error(folder: AnyPath, check_name: bool = True, subfolder: str = "") -> str:
-    """Returns what differs from what was written, in words, or "" if nothing does.
+    """Returns a description of the differences from the checksums, or "" if there are none.
 
     A folder without a list, as older versions wrote it, passes.
 
     Args:
-      folder: with a digests.json.
+      folder: folder with a digests.json.
       check_name: the folder must still have the name that it was written under.
       subfolder: compare the files of this part only; "" = all.
     """

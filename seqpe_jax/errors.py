@@ -48,13 +48,19 @@ def encode_utf8(text: str) -> bytes:
         ) from None
 
 
-def check_utf8_name(path: object, what: str) -> None:
-    """Refuses a folder that the libraries which write there cannot name: they take names in UTF-8 alone.
+def check_utf8_name(path: object, folder_kind: str) -> None:
+    """Refuses a folder that the libraries which write there cannot name: they accept UTF-8 names only.
+
+    Args:
+      path: the folder.
+      folder_kind: purpose of the folder and the option that sets it, for the message.
 
     Raises:
-      InputError: names the folder; `what` says which it is and how to choose another.
+      InputError: names the folder.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"the name of '{path}' is not UTF-8, as that of {what} must be: choose another") from None
+        raise InputError(
+            f"the name of '{path}' is not UTF-8, as that of {folder_kind} must be: choose another"
+        ) from None

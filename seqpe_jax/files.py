@@ -32,7 +32,7 @@ def expand_path(path: str, *, local: str = "") -> str:
     """Returns a path with `~` and `~user` expanded, or a normalized gs:// address.
 
     Args:
-      path: as a user gives it; it need not exist.
+      path: path given by the user; it need not exist.
       local: the reason why it must be local, in words; "" = an address is allowed.
 
     Raises:
@@ -105,7 +105,7 @@ def parse_json_text(content: str | bytes) -> Any:
     """Returns the value of a JSON text, of which all strings can be written as UTF-8.
 
     Raises:
-      ValueError: as `parse_json`, or a string holds half a surrogate pair.
+      ValueError: see `parse_json`; or a string holds half a surrogate pair.
     """
     value = parse_json(content)
     try:
@@ -125,7 +125,7 @@ def check_writable(path: str | os.PathLike, folder: bool, option: str) -> None:
     """Refuses a path that cannot be written, before any work is done.
 
     Args:
-      path: to be written.
+      path: path of the new file.
       folder: a folder is to be written, not a file.
       option: the option that names the path, for messages.
 
@@ -351,7 +351,7 @@ def move_dir(folder: AnyPath, target: AnyPath, first: tuple[str, ...] = ()) -> N
     """Renames a folder. In a bucket all files are copied before any is removed.
 
     Args:
-      folder: to be renamed.
+      folder: folder to rename.
       target: its new path.
       first: files that are removed first, without which nobody takes the folder for complete.
     """

@@ -53,7 +53,7 @@ class RemotePath(gpath.PosixGPath):
         return self._fs.info(str(self))
 
     def _type(self) -> str:
-        """The type of what has this name: "file", "directory", or "" if there is nothing."""
+        """The type of a path: "file", "directory", or "" if there is nothing."""
         try:
             return self.info()["type"]
         except FileNotFoundError:
@@ -78,7 +78,7 @@ class RemotePath(gpath.PosixGPath):
         return (self / name for name in sorted(names - {self.name}))
 
     def glob(self, pattern: str) -> Iterator[Self]:
-        """Yields what is in a folder and matches a pattern of one part."""
+        """Yields the entries of a folder that match a pattern of one part."""
         with contextlib.suppress(FileNotFoundError):
             yield from (path for path in self.iterdir() if path.match(pattern))
 
@@ -207,7 +207,7 @@ def check_writable(path: RemotePath, folder: bool, option: str) -> None:
     """Refuses a path that cannot be written, by writing an object next to it and removing it again.
 
     Args:
-      path: to be written.
+      path: path of the new object.
       folder: a folder is to be written, not a file.
       option: the option that names the path, for messages.
 

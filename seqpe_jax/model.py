@@ -41,7 +41,7 @@ class Model:
       data_spec: vocabulary or classes, channels and pixel statistics.
       load_params: returns the parameters; called once, by `params`.
       step: training step of the parameters; 0 for those of other programs.
-      folder: that the model was loaded from, or "".
+      folder: folder that the model was loaded from, or "".
       mesh: devices that it runs on.
     """
 

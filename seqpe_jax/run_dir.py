@@ -248,7 +248,7 @@ class RunDir:
         return found
 
     def evaluation_sources(self, step: int) -> dict[str, str]:
-        """Returns the checksums by file of what an evaluation of a step depends on: the config and the checkpoint.
+        """Returns the checksums of the files that an evaluation of a step depends on: config and checkpoint.
 
         They, and not the files' times, decide later whether the evaluation still holds.
         """
@@ -296,7 +296,7 @@ class RunDir:
         return sorted(steps, key=lambda path: int(path.name))
 
     def checkpoint_error(self, step: int) -> str:
-        """Returns what differs from what was written of a checkpoint, in words, or "" if nothing does.
+        """Returns a description of the damage of a checkpoint, or "" if it is valid.
 
         All of its files are read, once: again only those of a checkpoint that was written since.
         """
@@ -307,7 +307,7 @@ class RunDir:
         return self._errors[path][1]
 
     def latest_valid_step(self) -> tuple[int | None, dict[AnyPath, str]]:
-        """Returns the newest undamaged step, or None, and the newer damaged ones: folder -> what is wrong, in words."""
+        """Returns the newest undamaged step, or None, and the newer damaged ones: folder -> description of the damage."""
         damaged: dict[AnyPath, str] = {}
         for step in reversed(self.steps()):
             error = self.checkpoint_error(step)
@@ -445,9 +445,9 @@ class RunDir:
         """Writes the small files of a run, with their checksums.
 
         Args:
-          settings: for config.json.
-          data_spec: for sizes.json.
-          fingerprints: for data.json.
+          settings: content of config.json.
+          data_spec: content of sizes.json.
+          fingerprints: content of data.json.
           save_assets: writes the tokenizer or the class names into a folder.
         """
         with tmp_dir() as folder:
@@ -464,7 +464,7 @@ class RunDir:
         self.reload()
 
     def reload(self) -> None:
-        """Forgets what was read, so that the files are read anew."""
+        """Clears the cached files, so that they are read again."""
         for name in ("config_values", "config", "data_spec", "fingerprints", "class_names"):
             self.__dict__.pop(name, None)
 

@@ -83,7 +83,7 @@ def table(found: dict) -> str:
 
 
 def bound_of(roofline: dict, unit: str) -> str:
-    """Returns a roofline as a markdown table of what is busy how long, and in lines what follows of it."""
+    """Returns a roofline as a markdown table of busy times by resource, and lines of conclusions."""
     from seqpe_jax.reporting.tables import markdown_of_rows
 
     def ms(seconds: float | None) -> str:

@@ -90,7 +90,7 @@ def start_processes(read: Callable[[], Config | None] = lambda: None) -> Config 
         refuses is refused after the start, so that the main process prints one line for all.
 
     Raises:
-      InputError: from `read`, or the processes do not fit together.
+      InputError: raised by `read`; or the processes differ.
     """
     from seqpe_jax.distributed import processes
 

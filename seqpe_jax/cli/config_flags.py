@@ -74,7 +74,7 @@ def read_config(flag_values: flags.FlagValues = flags.FLAGS) -> config.Config:
     """Executes the config file once, applies the fields of the command line, and validates the result once.
 
     Raises:
-      InputError: as `config.load`; a field of the command line that nothing reads.
+      InputError: see `config.load`; or a field of the command line is unused.
     """
     overrides = config_overrides(flag_values)
     settings = config.load(config_path(flag_values), overrides)

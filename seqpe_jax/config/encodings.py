@@ -1,4 +1,4 @@
-"""The encoding section of a config: one class for each encoding, with its fields, what it can do, and how it is built.
+"""The encoding section of a config: one class for each encoding, with its fields, capabilities and builder.
 
 A new encoding is a subclass of `EncodingConfig`, an entry in `ENCODINGS` and a Flax module that holds the config and
 `ModelDims`. Flax modules are named here and imported when they are built, so that reading a config imports no JAX.
@@ -203,7 +203,7 @@ class EncodingConfig:
         return {}
 
     def check(self, axes: int) -> None:
-        """Refuses fields that contradict each other, or an encoding that does not take positions of so many axes.
+        """Refuses fields that contradict each other, or an encoding that does not support the number of axes.
 
         Raises:
           InputError: names the fields.
@@ -225,7 +225,7 @@ class EncodingConfig:
             )
 
     def real_positions_on(self, axes: int) -> bool:
-        """Returns whether positions of so many axes may be fractional."""
+        """Returns whether positions with this number of axes may be fractional."""
         return self.real_positions
 
     def check_dims(self, dims: ModelDims) -> None:
@@ -699,7 +699,7 @@ class T5Config(_Positions, _Heads, _WithOptionalRoPE, _WithForgetGate):
         return dataclasses.replace(self, t5_buckets=buckets, t5_max_distance=farthest)
 
     def check_dims(self, dims: ModelDims) -> None:
-        """Refuses a largest distance among those that have a bucket of their own."""
+        """Refuses a largest distance that is within the buckets of one distance each. Raises: InputError."""
         super().check_dims(dims)
         own = self.resolved(dims)
         if own.t5_max_distance <= own.t5_buckets // 2:
@@ -876,7 +876,7 @@ def encoding_name(kind: str, gate: str) -> str:
 
 
 def kinds_for(axes: int) -> list[str]:
-    """Returns the kinds of encodings that take positions of so many axes."""
+    """Returns the kinds of encodings that support this number of axes."""
     other = "2+" if axes == 1 else "1"
     return [kind for kind, encoding in ENCODINGS.items() if encoding.AXES != other]
 

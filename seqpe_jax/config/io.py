@@ -96,7 +96,7 @@ def resolve_config_path(path: str) -> str:
     current folder has none of that name, so that the same command works outside a clone.
 
     Args:
-      path: as the user wrote it, perhaps with a :variant.
+      path: path given by the user, optionally with a :variant.
     """
     name, colon, variant = path.partition(":")
     shipped = PACKAGE / name
@@ -133,7 +133,7 @@ def call_user_code(path: str, function: Callable[[], Any]) -> Any:
       function: calls the code.
 
     Raises:
-      InputError: what the code raised.
+      InputError: with the error that the code raised.
     """
     try:
         return function()
@@ -300,10 +300,10 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
     Args:
       path: FILE.py.
       variant: name of a variant.
-      overrides: as for `load`.
+      overrides: see `load`.
 
     Raises:
-      InputError: as of `load`.
+      InputError: see `load`.
     """
     overrides = overrides or {}
     values = ml_collections.ConfigDict(_overridden(_execute_config(f"{path}:{variant}"), overrides))
@@ -313,7 +313,7 @@ def load_variant(path: str, variant: str, overrides: dict[str, Any] | None = Non
 
 
 def _execute_config(path: str) -> ml_collections.ConfigDict:
-    """Returns what get_config of a config file returns for its variant. Raises: InputError."""
+    """Returns the result of get_config of a config file, for its variant. Raises: InputError."""
     name, _, variant = resolve_config_path(expand_path(path, local=LOCAL)).partition(":")
     expected = "config file defines get_config(variant=None), which returns a ConfigDict (see configs/)"
     get_config = getattr(execute_file(name, expected), "get_config", None)
@@ -351,11 +351,11 @@ def parse(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -
     """Returns the validated config of a user's ConfigDict.
 
     Args:
-      config: as get_config of a config file returns it.
+      config: result of get_config of a config file.
       overridden: dotted names of the fields that the user has overridden.
 
     Raises:
-      InputError: as of `from_dict`; a field is set that has no effect.
+      InputError: see `from_dict`; or a field is set that has no effect.
     """
     return from_user_values(_values(config), overridden)
 
@@ -369,7 +369,7 @@ def from_user_values(values: dict[str, Any], overridden: Collection[str] = ()) -
         belong to its training length or size: those below an overridden one are dropped.
 
     Raises:
-      InputError: as of `parse`.
+      InputError: see `parse`.
     """
     _refuse_old_names(values)
     values = _without_foreign_fields(apply_renames(values), overridden)
@@ -399,7 +399,7 @@ def _with_eval_from_training_size(config: Config, overridden: Collection[str]) -
     """Returns a config whose eval section starts at the training length or size, if that is overridden.
 
     Args:
-      config: with the overrides.
+      config: config with the overrides applied.
       overridden: dotted names of the fields that the user has overridden; an eval field among them stays unchanged.
     """
     data, changed = config.data, {}

@@ -1,4 +1,4 @@
-"""Checks of a config: what its fields demand of each other, and fields of the command line that have no effect.
+"""Config validation: constraints between fields, and fields of the command line that have no effect.
 
 Each refusal is one line that says how to set the fields.
 """
@@ -122,7 +122,7 @@ def _num_positions(encoding: SeqPEConfig, training: bool) -> tuple[int, str, str
     """Returns the number of positions along an axis, its limit in words, and the field to raise.
 
     Args:
-      encoding: with digits.
+      encoding: encoding section with digits.
       training: positions that training draws from, below max_position; else all that the digits write.
     """
     if training:
@@ -579,7 +579,7 @@ def check_overrides_used(config: Config, names: Iterable[str]) -> None:
     command line or of a sweep is refused: the run would not be what was asked for.
 
     Args:
-      config: with the options applied.
+      config: config with the options applied.
       names: dotted names of the fields that the user set.
 
     Raises:

@@ -95,7 +95,7 @@ def load_or_build(
       What `load` returns.
 
     Raises:
-      InputError: as `build`; the cache is not writable.
+      InputError: see `build`; or the cache is not writable.
     """
     found = load(target)
     if found is not None:

@@ -1,4 +1,4 @@
-"""Detection of what a file is from its first bytes: other formats than plain UTF-8 text are refused by name."""
+"""File format detection from the first bytes: formats other than plain UTF-8 text are refused by name."""
 
 import json
 import pathlib
@@ -84,7 +84,7 @@ def check_text_file(file: pathlib.Path, option: str = "data.paths") -> None:
     """Refuses a file of a corpus that is another format than plain text, or JSON records.
 
     Raises:
-      InputError: as `check_plain_text`; JSON records; unreadable.
+      InputError: see `check_plain_text`; or JSON records; or unreadable.
     """
     name = f"{option}: '{file}'"
     try:

@@ -137,9 +137,9 @@ def eval_example(
     centre crop is taken; for a square `size` the shorter side is resized to size / crop_ratio.
 
     Args:
-      record: as for `train_example`.
-      size: as for `train_example`.
-      crop_ratio: in (0, 1]; 0.875 is usual for photos, 1 crops the longer side only.
+      record: see `train_example`.
+      size: see `train_example`.
+      crop_ratio: ratio in (0, 1]; 0.875 is usual for photos, 1 crops the longer side only.
       mean: per channel in 0..1.
       std: per channel in 0..1.
 

@@ -83,7 +83,7 @@ class ResolvedPaths:
 
     Attributes:
       files: absolute paths, sorted; a file that is found under its own name has that name, not a link's.
-      skipped: what the paths lead to but is not read.
+      skipped: files under the paths that are not read.
       unmatched: the paths that lead to no file.
     """
 
@@ -125,7 +125,7 @@ class _Walk:
 
     Attributes:
       files: real path -> path under which it was found.
-      skipped: what is not read.
+      skipped: files that are not read.
       matched: the given paths that led to a file.
     """
 

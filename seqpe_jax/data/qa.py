@@ -121,7 +121,7 @@ class QASource(abc.ABC):
 
     Attributes:
       name: name of the data set and the split.
-      length: in tokens.
+      length: length in tokens.
       skipped: number of skipped questions by reason.
       fingerprint: hex digits, equal for equal questions on every machine.
       content_fingerprint: hex digits, equal for equal passages and questions, whatever the length.
@@ -264,7 +264,7 @@ class _IndexedSplit:
 
     Attributes:
       name: name of the data set and the split.
-      length: in tokens.
+      length: length in tokens.
       tokenizer: tokenizer of the index.
       index: see `qa_index`.
       fingerprint: fingerprint of the source.

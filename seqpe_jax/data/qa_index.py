@@ -64,7 +64,7 @@ class _IndexWriter:
       passages: open binary file.
       questions: open binary file.
       suffix: `QABuilder.PROMPT_SUFFIX`.
-      tokenizer: that counts tokens.
+      tokenizer: tokenizer that counts tokens.
     """
 
     def __init__(self, passages, questions, suffix: str, tokenizer: Tokenizer):
@@ -145,8 +145,8 @@ def index_records(
     Args:
       records: records of a split, as `QABuilder` writes them.
       builder: class of the data set.
-      tokenizer: that counts tokens.
-      folder: to write into.
+      tokenizer: tokenizer that counts tokens.
+      folder: folder to write into.
       title: title of the progress bar.
       progress: show it on stderr.
     """
@@ -162,9 +162,9 @@ def index_lines(file: pathlib.Path, tokenizer: Tokenizer, folder: pathlib.Path, 
     """Writes the index of a file of JSON lines, after checking every line.
 
     Args:
-      file: as `qa_jsonl.lines` reads it.
-      tokenizer: that counts tokens.
-      folder: to write into.
+      file: file in the format of `qa_jsonl.lines`.
+      tokenizer: tokenizer that counts tokens.
+      folder: folder to write into.
       title: title of the progress bar.
       progress: show it on stderr.
 
@@ -237,10 +237,10 @@ def truncate_passage(text: str, max_tokens: int, count: Callable[[str], int], sl
     """Cuts a text after a word, or inside a word if that would leave `slack` tokens or more unused.
 
     Args:
-      text: to cut.
+      text: text to truncate.
       max_tokens: limit.
       count: returns the number of tokens of a text.
-      slack: in tokens.
+      slack: allowed unused tokens.
 
     Returns:
       (start of the text, its tokens); ("", 0) if not even one character fits.

@@ -1,4 +1,4 @@
-"""The registry of data sets: what each one is, read by config, data, tasks and reports. Light: it imports no library.
+"""The registry of data sets and their properties, read by config, data, tasks and reports. Light: it imports no library.
 
 A new data set is one builder class and one `register(Dataset(...))`; docs/extending.md shows both.
 """
@@ -38,7 +38,7 @@ class Dataset:
       kind: "text", "questions" or "images"; it decides the task.
       builder: "MODULE:CLASS" that reads the data: a `TextBuilder`, `QABuilder` or `ImageBuilder`.
       paths: use of `data.paths`: "none", "optional", "one" (exactly one) or "some" (at least one).
-      paths_hint: what `data.paths` must name, for messages; of data sets that need it.
+      paths_hint: description of `data.paths` for messages, for data sets that need it.
       answers: kind of the answers to questions, "prose" (scored with SQuAD's normalization), "code" (compared strictly) or "any" (all
         scores).
       size: image size (height, width), or (frames, height, width) of videos; () = images differ, or the config decides.

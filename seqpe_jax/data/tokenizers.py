@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
     """The interface of a tokenizer.
 
     Attributes:
-      name: for people.
+      name: human-readable name.
       vocab_size: ids are 0 .. vocab_size - 1.
       ids: rising; those that have a token.
       eos_id: the id between documents, or None.
@@ -90,7 +90,7 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], ids: Iterab
     Args:
       tokenizer: tokenizer of all ids.
       prompt: ids before them.
-      ids: to decode.
+      ids: token ids to decode.
     """
     before, after = (
         np.asarray(part if isinstance(part, np.ndarray) else list(part), np.int64) for part in (prompt, ids)
@@ -405,10 +405,10 @@ class RoundTripLoss:
 
 
 class RoundTrip:
-    """Check of some texts against what their tokens decode to (`Tokenizer.lost_characters`).
+    """Check of some texts against their decoded tokens (`Tokenizer.lost_characters`).
 
     Args:
-      tokenizer: to check.
+      tokenizer: tokenizer to check.
       num_texts: number of texts that will be added; each gets an equal part of `ROUND_TRIP_BYTES`.
     """
 

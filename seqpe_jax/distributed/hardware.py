@@ -19,7 +19,7 @@ class Chip:
       name: name of the chip.
       flops: peak bf16 FLOP/s.
       memory: bytes of HBM.
-      source: where the figures are published.
+      source: publication of the figures.
       bandwidth: bandwidth of the memory, bytes/s, reads and writes together; 0 = unknown.
       link: bytes/s to another device, one way: of a TPU to one neighbor, of an NVIDIA GPU over all of NVLink; 0 = unknown.
       sides: axes of the torus of links; 0 = a switch.
@@ -138,7 +138,7 @@ def utilisation(flops: float, seconds: float) -> float | None:
 
     Args:
       flops: FLOPs of the model.
-      seconds: that they took.
+      seconds: duration in seconds.
     """
     chip = find_chip(jax.devices()[0].device_kind)
     return None if chip is None else flops / seconds / (chip.flops * jax.device_count())

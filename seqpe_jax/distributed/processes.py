@@ -47,7 +47,7 @@ def initialize(
       coordinator: HOST:PORT of process 0; JAX's service listens at PORT, the roll call at PORT - 1.
       num_processes: number of processes of the run.
       process_id: number of this process.
-      seconds: to wait for the others.
+      seconds: seconds to wait for the others.
 
     Raises:
       InputError: options contradict each other, the port is taken, or processes differ (reported by the coordinator).
@@ -101,7 +101,7 @@ def initialize(
 
 
 def _detected(seconds: float) -> tuple[str | None, int, int, list[int] | None]:
-    """Returns (coordinator, number of processes, process id, local devices) as JAX detects them; coordinator None: none."""
+    """Returns (coordinator, number of processes, process id, local devices) as JAX detects them; coordinator None = none."""
     try:
         coordinator, count, process, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(seconds)
@@ -177,7 +177,7 @@ def check_equal(facts: Mapping[str, str]) -> None:
       facts: facts about this process.
 
     Raises:
-      InputError: on the coordinator; names the values with their processes and hosts. The workers are aborted.
+      InputError: raised on the coordinator; names the values with their processes and hosts. The workers are aborted.
     """
     if _roll_call is not None:
         _roll_call.barrier(facts=dict(facts))

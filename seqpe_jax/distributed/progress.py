@@ -39,7 +39,7 @@ class ProgressLine:
           done: steps done.
           loss: loss of the last step.
           total: replaces the total.
-          notes: to be added; empty ones are left out.
+          notes: notes to append; empty ones are left out.
         """
         if self._silent:
             return

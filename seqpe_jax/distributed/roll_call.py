@@ -47,7 +47,7 @@ def differences(facts: dict[int, Facts], hosts: Mapping[int, str] | None = None)
     """Returns `name: value (process 0), other value (process 1-3)` for each fact that processes do not share.
 
     Args:
-      facts: by process.
+      facts: facts of each process.
       hosts: host names by process, to be named with each value.
     """
 
@@ -160,7 +160,7 @@ class Coordinator:
 
         Args:
           facts: facts about the coordinator.
-          seconds: to wait.
+          seconds: seconds to wait.
 
         Raises:
           InputError: processes differ; names the differences.
@@ -270,7 +270,7 @@ class Worker:
       address: (host, port) of the coordinator.
       process: number of this process.
       facts: facts about this process, which must equal the coordinator's.
-      seconds: to wait for the coordinator.
+      seconds: seconds to wait for the coordinator.
 
     Raises:
       Failure: there is no coordinator at the address.

@@ -306,7 +306,7 @@ class UnshardedDim(NamedTuple):
 
 
 def describe_unsharded(dims: Sequence[UnshardedDim], shown: int = 5) -> str:
-    """Returns a line on the dimensions that are replicated, and what that costs."""
+    """Returns a line on the replicated dimensions and their memory cost."""
     names = ", ".join(f"{dim.parameter} ({dim.size} over {dim.over})" for dim in dims[:shown])
     more = f" and {len(dims) - shown} more" if len(dims) > shown else ""
     extra = sum(dim.bytes for dim in dims) / 2**20

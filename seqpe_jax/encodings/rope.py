@@ -167,7 +167,7 @@ class Rotary(nn.Module):
         return max(1.0, math.prod(shape) / self.dims.num_positions)
 
     def _scaled(self, frequencies: np.ndarray, ratio: float) -> np.ndarray:
-        """Frequencies for a window that is so many times as long as that of training."""
+        """Frequencies for a window that is `ratio` times as long as the training window."""
         config = self.config
         if config.scaling == "linear":
             return linear_scaling(frequencies, ratio)

@@ -383,7 +383,7 @@ def decode(
     """Yields the texts of a batch so far, after every `TOKENS_PER_SYNC` tokens and at the end.
 
     Args:
-      functions: from `decode_functions`.
+      functions: result of `decode_functions`.
       params: parameters of the model.
       signal: PositionSignal of batch.length + new tokens positions.
       batch: batch of these prompts.

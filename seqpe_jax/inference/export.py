@@ -260,7 +260,7 @@ def card_notes(model: Any, max_grid: Shape, eval_size: Shape) -> list[str]:
     arrays = {f"attention logits ({words} at a time)": rows * rows * settings.heads}
     if not model.config.is_image:
         arrays["returned logits"] = tokens * model.data_spec.vocabulary
-    taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {what}" for what, count in arrays.items())
+    taken = " and ".join(f"{count * 4 / 2**20:.3g} MiB of {name}" for name, count in arrays.items())
     notes = [f"Memory for each example at {model.task.size_name} {'x'.join(map(str, eval_size))}: {taken}."]
     field = model.config.encoding.window_dependence
     if field and not model.config.is_image:

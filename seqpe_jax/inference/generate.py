@@ -112,7 +112,7 @@ def generate(
       on_update: called with a prompt's index and its text so far.
 
     Raises:
-      InputError: as `check_generation`, or a token outside the vocabulary.
+      InputError: see `check_generation`; or a token outside the vocabulary.
     """
     network, max_grid = compiled.model_spec.network, compiled.model_spec.max_grid
     lengths = [len(prompt) for prompt in prompts]

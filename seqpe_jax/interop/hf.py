@@ -199,7 +199,7 @@ def gpt2_state(
     """Returns (arrays under names with the prefix `transformer.`, {array left out: reason}) of a GPT-2.
 
     Args:
-      arrays: by name, with or without the prefix.
+      arrays: arrays by name, with or without the prefix.
       file: path of the weights, for messages.
       tied: whether the output layer is the token embedding (tie_word_embeddings).
 

@@ -37,7 +37,7 @@ DTYPES = {
 
 
 def read(path: str | pathlib.Path) -> Any:
-    """Returns what a `.pth` file holds: tensors as NumPy arrays, `yacs` nodes as dicts, containers and numbers.
+    """Returns the content of a `.pth` file: tensors as NumPy arrays, `yacs` nodes as dicts, containers and numbers.
 
     Raises:
       InputError: not such a file, cut short, or its pickle names anything else; nothing of it has been run.

@@ -329,7 +329,7 @@ def spec_from_config(config: Config, vector_width: int) -> dict[str, Any]:
     """Returns the spec of a config, to be written in the reference's formats.
 
     Args:
-      config: with its vocabulary or classes.
+      config: config with its vocabulary or classes.
       vector_width: width of a position's vector; 0 = the encoding has none.
 
     Raises:

@@ -204,7 +204,7 @@ def from_checkpoint(source: torch_reference.ForeignCheckpoint) -> Model:
     """Returns the model of a checkpoint that has been read.
 
     Args:
-      source: from `torch_reference.read`.
+      source: result of `torch_reference.read`.
 
     Raises:
       InputError: settings and arrays do not fit together, or a stored table is not the one that the settings describe.

@@ -269,7 +269,7 @@ def _pe_spec(file: pathlib.Path, settings: Mapping[str, Any], other_fields: set[
 
     Args:
       file: path of the settings, for messages.
-      settings: by the reference's names.
+      settings: settings with the reference's names.
       other_fields: names that describe no position encoding, and are passed over.
 
     Raises:

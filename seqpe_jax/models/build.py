@@ -158,7 +158,7 @@ class ModelSpec:
         return jax.eval_shape(self.init, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
     def encode(self, params: Params, *arguments: Any, **options: Any) -> Any:
-        """Returns what the encoding, or a method of it, computes; its parameters are gathered if they are sharded."""
+        """Applies the encoding, or a method of it; sharded parameters are gathered."""
         encoding = all_gather_params(params["encoding"], "encoding")
         return self.encoding.apply({"params": encoding}, *arguments, **options)
 

@@ -40,7 +40,7 @@ class GPT2(nn.Module):
         Args:
           tokens_BL: int32 token ids.
           signal: PositionSignal of L positions.
-          deterministic: no dropout.
+          deterministic: whether dropout is off.
         """
         return self.logits(self.hidden(tokens_BL, signal, deterministic))
 

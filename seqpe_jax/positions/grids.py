@@ -30,7 +30,7 @@ class PositionGrid:
         Args:
           shape: tokens or patches along each axis; may be symbolic (jax.export).
           first: first index along the first axis; may be traced.
-          rows: number of indices along the first axis; None: all.
+          rows: number of indices along the first axis; None = all.
         """
         rows = shape[0] if rows is None else rows
         return _cartesian_product(

@@ -55,7 +55,7 @@ class Collectives:
     """Collectives of one device in one run of a program.
 
     Attributes:
-      collectives: by kind and devices.
+      collectives: collectives by kind and devices.
       unknown_trip_loops: loops with collectives whose trip count is unknown; they count once.
     """
 

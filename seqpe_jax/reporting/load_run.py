@@ -73,8 +73,8 @@ def read_evaluation(folder: AnyPath) -> dict[str, Any]:
             if "without_context" in evaluation:
                 float(evaluation["without_context"]["contains"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            what = f"{path} has a result without a length, size or context, or without numbers, result {number}"
-            raise InputError(f"{what}: write it with `evaluate --output`") from error
+            fault = f"{path} has a result without a length, size or context, or without numbers, result {number}"
+            raise InputError(f"{fault}: write it with `evaluate --output`") from error
     return evaluation
 
 
@@ -214,6 +214,6 @@ def _check_fields(value: Any, source: str, fields: FieldTypes, optional: FieldTy
         if found is None and name in optional:
             continue
         if not isinstance(found, kind) or isinstance(found, bool) or type(found) is int and abs(found) >= 2**63:
-            what = kind.__name__ if isinstance(kind, type) else "number"
-            raise InputError(f"{source} has no {what} '{name}': it is not as this package writes it")
+            expected = kind.__name__ if isinstance(kind, type) else "number"
+            raise InputError(f"{source} has no {expected} '{name}': it is not as this package writes it")
     return value

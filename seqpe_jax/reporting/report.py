@@ -71,7 +71,7 @@ def write_report(workdir: str | os.PathLike, output: str | os.PathLike) -> str:
 
 
 def notes(study: Study) -> list[str]:
-    """Returns what a reader must know before comparing the runs: missing and stale results, differing settings."""
+    """Returns caveats for comparing the runs: missing and stale results, differing settings."""
     lines = [f"The runs differ in {line}" for line in differences(study)]
     for run in study.runs:
         done, at = run.steps_done, run.evaluation.get("step")

@@ -1,4 +1,4 @@
-"""The runs that a report compares: what each trained and measured, and its row in tables."""
+"""The runs that a report compares: config, measurements and table row of each."""
 
 import collections
 import dataclasses
@@ -260,12 +260,12 @@ def differences(study: Study) -> list[str]:
     """Returns one line for each setting that should be equal for a comparison and is not."""
     lines, runs = [], study.runs
 
-    def compare(what: str, values: list[tuple[Any, str]]) -> None:
+    def compare(label: str, values: list[tuple[Any, str]]) -> None:
         names: dict[str, list[str]] = {}
         for value, name in values:
             names.setdefault(json.dumps(value), []).append(name)
         if len(names) > 1:
-            lines.append(f"{what}: " + "; ".join(f"{value} ({', '.join(found)})" for value, found in names.items()))
+            lines.append(f"{label}: " + "; ".join(f"{value} ({', '.join(found)})" for value, found in names.items()))
 
     for name in COMPARED_FIELDS:
         compare(name, [(get_field(run.config, name), run.name) for run in runs])

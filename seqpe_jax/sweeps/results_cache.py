@@ -1,4 +1,4 @@
-"""Results file of a sweep (`--results`): what finished runs measured, so that a sweep goes on without their folders.
+"""Results file of a sweep (`--results`): measurements of finished runs, so that a sweep continues without their folders.
 
 The file is a JSON object. "shared" holds the settings of the first run by dotted field; "runs" holds for each run the
 "settings" that differ, the "metrics" lines of evaluations and of the last step, and its "evaluation", without the long

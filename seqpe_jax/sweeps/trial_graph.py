@@ -83,7 +83,7 @@ class TrialGraph:
     """
 
     def __init__(self, workdir: AnyPath, trials: Sequence[Trial]):
-        """Takes the trials of a sweep and what its folder records. Raises: InputError: a damaged record."""
+        """Creates the graph from trials and the record of a sweep folder. Raises: InputError: a damaged record."""
         self._workdir = workdir
         deciding = {name for trial in trials for best in trial.best.values() for name in best.runs}
         self.runs = {trial.name: SweepRun(trial, workdir / trial.name, trial.name not in deciding) for trial in trials}

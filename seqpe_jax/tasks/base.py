@@ -107,7 +107,7 @@ class Task(abc.ABC):
       metric_names: metrics that evaluations during training report, over all data sets of the task.
       config: config of the run.
       task_loss: loss that the model is trained with.
-      data_spec: what the model takes from the data, such as its vocabulary.
+      data_spec: data spec (vocabulary size, classes, channels).
       example: shape and dtype of each array of a training example.
       count_per_step: tokens or images of a training step.
     """
@@ -130,7 +130,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def __init__(self, config: Config, data_available: bool = True, run_dir: str | os.PathLike = ""):
-        """Reads what the config says of the data, and opens them only if the model depends on their content.
+        """Reads the data section of the config, and opens them only if the model depends on their content.
 
         Args:
           config: config of the run.

@@ -236,7 +236,7 @@ def _requested_config(settings: Config, request: EvalRequest) -> Config:
 
 
 def write(report: dict[str, Any], arrays: Arrays, path: AnyPath) -> list[AnyPath]:
-    """Writes what `evaluate` returned: the report as JSON, with answers and arrays in files of the same folder.
+    """Writes the result of `evaluate`: the report as JSON, with answers and arrays in files of the same folder.
 
     These have the names that `report` reads if the report is a run's own evaluation.json; else their names begin with that
     of the report, so that several evaluations fit into one folder.

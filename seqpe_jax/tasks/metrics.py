@@ -105,8 +105,8 @@ def perplexity_in_context(
     """Computes the perplexity of the last tokens of windows, which have at least `context - stride` tokens before them.
 
     Args:
-      token_losses: as for `perplexity`.
-      batches: as for `perplexity`, with windows of `context` tokens (`data.loader.context_windows`).
+      token_losses: see `perplexity`.
+      batches: see `perplexity`, with windows of `context` tokens (`data.loader.context_windows`).
       context: tokens of a window.
       stride: targets of each window, its last ones.
       put: lays a host batch out over the devices.
@@ -337,7 +337,7 @@ def score_answers(
 
     Args:
       records: the questions, see the module's docstring.
-      hypotheses: as many generated answers.
+      hypotheses: generated answers, one per reference.
       metrics: names of scores (`answer_metrics`).
       depth_bins: number of bins of equal width of the depth of the passage.
       distances: `answer_distances` of the records.
@@ -428,7 +428,7 @@ def write_answers(
     Args:
       path: file, written atomically.
       records: the questions, see the module's docstring.
-      hypotheses: as many generated answers.
+      hypotheses: generated answers, one per reference.
       metrics: names of scores.
 
     Returns:

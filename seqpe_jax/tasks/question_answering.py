@@ -33,7 +33,7 @@ class QuestionAnswering(LanguageModeling):
       end: id of the token that ends an answer.
 
     Raises:
-      InputError: as of `LanguageModeling`; the tokenizer has no token to end an answer with.
+      InputError: see `LanguageModeling`; or the tokenizer has no token to end an answer with.
     """
 
     kind = "question_answering"

@@ -162,7 +162,7 @@ class Checkpointer:
         """Starts to save a state; its buffers may be donated right afterwards.
 
         Args:
-          step: that the state is of.
+          step: step of the state.
           state: a tree of arrays.
           meta: JSON that is saved with it.
 

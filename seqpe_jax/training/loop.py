@@ -127,7 +127,7 @@ def run_steps(
       train_step: jitted train step.
       batches: (step, global batch), starting at the step of the state.
       num_steps: step at which training ends.
-      hooks: in the order of `HOOK_ORDER`.
+      hooks: hooks in the order of `HOOK_ORDER`.
 
     Raises:
       NonFiniteError, Preempted, SaveError: raised by hooks.

@@ -54,8 +54,8 @@ class MetricsWriter:
         """Writes the values of a step.
 
         Args:
-          step: that they are of.
-          values: by metric, written in full precision.
+          step: step of the metrics.
+          values: value of each metric, written in full precision.
           time: seconds of training so far.
         """
         if self._file is not None:
@@ -70,7 +70,7 @@ class MetricsWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Uploads what was written, if the run is in a bucket. Raises: StoreError."""
+        """Uploads the written metrics, if the run is in a bucket. Raises: StoreError."""
         if self._local_dir is None or self._is_uploaded:
             return
         self._upload_time = clock.monotonic()

@@ -40,7 +40,7 @@ def random_bits_of(run: RunDir) -> str:
 
 
 def check_space(run: RunDir, size: int, count: int) -> None:
-    """Refuses a disk without room for what a run saves, before its first step.
+    """Refuses a disk without space for the checkpoints of a run, before its first step.
 
     Args:
       run: the run's folder, which need not exist.
@@ -104,7 +104,7 @@ def check_same_run(settings: Config, run: RunDir, step: int | None, extend: bool
     Fields that change no result may differ (`config.RESUME_CHANGEABLE`), and a run may get more steps.
 
     Args:
-      settings: what is to be trained.
+      settings: config of the run.
       run: the run's folder, which need not exist.
       step: the newest saved one, or None.
       extend: allows more steps although the learning rate so far depended on their number.

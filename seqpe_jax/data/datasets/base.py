@@ -29,7 +29,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     records of one item). Its class name gives `data.name` and the name of the cache folder.
 
     Attributes:
-      ITEM_NAME: what an item is, for progress bars and messages.
+      ITEM_NAME: name of an item, for progress bars and messages.
 
     Args:
       paths: `data.paths`; its meaning is the subclass's.
@@ -87,7 +87,7 @@ class CachedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Writes the data set to `data_dir`, with a progress bar on stderr and nothing on stdout.
 
         Raises:
-          InputError: as `contents`.
+          InputError: see `contents`.
         """
         self._progress = progress
         try:
@@ -166,7 +166,7 @@ def prepared_split(
       progress: show a progress bar on stderr.
 
     Raises:
-      InputError: as `CachedBuilder.contents`, or the split has no records.
+      InputError: see `CachedBuilder.contents`; or the split has no records.
     """
     name = builder_class.name
     target = datasets_folder(data_dir, cache_dir) / f"{name}-{key}"
@@ -191,7 +191,7 @@ def prepare_dataset(
     Several processes may call it at once; a killed one leaves nothing that is read later.
 
     Raises:
-      InputError: as `CachedBuilder.contents`, or `target` is not writable.
+      InputError: see `CachedBuilder.contents`; or `target` is not writable.
     """
 
     def builder(folder: pathlib.Path) -> CachedBuilder:

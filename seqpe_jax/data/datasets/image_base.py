@@ -60,8 +60,8 @@ class ImageSource:
         """Returns the same images with labels that are indices in other class names.
 
         Args:
-          class_names: in any order, and possibly of more classes.
-          owner: whose class names they are, for the message.
+          class_names: class names in any order, possibly of more classes.
+          owner: owner of the class names, for the message.
 
         Raises:
           InputError: a class of this source is not among them.
@@ -175,7 +175,7 @@ def image_errors(name: str, fix: str) -> Iterator[None]:
 
     Args:
       name: name of the image.
-      fix: what to do about an unreadable one.
+      fix: fix for an unreadable image.
 
     Raises:
       InputError: names the image and the reason.
@@ -202,7 +202,7 @@ def read_rgb(file: str | io.BytesIO, name: str, fix: str, *, upright: bool = Fal
     Args:
       file: name of the file, or its content.
       name: name of the image, for the message.
-      fix: what to do about an unreadable one, for the message.
+      fix: fix for an unreadable image, for the message.
       upright: rotate it as its EXIF orientation says. ImageNet is usually read without.
       bit_depth: bits of the grey values in files of 16 bits; 0 = 16.
 
@@ -228,14 +228,14 @@ def verify_image(file: str, fix: str) -> tuple[str, int] | None:
 
     Args:
       file: name of the file.
-      fix: what to do about an unreadable one, for the message.
+      fix: fix for an unreadable image, for the message.
 
     Returns:
       ("grey" or "colours", largest value in 0..65535) of an image with 16 bits, None of others. Of colours Pillow reads
       the upper 8 bits only.
 
     Raises:
-      InputError: as `read_rgb`.
+      InputError: see `read_rgb`.
     """
     with image_errors(f"'{file}'", fix), Image.open(file) as image:
         has_16_bits = any(";16" in str(part) for part in image.tile)  # Pillow's name of the pixel format in the file

@@ -226,7 +226,7 @@ def _check_splits(
       root: `data.paths`.
       folders: folder of each split.
       present: names of the class folders of each split that exists.
-      split: to be read.
+      split: split to read.
 
     Raises:
       InputError: names the folder.
@@ -332,7 +332,7 @@ def _has_images(folder: pathlib.Path) -> bool:
 
 
 def _add_skipped(folder: pathlib.Path, skipped: Skipped) -> None:
-    """Adds what is in a folder of class folders but is none: files, hidden folders, those of the system."""
+    """Adds the entries of a folder of class folders that are no class folders: files, hidden folders, those of the system."""
     for name in _names(folder, hidden=True):
         path = str(folder / name)
         if not os.path.isdir(path):
