@@ -13,7 +13,7 @@ COMMANDS = ("train", "evaluate", "report", "generate", "export", "convert", "swe
 
 
 def main() -> None:
-    """Hands the arguments to the command that the first of them names; exits with 2 where it names none."""
+    """Runs the command named by the first argument; exits with code 2 if there is no such command."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{(__doc__ or '').strip()}\n\nCommands: {', '.join(COMMANDS)}")

@@ -219,7 +219,7 @@ def lock_file(file: Any, wait: bool = False) -> bool | None:
 
 
 def apply_umask(path: str | os.PathLike) -> None:
-    """Gives a file or folder the mode of the user's umask, if a library made it private."""
+    """Sets the mode of a file or folder to that of the user's umask, if a library made it private."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~mask)

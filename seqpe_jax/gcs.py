@@ -27,7 +27,7 @@ READ_SECONDS = 60.0  # likewise
 
 
 def _converts_errors(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a method raise whatever the library raises as an OSError with the reason in `strerror`."""
+    """Decorates a method so that errors of the library become an OSError with the reason in `strerror`."""
 
     @functools.wraps(method)
     def converted(self: "RemotePath", *args: Any, **options: Any) -> Any:

@@ -414,7 +414,7 @@ class RunDir:
         return lines
 
     def _rename_damaged(self, step_dir: AnyPath) -> str:
-        """Gives a damaged checkpoint a name that is no step, and returns it."""
+        """Renames a damaged checkpoint to a name that is no step, and returns the name."""
         target, number = step_dir.with_name(f"{step_dir.name}.damaged"), 1
         while target.exists():
             target, number = step_dir.with_name(f"{step_dir.name}.damaged{number}"), number + 1
@@ -488,7 +488,7 @@ class RunDir:
                 self._lock = None
 
     def check_owned(self) -> None:
-        """Ends a run whose folder is no longer this process's: its saves would be lost, or another run's.
+        """Raises if the folder no longer belongs to this process: its saves would be lost, or overwrite another run's.
 
         Raises:
           Failure: the folder was removed, moved or taken over.

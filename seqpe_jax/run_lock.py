@@ -46,7 +46,7 @@ class RunLock:
         }
 
     def acquire(self) -> None:
-        """Takes the lock. Raises: InputError: another process has it."""
+        """Acquires the lock. Raises: InputError: another process has it."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -86,7 +86,7 @@ class KernelLock(RunLock):
     """The kernel's lock on the record's file."""
 
     def acquire(self) -> None:
-        """Takes the lock. Raises: InputError: another process has it."""
+        """Acquires the lock. Raises: InputError: another process has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             self._file = self.path.open("a+")
@@ -124,7 +124,7 @@ class HeartbeatLock(RunLock):
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self) -> None:
-        """Takes the lock. Raises: InputError: another process has it."""
+        """Acquires the lock. Raises: InputError: another process has it."""
         record = self.read()
         owner = describe_owner(record)
         if record is not None and not _has_ended(record):
@@ -144,7 +144,7 @@ class HeartbeatLock(RunLock):
         self._thread.start()
 
     def release(self) -> None:
-        """Ends the heartbeat and removes the record."""
+        """Stops the heartbeat and removes the record."""
         self._released.set()
         self._thread.join()
         super().release()

@@ -154,7 +154,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _replace_closed_streams() -> None:
-    """Lets a command work whose stdout or stderr is closed, as by `>&-`, and print file names of any bytes."""
+    """Supports closed stdout and stderr (`>&-`), and file names of any bytes in the output."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))

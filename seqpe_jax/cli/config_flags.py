@@ -32,7 +32,7 @@ class _TupleParser(flags.ArgumentParser):
 
 
 def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Gives a command the flag --config, and one for each field."""
+    """Defines the flag --config and one flag for each field."""
     flags.DEFINE_string(
         "config",
         None,

@@ -147,7 +147,7 @@ def _local_copy(address: str, cache_dir: str | os.PathLike, progress: bool, opti
 
 
 def _download_folder(source: AnyPath, target: pathlib.Path, progress: bool, option: str) -> None:
-    """Makes a local folder equal to a remote one: files are added, replaced and removed."""
+    """Synchronizes a local folder with a remote one: files are added, replaced and removed."""
     names = {str(file.relative_to(source)): file for file in list_files(source)}
     names = {name: file for name, file in names.items() if ".." not in pathlib.PurePosixPath(name).parts}
     if not names:

@@ -400,7 +400,7 @@ class AssembledQuestions(QASource):
     def _fill(
         self, candidates: Iterator[tuple[str, int]], distractor_budget: int, question: str, answers: tuple[str, ...]
     ) -> tuple[list[str], int]:
-        """Takes passages, the last one cut, until they have `distractor_budget` tokens, or up to 1% of the length less.
+        """Collects passages of up to `distractor_budget` tokens; the last one is truncated, with 1% of the length as tolerance.
 
         Returns:
           (passages, their tokens).

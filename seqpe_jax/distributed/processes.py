@@ -184,7 +184,7 @@ def check_equal(facts: Mapping[str, str]) -> None:
 
 
 def exit_on_signal() -> None:
-    """Makes SIGTERM and SIGHUP exit this process at once, as long as there is nothing to save.
+    """Exits immediately on SIGTERM and SIGHUP, as long as there is nothing to save.
 
     Among several processes JAX handles SIGTERM itself. A process under `nohup` goes on ignoring SIGHUP.
     """
@@ -260,7 +260,7 @@ def enable_compilation_cache() -> None:
 
 
 def configure_malloc() -> None:
-    """Makes glibc keep the memory that is freed; called before devices are initialized, whose threads have own arenas.
+    """Configures glibc to retain freed memory; called before devices are initialized, whose threads have own arenas.
 
     On a CPU, XLA allocates the temporary arrays of a program at each call. glibc would get those hundreds of megabytes from
     the kernel and return them each time, and clearing their pages takes a sixth of a training step. Without effect if

@@ -73,7 +73,7 @@ class ProgressLine:
             self._stream.flush()
 
     def close(self) -> None:
-        """Ends the line."""
+        """Closes the line."""
         if self._terminal and self._width:
             self._stream.write("\n")
             self._stream.flush()

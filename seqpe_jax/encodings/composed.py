@@ -51,7 +51,7 @@ class Composed(nn.Module):
     part_heads: tuple[int, ...]
 
     def setup(self) -> None:
-        """Gives the first part this module's own parameters."""
+        """Shares this module's scope with the first part, whose parameters keep their names."""
         nn.share_scope(self, self.parts[0])
 
     def __call__(

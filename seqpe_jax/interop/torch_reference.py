@@ -297,7 +297,7 @@ def _pe_spec(file: pathlib.Path, settings: Mapping[str, Any], other_fields: set[
 
 
 def _pop_fixed_table(spec: ReferenceSpec, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Takes the table of an encoding without parameters out of a state, and returns it by name."""
+    """Removes the table of an encoding without parameters from a state, and returns it by name."""
     name = f"{weights.PE_PREFIX}weight"
     on_one_axis = spec["pe_type"] in ("sin", "alibi") or spec.get("pe_apply_method") == "rotary"
     return {name: state.pop(name)} if on_one_axis and spec["pe_type"] != "seq_pe" and name in state else {}

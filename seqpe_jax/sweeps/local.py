@@ -149,7 +149,7 @@ class ProgressView:
         )
 
     def close(self) -> None:
-        """Ends the line."""
+        """Closes the line."""
         self._line.close()
 
 

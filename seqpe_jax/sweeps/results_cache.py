@@ -54,7 +54,7 @@ class ResultsCache:
         self._runs = {name: run | {"settings": _with_current_names(run["settings"])} for name, run in runs.items()}
 
     def restore(self, graph: TrialGraph) -> tuple[list[str], list[str]]:
-        """Makes the missing folders of runs that the file holds, first of those that decide fields of others.
+        """Creates the missing folders of runs in the file, starting with runs that decide fields of others.
 
         Args:
           graph: runs of the sweep.
@@ -101,7 +101,7 @@ class ResultsCache:
         return {"settings": differing, "metrics": lines, "evaluation": evaluation}
 
     def _restore(self, run: SweepRun) -> bool:
-        """Makes the folder of a run; returns whether it did."""
+        """Creates the folder of a run; returns whether it was created."""
         entry = self._runs.get(run.name)
         if entry is None or run.trial.best or (run.evaluated and not entry["evaluation"]):
             return False

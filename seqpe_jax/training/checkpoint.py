@@ -86,7 +86,7 @@ class BestCheckpointPolicy:
         self._values = RunDir.of(run).metric_values(metric)
 
     def add(self, step: int, meta: dict[str, Any]) -> None:
-        """Takes note of a state that is about to be saved, with its metadata."""
+        """Records a state that is about to be saved, with its metadata."""
         value = metric_in(meta, self._metric)
         if value is not None:
             self._values[step] = value
@@ -194,7 +194,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _handle_errors(self) -> Iterator[None]:
-        """Turns any error of a save into a `SaveError` of one line, and removes what the save left unfinished."""
+        """Converts any error of a save to a `SaveError` of one line, and removes the unfinished save."""
         try:
             yield
         except Exception as error:  # Orbax passes on whatever its threads raise

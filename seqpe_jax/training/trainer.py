@@ -176,7 +176,7 @@ class Trainer:
 
     @property
     def _compiler_options(self) -> dict[str, bool] | None:
-        """Lets each TPU generate only its part of an rbg dropout mask; masks then depend on the mesh."""
+        """Compiler options with which each TPU generates only its part of an rbg dropout mask; masks then depend on the mesh."""
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
         partition = on_tpu and self.mesh.size > 1 and self.config.precision.random_bits == "rbg"
         return {"xla_tpu_spmd_rng_bit_generator_unsafe": True} if partition else None

@@ -171,7 +171,7 @@ def fingerprint_of(*identity: Any) -> str:
 
 @contextlib.contextmanager
 def image_errors(name: str, fix: str) -> Iterator[None]:
-    """Turns errors of Pillow into one line.
+    """Converts errors of Pillow to an InputError of one line.
 
     Args:
       name: name of the image.
