@@ -31,7 +31,7 @@ def blockwise_attention(inputs: AttentionInputs, block: int, concat_position: bo
     Args:
       inputs: inputs of one device.
       block: queries and keys per tile.
-      concat_features: append position queries and keys to queries and keys, so that one product gives both logits; the dtype
+      concat_position: append position queries and keys to queries and keys, so that one product gives both logits; the dtype
         of queries must then be as precise as theirs.
     """
     if concat_position:
