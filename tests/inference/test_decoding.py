@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqpe_jax.config.encodings import kinds_for
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import decode
 from seqpe_jax.inference import generate as generation
@@ -84,9 +85,9 @@ CASES += [(kind, every_part(kind)) for kind in ("learned", "rotary", "rotary_mix
 CASES += [
     ("seqpe", COMPOSED | every_part("seqpe", "cable")),
     ("seqpe", COMPOSED | INTERPOLATED),
-    ("scale_invariant", {}),
     ("fox", {}),
 ]
+CASES += [(kind, {}) for kind in kinds_for(1) if kind not in {name for name, _ in CASES}]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

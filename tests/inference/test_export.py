@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from seqpe_jax import config, files, trees
+from seqpe_jax.config.encodings import kinds_for
 from seqpe_jax.errors import InputError
 from seqpe_jax.inference import export as serving
 from seqpe_jax.training.trainer import Trainer
@@ -87,6 +88,7 @@ TEXTS = {
     **{kind: {"variant": kind} for kind in ("rotary", "learned", "rotary_mixed", "t5", "fox")},
     **{kind: {"variant": kind} | every_part(kind, "cable") for kind in ("alibi", "fire", "pope")},
 }
+TEXTS |= {kind: {"variant": kind} for kind in kinds_for(1) if kind not in TEXTS}
 
 
 @pytest.mark.slow
@@ -122,6 +124,7 @@ IMAGES = {
     "rotary_axial": {"kind": "rotary_axial"},
     "lookhere": {"kind": "lookhere", "model__heads": 4, "encoding__rotary_pairs": 2, "encoding__rotary_heads": 3},
 }
+IMAGES |= {kind: {"kind": kind} for kind in kinds_for(2) if kind not in IMAGES}
 
 
 @pytest.mark.slow
