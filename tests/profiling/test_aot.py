@@ -100,7 +100,7 @@ def test_a_step_of_two_slices(commands, tmp_path):
 
 
 TOPOLOGIES = """
-from seqpe_jax.profiling import slices
+from seqpe_jax.profiling import aot
 from seqpe_jax.distributed.sharding import slice_of
 from tests.tpu_slices import topology_devices
 
@@ -110,10 +110,10 @@ def facts(devices):
         for one in devices
     ]
 
-for name, (_, usual, _) in slices.GENERATIONS.items():
+for name, (_, usual, _) in aot.GENERATIONS.items():
     for topology in (f"{name}:{sides}" for sides in usual):
-        assert facts(slices.topology_devices(topology)) == facts(topology_devices(topology)), topology
-    assert facts(slices.topology_devices(f"3x{name}:{usual[1]}")) == facts(topology_devices(f"{name}:{usual[1]}", 3)), name
+        assert facts(aot.topology_devices(topology)) == facts(topology_devices(topology)), topology
+    assert facts(aot.topology_devices(f"3x{name}:{usual[1]}")) == facts(topology_devices(f"{name}:{usual[1]}", 3)), name
 """
 
 
@@ -204,12 +204,12 @@ import json
 import sys
 import jax
 from seqpe_jax import config
-from seqpe_jax.profiling import slices
+from seqpe_jax.profiling import aot
 from seqpe_jax.training.trainer import Trainer
 from seqpe_jax.distributed import sharding as layout
 fields = dict(field.split("=") for field in sys.argv[2:])
 settings = config.load(sys.argv[1], {name: json.loads(value) for name, value in fields.items()})
-run = Trainer.of(settings, slices.topology_devices("v5e:2x2"), data_available=False)
+run = Trainer.of(settings, aot.topology_devices("v5e:2x2"), data_available=False)
 split = layout.batch_sharding(run.mesh)
 batch = {
     name: jax.ShapeDtypeStruct((settings.batch_size, *leaf.shape), leaf.dtype, sharding=split)
