@@ -116,25 +116,24 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(comman
         "checkpoint__keep": 2,
         "eval__every": 2,
         "eval__lengths": (32,),
-        "model__layers": 1,
         "encoding__layers": 1,
         "objective__shift__rate": 0.5,
     }
     two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
-    results = finish(commands, begin(two, 2, 2, **fields))
+    results = finish(commands, begin(two, 2, 4, **fields))
     assert [result.code for result in results] == [0, 0], results
-    assert "2 process(es), 4 device(s)" in results[0].out and "batch 8: 2 x 2 devices, 2 each" in results[0].out
+    assert "2 process(es), 8 device(s)" in results[0].out and "batch 8: 2 x 4 devices, 1 each" in results[0].out
     assert "workdir" not in results[1].out and "step 4/4" not in results[1].err, "only the main process prints"
     assert "step 4/4" in results[0].err
 
-    [alone] = finish(commands, begin(one, 1, 4, **fields))
-    assert alone.code == 0 and "batch 8: 1 x 4 devices, 2 each" in alone.out, alone.err
+    [alone] = finish(commands, begin(one, 1, 8, **fields))
+    assert alone.code == 0 and "batch 8: 1 x 8 devices, 1 each" in alone.out, alone.err
     close(lines(two), lines(one))
     assert any("eval/loss@32" in line for line in lines(two))
 
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
-    [alone] = finish(commands, begin(resumed, 1, 4, **fields))
+    [alone] = finish(commands, begin(resumed, 1, 8, **fields))
     assert alone.code == 0 and "resuming at step 2" in alone.out, alone.err
     close(lines(resumed), lines(one))
 
