@@ -101,12 +101,12 @@ def test_a_step_of_two_slices(commands, tmp_path):
 
 TOPOLOGIES = """
 from seqpe_jax.profiling import aot
-from seqpe_jax.distributed.sharding import slice_of
+from seqpe_jax.distributed.sharding import slice_index
 from tests.tpu_slices import topology_devices
 
 def facts(devices):
     return [
-        (one.id, one.process_index, tuple(one.coords), one.core_on_chip, one.device_kind, one.platform, slice_of(one))
+        (one.id, one.process_index, tuple(one.coords), one.core_on_chip, one.device_kind, one.platform, slice_index(one))
         for one in devices
     ]
 

@@ -207,7 +207,7 @@ def test_processes_that_do_not_fit_end_with_one_line(commands, begin, tmp_path):
     results = finish(commands, begin(tmp_path / "b", 2, 1, **CHEAP | {"batch_size": 7}))
     assert [result.code for result in results] == [2, 2] and said(results[1]) == []
     [line] = said(results[0])
-    assert line.startswith("error: batch_size=7") and not (tmp_path / "b").exists()
+    assert line.startswith("error: microbatch size 7 (batch_size=7 ") and not (tmp_path / "b").exists()
 
     # Each alone would train; only the second cannot keep its data.
     (tmp_path / "file").write_text("")
