@@ -24,7 +24,7 @@ def get_config(variant=None):
     c.batch_size = 16
     c.data.name = "stdlib_qa"
     c.data.length = 128
-    # A question repeats the passage's words before the answer; learning to go on with it teaches to look words up. With the
+    # A question repeats the passage's words before the answer; learning to continue it teaches to look words up. With the
     # answer alone in the loss, as the paper has it, RoPE ends 1200 steps with 7 to 15% of the answers; here with 84%.
     c.data.prompt_weight = 0.1
     c.data.question_weight = 1.0

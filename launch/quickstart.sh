@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set-up, then SeqPE, RoPE and ALiBi trained at one budget, evaluated past the training length, and a report.
-# Run again: a stopped run goes on, finished work is not repeated. RUNS=DIR changes the folder (runs/quickstart);
+# Run again: a stopped run resumes, finished work is not repeated. RUNS=DIR changes the folder (runs/quickstart);
 # arguments go to train, e.g. launch/quickstart.sh --config.steps=200
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

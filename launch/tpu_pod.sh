@@ -5,7 +5,7 @@
 #   bash launch/tpu_pod.sh train --config=configs/wikitext103_gpt2.py --workdir=/mnt/runs/wt103
 #   bash launch/tpu_pod.sh delete
 # SHARE: an NFS volume (Filestore) that every host mounts at /mnt/runs; workdirs lie there. SPOT=1 asks for a spot slice:
-# when that is taken away, `train` asks for another one and goes on from the last checkpoint.
+# when that is taken away, `train` asks for another one and resumes from the last checkpoint.
 # `create` installs this checkout on every host as it stands: edited and new files too, ignored ones not. After more edits
 # `install` does so again.
 set -uo pipefail

@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 class Failure(RuntimeError):
-    """Work that cannot go on, through no fault of the input; the message is one line, the exit code `code`."""
+    """Work that cannot continue, through no fault of the input; the message is one line, the exit code `code`."""
 
     code = 1
 

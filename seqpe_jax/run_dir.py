@@ -395,7 +395,7 @@ class RunDir:
         """
         step, damaged = self.latest_valid_step()
         lines = [
-            f"checkpoint {path} is damaged ({error}): renamed to {self._rename_damaged(path)}, going on from step {step}"
+            f"checkpoint {path} is damaged ({error}): renamed to {self._rename_damaged(path)}, resuming from step {step}"
             for path, error in damaged.items()
         ]
         if not best_metric:

@@ -3,7 +3,7 @@
     python -m tests.kill_and_resume --kills=200 --pair=20 --bucket=20 --folder=runs/chaos --results=docs/results/chaos.json
     python -m tests.kill_and_resume --soak=20000
 
-The kills are spread over the whole run, a third of them aimed at the writing of a checkpoint. The same command goes on from
+The kills are spread over the whole run, a third of them aimed at the writing of a checkpoint. The same command resumes from
 where it was interrupted; another --folder begins anew. Exit code 1: something was lost or differs, or the memory of a run
 that is soaked grew by more than 2%.
 """

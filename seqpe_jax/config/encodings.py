@@ -272,7 +272,7 @@ class _Positions(EncodingConfig):
     base: int = _field(10, "base of the digits of a position", low=2, high=36)
     fraction_digits: int = _field(0, "digits after the point; 0 = positions are integers", low=0, high=30)
     resize: Literal["extrapolate", "interpolate"] = _field(
-        "extrapolate", "larger windows and grids go on past the trained positions, or are read between them"
+        "extrapolate", "larger windows and grids continue past the trained positions, or lie between them"
     )
 
 

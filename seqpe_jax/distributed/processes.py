@@ -186,13 +186,13 @@ def check_equal(facts: Mapping[str, str]) -> None:
 def exit_on_signal() -> None:
     """Exits immediately on SIGTERM and SIGHUP, as long as there is nothing to save.
 
-    Among several processes JAX handles SIGTERM itself. A process under `nohup` goes on ignoring SIGHUP.
+    Among several processes JAX handles SIGTERM itself. A process under `nohup` continues to ignore SIGHUP.
     """
 
     def handler(number: int, _: Any) -> None:
         name = signal.Signals(number).name
         abort(
-            EXIT_PREEMPTED, f"{name}: there is nothing to save now; the same command goes on from the last checkpoint"
+            EXIT_PREEMPTED, f"{name}: there is nothing to save now; the same command resumes from the last checkpoint"
         )
 
     for number in (signal.SIGTERM, signal.SIGHUP) if not is_multiprocess() else ():

@@ -29,7 +29,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 MAX_SHOWN = 5  # differences in a message
 
 Facts = dict[str, str]
-LOST = "was killed or has lost its machine; start the same command again: it goes on from the last checkpoint"
+LOST = "was killed or has lost its machine; start the same command again: it resumes from the last checkpoint"
 
 
 def format_ranges(numbers: Iterable[int]) -> str:

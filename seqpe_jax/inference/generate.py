@@ -74,7 +74,7 @@ def _check_prompts(config: Config, lengths: Sequence[int]) -> None:
     if config.is_image:
         raise InputError("a run on images generates no text: give a run on text")
     if not lengths:
-        raise InputError("there is no prompt to go on from: give at least one")
+        raise InputError("there is no prompt to continue: give at least one")
     if not all(lengths):
         which = f"prompt {lengths.index(0) + 1} of {len(lengths)}" if len(lengths) > 1 else "the prompt"
         raise InputError(f"{which} is empty: a prompt must hold at least one token")

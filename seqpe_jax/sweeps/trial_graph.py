@@ -1,6 +1,6 @@
 """Trials of a sweep, which of them decide fields of others, and their record in sweep.json.
 
-The record lets an edited sweep go on without mixing up its runs. Each trial is an object of "config", "overrides" and
+The record lets an edited sweep resume without mixing up its runs. Each trial is an object of "config", "overrides" and
 "settings". One with open fields has "best": FIELD -> {"runs", "minimise" or "maximise"}, and once they are decided
 "decided": FIELD -> {"value", "run" (the best), "metric", "measured" (run -> number, null where it failed)}.
 """

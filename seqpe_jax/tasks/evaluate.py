@@ -29,7 +29,7 @@ NUM_ATTENTION_IMAGES = 4  # images of the split whose attention is drawn
 
 @dataclasses.dataclass(frozen=True)
 class EvalRequest:
-    """Options of one evaluation; None stands for the value of the config's eval or data section.
+    """Options of one evaluation; None means the value of the config's eval or data section.
 
     Without lengths, sizes and contexts, all that the config's eval section names are evaluated.
 

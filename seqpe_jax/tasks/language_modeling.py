@@ -112,7 +112,7 @@ class LanguageModeling(Task):
         if end is not None:
             lines.append(f"texts end with {self._describe_token(end)}")
         else:
-            lines.append("no end of text: texts run together, and generation goes on to its limit")
+            lines.append("no EOS token: documents are concatenated, and generation continues to its limit")
         return "\n  ".join(lines + self._describe_lost_text(source.round_trip_loss))
 
     def _describe_token(self, token: int) -> str:

@@ -35,7 +35,7 @@ def _has_no_save_traceback(record: logging.LogRecord) -> bool:
 
 
 class _IgnoreClosedLoop:
-    """A `sys.unraisablehook` that is silent about arrays whose save goes on in a bucket's library after another's failed.
+    """A `sys.unraisablehook` that is silent about arrays whose save continues in a bucket's library after another's failed.
 
     Args:
       hook: gets all the rest.

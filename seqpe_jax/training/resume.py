@@ -172,7 +172,7 @@ def _check_steps(before: Config, settings: Config, run: RunDir, step: int, exten
     if not (same or extend):
         raise InputError(
             f"the run of {run} was to take {before.steps} steps, and its learning rate so far depends on that number "
-            f"(optimizer.schedule='{settings.optimizer.schedule}'): add --extend=true to go on to {settings.steps} under "
+            f"(optimizer.schedule='{settings.optimizer.schedule}'): add --extend=true to continue to {settings.steps} under "
             "the schedule of that many, or set steps as it was. Under wsd, more steps change nothing before the decay"
         )
 

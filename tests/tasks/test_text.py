@@ -64,10 +64,10 @@ def stored_run(folder, data, settings):
 
 def test_the_start_says_how_texts_end(tokenizer, texts, asked, tmp_path):
     assert "texts end with '[EOS]' (token 4)" in LanguageModeling(settings(tokenizer, texts)).describe()
-    assert "no end of text: texts run together" in LanguageModeling(settings("bytes", texts)).describe()
+    assert "no EOS token: documents are concatenated" in LanguageModeling(settings("bytes", texts)).describe()
     plain = tmp_path / "plain.json"
     word_level(plain, WORDS)
-    assert "no end of text: texts run together" in LanguageModeling(settings(plain, texts)).describe()
+    assert "no EOS token: documents are concatenated" in LanguageModeling(settings(plain, texts)).describe()
     questions = settings(tokenizer, asked, data__name="qa_jsonl")
     assert "answers end with '[EOS]' (token 4)" in QuestionAnswering(questions).describe()
     in_bytes = QuestionAnswering(settings("bytes", asked, data__name="qa_jsonl")).describe()

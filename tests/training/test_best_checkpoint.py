@@ -50,7 +50,7 @@ def test_the_best_stays_with_the_newest(tmp_path, metric, values, expected):
     newest = 2 * len(values)
     assert RunDir(tmp_path).best_step(metric) == RunDir(tmp_path).best_step(metric.removeprefix("eval/")) == expected
     assert there(tmp_path) == sorted({str(expected[0]), str(newest)})
-    assert RunDir(tmp_path).latest_step() == newest, "a run goes on from the newest, not from the best"
+    assert RunDir(tmp_path).latest_step() == newest, "a run resumes from the newest, not from the best"
 
 
 def test_a_second_start_knows_the_best_of_the_first(tmp_path):

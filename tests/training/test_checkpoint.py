@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_is_used(saved, h
     assert checkpoints.restore_params(placed(mesh)["params"])[1] == 4 and checkpoints.meta()["seconds"] == 4.0
     checkpoints.close()
     [line] = RunDir(saved).quarantine()
-    assert "is damaged (" in line and "going on from step 4" in line
+    assert "is damaged (" in line and "resuming from step 4" in line
     assert RunDir(saved).quarantine() == []
     assert before == {path.read_bytes() for path in files_of(saved)}, "nothing is deleted"
     again = Checkpointer(saved, keep=2)

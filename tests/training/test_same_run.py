@@ -136,7 +136,7 @@ LENGTHS = {"steps": 6, "checkpoint__every": 2, "eval__every": 0}
             "linear",
             {"steps": 8},
             4,
-            "was to take 6 steps, .*optimizer.schedule='linear'.: add --extend=true to go on to 8",
+            "was to take 6 steps, .*optimizer.schedule='linear'.: add --extend=true to continue to 8",
         ),
         ("cosine", {"steps": 8}, 4, "add --extend=true"),
         ("constant", {"steps": 8}, 6, ""),

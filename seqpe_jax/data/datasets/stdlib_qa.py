@@ -31,7 +31,7 @@ MAX_ANSWER_SHARE = (
 
 
 class StdlibQA(QABuilder):
-    """Extractive questions in the form of a line that breaks off: the passage says how it goes on.
+    """Extractive questions in the form of an incomplete line, whose continuation is in the passage.
 
     A passage is a few lines of source (up to 72 ASCII bytes, without their common indent). The question is the text
     right before the answer: the prompt `>>> mode=` asks for the `'r'` of the passage. In the type "function" it is a
