@@ -1,46 +1,70 @@
-"""The study on questions: every encoding that texts can take, each at the learning rate that is its own best, three seeds.
+"""The study on questions: the six strongest encodings with the parts that they can take, three seeds.
 
-    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_questions.py --workdir=runs/study_questions --jobs=2
+    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_questions.py --workdir=runs/study_questions --jobs=2 \
+        --results=docs/results/study_questions.json
     python -m seqpe_jax.report --workdir=runs/study_questions --output=runs/study_questions/report
 
-Trained on 128 bytes for the 4800 steps of configs/stdlib_qa.py, evaluated at 128 to 1024 on 400 questions of the test
-split. In the first stage each encoding trains at three rates with seed 0; the loss of the answers on the validation split
-at the end decides, at 128 bytes. An encoding with a constant that its authors chose for their own windows tries three
-values of it at each rate. Then come seeds 1 to 3 at the best rate and constant. questions.py is a smaller study, of nine
-encodings at one rate for all, whose results are stored. Left out are `rotary_axial`, which over one axis is `rotary`, and
-the forms of scaled RoPE.
-Hardware: two CPU cores, one for each of two runs at once; by the times of questions.py about thirty-two hours for 156
-runs, fifteen of them for the 78 of the seven strongest encodings, which come first.
+Trained on 128 bytes for the 4800 steps of configs/stdlib_qa.py, evaluated at 128 to 1024 on all 519 questions of the test
+split. Each encoding has twelve trials with seed 0, as in study_text.py: without a part, with each part alone, with the best
+two together, then learning rates and constants. The loss of the answers on the validation split at 512 bytes, four times
+the training length, decides. questions.py is an older study, of nine encodings at one rate for all, whose results are
+stored.
+Hardware: two CPU cores, one for each of two runs at once; by the times of questions.py about twenty hours for 90 runs.
 """
 
-from seqpe_jax.sweeps import tune_then_repeat
+from seqpe_jax.sweeps import choose_parts_then_repeat
 
 CONFIG = "configs/stdlib_qa.py"
-STRONG = ("seqpe", "alibi", "rotary", "fox", "kerple", "cable", "fire")
-OTHER = ("rotary_partial", "scale_invariant", "pope", "t5", "rotary_mixed", "learned", "sinusoidal", "none")
-RATES = {"optimizer.learning_rate": (1.5e-3, 3e-3, 6e-3)}
-# Lengths of other papers and what derives from one, from the authors' share (config/lengths.py) to their number.
-CONSTANTS = {
-    "rotary": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "rotary_mixed": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "sinusoidal": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "pope": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "alibi": {"encoding.slope_scale": (0.5, 1.0, 2.0)},
-    "kerple": {"encoding.kerple_scale": (0.3, 1.0, 3.0)},
-    "fire": {"encoding.fire_threshold": (32.0, 128.0, 512.0)},
-    "t5": {"encoding.t5_max_distance": (32, 64, 128)},
-    "scale_invariant": {"encoding.scale_invariant_tau": (1.0, 3.0, 10.0)},
-    "fox": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},  # how open the gates begin
-    "cable": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},
+KINDS = ("seqpe", "fox", "cable", "alibi", "kerple", "rotary")
+PAIRS = {"encoding.rotary_pairs": 4}
+OPEN = {"encoding.gate_bias_init": 4.0}
+PARTS = {
+    "pairs": PAIRS,
+    "gate": {"encoding.gate": "forget", **OPEN},
+    "open_gate": OPEN,
+    "free_head": {"encoding.position_heads": 3},
+    "log_scaling": {"encoding.log_scaling": True},
 }
-TUNING = {"seed": 0, "eval.every": 4800, "eval.lengths": (128,)}
+USUAL = ("pairs", "gate", "free_head", "log_scaling")
+TAKES = dict.fromkeys(("fox", "cable"), ("pairs", "open_gate", "log_scaling"))
+RATES = {"optimizer.learning_rate": (3e-3, 1.5e-3, 6e-3, 2.1e-3, 4.2e-3, 8e-4, 1.2e-2)}
+SCALES = "objective.contrastive.head_scales"  # of SeqPE's contrastive loss on logits, one for each head with a position
+# Lengths of other papers and what derives from one; of SeqPE forms of the contrastive loss.
+CONSTANTS = {
+    "seqpe": [
+        {"objective.contrastive.space": "vectors", SCALES: (), "objective.contrastive.weight": 0.1},
+        {"objective.contrastive.space": "vectors", SCALES: (), "objective.contrastive.weight": 0.02},
+    ],
+    "rotary": [{"encoding.theta": 100.0}, {"encoding.theta": 1000.0}],
+    "alibi": [{"encoding.slope_scale": 0.5}, {"encoding.slope_scale": 2.0}],
+    "kerple": [{"encoding.kerple_scale": 0.3}, {"encoding.kerple_scale": 3.0}],
+    "fox": [{"encoding.rotary_pairs": 6}, {"encoding.rotary_pairs": 8}],
+    "cable": [{"encoding.rotary_pairs": 6}, {"encoding.rotary_pairs": 8}],
+}
+TUNING = {"seed": 0, "eval.every": 4800, "eval.lengths": (128, 512)}
+# SeqPE's page has its parts on; here it begins without them, as the others do.
+WITHOUT_PARTS = {
+    "encoding.rotary_pairs": 0,
+    "encoding.rotary_heads": 0,
+    "encoding.position_heads": 0,
+    "encoding.log_scaling": False,
+    SCALES: (),
+}
 
 
 def runs():
-    """Yields (name, overrides) of each run: of the strong encodings both stages, then of the others."""
-    strong, other = ({kind: {"variant": kind} for kind in kinds} for kinds in (STRONG, OTHER))
-    for variants in (strong, other):
-        constants = {kind: values for kind, values in CONSTANTS.items() if kind in variants}
-        yield from tune_then_repeat(
-            variants, RATES, minimise="eval/loss@128", tuning_overrides=TUNING, seeds=(1, 2, 3), constants=constants
-        )
+    """Yields (name, overrides) of each run."""
+    variants = {kind: {"variant": kind, "eval.examples": 519} for kind in KINDS}
+    variants["seqpe"] |= WITHOUT_PARTS
+    parts = {kind: {part: PARTS[part] for part in TAKES.get(kind, USUAL)} for kind in KINDS}
+    parts["seqpe"]["free_head"] = PARTS["free_head"] | {SCALES: (1.0, 4.0, 16.0)}
+    yield from choose_parts_then_repeat(
+        variants,
+        parts,
+        RATES,
+        trials=12,
+        tuning_overrides=TUNING,
+        seeds=dict.fromkeys(KINDS, (1, 2, 3)),
+        minimise="eval/loss@512",
+        constants=CONSTANTS,
+    )

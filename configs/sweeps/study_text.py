@@ -1,75 +1,87 @@
-"""The study on text: every encoding that texts can take, each at the learning rate that is its own best, three seeds.
+"""The study on text: every encoding with the parts that it can take, all chosen by the same number of trials.
 
-    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_text.py --workdir=runs/study_text --jobs=2
+    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_text.py --workdir=runs/study_text --jobs=2 \
+        --results=docs/results/study_text_fair.json
     python -m seqpe_jax.report --workdir=runs/study_text --output=runs/study_text/report
 
-Trained on 64 bytes for 1000 steps, as extrapolation.py is, evaluated at 64 to 4096 bytes of the test split, in windows of
-each length and on the same bytes under each context. In the first stage each encoding trains at three rates with seed 0,
-and at a fourth where the best is at an end; the loss on the validation split at the end decides, at 64 bytes, as for
-somebody who has no longer texts. An encoding with a constant that its authors chose for their own windows tries three
-values of it at each rate, and one with gates how open they begin. Then come seeds 1 to 3 at the best rate and constant. The
-forms of scaled RoPE train as RoPE does, so they take its rate. Over one axis `rotary_axial` is `rotary`, so it is left out.
-Hardware: two CPU cores, one for each of two runs at once; about three and a half hours for 196 runs, the
-strongest encodings first.
+Trained on 64 bytes for 1000 steps, evaluated at 64 to 4096 bytes of the test split, in windows of each length and on the
+same bytes under each context. Each encoding has twelve trials with seed 0: without a part; with rotary pairs, gates that
+start open, a head without position, or log scaling; with the best two of these together; at other learning rates; and with
+other values of the constant that its authors chose for their own windows. SeqPE has the same twelve, and its constants are
+forms of the contrastive loss. Each trial starts from the best one so far; the loss on the validation split at 256 bytes,
+four times the training length, decides. Then come five seeds of the encodings in the README's plot, three of the others.
+The forms of scaled RoPE train as RoPE does, and are in study_text's stored results from before.
+Hardware: two CPU cores, one for each of two runs at once; about seven hours, the strongest encodings first.
 """
 
-from seqpe_jax.sweeps import tune_then_repeat
+from seqpe_jax.sweeps import choose_parts_then_repeat
 
 CONFIG = "configs/stdlib_lm.py"
-STRONG = ("seqpe", "rotary", "alibi", "fox", "cable", "kerple", "fire")
-OTHER = (
-    "rotary_partial",
-    "scale_invariant",
-    "pope",
-    "t5",
-    "rotary_mixed",
-    "seqpe_paper",
-    "learned",
-    "sinusoidal",
-    "none",
-)
-SCALED = ("linear", "ntk", "yarn")
-RATES = {"optimizer.learning_rate": (2e-3, 4e-3, 8e-3)}
-# Of those whose best of the three is at an end.
-EXTRA_RATES = {"fox": (1e-3,), "cable": (1e-3,), "seqpe_paper": (1e-3,), "kerple": (1.6e-2,), "t5": (1.6e-2,)}
-# Lengths of other papers and what derives from one, from the authors' share (config/lengths.py) to their number.
-CONSTANTS = {
-    "rotary": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "rotary_log": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "rotary_mixed": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "sinusoidal": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "pope": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "alibi": {"encoding.slope_scale": (0.5, 1.0, 2.0)},
-    "kerple": {"encoding.kerple_scale": (0.3, 1.0, 3.0)},
-    "fire": {"encoding.fire_threshold": (16.0, 128.0, 512.0)},
-    "t5": {"encoding.t5_max_distance": (32, 64, 128)},
-    "scale_invariant": {"encoding.scale_invariant_tau": (1.0, 3.0, 10.0)},
-    "fox": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},  # how open the gates begin
-    "cable": {"encoding.gate_bias_init": (0.0, 2.0, 4.0)},
+SHOWN = ("seqpe", "fox", "cable", "alibi", "rotary", "scale_invariant")
+OTHER = ("kerple", "fire", "t5", "pope", "rotary_mixed", "learned", "sinusoidal", "none", "seqpe_paper")
+PAIRS = {"encoding.rotary_pairs": 4}
+OPEN = {"encoding.gate_bias_init": 4.0}
+GATE = {"encoding.gate": "forget", **OPEN}
+FREE_HEAD = {"encoding.position_heads": 3}
+LOG_SCALING = {"encoding.log_scaling": True}
+PARTS = {"pairs": PAIRS, "gate": GATE, "open_gate": OPEN, "free_head": FREE_HEAD, "log_scaling": LOG_SCALING}
+USUAL = ("pairs", "gate", "free_head", "log_scaling")
+# Of those that cannot take all: a second rotation or gate, or heads without position where it is added to the tokens.
+TAKES = {
+    "fox": ("pairs", "open_gate", "log_scaling"),
+    "cable": ("pairs", "open_gate", "log_scaling"),
+    "none": ("pairs", "log_scaling"),  # with a gate it is FoX
+    "learned": ("pairs", "gate", "log_scaling"),
+    "sinusoidal": ("pairs", "gate", "log_scaling"),
+    "pope": ("gate", "free_head", "log_scaling"),
+    "rotary_mixed": ("gate", "free_head", "log_scaling"),
 }
-TUNING = {"seed": 0, "eval.every": 1000, "eval.lengths": (64,)}
+RATES = {"optimizer.learning_rate": (4e-3, 2e-3, 8e-3, 2.8e-3, 5.6e-3, 1e-3, 1.6e-2, 1.4e-3, 1.1e-2)}
+
+
+def _each(field, *values):
+    return [{field: value} for value in values]
+
+
+# Lengths of other papers and what derives from one, from the authors' share (config/encodings.py) to their number.
+CONSTANTS = {
+    "seqpe": [
+        {"objective.contrastive.space": "vectors", "objective.contrastive.weight": 0.1},
+        {"objective.contrastive.space": "vectors", "objective.contrastive.weight": 0.02},
+        {"objective.contrastive.space": "logits", "objective.contrastive.weight": 0.02},
+    ],
+    "fox": _each("encoding.rotary_pairs", 6, 8),
+    "none": _each("encoding.rotary_pairs", 6, 8),
+    "cable": _each("encoding.rotary_pairs", 6, 8),
+    "rotary": _each("encoding.theta", 100.0, 1000.0),
+    "rotary_mixed": _each("encoding.theta", 100.0, 1000.0),
+    "sinusoidal": _each("encoding.theta", 100.0, 1000.0),
+    "pope": _each("encoding.theta", 100.0, 1000.0),
+    "alibi": _each("encoding.slope_scale", 0.5, 2.0),
+    "kerple": _each("encoding.kerple_scale", 0.3, 3.0),
+    "fire": _each("encoding.fire_threshold", 16.0, 128.0),
+    "t5": _each("encoding.t5_max_distance", 64, 128),
+    "scale_invariant": _each("encoding.scale_invariant_tau", 1.0, 3.0),
+}
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 EVALUATED = {"eval.lengths": LENGTHS, "eval.contexts": (64, 256, 1024, 4096), "eval.targets": 4096}
+TUNING = {"seed": 0, "eval.every": 1000, "eval.lengths": (64, 256)}
 
 
 def runs():
-    """Yields (name, overrides) of each run: of the strong encodings both stages, then of the others."""
-    strong = {kind: {"variant": kind} for kind in STRONG}
-    strong |= {"rotary_log": {"variant": "rotary", "encoding.log_scaling": True}}
-    scaled = {f"rotary_{form}": {"variant": "rotary", "encoding.scaling": form} for form in SCALED}
-    other = {kind: {"variant": kind} for kind in OTHER}
-    same_as = dict.fromkeys(scaled, "rotary")
-    for variants, own in ((strong | scaled, same_as), (other, {})):
-        variants = {name: {"steps": 1000, **EVALUATED, **variant} for name, variant in variants.items()}
-        extra_values = {name: rates for name, rates in EXTRA_RATES.items() if name in variants}
-        constants = {name: values for name, values in CONSTANTS.items() if name in variants}
-        yield from tune_then_repeat(
+    """Yields (name, overrides) of each run: of the shown encodings both stages, then of the others."""
+    for names, seeds in ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))):
+        variants = {name: {"variant": name, "steps": 1000, **EVALUATED} for name in names}
+        if "seqpe" in variants:
+            variants["seqpe"]["encoding.rotary_pairs"] = 0  # a part, as of the others
+        parts = {name: {part: PARTS[part] for part in TAKES.get(name, USUAL)} for name in names}
+        yield from choose_parts_then_repeat(
             variants,
+            parts,
             RATES,
-            minimise="eval/loss@64",
+            trials=12,
             tuning_overrides=TUNING,
-            seeds=(1, 2, 3),
-            same_as=own,
-            extra_values=extra_values,
-            constants=constants,
+            seeds=dict.fromkeys(names, seeds),
+            minimise="eval/loss@256",
+            constants={name: values for name, values in CONSTANTS.items() if name in names},
         )

@@ -67,7 +67,8 @@ class Run:
     def encoding(self) -> str:
         """Name of the encoding, with its gate."""
         encoding = self.config["encoding"]
-        return encoding_name(encoding["kind"], encoding.get("gate", "none"))
+        gate = encoding.get("gate", "none")
+        return encoding_name(encoding["kind"], "none" if gate == UNDECIDED else gate)
 
     @property
     def seed(self) -> int:
@@ -368,7 +369,12 @@ def _read_sweep_trials(workdir: AnyPath) -> dict[str, dict[str, Any]] | None:
 def _deciding_trials(trials: dict[str, dict[str, Any]], path: AnyPath) -> set[str]:
     """Returns the names of trials that decide fields of others. Raises: InputError: some are not in the record."""
     try:
-        named = {run for trial in trials.values() for best in trial.get("best", {}).values() for run in best["runs"]}
+        named = {
+            run
+            for trial in trials.values()
+            for best in trial.get("best", {}).values()
+            for run in (*best["runs"], *filter(None, [best.get("base")]))
+        }
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} does not say which runs decide: it is not as this package writes it") from error
     if lost := named - trials.keys():

@@ -7,20 +7,68 @@ from seqpe_jax.reporting.study import Run, Study, format_value, get_field
 from seqpe_jax.reporting.tables import MISSING, Cell, Table, number, row_heading
 
 BestOf = dict[str, Any]  # {"runs", "minimise" or "maximise"}, as sweep.json holds it
+MAX_FIELD_TABLES = 2  # a row with more open fields has chosen its parts by trials that differ in several of them
 
 
 def tuning_tables(study: Study) -> list[Table]:
     """Returns a table row x value for each decided field and metric; the chosen value is marked.
 
-    Runs that failed or have not ended are missing.
+    Runs that failed or have not ended are missing. Rows that choose their parts, with `choose_parts_then_repeat`, come
+    together in one table row x trial.
     """
     groups: dict[tuple[str, str, bool], dict[str, tuple[BestOf, Any]]] = {}
+    chosen: dict[str, tuple[BestOf, dict[str, Any]]] = {}
     for run in study.runs:
         trial = study.sweep_trials.get(run.name, {})
+        if len(trial.get("best", {})) > MAX_FIELD_TABLES:
+            chosen[run.row] = next(iter(trial["best"].values())), trial.get("decided", {})
+            continue
         for name, best in trial.get("best", {}).items():
             key = (name, best.get("minimise") or best["maximise"], "maximise" in best)
             groups.setdefault(key, {})[run.row] = best, trial.get("decided", {}).get(name)
-    return [_table(study, *key, rows) for key, rows in groups.items()]
+    tables = [_table(study, *key, rows) for key, rows in groups.items()]
+    return [*tables, *([_parts_table(study, chosen)] if chosen else [])]
+
+
+def _parts_table(study: Study, rows: dict[str, tuple[BestOf, dict[str, Any]]]) -> Table:
+    """Returns the table of rows that choose their parts by trials.
+
+    Args:
+      study: the runs.
+      rows: row -> its trials, and the decision on each field.
+    """
+    runs = {run.name: run for run in study.tuning_runs}
+    lines, metrics = [], {}
+    for row, (trials, decided) in rows.items():
+        metric = trials.get("minimise") or trials["maximise"]
+        metrics[metric] = None
+        measured = {name: _measured(runs[name], metric) for name in trials["runs"]}
+        known = {name: value for name, value in measured.items() if value is not None}
+        winner = next((decision["run"] for decision in decided.values()), None)
+        values = ", ".join(
+            f"{field.rpartition('.')[2]}={format_value(each['value'])}" for field, each in decided.items()
+        )
+        plain = measured[trials["runs"][0]]
+        lines.append(
+            [
+                Cell(row),
+                Cell(f"{len(known)} of {len(measured)}", len(known)),
+                Cell(MISSING) if plain is None else Cell(number(plain, 4), plain),
+                Cell(number(known[winner], 4), known[winner]) if winner in known else Cell(MISSING),
+                Cell(winner.removeprefix(f"{row}-") if winner else MISSING),
+                Cell(values or MISSING),
+            ]
+        )
+    note = (
+        f"{' or '.join(metrics)} on the validation split at the last step of each trial; the first trial has no part. The runs "
+        "in all other tables have the fields of the best trial."
+    )
+    return Table(
+        "Parts and constants chosen",
+        [row_heading(study), "trials", "without a part", "best", "trial", "fields of the best trial"],
+        lines,
+        note,
+    )
 
 
 def _table(study: Study, name: str, metric: str, higher_is_better: bool, rows: dict[str, tuple[BestOf, Any]]) -> Table:

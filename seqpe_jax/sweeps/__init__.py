@@ -13,9 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seqpe_jax.sweeps.spec import BestOf, Range, Search, product, tune_then_repeat, zipped
+    from seqpe_jax.sweeps.spec import (
+        BestOf,
+        Range,
+        Search,
+        choose_parts_then_repeat,
+        product,
+        tune_then_repeat,
+        zipped,
+    )
 
-__all__ = ["BestOf", "Range", "Search", "product", "tune_then_repeat", "zipped"]
+__all__ = ["BestOf", "Range", "Search", "choose_parts_then_repeat", "product", "tune_then_repeat", "zipped"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,15 +24,22 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=,+-]{0,99}")  # also the name of
 class BestOf:
     """Override whose value is that of the same field in the best of other runs, known once these have ended.
 
+    With a `count` above 1 it combines what the best runs change: the value is that of the best of them that differs from
+    run `base`, or that of `base` if none does. Two runs that each add a part to `base` so become one with both parts.
+
     Attributes:
-      runs: names of the runs that are compared.
+      runs: names of the runs that are compared; those with open fields are yielded before this one.
       minimise: validation metric in metrics.jsonl at a run's last step, e.g. "eval/loss@64"; lower is better.
       maximise: likewise, higher is better. Exactly one of the two is given.
+      count: number of the best runs whose changes are combined.
+      base: run without these changes; needed with a count above 1.
     """
 
     runs: tuple[str, ...]
     minimise: str = ""
     maximise: str = ""
+    count: int = 1
+    base: str = ""
 
     @property
     def metric(self) -> str:
@@ -237,6 +244,91 @@ def tune_then_repeat(
             yield f"{name}-{seed}", {**overrides, "seed": seed, **dict.fromkeys(runs[0][1], best)}
 
 
+def choose_parts_then_repeat(
+    variants: Mapping[str, Overrides],
+    parts: Mapping[str, Mapping[str, Overrides]],
+    grid: Mapping[str, Iterable[Any]],
+    *,
+    trials: int,
+    tuning_overrides: Overrides,
+    seeds: Mapping[str, Iterable[int]],
+    minimise: str = "",
+    maximise: str = "",
+    constants: Mapping[str, Iterable[Overrides]] | None = None,
+) -> Iterator[tuple[str, Overrides]]:
+    """Yields the runs of a study that offers each variant the parts that it can take, within the same number of trials.
+
+    The trials of a variant, each of which starts from the best one so far:
+
+    1. without a part, and with each part alone, at the first value of the grid: VARIANT-plain, VARIANT-PART;
+    2. the best two parts together: VARIANT-two;
+    3. the second and the third value of the grid: VARIANT-FIELD=VALUE;
+    4. its constants: VARIANT-constant1, ...;
+    5. further values of the grid, until all trials are spent.
+
+    Then for each seed a run VARIANT-SEED, with everything as in the best trial.
+
+    Args:
+      variants: overrides by name, without any part.
+      parts: for each variant the overrides of each of its parts; several parts of a variant set different fields.
+      grid: one field and its values, the most promising ones first.
+      trials: number of trials of each variant.
+      tuning_overrides: overrides of the trials alone, such as their seed and evaluation interval.
+      seeds: seeds of the final runs of each variant.
+      minimise: metric that decides, lower is better; or `maximise`.
+      maximise: metric that decides, higher is better.
+      constants: for some variants, alternatives that set the same fields, such as lengths that other papers chose.
+
+    Raises:
+      InputError: the grid is not one field, or has too few values for the trials of a variant.
+    """
+    if len(grid) != 1:
+        raise InputError(f"choose_parts_then_repeat: grid needs one field, got {', '.join(grid) or 'none'}")
+    [(field, values)] = grid.items()
+    values = _values(field, values)
+    finals: dict[str, Overrides] = {}
+    for name, overrides in variants.items():
+        common = {**overrides, **tuning_overrides, field: values[0]}
+        own_parts, own_constants = parts.get(name, {}), list((constants or {}).get(name, ()))
+        plain = f"{name}-plain"
+        runs = [plain]
+        yield plain, common
+        for part, changed in own_parts.items():
+            runs.append(f"{name}-{part}")
+            yield runs[-1], {**common, **changed}
+        changing = [each for changed in own_parts.values() for each in changed]
+        if len(own_parts) > 1:
+            best_two = BestOf(tuple(runs[1:]), minimise, maximise, count=2, base=plain)
+            runs.append(f"{name}-two")
+            yield runs[-1], {**common, **dict.fromkeys(changing, best_two)}
+        rounds: list[list[tuple[str, Overrides]]] = [
+            [_grid_run(name, field, value) for value in values[1:3]],
+            [(f"{name}-constant{number}", changed) for number, changed in enumerate(own_constants, 1)],
+            [_grid_run(name, field, value) for value in values[3:]],
+        ]
+        changing += [field]
+        for one in rounds:
+            best = BestOf(tuple(runs), minimise, maximise)
+            for run, changed in one[: trials - len(runs)]:
+                runs.append(run)
+                yield run, {**common, **dict.fromkeys(changing, best), **changed}
+            changing += [each for _, changed in one for each in changed if each not in changing]
+        if len(runs) != trials:
+            raise InputError(
+                f"choose_parts_then_repeat: '{name}' has {len(runs)} trials instead of {trials}: give {field} more values"
+            )
+        best = BestOf(tuple(runs), minimise, maximise)
+        finals[name] = {**overrides, **dict.fromkeys(dict.fromkeys(changing), best)}
+    for seed in dict.fromkeys(seed for own in seeds.values() for seed in own):
+        for name, overrides in finals.items():
+            if seed in seeds[name]:
+                yield f"{name}-{seed}", {**overrides, "seed": seed}
+
+
+def _grid_run(variant: str, field: str, value: Any) -> tuple[str, Overrides]:
+    return _tuning_run(variant, {field: value}), {field: value}
+
+
 def _tuning_run(variant: str, chosen: Overrides) -> str:
     """Name of a tuning run."""
     values = {
@@ -288,48 +380,95 @@ def _checked_trials(base: str, runs: Iterable[tuple[str, Overrides]]) -> tuple[T
             config.check_overrides_used(trial.settings, trial.overrides)
         except InputError as error:
             raise InputError(f"run '{name}': {error}") from error
-    checked: set[str] = set()
-    return tuple(
-        _open_trial(name, base, own, closed, checked) if is_open[name] else closed[name]
-        for name, own in overrides_of.items()
-    )
+    possible = _Possible(closed)
+    for name, own in overrides_of.items():
+        if is_open[name]:
+            possible.add(_open_trial(name, base, own, possible))
+    return tuple(possible.trials[name] for name in overrides_of)
 
 
-def _open_trial(
-    name: str, base: str, overrides: Mapping[str, Any], closed: Mapping[str, Trial], checked: set[str]
-) -> Trial:
-    """Returns a trial with open fields, checked with every value that they can get.
+class _Possible:
+    """The trials that others may depend on, and the values that their open fields can get.
+
+    Attributes:
+      trials: trials by name.
+      checked: settings that were found valid; other seeds of a variant have the same.
+    """
+
+    def __init__(self, trials: Mapping[str, Trial]):
+        self.trials = dict(trials)
+        self.checked: set[str] = set()
+        self._leaves: dict[str, Overrides] = {}
+        self._values: dict[str, list[Overrides]] = {}  # of the open fields of a trial, jointly
+
+    def add(self, trial: Trial) -> None:
+        """Adds a trial with open fields."""
+        self.trials[trial.name] = trial
+        self._values[trial.name] = self.values(trial.best)
+
+    def values(self, best: Mapping[str, BestOf]) -> list[Overrides]:
+        """Returns every set of values that open fields can get.
+
+        Args:
+          best: the open fields, with the runs that decide each.
+        """
+        sets: list[list[Overrides]] = []
+        for one in dict.fromkeys(best.values()):
+            fields = [field for field, other in best.items() if other == one]
+            own = [values for run in one.runs for values in self._of_run(run, fields)]
+            if one.count > 1:
+                plain = self._of_run(one.base, fields)[0]
+                ordered = itertools.permutations(own, one.count)
+                own = [{field: _changed(field, plain, chosen) for field in fields} for chosen in ordered]
+            sets.append(list({repr(values): values for values in own}.values()))
+        return [{field: value for one in chosen for field, value in one.items()} for chosen in itertools.product(*sets)]
+
+    def _of_run(self, run: str, fields: Sequence[str]) -> list[Overrides]:
+        """Returns the sets of values that fields of a run can have."""
+        if run not in self._leaves:
+            self._leaves[run] = flatten_dict(config.to_dict(self.trials[run].settings), ".")
+        leaves = self._leaves[run]
+        return [
+            {field: decided.get(field, leaves[field]) for field in fields} for decided in self._values.get(run, [{}])
+        ]
+
+
+def _changed(field: str, plain: Overrides, runs: Iterable[Overrides]) -> Any:
+    """Returns the first value of a field that differs from the plain one, or the plain one."""
+    return next((values[field] for values in runs if values[field] != plain[field]), plain[field])
+
+
+def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _Possible) -> Trial:
+    """Returns a trial with open fields, checked with all values that they can get.
 
     Args:
       name: name of the run.
       base: config file of the sweep.
       overrides: its overrides, with a `BestOf` for each open field.
-      closed: trials without open fields, which may decide it.
-      checked: settings and values that were found valid, to which this adds; other seeds of a variant have the same.
+      possible: the trials that may decide it.
     """
     best = {field: value for field, value in overrides.items() if isinstance(value, BestOf)}
     fixed = {field: value for field, value in overrides.items() if field not in best}
-    possible: dict[str, list[Any]] = {}
     for field, one in best.items():
         if field not in config.field_names():
             raise InputError(f"run '{name}': {config.unknown_field_message(field)}")
         try:
-            _check_best(one, closed)
+            _check_best(one, possible.trials)
         except InputError as error:
             raise InputError(f"run '{name}': {field}: {error}") from error
-        possible[field] = [value_of(closed[run].settings, field) for run in one.runs]
-    trial = make_trial(name, base, fixed | {field: values[0] for field, values in possible.items()})
+    choices = possible.values(best)
+    trial = make_trial(name, base, fixed | choices[0])
     leaves = flatten_dict(config.to_dict(trial.settings), ".")
-    for field, values in possible.items():
-        for value in values:
-            key = repr((leaves | {"seed": 0, field: value}, field))
-            if key in checked:
-                continue
-            checked.add(key)
-            try:
-                config.from_dict(unflatten_dict(leaves | {field: value}, "."))
-            except InputError as error:
-                raise InputError(f"run '{name}', where {field} can become {value}: {error}") from error
+    for values in choices:
+        key = repr(leaves | {"seed": 0} | values)
+        if key in possible.checked:
+            continue
+        possible.checked.add(key)
+        try:
+            config.from_dict(unflatten_dict(leaves | values, "."))
+        except InputError as error:
+            shown = ", ".join(f"{field} can become {value}" for field, value in values.items())
+            raise InputError(f"run '{name}', where {shown}: {error}") from error
     own = {field: value for field, value in trial.overrides.items() if field not in best}
     return dataclasses.replace(trial, overrides=own, best=best)
 
@@ -339,19 +478,23 @@ def value_of(settings: Config, field: str) -> Any:
     return flatten_dict(config.to_dict(settings), ".")[field]
 
 
-def _check_best(best: BestOf, closed: Mapping[str, Trial]) -> None:
+def _check_best(best: BestOf, trials: Mapping[str, Trial]) -> None:
     """Checks that other runs can decide a field. Raises: InputError."""
     if not isinstance(best.runs, Sequence) or isinstance(best.runs, str) or not best.runs:
         raise InputError(f"BestOf needs the names of the runs that decide, got {best.runs!r}")
     if bool(best.minimise) == bool(best.maximise):
         raise InputError("BestOf needs one metric, either minimise='eval/NAME@LENGTH' or maximise=...")
-    for run in best.runs:
-        if run not in closed:
+    if not 1 <= best.count <= len(best.runs) or (best.count > 1) != bool(best.base):
+        raise InputError(
+            f"BestOf combines 1 to {len(best.runs)} of its runs, with the run `base` if more than 1, got "
+            f"count={best.count}, base={best.base!r}"
+        )
+    for run in (*best.runs, *filter(None, [best.base])):
+        if run not in trials:
             raise InputError(
-                f"it waits for run '{run}', which this sweep does not have, or which waits itself."
-                f"{suggest(str(run), closed)}"
+                f"it waits for run '{run}', which this sweep does not have, or yields only later.{suggest(str(run), trials)}"
             )
-        settings = closed[run].settings
+        settings = trials[run].settings
         check_metric(best.metric, settings)
         if settings.steps % settings.eval.every:
             raise InputError(

@@ -1,10 +1,12 @@
 """Trials of a sweep, which of them decide fields of others, and their record in sweep.json.
 
 The record lets an edited sweep resume without mixing up its runs. Each trial is an object of "config", "overrides" and
-"settings". One with open fields has "best": FIELD -> {"runs", "minimise" or "maximise"}, and once they are decided
-"decided": FIELD -> {"value", "run" (the best), "metric", "measured" (run -> number, null where it failed)}.
+"settings". One with open fields has "best": FIELD -> {"runs", "minimise" or "maximise"}, with "count" and "base" where
+several runs are combined, and once they are decided "decided": FIELD -> {"value", "run" (the best), "metric", "measured"
+(run -> number, null where it failed)}, with "combined" where the value comes from several runs.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -117,8 +119,7 @@ class TrialGraph:
             if decisions and all(decisions.values()):
                 new[name] = decisions
                 values = {field: one["value"] for field, one in decisions.items()}
-                closed = make_trial(name, run.trial.config, {**run.trial.overrides, **values})
-                self.runs[name] = dataclasses.replace(run, trial=closed)
+                self.runs[name] = dataclasses.replace(run, trial=_closed(run.trial, values))
         if new:
             record = _read(self._workdir)
             for name, decisions in new.items():
@@ -161,16 +162,28 @@ class TrialGraph:
 
     def _decision(self, best: BestOf, field: str, pending: Collection[str]) -> Decision | None:
         """Decision on a field; None while runs are under way, and where all failed."""
-        runs = [self.runs[name] for name in best.runs]
+        runs = [self.runs[name] for name in dict.fromkeys((*best.runs, *filter(None, [best.base])))]
         if not all(self._has_ended(run, pending) for run in runs):
             return None
         measured = {run.name: self._measured(run, best) for run in runs}
-        candidates = [name for name, value in measured.items() if value is not None]
-        if not candidates:
+        ranked = sorted(
+            (name for name in best.runs if measured[name] is not None),  # sorted keeps the order of equal ones
+            key=lambda name: measured[name],
+            reverse=bool(best.maximise),
+        )
+        if not ranked:
             return None
-        chosen = (min if best.minimise else max)(candidates, key=lambda name: measured[name])  # the first of equal ones
-        value = value_of(self.runs[chosen].trial.settings, field)
-        return {"value": value, "run": chosen, "metric": best.metric, "measured": measured}
+        chosen, value = ranked[0], self._value(ranked[0], field)
+        if best.base:
+            plain = self._value(best.base, field)
+            changed = [name for name in ranked[: best.count] if self._value(name, field) != plain]
+            chosen = changed[0] if changed else best.base
+            value = self._value(chosen, field)
+        decision = {"value": value, "run": chosen, "metric": best.metric, "measured": measured}
+        return decision | ({"combined": True} if best.base else {})
+
+    def _value(self, name: str, field: str) -> Any:
+        return value_of(self.runs[name].trial.settings, field)
 
     @staticmethod
     def _has_ended(run: SweepRun, pending: Collection[str]) -> bool:
@@ -196,7 +209,26 @@ def describe_decision(field: str, decision: Decision) -> str:
     failed = [name for name, measured in decision["measured"].items() if measured is None]
     left_out = f"; without {', '.join(failed)}, which failed" if failed else ""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
+    if decision.get("combined"):
+        number = decision["measured"][run]
+        return f"{field}={shown} (as in {run}, {decision['metric']} {number if number is None else format(number, '.4g')}{left_out})"
     return f"{field}={shown} ({run} has the best {decision['metric']}, {decision['measured'][run]:.4g}{left_out})"
+
+
+def _closed(trial: Trial, values: Mapping[str, Any]) -> Trial:
+    """Returns a trial with its open fields decided.
+
+    A decided value that the config has anyway is no option of the run: options that a config does not read are refused,
+    such as a gate's initial bias where the best run has no gate.
+    """
+    needed = {**trial.overrides, **values}
+    closed = make_trial(trial.name, trial.config, needed)
+    for field in values:
+        fewer = {name: value for name, value in needed.items() if name != field}
+        with contextlib.suppress(InputError):  # not a config without this value, so it is needed
+            if make_trial(trial.name, trial.config, fewer).settings == closed.settings:
+                needed = fewer
+    return make_trial(trial.name, trial.config, needed)
 
 
 def _read(workdir: AnyPath) -> dict[str, Any]:
@@ -234,7 +266,8 @@ def _to_json(trial: Trial, old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _best_to_json(best: BestOf) -> dict[str, Any]:
-    return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric}
+    combined = {"count": best.count, "base": best.base} if best.base else {}
+    return {"runs": list(best.runs), "minimise" if best.minimise else "maximise": best.metric, **combined}
 
 
 def _search_to_json(search: Search | None) -> dict[str, Any] | None:

@@ -137,3 +137,28 @@ def test_a_record_that_names_no_run_is_refused(sweep, best, message):
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match=message):
         read_study(sweep)
+
+
+def test_rows_that_choose_their_parts_are_in_one_table(sweep):
+    """alibi's best trial is its second; rotary's is open, and one of its trials failed."""
+    path = sweep / "sweep.json"
+    record = json.loads(path.read_text())
+    for kind in ("alibi", "rotary"):
+        del record["points"][f"{kind}-2"]
+        one = record["points"][f"{kind}-1"]["best"][FIELD]
+        fields = (FIELD, "encoding.rotary_pairs", "encoding.gate")
+        record["points"][f"{kind}-1"]["best"] = dict.fromkeys(fields, one)
+    decided = record["points"]["alibi-1"]["decided"]
+    decided["encoding.gate"] = decided[FIELD] | {"value": "forget"}
+    path.write_text(json.dumps(record))
+    [table] = tuning_table.tuning_tables(read_study(sweep))
+    assert [cell.text for cell in table.rows[0]] == [
+        "alibi",
+        "3 of 3",
+        "2.0000",
+        "1.5000",
+        "r=0.002",
+        "learning_rate=0.002, gate=forget",
+    ]
+    assert [cell.text for cell in table.rows[1]] == ["rotary", "1 of 3", "2.5000", "-", "-", "-"]
+    assert METRIC in table.note

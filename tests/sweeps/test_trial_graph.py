@@ -11,7 +11,7 @@ import time
 import pytest
 
 from seqpe_jax.errors import InputError
-from seqpe_jax.sweeps import local, slurm, trial_graph
+from seqpe_jax.sweeps import local, slurm, spec, trial_graph
 from seqpe_jax.sweeps.spec import BestOf, SweepFile, Trial, make_trial
 from seqpe_jax.sweeps.trial_graph import TrialGraph
 from tests.sweeps.fake import FakeRun, headers
@@ -96,6 +96,50 @@ def test_more_may_be_better_and_of_equal_ones_the_first_is_taken(tmp_path, wishe
     most = BestOf(DECIDES.runs, maximise="eval/loss@16")
     found = worked(tmp_path, trials=(*TRIALS[:3], trial("s-1", most, seed=1)))
     assert found.runs["s-1"].trial.settings.batch_size == 8
+
+
+def test_the_best_parts_are_combined_and_later_trials_start_from_the_best_so_far(tmp_path, wishes, capsys):
+    """plain 0.5, a 0.4, b 0.3, c 0.45: `two` has the parts of b and a; it wins, so `rate` and then the seed have both."""
+    wishes |= {"plain": "0.5", "a": "0.4", "b": "0.3", "c": "0.45", "two": "0.2", "rate": "0.25"}
+    metric = "eval/loss@16"
+    fields = ("batch_size", "encoding.gate", "encoding.gate_bias_init", "report.every")
+    two = BestOf(("a", "b", "c"), metric, count=2, base="plain")
+    parts = {
+        "a": {"batch_size": 16},
+        "b": {"encoding.gate": "forget", "encoding.gate_bias_init": 4.0},
+        "c": {"report.every": 7},
+    }
+    body = {"plain": {}, **parts, "two": dict.fromkeys(fields, two)}
+    body["rate"] = {**dict.fromkeys(fields, BestOf(tuple(body), metric)), "optimizer.learning_rate": 0.5}
+    body["s-1"] = {"seed": 1, **dict.fromkeys((*fields, "optimizer.learning_rate"), BestOf(tuple(body), metric))}
+    trials = spec._checked_trials(PAGE, ((name, COMMON | own) for name, own in body.items()))
+    found = worked(tmp_path, trials=trials)
+    values = {name: [spec.value_of(found.runs[name].trial.settings, field) for field in fields] for name in body}
+    both = [16, "forget", 4.0, values["plain"][3]]
+    assert values["two"] == values["rate"] == values["s-1"] == both
+    assert found.runs["rate"].trial.settings.optimizer.learning_rate == 0.5
+    assert (
+        found.runs["s-1"].trial.settings.optimizer.learning_rate
+        == found.runs["two"].trial.settings.optimizer.learning_rate
+    )
+    assert "report.every" not in found.runs["s-1"].trial.overrides  # the config's own value is no option
+    lines = capsys.readouterr().out
+    assert "two: batch_size=16 (as in a, eval/loss@16 0.4)" in lines
+    assert "encoding.gate=forget (two has the best eval/loss@16, 0.2)" in lines
+    assert json.loads((tmp_path / "sweep.json").read_text())["points"]["two"]["best"]["batch_size"]["count"] == 2
+    again = worked(tmp_path, trials=trials)
+    assert again.runs["s-1"].trial == found.runs["s-1"].trial
+
+
+def test_a_gate_that_no_chosen_run_has_leaves_no_option_behind(tmp_path, wishes):
+    """`gate_bias_init` is refused as an option without a gate."""
+    wishes |= {"plain": "0.1", "b": "0.3"}
+    fields = ("encoding.gate", "encoding.gate_bias_init")
+    body = {"plain": {}, "b": {"encoding.gate": "forget", "encoding.gate_bias_init": 4.0}}
+    body["s-1"] = {"seed": 1, **dict.fromkeys(fields, BestOf(("plain", "b"), "eval/loss@16"))}
+    trials = spec._checked_trials(PAGE, ((name, COMMON | own) for name, own in body.items()))
+    chosen = worked(tmp_path, trials=trials).runs["s-1"].trial
+    assert chosen.settings.encoding.gate == "none" and not chosen.overrides.keys() & set(fields)
 
 
 def test_a_sweep_that_was_killed_goes_on_with_what_was_decided(tmp_path, wishes):
