@@ -1,42 +1,78 @@
-"""The study on images: every encoding that grids can take, each at the learning rate that is its own best, three seeds.
+"""The study on images: every encoding that grids can take, all with the same parts to choose from and equal trials.
 
-    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_images.py --workdir=runs/study_images --jobs=2
+    python -m seqpe_jax.sweep --sweep=configs/sweeps/study_images.py --workdir=runs/study_images --jobs=2 \
+        --results=docs/results/study_images_fair.json
     python -m seqpe_jax.report --workdir=runs/study_images --output=runs/study_images/report
 
 Trained at 8 x 8 pixels for the 800 steps of configs/digits_vit.py, evaluated at 8 to 32 on the 269 images of the test
-split. In the first stage each encoding trains at three rates with seed 0; the loss on the validation split at the end
-decides, at 8 x 8. An encoding with a constant that its authors chose for their own grids tries three values of it at each
-rate. Then come seeds 1 to 3 at the best rate and constant. `learned_crops` is the interpolated table trained on crops of the
-sizes that the others see as zoomed parts; `rotary` numbers the patches row by row.
-Hardware: two CPU cores, one for each of two runs at once; about two and a half hours for 114 runs, the strongest encodings
-first. docs/results/study_images.json holds the runs of the study before it searched constants.
+split. Each encoding has twelve trials with seed 0, as in study_text.py: without a part; with zoom (enlarged crops whose
+patches keep their positions), rotary pairs, a head without position, or log scaling; with the best two of these together;
+then learning rates and constants. The loss on the validation split at 16 x 16, twice the training size, decides. Then come
+five seeds of the first encodings, three of the others. `learned_crops` is the interpolated table trained on crops of the
+sizes that others see as zoomed parts; `rotary` numbers the patches row by row.
+Hardware: two CPU cores, one for each of two runs at once; about four hours, the strongest encodings first.
+docs/results/study_images.json holds the runs of a study that offered these parts to some encodings alone.
 """
 
-from seqpe_jax.sweeps import tune_then_repeat
+from seqpe_jax.sweeps import choose_parts_then_repeat
 
 CONFIG = "configs/digits_vit.py"
-STRONG = ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere", "fire", "alibi_grid")
-OTHER = ("learned", "seqpe_paper", "rotary", "none")
-RATES = {"optimizer.learning_rate": (1e-3, 2e-3, 4e-3)}
+SHOWN = ("seqpe", "rotary_mixed", "rotary_axial", "sinusoidal", "lookhere")
+OTHER = ("fire", "alibi_grid", "learned", "learned_crops", "seqpe_paper", "rotary", "none")
+PARTS = {
+    "zoom": {"objective.zoom.rate": 0.5},
+    "pairs": {"encoding.rotary_pairs": 6},
+    "free_head": {"encoding.position_heads": 3},
+    "log_scaling": {"encoding.log_scaling": True},
+}
+# Of those that cannot take all: whole positions only, pairs of their own, or added to the tokens.
+TAKES = {
+    "rotary_mixed": ("zoom", "free_head", "log_scaling"),
+    "sinusoidal": ("zoom", "pairs", "log_scaling"),
+    "learned": ("pairs", "log_scaling"),
+    "learned_crops": ("pairs", "log_scaling"),
+    "seqpe_paper": ("pairs", "free_head"),  # its attn_mul scales the queries already
+    "rotary": ("pairs", "free_head", "log_scaling"),
+    "none": ("pairs", "log_scaling"),
+}
+RATES = {"optimizer.learning_rate": (2e-3, 1e-3, 4e-3, 1.4e-3, 2.8e-3, 5e-4, 8e-3, 7e-4, 5.6e-3)}
+
+
+def _each(field, *values):
+    return [{field: value} for value in values]
+
+
 # Lengths of other papers and what derives from one, from the authors' number to their share of a 4 x 4 grid.
 CONSTANTS = {
-    "rotary_mixed": {"encoding.theta": (10.0, 30.0, 100.0)},
-    "rotary_axial": {"encoding.theta": (10.0, 30.0, 100.0)},
-    "sinusoidal": {"encoding.theta": (10.0, 30.0, 100.0)},
-    "rotary": {"encoding.theta": (100.0, 1000.0, 10000.0)},
-    "alibi_grid": {"encoding.slope_scale": (0.5, 1.0, 2.0)},
-    "lookhere": {"encoding.directed_heads": (2, 3, 4)},
-    "fire": {"encoding.fire_scale": (0.1, 3.0, 36.0)},
+    "seqpe": _each("objective.contrastive.weight", 0.02, 0.5),
+    "rotary_mixed": _each("encoding.theta", 10.0, 30.0),
+    "rotary_axial": _each("encoding.theta", 10.0, 30.0),
+    "sinusoidal": _each("encoding.theta", 10.0, 30.0),
+    "rotary": _each("encoding.theta", 100.0, 1000.0),
+    "alibi_grid": _each("encoding.slope_scale", 0.5, 2.0),
+    "lookhere": _each("encoding.directed_heads", 2, 4),
+    "fire": _each("encoding.fire_scale", 3.0, 36.0),
 }
-TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8,)}
+TUNING = {"seed": 0, "eval.every": 800, "eval.sizes": (8, 16)}
 
 
 def runs():
-    """Yields (name, overrides) of each run: of the strong encodings both stages, then of the others."""
-    strong, other = ({kind: {"variant": kind} for kind in kinds} for kinds in (STRONG, OTHER))
-    other |= {"learned_crops": {"variant": "learned", "data.augment.crop_scale": (0.3, 1.0)}}
-    for variants in (strong, other):
-        constants = {kind: values for kind, values in CONSTANTS.items() if kind in variants}
-        yield from tune_then_repeat(
-            variants, RATES, minimise="eval/loss@8", tuning_overrides=TUNING, seeds=(1, 2, 3), constants=constants
+    """Yields (name, overrides) of each run: of the first encodings both stages, then of the others."""
+    for names, seeds in ((SHOWN, (1, 2, 3, 4, 5)), (OTHER, (1, 2, 3))):
+        variants = {name: {"variant": name.removesuffix("_crops")} for name in names}
+        if "learned_crops" in variants:
+            variants["learned_crops"]["data.augment.crop_scale"] = (0.3, 1.0)
+        parts = {name: {part: PARTS[part] for part in TAKES.get(name, PARTS)} for name in names}
+        for name, own in parts.items():
+            if "zoom" in own:  # the config file has it on
+                variants[name]["objective.zoom.rate"] = 0.0
+        yield from choose_parts_then_repeat(
+            variants,
+            parts,
+            RATES,
+            trials=12,
+            tuning_overrides=TUNING,
+            seeds=dict.fromkeys(names, seeds),
+            minimise="eval/loss@16",
+            constants={name: values for name, values in CONSTANTS.items() if name in names},
         )

@@ -609,12 +609,17 @@ def _hints(section: type) -> dict[str, Any]:
 
 def field_names() -> list[str]:
     """Returns the dotted names of all fields."""
-    return list(field_types())
+    return list(_field_types())
+
+
+@functools.cache
+def _field_types() -> dict[str, Any]:
+    return {name: field.type for name, field in field_docs().items()}
 
 
 def field_types() -> dict[str, Any]:
     """Returns the type of each field by its dotted name."""
-    return {name: field.type for name, field in field_docs().items()}
+    return dict(_field_types())
 
 
 @dataclasses.dataclass(frozen=True)

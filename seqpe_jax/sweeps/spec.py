@@ -392,12 +392,13 @@ class _Possible:
 
     Attributes:
       trials: trials by name.
-      checked: settings that were found valid; other seeds of a variant have the same.
+      checked: for the fixed fields of a trial, the pairs of open fields that were found valid; other seeds of a variant
+        have the same.
     """
 
     def __init__(self, trials: Mapping[str, Trial]):
         self.trials = dict(trials)
-        self.checked: set[str] = set()
+        self.checked: dict[str, set[tuple[str, str]]] = {}
         self._leaves: dict[str, Overrides] = {}
         self._values: dict[str, list[Overrides]] = {}  # of the open fields of a trial, jointly
 
@@ -439,7 +440,7 @@ def _changed(field: str, plain: Overrides, runs: Iterable[Overrides]) -> Any:
 
 
 def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _Possible) -> Trial:
-    """Returns a trial with open fields, checked with all values that they can get.
+    """Returns a trial with open fields, checked with all pairs of values that they can get.
 
     Args:
       name: name of the run.
@@ -459,11 +460,14 @@ def _open_trial(name: str, base: str, overrides: Mapping[str, Any], possible: _P
     choices = possible.values(best)
     trial = make_trial(name, base, fixed | choices[0])
     leaves = flatten_dict(config.to_dict(trial.settings), ".")
+    # Fields contradict each other two at a time: each pair of values is checked once, not each combination of all.
+    fixed_leaves = repr({field: value for field, value in leaves.items() if field not in best and field != "seed"})
+    checked = possible.checked.setdefault(fixed_leaves, set())
     for values in choices:
-        key = repr(leaves | {"seed": 0} | values)
-        if key in possible.checked:
+        pairs = set(itertools.combinations_with_replacement(map(repr, values.items()), 2))
+        if pairs <= checked:
             continue
-        possible.checked.add(key)
+        checked |= pairs
         try:
             config.from_dict(unflatten_dict(leaves | values, "."))
         except InputError as error:
