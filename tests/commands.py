@@ -1,9 +1,11 @@
 """Commands as a user starts them: each in a process of its own, with real exit codes and real stderr.
 
-Importing JAX takes seconds, so `Commands` keeps one process that has imported everything and forks it for each command.
+Importing JAX takes seconds, so one process that has imported everything is forked for each command of all tests.
 """
 
+import atexit
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -73,24 +75,45 @@ class Running:
         return (self.folder / "err").read_text()
 
 
-class Commands:
-    """Runs `python -m seqpe_jax.NAME` quickly, many times.
+class _Server:
+    """A process that has imported everything, and forks itself for each command."""
 
-    Args:
-      before: a module of the tests that is imported first, to change what commands do.
-    """
-
-    def __init__(self, cache: pathlib.Path, before: str = ""):
-        self._folder = tempfile.TemporaryDirectory()
-        self._count = 0
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.commands", before],
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.commands"],
             cwd=ROOT,
-            env=environment(cache),
+            env=environment(pathlib.Path(os.devnull)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        atexit.register(self._close)
+
+    def ask(self, request: list) -> Any:
+        """Returns the answer to a request (see `serve`)."""
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def _close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+_server = functools.cache(_Server)  # one for all tests of a process: it takes as long to start as many commands
+
+
+class Commands:
+    """Runs `python -m seqpe_jax.NAME` quickly, many times.
+
+    Args:
+      cache: folder of the data caches.
+      before: a module of the tests whose `install` changes what commands do.
+      variables: environment variables of all commands.
+    """
+
+    def __init__(self, cache: pathlib.Path, before: str = "", **variables: str):
+        self._folder = tempfile.TemporaryDirectory()
+        self._count, self._before, self._variables = 0, before, {"SEQPE_JAX_CACHE": str(cache)} | variables
 
     def __call__(self, name: str, *arguments: str) -> Result:
         """Runs a command to its end."""
@@ -103,21 +126,16 @@ class Commands:
         folder.mkdir()
         for stream in ("out", "err"):  # a process may be killed before it has said anything
             (folder / stream).touch()
-        return Running(self._ask([[f"seqpe_jax.{name}", *arguments], variables, str(folder)]), folder)
+        words = [f"seqpe_jax.{name}", *arguments]
+        return Running(_server().ask([words, self._variables | variables, str(folder), self._before]), folder)
 
     def wait(self, running: Running, seconds: float = 600.0) -> Result:
         """Returns what a command left when it ended; one that takes longer is killed."""
-        code, peak = self._ask([running.process, seconds])
+        code, peak = _server().ask([running.process, seconds])
         return Result(code, running.out, running.err, peak)
 
-    def _ask(self, request: list) -> Any:
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        return json.loads(self._server.stdout.readline())
-
     def close(self) -> None:
-        """Ends the waiting process."""
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
+        """Removes what commands printed."""
         self._folder.cleanup()
 
 
@@ -174,35 +192,39 @@ def _as_if_alone(words: list[str]) -> None:
     os._exit(code)
 
 
-def serve(before: str) -> None:
+def serve() -> None:
     """Begins the command of a line of stdin in a fork and answers its process, or awaits one and answers its exit code."""
+    import sklearn.datasets  # noqa: F401
+    import tokenizers  # noqa: F401
     from absl import flags
 
-    from seqpe_jax import loading  # noqa: F401  imported once, for all forks
-    from seqpe_jax.cli import common  # noqa: F401
+    from seqpe_jax import loading  # noqa: F401  imported once, for all forks, as what follows
     from seqpe_jax.distributed import progress  # noqa: F401
-    from seqpe_jax.sweeps import run, search  # noqa: F401
-    from seqpe_jax.training import checkpoint, loop  # noqa: F401
+    from seqpe_jax.reporting import plots  # noqa: F401
+    from seqpe_jax.sweeps import run
+    from seqpe_jax.training import checkpoint  # noqa: F401
+    from tests import interleaved_mesh, small_models, without_compiling  # noqa: F401
 
     run.Popen, Forked.defined = Forked, frozenset(flags.FLAGS)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as a terminal leaves them, whatever started the tests
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if before:
-        importlib.import_module(before).install()
     gc.collect()
     gc.freeze()  # else each fork looks through all of it, and so copies it, when it ends
 
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
-        if len(request) == 3:
+        if len(request) == 4:
             child = os.fork()
             if child == 0:
-                sys.argv, variables, folder = request
+                sys.argv, variables, folder, before = request
                 os.environ.update(variables)
+                sys.path += filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 for number, name in ((1, "out"), (2, "err")):
                     os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+                if before:
+                    importlib.import_module(before).install()
                 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
                 return  # to the end of this process, as the command's own would end
             print(child, flush=True)
@@ -223,4 +245,4 @@ def _end_of(child: int, seconds: float) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve()

@@ -68,6 +68,15 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     running.close()
 
 
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first device alone, for which programs compile sooner than for eight."""
+    import jax
+
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+
+
 @pytest.fixture(scope="session")
 def one_store() -> Iterator[Store]:
     """An object store on this machine, for all tests of a process."""

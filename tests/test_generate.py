@@ -2,12 +2,10 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from tests.commands import CONFIG, ROOT, environment, train_arguments, with_defaults
+from tests.commands import CONFIG, train_arguments, with_defaults
 from tests.training.test_commands import PLAIN, refused, word_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -84,23 +82,6 @@ def test_a_seed_repeats_a_text_of_any_bytes(commands, trained):
 def test_a_text_ends_at_the_tokenizers_end(commands, words):
     result = commands("generate", f"--checkpoint={words}", "--prompt=w0 w1", NEW)
     assert (result.code, result.out) == (0, " w2 w3 w4\n"), result.err
-
-
-def test_a_text_is_escaped_where_output_is_ascii(trained, tmp_path):
-    """In a process of its own, as Python looks at these variables when it starts."""
-    output = tmp_path / "texts.jsonl"
-    arguments = [f"--checkpoint={trained}", "--prompt=é", NEW, "--temperature=50", f"--output={output}"]
-    result = subprocess.run(
-        [sys.executable, "-m", "seqpe_jax.generate", *arguments],
-        cwd=ROOT,
-        env=environment(tmp_path) | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-        capture_output=True,
-        check=False,
-    )
-    assert result.returncode == 0 and not result.stderr, result.stderr.decode()
-    (line,) = map(json.loads, output.read_text().splitlines())
-    assert line["prompt"] == "é" and "\ufffd" in line["text"]
-    assert line["text"].encode("ascii", "backslashreplace") in result.stdout and result.stdout.isascii()
 
 
 def test_bad_arguments_are_refused(commands, trained, tmp_path):

@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import string
 import subprocess
 import sys
+import time
 import types
 
 import jsonschema
@@ -22,7 +24,6 @@ from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
-BENCHMARKS = ROOT / "benchmarks"
 BENCHMARKS = ROOT / "benchmarks"
 VALUES = {
     "NAME": "first",
@@ -217,10 +218,42 @@ def test_local_processes_fail_with_the_first_that_fails_and_pass_a_stop_on(local
     assert process.returncode == 5 and sorted(out.splitlines()) == ["[0] stopped", "[1] stopped"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["two", "true"], ["0", "true"], ["2"]])
-def test_local_processes_say_how_to_use_them(arguments):
-    found = subprocess.run(["bash", str(LAUNCH / "local_processes.sh"), *arguments], capture_output=True, text=True)
-    assert found.returncode == 2 and found.stderr.startswith("usage: launch/local_processes.sh N COMMAND")
+def test_local_processes_say_how_to_use_them():
+    for arguments in ([], ["two", "true"], ["0", "true"], ["2"]):
+        found = subprocess.run(["bash", str(LAUNCH / "local_processes.sh"), *arguments], capture_output=True, text=True)
+        assert found.returncode == 2 and found.stderr.startswith("usage: launch/local_processes.sh N COMMAND")
+
+
+SRUN = """#!/usr/bin/env bash
+# A fake Slurm: it logs what it is asked for; the tasks train until they are stopped, and then end with their exit code.
+printf '%s\\n' "$(basename "$0") $*" >> "$SEEN"
+case "$(basename "$0") $*" in
+  srun*) trap 'exit "$CODE"' TERM; echo $$ > "$SEEN.tasks"; if [ "$CODE" -eq 2 ]; then exit 2; fi; while true; do sleep 0.05; done ;;
+  scancel*) kill -TERM "$(cat "$SEEN.tasks")" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (2, False)])
+def test_a_job_that_is_nearly_over_saves_and_is_requeued(tmp_path, code, requeued):
+    """Unless its run is done; a refused one ends at once. A real Slurm does it with -m long."""
+    for name in ("srun", "scancel", "scontrol"):
+        (tmp_path / name).write_text(SRUN)
+        (tmp_path / name).chmod(0o755)
+    seen = tmp_path / "seen"
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(seen), "CODE": str(code), "SLURM_JOB_ID": "7"}
+    words = ["bash", str(LAUNCH / "slurm.sbatch"), "--config=a b.py", "--workdir=w"]
+    job = subprocess.Popen(words, cwd=ROOT, env=os.environ | given | {"PYTHON": "python"})
+    while code != 2 and not (tmp_path / "seen.tasks").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    if code != 2:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == code
+    first, *later = seen.read_text().splitlines()
+    assert first == "srun --label --unbuffered --wait=60 python -m seqpe_jax.train --config=a b.py --workdir=w"
+    stopped = ["scancel --signal=TERM 7"] * (code != 2)
+    assert later == stopped + ["scontrol requeue 7"] * requeued
 
 
 GCLOUD = """#!/usr/bin/env bash
@@ -378,12 +411,9 @@ def test_stored_kills_lost_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "part, words",
-    [
-        ("job", "went on after the requeue and ended at step"),
-        pytest.param("sweep", "2 of 2 runs finished", marks=pytest.mark.long),
-    ],
+    "part, words", [("job", "went on after the requeue and ended at step"), ("sweep", "2 of 2 runs finished")]
 )
 def test_a_job_under_slurm_ends_after_a_requeue(tmp_path, part, words):
     if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("apt-get"):
@@ -442,8 +472,7 @@ def test_the_page_has_the_stored_ratio():
     )
 
 
-@pytest.mark.slow
-def test_growth_is_drawn_from_what_is_stored(tmp_path):
+def test_growth_is_drawn_from_what_is_stored(tmp_path, monkeypatch):
     """Both encodings at every length and width, and a plot of them."""
     for name in ("benchmarks", "docs/results"):
         (tmp_path / name).mkdir(parents=True)
@@ -454,9 +483,9 @@ def test_growth_is_drawn_from_what_is_stored(tmp_path):
     lengths, widths = (512, 1024, 2048, 4096, 8192), (128, 256, 512)
     axes = [("length", str(n)) for n in lengths] + [("width", str(n)) for n in widths]
     assert points == {(*point, kind) for point in axes for kind in ("seqpe", "rotary")}
-    line = [sys.executable, tmp_path / "benchmarks/growth.py"]
-    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["growth.py"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(tmp_path / "benchmarks/growth.py"), run_name="__main__")
     assert (tmp_path / "docs/results/growth.png").read_bytes().startswith(b"\x89PNG")
 
 

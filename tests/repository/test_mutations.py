@@ -4,10 +4,8 @@ MUTATIONS=2000 draws that many command lines and files in place of the few of ev
 """
 
 import collections
-import concurrent.futures
 import os
 import pathlib
-import queue
 import random
 import shutil
 
@@ -18,7 +16,7 @@ from tests.commands import Commands
 from tests.mutations import COMMANDS, Case, cases, device, write_inputs
 from tests.without_compiling import FOLDER, STOPPED
 
-EXAMPLES = int(os.environ.get("MUTATIONS", "40"))
+EXAMPLES = int(os.environ.get("MUTATIONS", "24"))
 SEED = int(os.environ.get("MUTATION_SEED", random.SystemRandom().randrange(2**32)))
 SECONDS = float(os.environ.get("MUTATION_SECONDS", "60"))  # of one command; far more than any of them needs
 BYTES = 2 << 30  # likewise
@@ -71,33 +69,23 @@ def run_case(commands: Commands, folder: pathlib.Path, case: Case) -> tuple[bool
 
 @pytest.mark.slow
 def test_mutated_commands_and_files(tmp_path):
+    print(f"MUTATION_SEED={SEED} MUTATIONS={EXAMPLES}")
     inputs = tmp_path / "inputs"
     write_inputs(inputs)
     counts, faults = collections.Counter(), []
-    idle: queue.Queue[Commands] = queue.Queue()
-    for number in range(2):
-        idle.put(Commands(tmp_path / f"cache{number}", before="tests.without_compiling"))
-
-    def run(numbered: tuple[int, Case]) -> None:
-        number, case = numbered
-        folder, commands = tmp_path / f"case{number}", idle.get()
-        try:
+    commands = Commands(tmp_path / "cache", before="tests.without_compiling")
+    try:
+        for number, case in enumerate(drawn_cases(inputs)):
+            folder = tmp_path / f"case{number}"
             shutil.copytree(inputs, folder, symlinks=True)
             device(folder / "zero")
             accepted, fault = run_case(commands, folder, case)
-        finally:
-            idle.put(commands)
             shutil.rmtree(folder, ignore_errors=True)
-        counts[accepted] += 1
-        if fault:
-            faults.append(f"{case}: {fault}")
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(idle.qsize()) as pool:
-            list(pool.map(run, enumerate(drawn_cases(inputs))))
+            counts[accepted] += 1
+            if fault:
+                faults.append(f"{case}: {fault}")
     finally:
-        while not idle.empty():
-            idle.get().close()
+        commands.close()
     print(f"{counts[False]} refused, {counts[True]} accepted, {len(faults)} faults")
     assert not faults, "\n".join([f"MUTATION_SEED={SEED} MUTATIONS={EXAMPLES} repeats this", *faults])
     assert counts[False] and counts[True], f"MUTATION_SEED={SEED}: {counts}"
