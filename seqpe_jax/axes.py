@@ -54,6 +54,12 @@ def shards(name: str) -> int:
     return 1 if sharding is None else sharding.shards(name)
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """Returns the mesh axes over which a dimension of this name is split; () = it is not."""
+    sharding = _CURRENT.get()
+    return () if sharding is None else sharding.mesh_axes(name)
+
+
 def all_gather_params(params: Any, root: str) -> Any:
     """Returns parameters, gathered over fsdp for use.
 
@@ -71,7 +77,9 @@ def device() -> Any:
     return None if sharding is None else sharding.device
 
 
-def shard_map(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]]) -> Any:
+def shard_map(
+    function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[tuple[str | None, ...]], multiple: int = 1
+) -> Any:
     """Returns function(*arguments), computed by each device on its shards; inside, constraints have no effect.
 
     Args:
@@ -79,9 +87,10 @@ def shard_map(function: Callable[..., Any], arguments: Sequence[Any], names: Seq
       arguments: arrays and None; the first has all dimensions of the result that are sharded.
       names: logical names of the dimensions of each argument, None = replicated. A dimension that its mesh axes do not
         divide is replicated too; LENGTH is padded instead.
+      multiple: LENGTH is padded such that each shard is a multiple of it.
     """
     sharding = _CURRENT.get()
-    return function(*arguments) if sharding is None else sharding.shard_map(function, arguments, names)
+    return function(*arguments) if sharding is None else sharding.shard_map(function, arguments, names, multiple)
 
 
 def size_label(eval_size: Sequence[int]) -> str:

@@ -33,6 +33,7 @@ OPTIONAL_HEADS = {"low": 0, "high": 4096}
 WIDTH = {"low": 1, "high": 2**16}
 OPTIONAL_WIDTH = {"low": 0, "high": 2**20}
 DEVICES = {"low": 1, "high": 2**20}
+KERNEL_BLOCK = {"low": 0, "high": 2**13}  # queries or keys
 
 
 def field(default: Any, doc: str = "", **metadata: Any) -> Any:

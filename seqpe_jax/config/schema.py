@@ -100,6 +100,18 @@ class ModelConfig:
         "auto", "implementation of attention (models.attention_dispatch)"
     )
     attention_block: int = _field(0, "blockwise: queries and keys of a block; 0 = automatic", **limits.OPTIONAL_LENGTH)
+    kernel_block_q: int = _field(
+        0,
+        "TPU kernel: queries of a tile, a multiple of 128; 0 = 512, or 384 or 256 for less padding",
+        **limits.KERNEL_BLOCK,
+    )
+    kernel_block_k: int = _field(0, "TPU kernel: keys of a tile, likewise", **limits.KERNEL_BLOCK)
+    kernel_block_q_backward: int = _field(
+        0, "TPU kernel: queries of a tile for gradients; 0 = model.kernel_block_q", **limits.KERNEL_BLOCK
+    )
+    kernel_block_k_backward: int = _field(
+        0, "TPU kernel: keys of a tile for gradients; 0 = model.kernel_block_k", **limits.KERNEL_BLOCK
+    )
     scan: bool = _field(False, "compile one block and loop over stacked weights")
 
 
@@ -286,6 +298,10 @@ class MeshConfig:
     data: int = _field(0, "split of the batch alone; 0 = all devices that the other axes leave", low=0, high=2**20)
     fsdp: int = _field(1, "split of the batch, and of stored parameters and optimizer state", **limits.DEVICES)
     context: int = _field(1, "split of a sequence", **limits.DEVICES)
+    context_attention: Literal["auto", "gather", "ring"] = _field(
+        "auto",
+        "context above 1: gather all keys and values, or pass them around a ring of devices; auto: the ring above 1 GiB of them",
+    )
     tensor: int = _field(1, "split of heads, hidden units and vocabulary", **limits.DEVICES)
     slices: int = _field(0, "TPU slices, over which data is split first; 0 = as many as there are", low=0, high=2**20)
 

@@ -15,6 +15,7 @@ from seqpe_jax.errors import InputError
 
 MAX_POSITION_UNITS = 2**30  # of positions along an axis, which are int32
 MAX_POSITIONS_PER_STEP = 2**28
+KERNEL_LANES = 128  # of a TPU: `attention_tpu.LANES`
 
 
 def check(config: Config) -> None:
@@ -33,6 +34,7 @@ def check(config: Config) -> None:
     _check_optimizer(config)
     _check_checkpoint(config)
     _check_mesh(config)
+    _check_kernel_blocks(config)
     window = profile_window(config)
     if window is not None and window[1] > config.steps:
         raise InputError(f"profile.steps='{config.profile.steps}' ends beyond steps={config.steps}")
@@ -447,6 +449,25 @@ def _check_mesh(config: Config) -> None:
         )
 
 
+def _check_kernel_blocks(config: Config) -> None:
+    model = config.model
+    for side in "qk":
+        forward, backward = (f"kernel_block_{side}{rest}" for rest in ("", "_backward"))
+        sizes = getattr(model, forward), getattr(model, backward)
+        for name, size in zip((forward, backward), sizes, strict=True):
+            if size % KERNEL_LANES:
+                raise InputError(
+                    f"model.{name}={size} is not a multiple of {KERNEL_LANES}, the lanes of a TPU: choose one"
+                )
+        if all(sizes) and max(sizes) % min(sizes):
+            raise InputError(
+                f"model.{forward}={sizes[0]} and model.{backward}={sizes[1]}: the larger must be a multiple of the smaller, "
+                "for the same padding serves both"
+            )
+        if sizes[1] and not sizes[0]:
+            raise InputError(f"model.{backward}={sizes[1]} needs model.{forward}: set that too")
+
+
 # --- Fields of the command line that have no effect under the values of other fields
 
 
@@ -560,6 +581,12 @@ CONDITIONS = (
         lambda config: config.model.attention_kind in ("auto", "blockwise"),
         "model.attention_kind='auto' or 'blockwise'",
     ),
+    Condition(
+        tuple(f"model.kernel_block_{part}" for part in ("q", "k", "q_backward", "k_backward")),
+        lambda config: config.model.attention_kind in ("auto", "flash"),
+        "model.attention_kind='auto' or 'flash'",
+    ),
+    Condition(("mesh.context_attention",), lambda config: config.mesh.context > 1, "mesh.context above 1"),
     Condition(
         ("optimizer.encoder_weight_decay",),
         lambda config: config.encoding.HAS_VECTORS,

@@ -174,6 +174,10 @@ class MeshSharding:
         """Returns the number of shards of a dimension of this logical name."""
         return math.prod(self.mesh.shape[axis] for axis in ACTIVATION_RULES[name])
 
+    def mesh_axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes over which a dimension of this logical name is split; () = it is not."""
+        return tuple(axis for axis in ACTIVATION_RULES[name] if self.mesh.shape[axis] > 1)
+
     def sharding(self, *names: str | None) -> NamedSharding:
         """Returns the sharding of arrays whose first dimensions have these names; they must divide evenly."""
         axes = (None if name is None else ACTIVATION_RULES[name] for name in names)
@@ -209,13 +213,13 @@ class MeshSharding:
         return jax.tree_util.tree_map_with_path(gather, params)
 
     def shard_map(
-        self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any]
+        self, function: Callable[..., jax.Array], arguments: Sequence[Any], names: Sequence[Any], multiple: int = 1
     ) -> jax.Array:
         """Returns `axes.shard_map`; all mesh axes are manual inside, so that Pallas kernels can be called."""
         if self.mesh.size == 1:
             return function(*arguments)
         length = arguments[0].shape[names[0].index(LENGTH)] if LENGTH in names[0] else 0
-        padding = -length % self.shards(LENGTH)
+        padding = -length % (self.shards(LENGTH) * multiple)
 
         def pad(array: jax.Array | None, names: Sequence[str | None]) -> jax.Array | None:
             if array is None or LENGTH not in names or not padding:

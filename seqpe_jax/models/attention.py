@@ -17,7 +17,8 @@ from seqpe_jax import axes
 from seqpe_jax.axes import BATCH, HEADS, LENGTH
 from seqpe_jax.encodings.position_signal import Pair, PositionSignal, broadcast_to_batch
 from seqpe_jax.errors import InputError
-from seqpe_jax.models.attention_dispatch import dispatch
+from seqpe_jax.models.attention_context import attend_on_device, make_plan
+from seqpe_jax.models.attention_dispatch import AUTO_BLOCKS, KernelBlocks
 from seqpe_jax.models.attention_inputs import AttentionInputs, position_dot_product
 
 
@@ -46,6 +47,8 @@ def attend(
     causal: bool = True,
     kind: str = "auto",
     block: int = 0,
+    kernel_blocks: KernelBlocks = AUTO_BLOCKS,
+    context: str = "auto",
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B L H V"]:
@@ -64,6 +67,8 @@ def attend(
       causal: query l attends to keys up to l + (S - L).
       kind: "auto" or one of `attention_dispatch.BACKENDS`.
       block: queries and keys per block; 0 = automatic (`attention_dispatch.dispatch`).
+      kernel_blocks: sizes of the tiles of the TPU kernels.
+      context: where tokens are split over devices: "auto" or one of `attention_context.MODES`.
       dropout_rate: dropout on attention weights.
       dropout_key: PRNG key; None = no dropout.
 
@@ -90,7 +95,7 @@ def attend(
         dropout_seed=dropout_seed,
         dropout_rate=dropout_rate,
     )
-    return _attention(inputs, kind, block)
+    return _attention(inputs, kind, block, kernel_blocks, context)
 
 
 def forget_gate_query_key(
@@ -176,6 +181,8 @@ def attend_cached(
     *,
     kind: str = "auto",
     block: int = 0,
+    kernel_blocks: KernelBlocks = AUTO_BLOCKS,
+    context: str = "auto",
 ) -> tuple[jax.Array, KVCache]:
     """Returns causal attention of L new tokens over the window up to each of them, and the cache with them written.
 
@@ -189,7 +196,7 @@ def attend_cached(
         or B.
       position_logits_PHLS: `position_logits` at these indices, where layers share them; None = computed from `signal`.
       log_gate_BLH: float32, log forget gate of each new token; None = no gate.
-      kind, block: backend and block size, as in `attend`.
+      kind, block, kernel_blocks, context: as in `attend`.
 
     Raises:
       InputError: the requested backend does not support these inputs.
@@ -226,7 +233,7 @@ def attend_cached(
         bias_params=own.bias_params,
         causal_offset=token_index_PL[:, 0],
     )
-    return _attention(inputs, kind, block), cache
+    return _attention(inputs, kind, block, kernel_blocks, context), cache
 
 
 def position_logits(signal: PositionSignal, token_index_PL: jax.Array, keys: int) -> jax.Array | None:
@@ -257,12 +264,12 @@ def attention_weights(query_BLHK: jax.Array, key_BSHK: jax.Array, signal: Positi
     return jnp.moveaxis(attend(query_BLHK, key_BSHK, identity_BSHS, signal, causal=causal, kind="reference"), 2, 1)
 
 
-def _attention(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
+def _attention(inputs: AttentionInputs, kind: str, block: int, kernel_blocks: KernelBlocks, context: str) -> jax.Array:
     """Returns the attention of all devices' inputs, [B, L, H, V], each device computing its own samples, queries and heads.
 
     Args:
       inputs: queries not yet divided by sqrt(K), `heads` and `global_offset` unset.
-      kind, block: backend and block size, as in `attend`.
+      kind, block, kernel_blocks, context: as in `attend`.
     """
     batch, length, heads, width = inputs.query.shape
     inputs = inputs.replace(
@@ -271,35 +278,50 @@ def _attention(inputs: AttentionInputs, kind: str, block: int) -> jax.Array:
         and tuple(field.astype(jnp.float32) for field in inputs.position_query_key),
         heads=jnp.arange(heads, dtype=jnp.int32),
     )
-    backend = dispatch(kind, block, inputs, device=axes.device(), split=axes.shards(LENGTH) > 1)
+    plan = make_plan(
+        inputs,
+        kind=kind,
+        block=block,
+        kernel_blocks=kernel_blocks,
+        mode=context,
+        device=axes.device(),
+        context_axes=axes.mesh_axes(LENGTH),
+        shards=(axes.shards(LENGTH), axes.shards(BATCH), axes.shards(HEADS)),
+    )
     if length == 1:  # one token to decode: nothing to split over devices
-        return backend(inputs)
+        return plan.backend.attend(inputs)
+    split = plan.split
     leaves, treedef = jax.tree.flatten(inputs)
-    names = jax.tree.leaves(_logical_axes(inputs), is_leaf=lambda node: isinstance(node, PartitionSpec))
+    specs = _logical_axes(inputs, LENGTH if split.axes else None)
+    names = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
     indices = jnp.arange(batch, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
 
     def on_device(*arguments: jax.Array) -> jax.Array:
         *shard, samples, rows = arguments
-        return backend(treedef.unflatten(shard).on_device(samples[0], rows[0]))
+        if split.axes:
+            first_row = jnp.zeros_like(rows[0])  # that of each chunk is added later
+            return attend_on_device(treedef.unflatten(shard).on_device(samples[0], first_row), plan)
+        return plan.backend.attend(treedef.unflatten(shard).on_device(samples[0], rows[0]))
 
-    return axes.shard_map(on_device, (*leaves, *indices), (*map(tuple, names), (BATCH,), (LENGTH,)))
+    arguments = (*leaves, *indices), (*map(tuple, names), (BATCH,), (LENGTH,))
+    return axes.shard_map(on_device, *arguments, multiple=split.chunks)
 
 
-def _logical_axes(inputs: AttentionInputs) -> AttentionInputs:
-    """Returns the logical axis names of every array, a PartitionSpec in its place."""
+def _logical_axes(inputs: AttentionInputs, keys: str | None) -> AttentionInputs:
+    """Returns the logical axis names of every array, a PartitionSpec in its place; keys: that of keys."""
     sets = None
     if inputs.position_query_key is not None and inputs.position_query_key[0].shape[0] == inputs.query.shape[0]:
         sets = BATCH  # one set per sample, as forget gates have
     relative_bias = inputs.relative_bias
     return inputs.replace(
         query=PartitionSpec(BATCH, LENGTH, HEADS, None),
-        key=PartitionSpec(BATCH, None, HEADS, None),
-        value=PartitionSpec(BATCH, None, HEADS, None),
+        key=PartitionSpec(BATCH, keys, HEADS, None),
+        value=PartitionSpec(BATCH, keys, HEADS, None),
         position_query_key=inputs.position_query_key
-        and (PartitionSpec(sets, LENGTH, HEADS, None), PartitionSpec(sets, None, HEADS, None)),
+        and (PartitionSpec(sets, LENGTH, HEADS, None), PartitionSpec(sets, keys, HEADS, None)),
         bias=None if inputs.bias is None else PartitionSpec(None, HEADS, LENGTH, None),
         relative_bias=relative_bias
-        and relative_bias.replace(query=PartitionSpec(None, LENGTH, None), key=PartitionSpec(None, None, None)),
+        and relative_bias.replace(query=PartitionSpec(None, LENGTH, None), key=PartitionSpec(None, keys, None)),
         bias_params=jax.tree.map(lambda leaf: PartitionSpec(*(None,) * leaf.ndim), inputs.bias_params),
         heads=PartitionSpec(HEADS),
         causal_offset=None if inputs.causal_offset is None else PartitionSpec(None),

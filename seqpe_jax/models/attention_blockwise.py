@@ -34,12 +34,52 @@ def blockwise_attention(inputs: AttentionInputs, block: int, concat_position: bo
       concat_position: append position queries and keys to queries and keys, so that one product gives both logits; the dtype
         of queries must then be as precise as theirs.
     """
+    padded = _padded_inputs(inputs, block, concat_position)
+    return _tokens_first(_flash(padded, block, inputs.key.shape[1]), inputs).astype(inputs.value.dtype)
+
+
+def blockwise_forward(
+    inputs: AttentionInputs, dtype: Any, block: int, concat_position: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (output [B, L, H, V], log-sum-exp of the logits float32[B, H, L]), without gradients.
+
+    Args:
+      inputs, block, concat_position: as in `blockwise_attention`.
+      dtype: dtype of the output.
+    """
+    padded = _padded_inputs(inputs, block, concat_position)
+    out_BHLV, (_, _, lse_BHL) = _forward(padded, block, inputs.key.shape[1])
+    return _tokens_first(out_BHLV, inputs).astype(dtype), lse_BHL[:, :, : inputs.query.shape[1]]
+
+
+def blockwise_resume(
+    inputs: AttentionInputs, out_BLHV: jax.Array, lse_BHL: jax.Array, block: int, concat_position: bool = False
+) -> jax.Array:
+    """Returns `out_BLHV` itself, with the gradients that these inputs have as a part of the attention that it results from.
+
+    Args:
+      inputs, block, concat_position: as in `blockwise_attention`; the keys may be a part of those attended to.
+      out_BLHV: output over all keys.
+      lse_BHL: float32, log-sum-exp of the logits of all keys.
+    """
+    padded = _padded_inputs(inputs, block, concat_position)
+    out_BHLV, lse_BHL = _heads_first(out_BLHV.astype(jnp.float32), block), _pad(lse_BHL, 2, block)
+    resumed_BHLV = _resumed(padded, out_BHLV, lse_BHL, block, inputs.key.shape[1])
+    return _tokens_first(resumed_BHLV, inputs).astype(out_BLHV.dtype)
+
+
+def _tokens_first(out_BHLV: jax.Array, inputs: AttentionInputs) -> jax.Array:
+    """Returns [B, L, H, V] without the padding."""
+    return jnp.moveaxis(out_BHLV, 1, 2)[:, : inputs.query.shape[1]]
+
+
+def _padded_inputs(inputs: AttentionInputs, block: int, concat_position: bool) -> AttentionInputs:
+    """Returns inputs [B, H, L, ...], lengths padded to multiples of `block`."""
     if concat_position:
         inputs = _concat_position(inputs)
-    length, keys = inputs.query.shape[1], inputs.key.shape[1]
     to_blocks = functools.partial(_heads_first, block=block)
     bias, relative_bias = inputs.bias, inputs.relative_bias
-    padded = inputs.replace(
+    return inputs.replace(
         query=to_blocks(inputs.query),
         key=to_blocks(inputs.key),
         value=to_blocks(inputs.value),
@@ -48,8 +88,6 @@ def blockwise_attention(inputs: AttentionInputs, block: int, concat_position: bo
         relative_bias=relative_bias
         and relative_bias.replace(query=_pad(relative_bias.query, 1, block), key=_pad(relative_bias.key, 1, block)),
     )
-    out_BHLV = _flash(padded, block, keys)
-    return jnp.moveaxis(out_BHLV, 1, 2)[:, :length].astype(inputs.value.dtype)
 
 
 def _concat_position(inputs: AttentionInputs) -> AttentionInputs:
@@ -156,8 +194,8 @@ class _Tile:
         sample, head = (
             first + jnp.arange(n) for first, n in zip(inputs.global_offset[:2], self.query.shape[:2], strict=True)
         )
-        row = inputs.global_offset[2] + self.row
-        indices = sample[:, None, None, None], head[:, None, None], row[:, None], self.column
+        row, column = inputs.global_offset[2] + self.row, inputs.global_offset[3] + self.column
+        indices = sample[:, None, None, None], head[:, None, None], row[:, None], column
         return dropout_mask(inputs.dropout_seed, *indices, inputs.dropout_rate)
 
 
@@ -304,3 +342,20 @@ def _add_tile_gradients(gradients: dict, tile: _Tile, d_out: jax.Array, lse: jax
 
 
 _flash.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _resumed(inputs: AttentionInputs, out: jax.Array, lse: jax.Array, block: int, keys: int) -> jax.Array:
+    """Returns `out`, float32[B, H, L, V], with the gradients of `_flash` for a given output and log-sum-exp."""
+    return out
+
+
+def _resumed_forward(inputs: AttentionInputs, out: jax.Array, lse: jax.Array, *sizes: int) -> tuple[jax.Array, Any]:
+    return out, (inputs, out, lse)
+
+
+def _resumed_backward(block: int, keys: int, saved: Any, d_out: jax.Array) -> tuple[AttentionInputs, None, None]:
+    return *_backward(block, keys, saved, d_out), None, None
+
+
+_resumed.defvjp(_resumed_forward, _resumed_backward)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from seqpe_jax.encodings.position_signal import Pair, RelativeBias
 
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # a masked logit; finite, so that two of them can be subtracted
+ATTENTION_RESULT = "attention_result"  # name of what a kernel's backward pass needs of its forward pass (`model.remat`)
 
 
 @flax.struct.dataclass
@@ -29,9 +30,10 @@ class AttentionInputs:
       heads: int32[H], global indices of the heads; `relative_bias` reads them.
       causal_offset: int32[P]; query l attends to keys up to causal_offset + l. None = all keys.
       dropout_seed: int32[], seed of the dropout on attention weights; None = no dropout.
-      global_offset: int32[3], global indices of the first sample, head and query on this device, so that every device
+      global_offset: int32[4], global indices of the first sample, head, query and key of these arrays, so that every device
         draws its own part of one dropout mask.
       dropout_rate: probability that a weight is dropped.
+      mean_causal_offset: mean of `causal_offset` over devices, for estimates of cost; None = that of the last queries.
     """
 
     query: jax.Array
@@ -46,6 +48,7 @@ class AttentionInputs:
     dropout_seed: jax.Array | None = None
     global_offset: jax.Array | None = None
     dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
+    mean_causal_offset: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def num_position_sets(self) -> int:
@@ -72,7 +75,7 @@ class AttentionInputs:
 
         global_offset = None
         if self.dropout_seed is not None:
-            global_offset = jnp.stack([first_sample, self.heads[0], first_row])
+            global_offset = jnp.stack([first_sample, self.heads[0], first_row, jnp.zeros_like(first_row)])
         return self.replace(
             position_query_key=self.position_query_key and tuple(fit(field) for field in self.position_query_key),
             bias=fit(self.bias),
@@ -194,9 +197,9 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         logits_BHLS = add_position_sets(logits_BHLS, mask_PHLS)
     weights_BHLS = jax.nn.softmax(logits_BHLS)
     if inputs.dropout_seed is not None:
-        sample, head, row = (
-            first + jnp.arange(n) for first, n in zip(inputs.global_offset, (batch, heads, length), strict=True)
+        sample, head, row, column = (
+            first + jnp.arange(n) for first, n in zip(inputs.global_offset, (batch, heads, length, keys), strict=True)
         )
-        indices = (sample[:, None, None, None], head[:, None, None], row[:, None], jnp.arange(keys))
+        indices = (sample[:, None, None, None], head[:, None, None], row[:, None], column)
         weights_BHLS = weights_BHLS * dropout_mask(inputs.dropout_seed, *indices, inputs.dropout_rate)
     return jnp.einsum("bhls,bshk->blhk", weights_BHLS.astype(value.dtype), value)

@@ -23,6 +23,25 @@ MAX_SAMPLES_PER_STEP = 8
 SMALL_BLOCKS_FROM = 4  # samples per step from which on only the smallest of BLOCK_SIZES fits
 
 
+class KernelBlocks(NamedTuple):
+    """Sizes of the kernels' tiles, multiples of LANES.
+
+    Attributes:
+      q: queries per tile of the forward kernel; 0 = automatic (`block_size`).
+      k: keys per tile of the forward kernel; 0 = automatic.
+      q_backward: queries per tile of the backward kernels, a multiple or a divisor of `q`; 0 = `q`.
+      k_backward: keys per tile of the backward kernels, a multiple or a divisor of `k`; 0 = `k`.
+    """
+
+    q: int = 0
+    k: int = 0
+    q_backward: int = 0
+    k_backward: int = 0
+
+
+AUTO_BLOCKS = KernelBlocks()
+
+
 class KernelConfig(NamedTuple):
     """Static sizes and switches of a kernel call.
 
@@ -30,20 +49,26 @@ class KernelConfig(NamedTuple):
       keys: number of keys without padding.
       block_q: queries per tile.
       block_k: keys per tile.
+      backward_blocks: queries and keys per tile of the backward kernels.
       samples: samples per grid step.
       causal: mask keys after the query.
       dropout: apply dropout to the weights.
       dropout_rate: probability that a weight is dropped.
+      mean_causal_offset: see `AttentionInputs`.
+      out_dtype: dtype of the output.
       interpret: run as plain JAX, on any platform.
     """
 
     keys: int
     block_q: int
     block_k: int
+    backward_blocks: tuple[int, int]
     samples: int
     causal: bool
     dropout: bool
     dropout_rate: float
+    mean_causal_offset: int | None
+    out_dtype: Any
     interpret: bool
 
 
@@ -57,7 +82,7 @@ class KernelInputs(NamedTuple):
       position_query: float32[1 or P, 1 or H, L, F], or None.
       position_key: float32[1 or P, 1 or H, S, F], or None.
       causal_offset: int32[P], as in `AttentionInputs`.
-      dropout_indices: int32[4], `global_offset` and `dropout_seed` of `AttentionInputs`.
+      dropout_indices: int32[5], `global_offset` and `dropout_seed` of `AttentionInputs`.
     """
 
     query: jax.Array
@@ -69,35 +94,87 @@ class KernelInputs(NamedTuple):
     dropout_indices: jax.Array
 
 
-def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
+def flash(inputs: AttentionInputs, blocks: KernelBlocks = AUTO_BLOCKS, interpret: bool = False) -> jax.Array:
     """Returns the result of `reference_attention`, [B, L, H, V].
 
     Args:
       inputs: inputs of one device, without bias or relative bias.
+      blocks: sizes of the tiles.
       interpret: run the kernels as plain JAX, on any platform.
     """
+    return _tokens_first(_flash(*_kernel_inputs(inputs, blocks, interpret, inputs.value.dtype)), inputs)
+
+
+def flash_forward(
+    inputs: AttentionInputs, dtype: Any, blocks: KernelBlocks = AUTO_BLOCKS, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (output [B, L, H, V], log-sum-exp of the logits float32[B, H, L]), without gradients.
+
+    Args:
+      inputs, blocks, interpret: as in `flash`.
+      dtype: dtype of the output.
+    """
+    out, (_, _, lse) = _forward(*_kernel_inputs(inputs, blocks, interpret, dtype))
+    batch, length, heads, _ = inputs.query.shape
+    return _tokens_first(out, inputs), lse.reshape(batch, heads, -1)[:, :, :length]
+
+
+def flash_resume(
+    inputs: AttentionInputs,
+    out_BLHV: jax.Array,
+    lse_BHL: jax.Array,
+    blocks: KernelBlocks = AUTO_BLOCKS,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns `out_BLHV` itself, with the gradients that these inputs have as a part of the attention that it results from.
+
+    Args:
+      inputs, blocks, interpret: as in `flash`; the keys may be a part of those attended to.
+      out_BLHV: output over all keys.
+      lse_BHL: float32, log-sum-exp of the logits of all keys.
+    """
+    kernel_inputs, config = _kernel_inputs(inputs, blocks, interpret, out_BLHV.dtype)
+    samples, length = kernel_inputs.query.shape[:2], kernel_inputs.query.shape[3]
+    out, lse = _heads_first(out_BLHV, length), jnp.pad(lse_BHL, ((0, 0), (0, 0), (0, length - lse_BHL.shape[2])))
+    out, lse = out.reshape(*samples, *out.shape[1:]), lse.reshape(*samples, lse.shape[1], 1, length)
+    return _tokens_first(_resumed(kernel_inputs, out, lse, config), inputs)
+
+
+def _heads_first(array_BLHK: jax.Array, multiple: int) -> jax.Array:
+    """Returns [B, H, L, K], L padded to a multiple of a number."""
+    padding = -array_BLHK.shape[1] % multiple
+    return jnp.moveaxis(jnp.pad(array_BLHK, ((0, 0), (0, padding), (0, 0), (0, 0))), 2, 1)
+
+
+def _tokens_first(out: jax.Array, inputs: AttentionInputs) -> jax.Array:
+    """Returns [B, L, H, V] of [R, P, H, L, V], without the padding."""
+    batch, length, _, _ = inputs.query.shape
+    return jnp.moveaxis(out.reshape(batch, *out.shape[2:]), 1, 2)[:, :length]
+
+
+def _kernel_inputs(
+    inputs: AttentionInputs, blocks: KernelBlocks, interpret: bool, out_dtype: Any
+) -> tuple[KernelInputs, KernelConfig]:
     batch, length, _, _ = inputs.query.shape
     keys, num_sets = inputs.key.shape[1], inputs.num_position_sets
     samples = max(n for n in range(1, MAX_SAMPLES_PER_STEP + 1) if batch // num_sets % n == 0)
-    block_q, block_k = block_size(length, samples), block_size(keys, samples)
+    block_q, backward_q, multiple_q = _tile_sizes(length, samples, blocks.q, blocks.q_backward)
+    block_k, backward_k, multiple_k = _tile_sizes(keys, samples, blocks.k, blocks.k_backward)
 
-    def heads_first(array: jax.Array, block: int) -> jax.Array:
-        return jnp.moveaxis(jnp.pad(array, ((0, 0), (0, -array.shape[1] % block), (0, 0), (0, 0))), 2, 1)
-
-    def by_set(array: jax.Array, block: int) -> jax.Array:
-        array = heads_first(array, block)
+    def by_set(array: jax.Array, multiple: int) -> jax.Array:
+        array = _heads_first(array, multiple)
         return array.reshape(batch // num_sets, num_sets, *array.shape[1:])
 
     position_query, position_key = inputs.position_query_key or (None, None)
-    global_offset = jnp.zeros(3, jnp.int32) if inputs.global_offset is None else inputs.global_offset
+    global_offset = jnp.zeros(4, jnp.int32) if inputs.global_offset is None else inputs.global_offset
     dropout_seed = jnp.zeros(1, jnp.int32) if inputs.dropout_seed is None else inputs.dropout_seed[None]
     causal_offset = jnp.int32(0) if inputs.causal_offset is None else inputs.causal_offset
     kernel_inputs = KernelInputs(
-        query=by_set(inputs.query, block_q),
-        key=by_set(inputs.key, block_k),
-        value=by_set(inputs.value, block_k),
-        position_query=None if position_query is None else heads_first(position_query, block_q),
-        position_key=None if position_key is None else heads_first(position_key, block_k),
+        query=by_set(inputs.query, multiple_q),
+        key=by_set(inputs.key, multiple_k),
+        value=by_set(inputs.value, multiple_k),
+        position_query=None if position_query is None else _heads_first(position_query, multiple_q),
+        position_key=None if position_key is None else _heads_first(position_key, multiple_k),
         causal_offset=jnp.broadcast_to(causal_offset, (num_sets,)),
         dropout_indices=jnp.concatenate([global_offset, dropout_seed]),
     )
@@ -105,14 +182,32 @@ def flash(inputs: AttentionInputs, interpret: bool = False) -> jax.Array:
         keys=keys,
         block_q=block_q,
         block_k=block_k,
+        backward_blocks=(backward_q, backward_k),
         samples=samples,
         causal=inputs.causal_offset is not None,
         dropout=inputs.dropout_seed is not None,
         dropout_rate=inputs.dropout_rate,
+        mean_causal_offset=inputs.mean_causal_offset,
+        out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    out = _flash(kernel_inputs, config)
-    return jnp.moveaxis(out.reshape(batch, *out.shape[2:]), 1, 2)[:, :length]
+    return kernel_inputs, config
+
+
+def _tile_sizes(length: int, samples: int, forward: int, backward: int) -> tuple[int, int, int]:
+    """Returns the queries or keys per tile of the forward and of the backward kernels, and the multiple to pad them to.
+
+    Args:
+      length: number of queries or keys.
+      samples: samples per grid step.
+      forward, backward: see `KernelBlocks`. A size above the padded length becomes that length.
+    """
+    longest = -(-length // LANES) * LANES
+    forward = min(forward or block_size(length, samples), longest)
+    backward = min(backward or forward, longest)
+    if max(forward, backward) % min(forward, backward):  # one of them was cut to the length
+        forward = backward = min(forward, backward)
+    return forward, backward, max(forward, backward)
 
 
 def block_size(length: int, samples: int) -> int:
@@ -142,7 +237,7 @@ def _forward(inputs: KernelInputs, config: KernelConfig) -> tuple[jax.Array, Any
         _forward_kernel,
         extra=(),
         results=(
-            (call.query_spec(width), jax.ShapeDtypeStruct((*samples, heads, length, width), inputs.value.dtype)),
+            (call.query_spec(width), jax.ShapeDtypeStruct((*samples, heads, length, width), config.out_dtype)),
             (call.row_spec(), jax.ShapeDtypeStruct((*samples, heads, 1, length), jnp.float32)),
         ),
         scratch=[(config.samples, config.block_q, size) for size in (LANES, LANES, width)],
@@ -152,9 +247,10 @@ def _forward(inputs: KernelInputs, config: KernelConfig) -> tuple[jax.Array, Any
 
 def _backward(config: KernelConfig, saved: Any, d_out: jax.Array) -> tuple[KernelInputs]:
     inputs, out, lse = saved
+    config = config._replace(block_q=config.backward_blocks[0], block_k=config.backward_blocks[1])
     # D of FlashAttention-2, rowsum(dO * O), float32[R, P, H, 1, L].
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)[:, :, :, None]
-    rows = (d_out, lse, delta)
+    rows = (d_out.astype(inputs.value.dtype), lse, delta)
     d_query, *d_position_query = _gradient_call(
         _dq_kernel, inputs, config, rows, ("query",), "position_query", keys_outer=False
     )
@@ -219,6 +315,25 @@ def _sum_like(per_step: list[jax.Array], field: jax.Array | None) -> jax.Array |
 
 
 _flash.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _resumed(inputs: KernelInputs, out: jax.Array, lse: jax.Array, config: KernelConfig) -> jax.Array:
+    """Returns `out`, [R, P, H, L, V], with the gradients of `_flash` for a given output and log-sum-exp."""
+    return out
+
+
+def _resumed_forward(
+    inputs: KernelInputs, out: jax.Array, lse: jax.Array, config: KernelConfig
+) -> tuple[jax.Array, Any]:
+    return out, (inputs, out, lse)
+
+
+def _resumed_backward(config: KernelConfig, saved: Any, d_out: jax.Array) -> tuple[KernelInputs, None, None]:
+    return *_backward(config, saved, d_out), None, None
+
+
+_resumed.defvjp(_resumed_forward, _resumed_backward)
 
 
 class _KernelCall:
@@ -392,10 +507,9 @@ class _Tile:
         """Returns the multiplier of the weights of sample `n` of the step."""
         query, key = self._indices()
         sample = (self.group * self.config.samples + n) * pl.num_programs(1) + self.set
-        first_sample, first_head, first_row, seed = (self.dropout_indices[field] for field in range(4))
-        return dropout_mask(
-            seed, first_sample + sample, first_head + self.head, first_row + query, key, self.config.dropout_rate
-        )
+        first_sample, first_head, first_row, first_key, seed = (self.dropout_indices[field] for field in range(5))
+        indices = first_sample + sample, first_head + self.head, first_row + query, first_key + key
+        return dropout_mask(seed, *indices, self.config.dropout_rate)
 
 
 def _dot(left: jax.Array, right: jax.Array, contract: tuple[int, int], exact: bool = False) -> jax.Array:
@@ -537,7 +651,8 @@ def cost_estimate(kernel: Any, inputs: KernelInputs, config: KernelConfig, moved
     """Returns the cost of a kernel call on one device, for XLA's scheduler, which cannot see into kernels.
 
     Tiles that the causal mask hides are left out, under the assumption that the last query meets the last key. That is so
-    on the device that holds the last part of the queries, for which the others wait.
+    on the device that holds the last part of the queries, for which the others wait. Where devices have equal work, the mean
+    of their offsets is known (`KernelConfig.mean_causal_offset`).
 
     Args:
       kernel: one of `PRODUCTS`.
@@ -547,7 +662,8 @@ def cost_estimate(kernel: Any, inputs: KernelInputs, config: KernelConfig, moved
     """
     *samples, heads, length, width = inputs.query.shape
     keys, features = inputs.key.shape[3], 0 if inputs.position_query is None else inputs.position_query.shape[-1]
-    offset, pairs = max(0, config.keys - length), 0
+    offset = max(0, config.keys - length) if config.mean_causal_offset is None else config.mean_causal_offset
+    pairs = 0
     for row in range(0, length, config.block_q):
         blocks = keys // config.block_k
         if config.causal:

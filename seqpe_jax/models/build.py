@@ -21,6 +21,7 @@ from seqpe_jax.config import Config
 from seqpe_jax.encodings.composed import Composed
 from seqpe_jax.encodings.position_signal import ParamBounds, PositionSignal
 from seqpe_jax.encodings.seqpe import SeqPE
+from seqpe_jax.models.attention_tpu import KernelBlocks
 from seqpe_jax.models.gpt2 import GPT2
 from seqpe_jax.models.transformer import TransformerConfig
 from seqpe_jax.models.vit import ViT
@@ -269,6 +270,10 @@ def _network(config: Config, data_spec: DataSpec) -> GPT2 | ViT:
         remat=model.remat,
         attention_kind=model.attention_kind,
         attention_block=model.attention_block,
+        kernel_blocks=KernelBlocks(
+            model.kernel_block_q, model.kernel_block_k, model.kernel_block_q_backward, model.kernel_block_k_backward
+        ),
+        context_attention=config.mesh.context_attention,
         scan=model.scan,
         dtype=jnp.dtype(config.precision.compute),
         gate="" if encoding.gate == "none" else encoding.gate,

@@ -13,6 +13,7 @@ from seqpe_jax.axes import BATCH, HEADS, LENGTH, MLP, WIDTH, with_logical_constr
 from seqpe_jax.encodings.digit_encoder import ACTIVATIONS
 from seqpe_jax.encodings.position_signal import PositionSignal
 from seqpe_jax.models.attention import KVCache, attend, attend_cached, attention_weights
+from seqpe_jax.models.attention_tpu import AUTO_BLOCKS, KernelBlocks
 
 # Gate -> log of the share that a token lets through of those before it, at most 0. "forget": log sigmoid(x), the forgetting
 # transformer (Lin et al. 2025, arXiv 2503.02130). "cable": a bias of -softplus(x) (Veisi et al. 2025, arXiv 2503.08067),
@@ -47,6 +48,8 @@ class TransformerConfig:
         "offload" (matrix products are saved in host memory).
       attention_kind: "auto" or one of `attention_dispatch.BACKENDS`.
       attention_block: queries and keys per block of attention; 0 = automatic.
+      kernel_blocks: sizes of the tiles of the TPU kernels of attention.
+      context_attention: "auto" or one of `attention_context.MODES`, where tokens are split over devices.
       scan: compile one block and loop over stacked weights.
       causal: tokens attend to the past only.
       scale_residual: initial weights of residual projections are smaller by sqrt(2 * layers).
@@ -69,6 +72,8 @@ class TransformerConfig:
     remat: str = "none"
     attention_kind: str = "auto"
     attention_block: int = 0
+    kernel_blocks: KernelBlocks = AUTO_BLOCKS
+    context_attention: str = "auto"
     scan: bool = False
     causal: bool = True
     scale_residual: bool = True
@@ -209,9 +214,16 @@ class Block(nn.Module):
 
     @property
     def _backend(self) -> dict[str, Any]:
-        """Backend and block size; at initialisation the reference, which compiles fastest."""
-        kind = "reference" if self.is_initializing() else self.config.attention_kind
-        return {"kind": kind, "block": self.config.attention_block}
+        """Backend of attention and its settings; at initialisation the reference, which compiles fastest."""
+        config = self.config
+        if self.is_initializing():
+            return {"kind": "reference", "context": "gather"}
+        return {
+            "kind": config.attention_kind,
+            "block": config.attention_block,
+            "kernel_blocks": config.kernel_blocks,
+            "context": config.context_attention,
+        }
 
     def _log_forget_gate(self, x_BLD: jax.Array) -> jax.Array | None:
         """Log forget gate of each token and head, float32[B, L, H], at most 0; None without gates."""

@@ -15,7 +15,7 @@ from seqpe_jax.distributed import processes
 from seqpe_jax.distributed import sharding as layout
 from seqpe_jax.inference.compiled import CompiledModel, Progress, no_progress, with_mesh
 from seqpe_jax.losses.train_loss import TrainLoss
-from seqpe_jax.models.attention_dispatch import dispatch
+from seqpe_jax.models.attention_context import make_plan
 from seqpe_jax.models.attention_inputs import AttentionInputs
 from seqpe_jax.models.build import ModelSpec, Params, Shape, check_encoding, model_flops
 from seqpe_jax.run_dir import check_best_metric
@@ -222,13 +222,18 @@ def _check_attention(config: Config, model_spec: ModelSpec, sharding: layout.Mes
         array,
         signal.position_query_key,
         signal.bias,
+        signal.relative_bias,
         causal_offset=None if config.is_image else number,
         dropout_seed=number if model.attention_dropout else None,
     )
-    dispatch(
-        model.attention_kind,
-        model.attention_block,
+    network = model_spec.network.config
+    make_plan(
         inputs,
+        kind=model.attention_kind,
+        block=model.attention_block,
+        kernel_blocks=network.kernel_blocks,
+        mode=network.context_attention,
         device=sharding.device,
-        split=sharding.shards(axes.LENGTH) > 1,
+        context_axes=sharding.mesh_axes(axes.LENGTH),
+        shards=(sharding.shards(axes.LENGTH), sharding.shards(axes.BATCH), sharding.shards(axes.HEADS)),
     )

@@ -1,7 +1,5 @@
 """Fixtures of the tests of attention."""
 
-import functools
-
 import pytest
 
 from seqpe_jax.models import attention_dispatch, attention_tpu
@@ -15,6 +13,7 @@ def small_kernel(monkeypatch):
     monkeypatch.setattr(
         attention_dispatch, "unsupported_reason", lambda inputs, *_: "a bias" if inputs.bias is not None else ""
     )
+    kernel = attention_dispatch.flash_kernel
     monkeypatch.setattr(
-        attention_dispatch.attention_cudnn, "flash", functools.partial(attention_tpu.flash, interpret=True)
+        attention_dispatch, "flash_kernel", lambda device, blocks: kernel(device, blocks, interpret=True)
     )

@@ -10,7 +10,6 @@ import pytest
 
 from seqpe_jax.errors import InputError
 from seqpe_jax.models import attention_cudnn, attention_dispatch, attention_tpu
-from seqpe_jax.models.attention_blockwise import blockwise_attention
 from seqpe_jax.models.attention_inputs import AttentionInputs, reference_attention
 from seqpe_jax.models.build import DataSpec, ModelSpec
 from seqpe_jax.training.trainer import Trainer
@@ -46,12 +45,9 @@ def shapes(
     )
 
 
-NAMES = {reference_attention: "reference", attention_tpu.flash: "tpu", attention_cudnn.flash: "cudnn"}
-
-
 def chosen(device, inputs, kind="auto", block=0, **fields):
     found = attention_dispatch.dispatch(kind, block, inputs, device=device, **fields)
-    return f"blocks {found.keywords['block']}" if getattr(found, "func", None) is blockwise_attention else NAMES[found]
+    return f"blocks {found.block}" if found.name == "blockwise" else found.name
 
 
 @pytest.mark.parametrize(
@@ -89,7 +85,8 @@ def test_narrow_features_are_joined_where_products_are_exact():
     fields = {"position_query_key": 16, "dtype": jnp.float32}
 
     def joins(device, **fields):
-        return attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device).keywords["concat_position"]
+        found = attention_dispatch.dispatch("blockwise", 0, shapes(**fields), device=device)
+        return found.attend.keywords["concat_position"]
 
     assert (
         joins(CPU, **fields)
@@ -115,6 +112,8 @@ def test_dispatch_of_a_given_kind():
     assert chosen(TPU, long, "auto", 100) == "blocks 100" and chosen(TPU, short, "auto", 100) == "reference"
     assert chosen(H200, shapes(512), "auto", split=True) == "blocks 512", "queries of a device start anywhere"
     assert chosen(H200, shapes(512, causal=False), "auto", split=True) == "cudnn"
+    assert chosen(H200, shapes(512, causal=False), "auto", in_parts=True) == "blocks 512", "its parts cannot be merged"
+    assert chosen(CPU, short, "auto", in_parts=True) == "blocks 128" and chosen(TPU, short, in_parts=True) == "tpu"
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,11 @@ SEQPE = {
     "objective.shift.rate": 0.0,
 }
 TASKS = {
-    "text": ("stdlib_lm.py:alibi", TEXT),
+    "text": ("stdlib_lm.py:alibi", TEXT | {"encoding.gate": "forget"}),
     "questions": ("stdlib_qa.py", TEXT | SEQPE),
     "images": ("digits_vit.py:none", SMALL | {"batch_size": 8}),
 }
-MESHES = ({"data": 8}, {"data": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2})
+MESHES = ({"data": 8}, {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "context": 4, "context_attention": "ring"})
 
 
 def batch_of(task, parts):
